@@ -1,0 +1,32 @@
+"""t2l_engine: from a sentence to LoRA adapters for a frozen language model, and those adapters at work without PEFT."""
+
+from t2l_engine import ops
+from t2l_engine.adapters import AdapterError, AdapterStack
+from t2l_engine.batch import AdapterBatch
+from t2l_engine.checkpoint import CheckpointError
+from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig
+from t2l_engine.encoder import TextEncoder
+from t2l_engine.engine import TextToLoRA, bundled_checkpoints
+from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine.layers import LoRAHandle, LoRALinear, attach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterBatch",
+    "AdapterError",
+    "AdapterStack",
+    "CheckpointError",
+    "ConfigError",
+    "EncoderConfig",
+    "HyperNetwork",
+    "HyperNetworkConfig",
+    "LoRAHandle",
+    "LoRALinear",
+    "TextEncoder",
+    "TextToLoRA",
+    "__version__",
+    "attach",
+    "bundled_checkpoints",
+    "ops",
+]

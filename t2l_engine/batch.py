@@ -1,0 +1,39 @@
+"""Which adapter each token of a batch uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterBatch:
+    """Segments of consecutive tokens that share an adapter (CSR form), as the LoRA ops take them.
+
+    ``seg_indptr [S+1]`` int32: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.  ``seg_adapters [S]`` int32: its
+    adapter, -1 for the base model.  ``max_seg_len``: length of the longest segment, a host integer.
+    """
+
+    seg_indptr: Tensor
+    seg_adapters: Tensor
+    max_seg_len: int
+
+    @staticmethod
+    def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
+        """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model)."""
+        adapters = torch.as_tensor(ids)
+        if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
+            raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
+        if seq_len < 0:
+            raise ValueError(f"seq_len: expected a number of tokens >= 0, got {seq_len}")
+        adapters = adapters.to(torch.int32)
+        indptr = torch.arange(len(adapters) + 1, dtype=torch.int32, device=adapters.device) * seq_len
+        return AdapterBatch(indptr, adapters, seq_len)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens covered by the segments (reads one value from the device)."""
+        return int(self.seg_indptr[-1])

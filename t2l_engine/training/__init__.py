@@ -1,0 +1,1 @@
+"""Training of hypernetworks; never imported by the core."""
