@@ -1,0 +1,83 @@
+// Chooses the instruction set at run time.
+#include <cstdlib>
+#include <cstring>
+
+#include "t2l/kernels.h"
+
+namespace t2l {
+
+#define T2L_DECLARE(ns)                                            \
+  namespace ns {                                                   \
+  void lora(const LoraParams&, ParallelFor);                       \
+  void hypernet_trunk(const TrunkParams&, ParallelFor);            \
+  void hypernet_head(const HeadParams&, ParallelFor);              \
+  }
+T2L_DECLARE(generic)
+#if defined(__x86_64__)
+T2L_DECLARE(avx2)
+T2L_DECLARE(avx512)
+T2L_DECLARE(avx512_bf16)
+#endif
+
+namespace {
+
+struct Kernels {
+  void (*lora)(const LoraParams&, ParallelFor);
+  void (*hypernet_trunk)(const TrunkParams&, ParallelFor);
+  void (*hypernet_head)(const HeadParams&, ParallelFor);
+};
+
+#define T2L_KERNELS(ns) {ns::lora, ns::hypernet_trunk, ns::hypernet_head}
+constexpr Kernels kKernels[] = {
+    T2L_KERNELS(generic),
+#if defined(__x86_64__)
+    T2L_KERNELS(avx2),
+    T2L_KERNELS(avx512),
+    T2L_KERNELS(avx512_bf16),
+#endif
+};
+
+constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16"};
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa detected_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::generic;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq"))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#else
+  return Isa::generic;
+#endif
+}
+
+const char* chosen_isa(Isa* isa) {
+  const Isa best = detected_isa();
+  const char* wanted = std::getenv("T2L_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    *isa = best;
+    return nullptr;
+  }
+  for (int i = 0; i < kNumIsas; ++i)
+    if (std::strcmp(wanted, kNames[i]) == 0) {
+      if (i > static_cast<int>(best)) return "T2L_ISA: this CPU lacks the instruction set it names";
+      *isa = static_cast<Isa>(i);
+      return nullptr;
+    }
+  return "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16";
+}
+
+void lora(const LoraParams& p, Isa isa, ParallelFor parallel) { kKernels[static_cast<int>(isa)].lora(p, parallel); }
+void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) {
+  kKernels[static_cast<int>(isa)].hypernet_trunk(p, parallel);
+}
+void hypernet_head(const HeadParams& p, Isa isa, ParallelFor parallel) {
+  kKernels[static_cast<int>(isa)].hypernet_head(p, parallel);
+}
+
+}  // namespace t2l

@@ -1,0 +1,8 @@
+#if defined(__x86_64__)
+#define T2L_ISA_LEVEL 1
+// The standard headers come first: what simd.h's target pragma covers must be this unit's own code alone.
+#include <cmath>
+
+#include "hypernet_impl.h"
+#include "lora_impl.h"
+#endif

@@ -1,0 +1,30 @@
+// Entry points of the CPU kernels.  Plain C++: no torch, no Python, no global state beyond the chosen instruction set.
+#pragma once
+#include <cstdint>
+
+#include "t2l/params.h"
+
+namespace t2l {
+
+enum class Isa : int32_t { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+constexpr int kNumIsas = 4;
+
+// Name as in T2L_ISA: "generic", "avx2", "avx512", "avx512_bf16".
+const char* isa_name(Isa isa);
+// Best instruction set of this CPU.
+Isa detected_isa();
+// The one in use: detected, lowered by the environment variable T2L_ISA.  A name that is none of the four, or asks for
+// more than the CPU has, is an error: the returned message is not null and `isa` is untouched.
+const char* chosen_isa(Isa* isa);
+
+// Runs body(begin, end, context) over [0, count) in any partition, possibly on several threads; `grain` is the least
+// number of items worth a thread.
+using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t count, int64_t grain, RangeBody body, void* context);
+
+// `isa` must not exceed detected_isa().
+void lora(const LoraParams& params, Isa isa, ParallelFor parallel);
+void hypernet_trunk(const TrunkParams& params, Isa isa, ParallelFor parallel);
+void hypernet_head(const HeadParams& params, Isa isa, ParallelFor parallel);
+
+}  // namespace t2l

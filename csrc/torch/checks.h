@@ -1,0 +1,104 @@
+// Argument checks shared by all ops: each failure names the op, the argument, what was expected and what came.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "t2l/kernels.h"
+
+namespace t2l::torch_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+inline std::string to_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    default: return "dtype #" + std::to_string(static_cast<int>(type));
+  }
+}
+
+inline std::string to_text(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+[[noreturn]] inline void fail(const char* op, const std::string& argument, const std::string& expected, const std::string& got) {
+  const std::string message = std::string("t2l_engine::") + op + ": " + argument + ": expected " + expected + ", got " + got;
+  STD_TORCH_CHECK(false, message.c_str());
+  std::abort();  // not reached: the check throws
+}
+
+constexpr int64_t kAny = -1;
+
+// Device CPU and the given sizes (kAny: free).
+inline void check_shape(const char* op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (!t.is_cpu()) fail(op, name, "a CPU tensor like the other arguments", "another device");
+  bool ok = t.dim() == static_cast<int64_t>(sizes.size());
+  int64_t i = 0;
+  std::string expected = "shape [";
+  for (int64_t size : sizes) {
+    ok = ok && (size == kAny || t.size(i) == size);
+    expected += (i++ ? ", " : "") + (size == kAny ? std::string("*") : std::to_string(size));
+  }
+  if (!ok) fail(op, name, expected + "]", to_text(t));
+}
+
+inline void check_type(const char* op, const std::string& name, const Tensor& t, ScalarType type) {
+  if (t.scalar_type() != type) fail(op, name, to_text(type), to_text(t.scalar_type()));
+}
+
+// Last stride 1, which a dimension of size 1 or 0 always satisfies.
+inline void check_rows(const char* op, const std::string& name, const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1)
+    fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
+}
+
+inline void check_contiguous(const char* op, const std::string& name, const Tensor& t) {
+  if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
+}
+
+inline bool native_type(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
+inline DType kernel_type(ScalarType type) { return type == ScalarType::BFloat16 ? DType::bf16 : DType::f32; }
+
+// The instruction set in use, read once; a bad T2L_ISA is an error at every call.
+inline Isa isa(const char* op) {
+  static const struct Choice {
+    Isa isa = Isa::generic;
+    const char* error = chosen_isa(&isa);
+  } choice;
+  if (choice.error) fail(op, "environment", "a usable T2L_ISA", choice.error);
+  return choice.isa;
+}
+
+inline void parallel(int64_t count, int64_t grain, RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+// Hands a call over to the plain-torch op of the same schema, for dtypes the kernels do not cover; returns its results,
+// which stand first on the stack.
+template <class... Args>
+std::array<StableIValue, sizeof...(Args)> call_reference(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
+}
+
+inline Tensor tensor_of(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
+
+}  // namespace t2l::torch_ops

@@ -1,0 +1,58 @@
+"""Calls CMake, which knows how to build; setuptools only packs the result."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NAMES = ("_C", "_core")
+
+
+class CMakeBuild(build_ext):
+    def run(self):
+        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+        if compiler is None:
+            print(
+                "t2l_engine: no C++ compiler found: installing without native kernels.\n"
+                "The plain-torch ops give the same results, slower. Install g++ and run pip install again for the kernels.",
+                file=sys.stderr,
+            )
+            self.extensions = []
+            return
+        super().run()
+
+    def build_extensions(self):
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        options = os.environ.get("T2L_CMAKE_ARGS", "").split()
+        # Ninja's path is said anew each time: pip's temporary build environments come and go.
+        ninja = shutil.which("ninja")
+        generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+        subprocess.check_call(
+            ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *generator, *options]
+        )
+        subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
+        for extension in list(self.extensions):
+            name = extension.name.rsplit(".", 1)[-1]
+            built = next(build.glob(f"{name}.*so"), None) or next(build.glob(f"{name}.so"), None)
+            if built is None:  # _core is optional
+                self.extensions.remove(extension)
+                continue
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(built, target)
+
+    def get_ext_filename(self, name):
+        # _C holds no Python symbol: its file name names no Python.
+        plain = name.rsplit(".", 1)[-1] == "_C"
+        return name.replace(".", os.sep) + ".so" if plain else super().get_ext_filename(name)
+
+
+setup(
+    ext_modules=[Extension(f"t2l_engine.{name}", []) for name in NAMES],
+    cmdclass={"build_ext": CMakeBuild},
+)

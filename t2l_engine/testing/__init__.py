@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: op cases and tolerances.  Never imported by the core."""

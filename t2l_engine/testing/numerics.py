@@ -1,0 +1,58 @@
+"""Every tolerance of the project, with the error model it comes from.
+
+The oracle of an op is its reference function in float64 on the same rounded inputs; ``u`` below is the unit roundoff of a
+dtype.  Bounds are per element and hold for any order of summation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Relative Frobenius error of a generated adapter against the reference implementation's, float32.
+PARITY_FROBENIUS = 1e-5
+#: Logits of our layers against PEFT with the same folder, float32 (two orders of summation through a whole model).
+LOGITS_ATOL = 1e-4
+#: A row of a mixed batch against the same row with its adapter alone in the same batch shape, float32.
+ROW_ATOL = 1e-5
+#: Gradients of an op against autograd through the float64 reference, relative to the largest entry, float32.
+GRADIENT_RTOL = 1e-4
+
+UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+#: vdpbf16ps treats denormal inputs and sums as zero: what that can hide in one product sum, absolute.
+FLUSH = 2.0**-100
+
+
+def u(dtype: torch.dtype) -> float:
+    """Unit roundoff of ``dtype`` (half the distance from 1 to the next number)."""
+    return UNIT_ROUNDOFF[dtype]
+
+
+def lora_bound(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, y: Tensor, delta: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """Allowed error of one segment's ``y0 + s B A x``, float64 ``[T, out]``: rounding of the result, of the float32
+    rank vector, and of both accumulations (in + r terms).
+
+    ``y``: the exact result; ``delta``: what was added.  All operands are the rounded ones, in float64.
+    """
+    steps = x.shape[1] + lora_A.shape[0] + 4
+    magnitude = (x.abs() @ lora_A.abs().mT) @ lora_B.abs().mT * abs(scaling)
+    return u(out_dtype) * (y.abs() + u(out_dtype)) + steps * u(torch.float32) * (magnitude + delta.abs() + y.abs()) + FLUSH
+
+
+def head_bound(magnitude: Tensor, y: Tensor, depth: int, out_dtype: torch.dtype) -> Tensor:
+    """Allowed error of a head output: ``magnitude`` = sum |latent w| + |bias| (times |mul|, plus |add|) in float64."""
+    return u(out_dtype) * y.abs() + (depth + 4) * u(torch.float32) * magnitude + FLUSH
+
+
+def trunk_bound(oracle: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
+    """Allowed relative Frobenius error of a trunk: twice that of the plain low-precision reference (which rounds at the
+    same points), plus one rounding of the result and eight float32 roundings a stage."""
+    reference_error = float((reference.double() - oracle).norm() / oracle.norm())
+    return 2 * reference_error + u(dtype) + 8 * 7 * u(torch.float32)
+
+
+def relative_frobenius(got: Tensor, expected: Tensor) -> float:
+    """``||got - expected|| / ||expected||`` in float64."""
+    return float((got.double() - expected.double()).norm() / expected.double().norm())

@@ -1,0 +1,76 @@
+"""What several test files share.  Nothing here reaches the network."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from t2l_engine import AdapterStack  # noqa: E402
+
+
+@pytest.fixture
+def golden():
+    """Folder of checkpoints in the reference's form, each with the adapters the reference generated from it."""
+    return Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture
+def make_stack():
+    """Factory of random stacks; ``shapes``: module name -> (in, out) features; every adapter has its own scaling."""
+
+    def make(shapes, num_adapters=3, num_layers=2, rank=4, seed=0, dtype=torch.float32, **kwargs):
+        generator = torch.Generator().manual_seed(seed)
+
+        def randn(*shape):
+            return (torch.randn(num_adapters, num_layers, *shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+
+        return AdapterStack(
+            {name: randn(rank, n_in) for name, (n_in, _) in shapes.items()},
+            {name: randn(rank, n_out).mT for name, (_, n_out) in shapes.items()},
+            torch.linspace(0.5, 2.0, num_adapters),
+            **kwargs,
+        )
+
+    return make
+
+
+@pytest.fixture
+def stack_for(make_stack):
+    """Factory of random stacks that fit ``model``; ``names``: its linears to adapt."""
+
+    def make(model, names, **kwargs):
+        found = [(path.split("."), module) for path, module in model.named_modules()]
+        linears = {path[-1]: (module.in_features, module.out_features) for path, module in found if path[-1] in names}
+        return make_stack({name: linears[name] for name in names}, num_layers=len(model.model.layers), **kwargs)
+
+    return make
+
+
+@pytest.fixture
+def tiny_model():
+    """Factory of random causal language models in eval mode: ``tiny_model("Llama", head_dim=32)``."""
+    import transformers
+
+    def make(family, dtype=torch.float32, **kwargs):
+        sizes = {
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,  # logits of order 1, so that an absolute tolerance means something
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{family}Config")(**sizes | kwargs)
+        return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+
+    return make
