@@ -1,12 +1,15 @@
 """What several test files share.  Nothing here reaches the network."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 from t2l_engine import AdapterStack  # noqa: E402
 
@@ -15,6 +18,24 @@ from t2l_engine import AdapterStack  # noqa: E402
 def golden():
     """Folder of checkpoints in the reference's form, each with the adapters the reference generated from it."""
     return Path(__file__).parent / "data" / "golden"
+
+
+@pytest.fixture
+def edit(golden, tmp_path):
+    """Factory: a copy of a golden case; ``state`` maps its tensors to others, ``args`` and ``peft`` replace fields."""
+
+    def make(case, state=None, args=None, peft=None):
+        folder = tmp_path / f"{case}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(golden / case, folder)
+        if state is not None:
+            torch.save(state(torch.load(folder / "hypermod.pt", weights_only=True)), folder / "hypermod.pt")
+        for name, changes in (("args.yaml", args), ("adapter_config.json", peft)):
+            if changes is not None:
+                values = yaml.safe_load((folder / name).read_text()) | changes
+                (folder / name).write_text(json.dumps(values))  # JSON is YAML too
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""The op cases: one table for tests, gradient checks and benchmarks.
+
+A case says shapes, dtypes and layout; ``make`` draws its operands from a seed: ``randn``, sliced out of larger buffers so
+that strides are never the obvious ones, outputs poisoned, memory beyond a rank set to NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraCase:
+    """``segments``: (tokens, adapter) pairs; ``ranks``: true ranks, None = all ``rank``; ``b_layout``: "out_r" as PEFT
+    stores B, "r_out" as the engine's slots do."""
+
+    name: str
+    segments: tuple[tuple[int, int], ...]
+    in_features: int = 64
+    out_features: int = 48
+    rank: int = 8
+    adapters: int = 4
+    ranks: tuple[int, ...] | None = None
+    x_dtype: torch.dtype = F32
+    w_dtype: torch.dtype = F32
+    b_layout: str = "r_out"
+
+    @property
+    def tokens(self) -> int:
+        return sum(n for n, _ in self.segments)
+
+    def make(self, seed: int = 0) -> dict:
+        """Arguments of ``ops.lora_add_`` by name."""
+        g = torch.Generator().manual_seed(seed)
+        r, pad = self.rank, 3
+        x = torch.randn(self.tokens, self.in_features + pad, generator=g).to(self.x_dtype)[:, : self.in_features]
+        y = torch.randn(self.tokens, self.out_features + 2 * pad, generator=g).to(self.x_dtype)
+        y = y[:, pad : pad + self.out_features]
+        a = torch.randn(self.adapters, r + 1, self.in_features, generator=g) / self.in_features**0.5
+        a = a.to(self.w_dtype)[:, :r]
+        b = torch.randn(self.adapters, r, self.out_features + pad, generator=g).to(self.w_dtype)[..., : self.out_features]
+        b = b.mT if self.b_layout == "r_out" else b.mT.contiguous()
+        ranks = None
+        if self.ranks is not None:
+            ranks = torch.tensor(self.ranks, dtype=torch.int32)
+            for i, rank in enumerate(self.ranks):
+                a[i, rank:] = float("nan")
+                b[i, :, rank:] = float("nan")
+        lengths = torch.tensor([0] + [n for n, _ in self.segments])
+        return {
+            "y": y,
+            "x": x,
+            "lora_A": a,
+            "lora_B": b,
+            "scaling": torch.rand(self.adapters, generator=g) + 0.5,
+            "seg_indptr": lengths.cumsum(0).to(torch.int32),
+            "seg_adapters": torch.tensor([i for _, i in self.segments], dtype=torch.int32),
+            "max_seg_len": max((n for n, _ in self.segments), default=0),
+            "ranks": ranks,
+        }
+
+
+def _rows(*ids: int, tokens: int = 1) -> tuple[tuple[int, int], ...]:
+    return tuple((tokens, i) for i in ids)
+
+
+_MIXED = _rows(0, -1, 3, 3, 1, -1, 2, 0)
+_RAGGED = ((5, 1), (0, 2), (17, 0), (1, -1), (40, 3), (0, -1), (3, 1))
+
+LORA_CASES = (
+    LoraCase("no_tokens", ()),
+    LoraCase("empty_segments", ((0, 1), (0, -1), (0, 0))),
+    LoraCase("all_base", _rows(-1, -1, -1)),
+    LoraCase("one_token", _rows(0), adapters=1),
+    LoraCase("mixed_rows", _MIXED),
+    LoraCase("base_beside_first_and_last", _rows(-1, 0, -1, 3)),
+    LoraCase("ragged", _RAGGED),
+    LoraCase("skewed", ((1, 0), (130, 1))),
+    LoraCase("unsorted_repeats", _rows(3, 0, 3, 0, 2, 2, 3)),
+    LoraCase("many_adapters", _rows(*range(64)), adapters=64),
+    *(LoraCase(f"rank_{r}", _RAGGED, rank=r) for r in (1, 3, 4, 12, 16, 64, 128)),
+    LoraCase("mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8)),
+    LoraCase("odd_features", _RAGGED, in_features=111, out_features=500),
+    LoraCase("narrow_features", _RAGGED, in_features=7, out_features=5, rank=3),
+    LoraCase("wide_features", _MIXED, in_features=2049, out_features=2304),
+    LoraCase("out_r_layout", _RAGGED, b_layout="out_r"),
+    LoraCase("out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, b_layout="out_r"),
+    LoraCase("bf16", _RAGGED, x_dtype=BF16, w_dtype=BF16),
+    LoraCase("bf16_odd", _RAGGED, in_features=111, out_features=77, rank=5, x_dtype=BF16, w_dtype=BF16),
+    LoraCase("bf16_out_r", _MIXED, x_dtype=BF16, w_dtype=BF16, b_layout="out_r"),
+    LoraCase("bf16_mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8), x_dtype=BF16, w_dtype=BF16),
+    LoraCase("bf16_x_fp32_adapters", _RAGGED, x_dtype=BF16),
+    LoraCase("fp32_x_bf16_adapters", _RAGGED, w_dtype=BF16),
+    LoraCase("fp16_by_reference", _RAGGED, x_dtype=F16, w_dtype=F16),
+    LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperCase:
+    """A hypernetwork for both of its ops: trunk rows, then the head of one module."""
+
+    name: str
+    sides: int = 1
+    rank: int = 4
+    position: str = "none"  # "none", "learned" or "rotary": one latent a rank with the latter two
+    tasks: int = 3
+    modules: int = 2
+    layers: int = 5
+    task_width: int = 16
+    width: int = 32
+    head_in: int = 40
+    in_features: int = 64
+    out_features: int = 48
+    bias: bool = True
+    affine: bool = False  # mul and add
+    dtype: torch.dtype = F32
+
+    @property
+    def ranks(self) -> int:
+        return 1 if self.position == "none" else self.rank
+
+    def _cast(self, arguments: dict, dtype: torch.dtype | None) -> dict:
+        dtype = F64 if self.dtype == F64 else dtype  # float64 matrices go with float64 vectors
+        return arguments if dtype is None else _upcast(arguments, dtype)
+
+    def make_trunk(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
+        """Arguments of ``ops.hypernet_trunk`` by name; ``dtype`` upcasts every operand after rounding (the oracle)."""
+        g = torch.Generator().manual_seed(seed)
+        m, t, h = self.width, self.task_width, self.head_in
+
+        def randn(*shape: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(shape, generator=g) * scale
+
+        def matrix(rows: int, cols: int) -> Tensor:
+            return randn(rows, cols, scale=cols**-0.5).to(self.dtype)
+
+        def mlp(out: int) -> list[Tensor]:
+            norm = [randn(m) * 0.1 + 1, randn(m, scale=0.1)]
+            return [*norm, matrix(4 * m, m), randn(4 * m, scale=0.1), matrix(out, 4 * m), randn(out, scale=0.1)]
+
+        weights = [matrix(4 * m, t), randn(self.modules, self.layers, 4 * m), matrix(m, 4 * m), randn(m, scale=0.1)]
+        weights += mlp(m) + mlp(m) + mlp(h)
+        arguments = {
+            "z": randn(self.tasks, t),
+            "weights": weights,
+            "side_emb": randn(self.modules, 2, m) if self.sides == 2 else None,
+            "pos_emb": randn(self.rank, m) if self.position == "learned" else None,
+            "rotary_ranks": self.rank if self.position == "rotary" else 0,
+        }
+        return self._cast(arguments, dtype)
+
+    def make_head(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
+        """Arguments of ``ops.hypernet_head`` by name."""
+        g = torch.Generator().manual_seed(seed + 1)
+        n, r, h, n_in, n_out = self.layers, self.rank, self.head_in, self.in_features, self.out_features
+        rows = r // self.ranks * (max(n_in, n_out) if self.sides == 2 else n_in + n_out)
+        latent = torch.randn(self.tasks, 2, self.sides, self.ranks, n, h, generator=g).to(self.dtype)
+        arguments = {
+            "latent": latent[:, 1],  # strided over tasks, as one module's share of the trunk's result is
+            "weight": (torch.randn(rows, h, generator=g) * h**-0.5).to(self.dtype),
+            "bias": torch.randn(rows, generator=g) if self.bias else None,
+            "rank": r,
+            "in_features": n_in,
+            "out_features": n_out,
+        }
+        for name, shape in (("A", (n, r, n_in)), ("B", (n, n_out, r))):
+            arguments[f"mul_{name}"] = torch.rand(shape, generator=g) + 0.5 if self.affine else None
+            arguments[f"add_{name}"] = torch.randn(shape, generator=g) if self.affine else None
+        return self._cast(arguments, dtype)
+
+
+def _upcast(value, dtype: torch.dtype):
+    if isinstance(value, Tensor):
+        return value.to(dtype)
+    if isinstance(value, dict):
+        return {k: _upcast(v, dtype) for k, v in value.items()}
+    return [_upcast(v, dtype) for v in value] if isinstance(value, list) else value
+
+
+HYPER_CASES = (
+    HyperCase("L"),
+    HyperCase("L_no_bias_affine", bias=False, affine=True),
+    HyperCase("M", sides=2),
+    HyperCase("M_affine_out_wider", sides=2, affine=True, bias=False, in_features=24, out_features=88),
+    HyperCase("S_learnable", sides=2, position="learned"),
+    HyperCase("S_rotary", sides=2, position="rotary"),
+    HyperCase("unshared_autoregressive", position="learned"),
+    HyperCase("one_task_one_layer", tasks=1, layers=1, modules=1),
+    HyperCase("odd_sizes", task_width=9, width=34, head_in=37, in_features=65, out_features=3, layers=33, rank=3),
+    HyperCase("many_tasks", tasks=19, layers=7),
+    HyperCase("no_tasks", tasks=0),
+    HyperCase("L_bf16", dtype=BF16),
+    HyperCase("M_bf16_affine", sides=2, affine=True, dtype=BF16),
+    HyperCase("S_rotary_bf16", sides=2, position="rotary", dtype=BF16, layers=17),
+    HyperCase("odd_sizes_bf16", task_width=9, width=34, head_in=37, in_features=65, out_features=3, dtype=BF16),
+    HyperCase("L_fp16_by_reference", dtype=F16),
+    HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),
+)

@@ -1,0 +1,155 @@
+import json
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2l_engine import CheckpointError, ConfigError, HyperNetwork
+from t2l_engine.checkpoint import describe
+from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius
+
+CASES = ("L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-offset-sft", "M-recon-z", "L-recon-delta")
+
+
+def adapters(net, task_emb):
+    """What ``net`` generates, in the form of expected.safetensors."""
+    stack = net.generate(task_emb)
+    return {f"adapter{i}.{k}": v for i in range(len(stack)) for k, v in stack.state_dict_peft(i).items()}
+
+
+def assert_parity(got, expected):
+    assert got.keys() == {key for key in expected if key.startswith("adapter")}
+    worst = max(got, key=lambda key: relative_frobenius(got[key], expected[key]))
+    assert relative_frobenius(got[worst], expected[worst]) <= PARITY_FROBENIUS, worst
+
+
+def reverse_modules(state):
+    """The file of a training process that iterated over the module set in the other order."""
+    names = list(dict.fromkeys(key.split(".")[1] for key in state if key.startswith("heads.")))
+    moved = {
+        key: tensor
+        for name in reversed(names)
+        for key, tensor in state.items()
+        if key.startswith((f"heads.{name}.", f"out_emb.{name}."))
+    }
+    return {key: tensor for key, tensor in state.items() if key not in moved} | moved
+
+
+def reverse_rows(state):
+    return state | {"layer_type_encoder.0.weight": state["layer_type_encoder.0.weight"].flip(0)}
+
+
+# --- parity with the reference -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_adapters(golden, case):
+    net = HyperNetwork.from_pretrained(golden / case)
+    expected = load_file(golden / case / "expected.safetensors")
+    task_emb = expected["task_emb"]
+    encoded = net.task_encoder(task_emb).detach()
+    assert relative_frobenius(encoded, expected["encoded_task_emb"]) <= PARITY_FROBENIUS
+    assert_parity(adapters(net, task_emb), expected)
+    singly = {
+        key.replace("adapter0", f"adapter{i}"): tensor
+        for i in range(len(task_emb))
+        for key, tensor in adapters(net, task_emb[i : i + 1]).items()
+    }
+    assert_parity(singly, expected)
+    meta = json.loads((golden / case / "meta.json").read_text())
+    assert {name: i for i, name in enumerate(net.config.modules)} == meta["module_to_int"]
+    assert net.scaling == meta["scaling"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_module_order_comes_from_the_tensors(edit, golden, case):
+    expected = load_file(golden / case / "expected.safetensors")
+    targets = {"target_modules": ["v_proj", "q_proj"]}
+    net = HyperNetwork.from_pretrained(edit(case, lambda s: reverse_rows(reverse_modules(s)), peft=targets))
+    assert net.config.modules == ("v_proj", "q_proj")
+    assert_parity(adapters(net, expected["task_emb"]), expected)
+    swapped = adapters(HyperNetwork.from_pretrained(edit(case, reverse_rows)), expected["task_emb"])
+    for key in swapped:
+        assert relative_frobenius(swapped[key], expected[key]) > 100 * PARITY_FROBENIUS, key
+
+
+def test_order_of_adapter_config_warns_after_sft_and_tensors_win(edit, golden):
+    expected = load_file(golden / "M-sft" / "expected.safetensors")
+    targets = {"target_modules": ["v_proj", "q_proj"]}
+    with pytest.warns(UserWarning, match="target_modules"):
+        net = HyperNetwork.from_pretrained(edit("M-sft", peft=targets))
+    assert_parity(adapters(net, expected["task_emb"]), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # reconstruction copies the list from another process: no evidence
+        HyperNetwork.from_pretrained(edit("M-recon-z", peft=targets))
+
+
+def test_module_order_override(golden):
+    expected = load_file(golden / "L-sft" / "expected.safetensors")
+    task_emb = expected["task_emb"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = HyperNetwork.from_pretrained(golden / "L-sft", module_order=["q_proj", "v_proj"])
+    assert_parity(adapters(net, task_emb), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = HyperNetwork.from_pretrained(golden / "L-sft", module_order=["v_proj", "q_proj"])
+    for key, tensor in adapters(net, task_emb).items():
+        assert relative_frobenius(tensor, expected[key]) > 100 * PARITY_FROBENIUS, key
+    for order in (["q_proj"], ["q_proj", "k_proj"], ["q_proj", "v_proj", "v_proj"]):
+        with pytest.raises(CheckpointError, match="module_order"):
+            HyperNetwork.from_pretrained(golden / "L-sft", module_order=order)
+
+
+def test_intermediate_checkpoint_finds_its_configuration(edit, golden):
+    folder = edit("L-sft")
+    step = folder / "checkpoints" / "it_100"
+    step.mkdir(parents=True)
+    (folder / "hypermod.pt").rename(step / "hypermod.pt")
+    expected = load_file(golden / "L-sft" / "expected.safetensors")
+    assert_parity(adapters(HyperNetwork.from_pretrained(step), expected["task_emb"]), expected)
+
+
+def test_fields_the_reference_ignores_are_no_contradiction(edit, golden):
+    expected = load_file(golden / "L-sft" / "expected.safetensors")
+    net = HyperNetwork.from_pretrained(edit("L-sft", args={"encoder_type": "vq", "head_use_bias": True}))
+    assert_parity(adapters(net, expected["task_emb"]), expected)
+
+
+@pytest.mark.parametrize(("scaling", "value"), [(None, 4.0), ("rslora", 4.0), ("plain", 2.0), (0.75, 0.75), (3, 3.0)])
+def test_scaling(golden, scaling, value):  # lora_alpha 8, rank 4, rsLoRA
+    net = HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+    assert net.scaling == value
+    assert net.generate(torch.ones(2, 48)).scaling.tolist() == [value, value]
+
+
+@pytest.mark.parametrize("scaling", ["rsLoRA", 0, -1.0, float("nan"), True, [2]])
+def test_scaling_refused(golden, scaling):
+    with pytest.raises(ConfigError, match="scaling"):
+        HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+
+
+# --- native form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_native_round_trip_is_bitwise(golden, tmp_path, case, dtype):
+    net = HyperNetwork.from_pretrained(golden / case, dtype=dtype)
+    metadata = {"base_model": "tiny", "training": {"steps": 3}}
+    net.save_pretrained(tmp_path, metadata)
+    again = HyperNetwork.from_pretrained(tmp_path)
+    assert again.config == net.config and again.dtype == dtype
+    before, after = net.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype and torch.equal(tensor, after[key]), key
+    assert before["mlp1.linear1.weight"].dtype == dtype and before["mlp1.norm.weight"].dtype == torch.float32
+    task_emb = load_file(golden / case / "expected.safetensors")["task_emb"]
+    first, second = net.generate(task_emb), again.generate(task_emb)
+    for name in first.lora_A:
+        assert first.lora_A[name].dtype == dtype
+        assert torch.equal(first.lora_A[name], second.lora_A[name])
+        assert torch.equal(first.lora_B[name], second.lora_B[name])
+    assert describe(tmp_path) == metadata

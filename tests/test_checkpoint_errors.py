@@ -1,0 +1,240 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from t2l_engine import CheckpointError, ConfigError, HyperNetwork
+
+# --- what a file may not hold --------------------------------------------------------------------------------------
+
+
+def refused(folder):
+    """The message with which a checkpoint folder is refused."""
+    with pytest.raises(CheckpointError) as error:
+        HyperNetwork.from_pretrained(folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("case", ["L-sft", "S-pos-sft"])
+def test_missing_key_is_named(edit, golden, case):
+    # Without these two the file looks like another variant or encoder, which is what the message says.
+    named = {"pos_emb.0.weight": "learnable_pos_emb", "task_encoder.mlp.1.weight": "task_encoder"}
+    for key in torch.load(golden / case / "hypermod.pt", weights_only=True):
+        message = refused(edit(case, lambda state, key=key: {k: v for k, v in state.items() if k != key}))
+        assert named.get(key, key) in message and "hypermod.pt" in message
+
+
+@pytest.mark.parametrize("case", ["L-sft", "S-pos-sft"])
+def test_misshaped_key_is_named(edit, golden, case):
+    # These two define sizes, so it is args.yaml that contradicts them.
+    named = {"task_encoder.mlp.0.weight": "hypernet_latent_size", "mlp3.4.weight": "head_in_size"}
+    for key, tensor in torch.load(golden / case / "hypermod.pt", weights_only=True).items():
+        wrong = torch.zeros([n + 1 for n in tensor.shape])
+        message = refused(edit(case, lambda state, key=key, wrong=wrong: state | {key: wrong}))
+        if key.startswith("AB_offset."):  # A and B define each other's sizes
+            assert "AB_offset" in message and key.rpartition(".")[2] in message
+        else:
+            assert named.get(key, key) in message
+
+
+@pytest.mark.parametrize(
+    "key", ["surprise", "mixer.1.surprise", "AB_offset.A.k_proj", "out_emb.q_proj.C", "heads.q_proj.surprise"]
+)
+def test_extra_key_is_named(edit, key):
+    assert key in refused(edit("M-sft", lambda state: state | {key: torch.zeros(3)}))
+
+
+def test_not_floating_point_is_named(edit):
+    folder = edit("L-sft", lambda state: state | {"mixer.4.bias": torch.zeros(32, dtype=torch.int64)})
+    with pytest.raises(CheckpointError, match=r"mixer\.4\.bias"):
+        HyperNetwork.from_pretrained(folder)
+
+
+def test_module_order_of_heads_and_sides_disagree(edit):
+    def reverse_sides(state):
+        moved = {key: tensor for key, tensor in state.items() if key.startswith("out_emb.")}
+        return {key: tensor for key, tensor in state.items() if key not in moved} | dict(reversed(moved.items()))
+
+    with pytest.raises(CheckpointError, match="module order of heads .* and of out_emb .* disagree"):
+        HyperNetwork.from_pretrained(edit("M-sft", reverse_sides))
+
+
+@pytest.mark.parametrize(
+    ("case", "field", "value"),
+    [
+        ("L-sft", "shared_AB_head", True),
+        ("M-sft", "shared_AB_head", False),
+        ("M-sft", "autoreg_gen", True),
+        ("S-rot-sft", "autoreg_gen", False),
+        ("S-rot-sft", "learnable_pos_emb", True),
+        ("S-pos-sft", "learnable_pos_emb", False),
+        ("L-sft", "head_in_size", 64),
+        ("L-sft", "head_in_size", 41),
+        ("L-sft", "head_in_size", None),
+        ("L-sft", "hypernet_latent_size", 64),
+        ("L-sft", "hypernet_latent_size", "32"),
+        ("L-sft", "training_task", "rl"),
+        ("L-recon-delta", "delta_w_scaling", 0),
+        ("L-recon-delta", "delta_w_scaling", None),
+        ("M-recon-z", "factorized", False),
+    ],
+)
+def test_args_contradict_the_tensors(edit, case, field, value):
+    with pytest.raises(CheckpointError, match=rf"args\.yaml.*{field}"):
+        HyperNetwork.from_pretrained(edit(case, args={field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("r", 8),
+        ("r", None),
+        ("target_modules", ["q_proj"]),
+        ("target_modules", ["q_proj", "k_proj"]),
+        ("target_modules", "q_proj|v_proj"),
+        ("lora_alpha", 0),
+        ("lora_alpha", None),
+    ],
+)
+def test_adapter_config_contradicts_the_tensors(edit, field, value):
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json.*{field}"):
+        HyperNetwork.from_pretrained(edit("L-sft", peft={field: value}))
+
+
+def test_unshared_autoregressive_heads_are_refused(edit):
+    def unshare(state):
+        rows = {"q_proj": 64 + 64, "v_proj": 64 + 32}
+        cut = {f"heads.{m}.{p}": state[f"heads.{m}.{p}"][:n] for m, n in rows.items() for p in ("weight", "bias")}
+        pos = {
+            "pos_emb.0.weight": torch.ones(4, 32),
+            "pos_emb.1.weight": torch.ones(32),
+            "pos_emb.1.bias": torch.ones(32),
+        }
+        return state | cut | pos
+
+    folder = edit("L-sft", unshare, args={"autoreg_gen": True, "learnable_pos_emb": True})
+    with pytest.raises(CheckpointError, match="unshared autoregressive heads are not supported"):
+        HyperNetwork.from_pretrained(folder)
+
+
+def test_other_task_encoders_are_refused(edit):
+    folder = edit(
+        "L-sft", lambda state: {k.replace("task_encoder.mlp.1.", "task_encoder.ln."): v for k, v in state.items()}
+    )
+    with pytest.raises(CheckpointError, match="task_encoder"):
+        HyperNetwork.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["hypermod.pt", "args.yaml", "adapter_config.json"])
+def test_missing_or_broken_file_is_named(edit, name):
+    folder = edit("L-sft")
+    whole = (folder / name).read_bytes()
+    kept = [b"", whole[: len(whole) // 2], whole[:-1]] if name == "hypermod.pt" else [b"\xff", b"[", b"[1]"]
+    for content in (*kept, b"no such format"):
+        (folder / name).write_bytes(content)
+        with pytest.raises(ConfigError, match=name):
+            HyperNetwork.from_pretrained(folder)
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        HyperNetwork.from_pretrained(folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        HyperNetwork.from_pretrained(tmp_path / "nowhere")
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle"])
+def test_pickled_code_is_refused_and_not_run(edit, tmp_path, form):
+    folder, marker = edit("L-sft"), tmp_path / "marker"
+    content = {"heads.q_proj.weight": Payload(marker)}
+    if form == "zip":
+        torch.save(content, folder / "hypermod.pt")
+    else:
+        (folder / "hypermod.pt").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="hypermod.pt"):
+        HyperNetwork.from_pretrained(folder)
+    assert not marker.exists()
+    if form == "zip":  # the payload was a live one
+        torch.load(folder / "hypermod.pt", weights_only=False)["heads.q_proj.weight"].close()
+        assert marker.exists()
+
+
+def test_yaml_code_is_refused_and_not_run(edit, tmp_path):
+    folder, marker = edit("L-sft"), tmp_path / "marker"
+    (folder / "args.yaml").write_text(f"training_task: !!python/object/apply:builtins.open ['{marker}', 'w']")
+    with pytest.raises(CheckpointError, match="args.yaml"):
+        HyperNetwork.from_pretrained(folder)
+    assert not marker.exists()
+
+
+# --- native form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native(golden, tmp_path):
+    HyperNetwork.from_pretrained(golden / "M-sft").save_pretrained(tmp_path / "native")
+    return tmp_path / "native"
+
+
+def test_native_config_is_strict(native):
+    path = native / "config.json"
+    blocks = json.loads(path.read_text())
+    network = blocks["hypernetwork"]
+    broken = [
+        (blocks | {"surprise": 1}, "surprise"),
+        (blocks | {"hypernetwork": network | {"surprise": 1}}, "surprise"),
+        (blocks | {"hypernetwork": {k: v for k, v in network.items() if k != "rank"}}, "rank"),
+        (blocks | {"hypernetwork": network | {"variant": "XL"}}, "variant"),
+        (blocks | {"format": "t2l_engine.hypernetwork.v0"}, "format"),
+        ({k: v for k, v in blocks.items() if k != "hypernetwork"}, "hypernetwork"),
+        ([], "format"),
+    ]
+    for values, field in broken:
+        path.write_text(json.dumps(values))
+        with pytest.raises(ConfigError, match=rf"config\.json.*{field}"):
+            HyperNetwork.from_pretrained(native)
+
+
+def test_native_tensors_are_strict(native):
+    path = native / "hypernet.safetensors"
+    state = load_file(path)
+    key = "mixer.linear2.bias"
+    broken = [
+        ({k: v for k, v in state.items() if k != key}, key),
+        (state | {key: state[key][1:].clone()}, key),
+        (state | {"surprise": state[key].clone()}, "surprise"),
+        (state | {"offsets.q_proj.surprise": state[key].clone()}, "surprise"),
+    ]
+    for tensors, name in broken:
+        save_file(tensors, path)
+        with pytest.raises(CheckpointError, match=rf"hypernet\.safetensors.*{name}"):
+            HyperNetwork.from_pretrained(native)
+    save_file(state, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="hypernet.safetensors"):
+        HyperNetwork.from_pretrained(native)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="hypernet.safetensors"):
+        HyperNetwork.from_pretrained(native)
+
+
+def test_native_module_order_and_metadata(golden, native):
+    assert HyperNetwork.from_pretrained(native, module_order=["q_proj", "v_proj"]).config.modules == (
+        "q_proj",
+        "v_proj",
+    )
+    with pytest.raises(CheckpointError, match="module_order"):
+        HyperNetwork.from_pretrained(native, module_order=["v_proj", "q_proj"])
+    with pytest.raises(ValueError, match="metadata.*surprise"):
+        HyperNetwork.from_pretrained(golden / "L-sft").save_pretrained(native, {"surprise": 1})

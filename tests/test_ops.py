@@ -1,0 +1,331 @@
+"""Every op against its float64 reference: values, bitwise promises, gradients, registration, errors."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from t2l_engine import _native, ops, reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
+
+by_name = {"ids": lambda case: case.name}
+lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
+hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
+SMALL = LoraCase("small", ((2, 0), (1, -1), (3, 1)), in_features=6, out_features=5, rank=2, adapters=2)
+TINY = {
+    "task_width": 4,
+    "width": 8,
+    "head_in": 6,
+    "in_features": 5,
+    "out_features": 4,
+    "rank": 2,
+    "layers": 2,
+    "tasks": 2,
+}
+TINY_HYPERS = [HyperCase("L", **TINY), HyperCase("M", sides=2, affine=True, **TINY)] + [
+    HyperCase(p, sides=2, position=p, bias=False, **TINY) for p in ("learned", "rotary")
+]
+
+
+def test_native_kernels_run():
+    """A run that silently used the fallback fails here."""
+    if os.environ.get(_native.DISABLE_VARIABLE) == "1":
+        pytest.skip("the reference was asked for")
+    assert ops.NATIVE
+    for name in ops.NATIVE_OPS:
+        assert ops.has_kernel(name, "CPU"), name
+    with pytest.raises(ValueError, match="name: expected one of"):
+        ops.has_kernel("nothing", "CPU")
+
+
+# --- batched LoRA ----------------------------------------------------------------------------------------------------
+
+
+def exact(arguments: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, delta, allowed error of y) in float64 from the same rounded operands."""
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    y0 = wide.pop("y")
+    delta = reference.lora_delta(**wide)
+    y = y0 + delta
+    bound = torch.zeros_like(y)
+    ranks = arguments["ranks"]
+    bounds = arguments["seg_indptr"].tolist()
+    for s, adapter in enumerate(arguments["seg_adapters"].tolist()):
+        rows = slice(bounds[s], bounds[s + 1])
+        if adapter >= 0:
+            r = wide["lora_A"].shape[1] if ranks is None else int(ranks[adapter])
+            a, b = wide["lora_A"][adapter, :r], wide["lora_B"][adapter, :, :r]
+            scaling = float(wide["scaling"][adapter])
+            bound[rows] = numerics.lora_bound(
+                wide["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype
+            )
+    return y, delta, bound
+
+
+@lora_cases
+def test_lora_add(case):
+    arguments = case.make(seed=1)
+    before = arguments["y"].clone()
+    around = arguments["y"]._base.clone()
+    y, _, bound = exact(arguments)
+    got = ops.lora_add_(**arguments)
+    assert got is arguments["y"]
+    assert ((got.double() - y).abs() <= bound).all()
+    base_rows = torch.repeat_interleave(arguments["seg_adapters"] < 0, arguments["seg_indptr"].diff())
+    assert torch.equal(got[base_rows], before[base_rows])
+    frame = got._base.clone()
+    frame[:, 3:-3] = around[:, 3:-3]
+    assert torch.equal(frame, around), "wrote outside its columns"
+
+
+@lora_cases
+def test_lora_delta(case):
+    arguments = case.make(seed=2)
+    arguments.pop("y")
+    y, delta, bound = exact(arguments | {"y": torch.zeros(case.tokens, case.out_features, dtype=case.x_dtype)})
+    got = ops.lora_delta(**arguments)
+    assert got.dtype == case.x_dtype and got.is_contiguous()
+    assert ((got.double() - delta).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_lora_rows_do_not_depend_on_neighbours(dtype):
+    """Bitwise: run twice, alone or in a batch, at any position, with any number of threads."""
+    case = LoraCase("rows", ((37, 0), (1, 1), (20, 0)), in_features=111, out_features=77, x_dtype=dtype, w_dtype=dtype)
+    arguments = case.make()
+    whole = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    shared = {k: arguments[k] for k in ("lora_A", "lora_B", "scaling", "ranks")}
+    for token, adapter in ((0, 0), (36, 0), (37, 1), (50, 0)):
+        alone = ops.lora_delta(
+            x=arguments["x"][token : token + 1],
+            seg_indptr=torch.tensor([0, 1], dtype=torch.int32),
+            seg_adapters=torch.tensor([adapter], dtype=torch.int32),
+            max_seg_len=1,
+            **shared,
+        )
+        assert torch.equal(alone[0], whole[token])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"}))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_lora_nan_stays_in_its_row():
+    arguments = LoraCase("nan", ((1, 0), (1, 0), (1, 1))).make()
+    arguments["x"][1, 5] = float("nan")
+    y, *_ = exact(arguments)
+    got = ops.lora_add_(**arguments)
+    assert torch.equal(got.isnan(), y.isnan()) and got[1].isnan().all() and not got[0].isnan().any()
+
+
+def test_large_offsets():
+    """Adapter offsets beyond 2^31 elements: the last of many adapters in one huge, mostly untouched buffer."""
+    adapters, rank, n = 3, 8, 64
+    stride = 2**30 + 1024
+    a = torch.empty(2 * stride + rank * n, dtype=BF16).as_strided((adapters, rank, n), (stride, n, 1))
+    case = LoraCase("far", ((2, 2), (1, 0)), in_features=n, adapters=adapters, x_dtype=BF16, w_dtype=BF16)
+    arguments = case.make()
+    near = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    a.copy_(arguments["lora_A"])
+    far = ops.lora_delta(**{k: v for k, v in (arguments | {"lora_A": a}).items() if k != "y"})
+    assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"seg_adapters": torch.tensor([0, 2, 1], dtype=torch.int32)},
+            r"seg_adapters: expected ids in \[-1, 2\), got 2",
+        ),
+        (
+            {"seg_adapters": torch.tensor([0, -2, 1], dtype=torch.int32)},
+            r"seg_adapters: expected ids in \[-1, 2\), got -2",
+        ),
+        ({"seg_adapters": torch.tensor([0, 1, 1])}, "seg_adapters: expected int32, got int64"),
+        ({"seg_indptr": torch.tensor([0, 2, 3, 7], dtype=torch.int32)}, "expected the number of tokens 6 last, got 7"),
+        ({"seg_indptr": torch.tensor([0, 3, 2, 6], dtype=torch.int32)}, "segments of 0 to max_seg_len = 3 tokens"),
+        ({"seg_indptr": torch.tensor([0, 6], dtype=torch.int32)}, r"seg_indptr: expected shape \[4\], got \[2\]"),
+        ({"max_seg_len": 2}, "segments of 0 to max_seg_len = 2 tokens, got 3"),
+        ({"lora_B": torch.zeros(2, 5, 3)}, r"lora_B: expected shape \[2, \*, 2\], got \[2, 5, 3\]"),
+        ({"lora_B": torch.zeros(2, 5, 2, dtype=BF16)}, "lora_B: expected float32, got bfloat16"),
+        ({"lora_A": torch.zeros(2, 6, 2).mT}, "lora_A: expected last stride 1"),
+        ({"y": torch.zeros(6, 5, dtype=BF16)}, "y: expected float32, got bfloat16"),
+        ({"y": torch.zeros(6, 4)}, r"y: expected shape \[6, 5\], got \[6, 4\]"),
+        ({"scaling": torch.ones(2, dtype=F64)}, "scaling: expected float32, got float64"),
+        ({"ranks": torch.tensor([1, 3], dtype=torch.int32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
+    ],
+)
+def test_lora_errors(change, message):
+    if not ops.NATIVE:
+        pytest.skip("the native kernels check their arguments")
+    arguments = SMALL.make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.lora_add_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+# --- hypernetwork ----------------------------------------------------------------------------------------------------
+
+
+@hyper_cases
+def test_hypernet_trunk(case):
+    arguments = case.make_trunk(seed=3)
+    got = ops.hypernet_trunk(**arguments)
+    plain = reference.hypernet_trunk(**arguments)
+    oracle = reference.hypernet_trunk(**case.make_trunk(seed=3, dtype=F64))
+    assert got.shape == oracle.shape and got.dtype == case.dtype and got.is_contiguous()
+    if case.tasks:
+        assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
+
+
+@hyper_cases
+def test_hypernet_head(case):
+    arguments = case.make_head(seed=4)
+    wide = case.make_head(seed=4, dtype=F64)
+    oracle = reference.hypernet_head(**wide)
+    magnitude = reference.hypernet_head(**{k: v.abs() if isinstance(v, torch.Tensor) else v for k, v in wide.items()})
+    stored = [torch.full((*t.shape[:-1], t.shape[-1] + 2), float("nan"))[..., 1:-1] for t in oracle]
+    ops.hypernet_head_out_(*stored, **arguments, scale_B=2.0)
+    for side, (got, expected, size) in enumerate(zip(ops.hypernet_head(**arguments), oracle, magnitude, strict=True)):
+        bound = numerics.head_bound(size, expected, case.head_in, case.dtype)
+        assert got.dtype == case.dtype
+        assert ((got.double() - expected).abs() <= bound).all()
+        assert (got.mT if side else got).is_contiguous()
+        scale = 2.0 if side else 1.0
+        into = numerics.head_bound(size * scale, expected * scale, case.head_in, torch.float32)
+        assert ((stored[side].double() - expected * scale).abs() <= into).all()
+        assert stored[side]._base[..., [0, -1]].isnan().all(), "wrote outside its storage"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
+    case = HyperCase("batch", tasks=21, layers=7, dtype=dtype)
+    trunk, head = case.make_trunk(), case.make_head()
+    latent, (lora_A, lora_B) = ops.hypernet_trunk(**trunk), ops.hypernet_head(**head)
+    for task in (0, 13, 20):
+        row = slice(task, task + 1)
+        assert torch.equal(ops.hypernet_trunk(**(trunk | {"z": trunk["z"][row]})), latent[row])
+        alone = ops.hypernet_head(**(head | {"latent": head["latent"][row]}))
+        assert torch.equal(alone[0], lora_A[row]) and torch.equal(alone[1], lora_B[row])
+
+
+def test_hypernet_errors():
+    if not ops.NATIVE:
+        pytest.skip("the native kernels check their arguments")
+    trunk, head = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_head()
+    with pytest.raises(RuntimeError, match="weights: expected 22 tensors, got 21"):
+        ops.hypernet_trunk(**(trunk | {"weights": trunk["weights"][:-1]}))
+    wrong = [*trunk["weights"]]
+    wrong[6] = wrong[6].to(BF16)
+    with pytest.raises(RuntimeError, match=r"weights\[6\]: expected float32, got bfloat16"):
+        ops.hypernet_trunk(**(trunk | {"weights": wrong}))
+    with pytest.raises(RuntimeError, match=r"weight: expected shape \[448, 40\], got \[447, 40\]"):
+        ops.hypernet_head(**(head | {"weight": head["weight"][:-1]}))
+    with pytest.raises(RuntimeError, match="latent: expected float32, got bfloat16"):
+        ops.hypernet_head(**(head | {"latent": head["latent"].to(BF16)}))
+
+
+# --- gradients and registration --------------------------------------------------------------------------------------
+
+
+def grad_inputs(arguments: dict, names: tuple[str, ...]) -> dict:
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    return wide | {k: wide[k].detach().clone().requires_grad_() for k in names if wide[k] is not None}
+
+
+def test_lora_delta_gradcheck():
+    arguments = SMALL.make()
+    arguments.pop("y")
+    arguments["ranks"] = torch.tensor([2, 1], dtype=torch.int32)
+    wide = grad_inputs(arguments, ("x", "lora_A", "lora_B")) | {"scaling": arguments["scaling"]}
+    run = lambda x, a, b: ops.lora_delta(**(wide | {"x": x, "lora_A": a, "lora_B": b}))  # noqa: E731
+    assert torch.autograd.gradcheck(run, (wide["x"], wide["lora_A"], wide["lora_B"]))
+
+
+@pytest.mark.parametrize("case", TINY_HYPERS, **by_name)
+def test_hypernet_gradcheck(case):
+    trunk = case.make_trunk(dtype=F64)
+    tensors = [
+        t.requires_grad_()
+        for t in (trunk["z"], *trunk["weights"], trunk["side_emb"], trunk["pos_emb"])
+        if t is not None
+    ]
+
+    def run_trunk(*_):
+        return ops.hypernet_trunk(**trunk)
+
+    assert torch.autograd.gradcheck(run_trunk, tensors, fast_mode=True)
+    head = case.make_head(dtype=F64)
+    tensors = [head[k].requires_grad_() for k in ("weight", "bias") if head[k] is not None]
+    head["latent"] = head["latent"].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda *_: ops.hypernet_head(**head), [head["latent"], *tensors], fast_mode=True)
+
+
+OPCHECK_LORA = [
+    c for c in LORA_CASES if c.name in ("mixed_rows", "bf16_mixed_ranks", "out_r_layout", "fp64_by_reference")
+]
+
+
+@pytest.mark.parametrize("case", OPCHECK_LORA, **by_name)
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_lora(case, grad):
+    case = dataclasses.replace(case, ranks=None)
+    arguments = list(case.make().values())
+    y, rest = arguments[0], arguments[1:]
+    if grad:
+        rest[:3] = [t.detach().clone().requires_grad_() for t in rest[:3]]
+    torch.library.opcheck(torch.ops.t2l_engine.lora_delta.default, tuple(rest))
+    if not grad:
+        torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest))
+        delta = ops.lora_delta(*rest)
+        torch.library.opcheck(torch.ops.t2l_engine.lora_delta_backward.default, (delta, *rest))
+
+
+OPCHECK_HYPER = [c for c in HYPER_CASES if c.name in ("L", "M_affine_out_wider", "S_learnable", "S_rotary_bf16")]
+
+
+@pytest.mark.parametrize("case", OPCHECK_HYPER, **by_name)
+def test_opcheck_hypernet(case):
+    trunk = list(case.make_trunk().values())
+    trunk[0].requires_grad_()
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, tuple(trunk))
+    head = case.make_head()
+    order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
+    arguments = [head[k] for k in order]
+    out = ops.hypernet_head(**head)
+    arguments[0] = arguments[0].detach().clone().requires_grad_()
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_head.default, tuple(arguments))
+    stored = [torch.empty(t.shape) for t in out]
+    arguments[0] = arguments[0].detach()
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_head_out_.default, (*stored, *arguments, 1.0))
+
+
+def test_instruction_sets():
+    """The op cases under every instruction set of this CPU; a name it lacks is an error."""
+    if not ops.NATIVE:
+        pytest.skip("the reference was asked for")
+    from t2l_engine import _core
+
+    if os.environ.get("T2L_ISA"):
+        pytest.skip("an instruction set was asked for")
+    selection = (
+        "test_lora_add or test_lora_delta or test_hypernet_trunk or test_hypernet_head or neighbours or on_the_batch"
+    )
+    for isa in _core.available_isas():
+        command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and not gradcheck", __file__]
+        run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
+        assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
+    probe = "import torch; from t2l_engine.testing.cases import SMALL_CASE as c; from t2l_engine import ops; ops.lora_add_(**c.make())"
+    probe = probe.replace("SMALL_CASE", "LORA_CASES").replace("c.make()", "c[4].make()")
+    run = subprocess.run(
+        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True
+    )
+    assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16" in run.stderr
