@@ -161,7 +161,7 @@ def test_pickled_code_is_refused_and_not_run(edit, tmp_path, form):
     if form == "zip":
         torch.save(content, folder / "hypermod.pt")
     else:
-        (folder / "hypermod.pt").write_bytes(pickle.dumps(content))
+        (folder / "hypermod.pt").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(CheckpointError, match="hypermod.pt"):
         HyperNetwork.from_pretrained(folder)
     assert not marker.exists()

@@ -31,6 +31,11 @@ TINY_HYPERS = [HyperCase("L", **TINY), HyperCase("M", sides=2, affine=True, **TI
 ]
 
 
+def needs_native(why: str) -> None:
+    if not ops.NATIVE:
+        pytest.skip(why)
+
+
 def test_native_kernels_run():
     """A run that silently used the fallback fails here."""
     if os.environ.get(_native.DISABLE_VARIABLE) == "1":
@@ -95,6 +100,7 @@ def test_lora_delta(case):
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_lora_rows_do_not_depend_on_neighbours(dtype):
     """Bitwise: run twice, alone or in a batch, at any position, with any number of threads."""
+    needs_native("torch's own products do not promise it")
     case = LoraCase("rows", ((37, 0), (1, 1), (20, 0)), in_features=111, out_features=77, x_dtype=dtype, w_dtype=dtype)
     arguments = case.make()
     whole = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
@@ -163,8 +169,7 @@ def test_large_offsets():
     ],
 )
 def test_lora_errors(change, message):
-    if not ops.NATIVE:
-        pytest.skip("the native kernels check their arguments")
+    needs_native("the native kernels check their arguments")
     arguments = SMALL.make()
     kept = arguments["y"].clone()
     with pytest.raises(RuntimeError, match=message):
@@ -207,6 +212,7 @@ def test_hypernet_head(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
+    needs_native("torch's own products do not promise it")
     case = HyperCase("batch", tasks=21, layers=7, dtype=dtype)
     trunk, head = case.make_trunk(), case.make_head()
     latent, (lora_A, lora_B) = ops.hypernet_trunk(**trunk), ops.hypernet_head(**head)
@@ -218,8 +224,7 @@ def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
 
 
 def test_hypernet_errors():
-    if not ops.NATIVE:
-        pytest.skip("the native kernels check their arguments")
+    needs_native("the native kernels check their arguments")
     trunk, head = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_head()
     with pytest.raises(RuntimeError, match="weights: expected 22 tensors, got 21"):
         ops.hypernet_trunk(**(trunk | {"weights": trunk["weights"][:-1]}))
@@ -310,8 +315,7 @@ def test_opcheck_hypernet(case):
 
 def test_instruction_sets():
     """The op cases under every instruction set of this CPU; a name it lacks is an error."""
-    if not ops.NATIVE:
-        pytest.skip("the reference was asked for")
+    needs_native("instruction sets are the native library's")
     from t2l_engine import _core
 
     if os.environ.get("T2L_ISA"):

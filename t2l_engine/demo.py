@@ -1,0 +1,160 @@
+"""``python -m t2l_engine.demo``: sentences change what a real language model does, and what that costs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import t2l_engine as t2l
+from t2l_engine import flops, ops
+from t2l_engine.integrations import smollm2
+from t2l_engine.prompts import chat_prompt, raw_prompt
+
+CHECKPOINT = "smollm2-135m"
+
+#: description -> inputs with the right answer.  Neither these descriptions nor these inputs were in the training data.
+TASKS = {
+    "Return the last element of the comma separated list.": [
+        ("cookie, think, socks", "socks"),
+        ("paintbrush, hammer, impala", "impala"),
+        ("soda, macaw, banana", "banana"),
+    ],
+    "Answer with the simple past of the given verb.": [("destroy", "destroyed"), ("borrow", "borrowed"), ("reply", "replied")],
+    "Write the characters of the input word, separate the characters with a space.": [
+        ("smoke", "s m o k e"),
+        ("bitter", "b i t t e r"),
+        ("harvest", "h a r v e s t"),
+    ],
+}
+#: One input, two descriptions.
+SAME_INPUT = "violin, tiger, basket"
+TWO = ["Return the first element of the comma separated list.", "Pick out the animal from the comma separated list."]
+#: Three worked examples for the cost of in-context learning.
+SHOTS = [("granite, whisper, melon", "melon"), ("yawn, cabinet, heron", "heron"), ("maple, engine, sponge", "sponge")]
+
+console = Console(highlight=False, width=118)
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> list[str]:
+    """First line of the greedy continuation of every prompt, all in one batch."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]
+
+
+def milliseconds(function, repeats: int = 5) -> float:
+    """Fastest of ``repeats`` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+def show_tasks(model, tokenizer, lora) -> None:
+    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs")
+    score = {"base": 0, "adapted": 0}
+    for i, (description, pairs) in enumerate(TASKS.items()):
+        table.add_section()
+        table.add_row(f"[bold]{description}[/bold]")
+        base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
+        with lora.use(i):
+            adapted = answer(model, tokenizer, [chat_prompt(tokenizer, x) for x, _ in pairs])
+        for (x, right), b, a in zip(pairs, base, adapted, strict=True):
+            score["base"] += b == right
+            score["adapted"] += a == right
+            table.add_row(x, b[:40], "yes" if b == right else "no", a[:40], "yes" if a == right else "no")
+    console.print(table)
+    total = sum(map(len, TASKS.values()))
+    console.print(
+        f"Right: base model {score['base']} of {total} (it reads the description in its prompt), "
+        f"adapted {score['adapted']} of {total} (it reads the input alone).\n"
+    )
+
+
+def show_two_descriptions(model, tokenizer, lora) -> None:
+    table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
+    with lora.use([len(TASKS), len(TASKS) + 1]):
+        answers = answer(model, tokenizer, [chat_prompt(tokenizer, SAME_INPUT)] * 2)
+    for description, got in zip(TWO, answers, strict=True):
+        table.add_row(description, got)
+    console.print(table)
+    console.print()
+
+
+def show_mixed_batch(model, tokenizer, lora) -> None:
+    table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none")
+    rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
+    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "rocket")]
+    prompts = [chat_prompt(tokenizer, x) for _, x in rows]
+    with lora.use([i for i, _ in rows]):
+        together = answer(model, tokenizer, prompts)
+    for row, (adapter, text) in enumerate(rows):
+        with lora.use(adapter):
+            alone = answer(model, tokenizer, prompts)[row]
+        table.add_row(str(row), str(adapter) if adapter >= 0 else "base", text, together[row][:40], "same" if alone == together[row] else alone)
+    console.print(table)
+    console.print()
+
+
+def show_costs(model, tokenizer, engine) -> None:
+    description = next(iter(TASKS))
+    text = TASKS[description][0][0]
+    config = engine.hypernetwork.config
+    task_emb = engine.encoder.encode([description])
+    stack = engine.hypernetwork.generate(task_emb)
+
+    def attach_and_detach() -> None:
+        t2l.attach(model, stack).detach()
+
+    table = Table("step", "time", title="4. What it costs (this machine, one description, fastest of 5)")
+    table.add_row("text encoder", f"{milliseconds(lambda: engine.encoder._embed([description])):.1f} ms")
+    table.add_row("hypernetwork", f"{milliseconds(lambda: engine.hypernetwork.generate(task_emb)):.1f} ms")
+    table.add_row("attach", f"{milliseconds(attach_and_detach):.1f} ms")
+    console.print(table)
+    values = stack.num_parameters
+    size = values * stack.dtype.itemsize / 1e6
+    console.print(f"One adapter: rank {config.rank}, {values:,} values, {size:.2f} MB in {str(stack.dtype).removeprefix('torch.')}.")
+
+    count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
+    question, shots = count(chat_prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
+    words = len(engine.encoder.tokenizer(description)["input_ids"])
+    once = flops.encoder_flops(engine.encoder.model.config, words) + flops.hypernet_flops(config)
+    per_question = flops.decoder_flops(model.config, question) + flops.lora_flops(config, question)
+    in_context = flops.decoder_flops(model.config, shots)
+    table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
+    for questions in (1, 10, 100):
+        ours, theirs = once + questions * per_question, questions * in_context
+        table.add_row(str(questions), f"{ours / 1e9:,.1f} G", f"{theirs / 1e9:,.1f} G", f"{theirs / ours:.2f} x")
+    console.print(table)
+    console.print(
+        f"{question} tokens a question against {shots} with description and examples; describing costs {once / 1e9:.2f} GFLOP once. "
+        "Prompt processing to the first answer token, examples not cached.\n"
+    )
+
+
+def main() -> None:
+    """Run the demo; every number on screen is computed here and now."""
+    torch.manual_seed(0)
+    console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
+    with console.status("Loading SmolLM2-135M-Instruct (the first time its weights are unpacked: about 20 s) ..."):
+        model, tokenizer = smollm2.load()
+    with console.status("Loading the text encoder and the hypernetwork ..."):
+        engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
+    lora = t2l.attach(model, engine.generate([*TASKS, *TWO]))
+    show_tasks(model, tokenizer, lora)
+    show_two_descriptions(model, tokenizer, lora)
+    show_mixed_batch(model, tokenizer, lora)
+    lora.detach()
+    show_costs(model, tokenizer, engine)
+    console.print("Next: t2l generate \"Name the animal in the list.\" -o out/   writes an adapter that PEFT and vLLM load.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Judging adapters on tasks; never imported by the core."""

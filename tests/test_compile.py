@@ -1,0 +1,56 @@
+"""torch.compile: whole graphs, and no recompilation when ids, batch content or adapters change."""
+
+import torch
+
+import t2l_engine as t2l
+from t2l_engine import ops
+from t2l_engine.testing.cases import HYPER_CASES, LORA_CASES, LoraCase
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+def test_ops_compile_whole():
+    lora = next(c for c in LORA_CASES if c.name == "ragged").make()
+    rest = {k: v for k, v in lora.items() if k != "y"}
+    assert torch.equal(compiled(ops.lora_delta)(**rest), ops.lora_delta(**rest))
+    hyper = next(c for c in HYPER_CASES if c.name == "M")
+    trunk = hyper.make_trunk()
+    assert torch.equal(compiled(ops.hypernet_trunk)(**trunk), ops.hypernet_trunk(**trunk))
+    head = hyper.make_head()
+    for got, expected in zip(compiled(ops.hypernet_head)(**head), ops.hypernet_head(**head), strict=True):
+        assert torch.equal(got, expected) and got.stride() == expected.stride()
+
+
+def test_gradients_through_compile():
+    lora = LoraCase("small", ((2, 0), (1, -1), (3, 1)), adapters=2).make()
+    names = ("x", "lora_A", "lora_B")
+
+    def loss(x, a, b):
+        return ops.lora_delta(**{k: v for k, v in (lora | dict(zip(names, (x, a, b), strict=True))).items() if k != "y"}).square().sum()
+
+    eager = [lora[k].detach().clone().requires_grad_() for k in names]
+    other = [t.detach().clone().requires_grad_() for t in eager]
+    loss(*eager).backward()
+    compiled(loss)(*other).backward()
+    for a, b in zip(eager, other, strict=True):
+        assert torch.allclose(a.grad, b.grad)
+
+
+def test_no_recompilation_over_ids_and_adapters(tiny_model, stack_for):
+    model = tiny_model("Llama")
+    lora = t2l.attach(model, stack_for(model, ["q_proj", "v_proj"], num_adapters=4))
+    ids = torch.randint(0, 97, (4, 6))
+    model_plain = tiny_model("Llama")
+    run = compiled(lambda x: model(input_ids=x, use_cache=False).logits)
+    lora.set([0, 1, 2, -1])
+    with torch.no_grad():
+        run(ids)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for step, rows in enumerate(([3, 3, 0, -1], [-1, -1, -1, -1], [2, 0, 1, 3])):
+                lora.set(rows)
+                lora.put(1, stack_for(model_plain, ["q_proj", "v_proj"], num_adapters=1, seed=step))
+                assert torch.allclose(run(ids), model(input_ids=ids, use_cache=False).logits, atol=1e-6)
+    lora.detach()

@@ -1,0 +1,247 @@
+"""Which adapter each row of a batch gets: rows, -1, generation, beams, segments, and the ids themselves."""
+
+import pytest
+import torch
+from torch import nn
+
+from t2l_engine import AdapterBatch, AdapterStack, attach
+from t2l_engine.testing.numerics import ROW_ATOL
+
+NAMES = ("q_proj", "v_proj", "down_proj")
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("Llama", head_dim=32)
+
+
+@pytest.fixture
+def handle(model, stack_for):
+    """Eight adapters on ``model``."""
+    return attach(model, stack_for(model, NAMES, num_adapters=8))
+
+
+@pytest.fixture
+def prompts():
+    """Eight prompts of different lengths, left padding."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 97, (8, 9), generator=generator)
+    mask = (torch.arange(9) >= torch.arange(8)[:, None] // 2).long()
+    return {"input_ids": tokens * mask, "attention_mask": mask}
+
+
+@torch.no_grad()
+def logits(model, prompts):
+    return model(**prompts).logits
+
+
+def generate(model, prompts, **kwargs):
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | kwargs
+    return model.generate(**prompts, **options)
+
+
+def test_rows_of_a_mixed_batch(model, handle, prompts):
+    base = logits(model, prompts)
+    order = [5, 2, 7, 0, 1, 6, 3, 4]
+    with handle.use(order):
+        mixed = logits(model, prompts)
+    real = prompts["attention_mask"].bool()
+    for row, adapter in enumerate(order):
+        with handle.use(adapter):
+            alone = logits(model, prompts)
+        at = row, real[row]
+        assert (mixed[at] - alone[at]).abs().max() <= ROW_ATOL
+        assert (mixed[at] - base[at]).abs().max() > 1000 * ROW_ATOL
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_rows_are_bitwise_the_base_model(tiny_model, stack_for, prompts, dtype, grad):
+    model = tiny_model("Llama", dtype=dtype)
+    with torch.set_grad_enabled(grad):
+        base = model(**prompts).logits
+        handle = attach(model, stack_for(model, NAMES, num_adapters=8))
+        idle = model(**prompts).logits
+        with handle.use([3, -1, 0, -1, -1, 7, 1, -1]):
+            mixed = model(**prompts).logits
+        with handle.use(-1):
+            none = model(**prompts).logits
+    assert torch.equal(idle, base) and torch.equal(none, base)
+    for row, adapted in enumerate([True, False, True, False, False, True, True, False]):
+        assert torch.equal(mixed[row], base[row]) != adapted
+
+
+def test_generation_with_cache(model, handle, prompts):
+    order = [5, 2, 7, -1, 1, 6, 3, 4]
+    with handle.use(order):
+        mixed = generate(model, prompts)
+    for row, adapter in enumerate(order):
+        with handle.use(adapter):
+            assert torch.equal(mixed[row], generate(model, prompts)[row])
+    base = generate(model, prompts)
+    assert sum(torch.equal(mixed[row], base[row]) for row in range(8)) == 1
+
+
+@pytest.mark.parametrize("kwargs", [{"num_beams": 2}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_beams_repeat_the_ids_of_rows(model, handle, prompts, kwargs):
+    copies = kwargs.get("num_return_sequences", 1)
+    order = [0, 1, 2, 3, 4, 5, 6, -1]
+    with handle.use(order):
+        mixed = generate(model, prompts, **kwargs).unflatten(0, (8, copies))
+    for row, adapter in enumerate(order):
+        with handle.use(adapter):
+            assert torch.equal(mixed[row], generate(model, prompts, **kwargs).unflatten(0, (8, copies))[row])
+
+
+def test_ids_of_any_integer_form(model, handle, prompts):
+    with handle.use([2] * 8):
+        expected = logits(model, prompts)
+    for ids in (2, (2,) * 8, torch.full((8,), 2), torch.full((8,), 2, dtype=torch.int32), [2], [2, 2]):
+        with handle.use(ids):
+            assert (logits(model, prompts) - expected).abs().max() <= ROW_ATOL
+
+
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        (8, IndexError),
+        (-2, IndexError),
+        ([0, 8], IndexError),
+        ([0, -2], IndexError),
+        ([2**40], IndexError),
+        (2**70, (IndexError, ValueError)),
+        (torch.tensor([9]), IndexError),
+        (AdapterBatch.from_rows([0, 8], 4), IndexError),
+        (AdapterBatch.from_rows([-2], 4), IndexError),
+        ([], ValueError),
+        (1.0, ValueError),
+        ([0.0, 1.0], ValueError),
+        (True, ValueError),
+        ([True, False], ValueError),
+        ([0, True], ValueError),
+        (torch.tensor(1), ValueError),
+        (torch.tensor([[0, 1]]), ValueError),
+        (torch.tensor([0j]), ValueError),
+        ("01", ValueError),
+        (None, ValueError),
+        ([None], ValueError),
+    ],
+    ids=str,
+)
+def test_bad_ids_change_nothing(model, handle, prompts, ids, error):
+    handle.set(3)
+    before = logits(model, prompts)
+    with pytest.raises(error, match="ids"):
+        handle.set(ids)
+    with pytest.raises(error, match="ids"), handle.use(ids):
+        pass
+    assert torch.equal(logits(model, prompts), before)
+
+
+def test_wrong_number_of_ids(model, handle, prompts):
+    for count in (3, 9, 16):
+        with handle.use([0] * count), pytest.raises(ValueError, match=f"8 rows.*got {count} ids"):
+            model(**prompts)
+
+
+def test_use_returns_to_what_was_before(model, handle, prompts):
+    base = logits(model, prompts)
+    alone = {}
+    for adapter in range(3):
+        with handle.use(adapter):
+            alone[adapter] = logits(model, prompts)
+    assert torch.equal(logits(model, prompts), base)
+    assert not torch.equal(alone[0], alone[1])
+    handle.set(0)
+    with handle.use(1):
+        with handle.use([2] * 8):
+            assert (logits(model, prompts) - alone[2]).abs().max() <= ROW_ATOL
+        assert torch.equal(logits(model, prompts), alone[1])
+        with pytest.raises(ZeroDivisionError), handle.use(2):
+            raise ZeroDivisionError
+        assert torch.equal(logits(model, prompts), alone[1])
+        handle.set(2)
+    assert torch.equal(logits(model, prompts), alone[0])
+    handle.set(-1)
+    assert torch.equal(logits(model, prompts), base)
+
+
+def test_ids_given_as_tensor_are_copied(model, handle, prompts):
+    ids = torch.zeros(8, dtype=torch.int32)
+    handle.set(ids)
+    before = logits(model, prompts)
+    ids.fill_(1)
+    assert torch.equal(logits(model, prompts), before)
+    handle.set(ids)
+    assert not torch.equal(logits(model, prompts), before) and ids.tolist() == [1] * 8
+
+
+def test_modules_an_adapter_lacks_stay_base(tiny_model, stack_for, prompts):
+    def build(*stacks):
+        model = tiny_model("Llama")
+        return model, attach(model, AdapterStack.cat(stacks))
+
+    probe = tiny_model("Llama")
+    wide, narrow = (
+        stack_for(probe, NAMES, num_adapters=1),
+        stack_for(probe, ("q_proj",), num_adapters=1, rank=2, seed=1),
+    )
+    model, handle = build(wide, narrow)
+    with handle.use(1):
+        got = logits(model, prompts)
+    model, handle = build(narrow)
+    with handle.use(0):
+        assert (logits(model, prompts) - got).abs().max() <= ROW_ATOL
+
+
+# --- segments on a custom stack ------------------------------------------------------------------------------------
+
+
+class Stack(nn.Module):
+    """No transformers model: two layers over flattened tokens ``[T, 16]``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(16, 16)}) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer["q_proj"](x))
+        return x
+
+
+def test_segments_over_flattened_tokens(make_stack):
+    model, x = Stack(), torch.randn(11, 16, generator=torch.Generator().manual_seed(1))
+    stack = make_stack({"q_proj": (16, 16)})
+    bounds, adapters = [0, 3, 3, 4, 9, 11], [2, 1, 0, -1, 2]
+    expected = []
+    for lo, hi, a in zip(bounds, bounds[1:], adapters, strict=False):
+        y = x[lo:hi]
+        for i, layer in enumerate(model.layers):
+            A, B = stack.lora_A["q_proj"][a, i], stack.lora_B["q_proj"][a, i]
+            delta = stack.scaling[a] * (y @ A.mT) @ B.mT if a >= 0 else 0.0
+            y = torch.tanh(layer["q_proj"](y) + delta)
+        expected.append(y)
+    handle = attach(model, stack)
+    int32 = {"dtype": torch.int32}
+    batch = AdapterBatch(torch.tensor(bounds, **int32), torch.tensor(adapters, **int32), 5)
+    assert batch.num_tokens == 11
+    with torch.no_grad(), handle.use(batch):
+        got = model(x)
+    assert (got - torch.cat(expected)).abs().max() <= ROW_ATOL
+    for tokens in (10, 12):
+        with torch.no_grad(), handle.use(batch), pytest.raises((ValueError, RuntimeError), match=f"{tokens}"):
+            model(torch.ones(tokens, 16))
+
+
+def test_batch_from_rows():
+    batch = AdapterBatch.from_rows([1, -1, 0], 4)
+    assert batch.seg_indptr.tolist() == [0, 4, 8, 12] and batch.seg_indptr.dtype == torch.int32
+    assert batch.seg_adapters.tolist() == [1, -1, 0] and batch.seg_adapters.dtype == torch.int32
+    assert batch.max_seg_len == 4 and batch.num_tokens == 12
+    for ids in ([0.5], [True], torch.zeros(2, 2, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="ids"):
+            AdapterBatch.from_rows(ids, 4)
+    with pytest.raises(ValueError, match="seq_len"):
+        AdapterBatch.from_rows([0], -1)
