@@ -57,7 +57,9 @@ class AdapterStack:
         paths: dict[str, str] | None = None,
     ):
         if not lora_A or lora_A.keys() != lora_B.keys():
-            raise ValueError(f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}")
+            raise ValueError(
+                f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}"
+            )
         self.lora_A, self.lora_B, self.scaling = dict(lora_A), dict(lora_B), scaling
         if scaling.dim() != 1 or scaling.dtype != torch.float32:
             raise ValueError(f"scaling: expected float32 [num_adapters], got {scaling.dtype} {tuple(scaling.shape)}")
@@ -116,9 +118,7 @@ class AdapterStack:
 
     def _map(self, fn) -> AdapterStack:
         apply = lambda tensors: {name: fn(t) for name, t in tensors.items()}  # noqa: E731
-        return AdapterStack(
-            apply(self.lora_A), apply(self.lora_B), fn(self.scaling), apply(self.ranks), self.paths
-        )
+        return AdapterStack(apply(self.lora_A), apply(self.lora_B), fn(self.scaling), apply(self.ranks), self.paths)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -20,7 +20,9 @@ DEFAULT_CHECKPOINT = "smollm2-135m"
 @app.command()
 def generate(
     descriptions: Annotated[list[str], typer.Argument(help="Task descriptions, one adapter each.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the adapter; several descriptions: DIR/0, DIR/1, ...")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the adapter; several descriptions: DIR/0, DIR/1, ...")
+    ],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Annotated[str, typer.Option(help="rslora, plain or a number; default: as trained.")] = "",
 ) -> None:
@@ -29,6 +31,7 @@ def generate(
     from t2l_engine.engine import TextToLoRA, resolve_checkpoint
     from t2l_engine.integrations import smollm2
 
+    _quiet()
     folder = resolve_checkpoint(checkpoint)
     engine = TextToLoRA.from_pretrained(folder, scaling=_scaling(scaling))
     stack = engine.generate(descriptions)
@@ -37,7 +40,16 @@ def generate(
     for i, text in enumerate(descriptions):
         target = output if len(descriptions) == 1 else output / str(i)
         stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
-        typer.echo(f"{target}: rank {engine.hypernetwork.config.rank}, scaling {engine.hypernetwork.scaling:g}, {text!r}")
+        typer.echo(
+            f"{target}: rank {engine.hypernetwork.config.rank}, scaling {engine.hypernetwork.scaling:g}, {text!r}"
+        )
+
+
+def _quiet() -> None:
+    """No weight-loading bars of transformers: stderr is for our messages."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _scaling(text: str) -> str | float | None:
@@ -81,7 +93,9 @@ def evaluate(
     tasks: Annotated[Path, typer.Option(help="Task folder: <name>.jsonl files and descriptions.json.")],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    arms: Annotated[str, typer.Option(help="Comma-separated: t2l, t2l-shuffled, base-raw, base-raw-3shot, base-chat.")] = "t2l",
+    arms: Annotated[
+        str, typer.Option(help="Comma-separated: t2l, t2l-shuffled, base-raw, base-raw-3shot, base-chat.")
+    ] = "t2l",
     split: Annotated[str, typer.Option(help="Split of the examples that are asked.")] = "test",
     base_model: Annotated[str, typer.Option(help="Default: what the checkpoint names.")] = "",
     max_items: Annotated[int, typer.Option(help="At most this many examples a task; 0: all.")] = 0,
@@ -105,6 +119,7 @@ def evaluate(
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
+    _quiet()
     folder = resolve_checkpoint(checkpoint)
     loaded = load_tasks(tasks, split)
     if max_items:
@@ -140,7 +155,9 @@ def evaluate(
 def sft(
     config: Annotated[Path, typer.Option(help="YAML file with the fields of SFTConfig.")],
     tasks: Annotated[Path, typer.Option(help="Task folder; examples of split 'train' are used.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")
+    ],
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default.")] = 0,
 ) -> None:
     """Supervised fine-tuning through the frozen base model."""
@@ -150,6 +167,7 @@ def sft(
     from t2l_engine.config import from_json
     from t2l_engine.training.sft import SFTConfig, train
 
+    _quiet()
     if threads:
         torch.set_num_threads(threads)
     if not config.is_file():

@@ -128,7 +128,9 @@ class HyperNetworkConfig:
             raise ConfigError(f"modules: expected distinct names, got {list(self.modules)}")
         for name in ("in_features", "out_features"):
             if len(getattr(self, name)) != len(self.modules):
-                raise ConfigError(f"{name}: expected {len(self.modules)} values, one a module, got {len(getattr(self, name))}")
+                raise ConfigError(
+                    f"{name}: expected {len(self.modules)} values, one a module, got {len(getattr(self, name))}"
+                )
             for value in getattr(self, name):
                 _positive_int(name, value)
         for name in ("num_layers", "rank", "embed_dim", "latent_size", "head_in_size"):

@@ -7,6 +7,7 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 import t2l_engine as t2l
 from t2l_engine import flops, ops
@@ -22,7 +23,11 @@ TASKS = {
         ("paintbrush, hammer, impala", "impala"),
         ("soda, macaw, banana", "banana"),
     ],
-    "Answer with the simple past of the given verb.": [("destroy", "destroyed"), ("borrow", "borrowed"), ("reply", "replied")],
+    "Answer with the simple past of the given verb.": [
+        ("destroy", "destroyed"),
+        ("borrow", "borrowed"),
+        ("reply", "replied"),
+    ],
     "Write the characters of the input word, separate the characters with a space.": [
         ("smoke", "s m o k e"),
         ("bitter", "b i t t e r"),
@@ -58,7 +63,9 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 def show_tasks(model, tokenizer, lora) -> None:
-    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs")
+    table = Table(
+        "input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs"
+    )
     score = {"base": 0, "adapted": 0}
     for i, (description, pairs) in enumerate(TASKS.items()):
         table.add_section()
@@ -89,7 +96,9 @@ def show_two_descriptions(model, tokenizer, lora) -> None:
 
 
 def show_mixed_batch(model, tokenizer, lora) -> None:
-    table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none")
+    table = Table(
+        "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
+    )
     rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
     rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "rocket")]
     prompts = [chat_prompt(tokenizer, x) for _, x in rows]
@@ -98,7 +107,13 @@ def show_mixed_batch(model, tokenizer, lora) -> None:
     for row, (adapter, text) in enumerate(rows):
         with lora.use(adapter):
             alone = answer(model, tokenizer, prompts)[row]
-        table.add_row(str(row), str(adapter) if adapter >= 0 else "base", text, together[row][:40], "same" if alone == together[row] else alone)
+        table.add_row(
+            str(row),
+            str(adapter) if adapter >= 0 else "base",
+            text,
+            together[row][:40],
+            "same" if alone == together[row] else alone,
+        )
     console.print(table)
     console.print()
 
@@ -120,7 +135,9 @@ def show_costs(model, tokenizer, engine) -> None:
     console.print(table)
     values = stack.num_parameters
     size = values * stack.dtype.itemsize / 1e6
-    console.print(f"One adapter: rank {config.rank}, {values:,} values, {size:.2f} MB in {str(stack.dtype).removeprefix('torch.')}.")
+    console.print(
+        f"One adapter: rank {config.rank}, {values:,} values, {size:.2f} MB in {str(stack.dtype).removeprefix('torch.')}."
+    )
 
     count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
     question, shots = count(chat_prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
@@ -128,7 +145,9 @@ def show_costs(model, tokenizer, engine) -> None:
     once = flops.encoder_flops(engine.encoder.model.config, words) + flops.hypernet_flops(config)
     per_question = flops.decoder_flops(model.config, question) + flops.lora_flops(config, question)
     in_context = flops.decoder_flops(model.config, shots)
-    table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
+    table = Table(
+        "questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms"
+    )
     for questions in (1, 10, 100):
         ours, theirs = once + questions * per_question, questions * in_context
         table.add_row(str(questions), f"{ours / 1e9:,.1f} G", f"{theirs / 1e9:,.1f} G", f"{theirs / ours:.2f} x")
@@ -141,7 +160,7 @@ def show_costs(model, tokenizer, engine) -> None:
 
 def main() -> None:
     """Run the demo; every number on screen is computed here and now."""
-    torch.manual_seed(0)
+    logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with console.status("Loading SmolLM2-135M-Instruct (the first time its weights are unpacked: about 20 s) ..."):
         model, tokenizer = smollm2.load()
@@ -153,7 +172,9 @@ def main() -> None:
     show_mixed_batch(model, tokenizer, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
-    console.print("Next: t2l generate \"Name the animal in the list.\" -o out/   writes an adapter that PEFT and vLLM load.")
+    console.print(
+        'Next: t2l generate "Name the animal in the list." -o out/   writes an adapter that PEFT and vLLM load.'
+    )
 
 
 if __name__ == "__main__":

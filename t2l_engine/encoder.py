@@ -72,7 +72,9 @@ class TextEncoder:
 
         if isinstance(config, str):
             if config != MINILM.name:
-                raise ValueError(f"config: expected 'minilm' or an EncoderConfig (it states the pooling), got {config!r}")
+                raise ValueError(
+                    f"config: expected 'minilm' or an EncoderConfig (it states the pooling), got {config!r}"
+                )
             config = MINILM
         source = _resolve(config.name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -116,7 +118,8 @@ class TextEncoder:
         for text, ids in zip(new, tokens, strict=True):
             if len(ids) > self.config.max_length:
                 warnings.warn(
-                    f"description of {len(ids)} tokens truncated to {self.config.max_length}: {text[:60]!r}...", stacklevel=2
+                    f"description of {len(ids)} tokens truncated to {self.config.max_length}: {text[:60]!r}...",
+                    stacklevel=2,
                 )
         order = sorted(range(len(new)), key=lambda i: len(tokens[i]))
         for start in range(0, len(new), batch_size):

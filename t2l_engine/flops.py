@@ -44,8 +44,8 @@ def decoder_flops(model_config, prompt_tokens: int, new_tokens: int = 1, cached_
     d, heads = c.hidden_size, c.num_attention_heads
     head_dim = getattr(c, "head_dim", None) or d // heads
     kv = c.num_key_value_heads
-    per_token = c.num_hidden_layers * 2 * (
-        d * head_dim * (heads + 2 * kv) + heads * head_dim * d + 3 * d * c.intermediate_size
+    per_token = (
+        c.num_hidden_layers * 2 * (d * head_dim * (heads + 2 * kv) + heads * head_dim * d + 3 * d * c.intermediate_size)
     )
     logits = 2 * d * c.vocab_size
 

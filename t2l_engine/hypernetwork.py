@@ -91,10 +91,7 @@ class HyperNetwork(nn.Module):
         self.side_emb = NormedEmbedding(len(c.modules), 2, m) if c.num_sides == 2 else None
         self.pos_emb = NormedEmbedding(c.rank, m) if c.variant == "S-learnable" else None
         self.heads = nn.ModuleDict(
-            {
-                name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias)
-                for i, name in enumerate(c.modules)
-            }
+            {name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias) for i, name in enumerate(c.modules)}
         )
         self.offsets = nn.ModuleDict({name: Offsets((offsets or {}).get(name, {})) for name in c.modules})
         self._packed: tuple[tuple, dict] | None = None
@@ -234,7 +231,9 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"task_emb: expected a tensor [N, {c.embed_dim}], got {got}")
         device = folded["weights"][0].device
         if not task_emb.is_floating_point() or task_emb.device != device:
-            raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
+            raise ValueError(
+                f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}"
+            )
         z = self.task_encoder(task_emb)
         rotary = c.rank if c.variant == "S-rotary" else 0
         latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)

@@ -136,9 +136,7 @@ def _trunk_setup(ctx, inputs, output):
 
 def _trunk_backward(ctx, grad):
     z, *weights, side_emb, pos_emb = _saved(ctx)
-    grads = iter(
-        torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0])
-    )
+    grads = iter(torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0]))
     grad_z = next(grads)
     grad_weights = [next(grads) for _ in weights]
     return (
@@ -298,9 +296,7 @@ def lora_delta(
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
     """
-    return torch.ops.t2l_engine.lora_delta(
-        x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks
-    )
+    return torch.ops.t2l_engine.lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
 
 def lora_add_(

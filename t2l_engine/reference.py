@@ -89,7 +89,12 @@ def hypernet_trunk(
 
 
 def hypernet_trunk_backward(
-    grad: Tensor, z: Tensor, weights: Sequence[Tensor], side_emb: Tensor | None, pos_emb: Tensor | None, rotary_ranks: int
+    grad: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    side_emb: Tensor | None,
+    pos_emb: Tensor | None,
+    rotary_ranks: int,
 ) -> list[Tensor]:
     """Gradients of ``z``, of every weight, of ``side_emb`` and ``pos_emb`` where given, by recomputation."""
     with torch.enable_grad():
@@ -102,7 +107,9 @@ def hypernet_trunk_backward(
     return [g.clone() if g._is_view() else g for g in grads]
 
 
-def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int):
+def head_sides(
+    weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int
+):
     """Cut a head into its A and B parts: two pairs of weight ``[p, width, h]`` and bias ``[p, width]`` (or None).
 
     A shared head (two sides) uses the first ``width`` of every ``max(in, out)`` rows for either side; an unshared one holds
@@ -190,9 +197,7 @@ def hypernet_head_backward(
     with torch.enable_grad():
         inputs = [t.detach().requires_grad_() for t in (latent, weight, bias) if t is not None]
         head_bias = inputs[2] if bias is not None else None
-        out = hypernet_head(
-            inputs[0], inputs[1], head_bias, mul_A, None, mul_B, None, rank, in_features, out_features
-        )
+        out = hypernet_head(inputs[0], inputs[1], head_bias, mul_A, None, mul_B, None, rank, in_features, out_features)
         grads = torch.autograd.grad(out, inputs, (grad_A, grad_B))
     return [g.contiguous() for g in grads]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
+import pytest
+import torch
+import yaml
 
-from t2l_engine import AdapterStack  # noqa: E402
+from t2l_engine import AdapterStack
 
 
 @pytest.fixture

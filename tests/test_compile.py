@@ -29,7 +29,11 @@ def test_gradients_through_compile():
     names = ("x", "lora_A", "lora_B")
 
     def loss(x, a, b):
-        return ops.lora_delta(**{k: v for k, v in (lora | dict(zip(names, (x, a, b), strict=True))).items() if k != "y"}).square().sum()
+        return (
+            ops.lora_delta(**{k: v for k, v in (lora | dict(zip(names, (x, a, b), strict=True))).items() if k != "y"})
+            .square()
+            .sum()
+        )
 
     eager = [lora[k].detach().clone().requires_grad_() for k in names]
     other = [t.detach().clone().requires_grad_() for t in eager]

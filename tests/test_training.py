@@ -25,7 +25,9 @@ def base_model(tiny_model, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocab = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<user>", "<bot>", "<unk>", ":", "Input", "Output", *WORDS])}
+    vocab = {
+        w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<user>", "<bot>", "<unk>", ":", "Input", "Output", *WORDS])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -99,7 +101,17 @@ def test_learns_resumes_and_evaluates(base_model, tasks, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     file = tmp_path / "result.json"
-    command = ["evaluate", "--checkpoint", str(whole), "--tasks", str(tasks), "--json", str(file), "--max-new-tokens", "2"]
+    command = [
+        "evaluate",
+        "--checkpoint",
+        str(whole),
+        "--tasks",
+        str(tasks),
+        "--json",
+        str(file),
+        "--max-new-tokens",
+        "2",
+    ]
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0, run.output
     assert json.loads(file.read_text())["tasks"]["first"]["t2l"] == result["tasks"]["first"]["t2l"]

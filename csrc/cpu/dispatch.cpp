@@ -6,11 +6,11 @@
 
 namespace t2l {
 
-#define T2L_DECLARE(ns)                                            \
-  namespace ns {                                                   \
-  void lora(const LoraParams&, ParallelFor);                       \
-  void hypernet_trunk(const TrunkParams&, ParallelFor);            \
-  void hypernet_head(const HeadParams&, ParallelFor);              \
+#define T2L_DECLARE(ns)                                 \
+  namespace ns {                                        \
+  void lora(const LoraParams&, ParallelFor);            \
+  void hypernet_trunk(const TrunkParams&, ParallelFor); \
+  void hypernet_head(const HeadParams&, ParallelFor);   \
   }
 T2L_DECLARE(generic)
 #if defined(__x86_64__)

@@ -9,7 +9,7 @@ namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kTrunkRows = 16;
-constexpr int64_t kHeadCols = 64;   // weight rows a head tile covers
+constexpr int64_t kHeadCols = 64;  // weight rows a head tile covers
 constexpr int64_t kHeadLayers = 32;
 constexpr float kLayerNormEps = 1e-5f;
 
@@ -60,8 +60,14 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
 template <class WT>
 struct Tile {
   Tile(int64_t m, int64_t h)
-      : width(m), result_width(m > h ? m : h), x(kTrunkRows * m), u(kTrunkRows * m), position(kTrunkRows * m),
-        hidden(kTrunkRows * 4 * m), result(kTrunkRows * result_width), rounded(kTrunkRows * 4 * m) {}
+      : width(m),
+        result_width(m > h ? m : h),
+        x(kTrunkRows * m),
+        u(kTrunkRows * m),
+        position(kTrunkRows * m),
+        hidden(kTrunkRows * 4 * m),
+        result(kTrunkRows * result_width),
+        rounded(kTrunkRows * 4 * m) {}
   int64_t width, result_width;
   Scratch<float> x, u, position, hidden, result;
   Scratch<WT> rounded;
@@ -173,7 +179,8 @@ inline void trunk_typed(const TrunkParams& p, ParallelFor parallel) {
 
 // Weight rows [row, row + cols) of one side against all its latent rows; `p_rank` is the rank within a latent row's share.
 template <class WT, class OT>
-inline void head_tile(const HeadParams& p, int side, int64_t row, int64_t p_rank, int64_t column, int64_t cols, float* tile) {
+inline void head_tile(const HeadParams& p, int side, int64_t row, int64_t p_rank, int64_t column, int64_t cols,
+                      float* tile) {
   const int64_t per_latent = p.rank / p.ranks;
   const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
   for (int64_t task = 0; task < p.tasks; ++task)

@@ -7,12 +7,13 @@ namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kBlockTokens = 16;
-constexpr int64_t kChunk = 64;  // outputs expanded at a time: a chunk of B stays in L1 for all tokens of a block
+constexpr int64_t kChunk = 64;           // outputs expanded at a time: a chunk of B stays in L1 for all tokens of a block
 constexpr int64_t kGrainMacs = 1 << 18;  // multiply-adds worth handing to another thread
 
 // y[rows, cols] (+)= v[rows, rank] b[rank, cols], b rows ldb apart, columns contiguous.
 template <int R, class T, class BT>
-inline void expand_rows(T* y, int64_t ldy, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t cols, bool accumulate) {
+inline void expand_rows(T* y, int64_t ldy, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t cols,
+                        bool accumulate) {
   for (int64_t o = 0; o < cols; o += kLanes) {
     const int n = static_cast<int>(lesser(kLanes, cols - o));
     Vec acc[R];
@@ -60,7 +61,8 @@ inline void lora_block(const LoraParams& p, int64_t adapter, int64_t begin, int6
       expand(y + o, p.y_stride, v, rows, rank, b + o, p.b_stride_rank, cols, p.accumulate);
     } else {  // [out, r] storage: turn the chunk once for all tokens of the block
       for (int64_t c = 0; c < cols; ++c)
-        for (int64_t j = 0; j < rank; ++j) packed[j * kChunk + c] = to_float(b[(o + c) * p.b_stride_out + j * p.b_stride_rank]);
+        for (int64_t j = 0; j < rank; ++j)
+          packed[j * kChunk + c] = to_float(b[(o + c) * p.b_stride_out + j * p.b_stride_rank]);
       expand(y + o, p.y_stride, v, rows, rank, packed, kChunk, cols, p.accumulate);
     }
   }

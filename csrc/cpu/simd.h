@@ -172,7 +172,9 @@ struct Dot {
   static constexpr int kStep = kLanes;
   using Operand = Vec;
   template <class T>
-  static Operand load_operand(const T* p, int n) { return n == kStep ? load(p) : load(p, n); }
+  static Operand load_operand(const T* p, int n) {
+    return n == kStep ? load(p) : load(p, n);
+  }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
 };
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16

@@ -11,10 +11,10 @@ constexpr int kMaxSides = 2;
 // Batched LoRA: y[t] (+)= scaling[a] * B[a] (A[a] x[t]), a = the adapter of the segment of token t.
 // Tokens of adapter -1 are not touched when `accumulate`, else set to zero.
 struct LoraParams {
-  const void* x;  // [tokens, in], row stride x_stride, last stride 1
-  void* y;        // [tokens, out], row stride y_stride, last stride 1
-  const void* a;  // [adapters, rank, in], last stride 1
-  const void* b;  // [adapters, out, rank], any strides
+  const void* x;                // [tokens, in], row stride x_stride, last stride 1
+  void* y;                      // [tokens, out], row stride y_stride, last stride 1
+  const void* a;                // [adapters, rank, in], last stride 1
+  const void* b;                // [adapters, out, rank], any strides
   const float* scaling;         // [adapters]
   const int32_t* seg_indptr;    // [segments + 1]
   const int32_t* seg_adapters;  // [segments]
@@ -40,11 +40,11 @@ struct MlpParams {
 
 // Hypernetwork trunk: latent[task, module, side, rank, layer, h].
 struct TrunkParams {
-  const float* z;             // [tasks, t]
-  const void* mixer_task;     // [4m, t]
-  const float* mixer_table;   // [modules, layers, 4m]
-  const void* mixer_w2;       // [m, 4m]
-  const float* mixer_b2;      // [m]
+  const float* z;            // [tasks, t]
+  const void* mixer_task;    // [4m, t]
+  const float* mixer_table;  // [modules, layers, 4m]
+  const void* mixer_w2;      // [m, 4m]
+  const float* mixer_b2;     // [m]
   MlpParams mlp[3];
   const float* side_emb;  // [modules, sides, m], or null
   const float* pos_emb;   // [ranks, m], or null
@@ -57,9 +57,9 @@ struct TrunkParams {
 
 // Head of one module: rows of latent times weight, epilogue, written as A and B.
 struct HeadParams {
-  const void* latent;   // [tasks, sides, ranks, layers, h], last stride 1
-  const void* weight;   // [rows, h], contiguous
-  const float* bias;    // [rows], or null
+  const void* latent;  // [tasks, sides, ranks, layers, h], last stride 1
+  const void* weight;  // [rows, h], contiguous
+  const float* bias;   // [rows], or null
   // Side 0 is A (width = in), side 1 is B (width = out); the epilogue is y * mul + add, then * scale.
   const float* mul[kMaxSides];  // A [layers, rank, in], B [layers, out, rank], or null; any strides
   const float* add[kMaxSides];
@@ -71,7 +71,7 @@ struct HeadParams {
   int64_t tasks, sides, ranks, layers, h;
   int64_t latent_stride[4];  // task, side, rank, layer
   int64_t rank, in, out_features;
-  DType w_type;    // of latent and weight
+  DType w_type;  // of latent and weight
   DType out_type;
 };
 

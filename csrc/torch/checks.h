@@ -21,13 +21,20 @@ using OptTensor = std::optional<Tensor>;
 
 inline std::string to_text(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    default: return "dtype #" + std::to_string(static_cast<int>(type));
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "dtype #" + std::to_string(static_cast<int>(type));
   }
 }
 
@@ -37,7 +44,8 @@ inline std::string to_text(const Tensor& t) {
   return text + "]";
 }
 
-[[noreturn]] inline void fail(const char* op, const std::string& argument, const std::string& expected, const std::string& got) {
+[[noreturn]] inline void fail(const char* op, const std::string& argument, const std::string& expected,
+                              const std::string& got) {
   const std::string message = std::string("t2l_engine::") + op + ": " + argument + ": expected " + expected + ", got " + got;
   STD_TORCH_CHECK(false, message.c_str());
   std::abort();  // not reached: the check throws
@@ -65,8 +73,7 @@ inline void check_type(const char* op, const std::string& name, const Tensor& t,
 // Last stride 1, which a dimension of size 1 or 0 always satisfies.
 inline void check_rows(const char* op, const std::string& name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (t.size(last) > 1 && t.stride(last) != 1)
-    fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
+  if (t.size(last) > 1 && t.stride(last) != 1) fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
 }
 
 inline void check_contiguous(const char* op, const std::string& name, const Tensor& t) {

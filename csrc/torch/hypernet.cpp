@@ -32,8 +32,7 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
     fail(op, "weights", std::to_string(kTrunkWeights) + " tensors", std::to_string(weights.size()));
   const ScalarType type = weights[0].scalar_type();
   if (!native_type(type) || z.scalar_type() == ScalarType::Double)
-    return tensor_of(
-        call_reference("t2l_engine::hypernet_trunk_reference", z, weights, side_emb, pos_emb, rotary_ranks)[0]);
+    return tensor_of(call_reference("t2l_engine::hypernet_trunk_reference", z, weights, side_emb, pos_emb, rotary_ranks)[0]);
   if (rotary_ranks < 0) fail(op, "rotary_ranks", ">= 0", std::to_string(rotary_ranks));
   if (rotary_ranks > 0 && pos_emb) fail(op, "pos_emb", "None with rotary_ranks", "a tensor");
   check_shape(op, "z", z, {kAny, kAny});
@@ -93,7 +92,8 @@ struct Epilogue {
 };
 
 // [layers, rank, in] for A, [layers, out, rank] for B, to (layer, rank, column) strides.
-const float* epilogue(const char* op, const char* name, const OptTensor& t, int side, const HeadParams& p, int64_t* strides) {
+const float* epilogue(const char* op, const char* name, const OptTensor& t, int side, const HeadParams& p,
+                      int64_t* strides) {
   if (!t) return nullptr;
   if (side == 0)
     check_shape(op, name, *t, {p.layers, p.rank, p.in});
@@ -179,8 +179,8 @@ void hypernet_head_out(const Tensor& lora_A, const Tensor& lora_B, const Tensor&
                        const OptTensor& add_B, int64_t rank, int64_t in_features, int64_t out_features, double scale_B) {
   const char* op = "hypernet_head_out_";
   if (!covered(weight, bias) || !native_type(lora_A.scalar_type())) {
-    call_reference("t2l_engine::hypernet_head_out__reference", lora_A, lora_B, latent, weight, bias, mul_A, add_A,
-                         mul_B, add_B, rank, in_features, out_features, scale_B);
+    call_reference("t2l_engine::hypernet_head_out__reference", lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B,
+                   add_B, rank, in_features, out_features, scale_B);
     return;
   }
   HeadParams p = prepare(op, latent, weight, bias, {mul_A, add_A, mul_B, add_B}, rank, in_features, out_features);

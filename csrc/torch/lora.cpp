@@ -83,14 +83,16 @@ LoraParams prepare(const char* op, const Tensor& y, const Tensor& x, const Tenso
   return p;
 }
 
-bool covered(const Tensor& x, const Tensor& lora_A) { return native_type(x.scalar_type()) && native_type(lora_A.scalar_type()); }
+bool covered(const Tensor& x, const Tensor& lora_A) {
+  return native_type(x.scalar_type()) && native_type(lora_A.scalar_type());
+}
 
 Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
                   const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const char* op = "lora_delta";
   if (!covered(x, lora_A))
-    return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr,
-                                    seg_adapters, max_seg_len, ranks)[0]);
+    return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
+                                    max_seg_len, ranks)[0]);
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_B", lora_B, {kAny, kAny, kAny});
   Tensor y = torch::stable::new_empty(x, {x.size(0), lora_B.size(1)});
@@ -104,8 +106,8 @@ void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tens
               const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const char* op = "lora_add_";
   if (!covered(x, lora_A)) {
-    call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
-                         max_seg_len, ranks);
+    call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len,
+                   ranks);
     return;
   }
   LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);

@@ -36,7 +36,9 @@ def answer_matches(answer: str, accepted: tuple[str, ...]) -> bool:
 
 
 @torch.no_grad()
-def greedy(model, tokenizer, handle, queries: list[Query], max_new_tokens: int, batch_size: int, progress: Callable) -> list[str]:
+def greedy(
+    model, tokenizer, handle, queries: list[Query], max_new_tokens: int, batch_size: int, progress: Callable
+) -> list[str]:
     """Answers to ``queries``, batched by length across tasks and adapters; an answer ends at its first line break."""
     tokens = [tokenizer(q.prompt, add_special_tokens=False)["input_ids"] for q in queries]
     order = sorted(range(len(queries)), key=lambda i: len(tokens[i]))
@@ -55,7 +57,9 @@ def greedy(model, tokenizer, handle, queries: list[Query], max_new_tokens: int, 
     return answers
 
 
-def _queries(arm: str, tasks: list[Task], shots: dict[str, tuple[Example, ...]], first: list[int], tokenizer) -> list[Query]:
+def _queries(
+    arm: str, tasks: list[Task], shots: dict[str, tuple[Example, ...]], first: list[int], tokenizer
+) -> list[Query]:
     queries = []
     for index, task in enumerate(tasks):
         source = (index + len(tasks) // 2) % len(tasks) if arm == "t2l-shuffled" else index

@@ -43,7 +43,9 @@ class LoraCase:
         y = y[:, pad : pad + self.out_features]
         a = torch.randn(self.adapters, r + 1, self.in_features, generator=g) / self.in_features**0.5
         a = a.to(self.w_dtype)[:, :r]
-        b = torch.randn(self.adapters, r, self.out_features + pad, generator=g).to(self.w_dtype)[..., : self.out_features]
+        b = torch.randn(self.adapters, r, self.out_features + pad, generator=g).to(self.w_dtype)[
+            ..., : self.out_features
+        ]
         b = b.mT if self.b_layout == "r_out" else b.mT.contiguous()
         ranks = None
         if self.ranks is not None:
@@ -96,6 +98,9 @@ LORA_CASES = (
     LoraCase("bf16_mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8), x_dtype=BF16, w_dtype=BF16),
     LoraCase("bf16_x_fp32_adapters", _RAGGED, x_dtype=BF16),
     LoraCase("fp32_x_bf16_adapters", _RAGGED, w_dtype=BF16),
+    LoraCase("serve_8x8_smollm2", _rows(*range(8)), in_features=576, out_features=576, adapters=8),
+    LoraCase("prefill_8x64_smollm2", _rows(*range(8), tokens=64), in_features=576, out_features=576, adapters=8),
+    LoraCase("serve_64x64", _rows(*range(64)), 4096, 4096, adapters=64, x_dtype=BF16, w_dtype=BF16),
     LoraCase("fp16_by_reference", _RAGGED, x_dtype=F16, w_dtype=F16),
     LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
 )
@@ -199,6 +204,7 @@ HYPER_CASES = (
     HyperCase("M_bf16_affine", sides=2, affine=True, dtype=BF16),
     HyperCase("S_rotary_bf16", sides=2, position="rotary", dtype=BF16, layers=17),
     HyperCase("odd_sizes_bf16", task_width=9, width=34, head_in=37, in_features=65, out_features=3, dtype=BF16),
+    HyperCase("smollm2_L", task_width=64, width=128, head_in=112, layers=30, in_features=576, out_features=576, rank=8),
     HyperCase("L_fp16_by_reference", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),
 )

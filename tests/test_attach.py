@@ -1,0 +1,244 @@
+"""The life of a handle: attach, put, merge, train through it, detach; and what is refused on the way."""
+
+import copy
+
+import pytest
+import torch
+
+from t2l_engine import LoRALinear, attach
+from t2l_engine.testing.numerics import LOGITS_ATOL
+
+NAMES = ("q_proj", "v_proj", "down_proj")
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("Llama", head_dim=32)
+
+
+@pytest.fixture
+def stack(model, stack_for):
+    return stack_for(model, NAMES)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, tokens, handle=None, ids=-1):
+    if handle is None:
+        return model(tokens).logits
+    with handle.use(ids):
+        return model(tokens).logits
+
+
+def snapshot(model):
+    """Modules by name, and a copy of every tensor."""
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    return dict(model.named_modules()), state
+
+
+def assert_untouched(model, before):
+    modules, state = before
+    now = dict(model.named_modules())
+    assert list(now) == list(modules) and all(now[name] is modules[name] for name in modules)
+    after = model.state_dict()
+    assert list(after) == list(state)
+    for key, tensor in state.items():
+        assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor), key
+
+
+def test_attach_and_detach(model, stack, tokens):
+    before, base = snapshot(model), logits(model, tokens)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    handle = attach(model, stack)
+    wrapped = model.model.layers[0].self_attn.q_proj
+    assert isinstance(wrapped, LoRALinear) and wrapped.weight is weight and wrapped.bias is None
+    assert sum(isinstance(m, LoRALinear) for m in model.modules()) == 2 * len(NAMES)
+    handle.set([0, 1, 2])
+    assert not torch.equal(logits(model, tokens), base)
+    handle.detach()
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, tokens), base)
+    for call in (handle.detach, lambda: handle.set(0), lambda: handle.put(0, stack[0]), lambda: handle.merge(0)):
+        with pytest.raises(RuntimeError, match="detached"):
+            call()
+    attach(model, stack).detach()
+    assert_untouched(model, before)
+
+
+def test_attach_twice_is_refused(model, stack):
+    handle = attach(model, stack)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="attached already"):
+        attach(model, stack)
+    assert_untouched(model, before)
+    handle.detach()
+    attach(model, stack)
+
+
+def test_stack_is_copied_and_never_changed(model, stack, tokens):
+    handle = attach(model, stack)
+    original = copy.deepcopy(stack)
+    before = logits(model, tokens, handle, 0)
+    handle.put(0, stack[1])
+    for name in NAMES:
+        assert torch.equal(stack.lora_A[name], original.lora_A[name])
+        assert torch.equal(stack.lora_B[name], original.lora_B[name])
+    handle.put(0, stack[0])
+    for tensor in (*stack.lora_A.values(), *stack.lora_B.values(), stack.scaling):
+        tensor.zero_()
+    assert torch.equal(logits(model, tokens, handle, 0), before)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_layers", "message"),
+    [
+        ({"q_proj": (64, 128), "v_proj": (64, 65)}, 2, "v_proj: layer 0: .* 64/65, the model has 64/64"),
+        ({"q_proj": (64, 128), "v_proj": (32, 64)}, 2, "v_proj: layer 0: .* 32/64, the model has 64/64"),
+        ({"q_proj": (64, 128)}, 3, "q_proj: the adapter has 3 layers, the model has 2"),
+        ({"q_proj": (64, 128), "qkv_proj": (64, 64)}, 2, "qkv_proj: .*LlamaForCausalLM has no such module"),
+    ],
+)
+def test_adapters_of_another_model_leave_it_untouched(model, make_stack, shapes, num_layers, message):
+    before = snapshot(model)
+    stack = make_stack(shapes, num_layers=num_layers)
+    with pytest.raises(ValueError, match=message):
+        attach(model, stack)
+    assert_untouched(model, before)
+    handle = attach(model)
+    with pytest.raises(ValueError, match=message):
+        handle.put(0, stack[0])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"slots": 0}, "slots"),
+        ({"slots": True}, "slots"),
+        ({"slots": 2}, "slots: expected room for the 3 adapters"),
+        ({"max_rank": 0}, "max_rank"),
+        ({"max_rank": 4.0}, "max_rank"),
+        ({"max_rank": 2}, "q_proj: rank 4 exceeds the slots' rank 2"),
+    ],
+)
+def test_attach_arguments(model, stack, kwargs, message):
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        attach(model, stack, **kwargs)
+    assert_untouched(model, before)
+
+
+def test_what_is_no_model(tiny_model, stack):
+    with pytest.raises(ValueError, match="model: expected a torch module"):
+        attach("llama", stack)
+    with pytest.raises(ValueError, match="meta device"):
+        attach(tiny_model("Llama", head_dim=32).to("meta"), stack)
+
+
+def test_put(tiny_model, model, stack, stack_for, tokens):
+    other = tiny_model("Llama", head_dim=32)
+    reference = attach(other, stack)
+    alone = [logits(other, tokens, reference, i) for i in range(3)]
+    wider = stack_for(model, ("q_proj",), num_adapters=1, rank=8, seed=5)
+    handle = attach(model, slots=2, max_rank=8)
+    assert handle.num_slots == 2
+    base = logits(model, tokens)
+    for i in (0, 1, 2):
+        handle.put(i % 2, stack[i])
+    assert torch.equal(logits(model, tokens, handle, 0), alone[2])
+    assert torch.equal(logits(model, tokens, handle, 1), alone[1])
+    handle.put(1, wider)  # and fewer modules
+    wide = logits(model, tokens, handle, 1)
+    assert not torch.equal(wide, alone[1]) and not torch.equal(wide, base)
+    assert torch.equal(logits(model, tokens, handle, 0), alone[2])
+    handle.put(1, stack[1])  # narrower again: nothing of the wide one is left
+    assert torch.equal(logits(model, tokens, handle, 1), alone[1])
+
+
+def test_put_errors_change_nothing(model, stack, stack_for, make_stack, tokens):
+    wider = stack_for(model, NAMES, num_adapters=1, rank=5)
+    handle = attach(model, stack)
+    before, kept = snapshot(model), logits(model, tokens, handle, [0, 1, 2])
+    for slot in (-1, 3, True, 1.0, None):
+        with pytest.raises(IndexError, match="slot"):
+            handle.put(slot, stack[1])
+    refused = [
+        (stack, "adapter: expected a stack of one adapter, got 3"),
+        (wider, "rank 5 exceeds the slots' rank 4"),
+        (make_stack({"q_proj": (64, 64)}, num_adapters=1), "q_proj: .* 64/64, the model has 64/128"),
+        (make_stack({"k_proj": (64, 64), "q_proj": (64, 128)}, num_adapters=1, num_layers=3), "3 layers"),
+        (make_stack({"k_proj": (64, 64), "qkv_proj": (64, 64)}, num_adapters=1), "qkv_proj"),
+    ]
+    for adapter, message in refused:
+        with pytest.raises(ValueError, match=message):
+            handle.put(0, adapter)
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, tokens, handle, [0, 1, 2]), kept)
+
+
+def test_put_reaches_modules_no_adapter_had_before(model, stack, stack_for, tokens):
+    other = stack_for(model, ("up_proj",), num_adapters=1)
+    handle = attach(model, stack)
+    kept = logits(model, tokens, handle, 1)
+    handle.put(0, other)
+    assert isinstance(model.model.layers[1].mlp.up_proj, LoRALinear)
+    assert torch.equal(logits(model, tokens, handle, 1), kept)
+    assert not torch.equal(logits(model, tokens, handle, 0), logits(model, tokens))
+    handle.detach()
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+# --- merge ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(tiny_model, stack_for, tokens, dtype):
+    model = tiny_model("Llama", dtype=dtype)
+    stack = stack_for(model, NAMES)
+    handle = attach(model, stack)
+    before, base = snapshot(model), logits(model, tokens)
+    applied = logits(model, tokens, handle, 1)
+    handle.merge(1)
+    merged = logits(model, tokens)
+    if dtype == torch.float32:
+        assert (merged - applied).abs().max() <= LOGITS_ATOL
+    assert (merged - base).abs().max() > 1000 * LOGITS_ATOL
+    for call in (lambda: handle.merge(0), lambda: handle.set(0), lambda: handle.put(0, stack[1])):
+        with pytest.raises(RuntimeError, match="merged"):
+            call()
+    handle.unmerge()
+    assert_untouched(model, before)
+    assert torch.equal(logits(model, tokens), base)
+    assert torch.equal(logits(model, tokens, handle, 1), applied)
+    handle.merge(0)
+    handle.detach()
+    assert torch.equal(logits(model, tokens), base)
+
+
+def test_merge_refusals(model, stack, tokens):
+    handle = attach(model, stack[0], slots=2)
+    before = snapshot(model)
+    for index in (1, -1, 2, 0.0, None, True):
+        with pytest.raises(IndexError, match="index"):
+            handle.merge(index)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        handle.unmerge()
+    handle.merge(0)
+    for adapters in (handle.use(0), handle.differentiable(stack, 0)):
+        with pytest.raises(RuntimeError, match="merged"), adapters:
+            pass
+    handle.unmerge()
+    assert_untouched(model, before)
+
+
+def test_merge_inside_use_is_not_applied_twice(model, stack, tokens):
+    handle = attach(model, stack)
+    applied = logits(model, tokens, handle, 0)
+    handle.set(1)
+    with handle.use(2):
+        handle.merge(0)
+    assert (logits(model, tokens) - applied).abs().max() <= LOGITS_ATOL

@@ -1,0 +1,142 @@
+import json
+import math
+
+import pytest
+
+from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
+from t2l_engine.config import from_json, read_json, resolve_scaling, to_json
+
+NETWORK = {
+    "variant": "M",
+    "modules": ["q_proj", "v_proj"],
+    "in_features": [64, 64],
+    "out_features": [64, 32],
+    "num_layers": 3,
+    "rank": 4,
+    "embed_dim": 48,
+    "latent_size": 32,
+    "head_in_size": 40,
+    "lora_alpha": 8.0,
+    "scaling": "plain",
+    "head_bias": False,
+    "output_scale": 0.5,
+}
+ENCODER = {"name": "minilm", "pooling": "mean", "max_length": 256, "full_stop": False, "template": "Query: {text}"}
+RECORDS = pytest.mark.parametrize(("cls", "values"), [(HyperNetworkConfig, NETWORK), (EncoderConfig, ENCODER)])
+
+
+@RECORDS
+def test_round_trip(cls, values):
+    config = from_json(cls, values, "here")
+    assert to_json(config) == values
+    assert from_json(cls, json.loads(json.dumps(to_json(config))), "here") == config
+    assert hash(config) == hash(from_json(cls, values, "here"))
+
+
+@RECORDS
+def test_fields_are_strict(cls, values):
+    with pytest.raises(ConfigError, match="here: unknown field 'surprise'"):
+        from_json(cls, values | {"surprise": 1}, "here")
+    for field in cls.__dataclass_fields__.values():
+        rest = {key: value for key, value in values.items() if key != field.name}
+        if field.default is field.default_factory:  # neither: required
+            with pytest.raises(ConfigError, match=f"here: missing field '{field.name}'"):
+                from_json(cls, rest, "here")
+        else:
+            assert getattr(from_json(cls, rest, "here"), field.name) == field.default
+    for wrong in ([], None, "text", [values]):
+        with pytest.raises(ConfigError, match=f"here: expected a JSON object for {cls.__name__}"):
+            from_json(cls, wrong, "here")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("variant", "S"),
+        ("variant", ["L"]),
+        ("modules", []),
+        ("modules", "q_proj"),
+        ("modules", ["q_proj", "q_proj"]),
+        ("modules", ["q_proj", "self_attn.v_proj"]),
+        ("modules", ["q_proj", 3]),
+        ("modules", None),
+        ("in_features", [64]),
+        ("in_features", [64, 0]),
+        ("out_features", [64, 32.0]),
+        ("out_features", [64, True]),
+        ("num_layers", 0),
+        ("num_layers", "3"),
+        ("rank", -1),
+        ("rank", True),
+        ("embed_dim", None),
+        ("latent_size", 3),
+        ("latent_size", 32.0),
+        ("head_in_size", 0),
+        ("lora_alpha", 0),
+        ("lora_alpha", math.inf),
+        ("lora_alpha", "8"),
+        ("output_scale", math.nan),
+        ("output_scale", -1.0),
+        ("scaling", "rsLoRA"),
+        ("scaling", 0.0),
+        ("scaling", True),
+        ("scaling", None),
+        ("head_bias", 1),
+    ],
+    ids=str,
+)
+def test_network_values(field, value):
+    with pytest.raises(ConfigError, match=f"here: {field}: expected"):
+        from_json(HyperNetworkConfig, NETWORK | {field: value}, "here")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", ""),
+        ("name", None),
+        ("pooling", "max"),
+        ("pooling", None),
+        ("max_length", 0),
+        ("max_length", 2.0),
+        ("full_stop", "yes"),
+        ("template", "Query: "),
+        ("template", 3),
+        ("template", ["{text}"]),
+    ],
+    ids=str,
+)
+def test_encoder_values(field, value):
+    with pytest.raises(ConfigError, match=rf"here: encoder\.{field}: expected"):
+        from_json(EncoderConfig, ENCODER | {field: value}, "here")
+
+
+def test_rotation_needs_an_even_width():
+    sizes = {"variant": "S-rotary", "latent_size": 6}  # m = 3 + 1 + 1
+    with pytest.raises(ConfigError, match="latent_size"):
+        from_json(HyperNetworkConfig, NETWORK | sizes, "here")
+
+
+@pytest.mark.parametrize(
+    ("variant", "rows"), [("L", (512, 384)), ("M", (256, 256)), ("S-learnable", (64, 64)), ("S-rotary", (64, 64))]
+)
+def test_derived_sizes(variant, rows):
+    config = from_json(HyperNetworkConfig, NETWORK | {"variant": variant, "latent_size": 34}, "here")
+    assert (config.task_width, config.embedding_width, config.width) == (17, 8, 33) or variant == "S-rotary"
+    assert (config.head_rows(0), config.head_rows(1)) == rows
+
+
+def test_scaling():
+    assert resolve_scaling("rslora", 8, 4) == 4.0
+    assert resolve_scaling("plain", 8, 4) == 2.0
+    assert resolve_scaling(0.3, 8, 4) == 0.3
+
+
+def test_read_json(tmp_path):
+    path = tmp_path / "some.json"
+    for content in (b"", b"{", b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"some\.json: not valid JSON"):
+            read_json(path)
+    path.write_text('{"a": [1]}')
+    assert read_json(path) == {"a": [1]}

@@ -1,0 +1,49 @@
+"""Importing the package is cheap and pulls in nothing but torch."""
+
+import subprocess
+import sys
+
+
+def seconds(statement):
+    code = f"import time; s = time.perf_counter(); {statement}; print(time.perf_counter() - s)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def test_import_costs_little_more_than_torch():
+    pairs = [(seconds("import torch"), seconds("import t2l_engine")) for _ in range(3)]
+    assert min(t for _, t in pairs) < 1.5 * min(t for t, _ in pairs)
+
+
+def test_core_does_not_import_what_it_may_not():
+    code = (
+        "import sys, t2l_engine; heavy = ('transformers', 'peft', 'safetensors', 'yaml', 'typer', "
+        "'t2l_engine.training', 't2l_engine.evaluation', 't2l_engine.integrations', 't2l_engine.testing', "
+        "'t2l_engine._core'); print([m for m in heavy if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_a_broken_native_library_raises(tmp_path):
+    """Present but unloadable: an ImportError that says what to do, unless the reference was asked for."""
+    import os
+    import shutil
+    from pathlib import Path
+
+    import t2l_engine
+
+    package = Path(t2l_engine.__file__).parent
+    shutil.copytree(
+        package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints")
+    )
+    command = [sys.executable, "-c", "import t2l_engine; print(t2l_engine.ops.NATIVE)"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    absent = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert absent.stdout.strip() == "False", absent.stderr
+    (tmp_path / "t2l_engine" / "_C.so").write_bytes(b"not a library")
+    broken = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert broken.returncode != 0 and "present but does not load" in broken.stderr
+    asked = subprocess.run(
+        command, env={**environment, "T2L_DISABLE_NATIVE": "1"}, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert asked.stdout.strip() == "False", asked.stderr
