@@ -1,4 +1,4 @@
-"""Native ops beside their plain-torch reference, over the case table of the tests; every case is verified before it is timed.
+"""Native ops beside their plain-torch reference, over the case table of the tests; every case is verified first.
 
 Compare medians of one run: `reference` is a loop over segments with torch's own products, or the eager hypernetwork.
 """
@@ -27,9 +27,7 @@ def test_lora_add(benchmark, backend, case):
     arguments = case.make()
     got, expected = case.make(), case.make()
     backend.lora_add_(**got)
-    expected = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in expected.items()
-    }
+    expected = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in expected.items()}
     reference.lora_add_(**expected)
     assert numerics.relative_frobenius(got["y"], expected["y"]) <= 2 * numerics.u(case.x_dtype)
     benchmark(backend.lora_add_, **arguments)

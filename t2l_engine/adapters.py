@@ -57,9 +57,7 @@ class AdapterStack:
         paths: dict[str, str] | None = None,
     ):
         if not lora_A or lora_A.keys() != lora_B.keys():
-            raise ValueError(
-                f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}"
-            )
+            raise ValueError(f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}")
         self.lora_A, self.lora_B, self.scaling = dict(lora_A), dict(lora_B), scaling
         if scaling.dim() != 1 or scaling.dtype != torch.float32:
             raise ValueError(f"scaling: expected float32 [num_adapters], got {scaling.dtype} {tuple(scaling.shape)}")
@@ -194,9 +192,7 @@ class AdapterStack:
                     state[f"{key}.lora_B.weight"] = b.detach().float().cpu().contiguous()
         return state
 
-    def save_pretrained(
-        self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None
-    ) -> None:
+    def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
         """Write adapter ``adapter`` as a PEFT folder with the scaling baked in (``lora_alpha = scaling * r``).
 
         An adapter already in ``directory`` is replaced only when the new files are complete.

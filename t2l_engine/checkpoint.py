@@ -53,9 +53,7 @@ def load(
             f"{folder}: holds neither {CONFIG_NAME} (native form) nor {REFERENCE_NAMES[0]} (reference form)"
         )
     if module_order is not None and tuple(module_order) != net.config.modules:
-        raise CheckpointError(
-            f"module_order: expected {list(net.config.modules)} as in {folder}, got {list(module_order)}"
-        )
+        raise CheckpointError(f"module_order: expected {list(net.config.modules)} as in {folder}, got {list(module_order)}")
     if scaling is not None:
         values = cfg.to_json(net.config) | {"scaling": scaling}
         net.config = cfg.from_json(HyperNetworkConfig, values, "from_pretrained")
@@ -252,12 +250,7 @@ def translate(
     offsets_A = [take(f"AB_offset.A.{name}") for name in modules]
     offsets_B = [take(f"AB_offset.B.{name}") for name in modules]
     for name, a, b in zip(modules, offsets_A, offsets_B, strict=True):
-        if (
-            a.dim() != 3
-            or b.dim() != 3
-            or a.shape[:2] != (b.shape[0], b.shape[2])
-            or a.shape[:2] != offsets_A[0].shape[:2]
-        ):
+        if a.dim() != 3 or b.dim() != 3 or a.shape[:2] != (b.shape[0], b.shape[2]) or a.shape[:2] != offsets_A[0].shape[:2]:
             raise CheckpointError(
                 f"{weights}: AB_offset of {name}: expected A (n, r, in) and B (n, out, r), "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
@@ -350,9 +343,7 @@ def _variant(
             )
     if not shared:
         if autoreg:
-            raise CheckpointError(
-                f"{weights}: unshared autoregressive heads are not supported; supported: {cfg.VARIANTS}"
-            )
+            raise CheckpointError(f"{weights}: unshared autoregressive heads are not supported; supported: {cfg.VARIANTS}")
         return "L"
     return "M" if not autoreg else "S-learnable" if learnable else "S-rotary"
 

@@ -40,9 +40,7 @@ def generate(
     for i, text in enumerate(descriptions):
         target = output if len(descriptions) == 1 else output / str(i)
         stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
-        typer.echo(
-            f"{target}: rank {engine.hypernetwork.config.rank}, scaling {engine.hypernetwork.scaling:g}, {text!r}"
-        )
+        typer.echo(f"{target}: rank {engine.hypernetwork.config.rank}, scaling {engine.hypernetwork.scaling:g}, {text!r}")
 
 
 def _quiet() -> None:
@@ -155,9 +153,7 @@ def evaluate(
 def sft(
     config: Annotated[Path, typer.Option(help="YAML file with the fields of SFTConfig.")],
     tasks: Annotated[Path, typer.Option(help="Task folder; examples of split 'train' are used.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")],
     threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default.")] = 0,
 ) -> None:
     """Supervised fine-tuning through the frozen base model."""

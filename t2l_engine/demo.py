@@ -63,9 +63,7 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 def show_tasks(model, tokenizer, lora) -> None:
-    table = Table(
-        "input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs"
-    )
+    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs")
     score = {"base": 0, "adapted": 0}
     for i, (description, pairs) in enumerate(TASKS.items()):
         table.add_section()
@@ -145,16 +143,14 @@ def show_costs(model, tokenizer, engine) -> None:
     once = flops.encoder_flops(engine.encoder.model.config, words) + flops.hypernet_flops(config)
     per_question = flops.decoder_flops(model.config, question) + flops.lora_flops(config, question)
     in_context = flops.decoder_flops(model.config, shots)
-    table = Table(
-        "questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms"
-    )
+    table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
     for questions in (1, 10, 100):
         ours, theirs = once + questions * per_question, questions * in_context
         table.add_row(str(questions), f"{ours / 1e9:,.1f} G", f"{theirs / 1e9:,.1f} G", f"{theirs / ours:.2f} x")
     console.print(table)
     console.print(
-        f"{question} tokens a question against {shots} with description and examples; describing costs {once / 1e9:.2f} GFLOP once. "
-        "Prompt processing to the first answer token, examples not cached.\n"
+        f"{question} tokens a question against {shots} with description and examples; describing costs "
+        f"{once / 1e9:.2f} GFLOP once. Prompt processing to the first answer token, examples not cached.\n"
     )
 
 
@@ -172,9 +168,7 @@ def main() -> None:
     show_mixed_batch(model, tokenizer, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
-    console.print(
-        'Next: t2l generate "Name the animal in the list." -o out/   writes an adapter that PEFT and vLLM load.'
-    )
+    console.print('Next: t2l generate "Name the animal in the list." -o out/   writes an adapter that PEFT and vLLM load.')
 
 
 if __name__ == "__main__":

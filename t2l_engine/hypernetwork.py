@@ -231,9 +231,7 @@ class HyperNetwork(nn.Module):
             raise ValueError(f"task_emb: expected a tensor [N, {c.embed_dim}], got {got}")
         device = folded["weights"][0].device
         if not task_emb.is_floating_point() or task_emb.device != device:
-            raise ValueError(
-                f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}"
-            )
+            raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
         z = self.task_encoder(task_emb)
         rotary = c.rank if c.variant == "S-rotary" else 0
         latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)

@@ -181,7 +181,7 @@ class LoRAHandle:
 
     @contextlib.contextmanager
     def use(self, ids: Ids) -> Iterator[LoRAHandle]:
-        """``ids`` as in :meth:`set` inside the block; what was current before returns afterwards, also after an exception."""
+        """``ids`` as in :meth:`set` inside the block; afterwards, also after an exception, what was current returns."""
         before = self._routing.state()
         self.set(ids)
         try:
@@ -274,9 +274,7 @@ class LoRAHandle:
                 setattr(parent, attribute, wrapped)
                 self._layers[name, layer] = (parent, attribute, wrapped)
 
-    def _find(
-        self, name: str, path: str, num_layers: int, n_in: int, n_out: int
-    ) -> list[tuple[nn.Module, str, nn.Module]]:
+    def _find(self, name: str, path: str, num_layers: int, n_in: int, n_out: int) -> list[tuple[nn.Module, str, nn.Module]]:
         """(parent, attribute, layer) of module ``name`` in every decoder layer."""
         if (name, 0) in self._layers:
             self._check_fits(name, num_layers, n_in, n_out)

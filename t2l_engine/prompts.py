@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 def chat_prompt(tokenizer, text: str) -> str:
-    """``text`` as one user turn in the tokenizer's chat template, ready for the answer.  Adapters of T2L see the input only."""
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-    )
+    """``text`` as one user turn in the tokenizer's chat template, ready for the answer.
+
+    Adapters of T2L see the input only.
+    """
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
 
 
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:

@@ -58,7 +58,7 @@ def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tenso
 
 
 def rope(x: Tensor, num_positions: int) -> Tensor:
-    """Rotate ``x [..., m]`` to every position 0 .. ``num_positions`` - 1: ``[..., num_positions, m]`` (half-split, base 1e4)."""
+    """Rotate ``x [..., m]`` to positions 0 .. ``num_positions`` - 1: ``[..., num_positions, m]`` (half-split, base 1e4)."""
     m = x.shape[-1]
     inv_freq = ROPE_BASE ** (-torch.arange(0, m, 2, dtype=x.dtype, device=x.device) / m)
     angles = torch.arange(num_positions, dtype=x.dtype, device=x.device)[:, None] * inv_freq
@@ -107,9 +107,7 @@ def hypernet_trunk_backward(
     return [g.clone() if g._is_view() else g for g in grads]
 
 
-def head_sides(
-    weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int
-):
+def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int):
     """Cut a head into its A and B parts: two pairs of weight ``[p, width, h]`` and bias ``[p, width]`` (or None).
 
     A shared head (two sides) uses the first ``width`` of every ``max(in, out)`` rows for either side; an unshared one holds

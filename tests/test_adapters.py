@@ -177,6 +177,24 @@ def test_adapter_out_of_range_is_not_written(make_stack, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scaling", [0.0, float("nan"), float("inf")])
+def test_scaling_no_consumer_understands_is_not_written(make_stack, tmp_path, scaling):
+    stack = make_stack(SHAPES)
+    stack.scaling[1] = scaling
+    with pytest.raises(ValueError, match="scaling"):
+        stack.save_pretrained(tmp_path / "out", adapter=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_nothing_is_not_written(make_stack, tmp_path):
+    stack = make_stack(SHAPES)
+    for ranks in stack.ranks.values():
+        ranks[1] = 0
+    with pytest.raises(ValueError, match="adapter 1"):
+        stack.save_pretrained(tmp_path / "out", adapter=1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_survives_a_failed_write(make_stack, tmp_path, monkeypatch):
     stack = make_stack(SHAPES)
     stack.save_pretrained(tmp_path, adapter=0)

@@ -242,3 +242,14 @@ def test_merge_inside_use_is_not_applied_twice(model, stack, tokens):
     with handle.use(2):
         handle.merge(0)
     assert (logits(model, tokens) - applied).abs().max() <= LOGITS_ATOL
+
+
+def test_unmerge_restores_a_weight_that_layers_share(model, stack):
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    before = snapshot(model)
+    handle = attach(model, stack)
+    handle.merge(0)
+    handle.unmerge()
+    handle.detach()
+    assert_untouched(model, before)

@@ -120,9 +120,7 @@ def test_unshared_autoregressive_heads_are_refused(edit):
 
 
 def test_other_task_encoders_are_refused(edit):
-    folder = edit(
-        "L-sft", lambda state: {k.replace("task_encoder.mlp.1.", "task_encoder.ln."): v for k, v in state.items()}
-    )
+    folder = edit("L-sft", lambda state: {k.replace("task_encoder.mlp.1.", "task_encoder.ln."): v for k, v in state.items()})
     with pytest.raises(CheckpointError, match="task_encoder"):
         HyperNetwork.from_pretrained(folder)
 

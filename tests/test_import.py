@@ -33,9 +33,7 @@ def test_a_broken_native_library_raises(tmp_path):
     import t2l_engine
 
     package = Path(t2l_engine.__file__).parent
-    shutil.copytree(
-        package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints")
-    )
+    shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints"))
     command = [sys.executable, "-c", "import t2l_engine; print(t2l_engine.ops.NATIVE)"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     absent = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from t2l_engine import AdapterBatch, AdapterStack, attach
-from t2l_engine.testing.numerics import ROW_ATOL
+from t2l_engine.testing.numerics import ROW_ATOL, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")
 
@@ -231,6 +231,32 @@ def test_segments_over_flattened_tokens(make_stack):
     for tokens in (10, 12):
         with torch.no_grad(), handle.use(batch), pytest.raises((ValueError, RuntimeError), match=f"{tokens}"):
             model(torch.ones(tokens, 16))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_inputs_that_a_linear_takes(make_stack, grad):
+    stack, x = make_stack({"q_proj": (16, 16)}), torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    model = Stack()
+    handle = attach(model, stack)
+    with torch.set_grad_enabled(grad), handle.use(1):
+        expected = model(x.mT.contiguous())
+        assert (model(x.mT) - expected).abs().max() <= ROW_ATOL  # last stride is not 1
+        assert (model(x.mT.unflatten(0, (2, 1, 3))).flatten(0, 2) - expected).abs().max() <= ROW_ATOL
+        assert (model(x[:, 2]) - expected[2]).abs().max() <= ROW_ATOL
+        assert model(x.mT[:0]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast(make_stack, grad):
+    stack, x = make_stack({"q_proj": (16, 16)}), torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+    model = Stack()
+    handle = attach(model, stack)
+    with torch.set_grad_enabled(grad), handle.use(1):
+        expected = model(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = model(x)
+    assert got.dtype == torch.bfloat16
+    assert relative_frobenius(got, expected) <= 16 * u(torch.bfloat16)  # two layers of a few roundings each
 
 
 def test_batch_from_rows():

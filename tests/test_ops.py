@@ -65,9 +65,7 @@ def exact(arguments: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             r = wide["lora_A"].shape[1] if ranks is None else int(ranks[adapter])
             a, b = wide["lora_A"][adapter, :r], wide["lora_B"][adapter, :, :r]
             scaling = float(wide["scaling"][adapter])
-            bound[rows] = numerics.lora_bound(
-                wide["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype
-            )
+            bound[rows] = numerics.lora_bound(wide["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype)
     return y, delta, bound
 
 
@@ -259,9 +257,7 @@ def test_lora_delta_gradcheck():
 def test_hypernet_gradcheck(case):
     trunk = case.make_trunk(dtype=F64)
     tensors = [
-        t.requires_grad_()
-        for t in (trunk["z"], *trunk["weights"], trunk["side_emb"], trunk["pos_emb"])
-        if t is not None
+        t.requires_grad_() for t in (trunk["z"], *trunk["weights"], trunk["side_emb"], trunk["pos_emb"]) if t is not None
     ]
 
     def run_trunk(*_):
@@ -274,9 +270,7 @@ def test_hypernet_gradcheck(case):
     assert torch.autograd.gradcheck(lambda *_: ops.hypernet_head(**head), [head["latent"], *tensors], fast_mode=True)
 
 
-OPCHECK_LORA = [
-    c for c in LORA_CASES if c.name in ("mixed_rows", "bf16_mixed_ranks", "out_r_layout", "fp64_by_reference")
-]
+OPCHECK_LORA = [c for c in LORA_CASES if c.name in ("mixed_rows", "bf16_mixed_ranks", "out_r_layout", "fp64_by_reference")]
 
 
 @pytest.mark.parametrize("case", OPCHECK_LORA, **by_name)
@@ -320,16 +314,12 @@ def test_instruction_sets():
 
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    selection = (
-        "test_lora_add or test_lora_delta or test_hypernet_trunk or test_hypernet_head or neighbours or on_the_batch"
-    )
+    selection = "test_lora_add or test_lora_delta or test_hypernet_trunk or test_hypernet_head or do_not_depend"
     for isa in _core.available_isas():
         command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and not gradcheck", __file__]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
         assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
     probe = "import torch; from t2l_engine.testing.cases import SMALL_CASE as c; from t2l_engine import ops; ops.lora_add_(**c.make())"
     probe = probe.replace("SMALL_CASE", "LORA_CASES").replace("c.make()", "c[4].make()")
-    run = subprocess.run(
-        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
     assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16" in run.stderr

@@ -13,9 +13,7 @@ from t2l_engine.evaluation import exact_match
 from t2l_engine.tasks import load_tasks
 from t2l_engine.training import sft
 
-TEMPLATE = (
-    "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
-)
+TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
 WORDS = ["red", "blue", "green", "cat", "dog", "cow"]
 
 

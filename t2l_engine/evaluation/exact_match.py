@@ -57,9 +57,7 @@ def greedy(
     return answers
 
 
-def _queries(
-    arm: str, tasks: list[Task], shots: dict[str, tuple[Example, ...]], first: list[int], tokenizer
-) -> list[Query]:
+def _queries(arm: str, tasks: list[Task], shots: dict[str, tuple[Example, ...]], first: list[int], tokenizer) -> list[Query]:
     queries = []
     for index, task in enumerate(tasks):
         source = (index + len(tasks) // 2) % len(tasks) if arm == "t2l-shuffled" else index

@@ -43,9 +43,7 @@ class LoraCase:
         y = y[:, pad : pad + self.out_features]
         a = torch.randn(self.adapters, r + 1, self.in_features, generator=g) / self.in_features**0.5
         a = a.to(self.w_dtype)[:, :r]
-        b = torch.randn(self.adapters, r, self.out_features + pad, generator=g).to(self.w_dtype)[
-            ..., : self.out_features
-        ]
+        b = torch.randn(self.adapters, r, self.out_features + pad, generator=g).to(self.w_dtype)[..., : self.out_features]
         b = b.mT if self.b_layout == "r_out" else b.mT.contiguous()
         ranks = None
         if self.ranks is not None:

@@ -38,9 +38,7 @@ def lora_bound(
     """
     steps = x.shape[1] + lora_A.shape[0] + 4
     magnitude = (x.abs() @ lora_A.abs().mT) @ lora_B.abs().mT * abs(scaling)
-    return (
-        u(out_dtype) * (y.abs() + u(out_dtype)) + steps * u(torch.float32) * (magnitude + delta.abs() + y.abs()) + FLUSH
-    )
+    return u(out_dtype) * (y.abs() + u(out_dtype)) + steps * u(torch.float32) * (magnitude + delta.abs() + y.abs()) + FLUSH
 
 
 def head_bound(magnitude: Tensor, y: Tensor, depth: int, out_dtype: torch.dtype) -> Tensor:

@@ -224,9 +224,7 @@ def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_
     if state_path.is_file():
         state = torch.load(state_path, weights_only=True)
         if state["config"] != json.dumps(cfg.to_json(config)):
-            raise ConfigError(
-                f"{state_path}: written by a run with another configuration; choose another output folder"
-            )
+            raise ConfigError(f"{state_path}: written by a run with another configuration; choose another output folder")
         net.load_state_dict(state["net"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
