@@ -161,6 +161,8 @@ def test_large_offsets():
         ({"lora_B": torch.zeros(2, 5, 2, dtype=BF16)}, "lora_B: expected float32, got bfloat16"),
         ({"lora_A": torch.zeros(2, 6, 2).mT}, "lora_A: expected last stride 1"),
         ({"y": torch.zeros(6, 5, dtype=BF16)}, "y: expected float32, got bfloat16"),
+        ({"x": torch.zeros(6, 6, dtype=torch.int64), "y": torch.zeros(6, 5, dtype=torch.int64)}, "x: expected float32, bf"),
+        ({"x": torch.zeros(6, 6, dtype=F64), "y": torch.zeros(6, 4, dtype=F64)}, r"y: expected shape \[6, 5\]"),
         ({"y": torch.zeros(6, 4)}, r"y: expected shape \[6, 5\], got \[6, 4\]"),
         ({"scaling": torch.ones(2, dtype=F64)}, "scaling: expected float32, got float64"),
         ({"ranks": torch.tensor([1, 3], dtype=torch.int32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
@@ -319,7 +321,6 @@ def test_instruction_sets():
         command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and not gradcheck", __file__]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
         assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
-    probe = "import torch; from t2l_engine.testing.cases import SMALL_CASE as c; from t2l_engine import ops; ops.lora_add_(**c.make())"
-    probe = probe.replace("SMALL_CASE", "LORA_CASES").replace("c.make()", "c[4].make()")
+    probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
     run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
     assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16" in run.stderr

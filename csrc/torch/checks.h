@@ -80,6 +80,15 @@ inline void check_contiguous(const char* op, const std::string& name, const Tens
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
+inline void check_floating(const char* op, const std::string& name, const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Double)
+    fail(op, name, "float32, bfloat16, float16 or float64", to_text(type));
+}
+
+// What norms, biases and embeddings are beside matrices of `type`.
+inline ScalarType vector_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
+
 inline bool native_type(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
 inline DType kernel_type(ScalarType type) { return type == ScalarType::BFloat16 ? DType::bf16 : DType::f32; }
 

@@ -39,6 +39,8 @@ LoraParams prepare(const char* op, const Tensor& y, const Tensor& x, const Tenso
   check_shape(op, "lora_B", lora_B, {adapters, kAny, rank});
   check_shape(op, "scaling", scaling, {adapters});
   check_shape(op, "y", y, {x.size(0), lora_B.size(1)});
+  check_floating(op, "x", x);
+  check_floating(op, "lora_A", lora_A);
   check_type(op, "y", y, x.scalar_type());
   check_type(op, "lora_B", lora_B, lora_A.scalar_type());
   check_type(op, "scaling", scaling, ScalarType::Float);
@@ -90,13 +92,13 @@ bool covered(const Tensor& x, const Tensor& lora_A) {
 Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
                   const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const char* op = "lora_delta";
-  if (!covered(x, lora_A))
-    return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
-                                    max_seg_len, ranks)[0]);
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_B", lora_B, {kAny, kAny, kAny});
   Tensor y = torch::stable::new_empty(x, {x.size(0), lora_B.size(1)});
   LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  if (!covered(x, lora_A))
+    return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
+                                    max_seg_len, ranks)[0]);
   p.accumulate = false;
   lora(p, isa(op), parallel);
   return y;
@@ -105,12 +107,12 @@ Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, c
 void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
               const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const char* op = "lora_add_";
+  LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   if (!covered(x, lora_A)) {
     call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len,
                    ranks);
     return;
   }
-  LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   p.accumulate = true;
   lora(p, isa(op), parallel);
 }

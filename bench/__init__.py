@@ -1,0 +1,1 @@
+"""Benchmarks, results and the tables made from them."""
