@@ -69,6 +69,14 @@ def test_attach_and_detach(model, stack, tokens):
     assert_untouched(model, before)
 
 
+def test_modules_are_matched_by_their_whole_name(model, make_stack):
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj = torch.nn.Linear(64, 64)
+    attach(model, make_stack({"v_proj": (64, 64)}))
+    assert isinstance(model.model.layers[0].self_attn.v_proj, LoRALinear)
+    assert not isinstance(model.model.layers[0].self_attn.qkv_proj, LoRALinear)
+
+
 def test_attach_twice_is_refused(model, stack):
     handle = attach(model, stack)
     before = snapshot(model)
@@ -153,7 +161,8 @@ def test_put(tiny_model, model, stack, stack_for, tokens):
     assert torch.equal(logits(model, tokens, handle, 1), alone[1])
     handle.put(1, wider)  # and fewer modules
     wide = logits(model, tokens, handle, 1)
-    assert not torch.equal(wide, alone[1]) and not torch.equal(wide, base)
+    reference.detach()
+    assert torch.equal(wide, logits(other, tokens, attach(other, wider), 0)) and not torch.equal(wide, base)
     assert torch.equal(logits(model, tokens, handle, 0), alone[2])
     handle.put(1, stack[1])  # narrower again: nothing of the wide one is left
     assert torch.equal(logits(model, tokens, handle, 1), alone[1])

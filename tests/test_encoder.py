@@ -14,13 +14,18 @@ POOLINGS = ("cls", "mean", "last")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def vocabulary(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(vocabulary):
     """A tiny random BERT and its tokenizer."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
-    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    tokenizer = BertTokenizerFast.from_pretrained(vocabulary)
     assert tokenizer.convert_ids_to_tokens(tokenizer("The drugs.")["input_ids"])[1:-1] == ["the", "drug", "##s", "."]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -161,12 +166,13 @@ def test_packaged_encoder_that_is_not_installed(monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_from_a_folder(parts, tmp_path, encoder, pooling):
+def test_from_a_folder(parts, vocabulary, tmp_path, encoder, pooling):
     model, tokenizer = parts
     model.save_pretrained(tmp_path)
-    tokenizer.padding_side = "left"  # a decoder's habit; vectors must not depend on it
-    tokenizer.save_pretrained(tmp_path)
-    tokenizer.padding_side = "right"
+    left = type(tokenizer).from_pretrained(
+        vocabulary, padding_side="left"
+    )  # a decoder's habit; no vector depends on it
+    left.save_pretrained(tmp_path)
     loaded = TextEncoder.from_pretrained(EncoderConfig(name=str(tmp_path), pooling=pooling))
     expected = encoder(pooling).encode(TEXTS)
     assert (loaded.encode(TEXTS) - expected).norm() <= 1e-6 * expected.norm()

@@ -165,6 +165,15 @@ inline void store_as(bf16* p, Vec v, int n) {
 }
 #endif
 
+// n floats to contiguous memory, rounded to T.
+template <class T>
+inline void store_row(const float* x, int64_t n, T* out) {
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int left = static_cast<int>(lesser(kLanes, n - i));
+    store_as(out + i, left == kLanes ? load(x + i) : load(x + i, left), left);
+  }
+}
+
 // One step of a dot product: a vector of x times a vector of w added to an accumulator.  Step is how many elements of a
 // row it takes; the accumulator's lanes add up to the dot product.
 template <class XT, class WT>
@@ -223,6 +232,95 @@ inline void matmul_nt(const XT* x, int64_t ldx, int64_t rows, const WT* w, int64
   }
   for (; j < cols; ++j)
     for (int64_t i = 0; i < rows; ++i) dot_tile<1, 1>(x + i * ldx, ldx, w + j * ldw, ldw, depth, c + i * ldc + j, ldc);
+}
+
+// --- panels: 16 rows side by side -----------------------------------------------------------------------------------
+// A panel holds kPanelRows rows feature-major, so one vector is one feature of all rows: products need no horizontal sums,
+// and a row's result depends on no other row.
+
+constexpr int kPanelRows = 16;
+constexpr int kPanelVecs = kPanelRows / kLanes;
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // accumulators a tile keeps in registers: kPanelCols * kPanelVecs
+
+// How a panel of inputs for matrices of type WT is stored: kPack features of one row share an Element.
+template <class WT>
+struct PanelOf {
+  using Element = float;
+  static constexpr int kPack = 1;
+  static Element make(const float* feature, int64_t, int64_t row) {
+    WT rounded;
+    from_float(feature[row], &rounded);
+    return to_float(rounded);
+  }
+  using Operand = Vec;
+  static Operand load_rows(const Element* p) { return load(p); }
+  static Operand spread(const WT* w, int64_t) { return broadcast(to_float(*w)); }
+  static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
+};
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+template <>
+struct PanelOf<bf16> {
+  using Element = uint32_t;  // two consecutive features as bfloat16
+  static constexpr int kPack = 2;
+  static Element make(const float* feature, int64_t left, int64_t row) {
+    bf16 low, high = {0};
+    from_float(feature[row], &low);
+    if (left > 1) from_float(feature[kPanelRows + row], &high);
+    return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  }
+  using Operand = __m512bh;
+  static Operand load_rows(const Element* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Operand spread(const bf16* w, int64_t left) {
+    uint32_t pair = w->bits;
+    if (left > 1) std::memcpy(&pair, w, sizeof pair);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
+  }
+  static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+#endif
+
+// Elements of a panel of `depth` features.
+template <class WT>
+inline int64_t panel_size(int64_t depth) {
+  constexpr int kPack = PanelOf<WT>::kPack;
+  return (depth + kPack - 1) / kPack * kPanelRows;
+}
+
+// Feature-major float32 rows to a panel of inputs, rounded to WT.
+template <class WT>
+inline void make_panel(const float* x, int64_t depth, typename PanelOf<WT>::Element* panel) {
+  using P = PanelOf<WT>;
+  for (int64_t k = 0; k < depth; k += P::kPack)
+    for (int64_t i = 0; i < kPanelRows; ++i)
+      panel[k / P::kPack * kPanelRows + i] = P::make(x + k * kPanelRows, depth - k, i);
+}
+
+// c[j, i] = dot(row i of the panel, w row j), j < C, feature-major.
+template <int C, class WT>
+inline void panel_tile(const typename PanelOf<WT>::Element* x, const WT* w, int64_t ldw, int64_t depth, float* c) {
+  using P = PanelOf<WT>;
+  Vec acc[C][kPanelVecs];
+  for (int j = 0; j < C; ++j)
+    for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = zero();
+  for (int64_t k = 0; k < depth; k += P::kPack) {
+    typename P::Operand xv[kPanelVecs];
+    for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
+    for (int j = 0; j < C; ++j) {
+      const typename P::Operand wv = P::spread(w + j * ldw + k, depth - k);
+      for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
+    }
+  }
+  for (int j = 0; j < C; ++j)
+    for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
+}
+
+// c[cols, kPanelRows] = w[cols, depth] times the panel.
+template <class WT>
+inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, int64_t ldw, int64_t cols, int64_t depth,
+                         float* c) {
+  int64_t j = 0;
+  for (; j + kPanelCols <= cols; j += kPanelCols) panel_tile<kPanelCols>(x, w + j * ldw, ldw, depth, c + j * kPanelRows);
+  for (; j < cols; ++j) panel_tile<1>(x, w + j * ldw, ldw, depth, c + j * kPanelRows);
 }
 
 // A heap buffer for one thread's tile.

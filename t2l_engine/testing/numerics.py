@@ -41,6 +41,12 @@ def lora_bound(
     return u(out_dtype) * (y.abs() + u(out_dtype)) + steps * u(torch.float32) * (magnitude + delta.abs() + y.abs()) + FLUSH
 
 
+def lora_frobenius(dtype: torch.dtype) -> float:
+    """Allowed relative Frobenius error of a whole ``lora_add_`` result: the rounding of the result, and float32
+    accumulation, whose errors grow as the square root of the number of terms at most (8 covers in = 4096)."""
+    return u(dtype) + 8 * u(torch.float32)
+
+
 def head_bound(magnitude: Tensor, y: Tensor, depth: int, out_dtype: torch.dtype) -> Tensor:
     """Allowed error of a head output: ``magnitude`` = sum |latent w| + |bias| (times |mul|, plus |add|) in float64."""
     return u(out_dtype) * y.abs() + (depth + 4) * u(torch.float32) * magnitude + FLUSH
