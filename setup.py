@@ -39,6 +39,8 @@ class CMakeBuild(build_ext):
         for extension in list(self.extensions):
             name = extension.name.rsplit(".", 1)[-1]
             built = next(build.glob(f"{name}.*so"), None) or next(build.glob(f"{name}.so"), None)
+            if built is None and name != "_core":
+                raise FileNotFoundError(f"cmake built no {name} under {build}")
             if built is None:  # _core is optional
                 self.extensions.remove(extension)
                 continue

@@ -1,6 +1,6 @@
 """Writes the result tables of the README from ``bench/results``; ``--check`` fails where a table was edited by hand.
 
-    python -m bench.report [--check]
+python -m bench.report [--check]
 """
 
 from __future__ import annotations

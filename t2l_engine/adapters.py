@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +77,7 @@ class AdapterStack:
                     f"{name}: expected one floating-point dtype and one device, got lora_A {a.dtype} on {a.device}, "
                     f"lora_B {b.dtype} on {b.device}, scaling on {scaling.device}"
                 )
+        given = ranks is not None
         if ranks is None:
             ranks = {
                 name: torch.full(a.shape[:2], a.shape[2], dtype=torch.int32, device=a.device)
@@ -85,6 +88,9 @@ class AdapterStack:
             rank = self.ranks.get(name)
             if rank is None or rank.shape != a.shape[:2] or rank.dtype != torch.int32:
                 raise ValueError(f"ranks: expected int32 {tuple(a.shape[:2])} for {name}, got {rank}")
+            # Read on the host where that costs no device synchronisation.
+            if given and rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
+                raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
         self.paths = {}
         for name in self.lora_A:
             path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
@@ -207,6 +213,10 @@ class AdapterStack:
             for key, tensor in state.items()
             if key.endswith(".lora_A.weight")
         }
+        if not rank_of:
+            raise ValueError(f"adapter {adapter} adapts no module: all its ranks are 0")
+        if not math.isfinite(scaling) or scaling <= 0:
+            raise ValueError(f"scaling: expected a positive number for adapter {adapter}, got {scaling}")
         r = max(rank_of.values())
         layers = {name: sorted(_layers_of(self.paths[name], rank_of)) for name in self.lora_A}
         covered = {tuple(v) for v in layers.values() if v}
@@ -264,6 +274,15 @@ def _pattern_value(patterns: dict, path: str, default: float) -> float:
     return default
 
 
+def _check_patterns(patterns: Any, config_path: Path) -> None:
+    try:
+        good = all(not isinstance(v, bool) and v > 0 and re.compile(p) for p, v in patterns.items())
+    except (AttributeError, TypeError, re.error):
+        good = False
+    if not good:
+        raise AdapterError(f"{config_path}: alpha_pattern: expected positive numbers by module pattern, got {patterns!r}")
+
+
 def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -287,14 +306,19 @@ def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
         "trainable_token_indices": (None, []),
         "lora_bias": (None, False),
         "layer_replication": (None, []),
+        "alora_invocation_tokens": (None, []),
     }
     for field, allowed in plain.items():
         if config.get(field) not in allowed:
-            raise AdapterError(f"{config_path}: {field}: expected {allowed[-1]!r} (plain LoRA), got {config[field]!r}")
+            raise AdapterError(f"{config_path}: {field}: expected {allowed[-1]!r} (plain LoRA), got {config.get(field)!r}")
     for field in ("r", "lora_alpha"):
         value = config.get(field)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
             raise AdapterError(f"{config_path}: {field}: expected a positive number, got {value!r}")
+    # These change the base weights too: the stored A and B alone are not the adapter.
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise AdapterError(f"{config_path}: init_lora_weights: expected plain LoRA, got {config['init_lora_weights']!r}")
+    _check_patterns(config.get("alpha_pattern") or {}, config_path)
     try:
         state = load_file(weights_path)
     except (SafetensorError, OSError) as error:

@@ -24,9 +24,15 @@ class AdapterBatch:
     @staticmethod
     def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
         """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model)."""
-        adapters = torch.as_tensor(ids)
+        adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
         if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
             raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
+        if (
+            adapters.dtype == torch.int64
+            and adapters.numel()
+            and not -(2**31) <= int(adapters.min()) <= int(adapters.max()) < 2**31
+        ):
+            raise ValueError(f"ids: expected values that fit int32, got {ids!r}")
         if seq_len < 0:
             raise ValueError(f"seq_len: expected a number of tokens >= 0, got {seq_len}")
         adapters = adapters.to(torch.int32)

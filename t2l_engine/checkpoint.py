@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +118,20 @@ def save(net: HyperNetwork, folder: Path, metadata: dict[str, Any] | None = None
     folder.mkdir(parents=True, exist_ok=True)
     blocks = {"format": FORMAT, "hypernetwork": cfg.to_json(net.config), **(metadata or {})}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_NAME}.writing"
-    save_file(state, temporary)
-    os.replace(temporary, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(blocks, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        save_file(state, Path(temporary) / WEIGHTS_NAME)
+        (Path(temporary) / CONFIG_NAME).write_text(json.dumps(blocks, indent=2) + "\n", encoding="utf-8")
+        for name in (WEIGHTS_NAME, CONFIG_NAME):
+            os.replace(Path(temporary) / name, folder / name)
 
 
-def _build(config: HyperNetworkConfig, state: dict[str, Tensor], path: Path) -> HyperNetwork:
-    """A hypernetwork of ``config`` that holds exactly ``state``; every difference is an error that names its keys."""
+def _build(
+    config: HyperNetworkConfig, state: dict[str, Tensor], path: Path, name_of: Callable[[str], str] = str
+) -> HyperNetwork:
+    """A hypernetwork of ``config`` that holds exactly ``state``; every difference is an error that names its keys.
+
+    ``name_of``: a key as the file spells it.
+    """
     offsets: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         parts = key.split(".")
@@ -138,13 +146,13 @@ def _build(config: HyperNetworkConfig, state: dict[str, Tensor], path: Path) -> 
             _expect_shape(path, f"offsets.{name}.{key}", tensor, (config.num_layers, *rest))
             setattr(net.offsets[name], key, tensor)
     wanted = net.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    missing, extra = (sorted(map(name_of, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys()))
     if missing or extra:
         raise CheckpointError(f"{path}: missing keys {missing}, unexpected keys {extra}")
     for key, tensor in state.items():
-        _expect_shape(path, key, tensor, tuple(wanted[key].shape))
+        _expect_shape(path, name_of(key), tensor, tuple(wanted[key].shape))
         if not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: {key}: expected floating point, got {tensor.dtype}")
+            raise CheckpointError(f"{path}: {name_of(key)}: expected floating point, got {tensor.dtype}")
     net.load_state_dict(state, assign=True)
     return net
 
@@ -180,6 +188,15 @@ _RENAMED = {
     "out_emb_norm.": "side_emb.norm.",
     "heads.": "heads.",
 }
+
+
+def _reference_name(key: str) -> str:
+    """Native ``key`` as the reference spells it."""
+    prefix = max((p for p in _RENAMED.values() if key.startswith(p)), key=len, default="")
+    old = next((old for old, new in _RENAMED.items() if new == prefix), "")
+    return old + key[len(prefix) :]
+
+
 _DICTIONARIES = ("AB_offset", "mean_recon_target", "std_recon_target")
 
 
@@ -204,11 +221,12 @@ def _load_reference(folder: Path, module_order: list[str] | None) -> HyperNetwor
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{weights}: not a plain tensor file: {str(error).splitlines()[0]}") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{weights}: not a plain tensor file: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(f"{weights}: expected a state_dict of tensors")
     config, native = translate(state, args, peft, weights, args_path, peft_path, module_order)
-    return _build(config, native, weights)
+    return _build(config, native, weights, _reference_name)
 
 
 def _in_order(keys: list[str], prefix: str) -> list[str]:
@@ -281,11 +299,16 @@ def translate(
     _check_peft(peft, modules, rank, peft_path, warn=task == "sft")
     latent_size = 2 * task_linear.shape[0]
     for field, got in (("hypernet_latent_size", latent_size), ("head_in_size", mlp3.shape[0])):
-        if field in args and args[field] // 2 * 2 != got // 2 * 2:
-            raise CheckpointError(f"{args_path}: {field}: {args[field]} contradicts the tensors, which say {got}")
-    delta_scale = float(args.get("delta_w_scaling", 10000))
-    if delta_scale <= 0:
-        raise CheckpointError(f"{args_path}: delta_w_scaling: expected a positive number, got {delta_scale}")
+        value = args.get(field, got)
+        # The tensors know half of the latent size.
+        same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
+        if not same:
+            raise CheckpointError(f"{args_path}: {field}: {value!r} contradicts the tensors, which say {got}")
+    delta_scale = args.get("delta_w_scaling", 10000)
+    lora_alpha = peft.get("lora_alpha")
+    for path, field, value in ((args_path, "delta_w_scaling", delta_scale), (peft_path, "lora_alpha", lora_alpha)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise CheckpointError(f"{path}: {field}: expected a positive number, got {value!r}")
     config = HyperNetworkConfig(
         variant=variant,
         modules=tuple(modules),
@@ -296,7 +319,7 @@ def translate(
         embed_dim=task_linear.shape[1],
         latent_size=args.get("hypernet_latent_size", latent_size),
         head_in_size=mlp3.shape[0],
-        lora_alpha=float(peft.get("lora_alpha", 0)),
+        lora_alpha=float(lora_alpha),
         scaling="rslora" if peft.get("use_rslora") else "plain",
         head_bias=bias,
         output_scale=1.0 if task == "sft" or factorized else delta_scale**-0.5,
@@ -305,7 +328,7 @@ def translate(
         raise CheckpointError(
             f"{weights}: layer_depth_encoder.0.weight: expected width {config.embedding_width}, got {tuple(depth.shape)}"
         )
-    native = _rename(state, modules, z_scores, add_offset=task == "sft" or factorized, weights=weights)
+    native = _rename(state, modules, z_scores, add_offset=task == "sft" or factorized, width=config.width, weights=weights)
     return config, native
 
 
@@ -362,7 +385,7 @@ def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path,
 
 
 def _rename(
-    state: dict[str, Tensor], modules: list[str], z_scores: bool, *, add_offset: bool, weights: Path
+    state: dict[str, Tensor], modules: list[str], z_scores: bool, *, add_offset: bool, width: int, weights: Path
 ) -> dict[str, Tensor]:
     """Reference keys to native ones; unknown keys are an error."""
     native: dict[str, Tensor] = {}
@@ -381,6 +404,14 @@ def _rename(
     missing = sorted(k for k in known if k not in state and not k.startswith("out_emb."))
     if missing:
         raise CheckpointError(f"{weights}: missing keys {missing}")
+    for d in _DICTIONARIES[1:]:
+        for side in "AB":
+            for name in modules:
+                shape = tuple(state[f"AB_offset.{side}.{name}"].shape)
+                _expect_shape(weights, f"{d}.{side}.{name}", state[f"{d}.{side}.{name}"], shape)
+    for key in sorted(known):
+        if key.startswith("out_emb.") and key in state:
+            _expect_shape(weights, key, state[key], (width,))
     if any(k.startswith("out_emb.") for k in state):
         absent = [k for k in sorted(known) if k.startswith("out_emb.") and k not in state]
         if absent:

@@ -83,7 +83,7 @@ class EncoderConfig:
         _positive_int("encoder.max_length", self.max_length)
         if not isinstance(self.full_stop, bool):
             raise ConfigError(f"encoder.full_stop: expected true or false, got {self.full_stop!r}")
-        if self.template is not None and "{text}" not in str(self.template):
+        if self.template is not None and not (isinstance(self.template, str) and "{text}" in self.template):
             raise ConfigError(f"encoder.template: expected a string containing '{{text}}', got {self.template!r}")
 
 
@@ -137,6 +137,8 @@ class HyperNetworkConfig:
             _positive_int(name, getattr(self, name))
         if self.latent_size < 4:
             raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
+        if self.variant == "S-rotary" and self.width % 2:
+            raise ConfigError(f"latent_size: expected an even trunk width for S-rotary, got width {self.width}")
         for name in ("lora_alpha", "output_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:

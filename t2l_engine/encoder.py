@@ -45,8 +45,9 @@ class TextEncoder:
     """
 
     def __init__(self, model, tokenizer, config: EncoderConfig):
-        """``model``: a transformers encoder or decoder in eval mode; ``tokenizer``: its tokenizer (right padding)."""
+        """``model``: a transformers encoder or decoder in eval mode; ``tokenizer``: its tokenizer (set to right padding)."""
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        tokenizer.padding_side = "right"  # what the pooling rules count on
         self._cache: dict[str, Tensor] = {}
 
     @classmethod
@@ -78,7 +79,6 @@ class TextEncoder:
         source = _resolve(config.name)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(source, dtype=dtype, trust_remote_code=trust_remote_code)
-        tokenizer.padding_side = "right"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(model.to(device), tokenizer, config)

@@ -22,7 +22,7 @@ class TaskEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=reference.LAYER_NORM_EPS)
 
     def forward(self, task_emb: Tensor) -> Tensor:
-        acc = reference.accumulation_dtype(task_emb, self.linear.weight)
+        acc = reference.accumulation_dtype(self.linear.weight)
         x = torch.nn.functional.linear(task_emb.to(acc), self.linear.weight.to(acc), self.linear.bias.to(acc))
         return reference.layer_norm(x, self.norm.weight.to(acc), self.norm.bias.to(acc))
 
@@ -73,7 +73,8 @@ class HyperNetwork(nn.Module):
     """Text-to-LoRA's hypernetwork in the variants L, M, S-learnable and S-rotary.
 
     ``generate`` gives adapters for inference; ``forward`` is the same computation with gradients, for training.
-    Parameters are ordinary; what does not depend on the task is folded once and again after a parameter changes.
+    Parameters are ordinary; what does not depend on the task is folded once, and again after a parameter changes (an
+    optimiser step, ``copy_``, ``to``; a change through ``.data`` cannot be seen).
     """
 
     def __init__(self, config: HyperNetworkConfig, offsets: dict[str, dict[str, Tensor]] | None = None):
@@ -132,6 +133,10 @@ class HyperNetwork(nn.Module):
         from t2l_engine import checkpoint
 
         checkpoint.save(self, Path(folder), metadata)
+
+    def _apply(self, fn, recurse=True):
+        self._packed = None  # .to(), .cuda() and the like replace the storage behind the folded tensors
+        return super()._apply(fn, recurse)
 
     @property
     def dtype(self) -> torch.dtype:

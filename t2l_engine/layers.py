@@ -18,7 +18,7 @@ Ids = int | Sequence[int] | Tensor | AdapterBatch
 class Routing:
     """Which adapter each row of the next forward passes uses; shared by all layers of one handle.
 
-    ``ids`` is a persistent tensor, updated in place, so that compiled code and captured graphs see new ids.
+    ``ids`` is one tensor, updated in place while the number of rows stays, so that compiled code sees new ids.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Routing:
             raise ValueError(f"ids: expected integers, got booleans {ids!r}")
         _check_range(tensor, num_adapters)
         self.batch, self.single = None, single
-        self._write(tensor.to(device=device, dtype=torch.int32))
+        self._write(tensor.to(device=device, dtype=torch.int32, copy=True))  # never the caller's storage
 
     def _write(self, ids: Tensor | None) -> None:
         if self.ids is not None and ids is not None and self.ids.shape == ids.shape and self.ids.device == ids.device:
@@ -131,17 +131,21 @@ class LoRALinear(nn.Module):
         if not routing.active:
             return y
         flat = x.reshape(-1, x.shape[-1])
-        rows = x.shape[0]
+        if flat.dtype != y.dtype:  # autocast, and layers that compute in another dtype
+            flat = flat.to(y.dtype)
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        rows = x.shape[0] if x.dim() > 1 else 1
         batch = routing.segments(rows, flat.shape[0] // max(rows, 1))
         slots = self._slots if routing.overrides is None else routing.overrides.get((self.name, self.layer))
         if slots is None:
             return y
         A, B, scaling, ranks = slots
         segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
-        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad or A.requires_grad):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, A, B)):
             delta = ops.lora_delta(flat, A, B, scaling, *segments, ranks)
             return y + delta.view(y.shape).to(y.dtype)
-        y = y.contiguous()
+        y = y.clone() if y is x else y.contiguous()  # an identity layer hands us its input
         ops.lora_add_(y.view(-1, y.shape[-1]), flat, A, B, scaling, *segments, ranks)
         return y
 
@@ -187,7 +191,7 @@ class LoRAHandle:
         try:
             yield self
         finally:
-            self._routing.restore(before)
+            self._restore(before)
 
     @contextlib.contextmanager
     def differentiable(self, stack: AdapterStack, ids: Ids) -> Iterator[LoRAHandle]:
@@ -197,6 +201,8 @@ class LoRAHandle:
         of the same shapes).
         """
         self._check_attached()
+        if self._merged is not None:
+            raise RuntimeError("differentiable: an adapter is merged into the weights; call unmerge() first")
         for name, a in stack.lora_A.items():
             self._check_fits(name, a.shape[1], a.shape[3], stack.lora_B[name].shape[2])
             if not all((name, layer) in self._layers for layer in range(a.shape[1])):
@@ -214,7 +220,10 @@ class LoRAHandle:
         try:
             yield self
         finally:
-            self._routing.restore(before)
+            self._restore(before)
+
+    def _restore(self, state: tuple) -> None:
+        self._routing.restore(state if self._merged is None else (None, None, False, None))
 
     # --- slots -----------------------------------------------------------------------------------------------------
 
@@ -241,9 +250,9 @@ class LoRAHandle:
                 ranks[:, slot] = 0
                 if name in adapter.lora_A:
                     a, b = adapter.lora_A[name], adapter.lora_B[name]
-                    n, r = a.shape[1], a.shape[2]
-                    A[slot, :n, :r].copy_(a[0])
-                    B[slot, :n, :r].copy_(b[0].mT)
+                    n, r = a.shape[1], min(a.shape[2], A.shape[2])  # beyond its rank an adapter may be padded
+                    A[slot, :n, :r].copy_(a[0, :, :r])
+                    B[slot, :n, :r].copy_(b[0].mT[:, :r])
                     ranks[:n, slot] = adapter.ranks[name][0].to(ranks.device)
             self._scaling[slot] = adapter.scaling[0]
         self._filled.add(slot)
@@ -254,8 +263,9 @@ class LoRAHandle:
         for name, a in stack.lora_A.items():
             found[name] = self._find(name, stack.paths[name], a.shape[1], a.shape[3], stack.lora_B[name].shape[2])
             r_max = self._storage[name][0].shape[2] if name in self._storage else self._max_rank or a.shape[2]
-            if a.shape[2] > r_max:
-                raise ValueError(f"{name}: rank {a.shape[2]} exceeds the slots' rank {r_max}; attach with max_rank=...")
+            rank = int(stack.ranks[name].max())
+            if rank > r_max:
+                raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
         for name, layers in found.items():
             if name in self._storage:
                 continue
@@ -355,7 +365,7 @@ class LoRAHandle:
         self._check_attached()
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
-        for key, original in self._merged.items():
+        for key, original in reversed(self._merged.items()):  # layers may share a weight
             self._layers[key][2].base.weight.copy_(original)
         self._merged = None
 

@@ -221,9 +221,11 @@ def hypernet_head_out_(
     lora_B.copy_((out[1] * scale_B).mT)
 
 
-def _segments(seg_indptr: Tensor, seg_adapters: Tensor, ranks: Tensor | None, width: int):
+def _segments(seg_indptr: Tensor, seg_adapters: Tensor, ranks: Tensor | None, width: int, num_tokens: int):
     """(first token, end token, adapter, rank) of every segment that has work."""
     bounds = seg_indptr.tolist()
+    if bounds[-1] != num_tokens:
+        raise RuntimeError(f"seg_indptr: expected the number of tokens {num_tokens} last, got {bounds[-1]}")
     widths = None if ranks is None else ranks.tolist()
     for i, adapter in enumerate(seg_adapters.tolist()):
         rank = width if widths is None or adapter < 0 else widths[adapter]
@@ -244,7 +246,7 @@ def lora_delta(
     """See :func:`t2l_engine.ops.lora_delta`."""
     acc = accumulation_dtype(x, lora_A)
     delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1]):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         delta[lo:hi] = v @ lora_B[a, :, :r].to(acc).mT
     return delta.to(x.dtype)
@@ -263,7 +265,7 @@ def lora_add_(
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_`."""
     acc = accumulation_dtype(x, lora_A)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1]):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
 
@@ -284,7 +286,7 @@ def lora_delta_backward(
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
     grad_B = torch.zeros(lora_B.shape, dtype=acc, device=x.device)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1]):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
         g, xs, A, B = grad[lo:hi].to(acc), x[lo:hi].to(acc), lora_A[a, :r].to(acc), lora_B[a, :, :r].to(acc)
         s = scaling[a].to(acc)
         v = (xs @ A.mT) * s

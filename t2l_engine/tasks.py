@@ -59,7 +59,7 @@ def load_tasks(folder: str | Path, split: str) -> list[Task]:
 def _read_examples(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -67,9 +67,9 @@ def _read_examples(path: Path):
                 row = json.loads(line)
                 outputs = row["output"]
                 example = Example(row["input"], tuple(outputs), row["split"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ConfigError(f"{path}:{number}: expected input, output and split: {error!r}") from None
             strings = (example.input, example.split, *example.outputs)
-            if isinstance(outputs, str) or not outputs or not all(isinstance(s, str) for s in strings):
+            if not isinstance(outputs, list) or not outputs or not all(isinstance(s, str) for s in strings):
                 raise ConfigError(f"{path}:{number}: expected strings, output a non-empty list of them")
             yield example

@@ -120,7 +120,10 @@ def test_unshared_autoregressive_heads_are_refused(edit):
 
 
 def test_other_task_encoders_are_refused(edit):
-    folder = edit("L-sft", lambda state: {k.replace("task_encoder.mlp.1.", "task_encoder.ln."): v for k, v in state.items()})
+    def rename(state):
+        return {key.replace("task_encoder.mlp.1.", "task_encoder.ln."): tensor for key, tensor in state.items()}
+
+    folder = edit("L-sft", rename)
     with pytest.raises(CheckpointError, match="task_encoder"):
         HyperNetwork.from_pretrained(folder)
 

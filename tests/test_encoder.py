@@ -169,9 +169,8 @@ def test_packaged_encoder_that_is_not_installed(monkeypatch):
 def test_from_a_folder(parts, vocabulary, tmp_path, encoder, pooling):
     model, tokenizer = parts
     model.save_pretrained(tmp_path)
-    left = type(tokenizer).from_pretrained(
-        vocabulary, padding_side="left"
-    )  # a decoder's habit; no vector depends on it
+    # A decoder's habit; no vector depends on it.
+    left = type(tokenizer).from_pretrained(vocabulary, padding_side="left")
     left.save_pretrained(tmp_path)
     loaded = TextEncoder.from_pretrained(EncoderConfig(name=str(tmp_path), pooling=pooling))
     expected = encoder(pooling).encode(TEXTS)

@@ -35,7 +35,7 @@ def test_a_broken_native_library_raises(tmp_path):
     package = Path(t2l_engine.__file__).parent
     shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints"))
     command = [sys.executable, "-c", "import t2l_engine; print(t2l_engine.ops.NATIVE)"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != "T2L_DISABLE_NATIVE"} | {"PYTHONPATH": str(tmp_path)}
     absent = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert absent.stdout.strip() == "False", absent.stderr
     (tmp_path / "t2l_engine" / "_C.so").write_bytes(b"not a library")

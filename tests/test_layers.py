@@ -256,7 +256,8 @@ def test_autocast(make_stack, grad):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             got = model(x)
     assert got.dtype == torch.bfloat16
-    assert relative_frobenius(got.detach(), expected.detach()) <= 16 * u(torch.bfloat16)  # two layers of a few roundings each
+    # Two layers of a few roundings each.
+    assert relative_frobenius(got.detach(), expected.detach()) <= 16 * u(torch.bfloat16)
 
 
 def test_batch_from_rows():

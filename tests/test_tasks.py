@@ -19,15 +19,16 @@ def write(tmp_path):
     def make(descriptions, **lines):
         (tmp_path / "descriptions.json").write_text(json.dumps(descriptions), encoding="utf-8")
         for name, content in lines.items():
-            text = "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in content)
-            (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+            rows = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in content)
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
         return tmp_path
 
     return make
 
 
 def test_tasks_are_sorted_and_of_one_split(write):
-    folder = write({"b": ["Name the capital."], "a": ["One.", "Two."]}, b=[*ROWS, "", "  "], a=ROWS, unlisted=["no JSON"])
+    descriptions = {"b": ["Name the capital."], "a": ["One.", "Two."]}
+    folder = write(descriptions, b=[*ROWS, "", "  "], a=ROWS, unlisted=["no JSON"])
     tasks = load_tasks(str(folder), "train")
     assert [task.name for task in tasks] == ["a", "b"]
     assert tasks[0].descriptions == ("One.", "Two.")

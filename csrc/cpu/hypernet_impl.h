@@ -12,11 +12,11 @@ namespace T2L_ISA_NAMESPACE {
 constexpr int64_t kHeadCols = 96;  // weight rows a head tile covers: a multiple of kPanelCols
 constexpr float kLayerNormEps = 1e-5f;
 
-// exp(x) to 2 ulp for |x| <= 87, clamped beyond: 2^k times a polynomial of degree 6 (Cody-Waite reduction).  Branch-free, so
-// that loops over it vectorise.
-inline float fast_exp(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+// exp(x) to 2 ulp for |x| <= 87, e^-87 below, infinity above 88: 2^k times a polynomial of degree 6 (Cody-Waite reduction).
+// Branch-free, so that loops over it vectorise.  A NaN gives a finite value: the caller's own arithmetic keeps it.
+inline float fast_exp(float argument) {
+  float x = argument > -87.0f ? argument : -87.0f;
+  x = x < 88.0f ? x : 88.0f;
   const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
   const float k = shifted - 12582912.0f;
   float r = x - k * 0.693359375f;
@@ -31,7 +31,7 @@ inline float fast_exp(float x) {
   const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return y * scale;
+  return argument > 88.0f ? INFINITY : y * scale;
 }
 
 // x = silu(x + bias) on a feature-major panel; NaN in, NaN out.

@@ -5,4 +5,6 @@
 
 #include "hypernet_impl.h"
 #include "lora_impl.h"
+
+T2L_POP_TARGET
 #endif

@@ -32,7 +32,9 @@
 #define T2L_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define T2L_PUSH_TARGET(t) T2L_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
+#define T2L_POP_TARGET T2L_PRAGMA(clang attribute pop)
 #else
+#define T2L_POP_TARGET  // gcc: to the end of the unit, so that template instantiations are covered
 #define T2L_PUSH_TARGET(t) T2L_PRAGMA(GCC target(t))
 #endif
 T2L_PUSH_TARGET(T2L_TARGET)

@@ -95,6 +95,8 @@ def evaluate(
     for arm in arms:
         if arm not in ARMS:
             raise ValueError(f"arms: expected some of {ARMS}, got {arm!r}")
+        if arm == "t2l-shuffled" and len(tasks) < 2:
+            raise ValueError("arms: t2l-shuffled needs at least two tasks")
         if arm.endswith("3shot") and not all((shots or {}).get(t.name) for t in tasks):
             raise ValueError(f"shots: {arm} needs examples of every task")
     texts = [d for task in tasks for d in task.descriptions]

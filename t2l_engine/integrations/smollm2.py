@@ -50,12 +50,14 @@ def convert() -> Path:
     ).to(torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(**where)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as temporary:
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        shutil.copytree(temporary, folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

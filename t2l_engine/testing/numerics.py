@@ -1,7 +1,7 @@
 """Every tolerance of the project, with the error model it comes from.
 
 The oracle of an op is its reference function in float64 on the same rounded inputs; ``u`` below is the unit roundoff of a
-dtype.  Bounds are per element and hold for any order of summation.
+dtype.  ``lora_bound`` and ``head_bound`` are per element and hold for any order of summation; the others are norms.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ def load_base_model(name: str, dtype: torch.dtype):
             raise FileNotFoundError(f"base_model: expected 'smollm2-135m' or a local transformers folder, got {name!r}")
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager").eval()
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return model.requires_grad_(False), tokenizer
 
 
