@@ -15,6 +15,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m bench.report --check
 	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 
 format: setup

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -60,6 +63,13 @@ def test_golden_adapters(golden, case):
     meta = json.loads((golden / case / "meta.json").read_text())
     assert {name: i for i, name in enumerate(net.config.modules)} == meta["module_to_int"]
     assert net.scaling == meta["scaling"]
+
+
+def test_golden_adapters_through_the_reference():
+    """The same bar for the plain-torch ops, in a process that has no native library."""
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "test_golden_adapters and not reference", __file__]
+    run = subprocess.run(command, env=os.environ | {"T2L_DISABLE_NATIVE": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0 and f"{len(CASES)} passed" in run.stdout, run.stdout[-2000:]
 
 
 @pytest.mark.parametrize("case", CASES)
