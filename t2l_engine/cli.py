@@ -124,7 +124,8 @@ def evaluate(
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     chosen = tuple(a.strip() for a in arms.split(",") if a.strip())
     shots = {t.name: t.examples for t in load_tasks(tasks, "train")} if any("shot" in a for a in chosen) else None
-    name = base_model or (describe(folder).get("base_model") if (folder / "config.json").is_file() else None)
+    blocks = describe(folder) if (folder / "config.json").is_file() else {}
+    name = base_model or blocks.get("base_model")
     if not name:
         raise ValueError("--base-model: the checkpoint does not name one; give it here")
     model, tokenizer = load_base_model(name, getattr(torch, dtype))
@@ -139,7 +140,8 @@ def evaluate(
             engine, model, tokenizer, loaded, arms=chosen, shots=shots, max_new_tokens=max_new_tokens,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
-    result = {"checkpoint": str(checkpoint), "base_model": name, "dtype": dtype, "split": split, **result}
+    about = {"checkpoint": str(checkpoint), "base_model": name, "dtype": dtype, "split": split}
+    result = about | result | {"trained_tasks": blocks.get("training", {}).get("tasks", [])}
     table = Table("task", *chosen, title=f"exact match, %, scaling {result['scaling']:g}")
     for task, scores in result["tasks"].items():
         table.add_row(task, *(f"{scores[a]:.1f}" for a in chosen))
