@@ -1,4 +1,4 @@
-"""Writes the result tables of the README from ``bench/results``; ``--check`` fails where a table was edited by hand.
+"""Writes the result tables of the README and of docs/results.md from ``bench/results``; ``--check`` fails where a table was edited by hand.
 
 python -m bench.report [--check]
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,56 +23,83 @@ ARMS = {
 }
 
 
-def quality_table() -> str:
-    """Tasks by gain over the base model's raw zero-shot prompt, trained tasks first."""
+def _load() -> tuple[dict, list[str], dict[bool, list[str]]]:
+    """The result, its arms, and task names by whether they were trained on, best gain over the zero-shot base first."""
     result = json.loads(QUALITY.read_text(encoding="utf-8"))
-    arms = [a for a in ARMS if a in result["mean"]]
-    trained = set(result["trained_tasks"])
+    scores, trained = result["tasks"], set(result["trained_tasks"])
+    by_gain = sorted(scores, key=lambda n: scores[n]["base-raw"] - scores[n]["t2l"])
+    groups = {seen: [n for n in by_gain if (n in trained) == seen] for seen in (True, False)}
+    return result, [a for a in ARMS if a in result["mean"]], groups
+
+
+def _line(name: str, scores: dict, arms: list[str]) -> str:
+    return f"| {name} | " + " | ".join(f"{scores[a]:.1f}" for a in arms) + " |"
+
+
+def _mean_line(result: dict, names: list[str], seen: bool, arms: list[str]) -> str:
+    title = "trained tasks" if seen else "tasks never trained on, siblings of trained skills"
+    mean = {a: sum(result["tasks"][n][a] for n in names) / len(names) for a in arms}
+    return _line(f"**mean of {len(names)} {title}**", mean, arms)
+
+
+def _table(pick: Callable[[dict, list[str]], list[str]]) -> str:
+    result, arms, groups = _load()
     rows = ["| task | " + " | ".join(ARMS[a] for a in arms) + " |", "|---|" + "---:|" * len(arms)]
+    for seen, names in groups.items():
+        rows.append(_mean_line(result, names, seen, arms))
+        rows += [_line(n, result["tasks"][n], arms) for n in pick(result["tasks"], names)]
+    return "\n".join(rows) + "\n\n" + _caption(result, groups[True])
 
-    def line(name: str, scores: dict) -> str:
-        return f"| {name} | " + " | ".join(f"{scores[a]:.1f}" for a in arms) + " |"
 
-    for seen, title in ((True, "trained tasks"), (False, "tasks never trained on (siblings of trained skills)")):
-        names = [n for n in result["tasks"] if (n in trained) == seen]
-        if not names:
-            continue
-        names.sort(key=lambda n: result["tasks"][n]["base-raw"] - result["tasks"][n]["t2l"])
-        mean = {a: sum(result["tasks"][n][a] for n in names) / len(names) for a in arms}
-        rows.append(line(f"**mean of {len(names)} {title}**", mean))
-        rows += [line(n, result["tasks"][n]) for n in names]
+def _caption(result: dict, trained: list[str]) -> str:
+    scores = result["tasks"]
+    gained = sum(scores[n]["t2l"] - scores[n]["base-raw"] >= 20 for n in trained)
+    lost = sum(scores[n]["t2l"] < scores[n]["base-raw-3shot"] for n in scores)
     items = sorted(set(result["items"].values()))
-    span = str(items[0]) if len(items) == 1 else f"{items[0]} to {items[-1]}"
-    rows.append("")
-    rows.append(
-        f"Exact match in percent on {span} held-out items a task, one unseen description each, greedy, scaling "
-        f"{result['scaling']:g}, base model in {result['dtype']}; a standard error is up to 7 points. "
-        f"From `{QUALITY.relative_to(ROOT)}`."
+    return (
+        f"Exact match in percent on {items[0]} to {items[-1]} held-out items a task, one unseen description each, greedy, "
+        f"scaling {result['scaling']:g}, base model in {result['dtype']}; a standard error is up to 7 points.  "
+        f"T2L gains 20 points or more over the base model's zero-shot prompt on {gained} of {len(trained)} trained tasks and "
+        f"is below the three-example prompt on {lost} of all {len(scores)}.  From `{QUALITY.relative_to(ROOT)}`."
     )
-    return "\n".join(rows)
 
 
-TABLES = {"quality": quality_table}
+def quality_table() -> str:
+    """Both groups whole."""
+    return _table(lambda scores, names: names)
 
 
-def render(text: str) -> str:
-    """``text`` with every marked table made anew."""
-    for name, make in TABLES.items():
+def quality_summary() -> str:
+    """The two means, and of each group the three best gains and the three worst losses against three examples."""
+
+    def pick(scores: dict, names: list[str]) -> list[str]:
+        worst = sorted(names, key=lambda n: scores[n]["t2l"] - scores[n]["base-raw-3shot"])[:3]
+        return names[:3] + [n for n in reversed(worst) if n not in names[:3]]
+
+    return _table(pick)
+
+
+TABLES = {README: {"quality": quality_summary}, ROOT / "docs" / "results.md": {"quality": quality_table}}
+
+
+def render(path: Path) -> str:
+    """The text of ``path`` with every marked table made anew."""
+    text = path.read_text(encoding="utf-8")
+    for name, make in TABLES[path].items():
         pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(\n<!-- {name}: end -->)", re.S)
         if not pattern.search(text):
-            raise SystemExit(f"{README.name}: markers of table {name!r} are missing")
+            raise SystemExit(f"{path.name}: markers of table {name!r} are missing")
         text = pattern.sub(lambda m, make=make: m.group(1) + make() + m.group(2), text)
     return text
 
 
 def main() -> None:
-    before = README.read_text(encoding="utf-8")
-    after = render(before)
-    if "--check" in sys.argv[1:]:
-        if before != after:
-            raise SystemExit(f"{README.name}: a table differs from bench/results; run: python -m bench.report")
-        return
-    README.write_text(after, encoding="utf-8")
+    for path in TABLES:
+        after = render(path)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(after, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != after:
+            raise SystemExit(f"{path.name}: a table differs from bench/results; run: python -m bench.report")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,10 @@ TASKS = {
         ("borrow", "borrowed"),
         ("reply", "replied"),
     ],
-    "Write the characters of the input word, separate the characters with a space.": [
-        ("smoke", "s m o k e"),
-        ("bitter", "b i t t e r"),
-        ("harvest", "h a r v e s t"),
+    "Change the sentence from active to passive.": [
+        ("The judges introduced the banker.", "The banker was introduced by the judges."),
+        ("The presidents mentioned the scientists.", "The scientists were mentioned by the presidents."),
+        ("The scientist recognized the author.", "The author was recognized by the scientist."),
     ],
 }
 #: One input, two descriptions.
@@ -74,7 +74,7 @@ def show_tasks(model, tokenizer, lora) -> None:
         for (x, right), b, a in zip(pairs, base, adapted, strict=True):
             score["base"] += b == right
             score["adapted"] += a == right
-            table.add_row(x, b[:40], "yes" if b == right else "no", a[:40], "yes" if a == right else "no")
+            table.add_row(x, b[:48], "yes" if b == right else "no", a[:48], "yes" if a == right else "no")
     console.print(table)
     total = sum(map(len, TASKS.values()))
     console.print(
@@ -98,7 +98,7 @@ def show_mixed_batch(model, tokenizer, lora) -> None:
         "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
     )
     rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
-    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "rocket")]
+    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "The actor thanked the manager.")]
     prompts = [chat_prompt(tokenizer, x) for _, x in rows]
     with lora.use([i for i, _ in rows]):
         together = answer(model, tokenizer, prompts)
@@ -109,7 +109,7 @@ def show_mixed_batch(model, tokenizer, lora) -> None:
             str(row),
             str(adapter) if adapter >= 0 else "base",
             text,
-            together[row][:40],
+            together[row][:48],
             "same" if alone == together[row] else alone,
         )
     console.print(table)

@@ -79,22 +79,22 @@ class Sample:
     answer_len: int
 
 
-def load_base_model(name: str, dtype: torch.dtype):
-    """(frozen model, tokenizer).  Eager attention: its backward is 2 x faster than SDPA's on CPU at these lengths."""
+def load_base_model(name: str, dtype: torch.dtype, attention: str = "sdpa"):
+    """(model, tokenizer) of "smollm2-135m" or of a local folder; ``attention`` as transformers names it."""
     if name == "smollm2-135m":
         from t2l_engine.integrations import smollm2
 
-        model, tokenizer = smollm2.load(dtype, attn_implementation="eager")
+        model, tokenizer = smollm2.load(dtype, attn_implementation=attention)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         if not Path(name).is_dir():
             raise FileNotFoundError(f"base_model: expected 'smollm2-135m' or a local transformers folder, got {name!r}")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.requires_grad_(False), tokenizer
+    return model, tokenizer
 
 
 def hypernetwork_config(config: SFTConfig, model: torch.nn.Module, embed_dim: int) -> HyperNetworkConfig:
@@ -212,7 +212,9 @@ def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(tasks_folder, "train")
-    model, tokenizer = load_base_model(config.base_model, getattr(torch, config.dtype))
+    # Eager attention: SDPA's bfloat16 backward on CPU is slower at these lengths.
+    model, tokenizer = load_base_model(config.base_model, getattr(torch, config.dtype), attention="eager")
+    model.requires_grad_(False)
     encoder = TextEncoder.from_pretrained(config.encoder)
     embeddings = [encoder.encode(task.descriptions) for task in tasks]
     samples = tokenize(tasks, tokenizer, config.max_tokens)
