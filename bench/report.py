@@ -1,4 +1,6 @@
-"""Writes the result tables of the README and of docs/results.md from ``bench/results``; ``--check`` fails where a table was edited by hand.
+"""Writes the result tables of the README and of docs/results.md from ``bench/results``.
+
+``--check`` fails where a table was edited by hand.
 
 python -m bench.report [--check]
 """
@@ -59,8 +61,8 @@ def _caption(result: dict, trained: list[str]) -> str:
     return (
         f"Exact match in percent on {items[0]} to {items[-1]} held-out items a task, one unseen description each, greedy, "
         f"scaling {result['scaling']:g}, base model in {result['dtype']}; a standard error is up to 7 points.  "
-        f"T2L gains 20 points or more over the base model's zero-shot prompt on {gained} of {len(trained)} trained tasks and "
-        f"is below the three-example prompt on {lost} of all {len(scores)}.  From `{QUALITY.relative_to(ROOT)}`."
+        f"T2L gains 20 points or more over the base model's zero-shot prompt on {gained} of {len(trained)} trained tasks "
+        f"and is below the three-example prompt on {lost} of all {len(scores)}.  From `{QUALITY.relative_to(ROOT)}`."
     )
 
 
