@@ -38,7 +38,7 @@ class CMakeBuild(build_ext):
         subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         for extension in list(self.extensions):
             name = extension.name.rsplit(".", 1)[-1]
-            built = next(build.glob(f"{name}.*so"), None) or next(build.glob(f"{name}.so"), None)
+            built = next(build.glob(f"{name}.*so"), None)
             if built is None and name != "_core":
                 raise FileNotFoundError(f"cmake built no {name} under {build}")
             if built is None:  # _core is optional

@@ -168,7 +168,7 @@ def main() -> None:
     show_mixed_batch(model, tokenizer, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
-    console.print('Next: t2l generate "Name the animal in the list." -o out/   writes an adapter that PEFT and vLLM load.')
+    console.print('Next: t2l generate "Name the animal in the list." -o out/   writes an adapter in the format of PEFT.')
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,10 @@ class Routing:
         ids, self.batch, self.single, self.overrides = state
         self._write(ids)
 
-    def set(self, ids: Ids, num_adapters: int, device: torch.device) -> None:
-        """Check ``ids`` against ``num_adapters`` and make them current."""
+    def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
+        """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
         if isinstance(ids, AdapterBatch):
-            _check_range(ids.seg_adapters, num_adapters)
+            _check_ids(ids.seg_adapters, num_adapters, filled)
             self.batch = AdapterBatch(ids.seg_indptr.to(device), ids.seg_adapters.to(device), ids.max_seg_len)
             self.single = False
             self._write(None)
@@ -58,7 +58,7 @@ class Routing:
             raise ValueError(f"ids: expected one int, a non-empty sequence of ints or an AdapterBatch, got {ids!r}")
         if tensor.dtype == torch.bool:
             raise ValueError(f"ids: expected integers, got booleans {ids!r}")
-        _check_range(tensor, num_adapters)
+        _check_ids(tensor, num_adapters, filled)
         self.batch, self.single = None, single
         self._write(tensor.to(device=device, dtype=torch.int32, copy=True))  # never the caller's storage
 
@@ -94,12 +94,16 @@ class Routing:
         return batch
 
 
-def _check_range(ids: Tensor, num_adapters: int) -> None:
+def _check_ids(ids: Tensor, num_adapters: int, filled: Collection[int]) -> None:
     low, high = (int(ids.min()), int(ids.max())) if len(ids) else (-1, -1)
     if low < -1 or high >= num_adapters:
         raise IndexError(
             f"ids: expected -1 (base model) or an adapter in [0, {num_adapters}), got {low if low < -1 else high}"
         )
+    if len(filled) < num_adapters:
+        empty = sorted(set(ids.tolist()) - set(filled) - {-1})
+        if empty:
+            raise IndexError(f"ids: expected slots that hold an adapter, got {empty}; fill them with put()")
 
 
 class LoRALinear(nn.Module):
@@ -175,12 +179,13 @@ class LoRAHandle:
     def set(self, ids: Ids) -> None:
         """Use ``ids`` until changed: one id a batch row, one int for all rows, or an :class:`AdapterBatch`; -1 is the base.
 
-        Raises IndexError for an id outside the slots, ValueError for anything that is no ids; then nothing changes.
+        Raises IndexError for an id outside the slots or of an empty one, ValueError for anything that is no ids; nothing
+        changes then.
         """
         self._check_attached()
         if self._merged is not None:
             raise RuntimeError("set: an adapter is merged into the weights; call unmerge() first")
-        self._routing.set(ids, self._num_slots, self._device())
+        self._routing.set(ids, self._num_slots, self._filled, self._device())
         self._routing.overrides = None
 
     @contextlib.contextmanager
@@ -208,7 +213,7 @@ class LoRAHandle:
             if not all((name, layer) in self._layers for layer in range(a.shape[1])):
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
         before = self._routing.state()
-        self._routing.set(ids, len(stack), self._device())
+        self._routing.set(ids, len(stack), range(len(stack)), self._device())
         # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
         self._routing.overrides = {
             (name, layer): (A, B, stack.scaling, ranks)
