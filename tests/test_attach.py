@@ -266,9 +266,10 @@ def test_unmerge_restores_a_weight_that_layers_share(model, stack):
 
 def test_an_empty_slot_is_no_silent_base_model(tiny_model, stack_for):
     model = tiny_model("Llama")
-    lora = attach(model, stack_for(model, ["q_proj"], num_adapters=1), slots=3)
+    stack = stack_for(model, ["q_proj"], num_adapters=2)
+    lora = attach(model, stack[0], slots=3)
     with pytest.raises(IndexError, match=r"slots that hold an adapter, got \[2\]"):
         lora.set([0, 2, -1])
-    lora.put(2, stack_for(model, ["q_proj"], num_adapters=1, seed=1))
+    lora.put(2, stack[1])
     lora.set([0, 2, -1])
     lora.detach()
