@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2l_engine._files import read_safetensors, write_folder
 from t2l_engine.config import ConfigError, read_json
 
 #: Where a module lives inside a decoder layer, for adapters that were not read from a file that says so.
@@ -204,8 +202,6 @@ class AdapterStack:
         An adapter already in ``directory`` is replaced only when the new files are complete.
         Raises OSError when the folder cannot be written, IndexError for an adapter out of range.
         """
-        from safetensors.torch import save_file
-
         state = self.state_dict_peft(adapter)
         scaling = float(self.scaling[adapter])
         rank_of = {
@@ -239,14 +235,7 @@ class AdapterStack:
             "rank_pattern": {path: rank for path, rank in sorted(rank_of.items()) if rank != r},
             "alpha_pattern": {path: scaling * rank for path, rank in sorted(rank_of.items()) if rank != r},
         }
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
-            save_file(state, Path(temporary) / WEIGHTS_NAME, metadata={"format": "pt"})
-            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-            (Path(temporary) / CONFIG_NAME).write_text(text, encoding="utf-8")
-            for name in (WEIGHTS_NAME, CONFIG_NAME):
-                os.replace(Path(temporary) / name, directory / name)
+        write_folder(Path(directory), WEIGHTS_NAME, state, CONFIG_NAME, dict(sorted(config.items())))
 
     @staticmethod
     def from_peft(directories: Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
@@ -284,9 +273,6 @@ def _check_patterns(patterns: Any, config_path: Path) -> None:
 
 
 def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     for path in (config_path, weights_path):
         if not path.is_file():
@@ -318,11 +304,9 @@ def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
     # These change the base weights too: the stored A and B alone are not the adapter.
     if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise AdapterError(f"{config_path}: init_lora_weights: expected plain LoRA, got {config['init_lora_weights']!r}")
-    _check_patterns(config.get("alpha_pattern") or {}, config_path)
-    try:
-        state = load_file(weights_path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights_path}: not a readable safetensors file: {error}") from None
+    alphas = config.get("alpha_pattern") or {}
+    _check_patterns(alphas, config_path)
+    state = read_safetensors(weights_path, AdapterError)
 
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
@@ -348,7 +332,7 @@ def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
         if paths.setdefault(name, generic) != generic:
             raise AdapterError(f"{weights_path}: {name}: expected one path a module, got {paths[name]} and {generic}")
         rank = pair["A"].shape[0]
-        alpha = _pattern_value(config.get("alpha_pattern") or {}, path, config["lora_alpha"])
+        alpha = _pattern_value(alphas, path, config["lora_alpha"])
         scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         entries.setdefault(name, {})[layer] = (pair["A"], pair["B"], scaling)
 

@@ -8,10 +8,7 @@ with them and a contradiction is an error.
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine import config as cfg
+from t2l_engine._files import read_safetensors, write_folder
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
 
@@ -81,48 +79,34 @@ def _native_blocks(folder: Path) -> dict[str, Any]:
 
 def encoder_config(folder: Path) -> EncoderConfig | None:
     """The text encoder a native checkpoint was trained with, or None where the folder does not say."""
-    if not (folder / CONFIG_NAME).is_file():
-        return None
-    block = _native_blocks(folder).get("encoder")
+    block = describe(folder).get("encoder")
     return None if block is None else cfg.from_json(EncoderConfig, block, f"{folder / CONFIG_NAME}: encoder")
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The extra blocks of a native checkpoint's ``config.json``."""
+    """The extra blocks of a native checkpoint's ``config.json``; none for a folder in the reference's form."""
+    if not (folder / CONFIG_NAME).is_file():
+        return {}
     return {key: value for key, value in _native_blocks(folder).items() if key in BLOCKS}
 
 
 def _load_native(folder: Path) -> HyperNetwork:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     blocks = _native_blocks(folder)
     config = cfg.from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{folder / CONFIG_NAME}: hypernetwork")
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
-    try:
-        state = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
-    return _build(config, state, path)
+    return _build(config, read_safetensors(path, CheckpointError), path)
 
 
 def save(net: HyperNetwork, folder: Path, metadata: dict[str, Any] | None = None) -> None:
     """See :meth:`HyperNetwork.save_pretrained`."""
-    from safetensors.torch import save_file
-
     unknown = set(metadata or {}) - set(BLOCKS)
     if unknown:
         raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
-    folder.mkdir(parents=True, exist_ok=True)
     blocks = {"format": FORMAT, "hypernetwork": cfg.to_json(net.config), **(metadata or {})}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in net.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
-        save_file(state, Path(temporary) / WEIGHTS_NAME)
-        (Path(temporary) / CONFIG_NAME).write_text(json.dumps(blocks, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(temporary) / name, folder / name)
+    write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)
 
 
 def _build(
@@ -387,49 +371,40 @@ def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path,
 def _rename(
     state: dict[str, Tensor], modules: list[str], z_scores: bool, *, add_offset: bool, width: int, weights: Path
 ) -> dict[str, Tensor]:
-    """Reference keys to native ones; unknown keys are an error."""
+    """Reference keys to native ones; missing and unknown keys and wrong shapes of what is not renamed are errors."""
+    known = {f"{d}.{s}.{m}" for d in _DICTIONARIES for s in "AB" for m in modules}
+    if any(k.startswith("out_emb.") for k in state):
+        known |= {f"out_emb.{m}.{s}" for s in "AB" for m in modules}
     native: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in state.items():
         prefix = next((p for p in _RENAMED if key.startswith(p)), None)
         if prefix is not None:
             native[_RENAMED[prefix] + key[len(prefix) :]] = tensor
-        elif not key.startswith(("out_emb.", *(f"{d}." for d in _DICTIONARIES))):
+        elif key not in known:
             unknown.append(key)
-    known = {f"{d}.{s}.{m}" for d in _DICTIONARIES for s in "AB" for m in modules}
-    known |= {f"out_emb.{m}.{s}" for s in "AB" for m in modules}
-    unknown += [k for k in state if k.startswith(("out_emb.", *(f"{d}." for d in _DICTIONARIES))) and k not in known]
     if unknown:
         raise CheckpointError(f"{weights}: unexpected keys {sorted(unknown)}")
-    missing = sorted(k for k in known if k not in state and not k.startswith("out_emb."))
+    missing = sorted(known - state.keys())
     if missing:
         raise CheckpointError(f"{weights}: missing keys {missing}")
-    for d in _DICTIONARIES[1:]:
-        for side in "AB":
-            for name in modules:
-                shape = tuple(state[f"AB_offset.{side}.{name}"].shape)
-                _expect_shape(weights, f"{d}.{side}.{name}", state[f"{d}.{side}.{name}"], shape)
     for key in sorted(known):
-        if key.startswith("out_emb.") and key in state:
-            _expect_shape(weights, key, state[key], (width,))
-    if any(k.startswith("out_emb.") for k in state):
-        absent = [k for k in sorted(known) if k.startswith("out_emb.") and k not in state]
-        if absent:
-            raise CheckpointError(f"{weights}: missing keys {absent}")
+        if key.startswith("out_emb."):
+            shape = (width,)
+        else:
+            shape = tuple(state["AB_offset." + key.split(".", 1)[1]].shape)
+        _expect_shape(weights, key, state[key], shape)
+    if f"out_emb.{modules[0]}.A" in known:
         native["side_emb.weight"] = torch.stack(
             [torch.stack([state[f"out_emb.{m}.A"], state[f"out_emb.{m}.B"]]) for m in modules]
         )
     for name in modules:
         for side in "AB":
-            mul = None
-            add = torch.zeros_like(state[f"AB_offset.{side}.{name}"])
+            offset = state[f"AB_offset.{side}.{name}"]
+            add = offset if add_offset else torch.zeros_like(offset)
             if z_scores:
-                mul = state[f"std_recon_target.{side}.{name}"] + STD_EPS
-                add = add + state[f"mean_recon_target.{side}.{name}"]
-            if add_offset:
-                add = add + state[f"AB_offset.{side}.{name}"]
-            if mul is not None:
-                native[f"offsets.{name}.mul_{side}"] = mul
+                native[f"offsets.{name}.mul_{side}"] = state[f"std_recon_target.{side}.{name}"] + STD_EPS
+                add = state[f"mean_recon_target.{side}.{name}"] + add
             if bool(add.any()):
                 native[f"offsets.{name}.add_{side}"] = add
     return native

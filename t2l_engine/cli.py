@@ -29,14 +29,14 @@ def generate(
     """Write one PEFT adapter folder per description."""
     from t2l_engine.checkpoint import describe
     from t2l_engine.engine import TextToLoRA, resolve_checkpoint
-    from t2l_engine.integrations import smollm2
+    from t2l_engine.integrations import base_model, smollm2
 
     _quiet()
     folder = resolve_checkpoint(checkpoint)
     engine = TextToLoRA.from_pretrained(folder, scaling=_scaling(scaling))
     stack = engine.generate(descriptions)
-    base = describe(folder).get("base_model") if (folder / "config.json").is_file() else None
-    base = smollm2.BASE_MODEL if base == DEFAULT_CHECKPOINT else base
+    base = describe(folder).get("base_model")
+    base = smollm2.BASE_MODEL if base == base_model.PACKAGED else base
     for i, text in enumerate(descriptions):
         target = output if len(descriptions) == 1 else output / str(i)
         stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
@@ -112,8 +112,8 @@ def evaluate(
     from t2l_engine.checkpoint import describe
     from t2l_engine.engine import TextToLoRA, resolve_checkpoint
     from t2l_engine.evaluation import exact_match
+    from t2l_engine.integrations import base_model as models
     from t2l_engine.tasks import load_tasks
-    from t2l_engine.training.sft import load_base_model
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype: expected float32 or bfloat16, got {dtype!r}")
@@ -124,11 +124,11 @@ def evaluate(
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     chosen = tuple(a.strip() for a in arms.split(",") if a.strip())
     shots = {t.name: t.examples for t in load_tasks(tasks, "train")} if any("shot" in a for a in chosen) else None
-    blocks = describe(folder) if (folder / "config.json").is_file() else {}
+    blocks = describe(folder)
     name = base_model or blocks.get("base_model")
     if not name:
         raise ValueError("--base-model: the checkpoint does not name one; give it here")
-    model, tokenizer = load_base_model(name, getattr(torch, dtype))
+    model, tokenizer = models.load(name, getattr(torch, dtype))
     engine = TextToLoRA.from_pretrained(folder)
     with tqdm(total=sum(len(t.examples) * len(t.descriptions) for t in loaded) * len(chosen), unit="answer") as bar:
 

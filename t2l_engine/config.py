@@ -40,9 +40,7 @@ def from_json(cls: type[T], values: Any, where: str) -> T:
             raise ConfigError(f"{where}: missing field {name!r}")
     try:
         return cls(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 

@@ -63,10 +63,10 @@ class Offsets(nn.Module):
 
     NAMES = ("mul_A", "add_A", "mul_B", "add_B")
 
-    def __init__(self, tensors: dict[str, Tensor]):
+    def __init__(self):
         super().__init__()
         for name in self.NAMES:
-            self.register_buffer(name, tensors.get(name))
+            self.register_buffer(name, None)
 
 
 class HyperNetwork(nn.Module):
@@ -77,8 +77,7 @@ class HyperNetwork(nn.Module):
     optimiser step, ``copy_``, ``to``; a change through ``.data`` cannot be seen).
     """
 
-    def __init__(self, config: HyperNetworkConfig, offsets: dict[str, dict[str, Tensor]] | None = None):
-        """``offsets``: per module name, some of ``mul_A``, ``add_A``, ``mul_B``, ``add_B`` (see :class:`Offsets`)."""
+    def __init__(self, config: HyperNetworkConfig):
         super().__init__()
         self.config = config
         c, m = config, config.width
@@ -94,7 +93,7 @@ class HyperNetwork(nn.Module):
         self.heads = nn.ModuleDict(
             {name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias) for i, name in enumerate(c.modules)}
         )
-        self.offsets = nn.ModuleDict({name: Offsets((offsets or {}).get(name, {})) for name in c.modules})
+        self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
         self._packed: tuple[tuple, dict] | None = None
 
     @classmethod

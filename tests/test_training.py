@@ -10,6 +10,7 @@ import t2l_engine as t2l
 from t2l_engine.cli import app
 from t2l_engine.config import ConfigError, from_json
 from t2l_engine.evaluation import exact_match
+from t2l_engine.integrations import base_model as base_model_loader
 from t2l_engine.tasks import load_tasks
 from t2l_engine.training import sft
 
@@ -85,7 +86,7 @@ def test_learns_resumes_and_evaluates(base_model, tasks, tmp_path, monkeypatch):
         sft.train(config(base_model, rank=2), tasks, part)
 
     engine = t2l.TextToLoRA.from_pretrained(whole)
-    model, tokenizer = sft.load_base_model(str(base_model), torch.float32)
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     loaded = load_tasks(tasks, "test")
     shots = {t.name: t.examples for t in load_tasks(tasks, "train")}
     result = exact_match.evaluate(
@@ -126,13 +127,18 @@ def _failing_after(function, calls):
     return run
 
 
-@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary"])
-def test_first_adapter_is_a_lora_initialisation(variant):
-    """B = 0 and A within PEFT's Kaiming bound, whatever the task, for out > in too; and every variant has gradients."""
-    c = t2l.HyperNetworkConfig(
+def tiny_config(variant):
+    """Out wider than in for one module, narrower for the other."""
+    return t2l.HyperNetworkConfig(
         variant=variant, modules=("q_proj", "v_proj"), in_features=(12, 12), out_features=(20, 6), num_layers=2, rank=4,
         embed_dim=8, latent_size=16, head_in_size=10, lora_alpha=8.0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary"])
+def test_first_adapter_is_a_lora_initialisation(variant):
+    """B = 0 and A within PEFT's Kaiming bound, whatever the task, for out > in too; and every variant has gradients."""
+    c = tiny_config(variant)
     net = t2l.HyperNetwork(c).bias_hyperinit(torch.Generator().manual_seed(1))
     stack = net(torch.randn(3, 8))
     for name in c.modules:
@@ -150,10 +156,7 @@ def test_hypernetwork_gradients_equal_those_of_the_plain_reference():
     from t2l_engine.testing import numerics
 
     for variant in ("L", "M", "S-learnable", "S-rotary"):
-        c = t2l.HyperNetworkConfig(
-            variant=variant, modules=("q_proj", "v_proj"), in_features=(12, 12), out_features=(20, 6), num_layers=2,
-            rank=4, embed_dim=8, latent_size=16, head_in_size=10, lora_alpha=8.0,
-        )  # fmt: skip
+        c = tiny_config(variant)
         torch.manual_seed(0)
         net = t2l.HyperNetwork(c)
         wide = t2l.HyperNetwork(c).set_dtype(torch.float64)
@@ -196,4 +199,4 @@ def test_bad_settings(base_model, tasks, tmp_path):
     with pytest.raises(ConfigError, match=r"no linear named \['w_proj'\]"):
         sft.train(config(base_model, target_modules=["w_proj"]), tasks, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="base_model"):
-        sft.load_base_model("nowhere", torch.float32)
+        base_model_loader.load("nowhere", torch.float32)

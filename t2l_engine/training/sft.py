@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig
 from t2l_engine.encoder import TextEncoder
 from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine.integrations import base_model
 from t2l_engine.layers import attach
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.tasks import Task, load_tasks
@@ -77,24 +77,6 @@ class Sample:
     task: int
     tokens: tuple[int, ...]
     answer_len: int
-
-
-def load_base_model(name: str, dtype: torch.dtype, attention: str = "sdpa"):
-    """(model, tokenizer) of "smollm2-135m" or of a local folder; ``attention`` as transformers names it."""
-    if name == "smollm2-135m":
-        from t2l_engine.integrations import smollm2
-
-        model, tokenizer = smollm2.load(dtype, attn_implementation=attention)
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        if not Path(name).is_dir():
-            raise FileNotFoundError(f"base_model: expected 'smollm2-135m' or a local transformers folder, got {name!r}")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 def hypernetwork_config(config: SFTConfig, model: torch.nn.Module, embed_dim: int) -> HyperNetworkConfig:
@@ -195,14 +177,13 @@ def _learning_rate(config: SFTConfig, step: int) -> float:
     return config.learning_rate * max(0.0, (config.steps - step) / max(1, config.steps - config.warmup_steps))
 
 
-def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_after: float | None = None) -> Path:
+def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path) -> Path:
     """Train and write a native checkpoint to ``output``; resumes from ``output``'s training state when there is one.
 
     Args:
         config: the run.
         tasks_folder: a task folder (:mod:`t2l_engine.tasks`); examples of split "train" are used.
         output: checkpoint folder; ``log.jsonl`` and ``training_state.pt`` lie beside the checkpoint.
-        stop_after: seconds after which the run stops at the next step, saved and resumable.
 
     Raises:
         FloatingPointError: the loss is NaN or infinite; the last saved state stays.
@@ -213,7 +194,7 @@ def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_
     output.mkdir(parents=True, exist_ok=True)
     tasks = load_tasks(tasks_folder, "train")
     # Eager attention: SDPA's bfloat16 backward on CPU is slower at these lengths.
-    model, tokenizer = load_base_model(config.base_model, getattr(torch, config.dtype), attention="eager")
+    model, tokenizer = base_model.load(config.base_model, getattr(torch, config.dtype), attention="eager")
     model.requires_grad_(False)
     encoder = TextEncoder.from_pretrained(config.encoder)
     embeddings = [encoder.encode(task.descriptions) for task in tasks]
@@ -247,7 +228,6 @@ def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_
     with torch.no_grad():
         first: AdapterStack = net(embeddings[0][:1])
     handle = attach(model, first)
-    started = time.monotonic()
     try:
         with (output / "log.jsonl").open("a") as log, tqdm(total=config.steps, initial=step, unit="step") as bar:
             while step < config.steps:
@@ -270,8 +250,6 @@ def train(config: SFTConfig, tasks_folder: str | Path, output: str | Path, stop_
                 if step % config.save_every == 0:
                     log.flush()
                     save()
-                if stop_after is not None and time.monotonic() - started > stop_after:
-                    break
     finally:
         handle.detach()
     save()
