@@ -8,10 +8,11 @@ import torch
 
 from t2l_engine import ops, reference
 from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import HYPER_CASES, LORA_CASES
+from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 
 BACKENDS = {"native": ops, "reference": reference}
 LORA = [c for c in LORA_CASES if c.name.startswith(("serve", "prefill"))]
+GROUP = [c for c in GROUP_CASES if c.name.startswith("serve")]
 HYPER = [c for c in HYPER_CASES if c.name.startswith("smollm2")]
 
 
@@ -31,6 +32,19 @@ def test_lora_add(benchmark, backend, case):
     reference.lora_add_(**expected)
     assert numerics.relative_frobenius(got["y"], expected["y"]) <= numerics.lora_frobenius(case.x_dtype)
     benchmark(backend.lora_add_, **arguments)
+
+
+@pytest.mark.parametrize("case", GROUP, ids=lambda c: c.name)
+def test_lora_add_group(benchmark, backend, case):
+    arguments = case.make()
+    got, expected = case.make(), case.make()
+    backend.lora_add_group_(**got)
+    wide = {k: v for k, v in expected.items() if k not in ("y", "x", "lora_A", "lora_B", "scaling")}
+    wide |= {k: [t.double() for t in expected[k]] for k in ("lora_A", "lora_B")}
+    y = expected["y"].double()
+    reference.lora_add_group_(y, expected["x"].double(), scaling=expected["scaling"].double(), **wide)
+    assert numerics.relative_frobenius(got["y"], y) <= numerics.lora_frobenius(case.lora.x_dtype)
+    benchmark(backend.lora_add_group_, **arguments)
 
 
 @pytest.mark.parametrize("case", HYPER, ids=lambda c: c.name)

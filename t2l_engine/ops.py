@@ -2,6 +2,14 @@
 
 The plain-torch meaning of every op is the function of the same name in :mod:`t2l_engine.reference`, registered for all
 backends; a native library replaces it per backend.  :func:`has_kernel` says which one runs.
+
+>>> import torch
+>>> from t2l_engine import ops
+>>> x, A, B = torch.randn(5, 16), torch.randn(2, 4, 16), torch.randn(2, 8, 4)  # 5 tokens, 2 adapters of rank 4
+>>> segments = torch.tensor([0, 3, 5], dtype=torch.int32), torch.tensor([1, -1], dtype=torch.int32)
+>>> delta = ops.lora_delta(x, A, B, torch.ones(2), *segments, max_seg_len=3)
+>>> torch.allclose(delta[:3], x[:3] @ A[1].T @ B[1].T, atol=1e-5), bool(delta[3:].any())
+(True, False)
 """
 
 from __future__ import annotations
@@ -37,10 +45,14 @@ SCHEMAS = {
     "lora_delta": f"({_LORA}) -> Tensor",
     "lora_delta_backward": f"(Tensor grad, {_LORA}) -> (Tensor, Tensor, Tensor)",
     "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
+    "lora_add_group_": (
+        "(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
+        "int max_seg_len, Tensor[] ranks, int[] offsets) -> ()"
+    ),
 }
 
 #: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
-NATIVE_OPS = ("hypernet_trunk", "hypernet_head", "hypernet_head_out_", "lora_delta", "lora_add_")
+NATIVE_OPS = ("hypernet_trunk", "hypernet_head", "hypernet_head_out_", "lora_delta", "lora_add_", "lora_add_group_")
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -54,7 +66,13 @@ NATIVE = _native.load()
 
 
 def has_kernel(name: str, backend: str) -> bool:
-    """Whether op ``name`` has a native kernel on ``backend`` ("CPU" or "CUDA"); otherwise the reference runs there."""
+    """Whether op ``name`` has a native kernel on ``backend`` ("CPU" or "CUDA"); otherwise the reference runs there.
+
+    Raises ValueError for another name or backend.
+
+    >>> has_kernel("lora_add_", "CUDA")
+    False
+    """
     if name not in SCHEMAS:
         raise ValueError(f"name: expected one of {sorted(SCHEMAS)}, got {name!r}")
     if backend not in ("CPU", "CUDA"):
@@ -111,6 +129,11 @@ def _(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, r
 
 @_fake("lora_add_")
 def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return None
+
+
+@_fake("lora_add_group_")
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets):
     return None
 
 
@@ -201,10 +224,14 @@ def hypernet_trunk(
         rotary_ranks: r for S-rotary (rank k is the rotation by k, then mlp2 again), else 0.
 
     Returns:
-        ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices.
+        ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices; differentiable.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
+
+    >>> from t2l_engine.testing.cases import HyperCase
+    >>> hypernet_trunk(**HyperCase("M", sides=2, tasks=3, modules=2, layers=5, head_in=40).make_trunk()).shape
+    torch.Size([3, 2, 2, 1, 5, 40])
     """
     return torch.ops.t2l_engine.hypernet_trunk(z, list(weights), side_emb, pos_emb, rotary_ranks)
 
@@ -232,10 +259,15 @@ def hypernet_head(
 
     Returns:
         ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]``, unscaled, in the dtype of ``weight``;
-        ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.
+        ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in the first three.
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
+
+    >>> latent = torch.randn(3, 1, 1, 5, 40)  # variant L: one side, one latent for all ranks
+    >>> lora_A, lora_B = hypernet_head(latent, torch.randn(4 * (64 + 48), 40), None, 4, 64, 48)
+    >>> lora_A.shape, lora_B.shape
+    (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 48, 4]))
     """
     return torch.ops.t2l_engine.hypernet_head(
         latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features
@@ -261,7 +293,12 @@ def hypernet_head_out_(
     """:func:`hypernet_head` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
 
     ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` may have any strides and either dtype of the
-    kernels (float32, bfloat16).  Not differentiable.
+    kernels (float32, bfloat16).  Not differentiable.  Raises as :func:`hypernet_head`.
+
+    >>> lora_A, lora_B = torch.empty(3, 5, 4, 64), torch.empty(3, 5, 48, 4)
+    >>> hypernet_head_out_(lora_A, lora_B, torch.zeros(3, 1, 1, 5, 40), torch.zeros(4 * (64 + 48), 40), None, 4, 64, 48)
+    >>> bool(lora_A.any() or lora_B.any())
+    False
     """
     torch.ops.t2l_engine.hypernet_head_out_(
         lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B
@@ -295,6 +332,11 @@ def lora_delta(
 
     Raises:
         RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
+    >>> segments = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    >>> lora_delta(torch.ones(1, 3), A, B, one, *segments, max_seg_len=1)
+    tensor([[6., 6., 6., 6.]])
     """
     return torch.ops.t2l_engine.lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
@@ -312,8 +354,50 @@ def lora_add_(
 ) -> Tensor:
     """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not touched.
 
-    ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments and errors
-    as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+    ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
+    :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
+    >>> segments = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, -1], dtype=torch.int32)
+    >>> lora_add_(torch.ones(2, 4), torch.ones(2, 3), A, B, one, *segments, max_seg_len=1)
+    tensor([[7., 7., 7., 7.],
+            [1., 1., 1., 1.]])
     """
     torch.ops.t2l_engine.lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return y
+
+
+def lora_add_group_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> Tensor:
+    """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
+
+    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [T, columns]``; the columns rise and do not overlap.
+    ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
+    Other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, one, rank = torch.ones(1, 2, 3), torch.ones(1), torch.tensor([2], dtype=torch.int32)
+    >>> B = [torch.ones(1, 2, 2), torch.ones(1, 1, 2)]  # q has 2 outputs, v has 1; k, between them, is not adapted
+    >>> segments = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    >>> lora_add_group_(torch.zeros(1, 4), torch.ones(1, 3), [A, A], B, one, *segments, 1, [rank, rank], [0, 3])
+    tensor([[6., 6., 0., 6.]])
+    """
+    torch.ops.t2l_engine.lora_add_group_(
+        y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets
+    )
     return y

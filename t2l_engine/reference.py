@@ -67,15 +67,20 @@ def rope(x: Tensor, num_positions: int) -> Tensor:
     return x.unsqueeze(-2) * angles.cos() + rotated.unsqueeze(-2) * angles.sin()
 
 
-def hypernet_trunk(
-    z: Tensor, weights: Sequence[Tensor], side_emb: Tensor | None, pos_emb: Tensor | None, rotary_ranks: int
-) -> Tensor:
-    """See :func:`t2l_engine.ops.hypernet_trunk`."""
+def _trunk_base(z: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """``[N, K, n, m]`` after the mixer and mlp1, and the weights of mlp2 and mlp3."""
     w_task, table, w2, b2 = weights[:4]
     mlp1, mlp2, mlp3 = (weights[4 + 6 * i : 10 + 6 * i] for i in range(3))
     first = linear(z, w_task)[:, None, None, :] + table  # [N, K, n, 4m]
     x = F.silu(linear(F.silu(first), w2, b2))
-    x = x + mlp(x, *mlp1)
+    return x + mlp(x, *mlp1), mlp2, mlp3
+
+
+def hypernet_trunk(
+    z: Tensor, weights: Sequence[Tensor], side_emb: Tensor | None, pos_emb: Tensor | None, rotary_ranks: int
+) -> Tensor:
+    """See :func:`t2l_engine.ops.hypernet_trunk`."""
+    x, mlp2, mlp3 = _trunk_base(z, weights)
     x = x[:, :, None] if side_emb is None else x[:, :, None] + side_emb[None, :, :, None, :]  # [N, K, S, n, m]
     x = x + mlp(x, *mlp2)
     if rotary_ranks:
@@ -85,7 +90,19 @@ def hypernet_trunk(
         x = x[:, :, :, None] + pos_emb[:, None, :]
     else:
         x = x[:, :, :, None]
-    return mlp(x, *mlp3).to(w_task.dtype)  # [N, K, S, R, n, h]
+    return mlp(x, *mlp3).to(weights[0].dtype)  # [N, K, S, R, n, h]
+
+
+def autoregressive_trunk(z: Tensor, weights: Sequence[Tensor], pos_emb: Tensor | None, rotary_ranks: int) -> Tensor:
+    """The trunk of the variants with unshared autoregressive heads, ``[N, K, 1, R, n, h]``; no released checkpoint has them.
+
+    The position of a rank enters before mlp2: added, ``pos_emb [R, m]``, or by rotation to ``rotary_ranks`` positions.
+    Other arguments as in :func:`hypernet_trunk`.
+    """
+    x, mlp2, mlp3 = _trunk_base(z, weights)
+    x = rope(x, rotary_ranks) if rotary_ranks else x[..., None, :] + pos_emb  # [N, K, n, R, m]
+    x = x + mlp(x, *mlp2)
+    return mlp(x, *mlp3).to(weights[0].dtype).transpose(2, 3)[:, :, None]
 
 
 def hypernet_trunk_backward(
@@ -268,6 +285,24 @@ def lora_add_(
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
+
+
+def lora_add_group_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> None:
+    """See :func:`t2l_engine.ops.lora_add_group_`."""
+    for A, B, r, start in zip(lora_A, lora_B, ranks, offsets, strict=True):
+        columns = y[:, start : start + B.shape[1]]
+        lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)
 
 
 def lora_delta_backward(

@@ -10,9 +10,10 @@ import torch
 
 from t2l_engine import _native, ops, reference
 from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
+from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
 
 by_name = {"ids": lambda case: case.name}
+group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
 lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
 hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
 SMALL = LoraCase("small", ((2, 0), (1, -1), (3, 1)), in_features=6, out_features=5, rank=2, adapters=2)
@@ -93,6 +94,53 @@ def test_lora_delta(case):
     got = ops.lora_delta(**arguments)
     assert got.dtype == case.x_dtype and got.is_contiguous()
     assert ((got.double() - delta).abs() <= bound).all()
+
+
+def members_of(arguments: dict) -> list[dict]:
+    """Arguments of ``lora_add_`` for each member of a group, ``y`` as its column slice."""
+    lists = ("lora_A", "lora_B", "ranks", "offsets")
+    rest = {k: v for k, v in arguments.items() if k not in (*lists, "y")}
+    return [
+        rest | {"y": arguments["y"][:, start : start + b.shape[1]], "lora_A": a, "lora_B": b, "ranks": r}
+        for a, b, r, start in zip(*(arguments[k] for k in lists), strict=True)
+    ]
+
+
+@group_cases
+def test_lora_add_group(case):
+    arguments, alone = case.make(seed=5), case.make(seed=5)
+    exacts = [exact(m) for m in members_of(arguments)]
+    got = ops.lora_add_group_(**arguments)
+    assert got is arguments["y"]
+    for member, (y, _, bound) in zip(members_of(arguments), exacts, strict=True):
+        assert ((member["y"].double() - y).abs() <= bound).all()
+    for member in members_of(alone):  # the same bits as one linear after the other, and nothing else touched
+        ops.lora_add_(**member)
+    assert torch.equal(got._base, alone["y"]._base)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"offsets": [0, 40, 64]},
+            "offsets: expected rising columns .* that do not overlap, got columns 40 to 56 at member 1",
+        ),
+        ({"offsets": [0, 48, 65]}, r"offsets: expected rising columns of y \[66, 80\] .* got columns 65 to 81 at member 2"),
+        ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at member 0"),
+        ({"offsets": [2**62, 48, 64]}, "at member 0"),
+        ({"offsets": [0, 48]}, "offsets: expected one entry a member, .* got 2 for 3 entries"),
+        ({"lora_A": []}, "lora_B: expected one entry a member, as many as lora_A and at least one, got 3 for 0"),
+        ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\]"),
+    ],
+)
+def test_lora_add_group_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    arguments = GROUP_CASES[0].make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.lora_add_group_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -290,6 +338,17 @@ def test_opcheck_lora(case, grad):
         torch.library.opcheck(torch.ops.t2l_engine.lora_delta_backward.default, (delta, *rest))
 
 
+@pytest.mark.parametrize("name", ["q_and_v", "bf16", "fp16_by_reference"])
+def test_opcheck_lora_group(name):
+    arguments = next(c for c in GROUP_CASES if c.name == name).make()
+    arguments["ranks"] = [
+        torch.full_like(r, b.shape[2]) for r, b in zip(arguments["ranks"], arguments["lora_B"], strict=True)
+    ]
+    for tensor in (*arguments["lora_A"], *arguments["lora_B"]):
+        tensor.nan_to_num_()
+    torch.library.opcheck(torch.ops.t2l_engine.lora_add_group_.default, (), arguments)
+
+
 OPCHECK_HYPER = [c for c in HYPER_CASES if c.name in ("L", "M_affine_out_wider", "S_learnable", "S_rotary_bf16")]
 
 
@@ -316,7 +375,9 @@ def test_instruction_sets():
 
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    selection = "test_lora_add or test_lora_delta or test_hypernet_trunk or test_hypernet_head or do_not_depend"
+    selection = (
+        "(test_lora_add and not errors) or test_lora_delta or test_hypernet_trunk or test_hypernet_head or do_not_depend"
+    )
     for isa in _core.available_isas():
         command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and not gradcheck", __file__]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)

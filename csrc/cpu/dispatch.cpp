@@ -8,7 +8,7 @@ namespace t2l {
 
 #define T2L_DECLARE(ns)                                 \
   namespace ns {                                        \
-  void lora(const LoraParams&, ParallelFor);            \
+  void lora(const LoraParams*, int64_t, ParallelFor);   \
   void hypernet_trunk(const TrunkParams&, ParallelFor); \
   void hypernet_head(const HeadParams&, ParallelFor);   \
   }
@@ -22,7 +22,7 @@ T2L_DECLARE(avx512_bf16)
 namespace {
 
 struct Kernels {
-  void (*lora)(const LoraParams&, ParallelFor);
+  void (*lora)(const LoraParams*, int64_t, ParallelFor);
   void (*hypernet_trunk)(const TrunkParams&, ParallelFor);
   void (*hypernet_head)(const HeadParams&, ParallelFor);
 };
@@ -72,7 +72,9 @@ const char* chosen_isa(Isa* isa) {
   return "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16";
 }
 
-void lora(const LoraParams& p, Isa isa, ParallelFor parallel) { kKernels[static_cast<int>(isa)].lora(p, parallel); }
+void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel) {
+  kKernels[static_cast<int>(isa)].lora(members, count, parallel);
+}
 void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) {
   kKernels[static_cast<int>(isa)].hypernet_trunk(p, parallel);
 }

@@ -68,35 +68,41 @@ inline void lora_block(const LoraParams& p, int64_t adapter, int64_t begin, int6
   }
 }
 
+// A block of tokens goes through all members while its x is in the cache.
 template <class T, class WT>
-inline void lora_typed(const LoraParams& p, ParallelFor parallel) {
+inline void lora_typed(const LoraParams* members, int64_t count, ParallelFor parallel) {
+  const LoraParams& p = members[0];  // of x and the segments
   // Blocks are numbered through all segments; a thread finds the segment of its first block and walks on from there.
   const auto blocks_of = [&p](int64_t s) {
     return (p.seg_indptr[s + 1] - p.seg_indptr[s] + kBlockTokens - 1) / kBlockTokens;
   };
-  int64_t blocks = 0;
+  int64_t blocks = 0, rank = 0, width = 0;
   for (int64_t s = 0; s < p.segments; ++s) blocks += blocks_of(s);
   if (blocks == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    rank = members[i].rank > rank ? members[i].rank : rank;
+    width += members[i].rank * (p.in + members[i].out);
+  }
   auto body = [&](int64_t first, int64_t last) {
-    Scratch<float> v(kBlockTokens * p.rank), packed(kChunk * p.rank);
+    Scratch<float> v(kBlockTokens * rank), packed(kChunk * rank);
     int64_t s = 0, before = 0;
     for (int64_t block = first; block < last; ++block) {
       while (block >= before + blocks_of(s)) before += blocks_of(s++);
       const int64_t begin = p.seg_indptr[s] + (block - before) * kBlockTokens;
       const int64_t end = lesser(begin + kBlockTokens, p.seg_indptr[s + 1]);
-      lora_block<T, WT>(p, p.seg_adapters[s], begin, end, v.data, packed.data);
+      for (int64_t i = 0; i < count; ++i) lora_block<T, WT>(members[i], p.seg_adapters[s], begin, end, v.data, packed.data);
     }
   };
-  const int64_t macs = p.tokens * p.rank * (p.in + p.out) / blocks + 1;
+  const int64_t macs = p.tokens * width / blocks + 1;
   for_range(parallel, blocks, kGrainMacs / macs + 1, body);
 }
 
-void lora(const LoraParams& p, ParallelFor parallel) {
-  const bool x16 = p.x_type == DType::bf16, w16 = p.w_type == DType::bf16;
-  if (x16 && w16) lora_typed<bf16, bf16>(p, parallel);
-  if (x16 && !w16) lora_typed<bf16, float>(p, parallel);
-  if (!x16 && w16) lora_typed<float, bf16>(p, parallel);
-  if (!x16 && !w16) lora_typed<float, float>(p, parallel);
+void lora(const LoraParams* members, int64_t count, ParallelFor parallel) {
+  const bool x16 = members[0].x_type == DType::bf16, w16 = members[0].w_type == DType::bf16;
+  if (x16 && w16) lora_typed<bf16, bf16>(members, count, parallel);
+  if (x16 && !w16) lora_typed<bf16, float>(members, count, parallel);
+  if (!x16 && w16) lora_typed<float, bf16>(members, count, parallel);
+  if (!x16 && !w16) lora_typed<float, float>(members, count, parallel);
 }
 
 }  // namespace T2L_ISA_NAMESPACE

@@ -23,7 +23,9 @@ using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t count, int64_t grain, RangeBody body, void* context);
 
 // `isa` must not exceed detected_isa().
-void lora(const LoraParams& params, Isa isa, ParallelFor parallel);
+// `members`: linears that read the same x with the same segments, each with its own y, a, b and ranks; their y may be
+// column slices of one tensor, which must not overlap.
+void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel);
 void hypernet_trunk(const TrunkParams& params, Isa isa, ParallelFor parallel);
 void hypernet_head(const HeadParams& params, Isa isa, ParallelFor parallel);
 

@@ -1,4 +1,4 @@
-// lora_delta and lora_add_ on CPU.
+// lora_delta, lora_add_ and lora_add_group_ on CPU.
 #include "checks.h"
 
 namespace t2l::torch_ops {
@@ -30,15 +30,16 @@ void check_segments(const char* op, const Tensor& seg_indptr, const Tensor& seg_
   }
 }
 
+// `group`: y is wider than this linear's output; the caller moves p.y to its columns.
 LoraParams prepare(const char* op, const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
                    const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
-                   const OptTensor& ranks) {
+                   const OptTensor& ranks, bool group = false) {
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(1)});
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1);
   check_shape(op, "lora_B", lora_B, {adapters, kAny, rank});
   check_shape(op, "scaling", scaling, {adapters});
-  check_shape(op, "y", y, {x.size(0), lora_B.size(1)});
+  check_shape(op, "y", y, {x.size(0), group ? kAny : lora_B.size(1)});
   check_floating(op, "x", x);
   check_floating(op, "lora_A", lora_A);
   check_type(op, "y", y, x.scalar_type());
@@ -100,7 +101,7 @@ Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, c
     return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                                     max_seg_len, ranks)[0]);
   p.accumulate = false;
-  lora(p, isa(op), parallel);
+  lora(&p, 1, isa(op), parallel);
   return y;
 }
 
@@ -114,7 +115,43 @@ void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tens
     return;
   }
   p.accumulate = true;
-  lora(p, isa(op), parallel);
+  lora(&p, 1, isa(op), parallel);
+}
+
+void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
+                    const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
+                    std::vector<Tensor> ranks, std::vector<int64_t> offsets) {
+  const char* op = "lora_add_group_";
+  const size_t count = lora_A.size();
+  const auto listed = [&](const char* name, size_t got) {
+    if (got != count || count == 0)
+      fail(op, name, "one entry a member, as many as lora_A and at least one",
+           std::to_string(got) + " for " + std::to_string(count) + " entries of lora_A");
+  };
+  listed("lora_B", lora_B.size());
+  listed("ranks", ranks.size());
+  listed("offsets", offsets.size());
+  check_shape(op, "y", y, {kAny, kAny});
+  std::vector<LoraParams> members;
+  int64_t end = 0;
+  for (size_t i = 0; i < count; ++i) {
+    members.push_back(
+        prepare(op, y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters, max_seg_len, ranks[i], true));
+    check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
+    if (offsets[i] < end || offsets[i] > y.size(1) - members[i].out)
+      fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
+           "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out) + " at member " +
+               std::to_string(i));
+    end = offsets[i] + members[i].out;
+    members[i].y = static_cast<char*>(members[i].y) + offsets[i] * y.element_size();
+    members[i].accumulate = true;
+  }
+  if (!covered(x, lora_A[0])) {
+    call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
+                   max_seg_len, ranks, offsets);
+    return;
+  }
+  lora(members.data(), static_cast<int64_t>(count), isa(op), parallel);
 }
 
 }  // namespace
@@ -123,4 +160,5 @@ void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tens
 STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
   m.impl("lora_delta", TORCH_BOX(&t2l::torch_ops::lora_delta));
   m.impl("lora_add_", TORCH_BOX(&t2l::torch_ops::lora_add));
+  m.impl("lora_add_group_", TORCH_BOX(&t2l::torch_ops::lora_add_group));
 }

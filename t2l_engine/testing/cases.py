@@ -105,6 +105,57 @@ LORA_CASES = (
 
 
 @dataclasses.dataclass(frozen=True)
+class GroupCase:
+    """A packed projection.  ``lora``: tokens, adapters, dtypes and layout of every member, and the sizes of the first;
+    ``members``: (first column, out features, rank); ``columns``: of the whole output."""
+
+    name: str
+    lora: LoraCase
+    members: tuple[tuple[int, int, int], ...]
+    columns: int
+
+    def make(self, seed: int = 0) -> dict:
+        """Arguments of ``ops.lora_add_group_`` by name."""
+        sizes = [dataclasses.replace(self.lora, out_features=out, rank=rank, ranks=None) for _, out, rank in self.members]
+        made = [case.make(seed + i) for i, case in enumerate(sizes)]
+        y = torch.randn(self.lora.tokens, self.columns + 4, generator=torch.Generator().manual_seed(seed))
+        shared = ("x", "scaling", "seg_indptr", "seg_adapters", "max_seg_len")
+        ranks = [[max(0, rank - i) for i in range(self.lora.adapters)] for _, _, rank in self.members]
+        for m, widths in zip(made, ranks, strict=True):
+            for i, width in enumerate(widths):
+                m["lora_A"][i, width:] = float("nan")
+                m["lora_B"][i, :, width:] = float("nan")
+        return {
+            "y": y.to(self.lora.x_dtype)[:, 2 : self.columns + 2],
+            "lora_A": [m["lora_A"] for m in made],
+            "lora_B": [m["lora_B"] for m in made],
+            "ranks": [torch.tensor(widths, dtype=torch.int32) for widths in ranks],
+            "offsets": [start for start, _, _ in self.members],
+            **{k: made[0][k] for k in shared},
+        }
+
+
+_QKV = ((0, 48, 8), (48, 16, 4), (64, 16, 1))
+GROUP_CASES = (
+    GroupCase("qkv", LoraCase("", _RAGGED), _QKV, 80),
+    GroupCase("q_and_v", LoraCase("", _MIXED), (_QKV[0], _QKV[2]), 80),
+    GroupCase("one_member_with_gaps", LoraCase("", _MIXED, in_features=111), ((7, 77, 3),), 99),
+    GroupCase("no_tokens", LoraCase("", ()), _QKV, 80),
+    GroupCase("all_base", LoraCase("", _rows(-1, -1)), _QKV, 80),
+    GroupCase("out_r_layout", LoraCase("", _RAGGED, b_layout="out_r"), _QKV, 80),
+    GroupCase("bf16", LoraCase("", _RAGGED, x_dtype=BF16, w_dtype=BF16), _QKV, 83),
+    GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
+    GroupCase("fp16_by_reference", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
+    GroupCase(
+        "serve_phi3_qkv_8x8",
+        LoraCase("", _rows(*range(8)), in_features=3072, adapters=8, x_dtype=BF16, w_dtype=BF16),
+        ((0, 3072, 8), (6144, 3072, 8)),
+        9216,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class HyperCase:
     """A hypernetwork for both of its ops: trunk rows, then the head of one module."""
 
