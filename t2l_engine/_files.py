@@ -1,14 +1,36 @@
-"""Reading and writing folders of files: shared by checkpoints and adapters."""
+"""Reading and writing folders of files: shared by checkpoints and adapters.
+
+Weights come from strangers.  What is read here is plain tensors or an error that names the file: nothing in a file is
+executed, and memory stays within the size of the file.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from t2l_engine.config import shown
+
+#: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
+CHECKSUM = "t2l_engine.sha256"
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def content_checksum(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_folder(
@@ -19,18 +41,36 @@ def write_folder(
 
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
-        save_file(state, Path(temporary) / weights_name, metadata={"format": "pt"})
+        metadata = {"format": "pt", CHECKSUM: content_checksum(state)}
+        save_file(state, Path(temporary) / weights_name, metadata=metadata)
         (Path(temporary) / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for name in (weights_name, config_name):
             os.replace(Path(temporary) / name, directory / name)
 
 
 def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
-    """The tensors of ``path``; ``error`` names a file that is no safetensors file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    """The tensors of ``path``, mapped from the file; ``error`` names what is wrong with it.
+
+    Checked: the format, the content checksum where the file carries one, floating-point dtypes, and that all is finite.
+    """
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as reason:
-        raise error(f"{path}: not a readable safetensors file: {reason}") from None
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, TypeError) as reason:
+        raise error(f"{path}: not a readable safetensors file: {str(reason)[:200]}") from None
+    check_weights(path, state, error)
+    if CHECKSUM in metadata and metadata[CHECKSUM] != content_checksum(state):
+        raise error(f"{path}: the content does not match its checksum {CHECKSUM}: the file is damaged or was edited")
+    return state
+
+
+def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
+    """``error`` naming the key unless every tensor is plain, of a floating-point dtype, and finite."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES or tensor.device.type != "cpu":
+            raise error(f"{path}: {shown(name)}: expected a dense floating-point tensor, got {tensor.dtype} {tensor.layout}")
+        if tensor.numel() and not all(value.isfinite() for value in torch.aminmax(tensor)):
+            raise error(f"{path}: {shown(name)}: holds NaN or infinite values")

@@ -5,26 +5,31 @@ Elementwise work (norms, activations, embeddings, softmax) is not counted, as in
 
 from __future__ import annotations
 
-from t2l_engine.config import HyperNetworkConfig
+from t2l_engine.config import DISCRETE_HIDDEN, NUM_CLASSES, NUM_CODES, HyperNetworkConfig
 
 
 def hypernet_flops(config: HyperNetworkConfig, num_tasks: int = 1) -> int:
     """Generating ``num_tasks`` adapters, the constant embeddings folded (kernels of this package; paper appendix).
 
-    Trunk rows a task: n*K base rows through mixer and mlp1, times sides through mlp2, times ranks through mlp3; heads
-    only for the columns that are kept.
+    Trunk rows a task: n*K base rows through mixer and mlp1, times sides through mlp2, times ranks through mlp3 (and through
+    mlp2, where ranks enter before it: again in S-rotary); heads only for the columns that are kept.
     """
     c = config
     m, h, t, n, k = c.width, c.head_in_size, c.task_width, c.num_layers, len(c.modules)
     rows = n * k
-    encoder = 2 * c.embed_dim * t + 2 * t * 4 * m
+    encoder = {  # products of the task encoder; the nearest code of vq is no product
+        "linear": c.embed_dim * t,
+        "vq": c.embed_dim * 4 * t + 4 * t * t,
+        "softmax": c.embed_dim * 4 * t + 4 * t * NUM_CODES + NUM_CODES * t,
+        "discrete": c.embed_dim * DISCRETE_HIDDEN + DISCRETE_HIDDEN * NUM_CLASSES,
+    }[c.task_encoder]
+    per_task = 2 * encoder + 2 * t * 4 * m
     base = rows * (8 * m * m + 16 * m * m)  # second mixer matrix, mlp1
-    mlp2 = 16 * m * m * rows * c.num_sides
-    if c.variant == "S-rotary":
-        mlp2 += 16 * m * m * rows * c.num_sides * c.num_ranks
+    passes = {"S-rotary": 1 + c.num_ranks}.get(c.variant, 1 if c.num_sides == 2 else c.num_ranks)
+    mlp2 = 16 * m * m * rows * c.num_sides * passes
     mlp3 = (8 * m * m + 8 * m * h) * rows * c.num_sides * c.num_ranks
     heads = 2 * h * n * c.rank * (sum(c.in_features) + sum(c.out_features))
-    return num_tasks * (encoder + base + mlp2 + mlp3 + heads)
+    return num_tasks * (per_task + base + mlp2 + mlp3 + heads)
 
 
 def lora_flops(config: HyperNetworkConfig, num_tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -10,21 +11,10 @@ from torch import Tensor, nn
 
 from t2l_engine import ops, reference
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.config import HyperNetworkConfig, resolve_scaling
+from t2l_engine.config import ConfigError, HyperNetworkConfig, resolve_scaling
+from t2l_engine.task_encoder import TASK_ENCODERS
 
-
-class TaskEncoder(nn.Module):
-    """``LN(W e + b)``: task embedding ``[N, embed_dim]`` to encoded task ``[N, t]``, float32."""
-
-    def __init__(self, embed_dim: int, width: int):
-        super().__init__()
-        self.linear = nn.Linear(embed_dim, width)
-        self.norm = nn.LayerNorm(width, eps=reference.LAYER_NORM_EPS)
-
-    def forward(self, task_emb: Tensor) -> Tensor:
-        acc = reference.accumulation_dtype(self.linear.weight)
-        x = torch.nn.functional.linear(task_emb.to(acc), self.linear.weight.to(acc), self.linear.bias.to(acc))
-        return reference.layer_norm(x, self.norm.weight.to(acc), self.norm.bias.to(acc))
+STD_EPS = 1e-10  # the reference's un-normalisation adds it to the standard deviation
 
 
 class NormedEmbedding(nn.Module):
@@ -56,40 +46,63 @@ class MLP(nn.Module):
 
 
 class Offsets(nn.Module):
-    """What the last step applies to A and B of one module: ``A * mul_A + add_A`` (B alike); buffers, present if needed.
+    """What the last step applies to A and B of one module: ``A * (std_A + 1e-10) + mean_A + add_A`` (B alike).
 
-    ``mul_A, add_A [n, r, in]``, ``mul_B, add_B [n, out, r]``.
+    ``std`` and ``mean`` undo the z-scores that a reconstruction run was trained on; ``add`` is a multi-task LoRA, or the
+    start of a LoRA.  Buffers ``[n, r, in]`` for A and ``[n, out, r]`` for B, present if needed.
     """
 
-    NAMES = ("mul_A", "add_A", "mul_B", "add_B")
+    NAMES = ("std_A", "mean_A", "add_A", "std_B", "mean_B", "add_B")
 
     def __init__(self):
         super().__init__()
         for name in self.NAMES:
             self.register_buffer(name, None)
 
+    def folded(self) -> dict[str, Tensor | None]:
+        """``mul_A``, ``add_A``, ``mul_B``, ``add_B`` as :func:`t2l_engine.ops.hypernet_head` takes them."""
+        out = {}
+        for side in "AB":
+            std, mean, add = (getattr(self, f"{name}_{side}") for name in ("std", "mean", "add"))
+            out[f"mul_{side}"] = None if std is None else std + STD_EPS
+            out[f"add_{side}"] = mean if add is None else add if mean is None else mean + add
+        return out
+
 
 class HyperNetwork(nn.Module):
-    """Text-to-LoRA's hypernetwork in the variants L, M, S-learnable and S-rotary.
+    """Text-to-LoRA's hypernetwork in all variants of the paper's code (``config.VARIANTS``).
 
     ``generate`` gives adapters for inference; ``forward`` is the same computation with gradients, for training.
     Parameters are ordinary; what does not depend on the task is folded once, and again after a parameter changes (an
     optimiser step, ``copy_``, ``to``; a change through ``.data`` cannot be seen).
+
+    Source: paper section 3 and its appendix.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m").hypernetwork
+    >>> stack = net.generate(torch.randn(2, net.config.embed_dim))
+    >>> stack.lora_A["q_proj"].shape, stack.lora_B["v_proj"].shape  # [N, layers, r, in], [N, layers, out, r]
+    (torch.Size([2, 30, 8, 576]), torch.Size([2, 30, 192, 8]))
     """
 
     def __init__(self, config: HyperNetworkConfig):
         super().__init__()
         self.config = config
         c, m = config, config.width
-        self.task_encoder = TaskEncoder(c.embed_dim, c.task_width)
-        self.depth_emb = NormedEmbedding(c.num_layers, c.embedding_width)
-        self.module_emb = NormedEmbedding(len(c.modules), c.embedding_width)
+        taken = [name for name in c.modules if hasattr(nn.ModuleDict, name) or name == "training"]
+        if taken:
+            raise ConfigError(f"modules: expected names of linears, got {taken}, which torch's ModuleDict does not allow")
+        self.task_encoder = TASK_ENCODERS[c.task_encoder](c)
+        one_hot = c.task_encoder == "discrete"
+        self.depth_emb = None if one_hot else NormedEmbedding(c.num_layers, c.depth_width)
+        self.module_emb = None if one_hot else NormedEmbedding(len(c.modules), c.module_width)
         self.mixer = MLP(m, 4 * m, m, norm=False)
         self.mlp1 = MLP(m, 4 * m, m)
         self.mlp2 = MLP(m, 4 * m, m)
         self.mlp3 = MLP(m, 4 * m, c.head_in_size)
         self.side_emb = NormedEmbedding(len(c.modules), 2, m) if c.num_sides == 2 else None
-        self.pos_emb = NormedEmbedding(c.rank, m) if c.variant == "S-learnable" else None
+        self.pos_emb = NormedEmbedding(c.rank, m) if c.variant.endswith("learnable") else None
         self.heads = nn.ModuleDict(
             {name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias) for i, name in enumerate(c.modules)}
         )
@@ -114,7 +127,8 @@ class HyperNetwork(nn.Module):
             scaling: "rslora" = alpha/sqrt(r), "plain" = alpha/r, or a number; None = what the checkpoint was trained with.
             dtype: of weights, of the inputs of matrix products and of generated A and B (accumulation and LayerNorm stay
                 float32); None = as stored.
-            module_order: modules in the order of the rows of the module embedding; None = what the tensors say.
+            module_order: modules in the order of the rows of the module embedding, for a reference folder whose order is
+                known to be another than that of its tensors; None = what the tensors say.
 
         Raises:
             FileNotFoundError: the folder or one of its files is absent.
@@ -191,7 +205,8 @@ class HyperNetwork(nn.Module):
         Raises:
             ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device.
         """
-        versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in self.parameters())
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        versions = tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
         if self._packed is None or self._packed[0] != versions:
             self._packed = (versions, self._fold())
         return self._run(task_emb, self._packed[1])
@@ -201,7 +216,15 @@ class HyperNetwork(nn.Module):
         c, t = self.config, self.config.task_width
         weight1 = self.mixer.linear1.weight
         acc = reference.accumulation_dtype(weight1)
-        depth, module = self.depth_emb(), self.module_emb()  # [n, d], [K, d]
+        if self.mixer.linear1.bias.dtype != acc:
+            raise ValueError(
+                f"HyperNetwork: expected biases in {acc} beside matrices in {weight1.dtype}, got "
+                f"{self.mixer.linear1.bias.dtype}; cast with set_dtype(), not with to()"
+            )
+        if self.depth_emb is None:
+            depth, module = (torch.eye(size, dtype=acc, device=weight1.device) for size in (c.depth_width, c.module_width))
+        else:
+            depth, module = self.depth_emb(), self.module_emb()  # [n, d], [K, d]
         constant = torch.cat(
             (
                 depth.expand(len(c.modules), -1, -1),
@@ -215,8 +238,9 @@ class HyperNetwork(nn.Module):
             weights += block.weights()
         pos_emb = None
         if self.pos_emb is not None:
-            pos = self.pos_emb()
-            pos_emb = pos + reference.mlp(pos, *self.mlp2.weights())
+            pos_emb = self.pos_emb()
+            if c.variant == "S-learnable":  # its branch through mlp2 does not depend on the task
+                pos_emb = pos_emb + reference.mlp(pos_emb, *self.mlp2.weights())
         heads = {}
         for name in c.modules:
             head = self.heads[name]
@@ -226,7 +250,8 @@ class HyperNetwork(nn.Module):
                 head.bias if scale == 1.0 or head.bias is None else head.bias * scale,
             )
         side_emb = None if self.side_emb is None else self.side_emb()
-        return {"weights": weights, "side_emb": side_emb, "pos_emb": pos_emb, "heads": heads}
+        offsets = {name: self.offsets[name].folded() for name in c.modules}
+        return {"weights": weights, "side_emb": side_emb, "pos_emb": pos_emb, "heads": heads, "offsets": offsets}
 
     def _run(self, task_emb: Tensor, folded: dict) -> AdapterStack:
         c = self.config
@@ -237,14 +262,16 @@ class HyperNetwork(nn.Module):
         if not task_emb.is_floating_point() or task_emb.device != device:
             raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
         z = self.task_encoder(task_emb)
-        rotary = c.rank if c.variant == "S-rotary" else 0
-        latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+        rotary = c.rank if c.rotary else 0
+        if c.variant.startswith("autoregressive"):
+            latent = reference.autoregressive_trunk(z, folded["weights"], folded["pos_emb"], rotary)
+        else:
+            latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
         lora_A, lora_B = {}, {}
         for i, name in enumerate(c.modules):
             weight, bias = folded["heads"][name]
-            offsets = {key: getattr(self.offsets[name], key) for key in Offsets.NAMES}
             lora_A[name], lora_B[name] = ops.hypernet_head(
-                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **offsets
+                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][name]
             )
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
         return AdapterStack(lora_A, lora_B, scaling)

@@ -6,13 +6,18 @@ import warnings
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from t2l_engine import CheckpointError, ConfigError, HyperNetwork
-from t2l_engine.checkpoint import describe
-from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius
+from t2l_engine import CheckpointError, ConfigError, EncoderConfig, HyperNetwork
+from t2l_engine.checkpoint import describe, encoder_config
+from t2l_engine.encoder_config import encoder_config_from_json
+from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, u
 
-CASES = ("L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-offset-sft", "M-recon-z", "L-recon-delta")
+CASES = (
+    "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",
+    "L-softmax-sft", "L-discrete-sft",
+)  # fmt: skip
 
 
 def adapters(net, task_emb):
@@ -46,6 +51,10 @@ def reverse_rows(state):
 # --- parity with the reference -------------------------------------------------------------------------------------
 
 
+def test_every_golden_folder_is_a_case(golden):
+    assert sorted(CASES) == sorted(folder.name for folder in golden.iterdir())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_adapters(golden, case):
     net = HyperNetwork.from_pretrained(golden / case)
@@ -72,7 +81,7 @@ def test_golden_adapters_through_the_reference():
     assert run.returncode == 0 and f"{len(CASES)} passed" in run.stdout, run.stdout[-2000:]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "L-discrete-sft"])  # one-hot: no rows to swap
 def test_module_order_comes_from_the_tensors(edit, golden, case):
     expected = load_file(golden / case / "expected.safetensors")
     targets = {"target_modules": ["v_proj", "q_proj"]}
@@ -138,6 +147,58 @@ def test_scaling(golden, scaling, value):  # lora_alpha 8, rank 4, rsLoRA
 def test_scaling_refused(golden, scaling):
     with pytest.raises(ConfigError, match="scaling"):
         HyperNetwork.from_pretrained(golden / "L-sft", scaling=scaling)
+
+
+# --- dtypes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["L-offset-sft", "L-softmax-sft", "L-vq-sft"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_of_another_dtype(edit, golden, case, stored):
+    """As stored means the matrices; vectors are computed with in float32, or float64."""
+    folder = edit(case, lambda state: {key: tensor.to(stored) for key, tensor in state.items()})
+    task_emb = load_file(golden / case / "expected.safetensors")["task_emb"]
+    net = HyperNetwork.from_pretrained(folder)
+    assert net.dtype == stored and net.generate(task_emb).lora_A["q_proj"].dtype == stored
+    assert net.mlp1.norm.weight.dtype == (torch.float64 if stored == torch.float64 else torch.float32)
+    expected = HyperNetwork.from_pretrained(golden / case, dtype=stored).generate(task_emb)
+    # The vectors were rounded too: a few roundings more than casting the matrices alone.
+    assert relative_frobenius(net.generate(task_emb).lora_B["v_proj"], expected.lora_B["v_proj"]) <= 8 * u(stored)
+
+
+def test_matrices_of_several_dtypes(edit):
+    folder = edit("L-sft", lambda state: state | {"mixer.4.weight": state["mixer.4.weight"].bfloat16()})
+    with pytest.raises(
+        CheckpointError, match=r"hypermod\.pt: expected matrices of one dtype.*bfloat16.*float32.*pass dtype"
+    ):
+        HyperNetwork.from_pretrained(folder)
+    for dtype in (torch.float32, torch.bfloat16):
+        assert HyperNetwork.from_pretrained(folder, dtype=dtype).generate(torch.ones(1, 48)).lora_A["q_proj"].dtype == dtype
+
+
+# --- what a folder says beside the tensors ---------------------------------------------------------------------------
+
+
+def test_describe_a_reference_folder(golden, edit):
+    blocks = describe(golden / "L-sft")
+    args = yaml.safe_load((golden / "L-sft" / "args.yaml").read_text())
+    peft = json.loads((golden / "L-sft" / "adapter_config.json").read_text())
+    # No encoder: the reference does not define the pooling of "tiny-encoder".
+    assert blocks == {"base_model": "tiny-llama", "reference": {"args": args, "adapter_config": peft}}
+    folder = edit("L-sft", args={"emb_model": "some/gte-tiny"}, peft={"base_model_name_or_path": "some/base"})
+    blocks = describe(folder)
+    assert blocks["base_model"] == "some/base"
+    assert encoder_config_from_json(blocks["encoder"], "here") == encoder_config(folder)
+    assert encoder_config(folder) == EncoderConfig("some/gte-tiny", "cls", 8192)
+    assert "base_model" not in describe(edit("L-sft", args={"model_dir": None}))
+    with pytest.raises(ConfigError, match=r"args\.yaml.*emb_model.*'tiny-encoder'"):
+        encoder_config(golden / "L-sft")
+
+
+def test_describe_needs_no_weights(edit):
+    folder = edit("L-sft")
+    (folder / "hypermod.pt").write_bytes(b"")
+    assert describe(folder)["base_model"] == "tiny-llama"
 
 
 # --- native form ---------------------------------------------------------------------------------------------------

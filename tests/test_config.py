@@ -5,7 +5,7 @@ import math
 import pytest
 
 from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
-from t2l_engine.config import from_json, read_json, resolve_scaling, to_json
+from t2l_engine.config import MAX_CONFIG_BYTES, from_json, read_json, resolve_scaling, shown, to_json
 
 NETWORK = {
     "variant": "M",
@@ -21,8 +21,16 @@ NETWORK = {
     "scaling": "plain",
     "head_bias": False,
     "output_scale": 0.5,
+    "task_encoder": "softmax",
 }
-ENCODER = {"name": "minilm", "pooling": "mean", "max_length": 256, "full_stop": False, "template": "Query: {text}"}
+ENCODER = {
+    "name": "minilm",
+    "pooling": "mean",
+    "max_length": 256,
+    "full_stop": False,
+    "template": "Query: {text}",
+    "dtype": "bfloat16",
+}
 RECORDS = pytest.mark.parametrize(("cls", "values"), [(HyperNetworkConfig, NETWORK), (EncoderConfig, ENCODER)])
 
 
@@ -83,8 +91,18 @@ def test_fields_are_strict(cls, values):
         ("scaling", True),
         ("scaling", None),
         ("head_bias", 1),
+        ("task_encoder", "cubic"),
+        ("task_encoder", ["linear"]),
+        ("task_encoder", None),
+        ("modules", [f"m{i}" for i in range(257)]),
+        ("modules", ["q_proj", "v" * 65]),
+        ("in_features", [64, 1 << 31]),
+        ("rank", 1 << 31),
+        ("num_layers", 10**5000),
+        ("lora_alpha", 10**400),
+        ("scaling", 1e301),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_network_values(field, value):
     with pytest.raises(ConfigError, match=f"here: {field}: expected"):
@@ -119,16 +137,31 @@ def test_rotation_needs_an_even_width():
 
 
 @pytest.mark.parametrize(
-    ("variant", "rows"), [("L", [512, 384]), ("M", [256, 256]), ("S-learnable", [64, 64]), ("S-rotary", [64, 64])]
+    ("variant", "rows", "latents"),
+    [
+        ("L", [512, 384], (1, 1)),
+        ("M", [256, 256], (2, 1)),
+        ("S-learnable", [64, 64], (2, 4)),
+        ("S-rotary", [64, 64], (2, 4)),
+        ("autoregressive-learnable", [128, 96], (1, 4)),
+        ("autoregressive-rotary", [128, 96], (1, 4)),
+    ],
 )
-def test_rows_of_heads(variant, rows):
+def test_rows_of_heads(variant, rows, latents):
     config = from_json(HyperNetworkConfig, NETWORK | {"variant": variant}, "here")
     assert [config.head_rows(i) for i in range(2)] == rows
+    assert (config.num_sides, config.num_ranks) == latents and config.rotary == variant.endswith("rotary")
 
 
 def test_widths():
     config = from_json(HyperNetworkConfig, NETWORK | {"latent_size": 34}, "here")
-    assert (config.task_width, config.embedding_width, config.width) == (17, 8, 33)
+    assert (config.task_width, config.depth_width, config.module_width, config.width) == (17, 8, 8, 33)
+    discrete = NETWORK | {"task_encoder": "discrete", "latent_size": 129}
+    config = from_json(HyperNetworkConfig, discrete, "here")
+    assert (config.task_width, config.depth_width, config.module_width, config.width) == (64, 3, 2, 69)
+    for latent_size in (127, 130):
+        with pytest.raises(ConfigError, match=f"here: latent_size: expected 128 or 129 .*, got {latent_size}"):
+            from_json(HyperNetworkConfig, discrete | {"latent_size": latent_size}, "here")
 
 
 def test_scaling():
@@ -139,9 +172,16 @@ def test_scaling():
 
 def test_read_json(tmp_path):
     path = tmp_path / "some.json"
-    for content in (b"", b"{", b"\xff"):
+    twice, deep = b'{"a": 1, "b": {"c": 1, "c": 2}}', b"[" * 100_000
+    for content in (b"", b"{", twice, deep):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"some\.json: not valid JSON"):
             read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ConfigError, match=r"some\.json: not UTF-8 text: .* at byte 7"):
+        read_json(path)
+    path.write_bytes(b" " * (MAX_CONFIG_BYTES + 1))
+    with pytest.raises(ConfigError, match=rf"some\.json: expected .* at most {MAX_CONFIG_BYTES} bytes"):
+        read_json(path)
     path.write_text('{"a": [1]}')
     assert read_json(path) == {"a": [1]}

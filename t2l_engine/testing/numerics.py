@@ -56,10 +56,17 @@ def head_bound(magnitude: Tensor, y: Tensor, depth: int, out_dtype: torch.dtype)
 
 
 def trunk_bound(oracle: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
-    """Allowed relative Frobenius error of a trunk: twice that of the plain low-precision reference (which rounds at the
-    same points), plus one rounding of the result and eight float32 roundings a stage."""
+    """Allowed relative Frobenius error of a trunk, or of adapters: twice that of a plain low-precision ``reference`` (which
+    rounds at the same points), plus one rounding of the result and eight float32 roundings a stage."""
     reference_error = float((reference.double() - oracle).norm() / oracle.norm())
     return 2 * reference_error + u(dtype) + 8 * 7 * u(torch.float32)
+
+
+def logits_bound(exact: Tensor, other: Tensor) -> float:
+    """Allowed Frobenius error of low-precision logits against those of the float64 model with the same weights, ``exact``:
+    ERROR_RATIO times the error of ``other``, another implementation in the same dtype (both round after every layer, so
+    their errors are alike in size, not in value), plus one rounding of the logits."""
+    return ERROR_RATIO * float((other.double() - exact).norm()) + u(other.dtype) * float(exact.norm())
 
 
 def relative_frobenius(got: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,45 @@
+"""Reading a YAML file that nobody vouches for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from t2l_engine.config import ConfigError, read_text
+
+MAX_NODES = 100_000
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """No merge keys: nested ones multiply without bound."""
+
+    def flatten_mapping(self, node):
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not accepted", node.start_mark)
+        super().flatten_mapping(node)
+
+
+def _count_nodes(value: Any, budget: int) -> int:
+    """``budget`` less the nodes of ``value`` with every alias written out; negative as soon as it is spent."""
+    budget -= 1
+    if isinstance(value, (dict, list, tuple, set)):
+        for item in value.values() if isinstance(value, dict) else value:
+            budget = _count_nodes(item, budget)
+            if budget < 0:
+                break
+    return budget
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse a YAML file safely: plain values only; ConfigError names the file when it is none, too large or too deep."""
+    text = read_text(path)
+    try:
+        value = yaml.load(text, Loader=_PlainLoader)
+        small = _count_nodes(value, MAX_NODES) >= 0
+    except Exception as reason:  # constructors of dates, numbers and keys raise many kinds
+        raise ConfigError(f"{path}: not plain YAML: {str(reason)[:200]}") from None
+    if not small:
+        raise ConfigError(f"{path}: not plain YAML: its aliases stand for more than {MAX_NODES} values")
+    return value
