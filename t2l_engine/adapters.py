@@ -1,36 +1,20 @@
-"""A stack of LoRA adapters: in memory, and as PEFT folders."""
+"""A stack of LoRA adapters in memory; PEFT folders are read and written by :mod:`t2l_engine.peft_format`."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from t2l_engine._files import read_safetensors, write_folder
-from t2l_engine.config import ConfigError, read_json
+from t2l_engine import peft_format
+from t2l_engine.config import shown
+from t2l_engine.peft_format import DEFAULT_PATHS, LAYER, AdapterError
 
-#: Where a module lives inside a decoder layer, for adapters that were not read from a file that says so.
-DEFAULT_PATHS = {
-    name: f"model.layers.{{layer}}.{block}.{name}"
-    for block, names in {
-        "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-        "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
-    }.items()
-    for name in names
-}
+__all__ = ["AdapterError", "AdapterStack"]
 
-_PEFT_KEY = re.compile(r"^base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])\.weight$")
-_PREFIX = "base_model.model."
-WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
-
-
-class AdapterError(ValueError):
-    """An adapter file or folder cannot be used; the message names file and field."""
+_MODULES_SHOWN = 8  # by repr
 
 
 class AdapterStack:
@@ -42,10 +26,24 @@ class AdapterStack:
         scaling: ``[num_adapters]`` float32; delta W = scaling * B @ A.
         ranks: per module name ``[num_adapters, num_layers]`` int32, the true rank; 0 where an adapter lacks the module
             or the layer.  Entries of A and B beyond the rank mean nothing.
-        paths: per module name its path in the base model with ``{layer}`` for the layer index.
+        paths: per module name its path in the base model with ``{layer}`` for the layer index.  A path without it is a
+            module outside the decoder layers (``lm_head``), which has ``num_layers`` 1.
+        partial: whether the adapters may stop before the last layer of the model.
+
+    Iterating gives stacks of one adapter.  Two stacks are equal with ``==`` only if they are one object; compare what they
+    mean with :meth:`allclose`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together; the message names the module.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> A, B = torch.randn(3, 2, 4, 16), torch.randn(3, 2, 8, 4)  # 3 adapters, 2 layers, rank 4, 16 -> 8 features
+    >>> stack = t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.full((3,), 2.0))
+    >>> len(stack), len(stack[1:]), t2l.AdapterStack.cat([stack[0], stack[[2, 1]]]).allclose(stack[[0, 2, 1]])
+    (3, 2, True)
+    >>> stack
+    AdapterStack(3 adapters, rank 4, scaling 2, float32, cpu; modules in->out x layers: q_proj 16->8 x2)
     """
 
     def __init__(
@@ -55,12 +53,15 @@ class AdapterStack:
         scaling: Tensor,
         ranks: dict[str, Tensor] | None = None,
         paths: dict[str, str] | None = None,
+        *,
+        partial: bool = False,
     ):
         if not lora_A or lora_A.keys() != lora_B.keys():
             raise ValueError(f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}")
         self.lora_A, self.lora_B, self.scaling = dict(lora_A), dict(lora_B), scaling
         if scaling.dim() != 1 or scaling.dtype != torch.float32:
             raise ValueError(f"scaling: expected float32 [num_adapters], got {scaling.dtype} {tuple(scaling.shape)}")
+        dtype = self.dtype
         for name, a in self.lora_A.items():
             b = self.lora_B[name]
             if a.dim() != 4 or b.dim() != 4 or a.shape[:2] != b.shape[:2] or a.shape[2] != b.shape[3]:
@@ -70,10 +71,10 @@ class AdapterStack:
                 )
             if len(a) != len(scaling):
                 raise ValueError(f"{name}: expected {len(scaling)} adapters as in scaling, got {len(a)}")
-            if a.dtype != b.dtype or not a.is_floating_point() or not a.device == b.device == scaling.device:
+            if not a.dtype == b.dtype == dtype or not a.is_floating_point() or not a.device == b.device == scaling.device:
                 raise ValueError(
                     f"{name}: expected one floating-point dtype and one device, got lora_A {a.dtype} on {a.device}, "
-                    f"lora_B {b.dtype} on {b.device}, scaling on {scaling.device}"
+                    f"lora_B {b.dtype} on {b.device}, scaling on {scaling.device}, the first module in {dtype}"
                 )
         given = ranks is not None
         if ranks is None:
@@ -90,37 +91,73 @@ class AdapterStack:
             if given and rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
                 raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
         self.paths = {}
-        for name in self.lora_A:
+        for name, a in self.lora_A.items():
             path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
-            if path is None or "{layer}" not in path:
-                raise ValueError(f"paths: expected a path with '{{layer}}' for module {name!r}, got {path!r}")
+            if not isinstance(path, str) or (LAYER not in path and a.shape[1] != 1):
+                raise ValueError(f"paths: expected a path with '{LAYER}' for module {shown(name)}, got {shown(path)}")
+            fault = peft_format.path_fault(path)
+            if fault is None and path in self.paths.values():
+                fault = "expected a path of its own for every module"
+            if fault is not None:
+                raise ValueError(f"paths: {shown(path)} of module {shown(name)}: {fault}")
             self.paths[name] = path
+        self.partial = partial
 
     def __len__(self) -> int:
         return len(self.scaling)
 
     def __repr__(self) -> str:
-        modules = ", ".join(
-            f"{name} {tuple(a.shape[1:])}/{tuple(self.lora_B[name].shape[2:])}" for name, a in self.lora_A.items()
-        )
-        dtype = next(iter(self.lora_A.values())).dtype
-        return f"AdapterStack({len(self)} adapters, {dtype}, modules (n, r, in)/(out, r): {modules})"
+        known = self.scaling.device.type != "meta"
+        numbers = [int(n) for ranks in self.ranks.values() for n in ranks.unique().tolist() if n] if known else []
+        details = [
+            f"{len(self)} adapters",
+            "rank " + _range(numbers or [a.shape[2] for a in self.lora_A.values()]),
+            *(["scaling " + _range(self.scaling.tolist())] if known and len(self) else []),
+            str(self.dtype).removeprefix("torch."),
+            str(self.scaling.device),
+            *(["partial"] if self.partial else []),
+        ]
+        modules = [
+            f"{name} {a.shape[3]}->{self.lora_B[name].shape[2]}" + (f" x{a.shape[1]}" if LAYER in self.paths[name] else "")
+            for name, a in self.lora_A.items()
+        ]
+        more = [f"{len(modules) - _MODULES_SHOWN} more"] if len(modules) > _MODULES_SHOWN else []
+        return f"AdapterStack({', '.join(details)}; modules in->out x layers: {', '.join(modules[:_MODULES_SHOWN] + more)})"
 
-    def __getitem__(self, index: int) -> AdapterStack:
-        """The stack of one adapter; negative indices count from the end.  Raises IndexError out of range."""
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(f"index: expected an int, got {type(index).__name__}")
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index: expected within [{-len(self)}, {len(self)}), got {index}")
-        i = index % len(self)
+    def __getitem__(self, index: int | slice | Sequence[int]) -> AdapterStack:
+        """The stack of the chosen adapters: of one for an int, of several for a slice, list, tuple or range of ints.
+
+        Negative indices count from the end.  An int or a slice gives views that share memory with this stack, the others
+        give copies.  Raises IndexError out of range, TypeError for anything else.
+        """
+        if isinstance(index, slice):
+            return self._map(lambda tensor: tensor[index])
+        if isinstance(index, (list, tuple, range)):
+            chosen = [self._position(i) for i in index]
+            return self._map(lambda tensor: tensor[chosen])
+        i = self._position(index)
         return self._map(lambda tensor: tensor[i : i + 1])
 
-    def __iter__(self):
+    def _position(self, index: int) -> int:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"index: expected an int, a slice or a list of ints, got {type(index).__name__}")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected within [{-len(self)}, {len(self)}), got {index}")
+        return index % len(self)
+
+    def __iter__(self) -> Iterator[AdapterStack]:
         return (self[i] for i in range(len(self)))
 
-    def _map(self, fn) -> AdapterStack:
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> AdapterStack:
         apply = lambda tensors: {name: fn(t) for name, t in tensors.items()}  # noqa: E731
-        return AdapterStack(apply(self.lora_A), apply(self.lora_B), fn(self.scaling), apply(self.ranks), self.paths)
+        return AdapterStack(
+            apply(self.lora_A),
+            apply(self.lora_B),
+            fn(self.scaling),
+            apply(self.ranks),
+            self.paths,
+            partial=self.partial,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,24 +178,63 @@ class AdapterStack:
         cast = lambda tensors: {name: move(t) for name, t in tensors.items()}  # noqa: E731
         ranks = {name: t.to(device or t.device) for name, t in self.ranks.items()}
         scaling = self.scaling.to(device or self.scaling.device)
-        return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths)
+        return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
+
+    def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+        """Whether both stacks hold the same adapters: scalings, and per module path, ranks and A and B within the ranks.
+
+        Padding does not count: columns beyond the rank, layers and modules of rank 0.  Neither do dtype, device and
+        :attr:`partial`.  ``rtol``, ``atol`` as in ``torch.allclose``.
+        """
+        other = other.to(self.scaling.device)
+        if len(self) != len(other) or not torch.allclose(self.scaling, other.scaling, rtol, atol):
+            return False
+        for name in self.lora_A.keys() | other.lora_A.keys():
+            holders = [s for s in (self, other) if name in s.lora_A]
+            mine, theirs = (s.ranks[name] if name in s.ranks else holders[0].ranks[name][:, :0] for s in (self, other))
+            n = min(mine.shape[1], theirs.shape[1])
+            if not torch.equal(mine[:, :n], theirs[:, :n]) or bool(mine[:, n:].any()) or bool(theirs[:, n:].any()):
+                return False
+            if n == 0:
+                continue
+            if self.paths[name] != other.paths[name]:
+                return False
+            for side in ("lora_A", "lora_B"):
+                a, b = (getattr(s, side)[name][:, :n] for s in (self, other))
+                if side == "lora_B":
+                    a, b = a.mT, b.mT
+                r = min(a.shape[2], b.shape[2])  # neither rank exceeds it
+                inside = torch.arange(r, device=a.device) < mine[:, :n, None]
+                kind = torch.promote_types(a.dtype, b.dtype)
+                if a.shape[3] != b.shape[3] or not torch.allclose(
+                    a[:, :, :r][inside].to(kind), b[:, :, :r][inside].to(kind), rtol, atol
+                ):
+                    return False
+        return True
 
     @staticmethod
     def cat(stacks: Sequence[AdapterStack]) -> AdapterStack:
-        """One stack of all adapters.  Ranks and module sets may differ: narrower ranks are padded, missing modules get
-        rank 0.  Raises ValueError when sizes of a module, dtypes or devices differ."""
+        """One stack of all adapters.
+
+        Ranks and module sets may differ: narrower ranks are padded, missing modules get rank 0.  Stacks that are not
+        :attr:`partial` must agree on the number of layers; partial ones may have fewer.  The result is partial if all are.
+
+        Raises:
+            ValueError: sizes or paths of a module, layers, dtypes or devices differ; the message names the module.
+        """
         stacks = list(stacks)
         if not stacks:
             raise ValueError("stacks: expected at least one AdapterStack, got none")
+        depths = _common_depths(stacks)
         names = list(dict.fromkeys(name for s in stacks for name in s.lora_A))
         lora_A, lora_B, ranks, paths = {}, {}, {}, {}
         for name in names:
             holders = [s for s in stacks if name in s.lora_A]
             first = holders[0]
             a0, b0 = first.lora_A[name], first.lora_B[name]
-            num_layers = max(s.lora_A[name].shape[1] for s in holders)
-            r = max(s.lora_A[name].shape[2] for s in holders)
             paths[name] = first.paths[name]
+            num_layers = depths.get(peft_format.layer_list(paths[name]), 1)
+            r = max(s.lora_A[name].shape[2] for s in holders)
             total = sum(len(s) for s in stacks)
             lora_A[name] = a0.new_zeros(total, num_layers, r, a0.shape[3])
             lora_B[name] = b0.new_zeros(total, num_layers, r, b0.shape[2]).mT
@@ -179,179 +255,85 @@ class AdapterStack:
                     lora_B[name][rows, :n, :, : a.shape[2]] = b
                     ranks[name][rows, :n] = s.ranks[name]
                 at += len(s)
-        return AdapterStack(lora_A, lora_B, torch.cat([s.scaling for s in stacks]), ranks, paths)
+        scaling = torch.cat([s.scaling for s in stacks])
+        return AdapterStack(lora_A, lora_B, scaling, ranks, paths, partial=all(s.partial for s in stacks))
 
     # --- PEFT folders ----------------------------------------------------------------------------------------------
 
     def state_dict_peft(self, index: int) -> dict[str, Tensor]:
-        """Adapter ``index`` under PEFT's tensor names, float32, each at its true rank."""
-        one = self[index]
-        state = {}
-        for name, a in one.lora_A.items():
-            for layer, rank in enumerate(one.ranks[name][0].tolist()):
-                if rank:
-                    key = f"{_PREFIX}{self.paths[name].format(layer=layer)}"
-                    state[f"{key}.lora_A.weight"] = a[0, layer, :rank].detach().float().cpu().contiguous()
-                    b = one.lora_B[name][0, layer, :, :rank]
-                    state[f"{key}.lora_B.weight"] = b.detach().float().cpu().contiguous()
-        return state
+        """Adapter ``index`` under PEFT's tensor names: float32 A ``[rank, in]``, B ``[out, rank]`` at its true rank."""
+        return peft_format.state_dict(self, self._position(index))
 
     def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
         """Write adapter ``adapter`` as a PEFT folder with the scaling baked in (``lora_alpha = scaling * r``).
 
         An adapter already in ``directory`` is replaced only when the new files are complete.
-        Raises OSError when the folder cannot be written, IndexError for an adapter out of range.
+
+        Raises:
+            IndexError: an adapter out of range.
+            ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
+            OSError: the folder cannot be written.
         """
-        state = self.state_dict_peft(adapter)
-        scaling = float(self.scaling[adapter])
-        rank_of = {
-            key.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): tensor.shape[0]
-            for key, tensor in state.items()
-            if key.endswith(".lora_A.weight")
-        }
-        if not rank_of:
-            raise ValueError(f"adapter {adapter} adapts no module: all its ranks are 0")
-        if not math.isfinite(scaling) or scaling <= 0:
-            raise ValueError(f"scaling: expected a positive number for adapter {adapter}, got {scaling}")
-        r = max(rank_of.values())
-        layers = {name: sorted(_layers_of(self.paths[name], rank_of)) for name in self.lora_A}
-        covered = {tuple(v) for v in layers.values() if v}
-        num_layers = max(a.shape[1] for a in self.lora_A.values())
-        complete = covered == {tuple(range(num_layers))}
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model_name_or_path,
-            "r": r,
-            "lora_alpha": scaling * r,
-            "use_rslora": False,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "init_lora_weights": True,
-            "inference_mode": True,
-            # A full path for every module where some layers lack one: PEFT would otherwise create what is not there.
-            "target_modules": sorted(n for n, v in layers.items() if v) if complete else sorted(rank_of),
-            "rank_pattern": {path: rank for path, rank in sorted(rank_of.items()) if rank != r},
-            "alpha_pattern": {path: scaling * rank for path, rank in sorted(rank_of.items()) if rank != r},
-        }
-        write_folder(Path(directory), WEIGHTS_NAME, state, CONFIG_NAME, dict(sorted(config.items())))
+        peft_format.write_adapter(self, self._position(adapter), Path(directory), base_model_name_or_path)
 
     @staticmethod
-    def from_peft(directories: Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
+    def from_peft(directories: str | Path | Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
         """Read PEFT LoRA folders (safetensors) into one stack; ranks, modules and scalings may differ between folders.
 
-        ``dtype``: of A and B, None = as stored.  Raises FileNotFoundError for a missing folder or file and AdapterError for
-        what is no plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), naming file and field.
+        A module is named after the last component of its path.  Where modules would share a name, as GPT-2's two
+        ``c_proj``, they get the shortest dotted ends that differ: ``attn.c_proj``, ``mlp.c_proj``.  The stack is
+        :attr:`partial` if every folder says that it leaves out layers (``layers_to_transform``, full paths or an expression
+        as ``target_modules``, ``exclude_modules``).  A module whose scaling is not that of most modules has the difference
+        multiplied into B.
+
+        ``dtype``: of A and B, None = as stored.
+
+        Raises:
+            FileNotFoundError: a missing folder or file.
+            AdapterError: what is no plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), damaged files,
+                folders that do not fit together; the message names file and field or key.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
         if isinstance(directories, (str, Path)):
             directories = [directories]
-        return AdapterStack.cat([_read_peft(Path(d), dtype) for d in directories])
+        directories = list(directories)
+        if not directories:
+            raise ValueError("directories: expected at least one folder, got none")
+        folders = [peft_format.read_folder(Path(directory), dtype) for directory in directories]
+        names = peft_format.module_names(path for folder in folders for path in folder.lora_A)
+        stacks = [
+            AdapterStack(
+                *({names[path]: tensor for path, tensor in side.items()} for side in (folder.lora_A, folder.lora_B)),
+                folder.scaling,
+                {names[path]: tensor for path, tensor in folder.ranks.items()},
+                {names[path]: path for path in folder.lora_A},
+                partial=folder.partial,
+            )
+            for folder in folders
+        ]
+        try:
+            return stacks[0] if len(stacks) == 1 else AdapterStack.cat(stacks)
+        except ValueError as error:
+            raise AdapterError(f"{shown([str(d) for d in directories])}: do not fit into one stack: {error}") from None
 
 
-def _layers_of(path: str, rank_of: dict[str, int]) -> list[int]:
-    before, after = path.split("{layer}")
-    found = (re.fullmatch(re.escape(before) + r"(\d+)" + re.escape(after), p) for p in rank_of)
-    return [int(m.group(1)) for m in found if m]
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _pattern_value(patterns: dict, path: str, default: float) -> float:
-    """PEFT's rule: a pattern names a module when it equals the path or ends it after a dot (regular expressions)."""
-    for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
-            return value
-    return default
-
-
-def _check_patterns(patterns: Any, config_path: Path) -> None:
-    try:
-        good = all(not isinstance(v, bool) and v > 0 and re.compile(p) for p, v in patterns.items())
-    except (AttributeError, TypeError, re.error):
-        good = False
-    if not good:
-        raise AdapterError(f"{config_path}: alpha_pattern: expected positive numbers by module pattern, got {patterns!r}")
-
-
-def _read_peft(directory: Path, dtype: torch.dtype | None) -> AdapterStack:
-    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; expected a PEFT folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
-    try:
-        config = read_json(config_path)
-    except ConfigError as error:
-        raise AdapterError(str(error)) from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{config_path}: expected a JSON object, got {type(config).__name__}")
-    plain = {
-        "peft_type": ("LORA",),
-        "use_dora": (None, False),
-        "bias": (None, "none"),
-        "modules_to_save": (None, []),
-        "fan_in_fan_out": (None, False),
-        "trainable_token_indices": (None, []),
-        "lora_bias": (None, False),
-        "layer_replication": (None, []),
-        "alora_invocation_tokens": (None, []),
-    }
-    for field, allowed in plain.items():
-        if config.get(field) not in allowed:
-            raise AdapterError(f"{config_path}: {field}: expected {allowed[-1]!r} (plain LoRA), got {config.get(field)!r}")
-    for field in ("r", "lora_alpha"):
-        value = config.get(field)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise AdapterError(f"{config_path}: {field}: expected a positive number, got {value!r}")
-    # These change the base weights too: the stored A and B alone are not the adapter.
-    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise AdapterError(f"{config_path}: init_lora_weights: expected plain LoRA, got {config['init_lora_weights']!r}")
-    alphas = config.get("alpha_pattern") or {}
-    _check_patterns(alphas, config_path)
-    state = read_safetensors(weights_path, AdapterError)
-
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.items():
-        match = _PEFT_KEY.match(key)
-        if match is None or tensor.dim() != 2:
-            raise AdapterError(f"{weights_path}: {key}: expected a LoRA matrix 'base_model.model.*.lora_A|B.weight'")
-        pairs.setdefault(match["path"], {})[match["side"]] = tensor
-    if not pairs:
-        raise AdapterError(f"{weights_path}: no LoRA matrices")
-
-    entries: dict[str, dict[int, tuple[Tensor, Tensor, float]]] = {}
-    paths: dict[str, str] = {}
-    for path, pair in sorted(pairs.items()):
-        if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
-            got = {side: tuple(t.shape) for side, t in pair.items()}
-            raise AdapterError(f"{weights_path}: {path}: expected A [r, in] and B [out, r] of one rank, got {got}")
-        parts = path.split(".")
-        indices = [i for i, part in enumerate(parts) if part.isdigit()]
-        if len(indices) != 1:
-            raise AdapterError(f"{weights_path}: {path}: expected exactly one layer index in the module path")
-        name, layer = parts[-1], int(parts[indices[0]])
-        generic = ".".join("{layer}" if i == indices[0] else p for i, p in enumerate(parts))
-        if paths.setdefault(name, generic) != generic:
-            raise AdapterError(f"{weights_path}: {name}: expected one path a module, got {paths[name]} and {generic}")
-        rank = pair["A"].shape[0]
-        alpha = _pattern_value(alphas, path, config["lora_alpha"])
-        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        entries.setdefault(name, {})[layer] = (pair["A"], pair["B"], scaling)
-
-    scalings = [s for layers in entries.values() for _, _, s in layers.values()]
-    own = max(set(scalings), key=scalings.count)
-    num_layers = 1 + max(layer for layers in entries.values() for layer in layers)
-    lora_A, lora_B, ranks = {}, {}, {}
-    for name, layers in entries.items():
-        a0, b0, _ = next(iter(layers.values()))
-        r = max(a.shape[0] for a, _, _ in layers.values())
-        kind = dtype or a0.dtype
-        lora_A[name] = torch.zeros(1, num_layers, r, a0.shape[1], dtype=kind)
-        lora_B[name] = torch.zeros(1, num_layers, r, b0.shape[0], dtype=kind).mT
-        ranks[name] = torch.zeros(1, num_layers, dtype=torch.int32)
-        for layer, (a, b, scaling) in layers.items():
-            if a.shape[1] != a0.shape[1] or b.shape[0] != b0.shape[0]:
-                raise AdapterError(f"{weights_path}: {name} layer {layer}: features differ from those of other layers")
-            rank = a.shape[0]
-            lora_A[name][0, layer, :rank] = a
-            lora_B[name][0, layer, :, :rank] = b if scaling == own else b * (scaling / own)
-            ranks[name][0, layer] = rank
-    return AdapterStack(lora_A, lora_B, torch.tensor([own], dtype=torch.float32), ranks, paths)
+def _common_depths(stacks: Sequence[AdapterStack]) -> dict[str | None, int]:
+    """Number of layers by list of layers (the path in front of the index); ValueError where the stacks contradict."""
+    depths: dict[str | None, tuple[int, bool]] = {}  # and whether that is the number of the model
+    for stack in sorted(stacks, key=lambda s: s.partial):
+        own: dict[str | None, int] = {}
+        for name, a in stack.lora_A.items():
+            prefix = peft_format.layer_list(stack.paths[name])
+            own[prefix] = max(own.get(prefix, 1), a.shape[1])
+        for prefix, n in own.items():
+            most, exact = depths.setdefault(prefix, (n, not stack.partial))
+            if exact and (n > most if stack.partial else n != most):
+                raise ValueError(f"stacks: expected {most} layers at {prefix}{LAYER}, got {n}; partial ones may have fewer")
+            depths[prefix] = (max(n, most), exact)
+    return {prefix: n for prefix, (n, _) in depths.items()}

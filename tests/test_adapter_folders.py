@@ -1,6 +1,8 @@
 """What from_peft reads out of a PEFT folder's fields, and what it refuses."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,18 @@ def edit_state(folder, change):
     save_file(change(load_file(path)), path)
 
 
+def refused(folder, match, **config):
+    edit_config(folder, **config)
+    started = time.monotonic()
+    with pytest.raises(AdapterError, match=match) as caught:
+        AdapterStack.from_peft(folder)
+    assert time.monotonic() - started < 5 and len(str(caught.value)) < 2000
+
+
+def rename(state, old, new):
+    return {key.replace(old, new): tensor for key, tensor in state.items()}
+
+
 def delta(stack, name, layer):
     """The weight change of a stack of one adapter."""
     r = int(stack.ranks[name][0, layer])
@@ -53,6 +67,7 @@ def test_scaling_follows_use_rslora(folder, rslora, scaling):
         ({r".*\.1\.self_attn\..*": 8}, {("q_proj", 1), ("v_proj", 1)}),
         ({"layers.1.self_attn.(q|v)_proj": 8}, {("q_proj", 1), ("v_proj", 1)}),
         ({"proj": 8}, set()),
+        ({"o_proj|q_proj": 8}, {("q_proj", 0), ("q_proj", 1)}),
         ({"q_proj": 8, Q0: 12}, {("q_proj", 0), ("q_proj", 1)}),
     ],
 )
@@ -94,6 +109,147 @@ def test_layers_and_modules_an_adapter_lacks(folder):
     assert not any(Q0 in key for key in stack.state_dict_peft(0))
 
 
+def test_scalings_that_differ_round_once(folder):
+    """In bfloat16 the ratio 1.325 of the scalings goes into B in float32."""
+    edit_state(folder, lambda state: {key: tensor.bfloat16() for key, tensor in state.items()})
+    before = AdapterStack.from_peft(folder)
+    edit_config(folder, alpha_pattern={Q0: 5.3})
+    after = AdapterStack.from_peft(folder)
+    assert after.dtype == torch.bfloat16 and after.scaling.tolist() == [1.0]
+    expected = (before.lora_B["q_proj"][0, 0].float() * 1.325).bfloat16()
+    assert torch.equal(after.lora_B["q_proj"][0, 0], expected)
+    assert torch.equal(after.lora_B["q_proj"][0, 1], before.lora_B["q_proj"][0, 1])
+
+
+def test_dtype(folder):
+    edit_state(folder, lambda state: {key: t.bfloat16() if "v_proj" in key else t for key, t in state.items()})
+    assert AdapterStack.from_peft(folder).dtype == torch.float32  # the widest
+    assert AdapterStack.from_peft(folder, dtype=torch.float16).dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype.*int8"):
+        AdapterStack.from_peft(folder, dtype=torch.int8)
+    edit_state(folder, lambda state: state | {KEY: torch.full((4, 8), 1e6)})
+    with pytest.raises(AdapterError, match=rf"{Q0}.*float16"):
+        AdapterStack.from_peft(folder, dtype=torch.float16)
+
+
+def test_a_scaling_beyond_what_b_can_hold(folder):
+    edit_state(folder, lambda state: {key: t.fill_(3e38) if "lora_B" in key else t for key, t in state.items()})
+    AdapterStack.from_peft(folder)
+    refused(folder, f"{V1}: values exceed the range of torch.float32", alpha_pattern={V1: 8})
+
+
+@pytest.mark.parametrize(
+    ("config", "partial"),
+    [
+        ({}, False),
+        ({"target_modules": "all-linear"}, False),
+        ({"target_modules": None, "layers_to_transform": []}, False),
+        ({"layers_to_transform": [0, 1]}, True),
+        ({"layers_to_transform": 1}, True),
+        ({"target_modules": [Q0, V1]}, True),
+        ({"target_modules": r".*\.[01]\.self_attn\.(q|v)_proj"}, True),
+        ({"exclude_modules": ["layers.2.self_attn.q_proj"]}, True),
+    ],
+)
+def test_partial(folder, config, partial):
+    edit_config(folder, **config)
+    assert AdapterStack.from_peft(folder).partial is partial
+
+
+def test_folders_of_other_depth_share_a_stack_if_partial(folder, make_stack, tmp_path):
+    deep = tmp_path / "deep"
+    make_stack(SHAPES, num_layers=3, num_adapters=1).save_pretrained(deep)
+    with pytest.raises(AdapterError, match="adapter'.*deep'.*2 layers at model.layers.*got 3"):
+        AdapterStack.from_peft([folder, deep])
+    edit_config(folder, layers_to_transform=[0, 1])
+    stack = AdapterStack.from_peft([folder, deep])
+    assert not stack.partial and stack.ranks["q_proj"].tolist() == [[4, 4, 0], [4, 4, 4]]
+
+
+# --- modules -------------------------------------------------------------------------------------------------------
+
+
+def test_modules_that_share_a_name(folder):
+    def rewrite(state):
+        return rename(rename(state, "self_attn.q_proj", "attn.c_proj"), "self_attn.v_proj", "mlp.c_proj")
+
+    edit_state(folder, rewrite)
+    stack = AdapterStack.from_peft(folder)
+    assert stack.paths == {
+        "attn.c_proj": "model.layers.{layer}.attn.c_proj",
+        "mlp.c_proj": "model.layers.{layer}.mlp.c_proj",
+    }
+    stack.save_pretrained(folder.parent / "again")
+    assert AdapterStack.from_peft(folder.parent / "again").allclose(stack)
+
+
+def test_names_are_those_of_all_folders_together(folder, tmp_path, make_stack):
+    """An adapter of one c_proj alone does not call it otherwise than one of both."""
+    paths = {"a": "h.{layer}.attn.c_proj", "b": "h.{layer}.mlp.c_proj"}
+    both = make_stack({"a": (8, 8), "b": (8, 8)}, num_adapters=1, paths=paths)
+    both.save_pretrained(tmp_path / "both")
+    one = AdapterStack({"a": both.lora_A["a"]}, {"a": both.lora_B["a"]}, both.scaling, paths=paths)
+    one.save_pretrained(tmp_path / "one")
+    assert list(AdapterStack.from_peft(tmp_path / "one").lora_A) == ["c_proj"]
+    stack = AdapterStack.from_peft([tmp_path / "one", tmp_path / "both"])
+    assert stack.ranks["attn.c_proj"].tolist() == [[4, 4], [4, 4]]
+    assert stack.ranks["mlp.c_proj"].tolist() == [[0, 0], [4, 4]]
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["attn.c_proj"]  # "c_proj" would be the other one too
+
+
+def test_a_module_outside_the_layers(folder):
+    names = {side: f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"}
+    head = {names["A"]: torch.randn(4, 8), names["B"]: torch.randn(8, 4)}
+    edit_state(folder, lambda state: state | head)
+    stack = AdapterStack.from_peft(folder)
+    assert stack.paths["lm_head"] == "lm_head" and stack.lora_A["lm_head"].shape == (1, 1, 4, 8)
+    assert stack.lora_A["q_proj"].shape[1] == 2
+    assert torch.equal(stack.lora_B["lm_head"][0, 0], head[names["B"]])
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("model.layers.0.mlp.experts.3.w1", "one layer index"),
+        ("model.layers.00.self_attn.q_proj", "layer index below"),
+        ("model.layers.4096.self_attn.q_proj", "layer index below 4096"),
+        ("model.layers.1000000000.self_attn.q_proj", "layer index below 4096"),
+        ("model.layers." + "9" * 5000 + ".self_attn.q_proj", "layer index below 4096"),
+        ("model.layers.\u0663.self_attn.q_proj", "layer index below 4096"),
+        ("model.layers.0.self_attn.\u00b2", "names of letters"),
+        ("model.layers.{layer}.self_attn.q_proj", "no braces"),
+        ("model.layers.{layer.__class__}.0.q_proj", "no braces"),
+        ("model.layers.0..q_proj", "names of letters"),
+        ("../../etc.0.passwd", "names of letters"),
+        ("model.layers.0.self attn\n.q_proj", "names of letters"),
+        ("model.blocks.0", "below the layer index"),
+        ("model." + "x" * 300 + ".0.q_proj", "256"),
+    ],
+)
+def test_refused_paths(folder, path, message):
+    edit_state(folder, lambda state: rename(state, Q0, path))
+    refused(folder, rf"adapter_model\.safetensors.*{message}")
+
+
+def test_many_modules_are_refused(folder):
+    tensors = {f"base_model.model.layers.0.m{i}.lora_{side}.weight": torch.ones(1, 1) for i in range(300) for side in "AB"}
+    edit_state(folder, lambda state: tensors)
+    refused(folder, "256 modules", r=1)
+
+
+def test_padding_is_bounded(folder):
+    """One layer of a 128-layer model passes, one value that asks for gigabytes does not."""
+    edit_state(folder, lambda state: {key.replace(".0.", ".127."): t for key, t in state.items() if ".0." in key})
+    stack = AdapterStack.from_peft(folder)
+    assert stack.lora_A["q_proj"].shape[1] == 128 and int(stack.ranks["q_proj"].sum()) == 4
+    edit_state(folder, lambda state: rename(state, ".127.", ".4095."))
+    refused(folder, "1/128")
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -103,27 +259,115 @@ def test_layers_and_modules_an_adapter_lacks(folder):
         ("modules_to_save", ["lm_head"]),
         ("peft_type", "IA3"),
         ("peft_type", None),
-        ("fan_in_fan_out", True),
+        ("use_qalora", True),
+        ("use_bdlora", {"nblocks": 2}),
+        ("kasa_config", {}),
+        ("monteclora_config", {}),
+        ("arrow_config", {"top_k": 3}),
+        ("target_parameters", ["experts.w1"]),
+        ("megatron_config", {"size": 1}),
+        ("use_rslora", "false"),
+        ("fan_in_fan_out", "yes"),
         ("trainable_token_indices", [3]),
         ("lora_bias", True),
         ("layer_replication", [[0, 2]]),
         ("alora_invocation_tokens", [1, 2]),
-        ("init_lora_weights", "pissa"),
+        *(
+            ("init_lora_weights", kind)
+            for kind in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new", [])
+        ),
         ("r", 0),
         ("r", "4"),
+        ("r", 4.0),
         ("lora_alpha", None),
         ("lora_alpha", True),
+        ("lora_alpha", 0),
+        ("lora_alpha", -4),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", 1e-300),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", {"a": ["b"] * 10_000}),
+        ("target_modules", 3),
+        ("target_modules", [3]),
+        ("exclude_modules", {"q_proj": 1}),
+        ("layers_to_transform", "0"),
+        ("layers_to_transform", [0.5]),
+        ("layers_to_transform", [True]),
+        ("layers_to_transform", 10**9),
+        ("rank_pattern", ["q_proj"]),
+        ("rank_pattern", {"q_proj": 2.0}),
+        ("rank_pattern", {"q_proj(": 4}),
         ("alpha_pattern", {"q_proj": "8"}),
         ("alpha_pattern", {"q_proj": 0}),
         ("alpha_pattern", {"q_proj(": 8}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("alpha_pattern", {"q_proj": 1e300}),
         ("alpha_pattern", ["q_proj"]),
+        ("alpha_pattern", "q_proj"),
     ],
 )
 def test_refused_fields_are_named(folder, field, value):
     AdapterStack.from_peft(folder)
+    refused(folder, rf"adapter_config\.json.*{field}", **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a+)+$", "none on a group"),
+        ("(?:a|a)*b", "none on a group"),
+        ("(q_proj){2}", "none on a group"),
+        (".*a.*b.*c", "at most 2 quantifiers"),
+        ("a?b?c?", "at most 2 quantifiers"),
+        ("(?=.*a)b", "no look-around"),
+        ("(?P<x>a)", "no look-around"),
+        (r"(a)\1", "no look-around or back-reference"),
+        ("(a|a)" * 40 + "b", "too much work"),
+        ("[z-a]", "not a regular expression"),
+        ("a{99999999999999}", "not a regular expression"),
+        ("a)", "at 1"),
+        ("a" * 257, "256 characters"),
+    ],
+)
+def test_patterns_that_could_keep_the_matcher_busy(folder, pattern, message):
+    for field in ("alpha_pattern", "rank_pattern"):
+        edit_config(folder, alpha_pattern={}, rank_pattern={})
+        refused(folder, f"adapter_config.json: {field}: .*{message}", **{field: {pattern: 4}})
+
+
+def test_too_many_patterns(folder):
+    refused(folder, "alpha_pattern: expected at most 4096", alpha_pattern={f"a{i}": 1 for i in range(5000)})
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"r": 10**400}, {"rank_pattern": {Q0: 8}}])
+def test_a_rank_that_the_configuration_contradicts(folder, config):
+    refused(folder, rf"adapter_model\.safetensors: '{Q0}': expected rank (8|1000).*adapter_config\.json", **config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("fan_in_fan_out", True), ("init_lora_weights", "eva"), ("velora_config", {"num_groups": 4}), ("lora_dropout", 0.5)],
+)
+def test_fields_that_concern_training_only(folder, field, value):
+    before = AdapterStack.from_peft(folder)
     edit_config(folder, **{field: value})
-    with pytest.raises(AdapterError, match=rf"adapter_config\.json.*{field}"):
+    assert AdapterStack.from_peft(folder).allclose(before)
+
+
+def test_unknown_fields_are_mentioned(folder):
+    edit_config(folder, use_something_new=True, nothing_new=False)
+    with pytest.warns(UserWarning, match=r"adapter_config\.json.*'use_something_new'\]"):
         AdapterStack.from_peft(folder)
+
+
+def test_configurations_that_are_none(folder):
+    path = folder / "adapter_config.json"
+    for text in ("[]", "null", "3", "{" * 100_000, "[" * 100_000, '{"r": ' + "9" * 10_000 + "}", '{"r": 4, "r": 8}', "\x00"):
+        path.write_text(text)
+        with pytest.raises(AdapterError, match=r"adapter_config\.json") as caught:
+            AdapterStack.from_peft(folder)
+        assert len(str(caught.value)) < 2000
 
 
 @pytest.mark.parametrize("field", ["peft_type", "r", "lora_alpha"])
@@ -142,19 +386,26 @@ def test_absent_fields_are_named(folder, field):
         (lambda s: s | {KEY: s[KEY][:3].clone()}, Q0),
         (lambda s: s | {KEY: torch.zeros(4, 9)}, "q_proj"),
         (lambda s: s | {KEY: torch.zeros(4, 8, 1)}, "lora_A"),
-        (lambda s: s | {"base_model.model.lm_head.weight": torch.zeros(3, 8)}, "lm_head"),
-        (lambda s: s | {f"base_model.model.{Q0}.lora_magnitude_vector": torch.zeros(3)}, "lora_magnitude_vector"),
-        (lambda s: s | {KEY.replace("layers.0.", ""): s[KEY].clone()}, "self_attn.q_proj"),
-        (
-            lambda s: s | {k.replace("self_attn", "cross_attn"): v.clone() for k, v in s.items() if Q0 in k},
-            "cross_attn",
-        ),
+        (lambda s: s | {"base_model.model.lm_head.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
+        (lambda s: s | {"base_model.model.lm_head.base_layer.weight": torch.zeros(3, 8)}, "lm_head.*save_embedding_layers"),
+        (lambda s: s | {f"base_model.model.{Q0}.lora_magnitude_vector": torch.zeros(3)}, "lora_magnitude_vector.*DoRA"),
+        (lambda s: s | {"base_model.model.wte.lora_embedding_A": torch.zeros(4, 9)}, "lora_embedding_A.*embedding"),
+        (lambda s: s | {f"base_model.model.{Q0}.lora_B.bias": torch.zeros(12)}, "lora_B.bias.*biases"),
+        (lambda s: s | {f"base_model.model.{Q0}.bias": torch.zeros(12)}, "q_proj.bias.*biases"),
+        (lambda s: rename(s, "lora_A.weight", "lora_A.default.weight"), "lora_A.default.weight.*name"),
+        (lambda s: rename(s, "base_model.model.", ""), "lora_A.weight.*'base_model.model"),
+        (lambda s: s | {KEY: torch.zeros(0, 8)}, "lora_A"),
+        (lambda s: s | {KEY: torch.zeros(8)}, "lora_A"),
+        (lambda s: s | {KEY: torch.zeros(4, 8, dtype=torch.int32)}, "lora_A"),
+        (lambda s: s | {KEY: torch.full((4, 8), float("nan"))}, "lora_A"),
+        (lambda s: s | {KEY: torch.full((4, 8), float("-inf"))}, "lora_A"),
+        (lambda s: s | {KEY: torch.full((4, 8), -1e39, dtype=torch.float64)}, f"{Q0}: values exceed"),
+        (lambda s: s | {"x" * 100_000: torch.zeros(4, 8)}, "x"),
     ],
 )
 def test_refused_tensors_are_named(folder, change, message):
     edit_state(folder, change)
-    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors.*{message}"):
-        AdapterStack.from_peft(folder)
+    refused(folder, rf"adapter_model\.safetensors.*{message}")
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -173,3 +424,28 @@ def test_missing_and_broken_files_are_named(folder, name):
 def test_missing_folder_is_named(folder):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         AdapterStack.from_peft([folder, folder.parent / "nowhere"])
+
+
+def test_no_folders():
+    with pytest.raises(ValueError, match="directories"):
+        AdapterStack.from_peft([])
+
+
+def test_folders_that_do_not_fit_together(folder, make_stack, tmp_path):
+    make_stack({"q_proj": (8, 16)}, num_adapters=1).save_pretrained(tmp_path / "wider")
+    with pytest.raises(AdapterError, match="adapter.*wider.*q_proj: expected in/out features 8/12"):
+        AdapterStack.from_peft([folder, tmp_path / "wider"])
+
+
+def test_a_pickle_is_not_read(folder):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    refused(folder, r"adapter_model\.bin: a pickle.*safe_serialization")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_regular_file(folder, name, make):
+    (folder / name).unlink()
+    make(folder / name)
+    with pytest.raises(AdapterError, match=rf"{name}: expected a regular file"):
+        AdapterStack.from_peft(folder)

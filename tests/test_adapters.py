@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -53,13 +55,35 @@ def arguments(**changes):
         ({"ranks": {"q_proj": torch.ones(3, 1, dtype=torch.int32)}}, "ranks.*q_proj"),
         ({"ranks": {"q_proj": torch.full((3, 2), 5, dtype=torch.int32)}}, "ranks.*q_proj"),
         ({"ranks": {"q_proj": torch.full((3, 2), -1, dtype=torch.int32)}}, "ranks.*q_proj"),
-        ({"paths": {"q_proj": "layers.0.q_proj"}}, "paths.*q_proj"),
+        ({"paths": {"q_proj": "layers.q_proj"}}, r"paths.*\{layer\}.*q_proj"),
+        ({"paths": {"q_proj": "layers.0.{layer}.q_proj"}}, "paths.*names of letters"),
+        ({"paths": {"q_proj": "{layer}.{layer}.q_proj"}}, "paths.*one layer index"),
+        ({"paths": {"q_proj": "layers.{layer}"}}, "paths.*below the layer index"),
+        ({"paths": {"q_proj": "layers.{layer.__class__}.q_proj"}}, "paths.*q_proj"),
+        ({"paths": {"q_proj": "layers..{layer}.q_proj"}}, "paths.*names of letters"),
+        ({"paths": {"q_proj": "x" * 300 + ".{layer}.q_proj"}}, "paths.*256"),
     ],
 )
 def test_construction_errors(changes, message):
     AdapterStack(**arguments())
     with pytest.raises(ValueError, match=message):
         AdapterStack(**arguments(**changes))
+
+
+def test_modules_share_one_dtype_and_no_path(make_stack):
+    a, b = make_stack({"q_proj": (8, 12)}), make_stack({"v_proj": (8, 4)}, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="v_proj: expected one floating-point dtype"):
+        AdapterStack(a.lora_A | b.lora_A, a.lora_B | b.lora_B, a.scaling)
+    with pytest.raises(ValueError, match="paths.*'v_proj'.*of its own"):
+        make_stack(SHAPES, paths=dict.fromkeys(SHAPES, "layers.{layer}.x"))
+
+
+def test_a_module_outside_the_layers(make_stack):
+    head = {"lm_head": (8, 97)}
+    stack = make_stack(head, num_layers=1, paths={"lm_head": "lm_head"})
+    assert list(stack.state_dict_peft(0)) == [f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"]
+    with pytest.raises(ValueError, match="paths.*lm_head"):
+        make_stack(head, num_layers=2, paths={"lm_head": "lm_head"})
 
 
 def test_paths_have_defaults_for_known_names_only(make_stack):
@@ -76,25 +100,67 @@ def test_indexing(make_stack):
         assert torch.equal(one.lora_A["q_proj"][0], stack.lora_A["q_proj"][i])
         assert torch.equal(one.lora_B["v_proj"][0], stack.lora_B["v_proj"][i])
     assert_same(stack[-1], stack[2])
-    for index in (3, -4):
-        with pytest.raises(IndexError, match=str(index)):
+    for index in (3, -4, [0, 3]):
+        with pytest.raises(IndexError, match=r"3|-4"):
             stack[index]
-    for index in (True, 0.0, slice(1)):
+    for index in (True, 0.0, "0", [True], [0.0], None):
         with pytest.raises(TypeError, match="index"):
             stack[index]
 
 
+def test_choosing_several(make_stack):
+    stack = make_stack(SHAPES, partial=True)
+    for index, expected in (
+        (slice(1, 3), [1, 2]),
+        (slice(None, None, 2), [0, 2]),
+        ([2, 0, 2], [2, 0, 2]),
+        ((-1,), [2]),
+        (range(2), [0, 1]),
+        (slice(3, None), []),
+        ([], []),
+    ):
+        chosen = stack[index]
+        assert len(chosen) == len(expected) and chosen.partial and chosen.paths == stack.paths
+        for got, i in zip(chosen, expected, strict=True):
+            assert_same(got, stack[i])
+    assert stack[[0, 2]].lora_B["q_proj"].mT.is_contiguous()  # rank rows stay together, as the kernels like them
+
+
+def test_an_int_or_a_slice_is_a_view(make_stack):
+    stack = make_stack(SHAPES)
+    one, part, copied = stack[1], stack[1:], stack[[1]]
+    stack.lora_A["q_proj"][1] = 7
+    assert one.lora_A["q_proj"].eq(7).all() and part.lora_A["q_proj"][0].eq(7).all()
+    assert not copied.lora_A["q_proj"].eq(7).any()
+
+
 def test_repr_and_size(make_stack):
     stack = make_stack(SHAPES, dtype=torch.bfloat16)
+    stack.ranks["v_proj"][0, 0] = 2
     text = repr(stack)
-    assert "3 adapters" in text and "bfloat16" in text and "q_proj (2, 4, 8)/(12, 4)" in text
+    assert text == (
+        "AdapterStack(3 adapters, rank 2 to 4, scaling 0.5 to 2, bfloat16, cpu; "
+        "modules in->out x layers: q_proj 8->12 x2, v_proj 8->4 x2)"
+    )
     assert stack.dtype == torch.bfloat16
     assert stack.num_parameters == 2 * 4 * (8 + 12 + 8 + 4)
+    assert "meta" in repr(stack.to("meta")) and "0 adapters" in repr(stack[:0])
+    many = {f"m{i}": (8, 8) for i in range(50)}
+    text = repr(make_stack(many, paths={name: f"layers.{{layer}}.{name}" for name in many}, partial=True))
+    assert "partial" in text and "42 more" in text and len(text) < 400
+
+
+def test_copies_and_pickles(make_stack):
+    stack = make_stack(SHAPES, partial=True)
+    for again in (copy.copy(stack), copy.deepcopy(stack), pickle.loads(pickle.dumps(stack))):
+        assert again.partial and again.paths == stack.paths and again.allclose(stack)
+        assert again.lora_B["q_proj"].stride() == stack.lora_B["q_proj"].stride()
 
 
 def test_to(make_stack):
-    stack = make_stack(SHAPES)
+    stack = make_stack(SHAPES, partial=True)
     half = stack.to(dtype=torch.bfloat16)
+    assert half.partial
     assert half.dtype == torch.bfloat16 and half.lora_B["v_proj"].dtype == torch.bfloat16
     assert half.scaling.dtype == torch.float32 and half.ranks["q_proj"].dtype == torch.int32
     assert half.paths == stack.paths and stack.dtype == torch.float32
@@ -106,15 +172,76 @@ def test_cat_pads_ranks_and_lacking_modules(make_stack):
     parts = [
         make_stack({"q_proj": (8, 12)}, num_adapters=2, rank=2),
         make_stack(SHAPES, num_adapters=1, rank=4, seed=1),
-        make_stack({"v_proj": (8, 4)}, num_adapters=1, num_layers=1, rank=3, seed=2),
+        make_stack({"v_proj": (8, 4)}, num_adapters=1, num_layers=1, rank=3, seed=2, partial=True),
     ]
     stack = AdapterStack.cat(parts)
+    assert not stack.partial
     assert len(stack) == 4 and list(stack.lora_A) == ["q_proj", "v_proj"]
     assert stack.lora_A["q_proj"].shape == (4, 2, 4, 8) and stack.lora_B["v_proj"].shape == (4, 2, 4, 4)
     assert stack.ranks["q_proj"].tolist() == [[2, 2], [2, 2], [4, 4], [0, 0]]
     assert stack.ranks["v_proj"].tolist() == [[0, 0], [0, 0], [4, 4], [3, 0]]
     for i, part in enumerate([parts[0][0], parts[0][1], parts[1], parts[2]]):
         assert_same(stack[i], part)
+
+
+def test_cat_knows_how_deep_the_model_is(make_stack):
+    def stack(num_layers, partial, seed=0):
+        return make_stack({"q_proj": (8, 12)}, num_adapters=1, num_layers=num_layers, partial=partial, seed=seed)
+
+    both = AdapterStack.cat([stack(1, True), stack(3, True)])
+    assert both.partial and both.lora_A["q_proj"].shape[1] == 3
+    mixed = AdapterStack.cat([stack(1, True), stack(3, False)])
+    assert not mixed.partial and mixed.ranks["q_proj"].tolist() == [[4, 0, 0], [4, 4, 4]]
+    for parts in ((stack(2, False), stack(3, False)), (stack(3, True), stack(2, False))):
+        for order in (parts, parts[::-1]):
+            with pytest.raises(ValueError, match=r"stacks: expected . layers at model\.layers\.\{layer\}, got"):
+                AdapterStack.cat(order)
+    # Other modules of a complete stack reach its depth too, and another list of layers has its own.
+    other = make_stack({"v_proj": (8, 4)}, num_adapters=1, num_layers=3)
+    assert AdapterStack.cat([stack(1, True), other]).lora_A["q_proj"].shape[1] == 3
+    tower = make_stack({"fc": (8, 4)}, num_adapters=1, num_layers=5, paths={"fc": "vision.blocks.{layer}.fc"})
+    head = make_stack({"lm_head": (8, 9)}, num_adapters=1, num_layers=1, paths={"lm_head": "lm_head"})
+    wide = AdapterStack.cat([other, tower, head])
+    assert {name: a.shape[1] for name, a in wide.lora_A.items()} == {"v_proj": 3, "fc": 5, "lm_head": 1}
+
+
+def test_allclose_compares_what_adapters_mean(make_stack):
+    stack = make_stack(SHAPES)
+    padding = make_stack({"o_proj": (8, 8)}, num_adapters=1, num_layers=3, rank=6, partial=False)
+    padded = AdapterStack.cat([*(make_stack(SHAPES, partial=True)), padding, make_stack(SHAPES, num_layers=3, rank=6)])[:3]
+    assert padded.lora_A["q_proj"].shape == (3, 3, 6, 8)
+    padded.lora_A["q_proj"][:, :, 4:] = float("nan")  # beyond the rank: means nothing
+    padded.lora_B["q_proj"][:, 2] = float("nan")
+    assert stack.allclose(padded) and padded.allclose(stack)
+    assert stack.allclose(stack.to(dtype=torch.float64))
+    assert not stack.allclose(stack.to(dtype=torch.bfloat16)) and stack.allclose(stack.to(dtype=torch.bfloat16), rtol=0.01)
+    assert not stack.allclose(stack[:2]) and not stack.allclose(stack[[0, 2, 1]])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.scaling.mul_(1.001),
+        lambda s: s.lora_A["q_proj"][1, 1, 3, 7].add_(0.001),
+        lambda s: s.lora_B["v_proj"][2, 0, 3, 3].add_(0.001),
+        lambda s: s.ranks["q_proj"][0, 1].fill_(3),
+        lambda s: s.ranks["v_proj"].fill_(0),
+        lambda s: s.paths.update(q_proj="layers.{layer}.q_proj"),
+    ],
+)
+def test_allclose_sees_every_difference(make_stack, change):
+    stack, other = make_stack(SHAPES), make_stack(SHAPES)
+    assert stack.allclose(other)
+    change(other)
+    assert not stack.allclose(other) and not other.allclose(stack)
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"q_proj": (8, 12)}, {"q_proj": (8, 12), "v_proj": (9, 4)}, {"q_proj": (8, 12), "k_proj": (8, 4)}]
+)
+def test_allclose_sees_other_modules(make_stack, shapes):
+    stack, other = make_stack(SHAPES), make_stack(shapes)
+    assert not stack.allclose(other) and not other.allclose(stack)
 
 
 def test_cat_errors(make_stack):
@@ -174,6 +301,8 @@ def test_save_and_load_mixed_ranks_and_lacking_modules(make_stack, tmp_path):
 def test_adapter_out_of_range_is_not_written(make_stack, tmp_path):
     with pytest.raises(IndexError):
         make_stack(SHAPES).save_pretrained(tmp_path / "out", adapter=3)
+    with pytest.raises(TypeError, match="index"):
+        make_stack(SHAPES).state_dict_peft(slice(2))
     assert not (tmp_path / "out").exists()
 
 
@@ -184,6 +313,15 @@ def test_scaling_no_consumer_understands_is_not_written(make_stack, tmp_path, sc
     with pytest.raises(ValueError, match="scaling"):
         stack.save_pretrained(tmp_path / "out", adapter=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_values_no_consumer_understands_are_not_written(make_stack, tmp_path):
+    stack = make_stack(SHAPES)
+    stack.lora_B["v_proj"][1, 0, 0, 0] = float("nan")
+    stack.save_pretrained(tmp_path / "out", adapter=0)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.v_proj.*NaN"):
+        stack.save_pretrained(tmp_path / "other", adapter=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_adapter_of_nothing_is_not_written(make_stack, tmp_path):
