@@ -14,7 +14,17 @@ class AdapterBatch:
     """Segments of consecutive tokens that share an adapter (CSR form), as the LoRA ops take them.
 
     ``seg_indptr [S+1]`` int32: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.  ``seg_adapters [S]`` int32: its
-    adapter, -1 for the base model.  ``max_seg_len``: length of the longest segment, a host integer.
+    adapter, -1 for the base model.  ``max_seg_len``: length of the longest segment in tokens, a host integer.
+
+    Custom stacks that flatten their tokens give one to ``LoRAHandle.use``.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> t2l.AdapterBatch.from_rows([2, -1], seq_len=3).seg_indptr.tolist()
+    [0, 3, 6]
+    >>> ragged = torch.tensor([0, 5, 6], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32)
+    >>> t2l.AdapterBatch(*ragged, max_seg_len=5).num_tokens
+    6
     """
 
     seg_indptr: Tensor
@@ -23,7 +33,10 @@ class AdapterBatch:
 
     @staticmethod
     def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
-        """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model)."""
+        """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model).
+
+        Raises ValueError for ids that are no flat sequence of integers within int32, and for a negative ``seq_len``.
+        """
         adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
         if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
             raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")

@@ -8,14 +8,19 @@ from pathlib import Path
 import torch
 
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.encoder import MINILM, TextEncoder
+from t2l_engine.config import OneHotConfig
+from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.hypernetwork import HyperNetwork
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints"
 
 
 def bundled_checkpoints() -> list[str]:
-    """Names of the checkpoints that come with the package."""
+    """Names of the checkpoints that come with the package.
+
+    >>> bundled_checkpoints()
+    ['smollm2-135m']
+    """
     return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
 
 
@@ -32,9 +37,17 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
 
 
 class TextToLoRA:
-    """One call from sentences to LoRA adapters.  ``encoder`` and ``hypernetwork`` may be used alone."""
+    """One call from sentences to LoRA adapters (paper section 3).  ``encoder`` and ``hypernetwork`` may be used alone.
 
-    def __init__(self, encoder: TextEncoder, hypernetwork: HyperNetwork):
+    >>> import t2l_engine as t2l
+    >>> engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    >>> stack = engine.generate(["Return the last element of the list.", "Give the antonym of the word."])
+    >>> len(stack), stack.scaling.tolist()
+    (2, [2.0, 2.0])
+    """
+
+    def __init__(self, encoder: TextEncoder | OneHotEncoder, hypernetwork: HyperNetwork):
+        """Raises ValueError where the encoder's width is not the one the hypernetwork was trained with."""
         if encoder.embed_dim != hypernetwork.config.embed_dim:
             raise ValueError(
                 f"encoder: expected embeddings of width {hypernetwork.config.embed_dim} as the hypernetwork was trained "
@@ -47,28 +60,48 @@ class TextToLoRA:
         cls,
         checkpoint: str | Path,
         *,
-        encoder: TextEncoder | None = None,
+        encoder: TextEncoder | OneHotEncoder | None = None,
         scaling: str | float | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
+        module_order: list[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> TextToLoRA:
         """Load a bundled checkpoint by name ("smollm2-135m"), or a native or reference folder.
 
-        ``encoder``: the text encoder, None = the one a native checkpoint names (else MiniLM).  Other arguments as in
-        :meth:`HyperNetwork.from_pretrained`.
+        Args:
+            encoder: of the texts; None = the one the checkpoint was trained with (MiniLM where it names none).
+            trust_remote_code: run Python code that the encoder's folder brings; off by default.
+            scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: no such checkpoint, or the packaged encoder is not installed.
+            OSError: the checkpoint's encoder is neither a local folder nor to be had from the hub; pass ``encoder``.
+            ValueError: the checkpoint cannot be used, or the encoder does not fit it or needs ``trust_remote_code``.
         """
         from t2l_engine.checkpoint import encoder_config
 
         folder = resolve_checkpoint(checkpoint)
-        hypernetwork = HyperNetwork.from_pretrained(folder, scaling=scaling, dtype=dtype, device=device)
+        hypernetwork = HyperNetwork.from_pretrained(
+            folder, scaling=scaling, dtype=dtype, device=device, module_order=module_order
+        )
         if encoder is None:
-            encoder = TextEncoder.from_pretrained(encoder_config(folder) or MINILM, device=device)
+            config = encoder_config(folder)
+            if isinstance(config, OneHotConfig):
+                encoder = OneHotEncoder(config, device=device)
+            else:
+                encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
+            if config is None and encoder.embed_dim != hypernetwork.config.embed_dim:
+                raise ValueError(
+                    f"{folder}: names no text encoder and needs embeddings of width {hypernetwork.config.embed_dim}, "
+                    f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
+                )
         return cls(encoder, hypernetwork)
 
     def generate(self, texts: Sequence[str]) -> AdapterStack:
-        """One adapter a description, all in one pass.
+        """One adapter a description (a task name, where the checkpoint knows tasks as one-hot vectors), all in one pass.
 
-        Raises ValueError for an empty list, an empty text or anything but strings; a description beyond the encoder's
-        length is truncated with a warning.
+        Raises ValueError for an empty list, an empty text, anything but strings or an unknown task name; a description
+        beyond the encoder's length is truncated with a warning.
         """
         return self.hypernetwork.generate(self.encoder.encode(texts))

