@@ -41,9 +41,11 @@ def convert() -> Path:
     folder = cache_dir() / "smollm2-135m-instruct-bf16"
     if (folder / "config.json").is_file():
         return folder
+    source = gguf_path()
+    if importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError("SmolLM2-135M-Instruct comes as a GGUF file, which needs a reader; run: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source = gguf_path()
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)

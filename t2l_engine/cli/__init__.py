@@ -1,0 +1,64 @@
+"""The command line ``t2l``: one module a family of commands.
+
+Standard output carries results, standard error everything else.  With ``--json`` standard output is one JSON document.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Annotated
+
+import typer
+
+from t2l_engine.cli import chat, evaluate, folders, generate, info, train
+from t2l_engine.cli.common import say
+
+STATUS = (
+    "Exit status: 0 done; 1 an expected error, one line 't2l: ...' on standard error; 2 wrong usage; 130 interrupted. "
+    "Warnings are lines 't2l: warning: ...' on standard error."
+)
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,  # an unexpected exception is a bug: its traceback as Python prints it
+    help="From a sentence to LoRA adapters, without PEFT.",
+    epilog=STATUS,
+)
+for command in (
+    generate.generate, chat.chat, evaluate.evaluate, folders.convert, folders.show, info.info,
+):  # fmt: skip
+    app.command(epilog=STATUS)(command)
+app.add_typer(train.app, name="train")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import t2l_engine
+
+        typer.echo(f"t2l_engine {t2l_engine.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    say(f"warning: {message}")
+
+
+def main() -> None:
+    """Entry point: expected errors become one line on stderr and exit status 1, see ``t2l --help``."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            app()
+        except (ValueError, OSError) as error:
+            say(str(error))
+            sys.exit(1)

@@ -1,0 +1,96 @@
+"""Options and steps that several commands share."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+    from t2l_engine.engine import TextToLoRA
+
+DEFAULT_CHECKPOINT = "smollm2-135m"
+
+
+class DType(str, enum.Enum):
+    """Arithmetic of the base model."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.value)
+
+
+Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled checkpoint name, or a checkpoint folder.")]
+Scaling = Annotated[str, typer.Option("--scaling", help="rslora, plain or a number; default: as trained.")]
+Encoder = Annotated[
+    str, typer.Option("--encoder", help="Local folder of the text encoder; default: what the checkpoint names.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the text encoder's folder brings.")
+]
+BaseModel = Annotated[
+    str, typer.Option("--base-model", help="Local transformers folder; default: what the checkpoint names.")
+]
+BaseDType = Annotated[DType, typer.Option("--dtype", help="Arithmetic of the base model.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead.")]
+
+
+def say(text: str) -> None:
+    """One line for the user on standard error."""
+    typer.echo("t2l: " + " ".join(text.split()), err=True)
+
+
+def print_json(value: Any) -> None:
+    """``value`` as the one document on standard output."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool) -> tuple[TextToLoRA, Path]:
+    """The engine of options, and the checkpoint's folder."""
+    from transformers.utils import logging
+
+    from t2l_engine.encoder import TextEncoder
+    from t2l_engine.engine import TextToLoRA, resolve_checkpoint
+
+    logging.disable_progress_bar()  # stderr is for our messages
+    folder = resolve_checkpoint(checkpoint)
+    given = TextEncoder.from_pretrained(encoder, trust_remote_code=trust_remote_code) if encoder else None
+    engine = TextToLoRA.from_pretrained(
+        folder, encoder=given, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
+    )
+    return engine, folder
+
+
+def parse_scaling(text: str) -> str | float | None:
+    """``--scaling`` as the engine takes it; None where it was not given."""
+    if not text or text in ("rslora", "plain"):
+        return text or None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--scaling: expected rslora, plain or a number, got {text!r}") from None
+
+
+def base_model_of(folder: Path, given: str) -> str:
+    """``--base-model``, or the model that the checkpoint in ``folder`` names; ValueError where there is neither."""
+    from t2l_engine import checkpoint
+
+    name = given or checkpoint.describe(folder).get("base_model")
+    if not name:
+        raise ValueError("--base-model: the checkpoint does not name one; give it here")
+    return name
+
+
+def split_names(text: str) -> list[str]:
+    """The names of a comma-separated option."""
+    return [name.strip() for name in text.split(",") if name.strip()]

@@ -1,0 +1,96 @@
+"""``t2l show`` and ``t2l convert``: what a folder is, and a checkpoint in its other form."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from t2l_engine.cli.common import Json, print_json, split_names
+
+
+class Form(str, enum.Enum):
+    """The two forms of a checkpoint folder."""
+
+    native = "native"
+    reference = "reference"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[
+        Form | None,
+        typer.Option(help="native: config.json, hypernet.safetensors; reference: hypermod.pt ...; default: the other form."),
+    ] = None,
+    module_order: Annotated[
+        str,
+        typer.Option(help="Modules in row order (q_proj,v_proj), for a reference folder known to be in another order."),
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+) -> None:
+    """Write a checkpoint in its other form."""
+    from t2l_engine import convert as conversion
+    from t2l_engine.engine import resolve_checkpoint
+
+    folder = resolve_checkpoint(source)
+    if target.is_dir():
+        if target.samefile(folder):
+            raise ValueError(f"{target}: expected another folder than the source")
+        if not force and any(target.iterdir()):
+            raise FileExistsError(f"{target}: not empty; --force writes into it all the same")
+    written = conversion.convert(folder, target, to.value if to is not None else None, split_names(module_order) or None)
+    typer.echo(f"{target}: {written} form")
+
+
+def show(
+    folder: Annotated[str, typer.Argument(help="Bundled checkpoint name, a checkpoint folder, or a PEFT adapter folder.")],
+    as_json: Json = False,
+) -> None:
+    """Describe a checkpoint (native or reference form) or a PEFT adapter."""
+    from t2l_engine.engine import resolve_checkpoint
+    from t2l_engine.show import describe
+
+    about = describe(resolve_checkpoint(folder))
+    if as_json:
+        print_json(about)
+    else:
+        _render(about)
+
+
+def _render(about: dict[str, Any]) -> None:
+    """Two columns, then a table of the modules.  Strings come out of files: no markup, no control characters, bounded."""
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = Table.grid(padding=(0, 2))
+    for key, value in about.items():
+        if key != "modules":
+            facts.add_row(key.replace("_", " "), _text(value))
+    title = "modules in row order" if about["kind"] == "checkpoint" else "modules"
+    modules = Table(*(key.replace("_", " ") for key in about["modules"][0]), title=title)
+    for module in about["modules"]:
+        modules.add_row(*map(_text, module.values()))
+    console = Console(markup=False, highlight=False, emoji=False)
+    console.print(facts)
+    console.print(modules)
+
+
+def _text(value: Any) -> str:
+    from t2l_engine.config import shown
+
+    if isinstance(value, dict):
+        return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):  # the tasks of a one-hot encoder are hundreds
+        return ", ".join([*map(_text, value[:16]), *([f"... {len(value)} in all"] if len(value) > 16 else [])])
+    if value is None:
+        return "not stated"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if value.isprintable() and len(value) <= 120 else shown(value)

