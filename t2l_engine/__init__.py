@@ -4,11 +4,12 @@ from t2l_engine import ops
 from t2l_engine.adapters import AdapterError, AdapterStack
 from t2l_engine.batch import AdapterBatch
 from t2l_engine.checkpoint import CheckpointError
-from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig
-from t2l_engine.encoder import TextEncoder
+from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig
+from t2l_engine.encoder import OneHotEncoder, TextEncoder
 from t2l_engine.engine import TextToLoRA, bundled_checkpoints
+from t2l_engine.handle import LoRAHandle, attach
 from t2l_engine.hypernetwork import HyperNetwork
-from t2l_engine.layers import LoRAHandle, LoRALinear, attach
+from t2l_engine.layers import LoRALinear
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "HyperNetworkConfig",
     "LoRAHandle",
     "LoRALinear",
+    "OneHotConfig",
+    "OneHotEncoder",
     "TextEncoder",
     "TextToLoRA",
     "__version__",

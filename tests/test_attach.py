@@ -253,13 +253,14 @@ def test_merge_inside_use_is_not_applied_twice(model, stack, tokens):
     assert (logits(model, tokens) - applied).abs().max() <= LOGITS_ATOL
 
 
-def test_unmerge_restores_a_weight_that_layers_share(model, stack):
+def test_a_shared_weight_is_adapted_apart_but_not_merged(model, stack, tokens):
     first, second = (layer.self_attn.q_proj for layer in model.model.layers)
     second.weight = first.weight
-    before = snapshot(model)
+    before, base = snapshot(model), logits(model, tokens)
     handle = attach(model, stack)
-    handle.merge(0)
-    handle.unmerge()
+    assert not torch.equal(logits(model, tokens, handle, 0), base)
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj: other modules share its weight"):
+        handle.merge(0)
     handle.detach()
     assert_untouched(model, before)
 

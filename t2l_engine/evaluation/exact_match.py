@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from t2l_engine.engine import TextToLoRA
-from t2l_engine.layers import attach
+from t2l_engine.handle import attach
 from t2l_engine.prompts import chat_prompt, raw_prompt
 from t2l_engine.tasks import Example, Task
 

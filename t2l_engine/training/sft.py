@@ -21,9 +21,9 @@ from t2l_engine import config as cfg
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig
 from t2l_engine.encoder import TextEncoder
+from t2l_engine.handle import attach
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.integrations import base_model
-from t2l_engine.layers import attach
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.tasks import Task, load_tasks
 

@@ -1,0 +1,350 @@
+"""Adapters on a live model, without PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters import LAYER, AdapterStack
+from t2l_engine.config import shown
+from t2l_engine.layers import LoRALinear, Member
+from t2l_engine.locate import Packed, Target, check_shape, features, find, is_transposed
+from t2l_engine.routing import Ids, Routing
+
+
+@dataclasses.dataclass
+class _Slots:
+    """The adapters of one module: ``A [slots, n, r, in]``, ``B [slots, n, r, out]``, ``ranks [n, slots]``."""
+
+    A: Tensor
+    B: Tensor
+    ranks: Tensor
+    targets: dict[int, Target]  # by layer
+
+
+class LoRAHandle:
+    """What :func:`attach` returns: the slots of a model, and which of them each row uses.
+
+    Until :meth:`use` or :meth:`set` names adapters, the model is the base model.  The handle owns its slots; the stacks
+    given to it are copied and never changed.  One handle serves one thread at a time: ids belong to the model, not to a
+    call.  A backward pass that recomputes the forward (gradient checkpointing) must run while the same ids are set, before
+    another forward pass for training.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+    >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
+    >>> lora, x = t2l.attach(model, stack), torch.randn(3, 8)
+    >>> base = model[0]["q_proj"](x)
+    >>> with lora.use([0, 1, -1]):  # row 2 uses the base model
+    ...     adapted = model[0]["q_proj"](x)
+    >>> (adapted == base).all(dim=1)
+    tensor([False, False,  True])
+    >>> lora.detach()
+    """
+
+    def __init__(self, model: nn.Module, slots: int, max_rank: int | None, packed: Packed | None):
+        self._model: nn.Module | None = model
+        self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
+        self._routing = Routing()
+        self._slots: dict[str, _Slots] = {}  # by path: stacks may name a module differently
+        self._wrapped: list[tuple[Target, LoRALinear]] = []
+        self._scaling: Tensor | None = None
+        self._filled: set[int] = set()
+        self._merged: list[tuple[Tensor, Tensor]] | None = None  # weight, its bits before
+
+    # --- routing ---------------------------------------------------------------------------------------------------
+
+    def set(self, ids: Ids) -> None:
+        """Use ``ids`` until changed: one id a batch row, one int for all rows, or an :class:`AdapterBatch`; -1 is the base.
+
+        Raises IndexError for an id outside the slots or of an empty one, ValueError for anything that is no ids; nothing
+        changes then.
+        """
+        self._check_free("set")
+        self._routing.set(ids, self._num_slots, self._filled, self._device())
+        self._routing.overrides = None
+
+    @contextlib.contextmanager
+    def use(self, ids: Ids) -> Iterator[LoRAHandle]:
+        """``ids`` as in :meth:`set` inside the block; afterwards, also after an exception, what was current returns."""
+        before = self._routing.state()
+        self.set(ids)
+        try:
+            yield self
+        finally:
+            self._restore(before)
+
+    @contextlib.contextmanager
+    def differentiable(self, stack: AdapterStack, ids: Ids) -> Iterator[LoRAHandle]:
+        """Inside the block rows use adapters of ``stack`` itself instead of the slots, with gradients into its A and B.
+
+        For training: ``ids`` index ``stack``.  Modules of the stack must be attached already (give :func:`attach` a stack
+        of the same shapes).
+        """
+        self._check_free("differentiable")
+        for name, path in stack.paths.items():
+            if path not in self._slots:
+                raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
+            self._targets(name, stack)
+        before = self._routing.state()
+        self._routing.set(ids, len(stack), range(len(stack)), self._device())
+        # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
+        self._routing.overrides = {
+            (stack.paths[name], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
+            for name, a in stack.lora_A.items()
+            for layer, (A, B, ranks) in enumerate(
+                zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
+            )
+        }
+        try:
+            yield self
+        finally:
+            self._restore(before)
+
+    def _restore(self, state: tuple) -> None:
+        if self._merged is None:
+            self._routing.restore(state)
+        else:
+            self._routing.clear()
+
+    # --- slots -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_slots(self) -> int:
+        """Adapters the handle can hold."""
+        return self._num_slots
+
+    def put(self, slot: int, adapter: AdapterStack) -> None:
+        """Copy a stack of one adapter into ``slot``; modules it lacks become rank 0 there.
+
+        Raises IndexError for a slot outside ``[0, num_slots)``, ValueError when the adapter does not fit the model; nothing
+        changes then.
+        """
+        self._check_free("put")
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
+            raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {shown(slot)}")
+        if len(adapter) != 1:
+            raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
+        self._reserve(adapter)
+        with torch.no_grad():
+            for slots in self._slots.values():
+                slots.ranks[:, slot] = 0
+            for name, path in adapter.paths.items():
+                a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[path]
+                n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # beyond its rank an adapter may be padded
+                slots.A[slot, :n, :r].copy_(a[0, :, :r])
+                slots.B[slot, :n, :r].copy_(b[0].mT[:, :r])
+                slots.ranks[:n, slot] = adapter.ranks[name][0].to(slots.ranks.device)
+            self._scaling[slot] = adapter.scaling[0]
+        self._filled.add(slot)
+
+    @torch.inference_mode(False)  # slots are written outside inference mode too
+    def _reserve(self, stack: AdapterStack) -> None:
+        """Wrap the linears that ``stack`` needs and have room for its rank; checks everything before it changes anything."""
+        found = {name: self._targets(name, stack) for name in stack.lora_A}
+        for name, a in stack.lora_A.items():
+            known = self._slots.get(stack.paths[name])
+            r_max = known.A.shape[2] if known else self._max_rank or a.shape[2]
+            rank = int(stack.ranks[name].max())
+            if rank > r_max:
+                raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
+        device = self._device()
+        if self._scaling is None:
+            self._scaling = torch.ones(self._num_slots, device=device)
+        for name, targets in found.items():
+            path = stack.paths[name]
+            if path not in self._slots:
+                a, b = stack.lora_A[name], stack.lora_B[name]
+                n, r = max(targets) + 1, self._max_rank or a.shape[2]
+                like = {"device": device, "dtype": _slot_dtype(next(iter(targets.values())).linear, a.dtype)}
+                self._slots[path] = _Slots(
+                    torch.zeros(self._num_slots, n, r, a.shape[3], **like),
+                    torch.zeros(self._num_slots, n, r, b.shape[2], **like),
+                    torch.zeros(n, self._num_slots, device=device, dtype=torch.int32),
+                    targets,
+                )
+                for layer, target in targets.items():
+                    self._wrap(path, layer, target)
+
+    def _wrap(self, path: str, layer: int, target: Target) -> None:
+        # Another member of a packed projection may have wrapped it already.
+        wrapped = getattr(target.parent, target.attribute)
+        if not isinstance(wrapped, LoRALinear):
+            wrapped = LoRALinear(target.linear, self._routing)
+            setattr(target.parent, target.attribute, wrapped)
+            self._wrapped.append((target, wrapped))
+        slots = self._slots[path]
+        start = None if target.columns is None else target.columns[0]
+        A, B = slots.A[:, layer], slots.B[:, layer].mT
+        wrapped.add_member(Member(path, layer, start, A, B, self._scaling, slots.ranks[layer]))
+
+    def _targets(self, name: str, stack: AdapterStack) -> dict[int, Target]:
+        """The linears of module ``name`` by layer, found or known, that the stack's shapes fit."""
+        path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
+        known = self._slots.get(path)
+        targets = known.targets if known else find(self._model, name, path, self._packed)
+        depth = max(targets) + 1
+        if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
+            raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
+        needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
+        if needed - targets.keys():
+            raise ValueError(
+                f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none"
+            )
+        for layer, target in targets.items():
+            check_shape(name, layer, target, stack.lora_A[name].shape[3], stack.lora_B[name].shape[2])
+            weight = getattr(target.linear, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_meta:
+                raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
+        return targets
+
+    def _device(self) -> torch.device:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            if tensor.device.type == "meta":
+                raise ValueError("model: its weights are on the meta device; load them first")
+            return tensor.device
+        return torch.device("cpu")
+
+    # --- merge and detach ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, index: int) -> None:
+        """Add adapter ``index`` to the weights themselves (all rows use it, at no cost); keeps the bits for unmerge.
+
+        The originals are kept: merging takes the memory of the adapted weights once more.  Raises IndexError for an empty
+        slot, ValueError for a layer that is no plain linear or whose weight other modules share, RuntimeError when an
+        adapter is merged already; nothing changes then.
+        """
+        self._check_free("merge")
+        if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
+            raise IndexError(f"index: expected a filled slot {shown(sorted(self._filled))}, got {shown(index)}")
+        self._check_mergeable()
+        self._routing.clear()
+        self._routing.merged = True
+        self._merged = []
+        for _, wrapped in self._wrapped:
+            weight = wrapped.base.weight
+            self._merged.append((weight, weight.detach().clone()))
+            rows = weight.T if is_transposed(wrapped.base) else weight
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            merged = rows.to(exact)
+            for m in wrapped._members:
+                r, start = int(m.ranks[index]), m.start or 0
+                delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
+                merged[start : start + len(delta)] += delta * m.scaling[index]
+            rows.copy_(merged)
+
+    def _check_mergeable(self) -> None:
+        parameters = [p for module in self._model.modules() for p in module._parameters.values() if p is not None]
+        owners = Counter(_memory(p) for p in parameters)
+        bases = Counter(id(wrapped.base) for _, wrapped in self._wrapped)
+        for target, wrapped in self._wrapped:
+            base = wrapped.base
+            weight = getattr(base, "weight", None)
+            plain = isinstance(base, nn.Linear) or is_transposed(base)
+            n_in, n_out = features(base) or (None, None)
+            shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
+            if not plain or not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.shape != shape:
+                raise ValueError(f"merge: {target.path} is a {type(base).__name__} without a plain weight to merge into")
+            if owners[_memory(weight)] > 1 or bases[id(base)] > 1:
+                raise ValueError(f"merge: {target.path}: other modules share its weight, and merging would change them too")
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`; the weights are bit for bit what they were.  Raises RuntimeError when nothing is merged."""
+        self._check_attached()
+        if self._merged is None:
+            raise RuntimeError("unmerge: no adapter is merged")
+        for weight, original in self._merged:
+            weight.copy_(original)
+        self._merged = None
+        self._routing.merged = False
+
+    def detach(self) -> None:
+        """Put the original layers back: the model is bit for bit, module for module what it was."""
+        self._check_attached()
+        if self._merged is not None:
+            self.unmerge()
+        for target, wrapped in self._wrapped:
+            setattr(target.parent, target.attribute, wrapped.base)
+        self._wrapped.clear()
+        self._slots.clear()
+        self._model = None
+
+    def _check_attached(self) -> None:
+        if self._model is None:
+            raise RuntimeError("this handle is detached; call attach() again")
+
+    def _check_free(self, call: str) -> None:
+        self._check_attached()
+        if self._merged is not None:
+            raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
+
+
+def _memory(weight: Tensor) -> int:
+    """Equal for weights that share their memory, also as two parameters."""
+    return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
+
+
+def _slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
+    weight = getattr(linear, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else fallback
+
+
+def attach(
+    model: nn.Module,
+    stack: AdapterStack | None = None,
+    *,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    packed: Packed | None = None,
+) -> LoRAHandle:
+    """Put adapters on ``model``: no PEFT, no weight copied, the adapter of every batch row chosen at run time.
+
+    Args:
+        model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of
+            one's own.  A layer may be any callable (a quantised linear): its output is added to.
+        stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
+        slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
+        max_rank: widest rank the slots can hold; default the stack's.  Slots take the dtype of the layer's weight.
+        packed: linears that hold several modules side by side: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
+            (columns in order).  None: ``qkv_proj`` and ``gate_up_proj`` as transformers' Phi-3 packs them.
+
+    Raises:
+        ValueError: a module is missing or of another shape, layers share one module, the model is attached already or on
+            the meta device.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 12)}) for _ in range(2)])
+    >>> A, B = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 4)  # [N, layers, r, in], [N, layers, out, r]
+    >>> stack = t2l.AdapterStack({"v_proj": A}, {"v_proj": B}, torch.tensor([2.0]))
+    >>> lora = t2l.attach(model, stack, packed={"qkv": {"q_proj": 8, "k_proj": 2, "v_proj": 2}})
+    >>> with lora.use(0):
+    ...     model[1]["qkv"](torch.randn(5, 8)).shape
+    torch.Size([5, 12])
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("model: adapters are attached already; use that handle, or detach it first")
+    for name, value in (("slots", slots), ("max_rank", max_rank)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
+    if slots is None:
+        slots = 8 if stack is None else len(stack)
+    if stack is not None and len(stack) > slots:
+        raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
+    handle = LoRAHandle(model, slots, max_rank, packed)
+    handle._device()
+    if stack is not None:  # all of it, before anything changes
+        handle._reserve(stack)
+    for i, adapter in enumerate(stack or ()):
+        handle.put(i, adapter)
+    return handle

@@ -1,0 +1,155 @@
+"""Where a model keeps the linears that an adapter adapts: by name and layer, also inside packed projections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from t2l_engine.adapters import LAYER
+
+#: Packed projection -> the modules whose outputs it holds, in order of columns (Phi-3).
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+#: Packed projection -> module -> number of its columns, in order.
+Packed = Mapping[str, Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One linear of the model that an adapter's module stands for.
+
+    ``columns``: first and last-plus-one output column inside a packed projection, None = the whole output.
+    """
+
+    parent: nn.Module
+    attribute: str
+    path: str
+    linear: nn.Module
+    columns: tuple[int, int] | None = None
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the layer stores its weight as ``[in, out]`` (transformers' ``Conv1D``, in GPT-2)."""
+    return hasattr(linear, "nf") and hasattr(linear, "nx")
+
+
+def features(linear: nn.Module) -> tuple[int, int] | None:
+    """(in, out) features of a linear, None where the layer does not say."""
+    if is_transposed(linear):
+        return linear.nx, linear.nf
+    found = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    if None not in found:
+        return found
+    weight = getattr(linear, "weight", None)
+    return (weight.shape[1], weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[str, tuple[int, int]]]:
+    """Columns by module of every packed projection that is known: of ``packed``, else of the model's configuration."""
+    if packed is None:
+        config = getattr(model, "config", None)
+        heads, kv = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+        packed = {}
+        if isinstance(heads, int):
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+            packed["qkv_proj"] = dict(
+                zip(PACKED["qkv_proj"], (heads * head_dim, *[(kv or heads) * head_dim] * 2), strict=True)
+            )
+        if isinstance(getattr(config, "intermediate_size", None), int):
+            packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
+    columns: dict[str, dict[str, tuple[int, int]]] = {}
+    for host, widths in packed.items():
+        start = 0
+        for name, width in widths.items():
+            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {width!r}")
+            columns.setdefault(host, {})[name] = (start, start + width)
+            start += width
+    return columns
+
+
+def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -> dict[int, Target]:
+    """The targets of module ``name`` by layer; a module outside the layers is layer 0.
+
+    Modules are matched by their last name components and by having one layer index (none for a ``path`` without
+    ``{layer}``).  Where several families of modules match (a vision tower beside the language model), the one at ``path`` is
+    taken, else the one in the decoder (transformers' ``get_decoder``).
+
+    Raises:
+        ValueError: no module, or several, match; the message names them.
+    """
+    groups = _candidates(model, name, path)
+    if not groups:
+        for host, members in packed_columns(model, packed).items():
+            if name in members:
+                hosts = _candidates(model, host, path)
+                if hosts:
+                    layers = _choose(model, hosts, host, f"{path.rpartition('.')[0]}.{host}")
+                    _check_columns(host, layers, members)
+                    return {i: dataclasses.replace(target, columns=members[name]) for i, target in layers.items()}
+        raise ValueError(f"{name}: the adapter adapts {path}, but {type(model).__name__} has no such module")
+    return _choose(model, groups, name, path)
+
+
+def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, Target]]:
+    """Targets by path with ``{layer}``, then by layer."""
+    suffix = name.split(".")
+    groups: dict[str, dict[int, Target]] = {}
+    # With duplicates: a module that several layers share has a path in each.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for full, module in modules.items():
+        parts = full.split(".")
+        if parts[-len(suffix) :] != suffix:
+            continue
+        indices = [i for i, part in enumerate(parts) if part.isdigit()]
+        if len(indices) != (1 if LAYER in path else 0):
+            continue
+        layer = int(parts[indices[0]]) if indices else 0
+        generic = ".".join(LAYER if i in indices else part for i, part in enumerate(parts))
+        parent = modules[".".join(parts[:-1])]
+        groups.setdefault(generic, {})[layer] = Target(parent, parts[-1], full, module)
+    return groups
+
+
+def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, path: str) -> dict[int, Target]:
+    if len(groups) > 1 and path in groups:
+        groups = {path: groups[path]}
+    if len(groups) > 1 and hasattr(model, "get_decoder"):
+        inside = {id(module) for module in model.get_decoder().modules()}
+        groups = {g: t for g, t in groups.items() if all(id(target.linear) in inside for target in t.values())} or groups
+    if len(groups) > 1:
+        raise ValueError(
+            f"{name}: the model has several modules of that name: {sorted(groups)}; the adapter's path is {path}"
+        )
+    layers = next(iter(groups.values()))
+    owners: dict[tuple[int, str], int] = {}
+    for layer, target in sorted(layers.items()):
+        other = owners.setdefault((id(target.parent), target.attribute), layer)
+        if other != layer:
+            raise ValueError(f"{name}: layers {other} and {layer} of the model are one module; they cannot be adapted apart")
+        if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(f"{name}: layer {layer} is a {type(target.linear).__name__}, expected a linear")
+    return dict(sorted(layers.items()))
+
+
+def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, tuple[int, int]]) -> None:
+    total = max(end for _, end in members.values())
+    for target in layers.values():
+        got = features(target.linear)
+        if got is not None and got[1] != total:
+            raise ValueError(
+                f"packed: {host}: expected {total} columns ({', '.join(members)}), but {target.path} has {got[1]}"
+            )
+
+
+def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) -> None:
+    """ValueError unless the adapter's features fit the linear, as far as the linear says its own."""
+    got = features(target.linear)
+    if got is not None and target.columns is not None:
+        got = (got[0], target.columns[1] - target.columns[0])
+    if got is not None and got != (n_in, n_out):
+        raise ValueError(
+            f"{name}: layer {layer}: the adapter has in/out features {n_in}/{n_out}, the model has {got[0]}/{got[1]}"
+        )
