@@ -1,0 +1,51 @@
+"""The public API is documented: every name with what it takes, gives and raises, and an example that runs here."""
+
+import doctest
+import inspect
+
+import pytest
+import torch
+
+import t2l_engine
+from t2l_engine import convert, ops
+
+OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
+OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]
+NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert)}
+
+
+def text_of(documented) -> str:
+    """Its docstring and, of a class, those of its public methods."""
+    parts = [documented]
+    if inspect.isclass(documented):
+        parts += [v for k, v in vars(documented).items() if not k.startswith("_") or k == "__init__"]
+    return "\n".join(inspect.getdoc(getattr(p, "__func__", p)) or "" for p in parts)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_documented(name):
+    documented = NAMED[name]
+    text = text_of(documented)
+    assert ">>>" in inspect.getdoc(documented), "no example"
+    quiet = inspect.ismodule(documented) or (inspect.isclass(documented) and issubclass(documented, Exception))
+    if not quiet and documented is not t2l_engine.bundled_checkpoints:  # which takes nothing and cannot fail
+        assert "Raises" in text or "raises" in text, "says nothing about errors"
+        assert "[" in text or "(" in text, "says nothing about shapes or kinds"
+    if inspect.isclass(documented):
+        for key, member in vars(documented).items():
+            member = getattr(member, "__func__", member)
+            if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                known = inspect.getdoc(member) or key in ("weight", "bias", "in_features", "out_features", "forward")
+                assert known, f"{name}.{key} has no docstring"
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_example_runs(name):
+    torch.manual_seed(0)
+    documented = NAMED[name]
+    module = documented if inspect.ismodule(documented) else inspect.getmodule(documented)
+    finder = doctest.DocTestFinder(recurse=False)
+    (test,) = finder.find(documented, name, module=module, globs=dict(vars(module)))
+    assert test.examples
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL).run(test)
+    assert result.failed == 0 and result.attempted
