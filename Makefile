@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py
 
-.PHONY: demo test lint format bench setup clean
+.PHONY: demo test lint format bench fuzz setup clean
 
 demo: setup
 	$(BIN)/python -m t2l_engine.demo
@@ -25,6 +25,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.
+fuzz: setup
+	-$(BIN)/python -m pip install -q --disable-pip-version-check --only-binary=:all: "atheris>=3"
+	$(BIN)/python tests/fuzz_loaders.py --seconds 600
 
 setup: $(VENV)/.built
 

@@ -20,6 +20,8 @@ from t2l_engine.config import shown
 
 #: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
 CHECKSUM = "t2l_engine.sha256"
+#: ~7,000 tensors.  Python objects cost many times the bytes that describe them.
+MAX_HEADER_BYTES = 1 << 20
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -55,6 +57,10 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > MAX_HEADER_BYTES:
+        raise error(f"{path}: not a readable safetensors file: its header claims more than {MAX_HEADER_BYTES} bytes")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -25,6 +25,8 @@ from t2l_engine.config import shown
 #: A directory of ~15,000 entries; ~800 tensors.  Python objects cost many times the bytes that describe them.
 MAX_DIRECTORY_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 1 << 17
+#: Objects that a pickle's operations take up, each with everything it refers to written out: what hashing them may cost.
+MAX_NODES, MAX_DEPTH = 1_000_000, 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 
 #: Everything a pickle of plain tensors names.
@@ -64,11 +66,11 @@ class _SmallReads(io.FileIO):
 
 
 def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
-    """The dict of tensors in ``path``, copied out of the file; ``error`` names the file and what is wrong with it."""
+    """The dict of tensors in ``path``; ``error`` names the file and what is wrong with it."""
     try:
         _check_archive(path)
-        # Mapped: a file that is refused below costs no memory of its own.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Not mapped: torch compares the sizes that the pickle claims with those of the entries only when it copies.
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as reason:  # whatever parsers trip over in a damaged file
         text = str(reason).partition("\n")[0][:200] or type(reason).__name__
         raise error(f"{path}: not a plain tensor file: {text}") from None
@@ -78,7 +80,7 @@ def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
         raise error(f"{path}: expected a state_dict of tensors")
     check_weights_sizes(path, state, error)
     check_weights(path, state, error)
-    return {key: value.detach().clone() for key, value in state.items()}
+    return {key: value.detach() for key, value in state.items()}
 
 
 def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
@@ -127,6 +129,11 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_pickle(content: bytes) -> None:
+    # Follows what the pickle would build, as (nodes, nesting) of each object on the stack and in the memo: a tuple that
+    # holds an earlier one twice, and so on, is short to write and endless to hash.
+    stack: list[tuple[int, int] | None] = []  # None: a mark
+    memo: dict[int, tuple[int, int]] = {}
+    work = 0
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name in REFUSED_OPCODES:
             raise _Refused(f"its pickle uses {opcode.name}, which plain tensors do not need")
@@ -134,3 +141,23 @@ def _check_pickle(content: bytes) -> None:
             raise _Refused(f"its pickle names {shown(argument)}, which is no plain tensor")
         if opcode.name == "PROTO" and argument != 2:
             raise _Refused(f"expected pickle protocol 2 as torch.save writes, got {argument}")
+        if opcode.name == "MARK":
+            stack.append(None)
+        elif "PUT" in opcode.name:
+            memo[argument] = stack[-1]
+        elif "GET" in opcode.name:
+            stack.append(memo[argument])
+        else:
+            taken = []
+            before = opcode.stack_before
+            if pickletools.markobject in before:
+                while (item := stack.pop()) is not None:
+                    taken.append(item)
+                before = before[: before.index(pickletools.markobject)]
+            taken += [stack.pop() for _ in before]
+            nodes, depth = 1 + sum(n for n, _ in taken), max((d for _, d in taken), default=0)
+            depth += opcode.name.startswith(("TUPLE", "LIST", "APPEND", "DICT", "SETITEM", "REDUCE", "BUILD"))
+            work += nodes
+            if work > MAX_NODES or depth > MAX_DEPTH:
+                raise _Refused("its pickle nests objects without need")
+            stack += [(nodes, depth)] * len(opcode.stack_after)

@@ -195,6 +195,8 @@ def build(contents: Contents) -> HyperNetwork:
             i = config.modules.index(parts[1])
             shape = (config.rank, config.in_features[i]) if key.endswith("A") else (config.out_features[i], config.rank)
             expect_shape(path, name_of(key), tensor, (config.num_layers, *shape))
+            if parts[2].startswith("std") and bool((tensor < 0).any()):
+                raise CheckpointError(f"{path}: {name_of(key)}: expected standard deviations of 0 or more")
             setattr(net.offsets[parts[1]], parts[2], tensor)
     wanted = net.state_dict()
     missing, extra = (sorted(map(name_of, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys()))

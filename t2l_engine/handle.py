@@ -52,7 +52,8 @@ class LoRAHandle:
         self._model: nn.Module | None = model
         self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
         self._routing = Routing()
-        self._slots: dict[str, _Slots] = {}  # by path: stacks may name a module differently
+        self._slots: dict[str, _Slots] = {}  # by the path of the stack that came first
+        self._keys: dict[str, str] = {}  # path in a stack -> key above: stacks may spell a place differently
         self._wrapped: list[tuple[Target, LoRALinear]] = []
         self._scaling: Tensor | None = None
         self._filled: set[int] = set()
@@ -88,15 +89,15 @@ class LoRAHandle:
         of the same shapes).
         """
         self._check_free("differentiable")
-        for name, path in stack.paths.items():
-            if path not in self._slots:
+        places = self._places(stack)
+        for name, (key, _) in places.items():
+            if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
-            self._targets(name, stack)
         before = self._routing.state()
         self._routing.set(ids, len(stack), range(len(stack)), self._device())
         # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
         self._routing.overrides = {
-            (stack.paths[name], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
+            (places[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
             for name, a in stack.lora_A.items()
             for layer, (A, B, ranks) in enumerate(
                 zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
@@ -136,7 +137,7 @@ class LoRAHandle:
             for slots in self._slots.values():
                 slots.ranks[:, slot] = 0
             for name, path in adapter.paths.items():
-                a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[path]
+                a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[self._keys[path]]
                 n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # beyond its rank an adapter may be padded
                 slots.A[slot, :n, :r].copy_(a[0, :, :r])
                 slots.B[slot, :n, :r].copy_(b[0].mT[:, :r])
@@ -147,48 +148,62 @@ class LoRAHandle:
     @torch.inference_mode(False)  # slots are written outside inference mode too
     def _reserve(self, stack: AdapterStack) -> None:
         """Wrap the linears that ``stack`` needs and have room for its rank; checks everything before it changes anything."""
-        found = {name: self._targets(name, stack) for name in stack.lora_A}
-        for name, a in stack.lora_A.items():
-            known = self._slots.get(stack.paths[name])
-            r_max = known.A.shape[2] if known else self._max_rank or a.shape[2]
+        places = self._places(stack)
+        for name, (key, _) in places.items():
+            known = self._slots.get(key)
+            r_max = known.A.shape[2] if known else self._max_rank or stack.lora_A[name].shape[2]
             rank = int(stack.ranks[name].max())
             if rank > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
         device = self._device()
         if self._scaling is None:
             self._scaling = torch.ones(self._num_slots, device=device)
-        for name, targets in found.items():
-            path = stack.paths[name]
-            if path not in self._slots:
+        for name, (key, targets) in places.items():
+            self._keys[stack.paths[name]] = key
+            if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 n, r = max(targets) + 1, self._max_rank or a.shape[2]
                 like = {"device": device, "dtype": _slot_dtype(next(iter(targets.values())).linear, a.dtype)}
-                self._slots[path] = _Slots(
+                self._slots[key] = _Slots(
                     torch.zeros(self._num_slots, n, r, a.shape[3], **like),
                     torch.zeros(self._num_slots, n, r, b.shape[2], **like),
                     torch.zeros(n, self._num_slots, device=device, dtype=torch.int32),
                     targets,
                 )
                 for layer, target in targets.items():
-                    self._wrap(path, layer, target)
+                    self._wrap(key, layer, target)
 
-    def _wrap(self, path: str, layer: int, target: Target) -> None:
+    def _wrap(self, key: str, layer: int, target: Target) -> None:
         # Another member of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
             wrapped = LoRALinear(target.linear, self._routing)
             setattr(target.parent, target.attribute, wrapped)
             self._wrapped.append((target, wrapped))
-        slots = self._slots[path]
+        slots = self._slots[key]
         start = None if target.columns is None else target.columns[0]
         A, B = slots.A[:, layer], slots.B[:, layer].mT
-        wrapped.add_member(Member(path, layer, start, A, B, self._scaling, slots.ranks[layer]))
+        wrapped.add_member(Member(key, layer, start, A, B, self._scaling, slots.ranks[layer]))
 
-    def _targets(self, name: str, stack: AdapterStack) -> dict[int, Target]:
-        """The linears of module ``name`` by layer, found or known, that the stack's shapes fit."""
+    def _places(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
+        """For every module of ``stack`` the key of its slots, there or to be made, and its linears by layer."""
+        places: dict[str, tuple[str, dict[int, Target]]] = {}
+        for name, path in stack.paths.items():
+            key = self._keys.get(path)
+            if key is None:
+                targets = find(self._model, name, path, self._packed)
+                key = next((k for k, slots in self._slots.items() if _same_place(slots.targets, targets)), path)
+            if key in self._slots:
+                targets = self._slots[key].targets
+            for other, (_, taken) in places.items():
+                if _same_place(taken, targets):
+                    raise ValueError(f"{name}: the model has it and {other} in the same place")
+            self._check_fits(name, stack, targets)
+            places[name] = key, targets
+        return places
+
+    def _check_fits(self, name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
         path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
-        known = self._slots.get(path)
-        targets = known.targets if known else find(self._model, name, path, self._packed)
         depth = max(targets) + 1
         if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
             raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
@@ -202,7 +217,6 @@ class LoRAHandle:
             weight = getattr(target.linear, "weight", None)
             if isinstance(weight, Tensor) and weight.is_meta:
                 raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
-        return targets
 
     def _device(self) -> torch.device:
         for tensor in (*self._model.parameters(), *self._model.buffers()):
@@ -290,6 +304,10 @@ class LoRAHandle:
 def _memory(weight: Tensor) -> int:
     """Equal for weights that share their memory, also as two parameters."""
     return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
+
+
+def _same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
+    return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
 
 
 def _slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:

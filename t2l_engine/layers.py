@@ -12,15 +12,19 @@ from t2l_engine.adapters import LAYER
 from t2l_engine.locate import features
 from t2l_engine.routing import Routing
 
+# Not public in torch; without it the check of recomputation rests.
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
 
 class Member(NamedTuple):
     """One adapted module of a linear.
 
-    ``start``: its first output column in a packed projection, None where it is the whole linear.
+    ``key``: of its slots in the handle.  ``start``: its first output column in a packed projection, None where it is the
+    whole linear.
     ``lora_A [slots, r, in]``, ``lora_B [slots, out, r]``, ``scaling [slots]``, ``ranks [slots]``: views of the slots.
     """
 
-    path: str  # with {layer}
+    key: str
     layer: int
     start: int | None
     lora_A: Tensor
@@ -85,11 +89,11 @@ class LoRALinear(nn.Module):
         overrides = self._routing.overrides
         if overrides is None:
             return self._members
-        return [m._replace(**overrides[m.path, m.layer]) for m in self._members if (m.path, m.layer) in overrides]
+        return [m._replace(**overrides[m.key, m.layer]) for m in self._members if (m.key, m.layer) in overrides]
 
     def _check_recomputation(self) -> None:
         """Gradient checkpointing calls forward inside backward; with other adapters its gradients would be wrong."""
-        if torch._C._current_graph_task_id() == -1:  # not inside backward
+        if _graph_task() == -1:  # not inside backward
             if self.training or torch.is_grad_enabled():
                 self._choice = self._routing.choice
         elif self._choice is not self._routing.choice:
@@ -146,7 +150,7 @@ class LoRALinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return ", ".join(m.path.replace(LAYER, str(m.layer)) for m in self._members)
+        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self._members)
 
     # --- the model looks like the base model from outside -------------------------------------------------------------
 

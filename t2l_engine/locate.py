@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from t2l_engine.adapters import LAYER
+from t2l_engine.config import shown
 
 #: Packed projection -> the modules whose outputs it holds, in order of columns (Phi-3).
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -59,12 +60,14 @@ def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[st
             )
         if isinstance(getattr(config, "intermediate_size", None), int):
             packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
+    if not isinstance(packed, Mapping) or not all(isinstance(widths, Mapping) for widths in packed.values()):
+        raise ValueError(f"packed: expected linear -> module -> number of columns, got {shown(packed)}")
     columns: dict[str, dict[str, tuple[int, int]]] = {}
     for host, widths in packed.items():
         start = 0
         for name, width in widths.items():
             if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {width!r}")
+                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {shown(width)}")
             columns.setdefault(host, {})[name] = (start, start + width)
             start += width
     return columns

@@ -24,7 +24,7 @@ class Routing:
         self.batch: AdapterBatch | None = None
         self.merged = False  # an adapter is in the weights
         self.uniform = False  # one id for all rows, whatever their number
-        # (path, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
+        # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
         self.choice: object | None = None  # a new object for every choice of adapters, None for the base model
         self._segments: tuple[tuple[int, int], AdapterBatch] | None = None

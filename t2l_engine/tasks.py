@@ -7,12 +7,16 @@ and ``descriptions.json``: ``{name: [description, ...]}``.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import re
 from pathlib import Path
 
-from t2l_engine.config import ConfigError, read_json
+from t2l_engine.config import ConfigError, read_json, shown
 
 DESCRIPTIONS_NAME = "descriptions.json"
+MAX_LINE_BYTES = 1 << 20
+_NAME = re.compile(r"[\w][\w.+-]{0,127}")  # a plain file name, whatever the system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,11 @@ def load_tasks(folder: str | Path, split: str) -> list[Task]:
         raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
     tasks = []
     for name, texts in sorted(descriptions.items()):
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: expected task names of at most 128 letters, digits and '._+-', not led by one of those, "
+                f"got {shown(name)}"
+            )
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ConfigError(f"{path}: {name}: expected a non-empty list of non-empty strings")
         examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if e.split == split)
@@ -60,15 +69,21 @@ def _read_examples(path: Path):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number in itertools.count(1):
+            line = lines.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE_BYTES:
+                raise ConfigError(f"{path}:{number}: expected lines of at most {MAX_LINE_BYTES} bytes")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
                 outputs = row["output"]
                 example = Example(row["input"], tuple(outputs), row["split"])
-            except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ConfigError(f"{path}:{number}: expected input, output and split: {error!r}") from None
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                reason = f"{type(error).__name__}: {shown(str(error))}"
+                raise ConfigError(f"{path}:{number}: expected input, output and split: {reason}") from None
             strings = (example.input, example.split, *example.outputs)
             if not isinstance(outputs, list) or not outputs or not all(isinstance(s, str) for s in strings):
                 raise ConfigError(f"{path}:{number}: expected strings, output a non-empty list of them")

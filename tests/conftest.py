@@ -75,6 +75,8 @@ def tiny_model():
     """Factory of random causal language models in eval mode: ``tiny_model("Llama", head_dim=32)``."""
     import transformers
 
+    names = {"GPT2": ("GPT2Config", "GPT2LMHeadModel"), "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM")}
+
     def make(family, dtype=torch.float32, **kwargs):
         sizes = {
             "vocab_size": 97,
@@ -91,7 +93,7 @@ def tiny_model():
             "eos_token_id": 2,
         }
         torch.manual_seed(0)
-        config = getattr(transformers, f"{family}Config")(**sizes | kwargs)
-        return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+        config, model = names.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+        return getattr(transformers, model)(getattr(transformers, config)(**sizes | kwargs)).to(dtype).eval()
 
     return make

@@ -67,7 +67,10 @@ def checkpoint(
         for side in "AB":
             for name in sorted(modules):
                 n_in, n_out = modules[name]
-                randn(f"{dictionary}.{side}.{name}", layers, *((rank, n_in) if side == "A" else (n_out, rank)), scale=0.5)
+                key = f"{dictionary}.{side}.{name}"
+                randn(key, layers, *((rank, n_in) if side == "A" else (n_out, rank)), scale=0.5)
+                if dictionary.startswith("std"):
+                    state[key].abs_()
     if encoder == "linear":
         linear("task_encoder.mlp.0", embed, t)
         norm("task_encoder.mlp.1", t)

@@ -235,7 +235,7 @@ def test_refused_paths(folder, path, message):
 def test_many_modules_are_refused(folder):
     tensors = {f"base_model.model.layers.0.m{i}.lora_{side}.weight": torch.ones(1, 1) for i in range(300) for side in "AB"}
     edit_state(folder, lambda state: tensors)
-    refused(folder, "256 modules", r=1)
+    refused(folder, "64 modules", r=1)
 
 
 def test_padding_is_bounded(folder):

@@ -114,10 +114,14 @@ def test_refusals(stack, make_stack):
         (stack[0], [0, 1], IndexError, "ids"),
         (make_stack({"q_proj": (16, 16)}), 0, ValueError, "q_proj: .* 16/16, the model has 16/24"),
         (make_stack({"q_proj": (16, 24)}, num_layers=3), 0, ValueError, "q_proj: .* 3 layers"),
-        (make_stack({"v_proj": (16, 24)}), 0, ValueError, "v_proj is not attached"),
+        (make_stack({"v_proj": (16, 24)}), 0, ValueError, "v_proj: .* has no such module"),
     ):
         with pytest.raises(error, match=message), handle.differentiable(other, ids):
             pass
+    handle.detach()
+    handle = attach(model, make_stack({"q_proj": (16, 24)}))
+    with pytest.raises(ValueError, match="o_proj is not attached"), handle.differentiable(stack, 0):
+        pass
     handle.detach()
     with pytest.raises(RuntimeError, match="detached"), handle.differentiable(stack, 0):
         pass

@@ -370,7 +370,8 @@ def test_from_model(tiny_model, left_tokenizer, family):
 
 def test_from_model_states_its_limits(tiny_model, left_tokenizer):
     with pytest.raises(ValueError, match="max_length: expected at most the model's 128 positions, got 8192"):
-        TextEncoder.from_model(tiny_model("Llama"), left_tokenizer)
+        TextEncoder.from_model(tiny_model("Llama"), left_tokenizer, max_length=8192)
+    assert TextEncoder.from_model(tiny_model("Llama"), left_tokenizer).config.max_length == 128
     with pytest.raises(ValueError, match="model: expected a transformers language model, got Linear"):
         TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
     model = tiny_model("Llama", dtype=torch.bfloat16)

@@ -1,0 +1,190 @@
+"""Hostile and broken files: a corpus of folders that every loader must refuse.
+
+A refusal is a ValueError whose message names the file, and the field or key where that makes sense, and stays short.  It
+costs little memory and time, and executes nothing.  ``corpus(directory)`` writes the folders one by one; ``judge`` runs the
+loader of one case and says what is wrong with the refusal.  ``python tests/hostile DIR`` keeps the corpus in DIR,
+``python tests/hostile --judge`` prints two JSON lines a case, before and after, which is what ``test_hostile.py`` reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import random
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from t2l_engine import AdapterStack, HyperNetwork
+from t2l_engine.checkpoint import describe, encoder_config
+from t2l_engine.tasks import load_tasks
+
+GOLDEN = Path(__file__).parent.parent / "data" / "golden"
+#: Created in the working directory by whatever a file manages to execute.
+MARKER = "hostile_marker"
+MESSAGE_LIMIT = 2000
+SECONDS_LIMIT = 10.0
+#: A refusal may take MEMORY_FACTOR times the bytes of the folder, and this much for the interpreter and late imports.
+MEMORY_FACTOR, MEMORY_ALLOWANCE = 2, 32 << 20
+
+LOADERS: dict[str, Callable] = {
+    "hypernetwork": HyperNetwork.from_pretrained,
+    "adapters": lambda folder: AdapterStack.from_peft([folder]),
+    "describe": describe,
+    "encoder": encoder_config,
+    "tasks": lambda folder: load_tasks(folder, "train"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A folder that ``LOADERS[loader]`` must refuse.
+
+    ``mentions``: what the message must contain; the first is the name of the broken file.
+    ``same_as``: the folder this one was made from by a change that may mean nothing (a flipped bit): then loading it is fine
+    where that gives the same tensors bit for bit.
+    ``contradiction``: the file is fine by itself and contradicts another; the message may name either.
+    ``refusals``: the exceptions that count as one.
+    """
+
+    name: str
+    loader: str
+    folder: Path
+    mentions: tuple[str, ...]
+    same_as: Path | None = None
+    contradiction: bool = False
+    refusals: tuple[type[Exception], ...] = (ValueError,)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / self.mentions[0]
+
+    def digest(self) -> str:
+        """A hash of the broken file, or of what stands in its place."""
+        mode = self.file.lstat().st_mode
+        if not stat.S_ISREG(mode):
+            return f"{self.mentions[0]}: {stat.S_IFMT(mode):o}"
+        return hashlib.sha256(self.file.read_bytes()).hexdigest()
+
+    def size(self) -> int:
+        """Bytes of the folder's regular files."""
+        return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
+
+
+class Workshop:
+    """Makes cases: copies of good folders in which one file is another."""
+
+    def __init__(self, directory: Path, seed: int):
+        self.directory = directory
+        self.random = random.Random(seed)
+        self.bases = {path.name: path for path in GOLDEN.iterdir()}
+        self.bases["native"] = directory / "base" / "native"
+        net = HyperNetwork.from_pretrained(GOLDEN / "M-recon-z")  # it has offsets too
+        net.save_pretrained(self.bases["native"], {"encoder": {"name": "minilm", "pooling": "mean"}, "base_model": "tiny"})
+        self.bases["adapter"] = directory / "base" / "adapter"
+        draw = torch.Generator().manual_seed(seed)
+        a = {name: torch.randn(1, 3, 4, 64, generator=draw) for name in ("q_proj", "v_proj")}
+        b = {name: torch.randn(1, 3, n, 4, generator=draw) for name, n in (("q_proj", 64), ("v_proj", 32))}
+        AdapterStack(a, b, torch.ones(1)).save_pretrained(self.bases["adapter"])
+        self.bases["tasks"] = directory / "base" / "tasks"
+        self.bases["tasks"].mkdir(parents=True)
+        (self.bases["tasks"] / "descriptions.json").write_text('{"copy": ["Repeat the input."]}')
+        (self.bases["tasks"] / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "train"}\n' * 3)
+        self.names: set[str] = set()
+
+    def read(self, base: str, file: str) -> bytes:
+        return (self.bases[base] / file).read_bytes()
+
+    def case(
+        self,
+        name: str,
+        base: str,
+        file: str,
+        content: bytes | Callable[[Path], object],
+        *mentions: str,
+        loader: str | None = None,
+        harmless: bool = False,
+        contradiction: bool = False,
+        refusals: tuple[type[Exception], ...] = (ValueError,),
+    ) -> Case:
+        """A copy of ``base`` whose ``file`` holds ``content``, or is made by ``content(path)``."""
+        assert name not in self.names, name
+        self.names.add(name)
+        folder = self.directory / name
+        folder.mkdir()
+        for source in self.bases[base].iterdir():
+            if source.name not in (file, "expected.safetensors", "meta.json"):
+                _link(source, folder / source.name)
+        if callable(content):
+            content(folder / file)
+        else:
+            (folder / file).write_bytes(content)
+        if loader is None:
+            loader = {"adapter": "adapters", "tasks": "tasks"}.get(base, "hypernetwork")
+        same_as = self.bases[base] if harmless else None
+        return Case(name, loader, folder, (file, *mentions), same_as, contradiction, refusals)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copyfile(source, target)
+
+
+def corpus(directory: str | Path, seed: int = 0, keep: bool = False) -> Iterator[Case]:
+    """Cases in ``directory``, the same ones for the same ``seed``; each folder is removed when the next is asked for, unless
+    ``keep``."""
+    from hostile import config_files, safetensors_files, text_files, torch_files
+
+    shop = Workshop(Path(directory), seed)
+    for part in (torch_files, safetensors_files, text_files, config_files):
+        for case in part.cases(shop):
+            yield case
+            if not keep:
+                shutil.rmtree(case.folder)
+
+
+def judge(case: Case) -> list[str]:
+    """Everything that is wrong with how ``case`` is refused; empty for a good refusal."""
+    try:
+        result = LOADERS[case.loader](case.folder)
+    except Exception as error:
+        return _judge_error(case, error)
+    if case.same_as is None:
+        return ["accepted"]
+    same = equal(result, LOADERS[case.loader](case.same_as))
+    return [] if same else ["accepted with other values"]
+
+
+def _judge_error(case: Case, error: Exception) -> list[str]:
+    message = str(error)
+    if not isinstance(error, case.refusals):
+        return [f"{type(error).__name__}: {message[:300]}"]
+    wanted = case.mentions
+    if case.contradiction and any(p.name in message for p in case.folder.iterdir()):
+        wanted = ()
+    wrong = [f"{text!r} not in the message: {message[:300]}" for text in wanted if text not in message]
+    if len(message) >= MESSAGE_LIMIT:
+        wrong.append(f"a message of {len(message)} characters: {message[:100]}")
+    return wrong
+
+
+def equal(first: object, second: object) -> bool:
+    """Whether two hypernetworks or two stacks hold the same bits (NaN equals NaN)."""
+    if isinstance(first, HyperNetwork):
+        a, b = first.state_dict(), second.state_dict()
+        plain = first.config == second.config
+    else:
+        a, b = (s.lora_A | {f"{k}.B": v for k, v in s.lora_B.items()} | {"scaling": s.scaling} for s in (first, second))
+        plain = first.paths == second.paths and all(torch.equal(r, second.ranks.get(k)) for k, r in first.ranks.items())
+    same = a.keys() == b.keys() and all(t.shape == b[k].shape and t.dtype == b[k].dtype for k, t in a.items())
+    return plain and same and all(_bits(t) == _bits(b[k]) for k, t in a.items())
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

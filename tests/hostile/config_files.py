@@ -1,0 +1,291 @@
+"""Configurations and task files that parse and say what cannot be: wrong types, huge sizes, contradictions, patterns that
+never end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import yaml
+
+from hostile import Case, Workshop
+
+MIB = 1 << 20
+
+
+def cases(shop: Workshop) -> Iterator[Case]:
+    yield from _native_fields(shop)
+    yield from _reference_fields(shop)
+    yield from _peft_fields(shop)
+    yield from _tasks(shop)
+
+
+def _field_cases(make: Callable[[str, object], Case], wrong: dict[str, list]) -> Iterator[Case]:
+    for field, values in wrong.items():
+        for value in values:
+            yield make(field, value)
+
+
+TEXT, LIST, HUGE = "x" * 10_000, [[1]] * 10_000, 10**400
+NUMBERS = [None, True, "4", [4], 0, -1, 4.5, HUGE, 10**12, float("nan")]
+FLAGS = [None, 1, "false", [], {"a": 1}]
+
+
+def _native_fields(shop: Workshop) -> Iterator[Case]:
+    blocks = json.loads(shop.read("native", "config.json"))
+    count = iter(range(10_000))
+
+    def make(field: str, value: object, loader: str = "hypernetwork", block: str = "hypernetwork") -> Case:
+        text = json.dumps(blocks | {block: blocks[block] | {field: value}})
+        return shop.case(f"config-{next(count)}-{field}", "native", "config.json", text.encode(), field, loader=loader)
+
+    names = ["../../etc/passwd", "{layer.__class__}", "", "q" * 100_000, "q\nproj", "q.proj", "\0", "__class__.x", 3, None]
+    yield from _field_cases(
+        make,
+        {
+            "variant": [None, 3, "XL", TEXT, LIST],
+            "modules": [None, [], "q_proj", {}, ["q_proj", "q_proj"], ["q_proj"], LIST, [f"m{i}" for i in range(100_000)]],
+            "in_features": [
+                None,
+                [],
+                [64],
+                [64, 0],
+                [64, -64],
+                [64, "64"],
+                [64, 64.0],
+                [64, True],
+                [64, 10**12],
+                [64, HUGE],
+            ],
+            "out_features": [None, [64, 32, 1], [10**12, 32], LIST],
+            "num_layers": NUMBERS,
+            "rank": NUMBERS,
+            "embed_dim": NUMBERS,
+            "latent_size": [*NUMBERS, 3],
+            "head_in_size": NUMBERS,
+            "lora_alpha": [None, "8", [], 0, -1, float("inf"), float("nan"), HUGE, True],
+            "scaling": [None, "rsLoRA", [], 0, -1.0, float("inf"), True, HUGE, TEXT],
+            "head_bias": FLAGS,
+            "output_scale": [None, "1", 0, -1, float("inf"), HUGE],
+            "surprise": [1],
+            TEXT[:100] + "surprise": [1],
+        },
+    )
+    for field, value in {
+        "variant": "L",
+        "variant ": "S-rotary",
+        "out_features": [32, 64],
+        "num_layers": 4,
+        "num_layers ": 10**9,
+        "rank": 5,
+        "rank ": 10**9,
+        "embed_dim": 49,
+        "latent_size": 36,
+        "head_in_size": 41,
+        "head_bias": True,
+    }.items():
+        text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {field.strip(): value}})
+        name = f"contradiction-{field.strip()}-{value}".replace(" ", "")
+        yield shop.case(name, "native", "config.json", text.encode(), contradiction=True)
+    for name in names:
+        text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {"modules": ["q_proj", name]}})
+        yield shop.case(f"config-{next(count)}-module", "native", "config.json", text.encode(), "modules")
+    encoder = partial(make, loader="encoder", block="encoder")
+    yield from _field_cases(
+        encoder,
+        {
+            "name": [None, "", 3, [], {"a": LIST}],
+            "pooling": [None, "median", ["mean"], TEXT],
+            "max_length": [None, "512", 0, -1, True, 1.5, HUGE],
+            "full_stop": FLAGS,
+            "template": ["no placeholder", 3, [], ""],
+            "surprise": [1],
+        },
+    )
+    for name, changes in {
+        "format-missing": {"format": None},
+        "format-other": {"format": "t2l_engine.hypernetwork.v0"},
+        "format-long": {"format": TEXT},
+        "format-list": {"format": LIST},
+        "surprise": {"surprise": 1},
+        "surprises": {f"surprise{i}": 1 for i in range(5000)},
+        "hypernetwork-list": {"hypernetwork": []},
+        "hypernetwork-null": {"hypernetwork": None},
+    }.items():
+        yield shop.case(f"blocks-{name}", "native", "config.json", json.dumps(blocks | changes).encode())
+    for value in ([], 3, "minilm", {}):
+        text = json.dumps(blocks | {"encoder": value})
+        yield shop.case(f"encoder-block-{value!r:.4}", "native", "config.json", text.encode(), "encoder", loader="encoder")
+    # Everything consistent with everything but the tensors: building it would take terabytes.
+    big = {"in_features": [1 << 30] * 2, "out_features": [1 << 30] * 2, "rank": 1 << 10, "num_layers": 1 << 10}
+    text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | big})
+    yield shop.case("config-terabytes", "native", "config.json", text.encode(), contradiction=True)
+
+
+def _reference_fields(shop: Workshop) -> Iterator[Case]:
+    count = iter(range(10_000))
+    args = yaml.safe_load(shop.read("L-sft", "args.yaml"))
+    peft = json.loads(shop.read("L-sft", "adapter_config.json"))
+
+    def arg(field: str, value: object, base: str = "L-sft") -> Case:
+        values = args if base == "L-sft" else yaml.safe_load(shop.read(base, "args.yaml"))
+        content = yaml.safe_dump(values | {field: value}).encode()
+        contradiction = field in ("mt_lora_path", "pred_z_score")  # with the biases in the tensors
+        return shop.case(f"args-{next(count)}-{field}", base, "args.yaml", content, field, contradiction=contradiction)
+
+    yield from _field_cases(
+        arg,
+        {
+            "training_task": [None, "rl", 3, [], TEXT, LIST, ["sft"]],
+            "shared_AB_head": [True, "false", "no", 0, [], {"a": 1}],
+            "autoreg_gen": [True, "false", 1],
+            "learnable_pos_emb": ["false", [1]],
+            "pred_z_score": ["false", 3],
+            "factorized": ["false", [2]],
+            "hypernet_latent_size": [*NUMBERS, 36],
+            "head_in_size": [*NUMBERS, 41],
+            "delta_w_scaling": [None, "1", 0, -1, float("nan"), float("inf"), HUGE, [], True],
+            "mt_lora_path": ["somewhere", 3, [1]],
+        },
+    )
+    yield from _field_cases(partial(arg, base="M-recon-z"), {"factorized": [False, "true"], "pred_z_score": [False, 1]})
+    yield from _field_cases(partial(arg, base="S-pos-sft"), {"learnable_pos_emb": [False, 1], "shared_AB_head": [False]})
+    yield from _field_cases(partial(arg, base="S-rot-sft"), {"learnable_pos_emb": [True], "autoreg_gen": [False]})
+
+    def config(field: str, value: object) -> Case:
+        content = json.dumps(peft | {field: value}).encode()
+        return shop.case(f"reference-peft-{next(count)}-{field}", "L-sft", "adapter_config.json", content, field)
+
+    modules = [
+        None,
+        "q_proj|v_proj",
+        [],
+        ["q_proj"],
+        ["q_proj", "q_proj", "v_proj"],
+        ["q_proj", 3],
+        LIST,
+        {"q_proj": 1},
+        TEXT,
+    ]
+    yield from _field_cases(
+        config,
+        {
+            "r": [None, 8, "4", 4.5, HUGE, TEXT, LIST],
+            "lora_alpha": [None, 0, -8, "8", float("nan"), float("inf"), HUGE, True, LIST],
+            "target_modules": [*modules, ["q_proj", "../../etc/passwd"], [f"m{i}" for i in range(10_000)]],
+            "use_rslora": ["true", [1], TEXT],
+        },
+    )
+
+
+def _peft_fields(shop: Workshop) -> Iterator[Case]:
+    count = iter(range(10_000))
+    values = json.loads(shop.read("adapter", "adapter_config.json"))
+
+    def make(field: str, value: object) -> Case:
+        content = json.dumps(values | {field: value}).encode()
+        return shop.case(f"peft-{next(count)}-{field}", "adapter", "adapter_config.json", content, field)
+
+    patterns = [
+        "(a+)+$",
+        "(a|aa)+$",
+        "(.*)*x",
+        "((a*)*)*",
+        "(x+x+)+y",
+        ".*.*.*.*.*.*.*.*.*x",
+        "(",
+        "[",
+        "*",
+        "(?P<a",
+        "\\",
+        "a{99999999999999}",
+    ]
+    yield from _field_cases(
+        make,
+        {
+            "peft_type": [None, "IA3", "lora", 3, [], TEXT, LIST],
+            "r": [None, 0, -4, "4", True, 4.5, float("nan"), HUGE, LIST],
+            "lora_alpha": [None, 0, -4, "4", True, float("nan"), float("inf"), HUGE, 1e308, 1e200, 1e-300, TEXT],
+            "use_rslora": ["false", [1]],
+            "use_dora": [True, "false", 1],
+            "bias": ["all", "lora_only", 3, True, LIST],
+            "lora_bias": [True, "no"],
+            "modules_to_save": [["lm_head"], "lm_head", LIST],
+            "trainable_token_indices": [[3], {"embed_tokens": [1]}],
+            "layer_replication": [[[0, 2]], 3],
+            "alora_invocation_tokens": [[1], TEXT],
+            "use_qalora": [True],
+            "use_bdlora": [{"a": 1}],
+            "target_parameters": [["experts.gate_up_proj"]],
+            "megatron_config": [{"a": 1}],
+            "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", TEXT, [1], 3],
+            "alpha_pattern": [
+                *({pattern: 8} for pattern in patterns),
+                {"q_proj": 0},
+                {"q_proj": -1},
+                {"q_proj": "8"},
+                {"q_proj": None},
+                {"q_proj": True},
+                {"q_proj": float("nan")},
+                {"q_proj": float("inf")},
+                {"q_proj": HUGE},
+                {"q_proj": 1e200},
+                {"q_proj": 1e-300},
+                {"q_proj": [1]},
+                {"q" * 100_000: 8},
+                {f"m{i}": 8 for i in range(20_000)},
+                ["q_proj"],
+                "q_proj",
+                3,
+            ],
+            "layers_to_transform": ["all", [10**9], [-1], [[0]], LIST],
+        },
+    )
+
+
+def _tasks(shop: Workshop) -> Iterator[Case]:
+    for name, value in {
+        "empty": {},
+        "no-texts": {"copy": []},
+        "text": {"copy": "Repeat the input."},
+        "blank": {"copy": ["  "]},
+        "number": {"copy": [3]},
+        "nested": {"copy": [["a"]]},
+        "null": {"copy": None},
+        "parent": {"../base/tasks/copy": ["Repeat."]},
+        "absolute": {"/etc/passwd": ["Repeat."]},
+        "empty-name": {"": ["Repeat."]},
+        "nul-name": {"a\0b": ["Repeat."]},
+        "long-name": {"x" * 10_000: ["Repeat."]},
+        "long": {"copy": LIST},
+    }.items():
+        content = json.dumps(value).encode()
+        yield shop.case(f"descriptions-{name}", "tasks", "descriptions.json", content)
+    good = b'{"input": "a", "output": ["a"], "split": "train"}\n'
+    for name, line in {
+        "empty-line-list": b"[]",
+        "text": b"no json",
+        "number": b"3",
+        "null": b"null",
+        "no-output": b'{"input": "a", "split": "train"}',
+        "output-text": b'{"input": "a", "output": "a", "split": "train"}',
+        "output-empty": b'{"input": "a", "output": [], "split": "train"}',
+        "output-number": b'{"input": "a", "output": [1], "split": "train"}',
+        "output-object": b'{"input": "a", "output": {"a": 1}, "split": "train"}',
+        "output-null": b'{"input": "a", "output": null, "split": "train"}',
+        "input-number": b'{"input": 1, "output": ["a"], "split": "train"}',
+        "input-list": b'{"input": ["a"], "output": ["a"], "split": "train"}',
+        "split-null": b'{"input": "a", "output": ["a"], "split": null}',
+        "deep": b"[" * 100_000 + b"]" * 100_000,
+        "digits": b'{"input": ' + b"9" * 100_000 + b', "output": ["a"], "split": "train"}',
+        "not-utf8": b'{"input": "\xff", "output": ["a"], "split": "train"}',
+        "nul": b"\0",
+        "two": good.strip() + good.strip(),
+        "long-text": b"x" * 1_000_000,
+        "long-list": b'{"input": ' + json.dumps(LIST).encode() + b', "output": ["a"], "split": "train"}',
+    }.items():
+        yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + line + b"\n" + good)
+    yield shop.case("examples-none", "tasks", "copy.jsonl", b"")
+    yield shop.case("examples-other-split", "tasks", "copy.jsonl", good.replace(b"train", b"test"))
+    yield shop.case("examples-long-line", "tasks", "copy.jsonl", good + b" " * (48 * MIB) + b"{")

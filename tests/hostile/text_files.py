@@ -1,0 +1,152 @@
+"""Text that is no configuration: broken or overlong JSON and YAML, tags that would run code; and what is no file at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from hostile import MARKER, Case, Workshop
+from hostile.payloads import CODE, COMMAND
+
+MIB = 1 << 20
+
+#: Loaders of a folder's JSON files.
+JSON_FILES = [
+    ("native", "config.json", "hypernetwork"),
+    ("native", "config.json", "describe"),
+    ("L-sft", "adapter_config.json", "hypernetwork"),
+    ("adapter", "adapter_config.json", "adapters"),
+    ("tasks", "descriptions.json", "tasks"),
+]
+
+
+def cases(shop: Workshop) -> Iterator[Case]:
+    for base, file, loader in JSON_FILES:
+        yield from _json(partial(shop.case, loader=loader), f"{base}-{loader}", base, file, shop.read(base, file))
+    yield from _yaml(shop)
+    yield from _no_files(shop)
+
+
+def _json(case: Callable[..., Case], kind: str, base: str, file: str, whole: bytes) -> Iterator[Case]:
+    broken = {
+        "empty": b"",
+        "text": b"no json",
+        "list": b"[]",
+        "list-of-pairs": json.dumps(list(json.loads(whole).items())).encode(),
+        "null": b"null",
+        "number": b"3",
+        "string": b'"config"',
+        "deep-list": b"[" * 100_000 + b"]" * 100_000,
+        "deep-object": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        "deep-inside": whole.rstrip()[:-1] + b', "deep": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        "digits": whole.rstrip()[:-1] + b', "r": ' + b"9" * 100_000 + b"}",
+        "float-digits": whole.rstrip()[:-1] + b', "surprise": 1' + b"0" * 100_000 + b".5x}",
+        "not-utf8": whole.rstrip()[:-1] + b', "surprise": "\xff\xfe"}',
+        "utf16": whole.decode().encode("utf-16"),
+        "bom": b"\xef\xbb\xbf" + whole,
+        "nul": whole + b"\0",
+        "nul-inside": whole.replace(b'": ', b'\0": ', 1),
+        "cut": whole[: len(whole) // 2],
+        "two": whole + whole,
+        "comma": whole.rstrip()[:-1] + b",}",
+        "single-quotes": whole.replace(b'"', b"'"),
+        "comment": b"// a comment\n" + whole,
+        "duplicate": whole.rstrip()[:-1] + b"," + whole.lstrip()[1:],
+        "lone-surrogate-key": whole.rstrip()[:-1] + b', "\\ud800": 1, "\\ud800": 2}',
+        "megabytes": whole.rstrip()[:-1] + b', "surprise": "' + b"x" * (3 * MIB) + b'"}',
+    }
+    if kind == "native-hypernetwork":
+        broken["spaces"] = whole + b" " * (64 * MIB)
+    for name, content in broken.items():
+        if content != whole:
+            yield case(f"json-{kind}-{name}", base, file, content)
+
+
+def _yaml(shop: Workshop) -> Iterator[Case]:
+    whole = shop.read("L-sft", "args.yaml")
+    laughs = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60))
+    merges = b"m0: &m0 {a: 1}\n" + b"".join(b"m%d: &m%d\n  <<: [*m%d, *m%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 40))
+    tags = {
+        "system": f"!!python/object/apply:os.system ['{COMMAND}']",
+        "eval": f'!!python/object/apply:builtins.eval ["{CODE}"]',
+        "new": f"!!python/object/new:subprocess.Popen [['touch', '{MARKER}']]",
+        "name": "!!python/name:os.system",
+        "module": "!!python/module:os",
+        "object": "!!python/object:types.SimpleNamespace {a: 1}",
+        "tuple": "!!python/tuple [1, 2]",
+        "local": "!surprise 1",
+    }
+    for name, text in tags.items():
+        yield shop.case(f"yaml-tag-{name}", "L-sft", "args.yaml", whole + f"surprise: {text}\n".encode())
+        yield shop.case(f"yaml-tag-{name}-top", "L-sft", "args.yaml", text.encode())
+    for name, content in {
+        "empty": b"",
+        "list": b"- a\n- b\n",
+        "text": b"just text",
+        "unclosed": b"a: [1",
+        "tabs": b"a:\n\t- b",
+        "deep-list": b"a: " + b"[" * 100_000 + b"]" * 100_000,
+        "deep-object": b"{a: " * 100_000 + b"1" + b"}" * 100_000,
+        "deep-blocks": b"- " * 50_000 + b"a",
+        "deep-keys": b"? " * 50_000 + b"a",
+        "deep-short": whole + b"a: " + b"[" * 3000 + b"]" * 3000 + b"\n",
+        "laughs-as-flag": laughs + whole.replace(b"shared_AB_head: false", b"shared_AB_head: *a59"),
+        "laughs-as-task": laughs + whole.replace(b"training_task: sft", b"training_task: *a59"),
+        "laughs-as-size": laughs + whole.replace(b"head_in_size: 40", b"head_in_size: *a59"),
+        "laughs-as-key": laughs + b"? *a59\n: 1\n" + whole,
+        "merges": merges + whole,
+        "recursive": b"&a [*a]",
+        "recursive-key": b"&a {*a : 1}",
+        "recursive-value": whole.replace(b"training_task: sft", b"training_task: &a [*a]"),
+        "alias-unknown": whole + b"a: *nowhere\n",
+        "digits": whole.replace(b"head_in_size: 40", b"head_in_size: " + b"9" * 100_000),
+        "sexagesimal": whole.replace(b"head_in_size: 40", b"head_in_size: 1" + b":59" * 30_000),
+        "two-documents": whole + b"---\n" + whole,
+        "not-utf8": whole + b"a: \xff\xfe\n",
+        "utf16-text": whole.decode().encode("utf-16-be")[1:],
+        "nul": whole + b"a: \0\n",
+        "control": whole + b"a: \x1b[2J\n",
+        "directive": b"%YAML 9.9\n---\n" + whole,
+        "duplicate": whole + whole.replace(b"shared_AB_head: false", b"shared_AB_head: true"),
+        "unhashable-key": whole + b"? [a]\n: 1\n",
+        "megabytes": whole + b"a: '" + b"x" * (3 * MIB) + b"'\n",
+        "spaces": whole + b" " * (64 * MIB),
+        "many-keys": whole + b"".join(b"k%d: 1\n" % i for i in range(200_000)),
+    }.items():
+        assert content != whole, name
+        yield shop.case(f"yaml-{name}", "L-sft", "args.yaml", content)
+
+
+def _no_files(shop: Workshop) -> Iterator[Case]:
+    """Where a file is expected and something else is found.  For some loaders that is a file not found."""
+    kinds: dict[str, Callable[[Path], object]] = {
+        "directory": Path.mkdir,
+        "link-to-directory": lambda path: path.symlink_to("."),
+        "fifo": os.mkfifo,
+        "link-to-itself": lambda path: path.symlink_to(path.name),
+        "link-to-device": lambda path: path.symlink_to("/dev/zero"),
+    }
+    for base, file in (
+        ("L-sft", "hypermod.pt"),
+        ("L-sft", "args.yaml"),
+        ("L-sft", "adapter_config.json"),
+        ("native", "config.json"),
+        ("native", "hypernet.safetensors"),
+        ("adapter", "adapter_config.json"),
+        ("adapter", "adapter_model.safetensors"),
+        ("tasks", "descriptions.json"),
+        ("tasks", "copy.jsonl"),
+    ):
+        for name, make in kinds.items():
+            refusals = (ValueError, FileNotFoundError)
+            yield shop.case(f"{name}-{base}-{file}", base, file, make, refusals=refusals)
+    pickled = "adapter_model.bin"
+    yield shop.case("adapter-pickle-only", "adapter", pickled, _only_a_pickle, refusals=(ValueError,))
+
+
+def _only_a_pickle(path: Path) -> None:
+    path.with_name("adapter_model.safetensors").unlink()
+    path.write_bytes(b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.")

@@ -1,0 +1,286 @@
+"""Broken ``hypermod.pt``: the objects in the pickle, the tensors, their values, bytes that were cut or flipped."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hostile import Case, Workshop, zip_files
+from hostile.archive import Persistent, Stored, dumps, pack, parts, save
+from hostile.payloads import CALLS, RAW, legacy, tar
+
+PT = "hypermod.pt"
+KEY = "mixer.4.bias"  # the tensor that most cases replace: [32]
+
+State = dict[str, torch.Tensor]
+
+
+class OrderedSubclass(OrderedDict):
+    pass
+
+
+def cases(shop: Workshop) -> Iterator[Case]:
+    def case(name: str, content: bytes, *mentions: str, base: str = "L-sft", harmless: bool = False) -> Case:
+        return shop.case(f"pt-{name}", base, PT, content, *mentions, harmless=harmless)
+
+    state = torch.load(shop.bases["L-sft"] / PT, weights_only=True)
+    yield from _payloads(case, state)
+    yield from _objects(case, state)
+    yield from _claims(case, state)
+    yield from _values(case, shop)
+    yield from _damage(case, shop)
+    yield from zip_files.cases(case, state)
+
+
+def _payloads(case: Callable[..., Case], state: State) -> Iterator[Case]:
+    claims, records = parts(state)
+    for name, call in CALLS.items():
+        yield case(f"call-{name}", pack(dumps(claims | {KEY: call}), records))
+    system = CALLS["os-system"]
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        yield case(f"zip-protocol-{protocol}", pack(dumps(system, protocol)))
+        yield case(f"plain-protocol-{protocol}", pickle.dumps(system, protocol))
+    for name, obj in {
+        "key": {system: 0},
+        "in-list": [system],
+        "in-metadata": claims | {"_metadata": system},
+        "in-hooks": claims | {KEY: Stored("0", 32, (32,), offset=system)},
+        "storage-key": claims | {KEY: Stored(system, 32, (32,))},
+        "storage-kind": claims | {KEY: Stored("0", 32, (32,), kind=system)},
+        "storage-location": claims | {KEY: Stored("0", 32, (32,), location=system)},
+    }.items():
+        yield case(f"call-as-{name}", pack(dumps(obj), records))
+    yield case("after-stop", pack(dumps({}) + dumps(system)))
+    yield case("nested-zip", pack(dumps(claims), records | {"0": pack(dumps(system))}))
+    yield case("nested-zip-alone", pack(pack(dumps(system))))
+    yield case("legacy", legacy({KEY: system}))
+    yield case("legacy-top", legacy(system))
+    yield case("tar", tar(pickle.dumps(system, 2)))
+    for name, content in RAW.items():
+        yield case(f"opcodes-{name}", pack(content))
+    yield case("plain-deep", RAW["top-deep"])
+    yield case("text", b"This is no tensor file.\n" * 1000)
+    yield case("zeros", bytes(100_000))
+    yield case(
+        "git-lfs-pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 334202\n"
+    )
+
+
+def _objects(case: Callable[..., Case], state: State) -> Iterator[Case]:
+    tensor = state[KEY]
+    for name, obj in {
+        "list": list(state.values()),
+        "pairs": list(state.items()),
+        "tensor": tensor,
+        "none": None,
+        "text": "state_dict",
+        "empty": {},
+        "empty-list": [],
+        "counter": Counter("aab"),
+        "subclass": OrderedSubclass(state),
+        "nested": {"state_dict": state},
+        "nested-by-module": {k: {k: v} for k, v in state.items()},
+        "int-keys": dict(enumerate(state.values())),
+        "none-key": state | {None: tensor},
+        "tuple-key": state | {("mixer", 4): tensor},
+        "bytes-key": {k.encode(): v for k, v in state.items()},
+        "module": torch.nn.Identity(),
+    }.items():
+        yield case(f"object-{name}", save(obj))
+    for name, value in {
+        "number": 0.5,
+        "list": tensor.tolist(),
+        "none": None,
+        "text": "x" * 100_000,
+        "size": tensor.size(),
+        "dtype": torch.float32,
+        "storage": tensor.untyped_storage(),
+    }.items():
+        yield case(f"value-{name}", save(state | {KEY: value}))
+    with torch.device("meta"):
+        meta = torch.empty(32)
+    values = {
+        "sparse": tensor.to_sparse(),
+        "sparse-huge": torch.sparse_coo_tensor(torch.zeros(1, 1, dtype=torch.long), torch.ones(1), (1 << 40,)),
+        "sparse-csr": torch.ones(4, 8).to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        "meta": meta,
+        "complex": tensor.to(torch.complex64),
+        "int": tensor.long(),
+        "uint8": tensor.byte(),
+        "bool": tensor.bool(),
+        "scalar": tensor[0],
+        "none-left": tensor[:0],
+        "wide": tensor[None],
+        "short": tensor[1:].clone(),
+        "expanded": torch.zeros(1).expand(10**9),
+        "expanded-long": torch.zeros(1).expand(1 << 20, 1 << 20),
+    }
+    for name, value in values.items():
+        plain = value.layout == torch.strided and value.dtype in (torch.float32, torch.int64) and not value.is_meta
+        yield case(f"tensor-{name}", save(state | {KEY: value}), *([KEY] if plain else []))
+    extra = ("sparse-huge", "expanded", "expanded-long", "meta")
+    for name in extra:
+        yield case(f"extra-{name}", save(state | {"surprise": values[name]}))
+    yield case("all-one-storage", save({k: torch.zeros(1).expand(t.shape) for k, t in state.items()}))
+    yield case("all-meta", save({k: torch.empty_like(t, device="meta") for k, t in state.items()}))
+    yield case("all-int", save({k: t.long() for k, t in state.items()}))
+    yield case("all-double-int", save({k: t.to(torch.int8) for k, t in state.items()}))
+    yield case("10000-keys", save(state | {f"surprise.{i}": tensor for i in range(10_000)}))
+    yield case("500-keys", save(state | {f"surprise.{i}": tensor for i in range(500)}), "surprise.")
+    for name, key in {"long": "x" * 100_000, "control": "\x1b[2J\x07", "empty": "", "dots": "." * 1000}.items():
+        yield case(f"key-{name}", save(state | {key: tensor}))
+    for name, module in {
+        "path": "../../etc/passwd",
+        "braces": "{layer.__class__}",
+        "empty": "",
+        "newline": "q\nproj",
+        "space": "q proj",
+        "long": "q" * 100_000,
+    }.items():
+        yield case(f"module-{name}", partial(_with_module, state, module))
+
+
+def _with_module(state: State, module: str, path: Path) -> None:
+    """A file whose q_proj is called ``module``, beside an ``adapter_config.json`` that agrees."""
+    path.write_bytes(save({k.replace("q_proj", module): v for k, v in state.items()}))
+    config = path.with_name("adapter_config.json")
+    values = json.loads(config.read_text()) | {"target_modules": [module, "v_proj"]}
+    config.unlink()  # it may be a link to the good one
+    config.write_text(json.dumps(values))
+
+
+def _claims(case: Callable[..., Case], state: State) -> Iterator[Case]:
+    """One tensor whose claim does not fit its record."""
+    claims, records = parts(state)
+    here = records | {"x": state[KEY].numpy().tobytes()}
+
+    def one(name: str, *args, harmless: bool = False, **kwargs) -> Case:
+        return case(f"claim-{name}", pack(dumps(claims | {KEY: Stored(*args, **kwargs)}), here), harmless=harmless)
+
+    shape = (32,)
+    yield one("offset-beyond", "x", 32, shape, offset=1)
+    yield one("offset-huge", "x", 32, shape, offset=1 << 62)
+    yield one("offset-negative", "x", 32, shape, offset=-4)
+    yield one("offset-text", "x", 32, shape, offset="0")
+    yield one("size-beyond", "x", 32, (33,), (1,))
+    yield one("size-negative", "x", 32, (-32,), (1,))
+    yield one("size-minus-one", "x", 32, (-1,), (1,))
+    yield one("size-overflow", "x", 32, (1 << 32, 1 << 32), (0, 0))
+    yield one("size-product-wraps", "x", 32, (1 << 33, 1 << 31, 32), (0, 0, 0))
+    yield one("size-none-of-huge", "x", 32, (0, 1 << 62), (1, 1))
+    yield one("size-float", "x", 32, (32.0,), (1,))
+    yield one("size-text", "x", 32, "32", (1,))
+    yield one("size-none", "x", 32, None, (1,))
+    yield one("size-many-dimensions", "x", 32, (1,) * 100_000, (1,) * 100_000)
+    yield one("size-big-int", "x", 32, (10**400,), (1,))
+    yield one("stride-negative", "x", 32, shape, (-1,), offset=31)
+    yield one("stride-beyond", "x", 32, shape, (2,))
+    yield one("stride-zero", "x", 1, shape, (0,))
+    yield one("stride-short", "x", 32, shape, (), harmless=True)
+    yield one("stride-huge", "x", 32, shape, (1 << 62,))
+    yield one("numel-larger", "x", 64, shape)
+    yield one("numel-smaller", "x", 16, shape)
+    yield one("numel-huge", "x", 1 << 40, shape)
+    yield one("numel-overflow", "x", 1 << 62, shape)
+    yield one("numel-negative", "x", -32, shape)
+    yield one("numel-text", "x", "32", shape)
+    yield one("record-missing", "y", 32, shape)
+    yield one("record-parent", "../../../../etc/passwd", 32, shape)
+    yield one("record-int", 7, 32, shape)
+    yield one("record-long", "y" * 100_000, 32, shape)
+    yield one("location-cuda", "x", 32, shape, location="cuda:7", harmless=True)
+    yield one("location-meta", "x", 32, shape, location="meta", harmless=True)
+    yield one("location-unknown", "x", 32, shape, location="y" * 10_000, harmless=True)
+    yield one("location-int", "x", 32, shape, location=5, harmless=True)
+    yield one("kind-int", "x", 32, shape, kind=torch.IntStorage)
+    yield one("kind-double", "x", 32, shape, kind=torch.DoubleStorage)
+    yield one("kind-untyped", "x", 32, shape, kind=torch.UntypedStorage)
+    yield one("kind-class", "x", 32, shape, kind=torch.Tensor)
+    beyond = claims | {"mixer.1.bias": Stored("x", 128, (128,))}  # as wide as the model wants it, wider than its record
+    yield case("claim-reads-neighbours", pack(dumps(beyond), here))
+    for name, persistent in {"module": ("module", 1), "long": ("storage",) * 9, "none": None, "nested": (((),),)}.items():
+        bad = Stored("x", 32, shape)
+        bad.storage = Persistent(persistent) if persistent else None
+        yield case(f"claim-persistent-{name}", pack(dumps(claims | {KEY: bad}), here))
+    # Small files that claim large tensors, consistently: only the bytes give them away.
+    wide = {}
+    for key, tensor in state.items():
+        grown = [10**8 if n == 64 else n for n in tensor.shape]
+        grown = [4 * (2 * 10**8 if "q_proj" in key else 10**8 + 32), *grown[1:]] if key.startswith("heads.") else grown
+        wide[key] = torch.zeros(1).expand(grown)
+    yield case("expanded-features", save(wide))
+    deep = {k: torch.zeros(1).expand([10**6 if n == 3 else n for n in t.shape]) for k, t in state.items()}
+    yield case("expanded-layers", save(deep))
+    shared = torch.zeros(max(t.numel() for t in state.values()))
+    overlapping = {k: torch.as_strided(shared, t.shape, t.stride()) for k, t in state.items()}
+    yield case("overlapping-views", save(overlapping))
+    row = torch.as_strided(torch.zeros(40 + 39), (40, 128), (1, 0))
+    yield case("overlap-inside-a-tensor", save(state | {"mlp3.4.weight": row}))
+
+
+def _values(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:
+    for base in ("L-sft", "M-recon-z", "S-pos-sft"):
+        state = torch.load(shop.bases[base] / PT, weights_only=True)
+        used = [k for k in state if base == "M-recon-z" or not k.startswith(("mean_", "std_"))]
+        for value in (float("nan"), float("inf"), float("-inf")):
+            key = shop.random.choice(used)
+            used.remove(key)
+            tensor = state[key].clone()
+            tensor.view(-1)[shop.random.randrange(tensor.numel())] = value
+            yield case(f"{value}-{base}-{key}", save(state | {key: tensor}), key, base=base)
+    state = torch.load(shop.bases["M-recon-z"] / PT, weights_only=True)
+    for key in ("std_recon_target.A.q_proj", "mean_recon_target.B.v_proj"):
+        yield case(f"nan-{key}", save(state | {key: state[key] * float("nan")}), key, base="M-recon-z")
+    negative = {"std_recon_target.B.v_proj": -state["std_recon_target.B.v_proj"].abs() - 1}
+    yield case("negative-std", save(state | negative), "std_recon_target", base="M-recon-z")
+
+
+def _damage(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:
+    whole = shop.read("L-sft", PT)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        infos = archive.infolist()
+        directory = archive.start_dir
+    starts = {i.filename: i.header_offset for i in infos}
+    sizes = {i.filename: i.file_size for i in infos}
+    cut = [0, 1, 4, 29, 64, 1000, len(whole) // 4, len(whole) // 2, 3 * len(whole) // 4]
+    cut += [directory, directory + 20, (directory + len(whole)) // 2, len(whole) - 22, len(whole) - 10, len(whole) - 1]
+    for n in cut:
+        yield case(f"cut-{n}", whole[:n])
+    yield case("cut-middle", whole[:50_000] + whole[50_064:])
+    yield case("shifted", b"\0" + whole, harmless=True)
+
+    def data(name: str) -> int:
+        """Where the content of an entry starts: the local header says how long name and padding are."""
+        at = starts[name]
+        return (
+            at + 30 + int.from_bytes(whole[at + 26 : at + 28], "little") + int.from_bytes(whole[at + 28 : at + 30], "little")
+        )
+
+    def flip(kind: str, at: int) -> Case:
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << shop.random.randrange(8)
+        return case(f"flip-{kind}-{at}", bytes(flipped), harmless=True)
+
+    def positions(name: str, count: int) -> list[int]:
+        return [data(name) + i for i in shop.random.sample(range(sizes[name]), count)]
+
+    for at in positions("hypermod/data.pkl", 20):
+        yield flip("pickle", at)
+    records = sorted(name for name in starts if "/data/" in name)
+    for name in shop.random.sample(records, 16):
+        yield flip("tensor", positions(name, 1)[0])
+    for name in shop.random.sample(list(starts), 8):
+        yield flip("local-header", starts[name] + shop.random.randrange(30))
+    for at in shop.random.sample(range(directory, len(whole) - 22), 24):
+        yield flip("directory", at)
+    for at in range(len(whole) - 22, len(whole), 3):
+        yield flip("end", at)
