@@ -1,0 +1,289 @@
+"""Layers that are no nn.Linear, modules that are shared, models with several towers, and models an adapter does not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+from t2l_engine import AdapterBatch, LoRALinear, attach
+from t2l_engine.testing.numerics import ROW_ATOL
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("Llama")
+
+
+def wrapped(model):
+    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+class Blocks(nn.Module):
+    """Layers of one's own over flattened tokens ``[T, 16]``."""
+
+    def __init__(self, make=nn.Linear, num_layers=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q_proj": make(16, 16)}) for _ in range(num_layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer["q_proj"](x))
+        return x
+
+
+@pytest.fixture
+def x():
+    return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(blocks, stack, x, adapters):
+    """Blocks on rows ``x``, ``adapters`` one a row."""
+    for i, layer in enumerate(blocks.layers):
+        A, B, s = stack.lora_A["q_proj"][:, i], stack.lora_B["q_proj"][:, i], stack.scaling
+        deltas = [s[a] * (row @ A[a].mT) @ B[a].mT if a >= 0 else 0 * row for row, a in zip(x, adapters, strict=True)]
+        x = torch.tanh(layer["q_proj"](x) + torch.stack(deltas))
+    return x
+
+
+class Int8Linear(nn.Module):
+    """Weight-only quantisation: no parameter, an int8 buffer and scales."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        weight = torch.randn(out_features, in_features)
+        scale = weight.abs().amax(dim=1) / 127
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.weight.to(x.dtype) * self.scale[:, None]).mT
+
+
+class Callable(nn.Module):
+    """Says nothing of itself."""
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def forward(self, x):
+        return 2 * x.flip(-1)
+
+
+def dynamic(n_in, n_out):
+    """torch's dynamically quantised linear: ``weight`` is a method."""
+    module = nn.Sequential(nn.Linear(n_in, n_out))
+    return torch.ao.quantization.quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)[0]
+
+
+@pytest.mark.parametrize("make", [Int8Linear, Callable, nn.Identity, dynamic], ids=lambda make: make.__name__)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_layers_that_are_no_linear(make_stack, x, make):
+    if make is dynamic and "fbgemm" not in torch.backends.quantized.supported_engines:
+        pytest.skip("no engine for quantised linears")
+    # One layer: dynamic quantisation would turn a difference of one rounding into a whole step in the next.
+    blocks, stack = Blocks(make, num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
+    adapters = [0, 2, -1, 1, 1, -1]
+    rows = x.clone()
+    with torch.no_grad():
+        expected, base = by_hand(blocks, stack, x, adapters), blocks(x)
+        handle = attach(blocks, stack)
+        with handle.use(adapters):
+            got = blocks(x)
+    assert torch.equal(x, rows)
+    assert (got - expected).abs().max() <= ROW_ATOL and (got[0] - base[0]).abs().max() > 1000 * ROW_ATOL
+    assert torch.equal(got[2], base[2])
+    with pytest.raises(ValueError, match="merge: layers.0.q_proj is a .* without a plain weight"):
+        handle.merge(0)
+    handle.detach()
+    assert torch.equal(blocks(x), base)
+
+
+def test_ragged_tokens_and_packed_columns(make_stack, x):
+    """A stack of one's own whose q and v are one linear, over segments of tokens."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.ModuleDict({"in_proj": nn.Linear(16, 40)}) for _ in range(2))
+    stack = make_stack({"q_proj": (16, 24), "v_proj": (16, 16)})
+    handle = attach(model, stack, packed={"in_proj": {"q_proj": 24, "v_proj": 16}})
+    bounds, adapters = [0, 1, 1, 4, 6], [2, 0, -1, 0]
+    int32 = {"dtype": torch.int32}
+    batch = AdapterBatch(torch.tensor(bounds, **int32), torch.tensor(adapters, **int32), 3)
+    for i, layer in enumerate(model):
+        with torch.no_grad():
+            base = layer["in_proj"](x)
+            with handle.use(batch):
+                got = layer["in_proj"](x)
+        expected = base.clone()
+        for lo, hi, a in zip(bounds, bounds[1:], adapters, strict=False):
+            if a >= 0:
+                for name, columns in (("q_proj", slice(0, 24)), ("v_proj", slice(24, 40))):
+                    A, B = stack.lora_A[name][a, i], stack.lora_B[name][a, i]
+                    expected[lo:hi, columns] += stack.scaling[a] * (x[lo:hi] @ A.mT) @ B.mT
+        assert (got - expected).abs().max() <= ROW_ATOL and (got - base).abs().max() > 1000 * ROW_ATOL
+        assert torch.equal(got[1:4], base[1:4])
+
+
+def test_shared_modules(make_stack, x):
+    """A layer in two places is one layer and refused; a linear in two layers is adapted apart, but not merged."""
+    stack = make_stack({"q_proj": (16, 16)})
+    blocks = Blocks()
+    blocks.layers[1] = blocks.layers[0]
+    with pytest.raises(ValueError, match="q_proj: layers 0 and 1 of the model are one module"):
+        attach(blocks, stack)
+    assert not wrapped(blocks)
+
+    blocks = Blocks()
+    linear = blocks.layers[1]["q_proj"] = blocks.layers[0]["q_proj"]
+    adapters = [0, 2, -1, 1, 1, -1]
+    with torch.no_grad():
+        expected = by_hand(blocks, stack, x, adapters)
+        handle = attach(blocks, stack)
+        with handle.use(adapters):
+            assert (blocks(x) - expected).abs().max() <= ROW_ATOL
+    with pytest.raises(ValueError, match=r"merge: layers.0.q_proj: other modules share its weight"):
+        handle.merge(0)
+    handle.detach()
+    assert blocks.layers[0]["q_proj"] is linear and blocks.layers[1]["q_proj"] is linear
+
+
+def test_two_parameters_on_one_memory_are_not_merged(make_stack):
+    """unmerge could not bring back the bits."""
+    blocks = Blocks()
+    first, second = (layer["q_proj"] for layer in blocks.layers)
+    second.weight = nn.Parameter(first.weight.data)
+    before = first.weight.clone()
+    handle = attach(blocks, make_stack({"q_proj": (16, 16)}))
+    with pytest.raises(ValueError, match="other modules share its weight"):
+        handle.merge(0)
+    assert torch.equal(first.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("family", "kwargs", "message"),
+    [
+        ("Llama", {"hidden_size": 32, "head_dim": 8}, "q_proj: layer 0: .* 64/64, the model has 32/32"),
+        ("Llama", {"num_hidden_layers": 3}, "q_proj: the adapter has 2 layers, the model has 3"),
+        ("Llama", {"num_hidden_layers": 1}, "q_proj: the adapter has 2 layers, the model has 1"),
+        ("Phi3", {"num_key_value_heads": 4}, "v_proj: layer 0: .* 64/32, the model has 64/64"),
+        ("GPT2", {}, "q_proj: the adapter adapts .*, but GPT2LMHeadModel has no such module"),
+        ("GPTNeoX", {}, "q_proj: the adapter adapts .*, but GPTNeoXForCausalLM has no such module"),
+    ],
+)
+def test_another_base_model(tiny_model, make_stack, family, kwargs, message):
+    model = tiny_model(family, **kwargs)
+    stack = make_stack({"q_proj": (64, 64), "v_proj": (64, 32)})
+    modules = dict(model.named_modules())
+    handle = attach(model, slots=2)
+    for call in (lambda: attach(model, stack), lambda: handle.put(0, stack[0])):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert dict(model.named_modules()) == modules
+
+
+def test_a_stack_that_fits_in_part_changes_nothing(model, stack_for):
+    """The first adapter has room, the second does not."""
+    stack = stack_for(model, ("q_proj",), num_adapters=2)
+    stack.ranks["q_proj"][0] = 2
+    with pytest.raises(ValueError, match="q_proj: rank 4 exceeds the slots' rank 2"):
+        attach(model, stack, max_rank=2)
+    assert not wrapped(model)
+
+
+@pytest.mark.parametrize("part", ["model.layers.1.self_attn.q_proj", "model.layers.0", "model.embed_tokens", ""])
+def test_a_model_partly_on_meta(model, stack_for, part):
+    stack = stack_for(model, ("q_proj", "v_proj"))
+    model.get_submodule(part).to("meta")
+    with pytest.raises(ValueError, match="model: .*on the meta device; load"):
+        attach(model, stack)
+    assert not wrapped(model)
+
+
+# --- models with several towers --------------------------------------------------------------------------------------
+
+
+def test_the_decoder_of_a_multimodal_model(make_stack):
+    """Vision tower and language model have a q_proj each: the language model's is meant."""
+    import transformers
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = sizes | {"num_key_value_heads": 4, "head_dim": 16, "vocab_size": 97, "initializer_range": 0.2}
+    vision = sizes | {"image_size": 28, "patch_size": 14}
+    tokens = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    config = transformers.Gemma3Config(
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        boi_token_index=94,
+        eoi_token_index=95,
+        image_token_index=96,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    paths = {name for name, _ in model.named_modules() if name.endswith("layers.0.self_attn.q_proj")}
+    assert len(paths) == 2
+    stack = make_stack({"q_proj": (64, 64), "v_proj": (64, 64)})
+    with torch.no_grad():
+        base = model(tokens).logits
+    handle = attach(model, stack)
+    assert len(wrapped(model)) == 4 and all("language_model" in name for name in wrapped(model))
+    with torch.no_grad(), handle.use([0, -1, 1]):
+        got = model(tokens).logits
+    assert torch.equal(got[1], base[1]) and not torch.equal(got[0], base[0])
+    handle.detach()
+
+
+class Towers(nn.Module):
+    """Two families of modules with the same names."""
+
+    def __init__(self):
+        super().__init__()
+        self.vision, self.text = (
+            nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(8, 8)}) for _ in range(2))})
+            for _ in range(2)
+        )
+
+
+def test_two_towers(make_stack):
+    model, stack = Towers(), make_stack({"q_proj": (8, 8)})
+    with pytest.raises(
+        ValueError, match=r"q_proj: .*several modules.*text.layers.\{layer\}.*vision.layers.\{layer\}.q_proj"
+    ):
+        attach(model, stack)
+    assert not wrapped(model)
+    for tower in ("vision", "text"):
+        named = make_stack({"q_proj": (8, 8)}, paths={"q_proj": f"{tower}.layers.{{layer}}.q_proj"})
+        handle = attach(model, named)
+        assert wrapped(model) == [f"{tower}.layers.{i}.q_proj" for i in range(2)]
+        handle.detach()
+    model.get_decoder = lambda: model.text
+    attach(model, stack)
+    assert wrapped(model) == [f"text.layers.{i}.q_proj" for i in range(2)]
+
+
+def test_stacks_may_spell_a_place_differently(make_stack):
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(16, 16)}) for _ in range(2))
+    x = torch.randn(3, 16)
+    first = make_stack({"q_proj": (16, 16)}, num_adapters=1)
+    other = make_stack({"q_proj": (16, 16)}, num_adapters=1, seed=1, paths={"q_proj": "blocks.{layer}.q_proj"})
+    lora = attach(model, first, slots=2)
+    lora.put(1, other)
+    assert len(lora._slots) == 1
+    with torch.no_grad(), lora.use([0, 1, -1]):
+        y = model.blocks[1]["q_proj"](x)
+    A, B = other.lora_A["q_proj"][0, 1], other.lora_B["q_proj"][0, 1]
+    expected = model.blocks[1]["q_proj"].base(x)[1] + other.scaling * (x[1] @ A.mT @ B.mT)
+    assert (y[1] - expected).abs().max() <= ROW_ATOL
+    with lora.differentiable(other, 0):
+        assert (model.blocks[1]["q_proj"](x)[1] - expected).abs().max() <= ROW_ATOL
+    lora.detach()
+
+
+def test_two_modules_of_a_stack_in_one_place(make_stack):
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8)})}) for _ in range(2))
+    paths = {"attn.q_proj": "blocks.{layer}.attn.q_proj"}
+    stack = make_stack({"q_proj": (8, 8), "attn.q_proj": (8, 8)}, paths=paths)
+    with pytest.raises(ValueError, match="attn.q_proj: the model has it and q_proj in the same place"):
+        attach(model, stack)
+    assert not wrapped(model)
