@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 
@@ -33,7 +34,8 @@ class LoRAHandle:
     Until :meth:`use` or :meth:`set` names adapters, the model is the base model.  The handle owns its slots; the stacks
     given to it are copied and never changed.  One handle serves one thread at a time: ids belong to the model, not to a
     call.  A backward pass that recomputes the forward (gradient checkpointing) must run while the same ids are set, before
-    another forward pass for training.
+    another forward pass for training; anything else raises, but not in code under ``torch.compile``, which is not checked.
+    Reentrant checkpointing needs train mode.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -63,6 +65,8 @@ class LoRAHandle:
 
     def set(self, ids: Ids) -> None:
         """Use ``ids`` until changed: one id a batch row, one int for all rows, or an :class:`AdapterBatch`; -1 is the base.
+
+        Rows are the first dimension of a layer's input; a model that is sequence-first wants an :class:`AdapterBatch`.
 
         Raises IndexError for an id outside the slots or of an empty one, ValueError for anything that is no ids; nothing
         changes then.
@@ -144,6 +148,7 @@ class LoRAHandle:
                 slots.ranks[:n, slot] = adapter.ranks[name][0].to(slots.ranks.device)
             self._scaling[slot] = adapter.scaling[0]
         self._filled.add(slot)
+        self._routing.slots_changed()
 
     @torch.inference_mode(False)  # slots are written outside inference mode too
     def _reserve(self, stack: AdapterStack) -> None:
@@ -219,7 +224,7 @@ class LoRAHandle:
                 raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
 
     def _device(self) -> torch.device:
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
+        for tensor in itertools.chain(self._model.parameters(), self._model.buffers()):  # lazily: every use() asks
             if tensor.device.type == "meta":
                 raise ValueError("model: its weights are on the meta device; load them first")
             return tensor.device
@@ -245,14 +250,14 @@ class LoRAHandle:
         for _, wrapped in self._wrapped:
             weight = wrapped.base.weight
             self._merged.append((weight, weight.detach().clone()))
-            rows = weight.T if is_transposed(wrapped.base) else weight
             exact = torch.promote_types(weight.dtype, torch.float32)
-            merged = rows.to(exact)
+            merged = weight.to(exact, copy=True)
+            rows = merged.T if is_transposed(wrapped.base) else merged
             for m in wrapped._members:
                 r, start = int(m.ranks[index]), m.start or 0
                 delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
-                merged[start : start + len(delta)] += delta * m.scaling[index]
-            rows.copy_(merged)
+                rows[start : start + len(delta)] += delta * m.scaling[index]
+            _overwrite(weight, merged)
 
     def _check_mergeable(self) -> None:
         parameters = [p for module in self._model.modules() for p in module._parameters.values() if p is not None]
@@ -276,7 +281,7 @@ class LoRAHandle:
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
         for weight, original in self._merged:
-            weight.copy_(original)
+            _overwrite(weight, original)
         self._merged = None
         self._routing.merged = False
 
@@ -299,6 +304,12 @@ class LoRAHandle:
         self._check_attached()
         if self._merged is not None:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
+
+
+def _overwrite(weight: Tensor, values: Tensor) -> None:
+    # Weights of a model made in inference mode can be written in that mode only.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(values)
 
 
 def _memory(weight: Tensor) -> int:
@@ -327,16 +338,17 @@ def attach(
 
     Args:
         model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of
-            one's own.  A layer may be any callable (a quantised linear): its output is added to.
+            one's own.  A layer may be any callable (a quantised linear): its output, a tensor of its own, is added to.  Its
+            parent must call it: torch's MultiheadAttention and TransformerEncoderLayer read weights and are refused.
         stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
         slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
         max_rank: widest rank the slots can hold; default the stack's.  Slots take the dtype of the layer's weight.
         packed: linears that hold several modules side by side: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
-            (columns in order).  None: ``qkv_proj`` and ``gate_up_proj`` as transformers' Phi-3 packs them.
+            (columns in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of GLM.
 
     Raises:
-        ValueError: a module is missing or of another shape, layers share one module, the model is attached already or on
-            the meta device.
+        ValueError: a module is missing, of another shape or not called by its parent, layers share one module, the model is
+            attached already or on the meta device.
 
     >>> import torch
     >>> import t2l_engine as t2l

@@ -33,6 +33,29 @@ class Member(NamedTuple):
     ranks: Tensor
 
 
+class _Serving(NamedTuple):
+    """Members as the in-place ops take them: whole linears one by one, column slices as one group (or None)."""
+
+    whole: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    group: tuple[list[Tensor], list[Tensor], Tensor, list[Tensor], list[int]] | None
+
+    @staticmethod
+    def of(members: list[Member]) -> _Serving:
+        group = [m for m in members if m.start is not None]
+        return _Serving(
+            [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in members if m.start is None],
+            (
+                [m.lora_A for m in group],
+                [m.lora_B for m in group],
+                group[0].scaling,
+                [m.ranks for m in group],
+                [m.start for m in group],
+            )
+            if group
+            else None,
+        )
+
+
 class LoRALinear(nn.Module):
     """``base(x)`` plus what the current adapters add.  ``base`` is any callable layer; its weight is shared, not copied.
 
@@ -54,10 +77,11 @@ class LoRALinear(nn.Module):
         self.base = base
         self._routing = routing
         self._members: list[Member] = []
+        self._serving = _Serving([], None)
         self._choice: object | None = None  # of the last forward pass that a backward pass may recompute
         self._prefix = ""
         self.register_load_state_dict_post_hook(_own_names)
-        self.train(base.training)
+        self.training = base.training  # not train(): parts of a base may be in another mode
 
     @property
     def weight(self) -> Tensor:
@@ -84,6 +108,7 @@ class LoRALinear(nn.Module):
         """Adapt one more module; members are kept in order of columns."""
         self._members.append(member)
         self._members.sort(key=lambda m: -1 if m.start is None else m.start)
+        self._serving = _Serving.of(self._members)
 
     def _current(self) -> list[Member]:
         overrides = self._routing.overrides
@@ -93,10 +118,13 @@ class LoRALinear(nn.Module):
 
     def _check_recomputation(self) -> None:
         """Gradient checkpointing calls forward inside backward; with other adapters its gradients would be wrong."""
+        choice = self._routing.choice
+        if choice is self._choice:
+            return
         if _graph_task() == -1:  # not inside backward
             if self.training or torch.is_grad_enabled():
-                self._choice = self._routing.choice
-        elif self._choice is not self._routing.choice:
+                self._choice = choice
+        else:
             raise RuntimeError(
                 "backward recomputes the forward pass (gradient checkpointing) with other adapters than it ran with; call "
                 "backward() inside the with-block, while the same ids are set and before another training forward pass"
@@ -132,21 +160,12 @@ class LoRALinear(nn.Module):
             return y
         y = y.clone() if y is x else y.contiguous()  # an identity layer hands us its input
         flat_y = y.view(-1, y.shape[-1])
-        group = [m for m in members if m.start is not None]
-        for m in members:
-            if m.start is None:
-                ops.lora_add_(flat_y, flat, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
-        if group:
-            ops.lora_add_group_(
-                flat_y,
-                flat,
-                [m.lora_A for m in group],
-                [m.lora_B for m in group],
-                group[0].scaling,
-                *segments,
-                [m.ranks for m in group],
-                [m.start for m in group],
-            )
+        whole, group = self._serving if routing.overrides is None else _Serving.of(members)
+        for A, B, scaling, ranks in whole:
+            ops.lora_add_(flat_y, flat, A, B, scaling, *segments, ranks)
+        if group is not None:
+            A, B, scaling, ranks, starts = group
+            ops.lora_add_group_(flat_y, flat, A, B, scaling, *segments, ranks, starts)
         return y
 
     def extra_repr(self) -> str:

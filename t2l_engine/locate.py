@@ -10,8 +10,18 @@ from torch import Tensor, nn
 from t2l_engine.adapters import LAYER
 from t2l_engine.config import shown
 
-#: Packed projection -> the modules whose outputs it holds, in order of columns (Phi-3).
+#: Packed projection -> the modules whose outputs it holds, in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# transformers' ``model_type`` of the models that pack so.  Others have linears of these names with another order of columns
+# (CodeGen, MiniMax), which sizes alone would not show.
+_PACKED_IN = {
+    "qkv_proj": ("phi3", "phi4_multimodal"),
+    "gate_up_proj": ("phi3", "phi4_multimodal", "glm", "glm4"),
+}
+
+# Parents that read the weights of their linears instead of calling them (the encoder layer in eval mode without gradients).
+_NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 #: Packed projection -> module -> number of its columns, in order.
 Packed = Mapping[str, Mapping[str, int]]
@@ -51,14 +61,13 @@ def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[st
     """Columns by module of every packed projection that is known: of ``packed``, else of the model's configuration."""
     if packed is None:
         config = getattr(model, "config", None)
-        heads, kv = (getattr(config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+        hosts = [host for host, kinds in _PACKED_IN.items() if getattr(config, "model_type", None) in kinds]
         packed = {}
-        if isinstance(heads, int):
+        if "qkv_proj" in hosts:
+            heads, kv = config.num_attention_heads, config.num_key_value_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-            packed["qkv_proj"] = dict(
-                zip(PACKED["qkv_proj"], (heads * head_dim, *[(kv or heads) * head_dim] * 2), strict=True)
-            )
-        if isinstance(getattr(config, "intermediate_size", None), int):
+            packed["qkv_proj"] = dict(zip(PACKED["qkv_proj"], (heads * head_dim, *[kv * head_dim] * 2), strict=True))
+        if "gate_up_proj" in hosts:
             packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
     if not isinstance(packed, Mapping) or not all(isinstance(widths, Mapping) for widths in packed.values()):
         raise ValueError(f"packed: expected linear -> module -> number of columns, got {shown(packed)}")
@@ -132,8 +141,11 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
         other = owners.setdefault((id(target.parent), target.attribute), layer)
         if other != layer:
             raise ValueError(f"{name}: layers {other} and {layer} of the model are one module; they cannot be adapted apart")
-        if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict)):
+        if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict, nn.Embedding)):
             raise ValueError(f"{name}: layer {layer} is a {type(target.linear).__name__}, expected a linear")
+        if isinstance(target.parent, _NOT_CALLED):
+            parent = type(target.parent).__name__
+            raise ValueError(f"{name}: {target.path} cannot be adapted: {parent} reads its weight and does not call it")
     return dict(sorted(layers.items()))
 
 

@@ -184,7 +184,8 @@ def _head_backward(ctx, grad_A, grad_B):
 
 def _delta_setup(ctx, inputs, output):
     x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
-    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, ranks), max_seg_len)
+    # A copy: a handle writes the ids of the next forward pass into the tensor it gave here.
+    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len)
 
 
 def _delta_backward(ctx, grad):
@@ -338,7 +339,7 @@ def lora_delta(
     >>> lora_delta(torch.ones(1, 3), A, B, one, *segments, max_seg_len=1)
     tensor([[6., 6., 6., 6.]])
     """
-    return torch.ops.t2l_engine.lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return torch.ops.t2l_engine.lora_delta.default(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
 
 def lora_add_(
@@ -366,7 +367,7 @@ def lora_add_(
     tensor([[7., 7., 7., 7.],
             [1., 1., 1., 1.]])
     """
-    torch.ops.t2l_engine.lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    torch.ops.t2l_engine.lora_add_.default(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
     return y
 
 
@@ -397,7 +398,7 @@ def lora_add_group_(
     >>> lora_add_group_(torch.zeros(1, 4), torch.ones(1, 3), [A, A], B, one, *segments, 1, [rank, rank], [0, 3])
     tensor([[6., 6., 0., 6.]])
     """
-    torch.ops.t2l_engine.lora_add_group_(
+    torch.ops.t2l_engine.lora_add_group_.default(
         y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets
     )
     return y

@@ -27,6 +27,7 @@ class Routing:
         # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
         self.choice: object | None = None  # a new object for every choice of adapters, None for the base model
+        self._puts = 0  # how often the slots changed
         self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
 
     @property
@@ -37,19 +38,35 @@ class Routing:
     def state(self) -> tuple:
         """What :meth:`restore` brings back."""
         ids = None if self.ids is None else self.ids.clone()
-        return ids, self.batch, self.uniform, self.overrides, self.choice
+        return ids, self.batch, self.uniform, self.overrides, self.choice, self._puts
 
     def restore(self, state: tuple) -> None:
-        ids, self.batch, self.uniform, self.overrides, self.choice = state
+        ids, self.batch, self.uniform, self.overrides, self.choice, puts = state
         self._write(ids)
+        if puts != self._puts:
+            self._renew_choice()
 
     def clear(self) -> None:
         """Back to the base model."""
-        self.restore((None, None, False, None, None))
+        self.restore((None, None, False, None, None, self._puts))
+
+    def slots_changed(self) -> None:
+        """Other adapters are behind the same ids: what ran before cannot be recomputed."""
+        self._puts += 1
+        self._renew_choice()
+
+    def _renew_choice(self) -> None:
+        if self.active and self.overrides is None:
+            self.choice = object()
 
     def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
         """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
         if isinstance(ids, AdapterBatch):
+            for name in ("seg_indptr", "seg_adapters"):
+                value = getattr(ids, name)
+                if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.dim() != 1:
+                    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                    raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
             _check_ids(ids.seg_adapters, num_adapters, filled)
             self.batch = AdapterBatch(ids.seg_indptr.to(device), ids.seg_adapters.to(device), ids.max_seg_len)
             self.uniform, self.choice = False, object()
@@ -96,7 +113,7 @@ class Routing:
             # k x len(ids) rows: transformers repeats each row k times in place for beams and returned sequences.
             ids = self.ids.repeat_interleave(rows // count)
         elif self.uniform:
-            ids = self.ids[:1].expand(rows)
+            ids = self.ids[:1].repeat(rows)  # the ops take contiguous ids
         else:
             raise ValueError(
                 f"ids: expected one adapter id a row (or a divisor of the rows, for beams): the batch has {rows} rows, "

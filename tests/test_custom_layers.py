@@ -123,6 +123,32 @@ def test_ragged_tokens_and_packed_columns(make_stack, x):
         assert torch.equal(got[1:4], base[1:4])
 
 
+@pytest.mark.parametrize(("name", "sizes"), [("linear1", (16, 32)), ("linear2", (32, 16)), ("out_proj", (16, 16))])
+def test_linears_that_are_never_called_are_refused(make_stack, name, sizes):
+    """torch's encoder layer reads their weights, in eval mode without gradients: adapters would silently do nothing."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    stack = make_stack({name: sizes}, paths={name: f"layers.{{layer}}.{name}"})
+    with pytest.raises(ValueError, match=rf"{name}: layers\.0\..*{name} cannot be adapted: .* does not call it"):
+        attach(model, stack)
+    assert not wrapped(model)
+
+
+def test_an_embedding_is_no_linear(make_stack):
+    model = nn.ModuleDict({"embed_tokens": nn.Embedding(97, 16)})
+    stack = make_stack({"embed_tokens": (16, 97)}, num_layers=1, paths={"embed_tokens": "embed_tokens"})
+    with pytest.raises(ValueError, match="embed_tokens: layer 0 is a Embedding, expected a linear"):
+        attach(model, stack)
+
+
+def test_parts_of_a_layer_keep_their_mode(make_stack):
+    blocks = Blocks(lambda *sizes: nn.Sequential(nn.Linear(*sizes), nn.Dropout().eval()))
+    handle = attach(blocks, make_stack({"q_proj": (16, 16)}))
+    assert all(layer["q_proj"].training for layer in blocks.layers)
+    handle.detach()
+    assert not any(layer["q_proj"][1].training for layer in blocks.layers)
+
+
 def test_shared_modules(make_stack, x):
     """A layer in two places is one layer and refused; a linear in two layers is adapted apart, but not merged."""
     stack = make_stack({"q_proj": (16, 16)})
@@ -167,6 +193,8 @@ def test_two_parameters_on_one_memory_are_not_merged(make_stack):
         ("Phi3", {"num_key_value_heads": 4}, "v_proj: layer 0: .* 64/32, the model has 64/64"),
         ("GPT2", {}, "q_proj: the adapter adapts .*, but GPT2LMHeadModel has no such module"),
         ("GPTNeoX", {}, "q_proj: the adapter adapts .*, but GPTNeoXForCausalLM has no such module"),
+        # A qkv_proj of Phi-3's sizes with the columns in another order.
+        ("CodeGen", {"rotary_dim": 8}, "q_proj: the adapter adapts .*, but CodeGenForCausalLM has no such module"),
     ],
 )
 def test_another_base_model(tiny_model, make_stack, family, kwargs, message):

@@ -87,6 +87,31 @@ def test_gradients(stack, frozen):
         assert not leaf.grad[1].any() and leaf.grad[0].any()
 
 
+@pytest.mark.parametrize("outer", [None, (1, 1, 1, 1)], ids=["none", "set"])
+def test_one_backward_of_several_forwards(stack, outer):
+    """Gradient accumulation: the ids of a later forward pass leave an earlier one's gradients alone."""
+    model = Stack().requires_grad_(False)
+    x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
+    handle = attach(model, stack)
+    if outer is not None:
+        handle.set(outer)
+
+    def gradients(together):
+        own, own_leaves = leaves(stack)
+        losses = []
+        for ids in (IDS, (0, 1, -1, 2)):
+            with handle.differentiable(own, ids):
+                losses.append(model(x).square().sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            sum(losses).backward()
+        return [leaf.grad for leaf in own_leaves]
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= GRADIENT_RTOL * b.abs().max()
+
+
 def test_routing_returns_and_slots_are_left_alone(stack):
     model, x = Stack(), torch.randn(4, 5, 16, generator=torch.Generator().manual_seed(1))
     handle = attach(model, stack)

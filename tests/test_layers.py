@@ -101,6 +101,18 @@ def test_ids_of_any_integer_form(model, handle, prompts):
             assert (logits(model, prompts) - expected).abs().max() <= ROW_ATOL
 
 
+def test_one_id_for_any_number_of_rows(model, handle, prompts):
+    """Also after ids for another number of rows: beams, a last batch that is smaller."""
+    with handle.use(2):
+        expected = logits(model, prompts)
+    for before in ([0, 1, 3], [0] * 16, 3):
+        handle.set(before)
+        handle.set(2)
+        for rows in (8, 5, 1, 8):
+            got = logits(model, {key: value[:rows] for key, value in prompts.items()})
+            assert (got - expected[:rows]).abs().max() <= ROW_ATOL
+
+
 @pytest.mark.parametrize(
     ("ids", "error"),
     [
@@ -113,6 +125,9 @@ def test_ids_of_any_integer_form(model, handle, prompts):
         (torch.tensor([9]), IndexError),
         (AdapterBatch.from_rows([0, 8], 4), IndexError),
         (AdapterBatch.from_rows([-2], 4), IndexError),
+        (AdapterBatch([0, 4], [0], 4), ValueError),
+        (AdapterBatch(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0]), 4), ValueError),
+        (AdapterBatch(torch.tensor([0.0, 4.0]), torch.tensor([0], dtype=torch.int32), 4), ValueError),
         ([], ValueError),
         (1.0, ValueError),
         ([0.0, 1.0], ValueError),

@@ -1,5 +1,6 @@
 """What an attached model is used for: generation, training, compilation, export, saving."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -148,6 +149,20 @@ def test_inference_mode(model, stack_for, tokens):
     assert torch.equal(logits(model, tokens), expected)
 
 
+@pytest.mark.parametrize(("made", "merged"), [(True, False), (True, True), (False, True)])
+def test_merge_and_inference_mode(tiny_model, stack_for, tokens, made, merged):
+    with torch.inference_mode(made):
+        model = tiny_model("Llama")
+    base, handle = logits(model, tokens), attach(model, stack_for(model, NAMES))
+    with handle.use(1):
+        applied = logits(model, tokens)
+    with torch.inference_mode(merged):
+        handle.merge(1)
+    assert (logits(model, tokens) - applied).abs().max() <= LOGITS_ATOL
+    handle.unmerge()
+    assert torch.equal(logits(model, tokens), base)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
     ids = [2, -1, 0, 2]
@@ -195,6 +210,19 @@ def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
     for kwargs in ({"where": "outside"}, {"where": "outside", "outer": [1, 1, 1, 1]}, {"between": train}):
         with pytest.raises(RuntimeError, match=r"recomputes the forward pass .*call backward\(\) inside the with-block"):
             gradients(True, **kwargs)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_put_between_forward_and_recomputation(model, handle, stack_for, tokens, nested):
+    model.train().requires_grad_(False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    with handle.use([2, 0, -1, 3]):
+        loss = model(tokens, use_cache=False).logits.sum()
+        with handle.use(1) if nested else contextlib.nullcontext():
+            handle.put(0, stack_for(model, NAMES, num_adapters=1, seed=7))
+        with pytest.raises(RuntimeError, match="recomputes the forward pass"):
+            loss.backward()
 
 
 def test_threads(tiny_model, stack_for, tokens):
