@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.config import shown
+from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError, shown
 
 #: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
 CHECKSUM = "t2l_engine.sha256"
 #: ~7,000 tensors.  Python objects cost many times the bytes that describe them.
 MAX_HEADER_BYTES = 1 << 20
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError unless weights may have ``dtype``."""
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
 
 
 def content_checksum(state: dict[str, Tensor]) -> str:
@@ -38,14 +45,22 @@ def content_checksum(state: dict[str, Tensor]) -> str:
 def write_folder(
     directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
 ) -> None:
-    """Write a safetensors and a JSON file into ``directory``; files already there are replaced only by complete ones."""
+    """Write a safetensors and a JSON file into ``directory``; files already there are replaced only by complete ones.
+
+    Raises ConfigError where ``config`` is larger than readers accept.
+    """
     from safetensors.torch import save_file
 
+    text = json.dumps(config, indent=2) + "\n"  # ASCII
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{directory / config_name}: expected at most {MAX_CONFIG_BYTES} bytes to write, got {len(text)}")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
         metadata = {"format": "pt", CHECKSUM: content_checksum(state)}
-        save_file(state, Path(temporary) / weights_name, metadata=metadata)
-        (Path(temporary) / config_name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        weights, config_path = Path(temporary) / weights_name, Path(temporary) / config_name
+        config_path.write_text(text, encoding="utf-8")
+        save_file(state, weights, metadata=metadata)
+        shutil.copymode(config_path, weights)  # safetensors makes files that only their owner may read
         for name in (weights_name, config_name):
             os.replace(Path(temporary) / name, directory / name)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from t2l_engine.config import shown
 
-MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 4096, 256, 2
+MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 4096, 256, 3
 #: Steps of the matcher for all patterns and paths together, some ten nanoseconds each.
 MAX_STEPS = 200_000_000
 

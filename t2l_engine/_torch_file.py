@@ -14,6 +14,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -80,18 +81,44 @@ def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
         raise error(f"{path}: expected a state_dict of tensors")
     check_weights_sizes(path, state, error)
     check_weights(path, state, error)
-    return {key: value.detach() for key, value in state.items()}
+    return _apart(state)
+
+
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two indices may share a place: a stride within the reach of the smaller ones (0 where it was expanded)."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors, none of which shares memory with another: training one would change the other."""
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    apart = {}
+    for key, tensor in state.items():
+        storage = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.itemsize
+        alone = users[storage.data_ptr()] == 1
+        apart[key] = tensor.detach() if whole and alone else tensor.detach().clone(memory_format=torch.contiguous_format)
+    return apart
 
 
 def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
     """Views may claim more than the file holds (strides of 0, shared storage)."""
     total = 0
     for key, tensor in state.items():
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            raise error(f"{path}: {shown(key)}: expected a dense contiguous tensor, got {tensor.layout} on {tensor.device}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise error(f"{path}: {shown(key)}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
+        if _overlaps(tensor):
+            strides = shown(tensor.stride())
+            raise error(f"{path}: {shown(key)}: expected values that each have a place of their own, got strides {strides}")
         total += tensor.numel() * tensor.itemsize
         if total > path.stat().st_size:
-            raise error(f"{path}: {shown(key)}: its tensors claim more bytes than the file has")
+            raise error(f"{path}: {shown(key)}: its tensors claim more bytes than the file has; save shared ones as copies")
 
 
 def _check_archive(path: Path) -> None:
@@ -103,7 +130,7 @@ def _check_archive(path: Path) -> None:
         names = {entry.filename.lower() for entry in entries}  # torch looks entries up without regard to case
         if len(names) != len(entries):
             raise _Refused("several entries share a name")
-        if len({name.partition("/")[0] for name in names}) != 1 or any(".." in n or "\\" in n for n in names):
+        if len({name.partition("/")[0] for name in names}) != 1 or any(".." in n.split("/") or "\\" in n for n in names):
             raise _Refused("expected entries in one top folder")
         end = 0
         for entry in entries:

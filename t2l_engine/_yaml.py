@@ -13,12 +13,18 @@ MAX_NODES = 100_000
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """No merge keys: nested ones multiply without bound."""
+    """No merge keys: nested ones multiply without bound.  No doubled keys: which one counts would be a guess."""
 
     def flatten_mapping(self, node):
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not accepted", node.start_mark)
         super().flatten_mapping(node)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) != len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice in one mapping", node.start_mark)
+        return mapping
 
 
 def _count_nodes(value: Any, budget: int) -> int:

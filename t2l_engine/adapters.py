@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine import peft_format
+from t2l_engine._files import check_dtype
 from t2l_engine.config import shown
 from t2l_engine.peft_format import DEFAULT_PATHS, LAYER, AdapterError
 
@@ -181,26 +182,27 @@ class AdapterStack:
         return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        """Whether both stacks hold the same adapters: scalings, and per module path, ranks and A and B within the ranks.
+        """Whether both stacks hold the same adapters: scalings, and per module path ranks and A and B within the ranks.
 
-        Padding does not count: columns beyond the rank, layers and modules of rank 0.  Neither do dtype, device and
-        :attr:`partial`.  ``rtol``, ``atol`` as in ``torch.allclose``.
+        Padding does not count: columns beyond the rank, layers and modules of rank 0.  Neither do the names of modules,
+        dtype, device and :attr:`partial`.  ``rtol``, ``atol`` as in ``torch.allclose``.
         """
         other = other.to(self.scaling.device)
         if len(self) != len(other) or not torch.allclose(self.scaling, other.scaling, rtol, atol):
             return False
-        for name in self.lora_A.keys() | other.lora_A.keys():
-            holders = [s for s in (self, other) if name in s.lora_A]
-            mine, theirs = (s.ranks[name] if name in s.ranks else holders[0].ranks[name][:, :0] for s in (self, other))
+        named = [(s, {path: name for name, path in s.paths.items()}) for s in (self, other)]
+        for path in {*self.paths.values(), *other.paths.values()}:
+            found = [(s, names[path]) for s, names in named if path in names]
+            if len(found) == 1:
+                if bool(found[0][0].ranks[found[0][1]].any()):
+                    return False
+                continue
+            mine, theirs = (s.ranks[name] for s, name in found)
             n = min(mine.shape[1], theirs.shape[1])
             if not torch.equal(mine[:, :n], theirs[:, :n]) or bool(mine[:, n:].any()) or bool(theirs[:, n:].any()):
                 return False
-            if n == 0:
-                continue
-            if self.paths[name] != other.paths[name]:
-                return False
             for side in ("lora_A", "lora_B"):
-                a, b = (getattr(s, side)[name][:, :n] for s in (self, other))
+                a, b = (getattr(s, side)[name][:, :n] for s, name in found)
                 if side == "lora_B":
                     a, b = a.mT, b.mT
                 r = min(a.shape[2], b.shape[2])  # neither rank exceeds it
@@ -293,8 +295,8 @@ class AdapterStack:
             AdapterError: what is no plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), damaged files,
                 folders that do not fit together; the message names file and field or key.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+        if dtype is not None:
+            check_dtype(dtype)
         if isinstance(directories, (str, Path)):
             directories = [directories]
         directories = list(directories)

@@ -18,7 +18,7 @@ from torch import Tensor
 from t2l_engine import config as cfg
 from t2l_engine._files import read_safetensors, write_folder
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, shown
-from t2l_engine.encoder_config import encoder_config_from_json
+from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
@@ -91,6 +91,7 @@ def load(
     """See :meth:`HyperNetwork.from_pretrained`."""
     contents = read(folder, module_order)
     net = build(contents)
+    contents.state.clear()  # so that casting frees each tensor as it goes
     if scaling is not None:
         values = cfg.to_json(net.config) | {"scaling": scaling}
         net.config = cfg.from_json(HyperNetworkConfig, values, "from_pretrained")
@@ -104,13 +105,18 @@ def load(
 
 
 def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
-    """The text encoder a checkpoint was trained with, or None where a native folder does not say.
+    """The text encoder a checkpoint was trained with, or None where it does not say.
 
-    Raises ConfigError where a reference folder names an encoder whose pooling is not known.
+    Raises ConfigError where the reference's arguments name an encoder whose pooling is not known (UndefinedEncoder).
     """
     if form(folder) == "native":
-        block = _native_blocks(folder).get("encoder")
-        return None if block is None else encoder_config_from_json(block, f"{folder / CONFIG_NAME}: encoder")
+        blocks, path = _native_blocks(folder), folder / CONFIG_NAME
+        if blocks.get("encoder") is not None:
+            return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
+        args = blocks.get("reference", {}).get("args")
+        if isinstance(args, dict) and args.get("emb_model"):  # an encoder without rules of its own: refused by name
+            return reference_encoder_config(args, f"{path}: reference.args")
+        return None
     from t2l_engine import reference_format
 
     return reference_format.encoder_config(folder)
@@ -175,11 +181,14 @@ def save(net: HyperNetwork, folder: Path, metadata: dict[str, Any] | None = None
 
 
 def write_native(folder: Path, contents: Contents) -> None:
-    """Write ``contents`` as a native folder."""
+    """Write ``contents`` as a native folder; CheckpointError where its blocks are larger than readers accept."""
     blocks = {"format": FORMAT, "hypernetwork": cfg.to_json(contents.config), **contents.blocks}
     state = contents.state | {UNUSED_PREFIX + key: tensor for key, tensor in contents.unused.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)
+    try:
+        write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def build(contents: Contents) -> HyperNetwork:

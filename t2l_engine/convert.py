@@ -21,6 +21,7 @@ from torch import Tensor
 
 from t2l_engine import config as cfg
 from t2l_engine import reference_format as ref
+from t2l_engine._yaml import read_yaml
 from t2l_engine.checkpoint import (
     BLOCKS,
     CONFIG_NAME,
@@ -96,6 +97,11 @@ def _write_reference(folder: Path, state: dict[str, Tensor], args: dict[str, Any
         torch.save(state, weights)
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
         peft_path.write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path, reader in ((args_path, read_yaml), (peft_path, cfg.read_json)):
+            try:
+                reader(path)
+            except ConfigError as error:  # too long, or too many values
+                raise CheckpointError(f"no reader would accept it: {error}".replace(name, str(folder))) from None
         for path in (weights, args_path, peft_path):
             os.replace(path, folder / path.name)
 
@@ -180,7 +186,8 @@ def _reference_configs(
         "learnable_pos_emb": c.variant.endswith("learnable"),
         "hypernet_latent_size": c.latent_size,
         "head_in_size": c.head_in_size,
-        "emb_model": encoder.get("name", ""),
+        # A name without rules for its texts is in the reference's arguments only.
+        "emb_model": encoder.get("name") or args.get("emb_model") or "",
         "use_one_hot_task_emb": encoder.get("name") == "one-hot",
         "target_modules": list(c.modules),
         "pred_z_score": z_scores,

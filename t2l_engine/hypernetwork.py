@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine import ops, reference
+from t2l_engine._files import check_dtype
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, resolve_scaling
 from t2l_engine.task_encoder import TASK_ENCODERS
@@ -107,7 +108,7 @@ class HyperNetwork(nn.Module):
             {name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias) for i, name in enumerate(c.modules)}
         )
         self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
-        self._packed: tuple[tuple, dict] | None = None
+        self._packed: tuple[list[Tensor], list[int], dict] | None = None
 
     @classmethod
     def from_pretrained(
@@ -163,8 +164,7 @@ class HyperNetwork(nn.Module):
 
     def set_dtype(self, dtype: torch.dtype) -> HyperNetwork:
         """Cast the weight matrices to ``dtype``; norms, biases, embeddings and offsets stay float32 (or float64)."""
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
+        check_dtype(dtype)
         vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         matrices = {id(layer.weight) for layer in self.modules() if isinstance(layer, nn.Linear)}
         for tensor in (*self.parameters(), *self.buffers()):
@@ -205,11 +205,16 @@ class HyperNetwork(nn.Module):
         Raises:
             ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device.
         """
-        tensors = itertools.chain(self.parameters(), self.buffers())
-        versions = tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
-        if self._packed is None or self._packed[0] != versions:
-            self._packed = (versions, self._fold())
-        return self._run(task_emb, self._packed[1])
+        tensors = list(itertools.chain(self.parameters(), self.buffers()))
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        # The tensors themselves, not their ids, which a later parameter may get once these are gone.
+        if (
+            self._packed is None
+            or self._packed[1] != versions
+            or any(new is not old for new, old in zip(tensors, self._packed[0], strict=True))
+        ):
+            self._packed = (tensors, versions, self._fold())
+        return self._run(task_emb, self._packed[2])
 
     def _fold(self) -> dict:
         """Everything that does not depend on the task, as the trunk op takes it."""

@@ -81,8 +81,9 @@ def reference_name(key: str, task_encoder: str) -> str:
 def _paths(folder: Path) -> tuple[Path, Path, Path]:
     weights, args_path, peft_path = (folder / name for name in REFERENCE_NAMES)
     # Intermediate checkpoints sit in checkpoints/it_<step>/, their configuration in the folder above "checkpoints".
-    if not args_path.is_file() and folder.parent.name == "checkpoints":
-        args_path, peft_path = (folder.parent.parent / name for name in REFERENCE_NAMES[1:])
+    steps = folder.absolute().parent
+    if not args_path.is_file() and steps.name == "checkpoints":
+        args_path, peft_path = (steps.parent / name for name in REFERENCE_NAMES[1:])
     for path in (args_path, peft_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found")
@@ -106,13 +107,15 @@ def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
     return own
 
 
-def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig:
+def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
     """See :func:`t2l_engine.checkpoint.encoder_config`."""
     _, args_path, peft_path = _paths(folder)
     args, _ = _configs(args_path, peft_path)
-    own = _own(args, args_path).get("encoder")
-    if own is not None:
-        return encoder_config_from_json(own, f"{args_path}: {OWN_BLOCK}.encoder")
+    own = _own(args, args_path)
+    if own.get("encoder") is not None:
+        return encoder_config_from_json(own["encoder"], f"{args_path}: {OWN_BLOCK}.encoder")
+    if own and not args.get("emb_model"):
+        return None  # from a native folder that does not say; to the reference no name is the base model
     return reference_encoder_config(args, str(args_path))
 
 
@@ -226,9 +229,9 @@ def translate(
         raise CheckpointError(
             f"{args_path}: pred_z_score with factorized=false: the reference does not define generation for it"
         )
-    mt_lora_path = args.get("mt_lora_path")
+    mt_lora_path = args.get("mt_lora_path")  # an empty one adds nothing, but takes the bias away too
     key = f"heads.{modules[0]}.bias"
-    bias, expected_bias = key in state, not z_scores if recon else not mt_lora_path
+    bias, expected_bias = key in state, not z_scores if recon else mt_lora_path is None
     if bias != expected_bias:
         raise CheckpointError(
             f"{weights}: {shown(key)}: expected {'present' if expected_bias else 'absent'} for training_task="
@@ -369,6 +372,9 @@ def _rename(
         like = None if key.startswith("out_emb.") else state["AB_offset." + key.split(".", 1)[1]]
         expect_shape(weights, key, state[key], (config.width,) if like is None else tuple(like.shape))
     if config.num_sides == 2:
+        kinds = sorted({str(state[f"out_emb.{m}.{s}"].dtype) for s in "AB" for m in modules})
+        if len(kinds) > 1:  # one tensor here: stacking would widen some
+            raise CheckpointError(f"{weights}: out_emb.*: expected tensors of one dtype, got {', '.join(kinds)}")
         native["side_emb.weight"] = torch.stack(
             [torch.stack([state[f"out_emb.{m}.A"], state[f"out_emb.{m}.B"]]) for m in modules]
         )

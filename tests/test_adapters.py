@@ -218,6 +218,15 @@ def test_allclose_compares_what_adapters_mean(make_stack):
     assert not stack.allclose(stack[:2]) and not stack.allclose(stack[[0, 2, 1]])
 
 
+def test_allclose_knows_modules_by_their_paths(make_stack):
+    """A module's name depends on what else was read with it (GPT-2 has two c_proj)."""
+    path = "transformer.h.{layer}.attn.c_proj"
+    short, long = (make_stack({name: (8, 8)}, paths={name: path}) for name in ("c_proj", "attn.c_proj"))
+    other = make_stack({"c_proj": (8, 8)}, paths={"c_proj": "transformer.h.{layer}.mlp.c_proj"})
+    assert short.allclose(long) and long.allclose(short)
+    assert not short.allclose(other) and not other.allclose(long)
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -121,13 +121,26 @@ def test_module_order_override(golden):
             HyperNetwork.from_pretrained(golden / "L-sft", module_order=order)
 
 
-def test_intermediate_checkpoint_finds_its_configuration(edit, golden):
+def test_intermediate_checkpoint_finds_its_configuration(edit, golden, monkeypatch):
     folder = edit("L-sft")
     step = folder / "checkpoints" / "it_100"
     step.mkdir(parents=True)
     (folder / "hypermod.pt").rename(step / "hypermod.pt")
     expected = load_file(golden / "L-sft" / "expected.safetensors")
     assert_parity(adapters(HyperNetwork.from_pretrained(step), expected["task_emb"]), expected)
+    for working, name in ((folder, "checkpoints/it_100"), (step.parent, "it_100"), (step, ".")):
+        monkeypatch.chdir(working)
+        assert HyperNetwork.from_pretrained(name).config.rank == 4
+
+
+def test_an_empty_multi_task_lora_takes_the_bias_of_the_heads_away(edit, golden):
+    """As in the reference, which asks whether the path is None."""
+    state = torch.load(golden / "L-sft" / "hypermod.pt", weights_only=True)
+    biases = [key for key in state if key.startswith("heads.") and key.endswith(".bias")]
+    without = edit("L-sft", lambda state: {k: v for k, v in state.items() if k not in biases}, args={"mt_lora_path": ""})
+    assert not HyperNetwork.from_pretrained(without).config.head_bias
+    with pytest.raises(CheckpointError, match=r"heads\.q_proj\.bias.*expected absent"):
+        HyperNetwork.from_pretrained(edit("L-sft", args={"mt_lora_path": ""}))
 
 
 def test_fields_the_reference_ignores_are_no_contradiction(edit, golden):
@@ -166,6 +179,12 @@ def test_a_file_of_another_dtype(edit, golden, case, stored):
     assert relative_frobenius(net.generate(task_emb).lora_B["v_proj"], expected.lora_B["v_proj"]) <= 8 * u(stored)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16", "auto"])
+def test_dtypes_refused(golden, dtype):
+    with pytest.raises(ValueError, match=f"dtype: expected .*torch.bfloat16.*, got {dtype!r}"):
+        HyperNetwork.from_pretrained(golden / "L-sft", dtype=dtype)
+
+
 def test_matrices_of_several_dtypes(edit):
     folder = edit("L-sft", lambda state: state | {"mixer.4.weight": state["mixer.4.weight"].bfloat16()})
     with pytest.raises(
@@ -174,6 +193,94 @@ def test_matrices_of_several_dtypes(edit):
         HyperNetwork.from_pretrained(folder)
     for dtype in (torch.float32, torch.bfloat16):
         assert HyperNetwork.from_pretrained(folder, dtype=dtype).generate(torch.ones(1, 48)).lora_A["q_proj"].dtype == dtype
+
+
+# --- ways of saving a state_dict -------------------------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):
+    """A module whose state_dict is ``state``: an OrderedDict with ``_metadata``, as the reference saves it."""
+
+    def __init__(self, state):
+        super().__init__()
+        for key, tensor in state.items():
+            module = self
+            *parents, name = key.split(".")
+            for parent in parents:
+                if not hasattr(module, parent):
+                    module.add_module(parent, torch.nn.Module())
+                module = getattr(module, parent)
+            module.register_parameter(name, torch.nn.Parameter(tensor))
+
+
+def in_one_storage(state):
+    """Views of one long vector, with a gap in front of each."""
+    long = torch.zeros(sum(tensor.numel() + 1 for tensor in state.values()))
+    views, at = {}, 0
+    for key, tensor in state.items():
+        views[key] = long[at + 1 : at + 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
+        at += tensor.numel() + 1
+    return views
+
+
+WAYS = {
+    "state-dict": lambda state: Holder(state).state_dict(),
+    "parameters": lambda state: Holder(state).state_dict(keep_vars=True),
+    "dict-of-parameters": lambda state: dict(Holder(state).named_parameters()),
+    "requires-grad": lambda state: {key: tensor.requires_grad_() for key, tensor in state.items()},
+    "transposed": lambda state: {
+        key: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor for key, tensor in state.items()
+    },
+    "columns-of-wider-ones": lambda state: {
+        key: torch.cat((tensor, tensor), dim=-1)[..., : tensor.shape[-1]] for key, tensor in state.items()
+    },
+    "one-storage": in_one_storage,
+    "shared": lambda state: state | {"mlp2.mlp.0.bias": state["mlp1.mlp.0.bias"]},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_of_saving(edit, golden, tmp_path, way):
+    same = {"mlp2.mlp.0.bias": "mlp1.mlp.0.bias"} if way == "shared" else {}
+    plain = edit("M-sft", lambda state: state | {key: state[other].clone() for key, other in same.items()})
+    state = torch.load(golden / "M-sft" / "hypermod.pt", weights_only=True)
+    folder = edit("M-sft")
+    torch.save(WAYS[way](state), folder / "hypermod.pt")
+    first, second = (HyperNetwork.from_pretrained(f) for f in (plain, folder))
+    assert list(first.state_dict()) == list(second.state_dict())
+    for key, tensor in second.state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[key]) and tensor.is_contiguous(), key
+    assert all(parameter.is_leaf and parameter.requires_grad for parameter in second.parameters())
+    places = [parameter.untyped_storage().data_ptr() for parameter in second.parameters()]
+    assert len(set(places)) == len(places)  # training one must not change another
+    second.save_pretrained(tmp_path / "native")
+    again = HyperNetwork.from_pretrained(tmp_path / "native").state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in second.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["odd..näme (1).pt", "a\\b.pt", "data.pkl", None])
+def test_a_file_saved_under_another_name(edit, golden, tmp_path, name):
+    """torch names the folder inside the archive after the file; "archive" where it writes to an open file."""
+    folder = edit("L-sft")
+    state = torch.load(folder / "hypermod.pt", weights_only=True)
+    if name is None:
+        with (folder / "hypermod.pt").open("wb") as file:
+            torch.save(state, file)
+    else:
+        torch.save(state, tmp_path / name)
+        (tmp_path / name).rename(folder / "hypermod.pt")
+    got, expected = (HyperNetwork.from_pretrained(f).state_dict() for f in (folder, golden / "L-sft"))
+    assert got.keys() == expected.keys() and all(torch.equal(tensor, expected[key]) for key, tensor in got.items())
+
+
+def test_a_file_saved_on_a_gpu(edit, monkeypatch):
+    expected = HyperNetwork.from_pretrained(edit("L-sft")).state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        folder = edit("L-sft", lambda state: state)
+    assert b"cuda:3" in (folder / "hypermod.pt").read_bytes()
+    got = HyperNetwork.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in got.items())
 
 
 # --- what a folder says beside the tensors ---------------------------------------------------------------------------
@@ -224,3 +331,11 @@ def test_native_round_trip_is_bitwise(golden, tmp_path, case, dtype):
         assert torch.equal(first.lora_A[name], second.lora_A[name])
         assert torch.equal(first.lora_B[name], second.lora_B[name])
     assert describe(tmp_path) == metadata
+
+
+def test_written_files_are_as_readable_as_any(golden, tmp_path):
+    HyperNetwork.from_pretrained(golden / "L-sft").save_pretrained(tmp_path)
+    (tmp_path / "plain").write_text("")
+    assert {(tmp_path / name).stat().st_mode for name in ("plain", "config.json", "hypernet.safetensors")} == {
+        (tmp_path / "plain").stat().st_mode
+    }

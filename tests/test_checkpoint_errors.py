@@ -71,6 +71,28 @@ def test_not_floating_point_is_named(edit):
         HyperNetwork.from_pretrained(folder)
 
 
+@pytest.mark.parametrize(
+    "overlapping", [torch.zeros(1).expand(32), torch.zeros(40).unfold(0, 32, 1)[0:2]], ids=["expanded", "unfolded"]
+)
+def test_overlapping_values_are_refused(edit, overlapping):
+    message = refused(edit("L-sft", lambda state: state | {"mixer.4.bias": overlapping}))
+    assert "mixer.4.bias" in message and "a place of their own" in message
+
+
+def test_sides_of_several_dtypes(edit):
+    """They are one tensor here, and conversion keeps dtypes."""
+    folder = edit("M-sft", lambda state: state | {"out_emb.q_proj.A": state["out_emb.q_proj.A"].bfloat16()})
+    assert "out_emb.*: expected tensors of one dtype, got torch.bfloat16, torch.float32" in refused(folder)
+
+
+def test_a_doubled_argument_is_refused(edit):
+    folder = edit("L-sft")
+    for text in ("autoreg_gen: false\nautoreg_gen: true\n", "a: {b: 1, b: 1}\n"):
+        (folder / "args.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"args\.yaml: not plain YAML: a key occurs twice"):
+            HyperNetwork.from_pretrained(folder)
+
+
 def test_module_order_of_heads_and_sides_disagree(edit):
     def reverse_sides(state):
         moved = {key: tensor for key, tensor in state.items() if key.startswith("out_emb.")}

@@ -390,6 +390,20 @@ def test_arguments_that_json_cannot_hold(edit, tmp_path, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_that_no_reader_would_accept(native, edit, tmp_path):
+    """Sound in one form, too long or of too many values in the other."""
+    folder = native()
+    edit_config(folder, training={"losses": [1] * 100_000})
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"out/args\.yaml: not plain YAML: .* more than 100000 values"):
+        convert(folder, tmp_path / "out")
+    folder = edit("L-sft", args={"losses": ["x" * 8] * 60_000})
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"out/config\.json: expected at most 1048576 bytes to write, got"):
+        convert(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("name", ["args", "adapter_config"])
 def test_stored_arguments_of_another_kind(converted, tmp_path, name):
     folder = converted("L-sft")

@@ -230,6 +230,25 @@ def test_float64_is_the_oracle(load):
             assert relative_frobenius(stack.lora_B[name], expected[name][1]) < 1e-12
 
 
+# --- folding -------------------------------------------------------------------------------------------------------
+
+
+def test_a_replaced_parameter_is_seen(load):
+    """Also where it was replaced several times, until one has the address of the first, as may happen."""
+    net, _, _ = load("L")
+    table = net.depth_emb  # only folded: no result keeps it alive
+    for _ in range(20):
+        table.weight = torch.nn.Parameter(torch.randn_like(table.weight))
+        net.generate(task_embs())
+        first = id(table.weight)
+        for _ in range(20):
+            table.weight = torch.nn.Parameter(torch.randn_like(table.weight))
+            if id(table.weight) == first:
+                break
+        got, expected = net.generate(task_embs()), net.forward(task_embs())  # which folds every time
+        assert torch.equal(got.lora_A["q_proj"], expected.lora_A["q_proj"])
+
+
 # --- counts --------------------------------------------------------------------------------------------------------
 
 
