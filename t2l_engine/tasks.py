@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from t2l_engine.config import ConfigError, read_json, shown
+from t2l_engine.prompts import is_unicode
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_LINE_BYTES = 1 << 20
@@ -58,6 +59,8 @@ def load_tasks(folder: str | Path, split: str) -> list[Task]:
             )
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ConfigError(f"{path}: {name}: expected a non-empty list of non-empty strings")
+        if not all(map(is_unicode, texts)):
+            raise ConfigError(f"{path}: {name}: expected Unicode text, got lone surrogates")
         examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if e.split == split)
         if not examples:
             raise ConfigError(f"{folder / (name + '.jsonl')}: no examples of split {split!r}")
@@ -87,4 +90,6 @@ def _read_examples(path: Path):
             strings = (example.input, example.split, *example.outputs)
             if not isinstance(outputs, list) or not outputs or not all(isinstance(s, str) for s in strings):
                 raise ConfigError(f"{path}:{number}: expected strings, output a non-empty list of them")
+            if not all(map(is_unicode, strings)):
+                raise ConfigError(f"{path}:{number}: expected Unicode text, got lone surrogates")
             yield example

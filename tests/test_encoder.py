@@ -124,6 +124,7 @@ def test_template_replaces_the_full_stop(encoder):
         (["name", "a", " \n\t"], r"texts\[2\]"),
         ([None], r"texts\[0\]"),
         (["name", b"a"], r"texts\[1\]"),
+        (["name", "caf\udce9"], r"texts\[1\]: expected Unicode text, got .*'caf"),
         (["name", ["a"]], r"texts\[1\]"),
     ],
 )

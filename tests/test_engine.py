@@ -2,13 +2,31 @@
 
 import importlib.util
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from t2l_engine import ConfigError, EncoderConfig, HyperNetwork, HyperNetworkConfig, TextEncoder, TextToLoRA
+import t2l_engine
+from t2l_engine import (
+    AdapterStack,
+    ConfigError,
+    EncoderConfig,
+    HyperNetwork,
+    HyperNetworkConfig,
+    TextEncoder,
+    TextToLoRA,
+    checkpoint,
+)
+from t2l_engine.checkpoint import encoder_config
+from t2l_engine.cli import app
 from t2l_engine.config import OneHotConfig, to_json
+from t2l_engine.convert import convert
 from t2l_engine.encoder import OneHotEncoder
+from t2l_engine.encoder_config import SFR_TEMPLATE
 
 WORDS = ("name", "the", "capital", ".")
 TASKS = [f"task{i}" for i in range(48)]
@@ -101,6 +119,89 @@ def test_encoder_that_the_reference_leaves_undefined(golden, base_folder):
         TextToLoRA.from_pretrained(golden / "L-sft")
     encoder = TextEncoder.from_pretrained(EncoderConfig(str(base_folder), "mean"))
     assert len(TextToLoRA.from_pretrained(golden / "L-sft", encoder=encoder).generate(["name"])) == 1
+
+
+@pytest.fixture
+def sentence_transformer(base_folder):
+    """The folder of the base model, as a sentence-transformers folder of mean pooling."""
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [{"path": path, "type": f"sentence_transformers.models.{name}"} for path, name in modules]
+    (base_folder / "modules.json").write_text(json.dumps(modules))
+    (base_folder / "1_Pooling").mkdir()
+    (base_folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    return base_folder
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("owner/gte", {"pooling": "cls"}),
+        ("owner/SFR", {"pooling": "last", "template": SFR_TEMPLATE, "dtype": "bfloat16"}),
+        ("", {"pooling": "last", "dtype": "bfloat16"}),
+    ],
+)
+def test_encoder_of_the_checkpoint_from_another_folder(edit, sentence_transformer, name, expected):
+    """The folder holds the weights; how they are used is what the checkpoint was trained with."""
+    folder = edit("L-sft", args={"emb_model": name, "model_dir": "owner/base"})
+    config = EncoderConfig(str(sentence_transformer), max_length=8192, **expected)
+    texts = ["the capital", "name"]
+    engine = TextToLoRA.from_pretrained(folder, encoder=sentence_transformer)
+    assert engine.encoder.config == config
+    given = TextToLoRA.from_pretrained(folder, encoder=TextEncoder.from_pretrained(config))
+    assert same(engine.generate(texts), given.generate(texts))
+    with pytest.raises(FileNotFoundError, match="encoder 'no/such': no such folder"):
+        TextToLoRA.from_pretrained(folder, encoder="no/such")
+
+
+def test_folder_that_states_its_pooling_where_the_checkpoint_does_not(golden, native, base_folder, sentence_transformer):
+    for folder in (golden / "L-sft", native(None)):
+        engine = TextToLoRA.from_pretrained(folder, encoder=str(sentence_transformer))
+        assert engine.encoder.config == EncoderConfig.from_sentence_transformers(sentence_transformer)
+    (base_folder / "modules.json").unlink()
+    with pytest.raises(ValueError, match="config: expected 'minilm', a local sentence-transformers folder"):
+        TextToLoRA.from_pretrained(golden / "L-sft", encoder=base_folder)
+
+
+def test_one_hot_takes_no_encoder_folder(native, base_folder):
+    folder = native(to_json(OneHotConfig(tuple(TASKS))))
+    with pytest.raises(ValueError, match="encoder: expected none, since .* [(]one-hot[)]"):
+        TextToLoRA.from_pretrained(folder, encoder=base_folder)
+
+
+def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
+    """A name without rules stays refused, and no name stays no name."""
+    convert(native(None, embed_dim=384), tmp_path / "unnamed")
+    assert checkpoint.form(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
+    convert(golden / "L-sft", tmp_path / "once")
+    net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
+    net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say
+    convert(tmp_path / "once", tmp_path / "twice")
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        with pytest.raises(ConfigError, match="emb_model: expected a 'gte' or 'SFR' model or none.*got 'tiny-encoder'"):
+            encoder_config(folder)
+
+
+def test_readme_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
+    """The commands of the README run as printed, on small stand-ins for what its first lines download."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    shell, code = re.search(r"<!-- own checkpoint -->\n```\n(.*?)```\n\n```python\n(.*?)```", text, re.S).groups()
+    monkeypatch.chdir(tmp_path)
+    Path("trained_t2l").mkdir()
+    edit("L-sft", args={"emb_model": "Alibaba-NLP/gte-large-en-v1.5"}).rename("trained_t2l/t2l_demo")
+    sentence_transformer.rename("gte")
+    commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    assert [command[:2] for command in commands] == [["hf", "download"]] * 2 + [
+        ["t2l", c] for c in ("show", "convert", "generate")
+    ]
+    for _, *arguments in commands[2:]:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    names = {"t2l": t2l_engine}
+    exec(compile(code, "README own checkpoint", "exec"), names)
+    expected = names["engine"].generate(["Name the animal in the list."])
+    assert names["engine"].encoder.config.pooling == "cls"
+    read = AdapterStack.from_peft(["out"])
+    assert all(torch.equal(read.lora_A[name], a) for name, a in expected.lora_A.items())
 
 
 def test_encoder_that_is_not_to_be_had(edit):

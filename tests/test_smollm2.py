@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import t2l_engine as t2l
+from t2l_engine import demo
 from t2l_engine.integrations import smollm2
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.testing import numerics
@@ -104,3 +105,14 @@ def test_readme_quick_start(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "impala" in out and "borrowed" in out
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_demo(monkeypatch, smollm, engine):
+    """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
+    monkeypatch.setattr(demo.smollm2, "load", lambda: smollm)
+    monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
+    monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["socks"] * len(prompts))
+    with demo.console.capture() as screen:
+        demo.main()
+    for text in ("adapted 1 of 9", "2. One input", "3. One batch", "text encoder", "hypernetwork", "GFLOP once"):
+        assert text in screen.get()

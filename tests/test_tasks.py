@@ -41,7 +41,18 @@ def test_tasks_are_sorted_and_of_one_split(write):
 
 @pytest.mark.parametrize(
     "descriptions",
-    [[], {}, "a", None, {"a": []}, {"a": "Name it."}, {"a": ["Name it.", " "]}, {"a": ["Name it.", 3]}, {"a": None}],
+    [
+        [],
+        {},
+        "a",
+        None,
+        {"a": []},
+        {"a": "Name it."},
+        {"a": ["Name it.", " "]},
+        {"a": ["Name it.", 3]},
+        {"a": None},
+        {"a": ["\ud800"]},
+    ],
     ids=str,
 )
 def test_descriptions(write, descriptions):
@@ -60,6 +71,7 @@ def test_descriptions(write, descriptions):
         {"input": "Italy", "split": "train"},
         {"input": "Italy", "output": ["Rome"]},
         {"input": 3, "output": ["Rome"], "split": "train"},
+        '{"input": "\\ud800", "output": ["Rome"], "split": "train"}',
         {"input": "Italy", "output": "Rome", "split": "train"},
         {"input": "Italy", "output": [], "split": "train"},
         {"input": "Italy", "output": [3], "split": "train"},

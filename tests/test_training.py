@@ -1,6 +1,7 @@
 """SFT on a tiny random model: it learns, it resumes bit for bit, and its checkpoint loads and evaluates."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -200,3 +201,31 @@ def test_bad_settings(base_model, tasks, tmp_path):
         sft.train(config(base_model, target_modules=["w_proj"]), tasks, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="base_model"):
         base_model_loader.load("nowhere", torch.float32)
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GPT2"])  # no "sdpa"; tied weights that the file does not repeat
+def test_base_models_of_other_families(base_model, tiny_model, tmp_path, family):
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    tiny_model(family, tie_word_embeddings=True).save_pretrained(folder)
+    model, tokenizer = base_model_loader.load(str(folder), torch.bfloat16)
+    assert not model.training and model.dtype == torch.bfloat16 and tokenizer.padding_side == "left"
+
+
+def test_base_models_that_are_not_whole(base_model, tmp_path, monkeypatch):
+    """Weights that are missing are not made up, and code in a folder is not run, nor asked about at the terminal."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack \['model.layers.1.self_attn.q_proj.weight'\]"):
+        base_model_loader.load(str(folder), torch.float32)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the terminal"))
+    values = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(values | own))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        base_model_loader.load(str(folder), torch.float32)

@@ -22,6 +22,8 @@ from t2l_engine.cli.common import (
     load_engine,
     say,
 )
+from t2l_engine.config import shown
+from t2l_engine.prompts import chat_prompt, is_unicode
 
 HELP = """\
 A line is an input; its answer is on standard output.  Each line is answered by itself, without what was said before:
@@ -65,8 +67,6 @@ class Chat:
         import torch
         from transformers import TextStreamer
 
-        from t2l_engine.prompts import chat_prompt
-
         table = {} if self.interactive else _LINE_BREAKS
 
         class Streamer(TextStreamer):
@@ -91,6 +91,8 @@ class Chat:
 
     def line(self, line: str) -> bool:
         """Do what ``line`` says; False for /quit.  Raises ValueError for a command that cannot be followed."""
+        if not is_unicode(line):
+            raise ValueError(f"input: expected UTF-8 text, got {shown(line)}")
         command, _, rest = line.partition(" ")
         if not line.startswith("/") or line.startswith("//"):
             self.last = line[1:] if line.startswith("//") else line

@@ -59,14 +59,12 @@ def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: 
     """The engine of options, and the checkpoint's folder."""
     from transformers.utils import logging
 
-    from t2l_engine.encoder import TextEncoder
     from t2l_engine.engine import TextToLoRA, resolve_checkpoint
 
     logging.disable_progress_bar()  # stderr is for our messages
     folder = resolve_checkpoint(checkpoint)
-    given = TextEncoder.from_pretrained(encoder, trust_remote_code=trust_remote_code) if encoder else None
     engine = TextToLoRA.from_pretrained(
-        folder, encoder=given, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
+        folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
     )
     return engine, folder
 

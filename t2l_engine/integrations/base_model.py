@@ -6,15 +6,21 @@ from pathlib import Path
 
 import torch
 
+from t2l_engine.config import shown
 from t2l_engine.integrations import smollm2
 
 PACKAGED = "smollm2-135m"
 
 
-def load(name: str, dtype: torch.dtype, attention: str = "sdpa"):
+def load(name: str, dtype: torch.dtype, attention: str | None = None):
     """(model in eval mode, tokenizer with left padding) of "smollm2-135m" or of a local transformers folder.
 
-    ``attention``: as transformers names it.  Raises FileNotFoundError for anything else.
+    ``attention``: as transformers names it, None = its choice for the model (Gemma-2 has no "sdpa").  Code that a folder
+    brings is never run.
+
+    Raises:
+        FileNotFoundError: ``name`` is neither.
+        ValueError: the folder's weights are not complete, or its model needs code of its own.
     """
     if name == PACKAGED:
         model, tokenizer = smollm2.load(dtype, attn_implementation=attention)
@@ -23,8 +29,14 @@ def load(name: str, dtype: torch.dtype, attention: str = "sdpa"):
 
         if not Path(name).is_dir():
             raise FileNotFoundError(f"base_model: expected {PACKAGED!r} or a local transformers folder, got {name!r}")
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention).eval()
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+        # False, not unset: transformers would ask at the terminal.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"]:  # transformers would make them up at random
+            raise ValueError(f"base_model {name!r}: its weights lack {shown(sorted(info['missing_keys']))}")
+        model = model.eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer

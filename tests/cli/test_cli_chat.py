@@ -107,6 +107,7 @@ def test_leaving(chat, error):
     [
         ("/nonsense\n", "/nonsense: expected /task, /base, /help or /quit"),
         ("/base\n", "/base: expected an input before it"),
+        ("caf\udce9\n", "input: expected UTF-8 text, got 'caf"),
         ("/task  \n", "texts[0]: expected a non-empty description"),
         ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
     ],
