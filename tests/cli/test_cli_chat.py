@@ -137,6 +137,7 @@ def test_no_base_model_named(run, checkpoint):
 
 @pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
 def test_the_real_model(run):
+    smollm2.convert()  # the first time shows its progress
     stdin = "paintbrush, hammer, impala\n/base\n/task Answer with the simple past of the given verb.\nborrow\n"
     task = "Return the last element of the comma separated list."
     code, out, err = run("chat", "--task", task, "--max-new-tokens", 8, stdin=stdin)
