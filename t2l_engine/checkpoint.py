@@ -166,7 +166,9 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
-    tensors = read_safetensors(path, CheckpointError)
+    # Copied out of the mapped file: what was checked cannot change any more, and torch aligns its own memory.  Its products
+    # may round by alignment; so a checkpoint gives the same adapters in either form.
+    tensors = {key: tensor.clone() for key, tensor in read_safetensors(path, CheckpointError).items()}
     unused = {k.removeprefix(UNUSED_PREFIX): t for k, t in tensors.items() if k.startswith(UNUSED_PREFIX)}
     state = {k: t for k, t in tensors.items() if not k.startswith(UNUSED_PREFIX)}
     return Contents(config, state, unused, {k: v for k, v in blocks.items() if k in BLOCKS}, path)

@@ -333,6 +333,16 @@ def test_native_round_trip_is_bitwise(golden, tmp_path, case, dtype):
     assert describe(tmp_path) == metadata
 
 
+def test_weights_are_no_longer_those_of_the_file(golden, tmp_path):
+    HyperNetwork.from_pretrained(golden / "L-sft").save_pretrained(tmp_path)
+    net = HyperNetwork.from_pretrained(tmp_path)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with open(tmp_path / "hypernet.safetensors", "r+b") as file:
+        file.write(bytes(os.fstat(file.fileno()).st_size))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in net.state_dict().values())
+
+
 def test_written_files_are_as_readable_as_any(golden, tmp_path):
     HyperNetwork.from_pretrained(golden / "L-sft").save_pretrained(tmp_path)
     (tmp_path / "plain").write_text("")

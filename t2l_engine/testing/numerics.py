@@ -11,6 +11,8 @@ from torch import Tensor
 
 #: Relative Frobenius error of a generated adapter against the reference implementation's, float32.
 PARITY_FROBENIUS = 1e-5
+#: Relative error of a text's embedding against the same model called otherwise (alone, in a padded batch), float32.
+EMBEDDING_FROBENIUS = 1e-5
 #: Logits of our layers against PEFT with the same folder, float32 (two orders of summation through a whole model).
 LOGITS_ATOL = 1e-4
 #: Where float32 rounding of the model itself reaches LOGITS_ATOL (SmolLM2: logits of 41, 1e-4 against float64), the error

@@ -17,6 +17,7 @@ def run(monkeypatch, capsys):
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "argv", ["t2l", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin) if isinstance(stdin, str) else stdin)
+        capsys.readouterr()  # what was printed before is not the command's
         with pytest.raises(SystemExit) as stop:
             cli.main()
         out = capsys.readouterr()
