@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import mmap
-import pickletools
 import struct
 import zipfile
 import zlib
@@ -21,40 +20,15 @@ import torch
 from torch import Tensor
 
 from t2l_engine._files import check_weights
+from t2l_engine._torch_pickle import Refused, check_pickle
 from t2l_engine.config import shown
 
 #: A directory of ~15,000 entries; ~800 tensors.  Python objects cost many times the bytes that describe them.
 MAX_DIRECTORY_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 1 << 17
-#: Objects that a pickle's operations take up, each with everything it refers to written out: what hashing them may cost.
-MAX_NODES, MAX_DEPTH = 1_000_000, 50
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-
-#: Everything a pickle of plain tensors names.
-GLOBALS = frozenset(
-    {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"}
-    | {f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int")}
-)
-#: Opcodes that name or call things in other ways; protocol 2, which torch writes, needs none of them.
-REFUSED_OPCODES = frozenset(
-    {
-        "INST",
-        "OBJ",
-        "NEWOBJ",
-        "NEWOBJ_EX",
-        "STACK_GLOBAL",
-        "EXT1",
-        "EXT2",
-        "EXT4",
-        "PERSID",
-        "NEXT_BUFFER",
-        "READONLY_BUFFER",
-    }
-)
-
-
-class _Refused(Exception):
-    """Why a file is no plain tensor file."""
+#: End of the directory, as torch.save writes it: no comment, so that every reader finds this one and no other.
+END, END64, LOCATOR64 = struct.Struct("<4s4x2H2IH"), struct.Struct("<4sQ12x4Q"), struct.Struct("<4s4xQ4x")
 
 
 class _SmallReads(io.FileIO):
@@ -62,7 +36,7 @@ class _SmallReads(io.FileIO):
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY_BYTES:
-            raise _Refused(f"its directory is larger than {MAX_DIRECTORY_BYTES} bytes")
+            raise Refused(f"its directory is larger than {MAX_DIRECTORY_BYTES} bytes")
         return super().read(size)
 
 
@@ -124,67 +98,60 @@ def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueE
 def _check_archive(path: Path) -> None:
     with _SmallReads(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] != b"PK":
-            raise _Refused("expected the zip form that torch.save has written since torch 1.6")
+            raise Refused("expected the zip form that torch.save has written since torch 1.6")
+        start, count = _directory(data)
         archive = zipfile.ZipFile(file)
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
+        if archive.start_dir != start or len(entries) != count:
+            raise Refused("its directory is not where the file says")
         names = {entry.filename.lower() for entry in entries}  # torch looks entries up without regard to case
         if len(names) != len(entries):
-            raise _Refused("several entries share a name")
+            raise Refused("several entries share a name")
         if len({name.partition("/")[0] for name in names}) != 1 or any(".." in n.split("/") or "\\" in n for n in names):
-            raise _Refused("expected entries in one top folder")
+            raise Refused("expected entries in one top folder")
         end = 0
         for entry in entries:
             name = shown(entry.filename)
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
-                raise _Refused(f"entry {name} is compressed or encrypted")
+                raise Refused(f"entry {name} is compressed or encrypted")
             if entry.header_offset < end:
-                raise _Refused(f"entry {name} overlaps another")
+                raise Refused(f"entry {name} overlaps another")
             header = data[entry.header_offset : entry.header_offset + 30]
             signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
-            start = entry.header_offset + 30 + name_length + extra_length
-            end = start + entry.file_size
+            begin = entry.header_offset + 30 + name_length + extra_length
+            end = begin + entry.file_size
             local_name = data[entry.header_offset + 30 : entry.header_offset + 30 + name_length]
-            if signature != b"PK\3\4" or local_name != entry.orig_filename.encode() or end > archive.start_dir:
-                raise _Refused(f"entry {name} has a bad header")
-            with memoryview(data) as view, view[start:end] as content:
+            if signature != b"PK\3\4" or local_name != entry.orig_filename.encode() or end > start:
+                raise Refused(f"entry {name} has a bad header")
+            with memoryview(data) as view, view[begin:end] as content:
                 if zlib.crc32(content) != entry.CRC:
-                    raise _Refused(f"the checksum of entry {name} does not match: the file is damaged")
+                    raise Refused(f"the checksum of entry {name} does not match: the file is damaged")
                 if entry.filename.lower().endswith("data.pkl"):
                     if entry.file_size > MAX_PICKLE_BYTES:
-                        raise _Refused(f"entry {name} is larger than {MAX_PICKLE_BYTES} bytes")
-                    _check_pickle(bytes(content))
+                        raise Refused(f"entry {name} is larger than {MAX_PICKLE_BYTES} bytes")
+                    check_pickle(bytes(content))
 
 
-def _check_pickle(content: bytes) -> None:
-    # Follows what the pickle would build, as (nodes, nesting) of each object on the stack and in the memo: a tuple that
-    # holds an earlier one twice, and so on, is short to write and endless to hash.
-    stack: list[tuple[int, int] | None] = []  # None: a mark
-    memo: dict[int, tuple[int, int]] = {}
-    work = 0
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name in REFUSED_OPCODES:
-            raise _Refused(f"its pickle uses {opcode.name}, which plain tensors do not need")
-        if opcode.name == "GLOBAL" and argument not in GLOBALS:
-            raise _Refused(f"its pickle names {shown(argument)}, which is no plain tensor")
-        if opcode.name == "PROTO" and argument != 2:
-            raise _Refused(f"expected pickle protocol 2 as torch.save writes, got {argument}")
-        if opcode.name == "MARK":
-            stack.append(None)
-        elif "PUT" in opcode.name:
-            memo[argument] = stack[-1]
-        elif "GET" in opcode.name:
-            stack.append(memo[argument])
-        else:
-            taken = []
-            before = opcode.stack_before
-            if pickletools.markobject in before:
-                while (item := stack.pop()) is not None:
-                    taken.append(item)
-                before = before[: before.index(pickletools.markobject)]
-            taken += [stack.pop() for _ in before]
-            nodes, depth = 1 + sum(n for n, _ in taken), max((d for _, d in taken), default=0)
-            depth += opcode.name.startswith(("TUPLE", "LIST", "APPEND", "DICT", "SETITEM", "REDUCE", "BUILD"))
-            work += nodes
-            if work > MAX_NODES or depth > MAX_DEPTH:
-                raise _Refused("its pickle nests objects without need")
-            stack += [(nodes, depth)] * len(opcode.stack_after)
+def _directory(data: mmap.mmap) -> tuple[int, int]:
+    """Start and number of entries of the archive's directory, where all readers agree on it.
+
+    Python's zipfile takes the directory that ends where its end record begins, torch's reader the one at the offset that
+    the record states: with two directories in a file, one would be checked and the other used.
+    """
+    at = max(len(data) - END.size, 0)
+    signature, here, entries, size, offset, comment = END.unpack(data[at : at + END.size].ljust(END.size, b"\0"))
+    if signature != b"PK\5\6" or comment:
+        raise Refused("expected the end of a zip archive, without a comment")
+    stated = here, entries, size, offset
+    if at >= LOCATOR64.size and data[at - LOCATOR64.size : at - LOCATOR64.size + 4] == b"PK\6\7":
+        _, record = LOCATOR64.unpack(data[at - LOCATOR64.size : at])
+        at -= LOCATOR64.size + END64.size
+        signature, length, *wide = END64.unpack(data[max(at, 0) : max(at, 0) + END64.size])
+        # A field of the small record defers to the wide one, or says the same.
+        agree = all(a in (b, limit) for a, b, limit in zip(stated, wide, (0xFFFF,) * 2 + (0xFFFFFFFF,) * 2, strict=True))
+        if record != at or signature != b"PK\6\6" or length != END64.size - 12 or not agree:
+            raise Refused("its directory is not where the file says")
+        here, entries, size, offset = wide
+    if here != entries or offset + size != at:
+        raise Refused("its directory is not where the file says")
+    return offset, entries

@@ -13,6 +13,7 @@ import torch
 from hostile import GOLDEN, LOADERS, MARKER, MEMORY_ALLOWANCE, MEMORY_FACTOR, SECONDS_LIMIT, corpus, judge
 from hostile.archive import dumps, pack, parts
 from hostile.payloads import CALLS, RAW
+from hostile.zip_files import plain_zip, wide_zip
 
 from t2l_engine import AdapterStack, HyperNetwork, attach
 
@@ -100,12 +101,13 @@ def test_opcodes_are_live(tmp_path, monkeypatch, name):
     assert (tmp_path / MARKER).exists()
 
 
-def test_the_archives_made_by_hand_are_good_where_nothing_is_wrong(tmp_path):
+@pytest.mark.parametrize("write", [pack, plain_zip, wide_zip], ids=lambda write: write.__name__)
+def test_the_archives_made_by_hand_are_good_where_nothing_is_wrong(tmp_path, write):
     """Else the corpus would be refused for a reason of its own."""
     folder = GOLDEN / "L-sft"
     state = torch.load(folder / "hypermod.pt", weights_only=True)
     claims, records = parts(state)
-    (tmp_path / "hypermod.pt").write_bytes(pack(dumps(claims), records))
+    (tmp_path / "hypermod.pt").write_bytes(write(dumps(claims), records))
     for name in ("args.yaml", "adapter_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     first, second = HyperNetwork.from_pretrained(tmp_path), HyperNetwork.from_pretrained(folder)

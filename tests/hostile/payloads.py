@@ -76,6 +76,10 @@ _DOUBLED = b"K\x00" + b"q\x00h\x00\x86" * 50  # a tuple of two of the tuple befo
 #: Integers whose hash is 0: each insertion into a dict of them meets all that are there.
 _COLLIDING = b"".join(pickle.dumps(i * (2**61 - 1), 2)[2:-1] + b"K\x00" for i in range(1, 100_000))
 
+_ORDERED = b"ccollections\nOrderedDict\nq\x01"
+_FILLED_LATER = b"}q\x00(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(15_000)) + b"u"
+_COLLIDE_LATER = b"}q\x00(" + _COLLIDING[:50_000].rpartition(b"K\x00")[0] + b"K\x00u"
+
 #: Pickles written opcode by opcode.
 RAW = {
     "global": b"cposix\nsystem\n(S'" + COMMAND.encode() + b"'\ntR.",
@@ -107,6 +111,16 @@ RAW = {
     "value-deep": b"\x80\x02}" + _text("mixer.4.bias") + b"]" * 200_000 + b"a" * 199_999 + b"s.",
     "top-deep": b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".",
     "recursive": b"\x80\x02}q\x00" + _text("self") + b"h\x00s.",
+    # A dict that is filled after it is named, then copied again and again.
+    "dict-copied": b"\x80\x02" + _ORDERED + _FILLED_LATER + b"(" + b"h\x01h\x00\x85R" * 600 + b"t.",
+    "dict-copied-colliding": b"\x80\x02" + _ORDERED + _COLLIDE_LATER + b"(" + b"h\x01h\x00\x85R" * 10_000 + b"t.",
+    "attributes-copied": b"\x80\x02" + _ORDERED + b")Rq\x02(" + _COLLIDE_LATER + b"h\x02h\x00b" * 6000 + b"t.",
+    "attribute-items": b"\x80\x02" + _ORDERED + b")R}" + _text("items") + b"K\x01sb.",
+    "attribute-metadata-twice": b"\x80\x02" + _ORDERED + b")R}(" + (_text("_metadata") + b"N") * 2 + b"ub.",
+    "call-of-a-text": b"\x80\x02" + _text("collections OrderedDict") + b")R.",
+    "tuples-shared": b"\x80\x02" + b"(" * 40_000 + b"K\x00" + b"t" * 40_000 + b".",
+    "mark-named": b"\x80\x02(q\x00h\x00h\x00t.",
+    "taken-below-a-mark": b"\x80\x02" + _text("a") + b"K\x01(\x86.",
     "bytearray-huge": b"\x80\x02cbuiltins\nbytearray\n" + pickle.dumps(1 << 34, 2)[2:-1] + b"\x85R.",
     "tensor-huge": b"\x80\x02ctorch\nTensor\n" + pickle.dumps(1 << 34, 2)[2:-1] + b"\x85R.",
     "int-digits": b"I" + b"9" * 1_000_000 + b"\n.",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from hostile import Case
 from hostile.archive import PREFIX, dumps, entry, pack, parts
+from hostile.payloads import RAW
 
 MIB = 1 << 20
 _LOCAL, _CENTRAL, _END = "<IHHHHHIIIHH", "<IHHHHHHIIIHHHHHII", "<IHHHHIIH"
@@ -38,16 +39,20 @@ class Raw:
         self.count += 1
         return self
 
+    def finish64(self, **lies) -> bytes:
+        """With the wide end record and its locator; the small record defers to it."""
+        end = len(self.body) + len(self.directory)
+        says = {"signature": 0x06064B50, "length": 44, "here": self.count, "count": self.count} | lies
+        sizes = (says["here"], says["count"], lies.get("size", len(self.directory)), lies.get("offset", len(self.body)))
+        record = struct.pack("<IQHHIIQQQQ", says["signature"], says["length"], 45, 45, 0, 0, *sizes)
+        locator = struct.pack("<IIQI", 0x07064B50, 0, lies.get("at", end), 1)
+        small = struct.pack(_END, 0x06054B50, 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+        return bytes(self.body + self.directory + record + locator + small)
+
     def finish(self, **lies) -> bytes:
         count = min(self.count, 0xFFFF)
         says = {"count": count, "size": len(self.directory), "offset": len(self.body), "comment": 0} | lies
-        zip64 = b""
-        if self.count > 0xFFFF:
-            at = len(self.body) + len(self.directory)
-            sizes = (self.count, self.count, len(self.directory), len(self.body))
-            zip64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, *sizes) + struct.pack(
-                "<IIQI", 0x07064B50, 0, at, 1
-            )
+        zip64 = self.finish64()[len(self.body) + len(self.directory) : -22] if self.count > 0xFFFF else b""
         end = struct.pack(
             _END, 0x06054B50, 0, 0, says["count"], says["count"], says["size"], says["offset"], says["comment"]
         )
@@ -58,6 +63,24 @@ def _name(name: str) -> bytes:
     return f"{PREFIX}/{name}".encode()
 
 
+def _raw(pickled: bytes, records: dict[str, bytes], skip: str = "") -> Raw:
+    """A good file, without the entry ``skip``."""
+    archive = Raw()
+    entries = {"data.pkl": pickled} | {f"data/{k}": v for k, v in records.items()} | {"version": b"3\n"}
+    for name, data in entries.items():
+        if name != skip:
+            archive.add(_name(name), data)
+    return archive
+
+
+def plain_zip(pickled: bytes, records: dict[str, bytes]) -> bytes:
+    return _raw(pickled, records).finish()
+
+
+def wide_zip(pickled: bytes, records: dict[str, bytes]) -> bytes:
+    return _raw(pickled, records).finish64()
+
+
 def _deflated(entries: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -66,17 +89,32 @@ def _deflated(entries: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> 
     return buffer.getvalue()
 
 
+def _two_directories(shown: dict[str, bytes], used: Raw) -> bytes:
+    """A file in which Python's zipfile sees the entries ``shown`` and torch those of ``used``, which has the same names.
+
+    zipfile takes the directory in front of the end record, torch the one at the offset that this record states.
+    """
+    bodies = Raw()
+    for name, data in shown.items():
+        bodies.add(_name(name), data)
+    used.body += bytes(max(0, len(bodies.body) - len(used.body)))  # so that no offset below is negative
+    shift, at, directory = len(used.body) - len(bodies.body), 0, Raw()
+    for name, data in shown.items():
+        directory.add(_name(name), data, at=at + shift)
+        at += 30 + len(_name(name)) + len(data)
+    assert len(directory.directory) == len(used.directory) and directory.count == used.count
+    end = Raw()
+    end.body, end.directory, end.count = used.body + used.directory + bodies.body, directory.directory, used.count
+    return end.finish(offset=len(used.body))
+
+
 def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
     claims, records = parts(state)
     pickled = dumps(claims)
     entries = {"data.pkl": pickled} | {f"data/{k}": v for k, v in records.items()} | {"version": b"3\n"}
 
     def raw(skip: str = "") -> Raw:
-        archive = Raw()
-        for name, data in entries.items():
-            if name != skip:
-                archive.add(_name(name), data)
-        return archive
+        return _raw(pickled, records, skip)
 
     def lie(name: str, **lies) -> bytes:
         return raw(name).add(_name(name), entries[name], **lies).finish()
@@ -101,6 +139,14 @@ def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
     yield case("zip-overlapping-entries", overlapping.add(_name("data/0"), records["0"], at=0).finish())
     for method, name in ((8, "deflated"), (12, "bzip2"), (14, "lzma")):
         yield case(f"zip-{name}", _deflated(entries, method), harmless=True)
+
+    used = {"pickle": raw("data.pkl").add(_name("data.pkl"), RAW["key-hash-doubling"])}
+    used["record"] = raw("data/0").add(_name("data/0"), packed, **bomb)
+    for name, archive in used.items():
+        content = _two_directories(entries, archive)
+        with zipfile.ZipFile(io.BytesIO(content)) as checked:
+            assert checked.testzip() is None and checked.read(f"{PREFIX}/data.pkl") == pickled
+        yield case(f"zip-two-directories-{name}", content)
 
     # Names.
     with warnings.catch_warnings():
@@ -157,6 +203,17 @@ def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
         "comment": {"comment": 0xFFFF},
     }.items():
         yield case(f"zip-end-{name}", raw().finish(**lies), harmless=True)
+    for name, lies in {
+        "elsewhere": {"at": 0},
+        "no-record": {"signature": 0},
+        "count": {"count": 3},
+        "offset": {"offset": 0},
+        "size": {"size": 46},
+        "disk-count": {"here": 1},
+        "long": {"length": 1 << 40},
+    }.items():
+        yield case(f"zip64-end-{name}", raw().finish64(**lies))
+    yield case("zip-commented", raw().finish(comment=4) + b"PK\5\6")
     yield case("zip-prefixed", b"#!/bin/sh\n" * 10 + raw().finish(), harmless=True)
     yield case("zip-suffixed", raw().finish() + b"x" * 100, harmless=True)
     yield case("zip-byteorder", pack(pickled, records, {"byteorder": b"middle"}))
