@@ -72,8 +72,13 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
+    try:
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+    except FileNotFoundError:
+        raise
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
     if header > MAX_HEADER_BYTES:
         raise error(f"{path}: not a readable safetensors file: its header claims more than {MAX_HEADER_BYTES} bytes")
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from t2l_engine.config import shown
 
 MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 4096, 256, 3
+MAX_CLASSES = 256  # of characters, in all patterns: Python takes long to compile them
 #: Steps of the matcher for all patterns and paths together, some ten nanoseconds each.
 MAX_STEPS = 200_000_000
 
@@ -32,8 +33,11 @@ class Patterns:
         if len(values) > MAX_PATTERNS:
             raise ValueError(f"expected at most {MAX_PATTERNS} patterns, got {len(values)}")
         length, parts = max(map(len, paths)), max(path.count(".") + 1 for path in paths)
-        self._values, steps = [], 0
+        self._values, steps, classes = [], 0, 0
         for pattern, value in values.items():
+            classes += pattern.count("[")
+            if classes > MAX_CLASSES:
+                raise ValueError(f"{shown(pattern)}: expected at most {MAX_CLASSES} character classes in all patterns")
             steps += len(paths) * parts * (16 + _ways(pattern, length))
             if steps > MAX_STEPS:
                 raise ValueError(f"{shown(pattern)}: too much work for {len(paths)} modules; use simpler or fewer patterns")

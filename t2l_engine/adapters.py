@@ -11,7 +11,8 @@ from torch import Tensor
 from t2l_engine import peft_format
 from t2l_engine._files import check_dtype
 from t2l_engine.config import shown
-from t2l_engine.peft_format import DEFAULT_PATHS, LAYER, AdapterError
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_fault
+from t2l_engine.peft_format import AdapterError
 
 __all__ = ["AdapterError", "AdapterStack"]
 
@@ -96,7 +97,7 @@ class AdapterStack:
             path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
             if not isinstance(path, str) or (LAYER not in path and a.shape[1] != 1):
                 raise ValueError(f"paths: expected a path with '{LAYER}' for module {shown(name)}, got {shown(path)}")
-            fault = peft_format.path_fault(path)
+            fault = path_fault(path)
             if fault is None and path in self.paths.values():
                 fault = "expected a path of its own for every module"
             if fault is not None:
@@ -235,7 +236,7 @@ class AdapterStack:
             first = holders[0]
             a0, b0 = first.lora_A[name], first.lora_B[name]
             paths[name] = first.paths[name]
-            num_layers = depths.get(peft_format.layer_list(paths[name]), 1)
+            num_layers = depths.get(layer_list(paths[name]), 1)
             r = max(s.lora_A[name].shape[2] for s in holders)
             total = sum(len(s) for s in stacks)
             lora_A[name] = a0.new_zeros(total, num_layers, r, a0.shape[3])
@@ -303,7 +304,7 @@ class AdapterStack:
         if not directories:
             raise ValueError("directories: expected at least one folder, got none")
         folders = [peft_format.read_folder(Path(directory), dtype) for directory in directories]
-        names = peft_format.module_names(path for folder in folders for path in folder.lora_A)
+        names = module_names(path for folder in folders for path in folder.lora_A)
         stacks = [
             AdapterStack(
                 *({names[path]: tensor for path, tensor in side.items()} for side in (folder.lora_A, folder.lora_B)),
@@ -331,7 +332,7 @@ def _common_depths(stacks: Sequence[AdapterStack]) -> dict[str | None, int]:
     for stack in sorted(stacks, key=lambda s: s.partial):
         own: dict[str | None, int] = {}
         for name, a in stack.lora_A.items():
-            prefix = peft_format.layer_list(stack.paths[name])
+            prefix = layer_list(stack.paths[name])
             own[prefix] = max(own.get(prefix, 1), a.shape[1])
         for prefix, n in own.items():
             most, exact = depths.setdefault(prefix, (n, not stack.partial))

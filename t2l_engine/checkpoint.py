@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine import config as cfg
-from t2l_engine._files import read_safetensors, write_folder
+from t2l_engine._files import check_dtype, read_safetensors, write_folder
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, shown
 from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
@@ -58,7 +58,9 @@ def form(folder: Path) -> str:
     """ "native" or "reference"; FileNotFoundError says what was looked for."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-    if (folder / CONFIG_NAME).is_file():
+    weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
+    # A model's own config.json may lie beside a reference checkpoint: some tools want it there.
+    if config and (weights or not (folder / REFERENCE_NAMES[0]).is_file()):
         return "native"
     if (folder / REFERENCE_NAMES[0]).is_file():
         return "reference"
@@ -101,7 +103,12 @@ def load(
             got = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"{contents.path}: expected matrices of one dtype, got {got}; pass dtype to cast them")
         dtype = net.dtype
-    return net.set_dtype(dtype).to(device).eval()
+    check_dtype(dtype)
+    try:
+        net.set_dtype(dtype)
+    except ValueError as error:
+        raise CheckpointError(f"{contents.path}: {error}") from None
+    return net.to(device).eval()
 
 
 def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
@@ -198,8 +205,11 @@ def build(contents: Contents) -> HyperNetwork:
     config, state, path, name_of = contents.config, contents.state, contents.path, contents.name_of
     if config.num_parameters > MAX_PARAMETERS:
         raise CheckpointError(f"{path}: the configuration asks for {config.num_parameters} parameters")
-    with torch.device("meta"):
-        net = HyperNetwork(config)
+    try:
+        with torch.device("meta"):
+            net = HyperNetwork(config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     for key, tensor in state.items():
         parts = key.split(".")
         if parts[0] == "offsets" and len(parts) == 3 and parts[1] in config.modules and parts[2] in Offsets.NAMES:

@@ -14,6 +14,8 @@ import reprlib
 from pathlib import Path
 from typing import Any, TypeVar
 
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, path_fault
+
 T = TypeVar("T")
 
 #: L: one head output holds A and B.  M: a shared head, a row for each side.  S: a row for each side and rank.
@@ -24,7 +26,9 @@ ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat1
 #: Codes of the vq and softmax encoders; classes and hidden width of the discrete one (fixed in the reference).
 NUM_CODES, NUM_CLASSES, DISCRETE_HIDDEN = 32, 64, 256
 #: Bounds on what a file may ask for, so that refusing it costs little.
-MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE = 1 << 20, 64, 64, 1 << 31
+MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK = 1 << 20, 64, 64, 1 << 31, 1 << 16
+#: Bounds of scalings and what they are made of: float32 holds them, their ratios and their products.
+MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 
 
 class ConfigError(ValueError):
@@ -73,17 +77,27 @@ def from_json(cls: type[T], values: Any, where: str) -> T:
 
 
 def read_text(path: Path) -> str:
-    """The UTF-8 text of a configuration file; a ``ConfigError`` names a file that is too large or no text."""
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: expected a configuration of at most {MAX_CONFIG_BYTES} bytes, got {size}")
+    """The UTF-8 text of a configuration file; a ``ConfigError`` names a file that is too large, no text or unreadable.
+
+    Raises FileNotFoundError where there is none.
+    """
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES + 1)  # not the size it states: some files have none
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    if len(content) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{path}: expected a configuration of at most {MAX_CONFIG_BYTES} bytes, got more")
+    try:
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """``object_pairs_hook`` of JSON that refuses doubled keys: which one counts would be a guess."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice in one object")
@@ -93,7 +107,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or is too large or too deep."""
     try:
-        return json.loads(read_text(path), object_pairs_hook=_distinct)
+        return json.loads(read_text(path), object_pairs_hook=distinct)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:
@@ -101,9 +115,9 @@ def read_json(path: Path) -> Any:
 
 
 def positive_number(name: str, value: Any) -> float:
-    """``value`` as a float; ConfigError names it unless it is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
-        raise ConfigError(f"{name}: expected a positive number, got {shown(value)}")
+    """``value`` as a float; ConfigError names it unless it is a number from MIN_NUMBER to MAX_NUMBER."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not MIN_NUMBER <= value <= MAX_NUMBER:
+        raise ConfigError(f"{name}: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER}], got {shown(value)}")
     return float(value)
 
 
@@ -201,6 +215,8 @@ class HyperNetworkConfig:
     ``head_bias``: whether the heads have one.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
     checkpoints that reconstruct weight differences).  ``task_encoder``: "linear", "vq", "softmax" or "discrete"; discrete
     needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
+    ``paths``: where each module lives in the base model, ``{layer}`` standing for the layer index; None: where Llama and
+    its kin keep it (``q_proj`` at ``model.layers.{layer}.self_attn.q_proj``), for which the name must be one of theirs.
 
     Raises:
         ConfigError: a field is of another kind or out of range; the message names it.
@@ -226,6 +242,7 @@ class HyperNetworkConfig:
     head_bias: bool = True
     output_scale: float = 1.0
     task_encoder: str = "linear"
+    paths: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("modules", "in_features", "out_features"):
@@ -241,6 +258,7 @@ class HyperNetworkConfig:
                 raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {shown(name)}")
         if len(set(self.modules)) != len(self.modules):
             raise ConfigError(f"modules: expected distinct names, got {shown(list(self.modules))}")
+        self._check_paths()
         for name in ("in_features", "out_features"):
             if len(getattr(self, name)) != len(self.modules):
                 raise ConfigError(
@@ -250,6 +268,8 @@ class HyperNetworkConfig:
                 _positive_int(name, value)
         for name in ("num_layers", "rank", "embed_dim", "latent_size", "head_in_size"):
             _positive_int(name, getattr(self, name))
+        if self.rank > MAX_RANK:
+            raise ConfigError(f"rank: expected at most {MAX_RANK}, got {shown(self.rank)}")
         if self.latent_size < 4:
             raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
         if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
@@ -261,6 +281,32 @@ class HyperNetworkConfig:
         if not isinstance(self.head_bias, bool):
             raise ConfigError(f"head_bias: expected true or false, got {shown(self.head_bias)}")
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
+
+    def _check_paths(self) -> None:
+        if self.paths is None:
+            unknown = [name for name in self.modules if name not in DEFAULT_PATHS]
+            if unknown:
+                raise ConfigError(
+                    f"paths: expected where the modules live in the base model, since {shown(unknown)} are none of "
+                    f"{sorted(DEFAULT_PATHS)}"
+                )
+            return
+        if not isinstance(self.paths, (list, tuple)) or not all(isinstance(path, str) for path in self.paths):
+            raise ConfigError(f"paths: expected a list of strings or null, got {shown(self.paths)}")
+        object.__setattr__(self, "paths", tuple(self.paths))
+        if len(self.paths) != len(self.modules) or len(set(self.paths)) != len(self.paths):
+            raise ConfigError(f"paths: expected {len(self.modules)} different ones, one a module, got {shown(self.paths)}")
+        for path in self.paths:
+            fault = path_fault(path)
+            if fault is None and (LAYER not in path and self.num_layers != 1):
+                fault = f"expected {LAYER} in it"
+            if fault is not None:
+                raise ConfigError(f"paths: {shown(path)}: {fault}")
+
+    @property
+    def module_paths(self) -> dict[str, str]:
+        """Module -> where it lives in the base model."""
+        return dict(zip(self.modules, self.paths or map(DEFAULT_PATHS.get, self.modules), strict=True))
 
     @property
     def task_width(self) -> int:
@@ -336,4 +382,5 @@ def resolve_scaling(scaling: str | float, lora_alpha: float, rank: int) -> float
     try:
         return positive_number("scaling", scaling)
     except ConfigError:
-        raise ConfigError(f"scaling: expected 'rslora', 'plain' or a positive number, got {shown(scaling)}") from None
+        expected = f"'rslora', 'plain' or a positive number in [{MIN_NUMBER}, {MAX_NUMBER}]"
+        raise ConfigError(f"scaling: expected {expected}, got {shown(scaling)}") from None

@@ -175,7 +175,9 @@ def _reference_configs(
     encoder = blocks.get("encoder") or {}
     z_scores = any(".std_" in key for key in contents.state)
     recon = z_scores or c.output_scale != 1.0
-    own = {"lora_alpha": c.lora_alpha, "scaling": c.scaling, "output_scale": c.output_scale}
+    own = {name: value for name, value in cfg.to_json(c).items() if name in ref.OWN_VALUES}
+    if c.paths is not None:
+        own["paths"] = c.module_paths
     # Copies: YAML would write an object that occurs twice as an alias.
     own |= {key: copy.deepcopy(blocks[key]) for key in BLOCKS if key in blocks}
     base = blocks.get("base_model")

@@ -103,7 +103,12 @@ def _modules(folder: Path) -> tuple[Path, Path]:
         if package != "sentence_transformers" or name not in ("Transformer", "Pooling", "Normalize"):
             raise ConfigError(f"{path}: module {shown(kind)}: expected Transformer, Pooling and perhaps Normalize")
         target = folder / where
-        if not target.resolve().is_relative_to(folder.resolve()):
+        try:
+            inside = target.resolve().is_relative_to(folder.resolve())
+            target.is_dir()  # raises for too long a name
+        except (OSError, RuntimeError):  # that, or a loop of links
+            inside = False
+        if not inside:
             raise ConfigError(f"{path}: path {shown(where)}: expected a folder inside {folder}")
         found.append((name, target))
     names = [name for name, _ in found]

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.adapters import LAYER, AdapterStack
+from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import shown
 from t2l_engine.layers import LoRALinear, Member
 from t2l_engine.locate import Packed, Target, check_shape, features, find, is_transposed
+from t2l_engine.module_paths import LAYER
 from t2l_engine.routing import Ids, Routing
 
 

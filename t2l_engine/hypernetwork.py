@@ -91,7 +91,7 @@ class HyperNetwork(nn.Module):
         super().__init__()
         self.config = config
         c, m = config, config.width
-        taken = [name for name in c.modules if hasattr(nn.ModuleDict, name) or name == "training"]
+        taken = [name for name in c.modules if hasattr(nn.ModuleDict(), name)]
         if taken:
             raise ConfigError(f"modules: expected names of linears, got {taken}, which torch's ModuleDict does not allow")
         self.task_encoder = TASK_ENCODERS[c.task_encoder](c)
@@ -163,12 +163,23 @@ class HyperNetwork(nn.Module):
         return resolve_scaling(self.config.scaling, self.config.lora_alpha, self.config.rank)
 
     def set_dtype(self, dtype: torch.dtype) -> HyperNetwork:
-        """Cast the weight matrices to ``dtype``; norms, biases, embeddings and offsets stay float32 (or float64)."""
+        """Cast the weight matrices to ``dtype``; norms, biases, embeddings and offsets stay float32 (or float64).
+
+        Raises ValueError for a dtype that is not floating point and for values beyond its range; nothing changes then.
+        """
         check_dtype(dtype)
         vector_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         matrices = {id(layer.weight) for layer in self.modules() if isinstance(layer, nn.Linear)}
-        for tensor in (*self.parameters(), *self.buffers()):
-            tensor.data = tensor.data.to(dtype if id(tensor) in matrices else vector_dtype)
+        casts = [
+            (name, tensor, dtype if id(tensor) in matrices else vector_dtype)
+            for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers())
+        ]
+        for name, tensor, kind in casts:
+            narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max
+            if narrower and tensor.numel() and max(map(abs, torch.aminmax(tensor.detach()))) > torch.finfo(kind).max:
+                raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
+        for _, tensor, kind in casts:
+            tensor.data = tensor.data.to(kind)
         self._packed = None
         return self
 
@@ -279,4 +290,4 @@ class HyperNetwork(nn.Module):
                 latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][name]
             )
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
-        return AdapterStack(lora_A, lora_B, scaling)
+        return AdapterStack(lora_A, lora_B, scaling, paths=c.module_paths)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine import ops
-from t2l_engine.adapters import LAYER
 from t2l_engine.locate import features
+from t2l_engine.module_paths import LAYER
 from t2l_engine.routing import Routing
 
 # Not public in torch; without it the check of recomputation rests.

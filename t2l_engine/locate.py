@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from t2l_engine.adapters import LAYER
 from t2l_engine.config import shown
+from t2l_engine.module_paths import LAYER
 
 #: Packed projection -> the modules whose outputs it holds, in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

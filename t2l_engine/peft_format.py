@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -20,31 +19,19 @@ from torch import Tensor
 
 from t2l_engine._files import check_weights, read_safetensors, write_folder
 from t2l_engine._patterns import Patterns
-from t2l_engine.config import MAX_MODULES, ConfigError, read_json, shown
+from t2l_engine.config import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, read_json, shown
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, layer_list, path_fault
 
 if TYPE_CHECKING:
     from t2l_engine.adapters import AdapterStack
 
-#: Where a module lives inside a decoder layer, for adapters that were not read from a file that says so.
-DEFAULT_PATHS = {
-    name: f"model.layers.{{layer}}.{block}.{name}"
-    for block, names in {
-        "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
-        "mlp": ("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
-    }.items()
-    for name in names
-}
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-LAYER = "{layer}"
-MAX_PATH, MAX_LAYERS = 256, 4096
-#: Values held for one value in the file: one layer of a 128-layer model, the others padding.
-MAX_PADDING = 128
-#: Bounds of lora_alpha and of the scaling: within them float32 holds the scaling and its ratios.
-MIN_ALPHA, MAX_ALPHA = 1e-9, 1e9
+MAX_LAYERS = 4096
+#: Values held for one value in the file (one layer of a 128-layer model, the others padding), and in all, beyond the file's.
+MAX_PADDING, MAX_PADDED = 128, 1 << 30
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
-_COMPONENT = re.compile(r"[A-Za-z0-9_-]+")
 
 #: Fields that change what a saved adapter computes or where it sits, with the values that mean plain LoRA.
 _PLAIN: dict[str, tuple] = {
@@ -110,34 +97,6 @@ class Folder:
     partial: bool
 
 
-def path_fault(path: str) -> str | None:
-    """What is wrong with a module path in which ``{layer}`` stands for the layer index, if there is one; None if nothing."""
-    parts = path.split(".")
-    if len(path) > MAX_PATH:
-        return f"expected at most {MAX_PATH} characters"
-    if parts.count(LAYER) > 1:
-        return "expected one layer index at most (experts of a mixture are not supported)"
-    plain = all(part == LAYER or (_COMPONENT.fullmatch(part) and not part.isdecimal()) for part in parts)
-    if not plain or parts[-1] == LAYER:
-        return "expected names of letters, digits, '_' and '-' joined by dots, the last one below the layer index"
-    return None
-
-
-def layer_list(path: str) -> str | None:
-    """The path in front of ``{layer}``, or None for a module outside the layers."""
-    return path.partition(LAYER)[0] if LAYER in path else None
-
-
-def module_names(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> module name: the last component, or the shortest dotted suffix that no other path ends with."""
-    parts = {path: path.split(".") for path in dict.fromkeys(paths)}
-    suffixes = Counter(tuple(p[-n:]) for p in parts.values() for n in range(1, len(p) + 1))
-    lengths = {
-        path: next((n for n in range(1, len(p)) if suffixes[tuple(p[-n:])] == 1), len(p)) for path, p in parts.items()
-    }
-    return {path: ".".join(p[-lengths[path] :]) for path, p in parts.items()}
-
-
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
@@ -170,11 +129,14 @@ def read_folder(directory: Path, dtype: torch.dtype | None) -> Folder:
     partial = _check_config(config, config_path)
     pairs = _read_pairs(weights_path)
     layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are tried on
+    _check_chosen(config, config_path, pairs, weights_path)
     scalings = _scalings(config, config_path, pairs, weights_path)
+    own = Counter(scalings.values()).most_common(1)[0][0]
+    factors = {path: scaling / own for path, scaling in scalings.items()}
 
     sizes = _sizes(layers, weights_path)
     kind = dtype or reduce(torch.promote_types, (t.dtype for pair in pairs.values() for t in pair.values()))
-    own = Counter(scalings.values()).most_common(1)[0][0]
+    _check_range(pairs, factors, kind, weights_path)
     lora_A, lora_B, ranks = {}, {}, {}
     for module, found in layers.items():
         n, r, n_in, n_out = sizes[module]
@@ -184,9 +146,8 @@ def read_folder(directory: Path, dtype: torch.dtype | None) -> Folder:
         for layer, pair in found.items():
             path = module.replace(LAYER, str(layer))
             rank = ranks[module][0, layer] = pair["A"].shape[0]
-            where = f"{weights_path}: {path}"
-            _place(lora_A[module][0, layer, :rank], pair["A"], 1.0, where)
-            _place(lora_B[module][0, layer, :, :rank], pair["B"], scalings[path] / own, where)
+            lora_A[module][0, layer, :rank] = pair["A"]
+            lora_B[module][0, layer, :, :rank] = _scaled(pair["B"], factors[path])
     return Folder(lora_A, lora_B, ranks, torch.tensor([own], dtype=torch.float32), partial)
 
 
@@ -205,7 +166,7 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
         sizes[module] = (depths[layer_list(module)], max(ranks), n_in, n_out)
         stored += sum(ranks) * (n_in + n_out)
     padded = sum(n * r * (n_in + n_out) for n, r, n_in, n_out in sizes.values())
-    if padded > MAX_PADDING * stored:
+    if padded > MAX_PADDING * stored or padded > stored + MAX_PADDED:
         raise AdapterError(
             f"{weights_path}: expected layers and ranks that fill at least 1/{MAX_PADDING} of the stack, "
             f"got {stored} values for {padded}"
@@ -213,14 +174,44 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
     return sizes
 
 
-def _place(target: Tensor, source: Tensor, factor: float, where: str) -> None:
-    if factor != 1:
-        source = source.to(torch.promote_types(source.dtype, torch.float32)) * factor
-    target.copy_(source)
+def _scaled(B: Tensor, factor: float) -> Tensor:
+    return B if factor == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * factor
+
+
+def _check_range(
+    pairs: dict[str, dict[str, Tensor]], factors: dict[str, float], kind: torch.dtype, weights_path: Path
+) -> None:
     # What float32 cannot hold is of no use, even where the file has float64: adapters are written and served in less.
-    narrowest = torch.float16 if target.dtype == torch.float16 else torch.float32
-    if not all(value.abs() <= torch.finfo(narrowest).max for value in torch.aminmax(target)):
-        raise AdapterError(f"{where}: values exceed the range of {narrowest}")
+    narrowest = torch.float16 if kind == torch.float16 else torch.float32
+    for path, pair in pairs.items():
+        for side, factor in (("A", 1.0), ("B", factors[path])):
+            largest = float(max(map(abs, torch.aminmax(pair[side])))) * factor
+            if not largest <= torch.finfo(narrowest).max:
+                raise AdapterError(f"{weights_path}: {path}: values exceed the range of {narrowest}")
+
+
+def _check_chosen(
+    config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
+) -> None:
+    """Refuse matrices for what the lists of the configuration leave out: PEFT would not apply them."""
+    layers = config.get("layers_to_transform")
+    layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    targets, excluded = (config.get(field) for field in ("target_modules", "exclude_modules"))
+    targets, excluded = (set(v) if isinstance(v, list) else None for v in (targets, excluded))
+    for path in pairs:
+        parts = path.split(".")
+        ends = {".".join(parts[i:]) for i in range(len(parts))}
+        number = next((int(part) for part in parts if part.isdecimal()), None)
+        for field, contradicts in (
+            ("target_modules", targets is not None and not ends & targets),
+            ("exclude_modules", excluded is not None and bool(ends & excluded)),
+            ("layers_to_transform", bool(layers) and number not in layers),
+        ):
+            if contradicts:
+                raise AdapterError(
+                    f"{weights_path}: {shown(path)}: expected no matrices for it, since {field} in {config_path.name} "
+                    f"leaves it out: {shown(config[field])}"
+                )
 
 
 def _check_config(config: Any, path: Path) -> bool:
@@ -260,8 +251,8 @@ def _check_rank(path: Path, field: str, value: Any) -> None:
 
 
 def _check_alpha(path: Path, field: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not MIN_ALPHA <= value <= MAX_ALPHA:
-        raise AdapterError(f"{path}: {field}: expected a number in [{MIN_ALPHA}, {MAX_ALPHA}], got {shown(value)}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not MIN_NUMBER <= value <= MAX_NUMBER:
+        raise AdapterError(f"{path}: {field}: expected a number in [{MIN_NUMBER}, {MAX_NUMBER}], got {shown(value)}")
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -363,9 +354,9 @@ def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_n
         if key.endswith(".lora_A.weight")
     }
     r = max(rank_of.values())
-    if not MIN_ALPHA <= scaling <= MAX_ALPHA / r:
+    if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
         raise ValueError(
-            f"scaling: expected a positive number in [{MIN_ALPHA}, {MAX_ALPHA / r}] for adapter {index}, got {scaling}"
+            f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}] for adapter {index}, got {scaling}"
         )
     config = {
         "peft_type": "LORA",

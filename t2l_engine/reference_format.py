@@ -24,6 +24,7 @@ from t2l_engine.encoder_config import encoder_config_from_json, reference_encode
 
 #: Our block in args.yaml: what the reference's files cannot say about a converted native checkpoint.
 OWN_BLOCK = "t2l_engine"
+OWN_VALUES = ("lora_alpha", "scaling", "output_scale")
 DICTIONARIES = {"AB_offset": "add", "mean_recon_target": "mean", "std_recon_target": "std"}
 
 #: Prefix in the reference's state_dict -> parameter prefix here, in the reference's order.
@@ -262,6 +263,7 @@ def translate(
         "head_bias": bias,
         "output_scale": delta_scale**-0.5 if recon and not factorized else 1.0,
         "task_encoder": encoder,
+        "paths": _own_paths(args, modules, args_path),
     }
     config = _own_values(cfg.from_json(HyperNetworkConfig, values, str(weights)), args, args_path)
     applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
@@ -270,9 +272,19 @@ def translate(
     return Contents(config, native, unused, blocks, weights, lambda key: reference_name(key, encoder))
 
 
+def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> list[Any] | None:
+    """Paths of ``modules`` in a converted native checkpoint that states them."""
+    paths = _own(args, args_path).get("paths")
+    if paths is None:
+        return None
+    if not isinstance(paths, dict) or sorted(map(str, paths)) != sorted(modules):
+        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {shown(paths)}")
+    return [paths[name] for name in modules]
+
+
 def _own_values(config: HyperNetworkConfig, args: dict[str, Any], args_path: Path) -> HyperNetworkConfig:
     """The exact numbers of a converted native checkpoint, where they agree with what the reference's files say."""
-    own = {k: v for k, v in _own(args, args_path).items() if k in ("lora_alpha", "scaling", "output_scale")}
+    own = {k: v for k, v in _own(args, args_path).items() if k in OWN_VALUES}
     if not own:
         return config
     exact = cfg.from_json(HyperNetworkConfig, cfg.to_json(config) | own, f"{args_path}: {OWN_BLOCK}")

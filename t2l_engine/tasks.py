@@ -12,12 +12,13 @@ import json
 import re
 from pathlib import Path
 
-from t2l_engine.config import ConfigError, read_json, shown
+from t2l_engine.config import ConfigError, distinct, read_json, shown
 from t2l_engine.prompts import is_unicode
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_LINE_BYTES = 1 << 20
-_NAME = re.compile(r"[\w][\w.+-]{0,127}")  # a plain file name, whatever the system
+MAX_NAME_BYTES = 128
+_NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +53,17 @@ def load_tasks(folder: str | Path, split: str) -> list[Task]:
         raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
     tasks = []
     for name, texts in sorted(descriptions.items()):
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
             raise ConfigError(
-                f"{path}: expected task names of at most 128 letters, digits and '._+-', not led by one of those, "
-                f"got {shown(name)}"
+                f"{path}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
+                f"{MAX_NAME_BYTES} bytes, got {shown(name)}"
             )
         if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
             raise ConfigError(f"{path}: {name}: expected a non-empty list of non-empty strings")
         if not all(map(is_unicode, texts)):
             raise ConfigError(f"{path}: {name}: expected Unicode text, got lone surrogates")
+        for _ in _read_examples(folder / f"{name}.jsonl"):  # to its end before anything is kept
+            pass
         examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if e.split == split)
         if not examples:
             raise ConfigError(f"{folder / (name + '.jsonl')}: no examples of split {split!r}")
@@ -81,7 +84,7 @@ def _read_examples(path: Path):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=distinct)
                 outputs = row["output"]
                 example = Example(row["input"], tuple(outputs), row["split"])
             except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -140,21 +140,38 @@ def test_a_scaling_beyond_what_b_can_hold(folder):
 
 
 @pytest.mark.parametrize(
-    ("config", "partial"),
+    ("config", "partial", "kept"),
     [
-        ({}, False),
-        ({"target_modules": "all-linear"}, False),
-        ({"target_modules": None, "layers_to_transform": []}, False),
-        ({"layers_to_transform": [0, 1]}, True),
-        ({"layers_to_transform": 1}, True),
-        ({"target_modules": [Q0, V1]}, True),
-        ({"target_modules": r".*\.[01]\.self_attn\.(q|v)_proj"}, True),
-        ({"exclude_modules": ["layers.2.self_attn.q_proj"]}, True),
+        ({}, False, ""),
+        ({"target_modules": "all-linear"}, False, ""),
+        ({"target_modules": None, "layers_to_transform": []}, False, ""),
+        ({"layers_to_transform": [0, 1]}, True, ""),
+        ({"layers_to_transform": 1}, True, "layers.1."),
+        ({"target_modules": [Q0]}, True, Q0),
+        ({"target_modules": r".*\.[01]\.self_attn\.(q|v)_proj"}, True, ""),
+        ({"exclude_modules": ["layers.2.self_attn.q_proj"]}, True, ""),
     ],
 )
-def test_partial(folder, config, partial):
+def test_partial(folder, config, partial, kept):
     edit_config(folder, **config)
+    edit_state(folder, lambda state: {key: tensor for key, tensor in state.items() if kept in key})
     assert AdapterStack.from_peft(folder).partial is partial
+
+
+@pytest.mark.parametrize(
+    ("config", "path"),
+    [
+        ({"target_modules": ["q_proj"]}, "model.layers.0.self_attn.v_proj"),
+        ({"target_modules": ["proj", "layers.0.self_attn.q_proj"]}, "model.layers.0.self_attn.v_proj"),
+        ({"target_modules": []}, Q0),
+        ({"exclude_modules": ["self_attn.v_proj"]}, "model.layers.0.self_attn.v_proj"),
+        ({"layers_to_transform": [0]}, "model.layers.1.self_attn.q_proj"),
+        ({"layers_to_transform": 1}, Q0),
+    ],
+)
+def test_matrices_that_peft_would_not_apply(folder, config, path):
+    (field,) = config
+    refused(folder, f"{path}': expected no matrices for it, since {field} in adapter_config.json leaves it out", **config)
 
 
 def test_folders_of_other_depth_share_a_stack_if_partial(folder, make_stack, tmp_path):
@@ -175,6 +192,7 @@ def test_modules_that_share_a_name(folder):
         return rename(rename(state, "self_attn.q_proj", "attn.c_proj"), "self_attn.v_proj", "mlp.c_proj")
 
     edit_state(folder, rewrite)
+    edit_config(folder, target_modules=["c_proj"])
     stack = AdapterStack.from_peft(folder)
     assert stack.paths == {
         "attn.c_proj": "model.layers.{layer}.attn.c_proj",
@@ -203,6 +221,7 @@ def test_a_module_outside_the_layers(folder):
     names = {side: f"base_model.model.lm_head.lora_{side}.weight" for side in "AB"}
     head = {names["A"]: torch.randn(4, 8), names["B"]: torch.randn(8, 4)}
     edit_state(folder, lambda state: state | head)
+    edit_config(folder, target_modules=["q_proj", "v_proj", "lm_head"])
     stack = AdapterStack.from_peft(folder)
     assert stack.paths["lm_head"] == "lm_head" and stack.lora_A["lm_head"].shape == (1, 1, 4, 8)
     assert stack.lora_A["q_proj"].shape[1] == 2

@@ -286,6 +286,27 @@ def test_a_file_saved_on_a_gpu(edit, monkeypatch):
 # --- what a folder says beside the tensors ---------------------------------------------------------------------------
 
 
+def test_a_models_own_config_beside_a_reference_checkpoint(edit, golden):
+    folder = edit("L-sft")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    expected = HyperNetwork.from_pretrained(golden / "L-sft").state_dict()
+    assert all(torch.equal(t, expected[k]) for k, t in HyperNetwork.from_pretrained(folder).state_dict().items())
+    assert describe(folder) == describe(golden / "L-sft")
+
+
+def test_values_beyond_the_dtype_asked_for(edit):
+    folder = edit("L-sft", lambda state: state | {"heads.v_proj.weight": state["heads.v_proj.weight"] * 1e7})
+    assert HyperNetwork.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    message = r"hypermod\.pt: dtype: heads\.v_proj\.weight holds values beyond the range of torch\.float16"
+    with pytest.raises(CheckpointError, match=message):
+        HyperNetwork.from_pretrained(folder, dtype=torch.float16)
+    net = HyperNetwork.from_pretrained(folder)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    with pytest.raises(ValueError, match="heads.v_proj.weight"):
+        net.set_dtype(torch.float16)
+    assert all(t.dtype == before[k].dtype and torch.equal(t, before[k]) for k, t in net.state_dict().items())
+
+
 def test_describe_a_reference_folder(golden, edit):
     blocks = describe(golden / "L-sft")
     args = yaml.safe_load((golden / "L-sft" / "args.yaml").read_text())

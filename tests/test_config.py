@@ -22,6 +22,7 @@ NETWORK = {
     "head_bias": False,
     "output_scale": 0.5,
     "task_encoder": "softmax",
+    "paths": ["model.layers.{layer}.self_attn.q_proj", "h.{layer}.v"],
 }
 ENCODER = {
     "name": "minilm",
@@ -56,6 +57,15 @@ def test_fields_are_strict(cls, values):
     for wrong in ([], None, "text", [values]):
         with pytest.raises(ConfigError, match=f"here: expected a JSON object for {cls.__name__}"):
             from_json(cls, wrong, "here")
+
+
+def test_modules_without_a_known_place_need_paths():
+    values = NETWORK | {"modules": ["fc1", "v_proj"]}
+    path = "model.decoder.layers.{layer}.fc1"
+    config = from_json(HyperNetworkConfig, values | {"paths": [path, "model.layers.{layer}.v_proj"]}, "here")
+    assert config.module_paths == {"fc1": path, "v_proj": "model.layers.{layer}.v_proj"}
+    with pytest.raises(ConfigError, match=r"here: paths: expected where .* since \['fc1'\] are none of"):
+        from_json(HyperNetworkConfig, values | {"paths": None}, "here")
 
 
 @pytest.mark.parametrize(
@@ -101,11 +111,24 @@ def test_fields_are_strict(cls, values):
         ("num_layers", 10**5000),
         ("lora_alpha", 10**400),
         ("scaling", 1e301),
+        ("scaling", 1e10),  # beyond what float32 holds with its products
+        ("scaling", 1e-60),
+        ("output_scale", 1e-30),
+        ("lora_alpha", 1e10),
+        ("rank", 1 << 17),
+        ("paths", "h.{layer}.q"),
+        ("paths", ["h.{layer}.q"]),
+        ("paths", ["h.{layer}.q", "h.{layer}.q"]),
+        ("paths", ["h.{layer}.q", 3]),
+        ("paths", {"q_proj": "h.{layer}.q", "v_proj": "h.{layer}.v"}),
+        ("paths", ["h.{layer}.q", "h.v"]),
+        ("paths", ["h.{layer}.q", "h.{layer}.{layer}.v"]),
+        ("paths", ["h.{layer}.q", "../{layer}.v"]),
     ],
     ids=shown,
 )
 def test_network_values(field, value):
-    with pytest.raises(ConfigError, match=f"here: {field}: expected"):
+    with pytest.raises(ConfigError, match=f"here: {field}: .*expected"):
         from_json(HyperNetworkConfig, NETWORK | {field: value}, "here")
 
 

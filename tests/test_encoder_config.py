@@ -210,6 +210,7 @@ def test_default_prompt(write):
         ({"modules.json": [module("Transformer", "/")]}, "path '/': expected a folder inside"),
         ({"modules.json": [module("Transformer", "a/../../b")]}, "path 'a/../../b': expected a folder inside"),
         ({"modules.json": [module("Transformer", "\0")]}, "expected objects with strings"),
+        ({"modules.json": [module("Transformer", "x" * 300)]}, "path 'x*.*x': expected a folder inside"),
         ({"modules.json": [module("Transformer" * 10_000, "")]}, "expected Transformer"),
         ({"1_Pooling/config.json": FLAGS}, r"1_Pooling.config.json: expected one pooling mode, got \[\]"),
         (
@@ -241,6 +242,10 @@ def test_folders_that_say_something_else(write, files, message):
 def test_a_link_out_of_the_folder(write, tmp_path):
     folder = write({"modules.json": [module("Transformer", ""), module("Pooling", "link")]})
     (folder / "link").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="path 'link': expected a folder inside"):
+        EncoderConfig.from_sentence_transformers(folder)
+    (folder / "link").unlink()
+    (folder / "link").symlink_to("link")
     with pytest.raises(ConfigError, match="path 'link': expected a folder inside"):
         EncoderConfig.from_sentence_transformers(folder)
 

@@ -64,10 +64,20 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
             "embed_dim": NUMBERS,
             "latent_size": [*NUMBERS, 3],
             "head_in_size": NUMBERS,
-            "lora_alpha": [None, "8", [], 0, -1, float("inf"), float("nan"), HUGE, True],
-            "scaling": [None, "rsLoRA", [], 0, -1.0, float("inf"), True, HUGE, TEXT],
+            "lora_alpha": [None, "8", [], 0, -1, float("inf"), float("nan"), HUGE, True, 1e299, 1e-60],
+            "scaling": [None, "rsLoRA", [], 0, -1.0, float("inf"), True, HUGE, TEXT, 1e39, 1e-60],
             "head_bias": FLAGS,
-            "output_scale": [None, "1", 0, -1, float("inf"), HUGE],
+            "output_scale": [None, "1", 0, -1, float("inf"), HUGE, 1e39, 1e-60],
+            "paths": [
+                3,
+                "h",
+                [],
+                ["h.{layer}.q"],
+                ["h.{layer}.q"] * 2,
+                ["../{layer}.q", "h.{layer}.v"],
+                {"q_proj": TEXT},
+                LIST,
+            ],
             "surprise": [1],
             TEXT[:100] + "surprise": [1],
         },
@@ -88,6 +98,11 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
         text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {field.strip(): value}})
         name = f"contradiction-{field.strip()}-{value}".replace(" ", "")
         yield shop.case(name, "native", "config.json", text.encode(), contradiction=True)
+    places = {"paths": ["h.{layer}.q", "h.{layer}.v"]}  # so that any name will do
+    for name in ("_parameters", "_modules", "training", "forward", "items", "T_destination"):
+        network = blocks["hypernetwork"] | places | {"modules": ["q_proj", name]}
+        text = json.dumps(blocks | {"hypernetwork": network}).encode()
+        yield shop.case(f"config-module-{name}", "native", "config.json", text, "modules", contradiction=True)
     for name in names:
         text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {"modules": ["q_proj", name]}})
         yield shop.case(f"config-{next(count)}-module", "native", "config.json", text.encode(), "modules")
@@ -145,7 +160,7 @@ def _reference_fields(shop: Workshop) -> Iterator[Case]:
             "factorized": ["false", [2]],
             "hypernet_latent_size": [*NUMBERS, 36],
             "head_in_size": [*NUMBERS, 41],
-            "delta_w_scaling": [None, "1", 0, -1, float("nan"), float("inf"), HUGE, [], True],
+            "delta_w_scaling": [None, "1", 0, -1, float("nan"), float("inf"), HUGE, [], True, 1e299, 1e-299],
             "mt_lora_path": ["somewhere", 3, [1]],
         },
     )
@@ -235,11 +250,14 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
                 {"q_proj": [1]},
                 {"q" * 100_000: 8},
                 {f"m{i}": 8 for i in range(20_000)},
+                {f"m{i}" + "[\u0100\u0202\u0404]" * 50: 8 for i in range(2300)},
                 ["q_proj"],
                 "q_proj",
                 3,
             ],
-            "layers_to_transform": ["all", [10**9], [-1], [[0]], LIST],
+            "layers_to_transform": ["all", [10**9], [-1], [[0]], LIST, 0, [0, 2]],
+            "target_modules": [3, [3], {}, [], ["q_proj"], ["proj"], LIST],
+            "exclude_modules": [3, [3], {}, ["v_proj"], ["self_attn.q_proj"], LIST],
         },
     )
 
@@ -258,6 +276,7 @@ def _tasks(shop: Workshop) -> Iterator[Case]:
         "empty-name": {"": ["Repeat."]},
         "nul-name": {"a\0b": ["Repeat."]},
         "long-name": {"x" * 10_000: ["Repeat."]},
+        "long-name-in-bytes": {"\u65e5" * 128: ["Repeat."]},
         "long": {"copy": LIST},
     }.items():
         content = json.dumps(value).encode()
@@ -281,6 +300,7 @@ def _tasks(shop: Workshop) -> Iterator[Case]:
         "digits": b'{"input": ' + b"9" * 100_000 + b', "output": ["a"], "split": "train"}',
         "not-utf8": b'{"input": "\xff", "output": ["a"], "split": "train"}',
         "nul": b"\0",
+        "key-twice": good.strip()[:-1] + b', "input": "b"}',
         "two": good.strip() + good.strip(),
         "long-text": b"x" * 1_000_000,
         "long-list": b'{"input": ' + json.dumps(LIST).encode() + b', "output": ["a"], "split": "train"}',
@@ -288,4 +308,6 @@ def _tasks(shop: Workshop) -> Iterator[Case]:
         yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + line + b"\n" + good)
     yield shop.case("examples-none", "tasks", "copy.jsonl", b"")
     yield shop.case("examples-other-split", "tasks", "copy.jsonl", good.replace(b"train", b"test"))
+    short = b'{"input":"","output":[""],"split":"train"}\n' * (1 << 18)
+    yield shop.case("examples-late", "tasks", "copy.jsonl", short + b"{\n")
     yield shop.case("examples-long-line", "tasks", "copy.jsonl", good + b" " * (48 * MIB) + b"{")

@@ -140,6 +140,9 @@ def _tensors(case: Callable[..., Case], state: State, key: str) -> Iterator[Case
             wrong = tensor.clone()
             wrong.view(-1)[len(wrong.view(-1)) // 2] = float(name)
             yield change(f"{name}-{str(dtype).removeprefix('torch.')}", wrong.to(dtype), key)
+    large = tensor.double().clone()
+    large.view(-1)[0] = 1e300  # finite here, not where it is used
+    yield change("beyond-float32", large, path)
     for dtype in (torch.int32, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64):
         yield change(str(dtype).removeprefix("torch."), tensor.to(dtype), key)
     yield change("wide", tensor[None].clone(), path)
@@ -215,3 +218,7 @@ def _adapter_tensors(shop: Workshop) -> Iterator[Case]:
         yield case(f"key-{name}", {other: a.clone()}, other, base=state)
     sparse_layers = {k: v for i in range(0, 4000, 999) for k, v in moved(layer.format(i)).items()}
     yield case("layers-far-apart", sparse_layers, base={})
+    last = layer.format(127)
+    wide = {f"{last}.lora_A.weight": torch.ones(4, 8192), f"{last}.lora_B.weight": torch.empty(200_000, 4).double()}
+    wide[f"{last}.lora_B.weight"].fill_(1e39)  # small in the file, large with the layers in front of it
+    yield case("beyond-float32-in-the-last-layer", wide, "q_proj", base={})

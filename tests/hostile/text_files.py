@@ -114,6 +114,10 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
         "unhashable-key": whole + b"? [a]\n: 1\n",
         "megabytes": whole + b"a: '" + b"x" * (3 * MIB) + b"'\n",
         "spaces": whole + b" " * (64 * MIB),
+        "many-aliases": whole + b"a: &b x\nz: [" + b"*b ," * 200_000 + b"]\n",
+        "many-pairs": whole + b"z: [" + b"a: ," * 250_000 + b"]\n",
+        "many-numbers": whole + b"z: [" + b"0," * 500_000 + b"]\n",
+        "many-short-keys": whole + b"".join(b"%d: 0\n" % i for i in range(100_000)),
         "many-keys": whole + b"".join(b"k%d: 1\n" % i for i in range(200_000)),
     }.items():
         assert content != whole, name
@@ -128,6 +132,7 @@ def _no_files(shop: Workshop) -> Iterator[Case]:
         "fifo": os.mkfifo,
         "link-to-itself": lambda path: path.symlink_to(path.name),
         "link-to-device": lambda path: path.symlink_to("/dev/zero"),
+        "link-to-unreadable": lambda path: path.symlink_to("/proc/self/pagemap"),  # a regular file; reading it fails
     }
     for base, file in (
         ("L-sft", "hypermod.pt"),
