@@ -7,10 +7,12 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from t2l_engine._files import WEIGHT_DTYPES
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import shown
 from t2l_engine.layers import LoRALinear, Member
@@ -60,7 +62,7 @@ class LoRAHandle:
         self._wrapped: list[tuple[Target, LoRALinear]] = []
         self._scaling: Tensor | None = None
         self._filled: set[int] = set()
-        self._merged: list[tuple[Tensor, Tensor]] | None = None  # weight, its bits before
+        self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, the bits of its weight before
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
@@ -94,6 +96,7 @@ class LoRAHandle:
         of the same shapes).
         """
         self._check_free("differentiable")
+        _check_stack("stack", stack)
         places = self._places(stack)
         for name, (key, _) in places.items():
             if key not in self._slots:
@@ -135,6 +138,7 @@ class LoRAHandle:
         self._check_free("put")
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
             raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {shown(slot)}")
+        _check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
         self._reserve(adapter)
@@ -237,9 +241,12 @@ class LoRAHandle:
     def merge(self, index: int) -> None:
         """Add adapter ``index`` to the weights themselves (all rows use it, at no cost); keeps the bits for unmerge.
 
-        The originals are kept: merging takes the memory of the adapted weights once more.  Raises IndexError for an empty
-        slot, ValueError for a layer that is no plain linear or whose weight other modules share, RuntimeError when an
-        adapter is merged already; nothing changes then.
+        The originals are kept: merging takes the memory of the adapted weights once more.  Ids set before are dropped: after
+        :meth:`unmerge` the model is the base model.  Loading a state_dict meanwhile raises RuntimeError; whatever else
+        changes a merged weight (an optimiser, another handle on the same linear) is undone by :meth:`unmerge` too.
+
+        Raises IndexError for an empty slot, ValueError for a layer that is no plain linear or whose weight other modules
+        share, RuntimeError when an adapter is merged already; nothing changes then.
         """
         self._check_free("merge")
         if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
@@ -248,17 +255,24 @@ class LoRAHandle:
         self._routing.clear()
         self._routing.merged = True
         self._merged = []
-        for _, wrapped in self._wrapped:
-            weight = wrapped.base.weight
-            self._merged.append((weight, weight.detach().clone()))
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            merged = weight.to(exact, copy=True)
-            rows = merged.T if is_transposed(wrapped.base) else merged
-            for m in wrapped._members:
-                r, start = int(m.ranks[index]), m.start or 0
-                delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
-                rows[start : start + len(delta)] += delta * m.scaling[index]
-            _overwrite(weight, merged)
+        try:
+            for _, wrapped in self._wrapped:
+                self._merge_into(wrapped, index)
+        except BaseException:  # such as too little memory for the copies
+            self.unmerge()
+            raise
+
+    def _merge_into(self, wrapped: LoRALinear, index: int) -> None:
+        weight = wrapped.base.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        merged = weight.to(exact, copy=True)
+        rows = merged.T if is_transposed(wrapped.base) else merged
+        for m in wrapped._members:
+            r, start = int(m.ranks[index]), m.start or 0
+            delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
+            rows[start : start + len(delta)] += delta * m.scaling[index]
+        self._merged.append((wrapped, weight.detach().clone()))
+        _overwrite(weight, merged)
 
     def _check_mergeable(self) -> None:
         parameters = [p for module in self._model.modules() for p in module._parameters.values() if p is not None]
@@ -267,10 +281,16 @@ class LoRAHandle:
         for target, wrapped in self._wrapped:
             base = wrapped.base
             weight = getattr(base, "weight", None)
-            plain = isinstance(base, nn.Linear) or is_transposed(base)
+            # A class of its own may compute something else from the weight.
+            plain = (isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward) or is_transposed(base)
             n_in, n_out = features(base) or (None, None)
             shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
-            if not plain or not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.shape != shape:
+            if (
+                not plain
+                or not isinstance(weight, nn.Parameter)
+                or weight.dtype not in WEIGHT_DTYPES
+                or weight.shape != shape
+            ):
                 raise ValueError(f"merge: {target.path} is a {type(base).__name__} without a plain weight to merge into")
             if owners[_memory(weight)] > 1 or bases[id(base)] > 1:
                 raise ValueError(f"merge: {target.path}: other modules share its weight, and merging would change them too")
@@ -281,8 +301,8 @@ class LoRAHandle:
         self._check_attached()
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
-        for weight, original in self._merged:
-            _overwrite(weight, original)
+        for wrapped, original in self._merged:
+            _overwrite(wrapped.base.weight, original)
         self._merged = None
         self._routing.merged = False
 
@@ -307,6 +327,12 @@ class LoRAHandle:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
 
 
+def _check_stack(name: str, value: object) -> None:
+    if not isinstance(value, AdapterStack):
+        hint = "; read a folder with AdapterStack.from_peft" if isinstance(value, (str, Path)) else ""
+        raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
+
+
 def _overwrite(weight: Tensor, values: Tensor) -> None:
     # Weights of a model made in inference mode can be written in that mode only.
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
@@ -324,7 +350,8 @@ def _same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
 
 def _slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
     weight = getattr(linear, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else fallback
+    # Not float8: what holds a quantised weight computes in another dtype.
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in WEIGHT_DTYPES else fallback
 
 
 def attach(
@@ -340,7 +367,8 @@ def attach(
     Args:
         model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of
             one's own.  A layer may be any callable (a quantised linear): its output, a tensor of its own, is added to.  Its
-            parent must call it: torch's MultiheadAttention and TransformerEncoderLayer read weights and are refused.
+            parent must call it.  Some read the weight instead (torch's MultiheadAttention, Mamba's dt_proj): the known ones
+            are refused; where a parent of your own does so, the adapter does nothing.
         stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
         slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
         max_rank: widest rank the slots can hold; default the stack's.  Slots take the dtype of the layer's weight.
@@ -348,8 +376,8 @@ def attach(
             (columns in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of GLM.
 
     Raises:
-        ValueError: a module is missing, of another shape or not called by its parent, layers share one module, the model is
-            attached already or on the meta device.
+        ValueError: a module is missing, of another shape or known not to be called by its parent, layers share one module,
+            the model is attached already or on the meta device.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -365,6 +393,8 @@ def attach(
         raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("model: adapters are attached already; use that handle, or detach it first")
+    if stack is not None:
+        _check_stack("stack", stack)
     for name, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected a positive int, got {shown(value)}")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad as _forward_ad
 
 from t2l_engine import ops
 from t2l_engine.locate import features
@@ -85,19 +86,37 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """``base``'s, also when set: tying embeddings works on an attached model."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """``base``'s, also when set."""
         return self.base.bias
 
     @property
     def in_features(self) -> int | None:
+        """``base``'s, None where it does not say."""
         return (features(self.base) or (None, None))[0]
 
     @property
     def out_features(self) -> int | None:
+        """``base``'s, None where it does not say."""
         return (features(self.base) or (None, None))[1]
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        raise RuntimeError(f"{self.extra_repr()}: detach the adapters before resizing the model")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """``base``'s; RuntimeError for one of another shape, which the adapters would not fit."""
+        old = getattr(self.base, name, None)
+        if isinstance(old, Tensor) and param is not None and old.shape != param.shape:
+            raise RuntimeError(
+                f"{self.extra_repr()}: expected a {name} of shape {tuple(old.shape)}, got {tuple(param.shape)}; detach the "
+                "adapters before resizing the model"
+            )
+        setattr(self.base, name, param)
 
     @property
     def adapted(self) -> bool:
@@ -130,16 +149,21 @@ class LoRALinear(nn.Module):
                 "backward() inside the with-block, while the same ids are set and before another training forward pass"
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        routing = self._routing
-        if not torch.compiler.is_compiling():
+    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
+        x, routing = input, self._routing
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._check_recomputation()
-        y = self.base(x)
+        y = self.base(x, *args, **kwargs)
         if not routing.active:
             return y
         members = self._current()
         if not members:
             return y
+        if _forward_ad._current_level >= 0:  # torch.func.jvp would go on without the adapter's share
+            raise NotImplementedError("adapters have no forward-mode derivative; use backward-mode ones, or merge()")
+        if not isinstance(y, Tensor):
+            raise RuntimeError(f"{self.extra_repr()}: expected a layer that returns a tensor, got {type(y).__name__}")
         flat = x.reshape(-1, x.shape[-1])
         if flat.dtype != y.dtype:  # autocast, and layers that compute in another dtype
             flat = flat.to(y.dtype)
@@ -147,7 +171,9 @@ class LoRALinear(nn.Module):
             flat = flat.contiguous()
         rows = x.shape[0] if x.dim() > 1 else 1
         batch = routing.segments(rows, flat.shape[0] // max(rows, 1))
-        segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
+        # Compiled code would be tied to the length of an AdapterBatch; the number of tokens is a bound too.
+        longest = flat.shape[0] if compiling and routing.batch is not None else batch.max_seg_len
+        segments = (batch.seg_indptr, batch.seg_adapters, longest)
         if torch.is_grad_enabled() and (
             y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
         ):
@@ -179,6 +205,8 @@ class LoRALinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # torch calls this before it goes on to "base", with the keys under our prefix; give them the names it looks for.
+        if self._routing.merged:
+            raise RuntimeError("an adapter is merged into the weights; call unmerge() before loading others")
         self._prefix = prefix
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)

@@ -22,6 +22,10 @@ _PACKED_IN = {
 
 # Parents that read the weights of their linears instead of calling them (the encoder layer in eval mode without gradients).
 _NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# The same by class name, in transformers; None: all their linears.
+_NOT_CALLED_IN = {"WavLMAttention": None, "DisentangledSelfAttention": ("in_proj",)}
+# State-space mixers (Mamba and its kin, known by A_log) hand these to a fused kernel, on some paths or all.
+_NOT_CALLED_BY_MIXERS = ("dt_proj", "x_proj", "out_proj")
 
 #: Packed projection -> module -> number of its columns, in order.
 Packed = Mapping[str, Mapping[str, int]]
@@ -113,13 +117,14 @@ def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, T
     modules = dict(model.named_modules(remove_duplicate=False))
     for full, module in modules.items():
         parts = full.split(".")
-        if parts[-len(suffix) :] != suffix:
-            continue
         indices = [i for i, part in enumerate(parts) if part.isdigit()]
         if len(indices) != (1 if LAYER in path else 0):
             continue
         layer = int(parts[indices[0]]) if indices else 0
-        generic = ".".join(LAYER if i in indices else part for i, part in enumerate(parts))
+        generic_parts = [LAYER if i in indices else part for i, part in enumerate(parts)]
+        if generic_parts[-len(suffix) :] != suffix:  # a name may reach above the layer: "encoder.layers.{layer}.q_proj"
+            continue
+        generic = ".".join(generic_parts)
         parent = modules[".".join(parts[:-1])]
         groups.setdefault(generic, {})[layer] = Target(parent, parts[-1], full, module)
     return groups
@@ -143,10 +148,20 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
             raise ValueError(f"{name}: layers {other} and {layer} of the model are one module; they cannot be adapted apart")
         if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict, nn.Embedding)):
             raise ValueError(f"{name}: layer {layer} is a {type(target.linear).__name__}, expected a linear")
-        if isinstance(target.parent, _NOT_CALLED):
+        if _only_read(target):
             parent = type(target.parent).__name__
             raise ValueError(f"{name}: {target.path} cannot be adapted: {parent} reads its weight and does not call it")
     return dict(sorted(layers.items()))
+
+
+def _only_read(target: Target) -> bool:
+    """Whether the parent, as far as known, reads the weight of the linear instead of calling it."""
+    name = type(target.parent).__name__
+    if isinstance(target.parent, _NOT_CALLED):
+        return True
+    if name in _NOT_CALLED_IN:
+        return _NOT_CALLED_IN[name] is None or target.attribute in _NOT_CALLED_IN[name]
+    return hasattr(target.parent, "A_log") and target.attribute in _NOT_CALLED_BY_MIXERS
 
 
 def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, tuple[int, int]]) -> None:

@@ -25,7 +25,7 @@ NAMESPACE = "t2l_engine"
 
 _LORA = (
     "Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
-    "int max_seg_len, Tensor? ranks"
+    "SymInt max_seg_len, Tensor? ranks"
 )
 _TRUNK = "Tensor z, Tensor[] weights, Tensor? side_emb, Tensor? pos_emb, int rotary_ranks"
 _HEAD = (
@@ -47,7 +47,7 @@ SCHEMAS = {
     "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
     "lora_add_group_": (
         "(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
-        "int max_seg_len, Tensor[] ranks, int[] offsets) -> ()"
+        "SymInt max_seg_len, Tensor[] ranks, int[] offsets) -> ()"
     ),
 }
 

@@ -7,6 +7,7 @@ rounds.  Called with float64 operands the same code is the oracle: it rounds now
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -238,16 +239,37 @@ def hypernet_head_out_(
     lora_B.copy_((out[1] * scale_B).mT)
 
 
-def _segments(seg_indptr: Tensor, seg_adapters: Tensor, ranks: Tensor | None, width: int, num_tokens: int):
+def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
+    """RuntimeError unless ``bounds`` are those of ``count`` segments of at most ``max_seg_len`` tokens, from token 0 on."""
+    if len(bounds) != count + 1:
+        raise RuntimeError(f"seg_indptr: expected shape [{count + 1}], got [{len(bounds)}]")
+    if bounds[0] != 0:
+        raise RuntimeError(f"seg_indptr: expected 0 first, got {bounds[0]}")
+    for i, (lo, hi) in enumerate(itertools.pairwise(bounds)):
+        if not 0 <= hi - lo <= max_seg_len:
+            expected = f"segments of 0 to max_seg_len = {max_seg_len} tokens"
+            raise RuntimeError(f"seg_indptr: expected {expected}, got {hi - lo} at segment {i}")
+
+
+def _segments(
+    seg_indptr: Tensor, seg_adapters: Tensor, max_seg_len: int, ranks: Tensor | None, lora_A: Tensor, num_tokens: int
+):
     """(first token, end token, adapter, rank) of every segment that has work."""
-    bounds = seg_indptr.tolist()
+    bounds, adapters = seg_indptr.tolist(), seg_adapters.tolist()
+    num_adapters, width = lora_A.shape[:2]
+    check_segments(bounds, len(adapters), max_seg_len)
     if bounds[-1] != num_tokens:
         raise RuntimeError(f"seg_indptr: expected the number of tokens {num_tokens} last, got {bounds[-1]}")
-    widths = None if ranks is None else ranks.tolist()
-    for i, adapter in enumerate(seg_adapters.tolist()):
-        rank = width if widths is None or adapter < 0 else widths[adapter]
-        if adapter >= 0 and rank > 0 and bounds[i + 1] > bounds[i]:
-            yield bounds[i], bounds[i + 1], adapter, rank
+    widths = [width] * num_adapters if ranks is None else ranks.tolist()
+    for i, rank in enumerate(widths):
+        if not 0 <= rank <= width:
+            raise RuntimeError(f"ranks: expected values in [0, {width}], got {rank} at adapter {i}")
+    for i, adapter in enumerate(adapters):
+        if not -1 <= adapter < num_adapters:
+            raise RuntimeError(f"seg_adapters: expected ids in [-1, {num_adapters}), got {adapter} at segment {i}")
+    for i, adapter in enumerate(adapters):
+        if adapter >= 0 and widths[adapter] > 0 and bounds[i + 1] > bounds[i]:
+            yield bounds[i], bounds[i + 1], adapter, widths[adapter]
 
 
 def lora_delta(
@@ -263,7 +285,7 @@ def lora_delta(
     """See :func:`t2l_engine.ops.lora_delta`."""
     acc = accumulation_dtype(x, lora_A)
     delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         delta[lo:hi] = v @ lora_B[a, :, :r].to(acc).mT
     return delta.to(x.dtype)
@@ -282,7 +304,7 @@ def lora_add_(
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_`."""
     acc = accumulation_dtype(x, lora_A)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
 
@@ -321,7 +343,7 @@ def lora_delta_backward(
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
     grad_B = torch.zeros(lora_B.shape, dtype=acc, device=x.device)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, ranks, lora_A.shape[1], len(x)):
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         g, xs, A, B = grad[lo:hi].to(acc), x[lo:hi].to(acc), lora_A[a, :r].to(acc), lora_B[a, :, :r].to(acc)
         s = scaling[a].to(acc)
         v = (xs @ A.mT) * s

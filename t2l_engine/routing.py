@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2l_engine.batch import AdapterBatch
 from t2l_engine.config import shown
+from t2l_engine.reference import check_segments
 
 Ids = int | Sequence[int] | Tensor | AdapterBatch
 
@@ -16,11 +17,13 @@ Ids = int | Sequence[int] | Tensor | AdapterBatch
 class Routing:
     """The current ids of one handle, shared by all its layers.
 
-    ``ids`` is one tensor, updated in place while the number of rows stays, so that compiled code sees new ids.
+    ``ids`` is one tensor for every number of rows, written in place from then on: compiled code, exported programs and
+    graphs see new ids.
     """
 
     def __init__(self) -> None:
-        self.ids: Tensor | None = None  # [rows] int32
+        self.ids: Tensor | None = None  # [rows] int32, one of those below
+        self._tensors: dict[int, Tensor] = {}  # by number of rows
         self.batch: AdapterBatch | None = None
         self.merged = False  # an adapter is in the weights
         self.uniform = False  # one id for all rows, whatever their number
@@ -62,13 +65,11 @@ class Routing:
     def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
         """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
         if isinstance(ids, AdapterBatch):
-            for name in ("seg_indptr", "seg_adapters"):
-                value = getattr(ids, name)
-                if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.dim() != 1:
-                    got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
+            _check_segments(ids)
             _check_ids(ids.seg_adapters, num_adapters, filled)
-            self.batch = AdapterBatch(ids.seg_indptr.to(device), ids.seg_adapters.to(device), ids.max_seg_len)
+            with torch.inference_mode(False):  # as in _write; copies, that the caller may change his own
+                indptr, adapters = (t.to(device, copy=True) for t in (ids.seg_indptr, ids.seg_adapters))
+            self.batch = AdapterBatch(indptr, adapters, ids.max_seg_len)
             self.uniform, self.choice = False, object()
             self._write(None)
             return
@@ -85,12 +86,11 @@ class Routing:
     def _write(self, ids: Tensor | None) -> None:
         # Inference tensors could not be written outside inference mode, nor saved for a backward pass.
         with torch.inference_mode(False):
-            if ids is None:
-                self.ids = None
-            elif self.ids is not None and self.ids.shape == ids.shape and self.ids.device == ids.device:
+            self.ids = None if ids is None else self._tensors.get(len(ids))
+            if ids is not None and (self.ids is None or self.ids.device != ids.device):
+                self.ids = self._tensors[len(ids)] = ids.clone()  # never the caller's storage
+            elif ids is not None:
                 self.ids.copy_(ids)
-            else:
-                self.ids = ids.clone()  # never the caller's storage
         self._segments = None
 
     def segments(self, rows: int, seq_len: int) -> AdapterBatch:
@@ -120,6 +120,20 @@ class Routing:
                 f"got {count} ids"
             )
         return AdapterBatch.from_rows(ids, seq_len)
+
+
+def _check_segments(batch: AdapterBatch) -> None:
+    for name in ("seg_indptr", "seg_adapters"):
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.dim() != 1:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
+    if not isinstance(batch.max_seg_len, int) or isinstance(batch.max_seg_len, bool):
+        raise ValueError(f"ids: max_seg_len: expected an int, got {shown(batch.max_seg_len)}")
+    try:
+        check_segments(batch.seg_indptr.tolist(), len(batch.seg_adapters), batch.max_seg_len)
+    except RuntimeError as error:
+        raise ValueError(f"ids: {error}") from None
 
 
 def _as_tensor(ids: Sequence[int] | Tensor) -> Tensor | None:

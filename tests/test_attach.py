@@ -140,6 +140,17 @@ def test_attach_arguments(model, stack, kwargs, message):
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("value", ["out/", {"q_proj": 1}, [0]])
+def test_what_is_no_stack(model, stack, value):
+    with pytest.raises(ValueError, match=f"stack: expected an AdapterStack, got {type(value).__name__}"):
+        attach(model, value)
+    handle = attach(model, stack)
+    with pytest.raises(ValueError, match="adapter: expected an AdapterStack, got"):
+        handle.put(0, value)
+    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got"), handle.differentiable(value, [0]):
+        pass
+
+
 def test_what_is_no_model(tiny_model, stack):
     with pytest.raises(ValueError, match="model: expected a torch module"):
         attach("llama", stack)

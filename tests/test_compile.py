@@ -59,3 +59,40 @@ def test_no_recompilation_over_ids_and_adapters(tiny_model, stack_for):
                 lora.put(1, stack_for(model_plain, ["q_proj", "v_proj"], num_adapters=1, seed=step))
                 assert torch.allclose(run(ids), model(input_ids=ids, use_cache=False).logits, atol=numerics.ROW_ATOL)
     lora.detach()
+
+
+def graphs(run, cases):
+    """How many graphs are compiled for ``cases``, each a function that sets ids and gives the input."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for case in cases:
+            x = case()
+            assert (compiled(x) - run(x)).abs().max() <= numerics.ROW_ATOL
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_lengths_become_a_variable(tiny_model, stack_for):
+    """Prefill of any length, and ragged tokens: one graph for the first length, one for all others."""
+    model = tiny_model("Llama")
+    generator = torch.Generator().manual_seed(0)
+
+    def randint(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    def prefill(length):
+        lora.set(randint(-1, 4, 3).tolist())
+        return randint(0, 97, 3, length)
+
+    def ragged(_):
+        lengths = randint(1, 6, 4)
+        bounds = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0))).int()
+        lora.set(t2l.AdapterBatch(bounds, randint(-1, 4, 4).int(), int(lengths.max())))
+        return torch.randn(int(bounds[-1]), 64, generator=generator)
+
+    lora = t2l.attach(model, stack_for(model, ["q_proj", "v_proj"], num_adapters=4))
+    linear = model.model.layers[0].self_attn.q_proj
+    run = lambda x: model(input_ids=x, use_cache=False).logits  # noqa: E731
+    assert graphs(run, [lambda n=n: prefill(n) for n in range(4, 14)]) == 2
+    assert graphs(linear, [lambda n=n: ragged(n) for n in range(20)]) == 2

@@ -134,6 +134,77 @@ def test_linears_that_are_never_called_are_refused(make_stack, name, sizes):
     assert not wrapped(model)
 
 
+class Reads(nn.Module):
+    """A state-space mixer, or an attention, as far as attach can tell one."""
+
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Linear(16, 16))
+
+
+@pytest.mark.parametrize(("parent", "name"), [("Mixer", "dt_proj"), ("WavLMAttention", "v_proj"), ("Mixer", "in_proj")])
+def test_linears_of_which_only_the_weight_is_read(make_stack, parent, name):
+    model = nn.ModuleList([type(parent, (Reads,), {})([name])])
+    if parent == "Mixer":
+        model[0].A_log = nn.Parameter(torch.ones(4))
+    stack = make_stack({name: (16, 16)}, num_layers=1, paths={name: "{layer}." + name})
+    if name == "in_proj":  # called by all of them
+        attach(model, stack).detach()
+        return
+    with pytest.raises(ValueError, match=f"0.{name} cannot be adapted: {parent} reads its weight and does not call it"):
+        attach(model, stack)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * 0.1, self.bias)
+
+
+class Float8(nn.Linear):
+    """As transformers' FP8Linear: an ``nn.Linear`` by class, whose weight is float8."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize("make", [Scaled, Float8])
+def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
+    blocks, stack = Blocks(make), make_stack({"q_proj": (16, 16)})
+    handle = attach(blocks, stack)
+    adapters = [0, 2, -1, 1, 1, -1]
+    with torch.no_grad():
+        expected = by_hand(Blocks(make), stack, x, adapters)
+        with handle.use(adapters):
+            assert (blocks(x) - expected).abs().max() <= ROW_ATOL
+        before = blocks(x)
+        with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {make.__name__} without a plain weight"):
+            handle.merge(0)
+        assert torch.equal(blocks(x), before)
+
+
+def test_what_a_layer_takes_and_gives(make_stack, x):
+    class Two(nn.Linear):
+        def forward(self, input, scale=1.0, both=False):
+            y = super().forward(input) * scale
+            return (y, y) if both else y
+
+    blocks, stack = Blocks(Two, num_layers=1), make_stack({"q_proj": (16, 16)}, num_layers=1)
+    with torch.no_grad():
+        base = blocks.layers[0]["q_proj"](x, 2.0)
+        with attach(blocks, stack).use(0):
+            layer = blocks.layers[0]["q_proj"]
+            plain = layer(x) - layer.base(x)
+            assert torch.equal(layer(input=x, scale=2.0), layer(x, 2.0))
+            assert (layer(x, 2.0) - base - plain).abs().max() <= ROW_ATOL
+            with pytest.raises(RuntimeError, match="q_proj: expected a layer that returns a tensor, got tuple"):
+                layer(x, both=True)
+
+
 def test_an_embedding_is_no_linear(make_stack):
     model = nn.ModuleDict({"embed_tokens": nn.Embedding(97, 16)})
     stack = make_stack({"embed_tokens": (16, 97)}, num_layers=1, paths={"embed_tokens": "embed_tokens"})

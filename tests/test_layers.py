@@ -113,6 +113,10 @@ def test_one_id_for_any_number_of_rows(model, handle, prompts):
             assert (got - expected[:rows]).abs().max() <= ROW_ATOL
 
 
+def batch(bounds, adapters, longest):
+    return AdapterBatch(*(torch.tensor(values, dtype=torch.int32) for values in (bounds, adapters)), longest)
+
+
 @pytest.mark.parametrize(
     ("ids", "error"),
     [
@@ -125,6 +129,12 @@ def test_one_id_for_any_number_of_rows(model, handle, prompts):
         (torch.tensor([9]), IndexError),
         (AdapterBatch.from_rows([0, 8], 4), IndexError),
         (AdapterBatch.from_rows([-2], 4), IndexError),
+        (batch([1, 4], [0], 4), ValueError),
+        (batch([0, 3, 2, 4], [0, 0, 0], 4), ValueError),
+        (batch([0, 4], [0], 3), ValueError),
+        (batch([0, 4], [0], 4.0), ValueError),
+        (batch([0, 4], [0, 0], 4), ValueError),
+        (batch([], [], 4), ValueError),
         (AdapterBatch([0, 4], [0], 4), ValueError),
         (AdapterBatch(torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0]), 4), ValueError),
         (AdapterBatch(torch.tensor([0.0, 4.0]), torch.tensor([0], dtype=torch.int32), 4), ValueError),
@@ -237,14 +247,16 @@ def test_segments_over_flattened_tokens(make_stack):
             y = torch.tanh(layer["q_proj"](y) + delta)
         expected.append(y)
     handle = attach(model, stack)
-    int32 = {"dtype": torch.int32}
-    batch = AdapterBatch(torch.tensor(bounds, **int32), torch.tensor(adapters, **int32), 5)
-    assert batch.num_tokens == 11
-    with torch.no_grad(), handle.use(batch):
+    ragged = batch(bounds, adapters, 5)
+    assert ragged.num_tokens == 11
+    with torch.no_grad(), handle.use(ragged):
+        for tensor in (ragged.seg_indptr, ragged.seg_adapters):
+            tensor.fill_(7)  # the caller's own
         got = model(x)
     assert (got - torch.cat(expected)).abs().max() <= ROW_ATOL
+    ragged = batch(bounds, adapters, 5)
     for tokens in (10, 12):
-        with torch.no_grad(), handle.use(batch), pytest.raises((ValueError, RuntimeError), match=f"{tokens}"):
+        with torch.no_grad(), handle.use(ragged), pytest.raises((ValueError, RuntimeError), match=f"{tokens}"):
             model(torch.ones(tokens, 16))
 
 

@@ -184,6 +184,33 @@ def test_our_folders_in_peft(build, tmp_path, tokens, family):
     assert_same_logits(peft_logits(model, tmp_path / "ours", tokens), expected, base)
 
 
+def test_encoder_and_decoder(tmp_path, tokens):
+    """Adapters in both halves of BART: modules of one name get names that reach above the layer."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    special = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=97, init_std=0.3, **sizes, **heads, **special)).eval()
+    config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    adapted = peft.get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        adapted.save_pretrained(tmp_path)
+        inputs = {"input_ids": tokens, "decoder_input_ids": tokens[:, :5]}
+        expected, base = adapted.eval()(**inputs).logits, model(**inputs).logits
+        stack = AdapterStack.from_peft(tmp_path)
+        assert "encoder.layers.{layer}.self_attn.q_proj" in stack.lora_A and len(stack.lora_A) == 6
+        handle = attach(model, stack)
+        with handle.use([0, -1, 0]):
+            got = model(**inputs).logits
+    assert_same_logits(got[[0, 2]], expected[[0, 2]], base[[0, 2]])
+    assert torch.equal(got[1], base[1])
+
+
 # --- what PEFT folders may say ---------------------------------------------------------------------------------------
 
 

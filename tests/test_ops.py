@@ -189,22 +189,40 @@ def test_large_offsets():
     assert torch.equal(near, far)
 
 
+INT32 = {"dtype": torch.int32}
+
+
+@pytest.mark.parametrize("op", [ops.lora_add_, reference.lora_add_], ids=["op", "reference"])
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"seg_adapters": torch.tensor([0, 2, 1], **INT32)}, r"seg_adapters: expected ids in \[-1, 2\), got 2 at segment 1"),
+        ({"seg_adapters": torch.tensor([0, -2, 1], **INT32)}, r"seg_adapters: expected ids in \[-1, 2\), got -2"),
+        ({"seg_indptr": torch.tensor([1, 2, 3, 6], **INT32)}, "seg_indptr: expected 0 first, got 1"),
+        ({"seg_indptr": torch.tensor([0, 2, 5, 7], **INT32)}, "expected the number of tokens 6 last, got 7"),
         (
-            {"seg_adapters": torch.tensor([0, 2, 1], dtype=torch.int32)},
-            r"seg_adapters: expected ids in \[-1, 2\), got 2",
+            {"seg_indptr": torch.tensor([0, 3, 2, 6], **INT32)},
+            "segments of 0 to max_seg_len = 3 tokens, got -1 at segment 1",
         ),
-        (
-            {"seg_adapters": torch.tensor([0, -2, 1], dtype=torch.int32)},
-            r"seg_adapters: expected ids in \[-1, 2\), got -2",
-        ),
-        ({"seg_adapters": torch.tensor([0, 1, 1])}, "seg_adapters: expected int32, got int64"),
-        ({"seg_indptr": torch.tensor([0, 2, 3, 7], dtype=torch.int32)}, "expected the number of tokens 6 last, got 7"),
-        ({"seg_indptr": torch.tensor([0, 3, 2, 6], dtype=torch.int32)}, "segments of 0 to max_seg_len = 3 tokens"),
-        ({"seg_indptr": torch.tensor([0, 6], dtype=torch.int32)}, r"seg_indptr: expected shape \[4\], got \[2\]"),
+        ({"seg_indptr": torch.tensor([0, 6], **INT32)}, r"seg_indptr: expected shape \[4\], got \[2\]"),
+        ({"seg_indptr": torch.tensor([], **INT32)}, r"seg_indptr: expected shape \[4\], got \[0\]"),
         ({"max_seg_len": 2}, "segments of 0 to max_seg_len = 2 tokens, got 3"),
+        ({"ranks": torch.tensor([1, 3], **INT32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
+    ],
+)
+def test_segment_errors(op, change, message):
+    """Every backend reads segments on the host so far, and so can check them."""
+    arguments = SMALL.make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        op(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seg_adapters": torch.tensor([0, 1, 1])}, "seg_adapters: expected int32, got int64"),
         ({"lora_B": torch.zeros(2, 5, 3)}, r"lora_B: expected shape \[2, \*, 2\], got \[2, 5, 3\]"),
         ({"lora_B": torch.zeros(2, 5, 2, dtype=BF16)}, "lora_B: expected float32, got bfloat16"),
         ({"lora_A": torch.zeros(2, 6, 2).mT}, "lora_A: expected last stride 1"),
@@ -213,7 +231,6 @@ def test_large_offsets():
         ({"x": torch.zeros(6, 6, dtype=F64), "y": torch.zeros(6, 4, dtype=F64)}, r"y: expected shape \[6, 5\]"),
         ({"y": torch.zeros(6, 4)}, r"y: expected shape \[6, 5\], got \[6, 4\]"),
         ({"scaling": torch.ones(2, dtype=F64)}, "scaling: expected float32, got float64"),
-        ({"ranks": torch.tensor([1, 3], dtype=torch.int32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
     ],
 )
 def test_lora_errors(change, message):

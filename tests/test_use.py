@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from t2l_engine import AdapterStack, attach
+from t2l_engine import AdapterBatch, AdapterStack, attach
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOGITS_ATOL, ROW_ATOL, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -324,6 +324,31 @@ def test_export(model, handle, stack_for, tokens, strict):
     assert (run(torch.export.load(saved)) - first).abs().max() <= ROW_ATOL
 
 
+def test_exported_programs_see_ids_set_later(model, handle, tokens):
+    """The ids of a number of rows stay in one place, whatever was in use meanwhile."""
+    with handle.use([2, 0, -1, 3]):
+        program = torch.export.export(model, (tokens,), {"use_cache": False}).module()
+    with handle.use([1, 1]):
+        logits(model, tokens[:2])
+    handle.merge(0)
+    handle.unmerge()
+    batch = AdapterBatch.from_rows([0, 0, 0, 0], tokens.shape[1])
+    with handle.use(batch):
+        logits(model, tokens)
+    with torch.no_grad():
+        for ids in ([0, 1, 2, -1], [3, -1, -1, 0]):
+            with handle.use(ids):
+                assert (program(tokens, use_cache=False).logits - logits(model, tokens)).abs().max() <= ROW_ATOL
+
+
+def test_forward_mode_is_refused(model, handle, tokens):
+    x = torch.randn(4, 7, 64)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.func.jvp(layer, (x,), (x,))
+    with handle.use([2, 0, -1, 3]), pytest.raises(NotImplementedError, match="adapters have no forward-mode derivative"):
+        torch.func.jvp(layer, (x,), (x,))
+
+
 # --- copies and files ------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +383,42 @@ def test_state_dict(tiny_model, handle, model, tokens, assign):
     changed[f"{key}.extra"] = changed.pop(f"{key}.weight")
     result = model.load_state_dict(changed, strict=False)
     assert result.missing_keys == [f"{key}.weight"] and result.unexpected_keys == [f"{key}.extra"]
+
+
+def test_loading_while_merged_is_refused(model, handle, tokens):
+    base = logits(model, tokens)
+    handle.merge(0)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) before loading"):
+            model.load_state_dict(state, assign=assign)
+    handle.unmerge()
+    assert torch.equal(logits(model, tokens), base)
+
+
+def test_unmerge_after_parameters_were_replaced(model, handle, tokens):
+    expected = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    handle.merge(0)
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.detach().clone())
+    handle.unmerge()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tying_and_resizing(tiny_model, make_stack, tokens, tied):
+    model = tiny_model("Llama", tie_word_embeddings=tied)
+    stack = make_stack({"lm_head": (64, 97)}, num_layers=1, paths={"lm_head": "lm_head"})
+    handle = attach(model, stack)
+    with handle.use([0, 1, 2, -1]):
+        before = logits(model, tokens)
+        model.tie_weights()
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+        assert torch.equal(logits(model, tokens), before)
+    with pytest.raises((RuntimeError, TypeError), match="detach the adapters before resizing" if tied else "LoRALinear"):
+        model.resize_token_embeddings(101)
 
 
 @pytest.mark.parametrize("tied", [False, True])
