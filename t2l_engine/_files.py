@@ -60,9 +60,22 @@ def write_folder(
         weights, config_path = Path(temporary) / weights_name, Path(temporary) / config_name
         config_path.write_text(text, encoding="utf-8")
         save_file(state, weights, metadata=metadata)
+        _sort_metadata(weights)
         shutil.copymode(config_path, weights)  # safetensors makes files that only their owner may read
         for name in (weights_name, config_name):
             os.replace(Path(temporary) / name, directory / name)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in random order; the same content shall be the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # else spelled another way, and good as it is
+            file.seek(8)
+            file.write(text)
 
 
 def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:

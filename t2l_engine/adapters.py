@@ -275,7 +275,7 @@ class AdapterStack:
         Raises:
             IndexError: an adapter out of range.
             ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or holds a checkpoint or a model (FileExistsError).
         """
         peft_format.write_adapter(self, self._position(adapter), Path(directory), base_model_name_or_path)
 

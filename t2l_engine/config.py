@@ -132,7 +132,7 @@ class EncoderConfig:
 
     ``name``: ``"minilm"`` (the packaged all-MiniLM-L6-v2), a local folder, or a hub name.
     ``pooling``: ``"cls"``, ``"mean"`` or ``"last"`` (last real token).
-    ``max_length``: tokens, special ones included, beyond which a text's end is cut.
+    ``max_length``: tokens, special ones included, beyond which a text's end is cut; the model's positions, where fewer.
     ``full_stop``: append "." to a description that ends in a letter.
     ``template``: text with ``{text}`` that replaces the full-stop rule, or None.
     ``dtype``: "float32", "bfloat16" or "float16", of the encoder's weights; embeddings are float32 always.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.config import EncoderConfig, OneHotConfig, shown
+from t2l_engine.encoder_config import REFERENCE_LENGTH
 from t2l_engine.layers import LoRALinear
 from t2l_engine.prompts import is_unicode
 
@@ -41,11 +42,18 @@ def _resolve(name: str) -> str:
     return name
 
 
+def no_adapter(source: str, what: str) -> None:
+    """ValueError where the local folder ``source`` holds a PEFT adapter: transformers would apply it without a word."""
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(f"{what}: expected a model's folder, but adapter_config.json in it would change the model")
+
+
 def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.Module, Any]:
     """Model and tokenizer of a local folder or hub name, every weight from its files."""
     from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+    no_adapter(source, f"encoder {source!r}")
     try:
         # Both are parsed only, so that code is refused before anything could run it, or run another class in its place.
         values, _ = PreTrainedConfig.get_config_dict(source)
@@ -106,22 +114,17 @@ class TextEncoder:
     def __init__(self, model: nn.Module, tokenizer: Any, config: EncoderConfig):
         """``model``: a transformers encoder or decoder, put into eval mode; ``tokenizer``: its tokenizer, never changed.
 
-        Raises:
-            ValueError: ``config.max_length`` is beyond the model's positions, or has no room for a text.
+        Raises ValueError where the length has no room for a text.
         """
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self._cache: dict[str, Tensor] = {}
-        positions = _positions(model)
-        if positions is not None and config.max_length > positions:
-            raise ValueError(
-                f"encoder {config.name!r}: max_length: expected at most the model's {positions} positions, "
-                f"got {config.max_length}"
-            )
+        #: Tokens, special ones included, beyond which a text's end is cut: the configuration's, or the model's positions.
+        self.max_length = min(config.max_length, _positions(model) or config.max_length)
         special = tokenizer.num_special_tokens_to_add()
-        if config.max_length <= special:
+        if self.max_length <= special:
             raise ValueError(
                 f"encoder {config.name!r}: max_length: expected more than the {special} special tokens of every text, "
-                f"got {config.max_length}"
+                f"got {self.max_length}"
             )
 
     @classmethod
@@ -145,7 +148,7 @@ class TextEncoder:
             FileNotFoundError: the packaged encoder is not installed.
             OSError: the encoder is neither a local folder nor to be had from the hub.
             ValueError: an encoder given by name that does not state its pooling; one that brings code, without
-                ``trust_remote_code``; one whose files lack weights; a ``max_length`` beyond the model's.
+                ``trust_remote_code``; one whose files lack weights, or hold an adapter that transformers would apply.
         """
         if isinstance(config, str):
             if config == MINILM.name:
@@ -163,23 +166,20 @@ class TextEncoder:
         return cls(model.to(device), tokenizer, config)
 
     @classmethod
-    def from_model(cls, model: nn.Module, tokenizer: Any, max_length: int | None = None) -> TextEncoder:
+    def from_model(cls, model: nn.Module, tokenizer: Any, max_length: int = REFERENCE_LENGTH) -> TextEncoder:
         """The language model itself as encoder: the last token's hidden state after the final norm (paper section 3).
 
         ``model``: a transformers causal LM, already loaded; its decoder is shared, not copied, and put into eval mode.
         ``tokenizer`` is used as it is and never changed.  Vectors are those of the base model: embedding a new text while
-        an adapter is in use raises RuntimeError.  ``max_length``: in tokens, None = 8192 as in the reference, or the
-        model's positions where it has fewer.
+        an adapter is in use raises RuntimeError.  ``max_length``: in tokens, 8192 as in the reference, or the model's
+        positions where it has fewer.
 
-        Raises:
-            ValueError: ``model`` is no transformers model, or ``max_length`` is beyond its positions.
+        Raises ValueError where ``model`` is no transformers model.
         """
         if not hasattr(model, "get_decoder"):
             raise ValueError(f"model: expected a transformers language model, got {type(model).__name__}")
         dtype = str(model.dtype).removeprefix("torch.")
         name = model.config.name_or_path or type(model).__name__
-        if max_length is None:
-            max_length = min(8192, _positions(model) or 8192)
         return cls(model.get_decoder(), tokenizer, EncoderConfig(name, "last", max_length, dtype=dtype))
 
     @property
@@ -206,7 +206,7 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
 
-        Of a text beyond ``config.max_length`` tokens the end is cut (special tokens stay), with a warning that says which.
+        Of a text beyond ``max_length`` tokens the end is cut (special tokens stay), with a warning that says which.
 
         Raises:
             ValueError: an empty list, an empty text or anything but strings.
@@ -236,7 +236,7 @@ class TextEncoder:
         tokens = {}
         for row, (text, index) in enumerate(new.items()):
             inputs = {key: batch[key][row] for key in batch}
-            length, limit = len(special[row]), self.config.max_length
+            length, limit = len(special[row]), self.max_length
             if length > limit:
                 warnings.warn(
                     f"texts[{index}]: description of {length} tokens truncated to {limit}, its end is cut: "
@@ -296,14 +296,9 @@ class OneHotEncoder:
         """Width of ``task_emb``: the number of training tasks."""
         return len(self.config.tasks)
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
-
-        Raises ValueError for an empty list, anything but strings, and a name that is no training task.
-        """
+    def prepare(self, texts: Sequence[str]) -> list[str]:
+        """The names as they are; ValueError for anything but strings and for a name that is no training task."""
         _check_list(texts)
-        if not texts:
-            raise ValueError("texts: expected at least one task name, got none")
         for i, name in enumerate(texts):
             if not isinstance(name, str) or name not in self._index:
                 some = list(self.config.tasks[:5])
@@ -311,5 +306,14 @@ class OneHotEncoder:
                     f"texts[{i}]: a hypernetwork with one-hot task embeddings knows only the names of its {self.embed_dim} "
                     f"training tasks, such as {shown(some)}; got {shown(name)}"
                 )
+        return list(texts)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
+
+        Raises ValueError for an empty list and as :meth:`prepare`.
+        """
+        if not self.prepare(texts):
+            raise ValueError("texts: expected at least one task name, got none")
         rows = torch.tensor([self._index[name] for name in texts], device=self.device)
         return nn.functional.one_hot(rows, self.embed_dim).float()

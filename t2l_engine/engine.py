@@ -53,12 +53,14 @@ def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | O
         config = None
     if given is None:
         return config
-    if config is None:
-        return str(given)
+    if config is None and str(given) == MINILM.name:
+        return MINILM
     if isinstance(config, OneHotConfig):
         raise ValueError(f"encoder: expected none, since {folder} knows tasks by their names (one-hot), got {str(given)!r}")
     if not Path(given).is_dir():
         raise FileNotFoundError(f"encoder {str(given)!r}: no such folder")
+    if config is None:
+        return str(given)
     return dataclasses.replace(config, name=str(given))
 
 

@@ -62,6 +62,11 @@ _OTHER = frozenset(
     "qalora_group_size loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying "
     "runtime_config".split()
 )
+#: Checkpoints and models, which read an adapter_config.json beside them as their own.
+_OTHER_WEIGHTS = (
+    "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
 #: What the keys of other kinds of adapters look like, and what to say of them.
 _REFUSED_KEYS = (
     (r"\.lora_[AB]\.[^.]+\.weight$", "the adapter's name is part of the key; save the adapter with PEFT's save_pretrained"),
@@ -343,6 +348,11 @@ def state_dict(stack: AdapterStack, index: int) -> dict[str, Tensor]:
 
 def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_name_or_path: str | None) -> None:
     """Write adapter ``index`` as a PEFT folder with the scaling baked in; ValueError for one that cannot be stored."""
+    for other in _OTHER_WEIGHTS:
+        if (directory / other).exists():
+            raise FileExistsError(
+                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
+            )
     state = state_dict(stack, index)
     if not state:
         raise ValueError(f"adapter {index} adapts no module: all its ranks are 0")

@@ -75,10 +75,17 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "file_bytes": (folder / weights).stat().st_size,
         "gflop_per_adapter": hypernet_flops(c) / 1e9,
         "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
-        "encoder": blocks.get("encoder"),
+        "encoder": blocks.get("encoder") or _named_encoder(blocks),
         "base_model": blocks.get("base_model"),
         "training": _training(training) if isinstance(training, dict) else None,
     }
+
+
+def _named_encoder(blocks: dict[str, Any]) -> dict[str, Any] | None:
+    """An encoder that the reference's arguments name, for which nothing says how texts are embedded."""
+    args = blocks.get("reference", {}).get("args")
+    name = args.get("emb_model") if isinstance(args, dict) else None
+    return {"name": name, "pooling": None} if isinstance(name, str) and name else None
 
 
 def _training(block: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterError, AdapterStack
@@ -182,6 +183,15 @@ def test_folders_of_other_depth_share_a_stack_if_partial(folder, make_stack, tmp
     edit_config(folder, layers_to_transform=[0, 1])
     stack = AdapterStack.from_peft([folder, deep])
     assert not stack.partial and stack.ranks["q_proj"].tolist() == [[4, 4, 0], [4, 4, 4]]
+
+
+def test_the_same_adapter_is_the_same_bytes(folder, tmp_path):
+    expected = (folder / "adapter_model.safetensors").read_bytes()
+    for i in range(8):  # safetensors alone writes metadata in random order
+        AdapterStack.from_peft(folder).save_pretrained(tmp_path / str(i))
+        assert (tmp_path / str(i) / "adapter_model.safetensors").read_bytes() == expected
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        assert sorted(file.metadata()) == ["format", "t2l_engine.sha256"]
 
 
 # --- modules -------------------------------------------------------------------------------------------------------

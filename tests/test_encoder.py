@@ -218,6 +218,13 @@ def change(path, **values):
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def test_an_adapter_beside_the_weights_is_refused(folder):
+    """transformers would apply it, and the embeddings would be others."""
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="expected a model's folder, but adapter_config.json in it would change the model"):
+        TextEncoder.from_pretrained(EncoderConfig(str(folder), "mean"))
+
+
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_dtype_of_the_weights(folder, encoder, name):
     config = EncoderConfig(str(folder), "mean", dtype=name)
@@ -241,13 +248,11 @@ def test_length_is_within_the_models_positions(parts, kind, positions):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16}
     config = getattr(transformers, f"{kind}Config")(max_position_embeddings=40, pad_token_id=1, **sizes)
     model = getattr(transformers, f"{kind}Model")(config)
-    with pytest.raises(
-        ValueError, match=f"'tiny': max_length: expected at most the model's {positions} .* got {positions + 1}"
-    ):
-        TextEncoder(model, parts[1], EncoderConfig("tiny", "mean", max_length=positions + 1))
-    encoder = TextEncoder(model, parts[1], EncoderConfig("tiny", "mean", max_length=positions))
-    with pytest.warns(UserWarning, match=f"truncated to {positions}"):
-        assert encoder.encode(["the drug " * 50]).isfinite().all()
+    for stated, limit in ((30, 30), (positions, positions), (8192, positions)):
+        encoder = TextEncoder(model, parts[1], EncoderConfig("tiny", "mean", max_length=stated))
+        assert encoder.max_length == limit
+        with pytest.warns(UserWarning, match=f"truncated to {limit}"):
+            assert encoder.encode(["the drug " * 50]).isfinite().all()
 
 
 def test_length_leaves_room_for_text(encoder):
@@ -372,9 +377,8 @@ def test_from_model(tiny_model, left_tokenizer, family):
 
 
 def test_from_model_states_its_limits(tiny_model, left_tokenizer):
-    with pytest.raises(ValueError, match="max_length: expected at most the model's 128 positions, got 8192"):
-        TextEncoder.from_model(tiny_model("Llama"), left_tokenizer, max_length=8192)
-    assert TextEncoder.from_model(tiny_model("Llama"), left_tokenizer).config.max_length == 128
+    encoder = TextEncoder.from_model(tiny_model("Llama"), left_tokenizer)
+    assert (encoder.config.max_length, encoder.max_length) == (8192, 128)  # the reference's, the model's
     with pytest.raises(ValueError, match="model: expected a transformers language model, got Linear"):
         TextEncoder.from_model(torch.nn.Linear(1, 1), left_tokenizer)
     model = tiny_model("Llama", dtype=torch.bfloat16)

@@ -1,6 +1,7 @@
 """The command line ``t2l``: one module a family of commands.
 
-Standard output carries results, standard error everything else.  With ``--json`` standard output is one JSON document.
+Standard output carries results, standard error everything else.  With ``--json`` standard output is one JSON document, and
+empty where the command fails.
 """
 
 from __future__ import annotations
@@ -59,6 +60,6 @@ def main() -> None:
         warnings.showwarning = _show_warning
         try:
             app()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             say(str(error))
             sys.exit(1)

@@ -21,6 +21,7 @@ from t2l_engine.cli.common import (
     base_model_of,
     load_engine,
     say,
+    standard_input,
 )
 from t2l_engine.config import shown
 from t2l_engine.prompts import chat_prompt, is_unicode
@@ -29,7 +30,7 @@ HELP = """\
 A line is an input; its answer is on standard output.  Each line is answered by itself, without what was said before:
 adapters are trained on the input alone as one user turn.
   /task TEXT  the adapter of another description
-  /base       answer the last input again with the base model, without adapter
+  /base       answer the last input again with the base model, without adapter and description
   /help       this text
   /quit       leave; so do Ctrl-D and Ctrl-C
 A line that begins with // is an input that begins with /."""
@@ -76,6 +77,10 @@ class Chat:
         prompt = chat_prompt(self.tokenizer, text)
         batch = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         length, limit = batch["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and self.max_new_tokens >= limit:
+            raise ValueError(
+                f"--max-new-tokens: expected fewer than the model's {limit} positions, got {self.max_new_tokens}"
+            )
         if limit is not None and length + self.max_new_tokens > limit:
             raise ValueError(
                 f"input: expected at most {limit - self.max_new_tokens} tokens (the model has {limit} positions, "
@@ -93,12 +98,14 @@ class Chat:
         """Do what ``line`` says; False for /quit.  Raises ValueError for a command that cannot be followed."""
         if not is_unicode(line):
             raise ValueError(f"input: expected UTF-8 text, got {shown(line)}")
-        command, _, rest = line.partition(" ")
+        command, rest = (line.split(maxsplit=1) + [""])[:2]
         if not line.startswith("/") or line.startswith("//"):
             self.last = line[1:] if line.startswith("//") else line
             self.answer(self.last, _ADAPTER)
         elif command == "/task":
-            self.switch(rest.strip())
+            if not rest:
+                raise ValueError("/task: expected a description after it, got none")
+            self.switch(rest)
             if self.interactive:
                 say("the adapter is that of the new description")
         elif command == "/base":
@@ -117,7 +124,7 @@ class Chat:
 def _lines(interactive: bool) -> Iterator[str]:
     """Lines of standard input; with a prompt where a person types them."""
     if not interactive:
-        yield from sys.stdin
+        yield from standard_input()
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then has line editing and a history
@@ -136,7 +143,7 @@ def chat(
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     base_model: BaseModel = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy; above: sampling.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy; above: sampling.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every sampled answer.")] = 0,
     dtype: BaseDType = DType.float32,
     scaling: Scaling = "",
@@ -152,7 +159,7 @@ def chat(
     """
     from t2l_engine.integrations import base_model as models
 
-    interactive = sys.stdin.isatty()
+    interactive = standard_input().isatty()
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     name = base_model_of(folder, base_model)
     model, tokenizer = models.load(name, dtype.torch)
@@ -171,5 +178,7 @@ def chat(
                 if not interactive:
                     raise
                 say(str(error))
-    except KeyboardInterrupt:  # the other way to leave
-        typer.echo(err=True)
+    except KeyboardInterrupt:
+        if not interactive:  # the answers are not complete
+            raise
+        typer.echo(err=True)  # the other way to leave

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import json
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
     from t2l_engine.engine import TextToLoRA
 
@@ -42,12 +44,27 @@ BaseModel = Annotated[
     str, typer.Option("--base-model", help="Local transformers folder; default: what the checkpoint names.")
 ]
 BaseDType = Annotated[DType, typer.Option("--dtype", help="Arithmetic of the base model.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead; none on failure.")]
 
 
 def say(text: str) -> None:
     """One line for the user on standard error."""
     typer.echo("t2l: " + " ".join(text.split()), err=True)
+
+
+def standard_input() -> TextIO:
+    """ValueError where the process was started without one."""
+    if sys.stdin is None:
+        raise ValueError("standard input: expected one, but it is closed")
+    return sys.stdin
+
+
+def console() -> Console:
+    """As wide as the terminal; where there is none, as wide as the lines: nothing is cut for a script."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 1000
+    return Console(markup=False, highlight=False, emoji=False, width=width)
 
 
 def print_json(value: Any) -> None:
@@ -62,6 +79,7 @@ def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: 
     from t2l_engine.engine import TextToLoRA, resolve_checkpoint
 
     logging.disable_progress_bar()  # stderr is for our messages
+    logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
     engine = TextToLoRA.from_pretrained(
         folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code

@@ -18,6 +18,7 @@ from t2l_engine.cli.common import (
     Encoder,
     TrustRemoteCode,
     base_model_of,
+    console,
     load_engine,
     split_names,
 )
@@ -40,7 +41,6 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Exact match of a checkpoint's adapters, and of the base model, on a task folder."""
-    from rich.console import Console
     from rich.table import Table
     from tqdm import tqdm
 
@@ -49,12 +49,16 @@ def evaluate(
     from t2l_engine.integrations import base_model as models
     from t2l_engine.tasks import load_tasks
 
-    if json_file is not None and not json_file.parent.is_dir():  # better now than after the answers
-        raise FileNotFoundError(f"--json: {json_file.parent}: no such folder")
+    if json_file is not None:  # better now than after the answers
+        if not json_file.parent.is_dir():
+            raise FileNotFoundError(f"--json: {json_file.parent}: no such folder")
+        if json_file.is_dir():
+            raise IsADirectoryError(f"--json: {json_file}: expected a file, got a folder")
     loaded = load_tasks(tasks, split)
     if max_items:
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     chosen = tuple(split_names(arms))
+    exact_match.check_arms(chosen)
     shots = {t.name: t.examples for t in load_tasks(tasks, "train")} if any("shot" in a for a in chosen) else None
     engine, folder = load_engine(checkpoint, "", encoder, trust_remote_code)
     name = base_model_of(folder, base_model)
@@ -75,6 +79,6 @@ def evaluate(
     for task, scores in result["tasks"].items():
         table.add_row(task, *(f"{scores[a]:.1f}" for a in chosen))
     table.add_row("mean", *(f"{result['mean'][a]:.1f}" for a in chosen), style="bold")
-    Console().print(table)
+    console().print(table)
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, print_json, split_names
+from t2l_engine.cli.common import Json, console, print_json, split_names
 
 
 class Form(str, enum.Enum):
@@ -30,6 +30,7 @@ def convert(
         typer.Option(help="Modules in row order (q_proj,v_proj), for a reference folder known to be in another order."),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a checkpoint in its other form."""
     from t2l_engine import convert as conversion
@@ -42,7 +43,10 @@ def convert(
         if not force and any(target.iterdir()):
             raise FileExistsError(f"{target}: not empty; --force writes into it all the same")
     written = conversion.convert(folder, target, to.value if to is not None else None, split_names(module_order) or None)
-    typer.echo(f"{target}: {written} form")
+    if as_json:
+        print_json({"source": str(folder), "target": str(target), "form": written})
+    else:
+        typer.echo(f"{target}: {written} form")
 
 
 def show(
@@ -62,7 +66,6 @@ def show(
 
 def _render(about: dict[str, Any]) -> None:
     """Two columns, then a table of the modules.  Strings come out of files: no markup, no control characters, bounded."""
-    from rich.console import Console
     from rich.table import Table
 
     facts = Table.grid(padding=(0, 2))
@@ -73,9 +76,9 @@ def _render(about: dict[str, Any]) -> None:
     modules = Table(*(key.replace("_", " ") for key in about["modules"][0]), title=title)
     for module in about["modules"]:
         modules.add_row(*map(_text, module.values()))
-    console = Console(markup=False, highlight=False, emoji=False)
-    console.print(facts)
-    console.print(modules)
+    screen = console()
+    screen.print(facts)
+    screen.print(modules)
 
 
 def _text(value: Any) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,7 +17,11 @@ from t2l_engine.cli.common import (
     TrustRemoteCode,
     load_engine,
     print_json,
+    standard_input,
 )
+
+if TYPE_CHECKING:
+    from t2l_engine.engine import TextToLoRA
 
 BATCH_SIZE = 64  # adapters in memory at a time
 INDEX_NAME = "index.json"
@@ -51,8 +54,10 @@ def generate(
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
     several = file is not None or len(descriptions) > 1
-    texts = descriptions if file is None else _read(file)
+    lines = None if file is None else _read(file)
+    texts = descriptions if lines is None else list(lines.values())
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    _check(engine, {f"texts[{i}]": text for i, text in enumerate(texts)} if lines is None else _named(file, lines))
     config = engine.hypernetwork.config
     base = checkpoints.describe(folder).get("base_model")
     base = smollm2.BASE_MODEL if base == base_model.PACKAGED else base
@@ -60,9 +65,10 @@ def generate(
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # what it says is true no longer; the new one is written when all adapters are
     results = []
+    task_emb = engine.encoder.encode(texts)
     for start in range(0, len(texts), BATCH_SIZE):
         batch = texts[start : start + BATCH_SIZE]
-        stack = engine.generate(batch)
+        stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
         for i, text in enumerate(batch):
             target = output / str(start + i) if several else output
             stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
@@ -84,14 +90,27 @@ def generate(
         print_json(results)
 
 
-def _read(file: Path) -> list[str]:
-    """The descriptions of ``file``, one a line; "-" is standard input."""
+def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
+    """ValueError for a text that the encoder does not take, under its name in ``texts``; before anything is written."""
+    for name, text in texts.items():
+        try:
+            engine.encoder.prepare([text])
+        except ValueError as error:
+            raise ValueError(str(error).replace("texts[0]", name, 1)) from None
+
+
+def _named(file: Path, lines: dict[int, str]) -> dict[str, str]:
+    return {f"{'standard input' if str(file) == '-' else file}:{number}": text for number, text in lines.items()}
+
+
+def _read(file: Path) -> dict[int, str]:
+    """The descriptions of ``file`` by line number, one a line; "-" is standard input."""
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+        text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {file}: expected UTF-8 text: {error}") from None
-    lines = [line.strip() for line in text.split("\n")]
-    found = [line for line in lines if line]
+    lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
+    found = {number: line.strip() for number, line in lines if line.strip()}
     if not found:
         raise ValueError(f"--file: {file}: expected one description a line, got none")
     return found

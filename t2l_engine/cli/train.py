@@ -15,14 +15,14 @@ def sft(
     config: Annotated[Path, typer.Option(help="YAML file with the fields of SFTConfig.")],
     tasks: Annotated[Path, typer.Option(help="Task folder; examples of split 'train' are used.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")],
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: torch's default.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")] = 0,
 ) -> None:
     """Supervised fine-tuning through the frozen base model."""
     import torch
-    import yaml
     from transformers.utils import logging
 
-    from t2l_engine.config import from_json, read_text
+    from t2l_engine._yaml import read_yaml
+    from t2l_engine.config import from_json
     from t2l_engine.training.sft import SFTConfig, train
 
     logging.disable_progress_bar()
@@ -30,9 +30,5 @@ def sft(
         torch.set_num_threads(threads)
     if not config.is_file():
         raise FileNotFoundError(f"{config}: no such file")
-    try:
-        fields = yaml.safe_load(read_text(config))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{config}: not plain YAML: {error}") from None
-    train(from_json(SFTConfig, fields, str(config)), tasks, output)
+    train(from_json(SFTConfig, read_yaml(config), str(config)), tasks, output)
     typer.echo(f"checkpoint: {output}")

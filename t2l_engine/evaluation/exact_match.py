@@ -8,7 +8,7 @@ description: how much of the gain the text itself brings), ``base-raw`` (base mo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -75,6 +75,13 @@ def _queries(arm: str, tasks: list[Task], shots: dict[str, tuple[Example, ...]],
     return queries
 
 
+def check_arms(arms: Sequence[str]) -> None:
+    """ValueError unless ``arms`` are some of :data:`ARMS`."""
+    unknown = [arm for arm in arms if arm not in ARMS]
+    if unknown or not arms:
+        raise ValueError(f"arms: expected some of {ARMS}, got {unknown[0] if unknown else 'none'!r}")
+
+
 def evaluate(
     engine: TextToLoRA,
     model,
@@ -90,11 +97,10 @@ def evaluate(
     """Exact match in percent per arm and task, each the mean over the task's descriptions and examples.
 
     ``shots``: examples per task name for "base-raw-3shot".  Returns ``{"scaling": s, "tasks": {name: {arm: percent}},
-    "mean": {arm: percent}, "items": {name: count}}``.  Raises ValueError for an unknown arm.
+    "mean": {arm: percent}, "items": {name: count}}``.  Raises ValueError for an unknown arm, or none.
     """
+    check_arms(arms)
     for arm in arms:
-        if arm not in ARMS:
-            raise ValueError(f"arms: expected some of {ARMS}, got {arm!r}")
         if arm == "t2l-shuffled" and len(tasks) < 2:
             raise ValueError("arms: t2l-shuffled needs at least two tasks")
         if arm.endswith("3shot") and not all((shots or {}).get(t.name) for t in tasks):

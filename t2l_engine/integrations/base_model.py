@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from t2l_engine.config import shown
+from t2l_engine.encoder import no_adapter
 from t2l_engine.integrations import smollm2
 
 PACKAGED = "smollm2-135m"
@@ -20,15 +21,18 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
 
     Raises:
         FileNotFoundError: ``name`` is neither.
-        ValueError: the folder's weights are not complete, or its model needs code of its own.
+        ValueError: the folder's weights are not complete, an adapter lies among them, or its model needs code of its own.
     """
     if name == PACKAGED:
         model, tokenizer = smollm2.load(dtype, attn_implementation=attention)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if not Path(name).is_dir():
-            raise FileNotFoundError(f"base_model: expected {PACKAGED!r} or a local transformers folder, got {name!r}")
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"base_model: expected {PACKAGED!r} or a local transformers folder with config.json, got {name!r}"
+            )
+        no_adapter(name, f"base_model {name!r}")
         # False, not unset: transformers would ask at the terminal.
         model, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True

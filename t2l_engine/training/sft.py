@@ -64,6 +64,10 @@ class SFTConfig:
         for name in ("steps", "batch_size", "max_tokens", "save_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}: expected a positive integer, got {getattr(self, name)!r}")
+        for name in ("seed", "warmup_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"{name}: expected an integer of 0 or more, got {value!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype: expected 'float32' or 'bfloat16', got {self.dtype!r}")
         if not isinstance(self.learning_rate, float) or self.learning_rate <= 0:

@@ -88,6 +88,31 @@ def test_generate_from_a_file_in_batches(run, checkpoint, minilm, tmp_path, monk
     assert code == 0 and json.loads((tmp_path / "out" / "index.json").read_text()) == {"0": "Sort."}
 
 
+def test_a_bad_line_is_named_before_anything_is_written(expect_error, checkpoint, minilm, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate_command, "BATCH_SIZE", 1)
+    file, output = tmp_path / "tasks.txt", ("-o", tmp_path / "out", "-c", checkpoint)
+    text = "Count.\n\nSort.\ncaf\udce9\n"
+    file.write_bytes(b"Count.\n")
+    expect_error("standard input:4: expected Unicode text", "generate", "-f", "-", *output, stdin=text)
+    expect_error("texts[1]: expected Unicode text", "generate", "Count.", "caf\udce9", *output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_from_standard_input(run, expect_error, checkpoint, minilm, tmp_path):
+    code, out, _ = run("generate", "-f", "-", "-o", tmp_path / "out", "-c", checkpoint, "--json", stdin="\ufeffSort.\n")
+    assert code == 0 and [result["description"] for result in json.loads(out)] == ["Sort."]
+    output = ("-o", tmp_path / "out", "-c", checkpoint)
+    expect_error("standard input: expected one, but it is closed", "generate", "-f", "-", *output, stdin=None)
+
+
+@pytest.mark.parametrize("other", ["hypermod.pt", "hypernet.safetensors", "model.safetensors"])
+def test_an_adapter_does_not_go_into_a_checkpoint_or_model(expect_error, checkpoint, minilm, tmp_path, other):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / other).write_text("")
+    expect_error(f"holds {other}, which an adapter", "generate", "x", "-o", tmp_path / "out", "-c", checkpoint)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [other]
+
+
 def test_generate_refuses_files_without_descriptions(run, expect_error, checkpoint, tmp_path):
     (tmp_path / "latin").write_bytes("Naïve?".encode("latin-1"))
     output = ("-o", tmp_path / "out", "-c", checkpoint)
@@ -149,6 +174,17 @@ def test_show_reference_checkpoint(run, golden):
     assert about["file_bytes"] == (golden / "M-recon-z" / "hypermod.pt").stat().st_size
 
 
+def test_show_an_encoder_without_rules(run, golden):
+    about = json.loads(run("show", golden / "L-sft", "--json")[1])
+    assert about["encoder"] == {"name": "tiny-encoder", "pooling": None}
+    assert "name tiny-encoder, pooling not stated" in run("show", golden / "L-sft")[1]
+
+
+def test_nothing_is_cut_off_a_terminal(run, golden, edit):
+    folder = edit("L-sft", args={"emb_model": "x" * 100})
+    assert "x" * 100 in run("show", folder)[1]
+
+
 def test_show_adapter(run, make_stack, tmp_path):
     ranks = {"q_proj": torch.tensor([[4, 2]], dtype=torch.int32), "v_proj": torch.tensor([[4, 0]], dtype=torch.int32)}
     stack = make_stack({"q_proj": (6, 10), "v_proj": (6, 8)}, num_adapters=1, ranks=ranks)
@@ -205,8 +241,10 @@ def test_convert_there_and_back(run, golden, tmp_path):
         assert json.loads(run("show", target, "--json")[1])["form"] == form
         got = t2l.HyperNetwork.from_pretrained(target).generate(emb)
         assert all(torch.equal(got.lora_A[name], a) for name, a in expected.lora_A.items())
-    code, _, _ = run("convert", golden / "L-sft", tmp_path / "swapped", "--to", "native", "--module-order", "v_proj,q_proj")
-    assert code == 0
+    order = ("--module-order", "v_proj,q_proj")
+    code, out, _ = run("convert", golden / "L-sft", tmp_path / "swapped", "--to", "native", *order, "--json")
+    expected = {"source": str(golden / "L-sft"), "target": str(tmp_path / "swapped"), "form": "native"}
+    assert code == 0 and json.loads(out) == expected
     assert t2l.HyperNetwork.from_pretrained(tmp_path / "swapped").config.modules == ("v_proj", "q_proj")
 
 
@@ -254,6 +292,12 @@ def test_errors_of_training_and_evaluation(expect_error, tmp_path):
     (tmp_path / "bad.yaml").write_text("a: [")
     expect_error("bad.yaml: not plain YAML", *sft, tmp_path / "bad.yaml")
     expect_error("--json: ", "evaluate", "--tasks", tmp_path, "--json", tmp_path / "no" / "result.json")
+    expect_error("expected a file, got a folder", "evaluate", "--tasks", tmp_path, "--json", tmp_path)
+    (tmp_path / "descriptions.json").write_text('{"copy": ["Repeat the input."]}')
+    (tmp_path / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "test"}\n')
+    for arms, got in (("nonsense", "'nonsense'"), ("", "'none'")):
+        expect_error(f"base-chat'), got {got}", "evaluate", "--tasks", tmp_path, "--arms", arms)
+    (tmp_path / "descriptions.json").unlink()
     expect_error("descriptions.json: not found", "evaluate", "--tasks", tmp_path, "--json", tmp_path / "result.json")
 
 
@@ -267,6 +311,8 @@ def test_statuses(run, monkeypatch):
 
     raising(ValueError("of\n  two lines"))
     assert run("info") == (1, "", "t2l: warning: of two lines\nt2l: of two lines\n")
+    raising(FloatingPointError("loss is nan at step 3"))
+    assert run("info")[0] == 1
     raising(KeyboardInterrupt())
     assert run("info")[0] == 130
     assert run("info", "--nonsense")[0] == 2

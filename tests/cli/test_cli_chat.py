@@ -68,7 +68,7 @@ def test_piped_lines(chat):
     """The adapter answers; /base the last input again without it; /task changes the adapter; blank lines are skipped."""
     right = {task: chat.answers(task, ["one two", "/three"]) for task in (TASK, OTHER, None)}
     assert len({tuple(r) for r in right.values()}) == 3  # or the test shows nothing
-    code, out, err = chat(f"one two\n/base\n\n//three\n/base\n/task {OTHER}\r\none two\n//three")
+    code, out, err = chat(f"one two\n/base\n\n//three\n/base\n/task\t{OTHER}\r\none two\n//three")
     assert (code, err) == (0, "")
     expected = [right[TASK][0], right[None][0], right[TASK][1], right[None][1], *right[OTHER]]
     assert out.splitlines() == expected
@@ -91,7 +91,7 @@ def test_a_person_at_a_terminal(chat):
     code, out, err = chat(Terminal(f"/help\none two\n/base\n/nonsense\n/task\n/task {OTHER}\none two\n/quit\nnever\n"))
     assert code == 0
     assert out.splitlines() == [chat.answers(task, ["one two"])[0] for task in (TASK, None, OTHER)]
-    for text in ("t2l> ", "without what was said before", "t2l: /nonsense: expected", "t2l: texts[0]: expected a non-empty"):
+    for text in ("t2l> ", "without what was said before", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
         assert text in err
     assert "never" not in err
 
@@ -102,19 +102,33 @@ def test_leaving(chat, error):
     assert code == 0 and out.count("\n") == 1
 
 
+def test_an_interrupted_script_is_not_done(chat, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat.model, "generate", interrupt)
+    assert chat("one two\n")[0] == 130
+    assert chat(None)[0] == 1  # no standard input
+
+
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
         ("/nonsense\n", "/nonsense: expected /task, /base, /help or /quit"),
         ("/base\n", "/base: expected an input before it"),
         ("caf\udce9\n", "input: expected UTF-8 text, got 'caf"),
-        ("/task  \n", "texts[0]: expected a non-empty description"),
+        ("/task  \n", "/task: expected a description after it"),
         ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
     ],
 )
 def test_a_script_gets_a_status(chat, stdin, message):
     code, out, err = chat(stdin)
     assert code == 1 and out == "" and err.startswith(f"t2l: {message}"), err
+
+
+def test_answers_longer_than_the_model(chat):
+    code, out, err = chat("one\n", "--max-new-tokens", 128)
+    assert code == 1 and out == "" and "--max-new-tokens: expected fewer than the model's 128 positions, got 128" in err
 
 
 def test_sampling_follows_the_seed(chat):
