@@ -32,6 +32,8 @@ class AdapterStack:
             module outside the decoder layers (``lm_head``), which has ``num_layers`` 1.
         partial: whether the adapters may stop before the last layer of the model.
 
+    Source: LoRA (arXiv 2106.09685); names, paths and shapes of one adapter are PEFT's.
+
     Iterating gives stacks of one adapter.  Two stacks are equal with ``==`` only if they are one object; compare what they
     mean with :meth:`allclose`.
 
@@ -172,7 +174,10 @@ class AdapterStack:
         return sum(t[0].numel() for side in (self.lora_A, self.lora_B) for t in side.values())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
-        """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32)."""
+        """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32).
+
+        Raises ValueError for a dtype that is not floating point.
+        """
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device=device or tensor.device, dtype=dtype or tensor.dtype)
@@ -264,7 +269,10 @@ class AdapterStack:
     # --- PEFT folders ----------------------------------------------------------------------------------------------
 
     def state_dict_peft(self, index: int) -> dict[str, Tensor]:
-        """Adapter ``index`` under PEFT's tensor names: float32 A ``[rank, in]``, B ``[out, rank]`` at its true rank."""
+        """Adapter ``index`` under PEFT's tensor names: float32 A ``[rank, in]``, B ``[out, rank]`` at its true rank.
+
+        Raises IndexError out of range.
+        """
         return peft_format.state_dict(self, self._position(index))
 
     def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:

@@ -180,6 +180,8 @@ class EncoderConfig:
 class OneHotConfig:
     """Task embeddings that are unit vectors, one a training task: ``tasks`` in the order of the vectors.
 
+    Source: ``use_one_hot_task_emb`` of the reference implementation.
+
     Raises:
         ConfigError: ``tasks`` is no list of distinct non-empty strings.
 
@@ -217,6 +219,8 @@ class HyperNetworkConfig:
     needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
     ``paths``: where each module lives in the base model, ``{layer}`` standing for the layer index; None: where Llama and
     its kin keep it (``q_proj`` at ``model.layers.{layer}.self_attn.q_proj``), for which the name must be one of theirs.
+
+    Source: paper section 3 and its appendix; arguments of the reference implementation.
 
     Raises:
         ConfigError: a field is of another kind or out of range; the message names it.

@@ -281,6 +281,8 @@ class TextEncoder:
 class OneHotEncoder:
     """Names of training tasks to unit vectors (not scaled), for hypernetworks trained without text.
 
+    Source: ``use_one_hot_task_emb`` of the reference implementation.
+
     >>> import t2l_engine as t2l
     >>> t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))).encode(["sentiment"])  # [N, number of tasks]
     tensor([[0., 1.]])

@@ -130,6 +130,7 @@ class TextToLoRA:
         """One adapter a description (a task name, where the checkpoint knows tasks as one-hot vectors), all in one pass.
 
         Raises ValueError for an empty list, an empty text, anything but strings or an unknown task name; a description
-        beyond the encoder's length is truncated with a warning.
+        beyond the encoder's length is truncated with a warning.  Raises RuntimeError where the language model is the encoder
+        and has adapters in use.
         """
         return self.hypernetwork.generate(self.encoder.encode(texts))

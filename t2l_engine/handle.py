@@ -38,7 +38,9 @@ class LoRAHandle:
     given to it are copied and never changed.  One handle serves one thread at a time: ids belong to the model, not to a
     call.  A backward pass that recomputes the forward (gradient checkpointing) must run while the same ids are set, before
     another forward pass for training; anything else raises, but not in code under ``torch.compile``, which is not checked.
-    Reentrant checkpointing needs train mode.
+    Reentrant checkpointing needs train mode.  Compiled training: call ``backward()`` before other ids are set.
+
+    Source: LoRA (arXiv 2106.09685); adapters by row as in Punica (arXiv 2310.18547).
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -93,7 +95,7 @@ class LoRAHandle:
         """Inside the block rows use adapters of ``stack`` itself instead of the slots, with gradients into its A and B.
 
         For training: ``ids`` index ``stack``.  Modules of the stack must be attached already (give :func:`attach` a stack
-        of the same shapes).
+        of the same shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
         """
         self._check_free("differentiable")
         _check_stack("stack", stack)
@@ -307,7 +309,10 @@ class LoRAHandle:
         self._routing.merged = False
 
     def detach(self) -> None:
-        """Put the original layers back: the model is bit for bit, module for module what it was."""
+        """Put the original layers back: the model is bit for bit, module for module what it was.
+
+        Raises RuntimeError when the handle is detached already.
+        """
         self._check_attached()
         if self._merged is not None:
             self.unmerge()
@@ -363,6 +368,10 @@ def attach(
     packed: Packed | None = None,
 ) -> LoRAHandle:
     """Put adapters on ``model``: no PEFT, no weight copied, the adapter of every batch row chosen at run time.
+
+    Detach before the model is resized, copied or pickled.
+
+    Source: LoRA (arXiv 2106.09685).
 
     Args:
         model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of

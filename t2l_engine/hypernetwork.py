@@ -77,7 +77,7 @@ class HyperNetwork(nn.Module):
     Parameters are ordinary; what does not depend on the task is folded once, and again after a parameter changes (an
     optimiser step, ``copy_``, ``to``; a change through ``.data`` cannot be seen).
 
-    Source: paper section 3 and its appendix.
+    Source: paper section 3 and its appendix.  The constructor raises ConfigError for module names that torch cannot hold.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -142,7 +142,8 @@ class HyperNetwork(nn.Module):
     def save_pretrained(self, folder: str | Path, metadata: dict | None = None) -> None:
         """Write the native form: ``config.json`` and ``hypernet.safetensors``.
 
-        ``metadata``: extra JSON blocks of ``config.json`` ("encoder", "base_model", "training").
+        ``metadata``: extra JSON blocks of ``config.json`` ("encoder", "base_model", "training").  Raises ValueError for
+        other blocks, CheckpointError where they are larger than readers accept.
         """
         from t2l_engine import checkpoint
 
@@ -186,9 +187,10 @@ class HyperNetwork(nn.Module):
     def bias_hyperinit(self, generator: torch.Generator | None = None) -> HyperNetwork:
         """Bias-HyperInit (paper section 4): every adapter starts as a LoRA initialisation, so the first delta is zero.
 
-        Head weights and biases become zero; A starts as PEFT's Kaiming-uniform ±1/sqrt(in) (one draw a module, shared by
-        layers) through the additive offset, B as zero.  With one side (variant L) A's draw is the trainable head bias, as
-        in the reference; shared heads keep it in the offset, since their bias serves B too.
+        Head weights ``[rows, h]`` and biases ``[rows]`` become zero; A ``[r, in]`` starts as PEFT's Kaiming-uniform
+        ±1/sqrt(in) (one draw a module, shared by layers) through the additive offset, B as zero.  With one side (variant L)
+        A's draw is the trainable head bias, as in the reference; shared heads keep it in the offset, since their bias serves
+        B too.
         """
         c = self.config
         for i, name in enumerate(c.modules):
@@ -214,7 +216,8 @@ class HyperNetwork(nn.Module):
         """Adapters of ``task_emb [N, embed_dim]``: a stack of N, unscaled A and B in the dtype of this hypernetwork.
 
         Raises:
-            ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device.
+            ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device, or ``to()``
+                cast the biases too (cast with :meth:`set_dtype`).
         """
         tensors = list(itertools.chain(self.parameters(), self.buffers()))
         versions = [0 if t.is_inference() else t._version for t in tensors]

@@ -61,8 +61,10 @@ class LoRALinear(nn.Module):
     """``base(x)`` plus what the current adapters add.  ``base`` is any callable layer; its weight is shared, not copied.
 
     Made by :func:`t2l_engine.attach`.  ``x [..., in]`` to ``[..., out]`` in the dtype of ``base``'s output.  ``state_dict``
-    has the keys of ``base``, so an attached model is saved as the base model.  Raises RuntimeError when copied or pickled:
-    its routing belongs to one handle.
+    has the keys of ``base``, so an attached model is saved as the base model (``named_parameters`` has ``base.`` in them).
+    Raises RuntimeError when copied or pickled: its routing belongs to one handle.
+
+    Source: LoRA (arXiv 2106.09685).
 
     >>> import torch
     >>> import t2l_engine as t2l

@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import re
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from t2l_engine import convert, ops
 OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
 OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]
 NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert)}
+
+
+#: The paper, other papers, the implementations whose formats and rules are followed; ops state what they compute.
+SOURCES = ("paper", "arXiv", "reference", "PEFT", "sentence-transformers", "lora_delta", "hypernet_head", "x @ A")
 
 
 def text_of(documented) -> str:
@@ -30,7 +35,8 @@ def test_documented(name):
     quiet = inspect.ismodule(documented) or (inspect.isclass(documented) and issubclass(documented, Exception))
     if not quiet and documented is not t2l_engine.bundled_checkpoints:  # which takes nothing and cannot fail
         assert "Raises" in text or "raises" in text, "says nothing about errors"
-        assert "[" in text or "(" in text, "says nothing about shapes or kinds"
+        assert re.search(r"\[[\w+., ]*\]|``[\w ]+``|list of strings", text), "says nothing about shapes or kinds"
+        assert any(source in text for source in SOURCES) or documented is ops.has_kernel, "names no source"
     if inspect.isclass(documented):
         for key, member in vars(documented).items():
             member = getattr(member, "__func__", member)

@@ -229,7 +229,7 @@ def test_base_models_that_are_not_whole(base_model, tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps(values | own))
     with pytest.raises(ValueError, match="trust_remote_code"):
         base_model_loader.load(str(folder), torch.float32)
-    (folder / "adapter_config.json").write_text("{}")  # transformers would apply the adapter, and this would be no base model
+    (folder / "adapter_config.json").write_text("{}")  # transformers would apply it: no base model any more
     with pytest.raises(ValueError, match="adapter_config.json in it would change the model"):
         base_model_loader.load(str(folder), torch.float32)
     with pytest.raises(FileNotFoundError, match="base_model: expected .* a local transformers folder with config.json"):
