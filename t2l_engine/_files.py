@@ -1,7 +1,7 @@
 """Reading and writing folders of files: shared by checkpoints and adapters.
 
 Weights come from strangers.  What is read here is plain tensors or an error that names the file: nothing in a file is
-executed, and memory stays within the size of the file.
+executed, and refusing a file takes no more memory than twice its size.
 """
 
 from __future__ import annotations
