@@ -13,6 +13,7 @@ from t2l_engine.config import ConfigError, from_json
 from t2l_engine.evaluation import exact_match
 from t2l_engine.integrations import base_model as base_model_loader
 from t2l_engine.tasks import load_tasks
+from t2l_engine.testing import numerics
 from t2l_engine.training import sft
 
 TEMPLATE = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<bot> {% endif %}"
@@ -154,7 +155,6 @@ def test_first_adapter_is_a_lora_initialisation(variant):
 def test_hypernetwork_gradients_equal_those_of_the_plain_reference():
     """Through our ops and through autograd over the float64 reference: L, M and S."""
     from t2l_engine import ops, reference
-    from t2l_engine.testing import numerics
 
     for variant in ("L", "M", "S-learnable", "S-rotary"):
         c = tiny_config(variant)
@@ -190,6 +190,31 @@ def test_batches_are_a_function_of_seed_and_step(base_model):
     assert all(len(b) == c.batch_size for b in first)
     spread = [max(len(s.tokens) for s in b) - min(len(s.tokens) for s in b) for b in first]
     assert sum(spread) / len(spread) < 10  # drawn at random it would be near 25
+
+
+def test_a_hypernetwork_for_a_model_unlike_llama(tiny_model, tmp_path):
+    """Its modules are where the model has them, and PEFT finds them there."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("OPT", ffn_dim=96, word_embed_proj_dim=64)
+    config = sft.SFTConfig(base_model="opt", rank=2, target_modules=("fc1", "v_proj"))
+    settings = sft.hypernetwork_config(config, model, embed_dim=8)
+    assert settings.module_paths == {
+        "fc1": "model.decoder.layers.{layer}.fc1", "v_proj": "model.decoder.layers.{layer}.self_attn.v_proj",
+    }  # fmt: skip
+    llama = sft.hypernetwork_config(
+        sft.SFTConfig(base_model="x", target_modules=("q_proj",)), tiny_model("Llama"), embed_dim=8
+    )
+    assert llama.paths is None
+    torch.manual_seed(0)
+    stack = t2l.HyperNetwork(settings).generate(torch.randn(1, 8))
+    stack.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        with t2l.attach(model, stack).use(0) as lora:
+            ours = model(ids).logits
+        lora.detach()
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()(ids).logits
+    assert (ours - theirs).abs().max() <= numerics.LOGITS_ATOL
 
 
 def test_bad_settings(base_model, tasks, tmp_path):

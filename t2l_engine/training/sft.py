@@ -24,6 +24,7 @@ from t2l_engine.encoder import TextEncoder
 from t2l_engine.handle import attach
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.integrations import base_model
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.tasks import Task, load_tasks
 
@@ -84,12 +85,14 @@ class Sample:
 
 
 def hypernetwork_config(config: SFTConfig, model: torch.nn.Module, embed_dim: int) -> HyperNetworkConfig:
-    """Sizes of the hypernetwork for ``config.target_modules`` of ``model``."""
+    """Sizes of the hypernetwork for ``config.target_modules`` of ``model``, and where these are unless as in Llama."""
     shapes: dict[str, tuple[int, int]] = {}
+    places: dict[str, str] = {}
     for full, module in model.named_modules():
         name = full.rsplit(".", 1)[-1]
         if name in config.target_modules and hasattr(module, "in_features"):
             shapes[name] = (module.in_features, module.out_features)
+            places[name] = ".".join(LAYER if part.isdecimal() else part for part in full.split("."))
     missing = [m for m in config.target_modules if m not in shapes]
     if missing:
         raise ConfigError(f"target_modules: {type(model).__name__} has no linear named {missing}")
@@ -105,6 +108,7 @@ def hypernetwork_config(config: SFTConfig, model: torch.nn.Module, embed_dim: in
         head_in_size=config.head_in_size,
         lora_alpha=config.lora_alpha,
         scaling=config.scaling,
+        paths=None if all(places[m] == DEFAULT_PATHS.get(m) for m in places) else [places[m] for m in config.target_modules],
     )
 
 
