@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import re
 import struct
 import zipfile
 import zlib
@@ -26,6 +27,9 @@ from t2l_engine.config import shown
 #: A directory of ~15,000 entries; ~800 tensors.  Python objects cost many times the bytes that describe them.
 MAX_DIRECTORY_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 1 << 17
+#: Entries that hold tensors; all others are small.
+DATA = re.compile(r"[^/]*/data/[^/]*", re.IGNORECASE)
+FOLDER = 0x10  # the attribute that DOS gave folders
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 #: End of the directory, as torch.save writes it: no comment, so that every reader finds this one and no other.
 END, END64, LOCATOR64 = struct.Struct("<4s4x2H2IH"), struct.Struct("<4sQ12x4Q"), struct.Struct("<4s4xQ4x")
@@ -112,6 +116,11 @@ def _check_archive(path: Path) -> None:
         end = 0
         for entry in entries:
             name = shown(entry.filename)
+            # torch knows the name in the directory (zipfile may take one from an extra field), and reads no folders.
+            if entry.filename != entry.orig_filename or entry.filename.endswith("/") or entry.external_attr & FOLDER:
+                raise Refused(f"entry {name} is a folder, or has two names")
+            if not DATA.match(entry.filename) and entry.file_size > MAX_PICKLE_BYTES:
+                raise Refused(f"entry {name} is larger than {MAX_PICKLE_BYTES} bytes")
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.compress_size != entry.file_size:
                 raise Refused(f"entry {name} is compressed or encrypted")
             if entry.header_offset < end:
@@ -127,8 +136,6 @@ def _check_archive(path: Path) -> None:
                 if zlib.crc32(content) != entry.CRC:
                     raise Refused(f"the checksum of entry {name} does not match: the file is damaged")
                 if entry.filename.lower().endswith("data.pkl"):
-                    if entry.file_size > MAX_PICKLE_BYTES:
-                        raise Refused(f"entry {name} is larger than {MAX_PICKLE_BYTES} bytes")
                     check_pickle(bytes(content))
 
 

@@ -134,7 +134,8 @@ def _set_items(items: list, target: object) -> None:
 def _storage(claim: object) -> object:
     items = claim.items if isinstance(claim, _Tuple) else []
     kinds = [type(item) if isinstance(item, str) else item for item in items]
-    if kinds != [str, _Global, str, str, int] or items[1] not in STORAGES:
+    # torch reads a storage once for every spelling of its key, and looks entries up without regard to case.
+    if kinds != [str, _Global, str, str, int] or items[1] not in STORAGES or items[2] != items[2].lower():
         raise Refused("its pickle names a storage in another way than torch.save does")
     return _STORAGE
 

@@ -10,7 +10,7 @@ import yaml
 from t2l_engine.config import ConfigError, read_text
 
 #: Some ten times those of the largest arguments seen (479 task names); parsing one takes 35 us and 1.2 kB.
-MAX_NODES = 20_000
+MAX_NODES, MAX_DIGITS = 20_000, 400
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -29,6 +29,16 @@ class _PlainLoader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
+    def resolve(self, kind, value, implicit):
+        if kind is yaml.ScalarNode and len(value) > MAX_DIGITS:  # patterns of numbers and dates are dear to try on it
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)
+
+    def construct_yaml_int(self, node):
+        if len(node.value) > MAX_DIGITS:  # numbers of base 60 take quadratic time
+            raise yaml.constructor.ConstructorError(None, None, f"a number of over {MAX_DIGITS} characters", node.start_mark)
+        return super().construct_yaml_int(node)
+
     def flatten_mapping(self, node):
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
             raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not accepted", node.start_mark)
@@ -39,6 +49,9 @@ class _PlainLoader(yaml.SafeLoader):
         if len(mapping) != len(node.value):
             raise yaml.constructor.ConstructorError(None, None, "a key occurs twice in one mapping", node.start_mark)
         return mapping
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
 def _count_nodes(value: Any, budget: int) -> int:

@@ -219,6 +219,7 @@ class HyperNetworkConfig:
     needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
     ``paths``: where each module lives in the base model, ``{layer}`` standing for the layer index; None: where Llama and
     its kin keep it (``q_proj`` at ``model.layers.{layer}.self_attn.q_proj``), for which the name must be one of theirs.
+    Generated adapters call a module with a path of its own after the end of that path, as those read from files.
 
     Source: paper section 3 and its appendix; arguments of the reference implementation.
 

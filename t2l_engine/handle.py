@@ -20,6 +20,8 @@ from t2l_engine.locate import Packed, Target, check_shape, features, find, is_tr
 from t2l_engine.module_paths import LAYER
 from t2l_engine.routing import Ids, Routing
 
+CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
+
 
 @dataclasses.dataclass
 class _Slots:
@@ -283,8 +285,8 @@ class LoRAHandle:
         for target, wrapped in self._wrapped:
             base = wrapped.base
             weight = getattr(base, "weight", None)
-            # A class of its own may compute something else from the weight.
-            plain = (isinstance(base, nn.Linear) and type(base).forward is nn.Linear.forward) or is_transposed(base)
+            forward = type(base).forward  # another may compute something else from the weight
+            plain = forward is nn.Linear.forward or f"{forward.__module__}.{forward.__qualname__}" == CONV1D_FORWARD
             n_in, n_out = features(base) or (None, None)
             shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
             if (

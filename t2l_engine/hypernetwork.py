@@ -13,6 +13,7 @@ from t2l_engine import ops, reference
 from t2l_engine._files import check_dtype
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, resolve_scaling
+from t2l_engine.module_paths import module_names
 from t2l_engine.task_encoder import TASK_ENCODERS
 
 STD_EPS = 1e-10  # the reference's un-normalisation adds it to the standard deviation
@@ -176,7 +177,7 @@ class HyperNetwork(nn.Module):
             for name, tensor in itertools.chain(self.named_parameters(), self.named_buffers())
         ]
         for name, tensor, kind in casts:
-            narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max
+            narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max and not tensor.is_meta
             if narrower and tensor.numel() and max(map(abs, torch.aminmax(tensor.detach()))) > torch.finfo(kind).max:
                 raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
         for _, tensor, kind in casts:
@@ -293,4 +294,8 @@ class HyperNetwork(nn.Module):
                 latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][name]
             )
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
-        return AdapterStack(lora_A, lora_B, scaling, paths=c.module_paths)
+        # Named as adapters read from files are: after the end of the path, where the configuration gives one.
+        ends = module_names(c.paths) if c.paths else {}
+        names = {name: ends.get(path, name) for name, path in c.module_paths.items()}
+        lora_A, lora_B = ({names[name]: t for name, t in side.items()} for side in (lora_A, lora_B))
+        return AdapterStack(lora_A, lora_B, scaling, paths={names[name]: path for name, path in c.module_paths.items()})

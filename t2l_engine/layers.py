@@ -96,6 +96,10 @@ class LoRALinear(nn.Module):
         """``base``'s, also when set."""
         return self.base.bias
 
+    @bias.setter
+    def bias(self, value: None) -> None:  # parameters come through register_parameter
+        self.base.bias = value
+
     @property
     def in_features(self) -> int | None:
         """``base``'s, None where it does not say."""
@@ -111,7 +115,9 @@ class LoRALinear(nn.Module):
         raise RuntimeError(f"{self.extra_repr()}: detach the adapters before resizing the model")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """``base``'s; RuntimeError for one of another shape, which the adapters would not fit."""
+        """``base``'s; RuntimeError for one of another shape, which the adapters would not fit, and while one is merged."""
+        if self._routing.merged:
+            raise RuntimeError(f"{self.extra_repr()}: an adapter is merged into the {name}; call unmerge() first")
         old = getattr(self.base, name, None)
         if isinstance(old, Tensor) and param is not None and old.shape != param.shape:
             raise RuntimeError(
@@ -151,12 +157,13 @@ class LoRALinear(nn.Module):
                 "backward() inside the with-block, while the same ids are set and before another training forward pass"
             )
 
-    def forward(self, input: Tensor, *args, **kwargs) -> Tensor:
-        x, routing = input, self._routing
+    def forward(self, *args, **kwargs) -> Tensor:
+        """As ``base``, whose first argument, whatever its name, is ``x [..., in]``."""
+        x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._check_recomputation()
-        y = self.base(x, *args, **kwargs)
+        y = self.base(*args, **kwargs)
         if not routing.active:
             return y
         members = self._current()

@@ -22,10 +22,16 @@ _PACKED_IN = {
 
 # Parents that read the weights of their linears instead of calling them (the encoder layer in eval mode without gradients).
 _NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# The same by class name, in transformers; None: all their linears.
-_NOT_CALLED_IN = {"WavLMAttention": None, "DisentangledSelfAttention": ("in_proj",)}
-# State-space mixers (Mamba and its kin, known by A_log) hand these to a fused kernel, on some paths or all.
-_NOT_CALLED_BY_MIXERS = ("dt_proj", "x_proj", "out_proj")
+# The same by class name, in transformers; None: all their linears.  State-space mixers hand theirs to fused kernels where
+# these are installed, and never call dt_proj.
+_NOT_CALLED_IN: dict[str, tuple[str, ...] | None] = {
+    "WavLMAttention": None,
+    "DisentangledSelfAttention": ("in_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "Zamba2MambaMixer"), ("out_proj",)),
+    **dict.fromkeys(("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
+}
 
 #: Packed projection -> module -> number of its columns, in order.
 Packed = Mapping[str, Mapping[str, int]]
@@ -156,12 +162,10 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
 
 def _only_read(target: Target) -> bool:
     """Whether the parent, as far as known, reads the weight of the linear instead of calling it."""
-    name = type(target.parent).__name__
     if isinstance(target.parent, _NOT_CALLED):
         return True
-    if name in _NOT_CALLED_IN:
-        return _NOT_CALLED_IN[name] is None or target.attribute in _NOT_CALLED_IN[name]
-    return hasattr(target.parent, "A_log") and target.attribute in _NOT_CALLED_BY_MIXERS
+    linears = _NOT_CALLED_IN.get(type(target.parent).__name__, ())
+    return linears is None or target.attribute in linears
 
 
 def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, tuple[int, int]]) -> None:

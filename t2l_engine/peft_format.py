@@ -210,7 +210,8 @@ def _check_chosen(
         for field, contradicts in (
             ("target_modules", targets is not None and not ends & targets),
             ("exclude_modules", excluded is not None and bool(ends & excluded)),
-            ("layers_to_transform", bool(layers) and number not in layers),
+            # To PEFT a full path is a choice of its own.
+            ("layers_to_transform", bool(layers) and number not in layers and path not in (targets or ())),
         ):
             if contradicts:
                 raise AdapterError(

@@ -261,6 +261,8 @@ def _segments(
     if bounds[-1] != num_tokens:
         raise RuntimeError(f"seg_indptr: expected the number of tokens {num_tokens} last, got {bounds[-1]}")
     widths = [width] * num_adapters if ranks is None else ranks.tolist()
+    if len(widths) != num_adapters:
+        raise RuntimeError(f"ranks: expected shape [{num_adapters}], got [{len(widths)}]")
     for i, rank in enumerate(widths):
         if not 0 <= rank <= width:
             raise RuntimeError(f"ranks: expected values in [0, {width}], got {rank} at adapter {i}")

@@ -159,6 +159,13 @@ def test_partial(folder, config, partial, kept):
     assert AdapterStack.from_peft(folder).partial is partial
 
 
+def test_a_full_path_is_chosen_whatever_the_layers(folder):
+    """As in PEFT."""
+    edit_config(folder, layers_to_transform=[1], target_modules=[Q0, "q_proj", "v_proj"])
+    edit_state(folder, lambda state: {key: t for key, t in state.items() if "layers.1." in key or Q0 in key})
+    assert AdapterStack.from_peft(folder).ranks["q_proj"].tolist() == [[4, 4]]
+
+
 @pytest.mark.parametrize(
     ("config", "path"),
     [

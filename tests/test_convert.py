@@ -10,7 +10,7 @@ import yaml
 from oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
 from safetensors.torch import load_file, save_file
 
-from t2l_engine import CheckpointError, HyperNetwork, HyperNetworkConfig
+from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.checkpoint import describe, form, read
 from t2l_engine.convert import convert
 from t2l_engine.engine import resolve_checkpoint
@@ -246,6 +246,18 @@ def test_paths_survive(native, tmp_path):
         (first / "args.yaml").write_text(yaml.safe_dump(args))
         with pytest.raises(CheckpointError, match="paths"):
             HyperNetwork.from_pretrained(first)
+
+
+def test_modules_that_share_a_name(native, tmp_path):
+    """Two c_proj of GPT-2: generated, written and read they have the same names."""
+    paths = ["transformer.h.{layer}.attn.c_proj", "transformer.h.{layer}.mlp.c_proj"]
+    net = HyperNetwork.from_pretrained(native(modules=["attn_proj", "mlp_proj"], paths=paths))
+    stack = net.generate(torch.randn(2, 10))
+    assert stack.paths == {"attn.c_proj": paths[0], "mlp.c_proj": paths[1]}
+    for i in (0, 1):
+        stack.save_pretrained(tmp_path / str(i), adapter=i)
+    again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1"])
+    assert again.allclose(stack) and len(AdapterStack.cat([stack, again])) == 4
 
 
 def test_blocks_survive(native, tmp_path):

@@ -135,7 +135,7 @@ def test_linears_that_are_never_called_are_refused(make_stack, name, sizes):
 
 
 class Reads(nn.Module):
-    """A state-space mixer, or an attention, as far as attach can tell one."""
+    """A layer of transformers, as far as attach can tell one."""
 
     def __init__(self, names):
         super().__init__()
@@ -143,13 +143,21 @@ class Reads(nn.Module):
             setattr(self, name, nn.Linear(16, 16))
 
 
-@pytest.mark.parametrize(("parent", "name"), [("Mixer", "dt_proj"), ("WavLMAttention", "v_proj"), ("Mixer", "in_proj")])
-def test_linears_of_which_only_the_weight_is_read(make_stack, parent, name):
+@pytest.mark.parametrize(
+    ("parent", "name", "read"),
+    [
+        ("MambaMixer", "dt_proj", True),
+        ("MambaMixer", "in_proj", False),
+        ("JambaMambaMixer", "out_proj", False),
+        ("Mamba2Mixer", "out_proj", True),
+        ("Qwen3NextGatedDeltaNet", "out_proj", False),
+        ("WavLMAttention", "v_proj", True),
+    ],
+)
+def test_linears_of_which_only_the_weight_is_read(make_stack, parent, name, read):
     model = nn.ModuleList([type(parent, (Reads,), {})([name])])
-    if parent == "Mixer":
-        model[0].A_log = nn.Parameter(torch.ones(4))
     stack = make_stack({name: (16, 16)}, num_layers=1, paths={name: "{layer}." + name})
-    if name == "in_proj":  # called by all of them
+    if not read:
         attach(model, stack).detach()
         return
     with pytest.raises(ValueError, match=f"0.{name} cannot be adapted: {parent} reads its weight and does not call it"):
@@ -172,7 +180,19 @@ class Float8(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
 
 
-@pytest.mark.parametrize("make", [Scaled, Float8])
+class Transposed(nn.Module):
+    """Says its sizes as Conv1D does, and keeps its weight otherwise."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.nx, self.nf = n_in, n_out
+        self.weight = nn.Parameter(torch.randn(n_in, n_out))
+
+    def forward(self, x):
+        return x @ self.weight / 10
+
+
+@pytest.mark.parametrize("make", [Scaled, Float8, Transposed])
 def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
     blocks, stack = Blocks(make), make_stack({"q_proj": (16, 16)})
     handle = attach(blocks, stack)

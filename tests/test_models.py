@@ -211,6 +211,17 @@ def test_encoder_and_decoder(tmp_path, tokens):
     assert torch.equal(got[1], base[1])
 
 
+def test_conv1d_by_the_name_of_its_argument(build, tmp_path):
+    model = build("GPT2")
+    stack = AdapterStack(
+        {"c_fc": torch.randn(1, 3, 2, 64)}, {"c_fc": torch.randn(1, 3, 256, 2)}, torch.ones(1),
+        paths={"c_fc": "transformer.h.{layer}.mlp.c_fc"},
+    )  # fmt: skip
+    layer, x = model.transformer.h[0].mlp, torch.randn(5, 64)
+    with torch.no_grad(), attach(model, stack).use(0):
+        assert torch.equal(layer.c_fc(x=x), layer.c_fc(x)) and not torch.equal(layer.c_fc(x), layer.c_fc.base(x))
+
+
 # --- what PEFT folders may say ---------------------------------------------------------------------------------------
 
 

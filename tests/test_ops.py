@@ -208,6 +208,7 @@ INT32 = {"dtype": torch.int32}
         ({"seg_indptr": torch.tensor([], **INT32)}, r"seg_indptr: expected shape \[4\], got \[0\]"),
         ({"max_seg_len": 2}, "segments of 0 to max_seg_len = 2 tokens, got 3"),
         ({"ranks": torch.tensor([1, 3], **INT32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
+        ({"ranks": torch.tensor([1], **INT32)}, r"ranks: expected shape \[2\], got \[1\]"),
     ],
 )
 def test_segment_errors(op, change, message):

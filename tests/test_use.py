@@ -392,7 +392,13 @@ def test_loading_while_merged_is_refused(model, handle, tokens):
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=r"call unmerge\(\) before loading"):
             model.load_state_dict(state, assign=assign)
+    with pytest.raises(RuntimeError, match=r"merged into the weight; call unmerge\(\)"):
+        model.model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(64, 64))
     handle.unmerge()
+    assert torch.equal(logits(model, tokens), base)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))
+    layer.bias = None
     assert torch.equal(logits(model, tokens), base)
 
 

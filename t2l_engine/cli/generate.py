@@ -62,10 +62,10 @@ def generate(
     base = checkpoints.describe(folder).get("base_model")
     base = smollm2.BASE_MODEL if base == base_model.PACKAGED else base
     index = output / INDEX_NAME
-    if several and output.is_dir():
-        index.unlink(missing_ok=True)  # what it says is true no longer; the new one is written when all adapters are
     results = []
     task_emb = engine.encoder.encode(texts)
+    if several and output.is_dir():
+        index.unlink(missing_ok=True)  # what it says is true no longer; the new one is written when all adapters are
     for start in range(0, len(texts), BATCH_SIZE):
         batch = texts[start : start + BATCH_SIZE]
         stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])

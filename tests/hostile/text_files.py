@@ -104,6 +104,8 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
         "alias-unknown": whole + b"a: *nowhere\n",
         "digits": whole.replace(b"head_in_size: 40", b"head_in_size: " + b"9" * 100_000),
         "sexagesimal": whole.replace(b"head_in_size: 40", b"head_in_size: 1" + b":59" * 30_000),
+        "sexagesimal-tagged": whole + b"a: !!int 1" + b":1" * 400_000,
+        "sexagesimal-long": whole.replace(b"head_in_size: 40", b"head_in_size: 1" + b":59" * 300_000),
         "two-documents": whole + b"---\n" + whole,
         "not-utf8": whole + b"a: \xff\xfe\n",
         "utf16-text": whole.decode().encode("utf-16-be")[1:],

@@ -35,6 +35,7 @@ def cases(shop: Workshop) -> Iterator[Case]:
     yield from _payloads(case, state)
     yield from _objects(case, state)
     yield from _claims(case, state)
+    yield from _spellings(case, state)
     yield from _values(case, shop)
     yield from _damage(case, shop)
     yield from zip_files.cases(case, state)
@@ -227,6 +228,14 @@ def _claims(case: Callable[..., Case], state: State) -> Iterator[Case]:
     yield case("overlapping-views", save(overlapping))
     row = torch.as_strided(torch.zeros(40 + 39), (40, 128), (1, 0))
     yield case("overlap-inside-a-tensor", save(state | {"mlp3.4.weight": row}))
+
+
+def _spellings(case: Callable[..., Case], state: State) -> Iterator[Case]:
+    """One large record under keys that differ in case only: torch reads it once for each."""
+    claims, records = parts(state)
+    keys = {"".join(c.upper() if i >> j & 1 else c for j, c in enumerate("aaaaaaaaa")) for i in range(400)}
+    many = {f"surprise.{key}": Stored(key, 1 << 18, (1 << 18,)) for key in sorted(keys)}
+    yield case("keys-in-many-spellings", pack(dumps(claims | many), records | {"aaaaaaaaa": bytes(1 << 20)}))
 
 
 def _values(case: Callable[..., Case], shop: Workshop) -> Iterator[Case]:

@@ -28,6 +28,7 @@ class Raw:
     ) -> Raw:
         """An entry; ``at``: the offset of a local header that is already there."""
         says = {"flags": 0, "method": 0, "crc": zlib.crc32(data), "packed": len(data), "size": len(data)} | lies
+        attributes = lies.get("attributes", 0)
         local = name if local_name is None else local_name
         if at is None:
             at = len(self.body)
@@ -35,7 +36,7 @@ class Raw:
             sizes = (lies.get("local_size", says["size"]), len(local), 0)
             self.body += struct.pack(_LOCAL, 0x04034B50, 20, *fields, *sizes) + local + data
         fields = (says["flags"], says["method"], 0, 0x21, says["crc"], says["packed"], says["size"], len(name), len(extra))
-        self.directory += struct.pack(_CENTRAL, 0x02014B50, 20, 20, *fields, 0, 0, 0, 0, at) + name + extra
+        self.directory += struct.pack(_CENTRAL, 0x02014B50, 20, 20, *fields, 0, 0, 0, attributes, at) + name + extra
         self.count += 1
         return self
 
@@ -179,6 +180,10 @@ def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
     for target in ("data.pkl", "data/0"):
         kind, size = target.replace("/", "-"), len(entries[target])
         yield case(f"zip-encrypted-{kind}", lie(target, flags=1))
+        yield case(f"zip-folder-{kind}", lie(target, attributes=0x10))  # torch then reads nothing into its buffer
+        other = struct.pack("<HHBI", 0x7075, 5 + len(_name("note")), 1, zlib.crc32(_name(target))) + _name("note")
+        # Pythons from 3.12 on take the name in the extra field.
+        yield case(f"zip-renamed-{kind}", lie(target, extra=other), harmless=True)
         yield case(f"zip-strong-encryption-{kind}", lie(target, flags=0x41))
         yield case(f"zip-crc-{kind}", lie(target, crc=0))
         yield case(f"zip-size-larger-{kind}", lie(target, size=1 << 31))
@@ -217,6 +222,7 @@ def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
     yield case("zip-prefixed", b"#!/bin/sh\n" * 10 + raw().finish(), harmless=True)
     yield case("zip-suffixed", raw().finish() + b"x" * 100, harmless=True)
     yield case("zip-byteorder", pack(pickled, records, {"byteorder": b"middle"}))
+    yield case("zip-byteorder-large", pack(pickled, records, {"byteorder": "\N{PARTY POPPER}".encode() + b"x" * (48 * MIB)}))
     yield case("zip-byteorder-long", pack(pickled, records, {"byteorder": b"little" * 100_000}))
     for version in (b"0", b"99999999", b"x" * 1000, b"-1", b""):
         content = pack(pickled, records, {"version": version})
