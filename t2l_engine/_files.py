@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError, shown
+from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError, read_start, shown
 
 #: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
 CHECKSUM = "t2l_engine.sha256"
@@ -85,13 +85,7 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-    except FileNotFoundError:
-        raise
-    except OSError as reason:
-        raise error(f"{path}: cannot be read: {reason.strerror}") from None
+    header = int.from_bytes(read_start(path, 8, error), "little")
     if header > MAX_HEADER_BYTES:
         raise error(f"{path}: not a readable safetensors file: its header claims more than {MAX_HEADER_BYTES} bytes")
     try:
@@ -104,6 +98,11 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     if CHECKSUM in metadata and metadata[CHECKSUM] != content_checksum(state):
         raise error(f"{path}: the content does not match its checksum {CHECKSUM}: the file is damaged or was edited")
     return state
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor that is not empty."""
+    return float(max(map(abs, torch.aminmax(tensor.detach()))))
 
 
 def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:

@@ -28,7 +28,7 @@ from t2l_engine.config import shown
 MAX_DIRECTORY_BYTES = 1 << 20
 MAX_PICKLE_BYTES = 1 << 17
 #: Entries that hold tensors; all others are small.
-DATA = re.compile(r"[^/]*/data/[^/]*", re.IGNORECASE)
+DATA = re.compile(r"[^/]*/data/", re.IGNORECASE)
 FOLDER = 0x10  # the attribute that DOS gave folders
 LOCAL_HEADER = struct.Struct("<4s22xHH")
 #: End of the directory, as torch.save writes it: no comment, so that every reader finds this one and no other.

@@ -76,18 +76,26 @@ def from_json(cls: type[T], values: Any, where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a configuration file; a ``ConfigError`` names a file that is too large, no text or unreadable.
+def read_start(path: Path, count: int, error: type[ValueError]) -> bytes:
+    """At most the first ``count`` bytes of ``path``; ``error`` names a file that cannot be read.
 
     Raises FileNotFoundError where there is none.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_CONFIG_BYTES + 1)  # not the size it states: some files have none
+            return file.read(count)
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except OSError as reason:
+        raise error(f"{path}: cannot be read: {reason.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text of a configuration file; a ``ConfigError`` names a file that is too large, no text or unreadable.
+
+    Raises FileNotFoundError where there is none.
+    """
+    content = read_start(path, MAX_CONFIG_BYTES + 1, ConfigError)  # not the size it states: some files have none
     if len(content) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{path}: expected a configuration of at most {MAX_CONFIG_BYTES} bytes, got more")
     try:

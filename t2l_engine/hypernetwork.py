@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine import ops, reference
-from t2l_engine._files import check_dtype
+from t2l_engine._files import check_dtype, largest
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, resolve_scaling
 from t2l_engine.module_paths import module_names
@@ -109,6 +109,8 @@ class HyperNetwork(nn.Module):
             {name: nn.Linear(c.head_in_size, c.head_rows(i), bias=c.head_bias) for i, name in enumerate(c.modules)}
         )
         self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
+        # Generated adapters are named as those read from files are: after the end of the path.
+        self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
         self._packed: tuple[list[Tensor], list[int], dict] | None = None
 
     @classmethod
@@ -178,7 +180,7 @@ class HyperNetwork(nn.Module):
         ]
         for name, tensor, kind in casts:
             narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max and not tensor.is_meta
-            if narrower and tensor.numel() and max(map(abs, torch.aminmax(tensor.detach()))) > torch.finfo(kind).max:
+            if narrower and tensor.numel() and largest(tensor) > torch.finfo(kind).max:
                 raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
         for _, tensor, kind in casts:
             tensor.data = tensor.data.to(kind)
@@ -288,14 +290,10 @@ class HyperNetwork(nn.Module):
         else:
             latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
         lora_A, lora_B = {}, {}
-        for i, name in enumerate(c.modules):
-            weight, bias = folded["heads"][name]
+        for i, (module, name) in enumerate(zip(c.modules, self._paths, strict=True)):
+            weight, bias = folded["heads"][module]
             lora_A[name], lora_B[name] = ops.hypernet_head(
-                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][name]
+                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][module]
             )
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
-        # Named as adapters read from files are: after the end of the path, where the configuration gives one.
-        ends = module_names(c.paths) if c.paths else {}
-        names = {name: ends.get(path, name) for name, path in c.module_paths.items()}
-        lora_A, lora_B = ({names[name]: t for name, t in side.items()} for side in (lora_A, lora_B))
-        return AdapterStack(lora_A, lora_B, scaling, paths={names[name]: path for name, path in c.module_paths.items()})
+        return AdapterStack(lora_A, lora_B, scaling, paths=self._paths)

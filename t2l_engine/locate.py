@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from t2l_engine.config import shown
-from t2l_engine.module_paths import LAYER
+from t2l_engine.module_paths import LAYER, generic
 
 #: Packed projection -> the modules whose outputs it holds, in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -122,17 +122,15 @@ def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, T
     # With duplicates: a module that several layers share has a path in each.
     modules = dict(model.named_modules(remove_duplicate=False))
     for full, module in modules.items():
-        parts = full.split(".")
-        indices = [i for i, part in enumerate(parts) if part.isdigit()]
-        if len(indices) != (1 if LAYER in path else 0):
+        place, parts = generic(full), full.split(".")
+        places = place.split(".")
+        if places.count(LAYER) != (1 if LAYER in path else 0):
             continue
-        layer = int(parts[indices[0]]) if indices else 0
-        generic_parts = [LAYER if i in indices else part for i, part in enumerate(parts)]
-        if generic_parts[-len(suffix) :] != suffix:  # a name may reach above the layer: "encoder.layers.{layer}.q_proj"
+        if places[-len(suffix) :] != suffix:  # a name may reach above the layer: "encoder.layers.{layer}.q_proj"
             continue
-        generic = ".".join(generic_parts)
+        layer = int(parts[places.index(LAYER)]) if LAYER in places else 0
         parent = modules[".".join(parts[:-1])]
-        groups.setdefault(generic, {})[layer] = Target(parent, parts[-1], full, module)
+        groups.setdefault(place, {})[layer] = Target(parent, parts[-1], full, module)
     return groups
 
 

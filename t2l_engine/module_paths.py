@@ -21,6 +21,11 @@ DEFAULT_PATHS = {
 }
 
 
+def generic(path: str) -> str:
+    """``path`` of one module with ``{layer}`` in the place of its layer index."""
+    return ".".join(LAYER if part.isdecimal() else part for part in path.split("."))
+
+
 def path_fault(path: str) -> str | None:
     """What is wrong with a module path in which ``{layer}`` stands for the layer index, if there is one; None if nothing."""
     parts = path.split(".")

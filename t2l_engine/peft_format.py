@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from t2l_engine._files import check_weights, read_safetensors, write_folder
+from t2l_engine._files import check_weights, largest, read_safetensors, write_folder
 from t2l_engine._patterns import Patterns
-from t2l_engine.config import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, read_json, shown
-from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, layer_list, path_fault
+from t2l_engine.config import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, positive_number, read_json, shown
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, generic, layer_list, path_fault
 
 if TYPE_CHECKING:
     from t2l_engine.adapters import AdapterStack
@@ -190,8 +190,7 @@ def _check_range(
     narrowest = torch.float16 if kind == torch.float16 else torch.float32
     for path, pair in pairs.items():
         for side, factor in (("A", 1.0), ("B", factors[path])):
-            largest = float(max(map(abs, torch.aminmax(pair[side])))) * factor
-            if not largest <= torch.finfo(narrowest).max:
+            if not largest(pair[side]) * factor <= torch.finfo(narrowest).max:
                 raise AdapterError(f"{weights_path}: {path}: values exceed the range of {narrowest}")
 
 
@@ -199,8 +198,7 @@ def _check_chosen(
     config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
 ) -> None:
     """Refuse matrices for what the lists of the configuration leave out: PEFT would not apply them."""
-    layers = config.get("layers_to_transform")
-    layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    layers = _layers_to_transform(config)
     targets, excluded = (config.get(field) for field in ("target_modules", "exclude_modules"))
     targets, excluded = (set(v) if isinstance(v, list) else None for v in (targets, excluded))
     for path in pairs:
@@ -234,21 +232,26 @@ def _check_config(config: Any, path: Path) -> bool:
     _check_rank(path, "r", config.get("r"))
     _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
 
-    layers, targets, excluded = (config.get(f) for f in ("layers_to_transform", "target_modules", "exclude_modules"))
-    numbers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    numbers = _layers_to_transform(config)
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers):
-        raise AdapterError(f"{path}: layers_to_transform: expected layers below {MAX_LAYERS}, got {shown(layers)}")
+        got = shown(config["layers_to_transform"])
+        raise AdapterError(f"{path}: layers_to_transform: expected layers below {MAX_LAYERS}, got {got}")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
         names = value if isinstance(value, list) else []
         if not isinstance(value, (str, list, type(None))) or not all(isinstance(name, str) for name in names):
             raise AdapterError(f"{path}: {field}: expected a string or a list of strings, got {shown(value)}")
     # An expression, an exclusion and full paths can each leave out layers.
-    chosen = targets not in (None, "all-linear") if not isinstance(targets, list) else any(map(_has_index, targets))
+    if isinstance(targets, list):
+        chosen = any(LAYER in generic(target) for target in targets)
+    else:
+        chosen = targets not in (None, "all-linear")
     return bool(numbers or excluded or chosen)
 
 
-def _has_index(path: str) -> bool:
-    return any(part.isdecimal() for part in path.split("."))
+def _layers_to_transform(config: dict[str, Any]) -> list[Any]:
+    layers = config.get("layers_to_transform")
+    return layers if isinstance(layers, list) else [] if layers is None else [layers]
 
 
 def _check_rank(path: Path, field: str, value: Any) -> None:
@@ -257,8 +260,10 @@ def _check_rank(path: Path, field: str, value: Any) -> None:
 
 
 def _check_alpha(path: Path, field: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not MIN_NUMBER <= value <= MAX_NUMBER:
-        raise AdapterError(f"{path}: {field}: expected a number in [{MIN_NUMBER}, {MAX_NUMBER}], got {shown(value)}")
+    try:
+        positive_number(f"{path}: {field}", value)
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
@@ -288,10 +293,9 @@ def _by_module(pairs: dict[str, dict[str, Tensor]], weights_path: Path) -> dict[
     """Path with ``{layer}`` -> layer -> matrices; a module outside the layers has layer 0."""
     layers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for path, pair in pairs.items():
-        parts = path.split(".")
-        module = ".".join(LAYER if part.isdecimal() else part for part in parts)
+        module = generic(path)
         fault = "expected no braces" if "{" in path else path_fault(module)
-        number = next((part for part in parts if part.isdecimal()), "0")
+        number = next((part for part in path.split(".") if part.isdecimal()), "0")
         # As written: "07" would name layer 7 twice.
         if fault is None and (len(number) > 4 or str(int(number)) != number or int(number) >= MAX_LAYERS):
             fault = f"expected a layer index below {MAX_LAYERS}"

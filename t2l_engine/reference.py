@@ -263,12 +263,13 @@ def _segments(
     widths = [width] * num_adapters if ranks is None else ranks.tolist()
     if len(widths) != num_adapters:
         raise RuntimeError(f"ranks: expected shape [{num_adapters}], got [{len(widths)}]")
-    for i, rank in enumerate(widths):
-        if not 0 <= rank <= width:
-            raise RuntimeError(f"ranks: expected values in [0, {width}], got {rank} at adapter {i}")
-    for i, adapter in enumerate(adapters):
-        if not -1 <= adapter < num_adapters:
-            raise RuntimeError(f"seg_adapters: expected ids in [-1, {num_adapters}), got {adapter} at segment {i}")
+    for values, low, high, expected, place in (
+        (widths, 0, width, f"ranks: expected values in [0, {width}]", "adapter"),
+        (adapters, -1, num_adapters - 1, f"seg_adapters: expected ids in [-1, {num_adapters})", "segment"),
+    ):
+        wrong = [i for i, value in enumerate(values) if not low <= value <= high]
+        if wrong:
+            raise RuntimeError(f"{expected}, got {values[wrong[0]]} at {place} {wrong[0]}")
     for i, adapter in enumerate(adapters):
         if adapter >= 0 and widths[adapter] > 0 and bounds[i + 1] > bounds[i]:
             yield bounds[i], bounds[i + 1], adapter, widths[adapter]

@@ -86,11 +86,15 @@ class Routing:
     def _write(self, ids: Tensor | None) -> None:
         # Inference tensors could not be written outside inference mode, nor saved for a backward pass.
         with torch.inference_mode(False):
-            self.ids = None if ids is None else self._tensors.get(len(ids))
-            if ids is not None and (self.ids is None or self.ids.device != ids.device):
-                self.ids = self._tensors[len(ids)] = ids.clone()  # never the caller's storage
-            elif ids is not None:
-                self.ids.copy_(ids)
+            if ids is None:
+                self.ids = None
+            else:
+                kept = self._tensors.get(len(ids))
+                if kept is None or kept.device != ids.device:
+                    kept = self._tensors[len(ids)] = ids.clone()  # never the caller's storage
+                else:
+                    kept.copy_(ids)
+                self.ids = kept
         self._segments = None
 
     def segments(self, rows: int, seq_len: int) -> AdapterBatch:

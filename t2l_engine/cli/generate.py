@@ -54,10 +54,10 @@ def generate(
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
     several = file is not None or len(descriptions) > 1
-    lines = None if file is None else _read(file)
-    texts = descriptions if lines is None else list(lines.values())
+    lines = {} if file is None else _read(file)
+    texts = list(lines.values()) or descriptions
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
-    _check(engine, {f"texts[{i}]": text for i, text in enumerate(texts)} if lines is None else _named(file, lines))
+    _check(engine, lines)
     config = engine.hypernetwork.config
     base = checkpoints.describe(folder).get("base_model")
     base = smollm2.BASE_MODEL if base == base_model.PACKAGED else base
@@ -91,7 +91,7 @@ def generate(
 
 
 def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
-    """ValueError for a text that the encoder does not take, under its name in ``texts``; before anything is written."""
+    """ValueError for a text that the encoder does not take, under its name in ``texts``: where it comes from."""
     for name, text in texts.items():
         try:
             engine.encoder.prepare([text])
@@ -99,18 +99,15 @@ def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
             raise ValueError(str(error).replace("texts[0]", name, 1)) from None
 
 
-def _named(file: Path, lines: dict[int, str]) -> dict[str, str]:
-    return {f"{'standard input' if str(file) == '-' else file}:{number}": text for number, text in lines.items()}
-
-
-def _read(file: Path) -> dict[int, str]:
-    """The descriptions of ``file`` by line number, one a line; "-" is standard input."""
+def _read(file: Path) -> dict[str, str]:
+    """The descriptions of ``file``, one a line, by "FILE:LINE"; "-" is standard input."""
+    source = "standard input" if str(file) == "-" else file
     try:
         text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {file}: expected UTF-8 text: {error}") from None
     lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
-    found = {number: line.strip() for number, line in lines if line.strip()}
+    found = {f"{source}:{number}": line.strip() for number, line in lines if line.strip()}
     if not found:
         raise ValueError(f"--file: {file}: expected one description a line, got none")
     return found

@@ -24,7 +24,7 @@ from t2l_engine.encoder import TextEncoder
 from t2l_engine.handle import attach
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.integrations import base_model
-from t2l_engine.module_paths import DEFAULT_PATHS, LAYER
+from t2l_engine.module_paths import DEFAULT_PATHS, generic
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.tasks import Task, load_tasks
 
@@ -92,7 +92,7 @@ def hypernetwork_config(config: SFTConfig, model: torch.nn.Module, embed_dim: in
         name = full.rsplit(".", 1)[-1]
         if name in config.target_modules and hasattr(module, "in_features"):
             shapes[name] = (module.in_features, module.out_features)
-            places[name] = ".".join(LAYER if part.isdecimal() else part for part in full.split("."))
+            places[name] = generic(full)
     missing = [m for m in config.target_modules if m not in shapes]
     if missing:
         raise ConfigError(f"target_modules: {type(model).__name__} has no linear named {missing}")

@@ -90,9 +90,8 @@ def test_generate_from_a_file_in_batches(run, checkpoint, minilm, tmp_path, monk
 
 def test_a_bad_line_is_named_before_anything_is_written(expect_error, checkpoint, minilm, tmp_path, monkeypatch):
     monkeypatch.setattr(generate_command, "BATCH_SIZE", 1)
-    file, output = tmp_path / "tasks.txt", ("-o", tmp_path / "out", "-c", checkpoint)
+    output = ("-o", tmp_path / "out", "-c", checkpoint)
     text = "Count.\n\nSort.\ncaf\udce9\n"
-    file.write_bytes(b"Count.\n")
     expect_error("standard input:4: expected Unicode text", "generate", "-f", "-", *output, stdin=text)
     expect_error("texts[1]: expected Unicode text", "generate", "Count.", "caf\udce9", *output)
     assert not (tmp_path / "out").exists()

@@ -219,6 +219,6 @@ def _adapter_tensors(shop: Workshop) -> Iterator[Case]:
     sparse_layers = {k: v for i in range(0, 4000, 999) for k, v in moved(layer.format(i)).items()}
     yield case("layers-far-apart", sparse_layers, base={})
     last = layer.format(127)
-    wide = {f"{last}.lora_A.weight": torch.ones(4, 8192), f"{last}.lora_B.weight": torch.empty(200_000, 4).double()}
-    wide[f"{last}.lora_B.weight"].fill_(1e39)  # small in the file, large with the layers in front of it
+    wide = {f"{last}.lora_A.weight": torch.ones(4, 8192)}  # small in the file, large with the layers in front of it
+    wide[f"{last}.lora_B.weight"] = torch.full((200_000, 4), 1e39, dtype=torch.float64)
     yield case("beyond-float32-in-the-last-layer", wide, "q_proj", base={})
