@@ -3,7 +3,8 @@
 // The standard headers come first: what simd.h's target pragma covers must be this unit's own code alone.
 #include <cmath>
 
-#include "hypernet_impl.h"
+#include "hypernet_head.h"
+#include "hypernet_trunk.h"
 #include "lora_impl.h"
 
 T2L_POP_TARGET

@@ -1,3 +1,4 @@
 #define T2L_ISA_LEVEL 0
-#include "hypernet_impl.h"
+#include "hypernet_head.h"
+#include "hypernet_trunk.h"
 #include "lora_impl.h"

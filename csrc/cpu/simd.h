@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #include "t2l/kernels.h"
 
@@ -64,6 +65,8 @@ inline void from_float(float v, bf16* out) {
   out->bits = static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
 }
 
+constexpr int64_t kCacheLine = 64;  // bytes
+
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if T2L_ISA_LEVEL >= T2L_AVX512
@@ -78,6 +81,7 @@ inline Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cas
 inline Vec load(const float* p, int n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
 inline Vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p)); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
@@ -93,6 +97,7 @@ inline Vec load(const bf16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
 }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline Vec multiply(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline float sum(Vec v) {
@@ -101,37 +106,22 @@ inline float sum(Vec v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 #else
-constexpr int kLanes = 8;
-constexpr int kTileRows = 2, kTileCols = 2;
-struct Vec {
-  float lane[kLanes];
-};
-inline Vec broadcast(float v) {
-  Vec r;
-  for (float& lane : r.lane) lane = v;
-  return r;
-}
+constexpr int kLanes = 4;
+constexpr int kTileRows = 2, kTileCols = 4;
+using Vec = float __attribute__((vector_size(16)));  // what every CPU's baseline has
+inline Vec broadcast(float v) { return Vec{v, v, v, v}; }
 inline Vec zero() { return broadcast(0.0f); }
-template <class T>
-inline Vec load(const T* p) {
-  Vec r;
-  for (int i = 0; i < kLanes; ++i) r.lane[i] = to_float(p[i]);
-  return r;
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
-inline Vec add(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
-  return a;
-}
-inline Vec fma(Vec a, Vec b, Vec c) {
-  for (int i = 0; i < kLanes; ++i) c.lane[i] += a.lane[i] * b.lane[i];
-  return c;
-}
-inline void store(float* p, Vec v) { std::memcpy(p, v.lane, sizeof v.lane); }
-inline float sum(Vec v) {
-  for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v.lane[i] += v.lane[i + half];
-  return v.lane[0];
-}
+inline Vec load(const bf16* p) { return Vec{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec multiply(Vec a, Vec b) { return a * b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #endif
 
 #if T2L_ISA_LEVEL < T2L_AVX512
@@ -143,6 +133,11 @@ inline Vec load(const T* p, int n) {
   return load(padded);
 }
 #endif
+
+template <class T>
+inline Vec load_up_to(const T* p, int n) {
+  return n == kLanes ? load(p) : load(p, n);
+}
 
 // Full or partial vector to memory, rounded to T.
 template <class T>
@@ -174,6 +169,72 @@ inline void store_row(const float* x, int64_t n, T* out) {
     const int left = static_cast<int>(lesser(kLanes, n - i));
     store_as(out + i, left == kLanes ? load(x + i) : load(x + i, left), left);
   }
+}
+
+// Rows of a kLanes x kLanes block become its columns.
+#if T2L_ISA_LEVEL >= T2L_AVX512
+inline __m512 low_pairs(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+inline __m512 high_pairs(__m512 x, __m512 y) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+}
+inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * lds);
+  for (int i = 0; i < 8; ++i) {
+    b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {  // a[4 i + c]: column c of rows 4 i to 4 i + 3, in every 128-bit lane four columns on
+    a[4 * i] = low_pairs(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 1] = high_pairs(b[4 * i], b[4 * i + 2]);
+    a[4 * i + 2] = low_pairs(b[4 * i + 1], b[4 * i + 3]);
+    a[4 * i + 3] = high_pairs(b[4 * i + 1], b[4 * i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd0 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 even1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88),
+                 odd1 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(dst + c * ldd, _mm512_shuffle_f32x4(even0, even1, 0x88));
+    _mm512_storeu_ps(dst + (4 + c) * ldd, _mm512_shuffle_f32x4(odd0, odd1, 0x88));
+    _mm512_storeu_ps(dst + (8 + c) * ldd, _mm512_shuffle_f32x4(even0, even1, 0xdd));
+    _mm512_storeu_ps(dst + (12 + c) * ldd, _mm512_shuffle_f32x4(odd0, odd1, 0xdd));
+  }
+}
+#elif T2L_ISA_LEVEL == T2L_AVX2
+inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * lds);
+  for (int i = 0; i < 4; ++i) {
+    b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {  // a[4 i + c]: column c of rows 4 i to 4 i + 3, and column c + 4 in the upper half
+    a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_ps(dst + c * ldd, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+    _mm256_storeu_ps(dst + (4 + c) * ldd, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+  }
+}
+#else
+inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+  for (int c = 0; c < kLanes; ++c)
+    for (int i = 0; i < kLanes; ++i) dst[c * ldd + i] = src[i * lds + c];
+}
+#endif
+
+// dst[c * ldd + i] = src[i * lds + c] for i < rows, c < cols.
+inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
+  const int64_t whole_rows = rows / kLanes * kLanes, whole_cols = cols / kLanes * kLanes;
+  for (int64_t i = 0; i < whole_rows; i += kLanes)
+    for (int64_t c = 0; c < whole_cols; c += kLanes) transpose_block(src + i * lds + c, lds, dst + c * ldd + i, ldd);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = i < whole_rows ? whole_cols : 0; c < cols; ++c) dst[c * ldd + i] = src[i * lds + c];
 }
 
 // One step of a dot product: a vector of x times a vector of w added to an accumulator.  Step is how many elements of a
@@ -236,100 +297,12 @@ inline void matmul_nt(const XT* x, int64_t ldx, int64_t rows, const WT* w, int64
     for (int64_t i = 0; i < rows; ++i) dot_tile<1, 1>(x + i * ldx, ldx, w + j * ldw, ldw, depth, c + i * ldc + j, ldc);
 }
 
-// --- panels: 16 rows side by side -----------------------------------------------------------------------------------
-// A panel holds kPanelRows rows feature-major, so one vector is one feature of all rows: products need no horizontal sums,
-// and a row's result depends on no other row.
-
-constexpr int kPanelRows = 16;
-constexpr int kPanelVecs = kPanelRows / kLanes;
-constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // accumulators a tile keeps in registers: kPanelCols * kPanelVecs
-
-// How a panel of inputs for matrices of type WT is stored: kPack features of one row share an Element.
-template <class WT>
-struct PanelOf {
-  using Element = float;
-  static constexpr int kPack = 1;
-  static Element make(const float* feature, int64_t, int64_t row) {
-    WT rounded;
-    from_float(feature[row], &rounded);
-    return to_float(rounded);
-  }
-  using Operand = Vec;
-  static Operand load_rows(const Element* p) { return load(p); }
-  static Operand spread(const WT* w, int64_t) { return broadcast(to_float(*w)); }
-  static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
-};
-#if T2L_ISA_LEVEL == T2L_AVX512_BF16
-template <>
-struct PanelOf<bf16> {
-  using Element = uint32_t;  // two consecutive features as bfloat16
-  static constexpr int kPack = 2;
-  static Element make(const float* feature, int64_t left, int64_t row) {
-    bf16 low, high = {0};
-    from_float(feature[row], &low);
-    if (left > 1) from_float(feature[kPanelRows + row], &high);
-    return low.bits | static_cast<uint32_t>(high.bits) << 16;
-  }
-  using Operand = __m512bh;
-  static Operand load_rows(const Element* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static Operand spread(const bf16* w, int64_t left) {
-    uint32_t pair = w->bits;
-    if (left > 1) std::memcpy(&pair, w, sizeof pair);
-    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair)));
-  }
-  static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
-};
-#endif
-
-// Elements of a panel of `depth` features.
-template <class WT>
-inline int64_t panel_size(int64_t depth) {
-  constexpr int kPack = PanelOf<WT>::kPack;
-  return (depth + kPack - 1) / kPack * kPanelRows;
-}
-
-// Feature-major float32 rows to a panel of inputs, rounded to WT.
-template <class WT>
-inline void make_panel(const float* x, int64_t depth, typename PanelOf<WT>::Element* panel) {
-  using P = PanelOf<WT>;
-  for (int64_t k = 0; k < depth; k += P::kPack)
-    for (int64_t i = 0; i < kPanelRows; ++i)
-      panel[k / P::kPack * kPanelRows + i] = P::make(x + k * kPanelRows, depth - k, i);
-}
-
-// c[j, i] = dot(row i of the panel, w row j), j < C, feature-major.
-template <int C, class WT>
-inline void panel_tile(const typename PanelOf<WT>::Element* x, const WT* w, int64_t ldw, int64_t depth, float* c) {
-  using P = PanelOf<WT>;
-  Vec acc[C][kPanelVecs];
-  for (int j = 0; j < C; ++j)
-    for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = zero();
-  for (int64_t k = 0; k < depth; k += P::kPack) {
-    typename P::Operand xv[kPanelVecs];
-    for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
-    for (int j = 0; j < C; ++j) {
-      const typename P::Operand wv = P::spread(w + j * ldw + k, depth - k);
-      for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
-    }
-  }
-  for (int j = 0; j < C; ++j)
-    for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
-}
-
-// c[cols, kPanelRows] = w[cols, depth] times the panel.
-template <class WT>
-inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, int64_t ldw, int64_t cols, int64_t depth,
-                         float* c) {
-  int64_t j = 0;
-  for (; j + kPanelCols <= cols; j += kPanelCols) panel_tile<kPanelCols>(x, w + j * ldw, ldw, depth, c + j * kPanelRows);
-  for (; j < cols; ++j) panel_tile<1>(x, w + j * ldw, ldw, depth, c + j * kPanelRows);
-}
-
-// A heap buffer for one thread's tile.
+// A heap buffer of plain values that starts a cache line: no whole vector in it straddles two.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t n) : data(new T[n > 0 ? n : 1]) {}
-  ~Scratch() { delete[] data; }
+  explicit Scratch(int64_t n)
+      : data(static_cast<T*>(::operator new((n > 0 ? n : 1) * sizeof(T), std::align_val_t(kCacheLine)))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t(kCacheLine)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* data;
@@ -337,7 +310,9 @@ struct Scratch {
 
 template <class F>
 inline void for_range(ParallelFor parallel, int64_t count, int64_t grain, F& body) {
-  parallel(count, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &body);
+  parallel.run(
+      parallel.pool, count, grain,
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &body);
 }
 
 }  // namespace T2L_ISA_NAMESPACE

@@ -102,9 +102,11 @@ inline Isa isa(const char* op) {
   return choice.isa;
 }
 
-inline void parallel(int64_t count, int64_t grain, RangeBody body, void* context) {
+// torch's own pool.
+inline void run_parallel(void*, int64_t count, int64_t grain, RangeBody body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }
+constexpr ParallelFor parallel{run_parallel, nullptr};
 
 // Hands a call over to the plain-torch op of the same schema, for dtypes the kernels do not cover; returns its results,
 // which stand first on the stack.

@@ -167,6 +167,8 @@ std::tuple<Tensor, Tensor> hypernet_head(const Tensor& latent, const Tensor& wei
   Tensor lora_A = torch::stable::new_empty(weight, {p.tasks, p.layers, rank, in_features});
   Tensor stored_B = torch::stable::new_empty(weight, {p.tasks, p.layers, rank, out_features});
   Tensor lora_B = torch::stable::transpose(stored_B, 2, 3);
+  for (const Tensor& fresh : {lora_A, stored_B})
+    touch_output(fresh.mutable_data_ptr(), fresh.numel() * fresh.element_size(), parallel);
   set_output(p, lora_A, lora_B);
   hypernet_head(p, isa(op), parallel);
   return {lora_A, lora_B};

@@ -1,0 +1,161 @@
+// Hypernetwork head of one module for one instruction set: weight rows are split over threads, and a thread reads each of
+// its rows once from memory, in order; the epilogue writes A and B where they belong.
+#pragma once
+#include "panel.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+constexpr int64_t kHeadCols = 96;  // weight rows a head tile covers: a multiple of kPanelCols and of kLanes
+
+// Latent rows as panels.  All (task, layer) rows of one side and rank follow each other, so that only the last panel of
+// these holds rows that are none.
+template <class WT>
+struct LatentPanels {
+  explicit LatentPanels(const HeadParams& p)
+      : rows(p.tasks * p.layers),
+        per_run((rows + kPanelRows - 1) / kPanelRows),
+        size(panel_size<WT>(p.h)),
+        data(p.sides * p.ranks * per_run * size) {}
+  typename PanelOf<WT>::Element* at(int64_t run, int64_t panel) { return data.data + (run * per_run + panel) * size; }
+  int64_t rows, per_run, size;
+  Scratch<typename PanelOf<WT>::Element> data;
+};
+
+template <class WT>
+inline void pack_latent(const HeadParams& p, LatentPanels<WT>& panels, ParallelFor parallel) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t run = item / panels.per_run, panel = item % panels.per_run;
+      const WT* latent =
+          static_cast<const WT*>(p.latent) + run / p.ranks * p.latent_stride[1] + run % p.ranks * p.latent_stride[2];
+      const auto row = [&](int64_t i) {
+        const int64_t r = lesser(panel * kPanelRows + i, panels.rows - 1);
+        return latent + r / p.layers * p.latent_stride[0] + r % p.layers * p.latent_stride[3];
+      };
+      pack_panel<WT>(row, p.h, panels.at(run, panel));
+    }
+  };
+  for_range(parallel, p.sides * p.ranks * panels.per_run, 4, body);
+}
+
+// Where the results of one side, rank and first column belong, and what the epilogue reads beside them.
+template <class OT>
+struct HeadTarget {
+  HeadTarget(const HeadParams& params, int side_index, int64_t row, int64_t rank, int64_t column)
+      : p(params), side(side_index), bias(p.bias ? p.bias + row : nullptr) {
+    mul = start(p.mul[side], p.mul_stride[side], rank, column);
+    plus = start(p.add[side], p.add_stride[side], rank, column);
+    out = static_cast<OT*>(p.out[side]) + rank * p.out_stride[side][2] + column * p.out_stride[side][3];
+    dense = p.out_stride[side][3] == 1 && (!mul || p.mul_stride[side][2] == 1) && (!plus || p.add_stride[side][2] == 1);
+  }
+  static const float* start(const float* t, const int64_t* stride, int64_t rank, int64_t column) {
+    return t ? t + rank * stride[1] + column * stride[2] : nullptr;
+  }
+  OT* row(int64_t task, int64_t layer) const { return out + task * p.out_stride[side][0] + layer * p.out_stride[side][1]; }
+
+  const HeadParams& p;
+  int side;
+  const float* bias;
+  const float* mul;
+  const float* plus;
+  OT* out;
+  bool dense;
+};
+
+// y[cols]: bias, mul, add, scale, cast, store.  Whole vectors of y may be read.
+template <class OT>
+inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task, int64_t layer, int64_t cols) {
+  const int side = t.side;
+  const int64_t mul_step = t.p.mul_stride[side][2], add_step = t.p.add_stride[side][2], out_step = t.p.out_stride[side][3];
+  const float* mul = t.mul ? t.mul + layer * t.p.mul_stride[side][0] : nullptr;
+  const float* plus = t.plus ? t.plus + layer * t.p.add_stride[side][0] : nullptr;
+  const float scale = t.p.scale[side];
+  OT* out = t.row(task, layer);
+  if (!t.dense) {
+    for (int64_t c = 0; c < cols; ++c) {
+      float value = y[c];
+      if (t.bias) value += t.bias[c];
+      if (mul) value *= mul[c * mul_step];
+      if (plus) value += plus[c * add_step];
+      from_float(value * scale, out + c * out_step);
+    }
+    return;
+  }
+  const Vec scales = broadcast(scale);
+  for (int64_t c = 0; c < cols; c += kLanes) {
+    const int n = static_cast<int>(lesser(kLanes, cols - c));
+    Vec value = load(y + c);
+    if (t.bias) value = add(value, load_up_to(t.bias + c, n));
+    if (mul) value = multiply(value, load_up_to(mul + c, n));
+    if (plus) value = add(value, load_up_to(plus + c, n));
+    store_as(out + c, multiply(value, scales), n);
+  }
+}
+
+// One thread's buffers: a tile as the products give it and turned, and weights widened where the products want that.
+struct HeadScratch {
+  explicit HeadScratch(int64_t h) : tile(kHeadCols * kPanelRows), turned(kPanelRows * kHeadCols), wide(kPanelCols * h) {}
+  Scratch<float> tile, turned, wide;
+};
+
+// Weight rows [row, row + cols), which give columns of one side, against all its latent rows; `p_rank` is the rank within
+// a latent row's share of ranks.
+template <class WT, class OT>
+inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
+                      int64_t cols, HeadScratch& s) {
+  const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
+  for (int64_t k = 0; k < p.ranks; ++k) {
+    const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
+    const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
+    for (int64_t panel = 0; panel < panels.per_run; ++panel) {
+      const int64_t first = panel * kPanelRows, last = lesser(first + kPanelRows, panels.rows);
+      if (target.dense)  // the lines to be written come while the products run
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
+            __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
+      matmul_panel<WT>(panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
+      transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.turned.data, kHeadCols);
+      int64_t task = first / p.layers, layer = first % p.layers;
+      for (int64_t i = first; i < last; ++i) {
+        head_epilogue(target, s.turned.data + (i - first) * kHeadCols, task, layer, cols);
+        if (++layer == p.layers) layer = 0, ++task;
+      }
+    }
+  }
+}
+
+template <class WT, class OT>
+inline void head_typed(const HeadParams& p, ParallelFor parallel) {
+  if (p.tasks == 0 || p.layers == 0) return;
+  LatentPanels<WT> panels(p);
+  pack_latent(p, panels, parallel);
+  const int64_t per_latent = p.rank / p.ranks;
+  const int64_t width[2] = {p.in, p.out_features};
+  const int64_t wider = p.in > p.out_features ? p.in : p.out_features;
+  const int64_t stride[2] = {p.sides == 2 ? wider : p.in, p.sides == 2 ? wider : p.out_features};
+  const int64_t start[2] = {0, p.sides == 2 ? 0 : per_latent * p.in};
+  const int64_t tiles[2] = {(p.in + kHeadCols - 1) / kHeadCols, (p.out_features + kHeadCols - 1) / kHeadCols};
+  auto body = [&](int64_t begin, int64_t end) {
+    HeadScratch scratch(p.h);
+    for (int64_t item = begin; item < end; ++item) {
+      const int side = item < per_latent * tiles[0] ? 0 : 1;
+      const int64_t local = item - (side ? per_latent * tiles[0] : 0);
+      const int64_t p_rank = local / tiles[side], column = local % tiles[side] * kHeadCols;
+      const int64_t row = start[side] + p_rank * stride[side] + column;
+      head_tile<WT, OT>(p, panels, side, row, p_rank, column, lesser(kHeadCols, width[side] - column), scratch);
+    }
+  };
+  for_range(parallel, per_latent * (tiles[0] + tiles[1]), 1, body);
+}
+
+void hypernet_head(const HeadParams& p, ParallelFor parallel) {
+  const bool w16 = p.w_type == DType::bf16, o16 = p.out_type == DType::bf16;
+  if (w16 && o16) head_typed<bf16, bf16>(p, parallel);
+  if (w16 && !o16) head_typed<bf16, float>(p, parallel);
+  if (!w16 && o16) head_typed<float, bf16>(p, parallel);
+  if (!w16 && !o16) head_typed<float, float>(p, parallel);
+}
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l

@@ -1,0 +1,219 @@
+// Hypernetwork trunk for one instruction set: one pass over panels of (task, module, layer) rows, nothing larger than a
+// panel in between.
+#pragma once
+#include <cmath>
+
+#include "panel.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+constexpr float kLayerNormEps = 1e-5f;
+
+// exp(x) to 2 ulp for |x| <= 87, e^-87 below, infinity above 88: 2^k times a polynomial of degree 6 (Cody-Waite reduction).
+// Branch-free, so that loops over it vectorise.  A NaN gives a finite value: the caller's own arithmetic keeps it.
+inline float fast_exp(float argument) {
+  float x = argument > -87.0f ? argument : -87.0f;
+  x = x < 88.0f ? x : 88.0f;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const float k = shifted - 12582912.0f;
+  float r = x - k * 0.693359375f;
+  r = r - k * -2.12194440e-4f;
+  float poly = 1.9875691500e-4f;
+  poly = poly * r + 1.3981999507e-3f;
+  poly = poly * r + 8.3334519073e-3f;
+  poly = poly * r + 4.1665795894e-2f;
+  poly = poly * r + 1.6666665459e-1f;
+  poly = poly * r + 5.0000001201e-1f;
+  const float y = poly * r * r + r + 1.0f;
+  const int32_t bits = (static_cast<int32_t>(k) + 127) << 23;
+  float scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return argument > 88.0f ? INFINITY : y * scale;
+}
+
+// x = silu(x + bias) on a feature-major panel; NaN in, NaN out.
+inline void bias_silu(float* x, const float* bias, int64_t features) {
+  for (int64_t j = 0; j < features; ++j)
+    for (int64_t i = 0; i < kPanelRows; ++i) {
+      const float v = x[j * kPanelRows + i] + (bias ? bias[j] : 0.0f);
+      x[j * kPanelRows + i] = v / (1.0f + fast_exp(-v));
+    }
+}
+
+// LayerNorm of every row of a panel; the rows are lanes, so nothing is summed across them.
+inline void layer_norm(const float* x, const float* weight, const float* bias, int64_t features, float* out) {
+  float mean[kPanelRows] = {}, scale[kPanelRows] = {};
+  const float count = static_cast<float>(features);
+  for (int64_t j = 0; j < features; ++j)
+    for (int64_t i = 0; i < kPanelRows; ++i) mean[i] += x[j * kPanelRows + i];
+  for (float& m : mean) m /= count;
+  for (int64_t j = 0; j < features; ++j)
+    for (int64_t i = 0; i < kPanelRows; ++i) {
+      const float d = x[j * kPanelRows + i] - mean[i];
+      scale[i] += d * d;
+    }
+  for (float& s : scale) s = 1.0f / std::sqrt(s / count + kLayerNormEps);
+  for (int64_t j = 0; j < features; ++j)
+    for (int64_t i = 0; i < kPanelRows; ++i)
+      out[j * kPanelRows + i] = (x[j * kPanelRows + i] - mean[i]) * scale[i] * weight[j] + bias[j];
+}
+
+// One thread's buffers, all feature-major panels.
+template <class WT>
+struct TrunkScratch {
+  TrunkScratch(int64_t m, int64_t h)
+      : x(kPanelRows * m),
+        u(kPanelRows * m),
+        v(kPanelRows * m),
+        normed(kPanelRows * m),
+        hidden(kPanelRows * 4 * m),
+        result(kPanelRows * (m > h ? m : h)),
+        wide(kPanelCols * 4 * m),
+        panel(panel_size<WT>(4 * m)) {}
+  Scratch<float> x, u, v, normed, hidden, result, wide;
+  Scratch<typename PanelOf<WT>::Element> panel;
+};
+
+// s.result = silu(W2 s.hidden + b2)
+template <class WT>
+inline void second_linear(TrunkScratch<WT>& s, int64_t m, const void* w2, const float* b2, int64_t out) {
+  make_panel(s.hidden.data, 4 * m, s.panel.data, WT());
+  matmul_panel<WT>(s.panel.data, static_cast<const WT*>(w2), out, 4 * m, s.wide.data, s.result.data);
+  bias_silu(s.result.data, b2, out);
+}
+
+// s.result = silu(W2 silu(W1 LN(x) + b1) + b2)
+template <class WT>
+inline void mlp(TrunkScratch<WT>& s, const MlpParams& p, const float* x, int64_t m, int64_t out) {
+  layer_norm(x, p.norm_weight, p.norm_bias, m, s.normed.data);
+  make_panel(s.normed.data, m, s.panel.data, WT());
+  matmul_panel<WT>(s.panel.data, static_cast<const WT*>(p.w1), 4 * m, m, s.wide.data, s.hidden.data);
+  bias_silu(s.hidden.data, p.b1, 4 * m);
+  second_linear(s, m, p.w2, p.b2, out);
+}
+
+template <class WT>
+inline void residual(TrunkScratch<WT>& s, const MlpParams& p, float* x, int64_t m) {
+  mlp(s, p, x, m, m);
+  for (int64_t i = 0; i < kPanelRows * m; ++i) x[i] += s.result.data[i];
+}
+
+// Half-split rotation of every row by position k, base 1e4.
+inline void rotate(const float* x, int64_t m, int64_t k, float* out) {
+  const int64_t half = m / 2;
+  for (int64_t j = 0; j < half; ++j) {
+    const float angle = static_cast<float>(k) * std::pow(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(m));
+    const float c = std::cos(angle), s = std::sin(angle);
+    for (int64_t i = 0; i < kPanelRows; ++i) {
+      const float a = x[j * kPanelRows + i], b = x[(half + j) * kPanelRows + i];
+      out[j * kPanelRows + i] = a * c - b * s;
+      out[(half + j) * kPanelRows + i] = b * c + a * s;
+    }
+  }
+}
+
+// u = x plus the side embedding of each row's module.
+inline void add_side(const TrunkParams& p, const float* x, int64_t first, int64_t rows, int64_t side, float* u) {
+  std::memcpy(u, x, kPanelRows * p.m * sizeof(float));
+  if (!p.side_emb) return;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t module = (first + i) / p.layers % p.modules;
+    const float* emb = p.side_emb + (module * p.sides + side) * p.m;
+    for (int64_t j = 0; j < p.m; ++j) u[j * kPanelRows + i] += emb[j];
+  }
+}
+
+constexpr int64_t kChunkFeatures = 64;  // features turned at a time between panels and rows
+
+template <class WT>
+inline void store_latent(const TrunkParams& p, const float* result, int64_t first, int64_t rows, int64_t side, int64_t k) {
+  alignas(kCacheLine) float turned[kPanelRows * kChunkFeatures];
+  for (int64_t j = 0; j < p.h; j += kChunkFeatures) {
+    const int64_t n = lesser(kChunkFeatures, p.h - j);
+    transpose(result + j * kPanelRows, kPanelRows, n, kPanelRows, turned, kChunkFeatures);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t task_module = (first + i) / p.layers, layer = (first + i) % p.layers;
+      const int64_t row = ((task_module * p.sides + side) * p.ranks + k) * p.layers + layer;
+      store_row(turned + i * kChunkFeatures, n, static_cast<WT*>(p.latent) + row * p.h + j);
+    }
+  }
+}
+
+// hidden = silu of the first mixer product: the task's part plus the constant of module and layer.
+template <class WT>
+inline void mixer_hidden(const TrunkParams& p, const float* task_part, int64_t first, int64_t rows, TrunkScratch<WT>& s) {
+  const int64_t hidden = 4 * p.m, group = p.modules * p.layers;
+  alignas(kCacheLine) float sums[kPanelRows * kChunkFeatures];
+  for (int64_t j = 0; j < hidden; j += kChunkFeatures) {
+    const int64_t n = lesser(kChunkFeatures, hidden - j);
+    for (int64_t i = 0; i < kPanelRows; ++i) {  // rows beyond the last repeat it and are not stored
+      const int64_t row = first + lesser(i, rows - 1);
+      const float* task = task_part + row / group * hidden + j;
+      const float* constant = p.mixer_table + row % group * hidden + j;
+      for (int64_t c = 0; c < n; ++c) sums[i * kChunkFeatures + c] = task[c] + constant[c];
+    }
+    transpose(sums, kChunkFeatures, kPanelRows, n, s.hidden.data + j * kPanelRows, kPanelRows);
+  }
+  bias_silu(s.hidden.data, nullptr, hidden);
+}
+
+// Rows [first, first + rows) of the (task, module, layer) product, all their sides and ranks.
+template <class WT>
+inline void trunk_panel(const TrunkParams& p, const float* task_part, int64_t first, int64_t rows, TrunkScratch<WT>& s) {
+  const int64_t m = p.m;
+  mixer_hidden(p, task_part, first, rows, s);
+  second_linear(s, m, p.mixer_w2, p.mixer_b2, m);
+  std::memcpy(s.x.data, s.result.data, kPanelRows * m * sizeof(float));
+  residual(s, p.mlp[0], s.x.data, m);
+  for (int64_t side = 0; side < p.sides; ++side) {
+    float* u = s.u.data;
+    add_side(p, s.x.data, first, rows, side, u);
+    residual(s, p.mlp[1], u, m);
+    for (int64_t k = 0; k < p.ranks; ++k) {
+      float* v = s.v.data;
+      if (p.rotary) {
+        rotate(u, m, k, v);
+        residual(s, p.mlp[1], v, m);
+      } else {
+        for (int64_t j = 0; j < m; ++j)
+          for (int64_t i = 0; i < kPanelRows; ++i)
+            v[j * kPanelRows + i] = u[j * kPanelRows + i] + (p.pos_emb ? p.pos_emb[k * m + j] : 0.0f);
+      }
+      mlp(s, p.mlp[2], v, m, p.h);
+      store_latent<WT>(p, s.result.data, first, rows, side, k);
+    }
+  }
+}
+
+template <class WT>
+inline void trunk_typed(const TrunkParams& p, ParallelFor parallel) {
+  const int64_t hidden = 4 * p.m;
+  Scratch<float> task_part(p.tasks * hidden);
+  auto project = [&](int64_t begin, int64_t end) {
+    Scratch<WT> z((end - begin) * p.t);
+    for (int64_t i = 0; i < (end - begin) * p.t; ++i) from_float(p.z[begin * p.t + i], z.data + i);
+    matmul_nt(z.data, p.t, end - begin, static_cast<const WT*>(p.mixer_task), p.t, hidden, p.t,
+              task_part.data + begin * hidden, hidden);
+  };
+  for_range(parallel, p.tasks, 8, project);
+  const int64_t rows = p.tasks * p.modules * p.layers;
+  auto body = [&](int64_t begin, int64_t end) {
+    TrunkScratch<WT> scratch(p.m, p.h);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * kPanelRows;
+      trunk_panel(p, task_part.data, first, lesser(kPanelRows, rows - first), scratch);
+    }
+  };
+  for_range(parallel, (rows + kPanelRows - 1) / kPanelRows, 1, body);
+}
+
+void hypernet_trunk(const TrunkParams& p, ParallelFor parallel) {
+  if (p.w_type == DType::bf16)
+    trunk_typed<bf16>(p, parallel);
+  else
+    trunk_typed<float>(p, parallel);
+}
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l

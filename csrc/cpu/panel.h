@@ -1,0 +1,175 @@
+// Products on panels: rows side by side, feature by feature.  One vector is one feature of several rows, so that products
+// need no horizontal sums and a row's result depends on no other row.  The weights are read once, in the order of memory
+// and a scalar (or a pair of bfloat16) at a time: they need no packed copy.
+#pragma once
+#include "simd.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+constexpr int kPanelVecs = 2;
+constexpr int kPanelRows = kPanelVecs * kLanes;
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // a tile keeps kPanelCols * kPanelVecs accumulators in registers
+
+// How a panel of inputs for matrices of type WT is stored: kPack features of one row share an Element.  `Weight` is what
+// the products read: WT itself, or float where the instruction set has no product of WT.
+template <class WT>
+struct PanelOf {
+  using Element = float;
+  using Weight = float;
+  static constexpr int kPack = 1;
+  using Operand = Vec;
+  static Operand load_rows(const Element* p) { return load(p); }
+  static Operand spread(const Weight* w) { return broadcast(*w); }
+  static Operand spread_last(const Weight* w) { return broadcast(*w); }
+  static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
+};
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+template <>
+struct PanelOf<bf16> {
+  using Element = uint32_t;  // two consecutive features
+  using Weight = bf16;
+  static constexpr int kPack = 2;
+  using Operand = __m512bh;
+  static Operand load_rows(const Element* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
+  static Operand spread(const Weight* w) {
+    int pair;
+    std::memcpy(&pair, w, sizeof pair);
+    return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+  }
+  static Operand spread_last(const Weight* w) { return reinterpret_cast<__m512bh>(_mm512_set1_epi32(w->bits)); }
+  static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+#endif
+
+// Elements of a panel of `depth` features.
+template <class WT>
+inline int64_t panel_size(int64_t depth) {
+  constexpr int kPack = PanelOf<WT>::kPack;
+  return (depth + kPack - 1) / kPack * kPanelRows;
+}
+
+// Feature-major float32 rows to a panel of inputs, rounded to WT.
+inline void make_panel(const float* x, int64_t depth, float* panel, float) {
+  std::memcpy(panel, x, depth * kPanelRows * sizeof(float));
+}
+inline void make_panel(const float* x, int64_t depth, float* panel, bf16) {
+  bf16 rounded[kPanelRows];
+  for (int64_t k = 0; k < depth; ++k) {
+    store_row(x + k * kPanelRows, kPanelRows, rounded);
+    for (int64_t i = 0; i < kPanelRows; ++i) panel[k * kPanelRows + i] = to_float(rounded[i]);
+  }
+}
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+inline __m512i bf16_bits(Vec v) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
+inline void make_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
+  for (int64_t k = 0; k < depth; k += 2)
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const float* low = x + k * kPanelRows + v * kLanes;
+      __m512i pair = bf16_bits(load(low));
+      if (k + 1 < depth) pair = _mm512_or_si512(pair, _mm512_slli_epi32(bf16_bits(load(low + kPanelRows)), 16));
+      _mm512_storeu_si512(panel + k / 2 * kPanelRows + v * kLanes, pair);
+    }
+}
+#endif
+
+// One chunk of a row, kLanes elements of a panel, from WT in memory; zeros beyond n features.
+inline void load_chunk(const float* row, int64_t n, float* chunk, float) {
+  std::memset(chunk, 0, kLanes * sizeof(float));
+  std::memcpy(chunk, row, n * sizeof(float));
+}
+inline void load_chunk(const bf16* row, int64_t n, float* chunk, float) {
+  store(chunk, n == kLanes ? load(row) : load(row, static_cast<int>(n)));
+}
+inline void load_chunk(const bf16* row, int64_t n, float* chunk, bf16) {
+  std::memset(chunk, 0, kLanes * sizeof(float));
+  std::memcpy(chunk, row, n * sizeof(bf16));
+}
+
+// A panel from its rows in memory; row(i) points to the features of row i.
+template <class WT, class F>
+inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Element* panel) {
+  using P = PanelOf<WT>;
+  constexpr int64_t kChunk = kLanes * P::kPack;
+  alignas(kCacheLine) float chunk[kLanes * kLanes], turned[kLanes * kLanes];
+  for (int64_t k = 0; k < depth; k += kChunk) {
+    const int64_t n = lesser(kChunk, depth - k), elements = (n + P::kPack - 1) / P::kPack;
+    for (int v = 0; v < kPanelVecs; ++v) {
+      for (int i = 0; i < kLanes; ++i) load_chunk(row(v * kLanes + i) + k, n, chunk + i * kLanes, typename P::Weight());
+      transpose_block(chunk, kLanes, turned, kLanes);
+      for (int64_t e = 0; e < elements; ++e)
+        std::memcpy(panel + (k / P::kPack + e) * kPanelRows + v * kLanes, turned + e * kLanes, kLanes * sizeof(float));
+    }
+  }
+}
+
+// c[j, i] = dot(row i of the panel, w row j), j < C, feature-major.  `ahead`, if any, is where the weights that follow lie:
+// as many rows are brought near (beyond the last ones too: a prefetch does not fault).
+template <int C, class P>
+inline void panel_tile(const typename P::Element* x, const typename P::Weight* w, int64_t ldw, int64_t depth,
+                       const typename P::Weight* ahead, float* c) {
+  constexpr int64_t kLine = kCacheLine / sizeof(typename P::Weight);
+  Vec acc[C][kPanelVecs];
+  for (int j = 0; j < C; ++j)
+    for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = zero();
+  const int64_t whole = depth / P::kPack * P::kPack;
+  for (int64_t line = 0; line < whole; line += kLine) {
+    if (ahead)
+      for (int j = 0; j < C; ++j) __builtin_prefetch(ahead + j * ldw + line, 0, 2);
+    const int64_t end = lesser(whole, line + kLine);
+    for (int64_t k = line; k < end; k += P::kPack) {
+      typename P::Operand xv[kPanelVecs];
+      for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
+      for (int j = 0; j < C; ++j) {
+        const typename P::Operand wv = P::spread(w + j * ldw + k);
+        for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
+      }
+    }
+  }
+  if (whole < depth)
+    for (int j = 0; j < C; ++j)
+      for (int v = 0; v < kPanelVecs; ++v)
+        acc[j][v] = P::step(P::load_rows(x + whole / P::kPack * kPanelRows + v * kLanes),
+                            P::spread_last(w + j * ldw + whole), acc[j][v]);
+  for (int j = 0; j < C; ++j)
+    for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
+}
+
+// Weights as the products read them: as they are, or `rows` of them widened into `wide`.
+inline const float* weights_for(const float* w, int64_t, float*, float) { return w; }
+inline const float* weights_for(const bf16* w, int64_t count, float* wide, float) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = static_cast<int>(lesser(kLanes, count - i));
+    store_as(wide + i, n == kLanes ? load(w + i) : load(w + i, n), n);
+  }
+  return wide;
+}
+inline const bf16* weights_for(const bf16* w, int64_t, float*, bf16) { return w; }
+
+// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: kPanelCols * depth floats of scratch.
+template <class WT>
+inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth, float* wide,
+                         float* c) {
+  using P = PanelOf<WT>;
+  using Weight = typename P::Weight;
+  constexpr int kHalf = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
+  for (int64_t j = 0; j < cols;) {
+    const int64_t left = cols - j;
+    const int n = left >= kPanelCols ? kPanelCols : left >= kHalf ? kHalf : left >= kThird ? kThird : 1;
+    const Weight* tile = weights_for(w + j * depth, n * depth, wide, Weight());
+    const Weight* ahead = static_cast<const void*>(tile) == w + j * depth ? tile + n * depth : nullptr;
+    float* out = c + j * kPanelRows;
+    if (n == kPanelCols)
+      panel_tile<kPanelCols, P>(x, tile, depth, depth, ahead, out);
+    else if (n == kHalf)
+      panel_tile<kHalf, P>(x, tile, depth, depth, ahead, out);
+    else if (n == kThird)
+      panel_tile<kThird, P>(x, tile, depth, depth, ahead, out);
+    else
+      panel_tile<1, P>(x, tile, depth, depth, ahead, out);
+    j += n;
+  }
+}
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l
