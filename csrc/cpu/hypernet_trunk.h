@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 
+#include "dots.h"
 #include "panel.h"
 
 namespace t2l {
@@ -191,10 +192,15 @@ inline void trunk_typed(const TrunkParams& p, ParallelFor parallel) {
   const int64_t hidden = 4 * p.m;
   Scratch<float> task_part(p.tasks * hidden);
   auto project = [&](int64_t begin, int64_t end) {
-    Scratch<WT> z((end - begin) * p.t);
-    for (int64_t i = 0; i < (end - begin) * p.t; ++i) from_float(p.z[begin * p.t + i], z.data + i);
-    matmul_nt(z.data, p.t, end - begin, static_cast<const WT*>(p.mixer_task), p.t, hidden, p.t,
-              task_part.data + begin * hidden, hidden);
+    Scratch<WT> z(kDotRows * p.t);
+    const WT* row[kDotRows];
+    for (int64_t i = 0; i < kDotRows; ++i) row[i] = z.data + i * p.t;
+    for (int64_t task = begin; task < end; task += kDotRows) {
+      const int64_t rows = lesser(kDotRows, end - task);
+      store_row(p.z + task * p.t, rows * p.t, z.data);
+      dot_rows(row, static_cast<int>(rows), static_cast<const WT*>(p.mixer_task), p.t, hidden, p.t,
+               task_part.data + task * hidden, hidden);
+    }
   };
   for_range(parallel, p.tasks, 8, project);
   const int64_t rows = p.tasks * p.modules * p.layers;

@@ -71,7 +71,6 @@ inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if T2L_ISA_LEVEL >= T2L_AVX512
 constexpr int kLanes = 16;
-constexpr int kTileRows = 4, kTileCols = 4;
 using Vec = __m512;
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec broadcast(float v) { return _mm512_set1_ps(v); }
@@ -87,7 +86,6 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 #elif T2L_ISA_LEVEL == T2L_AVX2
 constexpr int kLanes = 8;
-constexpr int kTileRows = 2, kTileCols = 4;
 using Vec = __m256;
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec broadcast(float v) { return _mm256_set1_ps(v); }
@@ -107,7 +105,6 @@ inline float sum(Vec v) {
 }
 #else
 constexpr int kLanes = 4;
-constexpr int kTileRows = 2, kTileCols = 4;
 using Vec = float __attribute__((vector_size(16)));  // what every CPU's baseline has
 inline Vec broadcast(float v) { return Vec{v, v, v, v}; }
 inline Vec zero() { return broadcast(0.0f); }
@@ -122,6 +119,25 @@ inline Vec multiply(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+#endif
+
+// The sums of four vectors, each as `sum` gives it.
+#if T2L_ISA_LEVEL >= T2L_AVX512
+inline Vec add_halves(Vec a, Vec b) {  // eight partial sums of either
+  return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+}
+inline void sum4(const Vec* v, float* out) {
+  const Vec ab = add_halves(v[0], v[1]), cd = add_halves(v[2], v[3]);
+  const Vec four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const Vec two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+  const Vec one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
+  const Vec first = _mm512_maskz_compress_ps(0x1111, one);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(first));
+}
+#else
+inline void sum4(const Vec* v, float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+}
 #endif
 
 #if T2L_ISA_LEVEL < T2L_AVX512
@@ -159,6 +175,27 @@ inline void store_as(float* p, Vec v, int n) {
 inline void store_as(bf16* p, Vec v, int n) {
   const __m256i narrow = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
   _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), narrow);
+}
+#elif T2L_ISA_LEVEL == T2L_AVX512
+inline void store_as(bf16* p, Vec v, int n) {
+  const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
+  const __m512i even = _mm512_add_epi32(_mm512_and_si512(high, _mm512_set1_epi32(1)), _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, even), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i bits = _mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_cvtepi32_epi16(bits));
+}
+#elif T2L_ISA_LEVEL == T2L_AVX2
+inline void store_as(bf16* p, Vec v, int n) {
+  const __m256i u = _mm256_castps_si256(v), high = _mm256_srli_epi32(u, 16);
+  const __m256i even = _mm256_add_epi32(_mm256_and_si256(high, _mm256_set1_epi32(1)), _mm256_set1_epi32(0x7fff));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, even), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i bits = _mm256_blendv_epi8(rounded, _mm256_or_si256(high, _mm256_set1_epi32(0x40)), nan);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+  bf16 narrow[kLanes];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow), _mm256_castsi256_si128(packed));
+  std::memcpy(p, narrow, n * sizeof(bf16));
 }
 #endif
 
@@ -237,6 +274,76 @@ inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols,
     for (int64_t c = i < whole_rows ? whole_cols : 0; c < cols; ++c) dst[c * ldd + i] = src[i * lds + c];
 }
 
+// 16 bytes of each of kLanes rows, turned: out[j * ldo + i] = element j of row i, widened.
+#if T2L_ISA_LEVEL >= T2L_AVX512
+inline __m512i quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
+  const char* row = static_cast<const char*>(p);
+  const auto part = [row, ld](int i) { return reinterpret_cast<const __m128i*>(row + 4 * i * ld); };
+  __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(part(0)));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(part(1)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128(part(2)), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128(part(3)), 3);
+}
+inline void turn_dwords(const void* rows, int64_t ld, __m512i* out) {  // ld in bytes; out[k]: dword k of every row
+  const char* p = static_cast<const char*>(rows);
+  const __m512i a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
+  const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
+  const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
+  out[0] = _mm512_unpacklo_epi64(ab0, cd0);
+  out[1] = _mm512_unpackhi_epi64(ab0, cd0);
+  out[2] = _mm512_unpacklo_epi64(ab1, cd1);
+  out[3] = _mm512_unpackhi_epi64(ab1, cd1);
+}
+inline void turn_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
+  __m512i v[4];
+  turn_dwords(rows, ld * 4, v);
+  for (int k = 0; k < 4; ++k) store(out + k * ldo, _mm512_castsi512_ps(v[k]));
+}
+inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
+  __m512i v[4];
+  turn_dwords(rows, ld * 2, v);
+  for (int k = 0; k < 4; ++k) {
+    store(out + 2 * k * ldo, _mm512_castsi512_ps(_mm512_slli_epi32(v[k], 16)));
+    store(out + (2 * k + 1) * ldo, _mm512_castsi512_ps(_mm512_and_si512(v[k], _mm512_set1_epi32(-65536))));
+  }
+}
+#elif T2L_ISA_LEVEL == T2L_AVX2
+inline __m256i quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
+  const char* row = static_cast<const char*>(p);
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row))),
+                                 _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * ld)), 1);
+}
+inline void turn_dwords(const void* rows, int64_t ld, __m256i* out) {  // ld in bytes; out[k]: dword k of every row
+  const char* p = static_cast<const char*>(rows);
+  const __m256i a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
+  const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
+  out[0] = _mm256_unpacklo_epi64(ab0, cd0);
+  out[1] = _mm256_unpackhi_epi64(ab0, cd0);
+  out[2] = _mm256_unpacklo_epi64(ab1, cd1);
+  out[3] = _mm256_unpackhi_epi64(ab1, cd1);
+}
+inline void turn_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
+  __m256i v[4];
+  turn_dwords(rows, ld * 4, v);
+  for (int k = 0; k < 4; ++k) store(out + k * ldo, _mm256_castsi256_ps(v[k]));
+}
+inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
+  __m256i v[4];
+  turn_dwords(rows, ld * 2, v);
+  for (int k = 0; k < 4; ++k) {
+    store(out + 2 * k * ldo, _mm256_castsi256_ps(_mm256_slli_epi32(v[k], 16)));
+    store(out + (2 * k + 1) * ldo, _mm256_castsi256_ps(_mm256_and_si256(v[k], _mm256_set1_epi32(-65536))));
+  }
+}
+#else
+template <class T>
+inline void turn_quad(const T* rows, int64_t ld, float* out, int64_t ldo) {
+  for (int64_t j = 0; j < static_cast<int64_t>(16 / sizeof(T)); ++j)
+    for (int i = 0; i < kLanes; ++i) out[j * ldo + i] = to_float(rows[i * ld + j]);
+}
+#endif
+
 // One step of a dot product: a vector of x times a vector of w added to an accumulator.  Step is how many elements of a
 // row it takes; the accumulator's lanes add up to the dot product.
 template <class XT, class WT>
@@ -261,41 +368,6 @@ struct Dot<bf16, bf16> {
   static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
 };
 #endif
-
-// c[i * ldc + j] = dot(x row i, w row j), i < R, j < C.  Every result is summed in the same order whatever R and C are.
-template <int R, int C, class XT, class WT>
-inline void dot_tile(const XT* x, int64_t ldx, const WT* w, int64_t ldw, int64_t depth, float* c, int64_t ldc) {
-  using D = Dot<XT, WT>;
-  Vec acc[R][C];
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < C; ++j) acc[i][j] = zero();
-  for (int64_t k = 0; k < depth; k += D::kStep) {
-    const int n = static_cast<int>(lesser(D::kStep, depth - k));
-    typename D::Operand wv[C];
-    for (int j = 0; j < C; ++j) wv[j] = D::load_operand(w + j * ldw + k, n);
-    for (int i = 0; i < R; ++i) {
-      const typename D::Operand xv = D::load_operand(x + i * ldx + k, n);
-      for (int j = 0; j < C; ++j) acc[i][j] = D::step(xv, wv[j], acc[i][j]);
-    }
-  }
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < C; ++j) c[i * ldc + j] = sum(acc[i][j]);
-}
-
-// c[rows, cols] = x[rows, depth] w[cols, depth]^T in float32; w rows are the outer loop, so w is read once.
-template <class XT, class WT>
-inline void matmul_nt(const XT* x, int64_t ldx, int64_t rows, const WT* w, int64_t ldw, int64_t cols, int64_t depth,
-                      float* c, int64_t ldc) {
-  constexpr int R = kTileRows, C = kTileCols;
-  int64_t j = 0;
-  for (; j + C <= cols; j += C) {
-    int64_t i = 0;
-    for (; i + R <= rows; i += R) dot_tile<R, C>(x + i * ldx, ldx, w + j * ldw, ldw, depth, c + i * ldc + j, ldc);
-    for (; i < rows; ++i) dot_tile<1, C>(x + i * ldx, ldx, w + j * ldw, ldw, depth, c + i * ldc + j, ldc);
-  }
-  for (; j < cols; ++j)
-    for (int64_t i = 0; i < rows; ++i) dot_tile<1, 1>(x + i * ldx, ldx, w + j * ldw, ldw, depth, c + i * ldc + j, ldc);
-}
 
 // A heap buffer of plain values that starts a cache line: no whole vector in it straddles two.
 template <class T>

@@ -1,0 +1,85 @@
+// Dot products of rows with rows: the shrink of LoRA, and products too small for panels.
+#pragma once
+#include "simd.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+constexpr int kDotRows = 16;  // rows of x at a time
+constexpr int kDotCols = 8;   // rows of w whose sums are kept
+// A tile keeps kTileRows * kTileCols sums in registers.  Rows of many models lie a multiple of 4 KiB apart, all in the same
+// sets of a cache: a tile has fewer rows in all than L1 has ways.
+constexpr int kTileRows = 2;
+constexpr int kTileCols = kLanes == 16 ? 8 : 4;
+constexpr int64_t kDotBytes = 4096;  // of every row between two visits of its sums: a tile's operands stay in L1
+
+// Adds features [begin, end) of dot(x row i, w row j) to acc[i * kDotCols + j], i < R, j < C; `begin` 0 starts at zero.
+// Every sum runs through the features in order, one vector at a time, whatever R and C are.  `next`, if any: R rows of x
+// that come after these, brought near meanwhile.
+template <int R, int C, class XT, class WT>
+inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int64_t ldw, int64_t begin, int64_t end,
+                     Vec* acc) {
+  using D = Dot<XT, WT>;
+  Vec sums[R][C];
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < C; ++j) sums[i][j] = begin ? acc[i * kDotCols + j] : zero();
+  int64_t k = begin;
+  const auto step = [&](int n) {
+    typename D::Operand xv[R];
+    for (int i = 0; i < R; ++i) xv[i] = D::load_operand(x[i] + k, n);
+    for (int j = 0; j < C; ++j) {
+      const typename D::Operand wv = D::load_operand(w + j * ldw + k, n);
+      for (int i = 0; i < R; ++i) sums[i][j] = D::step(xv[i], wv, sums[i][j]);
+    }
+  };
+  for (; k + D::kStep <= end; k += D::kStep) {
+    if (next)
+      for (int i = 0; i < R; ++i) __builtin_prefetch(next[i] + k, 0, 2);
+    step(D::kStep);
+  }
+  if (k < end) step(static_cast<int>(end - k));
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < C; ++j) acc[i * kDotCols + j] = sums[i][j];
+}
+
+template <int C, class XT, class WT>
+inline void dot_column(const XT* const* x, int rows, const WT* w, int64_t ldw, int64_t begin, int64_t end, Vec* acc) {
+  int i = 0;
+  for (; i + kTileRows <= rows; i += kTileRows)
+    dot_tile<kTileRows, C>(x + i, i + 2 * kTileRows <= rows ? x + i + kTileRows : nullptr, w, ldw, begin, end,
+                           acc + i * kDotCols);
+  for (; i < rows; ++i) dot_tile<1, C, XT>(x + i, nullptr, w, ldw, begin, end, acc + i * kDotCols);
+}
+
+// out[i * ldo + j] = dot(x row i, w row j) for rows <= kDotRows given by their addresses; w is read once from memory.
+template <class XT, class WT>
+inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int64_t cols, int64_t depth, float* out,
+                     int64_t ldo) {
+  constexpr int64_t kFeatures = kDotBytes / (sizeof(XT) > sizeof(WT) ? sizeof(XT) : sizeof(WT));
+  const int64_t block = rows < kTileRows ? depth : kFeatures;
+  Vec acc[kDotRows * kDotCols];
+  for (int64_t j = 0; j < cols; j += kDotCols) {
+    const int n = static_cast<int>(lesser(kDotCols, cols - j));
+    const WT* first = w + j * ldw;
+    int64_t begin = 0;
+    do {
+      const int64_t end = lesser(depth, begin + block);
+      if (rows < kTileRows && n == kDotCols) {
+        for (int i = 0; i < rows; ++i) dot_tile<1, kDotCols, XT>(x + i, nullptr, first, ldw, begin, end, acc + i * kDotCols);
+      } else {
+        int c = 0;
+        for (; c + kTileCols <= n; c += kTileCols) dot_column<kTileCols>(x, rows, first + c * ldw, ldw, begin, end, acc + c);
+        for (; c < n; ++c) dot_column<1>(x, rows, first + c * ldw, ldw, begin, end, acc + c);
+      }
+      begin = end;
+    } while (begin < depth);
+    for (int i = 0; i < rows; ++i) {
+      int c = 0;
+      for (; c + 4 <= n; c += 4) sum4(acc + i * kDotCols + c, out + i * ldo + j + c);
+      for (; c < n; ++c) out[i * ldo + j + c] = sum(acc[i * kDotCols + c]);
+    }
+  }
+}
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l

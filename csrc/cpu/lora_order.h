@@ -1,0 +1,84 @@
+// The tokens of a batch in the order of their adapters: rows that share an adapter share its blocks wherever they stand.
+#pragma once
+#include "simd.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+// On the stack up to N values, else on the heap.
+template <class T, int64_t N>
+struct SmallScratch {
+  explicit SmallScratch(int64_t n) : heap(n > N ? n : 0), data(n > N ? heap.data : small) {}
+  SmallScratch(const SmallScratch&) = delete;
+  SmallScratch& operator=(const SmallScratch&) = delete;
+  alignas(kCacheLine) T small[N];
+  Scratch<T> heap;
+  T* data;
+};
+
+// A counting sort of tokens by adapter, stable; blocks of up to kDotRows tokens of one adapter are numbered through it.
+// Tokens of adapter -1 are left out when `accumulate`: nothing is to be done for them.
+struct TokenOrder {
+  explicit TokenOrder(const LoraParams& p) : sorted(p.tokens), run_end(p.segments + 1), run_adapter(p.segments + 1) {
+    const int64_t adapters = adapters_used(p);
+    SmallScratch<int32_t, 256> next(adapters + 1);  // where the next token of adapter i - 1 goes
+    for (int64_t i = 0; i <= adapters; ++i) next.data[i] = 0;
+    for (int64_t s = 0; s < p.segments; ++s) next.data[p.seg_adapters[s] + 1] += p.seg_indptr[s + 1] - p.seg_indptr[s];
+    if (p.accumulate) next.data[0] = 0;
+    int32_t end = 0;
+    for (int64_t i = 0; i <= adapters; ++i) {
+      const int32_t tokens = next.data[i];
+      next.data[i] = end;
+      if (tokens == 0) continue;
+      end += tokens;
+      run_end.data[runs] = end;
+      run_adapter.data[runs++] = static_cast<int32_t>(i) - 1;
+      blocks += (tokens + kDotRows - 1) / kDotRows;
+    }
+    for (int64_t s = 0; s < p.segments; ++s) {
+      if (p.accumulate && p.seg_adapters[s] < 0) continue;
+      int32_t& place = next.data[p.seg_adapters[s] + 1];
+      for (int32_t t = p.seg_indptr[s]; t < p.seg_indptr[s + 1]; ++t) sorted.data[place++] = t;
+    }
+  }
+
+  static int64_t adapters_used(const LoraParams& p) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < p.segments; ++s) most = p.seg_adapters[s] >= most ? p.seg_adapters[s] + 1 : most;
+    return most;
+  }
+
+  // Goes from one block to the next, from any block on.
+  struct Walk {
+    Walk(const TokenOrder& order, int64_t start) : o(order), block(start) {
+      int64_t before = 0;
+      for (;; ++run) {
+        const int32_t begin = run ? o.run_end.data[run - 1] : 0;
+        const int64_t mine = (o.run_end.data[run] - begin + kDotRows - 1) / kDotRows;
+        if (start < before + mine) {
+          first = begin + static_cast<int32_t>(start - before) * kDotRows;
+          return;
+        }
+        before += mine;
+      }
+    }
+    void next() {
+      first += count();
+      ++block;
+      if (first == o.run_end.data[run]) ++run;
+    }
+    int64_t adapter() const { return o.run_adapter.data[run]; }
+    const int32_t* tokens() const { return o.sorted.data + first; }
+    int count() const { return static_cast<int>(lesser(kDotRows, o.run_end.data[run] - first)); }
+
+    const TokenOrder& o;
+    int64_t block, run = 0;
+    int32_t first = 0;
+  };
+
+  SmallScratch<int32_t, 256> sorted, run_end, run_adapter;
+  int64_t runs = 0, blocks = 0;
+};
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l
