@@ -52,7 +52,15 @@ SCHEMAS = {
 }
 
 #: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
-NATIVE_OPS = ("hypernet_trunk", "hypernet_head", "hypernet_head_out_", "lora_delta", "lora_add_", "lora_add_group_")
+NATIVE_OPS = (
+    "hypernet_trunk",
+    "hypernet_head",
+    "hypernet_head_out_",
+    "lora_delta",
+    "lora_delta_backward",
+    "lora_add_",
+    "lora_add_group_",
+)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
@@ -124,7 +132,7 @@ def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
 
 @_fake("lora_delta_backward")
 def _(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
-    return x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    return x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), reference.stored_as(lora_B, lora_B.new_empty)
 
 
 @_fake("lora_add_")

@@ -7,8 +7,9 @@ rounds.  Called with float64 operands the same code is the oracle: it rounds now
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -330,6 +331,14 @@ def lora_add_group_(
         lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)
 
 
+def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:
+    """A tensor of the shape of ``lora_B``, made by ``new``, in its order of storage: ``[.., r, out]`` viewed, or plain."""
+    num_adapters, out_features, rank = lora_B.shape
+    if lora_B.stride(1) == 1:
+        return new((num_adapters, rank, out_features)).mT
+    return new(lora_B.shape)
+
+
 def lora_delta_backward(
     grad: Tensor,
     x: Tensor,
@@ -341,11 +350,11 @@ def lora_delta_backward(
     max_seg_len: int,
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``lora_A`` and ``lora_B``; adapters no segment uses get zeros."""
+    """Gradients of ``x``, ``lora_A`` and ``lora_B`` (stored as ``lora_B`` is); adapters no segment uses get zeros."""
     acc = accumulation_dtype(x, lora_A)
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
-    grad_B = torch.zeros(lora_B.shape, dtype=acc, device=x.device)
+    grad_B = stored_as(lora_B, functools.partial(torch.zeros, dtype=acc, device=x.device))
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         g, xs, A, B = grad[lo:hi].to(acc), x[lo:hi].to(acc), lora_A[a, :r].to(acc), lora_B[a, :, :r].to(acc)
         s = scaling[a].to(acc)

@@ -143,6 +143,23 @@ def test_lora_add_group_errors(change, message):
     assert torch.equal(arguments["y"], kept)
 
 
+@lora_cases
+def test_lora_delta_backward(case):
+    arguments = case.make(seed=6)
+    grad = torch.randn(case.tokens, case.out_features + 2, generator=torch.Generator().manual_seed(7)).to(case.x_dtype)
+    grad = grad[:, 1:-1]
+    arguments.pop("y")
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
+    exact = reference.lora_delta_backward(grad.double(), **wide)
+    for name, value, expected in zip(("x", "lora_A", "lora_B"), got, exact, strict=True):
+        operand = arguments[name]
+        assert value.shape == operand.shape and value.dtype == operand.dtype
+        bound = numerics.gradient_bound(expected, operand.dtype)
+        assert ((value.double() - expected).abs() <= bound).all(), name
+    assert (got[2].stride(1) == 1) == (arguments["lora_B"].stride(1) == 1), "stored unlike lora_B"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_lora_rows_do_not_depend_on_neighbours(dtype):
     """Bitwise: run twice, alone or in a batch, at any position, with any number of threads."""

@@ -3,14 +3,19 @@
 #include <cstring>
 
 #include "t2l/kernels.h"
+#include "t2l/probe.h"
 
 namespace t2l {
 
-#define T2L_DECLARE(ns)                                 \
-  namespace ns {                                        \
-  void lora(const LoraParams*, int64_t, ParallelFor);   \
-  void hypernet_trunk(const TrunkParams&, ParallelFor); \
-  void hypernet_head(const HeadParams&, ParallelFor);   \
+#define T2L_DECLARE(ns)                                       \
+  namespace ns {                                              \
+  void lora(const LoraParams*, int64_t, ParallelFor);         \
+  void lora_backward(const LoraBackwardParams&, ParallelFor); \
+  void hypernet_trunk(const TrunkParams&, ParallelFor);       \
+  void hypernet_head(const HeadParams&, ParallelFor);         \
+  void probe_read(const void*, int64_t, int64_t);             \
+  void probe_copy(void*, const void*, int64_t, int64_t);      \
+  int64_t probe_multiply_adds(DType, int64_t);                \
   }
 T2L_DECLARE(generic)
 #if defined(__x86_64__)
@@ -23,11 +28,17 @@ namespace {
 
 struct Kernels {
   void (*lora)(const LoraParams*, int64_t, ParallelFor);
+  void (*lora_backward)(const LoraBackwardParams&, ParallelFor);
   void (*hypernet_trunk)(const TrunkParams&, ParallelFor);
   void (*hypernet_head)(const HeadParams&, ParallelFor);
+  void (*probe_read)(const void*, int64_t, int64_t);
+  void (*probe_copy)(void*, const void*, int64_t, int64_t);
+  int64_t (*probe_multiply_adds)(DType, int64_t);
 };
 
-#define T2L_KERNELS(ns) {ns::lora, ns::hypernet_trunk, ns::hypernet_head}
+#define T2L_KERNELS(ns)                                                          \
+  {ns::lora,       ns::lora_backward, ns::hypernet_trunk,     ns::hypernet_head, \
+   ns::probe_read, ns::probe_copy,    ns::probe_multiply_adds}
 constexpr Kernels kKernels[] = {
     T2L_KERNELS(generic),
 #if defined(__x86_64__)
@@ -36,6 +47,8 @@ constexpr Kernels kKernels[] = {
     T2L_KERNELS(avx512_bf16),
 #endif
 };
+
+const Kernels& kernels(Isa isa) { return kKernels[static_cast<int>(isa)]; }
 
 constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16"};
 
@@ -73,13 +86,18 @@ const char* chosen_isa(Isa* isa) {
 }
 
 void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel) {
-  kKernels[static_cast<int>(isa)].lora(members, count, parallel);
+  kernels(isa).lora(members, count, parallel);
 }
-void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) {
-  kKernels[static_cast<int>(isa)].hypernet_trunk(p, parallel);
+void lora_backward(const LoraBackwardParams& p, Isa isa, ParallelFor parallel) { kernels(isa).lora_backward(p, parallel); }
+void hypernet_trunk(const TrunkParams& p, Isa isa, ParallelFor parallel) { kernels(isa).hypernet_trunk(p, parallel); }
+void hypernet_head(const HeadParams& p, Isa isa, ParallelFor parallel) { kernels(isa).hypernet_head(p, parallel); }
+
+void probe_read(const void* data, int64_t bytes, int64_t repeats, Isa isa) { kernels(isa).probe_read(data, bytes, repeats); }
+void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats, Isa isa) {
+  kernels(isa).probe_copy(target, source, bytes, repeats);
 }
-void hypernet_head(const HeadParams& p, Isa isa, ParallelFor parallel) {
-  kKernels[static_cast<int>(isa)].hypernet_head(p, parallel);
+int64_t probe_multiply_adds(DType type, int64_t iterations, Isa isa) {
+  return kernels(isa).probe_multiply_adds(type, iterations);
 }
 
 }  // namespace t2l

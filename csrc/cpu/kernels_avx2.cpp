@@ -5,7 +5,9 @@
 
 #include "hypernet_head.h"
 #include "hypernet_trunk.h"
+#include "lora_backward.h"
 #include "lora_impl.h"
+#include "probe_impl.h"
 
 T2L_POP_TARGET
 #endif

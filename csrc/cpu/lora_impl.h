@@ -203,6 +203,18 @@ inline void turn_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_t col
     for (int64_t j = 0; j < rank; ++j) turned[j * kChunkStride + c] = to_float(b[c * ld_out + j * ld_rank]);
 }
 
+inline int64_t rank_of(const LoraParams& p, int64_t adapter) {
+  return adapter < 0 ? 0 : p.ranks ? p.ranks[adapter] : p.rank;
+}
+
+// y (+)= v b for weights [rank, outputs] with rows ldb apart.
+template <bool kAdd, class T, class BT>
+inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t outputs) {
+  constexpr bool kWide = kLanes == 16;  // registers for the weights of eight ranks
+  const int64_t done = kWide && rank == 8 ? expand_eight<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
+  expand<kAdd>(y, rows, done, v, rank, b + done, ldb, outputs - done, false);
+}
+
 // One block: tokens that use the same adapter.  kAdd: p.accumulate.
 template <bool kAdd, class T, class WT>
 inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* tokens, int count, float* v, float* turned) {
@@ -212,7 +224,7 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
     y[i] = static_cast<T*>(p.y) + tokens[i] * p.y_stride;
     x[i] = static_cast<const T*>(p.x) + tokens[i] * p.x_stride;
   }
-  const int64_t rank = adapter < 0 ? 0 : p.ranks ? p.ranks[adapter] : p.rank;
+  const int64_t rank = rank_of(p, adapter);
   if (rank == 0) {
     if (!kAdd)
       for (int i = 0; i < count; ++i) std::memset(y[i], 0, p.out * sizeof(T));
@@ -223,13 +235,11 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
   dot_rows(x, count, a, p.a_stride_rank, rank, p.in, v, rank);
   const float scaling = p.scaling[adapter];
   for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling;
-  constexpr bool kWide = kLanes == 16;  // registers for the weights of eight ranks
-  int64_t o = 0;
   if (p.b_stride_out == 1) {
-    if (kWide && rank == 8) o = expand_eight<kAdd, false>(y, count, v, b, p.b_stride_rank, p.out);
-    expand<kAdd>(y, count, o, v, rank, b + o, p.b_stride_rank, p.out - o, false);
+    expand_whole<kAdd>(y, count, v, rank, b, p.b_stride_rank, p.out);
     return;
   }
+  int64_t o = 0;
   if constexpr (Turns<T, WT>::kInRegisters)
     if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_eight<kAdd, true>(y, count, v, b, 0, p.out);
   for (; o < p.out; o += kChunk) {  // [out, r] storage: turn a chunk once for all tokens of the block

@@ -48,12 +48,14 @@ struct TokenOrder {
     return most;
   }
 
+  int32_t run_begin(int64_t run) const { return run ? run_end.data[run - 1] : 0; }
+
   // Goes from one block to the next, from any block on.
   struct Walk {
     Walk(const TokenOrder& order, int64_t start) : o(order), block(start) {
       int64_t before = 0;
       for (;; ++run) {
-        const int32_t begin = run ? o.run_end.data[run - 1] : 0;
+        const int32_t begin = o.run_begin(run);
         const int64_t mine = (o.run_end.data[run] - begin + kDotRows - 1) / kDotRows;
         if (start < before + mine) {
           first = begin + static_cast<int32_t>(start - before) * kDotRows;

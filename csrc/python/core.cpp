@@ -7,13 +7,35 @@
 #include <vector>
 
 #include "t2l/kernels.h"
+#include "t2l/probe.h"
 
 namespace {
 
-std::string chosen() {
+t2l::Isa chosen() {
   t2l::Isa isa = t2l::Isa::generic;
   if (const char* error = t2l::chosen_isa(&isa)) throw pybind11::value_error(error);
-  return t2l::isa_name(isa);
+  return isa;
+}
+
+int64_t multiply_adds(const std::string& dtype, int64_t iterations) {
+  if (dtype != "float32" && dtype != "bfloat16")
+    throw pybind11::value_error("dtype: expected 'float32' or 'bfloat16', got '" + dtype + "'");
+  const t2l::Isa isa = chosen();
+  const pybind11::gil_scoped_release others_run;
+  return t2l::probe_multiply_adds(dtype == "bfloat16" ? t2l::DType::bf16 : t2l::DType::f32, iterations, isa);
+}
+
+// Addresses, as Tensor.data_ptr() gives them: this module knows no tensors.
+void read_memory(uintptr_t address, int64_t num_bytes, int64_t repeats) {
+  const t2l::Isa isa = chosen();
+  const pybind11::gil_scoped_release others_run;
+  t2l::probe_read(reinterpret_cast<const void*>(address), num_bytes, repeats, isa);
+}
+
+void copy_memory(uintptr_t target, uintptr_t source, int64_t num_bytes, int64_t repeats) {
+  const t2l::Isa isa = chosen();
+  const pybind11::gil_scoped_release others_run;
+  t2l::probe_copy(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), num_bytes, repeats, isa);
 }
 
 std::vector<std::string> available() {
@@ -25,9 +47,17 @@ std::vector<std::string> available() {
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Build information and instruction sets of the native library";
-  m.def("chosen_isa", &chosen, "Instruction set in use: the best of this CPU, lowered by T2L_ISA (ValueError if unusable)");
+  m.doc() = "Build information, instruction sets and ceilings of the native library";
+  m.def(
+      "chosen_isa", [] { return std::string(t2l::isa_name(chosen())); },
+      "Instruction set in use: the best of this CPU, lowered by T2L_ISA (ValueError if unusable)");
   m.def("available_isas", &available, "Instruction sets this CPU can run, plainest first");
+  m.def("multiply_adds", &multiply_adds, pybind11::arg("dtype"), pybind11::arg("iterations"),
+        "Multiply-adds on registers alone, products of dtype ('float32', 'bfloat16'); the FLOPs done, by one thread");
+  m.def("read_memory", &read_memory, pybind11::arg("address"), pybind11::arg("num_bytes"), pybind11::arg("repeats"),
+        "Reads num_bytes at address, repeats times, by one thread");
+  m.def("copy_memory", &copy_memory, pybind11::arg("target"), pybind11::arg("source"), pybind11::arg("num_bytes"),
+        pybind11::arg("repeats"), "Copies num_bytes from source to target, repeats times, by one thread");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"version", T2L_VERSION}, {"compiler", __VERSION__}, {"build_type", T2L_BUILD_TYPE}};

@@ -28,15 +28,16 @@ struct LoraParams {
   bool accumulate;
 };
 
-// Gradients of lora without `accumulate`: `lora` as in the forward, except y.  Each result is written whole; adapters that
-// no segment uses, and what lies beyond a rank, get zeros.
+// Gradients of lora without `accumulate`: `lora` as in the forward, y unused.  grad_a and grad_b start as zeros, which stay
+// for adapters that no segment uses and beyond a rank; grad_x is written whole.
 struct LoraBackwardParams {
   LoraParams lora;
   const void* grad;  // [tokens, out], dtype x_type, row stride grad_stride, last stride 1
   int64_t grad_stride;
   void* grad_x;  // [tokens, in], dtype x_type, contiguous
   void* grad_a;  // [adapters, rank, in], dtype w_type, contiguous
-  void* grad_b;  // [adapters, out, rank], dtype w_type, contiguous
+  void* grad_b;  // [adapters, out, rank], dtype w_type, one adapter after the other, in either order of out and rank
+  int64_t grad_b_stride_out, grad_b_stride_rank;
 };
 
 // One MLP of the trunk: silu(W2 silu(W1 LN(x) + b1) + b2).  Matrices in the trunk's dtype, the rest float32.

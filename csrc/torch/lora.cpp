@@ -1,4 +1,6 @@
-// lora_delta, lora_add_ and lora_add_group_ on CPU.
+// lora_delta, its backward, lora_add_ and lora_add_group_ on CPU.
+#include <tuple>
+
 #include "checks.h"
 
 namespace t2l::torch_ops {
@@ -30,23 +32,24 @@ void check_segments(const char* op, const Tensor& seg_indptr, const Tensor& seg_
   }
 }
 
-// `group`: y is wider than this linear's output; the caller moves p.y to its columns.
-LoraParams prepare(const char* op, const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B,
-                   const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
-                   const OptTensor& ranks, bool group = false) {
+// `y`, called `name`: what has the shape of the result.  `group`: it is wider than this linear's output; the caller moves
+// p.y to its columns.
+LoraParams prepare(const char* op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
+                   const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
+                   int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(1)});
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1);
   check_shape(op, "lora_B", lora_B, {adapters, kAny, rank});
   check_shape(op, "scaling", scaling, {adapters});
-  check_shape(op, "y", y, {x.size(0), group ? kAny : lora_B.size(1)});
+  check_shape(op, name, y, {x.size(0), group ? kAny : lora_B.size(1)});
   check_floating(op, "x", x);
   check_floating(op, "lora_A", lora_A);
-  check_type(op, "y", y, x.scalar_type());
+  check_type(op, name, y, x.scalar_type());
   check_type(op, "lora_B", lora_B, lora_A.scalar_type());
   check_type(op, "scaling", scaling, ScalarType::Float);
   check_rows(op, "x", x);
-  check_rows(op, "y", y);
+  check_rows(op, name, y);
   check_rows(op, "lora_A", lora_A);
   check_contiguous(op, "scaling", scaling);
   check_segments(op, seg_indptr, seg_adapters, x.size(0), adapters, max_seg_len);
@@ -62,7 +65,6 @@ LoraParams prepare(const char* op, const Tensor& y, const Tensor& x, const Tenso
   }
   LoraParams p{};
   p.x = x.const_data_ptr();
-  p.y = y.mutable_data_ptr();
   p.a = lora_A.const_data_ptr();
   p.b = lora_B.const_data_ptr();
   p.scaling = static_cast<const float*>(scaling.const_data_ptr());
@@ -96,7 +98,8 @@ Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, c
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_B", lora_B, {kAny, kAny, kAny});
   Tensor y = torch::stable::new_empty(x, {x.size(0), lora_B.size(1)});
-  LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  LoraParams p = prepare(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  p.y = y.mutable_data_ptr();
   if (!covered(x, lora_A))
     return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                                     max_seg_len, ranks)[0]);
@@ -105,10 +108,41 @@ Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, c
   return y;
 }
 
+std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const Tensor& x, const Tensor& lora_A,
+                                                       const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr,
+                                                       const Tensor& seg_adapters, int64_t max_seg_len,
+                                                       const OptTensor& ranks) {
+  const char* op = "lora_delta_backward";
+  LoraBackwardParams q{};
+  q.lora = prepare(op, "grad", grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  if (!covered(x, lora_A)) {
+    const auto results = call_reference("t2l_engine::lora_delta_backward_reference", grad, x, lora_A, lora_B, scaling,
+                                        seg_indptr, seg_adapters, max_seg_len, ranks);
+    return {tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2])};
+  }
+  const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
+  // Stored as lora_B is, so that autograd need not turn it.
+  const bool by_rank = lora_B.stride(1) == 1;
+  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor grad_A = torch::stable::new_zeros(lora_A, {adapters, rank, lora_A.size(2)});
+  Tensor grad_B = by_rank ? torch::stable::transpose(torch::stable::new_zeros(lora_B, {adapters, rank, out}), 1, 2)
+                          : torch::stable::new_zeros(lora_B, {adapters, out, rank});
+  q.grad = grad.const_data_ptr();
+  q.grad_stride = grad.stride(0);
+  q.grad_x = grad_x.mutable_data_ptr();
+  q.grad_a = grad_A.mutable_data_ptr();
+  q.grad_b = grad_B.mutable_data_ptr();
+  q.grad_b_stride_out = by_rank ? 1 : rank;
+  q.grad_b_stride_rank = by_rank ? out : 1;
+  lora_backward(q, isa(op), parallel);
+  return {grad_x, grad_A, grad_B};
+}
+
 void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
               const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const char* op = "lora_add_";
-  LoraParams p = prepare(op, y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  LoraParams p = prepare(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  p.y = y.mutable_data_ptr();
   if (!covered(x, lora_A)) {
     call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len,
                    ranks);
@@ -136,14 +170,14 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   int64_t end = 0;
   for (size_t i = 0; i < count; ++i) {
     members.push_back(
-        prepare(op, y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters, max_seg_len, ranks[i], true));
+        prepare(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters, max_seg_len, ranks[i], true));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
     if (offsets[i] < end || offsets[i] > y.size(1) - members[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
            "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out) + " at member " +
                std::to_string(i));
     end = offsets[i] + members[i].out;
-    members[i].y = static_cast<char*>(members[i].y) + offsets[i] * y.element_size();
+    members[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
     members[i].accumulate = true;
   }
   if (!covered(x, lora_A[0])) {
@@ -159,6 +193,7 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
 
 STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
   m.impl("lora_delta", TORCH_BOX(&t2l::torch_ops::lora_delta));
+  m.impl("lora_delta_backward", TORCH_BOX(&t2l::torch_ops::lora_delta_backward));
   m.impl("lora_add_", TORCH_BOX(&t2l::torch_ops::lora_add));
   m.impl("lora_add_group_", TORCH_BOX(&t2l::torch_ops::lora_add_group));
 }

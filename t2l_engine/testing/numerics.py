@@ -46,6 +46,11 @@ def lora_bound(
     return u(out_dtype) * (y.abs() + u(out_dtype)) + steps * u(torch.float32) * (magnitude + delta.abs() + y.abs()) + FLUSH
 
 
+def gradient_bound(exact: Tensor, dtype: torch.dtype) -> float:
+    """Allowed error of every entry of a gradient in ``dtype``: GRADIENT_RTOL and one rounding, of the largest entry."""
+    return (GRADIENT_RTOL + u(dtype)) * float(exact.abs().max()) if exact.numel() else 0.0
+
+
 def lora_frobenius(dtype: torch.dtype) -> float:
     """Allowed relative Frobenius error of a whole ``lora_add_`` result: the rounding of the result, and float32
     accumulation, whose errors grow as the square root of the number of terms at most (8 covers in = 4096)."""

@@ -1,0 +1,167 @@
+// Gradients of batched LoRA for one instruction set, without copies of A and B a token.  Blocks of tokens give the rank
+// vectors v = s A x and w = s g B and the gradient of x; then columns of each adapter's A and B sum w x and g v over its
+// tokens, in their order.
+#pragma once
+#include "lora_impl.h"
+
+namespace t2l {
+namespace T2L_ISA_NAMESPACE {
+
+constexpr int64_t kGradCols = 128;  // columns of one adapter's gradient that a thread sums at a time
+
+// The rank vectors of all tokens, in the order of TokenOrder; those of a run lie its own rank apart.
+struct RankVectors {
+  RankVectors(int64_t tokens, int64_t rank) : v(tokens * rank), w(tokens * rank) {}
+  Scratch<float> v, w;
+};
+
+// w[i] = g[i] b for a block of tokens.
+template <class T, class WT>
+inline void project_grad(const LoraParams& p, const T* const* g, int count, const WT* b, int64_t rank, float* turned,
+                         float* w) {
+  if (p.b_stride_out == 1) {
+    dot_rows(g, count, b, p.b_stride_rank, rank, p.out, w, rank);
+    return;
+  }
+  for (int64_t i = 0; i < count * rank; ++i) w[i] = 0.0f;
+  SmallScratch<float, kDotRows * 128> part(count * rank);
+  for (int64_t o = 0; o < p.out; o += kChunk) {
+    const int64_t cols = lesser(kChunk, p.out - o);
+    turn_chunk<float>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, turned);
+    const T* at[kDotRows];
+    for (int i = 0; i < count; ++i) at[i] = g[i] + o;
+    dot_rows(at, count, turned, kChunkStride, rank, cols, part.data, rank);
+    for (int64_t i = 0; i < count * rank; ++i) w[i] += part.data[i];
+  }
+}
+
+// One block: its rank vectors and its rows of grad_x.
+template <class T, class WT>
+inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const int32_t* tokens, int count, float* turned,
+                           float* v, float* w) {
+  const LoraParams& p = q.lora;
+  const T *x[kDotRows], *g[kDotRows];
+  T* grad_x[kDotRows];
+  for (int i = 0; i < count; ++i) {
+    x[i] = static_cast<const T*>(p.x) + tokens[i] * p.x_stride;
+    g[i] = static_cast<const T*>(q.grad) + tokens[i] * q.grad_stride;
+    grad_x[i] = static_cast<T*>(q.grad_x) + tokens[i] * p.in;
+  }
+  const int64_t rank = rank_of(p, adapter);
+  if (rank == 0) {
+    for (int i = 0; i < count; ++i) std::memset(grad_x[i], 0, p.in * sizeof(T));
+    return;
+  }
+  const WT* a = static_cast<const WT*>(p.a) + adapter * p.a_stride_adapter;
+  const WT* b = static_cast<const WT*>(p.b) + adapter * p.b_stride_adapter;
+  dot_rows(x, count, a, p.a_stride_rank, rank, p.in, v, rank);
+  project_grad(p, g, count, b, rank, turned, w);
+  const float scaling = p.scaling[adapter];
+  for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling, w[i] *= scaling;
+  expand_whole<false>(grad_x, count, w, rank, a, p.a_stride_rank, p.in);
+}
+
+// out[j, c] = sum over tokens of factors[t, j] * x[t, c] for C ranks and one pair of vectors of columns (or what is left).
+template <int C, class T, class WT>
+inline void outer_tile(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
+                       int64_t rank, int64_t cols, WT* out, int64_t out_rank, int64_t out_col) {
+  Vec acc[C][2];
+  for (int j = 0; j < C; ++j) acc[j][0] = acc[j][1] = zero();
+  const int n0 = static_cast<int>(lesser(kLanes, cols)), n1 = static_cast<int>(lesser(kLanes, cols - n0));
+  const bool whole = cols >= 2 * kLanes;
+  for (int64_t t = 0; t < count; ++t) {
+    const T* row = x + tokens[t] * x_stride;
+    const Vec x0 = whole ? load(row) : load_up_to(row, n0);
+    const Vec x1 = whole ? load(row + kLanes) : n1 > 0 ? load_up_to(row + kLanes, n1) : zero();
+    for (int j = 0; j < C; ++j) {
+      const Vec factor = broadcast(factors[t * rank + j]);
+      acc[j][0] = fma(factor, x0, acc[j][0]);
+      acc[j][1] = fma(factor, x1, acc[j][1]);
+    }
+  }
+  for (int j = 0; j < C; ++j) {
+    if (out_col == 1) {
+      store_as(out + j * out_rank, acc[j][0], n0);
+      if (n1 > 0) store_as(out + j * out_rank + kLanes, acc[j][1], n1);
+      continue;
+    }
+    float sums[2 * kLanes];
+    store(sums, acc[j][0]);
+    store(sums + kLanes, acc[j][1]);
+    for (int64_t c = 0; c < n0 + n1; ++c) from_float(sums[c], out + j * out_rank + c * out_col);
+  }
+}
+
+template <class T, class WT>
+inline void outer_columns(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
+                          int64_t rank, int64_t cols, WT* out, int64_t out_rank, int64_t out_col) {
+  constexpr int kRanks = kLanes == 16 ? 8 : 4;
+  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+    int64_t j = 0;
+    for (; j + kRanks <= rank; j += kRanks)
+      outer_tile<kRanks>(x + c, x_stride, tokens, count, factors + j, rank, cols - c, out + j * out_rank + c * out_col,
+                         out_rank, out_col);
+    for (; j < rank; ++j)
+      outer_tile<1>(x + c, x_stride, tokens, count, factors + j, rank, cols - c, out + j * out_rank + c * out_col, out_rank,
+                    out_col);
+  }
+}
+
+// Item `item` of a run: columns of grad_a, then of grad_b.
+template <class T, class WT>
+inline void backward_columns(const LoraBackwardParams& q, const TokenOrder& order, int64_t run, int64_t item,
+                             const RankVectors& vectors) {
+  const LoraParams& p = q.lora;
+  const int64_t adapter = order.run_adapter.data[run], rank = rank_of(p, adapter);
+  if (rank == 0) return;
+  const int64_t first = order.run_begin(run), count = order.run_end.data[run] - first;
+  const int32_t* tokens = order.sorted.data + first;
+  const int64_t chunks_a = (p.in + kGradCols - 1) / kGradCols;
+  if (item < chunks_a) {
+    const int64_t c = item * kGradCols;
+    outer_columns(static_cast<const T*>(p.x) + c, p.x_stride, tokens, count, vectors.w.data + first * p.rank, rank,
+                  lesser(kGradCols, p.in - c), static_cast<WT*>(q.grad_a) + adapter * p.rank * p.in + c, p.in, 1);
+  } else {
+    const int64_t c = (item - chunks_a) * kGradCols;
+    outer_columns(static_cast<const T*>(q.grad) + c, q.grad_stride, tokens, count, vectors.v.data + first * p.rank, rank,
+                  lesser(kGradCols, p.out - c),
+                  static_cast<WT*>(q.grad_b) + adapter * p.rank * p.out + c * q.grad_b_stride_out, q.grad_b_stride_rank,
+                  q.grad_b_stride_out);
+  }
+}
+
+template <class T, class WT>
+inline void backward_typed(const LoraBackwardParams& q, ParallelFor parallel) {
+  const LoraParams& p = q.lora;
+  const TokenOrder order(p);
+  if (order.blocks == 0) return;
+  RankVectors vectors(p.tokens, p.rank);
+  auto blocks = [&](int64_t first, int64_t last) {
+    SmallScratch<float, kChunkStride * 16> turned(kChunkStride * p.rank);
+    for (TokenOrder::Walk walk(order, first); walk.block < last; walk.next()) {
+      const int64_t begin = order.run_begin(walk.run);
+      const int64_t place = begin * p.rank + (walk.first - begin) * rank_of(p, walk.adapter());
+      backward_block<T, WT>(q, walk.adapter(), walk.tokens(), walk.count(), turned.data, vectors.v.data + place,
+                            vectors.w.data + place);
+    }
+  };
+  const int64_t macs = p.tokens * p.rank * (2 * p.in + p.out) / order.blocks + 1;
+  for_range(parallel, order.blocks, kGrainMacs / macs + 1, blocks);
+  const int64_t items = (p.in + kGradCols - 1) / kGradCols + (p.out + kGradCols - 1) / kGradCols;
+  auto columns = [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) backward_columns<T, WT>(q, order, i / items, i % items, vectors);
+  };
+  const int64_t column_macs = p.tokens * p.rank * kGradCols / order.runs + 1;
+  for_range(parallel, order.runs * items, kGrainMacs / column_macs + 1, columns);
+}
+
+void lora_backward(const LoraBackwardParams& q, ParallelFor parallel) {
+  const bool x16 = q.lora.x_type == DType::bf16, w16 = q.lora.w_type == DType::bf16;
+  if (x16 && w16) backward_typed<bf16, bf16>(q, parallel);
+  if (x16 && !w16) backward_typed<bf16, float>(q, parallel);
+  if (!x16 && w16) backward_typed<float, bf16>(q, parallel);
+  if (!x16 && !w16) backward_typed<float, float>(q, parallel);
+}
+
+}  // namespace T2L_ISA_NAMESPACE
+}  // namespace t2l

@@ -1,0 +1,17 @@
+// What one thread of this machine reaches at best: the ceilings that benchmarks are held against.
+#pragma once
+#include <cstdint>
+
+#include "t2l/kernels.h"
+
+namespace t2l {
+
+// Reads [data, data + bytes) `repeats` times with vector loads; whole cache lines only.
+void probe_read(const void* data, int64_t bytes, int64_t repeats, Isa isa);
+// Copies `bytes` from source to target `repeats` times; whole cache lines only.
+void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats, Isa isa);
+// `iterations` rounds of multiply-adds that touch registers alone, with products of `type` and sums in float32; the number
+// of floating-point operations done, two a multiply-add.
+int64_t probe_multiply_adds(DType type, int64_t iterations, Isa isa);
+
+}  // namespace t2l
