@@ -163,7 +163,7 @@ class LoRALinear(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._check_recomputation()
-        y = self.base(*args, **kwargs)
+        y = self._modules["base"](*args, **kwargs)  # not self.base: torch looks that up in Python
         if not routing.active:
             return y
         members = self._current()

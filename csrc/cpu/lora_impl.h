@@ -10,7 +10,7 @@ namespace T2L_ISA_NAMESPACE {
 constexpr int64_t kChunk = 512;                // outputs of [out, rank] storage turned at a time
 constexpr int64_t kChunkStride = kChunk + 16;  // not a power of two, so that ranks do not share the sets of a cache
 constexpr int64_t kOutputsAhead = 256;         // of a token, brought near before they are added to
-constexpr int64_t kGrainMacs = 1 << 18;        // multiply-adds worth handing to another thread
+constexpr int64_t kGrainMacs = 1 << 15;        // multiply-adds worth another thread: in a decode step they wait for memory
 
 // Two vectors of outputs in the order that costs least for outputs of type T: one after the other, or, for bfloat16 where
 // the instruction set converts it, the even ones and the odd ones of 32.

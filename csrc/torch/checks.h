@@ -53,17 +53,20 @@ inline std::string to_text(const Tensor& t) {
 
 constexpr int64_t kAny = -1;
 
-// Device CPU and the given sizes (kAny: free).
+// Device CPU and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds pass here.
 inline void check_shape(const char* op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
   if (!t.is_cpu()) fail(op, name, "a CPU tensor like the other arguments", "another device");
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
-  std::string expected = "shape [";
   for (int64_t size : sizes) {
     ok = ok && (size == kAny || t.size(i) == size);
-    expected += (i++ ? ", " : "") + (size == kAny ? std::string("*") : std::to_string(size));
+    ++i;
   }
-  if (!ok) fail(op, name, expected + "]", to_text(t));
+  if (ok) return;
+  std::string expected = "shape [";
+  for (const int64_t& size : sizes)
+    expected += (&size == sizes.begin() ? "" : ", ") + (size == kAny ? std::string("*") : std::to_string(size));
+  fail(op, name, expected + "]", to_text(t));
 }
 
 inline void check_type(const char* op, const std::string& name, const Tensor& t, ScalarType type) {
