@@ -161,26 +161,35 @@ def test_lora_delta_backward(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
-def test_lora_rows_do_not_depend_on_neighbours(dtype):
+@pytest.mark.parametrize("b_layout", ["r_out", "out_r"])
+@pytest.mark.parametrize("rank, in_features, out_features", [(8, 111, 77), (8, 4500, 1100), (12, 2100, 600)])
+def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_features, out_features):
     """Bitwise: run twice, alone or in a batch, at any position, with any number of threads."""
     needs_native("torch's own products do not promise it")
-    case = LoraCase("rows", ((37, 0), (1, 1), (20, 0)), in_features=111, out_features=77, x_dtype=dtype, w_dtype=dtype)
+    kinds = {"x_dtype": dtype, "w_dtype": dtype, "b_layout": b_layout}
+    case = LoraCase("rows", ((37, 0), (1, 1), (20, 0)), in_features, out_features, rank, **kinds)
     arguments = case.make()
-    whole = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    arguments.pop("y")
+    grad = torch.randn(case.tokens, out_features).to(dtype)
+    backward = torch.ops.t2l_engine.lora_delta_backward
+    whole, grads = ops.lora_delta(**arguments), backward(grad, *arguments.values())
     shared = {k: arguments[k] for k in ("lora_A", "lora_B", "scaling", "ranks")}
     for token, adapter in ((0, 0), (36, 0), (37, 1), (50, 0)):
-        alone = ops.lora_delta(
-            x=arguments["x"][token : token + 1],
-            seg_indptr=torch.tensor([0, 1], dtype=torch.int32),
-            seg_adapters=torch.tensor([adapter], dtype=torch.int32),
-            max_seg_len=1,
+        alone = {
+            "x": arguments["x"][token : token + 1],
+            "seg_indptr": torch.tensor([0, 1], dtype=torch.int32),
+            "seg_adapters": torch.tensor([adapter], dtype=torch.int32),
+            "max_seg_len": 1,
             **shared,
-        )
-        assert torch.equal(alone[0], whole[token])
+        }
+        assert torch.equal(ops.lora_delta(**alone)[0], whole[token])
+        ordered = [alone[k] for k in arguments]
+        assert torch.equal(backward(grad[token : token + 1], *ordered)[0][0], grads[0][token])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(whole, ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"}))
+        assert torch.equal(whole, ops.lora_delta(**arguments))
+        assert all(map(torch.equal, grads, backward(grad, *arguments.values())))
     finally:
         torch.set_num_threads(threads)
 

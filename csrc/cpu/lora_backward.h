@@ -68,11 +68,9 @@ inline void outer_tile(const T* x, int64_t x_stride, const int32_t* tokens, int6
   Vec acc[C][2];
   for (int j = 0; j < C; ++j) acc[j][0] = acc[j][1] = zero();
   const int n0 = static_cast<int>(lesser(kLanes, cols)), n1 = static_cast<int>(lesser(kLanes, cols - n0));
-  const bool whole = cols >= 2 * kLanes;
   for (int64_t t = 0; t < count; ++t) {
     const T* row = x + tokens[t] * x_stride;
-    const Vec x0 = whole ? load(row) : load_up_to(row, n0);
-    const Vec x1 = whole ? load(row + kLanes) : n1 > 0 ? load_up_to(row + kLanes, n1) : zero();
+    const Vec x0 = load_up_to(row, n0), x1 = n1 > 0 ? load_up_to(row + kLanes, n1) : zero();
     for (int j = 0; j < C; ++j) {
       const Vec factor = broadcast(factors[t * rank + j]);
       acc[j][0] = fma(factor, x0, acc[j][0]);
@@ -137,7 +135,7 @@ inline void backward_typed(const LoraBackwardParams& q, ParallelFor parallel) {
   if (order.blocks == 0) return;
   RankVectors vectors(p.tokens, p.rank);
   auto blocks = [&](int64_t first, int64_t last) {
-    SmallScratch<float, kChunkStride * 16> turned(kChunkStride * p.rank);
+    SmallScratch<float, kChunkStride * 16> turned(p.b_stride_out == 1 ? 0 : kChunkStride * p.rank);
     for (TokenOrder::Walk walk(order, first); walk.block < last; walk.next()) {
       const int64_t begin = order.run_begin(walk.run);
       const int64_t place = begin * p.rank + (walk.first - begin) * rank_of(p, walk.adapter());

@@ -255,15 +255,16 @@ inline void lora_typed(const LoraParams* members, int64_t count, ParallelFor par
   const LoraParams& p = members[0];  // of x and the segments
   const TokenOrder order(p);
   if (order.blocks == 0) return;
-  int64_t rank = 0, width = 0;
+  int64_t rank = 0, width = 0, turned_rank = 0;
   for (int64_t i = 0; i < count; ++i) {
     rank = members[i].rank > rank ? members[i].rank : rank;
+    if (members[i].b_stride_out != 1) turned_rank = rank;
     width += members[i].rank * (p.in + members[i].out);
   }
   const auto block = p.accumulate ? lora_block<true, T, WT> : lora_block<false, T, WT>;
   auto body = [&](int64_t first, int64_t last) {
     SmallScratch<float, kDotRows * 128> v(kDotRows * rank);
-    SmallScratch<float, kChunkStride * 16> turned(kChunkStride * rank);
+    SmallScratch<float, kChunkStride * 16> turned(kChunkStride * turned_rank);
     for (TokenOrder::Walk walk(order, first); walk.block < last; walk.next())
       for (int64_t i = 0; i < count; ++i)
         block(members[i], walk.adapter(), walk.tokens(), walk.count(), v.data, turned.data);

@@ -16,35 +16,38 @@ struct SmallScratch {
   T* data;
 };
 
+constexpr int64_t kFewTokens = 256;  // up to here nothing is allocated
+
 // A counting sort of tokens by adapter, stable; blocks of up to kDotRows tokens of one adapter are numbered through it.
 // Tokens of adapter -1 are left out when `accumulate`: nothing is to be done for them.
 struct TokenOrder {
-  explicit TokenOrder(const LoraParams& p) : sorted(p.tokens), run_end(p.segments + 1), run_adapter(p.segments + 1) {
+  explicit TokenOrder(const LoraParams& p) : sorted(p.tokens), run_end(p.segments), run_adapter(p.segments) {
     const int64_t adapters = adapters_used(p);
-    SmallScratch<int32_t, 256> next(adapters + 1);  // where the next token of adapter i - 1 goes
+    SmallScratch<int32_t, kFewTokens + 1> next(adapters + 1);  // where the next token of adapter i - 1 goes
     for (int64_t i = 0; i <= adapters; ++i) next.data[i] = 0;
-    for (int64_t s = 0; s < p.segments; ++s) next.data[p.seg_adapters[s] + 1] += p.seg_indptr[s + 1] - p.seg_indptr[s];
+    for (int64_t s = 0; s < p.segments; ++s)
+      next.data[int64_t{p.seg_adapters[s]} + 1] += p.seg_indptr[s + 1] - p.seg_indptr[s];
     if (p.accumulate) next.data[0] = 0;
     int32_t end = 0;
     for (int64_t i = 0; i <= adapters; ++i) {
-      const int32_t tokens = next.data[i];
+      const int64_t tokens = next.data[i];
       next.data[i] = end;
       if (tokens == 0) continue;
-      end += tokens;
+      end += static_cast<int32_t>(tokens);
       run_end.data[runs] = end;
       run_adapter.data[runs++] = static_cast<int32_t>(i) - 1;
       blocks += (tokens + kDotRows - 1) / kDotRows;
     }
     for (int64_t s = 0; s < p.segments; ++s) {
       if (p.accumulate && p.seg_adapters[s] < 0) continue;
-      int32_t& place = next.data[p.seg_adapters[s] + 1];
+      int32_t& place = next.data[int64_t{p.seg_adapters[s]} + 1];
       for (int32_t t = p.seg_indptr[s]; t < p.seg_indptr[s + 1]; ++t) sorted.data[place++] = t;
     }
   }
 
   static int64_t adapters_used(const LoraParams& p) {
     int64_t most = 0;
-    for (int64_t s = 0; s < p.segments; ++s) most = p.seg_adapters[s] >= most ? p.seg_adapters[s] + 1 : most;
+    for (int64_t s = 0; s < p.segments; ++s) most = p.seg_adapters[s] >= most ? int64_t{p.seg_adapters[s]} + 1 : most;
     return most;
   }
 
@@ -55,10 +58,10 @@ struct TokenOrder {
     Walk(const TokenOrder& order, int64_t start) : o(order), block(start) {
       int64_t before = 0;
       for (;; ++run) {
-        const int32_t begin = o.run_begin(run);
+        const int64_t begin = o.run_begin(run);
         const int64_t mine = (o.run_end.data[run] - begin + kDotRows - 1) / kDotRows;
         if (start < before + mine) {
-          first = begin + static_cast<int32_t>(start - before) * kDotRows;
+          first = static_cast<int32_t>(begin + (start - before) * kDotRows);
           return;
         }
         before += mine;
@@ -78,7 +81,7 @@ struct TokenOrder {
     int32_t first = 0;
   };
 
-  SmallScratch<int32_t, 256> sorted, run_end, run_adapter;
+  SmallScratch<int32_t, kFewTokens> sorted, run_end, run_adapter;
   int64_t runs = 0, blocks = 0;
 };
 

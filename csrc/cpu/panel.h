@@ -21,7 +21,6 @@ struct PanelOf {
   using Operand = Vec;
   static Operand load_rows(const Element* p) { return load(p); }
   static Operand spread(const Weight* w) { return broadcast(*w); }
-  static Operand spread_last(const Weight* w) { return broadcast(*w); }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
 };
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
@@ -79,7 +78,7 @@ inline void load_chunk(const float* row, int64_t n, float* chunk, float) {
   std::memcpy(chunk, row, n * sizeof(float));
 }
 inline void load_chunk(const bf16* row, int64_t n, float* chunk, float) {
-  store(chunk, n == kLanes ? load(row) : load(row, static_cast<int>(n)));
+  store(chunk, load_up_to(row, static_cast<int>(n)));
 }
 inline void load_chunk(const bf16* row, int64_t n, float* chunk, bf16) {
   std::memset(chunk, 0, kLanes * sizeof(float));
@@ -106,7 +105,7 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
 // c[j, i] = dot(row i of the panel, w row j), j < C, feature-major.  `ahead`, if any, is where the weights that follow lie:
 // as many rows are brought near (beyond the last ones too: a prefetch does not fault).
 template <int C, class P>
-inline void panel_tile(const typename P::Element* x, const typename P::Weight* w, int64_t ldw, int64_t depth,
+inline void panel_tile(const typename P::Element* x, const typename P::Weight* w, int64_t depth,
                        const typename P::Weight* ahead, float* c) {
   constexpr int64_t kLine = kCacheLine / sizeof(typename P::Weight);
   Vec acc[C][kPanelVecs];
@@ -115,22 +114,23 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
   const int64_t whole = depth / P::kPack * P::kPack;
   for (int64_t line = 0; line < whole; line += kLine) {
     if (ahead)
-      for (int j = 0; j < C; ++j) __builtin_prefetch(ahead + j * ldw + line, 0, 2);
+      for (int j = 0; j < C; ++j) __builtin_prefetch(ahead + j * depth + line, 0, 2);
     const int64_t end = lesser(whole, line + kLine);
     for (int64_t k = line; k < end; k += P::kPack) {
       typename P::Operand xv[kPanelVecs];
       for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
       for (int j = 0; j < C; ++j) {
-        const typename P::Operand wv = P::spread(w + j * ldw + k);
+        const typename P::Operand wv = P::spread(w + j * depth + k);
         for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
       }
     }
   }
-  if (whole < depth)
-    for (int j = 0; j < C; ++j)
+  if constexpr (P::kPack > 1) {  // a feature without its pair
+    for (int j = 0; j < C && whole < depth; ++j)
       for (int v = 0; v < kPanelVecs; ++v)
         acc[j][v] = P::step(P::load_rows(x + whole / P::kPack * kPanelRows + v * kLanes),
-                            P::spread_last(w + j * ldw + whole), acc[j][v]);
+                            P::spread_last(w + j * depth + whole), acc[j][v]);
+  }
   for (int j = 0; j < C; ++j)
     for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
 }
@@ -140,7 +140,7 @@ inline const float* weights_for(const float* w, int64_t, float*, float) { return
 inline const float* weights_for(const bf16* w, int64_t count, float* wide, float) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int n = static_cast<int>(lesser(kLanes, count - i));
-    store_as(wide + i, n == kLanes ? load(w + i) : load(w + i, n), n);
+    store_as(wide + i, load_up_to(w + i, n), n);
   }
   return wide;
 }
@@ -152,21 +152,21 @@ inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, in
                          float* c) {
   using P = PanelOf<WT>;
   using Weight = typename P::Weight;
-  constexpr int kHalf = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
+  constexpr int kTwoThirds = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
   for (int64_t j = 0; j < cols;) {
     const int64_t left = cols - j;
-    const int n = left >= kPanelCols ? kPanelCols : left >= kHalf ? kHalf : left >= kThird ? kThird : 1;
+    const int n = left >= kPanelCols ? kPanelCols : left >= kTwoThirds ? kTwoThirds : left >= kThird ? kThird : 1;
     const Weight* tile = weights_for(w + j * depth, n * depth, wide, Weight());
     const Weight* ahead = static_cast<const void*>(tile) == w + j * depth ? tile + n * depth : nullptr;
     float* out = c + j * kPanelRows;
     if (n == kPanelCols)
-      panel_tile<kPanelCols, P>(x, tile, depth, depth, ahead, out);
-    else if (n == kHalf)
-      panel_tile<kHalf, P>(x, tile, depth, depth, ahead, out);
+      panel_tile<kPanelCols, P>(x, tile, depth, ahead, out);
+    else if (n == kTwoThirds)
+      panel_tile<kTwoThirds, P>(x, tile, depth, ahead, out);
     else if (n == kThird)
-      panel_tile<kThird, P>(x, tile, depth, depth, ahead, out);
+      panel_tile<kThird, P>(x, tile, depth, ahead, out);
     else
-      panel_tile<1, P>(x, tile, depth, depth, ahead, out);
+      panel_tile<1, P>(x, tile, depth, ahead, out);
     j += n;
   }
 }

@@ -204,7 +204,7 @@ template <class T>
 inline void store_row(const float* x, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kLanes) {
     const int left = static_cast<int>(lesser(kLanes, n - i));
-    store_as(out + i, left == kLanes ? load(x + i) : load(x + i, left), left);
+    store_as(out + i, load_up_to(x + i, left), left);
   }
 }
 
@@ -352,7 +352,7 @@ struct Dot {
   using Operand = Vec;
   template <class T>
   static Operand load_operand(const T* p, int n) {
-    return n == kStep ? load(p) : load(p, n);
+    return load_up_to(p, n);
   }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
 };
@@ -373,7 +373,7 @@ struct Dot<bf16, bf16> {
 template <class T>
 struct Scratch {
   explicit Scratch(int64_t n)
-      : data(static_cast<T*>(::operator new((n > 0 ? n : 1) * sizeof(T), std::align_val_t(kCacheLine)))) {}
+      : data(n > 0 ? static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(kCacheLine))) : nullptr) {}
   ~Scratch() { ::operator delete(data, std::align_val_t(kCacheLine)); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;

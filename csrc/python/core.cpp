@@ -55,9 +55,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("multiply_adds", &multiply_adds, pybind11::arg("dtype"), pybind11::arg("iterations"),
         "Multiply-adds on registers alone, products of dtype ('float32', 'bfloat16'); the FLOPs done, by one thread");
   m.def("read_memory", &read_memory, pybind11::arg("address"), pybind11::arg("num_bytes"), pybind11::arg("repeats"),
-        "Reads num_bytes at address, repeats times, by one thread");
+        "Reads the whole cache lines (64 bytes) of num_bytes at address, repeats times, by one thread");
   m.def("copy_memory", &copy_memory, pybind11::arg("target"), pybind11::arg("source"), pybind11::arg("num_bytes"),
-        pybind11::arg("repeats"), "Copies num_bytes from source to target, repeats times, by one thread");
+        pybind11::arg("repeats"),
+        "Copies the whole cache lines (64 bytes) of num_bytes from source to target, repeats times, by one thread");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
         {"version", T2L_VERSION}, {"compiler", __VERSION__}, {"build_type", T2L_BUILD_TYPE}};

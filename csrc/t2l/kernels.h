@@ -1,4 +1,5 @@
-// Entry points of the CPU kernels.  Plain C++: no torch, no Python, no global state beyond the chosen instruction set.
+// Entry points of the CPU kernels.  Plain C++: no torch, no Python, no global state.  Where memory is
+// lacking they throw std::bad_alloc, also from a body that a pool runs.
 #pragma once
 #include <cstdint>
 

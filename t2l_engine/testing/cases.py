@@ -72,6 +72,15 @@ def _rows(*ids: int, tokens: int = 1) -> tuple[tuple[int, int], ...]:
 _MIXED = _rows(0, -1, 3, 3, 1, -1, 2, 0)
 _RAGGED = ((5, 1), (0, 2), (17, 0), (1, -1), (40, 3), (0, -1), (3, 1))
 
+#: Tokens x adapters: decode steps of one adapter and of many, a shared adapter, a prefill.
+_SERVE = (
+    ("1x1", _rows(0), 1),
+    ("8x8", _rows(*range(8)), 8),
+    ("64x64", _rows(*range(64)), 64),
+    ("64x1", _rows(0, tokens=64), 1),
+    ("512x8", _rows(*range(8), tokens=64), 8),
+)
+
 LORA_CASES = (
     LoraCase("no_tokens", ()),
     LoraCase("empty_segments", ((0, 1), (0, -1), (0, 0))),
@@ -90,15 +99,33 @@ LORA_CASES = (
     LoraCase("wide_features", _MIXED, in_features=2049, out_features=2304),
     LoraCase("out_r_layout", _RAGGED, b_layout="out_r"),
     LoraCase("out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, b_layout="out_r"),
+    LoraCase("out_r_mixed_ranks", _RAGGED, out_features=600, rank=16, ranks=(16, 3, 0, 8), b_layout="out_r"),
     LoraCase("bf16", _RAGGED, x_dtype=BF16, w_dtype=BF16),
     LoraCase("bf16_odd", _RAGGED, in_features=111, out_features=77, rank=5, x_dtype=BF16, w_dtype=BF16),
     LoraCase("bf16_out_r", _MIXED, x_dtype=BF16, w_dtype=BF16, b_layout="out_r"),
     LoraCase("bf16_mixed_ranks", _RAGGED, rank=16, ranks=(16, 3, 0, 8), x_dtype=BF16, w_dtype=BF16),
+    LoraCase(
+        "bf16_out_r_mixed_ranks",
+        _RAGGED,
+        out_features=600,
+        rank=8,
+        ranks=(8, 3, 0, 8),
+        x_dtype=BF16,
+        w_dtype=BF16,
+        b_layout="out_r",
+    ),
+    LoraCase("bf16_x_fp32_adapters_out_r", _RAGGED, out_features=600, x_dtype=BF16, b_layout="out_r"),
     LoraCase("bf16_x_fp32_adapters", _RAGGED, x_dtype=BF16),
     LoraCase("fp32_x_bf16_adapters", _RAGGED, w_dtype=BF16),
     LoraCase("serve_8x8_smollm2", _rows(*range(8)), in_features=576, out_features=576, adapters=8),
     LoraCase("prefill_8x64_smollm2", _rows(*range(8), tokens=64), in_features=576, out_features=576, adapters=8),
     LoraCase("serve_64x64", _rows(*range(64)), 4096, 4096, adapters=64, x_dtype=BF16, w_dtype=BF16),
+    *(
+        LoraCase(name, segments, 4096, 4096, adapters=adapters, x_dtype=BF16, w_dtype=BF16, b_layout=layout)
+        for size, segments, adapters in _SERVE
+        for name, layout in ((f"serve_{size}", "r_out"), (f"serve_{size}_out_r", "out_r"))
+        if name != "serve_64x64"
+    ),
     LoraCase("fp16_by_reference", _RAGGED, x_dtype=F16, w_dtype=F16),
     LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
 )
