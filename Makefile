@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py
+CPP := csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 
-.PHONY: demo test lint format bench fuzz setup clean
+.PHONY: demo test lint format bench results fuzz setup clean
 
 demo: setup
 	$(BIN)/python -m t2l_engine.demo
@@ -16,15 +17,21 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m bench.report --check
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h
+	$(BIN)/clang-format -i $(CPP)
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# The committed results, and the tables and figures made from them: half an hour on a machine that does nothing else.
+results: setup
+	$(BIN)/python -m bench generate
+	$(BIN)/python -m bench apply
+	$(BIN)/python -m bench.report
 
 # Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.
 fuzz: setup

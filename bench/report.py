@@ -1,107 +1,171 @@
-"""Writes the result tables of the README and of docs/results.md from ``bench/results``.
+"""Writes the tables of README.md and docs/results.md and the figures of docs/figures from ``bench/results``.
 
-``--check`` fails where a table was edited by hand.
+``--check`` writes nothing.  It fails, and names the place, where a table was edited by hand, markers are missing or unknown,
+a result is missing, or a figure is older than its data or than the code that draws it.
 
 python -m bench.report [--check]
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from bench import figures, quality, rows, tables
+from bench.rows import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-QUALITY = ROOT / "bench" / "results" / "smollm2-135m-quality.json"
-ARMS = {
-    "t2l": "T2L, input only",
-    "t2l-shuffled": "T2L, another task's description",
-    "base-raw": "base, description in prompt (raw)",
-    "base-raw-3shot": "base, description + 3 examples",
-    "base-chat": "base, description in chat",
+
+
+def _json(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file of ``bench/results``, what makes it, and what reads it."""
+
+    file: str
+    command: str
+    load: Callable[[Path], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The text between the markers ``name`` of a document: ``make`` of what its sources hold."""
+
+    document: str
+    name: str
+    make: Callable[..., str]
+    sources: tuple[str, ...]
+
+
+SOURCES = {
+    "quality": Source(quality.FILE, "t2l evaluate, see docs/results.md", _json),
+    "generate": Source("generate.json", "python -m bench generate", rows.load),
+    "apply": Source("apply.json", "python -m bench apply", rows.load),
 }
+#: A new suite is an entry in SOURCES and one here or in figures.FIGURES for each thing shown of it.
+TABLES = (
+    Table("README.md", "quality", quality.summary, ("quality",)),
+    Table("README.md", "speed", tables.speed, ("generate", "apply")),
+    Table("docs/results.md", "quality", quality.whole, ("quality",)),
+    Table("docs/results.md", "generate", tables.generate, ("generate",)),
+    Table("docs/results.md", "generate-memory", tables.generate_memory, ("generate",)),
+    Table("docs/results.md", "bf16-weights", tables.bf16_weights, ("generate",)),
+    Table("docs/results.md", "split", tables.split, ("generate", "apply")),
+    Table("docs/results.md", "lora", tables.lora, ("apply",)),
+    Table("docs/results.md", "linear", tables.linear, ("apply",)),
+    Table("docs/results.md", "sweep", tables.sweep, ("apply",)),
+    Table("docs/results.md", "backward", tables.backward, ("apply",)),
+    Table("docs/results.md", "model", tables.model, ("apply",)),
+    Table("docs/results.md", "model-sweep", tables.model_sweep, ("apply",)),
+    Table("docs/results.md", "misses", tables.misses, ("generate", "apply")),
+    Table("docs/results.md", "losses", tables.losses, ("generate", "apply")),
+    Table("docs/results.md", "ceilings", tables.ceilings, ("generate", "apply")),
+)
+FIGURES = Path("docs", "figures")
 
 
-def _load() -> tuple[dict, list[str], dict[bool, list[str]]]:
-    """The result, its arms, and task names by whether they were trained on, best gain over the zero-shot base first."""
-    result = json.loads(QUALITY.read_text(encoding="utf-8"))
-    scores, trained = result["tasks"], set(result["trained_tasks"])
-    by_gain = sorted(scores, key=lambda n: scores[n]["base-raw"] - scores[n]["t2l"])
-    groups = {seen: [n for n in by_gain if (n in trained) == seen] for seen in (True, False)}
-    return result, [a for a in ARMS if a in result["mean"]], groups
+class Report:
+    """The documents and figures under ``root``; what is wrong with them is collected in ``problems``."""
 
+    def __init__(self, root: Path = ROOT):
+        self.root = root
+        self.problems: list[str] = []
+        self.loaded = {name: self._load(source) for name, source in SOURCES.items()}
 
-def _line(name: str, scores: dict, arms: list[str]) -> str:
-    return f"| {name} | " + " | ".join(f"{scores[a]:.1f}" for a in arms) + " |"
+    def _load(self, source: Source) -> Any:
+        try:
+            return source.load(self._result(source))
+        except FileNotFoundError:
+            self.problems.append(f"bench/results/{source.file}: missing; run: {source.command}")
+        except ResultError as e:
+            self.problems.append(f"bench/results/{e}")
+        return None
 
+    def _result(self, source: Source) -> Path:
+        return self.root / "bench" / "results" / source.file
 
-def _mean_line(result: dict, names: list[str], seen: bool, arms: list[str]) -> str:
-    title = "trained tasks" if seen else "tasks never trained on, siblings of trained skills"
-    mean = {a: sum(result["tasks"][n][a] for n in names) / len(names) for a in arms}
-    return _line(f"**mean of {len(names)} {title}**", mean, arms)
+    def _from(self, names: tuple[str, ...], make: Callable[..., Any]) -> Any:
+        """``make`` of the named results, or None where one of them is missing or lacks what is asked."""
+        results = [self.loaded[name] for name in names]
+        if any(result is None for result in results):
+            return None  # named already
+        try:
+            return make(*results)
+        except ResultError as e:
+            self.problems.append(f"bench/results/{e}")
+            return None
 
+    def documents(self) -> dict[str, str]:
+        """Each document with its tables made anew."""
+        names = dict.fromkeys(table.document for table in TABLES)
+        return {name: self._document(name, [t for t in TABLES if t.document == name]) for name in names}
 
-def _table(pick: Callable[[dict, list[str]], list[str]]) -> str:
-    result, arms, groups = _load()
-    rows = ["| task | " + " | ".join(ARMS[a] for a in arms) + " |", "|---|" + "---:|" * len(arms)]
-    for seen, names in groups.items():
-        rows.append(_mean_line(result, names, seen, arms))
-        rows += [_line(n, result["tasks"][n], arms) for n in pick(result["tasks"], names)]
-    return "\n".join(rows) + "\n\n" + _caption(result, groups[True])
+    def _document(self, document: str, wanted: list[Table]) -> str:
+        text = (self.root / document).read_text(encoding="utf-8")
+        unknown = dict.fromkeys(re.findall(r"<!-- ([\w-]+): (?:begin|end) -->", text)).keys() - {t.name for t in wanted}
+        self.problems += [f"{document}: markers of {name!r}, which is no table" for name in sorted(unknown)]
+        for table in wanted:
+            begin, end = f"<!-- {table.name}: begin -->\n", f"<!-- {table.name}: end -->"
+            start, stop = text.find(begin), text.find(end)
+            if not 0 <= start < stop or text.count(begin) > 1 or text.count(end) > 1:
+                self.problems.append(f"{document}: markers of table {table.name!r} are missing, doubled or out of order")
+                continue
+            made = self._from(table.sources, table.make)
+            if made is not None:
+                text = text[: start + len(begin)] + made + "\n" + text[stop:]
+        return text
 
+    def stamp(self, name: str) -> str:
+        """What figure ``name`` is drawn from: SHA-256 of its result files and of the code that draws."""
+        paths = [self._result(SOURCES[source]) for source in figures.FIGURES[name].sources]
+        digests = [f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
+        return ", ".join([*digests, f"drawing sha256:{figures.drawing_version()}"])
 
-def _caption(result: dict, trained: list[str]) -> str:
-    scores = result["tasks"]
-    gained = sum(scores[n]["t2l"] - scores[n]["base-raw"] >= 20 for n in trained)
-    lost = sum(scores[n]["t2l"] < scores[n]["base-raw-3shot"] for n in scores)
-    items = sorted(set(result["items"].values()))
-    return (
-        f"Exact match in percent on {items[0]} to {items[-1]} held-out items a task, one unseen description each, greedy, "
-        f"scaling {result['scaling']:g}, base model in {result['dtype']}; a standard error is up to 7 points.  "
-        f"T2L gains 20 points or more over the base model's zero-shot prompt on {gained} of {len(trained)} trained tasks "
-        f"and is below the three-example prompt on {lost} of all {len(scores)}.  From `{QUALITY.relative_to(ROOT)}`."
-    )
+    def check(self) -> list[str]:
+        """What is wrong, a line each."""
+        for document, text in self.documents().items():
+            if (self.root / document).read_text(encoding="utf-8") != text:
+                self.problems.append(f"{document}: a table differs from bench/results; run: python -m bench.report")
+        for name, drawing in figures.FIGURES.items():
+            stamp = self._from(drawing.sources, lambda *_, name=name: self.stamp(name))
+            for suffix in (".svg", ".png"):
+                path = self.root / FIGURES / (name + suffix)
+                place = (FIGURES / path.name).as_posix()
+                if not path.exists():
+                    self.problems.append(f"{place}: missing; run: python -m bench.report")
+                elif stamp is not None and stamp.encode() not in path.read_bytes():
+                    self.problems.append(f"{place}: older than its data or drawing; run: python -m bench.report")
+        return list(dict.fromkeys(self.problems))
 
-
-def quality_table() -> str:
-    """Both groups whole."""
-    return _table(lambda scores, names: names)
-
-
-def quality_summary() -> str:
-    """The two means, and of each group the three best gains and the three worst losses against three examples."""
-
-    def pick(scores: dict, names: list[str]) -> list[str]:
-        worst = sorted(names, key=lambda n: scores[n]["t2l"] - scores[n]["base-raw-3shot"])[:3]
-        return names[:3] + [n for n in reversed(worst) if n not in names[:3]]
-
-    return _table(pick)
-
-
-TABLES = {README: {"quality": quality_summary}, ROOT / "docs" / "results.md": {"quality": quality_table}}
-
-
-def render(path: Path) -> str:
-    """The text of ``path`` with every marked table made anew."""
-    text = path.read_text(encoding="utf-8")
-    for name, make in TABLES[path].items():
-        pattern = re.compile(rf"(<!-- {name}: begin -->\n).*?(\n<!-- {name}: end -->)", re.S)
-        if not pattern.search(text):
-            raise SystemExit(f"{path.name}: markers of table {name!r} are missing")
-        text = pattern.sub(lambda m, make=make: m.group(1) + make() + m.group(2), text)
-    return text
+    def write(self) -> list[str]:
+        """Writes all tables and figures, or nothing where something is wrong."""
+        out = {self.root / document: text.encode() for document, text in self.documents().items()}
+        for name, drawing in figures.FIGURES.items():
+            draw = self._from(drawing.sources, lambda *results, name=name: figures.files(name, results, self.stamp(name)))
+            out |= {self.root / FIGURES / file: data for file, data in (draw or {}).items()}
+        if not self.problems:
+            for path, data in out.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+        return list(dict.fromkeys(self.problems))
 
 
 def main() -> None:
-    for path in TABLES:
-        after = render(path)
-        if "--check" not in sys.argv[1:]:
-            path.write_text(after, encoding="utf-8")
-        elif path.read_text(encoding="utf-8") != after:
-            raise SystemExit(f"{path.name}: a table differs from bench/results; run: python -m bench.report")
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and figures from bench/results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where something is not up to date")
+    report = Report()
+    problems = report.check() if parser.parse_args().check else report.write()
+    if problems:
+        raise SystemExit("\n".join(problems))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""What ours is compared with, restated here in plain torch: eager hypernetworks, and the usual ways to apply many adapters.
+
+Everything that a caller could prepare once (segment bounds, ids of tokens, scalings as numbers) is prepared before the clock
+starts; what is timed is the work itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine import reference
+from t2l_engine.hypernetwork import MLP, HyperNetwork
+
+Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
+
+
+# --- generating adapters ---------------------------------------------------------------------------------------------
+
+
+def of_stack(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
+    """``net`` as it is, with the plain result that baselines have."""
+
+    def generate(task_emb: Tensor) -> Adapters:
+        stack = net.generate(task_emb)
+        return {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.lora_A}
+
+    return generate
+
+
+def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
+    """The ops' own reference over the same folded weights: batched like ours, with torch's products."""
+    c, folded = net.config, net._fold()
+    rotary = c.rank if c.rotary else 0
+
+    @torch.no_grad()
+    def generate(task_emb: Tensor) -> Adapters:
+        z = net.task_encoder(task_emb)
+        latent = reference.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+        out = {}
+        for i, name in enumerate(c.modules):
+            weight, bias = folded["heads"][name]
+            offsets = (folded["offsets"][name][key] for key in ("mul_A", "add_A", "mul_B", "add_B"))
+            sizes = c.rank, c.in_features[i], c.out_features[i]
+            out[name] = reference.hypernet_head(latent[:, i], weight, bias, *offsets, *sizes)
+        return out
+
+    return generate
+
+
+class Eager:
+    """A hypernetwork as the reference implementation runs it: ``torch.nn`` modules over rows ``[task, depth, module]``.
+
+    One description at a time, one module at a time, and a copy per layer, side and module into a tensor of its own.  Weights
+    are shared with ``net``; where these are bfloat16, so are all activations, as after ``module.to(torch.bfloat16)``.
+    Variants L, M and S-learnable with a linear task encoder and without offsets; ValueError for others.
+    """
+
+    def __init__(self, net: HyperNetwork):
+        c = net.config
+        if c.variant not in ("L", "M", "S-learnable") or c.task_encoder != "linear" or list(net.offsets.buffers()):
+            raise ValueError(f"net: expected a released variant without offsets, got {c.variant}, {c.task_encoder}")
+        self.config, self.dtype = c, net.dtype
+        silu = nn.SiLU()
+
+        def linear(source: nn.Linear) -> nn.Linear:
+            layer = nn.Linear(source.in_features, source.out_features, device="meta")
+            layer.weight, layer.bias = source.weight, nn.Parameter(source.bias.to(self.dtype), requires_grad=False)
+            return layer
+
+        def norm(source: nn.LayerNorm) -> nn.LayerNorm:
+            layer = nn.LayerNorm(source.normalized_shape, eps=source.eps, device="meta")
+            layer.weight, layer.bias = (nn.Parameter(p.to(self.dtype), requires_grad=False) for p in source.parameters())
+            return layer
+
+        def mlp(source: MLP) -> nn.Sequential:
+            first = [norm(source.norm)] if hasattr(source, "norm") else []
+            return nn.Sequential(*first, linear(source.linear1), silu, linear(source.linear2), silu)
+
+        def embedding(source: nn.Module) -> nn.Sequential:
+            rows = source.weight.flatten(0, -2).to(self.dtype)
+            return nn.Sequential(nn.Embedding.from_pretrained(rows), norm(source.norm))
+
+        self.task = nn.Sequential(linear(net.task_encoder.linear), norm(net.task_encoder.norm))
+        self.depth, self.kind = embedding(net.depth_emb), embedding(net.module_emb)
+        self.mixer, self.mlp1, self.mlp2, self.mlp3 = map(mlp, (net.mixer, net.mlp1, net.mlp2, net.mlp3))
+        self.side = embedding(net.side_emb) if net.side_emb is not None else None
+        self.position = embedding(net.pos_emb) if net.pos_emb is not None else None
+        self.heads = [linear(net.heads[name]) for name in c.modules]
+
+    @torch.no_grad()
+    def __call__(self, task_emb: Tensor) -> list[dict[tuple[str, int, str], Tensor]]:
+        """For each description a tensor per (module, layer, "A" or "B")."""
+        return [self._one(description.to(self.dtype)) for description in task_emb]
+
+    def _one(self, description: Tensor) -> dict[tuple[str, int, str], Tensor]:
+        c, tensors = self.config, {}
+        layers = torch.arange(c.num_layers)
+        for i, name in enumerate(c.modules):
+            task = self.task(description[None]).expand(c.num_layers, -1)
+            kind = self.kind(torch.tensor([i])).expand(c.num_layers, -1)
+            x = self.mixer(torch.cat((task, self.depth(layers), kind), dim=-1))
+            x = x + self.mlp1(x)
+            lora_A, lora_B = self._sides(x, i)
+            for layer in range(c.num_layers):
+                tensors[name, layer, "A"] = lora_A[layer].clone(memory_format=torch.contiguous_format)
+                tensors[name, layer, "B"] = lora_B[layer].T.clone(memory_format=torch.contiguous_format)
+        return tensors
+
+    def _sides(self, x: Tensor, i: int) -> list[Tensor]:
+        """``[n, r, in]`` and ``[n, r, out]`` of module ``i`` from its rows ``x [n, m]``."""
+        c, head = self.config, self.heads[i]
+        widths = c.in_features[i], c.out_features[i]
+        if self.side is None:
+            y = head(self.mlp3(x + self.mlp2(x)))
+            return [part.unflatten(-1, (c.rank, -1)) for part in y.split([c.rank * width for width in widths], dim=-1)]
+        parts = []
+        for side, width in enumerate(widths):
+            u = x + self.side(torch.tensor([2 * i + side]))
+            u = u + self.mlp2(u)
+            if self.position is not None:
+                p = self.position(torch.arange(c.rank))
+                u = u[:, None] + (p + self.mlp2(p))  # [n, r, m]
+            y = head(self.mlp3(u))
+            parts.append((y if self.position is not None else y.unflatten(-1, (c.rank, -1)))[..., :width])
+        return parts
+
+    def stacked(self, tensors: Sequence[dict[tuple[str, int, str], Tensor]]) -> Adapters:
+        """The result of a call as one stack."""
+
+        def stack(name: str, side: str) -> Tensor:
+            layers = range(self.config.num_layers)
+            return torch.stack([torch.stack([one[name, layer, side] for layer in layers]) for one in tensors])
+
+        return {name: (stack(name, "A"), stack(name, "B")) for name in self.config.modules}
+
+
+def compiled(net: HyperNetwork, example: Tensor) -> Callable[[Tensor], Adapters]:
+    """``torch.compile`` of :func:`plain`, compiled here for the shape of ``example``.
+
+    Raises whatever the compiler raises; RuntimeError where there is none.
+    """
+    generate = torch.compile(plain(net), dynamic=False)
+    generate(example)
+    return generate
+
+
+# --- applying adapters: builders of calls from the arguments of ``ops.lora_add_`` -----------------------------------------
+
+
+def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
+    """(first token, end, adapter, scaling) of every segment that has work."""
+    bounds, scaling = arguments["seg_indptr"].tolist(), arguments["scaling"].tolist()
+    ids = arguments["seg_adapters"].tolist()
+    return [(bounds[s], bounds[s + 1], a, scaling[a]) for s, a in enumerate(ids) if a >= 0 and bounds[s + 1] > bounds[s]]
+
+
+def token_ids(arguments: dict[str, Any]) -> Tensor:
+    """The adapter of every token, ``[T]`` int64."""
+    return torch.repeat_interleave(arguments["seg_adapters"].long(), arguments["seg_indptr"].diff())
+
+
+def mm_loop(arguments: dict[str, Any]) -> Callable[[], None]:
+    """Two matrix products an adapter, the second accumulating into its rows of y.  Adapters of full rank."""
+    y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
+    work = [(y[lo:hi], x[lo:hi], lora_A[a].mT, lora_B[a].mT, s) for lo, hi, a, s in _segments(arguments)]
+
+    def run() -> None:
+        for rows, tokens, A, B, scaling in work:
+            rows.addmm_(torch.mm(tokens, A), B, alpha=scaling)
+
+    return run
+
+
+def gather_bmm(arguments: dict[str, Any]) -> Callable[[], None]:
+    """A and B gathered for every token, then two batched products, as vLLM's torch path.  Ids of -1 are not handled."""
+    y, x, lora_A, lora_B = (arguments[name] for name in ("y", "x", "lora_A", "lora_B"))
+    ids = token_ids(arguments)
+    scaling = arguments["scaling"][ids, None, None]
+    stored = lora_B.mT if lora_B.mT.is_contiguous() else lora_B  # gathered as it lies
+
+    def run() -> None:
+        v = (torch.bmm(lora_A[ids], x[:, :, None]) * scaling).to(x.dtype)  # [T, r, 1]
+        rows = stored[ids]
+        delta = torch.bmm(v.mT, rows)[:, 0] if stored is not lora_B else torch.bmm(rows, v)[..., 0]
+        y.add_(delta)
+
+    return run
+
+
+def mm_loop_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
+    """:func:`mm_loop` with gradients: the delta ``[T, out]``."""
+    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
+    work = _segments(arguments)
+    return lambda: torch.cat([(x[lo:hi] @ lora_A[a].mT * s) @ lora_B[a].mT for lo, hi, a, s in work])
+
+
+def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
+    """:func:`gather_bmm` with gradients."""
+    x, lora_A, lora_B = (arguments[name] for name in ("x", "lora_A", "lora_B"))
+    ids = token_ids(arguments)
+    scaling = arguments["scaling"][ids, None, None]
+    return lambda: torch.bmm(lora_B[ids], torch.bmm(lora_A[ids], x[:, :, None]) * scaling)[..., 0]
+
+
+# --- PEFT ------------------------------------------------------------------------------------------------------------
+
+#: Why a PEFT baseline is absent, None where it is there.
+PEFT_ABSENT = None if importlib.util.find_spec("peft") else "peft is not installed"
+
+
+def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
+    """PEFT's layer around ``linear``, adapter i under the name ``str(i)``; adapter 0 is active."""
+    from peft import LoraConfig, get_peft_model
+
+    lora_A, lora_B = arguments["lora_A"], arguments["lora_B"]
+    r, host, model = lora_A.shape[1], nn.ModuleDict({"linear": linear}), None
+    for i, scaling in enumerate(arguments["scaling"].tolist()):
+        config = LoraConfig(r=r, lora_alpha=scaling * r, target_modules=["linear"], init_lora_weights=False)
+        if model is None:
+            model = get_peft_model(host, config, adapter_name=str(i), autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(str(i), config, autocast_adapter_dtype=False)
+    layer = host["linear"].to(linear.weight.dtype).eval().requires_grad_(False)
+    for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
+        layer.lora_A[str(i)].weight.copy_(A)
+        layer.lora_B[str(i)].weight.copy_(B)
+    return layer

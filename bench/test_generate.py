@@ -1,0 +1,72 @@
+"""Hypernetworks beside their reference and eager torch, over the case table of the tests and the bundled shape.
+
+Verified, then timed.  Compare medians of one run.  Released shapes, floors and memory: ``python -m bench generate``.
+"""
+
+import copy
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from bench import baselines
+from bench.generate import DTYPES, adapter_errors
+from bench.harness import OURS, admit
+from t2l_engine import ops, reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import HYPER_CASES
+from t2l_engine.testing.models import SHAPES, VARIANTS
+
+HYPER = [c for c in HYPER_CASES if c.name.startswith("smollm2")]
+
+
+@pytest.mark.parametrize("case", HYPER, ids=lambda c: c.name)
+@pytest.mark.parametrize("backend", [ops, reference], ids=["native", "reference"])
+def test_hypernet_ops(benchmark, case, backend):
+    if backend is ops and not ops.NATIVE:
+        pytest.skip("no native library")
+    benchmark.group = f"hypernet_trunk and hypernet_head, {case.name}"
+    order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
+
+    def run(seed):
+        trunk, head = case.make_trunk(seed), case.make_head(seed)
+        arguments = {k: head[k] for k in order}
+        return lambda: (backend.hypernet_trunk(**trunk), backend.hypernet_head(**arguments))
+
+    latent, sides = run(1)()
+    oracle = reference.hypernet_trunk(**case.make_trunk(1, dtype=torch.float64))
+    plain = reference.hypernet_trunk(**case.make_trunk(1))
+    assert numerics.relative_frobenius(latent, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
+    exact = reference.hypernet_head(**{k: v for k, v in case.make_head(1, dtype=torch.float64).items() if k in order})
+    for got, right in zip(sides, exact, strict=True):
+        assert numerics.relative_frobenius(got, right) <= numerics.PARITY_FROBENIUS
+    benchmark(run(0))
+
+
+@functools.cache
+def verified(variant, dtype, count):
+    """Calls of every way to generate ``count`` adapters, and their errors on other descriptions."""
+    shape = dataclasses.replace(SHAPES["smollm2-135m"], variant=variant)
+    net = shape.make(seed=1).set_dtype(getattr(torch, dtype))
+    eager = baselines.Eager(net)
+    generators = {OURS: baselines.of_stack(net), "reference": baselines.plain(net), "eager": eager}
+    fresh, timed = (shape.task_embeddings(count, seed) for seed in (2, 3))
+    results = {name: eager.stacked(f(fresh)) if f is eager else f(fresh) for name, f in generators.items()}
+    errors = adapter_errors(copy.deepcopy(net).set_dtype(torch.float64), results, fresh, net.dtype)
+    return {name: functools.partial(f, timed) for name, f in generators.items()}, errors
+
+
+@pytest.mark.parametrize("way", [OURS, "reference", "eager"], ids=lambda way: "native" if way == OURS else way)
+@pytest.mark.parametrize("count", [1, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate(benchmark, variant, dtype, count, way):
+    if way == OURS and not ops.NATIVE:
+        pytest.skip("no native library")
+    case = f"smollm2-135m {variant} {dtype} {count}"
+    benchmark.group = f"generate {case}"
+    functions, errors = verified(variant, dtype, count)
+    _, absent = admit(case, {way: functions[way]}, errors)
+    assert not absent
+    benchmark(functions[way])

@@ -1,0 +1,89 @@
+"""Shapes of the released hypernetworks and of the bundled one, made with random weights."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.config import HyperNetworkConfig
+from t2l_engine.hypernetwork import HyperNetwork, NormedEmbedding
+
+#: Entries of A and B are a few hundredths, as trained ones are.
+HEAD_SCALE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperShape:
+    """A hypernetwork for ``q_proj`` and ``v_proj`` of one base model.
+
+    ``hidden``: input features of both; ``query``, ``value``: their output features.  Other fields as in
+    :class:`t2l_engine.HyperNetworkConfig`.
+    """
+
+    name: str
+    num_layers: int
+    hidden: int
+    query: int
+    value: int
+    embed_dim: int = 1024
+    latent_size: int = 512
+    head_in_size: int = 2048
+    rank: int = 8
+    variant: str = "L"
+
+    def config(self) -> HyperNetworkConfig:
+        return HyperNetworkConfig(
+            variant=self.variant,
+            modules=("q_proj", "v_proj"),
+            in_features=(self.hidden, self.hidden),
+            out_features=(self.query, self.value),
+            num_layers=self.num_layers,
+            rank=self.rank,
+            embed_dim=self.embed_dim,
+            latent_size=self.latent_size,
+            head_in_size=self.head_in_size,
+            lora_alpha=2.0 * self.rank,
+        )
+
+    def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> HyperNetwork:
+        """Random weights of sensible scale, matrices in ``dtype``; written once, where they stay."""
+        with torch.device("meta"):
+            net = HyperNetwork(self.config())
+        net.set_dtype(dtype).to_empty(device="cpu")
+        _fill(net, torch.Generator().manual_seed(seed))
+        return net.requires_grad_(False).eval()
+
+    def task_embeddings(self, count: int, seed: int = 0) -> Tensor:
+        """``[count, embed_dim]`` float32 of norm sqrt(embed_dim), as text encoders give."""
+        drawn = torch.randn(count, self.embed_dim, generator=torch.Generator().manual_seed(seed))
+        return nn.functional.normalize(drawn, dim=-1) * self.embed_dim**0.5
+
+
+@torch.no_grad()
+def _fill(net: HyperNetwork, generator: torch.Generator) -> None:
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Linear):
+            scale = HEAD_SCALE if name.startswith("heads.") else 1.0
+            module.weight.normal_(0, scale * module.in_features**-0.5, generator=generator)
+            module.bias.normal_(0, 0.1 * scale, generator=generator)
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.normal_(1, 0.1, generator=generator)
+            module.bias.normal_(0, 0.1, generator=generator)
+        elif isinstance(module, NormedEmbedding):
+            module.weight.normal_(generator=generator)
+
+
+#: Released by SakanaAI as variant L (the first three); the sizes of the bundled checkpoint.
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        HyperShape("mistral-7b", 32, 4096, 4096, 1024, latent_size=128, head_in_size=512),
+        HyperShape("llama-3.1-8b", 32, 4096, 4096, 1024),
+        HyperShape("gemma-2-2b", 26, 2304, 2048, 1024),
+        HyperShape("smollm2-135m", 30, 576, 576, 192, embed_dim=384, latent_size=128, head_in_size=112),
+    )
+}
+#: Variants with native kernels that benchmarks compare.
+VARIANTS = ("L", "M", "S-learnable")
