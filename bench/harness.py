@@ -86,7 +86,7 @@ class Context:
         if size == "tiny":
             ceilings = Ceilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
             return Context(size, count, ceilings, (3, 20), 0.05, min(3 * last_level, 64 << 20))
-        return Context(size, count, Ceilings(), (5, 300), 1.0, 3 * last_level)
+        return Context(size, count, Ceilings(), (4, 300), 1.0, 3 * last_level)
 
     @property
     def full(self) -> bool:

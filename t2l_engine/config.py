@@ -26,7 +26,7 @@ ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat1
 #: Codes of the vq and softmax encoders; classes and hidden width of the discrete one (fixed in the reference).
 NUM_CODES, NUM_CLASSES, DISCRETE_HIDDEN = 32, 64, 256
 #: Bounds on what a file may ask for, so that refusing it costs little.
-MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK = 1 << 20, 64, 64, 1 << 31, 1 << 16
+MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK, MAX_LAYERS = 1 << 20, 64, 64, 1 << 31, 1 << 16, 4096
 #: Bounds of scalings and what they are made of: float32 holds them, their ratios and their products.
 MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 
@@ -281,8 +281,9 @@ class HyperNetworkConfig:
                 _positive_int(name, value)
         for name in ("num_layers", "rank", "embed_dim", "latent_size", "head_in_size"):
             _positive_int(name, getattr(self, name))
-        if self.rank > MAX_RANK:
-            raise ConfigError(f"rank: expected at most {MAX_RANK}, got {shown(self.rank)}")
+        for name, most in (("rank", MAX_RANK), ("num_layers", MAX_LAYERS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name}: expected at most {most}, got {shown(getattr(self, name))}")
         if self.latent_size < 4:
             raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
         if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:

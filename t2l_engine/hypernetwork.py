@@ -68,7 +68,8 @@ class Offsets(nn.Module):
             std, mean, add = (getattr(self, f"{name}_{side}") for name in ("std", "mean", "add"))
             out[f"mul_{side}"] = None if std is None else std + STD_EPS
             out[f"add_{side}"] = mean if add is None else add if mean is None else mean + add
-        return out
+        # Stored as the heads write B, [n, r, out]: the epilogue reads what it needs next to what it writes.
+        return {key: t.mT.contiguous().mT if t is not None and key.endswith("B") else t for key, t in out.items()}
 
 
 class HyperNetwork(nn.Module):
@@ -215,12 +216,16 @@ class HyperNetwork(nn.Module):
         return self._run(task_emb, self._fold())
 
     @torch.no_grad()
-    def generate(self, task_emb: Tensor) -> AdapterStack:
+    def generate(self, task_emb: Tensor, out: AdapterStack | None = None) -> AdapterStack:
         """Adapters of ``task_emb [N, embed_dim]``: a stack of N, unscaled A and B in the dtype of this hypernetwork.
 
+        ``out``: a stack of N for the same modules, such as an earlier result, to be written over and returned; its A and B
+        keep their dtype and strides.  Memory that is used again saves the page faults of fresh memory, which for many
+        adapters can take as long as the products.
+
         Raises:
-            ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device, or ``to()``
-                cast the biases too (cast with :meth:`set_dtype`).
+            ValueError: ``task_emb`` is no ``[N, embed_dim]`` floating-point tensor or lies on another device, ``out`` does
+                not fit, or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
         tensors = list(itertools.chain(self.parameters(), self.buffers()))
         versions = [0 if t.is_inference() else t._version for t in tensors]
@@ -231,7 +236,7 @@ class HyperNetwork(nn.Module):
             or any(new is not old for new, old in zip(tensors, self._packed[0], strict=True))
         ):
             self._packed = (tensors, versions, self._fold())
-        return self._run(task_emb, self._packed[2])
+        return self._run(task_emb, self._packed[2], out)
 
     def _fold(self) -> dict:
         """Everything that does not depend on the task, as the trunk op takes it."""
@@ -275,7 +280,7 @@ class HyperNetwork(nn.Module):
         offsets = {name: self.offsets[name].folded() for name in c.modules}
         return {"weights": weights, "side_emb": side_emb, "pos_emb": pos_emb, "heads": heads, "offsets": offsets}
 
-    def _run(self, task_emb: Tensor, folded: dict) -> AdapterStack:
+    def _run(self, task_emb: Tensor, folded: dict, out: AdapterStack | None = None) -> AdapterStack:
         c = self.config
         if not isinstance(task_emb, Tensor) or task_emb.dim() != 2 or task_emb.shape[1] != c.embed_dim:
             got = f"shape {tuple(task_emb.shape)}" if isinstance(task_emb, Tensor) else type(task_emb).__name__
@@ -283,6 +288,8 @@ class HyperNetwork(nn.Module):
         device = folded["weights"][0].device
         if not task_emb.is_floating_point() or task_emb.device != device:
             raise ValueError(f"task_emb: expected floating point on {device}, got {task_emb.dtype} on {task_emb.device}")
+        if out is not None:
+            self._check_out(out, len(task_emb), device)
         z = self.task_encoder(task_emb)
         rotary = c.rank if c.rotary else 0
         if c.variant.startswith("autoregressive"):
@@ -292,8 +299,29 @@ class HyperNetwork(nn.Module):
         lora_A, lora_B = {}, {}
         for i, (module, name) in enumerate(zip(c.modules, self._paths, strict=True)):
             weight, bias = folded["heads"][module]
-            lora_A[name], lora_B[name] = ops.hypernet_head(
-                latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i], **folded["offsets"][module]
-            )
+            head = (latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i])
+            if out is None:
+                lora_A[name], lora_B[name] = ops.hypernet_head(*head, **folded["offsets"][module])
+            else:
+                ops.hypernet_head_out_(out.lora_A[name], out.lora_B[name], *head, **folded["offsets"][module])
+        if out is not None:
+            out.scaling.fill_(self.scaling)
+            for ranks in out.ranks.values():
+                ranks.fill_(c.rank)
+            return out
         scaling = torch.full((len(task_emb),), self.scaling, dtype=torch.float32, device=device)
         return AdapterStack(lora_A, lora_B, scaling, paths=self._paths)
+
+    def _check_out(self, out: AdapterStack, count: int, device: torch.device) -> None:
+        c = self.config
+        if not isinstance(out, AdapterStack) or out.paths != self._paths:
+            got = out.paths if isinstance(out, AdapterStack) else type(out).__name__
+            raise ValueError(f"out: expected a stack for the modules {self._paths}, got {got}")
+        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
+            wanted = (count, c.num_layers, c.rank, n_in), (count, c.num_layers, n_out, c.rank)
+            a, b = out.lora_A[name], out.lora_B[name]
+            if (tuple(a.shape), tuple(b.shape)) != wanted or a.device != device:
+                raise ValueError(
+                    f"out: {name}: expected lora_A {wanted[0]} and lora_B {wanted[1]} on {device}, "
+                    f"got {tuple(a.shape)} and {tuple(b.shape)} on {a.device}"
+                )

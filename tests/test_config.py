@@ -5,7 +5,7 @@ import math
 import pytest
 
 from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
-from t2l_engine.config import MAX_CONFIG_BYTES, from_json, read_json, resolve_scaling, shown, to_json
+from t2l_engine.config import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, from_json, read_json, resolve_scaling, shown, to_json
 
 NETWORK = {
     "variant": "M",
@@ -59,6 +59,13 @@ def test_fields_are_strict(cls, values):
             from_json(cls, wrong, "here")
 
 
+def test_the_largest_sizes_are_allowed():
+    config = from_json(HyperNetworkConfig, NETWORK | {"num_layers": MAX_LAYERS, "rank": MAX_RANK}, "here")
+    assert (config.num_layers, config.rank) == (4096, 65536)
+    with pytest.raises(ConfigError, match="here: num_layers: expected at most 4096, got 4097"):
+        from_json(HyperNetworkConfig, NETWORK | {"num_layers": 4097}, "here")
+
+
 def test_modules_without_a_known_place_need_paths():
     values = NETWORK | {"modules": ["fc1", "v_proj"]}
     path = "model.decoder.layers.{layer}.fc1"
@@ -109,6 +116,7 @@ def test_modules_without_a_known_place_need_paths():
         ("in_features", [64, 1 << 31]),
         ("rank", 1 << 31),
         ("num_layers", 10**5000),
+        ("num_layers", MAX_LAYERS + 1),
         ("lora_alpha", 10**400),
         ("scaling", 1e301),
         ("scaling", 1e10),  # beyond what float32 holds with its products

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from t2l_engine import CheckpointError, HyperNetwork, HyperNetworkConfig, ops, reference
+from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig, ops, reference
 from t2l_engine.flops import hypernet_flops
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, trunk_bound
 
@@ -228,6 +228,38 @@ def test_float64_is_the_oracle(load):
         for name in expected:
             assert relative_frobenius(stack.lora_A[name], expected[name][0]) < 1e-12
             assert relative_frobenius(stack.lora_B[name], expected[name][1]) < 1e-12
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_into_a_stack(load, variant, training):
+    net, _, _ = load(variant, "linear", training)
+    fresh, out = net.generate(task_embs()), net.generate(task_embs(seed=2))
+    out.scaling.zero_()
+    out.ranks["q_proj"][1] = 0
+    kept = [t.data_ptr() for side in (out.lora_A, out.lora_B) for t in side.values()]
+    assert net.generate(task_embs(), out=out) is out
+    assert kept == [t.data_ptr() for side in (out.lora_A, out.lora_B) for t in side.values()]
+    assert out.allclose(fresh, rtol=0, atol=0)
+    assert all(map(torch.equal, out.ranks.values(), fresh.ranks.values()))
+    half = net.generate(task_embs(seed=2)).to(dtype=torch.bfloat16)  # keeps its dtype: one rounding more
+    assert net.generate(task_embs(), out=half).dtype == torch.bfloat16
+    assert half.allclose(fresh.to(dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+def test_generate_into_what_does_not_fit(load):
+    net, _, _ = load("L")
+    stack = net.generate(task_embs())
+    for out, message in (
+        (stack[:2], r"out: \w+: expected lora_A \(3, .* got \(2, "),
+        (3, "out: expected a stack for the modules .* got int"),
+        (
+            AdapterStack({"o_proj": torch.ones(3, 1, 1, 2)}, {"o_proj": torch.ones(3, 1, 2, 1)}, torch.ones(3)),
+            "out: expected a",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.generate(task_embs(), out=out)
 
 
 # --- folding -------------------------------------------------------------------------------------------------------

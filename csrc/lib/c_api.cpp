@@ -1,0 +1,141 @@
+// The C boundary: nothing is thrown across it.
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <new>
+#include <stdexcept>
+
+#include "error.h"
+#include "hypernet.h"
+#include "lora.h"
+
+struct t2l_hypernet {
+  t2l::lib::HyperNet net;
+};
+
+namespace {
+
+using t2l::Isa;
+using t2l::lib::Error;
+using t2l::lib::invalid;
+using t2l::lib::Module;
+
+// A message that is too long loses its middle: paths stand at its start, and the reason at its end.
+t2l_status report(t2l_error* error, t2l_status status, const char* function, const char* message) noexcept {
+  constexpr size_t kHead = 150, kTail = 250;
+  if (error == nullptr) return status;
+  const size_t length = std::strlen(message);
+  if (length <= kHead + kTail)
+    std::snprintf(error->message, sizeof error->message, "%s: %s", function, message);
+  else
+    std::snprintf(error->message, sizeof error->message, "%s: %.*s ... %s", function, static_cast<int>(kHead), message,
+                  message + length - kTail);
+  return status;
+}
+
+template <class F>
+t2l_status guarded(const char* function, t2l_error* error, const F& body) noexcept {
+  if (error != nullptr) error->message[0] = '\0';
+  try {
+    body();
+    return T2L_OK;
+  } catch (const Error& e) {
+    return report(error, e.status, function, e.what());
+  } catch (const std::bad_alloc&) {
+    return report(error, T2L_OUT_OF_MEMORY, function, "out of memory");
+  } catch (const std::length_error&) {  // what a container says of a size that no memory holds
+    return report(error, T2L_OUT_OF_MEMORY, function, "out of memory");
+  } catch (const std::exception& e) {
+    return report(error, T2L_INTERNAL, function, e.what());
+  } catch (...) {
+    return report(error, T2L_INTERNAL, function, "an exception that is no std::exception");
+  }
+}
+
+template <class T>
+T& given(const char* argument, T* pointer) {
+  if (pointer == nullptr) invalid(argument, "an address", "NULL");
+  return *pointer;
+}
+
+int32_t public_isa(Isa isa) { return static_cast<int32_t>(isa) + T2L_ISA_GENERIC; }
+
+const Module& module_of(const t2l_hypernet& net, int64_t index) {
+  const auto& modules = net.net.config().modules;
+  if (index < 0 || index >= static_cast<int64_t>(modules.size()))
+    invalid("module", "an index in [0, " + std::to_string(modules.size()) + ")", std::to_string(index));
+  return modules[static_cast<size_t>(index)];
+}
+
+}  // namespace
+
+int32_t t2l_api_version(void) { return T2L_API_VERSION; }
+
+const char* t2l_status_name(int32_t status) {
+  static constexpr const char* kNames[] = {"ok",          "invalid argument", "file not readable", "bad checkpoint",
+                                           "unsupported", "out of memory",    "internal error"};
+  return status >= T2L_OK && status <= T2L_INTERNAL ? kNames[status] : "unknown status";
+}
+
+int32_t t2l_detected_isa(void) { return public_isa(t2l::detected_isa()); }
+
+const char* t2l_isa_name(int32_t isa) {
+  if (isa < T2L_ISA_BEST || isa > t2l::kNumIsas) return nullptr;
+  return t2l::isa_name(isa == T2L_ISA_BEST ? t2l::detected_isa() : static_cast<Isa>(isa - T2L_ISA_GENERIC));
+}
+
+t2l_status t2l_hypernet_open(const char* folder, const t2l_open_options* options, t2l_hypernet** out, t2l_error* error) {
+  if (out != nullptr) *out = nullptr;
+  return guarded("t2l_hypernet_open", error, [&] {
+    given("out", out);
+    given("folder", folder);
+    const t2l_open_options chosen = options ? *options : t2l_open_options{};
+    *out = new t2l_hypernet{{folder, t2l::lib::isa_of(chosen.isa), chosen.skip_checksum != 0}};
+  });
+}
+
+void t2l_hypernet_close(t2l_hypernet* net) { delete net; }
+
+t2l_status t2l_hypernet_get_info(const t2l_hypernet* net, t2l_hypernet_info* info, t2l_error* error) {
+  return guarded("t2l_hypernet_get_info", error, [&] {
+    const auto& handle = given("net", net).net;
+    const auto& c = handle.config();
+    given("info", info) = {c.variant.c_str(),
+                           c.embed_dim,
+                           c.num_layers,
+                           c.rank,
+                           static_cast<int64_t>(c.modules.size()),
+                           static_cast<float>(c.scaling),
+                           handle.weights_type() == t2l::DType::bf16 ? T2L_BF16 : T2L_F32,
+                           public_isa(handle.isa())};
+  });
+}
+
+t2l_status t2l_hypernet_get_module(const t2l_hypernet* net, int64_t module, t2l_module_info* info, t2l_error* error) {
+  return guarded("t2l_hypernet_get_module", error, [&] {
+    const Module& found = module_of(given("net", net), module);
+    given("info", info) = {found.name.c_str(), found.path.c_str(), found.in_features, found.out_features};
+  });
+}
+
+t2l_status t2l_adapter_init(const t2l_hypernet* net, int64_t module, void* lora_A, void* lora_B, int32_t dtype,
+                            t2l_adapter* adapter, t2l_error* error) {
+  return guarded("t2l_adapter_init", error, [&] {
+    const Module& found = module_of(given("net", net), module);
+    const int64_t rank = net->net.config().rank, layers = net->net.config().num_layers;
+    const int64_t in = found.in_features, out = found.out_features;
+    given("adapter", adapter) = {
+        lora_A, lora_B, {layers * rank * in, rank * in, in, 1}, {layers * rank * out, rank * out, out, 1}, dtype, 1.0f};
+  });
+}
+
+t2l_status t2l_hypernet_generate(const t2l_hypernet* net, const float* task_emb, int64_t num_tasks,
+                                 const t2l_adapter* outputs, int64_t num_outputs, const t2l_parallel* parallel,
+                                 t2l_error* error) {
+  return guarded("t2l_hypernet_generate", error,
+                 [&] { given("net", net).net.generate(task_emb, num_tasks, outputs, num_outputs, parallel); });
+}
+
+t2l_status t2l_lora_add(const t2l_lora* lora, const t2l_parallel* parallel, t2l_error* error) {
+  return guarded("t2l_lora_add", error, [&] { t2l::lib::lora_add(given("lora", lora), parallel); });
+}

@@ -1,0 +1,90 @@
+// What the tests share: checks that count, and a checkpoint to open.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "t2l/t2l.h"
+
+inline int failures = 0;
+
+inline bool check(bool truth, const char* file, int line, const std::string& what) {
+  if (!truth && ++failures <= 50) std::fprintf(stderr, "%s:%d: not so: %s\n", file, line, what.c_str());
+  return truth;
+}
+
+#define CHECK(truth) check(truth, __FILE__, __LINE__, #truth)
+#define CHECK_SAYS(truth, what) check(truth, __FILE__, __LINE__, std::string(#truth) + ": " + (what))
+
+// A call, which names the t2l_error `error`, must fail with this status and with this text in its message.
+#define CHECK_FAILS(wanted, text, call)                                                                   \
+  do {                                                                                                    \
+    t2l_error error{"nothing"};                                                                           \
+    const bool failed_so = (call) == (wanted);                                                            \
+    CHECK_SAYS(failed_so && std::strstr(error.message, text), std::string(text) + " | " + error.message); \
+  } while (false)
+
+#define CHECK_OK(call)                                     \
+  do {                                                     \
+    t2l_error error{"nothing"};                            \
+    const bool is_ok = (call) == T2L_OK;                   \
+    CHECK_SAYS(is_ok && !error.message[0], error.message); \
+  } while (false)
+
+using Net = std::unique_ptr<t2l_hypernet, decltype(&t2l_hypernet_close)>;
+
+inline Net open_net(const std::string& folder, int32_t isa = T2L_ISA_BEST, bool skip_checksum = true) {
+  t2l_hypernet* net = nullptr;
+  const t2l_open_options options{isa, skip_checksum};
+  CHECK_OK(t2l_hypernet_open(folder.c_str(), &options, &net, &error));
+  return Net(net, t2l_hypernet_close);
+}
+
+inline t2l_hypernet_info info_of(const Net& net) {
+  t2l_hypernet_info info{};
+  CHECK_OK(t2l_hypernet_get_info(net.get(), &info, &error));
+  return info;
+}
+
+// Numbers in [-1, 1), the same on every machine.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 2 + 1) {}
+  uint64_t bits() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    return state_ >> 33;
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(n)); }
+  float number() { return static_cast<float>(bits() >> 7) / 8388608.0f - 1.0f; }
+  std::vector<float> numbers(int64_t count) {
+    std::vector<float> out(static_cast<size_t>(count));
+    for (float& value : out) value = number();
+    return out;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+inline float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+// To nearest, ties to even; of finite values.
+inline uint16_t to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// Exit status of a test.
+inline int result() {
+  if (failures) std::fprintf(stderr, "%d checks failed\n", failures);
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,276 @@
+// The C API on a checkpoint: what it says of it, bits of generated adapters in every layout and on any threads, errors.
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <stdexcept>
+#include <thread>
+
+#include "check.h"
+#include "pool.h"
+
+namespace {
+
+using Floats = std::vector<float>;
+
+// A and B of every module, one after the other.
+struct Result {
+  std::vector<Floats> A, B;
+  bool operator==(const Result& other) const {
+    const auto same = [](const std::vector<Floats>& a, const std::vector<Floats>& b) {
+      return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Floats& x, const Floats& y) {
+        return x.size() == y.size() && std::memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
+      });
+    };
+    return same(A, other.A) && same(B, other.B);
+  }
+};
+
+std::vector<t2l_module_info> modules_of(const Net& net) {
+  std::vector<t2l_module_info> modules(static_cast<size_t>(info_of(net).num_modules));
+  for (size_t i = 0; i < modules.size(); ++i)
+    CHECK_OK(t2l_hypernet_get_module(net.get(), static_cast<int64_t>(i), &modules[i], &error));
+  return modules;
+}
+
+// Memory for `tasks` adapters, NaN at first, and the records that point into it.
+std::vector<t2l_adapter> outputs_for(const Net& net, int64_t tasks, Result& result) {
+  const t2l_hypernet_info info = info_of(net);
+  std::vector<t2l_adapter> outputs;
+  for (const t2l_module_info& module : modules_of(net)) {
+    const int64_t rows = tasks * info.num_layers * info.rank;
+    result.A.emplace_back(static_cast<size_t>(rows * module.in_features), std::numeric_limits<float>::quiet_NaN());
+    result.B.emplace_back(static_cast<size_t>(rows * module.out_features), std::numeric_limits<float>::quiet_NaN());
+    outputs.emplace_back();
+    CHECK_OK(t2l_adapter_init(net.get(), static_cast<int64_t>(outputs.size()) - 1, result.A.back().data(),
+                              result.B.back().data(), T2L_F32, &outputs.back(), &error));
+  }
+  return outputs;
+}
+
+Result generate(const Net& net, const Floats& task_emb, const t2l_parallel* parallel = nullptr) {
+  const int64_t tasks = static_cast<int64_t>(task_emb.size()) / info_of(net).embed_dim;
+  Result result;
+  const std::vector<t2l_adapter> outputs = outputs_for(net, tasks, result);
+  CHECK_OK(t2l_hypernet_generate(net.get(), task_emb.data(), tasks, outputs.data(), static_cast<int64_t>(outputs.size()),
+                                 parallel, &error));
+  return result;
+}
+
+void test_names() {
+  CHECK(t2l_api_version() == T2L_API_VERSION);
+  CHECK(std::string(t2l_status_name(T2L_BAD_CHECKPOINT)) == "bad checkpoint");
+  CHECK(std::string(t2l_status_name(99)) == "unknown status");
+  CHECK(std::string(t2l_isa_name(T2L_ISA_GENERIC)) == "generic" && std::string(t2l_isa_name(T2L_ISA_AVX2)) == "avx2");
+  CHECK(std::string(t2l_isa_name(T2L_ISA_BEST)) == t2l_isa_name(t2l_detected_isa()));
+  CHECK(t2l_isa_name(-1) == nullptr && t2l_isa_name(5) == nullptr);
+}
+
+void test_info(const Net& net) {
+  const t2l_hypernet_info info = info_of(net);
+  CHECK(std::string(info.variant) == "L" && info.embed_dim == 384 && info.num_layers == 30 && info.rank == 8);
+  CHECK(info.num_modules == 2 && info.scaling == 2.0f && info.weights_dtype == T2L_BF16);
+  CHECK(info.isa == t2l_detected_isa());
+  const std::vector<t2l_module_info> modules = modules_of(net);
+  CHECK(std::string(modules[0].name) == "q_proj" && modules[0].in_features == 576 && modules[0].out_features == 576);
+  CHECK(std::string(modules[1].path) == "model.layers.{layer}.self_attn.v_proj" && modules[1].out_features == 192);
+  t2l_hypernet_info other;
+  t2l_module_info module;
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "net: expected an address", t2l_hypernet_get_info(nullptr, &other, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "info: expected an address", t2l_hypernet_get_info(net.get(), nullptr, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "module: expected an index in [0, 2), got 2",
+              t2l_hypernet_get_module(net.get(), 2, &module, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "got -1", t2l_hypernet_get_module(net.get(), -1, &module, &error));
+}
+
+void test_open_errors(const std::string& folder) {
+  t2l_hypernet* net = reinterpret_cast<t2l_hypernet*>(&failures);
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "t2l_hypernet_open: folder: expected an address, got NULL",
+              t2l_hypernet_open(nullptr, nullptr, &net, &error));
+  CHECK(net == nullptr);
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "out: expected an address", t2l_hypernet_open("", nullptr, nullptr, &error));
+  CHECK_FAILS(T2L_IO, "nowhere/config.json: No such file", t2l_hypernet_open("nowhere", nullptr, &net, &error));
+  const std::string deep(3000, 'x');
+  CHECK_FAILS(T2L_IO, "File name too long", t2l_hypernet_open(deep.c_str(), nullptr, &net, &error));
+  CHECK(t2l_hypernet_open("nowhere", nullptr, &net, nullptr) == T2L_IO);
+  t2l_open_options options{9, 0};
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "isa: expected a t2l_isa, got 9",
+              t2l_hypernet_open(folder.c_str(), &options, &net, &error));
+  std::filesystem::create_directories("reference-form");
+  std::ofstream("reference-form/hypermod.pt") << "x";
+  CHECK_FAILS(T2L_UNSUPPORTED, "convert it first: t2l convert", t2l_hypernet_open("reference-form", nullptr, &net, &error));
+  std::filesystem::create_directories("odd-form/config.json");
+  CHECK_FAILS(T2L_IO, "expected a regular file", t2l_hypernet_open("odd-form", nullptr, &net, &error));
+  t2l_hypernet_close(nullptr);
+}
+
+// The same bits: again, on threads, in one call or in several, from weights of no alignment; close: from another isa.
+void test_bits(const std::string& folder, const Net& net, const Floats& task_emb) {
+  const Result expected = generate(net, task_emb);
+  for (const Floats& values : expected.A) CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v == v; }));
+  for (const Floats& values : expected.B) CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v == v; }));
+  Pool pool(3);
+  const t2l_parallel parallel = pool.parallel();
+  CHECK(generate(net, task_emb, &parallel) == expected);
+
+  const size_t e = static_cast<size_t>(info_of(net).embed_dim);
+  const Result second = generate(net, Floats(task_emb.begin() + e, task_emb.begin() + 2 * e));
+  for (size_t m = 0; m < expected.A.size(); ++m)
+    CHECK(std::equal(second.A[m].begin(), second.A[m].end(), expected.A[m].begin() + second.A[m].size()));
+
+  // The header one byte longer: every tensor moves to an odd address.
+  std::filesystem::create_directories("shifted");
+  std::ifstream in(folder + "/hypernet.safetensors", std::ios::binary);
+  std::string file((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  uint64_t length;
+  std::memcpy(&length, file.data(), sizeof length);
+  file.insert(8 + length, " ");
+  ++length;
+  std::memcpy(&file[0], &length, sizeof length);
+  std::ofstream("shifted/hypernet.safetensors", std::ios::binary) << file;
+  std::filesystem::copy_file(folder + "/config.json", "shifted/config.json",
+                             std::filesystem::copy_options::overwrite_existing);
+  CHECK(generate(open_net("shifted", T2L_ISA_BEST, false), task_emb) == expected);
+
+  for (int32_t isa = T2L_ISA_GENERIC; isa < t2l_detected_isa(); ++isa) {
+    const Net other = open_net(folder, isa);
+    CHECK(info_of(other).isa == isa);
+    const Result result = generate(other, task_emb);
+    double error = 0, size = 0;
+    for (size_t i = 0; i < result.A[0].size(); ++i) {
+      error += std::pow(result.A[0][i] - expected.A[0][i], 2);
+      size += std::pow(expected.A[0][i], 2);
+    }
+    CHECK(error <= size * std::ldexp(1, -14));  // roundings to bfloat16 (2^-8) that differ here and there
+  }
+}
+
+// [out, rank] storage in slots of a larger buffer, bfloat16, and a scaling in B: the same numbers elsewhere.
+void test_layouts(const Net& net, const Floats& task_emb) {
+  const t2l_hypernet_info info = info_of(net);
+  const int64_t tasks = static_cast<int64_t>(task_emb.size()) / info.embed_dim, n = info.num_layers, r = info.rank;
+  const Result plain = generate(net, task_emb);
+  std::vector<t2l_adapter> outputs;
+  std::vector<std::vector<uint16_t>> A, B;
+  for (const t2l_module_info& module : modules_of(net)) {
+    const int64_t in = module.in_features, out = module.out_features;
+    A.emplace_back(static_cast<size_t>(tasks * n * (r * in + 5)), 0xffff);
+    B.emplace_back(static_cast<size_t>(n * tasks * out * r), 0xffff);
+    outputs.push_back({A.back().data(),
+                       B.back().data(),
+                       {n * (r * in + 5), r * in + 5, in, 1},
+                       {out * r, tasks * out * r, 1, r},
+                       T2L_BF16,
+                       0.5f});
+  }
+  CHECK_OK(t2l_hypernet_generate(net.get(), task_emb.data(), tasks, outputs.data(), info.num_modules, nullptr, &error));
+  const std::vector<t2l_module_info> modules = modules_of(net);
+  for (size_t m = 0; m < modules.size(); ++m) {
+    const int64_t in = modules[m].in_features, out = modules[m].out_features;
+    for (int64_t task = 0; task < tasks; ++task)
+      for (int64_t layer = 0; layer < n; ++layer) {
+        const int64_t first = task * n + layer;
+        for (int64_t i = 0; i < r * in + 5; ++i)
+          CHECK(A[m][first * (r * in + 5) + i] == (i < r * in ? to_bf16(plain.A[m][first * r * in + i]) : 0xffff));
+        for (int64_t k = 0; k < r; ++k)
+          for (int64_t o = 0; o < out; ++o)
+            CHECK(B[m][(layer * tasks + task) * out * r + o * r + k] ==
+                  to_bf16(0.5f * plain.B[m][(first * r + k) * out + o]));
+      }
+  }
+}
+
+void test_generate_errors(const Net& net, const Floats& task_emb) {
+  Result result;
+  std::vector<t2l_adapter> outputs = outputs_for(net, 1, result);
+  const auto refused = [&](const char* text, const auto& change) {
+    const std::vector<t2l_adapter> sound = outputs;
+    change(outputs[1]);
+    CHECK_FAILS(T2L_INVALID_ARGUMENT, text,
+                t2l_hypernet_generate(net.get(), task_emb.data(), 1, outputs.data(), 2, nullptr, &error));
+    outputs = sound;
+  };
+  refused("outputs[1].lora_A: expected memory, got NULL", [](t2l_adapter& o) { o.lora_A = nullptr; });
+  refused("outputs[1].lora_B: expected an address aligned to its dtype",
+          [](t2l_adapter& o) { o.lora_B = static_cast<char*>(o.lora_B) + 1; });
+  refused("outputs[1].dtype: expected T2L_F32 or T2L_BF16, got 7", [](t2l_adapter& o) { o.dtype = 7; });
+  refused("outputs[1].scale_B: expected a finite number other than 0", [](t2l_adapter& o) { o.scale_B = 0; });
+  refused("outputs[1].scale_B: expected", [](t2l_adapter& o) { o.scale_B = std::nanf(""); });
+  refused("outputs[1].A_stride: expected positive strides, got -1 at 3", [](t2l_adapter& o) { o.A_stride[3] = -1; });
+  refused("outputs[1].A_stride: expected strides of which none falls", [](t2l_adapter& o) { o.A_stride[2] = 575; });
+  refused("outputs[1].B_stride: expected strides within the address space",
+          [](t2l_adapter& o) { o.B_stride[1] = int64_t{1} << 61; });
+  const t2l_adapter* records = outputs.data();
+  const float* emb = task_emb.data();
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "num_tasks: expected 0 or more, got -1",
+              t2l_hypernet_generate(net.get(), emb, -1, records, 2, nullptr, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "num_outputs: expected 2, one a module, got 1",
+              t2l_hypernet_generate(net.get(), emb, 1, records, 1, nullptr, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "task_emb: expected memory, got NULL",
+              t2l_hypernet_generate(net.get(), nullptr, 1, records, 2, nullptr, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "outputs: expected one record a module, got NULL",
+              t2l_hypernet_generate(net.get(), emb, 1, nullptr, 2, nullptr, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "net: expected an address",
+              t2l_hypernet_generate(nullptr, emb, 1, records, 2, nullptr, &error));
+  const t2l_parallel no_run{nullptr, nullptr};
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "parallel: expected a function in run, got NULL",
+              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &no_run, &error));
+  CHECK_OK(t2l_hypernet_generate(net.get(), nullptr, 0, records, 2, nullptr, &error));
+  for (const auto* all : {&result.A, &result.B})
+    for (const Floats& values : *all)
+      CHECK(std::all_of(values.begin(), values.end(), [](float v) { return v != v; }));  // all NaN: nothing was written
+  t2l_adapter adapter;
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "module: expected an index",
+              t2l_adapter_init(net.get(), 5, nullptr, nullptr, T2L_F32, &adapter, &error));
+
+  // Pools that break their promise.
+  const t2l_parallel lazy{
+      [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(0, count - 1, context); }, nullptr};
+  CHECK_FAILS(T2L_INTERNAL, "parallel: expected run to cover",
+              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &lazy, &error));
+  const t2l_parallel wild{
+      [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(-1, count + 9, context); }, nullptr};
+  CHECK_FAILS(T2L_INTERNAL, "got ranges of 0 in all", t2l_hypernet_generate(net.get(), emb, 1, records, 2, &wild, &error));
+  const t2l_parallel throwing{[](void*, int64_t, int64_t, t2l_range_body, void*) { throw std::runtime_error("no threads"); },
+                              nullptr};
+  CHECK_FAILS(T2L_INTERNAL, "no threads", t2l_hypernet_generate(net.get(), emb, 1, records, 2, &throwing, &error));
+}
+
+// Eight threads on one handle: half of them by themselves, half through one pool.
+void test_threads(const Net& net, const Floats& task_emb) {
+  const Floats one(task_emb.begin(), task_emb.begin() + info_of(net).embed_dim);
+  const Result expected = generate(net, one);
+  Pool pool(2);
+  const t2l_parallel parallel = pool.parallel();
+  std::vector<Result> results(8);
+  std::vector<std::vector<t2l_adapter>> outputs;
+  for (Result& result : results) outputs.push_back(outputs_for(net, 1, result));
+  std::vector<t2l_status> statuses(results.size(), T2L_INTERNAL);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < results.size(); ++i)
+    threads.emplace_back([&, i] {
+      t2l_error error;
+      statuses[i] =
+          t2l_hypernet_generate(net.get(), one.data(), 1, outputs[i].data(), 2, i % 2 ? &parallel : nullptr, &error);
+    });
+  for (std::thread& thread : threads) thread.join();
+  for (size_t i = 0; i < results.size(); ++i) CHECK(statuses[i] == T2L_OK && results[i] == expected);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string folder = argc > 1 ? argv[1] : "";
+  test_names();
+  test_open_errors(folder);
+  const Net net = open_net(folder, T2L_ISA_BEST, false);
+  if (net == nullptr) return result();
+  const Floats task_emb = Random(1).numbers(2 * info_of(net).embed_dim);
+  test_info(net);
+  test_bits(folder, net, task_emb);
+  test_layouts(net, task_emb);
+  test_generate_errors(net, task_emb);
+  test_threads(net, task_emb);
+  return result();
+}

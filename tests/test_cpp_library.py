@@ -1,0 +1,235 @@
+"""The C++ library: built without torch and Python, installed, found by a project of its own, and equal to the package."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from t2l_engine import AdapterBatch, HyperNetwork, ops
+from t2l_engine.convert import convert
+from t2l_engine.engine import resolve_checkpoint
+from t2l_engine.testing.numerics import CPP_FROBENIUS, relative_frobenius, trunk_bound, u
+
+ROOT = Path(__file__).parents[1]
+STEPS, ROWS = 3, 5  # of examples/cpp/main.cpp
+GOLDEN = ("M-sft", "S-pos-sft", "S-rot-sft", "L-sft", "L-offset-sft", "M-recon-z")
+
+
+def tool(name):
+    """Where a build tool is: beside this Python, or on the path."""
+    return shutil.which(name, path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
+
+
+def run(*command, **kwargs):
+    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, **kwargs)
+    assert finished.returncode == 0, f"{command}\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
+    return finished.stdout
+
+
+def configure(source, folder, *options):
+    cmake, ninja = tool("cmake"), tool("ninja")
+    if not cmake or not tool("ctest"):
+        pytest.skip("needs cmake")
+    if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
+        pytest.skip("needs a C++ compiler")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    run(cmake, "-S", source, "-B", folder, *generator, *options)
+    return folder
+
+
+def build(folder, *options):
+    """Configure, build and test the library alone; its ctest builds and runs the example too, as a separate project."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("needs a C compiler")
+    configure(ROOT, folder, "-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_TESTS=ON", *options)
+    run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
+    run(tool("ctest"), "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The build folder; ``consumer/`` in it holds the installed library and the example that found it."""
+    return build(tmp_path_factory.mktemp("cpp") / "build")
+
+
+@pytest.fixture
+def example(library, tmp_path):
+    """Runs the example on a checkpoint folder; what it wrote, by file name, flat."""
+
+    def generate(folder, task_emb, threads=2):
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        out.mkdir()
+        task_emb.numpy().tofile(out / "task_emb")
+        run(library / "consumer" / "build" / "t2l_example", folder, out / "task_emb", out, threads)
+        return {path.name: torch.from_numpy(np.fromfile(path, np.float32)) for path in out.iterdir()}
+
+    return generate
+
+
+def task_embs(config, count=3):
+    return torch.randn(count, config.embed_dim, generator=torch.Generator().manual_seed(0))
+
+
+def adapters(written, net, count):
+    """``(module, A [N, n, r, in], B [N, n, out, r])`` of every module."""
+    c = net.config
+    for name in c.modules:
+        shape = (count, c.num_layers, c.rank, -1)
+        yield name, written[f"{name}.A"].view(shape), written[f"{name}.B"].view(shape).mT
+
+
+def expected_y(written, net, count):
+    """``y`` of the decode loop, from its x, base and adapters; also which rows keep the base's bits."""
+    c = net.config
+    slots = {name: [torch.cat((t[:1] * 0, t)) for t in pair] for name, *pair in adapters(written, net, count)}
+    ranks = torch.tensor([0] + [c.rank] * count, dtype=torch.int32)
+    scaling = torch.full((count + 1,), net.scaling)
+    x_at = y_at = 0
+    results, untouched = [], []
+    for step in range(STEPS):
+        ids = [(row + step) % (count + 2) - 1 for row in range(ROWS)]
+        batch = AdapterBatch.from_rows(ids, seq_len=1)
+        for layer in range(c.num_layers):
+            for i, name in enumerate(c.modules):
+                x = written["x"][x_at : x_at + ROWS * c.in_features[i]].view(ROWS, -1)
+                y = written["base"][y_at : y_at + ROWS * c.out_features[i]].clone().view(ROWS, -1)
+                x_at, y_at = x_at + x.numel(), y_at + y.numel()
+                A, B = (t[:, layer] for t in slots[name])
+                ops.lora_add_(y, x, A, B, scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len, ranks)
+                results.append(y.flatten())
+                untouched.append((torch.tensor(ids) <= 0).repeat_interleave(c.out_features[i]))
+    assert x_at == len(written["x"]) and y_at == len(written["base"]) == len(written["y"])
+    return torch.cat(results), torch.cat(untouched)
+
+
+@pytest.mark.parametrize("case", ("bundled", *GOLDEN))
+def test_equals_python(example, golden, tmp_path, case):
+    folder = tmp_path / "native"
+    if case == "bundled":
+        HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m"), dtype=torch.float32).save_pretrained(folder)
+    else:
+        convert(golden / case, folder, "native")
+    net = HyperNetwork.from_pretrained(folder)
+    task_emb = task_embs(net.config)
+    written, stack = example(folder, task_emb), net.generate(task_emb)
+    assert list(stack.lora_A) == list(net.config.modules)
+    for name, A, B in adapters(written, net, len(task_emb)):
+        assert relative_frobenius(A, stack.lora_A[name]) <= CPP_FROBENIUS, name
+        assert relative_frobenius(B, stack.lora_B[name]) <= CPP_FROBENIUS, name
+    y, untouched = expected_y(written, net, len(task_emb))
+    assert torch.equal(written["y"][untouched], written["base"][untouched]) and not untouched.all()
+    # Of what was added, and the rounding of y on either side.
+    allowed = CPP_FROBENIUS * (y - written["base"]).norm() + 2 * u(torch.float32) * y.norm()
+    assert (written["y"] - y).norm() <= allowed and relative_frobenius(written["y"], y) <= CPP_FROBENIUS
+
+
+def test_bfloat16_weights(example):
+    """As stored: roundings to bfloat16 fall apart here and there, so the bound is that of a plain bfloat16 computation."""
+    folder = resolve_checkpoint("smollm2-135m")
+    net = HyperNetwork.from_pretrained(folder)
+    assert net.dtype == torch.bfloat16
+    task_emb = task_embs(net.config)
+    plain = net.generate(task_emb)
+    exact = HyperNetwork.from_pretrained(folder, dtype=torch.float64).generate(task_emb.double())
+    for name, A, B in adapters(example(folder, task_emb), net, len(task_emb)):
+        for got, oracle, other in ((A, exact.lora_A, plain.lora_A), (B, exact.lora_B, plain.lora_B)):
+            assert relative_frobenius(got, oracle[name]) <= trunk_bound(oracle[name], other[name], torch.bfloat16), name
+
+
+def test_threads_give_the_same_bits(example):
+    folder = resolve_checkpoint("smollm2-135m")
+    task_emb = task_embs(HyperNetwork.from_pretrained(folder).config, 1)
+    one, four = example(folder, task_emb, 1), example(folder, task_emb, 4)
+    assert all(torch.equal(one[name], four[name]) for name in one)
+
+
+@pytest.mark.parametrize("case", ["L-vq-sft", "L-autoreg-sft"])
+def test_unsupported_checkpoints_are_named(library, golden, tmp_path, case):
+    convert(golden / case, tmp_path / "native", "native")
+    command = [library / "consumer" / "build" / "t2l_example", tmp_path / "native", "none", tmp_path]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 1
+    assert re.match(r"unsupported: .*config\.json: hypernetwork: (task_encoder|variant): the C\+\+ library", finished.stderr)
+
+
+def test_installed_library_is_the_library_alone(library):
+    prefix = library / "consumer" / "prefix"
+    files = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file()}
+    assert {"include/t2l/t2l.h", "include/t2l/kernels.h", "include/t2l/params.h"} <= files
+    assert any(name.endswith("libt2l.a") for name in files) and any(name.endswith("t2lConfig.cmake") for name in files)
+    config = "".join(path.read_text() for path in prefix.rglob("*.cmake"))
+    assert "torch" not in config.lower() and "python" not in config.lower() and str(ROOT) not in config
+
+
+@pytest.fixture
+def user(tmp_path):
+    """The build folder, configured, of a program that has the library as a subdirectory."""
+    (tmp_path / "main.cpp").write_text('#include "t2l/t2l.h"\nint main() { return t2l_api_version() != T2L_API_VERSION; }\n')
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\n"
+        f'add_subdirectory("{ROOT}" t2l)\nadd_executable(user main.cpp)\n'
+        "target_link_libraries(user PRIVATE t2l::t2l)\n"
+    )
+    return configure(tmp_path, tmp_path / "build")
+
+
+def test_subdirectory_leaves_the_parent_alone(user):
+    cache = (user / "CMakeCache.txt").read_text()
+    assert all(f"{option}:BOOL=OFF" in cache for option in ("T2L_TORCH", "T2L_CORE", "T2L_INSTALL", "T2L_TESTS"))
+    assert "BUILD_SHARED_LIBS" not in cache and re.search(r"^CMAKE_BUILD_TYPE:\w+=$", cache, re.M)
+
+
+@pytest.mark.slow
+def test_subdirectory_builds_and_runs(user):
+    run(tool("cmake"), "--build", user, "-j", os.cpu_count() or 1)
+    run(user / "user")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers(tmp_path, sanitizer):
+    """The ctest suite, the example as a separate project included, with every finding an error."""
+    if sanitizer == "thread":
+        probe = subprocess.run(
+            [os.environ.get("CXX", "c++"), "-fsanitize=thread", "-x", "c++", "-", "-o", tmp_path / "probe"],
+            input="int main() {}",
+            text=True,
+            capture_output=True,
+        )
+        if probe.returncode or subprocess.run([tmp_path / "probe"], capture_output=True).returncode:
+            pytest.skip("ThreadSanitizer does not run here")  # old ones refuse kernels with much address randomisation
+    build(tmp_path / "build", f"-DT2L_SANITIZE={sanitizer}")
+
+
+@pytest.mark.slow
+def test_shared_library(tmp_path):
+    """It shows exactly the functions of its two headers, and its soname is the version of the C API."""
+    folder = build(tmp_path / "build", "-DBUILD_SHARED_LIBS=ON")
+    c_api, kernels = ((ROOT / "csrc" / "t2l" / name).read_text() for name in ("t2l.h", "kernels.h"))
+    declared = set(re.findall(r"^T2L_API [^;(]*?(\w+)\(", c_api, re.M))
+    declared |= {f"t2l::{name}" for name in re.findall(r"^[\w:*& ]*[ *](\w+)\(", kernels, re.M)}
+    assert {"t2l_hypernet_open", "t2l_lora_add", "t2l::lora", "t2l::detected_isa", "t2l::touch_output"} <= declared
+    (shared,) = (path for path in folder.glob("libt2l.so*") if not path.is_symlink())
+    assert shared.name == f"libt2l.so.{re.search(r'T2L_API_VERSION ([0-9]+)', c_api)[1]}"
+    if not tool("nm"):
+        pytest.skip("needs nm")
+    lines = run(tool("nm"), "-D", "-C", "--defined-only", shared).splitlines()
+    assert {line.split(" ", 2)[2].split("(")[0] for line in lines} == declared
+
+
+def test_document_shows_the_example():
+    """Every C and C++ line of docs/cpp.md stands in the example, in the same order."""
+    blocks = re.findall(r"```(?:cpp|c)\n(.*?)```", (ROOT / "docs" / "cpp.md").read_text(), re.S)
+    assert len(blocks) >= 4
+    sources = [[line.strip() for line in path.read_text().splitlines()] for path in (ROOT / "examples" / "cpp").glob("*.*")]
+    for block in blocks:
+        lines = [line.strip() for line in block.splitlines() if line.strip()]
+        in_order = [all(line in source for source in [iter(s)] for line in lines) for s in sources]
+        assert any(in_order), block
