@@ -97,14 +97,15 @@ def _roofs(axes: Axes, results: Sequence[Result], threads: int, colours: dict, i
     machine = results[0].meta["machine"]
     cache = (machine["l2_mib"] or 0) * 2**20 * min(1, threads / machine["cores"])  # of the cores in use
     level2 = max((b for b in reads if b <= cache), default=min(reads))
-    peaks = {kind: _ceilings(results, kind, "gflops", "dtype", threads) for kind in ("gemm", "fma")}
+    kinds = ("gemm", "fma") if all(result.peaks_hold for result in results) else ("gemm",)
+    peaks = {kind: _ceilings(results, kind, "gflops", "dtype", threads) for kind in kinds}
     top = max(max(p.values()) for p in peaks.values())
     for label, count in (("DRAM", max(reads)), ("L2", level2)):
         rate = reads[count]
         axes.plot([low, top / rate], [low * rate, top], color=GREY, linewidth=1, zorder=1)
         along = {"rotation": math.degrees(math.atan(rate)), "rotation_mode": "anchor", "transform_rotates_text": True}
         axes.text(low * 1.1, low * 1.4 * rate, f"{label} {number(rate)} GB/s", fontsize=7, **along)
-    for dtype in peaks["gemm"] | peaks["fma"]:
+    for dtype in {dtype: None for rates in peaks.values() for dtype in rates}:
         known = sorted((rates[dtype], kind) for kind, rates in peaks.items() if dtype in rates)
         for rate, kind in known:
             style = {"color": colours.get(dtype, GREY), "linestyle": {"gemm": "-", "fma": "--"}[kind]}

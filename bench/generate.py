@@ -14,6 +14,7 @@ from torch import Tensor
 from bench import baselines, split
 from bench.baselines import Adapters
 from bench.harness import OURS, Bar, Context, Error, Task, VerificationError, admit, floor, row, worst
+from bench.rows import KEPT
 from t2l_engine.config import HyperNetworkConfig
 from t2l_engine.flops import hypernet_flops
 from t2l_engine.hypernetwork import HyperNetwork
@@ -35,7 +36,6 @@ BARRED = "mistral-7b"
 ONE = {"L": dict(zip(DTYPES, (1.25, 1.35), strict=True))} | dict.fromkeys(
     ("M", "S-learnable"), dict(zip(DTYPES, (1.35, 1.5), strict=True))
 )
-KEPT = "kept memory"
 MANY, AS_ONE, MEMORY = Bar(1.2), Bar(1.0, of="one description"), 1.2
 #: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
 CHUNK = 8

@@ -85,6 +85,10 @@ class Verdict:
         return self.over <= 1
 
 
+#: In the case of a row that generates over earlier adapters.
+KEPT = "kept memory"
+
+
 @dataclasses.dataclass(frozen=True)
 class Result:
     """One result file; ``meta`` is all of it but the rows."""
@@ -92,6 +96,13 @@ class Result:
     path: Path
     meta: dict[str, Any]
     rows: tuple[Row, ...]
+
+    @property
+    def peaks_hold(self) -> bool:
+        """Whether multiply-adds on registers were nowhere slower than products: else they are no peak, and not shown."""
+        before = self.meta["ceilings"]["before"]
+        gemm = {(c["dtype"], c["threads"]): c["gflops"] for c in before["gemm"]}
+        return all(c["gflops"] >= gemm.get((c["dtype"], c["threads"]), 0) for c in before["fma"])
 
     def verdict(self, row: Row) -> Verdict | None:
         """The row beside its bar, or None where it has none; ResultError where the bar refers to nothing measured."""
@@ -108,7 +119,8 @@ class Result:
             return row.floor["us"]
         if of == "one description":
             many, fewer = row.shape.get("descriptions"), {"descriptions": 1}
-            single = [r for r in self.rows if (r.shape, r.threads, r.cache) == (row.shape | fewer, row.threads, row.cache)]
+            same = [r for r in self.rows if (r.shape, r.threads, r.cache) == (row.shape | fewer, row.threads, row.cache)]
+            single = [r for r in same if (KEPT in r.case) == (KEPT in row.case)]
             if len(single) == 1 and many:
                 return single[0].us * many
         if row.baselines.get(of, {}).get("median_us"):
@@ -220,7 +232,7 @@ def farthest(pairs: Sequence[Pair]) -> Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Headline:
-    """A row that a newcomer wants.  Of several that match (threads, layouts) tables show the farthest from its bar.
+    """A row that a newcomer wants.  Of several that match (threads) tables show the farthest from its bar.
 
     Rows that were timed with nothing beside them do not match: they state a second bar of a time that has a row already.
     """
@@ -230,32 +242,40 @@ class Headline:
     group: str
     where: dict[str, Any]
     cache: str | None = None
+    kept: bool = False
 
     def matching(self, results: Sequence[Result]) -> list[Pair]:
         """ResultError where no row matches."""
         pairs = [p for p in group(results, self.group) if p[1].baselines]
-        found = [p for p in pairs if self.where.items() <= p[1].shape.items() and self.cache in (None, p[1].cache)]
+        pairs = [p for p in pairs if self.cache in (None, p[1].cache) and (KEPT in p[1].case) == self.kept]
+        found = [p for p in pairs if self.where.items() <= p[1].shape.items()]
         if not found:
             wanted = ", ".join(f"{k} {v}" for k, v in self.where.items())
             raise ResultError(f"{', '.join(r.path.name for r in results)}: no row of group {self.group!r} with {wanted}")
         return found
 
 
+def _generated(dtype: str, count: int, kept: bool) -> Headline:
+    sentences = "one sentence" if count == 1 else f"{count} sentences"
+    where = {"model": "mistral-7b", "variant": "L", "dtype": dtype, "descriptions": count}
+    memory = f", {KEPT}" if kept else ""
+    return Headline(f"adapters for Mistral-7B from {sentences}{memory}", f"Mistral x{count}", "generate", where, kept=kept)
+
+
+def _applied(tokens: int, adapters: int) -> Headline:
+    where = {"tokens": tokens, "adapters": adapters, "layout": "r_out"}  # as attach() stores B
+    label = f"one linear, {tokens} tokens, {adapters} adapters"
+    return Headline(label, f"{tokens}x{adapters}", "lora", where, cache="hot")
+
+
+def _step(phase: str, modules: str, dtype: str) -> Headline:
+    label = f"{phase} of SmolLM2-135M, an adapter per row, {modules}"
+    return Headline(label, phase, "model", {"phase": phase, "modules": modules, "dtype": dtype})
+
+
 HEADLINES = (
-    *(
-        Headline(
-            f"adapters for Mistral-7B from {'one sentence' if n == 1 else f'{n} sentences'}",
-            f"Mistral x{n}",
-            "generate",
-            {"model": "mistral-7b", "variant": "L", "dtype": dtype, "descriptions": n},
-        )
-        for dtype in ("float32", "bfloat16")
-        for n in (1, 64)
-    ),
-    *(
-        Headline(f"one linear, {t} tokens, {a} adapters", f"{t}x{a}", "lora", {"tokens": t, "adapters": a}, "hot")
-        for t, a in ((8, 8), (64, 64), (512, 8))
-    ),
-    Headline("a decoding step of SmolLM2-135M, an adapter per row", "decode", "model", {"phase": "decode"}),
-    Headline("a prefill of SmolLM2-135M, an adapter per row", "prefill", "model", {"phase": "prefill"}),
+    *(_generated(dtype, *way) for dtype in ("float32", "bfloat16") for way in ((1, False), (64, False), (64, True))),
+    *(_applied(*size) for size in ((8, 8), (64, 64), (512, 8))),
+    *(_step(phase, "q,v", dtype) for phase in ("decode", "prefill") for dtype in ("float32", "bfloat16")),
+    _step("decode", "all linears", "float32"),
 )

@@ -65,7 +65,8 @@ RATE: Column = ("GB/s", lambda _, row: number(row.floor["bytes"] / row.us / 1e3)
 
 
 def generate(*results: Result) -> str:
-    return table(group(results, "generate"), [_time("ms", 1e3), ADAPTER, *_floor("ms", 1e3), *BAR, FMA])
+    peak = [FMA] if all(result.peaks_hold for result in results) else []
+    return table(group(results, "generate"), [_time("ms", 1e3), ADAPTER, *_floor("ms", 1e3), *BAR, *peak])
 
 
 def generate_memory(*results: Result) -> str:
@@ -159,10 +160,13 @@ def _beside_base(pairs: list[Pair], unit: str, scale: float) -> str:
 def ceilings(*results: Result) -> str:
     """What the machine can do, before and after each suite."""
     units = {"gemm": ("gflops", "GFLOP/s"), "fma": ("gflops", "GFLOP/s"), "read": ("gbps", "GB/s"), "copy": ("gbps", "GB/s")}
-    lines, drifts = [], []
+    lines, drifts, left_out = [], [], []
     for result in results:
         before, after = (result.meta["ceilings"][when] for when in ("before", "after"))
         for kind, (field, unit) in units.items():
+            if kind == "fma" and not result.peaks_hold:
+                left_out.append(result.path.name)
+                continue
             later = {_ceiling(c): c[field] for c in after[kind]}
             for c in before[kind]:
                 if _ceiling(c) not in later:
@@ -173,7 +177,9 @@ def ceilings(*results: Result) -> str:
                 lines.append([result.meta["suite"], kind, what, str(c["threads"]), *rates])
     heads = ["suite", "ceiling", "dtype or bytes", "threads", "before", "after", "unit", "drift"]
     worst = max(drifts, key=abs)
-    return "\n\n".join([grid(heads, lines), f"Largest drift: {worst:+.1%}.  " + caption(everything(results))])
+    no_peak = f"Multiply-adds on registers were slower than products in {', '.join(left_out)}: no peak, left out.  "
+    notes = f"Largest drift: {worst:+.1%}.  {no_peak if left_out else ''}"
+    return "\n\n".join([grid(heads, lines), notes + caption(everything(results))])
 
 
 def _ceiling(entry: dict) -> tuple:

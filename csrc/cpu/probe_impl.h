@@ -47,10 +47,9 @@ inline int64_t probe_steps(int64_t iterations) {
   const typename D::Operand x = D::load_operand(values, D::kStep);
   Vec sums[kProbeStreams];
   for (Vec& s : sums) s = zero();
-  for (int64_t i = 0; i < iterations; ++i) {
+  for (int64_t i = 0; i < iterations; ++i)
     for (int k = 0; k < kProbeStreams; ++k) sums[k] = D::step(x, x, sums[k]);
-    for (Vec& s : sums) asm volatile("" : "+" T2L_VECTOR_REGISTER(s));
-  }
+  for (Vec& s : sums) asm volatile("" : : T2L_VECTOR_REGISTER(s));
   return iterations * kProbeStreams * D::kStep * 2;
 }
 
