@@ -27,7 +27,7 @@ format: setup
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
-# The committed results, and the tables and figures made from them: half an hour on a machine that does nothing else.
+# The committed results, and the tables and figures made from them; the machine should do nothing else.
 results: setup
 	$(BIN)/python -m bench generate
 	$(BIN)/python -m bench apply

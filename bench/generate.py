@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import baselines, split
 from bench.baselines import Adapters
 from bench.harness import OURS, Bar, Context, Error, Task, VerificationError, admit, floor, row, worst
-from bench.rows import KEPT
+from bench.rows import FRESH, KEPT
 from t2l_engine.config import HyperNetworkConfig
 from t2l_engine.flops import hypernet_flops
 from t2l_engine.hypernetwork import HyperNetwork
@@ -109,7 +109,7 @@ def generation(
             results = {"": OURS}
             if kept:
                 results[f", {KEPT}"] = KEPT
-                beside = {OURS: timings[n, KEPT], "fresh memory": of_n[OURS]}
+                beside = {OURS: timings[n, KEPT], FRESH: of_n[OURS]}
                 again = common | {"case": f"{common['case']}, {KEPT}"}
                 yield "rows", row(**again, timings=beside, least=least, bar=bar, peak_gflops=peak)
             if shape.name == BARRED and n == 64:

@@ -198,6 +198,7 @@ def run(
     if not tasks:
         names = ", ".join(task.name for task in plan(context))
         raise BenchError(f"only: expected part of one of these names: {names}; got {only!r}")
+    source = _source()  # of what is about to be measured
     with threads(count):
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
         context.ceilings.survey(sizes, context.thread_counts)
@@ -210,7 +211,7 @@ def run(
         "suite": suite,
         "size": size,
         "command": command,
-        **_source(),
+        **source,
         "machine": _machine(count),
         "versions": _versions(),
         "ceilings": {"before": context.ceilings.to_json(), "after": after.to_json()},

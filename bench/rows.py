@@ -57,9 +57,14 @@ class Row:
         median = self.baselines.get(baseline, {}).get("median_us")
         return None if median is None else median / self.us
 
+    @property
+    def mark(self) -> str:
+        """A dagger where the middle half of the samples spreads over more than a quarter of the median."""
+        return " †" if self.ours["iqr_us"] > self.us / 4 else ""
+
     def rivals(self) -> dict[str, float]:
-        """Speed-up over each baseline that ran, the model without adapters aside."""
-        speedups = {name: self.speedup(name) for name in self.baselines if name != BASE}
+        """Speed-up over each other way that ran: not over the model without adapters, nor over ours into fresh memory."""
+        speedups = {name: self.speedup(name) for name in self.baselines if name not in (BASE, FRESH)}
         return {name: s for name, s in speedups.items() if s is not None}
 
 
@@ -85,8 +90,8 @@ class Verdict:
         return self.over <= 1
 
 
-#: In the case of a row that generates over earlier adapters.
-KEPT = "kept memory"
+#: In the case of a row that generates over earlier adapters, and what the same call into fresh memory is beside it.
+KEPT, FRESH = "kept memory", "fresh memory"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +267,10 @@ def _generated(dtype: str, count: int, kept: bool) -> Headline:
     return Headline(f"adapters for Mistral-7B from {sentences}{memory}", f"Mistral x{count}", "generate", where, kept=kept)
 
 
-def _applied(tokens: int, adapters: int) -> Headline:
+def _applied(tokens: int, adapters: int, cache: str = "hot") -> Headline:
     where = {"tokens": tokens, "adapters": adapters, "layout": "r_out"}  # as attach() stores B
-    label = f"one linear, {tokens} tokens, {adapters} adapters"
-    return Headline(label, f"{tokens}x{adapters}", "lora", where, cache="hot")
+    label = f"one linear, {tokens} tokens, {adapters} adapters, {cache}"
+    return Headline(label, f"{tokens}x{adapters}", "lora", where, cache=cache)
 
 
 def _step(phase: str, modules: str, dtype: str) -> Headline:
@@ -275,7 +280,7 @@ def _step(phase: str, modules: str, dtype: str) -> Headline:
 
 HEADLINES = (
     *(_generated(dtype, *way) for dtype in ("float32", "bfloat16") for way in ((1, False), (64, False), (64, True))),
-    *(_applied(*size) for size in ((8, 8), (64, 64), (512, 8))),
+    *(_applied(*size) for size in ((8, 8), (64, 64), (64, 64, "cold"), (512, 8))),
     *(_step(phase, "q,v", dtype) for phase in ("decode", "prefill") for dtype in ("float32", "bfloat16")),
-    _step("decode", "all linears", "float32"),
+    *(_step("decode", "all linears", dtype) for dtype in ("float32", "bfloat16")),
 )

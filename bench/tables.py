@@ -29,7 +29,7 @@ from bench.rows import (
 
 def _time(unit: str, scale: float) -> Column:
     def cell(_: Result, row: Row) -> str:
-        return f"{number(row.us / scale)} ({number(row.ours['iqr_us'] / scale)})"
+        return f"{number(row.us / scale)} ({number(row.ours['iqr_us'] / scale)}){row.mark}"
 
     return f"{unit} (IQR)", cell
 
@@ -221,7 +221,7 @@ def speed(*results: Result) -> str:
             [
                 headline.label,
                 row.name,
-                duration(row.us),
+                duration(row.us) + row.mark,
                 GAP if verdict is None else f"{number(verdict.ratio)} x {verdict.of}",
                 GAP if verdict is None else verdict.bar,
                 met(verdict),
