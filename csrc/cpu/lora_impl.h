@@ -42,8 +42,8 @@ struct PairOf<bf16> {
   static constexpr bool kEvenOdd = true;
   static void load_outputs(const bf16* p, Vec* v) {
     const __m512i both = _mm512_loadu_si512(p);
-    v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
-    v[1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)));
+    v[0] = first_bf16(both);
+    v[1] = second_bf16(both);
   }
   static void load_weights(const bf16* p, bool, Vec* v) { load_outputs(p, v); }
   static void load_weights(const float* p, bool ordered, Vec* v) {
@@ -76,8 +76,8 @@ struct PairOf<bf16> {
                                  _mm512_shuffle_i32x4(even0, even1, 0xdd), _mm512_shuffle_i32x4(odd0, odd1, 0xdd)};
       for (int d = 0; d < 4; ++d) {  // even and odd outputs of one dword, then of the next
         Vec* rank = v + 8 * half + 4 * (d / 2) + d % 2;
-        rank[0] = _mm512_castsi512_ps(_mm512_slli_epi32(dwords[d], 16));
-        rank[2] = _mm512_castsi512_ps(_mm512_and_si512(dwords[d], _mm512_set1_epi32(-65536)));
+        rank[0] = first_bf16(dwords[d]);
+        rank[2] = second_bf16(dwords[d]);
       }
     }
   }

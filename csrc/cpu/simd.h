@@ -275,8 +275,10 @@ inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols,
 }
 
 // 16 bytes of each of kLanes rows, turned: out[j * ldo + i] = element j of row i, widened.
+#if T2L_ISA_LEVEL >= T2L_AVX2
 #if T2L_ISA_LEVEL >= T2L_AVX512
-inline __m512i quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
+using IntVec = __m512i;
+inline IntVec quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
   const char* row = static_cast<const char*>(p);
   const auto part = [row, ld](int i) { return reinterpret_cast<const __m128i*>(row + 4 * i * ld); };
   __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(part(0)));
@@ -284,56 +286,50 @@ inline __m512i quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 
   v = _mm512_inserti32x4(v, _mm_loadu_si128(part(2)), 2);
   return _mm512_inserti32x4(v, _mm_loadu_si128(part(3)), 3);
 }
-inline void turn_dwords(const void* rows, int64_t ld, __m512i* out) {  // ld in bytes; out[k]: dword k of every row
-  const char* p = static_cast<const char*>(rows);
-  const __m512i a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
-  const __m512i ab0 = _mm512_unpacklo_epi32(a, b), ab1 = _mm512_unpackhi_epi32(a, b);
-  const __m512i cd0 = _mm512_unpacklo_epi32(c, d), cd1 = _mm512_unpackhi_epi32(c, d);
-  out[0] = _mm512_unpacklo_epi64(ab0, cd0);
-  out[1] = _mm512_unpackhi_epi64(ab0, cd0);
-  out[2] = _mm512_unpacklo_epi64(ab1, cd1);
-  out[3] = _mm512_unpackhi_epi64(ab1, cd1);
-}
-inline void turn_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
-  __m512i v[4];
-  turn_dwords(rows, ld * 4, v);
-  for (int k = 0; k < 4; ++k) store(out + k * ldo, _mm512_castsi512_ps(v[k]));
-}
-inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
-  __m512i v[4];
-  turn_dwords(rows, ld * 2, v);
-  for (int k = 0; k < 4; ++k) {
-    store(out + 2 * k * ldo, _mm512_castsi512_ps(_mm512_slli_epi32(v[k], 16)));
-    store(out + (2 * k + 1) * ldo, _mm512_castsi512_ps(_mm512_and_si512(v[k], _mm512_set1_epi32(-65536))));
-  }
-}
-#elif T2L_ISA_LEVEL == T2L_AVX2
-inline __m256i quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
+inline IntVec low_dwords(IntVec a, IntVec b) { return _mm512_unpacklo_epi32(a, b); }
+inline IntVec high_dwords(IntVec a, IntVec b) { return _mm512_unpackhi_epi32(a, b); }
+inline IntVec low_qwords(IntVec a, IntVec b) { return _mm512_unpacklo_epi64(a, b); }
+inline IntVec high_qwords(IntVec a, IntVec b) { return _mm512_unpackhi_epi64(a, b); }
+inline Vec as_floats(IntVec v) { return _mm512_castsi512_ps(v); }
+// The first and the second bfloat16 of every dword, widened.
+inline Vec first_bf16(IntVec v) { return as_floats(_mm512_slli_epi32(v, 16)); }
+inline Vec second_bf16(IntVec v) { return as_floats(_mm512_and_si512(v, _mm512_set1_epi32(-65536))); }
+#else
+using IntVec = __m256i;
+inline IntVec quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
   const char* row = static_cast<const char*>(p);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row))),
                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * ld)), 1);
 }
-inline void turn_dwords(const void* rows, int64_t ld, __m256i* out) {  // ld in bytes; out[k]: dword k of every row
+inline IntVec low_dwords(IntVec a, IntVec b) { return _mm256_unpacklo_epi32(a, b); }
+inline IntVec high_dwords(IntVec a, IntVec b) { return _mm256_unpackhi_epi32(a, b); }
+inline IntVec low_qwords(IntVec a, IntVec b) { return _mm256_unpacklo_epi64(a, b); }
+inline IntVec high_qwords(IntVec a, IntVec b) { return _mm256_unpackhi_epi64(a, b); }
+inline Vec as_floats(IntVec v) { return _mm256_castsi256_ps(v); }
+// The first and the second bfloat16 of every dword, widened.
+inline Vec first_bf16(IntVec v) { return as_floats(_mm256_slli_epi32(v, 16)); }
+inline Vec second_bf16(IntVec v) { return as_floats(_mm256_and_si256(v, _mm256_set1_epi32(-65536))); }
+#endif
+inline void turn_dwords(const void* rows, int64_t ld, IntVec* out) {  // ld in bytes; out[k]: dword k of every row
   const char* p = static_cast<const char*>(rows);
-  const __m256i a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
-  const __m256i ab0 = _mm256_unpacklo_epi32(a, b), ab1 = _mm256_unpackhi_epi32(a, b);
-  const __m256i cd0 = _mm256_unpacklo_epi32(c, d), cd1 = _mm256_unpackhi_epi32(c, d);
-  out[0] = _mm256_unpacklo_epi64(ab0, cd0);
-  out[1] = _mm256_unpackhi_epi64(ab0, cd0);
-  out[2] = _mm256_unpacklo_epi64(ab1, cd1);
-  out[3] = _mm256_unpackhi_epi64(ab1, cd1);
+  const IntVec a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
+  const IntVec ab0 = low_dwords(a, b), ab1 = high_dwords(a, b), cd0 = low_dwords(c, d), cd1 = high_dwords(c, d);
+  out[0] = low_qwords(ab0, cd0);
+  out[1] = high_qwords(ab0, cd0);
+  out[2] = low_qwords(ab1, cd1);
+  out[3] = high_qwords(ab1, cd1);
 }
 inline void turn_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
-  __m256i v[4];
+  IntVec v[4];
   turn_dwords(rows, ld * 4, v);
-  for (int k = 0; k < 4; ++k) store(out + k * ldo, _mm256_castsi256_ps(v[k]));
+  for (int k = 0; k < 4; ++k) store(out + k * ldo, as_floats(v[k]));
 }
 inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
-  __m256i v[4];
+  IntVec v[4];
   turn_dwords(rows, ld * 2, v);
   for (int k = 0; k < 4; ++k) {
-    store(out + 2 * k * ldo, _mm256_castsi256_ps(_mm256_slli_epi32(v[k], 16)));
-    store(out + (2 * k + 1) * ldo, _mm256_castsi256_ps(_mm256_and_si256(v[k], _mm256_set1_epi32(-65536))));
+    store(out + 2 * k * ldo, first_bf16(v[k]));
+    store(out + (2 * k + 1) * ldo, second_bf16(v[k]));
   }
 }
 #else
