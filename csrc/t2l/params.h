@@ -4,7 +4,7 @@
 
 namespace t2l {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1 };
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };  // f16: on CUDA alone
 
 constexpr int kMaxSides = 2;
 
@@ -19,7 +19,8 @@ struct LoraParams {
   const int32_t* seg_indptr;    // [segments + 1]
   const int32_t* seg_adapters;  // [segments]
   const int32_t* ranks;         // [adapters], or null: all `rank`
-  int64_t tokens, in, out, rank, segments;
+  int64_t tokens, in, out, rank, segments, adapters;
+  int64_t max_seg_len;  // of a segment, at most
   int64_t x_stride, y_stride;
   int64_t a_stride_adapter, a_stride_rank;
   int64_t b_stride_adapter, b_stride_out, b_stride_rank;

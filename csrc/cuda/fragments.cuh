@@ -1,0 +1,148 @@
+// Products of rows with rows on tensor cores, 64 bytes of every row at a time.
+//
+// A lane (g = lane / 4, t = lane % 4) reads 16 bytes at a time: quad t of its rows.  Which feature an operand register
+// stands for does not matter as long as both operands agree, so the registers of one 16-byte load are the fragments of two
+// products, and nothing is shuffled or staged on the way from memory.
+//
+// float32 numbers are multiplied as sums of two numbers of 11 bits (x = high + low): three products, relative error 3 *
+// 2^-22 at most, sums in float32.
+#pragma once
+#include "primitives.cuh"
+#include "t2l/params.h"
+
+namespace t2l::device {
+
+template <class T>
+struct Traits {
+  static constexpr int kPerQuad = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPerBlock = 4 * kPerQuad;  // features of a row in 64 bytes
+};
+
+struct Split {
+  float high, low;
+};
+
+T2L_DEVICE bool is_finite(float v) { return (float_to_bits(v) & 0x7f800000u) != 0x7f800000u; }
+// Infinities and NaN stay in `high` alone, or they would meet the zeros of another operand's `low`.
+T2L_DEVICE Split split(float v) {
+  const float high = to_tf32(v);
+  return Split{high, is_finite(high) ? to_tf32(v - high) : 0.0f};
+}
+T2L_DEVICE float finite_or_zero(float v) { return is_finite(v) ? v : 0.0f; }
+
+// d (16 x 8) += rows of a times rows of b: quad t of rows g and g + 8 of a, of row g of b.
+template <class T>
+T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, T type) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const uint32_t left[4] = {low_rows.word[2 * step], high_rows.word[2 * step], low_rows.word[2 * step + 1],
+                              high_rows.word[2 * step + 1]};
+    const uint32_t right[2] = {b.word[2 * step], b.word[2 * step + 1]};
+    mma_16x8x16(d, left, right, type);
+  }
+}
+
+// d += left * right, both split; `low` of the right operand may be known to be zero.
+template <bool kRightIsExact>
+T2L_DEVICE void multiply_split(float (&d)[4], const Split (&left)[4], const Split (&right)[2]) {
+  const float right_high[2] = {right[0].high, right[1].high};
+  const float left_high[4] = {left[0].high, left[1].high, left[2].high, left[3].high};
+  const float left_low[4] = {left[0].low, left[1].low, left[2].low, left[3].low};
+  const float finite_right[2] = {finite_or_zero(right[0].high), finite_or_zero(right[1].high)};
+  mma_16x8x8(d, left_low, finite_right);
+  if (!kRightIsExact) {
+    const float right_low[2] = {right[0].low, right[1].low};
+    const float finite_left[4] = {finite_or_zero(left[0].high), finite_or_zero(left[1].high), finite_or_zero(left[2].high),
+                                  finite_or_zero(left[3].high)};
+    mma_16x8x8(d, finite_left, right_low);
+  }
+  mma_16x8x8(d, left_high, right_high);
+}
+
+T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, float) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    const Split left[4] = {split(bits_to_float(low_rows.word[2 * step])), split(bits_to_float(high_rows.word[2 * step])),
+                           split(bits_to_float(low_rows.word[2 * step + 1])),
+                           split(bits_to_float(high_rows.word[2 * step + 1]))};
+    const Split right[2] = {split(bits_to_float(b.word[2 * step])), split(bits_to_float(b.word[2 * step + 1]))};
+    multiply_split<false>(d, left, right);
+  }
+}
+
+// ---- numbers in memory
+
+T2L_DEVICE float load_float(const void* p, int64_t index, DType type) {
+  if (type == DType::bf16) return to_float(load_one(static_cast<const bf16*>(p) + index));
+  if (type == DType::f16) return to_float(load_one(static_cast<const f16*>(p) + index));
+  return load_one(static_cast<const float*>(p) + index);
+}
+T2L_DEVICE void store_float(void* p, int64_t index, DType type, float value) {
+  if (type == DType::bf16) {
+    bf16 v;
+    from_float(value, &v);
+    return store_one(static_cast<bf16*>(p) + index, v);
+  }
+  if (type == DType::f16) {
+    f16 v;
+    from_float(value, &v);
+    return store_one(static_cast<f16*>(p) + index, v);
+  }
+  store_one(static_cast<float*>(p) + index, value);
+}
+
+T2L_DEVICE void unpack(const Quad& q, bf16, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = bits_to_float(q.word[i] << 16);
+    out[2 * i + 1] = bits_to_float(q.word[i] & 0xffff0000u);
+  }
+}
+T2L_DEVICE void unpack(const Quad& q, f16, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = to_float(f16{static_cast<uint16_t>(q.word[i])});
+    out[2 * i + 1] = to_float(f16{static_cast<uint16_t>(q.word[i] >> 16)});
+  }
+}
+T2L_DEVICE void unpack(const Quad& q, float, float* out) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = bits_to_float(q.word[i]);
+}
+template <class T>
+T2L_DEVICE uint32_t pack_two(float first, float second, T) {
+  T low, high;
+  from_float(first, &low);
+  from_float(second, &high);
+  return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
+}
+template <class T>
+T2L_DEVICE Quad pack(const float* v, T type) {
+  Quad q;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q.word[i] = pack_two(v[2 * i], v[2 * i + 1], type);
+  return q;
+}
+T2L_DEVICE Quad pack(const float* v, float) {
+  Quad q;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) q.word[i] = float_to_bits(v[i]);
+  return q;
+}
+T2L_DEVICE void set_element(Quad* q, int i, bf16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
+T2L_DEVICE void set_element(Quad* q, int i, f16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
+T2L_DEVICE void set_element(Quad* q, int i, float v) { q->word[i] = float_to_bits(v); }
+
+// Features [k, k + 16 bytes) of a row of `size`; those beyond it are zero.  `aligned`: the row begins at a multiple of 16.
+template <class T>
+T2L_DEVICE Quad load_features(const T* row, int64_t k, int64_t size, bool aligned) {
+  constexpr int n = Traits<T>::kPerQuad;
+  if (aligned && k + n <= size) return load_quad(row + k);
+  Quad q = zero_quad();
+#pragma unroll
+  for (int i = 0; i < n; ++i)
+    if (k + i < size) set_element(&q, i, load_one(row + k + i));
+  return q;
+}
+
+}  // namespace t2l::device

@@ -1,0 +1,54 @@
+// Launches of the hypernetwork kernels.
+#include "hypernet_head.cuh"
+#include "hypernet_trunk.cuh"
+#include "launch.cuh"
+
+namespace t2l::cuda {
+namespace {
+
+using HeadKernel = void (*)(device::HeadLaunch);
+
+template <class T>
+HeadKernel head_kernel_for(const HeadConfig& c) {
+  return c.wide ? device::head_kernel<T, kWideRows / 16> : device::head_kernel<T, kNarrowRows / 16>;
+}
+
+const char* launch_heads(const HeadParams* modules, int64_t count, void* stream) {
+  const DeviceLimits limits = device_limits();
+  if (limits.error) return limits.error;
+  device::HeadLaunch argument{};
+  for (int64_t i = 0; i < count; ++i) argument.module[i] = modules[i];
+  argument.count = static_cast<int>(count);
+  const HeadConfig& c = argument.config = choose_head_config(modules, count, limits.multiprocessors);
+  if (c.latent_rows == 0 || c.blocks == 0) return nullptr;
+  const DType type = modules[0].w_type;
+  const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
+                            : type == DType::f16 ? head_kernel_for<device::f16>(c)
+                                                 : device::head_kernel<float, kNarrowRows / 16>;
+  return launch(kernel, c.blocks, 1, c.shared_bytes, stream, argument);
+}
+
+}  // namespace
+
+const char* hypernet_trunk(const TrunkParams& params, void* stream) {
+  const DeviceLimits limits = device_limits();
+  if (limits.error) return limits.error;
+  if (params.tasks * params.modules * params.layers * params.sides * params.ranks == 0) return nullptr;
+  device::TrunkLaunch argument{params, choose_trunk_config(params, limits.multiprocessors, limits.shared_bytes)};
+  const TrunkConfig& c = argument.config;
+  if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
+  using Kernel = void (*)(device::TrunkLaunch);
+  const Kernel kernel = params.w_type == DType::bf16  ? device::trunk_kernel<device::bf16>
+                        : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
+                                                      : device::trunk_kernel<float>;
+  const int64_t shares = params.sides / c.sides_at_once * (params.ranks / c.ranks_at_once);
+  return launch(kernel, c.tiles * shares, 1, c.shared_bytes, stream, argument);
+}
+
+const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {
+  for (int64_t i = 0; i < count; i += kMaxGroup)
+    if (const char* error = launch_heads(modules + i, lesser(kMaxGroup, count - i), stream)) return error;
+  return nullptr;
+}
+
+}  // namespace t2l::cuda

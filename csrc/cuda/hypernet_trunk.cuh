@@ -1,0 +1,203 @@
+// Hypernetwork trunk in one launch: mixer and three residual MLP blocks for a tile of (task, module, layer) rows a block.
+//
+// Activations stay in shared memory: float32 where LayerNorm, SiLU and residuals act, rounded to the weights' type where a
+// product reads them.  Weights stream from L2 straight into the fragments of the products: a warp takes 16 of their rows at
+// a time and the whole depth, so every sum is one warp's, in order, and bits do not depend on the tile or the batch.
+#pragma once
+#include "config.h"
+#include "fragments.cuh"
+
+namespace t2l::device {
+
+using cuda::kThreads;
+using cuda::kWarps;
+
+struct TrunkLaunch {
+  TrunkParams params;
+  cuda::TrunkConfig config;
+};
+
+constexpr float kLayerNormEps = 1e-5f;
+
+T2L_DEVICE float silu(float v) { return v / (1.0f + exponential(-v)); }
+
+// A block's tile: rows in use, and where its panels lie.
+template <class T>
+struct TrunkTile {
+  int rows;
+  float* x;   // [rows, m]
+  T* narrow;  // [rows, narrow_stride]
+  T* wide;    // [rows, wide_stride]
+  int64_t narrow_stride, wide_stride;
+};
+
+// finish(row, column, inputs . weight[column]) for the rows of the tile.  Inputs are zero beyond their depth.
+template <class T, class Finish>
+T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const void* weight, int64_t columns, int64_t depth,
+                            Finish finish) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const T* w = static_cast<const T*>(weight);
+  const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerQuad == 0;
+  for (int64_t first = warp_index() * 16; first < columns; first += kWarps * 16) {
+    float sum[2][4] = {};
+#pragma unroll 4
+    for (int64_t k = t * Traits<T>::kPerQuad; k - t * Traits<T>::kPerQuad < depth; k += Traits<T>::kPerBlock) {
+      Quad weights[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t column = first + 8 * i + g;
+        weights[i] = column < columns ? load_features(w + column * depth, k, depth, aligned) : zero_quad();
+      }
+      const Quad low = g < rows ? *reinterpret_cast<const Quad*>(inputs + g * stride + k) : zero_quad();
+      const Quad high = g + 8 < rows ? *reinterpret_cast<const Quad*>(inputs + (g + 8) * stride + k) : zero_quad();
+#pragma unroll
+      for (int i = 0; i < 2; ++i) multiply_quads(sum[i], low, high, weights[i], T());
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int row = g + 8 * (j / 2);
+        const int64_t column = first + 8 * i + 2 * t + j % 2;
+        if (row < rows && column < columns) finish(row, column, sum[i][j]);
+      }
+  }
+}
+
+// Zeros after `features` of every row, up to the whole blocks that products read.
+template <class T>
+T2L_DEVICE void pad_rows(T* panel, int64_t stride, int rows, int64_t features) {
+  const int64_t extra = cuda::round_up(features, Traits<T>::kPerBlock) - features;
+  for (int64_t i = thread_index(); i < rows * extra; i += kThreads)
+    from_float(0.0f, panel + i / extra * stride + features + i % extra);
+}
+
+// narrow = LN(x), a warp a row.
+template <class T>
+T2L_DEVICE void layer_norm(const float* x, int64_t m, const float* weight, const float* bias, const TrunkTile<T>& tile) {
+  for (int row = warp_index(); row < tile.rows; row += kWarps) {
+    const float* values = x + row * m;
+    float sum = 0.0f, squares = 0.0f;
+    for (int64_t j = lane_index(); j < m; j += 32) sum += values[j];
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+    const float mean = sum / static_cast<float>(m);
+    for (int64_t j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) squares += shuffle_xor(squares, mask);
+    const float scale = reciprocal_root(squares / static_cast<float>(m) + kLayerNormEps);
+    for (int64_t j = lane_index(); j < m; j += 32)
+      from_float((values[j] - mean) * scale * load_one(weight + j) + load_one(bias + j),
+                 tile.narrow + row * tile.narrow_stride + j);
+  }
+  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, m);
+}
+
+// finish(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)); all threads have written x.
+template <class T, class Finish>
+T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int64_t m, int64_t out, Finish finish) {
+  block_barrier();
+  layer_norm(x, m, p.norm_weight, p.norm_bias, tile);
+  block_barrier();
+  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int64_t column, float value) {
+    from_float(silu(value + load_one(p.b1 + column)), tile.wide + row * tile.wide_stride + column);
+  });
+  pad_rows(tile.wide, tile.wide_stride, tile.rows, 4 * m);
+  block_barrier();
+  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.w2, out, 4 * m,
+              [&](int row, int64_t column, float value) { finish(row, column, silu(value + load_one(p.b2 + column))); });
+}
+
+template <class T>
+T2L_DEVICE void residual(const TrunkTile<T>& tile, const MlpParams& p, float* x, int64_t m) {
+  mlp(tile, p, x, m, m, [&](int row, int64_t column, float value) { x[row * m + column] += value; });
+  block_barrier();
+}
+
+// x after the mixer.  The first product is split: the task's part here, the rest is the constant table.
+template <class T>
+T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int64_t first_row) {
+  const int64_t hidden = 4 * p.m, group = p.modules * p.layers;
+  for (int64_t i = thread_index(); i < tile.rows * p.t; i += kThreads) {
+    const int64_t row = i / p.t, task = (first_row + row) / group;
+    from_float(load_one(p.z + task * p.t + i % p.t), tile.narrow + row * tile.narrow_stride + i % p.t);
+  }
+  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, p.t);
+  block_barrier();
+  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, p.t,
+              [&](int row, int64_t column, float value) {
+                const float constant = load_one(p.mixer_table + (first_row + row) % group * hidden + column);
+                from_float(silu(value + constant), tile.wide + row * tile.wide_stride + column);
+              });
+  pad_rows(tile.wide, tile.wide_stride, tile.rows, hidden);
+  block_barrier();
+  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, p.m, hidden, [&](int row, int64_t column, float value) {
+    tile.x[row * p.m + column] = silu(value + load_one(p.mixer_b2 + column));
+  });
+  block_barrier();
+}
+
+// out = x turned to position k: half-split rotation, base 1e4.  out may be x.
+T2L_DEVICE void rotate(const float* x, int rows, int64_t m, int64_t k, float* out) {
+  const int64_t half = m / 2;
+  for (int64_t i = thread_index(); i < rows * half; i += kThreads) {
+    const int64_t row = i / half, j = i % half;
+    const float frequency = power(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(m));
+    float c, s;
+    cos_sin(static_cast<float>(k) * frequency, &c, &s);
+    const float a = x[row * m + j], b = x[row * m + half + j];
+    out[row * m + j] = a * c - b * s;
+    out[row * m + half + j] = b * c + a * s;
+  }
+}
+
+template <class T>
+T2L_KERNEL(kThreads, 1)
+trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
+  const TrunkParams& p = launch.params;
+  const cuda::TrunkConfig& c = launch.config;
+  const int64_t m = p.m, group = p.modules * p.layers;
+  SharedMemory shared;
+  TrunkTile<T> tile;
+  tile.x = shared.take<float>(c.tile_rows * m);
+  float* u = c.sides_at_once > 1 ? shared.take<float>(c.tile_rows * m) : tile.x;
+  float* v = c.ranks_at_once > 1 ? shared.take<float>(c.tile_rows * m) : u;
+  tile.narrow = shared.take<T>(c.tile_rows * c.narrow_stride);
+  tile.wide = shared.take<T>(c.tile_rows * c.wide_stride);
+  tile.narrow_stride = c.narrow_stride;
+  tile.wide_stride = c.wide_stride;
+  const int64_t first_row = block_index_x() % c.tiles * c.tile_rows;
+  const int64_t share = block_index_x() / c.tiles, rank_shares = p.ranks / c.ranks_at_once;
+  const int64_t first_side = share / rank_shares * c.sides_at_once, first_rank = share % rank_shares * c.ranks_at_once;
+  tile.rows = static_cast<int>(cuda::lesser(c.tile_rows, p.tasks * group - first_row));
+
+  mixer(p, tile, first_row);
+  residual(tile, p.mlp[0], tile.x, m);
+  for (int64_t side = first_side; side < first_side + c.sides_at_once; ++side) {
+    for (int64_t i = thread_index(); i < tile.rows * m; i += kThreads) {
+      const int64_t module = (first_row + i / m) / p.layers % p.modules;
+      const float emb = p.side_emb ? load_one(p.side_emb + (module * p.sides + side) * m + i % m) : 0.0f;
+      u[i] = tile.x[i] + emb;
+    }
+    residual(tile, p.mlp[1], u, m);
+    for (int64_t k = first_rank; k < first_rank + c.ranks_at_once; ++k) {
+      if (p.rotary) {
+        rotate(u, tile.rows, m, k, v);
+        residual(tile, p.mlp[1], v, m);
+      } else {
+        for (int64_t i = thread_index(); i < tile.rows * m; i += kThreads)
+          v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
+      }
+      mlp(tile, p.mlp[2], v, m, p.h, [&](int row, int64_t column, float value) {
+        const int64_t task_module = (first_row + row) / p.layers, layer = (first_row + row) % p.layers;
+        const int64_t at = ((task_module * p.sides + side) * p.ranks + k) * p.layers + layer;
+        T rounded;
+        from_float(value, &rounded);
+        store_one(static_cast<T*>(p.latent) + at * p.h + column, rounded);
+      });
+      block_barrier();
+    }
+  }
+}
+
+}  // namespace t2l::device

@@ -1,0 +1,357 @@
+// What a kernel may ask of the machine it runs on.  Every intrinsic and every line of PTX of the project is here; each has a
+// second body for the emulator (csrc/emu), which runs the same kernel source on a CPU.
+//
+// Conventions: blocks are one-dimensional, warps have 32 lanes, warp-wide calls are made by all 32.  Values that a kernel is
+// measured by go through load/store, so that the emulator can count them; ids, ranks and segments are read plainly.
+#pragma once
+#include <cstdint>
+
+#ifdef T2L_EMULATOR
+#include "emu/emulator.h"
+#define T2L_DEVICE inline
+#define T2L_KERNEL(threads, blocks_per_sm) inline void
+#define T2L_ARGUMENT(type) const type
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define T2L_DEVICE __device__ __forceinline__
+#define T2L_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define T2L_ARGUMENT(type) const __grid_constant__ type  // stays in constant memory, also where it is indexed
+#endif
+
+namespace t2l::device {
+
+// Storage of 16-bit numbers; arithmetic happens in float32 or in tensor cores.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// 16 bytes as a thread loads them.
+struct alignas(16) Quad {
+  uint32_t word[4];
+};
+T2L_DEVICE Quad zero_quad() { return Quad{{0, 0, 0, 0}}; }
+
+// ---- where a thread is
+
+T2L_DEVICE int thread_index() {
+#ifdef T2L_EMULATOR
+  return emu::thread_index();
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+T2L_DEVICE int lane_index() { return thread_index() & 31; }
+T2L_DEVICE int warp_index() { return thread_index() >> 5; }
+T2L_DEVICE int64_t block_index_x() {
+#ifdef T2L_EMULATOR
+  return emu::block_index_x();
+#else
+  return blockIdx.x;
+#endif
+}
+T2L_DEVICE int block_index_y() {
+#ifdef T2L_EMULATOR
+  return emu::block_index_y();
+#else
+  return static_cast<int>(blockIdx.y);
+#endif
+}
+T2L_DEVICE int64_t grid_size_x() {
+#ifdef T2L_EMULATOR
+  return emu::grid_size_x();
+#else
+  return gridDim.x;
+#endif
+}
+
+// ---- shared memory: one block of bytes a launch asks for, handed out piece by piece in the same order by every thread
+
+class SharedMemory {
+ public:
+  T2L_DEVICE SharedMemory();
+  // 16-byte aligned; sizes as config.h counts them: rounded up to 16 bytes.
+  template <class T>
+  T2L_DEVICE T* take(int64_t count) {
+#ifdef T2L_EMULATOR
+    return static_cast<T*>(emu::take_shared(&used_, count * static_cast<int64_t>(sizeof(T))));
+#else
+    T* p = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return p;
+#endif
+  }
+
+ private:
+#ifdef T2L_EMULATOR
+  emu::SharedCursor used_;
+#else
+  char* base_;
+  int64_t used_ = 0;
+#endif
+};
+#ifdef T2L_EMULATOR
+inline SharedMemory::SharedMemory() = default;
+#else
+T2L_DEVICE SharedMemory::SharedMemory() {
+  extern __shared__ __align__(16) char t2l_shared_bytes[];
+  base_ = t2l_shared_bytes;
+}
+#endif
+
+// ---- meeting other threads
+
+// All threads of the block, which then see each other's writes.
+T2L_DEVICE void block_barrier() {
+#ifdef T2L_EMULATOR
+  emu::block_barrier();
+#else
+  __syncthreads();
+#endif
+}
+
+// The value of lane `lane ^ mask`.
+template <class T>
+T2L_DEVICE T shuffle_xor(T value, int mask) {
+#ifdef T2L_EMULATOR
+  const emu::WarpExchange<T> all(value);
+  return all.of(lane_index() ^ mask);
+#else
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+#endif
+}
+// The value of the lane `distance` below; lanes without one keep their own.
+template <class T>
+T2L_DEVICE T shuffle_up(T value, int distance) {
+#ifdef T2L_EMULATOR
+  const emu::WarpExchange<T> all(value);
+  return all.of(lane_index() >= distance ? lane_index() - distance : lane_index());
+#else
+  return __shfl_up_sync(0xffffffffu, value, distance);
+#endif
+}
+
+// On shared memory; integers only: their sum does not depend on the order.
+T2L_DEVICE void atomic_add(int* target, int value) {
+#ifdef T2L_EMULATOR
+  emu::atomic_add(target, value);
+#else
+  atomicAdd(target, value);
+#endif
+}
+
+// An argument that only the device can see is wrong: the launch fails, and with it the context, as torch's own index checks
+// do.
+T2L_DEVICE void require(bool holds, const char* what) {
+#ifdef T2L_EMULATOR
+  if (!holds) emu::fail(what);
+#else
+  (void)what;
+  if (!holds) __trap();
+#endif
+}
+
+// ---- global memory
+
+// 16 bytes at an address that is a multiple of 16.  `streamed`: read once, keep it out of L1.
+T2L_DEVICE Quad load_quad(const void* p) {
+#ifdef T2L_EMULATOR
+  return emu::load<Quad>(p);
+#else
+  const uint4 v = __ldg(static_cast<const uint4*>(p));
+  return Quad{{v.x, v.y, v.z, v.w}};
+#endif
+}
+template <class T>
+T2L_DEVICE T load_one(const T* p) {
+#ifdef T2L_EMULATOR
+  return emu::load<T>(p);
+#else
+  return *p;
+#endif
+}
+// Memory that this launch also writes: not through the read-only path.
+T2L_DEVICE Quad load_quad_mutable(const void* p) {
+#ifdef T2L_EMULATOR
+  return emu::load<Quad>(p);
+#else
+  const uint4 v = *static_cast<const uint4*>(p);
+  return Quad{{v.x, v.y, v.z, v.w}};
+#endif
+}
+T2L_DEVICE void store_quad(void* p, Quad q) {
+#ifdef T2L_EMULATOR
+  emu::store<Quad>(p, q);
+#else
+  *static_cast<uint4*>(p) = make_uint4(q.word[0], q.word[1], q.word[2], q.word[3]);
+#endif
+}
+template <class T>
+T2L_DEVICE void store_one(T* p, T value) {
+#ifdef T2L_EMULATOR
+  emu::store<T>(p, value);
+#else
+  *p = value;
+#endif
+}
+
+// Starts a copy of 16 bytes from global to shared memory, both multiples of 16; of the source only the first `valid` bytes
+// are read, the rest becomes zero.  It may land at any time until its group is waited for.
+T2L_DEVICE void copy_async(void* shared, const void* global, int valid) {
+#ifdef T2L_EMULATOR
+  emu::copy_async(shared, global, 16, valid);
+#else
+  const uint32_t target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid) : "memory");
+#endif
+}
+// Closes the group of this thread's copies since the last one.
+T2L_DEVICE void commit_copies() {
+#ifdef T2L_EMULATOR
+  emu::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Until at most kPending of this thread's latest groups are on their way; other threads see the rest after a barrier.
+template <int kPending>
+T2L_DEVICE void wait_for_copies() {
+#ifdef T2L_EMULATOR
+  emu::wait_for_copies(kPending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// ---- numbers
+
+T2L_DEVICE float bits_to_float(uint32_t bits) {
+#ifdef T2L_EMULATOR
+  return emu::bit_cast<float>(bits);
+#else
+  return __uint_as_float(bits);
+#endif
+}
+T2L_DEVICE uint32_t float_to_bits(float value) {
+#ifdef T2L_EMULATOR
+  return emu::bit_cast<uint32_t>(value);
+#else
+  return __float_as_uint(value);
+#endif
+}
+T2L_DEVICE float to_float(float v) { return v; }
+T2L_DEVICE float to_float(bf16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
+T2L_DEVICE float to_float(f16 v) {
+#ifdef T2L_EMULATOR
+  return emu::half_to_float(v.bits);
+#else
+  return __half2float(__ushort_as_half(v.bits));
+#endif
+}
+// Rounded to nearest, ties to even.
+T2L_DEVICE void from_float(float v, float* out) { *out = v; }
+T2L_DEVICE void from_float(float v, bf16* out) {
+#ifdef T2L_EMULATOR
+  out->bits = emu::float_to_bf16(v);
+#else
+  out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(v));
+#endif
+}
+T2L_DEVICE void from_float(float v, f16* out) {
+#ifdef T2L_EMULATOR
+  out->bits = emu::float_to_half(v);
+#else
+  out->bits = __half_as_ushort(__float2half_rn(v));
+#endif
+}
+// The nearest number of 11 significant bits, as a tensor core wants float32 operands; NaN stays NaN.
+T2L_DEVICE float to_tf32(float v) {
+#ifdef T2L_EMULATOR
+  return emu::float_to_tf32(v);
+#else
+  uint32_t out;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
+  return __uint_as_float(out);
+#endif
+}
+T2L_DEVICE float fused_multiply_add(float a, float b, float c) {
+#ifdef T2L_EMULATOR
+  return emu::fused_multiply_add(a, b, c);
+#else
+  return __fmaf_rn(a, b, c);
+#endif
+}
+// e^x within 2 ulp, whatever flags the file is compiled with.
+T2L_DEVICE float exponential(float x) {
+#ifdef T2L_EMULATOR
+  return emu::exponential(x);
+#else
+  return expf(x);
+#endif
+}
+T2L_DEVICE float reciprocal_root(float x) {
+#ifdef T2L_EMULATOR
+  return emu::reciprocal_root(x);
+#else
+  return __frcp_rn(__fsqrt_rn(x));
+#endif
+}
+T2L_DEVICE float power(float base, float exponent) {
+#ifdef T2L_EMULATOR
+  return emu::power(base, exponent);
+#else
+  return powf(base, exponent);
+#endif
+}
+// cos and sin of x in *c and *s, to 2^-21 absolute for |x| < 2^15; no table in local memory, which cosf() would need.
+T2L_DEVICE void cos_sin(float x, float* c, float* s) {
+#ifdef T2L_EMULATOR
+  emu::cos_sin(x, c, s);
+#else
+  const float turns = rintf(x * 0.15915494f);                                                            // 1 / (2 pi)
+  const float rest = __fmaf_rn(turns, 1.74845553e-7f, __fmaf_rn(turns, -6.28318548f, x)) * 0.31830989f;  // 1 / pi
+  *c = cospif(rest);
+  *s = sinpif(rest);
+#endif
+}
+
+// ---- tensor cores.  d (16 x 8, float32) += a (16 x k) b (k x 8), fragments as the PTX ISA lays them out: with g = lane / 4
+// and t = lane % 4, d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+
+// k = 16, two numbers a word: a holds (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b (2t.., g), (2t + 8..,
+// g).
+T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
+#ifdef T2L_EMULATOR
+  emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::bit_cast<float>(bits << 16); });
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
+#ifdef T2L_EMULATOR
+  emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::half_to_float(static_cast<uint16_t>(bits)); });
+#else
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+// k = 8, operands of 11 significant bits (to_tf32; lower bits are ignored): a holds (g, t), (g + 8, t), (g, t + 4),
+// (g + 8, t + 4); b (t, g), (t + 4, g).
+T2L_DEVICE void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#ifdef T2L_EMULATOR
+  emu::mma_16x8x8(d, a, b);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#endif
+}
+
+}  // namespace t2l::device
