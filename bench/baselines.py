@@ -41,13 +41,9 @@ def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     def generate(task_emb: Tensor) -> Adapters:
         z = net.task_encoder(task_emb)
         latent = reference.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
-        out = {}
-        for i, name in enumerate(c.modules):
-            weight, bias = folded["heads"][name]
-            offsets = (folded["offsets"][name][key] for key in ("mul_A", "add_A", "mul_B", "add_B"))
-            sizes = c.rank, c.in_features[i], c.out_features[i]
-            out[name] = reference.hypernet_head(latent[:, i], weight, bias, *offsets, *sizes)
-        return out
+        offsets = (folded["offsets"][key] for key in ("mul_A", "add_A", "mul_B", "add_B"))
+        made = reference.hypernet_heads(latent, *folded["heads"], *offsets, c.rank, c.in_features, c.out_features)
+        return dict(zip(c.modules, zip(made[::2], made[1::2], strict=True), strict=True))
 
     return generate
 

@@ -155,21 +155,21 @@ class _Request:
         """The heads of all modules."""
         c = self.net.config
 
-        def heads(backend, wide=lambda t: t) -> list[Tensor]:
-            out = []
-            for i, name in enumerate(c.modules):
-                weight, bias = (None if t is None else wide(t) for t in self.folded["heads"][name])
-                offsets = self.folded["offsets"][name]
-                offsets = {k: None if t is None else wide(t) for k, t in offsets.items()}
-                out += backend(wide(latent[:, i]), weight, bias, c.rank, c.in_features[i], c.out_features[i], **offsets)
-            return out
+        sizes = c.rank, c.in_features, c.out_features
+        weight, bias = self.folded["heads"]
+        offsets = self.folded["offsets"]
 
-        def plain(latent, weight, bias, *sizes, **offsets):
-            ordered = (offsets[key] for key in ("mul_A", "add_A", "mul_B", "add_B"))
-            return reference.hypernet_head(latent, weight, bias, *ordered, *sizes)
+        def ours() -> list[Tensor]:
+            lora_A, lora_B = ops.hypernet_heads(latent, weight, bias, *sizes, **offsets)
+            return lora_A + lora_B
 
-        functions = {OURS: lambda: heads(ops.hypernet_head), "reference": lambda: heads(plain)}
-        oracle, rounded = heads(plain, Tensor.double), heads(plain)
+        def plain(wide=lambda t: t) -> list[Tensor]:
+            lists = [[None if t is None else wide(t) for t in tensors] for tensors in (weight, bias, *offsets.values())]
+            made = reference.hypernet_heads(wide(latent), *lists, *sizes)
+            return made[::2] + made[1::2]
+
+        functions = {OURS: ours, "reference": plain}
+        oracle, rounded = plain(Tensor.double), plain()
         errors = {
             name: worst(
                 Error(numerics.relative_frobenius(got, right), numerics.trunk_bound(right, low, self.net.dtype))

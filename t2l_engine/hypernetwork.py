@@ -62,7 +62,7 @@ class Offsets(nn.Module):
             self.register_buffer(name, None)
 
     def folded(self) -> dict[str, Tensor | None]:
-        """``mul_A``, ``add_A``, ``mul_B``, ``add_B`` as :func:`t2l_engine.ops.hypernet_head` takes them."""
+        """``mul_A``, ``add_A``, ``mul_B``, ``add_B`` as :func:`t2l_engine.ops.hypernet_heads` takes them."""
         out = {}
         for side in "AB":
             std, mean, add = (getattr(self, f"{name}_{side}") for name in ("std", "mean", "add"))
@@ -268,17 +268,18 @@ class HyperNetwork(nn.Module):
             pos_emb = self.pos_emb()
             if c.variant == "S-learnable":  # its branch through mlp2 does not depend on the task
                 pos_emb = pos_emb + reference.mlp(pos_emb, *self.mlp2.weights())
-        heads = {}
-        for name in c.modules:
-            head = self.heads[name]
-            scale = c.output_scale
-            heads[name] = (
-                head.weight if scale == 1.0 else head.weight * scale,
-                head.bias if scale == 1.0 or head.bias is None else head.bias * scale,
-            )
+        scale, heads = c.output_scale, [self.heads[name] for name in c.modules]
+        head_weights = [head.weight if scale == 1.0 else head.weight * scale for head in heads]
+        head_biases = [head.bias if scale == 1.0 else head.bias * scale for head in heads] if c.head_bias else []
         side_emb = None if self.side_emb is None else self.side_emb()
-        offsets = {name: self.offsets[name].folded() for name in c.modules}
-        return {"weights": weights, "side_emb": side_emb, "pos_emb": pos_emb, "heads": heads, "offsets": offsets}
+        offsets = [self.offsets[name].folded() for name in c.modules]
+        return {
+            "weights": weights,
+            "side_emb": side_emb,
+            "pos_emb": pos_emb,
+            "heads": (head_weights, head_biases),
+            "offsets": {step: [tensors[step] for tensors in offsets] for step in ("mul_A", "add_A", "mul_B", "add_B")},
+        }
 
     def _run(self, task_emb: Tensor, folded: dict, out: AdapterStack | None = None) -> AdapterStack:
         c = self.config
@@ -296,14 +297,13 @@ class HyperNetwork(nn.Module):
             latent = reference.autoregressive_trunk(z, folded["weights"], folded["pos_emb"], rotary)
         else:
             latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
-        lora_A, lora_B = {}, {}
-        for i, (module, name) in enumerate(zip(c.modules, self._paths, strict=True)):
-            weight, bias = folded["heads"][module]
-            head = (latent[:, i], weight, bias, c.rank, c.in_features[i], c.out_features[i])
-            if out is None:
-                lora_A[name], lora_B[name] = ops.hypernet_head(*head, **folded["offsets"][module])
-            else:
-                ops.hypernet_head_out_(out.lora_A[name], out.lora_B[name], *head, **folded["offsets"][module])
+        heads = (latent, *folded["heads"], c.rank, c.in_features, c.out_features)
+        if out is None:
+            lists = ops.hypernet_heads(*heads, **folded["offsets"])
+            lora_A, lora_B = (dict(zip(self._paths, tensors, strict=True)) for tensors in lists)
+        else:
+            stored = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
+            ops.hypernet_heads_out_(*stored, *heads, **folded["offsets"])
         if out is not None:
             out.scaling.fill_(self.scaling)
             for ranks in out.ranks.values():

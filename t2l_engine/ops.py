@@ -28,19 +28,19 @@ _LORA = (
     "SymInt max_seg_len, Tensor? ranks"
 )
 _TRUNK = "Tensor z, Tensor[] weights, Tensor? side_emb, Tensor? pos_emb, int rotary_ranks"
-_HEAD = (
-    "Tensor latent, Tensor weight, Tensor? bias, Tensor? mul_A, Tensor? add_A, Tensor? mul_B, Tensor? add_B, "
-    "int rank, int in_features, int out_features"
+_HEADS = (
+    "Tensor latent, Tensor[] weight, Tensor[] bias, Tensor?[] mul_A, Tensor?[] add_A, Tensor?[] mul_B, Tensor?[] add_B, "
+    "int rank, int[] in_features, int[] out_features"
 )
 
 SCHEMAS = {
     "hypernet_trunk": f"({_TRUNK}) -> Tensor",
     "hypernet_trunk_backward": f"(Tensor grad, {_TRUNK}) -> Tensor[]",
-    "hypernet_head": f"({_HEAD}) -> (Tensor, Tensor)",
-    "hypernet_head_out_": f"(Tensor(a!) lora_A, Tensor(b!) lora_B, {_HEAD}, float scale_B) -> ()",
-    "hypernet_head_backward": (
-        "(Tensor grad_A, Tensor grad_B, Tensor latent, Tensor weight, Tensor? bias, Tensor? mul_A, Tensor? mul_B, "
-        "int rank, int in_features, int out_features) -> Tensor[]"
+    "hypernet_heads": f"({_HEADS}) -> Tensor[]",
+    "hypernet_heads_out_": f"(Tensor(a!)[] lora_A, Tensor(b!)[] lora_B, {_HEADS}, float scale_B) -> ()",
+    "hypernet_heads_backward": (
+        "(Tensor[] grads, Tensor latent, Tensor[] weight, Tensor[] bias, Tensor?[] mul_A, Tensor?[] mul_B, "
+        "int rank, int[] in_features, int[] out_features) -> Tensor[]"
     ),
     "lora_delta": f"({_LORA}) -> Tensor",
     "lora_delta_backward": f"(Tensor grad, {_LORA}) -> (Tensor, Tensor, Tensor)",
@@ -54,8 +54,8 @@ SCHEMAS = {
 #: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
 NATIVE_OPS = (
     "hypernet_trunk",
-    "hypernet_head",
-    "hypernet_head_out_",
+    "hypernet_heads",
+    "hypernet_heads_out_",
     "lora_delta",
     "lora_delta_backward",
     "lora_add_",
@@ -108,21 +108,21 @@ def _(grad, z, weights, side_emb, pos_emb, rotary_ranks):
     return [t.new_empty(t.shape) for t in (z, *weights, side_emb, pos_emb) if t is not None]
 
 
-@_fake("hypernet_head")
+@_fake("hypernet_heads")
 def _(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features):
-    num_tasks, num_layers = latent.shape[0], latent.shape[3]
-    lora_A = weight.new_empty(num_tasks, num_layers, rank, in_features)
-    return lora_A, weight.new_empty(num_tasks, num_layers, rank, out_features).mT
+    shape = (latent.shape[0], latent.shape[4], rank)
+    sizes = zip(weight, in_features, out_features, strict=True)
+    return [t for w, n_in, n_out in sizes for t in (w.new_empty(*shape, n_in), w.new_empty(*shape, n_out).mT)]
 
 
-@_fake("hypernet_head_out_")
+@_fake("hypernet_heads_out_")
 def _(lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B):
     return None
 
 
-@_fake("hypernet_head_backward")
-def _(grad_A, grad_B, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features):
-    return [t.new_empty(t.shape) for t in (latent, weight, bias) if t is not None]
+@_fake("hypernet_heads_backward")
+def _(grads, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features):
+    return [t.new_empty(t.shape) for t in (latent, *weight, *bias)]
 
 
 @_fake("lora_delta")
@@ -179,15 +179,19 @@ def _trunk_backward(ctx, grad):
     )
 
 
-def _head_setup(ctx, inputs, output):
-    latent, weight, bias, mul_A, _, mul_B, _, rank, in_features, out_features = inputs
-    _save(ctx, (latent, weight, bias, mul_A, mul_B), rank, in_features, out_features)
+def _heads_setup(ctx, inputs, output):
+    latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes = inputs
+    # A list with None in it counts as one argument for autograd, a list of tensors as many.
+    nothing = [None if None in tensors else [None] * len(tensors) for tensors in (mul_A, add_A, mul_B, add_B)]
+    _save(ctx, (latent, *weight, *mul_A, *mul_B, *bias), len(weight), nothing, *sizes)
 
 
-def _head_backward(ctx, grad_A, grad_B):
-    saved = _saved(ctx)
-    grads = torch.ops.t2l_engine.hypernet_head_backward(grad_A, grad_B, *saved, *ctx.rest)
-    return grads[0], grads[1], grads[2] if saved[2] is not None else None, *(None,) * 7
+def _heads_backward(ctx, grads):
+    latent, *saved = _saved(ctx)
+    count, nothing, *sizes = ctx.rest
+    weight, mul_A, mul_B, bias = (saved[i : i + count] for i in range(0, 4 * count, count))
+    made = torch.ops.t2l_engine.hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes)
+    return made[0], made[1 : 1 + count], made[1 + count :], *nothing, None, None, None
 
 
 def _delta_setup(ctx, inputs, output):
@@ -207,7 +211,7 @@ def _register(name: str, backward, setup) -> None:
 
 
 _register("hypernet_trunk", _trunk_backward, _trunk_setup)
-_register("hypernet_head", _head_backward, _head_setup)
+_register("hypernet_heads", _heads_backward, _heads_setup)
 _register("lora_delta", _delta_backward, _delta_setup)
 
 
@@ -245,6 +249,86 @@ def hypernet_trunk(
     return torch.ops.t2l_engine.hypernet_trunk(z, list(weights), side_emb, pos_emb, rotary_ranks)
 
 
+def _offset_lists(count: int, *lists: Sequence[Tensor | None] | None) -> list[list[Tensor | None]]:
+    """None stands for as many absent tensors as there are modules."""
+    return [[None] * count if tensors is None else list(tensors) for tensors in lists]
+
+
+def hypernet_heads(
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    *,
+    mul_A: Sequence[Tensor | None] | None = None,
+    add_A: Sequence[Tensor | None] | None = None,
+    mul_B: Sequence[Tensor | None] | None = None,
+    add_B: Sequence[Tensor | None] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The heads of all modules, tasks and layers: ``latent @ weight.T + bias``, then ``* mul + add``, as A and B.
+
+    Every list has an entry for each of the K modules; None for a list, or in one of the last four, leaves that step out.
+
+    Args:
+        latent: ``[num_tasks, K, sides, ranks, n, h]``, the trunk's result; last stride 1, others free.
+        weight: ``[p*(in+out), h]`` with one side, ``[p*max(in, out), h]`` with two, ``p = rank // ranks``; contiguous.
+        bias: ``[rows of weight]`` float32.
+        mul_A, add_A: ``[n, r, in]`` float32; mul_B, add_B: ``[n, out, r]`` float32.
+
+    Returns:
+        ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` of each module, unscaled, in the dtype of
+        ``weight``; ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in the first
+        three.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> latent = torch.randn(3, 2, 1, 1, 5, 40)  # variant L: one side, one latent for all ranks
+    >>> weight = [torch.randn(4 * (64 + out), 40) for out in (48, 16)]
+    >>> lora_A, lora_B = hypernet_heads(latent, weight, None, 4, [64, 64], [48, 16])
+    >>> lora_A[0].shape, lora_B[1].shape
+    (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 16, 4]))
+    """
+    lists = list(bias or ()), *_offset_lists(len(weight), mul_A, add_A, mul_B, add_B)
+    made = torch.ops.t2l_engine.hypernet_heads(latent, list(weight), *lists, rank, list(in_features), list(out_features))
+    return made[::2], made[1::2]
+
+
+def hypernet_heads_out_(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    *,
+    mul_A: Sequence[Tensor | None] | None = None,
+    add_A: Sequence[Tensor | None] | None = None,
+    mul_B: Sequence[Tensor | None] | None = None,
+    add_B: Sequence[Tensor | None] | None = None,
+    scale_B: float = 1.0,
+) -> None:
+    """:func:`hypernet_heads` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
+
+    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides and any dtype that the
+    kernels have, the same for all.  Not differentiable.  Raises as :func:`hypernet_heads`.
+
+    >>> lora_A, lora_B = [torch.empty(3, 5, 4, 64)], [torch.empty(3, 5, 48, 4)]
+    >>> latent, weight = torch.zeros(3, 1, 1, 1, 5, 40), [torch.zeros(4 * (64 + 48), 40)]
+    >>> hypernet_heads_out_(lora_A, lora_B, latent, weight, None, 4, [64], [48])
+    >>> bool(lora_A[0].any() or lora_B[0].any())
+    False
+    """
+    lists = list(bias or ()), *_offset_lists(len(weight), mul_A, add_A, mul_B, add_B)
+    torch.ops.t2l_engine.hypernet_heads_out_(
+        list(lora_A), list(lora_B), latent, list(weight), *lists, rank, list(in_features), list(out_features), scale_B
+    )
+
+
 def hypernet_head(
     latent: Tensor,
     weight: Tensor,
@@ -252,35 +336,18 @@ def hypernet_head(
     rank: int,
     in_features: int,
     out_features: int,
-    *,
-    mul_A: Tensor | None = None,
-    add_A: Tensor | None = None,
-    mul_B: Tensor | None = None,
-    add_B: Tensor | None = None,
+    **offsets: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The head of one module for all tasks and layers: ``latent @ weight.T + bias``, then ``* mul + add``, as A and B.
+    """:func:`hypernet_heads` of one module, without lists: ``latent [num_tasks, sides, ranks, n, h]``; its A and B.
 
-    Args:
-        latent: ``[num_tasks, sides, ranks, n, h]``, the trunk's rows of this module; last stride 1, others free.
-        weight: ``[p*(in+out), h]`` with one side, ``[p*max(in, out), h]`` with two, ``p = rank // ranks``; contiguous.
-        bias: ``[rows of weight]`` float32, or None.
-        mul_A, add_A: ``[n, r, in]`` float32; mul_B, add_B: ``[n, out, r]`` float32; None leaves the step out.
-
-    Returns:
-        ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]``, unscaled, in the dtype of ``weight``;
-        ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in the first three.
-
-    Raises:
-        RuntimeError: naming the argument, what was expected and what came.
-
-    >>> latent = torch.randn(3, 1, 1, 5, 40)  # variant L: one side, one latent for all ranks
-    >>> lora_A, lora_B = hypernet_head(latent, torch.randn(4 * (64 + 48), 40), None, 4, 64, 48)
+    >>> lora_A, lora_B = hypernet_head(torch.randn(3, 1, 1, 5, 40), torch.randn(4 * (64 + 48), 40), None, 4, 64, 48)
     >>> lora_A.shape, lora_B.shape
     (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 48, 4]))
     """
-    return torch.ops.t2l_engine.hypernet_head(
-        latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features
-    )
+    lists = {name: [value] for name, value in offsets.items()}
+    biases = None if bias is None else [bias]
+    made = hypernet_heads(latent.unsqueeze(1), [weight], biases, rank, [in_features], [out_features], **lists)
+    return made[0][0], made[1][0]
 
 
 def hypernet_head_out_(
@@ -293,25 +360,20 @@ def hypernet_head_out_(
     in_features: int,
     out_features: int,
     *,
-    mul_A: Tensor | None = None,
-    add_A: Tensor | None = None,
-    mul_B: Tensor | None = None,
-    add_B: Tensor | None = None,
     scale_B: float = 1.0,
+    **offsets: Tensor | None,
 ) -> None:
-    """:func:`hypernet_head` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
-
-    ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` may have any strides and either dtype of the
-    kernels (float32, bfloat16).  Not differentiable.  Raises as :func:`hypernet_head`.
+    """:func:`hypernet_heads_out_` of one module, without lists; arguments as in :func:`hypernet_head`.
 
     >>> lora_A, lora_B = torch.empty(3, 5, 4, 64), torch.empty(3, 5, 48, 4)
     >>> hypernet_head_out_(lora_A, lora_B, torch.zeros(3, 1, 1, 5, 40), torch.zeros(4 * (64 + 48), 40), None, 4, 64, 48)
     >>> bool(lora_A.any() or lora_B.any())
     False
     """
-    torch.ops.t2l_engine.hypernet_head_out_(
-        lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B
-    )
+    lists = {name: [value] for name, value in offsets.items()}
+    sizes = rank, [in_features], [out_features]
+    biases = None if bias is None else [bias]
+    hypernet_heads_out_([lora_A], [lora_B], latent.unsqueeze(1), [weight], biases, *sizes, **lists, scale_B=scale_B)
 
 
 def lora_delta(

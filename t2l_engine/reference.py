@@ -193,51 +193,75 @@ def hypernet_head(
     in_features: int,
     out_features: int,
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`t2l_engine.ops.hypernet_head`."""
+    """One module of :func:`hypernet_heads`, ``latent [N, S, R, n, h]``; its A and B."""
     lora_A, lora_B = _head(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
     return lora_A.to(weight.dtype).contiguous(), lora_B.to(weight.dtype).contiguous().mT
 
 
-def hypernet_head_backward(
-    grad_A: Tensor,
-    grad_B: Tensor,
+def hypernet_heads(
     latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mul_A: Tensor | None,
-    mul_B: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
     rank: int,
-    in_features: int,
-    out_features: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of ``latent``, ``weight`` and, where given, ``bias``, by recomputation."""
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (latent, weight, bias) if t is not None]
-        head_bias = inputs[2] if bias is not None else None
-        out = hypernet_head(inputs[0], inputs[1], head_bias, mul_A, None, mul_B, None, rank, in_features, out_features)
-        grads = torch.autograd.grad(out, inputs, (grad_A, grad_B))
-    return [g.contiguous() for g in grads]
+    """See :func:`t2l_engine.ops.hypernet_heads`; A and B of one module after the other."""
+    bias = bias or [None] * len(weight)
+    modules = zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, in_features, out_features, strict=True)
+    return [t for *operands, n_in, n_out in modules for t in hypernet_head(*operands, rank, n_in, n_out)]
 
 
-def hypernet_head_out_(
-    lora_A: Tensor,
-    lora_B: Tensor,
+def hypernet_heads_backward(
+    grads: Sequence[Tensor],
     latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mul_A: Tensor | None,
-    add_A: Tensor | None,
-    mul_B: Tensor | None,
-    add_B: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mul_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
     rank: int,
-    in_features: int,
-    out_features: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of ``latent``, of every ``weight`` and of every ``bias``, by recomputation.
+
+    ``grads``: of A and B of one module after the other.
+    """
+    nothing = [None] * len(weight)
+    with torch.enable_grad():
+        inputs = [t.detach().requires_grad_() for t in (latent, *weight, *bias)]
+        weights, biases = inputs[1 : 1 + len(weight)], inputs[1 + len(weight) :]
+        out = hypernet_heads(inputs[0], weights, biases, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
+        made = torch.autograd.grad(out, inputs, grads)
+    return [g.contiguous() for g in made]
+
+
+def hypernet_heads_out_(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
     scale_B: float,
 ) -> None:
-    """See :func:`t2l_engine.ops.hypernet_head_out_`."""
-    out = _head(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
-    lora_A.copy_(out[0])
-    lora_B.copy_((out[1] * scale_B).mT)
+    """See :func:`t2l_engine.ops.hypernet_heads_out_`."""
+    bias = bias or [None] * len(weight)
+    modules = zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, in_features, out_features, strict=True)
+    for A, B, (*operands, n_in, n_out) in zip(lora_A, lora_B, modules, strict=True):
+        out = _head(*operands, rank, n_in, n_out)
+        A.copy_(out[0])
+        B.copy_((out[1] * scale_B).mT)
 
 
 def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:

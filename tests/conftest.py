@@ -12,6 +12,25 @@ import torch
 import yaml
 
 from t2l_engine import AdapterStack
+from t2l_engine.testing import backends
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", choices=backends.NAMES, default="cpu", help="what runs the ops, in tests of ops")
+    parser.addoption("--emulator", type=Path, help="library of backend emu (built where it is not given)")
+
+
+def pytest_configure(config):
+    """Operands lie on the device of the backend, by torch's default device."""
+    device = backends.select(config.getoption("--backend"), config.getoption("--emulator"))
+    if device.type != "cpu":
+        torch.set_default_device(device)
+
+
+@pytest.fixture
+def backend(request):
+    """Name of what runs the ops: "cpu", "cuda" or "emu"."""
+    return request.config.getoption("--backend")
 
 
 @pytest.fixture

@@ -28,9 +28,8 @@ def test_hypernet(variant):
         z = net.task_encoder(task_emb)
         rotary = config.rank if variant == "S-rotary" else 0
         latent = reference.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
-        for i, name in enumerate(config.modules):
-            weight, bias = folded["heads"][name]
-            reference.hypernet_head(latent[:, i], weight, bias, *(None,) * 4, config.rank, 64, 64)
+        sizes = config.rank, config.in_features, config.out_features
+        reference.hypernet_heads(latent, *folded["heads"], *([None] * 2,) * 4, *sizes)
 
     assert flops.hypernet_flops(config, 5) == pytest.approx(counted(run), rel=0.01)
 

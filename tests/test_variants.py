@@ -304,11 +304,12 @@ def test_number_of_parameters(variant, encoder, head_bias):
 @pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops(variant, encoder, monkeypatch):
-    def head(*args, mul_A=None, add_A=None, mul_B=None, add_B=None):
-        return reference.hypernet_head(*args[:3], mul_A, add_A, mul_B, add_B, *args[3:])
+    def heads(latent, weight, bias, *sizes, mul_A, add_A, mul_B, add_B):
+        made = reference.hypernet_heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes)
+        return made[::2], made[1::2]
 
     monkeypatch.setattr(ops, "hypernet_trunk", reference.hypernet_trunk)  # the counter does not look into our ops
-    monkeypatch.setattr(ops, "hypernet_head", head)
+    monkeypatch.setattr(ops, "hypernet_heads", heads)
     c = config(variant, encoder)
     net = HyperNetwork(c)
     net.generate(task_embs())  # folds what does not depend on the task

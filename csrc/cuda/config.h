@@ -124,11 +124,12 @@ inline TrunkConfig choose_trunk_config(const TrunkParams& p, int64_t multiproces
 
 // ---- hypernetwork heads
 
-constexpr int kHeadStages = 4;    // copies under way, less one
-constexpr int kStageBytes = 128;  // of a row and a stage: two blocks of 64
-constexpr int kHeadTile = 128;    // weight rows of a tile
-constexpr int kNarrowRows = 32;   // latent rows of a tile
-constexpr int kWideRows = 128;    // the same for many rows, in 16-bit types: float32 sums would not fit the registers
+constexpr int kHeadStages = 4;                      // copies under way, less one
+constexpr int kStageBytes = 128;                    // of a row and a stage: two blocks of 64
+constexpr int kHeadTile = 128;                      // weight rows of a tile
+constexpr int64_t kMaxHeadRows = int64_t{1} << 30;  // of a head, and of latent: rows are counted in 32 bits
+constexpr int kNarrowRows = 32;                     // latent rows of a tile
+constexpr int kWideRows = 128;  // the same for many rows, in 16-bit types: float32 sums would not fit the registers
 
 struct HeadConfig {
   bool wide;

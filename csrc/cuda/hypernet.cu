@@ -21,6 +21,9 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   argument.count = static_cast<int>(count);
   const HeadConfig& c = argument.config = choose_head_config(modules, count, limits.multiprocessors);
   if (c.latent_rows == 0 || c.blocks == 0) return nullptr;
+  if (c.latent_rows > kMaxHeadRows) return "hypernet_heads: more than 2^30 rows of latent a side";
+  for (int64_t i = 0; i < count; ++i)
+    if (head_rows(modules[i]) > kMaxHeadRows) return "hypernet_heads: a head of more than 2^30 rows";
   const DType type = modules[0].w_type;
   const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
                             : type == DType::f16 ? head_kernel_for<device::f16>(c)

@@ -54,14 +54,20 @@ T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
   return s < p.segments && p.seg_adapters[s] == adapter ? p.seg_indptr[s + 1] - p.seg_indptr[s] : 0;
 }
 
+T2L_DEVICE void check_adapter(const LoraParams& p, int adapter) {
+  require(adapter >= -1 && adapter < p.adapters, "seg_adapters: an id out of range");
+}
+
 // Adds the tokens of every segment whose adapter is among kBins from `first` on.  Bin 0 of all is adapter -1.
 T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
   for (int i = thread_index(); i < kBins; i += kThreads) bins[i] = 0;
   block_barrier();
   for (int64_t s = thread_index(); s < p.segments; s += kThreads) {
     const int adapter = p.seg_adapters[s], begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
-    require(adapter >= -1 && adapter < p.adapters, "seg_adapters: an id out of range");
-    require(begin >= 0 && begin <= end && end <= p.tokens, "seg_indptr: not rising from 0 to the number of tokens");
+    check_adapter(p, adapter);
+    require(begin <= end && (s > 0 || begin == 0) && (s + 1 < p.segments ? end <= p.tokens : end == p.tokens),
+            "seg_indptr: not rising from 0 to the number of tokens");
+    require(end - begin <= p.max_seg_len, "seg_indptr: a segment of more than max_seg_len tokens");
     const int64_t bin = int64_t{adapter} + 1 - first;
     if (bin >= 0 && bin < kBins && !(adapter < 0 && p.accumulate)) atomic_add(&bins[bin], end - begin);
   }
@@ -340,7 +346,8 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   Chunk chunk;
   if (c.direct) {
     chunk = Chunk{p.seg_adapters[block_index_x()], 1};
-    require(chunk.adapter >= -1 && chunk.adapter < p.adapters, "seg_adapters: an id out of range");
+    check_adapter(p, chunk.adapter);
+    require(p.seg_indptr[block_index_x() + 1] == block_index_x() + 1, "seg_indptr: not one token a segment");
     if (thread_index() == 0) tokens[0] = static_cast<int>(block_index_x());
     block_barrier();
   } else {

@@ -70,7 +70,10 @@ struct Schedule {
 };
 void set_schedule(const Schedule& schedule);
 
-// Device and stream of this OS thread; every device has a current stream of its own, which is not null.
+// Device and stream of this OS thread; every device has a current stream of its own, which is not null.  A launch must be on
+// the current stream, and on the device whose memory it is given.
+int memory_device();
+void set_memory_device(int device);
 int current_device();
 void set_current_device(int device);
 void* current_stream();
@@ -321,4 +324,6 @@ void t2l_emu_reset_counters();
 int64_t t2l_emu_counter(const char* name);
 // The current stream of this OS thread's current device.
 void t2l_emu_set_stream(void* stream);
+// The device that the memory of this OS thread's calls is of; 0 at first.
+void t2l_emu_set_memory_device(int device);
 }

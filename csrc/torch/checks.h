@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "t2l/kernels.h"
+#include "t2l/params.h"
 
 namespace t2l::torch_ops {
 
@@ -44,18 +44,37 @@ inline std::string to_text(const Tensor& t) {
   return text + "]";
 }
 
-[[noreturn]] inline void fail(const char* op, const std::string& argument, const std::string& expected,
-                              const std::string& got) {
-  const std::string message = std::string("t2l_engine::") + op + ": " + argument + ": expected " + expected + ", got " + got;
+// A call as its checks see it: the op, for the texts, and where all its tensors must lie.
+struct Op {
+  const char* name;
+  bool cuda = false;
+  int32_t device = 0;  // index, with cuda
+
+  bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
+  std::string place() const { return cuda ? "cuda:" + std::to_string(device) : "cpu"; }
+};
+
+// `first`: the first tensor of the call, whose device the others share.
+template <class Backend>
+Op op_of(const char* name, const Tensor& first) {
+  return Backend::kCuda ? Op{name, true, first.is_cuda() ? first.get_device_index() : 0} : Op{name};
+}
+
+[[noreturn]] inline void raise(const std::string& message) {
   STD_TORCH_CHECK(false, message.c_str());
   std::abort();  // not reached: the check throws
 }
 
+[[noreturn]] inline void fail(const Op& op, const std::string& argument, const std::string& expected,
+                              const std::string& got) {
+  raise(std::string("t2l_engine::") + op.name + ": " + argument + ": expected " + expected + ", got " + got);
+}
+
 constexpr int64_t kAny = -1;
 
-// Device CPU and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds pass here.
-inline void check_shape(const char* op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (!t.is_cpu()) fail(op, name, "a CPU tensor like the other arguments", "another device");
+// The call's device and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds pass here.
+inline void check_shape(const Op& op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  if (!op.holds(t)) fail(op, name, "a tensor on " + op.place() + " like the other arguments", "another device");
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) {
@@ -69,21 +88,21 @@ inline void check_shape(const char* op, const std::string& name, const Tensor& t
   fail(op, name, expected + "]", to_text(t));
 }
 
-inline void check_type(const char* op, const std::string& name, const Tensor& t, ScalarType type) {
+inline void check_type(const Op& op, const std::string& name, const Tensor& t, ScalarType type) {
   if (t.scalar_type() != type) fail(op, name, to_text(type), to_text(t.scalar_type()));
 }
 
 // Last stride 1, which a dimension of size 1 or 0 always satisfies.
-inline void check_rows(const char* op, const std::string& name, const Tensor& t) {
+inline void check_rows(const Op& op, const std::string& name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
 }
 
-inline void check_contiguous(const char* op, const std::string& name, const Tensor& t) {
+inline void check_contiguous(const Op& op, const std::string& name, const Tensor& t) {
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
-inline void check_floating(const char* op, const std::string& name, const Tensor& t) {
+inline void check_floating(const Op& op, const std::string& name, const Tensor& t) {
   const ScalarType type = t.scalar_type();
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Double)
     fail(op, name, "float32, bfloat16, float16 or float64", to_text(type));
@@ -92,24 +111,9 @@ inline void check_floating(const char* op, const std::string& name, const Tensor
 // What norms, biases and embeddings are beside matrices of `type`.
 inline ScalarType vector_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
-inline bool native_type(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
-inline DType kernel_type(ScalarType type) { return type == ScalarType::BFloat16 ? DType::bf16 : DType::f32; }
-
-// The instruction set in use, read once; a bad T2L_ISA is an error at every call.
-inline Isa isa(const char* op) {
-  static const struct Choice {
-    Isa isa = Isa::generic;
-    const char* error = chosen_isa(&isa);
-  } choice;
-  if (choice.error) fail(op, "environment", "a usable T2L_ISA", choice.error);
-  return choice.isa;
+inline DType kernel_type(ScalarType type) {
+  return type == ScalarType::BFloat16 ? DType::bf16 : type == ScalarType::Half ? DType::f16 : DType::f32;
 }
-
-// torch's own pool.
-inline void run_parallel(void*, int64_t count, int64_t grain, RangeBody body, void* context) {
-  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-constexpr ParallelFor parallel{run_parallel, nullptr};
 
 // Hands a call over to the plain-torch op of the same schema, for dtypes the kernels do not cover; returns its results,
 // which stand first on the stack.

@@ -1,15 +1,32 @@
 """The op cases: one table for tests, gradient checks and benchmarks.
 
 A case says shapes, dtypes and layout; ``make`` draws its operands from a seed: ``randn``, sliced out of larger buffers so
-that strides are never the obvious ones, outputs poisoned, memory beyond a rank set to NaN.
+that strides are never the obvious ones, outputs poisoned, memory beyond a rank set to NaN.  Numbers are drawn on the CPU,
+the same for every backend, and lie on torch's default device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
+
+from t2l_engine.testing.backends import placed
+
+
+def drawn_on_cpu(make):
+    """Run a ``make`` on the CPU and place what it draws."""
+
+    @functools.wraps(make)
+    def wrapped(*args, **kwargs):
+        with torch.device("cpu"):
+            operands = make(*args, **kwargs)
+        return placed(operands)
+
+    return wrapped
+
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -34,6 +51,7 @@ class LoraCase:
     def tokens(self) -> int:
         return sum(n for n, _ in self.segments)
 
+    @drawn_on_cpu
     def make(self, seed: int = 0) -> dict:
         """Arguments of ``ops.lora_add_`` by name."""
         g = torch.Generator().manual_seed(seed)
@@ -126,7 +144,11 @@ LORA_CASES = (
         for name, layout in ((f"serve_{size}", "r_out"), (f"serve_{size}_out_r", "out_r"))
         if name != "serve_64x64"
     ),
-    LoraCase("fp16_by_reference", _RAGGED, x_dtype=F16, w_dtype=F16),
+    LoraCase("fp16", _RAGGED, x_dtype=F16, w_dtype=F16),
+    LoraCase(
+        "fp16_out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, x_dtype=F16, w_dtype=F16, b_layout="out_r"
+    ),
+    LoraCase("fp16_x_bf16_adapters", _MIXED, x_dtype=F16, w_dtype=BF16),
     LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
 )
 
@@ -141,6 +163,7 @@ class GroupCase:
     members: tuple[tuple[int, int, int], ...]
     columns: int
 
+    @drawn_on_cpu
     def make(self, seed: int = 0) -> dict:
         """Arguments of ``ops.lora_add_group_`` by name."""
         sizes = [dataclasses.replace(self.lora, out_features=out, rank=rank, ranks=None) for _, out, rank in self.members]
@@ -172,7 +195,7 @@ GROUP_CASES = (
     GroupCase("out_r_layout", LoraCase("", _RAGGED, b_layout="out_r"), _QKV, 80),
     GroupCase("bf16", LoraCase("", _RAGGED, x_dtype=BF16, w_dtype=BF16), _QKV, 83),
     GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
-    GroupCase("fp16_by_reference", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
+    GroupCase("fp16", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
     GroupCase(
         "serve_phi3_qkv_8x8",
         LoraCase("", _rows(*range(8)), in_features=3072, adapters=8, x_dtype=BF16, w_dtype=BF16),
@@ -210,6 +233,7 @@ class HyperCase:
         dtype = F64 if self.dtype == F64 else dtype  # float64 matrices go with float64 vectors
         return arguments if dtype is None else _upcast(arguments, dtype)
 
+    @drawn_on_cpu
     def make_trunk(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
         """Arguments of ``ops.hypernet_trunk`` by name; ``dtype`` upcasts every operand after rounding (the oracle)."""
         g = torch.Generator().manual_seed(seed)
@@ -236,6 +260,7 @@ class HyperCase:
         }
         return self._cast(arguments, dtype)
 
+    @drawn_on_cpu
     def make_head(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
         """Arguments of ``ops.hypernet_head`` by name."""
         g = torch.Generator().manual_seed(seed + 1)
@@ -281,6 +306,6 @@ HYPER_CASES = (
     HyperCase("S_rotary_bf16", sides=2, position="rotary", dtype=BF16, layers=17),
     HyperCase("odd_sizes_bf16", task_width=9, width=34, head_in=37, in_features=65, out_features=3, dtype=BF16),
     HyperCase("smollm2_L", task_width=64, width=128, head_in=112, layers=30, in_features=576, out_features=576, rank=8),
-    HyperCase("L_fp16_by_reference", dtype=F16),
+    HyperCase("L_fp16", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),
 )

@@ -1,14 +1,15 @@
-// lora_delta, its backward, lora_add_ and lora_add_group_ on CPU.
+// lora_delta, its backward, lora_add_ and lora_add_group_ over the kernels of a backend (cpu.cpp, cuda.cpp):
+//   kCuda             its tensors lie on a CUDA device
+//   kReadsIds         segments, ids and ranks can be read here, on the host, so that their values are checked too
+//   covers, kMaxRank  dtypes and ranks there are kernels for; other calls are the reference's
+#pragma once
 #include <tuple>
 
 #include "checks.h"
 
 namespace t2l::torch_ops {
-namespace {
 
-// Segments are read on the host here, so their values are checked too.
-void check_segments(const char* op, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t tokens, int64_t adapters,
-                    int64_t max_seg_len) {
+inline void check_segment_shapes(const Op& op, const Tensor& seg_indptr, const Tensor& seg_adapters) {
   check_type(op, "seg_indptr", seg_indptr, ScalarType::Int);
   check_type(op, "seg_adapters", seg_adapters, ScalarType::Int);
   check_shape(op, "seg_adapters", seg_adapters, {kAny});
@@ -16,6 +17,11 @@ void check_segments(const char* op, const Tensor& seg_indptr, const Tensor& seg_
   check_shape(op, "seg_indptr", seg_indptr, {segments + 1});
   check_contiguous(op, "seg_indptr", seg_indptr);
   check_contiguous(op, "seg_adapters", seg_adapters);
+}
+
+inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t tokens,
+                                 int64_t adapters, int64_t max_seg_len) {
+  const int64_t segments = seg_adapters.size(0);
   const int32_t* bounds = static_cast<const int32_t*>(seg_indptr.const_data_ptr());
   const int32_t* ids = static_cast<const int32_t*>(seg_adapters.const_data_ptr());
   if (bounds[0] != 0) fail(op, "seg_indptr", "0 first", std::to_string(bounds[0]));
@@ -34,7 +40,8 @@ void check_segments(const char* op, const Tensor& seg_indptr, const Tensor& seg_
 
 // `y`, called `name`: what has the shape of the result.  `group`: it is wider than this linear's output; the caller moves
 // p.y to its columns.
-LoraParams prepare(const char* op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
+template <class Backend>
+LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
                    const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
                    int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
   check_shape(op, "x", x, {kAny, kAny});
@@ -52,13 +59,15 @@ LoraParams prepare(const char* op, const char* name, const Tensor& y, const Tens
   check_rows(op, name, y);
   check_rows(op, "lora_A", lora_A);
   check_contiguous(op, "scaling", scaling);
-  check_segments(op, seg_indptr, seg_adapters, x.size(0), adapters, max_seg_len);
+  check_segment_shapes(op, seg_indptr, seg_adapters);
+  if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x.size(0), adapters, max_seg_len);
+  if (max_seg_len < 0) fail(op, "max_seg_len", ">= 0", std::to_string(max_seg_len));
   if (ranks) {
     check_type(op, "ranks", *ranks, ScalarType::Int);
     check_shape(op, "ranks", *ranks, {adapters});
     check_contiguous(op, "ranks", *ranks);
     const int32_t* values = static_cast<const int32_t*>(ranks->const_data_ptr());
-    for (int64_t i = 0; i < adapters; ++i)
+    for (int64_t i = 0; Backend::kReadsIds && i < adapters; ++i)
       if (values[i] < 0 || values[i] > rank)
         fail(op, "ranks", "values in [0, " + std::to_string(rank) + "]",
              std::to_string(values[i]) + " at adapter " + std::to_string(i));
@@ -76,6 +85,8 @@ LoraParams prepare(const char* op, const char* name, const Tensor& y, const Tens
   p.out = lora_B.size(1);
   p.rank = rank;
   p.segments = seg_adapters.size(0);
+  p.adapters = adapters;
+  p.max_seg_len = max_seg_len;
   p.x_stride = x.stride(0);
   p.y_stride = y.stride(0);
   p.a_stride_adapter = lora_A.stride(0);
@@ -88,34 +99,37 @@ LoraParams prepare(const char* op, const char* name, const Tensor& y, const Tens
   return p;
 }
 
+template <class Backend>
 bool covered(const Tensor& x, const Tensor& lora_A) {
-  return native_type(x.scalar_type()) && native_type(lora_A.scalar_type());
+  return Backend::covers(x.scalar_type()) && Backend::covers(lora_A.scalar_type()) && lora_A.size(1) <= Backend::kMaxRank;
 }
 
+template <class Backend>
 Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
                   const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
-  const char* op = "lora_delta";
+  const Op op = op_of<Backend>("lora_delta", x);
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_B", lora_B, {kAny, kAny, kAny});
   Tensor y = torch::stable::new_empty(x, {x.size(0), lora_B.size(1)});
-  LoraParams p = prepare(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   p.y = y.mutable_data_ptr();
-  if (!covered(x, lora_A))
+  if (!covered<Backend>(x, lora_A))
     return tensor_of(call_reference("t2l_engine::lora_delta_reference", x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                                     max_seg_len, ranks)[0]);
   p.accumulate = false;
-  lora(&p, 1, isa(op), parallel);
+  Backend::lora(op, &p, 1);
   return y;
 }
 
+template <class Backend>
 std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const Tensor& x, const Tensor& lora_A,
                                                        const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr,
                                                        const Tensor& seg_adapters, int64_t max_seg_len,
                                                        const OptTensor& ranks) {
-  const char* op = "lora_delta_backward";
+  const Op op = op_of<Backend>("lora_delta_backward", grad);
   LoraBackwardParams q{};
-  q.lora = prepare(op, "grad", grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
-  if (!covered(x, lora_A)) {
+  q.lora = prepare_lora<Backend>(op, "grad", grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  if (!covered<Backend>(x, lora_A)) {
     const auto results = call_reference("t2l_engine::lora_delta_backward_reference", grad, x, lora_A, lora_B, scaling,
                                         seg_indptr, seg_adapters, max_seg_len, ranks);
     return {tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2])};
@@ -134,28 +148,30 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const
   q.grad_b = grad_B.mutable_data_ptr();
   q.grad_b_stride_out = by_rank ? 1 : rank;
   q.grad_b_stride_rank = by_rank ? out : 1;
-  lora_backward(q, isa(op), parallel);
+  Backend::lora_backward(op, q);
   return {grad_x, grad_A, grad_B};
 }
 
+template <class Backend>
 void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
               const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
-  const char* op = "lora_add_";
-  LoraParams p = prepare(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  const Op op = op_of<Backend>("lora_add_", y);
+  LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   p.y = y.mutable_data_ptr();
-  if (!covered(x, lora_A)) {
+  if (!covered<Backend>(x, lora_A)) {
     call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len,
                    ranks);
     return;
   }
   p.accumulate = true;
-  lora(&p, 1, isa(op), parallel);
+  Backend::lora(op, &p, 1);
 }
 
+template <class Backend>
 void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
                     const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
                     std::vector<Tensor> ranks, std::vector<int64_t> offsets) {
-  const char* op = "lora_add_group_";
+  const Op op = op_of<Backend>("lora_add_group_", y);
   const size_t count = lora_A.size();
   const auto listed = [&](const char* name, size_t got) {
     if (got != count || count == 0)
@@ -168,9 +184,10 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   check_shape(op, "y", y, {kAny, kAny});
   std::vector<LoraParams> members;
   int64_t end = 0;
+  bool all_covered = true;
   for (size_t i = 0; i < count; ++i) {
-    members.push_back(
-        prepare(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters, max_seg_len, ranks[i], true));
+    members.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
+                                            max_seg_len, ranks[i], true));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
     if (offsets[i] < end || offsets[i] > y.size(1) - members[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
@@ -179,21 +196,14 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
     end = offsets[i] + members[i].out;
     members[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
     members[i].accumulate = true;
+    all_covered = all_covered && covered<Backend>(x, lora_A[i]);
   }
-  if (!covered(x, lora_A[0])) {
+  if (!all_covered) {
     call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                    max_seg_len, ranks, offsets);
     return;
   }
-  lora(members.data(), static_cast<int64_t>(count), isa(op), parallel);
+  Backend::lora(op, members.data(), static_cast<int64_t>(count));
 }
 
-}  // namespace
 }  // namespace t2l::torch_ops
-
-STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
-  m.impl("lora_delta", TORCH_BOX(&t2l::torch_ops::lora_delta));
-  m.impl("lora_delta_backward", TORCH_BOX(&t2l::torch_ops::lora_delta_backward));
-  m.impl("lora_add_", TORCH_BOX(&t2l::torch_ops::lora_add));
-  m.impl("lora_add_group_", TORCH_BOX(&t2l::torch_ops::lora_add_group));
-}

@@ -1,0 +1,55 @@
+// The ops on CPU tensors.
+#include <limits>
+
+#include "hypernet.h"
+#include "lora.h"
+#include "t2l/kernels.h"
+
+namespace t2l::torch_ops {
+namespace {
+
+// The instruction set in use, read once; a bad T2L_ISA is an error at every call.
+Isa isa(const Op& op) {
+  static const struct Choice {
+    Isa isa = Isa::generic;
+    const char* error = chosen_isa(&isa);
+  } choice;
+  if (choice.error) fail(op, "environment", "a usable T2L_ISA", choice.error);
+  return choice.isa;
+}
+
+// torch's own pool.
+void run_parallel(void*, int64_t count, int64_t grain, RangeBody body, void* context) {
+  torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+constexpr ParallelFor parallel{run_parallel, nullptr};
+
+struct Cpu {
+  static constexpr bool kCuda = false;
+  static constexpr bool kReadsIds = true;
+  static constexpr int64_t kMaxRank = std::numeric_limits<int64_t>::max();
+  static constexpr int64_t kMaxTrunkWidth = std::numeric_limits<int64_t>::max();
+
+  static bool covers(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
+  static void lora(const Op& op, const LoraParams* members, int64_t count) { t2l::lora(members, count, isa(op), parallel); }
+  static void lora_backward(const Op& op, const LoraBackwardParams& p) { t2l::lora_backward(p, isa(op), parallel); }
+  static void hypernet_trunk(const Op& op, const TrunkParams& p) { t2l::hypernet_trunk(p, isa(op), parallel); }
+  static void hypernet_heads(const Op& op, const HeadParams* modules, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) t2l::hypernet_head(modules[i], isa(op), parallel);
+  }
+  static void touch_output(void* data, int64_t bytes) { t2l::touch_output(data, bytes, parallel); }
+};
+
+}  // namespace
+}  // namespace t2l::torch_ops
+
+STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
+  namespace ops = t2l::torch_ops;
+  m.impl("hypernet_trunk", TORCH_BOX(&ops::hypernet_trunk<ops::Cpu>));
+  m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cpu>));
+  m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cpu>));
+  m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cpu>));
+  m.impl("lora_delta_backward", TORCH_BOX(&ops::lora_delta_backward<ops::Cpu>));
+  m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cpu>));
+  m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cpu>));
+}

@@ -1,0 +1,96 @@
+// The ops on CUDA tensors.  Built with T2L_EMULATOR, the same code serves CPU tensors: the kernels run in the emulator.
+#ifdef T2L_EMULATOR
+#include "emu/emulator.h"
+#else
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#endif
+
+#include "hypernet.h"
+#include "lora.h"
+#include "t2l/cuda_kernels.h"
+
+namespace t2l::torch_ops {
+namespace {
+
+// While it lives, the device of the call's tensors is the current one, and `stream` is torch's current stream there.
+#ifdef T2L_EMULATOR
+class OnDevice {
+ public:
+  explicit OnDevice(const Op&) : before_(emu::current_device()) { emu::set_current_device(emu::memory_device()); }
+  ~OnDevice() { emu::set_current_device(before_); }
+  OnDevice(const OnDevice&) = delete;
+  void* stream() const { return emu::current_stream(); }
+
+ private:
+  int before_;
+};
+#else
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Found at run time, so that this library loads in a torch without CUDA too.
+CurrentStream find_current_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+}
+
+class OnDevice {
+ public:
+  explicit OnDevice(const Op& op) : guard_(op.device) {
+    static const CurrentStream current = find_current_stream();
+    if (current == nullptr) fail(op, "stream", "a torch with CUDA", "one without aoti_torch_get_current_cuda_stream");
+    STABLE_TORCH_ERROR_CODE_CHECK(current(op.device, &stream_));
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+#endif
+
+void check_launch(const Op& op, const char* error) {
+  if (error != nullptr) raise(std::string("t2l_engine::") + op.name + ": launch: " + error);
+}
+
+struct Cuda {
+#ifdef T2L_EMULATOR
+  static constexpr bool kCuda = false;
+#else
+  static constexpr bool kCuda = true;
+#endif
+  static constexpr bool kReadsIds = false;
+  static constexpr int64_t kMaxRank = cuda::kMaxRank;
+  static constexpr int64_t kMaxTrunkWidth = cuda::kMaxTrunkWidth;
+
+  static bool covers(ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
+  }
+  static void lora(const Op& op, const LoraParams* members, int64_t count) {
+    check_launch(op, cuda::lora(members, count, OnDevice(op).stream()));
+  }
+  static void hypernet_trunk(const Op& op, const TrunkParams& p) {
+    check_launch(op, cuda::hypernet_trunk(p, OnDevice(op).stream()));
+  }
+  static void hypernet_heads(const Op& op, const HeadParams* modules, int64_t count) {
+    check_launch(op, cuda::hypernet_head(modules, count, OnDevice(op).stream()));
+  }
+  static void touch_output(void*, int64_t) {}  // memory of a device is there
+};
+
+}  // namespace
+}  // namespace t2l::torch_ops
+
+#ifdef T2L_EMULATOR
+STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CUDA, m) {
+#endif
+  namespace ops = t2l::torch_ops;
+  m.impl("hypernet_trunk", TORCH_BOX(&ops::hypernet_trunk<ops::Cuda>));
+  m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cuda>));
+  m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cuda>));
+  m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cuda>));
+  m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cuda>));
+  m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cuda>));
+}

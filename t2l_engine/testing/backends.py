@@ -1,0 +1,70 @@
+"""What runs the ops in tests and benchmarks: the CPU kernels, the CUDA kernels on a device, or those in the emulator."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2l_engine import _native, ops
+
+NAMES = ("cpu", "cuda", "emu")
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build_emulator(sanitize: str = "") -> Path:
+    """Build the CUDA kernels for the emulator and return the library, which stands in for ``_C``; needs the source tree.
+
+    ``sanitize``: "address" (with undefined behaviour), "thread" or "".  Raises RuntimeError with the end of the build's
+    output.
+    """
+    build = ROOT / "build" / "-".join(filter(None, ("emu", sanitize)))
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DT2L_SANITIZE={sanitize}"]
+    options += ["-DT2L_EMULATOR=ON", "-DT2L_CUDA=OFF", "-DT2L_CORE=OFF"]
+    if ninja := shutil.which("ninja", path=path):  # said anew each time: pip's build environments come and go
+        options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    commands = (["-S", str(ROOT), "-B", str(build), *options], ["--build", str(build), "--target", "_emu", "-j2"])
+    for arguments in commands:
+        run = subprocess.run(["cmake", *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
+        if run.returncode:
+            raise RuntimeError(f"the emulator does not build:\n{(run.stdout + run.stderr)[-3000:]}")
+    return build / "_emu.so"
+
+
+def select(name: str, emulator: Path | None = None) -> torch.device:
+    """Make backend ``name`` run the ops, and return the device its operands must lie on.
+
+    "cpu" and "cuda" take the library as it was built.  "emu" loads ``emulator`` (None: built first) over the reference, so
+    that ops on CPU tensors run the CUDA kernels; the process must have been started with ``T2L_DISABLE_NATIVE=1``.
+
+    Raises ValueError for another name, RuntimeError where the backend has no kernels here.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
+    if name == "emu" and not ops.has_kernel("lora_add_", "CPU"):
+        torch.ops.load_library(str(emulator or build_emulator()))
+    elif name == "emu":
+        raise RuntimeError(f"backend 'emu': the CPU kernels are loaded; set {_native.DISABLE_VARIABLE}=1")
+    if name == "cuda" and not (ops.has_kernel("lora_add_", "CUDA") and torch.cuda.is_available()):
+        raise RuntimeError("backend 'cuda': expected CUDA kernels and a device; build with nvcc, beside a torch for CUDA")
+    return torch.device("cuda" if name == "cuda" else "cpu")
+
+
+def placed(value, device: torch.device | None = None):
+    """Tensors (in lists and dicts too) on ``device`` (None: torch's default device), strides and surrounding memory kept."""
+    device = device or torch.get_default_device()
+    if isinstance(value, dict):
+        return {key: placed(entry, device) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(placed(entry, device) for entry in value)
+    if not isinstance(value, Tensor) or value.device.type == device.type:
+        return value
+    if value._base is None:
+        return value.to(device)
+    return placed(value._base, device).as_strided(value.shape, value.stride(), value.storage_offset())

@@ -1,0 +1,227 @@
+"""The static gate of the CUDA kernels, without a compiler: what it reads, its rules, and the committed table."""
+
+import copy
+import re
+import sys
+
+import pytest
+
+from bench import kernels
+
+DTYPES = ("bf16", "f16", "float")
+#: As ptxas -v and cuobjdump -sass say it of sm_90a, cut to a few lines.
+PTXAS = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 108 registers, used 1 barriers
+ptxas info    : Compile time = 225.007 ms
+ptxas info    : Compiling entry function '_ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE
+    72 bytes stack frame, 168 bytes spill stores, 120 bytes spill loads
+ptxas info    : Used 199 registers, used 1 barriers, 72 bytes cumulative stack size, 1024 bytes smem, 3232 bytes cmem[0]
+ptxas info    : Compile time = 306.804 ms
+"""
+SASS = """
+	code for sm_90a
+	.target	sm_90a
+
+		Function : _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE
+	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;                                   /* 0x00000a00ff017b82 */
+                                                                                            /* 0x000ff00000000800 */
+        /*0060*/              @!P0 BRA 0x320 ;                                              /* 0x0000000000ac8947 */
+        /*0c30*/                   ATOMS.ADD RZ, [R14+0x80], R15 ;                          /* 0x0000800f0eff738c */
+        /*35b0*/                   HMMA.16816.F32.BF16 R24, R40, R28, R24 ;                 /* 0x0000001c2818723c */
+        /*a2f0*/                   HMMA.1688.F32.TF32 R52, R24, R88, R52 ;                  /* 0x000000581834723c */
+        /*a300*/               @P1 HMMA.1688.F32.TF32 R52, R28, R90, R52 ;                  /* 0x0000005a1c34723c */
+		..........
+
+		Function : _ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE
+	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
+        /*1860*/                   LDGSTS.E.BYPASS.128.ZFILL [R35], [R16.64], P0 ;          /* 0x0000000010237fae */
+        /*1870*/                   STL.64 [R1+0x8], R2 ;                                    /* 0x0000080201007387 */
+        /*1880*/              @!P2 LDL.64 R2, [R1+0x8] ;                                    /* 0x0000080001027983 */
+        /*1890*/                   REDG.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R5 ;           /* 0x000000050200798e */
+"""
+
+
+@pytest.fixture
+def table():
+    return kernels.read(kernels.FILE)
+
+
+def test_usage_is_read_from_what_the_tools_say():
+    assert kernels.usages(PTXAS, SASS) == {
+        "lora_kernel<bf16, 1, 1>": {
+            **{"registers": 108, "blocks": 2, "static_shared": 0, "stack": 0, "spills": 0, "local": 0},
+            **{"global_atomics": 0, "async_copies": 0},
+            "products": {"HMMA.16816.F32.BF16": 1, "HMMA.1688.F32.TF32": 2},
+        },
+        "head_kernel<float, 2>": {
+            **{"registers": 199, "blocks": 1, "static_shared": 1024, "stack": 72, "spills": 288, "local": 2},
+            **{"global_atomics": 1, "async_copies": 1, "products": {}},
+        },
+    }
+
+
+def test_a_kernel_that_only_one_tool_names_is_an_error():
+    with pytest.raises(kernels.KernelError, match="ptxas told of .*head_kernel.*, cuobjdump of"):
+        kernels.usages(PTXAS, SASS[: SASS.index("\t\t....")])
+
+
+@pytest.mark.parametrize(
+    "mangled, name",
+    [
+        ("_ZN3t2l6device12trunk_kernelINS0_4bf16EEEvNS0_11TrunkLaunchE", "trunk_kernel<bf16>"),
+        ("_ZN3t2l6device12trunk_kernelIfEEvNS0_11TrunkLaunchE", "trunk_kernel<float>"),
+        ("_ZN3t2l6device11head_kernelINS0_3f16ELi8EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8>"),
+        ("_ZN3t2l6device11lora_kernelIfLi2ELi1EEEvNS0_10LoraLaunchE", "lora_kernel<float, 2, 1>"),
+    ],
+)
+def test_kernels_are_named_as_in_the_sources(mangled, name):
+    said = "ptxas error   : Registers are spilled to local memory in function '{}', 8 bytes spill stores"
+    assert kernels.demangled(said.format(mangled)) == said.format(name)
+
+
+@pytest.mark.parametrize("registers, blocks", [(32, 8), (96, 2), (128, 2), (129, 1), (168, 1), (255, 1)])
+def test_blocks_by_registers(registers, blocks):
+    assert kernels.blocks(registers) == blocks
+
+
+@pytest.mark.parametrize(
+    "kernel, change, fault",
+    [
+        ("trunk_kernel<float>", {"spills": 16, "stack": 8}, "16 bytes of spills, 8 of stack, 0 LDL and STL; expected none"),
+        ("trunk_kernel<f16>", {"local": 3}, "0 bytes of spills, 0 of stack, 3 LDL and STL; expected none"),
+        ("lora_kernel<f16, 1, 1>", {"global_atomics": 2}, "2 atomic operations on global memory, expected none"),
+        ("head_kernel<bf16, 8>", {"async_copies": 0}, "no LDGSTS, expected asynchronous copies"),
+        ("trunk_kernel<bf16>", {"products": {}}, "products: none, expected HMMA.16816.F32.BF16"),
+        (
+            "lora_kernel<bf16, 1, 2>",
+            {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}},
+            "products: HMMA.16816.F32 and HMMA.1688.F32.TF32, expected HMMA.16816.F32.BF16 and HMMA.1688.F32.TF32",
+        ),
+        ("head_kernel<f16, 2>", {"registers": 130, "blocks": 1}, "130 registers leave room for 1 blocks, expected 2"),
+        ("lora_kernel<bf16, 1, 1>", {"registers": 136, "blocks": 1}, "136 registers leave room for 1 blocks, expected 2"),
+    ],
+)
+def test_a_broken_rule_is_named(table, kernel, change, fault):
+    table["kernels"]["sm_90a"][kernel] |= change
+    assert kernels.broken_rules(table) == [f"sm_90a {kernel}: {fault}"]
+
+
+def test_a_kernel_without_rules_is_an_error(table):
+    table["kernels"]["sm_80"]["encoder_kernel<f16>"] = table["kernels"]["sm_80"]["trunk_kernel<f16>"]
+    with pytest.raises(kernels.KernelError, match="^encoder_kernel<f16>: a kernel that bench/kernels.py has no rules for$"):
+        kernels.broken_rules(table)
+
+
+def test_a_gained_register_too_many_is_named(table):
+    made = copy.deepcopy(table)
+    usage = made["kernels"]["sm_80"]["trunk_kernel<bf16>"]
+    was = usage["registers"]
+    usage["registers"] = was + 8
+    assert kernels.differences(made, table) == []
+    usage["registers"] = was + 9
+    fault = f"sm_80 trunk_kernel<bf16>: was {was} registers, is {was + 9}, expected at most {was + 8}"
+    assert kernels.differences(made, table) == [fault]
+
+
+def test_another_compiler_may_use_more_registers(table):
+    made = copy.deepcopy(table) | {"nvcc": "13.9.1"}
+    usage = made["kernels"]["sm_80"]["trunk_kernel<bf16>"]
+    was = usage["registers"]
+    usage["registers"] = was + 24
+    assert kernels.differences(made, table) == []
+    usage["registers"] = was + 25
+    fault = f"sm_80 trunk_kernel<bf16>: was {was} registers, is {was + 25}, expected at most {was + 24}"
+    assert kernels.differences(made, table) == [fault]
+
+
+def test_a_vanished_and_a_new_kernel_are_named(table):
+    made = copy.deepcopy(table)
+    made["kernels"]["sm_90a"]["head_kernel<bf16, 4>"] = made["kernels"]["sm_90a"].pop("head_kernel<bf16, 8>")
+    assert kernels.differences(made, table) == [
+        "sm_90a head_kernel<bf16, 4>: not in the table; look at it, then python -m bench.kernels --write",
+        "sm_90a head_kernel<bf16, 8>: in the table, but not compiled",
+    ]
+
+
+def command(monkeypatch, made, *arguments):
+    """Runs the command with ``made`` in the compiler's place; what it exits with, None for success."""
+    monkeypatch.setattr(sys, "argv", ["kernels", *arguments])
+    monkeypatch.setattr(kernels, "measured", lambda jobs: made)
+    try:
+        kernels.main()
+    except SystemExit as exit_:
+        return exit_.code
+    return None
+
+
+def test_check_says_that_the_compiler_is_another_one(monkeypatch, capsys, table):
+    assert command(monkeypatch, table | {"nvcc": "13.9.1"}, "--check") is None
+    said = capsys.readouterr().out
+    assert "| trunk_kernel<bf16> |" in said
+    assert said.endswith(f"The table is of nvcc {table['nvcc']}: 24 more registers are allowed, not 8.\n")
+
+
+def test_a_broken_rule_is_not_written(monkeypatch, tmp_path, table):
+    path = tmp_path / "kernels.json"
+    assert command(monkeypatch, table, "--write", "--json", str(path)) is None
+    assert kernels.read(path) == table
+    path.unlink()
+    table["kernels"]["sm_80"]["trunk_kernel<bf16>"]["local"] = 1
+    fault = "sm_80 trunk_kernel<bf16>: 0 bytes of spills, 0 of stack, 1 LDL and STL; expected none"
+    assert command(monkeypatch, table, "--write", "--json", str(path)) == fault
+    assert not path.exists()
+
+
+def test_without_a_compiler_the_message_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(
+        kernels.KernelError, match=r"^nvcc: .*; install the CUDA toolkit 13, or pip install 't2l_engine\[cuda\]'$"
+    ):
+        kernels.find("nvcc")
+
+
+def test_the_committed_table_keeps_the_rules(table):
+    assert kernels.broken_rules(table) == []
+    for usage in (usage for arch in kernels.ARCHS for usage in table["kernels"][arch].values()):
+        assert usage["blocks"] == kernels.blocks(usage["registers"])
+
+
+@pytest.mark.parametrize("arch", kernels.ARCHS)
+def test_the_committed_table_has_every_kernel_that_is_launched(table, arch):
+    tiles = {}
+    for kernel in table["kernels"][arch]:
+        kind, dtype, of_kernel = kernels._parts(kernel)
+        tiles.setdefault((kind, dtype), []).append(tuple(of_kernel))
+    assert tiles.keys() == {(kind, dtype) for kind in ("lora", "trunk", "head") for dtype in DTYPES}
+    narrow, wide = constant("kNarrowRows") // 16, constant("kWideRows") // 16
+    for dtype in DTYPES:
+        assert tiles["trunk", dtype] == [()]
+        assert sorted(tiles["head", dtype]) == [(narrow,)] + [(wide,)] * (dtype != "float")
+        for_ranks = {n: {m for m, other in tiles["lora", dtype] if other == n} for _, n in tiles["lora", dtype]}
+        assert len(for_ranks) == 3 and for_ranks.keys() > {1, 2}  # ranks to 8, to 16, above
+        assert all(1 in m and len(m) <= 2 for m in for_ranks.values())  # few tokens, many tokens
+        assert all(len(for_ranks[n]) == 2 for n in (1, 2))
+
+
+def constant(name):
+    """A number of csrc/cuda/config.h."""
+    text = (kernels.ROOT / "csrc" / "cuda" / "config.h").read_text(encoding="utf-8")
+    return int(re.search(rf"constexpr \w+ {name} = (\d+);", text)[1])
+
+
+def test_the_design_is_that_of_the_sources():
+    assert constant("kThreads") == kernels.THREADS
+    assert constant("kBlocksPerMultiprocessor") == kernels.designed_blocks("trunk_kernel<bf16>") == 2
+    narrow, wide = constant("kNarrowRows") // 16, constant("kWideRows") // 16
+    assert [kernels.designed_blocks(f"head_kernel<bf16, {n}>") for n in (narrow, wide)] == [2, 1]
+    assert kernels.promised_blocks("lora_kernel<f16, 1, 2>") == 2
+    assert kernels.promised_blocks("lora_kernel<float, 1, 2>") == 1
