@@ -1,5 +1,4 @@
-// How each kernel is launched: pure functions of the sizes and of the number of multiprocessors, so that tests, `t2l info`
-// and benchmarks can ask without a device.  The bytes and products they state are what the emulator counts.
+// How each kernel is launched: pure functions of the sizes and of the number of multiprocessors.
 #pragma once
 #include <cstdint>
 
@@ -30,7 +29,6 @@ T2L_ANYWHERE constexpr int64_t bytes_of(DType type) { return type == DType::f32 
 constexpr int kBins = 1024;            // adapters counted at a time when tokens are brought together
 constexpr int64_t kTileOutputs = 64;   // outputs of a warp at a time
 constexpr int64_t kDirectTokens = 64;  // single rows up to here are not brought together
-constexpr int64_t kBlocksPerMultiprocessor = 2;
 
 struct LoraConfig {
   int m_tiles;       // tokens of a chunk: 16 times this
@@ -46,11 +44,19 @@ struct LoraConfig {
 // What is multiplied as: the 16-bit type that x, A and B share, else float32 (split in two).
 inline DType lora_compute_type(const LoraParams& p) { return p.x_type == p.w_type ? p.x_type : DType::f32; }
 
-// Products of a warp that leave no register in local memory, by the bytes of what is multiplied: 8 ranks times this of a
-// pass for ranks above 16, and 16 tokens times this of a chunk where there are many.
-constexpr int wide_n_tiles(int64_t element) { return element == 4 ? 4 : 8; }
+// Products of a warp that leave no register in local memory, by the bytes of what is multiplied: 8 ranks times n tiles of a
+// pass, 16 tokens times m tiles of a chunk.
+constexpr int kWideTiles = 4;  // n tiles for ranks above 16
+constexpr int many_n_tiles(int64_t element) {
+  return element == 4 ? kWideTiles : 8;
+}  // the same, where there are many tokens
 constexpr int many_m_tiles(int64_t element, int n_tiles) {
   return element == 4 ? (n_tiles > 2 ? 1 : 2) : (n_tiles > 2 ? 2 : 4);
+}
+
+// Blocks that a multiprocessor has registers for; as many are wanted of a launch.
+constexpr int lora_blocks(int64_t element, int m_tiles, int n_tiles) {
+  return element == 2 && m_tiles * n_tiles <= 4 ? 2 : 1;
 }
 
 inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, int64_t multiprocessors) {
@@ -63,16 +69,20 @@ inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, i
     widest = greater(widest, members[i].out);
   }
   const int64_t element = bytes_of(lora_compute_type(p));
-  c.n_tiles = rank <= 8 ? 1 : rank <= 16 ? 2 : wide_n_tiles(element);
   const bool single_rows = p.max_seg_len <= 1 && p.segments == p.tokens;
   c.direct = single_rows && p.tokens <= kDirectTokens;
-  // Large chunks read A and B least often; with few tokens an adapter they would be mostly empty.
-  const int64_t per_adapter = greater(p.max_seg_len, p.tokens / greater(p.adapters, 1));
-  c.m_tiles = c.direct || per_adapter <= 16 ? 1 : many_m_tiles(element, c.n_tiles);
+  // Large chunks read A and B least often.  They pay where each multiprocessor has some even so: with fewer, outputs have to
+  // be cut into slices, of which each reads x again.
+  const auto narrow = [rank](int wide) { return rank <= 8 ? 1 : rank <= 16 ? 2 : wide; };
+  const int many_n = narrow(many_n_tiles(element)), many_m = many_m_tiles(element, many_n);
+  const bool many = !c.direct && p.tokens >= 16 * many_m * lora_blocks(element, many_m, many_n) * multiprocessors;
+  c.n_tiles = many ? many_n : narrow(kWideTiles);
+  c.m_tiles = many ? many_m : 1;
   const int64_t chunk = 16 * c.m_tiles;
   const int64_t kinds = lesser(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // of tokens that need a chunk
   c.chunks = c.direct ? p.tokens : lesser(p.tokens, p.tokens / chunk + kinds);
-  const int64_t wanted = greater(1, ceil_div(kBlocksPerMultiprocessor * multiprocessors, greater(c.chunks, 1)));
+  const int64_t blocks = lora_blocks(element, c.m_tiles, c.n_tiles) * multiprocessors;
+  const int64_t wanted = greater(1, ceil_div(blocks, greater(c.chunks, 1)));
   c.outputs = round_up(lesser(widest, ceil_div(outputs, wanted)), kWarps * kTileOutputs);
   for (int64_t i = 0; i < count; ++i) c.slices += ceil_div(members[i].out, c.outputs);
   const int64_t passes = ceil_div(rank, 8 * c.n_tiles);
@@ -109,7 +119,7 @@ inline TrunkConfig choose_trunk_config(const TrunkParams& p, int64_t multiproces
   const int64_t rows = p.tasks * p.modules * p.layers;
   for (c.tile_rows = 16; c.tile_rows >= 1; c.tile_rows /= 2) {
     c.tiles = ceil_div(rows, c.tile_rows);
-    const bool spread = c.tiles * p.sides * p.ranks <= kBlocksPerMultiprocessor * multiprocessors;
+    const bool spread = c.tiles * p.sides * p.ranks <= multiprocessors;
     c.sides_at_once = spread ? 1 : p.sides;
     c.ranks_at_once = spread ? 1 : p.ranks;
     const int64_t panels = 1 + (c.sides_at_once > 1) + (c.ranks_at_once > 1);

@@ -22,7 +22,7 @@ struct DeviceLimits {
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
 #ifdef T2L_EMULATOR
-  limits.multiprocessors = 132;  // an H100
+  limits.multiprocessors = emu::multiprocessors();
   limits.shared_bytes = static_cast<int>(kMaxSharedBytes);
 #else
   int device = 0;

@@ -9,11 +9,11 @@ using Kernel = void (*)(device::LoraLaunch);
 
 template <class T>
 Kernel kernel_for(const LoraConfig& c) {
-  constexpr int kMany = many_m_tiles(sizeof(T), 1), kManyWide = many_m_tiles(sizeof(T), wide_n_tiles(sizeof(T)));
-  constexpr int kWide = wide_n_tiles(sizeof(T));
+  constexpr int64_t kElement = sizeof(T);
+  constexpr int kMany = many_m_tiles(kElement, 1), kWide = many_n_tiles(kElement), kManyWide = many_m_tiles(kElement, kWide);
   if (c.n_tiles == 1) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 1> : device::lora_kernel<T, kMany, 1>;
   if (c.n_tiles == 2) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 2> : device::lora_kernel<T, kMany, 2>;
-  return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWide> : device::lora_kernel<T, kManyWide, kWide>;
+  return c.n_tiles == kWideTiles ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWide>;
 }
 
 const char* launch_group(const LoraParams* members, int64_t count, void* stream) {

@@ -182,7 +182,7 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int64_t rank, int64_t f
     }
   float sum[MT][NT][4] = {};
   constexpr int64_t kStep = Traits<T>::kPerBlock;
-#pragma unroll(sizeof(T) == 4 || MT * NT > 4 ? 1 : 4 / MT)
+#pragma unroll(sizeof(T) == 4 || MT * NT > 4 ? 1 : NT > 2 ? 2 : 4 / MT)
   for (int64_t block = warp_index(); block * kStep < p.in; block += kWarps) {
     const int64_t k = block * kStep + t * Traits<T>::kPerQuad;
     Quad tokens_x[MT][2], ranks_a[NT];
@@ -325,8 +325,23 @@ T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, i
     }
 }
 
+// Asks for all weights of an adapter that the block is going to read, so that their latencies overlap.
+T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int64_t rank, int64_t first, int64_t last) {
+  constexpr int64_t kLine = 128;
+  const int64_t size = cuda::bytes_of(p.w_type), lines = cuda::ceil_div(p.in * size, kLine);
+  const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
+  for (int64_t i = thread_index(); i < rank * lines; i += kThreads)
+    prefetch(a + i / lines * p.a_stride_rank * size + i % lines * kLine);
+  const bool by_rank = p.b_stride_out == 1;  // [rank, out] storage: rows of outputs; else rows of ranks
+  const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
+  const int64_t rows = by_rank ? rank : last - first, stride = by_rank ? p.b_stride_rank : p.b_stride_out;
+  const int64_t row_lines = by_rank ? cuda::ceil_div((last - first) * size, kLine) : 1;
+  for (int64_t i = thread_index(); i < rows * row_lines; i += kThreads)
+    prefetch(b + i / row_lines * stride * size + i % row_lines * kLine);
+}
+
 template <class T, int MT, int NT>
-T2L_KERNEL(kThreads, 1)
+T2L_KERNEL(kThreads, cuda::lora_blocks(sizeof(T), MT, NT))
 lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const cuda::LoraConfig& c = launch.config;
   SharedMemory shared;
@@ -361,6 +376,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     return;
   }
   const float scaling = p.scaling[chunk.adapter];
+  prefetch_weights(p, chunk.adapter, rank, first, last);
   for (int64_t first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
     shrink<T, MT, NT>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
     block_barrier();

@@ -156,7 +156,7 @@ T2L_DEVICE void require(bool holds, const char* what) {
 
 // ---- global memory
 
-// 16 bytes at an address that is a multiple of 16.  `streamed`: read once, keep it out of L1.
+// 16 bytes at an address that is a multiple of 16.
 T2L_DEVICE Quad load_quad(const void* p) {
 #ifdef T2L_EMULATOR
   return emu::load<Quad>(p);
@@ -195,6 +195,15 @@ T2L_DEVICE void store_one(T* p, T value) {
   emu::store<T>(p, value);
 #else
   *p = value;
+#endif
+}
+
+// Asks L2 for the 128 bytes around an address that will be read; nobody waits.
+T2L_DEVICE void prefetch(const void* p) {
+#ifdef T2L_EMULATOR
+  (void)p;
+#else
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 #endif
 }
 

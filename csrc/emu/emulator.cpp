@@ -49,17 +49,22 @@ std::optional<Schedule> parse_schedule(std::string text) {
 
 struct Settings {
   Settings() {
-    const char* text = std::getenv("T2L_EMU_SCHEDULE");
-    if (!text) return;
-    const auto parsed = parse_schedule(text);
-    if (parsed)
-      schedule = *parsed;
-    else
-      error = std::string("T2L_EMU_SCHEDULE is not a schedule: ") + text;
+    if (const char* text = std::getenv("T2L_EMU_MULTIPROCESSORS")) {
+      multiprocessors = std::atoi(text);
+      if (multiprocessors < 1) error = std::string("T2L_EMU_MULTIPROCESSORS is not a number from 1 on: ") + text;
+    }
+    if (const char* text = std::getenv("T2L_EMU_SCHEDULE")) {
+      const auto parsed = parse_schedule(text);
+      if (parsed)
+        schedule = *parsed;
+      else
+        error = std::string("T2L_EMU_SCHEDULE is not a schedule: ") + text;
+    }
   }
 
   std::mutex mutex;  // of all that follows, but for the error
   Schedule schedule;
+  int multiprocessors = 132;
   uint64_t launches = 0;  // under this schedule
   Counters counters{};
   LaunchRecord last{};
@@ -434,6 +439,23 @@ void set_schedule(const Schedule& schedule) {
   all.launches = 0;
 }
 
+bool set_schedule(const char* text) {
+  const auto schedule = parse_schedule(text);
+  if (schedule) set_schedule(*schedule);
+  return schedule.has_value();
+}
+
+int multiprocessors() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.multiprocessors;
+}
+void set_multiprocessors(int count) {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.multiprocessors = count;
+}
+
 int memory_device() { return device_of_memory; }
 void set_memory_device(int index) { device_of_memory = index; }
 int current_device() { return device; }
@@ -546,31 +568,3 @@ T2L_EMU_UNSEEN void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (
 }
 
 }  // namespace t2l::emu
-
-extern "C" {
-
-#define T2L_EMU_EXPORT __attribute__((visibility("default")))
-
-T2L_EMU_EXPORT int t2l_emu_set_schedule(const char* text) {
-  const auto schedule = t2l::emu::parse_schedule(text);
-  if (!schedule) return 1;
-  t2l::emu::set_schedule(*schedule);
-  return 0;
-}
-
-T2L_EMU_EXPORT void t2l_emu_reset_counters() { t2l::emu::reset_counters(); }
-
-T2L_EMU_EXPORT int64_t t2l_emu_counter(const char* name) {
-  const t2l::emu::Counters now = t2l::emu::counters();
-  const std::string wanted = name;
-  return wanted == "read"       ? now.read
-         : wanted == "written"  ? now.written
-         : wanted == "flops"    ? now.flops
-         : wanted == "launches" ? now.launches
-                                : -1;
-}
-
-T2L_EMU_EXPORT void t2l_emu_set_stream(void* stream) { t2l::emu::set_current_stream(stream); }
-
-T2L_EMU_EXPORT void t2l_emu_set_memory_device(int device) { t2l::emu::set_memory_device(device); }
-}

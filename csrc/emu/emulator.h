@@ -69,6 +69,12 @@ struct Schedule {
   bool eager = false;
 };
 void set_schedule(const Schedule& schedule);
+// "forward", "reverse" or "seed=7", each also with "+eager"; false for another text, which changes nothing.
+bool set_schedule(const char* text);
+
+// Of a device: 132 at first, as an H100 has.  Kernels cut their work by it.
+int multiprocessors();
+void set_multiprocessors(int count);
 
 // Device and stream of this OS thread; every device has a current stream of its own, which is not null.  A launch must be on
 // the current stream, and on the device whose memory it is given.
@@ -313,17 +319,3 @@ T2L_EMU_UNSEEN inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], co
 void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]);
 
 }  // namespace t2l::emu
-
-// ---- for ctypes
-
-extern "C" {
-// "forward", "reverse" or "seed=7", each also with "+eager"; 0, or 1 for another text, which changes nothing.
-int t2l_emu_set_schedule(const char* text);
-void t2l_emu_reset_counters();
-// "read", "written", "flops" or "launches"; -1 for another name.
-int64_t t2l_emu_counter(const char* name);
-// The current stream of this OS thread's current device.
-void t2l_emu_set_stream(void* stream);
-// The device that the memory of this OS thread's calls is of; 0 at first.
-void t2l_emu_set_memory_device(int device);
-}

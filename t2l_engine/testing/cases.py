@@ -144,6 +144,9 @@ LORA_CASES = (
         for name, layout in ((f"serve_{size}", "r_out"), (f"serve_{size}_out_r", "out_r"))
         if name != "serve_64x64"
     ),
+    LoraCase("bf16_rank_64", _RAGGED, in_features=320, rank=64, x_dtype=BF16, w_dtype=BF16),
+    LoraCase("bf16_long", ((130, 1), (3, 0), (20, 1)), in_features=320, x_dtype=BF16, w_dtype=BF16),
+    LoraCase("fp16_rank_24", _RAGGED, rank=24, x_dtype=F16, w_dtype=F16, b_layout="out_r"),
     LoraCase("fp16", _RAGGED, x_dtype=F16, w_dtype=F16),
     LoraCase(
         "fp16_out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, x_dtype=F16, w_dtype=F16, b_layout="out_r"

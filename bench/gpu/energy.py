@@ -1,0 +1,97 @@
+"""Joules, power and clocks of an adapter, while graphs are replayed for seconds."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from bench.gpu import cases
+from bench.gpu.cases import LAYERS, Case, Operands, rows
+from bench.gpu.context import Context
+from bench.gpu.generation import kept, nets
+from bench.gpu.lora import need_kernels
+from bench.gpu.nvml import DryMeter, Meter, Nvml
+from bench.gpu.timing import Call, num_sets
+
+#: Seconds of replaying a case: the energy counter of a card moves in steps of a tenth of a second or so.
+SECONDS = 2.5
+IDLE_SECONDS = 1.0
+#: Seconds between two readings of power and clocks.
+EVERY = 0.05
+
+
+def run(context: Context) -> None:
+    need_kernels(context, "hypernet_trunk", "hypernet_heads_out_", "lora_add_group_")
+    meter = Nvml() if context.on_card else DryMeter()
+    context.attempt("idle", lambda: [("energy", idle(context, meter))])
+    for count in (1, 8, 64) if context.on_card else (1,):
+        work = functools.partial(generating, context, count)
+        context.attempt(f"generating {count}", functools.partial(measured, context, meter, work), needs=SECONDS + 5)
+    context.attempt("decoding", functools.partial(measured, context, meter, functools.partial(decoding, context)), needs=5.0)
+
+
+def idle(context: Context, meter: Meter) -> dict[str, Any]:
+    """The card with nothing to do."""
+    context.device.synchronize()
+    seconds, before = (IDLE_SECONDS if context.on_card else 0.01), meter.joules()
+    time.sleep(seconds)
+    state, spent = meter.state(), meter.joules() - before
+    return {"case": "idle", "adapters": 0, **state, "joules": round(spent, 3), "seconds": seconds}
+
+
+def generating(context: Context, count: int) -> tuple[str, int, list[Call]]:
+    """Mistral's hypernetwork in bfloat16: the case, adapters of a pass, its calls."""
+    shape, copies = nets(context, "mistral-7b" if context.on_card else "tiny", "bfloat16")
+    task_emb = shape.task_embeddings(count).to(context.device.torch)
+    calls = [kept(net, task_emb)[0] for net in copies]
+    return f"generating, {shape.name} L bfloat16, {count} at a time", count * len(calls), calls
+
+
+def decoding(context: Context) -> tuple[str, int, list[Call]]:
+    """One layer's 64 adapters on 64 tokens, cold."""
+    case = Case(LAYERS["7b"], rows(*range(64)), "") if context.on_card else Case(LAYERS["tiny"], rows(0, 1), "")
+    sets = num_sets(context.device, case.working_set)
+    shared = cases.routing(case, context.device.torch)
+    made: list[Operands] = [cases.operands(case, context.device.torch, seed, shared) for seed in range(sets)]
+    return f"applying, {case.name}, cold", case.adapters * sets, [one.grouped() for one in made]
+
+
+@torch.inference_mode()
+def measured(
+    context: Context, meter: Meter, work: Callable[[], tuple[str, int, list[Call]]]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Joules, time and mean power of replaying ``work`` for SECONDS."""
+    device = context.device
+    case, adapters, calls = work()
+    replay = device.capture(lambda: [call() for call in calls])
+    us = min(device.elapsed_us(replay, covered=True) for _ in range(3))
+    batch, seconds = (max(1, int(EVERY * 1e6 / us)), SECONDS) if context.on_card else (1, 0.02)
+    states, passes = [], 0
+    device.synchronize()
+    before, start = meter.joules(), time.perf_counter()
+    while (taken := time.perf_counter() - start) < seconds or not passes:
+        for _ in range(batch):
+            replay()
+        states.append(meter.state())  # while they run
+        device.synchronize()
+        passes += batch
+    spent = meter.joules() - before
+    known = {key: [s[key] for s in states if s.get(key) is not None] for key in ("watts", "sm_mhz", "memory_mhz")}
+    made = passes * adapters
+    yield (
+        "energy",
+        {
+            "case": case,
+            "adapters": adapters,
+            "us_an_adapter": round(1e6 * taken / made, 4),
+            "mj_an_adapter": round(1e3 * spent / made, 5),
+            "joules": round(spent, 3),
+            "seconds": round(taken, 3),
+            **{key: round(statistics.fmean(values), 1) for key, values in known.items() if values},
+        },
+    )

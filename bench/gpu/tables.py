@@ -1,0 +1,218 @@
+"""``gpu.json`` in Markdown: what was measured, on which card, what it is beside, and whether the bars are met.
+
+python -m bench.gpu.tables FILE
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.markdown import GAP, grid, number, size, times
+from bench.rows import BASE
+
+Row = dict[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+#: Names of what is timed beside ours and is nobody's competitor: bounds, and ours in other forms.
+COPY, APART, EAGER, OPS, HEADS = "copy", "ours, a launch a linear", "ours, from the host", "ours, ops alone", "head weights"
+BESIDE = (COPY, APART, EAGER, OPS, BASE)
+NOT_MEASURED = "Not yet measured."
+LEGEND = (
+    "Times are medians of graph replays, a call; (host): called from the host, and compared with ours called so.  cold: "
+    "sets of operands that together exceed three times the level-2 cache take turns; hot: one set again and again.  copy: "
+    "as many bytes, half read and half written, by the faster of a copy and a kernel, in a graph, on as many sets.  Floors "
+    "are made with the best bandwidth and the matrix products of the same process."
+)
+DRY = "A dry run on a CPU: its times mean nothing."
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A result of the suite; ValueError for anything else."""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(result, dict) or result.get("suite") != "gpu":
+        raise ValueError(f"{path.name}: expected a result of bench/gpu_suite.sh")
+    return result
+
+
+def rivals(names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that do what ours does in another way."""
+    return [name for name in names if name not in BESIDE and name != "ours"]
+
+
+# --- columns ---------------------------------------------------------------------------------------------------------
+
+
+def _us(timing: dict[str, Any]) -> str:
+    host = "" if timing.get("graph") else " (host)"
+    return f"{number(timing['median_us'])}{host}"
+
+
+def _spread(row: Row) -> str:
+    return f"{number(row['ours']['p5_us'])} to {number(row['ours']['p95_us'])}"
+
+
+def bar_text(bar: dict[str, Any] | None) -> str:
+    """A bar in words."""
+    if bar is None:
+        return GAP
+    plus = bar.get("plus_us") or 0
+    if not bar["ratio"]:
+        return f"{plus:g} us"
+    return f"{bar['ratio']:g} x {bar['of']}" + (f" + {plus:g} us" if plus else "")
+
+
+def verdict(row: Row) -> str:
+    """Whether the bar is met, and what is faster."""
+    bar = row["bar"]
+    words = [] if bar is None else ["met" if bar["met"] else "**not met**"]
+    if row["ours"].get("note") and not row["ours"]["graph"]:
+        words.append("**not captured**")
+    if row["lost"]:
+        words.append(f"**lost** to {', '.join(row['lost'])}")
+    return "; ".join(words) or GAP
+
+
+def _beside(name: str) -> Column:
+    """How many times as long ``name`` takes."""
+
+    def cell(row: Row) -> str:
+        timing = row["baselines"].get(name, {})
+        if "speedup" not in timing:
+            return GAP
+        return times(timing["speedup"]) + ("" if timing.get("graph") else " (host)")
+
+    return f"over {name}", cell
+
+
+def _time(name: str) -> Column:
+    """The time of ``name`` itself."""
+
+    def cell(row: Row) -> str:
+        timing = row["baselines"].get(name, {})
+        return _us(timing) if "median_us" in timing else GAP
+
+    return f"{name}, us", cell
+
+
+CASE: Column = ("case", lambda row: row["case"])
+CACHE: Column = ("cache", lambda row: row["cache"] or GAP)
+OURS: list[Column] = [
+    ("ours, us", lambda row: _us(row["ours"])),
+    ("p5 to p95", _spread),
+    ("replays", lambda row: str(row["ours"]["rounds"])),
+]
+FLOOR: list[Column] = [
+    ("bytes", lambda row: size(row["floor"]["bytes"]) if row["floor"] else GAP),
+    ("floor, us", lambda row: number(row["floor"]["us"]) if row["floor"] else GAP),
+    ("x floor", lambda row: number(row.get("floor_ratio"))),
+    ("x copy", lambda row: number(row.get("copy_ratio"))),
+]
+VERDICT: list[Column] = [("bar", lambda row: bar_text(row["bar"])), ("verdict", verdict)]
+X_BASE: Column = ("x base", lambda row: number(row["ours"]["median_us"] / row["baselines"][BASE]["median_us"]))
+ERROR: Column = ("error (bound)", lambda row: f"{row['error']['value']:.1e} ({row['error']['bound']:.1e})")
+
+#: Group of rows -> its title, and the columns between ours and the rivals.
+GROUPS: dict[str, tuple[str, list[Column]]] = {
+    "decode": ("Batched LoRA, decode", FLOOR),
+    "prefill": ("Batched LoRA, prefill", FLOOR),
+    "generate": ("Generating adapters", FLOOR),
+    "compiled": ("Generating adapters beside torch.compile", FLOOR),
+    "linear": ("A linear with its adapters", [_time(BASE), X_BASE]),
+    "model": ("A decode step of a whole model", [_time(BASE), X_BASE, *FLOOR]),
+}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def group_table(result: dict[str, Any], group: str) -> str | None:
+    """The rows of a group, or None where there are none."""
+    found = [row for row in result.get("rows", []) if row["group"] == group]
+    if not found:
+        return None
+    names = list(dict.fromkeys(name for row in found for name in row["baselines"]))
+    forms = [_time(name) for name in names if name in (APART, EAGER, OPS)]
+    columns = [CASE, CACHE, *OURS, *forms, *GROUPS[group][1], *map(_beside, rivals(names)), *VERDICT, ERROR]
+    columns = [c for c in columns if c is CASE or any(c[1](row) != GAP for row in found)]
+    lines = grid([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in found])
+    why = {
+        f"{name}: {baseline['absent']}"
+        for row in found
+        for name, baseline in row["baselines"].items()
+        if "absent" in baseline
+    }
+    return "\n\n".join([lines, *([f"{GAP} {'; '.join(sorted(why))}."] if why else [])])
+
+
+def bars(result: dict[str, Any]) -> str:
+    """Every bar, met or not, and every loss."""
+    judged = [row for row in result.get("rows", []) if row["bar"] or row["lost"]]
+    if not judged:
+        return NOT_MEASURED
+    columns = [CASE, CACHE, OURS[0], ("ratio", lambda row: number(row["ratio"])), *VERDICT]
+    return grid([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in judged])
+
+
+def energy(result: dict[str, Any]) -> str:
+    """Power, clocks and joules."""
+    heads = ("case", "adapters", "us an adapter", "mJ an adapter", "W", "SM MHz", "memory MHz")
+    keys = ("us_an_adapter", "mj_an_adapter", "watts", "sm_mhz", "memory_mhz")
+    entries = result.get("energy", [])
+    if not entries:
+        return NOT_MEASURED
+    return grid(heads, [[e["case"], str(e["adapters"]), *(number(e.get(key)) for key in keys)] for e in entries])
+
+
+def checks(result: dict[str, Any]) -> str:
+    """What is no time: graphs, streams, the emulator."""
+    entries = result.get("checks", [])
+    if not entries:
+        return NOT_MEASURED
+    return grid(
+        ("check", "passed", "detail"), [[e["check"], "yes" if e["passed"] else "**no**", e["detail"]] for e in entries]
+    )
+
+
+def steps(result: dict[str, Any]) -> str:
+    """How every step of the run ended."""
+    lines = [[s["name"], s["status"], f"{s['seconds']:.1f}", s.get("why", "")] for s in result["steps"]]
+    return grid(("step", "status", "seconds", ""), lines)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """Card, driver, versions, date and commit."""
+    machine, versions = result.get("machine", {}), result.get("versions", {})
+    card = machine.get("gpu") or "no GPU"
+    parts = [card, *(f"{name} {version}" for name, version in versions.items() if version)]
+    commit = "no commit" if result["commit"] is None else f"commit {result['commit']}"
+    return f"{', '.join(parts)}; {result['date']}, {commit}{' with uncommitted changes' if result['dirty'] else ''}."
+
+
+def tables(result: dict[str, Any] | None) -> dict[str, str]:
+    """Name -> table; every one says "not yet measured" where there is no result of a card."""
+    if result is None or result.get("size") != "full":
+        return dict.fromkeys((*GROUPS, "bars", "energy", "checks"), NOT_MEASURED)
+    made = {group: group_table(result, group) or NOT_MEASURED for group in GROUPS}
+    made |= {"bars": bars(result), "energy": energy(result), "checks": checks(result)}
+    return {name: text if text == NOT_MEASURED else f"{text}\n\n{caption(result)}" for name, text in made.items()}
+
+
+def whole(result: dict[str, Any]) -> str:
+    """All of a result as one document, a dry run's too."""
+    dry = [] if result["size"] == "full" else [DRY]
+    parts = ["# GPU suite", *dry, caption(result), LEGEND, "## Steps", steps(result), "## Bars and losses", bars(result)]
+    for group, (title, _) in GROUPS.items():
+        table = group_table(result, group)
+        parts += [f"## {title}", table] if table else []
+    parts += ["## Energy", energy(result), "## Checks", checks(result)]
+    for kind, title in (("failed", "Failed"), ("left_out", "Left out")):
+        lines = [f"- {e['step']}: {e['case']}: {e.get('error') or e.get('why')}" for e in result.get(kind, [])]
+        parts += [f"## {title}", "\n".join(lines)] if lines else []
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    print(whole(load(Path(sys.argv[1]))))

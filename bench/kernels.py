@@ -1,0 +1,244 @@
+"""What the compiler makes of the CUDA kernels: registers, local memory and instructions, beside a committed table.
+
+``--write`` compiles the kernels and makes the table, ``--check`` compiles and compares; no device is needed.  Both fail, and
+name the kernel, where one breaks a rule: spills or other local memory, an atomic operation on global memory, other tensor
+core instructions than its dtype has, a head without asynchronous copies, too many registers for its blocks.
+
+python -m bench.kernels --check|--write [--json PATH] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench.markdown import grid
+
+ROOT = Path(__file__).resolve().parents[1]
+FILE = ROOT / "bench" / "results" / "kernels.json"
+SOURCES = ("csrc/cuda/lora.cu", "csrc/cuda/hypernet.cu")
+ARCHS = ("sm_80", "sm_90a")
+PTX_ARCH = "compute_90"  # for devices to come: it has to compile, no more
+FLAGS = ("-O3", "-std=c++17", "-Icsrc", "-Icsrc/cuda", "-Werror", "all-warnings")
+PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
+
+THREADS, REGISTERS = 256, 64 * 1024  # of a block; of a multiprocessor, which gives them to threads in eights
+#: Registers that a kernel may have more than in the table, made with the same nvcc and with another one.
+SLACK, SLACK_OF_OTHERS = 8, 24
+#: Tensor core instructions by the dtype of both operands.
+PRODUCTS = {"bf16": "HMMA.16816.F32.BF16", "f16": "HMMA.16816.F32", "float": "HMMA.1688.F32.TF32"}
+
+#: Of one kernel: ``registers`` of a thread, ``blocks`` of a multiprocessor by registers alone, ``static_shared`` bytes of a
+#: block, ``stack`` and ``spills`` bytes of a thread (spills: stored and loaded); the rest are numbers of instructions.
+Usage = dict[str, Any]
+#: ``nvcc``: its version; ``kernels``: by arch, then by kernel as the sources name it, lora_kernel<bf16, 1, 2>.
+Table = dict[str, Any]
+
+
+class KernelError(RuntimeError):
+    """No compiler, or it refuses the kernels; the message says what to do, or what it said."""
+
+
+def find(tool: str) -> str:
+    """Path of a program of the CUDA toolkit."""
+    beside, home = os.path.dirname(os.environ.get("CUDACXX", "")), os.environ.get("CUDA_HOME")
+    packages = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
+    places = [beside, home and os.path.join(home, "bin"), os.environ.get("PATH"), packages]
+    path = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
+    if path is None:
+        where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
+        raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install 't2l_engine[cuda]'")
+    return path
+
+
+def run(tool: str, *arguments: str) -> str:
+    """What a program of the toolkit says, on both streams; KernelError with its complaints where it fails."""
+    command = [find(tool), *arguments]
+    path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(find("nvdisasm"))])  # cuobjdump starts it
+    env = {**os.environ, "PATH": path}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        complaints = [line for line in demangled(done.stdout).splitlines() if not _REMARK.match(line)]
+        raise KernelError("\n".join([f"{' '.join(command)}: exit status {done.returncode}", *complaints]))
+    return done.stdout
+
+
+def compiled(source: str, arch: str, folder: str) -> dict[str, Usage]:
+    """The kernels of a source; none of :data:`PTX_ARCH`, which has no registers."""
+    out = os.path.join(folder, f"{Path(source).stem}.{arch}")
+    kind = ["-ptx"] if arch == PTX_ARCH else ["-cubin", PTXAS_FLAGS]
+    said = run("nvcc", *kind, f"-arch={arch}", *FLAGS, source, "-o", out)
+    return {} if arch == PTX_ARCH else usages(said, run("cuobjdump", "-sass", out))
+
+
+def measured(jobs: int) -> Table:
+    """Every kernel on every arch, from ``jobs`` compilers at a time."""
+    version = re.search(r"release .*, V([\d.]+)", run("nvcc", "--version"))[1]
+    units = [(source, arch) for arch in (*ARCHS, PTX_ARCH) for source in SOURCES]
+    kernels: dict[str, dict[str, Usage]] = {}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda unit: compiled(*unit, folder), units)
+        for (_, arch), of_source in zip(units, found, strict=True):
+            kernels.setdefault(arch, {}).update(of_source)
+    return {"nvcc": version, "kernels": {arch: kernels[arch] for arch in ARCHS}}
+
+
+_MANGLED = re.compile(r"_ZN3t2l6device\d+(\w+?_kernel)I(?:NS0_\d+(bf16|f16)E|f)((?:Li\d+E)*)EEv\w+")
+_NAME = re.compile(r"(lora|trunk|head)_kernel<(bf16|f16|float)((?:, \d+)*)>")
+_PTXAS = re.compile(
+    r"(?s)Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?"
+)
+_REMARK = re.compile(r"ptxas info|    \d+ bytes stack frame")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
+
+
+def demangled(text: str) -> str:
+    """``text`` with its kernels named as the sources name them."""
+
+    def name(match: re.Match[str]) -> str:
+        return f"{match[1]}<{', '.join([match[2] or 'float', *re.findall('[0-9]+', match[3])])}>"
+
+    return _MANGLED.sub(name, text)
+
+
+def usages(ptxas: str, sass: str) -> dict[str, Usage]:
+    """The kernels of a cubin, by what ``ptxas -v`` and ``cuobjdump -sass`` say of it."""
+    code = dict(part.split("\n", 1) for part in sass.split("Function : ")[1:])
+    properties = {said["name"]: said for said in _PTXAS.finditer(ptxas)}
+    if code.keys() != properties.keys():
+        raise KernelError(f"ptxas told of {sorted(properties)}, cuobjdump of {sorted(code)}")
+    found = {}
+    for name, said in properties.items():
+        opcodes = Counter(_INSTRUCTION.findall(code[name]))
+        families = Counter(opcode.split(".")[0] for opcode in opcodes.elements())
+        found[demangled(name)] = {
+            "registers": int(said["registers"]),
+            "blocks": blocks(int(said["registers"])),
+            "static_shared": int(said["shared"] or 0),
+            "stack": int(said["stack"]),
+            "spills": int(said["stores"]) + int(said["loads"]),
+            "local": families["LDL"] + families["STL"],
+            "global_atomics": sum(families[family] for family in ("ATOM", "ATOMG", "RED", "REDG")),
+            "async_copies": families["LDGSTS"],
+            "products": {opcode: n for opcode, n in opcodes.items() if opcode.split(".")[0].endswith("MMA")},
+        }
+    return found
+
+
+def blocks(registers: int) -> int:
+    """Blocks that a multiprocessor has registers for."""
+    return REGISTERS // (THREADS * -(-registers // 8) * 8)
+
+
+def _parts(kernel: str) -> tuple[str, str, list[int]]:
+    """Kind, dtype and tiles of a kernel."""
+    match = _NAME.fullmatch(kernel)
+    if match is None:
+        raise KernelError(f"{kernel}: a kernel that bench/kernels.py has no rules for")
+    return match[1], match[2], [int(n) for n in match[3].split(", ")[1:]]
+
+
+def designed_blocks(kernel: str) -> int:
+    """Blocks of a multiprocessor that csrc/cuda/config.h cuts the work for."""
+    kind, dtype, tiles = _parts(kernel)
+    small = {"lora": math.prod(tiles) <= 4, "head": tiles == [2], "trunk": False}
+    return 2 if dtype != "float" and small[kind] else 1
+
+
+def broken_rules(made: Table) -> list[str]:
+    """A line for every rule that a kernel breaks."""
+    kernels = [(arch, name, usage) for arch in ARCHS for name, usage in made["kernels"][arch].items()]
+    return [f"{arch} {name}: {fault}" for arch, name, usage in kernels for fault in _faults(name, usage)]
+
+
+def _faults(kernel: str, usage: Usage) -> Iterator[str]:
+    kind, dtype, _ = _parts(kernel)
+    if usage["spills"] or usage["stack"] or usage["local"]:
+        yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
+    if usage["global_atomics"]:
+        yield f"{usage['global_atomics']} atomic operations on global memory, expected none"
+    if kind == "head" and not usage["async_copies"]:
+        yield "no LDGSTS, expected asynchronous copies"
+    expected = {PRODUCTS[dtype]} | ({PRODUCTS["float"]} if kind == "lora" else set())  # it expands in TF32
+    if usage["products"].keys() != expected:
+        names = [" and ".join(sorted(products)) for products in (usage["products"], expected)]
+        yield f"products: {names[0] or 'none'}, expected {names[1]}"
+    if usage["blocks"] < designed_blocks(kernel):
+        yield f"{usage['registers']} registers leave room for {usage['blocks']} blocks, expected {designed_blocks(kernel)}"
+
+
+def differences(made: Table, known: Table) -> list[str]:
+    """A line for every kernel that only one side has, and for every one that gained more registers than it may."""
+    slack = SLACK if made["nvcc"] == known["nvcc"] else SLACK_OF_OTHERS
+    faults = []
+    for arch in ARCHS:
+        ours, theirs = made["kernels"][arch], known["kernels"][arch]
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name not in ours:
+                faults.append(f"{arch} {name}: in the table, but not compiled")
+            elif name not in theirs:
+                faults.append(f"{arch} {name}: not in the table; look at it, then python -m bench.kernels --write")
+            elif (now := ours[name]["registers"]) > (most := (was := theirs[name]["registers"]) + slack):
+                faults.append(f"{arch} {name}: was {was} registers, is {now}, expected at most {most}")
+    return faults
+
+
+def read(path: Path) -> Table:
+    if not path.is_file():
+        raise KernelError(f"{path}: no such file; make it with python -m bench.kernels --write")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def shown(made: Table) -> str:
+    """The table in Markdown; a cell with two values is by arch."""
+
+    def line(kernel: str) -> list[str]:
+        usage = [made["kernels"][arch][kernel] for arch in ARCHS if kernel in made["kernels"][arch]]
+        products = [", ".join(f"{n} {opcode}" for opcode, n in sorted(u["products"].items())) for u in usage]
+        columns = [[str(u[field]) for u in usage] for field in ("registers", "blocks", "spills", "async_copies")]
+        cells = [" / ".join(c if len(set(c)) > 1 else c[:1]) for c in [*columns, products]]
+        return [kernel, *cells[:2], str(designed_blocks(kernel)), *cells[2:]]
+
+    heads = ("kernel", "registers", "blocks", "designed", "spills", "LDGSTS", "products")
+    table = grid(heads, map(line, sorted(set().union(*made["kernels"].values()))))
+    return f"{table}\n\nnvcc {made['nvcc']}; {' / '.join(ARCHS)}; blocks of a multiprocessor, by registers alone."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="What the compiler makes of the kernels.")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--check", action="store_true", help="compare with the table; fail where a kernel got worse")
+    mode.add_argument("--write", action="store_true", help="write the table, unless a kernel breaks a rule")
+    parser.add_argument("--json", type=Path, default=FILE, help="the table; default: bench/results/kernels.json")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: one a core")
+    options = parser.parse_args()
+    try:
+        known = read(options.json) if options.check else None
+        made = measured(options.jobs)
+        faults = broken_rules(made) + (differences(made, known) if known else [])
+    except KernelError as error:
+        raise SystemExit(f"python -m bench.kernels: {error}") from None
+    print(shown(made))
+    if known and made["nvcc"] != known["nvcc"]:
+        print(f"The table is of nvcc {known['nvcc']}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}.")
+    if faults:
+        raise SystemExit("\n".join(faults))
+    if options.write:
+        options.json.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

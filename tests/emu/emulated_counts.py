@@ -1,0 +1,277 @@
+"""Bytes that the kernels move and operations that they do, beside closed forms of the sizes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import ceil
+
+import pytest
+import torch
+
+from t2l_engine import ops
+from t2l_engine.testing.cases import BF16, F16, F32, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
+
+pytestmark = pytest.mark.emu
+
+WARPS, TILE = 8, 128  # of a block; weight rows of a tile of the heads
+MULTIPROCESSORS = 132
+
+
+@dataclasses.dataclass
+class Counts:
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+
+    def add(self, read: int = 0, written: int = 0, flops: int = 0, times: int = 1) -> None:
+        self.read += read * times
+        self.written += written * times
+        self.flops += flops * times
+
+
+def counted(emulator) -> Counts:
+    return Counts(*(emulator.t2l_emu_counter(name) for name in (b"read", b"written", b"flops")))
+
+
+def size(dtype: torch.dtype) -> int:
+    return dtype.itemsize
+
+
+def products(rows: int, columns: int, depth: int, dtype: torch.dtype) -> int:
+    """Of tensor cores: whole blocks of 64 bytes along the depth, three products for one of float32."""
+    features = 64 // size(dtype)
+    return 2 * rows * columns * ceil(depth / features) * features * (3 if dtype == F32 else 1)
+
+
+# --- batched LoRA ----------------------------------------------------------------------------------------------------
+
+
+def chunks_of(case: LoraCase, chunk: int, accumulate: bool) -> list[tuple[int, int]]:
+    """(adapter, tokens) of every chunk: tokens of an adapter wherever they are, ``chunk`` at a time."""
+    totals: dict[int, int] = {}
+    for tokens, adapter in case.segments:
+        totals[adapter] = totals.get(adapter, 0) + tokens
+    return [
+        (adapter, min(chunk, total - start))
+        for adapter, total in totals.items()
+        for start in range(0, total, chunk)
+        if adapter >= 0 or not accumulate
+    ]
+
+
+def lora_counts(case: LoraCase, m_tiles: int, n_tiles: int, slices: list[int], accumulate: bool) -> Counts:
+    """``slices``: outputs of every slice, of ``16 * m_tiles`` tokens and ``8 * n_tiles`` ranks a pass."""
+    x, w = size(case.x_dtype), size(case.w_dtype)
+    dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
+    counts = Counts()
+    direct = m_tiles == 0
+    for adapter, tokens in chunks_of(case, 1 if direct else 16 * m_tiles, accumulate):
+        rank = 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]
+        passes, rows = ceil(rank / (8 * n_tiles)), 16 * max(m_tiles, 1)
+        for outputs in slices:
+            result = tokens * outputs * x
+            if rank == 0:
+                counts.add(written=0 if accumulate else result)
+                continue
+            tiles = ceil(tokens / 16)
+            counts.add(
+                read=passes * tokens * case.in_features * x  # x for every pass over the ranks
+                + rank * case.in_features * w  # A once
+                + tiles * rank * outputs * w  # B for every 16 tokens
+                + (result if accumulate else 0),
+                written=result,
+                flops=passes * products(rows, 8 * n_tiles, case.in_features, dtype)
+                # outputs by 64 a warp, ranks by 8; the rank vector is split in two, float32 weights too
+                + tiles * 2 * 16 * 64 * ceil(outputs / 64) * 8 * ceil(rank / 8) * (3 if dtype == F32 else 2),
+            )
+    return counts
+
+
+#: Case, multiprocessors, m tiles (0: a token a block), n tiles.
+LORA_LAUNCHES = (
+    ("one_token", 132, 0, 1),
+    ("mixed_rows", 132, 0, 1),
+    ("base_beside_first_and_last", 132, 0, 1),
+    ("many_adapters", 132, 0, 1),
+    ("ragged", 132, 1, 1),
+    ("ragged", 1, 2, 1),
+    ("rank_3", 132, 1, 1),
+    ("rank_12", 1, 2, 2),
+    ("rank_64", 132, 1, 4),
+    ("rank_64", 1, 1, 4),
+    ("mixed_ranks", 132, 1, 2),
+    ("odd_features", 1, 2, 1),
+    ("wide_features", 132, 0, 1),
+    ("out_r_odd", 132, 1, 2),
+    ("bf16", 132, 1, 1),
+    ("bf16_odd", 132, 1, 1),
+    ("bf16_out_r", 132, 0, 1),
+    ("bf16_rank_64", 132, 1, 4),
+    ("bf16_rank_64", 1, 2, 8),
+    ("bf16_long", 132, 1, 1),
+    ("bf16_long", 1, 4, 1),
+    ("bf16_mixed_ranks", 1, 4, 2),
+    ("bf16_out_r_mixed_ranks", 132, 1, 1),
+    ("bf16_x_fp32_adapters", 132, 1, 1),
+    ("fp16", 132, 1, 1),
+    ("fp16_rank_24", 132, 1, 4),
+    ("fp16_rank_24", 1, 2, 8),
+    ("serve_8x8_smollm2", 132, 0, 1),
+    ("serve_64x64", 132, 0, 1),
+    ("serve_64x1", 132, 1, 1),
+    ("serve_512x8", 132, 1, 1),
+    ("serve_512x8", 1, 4, 1),
+)
+
+
+def slices_of(out_features: int, slices: int) -> list[int]:
+    """Outputs of each slice of one linear: whole 512 but for the last."""
+    whole = ceil(ceil(out_features / slices) / 512) * 512
+    return [min(whole, out_features - start) for start in range(0, out_features, whole)]
+
+
+@pytest.mark.parametrize("accumulate", [True, False], ids=["add", "delta"])
+@pytest.mark.parametrize("name, multiprocessors, m_tiles, n_tiles", LORA_LAUNCHES)
+def test_lora(emulator, name, multiprocessors, m_tiles, n_tiles, accumulate):
+    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+    case = next(case for case in LORA_CASES if case.name == name)
+    arguments = case.make()
+    if accumulate:
+        ops.lora_add_(**arguments)
+    else:
+        arguments.pop("y")
+        ops.lora_delta(**arguments)
+    slices = slices_of(case.out_features, emulator.t2l_emu_last_launch(b"grid_y"))
+    assert len(slices) == emulator.t2l_emu_last_launch(b"grid_y")
+    assert counted(emulator) == lora_counts(case, m_tiles, n_tiles, slices, accumulate)
+
+
+def test_lora_group(emulator):
+    """Each member as alone, in one launch."""
+    group = next(case for case in GROUP_CASES if case.name == "serve_phi3_qkv_8x8")
+    ops.lora_add_group_(**group.make())
+    expected = Counts()
+    per_member = emulator.t2l_emu_last_launch(b"grid_y") // len(group.members)
+    for _, out_features, rank in group.members:
+        ranks = tuple(max(0, rank - i) for i in range(group.lora.adapters))
+        member = dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks)
+        alone = lora_counts(member, 0, 1, slices_of(out_features, per_member), True)
+        expected.add(**dataclasses.asdict(alone))
+    assert counted(emulator) == expected
+    assert emulator.t2l_emu_counter(b"launches") == 1
+
+
+def test_a_decode_step_reads_every_weight_once(emulator):
+    """64 adapters: A and B are read as often as there are slices of the outputs, which share A through L2."""
+    case = LoraCase("", tuple((1, i) for i in range(64)), 1024, 512, adapters=64, x_dtype=BF16, w_dtype=BF16)
+    ops.lora_add_(**case.make())
+    weights, activations = 64 * 8 * (1024 + 512) * 2, 64 * (1024 + 512) * 2
+    assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 512 * 2
+
+
+# --- hypernetwork ----------------------------------------------------------------------------------------------------
+
+
+def head_counts(case: HyperCase, modules: int, out_dtype: torch.dtype) -> Counts:
+    w, counts = size(case.dtype), Counts()
+    rows = case.tasks * case.ranks * case.layers
+    tile = 128 if rows > 64 and case.dtype != F32 else 32
+    per_latent = case.rank // case.ranks
+    widths = [case.in_features, case.out_features]
+    stored = max(widths)
+    weight_rows = per_latent * (stored if case.sides == 2 else sum(widths))
+    for side in range(case.sides):
+        for first in range(0, weight_rows, TILE):
+            inside = min(TILE, weight_rows - first)
+            if case.sides == 2 and first % stored >= widths[side] and first % stored + TILE <= stored:
+                continue  # rows that this side leaves out
+            for latent in range(0, rows, tile):
+                latents = min(tile, rows - latent)
+                steps = ceil(case.head_in * w / 128)
+                counts.add(
+                    read=(inside + latents) * case.head_in * w,
+                    flops=2 * TILE * tile * steps * (128 // w) * (3 if case.dtype == F32 else 1),
+                )
+    values = case.tasks * case.layers * case.rank * sum(widths)
+    steps = (1 if case.bias else 0) + (2 if case.affine else 0)
+    counts.add(read=values * 4 * steps, written=values * size(out_dtype))
+    return Counts(modules * counts.read, modules * counts.written, modules * counts.flops)
+
+
+HEADS = ("L", "L_no_bias_affine", "M_affine_out_wider", "S_learnable", "odd_sizes", "many_tasks", "no_tasks", "L_bf16")
+HEADS += ("M_bf16_affine", "S_rotary_bf16", "odd_sizes_bf16", "smollm2_L", "L_fp16")
+
+
+@pytest.mark.parametrize("multiprocessors", [MULTIPROCESSORS, 1])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(emulator, name, multiprocessors):
+    """However many tiles a block has."""
+    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+    case = next(case for case in HYPER_CASES if case.name == name)
+    head = case.make_head()
+    offsets = {k: [head[k]] * 3 for k in ("mul_A", "add_A", "mul_B", "add_B")}
+    bias = None if head["bias"] is None else [head["bias"]] * 3
+    sizes = case.rank, [case.in_features] * 3, [case.out_features] * 3
+    ops.hypernet_heads(torch.stack([head["latent"]] * 3, 1), [head["weight"]] * 3, bias, *sizes, **offsets)
+    assert counted(emulator) == head_counts(case, 3, case.dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
+def test_one_description_reads_the_head_weights_once(emulator, dtype):
+    """What generation is bound by: 32 layers of a 7B model fit one tile of latent rows."""
+    case = HyperCase(
+        "", tasks=1, layers=32, head_in=512, in_features=1024, out_features=256, rank=8, bias=False, dtype=dtype
+    )
+    head = case.make_head()
+    ops.hypernet_head(**head)
+    latent = 32 * 512 * dtype.itemsize * ceil(len(head["weight"]) / TILE)  # from L2, for every tile of weights
+    assert counted(emulator).read == head["weight"].nbytes + latent
+
+
+def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:
+    """``spread``: blocks take one side and one rank each, and make what comes before anew."""
+    w, m, hidden, counts = size(case.dtype), case.width, 4 * case.width, Counts()
+    rows = case.tasks * case.modules * case.layers
+    ranks = case.ranks
+
+    def linear(count: int, columns: int, depth: int) -> None:
+        counts.add(read=columns * depth * w, flops=products(16, 16 * ceil(columns / 16), depth, case.dtype))
+        counts.add(read=count * columns * 4)  # its bias, or the constant table
+
+    def mlp(count: int, out: int) -> None:
+        counts.add(read=count * m * 8)  # LayerNorm
+        linear(count, hidden, m)
+        linear(count, out, hidden)
+
+    for first in range(0, rows, tile_rows):
+        count = min(tile_rows, rows - first)
+        for side in range(case.sides):
+            for rank in range(ranks):
+                if spread or side == rank == 0:
+                    counts.add(read=count * case.task_width * 4)
+                    linear(count, hidden, case.task_width)
+                    linear(count, m, hidden)
+                    mlp(count, m)
+                if spread or rank == 0:
+                    counts.add(read=count * m * 4 if case.sides == 2 else 0)
+                    mlp(count, m)
+                if case.position == "rotary":
+                    mlp(count, m)
+                if case.position == "learned":
+                    counts.add(read=count * m * 4)
+                mlp(count, case.head_in)
+                counts.add(written=count * case.head_in * w)
+    return counts
+
+
+@pytest.mark.parametrize("multiprocessors", [MULTIPROCESSORS, 1])
+@pytest.mark.parametrize("name", [*HEADS, "S_rotary", "one_task_one_layer"])
+def test_trunk(emulator, name, multiprocessors):
+    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+    case = next(case for case in HYPER_CASES if case.name == name)
+    ops.hypernet_trunk(**case.make_trunk())
+    tiles = ceil(case.tasks * case.modules * case.layers / 16)
+    spread = tiles * case.sides * case.ranks <= multiprocessors
+    if case.tasks:
+        assert emulator.t2l_emu_last_launch(b"grid_x") == tiles * (case.sides * case.ranks if spread else 1)
+    assert counted(emulator) == trunk_counts(case, 16, spread)
