@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h) CMakeLists.txt setup.py
-CPP := csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cpp tests/cpp/*.h examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py
+CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
+CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 
-.PHONY: demo test lint format bench results fuzz setup clean
+.PHONY: demo test lint format bench results fuzz emulator kernels setup clean
 
 demo: setup
 	$(BIN)/python -m t2l_engine.demo
@@ -37,6 +38,14 @@ results: setup
 fuzz: setup
 	-$(BIN)/python -m pip install -q --disable-pip-version-check --only-binary=:all: "atheris>=3"
 	$(BIN)/python tests/fuzz_loaders.py --seconds 600
+
+# The CUDA kernels without a GPU: their own tests in the emulator, and what nvcc makes of them.
+emulator: setup
+	$(BIN)/python -m pytest -q -m emu tests/emu
+
+kernels: setup
+	$(BIN)/python -m pip install -q --disable-pip-version-check "nvidia-cuda-cuobjdump>=13.0,<14" "nvidia-cuda-nvdisasm>=13.0,<14"
+	$(BIN)/python -m bench.kernels --check
 
 setup: $(VENV)/.built
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import figures, quality, rows, tables
+from bench.gpu import tables as gpu
 from bench.rows import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +51,7 @@ SOURCES = {
     "quality": Source(quality.FILE, "t2l evaluate, see docs/results.md", _json),
     "generate": Source("generate.json", "python -m bench generate", rows.load),
     "apply": Source("apply.json", "python -m bench apply", rows.load),
+    "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
 #: A new suite is an entry in SOURCES and one here or in figures.FIGURES for each thing shown of it.
 TABLES = (
@@ -69,6 +71,8 @@ TABLES = (
     Table("docs/results.md", "misses", tables.misses, ("generate", "apply")),
     Table("docs/results.md", "losses", tables.losses, ("generate", "apply")),
     Table("docs/results.md", "ceilings", tables.ceilings, ("generate", "apply")),
+    Table("README.md", "gpu", gpu.summary, ("gpu",)),
+    Table("docs/results.md", "gpu", gpu.everything, ("gpu",)),
 )
 FIGURES = Path("docs", "figures")
 

@@ -78,7 +78,7 @@ def has_kernel(name: str, backend: str) -> bool:
 
     Raises ValueError for another name or backend.
 
-    >>> has_kernel("lora_add_", "CUDA")
+    >>> has_kernel("hypernet_trunk_backward", "CPU")
     False
     """
     if name not in SCHEMAS:
@@ -229,7 +229,7 @@ def hypernet_trunk(
 
     Args:
         z: encoded tasks ``[num_tasks, t]``, float32.
-        weights: the list named by :data:`t2l_engine.reference.TRUNK_WEIGHTS`; matrices float32 or bfloat16, the rest
+        weights: the list named by :data:`t2l_engine.reference.TRUNK_WEIGHTS`; matrices of a kernel's dtype, the rest
             float32.  ``weights[1]``, the constant table ``[K, n, 4m]``, holds the depth and module embeddings' share of
             the first mixer product and its bias.
         side_emb: ``[K, 2, m]`` float32, normalised embedding of the sides A and B (shared heads: M, S), or None.
@@ -340,6 +340,8 @@ def hypernet_head(
 ) -> tuple[Tensor, Tensor]:
     """:func:`hypernet_heads` of one module, without lists: ``latent [num_tasks, sides, ranks, n, h]``; its A and B.
 
+    ``offsets``: ``mul_A``, ``add_A``, ``mul_B``, ``add_B``.  Raises as :func:`hypernet_heads`.
+
     >>> lora_A, lora_B = hypernet_head(torch.randn(3, 1, 1, 5, 40), torch.randn(4 * (64 + 48), 40), None, 4, 64, 48)
     >>> lora_A.shape, lora_B.shape
     (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 48, 4]))
@@ -363,7 +365,9 @@ def hypernet_head_out_(
     scale_B: float = 1.0,
     **offsets: Tensor | None,
 ) -> None:
-    """:func:`hypernet_heads_out_` of one module, without lists; arguments as in :func:`hypernet_head`.
+    """:func:`hypernet_heads_out_` of one module, without lists; the rest as in :func:`hypernet_head`.
+
+    ``lora_A [num_tasks, n, r, in]``, ``lora_B [num_tasks, n, out, r]``.  Raises as :func:`hypernet_heads`.
 
     >>> lora_A, lora_B = torch.empty(3, 5, 4, 64), torch.empty(3, 5, 48, 4)
     >>> hypernet_head_out_(lora_A, lora_B, torch.zeros(3, 1, 1, 5, 40), torch.zeros(4 * (64 + 48), 40), None, 4, 64, 48)

@@ -47,7 +47,7 @@ def build(folder, *options):
     """Configure, build and test the library alone; its ctest builds and runs the example too, as a separate project."""
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler")
-    configure(ROOT, folder, "-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_TESTS=ON", *options)
+    configure(ROOT, folder, "-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_CUDA=OFF", "-DT2L_TESTS=ON", *options)
     run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
     run(tool("ctest"), "--test-dir", folder, "--output-on-failure", "--no-tests=error")
     return folder
@@ -222,6 +222,39 @@ def test_shared_library(tmp_path):
         pytest.skip("needs nm")
     lines = run(tool("nm"), "-D", "-C", "--defined-only", shared).splitlines()
     assert {line.split(" ", 2)[2].split("(")[0] for line in lines} == declared
+
+
+CUDA_USER = """
+#include <cstdio>
+#include "t2l/cuda_kernels.h"
+int main() {
+  t2l::LoraParams one{};
+  one.rank = t2l::cuda::kMaxRank + 1;  // refused, where a device is found at all
+  const char* error = t2l::cuda::lora(&one, 1, nullptr);
+  std::puts(error ? error : "no error");
+  return error == nullptr;
+}
+"""
+
+
+@pytest.mark.slow
+def test_cuda_library(tmp_path):
+    """Found by a C++ project without a CUDA compiler of its own; runs without a driver, and says what it lacks."""
+    if not tool("nvcc"):
+        pytest.skip("needs nvcc")
+    options = ("-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real")
+    folder, prefix, user = configure(ROOT, tmp_path / "build", *options), tmp_path / "prefix", tmp_path / "user"
+    run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
+    run(tool("cmake"), "--install", folder, "--prefix", prefix)
+    user.mkdir()
+    (user / "main.cpp").write_text(CUDA_USER)
+    (user / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\nfind_package(t2l 0.1 REQUIRED)\n"
+        "add_executable(user main.cpp)\ntarget_link_libraries(user PRIVATE t2l::t2l_cuda)\n"
+    )
+    configure(user, user / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(tool("cmake"), "--build", user / "build")
+    assert re.search("a rank above 1024|CUDA driver|no CUDA-capable device", run(user / "build" / "user"))
 
 
 def test_document_shows_the_example():

@@ -20,6 +20,7 @@ Column = tuple[str, Callable[[Row], str]]
 COPY, APART, EAGER, OPS, HEADS = "copy", "ours, a launch a linear", "ours, from the host", "ours, ops alone", "head weights"
 BESIDE = (COPY, APART, EAGER, OPS, BASE)
 NOT_MEASURED = "Not yet measured."
+SOURCE = "From `bench/results/gpu.json` (`bash bench/gpu_suite.sh OUT`)."
 LEGEND = (
     "Times are medians of graph replays, a call; (host): called from the host, and compared with ours called so.  cold: "
     "sets of operands that together exceed three times the level-2 cache take turns; hot: one set again and again.  copy: "
@@ -191,26 +192,37 @@ def caption(result: dict[str, Any]) -> str:
     return f"{', '.join(parts)}; {result['date']}, {commit}{' with uncommitted changes' if result['dirty'] else ''}."
 
 
-def tables(result: dict[str, Any] | None) -> dict[str, str]:
-    """Name -> table; every one says "not yet measured" where there is no result of a card."""
-    if result is None or result.get("size") != "full":
-        return dict.fromkeys((*GROUPS, "bars", "energy", "checks"), NOT_MEASURED)
-    made = {group: group_table(result, group) or NOT_MEASURED for group in GROUPS}
-    made |= {"bars": bars(result), "energy": energy(result), "checks": checks(result)}
-    return {name: text if text == NOT_MEASURED else f"{text}\n\n{caption(result)}" for name, text in made.items()}
+def committed(path: Path) -> dict[str, Any]:
+    """The result of a card among the committed ones, or nothing where no card has run the suite yet."""
+    if not path.exists():
+        return {}
+    result = load(path)
+    if result["size"] != "full":
+        raise ValueError(f"{path.name}: expected the result of a card, got one of size {result['size']!r}")
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Bars and losses, for the README."""
+    return f"{bars(result)}\n\n{caption(result)}  {SOURCE}" if result else NOT_MEASURED
+
+
+def everything(result: dict[str, Any]) -> str:
+    """All of a result but its title, for docs/results.md."""
+    return whole(result).partition("\n\n")[2].rstrip() + f"\n\n{SOURCE}" if result else NOT_MEASURED
 
 
 def whole(result: dict[str, Any]) -> str:
     """All of a result as one document, a dry run's too."""
     dry = [] if result["size"] == "full" else [DRY]
-    parts = ["# GPU suite", *dry, caption(result), LEGEND, "## Steps", steps(result), "## Bars and losses", bars(result)]
+    parts = ["# GPU suite", *dry, caption(result), LEGEND, "#### Steps", steps(result), "#### Bars and losses", bars(result)]
     for group, (title, _) in GROUPS.items():
         table = group_table(result, group)
-        parts += [f"## {title}", table] if table else []
-    parts += ["## Energy", energy(result), "## Checks", checks(result)]
+        parts += [f"#### {title}", table] if table else []
+    parts += ["#### Energy", energy(result), "#### Checks", checks(result)]
     for kind, title in (("failed", "Failed"), ("left_out", "Left out")):
         lines = [f"- {e['step']}: {e['case']}: {e.get('error') or e.get('why')}" for e in result.get(kind, [])]
-        parts += [f"## {title}", "\n".join(lines)] if lines else []
+        parts += [f"#### {title}", "\n".join(lines)] if lines else []
     return "\n\n".join(parts) + "\n"
 
 

@@ -124,6 +124,8 @@ void lora_add(const t2l_lora& l, const t2l_parallel* caller) {
   p.out = l.out_features;
   p.rank = l.rank;
   p.segments = l.num_segments;
+  p.adapters = l.num_adapters;
+  p.max_seg_len = l.num_tokens;
   p.y_stride = l.y_stride;
   if (l.in_features > 0) {  // else x and A may be NULL, to which nothing may be added
     p.x_stride = l.x_stride;

@@ -61,6 +61,6 @@ PYBIND11_MODULE(_core, m) {
         "Copies the whole cache lines (64 bytes) of num_bytes from source to target, repeats times, by one thread");
   m.def("build_info", [] {
     return std::map<std::string, std::string>{
-        {"version", T2L_VERSION}, {"compiler", __VERSION__}, {"build_type", T2L_BUILD_TYPE}};
+        {"version", T2L_VERSION}, {"compiler", __VERSION__}, {"build_type", T2L_BUILD_TYPE}, {"cuda", T2L_CUDA_BUILD}};
   });
 }

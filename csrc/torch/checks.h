@@ -72,7 +72,8 @@ Op op_of(const char* name, const Tensor& first) {
 
 constexpr int64_t kAny = -1;
 
-// The call's device and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds pass here.
+// The call's device and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds
+// pass here.
 inline void check_shape(const Op& op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
   if (!op.holds(t)) fail(op, name, "a tensor on " + op.place() + " like the other arguments", "another device");
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());

@@ -13,14 +13,15 @@ inline const float* floats(const Tensor& t) { return static_cast<const float*>(t
 
 // Of the given type and shape, contiguous; the pointer is meant for float32 alone.
 inline const float* vector(const Op& op, const std::string& name, const Tensor& t, ScalarType type,
-                    std::initializer_list<int64_t> sizes) {
+                           std::initializer_list<int64_t> sizes) {
   check_shape(op, name, t, sizes);
   check_type(op, name, t, type);
   check_contiguous(op, name, t);
   return floats(t);
 }
 
-inline const void* matrix(const Op& op, const std::string& name, const Tensor& t, ScalarType type, int64_t rows, int64_t cols) {
+inline const void* matrix(const Op& op, const std::string& name, const Tensor& t, ScalarType type, int64_t rows,
+                          int64_t cols) {
   check_shape(op, name, t, {rows, cols});
   check_type(op, name, t, type);
   check_contiguous(op, name, t);

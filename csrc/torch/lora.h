@@ -42,8 +42,8 @@ inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const T
 // p.y to its columns.
 template <class Backend>
 LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
-                   const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
-                   int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
+                        const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
+                        int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
   check_shape(op, "x", x, {kAny, kAny});
   check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(1)});
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1);

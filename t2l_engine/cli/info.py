@@ -24,10 +24,11 @@ def info(as_json: Json = False) -> None:
         typer.echo("build details: unknown (_core was not built: pybind11 was absent)")
     else:
         typer.echo(f"build: {build['version']}, {build['build_type']}, compiler {build['compiler']}")
+        typer.echo(f"CUDA kernels: {build['cuda']}")
         isas = about["instruction_sets"]
         typer.echo(f"instruction set: {isas['chosen']} (this CPU has {', '.join(isas['available'])})")
     typer.echo(f"threads: {about['threads']}")
-    typer.echo("ops (native kernels cover float32 and bfloat16; other dtypes run the reference):")
+    typer.echo("ops (native: float32 and bfloat16, on CUDA float16 too; other dtypes run the reference):")
     for name, runs in about["ops"].items():
         typer.echo(f"  {name:24} CPU {runs['CPU']:9}  CUDA {runs['CUDA']}")
     typer.echo(f"bundled checkpoints: {', '.join(about['bundled_checkpoints']) or 'none'}")

@@ -331,8 +331,7 @@ std::string check_schedules() {
   for (const char* text :
        {"", "sideways", "forward+", "+eager", "seed", "seed=", "seed=0", "seed=-1", "seed=7x", "seed=7+late"})
     EXPECT(!emu::set_schedule(text));
-  for (const char* text : {"forward+eager", "reverse+eager", "seed=7+eager", "reverse"})
-    EXPECT(emu::set_schedule(text));
+  for (const char* text : {"forward+eager", "reverse+eager", "seed=7+eager", "reverse"}) EXPECT(emu::set_schedule(text));
   const std::vector<int> reverse = order_of_threads();
   EXPECT(emu::set_schedule("forward"));
   const std::vector<int> forward = order_of_threads();
