@@ -5,7 +5,8 @@
 // products, and nothing is shuffled or staged on the way from memory.
 //
 // float32 numbers are multiplied as sums of two numbers of 11 bits (x = high + low): three products, relative error 3 *
-// 2^-22 at most, sums in float32.
+// 2^-22 at most.  A tensor core may cut what it adds instead of rounding it, always to one side; so it adds up 64 bytes of a
+// row at most, and those sums are added as float32 numbers are.
 #pragma once
 #include "primitives.cuh"
 #include "t2l/params.h"
@@ -13,7 +14,21 @@
 namespace t2l::device {
 
 template <class T>
-struct Traits {
+struct TypeOf;
+template <>
+struct TypeOf<bf16> {
+  static constexpr DType kType = DType::bf16;
+};
+template <>
+struct TypeOf<f16> {
+  static constexpr DType kType = DType::f16;
+};
+template <>
+struct TypeOf<float> {
+  static constexpr DType kType = DType::f32;
+};
+template <class T>
+struct Traits : TypeOf<T> {
   static constexpr int kPerQuad = 16 / static_cast<int>(sizeof(T));
   static constexpr int kPerBlock = 4 * kPerQuad;  // features of a row in 64 bytes
 };
@@ -60,14 +75,17 @@ T2L_DEVICE void multiply_split(float (&d)[4], const Split (&left)[4], const Spli
 }
 
 T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, float) {
+  float sum[4] = {};
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
     const Split left[4] = {split(bits_to_float(low_rows.word[2 * step])), split(bits_to_float(high_rows.word[2 * step])),
                            split(bits_to_float(low_rows.word[2 * step + 1])),
                            split(bits_to_float(high_rows.word[2 * step + 1]))};
     const Split right[2] = {split(bits_to_float(b.word[2 * step])), split(bits_to_float(b.word[2 * step + 1]))};
-    multiply_split<false>(d, left, right);
+    multiply_split<false>(sum, left, right);
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
 // ---- numbers in memory
@@ -91,19 +109,28 @@ T2L_DEVICE void store_float(void* p, int64_t index, DType type, float value) {
   store_one(static_cast<float*>(p) + index, value);
 }
 
-T2L_DEVICE void unpack(const Quad& q, bf16, float* out) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = bits_to_float(q.word[i] << 16);
-    out[2 * i + 1] = bits_to_float(q.word[i] & 0xffff0000u);
-  }
+// Eight bytes as a thread loads them.
+struct alignas(8) Pair {
+  uint32_t word[2];
+};
+
+T2L_DEVICE void unpack_two(uint32_t word, bf16, float* first, float* second) {
+  *first = bits_to_float(word << 16);
+  *second = bits_to_float(word & 0xffff0000u);
 }
-T2L_DEVICE void unpack(const Quad& q, f16, float* out) {
+T2L_DEVICE void unpack_two(uint32_t word, f16, float* first, float* second) {
+  *first = to_float(f16{static_cast<uint16_t>(word)});
+  *second = to_float(f16{static_cast<uint16_t>(word >> 16)});
+}
+template <class T>
+T2L_DEVICE void unpack_pair(const Pair& pair, T type, float* out) {
+  unpack_two(pair.word[0], type, &out[0], &out[1]);
+  unpack_two(pair.word[1], type, &out[2], &out[3]);
+}
+template <class T>
+T2L_DEVICE void unpack(const Quad& q, T type, float* out) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    out[2 * i] = to_float(f16{static_cast<uint16_t>(q.word[i])});
-    out[2 * i + 1] = to_float(f16{static_cast<uint16_t>(q.word[i] >> 16)});
-  }
+  for (int i = 0; i < 4; ++i) unpack_two(q.word[i], type, &out[2 * i], &out[2 * i + 1]);
 }
 T2L_DEVICE void unpack(const Quad& q, float, float* out) {
 #pragma unroll

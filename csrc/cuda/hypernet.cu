@@ -19,16 +19,17 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   device::HeadLaunch argument{};
   for (int64_t i = 0; i < count; ++i) argument.module[i] = modules[i];
   argument.count = static_cast<int>(count);
-  const HeadConfig& c = argument.config = choose_head_config(modules, count, limits.multiprocessors);
+  int64_t rows = head_latent_rows(modules[0]), bytes = modules[0].h * bytes_of(modules[0].w_type);
+  for (int64_t i = 0; i < count; ++i) rows += head_rows(modules[i]) + kHeadTile;
+  if (greater(rows, bytes) > kMaxHeadRows)
+    return "hypernet_heads: more than 2^30 rows of weights and latent, or bytes of one";
+  const HeadConfig& c = argument.config = choose_head_config(modules, count, limits);
   if (c.latent_rows == 0 || c.blocks == 0) return nullptr;
-  if (c.latent_rows > kMaxHeadRows) return "hypernet_heads: more than 2^30 rows of latent a side";
-  for (int64_t i = 0; i < count; ++i)
-    if (head_rows(modules[i]) > kMaxHeadRows) return "hypernet_heads: a head of more than 2^30 rows";
   const DType type = modules[0].w_type;
   const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
                             : type == DType::f16 ? head_kernel_for<device::f16>(c)
                                                  : device::head_kernel<float, kNarrowRows / 16>;
-  return launch(kernel, c.blocks, 1, c.shared_bytes, stream, argument);
+  return launch(kernel, c.blocks, 1, c.shared_bytes, limits, stream, argument);
 }
 
 }  // namespace
@@ -37,7 +38,7 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   const DeviceLimits limits = device_limits();
   if (limits.error) return limits.error;
   if (params.tasks * params.modules * params.layers * params.sides * params.ranks == 0) return nullptr;
-  device::TrunkLaunch argument{params, choose_trunk_config(params, limits.multiprocessors, limits.shared_bytes)};
+  device::TrunkLaunch argument{params, choose_trunk_config(params, limits)};
   const TrunkConfig& c = argument.config;
   if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
   using Kernel = void (*)(device::TrunkLaunch);
@@ -45,7 +46,7 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
                         : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
                                                       : device::trunk_kernel<float>;
   const int64_t shares = params.sides / c.sides_at_once * (params.ranks / c.ranks_at_once);
-  return launch(kernel, c.tiles * shares, 1, c.shared_bytes, stream, argument);
+  return launch(kernel, c.tiles * shares, 1, c.shared_bytes, limits, stream, argument);
 }
 
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {

@@ -40,27 +40,30 @@ T2L_DEVICE int place_of(int row) {
 
 // Position in a block's work: tiles, for each the latent tiles, for each the depth.
 struct HeadCursor {
-  int64_t tile;  // over all modules
+  int tile;  // over all modules
   int module, latent_tile, step;
 };
 
-T2L_DEVICE int64_t width_of(const HeadParams& p, int side) { return side ? p.out_features : p.in; }
+T2L_DEVICE int width_of(const HeadParams& p, int side) { return static_cast<int>(side ? p.out_features : p.in); }
+T2L_DEVICE int stored_width(const HeadParams& p) { return static_cast<int>(cuda::greater(p.in, p.out_features)); }
+T2L_DEVICE int side_of(const HeadLaunch& launch, const HeadCursor& at) {
+  return launch.module[at.module].sides == 2 && at.latent_tile >= launch.config.latent_tiles / 2;
+}
 
 // The shared heads (two sides) hold max(in, out) rows for every rank: the narrower side leaves some out.
 T2L_DEVICE bool has_columns(const HeadLaunch& launch, const HeadCursor& at) {
   const HeadParams& p = launch.module[at.module];
   if (p.sides == 1) return true;
-  const int64_t tiles_a_side = launch.config.latent_tiles / 2;
-  const int64_t stored = cuda::greater(p.in, p.out_features), width = width_of(p, at.latent_tile >= tiles_a_side);
-  const int64_t first = (at.tile - launch.config.first_tile[at.module]) * kHeadTile % stored;
-  return first < width || first + kHeadTile > stored;  // a column in use, or the next rank's first
+  const int stored = stored_width(p), first = (at.tile - launch.config.first_tile[at.module]) * kHeadTile % stored;
+  return first < width_of(p, side_of(launch, at)) ||
+         first + kHeadTile > stored;  // a column in use, or the next rank's first
 }
 
 T2L_DEVICE void find_module(const HeadLaunch& launch, HeadCursor* at) {
   while (at->module + 1 < launch.count && at->tile >= launch.config.first_tile[at->module + 1]) ++at->module;
 }
 
-T2L_DEVICE void skip_empty(const HeadLaunch& launch, int64_t end, HeadCursor* at) {
+T2L_DEVICE void skip_empty(const HeadLaunch& launch, int end, HeadCursor* at) {
   while (at->tile < end && !has_columns(launch, *at)) {
     if (++at->latent_tile < launch.config.latent_tiles) continue;
     at->latent_tile = 0;
@@ -69,7 +72,7 @@ T2L_DEVICE void skip_empty(const HeadLaunch& launch, int64_t end, HeadCursor* at
   }
 }
 
-T2L_DEVICE void advance(const HeadLaunch& launch, int64_t end, HeadCursor* at) {
+T2L_DEVICE void advance(const HeadLaunch& launch, int end, HeadCursor* at) {
   if (++at->step < launch.config.depth_steps) return;
   at->step = 0;
   if (++at->latent_tile == launch.config.latent_tiles) {
@@ -80,60 +83,94 @@ T2L_DEVICE void advance(const HeadLaunch& launch, int64_t end, HeadCursor* at) {
   skip_empty(launch, end, at);
 }
 
-// 16 bytes of a row from feature k on, into shared memory: by asynchronous copy where the addresses allow.
-template <class T>
-T2L_DEVICE void copy_features(char* shared, const T* row, int64_t k, int64_t size, bool aligned) {
-  constexpr int64_t n = Traits<T>::kPerQuad;
-  if (aligned) {
-    const int64_t left = cuda::greater(0, cuda::lesser(n, size - k));
-    copy_async(shared, left ? row + k : row, static_cast<int>(left * static_cast<int64_t>(sizeof(T))));
-  } else {
-    *reinterpret_cast<Quad*>(shared) = load_features(row, k, size, false);
-  }
+struct alignas(16) LatentRow {
+  int task, rank, layer;
+  int inside;  // whether there is such a row
+};
+T2L_DEVICE LatentRow latent_row(const HeadLaunch& launch, const HeadCursor& at, int row) {
+  const HeadParams& p = launch.module[at.module];
+  const int layers = static_cast<int>(p.layers), ranks = static_cast<int>(p.ranks), rest = row / layers;
+  return LatentRow{rest / ranks, rest % ranks, row % layers, row < launch.config.latent_rows};
+}
+// First row of a latent tile, counted in its side.
+T2L_DEVICE int first_latent(const HeadLaunch& launch, const HeadCursor& at, int rows) {
+  const int sides = static_cast<int>(launch.module[at.module].sides), tiles_a_side = launch.config.latent_tiles / sides;
+  return (at.latent_tile - side_of(launch, at) * tiles_a_side) * rows;
 }
 
-struct LatentRow {
-  int task, rank, layer;
-};
-T2L_DEVICE LatentRow latent_row(const HeadParams& p, int row) {
-  const int layers = static_cast<int>(p.layers), ranks = static_cast<int>(p.ranks), rest = row / layers;
-  return LatentRow{rest / ranks, rest % ranks, row % layers};
+// ---- from memory into the ring
+
+constexpr int kQuads = kStageBytes / 16;       // of a row and a stage
+constexpr int kRowsAPass = kThreads / kQuads;  // rows that the block copies at once
+constexpr int kQuadsOfBlock = kBlockBytes / 16;
+
+// Where 16 bytes of a row stand in a stage: rows of the second 64 bytes change places in pairs, so that the 128 bytes of a
+// row are written to all banks.
+T2L_DEVICE int stage_offset(int rows, int row, int quad) {
+  const int block = quad / kQuadsOfBlock;
+  return (block * rows + (row ^ block)) * kBlockBytes + quad % kQuadsOfBlock * 16;
 }
+
+// What a thread copies of a tile, in passes of kRowsAPass rows; found once a tile, so that a stage is little but copies.
+template <class T, int kLatentRows>
+struct HeadSource {
+  static constexpr int kLatentPasses = kLatentRows / kRowsAPass;
+  const char* weight;                 // its row of the first pass
+  const char* latent[kLatentPasses];  // null: no such row
+  int rows_left, row_bytes;
+
+  T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
+    const HeadParams& p = launch.module[at.module];
+    const int row = thread_index() / kQuads;
+    const int weight_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + row;
+    row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
+    rows_left = launch.config.rows[at.module] - weight_row;
+    weight = static_cast<const char*>(p.weight) + int64_t{weight_row} * row_bytes;
+#pragma unroll
+    for (int i = 0; i < kLatentPasses; ++i) {
+      const LatentRow r = latent_row(launch, at, first_latent(launch, at, kLatentRows) + row + i * kRowsAPass);
+      const int64_t offset = r.task * p.latent_stride[0] + side_of(launch, at) * p.latent_stride[1] +
+                             r.rank * p.latent_stride[2] + r.layer * p.latent_stride[3];
+      latent[i] = r.inside ? static_cast<const char*>(p.latent) + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
+    }
+  }
+};
 
 // One stage: kStageBytes of every weight row of the tile, then of every latent row.
 template <class T, int kLatentRows>
-T2L_DEVICE void load_stage(const HeadLaunch& launch, const HeadCursor& at, char* stage) {
-  constexpr int kQuads = kStageBytes / 16, kQuadsOfBlock = kBlockBytes / 16;
-  const HeadParams& p = launch.module[at.module];
-  const cuda::HeadConfig& c = launch.config;
-  const int quad = thread_index() % kQuads, block = quad / kQuadsOfBlock, in_block = quad % kQuadsOfBlock;
-  const int64_t k = (at.step * kQuads + quad) * Traits<T>::kPerQuad;
-  const bool depth_aligned = p.h % Traits<T>::kPerQuad == 0;
-  const T* weight = static_cast<const T*>(p.weight);
-  const bool weight_aligned = depth_aligned && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
-  const int64_t first_row = (at.tile - c.first_tile[at.module]) * kHeadTile, weight_rows = cuda::head_rows(p);
+T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int step, char* stage) {
+  const int row = thread_index() / kQuads, quad = thread_index() % kQuads, k = step * kStageBytes + quad * 16;
+  char* weights = stage + stage_offset(kHeadTile, place_of(row), quad);
+  char* latents = stage + kHeadTile * kStageBytes + stage_offset(kLatentRows, row, quad);
+  if (aligned) {
+    const int left = from.row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
 #pragma unroll
-  for (int row = thread_index() / kQuads; row < kHeadTile; row += kThreads / kQuads) {
-    char* target = stage + (block * kHeadTile + place_of(row)) * kBlockBytes + in_block * 16;
-    const bool inside = first_row + row < weight_rows;
-    copy_features(target, weight + (inside ? first_row + row : 0) * p.h, k, inside ? p.h : 0, weight_aligned);
+    for (int i = 0; i < kHeadTile / kRowsAPass; ++i) {  // a pass is a multiple of what place_of() permutes
+      const bool inside = i * kRowsAPass < from.rows_left && valid > 0;
+      copy_async(weights + i * kRowsAPass * kBlockBytes,
+                 inside ? from.weight + int64_t{i} * kRowsAPass * from.row_bytes + k : from.weight, inside ? valid : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < kLatentRows / kRowsAPass; ++i) {
+      const bool inside = from.latent[i] && valid > 0;
+      copy_async(latents + i * kRowsAPass * kBlockBytes, inside ? from.latent[i] + k : from.weight, inside ? valid : 0);
+    }
+    return;
   }
-  char* latent_stage = stage + kHeadTile * kStageBytes;
-  const int64_t tiles_a_side = c.latent_tiles / p.sides;
-  const int64_t side = at.latent_tile / tiles_a_side, first = at.latent_tile % tiles_a_side * kLatentRows;
-  bool latent_aligned = reinterpret_cast<uintptr_t>(p.latent) % 16 == 0;
+  constexpr int kSize = static_cast<int>(sizeof(T));
+  const auto put = [&](char* target, const char* source) {
+    *reinterpret_cast<Quad*>(target) =
+        source ? load_features(reinterpret_cast<const T*>(source), k / kSize, from.row_bytes / kSize, false) : zero_quad();
+  };
+#pragma unroll 1
+  for (int i = 0; i < kHeadTile / kRowsAPass; ++i)
+    put(weights + i * kRowsAPass * kBlockBytes,
+        i * kRowsAPass < from.rows_left ? from.weight + int64_t{i} * kRowsAPass * from.row_bytes : nullptr);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) latent_aligned = latent_aligned && p.latent_stride[i] % Traits<T>::kPerQuad == 0;
-#pragma unroll
-  for (int row = thread_index() / kQuads; row < kLatentRows; row += kThreads / kQuads) {
-    const bool inside = first + row < c.latent_rows;
-    const LatentRow r = latent_row(p, static_cast<int>(inside ? first + row : 0));
-    const T* data = static_cast<const T*>(p.latent) + r.task * p.latent_stride[0] + side * p.latent_stride[1] +
-                    r.rank * p.latent_stride[2] + r.layer * p.latent_stride[3];
-    copy_features(latent_stage + (block * kLatentRows + row) * kBlockBytes + in_block * 16, data, k, inside ? p.h : 0,
-                  latent_aligned);
-  }
+  for (int i = 0; i < kLatentRows / kRowsAPass; ++i) put(latents + i * kRowsAPass * kBlockBytes, from.latent[i]);
 }
+
+// ---- products
 
 template <int NT>
 using HeadSums = float[kMTiles][NT][4];
@@ -145,9 +182,9 @@ T2L_DEVICE void multiply_stage(const char* stage, HeadSums<NT>& sum) {
   const int across = warp_index() % kWarpsAcross, along = warp_index() / kWarpsAcross;
 #pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32 operands are split in registers
   for (int block = 0; block < kStageBytes / kBlockBytes; ++block) {
-    const char* weights = stage + (block * kHeadTile + across * 16 * kMTiles + g) * kBlockBytes + t * 16;
-    const char* latents =
-        stage + kHeadTile * kStageBytes + (block * kLatentRows + along * 8 * NT + g) * kBlockBytes + t * 16;
+    const int quad = block * kQuadsOfBlock + t;
+    const char* weights = stage + stage_offset(kHeadTile, across * 16 * kMTiles + g, quad);
+    const char* latents = stage + kHeadTile * kStageBytes + stage_offset(kLatentRows, along * 8 * NT + g, quad);
     Quad left[kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
@@ -163,124 +200,141 @@ T2L_DEVICE void multiply_stage(const char* stage, HeadSums<NT>& sum) {
   }
 }
 
+// ---- from registers to A and B
+
 // What a weight row gives: column `column` of rank `rank` of a side, counted in its latent's ranks.
 struct HeadColumn {
   int side, rank, column;
 };
 T2L_DEVICE HeadColumn head_column(const HeadParams& p, int row, int side) {
-  const int in = static_cast<int>(p.in), out = static_cast<int>(p.out_features);
-  if (p.sides == 2) {
-    const int stored = in > out ? in : out;
-    return HeadColumn{side, row / stored, row % stored};
-  }
-  const int rows_of_a = static_cast<int>(p.rank / p.ranks) * in;
+  if (p.sides == 2) return HeadColumn{side, row / stored_width(p), row % stored_width(p)};
+  const int in = width_of(p, 0), out = width_of(p, 1), rows_of_a = static_cast<int>(p.rank / p.ranks) * in;
   if (row < rows_of_a) return HeadColumn{0, row / in, row % in};
   return HeadColumn{1, (row - rows_of_a) / out, (row - rows_of_a) % out};
 }
 
-struct alignas(8) Double {
-  uint32_t word[2];
-};
+// Where an array with strides (layer, rank, column) has what belongs to a weight row, for latent row (0, 0, 0).
+T2L_DEVICE const float* offset_of(const float* data, const int64_t (&stride)[3], const HeadColumn& at) {
+  return data ? data + at.rank * stride[1] + at.column * stride[2] : nullptr;
+}
 
-// kRun values to consecutive addresses, at once where they are aligned.
-T2L_DEVICE void store_run(void* out, int64_t offset, DType type, const float (&v)[kRun]) {
+// kRun values for one latent row, in the columns from `at` on.
+T2L_DEVICE void store_run(char* out, int64_t column_stride, DType type, const float (&v)[kRun]) {
   static_assert(kRun == 4, "two words of 16-bit numbers, four of float32");
-  char* target = static_cast<char*>(out) + offset * cuda::bytes_of(type);
-  const uintptr_t address = reinterpret_cast<uintptr_t>(target);
-  if (type == DType::f32 && address % 16 == 0) return store_quad(target, pack(v, float()));
-  if (type == DType::bf16 && address % 8 == 0)
-    return store_one(reinterpret_cast<Double*>(target),
-                     Double{{pack_two(v[0], v[1], bf16()), pack_two(v[2], v[3], bf16())}});
-  if (type == DType::f16 && address % 8 == 0)
-    return store_one(reinterpret_cast<Double*>(target), Double{{pack_two(v[0], v[1], f16()), pack_two(v[2], v[3], f16())}});
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) store_float(out, offset + i, type, v[i]);
-}
-
-// Results of one lane's run of weight rows for one latent row.
-T2L_DEVICE void finish_run(const HeadParams& p, int first_row, int weight_rows, int side, const LatentRow& r,
-                           float (&v)[kRun]) {
-  const int per_latent = static_cast<int>(p.rank / p.ranks);
-  HeadColumn at[kRun];
-  bool whole = true;
-#pragma unroll
-  for (int i = 0; i < kRun; ++i) {
-    const int row = first_row + i;
-    at[i] = head_column(p, row < weight_rows ? row : weight_rows - 1, side);
-    const int rank = r.rank * per_latent + at[i].rank;
-    const bool inside = row < weight_rows && at[i].column < width_of(p, at[i].side);
-    if (inside) {
-      const int s = at[i].side;
-      if (p.bias) v[i] += load_one(p.bias + row);
-      if (p.mul[s])
-        v[i] *= load_one(p.mul[s] + r.layer * p.mul_stride[s][0] + rank * p.mul_stride[s][1] +
-                         at[i].column * p.mul_stride[s][2]);
-      if (p.add[s])
-        v[i] += load_one(p.add[s] + r.layer * p.add_stride[s][0] + rank * p.add_stride[s][1] +
-                         at[i].column * p.add_stride[s][2]);
-      v[i] *= p.scale[s];
-    }
-    whole = whole && inside && at[i].side == at[0].side && at[i].column == at[0].column + i;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(out);
+  if (column_stride == 1) {
+    if (type == DType::f32 && address % 16 == 0) return store_quad(out, pack(v, float()));
+    if (type == DType::bf16 && address % 8 == 0)
+      return store_one(reinterpret_cast<Pair*>(out), Pair{{pack_two(v[0], v[1], bf16()), pack_two(v[2], v[3], bf16())}});
+    if (type == DType::f16 && address % 8 == 0)
+      return store_one(reinterpret_cast<Pair*>(out), Pair{{pack_two(v[0], v[1], f16()), pack_two(v[2], v[3], f16())}});
   }
-  const auto offset = [&](int i) {
-    const int64_t* stride = p.out_stride[at[i].side];
-    return r.task * stride[0] + r.layer * stride[1] + (r.rank * per_latent + at[i].rank) * stride[2] +
-           at[i].column * stride[3];
-  };
-  if (whole && p.out_stride[at[0].side][3] == 1) return store_run(p.out[at[0].side], offset(0), p.out_type, v);
 #pragma unroll
-  for (int i = 0; i < kRun; ++i)
-    if (first_row + i < weight_rows && at[i].column < width_of(p, at[i].side))
-      store_float(p.out[at[i].side], offset(i), p.out_type, v[i]);
+  for (int i = 0; i < kRun; ++i) store_float(out, i * column_stride, type, v[i]);
 }
 
+// Sums of a tile: kRun consecutive weight rows a lane, for each of its latent rows.
 template <int NT>
-T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, const HeadSums<NT>& sum) {
+T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, const LatentRow* rows, const HeadSums<NT>& sum) {
   const HeadParams& p = launch.module[at.module];
-  const cuda::HeadConfig& c = launch.config;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int across = warp_index() % kWarpsAcross, along = warp_index() / kWarpsAcross;
-  const int tiles_a_side = static_cast<int>(c.latent_tiles / p.sides), weight_rows = static_cast<int>(cuda::head_rows(p));
-  const int side = at.latent_tile / tiles_a_side;
-  const int first_latent = at.latent_tile % tiles_a_side * (16 * NT) + along * 8 * NT;
-  const int first_row = static_cast<int>(at.tile - c.first_tile[at.module]) * kHeadTile + across * 16 * kMTiles + g * kRun;
+  const int weight_rows = launch.config.rows[at.module], side = side_of(launch, at);
+  const int first_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + across * 16 * kMTiles + g * kRun;
+  const int per_latent = static_cast<int>(p.rank / p.ranks);
+  const LatentRow* mine = rows + along * 8 * NT + 2 * t;
   if (first_row >= weight_rows) return;
+  const HeadColumn column = head_column(p, first_row, side);
+  if (first_row + kRun <= weight_rows && column.column + kRun <= width_of(p, column.side)) {  // in one row of A or B
+    const int s = column.side;
+    const int64_t size = cuda::bytes_of(p.out_type);
+    char* out =
+        static_cast<char*>(p.out[s]) + (column.rank * p.out_stride[s][2] + column.column * p.out_stride[s][3]) * size;
+    const float* mul = offset_of(p.mul[s], p.mul_stride[s], column);
+    const float* add = offset_of(p.add[s], p.add_stride[s], column);
+    float bias[kRun];
 #pragma unroll
-  for (int nt = 0; nt < NT; ++nt)
+    for (int i = 0; i < kRun; ++i) bias[i] = p.bias ? load_one(p.bias + first_row + i) : 0.0f;
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
-      const int latent = first_latent + 8 * nt + 2 * t + column;
-      if (latent >= c.latent_rows) continue;
-      float v[kRun];
+    for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int i = 0; i < kRun; ++i) v[i] = sum[i / 2][nt][i % 2 * 2 + column];
-      finish_run(p, first_row, weight_rows, side, latent_row(p, latent), v);
-    }
+      for (int j = 0; j < 2; ++j) {
+        const LatentRow r = mine[8 * nt + j];
+        if (!r.inside) continue;
+        const int rank = r.rank * per_latent;
+        float v[kRun];
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) v[i] = sum[i / 2][nt][i % 2 * 2 + j] + bias[i];
+        if (mul) {
+          const float* from = mul + r.layer * p.mul_stride[s][0] + rank * p.mul_stride[s][1];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) v[i] *= load_one(from + i * p.mul_stride[s][2]);
+        }
+        if (add) {
+          const float* from = add + r.layer * p.add_stride[s][0] + rank * p.add_stride[s][1];
+#pragma unroll
+          for (int i = 0; i < kRun; ++i) v[i] += load_one(from + i * p.add_stride[s][2]);
+        }
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) v[i] *= p.scale[s];
+        const int64_t offset = r.task * p.out_stride[s][0] + r.layer * p.out_stride[s][1] + rank * p.out_stride[s][2];
+        store_run(out + offset * size, p.out_stride[s][3], p.out_type, v);
+      }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {  // over the end of a row, or of the weights
+    if (first_row + i >= weight_rows) continue;
+    const HeadColumn here = head_column(p, first_row + i, side);
+    const int s = here.side;
+    if (here.column >= width_of(p, s)) continue;
+    const float* mul = offset_of(p.mul[s], p.mul_stride[s], here);
+    const float* add = offset_of(p.add[s], p.add_stride[s], here);
+    const float bias = p.bias ? load_one(p.bias + first_row + i) : 0.0f;
+    const int64_t base = here.rank * p.out_stride[s][2] + here.column * p.out_stride[s][3];
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const LatentRow r = mine[8 * nt + j];
+        if (!r.inside) continue;
+        const int rank = r.rank * per_latent;
+        float v = sum[i / 2][nt][i % 2 * 2 + j] + bias;
+        if (mul) v *= load_one(mul + r.layer * p.mul_stride[s][0] + rank * p.mul_stride[s][1]);
+        if (add) v += load_one(add + r.layer * p.add_stride[s][0] + rank * p.add_stride[s][1]);
+        const int64_t offset = r.task * p.out_stride[s][0] + r.layer * p.out_stride[s][1] + rank * p.out_stride[s][2];
+        store_float(p.out[s], base + offset, p.out_type, v * p.scale[s]);
+      }
+  }
 }
 
 template <class T, int NT>
 T2L_KERNEL(kThreads, NT > 4 || sizeof(T) == 4 ? 1 : 2)
 head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   const cuda::HeadConfig& c = launch.config;
-  constexpr int64_t kStage = (kHeadTile + 16 * NT) * kStageBytes;
+  constexpr int kLatentRows = 16 * NT;
+  constexpr int64_t kStage = (kHeadTile + kLatentRows) * kStageBytes;
   SharedMemory shared;
   char* stages = shared.take<char>(kHeadStages * kStage);
+  LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile that was finished last
   const int64_t tiles = c.first_tile[launch.count];
-  const int64_t end = (block_index_x() + 1) * tiles / c.blocks;
-  HeadCursor load{block_index_x() * tiles / c.blocks, 0, 0, 0};
+  const int end = static_cast<int>((block_index_x() + 1) * tiles / c.blocks);
+  HeadCursor load{static_cast<int>(block_index_x() * tiles / c.blocks), 0, 0, 0};
   find_module(launch, &load);
   skip_empty(launch, end, &load);
   HeadCursor work = load;
-  int load_slot = 0, work_slot = 0;
+  HeadSource<T, kLatentRows> source;
+  int load_slot = 0, work_slot = 0, finished_latents = -1;
   const auto load_next = [&] {
     if (load.tile < end) {
-      load_stage<T, 16 * NT>(launch, load, stages + load_slot * kStage);
+      if (load.step == 0) source.find(launch, load);
+      load_stage<T, kLatentRows>(source, c.aligned, load.step, stages + load_slot * kStage);
       advance(launch, end, &load);
     }
     commit_copies();  // an empty group too: what is waited for is counted in groups
     load_slot = load_slot + 1 == kHeadStages ? 0 : load_slot + 1;
   };
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < kHeadStages - 1; ++i) load_next();
   HeadSums<NT> sum = {};
   while (work.tile < end) {
@@ -290,7 +344,13 @@ head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
     multiply_stage<T, NT>(stages + work_slot * kStage, sum);
     work_slot = work_slot + 1 == kHeadStages ? 0 : work_slot + 1;
     if (work.step + 1 == c.depth_steps) {
-      finish_tile<NT>(launch, work, sum);
+      if (work.latent_tile != finished_latents) {  // their last readers are behind the barrier above
+        finished_latents = work.latent_tile;
+        for (int i = thread_index(); i < kLatentRows; i += kThreads)
+          rows[i] = latent_row(launch, work, first_latent(launch, work, kLatentRows) + i);
+        block_barrier();
+      }
+      finish_tile<NT>(launch, work, rows, sum);
 #pragma unroll
       for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll

@@ -33,33 +33,51 @@ struct TrunkTile {
 
 // finish(row, column, inputs . weight[column]) for the rows of the tile.  Inputs are zero beyond their depth.
 template <class T, class Finish>
-T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const void* weight, int64_t columns, int64_t depth,
+T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const void* weight, int columns, int depth,
                             Finish finish) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  constexpr int kStep = Traits<T>::kPerBlock, kAhead = sizeof(T) == 4 ? 2 : 4;  // steps whose loads are under way together
+  const int g = lane_index() / 4, t = lane_index() % 4, lane_k = t * Traits<T>::kPerQuad;
   const T* w = static_cast<const T*>(weight);
   const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerQuad == 0;
-  for (int64_t first = warp_index() * 16; first < columns; first += kWarps * 16) {
+  const T* low_row = inputs + g * stride + lane_k;
+  const T* high_row = low_row + 8 * stride;
+  for (int first = warp_index() * 16; first < columns; first += kWarps * 16) {
     float sum[2][4] = {};
-#pragma unroll 4
-    for (int64_t k = t * Traits<T>::kPerQuad; k - t * Traits<T>::kPerQuad < depth; k += Traits<T>::kPerBlock) {
-      Quad weights[2];
+    Quad weights[kAhead][2];
+    const auto multiply = [&](int k, const Quad(&of_step)[2]) {
+      const Quad low = g < rows ? *reinterpret_cast<const Quad*>(low_row + k) : zero_quad();
+      const Quad high = g + 8 < rows ? *reinterpret_cast<const Quad*>(high_row + k) : zero_quad();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int64_t column = first + 8 * i + g;
-        weights[i] = column < columns ? load_features(w + column * depth, k, depth, aligned) : zero_quad();
+      for (int i = 0; i < 2; ++i) multiply_quads(sum[i], low, high, of_step[i], T());
+    };
+    const T* row[2];  // null: no such column
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int column = first + 8 * i + g;
+      row[i] = column < columns ? w + int64_t{column} * depth : nullptr;
+    }
+    int k = 0;
+    if (aligned)
+      for (; k + kAhead * kStep <= depth; k += kAhead * kStep) {
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) weights[u][i] = row[i] ? load_quad(row[i] + k + u * kStep + lane_k) : zero_quad();
+#pragma unroll
+        for (int u = 0; u < kAhead; ++u) multiply(k + u * kStep, weights[u]);
       }
-      const Quad low = g < rows ? *reinterpret_cast<const Quad*>(inputs + g * stride + k) : zero_quad();
-      const Quad high = g + 8 < rows ? *reinterpret_cast<const Quad*>(inputs + (g + 8) * stride + k) : zero_quad();
+#pragma unroll 1
+    for (; k < depth; k += kStep) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) multiply_quads(sum[i], low, high, weights[i], T());
+      for (int i = 0; i < 2; ++i) weights[0][i] = row[i] ? load_features(row[i], k + lane_k, depth, aligned) : zero_quad();
+      multiply(k, weights[0]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const int row = g + 8 * (j / 2);
-        const int64_t column = first + 8 * i + 2 * t + j % 2;
-        if (row < rows && column < columns) finish(row, column, sum[i][j]);
+        const int row_of_tile = g + 8 * (j / 2), column = first + 8 * i + 2 * t + j % 2;
+        if (row_of_tile < rows && column < columns) finish(row_of_tile, column, sum[i][j]);
       }
   }
 }
@@ -99,18 +117,18 @@ T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x
   block_barrier();
   layer_norm(x, m, p.norm_weight, p.norm_bias, tile);
   block_barrier();
-  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int64_t column, float value) {
+  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int column, float value) {
     from_float(silu(value + load_one(p.b1 + column)), tile.wide + row * tile.wide_stride + column);
   });
   pad_rows(tile.wide, tile.wide_stride, tile.rows, 4 * m);
   block_barrier();
   tile_linear(tile.wide, tile.wide_stride, tile.rows, p.w2, out, 4 * m,
-              [&](int row, int64_t column, float value) { finish(row, column, silu(value + load_one(p.b2 + column))); });
+              [&](int row, int column, float value) { finish(row, column, silu(value + load_one(p.b2 + column))); });
 }
 
 template <class T>
 T2L_DEVICE void residual(const TrunkTile<T>& tile, const MlpParams& p, float* x, int64_t m) {
-  mlp(tile, p, x, m, m, [&](int row, int64_t column, float value) { x[row * m + column] += value; });
+  mlp(tile, p, x, m, m, [&](int row, int column, float value) { x[row * m + column] += value; });
   block_barrier();
 }
 
@@ -124,14 +142,13 @@ T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int64_t fi
   }
   pad_rows(tile.narrow, tile.narrow_stride, tile.rows, p.t);
   block_barrier();
-  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, p.t,
-              [&](int row, int64_t column, float value) {
-                const float constant = load_one(p.mixer_table + (first_row + row) % group * hidden + column);
-                from_float(silu(value + constant), tile.wide + row * tile.wide_stride + column);
-              });
+  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, p.t, [&](int row, int column, float value) {
+    const float constant = load_one(p.mixer_table + (first_row + row) % group * hidden + column);
+    from_float(silu(value + constant), tile.wide + row * tile.wide_stride + column);
+  });
   pad_rows(tile.wide, tile.wide_stride, tile.rows, hidden);
   block_barrier();
-  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, p.m, hidden, [&](int row, int64_t column, float value) {
+  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, p.m, hidden, [&](int row, int column, float value) {
     tile.x[row * p.m + column] = silu(value + load_one(p.mixer_b2 + column));
   });
   block_barrier();
@@ -188,7 +205,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
         for (int64_t i = thread_index(); i < tile.rows * m; i += kThreads)
           v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
       }
-      mlp(tile, p.mlp[2], v, m, p.h, [&](int row, int64_t column, float value) {
+      mlp(tile, p.mlp[2], v, m, p.h, [&](int row, int column, float value) {
         const int64_t task_module = (first_row + row) / p.layers, layer = (first_row + row) % p.layers;
         const int64_t at = ((task_module * p.sides + side) * p.ranks + k) * p.layers + layer;
         T rounded;

@@ -12,18 +12,12 @@
 
 namespace t2l::cuda {
 
-// Multiprocessors of the current device, and what a block of it may have of shared memory.
-struct DeviceLimits {
-  int multiprocessors = 0;
-  int shared_bytes = 0;
-  const char* error = nullptr;
-};
-
+// Of the current device.
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
 #ifdef T2L_EMULATOR
   limits.multiprocessors = emu::multiprocessors();
-  limits.shared_bytes = static_cast<int>(kMaxSharedBytes);
+  limits.shared_bytes = emu::kMaxSharedBytes;
 #else
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -37,16 +31,17 @@ inline DeviceLimits device_limits() {
 
 // Every kernel takes one argument: a record with its parameters and configuration.
 template <class Argument>
-const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int64_t shared_bytes, void* stream,
-                   const Argument& argument) {
+const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
+                   const DeviceLimits& limits, void* stream, const Argument& argument) {
+  static_assert(sizeof(Argument) <= 4096, "what a kernel may take, before CUDA 12.1 and compute capability 7.0");
   if (grid_x > 0x7fffffff || grid_y > 0xffff) return "too many blocks";
+  if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
   return emu::launch(emu::Launch{grid_x, static_cast<int>(grid_y), kThreads, shared_bytes, stream},
                      [&] { kernel(argument); });
 #else
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > 48 * 1024) {  // the same for every launch: another thread may launch this kernel with more
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   void* arguments[] = {const_cast<Argument*>(&argument)};

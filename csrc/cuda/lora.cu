@@ -9,11 +9,10 @@ using Kernel = void (*)(device::LoraLaunch);
 
 template <class T>
 Kernel kernel_for(const LoraConfig& c) {
-  constexpr int64_t kElement = sizeof(T);
-  constexpr int kMany = many_m_tiles(kElement, 1), kWide = many_n_tiles(kElement), kManyWide = many_m_tiles(kElement, kWide);
+  constexpr int kMany = many_m_tiles(sizeof(T), 1), kManyWide = many_m_tiles(sizeof(T), kWideTiles);
   if (c.n_tiles == 1) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 1> : device::lora_kernel<T, kMany, 1>;
   if (c.n_tiles == 2) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 2> : device::lora_kernel<T, kMany, 2>;
-  return c.n_tiles == kWideTiles ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWide>;
+  return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWideTiles>;
 }
 
 const char* launch_group(const LoraParams* members, int64_t count, void* stream) {
@@ -25,13 +24,14 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
     argument.member[i] = members[i];
   }
   argument.count = static_cast<int>(count);
-  const LoraConfig& c = argument.config = choose_lora_config(members, count, limits.multiprocessors);
-  if (c.chunks == 0 || c.slices == 0) return nullptr;
+  const LoraConfig& c = argument.config = choose_lora_config(members, count, limits);
+  const int64_t slices = c.first_slice[count];
+  if (c.chunks == 0 || slices == 0) return nullptr;
   const DType type = lora_compute_type(members[0]);
   const Kernel kernel = type == DType::bf16  ? kernel_for<device::bf16>(c)
                         : type == DType::f16 ? kernel_for<device::f16>(c)
                                              : kernel_for<float>(c);
-  return launch(kernel, c.chunks, c.slices, c.shared_bytes, stream, argument);
+  return launch(kernel, c.chunks, slices, c.shared_bytes, limits, stream, argument);
 }
 
 }  // namespace

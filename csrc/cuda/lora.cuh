@@ -125,83 +125,116 @@ T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* s
 
 // ---- shrink
 
-T2L_DEVICE bool is_aligned(const void* data, int64_t stride, int64_t element) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element % 16 == 0;
+T2L_DEVICE bool is_aligned(const void* data, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-// Where a row of x or A begins, and 16 bytes of it as operands of type T.
+// Rows of x or A, read as operands of type T.
 template <class T>
-struct RowReader {
-  T2L_DEVICE RowReader(const void* data, int64_t stride, DType type, int64_t size)
-      : data_(data), stride_(stride), size_(size), type_(type), aligned_(is_aligned(data, stride, sizeof(T))) {}
-  T2L_DEVICE Quad at(int64_t row, int64_t k) const {
-    return load_features(static_cast<const T*>(data_) + row * stride_, k, size_, aligned_);
+struct Rows {
+  const char* data;
+  int64_t stride;  // in bytes
+  DType type;
+  bool aligned;
+  T2L_DEVICE Rows(const void* first, int64_t stride_elements, DType element)
+      : data(static_cast<const char*>(first)), stride(stride_elements * cuda::bytes_of(element)), type(element) {
+    aligned = is_aligned(first, stride);
   }
-  const void* data_;
-  int64_t stride_, size_;
-  DType type_;
-  bool aligned_;
+  T2L_DEVICE const char* row(int64_t i) const { return data + i * stride; }
+  // Features [k, k + 16 bytes of T) of an aligned row that has all of them.
+  T2L_DEVICE Quad whole(const char* row, int64_t k) const { return load_quad(row + k * static_cast<int64_t>(sizeof(T))); }
+  // Of any row; those from `size` on are zero.
+  T2L_DEVICE Quad part(const char* row, int64_t k, int64_t size) const {
+    return load_features(reinterpret_cast<const T*>(row), k, size, false);
+  }
 };
 template <>
-struct RowReader<float> {
-  T2L_DEVICE RowReader(const void* data, int64_t stride, DType type, int64_t size)
-      : data_(data),
-        stride_(stride),
-        size_(size),
-        type_(type),
-        aligned_(type == DType::f32 && is_aligned(data, stride, sizeof(float))) {}
-  T2L_DEVICE Quad at(int64_t row, int64_t k) const {
-    if (type_ == DType::f32) return load_features(static_cast<const float*>(data_) + row * stride_, k, size_, aligned_);
-    Quad q = zero_quad();
+T2L_DEVICE Quad Rows<float>::whole(const char* row, int64_t k) const {
+  if (type == DType::f32) return load_quad(row + k * 4);
+  const Pair two = load_one(reinterpret_cast<const Pair*>(row + k * 2));
+  float v[4];
+  if (type == DType::bf16)
+    unpack_pair(two, bf16(), v);
+  else
+    unpack_pair(two, f16(), v);
+  return pack(v, float());
+}
+template <>
+T2L_DEVICE Quad Rows<float>::part(const char* row, int64_t k, int64_t size) const {
+  Quad q = zero_quad();
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (k + i < size_) q.word[i] = float_to_bits(load_float(data_, row * stride_ + k + i, type_));
-    return q;
-  }
-  const void* data_;
-  int64_t stride_, size_;
-  DType type_;
-  bool aligned_;
-};
+  for (int i = 0; i < 4; ++i)
+    if (k + i < size) q.word[i] = float_to_bits(load_float(row, k + i, type));
+  return q;
+}
+
+// Steps of a warp whose loads are under way together, as many as leave no register in local memory.
+template <class T>
+T2L_ANYWHERE constexpr int steps_ahead(int m_tiles, int n_tiles) {
+  return sizeof(T) == 4 || m_tiles * n_tiles > 2 ? 1 : 4 / (m_tiles * n_tiles);
+}
 
 // Partial rank vectors of this warp's share of the features: ranks [first_rank, first_rank + 8 * NT) of every token.
 template <class T, int MT, int NT>
-T2L_DEVICE void shrink(const LoraParams& p, int adapter, int64_t rank, int64_t first_rank, const int* tokens, int count,
+T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_rank, const int* tokens, int count,
                        float* partial) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const RowReader<T> x(p.x, p.x_stride, p.x_type, p.in);
-  const char* a_data = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * (p.w_type == DType::f32 ? 4 : 2);
-  const RowReader<T> a(a_data, p.a_stride_rank, p.w_type, p.in);
-  int token[MT][2];
+  const Rows<T> x(p.x, p.x_stride, p.x_type);
+  const Rows<T> a(static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * cuda::bytes_of(p.w_type), p.a_stride_rank,
+                  p.w_type);
+  const char* x_row[MT][2];  // null: no such token
+  const char* a_row[NT];     // null: no such rank
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = 16 * mt + 8 * half + g;
-      token[mt][half] = row < count ? tokens[row] : -1;
+      const int i = 16 * mt + 8 * half + g;
+      x_row[mt][half] = i < count ? x.row(tokens[i]) : nullptr;
     }
-  float sum[MT][NT][4] = {};
-  constexpr int64_t kStep = Traits<T>::kPerBlock;
-#pragma unroll(sizeof(T) == 4 || MT * NT > 4 ? 1 : NT > 2 ? 2 : 4 / MT)
-  for (int64_t block = warp_index(); block * kStep < p.in; block += kWarps) {
-    const int64_t k = block * kStep + t * Traits<T>::kPerQuad;
-    Quad tokens_x[MT][2], ranks_a[NT];
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const int64_t row = first_rank + 8 * nt + g;
-      ranks_a[nt] = row < rank ? a.at(row, k) : zero_quad();
+  for (int nt = 0; nt < NT; ++nt) {
+    const int i = first_rank + 8 * nt + g;
+    a_row[nt] = i < rank ? a.row(i) : nullptr;
+  }
+  float sum[MT][NT][4] = {};
+  constexpr int kStep = Traits<T>::kPerBlock, kAhead = steps_ahead<T>(MT, NT);
+  Quad x_quad[kAhead][MT][2], a_quad[kAhead][NT];
+  const auto multiply = [&](int ahead) {
+#pragma unroll
+    for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+        multiply_quads(sum[mt][nt], x_quad[ahead][mt][0], x_quad[ahead][mt][1], a_quad[ahead][nt], T());
+  };
+  int64_t k = int64_t{warp_index()} * kStep + t * Traits<T>::kPerQuad;  // of this lane, in the warp's next step
+  const int64_t lane_k = t * Traits<T>::kPerQuad;
+  if (x.aligned && a.aligned)
+    for (; k - lane_k + ((kAhead - 1) * kWarps + 1) * kStep <= p.in; k += kAhead * kWarps * kStep) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt) a_quad[u][nt] = a_row[nt] ? a.whole(a_row[nt], k + u * kWarps * kStep) : zero_quad();
+#pragma unroll
+        for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            x_quad[u][mt][half] = x_row[mt][half] ? x.whole(x_row[mt][half], k + u * kWarps * kStep) : zero_quad();
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) multiply(u);
     }
+#pragma unroll 1
+  for (; k - lane_k < p.in; k += kWarps * kStep) {
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? a.part(a_row[nt], k, p.in) : zero_quad();
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        tokens_x[mt][half] = token[mt][half] >= 0 ? x.at(token[mt][half], k) : zero_quad();
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
-#pragma unroll
-      for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], tokens_x[mt][0], tokens_x[mt][1], ranks_a[nt], T());
+        x_quad[0][mt][half] = x_row[mt][half] ? x.part(x_row[mt][half], k, p.in) : zero_quad();
+    multiply(0);
   }
-  float* mine = partial + static_cast<int64_t>(warp_index()) * (16 * MT) * (8 * NT);
+  float* mine = partial + warp_index() * (16 * MT) * (8 * NT);
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -214,60 +247,73 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int64_t rank, int64_t f
 
 // Weights of ranks `j` and j + 1 for outputs [o, o + 8).
 template <class T>
-T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int64_t rank, int64_t j, int64_t o, float (&first)[8],
+T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j, int64_t o, float (&first)[8],
                              float (&second)[8]) {
-  const int64_t size = p.w_type == DType::f32 ? 4 : 2;
-  const bool whole = o + 8 <= p.out, both = j + 1 < rank;
-  if (whole && both && p.b_stride_out == 1 && p.w_type != DType::f32 && sizeof(T) == 2 &&
-      is_aligned(b, p.b_stride_rank, size)) {  // [rank, out] storage
+  const bool whole = o + 8 <= p.out && j + 1 < rank && sizeof(T) == 2;
+  if (whole && p.b_stride_out == 1 && is_aligned(b, p.b_stride_rank * 2)) {  // [rank, out] storage
     unpack(load_quad(b + (j * p.b_stride_rank + o) * 2), T(), first);
     unpack(load_quad(b + ((j + 1) * p.b_stride_rank + o) * 2), T(), second);
     return;
   }
-  if (whole && both && p.b_stride_rank == 1 && p.w_type != DType::f32 && sizeof(T) == 2 &&
-      reinterpret_cast<uintptr_t>(b) % 4 == 0 && p.b_stride_out % 2 == 0) {  // [out, rank] storage: two ranks a load
+  if constexpr (sizeof(T) == 2)
+    if (whole && p.b_stride_rank == 1 && reinterpret_cast<uintptr_t>(b) % 4 == 0 &&
+        p.b_stride_out % 2 == 0) {  // [out, rank] storage: two ranks a load
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t word = load_one(reinterpret_cast<const uint32_t*>(b + ((o + i) * p.b_stride_out + j) * 2));
-      Quad q = zero_quad();
-      q.word[0] = word;
-      float two[8];
-      unpack(q, T(), two);
-      first[i] = two[0];
-      second[i] = two[1];
+      for (int i = 0; i < 8; ++i)
+        unpack_two(load_one(reinterpret_cast<const uint32_t*>(b + ((o + i) * p.b_stride_out + j) * 2)), T(), &first[i],
+                   &second[i]);
+      return;
     }
-    return;
-  }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     const bool inside = o + i < p.out;
-    first[i] = inside && j < rank ? load_float(b, (o + i) * p.b_stride_out + j * p.b_stride_rank, p.w_type) : 0.0f;
-    second[i] = inside && both ? load_float(b, (o + i) * p.b_stride_out + (j + 1) * p.b_stride_rank, p.w_type) : 0.0f;
+    const int64_t at = (o + i) * p.b_stride_out + j * p.b_stride_rank;
+    first[i] = inside && j < rank ? load_float(b, at, p.w_type) : 0.0f;
+    second[i] = inside && j + 1 < rank ? load_float(b, at + p.b_stride_rank, p.w_type) : 0.0f;
   }
 }
 
-// y[o, o + 8) (+)= v
-template <class T>
-T2L_DEVICE void update_outputs(const LoraParams& p, int64_t token, int64_t o, float (&v)[8]) {
-  const int64_t size = p.x_type == DType::f32 ? 4 : 2;
-  char* row = static_cast<char*>(p.y) + token * p.y_stride * size;
-  const bool dense = o + 8 <= p.out && is_aligned(p.y, p.y_stride, size);
-  if (dense && sizeof(T) == 2) {
-    if (p.accumulate) {
-      float before[8];
-      unpack(load_quad_mutable(row + o * 2), T(), before);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) v[i] = before[i] + v[i];
-    }
-    store_quad(row + o * 2, pack(v, T()));
-    return;
+// Eight outputs in a row of y, as they are stored.
+struct Outputs {
+  Quad quad[2];  // the second of float32 alone
+};
+T2L_DEVICE Outputs load_outputs(const char* y, DType type) {
+  Outputs q{load_quad_mutable(y), zero_quad()};
+  if (type == DType::f32) q.quad[1] = load_quad_mutable(y + 16);
+  return q;
+}
+T2L_DEVICE void add_outputs(const Outputs& q, DType type, float (&v)[8]) {
+  float before[8];
+  if (type == DType::bf16) {
+    unpack(q.quad[0], bf16(), before);
+  } else if (type == DType::f16) {
+    unpack(q.quad[0], f16(), before);
+  } else {
+    unpack(q.quad[0], float(), before);
+    unpack(q.quad[1], float(), before + 4);
   }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) v[i] = before[i] + v[i];
+}
+T2L_DEVICE void store_outputs(char* y, DType type, const float (&v)[8]) {
+  if (type == DType::bf16) return store_quad(y, pack(v, bf16()));
+  if (type == DType::f16) return store_quad(y, pack(v, f16()));
+  store_quad(y, pack(v, float()));
+  store_quad(y + 16, pack(v + 4, float()));
+}
+// The same one by one, where fewer than eight are left or the row is not aligned.
+T2L_DEVICE void update_some(const LoraParams& p, char* row, int64_t o, float (&v)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (o + i < p.out) {
       if (p.accumulate) v[i] = load_float(row, o + i, p.x_type) + v[i];
       store_float(row, o + i, p.x_type, v[i]);
     }
+}
+// What y holds, in a compute type: 16-bit rows are of that type themselves.
+template <class T>
+T2L_DEVICE DType output_type(const LoraParams& p) {
+  return sizeof(T) == 4 ? p.x_type : Traits<T>::kType;
 }
 
 // A 16-bit weight is a number of 11 bits as it is.
@@ -277,22 +323,38 @@ T2L_DEVICE Split split_weight(float weight, T) {
 }
 T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 
-// Outputs [first, last) of every token of the chunk.  Column n of product i stands for output 8 n + i of 64, so that a lane
-// ends with 16 outputs in a row; registers of one operand stand for ranks 2t and 2t + 1 of eight.
+// Outputs [first, last) of every token of the chunk.  Column n of product i stands for output 32 * (n % 2) + 8 * (n / 2) + i
+// of 64: four lanes then have 32 outputs in a row, twice.  Registers of one operand stand for ranks 2t and 2t + 1 of eight.
 template <class T, int MT>
-T2L_DEVICE void expand(const LoraParams& p, int adapter, int64_t rank, const int* tokens, int count, const float* v,
+T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* tokens, int count, const float* v,
                        int64_t v_stride, int64_t first, int64_t last) {
   constexpr bool kExact = sizeof(T) == 2;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * (p.w_type == DType::f32 ? 4 : 2);
+  const DType type = output_type<T>(p);
+  const int64_t size = cuda::bytes_of(type);
+  const bool aligned = is_aligned(p.y, p.y_stride * size);
+  const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * cuda::bytes_of(p.w_type);
   for (int64_t o = first + warp_index() * kTileOutputs; o < last; o += kWarps * kTileOutputs)
     for (int mt = 0; mt < MT && 16 * mt < count; ++mt) {
+      char* row[2];  // of y; null: no such token
+      Outputs before[2][2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int i = 16 * mt + 8 * half + g;
+        row[half] = i < count ? static_cast<char*>(p.y) + tokens[i] * p.y_stride * size : nullptr;
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {  // asked for now, needed after the products
+          const int64_t at = o + 32 * column + 8 * t;
+          if (kExact && p.accumulate && row[half] && aligned && at + 8 <= p.out)
+            before[half][column] = load_outputs(row[half] + at * size, type);
+        }
+      }
       float sum[8][4] = {};
       const float* low_row = v + (16 * mt + g) * v_stride;
       const float* high_row = low_row + 8 * v_stride;
-      for (int64_t j = 2 * t; j - 2 * t < rank; j += 8) {
+      for (int j = 2 * t; j - 2 * t < rank; j += 8) {
         float weights[2][8];
-        load_weights<T>(p, b, rank, j, o + 8 * g, weights[0], weights[1]);
+        load_weights<T>(p, b, rank, j, o + 32 * (g % 2) + 8 * (g / 2), weights[0], weights[1]);
         const Split left[4] = {split(low_row[j]), split(high_row[j]), split(low_row[j + 1]), split(high_row[j + 1])};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -301,43 +363,52 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int64_t rank, const int
         }
       }
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = 16 * mt + 8 * half + g;
-        if (row >= count) continue;
+      for (int half = 0; half < 2; ++half)
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
+          if (!row[half]) continue;
+          const int64_t at = o + 32 * column + 8 * t;
           float values[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) values[i] = sum[i][2 * half + column];
-          update_outputs<T>(p, tokens[row], o + 16 * t + 8 * column, values);
+          if (aligned && at + 8 <= p.out) {
+            if (p.accumulate) {
+              if (!kExact) before[half][column] = load_outputs(row[half] + at * size, type);  // more than registers hold
+              add_outputs(before[half][column], type, values);
+            }
+            store_outputs(row[half] + at * size, type, values);
+          } else {
+            update_some(p, row[half], at, values);
+          }
         }
-      }
     }
 }
 
 // Tokens without an adapter here: their outputs are zero unless something is added to.
 template <class T>
 T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, int64_t first, int64_t last) {
-  for (int row = 0; row < count; ++row)
-    for (int64_t o = first + 8 * thread_index(); o < last; o += 8 * kThreads) {
-      float zeros[8] = {};
-      update_outputs<T>(p, tokens[row], o, zeros);
-    }
+  const DType type = output_type<T>(p);
+  for (int i = 0; i < count; ++i) {
+    char* row = static_cast<char*>(p.y) + tokens[i] * p.y_stride * cuda::bytes_of(type);
+    for (int64_t o = first + thread_index(); o < last; o += kThreads) store_float(row, o, type, 0.0f);
+  }
 }
 
-// Asks for all weights of an adapter that the block is going to read, so that their latencies overlap.
-T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int64_t rank, int64_t first, int64_t last) {
-  constexpr int64_t kLine = 128;
-  const int64_t size = cuda::bytes_of(p.w_type), lines = cuda::ceil_div(p.in * size, kLine);
+// Asks for the weights of an adapter that the block is going to read.
+T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int64_t first, int64_t last) {
+  constexpr int kLine = 128;
+  const int64_t size = cuda::bytes_of(p.w_type), a_bytes = p.in * size;
   const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
-  for (int64_t i = thread_index(); i < rank * lines; i += kThreads)
-    prefetch(a + i / lines * p.a_stride_rank * size + i % lines * kLine);
-  const bool by_rank = p.b_stride_out == 1;  // [rank, out] storage: rows of outputs; else rows of ranks
+  for (int i = warp_index(); i < rank; i += kWarps)
+    for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
+  // [rank, out] storage: a slice of every row; else whole rows, of one line or less as ranks go.
+  const bool by_rank = p.b_stride_out == 1;
   const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
-  const int64_t rows = by_rank ? rank : last - first, stride = by_rank ? p.b_stride_rank : p.b_stride_out;
-  const int64_t row_lines = by_rank ? cuda::ceil_div((last - first) * size, kLine) : 1;
-  for (int64_t i = thread_index(); i < rows * row_lines; i += kThreads)
-    prefetch(b + i / row_lines * stride * size + i % row_lines * kLine);
+  const int64_t stride = (by_rank ? p.b_stride_rank : p.b_stride_out) * size;
+  const int64_t rows = by_rank ? rank : last - first, row_bytes = (by_rank ? last - first : rank) * size;
+  for (int64_t i = by_rank ? warp_index() : thread_index(); i < rows; i += by_rank ? kWarps : kThreads)
+    for (int64_t at = by_rank ? lane_index() * kLine : 0; at < row_bytes; at += by_rank ? 32 * kLine : kLine)
+      prefetch(b + i * stride + at);
 }
 
 template <class T, int MT, int NT>
@@ -350,26 +421,23 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* bins = shared.take<int>(kBins);
   float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
   float* v = shared.take<float>(16 * MT * c.v_stride);
-  int slice = block_index_y(), index = 0;
-  for (; index + 1 < launch.count; ++index) {
-    const int slices = static_cast<int>(cuda::ceil_div(launch.member[index].out, c.outputs));
-    if (slice < slices) break;
-    slice -= slices;
-  }
+  int index = 0;
+  while (block_index_y() >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
-  const int64_t first = slice * c.outputs, last = cuda::lesser(first + c.outputs, p.out);
+  const int64_t first = (block_index_y() - c.first_slice[index]) * c.outputs, last = cuda::lesser(first + c.outputs, p.out);
   Chunk chunk;
   if (c.direct) {
+    const int end = p.seg_indptr[block_index_x() + 1];
     chunk = Chunk{p.seg_adapters[block_index_x()], 1};
-    check_adapter(p, chunk.adapter);
-    require(p.seg_indptr[block_index_x() + 1] == block_index_x() + 1, "seg_indptr: not one token a segment");
     if (thread_index() == 0) tokens[0] = static_cast<int>(block_index_x());
+    check_adapter(p, chunk.adapter);
+    require(end == block_index_x() + 1, "seg_indptr: not one token a segment");
     block_barrier();
   } else {
     chunk = find_chunk(p, block_index_x(), 16 * MT, scratch, bins, tokens);
   }
   if (chunk.count == 0) return;
-  const int64_t rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : p.rank;
+  const int rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : static_cast<int>(p.rank);
   require(rank >= 0 && rank <= p.rank, "ranks: a rank out of range");
   if (rank == 0) {
     if (!p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
@@ -377,14 +445,15 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   }
   const float scaling = p.scaling[chunk.adapter];
   prefetch_weights(p, chunk.adapter, rank, first, last);
-  for (int64_t first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
+  for (int first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
     shrink<T, MT, NT>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
     block_barrier();
     for (int i = thread_index(); i < 16 * MT * 8 * NT; i += kThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[w * (16 * MT) * (8 * NT) + i];
-      v[i / (8 * NT) * c.v_stride + first_rank + i % (8 * NT)] = sum * scaling;
+      const int j = first_rank + i % (8 * NT);  // beyond the rank: zero, also where x is infinite
+      v[i / (8 * NT) * c.v_stride + j] = j < rank ? sum * scaling : 0.0f;
     }
     block_barrier();  // the next pass writes partial again; then v is whole
   }

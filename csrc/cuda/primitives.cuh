@@ -60,14 +60,6 @@ T2L_DEVICE int block_index_y() {
   return static_cast<int>(blockIdx.y);
 #endif
 }
-T2L_DEVICE int64_t grid_size_x() {
-#ifdef T2L_EMULATOR
-  return emu::grid_size_x();
-#else
-  return gridDim.x;
-#endif
-}
-
 // ---- shared memory: one block of bytes a launch asks for, handed out piece by piece in the same order by every thread
 
 class SharedMemory {
@@ -149,7 +141,7 @@ T2L_DEVICE void require(bool holds, const char* what) {
 #ifdef T2L_EMULATOR
   if (!holds) emu::fail(what);
 #else
-  (void)what;
+  (void)what;  // printf would take a stack
   if (!holds) __trap();
 #endif
 }
@@ -276,21 +268,15 @@ T2L_DEVICE void from_float(float v, f16* out) {
   out->bits = __half_as_ushort(__float2half_rn(v));
 #endif
 }
-// The nearest number of 11 significant bits, as a tensor core wants float32 operands; NaN stays NaN.
+// The nearest number of 11 significant bits, as a tensor core wants float32 operands.  The instruction leaves the bits below
+// undefined, and may make an infinity of a NaN, whose mark can be one of them.
 T2L_DEVICE float to_tf32(float v) {
 #ifdef T2L_EMULATOR
   return emu::float_to_tf32(v);
 #else
   uint32_t out;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
-  return __uint_as_float(out);
-#endif
-}
-T2L_DEVICE float fused_multiply_add(float a, float b, float c) {
-#ifdef T2L_EMULATOR
-  return emu::fused_multiply_add(a, b, c);
-#else
-  return __fmaf_rn(a, b, c);
+  return __uint_as_float(v != v ? 0x7fffe000u : out & 0xffffe000u);
 #endif
 }
 // e^x within 2 ulp, whatever flags the file is compiled with.

@@ -72,6 +72,8 @@ void set_schedule(const Schedule& schedule);
 // "forward", "reverse" or "seed=7", each also with "+eager"; false for another text, which changes nothing.
 bool set_schedule(const char* text);
 
+constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, as on an H100
+
 // Of a device: 132 at first, as an H100 has.  Kernels cut their work by it.
 int multiprocessors();
 void set_multiprocessors(int count);
@@ -115,7 +117,6 @@ extern __thread Running* running __attribute__((tls_model("initial-exec")));
 T2L_EMU_UNSEEN inline int thread_index() { return running->thread; }
 T2L_EMU_UNSEEN inline int64_t block_index_x() { return running->block_x; }
 T2L_EMU_UNSEEN inline int block_index_y() { return running->block_y; }
-T2L_EMU_UNSEEN inline int64_t grid_size_x() { return running->grid_x; }
 
 // Ends the launch; the text also names block and thread.
 [[noreturn]] void fail(const char* what);
@@ -176,7 +177,7 @@ struct alignas(16) Slot {
   uint32_t word[8];
 };
 struct Tile {
-  alignas(32) float value[16][8];
+  alignas(64) double value[16][8];
 };
 struct Meeting {
   const Slot* slots;  // of all lanes
@@ -255,7 +256,6 @@ inline float float_to_tf32(float value) {
   return bit_cast<float>((bits + 0x1000u) & ~0x1fffu);
 }
 
-inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float exponential(float x) { return std::exp(x); }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 inline float power(float base, float exponent) { return std::pow(base, exponent); }
@@ -270,7 +270,7 @@ struct Operands {
   float a[16][16];  // [row][k]
   alignas(32) float b[16][8];
 };
-// Sums in order of k, in float32, from zero.
+// Exact products, summed in float64.
 Tile multiply(const Operands& operands, int depth);
 
 // Register r of a lane holds rows g (+ 8 for odd r) and from column `step` on for the upper registers.
@@ -306,7 +306,7 @@ T2L_EMU_UNSEEN inline Slot fragments(const void* a, const void* b) {
   __builtin_memcpy(&slot.word[4], b, 8);
   return slot;
 }
-// d += this lane's part of the tile.
+// d += this lane's part of the tile, cut and not rounded: devices differ, and this is what the worst ones do.
 void add_tile(float (&d)[4], const Tile& tile);
 
 // `convert` makes the float of 16 bits.

@@ -12,8 +12,6 @@
 
 namespace t2l::emu {
 
-constexpr int64_t kMaxSharedBytes = 227 * 1024;
-
 class SharedArena {
  public:
   void reset(int64_t asked) {

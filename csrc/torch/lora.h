@@ -61,6 +61,8 @@ LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const T
   check_contiguous(op, "scaling", scaling);
   check_segment_shapes(op, seg_indptr, seg_adapters);
   if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x.size(0), adapters, max_seg_len);
+  if (seg_adapters.size(0) == 0 && x.size(0) > 0)
+    fail(op, "seg_adapters", "segments of all " + std::to_string(x.size(0)) + " tokens", "none");
   if (max_seg_len < 0) fail(op, "max_seg_len", ">= 0", std::to_string(max_seg_len));
   if (ranks) {
     check_type(op, "ranks", *ranks, ScalarType::Int);

@@ -266,7 +266,7 @@ std::string check_grid() {
   const char* error = emu::launch(emu::Launch{kColumns, kRows, kThreads, 4 * kThreads, emu::current_stream()}, [&] {
     SharedMemory shared;
     int* partners = shared.take<int>(kThreads);
-    const int64_t block = block_index_y() * grid_size_x() + block_index_x();
+    const int64_t block = block_index_y() * kColumns + block_index_x();
     partners[thread_index()] = static_cast<int>(block) * kThreads + thread_index();
     block_barrier();
     const int partner = partners[kThreads - 1 - thread_index()];
