@@ -100,9 +100,13 @@ inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, c
 
 // ---- hypernetwork trunk
 
+constexpr int64_t kMaxHelpers = 16;
+constexpr int64_t kMaxTrunkRows = int64_t{1} << 30;  // (task, module, layer): counted in 32 bits
+
 struct TrunkConfig {
   int64_t tile_rows;  // (task, module, layer) rows of a block: 16 or fewer
   int64_t tiles;
+  int64_t helpers;        // blocks that only ask for the weights, where most multiprocessors would be idle
   int64_t sides_at_once;  // of a block; the rest go to other blocks
   int64_t ranks_at_once;
   int64_t narrow_stride;  // elements between rows of inputs of the first products
@@ -131,6 +135,8 @@ inline TrunkConfig choose_trunk_config(const TrunkParams& p, const DeviceLimits&
     c.shared_bytes = panels * piece(c.tile_rows * p.m * sizeof(float)) +
                      piece(c.tile_rows * c.narrow_stride * bytes_of(p.w_type)) +
                      piece(c.tile_rows * c.wide_stride * bytes_of(p.w_type));
+    const int64_t blocks = c.tiles * (p.sides / c.sides_at_once) * (p.ranks / c.ranks_at_once);
+    c.helpers = greater(0, lesser(kMaxHelpers, limits.multiprocessors - blocks));
     if (c.shared_bytes <= limits.shared_bytes) return c;
   }
   c.tile_rows = 0;  // does not fit
@@ -152,6 +158,7 @@ struct HeadConfig {
   bool aligned;                   // every row of weights and latents begins at a multiple of 16 bytes
   int latent_rows;                // of a side
   int latent_tiles;               // of all sides
+  int per_latent;                 // ranks of a latent row
   int depth_steps;                // stages of a product
   int rows[kMaxGroup];            // of the weights of each module
   int first_tile[kMaxGroup + 1];  // weight tiles of the modules before this one
@@ -183,6 +190,7 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   c.wide = c.latent_rows > 2 * kNarrowRows && p.w_type != DType::f32 && shared(kWideRows) <= limits.shared_bytes;
   const int64_t tile = c.wide ? kWideRows : kNarrowRows;
   c.latent_tiles = static_cast<int>(p.sides * ceil_div(c.latent_rows, tile));
+  c.per_latent = static_cast<int>(p.rank / p.ranks);
   c.depth_steps = static_cast<int>(ceil_div(p.h * bytes_of(p.w_type), kStageBytes));
   c.aligned = true;
   for (int64_t i = 0; i < count; ++i) {

@@ -37,7 +37,9 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
 const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   const DeviceLimits limits = device_limits();
   if (limits.error) return limits.error;
-  if (params.tasks * params.modules * params.layers * params.sides * params.ranks == 0) return nullptr;
+  const int64_t rows = params.tasks * params.modules * params.layers;
+  if (rows * params.sides * params.ranks == 0) return nullptr;
+  if (rows > kMaxTrunkRows) return "hypernet_trunk: more than 2^30 rows of tasks, modules and layers";
   device::TrunkLaunch argument{params, choose_trunk_config(params, limits)};
   const TrunkConfig& c = argument.config;
   if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
@@ -46,7 +48,7 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
                         : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
                                                       : device::trunk_kernel<float>;
   const int64_t shares = params.sides / c.sides_at_once * (params.ranks / c.ranks_at_once);
-  return launch(kernel, c.tiles * shares, 1, c.shared_bytes, limits, stream, argument);
+  return launch(kernel, c.tiles * shares + c.helpers, 1, c.shared_bytes, limits, stream, argument);
 }
 
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {

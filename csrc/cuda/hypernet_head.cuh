@@ -206,9 +206,9 @@ T2L_DEVICE void multiply_stage(const char* stage, HeadSums<NT>& sum) {
 struct HeadColumn {
   int side, rank, column;
 };
-T2L_DEVICE HeadColumn head_column(const HeadParams& p, int row, int side) {
+T2L_DEVICE HeadColumn head_column(const HeadParams& p, int per_latent, int row, int side) {
   if (p.sides == 2) return HeadColumn{side, row / stored_width(p), row % stored_width(p)};
-  const int in = width_of(p, 0), out = width_of(p, 1), rows_of_a = static_cast<int>(p.rank / p.ranks) * in;
+  const int in = width_of(p, 0), out = width_of(p, 1), rows_of_a = per_latent * in;
   if (row < rows_of_a) return HeadColumn{0, row / in, row % in};
   return HeadColumn{1, (row - rows_of_a) / out, (row - rows_of_a) % out};
 }
@@ -241,10 +241,10 @@ T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, cons
   const int across = warp_index() % kWarpsAcross, along = warp_index() / kWarpsAcross;
   const int weight_rows = launch.config.rows[at.module], side = side_of(launch, at);
   const int first_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + across * 16 * kMTiles + g * kRun;
-  const int per_latent = static_cast<int>(p.rank / p.ranks);
+  const int per_latent = launch.config.per_latent;
   const LatentRow* mine = rows + along * 8 * NT + 2 * t;
   if (first_row >= weight_rows) return;
-  const HeadColumn column = head_column(p, first_row, side);
+  const HeadColumn column = head_column(p, per_latent, first_row, side);
   if (first_row + kRun <= weight_rows && column.column + kRun <= width_of(p, column.side)) {  // in one row of A or B
     const int s = column.side;
     const int64_t size = cuda::bytes_of(p.out_type);
@@ -285,7 +285,7 @@ T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, cons
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {  // over the end of a row, or of the weights
     if (first_row + i >= weight_rows) continue;
-    const HeadColumn here = head_column(p, first_row + i, side);
+    const HeadColumn here = head_column(p, per_latent, first_row + i, side);
     const int s = here.side;
     if (here.column >= width_of(p, s)) continue;
     const float* mul = offset_of(p.mul[s], p.mul_stride[s], here);

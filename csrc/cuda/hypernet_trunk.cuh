@@ -19,7 +19,7 @@ struct TrunkLaunch {
 
 constexpr float kLayerNormEps = 1e-5f;
 
-T2L_DEVICE float silu(float v) { return v / (1.0f + exponential(-v)); }
+T2L_DEVICE float silu(float v) { return quotient(v, 1.0f + exponential(-v)); }
 
 // A block's tile: rows in use, and where its panels lie.
 template <class T>
@@ -84,36 +84,36 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
 
 // Zeros after `features` of every row, up to the whole blocks that products read.
 template <class T>
-T2L_DEVICE void pad_rows(T* panel, int64_t stride, int rows, int64_t features) {
-  const int64_t extra = cuda::round_up(features, Traits<T>::kPerBlock) - features;
-  for (int64_t i = thread_index(); i < rows * extra; i += kThreads)
+T2L_DEVICE void pad_rows(T* panel, int64_t stride, int rows, int features) {
+  const int extra = static_cast<int>(cuda::round_up(features, Traits<T>::kPerBlock)) - features;
+  for (int i = thread_index(); i < rows * extra; i += kThreads)
     from_float(0.0f, panel + i / extra * stride + features + i % extra);
 }
 
 // narrow = LN(x), a warp a row.
 template <class T>
-T2L_DEVICE void layer_norm(const float* x, int64_t m, const float* weight, const float* bias, const TrunkTile<T>& tile) {
+T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const float* bias, const TrunkTile<T>& tile) {
   for (int row = warp_index(); row < tile.rows; row += kWarps) {
     const float* values = x + row * m;
     float sum = 0.0f, squares = 0.0f;
-    for (int64_t j = lane_index(); j < m; j += 32) sum += values[j];
+    for (int j = lane_index(); j < m; j += 32) sum += values[j];
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-    const float mean = sum / static_cast<float>(m);
-    for (int64_t j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
+    const float mean = quotient(sum, static_cast<float>(m));
+    for (int j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) squares += shuffle_xor(squares, mask);
-    const float scale = reciprocal_root(squares / static_cast<float>(m) + kLayerNormEps);
-    for (int64_t j = lane_index(); j < m; j += 32)
+    const float scale = reciprocal_root(quotient(squares, static_cast<float>(m)) + kLayerNormEps);
+    for (int j = lane_index(); j < m; j += 32)
       from_float((values[j] - mean) * scale * load_one(weight + j) + load_one(bias + j),
                  tile.narrow + row * tile.narrow_stride + j);
   }
   pad_rows(tile.narrow, tile.narrow_stride, tile.rows, m);
 }
 
-// finish(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)); all threads have written x.
+// finish(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)); whoever wrote x meets the others here.
 template <class T, class Finish>
-T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int64_t m, int64_t out, Finish finish) {
+T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int m, int out, Finish finish) {
   block_barrier();
   layer_norm(x, m, p.norm_weight, p.norm_bias, tile);
   block_barrier();
@@ -124,41 +124,36 @@ T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x
   block_barrier();
   tile_linear(tile.wide, tile.wide_stride, tile.rows, p.w2, out, 4 * m,
               [&](int row, int column, float value) { finish(row, column, silu(value + load_one(p.b2 + column))); });
-}
-
-template <class T>
-T2L_DEVICE void residual(const TrunkTile<T>& tile, const MlpParams& p, float* x, int64_t m) {
-  mlp(tile, p, x, m, m, [&](int row, int column, float value) { x[row * m + column] += value; });
   block_barrier();
 }
 
 // x after the mixer.  The first product is split: the task's part here, the rest is the constant table.
 template <class T>
-T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int64_t first_row) {
-  const int64_t hidden = 4 * p.m, group = p.modules * p.layers;
-  for (int64_t i = thread_index(); i < tile.rows * p.t; i += kThreads) {
-    const int64_t row = i / p.t, task = (first_row + row) / group;
-    from_float(load_one(p.z + task * p.t + i % p.t), tile.narrow + row * tile.narrow_stride + i % p.t);
+T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_row) {
+  const int m = static_cast<int>(p.m), hidden = 4 * m, t = static_cast<int>(p.t);
+  const int group = static_cast<int>(p.modules * p.layers);
+  for (int i = thread_index(); i < tile.rows * t; i += kThreads) {
+    const int row = i / t, task = (first_row + row) / group;
+    from_float(load_one(p.z + int64_t{task} * t + i % t), tile.narrow + row * tile.narrow_stride + i % t);
   }
-  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, p.t);
+  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, t);
   block_barrier();
-  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, p.t, [&](int row, int column, float value) {
-    const float constant = load_one(p.mixer_table + (first_row + row) % group * hidden + column);
+  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, t, [&](int row, int column, float value) {
+    const float constant = load_one(p.mixer_table + int64_t{(first_row + row) % group} * hidden + column);
     from_float(silu(value + constant), tile.wide + row * tile.wide_stride + column);
   });
   pad_rows(tile.wide, tile.wide_stride, tile.rows, hidden);
   block_barrier();
-  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, p.m, hidden, [&](int row, int column, float value) {
-    tile.x[row * p.m + column] = silu(value + load_one(p.mixer_b2 + column));
+  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
+    tile.x[row * m + column] = silu(value + load_one(p.mixer_b2 + column));
   });
-  block_barrier();
 }
 
 // out = x turned to position k: half-split rotation, base 1e4.  out may be x.
-T2L_DEVICE void rotate(const float* x, int rows, int64_t m, int64_t k, float* out) {
-  const int64_t half = m / 2;
-  for (int64_t i = thread_index(); i < rows * half; i += kThreads) {
-    const int64_t row = i / half, j = i % half;
+T2L_DEVICE void rotate(const float* x, int rows, int m, int k, float* out) {
+  const int half = m / 2;
+  for (int i = thread_index(); i < rows * half; i += kThreads) {
+    const int row = i / half, j = i % half;
     const float frequency = power(10000.0f, -2.0f * static_cast<float>(j) / static_cast<float>(m));
     float c, s;
     cos_sin(static_cast<float>(k) * frequency, &c, &s);
@@ -168,12 +163,36 @@ T2L_DEVICE void rotate(const float* x, int rows, int64_t m, int64_t k, float* ou
   }
 }
 
+// This helper's share of all weights, which the others then find in L2.
+T2L_DEVICE void prefetch_trunk(const TrunkParams& p, int64_t size, int64_t helper, int64_t helpers) {
+  constexpr int64_t kLine = 128;
+  const auto ask = [&](const void* weights, int64_t count) {
+    const char* begin = static_cast<const char*>(weights);
+    for (int64_t at = (helper * kThreads + thread_index()) * kLine; at < count * size; at += helpers * kThreads * kLine)
+      prefetch(begin + at);
+  };
+  ask(p.mixer_task, 4 * p.m * p.t);
+  ask(p.mixer_w2, 4 * p.m * p.m);
+#pragma unroll 1
+  for (int i = 0; i < 3; ++i) {
+    ask(p.mlp[i].w1, 4 * p.m * p.m);
+    ask(p.mlp[i].w2, 4 * p.m * (i < 2 ? p.m : p.h));
+  }
+}
+
+// What a block does next: mlp1 on x; then for every side mlp2 on u; for every rank, with rotation, mlp2 on the turned v; and
+// mlp3 on v, which gives the latent.
+enum class TrunkStep { base, side, turn, latent };
+
 template <class T>
 T2L_KERNEL(kThreads, 1)
 trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const TrunkParams& p = launch.params;
   const cuda::TrunkConfig& c = launch.config;
-  const int64_t m = p.m, group = p.modules * p.layers;
+  const int64_t shares = p.sides / c.sides_at_once * (p.ranks / c.ranks_at_once), working = c.tiles * shares;
+  if (block_index_x() >= working)
+    return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index_x() - working, c.helpers);
+  const int m = static_cast<int>(p.m), layers = static_cast<int>(p.layers), modules = static_cast<int>(p.modules);
   SharedMemory shared;
   TrunkTile<T> tile;
   tile.x = shared.take<float>(c.tile_rows * m);
@@ -183,36 +202,51 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   tile.wide = shared.take<T>(c.tile_rows * c.wide_stride);
   tile.narrow_stride = c.narrow_stride;
   tile.wide_stride = c.wide_stride;
-  const int64_t first_row = block_index_x() % c.tiles * c.tile_rows;
   const int64_t share = block_index_x() / c.tiles, rank_shares = p.ranks / c.ranks_at_once;
-  const int64_t first_side = share / rank_shares * c.sides_at_once, first_rank = share % rank_shares * c.ranks_at_once;
-  tile.rows = static_cast<int>(cuda::lesser(c.tile_rows, p.tasks * group - first_row));
+  const int first_row = static_cast<int>((block_index_x() - share * c.tiles) * c.tile_rows);
+  const int first_side = static_cast<int>(share / rank_shares * c.sides_at_once);
+  const int first_rank = static_cast<int>(share % rank_shares * c.ranks_at_once);
+  const int last_side = first_side + static_cast<int>(c.sides_at_once);
+  const int last_rank = first_rank + static_cast<int>(c.ranks_at_once);
+  tile.rows = static_cast<int>(cuda::lesser(c.tile_rows, p.tasks * modules * layers - first_row));
 
   mixer(p, tile, first_row);
-  residual(tile, p.mlp[0], tile.x, m);
-  for (int64_t side = first_side; side < first_side + c.sides_at_once; ++side) {
-    for (int64_t i = thread_index(); i < tile.rows * m; i += kThreads) {
-      const int64_t module = (first_row + i / m) / p.layers % p.modules;
-      const float emb = p.side_emb ? load_one(p.side_emb + (module * p.sides + side) * m + i % m) : 0.0f;
-      u[i] = tile.x[i] + emb;
-    }
-    residual(tile, p.mlp[1], u, m);
-    for (int64_t k = first_rank; k < first_rank + c.ranks_at_once; ++k) {
-      if (p.rotary) {
-        rotate(u, tile.rows, m, k, v);
-        residual(tile, p.mlp[1], v, m);
-      } else {
-        for (int64_t i = thread_index(); i < tile.rows * m; i += kThreads)
-          v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
+  int side = first_side, k = first_rank;
+  TrunkStep step = TrunkStep::base;
+  for (;;) {  // one body for all MLPs: several would not fit the instruction cache
+    const bool latent = step == TrunkStep::latent;
+    float* panel = step == TrunkStep::base ? tile.x : step == TrunkStep::side ? u : v;
+    if (step == TrunkStep::side)
+      for (int i = thread_index(); i < tile.rows * m; i += kThreads) {
+        const int module = (first_row + i / m) / layers % modules;
+        u[i] = tile.x[i] + (p.side_emb ? load_one(p.side_emb + (module * p.sides + side) * m + i % m) : 0.0f);
       }
-      mlp(tile, p.mlp[2], v, m, p.h, [&](int row, int column, float value) {
-        const int64_t task_module = (first_row + row) / p.layers, layer = (first_row + row) % p.layers;
-        const int64_t at = ((task_module * p.sides + side) * p.ranks + k) * p.layers + layer;
-        T rounded;
-        from_float(value, &rounded);
-        store_one(static_cast<T*>(p.latent) + at * p.h + column, rounded);
-      });
-      block_barrier();
+    if (step == TrunkStep::turn) rotate(u, tile.rows, m, k, v);
+    if (latent && !p.rotary)
+      for (int i = thread_index(); i < tile.rows * m; i += kThreads)
+        v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
+    const MlpParams& weights = p.mlp[latent ? 2 : step == TrunkStep::base ? 0 : 1];
+    mlp(tile, weights, panel, m, latent ? static_cast<int>(p.h) : m, [&](int row, int column, float value) {
+      if (!latent) {
+        panel[row * m + column] += value;
+        return;
+      }
+      const int task_module = (first_row + row) / layers, layer = (first_row + row) % layers;
+      const int64_t at = ((task_module * p.sides + side) * p.ranks + k) * layers + layer;
+      T rounded;
+      from_float(value, &rounded);
+      store_one(static_cast<T*>(p.latent) + at * p.h + column, rounded);
+    });
+    if (step == TrunkStep::base) {
+      step = TrunkStep::side;
+    } else if (!latent) {
+      step = step == TrunkStep::side && p.rotary ? TrunkStep::turn : TrunkStep::latent;
+    } else {
+      step = p.rotary ? TrunkStep::turn : TrunkStep::latent;
+      if (++k < last_rank) continue;
+      k = first_rank;
+      step = TrunkStep::side;
+      if (++side == last_side) return;
     }
   }
 }

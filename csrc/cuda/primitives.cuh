@@ -287,6 +287,14 @@ T2L_DEVICE float exponential(float x) {
   return expf(x);
 #endif
 }
+// a / b within 2 ulp for |b| < 2^126, zero beyond: without the subroutine that exact division takes.
+T2L_DEVICE float quotient(float a, float b) {
+#ifdef T2L_EMULATOR
+  return emu::quotient(a, b);
+#else
+  return __fdividef(a, b);
+#endif
+}
 T2L_DEVICE float reciprocal_root(float x) {
 #ifdef T2L_EMULATOR
   return emu::reciprocal_root(x);

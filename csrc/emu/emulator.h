@@ -257,6 +257,7 @@ inline float float_to_tf32(float value) {
 }
 
 inline float exponential(float x) { return std::exp(x); }
+inline float quotient(float a, float b) { return a / b; }
 inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
 inline float power(float base, float exponent) { return std::pow(base, exponent); }
 inline void cos_sin(float x, float* c, float* s) {

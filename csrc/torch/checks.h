@@ -44,6 +44,12 @@ inline std::string to_text(const Tensor& t) {
   return text + "]";
 }
 
+inline std::string cuda_text(int32_t device) { return "cuda:" + std::to_string(device); }
+
+inline std::string place_of(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : t.is_cuda() ? cuda_text(t.get_device_index()) : "a device of another kind";
+}
+
 // A call as its checks see it: the op, for the texts, and where all its tensors must lie.
 struct Op {
   const char* name;
@@ -51,7 +57,7 @@ struct Op {
   int32_t device = 0;  // index, with cuda
 
   bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
-  std::string place() const { return cuda ? "cuda:" + std::to_string(device) : "cpu"; }
+  std::string place() const { return cuda ? cuda_text(device) : "cpu"; }
 };
 
 // `first`: the first tensor of the call, whose device the others share.
@@ -75,7 +81,7 @@ constexpr int64_t kAny = -1;
 // The call's device and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds
 // pass here.
 inline void check_shape(const Op& op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (!op.holds(t)) fail(op, name, "a tensor on " + op.place() + " like the other arguments", "another device");
+  if (!op.holds(t)) fail(op, name, "a tensor on " + op.place() + " like the other arguments", place_of(t));
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) {
@@ -101,6 +107,13 @@ inline void check_rows(const Op& op, const std::string& name, const Tensor& t) {
 
 inline void check_contiguous(const Op& op, const std::string& name, const Tensor& t) {
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
+}
+
+// Of something that is written: an element has one place.
+inline void check_strides(const Op& op, const std::string& name, const Tensor& t) {
+  for (int64_t i = 0; i < t.dim(); ++i)
+    if (t.size(i) > 1 && t.stride(i) == 0)
+      fail(op, name, "strides that do not overlap", "stride 0 at dimension " + std::to_string(i));
 }
 
 inline void check_floating(const Op& op, const std::string& name, const Tensor& t) {

@@ -158,14 +158,16 @@ inline HeadParams prepare_head(const Op& op, const Heads& heads, size_t i) {
   return p;
 }
 
+inline void check_listed(const Op& op, const char* name, size_t got, size_t modules) {
+  if (got != modules || modules == 0)
+    fail(op, name, "one entry for each module of latent (dimension 1), at least one",
+         std::to_string(got) + " for " + std::to_string(modules) + " modules");
+}
+
 inline std::vector<HeadParams> prepare_heads(const Op& op, const Heads& heads) {
   check_shape(op, "latent", heads.latent, {kAny, kAny, kAny, kAny, kAny, kAny});
   const size_t count = static_cast<size_t>(heads.latent.size(1));
-  const auto listed = [&](const char* name, size_t got) {
-    if (got != count || count == 0)
-      fail(op, name, "one entry for each module of latent (dimension 1), at least one",
-           std::to_string(got) + " for " + std::to_string(count) + " modules");
-  };
+  const auto listed = [&](const char* name, size_t got) { check_listed(op, name, got, count); };
   listed("weight", heads.weight.size());
   if (!heads.bias.empty()) listed("bias", heads.bias.size());
   listed("mul_A", heads.mul_A.size());
@@ -225,15 +227,17 @@ void hypernet_heads_out(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, 
   const Op op = op_of<Backend>("hypernet_heads_out_", latent);
   std::vector<HeadParams> modules =
       prepare_heads(op, {latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features});
-  const std::string expected = std::to_string(modules.size()) + " entries, one a module";
-  if (lora_A.size() != modules.size()) fail(op, "lora_A", expected, std::to_string(lora_A.size()));
-  if (lora_B.size() != modules.size()) fail(op, "lora_B", expected, std::to_string(lora_B.size()));
+  check_listed(op, "lora_A", lora_A.size(), modules.size());
+  check_listed(op, "lora_B", lora_B.size(), modules.size());
+  check_floating(op, "lora_A[0]", lora_A[0]);
   for (size_t i = 0; i < modules.size(); ++i) {
     HeadParams& p = modules[i];
     check_shape(op, entry("lora_A", i), lora_A[i], {p.tasks, p.layers, rank, p.in});
     check_shape(op, entry("lora_B", i), lora_B[i], {p.tasks, p.layers, p.out_features, rank});
     check_type(op, entry("lora_A", i), lora_A[i], lora_A[0].scalar_type());
     check_type(op, entry("lora_B", i), lora_B[i], lora_A[0].scalar_type());
+    check_strides(op, entry("lora_A", i), lora_A[i]);
+    check_strides(op, entry("lora_B", i), lora_B[i]);
     set_output(p, lora_A[i], lora_B[i]);
     p.scale[1] = static_cast<float>(scale_B);
   }
