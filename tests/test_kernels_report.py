@@ -56,12 +56,12 @@ def test_usage_is_read_from_what_the_tools_say():
     assert kernels.usages(PTXAS, SASS) == {
         "lora_kernel<bf16, 1, 1>": {
             **{"registers": 108, "blocks": 2, "static_shared": 0, "stack": 0, "spills": 0, "local": 0},
-            **{"global_atomics": 0, "async_copies": 0},
+            **{"global_atomics": 0, "async_copies": 0, "instructions": 6},
             "products": {"HMMA.16816.F32.BF16": 1, "HMMA.1688.F32.TF32": 2},
         },
         "head_kernel<float, 2>": {
             **{"registers": 199, "blocks": 1, "static_shared": 1024, "stack": 72, "spills": 288, "local": 2},
-            **{"global_atomics": 1, "async_copies": 1, "products": {}},
+            **{"global_atomics": 1, "async_copies": 1, "instructions": 4, "products": {}},
         },
     }
 
@@ -127,6 +127,17 @@ def test_a_gained_register_too_many_is_named(table):
     usage["registers"] = was + 9
     fault = f"sm_80 trunk_kernel<bf16>: was {was} registers, is {was + 9}, expected at most {was + 8}"
     assert kernels.differences(made, table) == [fault]
+
+
+def test_longer_code_is_named(table):
+    made = copy.deepcopy(table)
+    usage = made["kernels"]["sm_80"]["trunk_kernel<bf16>"]
+    was = usage["instructions"]
+    usage["instructions"] = int(was * kernels.GROWTH)
+    assert kernels.differences(made, table) == []
+    usage["instructions"] += 1
+    (fault,) = kernels.differences(made, table)
+    assert fault.startswith(f"sm_80 trunk_kernel<bf16>: was {was} instructions, is {usage['instructions']}")
 
 
 def test_another_compiler_may_use_more_registers(table):
@@ -224,7 +235,7 @@ def test_the_design_is_that_of_the_sources():
     assert constant("kThreads") == kernels.THREADS
     heads = [f"head_kernel<{dtype}, {constant('kNarrowRows') // 16}>" for dtype in DTYPES]
     assert [kernels.designed_blocks(kernel) for kernel in heads] == [2, 2, 1]
-    small = [f"lora_kernel<{dtype}, {m}, {n}>" for dtype in DTYPES[:2] for m, n in ((1, 1), (1, 2), (1, 4), (4, 1))]
+    small = [f"lora_kernel<{dtype}, {m}, {n}>" for dtype in DTYPES[:2] for m, n in ((1, 1), (1, 2), (1, 4))]
     assert {kernels.designed_blocks(kernel) for kernel in small} == {2}
-    large = ["lora_kernel<bf16, 4, 2>", "lora_kernel<float, 1, 1>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
+    large = ["lora_kernel<bf16, 2, 1>", "lora_kernel<float, 1, 1>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
     assert {kernels.designed_blocks(kernel) for kernel in large} == {1}

@@ -92,7 +92,8 @@ def programs(tmp_path_factory):
         program = folder / f"{name}-{build}"
         if reason := unusable(build, program):
             return reason
-        sources = (SOURCES / f"{name}.cpp", ROOT / "csrc" / "emu" / "emulator.cpp")
+        emulator = ROOT / "csrc" / "emu"
+        sources = (SOURCES / f"{name}.cpp", emulator / "emulator.cpp", emulator / "products.cpp")
         command = [compiler, *FLAGS, *SANITIZERS[build], "-I", ROOT / "csrc", *sources, "-o", program]
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr[-4000:]
