@@ -56,7 +56,7 @@ constexpr int kWideTiles = 4;
 constexpr int many_m_tiles(int64_t element, int n_tiles) { return element == 4 && n_tiles == kWideTiles ? 1 : 2; }
 
 // Blocks that a multiprocessor has registers for; as many are wanted of a launch.
-constexpr int lora_blocks(int64_t element, int m_tiles, int n_tiles) { return element == 2 && m_tiles == 1 ? 2 : 1; }
+constexpr int lora_blocks(int64_t element, int m_tiles) { return element == 2 && m_tiles == 1 ? 2 : 1; }
 
 // With the large chunks that many tokens get, or without.
 inline LoraConfig lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits, bool many) {
@@ -75,7 +75,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t chunk = 16 * c.m_tiles;
   const int64_t kinds = lesser(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // of tokens that need a chunk
   c.chunks = c.direct ? p.tokens : lesser(p.tokens, p.tokens / chunk + kinds);
-  const int64_t blocks = lora_blocks(element, c.m_tiles, c.n_tiles) * limits.multiprocessors;
+  const int64_t blocks = lora_blocks(element, c.m_tiles) * limits.multiprocessors;
   const int64_t wanted = greater(1, ceil_div(blocks, greater(c.chunks, 1)));
   c.outputs = round_up(lesser(widest, ceil_div(outputs, wanted)), kWarps * kTileOutputs);
   for (int64_t i = 0; i < count; ++i)
@@ -88,14 +88,12 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
 }
 
 inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits) {
+  const LoraConfig few = lora_config(members, count, limits, false), many = lora_config(members, count, limits, true);
   // Large chunks read A and B least often.  They pay where each multiprocessor has some even so: with fewer, outputs have to
   // be cut into slices, of which each reads x again.
   const int64_t element = bytes_of(lora_compute_type(members[0]));
-  const LoraConfig many = lora_config(members, count, limits, true);
-  const int64_t enough = 16 * many.m_tiles * lora_blocks(element, many.m_tiles, many.n_tiles) * limits.multiprocessors;
-  const bool direct = members[0].max_seg_len <= 1 && members[0].tokens <= kDirectTokens;
-  if (!direct && members[0].tokens >= enough && many.shared_bytes <= limits.shared_bytes) return many;
-  return lora_config(members, count, limits, false);
+  const int64_t enough = 16 * many.m_tiles * lora_blocks(element, many.m_tiles) * limits.multiprocessors;
+  return !few.direct && members[0].tokens >= enough && many.shared_bytes <= limits.shared_bytes ? many : few;
 }
 
 // ---- hypernetwork trunk

@@ -145,7 +145,7 @@ struct Rows {
   T2L_DEVICE Quad whole(const char* row, int64_t k) const { return load_quad(row + k * static_cast<int64_t>(sizeof(T))); }
   // Of any row; those from `size` on are zero.
   T2L_DEVICE Quad part(const char* row, int64_t k, int64_t size) const {
-    return load_features(reinterpret_cast<const T*>(row), k, size, false);
+    return load_features(reinterpret_cast<const T*>(row), k, size, aligned);
   }
 };
 template <>
@@ -161,6 +161,7 @@ T2L_DEVICE Quad Rows<float>::whole(const char* row, int64_t k) const {
 }
 template <>
 T2L_DEVICE Quad Rows<float>::part(const char* row, int64_t k, int64_t size) const {
+  if (aligned && k + 4 <= size) return whole(row, k);
   Quad q = zero_quad();
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -412,7 +413,7 @@ T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int
 }
 
 template <class T, int MT, int NT>
-T2L_KERNEL(kThreads, cuda::lora_blocks(sizeof(T), MT, NT))
+T2L_KERNEL(kThreads, cuda::lora_blocks(sizeof(T), MT))
 lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const cuda::LoraConfig& c = launch.config;
   SharedMemory shared;
