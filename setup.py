@@ -1,6 +1,8 @@
 """Calls CMake, which knows how to build; setuptools only packs the result."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +15,30 @@ ROOT = Path(__file__).resolve().parent
 NAMES = ("_C", "_core")
 
 
+def cxx():
+    """The C++ compiler, as CMake chooses it; None: there is none."""
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+
+
+def nvcc():
+    """The CUDA compiler, as cmake/cuda.cmake looks for it; None: there is none."""
+    homes = [os.path.join(os.environ[name], "bin") for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *homes])
+    return os.environ.get("CUDACXX") or shutil.which("nvcc", path=path)
+
+
+def identity(compiler):
+    """What tells a compiler from another one: how it is called, and the version it says it has."""
+    try:
+        version = subprocess.run([*shlex.split(compiler), "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        version = str(error)
+    return [compiler, version]
+
+
 class CMakeBuild(build_ext):
     def run(self):
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-        if compiler is None:
+        if cxx() is None:
             print(
                 "t2l_engine: no C++ compiler found: installing without native kernels.\n"
                 "The plain-torch ops give the same results, slower. Install g++ and run pip install again for the kernels.",
@@ -29,6 +51,14 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         options = os.environ.get("T2L_CMAKE_ARGS", "").split()
+        # CMake keeps compilers, and all it found out about them, for the life of a build folder.
+        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), options])
+        stamp = build / "made-by.json"
+        if not stamp.is_file() or stamp.read_text() != made_by:
+            if build.exists():
+                shutil.rmtree(build)
+            build.mkdir(parents=True)
+            stamp.write_text(made_by)
         # Ninja's path is said anew each time: pip's temporary build environments come and go.
         ninja = shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []

@@ -32,14 +32,19 @@ def run(*command, **kwargs):
     return finished.stdout
 
 
-def configure(source, folder, *options):
+def configuration(source, folder, *options):
+    """The command that configures a build folder."""
     cmake, ninja = tool("cmake"), tool("ninja")
     if not cmake or not tool("ctest"):
         pytest.skip("needs cmake")
     if not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++")))):
         pytest.skip("needs a C++ compiler")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    run(cmake, "-S", source, "-B", folder, *generator, *options)
+    return [cmake, "-S", source, "-B", folder, *generator, *options]
+
+
+def configure(source, folder, *options):
+    run(*configuration(source, folder, *options))
     return folder
 
 
@@ -224,6 +229,144 @@ def test_shared_library(tmp_path):
     assert {line.split(" ", 2)[2].split("(")[0] for line in lines} == declared
 
 
+LIBRARY_ALONE = ("-DT2L_TORCH=OFF", "-DT2L_CORE=OFF")
+RELEASE = 'if [ "$1" = --version ]; then echo "Cuda compilation tools, release {0}, V{0}.1"; exit; fi\n'
+UNSUPPORTED = 'echo "host_config.h:143: error: #error -- unsupported GNU version!" >&2; exit 1\n'
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Writes the body of a shell script that stands in for nvcc, over an earlier one; its path."""
+
+    def write(body):
+        path = tmp_path / "stand-in"
+        path.write_text(f"#!/bin/sh\n{body}")
+        path.chmod(0o755)
+        return path
+
+    return write
+
+
+def configured(folder, nvcc, *options):
+    """Status and output of a configure run of the library alone with this CUDACXX, wrapped lines joined."""
+    command = configuration(ROOT, folder, *LIBRARY_ALONE, *options)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("CUDA")} | {"CUDACXX": str(nvcc)}
+    finished = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return finished.returncode, " ".join(finished.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "body, why, said",
+    [
+        (RELEASE.format("11.8"), "expected nvcc 12.0 or later, got 11.8.1", ""),
+        (
+            RELEASE.format("12.4") + UNSUPPORTED,
+            "does not build a kernel for 80-real;90a-real;90-virtual",
+            "error: #error -- uns",
+        ),
+        ("echo no such library; exit 127\n", "that does not say its version", "no such library"),
+    ],
+    ids=["old", "broken", "mute"],
+)
+def test_an_nvcc_that_does_not_do_is_left_out(stand_in, tmp_path, body, why, said):
+    status, text = configured(tmp_path / "build", stand_in(body), "-DT2L_CUDA=AUTO")
+    assert status == 0 and "t2l: without CUDA kernels: " in text and why in text, text
+    status, text = configured(tmp_path / "build", stand_in(body), "-DT2L_CUDA=ON")
+    assert status != 0 and "T2L_CUDA=ON: " in text and why in text and said in text, text
+
+
+def test_nvcc_is_looked_for_anew(stand_in, tmp_path):
+    """In one build folder: neither that it was not found, nor where it was once, decides later runs."""
+    nvcc, folder = stand_in(RELEASE.format("11.8")), tmp_path / "build"
+    _, text = configured(folder, nvcc, "-DT2L_CUDA=AUTO", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    assert "got 11.8.1" in text, text
+    stand_in(RELEASE.format("11.9"))
+    _, text = configured(folder, nvcc)
+    assert "got 11.9.1" in text, text
+    nvcc.unlink()
+    status, text = configured(folder, nvcc, f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    assert status == 0 and f"found no program {nvcc} (CUDACXX)" in text, text
+    status, text = configured(folder, nvcc, "-DT2L_CUDA=ON")
+    assert status != 0 and f"T2L_CUDA=ON: expected nvcc 12.0 or later, found no program {nvcc} (CUDACXX)" in text, text
+
+
+@pytest.mark.parametrize("option", ["T2L_CUDA_ARCHITECTURES", "CMAKE_CUDA_ARCHITECTURES"])
+def test_cards_before_80_are_refused(stand_in, tmp_path, option):
+    nvcc = stand_in(RELEASE.format("12.4"))
+    status, text = configured(tmp_path / "build", nvcc, "-DT2L_CUDA=ON", f"-D{option}=90a-real;75")
+    assert status != 0 and "CUDA_ARCHITECTURES: expected 80 or later (90, 90a-real, 90-virtual), got 75" in text, text
+
+
+def test_the_library_alone_is_without_cuda(stand_in, tmp_path):
+    """Unless asked for, no compiler is looked for; and the emulator, which holds torch ops, is refused."""
+    status, text = configured(tmp_path / "build", stand_in(RELEASE.format("11.8")))
+    assert status == 0 and "CUDA" not in text, text
+    status, text = configured(tmp_path / "build", "", "-DT2L_EMULATOR=ON")
+    assert status != 0 and "T2L_EMULATOR=ON: expected T2L_TORCH=ON" in text and "got T2L_TORCH=OFF" in text, text
+
+
+FAKE_CMAKE = """#!/bin/sh
+while [ $# -gt 1 ]; do [ "$1" = -B ] && mkdir -p "$2" && : > "$2/_C.so"; shift; done
+"""
+
+
+def test_setup_clears_the_build_folder_of_another_compiler(stand_in, tmp_path):
+    programs, source = tmp_path / "bin", tmp_path / "source"
+    programs.mkdir()
+    source.mkdir()
+    (programs / "cmake").write_text(FAKE_CMAKE)
+    (programs / "cmake").chmod(0o755)
+    shutil.copy(ROOT / "setup.py", source)
+    env = os.environ | {"PATH": os.pathsep.join((str(programs), os.environ.get("PATH", ""))), "CXX": "c++"}
+    marker = source / "build" / f"cmake-{sys.implementation.cache_tag}" / "marker"
+
+    def built(nvcc, arguments=""):
+        """Whether a build went on in the folder of the last one."""
+        told = {"CUDACXX": str(nvcc), "T2L_CMAKE_ARGS": arguments}
+        run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", cwd=source, env=env | told)
+        kept = marker.exists()
+        marker.touch()
+        return kept
+
+    nvcc = stand_in(RELEASE.format("12.4"))
+    assert [built(nvcc), built(nvcc)] == [False, True]
+    stand_in(RELEASE.format("12.5"))
+    assert [built(nvcc), built(nvcc)] == [False, True]
+    assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
+    assert [built(nvcc, "-DT2L_CUDA=OFF"), built(nvcc, "-DT2L_CUDA=OFF")] == [False, True]
+
+
+def find_t2l(folder, prefix, components="", program=False):
+    """Configuring a C++ project that finds an installed library; its CUDA language is not enabled."""
+    folder.mkdir()
+    text = (
+        f"cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\nfind_package(t2l 0.1 REQUIRED {components})\n"
+    )
+    if program:
+        (folder / "main.cpp").write_text(CUDA_USER)
+        text += "add_executable(user main.cpp)\ntarget_link_libraries(user PRIVATE t2l::t2l_cuda)\n"
+    (folder / "CMakeLists.txt").write_text(text)
+    return configuration(folder, folder / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+
+
+NO_TOOLKIT = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
+
+
+def test_cuda_is_a_component(library, tmp_path):
+    """Whoever does not ask for it needs no CUDA toolkit, also where it is installed."""
+    prefix = tmp_path / "prefix"
+    shutil.copytree(library / "consumer" / "prefix", prefix)
+    run(*find_t2l(tmp_path / "without", prefix), NO_TOOLKIT)
+    with pytest.raises(AssertionError, match=r"component\s+cuda:\s+expected\s+a\s+t2l\s+.*without\s+CUDA\s+kernels"):
+        run(*find_t2l(tmp_path / "refused", prefix, "COMPONENTS cuda"), NO_TOOLKIT)
+    (config,) = prefix.rglob("t2lConfig.cmake")
+    (config.parent / "t2lCudaTargets.cmake").write_text("add_library(t2l::t2l_cuda INTERFACE IMPORTED)\n")
+    run(*find_t2l(tmp_path / "cpu", prefix), NO_TOOLKIT)
+    run(*find_t2l(tmp_path / "optional", prefix, "OPTIONAL_COMPONENTS cuda"), NO_TOOLKIT)
+    with pytest.raises(AssertionError, match=r"component\s+cuda:\s+expected\s+the\s+CUDA\s+toolkit"):
+        run(*find_t2l(tmp_path / "cuda", prefix, "COMPONENTS cuda"), NO_TOOLKIT)
+
+
 CUDA_USER = """
 #include <cstdio>
 #include "t2l/cuda_kernels.h"
@@ -238,23 +381,26 @@ int main() {
 
 
 @pytest.mark.slow
-def test_cuda_library(tmp_path):
+def test_cuda_library(stand_in, tmp_path):
     """Found by a C++ project without a CUDA compiler of its own; runs without a driver, and says what it lacks."""
     if not tool("nvcc"):
         pytest.skip("needs nvcc")
-    options = ("-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real")
-    folder, prefix, user = configure(ROOT, tmp_path / "build", *options), tmp_path / "prefix", tmp_path / "user"
+    nvcc, folder, prefix = stand_in(f'exec "{tool("nvcc")}" "$@"\n'), tmp_path / "build", tmp_path / "prefix"
+    status, text = configured(folder, nvcc, "-DT2L_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=90a-real")
+    assert status == 0 and "t2l: CUDA kernels for 90a-real, nvcc" in text, text
     run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
     run(tool("cmake"), "--install", folder, "--prefix", prefix)
-    user.mkdir()
-    (user / "main.cpp").write_text(CUDA_USER)
-    (user / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\nfind_package(t2l 0.1 REQUIRED)\n"
-        "add_executable(user main.cpp)\ntarget_link_libraries(user PRIVATE t2l::t2l_cuda)\n"
-    )
-    configure(user, user / "build", f"-DCMAKE_PREFIX_PATH={prefix}")
+    run(*find_t2l(tmp_path / "cpu", prefix), NO_TOOLKIT)
+    user = tmp_path / "user"
+    run(*find_t2l(user, prefix, "COMPONENTS cuda", program=True))
     run(tool("cmake"), "--build", user / "build")
     assert re.search("a rank above 1024|CUDA driver|no CUDA-capable device", run(user / "build" / "user"))
+    # The folder goes on with another nvcc, and without one.
+    nvcc.unlink()
+    status, text = configured(folder, tool("nvcc"), "-DT2L_CUDA=AUTO")
+    assert status == 0 and f"({tool('nvcc')})" in text, text
+    status, text = configured(folder, nvcc)
+    assert status == 0 and "without CUDA kernels" in text, text
 
 
 def test_document_shows_the_example():

@@ -1,6 +1,7 @@
 // Host side of a launch, on a device and in the emulator.
 #pragma once
 #include <cstdint>
+#include <cstdio>
 
 #ifdef T2L_EMULATOR
 #include "emu/emulator.h"
@@ -19,12 +20,20 @@ inline DeviceLimits device_limits() {
   limits.multiprocessors = emu::multiprocessors();
   limits.shared_bytes = emu::kMaxSharedBytes;
 #else
-  int device = 0;
+  int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) limits.error = cudaGetErrorString(error);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error != cudaSuccess) {
+    limits.error = cudaGetErrorString(error);
+  } else if (major < 8) {
+    static thread_local char text[96];
+    std::snprintf(text, sizeof(text), "expected a device of compute capability 8.0 or later, got %d.%d", major, minor);
+    limits.error = text;
+  }
 #endif
   return limits;
 }
