@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that must happen on a card, in one command, under nine minutes and without a network: build, tests, sanitizers,
-# measurements.  bash bench/gpu_suite.sh OUT [COMMIT]; see bench/gpu/suite.py for what it writes into OUT.  PYTHON chooses the
-# interpreter: it must hold a torch for CUDA.
+# measurements.  bash bench/gpu_suite.sh OUT [COMMIT]; see bench/gpu/suite.py for what it writes into OUT.  The build is in
+# place: it writes t2l_engine/*.so and build/.  PYTHON chooses the interpreter: it must hold a torch for CUDA.
 set -u
 if [ $# -lt 1 ]; then
   echo "usage: bash bench/gpu_suite.sh OUT [COMMIT]" >&2

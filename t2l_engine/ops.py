@@ -218,6 +218,39 @@ _register("lora_delta", _delta_backward, _delta_setup)
 # --- wrappers ------------------------------------------------------------------------------------------------------
 
 
+def _check_listed(op: str, count: int, **lists: Sequence) -> None:
+    """RuntimeError unless every list has ``count`` entries, those of the modules of ``latent``, and at least one."""
+    for name, entries in lists.items():
+        if len(entries) != count or count == 0:
+            expected = "one entry for each module of latent (dimension 1), at least one"
+            reference.fail(op, name, expected, f"{len(entries)} for {count} modules")
+
+
+def _head_lists(
+    op: str,
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    offsets: Sequence[Sequence[Tensor | None] | None],
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> list[list]:
+    """All lists of the heads in the order of the schema, with the lengths they must have (else RuntimeError).
+
+    No bias becomes an empty list; None in place of a list of offsets becomes as many as there are modules.
+    """
+    if latent.dim() != 6:
+        reference.fail(op, "latent", "shape [*, *, *, *, *, *]", list(latent.shape))
+    count = latent.shape[1]
+    biases = [] if bias is None else list(bias)
+    absent = [None] * count
+    mul_A, add_A, mul_B, add_B = (absent if tensors is None else list(tensors) for tensors in offsets)
+    _check_listed(op, count, weight=weight, **({"bias": biases} if biases else {}))
+    _check_listed(op, count, mul_A=mul_A, add_A=add_A, mul_B=mul_B, add_B=add_B)
+    _check_listed(op, count, in_features=in_features, out_features=out_features)
+    return [list(weight), biases, mul_A, add_A, mul_B, add_B, list(in_features), list(out_features)]
+
+
 def hypernet_trunk(
     z: Tensor,
     weights: Sequence[Tensor],
@@ -246,12 +279,9 @@ def hypernet_trunk(
     >>> hypernet_trunk(**HyperCase("M", sides=2, tasks=3, modules=2, layers=5, head_in=40).make_trunk()).shape
     torch.Size([3, 2, 2, 1, 5, 40])
     """
-    return torch.ops.t2l_engine.hypernet_trunk(z, list(weights), side_emb, pos_emb, rotary_ranks)
-
-
-def _offset_lists(count: int, *lists: Sequence[Tensor | None] | None) -> list[list[Tensor | None]]:
-    """None stands for as many absent tensors as there are modules."""
-    return [[None] * count if tensors is None else list(tensors) for tensors in lists]
+    if len(weights) != len(reference.TRUNK_WEIGHTS):
+        reference.fail("hypernet_trunk", "weights", f"{len(reference.TRUNK_WEIGHTS)} tensors", len(weights))
+    return torch.ops.t2l_engine.hypernet_trunk.default(z, list(weights), side_emb, pos_emb, rotary_ranks)
 
 
 def hypernet_heads(
@@ -291,8 +321,9 @@ def hypernet_heads(
     >>> lora_A[0].shape, lora_B[1].shape
     (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 16, 4]))
     """
-    lists = list(bias or ()), *_offset_lists(len(weight), mul_A, add_A, mul_B, add_B)
-    made = torch.ops.t2l_engine.hypernet_heads(latent, list(weight), *lists, rank, list(in_features), list(out_features))
+    offsets = mul_A, add_A, mul_B, add_B
+    *tensors, n_in, n_out = _head_lists("hypernet_heads", latent, weight, bias, offsets, in_features, out_features)
+    made = torch.ops.t2l_engine.hypernet_heads.default(latent, *tensors, rank, n_in, n_out)
     return made[::2], made[1::2]
 
 
@@ -314,8 +345,8 @@ def hypernet_heads_out_(
 ) -> None:
     """:func:`hypernet_heads` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
 
-    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides and any dtype that the
-    kernels have, the same for all.  Not differentiable.  Raises as :func:`hypernet_heads`.
+    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides without overlap, and
+    any floating dtype of a kernel, the same for all.  Not differentiable.  Raises as :func:`hypernet_heads`.
 
     >>> lora_A, lora_B = [torch.empty(3, 5, 4, 64)], [torch.empty(3, 5, 48, 4)]
     >>> latent, weight = torch.zeros(3, 1, 1, 1, 5, 40), [torch.zeros(4 * (64 + 48), 40)]
@@ -323,61 +354,12 @@ def hypernet_heads_out_(
     >>> bool(lora_A[0].any() or lora_B[0].any())
     False
     """
-    lists = list(bias or ()), *_offset_lists(len(weight), mul_A, add_A, mul_B, add_B)
-    torch.ops.t2l_engine.hypernet_heads_out_(
-        list(lora_A), list(lora_B), latent, list(weight), *lists, rank, list(in_features), list(out_features), scale_B
+    op, offsets = "hypernet_heads_out_", (mul_A, add_A, mul_B, add_B)
+    *tensors, n_in, n_out = _head_lists(op, latent, weight, bias, offsets, in_features, out_features)
+    _check_listed(op, len(weight), lora_A=lora_A, lora_B=lora_B)
+    torch.ops.t2l_engine.hypernet_heads_out_.default(
+        list(lora_A), list(lora_B), latent, *tensors, rank, n_in, n_out, scale_B
     )
-
-
-def hypernet_head(
-    latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    in_features: int,
-    out_features: int,
-    **offsets: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """:func:`hypernet_heads` of one module, without lists: ``latent [num_tasks, sides, ranks, n, h]``; its A and B.
-
-    ``offsets``: ``mul_A``, ``add_A``, ``mul_B``, ``add_B``.  Raises as :func:`hypernet_heads`.
-
-    >>> lora_A, lora_B = hypernet_head(torch.randn(3, 1, 1, 5, 40), torch.randn(4 * (64 + 48), 40), None, 4, 64, 48)
-    >>> lora_A.shape, lora_B.shape
-    (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 48, 4]))
-    """
-    lists = {name: [value] for name, value in offsets.items()}
-    biases = None if bias is None else [bias]
-    made = hypernet_heads(latent.unsqueeze(1), [weight], biases, rank, [in_features], [out_features], **lists)
-    return made[0][0], made[1][0]
-
-
-def hypernet_head_out_(
-    lora_A: Tensor,
-    lora_B: Tensor,
-    latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rank: int,
-    in_features: int,
-    out_features: int,
-    *,
-    scale_B: float = 1.0,
-    **offsets: Tensor | None,
-) -> None:
-    """:func:`hypernet_heads_out_` of one module, without lists; the rest as in :func:`hypernet_head`.
-
-    ``lora_A [num_tasks, n, r, in]``, ``lora_B [num_tasks, n, out, r]``.  Raises as :func:`hypernet_heads`.
-
-    >>> lora_A, lora_B = torch.empty(3, 5, 4, 64), torch.empty(3, 5, 48, 4)
-    >>> hypernet_head_out_(lora_A, lora_B, torch.zeros(3, 1, 1, 5, 40), torch.zeros(4 * (64 + 48), 40), None, 4, 64, 48)
-    >>> bool(lora_A.any() or lora_B.any())
-    False
-    """
-    lists = {name: [value] for name, value in offsets.items()}
-    sizes = rank, [in_features], [out_features]
-    biases = None if bias is None else [bias]
-    hypernet_heads_out_([lora_A], [lora_B], latent.unsqueeze(1), [weight], biases, *sizes, **lists, scale_B=scale_B)
 
 
 def lora_delta(
@@ -472,6 +454,11 @@ def lora_add_group_(
     >>> lora_add_group_(torch.zeros(1, 4), torch.ones(1, 3), [A, A], B, one, *segments, 1, [rank, rank], [0, 3])
     tensor([[6., 6., 0., 6.]])
     """
+    if not 0 < len(lora_A) == len(lora_B) == len(ranks) == len(offsets):
+        for name, entries in (("lora_B", lora_B), ("ranks", ranks), ("offsets", offsets)):
+            if len(entries) != len(lora_A) or not lora_A:
+                expected = "one entry a member, as many as lora_A and at least one"
+                reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
     torch.ops.t2l_engine.lora_add_group_.default(
         y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets
     )

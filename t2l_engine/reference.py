@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,16 @@ TRUNK_WEIGHTS = (
     ),
 )
 
+#: Dtypes of matrices and of results.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 LAYER_NORM_EPS = 1e-5
 ROPE_BASE = 10000.0
+
+
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    """RuntimeError of an op, as a native kernel says it."""
+    raise RuntimeError(f"t2l_engine::{op}: {argument}: expected {expected}, got {got}")
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -181,27 +190,34 @@ def _head(
     return out
 
 
-def hypernet_head(
+def _modules(
     latent: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mul_A: Tensor | None,
-    add_A: Tensor | None,
-    mul_B: Tensor | None,
-    add_B: Tensor | None,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
     rank: int,
-    in_features: int,
-    out_features: int,
-) -> tuple[Tensor, Tensor]:
-    """One module of :func:`hypernet_heads`, ``latent [N, S, R, n, h]``; its A and B."""
-    lora_A, lora_B = _head(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
-    return lora_A.to(weight.dtype).contiguous(), lora_B.to(weight.dtype).contiguous().mT
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> Iterator[tuple]:
+    """The arguments of :func:`_head` for each module."""
+    count = len(weight)
+    bias = [None] * count if bias is None or len(bias) == 0 else bias
+    ranks = [rank] * count
+    return zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, ranks, in_features, out_features, strict=True)
+
+
+def _rounded(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What :func:`_head` gives, as :func:`hypernet_heads` returns it."""
+    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous().mT
 
 
 def hypernet_heads(
     latent: Tensor,
     weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
     mul_A: Sequence[Tensor | None],
     add_A: Sequence[Tensor | None],
     mul_B: Sequence[Tensor | None],
@@ -210,10 +226,9 @@ def hypernet_heads(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[Tensor]:
-    """See :func:`t2l_engine.ops.hypernet_heads`; A and B of one module after the other."""
-    bias = bias or [None] * len(weight)
-    modules = zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, in_features, out_features, strict=True)
-    return [t for *operands, n_in, n_out in modules for t in hypernet_head(*operands, rank, n_in, n_out)]
+    """See :func:`t2l_engine.ops.hypernet_heads`; A and B of one module after the other.  ``bias`` may be empty too."""
+    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    return [t for operands in modules for t in _rounded(*_head(*operands), operands[1].dtype)]
 
 
 def hypernet_heads_backward(
@@ -227,17 +242,32 @@ def hypernet_heads_backward(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of ``latent``, of every ``weight`` and of every ``bias``, by recomputation.
+    """Gradients of ``latent``, of every ``weight`` and of every ``bias``, by recomputation of one module after the other.
 
     ``grads``: of A and B of one module after the other.
     """
     nothing = [None] * len(weight)
-    with torch.enable_grad():
-        inputs = [t.detach().requires_grad_() for t in (latent, *weight, *bias)]
-        weights, biases = inputs[1 : 1 + len(weight)], inputs[1 + len(weight) :]
-        out = hypernet_heads(inputs[0], weights, biases, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
-        made = torch.autograd.grad(out, inputs, grads)
-    return [g.contiguous() for g in made]
+    modules = _modules(latent, weight, bias, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
+    grad_latent, grad_weight, grad_bias = latent.new_empty(latent.shape), [], []
+    for i, (*tensors, mul, _, mul_of_B, _, r, n_in, n_out) in enumerate(modules):
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_() for t in tensors if t is not None]
+            x, w, b = inputs if len(inputs) == 3 else (*inputs, None)
+            out = _rounded(*_head(x, w, b, mul, None, mul_of_B, None, r, n_in, n_out), w.dtype)
+            made = torch.autograd.grad(out, inputs, grads[2 * i : 2 * i + 2])
+        grad_latent[:, i] = made[0]
+        grad_weight.append(made[1].contiguous())
+        grad_bias += [g.contiguous() for g in made[2:]]
+    return [grad_latent, *grad_weight, *grad_bias]
+
+
+def _check_output(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        got = str(t.dtype).removeprefix("torch.")
+        fail("hypernet_heads_out_", name, "float32, bfloat16, float16 or float64", got)
+    for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            fail("hypernet_heads_out_", name, "strides that do not overlap", f"stride 0 at dimension {d}")
 
 
 def hypernet_heads_out_(
@@ -245,7 +275,7 @@ def hypernet_heads_out_(
     lora_B: Sequence[Tensor],
     latent: Tensor,
     weight: Sequence[Tensor],
-    bias: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
     mul_A: Sequence[Tensor | None],
     add_A: Sequence[Tensor | None],
     mul_B: Sequence[Tensor | None],
@@ -256,12 +286,14 @@ def hypernet_heads_out_(
     scale_B: float,
 ) -> None:
     """See :func:`t2l_engine.ops.hypernet_heads_out_`."""
-    bias = bias or [None] * len(weight)
-    modules = zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, in_features, out_features, strict=True)
-    for A, B, (*operands, n_in, n_out) in zip(lora_A, lora_B, modules, strict=True):
-        out = _head(*operands, rank, n_in, n_out)
-        A.copy_(out[0])
-        B.copy_((out[1] * scale_B).mT)
+    for name, tensors in (("lora_A", lora_A), ("lora_B", lora_B)):
+        for i, t in enumerate(tensors):
+            _check_output(f"{name}[{i}]", t)
+    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    for A, B, operands in zip(lora_A, lora_B, modules, strict=True):
+        made_A, made_B = _head(*operands)
+        A.copy_(made_A)
+        B.copy_((made_B * scale_B).mT)
 
 
 def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:

@@ -22,7 +22,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Operands lie on the device of the backend, by torch's default device."""
-    device = backends.select(config.getoption("--backend"), config.getoption("--emulator"))
+    config.addinivalue_line("markers", "kernel_case: values of a kernel, for every way to run it")
+    try:
+        device = backends.select(config.getoption("--backend"), config.getoption("--emulator"))
+    except (RuntimeError, OSError) as error:
+        raise pytest.UsageError(f"--backend: {error}") from None
     if device.type != "cpu":
         torch.set_default_device(device)
 

@@ -20,9 +20,10 @@ def test_ops_compile_whole():
     hyper = next(c for c in HYPER_CASES if c.name == "M")
     trunk = hyper.make_trunk()
     assert torch.equal(compiled(ops.hypernet_trunk)(**trunk), ops.hypernet_trunk(**trunk))
-    head = hyper.make_head()
-    for got, expected in zip(compiled(ops.hypernet_head)(**head), ops.hypernet_head(**head), strict=True):
-        assert torch.equal(got, expected) and got.stride() == expected.stride()
+    heads = hyper.make_heads()
+    for side, whole in zip(compiled(ops.hypernet_heads)(**heads), ops.hypernet_heads(**heads), strict=True):
+        for got, expected in zip(side, whole, strict=True):
+            assert torch.equal(got, expected) and got.stride() == expected.stride()
 
 
 def test_gradients_through_compile():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,9 @@ by_name = {"ids": lambda case: case.name}
 group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
 lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
 hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
+kernel_case = pytest.mark.kernel_case  # what runs under every instruction set, schedule and sanitizer
+#: How many of them there are at least.
+KERNEL_CASES = 3 * len(LORA_CASES) + len(GROUP_CASES) + 3 * len(HYPER_CASES)
 SMALL = LoraCase("small", ((2, 0), (1, -1), (3, 1)), in_features=6, out_features=5, rank=2, adapters=2)
 TINY = {
     "task_width": 4,
@@ -74,6 +78,7 @@ def exact(arguments: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return y, delta, bound
 
 
+@kernel_case
 @lora_cases
 def test_lora_add(case):
     arguments = case.make(seed=1)
@@ -90,6 +95,7 @@ def test_lora_add(case):
     assert torch.equal(frame, around), "wrote outside its columns"
 
 
+@kernel_case
 @lora_cases
 def test_lora_delta(case):
     arguments = case.make(seed=2)
@@ -110,6 +116,7 @@ def members_of(arguments: dict) -> list[dict]:
     ]
 
 
+@kernel_case
 @group_cases
 def test_lora_add_group(case):
     arguments, alone = case.make(seed=5), case.make(seed=5)
@@ -133,8 +140,6 @@ def test_lora_add_group(case):
         ({"offsets": [0, 48, 65]}, r"offsets: expected rising columns of y \[66, 80\] .* got columns 65 to 81 at member 2"),
         ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at member 0"),
         ({"offsets": [2**62, 48, 64]}, "at member 0"),
-        ({"offsets": [0, 48]}, "offsets: expected one entry a member, .* got 2 for 3 entries"),
-        ({"lora_A": []}, "lora_B: expected one entry a member, as many as lora_A and at least one, got 3 for 0"),
         ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\]"),
     ],
 )
@@ -147,6 +152,25 @@ def test_lora_add_group_errors(change, message):
     assert torch.equal(arguments["y"], kept)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"offsets": [0, 48]}, "offsets: expected one entry a member, .* got 2 for 3 entries"),
+        ({"ranks": []}, "ranks: expected one entry a member, as many as lora_A and at least one, got 0 for 3 entries"),
+        ({"lora_A": []}, "lora_B: expected one entry a member, as many as lora_A and at least one, got 3 for 0"),
+        ({"lora_A": [], "lora_B": []}, "lora_B: expected one entry a member, .* at least one, got 0 for 0"),
+    ],
+)
+def test_lora_add_group_lists(change, message):
+    """Of the wrapper, whatever runs the op."""
+    arguments = GROUP_CASES[0].make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=f"t2l_engine::lora_add_group_: {message}"):
+        ops.lora_add_group_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+@kernel_case
 @lora_cases
 def test_lora_delta_backward(case):
     arguments = case.make(seed=6)
@@ -164,6 +188,7 @@ def test_lora_delta_backward(case):
     assert (got[2].stride(1) == 1) == (arguments["lora_B"].stride(1) == 1), "stored unlike lora_B"
 
 
+@kernel_case
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 @pytest.mark.parametrize("b_layout", ["r_out", "out_r"])
 @pytest.mark.parametrize("rank, in_features, out_features", [(8, 111, 77), (8, 4500, 1100), (12, 2100, 600)])
@@ -200,12 +225,38 @@ def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_feature
         torch.set_num_threads(threads)
 
 
+@kernel_case
 def test_lora_nan_stays_in_its_row():
     arguments = LoraCase("nan", ((1, 0), (1, 0), (1, 1))).make()
     arguments["x"][1, 5] = float("nan")
     y, *_ = exact(arguments)
     got = ops.lora_add_(**arguments)
     assert torch.equal(got.isnan(), y.isnan()) and got[1].isnan().all() and not got[0].isnan().any()
+
+
+@kernel_case
+@pytest.mark.parametrize("segments", [((1, 0), (1, 1), (1, -1), (1, 2), (1, 0)), ((2, 0), (20, 1), (1, -1), (3, 2))])
+@pytest.mark.parametrize("rank, dtype", [(3, torch.float32), (3, BF16), (8, torch.float32), (8, BF16)])
+def test_lora_infinite_inputs(rank, dtype, segments):
+    """Infinities and NaN stand where exact sums have them: also where a kernel pads ranks, or splits numbers in two."""
+    case = LoraCase("infinite", segments, in_features=71, rank=rank, x_dtype=dtype, w_dtype=dtype)
+    arguments = case.make(seed=8)
+    x, last = arguments["x"], case.tokens - 1
+    x[1, 5], x[last - 1, 70] = float("inf"), float("-inf")
+    x[last, 3], x[last, 40] = float("inf"), float("-inf")  # NaN in every rank where A has one sign, else infinite
+    for columns in (5, 70, 3):
+        arguments["lora_A"][:, :, columns].abs_()
+    arguments["lora_B"][:, :20].abs_()  # one sign over the ranks: infinite outputs, beside outputs that are NaN
+    before, (y, delta, _) = arguments["y"].clone(), exact(arguments)
+    got_delta = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    got = ops.lora_add_(**arguments)
+    assert delta.isnan().any() and (delta == float("inf")).any() and (delta == float("-inf")).any()
+    for value, expected in ((got, y), (got_delta, delta)):
+        assert torch.equal(value.isnan(), expected.isnan())
+        for infinity in (float("inf"), float("-inf")):
+            assert torch.equal(value == infinity, expected == infinity)
+    base_rows = torch.repeat_interleave(arguments["seg_adapters"] < 0, arguments["seg_indptr"].diff())
+    assert torch.equal(got[base_rows], before[base_rows])
 
 
 def test_large_offsets():
@@ -253,6 +304,13 @@ def test_segment_errors(op, change, message, backend):
     assert torch.equal(arguments["y"], kept)
 
 
+def test_tokens_without_segments():
+    arguments = SMALL.make() | {"seg_indptr": torch.zeros(1, **INT32), "seg_adapters": torch.zeros(0, **INT32)}
+    for op in (ops.lora_add_, ops.lora_delta):
+        with pytest.raises(RuntimeError, match=r"seg_(adapters|indptr): expected"):
+            op(**{k: v for k, v in arguments.items() if k != "y" or op is ops.lora_add_})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -279,6 +337,7 @@ def test_lora_errors(change, message):
 # --- hypernetwork ----------------------------------------------------------------------------------------------------
 
 
+@kernel_case
 @hyper_cases
 def test_hypernet_trunk(case):
     arguments = case.make_trunk(seed=3)
@@ -290,51 +349,142 @@ def test_hypernet_trunk(case):
         assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
 
 
+def absolute(value):
+    if isinstance(value, list):
+        return [absolute(entry) for entry in value]
+    return value.abs() if isinstance(value, torch.Tensor) else value
+
+
+def slot(shape: torch.Size, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of ``shape`` inside a frame of NaN, with its dimensions stored in an order that differs by ``module``."""
+    order = ((0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0))[module % 4]
+    frame = torch.full([shape[d] + 2 + module % 3 for d in order], float("nan"))
+    inner = frame[tuple(slice(1, 1 + shape[d]) for d in order)]
+    return inner.permute(*(order.index(d) for d in range(4))), frame
+
+
+def heads_oracle(case: HyperCase, seed: int) -> tuple[dict, list, list]:
+    """Arguments of the heads; A and B of every module in float64, and what their errors are relative to."""
+    wide = case.make_heads(seed, dtype=F64)
+    magnitude = reference.hypernet_heads(**{k: absolute(v) for k, v in wide.items()})
+    return case.make_heads(seed), reference.hypernet_heads(**wide), magnitude
+
+
+@kernel_case
 @hyper_cases
-def test_hypernet_head(case):
-    arguments = case.make_head(seed=4)
-    wide = case.make_head(seed=4, dtype=F64)
-    oracle = reference.hypernet_head(**wide)
-    magnitude = reference.hypernet_head(**{k: v.abs() if isinstance(v, torch.Tensor) else v for k, v in wide.items()})
-    stored = [torch.full((*t.shape[:-1], t.shape[-1] + 2), float("nan"))[..., 1:-1] for t in oracle]
-    ops.hypernet_head_out_(*stored, **arguments, scale_B=2.0)
-    for side, (got, expected, size) in enumerate(zip(ops.hypernet_head(**arguments), oracle, magnitude, strict=True)):
-        bound = numerics.head_bound(size, expected, case.head_in, case.dtype)
-        assert got.dtype == case.dtype
-        assert ((got.double() - expected).abs() <= bound).all()
-        assert (got.mT if side else got).is_contiguous()
-        scale = 2.0 if side else 1.0
-        into = numerics.head_bound(size * scale, expected * scale, case.head_in, torch.float32)
-        assert ((stored[side].double() - expected * scale).abs() <= into).all()
-        assert stored[side]._base[..., [0, -1]].isnan().all(), "wrote outside its storage"
+def test_hypernet_heads(case):
+    arguments, oracle, magnitude = heads_oracle(case, seed=4)
+    lora_A, lora_B = ops.hypernet_heads(**arguments)
+    assert len(lora_A) == len(lora_B) == case.modules and len(oracle) == 2 * case.modules
+    for i, (expected, size) in enumerate(zip(oracle, magnitude, strict=True)):
+        got = (lora_A, lora_B)[i % 2][i // 2]
+        assert got.shape == expected.shape and got.dtype == case.dtype
+        assert ((got.double() - expected).abs() <= numerics.head_bound(size, expected, case.head_in, case.dtype)).all(), i
+        assert (got.mT if i % 2 else got).is_contiguous()
 
 
+@kernel_case
+@hyper_cases
+def test_hypernet_heads_out(case):
+    """Slots of other strides for every module, in float32; nothing beside them is written."""
+    arguments, oracle, magnitude = heads_oracle(case, seed=6)
+    made = [slot(expected.shape, i // 2) for i, expected in enumerate(oracle)]
+    slots = [inner for inner, _ in made]
+    ops.hypernet_heads_out_(slots[::2], slots[1::2], **arguments, scale_B=2.0)
+    for i, ((got, frame), expected, size) in enumerate(zip(made, oracle, magnitude, strict=True)):
+        scale = 2.0 if i % 2 else 1.0
+        bound = numerics.head_bound(size * scale, expected * scale, case.head_in, torch.float32)
+        assert ((got.double() - expected * scale).abs() <= bound).all(), i
+        assert frame.isnan().sum() == frame.numel() - got.numel(), "wrote outside its storage"
+
+
+@kernel_case
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
+    """Nor a module on the others."""
     needs_native("torch's own products do not promise it")
     case = HyperCase("batch", tasks=21, layers=7, dtype=dtype)
-    trunk, head = case.make_trunk(), case.make_head()
-    latent, (lora_A, lora_B) = ops.hypernet_trunk(**trunk), ops.hypernet_head(**head)
+    trunk, heads = case.make_trunk(), case.make_heads()
+    latent, lists = ops.hypernet_trunk(**trunk), ops.hypernet_heads(**heads)
     for task in (0, 13, 20):
         row = slice(task, task + 1)
         assert torch.equal(ops.hypernet_trunk(**(trunk | {"z": trunk["z"][row]})), latent[row])
-        alone = ops.hypernet_head(**(head | {"latent": head["latent"][row]}))
-        assert torch.equal(alone[0], lora_A[row]) and torch.equal(alone[1], lora_B[row])
+        alone = ops.hypernet_heads(**(heads | {"latent": heads["latent"][row]}))
+        for side, whole in zip(alone, lists, strict=True):
+            assert all(torch.equal(a, w[row]) for a, w in zip(side, whole, strict=True))
+    for i in range(case.modules):
+        one = slice(i, i + 1)
+        rest = {k: v[one] for k, v in heads.items() if isinstance(v, list)}
+        alone = ops.hypernet_heads(**(heads | rest | {"latent": heads["latent"][:, one]}))
+        assert torch.equal(alone[0][0], lists[0][i]) and torch.equal(alone[1][0], lists[1][i])
 
 
 def test_hypernet_errors():
     needs_native("the native kernels check their arguments")
-    trunk, head = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_head()
-    with pytest.raises(RuntimeError, match="weights: expected 22 tensors, got 21"):
-        ops.hypernet_trunk(**(trunk | {"weights": trunk["weights"][:-1]}))
+    trunk, heads = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_heads()
     wrong = [*trunk["weights"]]
     wrong[6] = wrong[6].to(BF16)
     with pytest.raises(RuntimeError, match=r"weights\[6\]: expected float32, got bfloat16"):
         ops.hypernet_trunk(**(trunk | {"weights": wrong}))
-    with pytest.raises(RuntimeError, match=r"weight\[0\]: expected shape \[448, 40\], got \[447, 40\]"):
-        ops.hypernet_head(**(head | {"weight": head["weight"][:-1]}))
+    first, second, third = heads["weight"]
+    with pytest.raises(RuntimeError, match=r"weight\[1\]: expected shape \[492, 40\], got \[491, 40\]"):
+        ops.hypernet_heads(**(heads | {"weight": [first, second[:-1], third]}))
     with pytest.raises(RuntimeError, match="latent: expected float32, got bfloat16"):
-        ops.hypernet_head(**(head | {"latent": head["latent"].to(BF16)}))
+        ops.hypernet_heads(**(heads | {"latent": heads["latent"].to(BF16)}))
+
+
+def test_hypernet_lists():
+    """Of the wrappers, whatever runs the op."""
+    trunk, heads = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_heads()
+    with pytest.raises(RuntimeError, match="t2l_engine::hypernet_trunk: weights: expected 22 tensors, got 21"):
+        ops.hypernet_trunk(**(trunk | {"weights": trunk["weights"][:-1]}))
+    with pytest.raises(RuntimeError, match=r"latent: expected shape \[\*, \*, \*, \*, \*, \*\], got \[3, 1, 1, 5, 40\]"):
+        ops.hypernet_heads(**(heads | {"latent": heads["latent"][:, 0]}))
+    wrong = r"expected one entry for each module of latent \(dimension 1\), at least one, got"
+    slots = [[slot(t.shape, 0)[0] for t in side] for side in ops.hypernet_heads(**heads)]
+    for op in (ops.hypernet_heads, lambda **arguments: ops.hypernet_heads_out_(*slots, **arguments)):
+        for name in (k for k, v in heads.items() if isinstance(v, list)):
+            with pytest.raises(RuntimeError, match=rf"t2l_engine::hypernet_heads\w*: {name}: {wrong} 2 for 3 modules"):
+                op(**(heads | {name: heads[name][:-1]}))
+        with pytest.raises(RuntimeError, match=rf"weight: {wrong} 3 for 0 modules"):
+            op(**(heads | {"latent": heads["latent"][:, :0]}))
+    for i, name in enumerate(("lora_A", "lora_B")):
+        fewer = [side[: None if i != j else -1] for j, side in enumerate(slots)]
+        with pytest.raises(RuntimeError, match=rf"t2l_engine::hypernet_heads_out_: {name}: {wrong} 2 for 3 modules"):
+            ops.hypernet_heads_out_(*fewer, **heads)
+    assert all(t.isnan().all() for side in slots for t in side)
+
+
+def test_absent_lists_of_the_heads():
+    """None for a list is None for every module."""
+    heads = HyperCase("absent", bias=False).make_heads()
+    assert heads["bias"] is None and heads["mul_A"] == [None] * 3
+    needed = {k: v for k, v in heads.items() if k[:4] not in ("mul_", "add_")}
+    for some, all_of_them in zip(ops.hypernet_heads(**needed), ops.hypernet_heads(**heads), strict=True):
+        assert all(map(torch.equal, some, all_of_them))
+
+
+@pytest.mark.parametrize("op", [ops.hypernet_heads_out_, reference.hypernet_heads_out_], ids=["op", "reference"])
+@pytest.mark.parametrize(
+    "side, change, message",
+    [
+        (0, lambda t: t.int(), r"lora_A\[0\]: expected float32, bfloat16, float16 or float64, got int32"),
+        (
+            0,
+            lambda t: t[:, :1].expand_as(t),
+            r"lora_A\[0\]: expected strides that do not overlap, got stride 0 at dimension 1",
+        ),
+        (1, lambda t: t[..., :1].expand_as(t), r"lora_B\[0\]: expected strides .* got stride 0 at dimension 3"),
+    ],
+    ids=["int32", "A_expanded", "B_expanded"],
+)
+def test_outputs_of_the_heads(op, side, change, message):
+    heads = HYPER_CASES[0].make_heads()
+    slots = [[torch.zeros(t.shape) for t in tensors] for tensors in ops.hypernet_heads(**heads)]
+    slots[side] = list(map(change, slots[side]))
+    with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads_out_: {message}"):
+        op(*slots, **heads, scale_B=1.0)
+    assert not any(t.any() for tensors in slots for t in tensors)
 
 
 # --- gradients and registration --------------------------------------------------------------------------------------
@@ -365,10 +515,51 @@ def test_hypernet_gradcheck(case):
         return ops.hypernet_trunk(**trunk)
 
     assert torch.autograd.gradcheck(run_trunk, tensors, fast_mode=True)
-    head = case.make_head(dtype=F64)
-    tensors = [head[k].requires_grad_() for k in ("weight", "bias") if head[k] is not None]
-    head["latent"] = head["latent"].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *_: ops.hypernet_head(**head), [head["latent"], *tensors], fast_mode=True)
+    heads = case.make_heads(dtype=F64)
+    heads["latent"] = heads["latent"].clone()
+    tensors = [t.requires_grad_() for t in (heads["latent"], *heads["weight"], *(heads["bias"] or ()))]
+
+    def run_heads(*_):
+        lora_A, lora_B = ops.hypernet_heads(**heads)
+        return *lora_A, *lora_B
+
+    assert torch.autograd.gradcheck(run_heads, tensors, fast_mode=True)
+
+
+def saved_bytes(function) -> int:
+    """The most that autograd kept for a backward at one time while ``function`` ran."""
+    now = most = 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor, now = tensor, now + tensor.nbytes
+            most = max(most, now)
+
+        def __del__(self):
+            nonlocal now
+            now -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        function()
+    assert now == 0
+    return most
+
+
+def test_heads_are_recomputed_one_by_one():
+    """The backward of many modules keeps what that of the largest does."""
+    case = HyperCase("backward", modules=5)
+    order = ("latent", "weight", "bias", "mul_A", "mul_B", "rank", "in_features", "out_features")
+    heads = case.make_heads()
+    grads = [torch.ones_like(t) for pair in zip(*ops.hypernet_heads(**heads), strict=True) for t in pair]
+
+    def peak(first: int, end: int) -> int:
+        some = {k: v[first:end] if isinstance(v, list) else v for k, v in heads.items()}
+        some["latent"] = heads["latent"][:, first:end]
+        arguments = [some[k] for k in order]
+        return saved_bytes(lambda: reference.hypernet_heads_backward(grads[2 * first : 2 * end], *arguments))
+
+    assert peak(0, case.modules) == max(peak(i, i + 1) for i in range(case.modules)) > 0
 
 
 OPCHECK_LORA = [c for c in LORA_CASES if c.name in ("mixed_rows", "bf16_mixed_ranks", "out_r_layout", "fp64_by_reference")]
@@ -408,18 +599,31 @@ def test_opcheck_hypernet(case):
     trunk = list(case.make_trunk().values())
     trunk[0].requires_grad_()
     torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, tuple(trunk))
-    head = case.make_head()
     order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
-    # Two modules, the second without offsets.
-    latent = torch.stack((head["latent"], head["latent"] + 1), 1).requires_grad_()
-    biases = [] if head["bias"] is None else [head["bias"]] * 2
-    offsets = [[head[k], None] for k in order[3:7]]
-    arguments = [latent, [head["weight"]] * 2, biases, *offsets, head["rank"], *([head[k]] * 2 for k in order[8:])]
+    heads = dataclasses.replace(case, modules=2).make_heads()
+    heads["bias"] = heads["bias"] or []
+    if case.affine:  # lists without None, which autograd counts otherwise
+        sizes = list(zip(heads["in_features"], heads["out_features"], strict=True))
+        for k in order[3:7]:
+            heads[k] = [
+                torch.rand((case.layers, case.rank, n_in) if k[-1] == "A" else (case.layers, n_out, case.rank))
+                for n_in, n_out in sizes
+            ]
+    for tensor in (heads["latent"], *heads["weight"], *heads["bias"]):
+        tensor.requires_grad_()
+    arguments = [heads[k] for k in order]
     out = torch.ops.t2l_engine.hypernet_heads(*arguments)
     torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads.default, tuple(arguments))
-    arguments[0] = arguments[0].detach()
+    for tensor in (heads["latent"], *heads["weight"], *heads["bias"]):
+        tensor.requires_grad_(False)
     stored = [torch.empty(t.shape) for t in out]
     torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads_out_.default, (stored[::2], stored[1::2], *arguments, 1.0))
+
+
+def passed(output: str) -> int:
+    """How many tests a run of pytest says that passed."""
+    found = re.search(r"(\d+) passed", output)
+    return int(found[1]) if found else 0
 
 
 def test_instruction_sets(backend):
@@ -431,13 +635,11 @@ def test_instruction_sets(backend):
 
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    selection = (
-        "(test_lora_add and not errors) or test_lora_delta or test_hypernet_trunk or test_hypernet_head or do_not_depend"
-    )
     for isa in _core.available_isas():
-        command = [sys.executable, "-m", "pytest", "-q", "-k", f"({selection}) and not gradcheck", __file__]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", __file__]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
         assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
+        assert passed(run.stdout) >= KERNEL_CASES, f"{isa}: {run.stdout[-2000:]}"
     probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
     run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
     assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16" in run.stderr

@@ -1,5 +1,7 @@
 """The build, in place and with this Python: everything a machine without network needs is looked for first, and named.
 
+The emulator is built beside it, for the step that compares with it.
+
 python -m bench.gpu.build [--dry]
 """
 
@@ -16,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: Compute capability -> what to compile for: only the card that is here, since the build is part of the run.
 ARCHITECTURES = {"9.0": "90a-real", "8.0": "80-real"}
+#: A process of its own: one that had loaded the library would not survive that the build writes a new one over it.
+EMULATOR = (sys.executable, "-c", "from t2l_engine.testing import backends; backends.build_emulator()")
 
 
 def find_cuda_tool(name: str) -> str | None:
@@ -46,12 +50,12 @@ def missing() -> list[str]:
 
 
 def compute_capability() -> str | None:
-    """Of the first card, as ``9.0``."""
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    """Of the current card, as ``9.0``."""
     try:
-        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
+        import torch
+    except ImportError:
         return None
+    return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
 
 
 def environment() -> dict[str, str]:
@@ -75,7 +79,13 @@ def main() -> int:
         print(f"no build: {', '.join(absent)} missing; steps that need kernels are skipped")
         return 1
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": search_path()} | told).returncode
+    emulator = subprocess.Popen(EMULATOR, cwd=ROOT, env=os.environ | {"T2L_DISABLE_NATIVE": "1"})
+    code = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": search_path()} | told).returncode
+    if code:
+        emulator.kill()
+    elif emulator.wait():
+        print("the emulator did not build, which concerns the step 'emulator' alone")
+    return code
 
 
 if __name__ == "__main__":

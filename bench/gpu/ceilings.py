@@ -12,13 +12,23 @@ from bench.gpu.context import Context, Skip
 from bench.gpu.nvml import Nvml
 from bench.gpu.timing import Candidate, Device, Timing, measure
 
-#: float32 products are float32 products: torch's default, said here because floors depend on it.
-DTYPES = (torch.bfloat16, torch.float32)
+#: Products that are timed: dtype of the operands, rows of the squares on a card, torch's float32_matmul_precision.
+GEMMS = {
+    "bfloat16": (torch.bfloat16, 8192, "highest"),
+    "float32": (torch.float32, 4096, "highest"),
+    "tf32": (torch.float32, 8192, "high"),
+}
+#: TF32 products that make one of float32, as in the kernels.
+SPLIT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """GB/s and GFLOP/s.  ``read``: the best of summing and of a matrix times a vector; ``copy``: read and written."""
+    """GB/s and GFLOP/s (by the names of GEMMS).
+
+    ``read``: the best of summing and of a matrix times a vector; ``copy``: read and written, by the faster of a copy and a
+    kernel.
+    """
 
     read_gbps: float
     copy_gbps: float
@@ -29,6 +39,12 @@ class Ceilings:
         """What floors are made with: no way to move bytes was faster."""
         return max(self.read_gbps, self.copy_gbps)
 
+    def gflops(self, dtype: torch.dtype) -> float:
+        """What floors are made with: of float32, the faster of its own products and of three in TF32."""
+        if dtype == torch.float32:
+            return max(self.gemm_gflops["float32"], self.gemm_gflops["tf32"] / SPLIT)
+        return self.gemm_gflops[str(dtype).removeprefix("torch.")]
+
     def to_json(self) -> dict[str, Any]:
         rates = {dtype: round(rate, 1) for dtype, rate in self.gemm_gflops.items()}
         return {"read_gbps": round(self.read_gbps, 1), "copy_gbps": round(self.copy_gbps, 1), "gemm_gflops": rates}
@@ -36,19 +52,25 @@ class Ceilings:
 
 def probe(device: Device, seconds: float = 0.6) -> Ceilings:
     """The best rates, on working sets far beyond the caches."""
-    full = device.kind == "cuda"
-    size = 1 << 30 if full else 1 << 20
+    size = 1 << 30 if device.on_card else 1 << 20
     bandwidth = memory_timings(device, size, seconds / 2)
     read = size / min(bandwidth[name].median_us for name in ("sum", "matrix times vector")) / 1e3
-    copy = 2 * size / bandwidth["copy"].median_us / 1e3
-    gemm = {}
-    for dtype in DTYPES:
-        n = (8192 if dtype == torch.bfloat16 else 4096) if full else 128
-        a, b = (torch.randn(n, n, device=device.torch).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        timing = measure(device, {"mm": Candidate([lambda a=a, b=b, out=out: torch.mm(a, b, out=out)])}, seconds / 4)["mm"]
-        gemm[str(dtype).removeprefix("torch.")] = 2 * n**3 / timing.median_us / 1e3
+    copy = 2 * size / min(bandwidth[name].median_us for name in ("copy", "copy kernel")) / 1e3
+    gemm = {name: _gemm(device, *how, seconds / 6) for name, how in GEMMS.items()}
     return Ceilings(read, copy, gemm)
+
+
+def _gemm(device: Device, dtype: torch.dtype, n: int, precision: str, seconds: float) -> float:
+    """GFLOP/s of squares of ``n``."""
+    n = n if device.on_card else 128
+    a, b = (torch.randn(n, n, device=device.torch).to(dtype) for _ in range(2))
+    out, before = torch.empty_like(a), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        timing = measure(device, {"mm": Candidate([lambda: torch.mm(a, b, out=out)])}, seconds)["mm"]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 2 * n**3 / timing.median_us / 1e3
 
 
 def begin(context: Context) -> Ceilings:

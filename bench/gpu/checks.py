@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.gpu import cases
 from bench.gpu.cases import LAYERS, Case, Launch, Operands, rows
 from bench.gpu.context import Context, Skip
-from bench.gpu.generation import kept, nets
+from bench.gpu.generation import kept, one_net
 from bench.gpu.lora import need_kernels
 from t2l_engine import HyperNetwork, ops
 
@@ -110,7 +110,7 @@ def lora_graph(context: Context, check: str, index: int, dtype: torch.dtype) -> 
 
 
 def _stack_of(context: Context) -> tuple[HyperNetwork, Callable[[int], Tensor]]:
-    shape, (net, *_) = nets(context, "smollm2-135m", "bfloat16")
+    shape, net = one_net(context, "smollm2-135m", "bfloat16")
     return net, lambda seed: shape.task_embeddings(8, seed).to(context.device.torch)
 
 

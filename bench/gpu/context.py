@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import time
@@ -12,11 +13,9 @@ from typing import Any
 
 import torch
 
-from bench.gpu.timing import Cuda, Device, Dry
+from bench.gpu.timing import Device, first_line, is_lost
 
 Entries = Iterable[tuple[str, dict[str, Any]]]
-#: What CUDA says once its context is lost: nothing else will run in this process.
-LOST = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "illegal memory access", "unspecified launch failure")
 
 
 class Skip(Exception):
@@ -24,7 +23,7 @@ class Skip(Exception):
 
 
 class Lost(Exception):
-    """The device no longer answers this process."""
+    """This process cannot go on: the device no longer answers it, or a capture has failed in it."""
 
 
 class Part:
@@ -38,6 +37,8 @@ class Part:
         self.data: dict[str, Any] = {"done": []}
         if path.exists():
             self.data = json.loads(path.read_text(encoding="utf-8"))
+            left_out = self.data.get("left_out", [])
+            self.data["left_out"] = [e for e in left_out if e["case"] in self.data["done"]]  # the late ones get another try
             if running := self.data.pop("running", None):
                 self.data["done"].append(running)
                 self.add("failed", {"case": running, "error": "the process ended"})
@@ -58,20 +59,17 @@ class Part:
 
 
 class Context:
-    """One process of a step.  ``seconds``: when it should have ended."""
+    """One process of a step, which should end within ``seconds``."""
 
     def __init__(self, device: Device, part: Part, seconds: float):
         self.device, self.part = device, part
         self._end = time.monotonic() + seconds
-
-    @property
-    def dry(self) -> bool:
-        return isinstance(self.device, Dry)
+        device.uncaptured |= part.data.get("uncaptured", {})
 
     @property
     def on_card(self) -> bool:
-        """Whether bars apply: they are stated for a card."""
-        return isinstance(self.device, Cuda)
+        """Whether times mean something: bars are stated for a card."""
+        return self.device.on_card
 
     @property
     def left(self) -> float:
@@ -99,13 +97,13 @@ class Context:
             self.part.add("left_out", {"case": case, "why": str(why)})
         except Exception as error:  # one case that fails must not cost the others
             traceback.print_exc()
-            text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-            self.part.add("failed", {"case": case, "error": text})
-            lost = self.on_card and any(sign in str(error) for sign in LOST)
+            self.part.add("failed", {"case": case, "error": f"{type(error).__name__}: {first_line(error, 300)}"})
+            lost = self.on_card and is_lost(error)
         self.part.data["done"].append(self.part.data.pop("running"))
-        self.part.write()
-        if lost:
+        self.part.set(uncaptured=self.device.uncaptured)
+        if lost or self.device.spoiled:
             raise Lost(case)
         if self.on_card:
             gc.collect()
-            torch.cuda.empty_cache()
+            with contextlib.suppress(RuntimeError):  # only memory is at stake
+                torch.cuda.empty_cache()

@@ -21,8 +21,9 @@ from bench.gpu.timing import Call, num_sets
 #: Seconds of replaying a case: the energy counter of a card moves in steps of a tenth of a second or so.
 SECONDS = 2.5
 IDLE_SECONDS = 1.0
-#: Seconds between two readings of power and clocks.
+#: Seconds between two readings of clocks.
 EVERY = 0.05
+CLOCKS = ("sm_mhz", "memory_mhz")
 
 
 def run(context: Context) -> None:
@@ -41,7 +42,8 @@ def idle(context: Context, meter: Meter) -> dict[str, Any]:
     seconds, before = (IDLE_SECONDS if context.on_card else 0.01), meter.joules()
     time.sleep(seconds)
     state, spent = meter.state(), meter.joules() - before
-    return {"case": "idle", "adapters": 0, **state, "joules": round(spent, 3), "seconds": seconds}
+    watts = round(spent / seconds, 1)
+    return {"case": "idle", "adapters": 0, **state, "watts": watts, "joules": round(spent, 3), "seconds": seconds}
 
 
 def generating(context: Context, count: int) -> tuple[str, int, list[Call]]:
@@ -58,14 +60,15 @@ def decoding(context: Context) -> tuple[str, int, list[Call]]:
     sets = num_sets(context.device, case.working_set)
     shared = cases.routing(case, context.device.torch)
     made: list[Operands] = [cases.operands(case, context.device.torch, seed, shared) for seed in range(sets)]
-    return f"applying, {case.name}, cold", case.adapters * sets, [one.grouped() for one in made]
+    name = f"applying, {case.name}, cold (an adapter: one, to one token, in one layer)"
+    return name, case.adapters * sets, [one.grouped() for one in made]
 
 
 @torch.inference_mode()
 def measured(
     context: Context, meter: Meter, work: Callable[[], tuple[str, int, list[Call]]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Joules, time and mean power of replaying ``work`` for SECONDS."""
+    """Joules, time, mean power and clocks of replaying ``work`` for SECONDS."""
     device = context.device
     case, adapters, calls = work()
     replay = device.capture(lambda: [call() for call in calls])
@@ -77,11 +80,11 @@ def measured(
     while (taken := time.perf_counter() - start) < seconds or not passes:
         for _ in range(batch):
             replay()
-        states.append(meter.state())  # while they run
+        states.append(meter.state(*CLOCKS))  # while they run
         device.synchronize()
         passes += batch
     spent = meter.joules() - before
-    known = {key: [s[key] for s in states if s.get(key) is not None] for key in ("watts", "sm_mhz", "memory_mhz")}
+    known = {key: [s[key] for s in states if s[key] is not None] for key in CLOCKS}
     made = passes * adapters
     yield (
         "energy",
@@ -90,6 +93,7 @@ def measured(
             "adapters": adapters,
             "us_an_adapter": round(1e6 * taken / made, 4),
             "mj_an_adapter": round(1e3 * spent / made, 5),
+            "watts": round(spent / taken, 1),
             "joules": round(spent, 3),
             "seconds": round(taken, 3),
             **{key: round(statistics.fmean(values), 1) for key, values in known.items() if values},

@@ -34,7 +34,7 @@ def _machine(context: Context):
         versions |= {"nvcc": _nvcc()}
         print(_output("nvidia-smi"))
     versions |= {name: _installed(name) for name in PACKAGES}
-    context.part.set(machine=machine, versions=versions, kernels=_kernels())
+    context.part.set(machine=machine, versions=versions, kernels=_kernels(), expected=_expected(context))
     for key, value in (machine | versions | context.part.data["kernels"]).items():
         print(f"{key}: {value}")
     return ()
@@ -68,6 +68,15 @@ def _kernels() -> dict[str, bool | str]:
     except ImportError as error:
         return {"t2l_engine": str(error)}
     return {name: ops.has_kernel(name, "CUDA") for name in ops.SCHEMAS}
+
+
+def _expected(context: Context) -> list[dict[str, Any]]:
+    """The bars that a whole run on this card has rows for."""
+    try:
+        from bench.gpu import generation, lora, model
+    except ImportError:  # as above
+        return []
+    return [*lora.barred(context.device.l2_bytes), *generation.barred(), *model.barred()] if context.on_card else []
 
 
 def _output(*command: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from bench.gpu import results
 from bench.gpu.ceilings import Ceilings, begin
 from bench.gpu.context import Context
 from bench.gpu.lora import need_kernels
-from bench.gpu.tables import EAGER, HEADS, OPS
-from bench.gpu.timing import Call, Candidate, measure, num_sets
+from bench.gpu.tables import AS_IT_COMES, EAGER, HEADS, OPS, REFERENCE
+from bench.gpu.timing import Call, Candidate, measure, num_sets, tolerant
 from bench.harness import OURS, Bar, Error, admit, worst
 from t2l_engine import AdapterStack, HyperNetwork, ops, reference
 from t2l_engine.flops import hypernet_flops
-from t2l_engine.testing import numerics
+from t2l_engine.testing import models, numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
 
 #: Model, dtype: in order of worth.
@@ -39,9 +39,12 @@ COUNTS = (1, 8, 64)
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
 ONE = Bar(1.3, of=HEADS)
+#: The careful author's version through torch.compile.
+COMPILED = "torch.compile"
 TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
 KERNELS = ("hypernet_trunk", "hypernet_heads_out_")
 Generate = Callable[[Tensor], Adapters]
+Way = Callable[[HyperNetwork], Generate | baselines.Eager]
 
 
 # --- ways to generate ------------------------------------------------------------------------------------------------
@@ -123,15 +126,36 @@ def ops_alone(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
     return call, out
 
 
+#: Ways to do the same.
+WAYS: dict[str, Way] = {"cuBLAS": cublas, REFERENCE: baselines.plain, "eager": reference_style}
+
+
 # --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperNetwork]:
+    """A hypernetwork as :meth:`HyperShape.make` makes it, but for its weights, which are drawn where they stay."""
+    shape, device = (SHAPES[name] if context.on_card else TINY), context.device.torch
+    with torch.device("meta"):
+        net = HyperNetwork(shape.config())
+    models._fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
+    return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
 
 
 def nets(context: Context, name: str, dtype: str) -> tuple[HyperShape, list[HyperNetwork]]:
     """As many copies of a hypernetwork as exceed the caches."""
-    shape = SHAPES[name] if context.on_card else TINY
-    net = shape.make(seed=1).to(context.device.torch).set_dtype(getattr(torch, dtype))
+    shape, net = one_net(context, name, dtype)
     count = num_sets(context.device, weight_bytes(net)) if context.on_card else 2
     return shape, [net, *(copy.deepcopy(net) for _ in range(count - 1))]
+
+
+def case_name(model: str, dtype: str, count: int) -> str:
+    return f"{model} L {dtype}, {count} description{'s' if count > 1 else ''}"
+
+
+def barred() -> list[dict[str, Any]]:
+    """The bars of a whole run."""
+    return [results.expected("generate", case_name(model, dtype, 1), "cold", ONE) for model, dtype in FULL]
 
 
 def run(context: Context) -> None:
@@ -152,32 +176,33 @@ def rows_of(
     net, device = copies[0], context.device
     exact = copy.deepcopy(net).set_dtype(torch.float64)
     for count in counts:
-        case = f"{shape.name} L {dtype}, {count} description{'s' if count > 1 else ''}"
+        case = case_name(shape.name, dtype, count)
         fresh, timed = (shape.task_embeddings(count, seed).to(device.torch) for seed in (2, 3))
-        errors = adapter_errors(net, exact, fresh)
-        admitted, absent = admit(case, dict.fromkeys(errors), errors)
-        calls: dict[str, Candidate] = {
-            OURS: Candidate([kept(one, timed)[0] for one in copies]),
-            OPS: Candidate([ops_alone(one, timed)[0] for one in copies]),
-            EAGER: Candidate([kept(one, timed)[0] for one in copies], graph=False),
-            "cuBLAS": Candidate([functools.partial(cublas(one), timed) for one in copies]),
-            "reference": Candidate([functools.partial(baselines.plain(one), timed) for one in copies]),
-            "eager": Candidate([functools.partial(reference_style(net), timed)], graph=False),
-        }
-        if count <= CAPTURED:
-            styles = [reference_style(one) for one in copies]
-            calls["eager, captured"] = Candidate([functools.partial(style, timed) for style in styles])
-        else:
-            absent |= {"eager, captured": f"one description at a time: timed up to {CAPTURED}"}
-        calls = {name: candidate for name, candidate in calls.items() if name.removesuffix(", captured") in admitted}
+        absent: dict[str, str] = {}
+        errors = adapter_errors(net, exact, fresh, WAYS, absent)
+        admitted, wrong = admit(case, dict.fromkeys(errors), errors)
         num_bytes = weight_bytes(net) + adapter_bytes(net.config, count, net.dtype)
+        candidates = results.copies(device, num_bytes, len(copies)) | {
+            OURS: Candidate([kept(one, timed)[0] for one in copies]),
+            EAGER: Candidate([kept(one, timed)[0] for one in copies], graph=False),
+        }
+        if OPS in admitted:
+            candidates[OPS] = Candidate([ops_alone(one, timed)[0] for one in copies])
+        for way in [way for way in WAYS if way in admitted]:
+            with tolerant(way, absent):
+                candidates[way] = Candidate([functools.partial(WAYS[way](one), timed) for one in copies])
+        if eager := candidates.get("eager"):
+            candidates["eager"] = Candidate(eager.calls[:1], graph=False)
+            if count <= CAPTURED:
+                candidates["eager, captured"] = eager
+            else:
+                absent["eager, captured"] = f"one description at a time: timed up to {CAPTURED}"
         seconds = max(0.5, min(3.0, context.left / 12)) if context.on_card else 0.05
-        timings = measure(device, calls | results.copies(device, num_bytes, len(copies)), seconds)
-        timings = results.with_best_copy(timings)
+        timings = results.with_best_copy(measure(device, candidates, seconds, absent))
         least = results.floor(ceilings, hypernet_flops(net.config, count), num_bytes, net.dtype)
         heads = sum(p.nbytes for p in net.heads.parameters()) / ceilings.gbps / 1e3
         bar = {"bar": ONE, "unit_us": heads} if count == 1 else {}
-        given = {"cache": "cold", "absent": absent, "least": least, **bar}
+        given = {"cache": "cold", "absent": absent | wrong, "least": least, **bar}
         fields = {"model": shape.name, "variant": "L", "dtype": dtype, "descriptions": count}
         yield results.row(context, case, "generate", fields, timings, errors[OURS], **given)
 
@@ -190,45 +215,49 @@ def compiled(context: Context) -> None:
 
 
 def _compiled(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
-    shape, (net, *_) = nets(context, "mistral-7b", "bfloat16")
+    shape, net = one_net(context, "mistral-7b", "bfloat16")
+    case, absent = case_name(shape.name, "bfloat16", 1), {}
     fresh, timed = (shape.task_embeddings(1, seed).to(context.device.torch) for seed in (2, 3))
-    errors = adapter_errors(net, copy.deepcopy(net).set_dtype(torch.float64), fresh)
     generate = torch.compile(cublas(net), dynamic=False)
-    generate(timed)
-    calls = {OURS: kept(net, timed)[0], "torch.compile": functools.partial(generate, timed)}
-    timings = measure(context.device, {name: Candidate([call]) for name, call in calls.items()}, 2.0)
+    exact = copy.deepcopy(net).set_dtype(torch.float64)
+    errors = adapter_errors(net, exact, fresh, {COMPILED: lambda net: generate}, absent)
+    calls = {OURS: kept(net, timed)[0], COMPILED: functools.partial(generate, timed)}
+    calls, wrong = admit(case, {name: call for name, call in calls.items() if name in errors}, errors)
+    timings = measure(context.device, {name: Candidate([call]) for name, call in calls.items()}, 2.0, absent)
     fields = {"model": shape.name, "variant": "L", "dtype": "bfloat16", "descriptions": 1}
-    case = f"{shape.name} L bfloat16, 1 description"
-    yield results.row(context, case, "compiled", fields, timings, errors[OURS], cache="hot", absent={})
+    given = {"cache": AS_IT_COMES, "absent": absent | wrong}
+    yield results.row(context, case, "compiled", fields, timings, errors[OURS], **given)
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
-def adapter_errors(net: HyperNetwork, exact: HyperNetwork, task_emb: Tensor) -> dict[str, Error]:
-    """The worst error of every way over modules, sides and descriptions.
+def adapter_errors(
+    net: HyperNetwork, exact: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], absent: dict[str, str]
+) -> dict[str, Error]:
+    """The worst error of ours and of ``ways`` over modules, sides and descriptions; a rival that throws goes to ``absent``.
 
     ``exact``: ``net`` in float64.  The reference ops in the dtype of ``net`` make the bound.
     """
-    eager = reference_style(net)
-    got: dict[str, Adapters] = {
-        "cuBLAS": cublas(net)(task_emb),
-        "reference": baselines.plain(net)(task_emb),
-        "eager": eager.stacked(eager(task_emb)),
-    }
+    plain, got = baselines.plain(net)(task_emb), {}
+    for name, build in ways.items():
+        with tolerant(name, absent):
+            generate = build(net)
+            made = generate(task_emb)
+            got[name] = generate.stacked(made) if isinstance(generate, baselines.Eager) else made
     for name, make in ((OURS, kept), (OPS, ops_alone)):
-        call, out = make(net, task_emb)
-        for tensor in (*out.lora_A.values(), *out.lora_B.values()):
-            tensor.fill_(float("nan"))
-        call()
-        got[name] = {module: (out.lora_A[module], out.lora_B[module]) for module in out.lora_A}
-    got[EAGER] = got[OURS]
+        with tolerant(name, absent):
+            call, out = make(net, task_emb)
+            for tensor in (*out.lora_A.values(), *out.lora_B.values()):
+                tensor.fill_(float("nan"))
+            call()
+            got[name] = {module: (out.lora_A[module], out.lora_B[module]) for module in out.lora_A}
     oracle, errors = baselines.plain(exact), {name: [] for name in got}
     for start in range(0, len(task_emb), CHUNK):
         some = slice(start, start + CHUNK)
         for module, sides in oracle(task_emb[some].double()).items():
             for side, right in enumerate(sides):
-                bound = numerics.trunk_bound(right, got["reference"][module][side][some], net.dtype)
+                bound = numerics.trunk_bound(right, plain[module][side][some], net.dtype)
                 for name, result in got.items():
                     value = numerics.relative_frobenius(result[module][side][some], right)
                     errors[name].append(Error(value, bound))

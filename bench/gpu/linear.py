@@ -14,8 +14,8 @@ from bench.gpu import cases, results
 from bench.gpu.cases import LAYERS, Arguments, Case, Group, Layer, even, rows
 from bench.gpu.context import Context
 from bench.gpu.lora import need_kernels
-from bench.gpu.tables import EAGER
-from bench.gpu.timing import Call, Candidate, measure
+from bench.gpu.tables import AS_IT_COMES, EAGER
+from bench.gpu.timing import Call, Candidate, first_line, measure, tolerant
 from bench.harness import OURS, Error, admit
 from bench.rows import BASE
 from t2l_engine import reference
@@ -51,7 +51,7 @@ def ways(case: Case, linear: nn.Linear, member: Arguments) -> tuple[dict[str, Ca
     try:
         peft, names = peft_linear(linear, member), [str(i) for i in token_ids(member).tolist()]
     except Exception as error:  # whatever this version of it cannot do
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:150]}"
+        why = f"{type(error).__name__}: {first_line(error)}"
         return calls, dict.fromkeys(("PEFT mixed", "PEFT single"), why)
     calls["PEFT mixed"] = lambda: peft(x, adapter_names=names)
     if case.adapters > 1:
@@ -61,28 +61,35 @@ def ways(case: Case, linear: nn.Linear, member: Arguments) -> tuple[dict[str, Ca
 
 @torch.inference_mode()
 def compare(context: Context, case: Case) -> list[tuple[str, dict[str, Any]]]:
-    """One row; hot."""
+    """One row, of one set of operands."""
     device = context.device
     n_in, n_out = case.layer.groups[0].n_in, case.layer.groups[0].out
     linear = nn.Linear(n_in, n_out, bias=False, dtype=case.dtype, device=device.torch).requires_grad_(False)
     linear.weight.normal_(0, n_in**-0.5)
-    errors = _errors(context, case, linear)
     calls, absent = ways(case, linear, cases.operands(case, device.torch, seed=2).members[0])
-    calls, wrong = admit(case.name, calls, errors)
+    errors = _errors(context, case, linear, absent)
+    calls, wrong = admit(case.name, {name: call for name, call in calls.items() if name in errors}, errors)
     # What works on the host between launches is called from the host: PEFT looks up its adapters there.
     candidates = {name: Candidate([call], graph=name not in (EAGER, "PEFT mixed")) for name, call in calls.items()}
-    timings = measure(device, candidates, 2.0 if context.on_card else 0.1)
-    given = {"cache": "hot", "absent": absent | wrong}
+    seconds = max(0.3, min(2.0, context.left / 8)) if context.on_card else 0.1
+    timings = measure(device, candidates, seconds, absent)
+    hot = linear.weight.nbytes + case.working_set <= device.l2_bytes
+    given = {"cache": "hot" if hot else AS_IT_COMES, "absent": absent | wrong}
     return [results.row(context, case.name, "linear", case.shape(), timings, errors[OURS], **given)]
 
 
-def _errors(context: Context, case: Case, linear: nn.Linear) -> dict[str, Error]:
-    """Against the linear's own output in its dtype, to which the adapters are added in float64."""
+def _errors(context: Context, case: Case, linear: nn.Linear, absent: dict[str, str]) -> dict[str, Error]:
+    """Against the linear's own output in its dtype, to which the adapters are added in float64.
+
+    A rival that throws goes to ``absent``.
+    """
     member = cases.operands(case, context.device.torch, seed=1).members[0]
     base = linear(member["x"]).double()
     wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in member.items()}
     reference.lora_add_(**(wide | {"y": (exact := base.clone())}))
     calls, _ = ways(case, linear, member)
-    bound = numerics.lora_frobenius(case.dtype)
-    right = {name: base if name == BASE else exact for name in calls}
-    return {name: Error(numerics.relative_frobenius(call(), right[name]), bound) for name, call in calls.items()}
+    bound, errors = numerics.lora_frobenius(case.dtype), {}
+    for name, call in calls.items():
+        with tolerant(name, absent):
+            errors[name] = Error(numerics.relative_frobenius(call(), base if name == BASE else exact), bound)
+    return errors

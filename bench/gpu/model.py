@@ -16,6 +16,7 @@ from bench.gpu import llama, results
 from bench.gpu.ceilings import Ceilings, begin
 from bench.gpu.context import Context
 from bench.gpu.lora import need_kernels
+from bench.gpu.tables import AS_IT_COMES
 from bench.gpu.timing import Candidate, measure
 from bench.harness import OURS, Bar, Error, VerificationError, worst
 from bench.rows import BASE
@@ -42,8 +43,24 @@ def run(context: Context) -> None:
     need_kernels(context, "lora_add_")
     ceilings = begin(context)
     for modules, rows, counts in FULL if context.on_card else TINY_STEPS:
-        name = f"decode step, {rows} row{'s' if rows > 1 else ''}, {modules}"
-        context.attempt(name, functools.partial(steps, context, ceilings, name, modules, rows, counts), needs=12.0)
+        name = step_name(modules, rows)
+        context.attempt(name, functools.partial(steps, context, ceilings, modules, rows, counts), needs=12.0)
+
+
+def step_name(modules: str, rows: int, adapters: int = 0) -> str:
+    """``adapters``: 0 for all numbers of them together."""
+    of = f", {adapters} adapter{'s' if adapters > 1 else ''}" if adapters else ""
+    return f"decode step, {rows} row{'s' if rows > 1 else ''}, {modules}{of}"
+
+
+def has_bar(modules: str, adapters: int) -> bool:
+    return (modules, adapters) == ("q,v", 64)
+
+
+def barred() -> list[dict[str, Any]]:
+    """The bars of a whole run."""
+    all_of = [(modules, rows, n) for modules, rows, counts in FULL for n in counts if has_bar(modules, n)]
+    return [results.expected("model", step_name(*one), AS_IT_COMES, BAR) for one in all_of]
 
 
 def shared(model: nn.Module) -> nn.Module:
@@ -72,7 +89,7 @@ def random_adapters(model: llama.Llama, names: tuple[str, ...], count: int, seed
 
 @torch.inference_mode()
 def steps(
-    context: Context, ceilings: Ceilings, case: str, modules: str, rows: int, counts: tuple[int, ...]
+    context: Context, ceilings: Ceilings, modules: str, rows: int, counts: tuple[int, ...]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row for every number of adapters, all beside the same base step."""
     device = context.device
@@ -86,7 +103,7 @@ def steps(
         t2l.attach(adapted[count], stack[:count]).set([row % count for row in range(rows)])
         errors[count] = layer_error(adapted[count], tokens)
         if not errors[count].value <= errors[count].bound:
-            raise VerificationError(f"{case}, {count} adapters: {errors[count]}")
+            raise VerificationError(f"{step_name(modules, rows, count)}: {errors[count]}")
     adapter_bytes = stack.num_parameters * dtype.itemsize
     del stack
     calls = {BASE: functools.partial(model, tokens)} | {n: functools.partial(m, tokens) for n, m in adapted.items()}
@@ -98,11 +115,10 @@ def steps(
     for count in counts:
         fields = {"model": "7B-shaped, random", "rows": rows, "adapters": count, "modules": modules, "rank": RANK}
         mine = {OURS: timings[str(count)], BASE: timings[BASE]}
-        bar = BAR if (modules, count) == ("q,v", 64) else None
+        bar = BAR if has_bar(modules, count) else None
         least = results.floor(ceilings, flops * rows, read + count * adapter_bytes, dtype)
-        given = {"cache": "as it comes", "absent": {}, "least": least, "bar": bar, "unit_us": timings[BASE].median_us}
-        name = f"{case}, {count} adapter{'s' if count > 1 else ''}"
-        yield results.row(context, name, "model", fields, mine, errors[count], **given)
+        given = {"cache": AS_IT_COMES, "absent": {}, "least": least, "bar": bar, "unit_us": timings[BASE].median_us}
+        yield results.row(context, step_name(modules, rows, count), "model", fields, mine, errors[count], **given)
 
 
 def layer_error(model: nn.Module, tokens: Tensor) -> Error:

@@ -33,8 +33,8 @@ class Nvml:
             return self._nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return self._nvml.nvmlDeviceGetHandleByIndex(0)
 
-    def state(self) -> dict[str, float | int | None]:
-        """Watts, MHz, degrees, and the bits that say why clocks are low; None for what the card does not tell."""
+    def state(self, *names: str) -> dict[str, float | int | None]:
+        """Watts, MHz, degrees, and the bits that say why clocks are low, or only ``names``; None for what is not told."""
         n = self._nvml
         questions: dict[str, Callable[[], float | int]] = {
             "watts": lambda: n.nvmlDeviceGetPowerUsage(self._card) / 1e3,
@@ -45,10 +45,10 @@ class Nvml:
             "celsius": lambda: n.nvmlDeviceGetTemperature(self._card, n.NVML_TEMPERATURE_GPU),
             "throttled": lambda: n.nvmlDeviceGetCurrentClocksThrottleReasons(self._card),
         }
-        told: dict[str, float | int | None] = dict.fromkeys(questions)
-        for name, ask in questions.items():
+        told: dict[str, float | int | None] = dict.fromkeys(names or questions)
+        for name in told:
             with contextlib.suppress(n.NVMLError, AttributeError):
-                told[name] = ask()
+                told[name] = questions[name]()
         return told
 
     def joules(self) -> float:
@@ -62,8 +62,8 @@ class Nvml:
 class DryMeter:
     """One watt for ever."""
 
-    def state(self) -> dict[str, float | int | None]:
-        return {"watts": 1.0, "sm_mhz": 1, "memory_mhz": 1}
+    def state(self, *names: str) -> dict[str, float | int | None]:
+        return dict.fromkeys(names or ("watts", "sm_mhz", "memory_mhz"), 1)
 
     def joules(self) -> float:
         return time.monotonic()

@@ -1,12 +1,15 @@
 """What the kernels give for the small cases of the tests: on a card, and in the emulator on a CPU.
 
-``python -m bench.gpu.outputs --backend NAME --out FILE [--few]`` writes them; the step "emulator" compares both.  With
-``--few``, on a card, this is what sanitizers run.
+``python -m bench.gpu.outputs --backend NAME --out FILE [--few]`` writes them; the step "emulator" starts one for the
+emulator and compares both.  With ``--few``, on a card, this is what sanitizers run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,17 @@ import torch
 from torch import Tensor
 
 from bench.gpu.context import Context
-from t2l_engine import ops, reference
+from t2l_engine import _native, ops, reference
 from t2l_engine.testing import backends, numerics
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, GroupCase, HyperCase, LoraCase
 
 SEED = 11
 #: Multiply-adds of a case that the emulator does in a second or so.
 LARGEST = 5_000_000
-FILE = "emulator.pt"
+#: Seconds that comparing takes.
+COMPARING = 5.0
+#: Name that tells which process to start.
+MODULE = "bench.gpu.outputs"
 #: A sanitizer makes every case some hundred times slower: edges, ranks, layouts, dtypes, one of each.
 FEW = (
     "all_base",
@@ -60,6 +66,16 @@ def _delta(arguments: Arguments) -> list[Tensor]:
     return [ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})]
 
 
+def _heads(arguments: Arguments) -> list[Tensor]:
+    return [t for sides in zip(*ops.hypernet_heads(**arguments), strict=True) for t in sides]
+
+
+def _magnitude(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_magnitude(entry) for entry in value]
+    return value.abs() if isinstance(value, Tensor) else value
+
+
 def _small(case: LoraCase | GroupCase | HyperCase) -> bool:
     if isinstance(case, HyperCase):
         return case.dtype != F64
@@ -82,11 +98,11 @@ def table(few: bool) -> Table:
         runs[f"lora_add_group_, {case.name}"] = made(case.make), _group
     for case in wanted(HYPER_CASES):
         runs[f"hypernet_trunk, {case.name}"] = made(case.make_trunk), lambda a: [ops.hypernet_trunk(**a)]
-        runs[f"hypernet_heads, {case.name}"] = made(case.make_head), lambda a: list(ops.hypernet_head(**a))
+        runs[f"hypernet_heads, {case.name}"] = made(case.make_heads), _heads
     return runs
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would hide from backends.placed what the operands are slices of
 def compute(device: torch.device, few: bool = False) -> Results:
     """The outputs of every case of :func:`table`."""
     results = {}
@@ -109,9 +125,9 @@ def allowed(name: str, index: int) -> Tensor | float:
         exact = reference.hypernet_trunk(**hyper.make_trunk(SEED, dtype=F64))
         plain = reference.hypernet_trunk(**hyper.make_trunk(SEED))
         return numerics.trunk_bound(exact, plain, hyper.dtype) * float(exact.norm())
-    wide = hyper.make_head(SEED, dtype=F64)
-    exact = reference.hypernet_head(**wide)[index]
-    magnitude = reference.hypernet_head(**{k: v.abs() if isinstance(v, Tensor) else v for k, v in wide.items()})[index]
+    wide = hyper.make_heads(SEED, dtype=F64)
+    exact = reference.hypernet_heads(**wide)[index]
+    magnitude = reference.hypernet_heads(**{name: _magnitude(value) for name, value in wide.items()})[index]
     return numerics.head_bound(magnitude, exact, hyper.head_in, hyper.dtype)
 
 
@@ -175,16 +191,25 @@ def compare(mine: Results, emulated: Results) -> Iterator[tuple[str, dict[str, A
 
 
 def run(context: Context) -> None:
-    """The step: outputs of this device beside the emulator's, which another process has written."""
-    file = context.part.path.with_name(FILE)
+    """The step: outputs of this device beside the emulator's, which another process makes; a dry run's are of the CPU."""
+    context.attempt("emulator", lambda: beside_emulator(context))
 
-    def entries() -> Iterator[tuple[str, dict[str, Any]]]:
-        if not file.exists():
-            raise FileNotFoundError("the emulator gave no outputs; the log of step 'emulator outputs' says why")
-        device = backends.select("cuda" if context.on_card else "cpu")
-        yield from compare(compute(device, few=context.dry), torch.load(file, weights_only=True))
 
-    context.attempt("emulator", entries)
+def beside_emulator(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
+    file = context.part.path.with_name("emulator.pt")
+    command = [sys.executable, "-m", MODULE, "--out", str(file)]
+    command += ["--backend", "emu"] if context.on_card else ["--backend", "cpu", "--few"]
+    environment = os.environ | ({_native.DISABLE_VARIABLE: "1"} if context.on_card else {})
+    with subprocess.Popen(command, env=environment, cwd=backends.ROOT) as other:
+        try:
+            mine = compute(backends.select("cuda" if context.on_card else "cpu"), few=not context.on_card)
+            other.wait(max(1.0, context.left - COMPARING))
+        except BaseException:
+            other.kill()
+            raise
+    if other.returncode:
+        raise RuntimeError("the emulator gave no outputs; the log says why")
+    yield from compare(mine, torch.load(file, weights_only=True))
 
 
 if __name__ == "__main__":

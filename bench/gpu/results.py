@@ -19,7 +19,8 @@ from bench.harness import OURS, Bar, Error
 def copies(device: Device, num_bytes: int, sets: int) -> dict[str, Candidate]:
     """Moving ``num_bytes``, half read and half written, as often as there are ``sets``: by a copy, and by a kernel."""
     count = max(64, num_bytes // 8 // 64 * 64)  # int32; whole lines
-    source = torch.randint(1 << 30, (sets, count), dtype=torch.int32, device=device.torch)
+    own = torch.Generator(device.torch).manual_seed(0)  # torch's own one is of no use after a capture that failed
+    source = torch.randint(1 << 30, (sets, count), dtype=torch.int32, device=device.torch, generator=own)
     target = torch.empty_like(source)
     pairs = list(zip(source, target, strict=True))
     return {
@@ -38,8 +39,12 @@ def with_best_copy(timings: Mapping[str, Timing]) -> dict[str, Timing]:
 
 def floor(ceilings: Ceilings, flops: int, num_bytes: int, dtype: torch.dtype) -> dict[str, Any]:
     """The least time by the rates of this run."""
-    gflops = ceilings.gemm_gflops[str(dtype).removeprefix("torch.")]
-    return harness.floor(flops, num_bytes, gflops, ceilings.gbps)
+    return harness.floor(flops, num_bytes, ceilings.gflops(dtype), ceilings.gbps)
+
+
+def expected(group: str, case: str, cache: str, bar: Bar) -> dict[str, Any]:
+    """An entry of "expected": a bar that a whole run has a row for."""
+    return {"group": group, "case": case, "cache": cache, **dataclasses.asdict(bar)}
 
 
 def row(
@@ -59,7 +64,8 @@ def row(
     """An entry of "rows".  ``bar`` and ``unit_us`` as in :func:`bench.harness.row`; off a card there is no bar.
 
     ``floor_ratio``, ``copy_ratio``: the time over the floor and over a copy of the same bytes.  ``lost``: what is faster, on
-    a card.  A rival that was called from the host is compared with ours called from the host, where that was timed too.
+    a card.  A rival that was called from the host is compared with ours called from the host (EAGER), which is timed where
+    there is one.
     """
     bar = bar if context.on_card else None
     made = harness.row(

@@ -1,4 +1,7 @@
-"""One step of the suite in a process of its own: ``python -m bench.gpu.step NAME --part FILE --seconds N [--dry]``."""
+"""One step of the suite in a process of its own.
+
+python -m bench.gpu.step MODULE:FUNCTION --part FILE --until T [--dry]
+"""
 
 from __future__ import annotations
 
@@ -6,35 +9,21 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from bench.gpu.context import Context, Lost, Part, Skip
-from bench.gpu.steps import EXIT_AGAIN, EXIT_SKIPPED
+from bench.gpu.steps import EXIT_AGAIN, EXIT_SKIPPED, LISTS
 from bench.gpu.timing import Cuda, Dry
-
-#: Step -> module and function that do it.
-STEPS = {
-    "environment": ("environment", "run"),
-    "ceilings": ("ceilings", "run"),
-    "decode": ("lora", "decode"),
-    "prefill": ("lora", "prefill"),
-    "linear": ("linear", "run"),
-    "generation": ("generation", "run"),
-    "compiled": ("generation", "compiled"),
-    "model": ("model", "run"),
-    "energy": ("energy", "run"),
-    "checks": ("checks", "run"),
-    "emulator": ("outputs", "run"),
-}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.step", description=__doc__)
-    parser.add_argument("name", choices=STEPS)
+    parser.add_argument("run", help="module of bench.gpu and its function of a Context, with a colon between")
     parser.add_argument("--part", type=Path, required=True, help="result file of the step; gone on with where it is there")
-    parser.add_argument("--seconds", type=float, default=600.0, help="leave out what begins later")
+    parser.add_argument("--until", type=float, required=True, help="on time.monotonic(): leave out what begins later")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on this CPU")
     arguments = parser.parse_args()
     if not arguments.dry and not torch.cuda.is_available():
@@ -42,22 +31,35 @@ def main() -> int:
         return EXIT_SKIPPED
     if arguments.dry:
         torch.set_num_threads(1)  # threads that wait for each other take longer than these sizes
-    context = Context(Dry() if arguments.dry else Cuda(), Part(arguments.part), arguments.seconds)
-    module, function = STEPS[arguments.name]
+    module, _, function = arguments.run.partition(":")
+    do = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
+    device, part = (Dry() if arguments.dry else Cuda()), Part(arguments.part)
+    context = Context(device, part, arguments.until - time.monotonic())
     try:
-        getattr(importlib.import_module(f"bench.gpu.{module}"), function)(context)
+        do(context)
     except Skip as why:
         print(why)
         return EXIT_SKIPPED
     except Lost as case:
-        print(f"{case}: the device is lost to this process", flush=True)
+        print(f"{case}: this process cannot go on", flush=True)
         os._exit(EXIT_AGAIN)  # what tidies up would only meet the same error
-    data = context.part.data
+    return status(part)
+
+
+def status(part: Part) -> int:
+    """What a step that came to its end exits with: not 0 where something failed, or where all was left out."""
+    data = part.data
     failed = [f"{entry['case']}: {entry['error']}" for entry in data.get("failed", [])]
     failed += [f"{entry['check']}: {entry['detail']}" for entry in data.get("checks", []) if not entry["passed"]]
     for text in failed:
         print(f"failed: {text}")
-    return 1 if failed else 0
+    if failed:
+        return 1
+    left_out = data.get("left_out", [])
+    if left_out and not any(data.get(name) for name in LISTS if name != "left_out"):
+        print(f"all was left out: {left_out[0]['why']}")
+        return EXIT_SKIPPED
+    return 0
 
 
 if __name__ == "__main__":

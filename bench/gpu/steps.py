@@ -10,16 +10,18 @@ from pathlib import Path
 #: Seconds of the whole run, its end included.
 DEADLINE = 530.0
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
+#: Lists that steps leave in their parts.
+LISTS = ("rows", "checks", "ceilings", "energy", "failed", "left_out")
 #: Exit status of a step that cannot be done here (its last line says why), and of one that must go on in a new process.
 EXIT_SKIPPED, EXIT_AGAIN = 77, 75
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """``limit``: seconds; ``least``: with fewer left it is not worth a start.
+    """``limit``: seconds; ``least``: with fewer left it is not worth a start.  ``needs``: steps that must have passed.
 
-    ``needs``: steps that must have passed.  ``background``: it runs beside the steps after it, on the host alone.
-    ``skip_codes``: exit statuses that mean there was nothing to do.  In ``command`` ``{seconds}`` is what the step gets.
+    ``part``: the file that it keeps its results in, entry by entry; it can go on with one.  In ``command`` ``{until}`` is
+    when it should have ended, on time.monotonic(), which all processes share.
     """
 
     name: str
@@ -28,8 +30,7 @@ class Step:
     least: float = 10.0
     required: bool = True
     needs: tuple[str, ...] = ()
-    background: bool = False
-    skip_codes: tuple[int, ...] = (EXIT_SKIPPED,)
+    part: Path | None = None
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -59,51 +60,34 @@ def allowance(step: Step, left: float, outcomes: Sequence[Outcome]) -> tuple[flo
     return min(step.limit, left), ""
 
 
-def plan(scratch: Path, dry: bool, sanitizer: str | None) -> list[Step]:
-    """``scratch``: where steps leave their parts; ``sanitizer``: path of compute-sanitizer."""
+def plan(scratch: Path, dry: bool) -> list[Step]:
+    """``scratch``: where steps leave their parts."""
     python = sys.executable
     kernels = () if dry else ("build",)
     flag = ("--dry",) if dry else ()
 
-    def own(name: str, limit: float, **fields) -> Step:
-        part = str(scratch / f"{name.replace(' ', '-')}.json")
-        command = (python, "-m", "bench.gpu.step", name, "--part", part, "--seconds", "{seconds}", *flag)
-        return Step(name, command, limit, **{"needs": kernels, **fields})
+    def own(name: str, run: str, limit: float, **fields) -> Step:
+        part = scratch / f"{name}.json"
+        command = (python, "-m", "bench.gpu.step", run, "--part", str(part), "--until", "{until}", *flag)
+        return Step(name, command, limit, part=part, **{"needs": kernels, **fields})
 
-    def tests(name: str, limit: float, *arguments: str, **fields) -> Step:
-        listing = ("--collect-only",) if dry else ()
-        command = (python, "-m", "pytest", "-q", "--maxfail=25", *arguments, *listing)
-        return Step(name, command, limit, needs=kernels, skip_codes=(5,), **fields)
-
-    def sanitized(tool: str, limit: float, **fields) -> Step:
-        script = (python, "-m", "bench.gpu.outputs", "--few", "--backend", "cpu" if dry else "cuda")
-        script = (*script, "--out", str(scratch / f"{tool}.pt"))
-        checked = (sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
-        # Every tensor an allocation of its own: what lies beyond one belongs to no other.
-        alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        return Step(tool, script if dry else checked + script, limit, needs=kernels, environment=alone, **fields)
-
-    emulate = (python, "-m", "bench.gpu.outputs", "--out", str(scratch / "emulator.pt"))
-    emulate += ("--backend", "cpu", "--few") if dry else ("--backend", "emu")
-    backend = "cpu" if dry else "cuda"
+    # Gradients and registration are the same on every device, and take minutes.
+    chosen = ("-m", "not slow", "-k", "not instruction_sets and not gradcheck and not opcheck", "tests/test_ops.py")
+    tests = (python, "-m", "pytest", "-q", "--maxfail=25", "--backend", *(("cpu", "--collect-only") if dry else ("cuda",)))
+    alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return [
         Step("build", (python, "-m", "bench.gpu.build", *flag), 170),
-        Step("emulator outputs", emulate, 240, background=True, environment={} if dry else {"T2L_DISABLE_NATIVE": "1"}),
-        own("environment", 30, needs=()),
-        tests("tests of ops", 75, "-m", "not slow", "-k", "not instruction_sets", "--backend", backend, "tests/test_ops.py"),
-        own("checks", 45, least=15),
-        own("decode", 85, least=20),
-        own("generation", 85, least=20),
-        own("model", 55, least=25),
-        sanitized("memcheck", 50, least=20),
-        own("emulator", 40),
-        own("prefill", 35, least=15),
-        own("linear", 30, least=15),
-        own("ceilings", 25, needs=()),
-        own("energy", 30, least=15, required=False),
-        sanitized("racecheck", 45, least=20, required=False),
-        tests("tests of cuda", 45, "-m", "cuda", "tests", required=False),
-        own("compiled", 70, least=30, required=False),
-        sanitized("synccheck", 30, least=20, required=False),
-        sanitized("initcheck", 30, least=20, required=False),
+        own("environment", "environment:run", 20, needs=()),
+        Step("tests of ops", (*tests, *chosen), 45, needs=kernels, environment=alone),
+        own("checks", "checks:run", 30, least=15),
+        own("decode", "lora:decode", 65, least=20),
+        own("generation", "generation:run", 70, least=20),
+        own("model", "model:run", 50, least=25),
+        own("sanitizers", "sanitizers:run", 60, least=25),
+        own("emulator", "outputs:run", 40),
+        own("energy", "energy:run", 30, least=15, required=False),
+        own("compiled", "generation:compiled", 45, least=30, required=False),
+        own("prefill", "lora:prefill", 35, least=15),
+        own("linear", "linear:run", 45, least=15),
+        own("ceilings", "ceilings:run", 15, needs=()),
     ]

@@ -1,8 +1,9 @@
 """Runs every step in a process of its own and puts what they leave into one result: ``python -m bench.gpu.suite OUT``.
 
 Writes into OUT: ``gpu.json`` (what becomes ``bench/results/gpu.json``), ``gpu.md`` (the same to be read), ``steps.json`` and
-``log.txt`` (what every step printed).  All are written anew after every step, so a run that is cut short has what it had.
-Exit status 0 only where every required step passed.
+``log.txt`` (what every step printed).  All are written anew after every step, so a run that is cut short has what it had;
+one that is killed leaves what its last step had in ``OUT/.parts``.  The build is in place: it writes ``t2l_engine/*.so`` and
+``build``.  Exit status 0 only where every required step passed.
 """
 
 from __future__ import annotations
@@ -12,26 +13,40 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from bench.gpu import tables
-from bench.gpu.build import find_cuda_tool
-from bench.gpu.steps import DEADLINE, EXIT_AGAIN, FAILED, PASSED, SKIPPED, TIMED_OUT, Outcome, Step, allowance, plan
+from bench.gpu.steps import (
+    DEADLINE,
+    EXIT_AGAIN,
+    EXIT_SKIPPED,
+    FAILED,
+    LISTS,
+    PASSED,
+    SKIPPED,
+    TIMED_OUT,
+    Outcome,
+    Step,
+    allowance,
+    plan,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 #: How often a step may go on in a new process, after it has lost its device or its life.
 TRIES = 3
 #: Of what a step prints, bytes that are kept: its beginning and its end.
 KEPT = 200_000
-#: Lists that steps leave, each entry with the name of its step.
-LISTS = ("rows", "checks", "ceilings", "energy", "failed", "left_out")
+#: Seconds that a step has to end by itself.
+MARGIN = 3.0
+#: Folder in OUT of what steps leave: their parts, logs and caches.  Gone once the run has ended.
+PARTS = ".parts"
 #: What no step may reach for, and what makes logs whole.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
 
@@ -42,35 +57,40 @@ class Running:
     def __init__(self, step: Step, seconds: float, scratch: Path):
         self.step, self.end = step, time.monotonic() + seconds
         self.start = time.monotonic()
-        self.log = scratch / f"{step.name.replace(' ', '-')}.log"
+        self.log = log_of(step.name, scratch)
+        self._caches = {f"{name}_CACHE_DIR": str(scratch / name.lower()) for name in ("TORCHINDUCTOR", "TRITON")}
         self._file: TextIO = self.log.open("a", encoding="utf-8")
         self.process = self._open()
 
     def _open(self) -> subprocess.Popen:
-        seconds = f"{max(1.0, self.end - time.monotonic() - 3):.0f}"  # time to end by itself
-        command = [word.replace("{seconds}", seconds) for word in self.step.command]
-        environment = os.environ | ENVIRONMENT | dict(self.step.environment)
+        command = [word.replace("{until}", f"{self.end - MARGIN:.1f}") for word in self.step.command]
+        environment = os.environ | ENVIRONMENT | self._caches | dict(self.step.environment)
         streams = {"stdin": subprocess.DEVNULL, "stdout": self._file, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
 
     def wait(self) -> Outcome:
-        """How it ended, once it has."""
+        """How it ended, once it has.  A step that keeps its results goes on in a new process where it must."""
         for attempt in range(TRIES):
             try:
                 code = self.process.wait(max(0.0, self.end - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.kill()
-                return self._outcome(TIMED_OUT, f"after {time.monotonic() - self.start:.0f} s")
+                return self.stop(TIMED_OUT, f"after {time.monotonic() - self.start:.0f} s")
+            self._kill()  # what it has left behind would run beside the next step
             last = attempt == TRIES - 1 or self.end - time.monotonic() < self.step.least
-            if last or not (code == EXIT_AGAIN or code < 0):
+            if last or self.step.part is None or not (code == EXIT_AGAIN or code < 0):
                 break
             self.process = self._open()
         if code == 0:
-            return self._outcome(PASSED)
-        status = SKIPPED if code in self.step.skip_codes else FAILED
+            return self._outcome(PASSED, self._left_out())
+        status = SKIPPED if code == EXIT_SKIPPED else FAILED
         return self._outcome(status, self._last_line() if code > 0 else f"signal {-code}")
 
-    def kill(self) -> None:
+    def stop(self, status: str, why: str) -> Outcome:
+        """End it now."""
+        self._kill()
+        return self._outcome(status, why)
+
+    def _kill(self) -> None:
         """It and what it has started."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
@@ -86,6 +106,11 @@ class Running:
         self._file.close()
         return Outcome(self.step.name, status, round(time.monotonic() - self.start, 1), self.step.required, why)
 
+    def _left_out(self) -> str:
+        part = self.step.part
+        count = len(_read(part).get("left_out", [])) if part and part.exists() else 0
+        return f"{count} left out" if count else ""
+
     def _last_line(self) -> str:
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
         return next((line[:300] for line in reversed(lines) if line), "")
@@ -99,20 +124,17 @@ def _start(step: Step, seconds: float, scratch: Path) -> Running | Outcome:
 
 
 class Suite:
-    """One run into ``out``, of steps whose name contains ``only``.  ``commit``: of a tree that comes without its history."""
+    """One run into ``out``, of steps whose name contains ``only``.  ``commit``: of the tree, else git's word is taken."""
 
     def __init__(self, out: Path, scratch: Path, dry: bool = False, commit: str | None = None, only: str = ""):
         self.out, self.scratch, self.dry, self.only = out, scratch, dry, only
         self.end = time.monotonic() + DEADLINE
         self.outcomes: list[Outcome] = []
-        self.background: dict[str, Running] = {}
         self.current: Running | None = None
         self.source = source(commit)
 
     def run(self, steps: list[Step]) -> list[Outcome]:
         for step in steps:
-            if step.name == "emulator":  # what it compares with
-                self._join()
             seconds, why = allowance(step, self.end - time.monotonic(), self.outcomes)
             if why:
                 self._done(Outcome(step.name, SKIPPED, 0.0, step.required, why))
@@ -120,34 +142,25 @@ class Suite:
             started = _start(step, seconds, self.scratch)
             if isinstance(started, Outcome):
                 self._done(started)
-            elif step.background:
-                self.background[step.name] = started
-            else:
-                self.current = started
-                self._done(started.wait())
-                self.current = None
-            self._join(ended=True)
-        self._join()
+                continue
+            self.current = started
+            outcome = started.wait()
+            self.current = None
+            self._done(outcome)
         return self.outcomes
-
-    def _join(self, ended: bool = False) -> None:
-        """Wait for what runs in the background; ``ended``: take only what has come to its end."""
-        for name, running in list(self.background.items()):
-            if not ended or running.process.poll() is not None:
-                self._done(self.background.pop(name).wait())
 
     def close(self) -> None:
         """Stop what still runs, and keep what it has left."""
-        for running in filter(None, (self.current, *self.background.values())):
-            running.kill()
-        self._save()
+        if self.current:
+            self._done(self.current.stop(FAILED, "the run was ended"))
+        else:
+            self._save()
 
     def _done(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         print(line(outcome), flush=True)
-        log = self.scratch / f"{outcome.name.replace(' ', '-')}.log"
         with (self.out / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"===== {line(outcome)}\n{clipped(log)}\n")
+            file.write(f"===== {line(outcome)}\n{clipped(log_of(outcome.name, self.scratch))}\n")
         self._save()
 
     def _save(self) -> None:
@@ -171,10 +184,10 @@ class Suite:
             **{name: [] for name in LISTS},
         }
         for path in sorted(self.scratch.glob("*.json")):
-            part = json.loads(path.read_text(encoding="utf-8"))
+            part = _read(path)
             for name in LISTS:
                 made[name] += [{"step": path.stem, **entry} for entry in part.get(name, [])]
-            made |= {name: part[name] for name in ("machine", "versions", "kernels") if name in part}
+            made |= {name: part[name] for name in ("machine", "versions", "kernels", "expected") if name in part}
             if "info" in part:
                 made["info"][path.stem] = part["info"]
         return made
@@ -184,6 +197,11 @@ def line(outcome: Outcome) -> str:
     """An outcome for the terminal."""
     mark = "" if outcome.required else " (optional)"
     return f"{outcome.name:18} {outcome.status:9} {outcome.seconds:6.1f} s{mark}{'  ' if outcome.why else ''}{outcome.why}"
+
+
+def log_of(name: str, scratch: Path) -> Path:
+    """What the step of this name prints goes here."""
+    return scratch / f"{name.replace(' ', '-')}.log"
 
 
 def clipped(log: Path) -> str:
@@ -208,10 +226,14 @@ def source(commit: str | None) -> dict[str, Any]:
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": git("rev-parse", "--short", "HEAD") or commit,
+        "commit": commit or git("rev-parse", "--short", "HEAD"),
         "dirty": None if changed is None else bool(changed),
         "sources": digest.hexdigest()[:16],
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _write(path: Path, value: Any) -> None:
@@ -221,21 +243,23 @@ def _write(path: Path, value: Any) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.suite", description=__doc__)
     parser.add_argument("out", type=Path, help="folder to write into; made where it is not there")
-    parser.add_argument("commit", nargs="?", help="of a tree that comes without its history")
+    parser.add_argument("commit", nargs="?", help="of the tree, where it comes without its history")
     parser.add_argument("--dry", action="store_true", help="every step's code, tiny, on this CPU: nothing is measured")
     parser.add_argument("--only", default="", help="only steps whose name contains this; a result that is not whole")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # steps have sessions of their own: end them
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "log.txt").unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(prefix="t2l-gpu-") as scratch:
-        suite = Suite(arguments.out, Path(scratch), arguments.dry, arguments.commit, arguments.only)
-        steps = plan(Path(scratch), arguments.dry, find_cuda_tool("compute-sanitizer"))
-        try:
-            suite.run([step for step in steps if arguments.only in step.name])
-        finally:
-            suite.close()
-        result = suite.result()
+    out = arguments.out.resolve()
+    scratch = out / PARTS
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    (out / "log.txt").unlink(missing_ok=True)
+    suite = Suite(out, scratch, arguments.dry, arguments.commit, arguments.only)
+    try:
+        suite.run([step for step in plan(scratch, arguments.dry) if arguments.only in step.name])
+    finally:
+        suite.close()
+    result = suite.result()
+    shutil.rmtree(scratch, ignore_errors=True)
     print("\n".join(["", *map(line, suite.outcomes), "", tables.bars(result)]))
     return 0 if all(outcome.fine for outcome in suite.outcomes) else 1
 

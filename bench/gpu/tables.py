@@ -18,14 +18,22 @@ Row = dict[str, Any]
 Column = tuple[str, Callable[[Row], str]]
 #: Names of what is timed beside ours and is nobody's competitor: bounds, and ours in other forms.
 COPY, APART, EAGER, OPS, HEADS = "copy", "ours, a launch a linear", "ours, from the host", "ours, ops alone", "head weights"
-BESIDE = (COPY, APART, EAGER, OPS, BASE)
+#: The cache of one set of operands, whatever its size.
+AS_IT_COMES = "as it comes"
+#: The ops' meaning in plain torch, which widens weights of 16 bits on every call.
+REFERENCE = "reference"
+BESIDE = (COPY, APART, EAGER, OPS, BASE, REFERENCE)
+#: As in bench.harness, which needs the engine.
+OURS = "ours"
 NOT_MEASURED = "Not yet measured."
 SOURCE = "From `bench/results/gpu.json` (`bash bench/gpu_suite.sh OUT`)."
 LEGEND = (
     "Times are medians of graph replays, a call; (host): called from the host, and compared with ours called so.  cold: "
-    "sets of operands that together exceed three times the level-2 cache take turns; hot: one set again and again.  copy: "
-    "as many bytes, half read and half written, by the faster of a copy and a kernel, in a graph, on as many sets.  Floors "
-    "are made with the best bandwidth and the matrix products of the same process."
+    "sets of operands that together exceed three times the level-2 cache take turns; hot: one set again and again, where "
+    "it fits in that cache; as it comes: one set, whatever its size.  copy: as many bytes, half read and half written, by "
+    "the faster of a copy and a kernel, in a graph, on as many sets.  Floors are made with the best bandwidth and the "
+    "matrix products of the same process, those of float32 with the faster of its own products and of three in TF32; what "
+    "is hot has no floor.  reference: the ops in plain torch, no rival.  A bar that was not measured says so."
 )
 DRY = "A dry run on a CPU: its times mean nothing."
 
@@ -40,7 +48,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def rivals(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that do what ours does in another way."""
-    return [name for name in names if name not in BESIDE and name != "ours"]
+    return [name for name in names if name not in BESIDE and name != OURS]
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -98,9 +106,14 @@ def _time(name: str) -> Column:
     return f"{name}, us", cell
 
 
+def _x_base(row: Row) -> str:
+    base = row["baselines"][BASE].get("median_us")
+    return GAP if base is None else number(row["ours"]["median_us"] / base)
+
+
 CASE: Column = ("case", lambda row: row["case"])
 CACHE: Column = ("cache", lambda row: row["cache"] or GAP)
-OURS: list[Column] = [
+MINE: list[Column] = [
     ("ours, us", lambda row: _us(row["ours"])),
     ("p5 to p95", _spread),
     ("replays", lambda row: str(row["ours"]["rounds"])),
@@ -112,7 +125,7 @@ FLOOR: list[Column] = [
     ("x copy", lambda row: number(row.get("copy_ratio"))),
 ]
 VERDICT: list[Column] = [("bar", lambda row: bar_text(row["bar"])), ("verdict", verdict)]
-X_BASE: Column = ("x base", lambda row: number(row["ours"]["median_us"] / row["baselines"][BASE]["median_us"]))
+X_BASE: Column = ("x base", _x_base)
 ERROR: Column = ("error (bound)", lambda row: f"{row['error']['value']:.1e} ({row['error']['bound']:.1e})")
 
 #: Group of rows -> its title, and the columns between ours and the rivals.
@@ -135,8 +148,8 @@ def group_table(result: dict[str, Any], group: str) -> str | None:
     if not found:
         return None
     names = list(dict.fromkeys(name for row in found for name in row["baselines"]))
-    forms = [_time(name) for name in names if name in (APART, EAGER, OPS)]
-    columns = [CASE, CACHE, *OURS, *forms, *GROUPS[group][1], *map(_beside, rivals(names)), *VERDICT, ERROR]
+    forms = [_time(name) for name in names if name in (APART, EAGER, OPS, REFERENCE)]
+    columns = [CASE, CACHE, *MINE, *forms, *GROUPS[group][1], *map(_beside, rivals(names)), *VERDICT, ERROR]
     columns = [c for c in columns if c is CASE or any(c[1](row) != GAP for row in found)]
     lines = grid([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in found])
     why = {
@@ -149,12 +162,14 @@ def group_table(result: dict[str, Any], group: str) -> str | None:
 
 
 def bars(result: dict[str, Any]) -> str:
-    """Every bar, met or not, and every loss."""
+    """Every bar, met or not or not measured, and every loss."""
     judged = [row for row in result.get("rows", []) if row["bar"] or row["lost"]]
-    if not judged:
-        return NOT_MEASURED
-    columns = [CASE, CACHE, OURS[0], ("ratio", lambda row: number(row["ratio"])), *VERDICT]
-    return grid([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in judged])
+    columns = [CASE, CACHE, MINE[0], ("ratio", lambda row: number(row["ratio"])), *VERDICT]
+    lines = [[cell(row) for _, cell in columns] for row in judged]
+    known = {(row["group"], row["case"], row["cache"]) for row in judged if row["bar"]}
+    missing = [bar for bar in result.get("expected", []) if (bar["group"], bar["case"], bar["cache"]) not in known]
+    lines += [[bar["case"], bar["cache"], GAP, GAP, bar_text(bar), "not measured"] for bar in missing]
+    return grid([title for title, _ in columns], lines) if lines else NOT_MEASURED
 
 
 def energy(result: dict[str, Any]) -> str:

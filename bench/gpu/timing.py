@@ -1,8 +1,8 @@
 """The device behind the suite: a card, its graphs and its events; or this CPU, for a dry run of the same code.
 
 Candidates are timed beside each other in one process.  What is timed is the replay of a graph that holds many calls, one for
-each set of operands in turn, so that neither Python nor a launch from the host is in the time.  What no graph can hold is
-called from the host, and says so.
+each set of operands in turn, so that neither Python nor a launch from the host is in the time.  What works on the host
+between launches is called from the host, and so is ours where no graph can hold it; both say so.
 """
 
 from __future__ import annotations
@@ -18,19 +18,54 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from bench.gpu.tables import OURS
+
 Call = Callable[[], object]
 #: No candidate is sampled less often, however slow it is.
 LEAST_REPLAYS = 5
 #: Longest pass in us before which an untimed one is worth its time: it hides the launch and warms the caches.
-COVERED_US = 2000.0
+COVERED_US = 20_000.0
 #: More operand sets than three times the level-2 cache are asked for: an exact multiple could leave the first set in it.
 ROTATED_CACHES = 3
+#: What CUDA says once its context is lost: nothing else will run in this process.
+LOST = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "illegal memory access", "unspecified launch failure")
+
+
+class NotCaptured(Exception):
+    """No graph can hold it; the message says why."""
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether the device answers this process no more.  What a capture says is no sign of it."""
+    return not isinstance(error, NotCaptured) and any(sign in str(error) for sign in LOST)
+
+
+def first_line(error: Exception, length: int = 200) -> str:
+    return str(error).strip().partition("\n")[0][:length]
+
+
+@contextlib.contextmanager
+def tolerant(name: str, absent: dict[str, str] | None) -> Iterator[None]:
+    """What ``name`` fails with goes to ``absent``: a rival that throws must cost nobody else's times.
+
+    Raised all the same: what ours fails with, a lost device, and everything where ``absent`` is None.
+    """
+    try:
+        yield
+    except Exception as error:
+        if absent is None or name == OURS or is_lost(error):
+            raise
+        absent[name] = f"{type(error).__name__}: {first_line(error)}"
 
 
 class Cuda:
-    """The current card."""
+    """The current card.
 
-    kind = "cuda"
+    ``on_card``: whether this is one, so that times mean something and bars apply.  ``uncaptured``: what no graph could hold,
+    by name, and why; it is not tried again.  ``spoiled``: whether a capture has failed in this process.
+    """
+
+    on_card = True
     replays = 200
     pass_us = 500.0
     most_calls = 4096
@@ -40,12 +75,18 @@ class Cuda:
         self.l2_bytes = torch.cuda.get_device_properties(self.torch).L2_cache_size
         self._stream = torch.cuda.Stream()  # of all captures: libraries keep a workspace for every stream
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self.uncaptured: dict[str, str] = {}
+        self.spoiled = False
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
 
     def capture(self, run: Call) -> Call:
-        """A replay of the graph of ``run``, which is called once before.  Raises what ``run`` or the capture raises."""
+        """A replay of the graph of ``run``, which is called once before.
+
+        Raises NotCaptured where the capture fails; it leaves torch's allocator and generators as if it still went on, so
+        this process is ``spoiled``.
+        """
         stream, graph = self._stream, torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), _no_gc():  # freeing a graph would spoil the capture of another
@@ -54,13 +95,20 @@ class Cuda:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 run()
-            except BaseException:
+            except Exception as error:
                 with contextlib.suppress(RuntimeError):
                     graph.capture_end()
-                raise
-            graph.capture_end()
+                raise self._not_captured(error) from error
+            try:
+                graph.capture_end()
+            except RuntimeError as error:
+                raise self._not_captured(error) from error
         torch.cuda.current_stream().wait_stream(stream)
         return graph.replay
+
+    def _not_captured(self, error: Exception) -> NotCaptured:
+        self.spoiled = True
+        return NotCaptured(first_line(error))
 
     def elapsed_us(self, run: Call, covered: bool) -> float:
         """Time of ``run`` between two events; ``covered``: an untimed one, still running, hides the launch."""
@@ -77,14 +125,16 @@ class Cuda:
 class Dry:
     """This CPU: no graph, few and short samples.  Its times mean nothing and are never shown beside a bar."""
 
-    kind = "dry"
+    on_card = False
     replays = LEAST_REPLAYS
     pass_us = 50.0
     most_calls = 16
     l2_bytes = 1 << 14
+    spoiled = False
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+        self.uncaptured: dict[str, str] = {}
 
     def synchronize(self) -> None:
         pass
@@ -117,7 +167,7 @@ def _no_gc() -> Iterator[None]:
 class Timing:
     """Microseconds a call over ``rounds`` samples of ``calls`` calls each.
 
-    ``graph``: the calls were replayed as one graph, else made from the host; ``note``: why, where a graph was tried.
+    ``graph``: the calls were replayed as one graph, else made from the host; ``note``: why, where a graph of ours was tried.
     """
 
     median_us: float
@@ -167,13 +217,21 @@ def num_sets(device: Device, num_bytes: int) -> int:
     return 1 if num_bytes > ROTATED_CACHES * device.l2_bytes else ROTATED_CACHES * device.l2_bytes // num_bytes + 1
 
 
-def measure(device: Device, candidates: Mapping[str, Candidate], seconds: float) -> dict[str, Timing]:
+def measure(
+    device: Device, candidates: Mapping[str, Candidate], seconds: float, absent: dict[str, str] | None = None
+) -> dict[str, Timing]:
     """Time every candidate beside the others for about ``seconds`` in all.
+
+    One that fails, or that no graph can hold, is left out and said so in ``absent`` (:func:`tolerant`).  Ours is called from
+    the host where no graph can hold it.
 
     A round takes one sample of each in turn, beginning with another one every time.  All aim at ``device.replays`` samples;
     one that would exceed its share of the time gets fewer, spread over all rounds.
     """
-    passes = {name: _prepare(device, candidate) for name, candidate in candidates.items()}
+    passes: dict[str, _Pass] = {}
+    for name, candidate in candidates.items():
+        with tolerant(name, absent):
+            passes[name] = _prepare(device, name, candidate)
     share = seconds * 1e6 / len(passes)
     wanted = {name: _replays(device, one.us, share) for name, one in passes.items()}
     rounds, names = max(wanted.values()), list(passes)
@@ -193,17 +251,22 @@ def _replays(device: Device, us: float, share: float) -> int:
     return max(LEAST_REPLAYS, min(device.replays, int(share / cost)))
 
 
-def _prepare(device: Device, candidate: Candidate) -> _Pass:
+def _prepare(device: Device, name: str, candidate: Candidate) -> _Pass:
     def once() -> None:
         for call in candidate.calls:
             call()
 
-    graph, note = candidate.graph and device.kind == "cuda", None
+    graph, note = candidate.graph and device.on_card, None
+    if graph and name in device.uncaptured:
+        raise NotCaptured(device.uncaptured[name])
     try:
         run = device.capture(once) if candidate.graph else once
-    except RuntimeError as error:
+    except NotCaptured as error:
         device.synchronize()
-        run, graph, note = once, False, str(error).partition("\n")[0][:200]
+        if name != OURS:
+            device.uncaptured[name] = str(error)
+            raise
+        run, graph, note = once, False, str(error)
     run()
     us = min(device.elapsed_us(run, covered=True) for _ in range(3))
     count = len(candidate.calls)

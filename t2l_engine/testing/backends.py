@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -17,24 +20,64 @@ NAMES = ("cpu", "cuda", "emu")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def _path() -> str:
+    """Where programs are looked for: beside this Python too, where pip puts cmake and ninja."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+
+
 def build_emulator(sanitize: str = "") -> Path:
     """Build the CUDA kernels for the emulator and return the library, which stands in for ``_C``; needs the source tree.
 
     ``sanitize``: "address" (with undefined behaviour), "thread" or "".  Raises RuntimeError with the end of the build's
-    output.
+    output, or where there is no CMake.
     """
-    build = ROOT / "build" / "-".join(filter(None, ("emu", sanitize)))
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    build, path = _emulator_folder(sanitize), _path()
+    cmake = shutil.which("cmake", path=path)
+    if cmake is None:
+        raise RuntimeError("the emulator does not build: expected cmake beside python or in PATH, found none")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DT2L_SANITIZE={sanitize}"]
     options += ["-DT2L_EMULATOR=ON", "-DT2L_CUDA=OFF", "-DT2L_CORE=OFF"]
     if ninja := shutil.which("ninja", path=path):  # said anew each time: pip's build environments come and go
         options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     commands = (["-S", str(ROOT), "-B", str(build), *options], ["--build", str(build), "--target", "_emu", "-j2"])
     for arguments in commands:
-        run = subprocess.run(["cmake", *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
+        run = subprocess.run([cmake, *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
         if run.returncode:
             raise RuntimeError(f"the emulator does not build:\n{(run.stdout + run.stderr)[-3000:]}")
     return build / "_emu.so"
+
+
+def _emulator_folder(sanitize: str) -> Path:
+    return ROOT / "build" / "-".join(filter(None, ("emu", sanitize)))
+
+
+def emulator_compiler(sanitize: str = "") -> str:
+    """The C++ compiler that :func:`build_emulator` used."""
+    cache = (_emulator_folder(sanitize) / "CMakeCache.txt").read_text()
+    return re.search(r"^CMAKE_CXX_COMPILER:\w+=(.+)$", cache, re.MULTILINE)[1]
+
+
+def no_emulator(sanitize: str = "") -> str | None:
+    """Why this machine cannot build and run the emulator, or None: what it lacks, not what is wrong with the sources."""
+    path = _path()
+    if platform.machine() != "x86_64":
+        return f"the emulator needs x86-64, this is {platform.machine()}"
+    if shutil.which("cmake", path=path) is None:
+        return "the emulator needs cmake to build"
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]  # as CMake looks for it
+    compiler = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
+    if compiler is None:
+        return "the emulator needs a C++ compiler"
+    if not sanitize:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "empty.cpp", Path(folder) / "empty"
+        source.write_text("int main() {}\n")
+        for command in ([compiler, f"-fsanitize={sanitize}", str(source), "-o", str(program)], [str(program)]):
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                return f"no sanitizer '{sanitize}' here: {(run.stdout + run.stderr)[-300:]}"
+    return None
 
 
 def select(name: str, emulator: Path | None = None) -> torch.device:

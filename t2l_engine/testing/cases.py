@@ -199,6 +199,7 @@ GROUP_CASES = (
     GroupCase("bf16", LoraCase("", _RAGGED, x_dtype=BF16, w_dtype=BF16), _QKV, 83),
     GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
     GroupCase("fp16", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
+    GroupCase("nine_members", LoraCase("", _RAGGED), tuple((20 * i, 9 + i, 1 + i) for i in range(9)), 180),
     GroupCase(
         "serve_phi3_qkv_8x8",
         LoraCase("", _rows(*range(8)), in_features=3072, adapters=8, x_dtype=BF16, w_dtype=BF16),
@@ -208,24 +209,28 @@ GROUP_CASES = (
 )
 
 
+#: Which modules of an affine case have the step, by their index modulo three: all of them, some, or (of B) none.
+_OFFSETS = {"mul_A": (0, 2), "add_A": (0, 1), "mul_B": (0, 1), "add_B": (0,)}
+
+
 @dataclasses.dataclass(frozen=True)
 class HyperCase:
-    """A hypernetwork for both of its ops: trunk rows, then the head of one module."""
+    """A hypernetwork for its ops: trunk rows, then the heads of all modules, each of another size (:attr:`features`)."""
 
     name: str
     sides: int = 1
     rank: int = 4
     position: str = "none"  # "none", "learned" or "rotary": one latent a rank with the latter two
     tasks: int = 3
-    modules: int = 2
+    modules: int = 3
     layers: int = 5
     task_width: int = 16
     width: int = 32
     head_in: int = 40
-    in_features: int = 64
+    in_features: int = 64  # of the first module
     out_features: int = 48
     bias: bool = True
-    affine: bool = False  # mul and add
+    affine: bool = False  # mul and add, of some of the modules
     dtype: torch.dtype = F32
 
     @property
@@ -263,24 +268,38 @@ class HyperCase:
         }
         return self._cast(arguments, dtype)
 
+    @property
+    def features(self) -> list[tuple[int, int]]:
+        """(in, out) of every module: the case's own, then larger ones, with in and out changing places every time."""
+        sizes = [(self.in_features + 8 * i, self.out_features + 3 * i) for i in range(self.modules)]
+        return [(n_out, n_in) if i % 2 else (n_in, n_out) for i, (n_in, n_out) in enumerate(sizes)]
+
     @drawn_on_cpu
-    def make_head(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
-        """Arguments of ``ops.hypernet_head`` by name."""
+    def make_heads(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict:
+        """Arguments of ``ops.hypernet_heads`` by name; ``dtype`` upcasts every operand after rounding (the oracle)."""
         g = torch.Generator().manual_seed(seed + 1)
-        n, r, h, n_in, n_out = self.layers, self.rank, self.head_in, self.in_features, self.out_features
-        rows = r // self.ranks * (max(n_in, n_out) if self.sides == 2 else n_in + n_out)
-        latent = torch.randn(self.tasks, 2, self.sides, self.ranks, n, h, generator=g).to(self.dtype)
+        n, r, h = self.layers, self.rank, self.head_in
+        per_latent = r // self.ranks
+        latent = torch.randn(self.tasks, self.modules + 1, self.sides, self.ranks, n, h + 8, generator=g)
+        latent[:, 0] = latent[..., h:] = float("nan")  # around the operand, whose strides are of the larger buffer
         arguments = {
-            "latent": latent[:, 1],  # strided over tasks, as one module's share of the trunk's result is
-            "weight": (torch.randn(rows, h, generator=g) * h**-0.5).to(self.dtype),
-            "bias": torch.randn(rows, generator=g) if self.bias else None,
+            "latent": latent.to(self.dtype)[:, 1:, ..., :h],
+            "weight": [],
+            "bias": [] if self.bias else None,
             "rank": r,
-            "in_features": n_in,
-            "out_features": n_out,
+            "in_features": [n_in for n_in, _ in self.features],
+            "out_features": [n_out for _, n_out in self.features],
+            **{name: [] for name in _OFFSETS},
         }
-        for name, shape in (("A", (n, r, n_in)), ("B", (n, n_out, r))):
-            arguments[f"mul_{name}"] = torch.rand(shape, generator=g) + 0.5 if self.affine else None
-            arguments[f"add_{name}"] = torch.randn(shape, generator=g) if self.affine else None
+        for i, (n_in, n_out) in enumerate(self.features):
+            rows = per_latent * (max(n_in, n_out) if self.sides == 2 else n_in + n_out)
+            arguments["weight"].append((torch.randn(rows, h, generator=g) * h**-0.5).to(self.dtype))
+            if self.bias:
+                arguments["bias"].append(torch.randn(rows, generator=g))
+            for name, present in _OFFSETS.items():
+                shape = (n, r, n_in) if name.endswith("A") else (n, n_out, r)
+                drawn = torch.rand(shape, generator=g) + 0.5 if name.startswith("mul") else torch.randn(shape, generator=g)
+                arguments[name].append(drawn if self.affine and i % 3 in present else None)
         return self._cast(arguments, dtype)
 
 
@@ -304,6 +323,10 @@ HYPER_CASES = (
     HyperCase("odd_sizes", task_width=9, width=34, head_in=37, in_features=65, out_features=3, layers=33, rank=3),
     HyperCase("many_tasks", tasks=19, layers=7),
     HyperCase("no_tasks", tasks=0),
+    HyperCase("nine_modules", modules=9, layers=2, head_in=24, affine=True),
+    HyperCase(
+        "nine_modules_out_wider", sides=2, modules=9, layers=2, head_in=24, in_features=8, out_features=300, dtype=BF16
+    ),
     HyperCase("L_bf16", dtype=BF16),
     HyperCase("M_bf16_affine", sides=2, affine=True, dtype=BF16),
     HyperCase("S_rotary_bf16", sides=2, position="rotary", dtype=BF16, layers=17),

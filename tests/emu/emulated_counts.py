@@ -172,35 +172,39 @@ def test_a_decode_step_reads_every_weight_once(emulator):
 # --- hypernetwork ----------------------------------------------------------------------------------------------------
 
 
-def head_counts(case: HyperCase, modules: int, out_dtype: torch.dtype) -> Counts:
+def heads_counts(case: HyperCase, heads: dict) -> Counts:
+    """The sum over modules of other sizes, with other steps."""
     w, counts = size(case.dtype), Counts()
     rows = case.tasks * case.ranks * case.layers
     tile = 128 if rows > 64 and case.dtype != F32 else 32
     per_latent = case.rank // case.ranks
-    widths = [case.in_features, case.out_features]
-    stored = max(widths)
-    weight_rows = per_latent * (stored if case.sides == 2 else sum(widths))
-    for side in range(case.sides):
-        for first in range(0, weight_rows, TILE):
-            inside = min(TILE, weight_rows - first)
-            if case.sides == 2 and first % stored >= widths[side] and first % stored + TILE <= stored:
-                continue  # rows that this side leaves out
-            for latent in range(0, rows, tile):
-                latents = min(tile, rows - latent)
-                steps = ceil(case.head_in * w / 128)
-                counts.add(
-                    read=(inside + latents) * case.head_in * w,
-                    flops=2 * TILE * tile * steps * (128 // w) * (3 if case.dtype == F32 else 1),
-                )
-    values = case.tasks * case.layers * case.rank * sum(widths)
-    counts.add(read=values * 4 * (2 if case.affine else 0), written=values * size(out_dtype))
-    if case.bias:  # of the rows that are kept, for every tile of latents: eight lanes need it
-        counts.add(read=8 * 4 * per_latent * sum(widths) * ceil(rows / tile))
-    return Counts(modules * counts.read, modules * counts.written, modules * counts.flops)
+    for module, widths in enumerate(case.features):
+        stored = max(widths)
+        weight_rows = per_latent * (stored if case.sides == 2 else sum(widths))
+        for side in range(case.sides):
+            for first in range(0, weight_rows, TILE):
+                inside = min(TILE, weight_rows - first)
+                if case.sides == 2 and first % stored >= widths[side] and first % stored + TILE <= stored:
+                    continue  # rows that this side leaves out
+                for latent in range(0, rows, tile):
+                    latents = min(tile, rows - latent)
+                    steps = ceil(case.head_in * w / 128)
+                    counts.add(
+                        read=(inside + latents) * case.head_in * w,
+                        flops=2 * TILE * tile * steps * (128 // w) * (3 if case.dtype == F32 else 1),
+                    )
+        for side, width in zip("AB", widths, strict=True):
+            values = case.tasks * case.layers * case.rank * width
+            steps = sum(heads[f"{step}_{side}"][module] is not None for step in ("mul", "add"))
+            counts.add(read=values * 4 * steps, written=values * w)
+        if case.bias:  # of the rows that are kept, for every tile of latents: eight lanes need it
+            counts.add(read=8 * 4 * per_latent * sum(widths) * ceil(rows / tile))
+    return counts
 
 
 HEADS = ("L", "L_no_bias_affine", "M_affine_out_wider", "S_learnable", "odd_sizes", "many_tasks", "no_tasks", "L_bf16")
-HEADS += ("M_bf16_affine", "S_rotary_bf16", "odd_sizes_bf16", "smollm2_L", "L_fp16")
+HEADS += ("M_bf16_affine", "S_rotary_bf16", "odd_sizes_bf16", "smollm2_L", "L_fp16", "nine_modules")
+HEADS += ("nine_modules_out_wider",)
 
 
 @pytest.mark.parametrize("multiprocessors", [MULTIPROCESSORS, 1])
@@ -209,24 +213,22 @@ def test_heads(emulator, name, multiprocessors):
     """However many tiles a block has."""
     emulator.t2l_emu_set_multiprocessors(multiprocessors)
     case = next(case for case in HYPER_CASES if case.name == name)
-    head = case.make_head()
-    offsets = {k: [head[k]] * 3 for k in ("mul_A", "add_A", "mul_B", "add_B")}
-    bias = None if head["bias"] is None else [head["bias"]] * 3
-    sizes = case.rank, [case.in_features] * 3, [case.out_features] * 3
-    ops.hypernet_heads(torch.stack([head["latent"]] * 3, 1), [head["weight"]] * 3, bias, *sizes, **offsets)
-    assert counted(emulator) == head_counts(case, 3, case.dtype)
+    heads = case.make_heads()
+    ops.hypernet_heads(**heads)
+    assert counted(emulator) == heads_counts(case, heads)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_one_description_reads_the_head_weights_once(emulator, dtype):
     """What generation is bound by: 32 layers of a 7B model fit one tile of latent rows."""
     case = HyperCase(
-        "", tasks=1, layers=32, head_in=512, in_features=1024, out_features=256, rank=8, bias=False, dtype=dtype
+        "", tasks=1, modules=2, layers=32, head_in=512, in_features=512, out_features=128, rank=8, bias=False, dtype=dtype
     )
-    head = case.make_head()
-    ops.hypernet_head(**head)
-    latent = 32 * 512 * dtype.itemsize * ceil(len(head["weight"]) / TILE)  # from L2, for every tile of weights
-    assert counted(emulator).read == head["weight"].nbytes + latent
+    heads = case.make_heads()
+    ops.hypernet_heads(**heads)
+    tiles = sum(ceil(len(weight) / TILE) for weight in heads["weight"])
+    latent = 32 * 512 * dtype.itemsize * tiles  # from L2, for every tile of weights
+    assert counted(emulator).read == sum(weight.nbytes for weight in heads["weight"]) + latent
 
 
 def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:

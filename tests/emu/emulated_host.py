@@ -1,5 +1,6 @@
 """What the host side of an op owes a device: its stream, its guard, one launch, errors of what only the device sees."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -23,11 +24,8 @@ def hyper(name: str):
     return next(case for case in HYPER_CASES if case.name == name)
 
 
-def heads(case, modules: int) -> tuple:
-    head = case.make_head()
-    latent = torch.stack([head["latent"]] * modules, 1)
-    sizes = case.rank, [case.in_features] * modules, [case.out_features] * modules
-    return latent, [head["weight"]] * modules, [head["bias"]] * modules, *sizes
+def heads(name: str, modules: int) -> dict:
+    return dataclasses.replace(hyper(name), modules=modules).make_heads()
 
 
 @pytest.mark.parametrize(
@@ -36,9 +34,10 @@ def heads(case, modules: int) -> tuple:
         (lambda: ops.lora_add_(**ROWS.make()), 1),
         (lambda: ops.lora_add_(**SMALL.make()), 1),
         (lambda: ops.lora_add_group_(**group("qkv")), 1),
+        (lambda: ops.lora_add_group_(**group("nine_members")), 2),  # eight members a launch
         (lambda: ops.hypernet_trunk(**hyper("S_rotary").make_trunk()), 1),
-        (lambda: ops.hypernet_heads(*heads(hyper("L"), 7)), 1),
-        (lambda: ops.hypernet_heads(*heads(hyper("L"), 9)), 2),  # eight modules a launch
+        (lambda: ops.hypernet_heads(**heads("L", 7)), 1),
+        (lambda: ops.hypernet_heads(**heads("L", 9)), 2),  # eight modules a launch
         (lambda: ops.lora_add_(**LoraCase("", ()).make()), 0),
         (lambda: ops.lora_add_(**LoraCase("", ((1, 0),), x_dtype=F64, w_dtype=F64).make()), 0),
         (lambda: ops.hypernet_trunk(**hyper("S_learnable_fp64_by_reference").make_trunk()), 0),
@@ -69,7 +68,7 @@ def test_launches_on_the_device_of_the_memory(emulator):
         for call in (
             lambda: ops.lora_delta(**{k: v for k, v in SMALL.make().items() if k != "y"}),
             lambda: ops.hypernet_trunk(**hyper("L").make_trunk()),
-            lambda: ops.hypernet_head(**hyper("L").make_head()),
+            lambda: ops.hypernet_heads(**hyper("L").make_heads()),
         ):
             call()
             assert emulator.t2l_emu_last_launch(b"device") == 3
