@@ -114,6 +114,7 @@ def expected_y(written, net, count):
     return torch.cat(results), torch.cat(untouched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ("bundled", *GOLDEN))
 def test_equals_python(example, golden, tmp_path, case):
     folder = tmp_path / "native"
@@ -135,6 +136,7 @@ def test_equals_python(example, golden, tmp_path, case):
     assert (written["y"] - y).norm() <= allowed and relative_frobenius(written["y"], y) <= CPP_FROBENIUS
 
 
+@pytest.mark.slow
 def test_bfloat16_weights(example):
     """As stored: roundings to bfloat16 fall apart here and there, so the bound is that of a plain bfloat16 computation."""
     folder = resolve_checkpoint("smollm2-135m")
@@ -148,6 +150,7 @@ def test_bfloat16_weights(example):
             assert relative_frobenius(got, oracle[name]) <= trunk_bound(oracle[name], other[name], torch.bfloat16), name
 
 
+@pytest.mark.slow
 def test_threads_give_the_same_bits(example):
     folder = resolve_checkpoint("smollm2-135m")
     task_emb = task_embs(HyperNetwork.from_pretrained(folder).config, 1)
@@ -155,6 +158,7 @@ def test_threads_give_the_same_bits(example):
     assert all(torch.equal(one[name], four[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["L-vq-sft", "L-autoreg-sft"])
 def test_unsupported_checkpoints_are_named(library, golden, tmp_path, case):
     convert(golden / case, tmp_path / "native", "native")
@@ -164,6 +168,7 @@ def test_unsupported_checkpoints_are_named(library, golden, tmp_path, case):
     assert re.match(r"unsupported: .*config\.json: hypernetwork: (task_encoder|variant): the C\+\+ library", finished.stderr)
 
 
+@pytest.mark.slow
 def test_installed_library_is_the_library_alone(library):
     prefix = library / "consumer" / "prefix"
     files = {path.relative_to(prefix).as_posix() for path in prefix.rglob("*") if path.is_file()}
@@ -352,6 +357,7 @@ def find_t2l(folder, prefix, components="", program=False):
 NO_TOOLKIT = "-DCMAKE_DISABLE_FIND_PACKAGE_CUDAToolkit=ON"
 
 
+@pytest.mark.slow
 def test_cuda_is_a_component(library, tmp_path):
     """Whoever does not ask for it needs no CUDA toolkit, also where it is installed."""
     prefix = tmp_path / "prefix"
