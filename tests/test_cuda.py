@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.cuda
-OPS = Path(__file__).with_name("test_ops.py")
+OPS = Path(__file__).with_name("ops")
 
 
 @pytest.fixture(autouse=True)

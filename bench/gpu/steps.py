@@ -72,7 +72,7 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
         return Step(name, command, limit, part=part, **{"needs": kernels, **fields})
 
     # Gradients and registration are the same on every device, and take minutes.
-    chosen = ("-m", "not slow", "-k", "not instruction_sets and not gradcheck and not opcheck", "tests/test_ops.py")
+    chosen = ("-m", "not slow", "-k", "not instruction_sets and not gradcheck and not opcheck", "tests/ops")
     tests = (python, "-m", "pytest", "-q", "--maxfail=25", "--backend", *(("cpu", "--collect-only") if dry else ("cuda",)))
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return [

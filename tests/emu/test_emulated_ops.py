@@ -20,7 +20,7 @@ from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 pytestmark = pytest.mark.emu
 
 TESTS = Path(__file__).parents[1]
-OPS = TESTS / "test_ops.py"
+OPS = TESTS / "ops"
 HERE = [TESTS / "emu" / name for name in ("emulated_counts.py", "emulated_host.py")]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
 LARGE = ("serve", "smollm2")  # in names of cases

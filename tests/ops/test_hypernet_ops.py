@@ -1,0 +1,161 @@
+"""The ops of the hypernetwork against their float64 references: values, bitwise promises, errors."""
+
+import pytest
+import torch
+from native import by_name, kernel_case, needs_native
+
+from t2l_engine import ops, reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, HyperCase
+
+hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
+
+
+@kernel_case
+@hyper_cases
+def test_hypernet_trunk(case):
+    arguments = case.make_trunk(seed=3)
+    got = ops.hypernet_trunk(**arguments)
+    plain = reference.hypernet_trunk(**arguments)
+    oracle = reference.hypernet_trunk(**case.make_trunk(seed=3, dtype=F64))
+    assert got.shape == oracle.shape and got.dtype == case.dtype and got.is_contiguous()
+    if case.tasks:
+        assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
+
+
+def absolute(value):
+    if isinstance(value, list):
+        return [absolute(entry) for entry in value]
+    return value.abs() if isinstance(value, torch.Tensor) else value
+
+
+def slot(shape: torch.Size, module: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An output of ``shape`` inside a frame of NaN, with its dimensions stored in an order that differs by ``module``."""
+    order = ((0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0))[module % 4]
+    frame = torch.full([shape[d] + 2 + module % 3 for d in order], float("nan"))
+    inner = frame[tuple(slice(1, 1 + shape[d]) for d in order)]
+    return inner.permute(*(order.index(d) for d in range(4))), frame
+
+
+def heads_oracle(case: HyperCase, seed: int) -> tuple[dict, list, list]:
+    """Arguments of the heads; A and B of every module in float64, and what their errors are relative to."""
+    wide = case.make_heads(seed, dtype=F64)
+    magnitude = reference.hypernet_heads(**{k: absolute(v) for k, v in wide.items()})
+    return case.make_heads(seed), reference.hypernet_heads(**wide), magnitude
+
+
+@kernel_case
+@hyper_cases
+def test_hypernet_heads(case):
+    arguments, oracle, magnitude = heads_oracle(case, seed=4)
+    lora_A, lora_B = ops.hypernet_heads(**arguments)
+    assert len(lora_A) == len(lora_B) == case.modules and len(oracle) == 2 * case.modules
+    for i, (expected, size) in enumerate(zip(oracle, magnitude, strict=True)):
+        got = (lora_A, lora_B)[i % 2][i // 2]
+        assert got.shape == expected.shape and got.dtype == case.dtype
+        assert ((got.double() - expected).abs() <= numerics.head_bound(size, expected, case.head_in, case.dtype)).all(), i
+        assert (got.mT if i % 2 else got).is_contiguous()
+
+
+@kernel_case
+@hyper_cases
+def test_hypernet_heads_out(case):
+    """Slots of other strides for every module, in float32; nothing beside them is written."""
+    arguments, oracle, magnitude = heads_oracle(case, seed=6)
+    made = [slot(expected.shape, i // 2) for i, expected in enumerate(oracle)]
+    slots = [inner for inner, _ in made]
+    ops.hypernet_heads_out_(slots[::2], slots[1::2], **arguments, scale_B=2.0)
+    for i, ((got, frame), expected, size) in enumerate(zip(made, oracle, magnitude, strict=True)):
+        scale = 2.0 if i % 2 else 1.0
+        bound = numerics.head_bound(size * scale, expected * scale, case.head_in, torch.float32)
+        assert ((got.double() - expected * scale).abs() <= bound).all(), i
+        assert frame.isnan().sum() == frame.numel() - got.numel(), "wrote outside its storage"
+
+
+@kernel_case
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
+    """Nor a module on the others."""
+    needs_native("torch's own products do not promise it")
+    case = HyperCase("batch", tasks=21, layers=7, dtype=dtype)
+    trunk, heads = case.make_trunk(), case.make_heads()
+    latent, lists = ops.hypernet_trunk(**trunk), ops.hypernet_heads(**heads)
+    for task in (0, 13, 20):
+        row = slice(task, task + 1)
+        assert torch.equal(ops.hypernet_trunk(**(trunk | {"z": trunk["z"][row]})), latent[row])
+        alone = ops.hypernet_heads(**(heads | {"latent": heads["latent"][row]}))
+        for side, whole in zip(alone, lists, strict=True):
+            assert all(torch.equal(a, w[row]) for a, w in zip(side, whole, strict=True))
+    for i in range(case.modules):
+        one = slice(i, i + 1)
+        rest = {k: v[one] for k, v in heads.items() if isinstance(v, list)}
+        alone = ops.hypernet_heads(**(heads | rest | {"latent": heads["latent"][:, one]}))
+        assert torch.equal(alone[0][0], lists[0][i]) and torch.equal(alone[1][0], lists[1][i])
+
+
+def test_hypernet_errors():
+    needs_native("the native kernels check their arguments")
+    trunk, heads = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_heads()
+    wrong = [*trunk["weights"]]
+    wrong[6] = wrong[6].to(BF16)
+    with pytest.raises(RuntimeError, match=r"weights\[6\]: expected float32, got bfloat16"):
+        ops.hypernet_trunk(**(trunk | {"weights": wrong}))
+    first, second, third = heads["weight"]
+    with pytest.raises(RuntimeError, match=r"weight\[1\]: expected shape \[492, 40\], got \[491, 40\]"):
+        ops.hypernet_heads(**(heads | {"weight": [first, second[:-1], third]}))
+    with pytest.raises(RuntimeError, match="latent: expected float32, got bfloat16"):
+        ops.hypernet_heads(**(heads | {"latent": heads["latent"].to(BF16)}))
+
+
+def test_hypernet_lists():
+    """Of the wrappers, whatever runs the op."""
+    trunk, heads = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_heads()
+    with pytest.raises(RuntimeError, match="t2l_engine::hypernet_trunk: weights: expected 22 tensors, got 21"):
+        ops.hypernet_trunk(**(trunk | {"weights": trunk["weights"][:-1]}))
+    with pytest.raises(RuntimeError, match=r"latent: expected shape \[\*, \*, \*, \*, \*, \*\], got \[3, 1, 1, 5, 40\]"):
+        ops.hypernet_heads(**(heads | {"latent": heads["latent"][:, 0]}))
+    wrong = r"expected one entry for each module of latent \(dimension 1\), at least one, got"
+    slots = [[slot(t.shape, 0)[0] for t in side] for side in ops.hypernet_heads(**heads)]
+    for op in (ops.hypernet_heads, lambda **arguments: ops.hypernet_heads_out_(*slots, **arguments)):
+        for name in (k for k, v in heads.items() if isinstance(v, list)):
+            with pytest.raises(RuntimeError, match=rf"t2l_engine::hypernet_heads\w*: {name}: {wrong} 2 for 3 modules"):
+                op(**(heads | {name: heads[name][:-1]}))
+        with pytest.raises(RuntimeError, match=rf"weight: {wrong} 3 for 0 modules"):
+            op(**(heads | {"latent": heads["latent"][:, :0]}))
+    for i, name in enumerate(("lora_A", "lora_B")):
+        fewer = [side[: None if i != j else -1] for j, side in enumerate(slots)]
+        with pytest.raises(RuntimeError, match=rf"t2l_engine::hypernet_heads_out_: {name}: {wrong} 2 for 3 modules"):
+            ops.hypernet_heads_out_(*fewer, **heads)
+    assert all(t.isnan().all() for side in slots for t in side)
+
+
+def test_absent_lists_of_the_heads():
+    """None for a list is None for every module."""
+    heads = HyperCase("absent", bias=False).make_heads()
+    assert heads["bias"] is None and heads["mul_A"] == [None] * 3
+    needed = {k: v for k, v in heads.items() if k[:4] not in ("mul_", "add_")}
+    for some, all_of_them in zip(ops.hypernet_heads(**needed), ops.hypernet_heads(**heads), strict=True):
+        assert all(map(torch.equal, some, all_of_them))
+
+
+@pytest.mark.parametrize("op", [ops.hypernet_heads_out_, reference.hypernet_heads_out_], ids=["op", "reference"])
+@pytest.mark.parametrize(
+    "side, change, message",
+    [
+        (0, lambda t: t.int(), r"lora_A\[0\]: expected float32, bfloat16, float16 or float64, got int32"),
+        (
+            0,
+            lambda t: t[:, :1].expand_as(t),
+            r"lora_A\[0\]: expected strides that do not overlap, got stride 0 at dimension 1",
+        ),
+        (1, lambda t: t[..., :1].expand_as(t), r"lora_B\[0\]: expected strides .* got stride 0 at dimension 3"),
+    ],
+    ids=["int32", "A_expanded", "B_expanded"],
+)
+def test_outputs_of_the_heads(op, side, change, message):
+    heads = HYPER_CASES[0].make_heads()
+    slots = [[torch.zeros(t.shape) for t in tensors] for tensors in ops.hypernet_heads(**heads)]
+    slots[side] = list(map(change, slots[side]))
+    with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads_out_: {message}"):
+        op(*slots, **heads, scale_B=1.0)
+    assert not any(t.any() for tensors in slots for t in tensors)

@@ -1,0 +1,47 @@
+"""Which kernels run: those of the backend, under every instruction set of this CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from native import KERNEL_CASES, is_native, needs_native
+
+from t2l_engine import _native, ops
+
+
+def test_native_kernels_run(backend):
+    """A run that silently used the fallback fails here."""
+    if backend == "cpu" and os.environ.get(_native.DISABLE_VARIABLE) == "1":
+        pytest.skip("the reference was asked for")
+    for name in ops.NATIVE_OPS:
+        assert is_native(name) != (backend != "cpu" and name == "lora_delta_backward"), name
+    with pytest.raises(ValueError, match="name: expected one of"):
+        ops.has_kernel("nothing", "CPU")
+
+
+def passed(output: str) -> int:
+    """How many tests a run of pytest says that passed."""
+    found = re.search(r"(\d+) passed", output)
+    return int(found[1]) if found else 0
+
+
+def test_instruction_sets(backend):
+    """The op cases under every other instruction set of this CPU; a name it lacks is an error."""
+    needs_native("instruction sets are the native library's")
+    if backend != "cpu":
+        pytest.skip("instruction sets are the CPU kernels'")
+    from t2l_engine import _core
+
+    if os.environ.get("T2L_ISA"):
+        pytest.skip("an instruction set was asked for")
+    for isa in set(_core.available_isas()) - {_core.chosen_isa()}:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
+        run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
+        assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
+        assert passed(run.stdout) >= KERNEL_CASES, f"{isa}: {run.stdout[-2000:]}"
+    probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
+    run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
+    assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512 or avx512_bf16" in run.stderr

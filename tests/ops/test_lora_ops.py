@@ -1,0 +1,287 @@
+"""The ops of batched LoRA against their float64 references: values, bitwise promises, errors."""
+
+import pytest
+import torch
+from native import SMALL, by_name, is_native, kernel_case, needs_native
+
+from t2l_engine import ops, reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, LORA_CASES, LoraCase
+
+group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
+lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
+
+
+def exact(arguments: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(y, delta, allowed error of y) in float64 from the same rounded operands."""
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    y0 = wide.pop("y")
+    delta = reference.lora_delta(**wide)
+    y = y0 + delta
+    bound = torch.zeros_like(y)
+    ranks = arguments["ranks"]
+    bounds = arguments["seg_indptr"].tolist()
+    for s, adapter in enumerate(arguments["seg_adapters"].tolist()):
+        rows = slice(bounds[s], bounds[s + 1])
+        if adapter >= 0:
+            r = wide["lora_A"].shape[1] if ranks is None else int(ranks[adapter])
+            a, b = wide["lora_A"][adapter, :r], wide["lora_B"][adapter, :, :r]
+            scaling = float(wide["scaling"][adapter])
+            bound[rows] = numerics.lora_bound(wide["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype)
+    return y, delta, bound
+
+
+@kernel_case
+@lora_cases
+def test_lora_add(case):
+    arguments = case.make(seed=1)
+    before = arguments["y"].clone()
+    around = arguments["y"]._base.clone()
+    y, _, bound = exact(arguments)
+    got = ops.lora_add_(**arguments)
+    assert got is arguments["y"]
+    assert ((got.double() - y).abs() <= bound).all()
+    base_rows = torch.repeat_interleave(arguments["seg_adapters"] < 0, arguments["seg_indptr"].diff())
+    assert torch.equal(got[base_rows], before[base_rows])
+    frame = got._base.clone()
+    frame[:, 3:-3] = around[:, 3:-3]
+    assert torch.equal(frame, around), "wrote outside its columns"
+
+
+@kernel_case
+@lora_cases
+def test_lora_delta(case):
+    arguments = case.make(seed=2)
+    arguments.pop("y")
+    y, delta, bound = exact(arguments | {"y": torch.zeros(case.tokens, case.out_features, dtype=case.x_dtype)})
+    got = ops.lora_delta(**arguments)
+    assert got.dtype == case.x_dtype and got.is_contiguous()
+    assert ((got.double() - delta).abs() <= bound).all()
+
+
+def members_of(arguments: dict) -> list[dict]:
+    """Arguments of ``lora_add_`` for each member of a group, ``y`` as its column slice."""
+    lists = ("lora_A", "lora_B", "ranks", "offsets")
+    rest = {k: v for k, v in arguments.items() if k not in (*lists, "y")}
+    return [
+        rest | {"y": arguments["y"][:, start : start + b.shape[1]], "lora_A": a, "lora_B": b, "ranks": r}
+        for a, b, r, start in zip(*(arguments[k] for k in lists), strict=True)
+    ]
+
+
+@kernel_case
+@group_cases
+def test_lora_add_group(case):
+    arguments, alone = case.make(seed=5), case.make(seed=5)
+    exacts = [exact(m) for m in members_of(arguments)]
+    got = ops.lora_add_group_(**arguments)
+    assert got is arguments["y"]
+    for member, (y, _, bound) in zip(members_of(arguments), exacts, strict=True):
+        assert ((member["y"].double() - y).abs() <= bound).all()
+    for member in members_of(alone):  # the same bits as one linear after the other, and nothing else touched
+        ops.lora_add_(**member)
+    assert torch.equal(got._base, alone["y"]._base)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"offsets": [0, 40, 64]},
+            "offsets: expected rising columns .* that do not overlap, got columns 40 to 56 at member 1",
+        ),
+        ({"offsets": [0, 48, 65]}, r"offsets: expected rising columns of y \[66, 80\] .* got columns 65 to 81 at member 2"),
+        ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at member 0"),
+        ({"offsets": [2**62, 48, 64]}, "at member 0"),
+        ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\]"),
+    ],
+)
+def test_lora_add_group_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    arguments = GROUP_CASES[0].make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.lora_add_group_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"offsets": [0, 48]}, "offsets: expected one entry a member, .* got 2 for 3 entries"),
+        ({"ranks": []}, "ranks: expected one entry a member, as many as lora_A and at least one, got 0 for 3 entries"),
+        ({"lora_A": []}, "lora_B: expected one entry a member, as many as lora_A and at least one, got 3 for 0"),
+        ({"lora_A": [], "lora_B": []}, "lora_B: expected one entry a member, .* at least one, got 0 for 0"),
+    ],
+)
+def test_lora_add_group_lists(change, message):
+    """Of the wrapper, whatever runs the op."""
+    arguments = GROUP_CASES[0].make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=f"t2l_engine::lora_add_group_: {message}"):
+        ops.lora_add_group_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+@kernel_case
+@lora_cases
+def test_lora_delta_backward(case):
+    arguments = case.make(seed=6)
+    torch.manual_seed(7)
+    grad = torch.randn(case.tokens, case.out_features + 2).to(case.x_dtype)[:, 1:-1]
+    arguments.pop("y")
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
+    exact = reference.lora_delta_backward(grad.double(), **wide)
+    for name, value, expected in zip(("x", "lora_A", "lora_B"), got, exact, strict=True):
+        operand = arguments[name]
+        assert value.shape == operand.shape and value.dtype == operand.dtype
+        bound = numerics.gradient_bound(expected, operand.dtype)
+        assert ((value.double() - expected).abs() <= bound).all(), name
+    assert (got[2].stride(1) == 1) == (arguments["lora_B"].stride(1) == 1), "stored unlike lora_B"
+
+
+@kernel_case
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("b_layout", ["r_out", "out_r"])
+@pytest.mark.parametrize("rank, in_features, out_features", [(8, 111, 77), (8, 4500, 1100), (12, 2100, 600)])
+def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_features, out_features):
+    """Bitwise: run twice, alone or in a batch, at any position, with any number of threads."""
+    needs_native("torch's own products do not promise it")
+    kinds = {"x_dtype": dtype, "w_dtype": dtype, "b_layout": b_layout}
+    case = LoraCase("rows", ((37, 0), (1, 1), (20, 0)), in_features, out_features, rank, **kinds)
+    arguments = case.make()
+    arguments.pop("y")
+    grad = torch.randn(case.tokens, out_features).to(dtype)
+    backward = torch.ops.t2l_engine.lora_delta_backward
+    whole, grads = ops.lora_delta(**arguments), backward(grad, *arguments.values())
+    shared = {k: arguments[k] for k in ("lora_A", "lora_B", "scaling", "ranks")}
+    for token, adapter in ((0, 0), (36, 0), (37, 1), (50, 0)):
+        alone = {
+            "x": arguments["x"][token : token + 1],
+            "seg_indptr": torch.tensor([0, 1], dtype=torch.int32),
+            "seg_adapters": torch.tensor([adapter], dtype=torch.int32),
+            "max_seg_len": 1,
+            **shared,
+        }
+        assert torch.equal(ops.lora_delta(**alone)[0], whole[token])
+        ordered = [alone[k] for k in arguments]
+        if is_native("lora_delta_backward"):
+            assert torch.equal(backward(grad[token : token + 1], *ordered)[0][0], grads[0][token])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(whole, ops.lora_delta(**arguments))
+        if is_native("lora_delta_backward"):
+            assert all(map(torch.equal, grads, backward(grad, *arguments.values())))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@kernel_case
+def test_lora_nan_stays_in_its_row():
+    arguments = LoraCase("nan", ((1, 0), (1, 0), (1, 1))).make()
+    arguments["x"][1, 5] = float("nan")
+    y, *_ = exact(arguments)
+    got = ops.lora_add_(**arguments)
+    assert torch.equal(got.isnan(), y.isnan()) and got[1].isnan().all() and not got[0].isnan().any()
+
+
+@kernel_case
+@pytest.mark.parametrize("segments", [((1, 0), (1, 1), (1, -1), (1, 2), (1, 0)), ((2, 0), (20, 1), (1, -1), (3, 2))])
+@pytest.mark.parametrize("rank, dtype", [(3, torch.float32), (3, BF16), (8, torch.float32), (8, BF16)])
+def test_lora_infinite_inputs(rank, dtype, segments):
+    """Infinities and NaN stand where exact sums have them: also where a kernel pads ranks, or splits numbers in two."""
+    case = LoraCase("infinite", segments, in_features=71, rank=rank, x_dtype=dtype, w_dtype=dtype)
+    arguments = case.make(seed=8)
+    x, last = arguments["x"], case.tokens - 1
+    x[1, 5], x[last - 1, 70] = float("inf"), float("-inf")
+    x[last, 3], x[last, 40] = float("inf"), float("-inf")  # NaN in every rank where A has one sign, else infinite
+    for columns in (5, 70, 3):
+        arguments["lora_A"][:, :, columns].abs_()
+    arguments["lora_B"][:, :20].abs_()  # one sign over the ranks: infinite outputs, beside outputs that are NaN
+    before, (y, delta, _) = arguments["y"].clone(), exact(arguments)
+    got_delta = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    got = ops.lora_add_(**arguments)
+    assert delta.isnan().any() and (delta == float("inf")).any() and (delta == float("-inf")).any()
+    for value, expected in ((got, y), (got_delta, delta)):
+        assert torch.equal(value.isnan(), expected.isnan())
+        for infinity in (float("inf"), float("-inf")):
+            assert torch.equal(value == infinity, expected == infinity)
+    base_rows = torch.repeat_interleave(arguments["seg_adapters"] < 0, arguments["seg_indptr"].diff())
+    assert torch.equal(got[base_rows], before[base_rows])
+
+
+def test_large_offsets():
+    """Adapter offsets beyond 2^31 elements: the last of many adapters in one huge, mostly untouched buffer."""
+    adapters, rank, n = 3, 8, 64
+    stride = 2**30 + 1024
+    a = torch.empty(2 * stride + rank * n, dtype=BF16).as_strided((adapters, rank, n), (stride, n, 1))
+    case = LoraCase("far", ((2, 2), (1, 0)), in_features=n, adapters=adapters, x_dtype=BF16, w_dtype=BF16)
+    arguments = case.make()
+    near = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    a.copy_(arguments["lora_A"])
+    far = ops.lora_delta(**{k: v for k, v in (arguments | {"lora_A": a}).items() if k != "y"})
+    assert torch.equal(near, far)
+
+
+INT32 = {"dtype": torch.int32}
+
+
+@pytest.mark.parametrize("op", [ops.lora_add_, reference.lora_add_], ids=["op", "reference"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seg_adapters": torch.tensor([0, 2, 1], **INT32)}, r"seg_adapters: expected ids in \[-1, 2\), got 2 at segment 1"),
+        ({"seg_adapters": torch.tensor([0, -2, 1], **INT32)}, r"seg_adapters: expected ids in \[-1, 2\), got -2"),
+        ({"seg_indptr": torch.tensor([1, 2, 3, 6], **INT32)}, "seg_indptr: expected 0 first, got 1"),
+        ({"seg_indptr": torch.tensor([0, 2, 5, 7], **INT32)}, "expected the number of tokens 6 last, got 7"),
+        (
+            {"seg_indptr": torch.tensor([0, 3, 2, 6], **INT32)},
+            "segments of 0 to max_seg_len = 3 tokens, got -1 at segment 1",
+        ),
+        ({"seg_indptr": torch.tensor([0, 6], **INT32)}, r"seg_indptr: expected shape \[4\], got \[2\]"),
+        ({"seg_indptr": torch.tensor([], **INT32)}, r"seg_indptr: expected shape \[4\], got \[0\]"),
+        ({"max_seg_len": 2}, "segments of 0 to max_seg_len = 2 tokens, got 3"),
+        ({"ranks": torch.tensor([1, 3], **INT32)}, r"ranks: expected values in \[0, 2\], got 3 at adapter 1"),
+        ({"ranks": torch.tensor([1], **INT32)}, r"ranks: expected shape \[2\], got \[1\]"),
+    ],
+)
+def test_segment_errors(op, change, message, backend):
+    if backend != "cpu" and op is ops.lora_add_ and "shape" not in message:
+        pytest.skip("only the device sees the values")
+    arguments = SMALL.make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        op(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)
+
+
+def test_tokens_without_segments():
+    arguments = SMALL.make() | {"seg_indptr": torch.zeros(1, **INT32), "seg_adapters": torch.zeros(0, **INT32)}
+    for op in (ops.lora_add_, ops.lora_delta):
+        with pytest.raises(RuntimeError, match=r"seg_(adapters|indptr): expected"):
+            op(**{k: v for k, v in arguments.items() if k != "y" or op is ops.lora_add_})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seg_adapters": torch.tensor([0, 1, 1])}, "seg_adapters: expected int32, got int64"),
+        ({"lora_B": torch.zeros(2, 5, 3)}, r"lora_B: expected shape \[2, \*, 2\], got \[2, 5, 3\]"),
+        ({"lora_B": torch.zeros(2, 5, 2, dtype=BF16)}, "lora_B: expected float32, got bfloat16"),
+        ({"lora_A": torch.zeros(2, 6, 2).mT}, "lora_A: expected last stride 1"),
+        ({"y": torch.zeros(6, 5, dtype=BF16)}, "y: expected float32, got bfloat16"),
+        ({"x": torch.zeros(6, 6, dtype=torch.int64), "y": torch.zeros(6, 5, dtype=torch.int64)}, "x: expected float32, bf"),
+        ({"x": torch.zeros(6, 6, dtype=F64), "y": torch.zeros(6, 4, dtype=F64)}, r"y: expected shape \[6, 5\]"),
+        ({"y": torch.zeros(6, 4)}, r"y: expected shape \[6, 5\], got \[6, 4\]"),
+        ({"scaling": torch.ones(2, dtype=F64)}, "scaling: expected float32, got float64"),
+    ],
+)
+def test_lora_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    arguments = SMALL.make()
+    kept = arguments["y"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        ops.lora_add_(**(arguments | change))
+    assert torch.equal(arguments["y"], kept)

@@ -1,0 +1,154 @@
+"""Gradients of the ops against finite differences, and what torch asks of a registered op."""
+
+import dataclasses
+
+import pytest
+import torch
+from native import SMALL, by_name
+
+from t2l_engine import ops, reference
+from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase
+
+TINY = {
+    "task_width": 4,
+    "width": 8,
+    "head_in": 6,
+    "in_features": 5,
+    "out_features": 4,
+    "rank": 2,
+    "layers": 2,
+    "tasks": 2,
+}
+TINY_HYPERS = [HyperCase("L", **TINY), HyperCase("M", sides=2, affine=True, **TINY)] + [
+    HyperCase(p, sides=2, position=p, bias=False, **TINY) for p in ("learned", "rotary")
+]
+
+
+def grad_inputs(arguments: dict, names: tuple[str, ...]) -> dict:
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    return wide | {k: wide[k].detach().clone().requires_grad_() for k in names if wide[k] is not None}
+
+
+def test_lora_delta_gradcheck():
+    arguments = SMALL.make()
+    arguments.pop("y")
+    arguments["ranks"] = torch.tensor([2, 1], dtype=torch.int32)
+    wide = grad_inputs(arguments, ("x", "lora_A", "lora_B")) | {"scaling": arguments["scaling"]}
+    run = lambda x, a, b: ops.lora_delta(**(wide | {"x": x, "lora_A": a, "lora_B": b}))  # noqa: E731
+    assert torch.autograd.gradcheck(run, (wide["x"], wide["lora_A"], wide["lora_B"]))
+
+
+@pytest.mark.parametrize("case", TINY_HYPERS, **by_name)
+def test_hypernet_gradcheck(case):
+    trunk = case.make_trunk(dtype=F64)
+    tensors = [
+        t.requires_grad_() for t in (trunk["z"], *trunk["weights"], trunk["side_emb"], trunk["pos_emb"]) if t is not None
+    ]
+
+    def run_trunk(*_):
+        return ops.hypernet_trunk(**trunk)
+
+    assert torch.autograd.gradcheck(run_trunk, tensors, fast_mode=True)
+    heads = case.make_heads(dtype=F64)
+    heads["latent"] = heads["latent"].clone()
+    tensors = [t.requires_grad_() for t in (heads["latent"], *heads["weight"], *(heads["bias"] or ()))]
+
+    def run_heads(*_):
+        lora_A, lora_B = ops.hypernet_heads(**heads)
+        return *lora_A, *lora_B
+
+    assert torch.autograd.gradcheck(run_heads, tensors, fast_mode=True)
+
+
+def saved_bytes(function) -> int:
+    """The most that autograd kept for a backward at one time while ``function`` ran."""
+    now = most = 0
+
+    class Saved:
+        def __init__(self, tensor):
+            nonlocal now, most
+            self.tensor, now = tensor, now + tensor.nbytes
+            most = max(most, now)
+
+        def __del__(self):
+            nonlocal now
+            now -= self.tensor.nbytes
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        function()
+    assert now == 0
+    return most
+
+
+def test_heads_are_recomputed_one_by_one():
+    """The backward of many modules keeps what that of the largest does."""
+    case = HyperCase("backward", modules=5)
+    order = ("latent", "weight", "bias", "mul_A", "mul_B", "rank", "in_features", "out_features")
+    heads = case.make_heads()
+    grads = [torch.ones_like(t) for pair in zip(*ops.hypernet_heads(**heads), strict=True) for t in pair]
+
+    def peak(first: int, end: int) -> int:
+        some = {k: v[first:end] if isinstance(v, list) else v for k, v in heads.items()}
+        some["latent"] = heads["latent"][:, first:end]
+        arguments = [some[k] for k in order]
+        return saved_bytes(lambda: reference.hypernet_heads_backward(grads[2 * first : 2 * end], *arguments))
+
+    assert peak(0, case.modules) == max(peak(i, i + 1) for i in range(case.modules)) > 0
+
+
+OPCHECK_LORA = [c for c in LORA_CASES if c.name in ("mixed_rows", "bf16_mixed_ranks", "out_r_layout", "fp64_by_reference")]
+
+
+@pytest.mark.parametrize("case", OPCHECK_LORA, **by_name)
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_lora(case, grad):
+    case = dataclasses.replace(case, ranks=None)
+    arguments = list(case.make().values())
+    y, rest = arguments[0], arguments[1:]
+    if grad:
+        rest[:3] = [t.detach().clone().requires_grad_() for t in rest[:3]]
+    torch.library.opcheck(torch.ops.t2l_engine.lora_delta.default, tuple(rest))
+    if not grad:
+        torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest))
+        delta = ops.lora_delta(*rest)
+        torch.library.opcheck(torch.ops.t2l_engine.lora_delta_backward.default, (delta, *rest))
+
+
+@pytest.mark.parametrize("name", ["q_and_v", "bf16", "fp16"])
+def test_opcheck_lora_group(name):
+    arguments = next(c for c in GROUP_CASES if c.name == name).make()
+    arguments["ranks"] = [
+        torch.full_like(r, b.shape[2]) for r, b in zip(arguments["ranks"], arguments["lora_B"], strict=True)
+    ]
+    for tensor in (*arguments["lora_A"], *arguments["lora_B"]):
+        tensor.nan_to_num_()
+    torch.library.opcheck(torch.ops.t2l_engine.lora_add_group_.default, (), arguments)
+
+
+OPCHECK_HYPER = [c for c in HYPER_CASES if c.name in ("L", "M_affine_out_wider", "S_learnable", "S_rotary_bf16")]
+
+
+@pytest.mark.parametrize("case", OPCHECK_HYPER, **by_name)
+def test_opcheck_hypernet(case):
+    trunk = list(case.make_trunk().values())
+    trunk[0].requires_grad_()
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, tuple(trunk))
+    order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
+    heads = dataclasses.replace(case, modules=2).make_heads()
+    heads["bias"] = heads["bias"] or []
+    if case.affine:  # lists without None, which autograd counts otherwise
+        sizes = list(zip(heads["in_features"], heads["out_features"], strict=True))
+        for k in order[3:7]:
+            heads[k] = [
+                torch.rand((case.layers, case.rank, n_in) if k[-1] == "A" else (case.layers, n_out, case.rank))
+                for n_in, n_out in sizes
+            ]
+    for tensor in (heads["latent"], *heads["weight"], *heads["bias"]):
+        tensor.requires_grad_()
+    arguments = [heads[k] for k in order]
+    out = torch.ops.t2l_engine.hypernet_heads(*arguments)
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads.default, tuple(arguments))
+    for tensor in (heads["latent"], *heads["weight"], *heads["bias"]):
+        tensor.requires_grad_(False)
+    stored = [torch.empty(t.shape) for t in out]
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads_out_.default, (stored[::2], stored[1::2], *arguments, 1.0))
