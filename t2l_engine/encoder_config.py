@@ -105,8 +105,10 @@ def _modules(folder: Path) -> tuple[Path, Path]:
         target = folder / where
         try:
             inside = target.resolve().is_relative_to(folder.resolve())
-            target.is_dir()  # raises for too long a name
-        except (OSError, RuntimeError):  # that, or a loop of links
+            target.stat()
+        except FileNotFoundError:
+            pass  # said where the folder is read
+        except (OSError, RuntimeError):  # too long a name, or a loop of links
             inside = False
         if not inside:
             raise ConfigError(f"{path}: path {shown(where)}: expected a folder inside {folder}")
