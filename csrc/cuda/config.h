@@ -189,7 +189,7 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   const int64_t tile = c.wide ? kWideRows : kNarrowRows;
   c.latent_tiles = static_cast<int>(p.sides * ceil_div(c.latent_rows, tile));
   c.per_latent = static_cast<int>(p.rank / p.ranks);
-  c.depth_steps = static_cast<int>(ceil_div(p.h * bytes_of(p.w_type), kStageBytes));
+  c.depth_steps = static_cast<int>(greater(1, ceil_div(p.h * bytes_of(p.w_type), kStageBytes)));  // without depth: the bias
   c.aligned = true;
   for (int64_t i = 0; i < count; ++i) {
     c.rows[i] = static_cast<int>(head_rows(modules[i]));

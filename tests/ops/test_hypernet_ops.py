@@ -159,3 +159,14 @@ def test_outputs_of_the_heads(op, side, change, message):
     with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads_out_: {message}"):
         op(*slots, **heads, scale_B=1.0)
     assert not any(t.any() for tensors in slots for t in tensors)
+
+
+def test_heads_without_depth():
+    """A latent of no features leaves the bias."""
+    latent, weight = torch.zeros(2, 2, 1, 1, 3, 0), [torch.zeros(4 * (8 + 6), 0)] * 2
+    bias = [torch.randn(4 * (8 + 6)) for _ in weight]
+    lora_A, lora_B = ops.hypernet_heads(latent, weight, bias, 4, [8, 8], [6, 6])
+    for i, b in enumerate(bias):
+        a, out = b.split([4 * 8, 4 * 6])
+        assert torch.equal(lora_A[i], a.view(4, 8).expand(2, 3, -1, -1))
+        assert torch.equal(lora_B[i], out.view(4, 6).mT.expand(2, 3, -1, -1))
