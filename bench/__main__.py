@@ -20,6 +20,7 @@ from rich.table import Table
 
 from bench import gate as gates
 from bench import harness
+from bench.source import ROOT
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DEFAULT_THREADS = torch.get_num_threads()
@@ -59,7 +60,7 @@ def gate(
     ratios = gates.ratios(results)
     if update:
         gates.FILE.write_text(json.dumps(ratios, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        typer.echo(f"{gates.FILE.relative_to(harness.ROOT)}: {len(ratios)} rows")
+        typer.echo(f"{gates.FILE.relative_to(ROOT)}: {len(ratios)} rows")
         return
     faults = gates.compare(ratios, gates.committed(), slack)
     for fault in faults:
@@ -72,7 +73,7 @@ def suite(name: str, size: str, threads: int, only: str, out: Path | None) -> No
     """Measure, write where a file is due, show the table; a part of a suite is written only where ``--out`` says."""
     result = measured(name, size, threads, only)
     if out is None and size == "full" and not only:
-        out = harness.ROOT / "bench" / "results" / f"{name}.json"
+        out = ROOT / "bench" / "results" / f"{name}.json"
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     Console().print(table(result))

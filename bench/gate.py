@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bench.harness import ROOT, BenchError
+from bench.harness import BenchError
+from bench.source import ROOT
 
 SUITES = ("generate", "apply")
 FILE = ROOT / "bench" / "results" / "gate.json"

@@ -7,11 +7,9 @@ verified against the same oracle, floors come from ceilings of the same run, and
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import importlib.metadata
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 import t2l_engine
+from bench.source import source
 from t2l_engine import ops
 from t2l_engine.testing import numerics
 from t2l_engine.testing.bench import WARM_CALLS, Call, Ceilings, Name, Timing, cache_bytes, measure, threads
 
-ROOT = Path(__file__).resolve().parents[1]
 OURS = "ours"
 
 
@@ -198,7 +196,7 @@ def run(
     if not tasks:
         names = ", ".join(task.name for task in plan(context))
         raise BenchError(f"only: expected part of one of these names: {names}; got {only!r}")
-    source = _source()  # of what is about to be measured
+    tree = source()  # of what is about to be measured
     with threads(count):
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
         context.ceilings.survey(sizes, context.thread_counts)
@@ -211,27 +209,12 @@ def run(
         "suite": suite,
         "size": size,
         "command": command,
-        **source,
+        **tree,
         "machine": _machine(count),
         "versions": _versions(),
         "ceilings": {"before": context.ceilings.to_json(), "after": after.to_json()},
         **lists,
     }
-
-
-def _source() -> dict[str, Any]:
-    """Date, and commit of the tree that was measured."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    # Results themselves do not count: writing the first file would make the tree of the second dirty.
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    date = datetime.date.today().isoformat()
-    return {"date": date, "commit": git("rev-parse", "--short", "HEAD"), "dirty": None if changed is None else bool(changed)}
 
 
 def _machine(count: int) -> dict[str, Any]:

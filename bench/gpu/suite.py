@@ -9,7 +9,6 @@ one that is killed leaves what its last step had in ``OUT/.parts``.  The build i
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import os
@@ -37,8 +36,8 @@ from bench.gpu.steps import (
     allowance,
     plan,
 )
+from bench.source import ROOT, source
 
-ROOT = Path(__file__).resolve().parents[2]
 #: How often a step may go on in a new process, after it has lost its device or its life.
 TRIES = 3
 #: Of what a step prints, bytes that are kept: its beginning and its end.
@@ -131,7 +130,7 @@ class Suite:
         self.end = time.monotonic() + DEADLINE
         self.outcomes: list[Outcome] = []
         self.current: Running | None = None
-        self.source = source(commit)
+        self.source = measured(commit)
 
     def run(self, steps: list[Step]) -> list[Outcome]:
         for step in steps:
@@ -210,26 +209,14 @@ def clipped(log: Path) -> str:
     return text if len(text) <= KEPT else f"{text[: KEPT // 2]}\n[...]\n{text[-KEPT // 2 :]}"
 
 
-def source(commit: str | None) -> dict[str, Any]:
-    """Date, commit, and a digest of the sources that are measured."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return None
-
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+def measured(commit: str | None) -> dict[str, Any]:
+    """Date, commit (the one given goes first), and a digest of the sources that are measured."""
+    tree = source()
     digest = hashlib.sha256()
     for path in sorted([*ROOT.glob("csrc/**/*"), *ROOT.glob("t2l_engine/**/*.py"), ROOT / "CMakeLists.txt"]):
         if path.is_file() and path.suffix != ".so":
             digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or git("rev-parse", "--short", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "sources": digest.hexdigest()[:16],
-    }
+    return tree | {"commit": commit or tree["commit"], "sources": digest.hexdigest()[:16]}
 
 
 def _read(path: Path) -> dict[str, Any]:

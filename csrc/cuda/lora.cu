@@ -23,7 +23,6 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
     if (members[i].rank > kMaxRank) return "lora: a rank above 1024";
     argument.member[i] = members[i];
   }
-  argument.count = static_cast<int>(count);
   const LoraConfig& c = argument.config = choose_lora_config(members, count, limits);
   const int64_t slices = c.first_slice[count];
   if (c.chunks == 0 || slices == 0) return nullptr;

@@ -22,7 +22,6 @@ using cuda::kWarps;
 
 struct LoraLaunch {
   LoraParams member[cuda::kMaxGroup];
-  int count;
   cuda::LoraConfig config;
 };
 

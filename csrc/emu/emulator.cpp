@@ -232,7 +232,6 @@ const char* Machine::run(const Launch& launch, const Schedule& schedule, uint64_
   argument_ = argument;
   thread_count_ = launch.threads;
   warp_count_ = launch.threads / kLanes;
-  grid_x = launch.grid_x;
   counters = Counters{};
   failed_ = false;
   random_ = Random(seed);

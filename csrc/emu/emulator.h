@@ -109,7 +109,6 @@ struct Running {
   int thread = 0;
   int block_y = 0;
   int64_t block_x = 0;
-  int64_t grid_x = 0;
   Counters counters{};
 };
 extern __thread Running* running __attribute__((tls_model("initial-exec")));

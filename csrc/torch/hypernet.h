@@ -1,7 +1,6 @@
 // hypernet_trunk, hypernet_heads and hypernet_heads_out_ over the kernels of a backend (see lora.h).
 #pragma once
 #include <algorithm>
-#include <limits>
 
 #include "checks.h"
 
