@@ -14,9 +14,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import t2l_engine as t2l
 from bench.baselines import PEFT_ABSENT
-from bench.harness import OURS, Bar, Context, Error, Task, admit, row
+from bench.harness import OURS, Bar, Context, Error, Task, admit, logits_error, row
 from t2l_engine.integrations import smollm2
-from t2l_engine.testing import numerics
 
 ROWS, CACHED = 8, 64
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -159,16 +158,6 @@ def exact_logits(model: nn.Module, stack: t2l.AdapterStack | None, tokens: Tenso
         logits.append(adapted(input_ids=one[None], logits_to_keep=2).logits[0])
     both = torch.stack(logits)
     return {"prefill": both[:, 0], "decode": both[:, 1]}
-
-
-def logits_error(got: Tensor, exact: Tensor, other: Tensor) -> Error:
-    """Relative to the float64 logits; ``other``: those of the merged model in the dtype of ``got``, row by row.
-
-    In float32 two ways to call one model differ by torch's own products, which round by shape and alignment.
-    """
-    called_otherwise = numerics.EMBEDDING_FROBENIUS if got.dtype == torch.float32 else 0.0
-    bound = numerics.logits_bound(exact, other) / float(exact.norm()) + called_otherwise
-    return Error(numerics.relative_frobenius(got, exact), bound, "logits, relative Frobenius against float64")
 
 
 def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:

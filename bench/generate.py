@@ -188,7 +188,7 @@ def weight_bytes(net: HyperNetwork) -> int:
 def _floor(context: Context, net: HyperNetwork, count: int, threads: int, gflops: float) -> dict[str, Any]:
     num_bytes = weight_bytes(net) + adapter_bytes(net.config, count, net.dtype)
     gbps = context.ceilings.bandwidth_at(num_bytes, threads)
-    return floor(hypernet_flops(net.config, count), num_bytes, gflops, gbps)
+    return floor(hypernet_flops(net.config, count).total, num_bytes, gflops, gbps)
 
 
 def _cost_of_bf16(shape: HyperShape, single: HyperNetwork, rounded: HyperNetwork) -> dict[str, Any]:

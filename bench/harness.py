@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 import t2l_engine
 from bench.source import source
@@ -47,6 +48,16 @@ class Error(NamedTuple):
 def worst(errors: Iterable[Error]) -> Error:
     """The one nearest to its bound, or farthest beyond; NaN is beyond any."""
     return max(errors, key=lambda e: float("inf") if e.value != e.value else e.value / e.bound)
+
+
+def logits_error(got: Tensor, exact: Tensor, other: Tensor) -> Error:
+    """Relative to the float64 logits; ``other``: those of another way to call the model in the dtype of ``got``.
+
+    In float32 two ways to call one model differ by torch's own products, which round by shape and alignment.
+    """
+    called_otherwise = numerics.EMBEDDING_FROBENIUS if got.dtype == torch.float32 else 0.0
+    bound = numerics.logits_bound(exact, other) / float(exact.norm()) + called_otherwise
+    return Error(numerics.relative_frobenius(got, exact), bound, "logits, relative Frobenius against float64")
 
 
 def admit(case: str, functions: Mapping[str, Call], errors: Mapping[str, Error]) -> tuple[dict[str, Call], dict[str, str]]:

@@ -62,7 +62,7 @@ def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> tuple[str, 
         p.nbytes for layer in ours.model.encoder.layer for p in layer.parameters()
     )  # of a table, few rows are read
     least = floor(
-        count * flops.encoder_flops(ours.model.config, tokens // count),
+        count * flops.encoder_flops(flops.Encoder.from_config(ours.model.config), tokens // count).total,
         num_bytes,
         context.ceilings.gemm_at(dtype, context.threads),
         context.ceilings.bandwidth_at(num_bytes, context.threads),
@@ -127,8 +127,7 @@ class _Request:
         return floor(operations, num_bytes, ceilings.gemm_at(self.dtype, threads), gbps)
 
     def _head_flops(self) -> int:
-        c = self.net.config
-        return 2 * self.count * c.head_in_size * c.num_layers * c.rank * sum(c.in_features + c.out_features)
+        return flops.hypernet_flops(self.net.config, self.count)["heads"]
 
     def _head_bytes(self) -> int:
         return sum(p.nbytes for p in self.net.heads.parameters())
@@ -147,7 +146,7 @@ class _Request:
         bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
         errors = {OURS: latent, "reference": plain}
         errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}
-        operations = flops.hypernet_flops(self.net.config, self.count) - self._head_flops()
+        operations = flops.hypernet_flops(self.net.config, self.count).total - self._head_flops()
         weights = sum(p.nbytes for p in self.net.parameters()) - self._head_bytes()
         return functions, errors, self._floor(operations, weights + latent.nbytes)
 
@@ -217,7 +216,7 @@ class _Request:
             functions[name] = functools.partial(_each, [build(arguments) for arguments in work])
         adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
-        return functions, errors, self._floor(flops.lora_flops(self.net.config, self.count), adapters + tokens)
+        return functions, errors, self._floor(flops.lora_flops(self.net.config, self.count).total, adapters + tokens)
 
     def _tokens(self, stack: t2l.AdapterStack) -> dict[tuple[str, int], dict[str, Any]]:
         """Arguments of ``lora_add_`` by module and layer, y of zeros."""

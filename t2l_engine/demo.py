@@ -144,9 +144,11 @@ def show_costs(model, tokenizer, engine) -> None:
     count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
     question, shots = count(chat_prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
     words = len(encoder.tokenizer(encoder.prepare([description])[0])["input_ids"])
-    once = flops.encoder_flops(encoder.model.config, words) + flops.hypernet_flops(config)
-    per_question = flops.decoder_flops(model.config, question) + flops.lora_flops(config, question)
-    in_context = flops.decoder_flops(model.config, shots)
+    decoder = flops.Decoder.from_config(model.config)
+    describe = flops.encoder_flops(flops.Encoder.from_config(encoder.model.config), words)
+    once = (describe + flops.hypernet_flops(config)).total
+    per_question = (flops.decoder_flops(decoder, question) + flops.lora_flops(config, question)).total
+    in_context = flops.decoder_flops(decoder, shots).total
     table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
     for questions in (1, 10, 100):
         ours, theirs = once + questions * per_question, questions * in_context
@@ -154,7 +156,8 @@ def show_costs(model, tokenizer, engine) -> None:
     console.print(table)
     console.print(
         f"{question} tokens a question against {shots} with description and examples; describing costs "
-        f"{once / 1e9:.2f} GFLOP once. Prompt processing to the first answer token, examples not cached.\n"
+        f"{once / 1e9:.2f} GFLOP once. Prompt processing to the first answer token, examples not cached "
+        "(t2l cost --model smollm2-135m: cached too, and larger models).\n"
     )
 
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from t2l_engine import _native, reference
+from t2l_engine import _native, op_flops, reference
 
 NAMESPACE = "t2l_engine"
 
@@ -71,6 +71,7 @@ for _name in NATIVE_OPS:
     _library.impl(f"{_name}_reference", getattr(reference, _name), "CompositeExplicitAutograd")
 
 NATIVE = _native.load()
+op_flops.register()
 
 
 def has_kernel(name: str, backend: str) -> bool:

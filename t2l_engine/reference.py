@@ -7,6 +7,7 @@ rounds.  Called with float64 operands the same code is the oracle: it rounds now
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,15 @@ def autoregressive_trunk(z: Tensor, weights: Sequence[Tensor], pos_emb: Tensor |
     return mlp(x, *mlp3).to(weights[0].dtype).transpose(2, 3)[:, :, None]
 
 
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, for a recomputation.  Under a dispatch mode, such as torch's FLOP counter, an op runs below autograd: its
+    dispatch keys are off, and ``enable_grad`` alone records nothing."""
+    allow, keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    with torch.enable_grad(), allow(keys.AutogradFunctionality, False), allow(keys.ADInplaceOrView, False):
+        yield
+
+
 def hypernet_trunk_backward(
     grad: Tensor,
     z: Tensor,
@@ -125,7 +135,7 @@ def hypernet_trunk_backward(
     rotary_ranks: int,
 ) -> list[Tensor]:
     """Gradients of ``z``, of every weight, of ``side_emb`` and ``pos_emb`` where given, by recomputation."""
-    with torch.enable_grad():
+    with _recording():
         inputs = [t.detach().requires_grad_() for t in (z, *weights, side_emb, pos_emb) if t is not None]
         rest = inputs[1 + len(weights) :]
         side = rest.pop(0) if side_emb is not None else None
@@ -250,7 +260,7 @@ def hypernet_heads_backward(
     modules = _modules(latent, weight, bias, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
     grad_latent, grad_weight, grad_bias = latent.new_empty(latent.shape), [], []
     for i, (*tensors, mul, _, mul_of_B, _, r, n_in, n_out) in enumerate(modules):
-        with torch.enable_grad():
+        with _recording():
             inputs = [t.detach().requires_grad_() for t in tensors if t is not None]
             x, w, b = inputs if len(inputs) == 3 else (*inputs, None)
             out = _rounded(*_head(x, w, b, mul, None, mul_of_B, None, r, n_in, n_out), w.dtype)

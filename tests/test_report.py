@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import icl_result
 import pytest
 
 from bench import figures, report, rows, tables
@@ -33,7 +34,7 @@ def timed(us, ours):
     return {"median_us": us, "iqr_us": us / 50, "rounds": 30, "speedup": us / ours}
 
 
-def result(suite, rows_, **fields):
+def result(suite, rows, **fields):
     rates = {
         "gemm": [{"dtype": d, "threads": 1, "gflops": g} for d, g in (("float32", 100.0), ("bfloat16", 220.0))],
         "fma": [{"dtype": "float32", "threads": 1, "gflops": 120.0}],
@@ -56,7 +57,7 @@ def result(suite, rows_, **fields):
         },
         "versions": {"t2l_engine": "0.1.0", "torch": "2.11", "python": "3.12", "compiler": "g++ 14", "peft": None},
         "ceilings": {"before": rates, "after": after},
-        "rows": rows_,
+        "rows": rows,
         **fields,
     }
 
@@ -134,6 +135,8 @@ def root(tmp_path):
     shutil.copy(report.ROOT / "bench" / "results" / report.quality.FILE, results)
     save(tmp_path, generation())
     save(tmp_path, application())
+    save(tmp_path, result("icl", **icl_result.lists()))
+    shutil.copy(report.ROOT / "bench" / "results" / "lengths.json", results)
     return tmp_path
 
 
@@ -155,8 +158,8 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def loaded(root):
-    return [rows.load(root / "bench" / "results" / f"{suite}.json") for suite in ("generate", "apply")]
+def loaded(root, suites=("generate", "apply")):
+    return [rows.load(root / "bench" / "results" / f"{suite}.json") for suite in suites]
 
 
 def check(root):
@@ -167,7 +170,13 @@ def test_written_is_checked(drawn):
     assert check(drawn) == []
 
 
-@pytest.mark.parametrize("document, number", [("README.md", "73.0 ms"), ("docs/results.md", "| 20.0 (0.400) |")])
+@pytest.mark.parametrize(
+    "document, number",
+    [
+        *(("README.md", number) for number in ("73.0 ms", "3.50 x (3.15–3.85)", "question costs 0.857;")),
+        *(("docs/results.md", number) for number in ("| 20.0 (0.400) |", "| 0.000005 |", "| 4,197 (14.3) |")),
+    ],
+)
 def test_hand_edit_is_found(drawn, document, number):
     edit(drawn / document, number, re.sub(r"\d", "9", number))
     assert check(drawn) == [f"{document}: a table differs from bench/results; run: python -m bench.report"]
@@ -175,10 +184,10 @@ def test_hand_edit_is_found(drawn, document, number):
 
 def test_markers(drawn):
     edit(drawn / "docs" / "results.md", "<!-- lora: end -->", "")
-    edit(drawn / "README.md", "<!-- speed: begin -->", "<!-- icl: begin -->\n<!-- icl: end -->\n<!-- speed: begin -->")
+    edit(drawn / "README.md", "<!-- speed: begin -->", "<!-- fast: begin -->\n<!-- fast: end -->\n<!-- speed: begin -->")
     problems = check(drawn)
     assert "docs/results.md: markers of table 'lora' are missing, doubled or out of order" in problems
-    assert "README.md: markers of 'icl', which is no table" in problems
+    assert "README.md: markers of 'fast', which is no table" in problems
     before = (drawn / "docs" / "results.md").read_text(encoding="utf-8")
     assert report.Report(drawn).write() == problems
     assert (drawn / "docs" / "results.md").read_text(encoding="utf-8") == before
@@ -201,7 +210,7 @@ def test_stale_figures_are_found(drawn):
 
 
 def test_figures_follow_their_code(drawn, monkeypatch):
-    monkeypatch.setattr(figures, "drawing_version", lambda: "another")
+    monkeypatch.setattr(figures, "drawing_version", lambda name: "another")
     assert len([p for p in check(drawn) if "older than its data or drawing" in p]) == 2 * len(figures.FIGURES)
 
 
@@ -264,7 +273,7 @@ def test_one_description(root):
 
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_figures_are_deterministic(root, name):
-    results = [result for result in loaded(root) if result.meta["suite"] in figures.FIGURES[name].sources]
+    results = loaded(root, figures.FIGURES[name].sources)
     first, second = (figures.files(name, results, "stamp of the data") for _ in range(2))
     assert first == second and set(first) == {f"{name}.svg", f"{name}.png"}
     assert all(b"stamp of the data" in data for data in first.values())

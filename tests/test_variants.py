@@ -8,10 +8,8 @@ import yaml
 from oracle import ENCODERS, FLAGS, MODULES, TRAININGS, adapters, cast, checkpoint, write
 from safetensors.torch import load_file
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
-from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig, ops, reference
-from t2l_engine.flops import hypernet_flops
+from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, trunk_bound
 
 VARIANTS = tuple(FLAGS)
@@ -299,23 +297,6 @@ def test_number_of_parameters(variant, encoder, head_bias):
     c = config(variant, encoder, head_bias=head_bias)
     with torch.device("meta"):
         assert c.num_parameters == sum(tensor.numel() for tensor in HyperNetwork(c).state_dict().values())
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_flops(variant, encoder, monkeypatch):
-    def heads(latent, weight, bias, *sizes, mul_A, add_A, mul_B, add_B):
-        made = reference.hypernet_heads(latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes)
-        return made[::2], made[1::2]
-
-    monkeypatch.setattr(ops, "hypernet_trunk", reference.hypernet_trunk)  # the counter does not look into our ops
-    monkeypatch.setattr(ops, "hypernet_heads", heads)
-    c = config(variant, encoder)
-    net = HyperNetwork(c)
-    net.generate(task_embs())  # folds what does not depend on the task
-    with FlopCounterMode(display=False) as counter:
-        net.generate(task_embs(5))
-    assert hypernet_flops(c, 5) == counter.get_total_flops()
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def rows_of(
                 absent["eager, captured"] = f"one description at a time: timed up to {CAPTURED}"
         seconds = max(0.5, min(3.0, context.left / 12)) if context.on_card else 0.05
         timings = results.with_best_copy(measure(device, candidates, seconds, absent))
-        least = results.floor(ceilings, hypernet_flops(net.config, count), num_bytes, net.dtype)
+        least = results.floor(ceilings, hypernet_flops(net.config, count).total, num_bytes, net.dtype)
         heads = sum(p.nbytes for p in net.heads.parameters()) / ceilings.gbps / 1e3
         bar = {"bar": ONE, "unit_us": heads} if count == 1 else {}
         given = {"cache": "cold", "absent": absent | wrong, "least": least, **bar}

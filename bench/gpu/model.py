@@ -21,12 +21,14 @@ from bench.gpu.timing import Candidate, measure
 from bench.harness import OURS, Bar, Error, VerificationError, worst
 from bench.rows import BASE
 from t2l_engine import reference
+from t2l_engine.flops import Decoder
 from t2l_engine.layers import LoRALinear
 from t2l_engine.testing import numerics
 
 #: Tokens that a row has when the step ends: few, so that the base step is short and the adapters' share large.
 CONTEXT = 128
-TINY = llama.Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=48, vocabulary=61)
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
+TINY = Decoder.from_config({"model_type": "llama", **_WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2})
 #: Modules of a set of adapters.
 SETS = {
     "q,v": ("q_proj", "v_proj"),
@@ -63,9 +65,21 @@ def barred() -> list[dict[str, Any]]:
     return [results.expected("model", step_name(*one), AS_IT_COMES, BAR) for one in all_of]
 
 
-def shared(model: nn.Module) -> nn.Module:
-    """The same model around the same weights: what is attached to it does not touch ``model``."""
-    return copy.deepcopy(model, {id(t): t for t in itertools.chain(model.parameters(), model.buffers())})
+def shared(model: nn.Module, own: tuple[str, ...] = ()) -> nn.Module:
+    """The same model around the same weights: what is attached to it does not touch ``model``.
+
+    ``own``: modules whose weights are copied, for what is merged into them.
+    """
+    copied = {id(t) for name, module in model.named_modules() if name.endswith(own) for t in module.parameters()}
+    kept = (t for t in itertools.chain(model.parameters(), model.buffers()) if id(t) not in copied)
+    return copy.deepcopy(model, {id(t): t for t in kept})
+
+
+def verified(case: str, error: Error) -> Error:
+    """``error``; raises VerificationError where it is beyond its bound."""
+    if not error.value <= error.bound:
+        raise VerificationError(f"{case}: {error}")
+    return error
 
 
 def random_adapters(model: llama.Llama, names: tuple[str, ...], count: int, seed: int) -> t2l.AdapterStack:
@@ -93,17 +107,15 @@ def steps(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row for every number of adapters, all beside the same base step."""
     device = context.device
-    shape, dtype = (llama.Shape() if context.on_card else TINY), torch.bfloat16
+    shape, dtype = (llama.MISTRAL if context.on_card else TINY), torch.bfloat16
     model = llama.make(shape, rows, CONTEXT if context.on_card else 6, device.torch, dtype)
-    tokens = torch.randint(shape.vocabulary, (rows,), device=device.torch)
+    tokens = torch.randint(shape.vocabulary, (rows, 1), device=device.torch)
     stack = random_adapters(model, SETS[modules], max(counts), seed=9)
     adapted, errors = {}, {}
     for count in counts:
         adapted[count] = shared(model)
         t2l.attach(adapted[count], stack[:count]).set([row % count for row in range(rows)])
-        errors[count] = layer_error(adapted[count], tokens)
-        if not errors[count].value <= errors[count].bound:
-            raise VerificationError(f"{step_name(modules, rows, count)}: {errors[count]}")
+        errors[count] = verified(step_name(modules, rows, count), layer_error(adapted[count], tokens))
     adapter_bytes = stack.num_parameters * dtype.itemsize
     del stack
     calls = {BASE: functools.partial(model, tokens)} | {n: functools.partial(m, tokens) for n, m in adapted.items()}
@@ -124,7 +136,7 @@ def steps(
 def layer_error(model: nn.Module, tokens: Tensor) -> Error:
     """The worst error over the adapted linears of the first and last layer, in one step, on the inputs they get there.
 
-    Against the base linear's own output, to which the adapters are added in float64.
+    Against the base linear's own output, to which the adapters are added in float64.  ``tokens``: as the model takes them.
     """
     seen: list[tuple[LoRALinear, Tensor, Tensor]] = []
 
@@ -140,10 +152,10 @@ def layer_error(model: nn.Module, tokens: Tensor) -> Error:
     errors = []
     for layer, x, y in seen:
         (member,) = layer._members
-        segments = layer._routing.segments(len(tokens), 1)
-        exact = layer.base(x).double()
-        operands = (x.double(), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
+        segments = layer._routing.segments(*tokens.shape)
+        exact = layer.base(x).double().flatten(0, 1)
+        operands = (x.double().flatten(0, 1), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
         routing = segments.seg_indptr, segments.seg_adapters, segments.max_seg_len, member.ranks
         reference.lora_add_(exact, *operands, *routing)
-        errors.append(Error(numerics.relative_frobenius(y, exact), numerics.lora_frobenius(y.dtype)))
+        errors.append(Error(numerics.relative_frobenius(y.flatten(0, 1), exact), numerics.lora_frobenius(y.dtype)))
     return worst(errors)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.context import Skip
+from bench.gpu.context import Context, Skip
 
 
 class Nvml:
@@ -70,3 +70,8 @@ class DryMeter:
 
 
 Meter = Nvml | DryMeter
+
+
+def meter(context: Context) -> Meter:
+    """That of this device.  Raises Skip as :class:`Nvml` does."""
+    return Nvml() if context.on_card else DryMeter()

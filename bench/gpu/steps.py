@@ -83,6 +83,7 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
         own("decode", "lora:decode", 65, least=20),
         own("generation", "generation:run", 70, least=20),
         own("model", "model:run", 50, least=25),
+        own("icl", "icl:run", 55, least=25),
         own("sanitizers", "sanitizers:run", 60, least=25),
         own("emulator", "outputs:run", 40),
         own("energy", "energy:run", 30, least=15, required=False),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.markdown import GAP, grid, number, size, times
+from bench.markdown import GAP, duration, grid, number, size, times
 from bench.rows import BASE
 
 Row = dict[str, Any]
@@ -22,7 +22,11 @@ COPY, APART, EAGER, OPS, HEADS = "copy", "ours, a launch a linear", "ours, from 
 AS_IT_COMES = "as it comes"
 #: The ops' meaning in plain torch, which widens weights of 16 bits on every call.
 REFERENCE = "reference"
-BESIDE = (COPY, APART, EAGER, OPS, BASE, REFERENCE)
+#: What turns a description into what ours begins with: a part of a request.
+ENCODER = "text encoder"
+BESIDE = (COPY, APART, EAGER, OPS, BASE, REFERENCE, ENCODER)
+#: Two ways to answer the first question of a user.
+PER_REQUEST, THREE_SHOT = "T2L, per request", "3-shot ICL"
 #: As in bench.harness, which needs the engine.
 OURS = "ours"
 NOT_MEASURED = "Not yet measured."
@@ -49,6 +53,11 @@ def load(path: Path) -> dict[str, Any]:
 def rivals(names: Iterable[str]) -> list[str]:
     """Those of ``names`` that do what ours does in another way."""
     return [name for name in names if name not in BESIDE and name != OURS]
+
+
+def first_question(way: str) -> str:
+    """The case of answering it in one of these ways."""
+    return f"first question, {way}"
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
@@ -124,6 +133,11 @@ FLOOR: list[Column] = [
     ("x floor", lambda row: number(row.get("floor_ratio"))),
     ("x copy", lambda row: number(row.get("copy_ratio"))),
 ]
+IN_CONTEXT: list[Column] = [
+    (f"FLOPs, {THREE_SHOT}", lambda row: times(row["shape"]["flops_in_context"] / row["floor"]["flops"])),
+    ("memory a user", lambda row: size(row["shape"]["user_bytes"])),
+    (f"memory, {THREE_SHOT}", lambda row: size(row["shape"]["user_bytes_in_context"])),
+]
 VERDICT: list[Column] = [("bar", lambda row: bar_text(row["bar"])), ("verdict", verdict)]
 X_BASE: Column = ("x base", _x_base)
 ERROR: Column = ("error (bound)", lambda row: f"{row['error']['value']:.1e} ({row['error']['bound']:.1e})")
@@ -136,6 +150,17 @@ GROUPS: dict[str, tuple[str, list[Column]]] = {
     "compiled": ("Generating adapters beside torch.compile", FLOOR),
     "linear": ("A linear with its adapters", [_time(BASE), X_BASE]),
     "model": ("A decode step of a whole model", [_time(BASE), X_BASE, *FLOOR]),
+    "icl": ("The first question of a user, beside in-context learning", [_time(BASE), X_BASE, *IN_CONTEXT, *FLOOR]),
+}
+#: Group of rows -> what its table says below.
+NOTES = {
+    "icl": "One user, and the token counts that the paper's FLOPs imply: a question of 59 tokens, 299 with three examples, "
+    "a description of 35.  Per request: text encoder, hypernetwork, and the question's prefill with the adapter.  Memory: "
+    "keys and values of a user, and weights that are the user's own; text encoder and hypernetwork, 1 GB, serve all users.  "
+    "Expected of an H100 before one had run this, from sizes alone: every prefill reads 14.2 GB of weights, 4.7 ms "
+    "at 3 TB/s; 299 tokens are 4.2 TFLOP, 7 ms at 600 TFLOP/s.  So in-context learning should take 1.2 to 1.6 times as "
+    "long as ours, far from the 4.9 times of its FLOPs: reading the weights dominates.  A decode step of 64 rows should "
+    "gain a tenth at most."
 }
 
 
@@ -148,7 +173,7 @@ def group_table(result: dict[str, Any], group: str) -> str | None:
     if not found:
         return None
     names = list(dict.fromkeys(name for row in found for name in row["baselines"]))
-    forms = [_time(name) for name in names if name in (APART, EAGER, OPS, REFERENCE)]
+    forms = [_time(name) for name in names if name in (APART, EAGER, OPS, REFERENCE, ENCODER)]
     columns = [CASE, CACHE, *MINE, *forms, *GROUPS[group][1], *map(_beside, rivals(names)), *VERDICT, ERROR]
     columns = [c for c in columns if c is CASE or any(c[1](row) != GAP for row in found)]
     lines = grid([title for title, _ in columns], [[cell(row) for _, cell in columns] for row in found])
@@ -158,7 +183,8 @@ def group_table(result: dict[str, Any], group: str) -> str | None:
         for name, baseline in row["baselines"].items()
         if "absent" in baseline
     }
-    return "\n\n".join([lines, *([f"{GAP} {'; '.join(sorted(why))}."] if why else [])])
+    notes = [NOTES[group]] if group in NOTES else []
+    return "\n\n".join([lines, *notes, *([f"{GAP} {'; '.join(sorted(why))}."] if why else [])])
 
 
 def bars(result: dict[str, Any]) -> str:
@@ -174,12 +200,36 @@ def bars(result: dict[str, Any]) -> str:
 
 def energy(result: dict[str, Any]) -> str:
     """Power, clocks and joules."""
-    heads = ("case", "adapters", "us an adapter", "mJ an adapter", "W", "SM MHz", "memory MHz")
-    keys = ("us_an_adapter", "mj_an_adapter", "watts", "sm_mhz", "memory_mhz")
+    heads = ("case", "counted", "us each", "mJ each", "W", "SM MHz", "memory MHz")
+    keys = ("us_each", "mj_each", "watts", "sm_mhz", "memory_mhz")
     entries = result.get("energy", [])
     if not entries:
         return NOT_MEASURED
-    return grid(heads, [[e["case"], str(e["adapters"]), *(number(e.get(key)) for key in keys)] for e in entries])
+    return grid(heads, [[e["case"], _counted(e), *(number(e.get(key)) for key in keys)] for e in entries])
+
+
+def _counted(entry: dict[str, Any]) -> str:
+    unit, count = entry["unit"], entry["count"]
+    return f"{count} {unit}{'' if count == 1 else 's'}" if unit else GAP
+
+
+def question(result: dict[str, Any]) -> str | None:
+    """What the first question of a user costs in both ways, in one line, or None where that was not measured."""
+    rows = [row for row in result.get("rows", []) if row["case"] == first_question(PER_REQUEST)]
+    timings = [(row["ours"], other) for row in rows if "median_us" in (other := row["baselines"].get(THREE_SHOT, {}))]
+    if not timings:
+        return None
+    spent = {e["case"]: e["mj_each"] / 1e3 for e in result.get("energy", []) if e["unit"] == "question"}
+    joules = [spent.get(first_question(way)) for way in (PER_REQUEST, THREE_SHOT)]
+    ours, theirs = (timing["median_us"] for timing in timings[0])
+    if None in joules:
+        words, less = ["", ""], ""
+    else:
+        words, less = [f" and {number(j)} J" for j in joules], f", {number(joules[1] / joules[0])} x the energy"
+    return (
+        f"First question of a user, 7B-shaped model: {duration(ours)}{words[0]} with a description (text encoder, adapter, "
+        f"prefill), {duration(theirs)}{words[1]} with three examples: {number(theirs / ours)} x the time{less}."
+    )
 
 
 def checks(result: dict[str, Any]) -> str:
@@ -218,8 +268,10 @@ def committed(path: Path) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Bars and losses, for the README."""
-    return f"{bars(result)}\n\n{caption(result)}  {SOURCE}" if result else NOT_MEASURED
+    """Bars and losses, and a first question, for the README."""
+    if not result:
+        return NOT_MEASURED
+    return "\n\n".join(filter(None, [bars(result), question(result), f"{caption(result)}  {SOURCE}"]))
 
 
 def everything(result: dict[str, Any]) -> str:

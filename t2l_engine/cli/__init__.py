@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli import chat, evaluate, folders, generate, info, train
+from t2l_engine.cli import chat, cost, evaluate, folders, generate, info, train
 from t2l_engine.cli.common import say
 
 STATUS = (
@@ -29,7 +29,7 @@ app = typer.Typer(
     epilog=STATUS,
 )
 for command in (
-    generate.generate, chat.chat, evaluate.evaluate, folders.convert, folders.show, info.info,
+    generate.generate, chat.chat, evaluate.evaluate, folders.convert, folders.show, cost.cost, info.info,
 ):  # fmt: skip
     app.command(epilog=STATUS)(command)
 app.add_typer(train.app, name="train")

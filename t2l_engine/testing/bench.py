@@ -40,17 +40,18 @@ LARGEST_PROBE = 4 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median and interquartile range over ``rounds`` samples."""
+    """Microseconds a call: median and interquartile range over ``rounds`` samples, and these in the order of the rounds."""
 
     median_us: float
     iqr_us: float
     rounds: int
+    samples: tuple[float, ...] = dataclasses.field(default=(), repr=False)
 
     @staticmethod
     def of(samples: Sequence[float]) -> Timing:
         """Of at least two samples in us."""
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return Timing(median, high - low, len(samples))
+        return Timing(median, high - low, len(samples), tuple(samples))
 
     def to_json(self) -> dict[str, float]:
         return {"median_us": round(self.median_us, 3), "iqr_us": round(self.iqr_us, 3), "rounds": self.rounds}

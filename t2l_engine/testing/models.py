@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.config import HyperNetworkConfig
+from t2l_engine.flops import known_setup, known_setups
 from t2l_engine.hypernetwork import HyperNetwork, NormedEmbedding
 
 #: Entries of A and B are a few hundredths, as trained ones are.
@@ -75,15 +76,13 @@ def _fill(net: HyperNetwork, generator: torch.Generator) -> None:
             module.weight.normal_(generator=generator)
 
 
+def _known(name: str) -> HyperShape:
+    c = known_setup(name).hypernet
+    sizes = {field: getattr(c, field) for field in ("embed_dim", "latent_size", "head_in_size", "rank", "variant")}
+    return HyperShape(name, c.num_layers, c.in_features[0], *c.out_features, **sizes)
+
+
 #: Released by SakanaAI as variant L (the first three); the sizes of the bundled checkpoint.
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        HyperShape("mistral-7b", 32, 4096, 4096, 1024, latent_size=128, head_in_size=512),
-        HyperShape("llama-3.1-8b", 32, 4096, 4096, 1024),
-        HyperShape("gemma-2-2b", 26, 2304, 2048, 1024),
-        HyperShape("smollm2-135m", 30, 576, 576, 192, embed_dim=384, latent_size=128, head_in_size=112),
-    )
-}
+SHAPES = {name: _known(name) for name in known_setups()}
 #: Variants with native kernels that benchmarks compare.
 VARIANTS = ("L", "M", "S-learnable")

@@ -142,7 +142,7 @@ def test_generation_rows(context):
 def test_linear_and_model_rows(context):
     linear.run(context)
     shape = dataclasses.replace(model.TINY, layers=1)
-    assert model.llama.make(shape, 2, 4, torch.device("cpu"), torch.bfloat16)(torch.tensor([0, 1])).shape == (2, 61)
+    assert model.llama.make(shape, 2, 4, torch.device("cpu"), torch.bfloat16)(torch.tensor([[0], [1]])).shape == (2, 61)
     context.part.data["rows"].extend(row for _, row in model.steps(context, RATES, "all linears", 4, (1, 4)))
     one, *steps = context.part.data["rows"]
     assert {BASE, tables.EAGER, "PEFT single"} <= one["baselines"].keys() and "failed" not in context.part.data

@@ -49,6 +49,7 @@ def test_plan(tmp_path, dry):
     names, own = list(made), [one for one in made.values() if one.part]
     assert len(names) == len(plan(tmp_path, dry)) and names[0] == "build" and len(own) == len(names) - 2
     assert max(map(names.index, ("sanitizers", "energy", "compiled"))) < names.index("prefill")
+    assert names.index("icl") == names.index("model") + 1 and made["icl"].required
     assert all(one.least <= one.limit for one in made.values())
     assert sum(one.least for one in made.values() if one.required) < 530, "a slow build must leave something"
     for one in own:
@@ -65,7 +66,7 @@ def test_suite(tmp_path):
     scratch.mkdir()
     out.mkdir()
     lost = f"import os, pathlib, sys; p = pathlib.Path({str(scratch / 'tries')!r}); p.open('a').write('x'); "
-    rows_of = {"energy": [{"case": "a", "adapters": 1}], "info": {"n": 1}, "machine": {"gpu": "card"}}
+    rows_of = {"energy": [{"case": "a", "unit": "adapter", "count": 1}], "info": {"n": 1}, "machine": {"gpu": "card"}}
     rows_of["left_out"] = [{"case": "b", "why": "no time"}]
     leave = f"import json; open({str(scratch / 'fine.json')!r}, 'w').write({json.dumps(rows_of)!r}); print('fine')"
     child = f"import subprocess as s; open({str(scratch / 'pid')!r}, 'w').write(str(s.Popen(['sleep', '60']).pid))"
@@ -105,7 +106,7 @@ def test_suite(tmp_path):
     left = Path("/proc", (scratch / "pid").read_text(), "stat")
     assert not left.exists() or left.read_text().split()[2] == "Z", "what a step leaves behind is ended"
     result = json.loads((out / "gpu.json").read_text())
-    assert result["energy"] == [{"step": "fine", "case": "a", "adapters": 1}] and result["info"] == {"fine": {"n": 1}}
+    assert result["energy"] == [{"step": "fine", **rows_of["energy"][0]}] and result["info"] == {"fine": {"n": 1}}
     assert result["machine"] == {"gpu": "card"} and len(result["steps"]) == len(steps) and result["size"] == "dry"
     assert {"date", "commit", "dirty", "sources"} <= result.keys()
     log = (out / "log.txt").read_text()

@@ -1,0 +1,293 @@
+"""``t2l cost``: operations, bytes and memory of in-context learning and of generated adapters, from configurations alone.
+
+Imports neither torch nor what needs it (``t2l_command`` relies on that): a checkpoint's ``config.json`` is read here, not
+through :mod:`t2l_engine.checkpoint`.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from t2l_engine import flops
+from t2l_engine.cli.common import Json, print_json, split_names
+from t2l_engine.cli.cost_tables import document, render
+from t2l_engine.config import ConfigError, HyperNetworkConfig, OneHotConfig, from_json, read_json, shown, to_json
+from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
+from t2l_engine.flops import decoder as decoders
+from t2l_engine.flops import encoder as encoders
+from t2l_engine.flops import known
+
+CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
+FORMAT, CONFIG_NAME, WEIGHTS_NAME, REFERENCE_NAME = (
+    "t2l_engine.hypernetwork.v1", "config.json", "hypernet.safetensors", "hypermod.pt",
+)  # fmt: skip
+DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
+ADAPTER, ENCODER = 2, 2  # bytes a value
+MOST_TOKENS, MOST_USERS, MOST_QUESTIONS = 1 << 20, 1 << 16, 10**12
+
+
+class Values(str, enum.Enum):
+    """What a value is kept in; int4 without the scales that belong to it."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8 = "float8"
+    int4 = "int4"
+
+    @property
+    def itemsize(self) -> float:
+        return {"float32": 4, "float8": 1, "int4": 0.5}.get(self.value, 2)
+
+
+def _tokens(text: str, least: int = 0, option: str | None = None) -> Any:
+    return Annotated[int, typer.Option(*([option] if option else []), min=least, max=MOST_TOKENS, help=text)]
+
+
+def _size(text: str, default: str) -> Any:
+    return Annotated[int | None, typer.Option(min=1, help=f"{text}, without --checkpoint; default: {default}.")]
+
+
+def _rate(text: str) -> Any:
+    return Annotated[float | None, typer.Option(min=1e-9, max=1e9, help=f"{text}; adds the least times at these rates.")]
+
+
+def cost(
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"Language model: {', '.join(known.known_setups())}, a local transformers folder or its config.json; "
+            f"default: what the checkpoint names, else {DEFAULT_MODEL}."
+        ),
+    ] = "",
+    checkpoint: Annotated[
+        str,
+        typer.Option(
+            "--checkpoint", "-c", help="Bundled checkpoint name, or a native folder, for its hypernetwork and encoder."
+        ),
+    ] = "",
+    encoder: Annotated[
+        str,
+        typer.Option(
+            help=f"Text encoder: {', '.join(known.known_encoders())}, a local folder, its config.json, or "
+            f"'{LANGUAGE_MODEL}' (the language model's last token); default: the checkpoint's or the known model's, "
+            f"else {DEFAULT_ENCODER}."
+        ),
+    ] = "",
+    variant: Annotated[
+        str,
+        typer.Option(help=f"Kind of hypernetwork, without --checkpoint: L, M, S-learnable ...; default: {known.VARIANT}."),
+    ] = "",
+    rank: _size("Rank of the adapters", str(known.RANK)) = None,
+    modules: Annotated[
+        str, typer.Option(help=f"Adapted linears, without --checkpoint; default: {','.join(known.MODULES)}.")
+    ] = "",
+    latent_size: _size("Latent size", f"the known model's, else {known.LATENT_SIZE}") = None,
+    head_in_size: _size("Width before the heads", f"the known model's, else {known.HEAD_IN_SIZE}") = None,
+    questions: Annotated[int, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions of one task.")] = 100,
+    shots: _tokens("Worked examples in the prompt of in-context learning.") = 3,
+    shot: _tokens("Tokens of an example.") = 80,
+    question: _tokens("Tokens of a question, its chat template included.", 1) = 59,
+    answer: _tokens("Tokens of an answer.", 1) = 16,
+    description: _tokens("Tokens of the task's description, as the text encoder counts them.", 1) = 35,
+    instruction: _tokens("Tokens of a description in the prompt of in-context learning.") = 0,
+    system: _tokens("Tokens at the head of every prompt, whatever the task.") = 0,
+    users: Annotated[int, typer.Option(min=1, max=MOST_USERS, help="Answers made at a time: memory, decode step.")] = 1,
+    tasks: Annotated[int, typer.Option(min=1, max=MOST_USERS, help="Different tasks among the users.")] = 1,
+    dtype: Annotated[
+        Values | None,
+        typer.Option(
+            help="The model's weights; int4: half a byte, scales not counted; default: the config's, else bfloat16."
+        ),
+    ] = None,
+    cache_dtype: Annotated[
+        Values | None, typer.Option(help="Keys and values; default: as the weights, of fewer than 16 bits bfloat16.")
+    ] = None,
+    tflops: _rate("10^12 operations a second of your device") = None,
+    gbps: _rate("10^9 bytes a second of your device") = None,
+    as_json: Json = False,
+) -> None:
+    """What a question costs by in-context learning (ICL) and by a generated adapter (T2L), for your numbers.
+
+    Operations, bytes and memory of six ways to serve a task, and when which one costs less.  Counted from configurations:
+    no weights are read, nothing is downloaded or measured, and nothing is said about how good the answers are.
+    """
+    if (tflops is None) != (gbps is None):
+        raise typer.BadParameter("expected both --tflops and --gbps, or neither")
+    if not all(math.isfinite(rate) for rate in (tflops or 0, gbps or 0)):
+        raise typer.BadParameter("expected finite --tflops and --gbps")
+    if tasks > users:
+        raise typer.BadParameter(f"--tasks: expected at most as many as --users, {users}, got {tasks}")
+    sizes = {
+        "variant": variant, "rank": rank, "modules": tuple(split_names(modules)), "latent_size": latent_size,
+        "head_in_size": head_in_size,
+    }  # fmt: skip
+    given = {name: value for name, value in sizes.items() if value}
+    if checkpoint and given:
+        raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: --checkpoint gives the hypernetwork")
+    load = flops.Workload(
+        question=question, answer=answer, shots=shots, shot=shot, description=description, instruction=instruction,
+        system=system,
+    )  # fmt: skip
+    setup, about = _setup(model, checkpoint, encoder, given, dtype, cache_dtype)
+    rates = None if tflops is None or gbps is None else (tflops * 1e12, gbps * 1e9)
+    result = about | document(setup, load, questions, users, tasks, rates)
+    if as_json:
+        print_json(result)
+    else:
+        render(result)
+
+
+# --- what the options name ---------------------------------------------------------------------------------------------
+
+
+def _setup(
+    model: str, checkpoint: str, encoder: str, given: Mapping[str, Any], dtype: Values | None, cache_dtype: Values | None
+) -> tuple[flops.Setup, dict[str, Any]]:
+    """The setup that options describe, and what to call its parts."""
+    path, blocks = _native(checkpoint) if checkpoint else (None, {})
+    model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
+    if not model:
+        raise ValueError("--model: the checkpoint does not name one; give it here")
+    name = _known("models", model)
+    if name:
+        decoder, stated = flops.known_setup(name).decoder, None
+    else:
+        decoder, stated = _decoder(model, dtype)
+    weights = dtype or stated or Values.bfloat16
+    cache = cache_dtype or (weights if weights.itemsize >= 2 else Values.bfloat16)
+    entry = read_json(known.FILE)["models"].get(name, {})
+    encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
+    texts = decoder if encoder == LANGUAGE_MODEL else _encoder(encoder)
+    if checkpoint:
+        hypernet = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{path}: hypernetwork")
+        _check(hypernet, decoder, texts, f"{path}: hypernetwork")
+    else:
+        hypernet = known.hypernetwork_for(decoder, texts, **(entry.get("hypernetwork", {}) | given))
+    setup = flops.Setup(
+        decoder, texts, hypernet, itemsize=weights.itemsize, cache_itemsize=cache.itemsize, adapter_itemsize=ADAPTER,
+        encoder_itemsize=0 if encoder == LANGUAGE_MODEL else ENCODER,
+    )  # fmt: skip
+    about = {
+        "model": {
+            "name": name or model, "type": decoder.model_type, "parameters": decoder.num_parameters, "dtype": weights.value,
+            "bytes": round(decoder.num_parameters * weights.itemsize), "cache_dtype": cache.value,
+            "cache_bytes_per_token": setup.kv(1), "window": min(filter(None, decoder.windows), default=None),
+        },
+        "hypernetwork": to_json(hypernet) | {"checkpoint": checkpoint or None, "parameters": hypernet.num_parameters},
+        "encoder": {
+            "name": encoder, "type": texts.model_type, "parameters": texts.num_parameters,
+            "bytes_per_value": setup.encoder_itemsize,
+        },
+        "adapter": {"values": flops.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER},
+        "generator_bytes": setup.generator_bytes,
+    }  # fmt: skip
+    return setup, about
+
+
+def _known(kind: str, name: str) -> str | None:
+    """``name``, or the known name of what the hub calls so; None where it is neither."""
+    entries = read_json(known.FILE)[kind]
+    if name in entries or Path(name).exists():
+        return name if name in entries else None
+    return next((key for key, entry in entries.items() if entry["from"] == name), None)
+
+
+def _local(option: str, name: str, others: list[str]) -> Path:
+    path = Path(name)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{option}: {shown(name)}: no such folder or file, and nothing is downloaded; expected a local folder with a "
+            f"config.json, the config.json, or one of {', '.join(others)}"
+        )
+    return path
+
+
+def _decoder(model: str, dtype: Values | None) -> tuple[flops.Decoder, Values | None]:
+    """The model of a local configuration, and the dtype that it states; ConfigError where ``dtype`` has to say it."""
+    path = _local("--model", model, known.known_setups())
+    decoder = flops.Decoder.from_config(path)
+    values, where = decoders.config_values(path)
+    text = values.get("text_config")
+    blocks = [values, text] if isinstance(text, dict) else [values]
+    if dtype is not None:
+        return decoder, None
+    if any(block.get("quantization_config") is not None for block in blocks):
+        raise ConfigError(f"{where}: quantization_config: its weights may be of any size; give --dtype")
+    stated = [block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key) is not None]
+    if not stated:
+        return decoder, None
+    names = [item.value for item in Values if item.itemsize >= 2]
+    if stated[0] not in names:
+        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {shown(stated[0])}; give --dtype")
+    return decoder, Values(stated[0])
+
+
+def _encoder(name: str) -> flops.Encoder | flops.Decoder:
+    found = _known("encoders", name)
+    if found:
+        return known.encoder_named(found)
+    path = _local("--encoder", name, [*known.known_encoders(), LANGUAGE_MODEL])
+    values, where = decoders.config_values(path)
+    kind, kinds = values.get("model_type"), [*encoders.FAMILIES, *decoders.FAMILIES]
+    if kind not in kinds:
+        raise ConfigError(f"{where}: model_type: expected one of {', '.join(kinds)}, got {shown(kind)}")
+    return (flops.Encoder if kind in encoders.FAMILIES else flops.Decoder).from_config(path)
+
+
+def _native(name: str) -> tuple[Path, dict[str, Any]]:
+    """The path and the blocks of the ``config.json`` of a checkpoint in native form."""
+    bundled = sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{CONFIG_NAME}"))
+    folder = CHECKPOINTS / name if name in bundled else Path(name)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"checkpoint {name!r}: no such folder; bundled checkpoints: {bundled}")
+    path = folder / CONFIG_NAME
+    if (folder / REFERENCE_NAME).is_file() and not (path.is_file() and (folder / WEIGHTS_NAME).is_file()):
+        raise ConfigError(f"{folder}: a checkpoint in reference form; 't2l convert' makes the native one that is read here")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    blocks = read_json(path)
+    if not isinstance(blocks, dict) or blocks.get("format") != FORMAT or "hypernetwork" not in blocks:
+        got = shown(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
+        raise ConfigError(f"{path}: expected a block 'hypernetwork' and format {FORMAT!r}, got format {got}")
+    for key, kind in {"base_model": str, "reference": dict}.items():
+        if not isinstance(blocks.get(key), (kind, type(None))):
+            raise ConfigError(f"{path}: {key}: expected {kind.__name__}, got {shown(blocks[key])}")
+    return path, blocks
+
+
+def _encoder_of(path: Path, blocks: Mapping[str, Any]) -> str:
+    """The ``--encoder`` that a checkpoint names; MiniLM where it names none, as elsewhere."""
+    args = (blocks.get("reference") or {}).get("args")
+    if blocks.get("encoder") is not None:
+        config = encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
+    elif isinstance(args, dict) and args.get("emb_model"):
+        config = reference_encoder_config(args, f"{path}: reference.args")
+    else:
+        return "minilm"
+    if isinstance(config, OneHotConfig):
+        raise ConfigError(f"{path}: encoder: it knows tasks by their names (one-hot), no description is read")
+    if config.pooling == "last" and config.name == (blocks.get("base_model") or "").rstrip("/"):
+        return LANGUAGE_MODEL
+    return config.name
+
+
+def _check(hypernet: HyperNetworkConfig, decoder: flops.Decoder, encoder: flops.Encoder | flops.Decoder, where: str) -> None:
+    """ConfigError where a checkpoint is not for this model and encoder."""
+    shapes, sizes = decoder.module_shapes, zip(hypernet.in_features, hypernet.out_features, strict=True)
+    for module, shape in zip(hypernet.modules, sizes, strict=True):
+        if shapes.get(module) != shape:
+            of_model = f"{shapes[module][0]} to {shapes[module][1]}" if module in shapes else "no such linear"
+            raise ConfigError(
+                f"{where}: {module}: the model has {of_model}, the hypernetwork is for {shape[0]} to {shape[1]}"
+            )
+    if hypernet.num_layers != decoder.layers:
+        raise ConfigError(f"{where}: num_layers: expected {decoder.layers} as the model has, got {hypernet.num_layers}")
+    if hypernet.embed_dim != encoder.hidden:
+        raise ConfigError(f"{where}: embed_dim: expected {encoder.hidden} as the encoder gives, got {hypernet.embed_dim}")

@@ -1,0 +1,115 @@
+"""What the ops cost, told to torch: ``torch.utils.flop_counter.FlopCounterMode`` counts them with no set-up.
+
+Counted is useful work as ``docs/ops.md`` states it under FLOPs, two operations a multiply-add: LoRA segments at the true
+rank of their adapter, tokens of adapter -1 not at all.  The counter runs an op whole and asks for its formula here, so a
+call costs the same whether a native kernel or the reference, whose products torch would know, does it.
+
+Ids and ranks are read on the host, which on CUDA waits for the device: count outside of graph capture.  Fake and meta
+tensors have no values: there every token counts, at the width of A.
+
+>>> import torch
+>>> from torch.utils.flop_counter import FlopCounterMode
+>>> from t2l_engine import AdapterBatch, ops
+>>> x, A, B = torch.randn(3, 16), torch.randn(2, 4, 16), torch.randn(2, 8, 4)
+>>> batch = AdapterBatch.from_rows([1, -1, 0], seq_len=1)  # two of three tokens have an adapter
+>>> with FlopCounterMode(display=False) as counter:
+...     delta = ops.lora_delta(x, A, B, torch.ones(2), batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
+>>> counter.get_total_flops() == 2 * 2 * 4 * (16 + 8)
+True
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _known(tensor: Tensor) -> bool:
+    """Whether the values of ``tensor`` can be read: it is no fake, functional or otherwise wrapped tensor."""
+    return type(tensor) is Tensor and not tensor.is_meta
+
+
+def _rank_tokens(x: Tensor, lora_A: Tensor, seg_indptr: Tensor, seg_adapters: Tensor, ranks: Tensor | None) -> int:
+    """Sum over the segments that have an adapter of tokens times true rank."""
+    width = lora_A.shape[1]
+    if not all(_known(tensor) for tensor in (seg_indptr, seg_adapters, ranks) if tensor is not None):
+        return x.shape[0] * width
+    widths = [width] * lora_A.shape[0] if ranks is None else ranks.tolist()
+    lengths = (end - first for first, end in itertools.pairwise(seg_indptr.tolist()))
+    segments = zip(lengths, seg_adapters.tolist(), strict=True)
+    return sum(length * widths[adapter] for length, adapter in segments if adapter >= 0)
+
+
+def lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
+    """``2 * sum(len_s * rank_s) * (in + out)``."""
+    return 2 * _rank_tokens(x, lora_A, seg_indptr, seg_adapters, ranks) * (lora_A.shape[2] + lora_B.shape[1])
+
+
+def lora_add_(y, *args, **kwargs) -> int:
+    return lora_delta(*args, **kwargs)
+
+
+def lora_add_group_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, **_) -> int:
+    members = zip(lora_A, lora_B, ranks, strict=True)
+    return sum(lora_delta(x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r) for A, B, r in members)
+
+
+def lora_delta_backward(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
+    """``2 * sum(len_s * rank_s) * (3*in + 2*out)``: A x again, and the products of the three gradients."""
+    work = _rank_tokens(x, lora_A, seg_indptr, seg_adapters, ranks)
+    return 2 * work * (3 * lora_A.shape[2] + 2 * lora_B.shape[1])
+
+
+def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, **_) -> int:
+    """``2*N*t*4m + N*K*n*m * (24*m + 16*m*S + 8*(m + h)*S*R)``, with rotary positions ``16*m*m * N*K*n*S*R`` more."""
+    (tasks, t), (modules, layers, hidden), h = z.shape, weights[1].shape, weights[-1].shape[0]
+    m, sides = hidden // 4, 1 if side_emb is None else side_emb.shape[1]
+    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
+    row = 24 * m + 16 * m * sides + 8 * (m + h) * sides * ranks + (16 * m * sides * ranks if rotary_ranks else 0)
+    return 2 * tasks * t * hidden + tasks * modules * layers * m * row
+
+
+def hypernet_heads(
+    latent, weight, bias, mul_A, add_A, mul_B, add_B, rank: int, in_features: Sequence[int], out_features: Sequence[int], **_
+) -> int:
+    """``2*N*n*r*h*(in + out)`` a module."""
+    tasks, *_, layers, h = latent.shape
+    return 2 * tasks * layers * rank * h * (sum(in_features) + sum(out_features))
+
+
+def hypernet_heads_out_(lora_A, lora_B, *args, out_val=None) -> int:
+    *heads, _scale_B = args
+    return hypernet_heads(*heads)
+
+
+def hypernet_trunk_backward(grad, *args, **kwargs) -> int:
+    """Three times the forward op: it runs again, and each of its products has two in the backward."""
+    return 3 * hypernet_trunk(*args, **kwargs)
+
+
+def hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes, **_) -> int:
+    """Three times the forward op, likewise."""
+    return 3 * hypernet_heads(latent, weight, bias, mul_A, None, mul_B, None, *sizes)
+
+
+FORMULAS = (
+    hypernet_trunk,
+    hypernet_trunk_backward,
+    hypernet_heads,
+    hypernet_heads_out_,
+    hypernet_heads_backward,
+    lora_delta,
+    lora_delta_backward,
+    lora_add_,
+    lora_add_group_,
+)
+
+
+def register() -> None:
+    """Give every formula to torch, once the ops of the same names are defined."""
+    for formula in FORMULAS:
+        register_flop_formula(getattr(torch.ops.t2l_engine, formula.__name__), get_raw=True)(formula)

@@ -1,0 +1,208 @@
+"""Break-even points against brute force, memory by hand, and what a workload may be."""
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from t2l_engine.flops import (
+    WAYS,
+    Cost,
+    Decoder,
+    Encoder,
+    Phase,
+    Request,
+    Setup,
+    Way,
+    Workload,
+    known_setup,
+    known_setups,
+    questions_won,
+    shots_to_win,
+    tasks_to_win,
+    tokens_of_adapter,
+    ways,
+)
+from t2l_engine.flops.known import hypernetwork_for
+from t2l_engine.flops.terms import byte, flop
+
+LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
+PAPER = Workload(question=59, answer=4, shots=3, shot=80, description=35, system=10)
+costs, few = st.integers(0, 12), st.integers(-6, 6)
+
+
+def way(first: int = 0, later: int = 0, per_user: int = 0, per_task: int = 0, fixed: int = 0) -> Way:
+    requests = [Request((Phase("prompt", flop("x", cost, "test"), Cost()),)) for cost in (first, later)]
+    return Way("made", *requests, per_user, per_task, fixed, 0, 0)
+
+
+# --- questions, shots, tasks -----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=400)
+@given(costs, costs, costs, costs)
+def test_questions_won(first, later, rival_first, rival_later):
+    """Every sign of what the first question and each later one save; beyond 40 questions nothing changes."""
+    ours, rival = way(first, later), way(rival_first, rival_later)
+    won = [n for n in range(1, 41) if ours.total(n) < rival.total(n)]
+    got = questions_won(ours, rival)
+    if not won:
+        assert got is None
+    else:
+        assert got == (won[0], None if won[-1] == 40 else won[-1])
+        assert won == list(range(won[0], won[-1] + 1))
+
+
+def test_questions_won_by_bytes_and_by_time():
+    """Other measures, also ones with fractions."""
+    request = lambda flops, moved: Request((Phase("prompt", flop("x", flops, ""), byte("x", moved, "")),))  # noqa: E731
+    ours = Way("ours", request(10, 40), request(1, 1), 0, 0, 0, 0, 0)
+    rival = Way("rival", request(2, 2), request(2, 2), 0, 0, 0, 0, 0)
+    assert questions_won(ours, rival) == (10, None)  # 10 + (n - 1) < 2 n
+    assert questions_won(ours, rival, lambda r: sum(p.bytes.total for p in r.phases)) == (40, None)
+    assert questions_won(ours, rival, lambda r: r.seconds(4.0, 16.0)) == (10, None)  # 2.5 + (n - 1) / 4 < n / 2
+    assert questions_won(ours, rival, lambda r: r.seconds(1e9, 0.5)) == (40, None)
+    assert ours.first.seconds(4.0, 16.0) == 2.5 and ours.first.seconds(4.0, 8.0) == 5.0  # whichever takes longer
+
+
+TINY = Decoder("llama", 48, 80, 2, 4, 2, 20, 97, False, (None, 7), (False, False))
+TINY_ENCODER = Encoder("bert", 48, 80, 2, 4, gated=False, embeddings=200)
+HYPERNET = hypernetwork_for(TINY, TINY_ENCODER, rank=2, latent_size=16, head_in_size=12)
+SETUP = Setup(TINY, TINY_ENCODER, HYPERNET)
+
+
+@pytest.mark.parametrize("questions", [1, 3, 50])
+@pytest.mark.parametrize(("name", "rival"), itertools.product(("t2l-request", "t2l-task", "t2l-merged"), WAYS))
+def test_shots_to_win(name, rival, questions):
+    """The first number of shots from which on it stays so."""
+    wins = []
+    for shots in range(41):
+        made = ways(SETUP, dataclasses.replace(LOAD, shots=shots))
+        wins.append(made[name].total(questions) < made[rival].total(questions))
+    expected = None if not wins[-1] else max((i + 1 for i, won in enumerate(wins) if not won), default=0)
+    assert shots_to_win(SETUP, LOAD, name, rival, questions=questions, most=40) == expected
+
+
+def test_shots_to_win_tell_something():
+    """Not only none and never in the test above."""
+    found = {shots_to_win(SETUP, LOAD, name, rival, questions=n, most=40) for name in WAYS for rival in WAYS for n in (1, 3)}
+    assert None in found and len(found) > 3
+
+
+@settings(max_examples=400)
+@given(few, few, few, st.integers(1, 3))
+def test_tasks_to_win(per_user, per_task, fixed, users):
+    """Of memory: ours beside a rival whose shares lie around ours; beyond 40 tasks nothing changes."""
+    ours, rival = (
+        way(per_user=10, per_task=10, fixed=10),
+        way(per_user=10 + per_user, per_task=10 + per_task, fixed=10 + fixed),
+    )
+    less = [ours.memory(n * users, n) < rival.memory(n * users, n) for n in range(1, 41)]
+    expected = None if not less[-1] else max((i + 2 for i, won in enumerate(less) if not won), default=1)
+    assert tasks_to_win(ours, rival, users) == expected
+
+
+# --- memory and bytes, by hand for Mistral-7B ------------------------------------------------------------------------
+
+MISTRAL = known_setup("mistral-7b")
+KV = 2 * 32 * 8 * 128 * 2  # keys and values of a token: layers, heads, width, two bytes
+ADAPTER = 32 * 8 * ((4096 + 4096) + (4096 + 1024)) * 2  # layers, rank, A and B of q and v, two bytes
+MERGED = 32 * 4096 * (4096 + 1024) * 2
+
+
+def test_memory_of_mistral():
+    made = ways(MISTRAL, PAPER)
+    generator = 2 * (MISTRAL.encoder.num_parameters + 55_424_000)
+    assert (MISTRAL.kv(1), MISTRAL.adapter_bytes, MISTRAL.generator_bytes) == (KV, ADAPTER, generator) == (
+        131_072, 6_815_744, generator
+    )  # fmt: skip
+    system, examples, own = 10, 3 * 80, 59 + 4
+    parts = {name: (w.per_user, w.per_task, w.fixed) for name, w in made.items()}
+    assert parts == {
+        "icl": ((system + examples + own) * KV, 0, 0),
+        "icl-cold": (own * KV, examples * KV, system * KV),
+        "icl-warm": (own * KV, examples * KV, system * KV),
+        "t2l-request": ((system + own) * KV + ADAPTER, 0, generator),
+        "t2l-task": (own * KV, system * KV + ADAPTER, generator),
+        "t2l-merged": (own * KV, system * KV + MERGED, generator),
+    }
+    assert made["t2l-task"].memory(users=8, tasks=3) == generator + 8 * own * KV + 3 * (system * KV + ADAPTER)
+    assert tokens_of_adapter(MISTRAL) == 53 and ADAPTER == 52 * KV  # larger, not as large
+    won = tasks_to_win(made["t2l-task"], made["icl-warm"])
+    assert won == (generator - system * KV) // ((examples - system - 52) * KV) + 1
+
+
+def test_bytes_of_a_step():
+    """Weights once, of every row its keys and values, of every task its adapter; merged weights in place of the model's."""
+    made = ways(MISTRAL, PAPER)
+    weights, whole = 2 * (7_241_732_096 - 32000 * 4096), (10 + 240 + 59 + 4) * KV
+    assert made["icl"].step_bytes(MISTRAL, 8, 3) == made["icl-warm"].step_bytes(MISTRAL, 8, 3) == weights + 8 * whole
+    short = whole - 240 * KV
+    assert made["t2l-request"].step_bytes(MISTRAL, 8, 3) == weights + 8 * (short + ADAPTER)
+    assert made["t2l-task"].step_bytes(MISTRAL, 8, 3) == weights + 8 * short + 3 * ADAPTER
+    assert made["t2l-merged"].step_bytes(MISTRAL, 8, 1) == weights + 8 * short
+    assert made["t2l-merged"].step_bytes(MISTRAL, 8, 3) == weights + 8 * short + 2 * MERGED
+
+
+def test_bytes_of_a_request():
+    made = ways(MISTRAL, PAPER)
+    weights = 2 * (7_241_732_096 - 32000 * 4096)
+    moved = {phase.name: phase.bytes for phase in made["t2l-merged"].first.phases}
+    encoder = MISTRAL.encoder
+    assert moved["describe"].total == 2 * (encoder.num_parameters - encoder.embeddings * 1024)  # rows of the embeddings
+    assert moved["generate"].total == 2 * 55_424_000 + ADAPTER
+    assert moved["merge"].total == 2 * MERGED + ADAPTER
+    assert moved["prompt"].total == weights + 69 * KV
+    steps = [69, 70, 71]  # tokens in the cache at each; one more is written
+    assert moved["answer"].total == 3 * weights + (sum(steps) + 3) * KV
+    beside = {phase.name: phase.bytes for phase in made["t2l-task"].later.phases}
+    assert beside["prompt"].total == weights + 10 * KV + 59 * KV + ADAPTER
+    assert beside["answer"].total == moved["answer"].total + 3 * ADAPTER
+
+
+def test_item_sizes():
+    """A model of four bits with a cache of eight, an adapter of 32; an encoder that is another language model."""
+    setup = dataclasses.replace(MISTRAL, itemsize=0.5, cache_itemsize=1, adapter_itemsize=4, encoder_itemsize=1)
+    assert (setup.kv(1), setup.adapter_bytes) == (KV // 2, 2 * ADAPTER)
+    assert setup.generator_bytes == setup.encoder.num_parameters + 4 * 55_424_000
+    setup = dataclasses.replace(setup, encoder=TINY)
+    describe, *_ = ways(setup, PAPER)["t2l-task"].first.phases
+    assert describe.bytes.total == TINY.num_parameters - 2 * 97 * 48
+
+
+@given(st.integers(0, 60), st.integers(0, 30), st.integers(0, 30))
+def test_what_is_shared_stays_beyond_a_window(prefix, system, own):
+    """What a sequence holds alone is what it adds, also where a window has passed all that came before."""
+    load = Workload(question=own + 1, answer=1, shots=1, shot=prefix, description=1, system=system)
+    made = ways(SETUP, load)
+    unit, added = 2 * 2 * 20 * 2, own + 2
+    for name in ("icl-warm", "t2l-task", "t2l-merged"):
+        assert made[name].per_user == unit * (added + min(added, 7))  # a full layer and one with a window of 7
+    assert made["icl-warm"].per_task == unit * (prefix + min(prefix, 7))
+    assert made["icl-warm"].fixed == unit * (system + min(system, 7))
+
+
+def test_requests_of_known_setups():
+    """Adapters leave the prompt short and cost a generation; all phases in order."""
+    for name in known_setups():
+        made = ways(known_setup(name), PAPER)
+        assert list(made) == list(WAYS)
+        phases = {way: [phase.name for phase in made[way].first.phases] for way in WAYS}
+        assert phases["icl"] == phases["icl-warm"] == ["prompt", "answer"]
+        assert phases["t2l-task"] == ["describe", "generate", "prompt", "answer"]
+        assert phases["t2l-merged"] == ["describe", "generate", "merge", "prompt", "answer"]
+        assert made["t2l-task"].later.flops() < made["icl"].later.flops()
+        assert made["t2l-merged"].later.flops() < made["t2l-task"].later.flops() < made["t2l-task"].first.flops()
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Workload)])
+@pytest.mark.parametrize("value", [-1, 2.0, True, "3", None])
+def test_bad_workloads(field, value):
+    least = 1 if field in ("question", "answer", "description") else 0
+    with pytest.raises(ValueError, match=f"{field}: expected a number of tokens of at least {least}, got {value!r}"):
+        dataclasses.replace(LOAD, **{field: value})
+    if least:
+        with pytest.raises(ValueError, match=f"{field}: expected a number of tokens of at least 1, got 0"):
+            dataclasses.replace(LOAD, **{field: 0})
