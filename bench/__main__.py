@@ -1,4 +1,4 @@
-"""``python -m bench generate|apply``: measure and write a result file; ``gate``: compare a small run with a committed one.
+"""``python -m bench generate|apply|icl``: measure, write a result file; ``gate``: compare a small run with a committed one.
 
 Tables and figures are made from the result files by ``python -m bench.report``.
 """
@@ -6,6 +6,7 @@ Tables and figures are made from the result files by ``python -m bench.report``.
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,20 @@ def apply(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Onl
 
 
 @app.command()
+def icl(
+    tasks: Annotated[
+        Path | None, typer.Option(help="task folder with splits train and test; needed at size full, see docs/icl.md")
+    ] = None,
+    size: Size = Sizes.full,
+    threads: Threads = DEFAULT_THREADS,
+    only: Only = "",
+    out: Out = None,
+) -> None:
+    """Examples in the prompt against generated adapters: closed forms, the paper's table, and a small model measured."""
+    suite("icl", size.value, threads, only, out, tasks)
+
+
+@app.command()
 def gate(
     threads: Threads = 2,
     slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,
@@ -69,9 +84,9 @@ def gate(
     raise typer.Exit(1 if faults else 0)
 
 
-def suite(name: str, size: str, threads: int, only: str, out: Path | None) -> None:
+def suite(name: str, size: str, threads: int, only: str, out: Path | None, tasks: Path | None = None) -> None:
     """Measure, write where a file is due, show the table; a part of a suite is written only where ``--out`` says."""
-    result = measured(name, size, threads, only)
+    result = measured(name, size, threads, only, tasks)
     if out is None and size == "full" and not only:
         out = ROOT / "bench" / "results" / f"{name}.json"
     if out is not None:
@@ -79,18 +94,24 @@ def suite(name: str, size: str, threads: int, only: str, out: Path | None) -> No
     Console().print(table(result))
 
 
-def measured(name: str, size: str, threads: int, only: str) -> dict[str, Any]:
+def measured(name: str, size: str, threads: int, only: str, tasks: Path | None = None) -> dict[str, Any]:
     """The result of a suite, with a progress bar on stderr."""
     options = {"--size": size if size != "full" else "", "--only": only}
     words = [f"{option} {value!r}" if " " in value else f"{option} {value}" for option, value in options.items() if value]
     if threads != DEFAULT_THREADS:
         words.append(f"--threads {threads}")
+    if tasks is not None:
+        words.append("--tasks TASKS")
     command = " ".join(["python -m bench", name, *words])
-    return harness.run(name, plan(name), size=size, count=threads, command=command, only=only, progress=bar)
+    return harness.run(name, plan(name, tasks), size=size, count=threads, command=command, only=only, progress=bar)
 
 
-def plan(name: str) -> Callable[[harness.Context], Sequence[harness.Task]]:
-    """The tasks of a suite; the other one, and the packages it needs, are not imported."""
+def plan(name: str, tasks: Path | None) -> Callable[[harness.Context], Sequence[harness.Task]]:
+    """The tasks of a suite; the others, and the packages they need, are not imported."""
+    if name == "icl":
+        from bench.icl import plan
+
+        return functools.partial(plan, folder=tasks)
     if name == "generate":
         from bench.generate import plan
     else:

@@ -16,16 +16,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import rows
+from bench import palette, rows
+from bench.icl import figures as icl
+from bench.icl import words
 from bench.markdown import duration, number
+from bench.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW
 from bench.rows import BASE, HEADLINES, Result, ResultError, group, split_times
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SKY, ORANGE, GREEN, PINK, YELLOW, BLUE, VERMILION = "#56B4E9 #E69F00 #009E73 #CC79A7 #F0E442 #0072B2 #D55E00".split()
-INK, GREY, PALE = "#1a1a1a", "#8a8a8a", "#d9d9d9"
 STYLE = {
     "svg.hashsalt": "t2l_engine",
     "svg.fonttype": "path",  # the same picture whatever fonts the reader has
@@ -40,9 +41,10 @@ STYLE = {
 }
 
 
-def drawing_version() -> str:
-    """SHA-256 of the code that draws: this file and what selects its rows."""
-    code = "".join(Path(file).read_text(encoding="utf-8") for file in (__file__, rows.__file__))
+def drawing_version(name: str) -> str:
+    """SHA-256 of the code that draws figure ``name``: this file, the colours, and what selects and draws its rows."""
+    files = (__file__, palette.__file__, *FIGURES[name].code)
+    code = "".join(Path(file).read_text(encoding="utf-8") for file in files)
     return hashlib.sha256(code.encode()).hexdigest()
 
 
@@ -200,16 +202,18 @@ def decode(figure: Figure, *results: Result) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """What draws a figure, and the names of the results that it is drawn from."""
+    """What draws a figure, the names of the results that it is drawn from, and the code beside this file that it is of."""
 
     draw: Callable[..., None]
     sources: tuple[str, ...]
+    code: tuple[str, ...] = (rows.__file__,)
 
 
 FIGURES = {
     "roofline": Drawing(roofline, ("generate", "apply")),
     "latency-split": Drawing(latency_split, ("generate", "apply")),
     "decode": Drawing(decode, ("apply",)),
+    **{name: Drawing(draw, ("icl",), (icl.__file__, words.__file__)) for name, draw in icl.FIGURES.items()},
 }
 
 

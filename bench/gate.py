@@ -12,7 +12,7 @@ from typing import Any
 from bench.harness import BenchError
 from bench.source import ROOT
 
-SUITES = ("generate", "apply")
+SUITES = ("generate", "apply", "icl")
 FILE = ROOT / "bench" / "results" / "gate.json"
 #: Instruction sets, caches and torch's products differ between CPUs (its float32 product by two); small shapes are noisy.
 SLACK = 3.0

@@ -19,6 +19,8 @@ from typing import Any
 
 from bench import figures, quality, rows, tables
 from bench.gpu import tables as gpu
+from bench.icl import measured, summary
+from bench.icl import tables as icl
 from bench.rows import ResultError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,8 @@ SOURCES = {
     "quality": Source(quality.FILE, "t2l evaluate, see docs/results.md", _json),
     "generate": Source("generate.json", "python -m bench generate", rows.load),
     "apply": Source("apply.json", "python -m bench apply", rows.load),
+    "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load),
+    "lengths": Source("lengths.json", "python -m bench.lengths, see docs/results.md", _json),
     "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
 #: A new suite is an entry in SOURCES and one here or in figures.FIGURES for each thing shown of it.
@@ -71,6 +75,16 @@ TABLES = (
     Table("docs/results.md", "misses", tables.misses, ("generate", "apply")),
     Table("docs/results.md", "losses", tables.losses, ("generate", "apply")),
     Table("docs/results.md", "ceilings", tables.ceilings, ("generate", "apply")),
+    Table("README.md", "icl", summary.readme, ("icl",)),
+    Table("docs/results.md", "icl-costs", icl.costs, ("icl",)),
+    Table("docs/results.md", "icl-phases", icl.phases, ("icl",)),
+    Table("docs/results.md", "icl-memory", icl.memory, ("icl",)),
+    Table("docs/results.md", "icl-paper", icl.paper, ("icl",)),
+    Table("docs/results.md", "icl-first", measured.first, ("icl",)),
+    Table("docs/results.md", "icl-examples", measured.examples, ("icl",)),
+    Table("docs/results.md", "icl-questions", measured.questions, ("icl",)),
+    Table("docs/results.md", "icl-lengths", icl.token_counts, ("lengths",)),
+    Table("docs/results.md", "icl-terms", icl.terms, ("icl",)),
     Table("README.md", "gpu", gpu.summary, ("gpu",)),
     Table("docs/results.md", "gpu", gpu.everything, ("gpu",)),
 )
@@ -132,7 +146,7 @@ class Report:
         """What figure ``name`` is drawn from: SHA-256 of its result files and of the code that draws."""
         paths = [self._result(SOURCES[source]) for source in figures.FIGURES[name].sources]
         digests = [f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
-        return ", ".join([*digests, f"drawing sha256:{figures.drawing_version()}"])
+        return ", ".join([*digests, f"drawing sha256:{figures.drawing_version(name)}"])
 
     def check(self) -> list[str]:
         """What is wrong, a line each."""

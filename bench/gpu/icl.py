@@ -25,18 +25,18 @@ from bench.gpu.model import layer_error, shared, verified
 from bench.gpu.tables import AS_IT_COMES, ENCODER, PER_REQUEST, THREE_SHOT, first_question
 from bench.gpu.timing import Candidate, measure
 from bench.harness import OURS, Error, admit, logits_error, worst
+from bench.icl.words import KEPT, MERGED, WARM
 from bench.rows import BASE
 from t2l_engine import flops
 from t2l_engine.flops.known import PAPER
 
-PREFIX, CACHED, MERGED = "ICL, prefix cached", "T2L, adapter cached", "T2L, merged"
 #: A call of ours -> its name, and what it is among flops.WAYS: the first question of a task or a later one.
 FORMS = {
     OURS: (PER_REQUEST, "t2l-request", "first"),
-    CACHED: (CACHED, "t2l-task", "later"),
+    KEPT: (KEPT, "t2l-task", "later"),
     MERGED: (MERGED, "t2l-merged", "later"),
 }
-RIVALS = (THREE_SHOT, PREFIX)
+RIVALS = (THREE_SHOT, WARM)
 MODULES, DTYPE = "q,v", torch.bfloat16
 
 
@@ -118,8 +118,8 @@ class First:
             OURS: self.per_request,
             BASE: lambda: self.base(self.question),
             THREE_SHOT: lambda: self.whole(self.examples),
-            PREFIX: lambda: self.behind(self.question),
-            CACHED: lambda: self.adapted(self.question),
+            WARM: lambda: self.behind(self.question),
+            KEPT: lambda: self.adapted(self.question),
             MERGED: lambda: self.merged(self.question),
             ENCODER: lambda: self.encoder(self.description),
         }
@@ -183,18 +183,18 @@ def errors_of(first: First) -> dict[str, Error]:
     calls, wide = first.calls(), copy.deepcopy(first.net).set_dtype(torch.float64)
     adapters = generation.adapter_errors(first.net, wide, first.encoder(first.description), {}, {})[OURS]
     layers = layer_error(first.adapted, first.question)
-    got = {name: calls[name]() for name in (THREE_SHOT, CACHED, MERGED)}
+    got = {name: calls[name]() for name in (THREE_SHOT, KEPT, MERGED)}
     first.behind.follow(first.whole)
     for tensor in (*first.slots.lora_A.values(), *first.slots.lora_B.values()):
         tensor.fill_(float("nan"))  # a request writes all of it
-    got |= {name: calls[name]() for name in (PREFIX, OURS)}
+    got |= {name: calls[name]() for name in (WARM, OURS)}
     alone, behind = exact_logits(first.base, first.question, first.stack), exact_logits(first.whole, first.examples)
     return {
         OURS: worst([adapters, layers, logits_error(got[OURS], alone, got[MERGED])]),
-        CACHED: worst([layers, logits_error(got[CACHED], alone, got[MERGED])]),
-        MERGED: logits_error(got[MERGED], alone, got[CACHED]),
-        THREE_SHOT: logits_error(got[THREE_SHOT], behind, got[PREFIX]),
-        PREFIX: logits_error(got[PREFIX], behind, got[THREE_SHOT]),
+        KEPT: worst([layers, logits_error(got[KEPT], alone, got[MERGED])]),
+        MERGED: logits_error(got[MERGED], alone, got[KEPT]),
+        THREE_SHOT: logits_error(got[THREE_SHOT], behind, got[WARM]),
+        WARM: logits_error(got[WARM], behind, got[THREE_SHOT]),
     }
 
 

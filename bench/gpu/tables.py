@@ -26,7 +26,7 @@ REFERENCE = "reference"
 ENCODER = "text encoder"
 BESIDE = (COPY, APART, EAGER, OPS, BASE, REFERENCE, ENCODER)
 #: Two ways to answer the first question of a user.
-PER_REQUEST, THREE_SHOT = "T2L, per request", "3-shot ICL"
+PER_REQUEST, THREE_SHOT = "T2L per request", "3-shot ICL"
 #: As in bench.harness, which needs the engine.
 OURS = "ours"
 NOT_MEASURED = "Not yet measured."

@@ -13,14 +13,11 @@ from t2l_engine import flops
 from t2l_engine.cli.common import console
 from t2l_engine.config import shown
 
-#: Name of a way -> in a table, in a sentence.
-NAMES = {
-    "icl": ("ICL, no cache", "ICL without a cache"),
-    "icl-cold": ("ICL, cache cold", "ICL with a cold cache"),
-    "icl-warm": ("ICL, cache warm", "ICL with a warm cache"),
-    "t2l-request": ("T2L, per request", "T2L per request"),
-    "t2l-task": ("T2L, kept per task", "T2L kept per task"),
-    "t2l-merged": ("T2L, merged", "T2L merged"),
+#: Names of ways within a sentence, where a comma would mislead.
+SAID = flops.LABELS | {
+    "icl": "ICL without a cache",
+    "icl-cold": "ICL with a cold cache",
+    "icl-warm": "ICL with a warm cache",
 }
 #: Pairs (way, rival) of which it is said for how many questions the way costs less.
 PAIRS = (
@@ -157,7 +154,7 @@ def render(about: Mapping[str, Any]) -> None:
         for head, (unit, _) in columns:
             table.add_column(f"{head}\n{unit}", justify="right")
         for i, name in enumerate(ways):
-            table.add_row(NAMES[name][0], *(cells[i] for _, (_, cells) in columns))
+            table.add_row(flops.LABELS[name], *(cells[i] for _, (_, cells) in columns))
         screen.print(table)
 
     def of(key: str) -> list[float]:
@@ -168,7 +165,7 @@ def render(about: Mapping[str, Any]) -> None:
         ("to the\nfirst token", _column(of("flop_to_first_token"), "FLOP")),
         ("later\nquestion", _column(of("flop_later_question"), "FLOP")),
         (number, _column(of("flop_questions"), "FLOP")),
-        ("beside\nT2L kept", ("ratio", [digits(ratio) for ratio in of("ratio")])),
+        ("beside T2L\nper task", ("ratio", [digits(ratio) for ratio in of("ratio")])),
         ("decode\nstep reads", _column(of("decode_step_bytes"), "B")),
         ("memory beside\nthe weights", _column(of("memory_bytes"), "B")),
     )
@@ -217,7 +214,7 @@ def _parameters(part: Mapping[str, Any]) -> str:
 
 
 def _verdicts(about: Mapping[str, Any]) -> Iterable[str]:
-    task = NAMES["t2l-task"][1]
+    task = SAID["t2l-task"]
     yield "Operations, prompts and answers of all questions of a task:"
     yield from map(_won, about["questions_won"])
     questions, shot = _count(about["questions"], "question"), about["workload"]["shot"]
@@ -246,7 +243,7 @@ def _verdicts(about: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _won(pair: Mapping[str, Any]) -> str:
-    way, rival = NAMES[pair["way"]][1], NAMES[pair["rival"]][1]
+    way, rival = SAID[pair["way"]], SAID[pair["rival"]]
     if pair["questions"] is None:
         return f"- {way} costs as much as {rival} or more at every number of questions."
     (first, last), both = pair["questions"], f"- {way} costs less than {rival}"
@@ -261,5 +258,5 @@ def _alike(found: Mapping[str, int | None]) -> list[tuple[str, int | None]]:
     """Rivals with the same answer together, in words."""
     groups: dict[int | None, list[str]] = {}
     for rival, answer in found.items():
-        groups.setdefault(answer, []).append(NAMES[rival][1])
+        groups.setdefault(answer, []).append(SAID[rival])
     return [(_list(rivals), answer) for answer, rivals in groups.items()]

@@ -19,6 +19,7 @@ from t2l_engine.flops.decoder import Decoder, Experts
 from t2l_engine.flops.encoder import Encoder
 from t2l_engine.flops.known import known_setup, known_setups
 from t2l_engine.flops.serving import (
+    LABELS,
     WAYS,
     Phase,
     Request,
@@ -34,6 +35,7 @@ from t2l_engine.flops.serving import (
 from t2l_engine.flops.terms import Cost, Term
 
 __all__ = [
+    "LABELS",
     "WAYS",
     "Cost",
     "Decoder",

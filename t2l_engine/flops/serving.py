@@ -159,7 +159,15 @@ class Way:
         return weights - self.not_read + users * self.read_per_user + tasks * self.read_per_task
 
 
-#: Name of a way -> what it is, in words.
+#: Name of a way -> what tables call it, and what it is.
+LABELS = {
+    "icl": "ICL, no cache",
+    "icl-cold": "ICL, cold cache",
+    "icl-warm": "ICL, warm cache",
+    "t2l-request": "T2L per request",
+    "t2l-task": "T2L per task",
+    "t2l-merged": "T2L merged",
+}
 WAYS = {
     "icl": "examples in every prompt, nothing cached",
     "icl-cold": "examples cached from a task's first question on",

@@ -70,12 +70,12 @@ def test_weights_are_shared_but_for_those_that_are_merged_into():
 @torch.inference_mode()
 def test_a_request_makes_the_adapter_that_it_uses(first):
     calls, base = first.calls(), first.base(first.question)
-    made, kept = calls[OURS](), calls[icl.CACHED]()
+    made, kept = calls[OURS](), calls[icl.KEPT]()
     assert torch.equal(made, kept) and not torch.equal(made, base)
     first.description = first.description.flip(1)
     assert not torch.equal(calls[OURS](), made), "another description, another adapter, in the slots that are used"
     assert torch.equal(first.base(first.question), base), "the base model stays what it is"
-    assert first.errors.keys() == {OURS, icl.CACHED, icl.MERGED, *icl.RIVALS} and not first.absent
+    assert first.errors.keys() == {OURS, icl.KEPT, icl.MERGED, *icl.RIVALS} and not first.absent
 
 
 @pytest.mark.parametrize("broken", ["kernel", "merge", "generation"])
@@ -101,9 +101,9 @@ def test_nothing_follows_what_is_not_verified(context, monkeypatch):
 def test_a_wrong_rival_is_absent(context, monkeypatch):
     monkeypatch.setattr(llama.Llama, "follow", lambda self, other: None)  # random keys and values instead
     first = icl.First(context)
-    assert first.absent[icl.PREFIX].startswith("wrong: error")
+    assert first.absent[icl.WARM].startswith("wrong: error")
     (_, row), *_ = icl.questions(context, RATES, first)
-    assert row["baselines"][icl.PREFIX] == {"absent": first.absent[icl.PREFIX]} and "median_us" in row["baselines"][BASE]
+    assert row["baselines"][icl.WARM] == {"absent": first.absent[icl.WARM]} and "median_us" in row["baselines"][BASE]
 
 
 # --- rows and tables -------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_rows_and_tables(context):
     data = context.part.data
     assert "failed" not in data and "left_out" not in data
     request, cached, merged, decode = data["rows"]
-    names = (tables.PER_REQUEST, icl.CACHED, icl.MERGED)
+    names = (tables.PER_REQUEST, icl.KEPT, icl.MERGED)
     assert [row["case"] for row in (request, cached, merged)] == [tables.first_question(name) for name in names]
     assert request["baselines"].keys() == {BASE, tables.ENCODER, *icl.RIVALS}
     assert decode["baselines"].keys() == {BASE, tables.THREE_SHOT} and decode["shape"]["rows"] == icl.TINY.rows
