@@ -37,18 +37,22 @@ def plan(context: Context) -> list[Task]:
 
 
 def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
-    """The model, whose weights are bfloat16 numbers, in ``dtype``; at size tiny a random one of the same kind."""
+    """The model, whose weights are bfloat16 numbers, in ``dtype``; at size tiny a random one of the same kind.
+
+    Its parameters ask for gradients, as transformers loads them: without, torch's bfloat16 product of a slice of hidden
+    states (the last one of every row) copies the whole output matrix for every row.
+    """
     if context.full:
         if dtype == torch.float64:
-            return "SmolLM2-135M", smollm2.load(torch.float32)[0].double().requires_grad_(False)
-        return "SmolLM2-135M", smollm2.load(dtype)[0].requires_grad_(False)
+            return "SmolLM2-135M", smollm2.load(torch.float32)[0].double()
+        return "SmolLM2-135M", smollm2.load(dtype)[0]
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=128, initializer_range=0.2))
     for parameter in model.parameters():  # not buffers: rotary frequencies stay as they are
         parameter.data = parameter.data.bfloat16().to(dtype)
-    return "tiny Llama", model.eval().requires_grad_(False)
+    return "tiny Llama", model.eval()
 
 
 def shared(model: nn.Module) -> nn.Module:
@@ -94,7 +98,7 @@ def merged(model: nn.Module, stack: t2l.AdapterStack, index: int) -> nn.Module:
             A, B = (side[name][index, layer].to(exact) for side in (stack.lora_A, stack.lora_B))
             other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
             weight = linear.weight.to(exact) + stack.scaling[index].to(exact) * (B @ A)
-            other.weight = nn.Parameter(weight.to(linear.weight.dtype), requires_grad=False)
+            other.weight = nn.Parameter(weight.to(linear.weight.dtype))
             setattr(parent, name, other)
     return model
 
@@ -113,7 +117,7 @@ def peft_model(model: nn.Module, stack: t2l.AdapterStack) -> nn.Module:
             wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
         set_peft_model_state_dict(wrapped, stack.state_dict_peft(i), adapter_name=str(i))
     wrapped.set_adapter("0")
-    return wrapped.eval().requires_grad_(False)
+    return wrapped.eval().requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
 
 
 def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forward:

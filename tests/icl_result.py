@@ -93,7 +93,15 @@ def _task(name, trained, right, *, tokens=100, icl_ms=60.0):
         for arm in ms
     }
     return {
-        **{"task": name, "trained": trained, "description": "Do it.", "questions": 50, "threads": 2, "dtype": "bfloat16"},
+        **{
+            "task": name,
+            "trained": trained,
+            "description": "Do it.",
+            "reworded": {"Do so.": 20.0},
+            "questions": 50,
+            "threads": 2,
+            "dtype": "bfloat16",
+        },
         "tokens": {"icl": tokens, "t2l": 40.0, "description": 30.0, "prefix": tokens - 20, "encoder": 12},
         **{"generate_us": 10e3, "merge_us": 4e3, "fill_us": 30e3, "arms": arms},
         "same_answers": {"icl-warm": 49, "t2l-merged": 48},

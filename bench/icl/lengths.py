@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 import t2l_engine as t2l
 from bench.decode import exact_logits, load, merged, shared
-from bench.harness import Bar, Context, Error, admit, floor, logits_error, row, worst
+from bench.harness import Bar, Context, Error, admit, floor, logits_error, row
 from bench.icl.costs import Entries
 from bench.icl.words import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, OURS, PUT, WARM
 from t2l_engine import flops
@@ -181,9 +181,8 @@ def _row(
     shape = {"model": served.name, "dtype": dtype, **_sizes(served.load)}
     ways = {name: t for name, t in timings.items() if not name.startswith("part")}
     bar = Bar(round(1 / BAR, 4), of=ICL) if context.full else None
-    error = worst(found[name] for name in ways)
     unit = timings[ICL].median_us
-    return row(case, "icl", shape, context.threads, ways, error, absent=absent, least=least, bar=bar, unit_us=unit)
+    return row(case, "icl", shape, context.threads, ways, found[OURS], absent=absent, least=least, bar=bar, unit_us=unit)
 
 
 def _explained(context: Context, served: Served, case: str, dtype: str, timings: dict[str, Timing]) -> dict[str, Any]:

@@ -92,13 +92,16 @@ def _gap(result: Result, found: Entry, row: Row) -> str:
     question, prompt = tokens_of(row)
     predicted, verdict = found["predicted"][ICL], result.verdict(row)
     bar = f"  Bar: at least {number(1 / row.bar['ratio'])} times; met: {met(verdict)}." if verdict else ""
+    slope = (timed[ICL]["median_us"] - timed[ALONE]["median_us"]) / (prompt - question)
+    fixed = timed[ALONE]["median_us"] - question * slope
     speed = {name: number(timed[name]["gflops"]) for name in (ICL, ALONE, KEPT)}
     shares = {name: [_share(timed[name], timed[OURS], of) for of in ("median_us", "flops")] for name in (DESCRIBE, GENERATE)}
     return (
         f"ICL takes {number(found['measured'][ICL]['median'])} times as long as T2L; by operations it would be "
         f"{number(predicted['flops'])} times, by least times at {number(rates['gflops'])} GFLOP/s and "
         f"{number(rates['gbps'])} GB/s {number(predicted['roofline'])}.  {prompt} tokens run at {speed[ICL]} GFLOP/s, "
-        f"{question} alone at {speed[ALONE]}, {question} with the adapter at {speed[KEPT]}.  The text encoder takes "
+        f"{question} alone at {speed[ALONE]}, {question} with the adapter at {speed[KEPT]}: between them a prompt takes "
+        f"{ms(fixed)} ms and {ms(slope)} ms a token, and the former is no shorter for T2L.  The text encoder takes "
         f"{shares[DESCRIBE][0]} of T2L's time for {shares[DESCRIBE][1]} of its operations, the hypernetwork "
         f"{shares[GENERATE][0]} for {shares[GENERATE][1]}.{bar}"
     )
@@ -196,6 +199,13 @@ def accuracy(tasks: Sequence[Entry], arm: str) -> str:
     return f"{mean(tasks, lambda t: t['arms'][arm]['accuracy']):.1f}"
 
 
+def reworded(tasks: Sequence[Entry]) -> str:
+    """Accuracy with adapters of other descriptions of the same tasks; a gap where a task has none."""
+    if not all(task["reworded"] for task in tasks):
+        return GAP
+    return f"{mean(tasks, lambda t: mean([*t['reworded'].values()], float)):.1f}"
+
+
 def question(tasks: Sequence[Entry], arm: str) -> str:
     """Milliseconds of one question to its last token: the median, in the mean over tasks."""
     return ms(mean(tasks, lambda t: t["arms"][arm]["answer_us"]["median"]))
@@ -211,7 +221,16 @@ def ratios(tasks: Sequence[Entry]) -> list[str]:
 def questions(result: Result) -> str:
     """Every real task, accuracy beside time, with means by group."""
     heads = [
-        *("task", "prompt tokens, ICL", "T2L", "accuracy, ICL", "description only", "T2L", "T2L merged"),
+        *(
+            "task",
+            "prompt tokens, ICL",
+            "T2L",
+            "accuracy, ICL",
+            "description only",
+            "T2L",
+            "T2L merged",
+            "T2L, worded otherwise",
+        ),
         *("answer tokens, ICL", "T2L"),
         *("ms a question, no cache", "warm cache", "T2L per task", "T2L merged", "ms once, T2L"),
         *("first token of the first question, ICL / T2L", "all questions, no cache", "cold cache", "warm cache"),
@@ -230,6 +249,7 @@ def _measured(tasks: Sequence[Entry]) -> list[str]:
     return [
         *(f"{mean(tasks, lambda t, n=name: t['tokens'][n]):.0f}" for name in ("icl", "t2l")),
         *(accuracy(tasks, arm) for arm in ("icl", "description", "t2l-task", "t2l-merged")),
+        reworded(tasks),
         *(f"{mean(tasks, lambda t, a=arm: t['arms'][a]['tokens']):.1f}" for arm in ("icl", "t2l-task")),
         *(question(tasks, arm) for arm in ("icl", "icl-warm", "t2l-task", "t2l-merged")),
         ms(mean(tasks, lambda t: t["generate_us"])),

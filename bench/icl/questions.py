@@ -39,10 +39,14 @@ ARMS = (ICL, WARM, ADAPTED, MERGED, DESCRIBED)
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A task as it is asked: examples to show, questions, and whether the bundled checkpoint was trained on it."""
+    """A task as it is asked: examples to show, questions, and whether the bundled checkpoint was trained on it.
+
+    ``others``: further descriptions, for which answers are not timed: how much depends on the wording.
+    """
 
     name: str
     description: str
+    others: tuple[str, ...]
     shots: tuple[tuple[str, str], ...]
     questions: tuple[Example, ...]
     trained: bool
@@ -59,7 +63,7 @@ class Answer:
 
 
 def tasks(folder: Path | None, trained: Sequence[str]) -> list[Asked]:
-    """The tasks of ``folder``: the first description, the first examples of split train, the questions of split test.
+    """The tasks of ``folder``: descriptions, the first examples of split train, the questions of split test.
 
     Without a folder those of the demo, with a question each.
     """
@@ -71,12 +75,12 @@ def tasks(folder: Path | None, trained: Sequence[str]) -> list[Asked]:
 
 def _of_demo(description: str, pairs: Sequence[tuple[str, str]]) -> Asked:
     *shots, (text, right) = pairs
-    return Asked(description, description, tuple(shots), (Example(text, (right,), "test"),), False)
+    return Asked(description, description, (), tuple(shots), (Example(text, (right,), "test"),), False)
 
 
 def _of_folder(task: Task, shown: Task, trained: bool) -> Asked:
     shots = tuple((e.input, e.outputs[0]) for e in shown.examples[:SHOTS])
-    return Asked(task.name, task.descriptions[0], shots, task.examples, trained)
+    return Asked(task.name, task.descriptions[0], task.descriptions[1:], shots, task.examples, trained)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -206,6 +210,7 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
             generate_us.append(serving.switch(asked.description)[1])
             for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
                 given[arm].append(ways[arm](i))
+    others = [_accuracy(asked, _reworded(serving, description, alone)) for description in asked.others]
     lengths = {"icl": shown, "t2l": alone, "description": described}
     return {
         "task": asked.name,
@@ -222,6 +227,7 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
         "generate_us": round(statistics.median(generate_us), 1),
         "merge_us": round(merge_us, 1),
         "fill_us": round(fill_us, 1),
+        "reworded": dict(zip(asked.others, others, strict=True)),
         "arms": {arm: _arm(asked, answers) for arm, answers in given.items()},
         "same_answers": {
             arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
@@ -235,10 +241,21 @@ def _another_question(serving: Serving, asked: Asked) -> list[list[int]]:
     return [serving.ids(raw_prompt(asked.description, text, asked.shots)) for text in ("0", "a")]
 
 
-def _arm(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
+def _reworded(serving: Serving, description: str, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+    """Answers with the adapter of another description of the task."""
+    serving.switch(description)
+    return [serving.adapted.answer(ids, DynamicCache()) for ids in prompts]
+
+
+def _accuracy(asked: Asked, answers: Sequence[Answer]) -> float:
+    """Exact match, in percent."""
     right = [answer_matches(a.text, q.outputs) for a, q in zip(answers, asked.questions, strict=True)]
+    return round(100 * statistics.fmean(right), 1)
+
+
+def _arm(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
     return {
-        "accuracy": round(100 * statistics.fmean(right), 1),
+        "accuracy": _accuracy(asked, answers),
         "tokens": round(statistics.fmean(a.tokens for a in answers), 2),
         "first_token_us": _quartiles([a.first_us for a in answers]),
         "answer_us": _quartiles([a.us for a in answers]),

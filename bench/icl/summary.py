@@ -216,7 +216,7 @@ def _answers(result: Result) -> str:
 
 def _real(result: Result) -> str:
     heads = [
-        *("tasks", "prompt tokens, ICL / T2L", "accuracy, ICL", "description only", "T2L"),
+        *("tasks", "prompt tokens, ICL / T2L", "accuracy, ICL", "description only", "T2L", "T2L, worded otherwise"),
         *("ms a question, ICL", "ICL cached", "T2L", "ms once, T2L", "first token of the first question, ICL / T2L"),
         *("all questions, ICL / T2L: no cache", "cold cache", "warm cache"),
     ]
@@ -228,6 +228,7 @@ def _real(result: Result) -> str:
                 f"mean of {len(tasks)} {name}",
                 " / ".join(tokens),
                 *(measured.accuracy(tasks, arm) for arm in ("icl", "description", "t2l-task")),
+                measured.reworded(tasks),
                 *(measured.question(tasks, arm) for arm in ("icl", "icl-warm", "t2l-task")),
                 ms(measured.mean(tasks, lambda t: t["generate_us"])),
                 *measured.ratios(tasks),

@@ -72,7 +72,7 @@ def memory(result: Result) -> str:
     heads = [
         *("model", "lengths", "ICL, no cache: a user", "ICL, cached: a user", "a task", "T2L per task: a user", "a task"),
         *("T2L merged: a task", "T2L, once", "an adapter is smaller than keys and values from, tokens"),
-        "T2L per task holds less from, tasks at a time",
+        *("T2L per task holds less from, tasks at a time", "a decode step reads: ICL", "T2L per task", "T2L merged"),
     ]
     lines = []
     for model, name in itertools.product(words.models(result), (PAPER, MEAN)):
@@ -90,6 +90,7 @@ def memory(result: Result) -> str:
                 *(amount(ways[way][what], "B") for way, what in held),
                 f"{found['adapter_tokens']:,}",
                 "never" if least is None else str(least),
+                *(amount(ways[way]["step_bytes"], "B") for way in ("icl", "t2l-task", "t2l-merged")),
             ]
         )
     return grid(heads, lines) + "\n\n" + words.counted(result)
