@@ -17,25 +17,21 @@ from torch import Tensor
 
 from t2l_engine import config as cfg
 from t2l_engine._files import check_dtype, read_safetensors, write_folder
+from t2l_engine.checkpoint_folder import (
+    BLOCKS,
+    CONFIG_NAME,
+    FORMAT,
+    WEIGHTS_NAME,
+    CheckpointError,
+    form,
+    native_blocks,
+    stated_encoder,
+)
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, shown
-from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
-REFERENCE_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
-FORMAT = "t2l_engine.hypernetwork.v1"
-BLOCKS = ("encoder", "base_model", "training", "reference")
 UNUSED_PREFIX = "reference."
 MAX_PARAMETERS = 1 << 40  # beyond what any file here can hold, and within what torch can describe
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint cannot be used; the message names the file and the key.
-
-    >>> import t2l_engine as t2l
-    >>> issubclass(t2l.CheckpointError, ValueError)
-    True
-    """
 
 
 @dataclasses.dataclass
@@ -52,19 +48,6 @@ class Contents:
     blocks: dict[str, Any]
     path: Path
     name_of: Callable[[str], str] = str
-
-
-def form(folder: Path) -> str:
-    """ "native" or "reference"; FileNotFoundError says what was looked for."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
-    weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
-    # A model's own config.json may lie beside a reference checkpoint: some tools want it there.
-    if config and (weights or not (folder / REFERENCE_NAMES[0]).is_file()):
-        return "native"
-    if (folder / REFERENCE_NAMES[0]).is_file():
-        return "reference"
-    raise FileNotFoundError(f"{folder}: holds neither {CONFIG_NAME} (native form) nor {REFERENCE_NAMES[0]} (reference form)")
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -117,13 +100,7 @@ def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
     Raises ConfigError where the reference's arguments name an encoder whose pooling is not known (UndefinedEncoder).
     """
     if form(folder) == "native":
-        blocks, path = _native_blocks(folder), folder / CONFIG_NAME
-        if blocks.get("encoder") is not None:
-            return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
-        args = blocks.get("reference", {}).get("args")
-        if isinstance(args, dict) and args.get("emb_model"):  # an encoder without rules of its own: refused by name
-            return reference_encoder_config(args, f"{path}: reference.args")
-        return None
+        return stated_encoder(native_blocks(folder), folder / CONFIG_NAME)
     from t2l_engine import reference_format
 
     return reference_format.encoder_config(folder)
@@ -132,7 +109,7 @@ def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
 def describe(folder: Path) -> dict[str, Any]:
     """The extra blocks of a checkpoint: of ``config.json``, or what a reference folder says of base model and training."""
     if form(folder) == "native":
-        return {key: value for key, value in _native_blocks(folder).items() if key in BLOCKS}
+        return {key: value for key, value in native_blocks(folder).items() if key in BLOCKS}
     from t2l_engine import reference_format
 
     return reference_format.describe(folder)
@@ -141,29 +118,8 @@ def describe(folder: Path) -> dict[str, Any]:
 # --- native form ---------------------------------------------------------------------------------------------------
 
 
-def _native_blocks(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    blocks = cfg.read_json(path)
-    if not isinstance(blocks, dict) or blocks.get("format") != FORMAT:
-        got = shown(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
-        raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {got}")
-    unknown = set(blocks) - {"format", "hypernetwork", *BLOCKS}
-    if unknown or "hypernetwork" not in blocks:
-        raise CheckpointError(f"{path}: expected blocks 'hypernetwork' and some of {BLOCKS}, got {shown(sorted(blocks))}")
-    check_blocks(blocks, str(path))
-    return blocks
-
-
-def check_blocks(blocks: dict[str, Any], where: str) -> None:
-    """CheckpointError, naming ``where``, unless the optional blocks in ``blocks`` are of their kinds."""
-    kinds = {"encoder": (dict, type(None)), "base_model": (str, type(None)), "training": (dict,), "reference": (dict,)}
-    for name, kind in kinds.items():
-        if name in blocks and not isinstance(blocks[name], kind):
-            raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {shown(blocks[name])}")
-
-
 def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
-    blocks = _native_blocks(folder)
+    blocks = native_blocks(folder)
     config = cfg.from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{folder / CONFIG_NAME}: hypernetwork")
     if module_order is not None and list(module_order) != list(config.modules):
         raise CheckpointError(

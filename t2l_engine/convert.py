@@ -22,17 +22,8 @@ from torch import Tensor
 from t2l_engine import config as cfg
 from t2l_engine import reference_format as ref
 from t2l_engine._yaml import read_yaml
-from t2l_engine.checkpoint import (
-    BLOCKS,
-    CONFIG_NAME,
-    REFERENCE_NAMES,
-    CheckpointError,
-    Contents,
-    build,
-    form,
-    read,
-    write_native,
-)
+from t2l_engine.checkpoint import Contents, build, read, write_native
+from t2l_engine.checkpoint_folder import BLOCKS, CONFIG_NAME, REFERENCE_NAMES, CheckpointError, form
 from t2l_engine.config import ConfigError, HyperNetworkConfig
 
 FORMS = ("native", "reference")
@@ -50,7 +41,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
         CheckpointError: ``source`` is no sound checkpoint, or the other form cannot express it; the message says what.
 
     >>> import tempfile
-    >>> from t2l_engine.engine import resolve_checkpoint
+    >>> from t2l_engine.checkpoint_folder import resolve_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     form_written = convert(resolve_checkpoint("smollm2-135m"), folder)
     ...     print(form_written, sorted(path.name for path in Path(folder).iterdir()))

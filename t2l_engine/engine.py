@@ -9,33 +9,11 @@ from pathlib import Path
 import torch
 
 from t2l_engine.adapters import AdapterStack
+from t2l_engine.checkpoint_folder import resolve_checkpoint
 from t2l_engine.config import EncoderConfig, OneHotConfig
 from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.encoder_config import UndefinedEncoder
 from t2l_engine.hypernetwork import HyperNetwork
-
-BUNDLED = Path(__file__).resolve().parent / "checkpoints"
-
-
-def bundled_checkpoints() -> list[str]:
-    """Names of the checkpoints that come with the package.
-
-    >>> bundled_checkpoints()
-    ['smollm2-135m']
-    """
-    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
-
-
-def resolve_checkpoint(name_or_folder: str | Path) -> Path:
-    """The folder of a bundled checkpoint or of one on disk; FileNotFoundError lists the bundled names."""
-    if str(name_or_folder) in bundled_checkpoints():
-        return BUNDLED / str(name_or_folder)
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"checkpoint {str(name_or_folder)!r}: no such folder; bundled checkpoints: {bundled_checkpoints()}"
-        )
-    return folder
 
 
 def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:

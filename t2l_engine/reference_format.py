@@ -18,7 +18,8 @@ from torch import Tensor
 from t2l_engine import config as cfg
 from t2l_engine._torch_file import read_torch_file
 from t2l_engine._yaml import read_yaml
-from t2l_engine.checkpoint import BLOCKS, REFERENCE_NAMES, CheckpointError, Contents, check_blocks, expect_shape
+from t2l_engine.checkpoint import Contents, expect_shape
+from t2l_engine.checkpoint_folder import BLOCKS, REFERENCE_NAMES, CheckpointError, check_blocks
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, positive_number, shown
 from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
 

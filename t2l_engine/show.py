@@ -7,6 +7,7 @@ from typing import Any
 
 from t2l_engine import checkpoint, peft_format
 from t2l_engine.adapters import AdapterStack
+from t2l_engine.checkpoint_folder import CONFIG_NAME, REFERENCE_NAMES, WEIGHTS_NAME, form
 from t2l_engine.config import ConfigError, read_json
 from t2l_engine.flops import hypernet_flops
 from t2l_engine.hypernetwork import HyperNetwork
@@ -27,8 +28,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    native = (checkpoint.CONFIG_NAME, checkpoint.WEIGHTS_NAME)
-    reference = checkpoint.REFERENCE_NAMES[:1]  # the others may lie two folders above
+    native = (CONFIG_NAME, WEIGHTS_NAME)
+    reference = REFERENCE_NAMES[:1]  # the others may lie two folders above
     for names in (native, reference):
         if all((folder / name).is_file() for name in names):
             return _checkpoint(folder)
@@ -42,15 +43,15 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     net = HyperNetwork.from_pretrained(folder)
-    c, form = net.config, checkpoint.form(folder)
+    c, written = net.config, form(folder)
     blocks = checkpoint.describe(folder)
     training = blocks.get("training")
-    weights = checkpoint.WEIGHTS_NAME if form == "native" else checkpoint.REFERENCE_NAMES[0]
+    weights = WEIGHTS_NAME if written == "native" else REFERENCE_NAMES[0]
     heads = sum(p.numel() for p in net.heads.parameters())
     return {
         "kind": "checkpoint",
         "folder": str(folder),
-        "form": form,
+        "form": written,
         "variant": c.variant,
         "task_encoder": c.task_encoder,
         "modules": [

@@ -35,7 +35,17 @@ except ImportError:
     atheris = None
 
 with atheris.instrument_imports(include=["t2l_engine"]) if atheris else contextlib.nullcontext():
-    from hostile import LOADERS, MARKER, MEMORY_ALLOWANCE, MEMORY_FACTOR, MESSAGE_LIMIT, SECONDS_LIMIT, Workshop
+    from hostile import (
+        LOADER_OF,
+        LOADERS,
+        MARKER,
+        MEMORY_ALLOWANCE,
+        MEMORY_FACTOR,
+        MESSAGE_LIMIT,
+        MODELS,
+        SECONDS_LIMIT,
+        Workshop,
+    )
     from hostile.__main__ import reset_peak, status
     from hostile.archive import dumps, pack, parts
     from hostile.payloads import CALLS, RAW
@@ -54,6 +64,7 @@ TARGETS = [
     *(("native", *target) for target in [*NATIVE, ("hypernet.safetensors", "hypernetwork")]),
     *(("adapter", file, "adapters") for file in ("adapter_config.json", "adapter_model.safetensors")),
     *(("tasks", file, "tasks") for file in ("descriptions.json", "copy.jsonl")),
+    *((base, "config.json", LOADER_OF[base]) for base in MODELS),
 ]
 WHOLE, INNER = 0, 1  # the form: the file, or the pickle or header inside it
 MAX_PAYLOAD = 1 << 19

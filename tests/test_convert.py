@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.checkpoint import describe, form, read
+from t2l_engine.checkpoint_folder import resolve_checkpoint
 from t2l_engine.convert import convert
-from t2l_engine.engine import resolve_checkpoint
 
 CASES = (
     "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",

@@ -22,6 +22,7 @@ from t2l_engine import (
     checkpoint,
 )
 from t2l_engine.checkpoint import encoder_config
+from t2l_engine.checkpoint_folder import form
 from t2l_engine.cli import app
 from t2l_engine.config import OneHotConfig, to_json
 from t2l_engine.convert import convert
@@ -171,7 +172,7 @@ def test_one_hot_takes_no_encoder_folder(native, base_folder):
 def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     """A name without rules stays refused, and no name stays no name."""
     convert(native(None, embed_dim=384), tmp_path / "unnamed")
-    assert checkpoint.form(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
+    assert form(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
     net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say

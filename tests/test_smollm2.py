@@ -92,7 +92,7 @@ def test_sentences_change_what_the_model_does(smollm, engine):
 
 
 def test_bundled_checkpoint():
-    folder = t2l.engine.resolve_checkpoint("smollm2-135m")
+    folder = t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 5_000_000
     assert {"config.json", "hypernet.safetensors", "README.md", "train.yaml"} <= {f.name for f in folder.iterdir()}
 

@@ -176,7 +176,7 @@ class Serving:
 def entries(context: Context, folder: Path | None) -> Entries:
     """``questions``: a task with all its arms, each answer timed."""
     serving = Serving()
-    trained = t2l.checkpoint.describe(t2l.engine.resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
+    trained = t2l.checkpoint.describe(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
     with torch.inference_mode():
         for asked in tasks(folder, trained):
             yield "questions", _task(serving, asked, context.threads)

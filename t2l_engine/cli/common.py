@@ -76,7 +76,8 @@ def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: 
     """The engine of options, and the checkpoint's folder."""
     from transformers.utils import logging
 
-    from t2l_engine.engine import TextToLoRA, resolve_checkpoint
+    from t2l_engine.checkpoint_folder import resolve_checkpoint
+    from t2l_engine.engine import TextToLoRA
 
     logging.disable_progress_bar()  # stderr is for our messages
     logging.set_verbosity_error()

@@ -1,7 +1,6 @@
 """``t2l cost``: operations, bytes and memory of in-context learning and of generated adapters, from configurations alone.
 
-Imports neither torch nor what needs it (``t2l_command`` relies on that): a checkpoint's ``config.json`` is read here, not
-through :mod:`t2l_engine.checkpoint`.
+Imports neither torch nor what needs it: ``t2l_command`` relies on that.
 """
 
 from __future__ import annotations
@@ -15,18 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from t2l_engine import flops
+from t2l_engine.checkpoint_folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
 from t2l_engine.cli.common import Json, print_json, split_names
 from t2l_engine.cli.cost_tables import document, render
 from t2l_engine.config import ConfigError, HyperNetworkConfig, OneHotConfig, from_json, read_json, shown, to_json
-from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
 from t2l_engine.flops import decoder as decoders
 from t2l_engine.flops import encoder as encoders
 from t2l_engine.flops import known
 
-CHECKPOINTS = Path(__file__).resolve().parents[1] / "checkpoints"
-FORMAT, CONFIG_NAME, WEIGHTS_NAME, REFERENCE_NAME = (
-    "t2l_engine.hypernetwork.v1", "config.json", "hypernet.safetensors", "hypermod.pt",
-)  # fmt: skip
 DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
 ADAPTER, ENCODER = 2, 2  # bytes a value
 MOST_TOKENS, MOST_USERS, MOST_QUESTIONS = 1 << 20, 1 << 16, 10**12
@@ -243,33 +238,16 @@ def _encoder(name: str) -> flops.Encoder | flops.Decoder:
 
 def _native(name: str) -> tuple[Path, dict[str, Any]]:
     """The path and the blocks of the ``config.json`` of a checkpoint in native form."""
-    bundled = sorted(path.parent.name for path in CHECKPOINTS.glob(f"*/{CONFIG_NAME}"))
-    folder = CHECKPOINTS / name if name in bundled else Path(name)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"checkpoint {name!r}: no such folder; bundled checkpoints: {bundled}")
-    path = folder / CONFIG_NAME
-    if (folder / REFERENCE_NAME).is_file() and not (path.is_file() and (folder / WEIGHTS_NAME).is_file()):
+    folder = resolve_checkpoint(name)
+    if form(folder) == "reference":
         raise ConfigError(f"{folder}: a checkpoint in reference form; 't2l convert' makes the native one that is read here")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found")
-    blocks = read_json(path)
-    if not isinstance(blocks, dict) or blocks.get("format") != FORMAT or "hypernetwork" not in blocks:
-        got = shown(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
-        raise ConfigError(f"{path}: expected a block 'hypernetwork' and format {FORMAT!r}, got format {got}")
-    for key, kind in {"base_model": str, "reference": dict}.items():
-        if not isinstance(blocks.get(key), (kind, type(None))):
-            raise ConfigError(f"{path}: {key}: expected {kind.__name__}, got {shown(blocks[key])}")
-    return path, blocks
+    return folder / CONFIG_NAME, native_blocks(folder)
 
 
-def _encoder_of(path: Path, blocks: Mapping[str, Any]) -> str:
+def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
     """The ``--encoder`` that a checkpoint names; MiniLM where it names none, as elsewhere."""
-    args = (blocks.get("reference") or {}).get("args")
-    if blocks.get("encoder") is not None:
-        config = encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
-    elif isinstance(args, dict) and args.get("emb_model"):
-        config = reference_encoder_config(args, f"{path}: reference.args")
-    else:
+    config = stated_encoder(blocks, path)
+    if config is None:
         return "minilm"
     if isinstance(config, OneHotConfig):
         raise ConfigError(f"{path}: encoder: it knows tasks by their names (one-hot), no description is read")

@@ -34,7 +34,7 @@ def convert(
 ) -> None:
     """Write a checkpoint in its other form."""
     from t2l_engine import convert as conversion
-    from t2l_engine.engine import resolve_checkpoint
+    from t2l_engine.checkpoint_folder import resolve_checkpoint
 
     folder = resolve_checkpoint(source)
     if target.is_dir():
@@ -54,7 +54,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint (native or reference form) or a PEFT adapter."""
-    from t2l_engine.engine import resolve_checkpoint
+    from t2l_engine.checkpoint_folder import resolve_checkpoint
     from t2l_engine.show import describe
 
     about = describe(resolve_checkpoint(folder))

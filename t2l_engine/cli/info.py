@@ -39,7 +39,7 @@ def _collect() -> dict[str, Any]:
 
     import t2l_engine
     from t2l_engine import ops
-    from t2l_engine.engine import bundled_checkpoints
+    from t2l_engine.checkpoint_folder import bundled_checkpoints
 
     try:
         from t2l_engine import _core

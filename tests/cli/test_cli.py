@@ -140,7 +140,7 @@ def test_show_bundled_checkpoint(run):
         {"name": "q_proj", "in_features": 576, "out_features": 576},
         {"name": "v_proj", "in_features": 576, "out_features": 192},
     ]
-    net = t2l.HyperNetwork.from_pretrained(t2l.engine.resolve_checkpoint("smollm2-135m"))
+    net = t2l.HyperNetwork.from_pretrained(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))
     assert about["parameters"] == {
         "total": sum(p.numel() for p in net.parameters()),
         "trunk": sum(p.numel() for name, p in net.named_parameters() if not name.startswith("heads.")),
@@ -306,7 +306,7 @@ def test_statuses(run, monkeypatch):
             warnings.warn("of\ntwo lines", stacklevel=2)
             raise error
 
-        monkeypatch.setattr("t2l_engine.engine.bundled_checkpoints", bundled_checkpoints)
+        monkeypatch.setattr("t2l_engine.checkpoint_folder.bundled_checkpoints", bundled_checkpoints)
 
     raising(ValueError("of\n  two lines"))
     assert run("info") == (1, "", "t2l: warning: of two lines\nt2l: of two lines\n")

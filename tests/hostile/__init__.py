@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
 from t2l_engine.checkpoint import describe, encoder_config
+from t2l_engine.flops import Decoder, Encoder
 from t2l_engine.tasks import load_tasks
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
@@ -37,7 +39,22 @@ LOADERS: dict[str, Callable] = {
     "describe": describe,
     "encoder": encoder_config,
     "tasks": lambda folder: load_tasks(folder, "train"),
+    "decoder": Decoder.from_config,
+    "text encoder": Encoder.from_config,
 }
+#: What reads a good folder, where that is no hypernetwork.
+LOADER_OF = {name: name for name in ("tasks", "decoder", "text encoder")} | {"adapter": "adapters", "gemma": "decoder"}
+#: Configurations of models whose costs are counted: of every kind of field one.
+MODELS = {
+    "decoder": {"model_type": "qwen3_moe", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": True,
+                "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "mlp_only_layers": [0],
+                "decoder_sparse_step": 1, "use_sliding_window": True, "sliding_window": 8, "attention_bias": True},
+    "gemma": {"model_type": "gemma2", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "text encoder": {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                     "vocab_size": 61, "num_attention_heads": 4, "max_position_embeddings": 16, "type_vocab_size": 2},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +111,10 @@ class Workshop:
         self.bases["tasks"].mkdir(parents=True)
         (self.bases["tasks"] / "descriptions.json").write_text('{"copy": ["Repeat the input."]}')
         (self.bases["tasks"] / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "train"}\n' * 3)
+        for name, values in MODELS.items():
+            self.bases[name] = directory / "base" / name
+            self.bases[name].mkdir()
+            (self.bases[name] / "config.json").write_text(json.dumps(values))
         self.names: set[str] = set()
 
     def read(self, base: str, file: str) -> bytes:
@@ -124,7 +145,7 @@ class Workshop:
         else:
             (folder / file).write_bytes(content)
         if loader is None:
-            loader = {"adapter": "adapters", "tasks": "tasks"}.get(base, "hypernetwork")
+            loader = LOADER_OF.get(base, "hypernetwork")
         same_as = self.bases[base] if harmless else None
         return Case(name, loader, folder, (file, *mentions), same_as, contradiction, refusals)
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import yaml
 
-from hostile import Case, Workshop
+from hostile import MODELS, Case, Workshop
 
 MIB = 1 << 20
 
@@ -19,6 +19,7 @@ def cases(shop: Workshop) -> Iterator[Case]:
     yield from _reference_fields(shop)
     yield from _peft_fields(shop)
     yield from _tasks(shop)
+    yield from _models(shop)
 
 
 def _field_cases(make: Callable[[str, object], Case], wrong: dict[str, list]) -> Iterator[Case]:
@@ -311,3 +312,48 @@ def _tasks(shop: Workshop) -> Iterator[Case]:
     short = b'{"input":"","output":[""],"split":"train"}\n' * (1 << 18)
     yield shop.case("examples-late", "tasks", "copy.jsonl", short + b"{\n")
     yield shop.case("examples-long-line", "tasks", "copy.jsonl", good + b" " * (48 * MIB) + b"{")
+
+
+def _models(shop: Workshop) -> Iterator[Case]:
+    """Models whose costs are counted: every number of a configuration, and what contradicts itself."""
+    count = iter(range(10_000))
+    sizes = [True, "4", [4], 0, -1, 4.5, HUGE, 10**12, float("nan")]
+    wrong = {
+        "decoder": {
+            "model_type": [None, 3, [], {}, TEXT, "mamba", LIST],
+            "tie_word_embeddings": FLAGS[1:],
+            "use_sliding_window": FLAGS[1:],
+            "attention_bias": FLAGS[1:],
+            "use_bidirectional_attention": [True, *FLAGS[1:]],
+            "mlp_only_layers": [3, "0", {"0": 0}],
+            "num_key_value_heads": [*sizes, 3],
+            "num_experts_per_tok": [*sizes, 5],
+            "num_hidden_layers": [*sizes, 1 << 20],
+            **{
+                field: sizes
+                for field in ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "head_dim")
+            },
+            **{field: sizes for field in ("num_experts", "moe_intermediate_size", "decoder_sparse_step", "sliding_window")},
+        },
+        "gemma": {
+            "layer_types": ["full_attention", ["full_attention"], [[]] * 2, [{}, 1], ["full_attention", TEXT], LIST],
+            "sliding_window": sizes,
+        },
+        "text encoder": {
+            "model_type": [None, 3, {}, "llama", TEXT],
+            "num_attention_heads": [*sizes, 3],
+            "type_vocab_size": [True, "2", -1, HUGE],
+            **{field: sizes for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")},
+            "max_position_embeddings": sizes,
+        },
+    }
+    for base, fields in wrong.items():
+
+        def make(field: str, value: object, base: str = base) -> Case:
+            text = json.dumps(MODELS[base] | {field: value})
+            return shop.case(f"model-{next(count)}-{field}", base, "config.json", text.encode(), field)
+
+        yield from _field_cases(make, fields)
+        texts = {"list": b"[]", "deep": b"[" * 100_000, "twice": b'{"model_type": "llama", "model_type": "llama"}'}
+        for name, text in texts.items():
+            yield shop.case(f"model-{base}-{name}", base, "config.json", text)
