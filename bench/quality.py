@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 
 FILE = "smollm2-135m-quality.json"
@@ -29,7 +30,7 @@ def _line(name: str, scores: dict, arms: list[str]) -> str:
 
 def _mean_line(result: dict, names: list[str], seen: bool, arms: list[str]) -> str:
     title = "trained tasks" if seen else "tasks never trained on, siblings of trained skills"
-    mean = {a: sum(result["tasks"][n][a] for n in names) / len(names) for a in arms}
+    mean = {a: statistics.fmean(result["tasks"][n][a] for n in names) for a in arms}
     return _line(f"**mean of {len(names)} {title}**", mean, arms)
 
 

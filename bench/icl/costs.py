@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +39,7 @@ def workloads(model: str) -> dict[str, tuple[Workload, int]]:
             "instruction": described[model]["mean"],
         }
     fields = next(iter(means.values()))
-    means[MEAN] = {field: sum(m[field] for m in means.values()) / len(means) for field in fields}
+    means[MEAN] = {field: statistics.fmean(m[field] for m in means.values()) for field in fields}
     whole = {name: {field: round(value) for field, value in values.items()} for name, values in means.items()}
     instructions = {name: values.pop("instruction") for name, values in whole.items()}
     return {name: (Workload(shots=3, **values), instructions[name]) for name, values in whole.items()}

@@ -55,7 +55,7 @@ class Served:
         item = dtype.itemsize
         self.setup = Setup(
             flops.Decoder.from_config(self.model.config), flops.Encoder.from_config(self.encoder.model.config),
-            self.net.config, item, item, self.net.dtype.itemsize, 4,
+            self.net.config, item, item, self.net.dtype.itemsize, self.encoder.model.dtype.itemsize,
         )  # fmt: skip
 
     def _generator(self, context: Context) -> tuple[t2l.TextEncoder, t2l.HyperNetwork]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
 
 from bench.icl import words
@@ -47,7 +49,7 @@ def _parts(found: Entry, row: Row) -> str:
         PUT: "adapter into its slot",
         KEPT: f"question of {row.shape['question']} tokens with the adapter",
     }
-    sums = {key: sum(timed[name][key] for name in names) for key in ("median_us", "flops")}
+    sums = {key: math.fsum(timed[name][key] for name in names) for key in ("median_us", "flops")}
     lines = [
         *([label, *_part(timed[name], whole)] for name, label in names.items()),
         ["sum of the parts", *_part(sums, whole)],
@@ -182,17 +184,17 @@ def linear(task: Entry) -> dict[str, Linear]:
 
 def total(tasks: Sequence[Entry], way: str) -> float:
     """Microseconds of all questions of ``tasks``."""
-    return sum(linear(t)[way].first + (t["questions"] - 1) * linear(t)[way].later for t in tasks)
+    return math.fsum(linear(t)[way].first + (t["questions"] - 1) * linear(t)[way].later for t in tasks)
 
 
 def to_first_token(tasks: Sequence[Entry], arm: str) -> float:
     """Microseconds to the first token of a task's first question; summed over ``tasks``."""
-    once = sum(t["generate_us"] for t in tasks) if arm == "t2l-task" else 0
-    return once + sum(t["arms"][arm]["first_token_us"]["median"] for t in tasks)
+    once = math.fsum(t["generate_us"] for t in tasks) if arm == "t2l-task" else 0
+    return once + math.fsum(t["arms"][arm]["first_token_us"]["median"] for t in tasks)
 
 
 def mean(tasks: Sequence[Entry], value: Callable[[Entry], float]) -> float:
-    return sum(map(value, tasks)) / len(tasks)
+    return statistics.fmean(map(value, tasks))  # not sum: its rounding differs between Pythons, and tables are compared
 
 
 def accuracy(tasks: Sequence[Entry], arm: str) -> str:

@@ -191,8 +191,9 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
             lambda text: chat_prompt(serving.tokenizer, text),
         )
     )
-    prefix = min(common_prefix([*shown, other]) for other in _another_question(serving, asked))
-    serving.switch(asked.description), serving.filled(shown[0][:prefix])  # not timed: first calls are slower
+    prefix = min(common_prefix([*shown, other]) for other in _other_prompts(serving, asked))
+    serving.switch(asked.description)  # not timed: first calls are slower
+    serving.filled(shown[0][:prefix])
     stack, _ = serving.switch(asked.description)
     cache, fill_us = serving.filled(shown[0][:prefix])
     generate_us, given = [], {arm: [] for arm in ARMS}
@@ -236,8 +237,8 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
     }
 
 
-def _another_question(serving: Serving, asked: Asked) -> list[list[int]]:
-    """A prompt with another question: of a single one all tokens would be the common prefix."""
+def _other_prompts(serving: Serving, asked: Asked) -> list[list[int]]:
+    """Prompts with questions of no task: of a single prompt all tokens would be the common prefix."""
     return [serving.ids(raw_prompt(asked.description, text, asked.shots)) for text in ("0", "a")]
 
 
