@@ -75,7 +75,7 @@ def random_adapters(model: nn.Module, names: Sequence[str], count: int, rank: in
         found = [linear for _, linear in linears(model, name)]
         n_in, n_out = found[0].in_features, found[0].out_features
         lora_A[name] = torch.randn(count, len(found), rank, n_in, generator=generator) * n_in**-0.5
-        scale = 0.1 * float(found[0].weight.std()) * (n_in / rank) ** 0.5
+        scale = 0.1 * float(found[0].weight.detach().std()) * (n_in / rank) ** 0.5
         lora_B[name] = torch.randn(count, len(found), rank, n_out, generator=generator).mT * scale
     return t2l.AdapterStack(lora_A, lora_B, torch.ones(count))
 
