@@ -44,7 +44,7 @@ class Served:
         self.encoder, self.net = self._generator(context)
         self.text = text_of(self.encoder, self.load.description)
         self.adapted = shared(self.model)
-        self.stack = self.generate(self.describe())
+        self.stack = self.net.generate(self.describe())
         self.handle = t2l.attach(self.adapted, self.stack)
         self.handle.set(0)
         # What the slot holds: rounded to the model's dtype.
@@ -71,13 +71,10 @@ class Served:
 
     def describe(self) -> Tensor:
         """The embedding of a text that is not in the encoder's cache."""
-        return t2l.TextEncoder(self.encoder.model, self.encoder.tokenizer, self.encoder.config).encode([self.text])
-
-    def generate(self, task_emb: Tensor) -> t2l.AdapterStack:
-        return self.net.generate(task_emb)
+        return embed_anew(self.encoder, self.text)
 
     def new_task(self, prompt: Tensor) -> Tensor:
-        self.handle.put(0, self.generate(self.describe()))
+        self.handle.put(0, self.net.generate(self.describe()))
         return first_token(self.adapted, prompt)
 
     def prompt(self, shots: int) -> Tensor:
@@ -86,10 +83,20 @@ class Served:
         return self.tokens[:, -1 - count : -1]
 
 
+def embed_anew(encoder: t2l.TextEncoder, text: str) -> Tensor:
+    """``task_emb [1, embed_dim]`` of a text as if it was never embedded before."""
+    return t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([text])
+
+
+def tokens_of(encoder: t2l.TextEncoder, text: str) -> int:
+    """Tokens that ``encoder`` reads of a description, special ones included."""
+    return len(encoder.tokenizer(encoder.prepare([text])[0])["input_ids"])
+
+
 def text_of(encoder: t2l.TextEncoder, count: int) -> str:
     """A description that ``encoder`` reads as ``count`` tokens."""
     text = "list"
-    while (length := len(encoder.tokenizer(encoder.prepare([text])[0])["input_ids"])) < count:
+    while (length := tokens_of(encoder, text)) < count:
         text += " word"
     if length != count:
         raise ValueError(f"count: expected at least the {length} tokens of {text!r}, got {count}")
@@ -151,7 +158,7 @@ def _parts(served: Served) -> dict[str, Callable[[], object]]:
     task_emb, stack = served.describe(), served.stack
     return {
         DESCRIBE: served.describe,
-        GENERATE: functools.partial(served.generate, task_emb),
+        GENERATE: functools.partial(served.net.generate, task_emb),
         PUT: functools.partial(served.handle.put, 0, stack),
     }
 

@@ -184,7 +184,7 @@ def linear(task: Entry) -> dict[str, Linear]:
 
 def total(tasks: Sequence[Entry], way: str) -> float:
     """Microseconds of all questions of ``tasks``."""
-    return math.fsum(linear(t)[way].first + (t["questions"] - 1) * linear(t)[way].later for t in tasks)
+    return math.fsum(linear(t)[way].total(t["questions"]) for t in tasks)
 
 
 def to_first_token(tasks: Sequence[Entry], arm: str) -> float:

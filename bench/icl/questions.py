@@ -24,6 +24,7 @@ import t2l_engine as t2l
 from bench.decode import shared
 from bench.harness import Context
 from bench.icl.costs import Entries
+from bench.icl.lengths import embed_anew, tokens_of
 from t2l_engine import demo
 from t2l_engine.evaluation.exact_match import answer_matches
 from t2l_engine.integrations import smollm2
@@ -139,16 +140,10 @@ class Serving:
     def ids(self, prompt: str) -> list[int]:
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
-    def encoder_tokens(self, description: str) -> int:
-        encoder = self.engine.encoder
-        return len(encoder.tokenizer(encoder.prepare([description])[0])["input_ids"])
-
     def switch(self, description: str) -> tuple[t2l.AdapterStack, float]:
         """The adapter of a text that the encoder does not know yet, in its slot; microseconds until it can be used."""
-        encoder = self.engine.encoder
         start = time.perf_counter_ns()
-        task_emb = t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([description])
-        stack = self.engine.hypernetwork.generate(task_emb)
+        stack = self.engine.hypernetwork.generate(embed_anew(self.engine.encoder, description))
         self.slot.put(0, stack)
         self.slot.set(0)
         return stack, (time.perf_counter_ns() - start) / 1e3
@@ -223,7 +218,7 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
         "tokens": {
             **{name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()},
             "prefix": prefix,
-            "encoder": serving.encoder_tokens(asked.description),
+            "encoder": tokens_of(serving.engine.encoder, asked.description),
         },
         "generate_us": round(statistics.median(generate_us), 1),
         "merge_us": round(merge_us, 1),

@@ -172,7 +172,7 @@ def _tasks(result: Result) -> str:
     cold, ours = found["ways"]["icl-cold"], found["ways"]["t2l-task"]
 
     def over(questions: int) -> str:
-        both = [way["first"] + (questions - 1) * way["later"] for way in (cold, ours)]
+        both = [words.Linear(way["first"], way["later"]).total(questions) for way in (cold, ours)]
         return number(both[0] / both[1])
 
     memory = [way["fixed"] + held(way, MANY) for way in (cold, ours)]

@@ -108,6 +108,9 @@ class Linear(NamedTuple):
     first: float
     later: float
 
+    def total(self, questions: int) -> float:
+        return self.first + (questions - 1) * self.later
+
 
 Won = Sequence[int | None] | None
 
@@ -119,22 +122,21 @@ def won(ours: Linear, rival: Linear) -> Won:
 
 def when(questions: Won) -> str:
     """A cell."""
-    if questions is None:
-        return "never"
-    first, last = questions
-    if last is None:
-        return "always" if first == 1 else f"from {first:,} on"
-    return f"up to {last:,}" if first == 1 else f"{first:,} to {last:,}"
+    return _when(questions, "never", "always", "", "")
 
 
 def when_said(questions: Won) -> str:
     """The end of a sentence."""
+    return _when(questions, "at no number of questions", "at every number of questions", "from ", " questions")
+
+
+def _when(questions: Won, never: str, always: str, between: str, unit: str) -> str:
     if questions is None:
-        return "at no number of questions"
+        return never
     first, last = questions
     if last is None:
-        return "at every number of questions" if first == 1 else f"from {first:,} questions on"
-    return f"up to {last:,} questions" if first == 1 else f"from {first:,} to {last:,} questions"
+        return always if first == 1 else f"from {first:,}{unit} on"
+    return f"up to {last:,}{unit}" if first == 1 else f"{between}{first:,} to {last:,}{unit}"
 
 
 # --- captions --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from t2l_engine import flops
 from t2l_engine.checkpoint_folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
 from t2l_engine.cli.common import Json, print_json, split_names
 from t2l_engine.cli.cost_tables import document, render
-from t2l_engine.config import ConfigError, HyperNetworkConfig, OneHotConfig, from_json, read_json, shown, to_json
+from t2l_engine.config import ConfigError, HyperNetworkConfig, OneHotConfig, from_json, shown, to_json
 from t2l_engine.flops import decoder as decoders
 from t2l_engine.flops import encoder as encoders
 from t2l_engine.flops import known
@@ -157,7 +157,7 @@ def _setup(
         decoder, stated = _decoder(model, dtype)
     weights = dtype or stated or Values.bfloat16
     cache = cache_dtype or (weights if weights.itemsize >= 2 else Values.bfloat16)
-    entry = read_json(known.FILE)["models"].get(name, {})
+    entry = known.known_entries("models").get(name, {})
     encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
     texts = decoder if encoder == LANGUAGE_MODEL else _encoder(encoder)
     if checkpoint:
@@ -188,7 +188,7 @@ def _setup(
 
 def _known(kind: str, name: str) -> str | None:
     """``name``, or the known name of what the hub calls so; None where it is neither."""
-    entries = read_json(known.FILE)[kind]
+    entries = known.known_entries(kind)
     if name in entries or Path(name).exists():
         return name if name in entries else None
     return next((key for key, entry in entries.items() if entry["from"] == name), None)

@@ -20,18 +20,23 @@ PAPER = Workload(question=59, answer=1, shots=3, shot=80, description=35)
 
 
 @functools.cache
-def _known() -> dict[str, Any]:
+def _file() -> dict[str, Any]:
     return read_json(FILE)
+
+
+def known_entries(kind: str) -> dict[str, Any]:
+    """Name -> what the file says of each; ``kind`` "models" or "encoders"."""
+    return _file()[kind]
 
 
 def known_setups() -> list[str]:
     """Names that :func:`known_setup` takes."""
-    return list(_known()["models"])
+    return list(known_entries("models"))
 
 
 def known_encoders() -> list[str]:
     """Names that :func:`encoder_named` takes."""
-    return list(_known()["encoders"])
+    return list(known_entries("encoders"))
 
 
 def encoder_named(name: str) -> Encoder:
@@ -85,7 +90,7 @@ def known_setup(name: str) -> Setup:
 
 
 def _entry(kind: str, name: str) -> dict[str, Any]:
-    known = _known()[kind]
+    known = known_entries(kind)
     if name not in known:
         raise ConfigError(f"{kind.removesuffix('s')}: expected one of {', '.join(known)}, got {shown(name)}")
     return known[name]
