@@ -80,7 +80,7 @@ class LoRAHandle:
         """
         self._check_free("set")
         self._routing.set(ids, self._num_slots, self._filled, self._device())
-        self._routing.overrides = None
+        self._routing.overrides, self._routing.dropout = None, 0.0
 
     @contextlib.contextmanager
     def use(self, ids: Ids) -> Iterator[LoRAHandle]:
@@ -93,11 +93,12 @@ class LoRAHandle:
             self._restore(before)
 
     @contextlib.contextmanager
-    def differentiable(self, stack: AdapterStack, ids: Ids) -> Iterator[LoRAHandle]:
+    def differentiable(self, stack: AdapterStack, ids: Ids, *, dropout: float = 0.0) -> Iterator[LoRAHandle]:
         """Inside the block rows use adapters of ``stack`` itself instead of the slots, with gradients into its A and B.
 
-        For training: ``ids`` index ``stack``.  Modules of the stack must be attached already (give :func:`attach` a stack
-        of the same shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
+        For training: ``ids`` index ``stack``; ``dropout``: probability with which an entry of the input of A is zero while
+        gradients are recorded.  Modules of the stack must be attached already (give :func:`attach` a stack of the same
+        shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
         """
         self._check_free("differentiable")
         _check_stack("stack", stack)
@@ -107,6 +108,7 @@ class LoRAHandle:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
         before = self._routing.state()
         self._routing.set(ids, len(stack), range(len(stack)), self._device())
+        self._routing.dropout = dropout
         # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
         self._routing.overrides = {
             (places[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}

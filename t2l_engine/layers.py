@@ -187,7 +187,8 @@ class LoRALinear(nn.Module):
             y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
         ):
             for m in members:
-                delta = ops.lora_delta(flat, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+                inner = nn.functional.dropout(flat, routing.dropout) if routing.dropout else flat
+                delta = ops.lora_delta(inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
                 delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
                 if m.start is not None:
                     delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))

@@ -29,6 +29,7 @@ class Routing:
         self.uniform = False  # one id for all rows, whatever their number
         # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
+        self.dropout = 0.0  # of the input of A, with the overrides
         self.choice: object | None = None  # a new object for every choice of adapters, None for the base model
         self._puts = 0  # how often the slots changed
         self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
@@ -41,17 +42,17 @@ class Routing:
     def state(self) -> tuple:
         """What :meth:`restore` brings back."""
         ids = None if self.ids is None else self.ids.clone()
-        return ids, self.batch, self.uniform, self.overrides, self.choice, self._puts
+        return ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, self._puts
 
     def restore(self, state: tuple) -> None:
-        ids, self.batch, self.uniform, self.overrides, self.choice, puts = state
+        ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, puts = state
         self._write(ids)
         if puts != self._puts:
             self._renew_choice()
 
     def clear(self) -> None:
         """Back to the base model."""
-        self.restore((None, None, False, None, None, self._puts))
+        self.restore((None, None, False, None, 0.0, None, self._puts))
 
     def slots_changed(self) -> None:
         """Other adapters are behind the same ids: what ran before cannot be recomputed."""

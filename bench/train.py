@@ -1,0 +1,251 @@
+"""Training through a frozen language model: steps with an adapter a sample, memory, hypernetwork steps, a library of adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench import train_memory, train_ways
+from bench.harness import OURS, Bar, Context, Error, Task, admit, row, worst
+from bench.rows import BASE
+from bench.train_ways import ABSENT, BMM, HOOKS, MODULES, RANK, SAMPLES, WAYS, Batch, Case, Way, cases, leaves, load, loss_of
+from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine.testing import numerics
+from t2l_engine.testing.models import SHAPES, HyperShape
+
+BAR = Bar(1.12, of=BASE)
+#: Peak memory of the reference implementation's way over that of ours, at least.
+MEMORY_BAR = 1.25
+SEPARATE = "one task at a time"
+#: Seconds for each case, in those of an ordinary one: a step takes up to seconds.
+FACTOR = 90
+#: Steps change what they train, but hardly: times belong to the same values.
+LEARNING_RATE, GRAD_CLIP = 1e-6, 1.0
+Entries = Iterator[tuple[str, dict[str, Any]]]
+Gradients = list[Tensor]
+
+
+def plan(context: Context) -> list[Task]:
+    few = [case for case in cases(context) if case.modules == "q,v"]
+    # What a mistake shows in soonest comes first: a run that fails late has cost much.
+    tasks = [Task(f"library {dtype}", functools.partial(library, context, dtype)) for dtype in train_ways.ATTENTION]
+    tasks += [Task(f"sft step {case.name}", functools.partial(whole, context, case)) for case in few]
+    tasks += [Task(f"step {case.name}", functools.partial(applied, context, case)) for case in cases(context)]
+    measured, ways = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
+    return tasks + [Task(f"memory {case.name}", functools.partial(memory, context, case, ways)) for case in measured]
+
+
+def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients, dtype: str) -> dict[str, Error]:
+    """The worst error of each result over its gradients; arguments as in :func:`numerics.model_gradient_bound`."""
+    bounds = [numerics.model_gradient_bound(*pair, getattr(torch, dtype)) for pair in zip(exact, other, strict=True)]
+
+    def error(got: Tensor, right: Tensor, bound: float) -> Error:
+        return Error(numerics.relative_frobenius(got, right), bound, "gradient, relative Frobenius against another way, float32")
+
+    return {name: worst(map(error, got, exact, bounds)) for name, got in results.items()}
+
+
+def _models(context: Context, dtype: str) -> tuple[str, nn.Module, nn.Module]:
+    """Name, the model in ``dtype``, and in float32."""
+    name, model = load(context, dtype)
+    return name, model, model if dtype == "float32" else load(context, "float32")[1]
+
+
+def _shape(name: str, case: Case, **more: Any) -> dict[str, Any]:
+    return {"model": name, **more, "tokens": case.tokens, "modules": case.modules, "rank": RANK, "dtype": case.dtype}
+
+
+# --- a step with an adapter a sample ---------------------------------------------------------------------------------
+
+
+def applied(context: Context, case: Case) -> Entries:
+    """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
+    name, model, single = _models(context, case.dtype)
+    stack = train_ways.adapters(model, case)
+    ways = {way: train_ways.BUILDERS[way](model, stack) for way in WAYS}
+    found = step_errors(ways, single, stack, case)
+    del single
+    timed = Batch.of(model, SAMPLES, case.tokens, seed=0)
+    calls = {way: train_ways.step(made, None if way == BASE else stack, timed) for way, made in ways.items()}
+    unadapted = {BASE: calls.pop(BASE)}  # nothing was added that could be wrong
+    functions, wrong = admit(case.name, calls, found)
+    timings = context.time(unadapted | functions, context.threads, factor=FACTOR)
+    common = {"absent": ABSENT | wrong, "bar": BAR if context.full else None, "unit_us": timings[BASE].median_us}
+    shape = _shape(name, case, samples=SAMPLES)
+    yield "rows", row(case.name, "train", shape, context.threads, timings, found[OURS], **common)
+
+
+def step_errors(ways: Mapping[str, Way], single: nn.Module, stack: t2l.AdapterStack, case: Case) -> dict[str, Error]:
+    """The error of every way but the base, on samples of their own; ``single``: the model in float32."""
+    results = {
+        way: train_ways.step(made, stack, Batch.of(made.model, SAMPLES, case.tokens, seed=1))()
+        for way, made in ways.items()
+        if way != BASE
+    }
+    exact = results[BMM]
+    if case.dtype != "float32":
+        batch = Batch.of(single, SAMPLES, case.tokens, seed=1)
+        exact = train_ways.step(train_ways.plain_bmm(single, stack), stack, batch)()
+    return errors(results, exact, results[BMM], case.dtype)
+
+
+def memory(context: Context, case: Case, ways: Sequence[str]) -> Entries:
+    """The peak of a step by each way, each in a process of its own."""
+    shape, found = {}, {}
+    for way in ways:
+        model, found[way] = train_memory.in_a_process(context, case, way)
+        shape = _shape(model, case, samples=SAMPLES)
+    bar = MEMORY_BAR if context.full else None
+    entry = {"case": case.name, "shape": shape, "threads": context.threads, "ways": found, "absent": ABSENT}
+    yield "train_memory", {**entry, "bar": bar, "bar_of": HOOKS}
+
+
+# --- a whole step of a hypernetwork ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Trained:
+    """A hypernetwork with the optimiser and the task embeddings of a step."""
+
+    net: HyperNetwork
+    task_emb: Tensor
+    optimizer: torch.optim.Optimizer
+
+    @staticmethod
+    def of(context: Context, model: nn.Module, variant: str) -> Trained:
+        """Of the sizes of the bundled checkpoint."""
+        shape = SHAPES["smollm2-135m"]
+        if not context.full:
+            c = model.config
+            widths = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
+            shape = HyperShape("tiny", c.num_hidden_layers, *widths, embed_dim=16, latent_size=32, head_in_size=16)
+        shape = dataclasses.replace(shape, variant=variant, rank=RANK)
+        net = shape.make(seed=1).requires_grad_().train()
+        return Trained(net, shape.task_embeddings(SAMPLES), torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE))
+
+    def backward(self, way: Way, batch: Batch) -> Gradients:
+        """Gradients of all parameters, which are left where an optimiser finds them, as one vector in a list."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with way.applied(self.net(self.task_emb)):
+            loss_of(way.model, batch).backward()
+        return [torch.cat([p.grad.flatten() for p in self.net.parameters()])]
+
+    def generate(self, grads: Gradients) -> None:
+        """The share of the hypernetwork: forward, and backward from gradients of A and B."""
+        self.optimizer.zero_grad(set_to_none=True)
+        stack = self.net(self.task_emb)
+        torch.autograd.backward([*stack.lora_A.values(), *stack.lora_B.values()], grads)
+
+    def update(self) -> None:
+        """The share of the optimiser."""
+        nn.utils.clip_grad_norm_(self.net.parameters(), GRAD_CLIP)
+        self.optimizer.step()
+
+    def step(self, way: Way, batch: Batch) -> None:
+        """All of it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with way.applied(self.net(self.task_emb)):
+            loss_of(way.model, batch).backward()
+        self.update()
+
+
+def whole(context: Context, case: Case) -> Entries:
+    """Supervised steps of hypernetworks: generate eight adapters, apply them, backward, clip, AdamW; and the parts alone.
+
+    Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
+    """
+    name, model, single = _models(context, case.dtype)
+    to_inputs = Batch.of(model, SAMPLES, case.tokens, seed=0)
+    timed, fresh, exact = (
+        Batch.of(m, SAMPLES, case.tokens, seed, to_inputs=False) for m, seed in ((model, 0), (model, 1), (single, 1))
+    )
+    functions: dict[Any, Callable[[], object]] = {BASE: train_ways.step(Way(model, None), None, to_inputs)}
+    found = {}
+    for variant in ("L", "M"):
+        trained = Trained.of(context, model, variant)
+        stack = trained.net.generate(trained.task_emb)
+        way, plain, right = train_ways.ours(model, stack), *(train_ways.plain_bmm(m, stack) for m in (model, single))
+        other = trained.backward(plain, fresh)
+        results = {OURS: trained.backward(way, fresh)}
+        found[variant] = errors(results, trained.backward(right, exact), other, case.dtype)
+        apply = train_ways.step(way, stack, timed)
+        grads = apply()
+        calls, _ = admit(f"sft step {variant} {case.name}", {OURS: functools.partial(trained.step, way, timed)}, found[variant])
+        functions |= {
+            (variant, "whole"): calls[OURS],
+            (variant, "model"): apply,
+            (variant, "hypernetwork"): functools.partial(trained.generate, grads),
+            (variant, "update"): trained.update,
+        }
+    del single, right, exact
+    timings = context.time(functions, context.threads, factor=FACTOR)
+    for variant, of in found.items():
+        title = f"sft step {variant}, {case.name}"
+        beside = {OURS: timings[variant, "whole"], BASE: timings[BASE]}
+        shape = _shape(name, case, variant=variant, samples=SAMPLES)
+        unit = timings[BASE].median_us
+        yield "rows", row(title, "sft step", shape, context.threads, beside, of[OURS], unit_us=unit)
+        parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
+        yield "train_parts", {"case": title, "parts": parts}
+
+
+# --- a library of adapters -------------------------------------------------------------------------------------------
+
+
+def library(context: Context, dtype: str) -> Entries:
+    """A training step of several adapters, eight samples each, in one batch; beside a step for each, one after another."""
+    name, model, single = _models(context, dtype)
+    case = Case("q,v", 48 if context.full else 12, dtype)
+    for count in (1, 8) if context.full else (1, 2):
+        stack = train_ways.adapters(model, case, count)
+        batches = [Batch.of(m, count * SAMPLES, case.tokens, seed, to_inputs=False) for m, seed in ((model, 1), (single, 1))]
+        results = {OURS: together(model, stack)(batches[0]), SEPARATE: separately(model, stack)(batches[0])}
+        exact = separately(single, stack)(batches[1])
+        found = errors(results, exact, results[SEPARATE], dtype)
+        timed = Batch.of(model, count * SAMPLES, case.tokens, seed=0, to_inputs=False)
+        calls = {OURS: together(model, stack, update=True), SEPARATE: separately(model, stack, update=True)}
+        title = f"{count} task{'s' if count > 1 else ''} x {SAMPLES} samples, {case.tokens} tokens, {dtype}"
+        functions, wrong = admit(title, {way: functools.partial(call, timed) for way, call in calls.items()}, found)
+        timings = context.time(functions, context.threads, factor=FACTOR)
+        shape = _shape(name, case, tasks=count, samples=SAMPLES)
+        yield "rows", row(title, "library", shape, context.threads, timings, found[OURS], absent=wrong)
+
+
+Steps = Callable[[Batch], Gradients]
+
+
+def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Steps:
+    """A step of all adapters in one batch; gradients of A and B by module.  ``update``: AdamW too."""
+    ids = [adapter for adapter in range(len(stack)) for _ in range(SAMPLES)]
+    way = train_ways.ours(model, stack, ids)
+    own, trained = leaves(stack)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE) if update else None
+    return functools.partial(_step, way, own, trained, optimizer)
+
+
+def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Steps:
+    """A step of each adapter, one after another, each over its rows of the batch."""
+    made = [together(model, adapter, update) for adapter in stack]
+
+    def run(batch: Batch) -> Gradients:
+        cuts = [batch.cut(slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(made))]
+        grads = [one(cut) for one, cut in zip(made, cuts, strict=True)]
+        return [torch.cat(sides) for sides in zip(*grads, strict=True)]
+
+    return run
+
+
+def _step(way: Way, own: t2l.AdapterStack, trained: list[Tensor], optimizer, batch: Batch) -> Gradients:
+    with way.applied(own):
+        grads = list(torch.autograd.grad(loss_of(way.model, batch), trained))
+    if optimizer is not None:
+        for leaf, grad in zip(trained, grads, strict=True):
+            leaf.grad = grad
+        optimizer.step()
+    return grads

@@ -1,0 +1,225 @@
+"""A training step through a frozen language model in which every sample has an adapter of its own, by every way to apply it.
+
+A way is judged by what it adds to the model without adapters: all of them take the same A and B, cast and cut into layers once
+a step, and give the same gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench.baselines import PEFT_ABSENT
+from bench.decode import LINEARS, linears, random_adapters, shared
+from bench.decode import load as load_serving
+from bench.harness import OURS, Context
+from bench.rows import BASE
+from t2l_engine.integrations import base_model
+
+HOOKS, HOOKS_PEFT, BMM = "hooks", "hooks, PEFT base", "plain bmm"
+#: Samples a task or a step, predicted positions a sample, rank of the adapters.
+SAMPLES, ANSWER, RANK = 8, 8, 8
+MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
+#: SDPA's bfloat16 backward on CPU is slower at these lengths.
+ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Samples of ``tokens`` each through a model in ``dtype``; adapters for ``modules``, a key of MODULES."""
+
+    modules: str
+    tokens: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.modules}, {self.tokens} tokens, {self.dtype}"
+
+
+def cases(context: Context) -> list[Case]:
+    """What is measured at the size of ``context``."""
+    lengths = (48, 128) if context.full else (16,)
+    few = [Case("q,v", tokens, dtype) for dtype in ATTENTION for tokens in lengths]
+    return [*few, Case("all linears", lengths[-1], "bfloat16")]
+
+
+def load(context: Context, dtype: str) -> tuple[str, nn.Module]:
+    """(name, frozen model) in ``dtype``; its weights are bfloat16 numbers."""
+    if context.full:
+        name, model = "SmolLM2-135M", base_model.load(base_model.PACKAGED, getattr(torch, dtype), ATTENTION[dtype])[0]
+    else:
+        name, model = load_serving(context, getattr(torch, dtype))
+        model.set_attn_implementation(ATTENTION[dtype])
+    return name, model.requires_grad_(False)
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """``embeds [rows, tokens, hidden]``, ``mask [rows, tokens]``, ``labels [rows * ANSWER]``."""
+
+    embeds: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def of(model: nn.Module, rows: int, tokens: int, seed: int, *, to_inputs: bool = True) -> Batch:
+        """Random samples; ``to_inputs``: gradients go down to the embeddings, through every layer."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
+        return Batch(embeds, torch.ones_like(ids), ids[:, -ANSWER:].flatten())
+
+    def cut(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        labels = self.labels.view(-1, ANSWER)[rows].flatten()
+        return Batch(self.embeds[rows].detach(), self.mask[rows], labels)
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of the mean losses of each SAMPLES rows: what tasks lose together is what they lose one by one."""
+    decoder = model.get_decoder()
+    hidden = decoder(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    # Flat rows: a 3-d product would copy the vocabulary matrix for every row.
+    flat = hidden[:, -ANSWER - 1 : -1].reshape(-1, hidden.shape[-1])
+    logits = model.get_output_embeddings()(flat).float()
+    return nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / (SAMPLES * ANSWER)
+
+
+Applied = Callable[[t2l.AdapterStack], contextlib.AbstractContextManager]
+
+
+class Way(NamedTuple):
+    """A model, and a context in which its rows use the adapters of a stack."""
+
+    model: nn.Module
+    applied: Applied
+
+
+def leaves(stack: t2l.AdapterStack) -> tuple[t2l.AdapterStack, list[Tensor]]:
+    """The stack on A and B that ask for gradients, and these."""
+    lora_A, lora_B = ({k: t.detach().clone().requires_grad_() for k, t in s.items()} for s in (stack.lora_A, stack.lora_B))
+    return t2l.AdapterStack(lora_A, lora_B, stack.scaling, stack.ranks, stack.paths), [*lora_A.values(), *lora_B.values()]
+
+
+def step(way: Way, stack: t2l.AdapterStack | None, batch: Batch) -> Callable[[], list[Tensor]]:
+    """A call of forward and backward: gradients of A and B by module, then of the embeddings where they ask for them.
+
+    None: without adapters.
+    """
+    own, wanted = (None, []) if stack is None else leaves(stack)
+    if batch.embeds.requires_grad:
+        wanted = [*wanted, batch.embeds]
+
+    def run() -> list[Tensor]:
+        with contextlib.nullcontext() if own is None else way.applied(own):
+            return list(torch.autograd.grad(loss_of(way.model, batch), wanted))
+
+    return run
+
+
+# --- ways ------------------------------------------------------------------------------------------------------------
+
+
+def base(model: nn.Module, stack: t2l.AdapterStack) -> Way:
+    """The frozen model alone."""
+    return Way(model, lambda _: contextlib.nullcontext())
+
+
+def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int] | None = None) -> Way:
+    """Ours; row i has adapter ``ids[i]``, by default i."""
+    model = shared(model)
+    handle = t2l.attach(model, stack)
+    chosen = list(range(len(stack)) if ids is None else ids)
+    return Way(model, lambda own: handle.differentiable(own, chosen))
+
+
+class Hooks:
+    """Forward hooks on the linears of ``names``, which add ``delta(x, A, B, scaling)``; row i has adapter i."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], delta: Callable[[Tensor, Tensor, Tensor, float], Tensor]):
+        self._delta, self._dtype = delta, next(model.parameters()).dtype
+        self._current: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
+        self._linears = {name: [linear for _, linear in linears(model, name)] for name in names}
+        for linear in (each for found in self._linears.values() for each in found):
+            linear.register_forward_hook(self._add)
+
+    def _add(self, linear: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y + self._delta(arguments[0], *self._current[linear])
+
+    @contextlib.contextmanager
+    def applied(self, stack: t2l.AdapterStack):
+        """Inside the block, adapters of ``stack``, which all have one scaling."""
+        scaling = float(stack.scaling[0])
+        for name, found in self._linears.items():
+            sides = (side[name].to(self._dtype).unbind(1) for side in (stack.lora_A, stack.lora_B))
+            self._current |= {linear: (A, B, scaling) for linear, A, B in zip(found, *sides, strict=True)}
+        try:
+            yield
+        finally:
+            self._current = {}
+
+
+def repeated(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The delta of ``x [rows, tokens, in]`` as the reference implementation's hooks compute it: A and B once for every token."""
+    rows, tokens, features = x.shape
+    A, B = (side.repeat_interleave(tokens, dim=0) for side in (lora_A, lora_B))
+    v = torch.bmm(A, x.reshape(rows * tokens, features, 1)) * scaling
+    return torch.bmm(B, v).view(rows, tokens, -1)
+
+
+def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The same without repetition: two batched products of a matrix a sample."""
+    return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
+
+
+def hooks(model: nn.Module, stack: t2l.AdapterStack) -> Way:
+    """Hooks that repeat A and B."""
+    model = shared(model)
+    return Way(model, Hooks(model, list(stack.lora_A), repeated).applied)
+
+
+def hooks_peft(model: nn.Module, stack: t2l.AdapterStack) -> Way:
+    """The same around a base that PEFT has wrapped in a LoRA with B = 0, as the reference implementation keeps it."""
+    from peft import LoraConfig, get_peft_model
+
+    model = shared(model)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(stack.lora_A))
+    get_peft_model(model, config, autocast_adapter_dtype=False).requires_grad_(False).eval()  # in place
+    return Way(model, Hooks(model, list(stack.lora_A), repeated).applied)
+
+
+def plain_bmm(model: nn.Module, stack: t2l.AdapterStack) -> Way:
+    """Hooks that multiply in batches."""
+    model = shared(model)
+    return Way(model, Hooks(model, list(stack.lora_A), batched).applied)
+
+
+BUILDERS: dict[str, Callable[[nn.Module, t2l.AdapterStack], Way]] = {
+    BASE: base,
+    OURS: ours,
+    HOOKS: hooks,
+    HOOKS_PEFT: hooks_peft,
+    BMM: plain_bmm,
+}
+ABSENT = {HOOKS_PEFT: PEFT_ABSENT} if PEFT_ABSENT else {}
+WAYS = [name for name in BUILDERS if name not in ABSENT]
+
+
+def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterStack:
+    """``count`` adapters in float32 for the modules of ``case``."""
+    return random_adapters(model, MODULES[case.modules], count, RANK)
+
+
+def stepped(name: str, model: nn.Module, case: Case, seed: int) -> Callable[[], list[Tensor]]:
+    """A step of ``case`` by way ``name``, over random samples."""
+    stack, batch = adapters(model, case), Batch.of(model, SAMPLES, case.tokens, seed)
+    return step(BUILDERS[name](model, stack), None if name == BASE else stack, batch)

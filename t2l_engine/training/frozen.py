@@ -1,0 +1,166 @@
+"""The frozen base model of a run, and the linears in it that adapters adapt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2l_engine.adapters import AdapterStack
+from t2l_engine.config import ConfigError
+from t2l_engine.data.manifest import summary
+from t2l_engine.handle import attach
+from t2l_engine.integrations import base_model
+from t2l_engine.locate import features, find
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, generic
+from t2l_engine.tasks import Task, load_tasks
+from t2l_engine.training.sampling import Descriptions, Examples, Group, Share
+from t2l_engine.training.objective import Adapter, Batch, Objective, collate, weighting
+from t2l_engine.training.settings import LoRASettings, SFTSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """Adapted modules of a model, in the order asked for: names, paths with ``{layer}``, features, number of layers."""
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    in_features: tuple[int, ...]
+    out_features: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def own_paths(self) -> tuple[str, ...] | None:
+        """None where all are where Llama has them."""
+        usual = all(DEFAULT_PATHS.get(name) == path for name, path in zip(self.names, self.paths, strict=True))
+        return None if usual else self.paths
+
+
+def locate(model: nn.Module, names: Sequence[str]) -> Modules:
+    """The modules ``names`` of ``model``; ConfigError where one is absent, or not the same in every layer."""
+    paths, sizes, depths = [], [], {}
+    for name in names:
+        try:
+            targets = find(model, name, DEFAULT_PATHS.get(name, f"{LAYER}.{name}"))
+        except ValueError as error:
+            raise ConfigError(f"target_modules: {name}: {type(model).__name__} has no such linear: {error}") from None
+        found = set()
+        for target in targets.values():
+            n_in, n_out = features(target.linear) or (None, None)
+            if n_in is None:
+                raise ConfigError(f"target_modules: {name}: {type(target.linear).__name__} does not state its features")
+            found.add((n_in, n_out if target.columns is None else target.columns[1] - target.columns[0]))
+        if len(found) != 1:
+            raise ConfigError(f"target_modules: {name}: expected the same features in every layer, got {sorted(found)}")
+        path = generic(next(iter(targets.values())).path)
+        paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection is called otherwise
+        sizes.append(found.pop())
+        depths[name] = sorted(targets)
+    num_layers = max(map(len, depths.values()))
+    for name, layers in depths.items():
+        if layers != list(range(num_layers)):
+            raise ConfigError(f"target_modules: {name}: expected one in each of {num_layers} layers, got layers {layers}")
+    return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
+
+
+class Frozen:
+    """Base model, tokenised tasks and objective of a run; :meth:`close` gives the model back as it was.
+
+    Args:
+        settings: of the run.
+        tasks_folder: a task folder; examples of split "train" are trained on, of split "val" validated on.
+        device: of the model.
+        names: the tasks to use, None for all.
+
+    Raises ConfigError where settings and files do not fit.
+    """
+
+    def __init__(
+        self,
+        settings: SFTSettings | LoRASettings,
+        tasks_folder: Path,
+        device: torch.device,
+        names: Sequence[str] | None = None,
+    ):
+        self.settings = settings
+        self.tasks = load_tasks(tasks_folder, "train", names=names)
+        validation: list[Task] = []
+        if settings.validate_every:
+            validation = load_tasks(tasks_folder, "val", names=names, required=False)
+            if not any(task.examples for task in validation):
+                raise ConfigError(
+                    f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
+                    f"got {settings.validate_every}"
+                )
+        # Eager attention on a CPU: SDPA's bfloat16 backward is slower there at these lengths.
+        eager = device.type == "cpu" and settings.dtype == "bfloat16"
+        self.model, self.tokenizer = base_model.load(
+            settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
+        )
+        self.model.requires_grad_(False).to(device)
+        self.device = device
+        self.modules = locate(self.model, settings.target_modules)
+        with_description = settings.prompt == "description"
+        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, with_description=with_description)
+        self.validation = Examples(
+            validation, self.tokenizer, settings.max_tokens, with_description=with_description,
+            most=settings.validation_samples, may_be_empty=True,
+        )  # fmt: skip
+        self._seen = summary(self.tasks)
+
+    def data(self) -> dict[str, Any]:
+        """Digests of what the run reads."""
+        return {"tasks": self._seen}
+
+    def objective(self, stack: AdapterStack) -> Objective:
+        """``stack``: one adapter of the modules' shapes, which :func:`t2l_engine.attach` makes room for."""
+        self.handle = attach(self.model, stack)
+        return Objective(self.model, self.handle)
+
+    def close(self) -> None:
+        """Detach."""
+        if hasattr(self, "handle"):
+            self.handle.detach()
+
+    def collate(
+        self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, apart: bool = False
+    ) -> Batch:
+        """A batch of some of a step's groups; ``apart``: its loss is the sum of every task's, not the mean over all."""
+        weight = weighting(self.settings.weighting, of_step, apart)
+        return collate(groups, self.tokenizer.pad_token_id, weight, len(of_step), adapter)
+
+    def validate(
+        self,
+        objective: Objective,
+        share: Share,
+        descriptions: Descriptions,
+        stack: Callable[[Sequence[Group]], AdapterStack],
+        adapter: Adapter | None = None,
+        tasks: Collection[int] | None = None,
+    ) -> dict[str, float]:
+        """This process's summands of the validation loss of ``tasks`` (None: of all): the mean over a task's samples of the
+        mean cross-entropy of their answers, without smoothing, noise or dropout.
+
+        ``stack``: groups -> the adapters that ``adapter`` numbers.
+        """
+        settings, counts = self.settings, [len(self.validation.kept(i)) for i in range(len(self.validation.tasks))]
+        found = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
+        rows = settings.tasks_per_batch * settings.samples_per_task
+        groups = self.validation.all_groups(min(rows, settings.validation_samples), descriptions)
+        groups = [g for g in groups if g.task in found]
+        per_batch = max(1, rows // settings.validation_samples)
+        for start in range(0, len(groups), per_batch):
+            mine = share.of(groups[start : start + per_batch])
+            if not mine:
+                continue
+            batch = collate(
+                mine, self.tokenizer.pad_token_id, lambda s, g: 1 / (s.answer_len * counts[g.task]), len(mine), adapter
+            )
+            losses = objective.losses(batch, stack(mine)).tolist()
+            for task, loss in zip(batch.tasks, losses, strict=True):
+                found[task] += loss
+        return {self.tasks[task].name: loss for task, loss in found.items()}
