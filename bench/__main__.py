@@ -1,4 +1,4 @@
-"""``python -m bench generate|apply|icl``: measure, write a result file; ``gate``: compare a small run with a committed one.
+"""``python -m bench generate|apply|icl|train``: measure, write a result file; ``gate``: a small run beside a committed one.
 
 Tables and figures are made from the result files by ``python -m bench.report``.
 """
@@ -65,12 +65,18 @@ def icl(
 
 
 @app.command()
+def train(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Only = "", out: Out = None) -> None:
+    """Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library of adapters."""
+    suite("train", size.value, threads, only, out)
+
+
+@app.command()
 def gate(
     threads: Threads = 2,
     slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,
     update: Annotated[bool, typer.Option("--update", help="commit to the ratios of this run instead")] = False,
 ) -> None:
-    """Both suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
+    """All suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
     results = [measured(name, "tiny", threads, "") for name in gates.SUITES]
     ratios = gates.ratios(results)
     if update:
@@ -114,6 +120,8 @@ def plan(name: str, tasks: Path | None) -> Callable[[harness.Context], Sequence[
         return functools.partial(plan, folder=tasks)
     if name == "generate":
         from bench.generate import plan
+    elif name == "train":
+        from bench.train import plan
     else:
         from bench.apply import plan
     return plan
@@ -148,6 +156,10 @@ def table(result: dict[str, Any]) -> Table:
         )
     for entry in result.get("memory", ()):
         made.add_row(f"memory: {entry['what']}", f"{entry['peak_mib']:,.0f} MiB", "", f"{entry['ratio']:.2f}")
+    for entry in result.get("train_memory", ()):
+        for way, found in entry["ways"].items():
+            ratio = found["peak_mib"] / entry["ways"][harness.OURS]["peak_mib"]
+            made.add_row(f"memory: {entry['case']}, {way}", f"{found['peak_mib']:,.0f} MiB", "", f"{ratio:.2f}")
     return made
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from bench.harness import BenchError
 from bench.source import ROOT
 
-SUITES = ("generate", "apply", "icl")
+SUITES = ("generate", "apply", "icl", "train")
 FILE = ROOT / "bench" / "results" / "gate.json"
 #: Instruction sets, caches and torch's products differ between CPUs (its float32 product by two); small shapes are noisy.
 SLACK = 3.0

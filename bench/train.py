@@ -1,4 +1,4 @@
-"""Training through a frozen language model: steps with an adapter a sample, memory, hypernetwork steps, a library of adapters."""
+"""Training through a frozen language model: an adapter a sample, its memory, hypernetworks, a library of adapters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import t2l_engine as t2l
 from bench import train_memory, train_ways
 from bench.harness import OURS, Bar, Context, Error, Task, admit, row, worst
 from bench.rows import BASE
-from bench.train_ways import ABSENT, BMM, HOOKS, MODULES, RANK, SAMPLES, WAYS, Batch, Case, Way, cases, leaves, load, loss_of
+from bench.train_ways import ABSENT, BMM, HOOKS, RANK, SAMPLES, WAYS, Batch, Case, Frozen, Way, cases, leaves, load, loss_of
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
@@ -46,15 +46,17 @@ def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients,
     bounds = [numerics.model_gradient_bound(*pair, getattr(torch, dtype)) for pair in zip(exact, other, strict=True)]
 
     def error(got: Tensor, right: Tensor, bound: float) -> Error:
-        return Error(numerics.relative_frobenius(got, right), bound, "gradient, relative Frobenius against another way, float32")
+        return Error(
+            numerics.relative_frobenius(got, right), bound, "gradient, relative Frobenius against another way, float32"
+        )
 
     return {name: worst(map(error, got, exact, bounds)) for name, got in results.items()}
 
 
-def _models(context: Context, dtype: str) -> tuple[str, nn.Module, nn.Module]:
-    """Name, the model in ``dtype``, and in float32."""
-    name, model = load(context, dtype)
-    return name, model, model if dtype == "float32" else load(context, "float32")[1]
+def _models(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
+    """The model in ``dtype``, and in float32."""
+    frozen = load(context, dtype)
+    return frozen, frozen if dtype == "float32" else load(context, "float32")
 
 
 def _shape(name: str, case: Case, **more: Any) -> dict[str, Any]:
@@ -66,32 +68,30 @@ def _shape(name: str, case: Case, **more: Any) -> dict[str, Any]:
 
 def applied(context: Context, case: Case) -> Entries:
     """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
-    name, model, single = _models(context, case.dtype)
-    stack = train_ways.adapters(model, case)
-    ways = {way: train_ways.BUILDERS[way](model, stack) for way in WAYS}
-    found = step_errors(ways, single, stack, case)
+    frozen, single = _models(context, case.dtype)
+    stack = train_ways.adapters(frozen.model, case)
+    ways = {way: train_ways.BUILDERS[way](frozen.model, stack) for way in WAYS}
+    found = step_errors(ways, frozen, single, stack, case)
     del single
-    timed = Batch.of(model, SAMPLES, case.tokens, seed=0)
+    timed = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
     calls = {way: train_ways.step(made, None if way == BASE else stack, timed) for way, made in ways.items()}
     unadapted = {BASE: calls.pop(BASE)}  # nothing was added that could be wrong
     functions, wrong = admit(case.name, calls, found)
     timings = context.time(unadapted | functions, context.threads, factor=FACTOR)
     common = {"absent": ABSENT | wrong, "bar": BAR if context.full else None, "unit_us": timings[BASE].median_us}
-    shape = _shape(name, case, samples=SAMPLES)
+    shape = _shape(frozen.name, case, samples=SAMPLES)
     yield "rows", row(case.name, "train", shape, context.threads, timings, found[OURS], **common)
 
 
-def step_errors(ways: Mapping[str, Way], single: nn.Module, stack: t2l.AdapterStack, case: Case) -> dict[str, Error]:
-    """The error of every way but the base, on samples of their own; ``single``: the model in float32."""
-    results = {
-        way: train_ways.step(made, stack, Batch.of(made.model, SAMPLES, case.tokens, seed=1))()
-        for way, made in ways.items()
-        if way != BASE
-    }
+def step_errors(
+    ways: Mapping[str, Way], frozen: Frozen, single: Frozen, stack: t2l.AdapterStack, case: Case
+) -> dict[str, Error]:
+    """The error of every way but the base, on samples that are not timed; ``single``: the model in float32."""
+    fresh, exact_fresh = (Batch.of(f, SAMPLES, case.tokens, seed=1) for f in (frozen, single))
+    results = {way: train_ways.step(made, stack, fresh)() for way, made in ways.items() if way != BASE}
     exact = results[BMM]
     if case.dtype != "float32":
-        batch = Batch.of(single, SAMPLES, case.tokens, seed=1)
-        exact = train_ways.step(train_ways.plain_bmm(single, stack), stack, batch)()
+        exact = train_ways.step(train_ways.plain_bmm(single.model, stack), stack, exact_fresh)()
     return errors(results, exact, results[BMM], case.dtype)
 
 
@@ -160,23 +160,27 @@ def whole(context: Context, case: Case) -> Entries:
 
     Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
     """
-    name, model, single = _models(context, case.dtype)
-    to_inputs = Batch.of(model, SAMPLES, case.tokens, seed=0)
+    frozen, single = _models(context, case.dtype)
+    model = frozen.model
+    to_inputs = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
     timed, fresh, exact = (
-        Batch.of(m, SAMPLES, case.tokens, seed, to_inputs=False) for m, seed in ((model, 0), (model, 1), (single, 1))
+        Batch.of(f, SAMPLES, case.tokens, seed, to_inputs=False) for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
     )
-    functions: dict[Any, Callable[[], object]] = {BASE: train_ways.step(Way(model, None), None, to_inputs)}
+    alone = train_ways.step(train_ways.base(model, None), None, to_inputs)
+    functions: dict[Any, Callable[[], object]] = {BASE: alone}
     found = {}
     for variant in ("L", "M"):
         trained = Trained.of(context, model, variant)
         stack = trained.net.generate(trained.task_emb)
-        way, plain, right = train_ways.ours(model, stack), *(train_ways.plain_bmm(m, stack) for m in (model, single))
+        way, plain, right = train_ways.ours(model, stack), *(train_ways.plain_bmm(m, stack) for m in (model, single.model))
         other = trained.backward(plain, fresh)
         results = {OURS: trained.backward(way, fresh)}
         found[variant] = errors(results, trained.backward(right, exact), other, case.dtype)
         apply = train_ways.step(way, stack, timed)
         grads = apply()
-        calls, _ = admit(f"sft step {variant} {case.name}", {OURS: functools.partial(trained.step, way, timed)}, found[variant])
+        calls, _ = admit(
+            f"sft step {variant} {case.name}", {OURS: functools.partial(trained.step, way, timed)}, found[variant]
+        )
         functions |= {
             (variant, "whole"): calls[OURS],
             (variant, "model"): apply,
@@ -188,7 +192,7 @@ def whole(context: Context, case: Case) -> Entries:
     for variant, of in found.items():
         title = f"sft step {variant}, {case.name}"
         beside = {OURS: timings[variant, "whole"], BASE: timings[BASE]}
-        shape = _shape(name, case, variant=variant, samples=SAMPLES)
+        shape = _shape(frozen.name, case, variant=variant, samples=SAMPLES)
         unit = timings[BASE].median_us
         yield "rows", row(title, "sft step", shape, context.threads, beside, of[OURS], unit_us=unit)
         parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
@@ -200,27 +204,27 @@ def whole(context: Context, case: Case) -> Entries:
 
 def library(context: Context, dtype: str) -> Entries:
     """A training step of several adapters, eight samples each, in one batch; beside a step for each, one after another."""
-    name, model, single = _models(context, dtype)
+    frozen, single = _models(context, dtype)
+    model = frozen.model
     case = Case("q,v", 48 if context.full else 12, dtype)
     for count in (1, 8) if context.full else (1, 2):
         stack = train_ways.adapters(model, case, count)
-        batches = [Batch.of(m, count * SAMPLES, case.tokens, seed, to_inputs=False) for m, seed in ((model, 1), (single, 1))]
-        results = {OURS: together(model, stack)(batches[0]), SEPARATE: separately(model, stack)(batches[0])}
-        exact = separately(single, stack)(batches[1])
-        found = errors(results, exact, results[SEPARATE], dtype)
-        timed = Batch.of(model, count * SAMPLES, case.tokens, seed=0, to_inputs=False)
+        timed, fresh, exact = (
+            Batch.of(f, count * SAMPLES, case.tokens, seed, to_inputs=False)
+            for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
+        )
+        results = {OURS: together(model, stack)(fresh), SEPARATE: _joined(separately(model, stack)(fresh))}
+        right = _joined(separately(single.model, stack)(exact))
+        found = errors(results, right, results[SEPARATE], dtype)
         calls = {OURS: together(model, stack, update=True), SEPARATE: separately(model, stack, update=True)}
         title = f"{count} task{'s' if count > 1 else ''} x {SAMPLES} samples, {case.tokens} tokens, {dtype}"
         functions, wrong = admit(title, {way: functools.partial(call, timed) for way, call in calls.items()}, found)
         timings = context.time(functions, context.threads, factor=FACTOR)
-        shape = _shape(name, case, tasks=count, samples=SAMPLES)
+        shape = _shape(frozen.name, case, tasks=count, samples=SAMPLES)
         yield "rows", row(title, "library", shape, context.threads, timings, found[OURS], absent=wrong)
 
 
-Steps = Callable[[Batch], Gradients]
-
-
-def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Steps:
+def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], Gradients]:
     """A step of all adapters in one batch; gradients of A and B by module.  ``update``: AdamW too."""
     ids = [adapter for adapter in range(len(stack)) for _ in range(SAMPLES)]
     way = train_ways.ours(model, stack, ids)
@@ -229,16 +233,20 @@ def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) ->
     return functools.partial(_step, way, own, trained, optimizer)
 
 
-def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Steps:
+def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], list[Gradients]]:
     """A step of each adapter, one after another, each over its rows of the batch."""
     made = [together(model, adapter, update) for adapter in stack]
 
-    def run(batch: Batch) -> Gradients:
+    def run(batch: Batch) -> list[Gradients]:
         cuts = [batch.cut(slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(made))]
-        grads = [one(cut) for one, cut in zip(made, cuts, strict=True)]
-        return [torch.cat(sides) for sides in zip(*grads, strict=True)]
+        return [one(cut) for one, cut in zip(made, cuts, strict=True)]
 
     return run
+
+
+def _joined(grads: list[Gradients]) -> Gradients:
+    """Those of the adapters as one stack has them."""
+    return [torch.cat(sides) for sides in zip(*grads, strict=True)]
 
 
 def _step(way: Way, own: t2l.AdapterStack, trained: list[Tensor], optimizer, batch: Batch) -> Gradients:

@@ -1,7 +1,7 @@
 """A training step through a frozen language model in which every sample has an adapter of its own, by every way to apply it.
 
-A way is judged by what it adds to the model without adapters: all of them take the same A and B, cast and cut into layers once
-a step, and give the same gradients.
+A way is judged by what it adds to the model without adapters.  All take the same A and B, cut into layers once a step, and
+give the same gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bench.decode import LINEARS, linears, random_adapters, shared
 from bench.decode import load as load_serving
 from bench.harness import OURS, Context
 from bench.rows import BASE
+from bench.source import ROOT
 from t2l_engine.integrations import base_model
 
 HOOKS, HOOKS_PEFT, BMM = "hooks", "hooks, PEFT base", "plain bmm"
@@ -50,14 +51,26 @@ def cases(context: Context) -> list[Case]:
     return [*few, Case("all linears", lengths[-1], "bfloat16")]
 
 
-def load(context: Context, dtype: str) -> tuple[str, nn.Module]:
-    """(name, frozen model) in ``dtype``; its weights are bfloat16 numbers."""
+class Frozen(NamedTuple):
+    """A model whose parameters ask for no gradients, and tokens of a text that it can read."""
+
+    name: str
+    model: nn.Module
+    text: Tensor
+
+
+def load(context: Context, dtype: str) -> Frozen:
+    """The model in ``dtype``, its weights bfloat16 numbers; at size tiny a random one, whose tokens are bytes.
+
+    The text is English: on random tokens bfloat16 gets gradients so wrong (a quarter) that a mistake would not show.
+    """
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     if context.full:
-        name, model = "SmolLM2-135M", base_model.load(base_model.PACKAGED, getattr(torch, dtype), ATTENTION[dtype])[0]
-    else:
-        name, model = load_serving(context, getattr(torch, dtype))
-        model.set_attn_implementation(ATTENTION[dtype])
-    return name, model.requires_grad_(False)
+        model, tokenizer = base_model.load(base_model.PACKAGED, getattr(torch, dtype), ATTENTION[dtype])
+        return Frozen("SmolLM2-135M", model.requires_grad_(False), torch.tensor(tokenizer(text)["input_ids"]))
+    name, model = load_serving(context, getattr(torch, dtype))
+    model.set_attn_implementation(ATTENTION[dtype])
+    return Frozen(name, model.requires_grad_(False), torch.tensor(list(text.encode())) % model.config.vocab_size)
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -71,11 +84,12 @@ class Batch(NamedTuple):
     labels: Tensor
 
     @staticmethod
-    def of(model: nn.Module, rows: int, tokens: int, seed: int, *, to_inputs: bool = True) -> Batch:
-        """Random samples; ``to_inputs``: gradients go down to the embeddings, through every layer."""
+    def of(frozen: Frozen, rows: int, tokens: int, seed: int, *, to_inputs: bool = True) -> Batch:
+        """Samples from places of the text at random; ``to_inputs``: gradients go down to the embeddings."""
         generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(model.config.vocab_size, (rows, tokens), generator=generator)
-        embeds = model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
+        starts = torch.randint(len(frozen.text) - tokens, (rows, 1), generator=generator)
+        ids = frozen.text[starts + torch.arange(tokens)]
+        embeds = frozen.model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
         return Batch(embeds, torch.ones_like(ids), ids[:, -ANSWER:].flatten())
 
     def cut(self, rows: slice) -> Batch:
@@ -129,7 +143,7 @@ def step(way: Way, stack: t2l.AdapterStack | None, batch: Batch) -> Callable[[],
 # --- ways ------------------------------------------------------------------------------------------------------------
 
 
-def base(model: nn.Module, stack: t2l.AdapterStack) -> Way:
+def base(model: nn.Module, _: t2l.AdapterStack | None) -> Way:
     """The frozen model alone."""
     return Way(model, lambda _: contextlib.nullcontext())
 
@@ -169,7 +183,7 @@ class Hooks:
 
 
 def repeated(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The delta of ``x [rows, tokens, in]`` as the reference implementation's hooks compute it: A and B once for every token."""
+    """The delta of ``x [rows, tokens, in]`` as in the reference implementation's hooks: A and B repeated for every token."""
     rows, tokens, features = x.shape
     A, B = (side.repeat_interleave(tokens, dim=0) for side in (lora_A, lora_B))
     v = torch.bmm(A, x.reshape(rows * tokens, features, 1)) * scaling
@@ -219,7 +233,7 @@ def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterS
     return random_adapters(model, MODULES[case.modules], count, RANK)
 
 
-def stepped(name: str, model: nn.Module, case: Case, seed: int) -> Callable[[], list[Tensor]]:
-    """A step of ``case`` by way ``name``, over random samples."""
-    stack, batch = adapters(model, case), Batch.of(model, SAMPLES, case.tokens, seed)
-    return step(BUILDERS[name](model, stack), None if name == BASE else stack, batch)
+def stepped(name: str, frozen: Frozen, case: Case, seed: int) -> Callable[[], list[Tensor]]:
+    """A step of ``case`` by way ``name``."""
+    stack, batch = adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed)
+    return step(BUILDERS[name](frozen.model, stack), None if name == BASE else stack, batch)

@@ -90,14 +90,14 @@ def read_start(path: Path, count: int, error: type[ValueError]) -> bytes:
         raise error(f"{path}: cannot be read: {reason.strerror}") from None
 
 
-def read_text(path: Path) -> str:
-    """The UTF-8 text of a configuration file; a ``ConfigError`` names a file that is too large, no text or unreadable.
+def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
+    """The UTF-8 text of a file of up to ``most`` bytes; a ``ConfigError`` names one that is too large, no text or unreadable.
 
     Raises FileNotFoundError where there is none.
     """
-    content = read_start(path, MAX_CONFIG_BYTES + 1, ConfigError)  # not the size it states: some files have none
-    if len(content) > MAX_CONFIG_BYTES:
-        raise ConfigError(f"{path}: expected a configuration of at most {MAX_CONFIG_BYTES} bytes, got more")
+    content = read_start(path, most + 1, ConfigError)  # not the size it states: some files have none
+    if len(content) > most:
+        raise ConfigError(f"{path}: expected a configuration of at most {most} bytes, got more")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -112,10 +112,10 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path) -> Any:
-    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or is too large or too deep."""
+def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
+    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or too deep or over ``most`` bytes."""
     try:
-        return json.loads(read_text(path), object_pairs_hook=distinct)
+        return json.loads(read_text(path, most), object_pairs_hook=distinct)
     except ConfigError:
         raise
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from t2l_engine.config import ConfigError, distinct, read_json, shown
@@ -17,6 +20,7 @@ from t2l_engine.prompts import is_unicode
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_LINE_BYTES = 1 << 20
+MAX_DESCRIPTIONS_BYTES = 1 << 26  # some ten times those of the paper's 479 tasks with 128 texts each
 MAX_NAME_BYTES = 128
 _NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
 
@@ -39,39 +43,119 @@ class Task:
     examples: tuple[Example, ...]
 
 
-def load_tasks(folder: str | Path, split: str) -> list[Task]:
-    """All tasks of ``folder`` with their examples of ``split``, sorted by name.
+def load_tasks(
+    folder: str | Path, split: str | None, *, names: Sequence[str] | None = None, required: bool = True
+) -> list[Task]:
+    """All tasks of ``folder`` with their examples of ``split`` (None: of every split), sorted by name.
+
+    Args:
+        names: only these tasks; the files of others are not read.
+        required: whether a task without such an example is an error; else its examples are an empty tuple.
 
     Raises FileNotFoundError when the folder or its descriptions are absent, ConfigError naming file and line otherwise.
     """
     folder = Path(folder)
-    path = folder / DESCRIPTIONS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
-    descriptions = read_json(path)
-    if not isinstance(descriptions, dict) or not descriptions:
-        raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
     tasks = []
-    for name, texts in sorted(descriptions.items()):
-        if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
-            raise ConfigError(
-                f"{path}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
-                f"{MAX_NAME_BYTES} bytes, got {shown(name)}"
-            )
-        if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
-            raise ConfigError(f"{path}: {name}: expected a non-empty list of non-empty strings")
-        if not all(map(is_unicode, texts)):
-            raise ConfigError(f"{path}: {name}: expected Unicode text, got lone surrogates")
+    for name, texts in read_descriptions(folder, names).items():
         for _ in _read_examples(folder / f"{name}.jsonl"):  # to its end before anything is kept
             pass
-        examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if e.split == split)
-        if not examples:
-            raise ConfigError(f"{folder / (name + '.jsonl')}: no examples of split {split!r}")
+        examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if split in (None, e.split))
+        if required and not examples:
+            raise ConfigError(f"{folder / (name + '.jsonl')}: no examples{'' if split is None else f' of split {split!r}'}")
         tasks.append(Task(name, tuple(texts), examples))
     return tasks
 
 
-def _read_examples(path: Path):
+def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """What ``descriptions.json`` of ``folder`` says of ``names`` (None: of all), sorted by name.
+
+    Raises FileNotFoundError when it is absent, ConfigError where it does not name one of ``names`` or is otherwise unfit.
+    """
+    path = Path(folder) / DESCRIPTIONS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
+    descriptions = read_json(path, MAX_DESCRIPTIONS_BYTES)
+    if not isinstance(descriptions, dict) or not descriptions:
+        raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
+    for name in names or ():
+        if name not in descriptions:
+            raise ConfigError(f"{path}: expected a task named {shown(name)}, found none of that name")
+    wanted = {name: texts for name, texts in sorted(descriptions.items()) if names is None or name in names}
+    for name, texts in wanted.items():
+        check_name(name, str(path))
+        _check_descriptions(texts, f"{path}: {name}")
+    return wanted
+
+
+def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = False) -> None:
+    """Write a task folder that ``load_tasks`` reads; each file appears complete, ``descriptions.json`` last.
+
+    Args:
+        folder: made where it is absent.
+        overwrite: replace the tasks of a folder that holds some; files of tasks that are not written stay.
+
+    Raises FileExistsError for a folder that holds tasks, ConfigError naming what ``load_tasks`` would refuse; then nothing
+    was written.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTIONS_NAME
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists; expected a folder without tasks")
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {shown(names)}")
+    contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
+    descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
+    contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
+    size = len(contents[DESCRIPTIONS_NAME])
+    if size > MAX_DESCRIPTIONS_BYTES:
+        count = sum(map(len, descriptions.values()))
+        raise ConfigError(
+            f"{path}: expected at most {MAX_DESCRIPTIONS_BYTES} bytes to write, got {size}: {count} descriptions of "
+            f"{len(tasks)} tasks are too many for one folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        for name, content in contents.items():
+            (Path(temporary) / name).write_bytes(content)
+        for name in contents:
+            os.replace(Path(temporary) / name, folder / name)
+
+
+def _lines(folder: Path, task: Task) -> bytes:
+    check_name(task.name, str(folder))
+    path = folder / f"{task.name}.jsonl"
+    _check_descriptions(list(task.descriptions), f"{folder / DESCRIPTIONS_NAME}: {task.name}")
+    lines = []
+    for number, example in enumerate(task.examples, start=1):
+        if not example.outputs or not all(map(is_unicode, (example.input, example.split, *example.outputs))):
+            raise ConfigError(
+                f"{path}:{number}: expected Unicode text and at least one output to write, got {shown(example)}"
+            )
+        row = {"input": example.input, "output": example.outputs, "split": example.split}
+        lines.append((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if len(lines[-1]) > MAX_LINE_BYTES:
+            raise ConfigError(f"{path}:{number}: expected lines of at most {MAX_LINE_BYTES} bytes to write")
+    return b"".join(lines)
+
+
+def check_name(name: str, where: str) -> None:
+    """ConfigError unless ``name`` is fit for a task and its file; ``where`` says what names it so."""
+    if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"{where}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
+            f"{MAX_NAME_BYTES} bytes, got {shown(name)}"
+        )
+
+
+def _check_descriptions(texts: object, where: str) -> None:
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ConfigError(f"{where}: expected a non-empty list of non-empty strings")
+    if not all(map(is_unicode, texts)):
+        raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+
+
+def _read_examples(path: Path) -> Iterator[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
     with path.open("rb") as lines:

@@ -59,12 +59,12 @@ def standard_input() -> TextIO:
     return sys.stdin
 
 
-def console() -> Console:
+def console(stderr: bool = False) -> Console:
     """As wide as the terminal; where there is none, as wide as the lines: nothing is cut for a script."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 1000
-    return Console(markup=False, highlight=False, emoji=False, width=width)
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
+    return Console(markup=False, highlight=False, emoji=False, width=width, stderr=stderr)
 
 
 def print_json(value: Any) -> None:

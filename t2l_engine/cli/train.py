@@ -1,34 +1,166 @@
-"""``t2l train``: train hypernetworks."""
+"""``t2l train``: hypernetworks by reconstruction and by supervised fine-tuning, and adapters without one.
+
+Under ``accelerate launch -m t2l_command train ...`` every command runs on several processes.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Train hypernetworks.")
+from t2l_engine.cli.common import console, split_names
+
+app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; an interrupted run goes on where it was.")
+
+
+def _print_fields(kind_name: str) -> Callable[[bool], None]:
+    """A callback of ``--fields``."""
+
+    def show(wanted: bool) -> None:
+        if not wanted:
+            return
+        from rich.table import Table
+
+        from t2l_engine.training import settings
+
+        table = Table("field", "default", "meaning")
+        for row in settings.fields(getattr(settings, kind_name)):
+            table.add_row(*row)
+        console().print(table)
+        raise typer.Exit
+
+    return show
+
+
+def _fields_option(kind_name: str) -> Any:
+    callback = _print_fields(kind_name)
+    return typer.Option("--fields", help="List the fields of the settings and leave.", callback=callback, is_eager=True)
+
+
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, over the file; may be repeated.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run there goes on.")]
+Tasks = Annotated[Path, typer.Option(help='Task folder; splits "train" and "val" are read.')]
+Names = Annotated[str, typer.Option(help="Comma-separated names to train on; default: all.")]
+Manifest = Annotated[str, typer.Option(help='Manifest of splits, "skills" or a file: examples must be those it lists.')]
+Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; several of them through accelerate launch.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]
 
 
 @app.command()
 def sft(
-    config: Annotated[Path, typer.Option(help="YAML file with the fields of SFTConfig.")],
-    tasks: Annotated[Path, typer.Option(help="Task folder; examples of split 'train' are used.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint folder; an interrupted run there resumes.")],
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")] = 0,
+    tasks: Tasks,
+    output: Output,
+    config: Config = None,
+    overrides: Overrides = None,
+    names: Names = "",
+    manifest: Manifest = "",
+    tier: Tier = "train",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    fields: Annotated[bool, _fields_option("SFTSettings")] = False,
 ) -> None:
-    """Supervised fine-tuning through the frozen base model."""
+    """A hypernetwork, end to end through the frozen base model."""
+    accelerator, settings = _start("SFTSettings", config, overrides, device, threads)
+    from t2l_engine.training import sft as training
+
+    training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
+    _finish(accelerator, output, [output])
+
+
+@app.command()
+def lora(
+    tasks: Tasks,
+    output: Output,
+    config: Config = None,
+    overrides: Overrides = None,
+    names: Names = "",
+    manifest: Manifest = "",
+    tier: Tier = "train",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    fields: Annotated[bool, _fields_option("LoRASettings")] = False,
+) -> None:
+    """An adapter a task, many tasks in one batch, or one adapter for all: PEFT folders below OUTPUT/adapters."""
+    accelerator, settings = _start("LoRASettings", config, overrides, device, threads)
+    from t2l_engine.training import lora as training
+
+    training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
+    _finish(accelerator, output, sorted((output / training.WAVES).iterdir()))
+
+
+@app.command()
+def reconstruction(
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT folders and descriptions.json.")],
+    output: Output,
+    config: Config = None,
+    overrides: Overrides = None,
+    names: Names = "",
+    device: Device = "cpu",
+    threads: Threads = 0,
+    fields: Annotated[bool, _fields_option("ReconstructionSettings")] = False,
+) -> None:
+    """A hypernetwork that reproduces a library of adapters; no base model is loaded."""
+    accelerator, settings = _start("ReconstructionSettings", config, overrides, device, threads)
+    from t2l_engine.training import reconstruction as training
+
+    training.train(settings, adapters, output, names=split_names(names) or None, accelerator=accelerator)
+    _finish(accelerator, output, [output])
+
+
+@app.command()
+def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
+    """Draw a run's losses so far, into loss.png."""
+    from t2l_engine.training.log import plot as draw
+
+    typer.echo(str(draw(folder)))
+
+
+def _start(
+    kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int
+) -> tuple[Any, Any]:
+    """(accelerator, settings); prints the settings."""
     import torch
+    from rich.table import Table
     from transformers.utils import logging
 
-    from t2l_engine._yaml import read_yaml
-    from t2l_engine.config import from_json
-    from t2l_engine.training.sft import SFTConfig, train
+    from t2l_engine.training import loop
+    from t2l_engine.training import settings as kinds
 
     logging.disable_progress_bar()
+    settings = kinds.read(getattr(kinds, kind_name), config, overrides or [])
+    accelerator = loop.accelerator(device)
     if threads:
         torch.set_num_threads(threads)
-    if not config.is_file():
-        raise FileNotFoundError(f"{config}: no such file")
-    train(from_json(SFTConfig, read_yaml(config), str(config)), tasks, output)
-    typer.echo(f"checkpoint: {output}")
+    if accelerator.is_main_process:
+        table = Table("field", "value", "", "meaning", title=f"{kind_name}, {accelerator.num_processes} x {accelerator.device}")
+        for row in kinds.rows(settings):
+            table.add_row(*row)
+        console(stderr=True).print(table)
+    return accelerator, settings
+
+
+def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | None:
+    """Names of the tasks to train on, None for all; ConfigError where examples are not those of the manifest."""
+    wanted = split_names(names)
+    if not manifest:
+        return wanted or None
+    from t2l_engine.data import manifest as manifests
+    from t2l_engine.tasks import load_tasks
+
+    listed = manifests.read(manifest)
+    return manifests.trainable(load_tasks(tasks, None, names=wanted or None), listed, tier)
+
+
+def _finish(accelerator: Any, output: Path, runs: list[Path]) -> None:
+    if not accelerator.is_main_process:
+        return
+    from t2l_engine.training.log import plot as draw
+
+    for folder in runs:
+        draw(folder)
+    typer.echo(f"{output}: done")

@@ -188,6 +188,14 @@ def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     ]
 
 
+def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
+    """(field, default, its sentence) of every field of ``kind``."""
+    return [
+        (name, "required" if field.is_required() else _plain(field.default), field.description or "")
+        for name, field in kind.model_fields.items()
+    ]
+
+
 def _plain(value: Any) -> str:
     return ", ".join(value) if isinstance(value, tuple) else str(value)
 

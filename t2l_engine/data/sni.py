@@ -1,0 +1,200 @@
+"""Import of Super-NaturalInstructions: one JSON file a task, as in ``tasks/`` of allenai/natural-instructions.
+
+Read are "Definition", "Categories", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``,
+the output a string or a list of accepted ones).  Early versions lack some fields, or hold a string where later ones hold a
+list.  Every file is taken for untrusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.config import ConfigError, distinct, read_start, shown
+from t2l_engine.data import examples
+from t2l_engine.prompts import is_unicode
+from t2l_engine.tasks import Example, Task, check_name
+
+#: A hosted repository of tasks holds no larger file; the largest tasks have some ten MB.
+MAX_FILE_BYTES = 128 << 20
+#: The ten benchmarks of Text-to-LoRA (two of them are ARC): a model trained on their data is not measured by them.
+BENCHMARKS = ("arc", "boolq", "gsm8k", "hellaswag", "humaneval", "mbpp", "openbookqa", "obqa", "piqa", "winogrande")
+_NUMBER = re.compile(r"(?:task)?0*(\d{1,9})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """``tasks``, and why others were ``left_out``: name -> reason."""
+
+    tasks: list[Task]
+    left_out: dict[str, str]
+
+
+def import_sni(
+    source: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    max_instances: int | None = examples.MAX_EXAMPLES,
+    max_chars: int = examples.MAX_CHARS,
+    licences: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    exclude_sources: Sequence[str] = BENCHMARKS,
+) -> Imported:
+    """The tasks of a folder of Super-NaturalInstructions files, or of one file, sorted by name.
+
+    Args:
+        tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the only tasks to read; None: all.
+        descriptions: task name or number -> descriptions that follow the task's definition (:func:`read_descriptions`).
+        max_instances: examples a task, chosen by hash; None: all there are.
+        max_chars: characters (input and first output) of examples that are preferred.
+        licences: allowed ones; each licence of a task must contain one of them as whole words, in any case: "CC BY" allows
+            "CC BY 4.0" and not "CC BY-NC 4.0".  A task that states none is left out.  Empty: no matter.
+        categories: a task must be in one of them, in any case.  Empty: no matter.
+        exclude_sources: names of data sets; tasks made of them, by "Source" or by the task's name, are left out.
+
+    Raises FileNotFoundError where there are no task files, ConfigError naming the file and what is wrong in it.
+    """
+    paths = _files(Path(source), tasks)
+    texts: dict[str, list[str]] = {}
+    for name, found in (descriptions or {}).items():
+        texts.setdefault(_key(name), []).extend(found)
+    if texts and not any(key in texts for path in paths for key in _keys(path.stem)):
+        raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {shown(sorted(texts))}")
+    imported = Imported([], {})
+    for path in paths:
+        values = _read_object(path)
+        reason = (
+            _excluded(path, values, exclude_sources)
+            or _refused(path, values, licences)
+            or _elsewhere(path, values, categories)
+        )
+        found = [] if reason else list(_instances(path, values))
+        if not found:
+            imported.left_out[path.stem] = reason or "no instance with text"
+            continue
+        if max_instances is not None:
+            found = examples.choose(found, max_instances, max_chars)
+        about = [*_strings(path, values, "Definition"), *(text for key in _keys(path.stem) for text in texts.get(key, ()))]
+        about = list(dict.fromkeys(text.strip() for text in about if text.strip()))
+        if not about:
+            raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
+        imported.tasks.append(Task(path.stem, tuple(about), tuple(examples.split(found))))
+    return imported
+
+
+def read_descriptions(path: str | Path) -> dict[str, list[str]]:
+    """``{task name or number: [description, ...]}`` out of a JSON file; ConfigError names the file and the task."""
+    path = Path(path)
+    values = _read_object(path)
+    for name, texts in values.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
+            raise ConfigError(f"{path}: {shown(name)}: expected a list of strings of Unicode text, got {shown(texts)}")
+    return values
+
+
+def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
+    paths = [source] if source.is_file() else sorted(path for path in source.glob("task*.json") if path.is_file())
+    if not paths:
+        raise FileNotFoundError(f"{source}: no task*.json files found, expected tasks of Super-NaturalInstructions")
+    for path in paths:
+        check_name(path.stem, str(source))
+    if tasks is None:
+        return paths
+    wanted = set(map(_key, tasks))
+    unknown = wanted.difference(key for path in paths for key in _keys(path.stem))
+    if unknown:
+        raise ConfigError(f"tasks: expected names or numbers of tasks in {source}, got {shown(sorted(unknown))}")
+    return [path for path in paths if wanted.intersection(_keys(path.stem))]
+
+
+def _key(name: str) -> str:
+    """A task's name as it is, a number without "task" and leading zeros."""
+    number = _NUMBER.fullmatch(name)
+    return number[1] if number else name
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """What a task may be called: its name, and its number."""
+    return name, _key(name.partition("_")[0])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    content = read_start(path, MAX_FILE_BYTES + 1, ConfigError)
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, got more")
+    try:
+        values = json.loads(content.decode("utf-8"), object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON in UTF-8: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {shown(values)}")
+    return values
+
+
+def _strings(path: Path, values: dict[str, Any], name: str) -> tuple[str, ...]:
+    """Field ``name``, a string or a list of them; empty where it is absent."""
+    value = values.get(name, [])
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
+        raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {shown(value)}")
+    return tuple(texts)
+
+
+def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
+    """The instances that have text; upstream has blank ones."""
+    instances = values.get("Instances")
+    if not isinstance(instances, list):
+        raise ConfigError(f"{path}: Instances: expected a list, got {shown(instances)}")
+    for number, instance in enumerate(instances):
+        where = f"Instances[{number}]"
+        if not isinstance(instance, dict) or not isinstance(instance.get("input"), str) or "output" not in instance:
+            raise ConfigError(
+                f"{path}: {where}: expected an object with a string input and an output, got {shown(instance)}"
+            )
+        if not is_unicode(instance["input"]):
+            raise ConfigError(f"{path}: {where}: input: expected Unicode text, got lone surrogates")
+        outputs = tuple(text for text in _strings(path, {where: instance["output"]}, where) if text.strip())
+        if outputs and instance["input"].strip():
+            yield Example(instance["input"], outputs, "train")
+
+
+def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str | None:
+    for text in (*_strings(path, values, "Source"), path.stem):
+        for source in sources:
+            if _names(text, source):
+                return f"made of {source}"
+    return None
+
+
+def _names(text: str, source: str) -> bool:
+    """Whether ``text`` names a data set, whatever the separators; a short name must be a word: "arc" is not in "search"."""
+    words, wanted = _words(text), "".join(_words(source))
+    return wanted in words or (len(wanted) > 4 and wanted in "".join(words))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str | None:
+    stated = _strings(path, values, "Instance License")
+    if not licences:
+        return None
+    for text in stated:
+        # "-" belongs to the word: "CC BY" is not in "CC BY-NC 4.0".
+        if not any(re.search(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", text, re.IGNORECASE) for licence in licences):
+            return f"licence {shown(text)}"
+    return None if stated else "no licence stated"
+
+
+def _elsewhere(path: Path, values: dict[str, Any], categories: Sequence[str]) -> str | None:
+    stated = _strings(path, values, "Categories")
+    wanted = {category.casefold() for category in categories}
+    if wanted and not wanted.intersection(category.casefold() for category in stated):
+        return f"categories {shown(list(stated))}"
+    return None
