@@ -91,7 +91,7 @@ def read_start(path: Path, count: int, error: type[ValueError]) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
-    """The UTF-8 text of a file of up to ``most`` bytes; a ``ConfigError`` names one that is too large, no text or unreadable.
+    """The UTF-8 text of a file of up to ``most`` bytes; a ``ConfigError`` names one that is larger, no text or unreadable.
 
     Raises FileNotFoundError where there is none.
     """
@@ -113,7 +113,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
-    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or too deep or over ``most`` bytes."""
+    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, too deep, or over ``most`` bytes."""
     try:
         return json.loads(read_text(path, most), object_pairs_hook=distinct)
     except ConfigError:

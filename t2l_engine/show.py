@@ -92,7 +92,7 @@ def _named_encoder(blocks: dict[str, Any]) -> dict[str, Any] | None:
 def _training(block: dict[str, Any]) -> dict[str, Any]:
     """Steps and number of tasks, as far as the block, which may be anything, says them."""
     tasks = block.get("tasks")
-    return {"steps": block.get("steps_done"), "num_tasks": len(tasks) if isinstance(tasks, list) else None}
+    return {"steps": block.get("steps_done"), "num_tasks": len(tasks) if isinstance(tasks, (list, dict)) else None}
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

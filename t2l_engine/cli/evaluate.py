@@ -74,7 +74,7 @@ def evaluate(
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
     about = {"checkpoint": str(checkpoint), "base_model": name, "dtype": dtype.value, "split": split}
-    result = about | result | {"trained_tasks": checkpoints.describe(folder).get("training", {}).get("tasks", [])}
+    result = about | result | {"trained_tasks": list(checkpoints.describe(folder).get("training", {}).get("tasks", []))}
     table = Table("task", *chosen, title=f"exact match, %, scaling {result['scaling']:g}")
     for task, scores in result["tasks"].items():
         table.add_row(task, *(f"{scores[a]:.1f}" for a in chosen))

@@ -120,9 +120,7 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
     typer.echo(str(draw(folder)))
 
 
-def _start(
-    kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int
-) -> tuple[Any, Any]:
+def _start(kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int) -> tuple[Any, Any]:
     """(accelerator, settings); prints the settings."""
     import torch
     from rich.table import Table
@@ -137,7 +135,9 @@ def _start(
     if threads:
         torch.set_num_threads(threads)
     if accelerator.is_main_process:
-        table = Table("field", "value", "", "meaning", title=f"{kind_name}, {accelerator.num_processes} x {accelerator.device}")
+        table = Table(
+            "field", "value", "", "meaning", title=f"{kind_name}, {accelerator.num_processes} x {accelerator.device}"
+        )
         for row in kinds.rows(settings):
             table.add_row(*row)
         console(stderr=True).print(table)
@@ -149,11 +149,20 @@ def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | No
     wanted = split_names(names)
     if not manifest:
         return wanted or None
+    from t2l_engine.config import ConfigError
     from t2l_engine.data import manifest as manifests
-    from t2l_engine.tasks import load_tasks
+    from t2l_engine.tasks import read_descriptions
 
     listed = manifests.read(manifest)
-    return manifests.trainable(load_tasks(tasks, None, names=wanted or None), listed, tier)
+    chosen = manifests.select(read_descriptions(tasks, wanted or None), listed, tier)
+    if not chosen:
+        raise ConfigError(f"--tier: {tasks} has no task that {manifest} lists as {tier!r}")
+    differences = [d for d in manifests.check(tasks, listed, tier) if d.task in chosen]
+    if differences:
+        raise ConfigError(
+            f"{tasks}: expected the examples of {manifest}, got {len(differences)} differences: {differences[0]}"
+        )
+    return chosen
 
 
 def _finish(accelerator: Any, output: Path, runs: list[Path]) -> None:

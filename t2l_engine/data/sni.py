@@ -16,6 +16,7 @@ from typing import Any
 
 from t2l_engine.config import ConfigError, distinct, read_start, shown
 from t2l_engine.data import examples
+from t2l_engine.data.manifest import Manifest, apply
 from t2l_engine.prompts import is_unicode
 from t2l_engine.tasks import Example, Task, check_name
 
@@ -28,10 +29,11 @@ _NUMBER = re.compile(r"(?:task)?0*(\d{1,9})")
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """``tasks``, and why others were ``left_out``: name -> reason."""
+    """``tasks``; why others were ``left_out``: name -> reason; ``missing``: name -> examples of the manifest not found."""
 
     tasks: list[Task]
     left_out: dict[str, str]
+    missing: dict[str, int]
 
 
 def import_sni(
@@ -39,8 +41,9 @@ def import_sni(
     tasks: Sequence[str] | None = None,
     *,
     descriptions: Mapping[str, Sequence[str]] | None = None,
-    max_instances: int | None = examples.MAX_EXAMPLES,
+    max_instances: int = examples.MAX_EXAMPLES,
     max_chars: int = examples.MAX_CHARS,
+    manifest: Manifest | None = None,
     licences: Sequence[str] = (),
     categories: Sequence[str] = (),
     exclude_sources: Sequence[str] = BENCHMARKS,
@@ -50,8 +53,9 @@ def import_sni(
     Args:
         tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the only tasks to read; None: all.
         descriptions: task name or number -> descriptions that follow the task's definition (:func:`read_descriptions`).
-        max_instances: examples a task, chosen by hash; None: all there are.
+        max_instances: most examples a task, chosen by hash.
         max_chars: characters (input and first output) of examples that are preferred.
+        manifest: reads only its tasks, and gives them its examples and splits; the two above do not matter then.
         licences: allowed ones; each licence of a task must contain one of them as whole words, in any case: "CC BY" allows
             "CC BY 4.0" and not "CC BY-NC 4.0".  A task that states none is left out.  Empty: no matter.
         categories: a task must be in one of them, in any case.  Empty: no matter.
@@ -59,13 +63,13 @@ def import_sni(
 
     Raises FileNotFoundError where there are no task files, ConfigError naming the file and what is wrong in it.
     """
-    paths = _files(Path(source), tasks)
+    paths = [p for p in _files(Path(source), tasks) if manifest is None or p.stem in manifest.tasks]
     texts: dict[str, list[str]] = {}
     for name, found in (descriptions or {}).items():
         texts.setdefault(_key(name), []).extend(found)
     if texts and not any(key in texts for path in paths for key in _keys(path.stem)):
         raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {shown(sorted(texts))}")
-    imported = Imported([], {})
+    imported = Imported([], {}, {})
     for path in paths:
         values = _read_object(path)
         reason = (
@@ -77,13 +81,18 @@ def import_sni(
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
             continue
-        if max_instances is not None:
-            found = examples.choose(found, max_instances, max_chars)
         about = [*_strings(path, values, "Definition"), *(text for key in _keys(path.stem) for text in texts.get(key, ()))]
         about = list(dict.fromkeys(text.strip() for text in about if text.strip()))
         if not about:
             raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
-        imported.tasks.append(Task(path.stem, tuple(about), tuple(examples.split(found))))
+        task = Task(path.stem, tuple(about), tuple(found))
+        if manifest is None:
+            chosen = examples.split(examples.choose(found, max_instances, max_chars))
+            imported.tasks.append(dataclasses.replace(task, examples=tuple(chosen)))
+        else:
+            applied = apply([task], manifest)
+            imported.tasks.extend(applied.tasks)
+            imported.missing.update(applied.missing)
     return imported
 
 

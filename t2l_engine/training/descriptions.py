@@ -28,7 +28,10 @@ class TaskEmbeddings:
     """
 
     def __init__(
-        self, settings: SFTSettings | ReconstructionSettings, texts: Sequence[tuple[str, Sequence[str]]], device: torch.device
+        self,
+        settings: SFTSettings | ReconstructionSettings,
+        texts: Sequence[tuple[str, Sequence[str]]],
+        device: torch.device,
     ):
         self._settings, self._device = settings, device
         if settings.encoder == "one-hot":

@@ -18,8 +18,8 @@ from t2l_engine.integrations import base_model
 from t2l_engine.locate import features, find
 from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, generic
 from t2l_engine.tasks import Task, load_tasks
-from t2l_engine.training.sampling import Descriptions, Examples, Group, Share
 from t2l_engine.training.objective import Adapter, Batch, Objective, collate, weighting
+from t2l_engine.training.sampling import Descriptions, Examples, Group, Share
 from t2l_engine.training.settings import LoRASettings, SFTSettings
 
 
@@ -67,6 +67,10 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
 
 
+def _only(task: Task, split: str | None) -> Task:
+    return dataclasses.replace(task, examples=tuple(e for e in task.examples if e.split == split))
+
+
 class Frozen:
     """Base model, tokenised tasks and objective of a run; :meth:`close` gives the model back as it was.
 
@@ -87,15 +91,18 @@ class Frozen:
         names: Sequence[str] | None = None,
     ):
         self.settings = settings
-        self.tasks = load_tasks(tasks_folder, "train", names=names)
-        validation: list[Task] = []
-        if settings.validate_every:
-            validation = load_tasks(tasks_folder, "val", names=names, required=False)
-            if not any(task.examples for task in validation):
-                raise ConfigError(
-                    f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
-                    f"got {settings.validate_every}"
-                )
+        loaded = load_tasks(tasks_folder, None, names=names)
+        self._seen = summary(loaded)
+        self.tasks = [_only(task, "train") for task in loaded]
+        for task in self.tasks:
+            if not task.examples:
+                raise ConfigError(f"{tasks_folder}: expected examples of split 'train' of task {task.name}, got none")
+        validation = [_only(task, "val" if settings.validate_every else None) for task in loaded]
+        if settings.validate_every and not any(task.examples for task in validation):
+            raise ConfigError(
+                f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
+                f"got {settings.validate_every}"
+            )
         # Eager attention on a CPU: SDPA's bfloat16 backward is slower there at these lengths.
         eager = device.type == "cpu" and settings.dtype == "bfloat16"
         self.model, self.tokenizer = base_model.load(
@@ -110,11 +117,11 @@ class Frozen:
             validation, self.tokenizer, settings.max_tokens, with_description=with_description,
             most=settings.validation_samples, may_be_empty=True,
         )  # fmt: skip
-        self._seen = summary(self.tasks)
 
-    def data(self) -> dict[str, Any]:
-        """Digests of what the run reads."""
-        return {"tasks": self._seen}
+    def data(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
+        """Digests of ``tasks`` (numbers; None: all): descriptions, and examples of every split."""
+        chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
+        return {"tasks": {task.name: self._seen[task.name] for task in chosen}}
 
     def objective(self, stack: AdapterStack) -> Objective:
         """``stack``: one adapter of the modules' shapes, which :func:`t2l_engine.attach` makes room for."""

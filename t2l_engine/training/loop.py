@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.config import ConfigError
-from t2l_engine.training.sampling import Share, seeded
 from t2l_engine.training.log import Log
+from t2l_engine.training.sampling import Share, seeded
 from t2l_engine.training.settings import Settings, differences, to_yaml
 
 try:

@@ -1,8 +1,8 @@
 """Adapters without a hypernetwork: one a task, many tasks in one batch, or one for all tasks.
 
 All start from one draw of A, as adapters that are to be averaged or reconstructed must: A and B of unaligned ones may be
-turned against each other.  With an adapter a task, what a task's adapter becomes does not depend, up to rounding, on the tasks
-that train beside it: losses, clipping and optimiser act on each alone.
+turned against each other.  With an adapter a task, what a task's adapter becomes does not depend, up to rounding, on the
+tasks that train beside it: losses, clipping and optimiser act on each alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, read_json, resolve_scaling
-from t2l_engine.data.manifest import summary
 from t2l_engine.tasks import DESCRIPTIONS_NAME, Task
 from t2l_engine.training import loop
-from t2l_engine.training.sampling import Group, Share, Stream, divide
 from t2l_engine.training.frozen import Frozen, Modules
 from t2l_engine.training.objective import Batch
+from t2l_engine.training.sampling import Group, Share, Stream, divide
 from t2l_engine.training.settings import LoRASettings
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
@@ -137,7 +136,7 @@ class LoRA(loop.Job):
             stack.save_pretrained(target / name, adapter=i, base_model_name_or_path=self.settings.base_model)
 
     def data(self) -> dict[str, Any]:
-        return {"tasks": summary([self._frozen.tasks[i] for i in self._tasks])}
+        return self._frozen.data(self._tasks)
 
 
 def waves(settings: LoRASettings, frozen: Frozen) -> list[list[int]]:
@@ -162,8 +161,8 @@ def train(
 
     Tasks are trained in waves of ``tasks_per_batch * accumulation``, each wave ``steps`` steps.  ``output`` gets
 
-    - ``adapters/<task>/`` (or ``adapters/multi-task/``): PEFT folders, as of each adapter's best validation, and beside those
-      of tasks ``descriptions.json``: what :func:`t2l_engine.training.reconstruction.train` reads;
+    - ``adapters/<task>/`` (or ``adapters/multi-task/``): PEFT folders, as of each adapter's best validation, and beside
+      those of tasks ``descriptions.json``: what :func:`t2l_engine.training.reconstruction.train` reads;
     - ``last/``: the same as of the last step, where there is validation;
     - ``waves/<number>/``: settings, log, and state while it runs (:mod:`t2l_engine.training.loop`).
 

@@ -26,8 +26,8 @@ class Batch:
     """Padded rows, all samples of some groups.
 
     ``groups``: of this process; ``ids [rows, L]``, ``mask [rows, L]``: padded on the left, so that answers end together;
-    ``labels [rows, answer]``: the answers, -100 in front of shorter ones; ``weights [rows]``: of a row's answer tokens in the
-    step's loss; ``adapters [rows]``: each row's in the stack; ``part``: this batch's groups over those of the step.
+    ``labels [rows, answer]``: the answers, -100 in front of shorter ones; ``weights [rows]``: of a row's answer tokens in
+    the step's loss; ``adapters [rows]``: each row's in the stack; ``part``: this batch's groups over those of the step.
     """
 
     groups: Sequence[Group]

@@ -58,7 +58,9 @@ class Library:
         self.rank = int(next(iter(self.stack.ranks.values()))[0, 0])
         for name, scaling in zip(self.names, self.stack.scaling.tolist(), strict=True):
             if abs(scaling - self.scaling) > 1e-6 * self.scaling:
-                raise ConfigError(f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}")
+                raise ConfigError(
+                    f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}"
+                )
         for module, ranks in self.stack.ranks.items():
             other = (ranks != self.rank).any(dim=1).nonzero().flatten().tolist()
             if other:
@@ -218,7 +220,7 @@ class Reconstruction(loop.Job):
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
             "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
-            "data": self.data()["adapters"],
+            "tasks": self.data()["adapters"],
         }  # fmt: skip
         blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model(), "training": training}
         with self._generating() as net:

@@ -96,14 +96,18 @@ class _HyperNetwork(BaseModel):
     head_in_size: Positive = Field(256, description="width of the heads' input")
     encoder: str = Field("minilm", description='"minilm", a sentence-transformers folder, or "one-hot": tasks without text')
     held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
-    embedding_noise: NotNegative = Field(0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1")
+    embedding_noise: NotNegative = Field(
+        0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
+    )
     mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
 
     @model_validator(mode="after")
     def _one_hot(self):
         for name in ("held_out_descriptions", "embedding_noise", "mix_descriptions"):
             if self.encoder == "one-hot" and getattr(self, name):
-                raise ValueError(f"{name}: expected {type(getattr(self, name))()} with encoder one-hot, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected {type(getattr(self, name))()} with encoder one-hot, got {getattr(self, name)}"
+                )
         return self
 
 
@@ -117,7 +121,8 @@ class LoRASettings(_Model, Settings):
     """``t2l train lora``: adapters without a hypernetwork, one a task ("oracles") or one for all."""
 
     mode: Literal["per-task", "multi-task"] = Field(
-        "per-task", description="per-task: an adapter a task, tasks_per_batch * accumulation at a time; multi-task: one for all"
+        "per-task",
+        description="per-task: an adapter a task, tasks_per_batch * accumulation at a time; multi-task: one for all",
     )
 
 
@@ -174,7 +179,9 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
                 faults.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}")
             else:
                 message = fault["msg"][:1].lower() + fault["msg"][1:]
-                faults.append(f"{place}: {name}: {message.replace('input should be', 'expected')}, got {shown(fault['input'])}")
+                faults.append(
+                    f"{place}: {name}: {message.replace('input should be', 'expected')}, got {shown(fault['input'])}"
+                )
         raise ConfigError("; ".join(dict.fromkeys(faults))) from None
     except TypeError as error:  # keys that are no names
         raise ConfigError(f"{source}: expected field names, got {error}") from None
@@ -183,7 +190,12 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(field, value, "default" where nobody set it, its sentence) of every field."""
     return [
-        (name, _plain(getattr(settings, name)), "" if name in settings.model_fields_set else "default", field.description or "")
+        (
+            name,
+            _plain(getattr(settings, name)),
+            "" if name in settings.model_fields_set else "default",
+            field.description or "",
+        )
         for name, field in type(settings).model_fields.items()
     ]
 

@@ -18,10 +18,10 @@ from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import HyperNetworkConfig
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.training import loop
-from t2l_engine.training.sampling import Group, Share, Stream, divide
 from t2l_engine.training.descriptions import TaskEmbeddings
 from t2l_engine.training.frozen import Frozen
 from t2l_engine.training.objective import Batch, generated_l2
+from t2l_engine.training.sampling import Group, Share, Stream, divide
 from t2l_engine.training.settings import SFTSettings
 
 
@@ -37,7 +37,12 @@ class SFT(loop.Job):
         self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
         self.trained.to(frozen.device)
         self._stream = Stream(
-            len(frozen.tasks), settings.tasks_per_step, settings.seed, self._group, lambda g: g.longest, settings.bucket_steps
+            len(frozen.tasks),
+            settings.tasks_per_step,
+            settings.seed,
+            self._group,
+            lambda g: g.longest,
+            settings.bucket_steps,
         )
         with torch.no_grad():
             first = self.trained(torch.zeros(1, self._embeddings.embed_dim, device=frozen.device))
@@ -82,7 +87,12 @@ class SFT(loop.Job):
         return self._frozen.validate(self._objective, share, self._embeddings.validated, stack)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
-        training = {"method": "sft", "steps_done": step, **self.settings.model_dump(mode="json"), "data": self.data()["tasks"]}
+        training = {
+            "method": "sft",
+            "steps_done": step,
+            **self.settings.model_dump(mode="json"),
+            **self.data(),
+        }
         blocks = {"encoder": self._embeddings.config(), "base_model": self.settings.base_model, "training": training}
         self.trained.save_pretrained(folder, blocks)
 

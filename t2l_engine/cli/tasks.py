@@ -1,0 +1,199 @@
+"""``t2l tasks``: task folders: imported, made, chosen from, checked."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from t2l_engine.cli.common import Json, console, print_json, say, split_names
+
+app = typer.Typer(no_args_is_help=True, help="Make, choose and check task folders.")
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: <name>.jsonl files and descriptions.json.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds tasks.")]
+Manifest = Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file.")]
+
+
+class Tier(str, enum.Enum):
+    """Tiers of a manifest."""
+
+    train = "train"
+    sibling = "sibling"
+    novel = "novel"
+
+
+@app.command("import-sni")
+def import_sni(
+    source: Annotated[Path, typer.Argument(help="Folder of Super-NaturalInstructions files (task*.json), or one file.")],
+    output: Output,
+    descriptions: Annotated[
+        Path | None, typer.Option(help="JSON {task name or number: [description, ...]}; they follow the task's definition.")
+    ] = None,
+    tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
+    licence: Annotated[
+        list[str] | None,
+        typer.Option(help="Allowed licence, such as 'CC BY'; may be repeated; default: any, or none stated."),
+    ] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Wanted category; may be repeated; default: all.")] = None,
+    max_instances: Annotated[
+        int | None, typer.Option(min=1, help="Examples a task, chosen by hash; default: 200, or those of the manifest.")
+    ] = None,
+    manifest: Annotated[
+        str, typer.Option(help="Examples and splits as this manifest has them: name of a packaged one, or a file.")
+    ] = "",
+    force: Force = False,
+) -> None:
+    """Import tasks of Super-NaturalInstructions; those made of T2L's ten benchmarks are left out."""
+    from t2l_engine.data import manifest as manifests
+    from t2l_engine.data import sni
+    from t2l_engine.data.examples import MAX_EXAMPLES
+    from t2l_engine.tasks import write_tasks
+
+    if manifest and max_instances is not None:
+        raise ValueError("--max-instances: expected none with --manifest, which says what examples a task has")
+    imported = sni.import_sni(
+        source,
+        split_names(tasks) or None,
+        descriptions=sni.read_descriptions(descriptions) if descriptions else None,
+        max_instances=max_instances or MAX_EXAMPLES,
+        manifest=manifests.read(manifest) if manifest else None,
+        licences=licence or (),
+        categories=category or (),
+    )
+    for name, reason in imported.left_out.items():
+        say(f"left out: {name}: {reason}")
+    for name, count in imported.missing.items():
+        say(f"{name}: {count} examples of the manifest not found")
+    found = imported.tasks
+    if not found:
+        raise ValueError(f"{source}: no task to write, {len(imported.left_out)} left out")
+    write_tasks(output, found, overwrite=force)
+    _wrote(output, found)
+    if imported.left_out:
+        say(f"{len(imported.left_out)} tasks left out")
+
+
+@app.command()
+def synthetic(
+    output: Output,
+    examples: Annotated[int, typer.Option(help="Examples a task, 20 to 120.")] = 120,
+    seed: Annotated[int, typer.Option(help="Other examples for another number.")] = 0,
+    force: Force = False,
+) -> None:
+    """Write twelve small tasks made by code: lists, letters, words; no data from elsewhere."""
+    from t2l_engine.data.synthetic import suite
+    from t2l_engine.tasks import write_tasks
+
+    made = suite(examples, seed)
+    write_tasks(output, made, overwrite=force)
+    _wrote(output, made)
+
+
+@app.command()
+def select(
+    folder: Folder,
+    tier: Annotated[Tier, typer.Option(help="Which tasks of the manifest.")],
+    output: Output,
+    manifest: Manifest = "skills",
+    force: Force = False,
+) -> None:
+    """Copy the tasks of a folder that a manifest has in one tier; examples and splits as they are."""
+    from t2l_engine.data import manifest as manifests
+    from t2l_engine.tasks import load_tasks, write_tasks
+
+    loaded = {task.name: task for task in load_tasks(folder, None)}
+    names = manifests.select(loaded, manifests.read(manifest), tier.value)
+    if not names:
+        raise ValueError(f"{folder}: none of its {len(loaded)} tasks is of tier {tier.value} in manifest {manifest}")
+    write_tasks(output, [loaded[name] for name in names], overwrite=force)
+    _wrote(output, [loaded[name] for name in names])
+
+
+@app.command()
+def check(
+    folder: Folder,
+    manifest: Manifest = "skills",
+    tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier; default: all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a folder with a manifest; exit status 1 where tasks, examples or splits differ."""
+    from rich.table import Table
+
+    from t2l_engine.config import ConfigError
+    from t2l_engine.data import manifest as manifests
+
+    wanted = manifests.read(manifest)
+    differences = manifests.check(folder, wanted, tier.value if tier else None)
+    if differences:
+        if not as_json:
+            table = Table("task", "split", "examples", "what")
+            for row in differences:
+                table.add_row(row.task, row.split or "all", str(row.count), row.kind)
+            console().print(table)
+        raise ConfigError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
+    names = wanted.names(tier.value if tier else None)
+    if as_json:
+        print_json({"manifest": manifest, "tasks": names, "differences": []})
+    else:
+        typer.echo(f"{folder}: {len(names)} tasks as in manifest {manifest}")
+
+
+@app.command()
+def decontaminate(
+    folder: Folder,
+    benchmarks: Annotated[Path, typer.Option(help="Task folder of the benchmarks that the tasks must not repeat.")],
+    output: Output,
+    words: Annotated[int, typer.Option(help="Words in a row that make an overlap.")] = 13,
+    force: Force = False,
+) -> None:
+    """Copy a folder without the examples that share text with a benchmark."""
+    import collections
+
+    from t2l_engine.data import decontaminate as overlap
+    from t2l_engine.tasks import load_tasks, write_tasks
+
+    kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
+    for (task, benchmark), count in sorted(collections.Counter((o.task, o.benchmark) for o in found).items()):
+        say(f"{task}: {count} examples share text with {benchmark}")
+    if not kept:
+        raise ValueError(f"{folder}: no example is left, all share text with a benchmark")
+    write_tasks(output, kept, overwrite=force)
+    _wrote(output, kept)
+
+
+@app.command()
+def show(folder: Folder, as_json: Json = False) -> None:
+    """Describe a task folder: descriptions, examples by split, mean characters of input and answer."""
+    from rich.table import Table
+
+    from t2l_engine.data.examples import SHARES
+    from t2l_engine.tasks import Task, load_tasks
+
+    def describe(task: Task) -> dict[str, Any]:
+        counts = dict.fromkeys(SHARES, 0)
+        for example in task.examples:
+            counts[example.split] = counts.get(example.split, 0) + 1
+        chars = sum(len(e.input) + len(e.outputs[0]) for e in task.examples) / len(task.examples)
+        return {"task": task.name, "descriptions": len(task.descriptions), "splits": counts, "mean_chars": chars}
+
+    about = [describe(task) for task in load_tasks(folder, None)]
+    if as_json:
+        print_json(about)
+        return
+    splits = list(dict.fromkeys(name for row in about for name in row["splits"]))
+    numbers = ("descriptions", *splits, "mean characters")
+    table = Table("task", *numbers, title=f"{len(about)} tasks")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in about:
+        counts = (str(row["splits"].get(name, 0)) for name in splits)
+        table.add_row(row["task"], str(row["descriptions"]), *counts, f"{row['mean_chars']:.0f}")
+    console().print(table)
+
+
+def _wrote(folder: Path, tasks: list) -> None:
+    typer.echo(f"{folder}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
