@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import figures, quality, rows, tables
+from bench import figures, quality, rows, tables, train_tables
 from bench.gpu import tables as gpu
 from bench.icl import measured, summary
 from bench.icl import tables as icl
@@ -54,6 +54,7 @@ SOURCES = {
     "generate": Source("generate.json", "python -m bench generate", rows.load),
     "apply": Source("apply.json", "python -m bench apply", rows.load),
     "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load),
+    "train": Source("train.json", "python -m bench train", rows.load),
     "lengths": Source("lengths.json", "python -m bench.lengths, see docs/results.md", _json),
     "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
@@ -85,6 +86,11 @@ TABLES = (
     Table("docs/results.md", "icl-questions", measured.questions, ("icl",)),
     Table("docs/results.md", "icl-lengths", icl.token_counts, ("lengths",)),
     Table("docs/results.md", "icl-terms", icl.terms, ("icl",)),
+    Table("README.md", "train", train_tables.summary, ("train",)),
+    Table("docs/results.md", "train", train_tables.steps, ("train",)),
+    Table("docs/results.md", "train-memory", train_tables.memory, ("train",)),
+    Table("docs/results.md", "train-hypernetworks", train_tables.hypernetworks, ("train",)),
+    Table("docs/results.md", "train-library", train_tables.library, ("train",)),
     Table("README.md", "gpu", gpu.summary, ("gpu",)),
     Table("docs/results.md", "gpu", gpu.everything, ("gpu",)),
 )

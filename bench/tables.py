@@ -114,7 +114,7 @@ def lora(*results: Result) -> str:
 
 def linear(*results: Result) -> str:
     """The op around a linear, beside the linear alone and PEFT's layers."""
-    return _beside_base(group(results, "lora", beside_base), "us", 1)
+    return over_base(group(results, "lora", beside_base), "us", 1)
 
 
 def sweep(*results: Result) -> str:
@@ -127,15 +127,15 @@ def backward(*results: Result) -> str:
 
 def model(*results: Result) -> str:
     """A whole model: a decoding step or a prefill."""
-    return _beside_base(group(results, "model", lambda row: not swept(row)), "ms", 1e3)
+    return over_base(group(results, "model", lambda row: not swept(row)), "ms", 1e3)
 
 
 def model_sweep(*results: Result) -> str:
     """Decoding steps over the number of different adapters in the batch."""
-    return _beside_base(group(results, "model", swept), "ms", 1e3)
+    return over_base(group(results, "model", swept), "ms", 1e3)
 
 
-def _beside_base(pairs: list[Pair], unit: str, scale: float) -> str:
+def over_base(pairs: list[Pair], unit: str, scale: float) -> str:
     """Without adapters, with ours, and with every other way; each over the time without."""
 
     def base(row: Row) -> float:
@@ -231,14 +231,14 @@ def speed(*results: Result) -> str:
     return "\n\n".join(
         [
             grid(["what", "case", "time", "ratio", "bar", "met", "faster than the next best by"], lines),
-            "\n".join([_farthest(results), *_beaten(results)]),
+            "\n".join([farthest_bar(verdicts(results)), *beaten(results)]),
             caption(everything(results)),
         ]
     )
 
 
-def _farthest(results: Sequence[Result]) -> str:
-    judged = verdicts(results)
+def farthest_bar(judged: Sequence[Verdict]) -> str:
+    """How many bars are missed, and which is the farthest beyond its own."""
     v = max(judged, key=lambda v: v.over)
     missed = sum(not v.met for v in judged)
     side = f"{v.over - 1:.0%} over" if not v.met else f"{1 - v.over:.0%} under"
@@ -248,7 +248,7 @@ def _farthest(results: Sequence[Result]) -> str:
     )
 
 
-def _beaten(results: Sequence[Result]) -> list[str]:
+def beaten(results: Sequence[Result]) -> list[str]:
     """A line per baseline that is faster than ours anywhere."""
     worst: dict[str, list[tuple[float, str]]] = {}
     for result in results:

@@ -14,7 +14,8 @@ import t2l_engine as t2l
 from bench import train_memory, train_ways
 from bench.harness import OURS, Bar, Context, Error, Task, admit, row, worst
 from bench.rows import BASE
-from bench.train_ways import ABSENT, BMM, HOOKS, RANK, SAMPLES, WAYS, Batch, Case, Frozen, Way, cases, leaves, load, loss_of
+from bench.train_tables import HOOKS
+from bench.train_ways import ABSENT, BMM, RANK, SAMPLES, WAYS, Batch, Case, Frozen, Way, cases, leaves, load, loss_of
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
@@ -53,7 +54,7 @@ def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients,
     return {name: worst(map(error, got, exact, bounds)) for name, got in results.items()}
 
 
-def _models(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
+def models(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
     """The model in ``dtype``, and in float32."""
     frozen = load(context, dtype)
     return frozen, frozen if dtype == "float32" else load(context, "float32")
@@ -68,7 +69,7 @@ def _shape(name: str, case: Case, **more: Any) -> dict[str, Any]:
 
 def applied(context: Context, case: Case) -> Entries:
     """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
-    frozen, single = _models(context, case.dtype)
+    frozen, single = models(context, case.dtype)
     stack = train_ways.adapters(frozen.model, case)
     ways = {way: train_ways.BUILDERS[way](frozen.model, stack) for way in WAYS}
     found = step_errors(ways, frozen, single, stack, case)
@@ -97,13 +98,9 @@ def step_errors(
 
 def memory(context: Context, case: Case, ways: Sequence[str]) -> Entries:
     """The peak of a step by each way, each in a process of its own."""
-    shape, found = {}, {}
-    for way in ways:
-        model, found[way] = train_memory.in_a_process(context, case, way)
-        shape = _shape(model, case, samples=SAMPLES)
+    found = {way: train_memory.in_a_process(context, case, way) for way in ways}
     bar = MEMORY_BAR if context.full else None
-    entry = {"case": case.name, "shape": shape, "threads": context.threads, "ways": found, "absent": ABSENT}
-    yield "train_memory", {**entry, "bar": bar, "bar_of": HOOKS}
+    yield "train_memory", {"case": case.name, "ways": found, "absent": ABSENT, "bar": bar}
 
 
 # --- a whole step of a hypernetwork ----------------------------------------------------------------------------------
@@ -129,11 +126,15 @@ class Trained:
         net = shape.make(seed=1).requires_grad_().train()
         return Trained(net, shape.task_embeddings(SAMPLES), torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE))
 
-    def backward(self, way: Way, batch: Batch) -> Gradients:
-        """Gradients of all parameters, which are left where an optimiser finds them, as one vector in a list."""
+    def backward(self, way: Way, batch: Batch) -> None:
+        """Generate, apply, and leave gradients where the optimiser finds them."""
         self.optimizer.zero_grad(set_to_none=True)
         with way.applied(self.net(self.task_emb)):
             loss_of(way.model, batch).backward()
+
+    def gradients(self, way: Way, batch: Batch) -> Gradients:
+        """Those of all parameters as one vector."""
+        self.backward(way, batch)
         return [torch.cat([p.grad.flatten() for p in self.net.parameters()])]
 
     def generate(self, grads: Gradients) -> None:
@@ -149,9 +150,7 @@ class Trained:
 
     def step(self, way: Way, batch: Batch) -> None:
         """All of it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with way.applied(self.net(self.task_emb)):
-            loss_of(way.model, batch).backward()
+        self.backward(way, batch)
         self.update()
 
 
@@ -160,7 +159,7 @@ def whole(context: Context, case: Case) -> Entries:
 
     Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
     """
-    frozen, single = _models(context, case.dtype)
+    frozen, single = models(context, case.dtype)
     model = frozen.model
     to_inputs = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
     timed, fresh, exact = (
@@ -173,9 +172,9 @@ def whole(context: Context, case: Case) -> Entries:
         trained = Trained.of(context, model, variant)
         stack = trained.net.generate(trained.task_emb)
         way, plain, right = train_ways.ours(model, stack), *(train_ways.plain_bmm(m, stack) for m in (model, single.model))
-        other = trained.backward(plain, fresh)
-        results = {OURS: trained.backward(way, fresh)}
-        found[variant] = errors(results, trained.backward(right, exact), other, case.dtype)
+        other = trained.gradients(plain, fresh)
+        results = {OURS: trained.gradients(way, fresh)}
+        found[variant] = errors(results, trained.gradients(right, exact), other, case.dtype)
         apply = train_ways.step(way, stack, timed)
         grads = apply()
         calls, _ = admit(
@@ -204,7 +203,7 @@ def whole(context: Context, case: Case) -> Entries:
 
 def library(context: Context, dtype: str) -> Entries:
     """A training step of several adapters, eight samples each, in one batch; beside a step for each, one after another."""
-    frozen, single = _models(context, dtype)
+    frozen, single = models(context, dtype)
     model = frozen.model
     case = Case("q,v", 48 if context.full else 12, dtype)
     for count in (1, 8) if context.full else (1, 2):

@@ -29,17 +29,16 @@ MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def in_a_process(context: Context, case: Case, way: str) -> tuple[str, dict[str, Any]]:
-    """Name of the model, and what the module's docstring lists; BenchError where the process fails."""
+def in_a_process(context: Context, case: Case, way: str) -> dict[str, Any]:
+    """What the module's docstring lists; BenchError where the process fails."""
     options = {"modules": case.modules, "tokens": case.tokens, "dtype": case.dtype}
     options |= {"size": context.size, "threads": context.threads}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "bench.train_memory", way, *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | MALLOC, capture_output=True, text=True)
     if done.returncode:
-        raise BenchError(f"memory of {case.name}, {way}: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout)
-    return found.pop("model"), found
+        raise BenchError(f"memory of {case.name}, {way}: {done.stderr.strip().rpartition(chr(10))[2]}")
+    return json.loads(done.stdout)
 
 
 def measured(context: Context, case: Case, way: str) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def measured(context: Context, case: Case, way: str) -> dict[str, Any]:
     except OSError:
         reset = False
     step()
-    return {"model": frozen.name, "loaded_mib": loaded, "peak_mib": _resident("VmHWM"), "reset": reset}
+    return {"loaded_mib": loaded, "peak_mib": _resident("VmHWM"), "reset": reset}
 
 
 def _resident(field: str) -> float:

@@ -21,9 +21,10 @@ from bench.decode import load as load_serving
 from bench.harness import OURS, Context
 from bench.rows import BASE
 from bench.source import ROOT
+from bench.train_tables import HOOKS
 from t2l_engine.integrations import base_model
 
-HOOKS, HOOKS_PEFT, BMM = "hooks", "hooks, PEFT base", "plain bmm"
+HOOKS_PEFT, BMM = f"{HOOKS}, PEFT base", "plain bmm"
 #: Samples a task or a step, predicted positions a sample, rank of the adapters.
 SAMPLES, ANSWER, RANK = 8, 8, 8
 MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}

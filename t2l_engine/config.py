@@ -113,7 +113,7 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
-    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, too deep, or over ``most`` bytes."""
+    """Parse the JSON file ``path``; a ``ConfigError`` names one that is no JSON, too deep, or over ``most`` bytes."""
     try:
         return json.loads(read_text(path, most), object_pairs_hook=distinct)
     except ConfigError:

@@ -165,7 +165,8 @@ def _reference_configs(
     c, blocks = contents.config, contents.blocks
     encoder = blocks.get("encoder") or {}
     z_scores = any(".std_" in key for key in contents.state)
-    recon = z_scores or c.output_scale != 1.0
+    delta_w = c.output_scale != 1.0
+    recon = z_scores or delta_w or blocks.get("training", {}).get("method") == "reconstruction"
     own = {name: value for name, value in cfg.to_json(c).items() if name in ref.OWN_VALUES}
     if c.paths is not None:
         own["paths"] = c.module_paths
@@ -184,8 +185,8 @@ def _reference_configs(
         "use_one_hot_task_emb": encoder.get("name") == "one-hot",
         "target_modules": list(c.modules),
         "pred_z_score": z_scores,
-        "factorized": z_scores,
-        "delta_w_scaling": c.output_scale**-2 if c.output_scale != 1.0 else 10000,
+        "factorized": z_scores or (recon and not delta_w),
+        "delta_w_scaling": c.output_scale**-2 if delta_w else 10000,
         # Where heads have no bias, the reference knows a multi-task LoRA as the reason.
         "mt_lora_path": None if c.head_bias or recon else "AB_offset",
         "encoder_type": c.task_encoder,

@@ -6,6 +6,7 @@ import shutil
 
 import icl_result
 import pytest
+import train_result
 
 from bench import figures, report, rows, tables
 
@@ -136,6 +137,7 @@ def root(tmp_path):
     save(tmp_path, generation())
     save(tmp_path, application())
     save(tmp_path, result("icl", **icl_result.lists()))
+    save(tmp_path, result("train", **train_result.lists()))
     shutil.copy(report.ROOT / "bench" / "results" / "lengths.json", results)
     return tmp_path
 

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from t2l_engine import ConfigError
-from t2l_engine.tasks import Example, load_tasks
+from t2l_engine import tasks as tasks_module
+from t2l_engine.tasks import MAX_LINE_BYTES, Example, Task, load_tasks, write_tasks
 
 ROWS = (
     {"input": "France", "output": ["Paris", "paris"], "split": "train"},
@@ -105,3 +106,80 @@ def test_missing_files_and_splits(write, tmp_path):
         load_tasks(folder, "train")
     with pytest.raises(ConfigError, match=r"a\.jsonl: no examples of split 'validation'"):
         load_tasks(folder, "validation")
+
+
+def test_every_split_and_chosen_tasks(write):
+    folder = write({"b": ["Name it."], "a": ["Name it."], "broken": ["Name it."]}, a=ROWS, b=ROWS[:1], broken=["no JSON"])
+    assert [len(task.examples) for task in load_tasks(folder, None, names=["b", "a"])] == [3, 1]
+    assert [task.name for task in load_tasks(folder, "train", names=("b",))] == ["b"]
+    assert load_tasks(folder, "train", names=[]) == []
+    for name in ("c", "../a", "\ud800"):
+        with pytest.raises(ConfigError, match=r"descriptions\.json: expected a task named .*, found none"):
+            load_tasks(folder, "train", names=["a", name])
+
+
+def test_splits_that_may_be_absent(write):
+    folder = write({"a": ["Name it."], "empty": ["Name it."]}, a=ROWS, empty=[])
+    assert [len(task.examples) for task in load_tasks(folder, "test", required=False)] == [1, 0]
+    assert [len(task.examples) for task in load_tasks(folder, None, required=False)] == [3, 0]
+    with pytest.raises(ConfigError, match=r"empty\.jsonl: no examples$"):
+        load_tasks(folder, None)
+
+
+TASKS = [
+    Task("b", ("Name the capital.", "Où ?"), (Example("Перу\n", ("Лима", "Lima"), "train"),)),
+    Task("a-1.2", ("One.",), (Example("x", ("y",), "test"), Example("", ("",), "train"))),
+]
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_tasks(tmp_path / "new" / "folder", TASKS)
+    assert load_tasks(tmp_path / "new" / "folder", None) == TASKS[::-1]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["a-1.2.jsonl", "b.jsonl", "descriptions.json"]
+    assert (tmp_path / "new" / "folder" / "b.jsonl").read_bytes() == (
+        '{"input": "Перу\\n", "output": ["Лима", "Lima"], "split": "train"}\n'.encode()
+    )
+
+
+def test_a_folder_with_tasks_is_left_alone(tmp_path):
+    write_tasks(tmp_path, TASKS)
+    with pytest.raises(FileExistsError, match=r"descriptions\.json: exists"):
+        write_tasks(tmp_path, TASKS[:1])
+    assert len(load_tasks(tmp_path, None)) == 2
+    write_tasks(tmp_path, TASKS[:1], overwrite=True)
+    assert load_tasks(tmp_path, None) == TASKS[:1]
+
+
+@pytest.mark.parametrize(
+    "task, message",
+    [
+        (Task("../x", ("One.",), ()), "expected task names"),
+        (Task("x", (), ()), "x: expected a non-empty list"),
+        (Task("x", (" ",), ()), "x: expected a non-empty list"),
+        (Task("x", ("\ud800",), ()), "lone surrogates"),
+        (Task("x", ("One.",), (Example("a", (), "train"),)), r"x\.jsonl:1: .*at least one output"),
+        (
+            Task("x", ("One.",), (Example("a", ("b",), "train"), Example("\ud800", ("b",), "train"))),
+            r"x\.jsonl:2: .*Unicode",
+        ),
+        (Task("x", ("One.",), (Example("a" * MAX_LINE_BYTES, ("b",), "train"),)), r"x\.jsonl:1: expected lines of at most"),
+        (Task("a-1.2", ("One.",), ()), "distinct names"),
+    ],
+    ids=["path", "none", "blank", "surrogate", "no-output", "surrogate-input", "long-line", "twice"],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, task, message):
+    with pytest.raises(ConfigError, match=message):
+        write_tasks(tmp_path / "out", [TASKS[1], task])
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="at least one task"):
+        write_tasks(tmp_path / "out", [])
+
+
+def test_as_many_descriptions_as_can_be_read_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks_module, "MAX_DESCRIPTIONS_BYTES", 40)
+    write_tasks(tmp_path, TASKS[1:])
+    with pytest.raises(
+        ConfigError, match=r"descriptions\.json: expected at most 40 bytes to write, got \d+: 3 descriptions of 2"
+    ):
+        write_tasks(tmp_path, TASKS, overwrite=True)
+    assert len(load_tasks(tmp_path, None)) == 1

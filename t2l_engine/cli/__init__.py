@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli import chat, cost, evaluate, folders, generate, info, train
+from t2l_engine.cli import chat, cost, evaluate, folders, generate, info, tasks, train
 from t2l_engine.cli.common import say
 
 STATUS = (
@@ -33,6 +33,7 @@ for command in (
 ):  # fmt: skip
     app.command(epilog=STATUS)(command)
 app.add_typer(train.app, name="train")
+app.add_typer(tasks.app, name="tasks")
 
 
 def _version(wanted: bool) -> None:

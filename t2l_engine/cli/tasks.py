@@ -58,7 +58,7 @@ def import_sni(
     imported = sni.import_sni(
         source,
         split_names(tasks) or None,
-        descriptions=sni.read_descriptions(descriptions) if descriptions else None,
+        descriptions=sni.further_descriptions(descriptions) if descriptions else None,
         max_instances=max_instances or MAX_EXAMPLES,
         manifest=manifests.read(manifest) if manifest else None,
         licences=licence or (),
@@ -99,18 +99,21 @@ def select(
     tier: Annotated[Tier, typer.Option(help="Which tasks of the manifest.")],
     output: Output,
     manifest: Manifest = "skills",
+    permissive: Annotated[bool, typer.Option("--permissive", help="Only tasks under permissive licences.")] = False,
     force: Force = False,
 ) -> None:
     """Copy the tasks of a folder that a manifest has in one tier; examples and splits as they are."""
     from t2l_engine.data import manifest as manifests
-    from t2l_engine.tasks import load_tasks, write_tasks
+    from t2l_engine.tasks import load_tasks, read_descriptions, write_tasks
 
-    loaded = {task.name: task for task in load_tasks(folder, None)}
-    names = manifests.select(loaded, manifests.read(manifest), tier.value)
+    held = read_descriptions(folder)
+    names = manifests.select(held, manifests.read(manifest), tier.value, permissive=permissive)
     if not names:
-        raise ValueError(f"{folder}: none of its {len(loaded)} tasks is of tier {tier.value} in manifest {manifest}")
-    write_tasks(output, [loaded[name] for name in names], overwrite=force)
-    _wrote(output, [loaded[name] for name in names])
+        kind = f"{'permissive and ' if permissive else ''}of tier {tier.value}"
+        raise ValueError(f"{folder}: none of its {len(held)} tasks is {kind} in manifest {manifest}")
+    chosen = load_tasks(folder, None, names=names)
+    write_tasks(output, chosen, overwrite=force)
+    _wrote(output, chosen)
 
 
 @app.command()
@@ -132,7 +135,7 @@ def check(
         if not as_json:
             table = Table("task", "split", "examples", "what")
             for row in differences:
-                table.add_row(row.task, row.split or "all", str(row.count), row.kind)
+                table.add_row(row.task, _plain(row.split or "all"), str(row.count), row.kind)
             console().print(table)
         raise ConfigError(f"{folder}: differs from manifest {manifest} {len(differences)} times, first: {differences[0]}")
     names = wanted.names(tier.value if tier else None)
@@ -185,7 +188,7 @@ def show(folder: Folder, as_json: Json = False) -> None:
         print_json(about)
         return
     splits = list(dict.fromkeys(name for row in about for name in row["splits"]))
-    numbers = ("descriptions", *splits, "mean characters")
+    numbers = ("descriptions", *map(_plain, splits), "mean characters")
     table = Table("task", *numbers, title=f"{len(about)} tasks")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -197,3 +200,10 @@ def show(folder: Folder, as_json: Json = False) -> None:
 
 def _wrote(folder: Path, tasks: list) -> None:
     typer.echo(f"{folder}: {len(tasks)} tasks, {sum(len(task.examples) for task in tasks)} examples")
+
+
+def _plain(text: str) -> str:
+    """``text`` out of a file, fit for a terminal."""
+    from t2l_engine.config import shown
+
+    return text if text.isprintable() and len(text) <= 40 else shown(text)

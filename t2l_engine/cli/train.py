@@ -24,6 +24,7 @@ def _print_fields(kind_name: str) -> Callable[[bool], None]:
             return
         from rich.table import Table
 
+        _need_packages()
         from t2l_engine.training import settings
 
         table = Table("field", "default", "meaning")
@@ -115,9 +116,18 @@ def reconstruction(
 @app.command()
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Draw a run's losses so far, into loss.png."""
+    _need_packages()
     from t2l_engine.training.log import plot as draw
 
     typer.echo(str(draw(folder)))
+
+
+def _need_packages() -> None:
+    """FileNotFoundError that says what to install for training."""
+    try:
+        import t2l_engine.training  # noqa: F401
+    except ImportError as error:
+        raise FileNotFoundError(str(error)) from None
 
 
 def _start(kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int) -> tuple[Any, Any]:
@@ -126,6 +136,7 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
     from rich.table import Table
     from transformers.utils import logging
 
+    _need_packages()
     from t2l_engine.training import loop
     from t2l_engine.training import settings as kinds
 

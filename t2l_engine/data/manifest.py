@@ -25,6 +25,8 @@ PACKAGED = Path(__file__).parent / "manifests"
 #: train: tasks to train on.  sibling: held out, of skills that are trained.  novel: held out, of skills that are not.
 TIERS = ("train", "sibling", "novel")
 PREFIX_BYTES = 5
+#: Of the file: some 1,500 bytes a task of 200 examples.
+MAX_MANIFEST_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,6 @@ class Entry:
             raise ConfigError(f"permissive: expected true or false, got {shown(self.permissive)}")
         if not isinstance(self.splits, dict) or not self.splits:
             raise ConfigError(f"splits: expected an object of splits, got {shown(self.splits)}")
-        object.__setattr__(self, "splits", {name: _prefixes(name, text) for name, text in self.splits.items()})
         if len(frozenset().union(*self.splits.values())) != sum(map(len, self.splits.values())):
             raise ConfigError("splits: expected every example in one split only")
 
@@ -94,7 +95,7 @@ class Difference:
     count: int
 
     def __str__(self) -> str:
-        where = "in all" if self.split is None else f"of split {self.split}"
+        where = "in all" if self.split is None else f"of split {shown(self.split)}"
         return f"{self.task}: {self.count} examples {where} {self.kind}"
 
 
@@ -134,7 +135,7 @@ def read(path_or_name: str | Path) -> Manifest:
     path = packaged.get(str(path_or_name), Path(path_or_name))
     if not path.is_file():
         raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
-    return _parse(read_json(path), str(path))
+    return _parse(read_json(path, MAX_MANIFEST_BYTES), str(path))
 
 
 def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
@@ -155,9 +156,13 @@ def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> li
     return differences
 
 
-def select(names: Iterable[str], manifest: Manifest, tier: str) -> list[str]:
-    """Those of the task ``names`` that ``manifest`` has in ``tier``, sorted; ConfigError for an unknown tier."""
-    return sorted(set(names).intersection(manifest.names(tier)))
+def select(names: Iterable[str], manifest: Manifest, tier: str, *, permissive: bool = False) -> list[str]:
+    """Those of the task ``names`` that ``manifest`` has in ``tier``, sorted; with ``permissive`` only those it calls so.
+
+    Raises ConfigError for an unknown tier.
+    """
+    chosen = set(names).intersection(manifest.names(tier))
+    return sorted(name for name in chosen if manifest.tasks[name].permissive or not permissive)
 
 
 def apply(tasks: Iterable[Task], manifest: Manifest) -> Applied:
@@ -222,8 +227,15 @@ def _parse(values: Any, where: str) -> Manifest:
     entries = {}
     for name, entry in tasks.items():
         check_name(name, f"{where}: tasks")
-        entries[name] = from_json(Entry, entry, f"{where}: {name}")
+        entries[name] = _entry(entry, f"{where}: {name}")
     return Manifest(about, entries)
+
+
+def _entry(values: Any, where: str) -> Entry:
+    if isinstance(values, dict) and isinstance(values.get("splits"), dict):
+        decoded = {name: _prefixes(f"{where}: splits", name, text) for name, text in values["splits"].items()}
+        values = {**values, "splits": decoded}
+    return from_json(Entry, values, where)
 
 
 def _check_text(name: str, value: Any) -> None:
@@ -231,11 +243,11 @@ def _check_text(name: str, value: Any) -> None:
         raise ConfigError(f"{name}: expected a non-empty string of Unicode text, got {shown(value)}")
 
 
-def _prefixes(name: str, text: Any) -> frozenset[bytes]:
+def _prefixes(where: str, name: str, text: Any) -> frozenset[bytes]:
     """The digests' starts that base64 ``text`` of split ``name`` holds."""
     if not name.isidentifier() or len(name) > MAX_NAME:
-        raise ConfigError(f"splits: expected plain names such as 'train', got {shown(name)}")
-    expected = f"splits: {shown(name)}: expected base64 of {PREFIX_BYTES} bytes an example, each once"
+        raise ConfigError(f"{where}: expected plain names such as 'train', got {shown(name)}")
+    expected = f"{where}: {name}: expected base64 of {PREFIX_BYTES} bytes an example, each once"
     try:
         content = base64.b64decode(text, validate=True)
     except (ValueError, TypeError):

@@ -8,13 +8,12 @@ list.  Every file is taken for untrusted.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.config import ConfigError, distinct, read_start, shown
+from t2l_engine.config import ConfigError, read_json, shown
 from t2l_engine.data import examples
 from t2l_engine.data.manifest import Manifest, apply
 from t2l_engine.prompts import is_unicode
@@ -52,7 +51,7 @@ def import_sni(
 
     Args:
         tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the only tasks to read; None: all.
-        descriptions: task name or number -> descriptions that follow the task's definition (:func:`read_descriptions`).
+        descriptions: task name or number -> descriptions that follow the task's definition (:func:`further_descriptions`).
         max_instances: most examples a task, chosen by hash.
         max_chars: characters (input and first output) of examples that are preferred.
         manifest: reads only its tasks, and gives them its examples and splits; the two above do not matter then.
@@ -96,7 +95,7 @@ def import_sni(
     return imported
 
 
-def read_descriptions(path: str | Path) -> dict[str, list[str]]:
+def further_descriptions(path: str | Path) -> dict[str, list[str]]:
     """``{task name or number: [description, ...]}`` out of a JSON file; ConfigError names the file and the task."""
     path = Path(path)
     values = _read_object(path)
@@ -133,13 +132,7 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    content = read_start(path, MAX_FILE_BYTES + 1, ConfigError)
-    if len(content) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: expected at most {MAX_FILE_BYTES} bytes, got more")
-    try:
-        values = json.loads(content.decode("utf-8"), object_pairs_hook=distinct)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON in UTF-8: {error}") from None
+    values = read_json(path, MAX_FILE_BYTES)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {shown(values)}")
     return values
@@ -175,12 +168,12 @@ def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
 def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str | None:
     for text in (*_strings(path, values, "Source"), path.stem):
         for source in sources:
-            if _names(text, source):
+            if names_data_set(text, source):
                 return f"made of {source}"
     return None
 
 
-def _names(text: str, source: str) -> bool:
+def names_data_set(text: str, source: str) -> bool:
     """Whether ``text`` names a data set, whatever the separators; a short name must be a word: "arc" is not in "search"."""
     words, wanted = _words(text), "".join(_words(source))
     return wanted in words or (len(wanted) > 4 and wanted in "".join(words))

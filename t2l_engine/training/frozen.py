@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ class Frozen:
         self.modules = locate(self.model, settings.target_modules)
         with_description = settings.prompt == "description"
         self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, with_description=with_description)
+        if self.train.dropped:
+            total = sum(len(task.examples) for task in self.tasks)
+            warnings.warn(
+                f"max_tokens: {self.train.dropped} of {total} training examples have more than {settings.max_tokens} tokens "
+                "and are left out",
+                stacklevel=3,
+            )
         self.validation = Examples(
             validation, self.tokenizer, settings.max_tokens, with_description=with_description,
             most=settings.validation_samples, may_be_empty=True,

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,12 +35,6 @@ from t2l_engine.config import ConfigError
 from t2l_engine.training.log import Log
 from t2l_engine.training.sampling import Share, seeded
 from t2l_engine.training.settings import Settings, differences, to_yaml
-
-try:
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-except ImportError as error:
-    raise ImportError('training needs more packages: pip install "t2l_engine[train]"') from error
 
 STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
 

@@ -61,6 +61,8 @@ class LoRA(loop.Job):
         self.settings, self._frozen, self._tasks, self.folder = settings, frozen, list(tasks), folder
         self._shared = settings.mode == "multi-task"
         self.names = [MULTI_TASK] if self._shared else [frozen.tasks[i].name for i in self._tasks]
+        validated = [bool(frozen.validation.kept(i)) for i in self._tasks]
+        self._chosen = [any(validated)] if self._shared else validated  # adapters whose best a validation chooses
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
         self.trained = LoRABank(frozen.modules, len(self.names), settings.rank, scaling, settings.seed).to(frozen.device)
         self._stream = Stream(
@@ -116,7 +118,7 @@ class LoRA(loop.Job):
             better = [0] if super().improved(losses, step) else []
         else:
             known = self.best.setdefault("losses", {})
-            better = [i for i, name in enumerate(self.names) if losses.get(name, math.inf) < known.get(name, math.inf)]
+            better = [i for i, name in enumerate(self.names) if losses.get(name, math.nan) < known.get(name, math.inf)]
             known.update({self.names[i]: losses[self.names[i]] for i in better})
         kept = self.best.setdefault("adapters", {})
         for key, parameter in self.trained.named_parameters():
@@ -125,7 +127,6 @@ class LoRA(loop.Job):
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         """PEFT folders ``adapters/<name>`` and, where validation chooses those, ``last/<name>``; not below ``folder``."""
-        target = self.folder / (ADAPTERS if best or not self.settings.validate_every else LAST)
         bank = self.trained
         if best:
             bank = copy.deepcopy(bank)
@@ -133,7 +134,9 @@ class LoRA(loop.Job):
         with torch.no_grad():
             stack = bank().to("cpu")
         for i, name in enumerate(self.names):
-            stack.save_pretrained(target / name, adapter=i, base_model_name_or_path=self.settings.base_model)
+            if self._chosen[i] or not best:
+                target = self.folder / (LAST if self._chosen[i] and not best else ADAPTERS) / name
+                stack.save_pretrained(target, adapter=i, base_model_name_or_path=self.settings.base_model)
 
     def data(self) -> dict[str, Any]:
         return self._frozen.data(self._tasks)

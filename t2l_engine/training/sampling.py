@@ -111,9 +111,6 @@ class Examples:
             if not self._kept[-1] and not may_be_empty:
                 raise ConfigError(f"max_tokens: no example of task {task.name} fits into {max_tokens} tokens")
 
-    def __len__(self) -> int:
-        return sum(map(len, self._kept))
-
     def kept(self, task: int) -> list[int]:
         """Which examples of a task are used."""
         return self._kept[task]

@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from t2l_engine._yaml import read_yaml
 from t2l_engine.config import VARIANTS, ConfigError, resolve_scaling, shown
-
-try:
-    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-except ImportError as error:
-    raise ImportError('training needs more packages: pip install "t2l_engine[train]"') from error
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]

@@ -1,0 +1,139 @@
+"""``python -m bench learn``: adapters for tasks made by code, and what reconstruction keeps of them, on a real model.
+
+Eight tasks of the synthetic suite; an adapter each by ``t2l train lora``; a hypernetwork of each target form by ``t2l train
+reconstruction``; all of them judged on the tasks' test examples beside the base model.  Share kept: the score of a
+reconstruction less the base model's, over the same of the adapters it was made from, scores being means over tasks.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import t2l_engine as t2l
+from t2l_engine.data import synthetic
+from t2l_engine.evaluation.exact_match import Query, answer_matches, greedy
+from t2l_engine.integrations import base_model
+from t2l_engine.prompts import chat_prompt
+from t2l_engine.tasks import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
+from t2l_engine.training import log, lora, reconstruction
+from t2l_engine.training.objective import Objective, collate, weighting
+from t2l_engine.training.sampling import Examples
+from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
+
+MODEL, DTYPE, COUNT = base_model.PACKAGED, torch.bfloat16, 8
+LORA = LoRASettings(
+    base_model=MODEL, target_modules=("q_proj", "v_proj"), steps=50, warmup_steps=5, learning_rate=2e-3,
+    samples_per_task=8, tasks_per_batch=COUNT, max_tokens=96, validate_every=25, save_every=25,
+)  # fmt: skip
+_SHARED = {"tasks_per_batch": COUNT, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.0, "validate_every": 100}
+RECONSTRUCTION = {
+    "z-score": ReconstructionSettings(target="z-score", steps=1000, **_SHARED),
+    "raw": ReconstructionSettings(target="raw", steps=1000, **_SHARED),
+    "delta-w": ReconstructionSettings(target="delta-w", steps=600, **_SHARED),
+}
+
+
+class Judge:
+    """Scores of adapters on the test examples of ``tasks``: exact match in percent, and cross-entropy of the answers."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self._tasks = tasks
+        self._model, self._tokenizer = base_model.load(MODEL, DTYPE, attention="eager")
+        self._model.requires_grad_(False)
+        self._examples = Examples(tasks, self._tokenizer, LORA.max_tokens, with_description=False)
+
+    @torch.no_grad()
+    def scores(self, stack: t2l.AdapterStack, base: bool = False) -> dict[str, Any]:
+        """Adapter i of ``stack`` on task i; ``base``: the model without, for which the stack's shapes alone count."""
+        handle = t2l.attach(self._model, stack)
+        try:
+            number = (lambda task: -1) if base else (lambda task: task)
+            queries = [
+                Query(i, chat_prompt(self._tokenizer, e.input), number(i), e.outputs)
+                for i, task in enumerate(self._tasks)
+                for e in task.examples
+            ]
+            answers = greedy(self._model, self._tokenizer, handle, queries, 16, 64, lambda count: None)
+            hits: list[list[bool]] = [[] for _ in self._tasks]
+            for query, answer in zip(queries, answers, strict=True):
+                hits[query.task].append(answer_matches(answer, query.accepted))
+            losses = self._losses(Objective(self._model, handle), stack, number)
+        finally:
+            handle.detach()
+        matches = [100 * statistics.fmean(found) for found in hits]
+        return {
+            "exact_match": statistics.fmean(matches),
+            "loss": statistics.fmean(losses),
+            "tasks": {t.name: {"exact_match": m, "loss": c} for t, m, c in zip(self._tasks, matches, losses, strict=True)},
+        }
+
+    def _losses(self, objective: Objective, stack: t2l.AdapterStack, number) -> list[float]:
+        found = [0.0] * len(self._tasks)
+        groups = self._examples.all_groups(16, lambda task: range(1))
+        weight = weighting("sample", groups, apart=True)
+        for group in groups:
+            batch = collate([group], self._tokenizer.pad_token_id, weight, 1, lambda i, g: number(g.task))
+            found[group.task] += float(objective.losses(batch, stack).sum())
+        return found
+
+
+def distance(ours: t2l.AdapterStack, theirs: t2l.AdapterStack) -> float:
+    """Relative Frobenius error of all ``B A``, the mean over adapters."""
+
+    def errors(name: str) -> tuple[Tensor, Tensor]:
+        (a, b), (c, d) = ((s.lora_A[name].double(), s.lora_B[name].double()) for s in (ours, theirs))
+        gram = lambda p, q, r, s: ((q.mT @ s) * (p @ r.mT)).sum(dim=(1, 2, 3))  # noqa: E731  <q p, s r> without the products
+        exact = gram(c, d, c, d)
+        return gram(a, b, a, b) - 2 * gram(a, b, c, d) + exact, exact
+
+    found = [errors(name) for name in ours.lora_A]
+    return float((sum(e for e, _ in found).clamp_min(0) / sum(x for _, x in found)).sqrt().mean())
+
+
+def seconds(folder: Path) -> float:
+    """Time of a run's steps."""
+    return sum(row["seconds"] for row in log.read_log(folder) if "loss" in row)
+
+
+def measure(work: Path) -> dict[str, Any]:
+    """Train and judge below ``work``; runs that were interrupted go on, finished ones are read."""
+    folder = work / "tasks"
+    if not (folder / DESCRIPTIONS_NAME).is_file():
+        write_tasks(folder, synthetic.suite()[:COUNT])
+    tasks = load_tasks(folder, "test")
+    library = lora.train(LORA, folder, work / "library")
+    adapters = library / lora.ADAPTERS
+    oracle = t2l.AdapterStack.from_peft([adapters / task.name for task in tasks])
+    judge = Judge(tasks)
+    base, best = judge.scores(oracle, base=True), judge.scores(oracle)
+    library_bytes = oracle.num_parameters * len(oracle) * 4
+    rows = {}
+    for target, settings in RECONSTRUCTION.items():
+        run = reconstruction.train(settings, adapters, work / target)
+        engine = t2l.TextToLoRA.from_pretrained(run)
+        made = engine.generate([task.descriptions[0] for task in tasks])
+        scores = judge.scores(made)
+        rows[target] = {
+            **scores,
+            "kept": {
+                name: 100 * (scores[name] - base[name]) / (best[name] - base[name]) for name in ("exact_match", "loss")
+            },
+            "l1": [row["val_loss"] for row in log.read_log(run) if "val_loss" in row][-1],
+            "relative_error": distance(made, oracle),
+            "seconds": seconds(run),
+            "parameters": engine.hypernetwork.config.num_parameters,
+            "settings": settings.model_dump(mode="json"),
+        }
+    waves = library / lora.WAVES
+    return {
+        "base": base,
+        "oracle": {**best, "seconds": sum(map(seconds, waves.iterdir())), "settings": LORA.model_dump(mode="json")},
+        "reconstruction": rows,
+        "library_values": library_bytes // 4,
+    }

@@ -1,0 +1,291 @@
+"""Manifests: what they hold, how they are read, and how folders are compared with them; and the packaged one."""
+
+import base64
+import dataclasses
+import json
+import random
+import re
+
+import pytest
+
+from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError
+from t2l_engine.data import manifest as manifests
+from t2l_engine.data.examples import example_digest
+from t2l_engine.data.manifest import Difference, apply, build, check, digest, read, select, summary
+from t2l_engine.tasks import Example, Task, write_tasks
+
+FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
+EMPTY = base64.b64encode(b"12345").decode()
+
+
+@pytest.fixture
+def values(suite):
+    tiers = dict(zip((t.name for t in suite), ("train", "sibling", "novel", "train"), strict=True))
+    return build(suite, {name: FACTS | {"tier": tier} for name, tier in tiers.items()}, "For tests.")
+
+
+@pytest.fixture
+def manifest(values, save):
+    return read(save(values))
+
+
+@pytest.fixture
+def save(tmp_path):
+    def write(values):
+        text = values if isinstance(values, str) else json.dumps(values)
+        (tmp_path / "manifest.json").write_text(text, encoding="utf-8")
+        return tmp_path / "manifest.json"
+
+    return write
+
+
+def edited(task, change):
+    """``task`` with each example as ``change`` gives it; None leaves it out."""
+    return dataclasses.replace(task, examples=tuple(e for e in map(change, task.examples) if e is not None))
+
+
+def test_a_manifest_holds_digests_and_no_text(suite, values):
+    entry = values["tasks"][suite[0].name]
+    assert entry["splits"].keys() == {"train", "val", "test"} and entry["skill"] == "letters"
+    train = base64.b64decode(entry["splits"]["train"])
+    expected = sorted(example_digest(e.input, e.outputs[0])[:5] for e in suite[0].examples if e.split == "train")
+    assert train == b"".join(expected)
+    text = json.dumps(values)
+    assert not any(e.input in text for task in suite for e in task.examples if len(e.input) > 4)
+    assert (
+        build(suite[::-1], {t.name: FACTS | {"tier": values["tasks"][t.name]["tier"]} for t in suite}, "For tests.")
+        == values
+    )
+
+
+def test_build_names_what_is_wrong(suite):
+    for facts, message in (
+        ({}, "missing field 'skill'"),
+        ({suite[0].name: FACTS | {"tier": "seen"}}, "tier: expected one of"),
+        ({suite[0].name: FACTS | {"kind": 1}}, "unknown field 'kind'"),
+    ):
+        with pytest.raises(ConfigError, match=rf"manifest: {suite[0].name}: {message}"):
+            build(suite[:1], facts, "For tests.")
+    twice = edited(suite[0], lambda e: dataclasses.replace(e, input="the same", outputs=("x",)))
+    with pytest.raises(ConfigError, match="splits: .*each once"):
+        build([twice], {twice.name: FACTS}, "For tests.")
+
+
+def test_a_folder_as_in_the_manifest(folder, manifest):
+    assert check(folder, manifest) == []
+
+
+def test_differences(suite, manifest, tmp_path):
+    first, second, third, _ = suite
+    lost = [e.input for e in first.examples if e.split == "train"][:3]
+    test = [e.input for e in second.examples if e.split == "test"][:2]
+    changed = [
+        edited(first, lambda e: None if e.input in lost else e),
+        edited(second, lambda e: dataclasses.replace(e, split="train") if e.input in test else e),
+        dataclasses.replace(third, examples=(*third.examples, Example("new", ("x",), "val"), third.examples[0])),
+        dataclasses.replace(first, name="another"),
+    ]
+    write_tasks(tmp_path / "other", changed)
+    found = check(tmp_path / "other", manifest)
+    assert found == [
+        Difference("another", "extra", None, 20),
+        *sorted(
+            [
+                Difference(first.name, "missing", "train", 3),
+                Difference(second.name, "moved", "test", 2),
+                Difference(third.name, "extra", third.examples[0].split, 1),
+                Difference(third.name, "extra", "val", 1),
+                Difference(suite[3].name, "missing", None, 20),
+            ],
+            key=lambda d: (d.task, d.split or ""),
+        ),
+    ]
+    assert str(found[0]) == "another: 20 examples in all extra"
+    assert [d.task for d in check(tmp_path / "other", manifest, "sibling")] == sorted(t.name for t in changed)
+
+
+def test_select(suite, manifest):
+    names = [task.name for task in suite]
+    assert select(names, manifest, "sibling") == [names[1]]
+    assert select([names[3], "another", names[0]], manifest, "train") == sorted([names[0], names[3]])
+    manifest.tasks[names[0]] = dataclasses.replace(manifest.tasks[names[0]], permissive=False)
+    assert select(names, manifest, "train", permissive=True) == [names[3]]
+    assert manifest.names() == sorted(names) and manifest.names("novel") == [names[2]]
+    for call in (lambda: select(names, manifest, "seen"), lambda: check("nowhere", manifest, "seen")):
+        with pytest.raises(ConfigError, match="tier: expected one of .*, got 'seen'"):
+            call()
+
+
+def test_apply_gives_the_splits_of_the_manifest_whatever_the_order(suite, manifest):
+    draw = random.Random(0)
+    other = [
+        dataclasses.replace(
+            edited(task, lambda e: Example(f"  {e.input.upper()} ", ("another", *e.outputs), "test")),
+            examples=tuple(
+                Example(f"  {e.input.upper()} ", ("another", *e.outputs), "test") for e in draw.sample(task.examples, 20)
+            )
+            + (Example("not in the manifest", ("x",), "train"),),
+        )
+        for task in suite
+    ]
+    applied = apply([*other, Task("unknown", ("x",), suite[0].examples)], manifest)
+    assert applied.missing == {} and [t.name for t in applied.tasks] == [t.name for t in suite]
+    for task, expected in zip(applied.tasks, suite, strict=True):
+        assert [digest(task, s) for s in ("train", "val", "test")] == [digest(expected, s) for s in ("train", "val", "test")]
+        assert [e.outputs for e in task.examples] == [(*e.outputs, "another") for e in expected.examples]
+    assert apply([suite[0]], manifest).tasks == [suite[0]]
+
+
+def test_apply_counts_what_is_not_found(suite, manifest):
+    few = dataclasses.replace(suite[0], examples=suite[0].examples[:7])
+    none = dataclasses.replace(suite[1], examples=(Example("x", ("y",), "train"),))
+    applied = apply([few, none], manifest)
+    assert applied.missing == {suite[0].name: 13, suite[1].name: 20}
+    assert [t.name for t in applied.tasks] == [suite[0].name]
+
+
+def test_digest_and_summary(suite):
+    task = suite[0]
+    backwards = dataclasses.replace(task, examples=task.examples[::-1], descriptions=task.descriptions[::-1])
+    assert re.fullmatch("[0-9a-f]{64}", digest(task, "train"))
+    assert summary([backwards]) == summary([task])
+    counts = summary([task])[task.name]
+    assert counts == {
+        "descriptions": [8, counts["descriptions"][1]],
+        "train": [13, digest(task, "train")[:16]],
+        "val": [2, digest(task, "val")[:16]],
+        "test": [5, digest(task, "test")[:16]],
+    }
+    other = edited(task, lambda e: dataclasses.replace(e, outputs=("?",)) if e == task.examples[0] else e)
+    assert summary([other])[task.name]["train"] != counts["train"]
+    many = summary([dataclasses.replace(task, name=f"task{i:04}_" + "n" * 60) for i in range(500)])
+    assert len(json.dumps(many, indent=2)) < MAX_CONFIG_BYTES // 2
+
+
+# --- broken and hostile ------------------------------------------------------------------------------------------------
+
+
+def test_broken_json_is_named(save, broken_json):
+    with pytest.raises(ConfigError, match=r"manifest\.json: ") as refused:
+        read(save(broken_json))
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("format", "t2l_engine.tasks.v2", "format"),
+        ("format", None, "format"),
+        ("about", None, "about"),
+        ("about", "\ud800", "about"),
+        ("tasks", {}, "tasks"),
+        ("tasks", [], "tasks"),
+        ("tasks", {"../x": {}}, "expected task names"),
+        ("tasks", {"a/b": {}}, "expected task names"),
+        ("tasks", {"\ud800": {}}, "expected task names"),
+        ("tasks", {"n" * 200: {}}, "expected task names"),
+        ("tasks", {"a": None}, "a: expected a JSON object"),
+        ("tasks", {"a": {}}, "a: missing field"),
+        ("surprise", 1, "got also"),
+    ],
+    ids=str,
+)
+def test_a_manifest_of_other_kinds_is_refused(values, save, field, value, message):
+    with pytest.raises(ConfigError, match=rf"manifest\.json: .*{message}") as refused:
+        read(save(values | {field: value}))
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("skill", ""),
+        ("skill", 3),
+        ("skill", "\ud800"),
+        ("tier", "seen"),
+        ("tier", []),
+        ("source", None),
+        ("licence", "MIT"),
+        ("licence", []),
+        ("licence", [3]),
+        ("licence", ["\ud800"]),
+        ("permissive", 1),
+        ("permissive", "yes"),
+        ("permissive", 10**400),
+        ("splits", None),
+        ("splits", {}),
+        ("splits", {"train": ""}),
+        ("splits", {"train": 5}),
+        ("splits", {"train": [EMPTY]}),
+        ("splits", {"train": "not base64"}),
+        ("splits", {"train": "\ud800aaa"}),
+        ("splits", {"train": EMPTY[:4]}),
+        ("splits", {"train": base64.b64encode(b"1234512345").decode()}),
+        ("splits", {"train": EMPTY, "test": EMPTY}),
+        ("splits", {"../train": EMPTY}),
+        ("splits", {"t" * 100: EMPTY}),
+        ("surprise", 1),
+    ],
+    ids=str,
+)
+def test_fields_of_a_task_are_checked(values, suite, save, field, value):
+    values["tasks"][suite[0].name][field] = value
+    with pytest.raises(ConfigError, match=rf"manifest\.json: {suite[0].name}: .*{field}") as refused:
+        read(save(values))
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_manifest_that_is_nowhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere': no such file; packaged manifests: \['skills'\]"):
+        read("nowhere")
+
+
+# --- the packaged one --------------------------------------------------------------------------------------------------
+
+SKILLS = read("skills")
+
+
+def prefixes(tier, *splits):
+    entries = (entry for entry in SKILLS.tasks.values() if tier in (None, entry.tier))
+    return {prefix for entry in entries for split in splits for prefix in entry.splits[split]}
+
+
+def test_tiers_are_by_skill():
+    trained = {entry.skill for entry in SKILLS.tasks.values() if entry.tier == "train"}
+    assert not any(entry.skill in trained for entry in SKILLS.tasks.values() if entry.tier == "novel")
+    assert all(entry.skill in trained for entry in SKILLS.tasks.values() if entry.tier == "sibling")
+    free = {entry.skill for entry in SKILLS.tasks.values() if entry.tier == "train" and entry.permissive}
+    assert all(entry.skill in free for entry in SKILLS.tasks.values() if entry.tier == "sibling" and entry.permissive)
+    assert [len(SKILLS.names(tier)) for tier in manifests.TIERS] == [207, 15, 10]
+
+
+def test_nothing_held_out_is_trained_on():
+    assert not prefixes("train", "train") & prefixes(None, "val", "test")
+
+
+def test_sizes_and_licences():
+    for name, entry in SKILLS.tasks.items():
+        sizes = {split: len(found) for split, found in entry.splits.items()}
+        assert sizes.keys() == {"train", "val", "test"}, name
+        assert 60 <= sum(sizes.values()) <= 200 and sizes["train"] >= 50 and sizes["test"] >= 15, name
+    permissive = [entry for entry in SKILLS.tasks.values() if entry.permissive]
+    free = re.compile(r"MIT|Apache[ -]2\.0|CC BY \d\.0|.*Public Domain.*|WordNet 3\.0 .*")
+    assert all(free.fullmatch(text) for entry in permissive for text in entry.licence)
+    assert not any(all(free.fullmatch(t) for t in e.licence) for e in SKILLS.tasks.values() if not e.permissive)
+
+
+def test_no_text_but_names_licences_and_sources():
+    values = json.loads((manifests.PACKAGED / "skills.json").read_text(encoding="utf-8"))
+    assert values.keys() == {"format", "about", "tasks"} and len(values["about"]) < 300
+    for name, entry in values["tasks"].items():
+        assert re.fullmatch(r"(fv|ii|task\d+)_[\w.-]+", name)
+        assert entry.keys() == {"skill", "tier", "source", "licence", "permissive", "splits"}
+        assert re.fullmatch("[a-z_]+", entry["skill"]) and len(entry["source"]) < 80
+        assert all(len(text) < 160 for text in entry["licence"])
+
+
+def test_no_task_is_made_of_the_benchmarks():
+    from t2l_engine.data import sni
+
+    for name, entry in SKILLS.tasks.items():
+        assert not any(sni.names_data_set(text, benchmark) for text in (name, entry.source) for benchmark in sni.BENCHMARKS)

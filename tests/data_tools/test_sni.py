@@ -1,0 +1,239 @@
+"""Import of Super-NaturalInstructions: the format, its early versions, what is left out, and broken or hostile files."""
+
+import json
+
+import pytest
+
+from t2l_engine.config import ConfigError
+from t2l_engine.data import sni as importer
+from t2l_engine.data.manifest import build, read
+from t2l_engine.data.sni import further_descriptions, import_sni
+
+COLOURS = {
+    "Contributors": ["somebody"],
+    "Source": ["colour_words"],
+    "Categories": ["Word Semantics"],
+    "Definition": ["Name the colour of the thing."],
+    "Positive Examples": [{"input": "snow", "output": "white", "explanation": "It is."}],
+    "Instance License": ["CC BY 4.0"],
+    "Instances": [
+        {"id": "task001-1", "input": "grass", "output": ["green"]},
+        {"id": "task001-2", "input": "coal", "output": ["black", "dark"]},
+        {"id": "task001-3", "input": "Grass ", "output": ["light green", "green"]},
+        {"id": "task001-4", "input": " ", "output": ["nothing"]},
+        {"id": "task001-5", "input": "air", "output": [""]},
+        {"id": "task001-6", "input": "sky", "output": ["blue"]},
+    ],
+}
+#: An early version: texts where later ones have lists, and fields that are absent.
+EARLY = {"Definition": "Count the letters.", "Instances": [{"input": "ant", "output": "3"}, {"input": "bee", "output": "3"}]}
+
+
+def changed(**fields):
+    return {**COLOURS, **{name.replace("_", " "): value for name, value in fields.items()}}
+
+
+def test_instances_are_pooled_and_split(sni):
+    imported = import_sni(sni(task001_colours=COLOURS, task002_count=EARLY))
+    colours, count = imported.tasks
+    assert imported.left_out == imported.missing == {}
+    assert (colours.name, colours.descriptions) == ("task001_colours", ("Name the colour of the thing.",))
+    assert {e.input: e.outputs for e in colours.examples} == {
+        "grass": ("green", "light green"),
+        "coal": ("black", "dark"),
+        "sky": ("blue",),
+    }
+    assert (count.name, count.descriptions) == ("task002_count", ("Count the letters.",))
+    assert sorted(e.split for e in count.examples) == ["train", "train"]
+
+
+def test_at_most_so_many_instances_the_short_ones_first(sni):
+    instances = [{"input": f"word {i}", "output": ["x" * (1000 if i % 2 else 1)]} for i in range(100)]
+    source = sni(task003_words=changed(Instances=instances))
+    (task,) = import_sni(source, max_instances=40).tasks
+    assert len(task.examples) == 40 and all(e.outputs == ("x",) for e in task.examples)
+    assert [sum(e.split == s for e in task.examples) for s in ("train", "val", "test")] == [26, 4, 10]
+    assert import_sni(source, max_instances=40).tasks[0] == task
+    assert len(import_sni(source, max_instances=60, max_chars=2).tasks[0].examples) == 60
+
+
+def test_tasks_by_name_and_number(sni):
+    source = sni(task001_colours=COLOURS, task0010_other=COLOURS, task861_a=COLOURS, task861_b=COLOURS)
+    (source / "README.md").write_text("not a task")
+    for wanted, found in ((["task001_colours"], 1), (["1"], 1), (["task001", "10"], 2), (["861"], 2), (None, 4)):
+        assert len(import_sni(source, wanted).tasks) == found, wanted
+    assert [t.name for t in import_sni(source / "task0010_other.json").tasks] == ["task0010_other"]
+    for wanted in (["2"], ["task001_colour"], ["../task001_colours"], ["\ud800"]):
+        with pytest.raises(ConfigError, match="tasks: expected names or numbers of tasks in .*sni"):
+            import_sni(source, wanted)
+
+
+def test_descriptions_follow_the_definition(sni, tmp_path):
+    path = tmp_path / "descriptions.json"
+    path.write_text(json.dumps({"task001_colours": ["Which colour?", " Which colour? "], "2": ["How long?"], "9": ["No."]}))
+    source = sni(task001_colours=COLOURS, task002_count=EARLY, task003_bare={"Instances": EARLY["Instances"]})
+    with pytest.raises(ConfigError, match=r"task003_bare\.json: Definition: expected one, or descriptions"):
+        import_sni(source)
+    texts = further_descriptions(path)
+    colours, count = import_sni(source, ["1", "2"], descriptions=texts).tasks
+    assert colours.descriptions == ("Name the colour of the thing.", "Which colour?")
+    assert count.descriptions == ("Count the letters.", "How long?")
+    assert import_sni(source, ["3"], descriptions={"task003": ["Count."]}).tasks[0].descriptions == ("Count.",)
+    with pytest.raises(ConfigError, match="descriptions: expected names or numbers of tasks"):
+        import_sni(source, ["2"], descriptions={"task009": ["No."]})
+
+
+@pytest.mark.parametrize(
+    "stated, allowed, kept",
+    [
+        (["CC BY 4.0"], ["cc by"], True),
+        (["CC BY 4.0"], ["CC BY 4.0"], True),
+        (["CC BY-NC 4.0"], ["CC BY"], False),
+        (["CC BY-SA 4.0"], ["CC BY", "MIT"], False),
+        (["CC BY-SA 4.0"], ["CC BY-SA"], True),
+        (["Apache 2.0"], ["MIT", "Apache"], True),
+        ("MIT", ["mit"], True),
+        (["Permitted for research"], ["mit"], False),
+        (["MIT", "CC BY-NC 4.0"], ["MIT"], False),
+        (["Unknown"], ["MIT"], False),
+        ([], ["MIT"], False),
+        (None, ["MIT"], False),
+        (["Unknown"], [], True),
+    ],
+)
+def test_licences(sni, stated, allowed, kept):
+    values = changed(Instance_License=stated)
+    if stated is None:
+        del values["Instance License"]
+    imported = import_sni(sni(task001_colours=values), licences=allowed)
+    assert bool(imported.tasks) == kept
+    assert kept or "licence" in imported.left_out["task001_colours"]
+
+
+def test_categories(sni):
+    source = sni(task001_colours=COLOURS, task002_count=EARLY)
+    imported = import_sni(source, categories=["word semantics", "Translation"])
+    assert [t.name for t in imported.tasks] == ["task001_colours"]
+    assert imported.left_out == {"task002_count": "categories []"}
+
+
+@pytest.mark.parametrize(
+    "name, source, reason",
+    [
+        ("task001_x", ["winogrande_xl"], "winogrande"),
+        ("task001_x", ["ai2_arc"], "arc"),
+        ("task001_x", "ARC-Challenge", "arc"),
+        ("task001_x", ["Open Book QA (openbook_qa)"], "openbookqa"),
+        ("task001_x", ["swag", "Human-Eval"], "humaneval"),
+        ("task001_obqa_question_generation", [], "obqa"),
+        ("task001_piqa_answer", None, "piqa"),
+        ("task001_x", ["swag"], None),
+        ("task001_search", ["research archive", "marc"], None),
+        ("task001_winograd", ["winograd_wsc"], None),
+    ],
+)
+def test_tasks_made_of_the_benchmarks_are_left_out(sni, name, source, reason):
+    values = changed(Source=source)
+    if source is None:
+        del values["Source"]
+    imported = import_sni(sni(**{name: values}))
+    assert imported.left_out == ({name: f"made of {reason}"} if reason else {})
+    assert import_sni(sni(**{name: values}), exclude_sources=()).tasks
+
+
+def test_a_manifest_decides_examples_and_splits(sni, tmp_path):
+    source = sni(task001_colours=COLOURS, task002_count="not even JSON, and not read")
+    (task,) = import_sni(source, ["1"]).tasks
+    moved = [e.__class__(e.input, e.outputs[-1:], "test") for e in task.examples if e.input != "sky"]
+    facts = {"skill": "colours", "tier": "train", "source": "SNI", "licence": ["CC BY 4.0"], "permissive": True}
+    values = build([task.__class__(task.name, task.descriptions, tuple(moved))], {task.name: facts}, "A test.")
+    values["tasks"]["task001_colours"]["splits"]["val"] = "AAAAAAA="  # an example that is nowhere
+    (tmp_path / "m.json").write_text(json.dumps(values))
+    imported = import_sni(source, manifest=read(tmp_path / "m.json"), max_instances=1)
+    assert imported.missing == {"task001_colours": 1}
+    assert {(e.input, e.outputs, e.split) for e in imported.tasks[0].examples} == {
+        ("grass", ("light green", "green"), "test"),
+        ("coal", ("dark", "black"), "test"),
+    }
+
+
+# --- broken and hostile ------------------------------------------------------------------------------------------------
+
+
+def test_broken_json_is_named(sni, tmp_path, broken_json):
+    with pytest.raises(ConfigError, match=r"task001_x\.json: ") as refused:
+        import_sni(sni(task001_x=broken_json))
+    assert len(str(refused.value)) < 1000
+    (tmp_path / "d.json").write_text(broken_json)
+    with pytest.raises(ConfigError, match=r"d\.json: "):
+        further_descriptions(tmp_path / "d.json")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("Definition", None),
+        ("Definition", [1]),
+        ("Definition", {"a": "b"}),
+        ("Definition", ["\ud800"]),
+        ("Definition", ["", " "]),
+        ("Categories", 3),
+        ("Source", [None]),
+        ("Source", True),
+        ("Instance License", {"MIT": 1}),
+        ("Instance License", [["MIT"]]),
+        ("Instances", None),
+        ("Instances", {}),
+        ("Instances", "grass"),
+        ("Instances", [None]),
+        ("Instances", [[]]),
+        ("Instances", [{"output": ["x"]}]),
+        ("Instances", [{"input": "x"}]),
+        ("Instances", [{"input": 3, "output": ["x"]}]),
+        ("Instances", [{"input": "x", "output": 10**400}]),
+        ("Instances", [{"input": "x", "output": None}]),
+        ("Instances", [{"input": "x", "output": [["x"]]}]),
+        ("Instances", [{"input": "x", "output": {"x": 1}}]),
+        ("Instances", [{"input": "\udc80", "output": ["x"]}]),
+        ("Instances", [{"input": "x", "output": ["ok", "\udc80"]}]),
+    ],
+    ids=str,
+)
+def test_fields_of_other_kinds_are_named(sni, field, value):
+    with pytest.raises(ConfigError, match=rf"task001_x\.json: {field}") as refused:
+        import_sni(sni(task001_x={**COLOURS, field: value}))
+    assert len(str(refused.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [None, "text", [1], [["x"]], {"a": 1}, ["\ud800"], 10**400], ids=lambda v: str(v)[:20])
+def test_descriptions_of_other_kinds_are_named(tmp_path, value):
+    (tmp_path / "d.json").write_text(json.dumps({"../x": ["fine"], "task001": value}))
+    with pytest.raises(ConfigError, match=r"d\.json: 'task001': expected a list of strings"):
+        further_descriptions(tmp_path / "d.json")
+
+
+def test_bytes_that_are_no_text_and_files_that_are_too_large(sni, monkeypatch):
+    source = sni(task001_x=COLOURS)
+    monkeypatch.setattr(importer, "MAX_FILE_BYTES", 64)
+    with pytest.raises(ConfigError, match=r"task001_x\.json: expected .* at most 64 bytes, got more"):
+        import_sni(source)
+    (source / "task001_x.json").write_bytes(b'{"Definition": "\xff"}')
+    with pytest.raises(ConfigError, match=r"task001_x\.json: not UTF-8 text"):
+        import_sni(source)
+
+
+def test_names_that_fit_no_file_of_a_task_folder(sni):
+    for name in ("task001_a b", "task001_" + "x" * 150):
+        source = sni(**{name: COLOURS})
+        with pytest.raises(ConfigError, match="expected task names of letters"):
+            import_sni(source)
+        (source / f"{name}.json").unlink()
+
+
+def test_what_is_no_file(sni, tmp_path):
+    for source in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no task\*\.json files found"):
+            import_sni(source)
+    (sni() / "task001_x.json").mkdir()
+    with pytest.raises(FileNotFoundError):
+        import_sni(sni())

@@ -1,0 +1,35 @@
+"""Runs of every kind, as one of several processes: ``accelerate launch launched.py FOLDER``.
+
+FOLDER holds what ``test_processes`` put there: ``commands.json``, the arguments of ``python -m t2l_engine``.  Each process
+writes ``changed-<rank>.json``: which files it opened to write, made or moved in the runs' folders.
+"""
+
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+changed: list[str] = []
+
+
+def note(event, args):
+    """An audit hook: everything of Python's own that changes files."""
+    path = args[1] if event == "os.rename" else args[0] if args else ""
+    writes = event in ("os.rename", "os.mkdir", "os.remove") or (
+        event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    )
+    if writes and str(path).startswith(str(folder / "out")):
+        changed.append(f"{event} {path}")
+
+
+sys.addaudithook(note)
+for command in json.loads((folder / "commands.json").read_text()):
+    sys.argv = ["t2l", *command]
+    try:
+        runpy.run_module("t2l_engine", run_name="__main__")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+(folder / f"changed-{rank}.json").write_text(json.dumps(changed))
