@@ -71,6 +71,18 @@ def train(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Onl
 
 
 @app.command()
+def learn(
+    work: Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")],
+    library: Annotated[Path | None, typer.Option(help="a larger run of t2l train lora, to report its time")] = None,
+    out: Annotated[Path, typer.Option(help="result file")] = ROOT / "bench" / "results" / "learn.json",
+) -> None:
+    """Adapters for eight tasks made by code, and what reconstruction keeps of their gain (some ten minutes)."""
+    from bench.learn import measure
+
+    out.write_text(json.dumps(measure(work, library), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def gate(
     threads: Threads = 2,
     slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,

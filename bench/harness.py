@@ -221,14 +221,15 @@ def run(
         "size": size,
         "command": command,
         **tree,
-        "machine": _machine(count),
-        "versions": _versions(),
+        "machine": machine(count),
+        "versions": versions(),
         "ceilings": {"before": context.ceilings.to_json(), "after": after.to_json()},
         **lists,
     }
 
 
-def _machine(count: int) -> dict[str, Any]:
+def machine(count: int) -> dict[str, Any]:
+    """The machine and ``count``, the threads used, for a result file."""
     from t2l_engine import _core
 
     l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
@@ -248,7 +249,8 @@ def _cpu() -> str:
     return named[0] if named else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Of what a result depends on; None where it is not installed."""
     from t2l_engine import _core
 
     def installed(name: str) -> str | None:

@@ -1,14 +1,16 @@
 """``python -m bench learn``: adapters for tasks made by code, and what reconstruction keeps of them, on a real model.
 
 Eight tasks of the synthetic suite; an adapter each by ``t2l train lora``; a hypernetwork of each target form by ``t2l train
-reconstruction``; all of them judged on the tasks' test examples beside the base model.  Share kept: the score of a
-reconstruction less the base model's, over the same of the adapters it was made from, scores being means over tasks.
+reconstruction``; all of them judged on the tasks' test examples beside the base model, with descriptions they learned.
+Share kept: the score of a reconstruction less the base model's, over the same of the adapters it was made from, scores being
+means over tasks.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 import t2l_engine as t2l
+from bench import harness
+from bench.source import source
 from t2l_engine.data import synthetic
 from t2l_engine.evaluation.exact_match import Query, answer_matches, greedy
 from t2l_engine.integrations import base_model
@@ -73,7 +77,7 @@ class Judge:
             "tasks": {t.name: {"exact_match": m, "loss": c} for t, m, c in zip(self._tasks, matches, losses, strict=True)},
         }
 
-    def _losses(self, objective: Objective, stack: t2l.AdapterStack, number) -> list[float]:
+    def _losses(self, objective: Objective, stack: t2l.AdapterStack, number: Callable[[int], int]) -> list[float]:
         found = [0.0] * len(self._tasks)
         groups = self._examples.all_groups(16, lambda task: range(1))
         weight = weighting("sample", groups, apart=True)
@@ -96,44 +100,61 @@ def distance(ours: t2l.AdapterStack, theirs: t2l.AdapterStack) -> float:
     return float((sum(e for e, _ in found).clamp_min(0) / sum(x for _, x in found)).sqrt().mean())
 
 
-def seconds(folder: Path) -> float:
-    """Time of a run's steps."""
-    return sum(row["seconds"] for row in log.read_log(folder) if "loss" in row)
+def library(folder: Path) -> dict[str, Any]:
+    """What a run of ``t2l train lora`` took: adapters, steps of each, seconds of all steps and their tokens."""
+    waves = [folder / lora.WAVES / name for name in sorted(path.name for path in (folder / lora.WAVES).iterdir())]
+    records = [json.loads((wave / lora.RECORD).read_text(encoding="utf-8")) for wave in waves]
+    steps = [row for wave in waves for row in log.read_log(wave) if "loss" in row]
+    return {
+        "adapters": sum(len(record["adapters"]) for record in records),
+        "waves": len(waves),
+        "steps_each": records[0]["settings"]["steps"],
+        "seconds": sum(row["seconds"] for row in steps),
+        "tokens": sum(row["tokens"] for row in steps),
+        "settings": records[0]["settings"],
+    }
 
 
-def measure(work: Path) -> dict[str, Any]:
-    """Train and judge below ``work``; runs that were interrupted go on, finished ones are read."""
+def measure(work: Path, of_library: Path | None = None) -> dict[str, Any]:
+    """Train and judge below ``work``; runs that were interrupted go on, finished ones are read.
+
+    ``of_library``: the folder of a larger run of ``t2l train lora``, whose time is reported too.
+    """
+    tree = source()
     folder = work / "tasks"
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, synthetic.suite()[:COUNT])
     tasks = load_tasks(folder, "test")
-    library = lora.train(LORA, folder, work / "library")
-    adapters = library / lora.ADAPTERS
+    adapters = lora.train(LORA, folder, work / "library") / lora.ADAPTERS
     oracle = t2l.AdapterStack.from_peft([adapters / task.name for task in tasks])
     judge = Judge(tasks)
     base, best = judge.scores(oracle, base=True), judge.scores(oracle)
-    library_bytes = oracle.num_parameters * len(oracle) * 4
     rows = {}
     for target, settings in RECONSTRUCTION.items():
         run = reconstruction.train(settings, adapters, work / target)
         engine = t2l.TextToLoRA.from_pretrained(run)
         made = engine.generate([task.descriptions[0] for task in tasks])
         scores = judge.scores(made)
+        kept = {name: 100 * (scores[name] - base[name]) / (best[name] - base[name]) for name in ("exact_match", "loss")}
+        steps = [row for row in log.read_log(run) if "loss" in row]
         rows[target] = {
             **scores,
-            "kept": {
-                name: 100 * (scores[name] - base[name]) / (best[name] - base[name]) for name in ("exact_match", "loss")
-            },
+            "kept": kept,
             "l1": [row["val_loss"] for row in log.read_log(run) if "val_loss" in row][-1],
             "relative_error": distance(made, oracle),
-            "seconds": seconds(run),
+            "seconds": sum(row["seconds"] for row in steps),
             "parameters": engine.hypernetwork.config.num_parameters,
             "settings": settings.model_dump(mode="json"),
         }
-    waves = library / lora.WAVES
     return {
+        "suite": "learn",
+        "size": "full",
+        "command": "python -m bench learn" + (" --library LIBRARY" if of_library else ""),
+        **tree,
+        "machine": harness.machine(torch.get_num_threads()),
+        "versions": harness.versions(),
         "base": base,
-        "oracle": {**best, "seconds": sum(map(seconds, waves.iterdir())), "settings": LORA.model_dump(mode="json")},
+        "oracle": {**best, **library(work / "library"), "values": oracle.num_parameters * len(oracle)},
         "reconstruction": rows,
-        "library_values": library_bytes // 4,
+        **({"library": library(of_library)} if of_library else {}),
     }

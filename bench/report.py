@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import figures, quality, rows, tables, train_tables
+from bench import figures, learn_tables, quality, rows, tables, train_tables
 from bench.gpu import tables as gpu
 from bench.icl import measured, summary
 from bench.icl import tables as icl
@@ -55,6 +55,7 @@ SOURCES = {
     "apply": Source("apply.json", "python -m bench apply", rows.load),
     "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load),
     "train": Source("train.json", "python -m bench train", rows.load),
+    "learn": Source(learn_tables.FILE, "python -m bench learn --work WORK --library LIBRARY", _json),
     "lengths": Source("lengths.json", "python -m bench.lengths, see docs/results.md", _json),
     "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
@@ -91,6 +92,8 @@ TABLES = (
     Table("docs/results.md", "train-memory", train_tables.memory, ("train",)),
     Table("docs/results.md", "train-hypernetworks", train_tables.hypernetworks, ("train",)),
     Table("docs/results.md", "train-library", train_tables.library, ("train",)),
+    Table("README.md", "learn", learn_tables.summary, ("learn",)),
+    Table("docs/results.md", "learn", learn_tables.whole, ("learn",)),
     Table("README.md", "gpu", gpu.summary, ("gpu",)),
     Table("docs/results.md", "gpu", gpu.everything, ("gpu",)),
 )

@@ -1,7 +1,8 @@
 """Runs of every kind, as one of several processes: ``accelerate launch launched.py FOLDER``.
 
-FOLDER holds what ``test_processes`` put there: ``commands.json``, the arguments of ``python -m t2l_engine``.  Each process
-writes ``changed-<rank>.json``: which files it opened to write, made or moved in the runs' folders.
+FOLDER holds what ``test_processes`` put there, ``commands.json``: ``[stop, arguments of python -m t2l_engine]``; the run
+fails in step ``stop`` where that is no null.  Each process writes ``changed-<rank>.json``: which files it opened to write,
+made or moved in the runs' folders.
 """
 
 import json
@@ -9,6 +10,8 @@ import os
 import runpy
 import sys
 from pathlib import Path
+
+from t2l_engine.training import loop
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 changed: list[str] = []
@@ -25,11 +28,22 @@ def note(event, args):
 
 
 sys.addaudithook(note)
-for command in json.loads((folder / "commands.json").read_text()):
+step = loop._step
+for stop, command in json.loads((folder / "commands.json").read_text()):
+
+    def stopped(job, trained, optimizer, number, *rest, stop=stop):
+        if number == stop:
+            raise ZeroDivisionError("for the test")
+        return step(job, trained, optimizer, number, *rest)
+
+    loop._step = stopped
     sys.argv = ["t2l", *command]
     try:
         runpy.run_module("t2l_engine", run_name="__main__")
-    except SystemExit as stop:
-        if stop.code:
+    except SystemExit as end:
+        if end.code:
+            raise
+    except ZeroDivisionError:
+        if stop is None:
             raise
 (folder / f"changed-{rank}.json").write_text(json.dumps(changed))

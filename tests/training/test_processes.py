@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from training import runs
 
 import t2l_engine as t2l
@@ -26,9 +25,9 @@ def free_port():
         return taken.getsockname()[1]
 
 
-def launch(folder: Path, *commands):
-    """``t2l`` with each of ``commands`` in turn, by two processes."""
-    (folder / "commands.json").write_text(json.dumps([list(map(str, command)) for command in commands]))
+def launch(folder: Path, commands):
+    """``t2l`` with each of ``commands`` in turn, by two processes; see ``launched.py``."""
+    (folder / "commands.json").write_text(json.dumps([[stop, list(map(str, command))] for stop, command in commands]))
     # On a machine without a GPU, --multi_gpu is what makes accelerate start more than one process: --cpu does not.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -57,7 +56,7 @@ def close_checkpoints(one: Path, two: Path):
 
 
 def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
-    """SFT with noise and accumulation, adapters of tasks in a wave, and a reconstruction with an odd number of tasks."""
+    """SFT with noise and accumulation, adapters of a wave of tasks, reconstruction of three adapters; each fails once."""
     noise = {"neftune_alpha": 5.0, "label_smoothing": 0.1, "generated_l2": 0.1, "accumulation": 2, "weighting": "token"}
     kinds = {
         "sft": runs.sft(base_model, **noise),
@@ -69,10 +68,11 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
     for name, settings in kinds.items():
         source = ("--adapters", tmp_path / "library") if name == "reconstruction" else ("--tasks", tasks)
         (tmp_path / f"{name}.yaml").write_text(to_yaml(settings))
-        commands.append(("train", name, *source, "-o", tmp_path / "out" / name, "--config", tmp_path / f"{name}.yaml"))
-    done = launch(tmp_path, *commands)
+        command = ("train", name, *source, "-o", tmp_path / "out" / name, "--config", tmp_path / f"{name}.yaml")
+        commands += [(5, command), (None, command)]  # which goes on
+    done = launch(tmp_path, commands)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("2 x cpu") == 3 and done.stdout.count(": done") == 3  # the settings and the end, once
+    assert done.stderr.count("2 x cpu") == 6 and done.stdout.count(": done") == 3  # once, not by each process
 
     out, one = tmp_path / "out", tmp_path / "one"
     sft.train(kinds["sft"], tasks, one / "sft")
