@@ -67,12 +67,16 @@ def _count_nodes(value: Any, budget: int) -> int:
 
 def read_yaml(path: Path) -> Any:
     """Parse a YAML file safely: plain values only; ConfigError names the file when it is none, too large or too deep."""
-    text = read_text(path)
+    return parse_yaml(read_text(path), str(path))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """As :func:`read_yaml`, of text; ConfigError says ``where`` it stands."""
     try:
         value = yaml.load(text, Loader=_PlainLoader)
         small = _count_nodes(value, MAX_NODES) >= 0
     except Exception as reason:  # constructors of dates, numbers and keys raise many kinds
-        raise ConfigError(f"{path}: not plain YAML: {str(reason)[:200]}") from None
+        raise ConfigError(f"{where}: not plain YAML: {str(reason)[:200]}") from None
     if not small:
-        raise ConfigError(f"{path}: not plain YAML: its aliases stand for more than {MAX_NODES} values")
+        raise ConfigError(f"{where}: not plain YAML: its aliases stand for more than {MAX_NODES} values")
     return value

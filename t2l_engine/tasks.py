@@ -14,15 +14,19 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from t2l_engine.config import ConfigError, distinct, read_json, shown
+from t2l_engine.config import ConfigError, distinct, read_text, shown
 from t2l_engine.prompts import is_unicode
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_LINE_BYTES = 1 << 20
-MAX_DESCRIPTIONS_BYTES = 1 << 26  # some ten times those of the paper's 479 tasks with 128 texts each
+MAX_DESCRIPTIONS_BYTES = 1 << 25  # some five times those of the paper's 479 tasks with 128 texts each
+#: Of a JSON file of texts: two bytes of it can be a value, which takes some 80 in memory.
+MAX_VALUES = 1 << 20
 MAX_NAME_BYTES = 128
 _NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
+_VALUES = re.compile(rb'"[^"]*"?|[\[{,]')  # of JSON without escapes: texts, and what a value follows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,7 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
     path = Path(folder) / DESCRIPTIONS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
-    descriptions = read_json(path, MAX_DESCRIPTIONS_BYTES)
+    descriptions = read_texts(path, MAX_DESCRIPTIONS_BYTES)
     if not isinstance(descriptions, dict) or not descriptions:
         raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
     for name in names or ():
@@ -85,6 +89,22 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
         check_name(name, str(path))
         _check_descriptions(texts, f"{path}: {name}")
     return wanted
+
+
+def read_texts(path: Path, most: int) -> Any:
+    """Parse a JSON file of many texts; a ``ConfigError`` names one that is no JSON, too deep, or over ``most`` bytes.
+
+    So does one of more than MAX_VALUES values (a text counts twice).
+    """
+    text = read_text(path, most)
+    plain = text.encode().replace(b"\\\\", b"").replace(b'\\"', b"")
+    if next(itertools.islice(_VALUES.finditer(plain), MAX_VALUES, None), None) is not None:
+        raise ConfigError(f"{path}: expected JSON of at most {MAX_VALUES} values, got more")
+    del plain
+    try:
+        return json.loads(text, object_pairs_hook=distinct)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import GOLDEN, LOADERS, MARKER, MEMORY_ALLOWANCE, MEMORY_FACTOR, SECONDS_LIMIT, corpus, judge
+from hostile import GOLDEN, LOADERS, MARKER, SECONDS_LIMIT, corpus, judge
 from hostile.archive import dumps, pack, parts
 from hostile.payloads import CALLS, RAW
 from hostile.zip_files import plain_zip, wide_zip
@@ -66,7 +66,7 @@ def test_refusals_take_little_memory(results):
     over = {
         name: f"{line['peak'] >> 20} MiB for {line['bytes'] >> 20} MiB of files"
         for name, line in finished(results).items()
-        if line["peak"] > MEMORY_FACTOR * line["bytes"] + MEMORY_ALLOWANCE
+        if line["peak"] > line["memory"]
     }
     assert not over, listed(over)
 

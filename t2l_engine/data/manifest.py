@@ -15,18 +15,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.config import MAX_NAME, ConfigError, from_json, read_json, shown
+from t2l_engine.config import MAX_NAME, ConfigError, from_json, shown
 from t2l_engine.data.examples import example_digest, input_digest, pool
 from t2l_engine.prompts import is_unicode
-from t2l_engine.tasks import Task, check_name, load_tasks
+from t2l_engine.tasks import Task, check_name, load_tasks, read_texts
 
 FORMAT = "t2l_engine.tasks.v1"
 PACKAGED = Path(__file__).parent / "manifests"
 #: train: tasks to train on.  sibling: held out, of skills that are trained.  novel: held out, of skills that are not.
 TIERS = ("train", "sibling", "novel")
 PREFIX_BYTES = 5
-#: Of the file: some 1,500 bytes a task of 200 examples.
-MAX_MANIFEST_BYTES = 1 << 24
+#: Of the file: some 1,500 bytes a task of 200 examples, which take 20,000 bytes of memory.
+MAX_MANIFEST_BYTES = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def read(path_or_name: str | Path) -> Manifest:
     path = packaged.get(str(path_or_name), Path(path_or_name))
     if not path.is_file():
         raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
-    return _parse(read_json(path, MAX_MANIFEST_BYTES), str(path))
+    return _parse(read_texts(path, MAX_MANIFEST_BYTES), str(path))
 
 
 def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:

@@ -13,14 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.config import ConfigError, read_json, shown
+from t2l_engine.config import ConfigError, shown
 from t2l_engine.data import examples
 from t2l_engine.data.manifest import Manifest, apply
 from t2l_engine.prompts import is_unicode
-from t2l_engine.tasks import Example, Task, check_name
+from t2l_engine.tasks import MAX_LINE_BYTES, Example, Task, check_name, read_texts
 
-#: A hosted repository of tasks holds no larger file; the largest tasks have some ten MB.
-MAX_FILE_BYTES = 128 << 20
+#: The largest tasks have some ten MB.
+MAX_FILE_BYTES = 64 << 20
+#: Characters of a field that is compared word by word, and of any other text: a line of a task folder holds no more.
+MAX_LABEL, MAX_TEXT = 1 << 14, MAX_LINE_BYTES
 #: The ten benchmarks of Text-to-LoRA (two of them are ARC): a model trained on their data is not measured by them.
 BENCHMARKS = ("arc", "boolq", "gsm8k", "hellaswag", "humaneval", "mbpp", "openbookqa", "obqa", "piqa", "winogrande")
 _NUMBER = re.compile(r"(?:task)?0*(\d{1,9})")
@@ -80,11 +82,12 @@ def import_sni(
         if not found:
             imported.left_out[path.stem] = reason or "no instance with text"
             continue
-        about = [*_strings(path, values, "Definition"), *(text for key in _keys(path.stem) for text in texts.get(key, ()))]
-        about = list(dict.fromkeys(text.strip() for text in about if text.strip()))
+        definition = _strings(path, "Definition", values.get("Definition", []))
+        about = (*definition, *(text for key in _keys(path.stem) for text in texts.get(key, ())))
+        about = tuple(dict.fromkeys(text.strip() for text in about if text.strip()))
         if not about:
             raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
-        task = Task(path.stem, tuple(about), tuple(found))
+        task = Task(path.stem, about, tuple(found))
         if manifest is None:
             chosen = examples.split(examples.choose(found, max_instances, max_chars))
             imported.tasks.append(dataclasses.replace(task, examples=tuple(chosen)))
@@ -106,11 +109,13 @@ def further_descriptions(path: str | Path) -> dict[str, list[str]]:
 
 
 def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
-    paths = [source] if source.is_file() else sorted(path for path in source.glob("task*.json") if path.is_file())
+    paths = [source] if source.is_file() else sorted(source.glob("task*.json"))
     if not paths:
         raise FileNotFoundError(f"{source}: no task*.json files found, expected tasks of Super-NaturalInstructions")
     for path in paths:
-        check_name(path.stem, str(source))
+        check_name(path.stem, f"{source}: {shown(path.name)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected a file")
     if tasks is None:
         return paths
     wanted = set(map(_key, tasks))
@@ -132,17 +137,19 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    values = read_json(path, MAX_FILE_BYTES)
+    values = read_texts(path, MAX_FILE_BYTES)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, got {shown(values)}")
     return values
 
 
-def _strings(path: Path, values: dict[str, Any], name: str) -> tuple[str, ...]:
-    """Field ``name``, a string or a list of them; empty where it is absent."""
-    value = values.get(name, [])
+def _strings(path: Path, name: str, value: Any, most: int = MAX_TEXT) -> tuple[str, ...]:
+    """``value`` of field ``name``, a string or a list of them, together of up to ``most`` characters and texts."""
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
+    fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if fits and len(texts) + sum(map(len, texts)) > most:
+        raise ConfigError(f"{path}: {name}: expected at most {most} characters and texts, got {shown(value)}")
+    if not fits or not all(map(is_unicode, texts)):
         raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {shown(value)}")
     return tuple(texts)
 
@@ -158,15 +165,14 @@ def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
             raise ConfigError(
                 f"{path}: {where}: expected an object with a string input and an output, got {shown(instance)}"
             )
-        if not is_unicode(instance["input"]):
-            raise ConfigError(f"{path}: {where}: input: expected Unicode text, got lone surrogates")
-        outputs = tuple(text for text in _strings(path, {where: instance["output"]}, where) if text.strip())
+        _strings(path, f"{where}: input", instance["input"])
+        outputs = tuple(text for text in _strings(path, f"{where}: output", instance["output"]) if text.strip())
         if outputs and instance["input"].strip():
             yield Example(instance["input"], outputs, "train")
 
 
 def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str | None:
-    for text in (*_strings(path, values, "Source"), path.stem):
+    for text in (*_strings(path, "Source", values.get("Source", []), MAX_LABEL), path.stem):
         for source in sources:
             if names_data_set(text, source):
                 return f"made of {source}"
@@ -184,7 +190,7 @@ def _words(text: str) -> list[str]:
 
 
 def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str | None:
-    stated = _strings(path, values, "Instance License")
+    stated = _strings(path, "Instance License", values.get("Instance License", []), MAX_LABEL)
     if not licences:
         return None
     for text in stated:
@@ -195,7 +201,7 @@ def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str
 
 
 def _elsewhere(path: Path, values: dict[str, Any], categories: Sequence[str]) -> str | None:
-    stated = _strings(path, values, "Categories")
+    stated = _strings(path, "Categories", values.get("Categories", []), MAX_LABEL)
     wanted = {category.casefold() for category in categories}
     if wanted and not wanted.intersection(category.casefold() for category in stated):
         return f"categories {shown(list(stated))}"

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.config import ConfigError
+from t2l_engine.config import ConfigError, shown
 from t2l_engine.data.manifest import summary
 from t2l_engine.handle import attach
 from t2l_engine.integrations import base_model
@@ -45,6 +45,8 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     """The modules ``names`` of ``model``; ConfigError where one is absent, or not the same in every layer."""
     paths, sizes, depths = [], [], {}
     for name in names:
+        if not name.isidentifier():
+            raise ConfigError(f"target_modules: expected plain names of linears such as 'q_proj', got {shown(name)}")
         try:
             targets = find(model, name, DEFAULT_PATHS.get(name, f"{LAYER}.{name}"))
         except ValueError as error:
@@ -125,6 +127,8 @@ class Frozen:
             validation, self.tokenizer, settings.max_tokens, with_description=with_description,
             most=settings.validation_samples, may_be_empty=True,
         )  # fmt: skip
+        if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
+            raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 
     def data(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
         """Digests of ``tasks`` (numbers; None: all): descriptions, and examples of every split."""
@@ -140,6 +144,7 @@ class Frozen:
         """Detach."""
         if hasattr(self, "handle"):
             self.handle.detach()
+            del self.handle
 
     def collate(
         self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, apart: bool = False

@@ -1,8 +1,8 @@
 """Adapters without a hypernetwork: one a task, many tasks in one batch, or one for all tasks.
 
 All start from one draw of A, as adapters that are to be averaged or reconstructed must: A and B of unaligned ones may be
-turned against each other.  With an adapter a task, what a task's adapter becomes does not depend, up to rounding, on the
-tasks that train beside it: losses, clipping and optimiser act on each alone.
+turned against each other.  With an adapter a task, what a task's adapter becomes does not depend, up to rounding and to
+dropout, on the tasks that train beside it: losses, clipping and optimiser act on each alone.
 """
 
 from __future__ import annotations

@@ -102,14 +102,23 @@ class Objective:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Logits of a few tokens, ours beside the model's own."""
+        """Logits of a few tokens, ours beside the model's own; behind padding too, unless it is told positions."""
         device = next(self.model.parameters()).device
         ids = torch.arange(1, 9, device=device)[None] % self.model.config.get_text_config().vocab_size
-        own = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        ours = self._logits(self._hidden(ids, torch.ones_like(ids))[0])
-        bound = 2.0**-6 if own.dtype == torch.bfloat16 else 1e-4
-        if own.shape != ours.shape or bool(((own.float() - ours).abs() > bound * own.float().abs().max()).any()):
-            raise ConfigError(f"base_model: {type(self.model).__name__} makes logits in a way that training does not know")
+        mask = torch.ones_like(ids)
+        own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        checks = [(0, 2.0**-6, 1e-4, "makes logits in a way that training does not know")]
+        if not self._positions:
+            checks.append((3, 2.0**-3, 1e-3, "takes no position_ids and gives other logits behind padding"))
+        for padding, coarse, fine, fault in checks:
+            padded, seen = nn.functional.pad(ids, (padding, 0), value=1), nn.functional.pad(mask, (padding, 0))
+            try:
+                ours = self._logits(self._hidden(padded, seen)[0, padding:])
+            except (AttributeError, RuntimeError, TypeError):  # get_decoder() is no decoder, and the like
+                ours = own[:0]
+            bound = (coarse if own.dtype == torch.bfloat16 else fine) * own.float().abs().max()
+            if own.shape != ours.shape or bool(((own.float() - ours).abs() > bound).any()):
+                raise ConfigError(f"base_model: {type(self.model).__name__} {fault}")
 
     def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
         positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if self._positions else {}

@@ -103,8 +103,10 @@ class Examples:
         self._kept: list[list[int]] = []
         self.dropped = 0
         for index, task in enumerate(tasks):
-            texts = task.descriptions
-            longest = max(range(len(texts)), key=lambda i: len(texts[i])) if with_description else 0
+            longest = 0
+            if with_description:
+                tokens = [len(ids) for ids in tokenizer(list(task.descriptions), add_special_tokens=False)["input_ids"]]
+                longest = tokens.index(max(tokens))
             fits = [len(self.sample(index, i, longest).tokens) <= max_tokens for i in range(len(task.examples))]
             self.dropped += fits.count(False)
             self._kept.append([i for i, fit in enumerate(fits) if fit][:most])
@@ -159,7 +161,8 @@ class Examples:
 class Stream:
     """The groups of every step: tasks in endless permutations, ``bucket_steps`` steps drawn together and cut by length.
 
-    With ``bucket_steps`` 1 the tasks of a step are distinct while there are as many as it takes.
+    With ``bucket_steps`` 1 the tasks of a step are distinct where ``per_step`` divides their number; elsewhere a step that
+    lies across two permutations may have a task twice.
 
     Args:
         num_tasks: of which every step takes ``per_step``.

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from t2l_engine._yaml import read_yaml
-from t2l_engine.config import VARIANTS, ConfigError, resolve_scaling, shown
+from t2l_engine._yaml import parse_yaml, read_yaml
+from t2l_engine.config import MAX_NUMBER, MAX_RANK, MIN_NUMBER, VARIANTS, ConfigError, resolve_scaling, shown
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -36,9 +36,18 @@ class Settings(BaseModel):
     grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: not clipped")
     tasks_per_batch: Positive = Field(8, description="tasks that pass through the model together")
     accumulation: Positive = Field(1, description="batches whose gradients add up to one step")
-    seed: Count = Field(0, description="of initial parameters, samples, descriptions and noise")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        0, description="of initial parameters, samples, descriptions and noise"
+    )
     save_every: Positive = Field(100, description="steps between saved states")
     validate_every: Count = Field(100, description="steps between validations; 0: none")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("expected a number or text")  # pydantic would read 1
+        return value
 
     @property
     def tasks_per_step(self) -> int:
@@ -49,8 +58,8 @@ class Settings(BaseModel):
 class _LoRA(BaseModel):
     """The form of the adapters."""
 
-    rank: Positive = Field(8, description="of the adapters")
-    lora_alpha: Rate = Field(16.0, description="LoRA alpha")
+    rank: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(8, description="of the adapters")
+    lora_alpha: Annotated[float, Field(ge=MIN_NUMBER, le=MAX_NUMBER)] = Field(16.0, description="LoRA alpha")
     scaling: Literal["plain", "rslora"] | Rate = Field("plain", description="plain: alpha/rank; rslora: alpha/sqrt(rank)")
 
     @model_validator(mode="after")
@@ -130,6 +139,13 @@ class ReconstructionSettings(_HyperNetwork, Settings):
     )
 
 
+#: Words of pydantic's messages -> ours.
+_MESSAGES = {
+    "Input should be": "expected",
+    "Unable to parse input string as": "expected",
+    "Tuple should have": "expected",
+    "a valid tuple": "a list",
+}
 S = TypeVar("S", bound=Settings)
 
 
@@ -151,8 +167,8 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
         if not equals:
             raise ConfigError(f"--set: expected name=value, got {shown(text)}")
         try:
-            values[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            values[name.strip()] = parse_yaml(value, "--set")
+        except ConfigError:
             raise ConfigError(f"--set {name}: expected a YAML value, got {shown(value)}") from None
         where[name.strip()] = "--set"
     return build(kind, values, where, str(path) if path else "settings")
@@ -174,10 +190,10 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
             elif not name:  # of a check over several fields, which names them itself
                 faults.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}")
             else:
-                message = fault["msg"][:1].lower() + fault["msg"][1:]
-                faults.append(
-                    f"{place}: {name}: {message.replace('input should be', 'expected')}, got {shown(fault['input'])}"
-                )
+                message = fault["msg"].removeprefix("Value error, ")
+                for theirs, ours in _MESSAGES.items():
+                    message = message.replace(theirs, ours)
+                faults.append(f"{place}: {name}: {message}, got {shown(fault['input'])}")
         raise ConfigError("; ".join(dict.fromkeys(faults))) from None
     except TypeError as error:  # keys that are no names
         raise ConfigError(f"{source}: expected field names, got {error}") from None

@@ -22,16 +22,23 @@ import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
 from t2l_engine.checkpoint import describe, encoder_config
+from t2l_engine.data import manifest
+from t2l_engine.data.sni import import_sni
 from t2l_engine.flops import Decoder, Encoder
 from t2l_engine.tasks import load_tasks
+from t2l_engine.training import settings
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 #: Created in the working directory by whatever a file manages to execute.
 MARKER = "hostile_marker"
 MESSAGE_LIMIT = 2000
 SECONDS_LIMIT = 10.0
-#: A refusal may take MEMORY_FACTOR times the bytes of the folder, and this much for the interpreter and late imports.
-MEMORY_FACTOR, MEMORY_ALLOWANCE = 2, 32 << 20
+#: A refusal may take so many times the bytes of the folder, and so much for the interpreter and late imports.
+MEMORY = 2, 32 << 20
+#: Of JSON files that may be large: Python holds a text that has one rare character, and every value cut from it, in four
+#: bytes a character, and the million values that a file may have in 100 MiB.
+TEXTS_MEMORY = 8, 128 << 20
+TEXTS = ("descriptions.json", "manifest.json", "task001_colours.json")
 
 LOADERS: dict[str, Callable] = {
     "hypernetwork": HyperNetwork.from_pretrained,
@@ -41,9 +48,13 @@ LOADERS: dict[str, Callable] = {
     "tasks": lambda folder: load_tasks(folder, "train"),
     "decoder": Decoder.from_config,
     "text encoder": Encoder.from_config,
+    "manifest": lambda folder: manifest.read(folder / "manifest.json"),
+    "sni": import_sni,
+    "settings": lambda folder: settings.read(settings.SFTSettings, folder / "run.yaml"),
 }
 #: What reads a good folder, where that is no hypernetwork.
-LOADER_OF = {name: name for name in ("tasks", "decoder", "text encoder")} | {"adapter": "adapters", "gemma": "decoder"}
+LOADER_OF = {"tasks": "tasks", "manifest": "manifest", "sni": "sni", "settings": "settings", "adapter": "adapters"}
+LOADER_OF |= {"decoder": "decoder", "gemma": "decoder", "text encoder": "text encoder"}
 #: Configurations of models whose costs are counted: of every kind of field one.
 MODELS = {
     "decoder": {"model_type": "qwen3_moe", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
@@ -55,6 +66,49 @@ MODELS = {
     "text encoder": {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                      "vocab_size": 61, "num_attention_heads": 4, "max_position_embeddings": 16, "type_vocab_size": 2},
 }  # fmt: skip
+#: Files of tasks and of training, as they are when nothing is wrong.
+FILES = {
+    "tasks": {
+        "descriptions.json": '{"copy": ["Repeat the input."]}',
+        "copy.jsonl": '{"input": "a", "output": ["a"], "split": "train"}\n' * 3,
+    },
+    "manifest": {
+        "manifest.json": json.dumps(
+            {
+                "format": manifest.FORMAT,
+                "about": "A manifest of one task.",
+                "tasks": {
+                    "copy": {
+                        "skill": "letters",
+                        "tier": "train",
+                        "source": "made here",
+                        "licence": ["Apache-2.0"],
+                        "permissive": True,
+                        "splits": {"train": "MTIzNDVhYmNkZQ==", "test": "NTQzMjE="},
+                    }
+                },
+            }
+        )
+    },
+    "sni": {
+        "task001_colours.json": json.dumps(
+            {
+                "Source": ["colour_words"],
+                "Categories": ["Word Semantics"],
+                "Definition": ["Name the colour of the thing."],
+                "Instance License": ["CC BY 4.0"],
+                "Instances": [
+                    {"id": "task001-1", "input": "grass", "output": ["green"]},
+                    {"id": "task001-2", "input": "coal", "output": ["black", "dark"]},
+                ],
+            }
+        )
+    },
+    "settings": {
+        "run.yaml": "base_model: smollm2-135m\ntarget_modules: [q_proj, v_proj]\nschedule: linear\nsteps: 30\n"
+        "mix_descriptions: false\nlearning_rate: 1e-3\nscaling: rslora\n"
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +145,11 @@ class Case:
         """Bytes of the folder's regular files."""
         return sum(p.stat().st_size for p in self.folder.iterdir() if p.is_file())
 
+    def memory(self) -> int:
+        """Bytes of memory that a refusal may take."""
+        factor, allowance = TEXTS_MEMORY if self.mentions[0] in TEXTS else MEMORY
+        return factor * self.size() + allowance
+
 
 class Workshop:
     """Makes cases: copies of good folders in which one file is another."""
@@ -107,14 +166,11 @@ class Workshop:
         a = {name: torch.randn(1, 3, 4, 64, generator=draw) for name in ("q_proj", "v_proj")}
         b = {name: torch.randn(1, 3, n, 4, generator=draw) for name, n in (("q_proj", 64), ("v_proj", 32))}
         AdapterStack(a, b, torch.ones(1)).save_pretrained(self.bases["adapter"])
-        self.bases["tasks"] = directory / "base" / "tasks"
-        self.bases["tasks"].mkdir(parents=True)
-        (self.bases["tasks"] / "descriptions.json").write_text('{"copy": ["Repeat the input."]}')
-        (self.bases["tasks"] / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "train"}\n' * 3)
-        for name, values in MODELS.items():
+        for name, files in (FILES | {name: {"config.json": json.dumps(values)} for name, values in MODELS.items()}).items():
             self.bases[name] = directory / "base" / name
             self.bases[name].mkdir()
-            (self.bases[name] / "config.json").write_text(json.dumps(values))
+            for file, text in files.items():
+                (self.bases[name] / file).write_text(text)
         self.names: set[str] = set()
 
     def read(self, base: str, file: str) -> bytes:
@@ -160,10 +216,10 @@ def _link(source: Path, target: Path) -> None:
 def corpus(directory: str | Path, seed: int = 0, keep: bool = False) -> Iterator[Case]:
     """Cases in ``directory``, the same ones for the same ``seed``; each folder is removed when the next is asked for, unless
     ``keep``."""
-    from hostile import config_files, safetensors_files, text_files, torch_files
+    from hostile import config_files, safetensors_files, settings_files, task_files, text_files, torch_files
 
     shop = Workshop(Path(directory), seed)
-    for part in (torch_files, safetensors_files, text_files, config_files):
+    for part in (torch_files, safetensors_files, text_files, config_files, task_files, settings_files):
         for case in part.cases(shop):
             yield case
             if not keep:

@@ -48,6 +48,7 @@ def _judged(case: Case) -> dict:
         "seconds": seconds,
         "peak": status("VmHWM") - before if measured else None,
         "bytes": case.size(),
+        "memory": case.memory(),
         "digest": case.digest(),
         "executed": os.path.exists(MARKER),
     }

@@ -1,5 +1,4 @@
-"""Configurations and task files that parse and say what cannot be: wrong types, huge sizes, contradictions, patterns that
-never end."""
+"""Configurations that parse and say what cannot be: wrong types, huge sizes, contradictions, patterns that never end."""
 
 from __future__ import annotations
 
@@ -11,18 +10,16 @@ import yaml
 
 from hostile import MODELS, Case, Workshop
 
-MIB = 1 << 20
-
 
 def cases(shop: Workshop) -> Iterator[Case]:
     yield from _native_fields(shop)
     yield from _reference_fields(shop)
     yield from _peft_fields(shop)
-    yield from _tasks(shop)
     yield from _models(shop)
 
 
-def _field_cases(make: Callable[[str, object], Case], wrong: dict[str, list]) -> Iterator[Case]:
+def field_cases(make: Callable[[str, object], Case], wrong: dict[str, list]) -> Iterator[Case]:
+    """A case of every wrong value of every field."""
     for field, values in wrong.items():
         for value in values:
             yield make(field, value)
@@ -42,7 +39,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
         return shop.case(f"config-{next(count)}-{field}", "native", "config.json", text.encode(), field, loader=loader)
 
     names = ["../../etc/passwd", "{layer.__class__}", "", "q" * 100_000, "q\nproj", "q.proj", "\0", "__class__.x", 3, None]
-    yield from _field_cases(
+    yield from field_cases(
         make,
         {
             "variant": [None, 3, "XL", TEXT, LIST],
@@ -108,7 +105,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
         text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {"modules": ["q_proj", name]}})
         yield shop.case(f"config-{next(count)}-module", "native", "config.json", text.encode(), "modules")
     encoder = partial(make, loader="encoder", block="encoder")
-    yield from _field_cases(
+    yield from field_cases(
         encoder,
         {
             "name": [None, "", 3, [], {"a": LIST}],
@@ -150,7 +147,7 @@ def _reference_fields(shop: Workshop) -> Iterator[Case]:
         contradiction = field in ("mt_lora_path", "pred_z_score")  # with the biases in the tensors
         return shop.case(f"args-{next(count)}-{field}", base, "args.yaml", content, field, contradiction=contradiction)
 
-    yield from _field_cases(
+    yield from field_cases(
         arg,
         {
             "training_task": [None, "rl", 3, [], TEXT, LIST, ["sft"]],
@@ -165,9 +162,9 @@ def _reference_fields(shop: Workshop) -> Iterator[Case]:
             "mt_lora_path": ["somewhere", 3, [1]],
         },
     )
-    yield from _field_cases(partial(arg, base="M-recon-z"), {"factorized": [False, "true"], "pred_z_score": [False, 1]})
-    yield from _field_cases(partial(arg, base="S-pos-sft"), {"learnable_pos_emb": [False, 1], "shared_AB_head": [False]})
-    yield from _field_cases(partial(arg, base="S-rot-sft"), {"learnable_pos_emb": [True], "autoreg_gen": [False]})
+    yield from field_cases(partial(arg, base="M-recon-z"), {"factorized": [False, "true"], "pred_z_score": [False, 1]})
+    yield from field_cases(partial(arg, base="S-pos-sft"), {"learnable_pos_emb": [False, 1], "shared_AB_head": [False]})
+    yield from field_cases(partial(arg, base="S-rot-sft"), {"learnable_pos_emb": [True], "autoreg_gen": [False]})
 
     def config(field: str, value: object) -> Case:
         content = json.dumps(peft | {field: value}).encode()
@@ -184,7 +181,7 @@ def _reference_fields(shop: Workshop) -> Iterator[Case]:
         {"q_proj": 1},
         TEXT,
     ]
-    yield from _field_cases(
+    yield from field_cases(
         config,
         {
             "r": [None, 8, "4", 4.5, HUGE, TEXT, LIST],
@@ -217,7 +214,7 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
         "\\",
         "a{99999999999999}",
     ]
-    yield from _field_cases(
+    yield from field_cases(
         make,
         {
             "peft_type": [None, "IA3", "lora", 3, [], TEXT, LIST],
@@ -263,57 +260,6 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
     )
 
 
-def _tasks(shop: Workshop) -> Iterator[Case]:
-    for name, value in {
-        "empty": {},
-        "no-texts": {"copy": []},
-        "text": {"copy": "Repeat the input."},
-        "blank": {"copy": ["  "]},
-        "number": {"copy": [3]},
-        "nested": {"copy": [["a"]]},
-        "null": {"copy": None},
-        "parent": {"../base/tasks/copy": ["Repeat."]},
-        "absolute": {"/etc/passwd": ["Repeat."]},
-        "empty-name": {"": ["Repeat."]},
-        "nul-name": {"a\0b": ["Repeat."]},
-        "long-name": {"x" * 10_000: ["Repeat."]},
-        "long-name-in-bytes": {"\u65e5" * 128: ["Repeat."]},
-        "long": {"copy": LIST},
-    }.items():
-        content = json.dumps(value).encode()
-        yield shop.case(f"descriptions-{name}", "tasks", "descriptions.json", content)
-    good = b'{"input": "a", "output": ["a"], "split": "train"}\n'
-    for name, line in {
-        "empty-line-list": b"[]",
-        "text": b"no json",
-        "number": b"3",
-        "null": b"null",
-        "no-output": b'{"input": "a", "split": "train"}',
-        "output-text": b'{"input": "a", "output": "a", "split": "train"}',
-        "output-empty": b'{"input": "a", "output": [], "split": "train"}',
-        "output-number": b'{"input": "a", "output": [1], "split": "train"}',
-        "output-object": b'{"input": "a", "output": {"a": 1}, "split": "train"}',
-        "output-null": b'{"input": "a", "output": null, "split": "train"}',
-        "input-number": b'{"input": 1, "output": ["a"], "split": "train"}',
-        "input-list": b'{"input": ["a"], "output": ["a"], "split": "train"}',
-        "split-null": b'{"input": "a", "output": ["a"], "split": null}',
-        "deep": b"[" * 100_000 + b"]" * 100_000,
-        "digits": b'{"input": ' + b"9" * 100_000 + b', "output": ["a"], "split": "train"}',
-        "not-utf8": b'{"input": "\xff", "output": ["a"], "split": "train"}',
-        "nul": b"\0",
-        "key-twice": good.strip()[:-1] + b', "input": "b"}',
-        "two": good.strip() + good.strip(),
-        "long-text": b"x" * 1_000_000,
-        "long-list": b'{"input": ' + json.dumps(LIST).encode() + b', "output": ["a"], "split": "train"}',
-    }.items():
-        yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + line + b"\n" + good)
-    yield shop.case("examples-none", "tasks", "copy.jsonl", b"")
-    yield shop.case("examples-other-split", "tasks", "copy.jsonl", good.replace(b"train", b"test"))
-    short = b'{"input":"","output":[""],"split":"train"}\n' * (1 << 18)
-    yield shop.case("examples-late", "tasks", "copy.jsonl", short + b"{\n")
-    yield shop.case("examples-long-line", "tasks", "copy.jsonl", good + b" " * (48 * MIB) + b"{")
-
-
 def _models(shop: Workshop) -> Iterator[Case]:
     """Models whose costs are counted: every number of a configuration, and what contradicts itself."""
     count = iter(range(10_000))
@@ -353,7 +299,7 @@ def _models(shop: Workshop) -> Iterator[Case]:
             text = json.dumps(MODELS[base] | {field: value})
             return shop.case(f"model-{next(count)}-{field}", base, "config.json", text.encode(), field)
 
-        yield from _field_cases(make, fields)
+        yield from field_cases(make, fields)
         texts = {"list": b"[]", "deep": b"[" * 100_000, "twice": b'{"model_type": "llama", "model_type": "llama"}'}
         for name, text in texts.items():
             yield shop.case(f"model-{base}-{name}", base, "config.json", text)

@@ -85,7 +85,9 @@ def change_examples(tasks, split, change):
 def test_learning_rates():
     linear = Settings(steps=10, warmup_steps=4, learning_rate=8.0)
     rates = [loop.learning_rate(linear, step) for step in range(10)]
-    assert rates == pytest.approx([2, 4, 6, 8, 8, 8 * 5 / 6, 8 * 4 / 6, 8 * 3 / 6, 8 * 2 / 6, 8 / 6], rel=1e-12)
+    assert rates == pytest.approx(
+        [2, 4, 6, 8, 8, 8 * 5 / 6, 8 * 4 / 6, 8 * 3 / 6, 8 * 2 / 6, 8 / 6], rel=8 * numerics.u(torch.float64)
+    )
     constant = Settings(steps=10, warmup_steps=2, learning_rate=8.0, schedule="constant")
     assert [loop.learning_rate(constant, step) for step in range(4)] == [4, 8, 8, 8]
     assert loop.learning_rate(Settings(steps=3, warmup_steps=0, learning_rate=8.0), 0) == 8
@@ -112,7 +114,7 @@ def test_clipping():
         for p, g in zip(job.trained.parameters(), before, strict=True):
             if factor == 1.0:
                 assert torch.equal(p.grad, g), limit
-            assert (p.grad - factor * g).norm() <= numerics.GRADIENT_RTOL * factor * g.norm() + 1e-6 * factor
+            assert (p.grad - factor * g).norm() <= numerics.GRADIENT_RTOL * factor * g.norm()
 
 
 def test_no_clipping_is_a_limit_that_is_never_reached(tmp_path):
@@ -198,7 +200,7 @@ def counting(function, counts, name):
 
 @pytest.mark.parametrize("kind", [lora_waves, reconstructed])
 def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch, kind):
-    """At every second file that is put in its place, at every state that is written, in every step."""
+    """At every third file that is put in its place, at every state that is written, in every step."""
     runs.library(tmp_path / "library")
     places = {"replaced": (os, "replace"), "saved": (torch, "save"), "stepped": (loop, "_step")}
     counts = dict.fromkeys(places, 0)
@@ -208,7 +210,7 @@ def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_p
         whole = runs.left(kind(base_model, tasks, tmp_path / "whole"))
     assert min(counts.values()) >= 3
     for name, (owner, attribute) in places.items():
-        for number in range(0, counts[name], 2 if name == "replaced" else 1):
+        for number in range(0, counts[name], 3 if name == "replaced" else 1):
             out = tmp_path / f"{name}-{number}"
             with monkeypatch.context() as patch:
                 function = runs.failing(getattr(owner, attribute), number)

@@ -18,6 +18,7 @@ from t2l_engine.training.reconstruction import Library
 
 one_thread = runs.one_thread
 CPU = torch.device("cpu")
+FIRST = "0"  # wave, where there are fewer than ten
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_every_adapter_starts_alike(frozen, tmp_path):
     for name, n_in in zip(one.modules.names, one.modules.in_features, strict=True):
         A = stack.lora_A[name]
         assert not stack.lora_B[name].any() and torch.equal(A[0], A[1]) and not torch.equal(A[0, 0], A[0, 1])
-        assert A.abs().max() <= n_in**-0.5 and A.std().item() == pytest.approx((3 * n_in) ** -0.5, rel=0.1)  # as PEFT draws
+        assert A.abs().max() <= n_in**-0.5  # as PEFT draws
     one.close()
     again = lora.LoRA(one.settings, one, [0], tmp_path).trained()
     assert all(torch.equal(again.lora_A[name][0], A[0]) for name, A in stack.lora_A.items())
@@ -93,6 +94,9 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
                 assert numerics.relative_frobenius(value, wanted) <= numerics.TRAINED_FROBENIUS, (name, part, key)
     losses = [runs.losses(tmp_path / name / lora.WAVES / "0") for name in ("together", "accumulated")]
     assert losses[1] == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
+    waves = [runs.losses(wave) for wave in (tmp_path / "waves" / lora.WAVES).iterdir()]  # of two tasks each
+    means = [(first + second) / 2 for first, second in zip(*waves, strict=True)]
+    assert means == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
 
 
 def test_waves_are_alike_in_length_and_number(frozen, four_tasks):
@@ -213,7 +217,7 @@ def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, t
     assert not list(out.rglob("*.pt"))  # a state is of a wave that runs
     lora.train(settings, tasks, out)
     assert runs.differing(before, runs.left(out)) == []
-    message = r"waves/0/done.json: written by a run with other settings, tasks or examples; choose another output folder"
+    message = r"waves/.*/done.json: written by a run with other settings, tasks or examples; choose another output folder"
     with pytest.raises(ConfigError, match=message):
         lora.train(runs.lora(base_model, steps=3, tasks_per_batch=1), tasks, out)
     about = json.loads((tasks / "descriptions.json").read_text())

@@ -7,12 +7,14 @@ import pydantic
 import pytest
 import yaml
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from t2l_engine.config import ConfigError
 from t2l_engine.training import settings
 from t2l_engine.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
 
+EXAMPLES = examples(max_examples=50, deadline=None, derandomize=True, database=None)
 KINDS = [SFTSettings, LoRASettings, ReconstructionSettings]
 NEEDED = {"base_model": "x", "target_modules": ["q_proj", "v_proj"]}
 
@@ -164,6 +166,7 @@ def test_rows_say_who_set_a_field(write):
     assert rows["target_modules"][:2] == ["q_proj, v_proj", ""]
 
 
+@EXAMPLES
 @given(
     st.builds(
         SFTSettings,

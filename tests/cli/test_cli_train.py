@@ -1,0 +1,209 @@
+"""``t2l train`` as a user types it: settings, runs that go on, what is printed, errors in one line."""
+
+import json
+
+import pytest
+import torch
+from training import conftest as shared
+from training import runs
+
+import t2l_engine as t2l
+from t2l_engine.training import loop, lora
+from t2l_engine.training import settings as kinds
+
+save_model, base_model, tasks = shared.save_model, shared.base_model, shared.tasks
+one_thread = runs.one_thread
+KINDS = {"sft": kinds.SFTSettings, "lora": kinds.LoRASettings, "reconstruction": kinds.ReconstructionSettings}
+
+
+@pytest.fixture
+def train(run, tmp_path):
+    """Run ``t2l train KIND`` with settings in a file; (exit status, stdout, stderr)."""
+
+    def call(kind, settings, *arguments):
+        path = tmp_path / "settings.yaml"
+        path.write_text(settings if isinstance(settings, str) else kinds.to_yaml(settings))
+        return run("train", kind, "--config", path, "--threads", "1", *arguments)
+
+    return call
+
+
+def cells(text):
+    """The rows of a printed table, as lists of stripped cells."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields(run, kind):
+    """All of them, with their defaults and a sentence; nothing else is needed."""
+    code, out, err = run("train", kind, "--fields")
+    assert (code, err) == (0, "")
+    assert cells(out) == [[name, default, meaning] for name, default, meaning in kinds.fields(KINDS[kind])]
+    assert all(meaning for _, _, meaning in cells(out))
+
+
+def test_help(run):
+    code, out, _ = run("train", "--help")
+    assert code == 0 and all(name in out for name in (*KINDS, "plot"))
+    code, out, _ = run("train", "sft", "--help")
+    assert code == 0 and all(name in out for name in ("--tasks", "--output", "--config", "--set", "--manifest", "--fields"))
+
+
+def test_sft(train, run, base_model, tasks, tmp_path):
+    out = tmp_path / "out"
+    file = f"base_model: {base_model}\ntarget_modules: [q_proj, v_proj]\nlatent_size: 16\nhead_in_size: 8\nsteps: 9\n"
+    command = ("--tasks", tasks, "-o", out, "--set", "steps=4", "--set", "encoder=one-hot", "--set", "learning_rate=1e-2")
+    code, printed, err = train("sft", file, *command, "--names", "last, first")
+    assert (code, printed) == (0, f"{out}: done\n")
+    expected = kinds.read(kinds.SFTSettings, tmp_path / "settings.yaml", command[5::2])
+    assert expected.steps == 4 and expected.learning_rate == 0.01
+    assert cells(err) == [list(row) for row in kinds.rows(expected)]  # every field, and which of them nobody set
+    origins = {row[0]: row[2] for row in cells(err)}
+    assert (origins["steps"], origins["base_model"], origins["dtype"]) == ("", "", "default")
+    assert len(runs.rows(out)) == 5 and (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert kinds.read(kinds.SFTSettings, out / loop.SETTINGS) == expected
+    assert len(t2l.TextToLoRA.from_pretrained(out).generate(["first", "last"])) == 2
+
+    before = runs.left(out)
+    code, printed, err = train("sft", file, *command, "--names", "first,last")  # done already
+    assert (code, printed) == (0, f"{out}: done\n") and runs.differing(before, runs.left(out)) == []
+    code, printed, err = train("sft", file, "--tasks", tasks, "-o", out)
+    assert (code, printed) == (1, "") and "steps: 4 then, 9 now" in err.splitlines()[-1]
+
+
+def test_lora_and_reconstruction(train, base_model, tasks, tmp_path):
+    """What the first writes is what the second reads."""
+    out = tmp_path / "lora"
+    code, printed, err = train("lora", runs.lora(base_model, tasks_per_batch=1), "--tasks", tasks, "-o", out)
+    assert (code, printed) == (0, f"{out}: done\n")
+    assert [row[0] for row in cells(err)] == list(kinds.LoRASettings.model_fields)
+    assert len(list(out.rglob("loss.png"))) == 2 and "wave 2/2" in err
+    again = tmp_path / "reconstruction"
+    code, printed, err = train("reconstruction", runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again)
+    assert (code, printed) == (0, f"{again}: done\n") and (again / "loss.png").is_file()
+    assert [row[0] for row in cells(err)] == list(kinds.ReconstructionSettings.model_fields)
+    engine = t2l.TextToLoRA.from_pretrained(again)
+    assert engine.generate(["last"]).paths == t2l.AdapterStack.from_peft(out / lora.ADAPTERS / "last").paths
+    code, _, err = train(
+        "reconstruction", runs.reconstruction(), "--adapters", out / lora.ADAPTERS, "-o", again, "--names", "last"
+    )
+    assert code == 1 and err.splitlines()[-1].startswith("t2l: target: z-score needs at least two adapters")
+
+
+def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monkeypatch):
+    settings, step = runs.sft(base_model), loop._step
+    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "whole")[0] == 0
+
+    def interrupted(job, trained, optimizer, number, *rest):
+        if number == 4:
+            loop.signal.raise_signal(loop.signal.SIGINT)
+        return step(job, trained, optimizer, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_step", interrupted)
+        code, printed, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path / "part")
+    assert (code, printed) == (130, "") and "Traceback" not in err
+    assert torch.load(tmp_path / "part" / loop.STATE, weights_only=True)["step"] == 5
+    assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "part")[0] == 0
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+
+
+def test_plot(run, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert run("train", "plot", tmp_path) == (0, f"{tmp_path / 'loss.png'}\n", "")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    code, out, err = run("train", "plot", tmp_path / "none")
+    assert (code, out) == (1, "") and err.startswith("t2l: ") and "log.jsonl: not found" in err and err.count("\n") == 1
+
+
+WHOLE = "base_model: x\ntarget_modules: [q_proj]\n"
+
+
+@pytest.mark.parametrize("text, arguments, message", [
+    ("a: [", (), "settings.yaml: not plain YAML"),
+    ("- 1", (), "settings.yaml: expected a mapping of fields, got [1]"),
+    ("", (), "settings.yaml: expected a mapping of fields, got None"),
+    ("{}", (), "settings.yaml: missing field 'base_model': \"smollm2-135m\" (packaged) or a local transformers folder"),
+    ("1: 2", (), "settings.yaml: expected field names"),
+    (WHOLE + "stepz: 3", (), "settings.yaml: unknown field 'stepz'"),
+    (WHOLE + "steps: 0", (), "settings.yaml: steps: "),
+    (WHOLE + "learning_rate: .nan", (), "settings.yaml: learning_rate: "),
+    (WHOLE + "encoder: one-hot\nmix_descriptions: true", (), "mix_descriptions: expected False with encoder one-hot"),
+    (WHOLE, ("--set", "steps=-3"), "--set: steps: "),
+    (WHOLE, ("--set", "steps"), "--set: expected name=value, got 'steps'"),
+    (WHOLE, ("--set", "steps=["), "--set steps: expected a YAML value, got '['"),
+    (WHOLE, ("--set", "widgets=3"), "--set: unknown field 'widgets'"),
+])  # fmt: skip
+def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
+    """Said in one line, before anything is loaded or written."""
+    code, out, err = train("sft", text, "--tasks", tmp_path, "-o", tmp_path / "out", *arguments)
+    assert (code, out) == (1, "") and err.startswith("t2l: ") and err.count("\n") == 1, err
+    assert message in err and not (tmp_path / "out").exists()
+
+
+def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
+    """The last line says why; the settings stand before it."""
+    settings = runs.sft(base_model)
+    cases = [
+        (("--tasks", tmp_path / "none"), "descriptions.json: not found"),
+        (("--tasks", tasks, "--names", "first,other"), "expected a task named 'other'"),
+        (("--tasks", tasks, "--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
+        (("--tasks", tasks, "--manifest", "nowhere"), "manifest 'nowhere': no such file; packaged manifests:"),
+        (("--tasks", tasks, "--set", "base_model=nowhere"), "nowhere"),
+    ]
+    for arguments, message in cases:
+        code, out, err = train("sft", settings, "-o", tmp_path / "out", *arguments)
+        last = err.splitlines()[-1]
+        assert (code, out) == (1, "") and last.startswith("t2l: ") and message in last, err
+        assert sum(line.startswith("t2l: ") for line in err.splitlines()) == 1
+    code, _, err = train("reconstruction", runs.reconstruction(), "--adapters", tasks, "-o", tmp_path / "out")
+    assert code == 1 and "t2l: " in err.splitlines()[-1] and "adapter_config.json" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    code, _, err = train("sft", settings, "--tasks", tasks, "-o", tmp_path / "out")
+    assert code == 1 and err.splitlines()[-1].startswith("t2l: ") and (tmp_path / "out").read_text() == "a file"
+    assert run("train", "sft", "--tasks", tasks)[0] == 2  # no output
+
+
+def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatch):
+    from t2l_engine.training import sft
+
+    loss, calls = sft.SFT.loss, []
+
+    def worse(*args):
+        calls.append(args)
+        return loss(*args) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(sft.SFT, "loss", worse)
+    code, out, err = train("sft", runs.sft(base_model), "--tasks", tasks, "-o", tmp_path / "out")
+    message = f"t2l: loss is nan at step 5; last good state: {tmp_path / 'out' / loop.STATE}, step 3"
+    assert (code, out, err.splitlines()[-1]) == (1, "", message)
+
+
+def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
+    """Trains on the tasks it has in that tier, with the examples it lists and no other."""
+    from t2l_engine.data import manifest
+    from t2l_engine.tasks import load_tasks
+
+    about = {"skill": "words", "source": "made for the test", "licence": ["CC0"], "permissive": True}
+    facts = {"first": about | {"tier": "train"}, "last": about | {"tier": "novel"}}
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest.build(load_tasks(tasks, None), facts, "For the test.")))
+    command = ("--tasks", tasks, "--manifest", path)
+    settings = runs.sft(base_model, steps=1)
+    for tier, name in (("train", "first"), ("novel", "last")):
+        code, _, err = train("sft", settings, *command, "--tier", tier, "-o", tmp_path / tier)
+        assert code == 0, err
+        assert list(json.loads((tmp_path / tier / "config.json").read_text())["training"]["tasks"]) == [name]
+    for arguments, message in (
+        (("--tier", "sibling"), f"--tier: {tasks} has no task that {path} lists as 'sibling'"),
+        (("--names", "last"), f"--tier: {tasks} has no task that {path} lists as 'train'"),
+        (("--tier", "none"), "tier: expected one of"),
+    ):
+        code, _, err = train("sft", settings, *command, *arguments, "-o", tmp_path / "out")
+        assert code == 1 and message in err.splitlines()[-1], err
+    lines = (tasks / "first.jsonl").read_text().splitlines()
+    (tasks / "first.jsonl").write_text("\n".join(lines[1:]))
+    code, _, err = train("sft", settings, *command, "-o", tmp_path / "out")
+    assert code == 1 and f"{tasks}: expected the examples of {path}, got 1 differences: first: 1 examples" in err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,244 @@
+"""Frozen models: how they are loaded, where their linears are, and a real step on those unlike Llama."""
+
+import json
+import math
+import re
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import t2l_engine as t2l
+from t2l_engine.config import ConfigError
+from t2l_engine.integrations import base_model as base_models
+from t2l_engine.testing import numerics
+from t2l_engine.training import frozen, lora, sft
+from t2l_engine.training.log import read_log
+from t2l_engine.training.sampling import Share
+from t2l_engine.training.settings import LoRASettings, SFTSettings
+
+#: Family -> (what its tiny configuration needs, linears, where these are, their features).
+LINEARS = {
+    "Llama": (
+        {}, ("q_proj", "k_proj", "down_proj"),
+        ("model.layers.{layer}.self_attn.q_proj", "model.layers.{layer}.self_attn.k_proj",
+         "model.layers.{layer}.mlp.down_proj"),
+        ((64, 64), (64, 32), (96, 64)),
+    ),
+    "GPT2": (
+        {}, ("c_attn", "c_fc"), ("transformer.h.{layer}.attn.c_attn", "transformer.h.{layer}.mlp.c_fc"),
+        ((64, 192), (64, 256)),
+    ),
+    "OPT": (
+        {"ffn_dim": 96, "word_embed_proj_dim": 64}, ("fc1", "v_proj"),
+        ("model.decoder.layers.{layer}.fc1", "model.decoder.layers.{layer}.self_attn.v_proj"), ((64, 96), (64, 64)),
+    ),
+    "Phi3": (
+        {}, ("v_proj", "q_proj", "up_proj", "qkv_proj"),
+        ("model.layers.{layer}.self_attn.v_proj", "model.layers.{layer}.self_attn.q_proj",
+         "model.layers.{layer}.mlp.up_proj", "model.layers.{layer}.self_attn.qkv_proj"),
+        ((64, 32), (64, 64), (64, 96), (64, 128)),
+    ),
+}  # fmt: skip
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Gemma2", "GPT2"])  # no "sdpa"; tied weights that the file does not repeat
+def test_other_families_are_loaded(save_model, family):
+    folder = save_model(family, tie_word_embeddings=True)
+    model, tokenizer = base_models.load(str(folder), torch.bfloat16)
+    assert not model.training and model.dtype == torch.bfloat16 and tokenizer.padding_side == "left"
+
+
+def test_models_that_are_not_whole(base_model, tmp_path, monkeypatch):
+    """Weights that are missing are not made up, and code in a folder is not run, nor asked about at the terminal."""
+    folder = tmp_path / "model"
+    shutil.copytree(base_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack \['model.layers.1.self_attn.q_proj.weight'\]"):
+        base_models.load(str(folder), torch.float32)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("asked at the terminal"))
+    values = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(values | own))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        base_models.load(str(folder), torch.float32)
+    (folder / "adapter_config.json").write_text("{}")  # transformers would apply it: no base model any more
+    with pytest.raises(ValueError, match="adapter_config.json in it would change the model"):
+        base_models.load(str(folder), torch.float32)
+    for name in (str(tmp_path), "nowhere"):
+        with pytest.raises(FileNotFoundError, match="base_model: expected .* a local transformers folder with config.json"):
+            base_models.load(name, torch.float32)
+
+
+# --- linears ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", LINEARS)
+def test_linears_are_found(tiny_model, family):
+    """In the order asked for; members of a packed projection have paths of their own."""
+    changes, names, paths, features = LINEARS[family]
+    found = frozen.locate(tiny_model(family, **changes), names)
+    assert found == frozen.Modules(names, paths, *map(tuple, zip(*features, strict=True)), 2)
+    assert found.own_paths == (None if family in ("Llama", "Phi3") else paths)
+
+
+def test_linears_that_are_not_there(tiny_model):
+    llama, gpt2 = tiny_model("Llama"), tiny_model("GPT2")
+    for model, names, message in (
+        (llama, ("q_proj", "w_proj"), "w_proj: LlamaForCausalLM has no such linear"),
+        (llama, ("c_attn",), "c_attn: LlamaForCausalLM has no such linear"),
+        (llama, ("lm_head",), "lm_head: LlamaForCausalLM has no such linear"),  # in no layer
+        (llama, ("layers",), "layers: LlamaForCausalLM has no such linear"),
+        (llama, ("",), ""),
+        (llama, ("self_attn",), "self_attn: LlamaAttention does not state its features"),
+        (gpt2, ("c_proj",), r"c_proj: .* several modules .*attn.c_proj', .*mlp.c_proj'"),
+        (gpt2, ("attn.c_proj",), "expected plain .*names.*, got 'attn.c_proj'"),  # a name torch cannot hold
+    ):
+        with pytest.raises(ConfigError, match=f"^target_modules: .*{message}"):
+            frozen.locate(model, names)
+    llama.model.layers[1].mlp.up_proj = nn.Linear(64, 80)
+    with pytest.raises(
+        ConfigError, match=r"up_proj: expected the same features in every layer, got \[\(64, 80\), \(64, 96\)\]"
+    ):
+        frozen.locate(llama, ("q_proj", "up_proj"))
+    for layer, left in ((1, [0]), (0, [])):
+        del llama.model.layers[layer].mlp.up_proj
+        expected = f"expected one in each of 2 layers, got layers {left}" if left else "has no such linear"
+        with pytest.raises(ConfigError, match=f"up_proj: .*{re.escape(expected)}"):
+            frozen.locate(llama, ("q_proj", "up_proj"))
+
+
+def test_peft_finds_what_was_trained(tiny_model, tmp_path):
+    """Adapters for a model unlike Llama lie where PEFT looks for them and add the same."""
+    model = tiny_model("OPT", ffn_dim=96, word_embed_proj_dim=64)
+    modules = frozen.locate(model, ("fc1", "v_proj"))
+    config = t2l.HyperNetworkConfig(
+        variant="L", modules=modules.names, in_features=modules.in_features, out_features=modules.out_features,
+        num_layers=2, rank=2, embed_dim=8, latent_size=16, head_in_size=8, lora_alpha=4.0, paths=modules.own_paths,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    stack = t2l.HyperNetwork(config).generate(torch.randn(1, 8))
+    stack.save_pretrained(tmp_path)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        with t2l.attach(model, stack).use(0) as handle:
+            ours = model(ids).logits
+        handle.detach()
+        base = model(ids).logits
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path).eval()(ids).logits
+    assert (ours - theirs).abs().max() <= numerics.LOGITS_ATOL < (ours - base).abs().max()
+
+
+# --- steps -------------------------------------------------------------------------------------------------------------
+
+
+def settings(kind, folder, names, **changes):
+    values = {"base_model": str(folder), "target_modules": names, "rank": 2, "tasks_per_batch": 2, "validate_every": 0}
+    if kind is SFTSettings:
+        values |= {"encoder": "one-hot", "latent_size": 16, "head_in_size": 8}
+    return kind(**values | {"steps": 2, "warmup_steps": 0, "learning_rate": 1e-2} | changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["GPT2", "Phi3", "OPT"])
+def test_steps_of_sft(save_model, tasks, tmp_path, family, dtype):
+    """Finite losses, and a checkpoint whose adapters change the model where they were trained."""
+    changes, names, _, _ = LINEARS[family]
+    names = names[:3]  # not Phi-3's packed projection as a whole beside its members
+    folder = save_model(family, **changes)
+    output = sft.train(settings(SFTSettings, folder, names, dtype=dtype), tasks, tmp_path / "out")
+    rows = read_log(output)
+    assert len(rows) == 2 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows)
+    net = t2l.HyperNetwork.from_pretrained(output)
+    assert net.dtype == torch.float32 and tuple(net.config.modules) == names
+    stack = net.generate(torch.eye(2))
+    assert all(B.any() for B in stack.lora_B.values())
+    model, _ = base_models.load(str(folder), torch.float32)
+    ids = torch.tensor([[3, 4, 5]] * 3)
+    with torch.no_grad():
+        base = model(ids).logits
+        with t2l.attach(model, stack).use([0, 1, -1]):
+            logits = model(ids).logits
+    assert torch.equal(logits[2], base[2])
+    assert not torch.equal(logits[0], base[0]) and not torch.equal(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Phi3"])
+def test_steps_of_a_bank(save_model, tasks, tmp_path, family):
+    changes, names, paths, _ = LINEARS[family]
+    folder = save_model(family, **changes)
+    output = lora.train(settings(LoRASettings, folder, names[:2], dtype="float32"), tasks, tmp_path / "out")
+    stack = t2l.AdapterStack.from_peft([output / "adapters" / name for name in ("first", "last")])
+    assert set(stack.paths.values()) == set(paths[:2])
+    assert all(B.any() and not torch.equal(B[0], B[1]) for B in stack.lora_B.values())
+
+
+def test_a_run_starts_from_its_seed(base_model, tasks):
+    """Whatever random numbers were drawn before."""
+    found = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        fit = frozen.Frozen(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
+        job = sft.SFT(fit.settings, fit)
+        found.append((job.trained.state_dict(), [batch.ids for batch in job.batches(0, Share())]))
+        fit.close()
+    for i, equal in ((1, True), (2, False)):
+        assert all(torch.equal(a, found[0][0][name]) for name, a in found[i][0].items()) is equal
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_a_model_is_given_back(base_model, tasks):
+    """After a run, before one, and however often it is asked for."""
+    fit = frozen.Frozen(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
+    kinds = [type(module) for module in fit.model.modules()]
+    fit.close()
+    sft.SFT(fit.settings, fit)
+    assert [type(module) for module in fit.model.modules()] != kinds
+    for _ in range(2):
+        fit.close()
+        assert [type(module) for module in fit.model.modules()] == kinds
+    assert not any(parameter.requires_grad for parameter in fit.model.parameters())
+
+
+def test_examples_of_the_splits_are_needed(base_model, tasks):
+    """Training needs some of every task, validation some of one; what is too long does not count."""
+
+    def change(keep, longer=""):
+        for name in ("first", "last"):
+            rows = [json.loads(line) for line in (tasks / f"{name}.jsonl").read_text().splitlines()]
+            for row in rows:
+                row["input"] += longer * (row["split"] == "val")
+            (tasks / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["split"] in keep))
+
+    def load(**changes):
+        values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
+        return frozen.Frozen(values, tasks, torch.device("cpu"))
+
+    assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
+    change(("train", "val", "test"), longer=" cat")
+    with pytest.raises(ConfigError, match="split 'val'"):  # 7 tokens, none left
+        load(validate_every=1)
+    load()
+    change(("train", "test"))
+    with pytest.raises(ConfigError, match="^validate_every: expected 0, since no task of .*tasks has .*'val', got 1"):
+        load(validate_every=1)
+    load()
+    change(("test",))
+    with pytest.raises(ConfigError, match="tasks: expected examples of split 'train' of task first, got none"):
+        load()
+
+
+def test_targets_that_are_not_there_stop_a_run(base_model, tasks, tmp_path):
+    with pytest.raises(ConfigError, match="^target_modules: w_proj: LlamaForCausalLM has no such linear"):
+        sft.train(settings(SFTSettings, base_model, ("w_proj",)), tasks, tmp_path / "out")
+    with pytest.raises(ConfigError, match="^target_modules: .*, got 'self_attn.q_proj'"):
+        lora.train(settings(LoRASettings, base_model, ("self_attn.q_proj",)), tasks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,183 @@
+"""Where training starts: B is zero and A is PEFT's draw, for every variant and shape, so that nothing changes at first."""
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import t2l_engine as t2l
+from t2l_engine.config import VARIANTS
+from t2l_engine.testing.numerics import STANDARD_ERRORS
+from t2l_engine.training import frozen
+from t2l_engine.training.frozen import Modules
+from t2l_engine.training.lora import LoRABank
+from t2l_engine.training.objective import Objective, collate
+from t2l_engine.training.sampling import Group, Sample
+
+EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)
+sizes = st.integers(1, 40)
+NAMES = ("q_proj", "v_proj", "down_proj")
+
+
+def network(variant, shapes, rank=4, num_layers=2, seed=1, **changes):
+    """``shapes``: (in, out) of each module."""
+    values = {
+        "modules": NAMES[: len(shapes)], "in_features": [n for n, _ in shapes], "out_features": [n for _, n in shapes],
+        "embed_dim": 6, "latent_size": 8, "head_in_size": 5, "lora_alpha": 8.0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    made = t2l.HyperNetwork(t2l.HyperNetworkConfig(variant, rank=rank, num_layers=num_layers, **values | changes))
+    return made.bias_hyperinit(torch.Generator().manual_seed(seed))
+
+
+def check_start(stack, bound):
+    """B and the delta are zero, A is within ``bound[name]``, the same for every adapter and other in every row."""
+    for name, A in stack.lora_A.items():
+        B = stack.lora_B[name]
+        assert not B.any() and not (B @ A).any()
+        assert A.isfinite().all() and A.any() and A.abs().max() <= bound[name]
+        assert torch.equal(A, A[:1].expand_as(A))
+        if A.shape[2] > 1 and A.shape[3] > 1:
+            assert not torch.equal(A[0, 0, 0], A[0, 0, 1])
+
+
+@EXAMPLES
+@given(
+    st.sampled_from(VARIANTS),
+    st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 5, 16]),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 1.0, 1e4]),
+)
+def test_the_first_delta_is_zero_for_every_task(variant, shapes, rank, num_layers, scale):
+    """Also where out is wider than in, or in wider than out, and for any task embedding."""
+    net = network(variant, shapes, rank, num_layers)
+    task_emb = torch.randn(3, 6, generator=torch.Generator().manual_seed(2)) * scale
+    bound = {name: n_in**-0.5 for name, (n_in, _) in zip(NAMES, shapes, strict=False)}
+    check_start(net.generate(task_emb), bound)
+    check_start(net(task_emb), bound)
+
+
+@EXAMPLES
+@given(st.lists(st.tuples(sizes, sizes), min_size=1, max_size=3), st.integers(1, 16), st.integers(1, 3))
+def test_the_first_delta_of_a_bank_is_zero(shapes, rank, num_layers):
+    modules = Modules(NAMES[: len(shapes)], tuple(f"l.{{layer}}.{n}" for n in NAMES[: len(shapes)]),
+                      *zip(*shapes, strict=True), num_layers)  # fmt: skip
+    with torch.no_grad():
+        stack = LoRABank(modules, 3, rank, 2.0, seed=1)()
+        other = LoRABank(modules, 1, rank, 2.0, seed=2)()
+    check_start(stack, {name: n_in**-0.5 for name, (n_in, _) in zip(NAMES, shapes, strict=False)})
+    assert stack.scaling.tolist() == [2.0] * 3 and stack.paths == dict(zip(modules.names, modules.paths, strict=True))
+    for name, A in stack.lora_A.items():
+        assert not torch.equal(A[0], other.lora_A[name][0])
+        if num_layers > 1:
+            assert not torch.equal(A[:, 0], A[:, 1])  # as PEFT: a draw for every layer
+
+
+def peft_draw(n_in, n_out, rank):
+    torch.manual_seed(3)
+    model = nn.ModuleDict({"q_proj": nn.Linear(n_in, n_out)})
+    config = peft.LoraConfig(r=rank, target_modules=["q_proj"])
+    made = peft.inject_adapter_in_model(config, model)["q_proj"]
+    assert not made.lora_B["default"].weight.any()
+    return made.lora_A["default"].weight.detach()
+
+
+@pytest.mark.parametrize(("n_in", "n_out"), [(96, 160), (160, 96)])
+@pytest.mark.parametrize("variant", [*VARIANTS, "bank"])
+def test_A_is_drawn_as_in_peft(variant, n_in, n_out):
+    """Mean, variance and bound, beside PEFT's own draw for a layer of that shape."""
+    rank = 32
+    if variant == "bank":
+        bank = LoRABank(Modules(("q_proj",), ("l.{layer}.q_proj",), (n_in,), (n_out,), 1), 2, rank, 1.0, seed=1)
+        ours = bank.lora_A["q_proj"].detach()[0, 0]
+    else:
+        ours = network(variant, [(n_in, n_out)], rank).generate(torch.randn(2, 6)).lora_A["q_proj"][0, 0]
+    theirs = peft_draw(n_in, n_out, rank)
+    assert ours.shape == theirs.shape
+    bound, count = n_in**-0.5, ours.numel()
+    error = (4 / 45 / count) ** 0.5 * bound**2  # of the mean square of uniform draws
+    for draw in (ours, theirs):
+        assert draw.abs().max() <= bound
+        assert (draw.abs() > 0.99 * bound).any()
+        assert abs(draw.mean()) <= STANDARD_ERRORS * bound * (1 / 3 / count) ** 0.5
+        assert abs(draw.square().mean() - bound**2 / 3) <= STANDARD_ERRORS * error
+    assert abs(ours.square().mean() - theirs.square().mean()) <= STANDARD_ERRORS * error * 2**0.5
+    rows, columns = ours.square().mean(dim=1), ours.square().mean(dim=0)  # no part is drawn otherwise
+    for parts, size in ((rows, n_in), (columns, rank)):
+        assert (parts - bound**2 / 3).abs().max() <= STANDARD_ERRORS * error * (count / size) ** 0.5
+    assert len(ours.unique()) > 0.99 * count
+
+
+def test_the_draw_is_a_function_of_the_generator():
+    one, same, other = (network("M", [(12, 20)], seed=seed).generate(torch.zeros(1, 6)) for seed in (1, 1, 2))
+    assert one.allclose(same, 0, 0) and not one.allclose(other)
+
+
+# --- in a model --------------------------------------------------------------------------------------------------------
+
+
+def setup(model, names, variant):
+    """(module that is trained, its first stack of three adapters as a function)."""
+    modules = frozen.locate(model, names)
+    if variant == "bank":
+        bank = LoRABank(modules, 3, 3, 2.0, seed=1)
+        return bank, bank
+    net = network(
+        variant, list(zip(modules.in_features, modules.out_features, strict=True)), 3, modules.num_layers,
+        modules=modules.names, paths=modules.paths,
+    )  # fmt: skip
+    task_emb = torch.randn(3, 6, generator=torch.Generator().manual_seed(4))
+    return net, lambda: net(task_emb)
+
+
+CASES = {"Llama": ("q_proj", "v_proj", "up_proj", "down_proj"), "GPT2": ("c_attn", "c_fc"), "Phi3": ("q_proj", "up_proj")}
+
+
+@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary", "bank"])
+def test_the_first_logits_are_the_models(tiny_model, family, variant):
+    """Bit for bit: adapters add exact zeros, in training and in validation."""
+    model = tiny_model(family).requires_grad_(False)
+    _, make = setup(model, CASES[family], variant)
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(5))
+    base = model(ids).logits
+    stack = make()
+    with torch.no_grad():
+        handle = t2l.attach(model, make())
+        with handle.differentiable(stack, [2, 0, 1]):
+            assert torch.equal(model(ids).logits, base)
+        with handle.use([2, 0, 1]):
+            assert torch.equal(model(ids).logits, base)
+    with handle.differentiable(stack, [2, 0, 1], dropout=0.5):
+        logits = model(ids).logits
+    assert logits.requires_grad and torch.equal(logits, base)
+
+
+@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary", "bank"])
+def test_the_first_steps_reach_every_parameter(tiny_model, variant):
+    """At first B and the heads that make it, from the second step on all that is trained; and the loss falls."""
+    model = tiny_model("Llama").requires_grad_(False)
+    trained, make = setup(model, CASES["Llama"], variant)
+    generator = torch.Generator().manual_seed(6)
+    samples = [Sample(tuple(torch.randint(3, 97, (8,), generator=generator).tolist()), 2) for _ in range(3)]
+    batch = collate([Group(i, 0, (s,), "") for i, s in enumerate(samples)], 0, lambda s, g: 1 / (2 * 3), 3)
+    with torch.no_grad():
+        objective = Objective(model, t2l.attach(model, make()))
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-2)
+    losses = []
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = objective.losses(batch, make()).sum()
+        loss.backward()
+        losses.append(loss.item())
+        reached = {name for name, p in trained.named_parameters() if p.grad is not None and p.grad.any()}
+        wanted = {name for name, _ in trained.named_parameters()}
+        if step == 0:
+            wanted = {name for name in wanted if name.startswith(("heads.", "lora_B."))}
+            assert not {name for name in reached if name.startswith("lora_A.")}
+        assert wanted <= reached
+        optimizer.step()
+    assert losses[0] > losses[1] > losses[2]

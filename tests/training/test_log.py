@@ -1,0 +1,93 @@
+"""Logs are read whatever the end of their run, and drawn."""
+
+import json
+
+import pytest
+from training import runs
+
+from t2l_engine.config import ConfigError
+from t2l_engine.training.log import NAME, PICTURE, Log, plot, read_log
+
+one_thread = runs.one_thread
+
+
+def write(folder, *lines, end="\n"):
+    (folder / NAME).write_text("\n".join(map(str, lines)) + end)
+
+
+def step(number, **values):
+    return json.dumps({"step": number, **values})
+
+
+def test_rows_are_read_as_they_were_written(tmp_path):
+    rows = [{"step": i, "loss": 1 / (3 + i), "tokens": i} for i in range(4)] + [{"step": 3, "val_loss": 0.1, "best": True}]
+    with Log(tmp_path, 0) as log:
+        for row in rows[:2]:
+            log.write(row)
+        log.flush()
+        assert read_log(tmp_path) == rows[:2]  # while the run goes on
+        for row in rows[2:]:
+            log.write(row)
+    assert read_log(tmp_path) == rows
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3', '{"step": 3, "loss": 0.1}', "", "\0\0"])
+def test_a_last_line_without_its_end_is_left_out(tmp_path, torn):
+    write(tmp_path, step(1, loss=2.0), step(2, loss=1.0), torn, end="")
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    with Log(tmp_path, 2) as log:
+        log.write({"step": 3, "loss": 0.5})
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / NAME).read_text().count("\n") == 3
+
+
+def test_rows_after_the_state_are_dropped(tmp_path):
+    write(tmp_path, step(1, loss=1.0), step(2, loss=1.0), step(2, val_loss=3.0), step(3, loss=1.0), step(3, val_loss=2.0))
+    with Log(tmp_path, 2):
+        pass
+    assert [(row["step"], "loss" in row) for row in read_log(tmp_path)] == [(1, True), (2, True), (2, False)]
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_log_that_is_off_writes_nothing(tmp_path):
+    write(tmp_path, step(5, loss=1.0))
+    before = (tmp_path / NAME).read_bytes()
+    with Log(tmp_path, 2, enabled=False) as log:
+        log.write({"step": 3})
+        log.flush()
+    assert (tmp_path / NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "nonsense", "[1]", "3", '{"loss": 1}', '{"step": null}', '{"step": "x"}', '{"step": NaN}', '{"step": 1e999}'],
+)
+def test_lines_that_are_no_rows_are_named(tmp_path, line):
+    write(tmp_path, step(1, loss=1.0), line, step(2, loss=1.0))
+    with pytest.raises(ConfigError, match=r"log.jsonl:2: expected a JSON object with a step"):
+        read_log(tmp_path)
+
+
+def test_no_log(tmp_path):
+    with pytest.raises(FileNotFoundError, match="log.jsonl: not found; expected the folder of a training run"):
+        read_log(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        plot(tmp_path)
+
+
+@pytest.mark.parametrize("steps, validated", [(1, False), (3, True), (200, True), (200, False)])
+def test_a_picture(tmp_path, steps, validated):
+    lines = [step(i, loss=2.0 + 1 / i, grad_norm=1.0) for i in range(1, steps + 1)]
+    if validated:
+        lines += [step(steps, val_loss=2.5, best=True, tasks={"a": 2.5})]
+    write(tmp_path, *lines)
+    assert plot(tmp_path) == tmp_path / PICTURE
+    content = (tmp_path / PICTURE).read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n") and len(content) > 5000
+
+
+def test_a_picture_of_nothing(tmp_path):
+    write(tmp_path, step(4, val_loss=2.0))
+    with pytest.raises(ConfigError, match="log.jsonl: expected at least one step, got none"):
+        plot(tmp_path)
+    assert not (tmp_path / PICTURE).exists()
