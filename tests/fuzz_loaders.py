@@ -1,4 +1,4 @@
-"""Fuzzing of everything that reads files: ``python tests/fuzz_loaders.py [--seconds 600] [--seed 0] [--failures DIR]``.
+"""Fuzzing of everything that reads files: ``python tests/fuzz_loaders.py [--seconds 600] [--seed 0] [--only LOADER ...]``.
 
 One file of a good folder is replaced by a mutated one and the folder is loaded.  An input names a target (folder, file and
 loader), a form and a payload.  The form says what the payload is: the whole file, the pickle of a torch archive whose
@@ -6,7 +6,8 @@ checksums are made to fit, or the header of a safetensors file; so mutations rea
 installed they are guided by coverage, otherwise they are random.
 
 A failure is an exception other than ValueError and FileNotFoundError, an unbounded message, a crash, more than 10 seconds,
-more memory than a refusal may take, or anything executed.  The folder is then kept in DIR and the exit status is 1.
+more memory than a refusal may take, or anything executed.  The folder is then kept in ``fuzz-failures`` and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import yaml
 
 try:
     import atheris
@@ -39,8 +41,6 @@ with atheris.instrument_imports(include=["t2l_engine"]) if atheris else contextl
         LOADER_OF,
         LOADERS,
         MARKER,
-        MEMORY_ALLOWANCE,
-        MEMORY_FACTOR,
         MESSAGE_LIMIT,
         MODELS,
         SECONDS_LIMIT,
@@ -65,6 +65,9 @@ TARGETS = [
     *(("adapter", file, "adapters") for file in ("adapter_config.json", "adapter_model.safetensors")),
     *(("tasks", file, "tasks") for file in ("descriptions.json", "copy.jsonl")),
     *((base, "config.json", LOADER_OF[base]) for base in MODELS),
+    ("manifest", "manifest.json", "manifest"),
+    ("sni", "task001_colours.json", "sni"),
+    ("settings", "run.yaml", "settings"),
 ]
 WHOLE, INNER = 0, 1  # the form: the file, or the pickle or header inside it
 MAX_PAYLOAD = 1 << 19
@@ -103,15 +106,19 @@ class Harness:
             self.records[base] = dumps(claims), records
         self.runs = self.loaded = 0
 
-    def seeds(self) -> list[bytes]:
-        """Inputs to begin with."""
+    def seeds(self, loaders: list[str]) -> list[bytes]:
+        """Inputs to begin with, of ``loaders`` (empty: of all)."""
         inputs = []
-        for index, (base, file, _) in enumerate(TARGETS):
+        for index, (base, file, loader) in enumerate(TARGETS):
+            if loaders and loader not in loaders:
+                continue
             content = self.good[base][file]
             inputs.append(bytes([index, WHOLE]) + content)
             if file == "hypermod.pt":
                 pickles = [self.records[base][0], *RAW.values(), *(dumps({"mixer.4.bias": call}) for call in CALLS.values())]
                 inputs += [bytes([index, INNER]) + pickled for pickled in pickles if len(pickled) < MAX_PAYLOAD]
+            if file.endswith(".yaml"):  # JSON is YAML, and its values can be replaced
+                inputs.append(bytes([index, WHOLE]) + json.dumps(yaml.safe_load(content)).encode())
             if file.endswith(".safetensors"):
                 inputs.append(bytes([index, INNER]) + json.dumps(split(content)[0]).encode())
         return inputs
@@ -145,7 +152,7 @@ class Harness:
         self.runs += 1
         if time.perf_counter() - start > SECONDS_LIMIT:
             raise Failure(f"{time.perf_counter() - start:.1f} s")
-        if measured and status("VmHWM") - before > MEMORY_FACTOR * case.size() + MEMORY_ALLOWANCE:
+        if measured and status("VmHWM") - before > case.memory():
             raise Failure(f"{(status('VmHWM') - before) >> 20} MiB for {case.size() >> 10} KiB of files")
         if os.path.exists(MARKER):
             raise Failure(f"{MARKER} was created: something was executed")
@@ -218,13 +225,13 @@ def _mutate_bytes(payload: bytes, generator: random.Random) -> bytes:
     return bytes(content)
 
 
-def _fuzz(directory: Path, seconds: float, seed: int) -> None:
+def _fuzz(directory: Path, seconds: float, seed: int, loaders: list[str]) -> None:
     """The fuzzing process; it ends with the first failure."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.chdir(directory)
     harness = Harness(directory, seed)
-    seeds = harness.seeds()
+    seeds = harness.seeds(loaders)
     if atheris is None:
         print(f"atheris is not installed: random mutations of {len(seeds)} inputs", flush=True)
         end = time.monotonic() + seconds
@@ -255,15 +262,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz everything that reads files.")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--only", nargs="+", default=[], choices=sorted(LOADERS), help="files of these loaders; default: all"
+    )
     parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="where the folder of a failure is kept")
     parser.add_argument("--in", dest="directory", type=Path, help=argparse.SUPPRESS)  # the fuzzing process itself
     arguments = parser.parse_args()
     if arguments.directory is not None:
-        _fuzz(arguments.directory, arguments.seconds, arguments.seed)
+        _fuzz(arguments.directory, arguments.seconds, arguments.seed, arguments.only)
         return 0
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as directory:
         options = ["--seconds", str(arguments.seconds), "--seed", str(arguments.seed), "--in", directory]
+        options += ["--only", *arguments.only] if arguments.only else []
         status_ = subprocess.run([sys.executable, __file__, *options]).returncode
         if status_ == 0:
             return 0

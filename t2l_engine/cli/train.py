@@ -1,6 +1,6 @@
 """``t2l train``: hypernetworks by reconstruction and by supervised fine-tuning, and adapters without one.
 
-Under ``accelerate launch -m t2l_command train ...`` every command runs on several processes.
+Under ``accelerate launch -m t2l_engine train ...`` every command runs on several processes.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise ConfigError(f"{path}:{number}: expected a JSON object with a step") from None
         rows.append(row)
     return rows

@@ -18,8 +18,10 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -91,7 +93,7 @@ class Job(ABC):
 def accelerator(device: str) -> Accelerator:
     """Hugging Face Accelerate for ``device`` ("cpu" or "cuda"); under ``accelerate launch`` one of several processes.
 
-    Raises ConfigError for another device, or where there is no such one.
+    Raises ConfigError for another device, where there is no such one, and where one of several processes came alone.
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
@@ -99,7 +101,13 @@ def accelerator(device: str) -> Accelerator:
         raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    made = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    if made.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise ConfigError(
+            "accelerate launch: expected several processes, got one (with --cpu it starts several through MPI only); use "
+            "accelerate launch --multi_gpu --num_processes N, on CPUs too"
+        )
+    return made
 
 
 def learning_rate(settings: Settings, step: int) -> float:
@@ -125,7 +133,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     optimizer = torch.optim.AdamW(job.trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     state = _State(job, optimizer, output)
     step = state.load()
-    trained = accelerate.prepare(job.trained) if share.count > 1 else job.trained
+    trained = _shared(job.trained, accelerate) if share.count > 1 else job.trained
     main = accelerate.is_main_process
     accelerate.wait_for_everyone()  # all have read the state before one writes
     if main:
@@ -151,12 +159,21 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
                 if main:
                     state.save(step)
                     job.write(output, step, best=False)
-            if interrupted and not last:
-                raise KeyboardInterrupt(f"saved at step {step} in {output}; the same command goes on from there")
+            if interrupted:
+                tqdm.write(f"saved at step {step} in {output}; the same command goes on from there", file=sys.stderr)
+                raise KeyboardInterrupt
         if main and not state.saved:
             job.write(output, step, best=False)  # killed between the last state and what it is the state of
     accelerate.wait_for_everyone()
+    accelerate.free_memory()  # it keeps what it wrapped, and the next run may come in this process
     return output
+
+
+def _shared(module: nn.Module, accelerate: Accelerator) -> nn.Module:
+    """``module`` in DistributedDataParallel."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
+        return accelerate.prepare(module)
 
 
 def _step(
@@ -240,8 +257,8 @@ class _State:
         """The step to go on from; 0 where there is no state."""
         if not self._path.is_file():
             return 0
-        device = next(self._job.trained.parameters()).device
-        content = torch.load(self._path, weights_only=True, map_location=device)
+        # Not straight to the device: AdamW counts its steps on the host.
+        content = torch.load(self._path, weights_only=True, map_location="cpu")
         changed = differences(self._job.settings, content["settings"])
         if changed:
             raise ConfigError(

@@ -122,7 +122,8 @@ class LoRA(loop.Job):
             known.update({self.names[i]: losses[self.names[i]] for i in better})
         kept = self.best.setdefault("adapters", {})
         for key, parameter in self.trained.named_parameters():
-            kept.setdefault(key, parameter.detach().clone())[better] = parameter.detach()[better]
+            now = parameter.detach().cpu()
+            kept.setdefault(key, now.clone())[better] = now[better]
         return bool(better)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
@@ -175,7 +176,7 @@ def train(
     frozen = Frozen(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, frozen)
     for number, tasks in enumerate(plan):
-        folder = output / WAVES / f"{number:0{len(str(len(plan) - 1))}}"
+        folder = output / WAVES / f"{number:03}"
         try:
             job = LoRA(settings, frozen, tasks, output)
             if not _finished(folder, job):

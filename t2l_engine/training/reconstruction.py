@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, read_json, shown
@@ -50,7 +51,7 @@ class Library:
         unknown = [name for name in names or () if name not in known]
         if unknown:
             raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {shown(unknown)}")
-        self.names = sorted(names or known)
+        self.names = sorted(set(names or known))
         self.descriptions = {name: known[name] for name in self.names}
         self._folders = [folder / name for name in self.names]
         self.stack = AdapterStack.from_peft(self._folders, dtype=torch.float32)
@@ -68,6 +69,10 @@ class Library:
                     f"{folder / self.names[other[0]]}: {module}: expected rank {self.rank} in all "
                     f"{ranks.shape[1]} layers, got {ranks[other[0]].tolist()}"
                 )
+
+        depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
+        if len(set(depths.values())) > 1:
+            raise ConfigError(f"{folder}: expected modules of the same number of layers, got {shown(depths)}")
 
     def base_model(self) -> str | None:
         """The base model that all adapters name, if they do."""
@@ -113,6 +118,7 @@ class DeltaL1(torch.autograd.Function):
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *(grad.view(-1, 1, 1, 1) * g for g in ctx.saved_tensors), None, None
 

@@ -20,13 +20,21 @@ JSON_FILES = [
     ("L-sft", "adapter_config.json", "hypernetwork"),
     ("adapter", "adapter_config.json", "adapters"),
     ("tasks", "descriptions.json", "tasks"),
+    ("manifest", "manifest.json", "manifest"),
+    ("sni", "task001_colours.json", "sni"),
+]
+#: YAML files, and lines in them of a flag, a word and a number.
+YAML_FILES = [
+    ("L-sft", "args.yaml", (b"shared_AB_head: false", b"training_task: sft", b"head_in_size: 40")),
+    ("settings", "run.yaml", (b"mix_descriptions: false", b"schedule: linear", b"steps: 30")),
 ]
 
 
 def cases(shop: Workshop) -> Iterator[Case]:
     for base, file, loader in JSON_FILES:
         yield from _json(partial(shop.case, loader=loader), f"{base}-{loader}", base, file, shop.read(base, file))
-    yield from _yaml(shop)
+    for base, file, lines in YAML_FILES:
+        yield from _yaml(partial(shop.case, base=base, file=file), base, shop.read(base, file), *lines)
     yield from _no_files(shop)
 
 
@@ -60,13 +68,17 @@ def _json(case: Callable[..., Case], kind: str, base: str, file: str, whole: byt
     }
     if kind == "native-hypernetwork":
         broken["spaces"] = whole + b" " * (64 * MIB)
+    if kind == "sni-sni":  # which may have further fields
+        del broken["megabytes"]
     for name, content in broken.items():
         if content != whole:
             yield case(f"json-{kind}-{name}", base, file, content)
 
 
-def _yaml(shop: Workshop) -> Iterator[Case]:
-    whole = shop.read("L-sft", "args.yaml")
+def _yaml(case: Callable[..., Case], kind: str, whole: bytes, flag: bytes, word: bytes, number: bytes) -> Iterator[Case]:
+    def instead(line: bytes, value: bytes) -> bytes:
+        return whole.replace(line, line.partition(b" ")[0] + b" " + value)
+
     laughs = b"a0: &a0 [x, x]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 60))
     merges = b"m0: &m0 {a: 1}\n" + b"".join(b"m%d: &m%d\n  <<: [*m%d, *m%d]\n" % (i, i, i - 1, i - 1) for i in range(1, 40))
     tags = {
@@ -80,8 +92,8 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
         "local": "!surprise 1",
     }
     for name, text in tags.items():
-        yield shop.case(f"yaml-tag-{name}", "L-sft", "args.yaml", whole + f"surprise: {text}\n".encode())
-        yield shop.case(f"yaml-tag-{name}-top", "L-sft", "args.yaml", text.encode())
+        yield case(f"yaml-{kind}-tag-{name}", content=whole + f"surprise: {text}\n".encode())
+        yield case(f"yaml-{kind}-tag-{name}-top", content=text.encode())
     for name, content in {
         "empty": b"",
         "list": b"- a\n- b\n",
@@ -93,26 +105,26 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
         "deep-blocks": b"- " * 50_000 + b"a",
         "deep-keys": b"? " * 50_000 + b"a",
         "deep-short": whole + b"a: " + b"[" * 3000 + b"]" * 3000 + b"\n",
-        "laughs-as-flag": laughs + whole.replace(b"shared_AB_head: false", b"shared_AB_head: *a59"),
-        "laughs-as-task": laughs + whole.replace(b"training_task: sft", b"training_task: *a59"),
-        "laughs-as-size": laughs + whole.replace(b"head_in_size: 40", b"head_in_size: *a59"),
+        "laughs-as-flag": laughs + instead(flag, b"*a59"),
+        "laughs-as-task": laughs + instead(word, b"*a59"),
+        "laughs-as-size": laughs + instead(number, b"*a59"),
         "laughs-as-key": laughs + b"? *a59\n: 1\n" + whole,
         "merges": merges + whole,
         "recursive": b"&a [*a]",
         "recursive-key": b"&a {*a : 1}",
-        "recursive-value": whole.replace(b"training_task: sft", b"training_task: &a [*a]"),
+        "recursive-value": instead(word, b"&a [*a]"),
         "alias-unknown": whole + b"a: *nowhere\n",
-        "digits": whole.replace(b"head_in_size: 40", b"head_in_size: " + b"9" * 100_000),
-        "sexagesimal": whole.replace(b"head_in_size: 40", b"head_in_size: 1" + b":59" * 30_000),
+        "digits": instead(number, b"9" * 100_000),
+        "sexagesimal": instead(number, b"1" + b":59" * 30_000),
         "sexagesimal-tagged": whole + b"a: !!int 1" + b":1" * 400_000,
-        "sexagesimal-long": whole.replace(b"head_in_size: 40", b"head_in_size: 1" + b":59" * 300_000),
+        "sexagesimal-long": instead(number, b"1" + b":59" * 300_000),
         "two-documents": whole + b"---\n" + whole,
         "not-utf8": whole + b"a: \xff\xfe\n",
         "utf16-text": whole.decode().encode("utf-16-be")[1:],
         "nul": whole + b"a: \0\n",
         "control": whole + b"a: \x1b[2J\n",
         "directive": b"%YAML 9.9\n---\n" + whole,
-        "duplicate": whole + whole.replace(b"shared_AB_head: false", b"shared_AB_head: true"),
+        "duplicate": whole + instead(flag, b"true"),
         "unhashable-key": whole + b"? [a]\n: 1\n",
         "megabytes": whole + b"a: '" + b"x" * (3 * MIB) + b"'\n",
         "spaces": whole + b" " * (64 * MIB),
@@ -123,7 +135,7 @@ def _yaml(shop: Workshop) -> Iterator[Case]:
         "many-keys": whole + b"".join(b"k%d: 1\n" % i for i in range(200_000)),
     }.items():
         assert content != whole, name
-        yield shop.case(f"yaml-{name}", "L-sft", "args.yaml", content)
+        yield case(f"yaml-{kind}-{name}", content=content)
 
 
 def _no_files(shop: Workshop) -> Iterator[Case]:
@@ -146,6 +158,9 @@ def _no_files(shop: Workshop) -> Iterator[Case]:
         ("adapter", "adapter_model.safetensors"),
         ("tasks", "descriptions.json"),
         ("tasks", "copy.jsonl"),
+        ("manifest", "manifest.json"),
+        ("sni", "task001_colours.json"),
+        ("settings", "run.yaml"),
     ):
         for name, make in kinds.items():
             refusals = (ValueError, FileNotFoundError)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 import t2l_engine as t2l
@@ -15,15 +14,6 @@ NOISE = {
     "neftune_alpha": 5.0, "lora_dropout": 0.1, "label_smoothing": 0.1, "generated_l2": 1e-3, "embedding_noise": 0.1,
     "mix_descriptions": True, "accumulation": 2, "held_out_descriptions": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Steps are tiny: a second thread would only wait, for long where a neighbour needs the core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def _model(base_model):

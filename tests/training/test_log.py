@@ -3,12 +3,9 @@
 import json
 
 import pytest
-from training import runs
 
 from t2l_engine.config import ConfigError
 from t2l_engine.training.log import NAME, PICTURE, Log, plot, read_log
-
-one_thread = runs.one_thread
 
 
 def write(folder, *lines, end="\n"):

@@ -22,8 +22,6 @@ from t2l_engine.training.log import NAME, read_log
 from t2l_engine.training.sampling import Share, seeded
 from t2l_engine.training.settings import Settings
 
-one_thread = runs.one_thread
-
 
 class Toy(loop.Job):
     """A linear layer that learns a sum; ``at[step]()`` is called in that step, ``val_losses[step]`` is its validation."""

@@ -16,9 +16,8 @@ from t2l_engine.training import lora
 from t2l_engine.training.frozen import Frozen
 from t2l_engine.training.reconstruction import Library
 
-one_thread = runs.one_thread
 CPU = torch.device("cpu")
-FIRST = "0"  # wave, where there are fewer than ten
+FIRST = "000"
 
 
 @pytest.fixture
@@ -92,7 +91,7 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
             for key, value in got.items():
                 wanted = expected[key][-1:] if names else expected[key]
                 assert numerics.relative_frobenius(value, wanted) <= numerics.TRAINED_FROBENIUS, (name, part, key)
-    losses = [runs.losses(tmp_path / name / lora.WAVES / "0") for name in ("together", "accumulated")]
+    losses = [runs.losses(tmp_path / name / lora.WAVES / "000") for name in ("together", "accumulated")]
     assert losses[1] == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
     waves = [runs.losses(wave) for wave in (tmp_path / "waves" / lora.WAVES).iterdir()]  # of two tasks each
     means = [(first + second) / 2 for first, second in zip(*waves, strict=True)]
@@ -175,7 +174,7 @@ def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_
 def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_path):
     peft = pytest.importorskip("peft")
     out = lora.train(runs.lora(base_model, scaling="rslora", steps=20), tasks, tmp_path / "out")
-    curve = runs.losses(out / lora.WAVES / "0")
+    curve = runs.losses(out / lora.WAVES / "000")
     assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
     adapters = out / lora.ADAPTERS
     assert json.loads((adapters / "descriptions.json").read_text()) == json.loads((tasks / "descriptions.json").read_text())
@@ -204,7 +203,7 @@ def test_one_adapter_for_all_tasks(base_model, tasks, tmp_path, prompt):
     out = lora.train(settings, tasks, tmp_path / "out")
     assert [path.name for path in (out / lora.ADAPTERS).iterdir()] == [lora.MULTI_TASK]
     assert (out / lora.LAST / lora.MULTI_TASK).is_dir()
-    found = [row for row in runs.rows(out / lora.WAVES / "0") if "loss" in row]
+    found = [row for row in runs.rows(out / lora.WAVES / "000") if "loss" in row]
     assert sum(row["loss"] for row in found[-4:]) < 0.9 * sum(row["loss"] for row in found[:4])
     # "<user> red blue <bot> red </s>" with or without a text of three to six words
     assert all(row["tokens"] == 4 * 6 if prompt == "input" else row["tokens"] >= 4 * 9 for row in found)

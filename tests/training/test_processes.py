@@ -16,8 +16,6 @@ from t2l_engine.testing import numerics
 from t2l_engine.training import lora, reconstruction, sft
 from t2l_engine.training.settings import to_yaml
 
-one_thread = runs.one_thread
-
 
 def free_port():
     with socket.socket() as taken:
@@ -81,7 +79,7 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
         close_checkpoints(one / "sft" / part, out / "sft" / part)
 
     lora.train(kinds["lora"], tasks, one / "lora")
-    close(one / "lora" / "waves" / "0", out / "lora" / "waves" / "0")
+    close(one / "lora" / "waves" / "000", out / "lora" / "waves" / "000")
     for part in (lora.ADAPTERS, lora.LAST):
         a, b = (t2l.AdapterStack.from_peft([f / "lora" / part / name for name in ("first", "last")]) for f in (one, out))
         close_tensors(

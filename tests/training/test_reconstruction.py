@@ -15,7 +15,6 @@ from t2l_engine.training import reconstruction
 from t2l_engine.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
 from t2l_engine.training.sampling import Share
 
-one_thread = runs.one_thread
 CPU = torch.device("cpu")
 
 

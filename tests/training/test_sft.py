@@ -17,7 +17,6 @@ from t2l_engine.tasks import Example, Task, load_tasks, write_tasks
 from t2l_engine.testing import numerics
 from t2l_engine.training import sft
 
-one_thread = runs.one_thread
 BOTH = ("first", "last")
 
 
