@@ -43,14 +43,16 @@ class ConfigError(ValueError):
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 16
+_repr.maxlevel, MAX_SHOWN = 3, 400  # 16 texts, and 16 of those, are too long for a message
 
 
 def shown(value: Any) -> str:
-    """``repr`` of a value out of a file, cut to a bounded length."""
+    """``repr`` of a value out of a file, cut to MAX_SHOWN characters."""
     try:
-        return _repr.repr(value)
+        text = _repr.repr(value)
     except ValueError:  # an integer of more digits than Python prints
         return f"<{type(value).__name__} too large to print>"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -112,12 +114,15 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_json(path: Path, most: int = MAX_CONFIG_BYTES) -> Any:
-    """Parse the JSON file ``path``; a ``ConfigError`` names one that is no JSON, too deep, or over ``most`` bytes."""
+def read_json(path: Path) -> Any:
+    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or is too large or too deep."""
+    return parse_json(read_text(path), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """As :func:`read_json`, of the text of ``path``."""
     try:
-        return json.loads(read_text(path, most), object_pairs_hook=distinct)
-    except ConfigError:
-        raise
+        return json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_unicode(text: str) -> bool:
     """False where ``text`` holds lone surrogates, as Python reads bytes that are no UTF-8: no tokenizer takes them."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    return not _SURROGATE.search(text)
 
 
 def chat_prompt(tokenizer, text: str) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.config import ConfigError, distinct, read_text, shown
+from t2l_engine.config import ConfigError, distinct, parse_json, read_text, shown
 from t2l_engine.prompts import is_unicode
 
 DESCRIPTIONS_NAME = "descriptions.json"
@@ -97,14 +97,15 @@ def read_texts(path: Path, most: int) -> Any:
     So does one of more than MAX_VALUES values (a text counts twice).
     """
     text = read_text(path, most)
-    plain = text.encode().replace(b"\\\\", b"").replace(b'\\"', b"")
-    if next(itertools.islice(_VALUES.finditer(plain), MAX_VALUES, None), None) is not None:
+    if _count_values(text.encode()) > MAX_VALUES:
         raise ConfigError(f"{path}: expected JSON of at most {MAX_VALUES} values, got more")
-    del plain
-    try:
-        return json.loads(text, object_pairs_hook=distinct)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    return parse_json(text, path)
+
+
+def _count_values(content: bytes) -> int:
+    """The values of JSON, or MAX_VALUES + 1 where there are more."""
+    plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return sum(1 for _ in itertools.islice(_VALUES.finditer(plain), MAX_VALUES + 1))
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = False) -> None:
@@ -127,13 +128,16 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
-    size = len(contents[DESCRIPTIONS_NAME])
-    if size > MAX_DESCRIPTIONS_BYTES:
-        count = sum(map(len, descriptions.values()))
-        raise ConfigError(
-            f"{path}: expected at most {MAX_DESCRIPTIONS_BYTES} bytes to write, got {size}: {count} descriptions of "
-            f"{len(tasks)} tasks are too many for one folder"
-        )
+    content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
+    for size, most, what in (
+        (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),
+        (_count_values(content), MAX_VALUES, "values"),
+    ):
+        if size > most:
+            raise ConfigError(
+                f"{path}: expected at most {most} {what} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
+                "are too many for one folder"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
         for name, content in contents.items():

@@ -6,8 +6,7 @@ checksums are made to fit, or the header of a safetensors file; so mutations rea
 installed they are guided by coverage, otherwise they are random.
 
 A failure is an exception other than ValueError and FileNotFoundError, an unbounded message, a crash, more than 10 seconds,
-more memory than a refusal may take, or anything executed.  The folder is then kept in ``fuzz-failures`` and the exit status
-is 1.
+more memory than a refusal may take, or anything executed.  The folder is then kept, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ with atheris.instrument_imports(include=["t2l_engine"]) if atheris else contextl
     import t2l_engine
 
     for module in pkgutil.iter_modules(t2l_engine.__path__, "t2l_engine."):
-        if not module.ispkg and module.name not in ("t2l_engine._C", "t2l_engine._core"):
+        if not module.ispkg and module.name.rpartition(".")[2] not in ("_C", "_core", "__main__"):
             importlib.import_module(module.name)  # else those imported late would not be followed
 
 REFERENCE = [("hypermod.pt", "hypernetwork"), ("args.yaml", "hypernetwork"), ("adapter_config.json", "hypernetwork")]
@@ -262,9 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz everything that reads files.")
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--only", nargs="+", default=[], choices=sorted(LOADERS), help="files of these loaders; default: all"
-    )
+    parser.add_argument("--only", nargs="+", default=[], choices=sorted(LOADERS), help="what loads the files; default: all")
     parser.add_argument("--failures", type=Path, default=Path("fuzz-failures"), help="where the folder of a failure is kept")
     parser.add_argument("--in", dest="directory", type=Path, help=argparse.SUPPRESS)  # the fuzzing process itself
     arguments = parser.parse_args()

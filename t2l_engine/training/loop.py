@@ -143,6 +143,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         Log(output, step, enabled=main) as log,
         tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
         _interrupts(single=share.count == 1) as interrupted,
+        torch.random.fork_rng(),  # the caller's draws stay as they were
     ):
         while step < settings.steps:
             began = time.perf_counter()
@@ -160,8 +161,9 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
                     state.save(step)
                     job.write(output, step, best=False)
             if interrupted:
-                tqdm.write(f"saved at step {step} in {output}; the same command goes on from there", file=sys.stderr)
-                raise KeyboardInterrupt
+                message = f"saved at step {step} in {output}; the same command goes on from there"
+                tqdm.write(message, file=sys.stderr)
+                raise KeyboardInterrupt(message)
         if main and not state.saved:
             job.write(output, step, best=False)  # killed between the last state and what it is the state of
     accelerate.wait_for_everyone()

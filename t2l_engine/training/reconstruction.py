@@ -148,8 +148,9 @@ class Reconstruction(loop.Job):
                     sides[side], mean, std = z_scores(values)
                     self._statistics.setdefault(module, {}).update({f"mean_{side}": mean, f"std_{side}": std})
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
-        torch.manual_seed(settings.seed)
-        self.trained = HyperNetwork(self._config()).to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.trained = HyperNetwork(self._config()).to(device)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
     def _config(self) -> HyperNetworkConfig:

@@ -6,19 +6,38 @@ Defaults suit a small model on a CPU; those of the paper are in ``docs/training.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from t2l_engine._yaml import parse_yaml, read_yaml
-from t2l_engine.config import MAX_NUMBER, MAX_RANK, MIN_NUMBER, VARIANTS, ConfigError, resolve_scaling, shown
+from t2l_engine.config import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, VARIANTS, ConfigError, resolve_scaling, shown
+from t2l_engine.prompts import is_unicode
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+
+def _unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("expected Unicode text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Positive = Annotated[int, Field(gt=0, lt=MAX_SIZE)]
+Count = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -71,8 +90,8 @@ class _LoRA(BaseModel):
 class _Model(_LoRA):
     """Training through the frozen base model."""
 
-    base_model: str = Field(description='"smollm2-135m" (packaged) or a local transformers folder')
-    target_modules: tuple[str, ...] = Field(min_length=1, description="names of the adapted linears")
+    base_model: Text = Field(description='"smollm2-135m" (packaged) or a local transformers folder')
+    target_modules: tuple[Text, ...] = Field(min_length=1, description="names of the adapted linears")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained stays float32")
     prompt: Literal["input", "description"] = Field(
         "input", description="input: only the adapter knows the task; description: the prompt names it too"
@@ -89,7 +108,7 @@ class _Model(_LoRA):
     @model_validator(mode="after")
     def _modules(self):
         if len(set(self.target_modules)) != len(self.target_modules):
-            raise ValueError(f"target_modules: expected distinct names, got {list(self.target_modules)}")
+            raise ValueError(f"target_modules: expected distinct names, got {shown(list(self.target_modules))}")
         return self
 
 
@@ -97,9 +116,9 @@ class _HyperNetwork(BaseModel):
     """Sizes of the hypernetwork and what it reads."""
 
     variant: Literal[VARIANTS] = Field("L", description="of the hypernetwork")
-    latent_size: Annotated[int, Field(ge=4)] = Field(128, description="width of the trunk")
+    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = Field(128, description="width of the trunk")
     head_in_size: Positive = Field(256, description="width of the heads' input")
-    encoder: str = Field("minilm", description='"minilm", a sentence-transformers folder, or "one-hot": tasks without text')
+    encoder: Text = Field("minilm", description='"minilm", a sentence-transformers folder, or "one-hot": tasks without text')
     held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
     embedding_noise: NotNegative = Field(
         0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
@@ -146,6 +165,7 @@ _MESSAGES = {
     "Tuple should have": "expected",
     "a valid tuple": "a list",
 }
+MAX_TOLD = 600  # characters of all faults but the first
 S = TypeVar("S", bound=Settings)
 
 
@@ -175,16 +195,17 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
 
 
 def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = None, source: str = "settings") -> S:
-    """``kind`` of plain values; ConfigError lists every fault, with the place in ``where`` each field came from."""
+    """``kind`` of plain values; ConfigError lists the faults, with the place in ``where`` each field came from."""
     try:
         return kind(**values)
     except ValidationError as error:
-        faults = []
+        faults, last = [], ""
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0]) if fault["loc"] else ""
             place = (where or {}).get(name, source)
             if fault["type"] == "extra_forbidden":
-                faults.append(f"{place}: unknown field {shown(name)}; expected some of {sorted(kind.model_fields)}")
+                faults.append(f"{place}: unknown field {shown(name)}")
+                last = f"; expected some of {sorted(kind.model_fields)}"
             elif fault["type"] == "missing":
                 faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
             elif not name:  # of a check over several fields, which names them itself
@@ -194,7 +215,12 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
                 for theirs, ours in _MESSAGES.items():
                     message = message.replace(theirs, ours)
                 faults.append(f"{place}: {name}: {message}, got {shown(fault['input'])}")
-        raise ConfigError("; ".join(dict.fromkeys(faults))) from None
+        faults = list(dict.fromkeys(faults))
+        ends = itertools.accumulate(map(len, faults[1:]), initial=0)
+        told = sum(end <= MAX_TOLD for end in ends)
+        if told < len(faults):
+            last = f"; {len(faults) - told} further faults" + last
+        raise ConfigError("; ".join(faults[:told]) + last) from None
     except TypeError as error:  # keys that are no names
         raise ConfigError(f"{source}: expected field names, got {error}") from None
 

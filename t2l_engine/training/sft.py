@@ -33,8 +33,9 @@ class SFT(loop.Job):
         self.settings, self._frozen = settings, frozen
         texts = [(task.name, task.descriptions) for task in frozen.tasks]
         self._embeddings = TaskEmbeddings(settings, texts, frozen.device)
-        torch.manual_seed(settings.seed)  # layers other than the heads
-        self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # layers other than the heads
+            self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
         self.trained.to(frozen.device)
         self._stream = Stream(
             len(frozen.tasks),

@@ -12,7 +12,7 @@ from t2l_engine.training import loop, lora
 from t2l_engine.training import settings as kinds
 
 save_model, base_model, tasks = shared.save_model, shared.base_model, shared.tasks
-one_thread = runs.one_thread
+one_thread = shared.one_thread
 KINDS = {"sft": kinds.SFTSettings, "lora": kinds.LoRASettings, "reconstruction": kinds.ReconstructionSettings}
 
 

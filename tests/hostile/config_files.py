@@ -26,6 +26,8 @@ def field_cases(make: Callable[[str, object], Case], wrong: dict[str, list]) -> 
 
 
 TEXT, LIST, HUGE = "x" * 10_000, [[1]] * 10_000, 10**400
+#: Values of which a message could show the beginning of each part and still have no end.
+KEYS, NESTED = {f"{i}" + "k" * 150: 1 for i in range(5000)}, [[["x" * 50] * 16] * 16] * 16
 NUMBERS = [None, True, "4", [4], 0, -1, 4.5, HUGE, 10**12, float("nan")]
 FLAGS = [None, 1, "false", [], {"a": 1}]
 
@@ -42,7 +44,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
     yield from field_cases(
         make,
         {
-            "variant": [None, 3, "XL", TEXT, LIST],
+            "variant": [None, 3, "XL", TEXT, LIST, KEYS, NESTED],
             "modules": [None, [], "q_proj", {}, ["q_proj", "q_proj"], ["q_proj"], LIST, [f"m{i}" for i in range(100_000)]],
             "in_features": [
                 None,
@@ -109,7 +111,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
         encoder,
         {
             "name": [None, "", 3, [], {"a": LIST}],
-            "pooling": [None, "median", ["mean"], TEXT],
+            "pooling": [None, "median", ["mean"], TEXT, KEYS, NESTED],
             "max_length": [None, "512", 0, -1, True, 1.5, HUGE],
             "full_stop": FLAGS,
             "template": ["no placeholder", 3, [], ""],
@@ -150,7 +152,7 @@ def _reference_fields(shop: Workshop) -> Iterator[Case]:
     yield from field_cases(
         arg,
         {
-            "training_task": [None, "rl", 3, [], TEXT, LIST, ["sft"]],
+            "training_task": [None, "rl", 3, [], TEXT, LIST, ["sft"], KEYS, NESTED],
             "shared_AB_head": [True, "false", "no", 0, [], {"a": 1}],
             "autoreg_gen": [True, "false", 1],
             "learnable_pos_emb": ["false", [1]],
@@ -217,7 +219,7 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
     yield from field_cases(
         make,
         {
-            "peft_type": [None, "IA3", "lora", 3, [], TEXT, LIST],
+            "peft_type": [None, "IA3", "lora", 3, [], TEXT, LIST, KEYS, NESTED],
             "r": [None, 0, -4, "4", True, 4.5, float("nan"), HUGE, LIST],
             "lora_alpha": [None, 0, -4, "4", True, float("nan"), float("inf"), HUGE, 1e308, 1e200, 1e-300, TEXT],
             "use_rslora": ["false", [1]],
@@ -266,7 +268,7 @@ def _models(shop: Workshop) -> Iterator[Case]:
     sizes = [True, "4", [4], 0, -1, 4.5, HUGE, 10**12, float("nan")]
     wrong = {
         "decoder": {
-            "model_type": [None, 3, [], {}, TEXT, "mamba", LIST],
+            "model_type": [None, 3, [], {}, TEXT, "mamba", LIST, KEYS, NESTED],
             "tie_word_embeddings": FLAGS[1:],
             "use_sliding_window": FLAGS[1:],
             "attention_bias": FLAGS[1:],
@@ -286,7 +288,7 @@ def _models(shop: Workshop) -> Iterator[Case]:
             "sliding_window": sizes,
         },
         "text encoder": {
-            "model_type": [None, 3, {}, "llama", TEXT],
+            "model_type": [None, 3, {}, "llama", TEXT, KEYS, NESTED],
             "num_attention_heads": [*sizes, 3],
             "type_vocab_size": [True, "2", -1, HUGE],
             **{field: sizes for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")},

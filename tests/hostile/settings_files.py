@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 from hostile import Case, Workshop
-from hostile.config_files import HUGE, TEXT, field_cases
+from hostile.config_files import HUGE, KEYS, NESTED, TEXT, field_cases
 
 MANY = [[1]] * 2000  # fewer than YAML may have
 NAN, INF = float("nan"), float("inf")
@@ -21,11 +21,11 @@ def cases(shop: Workshop) -> Iterator[Case]:
     def make(field: str, value: object) -> Case:
         lines = given | {field: f"{field}: {json.dumps(value)}"}
         name = f"settings-{next(count)}-{field[:40]}"
-        return shop.case(name, "settings", file, "\n".join(lines.values()).encode(), field[:100])
+        return shop.case(name, "settings", file, "\n".join(lines.values()).encode(), field[:40])
 
     counts = [None, True, [4], {}, "four", -1, 4.5, 10**30, HUGE, NAN, INF, TEXT, MANY]
     numbers = [None, [1.0], {}, "fast", -1, NAN, INF, HUGE, TEXT, MANY]
-    choices = [None, 3, True, "other", "", ["linear"], {}, "\ud800", HUGE, TEXT, MANY]
+    choices = [None, 3, True, "other", "", ["linear"], {}, "\ud800", HUGE, TEXT, MANY, KEYS, NESTED]
     texts = [None, 3, True, ["a"], {}, "\ud800", MANY]
     positive = ("steps", "tasks_per_batch", "accumulation", "save_every", "rank", "samples_per_task", "max_tokens")
     positive += ("bucket_steps", "validation_samples", "head_in_size")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 
 from hostile import Case, Workshop
-from hostile.config_files import FLAGS, HUGE, LIST, TEXT, field_cases
+from hostile.config_files import FLAGS, HUGE, KEYS, LIST, NESTED, TEXT, field_cases
 from t2l_engine.data.manifest import MAX_MANIFEST_BYTES
 from t2l_engine.data.sni import MAX_FILE_BYTES
 from t2l_engine.tasks import MAX_DESCRIPTIONS_BYTES, MAX_VALUES
@@ -29,11 +29,6 @@ NAMES = {
     "long-in-bytes": "\u65e5" * 128,
 }
 SURROGATE = "\ud800"
-#: More keys than a message has room for, and a value that would be shown without end.
-KEYS = {f"{i}" + "k" * 500: 1 for i in range(5000)}
-NESTED: object = "x" * 50
-for _ in range(3):
-    NESTED = [NESTED] * 16
 #: Lists with nearly as many values as are read, and with more: the memory they take is many times that of the file.
 COSTLY = {
     "objects": b"[" + b'{"":0},' * (MAX_VALUES // 3 - 100) + b"0]",
