@@ -102,6 +102,8 @@ def accelerator(device: str) -> Accelerator:
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
     made = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    if made.device.type != device:  # Accelerate's state is of the process
+        raise ConfigError(f"--device: got {device!r}, but this process has trained on {made.device.type!r} before")
     if made.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise ConfigError(
             "accelerate launch: expected several processes, got one (with --cpu it starts several through MPI only); use "
