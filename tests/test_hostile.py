@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,17 @@ from t2l_engine import AdapterStack, HyperNetwork, attach
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What another process says of every case; where a case ends it, the next one goes on after that case."""
-    program, directory = Path(__file__).parent / "hostile", tmp_path_factory.mktemp("hostile")
-    command = [sys.executable, str(program), str(directory), "--judge", "--after"]
+    """What other processes say of every case, each of its half."""
+    folders = [tmp_path_factory.mktemp("hostile") for _ in range(2)]
+    with ThreadPoolExecutor(len(folders)) as pool:
+        parts = list(pool.map(lambda i: verdicts(folders[i], f"{i}/{len(folders)}"), range(len(folders))))
+    assert not parts[0].keys() & parts[1].keys()
+    return parts[0] | parts[1]
+
+
+def verdicts(directory, part):
+    """What another process says of a part of the cases; where a case ends it, the next one goes on after that case."""
+    command = [sys.executable, str(Path(__file__).parent / "hostile"), str(directory), "--judge", "--part", part, "--after"]
     judged, after = {}, ""
     while True:
         run = subprocess.run([*command, after], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)

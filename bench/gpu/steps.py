@@ -74,6 +74,7 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
     # Gradients and registration are the same on every device, and take minutes.
     chosen = ("-m", "not slow", "-k", "not instruction_sets and not gradcheck and not opcheck", "tests/ops")
     tests = (python, "-m", "pytest", "-q", "--maxfail=25", "--backend", *(("cpu", "--collect-only") if dry else ("cuda",)))
+    training = (python, "-m", "pytest", "-q", "-m", "cuda", *(("--collect-only",) if dry else ()), "tests/training")
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return [
         Step("build", (python, "-m", "bench.gpu.build", *flag), 170),
@@ -91,4 +92,5 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
         own("prefill", "lora:prefill", 35, least=15),
         own("linear", "linear:run", 45, least=15),
         own("ceilings", "ceilings:run", 15, needs=()),
+        Step("tests of training", training, 60, needs=kernels, least=30, required=False),
     ]

@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="judge the cases whose name contains this text")
     parser.add_argument("--after", default="", help="judge the cases after the one of this name")
+    parser.add_argument("--part", default="0/1", help="judge every n-th case from the i-th on: i/n")
     arguments = parser.parse_args()
     if arguments.directory is None and not arguments.judge:
         parser.error("either DIR or --judge is needed")
@@ -82,8 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         os.chdir(directory)
         waiting = bool(arguments.after)
-        for case in corpus(directory, arguments.seed):
-            if not waiting and arguments.only in case.name:
+        first, step = map(int, arguments.part.split("/"))
+        for number, case in enumerate(corpus(directory, arguments.seed)):
+            if not waiting and arguments.only in case.name and number % step == first:
                 print(json.dumps({"name": case.name}), flush=True)  # a crash is thereby a crash of this case
                 print(json.dumps(_judged(case)), flush=True)
                 if os.path.exists(MARKER):
