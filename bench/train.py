@@ -25,7 +25,7 @@ BAR = Bar(1.12, of=BASE)
 MEMORY_BAR = 1.25
 SEPARATE = "one task at a time"
 #: Seconds for each case, in those of an ordinary one: a step takes up to seconds.
-FACTOR = 90
+FACTOR = 30
 #: Steps change what they train, but hardly: times belong to the same values.
 LEARNING_RATE, GRAD_CLIP = 1e-6, 1.0
 Entries = Iterator[tuple[str, dict[str, Any]]]
