@@ -35,11 +35,11 @@ LORA = LoRASettings(
     base_model=MODEL, target_modules=("q_proj", "v_proj"), steps=50, warmup_steps=5, learning_rate=2e-3,
     samples_per_task=8, tasks_per_batch=COUNT, max_tokens=96, validate_every=25, save_every=25,
 )  # fmt: skip
-_SHARED = {"tasks_per_batch": COUNT, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.0, "validate_every": 100}
+_SHARED = {"tasks_per_batch": COUNT, "head_in_size": 512, "weight_decay": 0.0, "validate_every": 250}
 RECONSTRUCTION = {
-    "z-score": ReconstructionSettings(target="z-score", steps=1000, **_SHARED),
-    "raw": ReconstructionSettings(target="raw", steps=1000, **_SHARED),
-    "delta-w": ReconstructionSettings(target="delta-w", steps=600, **_SHARED),
+    "z-score": ReconstructionSettings(target="z-score", steps=500, learning_rate=5e-4, **_SHARED),
+    "raw": ReconstructionSettings(target="raw", steps=500, learning_rate=5e-4, **_SHARED),
+    "delta-w": ReconstructionSettings(target="delta-w", steps=600, learning_rate=1e-3, **_SHARED),
 }
 
 

@@ -47,9 +47,9 @@ class Case:
 
 def cases(context: Context) -> list[Case]:
     """What is measured at the size of ``context``."""
-    lengths = (48, 128) if context.full else (16,)
-    few = [Case("q,v", tokens, dtype) for dtype in ATTENTION for tokens in lengths]
-    return [*few, Case("all linears", lengths[-1], "bfloat16")]
+    lengths = {"float32": (48,), "bfloat16": (48, 128)} if context.full else dict.fromkeys(ATTENTION, (16,))
+    few = [Case("q,v", tokens, dtype) for dtype, of in lengths.items() for tokens in of]
+    return [*few, Case("all linears", lengths["bfloat16"][-1], "bfloat16")]
 
 
 class Frozen(NamedTuple):

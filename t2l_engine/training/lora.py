@@ -34,7 +34,8 @@ ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.j
 class LoRABank(nn.Module):
     """``count`` adapters as parameters, ``lora_A.<module> [count, layers, r, in]`` and ``lora_B.<module> [.., out, r]``.
 
-    A starts as PEFT's Kaiming-uniform draw, ±1/sqrt(in), one a module and layer, the same for all adapters; B as zero.
+    A starts as PEFT's Kaiming-uniform draw, ±1/sqrt(in), one a module, the same for all layers and adapters, as
+    Bias-HyperInit's: what a hypernetwork has to reproduce is what was learned.  B starts as zero.
     """
 
     def __init__(self, modules: Modules, count: int, rank: int, scaling: float, seed: int):
@@ -43,8 +44,8 @@ class LoRABank(nn.Module):
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self._paths, self._scaling = dict(zip(modules.names, modules.paths, strict=True)), scaling
         for name, n_in, n_out in zip(modules.names, modules.in_features, modules.out_features, strict=True):
-            draw = (torch.rand(modules.num_layers, rank, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)
-            self.lora_A[name] = nn.Parameter(draw.repeat(count, 1, 1, 1))
+            draw = (torch.rand(rank, n_in, generator=generator) * 2 - 1) / math.sqrt(n_in)
+            self.lora_A[name] = nn.Parameter(draw.repeat(count, modules.num_layers, 1, 1))
             self.lora_B[name] = nn.Parameter(torch.zeros(count, modules.num_layers, n_out, rank))
 
     def forward(self) -> AdapterStack:

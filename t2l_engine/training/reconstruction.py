@@ -4,15 +4,18 @@ There is no base model in the loop.  The loss of a task is the L1 distance to it
 
 - "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, each entry's by its mean and unbiased standard deviation
   over the tasks; generation undoes them;
-- "raw": the same between A and B themselves;
+- "raw": the same between A and B themselves.  The hypernetwork generates what they differ by from the mean over the tasks,
+  which is an offset of the checkpoint, in units of their spread, which are folded into the heads in the end;
 - "delta-w": ``10,000 mean|B A - B' A'|``; the hypernetwork generates A and B that are a hundred times as large.
 """
 
 from __future__ import annotations
 
-import contextlib
+import copy
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +133,16 @@ def z_scores(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return ((wide - mean) / (std + STD_EPS)).float(), mean.float(), std.float()
 
 
+def spread(stack: AdapterStack) -> float:
+    """The power of two nearest to the standard deviation of A and B over the adapters, the root of its mean square.
+
+    Heads that generate in this unit learn at the rate that suits z-scores; entries themselves are some hundredths.
+    """
+    sides = [*stack.lora_A.values(), *stack.lora_B.values()]
+    square = sum(float((t.double() - t.double().mean(dim=0)).square().sum()) for t in sides) / sum(t.numel() for t in sides)
+    return 2.0 ** round(math.log2(square) / 2) if square > 0 else 1.0
+
+
 class Reconstruction(loop.Job):
     """See :func:`train`."""
 
@@ -139,7 +152,8 @@ class Reconstruction(loop.Job):
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
         self.settings, self._library = settings, library
         self._embeddings = TaskEmbeddings(settings, list(library.descriptions.items()), device)
-        self._statistics: dict[str, dict[str, Tensor]] = {}
+        self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that undo z-scores
+        self._unit = spread(library.stack) if settings.target == "raw" else 1.0
         self._targets: dict[str, tuple[Tensor, Tensor]] = {}
         for module, A in library.stack.lora_A.items():
             sides = {"A": A, "B": library.stack.lora_B[module]}
@@ -150,7 +164,11 @@ class Reconstruction(loop.Job):
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.trained = HyperNetwork(self._config()).to(device)
+            self.trained = HyperNetwork(self._config())
+        if settings.target == "raw":
+            for module, offsets in self.trained.offsets.items():
+                offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
+        self.trained.to(device)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
     def _config(self) -> HyperNetworkConfig:
@@ -169,7 +187,7 @@ class Reconstruction(loop.Job):
             lora_alpha=self._library.scaling * self._library.rank,
             scaling="plain",
             head_bias=s.target != "z-score",
-            output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else 1.0,
+            output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else self._unit,
             paths=None if usual else tuple(stack.paths.values()),
         )
 
@@ -196,7 +214,10 @@ class Reconstruction(loop.Job):
 
     def loss(self, trained: nn.Module, batch: Sequence[Group]) -> Tensor:
         distances = self._distances(trained(self._embeddings.varied(batch)), batch)
-        return distances.sum() / self.settings.tasks_per_step
+        return distances.sum() / (self.settings.tasks_per_step * self._unit)
+
+    def reported(self, loss: float) -> float:
+        return loss * self._unit
 
     def validate(self, share: Share) -> dict[str, float]:
         """Of every task with its first held-out description, or its first where none is held out."""
@@ -211,18 +232,17 @@ class Reconstruction(loop.Job):
                 found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
         return found
 
-    @contextlib.contextmanager
-    def _generating(self) -> Iterator[HyperNetwork]:
-        """The hypernetwork with what turns its outputs into A and B: training sees z-scores."""
+    def _generating(self) -> HyperNetwork:
+        """A copy that generates A and B as they are: z-scores undone, the unit in the heads."""
+        net = copy.deepcopy(self.trained)
         for module, values in self._statistics.items():
             for name, value in values.items():
-                setattr(self.trained.offsets[module], name, value.to(next(self.trained.parameters()).device))
-        try:
-            yield self.trained
-        finally:
-            for module, values in self._statistics.items():
-                for name in values:
-                    setattr(self.trained.offsets[module], name, None)
+                setattr(net.offsets[module], name, value)
+        if self._unit != 1.0:
+            net.config = dataclasses.replace(net.config, output_scale=1.0)
+            for parameter in net.heads.parameters():
+                parameter.data *= self._unit  # a power of two: exact
+        return net
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
@@ -230,8 +250,7 @@ class Reconstruction(loop.Job):
             "tasks": self.data()["adapters"],
         }  # fmt: skip
         blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model(), "training": training}
-        with self._generating() as net:
-            net.save_pretrained(folder, blocks)
+        self._generating().save_pretrained(folder, blocks)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests()}
