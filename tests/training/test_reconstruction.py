@@ -113,7 +113,13 @@ def test_the_loss_is_the_distance_in_words(tmp_path, target):
         found = torch.tensor(list(made.validate(Share()).values()))
         loss = sum(float(made.loss(made.trained, batch)) for batch in made.batches(0, Share()))
     assert torch.allclose(found.double(), expected, rtol=numerics.GRADIENT_RTOL)
-    assert loss == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)  # a step has each of the three tasks
+    # A step has each of the three tasks.
+    assert made.reported(loss) == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)
+    net = made.trained.config
+    saved = t2l.HyperNetwork.from_pretrained(tmp_path / "out").config
+    assert saved.output_scale == (0.01 if target == "delta-w" else 1.0) and (net.output_scale != 1.0) == (
+        target != "z-score"
+    )
 
 
 # --- learning --------------------------------------------------------------------------------------------------------
