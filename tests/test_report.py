@@ -133,13 +133,23 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     for document in {t.document for t in report.TABLES}:
         shutil.copy(report.ROOT / document, tmp_path / document)
-    shutil.copy(report.ROOT / "bench" / "results" / report.quality.FILE, results)
+    for name in (report.quality.FILE, report.learn_tables.FILE):
+        shutil.copy(report.ROOT / "bench" / "results" / name, results)
     save(tmp_path, generation())
     save(tmp_path, application())
     save(tmp_path, result("icl", **icl_result.lists()))
     save(tmp_path, result("train", **train_result.lists()))
     shutil.copy(report.ROOT / "bench" / "results" / "lengths.json", results)
     return tmp_path
+
+
+def test_what_is_learned_is_told_with_its_shares():
+    found = json.loads((report.ROOT / "bench" / "results" / report.learn_tables.FILE).read_text(encoding="utf-8"))
+    for text in (report.learn_tables.summary(found), report.learn_tables.whole(found)):
+        for of in found["reconstruction"].values():
+            assert f"{of['kept']['exact_match']:.1f} %" in text and f"{of['kept']['loss']:.1f} %" in text
+    del found["library"]
+    assert "was not measured" in report.learn_tables.summary(found)
 
 
 @pytest.fixture
