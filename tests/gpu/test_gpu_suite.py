@@ -47,7 +47,7 @@ def test_allowance():
 def test_plan(tmp_path, dry):
     made = {one.name: one for one in plan(tmp_path, dry)}
     names, own = list(made), [one for one in made.values() if one.part]
-    assert len(names) == len(plan(tmp_path, dry)) and names[0] == "build" and len(own) == len(names) - 2
+    assert len(names) == len(plan(tmp_path, dry)) and names[0] == "build" and len(own) == len(names) - 3
     assert max(map(names.index, ("sanitizers", "energy", "compiled"))) < names.index("prefill")
     assert names.index("icl") == names.index("model") + 1 and made["icl"].required
     assert all(one.least <= one.limit for one in made.values())
@@ -59,6 +59,10 @@ def test_plan(tmp_path, dry):
     tests = made["tests of ops"]
     assert ("--collect-only" in tests.command) == dry and tests.environment == {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     assert "not instruction_sets and not gradcheck and not opcheck" in tests.command
+    training = made["tests of training"]
+    assert (
+        not training.required and ("--collect-only" in training.command) == dry and training.command[-1] == "tests/training"
+    )
 
 
 def test_suite(tmp_path):

@@ -200,6 +200,7 @@ def counting(function, counts, name):
 EVERY = {"replaced": 7, "saved": 2, "stepped": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [lora_waves, reconstructed])
 def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch, kind):
     """At files that are put in their place, at states that are written, in steps."""
