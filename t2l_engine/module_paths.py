@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 LAYER = "{layer}"
 MAX_PATH = 256
@@ -37,6 +37,12 @@ def path_fault(path: str) -> str | None:
     if not plain or parts[-1] == LAYER:
         return "expected names of letters, digits, '_' and '-' joined by dots, the last one below the layer index"
     return None
+
+
+def own_paths(paths: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The paths of modules, by name, in order; None where all are those of :data:`DEFAULT_PATHS`."""
+    usual = all(DEFAULT_PATHS.get(name) == path for name, path in paths.items())
+    return None if usual else tuple(paths.values())
 
 
 def layer_list(path: str) -> str | None:

@@ -17,7 +17,7 @@ from t2l_engine.data.manifest import summary
 from t2l_engine.handle import attach
 from t2l_engine.integrations import base_model
 from t2l_engine.locate import features, find
-from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, generic
+from t2l_engine.module_paths import DEFAULT_PATHS, LAYER, generic, own_paths
 from t2l_engine.tasks import Task, load_tasks
 from t2l_engine.training.objective import Adapter, Batch, Objective, collate, weighting
 from t2l_engine.training.sampling import Descriptions, Examples, Group, Share
@@ -37,8 +37,7 @@ class Modules:
     @property
     def own_paths(self) -> tuple[str, ...] | None:
         """None where all are where Llama has them."""
-        usual = all(DEFAULT_PATHS.get(name) == path for name, path in zip(self.names, self.paths, strict=True))
-        return None if usual else self.paths
+        return own_paths(dict(zip(self.names, self.paths, strict=True)))
 
 
 def locate(model: nn.Module, names: Sequence[str]) -> Modules:

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, read_json, shown
 from t2l_engine.hypernetwork import STD_EPS, HyperNetwork
-from t2l_engine.module_paths import DEFAULT_PATHS
+from t2l_engine.module_paths import own_paths
 from t2l_engine.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.tasks import DESCRIPTIONS_NAME, read_descriptions
 from t2l_engine.training import loop
@@ -72,18 +72,19 @@ class Library:
                     f"{folder / self.names[other[0]]}: {module}: expected rank {self.rank} in all "
                     f"{ranks.shape[1]} layers, got {ranks[other[0]].tolist()}"
                 )
-
         depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
         if len(set(depths.values())) > 1:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {shown(depths)}")
+        # Read with the adapters, and once: every save asks, and a library may have gigabytes.
+        self.base_model, self.digests = self._base_model(), self._digests()
 
-    def base_model(self) -> str | None:
+    def _base_model(self) -> str | None:
         """The base model that all adapters name, if they do."""
         named = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
         only = named.pop() if len(named) == 1 else None
         return only if isinstance(only, str) else None
 
-    def digests(self) -> dict[str, Any]:
+    def _digests(self) -> dict[str, Any]:
         """Per adapter: the first 16 hex digits of the SHA-256 of its file and of its descriptions."""
 
         def digest(content: bytes) -> str:
@@ -173,7 +174,6 @@ class Reconstruction(loop.Job):
 
     def _config(self) -> HyperNetworkConfig:
         s, stack = self.settings, self._library.stack
-        usual = all(DEFAULT_PATHS.get(name) == path for name, path in stack.paths.items())
         return HyperNetworkConfig(
             variant=s.variant,
             modules=tuple(stack.paths),
@@ -188,7 +188,7 @@ class Reconstruction(loop.Job):
             scaling="plain",
             head_bias=s.target != "z-score",
             output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else self._unit,
-            paths=None if usual else tuple(stack.paths.values()),
+            paths=own_paths(stack.paths),
         )
 
     def _group(self, task: int, visit: int) -> Group:
@@ -249,11 +249,11 @@ class Reconstruction(loop.Job):
             "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
             "tasks": self.data()["adapters"],
         }  # fmt: skip
-        blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model(), "training": training}
+        blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model, "training": training}
         self._generating().save_pretrained(folder, blocks)
 
     def data(self) -> dict[str, Any]:
-        return {"adapters": self._library.digests()}
+        return {"adapters": self._library.digests}
 
 
 def train(

@@ -179,7 +179,7 @@ def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_p
     adapters = out / lora.ADAPTERS
     assert json.loads((adapters / "descriptions.json").read_text()) == json.loads((tasks / "descriptions.json").read_text())
     read_back = Library(adapters)
-    assert (read_back.rank, read_back.scaling, read_back.base_model()) == (4, 8.0, str(base_model))
+    assert (read_back.rank, read_back.scaling, read_back.base_model) == (4, 8.0, str(base_model))
     ids = torch.tensor([[3, 9, 10, 4]])
     model, _ = base_model_loader.load(str(base_model), torch.float32)
     with torch.no_grad():

@@ -163,7 +163,7 @@ def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
     assert about["base_model"] == "base" and about["encoder"]["tasks"] == ["task0", "task1", "task2"]
     training = about["training"]
     assert (training["method"], training["steps_done"], training["target"]) == ("reconstruction", steps, target)
-    assert training["tasks"] == Library(tmp_path / "library").digests()
+    assert training["tasks"] == Library(tmp_path / "library").digests
 
 
 @pytest.mark.parametrize("held_out", [0, 1])
