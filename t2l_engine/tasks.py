@@ -1,7 +1,8 @@
 """Task folders: what training and evaluation read.
 
 A folder holds ``<name>.jsonl`` files, one example a line: ``{"input": str, "output": [accepted answers], "split": str}``,
-and ``descriptions.json``: ``{name: [description, ...]}``.
+and ``descriptions.json``: ``{name: [description, ...]}``.  A line may also say how its answer is judged: ``"metric": str``
+(one of METRICS), with ``"options": [str, ...]`` or ``"tests": str``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -25,17 +27,31 @@ MAX_DESCRIPTIONS_BYTES = 1 << 25  # some five times those of the paper's 479 tas
 #: Of a JSON file of texts: two bytes of it can be a value, which takes some 80 in memory.
 MAX_VALUES = 1 << 20
 MAX_NAME_BYTES = 128
+#: How an answer is judged: it equals an accepted one after trimming; its last number equals an accepted one; the option of
+#: highest log-likelihood is an accepted one; it is Python code, and ``tests`` run after it without an exception.
+METRICS = ("exact_match", "number", "options", "pass")
 _NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
 _VALUES = re.compile(rb'"[^"]*"?|[\[{,]')  # of JSON without escapes: texts, and what a value follows
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One input with its accepted answers."""
+    """One input with its accepted answers, and how an answer is judged.
+
+    ``metric``: one of METRICS.  ``options``: with metric "options", the answers to choose from; the outputs are among them.
+    ``tests``: with metric "pass", Python source that runs after the answer.
+    """
 
     input: str
     outputs: tuple[str, ...]
     split: str
+    metric: str = "exact_match"
+    options: tuple[str, ...] = ()
+    tests: str = ""
+
+
+#: The keys of a line that are written where they say something else.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Example) if field.default is not dataclasses.MISSING}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +168,15 @@ def _lines(folder: Path, task: Task) -> bytes:
     _check_descriptions(list(task.descriptions), f"{folder / DESCRIPTIONS_NAME}: {task.name}")
     lines = []
     for number, example in enumerate(task.examples, start=1):
-        if not example.outputs or not all(map(is_unicode, (example.input, example.split, *example.outputs))):
-            raise ConfigError(
-                f"{path}:{number}: expected Unicode text and at least one output to write, got {shown(example)}"
-            )
+        where = f"{path}:{number}"
+        if not example.outputs or not all(map(is_unicode, _strings(example))):
+            raise ConfigError(f"{where}: expected Unicode text and at least one output to write, got {shown(example)}")
+        _check_metric(example, where)
         row = {"input": example.input, "output": example.outputs, "split": example.split}
+        row |= {key: getattr(example, key) for key, value in _DEFAULTS.items() if getattr(example, key) != value}
         lines.append((json.dumps(row, ensure_ascii=False) + "\n").encode())
         if len(lines[-1]) > MAX_LINE_BYTES:
-            raise ConfigError(f"{path}:{number}: expected lines of at most {MAX_LINE_BYTES} bytes to write")
+            raise ConfigError(f"{where}: expected lines of at most {MAX_LINE_BYTES} bytes to write")
     return b"".join(lines)
 
 
@@ -179,28 +196,88 @@ def _check_descriptions(texts: object, where: str) -> None:
         raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
 
 
-def _read_examples(path: Path) -> Iterator[Example]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
+def _check_metric(example: Example, where: str) -> None:
+    """ConfigError unless metric, options, tests and outputs fit together."""
+    metric, options = example.metric, example.options
+    if metric not in METRICS:
+        raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {shown(metric)}")
+    if metric == "options":
+        if len(options) < 2 or len(set(options)) < len(options) or not all(option.strip() for option in options):
+            raise ConfigError(f"{where}: options: expected at least two distinct non-empty strings, got {shown(options)}")
+        if not set(options).issuperset(example.outputs):
+            raise ConfigError(f"{where}: output: expected some of {shown(options)}, got {shown(example.outputs)}")
+    elif options:
+        raise ConfigError(f"{where}: options: expected none with metric {metric!r}, got {shown(options)}")
+    if metric == "pass" and not example.tests.strip():
+        raise ConfigError(f"{where}: tests: expected Python source with metric 'pass', got {shown(example.tests)}")
+    if metric != "pass" and example.tests:
+        raise ConfigError(f"{where}: tests: expected none with metric {metric!r}, got {shown(example.tests)}")
+    if metric == "number":
+        for output in example.outputs:
+            if parse_number(output) is None:
+                raise ConfigError(f"{where}: output: expected numbers with metric 'number', got {shown(output)}")
+
+
+def parse_number(text: str) -> float | None:
+    """The number that ``text`` is once commas are removed; None where it is none, or not finite.
+
+    >>> parse_number(" 1,250.50 ")
+    1250.5
+    """
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _strings(example: Example) -> tuple[str, ...]:
+    return (example.input, example.split, *example.outputs, example.metric, *example.options, example.tests)
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines, each with ``"path:line"``; blank lines are passed over.
+
+    Raises OSError where it cannot be read, ConfigError naming a line that is too long or no JSON object.
+    """
     with path.open("rb") as lines:
         for number in itertools.count(1):
             line = lines.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
+            where = f"{path}:{number}"
             if len(line) > MAX_LINE_BYTES:
-                raise ConfigError(f"{path}:{number}: expected lines of at most {MAX_LINE_BYTES} bytes")
+                raise ConfigError(f"{where}: expected lines of at most {MAX_LINE_BYTES} bytes")
             if not line.strip():
                 continue
             try:
                 row = json.loads(line, object_pairs_hook=distinct)
-                outputs = row["output"]
-                example = Example(row["input"], tuple(outputs), row["split"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 reason = f"{type(error).__name__}: {shown(str(error))}"
-                raise ConfigError(f"{path}:{number}: expected input, output and split: {reason}") from None
-            strings = (example.input, example.split, *example.outputs)
-            if not isinstance(outputs, list) or not outputs or not all(isinstance(s, str) for s in strings):
-                raise ConfigError(f"{path}:{number}: expected strings, output a non-empty list of them")
-            if not all(map(is_unicode, strings)):
-                raise ConfigError(f"{path}:{number}: expected Unicode text, got lone surrogates")
-            yield example
+                raise ConfigError(f"{where}: expected a JSON object: {reason}") from None
+            if not isinstance(row, dict):
+                raise ConfigError(f"{where}: expected a JSON object, got {shown(row)}")
+            yield where, row
+
+
+def _read_examples(path: Path) -> Iterator[Example]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
+    for where, row in read_rows(path):
+        missing = [key for key in ("input", "output", "split") if key not in row]
+        if missing:
+            raise ConfigError(f"{where}: expected input, output and split, found no {missing[0]}")
+        outputs, options = row["output"], row.get("options", [])
+        if not isinstance(outputs, list) or not outputs:
+            raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {shown(outputs)}")
+        if not isinstance(options, list):
+            raise ConfigError(f"{where}: options: expected a list of strings, got {shown(options)}")
+        judged = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
+        example = Example(row["input"], tuple(outputs), row["split"], *judged)
+        strings = _strings(example)
+        if not all(isinstance(text, str) for text in strings):
+            raise ConfigError(f"{where}: expected strings, output and options lists of them, got {shown(row)}")
+        if not all(map(is_unicode, strings)):
+            raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+        _check_metric(example, where)
+        yield example

@@ -66,6 +66,7 @@ TARGETS = [
     *((base, "config.json", LOADER_OF[base]) for base in MODELS),
     ("manifest", "manifest.json", "manifest"),
     ("sni", "task001_colours.json", "sni"),
+    *(("benchmarks", f"{name}.jsonl", "benchmarks") for name in ("openbookqa", "hellaswag", "mbpp")),
     ("settings", "run.yaml", "settings"),
 ]
 WHOLE, INNER = 0, 1  # the form: the file, or the pickle or header inside it

@@ -4,7 +4,7 @@ import pytest
 
 from t2l_engine import ConfigError
 from t2l_engine import tasks as tasks_module
-from t2l_engine.tasks import MAX_LINE_BYTES, Example, Task, load_tasks, write_tasks
+from t2l_engine.tasks import MAX_LINE_BYTES, METRICS, Example, Task, load_tasks, parse_number, read_rows, write_tasks
 
 ROWS = (
     {"input": "France", "output": ["Paris", "paris"], "split": "train"},
@@ -183,3 +183,76 @@ def test_as_many_descriptions_as_can_be_read_are_written(tmp_path, monkeypatch):
     ):
         write_tasks(tmp_path, TASKS, overwrite=True)
     assert len(load_tasks(tmp_path, None)) == 1
+
+
+JUDGED = Task(
+    "judged",
+    ("Answer.",),
+    (
+        Example("1 + 1", ("2", "2.0", "1,002"), "test", "number"),
+        Example("Où ?", ("là",), "test", "options", ("ici", "là")),
+        Example("def f():", ("    return 1",), "test", "pass", tests="assert f() == 1\n"),
+        Example("x", ("y",), "test"),
+    ),
+)
+
+
+def test_how_answers_are_judged_is_kept(tmp_path):
+    write_tasks(tmp_path, [JUDGED])
+    assert load_tasks(tmp_path, None) == [JUDGED]
+    assert [sorted(row) for _, row in read_rows(tmp_path / "judged.jsonl")] == [
+        ["input", "metric", "output", "split"],
+        ["input", "metric", "options", "output", "split"],
+        ["input", "metric", "output", "split", "tests"],
+        ["input", "output", "split"],
+    ]
+    assert {example.metric for example in JUDGED.examples} == set(METRICS)
+
+
+def test_defaults_may_be_stated(write):
+    folder = write({"a": ["Name it."]}, a=[ROWS[0] | {"metric": "exact_match", "options": [], "tests": ""}])
+    assert load_tasks(folder, None)[0].examples == (Example("France", ("Paris", "paris"), "train"),)
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"metric": "rouge"}, r"metric: expected one of \('exact_match', .*\), got 'rouge'"),
+        ({"metric": "number"}, "output: expected numbers with metric 'number', got 'b'"),
+        ({"metric": "options"}, r"options: expected at least two distinct non-empty strings, got \(\)"),
+        ({"metric": "options", "options": ("b",)}, "options: expected at least two"),
+        ({"metric": "options", "options": ("b", "c", "c")}, "options: expected at least two distinct"),
+        ({"metric": "options", "options": ("b", " ")}, "options: expected at least two distinct non-empty"),
+        ({"metric": "options", "options": ("B", "c")}, r"output: expected some of \('B', 'c'\), got \('b',\)"),
+        ({"metric": "number", "options": ("b", "c")}, "options: expected none with metric 'number'"),
+        ({"options": ("b", "c")}, "options: expected none with metric 'exact_match'"),
+        ({"metric": "pass"}, "tests: expected Python source with metric 'pass', got ''"),
+        ({"metric": "pass", "tests": " \n"}, "tests: expected Python source"),
+        ({"metric": "options", "options": ("b", "c"), "tests": "pass"}, "tests: expected none with metric 'options'"),
+        ({"tests": "pass"}, "tests: expected none with metric 'exact_match'"),
+        ({"metric": "options", "options": ("b", "\ud800")}, "Unicode"),
+        ({"metric": "pass", "tests": "\ud800"}, "Unicode"),
+    ],
+    ids=str,
+)
+def test_contradictions_are_neither_read_nor_written(write, tmp_path, keys, message):
+    line = json.dumps({"input": "a", "output": ["b"], "split": "train", **keys})
+    with pytest.raises(ConfigError, match=rf"a\.jsonl:2: .*{message}"):
+        load_tasks(write({"a": ["Name it."]}, a=[ROWS[0], line]), "train")
+    with pytest.raises(ConfigError, match=rf"x\.jsonl:1: .*{message}"):
+        write_tasks(tmp_path / "out", [Task("x", ("One.",), (Example("a", ("b",), "train", **keys),))])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("key", ["metric", "options", "tests"])
+@pytest.mark.parametrize("value", [None, 3, [3], {"a": 1}, [["a"]]], ids=str)
+def test_kinds_of_the_further_keys(write, key, value):
+    row = {"input": "a", "output": ["b"], "split": "train", "metric": "pass", "tests": "pass"} | {key: value}
+    with pytest.raises(ConfigError, match=r"a\.jsonl:1: "):
+        load_tasks(write({"a": ["Name it."]}, a=[row]), "train")
+
+
+def test_numbers():
+    numbers = {"3": 3, " -1,234.5\n": -1234.5, "1e3": 1000, "0": 0}
+    assert {text: parse_number(text) for text in numbers} == numbers
+    assert [parse_number(text) for text in ("", ",", "3 apples", "nan", "inf", "1e999", "1/2", "$3")] == [None] * 8

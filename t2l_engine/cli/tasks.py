@@ -77,6 +77,28 @@ def import_sni(
         say(f"{len(imported.left_out)} tasks left out")
 
 
+@app.command("import-benchmarks")
+def import_benchmarks(
+    source: Annotated[Path, typer.Argument(help="Folder of <benchmark>.jsonl files, a row of the data set a line.")],
+    output: Output,
+    names: Annotated[str, typer.Option(help="Comma-separated benchmarks; default: all that SOURCE has.")] = "",
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Examples a split, the first; default: all.")] = None,
+    force: Force = False,
+) -> None:
+    """Import T2L's ten benchmarks, each with how its answers are judged."""
+    from t2l_engine.data import benchmarks
+    from t2l_engine.tasks import write_tasks
+
+    imported = benchmarks.import_benchmarks(source, split_names(names) or None, max_examples)
+    for name, reasons in imported.left_out.items():
+        for reason, count in reasons.items():
+            say(f"left out: {count} rows of {name}: {reason}")
+    if not imported.tasks:
+        raise ValueError(f"{source}: no task to write, no row is of use")
+    write_tasks(output, imported.tasks, overwrite=force)
+    _wrote(output, imported.tasks)
+
+
 @app.command()
 def synthetic(
     output: Output,

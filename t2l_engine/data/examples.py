@@ -40,16 +40,22 @@ def example_digest(text: str, output: str) -> bytes:
 def pool(examples: Iterable[Example]) -> list[Example]:
     """One example an input, the first as it is written; the accepted outputs of all follow in order, each once.
 
-    The splits of the examples do not matter; that of the first is kept.
+    The splits of the examples do not matter; that of the first is kept.  Outputs of examples that are judged otherwise than
+    the first (metric, options or tests) are not taken: they would be none of its options.
     """
     found: dict[str, list[Example]] = {}
     for example in examples:
         found.setdefault(normalise(example.input), []).append(example)
     pooled = []
     for same in found.values():
-        outputs = dict.fromkeys(output for example in same for output in example.outputs)
+        alike = (example for example in same if _judged(example) == _judged(same[0]))
+        outputs = dict.fromkeys(output for example in alike for output in example.outputs)
         pooled.append(dataclasses.replace(same[0], outputs=tuple(outputs)))
     return pooled
+
+
+def _judged(example: Example) -> tuple[str, tuple[str, ...], str]:
+    return example.metric, example.options, example.tests
 
 
 def choose(examples: Iterable[Example], most: int = MAX_EXAMPLES, max_chars: int = MAX_CHARS) -> list[Example]:

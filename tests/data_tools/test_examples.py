@@ -1,5 +1,6 @@
 """Which examples are the same, which are chosen, and where each falls."""
 
+import dataclasses
 import random
 
 import pytest
@@ -25,6 +26,13 @@ def test_the_same_input_is_pooled_and_its_outputs_follow_in_order():
         [example(" An  Ant ", "x", "y"), example("bee", "z"), example("an\tant", "y", "w"), example("AN ANT", "x")]
     )
     assert pooled == [example(" An  Ant ", "x", "y", "w"), example("bee", "z")]
+
+
+def test_outputs_are_pooled_where_they_are_judged_alike():
+    first, other = (Example("Which?", (c,), "test", "options", ("a", c)) for c in "bc")
+    again = dataclasses.replace(first, outputs=("a",), split="train")
+    assert pool([first, other, again, example("which?", "z")]) == [dataclasses.replace(first, outputs=("b", "a"))]
+    assert split([first])[0].options == ("a", "b")
 
 
 def test_digests_ignore_space_and_case_of_the_input_alone():

@@ -117,6 +117,29 @@ def test_import_sni(t2l_tasks, fails, sni, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_import_benchmarks(t2l_tasks, fails, tmp_path):
+    row = {"goal": "Open it.", "sol1": "Turn the knob.", "sol2": "Wait.", "label": 0}
+    rows = [row, row | {"sol2": row["sol1"]}, row | {"label": -1}, row | {"label": 1}]
+    source = tmp_path / "source"
+    fails("no <name>.jsonl found", "import-benchmarks", source, "-o", tmp_path / "none")
+    source.mkdir()
+    (source / "piqa.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out, err, _ = t2l_tasks("import-benchmarks", source, "-o", tmp_path / "out")
+    assert out == f"{tmp_path / 'out'}: 1 tasks, 2 examples\n"
+    assert err == (
+        "t2l: left out: 1 rows of piqa: the choices are not distinct texts\n"
+        "t2l: left out: 1 rows of piqa: no answer is stated\n"
+    )
+    assert [e.outputs for e in load_tasks(tmp_path / "out", "test")[0].examples] == [("Turn the knob.",), ("Wait.",)]
+    arguments = ("import-benchmarks", source, "-o", tmp_path / "out")
+    fails("descriptions.json: exists", *arguments)
+    assert t2l_tasks(*arguments, "--names", "piqa", "--max-examples", 1, "--force")[0].endswith("1 tasks, 1 examples\n")
+    fails("names: expected some of", *arguments, "--names", "piqa,glue")
+    fails("no arc_easy.jsonl found", *arguments, "--names", "piqa,arc_easy")
+    (source / "piqa.jsonl").write_text(json.dumps(rows[2]))
+    fails("no task to write, no row is of use", *arguments, "--force")
+
+
 def test_import_sni_as_in_a_manifest(t2l_tasks, fails, sni, tmp_path):
     source = sni(task001_ants=ANTS, task002_bees=ANTS)
     assert t2l_tasks("import-sni", source, "--tasks", "1", "--max-instances", 12, "-o", tmp_path / "first")[2] is None

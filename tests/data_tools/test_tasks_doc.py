@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from t2l_engine.data.manifest import TIERS, read
-from t2l_engine.tasks import Example, Task, load_tasks, write_tasks
+from t2l_engine.tasks import Example, load_tasks
 
 TEXT = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
@@ -27,14 +27,19 @@ def test_commands_and_example_run(sni, t2l_tasks, tmp_path, monkeypatch):
     source = Path("function_vectors/dataset_files/abstractive")
     source.mkdir(parents=True)
     (source / "word_length.json").write_text(json.dumps([{"input": "igloo", "output": "5"}]))
-    write_tasks("benchmarks", [Task("bench", ("Answer.",), (Example("Which of these is a benchmark?", ("This",), "test"),))])
+    Path("downloads").mkdir()
+    choices = {"label": ["A", "B"], "text": ["This", "That"]}
+    row = {"question": "Which of these is a benchmark?", "choices": choices, "answerKey": "A"}
+    Path("downloads/arc_easy.jsonl").write_text(json.dumps(row))
+    boolq = {"passage": "It is.", "question": "is it", "answer": True}
+    Path("downloads/boolq.jsonl").write_text(json.dumps(boolq))
 
     (example,) = re.findall(r"<!-- apply -->\n```python\n(.*?)```", TEXT, re.S)
     exec(compile(example, "docs/tasks.md", "exec"), {})
     assert load_tasks("other", None)[0].examples == (Example("igloo", ("5",), "test"),)
 
     commands = re.findall(r"^t2l tasks ([^#\n]*)", TEXT, re.M)
-    assert len(commands) == 8
+    assert len(commands) == 10
     for arguments in map(shlex.split, commands):
         _, _, error = t2l_tasks(*arguments)
         expected = "differs from manifest" if arguments[0] == "check" else None  # two tasks are not all of them

@@ -23,6 +23,7 @@ import torch
 from t2l_engine import AdapterStack, HyperNetwork
 from t2l_engine.checkpoint import describe, encoder_config
 from t2l_engine.data import manifest
+from t2l_engine.data.benchmarks import import_benchmarks
 from t2l_engine.data.sni import import_sni
 from t2l_engine.flops import Decoder, Encoder
 from t2l_engine.tasks import load_tasks
@@ -50,11 +51,12 @@ LOADERS: dict[str, Callable] = {
     "text encoder": Encoder.from_config,
     "manifest": lambda folder: manifest.read(folder / "manifest.json"),
     "sni": import_sni,
+    "benchmarks": import_benchmarks,
     "settings": lambda folder: settings.read(settings.SFTSettings, folder / "run.yaml"),
 }
 #: What reads a good folder, where that is no hypernetwork.
 LOADER_OF = {"tasks": "tasks", "manifest": "manifest", "sni": "sni", "settings": "settings", "adapter": "adapters"}
-LOADER_OF |= {"decoder": "decoder", "gemma": "decoder", "text encoder": "text encoder"}
+LOADER_OF |= {"benchmarks": "benchmarks", "decoder": "decoder", "gemma": "decoder", "text encoder": "text encoder"}
 #: Configurations of models whose costs are counted: of every kind of field one.
 MODELS = {
     "decoder": {"model_type": "qwen3_moe", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "head_dim": 8,
@@ -70,7 +72,9 @@ MODELS = {
 FILES = {
     "tasks": {
         "descriptions.json": '{"copy": ["Repeat the input."]}',
-        "copy.jsonl": '{"input": "a", "output": ["a"], "split": "train"}\n' * 3,
+        "copy.jsonl": '{"input": "a", "output": ["a"], "split": "train"}\n' * 3
+        + '{"input": "a", "output": ["a"], "split": "train", "metric": "options", "options": ["a", "b"]}\n'
+        + '{"input": "a", "output": ["a = 1"], "split": "train", "metric": "pass", "tests": "assert a"}\n',
     },
     "manifest": {
         "manifest.json": json.dumps(
@@ -103,6 +107,12 @@ FILES = {
                 ],
             }
         )
+    },
+    "benchmarks": {
+        "openbookqa.jsonl": '{"question_stem": "Snow is", "choices": {"label": ["A", "B"], "text": ["hot", "cold"]}, '
+        '"answerKey": "B"}\n',
+        "hellaswag.jsonl": '{"raw": {"ctx": "He sits", "endings": ["down.", "up."], "label": "0"}, "split": "val"}\n',
+        "mbpp.jsonl": '{"text": "Add.", "code": "a = 1", "test_list": ["assert a"], "test_setup_code": ""}\n',
     },
     "settings": {
         "run.yaml": "base_model: smollm2-135m\ntarget_modules: [q_proj, v_proj]\nschedule: linear\nsteps: 30\n"

@@ -43,6 +43,7 @@ def cases(shop: Workshop) -> Iterator[Case]:
     yield from _examples(shop)
     yield from _manifests(shop)
     yield from _instructions(shop)
+    yield from _benchmarks(shop)
 
 
 def _large(shop: Workshop, base: str, file: str, most: int, start: bytes, places: list[bytes]) -> Iterator[Case]:
@@ -116,6 +117,35 @@ def _examples(shop: Workshop) -> Iterator[Case]:
         "objects": b'{"input": [' + b'{"":0},' * 140_000 + b'0], "output": ["a"], "split": "train"}',
     }.items():
         yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + line + b"\n" + good)
+    start, options = good.strip()[:-1], b', "metric": "options", "options": '
+    for name, keys in {
+        "metric-unknown": b', "metric": "rouge"',
+        "metric-null": b', "metric": null',
+        "metric-list": b', "metric": ["pass"]',
+        "metric-long": b', "metric": "' + b"x" * 500_000 + b'"',
+        "metric-surrogate": b', "metric": "\\ud800"',
+        "number-none": b', "metric": "number"',
+        "options-absent": b', "metric": "options"',
+        "options-text": options + b'"ab"',
+        "options-null": options + b"null",
+        "options-numbers": options + b'["a", 1]',
+        "options-lists": options + b'["a", ["b"]]',
+        "options-objects": options + b"[" + b'{"":0},' * 140_000 + b'"a"]',
+        "options-one": options + b'["a"]',
+        "options-twice": options + b'["a", "b", "b"]',
+        "options-blank": options + b'["a", " "]',
+        "options-surrogate": options + b'["a", "\\udc80"]',
+        "options-without-output": options + b'["b", "c"]',
+        "options-many": options + json.dumps([f"{i:x}" for i in range(105_000) if i != 10]).encode(),
+        "options-unasked": b', "options": ["a", "b"]',
+        "tests-absent": b', "metric": "pass"',
+        "tests-blank": b', "metric": "pass", "tests": "\\n"',
+        "tests-null": b', "metric": "pass", "tests": null',
+        "tests-list": b', "metric": "pass", "tests": ["assert a"]',
+        "tests-surrogate": b', "metric": "pass", "tests": "\\ud800"',
+        "tests-unasked": b', "tests": "assert a"',
+    }.items():
+        yield shop.case(f"examples-{name}", "tasks", "copy.jsonl", good + start + keys + b"}\n" + good)
     yield shop.case("examples-none", "tasks", "copy.jsonl", b"")
     yield shop.case("examples-other-split", "tasks", "copy.jsonl", good.replace(b"train", b"test"))
     short = b'{"input":"","output":[""],"split":"train"}\n' * (1 << 18)
@@ -233,3 +263,31 @@ def _instructions(shop: Workshop) -> Iterator[Case]:
     yield no_file("sni-pipe", content=os.mkfifo)
     start = b'{"Definition": '
     yield from _large(shop, "sni", file, MAX_FILE_BYTES, start, [b'"Source": ', b'"Instances": ', b'"input": '])
+
+
+def _benchmarks(shop: Workshop) -> Iterator[Case]:
+    count = iter(range(10_000))
+
+    def fields(name: str, wrong: dict[str, list[object]]) -> Iterator[Case]:
+        file = f"{name}.jsonl"
+        line = shop.read("benchmarks", file)
+        row = json.loads(line)
+
+        def make(field: str, value: object) -> Case:
+            inner = {"raw": row["raw"] | {field: value}} if "raw" in row and field != "raw" else {field: value}
+            content = line + json.dumps(row | inner).encode()
+            return shop.case(f"benchmarks-{next(count)}-{field}", "benchmarks", file, content, field)
+
+        yield from field_cases(make, wrong)
+
+    texts = [None, 3, True, [], ["a"], {}, SURROGATE, HUGE, LIST, NESTED, KEYS]
+    lists = [None, 3, "a", {}, [1], [None], [["a"]], ["a", SURROGATE], HUGE, LIST, NESTED, KEYS]
+    choices = {"label": ["A", "B"], "text": ["hot", "cold"]}
+    wrong = [*lists, *({**choices, key: value} for key in choices for value in lists), {"label": ["A"], "text": []}]
+    yield from fields("openbookqa", {"question_stem": texts, "choices": wrong, "answerKey": [*texts, "C", "AB"]})
+    labels = [None, True, 2, -2, 0.0, "2", "00", [], {}, HUGE, LIST, NESTED, KEYS]
+    yield from fields("hellaswag", {"ctx": texts, "endings": lists, "label": labels, "raw": [None, 3, "a", []]})
+    yield from fields("mbpp", {"text": texts, "code": texts, "test_list": lists, "test_setup_code": texts, "split": texts})
+    for name, line in {"empty": b"[]", "text": b"no json", "nul": b"\0", "deep": b"[" * 100_000, "cut": b'{"raw": '}.items():
+        yield shop.case(f"benchmarks-{name}", "benchmarks", "mbpp.jsonl", shop.read("benchmarks", "mbpp.jsonl") + line)
+    yield shop.case("benchmarks-long-line", "benchmarks", "mbpp.jsonl", b" " * (48 * MIB) + b"{")

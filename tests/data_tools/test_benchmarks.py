@@ -1,0 +1,194 @@
+"""Import of T2L's benchmarks: the forms of their rows, how answers are judged, what is left out, and broken rows."""
+
+import json
+
+import pytest
+
+from t2l_engine.config import ConfigError
+from t2l_engine.data.benchmarks import NAMES, import_benchmarks
+from t2l_engine.tasks import MAX_LINE_BYTES, Example, load_tasks, write_tasks
+
+COLUMNS = {"label": ["1", "2", "3"], "text": ["a stone ", "a fish", "a tree"]}
+OBJECTS = [{"label": label, "text": text} for label, text in zip(COLUMNS["label"], COLUMNS["text"], strict=True)]
+ARC = {"id": "x", "question": "What swims?", "choices": COLUMNS, "answerKey": "2"}
+BOOLQ = {"question": "can fish swim", "passage": "Fish -- They swim.", "answer": True}
+HELLASWAG = {"ind": 1, "ctx": "He sits", "endings": ["up.", "down."], "label": "1", "split": "val", "split_type": "x"}
+PIQA = {"goal": "Open the door.", "sol1": "Turn the knob.", "sol2": "Wait for it.", "label": 0}
+WINOGRANDE = {"sentence": "The cup was on the table, so the _ was wet.", "option1": "cup", "option2": "table", "answer": "2"}
+GSM8K = {"question": "What is 500 times 2?", "answer": "500*2=<<500*2=1000>>1,000\n#### 1,000"}
+HUMANEVAL = {
+    "task_id": "HumanEval/0",
+    "prompt": '\ndef one():\n    """Return 1."""\n',
+    "canonical_solution": "    return 1\n",
+    "test": "def check(candidate):\n    assert candidate() == 1",
+    "entry_point": "one",
+}
+MBPP = {"text": "Write one.", "code": "def one(): return 1", "test_list": ["assert one()", "assert one() < 2"]}
+SETUP = MBPP | {"test_setup_code": "import math"}
+SANITIZED = {"prompt" if key == "text" else key: value for key, value in MBPP.items()} | {"test_imports": ["import math"]}
+
+FISH = Example("What swims?", ("a fish",), "test", "options", ("a stone", "a fish", "a tree"))
+CODE = Example(
+    "Write one.\n\nThe program must fulfil:\nassert one()\nassert one() < 2",
+    ("def one(): return 1",),
+    "test",
+    "pass",
+    tests="import math\nassert one()\nassert one() < 2",
+)
+#: name -> rows of every form, and what they become.
+FORMS = {
+    "arc_easy": [(ARC, FISH), (ARC | {"question": {"stem": "What swims?", "choices": OBJECTS}}, FISH)],
+    "arc_challenge": [(ARC, FISH)],
+    "openbookqa": [
+        ({"question_stem": "What swims?", "choices": COLUMNS, "answerKey": "2"}, FISH),
+        ({"question": {"stem": "What swims?", "choices": OBJECTS}, "answerKey": "2"}, FISH),
+    ],
+    "boolq": [
+        (
+            BOOLQ | {"answer": answer},
+            Example("Fish -- They swim.\n\nQuestion: can fish swim?", (text,), "test", "options", ("yes", "no")),
+        )
+        for answer, text in ((True, "yes"), (False, "no"))
+    ],
+    "hellaswag": [(HELLASWAG, Example("He sits", ("down.",), "val", "options", ("up.", "down.")))],
+    "piqa": [(PIQA, Example("Open the door.", ("Turn the knob.",), "test", "options", ("Turn the knob.", "Wait for it.")))],
+    "winogrande": [
+        (
+            WINOGRANDE | {"answer": answer},
+            Example(
+                "The cup was on the table, so the _ was wet.\n\nQuestion: does the blank _ stand for cup or for table?",
+                (text,),
+                "test",
+                "options",
+                ("cup", "table"),
+            ),
+        )
+        for answer, text in ((1, "cup"), ("2", "table"))
+    ],
+    "gsm8k": [(GSM8K, Example("What is 500 times 2?", ("1,000",), "test", "number"))],
+    "humaneval": [
+        (
+            HUMANEVAL,
+            Example(HUMANEVAL["prompt"], ("    return 1\n",), "test", "pass", tests=HUMANEVAL["test"] + "\ncheck(one)"),
+        )
+    ],
+    "mbpp": [(SETUP, CODE), (SANITIZED, CODE)],
+}
+NO_ANSWER, CHOICES = "no answer is stated", "the choices are not distinct texts"
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Factory of the folder of benchmarks: rows, or lines as they are, of each."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+
+    def make(**files):
+        for name, rows in files.items():
+            lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+            (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        return folder
+
+    return make
+
+
+def test_rows_of_every_benchmark(source, tmp_path):
+    folder = source(**{name: [row for row, _ in forms] for name, forms in FORMS.items()})
+    imported = import_benchmarks(folder)
+    assert imported.left_out == {} and [task.name for task in imported.tasks] == list(NAMES)
+    assert {task.name: list(task.examples) for task in imported.tasks} == {
+        name: [example for _, example in forms] for name, forms in FORMS.items()
+    }
+    texts = [text for task in imported.tasks for text in task.descriptions]
+    assert len(set(texts)) == len(texts) == 30
+    write_tasks(tmp_path / "tasks", imported.tasks)
+    assert load_tasks(tmp_path / "tasks", None) == sorted(imported.tasks, key=lambda task: task.name)
+
+
+def test_splits_order_and_how_many(source):
+    rows = [{"raw": PIQA | {"goal": str(i)}, "split": "train" if i % 3 else "test", "prompt": "?"} for i in range(9)]
+    folder = source(piqa=[*rows, "", PIQA])
+    (task,) = import_benchmarks(folder).tasks
+    assert [(e.input, e.split) for e in task.examples[:4]] == [("0", "test"), ("1", "train"), ("2", "train"), ("3", "test")]
+    assert len(task.examples) == 10 and task.examples[-1].split == "test"
+    (task,) = import_benchmarks(folder, most=2).tasks
+    assert [e.input for e in task.examples] == ["0", "1", "2", "3"]
+    for most in (0, -1):
+        with pytest.raises(ConfigError, match="most: expected a positive number"):
+            import_benchmarks(folder, most=most)
+
+
+def test_which_benchmarks(source, tmp_path):
+    folder = source(piqa=[PIQA], arc_easy=[ARC], other=["no JSON"])
+    assert [task.name for task in import_benchmarks(folder).tasks] == ["arc_easy", "piqa"]
+    assert [task.name for task in import_benchmarks(str(folder), ["piqa"]).tasks] == ["piqa"]
+    with pytest.raises(ConfigError, match=r"names: expected some of \('arc_easy', .*got \['other'\]"):
+        import_benchmarks(folder, ["piqa", "other"])
+    with pytest.raises(FileNotFoundError, match=r"source: no boolq\.jsonl found"):
+        import_benchmarks(folder, ["piqa", "boolq"])
+    with pytest.raises(FileNotFoundError, match="nowhere: no <name>.jsonl found; the benchmarks are arc_easy, "):
+        import_benchmarks(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "name, row, reason",
+    [
+        ("arc_easy", ARC | {"answerKey": ""}, NO_ANSWER),
+        ("arc_easy", ARC | {"choices": {"label": ["1", "2"], "text": ["a", " a"]}}, CHOICES),
+        ("openbookqa", ARC | {"choices": {"label": ["2"], "text": ["a"]}}, CHOICES),
+        ("hellaswag", HELLASWAG | {"label": ""}, NO_ANSWER),
+        ("hellaswag", HELLASWAG | {"endings": ["", "down."]}, CHOICES),
+        ("piqa", PIQA | {"label": -1}, NO_ANSWER),
+        ("piqa", PIQA | {"sol2": PIQA["sol1"]}, CHOICES),
+        ("winogrande", WINOGRANDE | {"answer": ""}, NO_ANSWER),
+        ("gsm8k", GSM8K | {"answer": "It is 1."}, "the answer does not end in a number after ####"),
+        ("gsm8k", GSM8K | {"answer": "#### many"}, "the answer does not end in a number after ####"),
+        ("mbpp", SETUP | {"test_list": []}, "there are no tests"),
+    ],
+)
+def test_rows_of_no_use_are_counted(source, name, row, reason):
+    good, example = FORMS[name][0]
+    imported = import_benchmarks(source(**{name: [row, good, row]}))
+    assert imported.left_out == {name: {reason: 2}} and imported.tasks[0].examples == (example,)
+    assert import_benchmarks(source(**{name: [row]})).tasks == []
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        (
+            "arc_easy",
+            ARC | {"answerKey": "D"},
+            r"answerKey: expected one of the labels \['1', '2', '3'\] of 3 choices, got 'D'",
+        ),
+        ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", "b"]}}, "answerKey: expected one of the labels"),
+        ("arc_easy", ARC | {"choices": OBJECTS}, "choices: expected an object, got"),
+        ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", 3, "b"]}}, "choices: text: expected a list of strings"),
+        (
+            "arc_easy",
+            ARC | {"question": {"stem": "x", "choices": [{"label": "2"}]}},
+            r"question: choices\[0\]: text: .*found none",
+        ),
+        ("boolq", BOOLQ | {"answer": 1}, "answer: expected true or false, got 1"),
+        ("boolq", BOOLQ | {"passage": "\ud800"}, "passage: expected a string of Unicode text"),
+        ("hellaswag", HELLASWAG | {"label": "2"}, r"label: expected a number in \[0, 2\), got '2'"),
+        ("hellaswag", HELLASWAG | {"label": None}, "label: expected a number"),
+        ("hellaswag", {"raw": {"ctx": "x"}, "split": "val"}, "raw: endings: expected a list of strings .*, found none"),
+        ("hellaswag", {"raw": "x", "split": "val"}, "raw: expected an object"),
+        ("piqa", PIQA | {"label": True}, r"label: expected a number in \[0, 2\), got True"),
+        ("piqa", PIQA | {"split": 3}, "split: expected a string of Unicode text, got 3"),
+        ("winogrande", WINOGRANDE | {"answer": 0}, r"answer: expected a number in \[1, 3\), got 0"),
+        ("humaneval", HUMANEVAL | {"entry_point": "f(); g"}, r"entry_point: expected a name of Python, got 'f\(\); g'"),
+        ("mbpp", MBPP, "test_setup_code: expected a string of Unicode text, found none"),
+        ("mbpp", "[]", r"expected a JSON object, got \[\]"),
+        ("mbpp", " " * (MAX_LINE_BYTES + 1), "expected lines of at most"),
+    ],
+)
+def test_a_broken_row_is_named(source, name, row, message):
+    with pytest.raises(ConfigError, match=rf"{name}\.jsonl:2: {message}"):
+        import_benchmarks(source(**{name: [FORMS[name][0][0], row]}))
+
+
+def test_broken_json(source, broken_json):
+    with pytest.raises(ConfigError, match=r"gsm8k\.jsonl:1: "):
+        import_benchmarks(source(gsm8k=[broken_json or "x"]))
