@@ -1,0 +1,379 @@
+"""A library of adapters: its average, Arrow's prototypes, and the model that Arrow routes, against loops over tokens."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from t2l_engine import AdapterStack, attach
+from t2l_engine.evaluation.library import Arrow, average, prototypes, routing_weights
+from t2l_engine.testing.numerics import LOGITS_ATOL, logits_bound, lora_frobenius, relative_frobenius, u
+
+NAMES = ("q_proj", "v_proj", "down_proj")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Products here are tiny: threads that wait for each other are dearer than the products."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("Llama", head_dim=32)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+def blocks(**linears):
+    """A model of two layers; ``linears``: name -> (in, out) features."""
+    torch.manual_seed(0)
+    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(*sizes) for name, sizes in linears.items()}) for _ in range(2))
+
+
+def inputs(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+def with_ranks(stack, ranks, name="q_proj"):
+    """``stack`` with the ranks ``[N][n]`` of one module, and values beyond them that must not be used."""
+    ranks = torch.tensor(ranks, dtype=torch.int32)
+    a, b = stack.lora_A[name].clone(), stack.lora_B[name].clone()
+    beyond = torch.arange(a.shape[2]) >= ranks[..., None]
+    a[beyond] = torch.nan
+    b.mT[beyond] = torch.inf
+    return AdapterStack(
+        stack.lora_A | {name: a}, stack.lora_B | {name: b}, stack.scaling, stack.ranks | {name: ranks}, stack.paths
+    )
+
+
+def leading(A, B):
+    """The right singular vector of ``B A`` with the largest singular value, in float64 and by the definition."""
+    return torch.linalg.svd(B.double() @ A.double()).Vh[0]
+
+
+def naive(base, stack, name, layer, x, top_k):
+    """Arrow's layer, a token and an expert at a time, in float64."""
+    pairs = []
+    for i, rank in enumerate(stack.ranks[name][:, layer].tolist()):
+        pairs.append((stack.lora_A[name][i, layer, :rank].double(), stack.lora_B[name][i, layer, :, :rank].double()))
+    directions = [leading(A, B) if bool((B @ A).any()) else A.new_zeros(A.shape[1]) for A, B in pairs]
+    y = nn.functional.linear(x.double(), base.weight.double(), base.bias.double())
+    for place in itertools.product(*map(range, x.shape[:-1])):
+        h = x[place].double()
+        logits = torch.tensor([abs(float(h @ v)) for v in directions], dtype=torch.float64)
+        chosen = logits.argsort(descending=True)[:top_k].tolist()
+        for i, share in zip(chosen, logits[chosen].softmax(dim=0).tolist(), strict=True):
+            A, B = pairs[i]
+            y[place] += share * float(stack.scaling[i]) * (B @ (A @ h))
+    return y
+
+
+@torch.no_grad()
+def logits(model, tokens):
+    return model(tokens).logits
+
+
+# --- average ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_average_is_the_mean_of_the_factors(make_stack, dtype):
+    stack = make_stack({"q_proj": (16, 12), "v_proj": (16, 8)}, dtype=dtype)
+    stack.scaling.fill_(1.5)
+    mean = average(stack)
+    assert len(mean) == 1 and mean.dtype == dtype and mean.scaling.tolist() == [1.5] and mean.paths == stack.paths
+    for name in stack.lora_A:
+        assert mean.ranks[name].tolist() == [[4, 4]]
+        for got, side in ((mean.lora_A[name], stack.lora_A[name]), (mean.lora_B[name], stack.lora_B[name])):
+            expected = sum(adapter.double() for adapter in side) / 3
+            assert relative_frobenius(got[0], expected) <= lora_frobenius(dtype)
+
+
+def test_average_of_one_adapter_is_that_adapter(make_stack):
+    stack = make_stack({"q_proj": (16, 12)}, num_adapters=1, partial=True)
+    mean = average(stack)
+    assert mean.allclose(stack, rtol=0, atol=0) and mean.partial
+    mean.scaling.zero_()
+    assert stack.scaling.tolist() == [0.5]
+
+
+def test_what_cannot_be_averaged(make_stack):
+    stack = make_stack({"q_proj": (16, 12)})
+    with pytest.raises(ValueError, match=r"stack: expected one scaling to average, got \[0.5, 1.25, 2.0\]"):
+        average(stack)
+    stack.scaling.fill_(1.0)
+    with pytest.raises(ValueError, match=r"stack: q_proj: layer 1: expected one rank to average, got \[2, 4\]"):
+        average(with_ranks(stack, [[3, 4], [3, 2], [3, 4]]))
+    average(with_ranks(stack, [[3, 4]] * 3))  # ranks may differ between layers
+    with pytest.raises(ValueError, match="stack: expected at least one adapter, got none"):
+        average(stack[:0])
+    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got list"):
+        average([stack])
+
+
+# --- prototypes and shares -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [(16, 12), (3, 12), (16, 3)], ids=["usual", "in<rank", "out<rank"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_prototypes_are_leading_right_singular_vectors(make_stack, sizes, dtype):
+    stack = make_stack({"q_proj": sizes}, dtype=dtype)
+    found = prototypes(stack)["q_proj"]
+    assert found.shape == (3, 2, sizes[0]) and found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    for i in range(3):
+        for layer in range(2):
+            exact = leading(stack.lora_A["q_proj"][i, layer], stack.lora_B["q_proj"][i, layer])
+            got = found[i, layer] * torch.sign(found[i, layer].double() @ exact)
+            assert relative_frobenius(got, exact) <= u(torch.float32)
+
+
+def test_prototypes_of_nothing_are_zero_and_padding_means_nothing(make_stack):
+    stack = make_stack({"q_proj": (16, 12)})
+    stack.lora_B["q_proj"][2] = 0
+    padded = with_ranks(stack, [[2, 0], [4, 1], [3, 4]])
+    found = prototypes(padded)["q_proj"]
+    zero = torch.zeros(16)
+    assert torch.equal(found[0, 1], zero) and torch.equal(found[2], zero.expand(2, 16))
+    for i, layer, rank in ((0, 0, 2), (1, 0, 4), (1, 1, 1)):
+        exact = leading(stack.lora_A["q_proj"][i, layer, :rank], stack.lora_B["q_proj"][i, layer, :, :rank])
+        got = found[i, layer] * torch.sign(found[i, layer].double() @ exact)
+        assert relative_frobenius(got, exact) <= u(torch.float32)
+    with pytest.raises(ValueError, match="stack: expected at least one adapter, got none"):
+        prototypes(stack[:0])
+
+
+def test_logits_of_bfloat16_inputs_are_float32():
+    x = torch.tensor([[256.0, 0.5]], dtype=torch.bfloat16)  # logits of 256 and 256.5, which bfloat16 cannot tell apart
+    weights = routing_weights(x, torch.tensor([[1.0, 0.0], [-1.0, -1.0], [0.0, 1.0]]), top_k=2)
+    expected = [*torch.tensor([256.0, 256.5]).softmax(dim=0).tolist(), 0.0]
+    assert weights.dtype == torch.float32 and weights.tolist() == [expected]
+
+
+# --- routed layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16), (7, 16), (2, 2, 3, 16)], ids=str)
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@torch.no_grad()
+def test_layers_equal_a_loop_over_tokens(make_stack, top_k, shape):
+    bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(*shape)
+    stack = with_ranks(stack, [[4, 2], [1, 4], [3, 3]])
+    with Arrow(bare, stack, top_k):
+        for layer, block in enumerate(bare):
+            got, base = block["q_proj"](x), nn.functional.linear(x, block["q_proj"].weight, block["q_proj"].bias)
+            expected = naive(block["q_proj"], stack, "q_proj", layer, x, top_k)
+            assert got.dtype == torch.float32 and not torch.equal(got, base)
+            assert relative_frobenius(got, expected) <= lora_frobenius(torch.float32)
+
+
+@torch.no_grad()
+def test_experts_that_add_nothing(make_stack):
+    bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(2, 5, 16)
+    stack.lora_B["q_proj"][1:] = 0
+    with Arrow(bare, stack, top_k=3):  # two shares of nothing
+        expected = naive(bare[0]["q_proj"], stack, "q_proj", 0, x, 3)
+        assert relative_frobenius(bare[0]["q_proj"](x), expected) <= lora_frobenius(torch.float32)
+    base = bare[0]["q_proj"](x)
+    with Arrow(bare, stack[1:], top_k=2):
+        assert torch.equal(bare[0]["q_proj"](x), base)
+    with Arrow(bare, with_ranks(stack, [[0, 4], [0, 4], [0, 4]]), top_k=2):  # no adapter has the layer
+        assert torch.equal(bare[0]["q_proj"](x), base)
+
+
+@torch.no_grad()
+def test_no_tokens(make_stack):
+    bare = blocks(q_proj=(16, 12))
+    with Arrow(bare, make_stack({"q_proj": (16, 12)}), top_k=2):
+        assert bare[0]["q_proj"](inputs(0, 5, 16)).shape == (0, 5, 12)
+
+
+@torch.no_grad()
+def test_packed_projections(make_stack):
+    """Every module is routed alone, and adds to its own columns."""
+    bare, x = blocks(qkv=(16, 20)), inputs(2, 5, 16)
+    stack = make_stack({"v_proj": (16, 4), "q_proj": (16, 12)})
+    packed = {"qkv": {"q_proj": 12, "k_proj": 4, "v_proj": 4}}
+    base = bare[1]["qkv"](x)
+    with Arrow(bare, stack, top_k=2, packed=packed):
+        got = bare[1]["qkv"](x)
+    assert torch.equal(got[..., 12:16], base[..., 12:16])
+    for name, start, width in (("q_proj", 0, 12), ("v_proj", 16, 4)):
+        part = nn.Linear(16, width)
+        part.weight, part.bias = (
+            nn.Parameter(p[start : start + width]) for p in (bare[1]["qkv"].weight, bare[1]["qkv"].bias)
+        )
+        expected = naive(part, stack, name, 1, x, 2)
+        assert relative_frobenius(got[..., start : start + width], expected) <= lora_frobenius(torch.float32)
+    with pytest.raises(ValueError, match="v_proj: .*ModuleList has no such module"):
+        Arrow(bare, stack, top_k=2)
+
+
+@torch.no_grad()
+def test_partial_libraries_leave_later_layers_alone(make_stack):
+    bare, x = blocks(q_proj=(16, 12)), inputs(2, 5, 16)
+    before = [block["q_proj"](x) for block in bare]
+    with Arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1, partial=True), top_k=2):
+        after = [block["q_proj"](x) for block in bare]
+    assert not torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_the_logits(make_stack):
+    bare, stack, x = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), inputs(2, 5, 16)
+    base = bare[0]["q_proj"](x)
+    with Arrow(bare, stack, top_k=2):
+        delta = bare[0]["q_proj"](x) - base
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = bare[0]["q_proj"](x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = bare[0]["q_proj"](x) + delta.bfloat16()
+    assert rounded.dtype == torch.bfloat16 and relative_frobenius(rounded, expected) <= u(torch.bfloat16)
+
+
+# --- routed models ---------------------------------------------------------------------------------------------------
+
+
+def test_a_library_of_one_is_that_adapter(model, stack_for, tokens):
+    stack = stack_for(model, NAMES, num_adapters=1)
+    base = logits(model, tokens)
+    handle = attach(model, stack)
+    with handle.use(0):
+        expected = logits(model, tokens)
+    handle.detach()
+    with Arrow(model, stack, top_k=1):
+        got = logits(model, tokens)
+    assert (got - expected).abs().max() <= LOGITS_ATOL < 1000 * LOGITS_ATOL < (got - base).abs().max()
+
+
+def test_bfloat16_models(tiny_model, stack_for, tokens):
+    model = tiny_model("Llama", dtype=torch.bfloat16)
+    stack = stack_for(model, NAMES, num_adapters=1, dtype=torch.bfloat16)
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        handle = attach(tiny := tiny_model("Llama", dtype=torch.bfloat16).to(dtype), stack.to(dtype=dtype))
+        with handle.use(0):
+            results.append(logits(tiny, tokens))
+    with Arrow(model, stack.to(dtype=torch.float32), top_k=1):  # rounded to the dtype of the weights again
+        got = logits(model, tokens)
+    assert got.dtype == torch.bfloat16
+    assert float((got.double() - results[0]).norm()) <= logits_bound(*results)
+
+
+def test_detach_leaves_the_model_as_it_was(model, stack_for, tokens):
+    stack = stack_for(model, NAMES)
+    modules, state = dict(model.named_modules()), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    base = logits(model, tokens)
+    routed = Arrow(model, stack, top_k=2)
+    assert not torch.equal(logits(model, tokens), base)
+    with pytest.raises(ValueError, match="model: a library is routed on it already; detach that one first"):
+        Arrow(model, stack[:1], top_k=1)
+    routed.detach()
+    assert torch.equal(logits(model, tokens), base)
+    assert dict(model.named_modules()) == modules and not any(module._forward_hooks for module in modules.values())
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="detached already"):
+        routed.detach()
+    with pytest.raises(KeyError), Arrow(model, stack, top_k=2):
+        raise KeyError
+    assert torch.equal(logits(model, tokens), base)
+    with Arrow(model, stack, top_k=2) as routed:
+        routed.detach()
+
+
+def test_the_stack_is_copied(model, stack_for, tokens):
+    stack = stack_for(model, NAMES)
+    with Arrow(model, stack, top_k=2):
+        before = logits(model, tokens)
+        for tensor in (*stack.lora_A.values(), *stack.lora_B.values(), stack.scaling):
+            tensor.zero_()
+        assert torch.equal(logits(model, tokens), before)
+
+
+def test_generate(model, stack_for, tokens):
+    """With its cache, the tokens that the whole sequence gives without one."""
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0}
+    base = model.generate(tokens, **settings)
+    with Arrow(model, stack_for(model, NAMES), top_k=2):
+        got = model.generate(tokens, **settings)
+        for length in range(tokens.shape[1], got.shape[1]):
+            scores = logits(model, got[:, :length])[:, -1]
+            scores[:, model.config.eos_token_id] = -torch.inf  # not before five tokens
+            assert torch.equal(scores.argmax(dim=-1), got[:, length])
+    assert got.shape == (3, 12) and not torch.equal(got, base)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [0, -1, 4, True, 2.0, "2", None])
+def test_top_k_is_checked(make_stack, top_k):
+    with pytest.raises(ValueError, match=r"top_k: expected an int in \[1, 3\], the adapters of the stack, got "):
+        Arrow(blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)}), top_k)
+
+
+def test_four_experts_unless_told(make_stack):
+    bare, x = blocks(q_proj=(16, 12)), inputs(5, 16)
+    stack = make_stack({"q_proj": (16, 12)}, num_adapters=6)
+    with Arrow(bare, stack):
+        default = bare[0]["q_proj"](x)
+    with Arrow(bare, stack, top_k=4):
+        assert torch.equal(bare[0]["q_proj"](x), default)
+    with pytest.raises(ValueError, match=r"top_k: expected an int in \[1, 3\].*, got 4"):
+        Arrow(bare, stack[:3])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "num_layers", "message"),
+    [
+        ({"q_proj": (64, 128), "v_proj": (64, 65)}, 2, "v_proj: layer 0: .* 64/65, the model has 64/64"),
+        ({"q_proj": (64, 128)}, 3, "q_proj: the adapter has 3 layers, the model has 2"),
+        ({"q_proj": (64, 128), "qkv_proj": (64, 64)}, 2, "qkv_proj: .*LlamaForCausalLM has no such module"),
+    ],
+)
+def test_what_attach_refuses_is_refused(model, make_stack, shapes, num_layers, message):
+    stack = make_stack(shapes, num_layers=num_layers)
+    for call in (lambda: attach(model, stack), lambda: Arrow(model, stack, top_k=1)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_other_models_and_stacks_are_refused(model, make_stack, stack_for):
+    stack = stack_for(model, NAMES)
+    with pytest.raises(ValueError, match="model: expected a torch module, got str"):
+        Arrow("model", stack, top_k=1)
+    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got str; read a folder"):
+        Arrow(model, "folder", top_k=1)
+    with pytest.raises(ValueError, match="stack: expected at least one adapter, got none"):
+        Arrow(model, stack[:0], top_k=1)
+    handle = attach(model, stack)
+    with pytest.raises(ValueError, match="model: adapters are attached already"):
+        Arrow(model, stack, top_k=1)
+    handle.detach()
+    bare, broken = blocks(q_proj=(16, 12)), make_stack({"q_proj": (16, 12)})
+    broken.lora_A["q_proj"][0, 1] = torch.nan
+    with pytest.raises(RuntimeError, match="non-finite"):
+        Arrow(bare, broken, top_k=1)
+    assert not any(module._forward_hooks for module in bare.modules())
+    bare[1]["q_proj"] = bare[0]["q_proj"]
+    with pytest.raises(ValueError, match="q_proj: 0.q_proj and 1.q_proj are one linear; they cannot be routed apart"):
+        Arrow(bare, make_stack({"q_proj": (16, 12)}), top_k=1)
+
+
+def test_a_layer_that_returns_no_tensor(make_stack):
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    bare = nn.ModuleList([nn.ModuleDict({"q_proj": Pair(16, 12)})])
+    with Arrow(bare, make_stack({"q_proj": (16, 12)}, num_layers=1), top_k=1):
+        with pytest.raises(RuntimeError, match="0.q_proj: expected a layer that returns a tensor, got tuple"):
+            bare[0]["q_proj"](inputs(5, 16))
