@@ -143,7 +143,8 @@ def _positive_int(name: str, value: Any) -> None:
 class EncoderConfig:
     """How a description becomes ``task_emb`` (paper section 3; the reference's ``embs_generator``).
 
-    ``name``: ``"minilm"`` (the packaged all-MiniLM-L6-v2), a local folder, or a hub name.
+    ``name``: ``"minilm"`` (the packaged all-MiniLM-L6-v2), ``"smollm2-135m"`` (the packaged language model), a local folder,
+    or a hub name.
     ``pooling``: ``"cls"``, ``"mean"`` or ``"last"`` (last real token).
     ``max_length``: tokens, special ones included, beyond which a text's end is cut; the model's positions, where fewer.
     ``full_stop``: append "." to a description that ends in a letter.

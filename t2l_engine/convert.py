@@ -173,6 +173,8 @@ def _reference_configs(
     # Copies: YAML would write an object that occurs twice as an alias.
     own |= {key: copy.deepcopy(blocks[key]) for key in BLOCKS if key in blocks}
     base = blocks.get("base_model")
+    # To the reference no name is the base model's last token.
+    own_encoder = base and (encoder.get("name"), encoder.get("pooling")) == (base, "last")
     new_args = {
         "training_task": "recon" if recon else "sft",
         "shared_AB_head": c.num_sides == 2,
@@ -181,7 +183,7 @@ def _reference_configs(
         "hypernet_latent_size": c.latent_size,
         "head_in_size": c.head_in_size,
         # A name without rules for its texts is in the reference's arguments only.
-        "emb_model": encoder.get("name") or args.get("emb_model") or "",
+        "emb_model": "" if own_encoder else encoder.get("name") or args.get("emb_model") or "",
         "use_one_hot_task_emb": encoder.get("name") == "one-hot",
         "target_modules": list(c.modules),
         "pred_z_score": z_scores,

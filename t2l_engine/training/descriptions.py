@@ -1,4 +1,4 @@
-"""Task embeddings of training groups."""
+"""Task embeddings of training groups: of a task's descriptions, or of the examples' own inputs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,23 @@ import torch
 from torch import Tensor
 
 from t2l_engine import config as cfg
-from t2l_engine.config import ConfigError, OneHotConfig
-from t2l_engine.encoder import OneHotEncoder, TextEncoder
+from t2l_engine.config import ConfigError, EncoderConfig, OneHotConfig
+from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
+from t2l_engine.encoder_config import REFERENCE_LENGTH
 from t2l_engine.training.sampling import Group, seeded
-from t2l_engine.training.settings import ReconstructionSettings, SFTSettings
+from t2l_engine.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
 
 
 class TaskEmbeddings:
-    """Embeddings of every description of every task, and those that a group reads.
+    """What a group's adapter is generated from: the embedding of its description, or of its sample's input.
+
+    Every description is embedded at once, and the encoder is let go.  Inputs are embedded when they are first read.
 
     Args:
         settings: encoder, noise, mixing and how many descriptions are held out.
         texts: name and descriptions of each task; with encoder "one-hot" the names alone count.
+        device: of the encoder and of what a group reads.
+        by_input: whether groups are of one sample each, whose input counts; then no description is embedded.
 
     Raises ConfigError where a task has no description left to train on.
     """
@@ -32,21 +37,26 @@ class TaskEmbeddings:
         settings: SFTSettings | ReconstructionSettings,
         texts: Sequence[tuple[str, Sequence[str]]],
         device: torch.device,
+        *,
+        by_input: bool = False,
     ):
         self._settings, self._device = settings, device
+        for name, descriptions in texts:
+            if len(descriptions) <= settings.held_out_descriptions:
+                raise ConfigError(
+                    f"held_out_descriptions: expected fewer than the {len(descriptions)} descriptions of task {name}, "
+                    f"got {settings.held_out_descriptions}"
+                )
         if settings.encoder == "one-hot":
             encoder = OneHotEncoder(OneHotConfig(tuple(name for name, _ in texts)))
             texts = [(name, [name]) for name, _ in texts]
         else:
-            encoder = TextEncoder.from_pretrained(_encoder(settings.encoder))
+            encoder = TextEncoder.from_pretrained(_encoder(settings), device=device)
         self.embed_dim, self._config = encoder.embed_dim, encoder.config
-        self._rows = [encoder.encode(list(descriptions)) for _, descriptions in texts]
-        for (name, _), rows in zip(texts, self._rows, strict=True):
-            if len(rows) <= settings.held_out_descriptions:
-                raise ConfigError(
-                    f"held_out_descriptions: expected fewer than the {len(rows)} descriptions of task {name}, "
-                    f"got {settings.held_out_descriptions}"
-                )
+        self._counts = [len(descriptions) for _, descriptions in texts]
+        self._of_inputs = encoder if by_input else None
+        # On the host, where mixes and noise are drawn.
+        self._rows = [] if by_input else [encoder.encode(list(descriptions)).cpu() for _, descriptions in texts]
 
     def config(self) -> dict[str, Any]:
         """The encoder, for the checkpoint."""
@@ -54,22 +64,27 @@ class TaskEmbeddings:
 
     def trained(self, task: int) -> range:
         """Numbers of the descriptions that training reads."""
-        return range(len(self._rows[task]) - self._settings.held_out_descriptions)
+        return range(self._counts[task] - self._settings.held_out_descriptions)
 
     def validated(self, task: int) -> range:
         """Numbers of the descriptions that validation reads: the held-out ones, or all where none is."""
-        count = len(self._rows[task])
+        count = self._counts[task]
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
 
     def exact(self, groups: Sequence[Group]) -> Tensor:
-        """``task_emb [groups, embed_dim]`` of the groups' descriptions as they are."""
-        return torch.stack([self._rows[g.task][g.description] for g in groups]).to(self._device)
+        """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs as they are."""
+        return self._read(groups).to(self._device)
+
+    def _read(self, groups: Sequence[Group]) -> Tensor:
+        if self._of_inputs is None:
+            return torch.stack([self._rows[g.task][g.description] for g in groups])
+        # Each by itself: a batch rounds by what else is in it, which is what a resumed run has not embedded yet.
+        return self._of_inputs.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
 
     def varied(self, groups: Sequence[Group]) -> Tensor:
         """As :meth:`exact`, with the settings' mixing and noise: functions of each group's key."""
         settings, rows = self._settings, []
-        for g in groups:
-            row = self._rows[g.task][g.description]
+        for g, row in zip(groups, self._read(groups), strict=True):
             generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
             if settings.mix_descriptions:
                 other = torch.randint(len(self.trained(g.task)), (), generator=generator)
@@ -82,7 +97,14 @@ class TaskEmbeddings:
         return torch.stack(rows).to(self._device)
 
 
-def _encoder(name: str) -> str:
-    if name != "minilm" and not Path(name).is_dir():
-        raise ConfigError(f"encoder: expected 'minilm', 'one-hot' or a local sentence-transformers folder, got {name!r}")
+def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:
+    name = settings.encoder
+    if name == BASE_MODEL:
+        # A copy beside the model that is trained through, which may attend in another way than whoever loads the
+        # checkpoint: so both embed alike.
+        return EncoderConfig(settings.base_model.rstrip("/"), "last", REFERENCE_LENGTH, dtype=settings.dtype)
+    if name != MINILM.name and not Path(name).is_dir():
+        raise ConfigError(
+            f"encoder: expected 'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder, got {name!r}"
+        )
     return name

@@ -160,18 +160,21 @@ class Frozen:
         stack: Callable[[Sequence[Group]], AdapterStack],
         adapter: Adapter | None = None,
         tasks: Collection[int] | None = None,
+        *,
+        alone: bool = False,
     ) -> dict[str, float]:
         """This process's summands of the validation loss of ``tasks`` (None: of all): the mean over a task's samples of the
         mean cross-entropy of their answers, without smoothing, noise or dropout.
 
-        ``stack``: groups -> the adapters that ``adapter`` numbers.
+        ``stack``: groups -> the adapters that ``adapter`` numbers; ``alone``: a group is one sample, not several of a task.
         """
         settings, counts = self.settings, [len(self.validation.kept(i)) for i in range(len(self.validation.tasks))]
         found = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
         rows = settings.tasks_per_batch * settings.samples_per_task
-        groups = self.validation.all_groups(min(rows, settings.validation_samples), descriptions)
+        together = 1 if alone else min(rows, settings.validation_samples)
+        groups = self.validation.all_groups(together, descriptions)
         groups = [g for g in groups if g.task in found]
-        per_batch = max(1, rows // settings.validation_samples)
+        per_batch = rows // together
         for start in range(0, len(groups), per_batch):
             mine = share.of(groups[start : start + per_batch])
             if not mine:

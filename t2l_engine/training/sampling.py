@@ -23,10 +23,14 @@ Descriptions = Callable[[int], Sequence[int]]  # task number -> numbers of the d
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A tokenised example: ``tokens`` is prompt then answer, the last ``answer_len`` of them are the answer."""
+    """A tokenised example: ``tokens`` is prompt then answer, the last ``answer_len`` of them are the answer.
+
+    ``input``: the example's own text, of which its adapter may be generated.
+    """
 
     tokens: tuple[int, ...]
     answer_len: int
+    input: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +131,12 @@ class Examples:
         found = self._cache.get(key)
         if found is None:
             chosen = self.tasks[task].examples[example]
-            text = chosen.input
-            if self._with_description:
-                text = f"{self.tasks[task].descriptions[description]}\n\n{text}"
-            prompt = self._tokenizer(chat_prompt(self._tokenizer, text), add_special_tokens=False)["input_ids"]
+            named = self.tasks[task].descriptions[description] if self._with_description else ""
+            prompt = chat_prompt(self._tokenizer, chosen.input, named)
+            prompt = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
             answer = self._tokenizer(chosen.outputs[0], add_special_tokens=False)["input_ids"]
             answer = [*answer, self._tokenizer.eos_token_id]
-            found = self._cache[key] = Sample(tuple(prompt + answer), len(answer))
+            found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
         return found
 
     def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:

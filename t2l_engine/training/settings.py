@@ -42,6 +42,10 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+#: The ``encoder`` that is the frozen language model itself.
+BASE_MODEL = "base-model"
+
+
 class Settings(BaseModel):
     """What every run has: the optimiser (AdamW), its schedule, and when to save and to validate."""
 
@@ -118,7 +122,11 @@ class _HyperNetwork(BaseModel):
     variant: Literal[VARIANTS] = Field("L", description="of the hypernetwork")
     latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = Field(128, description="width of the trunk")
     head_in_size: Positive = Field(256, description="width of the heads' input")
-    encoder: Text = Field("minilm", description='"minilm", a sentence-transformers folder, or "one-hot": tasks without text')
+    encoder: Text = Field(
+        "minilm",
+        description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, or '
+        '"one-hot": tasks without text',
+    )
     held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
     embedding_noise: NotNegative = Field(
         0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
@@ -138,7 +146,22 @@ class _HyperNetwork(BaseModel):
 class SFTSettings(_Model, _HyperNetwork, Settings):
     """``t2l train sft``: a hypernetwork, end to end through the frozen base model (paper section 3.2)."""
 
+    condition: Literal["description", "input"] = Field(
+        "description",
+        description="what the adapter is generated from: the task's description, or each example's own input "
+        "(Hyperdecoders, arXiv 2203.08304)",
+    )
     generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
+
+    @model_validator(mode="after")
+    def _condition(self):
+        if self.condition == "input":
+            if self.encoder == "one-hot":
+                raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
+            for name, only in (("samples_per_task", 1), ("held_out_descriptions", 0), ("mix_descriptions", False)):
+                if getattr(self, name) != only:
+                    raise ValueError(f"{name}: expected {only} with condition input, got {getattr(self, name)}")
+        return self
 
 
 class LoRASettings(_Model, Settings):
@@ -156,6 +179,12 @@ class ReconstructionSettings(_HyperNetwork, Settings):
     target: Literal["z-score", "raw", "delta-w"] = Field(
         "z-score", description="what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
     )
+
+    @model_validator(mode="after")
+    def _no_base_model(self):
+        if self.encoder == BASE_MODEL:
+            raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {BASE_MODEL!r}")
+        return self
 
 
 #: Words of pydantic's messages -> ours.

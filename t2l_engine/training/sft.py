@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a hypernetwork through a frozen language model (paper section 3.2).
 
 Every step takes groups of a task, a description and some examples, generates one adapter a group, applies them by row, and
-minimises the cross-entropy of the answers.
+minimises the cross-entropy of the answers.  With ``condition`` "input" a group is one example, and its adapter is generated
+from its input instead of the description.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.config import HyperNetworkConfig
+from t2l_engine.config import ConfigError, HyperNetworkConfig
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.training import loop
 from t2l_engine.training.descriptions import TaskEmbeddings
 from t2l_engine.training.frozen import Frozen
 from t2l_engine.training.objective import Batch, generated_l2
-from t2l_engine.training.sampling import Group, Share, Stream, divide
+from t2l_engine.training.sampling import Examples, Group, Share, Stream, divide
 from t2l_engine.training.settings import SFTSettings
 
 
@@ -31,8 +32,12 @@ class SFT(loop.Job):
     def __init__(self, settings: SFTSettings, frozen: Frozen):
         super().__init__()
         self.settings, self._frozen = settings, frozen
+        self._by_input = settings.condition == "input"
+        if self._by_input:
+            _check_inputs(frozen.train)
+            _check_inputs(frozen.validation)
         texts = [(task.name, task.descriptions) for task in frozen.tasks]
-        self._embeddings = TaskEmbeddings(settings, texts, frozen.device)
+        self._embeddings = TaskEmbeddings(settings, texts, frozen.device, by_input=self._by_input)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # layers other than the heads
             self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
@@ -85,7 +90,7 @@ class SFT(loop.Job):
         def stack(groups: Sequence[Group]) -> AdapterStack:
             return self.trained(self._embeddings.exact(groups))
 
-        return self._frozen.validate(self._objective, share, self._embeddings.validated, stack)
+        return self._frozen.validate(self._objective, share, self._embeddings.validated, stack, alone=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
@@ -99,6 +104,15 @@ class SFT(loop.Job):
 
     def data(self) -> dict[str, Any]:
         return self._frozen.data()
+
+
+def _check_inputs(examples: Examples) -> None:
+    """ConfigError where an input that is used has no text to embed."""
+    for number, task in enumerate(examples.tasks):
+        if not all(task.examples[i].input.strip() for i in examples.kept(number)):
+            raise ConfigError(
+                f"condition: expected inputs with text to generate adapters from, got an empty one in task {task.name}"
+            )
 
 
 def train(
