@@ -1,4 +1,4 @@
-"""``python -m bench generate|apply|icl|train``: measure, write a result file; ``gate``: a small run beside a committed one.
+"""``python -m bench generate|apply|icl|train|learn|study``: measure, write a result file; ``gate``: a small run beside it.
 
 Tables and figures are made from the result files by ``python -m bench.report``.
 """
@@ -80,6 +80,29 @@ def learn(
     from bench.learn import measure
 
     out.write_text(json.dumps(measure(work, library), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def study(
+    tasks: Annotated[Path, typer.Option(help="task folder that holds the tasks of the manifest skills")],
+    work: Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")],
+    benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
+    runs: Annotated[
+        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.py")
+    ] = "",
+    threads: Threads = DEFAULT_THREADS,
+    out: Annotated[Path, typer.Option(help="result file")] = ROOT / "bench" / "results" / "study.json",
+) -> None:
+    """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
+    from bench.study import collect, plan
+    from bench.study import runs as training
+
+    torch.set_num_threads(threads)
+    training.tasks(tasks, work, benchmarks)
+    for name in runs.split(",") if runs else plan.RUNS:
+        training.train(name, work)
+    if not runs:
+        out.write_text(json.dumps(collect.measure(work), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import t2l_engine as t2l
 from bench import harness
 from bench.source import source
 from t2l_engine.data import synthetic
-from t2l_engine.evaluation.exact_match import Query, answer_matches, greedy
+from t2l_engine.evaluation.answers import Answerer, Query, Store
+from t2l_engine.evaluation.arms import Stored
+from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import base_model
 from t2l_engine.prompts import chat_prompt
 from t2l_engine.tasks import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
@@ -50,27 +53,27 @@ class Judge:
         self._tasks = tasks
         self._model, self._tokenizer = base_model.load(MODEL, DTYPE, attention="eager")
         self._model.requires_grad_(False)
+        self._answerer = Answerer(
+            self._model, self._tokenizer, identity=f"{MODEL} {DTYPE}", store=Store(), batch_size=64, clock=time.perf_counter
+        )
         self._examples = Examples(tasks, self._tokenizer, LORA.max_tokens, with_description=False)
 
     @torch.no_grad()
     def scores(self, stack: t2l.AdapterStack, base: bool = False) -> dict[str, Any]:
         """Adapter i of ``stack`` on task i; ``base``: the model without, for which the stack's shapes alone count."""
+        names = [task.name for task in self._tasks]
+        asked = [(task.name, e) for task in self._tasks for e in task.examples]
+        queries = [Query(chat_prompt(self._tokenizer, e.input), name) for name, e in asked]
+        answers = self._answerer.ask(queries, None if base else Stored(stack, names))
+        hits: dict[str, list[bool]] = {name: [] for name in names}
+        for (name, example), answer in zip(asked, answers, strict=True):
+            hits[name].append(exact_match(answer.text, example.outputs))
         handle = t2l.attach(self._model, stack)
         try:
-            number = (lambda task: -1) if base else (lambda task: task)
-            queries = [
-                Query(i, chat_prompt(self._tokenizer, e.input), number(i), e.outputs)
-                for i, task in enumerate(self._tasks)
-                for e in task.examples
-            ]
-            answers = greedy(self._model, self._tokenizer, handle, queries, 16, 64, lambda count: None)
-            hits: list[list[bool]] = [[] for _ in self._tasks]
-            for query, answer in zip(queries, answers, strict=True):
-                hits[query.task].append(answer_matches(answer, query.accepted))
-            losses = self._losses(Objective(self._model, handle), stack, number)
+            losses = self._losses(Objective(self._model, handle), stack, (lambda task: -1) if base else (lambda task: task))
         finally:
             handle.detach()
-        matches = [100 * statistics.fmean(found) for found in hits]
+        matches = [100 * statistics.fmean(hits[name]) for name in names]
         return {
             "exact_match": statistics.fmean(matches),
             "loss": statistics.fmean(losses),

@@ -13,15 +13,25 @@ def is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
-def chat_prompt(tokenizer, text: str) -> str:
-    """``text`` as one user turn in the tokenizer's chat template, ready for the answer.
+def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
+    """``text`` as a user's turn in the tokenizer's chat template, ready for the answer.
 
-    Adapters of T2L see the input only.
+    Adapters of T2L see the input only.  ``description``: in front of the first turn; ``shots``: worked examples (input,
+    answer), each a turn of the user and one of the assistant, before.
     """
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    turns = []
+    for x, y in shots:
+        turns += [{"role": "user", "content": x}, {"role": "assistant", "content": y}]
+    turns.append({"role": "user", "content": text})
+    if description:
+        turns[0] = {"role": "user", "content": f"{description}\n\n{turns[0]['content']}"}
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
-    """Description, worked examples and input as plain text, for a base model without adapters; the answer ends its line."""
+    """Description, worked examples and input as plain text, for a base model without adapters; the answer ends its line.
+
+    An empty ``description`` is left out.
+    """
     examples = "".join(f"Input: {x}\nOutput: {y}\n\n" for x, y in shots)
-    return f"{description}\n\n{examples}Input: {text}\nOutput:"
+    return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\nOutput:"

@@ -26,7 +26,7 @@ from bench.harness import Context
 from bench.icl.costs import Entries
 from bench.icl.lengths import embed_anew, tokens_of
 from t2l_engine import demo
-from t2l_engine.evaluation.exact_match import answer_matches
+from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import smollm2
 from t2l_engine.prompts import chat_prompt, raw_prompt
 from t2l_engine.tasks import Example, Task, load_tasks
@@ -245,7 +245,7 @@ def _reworded(serving: Serving, description: str, prompts: Sequence[Sequence[int
 
 def _accuracy(asked: Asked, answers: Sequence[Answer]) -> float:
     """Exact match, in percent."""
-    right = [answer_matches(a.text, q.outputs) for a, q in zip(answers, asked.questions, strict=True)]
+    right = [exact_match(a.text, q.outputs) for a, q in zip(answers, asked.questions, strict=True)]
     return round(100 * statistics.fmean(right), 1)
 
 

@@ -1,11 +1,14 @@
-"""``t2l evaluate``: exact match on a task folder."""
+"""``t2l evaluate``: arms on a task folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
+import importlib.util
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,12 +19,24 @@ from t2l_engine.cli.common import (
     Checkpoint,
     DType,
     Encoder,
+    Scaling,
     TrustRemoteCode,
     base_model_of,
     console,
     load_engine,
+    say,
     split_names,
 )
+
+NAME = "t2l"
+
+
+class Measure(str, enum.Enum):
+    """What the table on the terminal shows of texts."""
+
+    score = "score"
+    containment = "containment"
+    rouge_l = "rouge_l"
 
 
 def evaluate(
@@ -29,56 +44,221 @@ def evaluate(
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
     arms: Annotated[
-        str, typer.Option(help="Comma-separated: t2l, t2l-shuffled, base-raw, base-raw-3shot, base-chat.")
-    ] = "t2l",
+        str, typer.Option(help="Comma-separated names of arms; default: all that checkpoints, folders and tasks allow.")
+    ] = "",
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint, and its controls; may be repeated.")
+    ] = None,
+    oracle: Annotated[
+        list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: arm oracle; may be repeated.")
+    ] = None,
+    library: Annotated[
+        Path | None, typer.Option(help="Folder of PEFT adapters: arms average and arrow (routing over all of them).")
+    ] = None,
+    multi_task: Annotated[
+        list[Path] | None, typer.Option(help="Run folder of t2l train lora with mode=multi-task; may be repeated.")
+    ] = None,
+    manifest: Annotated[str, typer.Option(help="Name or file of a manifest: means by tier as well.")] = "",
+    names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = "",
     split: Annotated[str, typer.Option(help="Split of the examples that are asked.")] = "test",
-    base_model: BaseModel = "",
     max_items: Annotated[int, typer.Option(min=0, help="At most this many examples a task; 0: all.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Draws of description, worked examples and controls.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
+    max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that reasons to a number or is code.")] = 256,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="An item with a longer prompt in any arm is left out of all.")
+    ] = 1024,
+    validation_items: Annotated[
+        int, typer.Option(min=1, help="Examples of split val a task on which an arm's prompt form is chosen.")
+    ] = 8,
+    base_model: BaseModel = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
     dtype: BaseDType = DType.float32,
+    scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run Python that the model wrote, in a limited process (HumanEval, MBPP).")
+    ] = False,
+    resume: Annotated[
+        Path | None, typer.Option(help="File of answers, added to as they come: a run that was stopped goes on.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None,
+    measure: Annotated[Measure, typer.Option(help="What the table shows; all are in the JSON.")] = Measure.score,
 ) -> None:
-    """Exact match of a checkpoint's adapters, and of the base model, on a task folder."""
-    from rich.table import Table
+    """Score a checkpoint's adapters, its controls, the base model and what else is named, on one task folder."""
     from tqdm import tqdm
 
-    from t2l_engine import checkpoint as checkpoints
-    from t2l_engine.evaluation import exact_match
+    from t2l_engine.evaluation import run
+    from t2l_engine.evaluation.answers import Answerer, Store
     from t2l_engine.integrations import base_model as models
     from t2l_engine.tasks import load_tasks
 
-    if json_file is not None:  # better now than after the answers
-        if not json_file.parent.is_dir():
-            raise FileNotFoundError(f"--json: {json_file.parent}: no such folder")
-        if json_file.is_dir():
-            raise IsADirectoryError(f"--json: {json_file}: expected a file, got a folder")
-    loaded = load_tasks(tasks, split)
+    for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # better now than after the answers
+        if file is not None and not file.parent.is_dir():
+            raise FileNotFoundError(f"{option}: {file.parent}: no such folder")
+        if file is not None and file.is_dir():
+            raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise FileNotFoundError("--plot: matplotlib is not installed; run: pip install matplotlib")
+    loaded = load_tasks(tasks, split, names=split_names(names) or None)
     if max_items:
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
-    chosen = tuple(split_names(arms))
-    exact_match.check_arms(chosen)
-    shots = {t.name: t.examples for t in load_tasks(tasks, "train")} if any("shot" in a for a in chosen) else None
-    engine, folder = load_engine(checkpoint, "", encoder, trust_remote_code)
-    name = base_model_of(folder, base_model)
-    model, tokenizer = models.load(name, dtype.torch)
-    with tqdm(total=sum(len(t.examples) * len(t.descriptions) for t in loaded) * len(chosen), unit="answer") as bar:
+    pools, validation = (
+        {t.name: t.examples for t in load_tasks(tasks, s, names=[t.name for t in loaded], required=False)}
+        for s in ("train", "val")
+    )
+    store = Store(resume)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    found, left_out = _arms(loaded, pools, (engine, folder), also or [], oracle or [], library, multi_task or [])
+    chosen = split_names(arms)
+    for name in chosen:
+        if name not in {arm.name for arm in found}:
+            why = f": {left_out[name]}" if name in left_out else ""
+            raise ValueError(f"arms: expected some of {[arm.name for arm in found]}, got {name!r}{why}")
+    found = [arm for arm in found if arm.name in chosen or not chosen]
+    for name, reason in left_out.items() if not chosen else ():
+        say(f"{name} left out: {reason}")
+    trained = _trained(folder)
+    groups = _groups([task.name for task in loaded], trained, manifest)
+    model_name = base_model_of(folder, base_model)
+    model, tokenizer = models.load(model_name, dtype.torch)
+    settings = run.Settings(
+        repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code
+    )
+    identity = f"{model_name} {dtype.value} {model.config.to_json_string()}"
+    answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
+    with tqdm(unit="answer") as bar:
 
         def progress(arm: str, count: int) -> None:
             bar.set_postfix(arm=arm)
             bar.update(count)
 
-        result = exact_match.evaluate(
-            engine, model, tokenizer, loaded, arms=chosen, shots=shots, max_new_tokens=max_new_tokens,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
-    about = {"checkpoint": str(checkpoint), "base_model": name, "dtype": dtype.value, "split": split}
-    result = about | result | {"trained_tasks": list(checkpoints.describe(folder).get("training", {}).get("tasks", []))}
-    table = Table("task", *chosen, title=f"exact match, %, scaling {result['scaling']:g}")
-    for task, scores in result["tasks"].items():
-        table.add_row(task, *(f"{scores[a]:.1f}" for a in chosen))
-    table.add_row("mean", *(f"{result['mean'][a]:.1f}" for a in chosen), style="bold")
-    console().print(table)
+        evaluation = run.Evaluation(
+            answerer, tokenizer, loaded, found, settings, pools=pools, validation=validation, progress=progress
+        )
+        bar.reset(evaluation.answers)
+        result = evaluation.run()
+    result = {
+        "checkpoint": str(checkpoint),
+        "base_model": model_name,
+        "dtype": dtype.value,
+        "split": split,
+        "scaling": engine.hypernetwork.scaling,
+        "settings": dataclasses.asdict(settings) | {"batch_size": batch_size},
+        "trained_tasks": trained,
+        "groups": groups,
+        "summary": run.summary(result["tasks"], groups, found[0].name),
+        **result,
+    }
+    console().print(_table(result, measure.value))
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plot is not None:
+        from t2l_engine.evaluation.plots import means
+
+        means(result, plot)
+
+
+def _arms(
+    tasks: list, pools: dict, checkpoint: tuple, also: list[str], oracle: list[Path], library: Path | None, multi: list[Path]
+) -> tuple[list, dict[str, str]]:
+    """All arms there are, and why others are not: what the tasks do not allow."""
+    from t2l_engine.adapters import AdapterStack
+    from t2l_engine.evaluation import arms as kinds
+    from t2l_engine.evaluation.library import average
+
+    left_out: dict[str, str] = {}
+    found = _generated(NAME, *checkpoint, tasks, left_out)
+    for text in also:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
+        found += _generated(name, *load_engine(path, "", "", False), tasks, left_out)
+    if oracle:
+        wanted = {task.name for task in tasks}
+        held = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
+        if not held:
+            raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
+        found.append(kinds.oracle_arm(AdapterStack.from_peft(list(held.values())), list(held)))
+    if library is not None:
+        stack = AdapterStack.from_peft(_adapters("--library", library))
+        found += kinds.library_arms(average(stack), stack)
+    found += [kinds.multi_task_arm(folder) for folder in multi]
+    found += kinds.base_arms()
+    without = [task.name for task in tasks if not pools.get(task.name)]
+    if without:
+        left_out["icl"] = f"no examples of split 'train' of task {without[0]}"
+        found = [arm for arm in found if not arm.shots]
+    return found, left_out
+
+
+def _generated(name: str, engine: Any, folder: Path, tasks: list, left_out: dict[str, str]) -> list:
+    from t2l_engine import checkpoint as checkpoints
+    from t2l_engine.evaluation import arms as kinds
+
+    training = checkpoints.describe(folder).get("training", {})
+    in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
+    made = kinds.generated_arms(name, engine, tasks, in_prompt=in_prompt, from_input=from_input)
+    known = getattr(engine.encoder.config, "tasks", None)
+    answered = [task for task in tasks if known is None or task.name in known]
+    if not answered:
+        raise ValueError(f"{folder}: knows tasks by their names (one-hot), and none of those asked")
+    shuffled = f"{name}-shuffled"
+    if len(answered) < 2 and shuffled in {arm.name for arm in made}:
+        left_out[shuffled] = "it needs at least two tasks"
+        made = [arm for arm in made if arm.name != shuffled]
+    return made
+
+
+def _adapters(option: str, folder: Path) -> list[Path]:
+    """The PEFT folders in ``folder``, sorted by name."""
+    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if not found:
+        raise FileNotFoundError(f"{option}: {folder}: expected folders of PEFT adapters, found none")
+    return found
+
+
+def _trained(folder: Path) -> list[str]:
+    from t2l_engine import checkpoint as checkpoints
+
+    tasks = checkpoints.describe(folder).get("training", {}).get("tasks")
+    return list(tasks) if isinstance(tasks, (dict, list)) else []
+
+
+def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, list[str]]:
+    """Names of tasks by group: all, trained on or not, and the tiers of the manifest; empty groups are left out."""
+    from t2l_engine.data import manifest as manifests
+
+    groups = {"all": names}
+    if trained:
+        groups["trained"] = [n for n in names if n in trained]
+        groups["not trained"] = [n for n in names if n not in trained]
+    if manifest:
+        read = manifests.read(manifest)
+        for tier in ("train", "sibling", "novel"):
+            groups[tier] = [n for n in names if n in set(read.names(tier))]
+    return {group: members for group, members in groups.items() if members}
+
+
+def _table(result: dict[str, Any], measure: str) -> Any:
+    from rich.table import Table
+
+    arms = list(result["details"])
+    shown = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}[measure]
+    table = Table("task", *arms, title=f"{shown}, split {result['split']}, scaling {result['scaling']:g}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def cells(values: dict[str, float | None]) -> list[str]:
+        return ["" if values.get(arm) is None else f"{values[arm]:.1f}" for arm in arms]
+
+    for name in result["tasks"]:
+        table.add_row(name, *cells({arm: result["details"][arm]["tasks"].get(name, {}).get(measure) for arm in arms}))
+    if measure == "score":
+        for group, of in result["summary"].items():
+            table.add_section()
+            table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
+            spans = {a: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for a, d in of["difference"].items()}
+            table.add_row(f"{arms[0]} less this arm", *(spans.get(arm, "") for arm in arms))
+    return table

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from training import runs
+from typer.testing import CliRunner
 
 import t2l_engine as t2l
 from t2l_engine import convert
 from t2l_engine.cli import app
 from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError
 from t2l_engine.data.manifest import summary
-from t2l_engine.evaluation import exact_match
 from t2l_engine.integrations import base_model as base_model_loader
 from t2l_engine.tasks import Example, Task, load_tasks, write_tasks
 from t2l_engine.testing import numerics
@@ -53,44 +53,28 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
         assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
 
-    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    loaded = load_tasks(tasks, "test")
-    shots = {task.name: task.examples for task in load_tasks(tasks, "train")}
-    result = exact_match.evaluate(
-        engine, model, tokenizer, loaded, arms=exact_match.ARMS, shots=shots, max_new_tokens=2, batch_size=4
-    )
-    assert set(result["tasks"]) == set(BOTH) and set(result["mean"]) == set(exact_match.ARMS)
-    assert result["items"] == {"first": 5, "last": 5}
+    result = evaluated(out, tasks, tmp_path / "result.json")
+    assert set(result["tasks"]) == set(BOTH) == set(result["trained_tasks"]) and result["items"] == {"first": 5, "last": 5}
+    assert list(result["details"]) == [
+        "t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "base", "base-description", "icl",
+    ]  # fmt: skip
+    tokens = {arm: of["tasks"]["last"]["prompt_tokens"] for arm, of in result["details"].items()}
+    assert tokens["t2l-junk"] == tokens["t2l"] and (tokens["t2l"] == 4 if prompt == "input" else tokens["t2l"] >= 8)
 
 
-def test_the_checkpoint_of_a_run_evaluates_from_the_command_line(base_model, tasks, tmp_path):
-    from typer.testing import CliRunner
+def test_a_checkpoint_of_inputs_is_evaluated_by_inputs(base_model, tasks, tmp_path):
+    settings = runs.sft(base_model, encoder="base-model", condition="input", steps=2, validate_every=0)
+    result = evaluated(sft.train(settings, tasks, tmp_path / "out"), tasks, tmp_path / "result.json", "--arms", "t2l,base")
+    assert list(result["details"]) == ["t2l", "base"]
+    assert len(result["details"]["t2l"]["tasks"]["first"]["by_repeat"]) == 1  # no description that a repeat could draw
 
-    out = sft.train(runs.sft(base_model, encoder="minilm"), tasks, tmp_path / "out")
-    engine = t2l.TextToLoRA.from_pretrained(out)
-    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    result = exact_match.evaluate(engine, model, tokenizer, load_tasks(tasks, "test"), max_new_tokens=2, arms=("t2l",))
-    with pytest.raises(ValueError, match="arms: expected some of"):
-        exact_match.evaluate(engine, model, tokenizer, load_tasks(tasks, "test"), arms=("t2l", "oracle"))
-    file = tmp_path / "result.json"
-    command = [
-        "evaluate",
-        "--checkpoint",
-        out,
-        "--tasks",
-        tasks,
-        "--json",
-        file,
-        "--max-new-tokens",
-        2,
-        "--dtype",
-        "float32",
-    ]
+
+def evaluated(checkpoint, tasks, file, *options):
+    """What ``t2l evaluate`` says of ``checkpoint``."""
+    command = ["evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--json", file, "--max-new-tokens", 2, *options]
     run = CliRunner().invoke(app, list(map(str, command)))
-    assert run.exit_code == 0, run.output
-    written = json.loads(file.read_text())
-    assert written["tasks"]["first"]["t2l"] == result["tasks"]["first"]["t2l"]
-    assert written["trained_tasks"] == list(BOTH)
+    assert run.exit_code == 0, (run.output, run.exception)
+    return json.loads(file.read_text())
 
 
 def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
@@ -158,7 +142,7 @@ def test_a_model_unlike_llama(save_model, tasks, tmp_path):
 @pytest.mark.parametrize("changes, error, message", [
     ({"target_modules": ["w_proj"]}, ConfigError, "target_modules: w_proj: LlamaForCausalLM has no such linear"),
     ({"base_model": "nowhere"}, FileNotFoundError, "base_model"),
-    ({"encoder": "nowhere"}, ConfigError, "encoder: expected 'minilm', 'one-hot' or a local sentence-transformers folder"),
+    ({"encoder": "nowhere"}, ConfigError, "encoder: expected 'minilm', 'base-model', 'one-hot' or a local .* folder"),
     ({"max_tokens": 5}, ConfigError, "max_tokens: no example of task first fits into 5 tokens"),
     ({"encoder": "minilm", "held_out_descriptions": 2}, ConfigError, "held_out_descriptions: expected fewer than the 2"),
 ])  # fmt: skip

@@ -1,0 +1,194 @@
+"""What the adapters of the study look like: maps, similarities, distances, one input under many descriptions, requests."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from sklearn.manifold import TSNE
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench.learn import distance
+from bench.study import plan
+from bench.study.runs import finished, folder_of
+from t2l_engine import ops
+from t2l_engine.data import manifest as manifests
+from t2l_engine.evaluation.answers import Answerer, Query, Store
+from t2l_engine.evaluation.arms import Generated, shots_of
+from t2l_engine.integrations import base_model
+from t2l_engine.prompts import chat_prompt, raw_prompt
+from t2l_engine.tasks import load_tasks
+from t2l_engine.training import lora
+
+#: One input, and descriptions by which it has different answers; all are written here, none was trained on.
+STEERED = {
+    "violin, tiger, basket": (
+        "Return the first element of the comma separated list.",
+        "Return the last element of the comma separated list.",
+        "Pick out the animal from the comma separated list.",
+        "Which of these words comes first in the alphabet?",
+        "Which of these words comes last in the alphabet?",
+    ),
+    "warm": (
+        "Give a word with the opposite meaning.",
+        "Give a word with the same meaning.",
+        "Write the word with a capital first letter.",
+        "Return the first letter of the word.",
+        "Return the last letter of the word as a capital.",
+    ),
+    "Brazil": (
+        "What is the capital of this country?",
+        "Which currency does this country use?",
+        "What is the calling code of this country?",
+        "Write the first letter of the name in lower case.",
+    ),
+}
+REQUESTS, REQUEST_TOKENS = 20, 16
+
+
+def maps(work: Path) -> dict[str, Any]:
+    """t-SNE of task embeddings and of trunk outputs, and how similar adapters are to how similar descriptions are.
+
+    Every task of the evaluation has the mean of its held-out descriptions' embeddings.
+    """
+    manifest, engine = manifests.read(plan.MANIFEST), t2l.TextToLoRA.from_pretrained(work / "t2l")
+    tasks = load_tasks(folder_of(work, "evaluation"), None)
+    emb = torch.stack([engine.encoder.encode(list(task.descriptions)).mean(0) for task in tasks])
+    emb = torch.nn.functional.normalize(emb, dim=-1) * emb.shape[1] ** 0.5
+    with torch.no_grad():
+        net = engine.hypernetwork
+        folded = net._fold()
+        latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
+        stack = net.generate(emb)
+    count = len(tasks)
+    trunk = latent.reshape(count, -1) if latent.shape[0] == count else latent.transpose(0, 1).reshape(count, -1)
+    pairs = torch.triu_indices(count, count, 1)
+    texts, deltas = (_cosines(emb)[tuple(pairs)], _delta_cosines(stack)[tuple(pairs)])
+    correlation = spearmanr(texts.numpy(), deltas.numpy())
+    return {
+        "tasks": [task.name for task in tasks],
+        "skills": [manifest.tasks[task.name].skill for task in tasks],
+        "tiers": [manifest.tasks[task.name].tier for task in tasks],
+        "task_emb": _tsne(emb),
+        "trunk": _tsne(trunk),
+        "spearman": float(correlation.statistic),
+        "similarities": [[round(float(v), 4) for v in row] for row in (texts, deltas)],
+    }
+
+
+def distances(work: Path) -> dict[str, Any]:
+    """What reconstruction costs and loses: validation L1, relative error of B A, bytes of the network and of the library."""
+    found = {}
+    for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
+        if not finished(run.name, work):
+            continue
+        engine = t2l.TextToLoRA.from_pretrained(run)
+        library = work / "library-train" / lora.ADAPTERS
+        names = plan.chosen([path.parent.name for path in library.glob("*/adapter_config.json")], count)
+        oracle = t2l.AdapterStack.from_peft([library / name for name in names], dtype=torch.float32)
+        texts = {task.name: task.descriptions[0] for task in load_tasks(folder_of(work, "train"), None, names=names)}
+        with torch.no_grad():
+            made = engine.generate([texts[name] for name in names])
+        found[count] = {
+            "relative_error": distance(made, oracle),
+            "parameters": engine.hypernetwork.config.num_parameters,
+            "library_values": oracle.num_parameters * count,
+        }
+    return found
+
+
+def steered(work: Path) -> list[dict[str, Any]]:
+    """The answers to each input of :data:`STEERED` under its descriptions, all in one batch."""
+    model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
+    answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
+    asked = [(text, description) for text, of in STEERED.items() for description in of]
+    queries = [Query(chat_prompt(tokenizer, text), description) for text, description in asked]
+    answers = answerer.ask(queries, Generated(t2l.TextToLoRA.from_pretrained(work / "t2l")))
+    return [
+        {"input": text, "description": description, "answer": answer.text}
+        for (text, description), answer in zip(asked, answers, strict=True)
+    ]
+
+
+@torch.no_grad()
+def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of three rounds.
+
+    Adapters are generated and attached before: a server does that once a task.
+    """
+    model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
+    folder = folder_of(work, "evaluation")
+    tasks = load_tasks(folder, "test", names=names)
+    pools = {task.name: task.examples for task in load_tasks(folder, "train", names=names)}
+    asked = [
+        (i % len(tasks), tasks[i % len(tasks)], tasks[i % len(tasks)].examples[i // len(tasks)]) for i in range(REQUESTS)
+    ]
+    described = [(number, t.descriptions[0], e.input, shots_of(t, pools[t.name], 0)) for number, t, e in asked]
+    generated = t2l.TextToLoRA.from_pretrained(work / "t2l").generate([task.descriptions[0] for task in tasks])
+    multi_task = t2l.AdapterStack.from_peft(work / "multi-task-description" / lora.ADAPTERS / lora.MULTI_TASK)
+    arms: dict[str, tuple[t2l.AdapterStack | None, list[tuple[int, str]]]] = {
+        "t2l": (generated, [(number, chat_prompt(tokenizer, text)) for number, _, text, _ in described]),
+        "multi-task-description": (multi_task, [(0, chat_prompt(tokenizer, text, d)) for _, d, text, _ in described]),
+        "base-description": (None, [(-1, raw_prompt(d, text)) for _, d, text, _ in described]),
+        "icl": (None, [(-1, raw_prompt(d, text, shots)) for _, d, text, shots in described]),
+    }
+    found = {}
+    for name, (stack, prompts) in arms.items():
+        batches = [tokenizer(prompt, return_tensors="pt", add_special_tokens=False) for _, prompt in prompts]
+        with contextlib.ExitStack() as block:
+            handle = None if stack is None else block.enter_context(_attached(model, stack))
+            rounds = [
+                [_seconds(model, batch, handle, number) for (number, _), batch in zip(prompts, batches, strict=True)]
+                for _ in range(3)
+            ]
+        best = [min(times) for times in zip(*rounds, strict=True)]
+        tokens = [batch["input_ids"].shape[1] for batch in batches]
+        found[name] = {"prompt_tokens": statistics.fmean(tokens), "seconds": statistics.median(best)}
+    return found
+
+
+@contextlib.contextmanager
+def _attached(model: nn.Module, stack: t2l.AdapterStack) -> Iterator[t2l.LoRAHandle]:
+    handle = t2l.attach(model, stack)
+    try:
+        yield handle
+    finally:
+        handle.detach()
+
+
+def _seconds(model: nn.Module, batch: Any, handle: t2l.LoRAHandle | None, number: int) -> float:
+    with contextlib.nullcontext() if handle is None else handle.use([number]):
+        start = time.perf_counter()
+        model.generate(**batch, max_new_tokens=REQUEST_TOKENS, min_new_tokens=REQUEST_TOKENS, do_sample=False)
+        return time.perf_counter() - start
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """Cosine of every two of ``rows [N, width]``."""
+    rows = torch.nn.functional.normalize(rows.float(), dim=-1)
+    return rows @ rows.T
+
+
+def _delta_cosines(stack: t2l.AdapterStack) -> Tensor:
+    """Cosine of the B A of every two adapters, all layers and modules as one vector; ``[N, N]``."""
+    gram = torch.zeros(len(stack), len(stack), dtype=torch.float64)
+    for name, A in stack.lora_A.items():
+        for layer in range(A.shape[1]):
+            a, b = A[:, layer].double(), stack.lora_B[name][:, layer].double()
+            aa, bb = torch.einsum("iro,jso->ijrs", a, a), torch.einsum("ior,jos->ijrs", b, b)
+            gram += (aa * bb).sum(dim=(2, 3))  # <B A, B' A'> without the products
+    norms = gram.diagonal().sqrt()
+    return (gram / (norms[:, None] * norms)).float()
+
+
+def _tsne(rows: Tensor) -> list[list[float]]:
+    """Two coordinates of every row."""
+    found = TSNE(perplexity=15, metric="cosine", init="pca", random_state=0).fit_transform(rows.double().numpy())
+    return [[round(float(v), 3) for v in point] for point in found]

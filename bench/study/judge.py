@@ -1,0 +1,125 @@
+"""Evaluations of the study: ``t2l evaluate`` as a user calls it, its results kept below the work folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.study import plan
+from bench.study.runs import finished, folder_of
+from t2l_engine.data import manifest as manifests
+from t2l_engine.tasks import load_tasks
+from t2l_engine.training import lora
+
+#: Points by which an oracle must beat the best prompt of the base model on validation examples.
+HEADROOM = 10.0
+BASE = ("base", "base-description", "icl")
+SEEN_ITEMS, UNSEEN_ITEMS, BENCHMARK_ITEMS = 20, 40, 100
+CONTROLS = ("-shuffled", "-junk", "-constant")
+#: Runs judged beside ``t2l`` with all their controls, those with the shuffled one alone, and those without.
+CONTROLLED = ("t2l-seed1", "t2l-description")
+VARIED = ("short-L-16", "short-L-32", "short-L-64", "short-L", "short-M", "short-S", "short-base-model")
+BY_INPUT, BY_NAME = "short-input", "short-one-hot"
+MULTI_TASK = ("multi-task", "multi-task-description")
+SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+
+
+def evaluate(work: Path, name: str, *options: str | Path, tasks: str = "evaluation") -> dict[str, Any]:
+    """The result of one evaluation; what was answered before is read from its file of answers."""
+    out = work / "judged"
+    out.mkdir(exist_ok=True)
+    fixed = ["--tasks", folder_of(work, tasks), "--dtype", "bfloat16", "--manifest", plan.MANIFEST, "--batch-size", "32"]
+    kept = ["--json", out / f"{name}.json", "--resume", out / f"{name}.answers.jsonl"]
+    command = [sys.executable, "-m", "t2l_engine", "evaluate", *map(str, [*fixed, *kept, *options])]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def headroom(work: Path) -> dict[str, Any]:
+    """Scores of oracles and of the base model's prompts on validation examples, and the tasks with headroom."""
+    result = evaluate(work, "headroom", "--split", "val", "--repeats", "1", "--arms", ",".join(("oracle", *BASE)),
+                      "--checkpoint", work / "t2l", *_oracles(work))  # fmt: skip
+    scores = result["tasks"]
+    chosen = [n for n, of in scores.items() if of["oracle"] - max(of[arm] for arm in BASE) >= HEADROOM]
+    return {"tasks": scores, "headroom": chosen}
+
+
+def seen(work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """All arms on held-out examples and descriptions of the tasks ``names``, which were trained on."""
+    return _everything(work, "seen", names, SEEN_ITEMS, BY_NAME)
+
+
+def unseen(work: Path) -> dict[str, Any]:
+    """All arms on tasks that nothing but the oracles was trained on."""
+    manifest = manifests.read(plan.MANIFEST)
+    return _everything(work, "unseen", [*manifest.names("sibling"), *manifest.names("novel")], UNSEEN_ITEMS)
+
+
+def reconstruction(work: Path) -> dict[str, Any]:
+    """Reconstructed adapters beside those they were made from, by descriptions they learned and by held-out ones."""
+    found = {}
+    for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
+        if not finished(run.name, work):
+            continue
+        names = json.loads((run / "config.json").read_text(encoding="utf-8"))["training"]["tasks"]
+        for tasks in ("train", "evaluation"):
+            options = ["--checkpoint", run, "--names", ",".join(sorted(names)), "--max-items", str(SEEN_ITEMS),
+                       "--arms", "t2l,t2l-shuffled,oracle,base", *_oracles(work)]  # fmt: skip
+            found[f"{count}/{tasks}"] = evaluate(work, f"reconstruction-{count}-{tasks}", *options, tasks=tasks)
+    return found
+
+
+def scalings(work: Path) -> dict[float, dict[str, Any]]:
+    """The checkpoint at other scalings than it was trained with, on siblings."""
+    names = ",".join(manifests.read(plan.MANIFEST).names("sibling"))
+    options = ["--checkpoint", work / "t2l", "--names", names, "--max-items", "20", "--repeats", "1"]
+    return {
+        s: evaluate(work, f"scaling-{s:g}", *options, "--scaling", str(s), "--arms", "t2l,t2l-shuffled") for s in SCALINGS
+    }
+
+
+def benchmarks(work: Path) -> dict[str, Any]:
+    """The ten benchmarks of the paper, where ``work/tasks/benchmarks`` holds them: chance and the majority beside."""
+    folder = folder_of(work, "benchmarks")
+    if not folder.is_dir():
+        return {}
+    options = ["--checkpoint", work / "t2l", "--max-items", str(BENCHMARK_ITEMS), "--repeats", "3", "--run-code",
+               "--multi-task", work / "multi-task", "--arms", "t2l,t2l-shuffled,multi-task,base,base-description,icl",
+               "--max-prompt-tokens", "2048"]  # fmt: skip
+    result = evaluate(work, "benchmarks", *options, tasks="benchmarks")
+    majority = {}
+    for task in load_tasks(folder, "test"):
+        examples = task.examples[:BENCHMARK_ITEMS]
+        if examples[0].options:  # by position: choices are texts that differ from one question to the next
+            places = Counter(e.options.index(e.outputs[0]) for e in examples)
+            majority[task.name] = 100 * places.most_common(1)[0][1] / len(examples)
+    return {"tasks": result["tasks"], "items": result["items"], "majority": majority}
+
+
+def _everything(work: Path, name: str, names: Sequence[str], items: int, *more: str) -> dict[str, Any]:
+    """All arms whose runs there are, in the order of the tables; ``more``: runs that know only some of the tasks."""
+    arms = ["t2l", *("t2l" + control for control in CONTROLS)]
+    options: list[str | Path] = []
+    for run in (*CONTROLLED, *VARIED, BY_INPUT, *more):
+        if finished(run, work):
+            controls = CONTROLS if run in CONTROLLED else () if run == BY_INPUT else CONTROLS[:1]
+            arms += [run, *(run + control for control in controls)]
+            options += ["--also", f"{run}={work / run}"]
+    for run in MULTI_TASK:
+        if finished(run, work):
+            arms.append(run)
+            options += ["--multi-task", work / run]
+    arms += ["oracle", "average", "arrow", *BASE]
+    return evaluate(
+        work, name, "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(items),
+        "--arms", ",".join(arms), *options, *_oracles(work), "--library", work / "library-train" / lora.ADAPTERS,
+    )  # fmt: skip
+
+
+def _oracles(work: Path) -> list[str]:
+    return [o for tier in ("train", "held-out") for o in ("--oracle", str(work / f"library-{tier}" / lora.ADAPTERS))]

@@ -1,0 +1,243 @@
+"""Arms: what they show the model and whose adapter they use, and what a repeat draws again."""
+
+import json
+import re
+import shutil
+import string
+
+import pytest
+import torch
+from evaluation.conftest import DESCRIPTIONS, random_stack, task
+from training import runs
+
+import t2l_engine as t2l
+from t2l_engine.config import ConfigError
+from t2l_engine.data import synthetic
+from t2l_engine.evaluation.arms import (
+    CONSTANT,
+    SHOTS,
+    Generated,
+    Routed,
+    Stored,
+    base_arms,
+    description_of,
+    generated_arms,
+    junk,
+    library_arms,
+    multi_task_arm,
+    oracle_arm,
+    partners,
+    shots_of,
+)
+from t2l_engine.evaluation.library import average
+from t2l_engine.tasks import Example
+from t2l_engine.training import lora
+
+RED = Example("red", ("red",), "test")
+TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]
+ASKED = [task(name, RED) for name in DESCRIPTIONS]
+
+
+def shown(arms):
+    return {a.name: (a.forms, a.description, a.shots, a.repeats) for a in arms}
+
+
+def keys(arm, tasks, repeat=0, example=RED):
+    return [arm.key(t, example, repeat) for t in tasks]
+
+
+# --- arms ------------------------------------------------------------------------------------------------------------
+
+
+def test_base_arms():
+    arms = base_arms()
+    both = ("raw", "chat")
+    assert shown(arms) == {
+        "base": (both, False, 0, False), "base-description": (both, True, 0, True), "icl": (both, True, SHOTS, True),
+    }  # fmt: skip
+    assert all(arm.adapters is None and keys(arm, ASKED) == [""] * 3 for arm in arms)
+
+
+@pytest.mark.parametrize("in_prompt", [False, True])
+def test_arms_of_a_checkpoint(engine, in_prompt):
+    """With the description in the prompt there are repeats even where the adapter is the same."""
+    arms = generated_arms("mine", engine, TASKS, in_prompt=in_prompt)
+    assert shown(arms) == {
+        "mine": (("chat",), in_prompt, 0, True),
+        "mine-shuffled": (("chat",), in_prompt, 0, True),
+        "mine-junk": (("chat",), in_prompt, 0, True),
+        "mine-constant": (("chat",), in_prompt, 0, in_prompt),
+    }
+    assert len({arm.adapters.identity for arm in arms}) == 1
+    matched, shuffled, nonsense, constant = arms
+    for repeat in range(4):
+        texts = keys(matched, TASKS, repeat)
+        assert texts == [description_of(t, repeat) for t in TASKS] == [t.descriptions[repeat % (1 + i % 2)] for i, t in
+                                                                       enumerate(TASKS)]  # fmt: skip
+        drawn = partners([t.name for t in TASKS], repeat)
+        by_name = dict(zip([t.name for t in TASKS], texts, strict=True))
+        others = keys(shuffled, TASKS, repeat)
+        assert others == [by_name[drawn[t.name]] for t in TASKS] and sorted(others) == sorted(texts)
+        assert not any(a == b for a, b in zip(texts, others, strict=True))
+        assert keys(nonsense, TASKS, repeat) == [junk(t, repeat) for t in TASKS]
+        assert keys(constant, TASKS, repeat) == [CONSTANT] * 5
+
+
+def test_a_checkpoint_of_names_answers_those_it_knows(one_hot):
+    known = t2l.TextToLoRA.from_pretrained(one_hot)
+    arms = generated_arms("names", known, ASKED)
+    assert shown(arms) == {"names": (("chat",), False, 0, False), "names-shuffled": (("chat",), False, 0, True)}
+    assert keys(arms[0], ASKED, 1) == [None, "first", "last"]
+    assert keys(arms[1], ASKED, 1) == [None, "last", "first"]
+    (alone, shuffled) = generated_arms("names", known, ASKED[:2])
+    assert keys(alone, ASKED[:2]) == [None, "first"]
+    with pytest.raises(ValueError, match="^arms: the shuffled control needs at least two tasks, got 1"):
+        keys(shuffled, ASKED[:2])
+
+
+def test_a_checkpoint_of_inputs_is_asked_by_the_input(by_input):
+    (arm,) = generated_arms("inputs", t2l.TextToLoRA.from_pretrained(by_input), ASKED, from_input=True)
+    assert (arm.name, arm.repeats, arm.description) == ("inputs", False, False)
+    assert [keys(arm, ASKED, 0, Example(text, ("red",), "test")) for text in ("red cat", "dog")] == [
+        ["red cat"] * 3, ["dog"] * 3,
+    ]  # fmt: skip
+
+
+def test_an_oracle_has_the_adapter_of_the_task_or_none():
+    arm = oracle_arm(random_stack(2), ["last", "first"])
+    assert (arm.name, arm.repeats, arm.forms, arm.description) == ("oracle", False, ("chat",), False)
+    assert keys(arm, ASKED, 2) == [None, "first", "last"]
+
+
+def test_library_arms(loaded):
+    """A library may be smaller than what Arrow routes a token to."""
+    stack = random_stack(3)
+    arms = library_arms(average(stack), stack)
+    assert shown(arms) == {name: (("chat",), False, 0, False) for name in ("average", "arrow")}
+    assert all(keys(arm, ASKED) == [""] * 3 for arm in arms)
+    ids, outputs = torch.tensor([[3, 9, 10, 4]]), []
+    for arm in arms:
+        with torch.no_grad(), arm.adapters.on(loaded[0]) as use, use([""]):
+            outputs.append(loaded[0](ids).logits)
+    with torch.no_grad():
+        base = loaded[0](ids).logits
+    assert not torch.equal(outputs[0], base) and not torch.equal(outputs[1], base) and not torch.equal(*outputs)
+
+
+# --- what a repeat draws ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 3, 40])
+def test_partners_are_a_derangement(count):
+    names = [f"task{i}" for i in range(count)]
+    drawn = [partners(names, repeat) for repeat in range(6)]
+    for found in drawn:
+        assert list(sorted(found)) == sorted(found.values()) == sorted(names)
+        assert all(name != other for name, other in found.items())
+    assert drawn[0] == partners(list(names), 0)
+    if count > 3:
+        assert all(a != b for i, a in enumerate(drawn) for b in drawn[:i])
+    for few in ([], ["a"]):
+        with pytest.raises(ValueError, match=f"needs at least two tasks, got {len(few)}"):
+            partners(few, 0)
+
+
+def test_junk_says_nothing():
+    made = {(t.name, repeat): junk(t, repeat) for t in TASKS for repeat in range(20)}
+    assert len(set(made.values())) == len(made) == 100
+    assert all(junk(t, 3) == made[t.name, 3] for t in TASKS)
+    assert junk(task("task0", descriptions=["Other."]), 3) == made["task0", 3]  # by name, not by what is said of it
+    assert all(re.fullmatch(r"[A-Z][a-z]{1,8}( [a-z]{2,9}){7}\.", text) for text in made.values())
+    english = {w for t in synthetic.suite(20) for d in t.descriptions for w in re.findall("[a-z]{4,}", d.lower())}
+    words = [w for text in made.values() for w in re.findall("[a-z]{4,}", text.lower())]
+    assert len(english) > 100 and len(words) > 400 and english.isdisjoint(words)
+    assert set("".join(words)) == set(string.ascii_lowercase)
+
+
+def test_worked_examples_are_drawn_by_task_and_repeat():
+    pool = [Example(f"in {i}", (f"out {i}", "other"), "train") for i in range(30)]
+    drawn = [tuple(shots_of(t, pool, repeat)) for t in TASKS for repeat in range(3)]
+    assert len(set(drawn)) == 15 and drawn[0] == tuple(shots_of(TASKS[0], pool, 0))
+    for shots in drawn:
+        assert len(set(shots)) == SHOTS and all(x.replace("in", "out") == y for x, y in shots)
+    assert shots_of(TASKS[0], pool, 0, 1) == list(drawn[0][:1])
+    assert len(shots_of(TASKS[0], pool[:2], 0)) == 2
+
+
+def test_what_is_asked_is_no_worked_example():
+    pool = [Example(f"in {i}", ("out",), "train") for i in range(5)]
+    first = shots_of(TASKS[0], pool, 0)
+    assert shots_of(TASKS[0], pool, 0, asked="elsewhere") == first
+    for example in pool:
+        found = shots_of(TASKS[0], pool, 0, asked=example.input)
+        assert len(found) == SHOTS and example.input not in dict(found)
+        assert [s for s in found if s in first] == [s for s in first if s[0] != example.input]
+    assert shots_of(TASKS[0], pool[:1], 0, asked="in 0") == []
+
+
+# --- one adapter for all tasks ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(shared, base_model, tasks):
+    """Folders that ``t2l train lora`` wrote, by mode and prompt."""
+    found = {}
+    for mode, prompt in (("multi-task", "input"), ("multi-task", "description"), ("per-task", "input")):
+        settings = runs.lora(base_model, mode=mode, prompt=prompt, steps=2, validate_every=0, tasks_per_batch=4)
+        found[mode, prompt] = lora.train(settings, tasks, shared / f"{mode}-{prompt}")
+    return found
+
+
+@pytest.mark.parametrize("prompt, name", [("input", "multi-task"), ("description", "multi-task-description")])
+def test_what_training_wrote_is_an_arm(trained, loaded, prompt, name):
+    folder = trained["multi-task", prompt]
+    arm = multi_task_arm(folder)
+    in_prompt = prompt == "description"
+    assert (arm.name, arm.forms, arm.description, arm.repeats) == (name, ("chat",), in_prompt, in_prompt)
+    assert keys(arm, ASKED, 2) == [""] * 3
+    stack = t2l.AdapterStack.from_peft(folder / "adapters" / "multi-task")
+    ids = torch.tensor([[3, 9, 10, 4]])
+    with torch.no_grad():
+        with arm.adapters.on(loaded[0]) as use, use([""]):
+            found = loaded[0](ids).logits
+        with t2l.attach(loaded[0], stack).use(0) as handle:
+            expected = loaded[0](ids).logits
+        handle.detach()
+        assert torch.equal(found, expected) and not torch.equal(found, loaded[0](ids).logits)
+
+
+def test_runs_that_are_no_such_arm(trained, tmp_path):
+    path = tmp_path / "waves" / "000" / "done.json"
+    with pytest.raises(FileNotFoundError, match="done.json: not found; expected the folder of a finished run of t2l train"):
+        multi_task_arm(tmp_path)
+    with pytest.raises(ConfigError, match="done.json: expected a run with mode multi-task"):
+        multi_task_arm(trained["per-task", "input"])
+    path.parent.mkdir(parents=True)
+    for content in ("[]", "{}", '{"settings": 1}', '{"settings": {"mode": "other"}}'):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match="done.json: expected a run with mode multi-task"):
+            multi_task_arm(tmp_path)
+    path.write_text(json.dumps({"settings": {"mode": "multi-task"}}))
+    with pytest.raises(FileNotFoundError, match="multi-task"):  # the adapter
+        multi_task_arm(tmp_path)
+    shutil.copytree(trained["multi-task", "input"] / "adapters", tmp_path / "adapters")
+    assert multi_task_arm(tmp_path).name == "multi-task"
+
+
+# --- identities ------------------------------------------------------------------------------------------------------
+
+
+def test_equal_identities_are_equal_adapters(engine, checkpoint, one_hot, by_input):
+    stack, names = random_stack(3), ["a", "b", "c"]
+    alike = [Stored(stack, names), Stored(random_stack(3), list(names))]
+    others = [
+        Stored(random_stack(3, seed=1), names), Stored(stack, ["a", "c", "b"]), Stored(stack[[0, 1]], names[:2]),
+        Stored(stack.to(dtype=torch.bfloat16), names), Routed(stack), Routed(random_stack(3, seed=1)),
+        Stored(t2l.AdapterStack(stack.lora_A, stack.lora_B, stack.scaling * 2), names),
+    ]  # fmt: skip
+    load = t2l.TextToLoRA.from_pretrained
+    generated = [Generated(e) for e in (engine, load(checkpoint, scaling=3.0), load(one_hot), load(by_input))]
+    assert len({a.identity for a in alike}) == 1 and Generated(load(checkpoint)).identity == generated[0].identity
+    found = [a.identity for a in (alike[0], *others, *generated[:3])]
+    assert len(set(found)) == len(found)
+    assert generated[3].identity == generated[0].identity  # the same weights: what they are asked is no part of them

@@ -1,0 +1,286 @@
+"""``t2l evaluate`` as a user types it, on a tiny model, and what ``docs/evaluation.md`` says of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import typer
+from evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
+from training import runs
+
+from t2l_engine.cli import app
+from t2l_engine.cli import evaluate as command
+from t2l_engine.data import manifest
+from t2l_engine.evaluation.answers import Answerer
+from t2l_engine.evaluation.arms import CONSTANT
+from t2l_engine.tasks import Example, Task, write_tasks
+from t2l_engine.training import lora
+
+OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
+BASE = ["base", "base-description", "icl"]
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def evaluate(run, checkpoint, tasks, tmp_path):
+    """Run ``t2l evaluate`` on the shared tasks with short answers; (the result, stdout, stderr)."""
+
+    def call(*options, checkpoint=checkpoint, tasks=tasks):
+        file = tmp_path / "result.json"
+        code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--json", file,
+                             "--max-new-tokens", 2, *options)  # fmt: skip
+        assert code == 0, err
+        return json.loads(file.read_text(encoding="utf-8")), out, err
+
+    return call
+
+
+@pytest.fixture
+def refuse(run, checkpoint, tasks, monkeypatch):
+    """Run a command that fails before anything is asked, with one line on stderr; gives the line."""
+    monkeypatch.setattr(Answerer, "ask", lambda *arguments: pytest.fail("a model was asked"))
+
+    def call(*options, tasks=tasks, checkpoint=checkpoint):
+        code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
+        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
+        return err[len("t2l: ") : -1]
+
+    return call
+
+
+def without_seconds(result):
+    for of in result["details"].values():
+        of.pop("seconds_per_answer")
+    return json.dumps(result)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_path):
+    write_tasks(tmp_path / "tasks", all_tasks(("test",)))
+    file = tmp_path / "result.json"
+    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks", "--json", file)
+    assert code == 0, err
+    assert "t2l: icl left out: no examples of split 'train' of task again\n" in err
+    result = json.loads(file.read_text(encoding="utf-8"))
+    arms = [*OURS, *BASE[:2]]
+    assert list(result["details"]) == arms
+    assert {name: list(scores) for name, scores in result["tasks"].items()} == dict.fromkeys(sorted(DESCRIPTIONS), arms)
+    assert {key: value for key, value in result.items() if key not in ("tasks", "summary", "details")} == {
+        "checkpoint": str(checkpoint),
+        "base_model": str(base_model),
+        "dtype": "float32",
+        "split": "test",
+        "scaling": 4.0,
+        "settings": {
+            "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
+            "run_code": False, "batch_size": 32,
+        },
+        "trained_tasks": ["first", "last"],
+        "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},
+        "items": dict.fromkeys(DESCRIPTIONS, 3),
+        "left_out": {},
+        "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in arms},
+    }  # fmt: skip
+    for group, of in result["summary"].items():
+        assert of["tasks"] == len(result["groups"][group])
+        assert list(of["mean"]) == arms and list(of["difference"]) == arms[1:]
+    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l less this arm" in out
+    for name in (*arms, *DESCRIPTIONS):
+        assert name in out
+
+
+def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, base_model, tasks):
+    """Another checkpoint of each kind, oracles, a library, one adapter for all tasks."""
+    described = save_checkpoint(shared / "described", base_model, seed=1, prompt="description")
+    settings = runs.lora(base_model, mode="multi-task", steps=1, validate_every=0)
+    run = lora.train(settings, tasks, shared / "cli-multi-task")
+    result, out, err = evaluate(
+        "--also", f"other={described}", "--also", f"names={one_hot}", "--also", f"inputs={by_input}", "--oracle", adapters,
+        "--library", adapters, "--multi-task", run, "--repeats", 2, "--dtype", "bfloat16",
+    )  # fmt: skip
+    named = [*OURS, "other", "other-shuffled", "other-junk", "other-constant", "names", "names-shuffled", "inputs", "oracle",
+             "average", "arrow", "multi-task", *BASE]  # fmt: skip
+    assert list(result["details"]) == named and result["dtype"] == "bfloat16" and "left out" not in err
+    lacking = {"names", "names-shuffled", "oracle"}
+    assert list(result["tasks"]["again"]) == [name for name in named if name not in lacking]
+    assert list(result["tasks"]["first"]) == named
+    every = result["summary"]["all"]
+    assert set(every["mean"]) == set(named)
+    assert {a: of["tasks"] for a, of in every["difference"].items()} == {
+        name: 2 if name in lacking else 3 for name in named[1:]
+    }
+    repeats = {name: len(of["tasks"]["first"]["by_repeat"]) for name, of in result["details"].items()}
+    once = {"t2l-constant", "names", "inputs", "oracle", "average", "arrow", "multi-task", "base"}
+    assert repeats == {name: 1 if name in once else 2 for name in named}
+    tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
+    assert tokens["t2l"] == tokens["inputs"] == tokens["multi-task"] == 4 < tokens["other"] == tokens["other-constant"]
+    assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
+    assert result["forms"]["other"] == {"form": "chat", "validation": None}
+
+
+def test_a_second_run_says_the_same(evaluate):
+    options = ("--arms", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
+    first, second = evaluate(*options)[0], evaluate(*options)[0]
+    assert list(first["details"]) == ["t2l", "t2l-junk", "icl"] and first["items"] == {"first": 2, "last": 2}
+    assert without_seconds(first) == without_seconds(second)
+
+
+def test_answers_that_are_kept_are_used(evaluate, tmp_path, monkeypatch):
+    kept = tmp_path / "answers.jsonl"
+    options = ("--arms", "t2l,t2l-shuffled,base", "--repeats", 1, "--batch-size", 4, "--resume", kept)
+    first, _, _ = evaluate(*options)
+    content = kept.read_bytes()
+    assert content.count(b"\n") == 3 + 3 + 2 * 2 + 3  # of base both forms, on two validation examples of three tasks
+    asked = []
+    generate = Answerer._generate
+    monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
+    assert evaluate(*options)[0] == first and not asked and kept.read_bytes() == content  # the seconds too
+    kept.write_bytes(content[:-20])
+    again, _, _ = evaluate(*options)
+    assert len(asked) == 1 and kept.read_bytes().count(b"\n") == content.count(b"\n")
+    assert without_seconds(again) == without_seconds(first)
+    asked.clear()
+    other, _, _ = evaluate(*options, "--scaling", 1)
+    assert other["scaling"] == 1.0 and len(asked) == 6  # not the base model's again
+
+
+def test_the_split_that_is_asked(evaluate):
+    """Validation examples choose no form of what is asked on them; worked examples are never the one that is asked."""
+    result, _, _ = evaluate("--split", "val", "--arms", "base,icl", "--repeats", 1)
+    assert result["items"] == dict.fromkeys(DESCRIPTIONS, 2)
+    assert result["settings"]["validation_items"] == 0
+    assert all(of == {"form": "raw", "validation": None} for of in result["forms"].values())
+    assert evaluate("--split", "train", "--arms", "icl", "--repeats", 1)[0]["items"] == dict.fromkeys(DESCRIPTIONS, 4)
+
+
+def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
+    facts = {name: {"skill": "words", "tier": tier, "source": "tests", "licence": ["MIT"], "permissive": True}
+             for name, tier in (("first", "train"), ("last", "novel"))}  # fmt: skip
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest.build([t for t in all_tasks() if t.name in facts], facts, "For the tests.")))
+    result, out, _ = evaluate("--manifest", path, "--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    assert result["groups"] == {
+        "all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"], "train": ["first"],
+        "novel": ["last"],
+    }  # fmt: skip
+    assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
+
+
+def test_the_plot(evaluate, tmp_path):
+    evaluate("--plot", tmp_path / "means.png", "--repeats", 1, "--max-items", 1)
+    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize("measure, title", [("containment", "containment, %"), ("rouge_l", "ROUGE-L, %")])
+def test_other_measures_in_the_table(evaluate, measure, title):
+    _, out, _ = evaluate("--arms", "t2l", "--repeats", 1, "--max-items", 1, "--measure", measure)
+    assert title in out and "mean" not in out
+
+
+def test_one_task_has_no_shuffled_control(evaluate, by_input):
+    result, _, err = evaluate("--names", "first", "--repeats", 1, "--max-items", 1, "--also", f"inputs={by_input}")
+    assert [line for line in err.splitlines() if line.startswith("t2l: ")] == [
+        "t2l: t2l-shuffled left out: it needs at least two tasks",
+    ]
+    assert list(result["details"]) == ["t2l", "t2l-junk", "t2l-constant", "inputs", *BASE]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
+    known = [*OURS, *BASE]
+    assert refuse("--arms", "t2l,nonsense") == f"arms: expected some of {known}, got 'nonsense'"
+    assert refuse("--arms", "oracle") == f"arms: expected some of {known}, got 'oracle'"
+    write_tasks(tmp_path / "tasks", all_tasks(("test",)))
+    assert refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks") == (
+        f"arms: expected some of {known[:-1]}, got 'icl': no examples of split 'train' of task again"
+    )
+    known.remove("t2l-shuffled")
+    assert refuse("--arms", "t2l-shuffled", "--names", "last") == (
+        f"arms: expected some of {known}, got 't2l-shuffled': it needs at least two tasks"
+    )
+    assert refuse("--names", "again", checkpoint=one_hot) == (
+        f"{one_hot}: knows tasks by their names (one-hot), and none of those asked"
+    )
+
+
+@pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])
+def test_another_checkpoint_needs_a_name(refuse, text):
+    assert refuse("--also", text) == f"--also: expected NAME=DIR, got {text!r}"
+
+
+def test_two_arms_of_one_name(run, checkpoint, tasks):
+    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--also", f"t2l={checkpoint}")
+    assert code == 1 and out == "" and "t2l: arms: expected at least one and distinct names, got ['t2l', " in err
+
+
+def test_folders_of_adapters(refuse, adapters, shared, tmp_path):
+    for option in ("--oracle", "--library"):
+        assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected folders of PEFT adapters, found none"
+    assert refuse("--oracle", adapters, "--names", "again") == (
+        f"--oracle: none of the adapters in {adapters} is named as a task"
+    )
+    assert "done.json: not found; expected the folder of a finished run of t2l train lora" in refuse(
+        "--multi-task", adapters
+    )
+    assert "no such folder" in refuse("--also", f"x={tmp_path / 'none'}")
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--resume"])
+def test_files_that_cannot_be_written(refuse, tmp_path, option):
+    assert refuse(option, tmp_path / "none" / "file.png") == f"{option}: {tmp_path / 'none'}: no such folder"
+    assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected a file, got a folder"
+
+
+def test_a_plot_needs_its_package(refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert refuse("--plot", tmp_path / "means.png") == "--plot: matplotlib is not installed; run: pip install matplotlib"
+
+
+def test_a_file_of_something_else_is_not_gone_on_with(refuse, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert refuse("--resume", tmp_path / "notes.txt") == (
+        f"{tmp_path / 'notes.txt'}:1: expected a batch of answers that an evaluation wrote"
+    )
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_tasks_that_cannot_be_asked(refuse, tmp_path):
+    assert "descriptions.json: not found" in refuse(tasks=tmp_path)
+    assert "expected a task named 'none'" in refuse("--names", "first,none")
+    assert "no examples of split 'other'" in refuse("--split", "other")
+    assert refuse("--manifest", "nowhere").startswith("manifest 'nowhere': no such file; packaged manifests:")
+    assert refuse("--scaling", "big") == "--scaling: expected rslora, plain or a number, got 'big'"
+    assert "got 'nowhere'" in refuse("--base-model", "nowhere")
+
+
+def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):
+    example = Example("def f(x):\n", ("    return x",), "test", "pass", tests="assert f(1) == 1")
+    write_tasks(tmp_path / "tasks", [Task("code", ("Write it.",), (example,))])
+    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks")
+    assert code == 1 and out == "" and "t2l: run_code: expected to be set, since some answers are code" in err
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def test_the_document_names_what_there_is():
+    parameters = typer.main.get_command(app).commands["evaluate"].params
+    options = {option for p in parameters for option in p.opts if option.startswith("--")} - {"--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCUMENT))
+    assert named <= options
+    assert options - named <= {"--trust-remote-code", "--encoder", "--base-model"}  # those of every command
+    assert CONSTANT in DOCUMENT
+    for arm in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
+        assert f"`{arm.removeprefix('t2l')}`" in DOCUMENT, arm
+
+
+def test_the_document_names_the_fields(evaluate):
+    result, _, _ = evaluate("--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    of = result["details"]["t2l"]
+    for field in (*result, *result["forms"]["base"], *of, *of["tasks"]["first"], *result["summary"]["all"]):
+        assert f"`{field}`" in DOCUMENT, field

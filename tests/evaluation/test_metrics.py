@@ -1,0 +1,162 @@
+"""Scores of one answer against values found by hand, and intervals over tasks."""
+
+import dataclasses
+import doctest
+import itertools
+import random
+
+import pytest
+
+from t2l_engine.evaluation import metrics
+from t2l_engine.evaluation.bootstrap import Interval, interval
+from t2l_engine.evaluation.metrics import containment, exact_match, last_number, number_match, rouge_l
+
+
+def test_examples_run():
+    result = doctest.testmod(metrics)
+    assert result.attempted and not result.failed
+
+
+@pytest.mark.parametrize("answer, accepted, exact, contained", [
+    ("Paris", ["Paris"], True, True),
+    (" Paris\t\n", ["\u00a0Paris"], True, True),
+    ("paris", ["Paris"], False, True),
+    ("Paris.", ["Paris"], False, True),
+    ("It is (Paris)!", ["Rome", "Paris"], False, True),
+    ("Parisian", ["Paris"], False, False),
+    ("in New  York", ["New York"], False, False),  # white space inside counts
+    ("", ["Paris"], False, False),
+    ("", [""], True, False),  # what is empty stands nowhere
+    ("anything", ["", " "], False, False),
+    ("STRASSE", ["Straße"], False, True),
+    ("Der Straßenname", ["Straße"], False, False),
+    ("Ångström", ["ångström"], False, True),
+    ("答えは東京 です", ["東京"], False, False),  # no word of its own: scripts without spaces
+    ("東京", ["東京"], True, True),
+    ("What? :-)", [":-)"], False, True),  # no word: anywhere
+    ("a.b", ["a*b", "a.b"], True, True),
+    ("axb", ["a.b"], False, False),  # no pattern
+    ("3 of 12", ["1"], False, False),
+    ("12", ["12"], True, True),
+])  # fmt: skip
+def test_exact_match_and_containment(answer, accepted, exact, contained):
+    assert exact_match(answer, accepted) is exact and containment(answer, accepted) is contained
+
+
+@pytest.mark.parametrize("answer, accepted, expected", [
+    ("police killed the gunman", ["police kill the gunman"], 2 * 3 / 8),
+    ("the gunman kill police", ["police kill the gunman"], 2 * 2 / 8),  # in order: "the gunman"
+    ("a b c d", ["a c d b"], 2 * 3 / 8),
+    ("a a a", ["a"], 2 * 1 / 4),
+    ("a", ["x y z", "a b", "b a c"], 2 * 1 / 3),  # the best
+    ("The CAT, sat!", ["the cat sat"], 1.0),
+    ("naïve Straße", ["NAÏVE STRASSE"], 1.0),
+    ("it's 3.5", ["it s 3 5"], 1.0),  # punctuation separates
+    ("x", ["y"], 0.0),
+    ("", ["a"], 0.0),
+    ("a", [""], 0.0),
+    ("", [""], 1.0),
+    ("?", ["!"], 0.0),  # without a word: equality
+    (" ?", ["?"], 1.0),
+    ("?", [""], 0.0),
+])  # fmt: skip
+def test_rouge_l(answer, accepted, expected):
+    assert rouge_l(answer, accepted) == expected
+
+
+def test_rouge_l_by_its_definition():
+    """The longest of all common subsequences, found by trying them."""
+    draw = random.Random(0)
+    for _ in range(50):
+        a, b = (draw.choices("uvw", k=draw.randint(1, 6)) for _ in range(2))
+        common = (len(s) for n in range(len(a) + 1) for s in itertools.combinations(a, n) if _within(s, b))
+        assert rouge_l(" ".join(a), [" ".join(b)]) == 2 * max(common) / (len(a) + len(b))
+
+
+def _within(part, whole):
+    rest = iter(whole)
+    return all(word in rest for word in part)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("", None),
+    ("none", None),
+    ("-", None),
+    ("42", 42.0),
+    ("so 3 x 400 = 1,200 apples.", 1200.0),
+    ("1,234,567.89", 1234567.89),
+    ("#### 1,000,", 1000.0),  # a comma of the sentence
+    ("3, 4", 4.0),
+    ("it costs $5.", 5.0),
+    ("$-5.50!", -5.5),
+    ("-7", -7.0),
+    ("x=-7", -7.0),
+    ("+3", 3.0),
+    (".5", 0.5),
+    ("-.5", -0.5),
+    ("5-3", 3.0),  # a hyphen, no sign
+    ("10-12 apples", 12.0),
+    ("2 - 3", 3.0),
+    ("half: 50%", 50.0),
+    ("3rd", 3.0),
+    ("٣", 3.0),
+    ("x²", None),
+    ("9" * 400, None),  # beyond what a float holds
+])  # fmt: skip
+def test_last_number(text, expected):
+    assert last_number(text) == expected
+
+
+@pytest.mark.parametrize("answer, accepted, expected", [
+    ("The answer is 1,200.", ["1200"], True),
+    ("The answer is 1200.00", ["1,200"], True),
+    ("12 and then 13", ["12"], False),
+    ("12", ["11", "12"], True),
+    ("-12", ["12"], False),
+    ("no number", ["12"], False),
+    ("", ["0"], False),
+    ("1000", ["1e3"], True),  # an accepted number is read as in the task's file
+    ("3", ["1e3"], False),
+    ("9" * 400, ["9" * 400], False),
+])  # fmt: skip
+def test_number_match(answer, accepted, expected):
+    assert number_match(answer, accepted) is expected
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def test_interval_is_deterministic_and_contains_the_mean():
+    draw = random.Random(0)
+    values = [draw.gauss(10, 5) for _ in range(6)]
+    found = interval(values)
+    assert found == interval(tuple(values)) and found.low < found.mean < found.high
+    assert found.mean == pytest.approx(sum(values) / 6) and min(values) <= found.low and found.high <= max(values)
+    other = interval(values, seed=1)
+    assert other != found and other.mean == found.mean
+    narrow = interval(values, level=0.5)
+    assert found.low < narrow.low < narrow.mean < narrow.high < found.high
+    moved, scaled = interval([v + 7 for v in values]), interval([2 * v for v in values])
+    for name in dataclasses.asdict(found):
+        assert getattr(moved, name) == pytest.approx(getattr(found, name) + 7)
+        assert getattr(scaled, name) == pytest.approx(2 * getattr(found, name))
+
+
+def test_interval_resamples_with_replacement():
+    """Means of two tasks, 0 and 100: 0 in a quarter of the draws, 50 in a half, 100 in a quarter."""
+    assert interval([0.0, 100.0]) == Interval(50.0, 0.0, 100.0)
+    assert interval([0.0, 100.0], level=0.4) == Interval(50.0, 50.0, 50.0)
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 0.1, 100 / 3])
+@pytest.mark.parametrize("count", [1, 7])
+def test_interval_of_equal_values(value, count):
+    found = interval([value] * count)
+    assert found.low == pytest.approx(value) == found.high and found.mean == pytest.approx(value)
+
+
+def test_interval_errors():
+    with pytest.raises(ValueError, match="^values: expected one a task, got none"):
+        interval([])
+    with pytest.raises(ValueError):
+        interval([1.0, 2.0], level=1.5)
