@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/python -m t2l_engine.demo
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: setup
 	$(BIN)/ruff check .

@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers and PEFT read it
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is loaded: workers that share cores would wait for each other
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def measure(work: Path) -> dict[str, Any]:
     siblings = manifest.names("sibling")
     return {
         "suite": "study",
-        "command": "python -m bench study --tasks TASKS --work WORK",
+        "command": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
         **tree,
         "machine": harness.machine(torch.get_num_threads()),
         "versions": harness.versions(),

@@ -112,3 +112,6 @@ def maps(figure: Figure, result: Mapping[str, Any]) -> None:
     similar.set(
         xlabel="cosine of descriptions", ylabel="cosine of adapters (B A)", title=f"all pairs, Spearman {of['spearman']:.2f}"
     )
+
+
+FIGURES = {"arms": arms, "curves": curves, "maps": maps}

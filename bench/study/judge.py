@@ -19,7 +19,7 @@ from t2l_engine.training import lora
 #: Points by which an oracle must beat the best prompt of the base model on validation examples.
 HEADROOM = 10.0
 BASE = ("base", "base-description", "icl")
-SEEN_ITEMS, UNSEEN_ITEMS, BENCHMARK_ITEMS = 20, 40, 100
+SEEN_ITEMS, UNSEEN_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
 #: Runs judged beside ``t2l`` with all their controls, those with the shuffled one alone, and those without.
 CONTROLLED = ("t2l-seed1", "t2l-description")
@@ -84,21 +84,35 @@ def scalings(work: Path) -> dict[float, dict[str, Any]]:
 
 
 def benchmarks(work: Path) -> dict[str, Any]:
-    """The ten benchmarks of the paper, where ``work/tasks/benchmarks`` holds them: chance and the majority beside."""
+    """The ten benchmarks of the paper, where ``work/tasks/benchmarks`` holds them, with the majority's score beside.
+
+    Those with long answers have fewer items and no worked examples (HumanEval has none to draw from).
+    """
     folder = folder_of(work, "benchmarks")
     if not folder.is_dir():
         return {}
-    options = ["--checkpoint", work / "t2l", "--max-items", str(BENCHMARK_ITEMS), "--repeats", "3", "--run-code",
-               "--multi-task", work / "multi-task", "--arms", "t2l,t2l-shuffled,multi-task,base,base-description,icl",
-               "--max-prompt-tokens", "2048"]  # fmt: skip
-    result = evaluate(work, "benchmarks", *options, tasks="benchmarks")
-    majority = {}
-    for task in load_tasks(folder, "test"):
-        examples = task.examples[:BENCHMARK_ITEMS]
-        if examples[0].options:  # by position: choices are texts that differ from one question to the next
+    arms = ["t2l", "t2l-shuffled", "base", "base-description"]
+    options = ["--checkpoint", work / "t2l", "--repeats", "1", "--run-code", "--max-prompt-tokens", "2048"]
+    if finished("multi-task", work):
+        arms, options = [*arms, "multi-task"], [*options, "--multi-task", work / "multi-task"]
+    tasks = load_tasks(folder, "test")
+    long = [task.name for task in tasks if not task.examples[0].options]
+    short = [task.name for task in tasks if task.examples[0].options]
+    found: dict[str, Any] = {"tasks": {}, "items": {}, "majority": {}}
+    for name, names, items, more in (
+        ("benchmarks-options", short, OPTION_ITEMS, ["icl"]),
+        ("benchmarks-long", long, LONG_ITEMS, []),
+    ):
+        which = ["--names", ",".join(names), "--max-items", str(items), "--arms", ",".join([*arms, *more])]
+        result = evaluate(work, name, *options, *which, tasks="benchmarks")
+        found["tasks"] |= result["tasks"]
+        found["items"] |= result["items"]
+    for task in tasks:
+        examples = [e for e in task.examples[:OPTION_ITEMS] if e.options]
+        if examples:  # by position: choices are texts that differ from one question to the next
             places = Counter(e.options.index(e.outputs[0]) for e in examples)
-            majority[task.name] = 100 * places.most_common(1)[0][1] / len(examples)
-    return {"tasks": result["tasks"], "items": result["items"], "majority": majority}
+            found["majority"][task.name] = 100 * places.most_common(1)[0][1] / len(examples)
+    return found
 
 
 def _everything(work: Path, name: str, names: Sequence[str], items: int, *more: str) -> dict[str, Any]:
