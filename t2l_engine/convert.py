@@ -174,7 +174,7 @@ def _reference_configs(
     own |= {key: copy.deepcopy(blocks[key]) for key in BLOCKS if key in blocks}
     base = blocks.get("base_model")
     # To the reference no name is the base model's last token.
-    own_encoder = base and (encoder.get("name"), encoder.get("pooling")) == (base, "last")
+    own_encoder = bool(base) and (encoder.get("name"), encoder.get("pooling")) == (base.rstrip("/"), "last")
     new_args = {
         "training_task": "recon" if recon else "sft",
         "shared_AB_head": c.num_sides == 2,

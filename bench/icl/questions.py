@@ -32,7 +32,7 @@ from t2l_engine.prompts import chat_prompt, raw_prompt
 from t2l_engine.tasks import Example, Task, load_tasks
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
-#: As the study measures quality.
+#: As the quality of the bundled checkpoint was measured.
 DTYPE = torch.bfloat16
 ICL, WARM, ADAPTED, MERGED, DESCRIBED = "icl", "icl-warm", "t2l-task", "t2l-merged", "description"
 ARMS = (ICL, WARM, ADAPTED, MERGED, DESCRIBED)
