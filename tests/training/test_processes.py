@@ -53,6 +53,7 @@ def close_checkpoints(one: Path, two: Path):
     close_tensors(*(t2l.HyperNetwork.from_pretrained(folder).state_dict() for folder in (one, two)))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
     """SFT with noise and accumulation, adapters of a wave of tasks, reconstruction of three adapters; each fails once."""
     noise = {"neftune_alpha": 5.0, "label_smoothing": 0.1, "generated_l2": 0.1, "accumulation": 2, "weighting": "token"}
