@@ -1,10 +1,10 @@
 """What the study trains: names, settings and tasks of its runs.
 
 The runs that are compared train on the same tasks: those of tier train of the manifest ``skills`` that are permissively
-licensed and whose answers have at most SHORT_ANSWER characters on average, which exact match can judge.  Questions that have many
-good answers (a third of the 90 tasks, half of all tokens) teach little that it sees.  The library and the runs whose
-question is the number of tasks draw on all 90.  An example costs a run with the description in its prompt more tokens; it
-has fewer steps for it, so that runs that are compared pass about the same tokens through the model.
+licensed and whose answers have at most SHORT_ANSWER characters on average, which exact match can judge.  Questions that
+have many good answers (a third of the 90 tasks, half of all tokens) teach little that it sees.  The library and the runs
+whose question is the number of tasks draw on all 90.  An example costs a run with the description in its prompt more
+tokens; it has fewer steps for it, so that runs that are compared pass about the same tokens through the model.
 """
 
 from __future__ import annotations
