@@ -104,10 +104,8 @@ def evaluate(
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
     if max_items:
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
-    pools, validation = (
-        {t.name: t.examples for t in load_tasks(tasks, s, names=[t.name for t in loaded], required=False)}
-        for s in ("train", "val")
-    )
+    everything = load_tasks(tasks, None, names=[t.name for t in loaded])
+    pools, validation = ({t.name: [e for e in t.examples if e.split == s] for t in everything} for s in ("train", "val"))
     store = Store(resume)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     found, left_out = _arms(loaded, pools, (engine, folder), also or [], oracle or [], library, multi_task or [])
@@ -237,7 +235,8 @@ def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, li
     if manifest:
         read = manifests.read(manifest)
         for tier in ("train", "sibling", "novel"):
-            groups[tier] = [n for n in names if n in set(read.names(tier))]
+            members = set(read.names(tier))
+            groups[tier] = [n for n in names if n in members]
     return {group: members for group, members in groups.items() if members}
 
 

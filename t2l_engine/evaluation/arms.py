@@ -178,7 +178,31 @@ def multi_task_arm(folder: Path) -> Arm:
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
-class Generated:
+class _Attached:
+    """Adapters that are attached for each batch, those that it needs alone; :meth:`_stack` makes them."""
+
+    identity: str
+
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        """One adapter a key."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[Use]:
+        yield lambda keys: self._use(model, keys)
+
+    @contextlib.contextmanager
+    def _use(self, model: nn.Module, keys: Sequence[str]) -> Iterator[None]:
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        handle = attach(model, self._stack(list(numbers)).to(next(model.parameters()).device))
+        try:
+            with handle.use([numbers[key] for key in keys]):
+                yield
+        finally:
+            handle.detach()
+
+
+class Generated(_Attached):
     """Adapters that a checkpoint generates; keys are texts."""
 
     def __init__(self, engine: TextToLoRA):
@@ -186,38 +210,22 @@ class Generated:
         state = engine.hypernetwork.state_dict()
         self.identity = _digest([*state.values()], repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
 
-    @contextlib.contextmanager
-    def on(self, model: nn.Module) -> Iterator[Use]:
-        yield lambda keys: self._use(model, keys)
-
-    @contextlib.contextmanager
-    def _use(self, model: nn.Module, keys: Sequence[str]) -> Iterator[None]:
-        texts = list(dict.fromkeys(keys))
-        for text in texts:  # one by one: in a batch they would round by what else is new in it
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        for text in keys:  # one by one: in a batch they would round by what else is new in it
             if text not in self._embeddings:
                 self._embeddings[text] = self._engine.encoder.encode([text])[0]
-        stack = self._engine.hypernetwork.generate(torch.stack([self._embeddings[text] for text in texts]))
-        with _attached(model, stack, [texts.index(key) for key in keys]):
-            yield
+        return self._engine.hypernetwork.generate(torch.stack([self._embeddings[text] for text in keys]))
 
 
-class Stored:
+class Stored(_Attached):
     """Adapters of ``stack`` by name."""
 
     def __init__(self, stack: AdapterStack, names: Sequence[str]):
-        self._stack, self._numbers = stack, {name: i for i, name in enumerate(names)}
+        self._adapters, self._numbers = stack, {name: i for i, name in enumerate(names)}
         self.identity = _digest(_tensors(stack), *names)
 
-    @contextlib.contextmanager
-    def on(self, model: nn.Module) -> Iterator[Use]:
-        yield lambda keys: self._use(model, keys)
-
-    @contextlib.contextmanager
-    def _use(self, model: nn.Module, keys: Sequence[str]) -> Iterator[None]:
-        names = list(dict.fromkeys(keys))
-        stack = self._stack[[self._numbers[name] for name in names]]
-        with _attached(model, stack, [names.index(key) for key in keys]):
-            yield
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        return self._adapters[[self._numbers[name] for name in keys]]
 
 
 class Routed:
@@ -230,16 +238,6 @@ class Routed:
     def on(self, model: nn.Module) -> Iterator[Use]:
         with Arrow(model, self._stack, min(TOP_K, len(self._stack))):
             yield lambda keys: contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _attached(model: nn.Module, stack: AdapterStack, ids: Sequence[int]) -> Iterator[None]:
-    handle = attach(model, stack.to(next(model.parameters()).device))
-    try:
-        with handle.use(ids):
-            yield
-    finally:
-        handle.detach()
 
 
 def _tensors(stack: AdapterStack) -> list[torch.Tensor]:

@@ -13,15 +13,6 @@ from t2l_engine.testing.numerics import LOGITS_ATOL, logits_bound, lora_frobeniu
 NAMES = ("q_proj", "v_proj", "down_proj")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Products here are tiny: threads that wait for each other are dearer than the products."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def model(tiny_model):
     return tiny_model("Llama", head_dim=32)
