@@ -29,6 +29,8 @@ from t2l_engine.checkpoint_folder import (
 )
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, shown
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
+from t2l_engine.lora_runs import checked_form
+from t2l_engine.prompts import CHAT
 
 UNUSED_PREFIX = "reference."
 MAX_PARAMETERS = 1 << 40  # beyond what any file here can hold, and within what torch can describe
@@ -113,6 +115,12 @@ def describe(folder: Path) -> dict[str, Any]:
     from t2l_engine import reference_format
 
     return reference_format.describe(folder)
+
+
+def prompt_form(folder: Path) -> str:
+    """How prompts show an input to the adapted model: as in training; the chat template unless it says."""
+    training = describe(folder).get("training") or {}
+    return checked_form(training.get("prompt_form", CHAT), folder)
 
 
 # --- native form ---------------------------------------------------------------------------------------------------

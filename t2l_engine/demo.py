@@ -12,7 +12,7 @@ from transformers.utils import logging
 import t2l_engine as t2l
 from t2l_engine import flops, ops
 from t2l_engine.integrations import smollm2
-from t2l_engine.prompts import chat_prompt, raw_prompt
+from t2l_engine.prompts import raw_prompt
 
 CHECKPOINT = "smollm2-135m"
 
@@ -62,7 +62,7 @@ def milliseconds(function, repeats: int = 5) -> float:
     return 1e3 * min(times)
 
 
-def show_tasks(model, tokenizer, lora) -> None:
+def show_tasks(model, tokenizer, engine, lora) -> None:
     table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs")
     score = {"base": 0, "adapted": 0}
     for i, (description, pairs) in enumerate(TASKS.items()):
@@ -70,7 +70,7 @@ def show_tasks(model, tokenizer, lora) -> None:
         table.add_row(f"[bold]{description}[/bold]")
         base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
         with lora.use(i):
-            adapted = answer(model, tokenizer, [chat_prompt(tokenizer, x) for x, _ in pairs])
+            adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
         for (x, right), b, a in zip(pairs, base, adapted, strict=True):
             score["base"] += b == right
             score["adapted"] += a == right
@@ -83,23 +83,23 @@ def show_tasks(model, tokenizer, lora) -> None:
     )
 
 
-def show_two_descriptions(model, tokenizer, lora) -> None:
+def show_two_descriptions(model, tokenizer, engine, lora) -> None:
     table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
     with lora.use([len(TASKS), len(TASKS) + 1]):
-        answers = answer(model, tokenizer, [chat_prompt(tokenizer, SAME_INPUT)] * 2)
+        answers = answer(model, tokenizer, [engine.prompt(tokenizer, SAME_INPUT)] * 2)
     for description, got in zip(TWO, answers, strict=True):
         table.add_row(description, got)
     console.print(table)
     console.print()
 
 
-def show_mixed_batch(model, tokenizer, lora) -> None:
+def show_mixed_batch(model, tokenizer, engine, lora) -> None:
     table = Table(
         "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
     )
     rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
     rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "The actor thanked the manager.")]
-    prompts = [chat_prompt(tokenizer, x) for _, x in rows]
+    prompts = [engine.prompt(tokenizer, x) for _, x in rows]
     with lora.use([i for i, _ in rows]):
         together = answer(model, tokenizer, prompts)
     for row, (adapter, text) in enumerate(rows):
@@ -142,7 +142,7 @@ def show_costs(model, tokenizer, engine) -> None:
     )
 
     count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
-    question, shots = count(chat_prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
+    question, shots = count(engine.prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
     words = len(encoder.tokenizer(encoder.prepare([description])[0])["input_ids"])
     decoder = flops.Decoder.from_config(model.config)
     describe = flops.encoder_flops(flops.Encoder.from_config(encoder.model.config), words)
@@ -170,9 +170,9 @@ def main() -> None:
     with console.status("Loading the text encoder and the hypernetwork ..."):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
     lora = t2l.attach(model, engine.generate([*TASKS, *TWO]))
-    show_tasks(model, tokenizer, lora)
-    show_two_descriptions(model, tokenizer, lora)
-    show_mixed_batch(model, tokenizer, lora)
+    show_tasks(model, tokenizer, engine, lora)
+    show_two_descriptions(model, tokenizer, engine, lora)
+    show_mixed_batch(model, tokenizer, engine, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
     console.print('Next: t2l generate "Name the animal in the list." -o out/   writes an adapter in the format of PEFT.')

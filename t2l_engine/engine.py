@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from t2l_engine.config import EncoderConfig, OneHotConfig
 from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.encoder_config import UndefinedEncoder
 from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine.prompts import CHAT, prompt_of
 
 
 def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
@@ -52,14 +54,17 @@ class TextToLoRA:
     (2, [2.0, 2.0])
     """
 
-    def __init__(self, encoder: TextEncoder | OneHotEncoder, hypernetwork: HyperNetwork):
-        """Raises ValueError where the encoder's width is not the one the hypernetwork was trained with."""
+    def __init__(self, encoder: TextEncoder | OneHotEncoder, hypernetwork: HyperNetwork, prompt_form: str = CHAT):
+        """``prompt_form``: "chat" or "raw", how :meth:`prompt` shows an input to the adapted model.
+
+        Raises ValueError where the encoder's width is not the one the hypernetwork was trained with.
+        """
         if encoder.embed_dim != hypernetwork.config.embed_dim:
             raise ValueError(
                 f"encoder: expected embeddings of width {hypernetwork.config.embed_dim} as the hypernetwork was trained "
                 f"with, got {encoder.embed_dim} from {encoder.config.name!r}"
             )
-        self.encoder, self.hypernetwork = encoder, hypernetwork
+        self.encoder, self.hypernetwork, self.prompt_form = encoder, hypernetwork, prompt_form
 
     @classmethod
     def from_pretrained(
@@ -87,6 +92,8 @@ class TextToLoRA:
             OSError: the checkpoint's encoder is neither a local folder nor to be had from the hub; pass ``encoder``.
             ValueError: the checkpoint cannot be used, or the encoder does not fit it or needs ``trust_remote_code``.
         """
+        from t2l_engine.checkpoint import prompt_form
+
         folder = resolve_checkpoint(checkpoint)
         hypernetwork = HyperNetwork.from_pretrained(
             folder, scaling=scaling, dtype=dtype, device=device, module_order=module_order
@@ -102,7 +109,7 @@ class TextToLoRA:
                     f"{folder}: names no text encoder and needs embeddings of width {hypernetwork.config.embed_dim}, "
                     f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
                 )
-        return cls(encoder, hypernetwork)
+        return cls(encoder, hypernetwork, prompt_form(folder))
 
     def generate(self, texts: Sequence[str]) -> AdapterStack:
         """One adapter a description (a task name, where the checkpoint knows tasks as one-hot vectors), all in one pass.
@@ -112,3 +119,11 @@ class TextToLoRA:
         and has adapters in use.
         """
         return self.hypernetwork.generate(self.encoder.encode(texts))
+
+    def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
+        """``text`` as the adapted model reads it: in the form of the prompts that the checkpoint was trained on.
+
+        Tokenize it without special tokens.  ``tokenizer``: the base model's; ``description``: in front, for a checkpoint
+        that was trained with it there.
+        """
+        return prompt_of(self.prompt_form, tokenizer, text, description)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+#: How a prompt may show an input: a turn of the chat template (:func:`chat_prompt`), or plain text (:func:`raw_prompt`).
+FORMS = CHAT, RAW = "chat", "raw"
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -13,10 +16,25 @@ def is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
+def prompt_of(form: str, tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
+    """``text`` in one of :data:`FORMS`; ``description``, ``shots``: as in the functions of that form.
+
+    Raises ValueError for another form.
+    """
+    if form not in FORMS:
+        raise ValueError(f"prompt_form: expected one of {', '.join(FORMS)}, got {form!r}")
+    return raw_prompt(description, text, shots) if form == RAW else chat_prompt(tokenizer, text, description, shots)
+
+
+def answer_of(form: str, text: str) -> str:
+    """``text`` as it follows a prompt: after "Output:" a space, whose token is that of the word."""
+    return f" {text}" if form == RAW else text
+
+
 def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
     """``text`` as a user's turn in the tokenizer's chat template, ready for the answer.
 
-    Adapters of T2L see the input only.  ``description``: in front of the first turn; ``shots``: worked examples (input,
+    ``description``: in front of the first turn; ``shots``: worked examples (input,
     answer), each a turn of the user and one of the assistant, before.
     """
     turns = []
@@ -29,7 +47,7 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
 
 
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
-    """Description, worked examples and input as plain text, for a base model without adapters; the answer ends its line.
+    """Description, worked examples and input as plain text; the answer ends its line.
 
     An empty ``description`` is left out.
     """

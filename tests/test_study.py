@@ -18,6 +18,7 @@ HELD_OUT = [*MANIFEST.names("sibling"), *MANIFEST.names("novel")]
 def test_more_tasks_hold_the_fewer():
     found = [plan.chosen(TRAINED, count) for count in (*plan.COUNTS, None)]
     assert [len(names) for names in found] == [*plan.COUNTS, 90] and found[-1] == TRAINED
+    assert set(found[2]) < set(plan.LEARNABLE) == set(plan.chosen(TRAINED, len(plan.LEARNABLE))) < set(found[3])
     assert all(set(fewer) < set(more) for fewer, more in zip(found, found[1:], strict=False))
 
 
@@ -32,11 +33,13 @@ def test_descriptions_that_are_judged_by_are_not_trained_on():
 
 def test_what_is_compared_is_trained_alike():
     compared = {name: plan.RUNS[name] for name in ("t2l", *judge.CONTROLLED, *judge.MULTI_TASK)}
-    assert all(run.short_answers and run.count is None and run.tier == "train" for run in compared.values())
-    assert len({run.settings.tasks_per_batch * run.settings.accumulation for run in compared.values()}) == 1
+    assert all(run.learnable and run.count is None and run.tier == "train" for run in compared.values())
+    assert set(plan.LEARNABLE) < set(TRAINED)
     for name, run in compared.items():
         assert (run.settings.prompt == "description") == name.endswith("description")
-        assert run.settings.steps == (plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else plan.STEPS)
+        steps = plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else plan.STEPS
+        assert run.settings.steps * run.settings.tasks_per_step == 32 * steps  # as many examples
+    assert len({run.settings.prompt_form for run in compared.values()}) == 1
     assert {*judge.VARIED, judge.BY_INPUT, judge.BY_NAME} <= set(plan.RUNS)
 
 

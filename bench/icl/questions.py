@@ -1,7 +1,8 @@
 """A small real model answers the questions of real tasks one by one, in every way: time to first and last token, accuracy.
 
-Examples come before the question as plain text, after the description; an adapted model reads the question alone, in its
-chat template: both as in ``t2l evaluate``.  Every way answers a question before the next is asked, in an order that rotates.
+Examples come before the question as plain text, after the description; an adapted model reads the question alone, in
+the form of its training: both as in ``t2l evaluate``.  Every way answers a question before the next is asked, in an order
+that rotates.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bench.icl.lengths import embed_anew, tokens_of
 from t2l_engine import demo
 from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import smollm2
-from t2l_engine.prompts import chat_prompt, raw_prompt
+from t2l_engine.prompts import raw_prompt
 from t2l_engine.tasks import Example, Task, load_tasks
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
@@ -183,7 +184,7 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
         for prompt in (
             lambda text: raw_prompt(asked.description, text, asked.shots),
             lambda text: raw_prompt(asked.description, text),
-            lambda text: chat_prompt(serving.tokenizer, text),
+            lambda text: serving.engine.prompt(serving.tokenizer, text),
         )
     )
     prefix = min(common_prefix([*shown, other]) for other in _other_prompts(serving, asked))

@@ -23,7 +23,7 @@ from t2l_engine.data import manifest as manifests
 from t2l_engine.evaluation.answers import Answerer, Query, Store
 from t2l_engine.evaluation.arms import Generated, shots_of
 from t2l_engine.integrations import base_model
-from t2l_engine.prompts import chat_prompt, raw_prompt
+from t2l_engine.prompts import raw_prompt
 from t2l_engine.tasks import load_tasks
 from t2l_engine.training import lora
 
@@ -109,8 +109,9 @@ def steered(work: Path) -> list[dict[str, Any]]:
     model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
     asked = [(text, description) for text, of in STEERED.items() for description in of]
-    queries = [Query(chat_prompt(tokenizer, text), description) for text, description in asked]
-    answers = answerer.ask(queries, Generated(t2l.TextToLoRA.from_pretrained(work / "t2l")))
+    engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
+    queries = [Query(engine.prompt(tokenizer, text), description) for text, description in asked]
+    answers = answerer.ask(queries, Generated(engine))
     return [
         {"input": text, "description": description, "answer": answer.text}
         for (text, description), answer in zip(asked, answers, strict=True)
@@ -131,11 +132,12 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
         (i % len(tasks), tasks[i % len(tasks)], tasks[i % len(tasks)].examples[i // len(tasks)]) for i in range(REQUESTS)
     ]
     described = [(number, t.descriptions[0], e.input, shots_of(t, pools[t.name], 0)) for number, t, e in asked]
-    generated = t2l.TextToLoRA.from_pretrained(work / "t2l").generate([task.descriptions[0] for task in tasks])
+    engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
+    generated = engine.generate([task.descriptions[0] for task in tasks])
     multi_task = t2l.AdapterStack.from_peft(work / "multi-task-description" / lora.ADAPTERS / lora.MULTI_TASK)
     arms: dict[str, tuple[t2l.AdapterStack | None, list[tuple[int, str]]]] = {
-        "t2l": (generated, [(number, chat_prompt(tokenizer, text)) for number, _, text, _ in described]),
-        "multi-task-description": (multi_task, [(0, chat_prompt(tokenizer, text, d)) for _, d, text, _ in described]),
+        "t2l": (generated, [(number, engine.prompt(tokenizer, text)) for number, _, text, _ in described]),
+        "multi-task-description": (multi_task, [(0, engine.prompt(tokenizer, text, d)) for _, d, text, _ in described]),
         "base-description": (None, [(-1, raw_prompt(d, text)) for _, d, text, _ in described]),
         "icl": (None, [(-1, raw_prompt(d, text, shots)) for _, d, text, shots in described]),
     }

@@ -23,7 +23,7 @@ SEEN_ITEMS, UNSEEN_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
 #: Runs judged beside ``t2l`` with all their controls, those with the shuffled one alone, and those without.
 CONTROLLED = ("t2l-seed1", "t2l-description")
-VARIED = ("short-L-16", "short-L-32", "short-L-64", "short-L", "short-M", "short-S", "short-base-model")
+VARIED = ("short-L-16", "short-L-32", "short-L", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model")
 BY_INPUT, BY_NAME = "short-input", "short-one-hot"
 MULTI_TASK = ("multi-task", "multi-task-description")
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,10 +54,6 @@ def _worded(task: Task, wordings: dict[str, dict[str, list[str]]]) -> Task:
     return dataclasses.replace(task, descriptions=tuple(text for text in dict.fromkeys(texts) if text not in out))
 
 
-def _short_answers(task: Task) -> bool:
-    return statistics.fmean(len(e.outputs[0]) for e in task.examples) <= plan.SHORT_ANSWER
-
-
 def _write(folder: Path, tasks: Sequence[Task]) -> None:
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, tasks)
@@ -71,10 +66,9 @@ def train(name: str, work: Path) -> Path:
         library = work / "library-train" / lora.ADAPTERS
         names = plan.chosen(read_descriptions(library), run.count)
         return reconstruction.train(run.settings, library, work / name, names=names)
-    folder = folder_of(work, run.tier)
-    names = None
-    if run.short_answers or run.count is not None:
-        names = [task.name for task in load_tasks(folder, "train") if not run.short_answers or _short_answers(task)]
+    folder, names = folder_of(work, run.tier), None
+    if run.learnable or run.count is not None:
+        names = list(plan.LEARNABLE) if run.learnable else [task.name for task in load_tasks(folder, "train")]
         names = plan.chosen(names, run.count)
     method = lora if isinstance(run.settings, LoRASettings) else sft
     return method.train(run.settings, folder, work / name, names=names)

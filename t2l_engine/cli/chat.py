@@ -24,11 +24,11 @@ from t2l_engine.cli.common import (
     standard_input,
 )
 from t2l_engine.config import shown
-from t2l_engine.prompts import chat_prompt, is_unicode
+from t2l_engine.prompts import is_unicode
 
 HELP = """\
 A line is an input; its answer is on standard output.  Each line is answered by itself, without what was said before:
-adapters are trained on the input alone as one user turn.
+adapters are trained on the input alone.
   /task TEXT  the adapter of another description
   /base       answer the last input again with the base model, without adapter and description
   /help       this text
@@ -71,10 +71,14 @@ class Chat:
         table = {} if self.interactive else _LINE_BREAKS
 
         class Streamer(TextStreamer):
+            begun = False
+
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                text = text if self.begun else text.lstrip(" ")  # after "Output:" an answer begins with one
+                self.begun = self.begun or bool(text)
                 typer.echo(text.translate(table), nl=stream_end)
 
-        prompt = chat_prompt(self.tokenizer, text)
+        prompt = self.engine.prompt(self.tokenizer, text)
         batch = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
         length, limit = batch["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
         if limit is not None and self.max_new_tokens >= limit:

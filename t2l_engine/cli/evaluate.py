@@ -165,6 +165,7 @@ def _arms(
     from t2l_engine.adapters import AdapterStack
     from t2l_engine.evaluation import arms as kinds
     from t2l_engine.evaluation.library import average
+    from t2l_engine.lora_runs import prompt_form_of
 
     left_out: dict[str, str] = {}
     found = _generated(NAME, *checkpoint, tasks, left_out)
@@ -178,10 +179,15 @@ def _arms(
         held = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
         if not held:
             raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
-        found.append(kinds.oracle_arm(AdapterStack.from_peft(list(held.values())), list(held)))
+        forms = {path.parent: prompt_form_of(path.parent) for path in held.values()}
+        if len(set(forms.values())) > 1:
+            told = ", ".join(f"{path} {form}" for path, form in forms.items())
+            raise ValueError(f"--oracle: expected adapters trained with one prompt_form, got {told}")
+        stack = AdapterStack.from_peft(list(held.values()))
+        found.append(kinds.oracle_arm(stack, list(held), next(iter(forms.values()))))
     if library is not None:
         stack = AdapterStack.from_peft(_adapters("--library", library))
-        found += kinds.library_arms(average(stack), stack)
+        found += kinds.library_arms(average(stack), stack, prompt_form_of(library))
     found += [kinds.multi_task_arm(folder) for folder in multi]
     found += kinds.base_arms()
     without = [task.name for task in tasks if not pools.get(task.name)]

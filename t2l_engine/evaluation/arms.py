@@ -17,11 +17,13 @@ import torch
 from torch import nn
 
 from t2l_engine.adapters import AdapterStack
-from t2l_engine.config import ConfigError, read_json
+from t2l_engine.config import ConfigError
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.evaluation.answers import Adapters, Use
 from t2l_engine.evaluation.library import TOP_K, Arrow
 from t2l_engine.handle import attach
+from t2l_engine.lora_runs import ADAPTERS, MULTI_TASK, checked_form, settings_of
+from t2l_engine.prompts import CHAT, RAW
 from t2l_engine.tasks import Example, Task
 
 SHOTS = 3
@@ -48,7 +50,7 @@ class Arm:
     key: Callable[[Task, Example, int], str | None] = lambda task, example, repeat: ""
     description: bool = False
     shots: int = 0
-    forms: tuple[str, ...] = ("chat",)
+    forms: tuple[str, ...] = (CHAT,)
     repeats: bool = True
 
 
@@ -86,7 +88,7 @@ def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
 
 def base_arms() -> list[Arm]:
     """The model as it is: input alone, with the description, and with worked examples too."""
-    both = ("raw", "chat")
+    both = (RAW, CHAT)
     return [
         Arm("base", forms=both, repeats=False),
         Arm("base-description", description=True, forms=both),
@@ -109,7 +111,7 @@ def generated_arms(
     """
     adapters = Generated(engine)
     arm = lambda suffix, key, repeats=True: Arm(  # noqa: E731
-        name + suffix, adapters, key, description=in_prompt, repeats=repeats or in_prompt
+        name + suffix, adapters, key, description=in_prompt, forms=(engine.prompt_form,), repeats=repeats or in_prompt
     )
     if from_input:
         return [arm("", lambda task, example, repeat: example.input, False)]
@@ -137,22 +139,23 @@ def generated_arms(
     return arms
 
 
-def oracle_arm(stack: AdapterStack, names: Sequence[str]) -> Arm:
-    """Every task's own adapter; tasks without one are not asked."""
+def oracle_arm(stack: AdapterStack, names: Sequence[str], form: str = CHAT) -> Arm:
+    """Every task's own adapter, trained in prompts of ``form``; tasks without one are not asked."""
     held = set(names)
     return Arm(
         "oracle",
         Stored(stack, names),
         lambda task, example, repeat: task.name if task.name in held else None,
+        forms=(form,),
         repeats=False,
     )
 
 
-def library_arms(average: AdapterStack, stack: AdapterStack) -> list[Arm]:
-    """Without reading a description: the average of a library, and Arrow routing over it."""
+def library_arms(average: AdapterStack, stack: AdapterStack, form: str = CHAT) -> list[Arm]:
+    """Without reading a description: the average of a library trained in prompts of ``form``, and Arrow routing over it."""
     return [
-        Arm("average", Stored(average, [""]), repeats=False),
-        Arm("arrow", Routed(stack), repeats=False),
+        Arm("average", Stored(average, [""]), forms=(form,), repeats=False),
+        Arm("arrow", Routed(stack), forms=(form,), repeats=False),
     ]
 
 
@@ -162,17 +165,16 @@ def multi_task_arm(folder: Path) -> Arm:
     The arm is named after whether the run had the description in its prompts, and so has its own.  Raises FileNotFoundError
     where no run has finished there, ConfigError where it made an adapter a task.
     """
-    path = folder / "waves" / "000" / "done.json"  # read here: training needs packages that evaluation does not
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; expected the folder of a finished run of t2l train lora")
-    record = read_json(path)
-    settings = record.get("settings") if isinstance(record, dict) else None
-    if not isinstance(settings, dict) or settings.get("mode") != "multi-task":
-        raise ConfigError(f"{path}: expected a run with mode multi-task")
-    stack = AdapterStack.from_peft(folder / "adapters" / "multi-task")
+    settings = settings_of(folder)
+    if settings is None:
+        raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
+    if settings.get("mode") != "multi-task":
+        raise ConfigError(f"{folder}: expected a run with mode multi-task, got {settings.get('mode')!r}")
+    stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"
-    return Arm(name, Stored(stack, [""]), description=in_prompt, repeats=in_prompt)
+    form = checked_form(settings.get("prompt_form", CHAT), folder)
+    return Arm(name, Stored(stack, [""]), description=in_prompt, forms=(form,), repeats=in_prompt)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from t2l_engine.evaluation import code, metrics
 from t2l_engine.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.evaluation.arms import Arm, description_of, shots_of
 from t2l_engine.evaluation.bootstrap import interval
-from t2l_engine.prompts import chat_prompt, raw_prompt
+from t2l_engine.prompts import prompt_of
 from t2l_engine.tasks import Example, Task
 
 
@@ -134,9 +134,7 @@ class Evaluation:
         shots = []
         if arm.shots:
             shots = shots_of(item.task, self._pools[item.task.name], item.repeat, arm.shots, item.example.input)
-        if form == "raw":
-            return raw_prompt(description, item.example.input, shots)
-        return chat_prompt(self._tokenizer, item.example.input, description, shots)
+        return prompt_of(form, self._tokenizer, item.example.input, description, shots)
 
     def _adapter(self, arm: Arm, item: _Item) -> str | None:
         return arm.key(item.task, item.example, item.repeat)

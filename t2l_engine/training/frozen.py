@@ -113,8 +113,8 @@ class Frozen:
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
-        with_description = settings.prompt == "description"
-        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, with_description=with_description)
+        shown = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
+        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **shown)
         if self.train.dropped:
             total = sum(len(task.examples) for task in self.tasks)
             warnings.warn(
@@ -123,8 +123,7 @@ class Frozen:
                 stacklevel=3,
             )
         self.validation = Examples(
-            validation, self.tokenizer, settings.max_tokens, with_description=with_description,
-            most=settings.validation_samples, may_be_empty=True,
+            validation, self.tokenizer, settings.max_tokens, **shown, most=settings.validation_samples, may_be_empty=True
         )  # fmt: skip
         if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")

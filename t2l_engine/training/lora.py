@@ -21,14 +21,13 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, read_json, resolve_scaling
+from t2l_engine.lora_runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
 from t2l_engine.tasks import DESCRIPTIONS_NAME, Task
 from t2l_engine.training import loop
 from t2l_engine.training.frozen import Frozen, Modules
 from t2l_engine.training.objective import Batch
 from t2l_engine.training.sampling import Group, Share, Stream, divide
 from t2l_engine.training.settings import LoRASettings
-
-ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
 
 
 class LoRABank(nn.Module):

@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, HyperNetworkConfig, read_json, shown
 from t2l_engine.hypernetwork import STD_EPS, HyperNetwork
+from t2l_engine.lora_runs import prompt_form_of
 from t2l_engine.module_paths import own_paths
 from t2l_engine.peft_format import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.tasks import DESCRIPTIONS_NAME, read_descriptions
@@ -77,6 +78,7 @@ class Library:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {shown(depths)}")
         # Read with the adapters, and once: every save asks, and a library may have gigabytes.
         self.base_model, self.digests = self._base_model(), self._digests()
+        self.prompt_form = prompt_form_of(folder)
 
     def _base_model(self) -> str | None:
         """The base model that all adapters name, if they do."""
@@ -247,7 +249,7 @@ class Reconstruction(loop.Job):
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
             "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
-            "tasks": self.data()["adapters"],
+            "prompt_form": self._library.prompt_form, "tasks": self.data()["adapters"],
         }  # fmt: skip
         blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model, "training": training}
         self._generating().save_pretrained(folder, blocks)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from t2l_engine.config import ConfigError
-from t2l_engine.prompts import chat_prompt
+from t2l_engine.prompts import CHAT, answer_of, prompt_of
 from t2l_engine.tasks import Task
 
 G = TypeVar("G")
@@ -84,8 +84,9 @@ class Examples:
 
     Args:
         tasks: with the examples of the split.
-        tokenizer: of the base model; prompts are one user turn of its chat template, answers end with its end-of-text token.
+        tokenizer: of the base model; answers end with its end-of-text token.
         max_tokens: of prompt and answer; longer examples are left out, ``dropped`` counts them.
+        form: of the prompts, see :mod:`t2l_engine.prompts`.
         with_description: whether the prompt names the task, before the input.
         most: examples kept a task.
 
@@ -99,10 +100,11 @@ class Examples:
         max_tokens: int,
         *,
         with_description: bool,
+        form: str = CHAT,
         most: int | None = None,
         may_be_empty: bool = False,
     ):
-        self.tasks, self._tokenizer, self._with_description = list(tasks), tokenizer, with_description
+        self.tasks, self._tokenizer, self._form, self._with_description = list(tasks), tokenizer, form, with_description
         self._cache: dict[tuple[int, int, int | None], Sample] = {}
         self._kept: list[list[int]] = []
         self.dropped = 0
@@ -132,9 +134,10 @@ class Examples:
         if found is None:
             chosen = self.tasks[task].examples[example]
             named = self.tasks[task].descriptions[description] if self._with_description else ""
-            prompt = chat_prompt(self._tokenizer, chosen.input, named)
+            prompt = prompt_of(self._form, self._tokenizer, chosen.input, named)
             prompt = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer = self._tokenizer(chosen.outputs[0], add_special_tokens=False)["input_ids"]
+            answer = answer_of(self._form, chosen.outputs[0])
+            answer = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
             answer = [*answer, self._tokenizer.eos_token_id]
             found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
         return found

@@ -26,7 +26,7 @@ from pydantic import (
 
 from t2l_engine._yaml import parse_yaml, read_yaml
 from t2l_engine.config import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, VARIANTS, ConfigError, resolve_scaling, shown
-from t2l_engine.prompts import is_unicode
+from t2l_engine.prompts import FORMS, is_unicode
 
 
 def _unicode(text: str) -> str:
@@ -99,6 +99,9 @@ class _Model(_LoRA):
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained stays float32")
     prompt: Literal["input", "description"] = Field(
         "input", description="input: only the adapter knows the task; description: the prompt names it too"
+    )
+    prompt_form: Literal[FORMS] = Field(
+        "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
     samples_per_task: Positive = Field(1, description="examples of a task in a batch")
     max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")

@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import pytest
 
 import t2l_engine as t2l
+from t2l_engine import checkpoint as checkpoint_module
 from t2l_engine.integrations import base_model, smollm2
-from t2l_engine.prompts import chat_prompt
+from t2l_engine.prompts import prompt_of
 
 TASK, OTHER = "Count the words.", "Name the capital."
 
@@ -49,11 +50,11 @@ def chat(run, checkpoint, tiny_model, monkeypatch):
         options = ("-c", checkpoint, "--base-model", "tiny", "--max-new-tokens", 6)
         return run("chat", "--task", TASK, *options, *arguments, stdin=stdin)
 
-    def answers(task, lines):
+    def answers(task, lines, form="chat"):
         lora = t2l.attach(model, t2l.TextToLoRA.from_pretrained(checkpoint).generate([task or TASK]))
         found = []
         for line in lines:
-            ids = tokenizer(chat_prompt(tokenizer, line), return_tensors="pt", add_special_tokens=False)["input_ids"]
+            ids = tokenizer(prompt_of(form, tokenizer, line), return_tensors="pt", add_special_tokens=False)["input_ids"]
             with lora.use(0 if task else -1):
                 out = model.generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
             found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
@@ -62,6 +63,15 @@ def chat(run, checkpoint, tiny_model, monkeypatch):
 
     call.answers, call.model = answers, model
     return call
+
+
+def test_raw_prompts(chat, monkeypatch):
+    """A checkpoint that was trained on plain text is shown plain text; the space before an answer is not printed."""
+    monkeypatch.setattr(checkpoint_module, "prompt_form", lambda folder: "raw")
+    right = [chat.answers(task, ["one two"], form="raw")[0] for task in (TASK, None)]
+    assert right[0] != chat.answers(TASK, ["one two"])[0]
+    code, out, err = chat("one two\n/base")
+    assert (code, err) == (0, "") and out.splitlines() == [text.lstrip(" ") for text in right]
 
 
 def test_piped_lines(chat):

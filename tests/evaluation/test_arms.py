@@ -208,20 +208,38 @@ def test_what_training_wrote_is_an_arm(trained, loaded, prompt, name):
 
 def test_runs_that_are_no_such_arm(trained, tmp_path):
     path = tmp_path / "waves" / "000" / "done.json"
-    with pytest.raises(FileNotFoundError, match="done.json: not found; expected the folder of a finished run of t2l train"):
+    with pytest.raises(FileNotFoundError, match="expected the folder of a finished run of t2l train lora, found none"):
         multi_task_arm(tmp_path)
-    with pytest.raises(ConfigError, match="done.json: expected a run with mode multi-task"):
+    with pytest.raises(ConfigError, match="expected a run with mode multi-task, got 'per-task'"):
         multi_task_arm(trained["per-task", "input"])
     path.parent.mkdir(parents=True)
-    for content in ("[]", "{}", '{"settings": 1}', '{"settings": {"mode": "other"}}'):
+    for content, expected in (
+        ("[]", "done.json: expected an object with settings"),
+        ("{}", "done.json: expected an object with settings"),
+        ('{"settings": 1}', "done.json: expected an object with settings"),
+        ('{"settings": {"mode": "other"}}', "expected a run with mode multi-task, got 'other'"),
+    ):
         path.write_text(content)
-        with pytest.raises(ConfigError, match="done.json: expected a run with mode multi-task"):
+        with pytest.raises(ConfigError, match=expected):
             multi_task_arm(tmp_path)
     path.write_text(json.dumps({"settings": {"mode": "multi-task"}}))
     with pytest.raises(FileNotFoundError, match="multi-task"):  # the adapter
         multi_task_arm(tmp_path)
     shutil.copytree(trained["multi-task", "input"] / "adapters", tmp_path / "adapters")
     assert multi_task_arm(tmp_path).name == "multi-task"
+    path.write_text(json.dumps({"settings": {"mode": "multi-task", "prompt_form": "loud"}}))
+    with pytest.raises(ConfigError, match="prompt_form: expected one of chat, raw, got 'loud'"):
+        multi_task_arm(tmp_path)
+
+
+def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks, tmp_path):
+    engine = t2l.TextToLoRA(engine.encoder, engine.hypernetwork, "raw")
+    stack = random_stack(2)
+    made = [*generated_arms("mine", engine, TASKS), oracle_arm(stack, ["task0", "task1"], "raw"),
+            *library_arms(average(stack), stack, "raw")]  # fmt: skip
+    assert {arm.forms for arm in made} == {("raw",)}
+    settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
+    assert multi_task_arm(lora.train(settings, tasks, tmp_path / "run")).forms == ("raw",)
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -218,15 +219,35 @@ def test_two_arms_of_one_name(run, checkpoint, tasks):
     assert code == 1 and out == "" and "t2l: arms: expected at least one and distinct names, got ['t2l', " in err
 
 
+@pytest.fixture
+def raw_adapters(adapters, tmp_path):
+    """``adapters`` in the folder of a run with raw prompts."""
+    raw = tmp_path / "run" / "adapters"
+    shutil.copytree(adapters, raw)
+    wave = raw.parent / "waves" / "000"
+    wave.mkdir(parents=True)
+    (wave / "done.json").write_text(json.dumps({"settings": {"prompt_form": "raw"}}))
+    return raw
+
+
+def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_adapters):
+    result, _, _ = evaluate("--oracle", raw_adapters, "--library", raw_adapters, "--arms", "oracle,average,arrow")
+    assert {of["form"] for of in result["forms"].values()} == {"raw"}
+
+
+def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
+    (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
+    told = refuse("--oracle", adapters, "--oracle", raw_adapters)
+    assert told == f"--oracle: expected adapters trained with one prompt_form, got {adapters} chat, {raw_adapters} raw"
+
+
 def test_folders_of_adapters(refuse, adapters, shared, tmp_path):
     for option in ("--oracle", "--library"):
         assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected folders of PEFT adapters, found none"
     assert refuse("--oracle", adapters, "--names", "again") == (
         f"--oracle: none of the adapters in {adapters} is named as a task"
     )
-    assert "done.json: not found; expected the folder of a finished run of t2l train lora" in refuse(
-        "--multi-task", adapters
-    )
+    assert "expected the folder of a finished run of t2l train lora, found none" in refuse("--multi-task", adapters)
     assert "no such folder" in refuse("--also", f"x={tmp_path / 'none'}")
 
 

@@ -7,7 +7,7 @@ import torch
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine import convert
+from t2l_engine import checkpoint, convert, lora_runs
 from t2l_engine.config import ConfigError
 from t2l_engine.integrations import base_model
 from t2l_engine.testing import numerics
@@ -44,6 +44,19 @@ def distance(target, generated, stack, statistics=None):
             A, B, A0, B0 = ((x - x0.mean(dim=0)) / x0.std(dim=0) for x, x0 in ((A, A0), (B, B0), (A0, A0), (B0, B0)))
         total = total + ((A - A0).abs().mean(dim=(1, 2, 3)) + (B - B0).abs().mean(dim=(1, 2, 3))) / 2
     return total / len(stack.lora_A)
+
+
+def test_prompt_form_is_the_librarys(tmp_path):
+    """What the run around the adapters says; the checkpoint hands it on to whoever asks the adapted model."""
+    for form in (None, "raw"):
+        folder = tmp_path / str(form) / lora_runs.ADAPTERS
+        runs.library(folder)
+        if form:
+            wave = folder.parent / lora_runs.WAVES / "000"
+            wave.mkdir(parents=True)
+            (wave / lora_runs.RECORD).write_text(json.dumps({"settings": {"prompt_form": form}}))
+        out = reconstruction.train(runs.reconstruction(steps=1, validate_every=0), folder, tmp_path / f"out-{form}")
+        assert t2l.TextToLoRA.from_pretrained(out).prompt_form == checkpoint.prompt_form(out) == (form or "chat")
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from t2l_engine.config import ConfigError
 from t2l_engine.encoder import EncoderConfig
+from t2l_engine.prompts import answer_of, prompt_of, raw_prompt
 from t2l_engine.tasks import Example, Task
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.training import descriptions, frozen, sft
@@ -147,6 +148,22 @@ def test_prompts(tokenizer):
     told = Examples([one], tokenizer, 99, with_description=True)
     assert words(tokenizer, told.sample(0, 0, 0))[:5] == ["<user>", "Say", "the", "first", "word."]
     assert words(tokenizer, told.sample(0, 0, 1))[1:] == ["Say", "the", "last", "word.", *words(tokenizer, plain)[1:]]
+
+
+def test_raw_prompts(tokenizer):
+    """Plain text without the template, as evaluations show it."""
+    one = task("one", ["red cat"])
+    for with_description, prompt in (
+        (False, raw_prompt("", "red cat")),
+        (True, raw_prompt("Say the first word.", "red cat")),
+    ):
+        made = Examples([one], tokenizer, 99, with_description=with_description, form="raw").sample(0, 0, 0)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert list(made.tokens[: -made.answer_len]) == ids
+        assert words(tokenizer, made)[-2:] == ["red", "</s>"] and made.answer_len == 2
+    assert answer_of("raw", "red") == " red" and answer_of("chat", "red") == "red"
+    with pytest.raises(ValueError, match="prompt_form: expected one of chat, raw, got 'loud'"):
+        prompt_of("loud", tokenizer, "red")
 
 
 def test_long_examples_are_left_out(tokenizer):
