@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t2l_engine import config as cfg
 from t2l_engine.config import ConfigError, EncoderConfig, OneHotConfig
@@ -16,6 +16,11 @@ from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.encoder_config import REFERENCE_LENGTH
 from t2l_engine.training.sampling import Group, seeded
 from t2l_engine.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
+
+#: Added to the variance of wording along every axis, where entries of task_emb have RMS 1: what few descriptions leave out.
+WORDING_VARIANCE = 0.1
+#: Of an axis that is scaled up, in units of wording: along one where descriptions do not differ, noise is all there is.
+LEAST_VARIANCE = 0.01
 
 
 class TaskEmbeddings:
@@ -71,6 +76,30 @@ class TaskEmbeddings:
         count = self._counts[task]
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
 
+    @torch.no_grad()
+    def initialise(self, linear: nn.Linear, generator: torch.Generator) -> None:
+        """Start ``linear``, the task encoder's, at the discriminants of the descriptions trained on.
+
+        Embeddings are centred at the mean of the tasks, whitened by how the descriptions of one task differ, and turned to
+        the axes along which tasks then differ most, each scaled down by the root of its standard deviation; ``generator``
+        draws a last rotation.  Without it most of what the encoder passes on is wording, and the first steps learn to
+        ignore it.
+        """
+        rows = [self._rows[task][: len(self.trained(task))].double() for task in range(len(self._rows))]
+        means = torch.stack([of.mean(dim=0) for of in rows])
+        within = sum(_covariance(of, mean) for of, mean in zip(rows, means, strict=True)) / len(rows)
+        centre = means.mean(dim=0)
+        values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(self.embed_dim, dtype=torch.float64))
+        whiten = axes / values.sqrt() @ axes.T
+        values, axes = torch.linalg.eigh(whiten @ (within + _covariance(means, centre)) @ whiten)
+        kept = min(linear.out_features, self.embed_dim)
+        turned = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
+        weight = (
+            torch.linalg.qr(turned)[0] @ (axes[:, -kept:] * values[-kept:].clamp_min(LEAST_VARIANCE) ** -0.25).T @ whiten
+        )
+        linear.weight.copy_(weight)
+        linear.bias.copy_(-weight @ centre)
+
     def exact(self, groups: Sequence[Group]) -> Tensor:
         """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs as they are."""
         return self._read(groups).to(self._device)
@@ -95,6 +124,10 @@ class TaskEmbeddings:
                 row = row + settings.embedding_noise * torch.randn(row.shape, generator=generator)
             rows.append(row)
         return torch.stack(rows).to(self._device)
+
+
+def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
+    return (rows - mean).T @ (rows - mean) / len(rows)
 
 
 def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:

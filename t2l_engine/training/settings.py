@@ -130,6 +130,10 @@ class _HyperNetwork(BaseModel):
         description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, or '
         '"one-hot": tasks without text',
     )
+    task_init: Literal["random", "discriminant"] = Field(
+        "random",
+        description="of the task encoder: random, or the axes that tell the tasks' descriptions apart (docs/training.md)",
+    )
     held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
     embedding_noise: NotNegative = Field(
         0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
@@ -138,6 +142,8 @@ class _HyperNetwork(BaseModel):
 
     @model_validator(mode="after")
     def _one_hot(self):
+        if self.encoder == "one-hot" and self.task_init != "random":
+            raise ValueError(f"task_init: expected 'random' with encoder one-hot, got {self.task_init!r}")
         for name in ("held_out_descriptions", "embedding_noise", "mix_descriptions"):
             if self.encoder == "one-hot" and getattr(self, name):
                 raise ValueError(
@@ -161,7 +167,8 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         if self.condition == "input":
             if self.encoder == "one-hot":
                 raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
-            for name, only in (("samples_per_task", 1), ("held_out_descriptions", 0), ("mix_descriptions", False)):
+            for name, only in (("samples_per_task", 1), ("held_out_descriptions", 0), ("mix_descriptions", False),
+                               ("task_init", "random")):  # fmt: skip
                 if getattr(self, name) != only:
                     raise ValueError(f"{name}: expected {only} with condition input, got {getattr(self, name)}")
         return self

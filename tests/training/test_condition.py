@@ -213,6 +213,7 @@ def test_smollm2_as_encoder(tasks, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"samples_per_task": 2}, "samples_per_task: expected 1 with condition input, got 2"),
     ({"held_out_descriptions": 1}, "held_out_descriptions: expected 0 with condition input, got 1"),
+    ({"task_init": "discriminant"}, "task_init: expected random with condition input, got discriminant"),
     ({"mix_descriptions": True}, "mix_descriptions: expected False with condition input, got True"),
     ({"encoder": "one-hot"}, "encoder: expected one that reads text with condition input, got 'one-hot'"),
     ({"condition": "task"}, "condition: expected 'description' or 'input', got 'task'"),

@@ -6,10 +6,12 @@ import statistics
 from collections import Counter
 
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from torch import nn
 
 from t2l_engine.config import ConfigError
 from t2l_engine.encoder import EncoderConfig
@@ -306,6 +308,41 @@ def test_mixes_and_noise(encoder):
             parts = torch.linalg.lstsq(basis, row).solution
             assert (basis @ parts - row).norm() <= EMBEDDING_FROBENIUS * row.norm()
             assert (parts >= -EMBEDDING_FROBENIUS).all()
+
+
+@pytest.mark.parametrize("width", [3, 16, 24])  # of the task encoder, beside embeddings of 16
+def test_discriminants_tell_tasks_apart(encoder, width):
+    """Against scipy's generalised eigenproblem: along the axes kept, variance is the root of the tasks' discriminability."""
+    made = descriptions.TaskEmbeddings(settings(held_out_descriptions=1), TEXTS, torch.device("cpu"))
+    linear = nn.Linear(16, width)
+    made.initialise(linear, torch.Generator().manual_seed(0))
+    rows = [encoder.encode(texts[:-1]).double() for _, texts in TEXTS]
+    means = torch.stack([of.mean(dim=0) for of in rows])
+    within = sum(((of - mean).T @ (of - mean)) / len(of) for of, mean in zip(rows, means, strict=True)) / 2
+    centred = means - means.mean(dim=0)
+    total = within + centred.T @ centred / 2
+    expected = scipy.linalg.eigh(total, within + descriptions.WORDING_VARIANCE * torch.eye(16), eigvals_only=True)
+    with torch.no_grad():
+        weight = linear.weight.double()
+        found = torch.linalg.eigvalsh(weight @ total @ weight.T)
+        assert linear(means.mean(dim=0, keepdim=True).float()).abs().max() <= EMBEDDING_FROBENIUS * weight.norm() * 4
+    kept = min(width, 16)
+    expected = torch.as_tensor(expected[-kept:])
+    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(descriptions.LEAST_VARIANCE).sqrt()])
+    assert (found - expected).abs().max() <= EMBEDDING_FROBENIUS * expected.max()
+    again = nn.Linear(16, width)
+    made.initialise(again, torch.Generator().manual_seed(0))
+    assert torch.equal(again.weight, linear.weight) and torch.equal(again.bias, linear.bias)
+
+
+def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
+    """Of the task encoder alone; everything else is drawn as without them."""
+    plain, found = {}, {}
+    for init, state in (("random", plain), ("discriminant", found)):
+        s = settings(base_model, task_init=init)
+        state.update(sft.SFT(s, frozen.Frozen(s, tasks, torch.device("cpu"))).trained.state_dict())
+    changed = {key for key, value in plain.items() if not torch.equal(value, found[key])}
+    assert changed == {"task_encoder.linear.weight", "task_encoder.linear.bias"}
 
 
 @pytest.mark.parametrize("prompt", ["input", "description"])

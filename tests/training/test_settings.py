@@ -78,6 +78,10 @@ def test_a_file_with_overrides(write):
         ("mix_descriptions: 3", "mix_descriptions: expected a valid boolean.*, got 3"),
         ("encoder: one-hot\nmix_descriptions: true", "mix_descriptions: expected False with encoder one-hot, got True"),
         ("encoder: one-hot\nheld_out_descriptions: 2", "held_out_descriptions: expected 0 with encoder one-hot, got 2"),
+        (
+            "encoder: one-hot\ntask_init: discriminant",
+            "task_init: expected 'random' with encoder one-hot, got 'discriminant'",
+        ),
         ("encoder: one-hot\nembedding_noise: 0.5", "embedding_noise: expected 0.0 with encoder one-hot, got 0.5"),
         ("stepz: 3", r"unknown field 'stepz'; expected some of \['accumulation', .*'weighting'\]"),
         ("1: 3", "expected field names"),
