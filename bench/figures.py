@@ -22,6 +22,8 @@ from bench.icl import words
 from bench.markdown import duration, number
 from bench.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW
 from bench.rows import BASE, HEADLINES, Result, ResultError, group, split_times
+from bench.study import figures as study
+from bench.study import tables as study_tables
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -214,6 +216,10 @@ FIGURES = {
     "latency-split": Drawing(latency_split, ("generate", "apply")),
     "decode": Drawing(decode, ("apply",)),
     **{name: Drawing(draw, ("icl",), (icl.__file__, words.__file__)) for name, draw in icl.FIGURES.items()},
+    **{
+        f"study-{name}": Drawing(draw, ("study",), (study.__file__, study_tables.__file__))
+        for name, draw in study.FIGURES.items()
+    },
 }
 
 

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import figures, learn_tables, quality, rows, tables, train_tables
+from bench import figures, learn_tables, rows, tables, train_tables
 from bench.gpu import tables as gpu
 from bench.icl import measured, summary
 from bench.icl import tables as icl
 from bench.rows import ResultError
+from bench.study import tables as study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,20 +51,31 @@ class Table:
 
 
 SOURCES = {
-    "quality": Source(quality.FILE, "t2l evaluate, see docs/results.md", _json),
     "generate": Source("generate.json", "python -m bench generate", rows.load),
     "apply": Source("apply.json", "python -m bench apply", rows.load),
     "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load),
     "train": Source("train.json", "python -m bench train", rows.load),
     "learn": Source(learn_tables.FILE, "python -m bench learn --work WORK --library LIBRARY", _json),
+    "study": Source(study.FILE, "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK", _json),
     "lengths": Source("lengths.json", "python -m bench.lengths, see docs/results.md", _json),
     "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
 #: A new suite is an entry in SOURCES and one here or in figures.FIGURES for each thing shown of it.
 TABLES = (
-    Table("README.md", "quality", quality.summary, ("quality",)),
+    Table("README.md", "study", study.summary, ("study",)),
     Table("README.md", "speed", tables.speed, ("generate", "apply")),
-    Table("docs/results.md", "quality", quality.whole, ("quality",)),
+    Table("docs/results.md", "study-claims", study.claims, ("study",)),
+    Table("docs/results.md", "study-arms", study.arms, ("study",)),
+    Table("docs/results.md", "study-requests", study.requests, ("study",)),
+    Table("docs/results.md", "study-unseen", study.unseen_tasks, ("study",)),
+    Table("docs/results.md", "study-seen", study.seen_tasks, ("study",)),
+    Table("docs/results.md", "study-reconstruction", study.reconstruction, ("study",)),
+    Table("docs/results.md", "study-short", study.short, ("study",)),
+    Table("docs/results.md", "study-wordings", study.wordings, ("study",)),
+    Table("docs/results.md", "study-scalings", study.scalings, ("study",)),
+    Table("docs/results.md", "study-steered", study.steered, ("study",)),
+    Table("docs/results.md", "study-benchmarks", study.benchmarks, ("study",)),
+    Table("docs/results.md", "study-runs", study.runs, ("study",)),
     Table("docs/results.md", "generate", tables.generate, ("generate",)),
     Table("docs/results.md", "generate-memory", tables.generate_memory, ("generate",)),
     Table("docs/results.md", "bf16-weights", tables.bf16_weights, ("generate",)),

@@ -16,29 +16,33 @@ from t2l_engine.prompts import raw_prompt
 
 CHECKPOINT = "smollm2-135m"
 
-#: description -> inputs with the right answer.  Neither these descriptions nor these inputs were in the training data.
+#: description -> inputs with the right answer.  None of these tasks was trained on, nor their descriptions and inputs: the
+#: checkpoint learned lists of three words, not of five.
 TASKS = {
-    "Return the last element of the comma separated list.": [
-        ("cookie, think, socks", "socks"),
-        ("paintbrush, hammer, impala", "impala"),
-        ("soda, macaw, banana", "banana"),
+    "Return the last of the five words.": [
+        ("cookie, think, socks, river, lamp", "lamp"),
+        ("soda, macaw, banana, ugly, quick", "quick"),
+        ("paper, cold, forest, seven, moon", "moon"),
     ],
-    "Answer with the simple past of the given verb.": [
-        ("destroy", "destroyed"),
-        ("borrow", "borrowed"),
-        ("reply", "replied"),
+    "Find the one verb among five words, the others are adjectives.": [
+        ("tall, happy, swim, green, soft", "swim"),
+        ("brave, tiny, explain, sweet, loud", "explain"),
+        ("calm, rude, sharp, arrive, dark", "arrive"),
     ],
-    "Change the sentence from active to passive.": [
-        ("The judges introduced the banker.", "The banker was introduced by the judges."),
-        ("The presidents mentioned the scientists.", "The scientists were mentioned by the presidents."),
-        ("The scientist recognized the author.", "The author was recognized by the scientist."),
+    "Name the colour among the five words.": [
+        ("tiger, heron, mauve, snail, otter", "mauve"),
+        ("camel, turquoise, mole, gecko, swan", "turquoise"),
+        ("dove, beetle, shrimp, beige, lynx", "beige"),
     ],
 }
-#: One input, two descriptions.
-SAME_INPUT = "violin, tiger, basket"
-TWO = ["Return the first element of the comma separated list.", "Pick out the animal from the comma separated list."]
+#: One input for the first two descriptions.
+SAME_INPUT = "honest, jump, quiet, bright, narrow"
 #: Three worked examples for the cost of in-context learning.
-SHOTS = [("granite, whisper, melon", "melon"), ("yawn, cabinet, heron", "heron"), ("maple, engine, sponge", "sponge")]
+SHOTS = [
+    ("granite, whisper, melon, hot, run", "run"),
+    ("yawn, cabinet, heron, blue, sing", "sing"),
+    ("maple, engine, sponge, two, sleepy", "sleepy"),
+]
 
 console = Console(highlight=False, width=118)
 
@@ -63,7 +67,9 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 def show_tasks(model, tokenizer, engine, lora) -> None:
-    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three descriptions, unseen inputs")
+    table = Table(
+        "input", "base model", "right?", "adapted model", "right?", title="1. Three tasks that were not trained on"
+    )
     score = {"base": 0, "adapted": 0}
     for i, (description, pairs) in enumerate(TASKS.items()):
         table.add_section()
@@ -78,16 +84,16 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
     console.print(table)
     total = sum(map(len, TASKS.values()))
     console.print(
-        f"Right: base model {score['base']} of {total} (it reads the description in its prompt), "
+        f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
         f"adapted {score['adapted']} of {total} (it reads the input alone).\n"
     )
 
 
 def show_two_descriptions(model, tokenizer, engine, lora) -> None:
     table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
-    with lora.use([len(TASKS), len(TASKS) + 1]):
+    with lora.use([0, 1]):
         answers = answer(model, tokenizer, [engine.prompt(tokenizer, SAME_INPUT)] * 2)
-    for description, got in zip(TWO, answers, strict=True):
+    for description, got in zip(TASKS, answers, strict=False):
         table.add_row(description, got)
     console.print(table)
     console.print()
@@ -98,7 +104,7 @@ def show_mixed_batch(model, tokenizer, engine, lora) -> None:
         "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
     )
     rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
-    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket"), (2, "The actor thanked the manager.")]
+    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket, deep, walk"), (2, "violet, horse, crow, salmon, hen")]
     prompts = [engine.prompt(tokenizer, x) for _, x in rows]
     with lora.use([i for i, _ in rows]):
         together = answer(model, tokenizer, prompts)
@@ -169,13 +175,13 @@ def main() -> None:
         model, tokenizer = smollm2.load()
     with console.status("Loading the text encoder and the hypernetwork ..."):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
-    lora = t2l.attach(model, engine.generate([*TASKS, *TWO]))
+    lora = t2l.attach(model, engine.generate([*TASKS]))
     show_tasks(model, tokenizer, engine, lora)
     show_two_descriptions(model, tokenizer, engine, lora)
     show_mixed_batch(model, tokenizer, engine, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
-    console.print('Next: t2l generate "Name the animal in the list." -o out/   writes an adapter in the format of PEFT.')
+    console.print('Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the format of PEFT.')
 
 
 if __name__ == "__main__":

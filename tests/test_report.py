@@ -133,7 +133,7 @@ def root(tmp_path):
     (tmp_path / "docs").mkdir()
     for document in {t.document for t in report.TABLES}:
         shutil.copy(report.ROOT / document, tmp_path / document)
-    for name in (report.quality.FILE, report.learn_tables.FILE):
+    for name in (report.study.FILE, report.learn_tables.FILE):
         shutil.copy(report.ROOT / "bench" / "results" / name, results)
     save(tmp_path, generation())
     save(tmp_path, application())

@@ -11,7 +11,6 @@ import torch
 import t2l_engine as t2l
 from t2l_engine import demo
 from t2l_engine.integrations import smollm2
-from t2l_engine.prompts import chat_prompt
 from t2l_engine.testing import numerics
 
 # The package is only a carrier of the weights: importing it would need the inference server it is a plugin of.
@@ -48,7 +47,7 @@ def test_logits_equal_those_of_peft(smollm, engine, tmp_path):
     exact_model = copy.deepcopy(model).double()
     stack = engine.generate(TEXTS)
     batch = tokenizer(
-        [chat_prompt(tokenizer, x) for x in INPUTS], return_tensors="pt", padding=True, add_special_tokens=False
+        [engine.prompt(tokenizer, x) for x in INPUTS], return_tensors="pt", padding=True, add_special_tokens=False
     )
     real = batch["attention_mask"].bool()
 
@@ -80,7 +79,7 @@ def test_logits_equal_those_of_peft(smollm, engine, tmp_path):
 def test_sentences_change_what_the_model_does(smollm, engine):
     """One mixed batch: the list adapter, the verb adapter and the base model side by side."""
     model, tokenizer = smollm
-    prompts = [chat_prompt(tokenizer, x) for x in ("paintbrush, hammer, impala", "borrow", "borrow")]
+    prompts = [engine.prompt(tokenizer, x) for x in ("paintbrush, hammer, impala", "borrow", "borrow")]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     lora = t2l.attach(model, engine.generate(TEXTS))
     with lora.use([0, 1, -1]):
@@ -111,7 +110,7 @@ def test_demo(monkeypatch, smollm, engine):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
     monkeypatch.setattr(demo.smollm2, "load", lambda: smollm)
     monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
-    monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["socks"] * len(prompts))
+    monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
     with demo.console.capture() as screen:
         demo.main()
     for text in ("adapted 1 of 9", "2. One input", "3. One batch", "text encoder", "hypernetwork", "GFLOP once"):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench.study import judge, plan, runs
+from bench.study import judge, plan, runs, tables
 from t2l_engine.config import ConfigError
 from t2l_engine.data import manifest as manifests
 from t2l_engine.tasks import Example, Task, write_tasks
@@ -40,7 +40,7 @@ def test_what_is_compared_is_trained_alike():
         steps = plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else plan.STEPS
         assert run.settings.steps * run.settings.tasks_per_step == 32 * steps  # as many examples
     assert len({run.settings.prompt_form for run in compared.values()}) == 1
-    assert {*judge.VARIED, judge.BY_INPUT, judge.BY_NAME} <= set(plan.RUNS)
+    assert set(judge.VARIED) == {name for name in plan.RUNS if name.startswith("short")}
 
 
 @pytest.mark.parametrize("name", ["library-train", "t2l", "reconstruction-8"])
@@ -67,3 +67,64 @@ def test_other_tasks_are_refused(tmp_path):
     write_tasks(tmp_path / "tasks", [Task("fv_antonym", ("Opposite.",), (Example("a", ("b",), "train"),))])
     with pytest.raises(ConfigError, match="differs from manifest skills"):
         runs.tasks(tmp_path / "tasks", tmp_path / "work")
+
+
+# --- what is shown of it -------------------------------------------------------------------------------------------------
+
+
+def part(scores, groups):
+    """A part of the result as ``collect`` writes it: ``scores``: task -> arm -> score."""
+    arms = sorted({arm for of in scores.values() for arm in of})
+    about = {"form": "raw", "groups": {group: {"prompt_tokens": 14.0} for group in groups}}
+    return {"tasks": scores, "items": dict.fromkeys(scores, 20), "groups": groups, "arms": dict.fromkeys(arms, about)}
+
+
+@pytest.fixture
+def result():
+    scores = {
+        "a": {"t2l": 80.0, "t2l-shuffled": 20.0, "base": 0.0, "base-description": 10.0, "icl": 50.0, "oracle": 100.0},
+        "b": {"t2l": 60.0, "t2l-shuffled": 20.0, "base": 20.0, "base-description": 10.0, "icl": 50.0, "oracle": 80.0},
+    }
+    groups = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
+    return {
+        "command": "make it", "seen": part(scores, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": part(scores, groups),
+        "varied": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {},
+    }  # fmt: skip
+
+
+def test_share_and_gap_are_of_the_tasks_both_answered(result):
+    seen = result["seen"]
+    assert tables.share(seen, "t2l", "base") == pytest.approx(100 * (70 - 10) / (90 - 10))
+    assert tables.share(seen, "none", "base") is None
+    assert tables.gap(seen, "t2l", "icl").mean == 20 and tables.gap(seen, "t2l", "none") is None
+    del seen["tasks"]["b"]["t2l-shuffled"]
+    assert tables.gap(seen, "t2l", "t2l-shuffled").mean == 60  # of task a alone
+    assert tables.share(seen, "t2l-shuffled", "base") is None  # not of the same tasks
+
+
+def test_bars_are_met_or_missed_by_what_was_measured(result):
+    rows = {line.split("|")[1].strip(): line for line in tables.claims(result).splitlines()}
+    assert rows["siblings: matched less shuffled"].split("|")[2:5] == [" >= 20 ", " +60.0 [+60.0, +60.0] ", " met "]
+    kept = rows["seen tasks with headroom: share of the oracle's gain over base model, input only"]
+    assert "75.0 % | **missed**" in kept
+    over = rows["siblings: T2L less base model, description and 3 examples"]
+    assert "> 0, interval too | +30.0 [+30.0, +30.0] | met" in over
+    result["unseen"]["tasks"]["a"]["t2l"] = 45.0
+    assert "-5.0 [-5.0, -5.0] | **missed**" in tables.claims(result)
+
+
+def test_what_was_not_run_is_left_out(result):
+    assert "multi-task" not in tables.arms(result) and "| icl" not in tables.arms(result)
+    shown = tables.arms(result).splitlines()
+    assert [line.split("|")[1].strip() for line in shown if line.startswith("|")][2:] == [
+        tables.ARMS[arm] for arm in tables.ARMS if arm in result["unseen"]["arms"]
+    ]
+    for table in (tables.short, tables.reconstruction, tables.benchmarks):
+        assert table(result) == tables.NOT_YET
+    result["varied"] = part(
+        {"a": {"short-L": 50.0, "short-L-shuffled": 10.0, "short-M": 40.0}}, {"train": ["a"], "sibling": ["a"]}
+    )
+    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-M")}
+    lines = tables.short(result).splitlines()
+    assert lines[2].startswith("| L, 37 tasks (all that an adapter can learn) | 50.0 / 10.0 | 50.0 / 10.0 |")
+    assert lines[3].split("|")[2:6] == [" 40.0 ", " 40.0 ", " +10.0 [+10.0, +10.0] ", " 2 "]

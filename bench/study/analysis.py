@@ -20,12 +20,15 @@ from bench.study import plan
 from bench.study.runs import finished, folder_of
 from t2l_engine import ops
 from t2l_engine.data import manifest as manifests
+from t2l_engine.encoder import MINILM, TextEncoder
 from t2l_engine.evaluation.answers import Answerer, Query, Store
 from t2l_engine.evaluation.arms import Generated, shots_of
 from t2l_engine.integrations import base_model
 from t2l_engine.prompts import raw_prompt
+from t2l_engine.task_encoder import TaskEncoder
 from t2l_engine.tasks import load_tasks
 from t2l_engine.training import lora
+from t2l_engine.training.descriptions import TaskEmbeddings
 
 #: One input, and descriptions by which it has different answers; all are written here, none was trained on.
 STEERED = {
@@ -81,6 +84,31 @@ def maps(work: Path) -> dict[str, Any]:
         "spearman": float(correlation.statistic),
         "similarities": [[round(float(v), 4) for v in row] for row in (texts, deltas)],
     }
+
+
+def wordings(work: Path) -> dict[str, float]:
+    """Percent of held-out descriptions whose nearest task of LEARNABLE is the right one, before anything is trained.
+
+    A task stands at the mean of the descriptions trained on; distances are of embeddings, or behind a task encoder.
+    """
+    fit, held = (load_tasks(folder_of(work, name), None, names=plan.LEARNABLE) for name in ("train", "evaluation"))
+    device = torch.device("cpu")
+    embeddings = TaskEmbeddings(plan.T2L, [(task.name, task.descriptions) for task in fit], device)
+    config = t2l.TextToLoRA.from_pretrained(work / "t2l").hypernetwork.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(plan.T2L.seed)
+        random, start = TaskEncoder(config), TaskEncoder(config)
+    embeddings.initialise(start.linear, torch.Generator().manual_seed(plan.T2L.seed))
+    encoder = TextEncoder.from_pretrained(MINILM)
+    with torch.no_grad():
+        texts = [[encoder.encode(list(task.descriptions)) for task in tasks] for tasks in (fit, held)]
+        found = {}
+        for name, layer in (("embeddings", nn.Identity()), ("random", random), ("discriminant", start)):
+            means = torch.stack([layer(rows).mean(dim=0) for rows in texts[0]])
+            nearest = torch.cat([torch.cdist(layer(rows), means).argmin(dim=1) for rows in texts[1]])
+            right = torch.arange(len(held)).repeat_interleave(torch.tensor([len(rows) for rows in texts[1]]))
+            found[name] = round(100 * float((nearest == right).double().mean()), 1)
+    return found
 
 
 def distances(work: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bench import harness
+from bench.harness import BenchError
 from bench.source import source
 from bench.study import analysis, judge, plan
 from bench.study.runs import finished
@@ -25,8 +26,10 @@ def measure(work: Path) -> dict[str, Any]:
     """Everything that docs/results.md shows of the study; evaluations that were made before are read."""
     tree, manifest = source(), manifests.read(plan.MANIFEST)
     room = judge.headroom(work)
-    names = [name for name in room["headroom"] if manifest.tasks[name].tier == "train"]
-    seen, unseen = judge.seen(work, names), judge.unseen(work)
+    if room["learnable"] != sorted(plan.LEARNABLE):
+        raise BenchError(f"plan.LEARNABLE: expected the tasks that oracles learn, {room['learnable']}")
+    names = room["headroom"]
+    seen, unseen, varied = judge.seen(work, names), judge.unseen(work), judge.varied(work, names)
     reconstructed = judge.reconstruction(work)
     siblings = manifest.names("sibling")
     return {
@@ -38,10 +41,12 @@ def measure(work: Path) -> dict[str, Any]:
         "headroom": room,
         "seen": _kept(seen),
         "unseen": _kept(unseen),
+        "varied": _kept(varied) if varied else {},
         "runs": {name: _run(name, work) for name in plan.RUNS if finished(name, work)},
         "reconstruction": {key: _kept(result) for key, result in reconstructed.items()},
         "distances": analysis.distances(work),
         "scalings": {s: result["summary"]["all"]["mean"] for s, result in judge.scalings(work).items()},
+        "wordings": analysis.wordings(work),
         "maps": analysis.maps(work),
         "steered": analysis.steered(work),
         "requests": analysis.requests(work, siblings),
@@ -81,7 +86,7 @@ def _run(name: str, work: Path) -> dict[str, Any]:
         curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in part), 4)])
     return {
         "settings": settings.model_dump(mode="json"),
-        "tasks": plan.RUNS[name].count,
+        "tasks": len(plan.LEARNABLE) if plan.RUNS[name].learnable else plan.RUNS[name].count,
         "steps": len(steps),
         "tokens": sum(row.get("tokens", 0) for row in steps),
         "seconds": round(sum(row["seconds"] for row in steps)),

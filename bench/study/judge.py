@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -10,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.study import plan
 from bench.study.runs import finished, folder_of
 from t2l_engine.data import manifest as manifests
-from t2l_engine.tasks import load_tasks
+from t2l_engine.integrations import base_model
+from t2l_engine.tasks import Task, load_tasks
 from t2l_engine.training import lora
 
 #: Points by which an oracle must beat the best prompt of the base model on validation examples.
@@ -21,10 +25,11 @@ HEADROOM = 10.0
 BASE = ("base", "base-description", "icl")
 SEEN_ITEMS, UNSEEN_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
-#: Runs judged beside ``t2l`` with all their controls, those with the shuffled one alone, and those without.
+#: Runs judged beside ``t2l``, with all controls; the shorter runs, which are judged apart with the shuffled control alone.
 CONTROLLED = ("t2l-seed1", "t2l-description")
-VARIED = ("short-L-16", "short-L-32", "short-L", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model")
-BY_INPUT, BY_NAME = "short-input", "short-one-hot"
+VARIED = ("short-L", "short-L-16", "short-L-32", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model",
+          "short-random", "short-quiet", "short-chat", "short-one-hot", "short-input")  # fmt: skip
+BY_INPUT = VARIED[-1]
 MULTI_TASK = ("multi-task", "multi-task-description")
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 
@@ -41,23 +46,47 @@ def evaluate(work: Path, name: str, *options: str | Path, tasks: str = "evaluati
 
 
 def headroom(work: Path) -> dict[str, Any]:
-    """Scores of oracles and of the base model's prompts on validation examples, and the tasks with headroom."""
+    """Oracles and the base model's prompts on validation examples of tasks with short answers.
+
+    ``learnable``: whose oracle is good enough to train on; ``headroom``: those of them whose oracle beats every prompt.
+    """
+    _, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
+    short = [task.name for task in load_tasks(folder_of(work, "train"), None) if _short(task, tokenizer)]
     result = evaluate(work, "headroom", "--split", "val", "--repeats", "1", "--arms", ",".join(("oracle", *BASE)),
-                      "--checkpoint", work / "t2l", *_oracles(work))  # fmt: skip
+                      "--checkpoint", work / "t2l", "--names", ",".join(short), *_oracles(work))  # fmt: skip
     scores = result["tasks"]
-    chosen = [n for n, of in scores.items() if of["oracle"] - max(of[arm] for arm in BASE) >= HEADROOM]
-    return {"tasks": scores, "headroom": chosen}
+    learnable = [name for name, of in scores.items() if of["oracle"] >= plan.LEAST_ORACLE]
+    chosen = [n for n in learnable if scores[n]["oracle"] - max(scores[n][arm] for arm in BASE) >= HEADROOM]
+    return {"tasks": scores, "learnable": learnable, "headroom": chosen}
+
+
+def _short(task: Task, tokenizer: Any) -> bool:
+    answers = tokenizer([example.outputs[0] for example in task.examples], add_special_tokens=False)["input_ids"]
+    return statistics.fmean(map(len, answers)) <= plan.SHORT_ANSWER
 
 
 def seen(work: Path, names: Sequence[str]) -> dict[str, Any]:
     """All arms on held-out examples and descriptions of the tasks ``names``, which were trained on."""
-    return _everything(work, "seen", names, SEEN_ITEMS, BY_NAME)
+    return _everything(work, "seen", names, SEEN_ITEMS)
 
 
 def unseen(work: Path) -> dict[str, Any]:
     """All arms on tasks that nothing but the oracles was trained on."""
     manifest = manifests.read(plan.MANIFEST)
     return _everything(work, "unseen", [*manifest.names("sibling"), *manifest.names("novel")], UNSEEN_ITEMS)
+
+
+def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The shorter runs on siblings and on the tasks ``names``, which ``t2l`` was trained on; empty before one has ended."""
+    there = [run for run in VARIED if finished(run, work)]
+    if not there:
+        return {}
+    arms = [arm for run in there for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
+    names = [*names, *manifests.read(plan.MANIFEST).names("sibling")]
+    return evaluate(
+        work, "varied", "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(SEEN_ITEMS),
+        "--arms", ",".join(arms), *(o for run in there for o in ("--also", f"{run}={work / run}")),
+    )  # fmt: skip
 
 
 def reconstruction(work: Path) -> dict[str, Any]:
@@ -115,14 +144,13 @@ def benchmarks(work: Path) -> dict[str, Any]:
     return found
 
 
-def _everything(work: Path, name: str, names: Sequence[str], items: int, *more: str) -> dict[str, Any]:
-    """All arms whose runs there are, in the order of the tables; ``more``: runs that know only some of the tasks."""
+def _everything(work: Path, name: str, names: Sequence[str], items: int) -> dict[str, Any]:
+    """All arms whose runs there are, in the order of the tables."""
     arms = ["t2l", *("t2l" + control for control in CONTROLS)]
     options: list[str | Path] = []
-    for run in (*CONTROLLED, *VARIED, BY_INPUT, *more):
+    for run in CONTROLLED:
         if finished(run, work):
-            controls = CONTROLS if run in CONTROLLED else () if run == BY_INPUT else CONTROLS[:1]
-            arms += [run, *(run + control for control in controls)]
+            arms += [run, *(run + control for control in CONTROLS)]
             options += ["--also", f"{run}={work / run}"]
     for run in MULTI_TASK:
         if finished(run, work):

@@ -22,9 +22,11 @@ _SAVES: dict[str, Any] = {"validate_every": 0, "validation_samples": 4, "save_ev
 #: and steps of 16 of the shorter runs that vary one thing.
 STEPS, STEPS_DESCRIPTION, STEPS_SHORT = 1600, 900, 600
 
-#: Tasks whose answers have at most 5 tokens on average and whose oracle scores at least 20 % on their validation
-#: examples (``headroom`` of the result).  What one adapter cannot learn from 130 examples, the currencies of countries,
-#: teaches a hypernetwork little; long answers, of a third of the tasks and half of all tokens, are not for exact match.
+#: Tokens of a task's answers on average that are short, and percent that its oracle must score on validation examples.
+SHORT_ANSWER, LEAST_ORACLE = 4.5, 20
+#: The tasks of tier train with short answers that their oracles learn (``headroom`` of the result).  What one adapter cannot
+#: learn from 130 examples, the currencies of countries, teaches a hypernetwork little; long answers, of a third of the tasks
+#: and half of all tokens, are not for exact match.
 LEARNABLE = (
     "fv_adjective_v_verb_3", "fv_alphabetically_first_3", "fv_antonym", "fv_capitalize", "fv_capitalize_first_letter",
     "fv_capitalize_last_letter", "fv_choose_first_of_3", "fv_choose_last_of_3", "fv_color_v_animal_3",
@@ -44,15 +46,16 @@ ORACLE = LoRASettings(
 )  # fmt: skip
 T2L = SFTSettings(
     **_BASE, **_SAVES, variant="L", latent_size=128, head_in_size=112, steps=STEPS, warmup_steps=60, learning_rate=3e-4,
-    tasks_per_batch=32, prompt_form="raw", max_tokens=160, embedding_noise=0.1, mix_descriptions=True,
+    tasks_per_batch=32, prompt_form="raw", max_tokens=160, task_init="discriminant", embedding_noise=0.5,
+    mix_descriptions=True,
 )  # fmt: skip
 MULTI_TASK = LoRASettings(
     **_BASE, **_SAVES, mode="multi-task", steps=2 * STEPS, warmup_steps=60, learning_rate=2e-3, tasks_per_batch=16,
     prompt_form="raw", max_tokens=320,
 )  # fmt: skip
 RECONSTRUCTION = ReconstructionSettings(
-    target="z-score", steps=1500, warmup_steps=50, learning_rate=5e-4, weight_decay=0.0, tasks_per_batch=8, latent_size=128,
-    head_in_size=512, validate_every=500,
+    target="z-score", task_init="discriminant", steps=1500, warmup_steps=50, learning_rate=5e-4, weight_decay=0.0,
+    tasks_per_batch=8, latent_size=128, head_in_size=512, validate_every=500,
 )  # fmt: skip
 #: Adapters that are reconstructed, and tasks of the scaling runs beside those of LEARNABLE and all.
 COUNTS = (8, 16, 32, 64)
@@ -97,8 +100,11 @@ RUNS: dict[str, Run] = {
     "short-M": _short(variant="M"),
     "short-S": _short(variant="S-learnable"),
     "short-base-model": _short(encoder="base-model"),
-    "short-one-hot": _short(encoder="one-hot", embedding_noise=0.0, mix_descriptions=False),
-    "short-input": _short(condition="input", mix_descriptions=False),
+    "short-one-hot": _short(encoder="one-hot", task_init="random", embedding_noise=0.0, mix_descriptions=False),
+    "short-input": _short(condition="input", task_init="random", mix_descriptions=False),
+    "short-random": _short(task_init="random"),
+    "short-quiet": _short(embedding_noise=0.1),
+    "short-chat": _short(prompt_form="chat"),
     **{f"reconstruction-{count}": Run(RECONSTRUCTION, count) for count in COUNTS},
 }
 
