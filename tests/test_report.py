@@ -171,7 +171,8 @@ def edit(path, old, new):
 
 
 def loaded(root, suites=("generate", "apply")):
-    return [rows.load(root / "bench" / "results" / f"{suite}.json") for suite in suites]
+    sources = [report.SOURCES[suite] for suite in suites]
+    return [source.load(root / "bench" / "results" / source.file) for source in sources]
 
 
 def check(root):
