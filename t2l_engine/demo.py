@@ -181,7 +181,9 @@ def main() -> None:
     show_mixed_batch(model, tokenizer, engine, lora)
     lora.detach()
     show_costs(model, tokenizer, engine)
-    console.print('Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the format of PEFT.')
+    console.print(
+        'Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the PEFT format.'
+    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import icl_result
 import pytest
 import train_result
 
-from bench import figures, report, rows, tables
+from bench import figures, report, tables
 
 PARTS = {"encoder": 4000.0, "trunk": 6000.0, "head": 20000.0, "apply": 900.0}
 
