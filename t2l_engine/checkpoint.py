@@ -29,8 +29,7 @@ from t2l_engine.checkpoint_folder import (
 )
 from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig, shown
 from t2l_engine.hypernetwork import HyperNetwork, Offsets
-from t2l_engine.lora_runs import checked_form
-from t2l_engine.prompts import CHAT
+from t2l_engine.prompts import CHAT, checked_form
 
 UNUSED_PREFIX = "reference."
 MAX_PARAMETERS = 1 << 40  # beyond what any file here can hold, and within what torch can describe

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.config import ConfigError, read_json
-from t2l_engine.prompts import CHAT, FORMS
+from t2l_engine.prompts import CHAT, checked_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
 
@@ -27,10 +27,3 @@ def prompt_form_of(adapters: Path) -> str:
     """The prompt form that the adapters in a folder were trained in, as the run around it says; chat where there is none."""
     settings = settings_of(adapters.parent) or {}
     return checked_form(settings.get("prompt_form", CHAT), adapters.parent)
-
-
-def checked_form(form: Any, folder: Path) -> str:
-    """``form``; ConfigError where it is none that this version knows."""
-    if form not in FORMS:
-        raise ConfigError(f"{folder}: prompt_form: expected one of {', '.join(FORMS)}, got {form!r}")
-    return form

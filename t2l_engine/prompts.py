@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
+
+from t2l_engine.config import ConfigError
 
 #: How a prompt may show an input: a turn of the chat template (:func:`chat_prompt`), or plain text (:func:`raw_prompt`).
 FORMS = CHAT, RAW = "chat", "raw"
@@ -16,14 +19,24 @@ def is_unicode(text: str) -> bool:
     return not _SURROGATE.search(text)
 
 
+def checked_form(form: Any, *where: object) -> str:
+    """``form``; ConfigError, which begins with ``where``, unless it is one of :data:`FORMS`."""
+    if form not in FORMS:
+        told = ": ".join(map(str, (*where, "prompt_form")))
+        raise ConfigError(f"{told}: expected one of {', '.join(FORMS)}, got {form!r}")
+    return form
+
+
 def prompt_of(form: str, tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
     """``text`` in one of :data:`FORMS`; ``description``, ``shots``: as in the functions of that form.
 
-    Raises ValueError for another form.
+    Raises ConfigError for another form.
     """
-    if form not in FORMS:
-        raise ValueError(f"prompt_form: expected one of {', '.join(FORMS)}, got {form!r}")
-    return raw_prompt(description, text, shots) if form == RAW else chat_prompt(tokenizer, text, description, shots)
+    return (
+        raw_prompt(description, text, shots)
+        if checked_form(form) == RAW
+        else chat_prompt(tokenizer, text, description, shots)
+    )
 
 
 def answer_of(form: str, text: str) -> str:

@@ -98,7 +98,7 @@ def wordings(work: Path) -> dict[str, float]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.T2L.seed)
         random, start = TaskEncoder(config), TaskEncoder(config)
-    embeddings.initialise(start.linear, torch.Generator().manual_seed(plan.T2L.seed))
+    embeddings.initialise(start.linear)
     encoder = TextEncoder.from_pretrained(MINILM)
     with torch.no_grad():
         texts = [[encoder.encode(list(task.descriptions)) for task in tasks] for tasks in (fit, held)]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from bench import harness
-from bench.harness import BenchError
 from bench.source import source
 from bench.study import analysis, judge, plan
 from bench.study.runs import finished
@@ -27,7 +26,7 @@ def measure(work: Path) -> dict[str, Any]:
     tree, manifest = source(), manifests.read(plan.MANIFEST)
     room = judge.headroom(work)
     if room["learnable"] != sorted(plan.LEARNABLE):
-        raise BenchError(f"plan.LEARNABLE: expected the tasks that oracles learn, {room['learnable']}")
+        raise harness.BenchError(f"plan.LEARNABLE: expected the tasks that oracles learn, {room['learnable']}")
     names = room["headroom"]
     seen, unseen, varied = judge.seen(work, names), judge.unseen(work), judge.varied(work, names)
     reconstructed = judge.reconstruction(work)

@@ -22,8 +22,8 @@ from t2l_engine.engine import TextToLoRA
 from t2l_engine.evaluation.answers import Adapters, Use
 from t2l_engine.evaluation.library import TOP_K, Arrow
 from t2l_engine.handle import attach
-from t2l_engine.lora_runs import ADAPTERS, MULTI_TASK, checked_form, settings_of
-from t2l_engine.prompts import CHAT, RAW
+from t2l_engine.lora_runs import ADAPTERS, MULTI_TASK, settings_of
+from t2l_engine.prompts import CHAT, RAW, checked_form
 from t2l_engine.tasks import Example, Task
 
 SHOTS = 3

@@ -77,14 +77,17 @@ class TaskEmbeddings:
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
 
     @torch.no_grad()
-    def initialise(self, linear: nn.Linear, generator: torch.Generator) -> None:
-        """Start ``linear``, the task encoder's, at the discriminants of the descriptions trained on.
+    def initialise(self, linear: nn.Linear) -> None:
+        """With ``task_init`` "discriminant", start the task encoder's ``linear`` at those of the descriptions trained on.
 
         Embeddings are centred at the mean of the tasks, whitened by how the descriptions of one task differ, and turned to
-        the axes along which tasks then differ most, each scaled down by the root of its standard deviation; ``generator``
-        draws a last rotation.  Without it most of what the encoder passes on is wording, and the first steps learn to
-        ignore it.
+        the axes along which tasks then differ most, each scaled down by the root of its standard deviation; the seed
+        draws a last rotation.  Without this start most of what the encoder passes on is wording, which the first steps
+        learn to ignore.
         """
+        if self._settings.task_init != "discriminant":
+            return
+        generator = torch.Generator().manual_seed(self._settings.seed)
         rows = [self._rows[task][: len(self.trained(task))].double() for task in range(len(self._rows))]
         means = torch.stack([of.mean(dim=0) for of in rows])
         within = sum(_covariance(of, mean) for of, mean in zip(rows, means, strict=True)) / len(rows)

@@ -168,8 +168,7 @@ class Reconstruction(loop.Job):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.trained = HyperNetwork(self._config())
-        if settings.task_init == "discriminant":
-            self._embeddings.initialise(self.trained.task_encoder.linear, torch.Generator().manual_seed(settings.seed))
+        self._embeddings.initialise(self.trained.task_encoder.linear)
         if settings.target == "raw":
             for module, offsets in self.trained.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])

@@ -41,8 +41,7 @@ class SFT(loop.Job):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # layers other than the heads
             self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
-        if settings.task_init == "discriminant":
-            self._embeddings.initialise(self.trained.task_encoder.linear, torch.Generator().manual_seed(settings.seed))
+        self._embeddings.initialise(self.trained.task_encoder.linear)
         self.trained.to(frozen.device)
         self._stream = Stream(
             len(frozen.tasks),
