@@ -23,7 +23,7 @@ from t2l_engine.training import lora
 #: Points by which an oracle must beat the best prompt of the base model on validation examples.
 HEADROOM = 10.0
 BASE = ("base", "base-description", "icl")
-SEEN_ITEMS, UNSEEN_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 60, 20
+SEEN_ITEMS, UNSEEN_ITEMS, VARIED_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 10, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
 #: Runs judged beside ``t2l``, with all controls; the shorter runs, which are judged apart with the shuffled control alone.
 CONTROLLED = ("t2l-seed1", "t2l-description")
@@ -84,13 +84,13 @@ def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
     arms = [arm for run in there for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
     names = [*names, *manifests.read(plan.MANIFEST).names("sibling")]
     return evaluate(
-        work, "varied", "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(SEEN_ITEMS),
+        work, "varied", "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(VARIED_ITEMS),
         "--arms", ",".join(arms), *(o for run in there for o in ("--also", f"{run}={work / run}")),
     )  # fmt: skip
 
 
 def reconstruction(work: Path) -> dict[str, Any]:
-    """Reconstructed adapters beside those they were made from, by descriptions they learned and by held-out ones."""
+    """Reconstructed adapters beside those they were made from, by a description they learned and by a held-out one."""
     found = {}
     for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
         if not finished(run.name, work):
@@ -98,7 +98,7 @@ def reconstruction(work: Path) -> dict[str, Any]:
         names = json.loads((run / "config.json").read_text(encoding="utf-8"))["training"]["tasks"]
         for tasks in ("train", "evaluation"):
             options = ["--checkpoint", run, "--names", ",".join(sorted(names)), "--max-items", str(SEEN_ITEMS),
-                       "--arms", "t2l,t2l-shuffled,oracle,base", *_oracles(work)]  # fmt: skip
+                       "--repeats", "1", "--arms", "t2l,t2l-shuffled,oracle,base", *_oracles(work)]  # fmt: skip
             found[f"{count}/{tasks}"] = evaluate(work, f"reconstruction-{count}-{tasks}", *options, tasks=tasks)
     return found
 
