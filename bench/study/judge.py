@@ -25,10 +25,11 @@ HEADROOM = 10.0
 BASE = ("base", "base-description", "icl")
 SEEN_ITEMS, UNSEEN_ITEMS, VARIED_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 10, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
-#: Runs judged beside ``t2l``, with all controls; the shorter runs, which are judged apart with the shuffled control alone.
+#: Runs judged beside ``t2l``, with all controls; the shorter runs and one by reconstruction, which are judged apart with the
+#: shuffled control alone.
 CONTROLLED = ("t2l-seed1", "t2l-description")
 VARIED = ("short-L", "short-L-16", "short-L-32", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model",
-          "short-random", "short-quiet", "short-chat", "short-one-hot", "short-input")  # fmt: skip
+          "short-random", "short-quiet", "short-chat", "short-one-hot", "reconstruction-64", "short-input")  # fmt: skip
 BY_INPUT = VARIED[-1]
 MULTI_TASK = ("multi-task", "multi-task-description")
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)

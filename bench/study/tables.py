@@ -42,6 +42,7 @@ SHORT = {
     "short-quiet": "L, 37 tasks, embedding noise 0.1 instead of 0.5",
     "short-chat": "L, 37 tasks, prompts in the chat template",
     "short-one-hot": "L, 37 tasks, one-hot (no text)",
+    "reconstruction-64": "L, reconstruction of 64 adapters, no SFT",
     "short-input": "L, 37 tasks, adapter from each input (Hyperdecoders)",
 }
 Scores = Mapping[str, Mapping[str, float]]
