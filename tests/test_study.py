@@ -37,8 +37,8 @@ def test_what_is_compared_is_trained_alike():
     assert set(plan.LEARNABLE) < set(TRAINED)
     for name, run in compared.items():
         assert (run.settings.prompt == "description") == name.endswith("description")
-        steps = plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else plan.STEPS
-        assert run.settings.steps * run.settings.tasks_per_step == 32 * steps  # as many examples
+        examples = 16 * plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else 32 * plan.STEPS
+        assert run.settings.steps * run.settings.tasks_per_step == examples  # as many
     assert len({run.settings.prompt_form for run in compared.values()}) == 1
     assert set(judge.VARIED) == {name for name in plan.RUNS if name.startswith("short")} | {"reconstruction-64"}
 

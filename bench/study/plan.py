@@ -18,9 +18,9 @@ from t2l_engine.training.settings import LoRASettings, ReconstructionSettings, S
 MANIFEST, MODEL = "skills", "smollm2-135m"
 _BASE: dict[str, Any] = {"base_model": MODEL, "target_modules": ("q_proj", "v_proj")}
 _SAVES: dict[str, Any] = {"validate_every": 0, "validation_samples": 4, "save_every": 250}
-#: Optimiser steps of 32 examples of the runs that are compared, with the input alone and with the description in the prompt,
-#: and steps of 16 of the shorter runs that vary one thing.
-STEPS, STEPS_DESCRIPTION, STEPS_SHORT = 1600, 900, 600
+#: Optimiser steps of T2L that is compared, of 32 examples; of those with the description in the prompt and of the shorter runs
+#: that vary one thing, both of 16.
+STEPS, STEPS_DESCRIPTION, STEPS_SHORT = 1600, 1800, 600
 
 #: Tokens of a task's answers on average that are short, and percent that its oracle must score on validation examples.
 SHORT_ANSWER, LEAST_ORACLE = 4.5, 20
@@ -91,9 +91,11 @@ RUNS: dict[str, Run] = {
     "library-held-out": Run(ORACLE, tier="held-out"),
     "t2l": Run(T2L, learnable=True),
     "t2l-seed1": Run(_t2l(seed=1), learnable=True),
-    "t2l-description": Run(_t2l(prompt="description", steps=STEPS_DESCRIPTION, max_tokens=320), learnable=True),
+    "t2l-description": Run(
+        _t2l(prompt="description", steps=STEPS_DESCRIPTION, tasks_per_batch=16, max_tokens=320), learnable=True
+    ),
     "multi-task": Run(MULTI_TASK, learnable=True),
-    "multi-task-description": Run(_multi_task(prompt="description", steps=2 * STEPS_DESCRIPTION), learnable=True),
+    "multi-task-description": Run(_multi_task(prompt="description", steps=STEPS_DESCRIPTION), learnable=True),
     "short-L": _short(),
     **{f"short-L-{count}": _short(count) for count in COUNTS[1:]},
     "short-L-90": _short(None),
