@@ -121,10 +121,13 @@ def test_what_was_not_run_is_left_out(result):
     ]
     for table in (tables.short, tables.reconstruction, tables.benchmarks):
         assert table(result) == tables.NOT_YET
-    result["varied"] = part(
-        {"a": {"short-L": 50.0, "short-L-shuffled": 10.0, "short-M": 40.0}}, {"train": ["a"], "sibling": ["a"]}
-    )
-    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-M")}
+    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-M": 40.0}
+    result["varied"] = {
+        "train": part({"b": {"short-one-hot": 70.0}}, {"all": ["b"]}),
+        "sibling": part({"a": scores}, {"all": ["a"]}),
+    }
+    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-M", "short-one-hot")}
     lines = tables.short(result).splitlines()
-    assert lines[2].startswith("| L, 37 tasks (all that an adapter can learn) | 50.0 / 10.0 | 50.0 / 10.0 |")
-    assert lines[3].split("|")[2:6] == [" 40.0 ", " 40.0 ", " +10.0 [+10.0, +10.0] ", " 2 "]
+    assert lines[2].startswith("| L, 37 tasks (all that an adapter can learn) | – | 50.0 | 10.0 |")
+    assert lines[3].split("|")[2:7] == [" – ", " 40.0 ", " – ", " +10.0 [+10.0, +10.0] ", " 2 "]
+    assert lines[4].split("|")[2:6] == [" 70.0 ", " – ", " – ", "  "]

@@ -40,7 +40,7 @@ def measure(work: Path) -> dict[str, Any]:
         "headroom": room,
         "seen": _kept(seen),
         "unseen": _kept(unseen),
-        "varied": _kept(varied) if varied else {},
+        "varied": {group: _kept(result) for group, result in varied.items()},
         "runs": {name: _run(name, work) for name in plan.RUNS if finished(name, work)},
         "reconstruction": {key: _kept(result) for key, result in reconstructed.items()},
         "distances": analysis.distances(work),

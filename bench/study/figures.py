@@ -85,7 +85,7 @@ def _kept(axes: Axes, result: Mapping[str, Any]) -> None:
 
 
 def _tasks(axes: Axes, result: Mapping[str, Any]) -> None:
-    part = result["varied"]
+    part = result["varied"]["sibling"]
     names = {"short-L-16": 16, "short-L-32": 32, "short-L": 37, "short-L-64": 64, "short-L-90": 90}
     there = {name: count for name, count in names.items() if name in part["arms"]}
     for suffix, colour, label in (("", BLUE, "matched"), ("-shuffled", SKY, "another task's")):

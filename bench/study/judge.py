@@ -78,16 +78,24 @@ def unseen(work: Path) -> dict[str, Any]:
 
 
 def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The shorter runs on siblings and on the tasks ``names``, which ``t2l`` was trained on; empty before one has ended."""
+    """The shorter runs on the tasks ``names``, which ``t2l`` was trained on, and on siblings with the shuffled control.
+
+    Results by group of tasks; empty before one of the runs has ended.
+    """
     there = [run for run in VARIED if finished(run, work)]
     if not there:
         return {}
-    arms = [arm for run in there for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
-    names = [*names, *manifests.read(plan.MANIFEST).names("sibling")]
-    return evaluate(
-        work, "varied", "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(VARIED_ITEMS),
-        "--arms", ",".join(arms), *(o for run in there for o in ("--also", f"{run}={work / run}")),
-    )  # fmt: skip
+    beside = [arm for run in there for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
+    found = {}
+    for group, chosen, arms, repeats in (
+        ("train", names, there, 1), ("sibling", manifests.read(plan.MANIFEST).names("sibling"), beside, 3)
+    ):  # fmt: skip
+        found[group] = evaluate(
+            work, f"varied-{group}", "--checkpoint", work / "t2l", "--names", ",".join(chosen), "--arms", ",".join(arms),
+            "--max-items", str(VARIED_ITEMS), "--repeats", str(repeats),
+            *(o for run in there for o in ("--also", f"{run}={work / run}")),
+        )  # fmt: skip
+    return found
 
 
 def reconstruction(work: Path) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from t2l_engine.training.settings import LoRASettings, ReconstructionSettings, S
 MANIFEST, MODEL = "skills", "smollm2-135m"
 _BASE: dict[str, Any] = {"base_model": MODEL, "target_modules": ("q_proj", "v_proj")}
 _SAVES: dict[str, Any] = {"validate_every": 0, "validation_samples": 4, "save_every": 250}
-#: Optimiser steps of T2L that is compared, of 32 examples; of those with the description in the prompt and of the shorter runs
-#: that vary one thing, both of 16.
+#: Optimiser steps: of T2L that is compared, of 32 examples each; of runs with the description in the prompt and of the
+#: shorter ones that vary one thing, of 16 each.
 STEPS, STEPS_DESCRIPTION, STEPS_SHORT = 1600, 1800, 600
 
 #: Tokens of a task's answers on average that are short, and percent that its oracle must score on validation examples.
@@ -54,7 +54,7 @@ MULTI_TASK = LoRASettings(
     prompt_form="raw", max_tokens=320,
 )  # fmt: skip
 RECONSTRUCTION = ReconstructionSettings(
-    target="z-score", task_init="discriminant", steps=1500, warmup_steps=50, learning_rate=5e-4, weight_decay=0.0,
+    target="z-score", task_init="discriminant", steps=1500, warmup_steps=50, learning_rate=2e-3, weight_decay=0.0,
     tasks_per_batch=8, latent_size=128, head_in_size=512, validate_every=500,
 )  # fmt: skip
 #: Adapters that are reconstructed, and tasks of the scaling runs beside those of LEARNABLE and all.

@@ -120,20 +120,21 @@ def _caption(result: Mapping[str, Any]) -> str:
 
 def short(result: Mapping[str, Any]) -> str:
     """The shorter runs, which vary one thing each."""
-    part, lines = result["varied"], []
-    if not part:
+    parts, lines = result["varied"], []
+    if not parts:
         return NOT_YET
-    groups = {f"seen ({len(part['groups']['train'])})": "train", f"siblings ({len(part['groups']['sibling'])})": "sibling"}
+    siblings = parts["sibling"]
     for arm, title in SHORT.items():
-        cells = []
-        for group in groups.values():
-            ours, other = column(part, arm, group), column(part, f"{arm}-shuffled", group)
-            shown = f"{statistics.fmean(ours):.1f}" if ours else "–"
-            cells.append(f"{shown} / {statistics.fmean(other):.1f}" if other else shown)
-        if arm in part["arms"]:
-            less = span(gap(part, "short-L", arm, "sibling")) if arm != "short-L" else ""
+        columns = (column(parts["train"], arm), column(siblings, arm), column(siblings, f"{arm}-shuffled"))
+        if any(columns):
+            less = span(gap(siblings, "short-L", arm)) if arm != "short-L" else ""
+            cells = [f"{statistics.fmean(c):.1f}" if c else "–" for c in columns]
             lines.append([title, *cells, less, f"{result['runs'][arm]['seconds'] / 60:.0f}"])
-    heads = ["matched / another task's description, %", *groups, "37 tasks, L less this run, siblings [95 %]", "minutes"]
+    seen, unseen = (len(parts[group]["groups"]["all"]) for group in ("train", "sibling"))
+    heads = [
+        "exact match, %", f"seen ({seen})", f"siblings ({unseen})", "siblings, another task's description",
+        "37 tasks, L less this run, siblings [95 %]", "minutes",
+    ]  # fmt: skip
     return grid(heads, lines)
 
 
