@@ -81,7 +81,7 @@ def _run(name: str, work: Path) -> dict[str, Any]:
     steps = [row for row in rows if "loss" in row]
     curve, tokens = [], 0
     for part in _parts(steps, 20) if len(folders) == 1 else ():
-        tokens += sum(row["tokens"] for row in part)
+        tokens += sum(row.get("tokens", 0) for row in part)  # a reconstruction reads none
         curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in part), 4)])
     return {
         "settings": settings.model_dump(mode="json"),

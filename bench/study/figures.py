@@ -91,7 +91,7 @@ def _tasks(axes: Axes, result: Mapping[str, Any]) -> None:
     for suffix, colour, label in (("", BLUE, "matched"), ("-shuffled", SKY, "another task's")):
         values = [statistics.fmean(column(part, name + suffix, "sibling")) for name in there]
         axes.plot(list(there.values()), values, "o-", color=colour, markersize=3, label=label)
-    axes.set(xlabel="tasks trained on", title="siblings, exact match in %, short runs")
+    axes.set(xlabel="tasks trained on", title="siblings, %, short runs")
 
 
 def maps(figure: Figure, result: Mapping[str, Any]) -> None:

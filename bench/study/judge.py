@@ -30,7 +30,7 @@ CONTROLS = ("-shuffled", "-junk", "-constant")
 CONTROLLED = ("t2l-seed1", "t2l-description")
 VARIED = ("short-L", "short-L-16", "short-L-32", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model",
           "short-random", "short-quiet", "short-chat", "short-one-hot", "reconstruction-64", "short-input")  # fmt: skip
-BY_INPUT = VARIED[-1]
+BY_INPUT, BY_NAME = "short-input", "short-one-hot"  # have no shuffled control; know no tasks but those trained on
 MULTI_TASK = ("multi-task", "multi-task-description")
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 
@@ -83,17 +83,20 @@ def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
     Results by group of tasks; empty before one of the runs has ended.
     """
     there = [run for run in VARIED if finished(run, work)]
-    if not there:
+    described = [run for run in there if run != BY_NAME]
+    if not described:
         return {}
-    beside = [arm for run in there for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
+    beside = [arm for run in described for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
+    siblings = manifests.read(plan.MANIFEST).names("sibling")
     found = {}
-    for group, chosen, arms, repeats in (
-        ("train", names, there, 1), ("sibling", manifests.read(plan.MANIFEST).names("sibling"), beside, 3)
-    ):  # fmt: skip
+    for group, chosen, runs, arms, repeats in (
+        ("train", names, there, there, 1),
+        ("sibling", siblings, described, beside, 3),
+    ):
         found[group] = evaluate(
             work, f"varied-{group}", "--checkpoint", work / "t2l", "--names", ",".join(chosen), "--arms", ",".join(arms),
             "--max-items", str(VARIED_ITEMS), "--repeats", str(repeats),
-            *(o for run in there for o in ("--also", f"{run}={work / run}")),
+            *(o for run in runs for o in ("--also", f"{run}={work / run}")),
         )  # fmt: skip
     return found
 

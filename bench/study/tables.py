@@ -288,15 +288,14 @@ def runs(result: Mapping[str, Any]) -> str:
         s = run["settings"]
         size = str(run["tasks"] or "all")
         rows = s["tasks_per_batch"] * s.get("samples_per_task", 1) * s["accumulation"]
-        lines.append(
-            [f"`{name}`", size, f"{run['steps']:,}", str(rows), f"{run['tokens'] / 1e6:.2f}", f"{run['seconds'] / 60:.0f}"]
-        )
+        tokens = f"{run['tokens'] / 1e6:.2f}" if run["tokens"] else "–"
+        lines.append([f"`{name}`", size, f"{run['steps']:,}", str(rows), tokens, f"{run['seconds'] / 60:.0f}"])
     return grid(["run", "tasks", "steps", "examples a step", "million tokens", "minutes"], lines)
 
 
 def summary(result: Mapping[str, Any]) -> str:
     """The few rows of README.md."""
-    names = ("t2l", "t2l-shuffled", "multi-task-description", "base-description", "icl", "oracle")
+    names = ("t2l", "t2l-shuffled", "multi-task", "multi-task-description", "base-description", "icl", "oracle")
     groups = _groups(result)
     lines = []
     for arm in names:
