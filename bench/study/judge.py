@@ -30,17 +30,23 @@ CONTROLS = ("-shuffled", "-junk", "-constant")
 CONTROLLED = ("t2l-seed1", "t2l-description")
 VARIED = ("short-L", "short-L-16", "short-L-32", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model",
           "short-random", "short-quiet", "short-chat", "short-one-hot", "reconstruction-64", "short-input")  # fmt: skip
-BY_INPUT, BY_NAME = "short-input", "short-one-hot"  # have no shuffled control; know no tasks but those trained on
+#: Has no descriptions to shuffle; knows tasks by their names, and so those alone that it was trained on.
+BY_INPUT, BY_NAME = "short-input", "short-one-hot"
 MULTI_TASK = ("multi-task", "multi-task-description")
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 
 
-def evaluate(work: Path, name: str, *options: str | Path, tasks: str = "evaluation") -> dict[str, Any]:
-    """The result of one evaluation; what was answered before is read from its file of answers."""
+def evaluate(
+    work: Path, name: str, *options: str | Path, tasks: str = "evaluation", answers: str | None = None
+) -> dict[str, Any]:
+    """The result of one evaluation; what was answered before is read from its file of answers.
+
+    ``answers``: name of that file, for evaluations that ask some of the same; else ``name``.
+    """
     out = work / "judged"
     out.mkdir(exist_ok=True)
     fixed = ["--tasks", folder_of(work, tasks), "--dtype", "bfloat16", "--manifest", plan.MANIFEST, "--batch-size", "32"]
-    kept = ["--json", out / f"{name}.json", "--resume", out / f"{name}.answers.jsonl"]
+    kept = ["--json", out / f"{name}.json", "--resume", out / f"{answers or name}.answers.jsonl"]
     command = [sys.executable, "-m", "t2l_engine", "evaluate", *map(str, [*fixed, *kept, *options])]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
@@ -111,7 +117,7 @@ def reconstruction(work: Path) -> dict[str, Any]:
         for tasks in ("train", "evaluation"):
             options = ["--checkpoint", run, "--names", ",".join(sorted(names)), "--max-items", str(SEEN_ITEMS),
                        "--repeats", "1", "--arms", "t2l,t2l-shuffled,oracle,base", *_oracles(work)]  # fmt: skip
-            found[f"{count}/{tasks}"] = evaluate(work, f"reconstruction-{count}-{tasks}", *options, tasks=tasks)
+            found[f"{count}/{tasks}"] = evaluate(work, f"{run.name}-{tasks}", *options, tasks=tasks, answers=run.name)
     return found
 
 

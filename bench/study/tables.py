@@ -196,8 +196,8 @@ def per_task(part_name: str, shown: Sequence[str]) -> Callable[[Mapping[str, Any
     return table
 
 
-seen_tasks = per_task("seen", ("t2l", "t2l-shuffled", "multi-task", "multi-task-description", "icl", "oracle"))
-unseen_tasks = per_task("unseen", ("t2l", "t2l-shuffled", "multi-task", "multi-task-description", "icl", "oracle"))
+_BESIDE = ("t2l", "t2l-shuffled", "multi-task", "multi-task-description", "icl", "oracle")
+seen_tasks, unseen_tasks = per_task("seen", _BESIDE), per_task("unseen", _BESIDE)
 
 
 def reconstruction(result: Mapping[str, Any]) -> str:
