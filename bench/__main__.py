@@ -101,6 +101,8 @@ def study(
     training.tasks(tasks, work, benchmarks)
     for name in runs.split(",") if runs else plan.RUNS:
         training.train(name, work)
+        if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
+            collect.checked_headroom(work)
     if not runs:
         out.write_text(json.dumps(collect.measure(work), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

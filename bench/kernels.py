@@ -60,7 +60,7 @@ def find(tool: str) -> str:
     path = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
     if path is None:
         where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
-        raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install 't2l_engine[cuda-check]'")
+        raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install '.[cuda-check]'")
     return path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.markdown import grid
+from bench.markdown import grid, provenance
 
 FILE = "learn.json"
 
@@ -72,9 +72,7 @@ def _time(result: dict[str, Any]) -> str:
 
 
 def _caption(result: dict[str, Any]) -> str:
-    machine, commit = result["machine"], result["commit"]
-    dirty = " with changes" if result["dirty"] else ""
     return (
         f"Base model in bfloat16, greedy answers, test examples of the tasks, the description each adapter learned.  "
-        f"{machine['cpu']}, {machine['threads']} threads, commit {commit}{dirty}, {result['date']}.  `{result['command']}`."
+        f"{provenance(result, [result['machine']['threads']])}.  `{result['command']}`."
     )

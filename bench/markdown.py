@@ -123,11 +123,12 @@ def caption(pairs: Iterable[Pair]) -> str:
         results.setdefault(result.path.name, (result.meta, set()))[1].add(row.threads)
     runs: dict[str, list[str]] = {}  # suites of one run of one machine share a sentence
     for name, (meta, threads) in results.items():
-        runs.setdefault(_run(meta, sorted(threads)), []).append(f"`bench/results/{name}` (`{meta['command']}`)")
+        runs.setdefault(provenance(meta, sorted(threads)), []).append(f"`bench/results/{name}` (`{meta['command']}`)")
     return "  ".join(f"{run}.  From {' and '.join(files)}." for run, files in runs.items())
 
 
-def _run(meta: dict, threads: list[int]) -> str:
+def provenance(meta: dict, threads: list[int]) -> str:
+    """Machine, threads, versions, date and commit of a result."""
     machine = meta["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in meta["versions"].items() if version)
     commit = "no commit" if meta["commit"] is None else f"commit {meta['commit']}"

@@ -22,6 +22,7 @@ from bench.gpu import tables as gpu
 from bench.icl import measured, summary
 from bench.icl import tables as icl
 from bench.rows import ResultError
+from bench.source import bundled
 from bench.study import tables as study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,11 +34,12 @@ def _json(path: Path) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file of ``bench/results``, what makes it, and what reads it."""
+    """A file of ``bench/results``, what makes it, what reads it, and whether it says something of the bundled checkpoint."""
 
     file: str
     command: str
     load: Callable[[Path], Any]
+    bundled: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +55,19 @@ class Table:
 SOURCES = {
     "generate": Source("generate.json", "python -m bench generate", rows.load),
     "apply": Source("apply.json", "python -m bench apply", rows.load),
-    "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load),
+    "icl": Source("icl.json", "python -m bench icl --tasks TASKS", rows.load, bundled=True),
     "train": Source("train.json", "python -m bench train", rows.load),
     "learn": Source(learn_tables.FILE, "python -m bench learn --work WORK --library LIBRARY", _json),
-    "study": Source(study.FILE, "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK", _json),
+    "study": Source(
+        study.FILE, "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK", _json, bundled=True
+    ),
     "lengths": Source("lengths.json", "python -m bench.lengths, see docs/results.md", _json),
     "gpu": Source("gpu.json", "bash bench/gpu_suite.sh OUT", gpu.committed),
 }
 #: A new suite is an entry in SOURCES and one here or in figures.FIGURES for each thing shown of it.
 TABLES = (
     Table("README.md", "study", study.summary, ("study",)),
+    Table("t2l_engine/checkpoints/smollm2-135m/README.md", "study-card", study.card, ("study",)),
     Table("README.md", "speed", tables.speed, ("generate", "apply")),
     Table("docs/results.md", "study-claims", study.claims, ("study",)),
     Table("docs/results.md", "study-arms", study.arms, ("study",)),
@@ -122,7 +127,10 @@ class Report:
 
     def _load(self, source: Source) -> Any:
         try:
-            return source.load(self._result(source))
+            loaded = source.load(self._result(source))
+            if source.bundled and getattr(loaded, "meta", loaded).get("checkpoint") != bundled():
+                self.problems.append(f"bench/results/{source.file}: not of the bundled checkpoint; run: {source.command}")
+            return loaded
         except FileNotFoundError:
             self.problems.append(f"bench/results/{source.file}: missing; run: {source.command}")
         except ResultError as e:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import subprocess
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Weights of the bundled checkpoint, of which some results are.
+BUNDLED = ROOT / "t2l_engine" / "checkpoints" / "smollm2-135m" / "hypernet.safetensors"
 
 
 def source() -> dict[str, Any]:
-    """Date, and commit of the tree that is measured; commit and whether it is dirty are None without a history."""
+    """Date, commit and bundled checkpoint of the measured tree; without a history ``commit`` and ``dirty`` are None."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -22,4 +25,14 @@ def source() -> dict[str, Any]:
     # Results themselves do not count: writing the first file would make the tree of the second dirty.
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     date = datetime.date.today().isoformat()
-    return {"date": date, "commit": git("rev-parse", "--short", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    return {
+        "date": date,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "checkpoint": bundled(),
+    }
+
+
+def bundled() -> str:
+    """SHA-256 of the bundled checkpoint's weights."""
+    return hashlib.sha256(BUNDLED.read_bytes()).hexdigest()

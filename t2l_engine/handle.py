@@ -384,7 +384,8 @@ def attach(
             are refused; where a parent of your own does so, the adapter does nothing.
         stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
         slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
-        max_rank: widest rank the slots can hold; default the stack's.  Slots take the dtype of the layer's weight.
+        max_rank: widest rank the slots can hold; default, module by module, that of the first adapter which has it.
+            Slots take the dtype of the layer's weight.
         packed: linears that hold several modules side by side: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
             (columns in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of GLM.
 

@@ -44,12 +44,21 @@ def answer_of(form: str, text: str) -> str:
     return f" {text}" if form == RAW else text
 
 
+def has_chat(tokenizer) -> bool:
+    """Whether ``tokenizer`` has a template for :func:`chat_prompt`: those of base models often have none."""
+    return getattr(tokenizer, "chat_template", "") is not None  # without the attribute: one that needs no template
+
+
 def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
     """``text`` as a user's turn in the tokenizer's chat template, ready for the answer.
 
     ``description``: in front of the first turn; ``shots``: worked examples (input,
     answer), each a turn of the user and one of the assistant, before.
+
+    Raises ConfigError for a tokenizer without a template.
     """
+    if not has_chat(tokenizer):
+        raise ConfigError("prompt_form: expected 'raw', for the tokenizer has no chat template, got 'chat'")
     turns = []
     for x, y in shots:
         turns += [{"role": "user", "content": x}, {"role": "assistant", "content": y}]

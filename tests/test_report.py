@@ -9,6 +9,7 @@ import pytest
 import train_result
 
 from bench import figures, report, tables
+from bench.source import bundled
 
 PARTS = {"encoder": 4000.0, "trunk": 6000.0, "head": 20000.0, "apply": 900.0}
 
@@ -52,6 +53,7 @@ def result(suite, rows, **fields):
         "date": "2026-01-02",
         "commit": "0123abc",
         "dirty": False,
+        "checkpoint": bundled(),
         "machine": {
             **{"cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx512"},
             **{"memory_gib": 8.0, "l2_mib": 1.0, "l3_mib": 32.0},
@@ -130,8 +132,8 @@ def root(tmp_path):
     """A tree with the documents of the project and results of its own, tables and figures written."""
     results = tmp_path / "bench" / "results"
     results.mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
     for document in {t.document for t in report.TABLES}:
+        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(report.ROOT / document, tmp_path / document)
     for name in (report.study.FILE, report.learn_tables.FILE):
         shutil.copy(report.ROOT / "bench" / "results" / name, results)
@@ -209,6 +211,12 @@ def test_markers(drawn):
 def test_missing_result_is_named(drawn):
     (drawn / "bench" / "results" / "apply.json").unlink()
     assert check(drawn) == ["bench/results/apply.json: missing; run: python -m bench apply"]
+
+
+def test_results_of_another_checkpoint_are_found(drawn):
+    for name, command in (("icl", "icl --tasks TASKS"), ("study", report.SOURCES["study"].command.split("bench ")[1])):
+        edit(drawn / "bench" / "results" / f"{name}.json", bundled(), "0" * 64)
+        assert f"bench/results/{name}.json: not of the bundled checkpoint; run: python -m bench {command}" in check(drawn)
 
 
 def test_stale_figures_are_found(drawn):

@@ -1,4 +1,4 @@
-"""The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the README's quick start."""
+"""The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the programs of the README."""
 
 import copy
 import re
@@ -96,14 +96,38 @@ def test_bundled_checkpoint():
     assert {"config.json", "hypernet.safetensors", "README.md", "train.yaml"} <= {f.name for f in folder.iterdir()}
 
 
-def test_readme_quick_start(tmp_path, monkeypatch, capsys):
-    """The quick start of the README runs as printed."""
-    code = re.search(r"<!-- quick start -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S).group(1)
+def run_readme(name, tmp_path, monkeypatch):
+    """Run the program of that name in README.md as it is printed."""
+    code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S).group(1)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README quick start", "exec"), {})
+    names = {}
+    exec(compile(code, f"README {name}", "exec"), names)
+    return names
+
+
+def test_readme_quick_start(tmp_path, monkeypatch, capsys):
+    run_readme("quick start", tmp_path, monkeypatch)
     out = capsys.readouterr().out
     assert "impala" in out and "borrowed" in out
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_readme_serving(tmp_path, monkeypatch):
+    """Each token has the adapter of its segment."""
+    found = run_readme("serving", tmp_path, monkeypatch)
+    model, layer = found["model"], found["layer"]
+    x = torch.randn(10, layer.q_proj.in_features, dtype=model.dtype)
+    lora = t2l.attach(model, found["stack"])
+    with torch.inference_mode():
+        base = layer.q_proj(x)
+        with lora.use(found["segments"]):
+            mixed = layer.q_proj(x)
+        for at, slot in ((slice(0, 5), 1), (slice(5, 8), 0)):
+            with lora.use(slot):
+                assert torch.equal(mixed[at], layer.q_proj(x)[at])
+            assert not torch.equal(mixed[at], base[at])
+    assert torch.equal(mixed[8:], base[8:]) and found["queries"].shape == base.shape
+    lora.detach()
 
 
 def test_demo(monkeypatch, smollm, engine):

@@ -1,5 +1,6 @@
 """The plan of the study: what it trains on, and that nothing held out is among it."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from bench.study import judge, plan, runs, tables
 from t2l_engine.config import ConfigError
 from t2l_engine.data import manifest as manifests
+from t2l_engine.evaluation.bootstrap import Interval
 from t2l_engine.tasks import Example, Task, write_tasks
 from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
 
@@ -69,13 +71,22 @@ def test_other_tasks_are_refused(tmp_path):
         runs.tasks(tmp_path / "tasks", tmp_path / "work")
 
 
+def test_tasks_of_another_study_are_not_gone_on_with(tmp_path):
+    made = [Task(name, ("Do it.",), (Example("a", ("b",), "train"),)) for name in ("b", "a")]
+    for _ in range(2):  # the second time they are there
+        runs._write(tmp_path / "tasks", made)
+    changed = [dataclasses.replace(made[0], descriptions=("Do that.",)), made[1]]
+    with pytest.raises(ConfigError, match="tasks: expected the study's tasks, examples and descriptions, found others"):
+        runs._write(tmp_path / "tasks", changed)
+
+
 # --- what is shown of it -------------------------------------------------------------------------------------------------
 
 
 def part(scores, groups):
     """A part of the result as ``collect`` writes it: ``scores``: task -> arm -> score."""
     arms = sorted({arm for of in scores.values() for arm in of})
-    about = {"form": "raw", "groups": {group: {"prompt_tokens": 14.0} for group in groups}}
+    about = {"form": "raw", "groups": {group: {"prompt_tokens": 14.0, "containment": 60.0} for group in groups}}
     return {"tasks": scores, "items": dict.fromkeys(scores, 20), "groups": groups, "arms": dict.fromkeys(arms, about)}
 
 
@@ -88,13 +99,15 @@ def result():
     groups = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
     return {
         "command": "make it", "seen": part(scores, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": part(scores, groups),
-        "varied": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {},
+        "varied": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {}, "date": "2026-01-02",
+        "commit": "0123abc", "dirty": False, "versions": {"torch": "2.13"},
+        "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx2", "memory_gib": 8.0},
     }  # fmt: skip
 
 
 def test_share_and_gap_are_of_the_tasks_both_answered(result):
     seen = result["seen"]
-    assert tables.share(seen, "t2l", "base") == pytest.approx(100 * (70 - 10) / (90 - 10))
+    assert tables.share(seen, "t2l", "base") == Interval(100 * (70 - 10) / (90 - 10), 100 * 40 / 60, 80.0)
     assert tables.share(seen, "none", "base") is None
     assert tables.gap(seen, "t2l", "icl").mean == 20 and tables.gap(seen, "t2l", "none") is None
     del seen["tasks"]["b"]["t2l-shuffled"]
@@ -106,7 +119,8 @@ def test_bars_are_met_or_missed_by_what_was_measured(result):
     rows = {line.split("|")[1].strip(): line for line in tables.claims(result).splitlines()}
     assert rows["siblings: matched less shuffled"].split("|")[2:5] == [" >= 20 ", " +60.0 [+60.0, +60.0] ", " met "]
     kept = rows["seen tasks with headroom: share of the oracle's gain over base model, input only"]
-    assert "75.0 % | **missed**" in kept
+    assert "75.0 % [66.7, 80.0] | **missed**" in kept
+    assert not any("another seed" in title or "multi-task" in title for title in rows)  # not measured
     over = rows["siblings: T2L less base model, description and 3 examples"]
     assert "> 0, interval too | +30.0 [+30.0, +30.0] | met" in over
     result["unseen"]["tasks"]["a"]["t2l"] = 45.0
@@ -121,13 +135,15 @@ def test_what_was_not_run_is_left_out(result):
     ]
     for table in (tables.short, tables.reconstruction, tables.benchmarks):
         assert table(result) == tables.NOT_YET
-    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-M": 40.0}
-    result["varied"] = {
-        "train": part({"b": {"short-one-hot": 70.0}}, {"all": ["b"]}),
-        "sibling": part({"a": scores}, {"all": ["a"]}),
-    }
-    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-M", "short-one-hot")}
-    lines = tables.short(result).splitlines()
-    assert lines[2].startswith("| L, 37 tasks (all that an adapter can learn) | – | 50.0 | 10.0 |")
-    assert lines[3].split("|")[2:7] == [" – ", " 40.0 ", " – ", " +10.0 [+10.0, +10.0] ", " 2 "]
-    assert lines[4].split("|")[2:6] == [" 70.0 ", " – ", " – ", "  "]
+
+
+def test_shorter_runs_are_compared_on_what_both_were_trained_on(result):
+    few, more = plan.chosen(plan.LEARNABLE, 16)[0], (set(plan.LEARNABLE) - set(plan.chosen(plan.LEARNABLE, 16))).pop()
+    seen = {few: {"short-L": 60.0, "short-L-16": 90.0}, more: {"short-L": 40.0, "short-L-16": 0.0, "short-one-hot": 70.0}}
+    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-L-16": 40.0}
+    result["varied"] = {"train": part(seen, {"all": sorted(seen)}), "sibling": part({"a": scores}, {"all": ["a"]})}
+    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-L-16", "short-one-hot")}
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in tables.short(result).splitlines()[2:]]
+    assert lines[0] == ["50.0 (2)", "", "50.0", "", "10.0", "2"]
+    assert lines[1] == ["90.0 (1)", "+30.0 [+30.0, +30.0]", "40.0", "-10.0 [-10.0, -10.0]", "–", "2"]
+    assert lines[2] == ["70.0 (1)", "+30.0 [+30.0, +30.0]", "–", "", "–", "2"]

@@ -53,7 +53,7 @@ STEERED = {
         "Write the first letter of the name in lower case.",
     ),
 }
-REQUESTS, REQUEST_TOKENS = 20, 16
+REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 3
 
 
 def maps(work: Path) -> dict[str, Any]:
@@ -70,9 +70,7 @@ def maps(work: Path) -> dict[str, Any]:
         folded = net._fold()
         latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
         stack = net.generate(emb)
-    count = len(tasks)
-    trunk = latent.reshape(count, -1) if latent.shape[0] == count else latent.transpose(0, 1).reshape(count, -1)
-    pairs = torch.triu_indices(count, count, 1)
+    pairs = torch.triu_indices(len(tasks), len(tasks), 1)
     texts, deltas = (_cosines(emb)[tuple(pairs)], _delta_cosines(stack)[tuple(pairs)])
     correlation = spearmanr(texts.numpy(), deltas.numpy())
     return {
@@ -80,7 +78,7 @@ def maps(work: Path) -> dict[str, Any]:
         "skills": [manifest.tasks[task.name].skill for task in tasks],
         "tiers": [manifest.tasks[task.name].tier for task in tasks],
         "task_emb": _tsne(emb),
-        "trunk": _tsne(trunk),
+        "trunk": _tsne(latent.reshape(len(tasks), -1)),
         "spearman": float(correlation.statistic),
         "similarities": [[round(float(v), 4) for v in row] for row in (texts, deltas)],
     }
@@ -90,6 +88,7 @@ def wordings(work: Path) -> dict[str, float]:
     """Percent of held-out descriptions whose nearest task of LEARNABLE is the right one, before anything is trained.
 
     A task stands at the mean of the descriptions trained on; distances are of embeddings, or behind a task encoder.
+    ``"within"``: percent of the variance of embeddings trained on that is between descriptions of one task.
     """
     fit, held = (load_tasks(folder_of(work, name), None, names=plan.LEARNABLE) for name in ("train", "evaluation"))
     device = torch.device("cpu")
@@ -102,7 +101,8 @@ def wordings(work: Path) -> dict[str, float]:
     encoder = TextEncoder.from_pretrained(MINILM)
     with torch.no_grad():
         texts = [[encoder.encode(list(task.descriptions)) for task in tasks] for tasks in (fit, held)]
-        found = {}
+        spread = [(rows - rows.mean(dim=0)).square().sum() for rows in (torch.cat(texts[0]), *texts[0])]
+        found = {"within": round(100 * float(sum(spread[1:]) / spread[0]), 1)}
         for name, layer in (("embeddings", nn.Identity()), ("random", random), ("discriminant", start)):
             means = torch.stack([layer(rows).mean(dim=0) for rows in texts[0]])
             nearest = torch.cat([torch.cdist(layer(rows), means).argmin(dim=1) for rows in texts[1]])
@@ -112,7 +112,7 @@ def wordings(work: Path) -> dict[str, float]:
 
 
 def distances(work: Path) -> dict[str, Any]:
-    """What reconstruction costs and loses: validation L1, relative error of B A, bytes of the network and of the library."""
+    """What reconstruction costs and loses: relative error of B A, parameters of the network, values of the library."""
     found = {}
     for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
         if not finished(run.name, work):
@@ -148,7 +148,7 @@ def steered(work: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of three rounds.
+    """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of ROUNDS.
 
     Adapters are generated and attached before: a server does that once a task.
     """
@@ -176,12 +176,12 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
             handle = None if stack is None else block.enter_context(_attached(model, stack))
             rounds = [
                 [_seconds(model, batch, handle, number) for (number, _), batch in zip(prompts, batches, strict=True)]
-                for _ in range(3)
+                for _ in range(ROUNDS)
             ]
         best = [min(times) for times in zip(*rounds, strict=True)]
         tokens = [batch["input_ids"].shape[1] for batch in batches]
         found[name] = {"prompt_tokens": statistics.fmean(tokens), "seconds": statistics.median(best)}
-    return found
+    return {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS, "arms": found}
 
 
 @contextlib.contextmanager

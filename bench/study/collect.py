@@ -24,9 +24,7 @@ _MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")
 def measure(work: Path) -> dict[str, Any]:
     """Everything that docs/results.md shows of the study; evaluations that were made before are read."""
     tree, manifest = source(), manifests.read(plan.MANIFEST)
-    room = judge.headroom(work)
-    if room["learnable"] != sorted(plan.LEARNABLE):
-        raise harness.BenchError(f"plan.LEARNABLE: expected the tasks that oracles learn, {room['learnable']}")
+    room = checked_headroom(work)
     names = room["headroom"]
     seen, unseen, varied = judge.seen(work, names), judge.unseen(work), judge.varied(work, names)
     reconstructed = judge.reconstruction(work)
@@ -40,6 +38,8 @@ def measure(work: Path) -> dict[str, Any]:
         "headroom": room,
         "seen": _kept(seen),
         "unseen": _kept(unseen),
+        "learned": _kept(judge.learned(work, names)),
+        "shipped": {part: _kept(found) for part, found in judge.shipped(work, names).items()},
         "varied": {group: _kept(result) for group, result in varied.items()},
         "runs": {name: _run(name, work) for name in plan.RUNS if finished(name, work)},
         "reconstruction": {key: _kept(result) for key, result in reconstructed.items()},
@@ -51,6 +51,18 @@ def measure(work: Path) -> dict[str, Any]:
         "requests": analysis.requests(work, siblings),
         "benchmarks": judge.benchmarks(work),
     }
+
+
+def checked_headroom(work: Path) -> dict[str, Any]:
+    """:func:`judge.headroom`; BenchError where oracles of this machine learn other tasks than plan.LEARNABLE."""
+    room = judge.headroom(work)
+    found, planned = set(room["learnable"]), set(plan.LEARNABLE)
+    if found != planned:
+        raise harness.BenchError(
+            f"plan.LEARNABLE: expected the tasks whose oracles reach {plan.LEAST_ORACLE} % here; "
+            f"it lacks {sorted(found - planned)} and has {sorted(planned - found)} beside them"
+        )
+    return room
 
 
 def _kept(result: Mapping[str, Any]) -> dict[str, Any]:

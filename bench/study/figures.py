@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bench.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW
+from bench.study.plan import LEARNABLE
 from bench.study.tables import ARMS, column, share
 from t2l_engine.evaluation.bootstrap import interval
 
@@ -76,7 +77,7 @@ def _kept(axes: Axes, result: Mapping[str, Any]) -> None:
     shown = (("train", "t2l", BLUE, "learned descriptions"), ("evaluation", "t2l", ORANGE, "held-out descriptions"),
              ("train", "t2l-shuffled", SKY, "another task's"))  # fmt: skip
     for tasks, arm, colour, label in shown:
-        values = [share(result["reconstruction"][f"{count}/{tasks}"], arm, "base") for count in counts]
+        values = [share(result["reconstruction"][f"{count}/{tasks}"], arm, "base").mean for count in counts]
         axes.plot(counts, values, "o-", color=colour, markersize=3, label=label)
     axes.axhline(90, color=PALE, zorder=0)
     axes.set(xlabel="adapters reconstructed", title="oracle gain kept, %", xscale="log")
@@ -100,22 +101,31 @@ def maps(figure: Figure, result: Mapping[str, Any]) -> None:
     of = result["maps"]
     common = [skill for skill, _ in Counter(of["skills"]).most_common(7)]
     colours = dict(zip(common, (BLUE, VERMILION, GREEN, ORANGE, PINK, SKY, YELLOW), strict=False))
+    marks = {
+        "trained": ("o", "none"), "tier train, not trained": ("x", None), "sibling": ("^", INK), "other skill": ("s", INK)
+    }  # fmt: skip
     *panels, similar = figure.subplots(1, 3)
     for axes, name, title in zip(panels, ("task_emb", "trunk"), ("task embeddings", "trunk outputs"), strict=True):
-        for skill, tier, (x, y) in zip(of["skills"], of["tiers"], of[name], strict=True):
-            mark, edge = {"train": ("o", "none"), "sibling": ("^", INK), "novel": ("s", INK)}[tier]
+        for task, skill, tier, (x, y) in zip(of["tasks"], of["skills"], of["tiers"], of[name], strict=True):
+            mark, edge = marks[_kind(task, tier)]
             axes.scatter(x, y, s=16, marker=mark, color=colours.get(skill, PALE), edgecolors=edge)
         axes.set(title=f"t-SNE of {title}", xticks=[], yticks=[])
     for skill, colour in colours.items():
         panels[0].scatter([], [], s=16, color=colour, label=skill.replace("_", " "))
-    for mark, label in (("o", "trained"), ("^", "sibling"), ("s", "other skill")):
-        panels[0].scatter([], [], s=16, marker=mark, color=PALE, edgecolors=INK, label=label)
+    for label, (mark, edge) in marks.items():
+        panels[0].scatter([], [], s=16, marker=mark, color=PALE, edgecolors=edge, label=label)
     panels[0].legend(fontsize=6, loc="center left", bbox_to_anchor=(-0.55, 0.5))
     texts, deltas = of["similarities"]
     similar.scatter(texts, deltas, s=2, color=BLUE, alpha=0.3, linewidths=0, rasterized=True)
     similar.set(
         xlabel="cosine of descriptions", ylabel="cosine of adapters (B A)", title=f"all pairs, Spearman {of['spearman']:.2f}"
     )
+
+
+def _kind(task: str, tier: str) -> str:
+    """What a task is to T2L of the study."""
+    trained = "trained" if task in LEARNABLE else "tier train, not trained"
+    return {"train": trained, "sibling": "sibling", "novel": "other skill"}[tier]
 
 
 FIGURES = {"arms": arms, "curves": curves, "maps": maps}

@@ -25,8 +25,8 @@ HEADROOM = 10.0
 BASE = ("base", "base-description", "icl")
 SEEN_ITEMS, UNSEEN_ITEMS, VARIED_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 10, 60, 20
 CONTROLS = ("-shuffled", "-junk", "-constant")
-#: Runs judged beside ``t2l``, with all controls; the shorter runs and one by reconstruction, which are judged apart with the
-#: shuffled control alone.
+#: Runs judged beside ``t2l``, with all controls; the shorter runs and one by reconstruction, which are judged apart, beside
+#: ``t2l`` again, with the shuffled control alone.
 CONTROLLED = ("t2l-seed1", "t2l-description")
 VARIED = ("short-L", "short-L-16", "short-L-32", "short-L-64", "short-L-90", "short-M", "short-S", "short-base-model",
           "short-random", "short-quiet", "short-chat", "short-one-hot", "reconstruction-64", "short-input")  # fmt: skip
@@ -79,12 +79,16 @@ def seen(work: Path, names: Sequence[str]) -> dict[str, Any]:
 
 def unseen(work: Path) -> dict[str, Any]:
     """All arms on tasks that nothing but the oracles was trained on."""
+    return _everything(work, "unseen", unseen_names(), UNSEEN_ITEMS)
+
+
+def unseen_names() -> list[str]:
     manifest = manifests.read(plan.MANIFEST)
-    return _everything(work, "unseen", [*manifest.names("sibling"), *manifest.names("novel")], UNSEEN_ITEMS)
+    return [*manifest.names("sibling"), *manifest.names("novel")]
 
 
 def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The shorter runs on the tasks ``names``, which ``t2l`` was trained on, and on siblings with the shuffled control.
+    """``t2l`` and the shorter runs on the tasks ``names``, and on siblings with the shuffled control.
 
     Results by group of tasks; empty before one of the runs has ended.
     """
@@ -92,17 +96,34 @@ def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
     described = [run for run in there if run != BY_NAME]
     if not described:
         return {}
-    beside = [arm for run in described for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
+    beside = [arm for run in ("t2l", *described) for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
     siblings = manifests.read(plan.MANIFEST).names("sibling")
     found = {}
     for group, chosen, runs, arms, repeats in (
-        ("train", names, there, there, 1),
+        ("train", names, there, ["t2l", *there], 1),
         ("sibling", siblings, described, beside, 3),
     ):
         found[group] = evaluate(
             work, f"varied-{group}", "--checkpoint", work / "t2l", "--names", ",".join(chosen), "--arms", ",".join(arms),
             "--max-items", str(VARIED_ITEMS), "--repeats", str(repeats),
             *(o for run in runs for o in ("--also", f"{run}={work / run}")),
+        )  # fmt: skip
+    return found
+
+
+def learned(work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """``t2l`` on the items of :func:`seen`, by the first three descriptions of a task that it was trained on."""
+    options = ["--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(SEEN_ITEMS), "--arms", "t2l"]
+    return evaluate(work, "learned", *options, tasks="train")
+
+
+def shipped(work: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The bundled checkpoint, ``t2l`` rounded to bfloat16, and its shuffled control on the tasks of both other parts."""
+    found = {}
+    for part, chosen, items in (("seen", names, SEEN_ITEMS), ("unseen", unseen_names(), UNSEEN_ITEMS)):
+        found[part] = evaluate(
+            work, f"shipped-{part}", "--checkpoint", plan.MODEL, "--names", ",".join(chosen), "--max-items", str(items),
+            "--arms", "t2l,t2l-shuffled",
         )  # fmt: skip
     return found
 
@@ -140,8 +161,9 @@ def benchmarks(work: Path) -> dict[str, Any]:
         return {}
     arms = ["t2l", "t2l-shuffled", "base", "base-description"]
     options = ["--checkpoint", work / "t2l", "--repeats", "1", "--run-code", "--max-prompt-tokens", "2048"]
-    if finished("multi-task", work):
-        arms, options = [*arms, "multi-task"], [*options, "--multi-task", work / "multi-task"]
+    for run in MULTI_TASK:
+        if finished(run, work):
+            arms, options = [*arms, run], [*options, "--multi-task", work / run]
     tasks = load_tasks(folder, "test")
     long = [task.name for task in tasks if not task.examples[0].options]
     short = [task.name for task in tasks if task.examples[0].options]

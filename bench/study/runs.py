@@ -27,7 +27,7 @@ def folder_of(work: Path, tier: str) -> Path:
 def tasks(source: Path, work: Path, benchmarks: Path | None = None) -> None:
     """Write the task folders out of ``source``, which holds the tasks of the manifest, and of ``benchmarks``.
 
-    Raises ConfigError where examples or splits are not the manifest's.
+    Raises ConfigError where examples or splits are not the manifest's, or ``work`` holds other tasks already.
     """
     manifest = manifests.read(plan.MANIFEST)
     permissive = manifests.select(manifest.tasks, manifest, "train", permissive=True)
@@ -57,6 +57,10 @@ def _worded(task: Task, wordings: dict[str, dict[str, list[str]]]) -> Task:
 def _write(folder: Path, tasks: Sequence[Task]) -> None:
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, tasks)
+    elif load_tasks(folder, None) != sorted(tasks, key=lambda task: task.name):
+        raise ConfigError(
+            f"{folder}: expected the study's tasks, examples and descriptions, found others; --work: a new one"
+        )
 
 
 def train(name: str, work: Path) -> Path:

@@ -6,8 +6,10 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.markdown import grid
-from t2l_engine.evaluation.bootstrap import Interval, interval
+from bench.markdown import grid, provenance
+from bench.study import plan
+from t2l_engine.evaluation import bootstrap
+from t2l_engine.evaluation.bootstrap import Interval
 
 FILE = "study.json"
 #: Arm -> what it is called; the order of the tables.
@@ -30,20 +32,21 @@ ARMS = {
     "oracle": "a LoRA for the task (oracle)",
 }
 SHORT = {
-    "short-L-16": "L, 16 tasks",
-    "short-L-32": "L, 32 tasks",
-    "short-L": "L, 37 tasks (all that an adapter can learn)",
-    "short-L-64": "L, 64 tasks",
-    "short-L-90": "L, 90 tasks",
-    "short-M": "M, 37 tasks",
-    "short-S": "S, 37 tasks",
-    "short-base-model": "L, 37 tasks, encoder: the base model's last token",
-    "short-random": "L, 37 tasks, task encoder started at random",
-    "short-quiet": "L, 37 tasks, embedding noise 0.1 instead of 0.5",
-    "short-chat": "L, 37 tasks, prompts in the chat template",
-    "short-one-hot": "L, 37 tasks, one-hot (no text)",
-    "reconstruction-64": "L, reconstruction of 64 adapters, no SFT",
-    "short-input": "L, 37 tasks, adapter from each input (Hyperdecoders)",
+    "short-L": "L, 37 tasks (all that an adapter can learn), 600 steps of 16",
+    "short-L-16": "16 tasks",
+    "short-L-32": "32 tasks",
+    "short-L-64": "64 tasks",
+    "short-L-90": "90 tasks",
+    "short-M": "variant M",
+    "short-S": "variant S",
+    "short-base-model": "encoder: the base model's last token",
+    "short-random": "task encoder started at random",
+    "short-quiet": "embedding noise 0.1 instead of 0.5",
+    "short-chat": "prompts in the chat template",
+    "t2l": "1,600 steps of 32 (the run compared above)",
+    "short-one-hot": "one-hot: no text, so no noise, no mixing, random start",
+    "short-input": "adapter from each input (Hyperdecoders): no mixing, random start",
+    "reconstruction-64": "reconstruction of 64 adapters: no SFT, chat template, wider heads",
 }
 Scores = Mapping[str, Mapping[str, float]]
 NOT_YET = "Not yet measured."
@@ -58,20 +61,20 @@ def gap(part: Mapping[str, Any], ours: str, theirs: str, group: str = "all") -> 
     """``ours`` less ``theirs`` on the tasks of ``group``, in points; None where one of them was not measured."""
     rows = [part["tasks"][name] for name in part["groups"][group]]
     paired = [row[ours] - row[theirs] for row in rows if ours in row and theirs in row]
-    return interval(paired) if paired else None
+    return bootstrap.interval(paired) if paired else None
 
 
-def share(part: Mapping[str, Any], arm: str, base: str, oracle: str = "oracle", group: str = "all") -> float | None:
-    """Percent of the oracle's gain over ``base`` that ``arm`` has, of means over tasks."""
-    values = [column(part, name, group) for name in (arm, base, oracle)]
-    if not all(values) or len({len(v) for v in values}) > 1:
+def share(part: Mapping[str, Any], arm: str, base: str) -> Interval | None:
+    """Percent of the oracle's gain over ``base`` that ``arm`` has, of means over tasks; None where one was not measured."""
+    ours, low, high = (column(part, name) for name in (arm, base, "oracle"))
+    if not ours or not len(ours) == len(low) == len(high):
         return None
-    ours, low, high = map(statistics.fmean, values)
-    return 100 * (ours - low) / (high - low)
+    gain = [100 * (a - b) for a, b in zip(ours, low, strict=True)]
+    return bootstrap.ratio(gain, [a - b for a, b in zip(high, low, strict=True)])
 
 
-def span(found: Interval | None) -> str:
-    return "" if found is None else f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}]"
+def span(found: Interval | None, form: str = "+.1f") -> str:
+    return "" if found is None else f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
 def _groups(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str]]:
@@ -86,7 +89,7 @@ def _groups(result: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str
 
 
 def arms(result: Mapping[str, Any]) -> str:
-    """Means of every arm, T2L less it on siblings, prompt tokens."""
+    """Means of every arm, T2L less it on siblings, containment and prompt tokens there."""
     groups = _groups(result)
     lines = []
     for arm, title in ARMS.items():
@@ -94,17 +97,21 @@ def arms(result: Mapping[str, Any]) -> str:
         if not any(cells):
             continue
         part = result["unseen"]
-        tokens = part["arms"][arm]["groups"].get("sibling", {}).get("prompt_tokens") if arm in part["arms"] else None
+        about = part["arms"][arm]["groups"]["sibling"]
         lines.append(
             [
                 title,
                 *(f"{statistics.fmean(c):.1f}" if c else "–" for c in cells),
                 "" if arm == "t2l" else span(gap(part, "t2l", arm, "sibling")),
-                f"{tokens:.0f}" if tokens else "–",
-                part["arms"][arm]["form"] if arm in part["arms"] else "–",
+                f"{about['containment']:.1f}",
+                f"{about['prompt_tokens']:.0f}",
+                part["arms"][arm]["form"],
             ]
         )
-    heads = ["arm, exact match in %", *groups, "T2L less the arm, siblings [95 %]", "prompt tokens, siblings", "form"]
+    heads = [
+        "arm, exact match in %", *groups, "T2L less the arm, siblings [95 %]", "containment, siblings",
+        "prompt tokens, siblings", "form",
+    ]  # fmt: skip
     return grid(heads, lines) + "\n\n" + _caption(result)
 
 
@@ -113,66 +120,83 @@ def _caption(result: Mapping[str, Any]) -> str:
     return (
         f"Means over tasks of exact match on held-out inputs ({items[0][-1]} a seen task, {items[1][-1]} an unseen one) and "
         "three descriptions a task that were written apart from those trained on; greedy, at most 16 tokens, base model in "
-        "bfloat16.  Brackets: 95 % bootstrap over tasks of paired differences.  Arms without adapter take the prompt form, "
-        f"raw or chat, that is better on validation examples.  From `bench/results/{FILE}`; `{result['command']}`."
+        "bfloat16.  Containment: the answer stands somewhere in the text.  Brackets: 95 % bootstrap over tasks of paired "
+        "differences.  Arms without adapter take the prompt form, raw or chat, that is better on validation examples.  "
+        f"Another task is one of the column's own for seen tasks, one of all unseen ones for the others.  {_made(result)}"
     )
 
 
+def _made(result: Mapping[str, Any]) -> str:
+    threads = [result["machine"]["threads"]]
+    return f"{provenance(result, threads)}.  From `bench/results/{FILE}` (`{result['command']}`)."
+
+
 def short(result: Mapping[str, Any]) -> str:
-    """The shorter runs, which vary one thing each."""
+    """The shorter runs beside the first of them."""
     parts, lines = result["varied"], []
     if not parts:
         return NOT_YET
-    siblings = parts["sibling"]
+    first, siblings = "short-L", parts["sibling"]
     for arm, title in SHORT.items():
-        columns = (column(parts["train"], arm), column(siblings, arm), column(siblings, f"{arm}-shuffled"))
+        own = _trained_on(arm, parts["train"])
+        columns = (column(own, arm), column(siblings, arm), column(siblings, f"{arm}-shuffled"))
         if any(columns):
-            less = span(gap(siblings, "short-L", arm)) if arm != "short-L" else ""
             cells = [f"{statistics.fmean(c):.1f}" if c else "–" for c in columns]
-            lines.append([title, *cells, less, f"{result['runs'][arm]['seconds'] / 60:.0f}"])
-    seen, unseen = (len(parts[group]["groups"]["all"]) for group in ("train", "sibling"))
+            less = ["", ""] if arm == first else [span(gap(part, arm, first)) for part in (own, siblings)]
+            lines.append(
+                [
+                    title, f"{cells[0]} ({len(columns[0])})", less[0], cells[1], less[1], cells[2],
+                    f"{result['runs'][arm]['seconds'] / 60:.0f}",
+                ]
+            )  # fmt: skip
     heads = [
-        "exact match, %", f"seen ({seen})", f"siblings ({unseen})", "siblings, another task's description",
-        "37 tasks, L less this run, siblings [95 %]", "minutes",
+        "exact match, %", "seen by the run (of 34)", "less the first row, same tasks [95 %]",
+        f"siblings ({len(siblings['groups']['all'])})", "less the first row [95 %]", "another sibling's description",
+        "minutes",
     ]  # fmt: skip
     return grid(heads, lines)
+
+
+def _trained_on(run: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """``part`` of tasks of LEARNABLE with those alone that ``run`` was trained on."""
+    names = set(plan.chosen(plan.LEARNABLE, plan.RUNS[run].count))
+    return {"tasks": part["tasks"], "groups": {"all": [name for name in part["groups"]["all"] if name in names]}}
 
 
 def claims(result: Mapping[str, Any]) -> str:
     """The bars, fixed before the runs, and what came out."""
     unseen, seen = result["unseen"], result["seen"]
-    rows: list[tuple[str, str, str | None, bool | None]] = []
+    lines: list[list[str]] = []
+
+    def claim(title: str, bar: str, found: Interval | None, met: Callable[[Interval], bool] | None, unit: str = "") -> None:
+        """One row; none for what was not measured."""
+        if found is not None:
+            text = f"{found.mean:.1f} % [{found.low:.1f}, {found.high:.1f}]" if unit else span(found)
+            verdict = "" if met is None else "met" if met(found) else "**missed**"
+            lines.append([title, bar, text, verdict])
+
     kept = result["reconstruction"].get("16/train")
     if kept:
-        value = share(kept, "t2l", "base")
-        rows.append(("reconstruction of 16 adapters: oracle gain kept", ">= 90 %", f"{value:.1f} %", value >= 90))
-    for base in ("base", "icl"):
-        value = share(seen, "t2l", base)
-        title = f"seen tasks with headroom: share of the oracle's gain over {_plain(base)}"
-        rows.append((title, ">= 80 %", f"{value:.1f} %", value >= 80))
-    for ours in ("t2l", "t2l-seed1"):
-        seed = "" if ours == "t2l" else ", another seed"
-        if ours not in unseen["arms"]:
-            continue
-        found = gap(unseen, ours, f"{ours}-shuffled", "sibling")
-        rows.append((f"siblings: matched less shuffled{seed}", ">= 20", span(found), found.mean >= 20 and found.low > 0))
-        for theirs in ("base-description", "icl"):
-            found = gap(unseen, ours, theirs, "sibling")
-            rows.append((f"siblings: T2L less {_plain(theirs)}{seed}", "> 0, interval too", span(found), found.low > 0))
-        found = gap(unseen, ours, "multi-task-description", "sibling")
-        if found:
-            rows.append(
-                (f"siblings: T2L less {_plain('multi-task-description')}{seed}", ">= -3", span(found), found.mean >= -3)
-            )
-    found = gap(unseen, "t2l-description", "multi-task-description", "sibling")
-    if found:
-        rows.append(("siblings: both with the description in the prompt", ">= 0", span(found), found.mean >= 0))
-    for theirs in ("base-description", "icl", "t2l-shuffled"):
-        rows.append(
-            (f"unseen skills: T2L less {_plain(theirs)}", "reported", span(gap(unseen, "t2l", theirs, "novel")), None)
+        title = "reconstruction of 16 adapters: oracle gain kept"
+        claim(title, ">= 90 %", share(kept, "t2l", "base"), lambda f: f.mean >= 90, "%")
+    for ours, seed in (("t2l", ""), ("t2l-seed1", ", another seed")):
+        for base in ("base", "icl"):
+            title = f"seen tasks with headroom: share of the oracle's gain over {_plain(base)}{seed}"
+            claim(title, ">= 80 %", share(seen, ours, base), lambda f: f.mean >= 80, "%")
+    for ours, seed in (("t2l", ""), ("t2l-seed1", ", another seed")):
+        less = lambda theirs, ours=ours: gap(unseen, ours, theirs, "sibling")  # noqa: E731
+        claim(
+            f"siblings: matched less shuffled{seed}", ">= 20", less(f"{ours}-shuffled"), lambda f: f.mean >= 20 and f.low > 0
         )
-    verdict = {True: "met", False: "**missed**", None: ""}
-    return grid(["claim", "bar", "measured", ""], [[c, bar, text or "", verdict[met]] for c, bar, text, met in rows])
+        for theirs in ("base-description", "icl"):
+            claim(f"siblings: T2L less {_plain(theirs)}{seed}", "> 0, interval too", less(theirs), lambda f: f.low > 0)
+        rival = "multi-task-description"
+        claim(f"siblings: T2L less {_plain(rival)}{seed}", ">= -3", less(rival), lambda f: f.mean >= -3)
+    both = gap(unseen, "t2l-description", "multi-task-description", "sibling")
+    claim("siblings: T2L less multi-task LoRA, the description in both prompts", ">= 0", both, lambda f: f.mean >= 0)
+    for theirs in ("base-description", "icl", "t2l-shuffled"):
+        claim(f"unseen skills: T2L less {_plain(theirs)}", "reported", gap(unseen, "t2l", theirs, "novel"), None)
+    return grid(["claim", "bar", "measured [95 %]", ""], lines)
 
 
 def _plain(arm: str) -> str:
@@ -212,7 +236,8 @@ def reconstruction(result: Mapping[str, Any]) -> str:
                 count,
                 f"{statistics.fmean(column(trained, 'base')):.1f}",
                 f"{statistics.fmean(column(trained, 'oracle')):.1f}",
-                *(f"{value:.1f}" for value in (kept[0], kept[2], kept[1])),
+                span(kept[0], ".1f"),
+                *(f"{kept[i].mean:.1f}" for i in (2, 1)),
                 f"{run['validation'][-1]:.3f}",
                 f"{of['relative_error']:.3f}",
                 f"{2 * of['parameters'] / 1e6:.1f} / {2 * of['library_values'] / 1e6:.1f}",
@@ -222,7 +247,7 @@ def reconstruction(result: Mapping[str, Any]) -> str:
     if not lines:
         return NOT_YET
     heads = [
-        "adapters", "base, %", "oracle, %", "gain kept, %: descriptions learned", "held-out descriptions",
+        "adapters", "base, %", "oracle, %", "gain kept, %: descriptions learned [95 %]", "held-out descriptions",
         "another task's description", "L1 of z-scores", "relative error of B A", "MB in bf16: network / library", "minutes",
     ]  # fmt: skip
     return grid(heads, lines)
@@ -235,11 +260,17 @@ def steered(result: Mapping[str, Any]) -> str:
 
 
 def wordings(result: Mapping[str, Any]) -> str:
-    """How far descriptions alone tell the tasks apart."""
+    """How far descriptions alone tell the tasks apart, and what learned descriptions score instead of held-out ones."""
     of = result["wordings"]
     heads = {"embeddings": "embeddings", "random": "random task encoder", "discriminant": "`task_init: discriminant`"}
     cells = ["nearest to the right task", *(f"{of[name]:.1f}" for name in heads)]
-    return grid(["held-out descriptions of 37 tasks, %", *heads.values()], [cells])
+    told = grid(["held-out descriptions of 37 tasks, %", *heads.values()], [cells])
+    told += f"\n\nOf the variance of learned descriptions' embeddings {of['within']:.1f} % is between those of one task."
+    held, learned = ({n: row["t2l"] for n, row in result[p]["tasks"].items()} for p in ("seen", "learned"))
+    less = bootstrap.interval([learned[name] - held[name] for name in held])
+    heads = ["T2L on seen tasks, exact match in %", "held-out descriptions", "learned descriptions", "more [95 %]"]
+    means = (f"{statistics.fmean(of.values()):.1f}" for of in (held, learned))
+    return told + "\n\n" + grid(heads, [[f"{len(held)} tasks, the same inputs", *means, span(less)]])
 
 
 def scalings(result: Mapping[str, Any]) -> str:
@@ -257,7 +288,7 @@ def benchmarks(result: Mapping[str, Any]) -> str:
     of = result["benchmarks"]
     if not of:
         return NOT_YET
-    shown = ("t2l", "t2l-shuffled", "multi-task", "base", "base-description", "icl")
+    shown = ("t2l", "t2l-shuffled", "multi-task", "multi-task-description", "base", "base-description", "icl")
     lines = [
         [
             name,
@@ -267,18 +298,26 @@ def benchmarks(result: Mapping[str, Any]) -> str:
         ]
         for name, row in of["tasks"].items()
     ]
-    return grid(["benchmark, %", "items", "majority position", *(_plain(arm) for arm in shown)], lines)
+    most = max(of["items"].values())
+    text = f"A standard error of a score near 50 % of {most} items is {50 / most**0.5:.1f} points."
+    return grid(["benchmark, %", "items", "majority position", *(_plain(arm) for arm in shown)], lines) + "\n\n" + text
 
 
 def requests(result: Mapping[str, Any]) -> str:
     """Prompt tokens and time of one request."""
-    of = result["requests"]
+    about = result["requests"]
+    of = about["arms"]
     base = of["t2l"]["seconds"]
     lines = [
         [_plain(arm), f"{row['prompt_tokens']:.0f}", f"{1e3 * row['seconds']:.0f}", f"{row['seconds'] / base:.2f}"]
         for arm, row in of.items()
     ]
-    return grid(["one request, 16 tokens generated", "prompt tokens", "ms", "over T2L"], lines)
+    text = (
+        f"{about['requests']} requests over the siblings, the first description of each task: the median over requests of "
+        f"the fastest of {about['rounds']} rounds.  {_made(result)}"
+    )
+    heads = [f"one request, {about['new_tokens']} tokens generated", "prompt tokens", "ms", "over T2L"]
+    return grid(heads, lines) + "\n\n" + text
 
 
 def runs(result: Mapping[str, Any]) -> str:
@@ -310,3 +349,20 @@ def summary(result: Mapping[str, Any]) -> str:
         f"[docs/results.md](docs/results.md#the-study).  From `bench/results/{FILE}`."
     )
     return grid(["arm", *groups, "prompt tokens"], lines) + "\n\n" + text
+
+
+def card(result: Mapping[str, Any]) -> str:
+    """What the bundled file itself scores beside the rivals, for its model card."""
+    beside = ("multi-task", "multi-task-description", "icl", "oracle")
+    titles = {
+        "34 of the 37 trained tasks, unseen inputs and descriptions": ("seen", "all"),
+        "15 unseen siblings of trained tasks": ("unseen", "sibling"),
+        "10 tasks of other skills": ("unseen", "novel"),
+    }
+    lines = []
+    for title, (part, group) in titles.items():
+        ours = [column(result["shipped"][part], arm, group) for arm in ("t2l", "t2l-shuffled")]
+        theirs = [column(result[part], arm, group) for arm in beside]
+        lines.append([title, *(f"{statistics.fmean(c):.1f}" if c else "–" for c in (*ours, *theirs))])
+    heads = ["exact match, %", "this checkpoint", "the same, another task's description", *(_plain(arm) for arm in beside)]
+    return grid(heads, lines)

@@ -91,7 +91,9 @@ def evaluate(
 
     from t2l_engine.evaluation import run
     from t2l_engine.evaluation.answers import Answerer, Store
+    from t2l_engine.evaluation.arms import without_chat
     from t2l_engine.integrations import base_model as models
+    from t2l_engine.prompts import has_chat
     from t2l_engine.tasks import load_tasks
 
     for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # better now than after the answers
@@ -121,6 +123,9 @@ def evaluate(
     groups = _groups([task.name for task in loaded], trained, manifest)
     model_name = base_model_of(folder, base_model)
     model, tokenizer = models.load(model_name, dtype.torch)
+    if not has_chat(tokenizer):
+        found = without_chat(found)
+        say("the tokenizer has no chat template: plain text is the form of the arms without adapter")
     settings = run.Settings(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code
     )

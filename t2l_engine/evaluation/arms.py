@@ -41,7 +41,8 @@ class Arm:
         adapters: None: the base model.
         key: (task, example, repeat) -> key of the adapter in ``adapters``; None where there is none for that task.
         description: whether the prompt names the task; ``shots``: worked examples in the prompt.
-        forms: prompt forms of which the better is chosen; adapters are asked in the form they were trained in.
+        forms: prompt forms of which the better is chosen; adapters are asked in the form they were trained in.  Arms
+            without adapter lose the chat template where the tokenizer has none (:func:`without_chat`).
         repeats: whether repeats differ at all; else one is asked.
     """
 
@@ -94,6 +95,11 @@ def base_arms() -> list[Arm]:
         Arm("base-description", description=True, forms=both),
         Arm("icl", description=True, shots=SHOTS, forms=both),
     ]
+
+
+def without_chat(arms: Sequence[Arm]) -> list[Arm]:
+    """``arms`` for a tokenizer without chat template: where a form is chosen, plain text is."""
+    return [dataclasses.replace(arm, forms=(RAW,)) if RAW in arm.forms else arm for arm in arms]
 
 
 def generated_arms(

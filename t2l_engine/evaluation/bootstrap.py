@@ -1,4 +1,4 @@
-"""Intervals by resampling tasks."""
+"""Intervals by resampling tasks, with a fixed seed: percentiles of 10,000 resamples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A mean over tasks with a percentile interval."""
+    """A figure over tasks with its percentile interval."""
 
     mean: float
     low: float
@@ -20,13 +20,36 @@ class Interval:
 
 
 def interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of ``values``, one a task, and its bootstrap interval over tasks (percentiles of 10,000 resampled means).
+    """Mean of ``values``, one a task.
 
     Give differences of two arms on the same tasks for a paired interval.  Raises ValueError without values.
     """
     if not len(values):
         raise ValueError("values: expected one a task, got none")
     array = np.asarray(values, dtype=np.float64)
-    chosen = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
-    low, high = np.quantile(array[chosen].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(array.mean()), float(low), float(high))
+    return _interval(float(array.mean()), array[_resampled(len(array), seed)].mean(axis=1), level)
+
+
+def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
+    """Sum of ``numerators`` over sum of ``denominators``, one of each a task; ``mean`` is that quotient.
+
+    Raises ValueError without values, for unequal numbers of them, and where the denominators sum to zero.
+    """
+    above, below = (np.asarray(values, dtype=np.float64) for values in (numerators, denominators))
+    if not len(above) or len(above) != len(below):
+        raise ValueError(f"denominators: expected one a task as numerators, got {len(below)} beside {len(above)}")
+    if not below.sum():
+        raise ValueError("denominators: expected a sum other than zero")
+    chosen = _resampled(len(above), seed)
+    sums = below[chosen].sum(axis=1)
+    kept = sums != 0
+    return _interval(float(above.sum() / below.sum()), above[chosen].sum(axis=1)[kept] / sums[kept], level)
+
+
+def _resampled(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+
+
+def _interval(value: float, resampled: np.ndarray, level: float) -> Interval:
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))

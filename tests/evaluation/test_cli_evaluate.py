@@ -235,6 +235,24 @@ def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_ada
     assert {of["form"] for of in result["forms"].values()} == {"raw"}
 
 
+def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
+    """Plain text is the only form then; a checkpoint of the template is told what it lacks."""
+    plain = tmp_path / "plain"
+    shutil.copytree(base_model, plain, ignore=shutil.ignore_patterns("chat_template*"))
+    file, found = tmp_path / "result.json", {}
+    for form in ("raw", "chat"):
+        made = save_checkpoint(tmp_path / form, plain, prompt_form=form)
+        found[form] = run("evaluate", "--checkpoint", made, "--tasks", tasks, "--json", file, "--max-new-tokens", 1)
+    code, _, err = found["raw"]
+    assert (
+        code == 0 and "t2l: the tokenizer has no chat template: plain text is the form of the arms without adapter\n" in err
+    )
+    forms = json.loads(file.read_text(encoding="utf-8"))["forms"]
+    assert set(forms) == {*OURS, *BASE} and all(of == {"form": "raw", "validation": None} for of in forms.values())
+    code, _, err = found["chat"]
+    assert code == 1 and "t2l: prompt_form: expected 'raw', for the tokenizer has no chat template, got 'chat'\n" in err
+
+
 def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
     (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
     told = refuse("--oracle", adapters, "--oracle", raw_adapters)

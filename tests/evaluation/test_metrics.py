@@ -8,7 +8,7 @@ import random
 import pytest
 
 from t2l_engine.evaluation import metrics
-from t2l_engine.evaluation.bootstrap import Interval, interval
+from t2l_engine.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.evaluation.metrics import containment, exact_match, last_number, number_match, rouge_l
 
 
@@ -160,3 +160,18 @@ def test_interval_errors():
         interval([])
     with pytest.raises(ValueError):
         interval([1.0, 2.0], level=1.5)
+
+
+def test_ratio_of_sums_over_the_same_tasks():
+    above, below = [3.0, 0.0, 9.0], [4.0, 2.0, 6.0]
+    found = ratio(above, below)
+    assert found == ratio(tuple(above), tuple(below)) and found.mean == 1.0 and found.low < 1 < found.high
+    assert ratio([2.0 * b for b in below], below) == Interval(2.0, 2.0, 2.0)  # paired: nothing varies
+    assert ratio([1.0, 4.0], [1.0, 2.0]) == Interval(5 / 3, 1.0, 2.0)  # either task alone is the widest there is
+    assert ratio([1.0, 1.0], [0.0, 2.0]) == Interval(1.0, 0.5, 1.0)  # a resample without denominators says nothing
+
+
+@pytest.mark.parametrize("above, below", [([], []), ([1.0], [1.0, 2.0]), ([1.0, 2.0], [1.0, -1.0])])
+def test_ratio_errors(above, below):
+    with pytest.raises(ValueError, match="^denominators: expected"):
+        ratio(above, below)

@@ -165,6 +165,10 @@ def test_raw_prompts(tokenizer):
     assert answer_of("raw", "red") == " red" and answer_of("chat", "red") == "red"
     with pytest.raises(ValueError, match="prompt_form: expected one of chat, raw, got 'loud'"):
         prompt_of("loud", tokenizer, "red")
+    tokenizer.chat_template = None  # as those of many base models
+    assert prompt_of("raw", tokenizer, "red") == raw_prompt("", "red")
+    with pytest.raises(ValueError, match="prompt_form: expected 'raw', for the tokenizer has no chat template, got 'chat'"):
+        prompt_of("chat", tokenizer, "red")
 
 
 def test_long_examples_are_left_out(tokenizer):
