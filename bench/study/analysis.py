@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -53,7 +54,7 @@ STEERED = {
         "Write the first letter of the name in lower case.",
     ),
 }
-REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 3
+REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 5
 
 
 def maps(work: Path) -> dict[str, Any]:
@@ -150,7 +151,7 @@ def steered(work: Path) -> list[dict[str, Any]]:
 def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
     """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of ROUNDS.
 
-    Adapters are generated and attached before: a server does that once a task.
+    Arms take turns.  Adapters are generated and attached before: a server does that once a task.
     """
     model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
     folder = folder_of(work, "evaluation")
@@ -169,18 +170,24 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
         "base-description": (None, [(-1, raw_prompt(d, text)) for _, d, text, _ in described]),
         "icl": (None, [(-1, raw_prompt(d, text, shots)) for _, d, text, shots in described]),
     }
-    found = {}
-    for name, (stack, prompts) in arms.items():
-        batches = [tokenizer(prompt, return_tensors="pt", add_special_tokens=False) for _, prompt in prompts]
-        with contextlib.ExitStack() as block:
-            handle = None if stack is None else block.enter_context(_attached(model, stack))
-            rounds = [
-                [_seconds(model, batch, handle, number) for (number, _), batch in zip(prompts, batches, strict=True)]
-                for _ in range(ROUNDS)
-            ]
-        best = [min(times) for times in zip(*rounds, strict=True)]
-        tokens = [batch["input_ids"].shape[1] for batch in batches]
-        found[name] = {"prompt_tokens": statistics.fmean(tokens), "seconds": statistics.median(best)}
+    batches = {
+        name: [(number, tokenizer(prompt, return_tensors="pt", add_special_tokens=False)) for number, prompt in prompts]
+        for name, (_, prompts) in arms.items()
+    }
+    best = {name: [math.inf] * REQUESTS for name in arms}
+    for _ in range(ROUNDS):
+        for name, (stack, _) in arms.items():
+            with contextlib.ExitStack() as block:
+                handle = None if stack is None else block.enter_context(_attached(model, stack))
+                times = [_seconds(model, batch, handle, number) for number, batch in batches[name]]
+            best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
+    found = {
+        name: {
+            "prompt_tokens": statistics.fmean(batch["input_ids"].shape[1] for _, batch in batches[name]),
+            "seconds": statistics.median(times),
+        }
+        for name, times in best.items()
+    }
     return {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS, "arms": found}
 
 

@@ -314,7 +314,7 @@ def requests(result: Mapping[str, Any]) -> str:
     ]
     text = (
         f"{about['requests']} requests over the siblings, the first description of each task: the median over requests of "
-        f"the fastest of {about['rounds']} rounds.  {_made(result)}"
+        f"the fastest of {about['rounds']} rounds, in which the ways take turns.  {_made(result)}"
     )
     heads = [f"one request, {about['new_tokens']} tokens generated", "prompt tokens", "ms", "over T2L"]
     return grid(heads, lines) + "\n\n" + text
