@@ -76,6 +76,7 @@ TABLES = (
     Table("docs/results.md", "study-seen", study.seen_tasks, ("study",)),
     Table("docs/results.md", "study-reconstruction", study.reconstruction, ("study",)),
     Table("docs/results.md", "study-short", study.short, ("study",)),
+    Table("docs/results.md", "study-lengths", study.lengths, ("study",)),
     Table("docs/results.md", "study-wordings", study.wordings, ("study",)),
     Table("docs/results.md", "study-scalings", study.scalings, ("study",)),
     Table("docs/results.md", "study-steered", study.steered, ("study",)),

@@ -45,6 +45,15 @@ def test_what_is_compared_is_trained_alike():
     assert set(judge.VARIED) == {name for name in plan.RUNS if name.startswith("short")} | {"reconstruction-64"}
 
 
+def test_shorter_pairs_have_the_same_part_of_their_training():
+    examples = lambda name: plan.RUNS[name].settings.steps * plan.RUNS[name].settings.tasks_per_step  # noqa: E731
+    whole = [examples(name) for name in plan.LENGTHS[-1]]
+    parts = [[examples(name) / of for name, of in zip(pair, whole, strict=True)] for pair in plan.LENGTHS]
+    assert parts[0] == pytest.approx([0.1875, 0.1875], rel=0.01) and parts[1:] == [[0.5, 0.5], [1, 1]]
+    tasks = [set(plan.chosen(plan.LEARNABLE, plan.RUNS[name].count)) for pair in plan.LENGTHS for name in pair]
+    assert all(names == set(plan.LEARNABLE) for names in tasks)
+
+
 @pytest.mark.parametrize("name", ["library-train", "t2l", "reconstruction-8"])
 def test_a_run_has_ended_when_its_last_step_was_saved(tmp_path, name):
     settings, folder = plan.RUNS[name].settings, tmp_path / name
@@ -99,8 +108,8 @@ def result():
     groups = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
     return {
         "command": "make it", "seen": part(scores, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": part(scores, groups),
-        "varied": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {}, "date": "2026-01-02",
-        "commit": "0123abc", "dirty": False, "versions": {"torch": "2.13"},
+        "varied": {}, "lengths": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {},
+        "date": "2026-01-02", "commit": "0123abc", "dirty": False, "versions": {"torch": "2.13"},
         "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx2", "memory_gib": 8.0},
     }  # fmt: skip
 
@@ -135,6 +144,19 @@ def test_what_was_not_run_is_left_out(result):
     ]
     for table in (tables.short, tables.reconstruction, tables.benchmarks):
         assert table(result) == tables.NOT_YET
+
+
+def test_lengths_are_pairs_that_were_measured(result):
+    scores = {"a": {"t2l": 30.0, "multi-task-description": 50.0}}
+    result["lengths"] = {"half-t2l": part(scores, {"all": ["a"], "sibling": ["a"]})}
+    result["runs"] = {name: {"tokens": 6e5, "curve": [[0.3, 2.0], [0.6, 0.5]]} for pair in plan.LENGTHS for name in pair}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.lengths(result).splitlines()[2:]]
+    assert lines == [["0.60 / 0.60", "0.50 / 0.50", "30.0", "50.0", "-20.0 [-20.0, -20.0]"]]  # unseen has no such rival
+    result["unseen"]["tasks"]["a"]["multi-task-description"] = 70.0
+    result["unseen"]["arms"]["multi-task-description"] = {}
+    assert len(tables.lengths(result).splitlines()) == 4 and "| 80.0 | 70.0 | +10.0 [+10.0, +10.0] |" in tables.lengths(
+        result
+    )
 
 
 def test_shorter_runs_are_compared_on_what_both_were_trained_on(result):

@@ -41,6 +41,7 @@ def measure(work: Path) -> dict[str, Any]:
         "learned": _kept(judge.learned(work, names)),
         "shipped": {part: _kept(found) for part, found in judge.shipped(work, names).items()},
         "varied": {group: _kept(result) for group, result in varied.items()},
+        "lengths": {run: _kept(found) for run, found in judge.lengths(work).items()},
         "runs": {name: _run(name, work) for name in plan.RUNS if finished(name, work)},
         "reconstruction": {key: _kept(result) for key, result in reconstructed.items()},
         "distances": analysis.distances(work),

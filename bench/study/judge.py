@@ -142,6 +142,17 @@ def reconstruction(work: Path) -> dict[str, Any]:
     return found
 
 
+def lengths(work: Path) -> dict[str, dict[str, Any]]:
+    """T2L and its rival after parts of their training, by T2L's run: plan.LENGTHS but the last, on siblings."""
+    names = ",".join(manifests.read(plan.MANIFEST).names("sibling"))
+    fixed = ["--names", names, "--max-items", str(UNSEEN_ITEMS), "--arms", "t2l,multi-task-description"]
+    return {
+        ours: evaluate(work, f"length-{ours}", "--checkpoint", work / ours, "--multi-task", work / theirs, *fixed)
+        for ours, theirs in plan.LENGTHS[:-1]
+        if finished(ours, work) and finished(theirs, work)
+    }
+
+
 def scalings(work: Path) -> dict[float, dict[str, Any]]:
     """The checkpoint at other scalings than it was trained with, on siblings."""
     names = ",".join(manifests.read(plan.MANIFEST).names("sibling"))

@@ -21,6 +21,8 @@ _SAVES: dict[str, Any] = {"validate_every": 0, "validation_samples": 4, "save_ev
 #: Optimiser steps: of T2L that is compared, of 32 examples each; of runs with the description in the prompt and of the
 #: shorter ones that vary one thing, of 16 each.
 STEPS, STEPS_DESCRIPTION, STEPS_SHORT = 1600, 1800, 600
+#: Of the rival with the description in its prompts, for the share of its steps that the shorter runs are of T2L's.
+_STEPS_FIFTH = STEPS_DESCRIPTION * 16 * STEPS_SHORT // (32 * STEPS)
 
 #: Tokens of a task's answers on average that are short, and percent that its oracle must score on validation examples.
 SHORT_ANSWER, LEAST_ORACLE = 4.5, 20
@@ -57,6 +59,12 @@ RECONSTRUCTION = ReconstructionSettings(
     target="z-score", task_init="discriminant", steps=1500, warmup_steps=50, learning_rate=2e-3, weight_decay=0.0,
     tasks_per_batch=8, latent_size=128, head_in_size=512, validate_every=500,
 )  # fmt: skip
+#: T2L and its rival with the description in the prompt at a part of their training, the full length last.
+LENGTHS = (
+    ("short-L", "fifth-multi-task-description"),
+    ("half-t2l", "half-multi-task-description"),
+    ("t2l", "multi-task-description"),
+)
 #: Adapters that are reconstructed, and tasks of the scaling runs beside those of LEARNABLE and all.
 COUNTS = (8, 16, 32, 64)
 
@@ -96,6 +104,9 @@ RUNS: dict[str, Run] = {
     ),
     "multi-task": Run(MULTI_TASK, learnable=True),
     "multi-task-description": Run(_multi_task(prompt="description", steps=STEPS_DESCRIPTION), learnable=True),
+    "half-t2l": Run(_t2l(steps=STEPS // 2), learnable=True),
+    "half-multi-task-description": Run(_multi_task(prompt="description", steps=STEPS_DESCRIPTION // 2), learnable=True),
+    "fifth-multi-task-description": Run(_multi_task(prompt="description", steps=_STEPS_FIFTH), learnable=True),
     "short-L": _short(),
     **{f"short-L-{count}": _short(count) for count in COUNTS[1:]},
     "short-L-90": _short(None),

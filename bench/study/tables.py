@@ -157,6 +157,30 @@ def short(result: Mapping[str, Any]) -> str:
     return grid(heads, lines)
 
 
+def lengths(result: Mapping[str, Any]) -> str:
+    """T2L beside its rival after parts of their training."""
+    rival, lines = "multi-task-description", []
+    for ours, theirs in plan.LENGTHS:
+        part = result["lengths"].get(ours) if ours != "t2l" else result["unseen"]
+        if part is None or rival not in part["arms"]:
+            continue
+        about = [result["runs"][name] for name in (ours, theirs)]
+        found = [statistics.fmean(column(part, arm, "sibling")) for arm in ("t2l", rival)]
+        lines.append(
+            [
+                " / ".join(f"{of['tokens'] / 1e6:.2f}" for of in about),
+                " / ".join(f"{of['curve'][-1][1]:.2f}" for of in about),
+                *(f"{mean:.1f}" for mean in found),
+                span(gap(part, "t2l", rival, "sibling")),
+            ]
+        )
+    heads = [
+        "million tokens of training, T2L / rival", "last training loss", "T2L, siblings, %",
+        f"{_plain(rival)}, siblings, %", "T2L less the rival [95 %]",
+    ]  # fmt: skip
+    return grid(heads, lines)
+
+
 def _trained_on(run: str, part: Mapping[str, Any]) -> dict[str, Any]:
     """``part`` of tasks of LEARNABLE with those alone that ``run`` was trained on."""
     names = set(plan.chosen(plan.LEARNABLE, plan.RUNS[run].count))
