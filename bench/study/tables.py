@@ -294,7 +294,7 @@ def wordings(result: Mapping[str, Any]) -> str:
     less = bootstrap.interval([learned[name] - held[name] for name in held])
     heads = ["T2L on seen tasks, exact match in %", "held-out descriptions", "learned descriptions", "more [95 %]"]
     means = (f"{statistics.fmean(of.values()):.1f}" for of in (held, learned))
-    return told + "\n\n" + grid(heads, [[f"{len(held)} tasks, the same inputs", *means, span(less)]])
+    return told + "\n\n" + grid(heads, [[f"the same inputs of {len(held)} tasks", *means, span(less)]])
 
 
 def scalings(result: Mapping[str, Any]) -> str:
@@ -379,9 +379,9 @@ def card(result: Mapping[str, Any]) -> str:
     """What the bundled file itself scores beside the rivals, for its model card."""
     beside = ("multi-task", "multi-task-description", "icl", "oracle")
     titles = {
-        "34 of the 37 trained tasks, unseen inputs and descriptions": ("seen", "all"),
-        "15 unseen siblings of trained tasks": ("unseen", "sibling"),
-        "10 tasks of other skills": ("unseen", "novel"),
+        "trained tasks, 34 of the 37, unseen inputs and descriptions": ("seen", "all"),
+        "unseen siblings of trained tasks, 15": ("unseen", "sibling"),
+        "tasks of other skills, 10": ("unseen", "novel"),
     }
     lines = []
     for title, (part, group) in titles.items():
