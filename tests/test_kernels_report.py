@@ -195,7 +195,7 @@ def test_without_a_compiler_the_message_says_what_to_install(monkeypatch, tmp_pa
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(kernels.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(
-        kernels.KernelError, match=r"^nvcc: .*; install the CUDA toolkit 13, or pip install '.\[cuda-check\]'$"
+        kernels.KernelError, match=r"^nvcc: .*; install the CUDA toolkit 13, or pip install '\.\[cuda-check\]'$"
     ):
         kernels.find("nvcc")
 

@@ -154,18 +154,18 @@ def test_lengths_are_pairs_that_were_measured(result):
     assert lines == [["0.60 / 0.60", "0.50 / 0.50", "30.0", "50.0", "-20.0 [-20.0, -20.0]"]]  # unseen has no such rival
     result["unseen"]["tasks"]["a"]["multi-task-description"] = 70.0
     result["unseen"]["arms"]["multi-task-description"] = {}
-    assert len(tables.lengths(result).splitlines()) == 4 and "| 80.0 | 70.0 | +10.0 [+10.0, +10.0] |" in tables.lengths(
-        result
-    )
+    table = tables.lengths(result)
+    assert len(table.splitlines()) == 4 and "| 80.0 | 70.0 | +10.0 [+10.0, +10.0] |" in table
 
 
 def test_shorter_runs_are_compared_on_what_both_were_trained_on(result):
     few, more = plan.chosen(plan.LEARNABLE, 16)[0], (set(plan.LEARNABLE) - set(plan.chosen(plan.LEARNABLE, 16))).pop()
     seen = {few: {"short-L": 60.0, "short-L-16": 90.0}, more: {"short-L": 40.0, "short-L-16": 0.0, "short-one-hot": 70.0}}
-    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-L-16": 40.0}
+    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-L-16": 40.0, "short-M": 40.0}
     result["varied"] = {"train": part(seen, {"all": sorted(seen)}), "sibling": part({"a": scores}, {"all": ["a"]})}
-    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-L-16", "short-one-hot")}
+    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-L-16", "short-M", "short-one-hot")}
     lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in tables.short(result).splitlines()[2:]]
     assert lines[0] == ["50.0 (2)", "", "50.0", "", "10.0", "2"]
     assert lines[1] == ["90.0 (1)", "+30.0 [+30.0, +30.0]", "40.0", "-10.0 [-10.0, -10.0]", "–", "2"]
-    assert lines[2] == ["70.0 (1)", "+30.0 [+30.0, +30.0]", "–", "", "–", "2"]
+    assert lines[2] == ["–", "", "40.0", "-10.0 [-10.0, -10.0]", "–", "2"]
+    assert lines[3] == ["70.0 (1)", "+30.0 [+30.0, +30.0]", "–", "", "–", "2"]

@@ -79,12 +79,7 @@ def seen(work: Path, names: Sequence[str]) -> dict[str, Any]:
 
 def unseen(work: Path) -> dict[str, Any]:
     """All arms on tasks that nothing but the oracles was trained on."""
-    return _everything(work, "unseen", unseen_names(), UNSEEN_ITEMS)
-
-
-def unseen_names() -> list[str]:
-    manifest = manifests.read(plan.MANIFEST)
-    return [*manifest.names("sibling"), *manifest.names("novel")]
+    return _everything(work, "unseen", _held_out("sibling", "novel"), UNSEEN_ITEMS)
 
 
 def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -97,11 +92,10 @@ def varied(work: Path, names: Sequence[str]) -> dict[str, Any]:
     if not described:
         return {}
     beside = [arm for run in ("t2l", *described) for arm in ((run,) if run == BY_INPUT else (run, run + CONTROLS[0]))]
-    siblings = manifests.read(plan.MANIFEST).names("sibling")
     found = {}
     for group, chosen, runs, arms, repeats in (
         ("train", names, there, ["t2l", *there], 1),
-        ("sibling", siblings, described, beside, 3),
+        ("sibling", _held_out("sibling"), described, beside, 3),
     ):
         found[group] = evaluate(
             work, f"varied-{group}", "--checkpoint", work / "t2l", "--names", ",".join(chosen), "--arms", ",".join(arms),
@@ -120,7 +114,7 @@ def learned(work: Path, names: Sequence[str]) -> dict[str, Any]:
 def shipped(work: Path, names: Sequence[str]) -> dict[str, Any]:
     """The bundled checkpoint, ``t2l`` rounded to bfloat16, and its shuffled control on the tasks of both other parts."""
     found = {}
-    for part, chosen, items in (("seen", names, SEEN_ITEMS), ("unseen", unseen_names(), UNSEEN_ITEMS)):
+    for part, chosen, items in (("seen", names, SEEN_ITEMS), ("unseen", _held_out("sibling", "novel"), UNSEEN_ITEMS)):
         found[part] = evaluate(
             work, f"shipped-{part}", "--checkpoint", plan.MODEL, "--names", ",".join(chosen), "--max-items", str(items),
             "--arms", "t2l,t2l-shuffled",
@@ -144,7 +138,7 @@ def reconstruction(work: Path) -> dict[str, Any]:
 
 def lengths(work: Path) -> dict[str, dict[str, Any]]:
     """T2L and its rival after parts of their training, by T2L's run: plan.LENGTHS but the last, on siblings."""
-    names = ",".join(manifests.read(plan.MANIFEST).names("sibling"))
+    names = ",".join(_held_out("sibling"))
     fixed = ["--names", names, "--max-items", str(UNSEEN_ITEMS), "--arms", "t2l,multi-task-description"]
     return {
         ours: evaluate(work, f"length-{ours}", "--checkpoint", work / ours, "--multi-task", work / theirs, *fixed)
@@ -155,7 +149,7 @@ def lengths(work: Path) -> dict[str, dict[str, Any]]:
 
 def scalings(work: Path) -> dict[float, dict[str, Any]]:
     """The checkpoint at other scalings than it was trained with, on siblings."""
-    names = ",".join(manifests.read(plan.MANIFEST).names("sibling"))
+    names = ",".join(_held_out("sibling"))
     options = ["--checkpoint", work / "t2l", "--names", names, "--max-items", "20", "--repeats", "1"]
     return {
         s: evaluate(work, f"scaling-{s:g}", *options, "--scaling", str(s), "--arms", "t2l,t2l-shuffled") for s in SCALINGS
@@ -212,6 +206,12 @@ def _everything(work: Path, name: str, names: Sequence[str], items: int) -> dict
         work, name, "--checkpoint", work / "t2l", "--names", ",".join(names), "--max-items", str(items),
         "--arms", ",".join(arms), *options, *_oracles(work), "--library", work / "library-train" / lora.ADAPTERS,
     )  # fmt: skip
+
+
+def _held_out(*tiers: str) -> list[str]:
+    """The tasks of the manifest's ``tiers``, tier by tier."""
+    manifest = manifests.read(plan.MANIFEST)
+    return [name for tier in tiers for name in manifest.names(tier)]
 
 
 def _oracles(work: Path) -> list[str]:

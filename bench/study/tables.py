@@ -73,6 +73,11 @@ def share(part: Mapping[str, Any], arm: str, base: str) -> Interval | None:
     return bootstrap.ratio(gain, [a - b for a, b in zip(high, low, strict=True)])
 
 
+def _mean(scores: Sequence[float]) -> str:
+    """Their mean as tables print it; a dash where nothing was measured."""
+    return f"{statistics.fmean(scores):.1f}" if scores else "–"
+
+
 def span(found: Interval | None, form: str = "+.1f") -> str:
     return "" if found is None else f"{found.mean:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
@@ -101,7 +106,7 @@ def arms(result: Mapping[str, Any]) -> str:
         lines.append(
             [
                 title,
-                *(f"{statistics.fmean(c):.1f}" if c else "–" for c in cells),
+                *map(_mean, cells),
                 "" if arm == "t2l" else span(gap(part, "t2l", arm, "sibling")),
                 f"{about['containment']:.1f}",
                 f"{about['prompt_tokens']:.0f}",
@@ -139,18 +144,18 @@ def short(result: Mapping[str, Any]) -> str:
     first, siblings = "short-L", parts["sibling"]
     for arm, title in SHORT.items():
         own = _trained_on(arm, parts["train"])
-        columns = (column(own, arm), column(siblings, arm), column(siblings, f"{arm}-shuffled"))
-        if any(columns):
-            cells = [f"{statistics.fmean(c):.1f}" if c else "–" for c in columns]
+        seen, unseen, shuffled = column(own, arm), column(siblings, arm), column(siblings, f"{arm}-shuffled")
+        if seen or unseen:
             less = ["", ""] if arm == first else [span(gap(part, arm, first)) for part in (own, siblings)]
             lines.append(
                 [
-                    title, f"{cells[0]} ({len(columns[0])})", less[0], cells[1], less[1], cells[2],
-                    f"{result['runs'][arm]['seconds'] / 60:.0f}",
+                    title, f"{_mean(seen)} ({len(seen)})" if seen else _mean(seen), less[0], _mean(unseen), less[1],
+                    _mean(shuffled), f"{result['runs'][arm]['seconds'] / 60:.0f}",
                 ]
             )  # fmt: skip
     heads = [
-        "exact match, %", "seen by the run (of 34)", "less the first row, same tasks [95 %]",
+        "exact match, %", f"seen by the run (of {len(parts['train']['groups']['all'])})",
+        "less the first row, same tasks [95 %]",
         f"siblings ({len(siblings['groups']['all'])})", "less the first row [95 %]", "another sibling's description",
         "minutes",
     ]  # fmt: skip
@@ -165,12 +170,11 @@ def lengths(result: Mapping[str, Any]) -> str:
         if part is None or rival not in part["arms"]:
             continue
         about = [result["runs"][name] for name in (ours, theirs)]
-        found = [statistics.fmean(column(part, arm, "sibling")) for arm in ("t2l", rival)]
         lines.append(
             [
                 " / ".join(f"{of['tokens'] / 1e6:.2f}" for of in about),
                 " / ".join(f"{of['curve'][-1][1]:.2f}" for of in about),
-                *(f"{mean:.1f}" for mean in found),
+                *(_mean(column(part, arm, "sibling")) for arm in ("t2l", rival)),
                 span(gap(part, "t2l", rival, "sibling")),
             ]
         )
@@ -258,8 +262,7 @@ def reconstruction(result: Mapping[str, Any]) -> str:
         lines.append(
             [
                 count,
-                f"{statistics.fmean(column(trained, 'base')):.1f}",
-                f"{statistics.fmean(column(trained, 'oracle')):.1f}",
+                *(_mean(column(trained, arm)) for arm in ("base", "oracle")),
                 span(kept[0], ".1f"),
                 *(f"{kept[i].mean:.1f}" for i in (2, 1)),
                 f"{run['validation'][-1]:.3f}",
@@ -290,11 +293,11 @@ def wordings(result: Mapping[str, Any]) -> str:
     cells = ["nearest to the right task", *(f"{of[name]:.1f}" for name in heads)]
     told = grid(["held-out descriptions of 37 tasks, %", *heads.values()], [cells])
     told += f"\n\nOf the variance of learned descriptions' embeddings {of['within']:.1f} % is between those of one task."
-    held, learned = ({n: row["t2l"] for n, row in result[p]["tasks"].items()} for p in ("seen", "learned"))
-    less = bootstrap.interval([learned[name] - held[name] for name in held])
+    held, learned = (column(result[part], "t2l") for part in ("seen", "learned"))
+    more = bootstrap.interval([a - b for a, b in zip(learned, held, strict=True)])
     heads = ["T2L on seen tasks, exact match in %", "held-out descriptions", "learned descriptions", "more [95 %]"]
-    means = (f"{statistics.fmean(of.values()):.1f}" for of in (held, learned))
-    return told + "\n\n" + grid(heads, [[f"the same inputs of {len(held)} tasks", *means, span(less)]])
+    line = [f"the same inputs of {len(held)} tasks", _mean(held), _mean(learned), span(more)]
+    return told + "\n\n" + grid(heads, [line])
 
 
 def scalings(result: Mapping[str, Any]) -> str:
@@ -365,7 +368,7 @@ def summary(result: Mapping[str, Any]) -> str:
         cells = [column(part, arm, group) for part, group in groups.values()]
         if any(cells):
             tokens = result["unseen"]["arms"][arm]["groups"]["sibling"]["prompt_tokens"]
-            lines.append([ARMS[arm], *(f"{statistics.fmean(c):.1f}" if c else "–" for c in cells), f"{tokens:.0f}"])
+            lines.append([ARMS[arm], *map(_mean, cells), f"{tokens:.0f}"])
     found = gap(result["unseen"], "t2l", "t2l-shuffled", "sibling")
     text = (
         f"Exact match in percent, means over tasks; on unseen siblings the right description is worth {span(found)} points "
@@ -378,15 +381,14 @@ def summary(result: Mapping[str, Any]) -> str:
 def card(result: Mapping[str, Any]) -> str:
     """What the bundled file itself scores beside the rivals, for its model card."""
     beside = ("multi-task", "multi-task-description", "icl", "oracle")
-    titles = {
-        "trained tasks, 34 of the 37, unseen inputs and descriptions": ("seen", "all"),
-        "unseen siblings of trained tasks, 15": ("unseen", "sibling"),
-        "tasks of other skills, 10": ("unseen", "novel"),
-    }
     lines = []
-    for title, (part, group) in titles.items():
+    for part, group, title in (
+        ("seen", "all", f"trained tasks, {{}} of the {len(plan.LEARNABLE)}, unseen inputs and descriptions"),
+        ("unseen", "sibling", "unseen siblings of trained tasks, {}"),
+        ("unseen", "novel", "tasks of other skills, {}"),
+    ):
         ours = [column(result["shipped"][part], arm, group) for arm in ("t2l", "t2l-shuffled")]
         theirs = [column(result[part], arm, group) for arm in beside]
-        lines.append([title, *(f"{statistics.fmean(c):.1f}" if c else "–" for c in (*ours, *theirs))])
+        lines.append([title.format(len(ours[0])), *map(_mean, (*ours, *theirs))])
     heads = ["exact match, %", "this checkpoint", "the same, another task's description", *(_plain(arm) for arm in beside)]
     return grid(heads, lines)
