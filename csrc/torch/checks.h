@@ -134,7 +134,7 @@ inline DType kernel_type(ScalarType type) {
 template <class... Args>
 std::array<StableIValue, sizeof...(Args)> call_reference(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return stack;
 }
 

@@ -39,7 +39,7 @@ class OnDevice {
   explicit OnDevice(const Op& op) : guard_(op.device) {
     static const CurrentStream current = find_current_stream();
     if (current == nullptr) fail(op, "stream", "a torch with CUDA", "one without aoti_torch_get_current_cuda_stream");
-    STABLE_TORCH_ERROR_CODE_CHECK(current(op.device, &stream_));
+    TORCH_ERROR_CODE_CHECK(current(op.device, &stream_));
   }
   void* stream() const { return stream_; }
 
