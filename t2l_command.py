@@ -14,6 +14,10 @@ def main() -> None:
     if sys.argv[1:2] == ["cost"] and "t2l_engine" not in sys.modules:
         spec = importlib.util.find_spec("t2l_engine")
         sys.modules["t2l_engine"] = importlib.util.module_from_spec(spec)
-    from t2l_engine.cli import main as run
-
+    try:
+        from t2l_engine.cli import main as run
+    except ImportError as error:
+        if error.name != "t2l_engine._C":  # anything else is a bug, or a package that pip would have installed
+            raise
+        sys.exit("t2l: " + " ".join(str(error).split()))
     run()

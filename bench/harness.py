@@ -19,7 +19,7 @@ from torch import Tensor
 
 import t2l_engine
 from bench.source import source
-from t2l_engine import ops
+from t2l_engine import _native
 from t2l_engine.testing import numerics
 from t2l_engine.testing.bench import WARM_CALLS, Call, Ceilings, Name, Timing, cache_bytes, measure, threads
 
@@ -230,12 +230,11 @@ def run(
 
 def machine(count: int) -> dict[str, Any]:
     """The machine and ``count``, the threads used, for a result file."""
-    from t2l_engine import _core
-
     l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    isa = _core.chosen_isa() if ops.NATIVE else "reference"
+    about = _native.about()
+    isa = about["instruction_sets"]["chosen"] if about else "reference"
     machine = {"cpu": _cpu(), "cores": cores, "threads": count, "isa": isa, "memory_gib": round(memory, 1)}
     return {**machine, "l2_mib": l2, "l3_mib": l3}
 
@@ -251,7 +250,7 @@ def _cpu() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what a result depends on; None where it is not installed."""
-    from t2l_engine import _core
+    about = _native.about()
 
     def installed(name: str) -> str | None:
         try:
@@ -263,7 +262,7 @@ def versions() -> dict[str, str | None]:
         "t2l_engine": t2l_engine.__version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "compiler": _core.build_info()["compiler"],
+        "compiler": about and about["build"]["compiler"],
         "peft": installed("peft"),
         "transformers": installed("transformers"),
     }

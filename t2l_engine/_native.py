@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
+import platform
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DISABLE_VARIABLE = "T2L_DISABLE_NATIVE"
+#: The oldest release whose stable ABI has all that the library asks for.
+OLDEST_TORCH = (2, 11)
 
 
 def library_path() -> Path:
@@ -31,7 +38,32 @@ def load() -> bool:
         torch.ops.load_library(str(path))
     except Exception as error:
         raise ImportError(
-            f"t2l_engine: {path.name} is present but does not load with torch {torch.__version__}: {error}\n"
-            f"Rebuild it (pip install .), or set {DISABLE_VARIABLE}=1 to run the plain-torch reference."
+            f"t2l_engine: {path} is present but does not load: {_reason(error)}\n"
+            f"Install it anew (pip install --force-reinstall --no-deps t2l_engine, or make setup in a source tree), or set "
+            f"{DISABLE_VARIABLE}=1 to run the plain-torch reference.",
+            name="t2l_engine._C",
+            path=str(path),
         ) from error
     return True
+
+
+def _reason(error: Exception) -> str:
+    """Why torch could not load the library, in terms of what a user can change."""
+    found = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
+    if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
+        return f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or later, got {torch.__version__}"
+    return f"{error} (torch {torch.__version__}, {platform.system()} on {platform.machine()})"
+
+
+def about() -> dict[str, Any] | None:
+    """What the loaded library says of itself; None where none is loaded.
+
+    ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (what the CUDA kernels were compiled for, "none").
+    ``instruction_sets``: ``available`` on this CPU, plainest first; ``chosen``, None where ``T2L_ISA`` is unusable; and
+    ``error``, which then says why.
+    """
+    if str(library_path()) not in torch.ops.loaded_libraries:
+        return None
+    ask = ctypes.CDLL(str(library_path())).t2l_about
+    ask.restype = ctypes.c_char_p
+    return json.loads(ask())

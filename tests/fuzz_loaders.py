@@ -42,7 +42,6 @@ with atheris.instrument_imports(include=["t2l_engine"]) if atheris else contextl
         MARKER,
         MESSAGE_LIMIT,
         MODELS,
-        SECONDS_LIMIT,
         Workshop,
     )
     from hostile.__main__ import reset_peak, status
@@ -56,6 +55,8 @@ with atheris.instrument_imports(include=["t2l_engine"]) if atheris else contextl
         if not module.ispkg and module.name.rpartition(".")[2] not in ("_C", "_core", "__main__"):
             importlib.import_module(module.name)  # else those imported late would not be followed
 
+#: An input that takes longer is a finding.
+SECONDS_LIMIT = 10.0
 REFERENCE = [("hypermod.pt", "hypernetwork"), ("args.yaml", "hypernetwork"), ("adapter_config.json", "hypernetwork")]
 NATIVE = [("config.json", loader) for loader in ("hypernetwork", "describe", "encoder")]
 TARGETS = [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -38,10 +37,9 @@ def edit_state(folder, change):
 
 def refused(folder, match, **config):
     edit_config(folder, **config)
-    started = time.monotonic()
     with pytest.raises(AdapterError, match=match) as caught:
         AdapterStack.from_peft(folder)
-    assert time.monotonic() - started < 5 and len(str(caught.value)) < 2000
+    assert len(str(caught.value)) < 2000
 
 
 def rename(state, old, new):

@@ -25,6 +25,7 @@ from t2l_engine import flops
 from t2l_engine.flops import Setup, Workload
 from t2l_engine.flops.known import PAPER, hypernetwork_for
 from t2l_engine.testing.bench import Timing
+from t2l_engine.testing.models import cache_argument
 
 TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
 #: Three shots without a prefix cache take at least so many times what a new task by description does.
@@ -105,17 +106,22 @@ def text_of(encoder: t2l.TextEncoder, count: int) -> str:
 
 def first_token(model: nn.Module, prompt: Tensor) -> Tensor:
     """The logits after ``prompt``, read into a new cache."""
-    return model(input_ids=prompt, cache=DynamicCache(), use_cache=True, logits_to_keep=1).logits[:, -1]
+    return _read(model, prompt, DynamicCache())
+
+
+def _read(model: nn.Module, ids: Tensor, cache: DynamicCache) -> Tensor:
+    """The logits after ``ids``, which follow what ``cache`` holds and are in it from now on."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache_argument(model, cache)).logits[:, -1]
 
 
 def after_prefix(model: nn.Module, prompt: Tensor, question: int) -> Callable[[], Tensor]:
     """A call that reads the last ``question`` tokens of ``prompt``; those before are in a cache already."""
     cache, rest = DynamicCache(), prompt[:, -question:]
     if prompt.shape[1] > question:
-        model(input_ids=prompt[:, :-question], cache=cache, use_cache=True, logits_to_keep=1)
+        _read(model, prompt[:, :-question], cache)
 
     def call() -> Tensor:
-        logits = model(input_ids=rest, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = _read(model, rest, cache)
         cache.crop(-question)
         return logits
 

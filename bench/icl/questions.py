@@ -31,6 +31,7 @@ from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import smollm2
 from t2l_engine.prompts import raw_prompt
 from t2l_engine.tasks import Example, Task, load_tasks
+from t2l_engine.testing.models import cache_argument
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
 #: As the quality of the bundled checkpoint was measured.
@@ -98,7 +99,7 @@ class Speaker:
 
     def read(self, ids: Sequence[int], cache: DynamicCache) -> int:
         """The token that follows ``ids``, which ``cache`` holds too from now on."""
-        given = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
+        given = {"use_cache": True, "logits_to_keep": 1, **cache_argument(self.model, cache)}
         return int(self.model(input_ids=torch.tensor([ids]), **given).logits[0, -1].argmax())
 
     def answer(self, ids: Sequence[int], cache: DynamicCache) -> Answer:

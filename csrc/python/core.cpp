@@ -1,10 +1,7 @@
-// _core: what is no tensor op.  `t2l info`, tests and benchmarks ask it; the op path never does.
+// _core: the ceilings of this machine, which benchmarks are held against.  Wheels do without it.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <map>
 #include <string>
-#include <vector>
 
 #include "t2l/kernels.h"
 #include "t2l/probe.h"
@@ -38,20 +35,10 @@ void copy_memory(uintptr_t target, uintptr_t source, int64_t num_bytes, int64_t 
   t2l::probe_copy(reinterpret_cast<void*>(target), reinterpret_cast<const void*>(source), num_bytes, repeats, isa);
 }
 
-std::vector<std::string> available() {
-  std::vector<std::string> names;
-  for (int i = 0; i <= static_cast<int>(t2l::detected_isa()); ++i) names.push_back(t2l::isa_name(static_cast<t2l::Isa>(i)));
-  return names;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Build information, instruction sets and ceilings of the native library";
-  m.def(
-      "chosen_isa", [] { return std::string(t2l::isa_name(chosen())); },
-      "Instruction set in use: the best of this CPU, lowered by T2L_ISA (ValueError if unusable)");
-  m.def("available_isas", &available, "Instruction sets this CPU can run, plainest first");
+  m.doc() = "Ceilings of this machine";
   m.def("multiply_adds", &multiply_adds, pybind11::arg("dtype"), pybind11::arg("iterations"),
         "Multiply-adds on registers alone, products of dtype ('float32', 'bfloat16'); the FLOPs done, by one thread");
   m.def("read_memory", &read_memory, pybind11::arg("address"), pybind11::arg("num_bytes"), pybind11::arg("repeats"),
@@ -59,8 +46,4 @@ PYBIND11_MODULE(_core, m) {
   m.def("copy_memory", &copy_memory, pybind11::arg("target"), pybind11::arg("source"), pybind11::arg("num_bytes"),
         pybind11::arg("repeats"),
         "Copies the whole cache lines (64 bytes) of num_bytes from source to target, repeats times, by one thread");
-  m.def("build_info", [] {
-    return std::map<std::string, std::string>{
-        {"version", T2L_VERSION}, {"compiler", __VERSION__}, {"build_type", T2L_BUILD_TYPE}, {"cuda", T2L_CUDA_BUILD}};
-  });
 }

@@ -1,31 +1,50 @@
-"""``t2l info``: this build and machine."""
+"""``t2l info``: this build and machine, and whether it computes what it promises."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, print_json
+from t2l_engine.cli.common import Json, print_json, say
 
 
-def info(as_json: Json = False) -> None:
+def info(
+    as_json: Json = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Also run every op against its reference, with each instruction set of this CPU and on a CUDA device, and "
+            "compare a bundled adapter with recorded values; exit status 1 where anything differs.",
+        ),
+    ] = False,
+) -> None:
     """This build and machine: versions, kernels, instruction set, threads, bundled checkpoints."""
     about = _collect()
+    if not as_json:
+        _print(about)
+    if check:
+        about["check"] = _check(quiet=as_json)
     if as_json:
         print_json(about)
-        return
+    wrong = [f"{r['what']} ({r['where']})" for r in about.get("check", ()) if r["failed"]]
+    if wrong:
+        say(f"check: {', '.join(wrong)}: not what this build promises")
+        raise typer.Exit(1)
+
+
+def _print(about: dict[str, Any]) -> None:
     typer.echo(f"t2l_engine {about['t2l_engine']}, torch {about['torch']}, Python {about['python']}")
     native = "loaded" if about["native_library"] else "not in use: every op runs its plain-torch reference"
     typer.echo(f"native library: {native}")
-    build = about["build"]
-    if build is None:
-        typer.echo("build details: unknown (_core was not built: pybind11 was absent)")
-    else:
+    build, isas = about["build"], about["instruction_sets"]
+    if build is not None:
         typer.echo(f"build: {build['version']}, {build['build_type']}, compiler {build['compiler']}")
         typer.echo(f"CUDA kernels: {build['cuda']}")
-        isas = about["instruction_sets"]
         typer.echo(f"instruction set: {isas['chosen']} (this CPU has {', '.join(isas['available'])})")
     typer.echo(f"threads: {about['threads']}")
     typer.echo("ops (native: float32 and bfloat16, on CUDA float16 too; other dtypes run the reference):")
@@ -34,26 +53,41 @@ def info(as_json: Json = False) -> None:
     typer.echo(f"bundled checkpoints: {', '.join(about['bundled_checkpoints']) or 'none'}")
 
 
+def _check(quiet: bool) -> list[dict[str, Any]]:
+    """What differs and what does not, printed as it comes unless ``quiet``; ``worst`` is None where it is no number."""
+    from t2l_engine.testing import selfcheck
+
+    if not quiet:
+        typer.echo("check (error: the largest one, as a share of what is allowed):")
+    found = []
+    for result in selfcheck.check_machine():
+        if not quiet:
+            typer.echo(f"  {result.what:24} {result.where:16} {result.cases:3} cases  error {result.worst:5.3f}  "
+                       f"{'WRONG' if result.failed else 'ok'}")  # fmt: skip
+            for text in result.failed:
+                typer.echo(f"    {text}")
+        entry = dataclasses.asdict(result)
+        found.append(entry | {"worst": result.worst if math.isfinite(result.worst) else None})
+    return found
+
+
 def _collect() -> dict[str, Any]:
     import torch
 
     import t2l_engine
-    from t2l_engine import ops
+    from t2l_engine import _native, ops
     from t2l_engine.checkpoint_folder import bundled_checkpoints
 
-    try:
-        from t2l_engine import _core
-    except ImportError:
-        build, isas = None, None
-    else:
-        build = dict(_core.build_info())
-        isas = {"chosen": _core.chosen_isa(), "available": list(_core.available_isas())}
+    about = _native.about() or {"build": None, "instruction_sets": None}
+    isas = about["instruction_sets"]
+    if isas and (error := isas.pop("error")):
+        raise ValueError(error)
     return {
         "t2l_engine": t2l_engine.__version__,
         "torch": str(torch.__version__),
         "python": sys.version.split()[0],
         "native_library": ops.NATIVE,
-        "build": build,
+        "build": about["build"],
         "instruction_sets": isas,
         "threads": torch.get_num_threads(),
         "ops": {

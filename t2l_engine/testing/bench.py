@@ -224,8 +224,6 @@ def _native() -> Any:
         from t2l_engine import _core
     except ImportError:
         raise RuntimeError("ceilings: t2l_engine._core is not built (pybind11 was absent); run make setup") from None
-    if not hasattr(_core, "read_memory"):
-        raise RuntimeError("ceilings: t2l_engine._core is of an older build without probes; run make setup")
     return _core
 
 

@@ -2,7 +2,8 @@
 
 The stock counter takes attention as it finds it: nothing for the fused kernel of the CPU, all pairs of queries and keys for
 the fused kernels of a GPU and for plain products, though a causal mask keeps about half.  Here attention counts the pairs
-that are kept, whichever kernel runs it.
+that are kept, whichever kernel runs it.  It also takes positions times frequencies for matrix products, as some releases of
+transformers write rotary embeddings: batched products over one term add nothing up, and do not count.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def counted(function: Callable[[], object]) -> int:
     >>> counted(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 2 * 15 * 2 * (4 + 4)
     True
     """
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped_mm})
+    formulas = {torch.ops.aten._grouped_mm: _grouped_mm, torch.ops.aten.bmm: _bmm}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), counter, _Attention(counter) as attention:
         function()
     return counter.get_total_flops() + attention.kept - attention.as_found
@@ -68,6 +70,11 @@ def _attention(
         seen = sum(min(i + 1, keys) for i in range(queries)) if is_causal else queries * keys
         pairs = query.shape[:-2].numel() * seen
     return 2 * pairs * (query.shape[-1] + value.shape[-1])
+
+
+def _bmm(left_shape, right_shape, *_, **__) -> int:
+    batch, rows, inner = left_shape
+    return 2 * batch * rows * inner * right_shape[-1] if inner > 1 else 0
 
 
 def _grouped_mm(x_shape, weight_shape, *_, **__) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +62,12 @@ class HyperShape:
         """``[count, embed_dim]`` float32 of norm sqrt(embed_dim), as text encoders give."""
         drawn = torch.randn(count, self.embed_dim, generator=torch.Generator().manual_seed(seed))
         return nn.functional.normalize(drawn, dim=-1) * self.embed_dim**0.5
+
+
+def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """``cache`` by the name that a transformers model gives it: ``past_key_values`` before release 5.24, which takes and
+    ignores any other, ``cache`` since."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from t2l_engine.flops import Decoder, cache_bytes, decoder_flops, encoder_flops
 from t2l_engine.testing.counter import counted
+from t2l_engine.testing.models import cache_argument
 
 LONG, MORE, STEPS = 17, 5, 3
 
@@ -50,13 +51,13 @@ def test_cached_tokens_then_one_by_one(pair):
     model, decoder = pair
     ids, cache = prompt(LONG + MORE + STEPS), DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=ids[:, :LONG], cache=cache)
-    got = counted(lambda: model(input_ids=ids[:, LONG : LONG + MORE], cache=cache, logits_to_keep=1))
+        model(input_ids=ids[:, :LONG], **cache_argument(model, cache))
+    got = counted(lambda: model(input_ids=ids[:, LONG : LONG + MORE], **cache_argument(model, cache), logits_to_keep=1))
     assert got == decoder_flops(decoder, MORE, cached=LONG).total
 
     def decode():
         for i in range(LONG + MORE, LONG + MORE + STEPS):
-            model(input_ids=ids[:, i : i + 1], cache=cache)
+            model(input_ids=ids[:, i : i + 1], **cache_argument(model, cache))
 
     assert counted(decode) == decoder_flops(decoder, STEPS, cached=LONG + MORE, logits=STEPS).total
     # transformers keeps one token less than a window: the next query is the last of its keys.

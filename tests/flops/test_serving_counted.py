@@ -12,6 +12,7 @@ from t2l_engine import HyperNetwork, attach
 from t2l_engine.flops import Decoder, Encoder, Setup, Workload, ways
 from t2l_engine.flops.known import hypernetwork_for
 from t2l_engine.testing.counter import counted
+from t2l_engine.testing.models import cache_argument
 
 LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
 
@@ -39,7 +40,7 @@ class Server:
         """All of an answer, to a question after ``before`` tokens, some of them in ``cache``."""
         ids = prompt(before + LOAD.question)
         out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), cache=cache, do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(self.model, cache), do_sample=False,
             min_new_tokens=LOAD.answer, max_new_tokens=LOAD.answer,
         )  # fmt: skip
         assert out.shape[1] == ids.shape[1] + LOAD.answer
@@ -47,7 +48,7 @@ class Server:
     @torch.no_grad()
     def cached(self, tokens: int) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        self.model(input_ids=prompt(tokens), cache=cache)
+        self.model(input_ids=prompt(tokens), **cache_argument(self.model, cache))
         return cache
 
 

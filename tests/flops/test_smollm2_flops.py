@@ -11,6 +11,7 @@ from t2l_engine.flops import Decoder, Encoder, decoder_flops, encoder_flops, hyp
 from t2l_engine.flops.known import encoder_named
 from t2l_engine.integrations import smollm2
 from t2l_engine.testing.counter import COUNT_RTOL, counted
+from t2l_engine.testing.models import cache_argument
 
 pytestmark = pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
@@ -55,12 +56,12 @@ def decode(model, tokens):
     """STEPS tokens after so many."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(input_ids=prompt(tokens), cache=cache, logits_to_keep=1)
+        model(input_ids=prompt(tokens), **cache_argument(model, cache), logits_to_keep=1)
     ids = prompt(STEPS)
 
     def steps():
         for i in range(STEPS):
-            model(input_ids=ids[:, i : i + 1], cache=cache)
+            model(input_ids=ids[:, i : i + 1], **cache_argument(model, cache))
 
     return counted(steps)
 

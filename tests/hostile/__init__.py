@@ -1,7 +1,7 @@
 """Hostile and broken files: a corpus of folders that every loader must refuse.
 
 A refusal is a ValueError whose message names the file, and the field or key where that makes sense, and stays short.  It
-costs little memory and time, and executes nothing.  ``corpus(directory)`` writes the folders one by one; ``judge`` runs the
+costs little memory and work, and executes nothing.  ``corpus(directory)`` writes the folders one by one; ``judge`` runs the
 loader of one case and says what is wrong with the refusal.  ``python tests/hostile DIR`` keeps the corpus in DIR,
 ``python tests/hostile --judge`` prints two JSON lines a case, before and after, which is what ``test_hostile.py`` reads.
 """
@@ -33,7 +33,10 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 #: Created in the working directory by whatever a file manages to execute.
 MARKER = "hostile_marker"
 MESSAGE_LIMIT = 2000
-SECONDS_LIMIT = 10.0
+#: Ends a case that would not end; no measure of how much a refusal costs.
+HANG_SECONDS = 120.0
+#: A refusal may take so many calls of functions a byte of the folder, and so many beside.
+WORK = 40, 1 << 20
 #: A refusal may take so many times the bytes of the folder, and so much for the interpreter and late imports.
 MEMORY = 2, 32 << 20
 #: Of JSON files that may be large: Python holds a text that has one rare character, and every value cut from it, in four

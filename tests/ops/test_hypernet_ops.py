@@ -6,6 +6,7 @@ from native import by_name, kernel_case, needs_native
 
 from t2l_engine import ops, reference
 from t2l_engine.testing import numerics
+from t2l_engine.testing import oracle as oracles
 from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, HyperCase
 
 hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
@@ -23,12 +24,6 @@ def test_hypernet_trunk(case):
         assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
 
 
-def absolute(value):
-    if isinstance(value, list):
-        return [absolute(entry) for entry in value]
-    return value.abs() if isinstance(value, torch.Tensor) else value
-
-
 def slot(shape: torch.Size, module: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An output of ``shape`` inside a frame of NaN, with its dimensions stored in an order that differs by ``module``."""
     order = ((0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0))[module % 4]
@@ -37,17 +32,10 @@ def slot(shape: torch.Size, module: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inner.permute(*(order.index(d) for d in range(4))), frame
 
 
-def heads_oracle(case: HyperCase, seed: int) -> tuple[dict, list, list]:
-    """Arguments of the heads; A and B of every module in float64, and what their errors are relative to."""
-    wide = case.make_heads(seed, dtype=F64)
-    magnitude = reference.hypernet_heads(**{k: absolute(v) for k, v in wide.items()})
-    return case.make_heads(seed), reference.hypernet_heads(**wide), magnitude
-
-
 @kernel_case
 @hyper_cases
 def test_hypernet_heads(case):
-    arguments, oracle, magnitude = heads_oracle(case, seed=4)
+    arguments, oracle, magnitude = oracles.heads(case, seed=4)
     lora_A, lora_B = ops.hypernet_heads(**arguments)
     assert len(lora_A) == len(lora_B) == case.modules and len(oracle) == 2 * case.modules
     for i, (expected, size) in enumerate(zip(oracle, magnitude, strict=True)):
@@ -61,7 +49,7 @@ def test_hypernet_heads(case):
 @hyper_cases
 def test_hypernet_heads_out(case):
     """Slots of other strides for every module, in float32; nothing beside them is written."""
-    arguments, oracle, magnitude = heads_oracle(case, seed=6)
+    arguments, oracle, magnitude = oracles.heads(case, seed=6)
     made = [slot(expected.shape, i // 2) for i, expected in enumerate(oracle)]
     slots = [inner for inner, _ in made]
     ops.hypernet_heads_out_(slots[::2], slots[1::2], **arguments, scale_B=2.0)

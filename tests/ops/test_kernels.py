@@ -33,11 +33,10 @@ def test_instruction_sets(backend):
     needs_native("instruction sets are the native library's")
     if backend != "cpu":
         pytest.skip("instruction sets are the CPU kernels'")
-    from t2l_engine import _core
-
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    for isa in set(_core.available_isas()) - {_core.chosen_isa()}:
+    isas = _native.about()["instruction_sets"]
+    for isa in set(isas["available"]) - {isas["chosen"]}:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
         assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"

@@ -5,30 +5,11 @@ import torch
 from native import SMALL, by_name, is_native, kernel_case, needs_native
 
 from t2l_engine import ops, reference
-from t2l_engine.testing import numerics
+from t2l_engine.testing import numerics, oracle
 from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, LORA_CASES, LoraCase
 
 group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
 lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
-
-
-def exact(arguments: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, delta, allowed error of y) in float64 from the same rounded operands."""
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
-    y0 = wide.pop("y")
-    delta = reference.lora_delta(**wide)
-    y = y0 + delta
-    bound = torch.zeros_like(y)
-    ranks = arguments["ranks"]
-    bounds = arguments["seg_indptr"].tolist()
-    for s, adapter in enumerate(arguments["seg_adapters"].tolist()):
-        rows = slice(bounds[s], bounds[s + 1])
-        if adapter >= 0:
-            r = wide["lora_A"].shape[1] if ranks is None else int(ranks[adapter])
-            a, b = wide["lora_A"][adapter, :r], wide["lora_B"][adapter, :, :r]
-            scaling = float(wide["scaling"][adapter])
-            bound[rows] = numerics.lora_bound(wide["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype)
-    return y, delta, bound
 
 
 @kernel_case
@@ -37,7 +18,7 @@ def test_lora_add(case):
     arguments = case.make(seed=1)
     before = arguments["y"].clone()
     around = arguments["y"]._base.clone()
-    y, _, bound = exact(arguments)
+    y, _, bound = oracle.lora(arguments)
     got = ops.lora_add_(**arguments)
     assert got is arguments["y"]
     assert ((got.double() - y).abs() <= bound).all()
@@ -53,32 +34,22 @@ def test_lora_add(case):
 def test_lora_delta(case):
     arguments = case.make(seed=2)
     arguments.pop("y")
-    y, delta, bound = exact(arguments | {"y": torch.zeros(case.tokens, case.out_features, dtype=case.x_dtype)})
+    y, delta, bound = oracle.lora(arguments | {"y": torch.zeros(case.tokens, case.out_features, dtype=case.x_dtype)})
     got = ops.lora_delta(**arguments)
     assert got.dtype == case.x_dtype and got.is_contiguous()
     assert ((got.double() - delta).abs() <= bound).all()
-
-
-def members_of(arguments: dict) -> list[dict]:
-    """Arguments of ``lora_add_`` for each member of a group, ``y`` as its column slice."""
-    lists = ("lora_A", "lora_B", "ranks", "offsets")
-    rest = {k: v for k, v in arguments.items() if k not in (*lists, "y")}
-    return [
-        rest | {"y": arguments["y"][:, start : start + b.shape[1]], "lora_A": a, "lora_B": b, "ranks": r}
-        for a, b, r, start in zip(*(arguments[k] for k in lists), strict=True)
-    ]
 
 
 @kernel_case
 @group_cases
 def test_lora_add_group(case):
     arguments, alone = case.make(seed=5), case.make(seed=5)
-    exacts = [exact(m) for m in members_of(arguments)]
+    exacts = [oracle.lora(m) for m in oracle.members_of(arguments)]
     got = ops.lora_add_group_(**arguments)
     assert got is arguments["y"]
-    for member, (y, _, bound) in zip(members_of(arguments), exacts, strict=True):
+    for member, (y, _, bound) in zip(oracle.members_of(arguments), exacts, strict=True):
         assert ((member["y"].double() - y).abs() <= bound).all()
-    for member in members_of(alone):  # the same bits as one linear after the other, and nothing else touched
+    for member in oracle.members_of(alone):  # the same bits as one linear after the other, and nothing else touched
         ops.lora_add_(**member)
     assert torch.equal(got._base, alone["y"]._base)
 
@@ -182,7 +153,7 @@ def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_feature
 def test_lora_nan_stays_in_its_row():
     arguments = LoraCase("nan", ((1, 0), (1, 0), (1, 1))).make()
     arguments["x"][1, 5] = float("nan")
-    y, *_ = exact(arguments)
+    y, *_ = oracle.lora(arguments)
     got = ops.lora_add_(**arguments)
     assert torch.equal(got.isnan(), y.isnan()) and got[1].isnan().all() and not got[0].isnan().any()
 
@@ -200,7 +171,7 @@ def test_lora_infinite_inputs(rank, dtype, segments):
     for columns in (5, 70, 3):
         arguments["lora_A"][:, :, columns].abs_()
     arguments["lora_B"][:, :20].abs_()  # one sign over the ranks: infinite outputs, beside outputs that are NaN
-    before, (y, delta, _) = arguments["y"].clone(), exact(arguments)
+    before, (y, delta, _) = arguments["y"].clone(), oracle.lora(arguments)
     got_delta = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
     got = ops.lora_add_(**arguments)
     assert delta.isnan().any() and (delta == float("inf")).any() and (delta == float("-inf")).any()

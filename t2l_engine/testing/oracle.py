@@ -1,0 +1,58 @@
+"""What the ops must give: references in float64 from the same rounded operands, and the error allowed at every element."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine import reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import F64, HyperCase
+
+
+def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+    """``arguments`` with their floating-point tensors in float64."""
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+
+
+def lora(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, delta, allowed error of y), float64 ``[tokens, out]``, for arguments of ``ops.lora_add_``."""
+    given = wide(arguments)
+    y0 = given.pop("y")
+    delta = reference.lora_delta(**given)
+    y = y0 + delta
+    bound = torch.zeros_like(y)
+    ranks, bounds = arguments["ranks"], arguments["seg_indptr"].tolist()
+    for s, adapter in enumerate(arguments["seg_adapters"].tolist()):
+        rows = slice(bounds[s], bounds[s + 1])
+        if adapter >= 0:
+            r = given["lora_A"].shape[1] if ranks is None else int(ranks[adapter])
+            a, b = given["lora_A"][adapter, :r], given["lora_B"][adapter, :, :r]
+            scaling = float(given["scaling"][adapter])
+            bound[rows] = numerics.lora_bound(given["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype)
+    return y, delta, bound
+
+
+def members_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    """Arguments of ``lora_add_`` for each member of a group, ``y`` as its column slice."""
+    lists = ("lora_A", "lora_B", "ranks", "offsets")
+    rest = {k: v for k, v in arguments.items() if k not in (*lists, "y")}
+    return [
+        rest | {"y": arguments["y"][:, start : start + b.shape[1]], "lora_A": a, "lora_B": b, "ranks": r}
+        for a, b, r, start in zip(*(arguments[k] for k in lists), strict=True)
+    ]
+
+
+def heads(case: HyperCase, seed: int) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
+    """Arguments of the heads; A and B of every module in float64, and what their errors are relative to."""
+    exact = case.make_heads(seed, dtype=F64)
+    magnitude = reference.hypernet_heads(**{k: _absolute(v) for k, v in exact.items()})
+    return case.make_heads(seed), reference.hypernet_heads(**exact), magnitude
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(entry) for entry in value]
+    return value.abs() if isinstance(value, Tensor) else value

