@@ -81,7 +81,11 @@ def evaluate(
         bool, typer.Option("--run-code", help="Run Python that the model wrote, in a limited process (HumanEval, MBPP).")
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(help="File of answers, added to as they come: a run that was stopped goes on.")
+        Path | None,
+        typer.Option(
+            help="File of answers, added to as they come and kept: a run that was stopped goes on.  Default: one beside "
+            "--json, until the result is written."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None,
     measure: Annotated[Measure, typer.Option(help="What the table shows; all are in the JSON.")] = Measure.score,
@@ -108,7 +112,10 @@ def evaluate(
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     everything = load_tasks(tasks, None, names=[t.name for t in loaded])
     pools, validation = ({t.name: [e for e in t.examples if e.split == s] for t in everything} for s in ("train", "val"))
-    store = Store(resume)
+    journal = json_file.with_suffix(".answers.jsonl") if json_file is not None and resume is None else None
+    if journal is not None and journal.exists():
+        say(f"going on with the answers in {journal}; remove it to ask anew")
+    store = Store(resume or journal)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     found, left_out = _arms(loaded, pools, (engine, folder), also or [], oracle or [], library, multi_task or [])
     chosen = split_names(arms)
@@ -161,6 +168,8 @@ def evaluate(
         from t2l_engine.evaluation.plots import means
 
         means(result, plot)
+    if journal is not None:
+        journal.unlink(missing_ok=True)
 
 
 def _arms(

@@ -141,16 +141,36 @@ def select(
 @app.command()
 def check(
     folder: Folder,
-    manifest: Manifest = "skills",
-    tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier; default: all.")] = None,
+    manifest: Annotated[
+        str, typer.Option(help="Name of a packaged manifest, or a manifest file, that the folder must agree with.")
+    ] = "",
+    tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier of the manifest; default: all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a folder with a manifest; exit status 1 where tasks, examples or splits differ."""
+    """Read all of a folder; exit status 1 where a file is unsound, an input is in two splits of its task, or --manifest is
+    given and tasks, examples or splits differ from it."""
     from rich.table import Table
 
     from t2l_engine.config import ConfigError
     from t2l_engine.data import manifest as manifests
+    from t2l_engine.data.examples import shared_inputs
+    from t2l_engine.tasks import load_tasks
 
+    if not manifest:
+        if tier is not None:
+            raise ValueError("--tier: expected --manifest beside it, which has the tiers")
+        tasks = load_tasks(folder, None)
+        shared = {task.name: count for task in tasks if (count := shared_inputs(task.examples))}
+        if shared:
+            first = next(iter(shared))
+            raise ConfigError(
+                f"{folder}: {len(shared)} tasks have inputs in more than one split, first: {first}: {shared[first]} inputs"
+            )
+        if as_json:
+            print_json({"manifest": None, "tasks": [task.name for task in tasks], "differences": []})
+        else:
+            _wrote(folder, tasks)
+        return
     wanted = manifests.read(manifest)
     differences = manifests.check(folder, wanted, tier.value if tier else None)
     if differences:

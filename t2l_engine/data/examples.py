@@ -58,6 +58,14 @@ def _judged(example: Example) -> tuple[str, tuple[str, ...], str]:
     return example.metric, example.options, example.tests
 
 
+def shared_inputs(examples: Iterable[Example]) -> int:
+    """How many inputs, normalised, are in more than one split."""
+    splits: dict[str, set[str]] = {}
+    for example in examples:
+        splits.setdefault(normalise(example.input), set()).add(example.split)
+    return sum(len(names) > 1 for names in splits.values())
+
+
 def choose(examples: Iterable[Example], most: int = MAX_EXAMPLES, max_chars: int = MAX_CHARS) -> list[Example]:
     """At most ``most`` of the pooled examples, those of up to ``max_chars`` characters (input and first output) first.
 

@@ -45,8 +45,8 @@ def convert() -> Path:
     absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if absent:
         raise FileNotFoundError(
-            "SmolLM2-135M-Instruct comes as a GGUF file, which transformers reads with gguf and accelerate; run: pip install "
-            + " ".join(absent)
+            f"SmolLM2-135M-Instruct comes as a GGUF file, for which transformers needs {' and '.join(absent)}; "
+            f"run: pip install {' '.join(absent)}"
         )
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -87,6 +87,22 @@ def test_select_and_check(t2l_tasks, fails, folder, suite, manifest, tmp_path):
     fails("none of its 4 tasks is of tier train in manifest skills", "select", folder, "--tier", "train", "-o", "x")
 
 
+def test_check_without_a_manifest(t2l_tasks, fails, folder, suite, tmp_path):
+    """What a folder was never meant to have is not missed; that its files are sound and its splits apart is checked."""
+    assert t2l_tasks("check", folder)[:2] == (f"{folder}: 4 tasks, 80 examples\n", "")
+    about = json.loads(t2l_tasks("check", folder, "--json")[0])
+    assert about == {"manifest": None, "tasks": sorted(task.name for task in suite), "differences": []}
+    fails("--tier: expected --manifest beside it", "check", folder, "--tier", "train")
+    (name, *_) = about["tasks"]
+    first = (folder / f"{name}.jsonl").read_text().splitlines()[0]
+    other = json.loads(first) | {"split": "another", "input": json.loads(first)["input"].upper() + " "}
+    with (folder / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps(other) + "\n")
+    fails(f"1 tasks have inputs in more than one split, first: {name}: 1 inputs", "check", folder)
+    (folder / f"{name}.jsonl").write_text("{")
+    fails(f"{name}.jsonl", "check", folder)
+
+
 def test_check_lists_differences(t2l_tasks, fails, suite, manifest, tmp_path):
     odd = dataclasses.replace(suite[0].examples[0], split="\x1b[31m", outputs=("?",))
     write_tasks(tmp_path / "few", [dataclasses.replace(suite[0], examples=(odd, *suite[0].examples[1:]))])

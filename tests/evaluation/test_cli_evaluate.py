@@ -259,6 +259,30 @@ def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
     assert told == f"--oracle: expected adapters trained with one prompt_form, got {adapters} chat, {raw_adapters} raw"
 
 
+def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
+    """Without --resume: its answers are kept until the result is written."""
+    options = ("--arms", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4)
+    asked, generate = [], Answerer._generate
+
+    def stopped(*arguments):
+        if len(asked) == 2:
+            raise RuntimeError("power cut")
+        asked.append(1)
+        return generate(*arguments)
+
+    unbroken, _, _ = evaluate(*options)
+    monkeypatch.setattr(Answerer, "_generate", stopped)
+    with pytest.raises(RuntimeError, match="power cut"):
+        evaluate(*options)
+    (kept,) = tmp_path.glob("*.answers.jsonl")
+    assert kept.read_bytes().count(b"\n") == 2
+    monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
+    result, _, err = evaluate(*options)
+    assert f"going on with the answers in {kept}" in err and without_seconds(result) == without_seconds(unbroken)
+    assert len(asked) == 2 + 4 and not kept.exists(), "two batches were not asked again"
+    assert "going on" not in evaluate(*options)[2]
+
+
 def test_folders_of_adapters(refuse, adapters, shared, tmp_path):
     for option in ("--oracle", "--library"):
         assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected folders of PEFT adapters, found none"
