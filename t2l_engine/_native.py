@@ -58,7 +58,8 @@ def _reason(error: Exception) -> str:
 def about() -> dict[str, Any] | None:
     """What the loaded library says of itself; None where none is loaded.
 
-    ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (what the CUDA kernels were compiled for, "none").
+    ``build``: ``version``, ``sources`` (a digest: cmake/source_digest.py), ``build_type``, ``compiler`` and ``cuda`` (what
+    the CUDA kernels were compiled for, "none").
     ``instruction_sets``: ``available`` on this CPU, plainest first; ``chosen``, None where ``T2L_ISA`` is unusable; and
     ``error``, which then says why.
     """

@@ -1,6 +1,7 @@
 """The build, in place and with this Python: everything a machine without network needs is looked for first, and named.
 
-The emulator is built beside it, for the step that compares with it.
+A library that was built elsewhere and came with the tree is used where it loads here, has kernels for this card and is of
+these sources: nothing is built then.  Else the emulator is built beside it, for the step that compares with it.
 
 python -m bench.gpu.build [--dry]
 """
@@ -8,7 +9,9 @@ python -m bench.gpu.build [--dry]
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: Compute capability -> what to compile for: only the card that is here, since the build is part of the run.
 ARCHITECTURES = {"9.0": "90a-real", "8.0": "80-real"}
+EMULATOR_LIBRARY = ROOT / "build" / "emu" / "_emu.so"
 #: A process of its own: one that had loaded the library would not survive that the build writes a new one over it.
 EMULATOR = (sys.executable, "-c", "from t2l_engine.testing import backends; backends.build_emulator()")
 
@@ -49,6 +53,40 @@ def missing() -> list[str]:
     return absent + ([] if find_cuda_tool("nvcc") else ["nvcc (program, CUDA toolkit)"])
 
 
+#: Prints what the library in the tree says of itself; a process of its own, since a build may replace it afterwards.
+PROBE = (sys.executable, "-c", "import json; from t2l_engine import _native; print(json.dumps(_native.about()))")
+DIGEST = (sys.executable, str(ROOT / "cmake" / "source_digest.py"))
+
+
+def unusable() -> str | None:
+    """Why the library that came with the tree cannot be measured; None where it can."""
+    if not (ROOT / "t2l_engine" / "_C.so").exists():
+        return "no t2l_engine/_C.so"
+    said = subprocess.run(PROBE, cwd=ROOT, capture_output=True, text=True)
+    if said.returncode:
+        return said.stderr.strip().splitlines()[-1][:300]
+    build = json.loads(said.stdout)["build"]
+    if build["sources"] != subprocess.run(DIGEST, capture_output=True, text=True, check=True).stdout.strip():
+        return f"it is of other sources, {build['sources']}"
+    card = compute_capability()
+    if not covers(build["cuda"], card):
+        return f"its CUDA kernels ({build['cuda']}) are not for this card ({card or 'none'})"
+    return None
+
+
+def covers(built: str, card: str | None) -> bool:
+    """Whether kernels run on a card of compute capability ``card``; ``built``: "nvcc 13.0.88, 80-real 90-virtual"."""
+    if card is None:
+        return False
+    major, minor = map(int, card.split("."))
+    for number, own, kind in re.findall(r"(\d+)(a?)(-real|-virtual)?\b", built.partition(",")[2]):
+        at = divmod(int(number), 10)
+        exact, later = at == (major, minor), at <= (major, minor)
+        if exact or (not own and later and (kind != "-real" or at[0] == major)):
+            return True
+    return False
+
+
 def compute_capability() -> str | None:
     """Of the current card, as ``9.0``."""
     try:
@@ -70,6 +108,11 @@ def environment() -> dict[str, str]:
 
 
 def main() -> int:
+    why_not = unusable()
+    if why_not is None:
+        print("t2l_engine/_C.so came with the tree and is used: nothing is built")
+        return 0
+    print(f"to be built, since of the tree: {why_not}")
     absent, told = missing(), environment()
     print(f"missing: {', '.join(absent) or 'nothing'}; ninja: {find('ninja') or 'none, make is slower'}")
     print(" ".join(f"{name}={value!r}" for name, value in told.items()), flush=True)

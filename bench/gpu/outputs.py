@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.gpu.build import EMULATOR_LIBRARY, unusable
 from bench.gpu.context import Context
 from t2l_engine import _native, ops, reference
 from t2l_engine.testing import backends, numerics
@@ -199,6 +200,8 @@ def beside_emulator(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
     file = context.part.path.with_name("emulator.pt")
     command = [sys.executable, "-m", MODULE, "--out", str(file)]
     command += ["--backend", "emu"] if context.on_card else ["--backend", "cpu", "--few"]
+    if context.on_card and unusable() is None and EMULATOR_LIBRARY.exists():  # both came with the tree
+        command += ["--emulator", str(EMULATOR_LIBRARY)]
     environment = os.environ | ({_native.DISABLE_VARIABLE: "1"} if context.on_card else {})
     with subprocess.Popen(command, env=environment, cwd=backends.ROOT) as other:
         try:
@@ -217,7 +220,8 @@ if __name__ == "__main__":
     parser.add_argument("--backend", choices=backends.NAMES, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--few", action="store_true")
+    parser.add_argument("--emulator", type=Path, help="library of backend emu (built where it is not given)")
     chosen = parser.parse_args()
-    results = compute(backends.select(chosen.backend), chosen.few)
+    results = compute(backends.select(chosen.backend, chosen.emulator), chosen.few)
     torch.save(results, chosen.out)
     print(f"{len(results)} outputs")

@@ -1,13 +1,11 @@
-"""compute-sanitizer's tools over the small cases, all at once: nothing is timed, and there are cores enough."""
+"""compute-sanitizer's tools over the small cases, a step each: under one of them torch takes half a minute to start."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from bench.gpu.build import ROOT, find_cuda_tool
@@ -23,29 +21,35 @@ ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 UNSUPPORTED = "Device not supported"
 
 
-class Sanitized:
-    """A tool that was started; without ``sanitizer`` only what it would watch."""
+def _run(tool: str, context: Context) -> None:
+    """The step of one tool; a dry run does what it would watch."""
+    sanitizer = find_cuda_tool("compute-sanitizer")
+    if context.on_card and not sanitizer:
+        raise Skip("no compute-sanitizer")
+    context.attempt(tool, functools.partial(_entries, tool, sanitizer, context))
 
-    def __init__(self, tool: str, sanitizer: str | None, scratch: Path):
-        self.tool, self.out, self.log = tool, scratch / f"{tool}.pt", scratch / f"{tool}.txt"
-        script = (sys.executable, "-m", MODULE, "--few", "--out", str(self.out))
-        checked = (sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND)) if sanitizer else ()
-        command = (*checked, *script, "--backend", "cuda" if sanitizer else "cpu")
-        with self.log.open("w", encoding="utf-8") as log:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | ALONE, **streams)
 
-    def entries(self, context: Context) -> Entries:
-        """Its verdict, once it has ended.  Raises Skip for a card that it does not know, TimeoutError where it is late."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(1.0, context.left))
-        code, text = self.process.poll(), self.log.read_text(encoding="utf-8", errors="replace")
-        print(text, flush=True)
-        if code is None:
-            raise TimeoutError("it came to no end")
-        if UNSUPPORTED in text:
-            raise Skip(f"{self.tool}: {UNSUPPORTED}")
-        return [("checks", verdict(self.tool, code, text, self.out.exists()))]
+def _entries(tool: str, sanitizer: str | None, context: Context) -> Entries:
+    """The verdict.  Raises Skip for a card that the tool does not know, TimeoutError where it is late."""
+    out = context.part.path.with_suffix(".pt")
+    command = (sys.executable, "-m", MODULE, "--few", "--out", str(out), "--backend", "cuda" if context.on_card else "cpu")
+    if context.on_card:
+        command = (sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND), *command)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | ALONE, timeout=max(1.0, context.left), **streams)
+    except subprocess.TimeoutExpired as late:
+        print(_text(late.stdout), flush=True)
+        raise TimeoutError("it came to no end") from None
+    print(done.stdout, flush=True)
+    if UNSUPPORTED in done.stdout:
+        raise Skip(f"{tool}: {UNSUPPORTED}")
+    return [("checks", verdict(tool, done.returncode, done.stdout, out.exists()))]
+
+
+def _text(output: str | bytes | None) -> str:
+    """What a process that was killed had printed, which comes as bytes."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def verdict(tool: str, code: int, text: str, made: bool) -> dict[str, Any]:
@@ -57,18 +61,4 @@ def verdict(tool: str, code: int, text: str, made: bool) -> dict[str, Any]:
     return {"check": tool, "passed": passed, "detail": f"{detail[:200]}{why}"}
 
 
-def run(context: Context) -> None:
-    sanitizer = find_cuda_tool("compute-sanitizer")
-    if context.on_card and not sanitizer:
-        raise Skip("no compute-sanitizer")
-    wanted = [tool for tool in TOOLS if tool not in context.part.data["done"]]
-    if not context.on_card:
-        sanitizer, wanted = None, wanted[:1]
-    started = [Sanitized(tool, sanitizer, context.part.path.parent) for tool in wanted]
-    try:
-        for one in started:
-            context.attempt(one.tool, functools.partial(one.entries, context))
-    finally:
-        for one in started:
-            one.process.kill()
-            one.process.wait()
+memcheck, racecheck, synccheck, initcheck = (functools.partial(_run, tool) for tool in TOOLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ DEADLINE = 530.0
 PASSED, FAILED, TIMED_OUT, SKIPPED = "passed", "failed", "timed out", "skipped"
 #: Lists that steps leave in their parts.
 LISTS = ("rows", "checks", "ceilings", "energy", "failed", "left_out")
+#: Packages that training needs; without one of them its tests are skipped.
+TRAINING = ("accelerate", "matplotlib", "pydantic")
 #: Exit status of a step that cannot be done here (its last line says why), and of one that must go on in a new process.
 EXIT_SKIPPED, EXIT_AGAIN = 77, 75
 
@@ -75,6 +78,9 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
     chosen = ("-m", "not slow", "-k", "not instruction_sets and not gradcheck and not opcheck", "tests/ops")
     tests = (python, "-m", "pytest", "-q", "--maxfail=25", "--backend", *(("cpu", "--collect-only") if dry else ("cuda",)))
     training = (python, "-m", "pytest", "-q", "-m", "cuda", *(("--collect-only",) if dry else ()), "tests/training")
+    lacking = [name for name in TRAINING if importlib.util.find_spec(name) is None]
+    if lacking:
+        training = (python, "-c", f"print('no {', '.join(lacking)}'); raise SystemExit({EXIT_SKIPPED})")
     alone = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return [
         Step("build", (python, "-m", "bench.gpu.build", *flag), 170),
@@ -85,12 +91,15 @@ def plan(scratch: Path, dry: bool) -> list[Step]:
         own("generation", "generation:run", 70, least=20),
         own("model", "model:run", 50, least=25),
         own("icl", "icl:run", 55, least=25),
-        own("sanitizers", "sanitizers:run", 60, least=25),
+        own("memcheck", "sanitizers:memcheck", 60, least=25),
+        own("racecheck", "sanitizers:racecheck", 60, least=25),
         own("emulator", "outputs:run", 40),
         own("energy", "energy:run", 30, least=15, required=False),
         own("compiled", "generation:compiled", 45, least=30, required=False),
         own("prefill", "lora:prefill", 35, least=15),
         own("linear", "linear:run", 45, least=15),
         own("ceilings", "ceilings:run", 15, needs=()),
+        own("synccheck", "sanitizers:synccheck", 60, least=25, required=False),
+        own("initcheck", "sanitizers:initcheck", 60, least=25, required=False),
         Step("tests of training", training, 60, needs=kernels, least=30, required=False),
     ]

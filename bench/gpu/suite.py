@@ -1,9 +1,9 @@
 """Runs every step in a process of its own and puts what they leave into one result: ``python -m bench.gpu.suite OUT``.
 
 Writes into OUT: ``gpu.json`` (what becomes ``bench/results/gpu.json``), ``gpu.md`` (the same to be read), ``steps.json`` and
-``log.txt`` (what every step printed).  All are written anew after every step, so a run that is cut short has what it had;
-one that is killed leaves what its last step had in ``OUT/.parts``.  The build is in place: it writes ``t2l_engine/*.so`` and
-``build``.  Exit status 0 only where every required step passed.
+``log.txt`` (what every step printed), and nothing else.  All are written anew after every step, and ``gpu.json`` every
+SAVED seconds, so that a run that is cut short or killed has what it had.  The build is in place: it writes
+``t2l_engine/*.so`` and ``build``.  Exit status 0 only where every required step passed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -44,8 +46,8 @@ TRIES = 3
 KEPT = 200_000
 #: Seconds that a step has to end by itself.
 MARGIN = 3.0
-#: Folder in OUT of what steps leave: their parts, logs and caches.  Gone once the run has ended.
-PARTS = ".parts"
+#: Seconds between two writings of what a step that runs has found.
+SAVED = 10.0
 #: What no step may reach for, and what makes logs whole.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
 
@@ -67,12 +69,11 @@ class Running:
         streams = {"stdin": subprocess.DEVNULL, "stdout": self._file, "stderr": subprocess.STDOUT}
         return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
 
-    def wait(self) -> Outcome:
+    def wait(self, save: Callable[[], None]) -> Outcome:
         """How it ended, once it has.  A step that keeps its results goes on in a new process where it must."""
         for attempt in range(TRIES):
-            try:
-                code = self.process.wait(max(0.0, self.end - time.monotonic()))
-            except subprocess.TimeoutExpired:
+            code = self._ended(save)
+            if code is None:
                 return self.stop(TIMED_OUT, f"after {time.monotonic() - self.start:.0f} s")
             self._kill()  # what it has left behind would run beside the next step
             last = attempt == TRIES - 1 or self.end - time.monotonic() < self.step.least
@@ -83,6 +84,15 @@ class Running:
             return self._outcome(PASSED, self._left_out())
         status = SKIPPED if code == EXIT_SKIPPED else FAILED
         return self._outcome(status, self._last_line() if code > 0 else f"signal {-code}")
+
+    def _ended(self, save: Callable[[], None]) -> int | None:
+        """Exit status of its process, None where the time is up before; ``save`` is called while it runs."""
+        while (left := self.end - time.monotonic()) > 0:
+            try:
+                return self.process.wait(min(left, SAVED))
+            except subprocess.TimeoutExpired:
+                save()
+        return self.process.poll()
 
     def stop(self, status: str, why: str) -> Outcome:
         """End it now."""
@@ -143,7 +153,7 @@ class Suite:
                 self._done(started)
                 continue
             self.current = started
-            outcome = started.wait()
+            outcome = started.wait(self._save)
             self.current = None
             self._done(outcome)
         return self.outcomes
@@ -224,7 +234,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def main() -> int:
@@ -236,9 +248,8 @@ def main() -> int:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # steps have sessions of their own: end them
     out = arguments.out.resolve()
-    scratch = out / PARTS
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="t2l-gpu-"))
     (out / "log.txt").unlink(missing_ok=True)
     suite = Suite(out, scratch, arguments.dry, arguments.commit, arguments.only)
     try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 #: Of torch no more than headers is wanted, and its smallest wheel has them all: 80 MB, once.
 SMALLEST_WHEEL = ("--platform", "macosx_11_0_arm64", "--platform", "macosx_14_0_arm64", "--python-version", "3.12")
 
@@ -54,12 +55,27 @@ def torch_headers(version: str) -> Path:
     return folder / "torch" / "include"
 
 
+def torch_environment(program: str, version: str) -> Path:
+    """Packages of an environment of ``program``, Python of ``version``, with torch and nothing else; made once and kept."""
+    folder = cache() / f"torch-on-python-{version}"
+    if not (folder / "done").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
+        pip_install(folder / "bin" / "python", f"torch>={floor('torch')}")
+        (folder / "done").touch()
+    return folder / "lib" / f"python{version}" / "site-packages"
+
+
+def environment(folder: Path, program: str, version: str, below: Path) -> Path:
+    """The Python of a new environment of ``program`` that has the packages of ``below`` too."""
+    subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
+    (folder / "lib" / f"python{version}" / "site-packages" / "below.pth").write_text(f"{below}\n")
+    return folder / "bin" / "python"
+
+
 def overlay(folder: Path, *requirements: str) -> Path:
     """The Python of a new environment that has these requirements, and everything else from the one that runs now."""
-    venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
-    below = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
-    (below / "below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python = environment(folder, sys.executable, VERSION, Path(sysconfig.get_path("purelib")))
     said = [line for line in pip_install(python, *requirements).splitlines() if "t2l" in line and "requires" in line]
     assert not said, f"pip finds a conflict: {said}"
     return python

