@@ -12,12 +12,13 @@ from environments import ROOT, VERSION, environment, pip_install, torch_environm
 pytestmark = pytest.mark.compat
 
 #: What is there beside torch; no pydantic, gguf, accelerate.
-PACKAGES = ("transformers==5.17.*", "huggingface_hub<2", "pytest", "pyyaml", "rich", "safetensors", "tqdm", "typer")
+PACKAGES = ("transformers==5.17.*", "pytest", "pyyaml", "rich", "safetensors", "tqdm", "typer")
 
 
 def test_dry_run(package, tmp_path):
     python = environment(tmp_path / "environment", sys.executable, VERSION, torch_environment(sys.executable, VERSION))
     pip_install(python, *PACKAGES)
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, "uninstall", "-q", "-y", "pydantic"], check=True)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "T2L_"))}
     where = {"PYTHONPATH": f"{package}:{ROOT}", "PYTHONSAFEPATH": "1"}
     command = [python, "-m", "bench.gpu.suite", tmp_path / "out", "--dry"]
