@@ -52,7 +52,8 @@ def _reason(error: Exception) -> str:
     found = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
     if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
         return f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or later, got {torch.__version__}"
-    return f"{error} (torch {torch.__version__}, {platform.system()} on {platform.machine()})"
+    why = error.__cause__ or error  # the loader's own words, which torch puts behind a sentence of its own
+    return f"{why} (torch {torch.__version__}, {platform.system()} on {platform.machine()})"
 
 
 def about() -> dict[str, Any] | None:

@@ -1,7 +1,16 @@
-"""Importing the package is cheap and pulls in nothing but torch."""
+"""Importing the package is cheap and pulls in nothing but torch; a library that does not load says why."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import t2l_engine
+from t2l_engine import _native
 
 
 def modules(statement):
@@ -29,12 +38,6 @@ def test_core_does_not_import_what_it_may_not():
 
 def test_a_broken_native_library_raises(tmp_path):
     """Present but unloadable: an ImportError that says what to do, unless the reference was asked for."""
-    import os
-    import shutil
-    from pathlib import Path
-
-    import t2l_engine
-
     package = Path(t2l_engine.__file__).parent
     shutil.copytree(package, tmp_path / "t2l_engine", ignore=shutil.ignore_patterns("*.so", "__pycache__", "checkpoints"))
     command = [sys.executable, "-c", "import t2l_engine; print(t2l_engine.ops.NATIVE)"]
@@ -44,7 +47,30 @@ def test_a_broken_native_library_raises(tmp_path):
     (tmp_path / "t2l_engine" / "_C.so").write_bytes(b"not a library")
     broken = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert broken.returncode != 0 and "present but does not load" in broken.stderr
+    root = Path(__file__).parents[1]
+    launch = f"import sys; sys.path.append({str(root)!r}); sys.argv = ['t2l', 'info', '--check']; "
+    launch += "import t2l_command as command; command.main()"
+    told = subprocess.run([sys.executable, "-c", launch], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 1 and told.stdout == "" and told.stderr.count("\n") == 1, "a line, no trace"
+    assert told.stderr.startswith(f"t2l: t2l_engine: {tmp_path / 't2l_engine' / '_C.so'} is present but does not load: ")
+    assert "file too short" in told.stderr, "the reason of the system"
     asked = subprocess.run(
         command, env={**environment, "T2L_DISABLE_NATIVE": "1"}, cwd=tmp_path, capture_output=True, text=True
     )
     assert asked.stdout.strip() == "False", asked.stderr
+
+
+def test_an_older_torch_is_the_reason(monkeypatch, tmp_path):
+    """Not the symbol that it happens to lack first."""
+    (tmp_path / "_C.so").write_bytes(b"not a library")
+    monkeypatch.delenv(_native.DISABLE_VARIABLE, raising=False)
+    monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "_C.so")
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    with pytest.raises(ImportError, match=r"does not load: expected torch 2\.11 or later, got 2\.10\.1\+cu128\n") as caught:
+        _native.load()
+    assert (caught.value.name, caught.value.path) == ("t2l_engine._C", str(tmp_path / "_C.so"))
+
+
+def test_nothing_is_said_of_a_library_that_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "_C.so")
+    assert _native.about() is None
