@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
@@ -45,6 +48,26 @@ SHOTS = [
 ]
 
 console = Console(highlight=False, width=118)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Says what is done, that it still is every five seconds, and how long it took."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(5):
+            console.print(f"    {what}: {time.perf_counter() - start:.0f} s ...")
+
+    console.print(f"==> {what}")
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    console.print(f"==> {what}: done in {time.perf_counter() - start:.0f} s")
 
 
 @torch.no_grad()
@@ -171,11 +194,13 @@ def main() -> None:
     """Run the demo; every number on screen is computed here and now."""
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
-    with console.status("Loading SmolLM2-135M-Instruct (the first time its weights are unpacked: about 20 s) ..."):
+    with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
         model, tokenizer = smollm2.load()
-    with console.status("Loading the text encoder and the hypernetwork ..."):
+    with busy("text encoder and hypernetwork, three sentences to adapters"):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
-    lora = t2l.attach(model, engine.generate([*TASKS]))
+        stack = engine.generate([*TASKS])
+    console.print()
+    lora = t2l.attach(model, stack)
     show_tasks(model, tokenizer, engine, lora)
     show_two_descriptions(model, tokenizer, engine, lora)
     show_mixed_batch(model, tokenizer, engine, lora)
