@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from t2l_engine import convert, ops
 
 OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
 OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]
+ROOT = Path(__file__).resolve().parents[1]
 NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert)}
 
 
@@ -55,3 +57,19 @@ def test_example_runs(name):
     assert test.examples
     result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.IGNORE_EXCEPTION_DETAIL).run(test)
     assert result.failed == 0 and result.attempted
+
+
+def test_what_is_supported_names_what_holds_it():
+    """Every row of the README's table: files of tests and make targets that are there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## What is supported")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ") and "held by" not in line]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert len(rows) > 8 and {len(row) for row in rows} == {3}
+    for what, _, checks in rows:
+        named = re.findall(r"`([^`]+)`", checks)
+        assert named, what
+        for name in named:
+            kind, _, target = name.partition(" ")
+            known = {"make": target in targets, "t2l": target == "info --check"}.get(kind, (ROOT / name).is_file())
+            assert known, f"{what}: {name}"

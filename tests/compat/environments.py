@@ -55,13 +55,14 @@ def torch_headers(version: str) -> Path:
     return folder / "torch" / "include"
 
 
-def torch_environment(program: str, version: str) -> Path:
-    """Packages of an environment of ``program``, Python of ``version``, with torch and nothing else; made once and kept."""
-    folder = cache() / f"torch-on-python-{version}"
+def torch_environment(program: str, version: str, release: str = "") -> Path:
+    """Packages of an environment of ``program``, Python of ``version``, with torch ("==2.11.*"; "": what pip takes); made
+    once and kept."""
+    folder = cache() / f"torch{release.strip('=.*')}-on-python-{version}"
     if not (folder / "done").exists():
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
-        pip_install(folder / "bin" / "python", f"torch>={floor('torch')}")
+        pip_install(folder / "bin" / "python", "torch" + (release or f">={floor('torch')}"))
         (folder / "done").touch()
     return folder / "lib" / f"python{version}" / "site-packages"
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import ROOT, VERSION, absent, environment, pip_install, torch_environment
+from environments import ROOT, VERSION, absent, environment, floor, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 
@@ -19,10 +19,10 @@ QUICK_START = re.search(
     r"<!-- quick start -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
 )[1]
 PROBE = """
-import sys, t2l_engine as t2l
+import sys, torch, t2l_engine as t2l
 from t2l_engine import _native
 t2l.ops.has_kernel("lora_add_", "CPU") or sys.exit("no kernels")
-print(t2l.__file__, _native.about()["build"]["cuda"])
+print(t2l.__file__, torch.__version__, _native.about()["build"]["cuda"])
 """
 
 
@@ -66,9 +66,11 @@ def test_the_source_distribution_has_what_a_build_needs():
 
 @pytest.fixture(scope="module", params=pythons().items(), ids=lambda item: item[0])
 def installed(request, wheel, tmp_path_factory):
-    """Folder of a new environment with the wheel beside torch, and how long pip took for all but torch."""
+    """Folder of a new environment with the wheel beside torch, the oldest but for the Python that runs this; and how long
+    pip took for all but torch."""
     version, program = request.param
-    below = torch_environment(program, version)
+    release = "" if version == VERSION else f"=={floor('torch')}.*"  # another Python, the oldest torch: some 5 GB, once
+    below = torch_environment(program, version, release)
     folder = tmp_path_factory.mktemp("wheel") / f"python-{version}"
     python = environment(folder, program, version, below)
     start = time.monotonic()
@@ -90,12 +92,13 @@ def run(folder: Path, *command: str) -> str:
 def test_quick_start_without_a_compiler(installed):
     folder, seconds = installed
     assert not [name for name in ("cc", "c++", "gcc", "g++", "cmake", "ninja") if shutil.which(name, path=folder / "bin")]
-    where, cuda = run(folder, "python", "-c", PROBE).strip().split(" ", 1)
+    where, torch, cuda = run(folder, "python", "-c", PROBE).strip().split(" ", 2)
     assert Path(where).is_relative_to(folder)
     start = time.monotonic()
     out = run(folder, "python", "-c", QUICK_START)
     assert len(re.findall(r"'[^']*'", out)) == 3 and (folder.parent / "out" / "adapter_config.json").exists()
-    print(f"{folder.name}: pip {seconds:.0f} s, quick start {time.monotonic() - start:.0f} s; CUDA kernels: {cuda}")
+    took = time.monotonic() - start
+    print(f"{folder.name}, torch {torch}: pip {seconds:.0f} s, quick start {took:.0f} s; CUDA kernels: {cuda}")
 
 
 def test_self_check(installed):
