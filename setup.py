@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent
 OPTIONS = os.environ.get("T2L_CMAKE_ARGS", "").split()
 #: _C holds no Python symbol.  _core is of one CPython, and so is a wheel that has it.
 NAMES = ("_C",) if "-DT2L_CORE=OFF" in OPTIONS else ("_C", "_core")
+NO_COMPILER = """t2l_engine: no C++ compiler found: installing without native kernels.
+The plain-torch ops give the same results, slower. Install g++ and run pip install again for the kernels."""
 
 
 def cxx():
@@ -43,32 +45,25 @@ def identity(compiler):
 class CMakeBuild(build_ext):
     def run(self):
         if cxx() is None:
-            print(
-                "t2l_engine: no C++ compiler found: installing without native kernels.\n"
-                "The plain-torch ops give the same results, slower. Install g++ and run pip install again for the kernels.",
-                file=sys.stderr,
-            )
+            print(NO_COMPILER, file=sys.stderr)
             self.extensions = []
-            return
         super().run()
 
     def build_extensions(self):
-        suffix = "-" + hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8] if OPTIONS else ""
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{suffix}"
+        own = "-" + hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8] if OPTIONS else ""
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{own}"
         # CMake keeps compilers, and all it found out about them, for the life of a build folder.
-        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), OPTIONS])
+        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc())])
         stamp = build / "made-by.json"
         if not stamp.is_file() or stamp.read_text() != made_by:
-            if build.exists():
-                shutil.rmtree(build)
+            shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
             stamp.write_text(made_by)
         # Ninja's path is said anew each time: pip's temporary build environments come and go.
         ninja = shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-        subprocess.check_call(
-            ["cmake", "-S", str(ROOT), "-B", str(build), f"-DPython_EXECUTABLE={sys.executable}", *generator, *OPTIONS]
-        )
+        python = f"-DPython_EXECUTABLE={sys.executable}"
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), python, *generator, *OPTIONS])
         subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         for extension in list(self.extensions):
             name = extension.name.rsplit(".", 1)[-1]
@@ -83,8 +78,7 @@ class CMakeBuild(build_ext):
             shutil.copy2(built, target)
 
     def get_ext_filename(self, name):
-        plain = name.rsplit(".", 1)[-1] == "_C"
-        return name.replace(".", os.sep) + ".so" if plain else super().get_ext_filename(name)
+        return name.replace(".", os.sep) + ".so" if name.endswith("_C") else super().get_ext_filename(name)
 
 
 class Wheel(bdist_wheel):
@@ -93,7 +87,5 @@ class Wheel(bdist_wheel):
         return (*python, platform) if "_core" in NAMES else ("py3", "none", platform)
 
 
-setup(
-    ext_modules=[Extension(f"t2l_engine.{name}", []) for name in NAMES],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
-)
+commands = {"build_ext": CMakeBuild, "bdist_wheel": Wheel}
+setup(ext_modules=[Extension(f"t2l_engine.{name}", []) for name in NAMES], cmdclass=commands)

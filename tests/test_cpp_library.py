@@ -325,10 +325,11 @@ def test_setup_clears_the_build_folder_of_another_compiler(stand_in, tmp_path):
     env = os.environ | {"PATH": os.pathsep.join((str(programs), os.environ.get("PATH", ""))), "CXX": "c++"}
     marker = source / "build" / f"cmake-{sys.implementation.cache_tag}" / "marker"
 
-    def built(nvcc, arguments=""):
+    def built(nvcc):
         """Whether a build went on in the folder of the last one."""
-        told = {"CUDACXX": str(nvcc), "T2L_CMAKE_ARGS": arguments}
-        run(sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", cwd=source, env=env | told)
+        run(
+            sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib", cwd=source, env=env | {"CUDACXX": str(nvcc)}
+        )
         kept = marker.exists()
         marker.touch()
         return kept
@@ -338,7 +339,17 @@ def test_setup_clears_the_build_folder_of_another_compiler(stand_in, tmp_path):
     stand_in(RELEASE.format("12.5"))
     assert [built(nvcc), built(nvcc)] == [False, True]
     assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
-    assert [built(nvcc, "-DT2L_CUDA=OFF"), built(nvcc, "-DT2L_CUDA=OFF")] == [False, True]
+    run(
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        "lib",
+        cwd=source,
+        env=env | {"T2L_CMAKE_ARGS": "-DX=1"},
+    )
+    assert len(list((source / "build").iterdir())) == 2, "other options have a folder of their own"
 
 
 def find_t2l(folder, prefix, components="", program=False):
