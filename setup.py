@@ -50,8 +50,8 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extensions(self):
-        own = "-" + hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8] if OPTIONS else ""
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}{own}"
+        own = [hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8]] if OPTIONS else []
+        build = ROOT / "build" / "-".join(["cmake", sys.implementation.cache_tag, *own])
         # CMake keeps compilers, and all it found out about them, for the life of a build folder.
         made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc())])
         stamp = build / "made-by.json"
@@ -73,8 +73,7 @@ class CMakeBuild(build_ext):
             if built is None:  # _core is optional
                 self.extensions.remove(extension)
                 continue
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
+            os.makedirs(os.path.dirname(target := self.get_ext_fullpath(extension.name)), exist_ok=True)
             shutil.copy2(built, target)
 
     def get_ext_filename(self, name):
@@ -87,5 +86,5 @@ class Wheel(bdist_wheel):
         return (*python, platform) if "_core" in NAMES else ("py3", "none", platform)
 
 
-commands = {"build_ext": CMakeBuild, "bdist_wheel": Wheel}
-setup(ext_modules=[Extension(f"t2l_engine.{name}", []) for name in NAMES], cmdclass=commands)
+EXTENSIONS = [Extension(f"t2l_engine.{name}", []) for name in NAMES]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel})
