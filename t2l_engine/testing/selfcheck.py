@@ -190,18 +190,20 @@ def _sample(tensor: Tensor) -> Tensor:
     return flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES]
 
 
-def _adapter(task_emb: Tensor) -> dict[str, Tensor]:
-    """One adapter of the bundled checkpoint in float32, by the names of its tensors."""
+def _adapter() -> dict[str, Tensor]:
+    """One adapter of the bundled checkpoint in float32, made on torch's default device, by the names of its tensors."""
     device = torch.get_default_device()
-    net = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT, dtype=F32, device=device)
-    stack = net.generate(placed(task_emb))
+    with torch.device("cpu"):
+        net = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT, dtype=F32, device=device)
+        task_emb = task_embedding(net.config.embed_dim)
+    stack = net.generate(placed(task_emb, device))
     sides = {"lora_A": stack.lora_A, "lora_B": stack.lora_B}
     return {f"{name}.{side}": tensors[name] for side, tensors in sides.items() for name in tensors}
 
 
 def task_embedding(width: int) -> Tensor:
     """``[1, width]`` float32 of norm sqrt(width), as text encoders give, the same on every machine."""
-    drawn = torch.arange(1, width + 1, dtype=F64, device="cpu").mul(1.7).sin()
+    drawn = torch.arange(1, width + 1, dtype=F64).mul(1.7).sin()
     return (drawn / drawn.norm() * width**0.5).float()[None]
 
 
@@ -223,8 +225,7 @@ def _compare(what: str, where: str, got: dict[str, Tensor], allowed: float) -> R
 
 
 def check_adapter(where: str) -> Result:
-    width = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT).config.embed_dim
-    return _compare("adapter", where, _adapter(task_embedding(width)), numerics.PARITY_FROBENIUS)
+    return _compare("adapter", where, _adapter(), numerics.PARITY_FROBENIUS)
 
 
 def check_encoder() -> Result | None:
@@ -244,8 +245,7 @@ def record() -> Path:
     def told(tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {k: {"norm": float(t.double().norm()), "samples": _sample(t).tolist()} for k, t in tensors.items()}
 
-    width = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT).config.embed_dim
-    made = {"adapter": told(_adapter(task_embedding(width))), "text encoder": told(_encoded())}
+    made = {"adapter": told(_adapter()), "text encoder": told(_encoded())}
     path = BUNDLED / CHECKPOINT / RECORD
     path.write_text(json.dumps(made) + "\n", encoding="utf-8")
     return path
