@@ -15,8 +15,8 @@ WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
 @echo "==> $(1)"; start=$$(date +%s); \
-  (while sleep 5; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & beat=$$!; \
-  $(2); status=$$?; kill $$beat; \
+  (while sleep 5 > /dev/null && kill -0 $$$$ 2> /dev/null; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & \
+  beat=$$!; $(2); status=$$?; kill $$beat; \
   [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s"; exit $$status
 endef
 
