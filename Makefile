@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
-NATIVE := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh cmake/* cmake/*/*) CMakeLists.txt setup.py
+NATIVE := $(shell find csrc cmake -type f ! -name "*.pyc") CMakeLists.txt setup.py
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython.
@@ -15,7 +15,7 @@ WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
 @echo "==> $(1)"; start=$$(date +%s); \
-  (while sleep 5 > /dev/null && kill -0 $$$$ 2> /dev/null; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & \
+  (while sleep 5 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo "    $(1): $$(( $$(date +%s) - start )) s ..."; done) & \
   beat=$$!; $(2); status=$$?; kill $$beat; \
   [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s"; exit $$status
 endef
@@ -76,6 +76,7 @@ wheel: setup
 	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
 	mv build/wheel/*.tar.gz dist/
 	$(BIN)/twine check --strict dist/*
+	@grep -h "t2l: .*CUDA kernels" build/wheel/log.txt
 
 setup: $(VENV)/.built
 

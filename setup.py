@@ -74,7 +74,7 @@ class CMakeBuild(build_ext):
                 self.extensions.remove(extension)
                 continue
             os.makedirs(os.path.dirname(target := self.get_ext_fullpath(extension.name)), exist_ok=True)
-            shutil.copy2(built, target)
+            os.replace(shutil.copy2(built, f"{target}.new"), target)  # a process may have loaded the old one
 
     def get_ext_filename(self, name):
         return name.replace(".", os.sep) + ".so" if name.endswith("_C") else super().get_ext_filename(name)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 #: What the linker calls a library: the library.
 LIBRARIES = {"c": "libc.so.6", "m": "libm.so.6", "ld": "ld-linux-x86-64.so.2"}
-#: Libraries of their own until glibc 2.34, empty ones since: needed at run time, their names are in libc's stub.
+#: Libraries of their own until glibc 2.34, all but empty ones since: needed at run time where the wheel is used.
 SEPARATE = ("libpthread.so.0", "libdl.so.2", "librt.so.1")
+LIBRARIES |= {name[3:].partition(".")[0]: name for name in SEPARATE}
 SYMBOL = re.compile(r" (FUNC|IFUNC|OBJECT|TLS|NOTYPE) +(?:GLOBAL|WEAK) +DEFAULT +\d+ (\w+)@@?GLIBC_([\d.]+)$", re.MULTILINE)
 
 
@@ -35,8 +36,6 @@ def symbols(library: str, limit: str) -> dict[str, list[str]]:
     by_version = defaultdict(list)
     for name, version in newest.items():
         by_version[version].append(name)
-    if not by_version:
-        raise SystemExit(f"{library}: found no symbol up to GLIBC_{limit}")
     return by_version
 
 
@@ -61,23 +60,10 @@ def write(compiler: str, folder: Path, short: str, name: str, by_version: dict[s
 def main(folder: Path, limit: str, compiler: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for short, name in LIBRARIES.items():
-        write(compiler, folder, short, name, symbols(library_file(compiler, name), limit))
-    for name in SEPARATE:
-        short = name.removeprefix("lib").partition(".")[0]
-        subprocess.run(
-            [
-                compiler,
-                "-shared",
-                "-nostdlib",
-                f"-Wl,-soname,{name}",
-                "-x",
-                "c",
-                "/dev/null",
-                "-o",
-                str(folder / f"lib{short}.so"),
-            ],
-            check=True,
-        )
+        by_version = symbols(library_file(compiler, name), limit)
+        if not by_version and name not in SEPARATE:
+            raise SystemExit(f"{name}: found no symbol up to GLIBC_{limit}")
+        write(compiler, folder, short, name, by_version)
 
 
 if __name__ == "__main__":

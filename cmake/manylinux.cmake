@@ -3,12 +3,15 @@
 # Links `target` to stubs of glibc 2.28 and holds libstdc++, whose newest symbols are as young as the compiler.  libgcc_s stays
 # shared: exceptions leave this library and end in torch's.
 function(t2l_link_manylinux target)
+  if(NOT CMAKE_SYSTEM_NAME STREQUAL "Linux" OR NOT CMAKE_SYSTEM_PROCESSOR STREQUAL "x86_64")
+    message(FATAL_ERROR "T2L_MANYLINUX=ON: expected Linux on x86_64, got ${CMAKE_SYSTEM_NAME} on ${CMAKE_SYSTEM_PROCESSOR}")
+  endif()
   set(stubs ${CMAKE_CURRENT_BINARY_DIR}/glibc-2.28)
   execute_process(
     COMMAND ${Python_EXECUTABLE} ${PROJECT_SOURCE_DIR}/cmake/glibc_stubs.py ${stubs} 2.28 ${CMAKE_CXX_COMPILER}
     RESULT_VARIABLE status)
   if(NOT status EQUAL 0)
-    message(FATAL_ERROR "T2L_MANYLINUX=ON: expected GNU binutils and glibc of x86-64 to make stubs of glibc 2.28 from")
+    message(FATAL_ERROR "T2L_MANYLINUX=ON: expected GNU binutils and glibc, to make stubs of glibc 2.28 from")
   endif()
   target_sources(${target} PRIVATE csrc/torch/manylinux.cpp)
   target_link_options(${target} PRIVATE -static-libstdc++ LINKER:--exclude-libs,ALL LINKER:-z,defs -L${stubs})

@@ -39,8 +39,8 @@ def load() -> bool:
     except Exception as error:
         raise ImportError(
             f"t2l_engine: {path} is present but does not load: {_reason(error)}\n"
-            f"Install it anew (pip install --force-reinstall --no-deps t2l_engine, or make setup in a source tree), or set "
-            f"{DISABLE_VARIABLE}=1 to run the plain-torch reference.",
+            "Install the wheel again (pip install --force-reinstall --no-deps FILE) or build anew (make setup in a clone), or "
+            f"set {DISABLE_VARIABLE}=1 to run the plain-torch reference.",
             name="t2l_engine._C",
             path=str(path),
         ) from error
@@ -59,8 +59,7 @@ def _reason(error: Exception) -> str:
 def about() -> dict[str, Any] | None:
     """What the loaded library says of itself; None where none is loaded.
 
-    ``build``: ``version``, ``sources`` (a digest: cmake/source_digest.py), ``build_type``, ``compiler`` and ``cuda`` (what
-    the CUDA kernels were compiled for, "none").
+    ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (what the CUDA kernels were compiled for, "none").
     ``instruction_sets``: ``available`` on this CPU, plainest first; ``chosen``, None where ``T2L_ISA`` is unusable; and
     ``error``, which then says why.
     """

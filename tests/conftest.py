@@ -17,6 +17,14 @@ import yaml
 from t2l_engine import AdapterStack
 from t2l_engine.testing import backends
 
+try:
+    import hypothesis
+except ImportError:  # on a machine for the GPU suite alone
+    pass
+else:  # how long an example takes decides nothing
+    hypothesis.settings.register_profile("t2l", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("t2l")
+
 
 def pytest_addoption(parser):
     parser.addoption("--backend", choices=backends.NAMES, default="cpu", help="what runs the ops, in tests of ops")
@@ -32,6 +40,14 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--backend: {error}") from None
     if device.type != "cpu":
         torch.set_default_device(device)
+
+
+def pytest_collection_modifyitems(config, items):
+    """What builds, trains or downloads for minutes has no guard of time."""
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            if any(item.get_closest_marker(name) for name in ("compat", "slow", "emu")):
+                item.add_marker(pytest.mark.timeout(0))
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ def modules(statement):
 def test_import_costs_little_more_than_torch():
     added = modules("import t2l_engine") - modules("import torch")
     own = {name for name in added if name.split(".")[0] == "t2l_engine"}
-    stdlib = {*sys.stdlib_module_names, "_sysconfigdata__linux_x86_64-linux-gnu"}
-    others = {name for name in added - own if name.split(".")[0] not in stdlib}
+    stdlib = tuple(sys.stdlib_module_names) + ("_sysconfigdata_",)  # the last one's name goes on with that of the system
+    others = {name for name in added - own if not name.split(".")[0].startswith(stdlib)}
     assert len(own) < 40 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
     assert len(others) < 100, "torch's FLOP counter, which brings triton (some 70 modules) where it is installed"
 

@@ -52,7 +52,11 @@ def test_an_op_that_raises_is_named(monkeypatch):
 
     monkeypatch.setattr(ops, "lora_delta", fails)
     result = selfcheck.check_op("lora_delta", "here")
-    assert result.worst == float("inf") and result.failed[0].endswith(": why") and len(result.failed) == result.cases
+    assert (
+        result.worst == float("inf")
+        and result.failed[0].endswith(": RuntimeError: why")
+        and len(result.failed) == result.cases
+    )
 
 
 def test_an_adapter_that_differs_is_named(monkeypatch):
@@ -72,10 +76,23 @@ def test_nan_is_beyond_every_bound():
     assert selfcheck.share(one.float()[:0], one, 1.0) == float("inf") and selfcheck.share(one.float(), one, 0.0) == 0.0
 
 
-def test_a_process_that_dies_is_a_failure(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+@pytest.mark.parametrize(("says", "why"), [("", "it said nothing"), ("echo noise >&2; echo why >&2; ", "why")])
+def test_a_process_that_dies_is_a_failure(monkeypatch, tmp_path, says, why):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\n{says}exit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
     *_, last = selfcheck._child("cpu", "")
-    assert last.what == "process" and last.failed == ["the process ended with status 1: it said nothing"]
+    assert last.what == "process" and last.failed == [f"the process ended with status 3: {why}"]
+
+
+def test_processes_run_this_package_from_any_folder(monkeypatch, tmp_path):
+    """Not one that lies in the user's folder."""
+    (tmp_path / "t2l_engine").mkdir()
+    (tmp_path / "t2l_engine" / "__init__.py").write_text("raise SystemExit(5)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(selfcheck, "MODULE", "t2l_engine.config")  # which does nothing
+    assert list(selfcheck._child("cpu", "")) == []
 
 
 def test_the_command_says_what_differs(info, monkeypatch):
@@ -92,10 +109,13 @@ def test_the_command_says_what_differs(info, monkeypatch):
     assert code == 1 and [entry["worst"] for entry in json.loads(out)["check"]] == [0.5, None]
 
 
-def test_every_instruction_set_gets_a_process(monkeypatch):
+@pytest.mark.parametrize("card", [False, True])
+def test_every_instruction_set_gets_a_process(monkeypatch, card):
     asked = []
+    monkeypatch.setattr(selfcheck.torch.cuda, "is_available", lambda: card)
+    monkeypatch.setattr(selfcheck.ops, "has_kernel", lambda name, backend: True)
     monkeypatch.setattr(selfcheck, "_child", lambda device, isa: asked.append((device, isa)) or iter(()))
     monkeypatch.setattr(selfcheck, "check_encoder", lambda: None)
     isas = ["generic", "avx2"]
     monkeypatch.setattr(selfcheck._native, "about", lambda: {"instruction_sets": {"available": isas}})
-    assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")]
+    assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")] + [("cuda", "")] * card

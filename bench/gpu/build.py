@@ -64,14 +64,22 @@ def unusable() -> str | None:
         return "no t2l_engine/_C.so"
     said = subprocess.run(PROBE, cwd=ROOT, capture_output=True, text=True)
     if said.returncode:
-        return said.stderr.strip().splitlines()[-1][:300]
-    build = json.loads(said.stdout)["build"]
-    if build["sources"] != subprocess.run(DIGEST, capture_output=True, text=True, check=True).stdout.strip():
-        return f"it is of other sources, {build['sources']}"
-    card = compute_capability()
-    if not covers(build["cuda"], card):
-        return f"its CUDA kernels ({build['cuda']}) are not for this card ({card or 'none'})"
-    return None
+        return (said.stderr.strip().splitlines() or [f"a process that loads it ends with status {said.returncode}"])[-1][
+            :300
+        ]
+    about = json.loads(said.stdout)
+    if about is None:
+        return "it is not loaded, as T2L_DISABLE_NATIVE asks"
+    if not of_these_sources(ROOT / "t2l_engine" / "_C.so"):
+        return "it is of other sources"
+    cuda, card = about["build"]["cuda"], compute_capability()
+    return None if covers(cuda, card) else f"its CUDA kernels ({cuda}) are not for this card ({card or 'none'})"
+
+
+def of_these_sources(library: Path) -> bool:
+    """Whether ``library`` was built from the sources of this tree, wherever that was."""
+    digest = subprocess.run(DIGEST, capture_output=True, text=True, check=True).stdout.strip()
+    return f"t2l_sources:{digest}".encode() in library.read_bytes()
 
 
 def covers(built: str, card: str | None) -> bool:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.build import EMULATOR_LIBRARY, unusable
+from bench.gpu.build import EMULATOR_LIBRARY, of_these_sources
 from bench.gpu.context import Context
 from t2l_engine import _native, ops, reference
-from t2l_engine.testing import backends, numerics
+from t2l_engine.testing import backends, numerics, oracle
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, GroupCase, HyperCase, LoraCase
 
 SEED = 11
@@ -69,12 +69,6 @@ def _delta(arguments: Arguments) -> list[Tensor]:
 
 def _heads(arguments: Arguments) -> list[Tensor]:
     return [t for sides in zip(*ops.hypernet_heads(**arguments), strict=True) for t in sides]
-
-
-def _magnitude(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_magnitude(entry) for entry in value]
-    return value.abs() if isinstance(value, Tensor) else value
 
 
 def _small(case: LoraCase | GroupCase | HyperCase) -> bool:
@@ -126,36 +120,18 @@ def allowed(name: str, index: int) -> Tensor | float:
         exact = reference.hypernet_trunk(**hyper.make_trunk(SEED, dtype=F64))
         plain = reference.hypernet_trunk(**hyper.make_trunk(SEED))
         return numerics.trunk_bound(exact, plain, hyper.dtype) * float(exact.norm())
-    wide = hyper.make_heads(SEED, dtype=F64)
-    exact = reference.hypernet_heads(**wide)[index]
-    magnitude = reference.hypernet_heads(**{name: _magnitude(value) for name, value in wide.items()})[index]
-    return numerics.head_bound(magnitude, exact, hyper.head_in, hyper.dtype)
+    _, exact, magnitude = oracle.heads(hyper, SEED)
+    return numerics.head_bound(magnitude[index], exact[index], hyper.head_in, hyper.dtype)
 
 
 def _lora_allowed(op: str, arguments: Arguments) -> Tensor:
-    y = torch.zeros_like(arguments["y"]) if op == "lora_delta" else arguments["y"]
-    bound = torch.zeros(y.shape, dtype=F64)
+    if op == "lora_delta":
+        arguments = arguments | {"y": torch.zeros_like(arguments["y"])}
     if op != "lora_add_group_":
-        return _member_allowed(arguments | {"y": y}, bound)
-    for A, B, ranks, start in zip(*(arguments[k] for k in ("lora_A", "lora_B", "ranks", "offsets")), strict=True):
-        columns = slice(start, start + B.shape[1])
-        member = arguments | {"y": y[:, columns], "lora_A": A, "lora_B": B, "ranks": ranks}
-        _member_allowed({k: v for k, v in member.items() if k != "offsets"}, bound[:, columns])
-    return bound
-
-
-def _member_allowed(arguments: Arguments, bound: Tensor) -> Tensor:
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
-    delta = reference.lora_delta(**{k: v for k, v in wide.items() if k != "y"})
-    bounds = arguments["seg_indptr"].tolist()
-    for s, adapter in enumerate(arguments["seg_adapters"].tolist()):
-        if adapter >= 0:
-            tokens = slice(bounds[s], bounds[s + 1])
-            r = wide["lora_A"].shape[1] if arguments["ranks"] is None else int(arguments["ranks"][adapter])
-            a, b, y = wide["lora_A"][adapter, :r], wide["lora_B"][adapter, :, :r], wide["y"][tokens] + delta[tokens]
-            scaling = float(wide["scaling"][adapter])
-            dtype = arguments["y"].dtype
-            bound[tokens] = numerics.lora_bound(wide["x"][tokens], a, b, scaling, y, delta[tokens], dtype)
+        return oracle.lora(arguments)[2]
+    bound = torch.zeros(arguments["y"].shape, dtype=F64)
+    for member, start in zip(oracle.members_of(arguments), arguments["offsets"], strict=True):
+        bound[:, start : start + member["y"].shape[1]] = oracle.lora(member)[2]
     return bound
 
 
@@ -200,7 +176,7 @@ def beside_emulator(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
     file = context.part.path.with_name("emulator.pt")
     command = [sys.executable, "-m", MODULE, "--out", str(file)]
     command += ["--backend", "emu"] if context.on_card else ["--backend", "cpu", "--few"]
-    if context.on_card and unusable() is None and EMULATOR_LIBRARY.exists():  # both came with the tree
+    if context.on_card and EMULATOR_LIBRARY.exists() and of_these_sources(EMULATOR_LIBRARY):
         command += ["--emulator", str(EMULATOR_LIBRARY)]
     environment = os.environ | ({_native.DISABLE_VARIABLE: "1"} if context.on_card else {})
     with subprocess.Popen(command, env=environment, cwd=backends.ROOT) as other:

@@ -32,6 +32,7 @@ def _run(tool: str, context: Context) -> None:
 def _entries(tool: str, sanitizer: str | None, context: Context) -> Entries:
     """The verdict.  Raises Skip for a card that the tool does not know, TimeoutError where it is late."""
     out = context.part.path.with_suffix(".pt")
+    out.unlink(missing_ok=True)
     command = (sys.executable, "-m", MODULE, "--few", "--out", str(out), "--backend", "cuda" if context.on_card else "cpu")
     if context.on_card:
         command = (sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND), *command)

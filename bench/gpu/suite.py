@@ -26,6 +26,7 @@ from typing import Any, TextIO
 from bench.gpu import tables
 from bench.gpu.steps import (
     DEADLINE,
+    DRY_PATIENCE,
     EXIT_AGAIN,
     EXIT_SKIPPED,
     FAILED,
@@ -137,7 +138,7 @@ class Suite:
 
     def __init__(self, out: Path, scratch: Path, dry: bool = False, commit: str | None = None, only: str = ""):
         self.out, self.scratch, self.dry, self.only = out, scratch, dry, only
-        self.end = time.monotonic() + DEADLINE
+        self.end = time.monotonic() + DEADLINE * (DRY_PATIENCE if dry else 1)
         self.outcomes: list[Outcome] = []
         self.current: Running | None = None
         self.source = measured(commit)
@@ -256,8 +257,8 @@ def main() -> int:
         suite.run([step for step in plan(scratch, arguments.dry) if arguments.only in step.name])
     finally:
         suite.close()
-    result = suite.result()
-    shutil.rmtree(scratch, ignore_errors=True)
+        result = suite.result()
+        shutil.rmtree(scratch, ignore_errors=True)
     print("\n".join(["", *map(line, suite.outcomes), "", tables.bars(result)]))
     return 0 if all(outcome.fine for outcome in suite.outcomes) else 1
 

@@ -2,7 +2,6 @@
 #include <string>
 
 #include "t2l/kernels.h"
-#include "t2l_sources.h"
 
 namespace {
 
@@ -14,10 +13,11 @@ std::string describe() {
     isas += (i ? ", " : "") + text(t2l::isa_name(static_cast<t2l::Isa>(i)));
   t2l::Isa isa = t2l::Isa::generic;
   const char* error = t2l::chosen_isa(&isa);
-  return "{\"build\": {\"version\": " + text(T2L_VERSION) + ", \"sources\": " + text(T2L_SOURCES) + ", \"build_type\": " + text(T2L_BUILD_TYPE) +
+  return "{\"build\": {\"version\": " + text(T2L_VERSION) + ", \"build_type\": " + text(T2L_BUILD_TYPE) +
          ", \"compiler\": " + text(__VERSION__) + ", \"cuda\": " + text(T2L_CUDA_BUILD) +
          "}, \"instruction_sets\": {\"available\": [" + isas +
-         "], \"chosen\": " + (error ? "null" : text(t2l::isa_name(isa))) + ", \"error\": " + (error ? text(error) : "null") + "}}";
+         "], \"chosen\": " + (error ? "null" : text(t2l::isa_name(isa))) + ", \"error\": " + (error ? text(error) : "null") +
+         "}}";
 }
 
 }  // namespace

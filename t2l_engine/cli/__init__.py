@@ -1,7 +1,7 @@
 """The command line ``t2l``: one module a family of commands.
 
 Standard output carries results, standard error everything else.  With ``--json`` standard output is one JSON document, and
-empty where the command fails.
+empty where the command fails; ``info --check`` alone has one either way, which says what differs.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def evaluate(
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     everything = load_tasks(tasks, None, names=[t.name for t in loaded])
     pools, validation = ({t.name: [e for e in t.examples if e.split == s] for t in everything} for s in ("train", "val"))
-    journal = json_file.with_suffix(".answers.jsonl") if json_file is not None and resume is None else None
+    journal = None
+    if json_file is not None and resume is None:
+        journal = json_file.with_name(f"{json_file.name}.unfinished.jsonl")  # a name nobody gives --resume: it is removed
     if journal is not None and journal.exists():
         say(f"going on with the answers in {journal}; remove it to ask anew")
     store = Store(resume or journal)

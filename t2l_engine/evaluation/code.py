@@ -202,17 +202,21 @@ def _launch() -> NoReturn:
 
 
 def _keep_time(job: dict[str, Any], out: int) -> NoReturn:
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    # Blocked and waited for: Python's own handler would not run where SIGINT comes just before the wait.
+    awaited = {signal.SIGCHLD, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     program = os.fork()
     if program == 0:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
         _work(job, out)
     end = time.monotonic() + job["seconds"]
     while os.waitpid(program, os.WNOHANG)[0] == 0:
         left = end - time.monotonic()
         if left <= 0:
             os._exit(_TIME_UP)
-        signal.sigtimedwait({signal.SIGCHLD}, left)
+        came = signal.sigtimedwait(awaited, left)
+        if came and came.si_signo == signal.SIGINT:  # of the program: with this process all others end
+            os._exit(1)
     os._exit(0)
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from t2l_engine.testing import numerics, oracle
 from t2l_engine.testing.backends import placed
 from t2l_engine.testing.cases import F32, F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
 
+MODULE = "t2l_engine.testing.selfcheck"
 CHECKPOINT, RECORD = "smollm2-135m", "check.json"
 DESCRIPTION = "Return the last element of the comma separated list."
 #: Entries of a tensor that are recorded, at equal distances.
@@ -174,12 +176,16 @@ def check_op(name: str, where: str) -> Result:
             found = function(case)
         except (RuntimeError, ValueError) as error:
             found = float("inf")
-            failed.append(f"{case.name}: {str(error).splitlines()[0][:200]}")
+            failed.append(f"{case.name}: {_first_line(error)}")
         else:
             if found > 1:
                 failed.append(f"{case.name}: {found:.3g} of the error that is allowed")
         worst = max(worst, found)
     return Result(name, where, len(cases), worst, failed)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
 
 
 # --- a bundled adapter -------------------------------------------------------------------------------------------------
@@ -263,8 +269,7 @@ def where(device: str) -> str:
 
 
 def check_process(device: str = "cpu") -> Iterator[Result]:
-    """Everything with the operands on ``device`` and the instruction set of this process."""
-    torch.set_default_device(device)
+    """Everything with the instruction set of this process; ``device``: torch's default device, where operands lie."""
     here = where(device)
     for name in CHECKS:
         if device == "cpu" or ops.has_kernel(name, "CUDA"):
@@ -280,18 +285,25 @@ def check_machine() -> Iterator[Result]:
         yield from _child("cpu", isa)
     if torch.cuda.is_available() and ops.has_kernel("lora_add_", "CUDA"):
         yield from _child("cuda", "")
-    if found := check_encoder():
+    try:
+        found = check_encoder()
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        found = Result("text encoder", "torch", 1, float("inf"), [_first_line(error)])
+    if found:
         yield found
 
 
 def _child(device: str, isa: str) -> Iterator[Result]:
-    command = [sys.executable, "-m", __spec__.name, "--device", device]
+    command = [sys.executable, "-m", MODULE, "--device", device]
     environment = os.environ | ({"T2L_ISA": isa} if isa else {})
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with process:
-        for line in process.stdout:
-            yield Result(**json.loads(line))
-        said = process.stderr.read().strip().splitlines()
+    here = Path(__file__).resolve().parents[2]  # python -m takes the package of the folder it runs in
+    with tempfile.TemporaryFile("w+") as errors:
+        streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+        with subprocess.Popen(command, cwd=here, env=environment, **streams) as process:
+            for line in process.stdout:
+                yield Result(**json.loads(line))
+        errors.seek(0)
+        said = errors.read().strip().splitlines()
     if process.returncode:
         why = f"the process ended with status {process.returncode}: {said[-1] if said else 'it said nothing'}"
         yield Result("process", f"{device} {isa}".strip(), 0, float("inf"), [why])
@@ -305,6 +317,7 @@ def main() -> None:
     if arguments.record:
         print(record())
         return
+    torch.set_default_device(arguments.device)
     for result in check_process(arguments.device):
         print(json.dumps(dataclasses.asdict(result)), flush=True)
 

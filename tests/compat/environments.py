@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -9,9 +11,11 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -31,39 +35,51 @@ def floor(package: str) -> str:
     return re.search(rf'"{package}>=([\d.]+)"', text)[1]
 
 
-def absent(why: str) -> None:
-    """Skip, saying why; in CI, which must have a package index, fail."""
-    if os.environ.get("CI"):
-        pytest.fail(why)
-    pytest.skip(why)
+@contextlib.contextmanager
+def locked() -> Iterator[None]:
+    """One run at a time makes what is kept."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def pip_failed(what: str, said: str) -> None:
+    """Fail; without a package index skip, saying so, but not in CI, which must have one."""
+    why = f"{what}: {said.strip()[-800:]}"
+    if not os.environ.get("CI") and re.search(r"NewConnectionError|name resolution|from versions: none|timed out", said):
+        pytest.skip(why)
+    pytest.fail(why)
 
 
 def torch_headers(version: str) -> Path:
     """The include folder of a release of torch, "2.11.0"; downloaded on the first call."""
     folder = cache() / f"torch-{version}"
-    if not (folder / "done").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *SMALLEST_WHEEL]
-        run = subprocess.run([*command, "-d", str(folder), f"torch=={version}"], capture_output=True, text=True)
-        if run.returncode:
-            absent(f"the headers of torch {version} are not to be had: {run.stderr.strip()[-300:]}")
-        (wheel,) = folder.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
-        wheel.unlink()
-        (folder / "done").touch()
+    with locked():
+        if not (folder / "done").exists():
+            folder.mkdir(exist_ok=True)
+            command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *SMALLEST_WHEEL]
+            run = subprocess.run([*command, "-d", folder, f"torch=={version}"], capture_output=True, text=True)
+            if run.returncode:
+                pip_failed(f"headers of torch {version}", run.stderr)
+            (wheel,) = folder.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
+            wheel.unlink()
+            (folder / "done").touch()
     return folder / "torch" / "include"
 
 
 def torch_environment(program: str, version: str, release: str = "") -> Path:
-    """Packages of an environment of ``program``, Python of ``version``, with torch ("==2.11.*"; "": what pip takes); made
-    once and kept."""
-    folder = cache() / f"torch{release.strip('=.*')}-on-python-{version}"
-    if not (folder / "done").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
-        pip_install(folder / "bin" / "python", "torch" + (release or f">={floor('torch')}"))
-        (folder / "done").touch()
+    """Packages of an environment of ``program``, Python of ``version``, with torch ("==2.11.*"; "": what pip takes, which is
+    what runs this); made once and kept."""
+    folder = cache() / f"torch-{release.strip('=.*') or torch.__version__}-on-python-{version}"
+    with locked():
+        if not (folder / "done").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            subprocess.run([program, "-m", "venv", "--without-pip", folder], check=True)
+            pip_install(folder / "bin" / "python", "torch" + (release or f">={floor('torch')}"))
+            (folder / "done").touch()
     return folder / "lib" / f"python{version}" / "site-packages"
 
 
@@ -87,7 +103,7 @@ def pip_install(python: Path, *arguments: str) -> str:
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *arguments]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
-        absent(f"pip install {' '.join(arguments)}: {run.stderr.strip()[-500:]}")
+        pip_failed(f"pip install {' '.join(arguments)}", run.stderr)
     return run.stderr
 
 

@@ -274,7 +274,7 @@ def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, mo
     monkeypatch.setattr(Answerer, "_generate", stopped)
     with pytest.raises(RuntimeError, match="power cut"):
         evaluate(*options)
-    (kept,) = tmp_path.glob("*.answers.jsonl")
+    (kept,) = tmp_path.glob("result.json.unfinished.jsonl")
     assert kept.read_bytes().count(b"\n") == 2
     monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
     result, _, err = evaluate(*options)

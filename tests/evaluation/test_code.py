@@ -1,5 +1,6 @@
 """Programs of a model: what an answer's program is, and that running one harms nothing."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -38,9 +39,8 @@ def test_program_of_an_answer(answer, prompt, program):
     assert extract(answer, prompt) == program
 
 
-@pytest.mark.timeout(120)
 def test_extraction_takes_linear_time():
-    """Milliseconds, where time grows with the square of these sizes an hour: the guard need not be tight."""
+    """Milliseconds; were it the square of these sizes, hours, and the guard of all tests would end it."""
     for answer in ("```" * 2_000_000, "```\n" * 2_000_000, "```python\n" + " " * 5_000_000, "def f" * 2_000_000):
         extract(answer, PROMPT)
 
@@ -76,7 +76,7 @@ def run(sandbox, monkeypatch):
     processes = []
     popen = subprocess.Popen
     monkeypatch.setattr(code.subprocess, "Popen", lambda *a, **k: processes.append(popen(*a, **k)) or processes[-1])
-    yield run_tests
+    yield functools.partial(run_tests, seconds=600.0)
     sessions = {int(stat.rpartition(")")[2].split()[3]) for stat in _of_every_process("stat")}
     assert not sessions.intersection(process.pid for process in processes)
 
@@ -164,7 +164,7 @@ def test_processes_and_threads(run):
 
 
 def test_other_processes_are_out_of_reach(run):
-    victim = subprocess.Popen(["sleep", "60"])
+    victim = subprocess.Popen(["sleep", "3600"])
     try:
         assert run("import os\n" + refuses("os.kill(-1, 9)", "ProcessLookupError"), "") == "passed"
         assert run(f"import os\n{refuses(f'os.kill({victim.pid}, 9)', 'ProcessLookupError')}", "") == "passed"
@@ -181,7 +181,7 @@ def test_other_processes_are_out_of_reach(run):
 def test_no_network(run):
     met = []
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(60)
+        server.settimeout(600)
 
         def accept():
             met.append(server.accept()[0].recv(8))
@@ -189,12 +189,12 @@ def test_no_network(run):
         waiting = threading.Thread(target=accept)
         waiting.start()
         port = server.getsockname()[1]
-        connect = f"socket.create_connection(('127.0.0.1', {port}), 2).send(b'inside')"
+        connect = f"socket.create_connection(('127.0.0.1', {port}), 600).send(b'inside')"
         assert run("import socket\n" + refuses(connect, "OSError"), "") == "passed"
         assert run(f"import socket\n{connect}", "") == "failed"
         with socket.create_connection(("127.0.0.1", port)) as plain:  # the server does answer
             plain.send(b"outside")
-            waiting.join(60)
+            waiting.join()
     assert met == [b"outside"]
 
 
@@ -238,7 +238,7 @@ def test_without_namespaces_nothing_runs(sandbox):
     refusing = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
     statement = "from t2l_engine.evaluation.code import run_tests; run_tests('', '')"
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", refusing, "sh", sys.executable, "-c", statement]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = subprocess.run(command, capture_output=True, text=True)
     assert "RuntimeError: sandbox: programs are only run isolated, which failed: " in found.stderr
     assert found.returncode == 1
 

@@ -163,7 +163,7 @@ def test_bytes_of_a_pass(decoder, contexts, new):
         assert without == cost["weights"] - parts["embeddings"]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 8), st.data())
 def test_experts_that_are_hit(count, data):
     """Against all draws of experts, each equally likely."""

@@ -29,7 +29,7 @@ from t2l_engine import _native, ops
 # --- plan and deadline -----------------------------------------------------------------------------------------------
 
 
-def step(name="one", code="pass", limit=20.0, **fields):
+def step(name="one", code="pass", limit=3600.0, **fields):
     return Step(name, (sys.executable, "-c", code), limit, **fields)
 
 
@@ -84,16 +84,16 @@ def test_suite(tmp_path):
     leave = f"import json; open({str(scratch / 'fine.json')!r}, 'w').write({json.dumps(rows_of)!r}); print('fine')"
     child = f"import subprocess as s; open({str(scratch / 'pid')!r}, 'w').write(str(s.Popen(['sleep', '60']).pid))"
     once = f"import os; open({str(scratch / 'once')!r}, 'a').write('x'); os.kill(os.getpid(), 9)"
-    until = "import sys, time; sys.exit(not 0 < float(sys.argv[1]) - time.monotonic() <= 17.1)"
+    until = "import sys, time; sys.exit(not 0 < float(sys.argv[1]) - time.monotonic() <= 497.1)"
     one = suite.Suite(out, scratch, dry=True, commit="abc")
     planned = [
         step("fine", leave, part=scratch / "fine.json"),
         step("child", child),
-        Step("until", (sys.executable, "-c", until, "{until}"), 20.0),
+        Step("until", (sys.executable, "-c", until, "{until}"), 500.0),
         step("wrong", "import sys; print('this is why'); sys.exit(3)"),
         step("after wrong", needs=("wrong",)),
         step("nothing to do", "import sys; print('no peft'); sys.exit(77)", required=False),
-        step("slow", "import time; print('begun', flush=True); time.sleep(600)", limit=5.0, least=0.1, required=False),
+        step("slow", "import time; time.sleep(600)", limit=0.5, least=0.1, required=False),
         step("lost", f"{lost} sys.exit(0 if p.stat().st_size > 2 else 75)", least=1.0, part=scratch / "lost.json"),
         step("killed", once, least=1.0, required=False),
         Step("no program", (str(tmp_path / "absent"),), 5.0, least=1.0),
@@ -121,7 +121,7 @@ def test_suite(tmp_path):
     assert result["machine"] == {"gpu": "card"} and len(result["steps"]) == len(planned) and result["size"] == "dry"
     assert {"date", "commit", "dirty", "sources"} <= result.keys()
     log = (out / "log.txt").read_text()
-    assert "this is why" in log and "begun" in log
+    assert "this is why" in log
     assert (out / "gpu.md").read_text().startswith("# GPU suite") and (out / "steps.json").exists()
 
 
@@ -132,7 +132,9 @@ def test_what_a_step_has_found_is_saved_while_it_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "SAVED", 0.05)
     code = f"""
 import json, pathlib, sys, time
-pathlib.Path({str(scratch / "one.json")!r}).write_text(json.dumps({{"rows": [{{"case": "a"}}]}}))
+new = pathlib.Path({str(scratch / "one.new")!r})
+new.write_text(json.dumps({{"rows": [{{"case": "a"}}]}}))
+new.replace({str(scratch / "one.json")!r})
 while not [r for r in json.loads(pathlib.Path({str(out / "gpu.json")!r}).read_text())["rows"] if r["case"] == "a"]:
     time.sleep(0.05)
 """
@@ -164,15 +166,15 @@ def test_which_card_kernels_are_for(built, card, runs):
 
 def test_a_library_that_came_with_the_tree_is_used(monkeypatch, capsys, tmp_path):
     """Nothing is built then, whatever is missing here."""
-    if not ops.NATIVE or _native.about()["build"]["cuda"] == "none":
-        pytest.skip("this build has no CUDA kernels")
+    if not ops.NATIVE or not build.covers(_native.about()["build"]["cuda"], "9.0"):
+        pytest.skip("this build has no CUDA kernels for the card of this test")
     monkeypatch.setattr(build, "missing", lambda: pytest.fail("it builds"))
     monkeypatch.setattr(sys, "argv", ["build"])
     monkeypatch.setattr(build, "compute_capability", lambda: "9.0")
     assert build.unusable() is None and build.main() == 0
     assert "came with the tree and is used: nothing is built" in capsys.readouterr().out
     monkeypatch.setattr(build, "DIGEST", (sys.executable, "-c", "print('0123')"))
-    assert build.unusable().startswith("it is of other sources, ")
+    assert build.unusable() == "it is of other sources"
     monkeypatch.undo()
     monkeypatch.setattr(build, "compute_capability", lambda: "7.5")
     assert "not for this card (7.5)" in build.unusable()

@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 MARKER = "hostile_marker"
 MESSAGE_LIMIT = 2000
 #: Ends a case that would not end; no measure of how much a refusal costs.
-HANG_SECONDS = 120.0
+HANG_SECONDS = 540.0
 #: A refusal may take so many calls of functions a byte of the folder, and so many beside.
 WORK = 40, 1 << 20
 #: A refusal may take so many times the bytes of the folder, and so much for the interpreter and late imports.

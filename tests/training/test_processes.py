@@ -31,7 +31,7 @@ def launch(folder: Path, commands):
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--main_process_port", str(free_port()), Path(__file__).parent / "launched.py", folder]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, launcher)), capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(list(map(str, launcher)), capture_output=True, text=True, env=environment)
 
 
 def close(one: Path, two: Path):
