@@ -39,7 +39,7 @@ def load() -> bool:
     except Exception as error:
         raise ImportError(
             f"t2l_engine: {path} is present but does not load: {_reason(error)}\n"
-            "Install the wheel again (pip install --force-reinstall --no-deps FILE) or build anew (make setup in a clone), or "
+            "Install the wheel again (pip install --force-reinstall --no-deps FILE), build anew (make setup in a clone), or "
             f"set {DISABLE_VARIABLE}=1 to run the plain-torch reference.",
             name="t2l_engine._C",
             path=str(path),
