@@ -15,11 +15,17 @@ from collections import defaultdict
 from pathlib import Path
 
 #: What the linker calls a library: the library.
-LIBRARIES = {"c": "libc.so.6", "m": "libm.so.6", "ld": "ld-linux-x86-64.so.2"}
-#: Libraries of their own until glibc 2.34, all but empty ones since: needed at run time where the wheel is used.
-SEPARATE = ("libpthread.so.0", "libdl.so.2", "librt.so.1")
-LIBRARIES |= {name[3:].partition(".")[0]: name for name in SEPARATE}
-SYMBOL = re.compile(r" (FUNC|IFUNC|OBJECT|TLS|NOTYPE) +(?:GLOBAL|WEAK) +DEFAULT +\d+ (\w+)@@?GLIBC_([\d.]+)$", re.MULTILINE)
+LIBRARIES = {
+    "c": "libc.so.6",
+    "m": "libm.so.6",
+    "ld": "ld-linux-x86-64.so.2",
+    "pthread": "libpthread.so.0",
+    "dl": "libdl.so.2",
+    "rt": "librt.so.1",
+}
+#: All but empty since glibc 2.34; before, what is in libc now was in them.
+SEPARATE = ("pthread", "dl", "rt")
+SYMBOL = re.compile(r" (?:FUNC|IFUNC|OBJECT|TLS|NOTYPE) +(?:GLOBAL|WEAK) +DEFAULT +\d+ (\w+)@@?GLIBC_([\d.]+)$", re.M)
 
 
 def number(version: str) -> tuple[int, ...]:
@@ -30,7 +36,7 @@ def symbols(library: str, limit: str) -> dict[str, list[str]]:
     """Version -> names that have it as their newest one up to ``limit``."""
     table = subprocess.run(["readelf", "--dyn-syms", "--wide", library], capture_output=True, text=True, check=True).stdout
     newest: dict[str, str] = {}
-    for _, name, version in SYMBOL.findall(table):
+    for name, version in SYMBOL.findall(table):
         if number(version) <= number(limit) and number(version) > number(newest.get(name, "0")):
             newest[name] = version
     by_version = defaultdict(list)
@@ -61,7 +67,7 @@ def main(folder: Path, limit: str, compiler: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for short, name in LIBRARIES.items():
         by_version = symbols(library_file(compiler, name), limit)
-        if not by_version and name not in SEPARATE:
+        if not by_version and short not in SEPARATE:
             raise SystemExit(f"{name}: found no symbol up to GLIBC_{limit}")
         write(compiler, folder, short, name, by_version)
 

@@ -26,18 +26,18 @@ print(t2l.__file__, torch.__version__, _native.about()["build"]["cuda"])
 """
 
 
+def makes_environments(program: Path) -> bool:
+    return subprocess.run([program, "-c", "import venv"], capture_output=True).returncode == 0
+
+
 def pythons() -> dict[str, str]:
     """CPython 3.10 and later in PATH that can make environments, by version; the one that runs this is among them."""
     found = {VERSION: sys.executable}
     for minor in range(10, 20):
         for folder in os.get_exec_path():
-            path = Path(folder) / f"python3.{minor}"
-            if (
-                f"3.{minor}" not in found
-                and path.exists()
-                and subprocess.run([path, "-c", "import venv"], capture_output=True).returncode == 0
-            ):
-                found[f"3.{minor}"] = str(path)
+            version, path = f"3.{minor}", Path(folder) / f"python3.{minor}"
+            if version not in found and path.exists() and makes_environments(path):
+                found[version] = str(path)
     return found
 
 
@@ -73,11 +73,9 @@ def test_the_source_distribution_has_what_a_build_needs():
         pytest.skip("not a clone: which files belong to it is not known")
     command = ["git", "ls-files", "csrc", "cmake", "t2l_engine"]
     tracked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (
-        len(tracked.stdout.split()) > 100
-        and not set(tracked.stdout.split()) - held
-        and not [name for name in held if name.endswith(".so")]
-    )
+    assert len(tracked.stdout.split()) > 100
+    assert not set(tracked.stdout.split()) - held
+    assert not [name for name in held if name.endswith(".so")]
 
 
 @pytest.fixture(scope="module", params=cases(), ids=lambda case: f"{case[0]}-torch{case[2].strip('=.*')}")
