@@ -50,11 +50,11 @@ def run(context: Context) -> None:
 def idle(context: Context, meter: Meter) -> dict[str, Any]:
     """The card with nothing to do."""
     context.device.synchronize()
-    seconds, before = (IDLE_SECONDS if context.on_card else 0.01), meter.joules()
-    time.sleep(seconds)
-    state, spent = meter.state(), meter.joules() - before
-    watts = round(spent / seconds, 1)
-    return {"case": "idle", "unit": None, "count": 0, **state, "watts": watts, "joules": round(spent, 3), "seconds": seconds}
+    before, start = meter.joules(), time.perf_counter()
+    time.sleep(IDLE_SECONDS if context.on_card else 0.01)
+    spent, taken = meter.joules() - before, time.perf_counter() - start
+    known = {"watts": round(spent / taken, 1), "joules": round(spent, 3), "seconds": round(taken, 3)}
+    return {"case": "idle", "unit": None, "count": 0, **meter.state(), **known}
 
 
 def generating(context: Context, count: int) -> Work:
@@ -85,13 +85,13 @@ def measured(context: Context, meter: Meter, make: Callable[[], Work]) -> Iterat
     states, passes = [], 0
     device.synchronize()
     before, start = meter.joules(), time.perf_counter()
-    while (taken := time.perf_counter() - start) < seconds or not passes:
+    while time.perf_counter() - start < seconds or not passes:
         for _ in range(batch):
             replay()
         states.append(meter.state(*CLOCKS))  # while they run
         device.synchronize()
         passes += batch
-    spent = meter.joules() - before
+    spent, taken = meter.joules() - before, time.perf_counter() - start
     known = {key: [s[key] for s in states if s[key] is not None] for key in CLOCKS}
     made = passes * work.count
     yield (
