@@ -18,6 +18,7 @@ from t2l_engine import ops, reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.bench import WARM_CALLS, Call, Rotation
 from t2l_engine.testing.cases import BF16, LORA_CASES, LoraCase
+from t2l_engine.testing.oracle import in_float64
 
 SERVE = [c for c in LORA_CASES if c.name.startswith("serve_") and c.x_dtype == BF16]
 #: A prefill reuses its adapters: more operations than bytes, and a wider bar.
@@ -78,7 +79,7 @@ def own(arguments: Arguments) -> Arguments:
 
 def exact_add(arguments: Arguments) -> Tensor:
     """``y`` after the op, in float64."""
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wide = in_float64(arguments)
     reference.lora_add_(**wide)
     return wide["y"]
 
@@ -166,7 +167,7 @@ def delta_errors(case: LoraCase, seed: int = 1) -> dict[str, Error]:
     """The worst error of delta and gradients of every builder, relative to the largest entry."""
     arguments = natural(case.make(seed))
     grad = torch.randn(case.tokens, case.out_features, generator=torch.Generator().manual_seed(seed))
-    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wide = in_float64(arguments)
     oracle = step(_delta(reference), wide, grad.double())()
 
     def error(got: Tensor, right: Tensor) -> Error:

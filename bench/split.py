@@ -18,6 +18,7 @@ from t2l_engine import flops, ops, reference
 from t2l_engine.module_paths import LAYER
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES
+from t2l_engine.testing.oracle import in_float64
 
 COUNTS = (1, 8)
 Entries = Iterator[tuple[str, dict[str, Any]]]
@@ -239,7 +240,7 @@ class _Request:
         }
 
     def _error(self, got: Tensor, arguments: dict[str, Any]) -> Error:
-        wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+        wide = in_float64(arguments)
         wide["y"] = torch.zeros_like(wide["y"])
         reference.lora_add_(**wide)
         return Error(numerics.relative_frobenius(got, wide["y"]), numerics.lora_frobenius(got.dtype))

@@ -21,7 +21,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 #: Compute capability -> what to compile for: only the card that is here, since the build is part of the run.
 ARCHITECTURES = {"9.0": "90a-real", "8.0": "80-real"}
-EMULATOR_LIBRARY = ROOT / "build" / "emu" / "_emu.so"
 #: A process of its own: one that had loaded the library would not survive that the build writes a new one over it.
 EMULATOR = (sys.executable, "-c", "from t2l_engine.testing import backends; backends.build_emulator()")
 
@@ -64,9 +63,8 @@ def unusable() -> str | None:
         return "no t2l_engine/_C.so"
     said = subprocess.run(PROBE, cwd=ROOT, capture_output=True, text=True)
     if said.returncode:
-        return (said.stderr.strip().splitlines() or [f"a process that loads it ends with status {said.returncode}"])[-1][
-            :300
-        ]
+        lines = said.stderr.strip().splitlines() or [f"a process that loads it ends with status {said.returncode}"]
+        return lines[-1][:300]
     about = json.loads(said.stdout)
     if about is None:
         return "it is not loaded, as T2L_DISABLE_NATIVE asks"

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.baselines import gather_bmm, mm_loop
 from bench.gpu.timing import Call
 from t2l_engine import ops, reference
+from t2l_engine.testing.oracle import in_float64
 
 Arguments = dict[str, Any]  # of ops.lora_add_, by name
 Segments = tuple[tuple[int, int], ...]  # (tokens, adapter); -1: the base model
@@ -201,7 +202,7 @@ class Operands:
         """What becomes of the ``y`` of every linear, in float64; these operands stay as they are."""
         results = []
         for member in self.members:
-            wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in member.items()}
+            wide = in_float64(member)
             reference.lora_add_(**wide)
             results.append(wide["y"])
         return results

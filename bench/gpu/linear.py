@@ -20,6 +20,7 @@ from bench.harness import OURS, Error, admit
 from bench.rows import BASE
 from t2l_engine import reference
 from t2l_engine.testing import numerics
+from t2l_engine.testing.oracle import in_float64
 
 TINY = Layer("tiny linear", (Group.packed(64, q=64),))
 
@@ -85,7 +86,7 @@ def _errors(context: Context, case: Case, linear: nn.Linear, absent: dict[str, s
     """
     member = cases.operands(case, context.device.torch, seed=1).members[0]
     base = linear(member["x"]).double()
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in member.items()}
+    wide = in_float64(member)
     reference.lora_add_(**(wide | {"y": (exact := base.clone())}))
     calls, _ = ways(case, linear, member)
     bound, errors = numerics.lora_frobenius(case.dtype), {}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu.build import EMULATOR_LIBRARY, of_these_sources
+from bench.gpu.build import of_these_sources
 from bench.gpu.context import Context
 from t2l_engine import _native, ops, reference
 from t2l_engine.testing import backends, numerics, oracle
@@ -176,8 +176,9 @@ def beside_emulator(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
     file = context.part.path.with_name("emulator.pt")
     command = [sys.executable, "-m", MODULE, "--out", str(file)]
     command += ["--backend", "emu"] if context.on_card else ["--backend", "cpu", "--few"]
-    if context.on_card and EMULATOR_LIBRARY.exists() and of_these_sources(EMULATOR_LIBRARY):
-        command += ["--emulator", str(EMULATOR_LIBRARY)]
+    emulator = backends.emulator_library()
+    if context.on_card and emulator.exists() and of_these_sources(emulator):
+        command += ["--emulator", str(emulator)]
     environment = os.environ | ({_native.DISABLE_VARIABLE: "1"} if context.on_card else {})
     with subprocess.Popen(command, env=environment, cwd=backends.ROOT) as other:
         try:

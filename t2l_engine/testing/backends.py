@@ -44,7 +44,12 @@ def build_emulator(sanitize: str = "") -> Path:
         run = subprocess.run([cmake, *arguments], capture_output=True, text=True, env=os.environ | {"PATH": path})
         if run.returncode:
             raise RuntimeError(f"the emulator does not build:\n{(run.stdout + run.stderr)[-3000:]}")
-    return build / "_emu.so"
+    return emulator_library(sanitize)
+
+
+def emulator_library(sanitize: str = "") -> Path:
+    """Where :func:`build_emulator` leaves its library."""
+    return _emulator_folder(sanitize) / "_emu.so"
 
 
 def _emulator_folder(sanitize: str) -> Path:

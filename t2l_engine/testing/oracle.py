@@ -12,14 +12,14 @@ from t2l_engine.testing import numerics
 from t2l_engine.testing.cases import F64, HyperCase
 
 
-def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+def in_float64(arguments: dict[str, Any]) -> dict[str, Any]:
     """``arguments`` with their floating-point tensors in float64."""
     return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
 
 
 def lora(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     """(y, delta, allowed error of y), float64 ``[tokens, out]``, for arguments of ``ops.lora_add_``."""
-    given = wide(arguments)
+    given = in_float64(arguments)
     y0 = given.pop("y")
     delta = reference.lora_delta(**given)
     y = y0 + delta

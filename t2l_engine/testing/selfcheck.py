@@ -94,7 +94,7 @@ def _lora_delta(case: LoraCase) -> float:
 def _lora_delta_backward(case: LoraCase) -> float:
     arguments = case.make(seed=4)
     grad = arguments.pop("y")
-    exact = reference.lora_delta_backward(grad.double(), **oracle.wide(arguments))
+    exact = reference.lora_delta_backward(grad.double(), **oracle.in_float64(arguments))
     got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
     return _gradients(got, exact)
 

@@ -101,7 +101,7 @@ def test_lora_delta_backward(case):
     torch.manual_seed(7)
     grad = torch.randn(case.tokens, case.out_features + 2).to(case.x_dtype)[:, 1:-1]
     arguments.pop("y")
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wide = oracle.in_float64(arguments)
     got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
     exact = reference.lora_delta_backward(grad.double(), **wide)
     for name, value, expected in zip(("x", "lora_A", "lora_B"), got, exact, strict=True):

@@ -8,6 +8,7 @@ from native import SMALL, by_name
 
 from t2l_engine import ops, reference
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase
+from t2l_engine.testing.oracle import in_float64
 
 TINY = {
     "task_width": 4,
@@ -25,7 +26,7 @@ TINY_HYPERS = [HyperCase("L", **TINY), HyperCase("M", sides=2, affine=True, **TI
 
 
 def grad_inputs(arguments: dict, names: tuple[str, ...]) -> dict:
-    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wide = in_float64(arguments)
     return wide | {k: wide[k].detach().clone().requires_grad_() for k in names if wide[k] is not None}
 
 
