@@ -22,7 +22,7 @@ endef
 
 demo: setup
 	@echo "==> demo: sentences change what SmolLM2-135M does"
-	@$(BIN)/python -m t2l_engine.demo
+	@$(BIN)/python -m t2l_engine.cli.demo
 
 test: setup
 	@echo "==> tests: some four minutes on two cores"

@@ -14,9 +14,10 @@ import t2l_engine as t2l
 from bench import decode
 from bench.baselines import PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta, peft_linear, token_ids
 from bench.harness import OURS, Bar, Context, Error, Task, admit, floor, row, worst
-from t2l_engine import ops, reference
+from bench.timing import WARM_CALLS, Call, Rotation
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
-from t2l_engine.testing.bench import WARM_CALLS, Call, Rotation
 from t2l_engine.testing.cases import BF16, LORA_CASES, LoraCase
 from t2l_engine.testing.oracle import in_float64
 

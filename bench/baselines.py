@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2l_engine import reference
-from t2l_engine.hypernetwork import MLP, HyperNetwork
+from t2l_engine.hypernetwork.network import MLP, HyperNetwork
+from t2l_engine.ops import reference
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
 

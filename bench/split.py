@@ -14,8 +14,10 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench.baselines import mm_loop
 from bench.harness import OURS, Context, Error, admit, floor, row, worst
-from t2l_engine import flops, ops, reference
-from t2l_engine.module_paths import LAYER
+from t2l_engine import ops
+from t2l_engine.adapters.paths import LAYER
+from t2l_engine.ops import reference
+from t2l_engine.research import costs
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES
 from t2l_engine.testing.oracle import in_float64
@@ -63,7 +65,7 @@ def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> tuple[str, 
         p.nbytes for layer in ours.model.encoder.layer for p in layer.parameters()
     )  # of a table, few rows are read
     least = floor(
-        count * flops.encoder_flops(flops.Encoder.from_config(ours.model.config), tokens // count).total,
+        count * costs.encoder_flops(costs.Encoder.from_config(ours.model.config), tokens // count).total,
         num_bytes,
         context.ceilings.gemm_at(dtype, context.threads),
         context.ceilings.bandwidth_at(num_bytes, context.threads),
@@ -128,7 +130,7 @@ class _Request:
         return floor(operations, num_bytes, ceilings.gemm_at(self.dtype, threads), gbps)
 
     def _head_flops(self) -> int:
-        return flops.hypernet_flops(self.net.config, self.count)["heads"]
+        return costs.hypernet_flops(self.net.config, self.count)["heads"]
 
     def _head_bytes(self) -> int:
         return sum(p.nbytes for p in self.net.heads.parameters())
@@ -147,7 +149,7 @@ class _Request:
         bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
         errors = {OURS: latent, "reference": plain}
         errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}
-        operations = flops.hypernet_flops(self.net.config, self.count).total - self._head_flops()
+        operations = costs.hypernet_flops(self.net.config, self.count).total - self._head_flops()
         weights = sum(p.nbytes for p in self.net.parameters()) - self._head_bytes()
         return functions, errors, self._floor(operations, weights + latent.nbytes)
 
@@ -217,7 +219,7 @@ class _Request:
             functions[name] = functools.partial(_each, [build(arguments) for arguments in work])
         adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
-        return functions, errors, self._floor(flops.lora_flops(self.net.config, self.count).total, adapters + tokens)
+        return functions, errors, self._floor(costs.lora_flops(self.net.config, self.count).total, adapters + tokens)
 
     def _tokens(self, stack: t2l.AdapterStack) -> dict[tuple[str, int], dict[str, Any]]:
         """Arguments of ``lora_add_`` by module and layer, y of zeros."""

@@ -10,7 +10,8 @@ import torch
 
 from bench import apply
 from bench.harness import OURS, admit
-from t2l_engine import ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.cases import GROUP_CASES, LORA_CASES, LoraCase
 

@@ -13,7 +13,8 @@ import torch
 from bench import baselines
 from bench.generate import DTYPES, adapter_errors
 from bench.harness import OURS, admit
-from t2l_engine import ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.cases import HYPER_CASES
 from t2l_engine.testing.models import SHAPES, VARIANTS

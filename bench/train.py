@@ -16,7 +16,7 @@ from bench.harness import OURS, Bar, Context, Error, Task, admit, row, worst
 from bench.rows import BASE
 from bench.train_tables import HOOKS
 from bench.train_ways import ABSENT, BMM, RANK, SAMPLES, WAYS, Batch, Case, Frozen, Way, cases, leaves, load, loss_of
-from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
 

@@ -22,7 +22,7 @@ from bench.harness import OURS, Context
 from bench.rows import BASE
 from bench.source import ROOT
 from bench.train_tables import HOOKS
-from t2l_engine.integrations import base_model
+from t2l_engine.text import base_model
 
 HOOKS_PEFT, BMM = f"{HOOKS}, PEFT base", "plain bmm"
 #: Samples a task or a step, predicted positions a sample, rank of the adapters.
@@ -67,7 +67,7 @@ def load(context: Context, dtype: str) -> Frozen:
     """
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     if context.full:
-        model, tokenizer = base_model.load(base_model.PACKAGED, getattr(torch, dtype), ATTENTION[dtype])
+        model, tokenizer = base_model.load(base_model.LANGUAGE_MODEL, getattr(torch, dtype), ATTENTION[dtype])
         return Frozen("SmolLM2-135M", model.requires_grad_(False), torch.tensor(tokenizer(text)["input_ids"]))
     name, model = load_serving(context, getattr(torch, dtype))
     model.set_attn_implementation(ATTENTION[dtype])

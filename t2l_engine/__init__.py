@@ -1,15 +1,17 @@
 """t2l_engine: from a sentence to LoRA adapters for a frozen language model, and those adapters at work without PEFT."""
 
 from t2l_engine import ops
-from t2l_engine.adapters import AdapterError, AdapterStack
-from t2l_engine.batch import AdapterBatch
-from t2l_engine.checkpoint_folder import CheckpointError, bundled_checkpoints
-from t2l_engine.config import ConfigError, EncoderConfig, HyperNetworkConfig, OneHotConfig
-from t2l_engine.encoder import OneHotEncoder, TextEncoder
+from t2l_engine.adapters.stack import AdapterError, AdapterStack
 from t2l_engine.engine import TextToLoRA
-from t2l_engine.handle import LoRAHandle, attach
-from t2l_engine.hypernetwork import HyperNetwork
-from t2l_engine.layers import LoRALinear
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.folder import CheckpointError, bundled_checkpoints
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.lora.handle import LoRAHandle, attach
+from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.ops.segments import AdapterBatch
+from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
 
 __version__ = "0.1.0"
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from t2l_engine.adapters import AdapterStack
-from t2l_engine.checkpoint_folder import resolve_checkpoint
-from t2l_engine.config import EncoderConfig, OneHotConfig
-from t2l_engine.encoder import MINILM, OneHotEncoder, TextEncoder
-from t2l_engine.encoder_config import UndefinedEncoder
-from t2l_engine.hypernetwork import HyperNetwork
-from t2l_engine.prompts import CHAT, prompt_of
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
+from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
+from t2l_engine.text.prompts import CHAT, prompt_of
 
 
 def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
@@ -23,7 +23,7 @@ def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | O
 
     A string: that folder itself must say; None: nothing does.
     """
-    from t2l_engine.checkpoint import encoder_config
+    from t2l_engine.hypernetwork.checkpoint import encoder_config
 
     try:
         config = encoder_config(folder)
@@ -92,7 +92,7 @@ class TextToLoRA:
             OSError: the checkpoint's encoder is neither a local folder nor to be had from the hub; pass ``encoder``.
             ValueError: the checkpoint cannot be used, or the encoder does not fit it or needs ``trust_remote_code``.
         """
-        from t2l_engine.checkpoint import prompt_form
+        from t2l_engine.hypernetwork.checkpoint import prompt_form
 
         folder = resolve_checkpoint(checkpoint)
         hypernetwork = HyperNetwork.from_pretrained(

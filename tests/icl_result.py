@@ -6,7 +6,7 @@ import json
 
 from bench.icl import costs, paper, words
 from bench.icl.costs import MEAN, PAPER
-from t2l_engine import flops
+from t2l_engine.research import costs as flops
 
 MODELS, BENCHMARKS = ("mistral-7b", "gemma-2-2b", "smollm2-135m"), ("gsm8k", "humaneval")
 SHOTS = (0, 1, 3, 8)

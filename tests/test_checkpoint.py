@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file
 
 from t2l_engine import CheckpointError, ConfigError, EncoderConfig, HyperNetwork
-from t2l_engine.checkpoint import describe, encoder_config
-from t2l_engine.encoder_config import encoder_config_from_json
+from t2l_engine.hypernetwork.checkpoint import describe, encoder_config
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, u
+from t2l_engine.text.config import encoder_config_from_json
 
 CASES = (
     "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",

@@ -240,7 +240,7 @@ def test_native_config_is_strict(native):
         (blocks | {"hypernetwork": {k: v for k, v in network.items() if k != "rank"}}, "rank"),
         (blocks | {"hypernetwork": network | {"variant": "XL"}}, "variant"),
         (blocks | {"hypernetwork": network | {"task_encoder": "cubic"}}, "task_encoder"),
-        (blocks | {"format": "t2l_engine.hypernetwork.v0"}, "format"),
+        (blocks | {"format": "t2l_engine.hypernetwork.network.v0"}, "format"),
         (blocks | {"encoder": "minilm"}, "encoder: expected dict"),
         (blocks | {"base_model": 3}, "base_model: expected str"),
         (blocks | {"training": []}, "training: expected dict"),

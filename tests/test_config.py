@@ -5,7 +5,9 @@ import math
 import pytest
 
 from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
-from t2l_engine.config import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, from_json, read_json, resolve_scaling, shown, to_json
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, shown
+from t2l_engine.files.text import from_json, read_json, to_json
+from t2l_engine.hypernetwork.config import resolve_scaling
 
 NETWORK = {
     "variant": "M",

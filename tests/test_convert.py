@@ -11,9 +11,9 @@ from oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
-from t2l_engine.checkpoint import describe, form, read
-from t2l_engine.checkpoint_folder import resolve_checkpoint
-from t2l_engine.convert import convert
+from t2l_engine.hypernetwork.checkpoint import describe, form, read
+from t2l_engine.hypernetwork.convert import convert
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
 CASES = (
     "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",

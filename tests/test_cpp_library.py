@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from t2l_engine import AdapterBatch, HyperNetwork, ops
-from t2l_engine.checkpoint_folder import resolve_checkpoint
-from t2l_engine.convert import convert
+from t2l_engine.hypernetwork.convert import convert
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.testing.numerics import CPP_FROBENIUS, relative_frobenius, trunk_bound, u
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import t2l_engine
-from t2l_engine import convert, ops
+from t2l_engine import ops
+from t2l_engine.hypernetwork import convert
 
 OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
 OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]

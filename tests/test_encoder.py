@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
-from t2l_engine.config import OneHotConfig
-from t2l_engine.encoder import OneHotEncoder, normalise_description
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
+from t2l_engine.text.config import OneHotConfig
+from t2l_engine.text.encoder import OneHotEncoder, normalise_description
 
 WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country. name a capital of the country"]

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder
-from t2l_engine.config import OneHotConfig, from_json, to_json
-from t2l_engine.encoder_config import encoder_config_from_json, reference_encoder_config
+from t2l_engine.files.text import from_json, to_json
+from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius
+from t2l_engine.text.config import OneHotConfig, encoder_config_from_json
 
 
 @pytest.mark.parametrize(

@@ -11,23 +11,16 @@ import torch
 from typer.testing import CliRunner
 
 import t2l_engine
-from t2l_engine import (
-    AdapterStack,
-    ConfigError,
-    EncoderConfig,
-    HyperNetwork,
-    HyperNetworkConfig,
-    TextEncoder,
-    TextToLoRA,
-    checkpoint,
-)
-from t2l_engine.checkpoint import encoder_config
-from t2l_engine.checkpoint_folder import form
+from t2l_engine import AdapterStack, ConfigError, EncoderConfig, HyperNetwork, HyperNetworkConfig, TextEncoder, TextToLoRA
 from t2l_engine.cli import app
-from t2l_engine.config import OneHotConfig, to_json
-from t2l_engine.convert import convert
-from t2l_engine.encoder import OneHotEncoder
-from t2l_engine.encoder_config import SFR_TEMPLATE
+from t2l_engine.files.text import to_json
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.checkpoint import encoder_config
+from t2l_engine.hypernetwork.convert import convert
+from t2l_engine.hypernetwork.folder import form
+from t2l_engine.hypernetwork.sakana_encoder import SFR_TEMPLATE
+from t2l_engine.text.config import OneHotConfig
+from t2l_engine.text.encoder import OneHotEncoder
 
 WORDS = ("name", "the", "capital", ".")
 TASKS = [f"task{i}" for i in range(48)]

@@ -6,6 +6,7 @@ import types
 
 import pytest
 import torch
+from bench.timing import Timing
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import t2l_engine as t2l
@@ -13,8 +14,7 @@ from bench import icl
 from bench.harness import BenchError, Context
 from bench.icl import costs, lengths, paper, questions
 from bench.source import ROOT
-from t2l_engine import flops
-from t2l_engine.testing.bench import Timing
+from t2l_engine.research import costs as flops
 
 
 def test_a_task_folder_is_needed_at_full_size():

@@ -10,9 +10,9 @@ import pytest
 from bench import icl, report, rows
 from bench.icl import measured, summary, tables, words
 from bench.icl.words import Linear
-from t2l_engine import flops
 from t2l_engine.cli import cost_tables
-from t2l_engine.flops.known import PAPER
+from t2l_engine.research import costs
+from t2l_engine.research.costs.known import PAPER
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_amounts():
 
 def test_names_are_those_of_the_suite():
     assert (words.PAPER, words.MEAN) == ("paper", icl.costs.MEAN)
-    assert list(flops.LABELS) == list(flops.WAYS)
+    assert list(costs.LABELS) == list(costs.WAYS)
 
 
 # --- README ----------------------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_commands_of_the_readme_say_the_same(load):
     for options in map(shlex.split, commands):
         given = dict(zip(options[::2], map(int, options[1::2]), strict=True))
         questions, users, tasks = (given.get(f"--{name}", 1) for name in ("questions", "users", "tasks"))
-        said = cost_tables.document(flops.known_setup("mistral-7b"), PAPER, questions, users, tasks, None)
+        said = cost_tables.document(costs.known_setup("mistral-7b"), PAPER, questions, users, tasks, None)
         if users > 1:
             held = [words.amount(said["ways"][way]["memory_bytes"], "B") for way in ("icl-cold", "t2l-task")]
             assert f"hold {held[0]} beside the weights, with T2L {held[1]}." in text

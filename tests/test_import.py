@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import t2l_engine
-from t2l_engine import _native
+from t2l_engine.ops import native
 
 
 def modules(statement):
@@ -31,7 +31,7 @@ def test_import_costs_little_more_than_torch():
 def test_core_does_not_import_what_it_may_not():
     code = (
         "import sys, t2l_engine; heavy = ('transformers', 'peft', 'safetensors', 'yaml', 'typer', "
-        "'t2l_engine.training', 't2l_engine.evaluation', 't2l_engine.integrations', 't2l_engine.testing', "
+        "'t2l_engine.research.training', 't2l_engine.research.evaluation', 't2l_engine.text', 't2l_engine.testing', "
         "'t2l_engine._core'); print([m for m in heavy if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -65,14 +65,14 @@ def test_a_broken_native_library_raises(tmp_path):
 def test_an_older_torch_is_the_reason(monkeypatch, tmp_path):
     """Not the symbol that it happens to lack first."""
     (tmp_path / "_C.so").write_bytes(b"not a library")
-    monkeypatch.delenv(_native.DISABLE_VARIABLE, raising=False)
-    monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "_C.so")
+    monkeypatch.delenv(native.DISABLE_VARIABLE, raising=False)
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
     monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
     with pytest.raises(ImportError, match=r"does not load: expected torch 2\.11 or later, got 2\.10\.1\+cu128\n") as caught:
-        _native.load()
+        native.load()
     assert (caught.value.name, caught.value.path) == ("t2l_engine._C", str(tmp_path / "_C.so"))
 
 
 def test_nothing_is_said_of_a_library_that_is_not_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(_native, "library_path", lambda: tmp_path / "_C.so")
-    assert _native.about() is None
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
+    assert native.about() is None

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2l_engine import AdapterStack, LoRALinear, attach
-from t2l_engine.locate import PACKED
+from t2l_engine.lora.locate import PACKED
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOGITS_ATOL, ROW_ATOL, logits_bound
 
 peft = pytest.importorskip("peft")

@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from t2l_engine import AdapterStack, ConfigError, EncoderConfig, HyperNetwork, HyperNetworkConfig
-from t2l_engine.config import TASK_ENCODERS, VARIANTS, from_json, to_json
+from t2l_engine.files.text import from_json, to_json
+from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, u
 
 EXAMPLES = settings(max_examples=25, deadline=None, derandomize=True, database=None)

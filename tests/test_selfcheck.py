@@ -91,7 +91,7 @@ def test_processes_run_this_package_from_any_folder(monkeypatch, tmp_path):
     (tmp_path / "t2l_engine").mkdir()
     (tmp_path / "t2l_engine" / "__init__.py").write_text("raise SystemExit(5)")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(selfcheck, "MODULE", "t2l_engine.config")  # which does nothing
+    monkeypatch.setattr(selfcheck, "MODULE", "t2l_engine.hypernetwork.config")  # which does nothing
     assert list(selfcheck._child("cpu", "")) == []
 
 

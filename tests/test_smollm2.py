@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from t2l_engine import demo
-from t2l_engine.integrations import smollm2
+from t2l_engine.cli import demo
 from t2l_engine.testing import numerics
+from t2l_engine.text import packaged
 
 # The package is only a carrier of the weights: importing it would need the inference server it is a plugin of.
-pytestmark = pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
+pytestmark = pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 README = Path(__file__).parents[1] / "README.md"
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
 INPUTS = [
@@ -31,7 +31,7 @@ INPUTS = [
 
 @pytest.fixture(scope="module")
 def smollm():
-    return smollm2.load()
+    return packaged.load()
 
 
 @pytest.fixture(scope="module")

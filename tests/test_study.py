@@ -6,11 +6,11 @@ import json
 import pytest
 
 from bench.study import judge, plan, runs, tables
-from t2l_engine.config import ConfigError
-from t2l_engine.data import manifest as manifests
-from t2l_engine.evaluation.bootstrap import Interval
-from t2l_engine.tasks import Example, Task, write_tasks
-from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation.bootstrap import Interval
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
 
 MANIFEST = manifests.read(plan.MANIFEST)
 TRAINED = manifests.select(MANIFEST.tasks, MANIFEST, "train", permissive=True)

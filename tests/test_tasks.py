@@ -3,8 +3,9 @@ import json
 import pytest
 
 from t2l_engine import ConfigError
-from t2l_engine import tasks as tasks_module
-from t2l_engine.tasks import MAX_LINE_BYTES, METRICS, Example, Task, load_tasks, parse_number, read_rows, write_tasks
+from t2l_engine.files.text import MAX_LINE_BYTES, read_rows
+from t2l_engine.research.tasks import folder as tasks_module
+from t2l_engine.research.tasks.folder import METRICS, Example, Task, load_tasks, parse_number, write_tasks
 
 ROWS = (
     {"input": "France", "output": ["Paris", "paris"], "split": "train"},

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bench.baselines import gather_bmm, mm_loop
 from bench.gpu.timing import Call
-from t2l_engine import ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing.oracle import in_float64
 
 Arguments = dict[str, Any]  # of ops.lora_add_, by name

@@ -21,8 +21,9 @@ from bench.gpu.lora import need_kernels
 from bench.gpu.tables import AS_IT_COMES, EAGER, HEADS, OPS, REFERENCE
 from bench.gpu.timing import Call, Candidate, measure, num_sets, tolerant
 from bench.harness import OURS, Bar, Error, admit, worst
-from t2l_engine import AdapterStack, HyperNetwork, ops, reference
-from t2l_engine.flops import hypernet_flops
+from t2l_engine import AdapterStack, HyperNetwork, ops
+from t2l_engine.ops import reference
+from t2l_engine.research.costs import hypernet_flops
 from t2l_engine.testing import models, numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
 

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.gpu import llama
-from t2l_engine import flops
+from t2l_engine.research import costs
 
 
 class _Layer(nn.Module):
     """Norms come after what they follow; the MLP is gated."""
 
-    def __init__(self, shape: flops.Encoder, **like):
+    def __init__(self, shape: costs.Encoder, **like):
         super().__init__()
         hidden, wide = shape.hidden, shape.intermediate
         self.heads = shape.heads
@@ -32,7 +32,7 @@ class _Layer(nn.Module):
 class Encoder(nn.Module):
     """``forward(tokens [N, n])``: the task embeddings ``[N, hidden]`` of the first tokens, of norm sqrt(hidden)."""
 
-    def __init__(self, shape: flops.Encoder, tokens: int, **like):
+    def __init__(self, shape: costs.Encoder, tokens: int, **like):
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.embeddings, shape.hidden, **like)
         self.norm = nn.LayerNorm(shape.hidden, **like)
@@ -48,7 +48,7 @@ class Encoder(nn.Module):
         return F.normalize(x[:, 0].float(), dim=-1) * x.shape[-1] ** 0.5
 
 
-def make(shape: flops.Encoder, tokens: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Encoder:
+def make(shape: costs.Encoder, tokens: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Encoder:
     """Random weights, for descriptions of ``tokens`` tokens."""
     encoder = Encoder(shape, tokens, device=device, dtype=dtype).requires_grad_(False).eval()
     llama.draw(encoder, torch.Generator(device).manual_seed(seed))

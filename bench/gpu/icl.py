@@ -27,8 +27,8 @@ from bench.gpu.timing import Candidate, measure
 from bench.harness import OURS, Error, admit, logits_error, worst
 from bench.icl.words import KEPT, MERGED, WARM
 from bench.rows import BASE
-from t2l_engine import flops
-from t2l_engine.flops.known import PAPER
+from t2l_engine.research import costs
+from t2l_engine.research.costs.known import PAPER
 
 #: A call of ours -> its name, and what it is among flops.WAYS: the first question of a task or a later one.
 FORMS = {
@@ -44,8 +44,8 @@ MODULES, DTYPE = "q,v", torch.bfloat16
 class Sizes:
     """``rows``: of the decode step, each with ``answered`` tokens of its answer."""
 
-    setup: flops.Setup
-    load: flops.Workload
+    setup: costs.Setup
+    load: costs.Workload
     rows: int
     answered: int
 
@@ -59,9 +59,9 @@ class Sizes:
         return self.load.prefix + self.load.question
 
 
-FULL = Sizes(flops.known_setup("mistral-7b"), PAPER, rows=64, answered=16)
-_TINY = flops.Setup(model.TINY, flops.Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61), generation.TINY.config())
-TINY = Sizes(_TINY, flops.Workload(question=5, answer=1, shots=3, shot=2, description=4), rows=3, answered=2)
+FULL = Sizes(costs.known_setup("mistral-7b"), PAPER, rows=64, answered=16)
+_TINY = costs.Setup(model.TINY, costs.Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61), generation.TINY.config())
+TINY = Sizes(_TINY, costs.Workload(question=5, answer=1, shots=3, shot=2, description=4), rows=3, answered=2)
 
 
 def run(context: Context) -> None:
@@ -143,13 +143,13 @@ def questions(context: Context, ceilings: Ceilings, first: First) -> Iterator[tu
     device, s, absent = context.device, first.sizes, dict(first.absent)
     candidates = {name: Candidate([call]) for name, call in first.calls().items() if name not in absent}
     seconds = max(2.0, min(10.0, context.left / 4)) if context.on_card else 0.1
-    timings, ways = measure(device, candidates, seconds, absent), flops.ways(s.setup, s.load)
+    timings, ways = measure(device, candidates, seconds, absent), costs.ways(s.setup, s.load)
     for form, (name, way, which) in FORMS.items():
         case, beside = first_question(name), (BASE, *RIVALS, *((ENCODER,) if form == OURS else ()))
         if form not in timings:
             yield "failed", {"case": case, "error": absent[form]}
             continue
-        request: flops.Request = getattr(ways[way], which)
+        request: costs.Request = getattr(ways[way], which)
         count, num_bytes = request.flops(first_token=True), sum(phase.bytes.total for phase in request.to_first_token)
         tokens = {"question": s.load.question, "in_context": s.in_context, "description": s.load.description}
         fields = tokens | _beside_icl(ways, way, ways["icl"].first.flops(first_token=True))
@@ -159,7 +159,7 @@ def questions(context: Context, ceilings: Ceilings, first: First) -> Iterator[tu
         yield results.row(context, case, "icl", fields, mine, first.errors[form], **given)
 
 
-def _beside_icl(ways: dict[str, flops.Way], way: str, count: int) -> dict[str, Any]:
+def _beside_icl(ways: dict[str, costs.Way], way: str, count: int) -> dict[str, Any]:
     """Fields of a row's shape; the bytes are what a user holds in all.  ``count``: operations of ICL."""
     model_fields = {"model": "7B-shaped, random", "modules": MODULES, "rank": model.RANK}
     ours, theirs = (ways[name].per_user + ways[name].per_task for name in (way, "icl"))
@@ -228,9 +228,9 @@ def decoding(context: Context, ceilings: Ceilings) -> Iterator[tuple[str, dict[s
     models = {OURS: adapted, BASE: base, THREE_SHOT: longer}
     candidates = {name: Candidate([functools.partial(one, token)]) for name, one in models.items()}
     timings = measure(device, candidates, min(6.0, context.left / 3) if context.on_card else 0.05, absent)
-    ours, theirs = (flops.decoder_flops(decoder, 1, cached=n - 1).total for n in (tokens, in_context))
-    ours += flops.lora_flops(s.setup.hypernet, 1).total
-    ways = flops.ways(s.setup, dataclasses.replace(s.load, answer=s.answered))
+    ours, theirs = (costs.decoder_flops(decoder, 1, cached=n - 1).total for n in (tokens, in_context))
+    ours += costs.lora_flops(s.setup.hypernet, 1).total
+    ways = costs.ways(s.setup, dataclasses.replace(s.load, answer=s.answered))
     least = results.floor(ceilings, rows * ours, ways["t2l-task"].step_bytes(s.setup, rows, rows), DTYPE)
     fields = {"rows": rows, "tokens": tokens, "in_context": in_context} | _beside_icl(ways, "t2l-task", rows * theirs)
     given = {"cache": AS_IT_COMES, "absent": absent, "least": least}

@@ -18,7 +18,7 @@ from bench.gpu.tables import AS_IT_COMES, EAGER
 from bench.gpu.timing import Call, Candidate, first_line, measure, tolerant
 from bench.harness import OURS, Error, admit
 from bench.rows import BASE
-from t2l_engine import reference
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.oracle import in_float64
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from t2l_engine.flops import Decoder, known_setup
+from t2l_engine.research.costs import Decoder, known_setup
 
 #: Llama-8B's, too, but for the vocabulary.
 MISTRAL = known_setup("mistral-7b").decoder

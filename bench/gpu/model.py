@@ -20,9 +20,9 @@ from bench.gpu.tables import AS_IT_COMES
 from bench.gpu.timing import Candidate, measure
 from bench.harness import OURS, Bar, Error, VerificationError, worst
 from bench.rows import BASE
-from t2l_engine import reference
-from t2l_engine.flops import Decoder
-from t2l_engine.layers import LoRALinear
+from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.ops import reference
+from t2l_engine.research.costs import Decoder
 from t2l_engine.testing import numerics
 
 #: Tokens that a row has when the step ends: few, so that the base step is short and the adapters' share large.

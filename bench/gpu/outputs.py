@@ -19,7 +19,8 @@ from torch import Tensor
 
 from bench.gpu.build import of_these_sources
 from bench.gpu.context import Context
-from t2l_engine import _native, ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import native, reference
 from t2l_engine.testing import backends, numerics, oracle
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LORA_CASES, GroupCase, HyperCase, LoraCase
 
@@ -179,7 +180,7 @@ def beside_emulator(context: Context) -> Iterator[tuple[str, dict[str, Any]]]:
     emulator = backends.emulator_library()
     if context.on_card and emulator.exists() and of_these_sources(emulator):
         command += ["--emulator", str(emulator)]
-    environment = os.environ | ({_native.DISABLE_VARIABLE: "1"} if context.on_card else {})
+    environment = os.environ | ({native.DISABLE_VARIABLE: "1"} if context.on_card else {})
     with subprocess.Popen(command, env=environment, cwd=backends.ROOT) as other:
         try:
             mine = compute(backends.select("cuda" if context.on_card else "cpu"), few=not context.on_card)

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from bench.source import ROOT
-from t2l_engine import flops
-from t2l_engine.flops import Setup, Way, Workload
-from t2l_engine.flops.known import PAPER
+from t2l_engine.research import costs
+from t2l_engine.research.costs import Setup, Way, Workload
+from t2l_engine.research.costs.known import PAPER
 
 LENGTHS = ROOT / "bench" / "results" / "lengths.json"
 MEAN = "mean of ten benchmarks"
@@ -47,8 +47,8 @@ def workloads(model: str) -> dict[str, tuple[Workload, int]]:
 
 def entries() -> Entries:
     yield from terms()
-    for model in flops.known_setups():
-        setup = flops.known_setup(model)
+    for model in costs.known_setups():
+        setup = costs.known_setup(model)
         loads = {"paper": (PAPER, PAPER.description), **workloads(model)}
         for name, (load, instruction) in loads.items():
             yield "costs", cost(model, name, setup, load)
@@ -59,7 +59,7 @@ def entries() -> Entries:
 
 def terms() -> Entries:
     """Every named term of a cost with its unit and source, and its value for Mistral-7B at the paper's lengths."""
-    both = flops.ways(flops.known_setup("mistral-7b"), PAPER)
+    both = costs.ways(costs.known_setup("mistral-7b"), PAPER)
     seen = {}
     for way in ("icl", "t2l-task", "t2l-merged"):
         for phase in both[way].first.phases:
@@ -70,8 +70,8 @@ def terms() -> Entries:
 
 
 def cost(model: str, name: str, setup: Setup, load: Workload) -> dict[str, Any]:
-    made = flops.ways(setup, load)
-    fewest = {way: {rival: flops.shots_to_win(setup, load, way, rival) for rival in RIVALS} for way in OURS}
+    made = costs.ways(setup, load)
+    fewest = {way: {rival: costs.shots_to_win(setup, load, way, rival) for rival in RIVALS} for way in OURS}
     return {
         "model": model,
         "workload": name,
@@ -79,11 +79,11 @@ def cost(model: str, name: str, setup: Setup, load: Workload) -> dict[str, Any]:
         "parameters": setup.decoder.num_parameters,
         "adapter_bytes": setup.adapter_bytes,
         "generator_bytes": setup.generator_bytes,
-        "adapter_tokens": flops.tokens_of_adapter(setup),
-        "ways": {way: _way(setup, made[way]) for way in flops.WAYS},
-        "questions_won": {way: {rival: flops.questions_won(made[way], made[rival]) for rival in RIVALS} for way in OURS},
+        "adapter_tokens": costs.tokens_of_adapter(setup),
+        "ways": {way: _way(setup, made[way]) for way in costs.WAYS},
+        "questions_won": {way: {rival: costs.questions_won(made[way], made[rival]) for rival in RIVALS} for way in OURS},
         "shots_to_win": fewest,
-        "tasks_to_win": {way: {rival: flops.tasks_to_win(made[way], made[rival]) for rival in RIVALS} for way in OURS},
+        "tasks_to_win": {way: {rival: costs.tasks_to_win(made[way], made[rival]) for rival in RIVALS} for way in OURS},
     }
 
 
@@ -107,7 +107,7 @@ def by_shots(model: str, name: str, setup: Setup, load: Workload, instruction: i
     Without shots the description, of ``instruction`` tokens, is in the prompt: the cheapest rival that knows the task.
     """
     none = {"shots": 0, "instruction": instruction}
-    at = [flops.ways(setup, dataclasses.replace(load, **({"shots": n} if n else none))) for n in SHOTS]
+    at = [costs.ways(setup, dataclasses.replace(load, **({"shots": n} if n else none))) for n in SHOTS]
     ratios = {
         str(questions): {
             rival: [round(w[rival].total(questions) / w["t2l-task"].total(questions), 4) for w in at] for rival in RIVALS
@@ -119,11 +119,11 @@ def by_shots(model: str, name: str, setup: Setup, load: Workload, instruction: i
 
 def by_questions(model: str, name: str, setup: Setup, load: Workload) -> dict[str, Any]:
     """Cost of every way over that of an adapter kept per task, over the number of questions; three shots."""
-    made = flops.ways(setup, load)
+    made = costs.ways(setup, load)
     kept = [made["t2l-task"].total(n) for n in QUESTIONS]
     ratios = {
         way: [round(made[way].total(n) / k, 4) for n, k in zip(QUESTIONS, kept, strict=True)]
-        for way in flops.WAYS
+        for way in costs.WAYS
         if way != "t2l-task"
     }
     return {"model": model, "workload": name, "questions": list(QUESTIONS), "ratios": ratios}

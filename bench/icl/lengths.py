@@ -21,10 +21,10 @@ from bench.decode import exact_logits, load, merged, shared
 from bench.harness import Bar, Context, Error, admit, floor, logits_error, row
 from bench.icl.costs import Entries
 from bench.icl.words import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, OURS, PUT, WARM
-from t2l_engine import flops
-from t2l_engine.flops import Setup, Workload
-from t2l_engine.flops.known import PAPER, hypernetwork_for
-from t2l_engine.testing.bench import Timing
+from bench.timing import Timing
+from t2l_engine.research import costs
+from t2l_engine.research.costs import Setup, Workload
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for
 from t2l_engine.testing.models import cache_argument
 
 TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
@@ -55,7 +55,7 @@ class Served:
         self.tokens = torch.randint(self.model.config.vocab_size, (1, size + 1), generator=drawn)
         item = dtype.itemsize
         self.setup = Setup(
-            flops.Decoder.from_config(self.model.config), flops.Encoder.from_config(self.encoder.model.config),
+            costs.Decoder.from_config(self.model.config), costs.Encoder.from_config(self.encoder.model.config),
             self.net.config, item, item, self.net.dtype.itemsize, self.encoder.model.dtype.itemsize,
         )  # fmt: skip
 
@@ -65,7 +65,7 @@ class Served:
             return engine.encoder, engine.hypernetwork.requires_grad_(False)
         torch.manual_seed(4)
         encoder = t2l.TextEncoder.from_pretrained("minilm")
-        sizes = flops.Decoder.from_config(self.model.config), flops.Encoder.from_config(encoder.model.config)
+        sizes = costs.Decoder.from_config(self.model.config), costs.Encoder.from_config(encoder.model.config)
         return encoder, t2l.HyperNetwork(hypernetwork_for(*sizes, latent_size=32, head_in_size=40)).requires_grad_(False)
 
     # --- the steps of a request ---------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def errors(served: Served, calls: Mapping, question: Tensor, examples: Tensor) -
 def _row(
     context: Context, served: Served, case: str, dtype: str, timings: dict[str, Timing], found, absent
 ) -> dict[str, Any]:
-    made = flops.ways(served.setup, served.load)
+    made = costs.ways(served.setup, served.load)
     ours = made["t2l-task"].first
     least = floor(ours.flops(first_token=True), sum(p.bytes.total for p in ours.to_first_token), *_rates(context, dtype))
     shape = {"model": served.name, "dtype": dtype, **_sizes(served.load)}
@@ -230,11 +230,11 @@ def spread(of: Timing, over: Timing) -> dict[str, float]:
     return {"median": round(statistics.median(ratios), 4), "low": round(cut[0], 4), "high": round(cut[-1], 4)}
 
 
-def _request(served: Served, name: str) -> flops.Request:
+def _request(served: Served, name: str) -> costs.Request:
     """What ``name`` does."""
     if name == ALONE:
-        return flops.ways(served.setup, dataclasses.replace(served.load, shots=0))["icl"].first
-    way = flops.ways(served.setup, served.load)[WAYS[name]]
+        return costs.ways(served.setup, dataclasses.replace(served.load, shots=0))["icl"].first
+    way = costs.ways(served.setup, served.load)[WAYS[name]]
     return way.later if name in (KEPT, MERGED) else way.first
 
 
@@ -277,7 +277,7 @@ def _sweep(context: Context, served: Served, dtype: str) -> Iterator[tuple[str, 
     ours, kept = timings[OURS, 0], timings[KEPT, 0]
     for shots in counts:
         load = dataclasses.replace(served.load, shots=shots)
-        made = flops.ways(served.setup, load)
+        made = costs.ways(served.setup, load)
         warm = timings.get((WARM, shots), timings[ICL, shots])  # without examples there is nothing to cache
         predicted = {
             rival: made[rival].first.flops(first_token=True) / made["t2l-task"].first.flops(first_token=True)

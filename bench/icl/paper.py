@@ -1,7 +1,7 @@
 """The paper's table of operations (arXiv 2506.06105, appendix I) beside the closed forms: what cells imply, and if they fit.
 
 The paper gives no token counts.  Each cell is a number printed with so many digits, so it stands for an interval.  Of the
-counts of :data:`t2l_engine.flops.known.PAPER`, 59 and 299 fit best where a token costs two operations a weight and no more;
+counts of ``t2l_engine.research.costs.known.PAPER``, 59 and 299 fit best where a token costs two operations a weight only;
 with attention and logits, which are counted here, the cells imply fractions of tokens beside them.
 """
 
@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from bench.icl.costs import Entries
-from t2l_engine import flops
-from t2l_engine.flops import Setup
-from t2l_engine.flops.known import PAPER, hypernetwork_for
+from t2l_engine.research import costs
+from t2l_engine.research.costs import Setup
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for
 
 TERA = 1e12
 
@@ -45,19 +45,19 @@ def implied(cell: Cell, cost: Callable[[int], int]) -> float:
 
 def entries() -> Entries:
     """``paper``: a cell beside the closed form at the stated counts; ``implied``: tokens that meet it exactly."""
-    setup = flops.known_setup("mistral-7b")
+    setup = costs.known_setup("mistral-7b")
     shared_heads = dataclasses.replace(setup, hypernet=hypernetwork_for(setup.decoder, setup.encoder, variant="M"))
     prompt = PAPER.question + PAPER.prefix
 
     def decoder(tokens: int) -> int:
-        return flops.decoder_flops(setup.decoder, tokens).total
+        return costs.decoder_flops(setup.decoder, tokens).total
 
     def encoder(tokens: int) -> int:
-        return flops.encoder_flops(setup.encoder, tokens).total
+        return costs.encoder_flops(setup.encoder, tokens).total
 
-    generate = flops.hypernet_flops(shared_heads.hypernet).total
+    generate = costs.hypernet_flops(shared_heads.hypernet).total
     whole = decoder(PAPER.question) + encoder(PAPER.description)
-    adapted = flops.lora_flops(setup.hypernet, PAPER.question).total
+    adapted = costs.lora_flops(setup.hypernet, PAPER.question).total
     ours = [
         (BASE, decoder(PAPER.question), implied(BASE, decoder), PAPER.question),
         (ENCODER, encoder(PAPER.description), implied(ENCODER, encoder), PAPER.description),
@@ -91,7 +91,7 @@ def entries() -> Entries:
 
 def _hypernetwork(setup: Setup) -> Iterator[tuple[str, float]]:
     """What the hypernetwork's cell may have left out."""
-    cost, config = flops.hypernet_flops(setup.hypernet), setup.hypernet
+    cost, config = costs.hypernet_flops(setup.hypernet), setup.hypernet
     trunk = cost.total - cost["heads"]
     padded = sum(max(sizes) for sizes in zip(config.in_features, config.out_features, strict=True)) * len(config.modules)
     executed = cost["heads"] * padded // sum(config.in_features + config.out_features)
@@ -100,5 +100,5 @@ def _hypernetwork(setup: Setup) -> Iterator[tuple[str, float]]:
     yield "heads_percent", round(100 * cost["heads"] / cost.total, 2)
     yield "times_printed", round(cost.total / TERA / HYPERNET.printed, 1)
     one_layer = dataclasses.replace(config, num_layers=1)
-    of_one = flops.hypernet_flops(one_layer)
+    of_one = costs.hypernet_flops(one_layer)
     yield "trunk_of_one_layer_tflop", (of_one.total - of_one["heads"]) / TERA

@@ -26,12 +26,12 @@ from bench.decode import shared
 from bench.harness import Context
 from bench.icl.costs import Entries
 from bench.icl.lengths import embed_anew, tokens_of
-from t2l_engine import demo
-from t2l_engine.evaluation.metrics import exact_match
-from t2l_engine.integrations import smollm2
-from t2l_engine.prompts import raw_prompt
-from t2l_engine.tasks import Example, Task, load_tasks
+from t2l_engine.cli import demo
+from t2l_engine.research.evaluation.metrics import exact_match
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks
 from t2l_engine.testing.models import cache_argument
+from t2l_engine.text import packaged
+from t2l_engine.text.prompts import raw_prompt
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
 #: As the quality of the bundled checkpoint was measured.
@@ -133,7 +133,7 @@ class Serving:
 
     def __init__(self):
         self.engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
-        model, self.tokenizer = smollm2.load(DTYPE)
+        model, self.tokenizer = packaged.load(DTYPE)
         adapted, merged = shared(model), copy.deepcopy(model)
         rank = self.engine.hypernetwork.config.rank
         self.slot, self.weights = (t2l.attach(m, slots=1, max_rank=rank) for m in (adapted, merged))

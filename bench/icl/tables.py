@@ -12,7 +12,7 @@ from bench.icl import words
 from bench.icl.words import LABELS, MEAN, PAPER, Entry, amount, entries, entry, ratio, tflop, when
 from bench.markdown import GAP, grid, number
 from bench.rows import Result
-from t2l_engine import flops
+from t2l_engine.research import costs as flops
 
 # --- costs -----------------------------------------------------------------------------------------------------------
 

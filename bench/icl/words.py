@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from bench.markdown import number
 from bench.rows import Result, ResultError
-from t2l_engine import flops
-from t2l_engine.flops import LABELS
+from t2l_engine.research import costs
+from t2l_engine.research.costs import LABELS
 
 #: Workloads of the list ``costs`` that are no benchmark.
 PAPER, MEAN = "paper", "mean of ten benchmarks"
@@ -117,7 +117,7 @@ Won = Sequence[int | None] | None
 
 def won(ours: Linear, rival: Linear) -> Won:
     """For which numbers of questions ``ours`` costs less in all: (first, last), last None: without end; None: for none."""
-    return flops.questions_won(ours, rival, float)
+    return costs.questions_won(ours, rival, float)
 
 
 def when(questions: Won) -> str:

@@ -20,16 +20,16 @@ from bench.learn import distance
 from bench.study import plan
 from bench.study.runs import finished, folder_of
 from t2l_engine import ops
-from t2l_engine.data import manifest as manifests
-from t2l_engine.encoder import MINILM, TextEncoder
-from t2l_engine.evaluation.answers import Answerer, Query, Store
-from t2l_engine.evaluation.arms import Generated, shots_of
-from t2l_engine.integrations import base_model
-from t2l_engine.prompts import raw_prompt
-from t2l_engine.task_encoder import TaskEncoder
-from t2l_engine.tasks import load_tasks
-from t2l_engine.training import lora
-from t2l_engine.training.descriptions import TaskEmbeddings
+from t2l_engine.hypernetwork.task_encoders import TaskEncoder
+from t2l_engine.research.evaluation.answers import Answerer, Query, Store
+from t2l_engine.research.evaluation.arms import Generated, shots_of
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.training import lora
+from t2l_engine.research.training.descriptions import TaskEmbeddings
+from t2l_engine.text import base_model
+from t2l_engine.text.encoder import MINILM, TextEncoder
+from t2l_engine.text.prompts import raw_prompt
 
 #: One input, and descriptions by which it has different answers; all are written here, none was trained on.
 STEERED = {

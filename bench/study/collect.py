@@ -13,9 +13,9 @@ from bench import harness
 from bench.source import source
 from bench.study import analysis, judge, plan
 from bench.study.runs import finished
-from t2l_engine.data import manifest as manifests
-from t2l_engine.training import log, lora
-from t2l_engine.training.settings import LoRASettings
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.training import log, lora
+from t2l_engine.research.training.settings import LoRASettings
 
 #: Of an arm's details, what is kept for every group of tasks.
 _MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bench.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW
 from bench.study.plan import LEARNABLE
 from bench.study.tables import ARMS, column, share
-from t2l_engine.evaluation.bootstrap import interval
+from t2l_engine.research.evaluation.bootstrap import interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -15,10 +15,10 @@ import torch
 
 from bench.study import plan
 from bench.study.runs import finished, folder_of
-from t2l_engine.data import manifest as manifests
-from t2l_engine.integrations import base_model
-from t2l_engine.tasks import Task, load_tasks
-from t2l_engine.training import lora
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import Task, load_tasks
+from t2l_engine.research.training import lora
+from t2l_engine.text import base_model
 
 #: Points by which an oracle must beat the best prompt of the base model on validation examples.
 HEADROOM = 10.0

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from t2l_engine.training.settings import LoRASettings, ReconstructionSettings, SFTSettings
+from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, SFTSettings
 
 MANIFEST, MODEL = "skills", "smollm2-135m"
 _BASE: dict[str, Any] = {"base_model": MODEL, "target_modules": ("q_proj", "v_proj")}

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.study import plan
-from t2l_engine.checkpoint_folder import CONFIG_NAME
-from t2l_engine.config import ConfigError, read_json
-from t2l_engine.data import manifest as manifests
-from t2l_engine.tasks import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
-from t2l_engine.training import lora, reconstruction, sft
-from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork.folder import CONFIG_NAME
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
+from t2l_engine.research.training import lora, reconstruction, sft
+from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
 
 #: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone.
 WORDINGS = Path(__file__).with_name("wordings.json")

@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.markdown import grid, provenance
 from bench.study import plan
-from t2l_engine.evaluation import bootstrap
-from t2l_engine.evaluation.bootstrap import Interval
+from t2l_engine.research.evaluation import bootstrap
+from t2l_engine.research.evaluation.bootstrap import Interval
 
 FILE = "study.json"
 #: Arm -> what it is called; the order of the tables.

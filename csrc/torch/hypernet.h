@@ -6,7 +6,7 @@
 
 namespace t2l::torch_ops {
 
-constexpr size_t kTrunkWeights = 22;  // t2l_engine.reference.TRUNK_WEIGHTS
+constexpr size_t kTrunkWeights = 22;  // t2l_engine.ops.reference.TRUNK_WEIGHTS
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 

@@ -23,8 +23,8 @@ from t2l_engine.cli.common import (
     say,
     standard_input,
 )
-from t2l_engine.config import shown
-from t2l_engine.prompts import is_unicode
+from t2l_engine.files.errors import shown
+from t2l_engine.files.text import is_unicode
 
 HELP = """\
 A line is an input; its answer is on standard output.  Each line is answered by itself, without what was said before:
@@ -49,7 +49,7 @@ class Chat:
     def __init__(
         self, engine, model, tokenizer, *, task: str, interactive: bool, max_new_tokens: int, temperature: float, seed: int
     ):
-        from t2l_engine.handle import attach
+        from t2l_engine.lora.handle import attach
 
         self.engine, self.model, self.tokenizer, self.interactive = engine, model, tokenizer, interactive
         self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
@@ -161,7 +161,7 @@ def chat(
     lines are skipped, and a command that cannot be followed ends the program with status 1.  Standard output carries the
     answers only.
     """
-    from t2l_engine.integrations import base_model as models
+    from t2l_engine.text import base_model as models
 
     interactive = standard_input().isatty()
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)

@@ -76,8 +76,8 @@ def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: 
     """The engine of options, and the checkpoint's folder."""
     from transformers.utils import logging
 
-    from t2l_engine.checkpoint_folder import resolve_checkpoint
     from t2l_engine.engine import TextToLoRA
+    from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
     logging.disable_progress_bar()  # stderr is for our messages
     logging.set_verbosity_error()
@@ -100,7 +100,7 @@ def parse_scaling(text: str) -> str | float | None:
 
 def base_model_of(folder: Path, given: str) -> str:
     """``--base-model``, or the model that the checkpoint in ``folder`` names; ValueError where there is neither."""
-    from t2l_engine import checkpoint
+    from t2l_engine.hypernetwork import checkpoint
 
     name = given or checkpoint.describe(folder).get("base_model")
     if not name:

@@ -13,14 +13,17 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine import flops
-from t2l_engine.checkpoint_folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
 from t2l_engine.cli.common import Json, print_json, split_names
 from t2l_engine.cli.cost_tables import document, render
-from t2l_engine.config import ConfigError, HyperNetworkConfig, OneHotConfig, from_json, shown, to_json
-from t2l_engine.flops import decoder as decoders
-from t2l_engine.flops import encoder as encoders
-from t2l_engine.flops import known
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.text import from_json, to_json
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
+from t2l_engine.research import costs
+from t2l_engine.research.costs import decoder as decoders
+from t2l_engine.research.costs import encoder as encoders
+from t2l_engine.research.costs import known
+from t2l_engine.text.config import OneHotConfig
 
 DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
 ADAPTER, ENCODER = 2, 2  # bytes a value
@@ -126,7 +129,7 @@ def cost(
     given = {name: value for name, value in sizes.items() if value}
     if checkpoint and given:
         raise typer.BadParameter(f"--{next(iter(given)).replace('_', '-')}: --checkpoint gives the hypernetwork")
-    load = flops.Workload(
+    load = costs.Workload(
         question=question, answer=answer, shots=shots, shot=shot, description=description, instruction=instruction,
         system=system,
     )  # fmt: skip
@@ -144,7 +147,7 @@ def cost(
 
 def _setup(
     model: str, checkpoint: str, encoder: str, given: Mapping[str, Any], dtype: Values | None, cache_dtype: Values | None
-) -> tuple[flops.Setup, dict[str, Any]]:
+) -> tuple[costs.Setup, dict[str, Any]]:
     """The setup that options describe, and what to call its parts."""
     path, blocks = _native(checkpoint) if checkpoint else (None, {})
     model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
@@ -152,7 +155,7 @@ def _setup(
         raise ValueError("--model: the checkpoint does not name one; give it here")
     name = _known("models", model)
     if name:
-        decoder, stated = flops.known_setup(name).decoder, None
+        decoder, stated = costs.known_setup(name).decoder, None
     else:
         decoder, stated = _decoder(model, dtype)
     weights = dtype or stated or Values.bfloat16
@@ -165,7 +168,7 @@ def _setup(
         _check(hypernet, decoder, texts, f"{path}: hypernetwork")
     else:
         hypernet = known.hypernetwork_for(decoder, texts, **(entry.get("hypernetwork", {}) | given))
-    setup = flops.Setup(
+    setup = costs.Setup(
         decoder, texts, hypernet, itemsize=weights.itemsize, cache_itemsize=cache.itemsize, adapter_itemsize=ADAPTER,
         encoder_itemsize=0 if encoder == LANGUAGE_MODEL else ENCODER,
     )  # fmt: skip
@@ -180,7 +183,7 @@ def _setup(
             "name": encoder, "type": texts.model_type, "parameters": texts.num_parameters,
             "bytes_per_value": setup.encoder_itemsize,
         },
-        "adapter": {"values": flops.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER},
+        "adapter": {"values": costs.adapter_values(hypernet), "bytes": setup.adapter_bytes, "bytes_per_value": ADAPTER},
         "generator_bytes": setup.generator_bytes,
     }  # fmt: skip
     return setup, about
@@ -204,10 +207,10 @@ def _local(option: str, name: str, others: list[str]) -> Path:
     return path
 
 
-def _decoder(model: str, dtype: Values | None) -> tuple[flops.Decoder, Values | None]:
+def _decoder(model: str, dtype: Values | None) -> tuple[costs.Decoder, Values | None]:
     """The model of a local configuration, and the dtype that it states; ConfigError where ``dtype`` has to say it."""
     path = _local("--model", model, known.known_setups())
-    decoder = flops.Decoder.from_config(path)
+    decoder = costs.Decoder.from_config(path)
     values, where = decoders.config_values(path)
     text = values.get("text_config")
     blocks = [values, text] if isinstance(text, dict) else [values]
@@ -224,7 +227,7 @@ def _decoder(model: str, dtype: Values | None) -> tuple[flops.Decoder, Values | 
     return decoder, Values(stated[0])
 
 
-def _encoder(name: str) -> flops.Encoder | flops.Decoder:
+def _encoder(name: str) -> costs.Encoder | costs.Decoder:
     found = _known("encoders", name)
     if found:
         return known.encoder_named(found)
@@ -233,7 +236,7 @@ def _encoder(name: str) -> flops.Encoder | flops.Decoder:
     kind, kinds = values.get("model_type"), [*encoders.FAMILIES, *decoders.FAMILIES]
     if kind not in kinds:
         raise ConfigError(f"{where}: model_type: expected one of {', '.join(kinds)}, got {shown(kind)}")
-    return (flops.Encoder if kind in encoders.FAMILIES else flops.Decoder).from_config(path)
+    return (costs.Encoder if kind in encoders.FAMILIES else costs.Decoder).from_config(path)
 
 
 def _native(name: str) -> tuple[Path, dict[str, Any]]:
@@ -256,7 +259,7 @@ def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
     return config.name
 
 
-def _check(hypernet: HyperNetworkConfig, decoder: flops.Decoder, encoder: flops.Encoder | flops.Decoder, where: str) -> None:
+def _check(hypernet: HyperNetworkConfig, decoder: costs.Decoder, encoder: costs.Encoder | costs.Decoder, where: str) -> None:
     """ConfigError where a checkpoint is not for this model and encoder."""
     shapes, sizes = decoder.module_shapes, zip(hypernet.in_features, hypernet.out_features, strict=True)
     for module, shape in zip(hypernet.modules, sizes, strict=True):

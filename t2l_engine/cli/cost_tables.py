@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from t2l_engine import flops
 from t2l_engine.cli.common import console
-from t2l_engine.config import shown
+from t2l_engine.files.errors import shown
+from t2l_engine.research import costs
 
 #: Names of ways within a sentence, where a comma would mislead.
-SAID = flops.LABELS | {
+SAID = costs.LABELS | {
     "icl": "ICL without a cache",
     "icl-cold": "ICL with a cold cache",
     "icl-warm": "ICL with a warm cache",
@@ -33,19 +33,19 @@ _TIMES = {1: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
 
 
 def document(
-    setup: flops.Setup, load: flops.Workload, questions: int, users: int, tasks: int, rates: tuple[float, float] | None
+    setup: costs.Setup, load: costs.Workload, questions: int, users: int, tasks: int, rates: tuple[float, float] | None
 ) -> dict[str, Any]:
     """All numbers as plain JSON values; ``rates``: operations and bytes a second, or None for no times."""
-    made = flops.ways(setup, load)
+    made = costs.ways(setup, load)
 
-    def seconds(request: flops.Request) -> float:
+    def seconds(request: costs.Request) -> float:
         return request.seconds(*rates)
 
-    def won(measure: flops.serving.Measure) -> list[dict[str, Any]]:
-        pairs = {(a, b): flops.questions_won(made[a], made[b], measure) for a, b in PAIRS}
+    def won(measure: costs.serving.Measure) -> list[dict[str, Any]]:
+        pairs = {(a, b): costs.questions_won(made[a], made[b], measure) for a, b in PAIRS}
         return [{"way": a, "rival": b, "questions": found and list(found)} for (a, b), found in pairs.items()]
 
-    def way(w: flops.Way) -> dict[str, Any]:
+    def way(w: costs.Way) -> dict[str, Any]:
         times = rates and {
             "first_token": w.first.seconds(*rates, first_token=True),
             "first_question": seconds(w.first),
@@ -53,7 +53,7 @@ def document(
             "questions": w.total(questions, seconds),
         }
         return {
-            "what": flops.WAYS[w.name],
+            "what": costs.WAYS[w.name],
             "flop_to_first_token": w.first.flops(first_token=True),
             "flop_first_question": w.first.flops(),
             "flop_later_question": w.later.flops(),
@@ -66,7 +66,7 @@ def document(
             "later": [_phase(phase) for phase in w.later.phases],
         }
 
-    shots = {r: flops.shots_to_win(setup, load, "t2l-task", r, questions=questions, most=MOST_SHOTS) for r in RIVALS}
+    shots = {r: costs.shots_to_win(setup, load, "t2l-task", r, questions=questions, most=MOST_SHOTS) for r in RIVALS}
     return {
         "workload": dataclasses.asdict(load),
         "questions": questions,
@@ -74,15 +74,15 @@ def document(
         "tasks": tasks,
         "rates": rates and {"flops_per_second": rates[0], "bytes_per_second": rates[1]},
         "ways": {name: way(w) for name, w in made.items()},
-        "questions_won": won(flops.serving.all_flops),
+        "questions_won": won(costs.serving.all_flops),
         "questions_won_in_least_time": rates and won(seconds),
         "shots_to_win": shots,
-        "tasks_to_win": {r: flops.tasks_to_win(made["t2l-task"], made[r], Fraction(users, tasks)) for r in RIVALS},
-        "tokens_of_adapter": flops.tokens_of_adapter(setup),
+        "tasks_to_win": {r: costs.tasks_to_win(made["t2l-task"], made[r], Fraction(users, tasks)) for r in RIVALS},
+        "tokens_of_adapter": costs.tokens_of_adapter(setup),
     }
 
 
-def _phase(phase: flops.Phase) -> dict[str, Any]:
+def _phase(phase: costs.Phase) -> dict[str, Any]:
     return {"name": phase.name, "flops": phase.flops.to_json(), "bytes": phase.bytes.to_json()}
 
 
@@ -154,7 +154,7 @@ def render(about: Mapping[str, Any]) -> None:
         for head, (unit, _) in columns:
             table.add_column(f"{head}\n{unit}", justify="right")
         for i, name in enumerate(ways):
-            table.add_row(flops.LABELS[name], *(cells[i] for _, (_, cells) in columns))
+            table.add_row(costs.LABELS[name], *(cells[i] for _, (_, cells) in columns))
         screen.print(table)
 
     def of(key: str) -> list[float]:

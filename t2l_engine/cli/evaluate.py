@@ -93,12 +93,12 @@ def evaluate(
     """Score a checkpoint's adapters, its controls, the base model and what else is named, on one task folder."""
     from tqdm import tqdm
 
-    from t2l_engine.evaluation import run
-    from t2l_engine.evaluation.answers import Answerer, Store
-    from t2l_engine.evaluation.arms import without_chat
-    from t2l_engine.integrations import base_model as models
-    from t2l_engine.prompts import has_chat
-    from t2l_engine.tasks import load_tasks
+    from t2l_engine.research.evaluation import run
+    from t2l_engine.research.evaluation.answers import Answerer, Store
+    from t2l_engine.research.evaluation.arms import without_chat
+    from t2l_engine.research.tasks.folder import load_tasks
+    from t2l_engine.text import base_model as models
+    from t2l_engine.text.prompts import has_chat
 
     for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # better now than after the answers
         if file is not None and not file.parent.is_dir():
@@ -167,7 +167,7 @@ def evaluate(
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        from t2l_engine.evaluation.plots import means
+        from t2l_engine.research.evaluation.plots import means
 
         means(result, plot)
     if journal is not None:
@@ -178,10 +178,10 @@ def _arms(
     tasks: list, pools: dict, checkpoint: tuple, also: list[str], oracle: list[Path], library: Path | None, multi: list[Path]
 ) -> tuple[list, dict[str, str]]:
     """All arms there are, and why others are not: what the tasks do not allow."""
-    from t2l_engine.adapters import AdapterStack
-    from t2l_engine.evaluation import arms as kinds
-    from t2l_engine.evaluation.library import average
-    from t2l_engine.lora_runs import prompt_form_of
+    from t2l_engine.adapters.stack import AdapterStack
+    from t2l_engine.research.evaluation import arms as kinds
+    from t2l_engine.research.evaluation.library import average
+    from t2l_engine.research.training.runs import prompt_form_of
 
     left_out: dict[str, str] = {}
     found = _generated(NAME, *checkpoint, tasks, left_out)
@@ -214,8 +214,8 @@ def _arms(
 
 
 def _generated(name: str, engine: Any, folder: Path, tasks: list, left_out: dict[str, str]) -> list:
-    from t2l_engine import checkpoint as checkpoints
-    from t2l_engine.evaluation import arms as kinds
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.research.evaluation import arms as kinds
 
     training = checkpoints.describe(folder).get("training", {})
     in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
@@ -240,7 +240,7 @@ def _adapters(option: str, folder: Path) -> list[Path]:
 
 
 def _trained(folder: Path) -> list[str]:
-    from t2l_engine import checkpoint as checkpoints
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
 
     tasks = checkpoints.describe(folder).get("training", {}).get("tasks")
     return list(tasks) if isinstance(tasks, (dict, list)) else []
@@ -248,7 +248,7 @@ def _trained(folder: Path) -> list[str]:
 
 def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, list[str]]:
     """Names of tasks by group: all, trained on or not, and the tiers of the manifest; empty groups are left out."""
-    from t2l_engine.data import manifest as manifests
+    from t2l_engine.research.tasks import manifest as manifests
 
     groups = {"all": names}
     if trained:

@@ -33,8 +33,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint in its other form."""
-    from t2l_engine import convert as conversion
-    from t2l_engine.checkpoint_folder import resolve_checkpoint
+    from t2l_engine.hypernetwork import convert as conversion
+    from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
     folder = resolve_checkpoint(source)
     if target.is_dir():
@@ -54,8 +54,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Describe a checkpoint (native or reference form) or a PEFT adapter."""
-    from t2l_engine.checkpoint_folder import resolve_checkpoint
-    from t2l_engine.show import describe
+    from t2l_engine.cli.describe import describe
+    from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
     about = describe(resolve_checkpoint(folder))
     if as_json:
@@ -82,7 +82,7 @@ def _render(about: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    from t2l_engine.config import shown
+    from t2l_engine.files.errors import shown
 
     if isinstance(value, dict):
         return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())

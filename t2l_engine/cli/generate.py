@@ -48,8 +48,8 @@ def generate(
     DIR/index.json maps these folders to their descriptions.  --json prints a list of objects with description, folder,
     rank, scaling, modules and parameters.
     """
-    from t2l_engine import checkpoint as checkpoints
-    from t2l_engine.integrations import base_model, smollm2
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.text import packaged
 
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
@@ -60,7 +60,7 @@ def generate(
     _check(engine, lines)
     config = engine.hypernetwork.config
     base = checkpoints.describe(folder).get("base_model")
-    base = smollm2.BASE_MODEL if base == base_model.PACKAGED else base
+    base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
     results = []
     task_emb = engine.encoder.encode(texts)

@@ -75,8 +75,9 @@ def _collect() -> dict[str, Any]:
     import torch
 
     import t2l_engine
-    from t2l_engine import _native, ops
-    from t2l_engine.checkpoint_folder import bundled_checkpoints
+    from t2l_engine import ops
+    from t2l_engine.hypernetwork.folder import bundled_checkpoints
+    from t2l_engine.ops import native as _native
 
     about = _native.about() or {"build": None, "instruction_sets": None}
     isas = about["instruction_sets"]

@@ -48,10 +48,10 @@ def import_sni(
     force: Force = False,
 ) -> None:
     """Import tasks of Super-NaturalInstructions; those made of T2L's ten benchmarks are left out."""
-    from t2l_engine.data import manifest as manifests
-    from t2l_engine.data import sni
-    from t2l_engine.data.examples import MAX_EXAMPLES
-    from t2l_engine.tasks import write_tasks
+    from t2l_engine.research.tasks import manifest as manifests
+    from t2l_engine.research.tasks import sni
+    from t2l_engine.research.tasks.examples import MAX_EXAMPLES
+    from t2l_engine.research.tasks.folder import write_tasks
 
     if manifest and max_instances is not None:
         raise ValueError("--max-instances: expected none with --manifest, which says what examples a task has")
@@ -86,8 +86,8 @@ def import_benchmarks(
     force: Force = False,
 ) -> None:
     """Import T2L's ten benchmarks, each with how its answers are judged."""
-    from t2l_engine.data import benchmarks
-    from t2l_engine.tasks import write_tasks
+    from t2l_engine.research.tasks import benchmarks
+    from t2l_engine.research.tasks.folder import write_tasks
 
     imported = benchmarks.import_benchmarks(source, split_names(names) or None, max_examples)
     for name, reasons in imported.left_out.items():
@@ -107,8 +107,8 @@ def synthetic(
     force: Force = False,
 ) -> None:
     """Write twelve small tasks made by code: lists, letters, words; no data from elsewhere."""
-    from t2l_engine.data.synthetic import suite
-    from t2l_engine.tasks import write_tasks
+    from t2l_engine.research.tasks.folder import write_tasks
+    from t2l_engine.research.tasks.synthetic import suite
 
     made = suite(examples, seed)
     write_tasks(output, made, overwrite=force)
@@ -125,8 +125,8 @@ def select(
     force: Force = False,
 ) -> None:
     """Copy the tasks of a folder that a manifest has in one tier; examples and splits as they are."""
-    from t2l_engine.data import manifest as manifests
-    from t2l_engine.tasks import load_tasks, read_descriptions, write_tasks
+    from t2l_engine.research.tasks import manifest as manifests
+    from t2l_engine.research.tasks.folder import load_tasks, read_descriptions, write_tasks
 
     held = read_descriptions(folder)
     names = manifests.select(held, manifests.read(manifest), tier.value, permissive=permissive)
@@ -151,10 +151,10 @@ def check(
     given and tasks, examples or splits differ from it."""
     from rich.table import Table
 
-    from t2l_engine.config import ConfigError
-    from t2l_engine.data import manifest as manifests
-    from t2l_engine.data.examples import shared_inputs
-    from t2l_engine.tasks import load_tasks
+    from t2l_engine.files.errors import ConfigError
+    from t2l_engine.research.tasks import manifest as manifests
+    from t2l_engine.research.tasks.examples import shared_inputs
+    from t2l_engine.research.tasks.folder import load_tasks
 
     if not manifest:
         if tier is not None:
@@ -198,8 +198,8 @@ def decontaminate(
     """Copy a folder without the examples that share text with a benchmark."""
     import collections
 
-    from t2l_engine.data import decontaminate as overlap
-    from t2l_engine.tasks import load_tasks, write_tasks
+    from t2l_engine.research.tasks import decontaminate as overlap
+    from t2l_engine.research.tasks.folder import load_tasks, write_tasks
 
     kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
     for (task, benchmark), count in sorted(collections.Counter((o.task, o.benchmark) for o in found).items()):
@@ -215,8 +215,8 @@ def show(folder: Folder, as_json: Json = False) -> None:
     """Describe a task folder: descriptions, examples by split, mean characters of input and answer."""
     from rich.table import Table
 
-    from t2l_engine.data.examples import SHARES
-    from t2l_engine.tasks import Task, load_tasks
+    from t2l_engine.research.tasks.examples import SHARES
+    from t2l_engine.research.tasks.folder import Task, load_tasks
 
     def describe(task: Task) -> dict[str, Any]:
         counts = dict.fromkeys(SHARES, 0)
@@ -246,6 +246,6 @@ def _wrote(folder: Path, tasks: list) -> None:
 
 def _plain(text: str) -> str:
     """``text`` out of a file, fit for a terminal."""
-    from t2l_engine.config import shown
+    from t2l_engine.files.errors import shown
 
     return text if text.isprintable() and len(text) <= 40 else shown(text)

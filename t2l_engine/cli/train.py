@@ -25,7 +25,7 @@ def _print_fields(kind_name: str) -> Callable[[bool], None]:
         from rich.table import Table
 
         _need_packages()
-        from t2l_engine.training import settings
+        from t2l_engine.research.training import settings
 
         table = Table("field", "default", "meaning")
         for row in settings.fields(getattr(settings, kind_name)):
@@ -67,7 +67,7 @@ def sft(
 ) -> None:
     """A hypernetwork, end to end through the frozen base model."""
     accelerator, settings = _start("SFTSettings", config, overrides, device, threads)
-    from t2l_engine.training import sft as training
+    from t2l_engine.research.training import sft as training
 
     training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
     _finish(accelerator, output, [output])
@@ -88,7 +88,7 @@ def lora(
 ) -> None:
     """An adapter a task, many tasks in one batch, or one adapter for all: PEFT folders below OUTPUT/adapters."""
     accelerator, settings = _start("LoRASettings", config, overrides, device, threads)
-    from t2l_engine.training import lora as training
+    from t2l_engine.research.training import lora as training
 
     training.train(settings, tasks, output, names=_chosen(tasks, names, manifest, tier), accelerator=accelerator)
     _finish(accelerator, output, sorted((output / training.WAVES).iterdir()))
@@ -107,7 +107,7 @@ def reconstruction(
 ) -> None:
     """A hypernetwork that reproduces a library of adapters; no base model is loaded."""
     accelerator, settings = _start("ReconstructionSettings", config, overrides, device, threads)
-    from t2l_engine.training import reconstruction as training
+    from t2l_engine.research.training import reconstruction as training
 
     training.train(settings, adapters, output, names=split_names(names) or None, accelerator=accelerator)
     _finish(accelerator, output, [output])
@@ -117,7 +117,7 @@ def reconstruction(
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Draw a run's losses so far, into loss.png."""
     _need_packages()
-    from t2l_engine.training.log import plot as draw
+    from t2l_engine.research.training.log import plot as draw
 
     typer.echo(str(draw(folder)))
 
@@ -125,7 +125,7 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
 def _need_packages() -> None:
     """FileNotFoundError that says what to install for training."""
     try:
-        import t2l_engine.training  # noqa: F401
+        import t2l_engine.research.training  # noqa: F401
     except ImportError as error:
         raise FileNotFoundError(str(error)) from None
 
@@ -137,8 +137,8 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
     from transformers.utils import logging
 
     _need_packages()
-    from t2l_engine.training import loop
-    from t2l_engine.training import settings as kinds
+    from t2l_engine.research.training import loop
+    from t2l_engine.research.training import settings as kinds
 
     logging.disable_progress_bar()
     settings = kinds.read(getattr(kinds, kind_name), config, overrides or [])
@@ -160,9 +160,9 @@ def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | No
     wanted = split_names(names)
     if not manifest:
         return wanted or None
-    from t2l_engine.config import ConfigError
-    from t2l_engine.data import manifest as manifests
-    from t2l_engine.tasks import read_descriptions
+    from t2l_engine.files.errors import ConfigError
+    from t2l_engine.research.tasks import manifest as manifests
+    from t2l_engine.research.tasks.folder import read_descriptions
 
     listed = manifests.read(manifest)
     chosen = manifests.select(read_descriptions(tasks, wanted or None), listed, tier)
@@ -179,7 +179,7 @@ def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | No
 def _finish(accelerator: Any, output: Path, runs: list[Path]) -> None:
     if not accelerator.is_main_process:
         return
-    from t2l_engine.training.log import plot as draw
+    from t2l_engine.research.training.log import plot as draw
 
     for folder in runs:
         draw(folder)

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2l_engine import _native, ops
+from t2l_engine import ops
+from t2l_engine.ops import native
 
 NAMES = ("cpu", "cuda", "emu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def select(name: str, emulator: Path | None = None) -> torch.device:
     if name == "emu" and not ops.has_kernel("lora_add_", "CPU"):
         torch.ops.load_library(str(emulator or build_emulator()))
     elif name == "emu":
-        raise RuntimeError(f"backend 'emu': the CPU kernels are loaded; set {_native.DISABLE_VARIABLE}=1")
+        raise RuntimeError(f"backend 'emu': the CPU kernels are loaded; set {native.DISABLE_VARIABLE}=1")
     if name == "cuda" and not (ops.has_kernel("lora_add_", "CUDA") and torch.cuda.is_available()):
         raise RuntimeError("backend 'cuda': expected CUDA kernels and a device; build with nvcc, beside a torch for CUDA")
     return torch.device("cuda" if name == "cuda" else "cpu")

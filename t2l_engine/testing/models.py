@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.config import HyperNetworkConfig
-from t2l_engine.flops import known_setup, known_setups
-from t2l_engine.hypernetwork import HyperNetwork, NormedEmbedding
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import HyperNetwork, NormedEmbedding
+from t2l_engine.research.costs import known_setup, known_setups
 
 #: Entries of A and B are a few hundredths, as trained ones are.
 HEAD_SCALE = 0.1

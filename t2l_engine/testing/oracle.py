@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine import reference
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing.cases import F64, HyperCase
 

@@ -25,14 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine import _native, ops, reference
-from t2l_engine.checkpoint import encoder_config
-from t2l_engine.checkpoint_folder import BUNDLED
-from t2l_engine.encoder import TextEncoder
-from t2l_engine.hypernetwork import HyperNetwork
+from t2l_engine import ops
+from t2l_engine.hypernetwork.checkpoint import encoder_config
+from t2l_engine.hypernetwork.folder import BUNDLED
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.ops import native, reference
 from t2l_engine.testing import numerics, oracle
 from t2l_engine.testing.backends import placed
 from t2l_engine.testing.cases import F32, F64, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
+from t2l_engine.text.encoder import TextEncoder
 
 MODULE = "t2l_engine.testing.selfcheck"
 CHECKPOINT, RECORD = "smollm2-135m", "check.json"
@@ -262,7 +263,7 @@ def record() -> Path:
 
 def where(device: str) -> str:
     """What runs the ops in this process."""
-    about = _native.about()
+    about = native.about()
     if device != "cpu":
         return "CUDA"
     return f"CPU {about['instruction_sets']['chosen']}" if about else "CPU reference"
@@ -280,7 +281,7 @@ def check_process(device: str = "cpu") -> Iterator[Result]:
 def check_machine() -> Iterator[Result]:
     """:func:`check_process` for every instruction set of this CPU, the plainest first, and for a CUDA device; the text
     encoder where it is installed."""
-    about = _native.about()
+    about = native.about()
     for isa in about["instruction_sets"]["available"] if about else [""]:
         yield from _child("cpu", isa)
     if torch.cuda.is_available() and ops.has_kernel("lora_add_", "CUDA"):

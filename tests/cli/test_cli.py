@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from t2l_engine import flops, ops
+from t2l_engine import ops
 from t2l_engine.cli import generate as generate_command
+from t2l_engine.research import costs
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_show_bundled_checkpoint(run):
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
     assert about["encoder"]["name"] == "minilm"
-    assert about["gflop_per_adapter"] == pytest.approx(flops.hypernet_flops(net.config).total / 1e9)
+    assert about["gflop_per_adapter"] == pytest.approx(costs.hypernet_flops(net.config).total / 1e9)
     assert about["file_bytes"] > 2 * about["parameters"]["total"]
 
     code, out, _ = run("show", "smollm2-135m")
@@ -310,7 +311,7 @@ def test_statuses(run, monkeypatch):
             warnings.warn("of\ntwo lines", stacklevel=2)
             raise error
 
-        monkeypatch.setattr("t2l_engine.checkpoint_folder.bundled_checkpoints", bundled_checkpoints)
+        monkeypatch.setattr("t2l_engine.hypernetwork.folder.bundled_checkpoints", bundled_checkpoints)
 
     raising(ValueError("of\n  two lines"))
     assert run("info") == (1, "", "t2l: warning: of two lines\nt2l: of two lines\n")

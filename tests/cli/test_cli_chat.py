@@ -7,9 +7,9 @@ from importlib.util import find_spec
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine import checkpoint as checkpoint_module
-from t2l_engine.integrations import base_model, smollm2
-from t2l_engine.prompts import prompt_of
+from t2l_engine.hypernetwork import checkpoint as checkpoint_module
+from t2l_engine.text import base_model, packaged
+from t2l_engine.text.prompts import prompt_of
 
 TASK, OTHER = "Count the words.", "Name the capital."
 
@@ -159,9 +159,9 @@ def test_no_base_model_named(run, checkpoint):
     assert code == 1 and "--base-model: the checkpoint does not name one" in err
 
 
-@pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
+@pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 def test_the_real_model(run):
-    smollm2.convert()  # the first time shows its progress
+    packaged.convert()  # the first time shows its progress
     stdin = "paintbrush, hammer, impala\n/base\n/task Answer with the simple past of the given verb.\nborrow\n"
     task = "Return the last element of the comma separated list."
     code, out, err = run("chat", "--task", task, "--max-new-tokens", 8, stdin=stdin)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine import checkpoint as checkpoints
-from t2l_engine import flops
 from t2l_engine.cli import cost_tables
-from t2l_engine.flops import known
+from t2l_engine.hypernetwork import checkpoint as checkpoints
+from t2l_engine.research import costs
+from t2l_engine.research.costs import known
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
@@ -37,7 +37,7 @@ BERT = {
     "model_type": "bert", "hidden_size": 48, "intermediate_size": 96, "vocab_size": 97, "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }  # fmt: skip
-LOAD = flops.Workload(question=59, answer=16, shots=3, shot=80, description=35)
+LOAD = costs.Workload(question=59, answer=16, shots=3, shot=80, description=35)
 
 
 @pytest.fixture
@@ -84,9 +84,9 @@ def as_in_json(value):
 
 def check(about, setup, load=LOAD, questions=100, users=1, tasks=1):
     """Every number of the document beside the library's."""
-    made = flops.ways(setup, load)
+    made = costs.ways(setup, load)
     kept = made["t2l-task"]
-    assert list(about["ways"]) == list(flops.WAYS)
+    assert list(about["ways"]) == list(costs.WAYS)
     for name, got in about["ways"].items():
         way = made[name]
         assert got["flop_to_first_token"] == way.first.flops(first_token=True)
@@ -102,13 +102,13 @@ def check(about, setup, load=LOAD, questions=100, users=1, tasks=1):
             ]
             assert all(term["source"] for phase in phases for term in (*phase["flops"], *phase["bytes"]))
     for pair in about["questions_won"]:
-        expected = flops.questions_won(made[pair["way"]], made[pair["rival"]])
+        expected = costs.questions_won(made[pair["way"]], made[pair["rival"]])
         assert pair["questions"] == as_in_json(expected)
     for rival in ("icl", "icl-cold", "icl-warm"):
-        shots = flops.shots_to_win(setup, load, "t2l-task", rival, questions=questions)
+        shots = costs.shots_to_win(setup, load, "t2l-task", rival, questions=questions)
         assert about["shots_to_win"][rival] == shots
-        assert about["tasks_to_win"][rival] == flops.tasks_to_win(kept, made[rival], Fraction(users, tasks))
-    assert about["tokens_of_adapter"] == flops.tokens_of_adapter(setup)
+        assert about["tasks_to_win"][rival] == costs.tasks_to_win(kept, made[rival], Fraction(users, tasks))
+    assert about["tokens_of_adapter"] == costs.tokens_of_adapter(setup)
     assert about["generator_bytes"] == setup.generator_bytes
     assert about["workload"] == dataclasses.asdict(load)
 
@@ -116,9 +116,9 @@ def check(about, setup, load=LOAD, questions=100, users=1, tasks=1):
 # --- what is counted ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", flops.known_setups())
+@pytest.mark.parametrize("name", costs.known_setups())
 def test_known_models(cost_of, name):
-    setup = flops.known_setup(name)
+    setup = costs.known_setup(name)
     about = cost_of("--model", name)
     check(about, setup)
     assert about["model"]["parameters"] == setup.decoder.num_parameters and about["model"]["dtype"] == "bfloat16"
@@ -133,9 +133,9 @@ def test_the_default_is_mistral(cost_of):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_local_configuration(cost_of, folder, family):
     path = folder(FAMILIES[family] | {"model_type": family})
-    decoder, encoder = flops.Decoder.from_config(path), known.encoder_named("gte-large")
+    decoder, encoder = costs.Decoder.from_config(path), known.encoder_named("gte-large")
     about = cost_of("--model", path)
-    check(about, flops.Setup(decoder, encoder, known.hypernetwork_for(decoder, encoder)))
+    check(about, costs.Setup(decoder, encoder, known.hypernetwork_for(decoder, encoder)))
     assert about["model"]["type"] == family
     about["model"]["name"] = str(path / "config.json")
     assert cost_of("--model", path / "config.json") == about
@@ -149,29 +149,29 @@ def test_every_option(cost_of, folder):
         "--answer", 5, "--description", 6, "--instruction", 3, "--system", 4, "--users", 5, "--tasks", 2,
         "--dtype", "int4", "--cache-dtype", "float8",
     )  # fmt: skip
-    decoder, text = flops.Decoder.from_config(model), flops.Encoder.from_config(encoder)
+    decoder, text = costs.Decoder.from_config(model), costs.Encoder.from_config(encoder)
     net = known.hypernetwork_for(
         decoder, text, modules=("o_proj", "down_proj"), rank=2, variant="M", latent_size=16, head_in_size=24
     )
-    setup = flops.Setup(decoder, text, net, itemsize=0.5, cache_itemsize=1)
-    load = flops.Workload(question=11, answer=5, shots=2, shot=9, description=6, instruction=3, system=4)
+    setup = costs.Setup(decoder, text, net, itemsize=0.5, cache_itemsize=1)
+    load = costs.Workload(question=11, answer=5, shots=2, shot=9, description=6, instruction=3, system=4)
     check(about, setup, load, questions=7, users=5, tasks=2)
     assert about["rates"] is None and about["ways"]["icl"]["least_seconds"] is None
 
 
 def test_the_language_model_as_encoder(cost_of):
-    decoder = flops.known_setup("gemma-2-2b").decoder
+    decoder = costs.known_setup("gemma-2-2b").decoder
     net = known.hypernetwork_for(decoder, decoder, latent_size=512, head_in_size=2048)
-    check(cost_of("--model", "gemma-2-2b", "--encoder", "model"), flops.Setup(decoder, decoder, net, encoder_itemsize=0))
+    check(cost_of("--model", "gemma-2-2b", "--encoder", "model"), costs.Setup(decoder, decoder, net, encoder_itemsize=0))
 
 
 def test_another_language_model_as_encoder(cost_of, folder):
     path = folder(LLAMA | {"model_type": "mistral"})
-    setup = flops.known_setup("smollm2-135m")
-    encoder = flops.Decoder.from_config(path)
+    setup = costs.known_setup("smollm2-135m")
+    encoder = costs.Decoder.from_config(path)
     net = known.hypernetwork_for(setup.decoder, encoder, head_in_size=112)
     about = cost_of("--model", "smollm2-135m", "--encoder", path)
-    check(about, flops.Setup(setup.decoder, encoder, net))
+    check(about, costs.Setup(setup.decoder, encoder, net))
 
 
 @pytest.mark.parametrize(
@@ -188,15 +188,15 @@ def test_another_language_model_as_encoder(cost_of, folder):
 def test_what_a_value_is_kept_in(cost_of, folder, values, options, weights, cache):
     about = cost_of("--model", folder(LLAMA | values), *options)
     sizes = {"bfloat16": 2, "float16": 2, "float32": 4, "float8": 1, "int4": 0.5}
-    decoder = flops.Decoder.from_config(LLAMA)
+    decoder = costs.Decoder.from_config(LLAMA)
     assert (about["model"]["dtype"], about["model"]["cache_dtype"]) == (weights, cache)
     assert about["model"]["bytes"] == decoder.num_parameters * sizes[weights]
-    assert about["model"]["cache_bytes_per_token"] == flops.cache_bytes(decoder, 1, sizes[cache])
+    assert about["model"]["cache_bytes_per_token"] == costs.cache_bytes(decoder, 1, sizes[cache])
 
 
 def test_least_times(cost_of):
     about = cost_of("--tflops", "1.5", "--gbps", "20", "--questions", "9")
-    made = flops.ways(flops.known_setup("mistral-7b"), LOAD)
+    made = costs.ways(costs.known_setup("mistral-7b"), LOAD)
     rates = 1.5e12, 20e9
     assert about["rates"] == {"flops_per_second": rates[0], "bytes_per_second": rates[1]}
     for name, way in made.items():
@@ -207,7 +207,7 @@ def test_least_times(cost_of):
             "questions": way.total(9, lambda request: request.seconds(*rates)),
         }
     for pair in about["questions_won_in_least_time"]:
-        won = flops.questions_won(made[pair["way"]], made[pair["rival"]], lambda request: request.seconds(*rates))
+        won = costs.questions_won(made[pair["way"]], made[pair["rival"]], lambda request: request.seconds(*rates))
         assert pair["questions"] == as_in_json(won)
 
 
@@ -217,7 +217,7 @@ def test_least_times(cost_of):
 def test_the_bundled_checkpoint_is_the_known_setup(cost_of):
     """A checkpoint names its model and its encoder."""
     about, expected = cost_of("-c", "smollm2-135m"), cost_of("--model", "smollm2-135m")
-    check(about, flops.known_setup("smollm2-135m"))
+    check(about, costs.known_setup("smollm2-135m"))
     changed = {"checkpoint": "smollm2-135m", "scaling": "plain"}
     expected["hypernetwork"] |= changed
     assert about == expected
@@ -228,7 +228,7 @@ def native(folder):
     """Factory: a checkpoint for the tiny model and MiniLM, its hypernetwork and its blocks changed."""
 
     def make(hypernetwork=None, **blocks):
-        decoder, encoder = flops.Decoder.from_config(LLAMA), known.encoder_named("minilm")
+        decoder, encoder = costs.Decoder.from_config(LLAMA), known.encoder_named("minilm")
         values = dataclasses.asdict(known.hypernetwork_for(decoder, encoder)) | (hypernetwork or {})
         return folder({"format": checkpoints.FORMAT, "hypernetwork": values} | blocks, "checkpoint")
 
@@ -288,7 +288,7 @@ def test_checkpoints_that_are_none(refused, native, folder, golden, tmp_path):
 
 
 def test_models_that_are_refused(refused, folder, tmp_path):
-    names = ", ".join(flops.known_setups())
+    names = ", ".join(costs.known_setups())
     refused(1, ["'org/model'", "nothing is downloaded", "config.json", names], "--model", "org/model")
     refused(1, "model_type: expected one of llama", "--model", folder(LLAMA | {"model_type": "rwkv"}))
     refused(1, "got 'rwkv'", "--model", folder(LLAMA | {"model_type": "rwkv"}))
@@ -343,20 +343,20 @@ def printed(run, *arguments):
     return " ".join(out.split())
 
 
-@pytest.mark.parametrize("name", flops.known_setups())
+@pytest.mark.parametrize("name", costs.known_setups())
 def test_tables_of_known_models(run, name):
     text = printed(run, "--model", name, "--users", "16", "--tasks", "16", "--tflops", "10", "--gbps", "100")
-    expected = [flops.LABELS[way] for way in flops.WAYS]
+    expected = [costs.LABELS[way] for way in costs.WAYS]
     assert all(text.count(f"│ {way} │") == 2 for way in expected)  # operations, and least times
     assert "Least time at these rates, 10.0 TFLOP/s and 100 GB/s; one question at a time, nothing measured" in text
 
 
 def test_the_table_says_what_the_library_says(run):
     text = printed(run)
-    made = flops.ways(flops.known_setup("mistral-7b"), LOAD)
+    made = costs.ways(costs.known_setup("mistral-7b"), LOAD)
     for name, way in made.items():
         first, later = way.first.flops(first_token=True) / 1e12, way.later.flops() / 1e12
-        row = re.search(rf"│ {flops.LABELS[name]} │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │", text)
+        row = re.search(rf"│ {costs.LABELS[name]} │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │", text)
         values = (first, later, way.total(100) / 1e12, way.total(100) / made["t2l-task"].total(100))
         assert list(map(float, row.groups())) == pytest.approx(values, rel=5.1e-3)
     for fact in ("mistral-7b, 7.24 billion parameters, bfloat16 (14.5 GB)", "131 kB a token", "55.4 million parameters"):
@@ -365,17 +365,17 @@ def test_the_table_says_what_the_library_says(run):
 
 
 def test_wins_and_losses_in_words(run):
-    setup = flops.known_setup("mistral-7b")
-    made = flops.ways(setup, LOAD)
+    setup = costs.known_setup("mistral-7b")
+    made = costs.ways(setup, LOAD)
     text = printed(run)
-    start, end = flops.questions_won(made["t2l-task"], made["icl-warm"])
-    tasks = flops.tasks_to_win(made["t2l-task"], made["icl-cold"])
+    start, end = costs.questions_won(made["t2l-task"], made["icl-warm"])
+    tasks = costs.tasks_to_win(made["t2l-task"], made["icl-cold"])
     assert start > 1 and end is None and tasks > 1  # or the sentences are others
     for sentence in (
         "T2L per task costs less than ICL with a cold cache at every number of questions.",
         f"T2L per task costs less than ICL with a warm cache from {start} questions on, as much or more before.",
         "T2L per request costs as much as ICL with a warm cache or more at every number of questions.",
-        f"keys and values of {flops.tokens_of_adapter(setup)} tokens, but not of fewer.",
+        f"keys and values of {costs.tokens_of_adapter(setup)} tokens, but not of fewer.",
         f"from {tasks} tasks at a time on (text encoder and hypernetwork 979 MB).",
     ):
         assert sentence in text

@@ -8,8 +8,8 @@ from training import conftest as shared
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.training import loop, lora
-from t2l_engine.training import settings as kinds
+from t2l_engine.research.training import loop, lora
+from t2l_engine.research.training import settings as kinds
 
 save_model, base_model, tasks = shared.save_model, shared.base_model, shared.tasks
 one_thread = shared.one_thread
@@ -166,7 +166,7 @@ def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
 
 
 def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatch):
-    from t2l_engine.training import sft
+    from t2l_engine.research.training import sft
 
     loss, calls = sft.SFT.loss, []
 
@@ -182,8 +182,8 @@ def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatc
 
 def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
     """Trains on the tasks it has in that tier, with the examples it lists and no other."""
-    from t2l_engine.data import manifest
-    from t2l_engine.tasks import load_tasks
+    from t2l_engine.research.tasks import manifest
+    from t2l_engine.research.tasks.folder import load_tasks
 
     about = {"skill": "words", "source": "made for the test", "licence": ["CC0"], "permissive": True}
     facts = {"first": about | {"tier": "train"}, "last": about | {"tier": "novel"}}

@@ -48,7 +48,7 @@ def declared(headers: Path) -> set[str]:
 
 @pytest.mark.parametrize("which", ["built against the oldest headers", "as installed here"])
 def test_no_symbol_that_the_oldest_torch_lacks(which, request):
-    path = Path(t2l_engine._native.library_path())
+    path = Path(t2l_engine.ops.native.library_path())
     if which == "built against the oldest headers":
         path = request.getfixturevalue("library")
     asked, has = undefined(path), declared(torch_headers(OLDEST))

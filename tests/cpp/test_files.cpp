@@ -198,7 +198,7 @@ void test_safetensors() {
                   parse(file_of("{" + entry("a", dtype, "[1]", range.c_str()) + "}", bits), true));
   }
 
-  // What t2l_engine._files.content_checksum says of these three tensors.
+  // What t2l_engine.files.weights.content_checksum says of these three tensors.
   const std::string checksum =
       "\"__metadata__\":{\"t2l_engine.sha256\":\"d8124be541f2c1d126f5c50fda330c59f030b869a6b428db0ed945c1413a1d3a\"},";
   const std::string three =

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from t2l_engine.config import ConfigError
-from t2l_engine.data.benchmarks import NAMES, import_benchmarks
-from t2l_engine.tasks import MAX_LINE_BYTES, Example, load_tasks, write_tasks
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import MAX_LINE_BYTES
+from t2l_engine.research.tasks.benchmarks import NAMES, import_benchmarks
+from t2l_engine.research.tasks.folder import Example, load_tasks, write_tasks
 
 COLUMNS = {"label": ["1", "2", "3"], "text": ["a stone ", "a fish", "a tree"]}
 OBJECTS = [{"label": label, "text": text} for label, text in zip(COLUMNS["label"], COLUMNS["text"], strict=True)]

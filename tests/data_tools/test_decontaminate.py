@@ -2,8 +2,8 @@
 
 import pytest
 
-from t2l_engine.data.decontaminate import Overlap, decontaminate, overlaps
-from t2l_engine.tasks import Example, Task
+from t2l_engine.research.tasks.decontaminate import Overlap, decontaminate, overlaps
+from t2l_engine.research.tasks.folder import Example, Task
 
 WORDS = "the quick brown fox jumps over the lazy dog while seven cats look on from afar".split()
 

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from t2l_engine.data.examples import choose, example_digest, normalise, pool, split
-from t2l_engine.tasks import Example
+from t2l_engine.research.tasks.examples import choose, example_digest, normalise, pool, split
+from t2l_engine.research.tasks.folder import Example
 
 
 def example(text, *outputs):

@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError
-from t2l_engine.data import manifest as manifests
-from t2l_engine.data.examples import example_digest
-from t2l_engine.data.manifest import Difference, apply, build, check, digest, read, select, summary
-from t2l_engine.tasks import Example, Task, write_tasks
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.examples import example_digest
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.tasks.manifest import Difference, apply, build, check, digest, read, select, summary
 
 FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 EMPTY = base64.b64encode(b"12345").decode()
@@ -285,7 +285,7 @@ def test_no_text_but_names_licences_and_sources():
 
 
 def test_no_task_is_made_of_the_benchmarks():
-    from t2l_engine.data import sni
+    from t2l_engine.research.tasks import sni
 
     for name, entry in SKILLS.tasks.items():
         assert not any(sni.names_data_set(text, benchmark) for text in (name, entry.source) for benchmark in sni.BENCHMARKS)

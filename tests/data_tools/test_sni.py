@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from t2l_engine.config import ConfigError
-from t2l_engine.data import sni as importer
-from t2l_engine.data.manifest import build, read
-from t2l_engine.data.sni import further_descriptions, import_sni
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks import sni as importer
+from t2l_engine.research.tasks.manifest import build, read
+from t2l_engine.research.tasks.sni import further_descriptions, import_sni
 
 COLOURS = {
     "Contributors": ["somebody"],

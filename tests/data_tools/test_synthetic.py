@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from t2l_engine.config import ConfigError
-from t2l_engine.data import synthetic
-from t2l_engine.data.examples import normalise
-from t2l_engine.data.manifest import summary
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks import synthetic
+from t2l_engine.research.tasks.examples import normalise
+from t2l_engine.research.tasks.manifest import summary
 
 SUITE = {task.name: task for task in synthetic.suite()}
 

@@ -6,9 +6,9 @@ import json
 import pytest
 
 from t2l_engine.cli import tasks as command
-from t2l_engine.data import manifest as manifests
-from t2l_engine.data import synthetic
-from t2l_engine.tasks import load_tasks, write_tasks
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks import synthetic
+from t2l_engine.research.tasks.folder import load_tasks, write_tasks
 
 FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 ANTS = {

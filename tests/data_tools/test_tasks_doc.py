@@ -5,8 +5,8 @@ import re
 import shlex
 from pathlib import Path
 
-from t2l_engine.data.manifest import TIERS, read
-from t2l_engine.tasks import Example, load_tasks
+from t2l_engine.research.tasks.folder import Example, load_tasks
+from t2l_engine.research.tasks.manifest import TIERS, read
 
 TEXT = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 

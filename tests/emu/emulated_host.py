@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from t2l_engine import ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LoraCase
 
 pytestmark = pytest.mark.emu

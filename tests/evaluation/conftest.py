@@ -8,9 +8,9 @@ from cli.conftest import run  # noqa: F401
 from training.conftest import WORDS, one_thread, word_tokenizer  # noqa: F401
 
 import t2l_engine as t2l
-from t2l_engine.config import EncoderConfig
-from t2l_engine.integrations import base_model as loader
-from t2l_engine.tasks import Example, Task, write_tasks
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.text import base_model as loader
+from t2l_engine.text.config import EncoderConfig
 
 MODULES = {"q_proj": (64, 64), "v_proj": (64, 32)}  # of the tiny model: (in, out) features
 DESCRIPTIONS = {

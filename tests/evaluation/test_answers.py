@@ -10,10 +10,10 @@ import torch
 from evaluation.conftest import random_stack
 from training.conftest import WORDS, word_tokenizer
 
-from t2l_engine.config import ConfigError
-from t2l_engine.evaluation.answers import Answer, Answerer, Query, Store
-from t2l_engine.evaluation.arms import Generated, Routed, Stored
-from t2l_engine.handle import attach
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.lora.handle import attach
+from t2l_engine.research.evaluation.answers import Answer, Answerer, Query, Store
+from t2l_engine.research.evaluation.arms import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
 
 NAMES = ("first", "last", "other")

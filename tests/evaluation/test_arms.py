@@ -11,9 +11,8 @@ from evaluation.conftest import DESCRIPTIONS, random_stack, task
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
-from t2l_engine.data import synthetic
-from t2l_engine.evaluation.arms import (
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation.arms import (
     CONSTANT,
     SHOTS,
     Generated,
@@ -29,9 +28,10 @@ from t2l_engine.evaluation.arms import (
     partners,
     shots_of,
 )
-from t2l_engine.evaluation.library import average
-from t2l_engine.tasks import Example
-from t2l_engine.training import lora
+from t2l_engine.research.evaluation.library import average
+from t2l_engine.research.tasks import synthetic
+from t2l_engine.research.tasks.folder import Example
+from t2l_engine.research.training import lora
 
 RED = Example("red", ("red",), "test")
 TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]

@@ -12,11 +12,11 @@ from training import runs
 
 from t2l_engine.cli import app
 from t2l_engine.cli import evaluate as command
-from t2l_engine.data import manifest
-from t2l_engine.evaluation.answers import Answerer
-from t2l_engine.evaluation.arms import CONSTANT
-from t2l_engine.tasks import Example, Task, write_tasks
-from t2l_engine.training import lora
+from t2l_engine.research.evaluation.answers import Answerer
+from t2l_engine.research.evaluation.arms import CONSTANT
+from t2l_engine.research.tasks import manifest
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.training import lora
 
 OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
 BASE = ["base", "base-description", "icl"]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from t2l_engine.evaluation import code
-from t2l_engine.evaluation.code import check_sandbox, extract, run_tests
+from t2l_engine.research.evaluation import sandbox as code
+from t2l_engine.research.evaluation.sandbox import check_sandbox, extract, run_tests
 
 PROMPT = 'from math import pi\n\n\ndef half(x):\n    return x / 2\n\n\ndef area(r):\n    """Of a circle."""\n'
 WHOLE = "def area(r):\n    return pi * r * r\n"
@@ -236,7 +236,7 @@ def test_no_rights(run, monkeypatch):
 
 def test_without_namespaces_nothing_runs(sandbox):
     refusing = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
-    statement = "from t2l_engine.evaluation.code import run_tests; run_tests('', '')"
+    statement = "from t2l_engine.research.evaluation.sandbox import run_tests; run_tests('', '')"
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", refusing, "sh", sys.executable, "-c", statement]
     found = subprocess.run(command, capture_output=True, text=True)
     assert "RuntimeError: sandbox: programs are only run isolated, which failed: " in found.stderr

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from t2l_engine import AdapterStack, attach
-from t2l_engine.evaluation.library import Arrow, average, prototypes, routing_weights
+from t2l_engine.research.evaluation.library import Arrow, average, prototypes, routing_weights
 from t2l_engine.testing.numerics import LOGITS_ATOL, logits_bound, lora_frobenius, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")

@@ -10,13 +10,13 @@ from evaluation.conftest import DESCRIPTIONS, random_stack, task
 from training.conftest import word_tokenizer
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
-from t2l_engine.evaluation import code
-from t2l_engine.evaluation.answers import Answer, Answerer, Store
-from t2l_engine.evaluation.arms import Arm, Stored, base_arms, generated_arms, oracle_arm
-from t2l_engine.evaluation.bootstrap import interval
-from t2l_engine.evaluation.run import Evaluation, Settings, summary
-from t2l_engine.tasks import Example
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation import sandbox
+from t2l_engine.research.evaluation.answers import Answer, Answerer, Store
+from t2l_engine.research.evaluation.arms import Arm, Stored, base_arms, generated_arms, oracle_arm
+from t2l_engine.research.evaluation.bootstrap import interval
+from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
+from t2l_engine.research.tasks.folder import Example
 
 
 class Scripted:
@@ -163,8 +163,8 @@ def test_without_validation_the_first_form_is_taken_and_the_result_says_so(valid
 
 
 def test_code_chooses_no_form(monkeypatch):
-    monkeypatch.setattr(code, "check_sandbox", lambda: None)
-    monkeypatch.setattr(code, "run_tests", lambda program, tests: "failed")
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: None)
+    monkeypatch.setattr(sandbox, "run_tests", lambda program, tests: "failed")
     held = words("v1", split="val", metric="pass", tests="assert f") + words("v2", split="val")
     e = evaluation(Scripted(), [task("first", *words("t1", metric="pass", tests="assert f"))], [BASE],
                    Settings(run_code=True), validation={"first": held})  # fmt: skip
@@ -281,8 +281,8 @@ def test_code_is_run_where_that_is_wanted(monkeypatch):
         ran.append((program, tests))
         return "passed" if "x + 1" in program else "timeout" if "while" in program else "failed"
 
-    monkeypatch.setattr(code, "check_sandbox", lambda: ran.append("checked"))
-    monkeypatch.setattr(code, "run_tests", run_tests)
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: ran.append("checked"))
+    monkeypatch.setattr(sandbox, "run_tests", run_tests)
     heads = [f"def {name}(x):\n" for name in "abc"]
     examples = [Example(head, ("    return x + 1",), "test", metric="pass", tests=f"assert {head[4]}(1) == 2")
                 for head in heads]  # fmt: skip
@@ -300,14 +300,14 @@ def test_code_is_run_where_that_is_wanted(monkeypatch):
 
 def test_code_is_refused_otherwise(monkeypatch):
     tasks = [task("first", *words("x")), task("last", *words("y", metric="pass", tests="assert x"))]
-    monkeypatch.setattr(code, "run_tests", lambda *arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(sandbox, "run_tests", lambda *arguments: pytest.fail("it ran"))
     with pytest.raises(ValueError, match="^run_code: expected to be set, since some answers are code that has to be run"):
         evaluation(Scripted(), tasks)
 
     def fail():
         raise RuntimeError("sandbox: expected Linux, got plan9")
 
-    monkeypatch.setattr(code, "check_sandbox", fail)
+    monkeypatch.setattr(sandbox, "check_sandbox", fail)
     with pytest.raises(ValueError, match="^run_code: sandbox: expected Linux, got plan9"):
         evaluation(Scripted(), tasks, settings=Settings(run_code=True))
     evaluation(Scripted(), tasks[:1], settings=Settings(run_code=True)).run()

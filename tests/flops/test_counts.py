@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from oracle import MODULES
 
 from t2l_engine import AdapterStack, HyperNetwork, HyperNetworkConfig, attach
-from t2l_engine.config import TASK_ENCODERS, VARIANTS
-from t2l_engine.flops import (
+from t2l_engine.hypernetwork.config import TASK_ENCODERS, VARIANTS
+from t2l_engine.research.costs import (
     Cost,
     Decoder,
     Experts,
@@ -27,9 +27,9 @@ from t2l_engine.flops import (
     pass_bytes,
     steps_bytes,
 )
-from t2l_engine.flops.counts import pairs
-from t2l_engine.flops.known import hypernetwork_for
-from t2l_engine.flops.terms import byte, flop, total
+from t2l_engine.research.costs.counts import pairs
+from t2l_engine.research.costs.known import hypernetwork_for
+from t2l_engine.research.costs.terms import byte, flop, total
 from t2l_engine.testing.counter import COUNT_RTOL, counted
 
 tokens, windows = st.integers(0, 40), st.one_of(st.none(), st.integers(1, 30))

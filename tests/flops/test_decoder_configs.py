@@ -9,7 +9,7 @@ from tiny_decoders import FAMILIES, SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config, Mistral3Config
 
 from t2l_engine import ConfigError
-from t2l_engine.flops import Decoder
+from t2l_engine.research.costs import Decoder
 
 #: What a file must say, beside the sizes of a mixture.
 REQUIRED = {

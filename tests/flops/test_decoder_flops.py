@@ -6,7 +6,7 @@ import torch
 from tiny_decoders import FAMILIES, SIZES, WINDOW, prompt
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from t2l_engine.flops import Decoder, cache_bytes, decoder_flops, encoder_flops
+from t2l_engine.research.costs import Decoder, cache_bytes, decoder_flops, encoder_flops
 from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import cache_argument
 
@@ -21,7 +21,7 @@ def pair(request):
 
 
 def test_all_families_are_tried():
-    from t2l_engine.flops import decoder
+    from t2l_engine.research.costs import decoder
 
     assert FAMILIES.keys() == decoder.FAMILIES.keys()
     windows = {name: Decoder.from_config(tiny_decoders.config(name)).windows for name in FAMILIES}

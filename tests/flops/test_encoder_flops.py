@@ -8,9 +8,9 @@ import transformers
 from transformers import AutoConfig, AutoModel
 
 from t2l_engine import ConfigError
-from t2l_engine.flops import Encoder, encoder_flops, known_setup
-from t2l_engine.flops.encoder import FAMILIES
-from t2l_engine.flops.known import encoder_named, known_encoders
+from t2l_engine.research.costs import Encoder, encoder_flops, known_setup
+from t2l_engine.research.costs.encoder import FAMILIES
+from t2l_engine.research.costs.known import encoder_named, known_encoders
 from t2l_engine.testing.counter import counted
 
 SIZES = {

@@ -8,9 +8,10 @@ import pytest
 import tiny_decoders
 import torch
 
-from t2l_engine import ConfigError, TextToLoRA, flops
-from t2l_engine.flops import Decoder, known_setup, known_setups
-from t2l_engine.flops.known import hypernetwork_for
+from t2l_engine import ConfigError, TextToLoRA
+from t2l_engine.research import costs
+from t2l_engine.research.costs import Decoder, known_setup, known_setups
+from t2l_engine.research.costs.known import hypernetwork_for
 from t2l_engine.testing.models import SHAPES
 
 KNOWN = {  # parameters of the language model, and of its hypernetwork
@@ -55,8 +56,8 @@ def test_modules_that_hypernetworks_can_adapt():
 
 @pytest.mark.parametrize(
     "name",
-    [f"t2l_engine.flops.{module.name}" for module in pkgutil.iter_modules(flops.__path__)]
-    + ["t2l_engine.op_flops", "t2l_engine.testing.counter"],
+    [f"t2l_engine.research.costs.{module.name}" for module in pkgutil.iter_modules(costs.__path__)]
+    + ["t2l_engine.ops.flops", "t2l_engine.testing.counter"],
 )
 def test_examples(name):
     assert doctest.testmod(importlib.import_module(name)).failed == 0

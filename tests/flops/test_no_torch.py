@@ -19,8 +19,8 @@ print(json.dumps([way.first.flops() for way in ways.values()]))
 def test_closed_forms_need_no_torch():
     run = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    from t2l_engine import flops
+    from t2l_engine.research import costs
 
-    load = flops.Workload(question=59, answer=4, shots=3, shot=80, description=35)
-    here = flops.ways(flops.known_setup("mistral-7b"), load)
+    load = costs.Workload(question=59, answer=4, shots=3, shot=80, description=35)
+    here = costs.ways(costs.known_setup("mistral-7b"), load)
     assert json.loads(run.stdout) == [way.first.flops() for way in here.values()]

@@ -9,7 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from t2l_engine import op_flops, ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import flops, reference
 from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES, LoraCase
 
 by_name = {"ids": lambda case: case.name}
@@ -30,7 +31,7 @@ def total(function) -> int:
 
 
 def test_every_op_has_a_formula():
-    assert {formula.__name__ for formula in op_flops.FORMULAS} == set(ops.SCHEMAS)
+    assert {formula.__name__ for formula in flops.FORMULAS} == set(ops.SCHEMAS)
     assert all(getattr(torch.ops.t2l_engine, name) in flop_registry for name in ops.SCHEMAS)
 
 
@@ -88,11 +89,11 @@ def test_hypernetwork_backward(case):
     grad = torch.ones_like(reference.hypernet_trunk(**trunk))
     operands = grad, *trunk.values()
     inside = total(lambda: reference.hypernet_trunk_backward(*operands))
-    assert op_flops.hypernet_trunk_backward(*operands, out_val=None) == inside
+    assert flops.hypernet_trunk_backward(*operands, out_val=None) == inside
     grads = [torch.ones_like(t) for pair in zip(*ops.hypernet_heads(**heads), strict=True) for t in pair]
     operands = grads, *(heads[name] for name in HEADS if not name.startswith("add"))
     inside = total(lambda: reference.hypernet_heads_backward(*operands))
-    assert op_flops.hypernet_heads_backward(*operands, out_val=None) == inside
+    assert flops.hypernet_heads_backward(*operands, out_val=None) == inside
 
 
 @pytest.mark.parametrize("case", SMALL_HYPER, **by_name)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from t2l_engine.flops import (
+from t2l_engine.research.costs import (
     WAYS,
     Cost,
     Decoder,
@@ -25,8 +25,8 @@ from t2l_engine.flops import (
     tokens_of_adapter,
     ways,
 )
-from t2l_engine.flops.known import hypernetwork_for
-from t2l_engine.flops.terms import byte, flop
+from t2l_engine.research.costs.known import hypernetwork_for
+from t2l_engine.research.costs.terms import byte, flop
 
 LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
 PAPER = Workload(question=59, answer=4, shots=3, shot=80, description=35, system=10)

@@ -9,8 +9,8 @@ from tiny_decoders import prompt
 from transformers import BertConfig, BertModel, DynamicCache
 
 from t2l_engine import HyperNetwork, attach
-from t2l_engine.flops import Decoder, Encoder, Setup, Workload, ways
-from t2l_engine.flops.known import hypernetwork_for
+from t2l_engine.research.costs import Decoder, Encoder, Setup, Workload, ways
+from t2l_engine.research.costs.known import hypernetwork_for
 from t2l_engine.testing.counter import counted
 from t2l_engine.testing.models import cache_argument
 

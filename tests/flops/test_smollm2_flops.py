@@ -7,13 +7,13 @@ import torch
 from transformers import DynamicCache
 
 import t2l_engine as t2l
-from t2l_engine.flops import Decoder, Encoder, decoder_flops, encoder_flops, hypernet_flops, known_setup, lora_flops
-from t2l_engine.flops.known import encoder_named
-from t2l_engine.integrations import smollm2
+from t2l_engine.research.costs import Decoder, Encoder, decoder_flops, encoder_flops, hypernet_flops, known_setup, lora_flops
+from t2l_engine.research.costs.known import encoder_named
 from t2l_engine.testing.counter import COUNT_RTOL, counted
 from t2l_engine.testing.models import cache_argument
+from t2l_engine.text import packaged
 
-pytestmark = pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
+pytestmark = pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
 LENGTHS, STEPS = (59, 299), 4  # a question alone, and with three examples, in the paper's table of operations
 
@@ -26,7 +26,7 @@ def threads(one_thread):
 
 @pytest.fixture(scope="module")
 def model():
-    return smollm2.load(torch.bfloat16)[0]
+    return packaged.load(torch.bfloat16)[0]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from bench.gpu import cases, gte, icl, llama, model, tables
 from bench.gpu.context import Context, Part
 from bench.harness import OURS
 from bench.rows import BASE
-from t2l_engine import flops
+from t2l_engine.research import costs
 from t2l_engine.testing import numerics
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_models_have_the_sizes_that_costs_are_made_of():
     made = encoder(torch.tensor([[1, 2, 3, 4]]))
     assert made.dtype == torch.float32 and made.norm() == pytest.approx(24**0.5)
     assert (icl.FULL.in_context, icl.FULL.setup.decoder) == (299, llama.MISTRAL)
-    ways = flops.ways(icl.FULL.setup, icl.FULL.load)
+    ways = costs.ways(icl.FULL.setup, icl.FULL.load)
     assert ways["icl"].first.flops() / ways["t2l-request"].first.flops() == pytest.approx(4.9, abs=0.05)
 
 
@@ -167,7 +167,7 @@ def test_the_line_of_the_readme():
 
 def test_sizes_of_a_card(tmp_path):
     assert icl.Sizes.of(Context(Card(), Part(tmp_path / "part.json"), 1.0)) is icl.FULL
-    ways = flops.ways(icl.FULL.setup, dataclasses.replace(icl.FULL.load, answer=icl.FULL.answered))
+    ways = costs.ways(icl.FULL.setup, dataclasses.replace(icl.FULL.load, answer=icl.FULL.answered))
     ours, theirs = (icl._beside_icl(ways, "t2l-task", 0)[name] for name in ("user_bytes", "user_bytes_in_context"))
     token, adapter = 2 * 32 * 8 * 128 * 2, 2 * 32 * 8 * (4096 + 4096 + 4096 + 1024)
     assert (ours, theirs) == (75 * token + adapter, 315 * token)

@@ -24,7 +24,8 @@ from bench.gpu.step import status
 from bench.gpu.steps import EXIT_SKIPPED, FAILED, PASSED, SKIPPED, TIMED_OUT, Outcome, Step, allowance, plan
 from bench.gpu.timing import Candidate, Dry, NotCaptured, Timing, measure, tolerant
 from bench.harness import OURS
-from t2l_engine import _native, ops
+from t2l_engine import ops
+from t2l_engine.ops import native
 
 # --- plan and deadline -----------------------------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ def test_which_card_kernels_are_for(built, card, runs):
 
 def test_a_library_that_came_with_the_tree_is_used(monkeypatch, capsys, tmp_path):
     """Nothing is built then, whatever is missing here."""
-    if not ops.NATIVE or not build.covers(_native.about()["build"]["cuda"], "9.0"):
+    if not ops.NATIVE or not build.covers(native.about()["build"]["cuda"], "9.0"):
         pytest.skip("this build has no CUDA kernels for the card of this test")
     monkeypatch.setattr(build, "missing", lambda: pytest.fail("it builds"))
     monkeypatch.setattr(sys, "argv", ["build"])

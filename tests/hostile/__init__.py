@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
-from t2l_engine.checkpoint import describe, encoder_config
-from t2l_engine.data import manifest
-from t2l_engine.data.benchmarks import import_benchmarks
-from t2l_engine.data.sni import import_sni
-from t2l_engine.flops import Decoder, Encoder
-from t2l_engine.tasks import load_tasks
-from t2l_engine.training import settings
+from t2l_engine.hypernetwork.checkpoint import describe, encoder_config
+from t2l_engine.research.costs import Decoder, Encoder
+from t2l_engine.research.tasks import manifest
+from t2l_engine.research.tasks.benchmarks import import_benchmarks
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.tasks.sni import import_sni
+from t2l_engine.research.training import settings
 
 GOLDEN = Path(__file__).parent.parent / "data" / "golden"
 #: Created in the working directory by whatever a file manages to execute.

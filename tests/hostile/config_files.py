@@ -120,7 +120,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
     )
     for name, changes in {
         "format-missing": {"format": None},
-        "format-other": {"format": "t2l_engine.hypernetwork.v0"},
+        "format-other": {"format": "t2l_engine.hypernetwork.network.v0"},
         "format-long": {"format": TEXT},
         "format-list": {"format": LIST},
         "surprise": {"surprise": 1},

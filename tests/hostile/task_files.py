@@ -10,9 +10,10 @@ from functools import partial
 
 from hostile import Case, Workshop
 from hostile.config_files import FLAGS, HUGE, KEYS, LIST, NESTED, TEXT, field_cases
-from t2l_engine.data.manifest import MAX_MANIFEST_BYTES
-from t2l_engine.data.sni import MAX_FILE_BYTES
-from t2l_engine.tasks import MAX_DESCRIPTIONS_BYTES, MAX_VALUES
+from t2l_engine.files.text import MAX_VALUES
+from t2l_engine.research.tasks.folder import MAX_DESCRIPTIONS_BYTES
+from t2l_engine.research.tasks.manifest import MAX_MANIFEST_BYTES
+from t2l_engine.research.tasks.sni import MAX_FILE_BYTES
 
 MIB = 1 << 20
 #: Names that are none of a task.

@@ -4,7 +4,8 @@ import pytest
 import torch
 from native import by_name, kernel_case, needs_native
 
-from t2l_engine import ops, reference
+from t2l_engine import ops
+from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing import oracle as oracles
 from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, HyperCase

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from native import KERNEL_CASES, is_native, needs_native
 
-from t2l_engine import _native, ops
+from t2l_engine import ops
+from t2l_engine.ops import native
 
 
 def test_native_kernels_run(backend):
     """A run that silently used the fallback fails here."""
-    if backend == "cpu" and os.environ.get(_native.DISABLE_VARIABLE) == "1":
+    if backend == "cpu" and os.environ.get(native.DISABLE_VARIABLE) == "1":
         pytest.skip("the reference was asked for")
     for name in ops.NATIVE_OPS:
         assert is_native(name) != (backend != "cpu" and name == "lora_delta_backward"), name
@@ -35,7 +36,7 @@ def test_instruction_sets(backend):
         pytest.skip("instruction sets are the CPU kernels'")
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    isas = _native.about()["instruction_sets"]
+    isas = native.about()["instruction_sets"]
     for isa in set(isas["available"]) - {isas["chosen"]}:
         command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
         run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)

@@ -11,7 +11,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from t2l_engine.training import loop
+from t2l_engine.research.training import loop
 
 folder, rank = Path(sys.argv[1]), os.environ["RANK"]
 changed: list[str] = []

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 import t2l_engine as t2l
-from t2l_engine.training import settings
-from t2l_engine.training.log import read_log
+from t2l_engine.research.training import settings
+from t2l_engine.research.training.log import read_log
 
 #: Every field that makes a step random, and steps of two batches.
 NOISE = {

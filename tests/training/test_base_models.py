@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
-from t2l_engine.integrations import base_model as base_models
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import context, lora, sft
+from t2l_engine.research.training.log import read_log
+from t2l_engine.research.training.sampling import Share
+from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.testing import numerics
-from t2l_engine.training import frozen, lora, sft
-from t2l_engine.training.log import read_log
-from t2l_engine.training.sampling import Share
-from t2l_engine.training.settings import LoRASettings, SFTSettings
+from t2l_engine.text import base_model as base_models
 
 #: Family -> (what its tiny configuration needs, linears, where these are, their features).
 LINEARS = {
@@ -85,8 +85,8 @@ def test_models_that_are_not_whole(base_model, tmp_path, monkeypatch):
 def test_linears_are_found(tiny_model, family):
     """In the order asked for; members of a packed projection have paths of their own."""
     changes, names, paths, features = LINEARS[family]
-    found = frozen.locate(tiny_model(family, **changes), names)
-    assert found == frozen.Modules(names, paths, *map(tuple, zip(*features, strict=True)), 2)
+    found = context.locate(tiny_model(family, **changes), names)
+    assert found == context.Modules(names, paths, *map(tuple, zip(*features, strict=True)), 2)
     assert found.own_paths == (None if family in ("Llama", "Phi3") else paths)
 
 
@@ -103,23 +103,23 @@ def test_linears_that_are_not_there(tiny_model):
         (gpt2, ("attn.c_proj",), "expected plain .*names.*, got 'attn.c_proj'"),  # a name torch cannot hold
     ):
         with pytest.raises(ConfigError, match=f"^target_modules: .*{message}"):
-            frozen.locate(model, names)
+            context.locate(model, names)
     llama.model.layers[1].mlp.up_proj = nn.Linear(64, 80)
     with pytest.raises(
         ConfigError, match=r"up_proj: expected the same features in every layer, got \[\(64, 80\), \(64, 96\)\]"
     ):
-        frozen.locate(llama, ("q_proj", "up_proj"))
+        context.locate(llama, ("q_proj", "up_proj"))
     for layer, left in ((1, [0]), (0, [])):
         del llama.model.layers[layer].mlp.up_proj
         expected = f"expected one in each of 2 layers, got layers {left}" if left else "has no such linear"
         with pytest.raises(ConfigError, match=f"up_proj: .*{re.escape(expected)}"):
-            frozen.locate(llama, ("q_proj", "up_proj"))
+            context.locate(llama, ("q_proj", "up_proj"))
 
 
 def test_peft_finds_what_was_trained(tiny_model, tmp_path):
     """Adapters for a model unlike Llama lie where PEFT looks for them and add the same."""
     model = tiny_model("OPT", ffn_dim=96, word_embed_proj_dim=64)
-    modules = frozen.locate(model, ("fc1", "v_proj"))
+    modules = context.locate(model, ("fc1", "v_proj"))
     config = t2l.HyperNetworkConfig(
         variant="L", modules=modules.names, in_features=modules.in_features, out_features=modules.out_features,
         num_layers=2, rank=2, embed_dim=8, latent_size=16, head_in_size=8, lora_alpha=4.0, paths=modules.own_paths,
@@ -186,7 +186,7 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
     found = []
     for seed in (0, 0, 1):
         torch.rand(3)
-        fit = frozen.Frozen(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
+        fit = context.Frozen(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
         job = sft.SFT(fit.settings, fit)
         found.append((job.trained.state_dict(), [batch.ids for batch in job.batches(0, Share())]))
         fit.close()
@@ -197,7 +197,7 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
 
 def test_a_model_is_given_back(base_model, tasks):
     """After a run, before one, and however often it is asked for."""
-    fit = frozen.Frozen(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
+    fit = context.Frozen(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
     kinds = [type(module) for module in fit.model.modules()]
     fit.close()
     sft.SFT(fit.settings, fit)
@@ -220,7 +220,7 @@ def test_examples_of_the_splits_are_needed(base_model, tasks):
 
     def load(**changes):
         values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
-        return frozen.Frozen(values, tasks, torch.device("cpu"))
+        return context.Frozen(values, tasks, torch.device("cpu"))
 
     assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
     change(("train", "val", "test"), longer=" cat")

@@ -10,17 +10,17 @@ import yaml
 from training import plain, runs
 
 import t2l_engine as t2l
-from t2l_engine import convert
-from t2l_engine.config import ConfigError
-from t2l_engine.encoder import EncoderConfig, normalise_description
-from t2l_engine.integrations import base_model as base_model_loader
-from t2l_engine.integrations import smollm2
-from t2l_engine.tasks import load_tasks
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork import convert
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.training import sft
+from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.sampling import Share
+from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative_frobenius
-from t2l_engine.training import sft
-from t2l_engine.training.frozen import Frozen
-from t2l_engine.training.sampling import Share
-from t2l_engine.training.settings import SFTSettings
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text import packaged
+from t2l_engine.text.encoder import EncoderConfig, normalise_description
 
 CPU = torch.device("cpu")
 
@@ -183,7 +183,7 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
 
 def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch):
     """By its name, wherever its files are (here those of a small one)."""
-    monkeypatch.setattr(smollm2, "convert", lambda: base_model)
+    monkeypatch.setattr(packaged, "convert", lambda: base_model)
     out = sft.train(runs.sft("smollm2-135m", encoder="base-model", steps=2), tasks, tmp_path / "out")
     about = json.loads((out / "config.json").read_text())
     assert about["encoder"]["name"] == about["base_model"] == "smollm2-135m" and about["encoder"]["pooling"] == "last"
@@ -193,7 +193,7 @@ def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec(smollm2.PACKAGE) is None, reason="make setup installs the model package")
+@pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 def test_smollm2_as_encoder(tasks, tmp_path):
     settings = runs.sft("smollm2-135m", encoder="base-model", dtype="bfloat16", steps=1, validate_every=0)
     out = sft.train(settings, tasks, tmp_path / "out")

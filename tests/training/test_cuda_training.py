@@ -5,8 +5,8 @@ import torch
 from accelerate.state import AcceleratorState
 from training import runs
 
+from t2l_engine.research.training import loop, lora, reconstruction, sft
 from t2l_engine.testing import numerics
-from t2l_engine.training import loop, lora, reconstruction, sft
 
 pytestmark = pytest.mark.cuda
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import t2l_engine as t2l
+from t2l_engine.research.training import context
+from t2l_engine.research.training.lora import LoRABank
+from t2l_engine.research.training.objective import Objective, collate, generated_l2, weighting
+from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import (
     GRADIENT_RTOL,
     MODEL_GRADIENT_FROBENIUS,
     model_gradient_bound,
     relative_frobenius,
 )
-from t2l_engine.training import frozen
-from t2l_engine.training.lora import LoRABank
-from t2l_engine.training.objective import Objective, collate, generated_l2, weighting
-from t2l_engine.training.sampling import Group, Sample
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 TARGETS = {"qv": ("q_proj", "v_proj"), "attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP, "down": ("down_proj",)}
@@ -36,7 +36,7 @@ def groups():
 
 def network(model, targets, variant):
     """A hypernetwork for ``model`` in the midst of training: offsets as SFT has them, heads that are no longer zero."""
-    modules = frozen.locate(model, targets)
+    modules = context.locate(model, targets)
     config = t2l.HyperNetworkConfig(
         variant=variant, modules=modules.names, in_features=modules.in_features, out_features=modules.out_features,
         num_layers=modules.num_layers, rank=3, embed_dim=6, latent_size=16, head_in_size=10, lora_alpha=6.0,
@@ -101,7 +101,7 @@ def test_gradients_of_a_step(tiny_model, variant, targets):
 def test_gradients_of_a_bank(tiny_model, ids):
     """Adapters without a hypernetwork, one a group and one for all; B is no longer zero."""
     model, step = tiny_llama(tiny_model), groups()
-    bank = LoRABank(frozen.locate(model, TARGETS["all"]), max(ids) + 1, 3, 2.0, seed=1)
+    bank = LoRABank(context.locate(model, TARGETS["all"]), max(ids) + 1, 3, 2.0, seed=1)
     with torch.no_grad():
         for B in bank.lora_B.values():
             B.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))

@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import t2l_engine as t2l
-from t2l_engine.config import VARIANTS
+from t2l_engine.hypernetwork.config import VARIANTS
+from t2l_engine.research.training import context
+from t2l_engine.research.training.context import Modules
+from t2l_engine.research.training.lora import LoRABank
+from t2l_engine.research.training.objective import Objective, collate
+from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import STANDARD_ERRORS
-from t2l_engine.training import frozen
-from t2l_engine.training.frozen import Modules
-from t2l_engine.training.lora import LoRABank
-from t2l_engine.training.objective import Objective, collate
-from t2l_engine.training.sampling import Group, Sample
 
 EXAMPLES = settings(max_examples=50, deadline=None, derandomize=True, database=None)
 sizes = st.integers(1, 40)
@@ -121,7 +121,7 @@ def test_the_draw_is_a_function_of_the_generator():
 
 def setup(model, names, variant):
     """(module that is trained, its first stack of three adapters as a function)."""
-    modules = frozen.locate(model, names)
+    modules = context.locate(model, names)
     if variant == "bank":
         bank = LoRABank(modules, 3, 3, 2.0, seed=1)
         return bank, bank

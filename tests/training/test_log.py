@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from t2l_engine.config import ConfigError
-from t2l_engine.training.log import NAME, PICTURE, Log, plot, read_log
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training.log import NAME, PICTURE, Log, plot, read_log
 
 
 def write(folder, *lines, end="\n"):

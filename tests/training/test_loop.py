@@ -14,13 +14,13 @@ from torch import nn
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import loop, lora, reconstruction, sft
+from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.log import NAME, read_log
+from t2l_engine.research.training.sampling import Share, seeded
+from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics
-from t2l_engine.training import loop, lora, reconstruction, sft
-from t2l_engine.training.frozen import Frozen
-from t2l_engine.training.log import NAME, read_log
-from t2l_engine.training.sampling import Share, seeded
-from t2l_engine.training.settings import Settings
 
 
 class Toy(loop.Job):
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_bit_for_bit(base_model, tasks, tmp_path):
     program = f"""
 import os, signal
 from t2l_engine.cli import main
-from t2l_engine.training import sft
+from t2l_engine.research.training import sft
 
 loss, calls = sft.SFT.loss, []
 

@@ -9,12 +9,12 @@ from torch import nn
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
-from t2l_engine.integrations import base_model as base_model_loader
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import lora
+from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.reconstruction import Library
 from t2l_engine.testing import numerics
-from t2l_engine.training import lora
-from t2l_engine.training.frozen import Frozen
-from t2l_engine.training.reconstruction import Library
+from t2l_engine.text import base_model as base_model_loader
 
 CPU = torch.device("cpu")
 FIRST = "000"

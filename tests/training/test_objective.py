@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import context, sft
+from t2l_engine.research.training.objective import IGNORED, Objective, collate, generated_l2, weighting
+from t2l_engine.research.training.sampling import Group, Sample, Share, divide
+from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
-from t2l_engine.training import frozen, sft
-from t2l_engine.training.objective import IGNORED, Objective, collate, generated_l2, weighting
-from t2l_engine.training.sampling import Group, Sample, Share, divide
-from t2l_engine.training.settings import SFTSettings
 
 #: Family -> (what its tiny configuration needs, linears to adapt).
 FAMILIES = {
@@ -49,7 +49,7 @@ def made(tiny_model, make_stack):
     def make(family="Llama"):
         changes, names = FAMILIES[family]
         model = tiny_model(family, **changes).requires_grad_(False)
-        modules = frozen.locate(model, names)
+        modules = context.locate(model, names)
         shapes = dict(zip(names, zip(modules.in_features, modules.out_features, strict=True), strict=True))
         paths = dict(zip(names, modules.paths, strict=True))
         stack = make_stack(shapes, num_adapters=4, num_layers=modules.num_layers, rank=3, paths=paths)
@@ -366,7 +366,7 @@ def test_validation(base_model, tasks):
             base_model=str(base_model), target_modules=("q_proj", "v_proj"), encoder="one-hot", dtype="float32", rank=2,
             latent_size=8, head_in_size=4, tasks_per_batch=2, samples_per_task=2, validation_samples=5, **changes,
         )  # fmt: skip
-        fit = frozen.Frozen(settings, tasks, torch.device("cpu"))
+        fit = context.Frozen(settings, tasks, torch.device("cpu"))
         job = sft.SFT(settings, fit)
         with torch.no_grad():
             for head in job.trained.heads.values():  # adapters that do something

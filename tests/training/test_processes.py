@@ -11,10 +11,10 @@ import pytest
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.config import ConfigError
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import lora, reconstruction, sft
+from t2l_engine.research.training.settings import to_yaml
 from t2l_engine.testing import numerics
-from t2l_engine.training import lora, reconstruction, sft
-from t2l_engine.training.settings import to_yaml
 
 
 def free_port():
@@ -96,7 +96,7 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
 
 
 def test_a_batch_of_fewer_tasks_than_processes(tmp_path):
-    from t2l_engine.training.sampling import Share, divide
+    from t2l_engine.research.training.sampling import Share, divide
 
     with pytest.raises(ConfigError, match="expected at least a task for each of 3 processes in every batch, got 2"):
         divide([1, 2], 8, Share(0, 3))

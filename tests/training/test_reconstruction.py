@@ -7,13 +7,14 @@ import torch
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine import checkpoint, convert, lora_runs
-from t2l_engine.config import ConfigError
-from t2l_engine.integrations import base_model
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork import checkpoint, convert
+from t2l_engine.research.training import reconstruction
+from t2l_engine.research.training import runs as lora_runs
+from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
+from t2l_engine.research.training.sampling import Share
 from t2l_engine.testing import numerics
-from t2l_engine.training import reconstruction
-from t2l_engine.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
-from t2l_engine.training.sampling import Share
+from t2l_engine.text import base_model
 
 CPU = torch.device("cpu")
 

@@ -12,14 +12,14 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
 
-from t2l_engine.config import ConfigError
-from t2l_engine.encoder import EncoderConfig
-from t2l_engine.prompts import answer_of, prompt_of, raw_prompt
-from t2l_engine.tasks import Example, Task
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.folder import Example, Task
+from t2l_engine.research.training import context, descriptions, sft
+from t2l_engine.research.training.sampling import Examples, Group, Sample, Share, Stream, divide, permuted, seeded
+from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
-from t2l_engine.training import descriptions, frozen, sft
-from t2l_engine.training.sampling import Examples, Group, Sample, Share, Stream, divide, permuted, seeded
-from t2l_engine.training.settings import SFTSettings
+from t2l_engine.text.encoder import EncoderConfig
+from t2l_engine.text.prompts import answer_of, prompt_of, raw_prompt
 
 EXAMPLES = examples(max_examples=50, deadline=None, derandomize=True, database=None)
 
@@ -347,7 +347,7 @@ def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
     plain, found = {}, {}
     for init, state in (("random", plain), ("discriminant", found)):
         s = settings(base_model, task_init=init)
-        state.update(sft.SFT(s, frozen.Frozen(s, tasks, torch.device("cpu"))).trained.state_dict())
+        state.update(sft.SFT(s, context.Frozen(s, tasks, torch.device("cpu"))).trained.state_dict())
     changed = {key for key, value in plain.items() if not torch.equal(value, found[key])}
     assert changed == {"task_encoder.linear.weight", "task_encoder.linear.bias"}
 
@@ -356,7 +356,7 @@ def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
 def test_training_never_reads_a_held_out_description(encoder, base_model, tasks, monkeypatch, prompt):
     """Nor validation one that is trained on, neither as an embedding nor in the prompt."""
     s = settings(base_model, held_out_descriptions=1, tasks_per_batch=2, prompt=prompt, validation_samples=2)
-    fit = frozen.Frozen(s, tasks, torch.device("cpu"))
+    fit = context.Frozen(s, tasks, torch.device("cpu"))
     job = sft.SFT(s, fit)
     read = []
 

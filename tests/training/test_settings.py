@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from t2l_engine.config import ConfigError
-from t2l_engine.training import settings
-from t2l_engine.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import settings
+from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
 
 EXAMPLES = examples(max_examples=50, deadline=None, derandomize=True, database=None)
 KINDS = [SFTSettings, LoRASettings, ReconstructionSettings]

@@ -8,14 +8,14 @@ from training import runs
 from typer.testing import CliRunner
 
 import t2l_engine as t2l
-from t2l_engine import convert
 from t2l_engine.cli import app
-from t2l_engine.config import MAX_CONFIG_BYTES, ConfigError
-from t2l_engine.data.manifest import summary
-from t2l_engine.integrations import base_model as base_model_loader
-from t2l_engine.tasks import Example, Task, load_tasks, write_tasks
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
+from t2l_engine.hypernetwork import convert
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
+from t2l_engine.research.tasks.manifest import summary
+from t2l_engine.research.training import sft
 from t2l_engine.testing import numerics
-from t2l_engine.training import sft
+from t2l_engine.text import base_model as base_model_loader
 
 BOTH = ("first", "last")
 

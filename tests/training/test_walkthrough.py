@@ -8,7 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from t2l_engine.cli import app
-from t2l_engine.training import settings as kinds
+from t2l_engine.research.training import settings as kinds
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "training.md").read_text(encoding="utf-8")

@@ -1,0 +1,415 @@
+"""PEFT LoRA folders: read with every field and tensor checked, and written.
+
+Folders come from strangers: whatever cannot be used is an :class:`AdapterError` that names the file and the field or key,
+and no path, pattern or number out of a file can cost more than a bounded amount of memory and time.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, generic, layer_list, path_fault
+from t2l_engine.files.errors import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, positive_number, shown
+from t2l_engine.files.patterns import Patterns
+from t2l_engine.files.text import read_json
+from t2l_engine.files.weights import check_weights, largest, read_safetensors, write_folder
+
+if TYPE_CHECKING:
+    from t2l_engine.adapters.stack import AdapterStack
+
+WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
+MAX_LAYERS = 4096
+#: Values held for one value in the file (one layer of a 128-layer model, the others padding), and in all, beyond the file's.
+MAX_PADDING, MAX_PADDED = 128, 1 << 30
+
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
+
+#: Fields that change what a saved adapter computes or where it sits, with the values that mean plain LoRA.
+_PLAIN: dict[str, tuple] = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "use_dora": (None, False),
+    "use_qalora": (None, False),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "megatron_config": (None,),
+    "use_bdlora": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    # The kinds left out (pissa, olora, corda, loftq, lora_ga) change the base weights: A and B alone are not the adapter.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
+    "use_rslora": (None, False, True),
+    "fan_in_fan_out": (None, False, True),  # how the base weight is stored; A and B are the same either way
+}
+#: Fields read below, and those that concern training, initialisation or bookkeeping only.
+_OTHER = frozenset(
+    "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern "
+    "task_type base_model_name_or_path revision auto_mapping peft_version inference_mode lora_dropout megatron_core "
+    "qalora_group_size loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying "
+    "runtime_config".split()
+)
+#: Checkpoints and models, which read an adapter_config.json beside them as their own.
+_OTHER_WEIGHTS = (
+    "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+#: What the keys of other kinds of adapters look like, and what to say of them.
+_REFUSED_KEYS = (
+    (r"\.lora_[AB]\.[^.]+\.weight$", "the adapter's name is part of the key; save the adapter with PEFT's save_pretrained"),
+    (r"\.lora_embedding_[AB]", "LoRA of an embedding is not supported"),
+    (r"\.lora_magnitude_vector", "DoRA is not supported"),
+    (r"\.bias$", "trained biases are not supported"),
+    (r"^(?!.*\.lora_)", "a whole weight; where it is the base model's, save with PEFT's save_embedding_layers=False"),
+)
+_TRAINING_KEY = re.compile(r".*\.lora_velora_embed")  # VeLoRA's compression of activations; the forward pass is plain
+
+
+class AdapterError(ValueError):
+    """An adapter file or folder cannot be used; the message names file and field.
+
+    >>> import t2l_engine as t2l
+    >>> issubclass(t2l.AdapterError, ValueError)
+    True
+    """
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One adapter read from a folder; the keys of the dictionaries are paths with ``{layer}``.
+
+    ``lora_A`` ``[1, n, r, in]``, ``lora_B`` ``[1, n, out, r]``, ``ranks`` ``[1, n]`` int32, ``scaling`` ``[1]`` float32;
+    ``partial``: the folder may stop before the last layer of its model.
+    """
+
+    lora_A: dict[str, Tensor]
+    lora_B: dict[str, Tensor]
+    ranks: dict[str, Tensor]
+    scaling: Tensor
+    partial: bool
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_folder(directory: Path, dtype: torch.dtype | None) -> Folder:
+    """Read one PEFT LoRA folder; ``dtype`` of A and B, None = the widest in the file.
+
+    Modules of one folder may have different scalings (``alpha_pattern``, ``rank_pattern``).  The commonest becomes the
+    adapter's; B of the other modules is multiplied by the ratio, in float32, and rounded once.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        AdapterError: the folder is no plain LoRA, or damaged; names file and field or key.
+    """
+    config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
+    pickle = directory / PICKLE_NAME
+    if pickle.exists() and not weights_path.exists():
+        raise AdapterError(
+            f"{pickle}: a pickle, which can run code when read; load the adapter in PEFT where you trust it "
+            f"and write it again with save_pretrained(..., safe_serialization=True)"
+        )
+    for path in (config_path, weights_path):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: not found; expected a PEFT folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+        if not path.is_file():
+            raise AdapterError(f"{path}: expected a regular file")
+    try:
+        config = read_json(config_path)
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
+    partial = _check_config(config, config_path)
+    pairs = _read_pairs(weights_path)
+    layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are tried on
+    _check_chosen(config, config_path, pairs, weights_path)
+    scalings = _scalings(config, config_path, pairs, weights_path)
+    own = Counter(scalings.values()).most_common(1)[0][0]
+    factors = {path: scaling / own for path, scaling in scalings.items()}
+
+    sizes = _sizes(layers, weights_path)
+    kind = dtype or reduce(torch.promote_types, (t.dtype for pair in pairs.values() for t in pair.values()))
+    _check_range(pairs, factors, kind, weights_path)
+    lora_A, lora_B, ranks = {}, {}, {}
+    for module, found in layers.items():
+        n, r, n_in, n_out = sizes[module]
+        lora_A[module] = torch.zeros(1, n, r, n_in, dtype=kind)
+        lora_B[module] = torch.zeros(1, n, r, n_out, dtype=kind).mT
+        ranks[module] = torch.zeros(1, n, dtype=torch.int32)
+        for layer, pair in found.items():
+            path = module.replace(LAYER, str(layer))
+            rank = ranks[module][0, layer] = pair["A"].shape[0]
+            lora_A[module][0, layer, :rank] = pair["A"]
+            lora_B[module][0, layer, :, :rank] = _scaled(pair["B"], factors[path])
+    return Folder(lora_A, lora_B, ranks, torch.tensor([own], dtype=torch.float32), partial)
+
+
+def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) -> dict[str, tuple[int, int, int, int]]:
+    """Layers, rank, in and out features of every module as it will be stored."""
+    depths: dict[str | None, int] = {}
+    for module, found in layers.items():
+        depths[layer_list(module)] = max(depths.get(layer_list(module), 0), 1 + max(found))
+    sizes, stored = {}, 0
+    for module, found in layers.items():
+        widths = {(pair["A"].shape[1], pair["B"].shape[0]) for pair in found.values()}
+        if len(widths) != 1:
+            raise AdapterError(f"{weights_path}: {module}: in/out features differ between layers: {sorted(widths)[:4]}")
+        n_in, n_out = widths.pop()
+        ranks = [pair["A"].shape[0] for pair in found.values()]
+        sizes[module] = (depths[layer_list(module)], max(ranks), n_in, n_out)
+        stored += sum(ranks) * (n_in + n_out)
+    padded = sum(n * r * (n_in + n_out) for n, r, n_in, n_out in sizes.values())
+    if padded > MAX_PADDING * stored or padded > stored + MAX_PADDED:
+        raise AdapterError(
+            f"{weights_path}: expected layers and ranks that fill at least 1/{MAX_PADDING} of the stack, "
+            f"got {stored} values for {padded}"
+        )
+    return sizes
+
+
+def _scaled(B: Tensor, factor: float) -> Tensor:
+    return B if factor == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * factor
+
+
+def _check_range(
+    pairs: dict[str, dict[str, Tensor]], factors: dict[str, float], kind: torch.dtype, weights_path: Path
+) -> None:
+    # What float32 cannot hold is of no use, even where the file has float64: adapters are written and served in less.
+    narrowest = torch.float16 if kind == torch.float16 else torch.float32
+    for path, pair in pairs.items():
+        for side, factor in (("A", 1.0), ("B", factors[path])):
+            if not largest(pair[side]) * factor <= torch.finfo(narrowest).max:
+                raise AdapterError(f"{weights_path}: {path}: values exceed the range of {narrowest}")
+
+
+def _check_chosen(
+    config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
+) -> None:
+    """Refuse matrices for what the lists of the configuration leave out: PEFT would not apply them."""
+    layers = _layers_to_transform(config)
+    targets, excluded = (config.get(field) for field in ("target_modules", "exclude_modules"))
+    targets, excluded = (set(v) if isinstance(v, list) else None for v in (targets, excluded))
+    for path in pairs:
+        parts = path.split(".")
+        ends = {".".join(parts[i:]) for i in range(len(parts))}
+        number = next((int(part) for part in parts if part.isdecimal()), None)
+        for field, contradicts in (
+            ("target_modules", targets is not None and not ends & targets),
+            ("exclude_modules", excluded is not None and bool(ends & excluded)),
+            # To PEFT a full path is a choice of its own.
+            ("layers_to_transform", bool(layers) and number not in layers and path not in (targets or ())),
+        ):
+            if contradicts:
+                raise AdapterError(
+                    f"{weights_path}: {shown(path)}: expected no matrices for it, since {field} in {config_path.name} "
+                    f"leaves it out: {shown(config[field])}"
+                )
+
+
+def _check_config(config: Any, path: Path) -> bool:
+    """Refuse what is no plain LoRA; returns whether the adapter may stop before the last layer."""
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    for field, allowed in _PLAIN.items():
+        if config.get(field) not in allowed:
+            expected = " or ".join(repr(value) for value in allowed)
+            raise AdapterError(f"{path}: {field}: expected {expected} (plain LoRA), got {shown(config.get(field))}")
+    unknown = [field for field, value in config.items() if field not in _PLAIN and field not in _OTHER and value]
+    if unknown:  # as PEFT does: a later version may have added what does not matter here
+        warnings.warn(f"{path}: unknown fields are ignored: {shown(unknown)}", stacklevel=4)
+    _check_rank(path, "r", config.get("r"))
+    _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
+
+    numbers = _layers_to_transform(config)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers):
+        got = shown(config["layers_to_transform"])
+        raise AdapterError(f"{path}: layers_to_transform: expected layers below {MAX_LAYERS}, got {got}")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
+        names = value if isinstance(value, list) else []
+        if not isinstance(value, (str, list, type(None))) or not all(isinstance(name, str) for name in names):
+            raise AdapterError(f"{path}: {field}: expected a string or a list of strings, got {shown(value)}")
+    # An expression, an exclusion and full paths can each leave out layers.
+    if isinstance(targets, list):
+        chosen = any(LAYER in generic(target) for target in targets)
+    else:
+        chosen = targets not in (None, "all-linear")
+    return bool(numbers or excluded or chosen)
+
+
+def _layers_to_transform(config: dict[str, Any]) -> list[Any]:
+    layers = config.get("layers_to_transform")
+    return layers if isinstance(layers, list) else [] if layers is None else [layers]
+
+
+def _check_rank(path: Path, field: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise AdapterError(f"{path}: {field}: expected a positive integer, got {shown(value)}")
+
+
+def _check_alpha(path: Path, field: str, value: Any) -> None:
+    try:
+        positive_number(f"{path}: {field}", value)
+    except ConfigError as error:
+        raise AdapterError(str(error)) from None
+
+
+def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Module path -> its A ``[r, in]`` and B ``[out, r]``, in order of the paths."""
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in sorted(read_safetensors(path, AdapterError).items()):
+        if _TRAINING_KEY.fullmatch(key):
+            continue
+        match = _KEY.fullmatch(key)
+        if match is None:
+            reason = next((text for pattern, text in _REFUSED_KEYS if re.search(pattern, key, re.DOTALL)), None)
+            reason = reason or f"expected a LoRA matrix '{_PREFIX}*.lora_A|B.weight'"
+            raise AdapterError(f"{path}: {shown(key)}: {reason}")
+        if tensor.dim() != 2 or not tensor.numel():
+            raise AdapterError(f"{path}: {shown(key)}: expected a matrix, got shape {shown(tuple(tensor.shape))}")
+        pairs.setdefault(match["path"], {})[match["side"]] = tensor
+    if not pairs:
+        raise AdapterError(f"{path}: no LoRA matrices")
+    for module, pair in pairs.items():
+        if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            got = {side: tuple(tensor.shape) for side, tensor in sorted(pair.items())}
+            raise AdapterError(f"{path}: {shown(module)}: expected A [r, in] and B [out, r] of one rank, got {got}")
+    return pairs
+
+
+def _by_module(pairs: dict[str, dict[str, Tensor]], weights_path: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
+    """Path with ``{layer}`` -> layer -> matrices; a module outside the layers has layer 0."""
+    layers: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for path, pair in pairs.items():
+        module = generic(path)
+        fault = "expected no braces" if "{" in path else path_fault(module)
+        number = next((part for part in path.split(".") if part.isdecimal()), "0")
+        # As written: "07" would name layer 7 twice.
+        if fault is None and (len(number) > 4 or str(int(number)) != number or int(number) >= MAX_LAYERS):
+            fault = f"expected a layer index below {MAX_LAYERS}"
+        if fault is not None:
+            raise AdapterError(f"{weights_path}: {shown(path)}: {fault}")
+        layers.setdefault(module, {})[int(number)] = pair
+    if len(layers) > MAX_MODULES:
+        raise AdapterError(f"{weights_path}: expected at most {MAX_MODULES} modules a layer, got {len(layers)}")
+    return layers
+
+
+def _scalings(
+    config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
+) -> dict[str, float]:
+    """Scaling of every module path, by PEFT's rules; a rank that the configuration contradicts is an error."""
+    patterns = {}
+    for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
+        values = config.get(field)
+        if not isinstance(values, (dict, type(None))):
+            raise AdapterError(f"{config_path}: {field}: expected an object, got {shown(values)}")
+        for pattern, value in (values or {}).items():
+            check(config_path, f"{field}: {shown(pattern)}", value)
+        try:
+            patterns[field] = Patterns(values or {}, pairs)
+        except ValueError as error:
+            raise AdapterError(f"{config_path}: {field}: {error}") from None
+    scalings = {}
+    for path, pair in pairs.items():
+        rank, stated = pair["A"].shape[0], patterns["rank_pattern"].find(path, config["r"])
+        if rank != stated:  # PEFT would not load it, and consumers that divide by r would differ from those that do not
+            raise AdapterError(
+                f"{weights_path}: {shown(path)}: expected rank {shown(stated)} as r or rank_pattern in {CONFIG_NAME} say, "
+                f"got {rank}"
+            )
+        alpha = patterns["alpha_pattern"].find(path, config["lora_alpha"])
+        scalings[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    return scalings
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def state_dict(stack: AdapterStack, index: int) -> dict[str, Tensor]:
+    """Adapter ``index`` under PEFT's tensor names, float32 on the CPU, each at its true rank."""
+    state = {}
+    for name, path in stack.paths.items():
+        for layer, rank in enumerate(stack.ranks[name][index].tolist()):
+            if rank:
+                key = f"{_PREFIX}{path.replace(LAYER, str(layer))}"
+                a, b = stack.lora_A[name][index, layer, :rank], stack.lora_B[name][index, layer, :, :rank]
+                state[f"{key}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+                state[f"{key}.lora_B.weight"] = b.detach().float().cpu().contiguous()
+    return state
+
+
+def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_name_or_path: str | None) -> None:
+    """Write adapter ``index`` as a PEFT folder with the scaling baked in; ValueError for one that cannot be stored."""
+    for other in _OTHER_WEIGHTS:
+        if (directory / other).exists():
+            raise FileExistsError(
+                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
+            )
+    state = state_dict(stack, index)
+    if not state:
+        raise ValueError(f"adapter {index} adapts no module: all its ranks are 0")
+    check_weights(directory / WEIGHTS_NAME, state, ValueError)
+    scaling = float(stack.scaling[index])
+    rank_of = {
+        key.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): tensor.shape[0]
+        for key, tensor in sorted(state.items())
+        if key.endswith(".lora_A.weight")
+    }
+    r = max(rank_of.values())
+    if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
+        raise ValueError(
+            f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}] for adapter {index}, got {scaling}"
+        )
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": r,
+        "lora_alpha": scaling * r,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
+        "alpha_pattern": {path: scaling * rank for path, rank in rank_of.items() if rank != r},
+        **_targets(stack, index, sorted(rank_of)),
+    }
+    write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, dict(sorted(config.items())))
+
+
+def _targets(stack: AdapterStack, index: int, full_paths: list[str]) -> dict[str, Any]:
+    """The fields from which PEFT finds exactly the modules that the adapter has."""
+    layers = {name: tuple(torch.nonzero(ranks[index]).flatten().tolist()) for name, ranks in stack.ranks.items()}
+    layers = {name: found for name, found in layers.items() if found}
+    # Below the layer, since another module of it may end with the same name (GPT-2 has two c_proj).
+    short = sorted(
+        name if DEFAULT_PATHS.get(name) == stack.paths[name] else stack.paths[name].rpartition(f"{LAYER}.")[2]
+        for name in layers
+    )
+    if not stack.partial and all(found == tuple(range(stack.ranks[name].shape[1])) for name, found in layers.items()):
+        return {"target_modules": short}
+    lists = {layer_list(stack.paths[name]) for name in layers}
+    if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
+        pattern = before.removesuffix(".").rpartition(".")[2]  # PEFT's own guess misses a list that nothing precedes
+        return {
+            "target_modules": short,
+            "layers_to_transform": list(next(iter(layers.values()))),
+            "layers_pattern": pattern,
+        }
+    return {"target_modules": full_paths}

@@ -1,0 +1,350 @@
+"""A stack of LoRA adapters in memory; PEFT folders are read and written by :mod:`t2l_engine.adapters.peft`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from t2l_engine.adapters import peft
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_fault
+from t2l_engine.adapters.peft import AdapterError
+from t2l_engine.files.errors import shown
+from t2l_engine.files.weights import check_dtype
+
+__all__ = ["AdapterError", "AdapterStack"]
+
+_MODULES_SHOWN = 8  # by repr
+
+
+class AdapterStack:
+    """``len(stack)`` LoRA adapters for the same modules.
+
+    Attributes:
+        lora_A: per module name ``[num_adapters, num_layers, r, in_features]``.
+        lora_B: per module name ``[num_adapters, num_layers, out_features, r]`` (may be a transposed view).
+        scaling: ``[num_adapters]`` float32; delta W = scaling * B @ A.
+        ranks: per module name ``[num_adapters, num_layers]`` int32, the true rank; 0 where an adapter lacks the module
+            or the layer.  Entries of A and B beyond the rank mean nothing.
+        paths: per module name its path in the base model with ``{layer}`` for the layer index.  A path without it is a
+            module outside the decoder layers (``lm_head``), which has ``num_layers`` 1.
+        partial: whether the adapters may stop before the last layer of the model.
+
+    Source: LoRA (arXiv 2106.09685); names, paths and shapes of one adapter are PEFT's.
+
+    Iterating gives stacks of one adapter.  Two stacks are equal with ``==`` only if they are one object; compare what they
+    mean with :meth:`allclose`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together; the message names the module.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> A, B = torch.randn(3, 2, 4, 16), torch.randn(3, 2, 8, 4)  # 3 adapters, 2 layers, rank 4, 16 -> 8 features
+    >>> stack = t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.full((3,), 2.0))
+    >>> len(stack), len(stack[1:]), t2l.AdapterStack.cat([stack[0], stack[[2, 1]]]).allclose(stack[[0, 2, 1]])
+    (3, 2, True)
+    >>> stack
+    AdapterStack(3 adapters, rank 4, scaling 2, float32, cpu; modules in->out x layers: q_proj 16->8 x2)
+    """
+
+    def __init__(
+        self,
+        lora_A: dict[str, Tensor],
+        lora_B: dict[str, Tensor],
+        scaling: Tensor,
+        ranks: dict[str, Tensor] | None = None,
+        paths: dict[str, str] | None = None,
+        *,
+        partial: bool = False,
+    ):
+        if not lora_A or lora_A.keys() != lora_B.keys():
+            raise ValueError(f"lora_A, lora_B: expected the same module names, got {sorted(lora_A)} and {sorted(lora_B)}")
+        self.lora_A, self.lora_B, self.scaling = dict(lora_A), dict(lora_B), scaling
+        if scaling.dim() != 1 or scaling.dtype != torch.float32:
+            raise ValueError(f"scaling: expected float32 [num_adapters], got {scaling.dtype} {tuple(scaling.shape)}")
+        dtype = self.dtype
+        for name, a in self.lora_A.items():
+            b = self.lora_B[name]
+            if a.dim() != 4 or b.dim() != 4 or a.shape[:2] != b.shape[:2] or a.shape[2] != b.shape[3]:
+                raise ValueError(
+                    f"{name}: expected lora_A [N, n, r, in] and lora_B [N, n, out, r], "
+                    f"got {tuple(a.shape)} and {tuple(b.shape)}"
+                )
+            if len(a) != len(scaling):
+                raise ValueError(f"{name}: expected {len(scaling)} adapters as in scaling, got {len(a)}")
+            if not a.dtype == b.dtype == dtype or not a.is_floating_point() or not a.device == b.device == scaling.device:
+                raise ValueError(
+                    f"{name}: expected one floating-point dtype and one device, got lora_A {a.dtype} on {a.device}, "
+                    f"lora_B {b.dtype} on {b.device}, scaling on {scaling.device}, the first module in {dtype}"
+                )
+        given = ranks is not None
+        if ranks is None:
+            ranks = {
+                name: torch.full(a.shape[:2], a.shape[2], dtype=torch.int32, device=a.device)
+                for name, a in self.lora_A.items()
+            }
+        self.ranks = dict(ranks)
+        for name, a in self.lora_A.items():
+            rank = self.ranks.get(name)
+            if rank is None or rank.shape != a.shape[:2] or rank.dtype != torch.int32:
+                raise ValueError(f"ranks: expected int32 {tuple(a.shape[:2])} for {name}, got {rank}")
+            # Read on the host where that costs no device synchronisation.
+            if given and rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
+                raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
+        self.paths = {}
+        for name, a in self.lora_A.items():
+            path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
+            if not isinstance(path, str) or (LAYER not in path and a.shape[1] != 1):
+                raise ValueError(f"paths: expected a path with '{LAYER}' for module {shown(name)}, got {shown(path)}")
+            fault = path_fault(path)
+            if fault is None and path in self.paths.values():
+                fault = "expected a path of its own for every module"
+            if fault is not None:
+                raise ValueError(f"paths: {shown(path)} of module {shown(name)}: {fault}")
+            self.paths[name] = path
+        self.partial = partial
+
+    def __len__(self) -> int:
+        return len(self.scaling)
+
+    def __repr__(self) -> str:
+        known = self.scaling.device.type != "meta"
+        numbers = [int(n) for ranks in self.ranks.values() for n in ranks.unique().tolist() if n] if known else []
+        details = [
+            f"{len(self)} adapters",
+            "rank " + _range(numbers or [a.shape[2] for a in self.lora_A.values()]),
+            *(["scaling " + _range(self.scaling.tolist())] if known and len(self) else []),
+            str(self.dtype).removeprefix("torch."),
+            str(self.scaling.device),
+            *(["partial"] if self.partial else []),
+        ]
+        modules = [
+            f"{name} {a.shape[3]}->{self.lora_B[name].shape[2]}" + (f" x{a.shape[1]}" if LAYER in self.paths[name] else "")
+            for name, a in self.lora_A.items()
+        ]
+        more = [f"{len(modules) - _MODULES_SHOWN} more"] if len(modules) > _MODULES_SHOWN else []
+        return f"AdapterStack({', '.join(details)}; modules in->out x layers: {', '.join(modules[:_MODULES_SHOWN] + more)})"
+
+    def __getitem__(self, index: int | slice | Sequence[int]) -> AdapterStack:
+        """The stack of the chosen adapters: of one for an int, of several for a slice, list, tuple or range of ints.
+
+        Negative indices count from the end.  An int or a slice gives views that share memory with this stack, the others
+        give copies.  Raises IndexError out of range, TypeError for anything else.
+        """
+        if isinstance(index, slice):
+            return self._map(lambda tensor: tensor[index])
+        if isinstance(index, (list, tuple, range)):
+            chosen = [self._position(i) for i in index]
+            return self._map(lambda tensor: tensor[chosen])
+        i = self._position(index)
+        return self._map(lambda tensor: tensor[i : i + 1])
+
+    def _position(self, index: int) -> int:
+        if not isinstance(index, int) or isinstance(index, bool):
+            raise TypeError(f"index: expected an int, a slice or a list of ints, got {type(index).__name__}")
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index: expected within [{-len(self)}, {len(self)}), got {index}")
+        return index % len(self)
+
+    def __iter__(self) -> Iterator[AdapterStack]:
+        return (self[i] for i in range(len(self)))
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> AdapterStack:
+        apply = lambda tensors: {name: fn(t) for name, t in tensors.items()}  # noqa: E731
+        return AdapterStack(
+            apply(self.lora_A),
+            apply(self.lora_B),
+            fn(self.scaling),
+            apply(self.ranks),
+            self.paths,
+            partial=self.partial,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of A and B."""
+        return next(iter(self.lora_A.values())).dtype
+
+    @property
+    def num_parameters(self) -> int:
+        """Values of one adapter at full rank."""
+        return sum(t[0].numel() for side in (self.lora_A, self.lora_B) for t in side.values())
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
+        """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32).
+
+        Raises ValueError for a dtype that is not floating point.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device or tensor.device, dtype=dtype or tensor.dtype)
+
+        cast = lambda tensors: {name: move(t) for name, t in tensors.items()}  # noqa: E731
+        ranks = {name: t.to(device or t.device) for name, t in self.ranks.items()}
+        scaling = self.scaling.to(device or self.scaling.device)
+        return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
+
+    def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
+        """Whether both stacks hold the same adapters: scalings, and per module path ranks and A and B within the ranks.
+
+        Padding does not count: columns beyond the rank, layers and modules of rank 0.  Neither do the names of modules,
+        dtype, device and :attr:`partial`.  ``rtol``, ``atol`` as in ``torch.allclose``.
+        """
+        other = other.to(self.scaling.device)
+        if len(self) != len(other) or not torch.allclose(self.scaling, other.scaling, rtol, atol):
+            return False
+        named = [(s, {path: name for name, path in s.paths.items()}) for s in (self, other)]
+        for path in {*self.paths.values(), *other.paths.values()}:
+            found = [(s, names[path]) for s, names in named if path in names]
+            if len(found) == 1:
+                if bool(found[0][0].ranks[found[0][1]].any()):
+                    return False
+                continue
+            mine, theirs = (s.ranks[name] for s, name in found)
+            n = min(mine.shape[1], theirs.shape[1])
+            if not torch.equal(mine[:, :n], theirs[:, :n]) or bool(mine[:, n:].any()) or bool(theirs[:, n:].any()):
+                return False
+            for side in ("lora_A", "lora_B"):
+                a, b = (getattr(s, side)[name][:, :n] for s, name in found)
+                if side == "lora_B":
+                    a, b = a.mT, b.mT
+                r = min(a.shape[2], b.shape[2])  # neither rank exceeds it
+                inside = torch.arange(r, device=a.device) < mine[:, :n, None]
+                kind = torch.promote_types(a.dtype, b.dtype)
+                if a.shape[3] != b.shape[3] or not torch.allclose(
+                    a[:, :, :r][inside].to(kind), b[:, :, :r][inside].to(kind), rtol, atol
+                ):
+                    return False
+        return True
+
+    @staticmethod
+    def cat(stacks: Sequence[AdapterStack]) -> AdapterStack:
+        """One stack of all adapters.
+
+        Ranks and module sets may differ: narrower ranks are padded, missing modules get rank 0.  Stacks that are not
+        :attr:`partial` must agree on the number of layers; partial ones may have fewer.  The result is partial if all are.
+
+        Raises:
+            ValueError: sizes or paths of a module, layers, dtypes or devices differ; the message names the module.
+        """
+        stacks = list(stacks)
+        if not stacks:
+            raise ValueError("stacks: expected at least one AdapterStack, got none")
+        depths = _common_depths(stacks)
+        names = list(dict.fromkeys(name for s in stacks for name in s.lora_A))
+        lora_A, lora_B, ranks, paths = {}, {}, {}, {}
+        for name in names:
+            holders = [s for s in stacks if name in s.lora_A]
+            first = holders[0]
+            a0, b0 = first.lora_A[name], first.lora_B[name]
+            paths[name] = first.paths[name]
+            num_layers = depths.get(layer_list(paths[name]), 1)
+            r = max(s.lora_A[name].shape[2] for s in holders)
+            total = sum(len(s) for s in stacks)
+            lora_A[name] = a0.new_zeros(total, num_layers, r, a0.shape[3])
+            lora_B[name] = b0.new_zeros(total, num_layers, r, b0.shape[2]).mT
+            ranks[name] = torch.zeros(total, num_layers, dtype=torch.int32, device=a0.device)
+            at = 0
+            for s in stacks:
+                if name in s.lora_A:
+                    a, b = s.lora_A[name], s.lora_B[name]
+                    if a.shape[3] != a0.shape[3] or b.shape[2] != b0.shape[2] or s.paths[name] != paths[name]:
+                        raise ValueError(
+                            f"{name}: expected in/out features {a0.shape[3]}/{b0.shape[2]} at {paths[name]}, "
+                            f"got {a.shape[3]}/{b.shape[2]} at {s.paths[name]}"
+                        )
+                    if a.dtype != a0.dtype or a.device != a0.device:
+                        raise ValueError(f"{name}: expected {a0.dtype} on {a0.device}, got {a.dtype} on {a.device}")
+                    rows, n = slice(at, at + len(s)), a.shape[1]
+                    lora_A[name][rows, :n, : a.shape[2]] = a
+                    lora_B[name][rows, :n, :, : a.shape[2]] = b
+                    ranks[name][rows, :n] = s.ranks[name]
+                at += len(s)
+        scaling = torch.cat([s.scaling for s in stacks])
+        return AdapterStack(lora_A, lora_B, scaling, ranks, paths, partial=all(s.partial for s in stacks))
+
+    # --- PEFT folders ----------------------------------------------------------------------------------------------
+
+    def state_dict_peft(self, index: int) -> dict[str, Tensor]:
+        """Adapter ``index`` under PEFT's tensor names: float32 A ``[rank, in]``, B ``[out, rank]`` at its true rank.
+
+        Raises IndexError out of range.
+        """
+        return peft.state_dict(self, self._position(index))
+
+    def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
+        """Write adapter ``adapter`` as a PEFT folder with the scaling baked in (``lora_alpha = scaling * r``).
+
+        An adapter already in ``directory`` is replaced only when the new files are complete.
+
+        Raises:
+            IndexError: an adapter out of range.
+            ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
+            OSError: the folder cannot be written, or holds a checkpoint or a model (FileExistsError).
+        """
+        peft.write_adapter(self, self._position(adapter), Path(directory), base_model_name_or_path)
+
+    @staticmethod
+    def from_peft(directories: str | Path | Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
+        """Read PEFT LoRA folders (safetensors) into one stack; ranks, modules and scalings may differ between folders.
+
+        A module is named after the last component of its path.  Where modules would share a name, as GPT-2's two
+        ``c_proj``, they get the shortest dotted ends that differ: ``attn.c_proj``, ``mlp.c_proj``.  The stack is
+        :attr:`partial` if every folder says that it leaves out layers (``layers_to_transform``, full paths or an expression
+        as ``target_modules``, ``exclude_modules``).  A module whose scaling is not that of most modules has the difference
+        multiplied into B.
+
+        ``dtype``: of A and B, None = as stored.
+
+        Raises:
+            FileNotFoundError: a missing folder or file.
+            AdapterError: what is no plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), damaged files,
+                folders that do not fit together; the message names file and field or key.
+        """
+        if dtype is not None:
+            check_dtype(dtype)
+        if isinstance(directories, (str, Path)):
+            directories = [directories]
+        directories = list(directories)
+        if not directories:
+            raise ValueError("directories: expected at least one folder, got none")
+        folders = [peft.read_folder(Path(directory), dtype) for directory in directories]
+        names = module_names(path for folder in folders for path in folder.lora_A)
+        stacks = [
+            AdapterStack(
+                *({names[path]: tensor for path, tensor in side.items()} for side in (folder.lora_A, folder.lora_B)),
+                folder.scaling,
+                {names[path]: tensor for path, tensor in folder.ranks.items()},
+                {names[path]: path for path in folder.lora_A},
+                partial=folder.partial,
+            )
+            for folder in folders
+        ]
+        try:
+            return stacks[0] if len(stacks) == 1 else AdapterStack.cat(stacks)
+        except ValueError as error:
+            raise AdapterError(f"{shown([str(d) for d in directories])}: do not fit into one stack: {error}") from None
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _common_depths(stacks: Sequence[AdapterStack]) -> dict[str | None, int]:
+    """Number of layers by list of layers (the path in front of the index); ValueError where the stacks contradict."""
+    depths: dict[str | None, tuple[int, bool]] = {}  # and whether that is the number of the model
+    for stack in sorted(stacks, key=lambda s: s.partial):
+        own: dict[str | None, int] = {}
+        for name, a in stack.lora_A.items():
+            prefix = layer_list(stack.paths[name])
+            own[prefix] = max(own.get(prefix, 1), a.shape[1])
+        for prefix, n in own.items():
+            most, exact = depths.setdefault(prefix, (n, not stack.partial))
+            if exact and (n > most if stack.partial else n != most):
+                raise ValueError(f"stacks: expected {most} layers at {prefix}{LAYER}, got {n}; partial ones may have fewer")
+            depths[prefix] = (max(n, most), exact)
+    return {prefix: n for prefix, (n, _) in depths.items()}

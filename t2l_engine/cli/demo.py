@@ -1,0 +1,216 @@
+"""``python -m t2l_engine.cli.demo``: sentences change what a real language model does, and what that costs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+import t2l_engine as t2l
+from t2l_engine import ops
+from t2l_engine.research import costs
+from t2l_engine.text import packaged
+from t2l_engine.text.prompts import raw_prompt
+
+CHECKPOINT = "smollm2-135m"
+
+#: description -> inputs with the right answer.  None of these tasks was trained on, nor their descriptions and inputs: the
+#: checkpoint learned lists of three words, not of five.
+TASKS = {
+    "Return the last of the five words.": [
+        ("cookie, think, socks, river, lamp", "lamp"),
+        ("soda, macaw, banana, ugly, quick", "quick"),
+        ("paper, cold, forest, seven, moon", "moon"),
+    ],
+    "Find the one verb among five words, the others are adjectives.": [
+        ("tall, happy, swim, green, soft", "swim"),
+        ("brave, tiny, explain, sweet, loud", "explain"),
+        ("calm, rude, sharp, arrive, dark", "arrive"),
+    ],
+    "Name the colour among the five words.": [
+        ("tiger, heron, mauve, snail, otter", "mauve"),
+        ("camel, turquoise, mole, gecko, swan", "turquoise"),
+        ("dove, beetle, shrimp, beige, lynx", "beige"),
+    ],
+}
+#: One input for the first two descriptions.
+SAME_INPUT = "honest, jump, quiet, bright, narrow"
+#: Three worked examples for the cost of in-context learning.
+SHOTS = [
+    ("granite, whisper, melon, hot, run", "run"),
+    ("yawn, cabinet, heron, blue, sing", "sing"),
+    ("maple, engine, sponge, two, sleepy", "sleepy"),
+]
+
+console = Console(highlight=False, width=118)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+    """Says what is done, that it still is every five seconds, and how long it took."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def beat() -> None:
+        while not done.wait(5):
+            console.print(f"    {what}: {time.perf_counter() - start:.0f} s ...")
+
+    console.print(f"==> {what}")
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    console.print(f"==> {what}: done in {time.perf_counter() - start:.0f} s")
+
+
+@torch.no_grad()
+def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> list[str]:
+    """First line of the greedy continuation of every prompt, all in one batch."""
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip().split("\n")[0] for text in texts]
+
+
+def milliseconds(function, repeats: int = 5) -> float:
+    """Fastest of ``repeats`` calls."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+def show_tasks(model, tokenizer, engine, lora) -> None:
+    table = Table(
+        "input", "base model", "right?", "adapted model", "right?", title="1. Three tasks that were not trained on"
+    )
+    score = {"base": 0, "adapted": 0}
+    for i, (description, pairs) in enumerate(TASKS.items()):
+        table.add_section()
+        table.add_row(f"[bold]{description}[/bold]")
+        base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
+        with lora.use(i):
+            adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
+        for (x, right), b, a in zip(pairs, base, adapted, strict=True):
+            score["base"] += b == right
+            score["adapted"] += a == right
+            table.add_row(x, b[:48], "yes" if b == right else "no", a[:48], "yes" if a == right else "no")
+    console.print(table)
+    total = sum(map(len, TASKS.values()))
+    console.print(
+        f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
+        f"adapted {score['adapted']} of {total} (it reads the input alone).\n"
+    )
+
+
+def show_two_descriptions(model, tokenizer, engine, lora) -> None:
+    table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
+    with lora.use([0, 1]):
+        answers = answer(model, tokenizer, [engine.prompt(tokenizer, SAME_INPUT)] * 2)
+    for description, got in zip(TASKS, answers, strict=False):
+        table.add_row(description, got)
+    console.print(table)
+    console.print()
+
+
+def show_mixed_batch(model, tokenizer, engine, lora) -> None:
+    table = Table(
+        "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
+    )
+    rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
+    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket, deep, walk"), (2, "violet, horse, crow, salmon, hen")]
+    prompts = [engine.prompt(tokenizer, x) for _, x in rows]
+    with lora.use([i for i, _ in rows]):
+        together = answer(model, tokenizer, prompts)
+    for row, (adapter, text) in enumerate(rows):
+        with lora.use(adapter):
+            alone = answer(model, tokenizer, prompts)[row]
+        table.add_row(
+            str(row),
+            str(adapter) if adapter >= 0 else "base",
+            text,
+            together[row][:48],
+            "same" if alone == together[row] else alone,
+        )
+    console.print(table)
+    console.print()
+
+
+def show_costs(model, tokenizer, engine) -> None:
+    description = next(iter(TASKS))
+    text = TASKS[description][0][0]
+    config = engine.hypernetwork.config
+    encoder = engine.encoder
+    task_emb = encoder.encode([description])
+    stack = engine.hypernetwork.generate(task_emb)
+
+    def encode() -> None:  # by an encoder that does not know the text yet
+        t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([description])
+
+    def attach_and_detach() -> None:
+        t2l.attach(model, stack).detach()
+
+    table = Table("step", "time", title="4. What it costs (this machine, one description, fastest of 5)")
+    table.add_row("text encoder", f"{milliseconds(encode):.1f} ms")
+    table.add_row("hypernetwork", f"{milliseconds(lambda: engine.hypernetwork.generate(task_emb)):.1f} ms")
+    table.add_row("attach", f"{milliseconds(attach_and_detach):.1f} ms")
+    console.print(table)
+    values = stack.num_parameters
+    size = values * stack.dtype.itemsize / 1e6
+    console.print(
+        f"One adapter: rank {config.rank}, {values:,} values, {size:.2f} MB in {str(stack.dtype).removeprefix('torch.')}."
+    )
+
+    count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
+    question, shots = count(engine.prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
+    words = len(encoder.tokenizer(encoder.prepare([description])[0])["input_ids"])
+    decoder = costs.Decoder.from_config(model.config)
+    describe = costs.encoder_flops(costs.Encoder.from_config(encoder.model.config), words)
+    once = (describe + costs.hypernet_flops(config)).total
+    per_question = (costs.decoder_flops(decoder, question) + costs.lora_flops(config, question)).total
+    in_context = costs.decoder_flops(decoder, shots).total
+    table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
+    for questions in (1, 10, 100):
+        ours, theirs = once + questions * per_question, questions * in_context
+        table.add_row(str(questions), f"{ours / 1e9:,.1f} G", f"{theirs / 1e9:,.1f} G", f"{theirs / ours:.2f} x")
+    console.print(table)
+    console.print(
+        f"{question} tokens a question against {shots} with description and examples; describing costs "
+        f"{once / 1e9:.2f} GFLOP once. Prompt processing to the first answer token, examples not cached "
+        "(t2l cost --model smollm2-135m: cached too, and larger models).\n"
+    )
+
+
+def main() -> None:
+    """Run the demo; every number on screen is computed here and now."""
+    logging.disable_progress_bar()
+    console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
+    with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
+        model, tokenizer = packaged.load()
+    with busy("text encoder and hypernetwork, three sentences to adapters"):
+        engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
+        stack = engine.generate([*TASKS])
+    console.print()
+    lora = t2l.attach(model, stack)
+    show_tasks(model, tokenizer, engine, lora)
+    show_two_descriptions(model, tokenizer, engine, lora)
+    show_mixed_batch(model, tokenizer, engine, lora)
+    lora.detach()
+    show_costs(model, tokenizer, engine)
+    console.print(
+        'Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the PEFT format.'
+    )
+
+
+if __name__ == "__main__":
+    main()

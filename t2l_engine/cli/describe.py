@@ -1,0 +1,129 @@
+"""What a checkpoint or an adapter folder is, as plain JSON values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.adapters import peft
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, REFERENCE_NAMES, WEIGHTS_NAME, form
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.costs import hypernet_flops
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """The structure, sizes and origin of a T2L checkpoint (native or reference form) or of a PEFT adapter folder.
+
+    The files are read whole and checked as for use.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``,
+    ``trunk`` (all else) and ``offsets`` (not trained, of the last step); ``gflop_per_adapter`` is 1e9 useful operations of
+    the hypernetwork (``research.costs.hypernet_flops``).  Adapters: ``kind`` "adapter"; ``parameters`` counts true
+    ranks, ``partial``: the base model may have more layers.  ``file_bytes`` is the size of the weights file.
+
+    Raises:
+        FileNotFoundError: the folder is absent.
+        ValueError: it is neither, or a file in it cannot be used (ConfigError, CheckpointError, AdapterError).
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    native = (CONFIG_NAME, WEIGHTS_NAME)
+    reference = REFERENCE_NAMES[:1]  # the others may lie two folders above
+    for names in (native, reference):
+        if all((folder / name).is_file() for name in names):
+            return _checkpoint(folder)
+    if (folder / peft.CONFIG_NAME).is_file():
+        return _adapter(folder)
+    raise ConfigError(
+        f"{folder}: expected a checkpoint ({' and '.join(native)}, or {reference[0]}) or a PEFT adapter "
+        f"({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
+    )
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    net = HyperNetwork.from_pretrained(folder)
+    c, written = net.config, form(folder)
+    blocks = checkpoint.describe(folder)
+    training = blocks.get("training")
+    weights = WEIGHTS_NAME if written == "native" else REFERENCE_NAMES[0]
+    heads = sum(p.numel() for p in net.heads.parameters())
+    return {
+        "kind": "checkpoint",
+        "folder": str(folder),
+        "form": written,
+        "variant": c.variant,
+        "task_encoder": c.task_encoder,
+        "modules": [
+            {"name": name, "in_features": n_in, "out_features": n_out}
+            for name, n_in, n_out in zip(c.modules, c.in_features, c.out_features, strict=True)
+        ],
+        "num_layers": c.num_layers,
+        "rank": c.rank,
+        "lora_alpha": c.lora_alpha,
+        "scaling": {"mode": c.scaling if isinstance(c.scaling, str) else "given", "value": net.scaling},
+        "latent_size": c.latent_size,
+        "trunk_width": c.width,
+        "head_in_size": c.head_in_size,
+        "embed_dim": c.embed_dim,
+        "parameters": {
+            "total": c.num_parameters,
+            "trunk": c.num_parameters - heads,
+            "heads": heads,
+            "offsets": sum(b.numel() for b in net.offsets.buffers()),
+        },
+        "dtype": str(net.dtype).removeprefix("torch."),
+        "file_bytes": (folder / weights).stat().st_size,
+        "gflop_per_adapter": hypernet_flops(c).total / 1e9,
+        "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
+        "encoder": blocks.get("encoder") or _named_encoder(blocks),
+        "base_model": blocks.get("base_model"),
+        "training": _training(training) if isinstance(training, dict) else None,
+    }
+
+
+def _named_encoder(blocks: dict[str, Any]) -> dict[str, Any] | None:
+    """An encoder that the reference's arguments name, for which nothing says how texts are embedded."""
+    args = blocks.get("reference", {}).get("args")
+    name = args.get("emb_model") if isinstance(args, dict) else None
+    return {"name": name, "pooling": None} if isinstance(name, str) and name else None
+
+
+def _training(block: dict[str, Any]) -> dict[str, Any]:
+    """Steps and number of tasks, as far as the block, which may be anything, says them."""
+    tasks = block.get("tasks")
+    return {"steps": block.get("steps_done"), "num_tasks": len(tasks) if isinstance(tasks, (list, dict)) else None}
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    stack = AdapterStack.from_peft([folder])
+    config = read_json(folder / peft.CONFIG_NAME)
+    modules, parameters = [], 0
+    for name, a in stack.lora_A.items():
+        ranks, n_in, n_out = stack.ranks[name][0].tolist(), a.shape[3], stack.lora_B[name].shape[2]
+        modules.append(
+            {
+                "name": name,
+                "in_features": n_in,
+                "out_features": n_out,
+                "ranks": sorted(set(ranks) - {0}),
+                "layers": sum(rank > 0 for rank in ranks),
+            }
+        )
+        parameters += sum(ranks) * (n_in + n_out)
+    return {
+        "kind": "adapter",
+        "folder": str(folder),
+        "base_model": config.get("base_model_name_or_path"),
+        "modules": modules,
+        "num_layers": max(a.shape[1] for a in stack.lora_A.values()),
+        "partial": stack.partial,
+        "scaling": float(stack.scaling[0]),
+        "lora_alpha": config["lora_alpha"],
+        "use_rslora": bool(config.get("use_rslora")),
+        "parameters": parameters,
+        "dtype": str(stack.dtype).removeprefix("torch."),
+        "file_bytes": (folder / peft.WEIGHTS_NAME).stat().st_size,
+    }

@@ -1,0 +1,47 @@
+"""What a file or a setting says wrongly, in words: the error, values cut to a length, bounds."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+#: Bounds on what a file may ask for, so that refusing it costs little.
+MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK, MAX_LAYERS = 1 << 20, 64, 64, 1 << 31, 1 << 16, 4096
+#: Bounds of scalings and what they are made of: float32 holds them, their ratios and their products.
+MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
+
+
+class ConfigError(ValueError):
+    """A configuration or checkpoint file says something that cannot be used; the message names the field.
+
+    >>> EncoderConfig(name="minilm", pooling="max")
+    Traceback (most recent call last):
+    t2l_engine.files.errors.ConfigError: encoder.pooling: expected one of ('cls', 'mean', 'last'), got 'max'
+    """
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+_repr.maxlist = _repr.maxtuple = _repr.maxdict = 16
+_repr.maxlevel, MAX_SHOWN = 3, 400  # 16 texts, and 16 of those, are too long for a message
+
+
+def shown(value: Any) -> str:
+    """``repr`` of a value out of a file, cut to MAX_SHOWN characters."""
+    try:
+        text = _repr.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        return f"<{type(value).__name__} too large to print>"
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."
+
+
+def positive_number(name: str, value: Any) -> float:
+    """``value`` as a float; ConfigError names it unless it is a number from MIN_NUMBER to MAX_NUMBER."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not MIN_NUMBER <= value <= MAX_NUMBER:
+        raise ConfigError(f"{name}: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER}], got {shown(value)}")
+    return float(value)
+
+
+def positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
+        raise ConfigError(f"{name}: expected a positive integer below 2^31, got {shown(value)}")

@@ -1,0 +1,115 @@
+"""Reading and writing folders of files: shared by checkpoints and adapters.
+
+Weights come from strangers.  What is read here is plain tensors or an error that names the file: nothing in a file is
+executed, and refusing a file takes no more memory than twice its size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, shown
+from t2l_engine.files.text import read_start
+
+#: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
+CHECKSUM = "t2l_engine.sha256"
+#: ~7,000 tensors.  Python objects cost many times the bytes that describe them.
+MAX_HEADER_BYTES = 1 << 20
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """ValueError unless weights may have ``dtype``."""
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
+
+
+def content_checksum(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, in order of name."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_folder(
+    directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
+) -> None:
+    """Write a safetensors and a JSON file into ``directory``; files already there are replaced only by complete ones.
+
+    Raises ConfigError where ``config`` is larger than readers accept.
+    """
+    from safetensors.torch import save_file
+
+    text = json.dumps(config, indent=2) + "\n"  # ASCII
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{directory / config_name}: expected at most {MAX_CONFIG_BYTES} bytes to write, got {len(text)}")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+        metadata = {"format": "pt", CHECKSUM: content_checksum(state)}
+        weights, config_path = Path(temporary) / weights_name, Path(temporary) / config_name
+        config_path.write_text(text, encoding="utf-8")
+        save_file(state, weights, metadata=metadata)
+        _sort_metadata(weights)
+        shutil.copymode(config_path, weights)  # safetensors makes files that only their owner may read
+        for name in (weights_name, config_name):
+            os.replace(Path(temporary) / name, directory / name)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in random order; the same content shall be the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(text) == length:  # else spelled another way, and good as it is
+            file.seek(8)
+            file.write(text)
+
+
+def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
+    """The tensors of ``path``, mapped from the file; ``error`` names what is wrong with it.
+
+    Checked: the format, the content checksum where the file carries one, floating-point dtypes, and that all is finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    header = int.from_bytes(read_start(path, 8, error), "little")
+    if header > MAX_HEADER_BYTES:
+        raise error(f"{path}: not a readable safetensors file: its header claims more than {MAX_HEADER_BYTES} bytes")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, TypeError) as reason:
+        raise error(f"{path}: not a readable safetensors file: {str(reason)[:200]}") from None
+    check_weights(path, state, error)
+    if CHECKSUM in metadata and metadata[CHECKSUM] != content_checksum(state):
+        raise error(f"{path}: the content does not match its checksum {CHECKSUM}: the file is damaged or was edited")
+    return state
+
+
+def largest(tensor: Tensor) -> float:
+    """The largest magnitude in a tensor that is not empty."""
+    return float(max(map(abs, torch.aminmax(tensor.detach()))))
+
+
+def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
+    """``error`` naming the key unless every tensor is plain, of a floating-point dtype, and finite."""
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES or tensor.device.type != "cpu":
+            raise error(f"{path}: {shown(name)}: expected a dense floating-point tensor, got {tensor.dtype} {tensor.layout}")
+        if tensor.numel() and not all(value.isfinite() for value in torch.aminmax(tensor)):
+            raise error(f"{path}: {shown(name)}: holds NaN or infinite values")

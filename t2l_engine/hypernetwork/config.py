@@ -1,0 +1,217 @@
+"""Frozen configuration records with a strict JSON form.
+
+Every record is a frozen dataclass.  ``to_json`` gives plain JSON values; ``from_json`` accepts exactly the fields of the
+record: an unknown or a missing field is a ``ConfigError`` that names it.  Nothing in a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_fault
+from t2l_engine.files.errors import (
+    MAX_LAYERS,
+    MAX_MODULES,
+    MAX_NAME,
+    MAX_NUMBER,
+    MAX_RANK,
+    MIN_NUMBER,
+    ConfigError,
+    positive_int,
+    positive_number,
+    shown,
+)
+
+#: L: one head output holds A and B.  M: a shared head, a row for each side.  S: a row for each side and rank.
+#: autoregressive: unshared heads, a row for each rank.  "learnable" and "rotary" say how a rank enters.
+VARIANTS = ("L", "M", "S-learnable", "S-rotary", "autoregressive-learnable", "autoregressive-rotary")
+TASK_ENCODERS = ("linear", "vq", "softmax", "discrete")
+#: Codes of the vq and softmax encoders; classes and hidden width of the discrete one (fixed in the reference).
+NUM_CODES, NUM_CLASSES, DISCRETE_HIDDEN = 32, 64, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class HyperNetworkConfig:
+    """Everything structural about a hypernetwork.
+
+    ``modules``: adapted modules in row order of the module embedding; ``in_features``/``out_features`` are parallel to it.
+    ``latent_size`` (the trunk width m is ``latent_size//2 + 2*(latent_size//4)``) and ``head_in_size`` as in the paper's
+    appendix; ``embed_dim`` is the width of ``task_emb``.  ``lora_alpha`` with ``scaling`` gives the LoRA scaling:
+    ``"rslora"`` = alpha/sqrt(rank), ``"plain"`` = alpha/rank, or a positive number.
+    ``head_bias``: whether the heads have one.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
+    checkpoints that reconstruct weight differences).  ``task_encoder``: "linear", "vq", "softmax" or "discrete"; discrete
+    needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
+    ``paths``: where each module lives in the base model, ``{layer}`` standing for the layer index; None: where Llama and
+    its kin keep it (``q_proj`` at ``model.layers.{layer}.self_attn.q_proj``), for which the name must be one of theirs.
+    Generated adapters call a module with a path of its own after the end of that path, as those read from files.
+
+    Source: paper section 3 and its appendix; arguments of the reference implementation.
+
+    Raises:
+        ConfigError: a field is of another kind or out of range; the message names it.
+
+    >>> config = HyperNetworkConfig(variant="L", modules=("q_proj", "v_proj"), in_features=(4096, 4096),
+    ...     out_features=(4096, 1024), num_layers=32, rank=8, embed_dim=1024, latent_size=128, head_in_size=512,
+    ...     lora_alpha=16)
+    >>> config.width, config.head_rows(1), config.num_parameters
+    (128, 40960, 55424000)
+    """
+
+    variant: str
+    modules: tuple[str, ...]
+    in_features: tuple[int, ...]
+    out_features: tuple[int, ...]
+    num_layers: int
+    rank: int
+    embed_dim: int
+    latent_size: int
+    head_in_size: int
+    lora_alpha: float
+    scaling: str | float = "rslora"
+    head_bias: bool = True
+    output_scale: float = 1.0
+    task_encoder: str = "linear"
+    paths: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("modules", "in_features", "out_features"):
+            value = getattr(self, name)
+            if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_MODULES:
+                raise ConfigError(f"{name}: expected a list of 1 to {MAX_MODULES} entries, got {shown(value)}")
+            object.__setattr__(self, name, tuple(value))
+        for name, allowed in (("variant", VARIANTS), ("task_encoder", TASK_ENCODERS)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: expected one of {allowed}, got {shown(getattr(self, name))}")
+        for name in self.modules:
+            if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
+                raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {shown(name)}")
+        if len(set(self.modules)) != len(self.modules):
+            raise ConfigError(f"modules: expected distinct names, got {shown(list(self.modules))}")
+        self._check_paths()
+        for name in ("in_features", "out_features"):
+            if len(getattr(self, name)) != len(self.modules):
+                raise ConfigError(
+                    f"{name}: expected {len(self.modules)} values, one a module, got {len(getattr(self, name))}"
+                )
+            for value in getattr(self, name):
+                positive_int(name, value)
+        for name in ("num_layers", "rank", "embed_dim", "latent_size", "head_in_size"):
+            positive_int(name, getattr(self, name))
+        for name, most in (("rank", MAX_RANK), ("num_layers", MAX_LAYERS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name}: expected at most {most}, got {shown(getattr(self, name))}")
+        if self.latent_size < 4:
+            raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
+        if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
+            raise ConfigError(f"latent_size: expected 128 or 129 with the discrete task encoder, got {self.latent_size}")
+        if self.variant.endswith("rotary") and self.width % 2:
+            raise ConfigError(f"latent_size: expected an even trunk width for {self.variant}, got width {self.width}")
+        for name in ("lora_alpha", "output_scale"):
+            positive_number(name, getattr(self, name))
+        if not isinstance(self.head_bias, bool):
+            raise ConfigError(f"head_bias: expected true or false, got {shown(self.head_bias)}")
+        resolve_scaling(self.scaling, self.lora_alpha, self.rank)
+
+    def _check_paths(self) -> None:
+        if self.paths is None:
+            unknown = [name for name in self.modules if name not in DEFAULT_PATHS]
+            if unknown:
+                raise ConfigError(
+                    f"paths: expected where the modules live in the base model, since {shown(unknown)} are none of "
+                    f"{sorted(DEFAULT_PATHS)}"
+                )
+            return
+        if not isinstance(self.paths, (list, tuple)) or not all(isinstance(path, str) for path in self.paths):
+            raise ConfigError(f"paths: expected a list of strings or null, got {shown(self.paths)}")
+        object.__setattr__(self, "paths", tuple(self.paths))
+        if len(self.paths) != len(self.modules) or len(set(self.paths)) != len(self.paths):
+            raise ConfigError(f"paths: expected {len(self.modules)} different ones, one a module, got {shown(self.paths)}")
+        for path in self.paths:
+            fault = path_fault(path)
+            if fault is None and (LAYER not in path and self.num_layers != 1):
+                fault = f"expected {LAYER} in it"
+            if fault is not None:
+                raise ConfigError(f"paths: {shown(path)}: {fault}")
+
+    @property
+    def module_paths(self) -> dict[str, str]:
+        """Module -> where it lives in the base model."""
+        return dict(zip(self.modules, self.paths or map(DEFAULT_PATHS.get, self.modules), strict=True))
+
+    @property
+    def task_width(self) -> int:
+        """Width of the encoded task, ``latent_size // 2``."""
+        return self.latent_size // 2
+
+    @property
+    def depth_width(self) -> int:
+        """Width of the depth input: ``latent_size // 4``, or one-hot over the layers."""
+        return self.num_layers if self.task_encoder == "discrete" else self.latent_size // 4
+
+    @property
+    def module_width(self) -> int:
+        """Width of the module input: ``latent_size // 4``, or one-hot over the modules."""
+        return len(self.modules) if self.task_encoder == "discrete" else self.latent_size // 4
+
+    @property
+    def width(self) -> int:
+        """Trunk width m."""
+        return self.task_width + self.depth_width + self.module_width
+
+    @property
+    def num_sides(self) -> int:
+        """Latent rows a layer and module for the two sides A and B: 2 with a shared head (M, S), else 1."""
+        return 2 if self.variant.startswith(("M", "S")) else 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Latent rows a side: one for every rank in S and in the autoregressive variants, else 1."""
+        return 1 if self.variant in ("L", "M") else self.rank
+
+    @property
+    def rotary(self) -> bool:
+        """Whether a rank enters by rotation (else by a learned embedding, where it enters at all)."""
+        return self.variant.endswith("rotary")
+
+    def head_rows(self, module_index: int) -> int:
+        """Rows of the head of module ``module_index``."""
+        n_in, n_out = self.in_features[module_index], self.out_features[module_index]
+        per_latent = self.rank // self.num_ranks
+        return per_latent * (max(n_in, n_out) if self.num_sides == 2 else n_in + n_out)
+
+    @property
+    def num_parameters(self) -> int:
+        """Values of a hypernetwork of this configuration, offsets of the last step not counted."""
+        e, t, m, h = self.embed_dim, self.task_width, self.width, self.head_in_size
+        k = len(self.modules)
+        encoder = {
+            "linear": (e + 1) * t + 2 * t,
+            "vq": (e + 1) * 4 * t + (4 * t + 1) * t + (2 * t + 1) * NUM_CODES + 2 * t,
+            "softmax": (e + 1) * 4 * t + (4 * t + 1) * NUM_CODES + NUM_CODES * t + 2 * t,
+            "discrete": (e + 1) * DISCRETE_HIDDEN + (DISCRETE_HIDDEN + 1) * NUM_CLASSES,
+        }[self.task_encoder]
+        embeddings = 0
+        if self.task_encoder != "discrete":
+            embeddings = (self.num_layers + 2) * self.depth_width + (k + 2) * self.module_width
+        if self.num_sides == 2:
+            embeddings += (2 * k + 2) * m
+        if self.variant.endswith("learnable"):
+            embeddings += (self.rank + 2) * m
+        hidden = (m + 1) * 4 * m
+        trunk = 3 * (hidden + (4 * m + 1) * m) + hidden + (4 * m + 1) * h + 6 * m
+        heads = sum(self.head_rows(i) for i in range(k)) * (h + self.head_bias)
+        return encoder + embeddings + trunk + heads
+
+
+def resolve_scaling(scaling: str | float, lora_alpha: float, rank: int) -> float:
+    """LoRA scaling as a number: "rslora" = alpha/sqrt(rank), "plain" = alpha/rank, or a positive number as it is."""
+    if scaling == "rslora":
+        return lora_alpha / math.sqrt(rank)
+    if scaling == "plain":
+        return lora_alpha / rank
+    try:
+        return positive_number("scaling", scaling)
+    except ConfigError:
+        expected = f"'rslora', 'plain' or a positive number in [{MIN_NUMBER}, {MAX_NUMBER}]"
+        raise ConfigError(f"scaling: expected {expected}, got {shown(scaling)}") from None

@@ -1,0 +1,95 @@
+"""Which folder a checkpoint is in, in which form, and what the ``config.json`` of the native form says; needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
+from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
+
+BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints"
+CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
+REFERENCE_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
+FORMAT = "t2l_engine.hypernetwork.v1"
+BLOCKS = ("encoder", "base_model", "training", "reference")
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be used; the message names the file and the key.
+
+    >>> import t2l_engine as t2l
+    >>> issubclass(t2l.CheckpointError, ValueError)
+    True
+    """
+
+
+def bundled_checkpoints() -> list[str]:
+    """Names of the checkpoints that come with the package.
+
+    >>> bundled_checkpoints()
+    ['smollm2-135m']
+    """
+    return sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+
+
+def resolve_checkpoint(name_or_folder: str | Path) -> Path:
+    """The folder of a bundled checkpoint or of one on disk; FileNotFoundError lists the bundled names."""
+    if str(name_or_folder) in bundled_checkpoints():
+        return BUNDLED / str(name_or_folder)
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"checkpoint {str(name_or_folder)!r}: no such folder; bundled checkpoints: {bundled_checkpoints()}"
+        )
+    return folder
+
+
+def form(folder: Path) -> str:
+    """ "native" or "reference"; FileNotFoundError says what was looked for."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such checkpoint folder")
+    weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
+    # A model's own config.json may lie beside a reference checkpoint: some tools want it there.
+    if config and (weights or not (folder / REFERENCE_NAMES[0]).is_file()):
+        return "native"
+    if (folder / REFERENCE_NAMES[0]).is_file():
+        return "reference"
+    raise FileNotFoundError(f"{folder}: holds neither {CONFIG_NAME} (native form) nor {REFERENCE_NAMES[0]} (reference form)")
+
+
+def native_blocks(folder: Path) -> dict[str, Any]:
+    """The blocks of ``config.json`` of a native checkpoint, of their kinds; ConfigError or CheckpointError names others."""
+    path = folder / CONFIG_NAME
+    blocks = read_json(path)
+    if not isinstance(blocks, dict) or blocks.get("format") != FORMAT:
+        got = shown(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
+        raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {got}")
+    unknown = set(blocks) - {"format", "hypernetwork", *BLOCKS}
+    if unknown or "hypernetwork" not in blocks:
+        raise CheckpointError(f"{path}: expected blocks 'hypernetwork' and some of {BLOCKS}, got {shown(sorted(blocks))}")
+    check_blocks(blocks, str(path))
+    return blocks
+
+
+def check_blocks(blocks: dict[str, Any], where: str) -> None:
+    """CheckpointError, naming ``where``, unless the optional blocks in ``blocks`` are of their kinds."""
+    kinds = {"encoder": (dict, type(None)), "base_model": (str, type(None)), "training": (dict,), "reference": (dict,)}
+    for name, kind in kinds.items():
+        if name in blocks and not isinstance(blocks[name], kind):
+            raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {shown(blocks[name])}")
+
+
+def stated_encoder(blocks: dict[str, Any], path: Path) -> EncoderConfig | OneHotConfig | None:
+    """The text encoder that the blocks of ``path`` name, or None where they do not say.
+
+    Raises ConfigError where the reference's arguments name an encoder whose pooling is not known (UndefinedEncoder).
+    """
+    if blocks.get("encoder") is not None:
+        return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
+    args = blocks.get("reference", {}).get("args")
+    if isinstance(args, dict) and args.get("emb_model"):  # an encoder without rules of its own: refused by name
+        return reference_encoder_config(args, f"{path}: reference.args")
+    return None

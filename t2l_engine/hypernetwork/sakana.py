@@ -1,0 +1,406 @@
+"""Checkpoint folders in the form of the reference implementation (SakanaAI/text-to-lora).
+
+``hypermod.pt`` (a state_dict), ``args.yaml`` (training arguments) and ``adapter_config.json`` (PEFT).  Everything structural
+comes from the tensors; the flags are compared with them, and a contradiction is an error.  The row order of the module
+embedding is the order of the ``heads.<module>`` keys: the reference numbers a Python set, whose order follows the hash seed
+of the training process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine.files.errors import ConfigError, positive_number, shown
+from t2l_engine.files.text import from_json, read_json, to_json
+from t2l_engine.files.torch_file import read_torch_file
+from t2l_engine.files.yaml import read_yaml
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
+from t2l_engine.hypernetwork.contents import Contents, expect_shape
+from t2l_engine.hypernetwork.folder import BLOCKS, REFERENCE_NAMES, CheckpointError, check_blocks
+from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
+from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
+
+#: Our block in args.yaml: what the reference's files cannot say about a converted native checkpoint.
+OWN_BLOCK = "t2l_engine"
+OWN_VALUES = ("lora_alpha", "scaling", "output_scale")
+DICTIONARIES = {"AB_offset": "add", "mean_recon_target": "mean", "std_recon_target": "std"}
+
+#: Prefix in the reference's state_dict -> parameter prefix here, in the reference's order.
+_LINEAR_ENCODER = {"task_encoder.mlp.0.": "task_encoder.linear.", "task_encoder.mlp.1.": "task_encoder.norm."}
+_OTHER_ENCODERS = {
+    "task_encoder.embed": "task_encoder.embed",
+    "task_encoder.cluster_size": "task_encoder.cluster_size",
+    "task_encoder.embed_avg": "task_encoder.embed_avg",
+    "task_encoder.mlp.0.": "task_encoder.linear1.",
+    "task_encoder.mlp.3.": "task_encoder.linear2.",
+    "task_encoder.ln.": "task_encoder.norm.",
+}
+_REST = {
+    "layer_depth_encoder.0.": "depth_emb.",
+    "layer_depth_encoder.1.": "depth_emb.norm.",
+    "layer_type_encoder.0.": "module_emb.",
+    "layer_type_encoder.1.": "module_emb.norm.",
+    "mixer.1.": "mixer.linear1.",
+    "mixer.4.": "mixer.linear2.",
+    "mlp1.mlp.0.": "mlp1.norm.",
+    "mlp1.mlp.1.": "mlp1.linear1.",
+    "mlp1.mlp.4.": "mlp1.linear2.",
+    "mlp2.mlp.0.": "mlp2.norm.",
+    "mlp2.mlp.1.": "mlp2.linear1.",
+    "mlp2.mlp.4.": "mlp2.linear2.",
+    "mlp3.0.": "mlp3.norm.",
+    "mlp3.1.": "mlp3.linear1.",
+    "mlp3.4.": "mlp3.linear2.",
+    "pos_emb.0.": "pos_emb.",
+    "pos_emb.1.": "pos_emb.norm.",
+    "out_emb_norm.": "side_emb.norm.",
+    "heads.": "heads.",
+}
+
+
+def renamed(task_encoder: str) -> dict[str, str]:
+    """Prefixes of the reference's keys -> prefixes here."""
+    return (_LINEAR_ENCODER if task_encoder == "linear" else _OTHER_ENCODERS) | _REST
+
+
+def reference_name(key: str, task_encoder: str) -> str:
+    """Native ``key`` as the reference spells it."""
+    if key.startswith("offsets."):
+        _, module, name = key.split(".")
+        dictionary = next(d for d, ours in DICTIONARIES.items() if ours == name[:-2])
+        return f"{dictionary}.{name[-1]}.{module}"
+    fitting = [pair for pair in renamed(task_encoder).items() if key.startswith(pair[1])]
+    theirs, ours = max(fitting, key=lambda pair: len(pair[1]), default=("", ""))
+    return theirs + key[len(ours) :]
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _paths(folder: Path) -> tuple[Path, Path, Path]:
+    weights, args_path, peft_path = (folder / name for name in REFERENCE_NAMES)
+    # Intermediate checkpoints sit in checkpoints/it_<step>/, their configuration in the folder above "checkpoints".
+    steps = folder.absolute().parent
+    if not args_path.is_file() and steps.name == "checkpoints":
+        args_path, peft_path = (steps.parent / name for name in REFERENCE_NAMES[1:])
+    for path in (args_path, peft_path):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found")
+    return weights, args_path, peft_path
+
+
+def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    values = read_yaml(args_path), read_json(peft_path)
+    for path, value in zip((args_path, peft_path), values, strict=True):
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise CheckpointError(f"{path}: expected a mapping from names, got {shown(value)}")
+    return values
+
+
+def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
+    """Our block of ``args``, empty where the reference wrote the file."""
+    own = args.get(OWN_BLOCK, {})
+    if not isinstance(own, dict):
+        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: expected a mapping, got {shown(own)}")
+    check_blocks(own, f"{args_path}: {OWN_BLOCK}")
+    return own
+
+
+def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
+    """See :func:`t2l_engine.hypernetwork.checkpoint.encoder_config`."""
+    _, args_path, peft_path = _paths(folder)
+    args, _ = _configs(args_path, peft_path)
+    own = _own(args, args_path)
+    if own.get("encoder") is not None:
+        return encoder_config_from_json(own["encoder"], f"{args_path}: {OWN_BLOCK}.encoder")
+    if own and not args.get("emb_model"):
+        return None  # from a native folder that does not say; to the reference no name is the base model
+    return reference_encoder_config(args, str(args_path))
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """See :func:`t2l_engine.hypernetwork.checkpoint.describe`."""
+    _, args_path, peft_path = _paths(folder)
+    return _blocks(*_configs(args_path, peft_path), args_path)
+
+
+def _blocks(args: dict[str, Any], peft: dict[str, Any], args_path: Path) -> dict[str, Any]:
+    """The optional blocks of a native folder, as far as a reference folder knows them."""
+    own = _own(args, args_path)
+    blocks = {key: own[key] for key in BLOCKS if key in own}
+    if not own:
+        for name in (args.get("model_dir"), peft.get("base_model_name_or_path")):
+            if isinstance(name, str) and name:
+                blocks["base_model"] = name
+        blocks["reference"] = {"args": args, "adapter_config": peft}
+        try:
+            blocks["encoder"] = to_json(reference_encoder_config(args, "args.yaml"))
+        except ConfigError:  # unknown pooling: whoever generates must bring an encoder
+            pass
+    return blocks
+
+
+def read(folder: Path, module_order: list[str] | None = None) -> Contents:
+    """See :func:`t2l_engine.hypernetwork.checkpoint.read`."""
+    weights, args_path, peft_path = _paths(folder)
+    args, peft = _configs(args_path, peft_path)
+    state = read_torch_file(weights, CheckpointError)
+    return translate(state, args, peft, weights, args_path, peft_path, module_order)
+
+
+# --- tensors and flags to a configuration --------------------------------------------------------------------------
+
+
+def _in_order(keys: list[str], prefix: str) -> list[str]:
+    """Distinct module names of keys ``<prefix>.<module>...`` in file order."""
+    return list(dict.fromkeys(k.split(".")[1] for k in keys if k.startswith(prefix + ".") and k.count(".") >= 2))
+
+
+def _flag(args: dict[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = args.get(name, default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{path}: {name}: expected true or false, got {shown(value)}")
+    return value
+
+
+def _modules(state: dict[str, Tensor], weights: Path, module_order: list[str] | None) -> list[str]:
+    modules, sides = _in_order(list(state), "heads"), _in_order(list(state), "out_emb")
+    if not modules:
+        raise CheckpointError(f"{weights}: missing keys heads.<module>.weight")
+    if sides and sides != modules:
+        raise CheckpointError(f"{weights}: module order of heads {shown(modules)} and of out_emb {shown(sides)} disagree")
+    if module_order is None:
+        return modules
+    if sorted(module_order) != sorted(modules):
+        raise CheckpointError(f"module_order: expected an order of {shown(modules)}, got {shown(list(module_order))}")
+    return list(module_order)
+
+
+def _task_encoder(state: dict[str, Tensor], take) -> tuple[str, int]:
+    """Kind of the task encoder, and width t of its result."""
+    if "task_encoder.cluster_size" in state:
+        return "vq", take("task_encoder.mlp.3.weight", 2).shape[0]
+    if "task_encoder.embed" in state:
+        return "softmax", take("task_encoder.embed", 2).shape[1]
+    if "task_encoder.mlp.3.weight" in state:
+        return "discrete", take("task_encoder.mlp.3.weight", 2).shape[0]
+    return "linear", take("task_encoder.mlp.0.weight", 2).shape[0]
+
+
+def translate(
+    state: dict[str, Tensor],
+    args: dict[str, Any],
+    peft: dict[str, Any],
+    weights: Path,
+    args_path: Path,
+    peft_path: Path,
+    module_order: list[str] | None = None,
+) -> Contents:
+    """Configuration and native state of a reference checkpoint; the paths name the sources in errors."""
+
+    def take(key: str, dims: int) -> Tensor:
+        if key not in state:
+            raise CheckpointError(f"{weights}: missing key {shown(key)}")
+        if state[key].dim() != dims:
+            got = shown(tuple(state[key].shape))
+            raise CheckpointError(f"{weights}: {shown(key)}: expected {dims} dimensions, got {got}")
+        return state[key]
+
+    modules = _modules(state, weights, module_order)
+    sizes = []
+    for name in modules:
+        a, b = take(f"AB_offset.A.{name}", 3), take(f"AB_offset.B.{name}", 3)
+        sizes.append((*a.shape, *b.shape))
+        if a.shape[:2] != (b.shape[0], b.shape[2]) or sizes[-1][:2] != sizes[0][:2]:
+            raise CheckpointError(
+                f"{weights}: AB_offset of {shown(name)}: expected A (n, r, in) and B (n, out, r), "
+                f"got {tuple(a.shape)} and {tuple(b.shape)}"
+            )
+    num_layers, rank = sizes[0][:2]
+    encoder, task_width = _task_encoder(state, take)
+    training_task = args.get("training_task", "sft")
+    if training_task not in ("sft", "recon"):
+        raise CheckpointError(f"{args_path}: training_task: expected 'sft' or 'recon', got {shown(training_task)}")
+    recon = training_task == "recon"
+    factorized = _flag(args, "factorized", False, args_path)
+    z_scores = _flag(args, "pred_z_score", True, args_path) and recon
+    if z_scores and not factorized:
+        raise CheckpointError(
+            f"{args_path}: pred_z_score with factorized=false: the reference does not define generation for it"
+        )
+    mt_lora_path = args.get("mt_lora_path")  # an empty one adds nothing, but takes the bias away too
+    key = f"heads.{modules[0]}.bias"
+    bias, expected_bias = key in state, not z_scores if recon else mt_lora_path is None
+    if bias != expected_bias:
+        raise CheckpointError(
+            f"{weights}: {shown(key)}: expected {'present' if expected_bias else 'absent'} for training_task="
+            f"{training_task}, mt_lora_path={shown(mt_lora_path)}, pred_z_score={z_scores}"
+        )
+    _check_peft(peft, modules, rank, peft_path, warn=not recon and module_order is None)
+    head_in_size = take("mlp3.4.weight", 2).shape[0]
+    for field, got in (("hypernet_latent_size", 2 * task_width), ("head_in_size", head_in_size)):
+        value = args.get(field, got)
+        # The tensors know half of the latent size.
+        same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
+        if not same:
+            raise CheckpointError(f"{args_path}: {field}: {shown(value)} contradicts the tensors, which say {got}")
+    delta_scale = positive_number(f"{args_path}: delta_w_scaling", args.get("delta_w_scaling", 10000))
+    scaling = "rslora" if _flag(peft, "use_rslora", False, peft_path) else "plain"
+    values = {
+        "variant": _variant(state, args, modules, sizes[0], weights, args_path),
+        "modules": modules,
+        "in_features": [s[2] for s in sizes],
+        "out_features": [s[4] for s in sizes],
+        "num_layers": num_layers,
+        "rank": rank,
+        "embed_dim": take("task_encoder.mlp.0.weight", 2).shape[1],
+        "latent_size": args.get("hypernet_latent_size", 2 * task_width),
+        "head_in_size": head_in_size,
+        "lora_alpha": positive_number(f"{peft_path}: lora_alpha", peft.get("lora_alpha")),
+        "scaling": scaling,
+        "head_bias": bias,
+        "output_scale": delta_scale**-0.5 if recon and not factorized else 1.0,
+        "task_encoder": encoder,
+        "paths": _own_paths(args, modules, args_path),
+    }
+    config = _own_values(from_json(HyperNetworkConfig, values, str(weights)), args, args_path)
+    applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
+    native, unused = _rename(state, config, applied, weights)
+    blocks = _blocks(args, peft, args_path)
+    return Contents(config, native, unused, blocks, weights, lambda key: reference_name(key, encoder))
+
+
+def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> list[Any] | None:
+    """Paths of ``modules`` in a converted native checkpoint that states them."""
+    paths = _own(args, args_path).get("paths")
+    if paths is None:
+        return None
+    if not isinstance(paths, dict) or sorted(map(str, paths)) != sorted(modules):
+        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {shown(paths)}")
+    return [paths[name] for name in modules]
+
+
+def _own_values(config: HyperNetworkConfig, args: dict[str, Any], args_path: Path) -> HyperNetworkConfig:
+    """The exact numbers of a converted native checkpoint, where they agree with what the reference's files say."""
+    own = {k: v for k, v in _own(args, args_path).items() if k in OWN_VALUES}
+    if not own:
+        return config
+    exact = from_json(HyperNetworkConfig, to_json(config) | own, f"{args_path}: {OWN_BLOCK}")
+    for name, a, b in (
+        ("scaling", *(resolve_scaling(c.scaling, c.lora_alpha, c.rank) for c in (exact, config))),
+        ("output_scale", exact.output_scale, config.output_scale),
+    ):
+        if abs(a - b) > 1e-9 * b:
+            raise CheckpointError(f"{args_path}: {OWN_BLOCK}: {name} {a} contradicts the reference's fields, which say {b}")
+    return exact
+
+
+def _variant(
+    state: dict[str, Tensor],
+    args: dict[str, Any],
+    modules: list[str],
+    sizes: tuple[int, ...],
+    weights: Path,
+    args_path: Path,
+) -> str:
+    """Variant from the tensors, compared with the flags; the flags settle rank 1, where shapes agree."""
+    rank, n_in, n_out = sizes[1], sizes[2], sizes[4]
+    shared = any(k.startswith("out_emb.") for k in state)
+    learnable = "pos_emb.0.weight" in state
+    flags = {k: _flag(args, k, False, args_path) for k in ("shared_AB_head", "autoreg_gen", "learnable_pos_emb")}
+    key = f"heads.{modules[0]}.weight"
+    if key not in state or state[key].dim() != 2:
+        raise CheckpointError(f"{weights}: missing or mis-shaped key {shown(key)}")
+    rows = state[key].shape[0]
+    per_rank = max(n_in, n_out) if shared else n_in + n_out
+    possible = {autoreg for autoreg, expected in ((False, rank * per_rank), (True, per_rank)) if rows == expected}
+    if not possible:
+        raise CheckpointError(
+            f"{weights}: {shown(key)}: expected {rank * per_rank} or {per_rank} rows for rank {rank}, in {n_in}, "
+            f"out {n_out}, got {rows}"
+        )
+    # Rank 1: only autoregressive heads have learned positions; without those the flag decides.
+    autoreg = possible.pop() if len(possible) == 1 else learnable or flags["autoreg_gen"]
+    found = {"shared_AB_head": shared, "autoreg_gen": autoreg}
+    if autoreg:
+        found["learnable_pos_emb"] = learnable
+    for name, value in found.items():
+        if flags[name] != value:
+            raise CheckpointError(
+                f"{args_path}: {name}: {flags[name]} contradicts the tensors in {weights.name}, which say {value}"
+            )
+    if not autoreg:
+        return "M" if shared else "L"
+    return f"{'S' if shared else 'autoregressive'}-{'learnable' if learnable else 'rotary'}"
+
+
+def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path, warn: bool) -> None:
+    if peft.get("r") != rank:
+        raise CheckpointError(f"{path}: r: expected {rank} as in the tensors, got {shown(peft.get('r'))}")
+    targets = peft.get("target_modules")
+    names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not names or sorted(targets) != sorted(modules):
+        expected = shown(sorted(modules))
+        raise CheckpointError(f"{path}: target_modules: expected {expected} in any order, got {shown(targets)}")
+    if warn and targets != modules:
+        warnings.warn(
+            f"{path}: target_modules lists {shown(targets)}, the tensors say rows belong to {shown(modules)}; "
+            "the tensors are followed",
+            stacklevel=7,  # the caller of HyperNetwork.from_pretrained
+        )
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    """Whether it is what the reference writes where nothing was set, bit for bit (-0.0 is not: conversion keeps bits)."""
+    return tensor.dtype == torch.float32 and not bool(tensor.contiguous().view(torch.uint8).any())
+
+
+def _rename(
+    state: dict[str, Tensor], config: HyperNetworkConfig, applied: dict[str, bool], weights: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Native tensors, and those that generation ignores; missing and unknown keys and wrong shapes are errors."""
+    modules, prefixes = config.modules, renamed(config.task_encoder)
+    known = {f"{d}.{s}.{m}" for d in DICTIONARIES for s in "AB" for m in modules}
+    if config.num_sides == 2:
+        known |= {f"out_emb.{m}.{s}" for s in "AB" for m in modules}
+    native: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        if key in known:
+            continue
+        prefix = next((p for p in prefixes if key.startswith(p)), None)
+        name = None if prefix is None else prefixes[prefix] + key[len(prefix) :]
+        # A foreign key may turn into the name of another: "pos_emb.0.norm.bias" is not "pos_emb.1.bias".
+        if name is None or reference_name(name, config.task_encoder) != key:
+            unknown.append(key)
+        else:
+            native[name] = tensor
+    missing = sorted(known - state.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{weights}: missing keys {shown(missing)}, unexpected keys {shown(sorted(unknown))}")
+    for key in sorted(known):
+        like = None if key.startswith("out_emb.") else state["AB_offset." + key.split(".", 1)[1]]
+        expect_shape(weights, key, state[key], (config.width,) if like is None else tuple(like.shape))
+    if config.num_sides == 2:
+        kinds = sorted({str(state[f"out_emb.{m}.{s}"].dtype) for s in "AB" for m in modules})
+        if len(kinds) > 1:  # one tensor here: stacking would widen some
+            raise CheckpointError(f"{weights}: out_emb.*: expected tensors of one dtype, got {', '.join(kinds)}")
+        native["side_emb.weight"] = torch.stack(
+            [torch.stack([state[f"out_emb.{m}.A"], state[f"out_emb.{m}.B"]]) for m in modules]
+        )
+    unused = {}
+    for dictionary, name in DICTIONARIES.items():
+        for side in "AB":
+            for module in modules:
+                key = f"{dictionary}.{side}.{module}"
+                # A target's statistics count where they are applied, even when zero; an offset of zeros adds nothing.
+                if applied[dictionary] and (name != "add" or not _is_blank(state[key])):
+                    native[f"offsets.{module}.{name}_{side}"] = state[key]
+                elif not _is_blank(state[key]):
+                    unused[key] = state[key]
+    return native, unused

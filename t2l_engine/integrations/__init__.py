@@ -1,1 +1,0 @@
-"""Models and tools outside the core; imported only by name."""

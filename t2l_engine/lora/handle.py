@@ -1,0 +1,425 @@
+"""Adapters on a live model, without PEFT."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters.paths import LAYER
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import shown
+from t2l_engine.files.weights import WEIGHT_DTYPES
+from t2l_engine.lora.layer import LoRALinear, Member
+from t2l_engine.lora.locate import Packed, Target, check_shape, features, find, is_transposed
+from t2l_engine.lora.routing import Ids, Routing
+
+CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
+
+
+@dataclasses.dataclass
+class _Slots:
+    """The adapters of one module: ``A [slots, n, r, in]``, ``B [slots, n, r, out]``, ``ranks [n, slots]``."""
+
+    A: Tensor
+    B: Tensor
+    ranks: Tensor
+    targets: dict[int, Target]  # by layer
+
+
+class LoRAHandle:
+    """What :func:`attach` returns: the slots of a model, and which of them each row uses.
+
+    Until :meth:`use` or :meth:`set` names adapters, the model is the base model.  The handle owns its slots; the stacks
+    given to it are copied and never changed.  One handle serves one thread at a time: ids belong to the model, not to a
+    call.  A backward pass that recomputes the forward (gradient checkpointing) must run while the same ids are set, before
+    another forward pass for training; anything else raises, but not in code under ``torch.compile``, which is not checked.
+    Reentrant checkpointing needs train mode.  Compiled training: call ``backward()`` before other ids are set.
+
+    Source: LoRA (arXiv 2106.09685); adapters by row as in Punica (arXiv 2310.18547).
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+    >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
+    >>> lora, x = t2l.attach(model, stack), torch.randn(3, 8)
+    >>> base = model[0]["q_proj"](x)
+    >>> with lora.use([0, 1, -1]):  # row 2 uses the base model
+    ...     adapted = model[0]["q_proj"](x)
+    >>> (adapted == base).all(dim=1)
+    tensor([False, False,  True])
+    >>> lora.detach()
+    """
+
+    def __init__(self, model: nn.Module, slots: int, max_rank: int | None, packed: Packed | None):
+        self._model: nn.Module | None = model
+        self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
+        self._routing = Routing()
+        self._slots: dict[str, _Slots] = {}  # by the path of the stack that came first
+        self._keys: dict[str, str] = {}  # path in a stack -> key above: stacks may spell a place differently
+        self._wrapped: list[tuple[Target, LoRALinear]] = []
+        self._scaling: Tensor | None = None
+        self._filled: set[int] = set()
+        self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, the bits of its weight before
+
+    # --- routing ---------------------------------------------------------------------------------------------------
+
+    def set(self, ids: Ids) -> None:
+        """Use ``ids`` until changed: one id a batch row, one int for all rows, or an :class:`AdapterBatch`; -1 is the base.
+
+        Rows are the first dimension of a layer's input; a model that is sequence-first wants an :class:`AdapterBatch`.
+
+        Raises IndexError for an id outside the slots or of an empty one, ValueError for anything that is no ids; nothing
+        changes then.
+        """
+        self._check_free("set")
+        self._routing.set(ids, self._num_slots, self._filled, self._device())
+        self._routing.overrides, self._routing.dropout = None, 0.0
+
+    @contextlib.contextmanager
+    def use(self, ids: Ids) -> Iterator[LoRAHandle]:
+        """``ids`` as in :meth:`set` inside the block; afterwards, also after an exception, what was current returns."""
+        before = self._routing.state()
+        self.set(ids)
+        try:
+            yield self
+        finally:
+            self._restore(before)
+
+    @contextlib.contextmanager
+    def differentiable(self, stack: AdapterStack, ids: Ids, *, dropout: float = 0.0) -> Iterator[LoRAHandle]:
+        """Inside the block rows use adapters of ``stack`` itself instead of the slots, with gradients into its A and B.
+
+        For training: ``ids`` index ``stack``; ``dropout``: probability with which an entry of the input of A is zero while
+        gradients are recorded.  Modules of the stack must be attached already (give :func:`attach` a stack of the same
+        shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
+        """
+        self._check_free("differentiable")
+        _check_stack("stack", stack)
+        places = self._places(stack)
+        for name, (key, _) in places.items():
+            if key not in self._slots:
+                raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
+        before = self._routing.state()
+        self._routing.set(ids, len(stack), range(len(stack)), self._device())
+        self._routing.dropout = dropout
+        # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
+        self._routing.overrides = {
+            (places[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
+            for name, a in stack.lora_A.items()
+            for layer, (A, B, ranks) in enumerate(
+                zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
+            )
+        }
+        try:
+            yield self
+        finally:
+            self._restore(before)
+
+    def _restore(self, state: tuple) -> None:
+        if self._merged is None:
+            self._routing.restore(state)
+        else:
+            self._routing.clear()
+
+    # --- slots -----------------------------------------------------------------------------------------------------
+
+    @property
+    def num_slots(self) -> int:
+        """Adapters the handle can hold."""
+        return self._num_slots
+
+    def put(self, slot: int, adapter: AdapterStack) -> None:
+        """Copy a stack of one adapter into ``slot``; modules it lacks become rank 0 there.
+
+        Raises IndexError for a slot outside ``[0, num_slots)``, ValueError when the adapter does not fit the model; nothing
+        changes then.
+        """
+        self._check_free("put")
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
+            raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {shown(slot)}")
+        _check_stack("adapter", adapter)
+        if len(adapter) != 1:
+            raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
+        self._reserve(adapter)
+        with torch.no_grad():
+            for slots in self._slots.values():
+                slots.ranks[:, slot] = 0
+            for name, path in adapter.paths.items():
+                a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[self._keys[path]]
+                n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # beyond its rank an adapter may be padded
+                slots.A[slot, :n, :r].copy_(a[0, :, :r])
+                slots.B[slot, :n, :r].copy_(b[0].mT[:, :r])
+                slots.ranks[:n, slot] = adapter.ranks[name][0].to(slots.ranks.device)
+            self._scaling[slot] = adapter.scaling[0]
+        self._filled.add(slot)
+        self._routing.slots_changed()
+
+    @torch.inference_mode(False)  # slots are written outside inference mode too
+    def _reserve(self, stack: AdapterStack) -> None:
+        """Wrap the linears that ``stack`` needs and have room for its rank; checks everything before it changes anything."""
+        places = self._places(stack)
+        for name, (key, _) in places.items():
+            known = self._slots.get(key)
+            r_max = known.A.shape[2] if known else self._max_rank or stack.lora_A[name].shape[2]
+            rank = int(stack.ranks[name].max())
+            if rank > r_max:
+                raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
+        device = self._device()
+        if self._scaling is None:
+            self._scaling = torch.ones(self._num_slots, device=device)
+        for name, (key, targets) in places.items():
+            self._keys[stack.paths[name]] = key
+            if key not in self._slots:
+                a, b = stack.lora_A[name], stack.lora_B[name]
+                n, r = max(targets) + 1, self._max_rank or a.shape[2]
+                like = {"device": device, "dtype": _slot_dtype(next(iter(targets.values())).linear, a.dtype)}
+                self._slots[key] = _Slots(
+                    torch.zeros(self._num_slots, n, r, a.shape[3], **like),
+                    torch.zeros(self._num_slots, n, r, b.shape[2], **like),
+                    torch.zeros(n, self._num_slots, device=device, dtype=torch.int32),
+                    targets,
+                )
+                for layer, target in targets.items():
+                    self._wrap(key, layer, target)
+
+    def _wrap(self, key: str, layer: int, target: Target) -> None:
+        # Another member of a packed projection may have wrapped it already.
+        wrapped = getattr(target.parent, target.attribute)
+        if not isinstance(wrapped, LoRALinear):
+            wrapped = LoRALinear(target.linear, self._routing)
+            setattr(target.parent, target.attribute, wrapped)
+            self._wrapped.append((target, wrapped))
+        slots = self._slots[key]
+        start = None if target.columns is None else target.columns[0]
+        A, B = slots.A[:, layer], slots.B[:, layer].mT
+        wrapped.add_member(Member(key, layer, start, A, B, self._scaling, slots.ranks[layer]))
+
+    def _places(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
+        """For every module of ``stack`` the key of its slots, there or to be made, and its linears by layer."""
+        places: dict[str, tuple[str, dict[int, Target]]] = {}
+        for name, path in stack.paths.items():
+            key = self._keys.get(path)
+            if key is None:
+                targets = find(self._model, name, path, self._packed)
+                key = next((k for k, slots in self._slots.items() if _same_place(slots.targets, targets)), path)
+            if key in self._slots:
+                targets = self._slots[key].targets
+            for other, (_, taken) in places.items():
+                if _same_place(taken, targets):
+                    raise ValueError(f"{name}: the model has it and {other} in the same place")
+            self._check_fits(name, stack, targets)
+            places[name] = key, targets
+        return places
+
+    def _check_fits(self, name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
+        path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
+        depth = max(targets) + 1
+        if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
+            raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
+        needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
+        if needed - targets.keys():
+            raise ValueError(
+                f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none"
+            )
+        for layer, target in targets.items():
+            check_shape(name, layer, target, stack.lora_A[name].shape[3], stack.lora_B[name].shape[2])
+            weight = getattr(target.linear, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_meta:
+                raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
+
+    def _device(self) -> torch.device:
+        for tensor in itertools.chain(self._model.parameters(), self._model.buffers()):  # lazily: every use() asks
+            if tensor.device.type == "meta":
+                raise ValueError("model: its weights are on the meta device; load them first")
+            return tensor.device
+        return torch.device("cpu")
+
+    # --- merge and detach ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merge(self, index: int) -> None:
+        """Add adapter ``index`` to the weights themselves (all rows use it, at no cost); keeps the bits for unmerge.
+
+        The originals are kept: merging takes the memory of the adapted weights once more.  Ids set before are dropped: after
+        :meth:`unmerge` the model is the base model.  Loading a state_dict meanwhile raises RuntimeError; whatever else
+        changes a merged weight (an optimiser, another handle on the same linear) is undone by :meth:`unmerge` too.
+
+        Raises IndexError for an empty slot, ValueError for a layer that is no plain linear or whose weight other modules
+        share, RuntimeError when an adapter is merged already; nothing changes then.
+        """
+        self._check_free("merge")
+        if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
+            raise IndexError(f"index: expected a filled slot {shown(sorted(self._filled))}, got {shown(index)}")
+        self._check_mergeable()
+        self._routing.clear()
+        self._routing.merged = True
+        self._merged = []
+        try:
+            for _, wrapped in self._wrapped:
+                self._merge_into(wrapped, index)
+        except BaseException:  # such as too little memory for the copies
+            self.unmerge()
+            raise
+
+    def _merge_into(self, wrapped: LoRALinear, index: int) -> None:
+        weight = wrapped.base.weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        merged = weight.to(exact, copy=True)
+        rows = merged.T if is_transposed(wrapped.base) else merged
+        for m in wrapped._members:
+            r, start = int(m.ranks[index]), m.start or 0
+            delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
+            rows[start : start + len(delta)] += delta * m.scaling[index]
+        self._merged.append((wrapped, weight.detach().clone()))
+        _overwrite(weight, merged)
+
+    def _check_mergeable(self) -> None:
+        parameters = [p for module in self._model.modules() for p in module._parameters.values() if p is not None]
+        owners = Counter(_memory(p) for p in parameters)
+        bases = Counter(id(wrapped.base) for _, wrapped in self._wrapped)
+        for target, wrapped in self._wrapped:
+            base = wrapped.base
+            weight = getattr(base, "weight", None)
+            forward = type(base).forward  # another may compute something else from the weight
+            plain = forward is nn.Linear.forward or f"{forward.__module__}.{forward.__qualname__}" == CONV1D_FORWARD
+            n_in, n_out = features(base) or (None, None)
+            shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
+            if (
+                not plain
+                or not isinstance(weight, nn.Parameter)
+                or weight.dtype not in WEIGHT_DTYPES
+                or weight.shape != shape
+            ):
+                raise ValueError(f"merge: {target.path} is a {type(base).__name__} without a plain weight to merge into")
+            if owners[_memory(weight)] > 1 or bases[id(base)] > 1:
+                raise ValueError(f"merge: {target.path}: other modules share its weight, and merging would change them too")
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Undo :meth:`merge`; the weights are bit for bit what they were.  Raises RuntimeError when nothing is merged."""
+        self._check_attached()
+        if self._merged is None:
+            raise RuntimeError("unmerge: no adapter is merged")
+        for wrapped, original in self._merged:
+            _overwrite(wrapped.base.weight, original)
+        self._merged = None
+        self._routing.merged = False
+
+    def detach(self) -> None:
+        """Put the original layers back: the model is bit for bit, module for module what it was.
+
+        Raises RuntimeError when the handle is detached already.
+        """
+        self._check_attached()
+        if self._merged is not None:
+            self.unmerge()
+        for target, wrapped in self._wrapped:
+            setattr(target.parent, target.attribute, wrapped.base)
+        self._wrapped.clear()
+        self._slots.clear()
+        self._model = None
+
+    def _check_attached(self) -> None:
+        if self._model is None:
+            raise RuntimeError("this handle is detached; call attach() again")
+
+    def _check_free(self, call: str) -> None:
+        self._check_attached()
+        if self._merged is not None:
+            raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
+
+
+def _check_stack(name: str, value: object) -> None:
+    if not isinstance(value, AdapterStack):
+        hint = "; read a folder with AdapterStack.from_peft" if isinstance(value, (str, Path)) else ""
+        raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
+
+
+def _overwrite(weight: Tensor, values: Tensor) -> None:
+    # Weights of a model made in inference mode can be written in that mode only.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.copy_(values)
+
+
+def _memory(weight: Tensor) -> int:
+    """Equal for weights that share their memory, also as two parameters."""
+    return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
+
+
+def _same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
+    return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
+
+
+def _slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
+    weight = getattr(linear, "weight", None)
+    # Not float8: what holds a quantised weight computes in another dtype.
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in WEIGHT_DTYPES else fallback
+
+
+def attach(
+    model: nn.Module,
+    stack: AdapterStack | None = None,
+    *,
+    slots: int | None = None,
+    max_rank: int | None = None,
+    packed: Packed | None = None,
+) -> LoRAHandle:
+    """Put adapters on ``model``: no PEFT, no weight copied, the adapter of every batch row chosen at run time.
+
+    Detach before the model is resized, copied or pickled.
+
+    Source: LoRA (arXiv 2106.09685).
+
+    Args:
+        model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of
+            one's own.  A layer may be any callable (a quantised linear): its output, a tensor of its own, is added to.  Its
+            parent must call it.  Some read the weight instead (torch's MultiheadAttention, Mamba's dt_proj): the known ones
+            are refused; where a parent of your own does so, the adapter does nothing.
+        stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
+        slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
+        max_rank: widest rank the slots can hold; default, module by module, that of the first adapter which has it.
+            Slots take the dtype of the layer's weight.
+        packed: linears that hold several modules side by side: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
+            (columns in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of GLM.
+
+    Raises:
+        ValueError: a module is missing, of another shape or known not to be called by its parent, layers share one module,
+            the model is attached already or on the meta device.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"qkv": torch.nn.Linear(8, 12)}) for _ in range(2)])
+    >>> A, B = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 2, 4)  # [N, layers, r, in], [N, layers, out, r]
+    >>> stack = t2l.AdapterStack({"v_proj": A}, {"v_proj": B}, torch.tensor([2.0]))
+    >>> lora = t2l.attach(model, stack, packed={"qkv": {"q_proj": 8, "k_proj": 2, "v_proj": 2}})
+    >>> with lora.use(0):
+    ...     model[1]["qkv"](torch.randn(5, 8)).shape
+    torch.Size([5, 12])
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model: expected a torch module, got {type(model).__name__}")
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("model: adapters are attached already; use that handle, or detach it first")
+    if stack is not None:
+        _check_stack("stack", stack)
+    for name, value in (("slots", slots), ("max_rank", max_rank)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
+    if slots is None:
+        slots = 8 if stack is None else len(stack)
+    if stack is not None and len(stack) > slots:
+        raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
+    handle = LoRAHandle(model, slots, max_rank, packed)
+    handle._device()
+    if stack is not None:  # all of it, before anything changes
+        handle._reserve(stack)
+    for i, adapter in enumerate(stack or ()):
+        handle.put(i, adapter)
+    return handle

@@ -1,0 +1,236 @@
+"""The layer that ``attach`` puts around an adapted linear: it shares the weight and adds what the current adapters say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad as _forward_ad
+
+from t2l_engine import ops
+from t2l_engine.adapters.paths import LAYER
+from t2l_engine.lora.locate import features
+from t2l_engine.lora.routing import Routing
+
+# Not public in torch; without it the check of recomputation rests.
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+class Member(NamedTuple):
+    """One adapted module of a linear.
+
+    ``key``: of its slots in the handle.  ``start``: its first output column in a packed projection, None where it is the
+    whole linear.
+    ``lora_A [slots, r, in]``, ``lora_B [slots, out, r]``, ``scaling [slots]``, ``ranks [slots]``: views of the slots.
+    """
+
+    key: str
+    layer: int
+    start: int | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: Tensor
+    ranks: Tensor
+
+
+class _Serving(NamedTuple):
+    """Members as the in-place ops take them: whole linears one by one, column slices as one group (or None)."""
+
+    whole: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    group: tuple[list[Tensor], list[Tensor], Tensor, list[Tensor], list[int]] | None
+
+    @staticmethod
+    def of(members: list[Member]) -> _Serving:
+        group = [m for m in members if m.start is not None]
+        return _Serving(
+            [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in members if m.start is None],
+            (
+                [m.lora_A for m in group],
+                [m.lora_B for m in group],
+                group[0].scaling,
+                [m.ranks for m in group],
+                [m.start for m in group],
+            )
+            if group
+            else None,
+        )
+
+
+class LoRALinear(nn.Module):
+    """``base(x)`` plus what the current adapters add.  ``base`` is any callable layer; its weight is shared, not copied.
+
+    Made by :func:`t2l_engine.attach`.  ``x [..., in]`` to ``[..., out]`` in the dtype of ``base``'s output.  ``state_dict``
+    has the keys of ``base``, so an attached model is saved as the base model (``named_parameters`` has ``base.`` in them).
+    Raises RuntimeError when copied or pickled: its routing belongs to one handle.
+
+    Source: LoRA (arXiv 2106.09685).
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+    >>> stack = t2l.AdapterStack({"q_proj": torch.ones(1, 1, 2, 8)}, {"q_proj": torch.ones(1, 1, 6, 2)}, torch.ones(1))
+    >>> lora = t2l.attach(model, stack)
+    >>> type(model[0]["q_proj"]).__name__, sorted(model.state_dict())
+    ('LoRALinear', ['0.q_proj.bias', '0.q_proj.weight'])
+    """
+
+    def __init__(self, base: nn.Module, routing: Routing):
+        super().__init__()
+        self.base = base
+        self._routing = routing
+        self._members: list[Member] = []
+        self._serving = _Serving([], None)
+        self._choice: object | None = None  # of the last forward pass that a backward pass may recompute
+        self._prefix = ""
+        self.register_load_state_dict_post_hook(_own_names)
+        self.training = base.training  # not train(): parts of a base may be in another mode
+
+    @property
+    def weight(self) -> Tensor:
+        """``base``'s, also when set: tying embeddings works on an attached model."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``base``'s, also when set."""
+        return self.base.bias
+
+    @bias.setter
+    def bias(self, value: None) -> None:  # parameters come through register_parameter
+        self.base.bias = value
+
+    @property
+    def in_features(self) -> int | None:
+        """``base``'s, None where it does not say."""
+        return (features(self.base) or (None, None))[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """``base``'s, None where it does not say."""
+        return (features(self.base) or (None, None))[1]
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        raise RuntimeError(f"{self.extra_repr()}: detach the adapters before resizing the model")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """``base``'s; RuntimeError for one of another shape, which the adapters would not fit, and while one is merged."""
+        if self._routing.merged:
+            raise RuntimeError(f"{self.extra_repr()}: an adapter is merged into the {name}; call unmerge() first")
+        old = getattr(self.base, name, None)
+        if isinstance(old, Tensor) and param is not None and old.shape != param.shape:
+            raise RuntimeError(
+                f"{self.extra_repr()}: expected a {name} of shape {tuple(old.shape)}, got {tuple(param.shape)}; detach the "
+                "adapters before resizing the model"
+            )
+        setattr(self.base, name, param)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters change what this layer computes now: ids are set, or an adapter is merged."""
+        return self._routing.active or self._routing.merged
+
+    def add_member(self, member: Member) -> None:
+        """Adapt one more module; members are kept in order of columns."""
+        self._members.append(member)
+        self._members.sort(key=lambda m: -1 if m.start is None else m.start)
+        self._serving = _Serving.of(self._members)
+
+    def _current(self) -> list[Member]:
+        overrides = self._routing.overrides
+        if overrides is None:
+            return self._members
+        return [m._replace(**overrides[m.key, m.layer]) for m in self._members if (m.key, m.layer) in overrides]
+
+    def _check_recomputation(self) -> None:
+        """Gradient checkpointing calls forward inside backward; with other adapters its gradients would be wrong."""
+        choice = self._routing.choice
+        if choice is self._choice:
+            return
+        if _graph_task() == -1:  # not inside backward
+            if self.training or torch.is_grad_enabled():
+                self._choice = choice
+        else:
+            raise RuntimeError(
+                "backward recomputes the forward pass (gradient checkpointing) with other adapters than it ran with; call "
+                "backward() inside the with-block, while the same ids are set and before another training forward pass"
+            )
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """As ``base``, whose first argument, whatever its name, is ``x [..., in]``."""
+        x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._check_recomputation()
+        y = self._modules["base"](*args, **kwargs)  # not self.base: torch looks that up in Python
+        if not routing.active:
+            return y
+        members = self._current()
+        if not members:
+            return y
+        if _forward_ad._current_level >= 0:  # torch.func.jvp would go on without the adapter's share
+            raise NotImplementedError("adapters have no forward-mode derivative; use backward-mode ones, or merge()")
+        if not isinstance(y, Tensor):
+            raise RuntimeError(f"{self.extra_repr()}: expected a layer that returns a tensor, got {type(y).__name__}")
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.dtype != y.dtype:  # autocast, and layers that compute in another dtype
+            flat = flat.to(y.dtype)
+        if flat.stride(-1) != 1:
+            flat = flat.contiguous()
+        rows = x.shape[0] if x.dim() > 1 else 1
+        batch = routing.segments(rows, flat.shape[0] // max(rows, 1))
+        # Compiled code would be tied to the length of an AdapterBatch; the number of tokens is a bound too.
+        longest = flat.shape[0] if compiling and routing.batch is not None else batch.max_seg_len
+        segments = (batch.seg_indptr, batch.seg_adapters, longest)
+        if torch.is_grad_enabled() and (
+            y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
+        ):
+            for m in members:
+                inner = nn.functional.dropout(flat, routing.dropout) if routing.dropout else flat
+                delta = ops.lora_delta(inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+                delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
+                if m.start is not None:
+                    delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))
+                y = y + delta.to(y.dtype)
+            return y
+        y = y.clone() if y is x else y.contiguous()  # an identity layer hands us its input
+        flat_y = y.view(-1, y.shape[-1])
+        whole, group = self._serving if routing.overrides is None else _Serving.of(members)
+        for A, B, scaling, ranks in whole:
+            ops.lora_add_(flat_y, flat, A, B, scaling, *segments, ranks)
+        if group is not None:
+            A, B, scaling, ranks, starts = group
+            ops.lora_add_group_(flat_y, flat, A, B, scaling, *segments, ranks, starts)
+        return y
+
+    def extra_repr(self) -> str:
+        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self._members)
+
+    # --- the model looks like the base model from outside -------------------------------------------------------------
+
+    def state_dict(self, *args, **kwargs):
+        """``base``'s: no key of an attached model differs from the base model's."""
+        return self.base.state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # torch calls this before it goes on to "base", with the keys under our prefix; give them the names it looks for.
+        if self._routing.merged:
+            raise RuntimeError("an adapter is merged into the weights; call unmerge() before loading others")
+        self._prefix = prefix
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo):
+        raise RuntimeError("this model has adapters attached; detach them before copying it, and attach to the copy")
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("this model has adapters attached; detach them before pickling it (state_dict() may be saved)")
+
+
+def _own_names(layer: LoRALinear, keys) -> None:
+    """Missing and unexpected keys under the names that :meth:`LoRALinear.state_dict` gives."""
+    ours = f"{layer._prefix}base."
+    for found in keys:
+        found[:] = [layer._prefix + k.removeprefix(ours) if k.startswith(ours) else k for k in found]

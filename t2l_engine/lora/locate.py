@@ -1,0 +1,187 @@
+"""Where a model keeps the linears that an adapter adapts: by name and layer, also inside packed projections."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from t2l_engine.adapters.paths import LAYER, generic
+from t2l_engine.files.errors import shown
+
+#: Packed projection -> the modules whose outputs it holds, in order of columns.
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# transformers' ``model_type`` of the models that pack so.  Others have linears of these names with another order of columns
+# (CodeGen, MiniMax), which sizes alone would not show.
+_PACKED_IN = {
+    "qkv_proj": ("phi3", "phi4_multimodal"),
+    "gate_up_proj": ("phi3", "phi4_multimodal", "glm", "glm4"),
+}
+
+# Parents that read the weights of their linears instead of calling them (the encoder layer in eval mode without gradients).
+_NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# The same by class name, in transformers; None: all their linears.  State-space mixers hand theirs to fused kernels where
+# these are installed, and never call dt_proj.
+_NOT_CALLED_IN: dict[str, tuple[str, ...] | None] = {
+    "WavLMAttention": None,
+    "DisentangledSelfAttention": ("in_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("dt_proj", "x_proj", "out_proj")),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "Zamba2MambaMixer"), ("out_proj",)),
+    **dict.fromkeys(("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
+}
+
+#: Packed projection -> module -> number of its columns, in order.
+Packed = Mapping[str, Mapping[str, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One linear of the model that an adapter's module stands for.
+
+    ``columns``: first and last-plus-one output column inside a packed projection, None = the whole output.
+    """
+
+    parent: nn.Module
+    attribute: str
+    path: str
+    linear: nn.Module
+    columns: tuple[int, int] | None = None
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the layer stores its weight as ``[in, out]`` (transformers' ``Conv1D``, in GPT-2)."""
+    return hasattr(linear, "nf") and hasattr(linear, "nx")
+
+
+def features(linear: nn.Module) -> tuple[int, int] | None:
+    """(in, out) features of a linear, None where the layer does not say."""
+    if is_transposed(linear):
+        return linear.nx, linear.nf
+    found = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
+    if None not in found:
+        return found
+    weight = getattr(linear, "weight", None)
+    return (weight.shape[1], weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+
+def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[str, tuple[int, int]]]:
+    """Columns by module of every packed projection that is known: of ``packed``, else of the model's configuration."""
+    if packed is None:
+        config = getattr(model, "config", None)
+        hosts = [host for host, kinds in _PACKED_IN.items() if getattr(config, "model_type", None) in kinds]
+        packed = {}
+        if "qkv_proj" in hosts:
+            heads, kv = config.num_attention_heads, config.num_key_value_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+            packed["qkv_proj"] = dict(zip(PACKED["qkv_proj"], (heads * head_dim, *[kv * head_dim] * 2), strict=True))
+        if "gate_up_proj" in hosts:
+            packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
+    if not isinstance(packed, Mapping) or not all(isinstance(widths, Mapping) for widths in packed.values()):
+        raise ValueError(f"packed: expected linear -> module -> number of columns, got {shown(packed)}")
+    columns: dict[str, dict[str, tuple[int, int]]] = {}
+    for host, widths in packed.items():
+        start = 0
+        for name, width in widths.items():
+            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {shown(width)}")
+            columns.setdefault(host, {})[name] = (start, start + width)
+            start += width
+    return columns
+
+
+def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -> dict[int, Target]:
+    """The targets of module ``name`` by layer; a module outside the layers is layer 0.
+
+    Modules are matched by their last name components and by having one layer index (none for a ``path`` without
+    ``{layer}``).  Where several families of modules match (a vision tower beside the language model), the one at ``path`` is
+    taken, else the one in the decoder (transformers' ``get_decoder``).
+
+    Raises:
+        ValueError: no module, or several, match; the message names them.
+    """
+    groups = _candidates(model, name, path)
+    if not groups:
+        for host, members in packed_columns(model, packed).items():
+            if name in members:
+                hosts = _candidates(model, host, path)
+                if hosts:
+                    layers = _choose(model, hosts, host, f"{path.rpartition('.')[0]}.{host}")
+                    _check_columns(host, layers, members)
+                    return {i: dataclasses.replace(target, columns=members[name]) for i, target in layers.items()}
+        raise ValueError(f"{name}: the adapter adapts {path}, but {type(model).__name__} has no such module")
+    return _choose(model, groups, name, path)
+
+
+def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, Target]]:
+    """Targets by path with ``{layer}``, then by layer."""
+    suffix = name.split(".")
+    groups: dict[str, dict[int, Target]] = {}
+    # With duplicates: a module that several layers share has a path in each.
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for full, module in modules.items():
+        place, parts = generic(full), full.split(".")
+        places = place.split(".")
+        if places.count(LAYER) != (1 if LAYER in path else 0):
+            continue
+        if places[-len(suffix) :] != suffix:  # a name may reach above the layer: "encoder.layers.{layer}.q_proj"
+            continue
+        layer = int(parts[places.index(LAYER)]) if LAYER in places else 0
+        parent = modules[".".join(parts[:-1])]
+        groups.setdefault(place, {})[layer] = Target(parent, parts[-1], full, module)
+    return groups
+
+
+def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, path: str) -> dict[int, Target]:
+    if len(groups) > 1 and path in groups:
+        groups = {path: groups[path]}
+    if len(groups) > 1 and hasattr(model, "get_decoder"):
+        inside = {id(module) for module in model.get_decoder().modules()}
+        groups = {g: t for g, t in groups.items() if all(id(target.linear) in inside for target in t.values())} or groups
+    if len(groups) > 1:
+        raise ValueError(
+            f"{name}: the model has several modules of that name: {sorted(groups)}; the adapter's path is {path}"
+        )
+    layers = next(iter(groups.values()))
+    owners: dict[tuple[int, str], int] = {}
+    for layer, target in sorted(layers.items()):
+        other = owners.setdefault((id(target.parent), target.attribute), layer)
+        if other != layer:
+            raise ValueError(f"{name}: layers {other} and {layer} of the model are one module; they cannot be adapted apart")
+        if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict, nn.Embedding)):
+            raise ValueError(f"{name}: layer {layer} is a {type(target.linear).__name__}, expected a linear")
+        if _only_read(target):
+            parent = type(target.parent).__name__
+            raise ValueError(f"{name}: {target.path} cannot be adapted: {parent} reads its weight and does not call it")
+    return dict(sorted(layers.items()))
+
+
+def _only_read(target: Target) -> bool:
+    """Whether the parent, as far as known, reads the weight of the linear instead of calling it."""
+    if isinstance(target.parent, _NOT_CALLED):
+        return True
+    linears = _NOT_CALLED_IN.get(type(target.parent).__name__, ())
+    return linears is None or target.attribute in linears
+
+
+def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, tuple[int, int]]) -> None:
+    total = max(end for _, end in members.values())
+    for target in layers.values():
+        got = features(target.linear)
+        if got is not None and got[1] != total:
+            raise ValueError(
+                f"packed: {host}: expected {total} columns ({', '.join(members)}), but {target.path} has {got[1]}"
+            )
+
+
+def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) -> None:
+    """ValueError unless the adapter's features fit the linear, as far as the linear says its own."""
+    got = features(target.linear)
+    if got is not None and target.columns is not None:
+        got = (got[0], target.columns[1] - target.columns[0])
+    if got is not None and got != (n_in, n_out):
+        raise ValueError(
+            f"{name}: layer {layer}: the adapter has in/out features {n_in}/{n_out}, the model has {got[0]}/{got[1]}"
+        )

@@ -1,0 +1,165 @@
+"""Which adapter each row of the next forward passes uses."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from t2l_engine.files.errors import shown
+from t2l_engine.ops.segments import AdapterBatch, check_segments
+
+Ids = int | Sequence[int] | Tensor | AdapterBatch
+
+
+class Routing:
+    """The current ids of one handle, shared by all its layers.
+
+    ``ids`` is one tensor for every number of rows, written in place from then on: compiled code, exported programs and
+    graphs see new ids.
+    """
+
+    def __init__(self) -> None:
+        self.ids: Tensor | None = None  # [rows] int32, one of those below
+        self._tensors: dict[int, Tensor] = {}  # by number of rows
+        self.batch: AdapterBatch | None = None
+        self.merged = False  # an adapter is in the weights
+        self.uniform = False  # one id for all rows, whatever their number
+        # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
+        self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
+        self.dropout = 0.0  # of the input of A, with the overrides
+        self.choice: object | None = None  # a new object for every choice of adapters, None for the base model
+        self._puts = 0  # how often the slots changed
+        self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether any ids are set; without, the model is the base model."""
+        return self.ids is not None or self.batch is not None
+
+    def state(self) -> tuple:
+        """What :meth:`restore` brings back."""
+        ids = None if self.ids is None else self.ids.clone()
+        return ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, self._puts
+
+    def restore(self, state: tuple) -> None:
+        ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, puts = state
+        self._write(ids)
+        if puts != self._puts:
+            self._renew_choice()
+
+    def clear(self) -> None:
+        """Back to the base model."""
+        self.restore((None, None, False, None, 0.0, None, self._puts))
+
+    def slots_changed(self) -> None:
+        """Other adapters are behind the same ids: what ran before cannot be recomputed."""
+        self._puts += 1
+        self._renew_choice()
+
+    def _renew_choice(self) -> None:
+        if self.active and self.overrides is None:
+            self.choice = object()
+
+    def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
+        """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
+        if isinstance(ids, AdapterBatch):
+            _check_segments(ids)
+            _check_ids(ids.seg_adapters, num_adapters, filled)
+            with torch.inference_mode(False):  # as in _write; copies, that the caller may change his own
+                indptr, adapters = (t.to(device, copy=True) for t in (ids.seg_indptr, ids.seg_adapters))
+            self.batch = AdapterBatch(indptr, adapters, ids.max_seg_len)
+            self.uniform, self.choice = False, object()
+            self._write(None)
+            return
+        uniform = isinstance(ids, int) and not isinstance(ids, bool)
+        tensor = _as_tensor([ids] if uniform else ids)
+        if tensor is None:
+            raise ValueError(f"ids: expected one int, a non-empty sequence of ints or an AdapterBatch, got {shown(ids)}")
+        _check_ids(tensor, num_adapters, filled)
+        self.batch, self.uniform, self.choice = None, uniform, object()
+        if uniform and self.ids is not None:  # keep the shape that compiled code knows
+            tensor = tensor.expand(len(self.ids))
+        self._write(tensor.to(device=device, dtype=torch.int32))
+
+    def _write(self, ids: Tensor | None) -> None:
+        # Inference tensors could not be written outside inference mode, nor saved for a backward pass.
+        with torch.inference_mode(False):
+            if ids is None:
+                self.ids = None
+            else:
+                kept = self._tensors.get(len(ids))
+                if kept is None or kept.device != ids.device:
+                    kept = self._tensors[len(ids)] = ids.clone()  # never the caller's storage
+                else:
+                    kept.copy_(ids)
+                self.ids = kept
+        self._segments = None
+
+    def segments(self, rows: int, seq_len: int) -> AdapterBatch:
+        """Segments for ``rows`` sequences of ``seq_len`` tokens (the last answer is kept: layers ask alike)."""
+        if self.batch is not None:
+            return self.batch
+        if torch.compiler.is_compiling():
+            return self._make_segments(rows, seq_len)
+        key = (rows, seq_len)
+        if self._segments is None or self._segments[0] != key:
+            with torch.inference_mode(False):  # as in _write
+                self._segments = (key, self._make_segments(rows, seq_len))
+        return self._segments[1]
+
+    def _make_segments(self, rows: int, seq_len: int) -> AdapterBatch:
+        count = len(self.ids)
+        if rows == count:
+            ids = self.ids
+        elif rows % count == 0:
+            # k x len(ids) rows: transformers repeats each row k times in place for beams and returned sequences.
+            ids = self.ids.repeat_interleave(rows // count)
+        elif self.uniform:
+            ids = self.ids[:1].repeat(rows)  # the ops take contiguous ids
+        else:
+            raise ValueError(
+                f"ids: expected one adapter id a row (or a divisor of the rows, for beams): the batch has {rows} rows, "
+                f"got {count} ids"
+            )
+        return AdapterBatch.from_rows(ids, seq_len)
+
+
+def _check_segments(batch: AdapterBatch) -> None:
+    for name in ("seg_indptr", "seg_adapters"):
+        value = getattr(batch, name)
+        if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.dim() != 1:
+            got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
+    if not isinstance(batch.max_seg_len, int) or isinstance(batch.max_seg_len, bool):
+        raise ValueError(f"ids: max_seg_len: expected an int, got {shown(batch.max_seg_len)}")
+    try:
+        check_segments(batch.seg_indptr.tolist(), len(batch.seg_adapters), batch.max_seg_len)
+    except RuntimeError as error:
+        raise ValueError(f"ids: {error}") from None
+
+
+def _as_tensor(ids: Sequence[int] | Tensor) -> Tensor | None:
+    """``ids`` as a flat tensor of integers; None when they are nothing of the kind."""
+    if not isinstance(ids, Tensor):
+        if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
+            return None
+        try:
+            ids = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    integral = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    return ids if ids.dim() == 1 and len(ids) and integral else None
+
+
+def _check_ids(ids: Tensor, num_adapters: int, filled: Collection[int]) -> None:
+    low, high = (int(ids.min()), int(ids.max())) if len(ids) else (-1, -1)
+    if low < -1 or high >= num_adapters:
+        raise IndexError(
+            f"ids: expected -1 (base model) or an adapter in [0, {num_adapters}), got {low if low < -1 else high}"
+        )
+    if len(filled) < num_adapters:
+        empty = sorted(set(ids.tolist()) - set(filled) - {-1})
+        if empty:
+            raise IndexError(f"ids: expected slots that hold an adapter, got {shown(empty)}; fill them with put()")

@@ -1,0 +1,421 @@
+"""The ops in plain torch: what each op means, the oracle of every test, and the engine where no native kernel runs.
+
+Numbers: products accumulate in ``acc = promote(operands, float32)``; inputs of a hypernetwork product are first rounded to
+the dtype of its weight matrix, as a kernel for that dtype does, so a bfloat16 reference rounds where a bfloat16 kernel
+rounds.  Called with float64 operands the same code is the oracle: it rounds nowhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from t2l_engine.ops.segments import check_segments
+
+#: Order of the ``weights`` list of ``hypernet_trunk``.  Matrices may be float32, bfloat16, ...; the rest is float32 (or
+#: float64).  t: task width, m: trunk width, K: modules, n: layers, h: head input.
+TRUNK_WEIGHTS = (
+    "mixer_task_weight",  # [4m, t]   columns of the first mixer matrix that multiply the encoded task
+    "mixer_table",  # [K, n, 4m] the rest of that product (depth and module embeddings) plus its bias: constants
+    "mixer_weight2",  # [m, 4m]
+    "mixer_bias2",  # [m]
+    *(
+        f"mlp{i}_{name}"  # norm [m], [m]; weight1 [4m, m]; bias1 [4m]; weight2 [m, 4m] ([h, 4m] in mlp3); bias2
+        for i in (1, 2, 3)
+        for name in ("norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2")
+    ),
+)
+
+#: Dtypes of matrices and of results.
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+LAYER_NORM_EPS = 1e-5
+ROPE_BASE = 10000.0
+
+
+def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
+    """RuntimeError of an op, as a native kernel says it."""
+    raise RuntimeError(f"t2l_engine::{op}: {argument}: expected {expected}, got {got}")
+
+
+def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float32, or float64 when any operand is."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` with ``x`` rounded to the weight's dtype and accumulation in float32 or float64."""
+    acc = accumulation_dtype(x, weight)
+    if weight.dtype.itemsize < 4:
+        x = x.to(weight.dtype)
+    # Flat rows: matmul of a many-dimensional x would copy the weight for every leading index.
+    y = (x.to(acc).flatten(0, -2) @ weight.to(acc).mT).unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """LayerNorm over the last dimension, eps 1e-5."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPS)
+
+
+def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """``silu(W2 silu(W1 LN(x) + b1) + b2)``: the branch of a residual block, and the whole of mlp3."""
+    hidden = F.silu(linear(layer_norm(x, norm_weight, norm_bias), w1, b1))
+    return F.silu(linear(hidden, w2, b2))
+
+
+def rope(x: Tensor, num_positions: int) -> Tensor:
+    """Rotate ``x [..., m]`` to positions 0 .. ``num_positions`` - 1: ``[..., num_positions, m]`` (half-split, base 1e4)."""
+    m = x.shape[-1]
+    inv_freq = ROPE_BASE ** (-torch.arange(0, m, 2, dtype=x.dtype, device=x.device) / m)
+    angles = torch.arange(num_positions, dtype=x.dtype, device=x.device)[:, None] * inv_freq
+    angles = torch.cat((angles, angles), dim=-1)
+    rotated = torch.cat((-x[..., m // 2 :], x[..., : m // 2]), dim=-1)
+    return x.unsqueeze(-2) * angles.cos() + rotated.unsqueeze(-2) * angles.sin()
+
+
+def _trunk_base(z: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
+    """``[N, K, n, m]`` after the mixer and mlp1, and the weights of mlp2 and mlp3."""
+    w_task, table, w2, b2 = weights[:4]
+    mlp1, mlp2, mlp3 = (weights[4 + 6 * i : 10 + 6 * i] for i in range(3))
+    first = linear(z, w_task)[:, None, None, :] + table  # [N, K, n, 4m]
+    x = F.silu(linear(F.silu(first), w2, b2))
+    return x + mlp(x, *mlp1), mlp2, mlp3
+
+
+def hypernet_trunk(
+    z: Tensor, weights: Sequence[Tensor], side_emb: Tensor | None, pos_emb: Tensor | None, rotary_ranks: int
+) -> Tensor:
+    """See :func:`t2l_engine.ops.hypernet_trunk`."""
+    x, mlp2, mlp3 = _trunk_base(z, weights)
+    x = x[:, :, None] if side_emb is None else x[:, :, None] + side_emb[None, :, :, None, :]  # [N, K, S, n, m]
+    x = x + mlp(x, *mlp2)
+    if rotary_ranks:
+        x = rope(x, rotary_ranks)  # [N, K, S, n, R, m]
+        x = (x + mlp(x, *mlp2)).transpose(3, 4)
+    elif pos_emb is not None:
+        x = x[:, :, :, None] + pos_emb[:, None, :]
+    else:
+        x = x[:, :, :, None]
+    return mlp(x, *mlp3).to(weights[0].dtype)  # [N, K, S, R, n, h]
+
+
+def autoregressive_trunk(z: Tensor, weights: Sequence[Tensor], pos_emb: Tensor | None, rotary_ranks: int) -> Tensor:
+    """The trunk of the variants with unshared autoregressive heads, ``[N, K, 1, R, n, h]``; no released checkpoint has them.
+
+    The position of a rank enters before mlp2: added, ``pos_emb [R, m]``, or by rotation to ``rotary_ranks`` positions.
+    Other arguments as in :func:`hypernet_trunk`.
+    """
+    x, mlp2, mlp3 = _trunk_base(z, weights)
+    x = rope(x, rotary_ranks) if rotary_ranks else x[..., None, :] + pos_emb  # [N, K, n, R, m]
+    x = x + mlp(x, *mlp2)
+    return mlp(x, *mlp3).to(weights[0].dtype).transpose(2, 3)[:, :, None]
+
+
+@contextlib.contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd on, for a recomputation.  Under a dispatch mode, such as torch's FLOP counter, an op runs below autograd: its
+    dispatch keys are off, and ``enable_grad`` alone records nothing."""
+    allow, keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
+    with torch.enable_grad(), allow(keys.AutogradFunctionality, False), allow(keys.ADInplaceOrView, False):
+        yield
+
+
+def hypernet_trunk_backward(
+    grad: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    side_emb: Tensor | None,
+    pos_emb: Tensor | None,
+    rotary_ranks: int,
+) -> list[Tensor]:
+    """Gradients of ``z``, of every weight, of ``side_emb`` and ``pos_emb`` where given, by recomputation."""
+    with _recording():
+        inputs = [t.detach().requires_grad_() for t in (z, *weights, side_emb, pos_emb) if t is not None]
+        rest = inputs[1 + len(weights) :]
+        side = rest.pop(0) if side_emb is not None else None
+        pos = rest.pop(0) if pos_emb is not None else None
+        out = hypernet_trunk(inputs[0], inputs[1 : 1 + len(weights)], side, pos, rotary_ranks)
+        grads = torch.autograd.grad(out, inputs, grad)
+    return [g.clone() if g._is_view() else g for g in grads]
+
+
+def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int):
+    """Cut a head into its A and B parts: two pairs of weight ``[p, width, h]`` and bias ``[p, width]`` (or None).
+
+    A shared head (two sides) uses the first ``width`` of every ``max(in, out)`` rows for either side; an unshared one holds
+    all rows of A, then all rows of B.
+    """
+    p, h = ranks_per_row, weight.shape[1]
+    parts = []
+    for width, start in ((in_features, 0), (out_features, p * in_features)):
+        if sides == 2:
+            stride, start = max(in_features, out_features), 0
+        else:
+            stride = width
+        rows = slice(start, start + p * stride)
+        parts.append(
+            (
+                weight[rows].view(p, stride, h)[:, :width],
+                None if bias is None else bias[rows].view(p, stride)[:, :width],
+            )
+        )
+    return parts
+
+
+def _head(
+    latent: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mul_A: Tensor | None,
+    add_A: Tensor | None,
+    mul_B: Tensor | None,
+    add_B: Tensor | None,
+    rank: int,
+    in_features: int,
+    out_features: int,
+) -> list[Tensor]:
+    """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]``, before rounding."""
+    num_tasks, sides, ranks, num_layers, _ = latent.shape
+    p = rank // ranks
+    parts = head_sides(weight, bias, sides, p, in_features, out_features)
+    out = []
+    for side, ((w, b), mul, add) in enumerate(zip(parts, (mul_A, mul_B), (add_A, add_B), strict=True)):
+        width = w.shape[1]
+        y = linear(latent[:, side if sides == 2 else 0], w.reshape(p * width, -1))  # [N, R, n, p * width]
+        y = y.view(num_tasks, ranks, num_layers, p, width)
+        if b is not None:
+            y = y + b
+        y = y.permute(0, 2, 1, 3, 4).reshape(num_tasks, num_layers, rank, width)
+        if mul is not None:
+            y = y * (mul.mT if side else mul)
+        if add is not None:
+            y = y + (add.mT if side else add)
+        out.append(y)
+    return out
+
+
+def _modules(
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> Iterator[tuple]:
+    """The arguments of :func:`_head` for each module."""
+    count = len(weight)
+    bias = [None] * count if bias is None or len(bias) == 0 else bias
+    ranks = [rank] * count
+    return zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, ranks, in_features, out_features, strict=True)
+
+
+def _rounded(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What :func:`_head` gives, as :func:`hypernet_heads` returns it."""
+    return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous().mT
+
+
+def hypernet_heads(
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> list[Tensor]:
+    """See :func:`t2l_engine.ops.hypernet_heads`; A and B of one module after the other.  ``bias`` may be empty too."""
+    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    return [t for operands in modules for t in _rounded(*_head(*operands), operands[1].dtype)]
+
+
+def hypernet_heads_backward(
+    grads: Sequence[Tensor],
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    mul_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> list[Tensor]:
+    """Gradients of ``latent``, of every ``weight`` and of every ``bias``, by recomputation of one module after the other.
+
+    ``grads``: of A and B of one module after the other.
+    """
+    nothing = [None] * len(weight)
+    modules = _modules(latent, weight, bias, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
+    grad_latent, grad_weight, grad_bias = latent.new_empty(latent.shape), [], []
+    for i, (*tensors, mul, _, mul_of_B, _, r, n_in, n_out) in enumerate(modules):
+        with _recording():
+            inputs = [t.detach().requires_grad_() for t in tensors if t is not None]
+            x, w, b = inputs if len(inputs) == 3 else (*inputs, None)
+            out = _rounded(*_head(x, w, b, mul, None, mul_of_B, None, r, n_in, n_out), w.dtype)
+            made = torch.autograd.grad(out, inputs, grads[2 * i : 2 * i + 2])
+        grad_latent[:, i] = made[0]
+        grad_weight.append(made[1].contiguous())
+        grad_bias += [g.contiguous() for g in made[2:]]
+    return [grad_latent, *grad_weight, *grad_bias]
+
+
+def _check_output(name: str, t: Tensor) -> None:
+    if t.dtype not in FLOATING:
+        got = str(t.dtype).removeprefix("torch.")
+        fail("hypernet_heads_out_", name, "float32, bfloat16, float16 or float64", got)
+    for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            fail("hypernet_heads_out_", name, "strides that do not overlap", f"stride 0 at dimension {d}")
+
+
+def hypernet_heads_out_(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    mul_A: Sequence[Tensor | None],
+    add_A: Sequence[Tensor | None],
+    mul_B: Sequence[Tensor | None],
+    add_B: Sequence[Tensor | None],
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    scale_B: float,
+) -> None:
+    """See :func:`t2l_engine.ops.hypernet_heads_out_`."""
+    for name, tensors in (("lora_A", lora_A), ("lora_B", lora_B)):
+        for i, t in enumerate(tensors):
+            _check_output(f"{name}[{i}]", t)
+    modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
+    for A, B, operands in zip(lora_A, lora_B, modules, strict=True):
+        made_A, made_B = _head(*operands)
+        A.copy_(made_A)
+        B.copy_((made_B * scale_B).mT)
+
+
+def _segments(
+    seg_indptr: Tensor, seg_adapters: Tensor, max_seg_len: int, ranks: Tensor | None, lora_A: Tensor, num_tokens: int
+):
+    """(first token, end token, adapter, rank) of every segment that has work."""
+    bounds, adapters = seg_indptr.tolist(), seg_adapters.tolist()
+    num_adapters, width = lora_A.shape[:2]
+    check_segments(bounds, len(adapters), max_seg_len)
+    if bounds[-1] != num_tokens:
+        raise RuntimeError(f"seg_indptr: expected the number of tokens {num_tokens} last, got {bounds[-1]}")
+    widths = [width] * num_adapters if ranks is None else ranks.tolist()
+    if len(widths) != num_adapters:
+        raise RuntimeError(f"ranks: expected shape [{num_adapters}], got [{len(widths)}]")
+    for values, low, high, expected, place in (
+        (widths, 0, width, f"ranks: expected values in [0, {width}]", "adapter"),
+        (adapters, -1, num_adapters - 1, f"seg_adapters: expected ids in [-1, {num_adapters})", "segment"),
+    ):
+        wrong = [i for i, value in enumerate(values) if not low <= value <= high]
+        if wrong:
+            raise RuntimeError(f"{expected}, got {values[wrong[0]]} at {place} {wrong[0]}")
+    for i, adapter in enumerate(adapters):
+        if adapter >= 0 and widths[adapter] > 0 and bounds[i + 1] > bounds[i]:
+            yield bounds[i], bounds[i + 1], adapter, widths[adapter]
+
+
+def lora_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None,
+) -> Tensor:
+    """See :func:`t2l_engine.ops.lora_delta`."""
+    acc = accumulation_dtype(x, lora_A)
+    delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
+        v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
+        delta[lo:hi] = v @ lora_B[a, :, :r].to(acc).mT
+    return delta.to(x.dtype)
+
+
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None,
+) -> None:
+    """See :func:`t2l_engine.ops.lora_add_`."""
+    acc = accumulation_dtype(x, lora_A)
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
+        v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
+        y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
+
+
+def lora_add_group_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> None:
+    """See :func:`t2l_engine.ops.lora_add_group_`."""
+    for A, B, r, start in zip(lora_A, lora_B, ranks, offsets, strict=True):
+        columns = y[:, start : start + B.shape[1]]
+        lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)
+
+
+def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:
+    """A tensor of the shape of ``lora_B``, made by ``new``, in its order of storage: ``[.., r, out]`` viewed, or plain."""
+    num_adapters, out_features, rank = lora_B.shape
+    if lora_B.stride(1) == 1:
+        return new((num_adapters, rank, out_features)).mT
+    return new(lora_B.shape)
+
+
+def lora_delta_backward(
+    grad: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x``, ``lora_A`` and ``lora_B`` (stored as ``lora_B`` is); adapters no segment uses get zeros."""
+    acc = accumulation_dtype(x, lora_A)
+    grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
+    grad_B = stored_as(lora_B, functools.partial(torch.zeros, dtype=acc, device=x.device))
+    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
+        g, xs, A, B = grad[lo:hi].to(acc), x[lo:hi].to(acc), lora_A[a, :r].to(acc), lora_B[a, :, :r].to(acc)
+        s = scaling[a].to(acc)
+        v = (xs @ A.mT) * s
+        grad_v = (g @ B) * s
+        grad_x[lo:hi] = (grad_v @ A).to(x.dtype)
+        grad_A[a, :r] += grad_v.mT @ xs
+        grad_B[a, :, :r] += g.mT @ v
+    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)

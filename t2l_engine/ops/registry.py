@@ -1,0 +1,458 @@
+"""The ops of the engine: schema, fake kernel, autograd and typed wrapper of each, in one place.
+
+The plain-torch meaning of every op is the function of the same name in :mod:`t2l_engine.ops.reference`, registered for all
+backends; a native library replaces it per backend.  :func:`has_kernel` says which one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from t2l_engine.ops import flops, native, reference
+
+NAMESPACE = "t2l_engine"
+
+_LORA = (
+    "Tensor x, Tensor lora_A, Tensor lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
+    "SymInt max_seg_len, Tensor? ranks"
+)
+_TRUNK = "Tensor z, Tensor[] weights, Tensor? side_emb, Tensor? pos_emb, int rotary_ranks"
+_HEADS = (
+    "Tensor latent, Tensor[] weight, Tensor[] bias, Tensor?[] mul_A, Tensor?[] add_A, Tensor?[] mul_B, Tensor?[] add_B, "
+    "int rank, int[] in_features, int[] out_features"
+)
+
+SCHEMAS = {
+    "hypernet_trunk": f"({_TRUNK}) -> Tensor",
+    "hypernet_trunk_backward": f"(Tensor grad, {_TRUNK}) -> Tensor[]",
+    "hypernet_heads": f"({_HEADS}) -> Tensor[]",
+    "hypernet_heads_out_": f"(Tensor(a!)[] lora_A, Tensor(b!)[] lora_B, {_HEADS}, float scale_B) -> ()",
+    "hypernet_heads_backward": (
+        "(Tensor[] grads, Tensor latent, Tensor[] weight, Tensor[] bias, Tensor?[] mul_A, Tensor?[] mul_B, "
+        "int rank, int[] in_features, int[] out_features) -> Tensor[]"
+    ),
+    "lora_delta": f"({_LORA}) -> Tensor",
+    "lora_delta_backward": f"(Tensor grad, {_LORA}) -> (Tensor, Tensor, Tensor)",
+    "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
+    "lora_add_group_": (
+        "(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
+        "SymInt max_seg_len, Tensor[] ranks, int[] offsets) -> ()"
+    ),
+}
+
+#: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
+NATIVE_OPS = (
+    "hypernet_trunk",
+    "hypernet_heads",
+    "hypernet_heads_out_",
+    "lora_delta",
+    "lora_delta_backward",
+    "lora_add_",
+    "lora_add_group_",
+)
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+for _name in NATIVE_OPS:
+    _library.define(f"{_name}_reference{SCHEMAS[_name]}")
+    _library.impl(f"{_name}_reference", getattr(reference, _name), "CompositeExplicitAutograd")
+
+NATIVE = native.load()
+flops.register()
+
+
+def has_kernel(name: str, backend: str) -> bool:
+    """Whether op ``name`` has a native kernel on ``backend`` ("CPU" or "CUDA"); otherwise the reference runs there.
+
+    Raises ValueError for another name or backend.
+
+    >>> has_kernel("hypernet_trunk_backward", "CPU")
+    False
+    """
+    if name not in SCHEMAS:
+        raise ValueError(f"name: expected one of {sorted(SCHEMAS)}, got {name!r}")
+    if backend not in ("CPU", "CUDA"):
+        raise ValueError(f"backend: expected 'CPU' or 'CUDA', got {backend!r}")
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", backend)
+
+
+# --- fake kernels: shapes, dtypes and strides of the results -------------------------------------------------------
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"{NAMESPACE}::{name}")
+
+
+@_fake("hypernet_trunk")
+def _(z, weights, side_emb, pos_emb, rotary_ranks):
+    num_modules, num_layers, _ = weights[1].shape
+    sides = 1 if side_emb is None else side_emb.shape[1]
+    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
+    return weights[0].new_empty(z.shape[0], num_modules, sides, ranks, num_layers, weights[-1].shape[0])
+
+
+@_fake("hypernet_trunk_backward")
+def _(grad, z, weights, side_emb, pos_emb, rotary_ranks):
+    return [t.new_empty(t.shape) for t in (z, *weights, side_emb, pos_emb) if t is not None]
+
+
+@_fake("hypernet_heads")
+def _(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features):
+    shape = (latent.shape[0], latent.shape[4], rank)
+    sizes = zip(weight, in_features, out_features, strict=True)
+    return [t for w, n_in, n_out in sizes for t in (w.new_empty(*shape, n_in), w.new_empty(*shape, n_out).mT)]
+
+
+@_fake("hypernet_heads_out_")
+def _(lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B):
+    return None
+
+
+@_fake("hypernet_heads_backward")
+def _(grads, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features):
+    return [t.new_empty(t.shape) for t in (latent, *weight, *bias)]
+
+
+@_fake("lora_delta")
+def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return x.new_empty(x.shape[0], lora_B.shape[1])
+
+
+@_fake("lora_delta_backward")
+def _(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), reference.stored_as(lora_B, lora_B.new_empty)
+
+
+@_fake("lora_add_")
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return None
+
+
+@_fake("lora_add_group_")
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets):
+    return None
+
+
+# --- autograd ------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx, tensors: Sequence[Tensor | None], *rest) -> None:
+    """Keep tensors (some absent) and plain values for the backward."""
+    ctx.present = [t is not None for t in tensors]
+    ctx.save_for_backward(*(t for t in tensors if t is not None))
+    ctx.rest = rest
+
+
+def _saved(ctx) -> list[Tensor | None]:
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if present else None for present in ctx.present]
+
+
+def _trunk_setup(ctx, inputs, output):
+    z, weights, side_emb, pos_emb, rotary_ranks = inputs
+    _save(ctx, (z, *weights, side_emb, pos_emb), rotary_ranks)
+
+
+def _trunk_backward(ctx, grad):
+    z, *weights, side_emb, pos_emb = _saved(ctx)
+    grads = iter(torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0]))
+    grad_z = next(grads)
+    grad_weights = [next(grads) for _ in weights]
+    return (
+        grad_z,
+        grad_weights,
+        None if side_emb is None else next(grads),
+        None if pos_emb is None else next(grads),
+        None,
+    )
+
+
+def _heads_setup(ctx, inputs, output):
+    latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes = inputs
+    # A list with None in it counts as one argument for autograd, a list of tensors as many.
+    nothing = [None if None in tensors else [None] * len(tensors) for tensors in (mul_A, add_A, mul_B, add_B)]
+    _save(ctx, (latent, *weight, *mul_A, *mul_B, *bias), len(weight), nothing, *sizes)
+
+
+def _heads_backward(ctx, grads):
+    latent, *saved = _saved(ctx)
+    count, nothing, *sizes = ctx.rest
+    weight, mul_A, mul_B, bias = (saved[i : i + count] for i in range(0, 4 * count, count))
+    made = torch.ops.t2l_engine.hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes)
+    return made[0], made[1 : 1 + count], made[1 + count :], *nothing, None, None, None
+
+
+def _delta_setup(ctx, inputs, output):
+    x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
+    # A copy: a handle writes the ids of the next forward pass into the tensor it gave here.
+    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len)
+
+
+def _delta_backward(ctx, grad):
+    *tensors, ranks = _saved(ctx)
+    grads = torch.ops.t2l_engine.lora_delta_backward(grad.contiguous(), *tensors, ctx.rest[0], ranks)
+    return *grads, *(None,) * 5
+
+
+def _register(name: str, backward, setup) -> None:
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
+
+
+_register("hypernet_trunk", _trunk_backward, _trunk_setup)
+_register("hypernet_heads", _heads_backward, _heads_setup)
+_register("lora_delta", _delta_backward, _delta_setup)
+
+
+# --- wrappers ------------------------------------------------------------------------------------------------------
+
+
+def _check_listed(op: str, count: int, **lists: Sequence) -> None:
+    """RuntimeError unless every list has ``count`` entries, those of the modules of ``latent``, and at least one."""
+    for name, entries in lists.items():
+        if len(entries) != count or count == 0:
+            expected = "one entry for each module of latent (dimension 1), at least one"
+            reference.fail(op, name, expected, f"{len(entries)} for {count} modules")
+
+
+def _head_lists(
+    op: str,
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    offsets: Sequence[Sequence[Tensor | None] | None],
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+) -> list[list]:
+    """All lists of the heads in the order of the schema, with the lengths they must have (else RuntimeError).
+
+    No bias becomes an empty list; None in place of a list of offsets becomes as many as there are modules.
+    """
+    if latent.dim() != 6:
+        reference.fail(op, "latent", "shape [*, *, *, *, *, *]", list(latent.shape))
+    count = latent.shape[1]
+    biases = [] if bias is None else list(bias)
+    absent = [None] * count
+    mul_A, add_A, mul_B, add_B = (absent if tensors is None else list(tensors) for tensors in offsets)
+    _check_listed(op, count, weight=weight, **({"bias": biases} if biases else {}))
+    _check_listed(op, count, mul_A=mul_A, add_A=add_A, mul_B=mul_B, add_B=add_B)
+    _check_listed(op, count, in_features=in_features, out_features=out_features)
+    return [list(weight), biases, mul_A, add_A, mul_B, add_B, list(in_features), list(out_features)]
+
+
+def hypernet_trunk(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    side_emb: Tensor | None = None,
+    pos_emb: Tensor | None = None,
+    rotary_ranks: int = 0,
+) -> Tensor:
+    """The hypernetwork up to its heads: mixer and three residual MLP blocks for all rows (paper section 3, appendix).
+
+    Args:
+        z: encoded tasks ``[num_tasks, t]``, float32.
+        weights: the list named by :data:`t2l_engine.ops.reference.TRUNK_WEIGHTS`; matrices of a kernel's dtype, the rest
+            float32.  ``weights[1]``, the constant table ``[K, n, 4m]``, holds the depth and module embeddings' share of
+            the first mixer product and its bias.
+        side_emb: ``[K, 2, m]`` float32, normalised embedding of the sides A and B (shared heads: M, S), or None.
+        pos_emb: ``[r, m]`` float32, what every rank adds after mlp2 (S-learnable), or None.
+        rotary_ranks: r for S-rotary (rank k is the rotation by k, then mlp2 again), else 0.
+
+    Returns:
+        ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices; differentiable.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> from t2l_engine.testing.cases import HyperCase
+    >>> hypernet_trunk(**HyperCase("M", sides=2, tasks=3, modules=2, layers=5, head_in=40).make_trunk()).shape
+    torch.Size([3, 2, 2, 1, 5, 40])
+    """
+    if len(weights) != len(reference.TRUNK_WEIGHTS):
+        reference.fail("hypernet_trunk", "weights", f"{len(reference.TRUNK_WEIGHTS)} tensors", len(weights))
+    return torch.ops.t2l_engine.hypernet_trunk.default(z, list(weights), side_emb, pos_emb, rotary_ranks)
+
+
+def hypernet_heads(
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    *,
+    mul_A: Sequence[Tensor | None] | None = None,
+    add_A: Sequence[Tensor | None] | None = None,
+    mul_B: Sequence[Tensor | None] | None = None,
+    add_B: Sequence[Tensor | None] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The heads of all modules, tasks and layers: ``latent @ weight.T + bias``, then ``* mul + add``, as A and B.
+
+    Every list has an entry for each of the K modules; None for a list, or in one of the last four, leaves that step out.
+
+    Args:
+        latent: ``[num_tasks, K, sides, ranks, n, h]``, the trunk's result; last stride 1, others free.
+        weight: ``[p*(in+out), h]`` with one side, ``[p*max(in, out), h]`` with two, ``p = rank // ranks``; contiguous.
+        bias: ``[rows of weight]`` float32.
+        mul_A, add_A: ``[n, r, in]`` float32; mul_B, add_B: ``[n, out, r]`` float32.
+
+    Returns:
+        ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` of each module, unscaled, in the dtype of
+        ``weight``; ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in the first
+        three.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> latent = torch.randn(3, 2, 1, 1, 5, 40)  # variant L: one side, one latent for all ranks
+    >>> weight = [torch.randn(4 * (64 + out), 40) for out in (48, 16)]
+    >>> lora_A, lora_B = hypernet_heads(latent, weight, None, 4, [64, 64], [48, 16])
+    >>> lora_A[0].shape, lora_B[1].shape
+    (torch.Size([3, 5, 4, 64]), torch.Size([3, 5, 16, 4]))
+    """
+    offsets = mul_A, add_A, mul_B, add_B
+    *tensors, n_in, n_out = _head_lists("hypernet_heads", latent, weight, bias, offsets, in_features, out_features)
+    made = torch.ops.t2l_engine.hypernet_heads.default(latent, *tensors, rank, n_in, n_out)
+    return made[::2], made[1::2]
+
+
+def hypernet_heads_out_(
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    latent: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    rank: int,
+    in_features: Sequence[int],
+    out_features: Sequence[int],
+    *,
+    mul_A: Sequence[Tensor | None] | None = None,
+    add_A: Sequence[Tensor | None] | None = None,
+    mul_B: Sequence[Tensor | None] | None = None,
+    add_B: Sequence[Tensor | None] | None = None,
+    scale_B: float = 1.0,
+) -> None:
+    """:func:`hypernet_heads` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
+
+    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides without overlap, and
+    any floating dtype of a kernel, the same for all.  Not differentiable.  Raises as :func:`hypernet_heads`.
+
+    >>> lora_A, lora_B = [torch.empty(3, 5, 4, 64)], [torch.empty(3, 5, 48, 4)]
+    >>> latent, weight = torch.zeros(3, 1, 1, 1, 5, 40), [torch.zeros(4 * (64 + 48), 40)]
+    >>> hypernet_heads_out_(lora_A, lora_B, latent, weight, None, 4, [64], [48])
+    >>> bool(lora_A[0].any() or lora_B[0].any())
+    False
+    """
+    op, offsets = "hypernet_heads_out_", (mul_A, add_A, mul_B, add_B)
+    *tensors, n_in, n_out = _head_lists(op, latent, weight, bias, offsets, in_features, out_features)
+    _check_listed(op, len(weight), lora_A=lora_A, lora_B=lora_B)
+    torch.ops.t2l_engine.hypernet_heads_out_.default(
+        list(lora_A), list(lora_B), latent, *tensors, rank, n_in, n_out, scale_B
+    )
+
+
+def lora_delta(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """What the adapters add to a linear: ``scaling[a] * (x @ A[a].T) @ B[a].T`` with ``a`` the adapter of each segment.
+
+    Args:
+        x: tokens ``[T, in]``, last stride 1.
+        lora_A: ``[num_adapters, r, in]``, last stride 1; lora_B: ``[num_adapters, out, r]``, any strides.
+        scaling: ``[num_adapters]`` float32, applied in float32 to the rank vector.
+        seg_indptr: ``[S+1]`` int32, non-decreasing from 0 to T: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.
+        seg_adapters: ``[S]`` int32 in ``[-1, num_adapters)``; -1 is the base model: its rows get zero.
+        max_seg_len: length of the longest segment (a host integer: no device synchronisation).
+        ranks: ``[num_adapters]`` int32, the true rank of each adapter; 0 means it lacks this module; memory beyond the
+            rank is never read.  None: all ``r``.
+
+    Returns:
+        ``[T, out]`` in the dtype of ``x``; differentiable in ``x``, ``lora_A`` and ``lora_B``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
+    >>> segments = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    >>> lora_delta(torch.ones(1, 3), A, B, one, *segments, max_seg_len=1)
+    tensor([[6., 6., 6., 6.]])
+    """
+    return torch.ops.t2l_engine.lora_delta.default(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+
+
+def lora_add_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Tensor | None = None,
+) -> Tensor:
+    """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not touched.
+
+    ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
+    :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
+    >>> segments = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, -1], dtype=torch.int32)
+    >>> lora_add_(torch.ones(2, 4), torch.ones(2, 3), A, B, one, *segments, max_seg_len=1)
+    tensor([[7., 7., 7., 7.],
+            [1., 1., 1., 1.]])
+    """
+    torch.ops.t2l_engine.lora_add_.default(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return y
+
+
+def lora_add_group_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Sequence[Tensor],
+    lora_B: Sequence[Tensor],
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    ranks: Sequence[Tensor],
+    offsets: Sequence[int],
+) -> Tensor:
+    """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
+
+    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [T, columns]``; the columns rise and do not overlap.
+    ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
+    Other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+
+    Raises:
+        RuntimeError: naming the argument, what was expected and what came.
+
+    >>> A, one, rank = torch.ones(1, 2, 3), torch.ones(1), torch.tensor([2], dtype=torch.int32)
+    >>> B = [torch.ones(1, 2, 2), torch.ones(1, 1, 2)]  # q has 2 outputs, v has 1; k, between them, is not adapted
+    >>> segments = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    >>> lora_add_group_(torch.zeros(1, 4), torch.ones(1, 3), [A, A], B, one, *segments, 1, [rank, rank], [0, 3])
+    tensor([[6., 6., 0., 6.]])
+    """
+    if not 0 < len(lora_A) == len(lora_B) == len(ranks) == len(offsets):
+        for name, entries in (("lora_B", lora_B), ("ranks", ranks), ("offsets", offsets)):
+            if len(entries) != len(lora_A) or not lora_A:
+                expected = "one entry a member, as many as lora_A and at least one"
+                reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
+    torch.ops.t2l_engine.lora_add_group_.default(
+        y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets
+    )
+    return y

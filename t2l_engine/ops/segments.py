@@ -1,0 +1,73 @@
+"""Which adapter each token of a batch uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterBatch:
+    """Segments of consecutive tokens that share an adapter (CSR form), as the LoRA ops take them.
+
+    ``seg_indptr [S+1]`` int32: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.  ``seg_adapters [S]`` int32: its
+    adapter, -1 for the base model.  ``max_seg_len``: length of the longest segment in tokens, a host integer.
+
+    Custom stacks that flatten their tokens give one to ``LoRAHandle.use``, which copies it.
+
+    Source: segments of gathered matrix products as in Punica (arXiv 2310.18547).
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> t2l.AdapterBatch.from_rows([2, -1], seq_len=3).seg_indptr.tolist()
+    [0, 3, 6]
+    >>> ragged = torch.tensor([0, 5, 6], dtype=torch.int32), torch.tensor([1, 0], dtype=torch.int32)
+    >>> t2l.AdapterBatch(*ragged, max_seg_len=5).num_tokens
+    6
+    """
+
+    seg_indptr: Tensor
+    seg_adapters: Tensor
+    max_seg_len: int
+
+    @staticmethod
+    def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
+        """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model).
+
+        Raises ValueError for ids that are no flat sequence of integers within int32, and for a negative ``seq_len``.
+        """
+        adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
+        if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
+            raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
+        if (
+            adapters.dtype == torch.int64
+            and adapters.numel()
+            and not -(2**31) <= int(adapters.min()) <= int(adapters.max()) < 2**31
+        ):
+            raise ValueError(f"ids: expected values that fit int32, got {ids!r}")
+        if seq_len < 0:
+            raise ValueError(f"seq_len: expected a number of tokens >= 0, got {seq_len}")
+        adapters = adapters.to(torch.int32)
+        indptr = torch.arange(len(adapters) + 1, dtype=torch.int32, device=adapters.device) * seq_len
+        return AdapterBatch(indptr, adapters, seq_len)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens covered by the segments (reads one value from the device)."""
+        return int(self.seg_indptr[-1])
+
+
+def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
+    """RuntimeError unless ``bounds`` are those of ``count`` segments of at most ``max_seg_len`` tokens, from token 0 on."""
+    if len(bounds) != count + 1:
+        raise RuntimeError(f"seg_indptr: expected shape [{count + 1}], got [{len(bounds)}]")
+    if bounds[0] != 0:
+        raise RuntimeError(f"seg_indptr: expected 0 first, got {bounds[0]}")
+    for i, (lo, hi) in enumerate(itertools.pairwise(bounds)):
+        if not 0 <= hi - lo <= max_seg_len:
+            expected = f"segments of 0 to max_seg_len = {max_seg_len} tokens"
+            raise RuntimeError(f"seg_indptr: expected {expected}, got {hi - lo} at segment {i}")

@@ -1,0 +1,67 @@
+"""Operations and bytes of text encoders, hypernetworks, language models and adapters, from configurations alone.
+
+Needs neither weights nor torch.  What is compared here, and how it was held to measurements: ``docs/icl.md``.
+"""
+
+from t2l_engine.research.costs.counts import (
+    adapter_values,
+    cache_bytes,
+    decoder_flops,
+    encoder_flops,
+    hypernet_flops,
+    lora_flops,
+    merge_flops,
+    merged_values,
+    pass_bytes,
+    steps_bytes,
+)
+from t2l_engine.research.costs.decoder import Decoder, Experts
+from t2l_engine.research.costs.encoder import Encoder
+from t2l_engine.research.costs.known import known_setup, known_setups
+from t2l_engine.research.costs.serving import (
+    LABELS,
+    WAYS,
+    Phase,
+    Request,
+    Setup,
+    Way,
+    Workload,
+    questions_won,
+    shots_to_win,
+    tasks_to_win,
+    tokens_of_adapter,
+    ways,
+)
+from t2l_engine.research.costs.terms import Cost, Term
+
+__all__ = [
+    "LABELS",
+    "WAYS",
+    "Cost",
+    "Decoder",
+    "Encoder",
+    "Experts",
+    "Phase",
+    "Request",
+    "Setup",
+    "Term",
+    "Way",
+    "Workload",
+    "adapter_values",
+    "cache_bytes",
+    "decoder_flops",
+    "encoder_flops",
+    "hypernet_flops",
+    "known_setup",
+    "known_setups",
+    "lora_flops",
+    "merge_flops",
+    "merged_values",
+    "pass_bytes",
+    "questions_won",
+    "shots_to_win",
+    "steps_bytes",
+    "tasks_to_win",
+    "tokens_of_adapter",
+    "ways",
+]

@@ -1,0 +1,219 @@
+"""Answers of one language model to prompts that differ in their adapters: many adapters in one batch, and kept on disk.
+
+Batches are a function of the queries alone, so that a run that was stopped computes what is missing in the very batches in
+which it would have been computed: rounding in a batch depends on its shape.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from t2l_engine.files.errors import ConfigError
+
+Use = Callable[[Sequence[str]], AbstractContextManager[Any]]  # keys -> a block in which row i uses the adapter of keys[i]
+
+
+class Adapters(Protocol):
+    """Where the adapters of an arm come from."""
+
+    #: Names the content: equal identities give equal adapters for equal keys.
+    identity: str
+
+    def on(self, model: nn.Module) -> AbstractContextManager[Use]:
+        """A block in which ``model`` can use the adapters; after it the model is as it was."""
+
+
+@contextlib.contextmanager
+def _base(model: nn.Module) -> Iterator[Use]:
+    yield lambda keys: contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """A prompt, the key of its adapter, and what is asked: an answer, or how likely each of ``options`` is as one.
+
+    ``max_new_tokens``: of a generated answer; ``one_line``: whether it ends at its first line break.
+    """
+
+    prompt: str
+    adapter: str = ""
+    options: tuple[str, ...] = ()
+    max_new_tokens: int = 16
+    one_line: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """``text`` of a generated answer, or ``likelihoods``: the log-likelihood of every option.
+
+    ``prompt_tokens``: of the prompt; ``seconds``: this answer's part of its batch's time.
+    """
+
+    text: str
+    likelihoods: tuple[float, ...]
+    prompt_tokens: int
+    seconds: float
+
+
+class Store:
+    """Batches of answers by key, kept in a file of JSON lines where ``path`` is given; each line is written whole.
+
+    Raises ConfigError for a file that this class did not write; a last line cut short by a crash is dropped.
+    """
+
+    _START = b'{"key": "'  # of every line
+
+    def __init__(self, path: Path | None = None):
+        self._path, self._found = path, {}
+        if path is not None and path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            last = lines[-1] if lines else b""
+            if not last.endswith(b"\n") and last[: len(self._START)] == self._START[: len(last)]:
+                lines = lines[:-1]
+                with path.open("r+b") as file:
+                    file.truncate(sum(map(len, lines)))
+            for number, line in enumerate(lines, start=1):
+                try:
+                    row = json.loads(line)
+                    self._found[row["key"]] = [
+                        Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"], a["seconds"]) for a in row["answers"]
+                    ]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
+
+    def get(self, key: str) -> list[Answer] | None:
+        return self._found.get(key)
+
+    def put(self, key: str, answers: list[Answer]) -> None:
+        self._found[key] = answers
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write((json.dumps({"key": key, "answers": [dataclasses.asdict(a) for a in answers]}) + "\n").encode())
+
+
+class Answerer:
+    """Asks ``model`` in batches of up to ``batch_size`` rows.
+
+    Args:
+        model: a transformers causal LM in eval mode; ``tokenizer``: its own, padding on the left.
+        identity: names the model and its arithmetic, in the keys of ``store``.
+        clock: seconds; what a batch took is divided among its answers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        identity: str,
+        store: Store,
+        batch_size: int,
+        clock: Callable[[], float],
+    ):
+        self._model, self._tokenizer, self._identity = model, tokenizer, identity
+        self._store, self._batch_size, self._clock = store, batch_size, clock
+
+    def tokens(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @torch.no_grad()
+    def ask(
+        self, queries: Sequence[Query], adapters: Adapters | None, progress: Callable[[int], None] = lambda count: None
+    ) -> list[Answer]:
+        """An answer to every query; ``adapters`` None: the base model's.  ``progress`` is told how many were added."""
+        found: list[Answer | None] = [None] * len(queries)
+        prompts = [self.tokens(q.prompt) for q in queries]
+        with contextlib.ExitStack() as block:
+            use: Use | None = None  # entered where something is to be computed
+            for numbers in self._batches(queries, [len(p) for p in prompts]):
+                asked = [queries[i] for i in numbers]
+                key = self._key(asked, adapters)
+                answers = self._store.get(key)
+                if answers is None or len(answers) != len(asked):
+                    use = use or block.enter_context(_base(self._model) if adapters is None else adapters.on(self._model))
+                    answers = self._timed(asked, [prompts[i] for i in numbers], use)
+                    self._store.put(key, answers)
+                for i, answer in zip(numbers, answers, strict=True):
+                    found[i] = answer
+                progress(len(numbers))
+        return found
+
+    def _batches(self, queries: Sequence[Query], lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Numbers of the queries that go together: of one kind, short ones first."""
+
+        def kind(i: int) -> tuple:
+            q = queries[i]
+            return bool(q.options), q.max_new_tokens, q.one_line
+
+        batch: list[int] = []
+        rows = 0
+        for i in sorted(range(len(queries)), key=lambda i: (*kind(i), lengths[i])):
+            needed = max(1, len(queries[i].options))
+            if batch and (rows + needed > self._batch_size or kind(i) != kind(batch[0])):
+                yield batch
+                batch, rows = [], 0
+            batch.append(i)
+            rows += needed
+        if batch:
+            yield batch
+
+    def _key(self, queries: Sequence[Query], adapters: Adapters | None) -> str:
+        about = [self._identity, adapters.identity if adapters else "", *(dataclasses.astuple(q) for q in queries)]
+        return hashlib.sha256(json.dumps(about).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _timed(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[Answer]:
+        start = self._clock()
+        if queries[0].options:
+            values = iter(self._likelihoods(queries, prompts, use))
+            results = [("", tuple(next(values) for _ in q.options)) for q in queries]
+        else:
+            results = [(text, ()) for text in self._generate(queries, prompts, use)]
+        seconds = (self._clock() - start) / len(queries)
+        return [
+            Answer(text, likelihoods, len(prompt), seconds)
+            for prompt, (text, likelihoods) in zip(prompts, results, strict=True)
+        ]
+
+    def _generate(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
+        batch = self._tokenizer.pad({"input_ids": prompts}, padding=True, return_tensors="pt").to(self._model.device)
+        with use([q.adapter for q in queries]):
+            out = self._model.generate(
+                **batch,
+                max_new_tokens=queries[0].max_new_tokens,
+                do_sample=False,
+                pad_token_id=self._tokenizer.pad_token_id,
+            )
+        texts = self._tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip().split("\n")[0] if q.one_line else text for q, text in zip(queries, texts, strict=True)]
+
+    def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
+        """The sum over its tokens of every option's log-probability, one query after another."""
+        rows, answers, keys = [], [], []
+        for query, prompt in zip(queries, prompts, strict=True):
+            space = "" if query.prompt[-1:].isspace() else " "  # as text goes on; a chat template ends with a line break
+            for option in query.options:
+                answers.append(self.tokens(space + option))
+                rows.append(prompt + answers[-1])
+                keys.append(query.adapter)
+        batch = self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._model.device)
+        longest, positions = max(map(len, answers)), {}
+        if "position_ids" in inspect.signature(self._model.forward).parameters:  # else GPT-2 would count the padding
+            positions = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)}
+        with use(keys):
+            logits = self._model(**batch, **positions, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
+        found = []
+        for row, answer in zip(logits, answers, strict=True):  # one at a time: float32 of all is several times the logits
+            chosen = torch.tensor(answer, device=row.device)[:, None]
+            found.append(float(row[-len(answer) :].float().log_softmax(-1).gather(1, chosen).sum()))
+        return found

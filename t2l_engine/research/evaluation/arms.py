@@ -1,0 +1,260 @@
+"""Arms of an evaluation: who answers, from which prompt, with whose adapter.
+
+A *repeat* draws again what an arm may depend on: the description of a task (its repeat-th, counted round), the worked
+examples, the other task of the shuffled control, the junk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.engine import TextToLoRA
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.lora.handle import attach
+from t2l_engine.research.evaluation.answers import Adapters, Use
+from t2l_engine.research.evaluation.library import TOP_K, Arrow
+from t2l_engine.research.tasks.folder import Example, Task
+from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
+from t2l_engine.text.prompts import CHAT, RAW, checked_form
+
+SHOTS = 3
+#: The constant control: says nothing of any task.
+CONSTANT = "Answer the question."
+CONTROLS = ("shuffled", "junk", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to answer.
+
+    Attributes:
+        name: in results.
+        adapters: None: the base model.
+        key: (task, example, repeat) -> key of the adapter in ``adapters``; None where there is none for that task.
+        description: whether the prompt names the task; ``shots``: worked examples in the prompt.
+        forms: prompt forms of which the better is chosen; adapters are asked in the form they were trained in.  Arms
+            without adapter lose the chat template where the tokenizer has none (:func:`without_chat`).
+        repeats: whether repeats differ at all; else one is asked.
+    """
+
+    name: str
+    adapters: Adapters | None = None
+    key: Callable[[Task, Example, int], str | None] = lambda task, example, repeat: ""
+    description: bool = False
+    shots: int = 0
+    forms: tuple[str, ...] = (CHAT,)
+    repeats: bool = True
+
+
+def description_of(task: Task, repeat: int) -> str:
+    """The description that ``repeat`` reads."""
+    return task.descriptions[repeat % len(task.descriptions)]
+
+
+def shots_of(
+    task: Task, pool: Sequence[Example], repeat: int, count: int = SHOTS, asked: str | None = None
+) -> list[tuple[str, str]]:
+    """``count`` worked examples (input, answer) out of ``pool``, drawn by task and repeat; the input ``asked`` is none."""
+    order = random.Random(f"shots/{task.name}/{repeat}").sample(range(len(pool)), min(count + 1, len(pool)))
+    return [(pool[i].input, pool[i].outputs[0]) for i in order if pool[i].input != asked][:count]
+
+
+def junk(task: Task, repeat: int) -> str:
+    """Eight words of random letters, drawn by task and repeat: the tokens of a description, no meaning."""
+    generator = random.Random(f"junk/{task.name}/{repeat}")
+    word = lambda: "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9)))  # noqa: E731
+    return " ".join(word() for _ in range(8)).capitalize() + "."
+
+
+def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
+    """For every task another one, no task twice, drawn by repeat; ValueError for fewer than two tasks."""
+    if len(names) < 2:
+        raise ValueError(f"arms: the shuffled control needs at least two tasks, got {len(names)}")
+    order = list(names)
+    random.Random(f"shuffled/{repeat}").shuffle(order)
+    return dict(zip(order, order[1:] + order[:1], strict=True))
+
+
+# --- arms ----------------------------------------------------------------------------------------------------------
+
+
+def base_arms() -> list[Arm]:
+    """The model as it is: input alone, with the description, and with worked examples too."""
+    both = (RAW, CHAT)
+    return [
+        Arm("base", forms=both, repeats=False),
+        Arm("base-description", description=True, forms=both),
+        Arm("icl", description=True, shots=SHOTS, forms=both),
+    ]
+
+
+def without_chat(arms: Sequence[Arm]) -> list[Arm]:
+    """``arms`` for a tokenizer without chat template: where a form is chosen, plain text is."""
+    return [dataclasses.replace(arm, forms=(RAW,)) if RAW in arm.forms else arm for arm in arms]
+
+
+def generated_arms(
+    name: str, engine: TextToLoRA, tasks: Sequence[Task], *, in_prompt: bool = False, from_input: bool = False
+) -> list[Arm]:
+    """A checkpoint's adapters from the task's description, and its controls.
+
+    Args:
+        tasks: all that are asked, among which the shuffled control draws.
+        in_prompt: whether the checkpoint was trained with the description in the prompt; the prompt then has the right one,
+            whatever the adapter is generated from.
+        from_input: whether it was trained to generate an adapter from each input (no controls then).
+
+    A checkpoint of one-hot tasks answers those it knows, generated from their names, and has no control but shuffled.
+    """
+    adapters = Generated(engine)
+    arm = lambda suffix, key, repeats=True: Arm(  # noqa: E731
+        name + suffix, adapters, key, description=in_prompt, forms=(engine.prompt_form,), repeats=repeats or in_prompt
+    )
+    if from_input:
+        return [arm("", lambda task, example, repeat: example.input, False)]
+    known = getattr(engine.encoder.config, "tasks", None)
+    if known is not None:
+        tasks = [task for task in tasks if task.name in known]
+    text = (lambda task, repeat: task.name) if known is not None else description_of
+    by_name = {task.name: task for task in tasks}
+    drawn: dict[int, dict[str, str]] = {}
+
+    def matched(task: Task, example: Example, repeat: int) -> str | None:
+        return text(task, repeat) if task.name in by_name else None
+
+    def shuffled(task: Task, example: Example, repeat: int) -> str | None:
+        if task.name not in by_name:
+            return None
+        if repeat not in drawn:
+            drawn[repeat] = partners(list(by_name), repeat)
+        return text(by_name[drawn[repeat][task.name]], repeat)
+
+    arms = [arm("", matched, known is None), arm("-shuffled", shuffled)]
+    if known is None:
+        arms.append(arm("-junk", lambda task, example, repeat: junk(task, repeat)))
+        arms.append(arm("-constant", lambda task, example, repeat: CONSTANT, False))
+    return arms
+
+
+def oracle_arm(stack: AdapterStack, names: Sequence[str], form: str = CHAT) -> Arm:
+    """Every task's own adapter, trained in prompts of ``form``; tasks without one are not asked."""
+    held = set(names)
+    return Arm(
+        "oracle",
+        Stored(stack, names),
+        lambda task, example, repeat: task.name if task.name in held else None,
+        forms=(form,),
+        repeats=False,
+    )
+
+
+def library_arms(average: AdapterStack, stack: AdapterStack, form: str = CHAT) -> list[Arm]:
+    """Without reading a description: the average of a library trained in prompts of ``form``, and Arrow routing over it."""
+    return [
+        Arm("average", Stored(average, [""]), forms=(form,), repeats=False),
+        Arm("arrow", Routed(stack), forms=(form,), repeats=False),
+    ]
+
+
+def multi_task_arm(folder: Path) -> Arm:
+    """One adapter for all tasks: what ``t2l train lora`` with mode multi-task wrote to ``folder``.
+
+    The arm is named after whether the run had the description in its prompts, and so has its own.  Raises FileNotFoundError
+    where no run has finished there, ConfigError where it made an adapter a task.
+    """
+    settings = settings_of(folder)
+    if settings is None:
+        raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
+    if settings.get("mode") != "multi-task":
+        raise ConfigError(f"{folder}: expected a run with mode multi-task, got {settings.get('mode')!r}")
+    stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
+    in_prompt = settings.get("prompt") == "description"
+    name = "multi-task-description" if in_prompt else "multi-task"
+    form = checked_form(settings.get("prompt_form", CHAT), folder)
+    return Arm(name, Stored(stack, [""]), description=in_prompt, forms=(form,), repeats=in_prompt)
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+class _Attached:
+    """Adapters that are attached for each batch, those that it needs alone; :meth:`_stack` makes them."""
+
+    identity: str
+
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        """One adapter a key."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[Use]:
+        yield lambda keys: self._use(model, keys)
+
+    @contextlib.contextmanager
+    def _use(self, model: nn.Module, keys: Sequence[str]) -> Iterator[None]:
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        handle = attach(model, self._stack(list(numbers)).to(next(model.parameters()).device))
+        try:
+            with handle.use([numbers[key] for key in keys]):
+                yield
+        finally:
+            handle.detach()
+
+
+class Generated(_Attached):
+    """Adapters that a checkpoint generates; keys are texts."""
+
+    def __init__(self, engine: TextToLoRA):
+        self._engine, self._embeddings = engine, {}
+        state = engine.hypernetwork.state_dict()
+        self.identity = _digest([*state.values()], repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
+
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        for text in keys:  # one by one: in a batch they would round by what else is new in it
+            if text not in self._embeddings:
+                self._embeddings[text] = self._engine.encoder.encode([text])[0]
+        return self._engine.hypernetwork.generate(torch.stack([self._embeddings[text] for text in keys]))
+
+
+class Stored(_Attached):
+    """Adapters of ``stack`` by name."""
+
+    def __init__(self, stack: AdapterStack, names: Sequence[str]):
+        self._adapters, self._numbers = stack, {name: i for i, name in enumerate(names)}
+        self.identity = _digest(_tensors(stack), *names)
+
+    def _stack(self, keys: Sequence[str]) -> AdapterStack:
+        return self._adapters[[self._numbers[name] for name in keys]]
+
+
+class Routed:
+    """A library that Arrow routes every token over; keys do not matter."""
+
+    def __init__(self, stack: AdapterStack):
+        self._stack, self.identity = stack, _digest(_tensors(stack), "arrow")
+
+    @contextlib.contextmanager
+    def on(self, model: nn.Module) -> Iterator[Use]:
+        with Arrow(model, self._stack, min(TOP_K, len(self._stack))):
+            yield lambda keys: contextlib.nullcontext()
+
+
+def _tensors(stack: AdapterStack) -> list[torch.Tensor]:
+    return [*stack.lora_A.values(), *stack.lora_B.values(), stack.scaling]
+
+
+def _digest(tensors: Sequence[torch.Tensor], *parts: str) -> str:
+    found = hashlib.sha256("\0".join(parts).encode())
+    for tensor in tensors:
+        found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,254 @@
+"""What an evaluation does with a library of adapters instead of generating one: average it, or route tokens over it (Arrow).
+
+A library is an :class:`t2l_engine.AdapterStack` of N adapters for the same modules.  Plain torch; PEFT is not needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import shown
+from t2l_engine.lora.handle import _check_stack, _slot_dtype, attach
+from t2l_engine.lora.locate import Packed, Target
+from t2l_engine.ops.reference import accumulation_dtype
+
+#: Experts a token is routed to, in the paper.
+TOP_K = 4
+
+
+@torch.no_grad()
+def average(stack: AdapterStack) -> AdapterStack:
+    """One adapter whose A and B are the means of the library's A and B: the mean of factors, not of the products B A.
+
+    Sensible for adapters that were trained from one shared draw of A.  PEFT's "linear" combination is the same with weights
+    1 / N^2, of which it takes the root for each factor; with weights 1 / N it adds N times as much.
+
+    Source: model soups (arXiv 2203.05482), on the factors.
+
+    Args:
+        stack: N adapters, A ``[N, n, r, in]``, B ``[N, n, out, r]``, any floating-point dtype.
+
+    Returns:
+        A stack of one adapter in the dtype of ``stack``; means are taken in float32 (float64 for float64).
+
+    Raises:
+        ValueError: no adapter, or adapters of different scalings or, in some module and layer, of different ranks.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> A, B = torch.randn(3, 2, 4, 16), torch.randn(3, 2, 8, 4)  # 3 adapters, 2 layers, rank 4, 16 -> 8 features
+    >>> stack = t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.full((3,), 2.0))
+    >>> average(stack)
+    AdapterStack(1 adapters, rank 4, scaling 2, float32, cpu; modules in->out x layers: q_proj 16->8 x2)
+    """
+    _check_library(stack)
+    scalings = stack.scaling.unique().tolist()
+    if len(scalings) > 1:
+        raise ValueError(f"stack: expected one scaling to average, got {shown(scalings)}")
+    for name, ranks in stack.ranks.items():
+        apart = (ranks != ranks[0]).any(dim=0).nonzero().flatten().tolist()
+        if apart:
+            found = ranks[:, apart[0]].unique().tolist()
+            raise ValueError(f"stack: {name}: layer {apart[0]}: expected one rank to average, got {shown(found)}")
+
+    def mean(side: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t.mean(0, keepdim=True, dtype=accumulation_dtype(t)).to(t.dtype) for name, t in side.items()}
+
+    ranks = {name: r[:1].clone() for name, r in stack.ranks.items()}
+    scaling = stack.scaling[:1].clone()
+    return AdapterStack(mean(stack.lora_A), mean(stack.lora_B), scaling, ranks, stack.paths, partial=stack.partial)
+
+
+@torch.no_grad()
+def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
+    """The direction of a layer's input that each adapter changes most: what Arrow compares a token with.
+
+    Source: Arrow (arXiv 2405.11157): the right singular vector of B A with the largest singular value.
+
+    Args:
+        stack: N adapters, A ``[N, n, r, in]``, B ``[N, n, out, r]``; the scaling does not matter.
+
+    Returns:
+        Per module name ``[N, n, in]``, rows of norm 1 and of either sign, zero where B A is zero; float32, or float64 for a
+        float64 stack.
+
+    Raises:
+        ValueError: ``stack`` is no AdapterStack, or one of no adapter.
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> A = torch.tensor([[0.0, 3.0], [1.0, 1.0]]).view(2, 1, 1, 2)  # 2 adapters of rank 1, 2 -> 1 features
+    >>> B = torch.tensor([2.0, 0.0]).view(2, 1, 1, 1)
+    >>> prototypes(t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.ones(2)))["q_proj"][:, 0].abs()
+    tensor([[0., 1.],
+            [0., 0.]])
+    """
+    _check_library(stack)
+    # Layer by layer: in float64 a whole library would be large.
+    return {
+        name: torch.stack([_leading(*_factors(stack, name, layer)) for layer in range(a.shape[1])], dim=1)
+        for name, a in stack.lora_A.items()
+    }
+
+
+def _factors(stack: AdapterStack, name: str, layer: int) -> tuple[Tensor, Tensor]:
+    """A ``[N, r, in]`` and transposed B ``[N, r, out]`` of one layer, zero beyond the ranks (where they mean nothing)."""
+    a, b = stack.lora_A[name][:, layer], stack.lora_B[name][:, layer].mT
+    padding = torch.arange(a.shape[1], device=a.device) >= stack.ranks[name][:, layer, None]
+    return a.masked_fill(padding[..., None], 0), b.masked_fill(padding[..., None], 0)
+
+
+def _leading(a: Tensor, b: Tensor) -> Tensor:
+    """The leading right singular vectors ``[N, in]`` of B A, for ``a [N, r, in]`` and ``b [N, r, out]`` (B transposed)."""
+    # B A = Q_b (R_b R_a^T) Q_a^T: all but the product in brackets, of r x r, is orthogonal.
+    basis, r_a = torch.linalg.qr(a.double().mT)
+    r_b = torch.linalg.qr(b.double().mT, mode="r").R
+    _, sizes, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    vectors = (basis @ right[:, 0, :, None]).squeeze(-1)
+    return (vectors * (sizes[:, :1] > 0)).to(accumulation_dtype(a))  # of a zero matrix every vector is a singular one
+
+
+def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
+    """The share of every expert in every token: softmax over the ``top_k`` largest ``|x . v_i|``, 0 for the others.
+
+    Source: Arrow (arXiv 2405.11157), at temperature 1.
+
+    Args:
+        x: inputs of a layer, ``[T, in]``, any floating-point dtype.
+        directions: the experts' :func:`prototypes` of that layer, ``[N, in]``.
+
+    Returns:
+        ``[T, N]`` float32 (float64 if an operand is), rows sum to 1.  The products are in that dtype too, whatever ``x`` is.
+
+    Raises:
+        RuntimeError: ``top_k`` exceeds N.
+
+    >>> import torch
+    >>> routing_weights(torch.tensor([[2.0, -3.0, 1.0]]), torch.eye(3), top_k=2)
+    tensor([[0.2689, 0.7311, 0.0000]])
+    """
+    acc = accumulation_dtype(x, directions)
+    top = (x.to(acc) @ directions.to(acc).mT).abs().topk(top_k, dim=-1)
+    weights = torch.zeros(len(x), len(directions), dtype=acc, device=x.device)
+    return weights.scatter(-1, top.indices, top.values.softmax(dim=-1))
+
+
+class Arrow:
+    """Every token of every adapted layer uses the ``top_k`` adapters of a library whose :func:`prototypes` fit it best.
+
+    A layer's output is ``W h + sum_i w_i s_i B_i A_i h`` with the :func:`routing_weights` ``w`` of its own input ``h``: what
+    adapters add is mixed, as in PEFT's Arrow.  An adapter that leaves a layer alone (B A = 0) has the logit 0 there and,
+    where it is among the ``top_k``, a share that adds nothing.
+
+    The model is routed from here until :meth:`detach`, or to the end of a ``with`` block.  Inputs ``[..., in]``, usually
+    ``[batch, tokens, in]``, give outputs ``[..., out]`` in the dtype of the layer.  A and B are copied, in the dtype of the
+    layer's weight, and products with them are taken in it; logits and shares are float32 (:func:`routing_weights`).  Detach
+    before the model is copied, pickled or given to :func:`t2l_engine.attach`.
+
+    Source: Arrow (arXiv 2405.11157).
+
+    Args:
+        model: as :func:`t2l_engine.attach` takes it.
+        stack: the library of N adapters, the experts.
+        top_k: experts a token uses, at most N; 4 in the paper.
+        packed: as :func:`t2l_engine.attach` takes it.  Modules of a packed projection are routed one by one.
+
+    Raises:
+        ValueError: what :func:`t2l_engine.attach` refuses, in its words; a model that is routed already; one linear in
+            several places; a ``top_k`` outside [1, N].
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+    >>> stack = t2l.AdapterStack({"q_proj": torch.randn(5, 1, 2, 8)}, {"q_proj": torch.randn(5, 1, 6, 2)}, torch.ones(5))
+    >>> x = torch.randn(3, 7, 8)
+    >>> base = model[0]["q_proj"](x)
+    >>> with Arrow(model, stack, top_k=2):
+    ...     routed = model[0]["q_proj"](x)
+    >>> routed.shape, torch.equal(routed, base), torch.equal(model[0]["q_proj"](x), base)
+    (torch.Size([3, 7, 6]), False, True)
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, stack: AdapterStack, top_k: int = TOP_K, *, packed: Packed | None = None):
+        _check_library(stack)
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
+            raise ValueError(f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {shown(top_k)}")
+        handle = attach(model, packed=packed)  # without a stack it checks the model and changes nothing
+        places = {name: targets for name, (_, targets) in handle._places(stack).items()}
+        _check_linears(places)
+        device = handle._device()
+        scaling = stack.scaling.to(device, copy=True)
+        routed: list[tuple[nn.Module, _Routed]] = []
+        for name, targets in places.items():
+            depth = stack.lora_A[name].shape[1]  # of a partial stack less than the model's
+            for layer, target in targets.items():
+                if layer < depth and bool(stack.ranks[name][:, layer].any()):
+                    a, b = (factor.to(device) for factor in _factors(stack, name, layer))
+                    routed.append((target.linear, _Routed(target, a, b, scaling, top_k)))
+        # Last: what fails above (too little memory, adapters that are not finite) leaves the model alone.
+        self._hooks: list[RemovableHandle] | None = [
+            linear.register_forward_hook(hook, with_kwargs=True) for linear, hook in routed
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off: the model is bit for bit what it was.  Raises RuntimeError when that is done already."""
+        if self._hooks is None:
+            raise RuntimeError("the library is detached already; make another Arrow")
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = None
+
+    def __enter__(self) -> Arrow:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._hooks is not None:
+            self.detach()
+
+
+class _Routed:
+    """Forward hook of one module: ``a [N, r, in]``, ``b [N, r, out]`` as of :func:`_factors`, ``scaling [N]``."""
+
+    def __init__(self, target: Target, a: Tensor, b: Tensor, scaling: Tensor, top_k: int):
+        dtype = _slot_dtype(target.linear, a.dtype)
+        self._path, self._columns, self._top_k = target.path, target.columns, top_k
+        self._A, self._B = a.flatten(0, 1).to(dtype), b.flatten(0, 1).to(dtype)  # [N r, in], [N r, out]
+        self._scaling, self._directions = scaling, _leading(a, b)  # [N, in]
+
+    def __call__(self, linear: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))  # as LoRALinear: the first argument, whatever its name
+        if not isinstance(y, Tensor):
+            raise RuntimeError(f"{self._path}: expected a layer that returns a tensor, got {type(y).__name__}")
+        with torch.autocast(x.device.type, enabled=False):  # which would round the logits
+            flat = x.reshape(-1, x.shape[-1])
+            shares = routing_weights(flat, self._directions, self._top_k) * self._scaling  # [T, N]
+            inner = F.linear(flat.to(self._A.dtype), self._A).unflatten(-1, (len(self._scaling), -1))  # [T, N, r]
+            inner = (inner * shares[..., None]).to(self._B.dtype).flatten(1)
+            delta = (inner @ self._B).view(*y.shape[:-1], self._B.shape[1])
+        if self._columns is not None:
+            start, end = self._columns
+            delta = F.pad(delta, (start, y.shape[-1] - end))
+        return y + delta.to(y.dtype)
+
+
+def _check_library(stack: AdapterStack) -> None:
+    _check_stack("stack", stack)
+    if not len(stack):
+        raise ValueError("stack: expected at least one adapter, got none")
+
+
+def _check_linears(places: dict[str, dict[int, Target]]) -> None:
+    """A hook belongs to a linear, not to a place in the model: every linear must have one place, and no hook of ours."""
+    paths: dict[int, str] = {}
+    for name, targets in places.items():
+        for target in targets.values():
+            if any(isinstance(hook, _Routed) for hook in target.linear._forward_hooks.values()):
+                raise ValueError("model: a library is routed on it already; detach that one first")
+            other = paths.setdefault(id(target.linear), target.path)
+            if other != target.path:
+                raise ValueError(f"{name}: {other} and {target.path} are one linear; they cannot be routed apart")

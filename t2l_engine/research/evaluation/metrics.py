@@ -1,0 +1,71 @@
+"""Scores of one answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from t2l_engine.research.tasks.folder import parse_number
+
+_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # after a digit or a letter "-" is a hyphen
+_WORD = re.compile(r"\w+")
+
+
+def exact_match(answer: str, accepted: Sequence[str]) -> bool:
+    """Equality after trimming white space; case and punctuation count.
+
+    >>> exact_match(" Paris", ["Paris"]), exact_match("Paris.", ["Paris"])
+    (True, False)
+    """
+    return answer.strip() in {a.strip() for a in accepted}
+
+
+def containment(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether an accepted answer stands in ``answer`` as whole words, in any case.
+
+    >>> containment("It is Paris.", ["paris"]), containment("Parisian", ["Paris"])
+    (True, False)
+    """
+    text = answer.casefold()
+    for wanted in (a.strip().casefold() for a in accepted):
+        start, end = (r"(?<!\w)" if wanted[:1].isalnum() else ""), (r"(?!\w)" if wanted[-1:].isalnum() else "")
+        if wanted and re.search(start + re.escape(wanted) + end, text):
+            return True
+    return False
+
+
+def rouge_l(answer: str, accepted: Sequence[str]) -> float:
+    """F1 of the longest common subsequence of words (ROUGE-L, Lin 2004), case folded, the best over ``accepted``; in [0, 1].
+
+    >>> rouge_l("the cat sat", ["the black cat"])
+    0.6666666666666666
+    """
+    return max(_f1(answer.casefold().strip(), a.casefold().strip()) for a in accepted)
+
+
+def _f1(answer: str, accepted: str) -> float:
+    words, wanted = _WORD.findall(answer), _WORD.findall(accepted)
+    if not words or not wanted:
+        return float(answer == accepted)  # punctuation alone
+    row = [0] * (len(wanted) + 1)
+    for word in words:
+        above = 0  # the entry above and to the left
+        for i, other in enumerate(wanted, start=1):
+            above, row[i] = row[i], above + 1 if word == other else max(row[i], row[i - 1])
+    return 2 * row[-1] / (len(words) + len(wanted))
+
+
+def last_number(text: str) -> float | None:
+    """The last number of ``text``, thousands separated by commas or not; None where there is none.
+
+    >>> last_number("so 3 x 400 = 1,200 apples."), last_number("none")
+    (1200.0, None)
+    """
+    found = _NUMBER.findall(text)
+    return parse_number(found[-1]) if found else None
+
+
+def number_match(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the last number of ``answer`` is an accepted one."""
+    number = last_number(answer)
+    return number is not None and number in {parse_number(a) for a in accepted}

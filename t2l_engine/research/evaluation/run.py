@@ -1,0 +1,260 @@
+"""An evaluation: every arm answers the same items, and its answers are scored."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation import metrics, sandbox
+from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
+from t2l_engine.research.evaluation.arms import Arm, description_of, shots_of
+from t2l_engine.research.evaluation.bootstrap import interval
+from t2l_engine.research.tasks.folder import Example, Task
+from t2l_engine.text.prompts import prompt_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is the same for every arm.
+
+    Attributes:
+        repeats: draws of description, worked examples and controls.
+        max_new_tokens: of an answer; ``max_long_tokens``: of one that reasons to a number or is code.
+        max_prompt_tokens: an item with a longer prompt in any arm is left out of all of them.
+        validation_items: a task, on which the better prompt form of an arm is chosen.
+        run_code: whether answers that are code are run (:mod:`t2l_engine.research.evaluation.sandbox`).
+    """
+
+    repeats: int = 3
+    max_new_tokens: int = 16
+    max_long_tokens: int = 256
+    max_prompt_tokens: int = 1024
+    validation_items: int = 8
+    run_code: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Item:
+    task: Task
+    example: Example
+    repeat: int
+
+
+class Evaluation:
+    """Tasks, arms and what they are shown.
+
+    Args:
+        tasks: with the examples that are asked.
+        arms: whose names differ.
+        pools: examples a task from which worked examples are drawn.
+        validation: examples a task on which prompt forms are chosen; where no task has any, the first form of an arm is
+            taken, and the result says so.
+        progress: told (arm, number of answers) as they come.
+
+    Raises ValueError for arms of one name, for worked examples of a task without a pool, and for code without
+    ``settings.run_code``.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        tokenizer: Any,
+        tasks: Sequence[Task],
+        arms: Sequence[Arm],
+        settings: Settings = Settings(),
+        *,
+        pools: Mapping[str, Sequence[Example]] | None = None,
+        validation: Mapping[str, Sequence[Example]] | None = None,
+        progress: Callable[[str, int], None] = lambda arm, count: None,
+    ):
+        names = [arm.name for arm in arms]
+        if not names or len(set(names)) != len(names):
+            raise ValueError(f"arms: expected at least one and distinct names, got {names}")
+        self._answerer, self._tokenizer, self._settings, self._progress = answerer, tokenizer, settings, progress
+        self._tasks, self._arms = list(tasks), list(arms)
+        self._pools, self._validation = dict(pools or {}), dict(validation or {})
+        for arm in arms:
+            for task in tasks if arm.shots else ():
+                if not self._pools.get(task.name):
+                    raise ValueError(f"arms: {arm.name} needs worked examples of task {task.name}, found none")
+        if any(e.metric == "pass" for task in tasks for e in task.examples):
+            if not settings.run_code:
+                raise ValueError("run_code: expected to be set, since some answers are code that has to be run to be judged")
+            try:
+                sandbox.check_sandbox()
+            except RuntimeError as error:
+                raise ValueError(f"run_code: {error}") from None
+        self._validated = {task.name: self._validation_items(task) for task in tasks}
+
+    @property
+    def answers(self) -> int:
+        """How many :meth:`run` asks for, those that choose a form included."""
+        items = sum(len(task.examples) for task in self._tasks)
+        validated = sum(map(len, self._validated.values()))
+        count = 0
+        for arm in self._arms:
+            count += items * self._repeats(arm) + (validated * len(arm.forms) if len(arm.forms) > 1 else 0)
+        return count
+
+    def run(self) -> dict[str, Any]:
+        """``tasks``: score in percent by task and arm; ``forms``, ``details``, ``left_out``: see docs/evaluation.md.
+
+        Raises ConfigError where no item is left.
+        """
+        kept, left_out = self._fitting()
+        forms = {arm.name: self._choose(arm) for arm in self._arms}
+        scores: dict[str, dict[str, float]] = {task.name: {} for task in self._tasks}
+        details: dict[str, dict[str, Any]] = {}
+        for arm in self._arms:
+            items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in self._tasks for e in kept[t.name]]
+            items = [item for item in items if self._adapter(arm, item) is not None]
+            answers = self._ask(arm, forms[arm.name]["form"], items)
+            details[arm.name] = self._details(items, answers)
+            for name, of in details[arm.name]["tasks"].items():
+                scores[name][arm.name] = of["score"]
+        return {
+            "tasks": scores,
+            "items": {name: len(examples) for name, examples in kept.items()},
+            "left_out": left_out,
+            "forms": forms,
+            "details": details,
+        }
+
+    # --- prompts ---------------------------------------------------------------------------------------------------
+
+    def _repeats(self, arm: Arm) -> int:
+        return self._settings.repeats if arm.repeats else 1
+
+    def _prompt(self, arm: Arm, form: str, item: _Item) -> str:
+        description = description_of(item.task, item.repeat) if arm.description else ""
+        shots = []
+        if arm.shots:
+            shots = shots_of(item.task, self._pools[item.task.name], item.repeat, arm.shots, item.example.input)
+        return prompt_of(form, self._tokenizer, item.example.input, description, shots)
+
+    def _adapter(self, arm: Arm, item: _Item) -> str | None:
+        return arm.key(item.task, item.example, item.repeat)
+
+    def _query(self, arm: Arm, form: str, item: _Item) -> Query:
+        long = item.example.metric in ("number", "pass")
+        return Query(
+            self._prompt(arm, form, item),
+            self._adapter(arm, item),
+            item.example.options,
+            self._settings.max_long_tokens if long else self._settings.max_new_tokens,
+            not long,
+        )
+
+    def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
+        """Examples whose prompts fit in every arm, form and repeat, and how many of a task do not."""
+        kept, left_out = {}, {}
+        for task in self._tasks:
+            kept[task.name] = tuple(e for e in task.examples if self._fits(task, e))
+            if len(kept[task.name]) < len(task.examples):
+                left_out[task.name] = len(task.examples) - len(kept[task.name])
+            if not kept[task.name]:
+                raise ConfigError(
+                    f"max_prompt_tokens: no item of task {task.name} has prompts of at most "
+                    f"{self._settings.max_prompt_tokens} tokens in every arm"
+                )
+        return kept, left_out
+
+    def _fits(self, task: Task, example: Example) -> bool:
+        items = ((arm, form, _Item(task, example, r)) for arm in self._arms for form in arm.forms
+                 for r in range(self._repeats(arm)))  # fmt: skip
+        texts = {self._prompt(*which) for which in items}
+        return max(len(self._answerer.tokens(text)) for text in texts) <= self._settings.max_prompt_tokens
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def _validation_items(self, task: Task) -> list[Example]:
+        if all(len(arm.forms) == 1 for arm in self._arms):
+            return []
+        found = self._validation.get(task.name, ())
+        fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # a form is not worth running code for
+        return list(itertools.islice(fitting, self._settings.validation_items))
+
+    def _choose(self, arm: Arm) -> dict[str, Any]:
+        """The form that scores better on validation items, and the scores in percent."""
+        items = [_Item(task, e, 0) for task in self._tasks for e in self._validated[task.name]]
+        items = [item for item in items if self._adapter(arm, item) is not None]
+        if len(arm.forms) == 1 or not items:
+            return {"form": arm.forms[0], "validation": None}
+        means = {}
+        for form in arm.forms:
+            of = self._details(items, self._ask(arm, form, items))["tasks"]
+            means[form] = statistics.fmean(task["score"] for task in of.values())
+        return {"form": max(arm.forms, key=lambda form: means[form]), "validation": means}
+
+    def _ask(self, arm: Arm, form: str, items: Sequence[_Item]) -> list[Answer]:
+        queries = [self._query(arm, form, item) for item in items]
+        return self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
+
+    # --- scores ----------------------------------------------------------------------------------------------------
+
+    def _details(self, items: Sequence[_Item], answers: Sequence[Answer]) -> dict[str, Any]:
+        by_task: dict[str, list[tuple[_Item, Answer, dict[str, float]]]] = {}
+        for item, answer in zip(items, answers, strict=True):
+            by_task.setdefault(item.task.name, []).append((item, answer, self._scores(item.example, answer)))
+        tasks = {}
+        for name, rows in by_task.items():
+            found = dict.fromkeys(m for _, _, s in rows for m in s)  # examples of one task may be judged in several ways
+            measures = {m: 100 * statistics.fmean(s[m] for _, _, s in rows if m in s) for m in found}
+            repeats = sorted({item.repeat for item, _, _ in rows})
+            tasks[name] = measures | {
+                "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
+                "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
+            }
+        seconds = statistics.fmean(a.seconds for a in answers) if answers else None
+        return {"tasks": tasks, "seconds_per_answer": seconds}
+
+    def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
+        """``score`` by the example's metric; what else is said of a text; all in [0, 1]."""
+        if example.metric == "options":
+            per_byte = [v / len(o.encode()) for v, o in zip(answer.likelihoods, example.options, strict=True)]
+            right = [option in example.outputs for option in example.options]
+            return {
+                "score": float(right[max(range(len(right)), key=per_byte.__getitem__)]),
+                "unnormalised": float(right[max(range(len(right)), key=answer.likelihoods.__getitem__)]),
+            }
+        if example.metric == "number":
+            return {"score": float(metrics.number_match(answer.text, example.outputs))}
+        if example.metric == "pass":
+            program = sandbox.extract(answer.text, example.input)
+            return {"score": float(sandbox.run_tests(program, example.tests) == "passed")}
+        return {
+            "score": float(metrics.exact_match(answer.text, example.outputs)),
+            "containment": float(metrics.containment(answer.text, example.outputs)),
+            "rouge_l": metrics.rouge_l(answer.text, example.outputs),
+        }
+
+
+def summary(
+    scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], reference: str
+) -> dict[str, Any]:
+    """Means over the tasks of each group, and every arm against the arm ``reference``.
+
+    Args:
+        scores: percent by task and arm, as :meth:`Evaluation.run` gives; an arm may lack tasks.
+        groups: names of tasks by group.
+
+    Returns ``{group: {"tasks": count, "mean": {arm: percent}, "difference": {arm: {"tasks", "mean", "low", "high"}}}}``: the
+    difference is ``reference`` less the arm, in points, on the tasks that both answered, with a 95 % bootstrap interval over
+    tasks.
+    """
+    found = {}
+    for group, names in groups.items():
+        rows = [scores[name] for name in names]
+        arms = list(dict.fromkeys(arm for row in rows for arm in row))
+        means = {arm: statistics.fmean(row[arm] for row in rows if arm in row) for arm in arms}
+        differences = {}
+        for arm in arms:
+            paired = [row[reference] - row[arm] for row in rows if arm in row and reference in row]
+            if arm != reference and paired:
+                differences[arm] = {"tasks": len(paired), **dataclasses.asdict(interval(paired))}
+        found[group] = {"tasks": len(names), "mean": means, "difference": differences}
+    return found

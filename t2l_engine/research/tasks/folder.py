@@ -1,0 +1,235 @@
+"""Task folders: what training and evaluation read.
+
+A folder holds ``<name>.jsonl`` files, one example a line: ``{"input": str, "output": [accepted answers], "split": str}``,
+and ``descriptions.json``: ``{name: [description, ...]}``.  A line may also say how its answer is judged: ``"metric": str``
+(one of METRICS), with ``"options": [str, ...]`` or ``"tests": str``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.text import MAX_LINE_BYTES, MAX_VALUES, count_values, is_unicode, read_rows, read_texts
+
+DESCRIPTIONS_NAME = "descriptions.json"
+MAX_DESCRIPTIONS_BYTES = 1 << 25  # some five times those of the paper's 479 tasks with 128 texts each
+MAX_NAME_BYTES = 128
+#: How an answer is judged: it equals an accepted one after trimming; its last number equals an accepted one; the option of
+#: highest log-likelihood is an accepted one; it is Python code, and ``tests`` run after it without an exception.
+METRICS = ("exact_match", "number", "options", "pass")
+_NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input with its accepted answers, and how an answer is judged.
+
+    ``metric``: one of METRICS.  ``options``: with metric "options", the answers to choose from; the outputs are among them.
+    ``tests``: with metric "pass", Python source that runs after the answer.
+    """
+
+    input: str
+    outputs: tuple[str, ...]
+    split: str
+    metric: str = "exact_match"
+    options: tuple[str, ...] = ()
+    tests: str = ""
+
+
+#: The keys of a line that are written where they say something else.
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Example) if field.default is not dataclasses.MISSING}
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A named task: descriptions and examples."""
+
+    name: str
+    descriptions: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+
+def load_tasks(
+    folder: str | Path, split: str | None, *, names: Sequence[str] | None = None, required: bool = True
+) -> list[Task]:
+    """All tasks of ``folder`` with their examples of ``split`` (None: of every split), sorted by name.
+
+    Args:
+        names: only these tasks; the files of others are not read.
+        required: whether a task without such an example is an error; else its examples are an empty tuple.
+
+    Raises FileNotFoundError when the folder or its descriptions are absent, ConfigError naming file and line otherwise.
+    """
+    folder = Path(folder)
+    tasks = []
+    for name, texts in read_descriptions(folder, names).items():
+        for _ in _read_examples(folder / f"{name}.jsonl"):  # to its end before anything is kept
+            pass
+        examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if split in (None, e.split))
+        if required and not examples:
+            raise ConfigError(f"{folder / (name + '.jsonl')}: no examples{'' if split is None else f' of split {split!r}'}")
+        tasks.append(Task(name, tuple(texts), examples))
+    return tasks
+
+
+def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """What ``descriptions.json`` of ``folder`` says of ``names`` (None: of all), sorted by name.
+
+    Raises FileNotFoundError when it is absent, ConfigError where it does not name one of ``names`` or is otherwise unfit.
+    """
+    path = Path(folder) / DESCRIPTIONS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a task folder holds {DESCRIPTIONS_NAME} and <name>.jsonl files")
+    descriptions = read_texts(path, MAX_DESCRIPTIONS_BYTES)
+    if not isinstance(descriptions, dict) or not descriptions:
+        raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
+    for name in names or ():
+        if name not in descriptions:
+            raise ConfigError(f"{path}: expected a task named {shown(name)}, found none of that name")
+    wanted = {name: texts for name, texts in sorted(descriptions.items()) if names is None or name in names}
+    for name, texts in wanted.items():
+        check_name(name, str(path))
+        _check_descriptions(texts, f"{path}: {name}")
+    return wanted
+
+
+def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = False) -> None:
+    """Write a task folder that ``load_tasks`` reads; each file appears complete, ``descriptions.json`` last.
+
+    Args:
+        folder: made where it is absent.
+        overwrite: replace the tasks of a folder that holds some; files of tasks that are not written stay.
+
+    Raises FileExistsError for a folder that holds tasks, ConfigError naming what ``load_tasks`` would refuse; then nothing
+    was written.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTIONS_NAME
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: exists; expected a folder without tasks")
+    names = [task.name for task in tasks]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {shown(names)}")
+    contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
+    descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
+    contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
+    content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
+    for size, most, what in (
+        (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),
+        (count_values(content), MAX_VALUES, "values"),
+    ):
+        if size > most:
+            raise ConfigError(
+                f"{path}: expected at most {most} {what} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
+                "are too many for one folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+        for name, content in contents.items():
+            (Path(temporary) / name).write_bytes(content)
+        for name in contents:
+            os.replace(Path(temporary) / name, folder / name)
+
+
+def _lines(folder: Path, task: Task) -> bytes:
+    check_name(task.name, str(folder))
+    path = folder / f"{task.name}.jsonl"
+    _check_descriptions(list(task.descriptions), f"{folder / DESCRIPTIONS_NAME}: {task.name}")
+    lines = []
+    for number, example in enumerate(task.examples, start=1):
+        where = f"{path}:{number}"
+        if not example.outputs or not all(map(is_unicode, _strings(example))):
+            raise ConfigError(f"{where}: expected Unicode text and at least one output to write, got {shown(example)}")
+        _check_metric(example, where)
+        row = {"input": example.input, "output": example.outputs, "split": example.split}
+        row |= {key: getattr(example, key) for key, value in _DEFAULTS.items() if getattr(example, key) != value}
+        lines.append((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if len(lines[-1]) > MAX_LINE_BYTES:
+            raise ConfigError(f"{where}: expected lines of at most {MAX_LINE_BYTES} bytes to write")
+    return b"".join(lines)
+
+
+def check_name(name: str, where: str) -> None:
+    """ConfigError unless ``name`` is fit for a task and its file; ``where`` says what names it so."""
+    if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"{where}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
+            f"{MAX_NAME_BYTES} bytes, got {shown(name)}"
+        )
+
+
+def _check_descriptions(texts: object, where: str) -> None:
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ConfigError(f"{where}: expected a non-empty list of non-empty strings")
+    if not all(map(is_unicode, texts)):
+        raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+
+
+def _check_metric(example: Example, where: str) -> None:
+    """ConfigError unless metric, options, tests and outputs fit together."""
+    metric, options = example.metric, example.options
+    if metric not in METRICS:
+        raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {shown(metric)}")
+    if metric == "options":
+        if len(options) < 2 or len(set(options)) < len(options) or not all(option.strip() for option in options):
+            raise ConfigError(f"{where}: options: expected at least two distinct non-empty strings, got {shown(options)}")
+        if not set(options).issuperset(example.outputs):
+            raise ConfigError(f"{where}: output: expected some of {shown(options)}, got {shown(example.outputs)}")
+    elif options:
+        raise ConfigError(f"{where}: options: expected none with metric {metric!r}, got {shown(options)}")
+    if metric == "pass" and not example.tests.strip():
+        raise ConfigError(f"{where}: tests: expected Python source with metric 'pass', got {shown(example.tests)}")
+    if metric != "pass" and example.tests:
+        raise ConfigError(f"{where}: tests: expected none with metric {metric!r}, got {shown(example.tests)}")
+    if metric == "number":
+        for output in example.outputs:
+            if parse_number(output) is None:
+                raise ConfigError(f"{where}: output: expected numbers with metric 'number', got {shown(output)}")
+
+
+def parse_number(text: str) -> float | None:
+    """The number that ``text`` is once commas are removed; None where it is none, or not finite.
+
+    >>> parse_number(" 1,250.50 ")
+    1250.5
+    """
+    try:
+        number = float(text.replace(",", ""))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _strings(example: Example) -> tuple[str, ...]:
+    return (example.input, example.split, *example.outputs, example.metric, *example.options, example.tests)
+
+
+def _read_examples(path: Path) -> Iterator[Example]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, but {DESCRIPTIONS_NAME} names it")
+    for where, row in read_rows(path):
+        missing = [key for key in ("input", "output", "split") if key not in row]
+        if missing:
+            raise ConfigError(f"{where}: expected input, output and split, found no {missing[0]}")
+        outputs, options = row["output"], row.get("options", [])
+        if not isinstance(outputs, list) or not outputs:
+            raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {shown(outputs)}")
+        if not isinstance(options, list):
+            raise ConfigError(f"{where}: options: expected a list of strings, got {shown(options)}")
+        judged = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
+        example = Example(row["input"], tuple(outputs), row["split"], *judged)
+        strings = _strings(example)
+        if not all(isinstance(text, str) for text in strings):
+            raise ConfigError(f"{where}: expected strings, output and options lists of them, got {shown(row)}")
+        if not all(map(is_unicode, strings)):
+            raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
+        _check_metric(example, where)
+        yield example

@@ -1,0 +1,283 @@
+"""Manifests: which examples of which tasks belong to which split, as digests alone, without any text of the tasks.
+
+A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "tier", "source", "licence": [...], "permissive",
+"splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of its examples, sorted, end to
+end.  Who has the tasks from the same sources gets the same examples in the same splits with it.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.files.errors import MAX_NAME, ConfigError, shown
+from t2l_engine.files.text import from_json, is_unicode, read_texts
+from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
+from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
+
+FORMAT = "t2l_engine.tasks.v1"
+PACKAGED = Path(__file__).parent / "manifests"
+#: train: tasks to train on.  sibling: held out, of skills that are trained.  novel: held out, of skills that are not.
+TIERS = ("train", "sibling", "novel")
+PREFIX_BYTES = 5
+#: Of the file: some 1,500 bytes a task of 200 examples, which take 20,000 bytes of memory.
+MAX_MANIFEST_BYTES = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a manifest says of a task; ``splits`` maps a split to the prefixes (5 bytes each) of its examples' digests.
+
+    ``permissive``: whether the licences let others use what is made of the task under terms of their own.
+
+    Raises ConfigError naming the field that is of another kind.
+    """
+
+    skill: str
+    tier: str
+    source: str
+    licence: tuple[str, ...]
+    permissive: bool
+    splits: dict[str, frozenset[bytes]]
+
+    def __post_init__(self) -> None:
+        for name in ("skill", "source"):
+            _check_text(name, getattr(self, name))
+        if self.tier not in TIERS:
+            raise ConfigError(f"tier: expected one of {TIERS}, got {shown(self.tier)}")
+        if not isinstance(self.licence, (list, tuple)) or not self.licence:
+            raise ConfigError(f"licence: expected a non-empty list of strings, got {shown(self.licence)}")
+        for text in self.licence:
+            _check_text("licence", text)
+        object.__setattr__(self, "licence", tuple(self.licence))
+        if not isinstance(self.permissive, bool):
+            raise ConfigError(f"permissive: expected true or false, got {shown(self.permissive)}")
+        if not isinstance(self.splits, dict) or not self.splits:
+            raise ConfigError(f"splits: expected an object of splits, got {shown(self.splits)}")
+        if len(frozenset().union(*self.splits.values())) != sum(map(len, self.splits.values())):
+            raise ConfigError("splits: expected every example in one split only")
+
+    def split_of(self, prefix: bytes) -> str | None:
+        """The split of the example whose digest starts with ``prefix``, None where there is none."""
+        return next((name for name, prefixes in self.splits.items() if prefix in prefixes), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Task name -> what is said of it; ``about`` says in a sentence what the manifest is for."""
+
+    about: str
+    tasks: dict[str, Entry]
+
+    def names(self, tier: str | None = None) -> list[str]:
+        """The tasks of a tier (None: of all), sorted; ConfigError for an unknown tier."""
+        if tier not in (None, *TIERS):
+            raise ConfigError(f"tier: expected one of {TIERS}, got {shown(tier)}")
+        return sorted(name for name, entry in self.tasks.items() if tier in (None, entry.tier))
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """``count`` examples of a task that are ``"missing"``, ``"extra"`` or ``"moved"`` to another split.
+
+    ``split`` is where the manifest has them; of extra ones, where the folder has them.  Without a split the whole task is
+    missing or extra, and ``count`` is the number of its examples.
+    """
+
+    task: str
+    kind: str
+    split: str | None
+    count: int
+
+    def __str__(self) -> str:
+        where = "in all" if self.split is None else f"of split {shown(self.split)}"
+        return f"{self.task}: {self.count} examples {where} {self.kind}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """``tasks`` as a manifest has them; ``missing``: task -> examples of it that were not found."""
+
+    tasks: list[Task]
+    missing: dict[str, int]
+
+
+def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: str) -> dict[str, Any]:
+    """The JSON of a manifest of ``tasks`` with all their splits.
+
+    Args:
+        facts: task name -> ``skill``, ``tier``, ``source``, ``licence`` and ``permissive``.
+
+    Raises ConfigError naming the task and what is wrong with it.
+    """
+    values: dict[str, Any] = {"format": FORMAT, "about": about, "tasks": {}}
+    for task in sorted(tasks, key=lambda task: task.name):
+        splits: dict[str, list[bytes]] = {}
+        for example in task.examples:
+            splits.setdefault(example.split, []).append(_prefix(example.input, example.outputs[0]))
+        encoded = {name: base64.b64encode(b"".join(sorted(found))).decode() for name, found in sorted(splits.items())}
+        values["tasks"][task.name] = {**facts.get(task.name, {}), "splits": encoded}
+    _parse(values, "manifest")
+    return values
+
+
+def read(path_or_name: str | Path) -> Manifest:
+    """The manifest in a file, or a packaged one by its name (``"skills"``).
+
+    Raises FileNotFoundError naming the packaged ones, ConfigError naming file, task and field.
+    """
+    packaged = {path.stem: path for path in PACKAGED.glob("*.json")}
+    path = packaged.get(str(path_or_name), Path(path_or_name))
+    if not path.is_file():
+        raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
+    return _parse(read_texts(path, MAX_MANIFEST_BYTES), str(path))
+
+
+def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
+    """How a task folder differs from ``manifest``, or from its tasks of one ``tier``: sorted by task, empty where equal.
+
+    Raises ConfigError for an unknown tier, and what ``load_tasks`` raises.
+    """
+    wanted = {name: manifest.tasks[name] for name in manifest.names(tier)}
+    tasks = {task.name: task for task in load_tasks(folder, None, required=False)}
+    differences: list[Difference] = []
+    for name in sorted(tasks.keys() | wanted.keys()):
+        if name not in tasks:
+            differences.append(Difference(name, "missing", None, sum(map(len, wanted[name].splits.values()))))
+        elif name not in wanted:
+            differences.append(Difference(name, "extra", None, len(tasks[name].examples)))
+        else:
+            differences += _compare(tasks[name], wanted[name])
+    return differences
+
+
+def select(names: Iterable[str], manifest: Manifest, tier: str, *, permissive: bool = False) -> list[str]:
+    """Those of the task ``names`` that ``manifest`` has in ``tier``, sorted; with ``permissive`` only those it calls so.
+
+    Raises ConfigError for an unknown tier.
+    """
+    chosen = set(names).intersection(manifest.names(tier))
+    return sorted(name for name in chosen if manifest.tasks[name].permissive or not permissive)
+
+
+def apply(tasks: Iterable[Task], manifest: Manifest) -> Applied:
+    """``tasks`` with exactly the examples and splits of ``manifest``, whatever their own, in order of hash.
+
+    An example is found by its input and any one of its accepted outputs, which then comes first.  Tasks that the manifest
+    does not name, and those of which nothing is found, are left out.
+    """
+    applied, missing = [], {}
+    for task in tasks:
+        entry = manifest.tasks.get(task.name)
+        if entry is None:
+            continue
+        found = {}
+        for example in pool(task.examples):
+            for output in example.outputs:
+                prefix = _prefix(example.input, output)
+                name = entry.split_of(prefix)
+                if name is not None and prefix not in found:
+                    outputs = tuple(dict.fromkeys((output, *example.outputs)))
+                    found[prefix] = dataclasses.replace(example, outputs=outputs, split=name)
+                    break
+        lacking = sum(map(len, entry.splits.values())) - len(found)
+        if lacking:
+            missing[task.name] = lacking
+        if found:
+            applied.append(dataclasses.replace(task, examples=tuple(sorted(found.values(), key=input_digest))))
+    return Applied(applied, missing)
+
+
+def digest(task: Task, split: str) -> str:
+    """SHA-256 (hex) over the sorted digests of the task's examples of ``split``: what a run has seen, whatever the order."""
+    return _hex(example_digest(e.input, e.outputs[0]) for e in task.examples if e.split == split)
+
+
+def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
+    """``{task: {"descriptions": [count, hex], split: [count, hex], ...}}``, 16 hex digits of SHA-256 each.
+
+    Small enough for the configuration of a checkpoint: some 200 bytes a task.
+    """
+    result = {}
+    for task in tasks:
+        texts = _hex(hashlib.sha256(text.encode()).digest() for text in task.descriptions)
+        counts = collections.Counter(e.split for e in task.examples)
+        result[task.name] = {"descriptions": [len(task.descriptions), texts[:16]]} | {
+            name: [counts[name], digest(task, name)[:16]] for name in sorted(counts)
+        }
+    return result
+
+
+def _parse(values: Any, where: str) -> Manifest:
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        found = values.get("format") if isinstance(values, dict) else values
+        raise ConfigError(f"{where}: format: expected a manifest {FORMAT!r}, got {shown(found)}")
+    unknown = values.keys() - {"format", "about", "tasks"}
+    if unknown:
+        raise ConfigError(f"{where}: expected format, about and tasks, got also {shown(sorted(unknown))}")
+    about, tasks = values.get("about"), values.get("tasks")
+    _check_text(f"{where}: about", about)
+    if not isinstance(tasks, dict) or not tasks:
+        raise ConfigError(f"{where}: tasks: expected an object of tasks, got {shown(tasks)}")
+    entries = {}
+    for name, entry in tasks.items():
+        check_name(name, f"{where}: tasks")
+        entries[name] = _entry(entry, f"{where}: {name}")
+    return Manifest(about, entries)
+
+
+def _entry(values: Any, where: str) -> Entry:
+    if isinstance(values, dict) and isinstance(values.get("splits"), dict):
+        decoded = {name: _prefixes(f"{where}: splits", name, text) for name, text in values["splits"].items()}
+        values = {**values, "splits": decoded}
+    return from_json(Entry, values, where)
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip() or not is_unicode(value):
+        raise ConfigError(f"{name}: expected a non-empty string of Unicode text, got {shown(value)}")
+
+
+def _prefixes(where: str, name: str, text: Any) -> frozenset[bytes]:
+    """The digests' starts that base64 ``text`` of split ``name`` holds."""
+    if not name.isidentifier() or len(name) > MAX_NAME:
+        raise ConfigError(f"{where}: expected plain names such as 'train', got {shown(name)}")
+    expected = f"{where}: {name}: expected base64 of {PREFIX_BYTES} bytes an example, each once"
+    try:
+        content = base64.b64decode(text, validate=True)
+    except (ValueError, TypeError):
+        raise ConfigError(f"{expected}, got {shown(text)}") from None
+    prefixes = frozenset(content[i : i + PREFIX_BYTES] for i in range(0, len(content), PREFIX_BYTES))
+    if not content or len(prefixes) * PREFIX_BYTES != len(content):
+        raise ConfigError(f"{expected}, got {len(content)} bytes, {len(prefixes)} of them different")
+    return prefixes
+
+
+def _prefix(text: str, output: str) -> bytes:
+    return example_digest(text, output)[:PREFIX_BYTES]
+
+
+def _compare(task: Task, entry: Entry) -> list[Difference]:
+    """Missing, extra and moved examples, by split."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    seen = set()
+    for example in task.examples:
+        prefix = _prefix(example.input, example.outputs[0])
+        name = entry.split_of(prefix)
+        if name is None or prefix in seen:
+            counts["extra", example.split] += 1
+        elif name != example.split:
+            counts["moved", name] += 1
+        seen.add(prefix)
+    for name, prefixes in entry.splits.items():
+        counts["missing", name] += len(prefixes - seen)
+    return [Difference(task.name, kind, name, count) for (kind, name), count in sorted(counts.items()) if count]
+
+
+def _hex(digests: Iterable[bytes]) -> str:
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -1,0 +1,208 @@
+"""Import of Super-NaturalInstructions: one JSON file a task, as in ``tasks/`` of allenai/natural-instructions.
+
+Read are "Definition", "Categories", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``,
+the output a string or a list of accepted ones).  Early versions lack some fields, or hold a string where later ones hold a
+list.  Every file is taken for untrusted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
+from t2l_engine.research.tasks import examples
+from t2l_engine.research.tasks.folder import Example, Task, check_name
+from t2l_engine.research.tasks.manifest import Manifest, apply
+
+#: The largest tasks have some ten MB.
+MAX_FILE_BYTES = 64 << 20
+#: Characters of a field that is compared word by word, and of any other text: a line of a task folder holds no more.
+MAX_LABEL, MAX_TEXT = 1 << 14, MAX_LINE_BYTES
+#: The ten benchmarks of Text-to-LoRA (two of them are ARC): a model trained on their data is not measured by them.
+BENCHMARKS = ("arc", "boolq", "gsm8k", "hellaswag", "humaneval", "mbpp", "openbookqa", "obqa", "piqa", "winogrande")
+_NUMBER = re.compile(r"(?:task)?0*(\d{1,9})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """``tasks``; why others were ``left_out``: name -> reason; ``missing``: name -> examples of the manifest not found."""
+
+    tasks: list[Task]
+    left_out: dict[str, str]
+    missing: dict[str, int]
+
+
+def import_sni(
+    source: str | Path,
+    tasks: Sequence[str] | None = None,
+    *,
+    descriptions: Mapping[str, Sequence[str]] | None = None,
+    max_instances: int = examples.MAX_EXAMPLES,
+    max_chars: int = examples.MAX_CHARS,
+    manifest: Manifest | None = None,
+    licences: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    exclude_sources: Sequence[str] = BENCHMARKS,
+) -> Imported:
+    """The tasks of a folder of Super-NaturalInstructions files, or of one file, sorted by name.
+
+    Args:
+        tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the only tasks to read; None: all.
+        descriptions: task name or number -> descriptions that follow the task's definition (:func:`further_descriptions`).
+        max_instances: most examples a task, chosen by hash.
+        max_chars: characters (input and first output) of examples that are preferred.
+        manifest: reads only its tasks, and gives them its examples and splits; the two above do not matter then.
+        licences: allowed ones; each licence of a task must contain one of them as whole words, in any case: "CC BY" allows
+            "CC BY 4.0" and not "CC BY-NC 4.0".  A task that states none is left out.  Empty: no matter.
+        categories: a task must be in one of them, in any case.  Empty: no matter.
+        exclude_sources: names of data sets; tasks made of them, by "Source" or by the task's name, are left out.
+
+    Raises FileNotFoundError where there are no task files, ConfigError naming the file and what is wrong in it.
+    """
+    paths = [p for p in _files(Path(source), tasks) if manifest is None or p.stem in manifest.tasks]
+    texts: dict[str, list[str]] = {}
+    for name, found in (descriptions or {}).items():
+        texts.setdefault(_key(name), []).extend(found)
+    if texts and not any(key in texts for path in paths for key in _keys(path.stem)):
+        raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {shown(sorted(texts))}")
+    imported = Imported([], {}, {})
+    for path in paths:
+        values = _read_object(path)
+        reason = (
+            _excluded(path, values, exclude_sources)
+            or _refused(path, values, licences)
+            or _elsewhere(path, values, categories)
+        )
+        found = [] if reason else list(_instances(path, values))
+        if not found:
+            imported.left_out[path.stem] = reason or "no instance with text"
+            continue
+        definition = _strings(path, "Definition", values.get("Definition", []))
+        about = (*definition, *(text for key in _keys(path.stem) for text in texts.get(key, ())))
+        about = tuple(dict.fromkeys(text.strip() for text in about if text.strip()))
+        if not about:
+            raise ConfigError(f"{path}: Definition: expected one, or descriptions for {path.stem}, got none")
+        task = Task(path.stem, about, tuple(found))
+        if manifest is None:
+            chosen = examples.split(examples.choose(found, max_instances, max_chars))
+            imported.tasks.append(dataclasses.replace(task, examples=tuple(chosen)))
+        else:
+            applied = apply([task], manifest)
+            imported.tasks.extend(applied.tasks)
+            imported.missing.update(applied.missing)
+    return imported
+
+
+def further_descriptions(path: str | Path) -> dict[str, list[str]]:
+    """``{task name or number: [description, ...]}`` out of a JSON file; ConfigError names the file and the task."""
+    path = Path(path)
+    values = _read_object(path)
+    for name, texts in values.items():
+        if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
+            raise ConfigError(f"{path}: {shown(name)}: expected a list of strings of Unicode text, got {shown(texts)}")
+    return values
+
+
+def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
+    paths = [source] if source.is_file() else sorted(source.glob("task*.json"))
+    if not paths:
+        raise FileNotFoundError(f"{source}: no task*.json files found, expected tasks of Super-NaturalInstructions")
+    for path in paths:
+        check_name(path.stem, f"{source}: {shown(path.name)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected a file")
+    if tasks is None:
+        return paths
+    wanted = set(map(_key, tasks))
+    unknown = wanted.difference(key for path in paths for key in _keys(path.stem))
+    if unknown:
+        raise ConfigError(f"tasks: expected names or numbers of tasks in {source}, got {shown(sorted(unknown))}")
+    return [path for path in paths if wanted.intersection(_keys(path.stem))]
+
+
+def _key(name: str) -> str:
+    """A task's name as it is, a number without "task" and leading zeros."""
+    number = _NUMBER.fullmatch(name)
+    return number[1] if number else name
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """What a task may be called: its name, and its number."""
+    return name, _key(name.partition("_")[0])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    values = read_texts(path, MAX_FILE_BYTES)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {shown(values)}")
+    return values
+
+
+def _strings(path: Path, name: str, value: Any, most: int = MAX_TEXT) -> tuple[str, ...]:
+    """``value`` of field ``name``, a string or a list of them, together of up to ``most`` characters and texts."""
+    texts = [value] if isinstance(value, str) else value
+    fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if fits and len(texts) + sum(map(len, texts)) > most:
+        raise ConfigError(f"{path}: {name}: expected at most {most} characters and texts, got {shown(value)}")
+    if not fits or not all(map(is_unicode, texts)):
+        raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {shown(value)}")
+    return tuple(texts)
+
+
+def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
+    """The instances that have text; upstream has blank ones."""
+    instances = values.get("Instances")
+    if not isinstance(instances, list):
+        raise ConfigError(f"{path}: Instances: expected a list, got {shown(instances)}")
+    for number, instance in enumerate(instances):
+        where = f"Instances[{number}]"
+        if not isinstance(instance, dict) or not isinstance(instance.get("input"), str) or "output" not in instance:
+            raise ConfigError(
+                f"{path}: {where}: expected an object with a string input and an output, got {shown(instance)}"
+            )
+        _strings(path, f"{where}: input", instance["input"])
+        outputs = tuple(text for text in _strings(path, f"{where}: output", instance["output"]) if text.strip())
+        if outputs and instance["input"].strip():
+            yield Example(instance["input"], outputs, "train")
+
+
+def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str | None:
+    for text in (*_strings(path, "Source", values.get("Source", []), MAX_LABEL), path.stem):
+        for source in sources:
+            if names_data_set(text, source):
+                return f"made of {source}"
+    return None
+
+
+def names_data_set(text: str, source: str) -> bool:
+    """Whether ``text`` names a data set, whatever the separators; a short name must be a word: "arc" is not in "search"."""
+    words, wanted = _words(text), "".join(_words(source))
+    return wanted in words or (len(wanted) > 4 and wanted in "".join(words))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.casefold())
+
+
+def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str | None:
+    stated = _strings(path, "Instance License", values.get("Instance License", []), MAX_LABEL)
+    if not licences:
+        return None
+    for text in stated:
+        # "-" belongs to the word: "CC BY" is not in "CC BY-NC 4.0".
+        if not any(re.search(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", text, re.IGNORECASE) for licence in licences):
+            return f"licence {shown(text)}"
+    return None if stated else "no licence stated"
+
+
+def _elsewhere(path: Path, values: dict[str, Any], categories: Sequence[str]) -> str | None:
+    stated = _strings(path, "Categories", values.get("Categories", []), MAX_LABEL)
+    wanted = {category.casefold() for category in categories}
+    if wanted and not wanted.intersection(category.casefold() for category in stated):
+        return f"categories {shown(list(stated))}"
+    return None

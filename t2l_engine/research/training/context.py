@@ -1,0 +1,187 @@
+"""The frozen base model of a run, and the linears in it that adapters adapt."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, generic, own_paths
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.lora.handle import attach
+from t2l_engine.lora.locate import features, find
+from t2l_engine.research.tasks.folder import Task, load_tasks
+from t2l_engine.research.tasks.manifest import summary
+from t2l_engine.research.training.objective import Adapter, Batch, Objective, collate, weighting
+from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Share
+from t2l_engine.research.training.settings import LoRASettings, SFTSettings
+from t2l_engine.text import base_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Modules:
+    """Adapted modules of a model, in the order asked for: names, paths with ``{layer}``, features, number of layers."""
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    in_features: tuple[int, ...]
+    out_features: tuple[int, ...]
+    num_layers: int
+
+    @property
+    def own_paths(self) -> tuple[str, ...] | None:
+        """None where all are where Llama has them."""
+        return own_paths(dict(zip(self.names, self.paths, strict=True)))
+
+
+def locate(model: nn.Module, names: Sequence[str]) -> Modules:
+    """The modules ``names`` of ``model``; ConfigError where one is absent, or not the same in every layer."""
+    paths, sizes, depths = [], [], {}
+    for name in names:
+        if not name.isidentifier():
+            raise ConfigError(f"target_modules: expected plain names of linears such as 'q_proj', got {shown(name)}")
+        try:
+            targets = find(model, name, DEFAULT_PATHS.get(name, f"{LAYER}.{name}"))
+        except ValueError as error:
+            raise ConfigError(f"target_modules: {name}: {type(model).__name__} has no such linear: {error}") from None
+        found = set()
+        for target in targets.values():
+            n_in, n_out = features(target.linear) or (None, None)
+            if n_in is None:
+                raise ConfigError(f"target_modules: {name}: {type(target.linear).__name__} does not state its features")
+            found.add((n_in, n_out if target.columns is None else target.columns[1] - target.columns[0]))
+        if len(found) != 1:
+            raise ConfigError(f"target_modules: {name}: expected the same features in every layer, got {sorted(found)}")
+        path = generic(next(iter(targets.values())).path)
+        paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection is called otherwise
+        sizes.append(found.pop())
+        depths[name] = sorted(targets)
+    num_layers = max(map(len, depths.values()))
+    for name, layers in depths.items():
+        if layers != list(range(num_layers)):
+            raise ConfigError(f"target_modules: {name}: expected one in each of {num_layers} layers, got layers {layers}")
+    return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
+
+
+def _only(task: Task, split: str | None) -> Task:
+    return dataclasses.replace(task, examples=tuple(e for e in task.examples if e.split == split))
+
+
+class Frozen:
+    """Base model, tokenised tasks and objective of a run; :meth:`close` gives the model back as it was.
+
+    Args:
+        settings: of the run.
+        tasks_folder: a task folder; examples of split "train" are trained on, of split "val" validated on.
+        device: of the model.
+        names: the tasks to use, None for all.
+
+    Raises ConfigError where settings and files do not fit.
+    """
+
+    def __init__(
+        self,
+        settings: SFTSettings | LoRASettings,
+        tasks_folder: Path,
+        device: torch.device,
+        names: Sequence[str] | None = None,
+    ):
+        self.settings = settings
+        loaded = load_tasks(tasks_folder, None, names=names)
+        self._seen = summary(loaded)
+        self.tasks = [_only(task, "train") for task in loaded]
+        for task in self.tasks:
+            if not task.examples:
+                raise ConfigError(f"{tasks_folder}: expected examples of split 'train' of task {task.name}, got none")
+        validation = [_only(task, "val" if settings.validate_every else None) for task in loaded]
+        if settings.validate_every and not any(task.examples for task in validation):
+            raise ConfigError(
+                f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
+                f"got {settings.validate_every}"
+            )
+        # Eager attention on a CPU: SDPA's bfloat16 backward is slower there at these lengths.
+        eager = device.type == "cpu" and settings.dtype == "bfloat16"
+        self.model, self.tokenizer = base_model.load(
+            settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
+        )
+        self.model.requires_grad_(False).to(device)
+        self.device = device
+        self.modules = locate(self.model, settings.target_modules)
+        shown = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
+        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **shown)
+        if self.train.dropped:
+            total = sum(len(task.examples) for task in self.tasks)
+            warnings.warn(
+                f"max_tokens: {self.train.dropped} of {total} training examples have more than {settings.max_tokens} tokens "
+                "and are left out",
+                stacklevel=3,
+            )
+        self.validation = Examples(
+            validation, self.tokenizer, settings.max_tokens, **shown, most=settings.validation_samples, may_be_empty=True
+        )  # fmt: skip
+        if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
+            raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
+
+    def data(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
+        """Digests of ``tasks`` (numbers; None: all): descriptions, and examples of every split."""
+        chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
+        return {"tasks": {task.name: self._seen[task.name] for task in chosen}}
+
+    def objective(self, stack: AdapterStack) -> Objective:
+        """``stack``: one adapter of the modules' shapes, which :func:`t2l_engine.attach` makes room for."""
+        self.handle = attach(self.model, stack)
+        return Objective(self.model, self.handle)
+
+    def close(self) -> None:
+        """Detach."""
+        if hasattr(self, "handle"):
+            self.handle.detach()
+            del self.handle
+
+    def collate(
+        self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, apart: bool = False
+    ) -> Batch:
+        """A batch of some of a step's groups; ``apart``: its loss is the sum of every task's, not the mean over all."""
+        weight = weighting(self.settings.weighting, of_step, apart)
+        return collate(groups, self.tokenizer.pad_token_id, weight, len(of_step), adapter)
+
+    def validate(
+        self,
+        objective: Objective,
+        share: Share,
+        descriptions: Descriptions,
+        stack: Callable[[Sequence[Group]], AdapterStack],
+        adapter: Adapter | None = None,
+        tasks: Collection[int] | None = None,
+        *,
+        alone: bool = False,
+    ) -> dict[str, float]:
+        """This process's summands of the validation loss of ``tasks`` (None: of all): the mean over a task's samples of the
+        mean cross-entropy of their answers, without smoothing, noise or dropout.
+
+        ``stack``: groups -> the adapters that ``adapter`` numbers; ``alone``: a group is one sample, not several of a task.
+        """
+        settings, counts = self.settings, [len(self.validation.kept(i)) for i in range(len(self.validation.tasks))]
+        found = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
+        rows = settings.tasks_per_batch * settings.samples_per_task
+        together = 1 if alone else min(rows, settings.validation_samples)
+        groups = self.validation.all_groups(together, descriptions)
+        groups = [g for g in groups if g.task in found]
+        per_batch = rows // together
+        for start in range(0, len(groups), per_batch):
+            mine = share.of(groups[start : start + per_batch])
+            if not mine:
+                continue
+            batch = collate(
+                mine, self.tokenizer.pad_token_id, lambda s, g: 1 / (s.answer_len * counts[g.task]), len(mine), adapter
+            )
+            losses = objective.losses(batch, stack(mine)).tolist()
+            for task, loss in zip(batch.tasks, losses, strict=True):
+                found[task] += loss
+        return {self.tasks[task].name: loss for task, loss in found.items()}

@@ -1,0 +1,302 @@
+"""The loop of every kind of training: steps, validation, saved states and exact resume, on one process or several.
+
+A run's folder holds
+
+- ``settings.yaml``: every field as it ran;
+- ``log.jsonl``: a line a step (loss, gradient norm before clipping, learning rate, tokens, seconds) and a line a validation;
+- ``training_state.pt``: parameters, optimiser, step and best validation, replaced as a whole;
+- what the job writes: its checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
+
+A run that was killed goes on from the last saved state and repeats what the unbroken run does, bit for bit on one process of
+the same machine with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training.log import Log
+from t2l_engine.research.training.sampling import Share, seeded
+from t2l_engine.research.training.settings import Settings, differences, to_yaml
+
+STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
+
+
+class Job(ABC):
+    """What is trained and how: the part of a run that differs between its kinds.
+
+    ``trained``: a module whose forward makes what :meth:`loss` needs; called wrapped where there are several processes.
+    """
+
+    settings: Settings
+    trained: nn.Module
+
+    def __init__(self) -> None:
+        self.best: dict[str, Any] = {}  # what :meth:`improved` remembers; saved with the state
+
+    @abstractmethod
+    def batches(self, step: int, share: Share) -> Sequence[Any]:
+        """This process's part of each of the step's ``accumulation`` batches; each may have ``tokens``."""
+
+    @abstractmethod
+    def loss(self, trained: nn.Module, batch: Any) -> Tensor:
+        """A scalar: over batches and processes its sum is what the step minimises."""
+
+    @abstractmethod
+    def validate(self, share: Share) -> dict[str, float]:
+        """This process's summands of the validation loss of every task; empty where there is nothing to validate on."""
+
+    @abstractmethod
+    def write(self, folder: Path, step: int, *, best: bool) -> None:
+        """Write what has been trained, as it is or as it was at its best."""
+
+    @abstractmethod
+    def data(self) -> dict[str, Any]:
+        """What the run reads, in digests: a run goes on with the same only."""
+
+    def reported(self, loss: float) -> float:
+        """The loss as people read it, of what the step minimises."""
+        return loss
+
+    def clip(self, limit: float) -> Tensor:
+        """Clip gradients to the L2 norm ``limit`` (0: leave them); the norm before."""
+        return nn.utils.clip_grad_norm_(self.trained.parameters(), limit or math.inf)
+
+    def improved(self, losses: dict[str, float], step: int) -> bool:
+        """Whether this validation is the best so far."""
+        mean = math.fsum(losses.values()) / len(losses)
+        better = mean < self.best.get("val_loss", math.inf)
+        if better:
+            self.best = {"val_loss": mean, "step": step}
+        return better
+
+
+def accelerator(device: str) -> Accelerator:
+    """Hugging Face Accelerate for ``device`` ("cpu" or "cuda"); under ``accelerate launch`` one of several processes.
+
+    Raises ConfigError for another device, where there is no such one, and where one of several processes came alone.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
+    # Buffers (offsets) are constants; every parameter has a gradient in every step.
+    options = DistributedDataParallelKwargs(broadcast_buffers=False)
+    made = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    if made.device.type != device:  # Accelerate's state is of the process
+        raise ConfigError(f"--device: got {device!r}, but this process has trained on {made.device.type!r} before")
+    if made.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+        raise ConfigError(
+            "accelerate launch: expected several processes, got one (with --cpu it starts several through MPI only); use "
+            "accelerate launch --multi_gpu --num_processes N, on CPUs too"
+        )
+    return made
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Of optimiser step ``step``, counted from 0: a linear warm-up, then what ``schedule`` says."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    return settings.learning_rate * max(0.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
+
+
+def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Path:
+    """Train ``job`` to its last step, from the state in ``output`` where there is one; returns ``output``.
+
+    The first interrupt (Ctrl-C, SIGTERM) of a single process saves after the current step and then raises KeyboardInterrupt.
+
+    Raises:
+        ConfigError: ``output`` holds a run with other settings or data, or a batch has fewer tasks than there are processes.
+        FloatingPointError: the loss or its gradient is NaN or infinite; names the step and the last good state.
+    """
+    settings, share = job.settings, Share(accelerate.process_index, accelerate.num_processes)
+    job.trained.to(accelerate.device)
+    optimizer = torch.optim.AdamW(job.trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    state = _State(job, optimizer, output)
+    step = state.load()
+    trained = _shared(job.trained, accelerate) if share.count > 1 else job.trained
+    main = accelerate.is_main_process
+    accelerate.wait_for_everyone()  # all have read the state before one writes
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
+    with (
+        Log(output, step, enabled=main) as log,
+        tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
+        _interrupts(single=share.count == 1) as interrupted,
+        torch.random.fork_rng(),  # the caller's draws stay as they were
+    ):
+        while step < settings.steps:
+            began = time.perf_counter()
+            row = _step(job, trained, optimizer, step, share, accelerate, state)
+            step += 1
+            log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
+            bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+            bar.update()
+            last = step == settings.steps
+            if settings.validate_every and (step % settings.validate_every == 0 or last):
+                _validate(job, step, share, accelerate, log, output)
+            if step % settings.save_every == 0 or last or interrupted:
+                log.flush()
+                if main:
+                    state.save(step)
+                    job.write(output, step, best=False)
+            if interrupted:
+                message = f"saved at step {step} in {output}; the same command goes on from there"
+                tqdm.write(message, file=sys.stderr)
+                raise KeyboardInterrupt(message)
+        if main and not state.saved:
+            job.write(output, step, best=False)  # killed between the last state and what it is the state of
+    accelerate.wait_for_everyone()
+    accelerate.free_memory()  # it keeps what it wrapped, and the next run may come in this process
+    return output
+
+
+def _shared(module: nn.Module, accelerate: Accelerator) -> nn.Module:
+    """``module`` in DistributedDataParallel."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
+        return accelerate.prepare(module)
+
+
+def _step(
+    job: Job,
+    trained: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    share: Share,
+    accelerate: Accelerator,
+    state: _State,
+) -> dict[str, Any]:
+    """One optimiser step; its row of the log."""
+    settings = job.settings
+    rate = learning_rate(settings, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(seeded(settings.seed, "step", step, share.index))  # dropout
+    optimizer.zero_grad(set_to_none=True)
+    batches = job.batches(step, share)
+    total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
+    for number, batch in enumerate(batches):
+        # Processes exchange gradients once a step, with the last batch.
+        together = number == len(batches) - 1 or share.count == 1
+        with contextlib.nullcontext() if together else accelerate.no_sync(trained):
+            loss = job.loss(trained, batch)
+            (loss * share.count).backward()  # processes average, the loss adds
+        total += loss.detach().double()
+    loss = job.reported(float(accelerate.reduce(total, "sum")))
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss is {loss} at step {step + 1}; {state.describe()}")
+    norm = float(job.clip(settings.grad_clip))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm} at step {step + 1}; {state.describe()}")
+    optimizer.step()
+    tokens = torch.tensor(sum(getattr(b, "tokens", 0) for b in batches), device=accelerate.device)
+    tokens = int(accelerate.reduce(tokens, "sum"))
+    return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **({"tokens": tokens} if tokens else {})}
+
+
+def _validate(job: Job, step: int, share: Share, accelerate: Accelerator, log: Log, output: Path) -> None:
+    with torch.no_grad():
+        parts = job.validate(share)
+    if not parts:
+        return
+    sums = torch.tensor(list(parts.values()), dtype=torch.float64, device=accelerate.device)
+    losses = dict(zip(parts, accelerate.reduce(sums, "sum").tolist(), strict=True))
+    better = job.improved(losses, step)
+    log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
+    if better and accelerate.is_main_process:
+        job.write(output / BEST, step, best=True)
+
+
+class _State:
+    """``training_state.pt`` of a run."""
+
+    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, output: Path):
+        self._job, self._optimizer, self._path = job, optimizer, output / STATE
+        self._step: int | None = None
+        self.saved = False  # in this process
+
+    def describe(self) -> str:
+        if self._step is None:
+            return "no state was saved before"
+        return f"last good state: {self._path}, step {self._step}"
+
+    def save(self, step: int) -> None:
+        content = {
+            "settings": self._job.settings.model_dump_json(),
+            "data": json.dumps(self._job.data(), sort_keys=True),
+            "step": step,
+            "trained": self._job.trained.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "best": self._job.best,
+        }
+        temporary = self._path.with_suffix(".writing")
+        torch.save(content, temporary)
+        os.replace(temporary, self._path)
+        self._step, self.saved = step, True
+
+    def load(self) -> int:
+        """The step to go on from; 0 where there is no state."""
+        if not self._path.is_file():
+            return 0
+        # Not straight to the device: AdamW counts its steps on the host.
+        content = torch.load(self._path, weights_only=True, map_location="cpu")
+        changed = differences(self._job.settings, content["settings"])
+        if changed:
+            raise ConfigError(
+                f"{self._path}: written by a run with other settings ({'; '.join(changed)}); choose another output folder"
+            )
+        if content["data"] != json.dumps(self._job.data(), sort_keys=True):
+            raise ConfigError(f"{self._path}: written by a run with other tasks or examples; choose another output folder")
+        self._job.trained.load_state_dict(content["trained"])
+        self._optimizer.load_state_dict(content["optimizer"])
+        self._job.best = content["best"]
+        self._step = content["step"]
+        return self._step
+
+
+@contextlib.contextmanager
+def _interrupts(single: bool) -> Iterator[list[int]]:
+    """A list that is no longer empty after an interrupt; a second one acts at once.
+
+    Several processes cannot agree on a step by signals: there they act at once always.
+    """
+    received: list[int] = []
+    if not single or threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,188 @@
+"""The loss of answers through the frozen base model with per-row adapters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.lora.handle import LoRAHandle
+from t2l_engine.research.training.sampling import Group, Sample, seeded
+
+IGNORED = -100
+Adapter = Callable[[int, Group], int]  # number of a group in its batch, group -> number of its adapter in the stack
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Padded rows, all samples of some groups.
+
+    ``groups``: of this process; ``ids [rows, L]``, ``mask [rows, L]``: padded on the left, so that answers end together;
+    ``labels [rows, answer]``: the answers, -100 in front of shorter ones; ``weights [rows]``: of a row's answer tokens in
+    the step's loss; ``adapters [rows]``: each row's in the stack; ``part``: this batch's groups over those of the step.
+    """
+
+    groups: Sequence[Group]
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    weights: Tensor
+    adapters: list[int]
+    part: float
+
+    @property
+    def tasks(self) -> list[int]:
+        """Number of each row's task."""
+        return [group.task for group in self.groups for _ in group.samples]
+
+    @property
+    def tokens(self) -> int:
+        """Positions that pass through the model, padding included."""
+        return self.ids.numel()
+
+
+def collate(
+    groups: Sequence[Group],
+    pad: int,
+    weight: Callable[[Sample, Group], float],
+    of_step: int,
+    adapter: Adapter | None = None,
+) -> Batch:
+    """``weight``: of every answer token of a sample; ``of_step``: groups in the whole step; ``adapter``: None: by number."""
+    rows = [(number, sample, group) for number, group in enumerate(groups) for sample in group.samples]
+    longest = max(len(s.tokens) for _, s, _ in rows)
+    answer = max(s.answer_len for _, s, _ in rows)
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), answer), IGNORED)
+    for row, (_, s, _) in enumerate(rows):
+        ids[row, -len(s.tokens) :] = torch.tensor(s.tokens)
+        mask[row, -len(s.tokens) :] = 1
+        labels[row, -s.answer_len :] = torch.tensor(s.tokens[-s.answer_len :])
+    weights = torch.tensor([weight(s, g) for _, s, g in rows])
+    adapters = [number if adapter is None else adapter(number, group) for number, _, group in rows]
+    return Batch(groups, ids, mask, labels, weights, adapters, len(groups) / of_step)
+
+
+def weighting(kind: str, groups: Sequence[Group], apart: bool) -> Callable[[Sample, Group], float]:
+    """Weights of answer tokens that make the loss of all ``groups`` a mean, or each task's loss with ``apart``.
+
+    ``kind``: "sample": the mean over samples of each sample's mean; "token": the mean over answer tokens.
+    """
+    totals: Counter[int] = Counter()
+    for group in groups:
+        for s in group.samples:
+            totals[group.task if apart else -1] += 1 if kind == "sample" else s.answer_len
+    return lambda s, g: 1 / (totals[g.task if apart else -1] * (s.answer_len if kind == "sample" else 1))
+
+
+class Objective:
+    """Cross-entropy of answers given prompts, with adapters of a stack.
+
+    Args:
+        model: a transformers causal LM; its parameters are frozen and not changed.
+        handle: what ``attach`` returned for it.
+
+    Raises ConfigError where ``model`` makes logits in a way that this class does not know.
+    """
+
+    def __init__(self, model: nn.Module, handle: LoRAHandle):
+        self.model, self.handle = model, handle
+        self._decoder = model.get_decoder()
+        self._positions = "position_ids" in inspect.signature(self._decoder.forward).parameters
+        self._check()
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Logits of a few tokens, ours beside the model's own; behind padding too, unless it is told positions."""
+        device = next(self.model.parameters()).device
+        ids = torch.arange(1, 9, device=device)[None] % self.model.config.get_text_config().vocab_size
+        mask = torch.ones_like(ids)
+        own = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+        checks = [(0, 2.0**-6, 1e-4, "makes logits in a way that training does not know")]
+        if not self._positions:
+            checks.append((3, 2.0**-3, 1e-3, "takes no position_ids and gives other logits behind padding"))
+        for padding, coarse, fine, fault in checks:
+            padded, seen = nn.functional.pad(ids, (padding, 0), value=1), nn.functional.pad(mask, (padding, 0))
+            try:
+                ours = self._logits(self._hidden(padded, seen)[0, padding:])
+            except (AttributeError, RuntimeError, TypeError):  # get_decoder() is no decoder, and the like
+                ours = own[:0]
+            bound = (coarse if own.dtype == torch.bfloat16 else fine) * own.float().abs().max()
+            if own.shape != ours.shape or bool(((own.float() - ours).abs() > bound).any()):
+                raise ConfigError(f"base_model: {type(self.model).__name__} {fault}")
+
+    def _hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
+        positions = {"position_ids": (mask.cumsum(dim=1) - 1).clamp_min(0)} if self._positions else {}
+        return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits of flat rows ``[n, hidden]`` (torch copies the whole matrix for every row of a 3-d product)."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        config = self.model.config.get_text_config()
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def losses(
+        self,
+        batch: Batch,
+        stack: AdapterStack,
+        *,
+        label_smoothing: float = 0.0,
+        neftune_alpha: float = 0.0,
+        lora_dropout: float = 0.0,
+    ) -> Tensor:
+        """Weighted cross-entropy of each row's answer ``[rows]``: their sum is the batch's share of the loss.
+
+        ``stack``: what the batch's ``adapters`` number.
+        """
+        device = next(self.model.parameters()).device
+        ids, mask, labels = (t.to(device) for t in (batch.ids, batch.mask, batch.labels))
+        with (
+            self.handle.differentiable(stack, batch.adapters, dropout=lora_dropout),
+            self._noise(batch, neftune_alpha) if neftune_alpha else contextlib.nullcontext(),
+        ):
+            hidden = self._hidden(ids, mask)
+        chosen = labels != IGNORED
+        logits = self._logits(hidden[:, -labels.shape[1] - 1 : -1][chosen])
+        losses = nn.functional.cross_entropy(logits, labels[chosen], reduction="none", label_smoothing=label_smoothing)
+        return torch.zeros(labels.shape, device=device).masked_scatter(chosen, losses).sum(dim=1) * batch.weights.to(device)
+
+    @contextlib.contextmanager
+    def _noise(self, batch: Batch, alpha: float) -> Iterator[None]:
+        """NEFTune (arXiv 2310.05914): uniform noise of alpha/sqrt(L D) on the embeddings of a row's L tokens.
+
+        L is the row's own length: a row's noise does not depend on what it is padded to.
+        """
+
+        def add(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+            noise = torch.zeros(out.shape)
+            row = 0
+            for group in batch.groups:
+                generator = torch.Generator().manual_seed(seeded("neftune", group.key))
+                for sample in group.samples:
+                    shape = len(sample.tokens), out.shape[-1]
+                    drawn = torch.rand(shape, generator=generator) * 2 - 1
+                    noise[row, -shape[0] :] = drawn * (alpha / math.sqrt(shape[0] * shape[1]))
+                    row += 1
+            return out + noise.to(out)
+
+        hook = self.model.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def generated_l2(stack: AdapterStack) -> Tensor:
+    """Sum over modules of mean(A^2) + mean(B^2), means over adapters, layers and entries (paper's regulariser)."""
+    return sum(side[name].square().mean() for side in (stack.lora_A, stack.lora_B) for name in side)

@@ -1,0 +1,282 @@
+"""Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1).
+
+There is no base model in the loop.  The loss of a task is the L1 distance to its adapter, the mean over modules of
+
+- "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, each entry's by its mean and unbiased standard deviation
+  over the tasks; generation undoes them;
+- "raw": the same between A and B themselves.  The hypernetwork generates what they differ by from the mean over the tasks,
+  which is an offset of the checkpoint, in units of their spread, which are folded into the heads in the end;
+- "delta-w": ``10,000 mean|B A - B' A'|``; the hypernetwork generates A and B that are a hundred times as large.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from t2l_engine.adapters.paths import own_paths
+from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import STD_EPS, HyperNetwork
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, read_descriptions
+from t2l_engine.research.training import loop
+from t2l_engine.research.training.descriptions import TaskEmbeddings
+from t2l_engine.research.training.runs import prompt_form_of
+from t2l_engine.research.training.sampling import Group, Share, Stream, divide, seeded
+from t2l_engine.research.training.settings import ReconstructionSettings
+
+#: What the reference multiplies weight differences by, so that they are of the order of 1.
+DELTA_W_SCALING = 10_000.0
+
+
+class Library:
+    """The adapters of a folder, ``<name>/`` in PEFT's form each, and ``descriptions.json``, as one stack.
+
+    Args:
+        folder: as :func:`t2l_engine.research.training.lora.train` writes it below its output (``adapters/``).
+        names: the adapters to use; None: all that ``descriptions.json`` names.
+
+    Raises ConfigError unless all adapt the same modules of the same layers, at one rank and one scaling.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str] | None = None):
+        known = read_descriptions(folder)
+        unknown = [name for name in names or () if name not in known]
+        if unknown:
+            raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {shown(unknown)}")
+        self.names = sorted(set(names or known))
+        self.descriptions = {name: known[name] for name in self.names}
+        self._folders = [folder / name for name in self.names]
+        self.stack = AdapterStack.from_peft(self._folders, dtype=torch.float32)
+        self.scaling = float(self.stack.scaling[0])
+        self.rank = int(next(iter(self.stack.ranks.values()))[0, 0])
+        for name, scaling in zip(self.names, self.stack.scaling.tolist(), strict=True):
+            if abs(scaling - self.scaling) > 1e-6 * self.scaling:
+                raise ConfigError(
+                    f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}"
+                )
+        for module, ranks in self.stack.ranks.items():
+            other = (ranks != self.rank).any(dim=1).nonzero().flatten().tolist()
+            if other:
+                raise ConfigError(
+                    f"{folder / self.names[other[0]]}: {module}: expected rank {self.rank} in all "
+                    f"{ranks.shape[1]} layers, got {ranks[other[0]].tolist()}"
+                )
+        depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
+        if len(set(depths.values())) > 1:
+            raise ConfigError(f"{folder}: expected modules of the same number of layers, got {shown(depths)}")
+        # Read with the adapters, and once: every save asks, and a library may have gigabytes.
+        self.base_model, self.digests = self._base_model(), self._digests()
+        self.prompt_form = prompt_form_of(folder)
+
+    def _base_model(self) -> str | None:
+        """The base model that all adapters name, if they do."""
+        named = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
+        only = named.pop() if len(named) == 1 else None
+        return only if isinstance(only, str) else None
+
+    def _digests(self) -> dict[str, Any]:
+        """Per adapter: the first 16 hex digits of the SHA-256 of its file and of its descriptions."""
+
+        def digest(content: bytes) -> str:
+            return hashlib.sha256(content).hexdigest()[:16]
+
+        return {
+            name: [digest((folder / WEIGHTS_NAME).read_bytes()), digest("\n".join(self.descriptions[name]).encode())]
+            for name, folder in zip(self.names, self._folders, strict=True)
+        }
+
+
+class DeltaL1(torch.autograd.Function):
+    """``mean|B A - B' A'|`` of every adapter ``[N]`` over layers and entries, gradients in A and B.
+
+    ``A, target_A [N, n, r, in]``, ``B, target_B [N, n, out, r]``.  One layer's difference is held at a time: its sign is all
+    that the gradients need, and they are formed beside it.
+    """
+
+    @staticmethod
+    def forward(ctx, A: Tensor, B: Tensor, target_A: Tensor, target_B: Tensor) -> Tensor:
+        total = torch.zeros(len(A), dtype=A.dtype, device=A.device)
+        grads = [torch.empty_like(A), torch.empty_like(B)] if any(ctx.needs_input_grad) else None
+        count = A.shape[1] * A.shape[3] * B.shape[2]
+        difference = A.new_empty(len(A), B.shape[2], A.shape[3])
+        for layer in range(A.shape[1]):
+            a, b = A[:, layer], B[:, layer]
+            left, right = torch.cat((b, -target_B[:, layer]), dim=2), torch.cat((a, target_A[:, layer]), dim=1)
+            torch.bmm(left, right, out=difference)
+            total += torch.linalg.vector_norm(difference, 1, dim=(1, 2))
+            if grads is not None:
+                sign = torch.sign(difference, out=difference)
+                grads[0][:, layer], grads[1][:, layer] = b.mT @ sign / count, sign @ a.mT / count
+        if grads is not None:
+            ctx.save_for_backward(*grads)
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(grad.view(-1, 1, 1, 1) * g for g in ctx.saved_tensors), None, None
+
+
+def z_scores(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, mean, std) of ``targets [N, ...]`` over N, in float64 inside: entries that are equal everywhere have z = 0."""
+    wide = targets.double()
+    mean, std = wide.mean(dim=0), wide.std(dim=0)
+    return ((wide - mean) / (std + STD_EPS)).float(), mean.float(), std.float()
+
+
+def spread(stack: AdapterStack) -> float:
+    """The power of two nearest to the standard deviation of A and B over the adapters, the root of its mean square.
+
+    Heads that generate in this unit learn at the rate that suits z-scores; entries themselves are some hundredths.
+    """
+    sides = [*stack.lora_A.values(), *stack.lora_B.values()]
+    square = sum(float((t.double() - t.double().mean(dim=0)).square().sum()) for t in sides) / sum(t.numel() for t in sides)
+    return 2.0 ** round(math.log2(square) / 2) if square > 0 else 1.0
+
+
+class Reconstruction(loop.Job):
+    """See :func:`train`."""
+
+    def __init__(self, settings: ReconstructionSettings, library: Library, device: torch.device):
+        super().__init__()
+        if settings.target == "z-score" and len(library.names) < 2:
+            raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
+        self.settings, self._library = settings, library
+        self._embeddings = TaskEmbeddings(settings, list(library.descriptions.items()), device)
+        self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that undo z-scores
+        self._unit = spread(library.stack) if settings.target == "raw" else 1.0
+        self._targets: dict[str, tuple[Tensor, Tensor]] = {}
+        for module, A in library.stack.lora_A.items():
+            sides = {"A": A, "B": library.stack.lora_B[module]}
+            if settings.target == "z-score":
+                for side, values in sides.items():
+                    sides[side], mean, std = z_scores(values)
+                    self._statistics.setdefault(module, {}).update({f"mean_{side}": mean, f"std_{side}": std})
+            self._targets[module] = sides["A"].to(device), sides["B"].to(device)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.trained = HyperNetwork(self._config())
+        self._embeddings.initialise(self.trained.task_encoder.linear)
+        if settings.target == "raw":
+            for module, offsets in self.trained.offsets.items():
+                offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
+        self.trained.to(device)
+        self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
+
+    def _config(self) -> HyperNetworkConfig:
+        s, stack = self.settings, self._library.stack
+        return HyperNetworkConfig(
+            variant=s.variant,
+            modules=tuple(stack.paths),
+            in_features=tuple(a.shape[3] for a in stack.lora_A.values()),
+            out_features=tuple(b.shape[2] for b in stack.lora_B.values()),
+            num_layers=next(iter(stack.lora_A.values())).shape[1],
+            rank=self._library.rank,
+            embed_dim=self._embeddings.embed_dim,
+            latent_size=s.latent_size,
+            head_in_size=s.head_in_size,
+            lora_alpha=self._library.scaling * self._library.rank,
+            scaling="plain",
+            head_bias=s.target != "z-score",
+            output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else self._unit,
+            paths=own_paths(stack.paths),
+        )
+
+    def _group(self, task: int, visit: int) -> Group:
+        choices = self._embeddings.trained(task)
+        key = f"{self.settings.seed}/{self._library.names[task]}/{visit}"
+        return Group(task, choices[seeded("description", key) % len(choices)], (), key)
+
+    def batches(self, step: int, share: Share) -> Sequence[Sequence[Group]]:
+        return divide(self._stream.step(step), self.settings.tasks_per_batch, share)
+
+    def _distances(self, stack: AdapterStack, groups: Sequence[Group]) -> Tensor:
+        """``[groups]``: the loss of each."""
+        tasks = [group.task for group in groups]
+        total = torch.zeros((), device=stack.scaling.device)
+        for module, (target_A, target_B) in self._targets.items():
+            A, B, target_A, target_B = stack.lora_A[module], stack.lora_B[module], target_A[tasks], target_B[tasks]
+            if self.settings.target == "delta-w":
+                total = total + DELTA_W_SCALING * DeltaL1.apply(A, B, target_A, target_B)
+            else:
+                sides = ((A - target_A).abs(), (B - target_B).abs())
+                total = total + sum(side.mean(dim=(1, 2, 3)) for side in sides) / 2
+        return total / len(self._targets)
+
+    def loss(self, trained: nn.Module, batch: Sequence[Group]) -> Tensor:
+        distances = self._distances(trained(self._embeddings.varied(batch)), batch)
+        return distances.sum() / (self.settings.tasks_per_step * self._unit)
+
+    def reported(self, loss: float) -> float:
+        return loss * self._unit
+
+    def validate(self, share: Share) -> dict[str, float]:
+        """Of every task with its first held-out description, or its first where none is held out."""
+        names = self._library.names
+        groups = [Group(task, self._embeddings.validated(task)[0], (), "") for task in range(len(names))]
+        found = dict.fromkeys(names, 0.0)
+        size = self.settings.tasks_per_batch
+        for start in range(0, len(groups), size):
+            mine = share.of(groups[start : start + size])
+            if mine:
+                distances = self._distances(self.trained(self._embeddings.exact(mine)), mine)
+                found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
+        return found
+
+    def _generating(self) -> HyperNetwork:
+        """A copy that generates A and B as they are: z-scores undone, the unit in the heads."""
+        net = copy.deepcopy(self.trained)
+        for module, values in self._statistics.items():
+            for name, value in values.items():
+                setattr(net.offsets[module], name, value)
+        if self._unit != 1.0:
+            net.config = dataclasses.replace(net.config, output_scale=1.0)
+            for parameter in net.heads.parameters():
+                parameter.data *= self._unit  # a power of two: exact
+        return net
+
+    def write(self, folder: Path, step: int, *, best: bool) -> None:
+        training = {
+            "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
+            "prompt_form": self._library.prompt_form, "tasks": self.data()["adapters"],
+        }  # fmt: skip
+        blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model, "training": training}
+        self._generating().save_pretrained(folder, blocks)
+
+    def data(self) -> dict[str, Any]:
+        return {"adapters": self._library.digests}
+
+
+def train(
+    settings: ReconstructionSettings,
+    adapters_folder: str | Path,
+    output: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Path:
+    """Train a hypernetwork on a library of adapters and write a native checkpoint to ``output``.
+
+    Args:
+        adapters_folder: see :class:`Library`.
+        names: the adapters to learn; None: all of the folder.
+
+    Other arguments, files and errors as in :func:`t2l_engine.research.training.sft.train`.
+    """
+    accelerator = accelerator or loop.accelerator("cpu")
+    library = Library(Path(adapters_folder), names)
+    return loop.run(Reconstruction(settings, library, accelerator.device), Path(output), accelerator)

@@ -1,0 +1,30 @@
+"""What the folder of a run of ``t2l train lora`` says of it, read without the packages that training needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import read_json
+from t2l_engine.text.prompts import CHAT, checked_form
+
+ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
+
+
+def settings_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of the run in ``folder``; None where no run has finished there (its first wave, at least)."""
+    path = folder / WAVES / "000" / RECORD
+    if not path.is_file():
+        return None
+    record = read_json(path)
+    settings = record.get("settings") if isinstance(record, dict) else None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected an object with settings")
+    return settings
+
+
+def prompt_form_of(adapters: Path) -> str:
+    """The prompt form that the adapters in a folder were trained in, as the run around it says; chat where there is none."""
+    settings = settings_of(adapters.parent) or {}
+    return checked_form(settings.get("prompt_form", CHAT), adapters.parent)

@@ -1,0 +1,215 @@
+"""What each step of a run reads: a pure function of the seed and the step, so that a resumed run reads the same.
+
+A *group* is one task with a description and ``samples_per_task`` examples; they share one adapter.  Groups are what batches,
+accumulation and processes divide.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.folder import Task
+from t2l_engine.text.prompts import CHAT, answer_of, prompt_of
+
+G = TypeVar("G")
+Descriptions = Callable[[int], Sequence[int]]  # task number -> numbers of the descriptions to choose from
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A tokenised example: ``tokens`` is prompt then answer, the last ``answer_len`` of them are the answer.
+
+    ``input``: the example's own text, of which its adapter may be generated.
+    """
+
+    tokens: tuple[int, ...]
+    answer_len: int
+    input: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """``samples`` of task number ``task`` for its description number ``description``.
+
+    ``key`` names the draw: noise of the group is a function of it, whatever batch or process the group falls into.
+    """
+
+    task: int
+    description: int
+    samples: tuple[Sample, ...]
+    key: str
+
+    @property
+    def longest(self) -> int:
+        return max(len(s.tokens) for s in self.samples)
+
+
+def seeded(*parts: Any) -> int:
+    """An integer below 2^63 for a random generator, from anything printable."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _permutation(size: int, *key: Any) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(seeded(*key)).shuffle(order)
+    return tuple(order)
+
+
+def permuted(size: int, position: int, *key: Any) -> int:
+    """Entry ``position`` of an endless sequence of permutations of ``range(size)``: everything comes equally often."""
+    cycle, at = divmod(position, size)
+    return _permutation(size, *key, cycle)[at]
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which of ``count`` processes this one is."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, groups: Sequence[G]) -> Sequence[G]:
+        return groups[self.index :: self.count]
+
+
+class Examples:
+    """The tokenised examples of one split of some tasks.
+
+    Args:
+        tasks: with the examples of the split.
+        tokenizer: of the base model; answers end with its end-of-text token.
+        max_tokens: of prompt and answer; longer examples are left out, ``dropped`` counts them.
+        form: of the prompts, see :mod:`t2l_engine.text.prompts`.
+        with_description: whether the prompt names the task, before the input.
+        most: examples kept a task.
+
+    Raises ConfigError where a task keeps none, unless ``may_be_empty``.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        tokenizer: Any,
+        max_tokens: int,
+        *,
+        with_description: bool,
+        form: str = CHAT,
+        most: int | None = None,
+        may_be_empty: bool = False,
+    ):
+        self.tasks, self._tokenizer, self._form, self._with_description = list(tasks), tokenizer, form, with_description
+        self._cache: dict[tuple[int, int, int | None], Sample] = {}
+        self._kept: list[list[int]] = []
+        self.dropped = 0
+        for index, task in enumerate(tasks):
+            longest = 0
+            if with_description:
+                tokens = [len(ids) for ids in tokenizer(list(task.descriptions), add_special_tokens=False)["input_ids"]]
+                longest = tokens.index(max(tokens))
+            fits = [len(self.sample(index, i, longest).tokens) <= max_tokens for i in range(len(task.examples))]
+            self.dropped += fits.count(False)
+            self._kept.append([i for i, fit in enumerate(fits) if fit][:most])
+            if not self._kept[-1] and not may_be_empty:
+                raise ConfigError(f"max_tokens: no example of task {task.name} fits into {max_tokens} tokens")
+
+    def kept(self, task: int) -> list[int]:
+        """Which examples of a task are used."""
+        return self._kept[task]
+
+    def mean_length(self, task: int) -> float:
+        """Tokens of a task's example on average, with its first description where the prompt has one."""
+        kept = self._kept[task]
+        return sum(len(self.sample(task, i, 0).tokens) for i in kept) / len(kept)
+
+    def sample(self, task: int, example: int, description: int) -> Sample:
+        key = (task, example, description if self._with_description else None)
+        found = self._cache.get(key)
+        if found is None:
+            chosen = self.tasks[task].examples[example]
+            named = self.tasks[task].descriptions[description] if self._with_description else ""
+            prompt = prompt_of(self._form, self._tokenizer, chosen.input, named)
+            prompt = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            answer = answer_of(self._form, chosen.outputs[0])
+            answer = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+            answer = [*answer, self._tokenizer.eos_token_id]
+            found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
+        return found
+
+    def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:
+        """What the ``visit``-th turn of a task reads: its next ``count`` examples and one of its descriptions."""
+        name, kept = self.tasks[task].name, self._kept[task]
+        choices = descriptions(task)
+        description = choices[random.Random(seeded(seed, "description", name, visit)).randrange(len(choices))]
+        turns = range(visit * count, (visit + 1) * count)
+        chosen = [kept[permuted(len(kept), turn, seed, "examples", name)] for turn in turns]
+        samples = tuple(self.sample(task, example, description) for example in chosen)
+        return Group(task, description, samples, f"{seed}/{name}/{visit}")
+
+    def all_groups(self, count: int, descriptions: Descriptions) -> list[Group]:
+        """Every kept example once, in groups of up to ``count``, shortest first; descriptions take turns."""
+        groups = []
+        for index, kept in enumerate(self._kept):
+            choices = descriptions(index)
+            for start in range(0, len(kept), count):
+                description = choices[start // count % len(choices)]
+                samples = tuple(self.sample(index, i, description) for i in kept[start : start + count])
+                groups.append(Group(index, description, samples, ""))
+        return sorted(groups, key=lambda g: g.longest)
+
+
+class Stream:
+    """The groups of every step: tasks in endless permutations, ``bucket_steps`` steps drawn together and cut by length.
+
+    With ``bucket_steps`` 1 the tasks of a step are distinct where ``per_step`` divides their number; elsewhere a step that
+    lies across two permutations may have a task twice.
+
+    Args:
+        num_tasks: of which every step takes ``per_step``.
+        make: (task, visit) -> group; a task's visits count from 0.
+        length: of a group, by which steps are cut.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        per_step: int,
+        seed: int,
+        make: Callable[[int, int], G],
+        length: Callable[[G], int] = lambda group: 0,
+        bucket_steps: int = 1,
+    ):
+        self._num_tasks, self._per_step, self._seed = num_tasks, per_step, seed
+        self._make, self._length, self._bucket_steps = make, length, bucket_steps
+        self._pool: tuple[int, list[G]] | None = None
+
+    def step(self, step: int) -> list[G]:
+        """The groups of ``step``, shortest first."""
+        number, at = divmod(step, self._bucket_steps)
+        if self._pool is None or self._pool[0] != number:
+            size = self._bucket_steps * self._per_step
+            made = []
+            for position in range(number * size, (number + 1) * size):
+                task = permuted(self._num_tasks, position, self._seed, "tasks")
+                made.append(self._make(task, position // self._num_tasks))
+            self._pool = number, sorted(made, key=self._length)
+        start = permuted(self._bucket_steps, at, self._seed, "bucket", number) * self._per_step
+        return self._pool[1][start : start + self._per_step]
+
+
+def divide(groups: Sequence[G], per_batch: int, share: Share) -> list[Sequence[G]]:
+    """This process's part of every batch of up to ``per_batch`` groups, all of much the same number.
+
+    Raises ConfigError where a process would have none.
+    """
+    number = -(-len(groups) // per_batch)
+    batches = [groups[len(groups) * i // number : len(groups) * (i + 1) // number] for i in range(number)]
+    if min(map(len, batches)) < share.count:
+        raise ConfigError(f"expected at least a task for each of {share.count} processes in every batch, got {len(groups)}")
+    return [share.of(batch) for batch in batches]

@@ -1,0 +1,306 @@
+"""Settings of training runs: YAML files with every field checked, overrides, and what a run prints of them.
+
+Each field has a default, bounds and one sentence; the sentence is what ``t2l train <kind> --fields`` and the documents show.
+Defaults suit a small model on a CPU; those of the paper are in ``docs/training.md``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, shown
+from t2l_engine.files.text import is_unicode
+from t2l_engine.files.yaml import parse_yaml, read_yaml
+from t2l_engine.hypernetwork.config import VARIANTS, resolve_scaling
+from t2l_engine.text.prompts import FORMS
+
+
+def _unicode(text: str) -> str:
+    if not is_unicode(text):
+        raise ValueError("expected Unicode text")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+Positive = Annotated[int, Field(gt=0, lt=MAX_SIZE)]
+Count = Annotated[int, Field(ge=0, lt=MAX_SIZE)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+#: The ``encoder`` that is the frozen language model itself.
+BASE_MODEL = "base-model"
+
+
+class Settings(BaseModel):
+    """What every run has: the optimiser (AdamW), its schedule, and when to save and to validate."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    steps: Positive = Field(1000, description="optimiser steps")
+    learning_rate: Rate = Field(1e-3, description="of AdamW, reached after the warm-up")
+    warmup_steps: Count = Field(50, description="steps of linear rise from zero")
+    schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up: linear decay to zero, or none")
+    weight_decay: NotNegative = Field(0.01, description="of AdamW, on every trained parameter")
+    grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: not clipped")
+    tasks_per_batch: Positive = Field(8, description="tasks that pass through the model together")
+    accumulation: Positive = Field(1, description="batches whose gradients add up to one step")
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
+        0, description="of initial parameters, samples, descriptions and noise"
+    )
+    save_every: Positive = Field(100, description="steps between saved states")
+    validate_every: Count = Field(100, description="steps between validations; 0: none")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("expected a number or text")  # pydantic would read 1
+        return value
+
+    @property
+    def tasks_per_step(self) -> int:
+        """Groups (a task with its samples) of one optimiser step."""
+        return self.tasks_per_batch * self.accumulation
+
+
+class _LoRA(BaseModel):
+    """The form of the adapters."""
+
+    rank: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(8, description="of the adapters")
+    lora_alpha: Annotated[float, Field(ge=MIN_NUMBER, le=MAX_NUMBER)] = Field(16.0, description="LoRA alpha")
+    scaling: Literal["plain", "rslora"] | Rate = Field("plain", description="plain: alpha/rank; rslora: alpha/sqrt(rank)")
+
+    @model_validator(mode="after")
+    def _scaling(self):
+        resolve_scaling(self.scaling, self.lora_alpha, self.rank)
+        return self
+
+
+class _Model(_LoRA):
+    """Training through the frozen base model."""
+
+    base_model: Text = Field(description='"smollm2-135m" (packaged) or a local transformers folder')
+    target_modules: tuple[Text, ...] = Field(min_length=1, description="names of the adapted linears")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained stays float32")
+    prompt: Literal["input", "description"] = Field(
+        "input", description="input: only the adapter knows the task; description: the prompt names it too"
+    )
+    prompt_form: Literal[FORMS] = Field(
+        "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
+    )
+    samples_per_task: Positive = Field(1, description="examples of a task in a batch")
+    max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")
+    bucket_steps: Positive = Field(8, description="steps that are drawn together and cut by length; 1: no bucketing")
+    weighting: Literal["sample", "token"] = Field("sample", description="what counts equally in a loss")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the training loss")
+    neftune_alpha: NotNegative = Field(0.0, description="NEFTune: noise of alpha/sqrt(tokens * width) on input embeddings")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of the input of A")
+    validation_samples: Positive = Field(8, description='examples of split "val" a task, at most')
+
+    @model_validator(mode="after")
+    def _modules(self):
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError(f"target_modules: expected distinct names, got {shown(list(self.target_modules))}")
+        return self
+
+
+class _HyperNetwork(BaseModel):
+    """Sizes of the hypernetwork and what it reads."""
+
+    variant: Literal[VARIANTS] = Field("L", description="of the hypernetwork")
+    latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = Field(128, description="width of the trunk")
+    head_in_size: Positive = Field(256, description="width of the heads' input")
+    encoder: Text = Field(
+        "minilm",
+        description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, or '
+        '"one-hot": tasks without text',
+    )
+    task_init: Literal["random", "discriminant"] = Field(
+        "random",
+        description="of the task encoder: random, or the axes that tell the tasks' descriptions apart (docs/training.md)",
+    )
+    held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
+    embedding_noise: NotNegative = Field(
+        0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
+    )
+    mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
+
+    @model_validator(mode="after")
+    def _one_hot(self):
+        if self.encoder == "one-hot" and self.task_init != "random":
+            raise ValueError(f"task_init: expected 'random' with encoder one-hot, got {self.task_init!r}")
+        for name in ("held_out_descriptions", "embedding_noise", "mix_descriptions"):
+            if self.encoder == "one-hot" and getattr(self, name):
+                raise ValueError(
+                    f"{name}: expected {type(getattr(self, name))()} with encoder one-hot, got {getattr(self, name)}"
+                )
+        return self
+
+
+class SFTSettings(_Model, _HyperNetwork, Settings):
+    """``t2l train sft``: a hypernetwork, end to end through the frozen base model (paper section 3.2)."""
+
+    condition: Literal["description", "input"] = Field(
+        "description",
+        description="what the adapter is generated from: the task's description, or each example's own input "
+        "(Hyperdecoders, arXiv 2203.08304)",
+    )
+    generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
+
+    @model_validator(mode="after")
+    def _condition(self):
+        if self.condition == "input":
+            if self.encoder == "one-hot":
+                raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
+            for name, only in (("samples_per_task", 1), ("held_out_descriptions", 0), ("mix_descriptions", False),
+                               ("task_init", "random")):  # fmt: skip
+                if getattr(self, name) != only:
+                    raise ValueError(f"{name}: expected {only} with condition input, got {getattr(self, name)}")
+        return self
+
+
+class LoRASettings(_Model, Settings):
+    """``t2l train lora``: adapters without a hypernetwork, one a task ("oracles") or one for all."""
+
+    mode: Literal["per-task", "multi-task"] = Field(
+        "per-task",
+        description="per-task: an adapter a task, tasks_per_batch * accumulation at a time; multi-task: one for all",
+    )
+
+
+class ReconstructionSettings(_HyperNetwork, Settings):
+    """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters; no base model."""
+
+    target: Literal["z-score", "raw", "delta-w"] = Field(
+        "z-score", description="what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
+    )
+
+    @model_validator(mode="after")
+    def _no_base_model(self):
+        if self.encoder == BASE_MODEL:
+            raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {BASE_MODEL!r}")
+        return self
+
+
+#: Words of pydantic's messages -> ours.
+_MESSAGES = {
+    "Input should be": "expected",
+    "Unable to parse input string as": "expected",
+    "Tuple should have": "expected",
+    "a valid tuple": "a list",
+}
+MAX_TOLD = 600  # characters of all faults but the first
+S = TypeVar("S", bound=Settings)
+
+
+def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
+    """Settings out of a YAML file, with ``name=value`` overrides (values as in YAML).
+
+    Raises FileNotFoundError, or ConfigError naming the file, the field, what was expected and what came.
+    """
+    values: Any = {}
+    if path is not None:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        values = read_yaml(path)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a mapping of fields, got {shown(values)}")
+    where = dict.fromkeys(values, str(path))
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: expected name=value, got {shown(text)}")
+        try:
+            values[name.strip()] = parse_yaml(value, "--set")
+        except ConfigError:
+            raise ConfigError(f"--set {name}: expected a YAML value, got {shown(value)}") from None
+        where[name.strip()] = "--set"
+    return build(kind, values, where, str(path) if path else "settings")
+
+
+def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = None, source: str = "settings") -> S:
+    """``kind`` of plain values; ConfigError lists the faults, with the place in ``where`` each field came from."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        faults, last = [], ""
+        for fault in error.errors(include_url=False):
+            name = str(fault["loc"][0]) if fault["loc"] else ""
+            place = (where or {}).get(name, source)
+            if fault["type"] == "extra_forbidden":
+                faults.append(f"{place}: unknown field {shown(name)}")
+                last = f"; expected some of {sorted(kind.model_fields)}"
+            elif fault["type"] == "missing":
+                faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
+            elif not name:  # of a check over several fields, which names them itself
+                faults.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}")
+            else:
+                message = fault["msg"].removeprefix("Value error, ")
+                for theirs, ours in _MESSAGES.items():
+                    message = message.replace(theirs, ours)
+                faults.append(f"{place}: {name}: {message}, got {shown(fault['input'])}")
+        faults = list(dict.fromkeys(faults))
+        ends = itertools.accumulate(map(len, faults[1:]), initial=0)
+        told = sum(end <= MAX_TOLD for end in ends)
+        if told < len(faults):
+            last = f"; {len(faults) - told} further faults" + last
+        raise ConfigError("; ".join(faults[:told]) + last) from None
+    except TypeError as error:  # keys that are no names
+        raise ConfigError(f"{source}: expected field names, got {error}") from None
+
+
+def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
+    """(field, value, "default" where nobody set it, its sentence) of every field."""
+    return [
+        (
+            name,
+            _plain(getattr(settings, name)),
+            "" if name in settings.model_fields_set else "default",
+            field.description or "",
+        )
+        for name, field in type(settings).model_fields.items()
+    ]
+
+
+def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
+    """(field, default, its sentence) of every field of ``kind``."""
+    return [
+        (name, "required" if field.is_required() else _plain(field.default), field.description or "")
+        for name, field in kind.model_fields.items()
+    ]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def to_yaml(settings: Settings) -> str:
+    """Every field, as :func:`read` takes it."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(ours: Settings, theirs: str) -> list[str]:
+    """What differs from settings written as JSON."""
+    mine, other = ours.model_dump(mode="json"), json.loads(theirs)
+    return [
+        f"{name}: {shown(other.get(name))} then, {shown(mine.get(name))} now"
+        for name in sorted(mine.keys() | other.keys())
+        if mine.get(name) != other.get(name)
+    ]

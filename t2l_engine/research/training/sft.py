@@ -1,0 +1,147 @@
+"""Supervised fine-tuning of a hypernetwork through a frozen language model (paper section 3.2).
+
+Every step takes groups of a task, a description and some examples, generates one adapter a group, applies them by row, and
+minimises the cross-entropy of the answers.  With ``condition`` "input" a group is one example, and its adapter is generated
+from its input instead of the description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.training import loop
+from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.descriptions import TaskEmbeddings
+from t2l_engine.research.training.objective import Batch, generated_l2
+from t2l_engine.research.training.sampling import Examples, Group, Share, Stream, divide
+from t2l_engine.research.training.settings import SFTSettings
+
+
+class SFT(loop.Job):
+    """See :func:`train`."""
+
+    def __init__(self, settings: SFTSettings, frozen: Frozen):
+        super().__init__()
+        self.settings, self._frozen = settings, frozen
+        self._by_input = settings.condition == "input"
+        if self._by_input:
+            _check_inputs(frozen.train)
+            _check_inputs(frozen.validation)
+        texts = [(task.name, task.descriptions) for task in frozen.tasks]
+        self._embeddings = TaskEmbeddings(settings, texts, frozen.device, by_input=self._by_input)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # layers other than the heads
+            self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
+        self._embeddings.initialise(self.trained.task_encoder.linear)
+        self.trained.to(frozen.device)
+        self._stream = Stream(
+            len(frozen.tasks),
+            settings.tasks_per_step,
+            settings.seed,
+            self._group,
+            lambda g: g.longest,
+            settings.bucket_steps,
+        )
+        with torch.no_grad():
+            first = self.trained(torch.zeros(1, self._embeddings.embed_dim, device=frozen.device))
+        self._objective = frozen.objective(first)
+
+    def _config(self) -> HyperNetworkConfig:
+        s, modules = self.settings, self._frozen.modules
+        return HyperNetworkConfig(
+            variant=s.variant,
+            modules=modules.names,
+            in_features=modules.in_features,
+            out_features=modules.out_features,
+            num_layers=modules.num_layers,
+            rank=s.rank,
+            embed_dim=self._embeddings.embed_dim,
+            latent_size=s.latent_size,
+            head_in_size=s.head_in_size,
+            lora_alpha=s.lora_alpha,
+            scaling=s.scaling,
+            paths=modules.own_paths,
+        )
+
+    def _group(self, task: int, visit: int) -> Group:
+        s = self.settings
+        return self._frozen.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.trained)
+
+    def batches(self, step: int, share: Share) -> Sequence[Batch]:
+        groups = self._stream.step(step)
+        return [self._frozen.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, share)]
+
+    def loss(self, trained: nn.Module, batch: Batch) -> Tensor:
+        s, stack = self.settings, trained(self._embeddings.varied(batch.groups))
+        losses = self._objective.losses(
+            batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
+        )
+        return losses.sum() + s.generated_l2 * batch.part * generated_l2(stack) if s.generated_l2 else losses.sum()
+
+    def validate(self, share: Share) -> dict[str, float]:
+        def stack(groups: Sequence[Group]) -> AdapterStack:
+            return self.trained(self._embeddings.exact(groups))
+
+        return self._frozen.validate(self._objective, share, self._embeddings.validated, stack, alone=self._by_input)
+
+    def write(self, folder: Path, step: int, *, best: bool) -> None:
+        training = {
+            "method": "sft",
+            "steps_done": step,
+            **self.settings.model_dump(mode="json"),
+            **self.data(),
+        }
+        blocks = {"encoder": self._embeddings.config(), "base_model": self.settings.base_model, "training": training}
+        self.trained.save_pretrained(folder, blocks)
+
+    def data(self) -> dict[str, Any]:
+        return self._frozen.data()
+
+
+def _check_inputs(examples: Examples) -> None:
+    """ConfigError where an input that is used has no text to embed."""
+    for number, task in enumerate(examples.tasks):
+        if not all(task.examples[i].input.strip() for i in examples.kept(number)):
+            raise ConfigError(
+                f"condition: expected inputs with text to generate adapters from, got an empty one in task {task.name}"
+            )
+
+
+def train(
+    settings: SFTSettings,
+    tasks_folder: str | Path,
+    output: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Path:
+    """Train a hypernetwork and write a native checkpoint to ``output``; goes on from ``output``'s state where there is one.
+
+    Args:
+        settings: of the run.
+        tasks_folder: a task folder (:mod:`t2l_engine.research.tasks.folder`) with splits "train" and, for validation, "val".
+        output: the checkpoint as of the last step, ``best/`` as of the best validation, log and state beside
+            (:mod:`t2l_engine.research.training.loop`).
+        names: the tasks to train on; None: all of the folder.
+        accelerator: what :func:`t2l_engine.research.training.loop.accelerator` returned; None: the CPU.
+
+    Raises:
+        ConfigError: settings, tasks and model do not fit, or ``output`` holds another run.
+        FloatingPointError: the loss is NaN or infinite; the last saved state stays.
+    """
+    accelerator = accelerator or loop.accelerator("cpu")
+    frozen = Frozen(settings, Path(tasks_folder), accelerator.device, names)
+    try:
+        return loop.run(SFT(settings, frozen), Path(output), accelerator)
+    finally:
+        frozen.close()

@@ -1,0 +1,44 @@
+"""The frozen language model that a checkpoint or a training run names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from t2l_engine.files.errors import shown
+from t2l_engine.text import packaged
+from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter
+
+
+def load(name: str, dtype: torch.dtype, attention: str | None = None):
+    """(model in eval mode, tokenizer with left padding) of "smollm2-135m" or of a local transformers folder.
+
+    ``attention``: as transformers names it, None = its choice for the model (Gemma-2 has no "sdpa").  Code that a folder
+    brings is never run.
+
+    Raises:
+        FileNotFoundError: ``name`` is neither.
+        ValueError: the folder's weights are not complete, an adapter lies among them, or its model needs code of its own.
+    """
+    if name == LANGUAGE_MODEL:
+        model, tokenizer = packaged.load(dtype, attn_implementation=attention)
+    else:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        if not (Path(name) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
+            )
+        no_adapter(name, f"base_model {name!r}")
+        # False, not unset: transformers would ask at the terminal.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
+        )
+        if info["missing_keys"]:  # transformers would make them up at random
+            raise ValueError(f"base_model {name!r}: its weights lack {shown(sorted(info['missing_keys']))}")
+        model = model.eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer

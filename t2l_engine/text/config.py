@@ -1,0 +1,209 @@
+"""Encoder configurations out of files: a checkpoint's block, the reference's arguments, a sentence-transformers folder.
+
+Everything here reads plain JSON values and executes nothing.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError, positive_int, shown
+from t2l_engine.files.text import from_json, read_json
+
+REFERENCE_LENGTH = 8192
+ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat16", "float16")
+
+#: sentence-transformers' names of the poolings there are here.
+_POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderConfig:
+    """How a description becomes ``task_emb`` (paper section 3; the reference's ``embs_generator``).
+
+    ``name``: ``"minilm"`` (the packaged all-MiniLM-L6-v2), ``"smollm2-135m"`` (the packaged language model), a local folder,
+    or a hub name.
+    ``pooling``: ``"cls"``, ``"mean"`` or ``"last"`` (last real token).
+    ``max_length``: tokens, special ones included, beyond which a text's end is cut; the model's positions, where fewer.
+    ``full_stop``: append "." to a description that ends in a letter.
+    ``template``: text with ``{text}`` that replaces the full-stop rule, or None.
+    ``dtype``: "float32", "bfloat16" or "float16", of the encoder's weights; embeddings are float32 always.
+
+    Raises:
+        ConfigError: a field is of another kind or out of range; the message names it.
+
+    >>> EncoderConfig(name="Alibaba-NLP/gte-large-en-v1.5", pooling="cls", max_length=8192).dtype
+    'float32'
+    """
+
+    name: str
+    pooling: str
+    max_length: int = 512
+    full_stop: bool = True
+    template: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"encoder.name: expected a non-empty string, got {shown(self.name)}")
+        for name, allowed in (("pooling", ENCODER_POOLINGS), ("dtype", ENCODER_DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"encoder.{name}: expected one of {allowed}, got {shown(getattr(self, name))}")
+        positive_int("encoder.max_length", self.max_length)
+        if not isinstance(self.full_stop, bool):
+            raise ConfigError(f"encoder.full_stop: expected true or false, got {shown(self.full_stop)}")
+        if self.template is not None and not (isinstance(self.template, str) and "{text}" in self.template):
+            raise ConfigError(f"encoder.template: expected a string containing '{{text}}', got {shown(self.template)}")
+
+    @classmethod
+    def from_sentence_transformers(cls, folder: str | Path) -> EncoderConfig:
+        """What a local sentence-transformers folder says: its pooling, length and default prompt (as ``template``).
+
+        Raises:
+            FileNotFoundError: the folder lacks a file.
+            ConfigError: it holds other modules or another pooling than an :class:`EncoderConfig` can say; named.
+        """
+        return read_sentence_transformers(Path(folder))
+
+
+@dataclasses.dataclass(frozen=True)
+class OneHotConfig:
+    """Task embeddings that are unit vectors, one a training task: ``tasks`` in the order of the vectors.
+
+    Source: ``use_one_hot_task_emb`` of the reference implementation.
+
+    Raises:
+        ConfigError: ``tasks`` is no list of distinct non-empty strings.
+
+    >>> OneHotConfig(("antonyms", "sentiment")).tasks.index("sentiment")  # the position of the 1
+    1
+    """
+
+    tasks: tuple[str, ...]
+    name: str = "one-hot"
+
+    def __post_init__(self) -> None:
+        if self.name != "one-hot":
+            raise ConfigError(f"encoder.name: expected 'one-hot', got {shown(self.name)}")
+        if not isinstance(self.tasks, (list, tuple)) or not self.tasks:
+            raise ConfigError(f"encoder.tasks: expected a non-empty list of task names, got {shown(self.tasks)}")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        for task in self.tasks:
+            if not isinstance(task, str) or not task:
+                raise ConfigError(f"encoder.tasks: expected non-empty strings, got {shown(task)}")
+        name, count = collections.Counter(self.tasks).most_common(1)[0]
+        if count > 1:
+            raise ConfigError(f"encoder.tasks: expected distinct names, got {shown(name)} {count} times")
+
+
+def encoder_config_from_json(block: Any, where: str) -> EncoderConfig | OneHotConfig:
+    """The "encoder" block of a checkpoint: one-hot where its name says so, else a text encoder.
+
+    ``where`` names the source in errors.  Raises ConfigError for anything that is neither.
+    """
+    one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
+    return from_json(OneHotConfig if one_hot else EncoderConfig, block, where)
+
+
+def read_sentence_transformers(folder: Path) -> EncoderConfig:
+    """See :meth:`EncoderConfig.from_sentence_transformers`."""
+    transformer, pooling = _modules(folder)
+    pooling_path = pooling / "config.json"
+    pooling_values = _read(pooling_path)
+    template = _default_template(folder)
+    if template is not None and pooling_values.get("include_prompt", True) is not True:
+        raise ConfigError(f"{pooling_path}: include_prompt: a pooling that leaves the prompt out is not supported")
+    values = {
+        "name": str(transformer),
+        "pooling": _pooling(pooling_values, pooling_path),
+        "max_length": _max_length(transformer),
+        "template": template,
+    }
+    return from_json(EncoderConfig, values, str(folder))
+
+
+def _read(path: Path, kind: type = dict) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found")
+    values = read_json(path)
+    if not isinstance(values, kind):
+        raise ConfigError(f"{path}: expected a JSON {'object' if kind is dict else 'list'}, got {type(values).__name__}")
+    return values
+
+
+def _modules(folder: Path) -> tuple[Path, Path]:
+    """The folders of the Transformer and the Pooling module; any others but Normalize are refused."""
+    path = folder / "modules.json"
+    found: list[tuple[str, Path]] = []
+    for entry in _read(path, list):
+        kind, where = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(kind, str) or not isinstance(where, str) or not where.isprintable():
+            raise ConfigError(f"{path}: expected objects with strings 'type' and 'path', got {shown(entry)}")
+        package, _, name = kind.partition(".")
+        name = name.rpartition(".")[2]
+        if package != "sentence_transformers" or name not in ("Transformer", "Pooling", "Normalize"):
+            raise ConfigError(f"{path}: module {shown(kind)}: expected Transformer, Pooling and perhaps Normalize")
+        target = folder / where
+        try:
+            inside = target.resolve().is_relative_to(folder.resolve())
+            target.stat()
+        except FileNotFoundError:
+            pass  # said where the folder is read
+        except (OSError, RuntimeError):  # too long a name, or a loop of links
+            inside = False
+        if not inside:
+            raise ConfigError(f"{path}: path {shown(where)}: expected a folder inside {folder}")
+        found.append((name, target))
+    names = [name for name, _ in found]
+    if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
+        raise ConfigError(f"{path}: expected Transformer, Pooling and perhaps Normalize, in this order, got {shown(names)}")
+    return found[0][1], found[1][1]
+
+
+def _pooling(values: dict[str, Any], path: Path) -> str:
+    if "pooling_mode" in values:
+        mode = values["pooling_mode"]
+        modes = [mode] if isinstance(mode, str) else mode
+    else:  # older files: a flag each, such as pooling_mode_cls_token and pooling_mode_mean_tokens
+        flags = [key.removeprefix("pooling_mode_") for key, on in values.items() if key.startswith("pooling_mode_") and on]
+        modes = [flag.removesuffix("s").removesuffix("_token") for flag in flags]
+    if not isinstance(modes, list) or len(modes) != 1 or not isinstance(modes[0], str):
+        raise ConfigError(f"{path}: expected one pooling mode, got {shown(modes)}")
+    if modes[0] not in _POOLINGS:
+        raise ConfigError(f"{path}: pooling {shown(modes[0])} is not supported; expected one of {sorted(_POOLINGS)}")
+    return _POOLINGS[modes[0]]
+
+
+def _max_length(folder: Path) -> Any:
+    """``max_seq_length``, or what sentence-transformers takes where it is not set: the model's and tokenizer's limit."""
+    # Old folders name the file after the model: sentence_roberta_config.json and the like.
+    for path in sorted(folder.glob("sentence_*_config.json")):
+        values = _read(path)
+        if values.get("do_lower_case"):
+            raise ConfigError(f"{path}: do_lower_case: expected false; lower-casing before the tokenizer is not supported")
+        if values.get("max_seq_length") is not None:
+            return values["max_seq_length"]
+    limits = [_read(folder / "config.json").get("max_position_embeddings")]
+    if (folder / "tokenizer_config.json").is_file():
+        limits.append(_read(folder / "tokenizer_config.json").get("model_max_length"))
+    limits = [limit for limit in limits if isinstance(limit, int) and not isinstance(limit, bool)]
+    if not limits:
+        raise ConfigError(f"{folder}: neither max_seq_length nor a limit of the model or tokenizer is stated")
+    return min(limits)
+
+
+def _default_template(folder: Path) -> str | None:
+    """The default prompt of the folder as a template, None where there is none."""
+    path = folder / "config_sentence_transformers.json"
+    values = _read(path) if path.is_file() else {}
+    name = values.get("default_prompt_name")
+    if name is None:
+        return None
+    prompts = values.get("prompts")
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    if not isinstance(prompt, str) or "{text}" in prompt:
+        raise ConfigError(f"{path}: default_prompt_name: expected the name of a prompt, got {shown(name)}: {shown(prompt)}")
+    return prompt + "{text}" if prompt else None

