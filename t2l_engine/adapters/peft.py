@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,6 @@ from t2l_engine.files.errors import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigE
 from t2l_engine.files.patterns import Patterns
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import check_weights, largest, read_safetensors, write_folder
-
-if TYPE_CHECKING:
-    from t2l_engine.adapters.stack import AdapterStack
 
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MAX_LAYERS = 4096
@@ -89,11 +86,11 @@ class AdapterError(ValueError):
 
 
 @dataclass(frozen=True)
-class Folder:
-    """One adapter read from a folder; the keys of the dictionaries are paths with ``{layer}``.
+class PeftAdapter:
+    """One adapter as a PEFT folder holds it; the keys of the dictionaries are paths with ``{layer}``.
 
     ``lora_A`` ``[1, n, r, in]``, ``lora_B`` ``[1, n, out, r]``, ``ranks`` ``[1, n]`` int32, ``scaling`` ``[1]`` float32;
-    ``partial``: the folder may stop before the last layer of its model.
+    ``partial``: it may stop before the last layer of its model.
     """
 
     lora_A: dict[str, Tensor]
@@ -106,7 +103,7 @@ class Folder:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_folder(directory: Path, dtype: torch.dtype | None) -> Folder:
+def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
     """Read one PEFT LoRA folder; ``dtype`` of A and B, None = the widest in the file.
 
     Modules of one folder may have different scalings (``alpha_pattern``, ``rank_pattern``).  The commonest becomes the
@@ -154,7 +151,7 @@ def read_folder(directory: Path, dtype: torch.dtype | None) -> Folder:
             rank = ranks[module][0, layer] = pair["A"].shape[0]
             lora_A[module][0, layer, :rank] = pair["A"]
             lora_B[module][0, layer, :, :rank] = _scaled(pair["B"], factors[path])
-    return Folder(lora_A, lora_B, ranks, torch.tensor([own], dtype=torch.float32), partial)
+    return PeftAdapter(lora_A, lora_B, ranks, torch.tensor([own], dtype=torch.float32), partial)
 
 
 def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) -> dict[str, tuple[int, int, int, int]]:
@@ -339,31 +336,31 @@ def _scalings(
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def state_dict(stack: AdapterStack, index: int) -> dict[str, Tensor]:
-    """Adapter ``index`` under PEFT's tensor names, float32 on the CPU, each at its true rank."""
+def state_dict(adapter: PeftAdapter) -> dict[str, Tensor]:
+    """A and B under PEFT's tensor names, float32 on the CPU, each at its true rank."""
     state = {}
-    for name, path in stack.paths.items():
-        for layer, rank in enumerate(stack.ranks[name][index].tolist()):
+    for path, ranks in adapter.ranks.items():
+        for layer, rank in enumerate(ranks[0].tolist()):
             if rank:
                 key = f"{_PREFIX}{path.replace(LAYER, str(layer))}"
-                a, b = stack.lora_A[name][index, layer, :rank], stack.lora_B[name][index, layer, :, :rank]
+                a, b = adapter.lora_A[path][0, layer, :rank], adapter.lora_B[path][0, layer, :, :rank]
                 state[f"{key}.lora_A.weight"] = a.detach().float().cpu().contiguous()
                 state[f"{key}.lora_B.weight"] = b.detach().float().cpu().contiguous()
     return state
 
 
-def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_name_or_path: str | None) -> None:
-    """Write adapter ``index`` as a PEFT folder with the scaling baked in; ValueError for one that cannot be stored."""
+def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | None) -> None:
+    """Write a PEFT folder with the scaling baked in; ValueError for an adapter that cannot be stored."""
     for other in _OTHER_WEIGHTS:
         if (directory / other).exists():
             raise FileExistsError(
                 f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
             )
-    state = state_dict(stack, index)
+    state = state_dict(adapter)
     if not state:
-        raise ValueError(f"adapter {index} adapts no module: all its ranks are 0")
+        raise ValueError("adapter: expected one that adapts a module, got ranks of 0 throughout")
     check_weights(directory / WEIGHTS_NAME, state, ValueError)
-    scaling = float(stack.scaling[index])
+    scaling = float(adapter.scaling[0])
     rank_of = {
         key.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): tensor.shape[0]
         for key, tensor in sorted(state.items())
@@ -372,7 +369,7 @@ def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_n
     r = max(rank_of.values())
     if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
         raise ValueError(
-            f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}] for adapter {index}, got {scaling}"
+            f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}], got {scaling}"
         )
     config = {
         "peft_type": "LORA",
@@ -388,23 +385,23 @@ def write_adapter(stack: AdapterStack, index: int, directory: Path, base_model_n
         "inference_mode": True,
         "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
         "alpha_pattern": {path: scaling * rank for path, rank in rank_of.items() if rank != r},
-        **_targets(stack, index, sorted(rank_of)),
+        **_targets(adapter, sorted(rank_of)),
     }
     write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, dict(sorted(config.items())))
 
 
-def _targets(stack: AdapterStack, index: int, full_paths: list[str]) -> dict[str, Any]:
+def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
     """The fields from which PEFT finds exactly the modules that the adapter has."""
-    layers = {name: tuple(torch.nonzero(ranks[index]).flatten().tolist()) for name, ranks in stack.ranks.items()}
-    layers = {name: found for name, found in layers.items() if found}
+    layers = {path: tuple(torch.nonzero(ranks[0]).flatten().tolist()) for path, ranks in adapter.ranks.items()}
+    layers = {path: found for path, found in layers.items() if found}
     # Below the layer, since another module of it may end with the same name (GPT-2 has two c_proj).
+    ends = {path: path.rpartition(".")[2] for path in layers}
     short = sorted(
-        name if DEFAULT_PATHS.get(name) == stack.paths[name] else stack.paths[name].rpartition(f"{LAYER}.")[2]
-        for name in layers
+        end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items()
     )
-    if not stack.partial and all(found == tuple(range(stack.ranks[name].shape[1])) for name, found in layers.items()):
+    if not adapter.partial and all(found == tuple(range(adapter.ranks[path].shape[1])) for path, found in layers.items()):
         return {"target_modules": short}
-    lists = {layer_list(stack.paths[name]) for name in layers}
+    lists = {layer_list(path) for path in layers}
     if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
         pattern = before.removesuffix(".").rpartition(".")[2]  # PEFT's own guess misses a list that nothing precedes
         return {

@@ -273,7 +273,7 @@ class AdapterStack:
 
         Raises IndexError out of range.
         """
-        return peft.state_dict(self, self._position(index))
+        return peft.state_dict(self._peft(index))
 
     def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
         """Write adapter ``adapter`` as a PEFT folder with the scaling baked in (``lora_alpha = scaling * r``).
@@ -285,7 +285,12 @@ class AdapterStack:
             ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
             OSError: the folder cannot be written, or holds a checkpoint or a model (FileExistsError).
         """
-        peft.write_adapter(self, self._position(adapter), Path(directory), base_model_name_or_path)
+        peft.write(self._peft(adapter), Path(directory), base_model_name_or_path)
+
+    def _peft(self, index: int) -> peft.PeftAdapter:
+        one = self[self._position(index)]
+        sides = ({one.paths[name]: t for name, t in side.items()} for side in (one.lora_A, one.lora_B, one.ranks))
+        return peft.PeftAdapter(*sides, one.scaling, one.partial)
 
     @staticmethod
     def from_peft(directories: str | Path | Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
@@ -311,7 +316,7 @@ class AdapterStack:
         directories = list(directories)
         if not directories:
             raise ValueError("directories: expected at least one folder, got none")
-        folders = [peft.read_folder(Path(directory), dtype) for directory in directories]
+        folders = [peft.read(Path(directory), dtype) for directory in directories]
         names = module_names(path for folder in folders for path in folder.lora_A)
         stacks = [
             AdapterStack(
