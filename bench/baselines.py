@@ -34,7 +34,7 @@ def of_stack(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
 
 def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     """The ops' own reference over the same folded weights: batched like ours, with torch's products."""
-    c, folded = net.config, net._fold()
+    c, folded = net.config, net.folded()
     rotary = c.rank if c.rotary else 0
 
     @torch.no_grad()

@@ -110,7 +110,7 @@ class _Request:
         self.dtype = str(net.dtype).removeprefix("torch.")
         drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
         self.task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
-        self.folded = net._fold()
+        self.folded = net.folded()
 
     def rows(self) -> Entries:
         with torch.no_grad():
@@ -145,7 +145,7 @@ class _Request:
         """Task encoder and trunk."""
         functions = {OURS: functools.partial(self._trunk, ops), "reference": functools.partial(self._trunk, reference)}
         exact = copy.deepcopy(self.net).set_dtype(torch.float64)
-        oracle, plain = self._trunk(reference, exact, exact._fold()), self._trunk(reference)
+        oracle, plain = self._trunk(reference, exact, exact.folded()), self._trunk(reference)
         bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
         errors = {OURS: latent, "reference": plain}
         errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}

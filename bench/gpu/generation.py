@@ -78,7 +78,7 @@ def cublas(net: HyperNetwork) -> Generate:
 
     A and B are views of what the head products gave.
     """
-    c, folded = net.config, net._fold()
+    c, folded = net.config, net.folded()
     w_task, table, w2, b2, *rest = folded["weights"]
     dtype = w_task.dtype
     vectors = [t.to(dtype) for t in (table, b2)]
@@ -115,7 +115,7 @@ def kept(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
 
 def ops_alone(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
     """Trunk and heads of ours from encoded tasks, without what the public call does around them; where they write."""
-    c, folded, out = net.config, net._fold(), net.generate(task_emb)
+    c, folded, out = net.config, net.folded(), net.generate(task_emb)
     z, rotary = net.task_encoder(task_emb), c.rank if c.rotary else 0
     trunk = z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary
     stored = list(out.lora_A.values()), list(out.lora_B.values())
@@ -139,7 +139,7 @@ def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperN
     shape, device = (SHAPES[name] if context.on_card else TINY), context.device.torch
     with torch.device("meta"):
         net = HyperNetwork(shape.config())
-    models._fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
+    models.fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
     return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
 
 

@@ -68,7 +68,7 @@ def maps(work: Path) -> dict[str, Any]:
     emb = torch.nn.functional.normalize(emb, dim=-1) * emb.shape[1] ** 0.5
     with torch.no_grad():
         net = engine.hypernetwork
-        folded = net._fold()
+        folded = net.folded()
         latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
         stack = net.generate(emb)
     pairs = torch.triu_indices(len(tasks), len(tasks), 1)

@@ -368,9 +368,7 @@ def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | 
     }
     r = max(rank_of.values())
     if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
-        raise ValueError(
-            f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}], got {scaling}"
-        )
+        raise ValueError(f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}], got {scaling}")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -396,9 +394,7 @@ def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
     layers = {path: found for path, found in layers.items() if found}
     # Below the layer, since another module of it may end with the same name (GPT-2 has two c_proj).
     ends = {path: path.rpartition(".")[2] for path in layers}
-    short = sorted(
-        end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items()
-    )
+    short = sorted(end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items())
     if not adapter.partial and all(found == tuple(range(adapter.ranks[path].shape[1])) for path, found in layers.items()):
         return {"target_modules": short}
     lists = {layer_list(path) for path in layers}

@@ -217,7 +217,7 @@ class HyperNetwork(nn.Module):
 
     def forward(self, task_emb: Tensor) -> AdapterStack:
         """Adapters with gradients; arguments and result as in :meth:`generate`."""
-        return self._run(task_emb, self._fold())
+        return self._run(task_emb, self.folded())
 
     @torch.no_grad()
     def generate(self, task_emb: Tensor, out: AdapterStack | None = None) -> AdapterStack:
@@ -239,10 +239,10 @@ class HyperNetwork(nn.Module):
             or self._packed[1] != versions
             or any(new is not old for new, old in zip(tensors, self._packed[0], strict=True))
         ):
-            self._packed = (tensors, versions, self._fold())
+            self._packed = (tensors, versions, self.folded())
         return self._run(task_emb, self._packed[2], out)
 
-    def _fold(self) -> dict:
+    def folded(self) -> dict:
         """Everything that does not depend on the task, as the trunk op takes it."""
         c, t = self.config, self.config.task_width
         weight1 = self.mixer.linear1.weight

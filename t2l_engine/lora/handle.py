@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.adapters.paths import LAYER
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import shown
 from t2l_engine.files.weights import WEIGHT_DTYPES
 from t2l_engine.lora.layer import LoRALinear, Member
-from t2l_engine.lora.locate import Packed, Target, check_shape, features, find, is_transposed
+from t2l_engine.lora.locate import (
+    Packed,
+    Target,
+    check_fits,
+    check_stack,
+    device_of,
+    features,
+    find,
+    is_transposed,
+    same_place,
+    slot_dtype,
+)
 from t2l_engine.lora.routing import Ids, Routing
 
 CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
@@ -79,7 +87,7 @@ class LoRAHandle:
         changes then.
         """
         self._check_free("set")
-        self._routing.set(ids, self._num_slots, self._filled, self._device())
+        self._routing.set(ids, self._num_slots, self._filled, device_of(self._model))
         self._routing.overrides, self._routing.dropout = None, 0.0
 
     @contextlib.contextmanager
@@ -101,13 +109,13 @@ class LoRAHandle:
         shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
         """
         self._check_free("differentiable")
-        _check_stack("stack", stack)
+        check_stack("stack", stack)
         places = self._places(stack)
         for name, (key, _) in places.items():
             if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
         before = self._routing.state()
-        self._routing.set(ids, len(stack), range(len(stack)), self._device())
+        self._routing.set(ids, len(stack), range(len(stack)), device_of(self._model))
         self._routing.dropout = dropout
         # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
         self._routing.overrides = {
@@ -144,7 +152,7 @@ class LoRAHandle:
         self._check_free("put")
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
             raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {shown(slot)}")
-        _check_stack("adapter", adapter)
+        check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
         self._reserve(adapter)
@@ -171,7 +179,7 @@ class LoRAHandle:
             rank = int(stack.ranks[name].max())
             if rank > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
-        device = self._device()
+        device = device_of(self._model)
         if self._scaling is None:
             self._scaling = torch.ones(self._num_slots, device=device)
         for name, (key, targets) in places.items():
@@ -179,7 +187,7 @@ class LoRAHandle:
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 n, r = max(targets) + 1, self._max_rank or a.shape[2]
-                like = {"device": device, "dtype": _slot_dtype(next(iter(targets.values())).linear, a.dtype)}
+                like = {"device": device, "dtype": slot_dtype(next(iter(targets.values())).linear, a.dtype)}
                 self._slots[key] = _Slots(
                     torch.zeros(self._num_slots, n, r, a.shape[3], **like),
                     torch.zeros(self._num_slots, n, r, b.shape[2], **like),
@@ -208,38 +216,15 @@ class LoRAHandle:
             key = self._keys.get(path)
             if key is None:
                 targets = find(self._model, name, path, self._packed)
-                key = next((k for k, slots in self._slots.items() if _same_place(slots.targets, targets)), path)
+                key = next((k for k, slots in self._slots.items() if same_place(slots.targets, targets)), path)
             if key in self._slots:
                 targets = self._slots[key].targets
             for other, (_, taken) in places.items():
-                if _same_place(taken, targets):
+                if same_place(taken, targets):
                     raise ValueError(f"{name}: the model has it and {other} in the same place")
-            self._check_fits(name, stack, targets)
+            check_fits(name, stack, targets)
             places[name] = key, targets
         return places
-
-    def _check_fits(self, name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
-        path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
-        depth = max(targets) + 1
-        if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
-            raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
-        needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
-        if needed - targets.keys():
-            raise ValueError(
-                f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none"
-            )
-        for layer, target in targets.items():
-            check_shape(name, layer, target, stack.lora_A[name].shape[3], stack.lora_B[name].shape[2])
-            weight = getattr(target.linear, "weight", None)
-            if isinstance(weight, Tensor) and weight.is_meta:
-                raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
-
-    def _device(self) -> torch.device:
-        for tensor in itertools.chain(self._model.parameters(), self._model.buffers()):  # lazily: every use() asks
-            if tensor.device.type == "meta":
-                raise ValueError("model: its weights are on the meta device; load them first")
-            return tensor.device
-        return torch.device("cpu")
 
     # --- merge and detach ------------------------------------------------------------------------------------------
 
@@ -336,12 +321,6 @@ class LoRAHandle:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
 
 
-def _check_stack(name: str, value: object) -> None:
-    if not isinstance(value, AdapterStack):
-        hint = "; read a folder with AdapterStack.from_peft" if isinstance(value, (str, Path)) else ""
-        raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
-
-
 def _overwrite(weight: Tensor, values: Tensor) -> None:
     # Weights of a model made in inference mode can be written in that mode only.
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
@@ -351,16 +330,6 @@ def _overwrite(weight: Tensor, values: Tensor) -> None:
 def _memory(weight: Tensor) -> int:
     """Equal for weights that share their memory, also as two parameters."""
     return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
-
-
-def _same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
-    return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
-
-
-def _slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
-    weight = getattr(linear, "weight", None)
-    # Not float8: what holds a quantised weight computes in another dtype.
-    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in WEIGHT_DTYPES else fallback
 
 
 def attach(
@@ -408,7 +377,7 @@ def attach(
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("model: adapters are attached already; use that handle, or detach it first")
     if stack is not None:
-        _check_stack("stack", stack)
+        check_stack("stack", stack)
     for name, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
@@ -417,7 +386,7 @@ def attach(
     if stack is not None and len(stack) > slots:
         raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
     handle = LoRAHandle(model, slots, max_rank, packed)
-    handle._device()
+    device_of(model)
     if stack is not None:  # all of it, before anything changes
         handle._reserve(stack)
     for i, adapter in enumerate(stack or ()):

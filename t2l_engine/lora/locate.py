@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.paths import LAYER, generic
+from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import shown
+from t2l_engine.files.weights import WEIGHT_DTYPES
 
 #: Packed projection -> the modules whose outputs it holds, in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -185,3 +190,47 @@ def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) ->
         raise ValueError(
             f"{name}: layer {layer}: the adapter has in/out features {n_in}/{n_out}, the model has {got[0]}/{got[1]}"
         )
+
+
+def check_fits(name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
+    """ValueError unless module ``name`` of ``stack`` has the layers and features of ``targets``, on a device with memory."""
+    path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
+    depth = max(targets) + 1
+    if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
+        raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
+    needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
+    if needed - targets.keys():
+        raise ValueError(f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none")
+    for layer, target in targets.items():
+        check_shape(name, layer, target, stack.lora_A[name].shape[3], stack.lora_B[name].shape[2])
+        weight = getattr(target.linear, "weight", None)
+        if isinstance(weight, Tensor) and weight.is_meta:
+            raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
+
+
+def same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
+    """Whether both are the same linears, and the same columns of them."""
+    return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
+
+
+def check_stack(name: str, value: object) -> None:
+    """ValueError, naming the argument, for anything but an AdapterStack."""
+    if not isinstance(value, AdapterStack):
+        hint = "; read a folder with AdapterStack.from_peft" if isinstance(value, (str, Path)) else ""
+        raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first weight of ``model`` is; ValueError for a model on the meta device."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):  # lazily: every use() asks
+        if tensor.device.type == "meta":
+            raise ValueError("model: its weights are on the meta device; load them first")
+        return tensor.device
+    return torch.device("cpu")
+
+
+def slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
+    """Dtype of A and B beside ``linear``: that of its weight, ``fallback`` where that is quantised."""
+    weight = getattr(linear, "weight", None)
+    # Not float8: what holds a quantised weight computes in another dtype.
+    return weight.dtype if isinstance(weight, Tensor) and weight.dtype in WEIGHT_DTYPES else fallback

@@ -55,7 +55,7 @@ class HyperShape:
         with torch.device("meta"):
             net = HyperNetwork(self.config())
         net.set_dtype(dtype).to_empty(device="cpu")
-        _fill(net, torch.Generator().manual_seed(seed))
+        fill(net, torch.Generator().manual_seed(seed))
         return net.requires_grad_(False).eval()
 
     def task_embeddings(self, count: int, seed: int = 0) -> Tensor:
@@ -71,7 +71,7 @@ def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _fill(net: HyperNetwork, generator: torch.Generator) -> None:
+def fill(net: HyperNetwork, generator: torch.Generator) -> None:
     for name, module in net.named_modules():
         if isinstance(module, nn.Linear):
             scale = HEAD_SCALE if name.startswith("heads.") else 1.0

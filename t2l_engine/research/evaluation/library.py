@@ -12,8 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import shown
-from t2l_engine.lora.handle import _check_stack, _slot_dtype, attach
-from t2l_engine.lora.locate import Packed, Target
+from t2l_engine.lora.handle import attach
+from t2l_engine.lora.locate import Packed, Target, check_fits, check_stack, device_of, find, same_place, slot_dtype
 from t2l_engine.ops.reference import accumulation_dtype
 
 #: Experts a token is routed to, in the paper.
@@ -178,10 +178,10 @@ class Arrow:
         _check_library(stack)
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
             raise ValueError(f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {shown(top_k)}")
-        handle = attach(model, packed=packed)  # without a stack it checks the model and changes nothing
-        places = {name: targets for name, (_, targets) in handle._places(stack).items()}
+        attach(model, packed=packed)  # without a stack it checks the model and changes nothing
+        places = _places(model, stack, packed)
         _check_linears(places)
-        device = handle._device()
+        device = device_of(model)
         scaling = stack.scaling.to(device, copy=True)
         routed: list[tuple[nn.Module, _Routed]] = []
         for name, targets in places.items():
@@ -215,7 +215,7 @@ class _Routed:
     """Forward hook of one module: ``a [N, r, in]``, ``b [N, r, out]`` as of :func:`_factors`, ``scaling [N]``."""
 
     def __init__(self, target: Target, a: Tensor, b: Tensor, scaling: Tensor, top_k: int):
-        dtype = _slot_dtype(target.linear, a.dtype)
+        dtype = slot_dtype(target.linear, a.dtype)
         self._path, self._columns, self._top_k = target.path, target.columns, top_k
         self._A, self._B = a.flatten(0, 1).to(dtype), b.flatten(0, 1).to(dtype)  # [N r, in], [N r, out]
         self._scaling, self._directions = scaling, _leading(a, b)  # [N, in]
@@ -237,9 +237,21 @@ class _Routed:
 
 
 def _check_library(stack: AdapterStack) -> None:
-    _check_stack("stack", stack)
+    check_stack("stack", stack)
     if not len(stack):
         raise ValueError("stack: expected at least one adapter, got none")
+
+
+def _places(model: nn.Module, stack: AdapterStack, packed: Packed | None) -> dict[str, dict[int, Target]]:
+    """The linears of every module of ``stack``, by layer."""
+    places: dict[str, dict[int, Target]] = {}
+    for name, path in stack.paths.items():
+        targets = find(model, name, path, packed)
+        if other := next((other for other, taken in places.items() if same_place(taken, targets)), None):
+            raise ValueError(f"{name}: the model has it and {other} in the same place")
+        check_fits(name, stack, targets)
+        places[name] = targets
+    return places
 
 
 def _check_linears(places: dict[str, dict[int, Target]]) -> None:
