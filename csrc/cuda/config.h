@@ -92,8 +92,8 @@ inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, c
   // slices, and every slice reads x again.
   const int64_t element = bytes_of(lora_compute_type(members[0]));
   const int64_t enough = 16 * large.m_tiles * lora_blocks_per_sm(element, large.m_tiles) * limits.num_sms;
-  const bool fits = large.shared_bytes <= limits.shared_bytes;
-  return !small.one_token_per_block && members[0].tokens >= enough && fits ? large : small;
+  if (small.one_token_per_block || members[0].tokens < enough || large.shared_bytes > limits.shared_bytes) return small;
+  return large;
 }
 
 // ---- hypernetwork trunk

@@ -14,10 +14,10 @@ namespace t2l::emu {
 
 class SharedArena {
  public:
-  void reset(int64_t asked) {
+  void reset(int64_t capacity) {
     allow_access();
-    asked_ = asked;
-    taken_ = 0;
+    capacity_ = capacity;
+    used_ = 0;
     count_ = 0;
     end_ = memory_;
     add_redzone();
@@ -79,8 +79,8 @@ class SharedArena {
   T2L_EMU_NO_TSAN void allocate_next(int64_t bytes) {
     if (count_ == kMaxAllocations) fail("takes more than %lld allocations of shared memory", kMaxAllocations);
     if (bytes < 0 || bytes > kMaxSharedBytes) fail("takes an allocation of %lld bytes of shared memory", bytes);
-    taken_ += (bytes + 15) / 16 * 16;
-    if (taken_ > asked_) fail("takes %lld bytes of shared memory, %lld asked for", taken_, asked_);
+    used_ += (bytes + 15) / 16 * 16;
+    if (used_ > capacity_) fail("takes %lld bytes of shared memory, launched with %lld", used_, capacity_);
     allocations_[count_] = Allocation{end_, bytes};
     ++count_;
     fill(end_, kPoison, bytes);
@@ -93,7 +93,7 @@ class SharedArena {
 #endif
   }
 
-  int64_t asked_ = 0, taken_ = 0;
+  int64_t capacity_ = 0, used_ = 0;
   int count_ = 0;
   char* end_ = nullptr;
   Allocation allocations_[kMaxAllocations];
