@@ -91,9 +91,9 @@ inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, c
   // Large chunks read A and B least often.  They pay once they fill all SMs: with fewer chunks, outputs are split into
   // slices, and every slice reads x again.
   const int64_t element = bytes_of(lora_compute_type(members[0]));
-  const int64_t enough = 16 * large.m_tiles * lora_blocks_per_sm(element, large.m_tiles) * limits.num_sms;
-  if (small.one_token_per_block || members[0].tokens < enough || large.shared_bytes > limits.shared_bytes) return small;
-  return large;
+  const int64_t wave = 16 * large.m_tiles * lora_blocks_per_sm(element, large.m_tiles) * limits.num_sms;
+  return !small.one_token_per_block && members[0].tokens >= wave && large.shared_bytes <= limits.shared_bytes ? large
+                                                                                                              : small;
 }
 
 // ---- hypernetwork trunk
