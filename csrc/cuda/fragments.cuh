@@ -5,7 +5,8 @@
 // or shuffles.
 //
 // float32 operands use 3xTF32 (x = high + low, 11 bits each): relative error at most 3 * 2^-22.  Tensor cores truncate when
-// accumulating, a bias toward zero; so they accumulate one k-block only, and k-blocks are added with rounding on CUDA cores.
+// accumulating, a bias that would exceed float32 bounds over a large K: multiply_quads of float32 accumulates one k-block on
+// tensor cores, and adds k-blocks with rounding.
 #pragma once
 #include "primitives.cuh"
 #include "t2l/params.h"
