@@ -1,4 +1,4 @@
-// Chooses the instruction set at run time.
+// Run-time dispatch over instruction sets.
 #include <cstdlib>
 #include <cstring>
 

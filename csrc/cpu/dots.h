@@ -1,21 +1,20 @@
-// Dot products of rows with rows: the shrink of LoRA, and products too small for panels.
+// x w^T for few rows: the shrink of LoRA, and products too small for the packed panels of panel.h.
 #pragma once
 #include "simd.h"
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int kDotRows = 16;  // rows of x at a time
-constexpr int kDotCols = 8;   // rows of w whose sums are kept
-// A tile keeps kTileRows * kTileCols sums in registers.  Rows of many models lie a multiple of 4 KiB apart, all in the same
-// sets of a cache: with AVX-512 a tile has 10 rows in all, where L1 has 12 ways (Zen 5, Ice Lake and later).
+constexpr int kDotRows = 16;  // rows of x of one call, at most
+constexpr int kDotCols = 8;   // rows of w per block of accumulators
+// Register tile: kTileRows * kTileCols accumulators.  Row strides of many models are multiples of 4 KiB, so all rows map to
+// the same L1 sets: with AVX-512 a tile touches 10 rows, below the 12 ways of L1 (Zen 5, Ice Lake and later).
 constexpr int kTileRows = 2;
 constexpr int kTileCols = kLanes == 16 ? 8 : 4;
-constexpr int64_t kDotBytes = 4096;  // of every row between two visits of its sums: a tile's operands stay in L1
+constexpr int64_t kDotBytes = 4096;  // k-block: bytes of every row, so that the operands of a tile stay in L1
 
-// Adds features [begin, end) of dot(x row i, w row j) to acc[i * kDotCols + j], i < R, j < C; `begin` 0 starts at zero.
-// Every sum runs through the features in order, one vector at a time, whatever R and C are.  `next`, if any: R rows of x
-// that come after these, brought near meanwhile.
+// Micro-kernel: acc[i * kDotCols + j] += dot(x[i], w[j]) over features [begin, end), i < R, j < C; begin == 0 starts from
+// zero. The order of summation does not depend on R and C.  `next`: the R rows of x of the next tile, prefetched; or null.
 template <int R, int C, class XT, class WT>
 inline void dot_tile(const XT* const* x, const XT* const* next, const WT* w, int64_t ldw, int64_t begin, int64_t end,
                      Vec* acc) {
@@ -51,7 +50,7 @@ inline void dot_column(const XT* const* x, int rows, const WT* w, int64_t ldw, i
   for (; i < rows; ++i) dot_tile<1, C, XT>(x + i, nullptr, w, ldw, begin, end, acc + i * kDotCols);
 }
 
-// out[i * ldo + j] = dot(x row i, w row j) for rows <= kDotRows given by their addresses; w is read once from memory.
+// out[i * ldo + j] = dot(x[i], w[j]) for up to kDotRows gathered rows of x; w is read from memory once.
 template <class XT, class WT>
 inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int64_t cols, int64_t depth, float* out,
                      int64_t ldo) {
@@ -59,11 +58,11 @@ inline void dot_rows(const XT* const* x, int rows, const WT* w, int64_t ldw, int
   const int64_t block = rows < kTileRows ? depth : kFeatures;
   Vec acc[kDotRows * kDotCols];
   for (int64_t j = 0; j < cols; j += kDotCols) {
-    const int n = static_cast<int>(lesser(kDotCols, cols - j));
+    const int n = static_cast<int>(min(kDotCols, cols - j));
     const WT* first = w + j * ldw;
     int64_t begin = 0;
     do {
-      const int64_t end = lesser(depth, begin + block);
+      const int64_t end = min(depth, begin + block);
       if (rows < kTileRows && n == kDotCols) {
         for (int i = 0; i < rows; ++i) dot_tile<1, kDotCols, XT>(x + i, nullptr, first, ldw, begin, end, acc + i * kDotCols);
       } else {

@@ -1,15 +1,14 @@
-// Hypernetwork head of one module for one instruction set: weight rows are split over threads, and a thread reads each of
-// its rows once from memory, in order; the epilogue writes A and B where they belong.
+// Hypernetwork head of one module: a GEMM of weight rows with packed latent rows.  Weight rows are split over threads and
+// streamed once, in memory order; the epilogue scatters the results to A and B.
 #pragma once
 #include "panel.h"
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int64_t kHeadCols = 96;  // weight rows a head tile covers: a multiple of kPanelCols and of kLanes
+constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 
-// Latent rows as panels.  All (task, layer) rows of one side and rank follow each other, so that only the last panel of
-// these holds rows that are none.
+// Latent rows packed into panels: those of one (side, rank) are consecutive, so that only its last panel is padded.
 template <class WT>
 struct LatentPanels {
   explicit LatentPanels(const HeadParams& p)
@@ -30,7 +29,7 @@ inline void pack_latent(const HeadParams& p, LatentPanels<WT>& panels, ParallelF
       const WT* latent =
           static_cast<const WT*>(p.latent) + run / p.ranks * p.latent_stride[1] + run % p.ranks * p.latent_stride[2];
       const auto row = [&](int64_t i) {
-        const int64_t r = lesser(panel * kPanelRows + i, panels.rows - 1);
+        const int64_t r = min(panel * kPanelRows + i, panels.rows - 1);
         return latent + r / p.layers * p.latent_stride[0] + r % p.layers * p.latent_stride[3];
       };
       pack_panel<WT>(row, p.h, panels.at(run, panel));
@@ -39,7 +38,7 @@ inline void pack_latent(const HeadParams& p, LatentPanels<WT>& panels, ParallelF
   for_range(parallel, p.sides * p.ranks * panels.per_run, 4, body);
 }
 
-// Where the results of one side, rank and first column belong, and what the epilogue reads beside them.
+// Epilogue operands and output of one side, for one rank and from one column on.
 template <class OT>
 struct HeadTarget {
   HeadTarget(const HeadParams& params, int side_index, int64_t row, int64_t rank, int64_t column)
@@ -47,7 +46,7 @@ struct HeadTarget {
     mul = start(p.mul[side], p.mul_stride[side], rank, column);
     plus = start(p.add[side], p.add_stride[side], rank, column);
     out = static_cast<OT*>(p.out[side]) + rank * p.out_stride[side][2] + column * p.out_stride[side][3];
-    dense = p.out_stride[side][3] == 1 && (!mul || p.mul_stride[side][2] == 1) && (!plus || p.add_stride[side][2] == 1);
+    contiguous = p.out_stride[side][3] == 1 && (!mul || p.mul_stride[side][2] == 1) && (!plus || p.add_stride[side][2] == 1);
   }
   static const float* start(const float* t, const int64_t* stride, int64_t rank, int64_t column) {
     return t ? t + rank * stride[1] + column * stride[2] : nullptr;
@@ -60,10 +59,10 @@ struct HeadTarget {
   const float* mul;
   const float* plus;
   OT* out;
-  bool dense;
+  bool contiguous;
 };
 
-// y[cols]: bias, mul, add, scale, cast, store.  Whole vectors of y may be read.
+// Epilogue of y[cols]: bias, mul, add, scale, cast, store.  y is read in whole vectors.
 template <class OT>
 inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task, int64_t layer, int64_t cols) {
   const int side = t.side;
@@ -72,7 +71,7 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
   const float* plus = t.plus ? t.plus + layer * t.p.add_stride[side][0] : nullptr;
   const float scale = t.p.scale[side];
   OT* out = t.row(task, layer);
-  if (!t.dense) {
+  if (!t.contiguous) {
     for (int64_t c = 0; c < cols; ++c) {
       float value = y[c];
       if (t.bias) value += t.bias[c];
@@ -84,7 +83,7 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
   }
   const Vec scales = broadcast(scale);
   for (int64_t c = 0; c < cols; c += kLanes) {
-    const int n = static_cast<int>(lesser(kLanes, cols - c));
+    const int n = static_cast<int>(min(kLanes, cols - c));
     Vec value = load(y + c);
     if (t.bias) value = add(value, load_up_to(t.bias + c, n));
     if (mul) value = multiply(value, load_up_to(mul + c, n));
@@ -93,14 +92,14 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
   }
 }
 
-// One thread's buffers: a tile as the products give it and turned, and weights widened where the products want that.
+// Per-thread buffers: the product of a tile, its transpose, and weights widened to float32 where the ISA needs that.
 struct HeadScratch {
-  explicit HeadScratch(int64_t h) : tile(kHeadCols * kPanelRows), turned(kPanelRows * kHeadCols), wide(kPanelCols * h) {}
-  Scratch<float> tile, turned, wide;
+  explicit HeadScratch(int64_t h) : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), wide(kPanelCols * h) {}
+  Scratch<float> tile, transposed, wide;
 };
 
-// Weight rows [row, row + cols), which give columns of one side, against all its latent rows; `p_rank` is the rank within
-// a latent row's share of ranks.
+// Weight rows [row, row + cols), columns [column, column + cols) of one side, times all latent rows of that side.  A latent
+// row covers rank / ranks ranks; `p_rank` is the rank within these.
 template <class WT, class OT>
 inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
                       int64_t cols, HeadScratch& s) {
@@ -109,16 +108,16 @@ inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, i
     const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
     const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
     for (int64_t panel = 0; panel < panels.per_run; ++panel) {
-      const int64_t first = panel * kPanelRows, last = lesser(first + kPanelRows, panels.rows);
-      if (target.dense)  // the lines to be written come while the products run
+      const int64_t first = panel * kPanelRows, last = min(first + kPanelRows, panels.rows);
+      if (target.contiguous)  // prefetch the output cache lines for writing
         for (int64_t i = first; i < last; ++i)
           for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
             __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
       matmul_panel<WT>(panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
-      transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.turned.data, kHeadCols);
+      transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.transposed.data, kHeadCols);
       int64_t task = first / p.layers, layer = first % p.layers;
       for (int64_t i = first; i < last; ++i) {
-        head_epilogue(target, s.turned.data + (i - first) * kHeadCols, task, layer, cols);
+        head_epilogue(target, s.transposed.data + (i - first) * kHeadCols, task, layer, cols);
         if (++layer == p.layers) layer = 0, ++task;
       }
     }
@@ -143,7 +142,7 @@ inline void head_typed(const HeadParams& p, ParallelFor parallel) {
       const int64_t local = item - (side ? per_latent * tiles[0] : 0);
       const int64_t p_rank = local / tiles[side], column = local % tiles[side] * kHeadCols;
       const int64_t row = start[side] + p_rank * stride[side] + column;
-      head_tile<WT, OT>(p, panels, side, row, p_rank, column, lesser(kHeadCols, width[side] - column), scratch);
+      head_tile<WT, OT>(p, panels, side, row, p_rank, column, min(kHeadCols, width[side] - column), scratch);
     }
   };
   for_range(parallel, per_latent * (tiles[0] + tiles[1]), 1, body);

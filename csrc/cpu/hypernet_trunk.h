@@ -1,5 +1,4 @@
-// Hypernetwork trunk for one instruction set: one pass over panels of (task, module, layer) rows, nothing larger than a
-// panel in between.
+// Hypernetwork trunk: every panel of (task, module, layer) rows goes through all layers; intermediates are one panel large.
 #pragma once
 #include <cmath>
 
@@ -11,8 +10,8 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr float kLayerNormEps = 1e-5f;
 
-// exp(x) to 2 ulp for |x| <= 87, e^-87 below, infinity above 88: 2^k times a polynomial of degree 6 (Cody-Waite reduction).
-// Branch-free, so that loops over it vectorise.  A NaN gives a finite value: the caller's own arithmetic keeps it.
+// exp(x) to 2 ulp for |x| <= 87, e^-87 below, infinity above 88: Cody-Waite range reduction and a polynomial of degree 6.
+// Branch-free, so that loops over it vectorise.  NaN gives a finite value: callers propagate it themselves.
 inline float fast_exp(float argument) {
   float x = argument > -87.0f ? argument : -87.0f;
   x = x < 88.0f ? x : 88.0f;
@@ -33,7 +32,7 @@ inline float fast_exp(float argument) {
   return argument > 88.0f ? INFINITY : y * scale;
 }
 
-// x = silu(x + bias) on a feature-major panel; NaN in, NaN out.
+// x = silu(x + bias) on a feature-major panel; propagates NaN.
 inline void bias_silu(float* x, const float* bias, int64_t features) {
   for (int64_t j = 0; j < features; ++j)
     for (int64_t i = 0; i < kPanelRows; ++i) {
@@ -42,7 +41,7 @@ inline void bias_silu(float* x, const float* bias, int64_t features) {
     }
 }
 
-// LayerNorm of every row of a panel; the rows are lanes, so nothing is summed across them.
+// LayerNorm of every row of a panel; rows are lanes, so there is no horizontal sum.
 inline void layer_norm(const float* x, const float* weight, const float* bias, int64_t features, float* out) {
   float mean[kPanelRows] = {}, scale[kPanelRows] = {};
   const float count = static_cast<float>(features);
@@ -60,7 +59,7 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, i
       out[j * kPanelRows + i] = (x[j * kPanelRows + i] - mean[i]) * scale[i] * weight[j] + bias[j];
 }
 
-// One thread's buffers, all feature-major panels.
+// Per-thread buffers, all feature-major panels.
 template <class WT>
 struct TrunkScratch {
   TrunkScratch(int64_t m, int64_t h)
@@ -79,7 +78,7 @@ struct TrunkScratch {
 // s.result = silu(W2 s.hidden + b2)
 template <class WT>
 inline void second_linear(TrunkScratch<WT>& s, int64_t m, const void* w2, const float* b2, int64_t out) {
-  make_panel(s.hidden.data, 4 * m, s.panel.data, WT());
+  round_to_panel(s.hidden.data, 4 * m, s.panel.data, WT());
   matmul_panel<WT>(s.panel.data, static_cast<const WT*>(w2), out, 4 * m, s.wide.data, s.result.data);
   bias_silu(s.result.data, b2, out);
 }
@@ -88,7 +87,7 @@ inline void second_linear(TrunkScratch<WT>& s, int64_t m, const void* w2, const 
 template <class WT>
 inline void mlp(TrunkScratch<WT>& s, const MlpParams& p, const float* x, int64_t m, int64_t out) {
   layer_norm(x, p.norm_weight, p.norm_bias, m, s.normed.data);
-  make_panel(s.normed.data, m, s.panel.data, WT());
+  round_to_panel(s.normed.data, m, s.panel.data, WT());
   matmul_panel<WT>(s.panel.data, static_cast<const WT*>(p.w1), 4 * m, m, s.wide.data, s.hidden.data);
   bias_silu(s.hidden.data, p.b1, 4 * m);
   second_linear(s, m, p.w2, p.b2, out);
@@ -100,7 +99,7 @@ inline void residual(TrunkScratch<WT>& s, const MlpParams& p, float* x, int64_t 
   for (int64_t i = 0; i < kPanelRows * m; ++i) x[i] += s.result.data[i];
 }
 
-// Half-split rotation of every row by position k, base 1e4.
+// Rotary embedding of every row at position k, half-split, base 1e4.
 inline void rotate(const float* x, int64_t m, int64_t k, float* out) {
   const int64_t half = m / 2;
   for (int64_t j = 0; j < half; ++j) {
@@ -125,31 +124,31 @@ inline void add_side(const TrunkParams& p, const float* x, int64_t first, int64_
   }
 }
 
-constexpr int64_t kChunkFeatures = 64;  // features turned at a time between panels and rows
+constexpr int64_t kChunkFeatures = 64;  // features per transpose between panels and rows
 
 template <class WT>
 inline void store_latent(const TrunkParams& p, const float* result, int64_t first, int64_t rows, int64_t side, int64_t k) {
-  alignas(kCacheLine) float turned[kPanelRows * kChunkFeatures];
+  alignas(kCacheLine) float transposed[kPanelRows * kChunkFeatures];
   for (int64_t j = 0; j < p.h; j += kChunkFeatures) {
-    const int64_t n = lesser(kChunkFeatures, p.h - j);
-    transpose(result + j * kPanelRows, kPanelRows, n, kPanelRows, turned, kChunkFeatures);
+    const int64_t n = min(kChunkFeatures, p.h - j);
+    transpose(result + j * kPanelRows, kPanelRows, n, kPanelRows, transposed, kChunkFeatures);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t task_module = (first + i) / p.layers, layer = (first + i) % p.layers;
       const int64_t row = ((task_module * p.sides + side) * p.ranks + k) * p.layers + layer;
-      store_row(turned + i * kChunkFeatures, n, static_cast<WT*>(p.latent) + row * p.h + j);
+      store_row(transposed + i * kChunkFeatures, n, static_cast<WT*>(p.latent) + row * p.h + j);
     }
   }
 }
 
-// hidden = silu of the first mixer product: the task's part plus the constant of module and layer.
+// hidden = silu of the first mixer layer: the task's projection plus the folded constant of module and layer.
 template <class WT>
 inline void mixer_hidden(const TrunkParams& p, const float* task_part, int64_t first, int64_t rows, TrunkScratch<WT>& s) {
   const int64_t hidden = 4 * p.m, group = p.modules * p.layers;
   alignas(kCacheLine) float sums[kPanelRows * kChunkFeatures];
   for (int64_t j = 0; j < hidden; j += kChunkFeatures) {
-    const int64_t n = lesser(kChunkFeatures, hidden - j);
-    for (int64_t i = 0; i < kPanelRows; ++i) {  // rows beyond the last repeat it and are not stored
-      const int64_t row = first + lesser(i, rows - 1);
+    const int64_t n = min(kChunkFeatures, hidden - j);
+    for (int64_t i = 0; i < kPanelRows; ++i) {  // padding rows repeat the last one and are not stored
+      const int64_t row = first + min(i, rows - 1);
       const float* task = task_part + row / group * hidden + j;
       const float* constant = p.mixer_table + row % group * hidden + j;
       for (int64_t c = 0; c < n; ++c) sums[i * kChunkFeatures + c] = task[c] + constant[c];
@@ -159,7 +158,7 @@ inline void mixer_hidden(const TrunkParams& p, const float* task_part, int64_t f
   bias_silu(s.hidden.data, nullptr, hidden);
 }
 
-// Rows [first, first + rows) of the (task, module, layer) product, all their sides and ranks.
+// Rows [first, first + rows) of (task, module, layer), for all sides and ranks.
 template <class WT>
 inline void trunk_panel(const TrunkParams& p, const float* task_part, int64_t first, int64_t rows, TrunkScratch<WT>& s) {
   const int64_t m = p.m;
@@ -196,7 +195,7 @@ inline void trunk_typed(const TrunkParams& p, ParallelFor parallel) {
     const WT* row[kDotRows];
     for (int64_t i = 0; i < kDotRows; ++i) row[i] = z.data + i * p.t;
     for (int64_t task = begin; task < end; task += kDotRows) {
-      const int64_t rows = lesser(kDotRows, end - task);
+      const int64_t rows = min(kDotRows, end - task);
       store_row(p.z + task * p.t, rows * p.t, z.data);
       dot_rows(row, static_cast<int>(rows), static_cast<const WT*>(p.mixer_task), p.t, hidden, p.t,
                task_part.data + task * hidden, hidden);
@@ -208,7 +207,7 @@ inline void trunk_typed(const TrunkParams& p, ParallelFor parallel) {
     TrunkScratch<WT> scratch(p.m, p.h);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kPanelRows;
-      trunk_panel(p, task_part.data, first, lesser(kPanelRows, rows - first), scratch);
+      trunk_panel(p, task_part.data, first, min(kPanelRows, rows - first), scratch);
     }
   };
   for_range(parallel, (rows + kPanelRows - 1) / kPanelRows, 1, body);

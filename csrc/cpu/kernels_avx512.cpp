@@ -1,6 +1,6 @@
 #if defined(__x86_64__)
 #define T2L_ISA_LEVEL 2
-// The standard headers come first: what simd.h's target pragma covers must be this unit's own code alone.
+// Standard headers first: the target pragma of simd.h must not cover them.
 #include <cmath>
 
 #include "hypernet_head.h"

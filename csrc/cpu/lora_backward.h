@@ -1,15 +1,14 @@
-// Gradients of batched LoRA for one instruction set, without copies of A and B a token.  Blocks of tokens give the rank
-// vectors v = s A x and w = s g B and the gradient of x; then columns of each adapter's A and B sum w x and g v over its
-// tokens, in their order.
+// Gradients of batched LoRA, without gathering A and B per token.  Blocks of tokens give the rank vectors v = s A x and
+// w = s g B and the gradient of x; then each adapter's columns of A and B accumulate w x and g v over its tokens, in order.
 #pragma once
 #include "lora_impl.h"
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int64_t kGradCols = 128;  // columns of one adapter's gradient that a thread sums at a time
+constexpr int64_t kGradCols = 128;  // columns of one adapter's gradient per work item
 
-// The rank vectors of all tokens, in the order of TokenOrder; those of a run lie its own rank apart.
+// The rank vectors of all tokens, in the order of TokenOrder; within a run the stride is the rank of its adapter.
 struct RankVectors {
   RankVectors(int64_t tokens, int64_t rank) : v(tokens * rank), w(tokens * rank) {}
   Scratch<float> v, w;
@@ -17,7 +16,7 @@ struct RankVectors {
 
 // w[i] = g[i] b for a block of tokens.
 template <class T, class WT>
-inline void project_grad(const LoraParams& p, const T* const* g, int count, const WT* b, int64_t rank, float* turned,
+inline void project_grad(const LoraParams& p, const T* const* g, int count, const WT* b, int64_t rank, float* b_transposed,
                          float* w) {
   if (p.b_stride_out == 1) {
     dot_rows(g, count, b, p.b_stride_rank, rank, p.out, w, rank);
@@ -26,19 +25,19 @@ inline void project_grad(const LoraParams& p, const T* const* g, int count, cons
   for (int64_t i = 0; i < count * rank; ++i) w[i] = 0.0f;
   SmallScratch<float, kDotRows * 128> part(count * rank);
   for (int64_t o = 0; o < p.out; o += kChunk) {
-    const int64_t cols = lesser(kChunk, p.out - o);
-    turn_chunk<float>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, turned);
+    const int64_t cols = min(kChunk, p.out - o);
+    transpose_chunk<float>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, b_transposed);
     const T* at[kDotRows];
     for (int i = 0; i < count; ++i) at[i] = g[i] + o;
-    dot_rows(at, count, turned, kChunkStride, rank, cols, part.data, rank);
+    dot_rows(at, count, b_transposed, kChunkStride, rank, cols, part.data, rank);
     for (int64_t i = 0; i < count * rank; ++i) w[i] += part.data[i];
   }
 }
 
-// One block: its rank vectors and its rows of grad_x.
+// Rank vectors and grad_x of one block of tokens.
 template <class T, class WT>
-inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const int32_t* tokens, int count, float* turned,
-                           float* v, float* w) {
+inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const int32_t* tokens, int count,
+                           float* b_transposed, float* v, float* w) {
   const LoraParams& p = q.lora;
   const T *x[kDotRows], *g[kDotRows];
   T* grad_x[kDotRows];
@@ -55,19 +54,19 @@ inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const i
   const WT* a = static_cast<const WT*>(p.a) + adapter * p.a_stride_adapter;
   const WT* b = static_cast<const WT*>(p.b) + adapter * p.b_stride_adapter;
   dot_rows(x, count, a, p.a_stride_rank, rank, p.in, v, rank);
-  project_grad(p, g, count, b, rank, turned, w);
+  project_grad(p, g, count, b, rank, b_transposed, w);
   const float scaling = p.scaling[adapter];
   for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling, w[i] *= scaling;
   expand_whole<false>(grad_x, count, w, rank, a, p.a_stride_rank, p.in);
 }
 
-// out[j, c] = sum over tokens of factors[t, j] * x[t, c] for C ranks and one pair of vectors of columns (or what is left).
+// Micro-kernel: out[j, c] = sum over tokens of factors[t, j] * x[t, c] for C ranks and up to two vectors of columns.
 template <int C, class T, class WT>
 inline void outer_tile(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
                        int64_t rank, int64_t cols, WT* out, int64_t out_rank, int64_t out_col) {
   Vec acc[C][2];
   for (int j = 0; j < C; ++j) acc[j][0] = acc[j][1] = zero();
-  const int n0 = static_cast<int>(lesser(kLanes, cols)), n1 = static_cast<int>(lesser(kLanes, cols - n0));
+  const int n0 = static_cast<int>(min(kLanes, cols)), n1 = static_cast<int>(min(kLanes, cols - n0));
   for (int64_t t = 0; t < count; ++t) {
     const T* row = x + tokens[t] * x_stride;
     const Vec x0 = load_up_to(row, n0), x1 = n1 > 0 ? load_up_to(row + kLanes, n1) : zero();
@@ -105,7 +104,7 @@ inline void outer_columns(const T* x, int64_t x_stride, const int32_t* tokens, i
   }
 }
 
-// Item `item` of a run: columns of grad_a, then of grad_b.
+// Work item `item` of a run: columns of grad_a, then of grad_b.
 template <class T, class WT>
 inline void backward_columns(const LoraBackwardParams& q, const TokenOrder& order, int64_t run, int64_t item,
                              const RankVectors& vectors) {
@@ -118,13 +117,12 @@ inline void backward_columns(const LoraBackwardParams& q, const TokenOrder& orde
   if (item < chunks_a) {
     const int64_t c = item * kGradCols;
     outer_columns(static_cast<const T*>(p.x) + c, p.x_stride, tokens, count, vectors.w.data + first * p.rank, rank,
-                  lesser(kGradCols, p.in - c), static_cast<WT*>(q.grad_a) + adapter * p.rank * p.in + c, p.in, 1);
+                  min(kGradCols, p.in - c), static_cast<WT*>(q.grad_a) + adapter * p.rank * p.in + c, p.in, 1);
   } else {
     const int64_t c = (item - chunks_a) * kGradCols;
     outer_columns(static_cast<const T*>(q.grad) + c, q.grad_stride, tokens, count, vectors.v.data + first * p.rank, rank,
-                  lesser(kGradCols, p.out - c),
-                  static_cast<WT*>(q.grad_b) + adapter * p.rank * p.out + c * q.grad_b_stride_out, q.grad_b_stride_rank,
-                  q.grad_b_stride_out);
+                  min(kGradCols, p.out - c), static_cast<WT*>(q.grad_b) + adapter * p.rank * p.out + c * q.grad_b_stride_out,
+                  q.grad_b_stride_rank, q.grad_b_stride_out);
   }
 }
 
@@ -135,11 +133,11 @@ inline void backward_typed(const LoraBackwardParams& q, ParallelFor parallel) {
   if (order.blocks == 0) return;
   RankVectors vectors(p.tokens, p.rank);
   auto blocks = [&](int64_t first, int64_t last) {
-    SmallScratch<float, kChunkStride * 16> turned(p.b_stride_out == 1 ? 0 : kChunkStride * p.rank);
-    for (TokenOrder::Walk walk(order, first); walk.block < last; walk.next()) {
-      const int64_t begin = order.run_begin(walk.run);
-      const int64_t place = begin * p.rank + (walk.first - begin) * rank_of(p, walk.adapter());
-      backward_block<T, WT>(q, walk.adapter(), walk.tokens(), walk.count(), turned.data, vectors.v.data + place,
+    SmallScratch<float, kChunkStride * 16> b_transposed(p.b_stride_out == 1 ? 0 : kChunkStride * p.rank);
+    for (TokenOrder::BlockIterator it(order, first); it.block < last; it.next()) {
+      const int64_t begin = order.run_begin(it.run);
+      const int64_t place = begin * p.rank + (it.first - begin) * rank_of(p, it.adapter());
+      backward_block<T, WT>(q, it.adapter(), it.tokens(), it.count(), b_transposed.data, vectors.v.data + place,
                             vectors.w.data + place);
     }
   };

@@ -1,5 +1,5 @@
-// Batched LoRA for one instruction set: per block of tokens that use one adapter, v = scaling * A x, then y (+)= B v.  The
-// rank vector stays in float32 and in L1; each element of y is rounded once.
+// Batched LoRA: per block of tokens of one adapter, shrink v = scaling * A x, then expand y (+)= B v.  The rank vector stays
+// in float32 and in L1; each element of y is rounded once.
 #pragma once
 #include "dots.h"
 #include "lora_order.h"
@@ -7,13 +7,13 @@
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int64_t kChunk = 512;                // outputs of [out, rank] storage turned at a time
-constexpr int64_t kChunkStride = kChunk + 16;  // not a power of two, so that ranks do not share the sets of a cache
-constexpr int64_t kOutputsAhead = 256;         // of a token, brought near before they are added to
-constexpr int64_t kGrainMacs = 1 << 15;        // multiply-adds worth another thread: in a decode step they wait for memory
+constexpr int64_t kChunk = 512;                // outputs of [out, rank] storage per transpose
+constexpr int64_t kChunkStride = kChunk + 16;  // padded: a power of two would map all ranks to the same cache sets
+constexpr int64_t kPrefetchOutputs = 256;      // prefetch distance within a row of y
+constexpr int64_t kGrainMacs = 1 << 15;        // multiply-adds worth a thread: few, since a decode step is memory-bound
 
-// Two vectors of outputs in the order that costs least for outputs of type T: one after the other, or, for bfloat16 where
-// the instruction set converts it, the even ones and the odd ones of 32.
+// Two vectors of outputs of type T: consecutive, or, for bfloat16 with AVX512-BF16, the even and the odd ones of 32, which
+// is the order in which pairs of bfloat16 widen and narrow without shuffles.
 template <class T>
 struct PairOf {
   static constexpr bool kEvenOdd = false;
@@ -31,10 +31,10 @@ struct PairOf {
     store_as(p + kLanes, v[1], kLanes);
   }
 };
-// Whether PairOf<T> can turn [out, 8] storage of BT in registers.
+// Whether PairOf<T> can transpose [out, 8] storage of BT in registers.
 template <class T, class BT>
-struct Turns {
-  static constexpr bool kInRegisters = false;
+struct InRegisterTranspose {
+  static constexpr bool kSupported = false;
 };
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 template <>
@@ -61,9 +61,9 @@ struct PairOf<bf16> {
     const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0]));
     _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, halves));
   }
-  // 32 outputs of [out, 8] storage: v[2 * j] and v[2 * j + 1] are the pair of rank j.
-  static void turn_weights(const bf16* b, Vec* v) {
-    // Dwords, two ranks each, of 8 outputs: the even outputs' and the odd outputs' of two dwords of a row.
+  // 32 outputs of [out, 8] storage, transposed: v[2 * j] and v[2 * j + 1] are the pair of rank j.
+  static void load_transposed_weights(const bf16* b, Vec* v) {
+    // A dword holds two ranks of an output; picks two dwords of 8 outputs, even outputs before odd ones.
     const __m512i pick = _mm512_setr_epi32(0, 8, 16, 24, 4, 12, 20, 28, 1, 9, 17, 25, 5, 13, 21, 29);
     for (int half = 0; half < 2; ++half) {
       const __m512i order = _mm512_add_epi32(pick, _mm512_set1_epi32(2 * half));
@@ -84,13 +84,13 @@ struct PairOf<bf16> {
 };
 
 template <>
-struct Turns<bf16, bf16> {
-  static constexpr bool kInRegisters = true;
+struct InRegisterTranspose<bf16, bf16> {
+  static constexpr bool kSupported = true;
 };
 #endif
 
-// y[i] (+)= v[i] b for R tokens and P pairs of vectors of outputs; v rows rank apart, b [rank, outputs] with rows ldb apart.
-// `ordered`: pairs of b lie in memory as PairOf<T> has them.
+// Micro-kernel: y[i] (+)= v[i] b for R tokens and P pairs of vectors of outputs; v [R, rank], b [rank, outputs] with stride
+// ldb.  `ordered`: b is stored in the order of PairOf<T>.
 template <bool kAdd, int R, int P, class T, class BT>
 inline void expand_pairs(T* const* y, int64_t first, const float* v, int64_t rank, const BT* b, int64_t ldb, bool ordered) {
   using Pair = PairOf<T>;
@@ -119,9 +119,9 @@ inline void expand_pairs(T* const* y, int64_t first, const float* v, int64_t ran
     }
 }
 
-// The same for the outputs that fill no pair, at most one vector at a time.
+// Tail: the outputs after the last pair, up to one vector at a time.
 template <bool kAdd, class T, class BT>
-inline void expand_rest(T* y, const float* v, int64_t rank, const BT* b, int64_t ldb, int outputs) {
+inline void expand_tail(T* y, const float* v, int64_t rank, const BT* b, int64_t ldb, int outputs) {
   Vec acc = zero();
   for (int64_t j = 0; j < rank; ++j) acc = fma(broadcast(v[j]), load_up_to(b + j * ldb, outputs), acc);
   if (kAdd) acc = add(load_up_to(y, outputs), acc);
@@ -137,25 +137,25 @@ inline void expand_rows(T* const* y, int64_t first, const float* v, int64_t rank
   for (; o + kPair <= outputs; o += kPair) expand_pairs<kAdd, R, 1>(y, first + o, v, rank, b + o, ldb, ordered);
   for (; o < outputs; o += kLanes)
     for (int i = 0; i < R; ++i)
-      expand_rest<kAdd>(y[i] + first + o, v + i * rank, rank, b + o, ldb, static_cast<int>(lesser(kLanes, outputs - o)));
+      expand_tail<kAdd>(y[i] + first + o, v + i * rank, rank, b + o, ldb, static_cast<int>(min(kLanes, outputs - o)));
 }
 
-// Rank 8, whole pairs; returns the outputs done.  The weights of a pair stay in registers for all tokens of a block, and are
-// turned there (`kTurn`: b is [out, 8] storage).
-template <bool kAdd, bool kTurn, class T, class BT>
-inline int64_t expand_eight(T* const* y, int rows, const float* v, const BT* b, int64_t ldb, int64_t outputs) {
+// Rank 8: keeps the weights of a pair in registers for all tokens of a block.  Returns the outputs done, whole pairs only.
+// `kTranspose`: b is [out, 8] storage, transposed in registers.
+template <bool kAdd, bool kTranspose, class T, class BT>
+inline int64_t expand_rank8(T* const* y, int rows, const float* v, const BT* b, int64_t ldb, int64_t outputs) {
   using Pair = PairOf<T>;
   constexpr int64_t kPair = 2 * kLanes;
   int64_t o = 0;
   for (; o + kPair <= outputs; o += kPair) {
     Vec weights[16];
-    if constexpr (kTurn)
-      Pair::turn_weights(b + 8 * o, weights);
+    if constexpr (kTranspose)
+      Pair::load_transposed_weights(b + 8 * o, weights);
     else
       for (int j = 0; j < 8; ++j) Pair::load_weights(b + j * ldb + o, false, weights + 2 * j);
     for (int i = 0; i < rows; ++i) {
       Vec acc[2] = {zero(), zero()};
-      if (kAdd) __builtin_prefetch(y[i] + o + kOutputsAhead, 0, 2);
+      if (kAdd) __builtin_prefetch(y[i] + o + kPrefetchOutputs, 0, 2);
       for (int j = 0; j < 8; ++j) {
         const Vec factor = broadcast(v[8 * i + j]);
         for (int k = 0; k < 2; ++k) acc[k] = fma(factor, weights[2 * j + k], acc[k]);
@@ -182,42 +182,42 @@ inline void expand(T* const* y, int rows, int64_t first, const float* v, int64_t
   for (; i < rows; ++i) expand_rows<kAdd, 1, 2>(y + i, first, v + i * rank, rank, b, ldb, outputs, ordered);
 }
 
-// turned[j * kChunkStride + c] = b[c, j] for outputs c < cols of [out, rank] storage, pairs of vectors as PairOf<T> has
-// them.
+// b_transposed[j * kChunkStride + c] = b[c, j] for outputs c < cols of [out, rank] storage, in the order of PairOf<T>.
 template <class T, class BT>
-inline void turn_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_t cols, int64_t rank, float* turned) {
-  constexpr int64_t kQuad = 16 / sizeof(BT), kPair = 2 * kLanes;  // kQuad: ranks turned at a time
+inline void transpose_chunk(const BT* b, int64_t ld_out, int64_t ld_rank, int64_t cols, int64_t rank, float* b_transposed) {
+  constexpr int64_t kQuad = 16 / sizeof(BT), kPair = 2 * kLanes;  // kQuad: ranks of 16 bytes
   const int64_t whole_cols = cols / kPair * kPair, whole_rank = ld_rank == 1 ? rank / kQuad * kQuad : 0;
   for (int64_t c = 0; c < whole_cols; c += kPair) {
     for (int half = 0; half < 2; ++half) {
       const int64_t first = PairOf<T>::kEvenOdd ? c + half : c + half * kLanes, step = PairOf<T>::kEvenOdd ? 2 : 1;
-      float* out = turned + c + half * kLanes;
+      float* out = b_transposed + c + half * kLanes;
       int64_t j = 0;
       for (; j < whole_rank; j += kQuad)
-        turn_quad(b + first * ld_out + j, step * ld_out, out + j * kChunkStride, kChunkStride);
+        transpose_quad(b + first * ld_out + j, step * ld_out, out + j * kChunkStride, kChunkStride);
       for (; j < rank; ++j)
         for (int i = 0; i < kLanes; ++i) out[j * kChunkStride + i] = to_float(b[(first + i * step) * ld_out + j * ld_rank]);
     }
   }
   for (int64_t c = whole_cols; c < cols; ++c)
-    for (int64_t j = 0; j < rank; ++j) turned[j * kChunkStride + c] = to_float(b[c * ld_out + j * ld_rank]);
+    for (int64_t j = 0; j < rank; ++j) b_transposed[j * kChunkStride + c] = to_float(b[c * ld_out + j * ld_rank]);
 }
 
 inline int64_t rank_of(const LoraParams& p, int64_t adapter) {
   return adapter < 0 ? 0 : p.ranks ? p.ranks[adapter] : p.rank;
 }
 
-// y (+)= v b for weights [rank, outputs] with rows ldb apart.
+// y (+)= v b for b [rank, outputs] with stride ldb.
 template <bool kAdd, class T, class BT>
 inline void expand_whole(T* const* y, int rows, const float* v, int64_t rank, const BT* b, int64_t ldb, int64_t outputs) {
-  constexpr bool kWide = kLanes == 16;  // registers for the weights of eight ranks
-  const int64_t done = kWide && rank == 8 ? expand_eight<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
+  constexpr bool kWide = kLanes == 16;  // AVX-512: enough registers for the weights of eight ranks
+  const int64_t done = kWide && rank == 8 ? expand_rank8<kAdd, false>(y, rows, v, b, ldb, outputs) : 0;
   expand<kAdd>(y, rows, done, v, rank, b + done, ldb, outputs - done, false);
 }
 
-// One block: tokens that use the same adapter.  kAdd: p.accumulate.
+// One block of tokens of one adapter.  kAdd: p.accumulate.
 template <bool kAdd, class T, class WT>
-inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* tokens, int count, float* v, float* turned) {
+inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* tokens, int count, float* v,
+                       float* b_transposed) {
   T* y[kDotRows];
   const T* x[kDotRows];
   for (int i = 0; i < count; ++i) {
@@ -240,34 +240,34 @@ inline void lora_block(const LoraParams& p, int64_t adapter, const int32_t* toke
     return;
   }
   int64_t o = 0;
-  if constexpr (Turns<T, WT>::kInRegisters)
-    if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_eight<kAdd, true>(y, count, v, b, 0, p.out);
-  for (; o < p.out; o += kChunk) {  // [out, r] storage: turn a chunk once for all tokens of the block
-    const int64_t cols = lesser(kChunk, p.out - o);
-    turn_chunk<T>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, turned);
-    expand<kAdd>(y, count, o, v, rank, turned, kChunkStride, cols, true);
+  if constexpr (InRegisterTranspose<T, WT>::kSupported)
+    if (rank == 8 && p.b_stride_out == 8 && p.b_stride_rank == 1) o = expand_rank8<kAdd, true>(y, count, v, b, 0, p.out);
+  for (; o < p.out; o += kChunk) {  // [out, rank] storage: one transpose for all tokens of the block
+    const int64_t cols = min(kChunk, p.out - o);
+    transpose_chunk<T>(b + o * p.b_stride_out, p.b_stride_out, p.b_stride_rank, cols, rank, b_transposed);
+    expand<kAdd>(y, count, o, v, rank, b_transposed, kChunkStride, cols, true);
   }
 }
 
-// A block of tokens goes through all members while its x is in the cache.
+// A block of tokens goes through all members while its x is in cache.
 template <class T, class WT>
 inline void lora_typed(const LoraParams* members, int64_t count, ParallelFor parallel) {
-  const LoraParams& p = members[0];  // of x and the segments
+  const LoraParams& p = members[0];  // x and segments are common to all members
   const TokenOrder order(p);
   if (order.blocks == 0) return;
-  int64_t rank = 0, width = 0, turned_rank = 0;
+  int64_t rank = 0, width = 0, transposed_rank = 0;
   for (int64_t i = 0; i < count; ++i) {
     rank = members[i].rank > rank ? members[i].rank : rank;
-    if (members[i].b_stride_out != 1) turned_rank = rank;
+    if (members[i].b_stride_out != 1) transposed_rank = rank;
     width += members[i].rank * (p.in + members[i].out);
   }
   const auto block = p.accumulate ? lora_block<true, T, WT> : lora_block<false, T, WT>;
   auto body = [&](int64_t first, int64_t last) {
     SmallScratch<float, kDotRows * 128> v(kDotRows * rank);
-    SmallScratch<float, kChunkStride * 16> turned(kChunkStride * turned_rank);
-    for (TokenOrder::Walk walk(order, first); walk.block < last; walk.next())
+    SmallScratch<float, kChunkStride * 16> b_transposed(kChunkStride * transposed_rank);
+    for (TokenOrder::BlockIterator it(order, first); it.block < last; it.next())
       for (int64_t i = 0; i < count; ++i)
-        block(members[i], walk.adapter(), walk.tokens(), walk.count(), v.data, turned.data);
+        block(members[i], it.adapter(), it.tokens(), it.count(), v.data, b_transposed.data);
   };
   const int64_t macs = p.tokens * width / order.blocks + 1;
   for_range(parallel, order.blocks, kGrainMacs / macs + 1, body);

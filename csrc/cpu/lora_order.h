@@ -1,11 +1,11 @@
-// The tokens of a batch in the order of their adapters: rows that share an adapter share its blocks wherever they stand.
+// Tokens of a batch sorted by adapter, so that tokens of one adapter share blocks wherever they are in the batch.
 #pragma once
 #include "simd.h"
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-// On the stack up to N values, else on the heap.
+// Buffer on the stack up to N values, else on the heap.
 template <class T, int64_t N>
 struct SmallScratch {
   explicit SmallScratch(int64_t n) : heap(n > N ? n : 0), data(n > N ? heap.data : small) {}
@@ -16,10 +16,10 @@ struct SmallScratch {
   T* data;
 };
 
-constexpr int64_t kFewTokens = 256;  // up to here nothing is allocated
+constexpr int64_t kFewTokens = 256;  // no heap allocation up to this many
 
-// A counting sort of tokens by adapter, stable; blocks of up to kDotRows tokens of one adapter are numbered through it.
-// Tokens of adapter -1 are left out when `accumulate`: nothing is to be done for them.
+// Stable counting sort of tokens by adapter.  A run is all tokens of one adapter; blocks of up to kDotRows tokens of a run
+// are numbered consecutively.  Tokens of adapter -1 are left out when `accumulate`: they are no-ops.
 struct TokenOrder {
   explicit TokenOrder(const LoraParams& p) : sorted(p.tokens), run_end(p.segments), run_adapter(p.segments) {
     const int64_t adapters = adapters_used(p);
@@ -53,9 +53,9 @@ struct TokenOrder {
 
   int32_t run_begin(int64_t run) const { return run ? run_end.data[run - 1] : 0; }
 
-  // Goes from one block to the next, from any block on.
-  struct Walk {
-    Walk(const TokenOrder& order, int64_t start) : o(order), block(start) {
+  // Iterates over blocks, from block `start` on.
+  struct BlockIterator {
+    BlockIterator(const TokenOrder& order, int64_t start) : o(order), block(start) {
       int64_t before = 0;
       for (;; ++run) {
         const int64_t begin = o.run_begin(run);
@@ -74,7 +74,7 @@ struct TokenOrder {
     }
     int64_t adapter() const { return o.run_adapter.data[run]; }
     const int32_t* tokens() const { return o.sorted.data + first; }
-    int count() const { return static_cast<int>(lesser(kDotRows, o.run_end.data[run] - first)); }
+    int count() const { return static_cast<int>(min(kDotRows, o.run_end.data[run] - first)); }
 
     const TokenOrder& o;
     int64_t block, run = 0;

@@ -1,4 +1,4 @@
-// Memory fresh from the system.
+// Pre-faults freshly allocated outputs.
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -13,7 +13,7 @@ void touch_output(void* data, int64_t bytes, ParallelFor parallel) {
   const uintptr_t start = reinterpret_cast<uintptr_t>(data);
   const uintptr_t first = (start + kLargePage - 1) / kLargePage * kLargePage;
   const uintptr_t end = (start + static_cast<uintptr_t>(bytes)) / kLargePage * kLargePage;
-  // A refusal is no error: the pages stay small and are met one by one, as they would have been.
+  // If madvise fails, the kernel faults in small pages one by one, as it would have without this call.
   if (end <= first || madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE) != 0) return;
   const RangeBody touch = [](int64_t begin, int64_t stop, void* context) {
     for (int64_t page = begin; page < stop; ++page) static_cast<volatile char*>(context)[page * kLargePage] = 0;

@@ -1,6 +1,6 @@
-// Products on panels: rows side by side, feature by feature.  One vector is one feature of several rows, so that products
-// need no horizontal sums and a row's result depends on no other row.  The weights are read once, in the order of memory
-// and a scalar (or a pair of bfloat16) at a time: they need no packed copy.
+// GEMM on panels: the small operand is packed feature-major, so that one vector is one feature of several rows.  Products
+// need no horizontal sums, and a row's result does not depend on other rows.  Weights are streamed once in memory order and
+// broadcast as scalars (or pairs of bfloat16): they need no packed copy.
 #pragma once
 #include "simd.h"
 
@@ -9,10 +9,10 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr int kPanelVecs = 2;
 constexpr int kPanelRows = kPanelVecs * kLanes;
-constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // a tile keeps kPanelCols * kPanelVecs accumulators in registers
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // register tile: kPanelCols * kPanelVecs accumulators
 
-// How a panel of inputs for matrices of type WT is stored: kPack features of one row share an Element.  `Weight` is what
-// the products read: WT itself, or float where the instruction set has no product of WT.
+// Packed format of the inputs of matrices of type WT: kPack features of one row share an Element.  `Weight` is the type the
+// micro-kernel reads: WT itself, or float where the instruction set has no dot product of WT.
 template <class WT>
 struct PanelOf {
   using Element = float;
@@ -20,7 +20,7 @@ struct PanelOf {
   static constexpr int kPack = 1;
   using Operand = Vec;
   static Operand load_rows(const Element* p) { return load(p); }
-  static Operand spread(const Weight* w) { return broadcast(*w); }
+  static Operand broadcast_weight(const Weight* w) { return broadcast(*w); }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
 };
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
@@ -31,28 +31,28 @@ struct PanelOf<bf16> {
   static constexpr int kPack = 2;
   using Operand = __m512bh;
   static Operand load_rows(const Element* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
-  static Operand spread(const Weight* w) {
+  static Operand broadcast_weight(const Weight* w) {
     int pair;
     std::memcpy(&pair, w, sizeof pair);
     return reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
   }
-  static Operand spread_last(const Weight* w) { return reinterpret_cast<__m512bh>(_mm512_set1_epi32(w->bits)); }
+  static Operand broadcast_last_weight(const Weight* w) { return reinterpret_cast<__m512bh>(_mm512_set1_epi32(w->bits)); }
   static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
 };
 #endif
 
-// Elements of a panel of `depth` features.
+// Number of elements of a panel of `depth` features.
 template <class WT>
 inline int64_t panel_size(int64_t depth) {
   constexpr int kPack = PanelOf<WT>::kPack;
   return (depth + kPack - 1) / kPack * kPanelRows;
 }
 
-// Feature-major float32 rows to a panel of inputs, rounded to WT.
-inline void make_panel(const float* x, int64_t depth, float* panel, float) {
+// Feature-major float32 to a panel, rounded to WT.
+inline void round_to_panel(const float* x, int64_t depth, float* panel, float) {
   std::memcpy(panel, x, depth * kPanelRows * sizeof(float));
 }
-inline void make_panel(const float* x, int64_t depth, float* panel, bf16) {
+inline void round_to_panel(const float* x, int64_t depth, float* panel, bf16) {
   bf16 rounded[kPanelRows];
   for (int64_t k = 0; k < depth; ++k) {
     store_row(x + k * kPanelRows, kPanelRows, rounded);
@@ -61,7 +61,7 @@ inline void make_panel(const float* x, int64_t depth, float* panel, bf16) {
 }
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 inline __m512i bf16_bits(Vec v) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
-inline void make_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
+inline void round_to_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
   for (int64_t k = 0; k < depth; k += 2)
     for (int v = 0; v < kPanelVecs; ++v) {
       const float* low = x + k * kPanelRows + v * kLanes;
@@ -72,7 +72,7 @@ inline void make_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
 }
 #endif
 
-// One chunk of a row, kLanes elements of a panel, from WT in memory; zeros beyond n features.
+// n features of a row as kLanes elements of a panel, zero-padded.
 inline void load_chunk(const float* row, int64_t n, float* chunk, float) {
   std::memset(chunk, 0, kLanes * sizeof(float));
   std::memcpy(chunk, row, n * sizeof(float));
@@ -85,25 +85,25 @@ inline void load_chunk(const bf16* row, int64_t n, float* chunk, bf16) {
   std::memcpy(chunk, row, n * sizeof(bf16));
 }
 
-// A panel from its rows in memory; row(i) points to the features of row i.
+// Packs a panel from row-major memory; row(i) points to the features of row i.
 template <class WT, class F>
 inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Element* panel) {
   using P = PanelOf<WT>;
   constexpr int64_t kChunk = kLanes * P::kPack;
-  alignas(kCacheLine) float chunk[kLanes * kLanes], turned[kLanes * kLanes];
+  alignas(kCacheLine) float chunk[kLanes * kLanes], transposed[kLanes * kLanes];
   for (int64_t k = 0; k < depth; k += kChunk) {
-    const int64_t n = lesser(kChunk, depth - k), elements = (n + P::kPack - 1) / P::kPack;
+    const int64_t n = min(kChunk, depth - k), elements = (n + P::kPack - 1) / P::kPack;
     for (int v = 0; v < kPanelVecs; ++v) {
       for (int i = 0; i < kLanes; ++i) load_chunk(row(v * kLanes + i) + k, n, chunk + i * kLanes, typename P::Weight());
-      transpose_block(chunk, kLanes, turned, kLanes);
+      transpose_block(chunk, kLanes, transposed, kLanes);
       for (int64_t e = 0; e < elements; ++e)
-        std::memcpy(panel + (k / P::kPack + e) * kPanelRows + v * kLanes, turned + e * kLanes, kLanes * sizeof(float));
+        std::memcpy(panel + (k / P::kPack + e) * kPanelRows + v * kLanes, transposed + e * kLanes, kLanes * sizeof(float));
     }
   }
 }
 
-// c[j, i] = dot(row i of the panel, w row j), j < C, feature-major.  `ahead`, if any, is where the weights that follow lie:
-// as many rows are brought near (beyond the last ones too: a prefetch does not fault).
+// Micro-kernel: c[j, i] = dot(panel row i, w[j]), j < C, feature-major.  `ahead`: the next C rows of weights, prefetched; or
+// null.  It may point past the end: a prefetch does not fault.
 template <int C, class P>
 inline void panel_tile(const typename P::Element* x, const typename P::Weight* w, int64_t depth,
                        const typename P::Weight* ahead, float* c) {
@@ -115,38 +115,38 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
   for (int64_t line = 0; line < whole; line += kLine) {
     if (ahead)
       for (int j = 0; j < C; ++j) __builtin_prefetch(ahead + j * depth + line, 0, 2);
-    const int64_t end = lesser(whole, line + kLine);
+    const int64_t end = min(whole, line + kLine);
     for (int64_t k = line; k < end; k += P::kPack) {
       typename P::Operand xv[kPanelVecs];
       for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
       for (int j = 0; j < C; ++j) {
-        const typename P::Operand wv = P::spread(w + j * depth + k);
+        const typename P::Operand wv = P::broadcast_weight(w + j * depth + k);
         for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
       }
     }
   }
-  if constexpr (P::kPack > 1) {  // a feature without its pair
+  if constexpr (P::kPack > 1) {  // tail: an odd last feature
     for (int j = 0; j < C && whole < depth; ++j)
       for (int v = 0; v < kPanelVecs; ++v)
         acc[j][v] = P::step(P::load_rows(x + whole / P::kPack * kPanelRows + v * kLanes),
-                            P::spread_last(w + j * depth + whole), acc[j][v]);
+                            P::broadcast_last_weight(w + j * depth + whole), acc[j][v]);
   }
   for (int j = 0; j < C; ++j)
     for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
 }
 
-// Weights as the products read them: as they are, or `rows` of them widened into `wide`.
-inline const float* weights_for(const float* w, int64_t, float*, float) { return w; }
-inline const float* weights_for(const bf16* w, int64_t count, float* wide, float) {
+// Weights as the micro-kernel reads them: in place, or `count` of them widened into `wide`.
+inline const float* widen_weights(const float* w, int64_t, float*, float) { return w; }
+inline const float* widen_weights(const bf16* w, int64_t count, float* wide, float) {
   for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = static_cast<int>(lesser(kLanes, count - i));
+    const int n = static_cast<int>(min(kLanes, count - i));
     store_as(wide + i, load_up_to(w + i, n), n);
   }
   return wide;
 }
-inline const bf16* weights_for(const bf16* w, int64_t, float*, bf16) { return w; }
+inline const bf16* widen_weights(const bf16* w, int64_t, float*, bf16) { return w; }
 
-// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: kPanelCols * depth floats of scratch.
+// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: scratch of kPanelCols * depth floats.
 template <class WT>
 inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth, float* wide,
                          float* c) {
@@ -156,7 +156,7 @@ inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, in
   for (int64_t j = 0; j < cols;) {
     const int64_t left = cols - j;
     const int n = left >= kPanelCols ? kPanelCols : left >= kTwoThirds ? kTwoThirds : left >= kThird ? kThird : 1;
-    const Weight* tile = weights_for(w + j * depth, n * depth, wide, Weight());
+    const Weight* tile = widen_weights(w + j * depth, n * depth, wide, Weight());
     const Weight* ahead = static_cast<const void*>(tile) == w + j * depth ? tile + n * depth : nullptr;
     float* out = c + j * kPanelRows;
     if (n == kPanelCols)

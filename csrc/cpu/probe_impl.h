@@ -1,4 +1,5 @@
-// Ceilings of one thread for one instruction set.  The empty asm statements keep the compiler from dropping the work.
+// Roofline probes of one thread: peak bandwidth and FLOP/s.  Empty asm statements keep the compiler from eliminating the
+// work.
 #pragma once
 #include "simd.h"
 
@@ -13,7 +14,7 @@ namespace T2L_ISA_NAMESPACE {
 #define T2L_VECTOR_REGISTER "m"
 #endif
 
-constexpr int kProbeStreams = 12;  // independent sums: enough to hide the latency of a multiply-add
+constexpr int kProbeStreams = 12;  // independent accumulators: hide the latency of FMA
 
 void probe_read(const void* data, int64_t bytes, int64_t repeats) {
   const float* p = static_cast<const float*>(data);
@@ -38,7 +39,7 @@ void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats
   }
 }
 
-// Products of T, summed as the kernels sum them.
+// Products of T accumulated in float32, as in the kernels.
 template <class T>
 inline int64_t probe_steps(int64_t iterations) {
   using D = Dot<T, T>;

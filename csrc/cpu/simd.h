@@ -1,8 +1,8 @@
-// Vector primitives of the instruction set that T2L_ISA_LEVEL names.  Included once per translation unit, inside no
-// namespace, after all standard headers: the target pragma below holds to the end of the unit.
+// SIMD primitives of the instruction set T2L_ISA_LEVEL.  Include once per translation unit, after all standard headers: the
+// target pragma below holds to the end of the unit.
 //
-// Code behind this header must not instantiate standard templates: their out-of-line copies would be shared by the whole
-// library, and the linker could keep one that was compiled for an instruction set the machine lacks.
+// Code after this header must not instantiate standard templates (hence min below): the linker keeps one out-of-line copy
+// for the whole library, which might be one compiled for an instruction set the machine lacks.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -67,7 +67,7 @@ inline void from_float(float v, bf16* out) {
 
 constexpr int64_t kCacheLine = 64;  // bytes
 
-inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #if T2L_ISA_LEVEL >= T2L_AVX512
 constexpr int kLanes = 16;
@@ -105,7 +105,7 @@ inline float sum(Vec v) {
 }
 #else
 constexpr int kLanes = 4;
-using Vec = float __attribute__((vector_size(16)));  // what every CPU's baseline has
+using Vec = float __attribute__((vector_size(16)));  // SSE2, NEON: in every baseline
 inline Vec broadcast(float v) { return Vec{v, v, v, v}; }
 inline Vec zero() { return broadcast(0.0f); }
 inline Vec load(const float* p) {
@@ -121,9 +121,9 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline float sum(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 #endif
 
-// The sums of four vectors, each as `sum` gives it.
+// Horizontal sums of four vectors, in the summation order of `sum`.
 #if T2L_ISA_LEVEL >= T2L_AVX512
-inline Vec add_halves(Vec a, Vec b) {  // eight partial sums of either
+inline Vec add_halves(Vec a, Vec b) {  // eight partial sums of each
   return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
 inline void sum4(const Vec* v, float* out) {
@@ -141,7 +141,7 @@ inline void sum4(const Vec* v, float* out) {
 #endif
 
 #if T2L_ISA_LEVEL < T2L_AVX512
-// The first n lanes from memory, zeros beyond; nothing past p[n - 1] is read.
+// Masked load: the first n lanes, zeros beyond; does not read past p[n - 1].
 template <class T>
 inline Vec load(const T* p, int n) {
   float padded[kLanes] = {};
@@ -155,7 +155,7 @@ inline Vec load_up_to(const T* p, int n) {
   return n == kLanes ? load(p) : load(p, n);
 }
 
-// Full or partial vector to memory, rounded to T.
+// Stores the first n lanes, rounded to T.
 template <class T>
 inline void store_as(T* p, Vec v, int n) {
   float wide[kLanes];
@@ -199,16 +199,16 @@ inline void store_as(bf16* p, Vec v, int n) {
 }
 #endif
 
-// n floats to contiguous memory, rounded to T.
+// Stores n floats, rounded to T.
 template <class T>
 inline void store_row(const float* x, int64_t n, T* out) {
   for (int64_t i = 0; i < n; i += kLanes) {
-    const int left = static_cast<int>(lesser(kLanes, n - i));
+    const int left = static_cast<int>(min(kLanes, n - i));
     store_as(out + i, load_up_to(x + i, left), left);
   }
 }
 
-// Rows of a kLanes x kLanes block become its columns.
+// Transpose of a kLanes x kLanes block.
 #if T2L_ISA_LEVEL >= T2L_AVX512
 inline __m512 low_pairs(__m512 x, __m512 y) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
@@ -223,7 +223,7 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
     b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
   }
-  for (int i = 0; i < 4; ++i) {  // a[4 i + c]: column c of rows 4 i to 4 i + 3, in every 128-bit lane four columns on
+  for (int i = 0; i < 4; ++i) {  // a[4 i + c]: columns c, c + 4, c + 8, c + 12 of rows 4 i to 4 i + 3, one per 128-bit lane
     a[4 * i] = low_pairs(b[4 * i], b[4 * i + 2]);
     a[4 * i + 1] = high_pairs(b[4 * i], b[4 * i + 2]);
     a[4 * i + 2] = low_pairs(b[4 * i + 1], b[4 * i + 3]);
@@ -247,7 +247,7 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
     b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
   }
-  for (int i = 0; i < 2; ++i) {  // a[4 i + c]: column c of rows 4 i to 4 i + 3, and column c + 4 in the upper half
+  for (int i = 0; i < 2; ++i) {  // a[4 i + c]: columns c and c + 4 of rows 4 i to 4 i + 3, one per 128-bit lane
     a[4 * i] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0x44);
     a[4 * i + 1] = _mm256_shuffle_ps(b[4 * i], b[4 * i + 2], 0xee);
     a[4 * i + 2] = _mm256_shuffle_ps(b[4 * i + 1], b[4 * i + 3], 0x44);
@@ -274,11 +274,11 @@ inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols,
     for (int64_t c = i < whole_rows ? whole_cols : 0; c < cols; ++c) dst[c * ldd + i] = src[i * lds + c];
 }
 
-// 16 bytes of each of kLanes rows, turned: out[j * ldo + i] = element j of row i, widened.
+// transpose_quad: out[j * ldo + i] = element j of row i, widened, for 16 bytes of each of kLanes rows.
 #if T2L_ISA_LEVEL >= T2L_AVX2
 #if T2L_ISA_LEVEL >= T2L_AVX512
 using IntVec = __m512i;
-inline IntVec quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
+inline IntVec load_every_fourth_row(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
   const char* row = static_cast<const char*>(p);
   const auto part = [row, ld](int i) { return reinterpret_cast<const __m128i*>(row + 4 * i * ld); };
   __m512i v = _mm512_castsi128_si512(_mm_loadu_si128(part(0)));
@@ -296,7 +296,7 @@ inline Vec first_bf16(IntVec v) { return as_floats(_mm512_slli_epi32(v, 16)); }
 inline Vec second_bf16(IntVec v) { return as_floats(_mm512_and_si512(v, _mm512_set1_epi32(-65536))); }
 #else
 using IntVec = __m256i;
-inline IntVec quarters(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
+inline IntVec load_every_fourth_row(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
   const char* row = static_cast<const char*>(p);
   return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row))),
                                  _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + 4 * ld)), 1);
@@ -310,23 +310,24 @@ inline Vec as_floats(IntVec v) { return _mm256_castsi256_ps(v); }
 inline Vec first_bf16(IntVec v) { return as_floats(_mm256_slli_epi32(v, 16)); }
 inline Vec second_bf16(IntVec v) { return as_floats(_mm256_and_si256(v, _mm256_set1_epi32(-65536))); }
 #endif
-inline void turn_dwords(const void* rows, int64_t ld, IntVec* out) {  // ld in bytes; out[k]: dword k of every row
+inline void transpose_dwords(const void* rows, int64_t ld, IntVec* out) {  // ld in bytes; out[k]: dword k of every row
   const char* p = static_cast<const char*>(rows);
-  const IntVec a = quarters(p, ld), b = quarters(p + ld, ld), c = quarters(p + 2 * ld, ld), d = quarters(p + 3 * ld, ld);
+  const IntVec a = load_every_fourth_row(p, ld), b = load_every_fourth_row(p + ld, ld),
+               c = load_every_fourth_row(p + 2 * ld, ld), d = load_every_fourth_row(p + 3 * ld, ld);
   const IntVec ab0 = low_dwords(a, b), ab1 = high_dwords(a, b), cd0 = low_dwords(c, d), cd1 = high_dwords(c, d);
   out[0] = low_qwords(ab0, cd0);
   out[1] = high_qwords(ab0, cd0);
   out[2] = low_qwords(ab1, cd1);
   out[3] = high_qwords(ab1, cd1);
 }
-inline void turn_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_quad(const float* rows, int64_t ld, float* out, int64_t ldo) {
   IntVec v[4];
-  turn_dwords(rows, ld * 4, v);
+  transpose_dwords(rows, ld * 4, v);
   for (int k = 0; k < 4; ++k) store(out + k * ldo, as_floats(v[k]));
 }
-inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
   IntVec v[4];
-  turn_dwords(rows, ld * 2, v);
+  transpose_dwords(rows, ld * 2, v);
   for (int k = 0; k < 4; ++k) {
     store(out + 2 * k * ldo, first_bf16(v[k]));
     store(out + (2 * k + 1) * ldo, second_bf16(v[k]));
@@ -334,14 +335,13 @@ inline void turn_quad(const bf16* rows, int64_t ld, float* out, int64_t ldo) {
 }
 #else
 template <class T>
-inline void turn_quad(const T* rows, int64_t ld, float* out, int64_t ldo) {
+inline void transpose_quad(const T* rows, int64_t ld, float* out, int64_t ldo) {
   for (int64_t j = 0; j < static_cast<int64_t>(16 / sizeof(T)); ++j)
     for (int i = 0; i < kLanes; ++i) out[j * ldo + i] = to_float(rows[i * ld + j]);
 }
 #endif
 
-// One step of a dot product: a vector of x times a vector of w added to an accumulator.  Step is how many elements of a
-// row it takes; the accumulator's lanes add up to the dot product.
+// One FMA step of a dot product over kStep elements; the horizontal sum of the accumulator is the result.
 template <class XT, class WT>
 struct Dot {
   static constexpr int kStep = kLanes;
@@ -365,7 +365,7 @@ struct Dot<bf16, bf16> {
 };
 #endif
 
-// A heap buffer of plain values that starts a cache line: no whole vector in it straddles two.
+// Heap buffer aligned to a cache line: aligned vectors in it do not straddle two.
 template <class T>
 struct Scratch {
   explicit Scratch(int64_t n)

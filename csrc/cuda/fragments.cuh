@@ -1,12 +1,12 @@
-// Products of rows with rows on tensor cores, 64 bytes of every row at a time.
+// Tensor-core products a b^T (both operands K-major), one k-block of 64 bytes of every row at a time.
 //
-// A lane (g = lane / 4, t = lane % 4) reads 16 bytes at a time: quad t of its rows.  Which feature an operand register
-// stands for does not matter as long as both operands agree, so the registers of one 16-byte load are the fragments of two
-// products, and nothing is shuffled or staged on the way from memory.
+// A lane (g = lane / 4, t = lane % 4) loads 16 bytes: quad t of the k-block of its rows.  The assignment of features to
+// operand registers is free as long as A and B agree, so one 128-bit load gives the fragments of two MMAs, without ldmatrix
+// or shuffles.
 //
-// float32 numbers are multiplied as sums of two numbers of 11 bits (x = high + low): three products, relative error 3 *
-// 2^-22 at most.  A tensor core may cut what it adds instead of rounding it, always to one side; so it adds up 64 bytes of a
-// row at most, and those sums are added as float32 numbers are.
+// float32 operands use 3xTF32 (x = high + low, 11 bits each): relative error at most 3 * 2^-22.  Tensor cores truncate when
+// accumulating, a bias that would exceed float32 bounds over a large K: multiply_quads of float32 accumulates one k-block on
+// tensor cores, and adds k-blocks with rounding.
 #pragma once
 #include "primitives.cuh"
 #include "t2l/params.h"
@@ -30,7 +30,7 @@ struct TypeOf<float> {
 template <class T>
 struct Traits : TypeOf<T> {
   static constexpr int kPerQuad = 16 / static_cast<int>(sizeof(T));
-  static constexpr int kPerBlock = 4 * kPerQuad;  // features of a row in 64 bytes
+  static constexpr int kPerKBlock = 4 * kPerQuad;  // features of a k-block (64 bytes)
 };
 
 struct Split {
@@ -38,14 +38,14 @@ struct Split {
 };
 
 T2L_DEVICE bool is_finite(float v) { return (float_to_bits(v) & 0x7f800000u) != 0x7f800000u; }
-// Infinities and NaN stay in `high` alone, or they would meet the zeros of another operand's `low`.
+// Infinities and NaN stay in `high` alone: times a zero in the `low` of the other operand they would give NaN.
 T2L_DEVICE Split split(float v) {
   const float high = to_tf32(v);
   return Split{high, is_finite(high) ? to_tf32(v - high) : 0.0f};
 }
 T2L_DEVICE float finite_or_zero(float v) { return is_finite(v) ? v : 0.0f; }
 
-// d (16 x 8) += rows of a times rows of b: quad t of rows g and g + 8 of a, of row g of b.
+// d (16 x 8) += a b^T over one k-block; low_rows, high_rows: quad t of rows g and g + 8 of a; b: quad t of row g of b.
 template <class T>
 T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& high_rows, const Quad& b, T type) {
 #pragma unroll
@@ -57,7 +57,7 @@ T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& 
   }
 }
 
-// d += left * right, both split; `low` of the right operand may be known to be zero.
+// 3xTF32: d += left * right, the small terms first.  kRightIsExact: right.low is zero, so two MMAs suffice.
 template <bool kRightIsExact>
 T2L_DEVICE void multiply_split(float (&d)[4], const Split (&left)[4], const Split (&right)[2]) {
   const float right_high[2] = {right[0].high, right[1].high};
@@ -88,7 +88,7 @@ T2L_DEVICE void multiply_quads(float (&d)[4], const Quad& low_rows, const Quad& 
   for (int i = 0; i < 4; ++i) d[i] += sum[i];
 }
 
-// ---- numbers in memory
+// ---- loads, stores and conversions
 
 T2L_DEVICE float load_float(const void* p, int64_t index, DType type) {
   if (type == DType::bf16) return to_float(load_one(static_cast<const bf16*>(p) + index));
@@ -109,7 +109,7 @@ T2L_DEVICE void store_float(void* p, int64_t index, DType type, float value) {
   store_one(static_cast<float*>(p) + index, value);
 }
 
-// Eight bytes as a thread loads them.
+// 64-bit vector load or store.
 struct alignas(8) Pair {
   uint32_t word[2];
 };
@@ -160,7 +160,7 @@ T2L_DEVICE void set_element(Quad* q, int i, bf16 v) { q->word[i / 2] |= static_c
 T2L_DEVICE void set_element(Quad* q, int i, f16 v) { q->word[i / 2] |= static_cast<uint32_t>(v.bits) << (i % 2 * 16); }
 T2L_DEVICE void set_element(Quad* q, int i, float v) { q->word[i] = float_to_bits(v); }
 
-// Features [k, k + 16 bytes) of a row of `size`; those beyond it are zero.  `aligned`: the row begins at a multiple of 16.
+// 16 bytes of a row of `size` features, from feature k on, zero beyond the end.  `aligned`: the row is 16-byte aligned.
 template <class T>
 T2L_DEVICE Quad load_features(const T* row, int64_t k, int64_t size, bool aligned) {
   constexpr int n = Traits<T>::kPerQuad;

@@ -21,8 +21,7 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   argument.count = static_cast<int>(count);
   int64_t rows = head_latent_rows(modules[0]), bytes = modules[0].h * bytes_of(modules[0].w_type);
   for (int64_t i = 0; i < count; ++i) rows += head_rows(modules[i]) + kHeadTile;
-  if (greater(rows, bytes) > kMaxHeadRows)
-    return "hypernet_heads: more than 2^30 rows of weights and latent, or bytes of one";
+  if (max(rows, bytes) > kMaxHeadRows) return "hypernet_heads: more than 2^30 rows of weights and latent, or bytes of one";
   const HeadConfig& c = argument.config = choose_head_config(modules, count, limits);
   if (c.latent_rows == 0 || c.blocks == 0) return nullptr;
   const DType type = modules[0].w_type;
@@ -47,13 +46,13 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   const Kernel kernel = params.w_type == DType::bf16  ? device::trunk_kernel<device::bf16>
                         : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
                                                       : device::trunk_kernel<float>;
-  const int64_t shares = params.sides / c.sides_at_once * (params.ranks / c.ranks_at_once);
-  return launch(kernel, c.tiles * shares + c.helpers, 1, c.shared_bytes, limits, stream, argument);
+  const int64_t splits = params.sides / c.sides_per_block * (params.ranks / c.ranks_per_block);
+  return launch(kernel, c.tiles * splits + c.prefetch_blocks, 1, c.shared_bytes, limits, stream, argument);
 }
 
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {
   for (int64_t i = 0; i < count; i += kMaxGroup)
-    if (const char* error = launch_heads(modules + i, lesser(kMaxGroup, count - i), stream)) return error;
+    if (const char* error = launch_heads(modules + i, min(kMaxGroup, count - i), stream)) return error;
   return nullptr;
 }
 

@@ -1,13 +1,12 @@
-// Hypernetwork heads of all modules in one launch: every weight row times all latent rows, bias, mul, add, scale, cast, and
-// the results where A and B belong.
+// Hypernetwork heads of all modules as one grouped GEMM, weights x latents^T, with a fused epilogue (bias, mul, add, scale,
+// cast) that scatters the results to A and B.
 //
-// Weights are the large operand, and stand on the 16-row side of the products.  A block owns a run of weight tiles and
-// streams them through a ring of stages in shared memory by asynchronous copies; the ring goes on across tiles and modules,
-// so it runs empty once, at the end.  Latent rows travel with them, from L2.  Sums stay in registers over the whole depth,
-// in order, so bits do not depend on tiles or batch.
+// Persistent kernel: a block owns consecutive weight tiles (the M side) and streams them through a multistage cp.async
+// pipeline, which continues across tiles and modules and drains once, at the end.  Latent tiles (the N side) come with them,
+// from L2.  There is no split-K and K is reduced in order, so bits do not depend on tiling or batch.
 //
-// A tile's weight rows are permuted on their way into shared memory, such that each lane ends with a run of consecutive
-// ones: results are then stored in whole sectors straight from registers.
+// Weight rows are permuted when they are copied to shared memory, so that the accumulators of a lane are consecutive rows:
+// the epilogue stores whole 32-byte sectors from registers.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
@@ -16,8 +15,8 @@ namespace t2l::device {
 
 using cuda::kHeadStages;
 using cuda::kHeadTile;
-using cuda::kStageBytes;
 using cuda::kThreads;
+using cuda::kTileRowBytes;
 
 struct HeadLaunch {
   HeadParams module[cuda::kMaxGroup];
@@ -25,38 +24,39 @@ struct HeadLaunch {
   cuda::HeadConfig config;
 };
 
-constexpr int kBlockBytes = 64;  // of a row: what one step of the products reads
-constexpr int kWarpsAcross = 4;  // warps along the weight rows; the other two split the latent rows
-constexpr int kMTiles = kHeadTile / (16 * kWarpsAcross);
-constexpr int kRun = 2 * kMTiles;  // consecutive weight rows a lane ends with
+constexpr int kKBlockBytes = 64;  // of a row
+constexpr int kWarpsM = 4;        // warps along the weight rows (M); two along the latent rows (N)
+constexpr int kMTiles = kHeadTile / (16 * kWarpsM);
+constexpr int kRowsPerLane = 2 * kMTiles;  // consecutive weight rows of a lane's accumulators
 
-// Where weight row `row` of a tile stands in shared memory: lane g's run of kRun rows becomes rows g and g + 8 of its
-// products.
-T2L_DEVICE int place_of(int row) {
-  const int group = row / (16 * kMTiles), inside = row % (16 * kMTiles);
-  const int g = inside / kRun, i = inside % kRun;
+// Permuted position of weight row `row` of a tile in shared memory: the kRowsPerLane rows of lane g become rows g and g + 8
+// of its MMA tiles.
+T2L_DEVICE int smem_row_of(int row) {
+  const int group = row / (16 * kMTiles), local = row % (16 * kMTiles);
+  const int g = local / kRowsPerLane, i = local % kRowsPerLane;
   return group * (16 * kMTiles) + i / 2 * 16 + i % 2 * 8 + g;
 }
 
-// Position in a block's work: tiles, for each the latent tiles, for each the depth.
+// Position in the loop nest of a block: weight tiles, latent tiles, k-tiles.
 struct HeadCursor {
-  int tile;  // over all modules
-  int module, latent_tile, step;
+  int tile;  // weight tile, counted over all modules
+  int module, latent_tile, k_tile;
 };
 
 T2L_DEVICE int width_of(const HeadParams& p, int side) { return static_cast<int>(side ? p.out_features : p.in); }
-T2L_DEVICE int stored_width(const HeadParams& p) { return static_cast<int>(cuda::greater(p.in, p.out_features)); }
+T2L_DEVICE int stored_width(const HeadParams& p) { return static_cast<int>(cuda::max(p.in, p.out_features)); }
 T2L_DEVICE int side_of(const HeadLaunch& launch, const HeadCursor& at) {
   return launch.module[at.module].sides == 2 && at.latent_tile >= launch.config.latent_tiles / 2;
 }
 
-// The shared heads (two sides) hold max(in, out) rows for every rank: the narrower side leaves some out.
+// Whether a tile has outputs.  Heads shared by both sides store max(in, out) rows per rank, some unused by the narrower
+// side.
 T2L_DEVICE bool has_columns(const HeadLaunch& launch, const HeadCursor& at) {
   const HeadParams& p = launch.module[at.module];
   if (p.sides == 1) return true;
   const int stored = stored_width(p), first = (at.tile - launch.config.first_tile[at.module]) * kHeadTile % stored;
   return first < width_of(p, side_of(launch, at)) ||
-         first + kHeadTile > stored;  // a column in use, or the next rank's first
+         first + kHeadTile > stored;  // the latter: the tile reaches the next rank
 }
 
 T2L_DEVICE void find_module(const HeadLaunch& launch, HeadCursor* at) {
@@ -73,8 +73,8 @@ T2L_DEVICE void skip_empty(const HeadLaunch& launch, int end, HeadCursor* at) {
 }
 
 T2L_DEVICE void advance(const HeadLaunch& launch, int end, HeadCursor* at) {
-  if (++at->step < launch.config.depth_steps) return;
-  at->step = 0;
+  if (++at->k_tile < launch.config.k_tiles) return;
+  at->k_tile = 0;
   if (++at->latent_tile == launch.config.latent_tiles) {
     at->latent_tile = 0;
     ++at->tile;
@@ -85,124 +85,129 @@ T2L_DEVICE void advance(const HeadLaunch& launch, int end, HeadCursor* at) {
 
 struct alignas(16) LatentRow {
   int task, rank, layer;
-  int inside;  // whether there is such a row
+  int valid;  // 0: padding of the last tile
 };
 T2L_DEVICE LatentRow latent_row(const HeadLaunch& launch, const HeadCursor& at, int row) {
   const HeadParams& p = launch.module[at.module];
   const int layers = static_cast<int>(p.layers), ranks = static_cast<int>(p.ranks), rest = row / layers;
   return LatentRow{rest / ranks, rest % ranks, row % layers, row < launch.config.latent_rows};
 }
-// First row of a latent tile, counted in its side.
+// First row of a latent tile within its side.
 T2L_DEVICE int first_latent(const HeadLaunch& launch, const HeadCursor& at, int rows) {
-  const int sides = static_cast<int>(launch.module[at.module].sides), tiles_a_side = launch.config.latent_tiles / sides;
-  return (at.latent_tile - side_of(launch, at) * tiles_a_side) * rows;
+  const int sides = static_cast<int>(launch.module[at.module].sides), tiles_per_side = launch.config.latent_tiles / sides;
+  return (at.latent_tile - side_of(launch, at) * tiles_per_side) * rows;
 }
 
-// ---- from memory into the ring
+// ---- producer: global memory to a pipeline stage
 
-constexpr int kQuads = kStageBytes / 16;       // of a row and a stage
-constexpr int kRowsAPass = kThreads / kQuads;  // rows that the block copies at once
-constexpr int kQuadsOfBlock = kBlockBytes / 16;
+constexpr int kQuadsPerRow = kTileRowBytes / 16;       // per stage
+constexpr int kRowsPerPass = kThreads / kQuadsPerRow;  // rows copied by one cp.async of every thread
+constexpr int kQuadsPerKBlock = kKBlockBytes / 16;
 
-// Where 16 bytes of a row stand in a stage: rows of the second 64 bytes change places in pairs, so that the 128 bytes of a
-// row are written to all banks.
+// Offset of a 16-byte quad in a stage, laid out [k-block, row, 64 bytes].  XOR swizzle of the second k-block: the 128 bytes
+// of a row are stored to all 32 banks, without bank conflicts.
 T2L_DEVICE int stage_offset(int rows, int row, int quad) {
-  const int block = quad / kQuadsOfBlock;
-  return (block * rows + (row ^ block)) * kBlockBytes + quad % kQuadsOfBlock * 16;
+  const int k_block = quad / kQuadsPerKBlock;
+  return (k_block * rows + (row ^ k_block)) * kKBlockBytes + quad % kQuadsPerKBlock * 16;
 }
 
-// What a thread copies of a tile, in passes of kRowsAPass rows; found once a tile, so that a stage is little but copies.
+// Source addresses of a thread's copies, in passes of kRowsPerPass rows.  Computed once per tile, not per stage: the kernel
+// would otherwise be bound by instruction issue.
 template <class T, int kLatentRows>
 struct HeadSource {
-  static constexpr int kLatentPasses = kLatentRows / kRowsAPass;
-  const char* weight;                 // its row of the first pass
-  const char* latent[kLatentPasses];  // null: no such row
+  static constexpr int kLatentPasses = kLatentRows / kRowsPerPass;
+  const char* weight;                 // row of the first pass
+  const char* latent[kLatentPasses];  // null: padding
   int rows_left, row_bytes;
 
   T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
     const HeadParams& p = launch.module[at.module];
-    const int row = thread_index() / kQuads;
+    const int row = thread_index() / kQuadsPerRow;
     const int weight_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + row;
     row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
     rows_left = launch.config.rows[at.module] - weight_row;
     weight = static_cast<const char*>(p.weight) + int64_t{weight_row} * row_bytes;
 #pragma unroll
     for (int i = 0; i < kLatentPasses; ++i) {
-      const LatentRow r = latent_row(launch, at, first_latent(launch, at, kLatentRows) + row + i * kRowsAPass);
+      const LatentRow r = latent_row(launch, at, first_latent(launch, at, kLatentRows) + row + i * kRowsPerPass);
       const int64_t offset = r.task * p.latent_stride[0] + side_of(launch, at) * p.latent_stride[1] +
                              r.rank * p.latent_stride[2] + r.layer * p.latent_stride[3];
-      latent[i] = r.inside ? static_cast<const char*>(p.latent) + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
+      latent[i] = r.valid ? static_cast<const char*>(p.latent) + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
     }
   }
 };
 
-// One stage: kStageBytes of every weight row of the tile, then of every latent row.
+// Copies one k-tile to a stage: all weight rows of the tile, then all latent rows.
 template <class T, int kLatentRows>
-T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int step, char* stage) {
-  const int row = thread_index() / kQuads, quad = thread_index() % kQuads, k = step * kStageBytes + quad * 16;
-  char* weights = stage + stage_offset(kHeadTile, place_of(row), quad);
-  char* latents = stage + kHeadTile * kStageBytes + stage_offset(kLatentRows, row, quad);
+T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int k_tile, char* stage) {
+  const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow,
+            k = k_tile * kTileRowBytes + quad * 16;
+  char* weights = stage + stage_offset(kHeadTile, smem_row_of(row), quad);
+  char* latents = stage + kHeadTile * kTileRowBytes + stage_offset(kLatentRows, row, quad);
   if (aligned) {
     const int left = from.row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
 #pragma unroll
-    for (int i = 0; i < kHeadTile / kRowsAPass; ++i) {  // a pass is a multiple of what place_of() permutes
-      const bool inside = i * kRowsAPass < from.rows_left && valid > 0;
-      copy_async(weights + i * kRowsAPass * kBlockBytes,
-                 inside ? from.weight + int64_t{i} * kRowsAPass * from.row_bytes + k : from.weight, inside ? valid : 0);
+    for (int i = 0; i < kHeadTile / kRowsPerPass; ++i) {  // smem_row_of() permutes within a pass
+      const bool in_range = i * kRowsPerPass < from.rows_left && valid > 0;
+      copy_async(weights + i * kRowsPerPass * kKBlockBytes,
+                 in_range ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes + k : from.weight,
+                 in_range ? valid : 0);
     }
 #pragma unroll
-    for (int i = 0; i < kLatentRows / kRowsAPass; ++i) {
-      const bool inside = from.latent[i] && valid > 0;
-      copy_async(latents + i * kRowsAPass * kBlockBytes, inside ? from.latent[i] + k : from.weight, inside ? valid : 0);
+    for (int i = 0; i < kLatentRows / kRowsPerPass; ++i) {
+      const bool in_range = from.latent[i] && valid > 0;
+      copy_async(latents + i * kRowsPerPass * kKBlockBytes, in_range ? from.latent[i] + k : from.weight,
+                 in_range ? valid : 0);
     }
     return;
   }
   constexpr int kSize = static_cast<int>(sizeof(T));
-  const auto put = [&](char* target, const char* source) {
+  const auto copy_unaligned = [&](char* target, const char* source) {
     *reinterpret_cast<Quad*>(target) =
         source ? load_features(reinterpret_cast<const T*>(source), k / kSize, from.row_bytes / kSize, false) : zero_quad();
   };
 #pragma unroll 1
-  for (int i = 0; i < kHeadTile / kRowsAPass; ++i)
-    put(weights + i * kRowsAPass * kBlockBytes,
-        i * kRowsAPass < from.rows_left ? from.weight + int64_t{i} * kRowsAPass * from.row_bytes : nullptr);
+  for (int i = 0; i < kHeadTile / kRowsPerPass; ++i)
+    copy_unaligned(weights + i * kRowsPerPass * kKBlockBytes,
+                   i * kRowsPerPass < from.rows_left ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes : nullptr);
 #pragma unroll
-  for (int i = 0; i < kLatentRows / kRowsAPass; ++i) put(latents + i * kRowsAPass * kBlockBytes, from.latent[i]);
+  for (int i = 0; i < kLatentRows / kRowsPerPass; ++i)
+    copy_unaligned(latents + i * kRowsPerPass * kKBlockBytes, from.latent[i]);
 }
 
-// ---- products
+// ---- consumer: MMA
 
 template <int NT>
-using HeadSums = float[kMTiles][NT][4];
+using HeadAccumulators = float[kMTiles][NT][4];
 
 template <class T, int NT>
-T2L_DEVICE void multiply_stage(const char* stage, HeadSums<NT>& sum) {
+T2L_DEVICE void multiply_stage(const char* stage, HeadAccumulators<NT>& accum) {
   constexpr int kLatentRows = 16 * NT;
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int across = warp_index() % kWarpsAcross, along = warp_index() / kWarpsAcross;
+  const int warp_m = warp_index() % kWarpsM, warp_n = warp_index() / kWarpsM;
 #pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32 operands are split in registers
-  for (int block = 0; block < kStageBytes / kBlockBytes; ++block) {
-    const int quad = block * kQuadsOfBlock + t;
-    const char* weights = stage + stage_offset(kHeadTile, across * 16 * kMTiles + g, quad);
-    const char* latents = stage + kHeadTile * kStageBytes + stage_offset(kLatentRows, along * 8 * NT + g, quad);
+  for (int k_block = 0; k_block < kTileRowBytes / kKBlockBytes; ++k_block) {
+    const int quad = k_block * kQuadsPerKBlock + t;
+    const char* weights = stage + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, quad);
+    const char* latents = stage + kHeadTile * kTileRowBytes + stage_offset(kLatentRows, warp_n * 8 * NT + g, quad);
     Quad left[kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        left[mt][half] = *reinterpret_cast<const Quad*>(weights + (16 * mt + 8 * half) * kBlockBytes);
+        left[mt][half] = *reinterpret_cast<const Quad*>(weights + (16 * mt + 8 * half) * kKBlockBytes);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      const Quad right = *reinterpret_cast<const Quad*>(latents + 8 * nt * kBlockBytes);
+      const Quad right = *reinterpret_cast<const Quad*>(latents + 8 * nt * kKBlockBytes);
 #pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt) multiply_quads(sum[mt][nt], left[mt][0], left[mt][1], right, T());
+      for (int mt = 0; mt < kMTiles; ++mt) multiply_quads(accum[mt][nt], left[mt][0], left[mt][1], right, T());
     }
   }
 }
 
-// ---- from registers to A and B
+// ---- epilogue: registers to A and B
 
-// What a weight row gives: column `column` of rank `rank` of a side, counted in its latent's ranks.
+// Output of a weight row: a column of A or B, and the rank within those of its latent row.
 struct HeadColumn {
   int side, rank, column;
 };
@@ -213,14 +218,14 @@ T2L_DEVICE HeadColumn head_column(const HeadParams& p, int per_latent, int row, 
   return HeadColumn{1, (row - rows_of_a) / out, (row - rows_of_a) % out};
 }
 
-// Where an array with strides (layer, rank, column) has what belongs to a weight row, for latent row (0, 0, 0).
-T2L_DEVICE const float* offset_of(const float* data, const int64_t (&stride)[3], const HeadColumn& at) {
+// Base address of mul or add, strides (layer, rank, column), for the outputs of a weight row.
+T2L_DEVICE const float* epilogue_operand(const float* data, const int64_t (&stride)[3], const HeadColumn& at) {
   return data ? data + at.rank * stride[1] + at.column * stride[2] : nullptr;
 }
 
-// kRun values for one latent row, in the columns from `at` on.
-T2L_DEVICE void store_run(char* out, int64_t column_stride, DType type, const float (&v)[kRun]) {
-  static_assert(kRun == 4, "two words of 16-bit numbers, four of float32");
+// Stores kRowsPerLane columns of one latent row, as one vector store where alignment allows.
+T2L_DEVICE void store_lane_rows(char* out, int64_t column_stride, DType type, const float (&v)[kRowsPerLane]) {
+  static_assert(kRowsPerLane == 4, "a 64-bit store of 16-bit outputs, a 128-bit one of float32");
   const uintptr_t address = reinterpret_cast<uintptr_t>(out);
   if (column_stride == 1) {
     if (type == DType::f32 && address % 16 == 0) return store_quad(out, pack(v, float()));
@@ -230,66 +235,69 @@ T2L_DEVICE void store_run(char* out, int64_t column_stride, DType type, const fl
       return store_one(reinterpret_cast<Pair*>(out), Pair{{pack_two(v[0], v[1], f16()), pack_two(v[2], v[3], f16())}});
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) store_float(out, i * column_stride, type, v[i]);
+  for (int i = 0; i < kRowsPerLane; ++i) store_float(out, i * column_stride, type, v[i]);
 }
 
-// Sums of a tile: kRun consecutive weight rows a lane, for each of its latent rows.
+// A lane has kRowsPerLane consecutive weight rows (columns of A or B) for each of its latent rows.
 template <int NT>
-T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, const LatentRow* rows, const HeadSums<NT>& sum) {
+T2L_DEVICE void head_epilogue(const HeadLaunch& launch, const HeadCursor& at, const LatentRow* rows,
+                              const HeadAccumulators<NT>& accum) {
   const HeadParams& p = launch.module[at.module];
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const int across = warp_index() % kWarpsAcross, along = warp_index() / kWarpsAcross;
+  const int warp_m = warp_index() % kWarpsM, warp_n = warp_index() / kWarpsM;
   const int weight_rows = launch.config.rows[at.module], side = side_of(launch, at);
-  const int first_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + across * 16 * kMTiles + g * kRun;
+  const int first_row =
+      (at.tile - launch.config.first_tile[at.module]) * kHeadTile + warp_m * 16 * kMTiles + g * kRowsPerLane;
   const int per_latent = launch.config.per_latent;
-  const LatentRow* mine = rows + along * 8 * NT + 2 * t;
+  const LatentRow* mine = rows + warp_n * 8 * NT + 2 * t;
   if (first_row >= weight_rows) return;
   const HeadColumn column = head_column(p, per_latent, first_row, side);
-  if (first_row + kRun <= weight_rows && column.column + kRun <= width_of(p, column.side)) {  // in one row of A or B
+  if (first_row + kRowsPerLane <= weight_rows &&
+      column.column + kRowsPerLane <= width_of(p, column.side)) {  // all in one row of A or B
     const int s = column.side;
     const int64_t size = cuda::bytes_of(p.out_type);
     char* out =
         static_cast<char*>(p.out[s]) + (column.rank * p.out_stride[s][2] + column.column * p.out_stride[s][3]) * size;
-    const float* mul = offset_of(p.mul[s], p.mul_stride[s], column);
-    const float* add = offset_of(p.add[s], p.add_stride[s], column);
-    float bias[kRun];
+    const float* mul = epilogue_operand(p.mul[s], p.mul_stride[s], column);
+    const float* add = epilogue_operand(p.add[s], p.add_stride[s], column);
+    float bias[kRowsPerLane];
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) bias[i] = p.bias ? load_one(p.bias + first_row + i) : 0.0f;
+    for (int i = 0; i < kRowsPerLane; ++i) bias[i] = p.bias ? load_one(p.bias + first_row + i) : 0.0f;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const LatentRow r = mine[8 * nt + j];
-        if (!r.inside) continue;
+        if (!r.valid) continue;
         const int rank = r.rank * per_latent;
-        float v[kRun];
+        float v[kRowsPerLane];
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) v[i] = sum[i / 2][nt][i % 2 * 2 + j] + bias[i];
+        for (int i = 0; i < kRowsPerLane; ++i) v[i] = accum[i / 2][nt][i % 2 * 2 + j] + bias[i];
         if (mul) {
           const float* from = mul + r.layer * p.mul_stride[s][0] + rank * p.mul_stride[s][1];
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) v[i] *= load_one(from + i * p.mul_stride[s][2]);
+          for (int i = 0; i < kRowsPerLane; ++i) v[i] *= load_one(from + i * p.mul_stride[s][2]);
         }
         if (add) {
           const float* from = add + r.layer * p.add_stride[s][0] + rank * p.add_stride[s][1];
 #pragma unroll
-          for (int i = 0; i < kRun; ++i) v[i] += load_one(from + i * p.add_stride[s][2]);
+          for (int i = 0; i < kRowsPerLane; ++i) v[i] += load_one(from + i * p.add_stride[s][2]);
         }
 #pragma unroll
-        for (int i = 0; i < kRun; ++i) v[i] *= p.scale[s];
+        for (int i = 0; i < kRowsPerLane; ++i) v[i] *= p.scale[s];
         const int64_t offset = r.task * p.out_stride[s][0] + r.layer * p.out_stride[s][1] + rank * p.out_stride[s][2];
-        store_run(out + offset * size, p.out_stride[s][3], p.out_type, v);
+        store_lane_rows(out + offset * size, p.out_stride[s][3], p.out_type, v);
       }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kRun; ++i) {  // over the end of a row, or of the weights
+  for (int i = 0; i < kRowsPerLane; ++i) {  // tail: across the end of a row of A or B, or of the weights
     if (first_row + i >= weight_rows) continue;
     const HeadColumn here = head_column(p, per_latent, first_row + i, side);
     const int s = here.side;
     if (here.column >= width_of(p, s)) continue;
-    const float* mul = offset_of(p.mul[s], p.mul_stride[s], here);
-    const float* add = offset_of(p.add[s], p.add_stride[s], here);
+    const float* mul = epilogue_operand(p.mul[s], p.mul_stride[s], here);
+    const float* add = epilogue_operand(p.add[s], p.add_stride[s], here);
     const float bias = p.bias ? load_one(p.bias + first_row + i) : 0.0f;
     const int64_t base = here.rank * p.out_stride[s][2] + here.column * p.out_stride[s][3];
 #pragma unroll
@@ -297,9 +305,9 @@ T2L_DEVICE void finish_tile(const HeadLaunch& launch, const HeadCursor& at, cons
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const LatentRow r = mine[8 * nt + j];
-        if (!r.inside) continue;
+        if (!r.valid) continue;
         const int rank = r.rank * per_latent;
-        float v = sum[i / 2][nt][i % 2 * 2 + j] + bias;
+        float v = accum[i / 2][nt][i % 2 * 2 + j] + bias;
         if (mul) v *= load_one(mul + r.layer * p.mul_stride[s][0] + rank * p.mul_stride[s][1]);
         if (add) v += load_one(add + r.layer * p.add_stride[s][0] + rank * p.add_stride[s][1]);
         const int64_t offset = r.task * p.out_stride[s][0] + r.layer * p.out_stride[s][1] + rank * p.out_stride[s][2];
@@ -313,52 +321,52 @@ T2L_KERNEL(kThreads, NT > 4 || sizeof(T) == 4 ? 1 : 2)
 head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   const cuda::HeadConfig& c = launch.config;
   constexpr int kLatentRows = 16 * NT;
-  constexpr int64_t kStage = (kHeadTile + kLatentRows) * kStageBytes;
+  constexpr int64_t kStage = (kHeadTile + kLatentRows) * kTileRowBytes;
   SharedMemory shared;
   char* stages = shared.take<char>(kHeadStages * kStage);
-  LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile that was finished last
+  LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile of the last epilogue
   const int64_t tiles = c.first_tile[launch.count];
   const int end = static_cast<int>((block_index_x() + 1) * tiles / c.blocks);
   HeadCursor load{static_cast<int>(block_index_x() * tiles / c.blocks), 0, 0, 0};
   find_module(launch, &load);
   skip_empty(launch, end, &load);
-  HeadCursor work = load;
+  HeadCursor mma = load;
   HeadSource<T, kLatentRows> source;
-  int load_slot = 0, work_slot = 0, finished_latents = -1;
+  int write_stage = 0, read_stage = 0, rows_of_tile = -1;
   const auto load_next = [&] {
     if (load.tile < end) {
-      if (load.step == 0) source.find(launch, load);
-      load_stage<T, kLatentRows>(source, c.aligned, load.step, stages + load_slot * kStage);
+      if (load.k_tile == 0) source.find(launch, load);
+      load_stage<T, kLatentRows>(source, c.aligned, load.k_tile, stages + write_stage * kStage);
       advance(launch, end, &load);
     }
-    commit_copies();  // an empty group too: what is waited for is counted in groups
-    load_slot = load_slot + 1 == kHeadStages ? 0 : load_slot + 1;
+    commit_copies();  // also an empty group: waits count groups
+    write_stage = write_stage + 1 == kHeadStages ? 0 : write_stage + 1;
   };
 #pragma unroll 1
   for (int i = 0; i < kHeadStages - 1; ++i) load_next();
-  HeadSums<NT> sum = {};
-  while (work.tile < end) {
+  HeadAccumulators<NT> accum = {};
+  while (mma.tile < end) {
     wait_for_copies<kHeadStages - 2>();
-    block_barrier();  // this stage is there for all, and the one before it is free
+    block_barrier();  // read_stage is visible to all threads, and write_stage is no longer read
     load_next();
-    multiply_stage<T, NT>(stages + work_slot * kStage, sum);
-    work_slot = work_slot + 1 == kHeadStages ? 0 : work_slot + 1;
-    if (work.step + 1 == c.depth_steps) {
-      if (work.latent_tile != finished_latents) {  // their last readers are behind the barrier above
-        finished_latents = work.latent_tile;
+    multiply_stage<T, NT>(stages + read_stage * kStage, accum);
+    read_stage = read_stage + 1 == kHeadStages ? 0 : read_stage + 1;
+    if (mma.k_tile + 1 == c.k_tiles) {
+      if (mma.latent_tile != rows_of_tile) {  // the barrier above orders this after the last epilogue
+        rows_of_tile = mma.latent_tile;
         for (int i = thread_index(); i < kLatentRows; i += kThreads)
-          rows[i] = latent_row(launch, work, first_latent(launch, work, kLatentRows) + i);
+          rows[i] = latent_row(launch, mma, first_latent(launch, mma, kLatentRows) + i);
         block_barrier();
       }
-      finish_tile<NT>(launch, work, rows, sum);
+      head_epilogue<NT>(launch, mma, rows, accum);
 #pragma unroll
       for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll
         for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) sum[mt][nt][i] = 0.0f;
+          for (int i = 0; i < 4; ++i) accum[mt][nt][i] = 0.0f;
     }
-    advance(launch, end, &work);
+    advance(launch, end, &mma);
   }
   wait_for_copies<0>();
 }

@@ -1,8 +1,9 @@
-// Hypernetwork trunk in one launch: mixer and three residual MLP blocks for a tile of (task, module, layer) rows a block.
+// Hypernetwork trunk as one fused kernel: a block takes a tile of (task, module, layer) rows through the mixer and three
+// MLPs.
 //
-// Activations stay in shared memory: float32 where LayerNorm, SiLU and residuals act, rounded to the weights' type where a
-// product reads them.  Weights stream from L2 straight into the fragments of the products: a warp takes 16 of their rows at
-// a time and the whole depth, so every sum is one warp's, in order, and bits do not depend on the tile or the batch.
+// Activations stay in shared memory: float32 for LayerNorm, SiLU and residuals, rounded to the weights' type as MMA
+// operands. Weights are loaded from L2 directly into MMA fragments.  A warp tile is 16 weight rows over all of K: there is
+// no split-K, so bits do not depend on tiling or batch.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
@@ -19,38 +20,39 @@ struct TrunkLaunch {
 
 constexpr float kLayerNormEps = 1e-5f;
 
-T2L_DEVICE float silu(float v) { return quotient(v, 1.0f + exponential(-v)); }
+T2L_DEVICE float silu(float v) { return fast_divide(v, 1.0f + exponential(-v)); }
 
-// A block's tile: rows in use, and where its panels lie.
+// The tile of a block, in shared memory.
 template <class T>
 struct TrunkTile {
   int rows;
   float* x;   // [rows, m]
-  T* narrow;  // [rows, narrow_stride]
-  T* wide;    // [rows, wide_stride]
-  int64_t narrow_stride, wide_stride;
+  T* input;   // [rows, input_stride], operand of first linears
+  T* hidden;  // [rows, hidden_stride], operand of second linears
+  int64_t input_stride, hidden_stride;
 };
 
-// finish(row, column, inputs . weight[column]) for the rows of the tile.  Inputs are zero beyond their depth.
-template <class T, class Finish>
+// Calls epilogue(row, column, dot(inputs[row], weight[column])) for the rows of the tile; inputs are zero-padded (pad_rows).
+template <class T, class Epilogue>
 T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const void* weight, int columns, int depth,
-                            Finish finish) {
-  constexpr int kStep = Traits<T>::kPerBlock, kAhead = sizeof(T) == 4 ? 2 : 4;  // steps whose loads are under way together
+                            Epilogue epilogue) {
+  constexpr int kStep = Traits<T>::kPerKBlock,
+                kUnroll = sizeof(T) == 4 ? 2 : 4;  // k-blocks whose loads are in flight together
   const int g = lane_index() / 4, t = lane_index() % 4, lane_k = t * Traits<T>::kPerQuad;
   const T* w = static_cast<const T*>(weight);
   const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerQuad == 0;
   const T* low_row = inputs + g * stride + lane_k;
   const T* high_row = low_row + 8 * stride;
   for (int first = warp_index() * 16; first < columns; first += kWarps * 16) {
-    float sum[2][4] = {};
-    Quad weights[kAhead][2];
-    const auto multiply = [&](int k, const Quad(&of_step)[2]) {
+    float accum[2][4] = {};
+    Quad weights[kUnroll][2];
+    const auto multiply = [&](int k, const Quad(&k_block)[2]) {
       const Quad low = g < rows ? *reinterpret_cast<const Quad*>(low_row + k) : zero_quad();
       const Quad high = g + 8 < rows ? *reinterpret_cast<const Quad*>(high_row + k) : zero_quad();
 #pragma unroll
-      for (int i = 0; i < 2; ++i) multiply_quads(sum[i], low, high, of_step[i], T());
+      for (int i = 0; i < 2; ++i) multiply_quads(accum[i], low, high, k_block[i], T());
     };
-    const T* row[2];  // null: no such column
+    const T* row[2];  // null: padding
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = first + 8 * i + g;
@@ -58,13 +60,13 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
     }
     int k = 0;
     if (aligned)
-      for (; k + kAhead * kStep <= depth; k += kAhead * kStep) {
+      for (; k + kUnroll * kStep <= depth; k += kUnroll * kStep) {
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u)
+        for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
           for (int i = 0; i < 2; ++i) weights[u][i] = row[i] ? load_quad(row[i] + k + u * kStep + lane_k) : zero_quad();
 #pragma unroll
-        for (int u = 0; u < kAhead; ++u) multiply(k + u * kStep, weights[u]);
+        for (int u = 0; u < kUnroll; ++u) multiply(k + u * kStep, weights[u]);
       }
 #pragma unroll 1
     for (; k < depth; k += kStep) {
@@ -77,20 +79,20 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row_of_tile = g + 8 * (j / 2), column = first + 8 * i + 2 * t + j % 2;
-        if (row_of_tile < rows && column < columns) finish(row_of_tile, column, sum[i][j]);
+        if (row_of_tile < rows && column < columns) epilogue(row_of_tile, column, accum[i][j]);
       }
   }
 }
 
-// Zeros after `features` of every row, up to the whole blocks that products read.
+// Zero-pads every row from `features` to a multiple of a k-block.
 template <class T>
 T2L_DEVICE void pad_rows(T* panel, int64_t stride, int rows, int features) {
-  const int extra = static_cast<int>(cuda::round_up(features, Traits<T>::kPerBlock)) - features;
+  const int extra = static_cast<int>(cuda::round_up(features, Traits<T>::kPerKBlock)) - features;
   for (int i = thread_index(); i < rows * extra; i += kThreads)
     from_float(0.0f, panel + i / extra * stride + features + i % extra);
 }
 
-// narrow = LN(x), a warp a row.
+// tile.input = LayerNorm(x), one warp per row.
 template <class T>
 T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const float* bias, const TrunkTile<T>& tile) {
   for (int row = warp_index(); row < tile.rows; row += kWarps) {
@@ -99,57 +101,58 @@ T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const flo
     for (int j = lane_index(); j < m; j += 32) sum += values[j];
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-    const float mean = quotient(sum, static_cast<float>(m));
+    const float mean = fast_divide(sum, static_cast<float>(m));
     for (int j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
 #pragma unroll
     for (int mask = 16; mask; mask /= 2) squares += shuffle_xor(squares, mask);
-    const float scale = reciprocal_root(quotient(squares, static_cast<float>(m)) + kLayerNormEps);
+    const float scale = rsqrt(fast_divide(squares, static_cast<float>(m)) + kLayerNormEps);
     for (int j = lane_index(); j < m; j += 32)
       from_float((values[j] - mean) * scale * load_one(weight + j) + load_one(bias + j),
-                 tile.narrow + row * tile.narrow_stride + j);
+                 tile.input + row * tile.input_stride + j);
   }
-  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, m);
+  pad_rows(tile.input, tile.input_stride, tile.rows, m);
 }
 
-// finish(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)); whoever wrote x meets the others here.
-template <class T, class Finish>
-T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int m, int out, Finish finish) {
+// Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)).  Begins and ends with a barrier: x may just have been
+// written, and the epilogue's writes are visible afterwards.
+template <class T, class Epilogue>
+T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int m, int out, Epilogue epilogue) {
   block_barrier();
   layer_norm(x, m, p.norm_weight, p.norm_bias, tile);
   block_barrier();
-  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int column, float value) {
-    from_float(silu(value + load_one(p.b1 + column)), tile.wide + row * tile.wide_stride + column);
+  tile_linear(tile.input, tile.input_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int column, float value) {
+    from_float(silu(value + load_one(p.b1 + column)), tile.hidden + row * tile.hidden_stride + column);
   });
-  pad_rows(tile.wide, tile.wide_stride, tile.rows, 4 * m);
+  pad_rows(tile.hidden, tile.hidden_stride, tile.rows, 4 * m);
   block_barrier();
-  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.w2, out, 4 * m,
-              [&](int row, int column, float value) { finish(row, column, silu(value + load_one(p.b2 + column))); });
+  tile_linear(tile.hidden, tile.hidden_stride, tile.rows, p.w2, out, 4 * m,
+              [&](int row, int column, float value) { epilogue(row, column, silu(value + load_one(p.b2 + column))); });
   block_barrier();
 }
 
-// x after the mixer.  The first product is split: the task's part here, the rest is the constant table.
+// x = mixer output.  The first linear is split: the task's projection is computed here, the rest is folded into mixer_table.
 template <class T>
 T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_row) {
   const int m = static_cast<int>(p.m), hidden = 4 * m, t = static_cast<int>(p.t);
   const int group = static_cast<int>(p.modules * p.layers);
   for (int i = thread_index(); i < tile.rows * t; i += kThreads) {
     const int row = i / t, task = (first_row + row) / group;
-    from_float(load_one(p.z + int64_t{task} * t + i % t), tile.narrow + row * tile.narrow_stride + i % t);
+    from_float(load_one(p.z + int64_t{task} * t + i % t), tile.input + row * tile.input_stride + i % t);
   }
-  pad_rows(tile.narrow, tile.narrow_stride, tile.rows, t);
+  pad_rows(tile.input, tile.input_stride, tile.rows, t);
   block_barrier();
-  tile_linear(tile.narrow, tile.narrow_stride, tile.rows, p.mixer_task, hidden, t, [&](int row, int column, float value) {
+  tile_linear(tile.input, tile.input_stride, tile.rows, p.mixer_task, hidden, t, [&](int row, int column, float value) {
     const float constant = load_one(p.mixer_table + int64_t{(first_row + row) % group} * hidden + column);
-    from_float(silu(value + constant), tile.wide + row * tile.wide_stride + column);
+    from_float(silu(value + constant), tile.hidden + row * tile.hidden_stride + column);
   });
-  pad_rows(tile.wide, tile.wide_stride, tile.rows, hidden);
+  pad_rows(tile.hidden, tile.hidden_stride, tile.rows, hidden);
   block_barrier();
-  tile_linear(tile.wide, tile.wide_stride, tile.rows, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
+  tile_linear(tile.hidden, tile.hidden_stride, tile.rows, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
     tile.x[row * m + column] = silu(value + load_one(p.mixer_b2 + column));
   });
 }
 
-// out = x turned to position k: half-split rotation, base 1e4.  out may be x.
+// Rotary embedding at position k, half-split, base 1e4.  In place if out == x.
 T2L_DEVICE void rotate(const float* x, int rows, int m, int k, float* out) {
   const int half = m / 2;
   for (int i = thread_index(); i < rows * half; i += kThreads) {
@@ -163,57 +166,57 @@ T2L_DEVICE void rotate(const float* x, int rows, int m, int k, float* out) {
   }
 }
 
-// This helper's share of all weights, which the others then find in L2.
-T2L_DEVICE void prefetch_trunk(const TrunkParams& p, int64_t size, int64_t helper, int64_t helpers) {
+// Prefetches share `index` of `count` of all weights into L2.
+T2L_DEVICE void prefetch_trunk(const TrunkParams& p, int64_t size, int64_t index, int64_t count) {
   constexpr int64_t kLine = 128;
-  const auto ask = [&](const void* weights, int64_t count) {
+  const auto prefetch_matrix = [&](const void* weights, int64_t elements) {
     const char* begin = static_cast<const char*>(weights);
-    for (int64_t at = (helper * kThreads + thread_index()) * kLine; at < count * size; at += helpers * kThreads * kLine)
+    for (int64_t at = (index * kThreads + thread_index()) * kLine; at < elements * size; at += count * kThreads * kLine)
       prefetch(begin + at);
   };
-  ask(p.mixer_task, 4 * p.m * p.t);
-  ask(p.mixer_w2, 4 * p.m * p.m);
+  prefetch_matrix(p.mixer_task, 4 * p.m * p.t);
+  prefetch_matrix(p.mixer_w2, 4 * p.m * p.m);
 #pragma unroll 1
   for (int i = 0; i < 3; ++i) {
-    ask(p.mlp[i].w1, 4 * p.m * p.m);
-    ask(p.mlp[i].w2, 4 * p.m * (i < 2 ? p.m : p.h));
+    prefetch_matrix(p.mlp[i].w1, 4 * p.m * p.m);
+    prefetch_matrix(p.mlp[i].w2, 4 * p.m * (i < 2 ? p.m : p.h));
   }
 }
 
-// What a block does next: mlp1 on x; then for every side mlp2 on u; for every rank, with rotation, mlp2 on the turned v; and
-// mlp3 on v, which gives the latent.
-enum class TrunkStep { base, side, turn, latent };
+// State machine of a block: `base`, mlp1 on x; for every side `side`, mlp2 on u; for every rank `rotate`, mlp2 on the
+// rotated v (rotary alone), and `latent`, mlp3 on v.
+enum class TrunkStep { base, side, rotate, latent };
 
 template <class T>
 T2L_KERNEL(kThreads, 1)
 trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const TrunkParams& p = launch.params;
   const cuda::TrunkConfig& c = launch.config;
-  const int64_t shares = p.sides / c.sides_at_once * (p.ranks / c.ranks_at_once), working = c.tiles * shares;
+  const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block), working = c.tiles * splits;
   if (block_index_x() >= working)
-    return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index_x() - working, c.helpers);
+    return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index_x() - working, c.prefetch_blocks);
   const int m = static_cast<int>(p.m), layers = static_cast<int>(p.layers), modules = static_cast<int>(p.modules);
   SharedMemory shared;
   TrunkTile<T> tile;
   tile.x = shared.take<float>(c.tile_rows * m);
-  float* u = c.sides_at_once > 1 ? shared.take<float>(c.tile_rows * m) : tile.x;
-  float* v = c.ranks_at_once > 1 ? shared.take<float>(c.tile_rows * m) : u;
-  tile.narrow = shared.take<T>(c.tile_rows * c.narrow_stride);
-  tile.wide = shared.take<T>(c.tile_rows * c.wide_stride);
-  tile.narrow_stride = c.narrow_stride;
-  tile.wide_stride = c.wide_stride;
-  const int64_t share = block_index_x() / c.tiles, rank_shares = p.ranks / c.ranks_at_once;
-  const int first_row = static_cast<int>((block_index_x() - share * c.tiles) * c.tile_rows);
-  const int first_side = static_cast<int>(share / rank_shares * c.sides_at_once);
-  const int first_rank = static_cast<int>(share % rank_shares * c.ranks_at_once);
-  const int last_side = first_side + static_cast<int>(c.sides_at_once);
-  const int last_rank = first_rank + static_cast<int>(c.ranks_at_once);
-  tile.rows = static_cast<int>(cuda::lesser(c.tile_rows, p.tasks * modules * layers - first_row));
+  float* u = c.sides_per_block > 1 ? shared.take<float>(c.tile_rows * m) : tile.x;
+  float* v = c.ranks_per_block > 1 ? shared.take<float>(c.tile_rows * m) : u;
+  tile.input = shared.take<T>(c.tile_rows * c.input_stride);
+  tile.hidden = shared.take<T>(c.tile_rows * c.hidden_stride);
+  tile.input_stride = c.input_stride;
+  tile.hidden_stride = c.hidden_stride;
+  const int64_t split = block_index_x() / c.tiles, rank_splits = p.ranks / c.ranks_per_block;
+  const int first_row = static_cast<int>((block_index_x() - split * c.tiles) * c.tile_rows);
+  const int first_side = static_cast<int>(split / rank_splits * c.sides_per_block);
+  const int first_rank = static_cast<int>(split % rank_splits * c.ranks_per_block);
+  const int last_side = first_side + static_cast<int>(c.sides_per_block);
+  const int last_rank = first_rank + static_cast<int>(c.ranks_per_block);
+  tile.rows = static_cast<int>(cuda::min(c.tile_rows, p.tasks * modules * layers - first_row));
 
   mixer(p, tile, first_row);
   int side = first_side, k = first_rank;
   TrunkStep step = TrunkStep::base;
-  for (;;) {  // one body for all MLPs: several would not fit the instruction cache
+  for (;;) {  // one inlined MLP for all steps: several would exceed the instruction cache
     const bool latent = step == TrunkStep::latent;
     float* panel = step == TrunkStep::base ? tile.x : step == TrunkStep::side ? u : v;
     if (step == TrunkStep::side)
@@ -221,7 +224,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
         const int module = (first_row + i / m) / layers % modules;
         u[i] = tile.x[i] + (p.side_emb ? load_one(p.side_emb + (module * p.sides + side) * m + i % m) : 0.0f);
       }
-    if (step == TrunkStep::turn) rotate(u, tile.rows, m, k, v);
+    if (step == TrunkStep::rotate) rotate(u, tile.rows, m, k, v);
     if (latent && !p.rotary)
       for (int i = thread_index(); i < tile.rows * m; i += kThreads)
         v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
@@ -240,9 +243,9 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
     if (step == TrunkStep::base) {
       step = TrunkStep::side;
     } else if (!latent) {
-      step = step == TrunkStep::side && p.rotary ? TrunkStep::turn : TrunkStep::latent;
+      step = step == TrunkStep::side && p.rotary ? TrunkStep::rotate : TrunkStep::latent;
     } else {
-      step = p.rotary ? TrunkStep::turn : TrunkStep::latent;
+      step = p.rotary ? TrunkStep::rotate : TrunkStep::latent;
       if (++k < last_rank) continue;
       k = first_rank;
       step = TrunkStep::side;

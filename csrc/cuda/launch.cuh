@@ -1,4 +1,4 @@
-// Host side of a launch, on a device and in the emulator.
+// Host side of a kernel launch, on a device or in the emulator.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -13,16 +13,16 @@
 
 namespace t2l::cuda {
 
-// Of the current device.
+// Limits of the current device.
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
 #ifdef T2L_EMULATOR
-  limits.multiprocessors = emu::multiprocessors();
+  limits.num_sms = emu::num_sms();
   limits.shared_bytes = emu::kMaxSharedBytes;
 #else
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -38,7 +38,7 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// Every kernel takes one argument: a record with its parameters and configuration.
+// Kernels take one argument: a struct of parameters and launch configuration.
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
                    const DeviceLimits& limits, void* stream, const Argument& argument) {
@@ -49,7 +49,8 @@ const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int
   return emu::launch(emu::Launch{grid_x, static_cast<int>(grid_y), kThreads, shared_bytes, stream},
                      [&] { kernel(argument); });
 #else
-  if (shared_bytes > 48 * 1024) {  // the same for every launch: another thread may launch this kernel with more
+  if (shared_bytes >
+      48 * 1024) {  // the maximum, not shared_bytes: the attribute is per kernel, and other threads may need more
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }

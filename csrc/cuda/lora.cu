@@ -9,7 +9,7 @@ using Kernel = void (*)(device::LoraLaunch);
 
 template <class T>
 Kernel kernel_for(const LoraConfig& c) {
-  constexpr int kMany = many_m_tiles(sizeof(T), 1), kManyWide = many_m_tiles(sizeof(T), kWideTiles);
+  constexpr int kMany = large_m_tiles(sizeof(T), 1), kManyWide = large_m_tiles(sizeof(T), kWideTiles);
   if (c.n_tiles == 1) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 1> : device::lora_kernel<T, kMany, 1>;
   if (c.n_tiles == 2) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 2> : device::lora_kernel<T, kMany, 2>;
   return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWideTiles>;
@@ -37,7 +37,7 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
 
 const char* lora(const LoraParams* members, int64_t count, void* stream) {
   for (int64_t i = 0; i < count; i += kMaxGroup)
-    if (const char* error = launch_group(members + i, lesser(kMaxGroup, count - i), stream)) return error;
+    if (const char* error = launch_group(members + i, min(kMaxGroup, count - i), stream)) return error;
   return nullptr;
 }
 

@@ -1,23 +1,23 @@
 // Batched LoRA in one launch: y[t] (+)= scaling[a] * B[a] (A[a] x[t]).
 //
-// A block takes a chunk of tokens that share an adapter and a slice of the outputs of one member.  Its eight warps share the
-// features of x: warp w multiplies blocks w, w + 8, ... of 64 bytes.  The partial rank vectors meet in shared memory, in the
-// order of the warps; every block of a chunk makes the rank vectors anew, since A comes from L2 and nothing has to be waited
-// for.  Then each warp expands 64 outputs at a time.  The order of every sum depends on the features and the rank alone, so
-// a token's bits depend neither on its neighbours nor on how the work is cut: a decode step and a prefill agree.
+// A block takes a chunk of tokens of one adapter and a slice of the outputs of one member.
 //
-// Chunks: with few single rows, one block a row reads its id where it is.  Otherwise each block counts the tokens of every
-// adapter, finds its chunk and lists its tokens, wherever they stand in the batch: a counting sort of which each block does
-// its part, with no memory besides its own and no launch before this one.
+// Shrink: v = A x is split-K over the eight warps of the block: warp w takes k-blocks w, w + 8, ... of 64 bytes, and the
+// partial sums are reduced in shared memory in the order of warps.  Every slice of a chunk recomputes v: A comes from L2,
+// and there is no synchronisation between blocks.  Expand: every warp computes 64 outputs at a time.  The order of every sum
+// depends on the number of features and the rank alone, so results are batch-invariant: prefill and decode agree bitwise.
+//
+// Chunks: for a few single tokens, one block per token reads its id in place.  Otherwise every block runs the counting sort
+// of tokens by adapter for its own chunk: no workspace and no extra launch.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
 
 namespace t2l::device {
 
-using cuda::kBins;
+using cuda::kSortBins;
 using cuda::kThreads;
-using cuda::kTileOutputs;
+using cuda::kWarpOutputs;
 using cuda::kWarps;
 
 struct LoraLaunch {
@@ -25,9 +25,9 @@ struct LoraLaunch {
   cuda::LoraConfig config;
 };
 
-// ---- which tokens
+// ---- chunks: counting sort of tokens by adapter
 
-// Sum of the values of the threads before this one; the sum of all in *total.
+// Exclusive prefix sum over the threads of the block; *total is the sum of all.
 T2L_DEVICE int scan_block(int value, int* scratch, int* total) {
   int sum = value;
 #pragma unroll
@@ -43,12 +43,12 @@ T2L_DEVICE int scan_block(int value, int* scratch, int* total) {
     if (w < warp_index()) before += scratch[w];
     all += scratch[w];
   }
-  block_barrier();  // before scratch is used again
+  block_barrier();  // scratch may be reused
   *total = all;
   return before;
 }
 
-// Tokens of segment s if it belongs to `adapter`, else none.
+// Number of tokens of segment s if it uses `adapter`, else 0.
 T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
   return s < p.segments && p.seg_adapters[s] == adapter ? p.seg_indptr[s + 1] - p.seg_indptr[s] : 0;
 }
@@ -57,9 +57,9 @@ T2L_DEVICE void check_adapter(const LoraParams& p, int adapter) {
   require(adapter >= -1 && adapter < p.adapters, "seg_adapters: an id out of range");
 }
 
-// Adds the tokens of every segment whose adapter is among kBins from `first` on.  Bin 0 of all is adapter -1.
+// Histogram of tokens over the bins [first, first + kSortBins); adapter i is bin i + 1.  Also validates segments.
 T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
-  for (int i = thread_index(); i < kBins; i += kThreads) bins[i] = 0;
+  for (int i = thread_index(); i < kSortBins; i += kThreads) bins[i] = 0;
   block_barrier();
   for (int64_t s = thread_index(); s < p.segments; s += kThreads) {
     const int adapter = p.seg_adapters[s], begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
@@ -68,7 +68,7 @@ T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
             "seg_indptr: not rising from 0 to the number of tokens");
     require(end - begin <= p.max_seg_len, "seg_indptr: a segment of more than max_seg_len tokens");
     const int64_t bin = int64_t{adapter} + 1 - first;
-    if (bin >= 0 && bin < kBins && !(adapter < 0 && p.accumulate)) atomic_add(&bins[bin], end - begin);
+    if (bin >= 0 && bin < kSortBins && !(adapter < 0 && p.accumulate)) atomic_add(&bins[bin], end - begin);
   }
   block_barrier();
 }
@@ -77,13 +77,13 @@ struct Chunk {
   int adapter, count;
 };
 
-// The `index`th chunk of the batch and its tokens; count 0 when there are fewer chunks.  Chunks are numbered by adapter,
-// then by the order of its tokens.
+// Chunk `index` of the batch and its tokens, or count 0 if there are fewer chunks.  Chunks are ordered by adapter, then
+// token.
 T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* scratch, int* bins, int* tokens) {
-  constexpr int kPerThread = kBins / kThreads;
-  int* found = scratch + kWarps;  // adapter, its chunk, its tokens
-  int64_t before = 0;             // chunks of adapters below `first`
-  for (int64_t first = 0;; first += kBins) {
+  constexpr int kPerThread = kSortBins / kThreads;
+  int* found = scratch + kWarps;  // adapter, index of the chunk within it, tokens of the adapter
+  int64_t before = 0;             // chunks of bins below `first`
+  for (int64_t first = 0;; first += kSortBins) {
     if (first > p.adapters) return Chunk{-1, 0};
     count_tokens(p, first, bins);
     int chunks[kPerThread], mine = 0, total;
@@ -104,11 +104,11 @@ T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* s
       place += chunks[i];
     }
     before += total;
-    block_barrier();  // found is written; bins are free again
+    block_barrier();  // found is visible; bins may be reused
     if (index < before) break;
   }
   const int adapter = found[0], start = found[1] * size;
-  const int count = static_cast<int>(cuda::lesser(size, found[2] - start));
+  const int count = static_cast<int>(cuda::min(size, found[2] - start));
   int seen = 0;  // tokens of this adapter in earlier segments
   for (int64_t s = 0; seen < start + count; s += kThreads) {
     int total;
@@ -128,7 +128,7 @@ T2L_DEVICE bool is_aligned(const void* data, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-// Rows of x or A, read as operands of type T.
+// Rows of x or A, loaded as operands of type T.
 template <class T>
 struct Rows {
   const char* data;
@@ -140,15 +140,17 @@ struct Rows {
     aligned = is_aligned(first, stride);
   }
   T2L_DEVICE const char* row(int64_t i) const { return data + i * stride; }
-  // Features [k, k + 16 bytes of T) of an aligned row that has all of them.
-  T2L_DEVICE Quad whole(const char* row, int64_t k) const { return load_quad(row + k * static_cast<int64_t>(sizeof(T))); }
-  // Of any row; those from `size` on are zero.
-  T2L_DEVICE Quad part(const char* row, int64_t k, int64_t size) const {
+  // 16 bytes of T from feature k on; the row is aligned and has them all.
+  T2L_DEVICE Quad load_full(const char* row, int64_t k) const {
+    return load_quad(row + k * static_cast<int64_t>(sizeof(T)));
+  }
+  // Tail, or a row that is not aligned; zero from feature `size` on.
+  T2L_DEVICE Quad load_tail(const char* row, int64_t k, int64_t size) const {
     return load_features(reinterpret_cast<const T*>(row), k, size, aligned);
   }
 };
 template <>
-T2L_DEVICE Quad Rows<float>::whole(const char* row, int64_t k) const {
+T2L_DEVICE Quad Rows<float>::load_full(const char* row, int64_t k) const {
   if (type == DType::f32) return load_quad(row + k * 4);
   const Pair two = load_one(reinterpret_cast<const Pair*>(row + k * 2));
   float v[4];
@@ -159,8 +161,8 @@ T2L_DEVICE Quad Rows<float>::whole(const char* row, int64_t k) const {
   return pack(v, float());
 }
 template <>
-T2L_DEVICE Quad Rows<float>::part(const char* row, int64_t k, int64_t size) const {
-  if (aligned && k + 4 <= size) return whole(row, k);
+T2L_DEVICE Quad Rows<float>::load_tail(const char* row, int64_t k, int64_t size) const {
+  if (aligned && k + 4 <= size) return load_full(row, k);
   Quad q = zero_quad();
 #pragma unroll
   for (int i = 0; i < 4; ++i)
@@ -168,13 +170,13 @@ T2L_DEVICE Quad Rows<float>::part(const char* row, int64_t k, int64_t size) cons
   return q;
 }
 
-// Steps of a warp whose loads are under way together, as many as leave no register in local memory.
+// k-blocks of a warp whose loads are in flight together: as many as registers hold without spills.
 template <class T>
-T2L_ANYWHERE constexpr int steps_ahead(int m_tiles, int n_tiles) {
+T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles) {
   return sizeof(T) == 4 || m_tiles * n_tiles > 2 ? 1 : 4 / (m_tiles * n_tiles);
 }
 
-// Partial rank vectors of this warp's share of the features: ranks [first_rank, first_rank + 8 * NT) of every token.
+// Split-K partial sums of this warp, for ranks [first_rank, first_rank + 8 * NT) of every token.
 template <class T, int MT, int NT>
 T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_rank, const int* tokens, int count,
                        float* partial) {
@@ -182,8 +184,8 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
   const Rows<T> x(p.x, p.x_stride, p.x_type);
   const Rows<T> a(static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * cuda::bytes_of(p.w_type), p.a_stride_rank,
                   p.w_type);
-  const char* x_row[MT][2];  // null: no such token
-  const char* a_row[NT];     // null: no such rank
+  const char* x_row[MT][2];  // null: padding
+  const char* a_row[NT];
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -197,41 +199,42 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
     a_row[nt] = i < rank ? a.row(i) : nullptr;
   }
   float sum[MT][NT][4] = {};
-  constexpr int kStep = Traits<T>::kPerBlock, kAhead = steps_ahead<T>(MT, NT);
-  Quad x_quad[kAhead][MT][2], a_quad[kAhead][NT];
-  const auto multiply = [&](int ahead) {
+  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT);
+  Quad x_quad[kInFlight][MT][2], a_quad[kInFlight][NT];
+  const auto multiply = [&](int u) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-        multiply_quads(sum[mt][nt], x_quad[ahead][mt][0], x_quad[ahead][mt][1], a_quad[ahead][nt], T());
+      for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], x_quad[u][mt][0], x_quad[u][mt][1], a_quad[u][nt], T());
   };
-  int64_t k = int64_t{warp_index()} * kStep + t * Traits<T>::kPerQuad;  // of this lane, in the warp's next step
+  int64_t k =
+      int64_t{warp_index()} * kStep + t * Traits<T>::kPerQuad;  // feature of this lane in the next k-block of its warp
   const int64_t lane_k = t * Traits<T>::kPerQuad;
   if (x.aligned && a.aligned)
-    for (; k - lane_k + ((kAhead - 1) * kWarps + 1) * kStep <= p.in; k += kAhead * kWarps * kStep) {
+    for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= p.in; k += kInFlight * kWarps * kStep) {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
+      for (int u = 0; u < kInFlight; ++u) {
 #pragma unroll
-        for (int nt = 0; nt < NT; ++nt) a_quad[u][nt] = a_row[nt] ? a.whole(a_row[nt], k + u * kWarps * kStep) : zero_quad();
+        for (int nt = 0; nt < NT; ++nt)
+          a_quad[u][nt] = a_row[nt] ? a.load_full(a_row[nt], k + u * kWarps * kStep) : zero_quad();
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            x_quad[u][mt][half] = x_row[mt][half] ? x.whole(x_row[mt][half], k + u * kWarps * kStep) : zero_quad();
+            x_quad[u][mt][half] = x_row[mt][half] ? x.load_full(x_row[mt][half], k + u * kWarps * kStep) : zero_quad();
       }
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) multiply(u);
+      for (int u = 0; u < kInFlight; ++u) multiply(u);
     }
 #pragma unroll 1
   for (; k - lane_k < p.in; k += kWarps * kStep) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? a.part(a_row[nt], k, p.in) : zero_quad();
+    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? a.load_tail(a_row[nt], k, p.in) : zero_quad();
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        x_quad[0][mt][half] = x_row[mt][half] ? x.part(x_row[mt][half], k, p.in) : zero_quad();
+        x_quad[0][mt][half] = x_row[mt][half] ? x.load_tail(x_row[mt][half], k, p.in) : zero_quad();
     multiply(0);
   }
   float* mine = partial + warp_index() * (16 * MT) * (8 * NT);
@@ -249,15 +252,15 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
 template <class T>
 T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j, int64_t o, float (&first)[8],
                              float (&second)[8]) {
-  const bool whole = o + 8 <= p.out && j + 1 < rank && sizeof(T) == 2;
-  if (whole && p.b_stride_out == 1 && is_aligned(b, p.b_stride_rank * 2)) {  // [rank, out] storage
+  const bool full = o + 8 <= p.out && j + 1 < rank && sizeof(T) == 2;
+  if (full && p.b_stride_out == 1 && is_aligned(b, p.b_stride_rank * 2)) {  // [rank, out] storage
     unpack(load_quad(b + (j * p.b_stride_rank + o) * 2), T(), first);
     unpack(load_quad(b + ((j + 1) * p.b_stride_rank + o) * 2), T(), second);
     return;
   }
   if constexpr (sizeof(T) == 2)
-    if (whole && p.b_stride_rank == 1 && reinterpret_cast<uintptr_t>(b) % 4 == 0 &&
-        p.b_stride_out % 2 == 0) {  // [out, rank] storage: two ranks a load
+    if (full && p.b_stride_rank == 1 && reinterpret_cast<uintptr_t>(b) % 4 == 0 &&
+        p.b_stride_out % 2 == 0) {  // [out, rank] storage: two ranks per 32-bit load
 #pragma unroll
       for (int i = 0; i < 8; ++i)
         unpack_two(load_one(reinterpret_cast<const uint32_t*>(b + ((o + i) * p.b_stride_out + j) * 2)), T(), &first[i],
@@ -273,9 +276,9 @@ T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j
   }
 }
 
-// Eight outputs in a row of y, as they are stored.
+// Eight consecutive outputs as stored in y.
 struct Outputs {
-  Quad quad[2];  // the second of float32 alone
+  Quad quad[2];  // the second for float32 only
 };
 T2L_DEVICE Outputs load_outputs(const char* y, DType type) {
   Outputs q{load_quad_mutable(y), zero_quad()};
@@ -301,8 +304,8 @@ T2L_DEVICE void store_outputs(char* y, DType type, const float (&v)[8]) {
   store_quad(y, pack(v, float()));
   store_quad(y + 16, pack(v + 4, float()));
 }
-// The same one by one, where fewer than eight are left or the row is not aligned.
-T2L_DEVICE void update_some(const LoraParams& p, char* row, int64_t o, float (&v)[8]) {
+// Tail, or a row that is not aligned: element by element.
+T2L_DEVICE void update_tail(const LoraParams& p, char* row, int64_t o, float (&v)[8]) {
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (o + i < p.out) {
@@ -310,21 +313,22 @@ T2L_DEVICE void update_some(const LoraParams& p, char* row, int64_t o, float (&v
       store_float(row, o + i, p.x_type, v[i]);
     }
 }
-// What y holds, in a compute type: 16-bit rows are of that type themselves.
+// Type of y given the compute type; a compile-time constant for 16-bit types.
 template <class T>
 T2L_DEVICE DType output_type(const LoraParams& p) {
   return sizeof(T) == 4 ? p.x_type : Traits<T>::kType;
 }
 
-// A 16-bit weight is a number of 11 bits as it is.
+// 16-bit weights are exact in TF32.
 template <class T>
 T2L_DEVICE Split split_weight(float weight, T) {
   return Split{weight, 0.0f};
 }
 T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 
-// Outputs [first, last) of every token of the chunk.  Column n of product i stands for output 32 * (n % 2) + 8 * (n / 2) + i
-// of 64: four lanes then have 32 outputs in a row, twice.  Registers of one operand stand for ranks 2t and 2t + 1 of eight.
+// Outputs [first, last) of every token of the chunk, in warp tiles of 64.  Column n of MMA tile i is permuted to output
+// 32 * (n % 2) + 8 * (n / 2) + i of 64, so that every lane has twice eight consecutive outputs: loads and stores of y are
+// coalesced 128-bit accesses.  The registers of an operand are ranks 2t and 2t + 1 of eight.
 template <class T, int MT>
 T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* tokens, int count, const float* v,
                        int64_t v_stride, int64_t first, int64_t last) {
@@ -334,16 +338,16 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
   const int64_t size = cuda::bytes_of(type);
   const bool aligned = is_aligned(p.y, p.y_stride * size);
   const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * cuda::bytes_of(p.w_type);
-  for (int64_t o = first + warp_index() * kTileOutputs; o < last; o += kWarps * kTileOutputs)
+  for (int64_t o = first + warp_index() * kWarpOutputs; o < last; o += kWarps * kWarpOutputs)
     for (int mt = 0; mt < MT && 16 * mt < count; ++mt) {
-      char* row[2];  // of y; null: no such token
+      char* row[2];  // of y; null: padding
       Outputs before[2][2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 16 * mt + 8 * half + g;
         row[half] = i < count ? static_cast<char*>(p.y) + tokens[i] * p.y_stride * size : nullptr;
 #pragma unroll
-        for (int column = 0; column < 2; ++column) {  // asked for now, needed after the products
+        for (int column = 0; column < 2; ++column) {  // loaded early, used after the MMAs
           const int64_t at = o + 32 * column + 8 * t;
           if (kExact && p.accumulate && row[half] && aligned && at + 8 <= p.out)
             before[half][column] = load_outputs(row[half] + at * size, type);
@@ -373,18 +377,19 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
           for (int i = 0; i < 8; ++i) values[i] = sum[i][2 * half + column];
           if (aligned && at + 8 <= p.out) {
             if (p.accumulate) {
-              if (!kExact) before[half][column] = load_outputs(row[half] + at * size, type);  // more than registers hold
+              if (!kExact)
+                before[half][column] = load_outputs(row[half] + at * size, type);  // no registers to load it early
               add_outputs(before[half][column], type, values);
             }
             store_outputs(row[half] + at * size, type, values);
           } else {
-            update_some(p, row[half], at, values);
+            update_tail(p, row[half], at, values);
           }
         }
     }
 }
 
-// Tokens without an adapter here: their outputs are zero unless something is added to.
+// Outputs of tokens without an adapter.
 template <class T>
 T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, int64_t first, int64_t last) {
   const DType type = output_type<T>(p);
@@ -394,14 +399,14 @@ T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, i
   }
 }
 
-// Asks for the weights of an adapter that the block is going to read.
+// Prefetches the weights of an adapter that this block reads into L2.
 T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int64_t first, int64_t last) {
   constexpr int kLine = 128;
   const int64_t size = cuda::bytes_of(p.w_type), a_bytes = p.in * size;
   const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
   for (int i = warp_index(); i < rank; i += kWarps)
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
-  // [rank, out] storage: a slice of every row; else whole rows, of one line or less as ranks go.
+  // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
   const bool by_rank = p.b_stride_out == 1;
   const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
   const int64_t stride = (by_rank ? p.b_stride_rank : p.b_stride_out) * size;
@@ -412,21 +417,21 @@ T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int
 }
 
 template <class T, int MT, int NT>
-T2L_KERNEL(kThreads, cuda::lora_blocks(sizeof(T), MT))
+T2L_KERNEL(kThreads, cuda::lora_blocks_per_sm(sizeof(T), MT))
 lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const cuda::LoraConfig& c = launch.config;
   SharedMemory shared;
   int* scratch = shared.take<int>(16);
   int* tokens = shared.take<int>(16 * MT);
-  int* bins = shared.take<int>(kBins);
+  int* bins = shared.take<int>(kSortBins);
   float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
   float* v = shared.take<float>(16 * MT * c.v_stride);
   int index = 0;
   while (block_index_y() >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
-  const int64_t first = (block_index_y() - c.first_slice[index]) * c.outputs, last = cuda::lesser(first + c.outputs, p.out);
+  const int64_t first = (block_index_y() - c.first_slice[index]) * c.outputs, last = cuda::min(first + c.outputs, p.out);
   Chunk chunk;
-  if (c.direct) {
+  if (c.one_token_per_block) {
     const int end = p.seg_indptr[block_index_x() + 1];
     chunk = Chunk{p.seg_adapters[block_index_x()], 1};
     if (thread_index() == 0) tokens[0] = static_cast<int>(block_index_x());
@@ -452,10 +457,10 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[w * (16 * MT) * (8 * NT) + i];
-      const int j = first_rank + i % (8 * NT);  // beyond the rank: zero, also where x is infinite
+      const int j = first_rank + i % (8 * NT);  // zero beyond the rank, even if x is infinite
       v[i / (8 * NT) * c.v_stride + j] = j < rank ? sum * scaling : 0.0f;
     }
-    block_barrier();  // the next pass writes partial again; then v is whole
+    block_barrier();  // before partial is overwritten or v is read
   }
   expand<T, MT>(p, chunk.adapter, rank, tokens, chunk.count, v, c.v_stride, first, last);
 }

@@ -1,8 +1,8 @@
-// What a kernel may ask of the machine it runs on.  Every intrinsic and every line of PTX of the project is here; each has a
-// second body for the emulator (csrc/emu), which runs the same kernel source on a CPU.
+// Device primitives.  All intrinsics and inline PTX of the project are here; each has a second body for the emulator
+// (csrc/emu), which runs the same kernel source on a CPU.
 //
-// Conventions: blocks are one-dimensional, warps have 32 lanes, warp-wide calls are made by all 32.  Values that a kernel is
-// measured by go through load/store, so that the emulator can count them; ids, ranks and segments are read plainly.
+// Conventions: blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through load_*
+// and store_*, so that the emulator counts their bytes; ids, ranks and segments are read directly.
 #pragma once
 #include <cstdint>
 
@@ -16,12 +16,12 @@
 #include <cuda_fp16.h>
 #define T2L_DEVICE __device__ __forceinline__
 #define T2L_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
-#define T2L_ARGUMENT(type) const __grid_constant__ type  // stays in constant memory, also where it is indexed
+#define T2L_ARGUMENT(type) const __grid_constant__ type  // in constant memory even if indexed dynamically
 #endif
 
 namespace t2l::device {
 
-// Storage of 16-bit numbers; arithmetic happens in float32 or in tensor cores.
+// Storage types; arithmetic is in float32 or on tensor cores.
 struct bf16 {
   uint16_t bits;
 };
@@ -29,13 +29,13 @@ struct f16 {
   uint16_t bits;
 };
 
-// 16 bytes as a thread loads them.
+// 128-bit vector load or store.
 struct alignas(16) Quad {
   uint32_t word[4];
 };
 T2L_DEVICE Quad zero_quad() { return Quad{{0, 0, 0, 0}}; }
 
-// ---- where a thread is
+// ---- thread indices
 
 T2L_DEVICE int thread_index() {
 #ifdef T2L_EMULATOR
@@ -60,12 +60,13 @@ T2L_DEVICE int block_index_y() {
   return static_cast<int>(blockIdx.y);
 #endif
 }
-// ---- shared memory: one block of bytes a launch asks for, handed out piece by piece in the same order by every thread
+
+// ---- dynamic shared memory: a bump allocator; all threads make the same allocations in the same order
 
 class SharedMemory {
  public:
   T2L_DEVICE SharedMemory();
-  // 16-byte aligned; sizes as config.h counts them: rounded up to 16 bytes.
+  // 16-byte aligned; sizes are rounded up to 16 bytes (align16 in config.h).
   template <class T>
   T2L_DEVICE T* take(int64_t count) {
 #ifdef T2L_EMULATOR
@@ -94,9 +95,9 @@ T2L_DEVICE SharedMemory::SharedMemory() {
 }
 #endif
 
-// ---- meeting other threads
+// ---- synchronisation
 
-// All threads of the block, which then see each other's writes.
+// Barrier of the block, with visibility of all its writes.
 T2L_DEVICE void block_barrier() {
 #ifdef T2L_EMULATOR
   emu::block_barrier();
@@ -126,7 +127,7 @@ T2L_DEVICE T shuffle_up(T value, int distance) {
 #endif
 }
 
-// On shared memory; integers only: their sum does not depend on the order.
+// On shared memory.  Integers only, whose sum does not depend on the order.
 T2L_DEVICE void atomic_add(int* target, int value) {
 #ifdef T2L_EMULATOR
   emu::atomic_add(target, value);
@@ -135,20 +136,19 @@ T2L_DEVICE void atomic_add(int* target, int value) {
 #endif
 }
 
-// An argument that only the device can see is wrong: the launch fails, and with it the context, as torch's own index checks
-// do.
+// Device-side assertion on argument values.  Failure traps and ends the context, as torch's index checks do.
 T2L_DEVICE void require(bool holds, const char* what) {
 #ifdef T2L_EMULATOR
   if (!holds) emu::fail(what);
 #else
-  (void)what;  // printf would take a stack
+  (void)what;  // printf would need a stack frame
   if (!holds) __trap();
 #endif
 }
 
 // ---- global memory
 
-// 16 bytes at an address that is a multiple of 16.
+// 128-bit load through the read-only path; 16-byte aligned.
 T2L_DEVICE Quad load_quad(const void* p) {
 #ifdef T2L_EMULATOR
   return emu::load<Quad>(p);
@@ -165,7 +165,7 @@ T2L_DEVICE T load_one(const T* p) {
   return *p;
 #endif
 }
-// Memory that this launch also writes: not through the read-only path.
+// 128-bit load of memory that this launch also writes: not through the read-only path.
 T2L_DEVICE Quad load_quad_mutable(const void* p) {
 #ifdef T2L_EMULATOR
   return emu::load<Quad>(p);
@@ -190,7 +190,7 @@ T2L_DEVICE void store_one(T* p, T value) {
 #endif
 }
 
-// Asks L2 for the 128 bytes around an address that will be read; nobody waits.
+// Prefetches the 128-byte line of an address into L2; does not block.
 T2L_DEVICE void prefetch(const void* p) {
 #ifdef T2L_EMULATOR
   (void)p;
@@ -199,8 +199,8 @@ T2L_DEVICE void prefetch(const void* p) {
 #endif
 }
 
-// Starts a copy of 16 bytes from global to shared memory, both multiples of 16; of the source only the first `valid` bytes
-// are read, the rest becomes zero.  It may land at any time until its group is waited for.
+// cp.async of 16 bytes from global to shared memory, both 16-byte aligned: reads the first `valid` bytes and fills the rest
+// with zeros.  Asynchronous until its group is waited for.
 T2L_DEVICE void copy_async(void* shared, const void* global, int valid) {
 #ifdef T2L_EMULATOR
   emu::copy_async(shared, global, 16, valid);
@@ -209,7 +209,7 @@ T2L_DEVICE void copy_async(void* shared, const void* global, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(valid) : "memory");
 #endif
 }
-// Closes the group of this thread's copies since the last one.
+// Commits this thread's copies since the last commit as one group.
 T2L_DEVICE void commit_copies() {
 #ifdef T2L_EMULATOR
   emu::commit_copies();
@@ -217,7 +217,7 @@ T2L_DEVICE void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Until at most kPending of this thread's latest groups are on their way; other threads see the rest after a barrier.
+// Waits until at most kPending of this thread's latest groups are in flight.  Other threads see the data after a barrier.
 template <int kPending>
 T2L_DEVICE void wait_for_copies() {
 #ifdef T2L_EMULATOR
@@ -227,7 +227,7 @@ T2L_DEVICE void wait_for_copies() {
 #endif
 }
 
-// ---- numbers
+// ---- conversions and arithmetic
 
 T2L_DEVICE float bits_to_float(uint32_t bits) {
 #ifdef T2L_EMULATOR
@@ -252,7 +252,7 @@ T2L_DEVICE float to_float(f16 v) {
   return __half2float(__ushort_as_half(v.bits));
 #endif
 }
-// Rounded to nearest, ties to even.
+// Round to nearest even.
 T2L_DEVICE void from_float(float v, float* out) { *out = v; }
 T2L_DEVICE void from_float(float v, bf16* out) {
 #ifdef T2L_EMULATOR
@@ -268,8 +268,8 @@ T2L_DEVICE void from_float(float v, f16* out) {
   out->bits = __half_as_ushort(__float2half_rn(v));
 #endif
 }
-// The nearest number of 11 significant bits, as a tensor core wants float32 operands.  The instruction leaves the bits below
-// undefined, and may make an infinity of a NaN, whose mark can be one of them.
+// Rounds to TF32 (11 significant bits), ties away from zero.  The instruction leaves the low bits undefined, which may turn
+// NaN into infinity: both are fixed here.
 T2L_DEVICE float to_tf32(float v) {
 #ifdef T2L_EMULATOR
   return emu::float_to_tf32(v);
@@ -279,7 +279,7 @@ T2L_DEVICE float to_tf32(float v) {
   return __uint_as_float(v != v ? 0x7fffe000u : out & 0xffffe000u);
 #endif
 }
-// e^x within 2 ulp, whatever flags the file is compiled with.
+// e^x to 2 ulp, independent of compiler flags.
 T2L_DEVICE float exponential(float x) {
 #ifdef T2L_EMULATOR
   return emu::exponential(x);
@@ -287,17 +287,17 @@ T2L_DEVICE float exponential(float x) {
   return expf(x);
 #endif
 }
-// a / b within 2 ulp for |b| < 2^126, zero beyond: without the subroutine that exact division takes.
-T2L_DEVICE float quotient(float a, float b) {
+// a / b to 2 ulp for |b| < 2^126, zero beyond; exact division would call a subroutine.
+T2L_DEVICE float fast_divide(float a, float b) {
 #ifdef T2L_EMULATOR
-  return emu::quotient(a, b);
+  return emu::fast_divide(a, b);
 #else
   return __fdividef(a, b);
 #endif
 }
-T2L_DEVICE float reciprocal_root(float x) {
+T2L_DEVICE float rsqrt(float x) {
 #ifdef T2L_EMULATOR
-  return emu::reciprocal_root(x);
+  return emu::rsqrt(x);
 #else
   return __frcp_rn(__fsqrt_rn(x));
 #endif
@@ -309,7 +309,7 @@ T2L_DEVICE float power(float base, float exponent) {
   return powf(base, exponent);
 #endif
 }
-// cos and sin of x in *c and *s, to 2^-21 absolute for |x| < 2^15; no table in local memory, which cosf() would need.
+// *c = cos(x), *s = sin(x), absolute error 2^-21 for |x| < 2^15; cosf() would need a table in local memory.
 T2L_DEVICE void cos_sin(float x, float* c, float* s) {
 #ifdef T2L_EMULATOR
   emu::cos_sin(x, c, s);
@@ -321,11 +321,11 @@ T2L_DEVICE void cos_sin(float x, float* c, float* s) {
 #endif
 }
 
-// ---- tensor cores.  d (16 x 8, float32) += a (16 x k) b (k x 8), fragments as the PTX ISA lays them out: with g = lane / 4
-// and t = lane % 4, d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// ---- tensor cores: d (16 x 8, float32) += a (16 x k) b (k x 8).  Fragment layout of the PTX ISA: with g = lane / 4 and
+// t = lane % 4, d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 
-// k = 16, two numbers a word: a holds (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b (2t.., g), (2t + 8..,
-// g).
+// m16n8k16, two elements per register: a holds (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b holds (2t..,
+// g), (2t + 8.., g).
 T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bf16) {
 #ifdef T2L_EMULATOR
   emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::bit_cast<float>(bits << 16); });
@@ -344,8 +344,8 @@ T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
-// k = 8, operands of 11 significant bits (to_tf32; lower bits are ignored): a holds (g, t), (g + 8, t), (g, t + 4),
-// (g + 8, t + 4); b (t, g), (t + 4, g).
+// m16n8k8, TF32 operands (low bits are ignored): a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (t, g),
+// (t + 4, g).
 T2L_DEVICE void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #ifdef T2L_EMULATOR
   emu::mma_16x8x8(d, a, b);

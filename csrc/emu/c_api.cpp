@@ -1,4 +1,4 @@
-// The emulator's host side for ctypes, in _emu.
+// C API of the emulator's host side, for ctypes.
 #include <string>
 
 #include "emulator.h"
@@ -7,11 +7,11 @@
 
 namespace emu = t2l::emu;
 
-// 0, or 1 for a text that is no schedule, which changes nothing.
+// 0; or 1, without effect, if the text is not a schedule.
 T2L_EMU_EXPORT int t2l_emu_set_schedule(const char* text) { return emu::set_schedule(text) ? 0 : 1; }
 
-// Of a device, at least 1.
-T2L_EMU_EXPORT void t2l_emu_set_multiprocessors(int count) { emu::set_multiprocessors(count); }
+// SMs of a device, at least 1.
+T2L_EMU_EXPORT void t2l_emu_set_num_sms(int count) { emu::set_num_sms(count); }
 
 T2L_EMU_EXPORT void t2l_emu_reset_counters() { emu::reset_counters(); }
 
@@ -43,5 +43,5 @@ T2L_EMU_EXPORT int t2l_emu_current_device() { return emu::current_device(); }
 // The current stream of this OS thread's current device.
 T2L_EMU_EXPORT void t2l_emu_set_stream(void* stream) { emu::set_current_stream(stream); }
 
-// The device that the memory of this OS thread's calls is of; 0 at first.
+// The device that owns the memory of this OS thread's calls; initially 0.
 T2L_EMU_EXPORT void t2l_emu_set_memory_device(int device) { emu::set_memory_device(device); }

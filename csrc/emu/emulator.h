@@ -1,10 +1,10 @@
-// Runs kernels on the CPU, so that they are tested without a GPU.
+// Emulator of a CUDA device on the CPU, to test kernels without a GPU.
 //
-// Every thread of a block is a fiber; one OS thread runs one block at a time.  A launch that a device would hang on, refuse
-// or answer with rubbish fails with a text: barriers and exchanges that not everyone reaches, shared memory beyond what was
-// asked for, misaligned accesses, a wrong stream.  Schedules change the order of threads and blocks and when asynchronous
-// copies land.  Under ASan pieces of shared memory have guarded ends; under TSan the threads of a block are ordered by
-// barriers alone, so that a missing one is a data race.
+// Every thread of a block is a fiber; one OS thread runs one block at a time.  A launch that would hang, fail or return
+// undefined results on a device fails with an error: barriers and warp exchanges that not all threads reach, shared memory
+// beyond the launch's size, misaligned accesses, a wrong stream.  Schedules change the order of threads and blocks, and when
+// asynchronous copies land.  Under ASan, allocations of shared memory have redzones; under TSan, only barriers order the
+// threads of a block, so that a missing one is a data race.
 //
 // Compile with -fno-strict-aliasing, as nvcc does in effect: kernels read the same bytes as several types.
 #pragma once
@@ -29,12 +29,12 @@
 #endif
 #endif
 
-// The emulator's own book-keeping: threads of a block share it without a barrier, so TSan must not look at it.  Not inlined,
-// since a copy inside other code would be looked at.
+// For the emulator's own bookkeeping, which threads of a block share without a barrier: not instrumented by TSan, and not
+// inlined into instrumented code.
 #if defined(T2L_EMU_TSAN)
-#define T2L_EMU_UNSEEN __attribute__((no_sanitize("thread"), noinline))
+#define T2L_EMU_NO_TSAN __attribute__((no_sanitize("thread"), noinline))
 #else
-#define T2L_EMU_UNSEEN
+#define T2L_EMU_NO_TSAN
 #endif
 
 namespace t2l::emu {
@@ -50,7 +50,7 @@ struct Launch {
 };
 
 // Runs `body` for every thread of every block; checks what a driver checks, and that the stream is the current one.
-// nullptr or the reason of the failure, which is valid until this OS thread launches again.
+// Returns nullptr, or an error that is valid until this OS thread launches again.
 const char* run(const Launch& launch, void (*body)(void*), void* argument);
 template <class Body>
 const char* launch(const Launch& launch, Body&& body) {
@@ -60,26 +60,25 @@ const char* launch(const Launch& launch, Body&& body) {
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// `seed` 0: the first runnable thread goes on, or the last if `reverse`; blocks likewise.  Else an order that changes with
-// every pass over the runnable threads, and with every launch.  Asynchronous copies land at the wait, or when they are
-// issued if `eager`.
+// `seed` 0: runs the first ready thread, or the last if `reverse`; blocks likewise.  Else a pseudo-random order, another for
+// every pass over the ready threads and for every launch.  Asynchronous copies land at their wait or, if `eager`, at once.
 struct Schedule {
   uint64_t seed = 0;
   bool reverse = false;
   bool eager = false;
 };
 void set_schedule(const Schedule& schedule);
-// "forward", "reverse" or "seed=7", each also with "+eager"; false for another text, which changes nothing.
+// "forward", "reverse" or "seed=7", each also with "+eager"; returns false, without effect, for any other text.
 bool set_schedule(const char* text);
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // of a block, as on an H100
+constexpr int kMaxSharedBytes = 227 * 1024;  // per block, as on an H100
 
-// Of a device: 132 at first, as an H100 has.  Kernels cut their work by it.
-int multiprocessors();
-void set_multiprocessors(int count);
+// SMs of a device: by default 132, as an H100.  Launch configurations depend on it.
+int num_sms();
+void set_num_sms(int count);
 
-// Device and stream of this OS thread; every device has a current stream of its own, which is not null.  A launch must be on
-// the current stream, and on the device whose memory it is given.
+// Per OS thread: the current device, and the current stream of every device, which is not null.  A launch must be on the
+// current stream, and on the device that owns its memory.
 int memory_device();
 void set_memory_device(int device);
 int current_device();
@@ -87,24 +86,24 @@ void set_current_device(int device);
 void* current_stream();
 void set_current_stream(void* stream);
 
-// Of all OS threads since the last reset: bytes through load, store and copy_async, operations of tensor cores, launches
-// that a driver would have accepted.
+// Totals of all OS threads since the last reset: bytes of load, store and copy_async, FLOPs of tensor cores, accepted
+// launches.
 struct Counters {
   int64_t read, written, flops, launches;
 };
 Counters counters();
 void reset_counters();
 
-// The latest launch of any OS thread that a driver would have accepted.
+// The latest accepted launch of any OS thread.
 struct LaunchRecord {
   int device;
   Launch launch;
 };
 LaunchRecord last_launch();
 
-// ---- what a kernel asks for
+// ---- device side
 
-// The thread that runs now, its block, and what the launch has counted so far.
+// The running thread, its block, and the counters of the launch.
 struct Running {
   int thread = 0;
   int block_y = 0;
@@ -113,16 +112,16 @@ struct Running {
 };
 extern __thread Running* running __attribute__((tls_model("initial-exec")));
 
-T2L_EMU_UNSEEN inline int thread_index() { return running->thread; }
-T2L_EMU_UNSEEN inline int64_t block_index_x() { return running->block_x; }
-T2L_EMU_UNSEEN inline int block_index_y() { return running->block_y; }
+T2L_EMU_NO_TSAN inline int thread_index() { return running->thread; }
+T2L_EMU_NO_TSAN inline int64_t block_index_x() { return running->block_x; }
+T2L_EMU_NO_TSAN inline int block_index_y() { return running->block_y; }
 
-// Ends the launch; the text also names block and thread.
+// Ends the launch with an error, which also names block and thread.
 [[noreturn]] void fail(const char* what);
-// The same with two numbers for a printf format of %lld.
+// The same, formatting two numbers with %lld.
 [[noreturn]] void fail(const char* format, int64_t first, int64_t second = 0);
 
-// Which piece of shared memory a thread takes next.
+// Index of a thread's next allocation of shared memory.
 struct SharedCursor {
   int next = 0;
 };
@@ -141,13 +140,13 @@ inline void atomic_add(int* target, int value) {
   __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 }
 
-T2L_EMU_UNSEEN inline void count_read(int64_t bytes) { running->counters.read += bytes; }
-T2L_EMU_UNSEEN inline void count_written(int64_t bytes) { running->counters.written += bytes; }
-T2L_EMU_UNSEEN inline void count_flops(int64_t flops) { running->counters.flops += flops; }
+T2L_EMU_NO_TSAN inline void count_read(int64_t bytes) { running->counters.read += bytes; }
+T2L_EMU_NO_TSAN inline void count_written(int64_t bytes) { running->counters.written += bytes; }
+T2L_EMU_NO_TSAN inline void count_flops(int64_t flops) { running->counters.flops += flops; }
 
-// Memory of any type, as a device sees it.
+// Typed access to memory of any type.
 template <class T>
-struct __attribute__((may_alias)) Untyped {
+struct __attribute__((may_alias)) AnyType {
   T value;
 };
 
@@ -155,20 +154,20 @@ template <class T>
 inline T load(const void* address) {
   require_aligned<T>(address, "load of %lld bytes at an address that is not a multiple of %lld");
   count_read(sizeof(T));
-  return static_cast<const Untyped<T>*>(address)->value;
+  return static_cast<const AnyType<T>*>(address)->value;
 }
 template <class T>
 inline void store(void* address, T value) {
   require_aligned<T>(address, "store of %lld bytes at an address that is not a multiple of %lld");
   count_written(sizeof(T));
-  static_cast<Untyped<T>*>(address)->value = value;
+  static_cast<AnyType<T>*>(address)->value = value;
 }
 
 void copy_async(void* shared, const void* global, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// ---- warps: all 32 lanes deposit words, meet, and read each other's
+// ---- warp exchanges: all 32 lanes deposit words, synchronise, and read each other's
 
 constexpr int kLanes = 32;
 
@@ -178,13 +177,13 @@ struct alignas(16) Slot {
 struct Tile {
   alignas(64) double value[16][8];
 };
-struct Meeting {
+struct Exchange {
   const Slot* slots;  // of all lanes
-  Tile* tile;         // room for what the last lane makes of them
-  bool last;          // to arrive; it goes on first, so it may fill the tile
+  Tile* tile;         // for a result that the last lane computes from them
+  bool last;          // to arrive: it continues first, so it may fill the tile
 };
-// Both stay valid until the lane's next meeting.  Lanes that do not deposit equally much are not at the same call.
-Meeting meet_warp(const Slot& mine, int bytes);
+// Both stay valid until the lane's next exchange.  Different sizes within a warp are an error: divergent calls.
+Exchange exchange_slots(const Slot& mine, int bytes);
 
 template <class T>
 class WarpExchange {
@@ -194,10 +193,10 @@ class WarpExchange {
   explicit WarpExchange(const T& value) {
     Slot mine{};
     std::memcpy(&mine, &value, sizeof(T));
-    slots_ = meet_warp(mine, sizeof(T)).slots;
+    slots_ = exchange_slots(mine, sizeof(T)).slots;
   }
-  // Before the warp's next exchange.
-  T2L_EMU_UNSEEN T of(int lane) const {
+  // Only before the warp's next exchange.
+  T2L_EMU_NO_TSAN T of(int lane) const {
     if (lane < 0 || lane >= kLanes) fail("warp exchange: there is no lane %lld", lane);
     T value;
     __builtin_memcpy(&value, &slots_[lane], sizeof(T));
@@ -208,7 +207,7 @@ class WarpExchange {
   const Slot* slots_;
 };
 
-// ---- numbers
+// ---- conversions and arithmetic
 
 template <class To, class From>
 inline To bit_cast(From from) {
@@ -218,15 +217,15 @@ inline To bit_cast(From from) {
   return to;
 }
 
-// Without branches, so that loops of it become vector code.
+// Branch-free, so that loops over it vectorise.
 inline float half_to_float(uint16_t half) {
   const uint32_t magnitude = (half & 0x7fffu) << 13;
-  const float finite = bit_cast<float>(magnitude) * 0x1p112f;  // moves the exponent's bias, of subnormals too
+  const float finite = bit_cast<float>(magnitude) * 0x1p112f;  // rebias, also of subnormals
   const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0;
   return bit_cast<float>(bit_cast<uint32_t>(finite) | special | (half & 0x8000u) << 16);
 }
 
-// To nearest, ties to even.
+// Round to nearest even.
 inline uint16_t float_to_half(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu, sign = bits >> 16 & 0x8000u;
   uint32_t half;
@@ -235,7 +234,7 @@ inline uint16_t float_to_half(float value) {
   else if (magnitude >= 0x477ff000u)
     half = 0x7c00;  // from 65520 on: infinity
   else if (magnitude < 0x38800000u)
-    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: 0.5 has the same last place
+    half = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;  // subnormal: same ulp as 0.5f
   else
     half = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000u) >> 13;
   return static_cast<uint16_t>(sign | half);
@@ -247,7 +246,7 @@ inline uint16_t float_to_bf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// 10 explicit bits of mantissa; to nearest, ties away from zero.
+// 10 explicit mantissa bits; round to nearest, ties away from zero.
 inline float float_to_tf32(float value) {
   const uint32_t bits = bit_cast<uint32_t>(value), magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return bit_cast<float>((bits & ~0x1fffu) | 0x400000u);
@@ -256,26 +255,26 @@ inline float float_to_tf32(float value) {
 }
 
 inline float exponential(float x) { return std::exp(x); }
-inline float quotient(float a, float b) { return a / b; }
-inline float reciprocal_root(float x) { return 1.0f / std::sqrt(x); }
+inline float fast_divide(float a, float b) { return a / b; }
+inline float rsqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float power(float base, float exponent) { return std::pow(base, exponent); }
 inline void cos_sin(float x, float* c, float* s) {
   *c = std::cos(x);
   *s = std::sin(x);
 }
 
-// ---- tensor cores: the lanes meet once, the last to come computes the product for all
+// ---- tensor cores: one exchange per MMA, in which the last lane to arrive computes the product
 
 struct Operands {
   float a[16][16];  // [row][k]
   alignas(32) float b[16][8];
 };
-// Exact products, summed in float64.
+// Products accumulated in float64.
 Tile multiply(const Operands& operands, int depth);
 
-// Register r of a lane holds rows g (+ 8 for odd r) and from column `step` on for the upper registers.
+// Operands of m16n8k16 from the fragments of all lanes.
 template <class Convert>
-T2L_EMU_UNSEEN inline Operands gather_16bit(const Slot* slots, Convert convert) {
+T2L_EMU_NO_TSAN inline Operands gather_16bit(const Slot* slots, Convert convert) {
   constexpr int kWords = sizeof(Slot) / sizeof(uint32_t);
   float low[kLanes][kWords], high[kLanes][kWords];
   for (int lane = 0; lane < kLanes; ++lane)
@@ -300,21 +299,21 @@ T2L_EMU_UNSEEN inline Operands gather_16bit(const Slot* slots, Convert convert) 
 }
 Operands gather_tf32(const Slot* slots);
 
-T2L_EMU_UNSEEN inline Slot fragments(const void* a, const void* b) {
+T2L_EMU_NO_TSAN inline Slot fragments(const void* a, const void* b) {
   Slot slot{};
   __builtin_memcpy(&slot.word[0], a, 16);
   __builtin_memcpy(&slot.word[4], b, 8);
   return slot;
 }
-// d += this lane's part of the tile, cut and not rounded: devices differ, and this is what the worst ones do.
-void add_tile(float (&d)[4], const Tile& tile);
+// d += this lane's fragment of the tile, truncated toward zero: the worst accumulation of any device.
+void accumulate_tile(float (&d)[4], const Tile& tile);
 
-// `convert` makes the float of 16 bits.
+// `convert`: 16 bits to float.
 template <class Convert>
-T2L_EMU_UNSEEN inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Convert convert) {
-  const Meeting meeting = meet_warp(fragments(a, b), 24);
-  if (meeting.last) *meeting.tile = multiply(gather_16bit(meeting.slots, convert), 16);
-  add_tile(d, *meeting.tile);
+T2L_EMU_NO_TSAN inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Convert convert) {
+  const Exchange exchange = exchange_slots(fragments(a, b), 24);
+  if (exchange.last) *exchange.tile = multiply(gather_16bit(exchange.slots, convert), 16);
+  accumulate_tile(d, *exchange.tile);
 }
 void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]);
 

@@ -1,4 +1,4 @@
-// Fibers: stacks that one OS thread changes between, known to ASan and TSan.  The emulator's threads are made of them.
+// Fibers (user-mode stacks with cooperative switches), registered with ASan and TSan.
 #pragma once
 #include <sys/mman.h>
 
@@ -17,7 +17,7 @@
 
 namespace t2l::emu {
 
-// What is kept of a stack while another one runs.
+// Saved state of a suspended stack.
 struct Context {
   void* sp = nullptr;
 #if defined(T2L_EMU_ASAN)
@@ -28,11 +28,11 @@ struct Context {
   void* fiber = nullptr;
 #endif
 };
-static_assert(offsetof(Context, sp) == 0, "change_stack reads it there");
+static_assert(offsetof(Context, sp) == 0, "switch_stack reads it there");
 
-// Puts the stack of `from` away and goes on with that of `to`.  Where that goes on, `from` is the result, or the argument of
-// a function that begins.  A jump and not a return: the processor predicts returns from calls, which do not match here.
-__attribute__((naked, noinline)) T2L_EMU_UNSEEN inline Context* change_stack(Context* /*from*/, Context* /*to*/) {
+// Saves the current stack in `from` and resumes `to`, where `from` is the return value, or the argument of an entry
+// function. Jumps instead of returning, which would mispredict: calls and returns do not pair up here.
+__attribute__((naked, noinline)) T2L_EMU_NO_TSAN inline Context* switch_stack(Context* /*from*/, Context* /*to*/) {
   asm("pushq %rbp\n\t"
       "pushq %rbx\n\t"
       "pushq %r12\n\t"
@@ -52,36 +52,36 @@ __attribute__((naked, noinline)) T2L_EMU_UNSEEN inline Context* change_stack(Con
       "jmp *%rcx");
 }
 
-// First thing after a change to `me`.
-T2L_EMU_UNSEEN inline void arrive([[maybe_unused]] Context* me, [[maybe_unused]] Context* from) {
+// Must be called first after a switch to `me`.
+T2L_EMU_NO_TSAN inline void finish_switch([[maybe_unused]] Context* me, [[maybe_unused]] Context* from) {
 #if defined(T2L_EMU_ASAN)
   __sanitizer_finish_switch_fiber(me->fake_stack, &from->bottom, &from->bytes);
 #endif
 }
 
-T2L_EMU_UNSEEN inline void change(Context* me, Context* to) {
+T2L_EMU_NO_TSAN inline void switch_to(Context* me, Context* to) {
 #if defined(T2L_EMU_ASAN)
   __sanitizer_start_switch_fiber(&me->fake_stack, to->bottom, to->bytes);
 #elif defined(T2L_EMU_TSAN)
   __tsan_switch_to_fiber(to->fiber, __tsan_switch_to_fiber_no_sync);
 #endif
-  arrive(me, change_stack(me, to));
+  finish_switch(me, switch_stack(me, to));
 }
 
-// Under TSan: what came before any release of a token comes before what follows an acquire.
-T2L_EMU_UNSEEN inline void release([[maybe_unused]] void* token) {
+// TSan happens-before: release of a token before acquire.
+T2L_EMU_NO_TSAN inline void release([[maybe_unused]] void* token) {
 #if defined(T2L_EMU_TSAN)
   __tsan_release(token);
 #endif
 }
-T2L_EMU_UNSEEN inline void acquire([[maybe_unused]] void* token) {
+T2L_EMU_NO_TSAN inline void acquire([[maybe_unused]] void* token) {
 #if defined(T2L_EMU_TSAN)
   __tsan_acquire(token);
 #endif
 }
 
-// The context of the stack that runs now, before any change from it.
-inline Context this_stack() {
+// Context of the running stack, before the first switch from it.
+inline Context current_context() {
   Context context;
 #if defined(T2L_EMU_TSAN)
   context.fiber = __tsan_get_current_fiber();
@@ -93,7 +93,7 @@ class Fiber {
  public:
   using Entry = void (*)(Context* from);
 
-  // Tops of stacks whose `index` differs lie in different sets of the first-level cache.
+  // `index` staggers the tops of stacks over the sets of L1.
   Fiber(Entry entry, int index) : entry_(entry), top_offset_(index % 16 * 256) {
     void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
@@ -108,12 +108,12 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // From another stack: drops what it was at; the next change to it calls the entry again.
+  // Called from another stack: the next switch to this fiber calls the entry again.
   void restart() {
     end();
     begin();
   }
-  // As if the fiber itself had released the token.
+  // Releases the token on behalf of the fiber.
   void release_from_outside([[maybe_unused]] void* token) {
 #if defined(T2L_EMU_TSAN)
     void* me = __tsan_get_current_fiber();
@@ -135,7 +135,7 @@ class Fiber {
 
   void begin() {
     context = Context{};
-    // From the top: a return address for an entry that never returns, the entry, six registers.
+    // From the top: a null return address (entries never return), the entry, six saved registers.
     constexpr int kWords = 8, kEntry = 6;
     uintptr_t* words = reinterpret_cast<uintptr_t*>(stack_ + kStackBytes - top_offset_) - kWords;
     for (int i = 0; i < kWords; ++i) words[i] = 0;

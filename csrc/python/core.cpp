@@ -1,4 +1,4 @@
-// _core: the ceilings of this machine, which benchmarks are held against.  Wheels do without it.
+// _core: roofline probes for benchmarks (peak bandwidth and FLOP/s of this machine).  Not part of wheels.
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -22,7 +22,7 @@ int64_t multiply_adds(const std::string& dtype, int64_t iterations) {
   return t2l::probe_multiply_adds(dtype == "bfloat16" ? t2l::DType::bf16 : t2l::DType::f32, iterations, isa);
 }
 
-// Addresses, as Tensor.data_ptr() gives them: this module knows no tensors.
+// Addresses as from Tensor.data_ptr(): this module does not depend on torch.
 void read_memory(uintptr_t address, int64_t num_bytes, int64_t repeats) {
   const t2l::Isa isa = chosen();
   const pybind11::gil_scoped_release others_run;
@@ -38,12 +38,12 @@ void copy_memory(uintptr_t target, uintptr_t source, int64_t num_bytes, int64_t 
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() = "Ceilings of this machine";
+  m.doc() = "Roofline probes of this machine";
   m.def("multiply_adds", &multiply_adds, pybind11::arg("dtype"), pybind11::arg("iterations"),
-        "Multiply-adds on registers alone, products of dtype ('float32', 'bfloat16'); the FLOPs done, by one thread");
+        "Register-only FMAs on one thread, products of dtype ('float32', 'bfloat16'); returns the FLOPs done");
   m.def("read_memory", &read_memory, pybind11::arg("address"), pybind11::arg("num_bytes"), pybind11::arg("repeats"),
-        "Reads the whole cache lines (64 bytes) of num_bytes at address, repeats times, by one thread");
+        "Reads num_bytes at address, rounded down to cache lines (64 bytes), repeats times, on one thread");
   m.def("copy_memory", &copy_memory, pybind11::arg("target"), pybind11::arg("source"), pybind11::arg("num_bytes"),
         pybind11::arg("repeats"),
-        "Copies the whole cache lines (64 bytes) of num_bytes from source to target, repeats times, by one thread");
+        "Copies num_bytes from source to target, rounded down to cache lines (64 bytes), repeats times, on one thread");
 }

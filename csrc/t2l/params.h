@@ -1,15 +1,15 @@
-// Parameter records of the kernels: sizes, strides in elements, pointers.  No torch, no CUDA headers.
+// Parameters of the kernels: sizes, strides in elements, pointers.  No torch, no CUDA headers.
 #pragma once
 #include <cstdint>
 
 namespace t2l {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };  // f16: on CUDA alone
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };  // f16: CUDA only
 
 constexpr int kMaxSides = 2;
 
 // Batched LoRA: y[t] (+)= scaling[a] * B[a] (A[a] x[t]), a = the adapter of the segment of token t.
-// Tokens of adapter -1 are not touched when `accumulate`, else set to zero.
+// Rows of y of adapter -1 are left as they are if `accumulate`, else set to zero.
 struct LoraParams {
   const void* x;                // [tokens, in], row stride x_stride, last stride 1
   void* y;                      // [tokens, out], row stride y_stride, last stride 1
@@ -20,7 +20,7 @@ struct LoraParams {
   const int32_t* seg_adapters;  // [segments]
   const int32_t* ranks;         // [adapters], or null: all `rank`
   int64_t tokens, in, out, rank, segments, adapters;
-  int64_t max_seg_len;  // of a segment, at most
+  int64_t max_seg_len;  // upper bound of the tokens of a segment
   int64_t x_stride, y_stride;
   int64_t a_stride_adapter, a_stride_rank;
   int64_t b_stride_adapter, b_stride_out, b_stride_rank;
@@ -29,15 +29,15 @@ struct LoraParams {
   bool accumulate;
 };
 
-// Gradients of lora without `accumulate`: `lora` as in the forward, y unused.  grad_a and grad_b start as zeros, which stay
-// for adapters that no segment uses and beyond a rank; grad_x is written whole.
+// Gradients of lora without `accumulate`: `lora` as in the forward, y unused.  grad_a and grad_b must be zero-initialised:
+// adapters that no segment uses, and entries beyond a rank, are not written.  grad_x is fully overwritten.
 struct LoraBackwardParams {
   LoraParams lora;
   const void* grad;  // [tokens, out], dtype x_type, row stride grad_stride, last stride 1
   int64_t grad_stride;
   void* grad_x;  // [tokens, in], dtype x_type, contiguous
   void* grad_a;  // [adapters, rank, in], dtype w_type, contiguous
-  void* grad_b;  // [adapters, out, rank], dtype w_type, one adapter after the other, in either order of out and rank
+  void* grad_b;  // [adapters, out, rank], dtype w_type, each adapter dense, stored [out, rank] or [rank, out]
   int64_t grad_b_stride_out, grad_b_stride_rank;
 };
 
@@ -68,7 +68,7 @@ struct TrunkParams {
   DType w_type;
 };
 
-// Head of one module: rows of latent times weight, epilogue, written as A and B.
+// Head of one module: latent times weight^T with an epilogue, written to A and B.
 struct HeadParams {
   const void* latent;  // [tasks, sides, ranks, layers, h], last stride 1
   const void* weight;  // [rows, h], contiguous

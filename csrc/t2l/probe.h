@@ -1,4 +1,4 @@
-// What one thread of this machine reaches at best: the ceilings that benchmarks are held against.
+// Roofline probes: peak memory bandwidth and FLOP/s of one thread, for benchmarks.
 #pragma once
 #include <cstdint>
 
@@ -10,8 +10,8 @@ namespace t2l {
 void probe_read(const void* data, int64_t bytes, int64_t repeats, Isa isa);
 // Copies `bytes` from source to target `repeats` times; whole cache lines only.
 void probe_copy(void* target, const void* source, int64_t bytes, int64_t repeats, Isa isa);
-// `iterations` rounds of multiply-adds that touch registers alone, with products of `type` and sums in float32; the number
-// of floating-point operations done, two a multiply-add.
+// `iterations` rounds of register-only FMAs, with products of `type` accumulated in float32.  Returns the FLOPs done, two
+// per FMA.
 int64_t probe_multiply_adds(DType type, int64_t iterations, Isa isa);
 
 }  // namespace t2l

@@ -40,7 +40,7 @@ typedef enum t2l_status {
 // "ok", "invalid argument", ...; "unknown status" for other values.
 T2L_API const char* t2l_status_name(int32_t status);
 
-// Text ends with a zero byte; longer messages are cut.
+// Zero-terminated; longer messages are truncated.
 typedef struct t2l_error {
   char message[512];
 } t2l_error;

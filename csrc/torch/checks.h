@@ -1,4 +1,4 @@
-// Argument checks shared by all ops: each failure names the op, the argument, what was expected and what came.
+// Argument checks of all ops: errors name the op and the argument, what was expected and what came.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -46,21 +46,21 @@ inline std::string to_text(const Tensor& t) {
 
 inline std::string cuda_text(int32_t device) { return "cuda:" + std::to_string(device); }
 
-inline std::string place_of(const Tensor& t) {
+inline std::string device_of(const Tensor& t) {
   return t.is_cpu() ? "cpu" : t.is_cuda() ? cuda_text(t.get_device_index()) : "a device of another kind";
 }
 
-// A call as its checks see it: the op, for the texts, and where all its tensors must lie.
+// A call: the name of the op, for error messages, and the device all its tensors must be on.
 struct Op {
   const char* name;
   bool cuda = false;
-  int32_t device = 0;  // index, with cuda
+  int32_t device = 0;  // CUDA device index
 
   bool holds(const Tensor& t) const { return cuda ? t.is_cuda() && t.get_device_index() == device : t.is_cpu(); }
-  std::string place() const { return cuda ? cuda_text(device) : "cpu"; }
+  std::string device_text() const { return cuda ? cuda_text(device) : "cpu"; }
 };
 
-// `first`: the first tensor of the call, whose device the others share.
+// The device is that of `first`, the first tensor of the call.
 template <class Backend>
 Op op_of(const char* name, const Tensor& first) {
   return Backend::kCuda ? Op{name, true, first.is_cuda() ? first.get_device_index() : 0} : Op{name};
@@ -68,7 +68,7 @@ Op op_of(const char* name, const Tensor& first) {
 
 [[noreturn]] inline void raise(const std::string& message) {
   STD_TORCH_CHECK(false, message.c_str());
-  std::abort();  // not reached: the check throws
+  std::abort();  // unreachable: the check throws
 }
 
 [[noreturn]] inline void fail(const Op& op, const std::string& argument, const std::string& expected,
@@ -78,10 +78,10 @@ Op op_of(const char* name, const Tensor& first) {
 
 constexpr int64_t kAny = -1;
 
-// The call's device and the given sizes (kAny: free).  Texts are made where they are needed alone: calls of microseconds
-// pass here.
+// Checks device and shape (kAny: any size).  Error messages are only built on failure: this is on the path of calls of a few
+// microseconds.
 inline void check_shape(const Op& op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (!op.holds(t)) fail(op, name, "a tensor on " + op.place() + " like the other arguments", place_of(t));
+  if (!op.holds(t)) fail(op, name, "a tensor on " + op.device_text() + " like the other arguments", device_of(t));
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) {
@@ -99,7 +99,7 @@ inline void check_type(const Op& op, const std::string& name, const Tensor& t, S
   if (t.scalar_type() != type) fail(op, name, to_text(type), to_text(t.scalar_type()));
 }
 
-// Last stride 1, which a dimension of size 1 or 0 always satisfies.
+// Checks that the last stride is 1; any stride of a dimension of size 0 or 1 will do.
 inline void check_rows(const Op& op, const std::string& name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
@@ -109,7 +109,7 @@ inline void check_contiguous(const Op& op, const std::string& name, const Tensor
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
-// Of something that is written: an element has one place.
+// For outputs: rejects expanded tensors, whose elements share memory.
 inline void check_strides(const Op& op, const std::string& name, const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i)
     if (t.size(i) > 1 && t.stride(i) == 0)
@@ -122,15 +122,15 @@ inline void check_floating(const Op& op, const std::string& name, const Tensor& 
     fail(op, name, "float32, bfloat16, float16 or float64", to_text(type));
 }
 
-// What norms, biases and embeddings are beside matrices of `type`.
+// Dtype of norms, biases and embeddings for matrices of `type`.
 inline ScalarType vector_type(ScalarType type) { return type == ScalarType::Double ? type : ScalarType::Float; }
 
 inline DType kernel_type(ScalarType type) {
   return type == ScalarType::BFloat16 ? DType::bf16 : type == ScalarType::Half ? DType::f16 : DType::f32;
 }
 
-// Hands a call over to the plain-torch op of the same schema, for dtypes the kernels do not cover; returns its results,
-// which stand first on the stack.
+// Dispatches to the plain-torch reference op of the same schema, for dtypes without kernels.  Returns the stack, results
+// first.
 template <class... Args>
 std::array<StableIValue, sizeof...(Args)> call_reference(const char* name, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};

@@ -1,4 +1,4 @@
-// The ops on CPU tensors.
+// Registration of the ops for CPU tensors.
 #include <limits>
 
 #include "hypernet.h"
@@ -8,7 +8,7 @@
 namespace t2l::torch_ops {
 namespace {
 
-// The instruction set in use, read once; a bad T2L_ISA is an error at every call.
+// The instruction set in use, read once; an invalid T2L_ISA fails every call.
 Isa isa(const Op& op) {
   static const struct Choice {
     Isa isa = Isa::generic;
@@ -18,7 +18,7 @@ Isa isa(const Op& op) {
   return choice.isa;
 }
 
-// torch's own pool.
+// Runs on torch's intra-op thread pool.
 void run_parallel(void*, int64_t count, int64_t grain, RangeBody body, void* context) {
   torch::stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
 }

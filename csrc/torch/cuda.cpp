@@ -1,4 +1,4 @@
-// The ops on CUDA tensors.  Built with T2L_EMULATOR, the same code serves CPU tensors: the kernels run in the emulator.
+// Registration of the ops for CUDA tensors or, with T2L_EMULATOR, for CPU tensors with the kernels run by the emulator.
 #ifdef T2L_EMULATOR
 #include "emu/emulator.h"
 #else
@@ -13,7 +13,7 @@
 namespace t2l::torch_ops {
 namespace {
 
-// While it lives, the device of the call's tensors is the current one, and `stream` is torch's current stream there.
+// Guard: makes the device of the call's tensors current; `stream` is torch's current stream of that device.
 #ifdef T2L_EMULATOR
 class OnDevice {
  public:
@@ -28,7 +28,7 @@ class OnDevice {
 #else
 using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// Found at run time, so that this library loads in a torch without CUDA too.
+// Looked up at run time, so that this library also loads with a CPU-only torch.
 CurrentStream find_current_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   return library ? reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
@@ -75,7 +75,7 @@ struct Cuda {
   static void hypernet_heads(const Op& op, const HeadParams* modules, int64_t count) {
     check_launch(op, cuda::hypernet_head(modules, count, OnDevice(op).stream()));
   }
-  static void touch_output(void*, int64_t) {}  // memory of a device is there
+  static void touch_output(void*, int64_t) {}  // device memory has no page faults to pre-empt
 };
 
 }  // namespace

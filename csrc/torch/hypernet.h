@@ -1,4 +1,4 @@
-// hypernet_trunk, hypernet_heads and hypernet_heads_out_ over the kernels of a backend (see lora.h).
+// hypernet_trunk, hypernet_heads and hypernet_heads_out_ as templates over a backend (see lora.h).
 #pragma once
 #include <algorithm>
 
@@ -10,7 +10,7 @@ constexpr size_t kTrunkWeights = 22;  // t2l_engine.ops.reference.TRUNK_WEIGHTS
 
 inline const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// Of the given type and shape, contiguous; the pointer is meant for float32 alone.
+// Checks dtype, shape and contiguity.  The pointer is only valid for float32.
 inline const float* vector(const Op& op, const std::string& name, const Tensor& t, ScalarType type,
                            std::initializer_list<int64_t> sizes) {
   check_shape(op, name, t, sizes);
@@ -86,7 +86,7 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
   return latent;
 }
 
-// Arguments of the heads: lists have one entry a module; no bias at all, or one a module.
+// Arguments of the heads: lists have one entry per module; bias may be empty.
 struct Heads {
   const Tensor& latent;
   const std::vector<Tensor>& weight;
@@ -102,7 +102,7 @@ struct Heads {
 
 inline std::string entry(const char* name, size_t module) { return std::string(name) + "[" + std::to_string(module) + "]"; }
 
-// [layers, rank, in] for A, [layers, out, rank] for B, to (layer, rank, column) strides.
+// mul or add, [layers, rank, in] for A and [layers, out, rank] for B; sets its (layer, rank, column) strides.
 inline const float* epilogue(const Op& op, const std::string& name, const OptTensor& t, ScalarType type, int side,
                              const HeadParams& p, int64_t* strides) {
   if (!t) return nullptr;

@@ -1,7 +1,7 @@
-// lora_delta, its backward, lora_add_ and lora_add_group_ over the kernels of a backend (cpu.cpp, cuda.cpp):
-//   kCuda             its tensors lie on a CUDA device
-//   kReadsIds         segments, ids and ranks can be read here, on the host, so that their values are checked too
-//   covers, kMaxRank  dtypes and ranks there are kernels for; other calls are the reference's
+// lora_delta, its backward, lora_add_ and lora_add_group_ as templates over a backend (cpu.cpp, cuda.cpp):
+//   kCuda             tensors are on a CUDA device
+//   kReadsIds         segments, ids and ranks are readable on the host, so their values are checked
+//   covers, kMaxRank  dtypes and ranks with kernels; other calls go to the reference
 #pragma once
 #include <tuple>
 
@@ -38,8 +38,8 @@ inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const T
   }
 }
 
-// `y`, called `name`: what has the shape of the result.  `group`: it is wider than this linear's output; the caller moves
-// p.y to its columns.
+// Checks the arguments and fills the parameters, except y.  `y`, called `name` in errors: a tensor of the shape of the
+// result or, with `group`, wider; the caller sets p.y to its columns.
 template <class Backend>
 LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
                         const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
@@ -137,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const
     return {tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2])};
   }
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
-  // Stored as lora_B is, so that autograd need not turn it.
+  // Same storage order as lora_B, so that autograd need not transpose it.
   const bool by_rank = lora_B.stride(1) == 1;
   Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor grad_A = torch::stable::new_zeros(lora_A, {adapters, rank, lora_A.size(2)});

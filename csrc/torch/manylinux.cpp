@@ -1,4 +1,4 @@
-// What code compiled beside a newer glibc asks for and glibc 2.28 lacks, in terms of what that has (cmake/manylinux.cmake).
+// Symbols that code compiled against a newer glibc needs, implemented with those of glibc 2.28 (cmake/manylinux.cmake).
 #include <sys/random.h>
 
 #include <cstdint>
@@ -10,11 +10,11 @@ extern void* __dso_handle;
 int __cxa_atexit(void (*)(void*), void*, void*) __attribute__((visibility("default")));
 int __fxstat64(int, int, void*) __attribute__((visibility("default")));
 
-// glibc 2.32: lets shared_ptr count without atomics while a process has one thread.  "Several" is always right.
+// glibc 2.32: lets shared_ptr skip atomics in single-threaded processes.  0 (multi-threaded) is always correct.
 extern char __libc_single_threaded;
 char __libc_single_threaded = 0;
 
-// Linked statically into every library: for cudart, at the end of the process or when this library is closed.
+// glibc links it statically into every library; cudart uses it to clean up at exit or dlclose.
 int atexit(void (*function)()) { return __cxa_atexit(reinterpret_cast<void (*)(void*)>(function), nullptr, &__dso_handle); }
 
 // glibc 2.33; libstdc++'s files.

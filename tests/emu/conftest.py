@@ -20,7 +20,7 @@ def emulator_library(request):
 
 @pytest.fixture
 def emulator(emulator_library):
-    """The emulator by its C functions; counters at zero, and as many multiprocessors as an H100 has."""
+    """The emulator by its C functions; counters at zero, and as many SMs as an H100 has."""
     emulator_library.t2l_emu_reset_counters()
-    emulator_library.t2l_emu_set_multiprocessors(132)
+    emulator_library.t2l_emu_set_num_sms(132)
     return emulator_library

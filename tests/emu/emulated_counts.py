@@ -14,7 +14,7 @@ from t2l_engine.testing.cases import BF16, F16, F32, GROUP_CASES, HYPER_CASES, L
 pytestmark = pytest.mark.emu
 
 WARPS, TILE = 8, 128  # of a block; weight rows of a tile of the heads
-MULTIPROCESSORS = 132
+NUM_SMS = 132
 
 
 @dataclasses.dataclass
@@ -64,8 +64,8 @@ def lora_counts(case: LoraCase, m_tiles: int, n_tiles: int, slices: list[int], a
     x, w = size(case.x_dtype), size(case.w_dtype)
     dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
     counts = Counts()
-    direct = m_tiles == 0
-    for adapter, tokens in chunks_of(case, 1 if direct else 16 * m_tiles, accumulate):
+    one_token_per_block = m_tiles == 0
+    for adapter, tokens in chunks_of(case, 1 if one_token_per_block else 16 * m_tiles, accumulate):
         rank = 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]
         passes, rows = ceil(rank / (8 * n_tiles)), 16 * max(m_tiles, 1)
         for outputs in slices:
@@ -87,7 +87,7 @@ def lora_counts(case: LoraCase, m_tiles: int, n_tiles: int, slices: list[int], a
     return counts
 
 
-#: Case, multiprocessors, m tiles (0: a token a block), n tiles.
+#: Case, SMs, m tiles (0: one token per block), n tiles.
 LORA_LAUNCHES = (
     ("one_token", 132, 0, 1),
     ("mixed_rows", 132, 0, 1),
@@ -131,9 +131,9 @@ def slices_of(out_features: int, slices: int) -> list[int]:
 
 
 @pytest.mark.parametrize("accumulate", [True, False], ids=["add", "delta"])
-@pytest.mark.parametrize("name, multiprocessors, m_tiles, n_tiles", LORA_LAUNCHES)
-def test_lora(emulator, name, multiprocessors, m_tiles, n_tiles, accumulate):
-    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+@pytest.mark.parametrize("name, num_sms, m_tiles, n_tiles", LORA_LAUNCHES)
+def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate):
+    emulator.t2l_emu_set_num_sms(num_sms)
     case = next(case for case in LORA_CASES if case.name == name)
     arguments = case.make()
     if accumulate:
@@ -207,11 +207,11 @@ HEADS += ("M_bf16_affine", "S_rotary_bf16", "odd_sizes_bf16", "smollm2_L", "L_fp
 HEADS += ("nine_modules_out_wider",)
 
 
-@pytest.mark.parametrize("multiprocessors", [MULTIPROCESSORS, 1])
+@pytest.mark.parametrize("num_sms", [NUM_SMS, 1])
 @pytest.mark.parametrize("name", HEADS)
-def test_heads(emulator, name, multiprocessors):
+def test_heads(emulator, name, num_sms):
     """However many tiles a block has."""
-    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+    emulator.t2l_emu_set_num_sms(num_sms)
     case = next(case for case in HYPER_CASES if case.name == name)
     heads = case.make_heads()
     ops.hypernet_heads(**heads)
@@ -267,16 +267,16 @@ def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:
     return counts
 
 
-@pytest.mark.parametrize("multiprocessors", [MULTIPROCESSORS, 1])
+@pytest.mark.parametrize("num_sms", [NUM_SMS, 1])
 @pytest.mark.parametrize("name", [*HEADS, "S_rotary", "one_task_one_layer"])
-def test_trunk(emulator, name, multiprocessors):
-    emulator.t2l_emu_set_multiprocessors(multiprocessors)
+def test_trunk(emulator, name, num_sms):
+    emulator.t2l_emu_set_num_sms(num_sms)
     case = next(case for case in HYPER_CASES if case.name == name)
     ops.hypernet_trunk(**case.make_trunk())
     tiles = ceil(case.tasks * case.modules * case.layers / 16)
-    spread = tiles * case.sides * case.ranks <= multiprocessors
+    spread = tiles * case.sides * case.ranks <= num_sms
     if case.tasks:
         blocks = tiles * (case.sides * case.ranks if spread else 1)
-        helpers = max(0, min(16, multiprocessors - blocks))  # they only prefetch
-        assert emulator.t2l_emu_last_launch(b"grid_x") == blocks + helpers
+        prefetch_blocks = max(0, min(16, num_sms - blocks))  # they only prefetch
+        assert emulator.t2l_emu_last_launch(b"grid_x") == blocks + prefetch_blocks
     assert counted(emulator) == trunk_counts(case, 16, spread)

@@ -255,7 +255,7 @@ const Case kCases[] = {
      },
      input},
 
-    {"too_much_shared",  // pieces are rounded up to 16 bytes
+    {"too_much_shared",  // allocations are rounded up to 16 bytes
      [](bool fixed, const float* x, float* y) {
        return launch(kRowBytes + (fixed ? 16 : 4), [=] {
          SharedMemory shared;
@@ -272,7 +272,7 @@ const Case kCases[] = {
      },
      input},
 
-    {"different_pieces",
+    {"different_allocations",
      [](bool fixed, const float* x, float* y) {
        return launch(kRowBytes, [=] {
          SharedMemory shared;

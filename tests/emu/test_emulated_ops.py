@@ -49,7 +49,7 @@ ALL = Selection("not slow and not cuda", (), values() + 100)  # registration, er
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A process of pytest: schedule, files, tests, sanitizer, and multiprocessors: with few of them, blocks have long runs
+    """A process of pytest: schedule, files, tests, sanitizer, and SMs: with few of them, blocks have long runs
     of work, and LoRA takes its large chunks."""
 
     name: str
@@ -57,20 +57,20 @@ class Run:
     schedule: str = "forward"
     files: tuple = (OPS,)
     sanitize: str = ""
-    multiprocessors: int = 132
+    num_sms: int = 132
 
 
 RUNS = (
     Run("all", ALL, files=(OPS, *HERE)),
-    Run("few_multiprocessors", KERNELS, multiprocessors=1),
+    Run("few_sms", KERNELS, num_sms=1),
     Run("reverse", KERNELS, "reverse"),
-    Run("eager_copies", KERNELS, "forward+eager", multiprocessors=2),
+    Run("eager_copies", KERNELS, "forward+eager", num_sms=2),
     Run("shuffled", KERNELS, "seed=1"),
-    Run("shuffled_few", SMALL, "seed=2+eager", multiprocessors=1),
+    Run("shuffled_few", SMALL, "seed=2+eager", num_sms=1),
     Run("address", SMALL, sanitize="address"),
-    Run("address_few", SMALL, "seed=3", sanitize="address", multiprocessors=1),
+    Run("address_few", SMALL, "seed=3", sanitize="address", num_sms=1),
     Run("thread", SMALL, sanitize="thread"),
-    Run("thread_few", SMALL, "reverse+eager", sanitize="thread", multiprocessors=1),
+    Run("thread_few", SMALL, "reverse+eager", sanitize="thread", num_sms=1),
 )
 
 
@@ -85,7 +85,7 @@ def preloaded(sanitize: str) -> dict[str, str]:
 
 def start(run: Run, library: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"T2L_DISABLE_NATIVE": "1", "T2L_EMU_SCHEDULE": run.schedule, "OMP_NUM_THREADS": "1"}
-    environment["T2L_EMU_MULTIPROCESSORS"] = str(run.multiprocessors)
+    environment["T2L_EMU_NUM_SMS"] = str(run.num_sms)
     environment |= preloaded(run.sanitize) if run.sanitize else {}
     # Sanitizers write to the file of standard error, which pytest would capture and show for failed tests alone.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-m", run.tests.marked]

@@ -1,0 +1,107 @@
+// Settings and counters, and the devices and streams of every OS thread.
+#include "settings.h"
+
+#include <cstdlib>
+#include <optional>
+#include <vector>
+
+namespace t2l::emu {
+namespace {
+
+std::optional<Schedule> parse_schedule(std::string text) {
+  static const std::string kEager = "+eager", kSeed = "seed=";
+  Schedule schedule;
+  if (text.size() > kEager.size() && text.compare(text.size() - kEager.size(), kEager.size(), kEager) == 0) {
+    schedule.eager = true;
+    text.resize(text.size() - kEager.size());
+  }
+  if (text == "forward") return schedule;
+  schedule.reverse = text == "reverse";
+  if (schedule.reverse) return schedule;
+  const std::string digits = text.compare(0, kSeed.size(), kSeed) == 0 ? text.substr(kSeed.size()) : "";
+  if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) return {};
+  schedule.seed = std::strtoull(digits.c_str(), nullptr, 10);
+  if (schedule.seed == 0) return {};
+  return schedule;
+}
+
+thread_local int device = 0, device_of_memory = 0;
+thread_local std::vector<void*> streams;  // current stream of each device
+
+}  // namespace
+
+Settings::Settings() {
+  if (const char* text = std::getenv("T2L_EMU_NUM_SMS")) {
+    num_sms = std::atoi(text);
+    if (num_sms < 1) error = std::string("T2L_EMU_NUM_SMS is not a number from 1 on: ") + text;
+  }
+  if (const char* text = std::getenv("T2L_EMU_SCHEDULE")) {
+    const auto parsed = parse_schedule(text);
+    if (parsed)
+      schedule = *parsed;
+    else
+      error = std::string("T2L_EMU_SCHEDULE is not a schedule: ") + text;
+  }
+}
+
+Settings& settings() {
+  static Settings instance;
+  return instance;
+}
+
+void set_schedule(const Schedule& schedule) {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.schedule = schedule;
+  all.launches = 0;
+}
+
+bool set_schedule(const char* text) {
+  const auto schedule = parse_schedule(text);
+  if (schedule) set_schedule(*schedule);
+  return schedule.has_value();
+}
+
+int num_sms() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.num_sms;
+}
+void set_num_sms(int count) {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.num_sms = count;
+}
+
+int memory_device() { return device_of_memory; }
+void set_memory_device(int index) { device_of_memory = index; }
+int current_device() { return device; }
+void set_current_device(int index) { device = index; }
+
+void* current_stream() {
+  while (streams.size() <= static_cast<size_t>(device))
+    streams.push_back(reinterpret_cast<void*>((streams.size() + 1) << 12));
+  return streams[device];
+}
+void set_current_stream(void* stream) {
+  current_stream();
+  streams[device] = stream;
+}
+
+Counters counters() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.counters;
+}
+void reset_counters() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.counters = Counters{};
+}
+LaunchRecord last_launch() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.last;
+}
+
+}  // namespace t2l::emu
