@@ -27,7 +27,7 @@ from t2l_engine.research.evaluation.metrics import exact_match
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
 from t2l_engine.research.training import log, lora, reconstruction
-from t2l_engine.research.training.objective import Objective, collate, weighting
+from t2l_engine.research.training.objective import Objective, collate, token_weights
 from t2l_engine.research.training.sampling import Examples
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
 from t2l_engine.text import base_model
@@ -83,7 +83,7 @@ class Judge:
     def _losses(self, objective: Objective, stack: t2l.AdapterStack, number: Callable[[int], int]) -> list[float]:
         found = [0.0] * len(self._tasks)
         groups = self._examples.all_groups(16, lambda task: range(1))
-        weight = weighting("sample", groups, apart=True)
+        weight = token_weights("sample", groups, per_task=True)
         for group in groups:
             batch = collate([group], self._tokenizer.pad_token_id, weight, 1, lambda i, g: number(g.task))
             found[group.task] += float(objective.losses(batch, stack).sum())

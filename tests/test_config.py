@@ -5,7 +5,7 @@ import math
 import pytest
 
 from t2l_engine import ConfigError, EncoderConfig, HyperNetworkConfig
-from t2l_engine.files.errors import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, shown
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, MAX_LAYERS, MAX_RANK, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.hypernetwork.config import resolve_scaling
 
@@ -135,7 +135,7 @@ def test_modules_without_a_known_place_need_paths():
         ("paths", ["h.{layer}.q", "h.{layer}.{layer}.v"]),
         ("paths", ["h.{layer}.q", "../{layer}.v"]),
     ],
-    ids=shown,
+    ids=short_repr,
 )
 def test_network_values(field, value):
     with pytest.raises(ConfigError, match=f"here: {field}: .*expected"):

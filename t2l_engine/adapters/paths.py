@@ -21,12 +21,12 @@ DEFAULT_PATHS = {
 }
 
 
-def generic(path: str) -> str:
+def path_template(path: str) -> str:
     """``path`` of one module with ``{layer}`` in the place of its layer index."""
     return ".".join(LAYER if part.isdecimal() else part for part in path.split("."))
 
 
-def path_fault(path: str) -> str | None:
+def path_error(path: str) -> str | None:
     """What is wrong with a module path in which ``{layer}`` stands for the layer index, if there is one; None if nothing."""
     parts = path.split(".")
     if len(path) > MAX_PATH:
@@ -39,7 +39,7 @@ def path_fault(path: str) -> str | None:
     return None
 
 
-def own_paths(paths: Mapping[str, str]) -> tuple[str, ...] | None:
+def nondefault_paths(paths: Mapping[str, str]) -> tuple[str, ...] | None:
     """The paths of modules, by name, in order; None where all are those of :data:`DEFAULT_PATHS`."""
     usual = all(DEFAULT_PATHS.get(name) == path for name, path in paths.items())
     return None if usual else tuple(paths.values())

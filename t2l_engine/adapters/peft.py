@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, generic, layer_list, path_fault
-from t2l_engine.files.errors import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, positive_number, shown
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, path_error, path_template
+from t2l_engine.files.errors import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, positive_number, short_repr
 from t2l_engine.files.patterns import Patterns
 from t2l_engine.files.text import read_json
-from t2l_engine.files.weights import check_weights, largest, read_safetensors, write_folder
+from t2l_engine.files.weights import check_weights, max_abs, read_safetensors, write_folder
 
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MAX_LAYERS = 4096
@@ -188,7 +188,7 @@ def _check_range(
     narrowest = torch.float16 if kind == torch.float16 else torch.float32
     for path, pair in pairs.items():
         for side, factor in (("A", 1.0), ("B", factors[path])):
-            if not largest(pair[side]) * factor <= torch.finfo(narrowest).max:
+            if not max_abs(pair[side]) * factor <= torch.finfo(narrowest).max:
                 raise AdapterError(f"{weights_path}: {path}: values exceed the range of {narrowest}")
 
 
@@ -211,8 +211,8 @@ def _check_chosen(
         ):
             if contradicts:
                 raise AdapterError(
-                    f"{weights_path}: {shown(path)}: expected no matrices for it, since {field} in {config_path.name} "
-                    f"leaves it out: {shown(config[field])}"
+                    f"{weights_path}: {short_repr(path)}: expected no matrices for it, since {field} in {config_path.name} "
+                    f"leaves it out: {short_repr(config[field])}"
                 )
 
 
@@ -223,25 +223,25 @@ def _check_config(config: Any, path: Path) -> bool:
     for field, allowed in _PLAIN.items():
         if config.get(field) not in allowed:
             expected = " or ".join(repr(value) for value in allowed)
-            raise AdapterError(f"{path}: {field}: expected {expected} (plain LoRA), got {shown(config.get(field))}")
+            raise AdapterError(f"{path}: {field}: expected {expected} (plain LoRA), got {short_repr(config.get(field))}")
     unknown = [field for field, value in config.items() if field not in _PLAIN and field not in _OTHER and value]
     if unknown:  # as PEFT does: a later version may have added what does not matter here
-        warnings.warn(f"{path}: unknown fields are ignored: {shown(unknown)}", stacklevel=4)
+        warnings.warn(f"{path}: unknown fields are ignored: {short_repr(unknown)}", stacklevel=4)
     _check_rank(path, "r", config.get("r"))
     _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
 
     numbers = _layers_to_transform(config)
     if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < MAX_LAYERS for n in numbers):
-        got = shown(config["layers_to_transform"])
+        got = short_repr(config["layers_to_transform"])
         raise AdapterError(f"{path}: layers_to_transform: expected layers below {MAX_LAYERS}, got {got}")
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     for field, value in (("target_modules", targets), ("exclude_modules", excluded)):
         names = value if isinstance(value, list) else []
         if not isinstance(value, (str, list, type(None))) or not all(isinstance(name, str) for name in names):
-            raise AdapterError(f"{path}: {field}: expected a string or a list of strings, got {shown(value)}")
+            raise AdapterError(f"{path}: {field}: expected a string or a list of strings, got {short_repr(value)}")
     # An expression, an exclusion and full paths can each leave out layers.
     if isinstance(targets, list):
-        chosen = any(LAYER in generic(target) for target in targets)
+        chosen = any(LAYER in path_template(target) for target in targets)
     else:
         chosen = targets not in (None, "all-linear")
     return bool(numbers or excluded or chosen)
@@ -254,7 +254,7 @@ def _layers_to_transform(config: dict[str, Any]) -> list[Any]:
 
 def _check_rank(path: Path, field: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{path}: {field}: expected a positive integer, got {shown(value)}")
+        raise AdapterError(f"{path}: {field}: expected a positive integer, got {short_repr(value)}")
 
 
 def _check_alpha(path: Path, field: str, value: Any) -> None:
@@ -274,16 +274,16 @@ def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
         if match is None:
             reason = next((text for pattern, text in _REFUSED_KEYS if re.search(pattern, key, re.DOTALL)), None)
             reason = reason or f"expected a LoRA matrix '{_PREFIX}*.lora_A|B.weight'"
-            raise AdapterError(f"{path}: {shown(key)}: {reason}")
+            raise AdapterError(f"{path}: {short_repr(key)}: {reason}")
         if tensor.dim() != 2 or not tensor.numel():
-            raise AdapterError(f"{path}: {shown(key)}: expected a matrix, got shape {shown(tuple(tensor.shape))}")
+            raise AdapterError(f"{path}: {short_repr(key)}: expected a matrix, got shape {short_repr(tuple(tensor.shape))}")
         pairs.setdefault(match["path"], {})[match["side"]] = tensor
     if not pairs:
         raise AdapterError(f"{path}: no LoRA matrices")
     for module, pair in pairs.items():
         if len(pair) != 2 or pair["A"].shape[0] != pair["B"].shape[1]:
             got = {side: tuple(tensor.shape) for side, tensor in sorted(pair.items())}
-            raise AdapterError(f"{path}: {shown(module)}: expected A [r, in] and B [out, r] of one rank, got {got}")
+            raise AdapterError(f"{path}: {short_repr(module)}: expected A [r, in] and B [out, r] of one rank, got {got}")
     return pairs
 
 
@@ -291,14 +291,14 @@ def _by_module(pairs: dict[str, dict[str, Tensor]], weights_path: Path) -> dict[
     """Path with ``{layer}`` -> layer -> matrices; a module outside the layers has layer 0."""
     layers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for path, pair in pairs.items():
-        module = generic(path)
-        fault = "expected no braces" if "{" in path else path_fault(module)
+        module = path_template(path)
+        fault = "expected no braces" if "{" in path else path_error(module)
         number = next((part for part in path.split(".") if part.isdecimal()), "0")
         # As written: "07" would name layer 7 twice.
         if fault is None and (len(number) > 4 or str(int(number)) != number or int(number) >= MAX_LAYERS):
             fault = f"expected a layer index below {MAX_LAYERS}"
         if fault is not None:
-            raise AdapterError(f"{weights_path}: {shown(path)}: {fault}")
+            raise AdapterError(f"{weights_path}: {short_repr(path)}: {fault}")
         layers.setdefault(module, {})[int(number)] = pair
     if len(layers) > MAX_MODULES:
         raise AdapterError(f"{weights_path}: expected at most {MAX_MODULES} modules a layer, got {len(layers)}")
@@ -313,9 +313,9 @@ def _scalings(
     for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
         values = config.get(field)
         if not isinstance(values, (dict, type(None))):
-            raise AdapterError(f"{config_path}: {field}: expected an object, got {shown(values)}")
+            raise AdapterError(f"{config_path}: {field}: expected an object, got {short_repr(values)}")
         for pattern, value in (values or {}).items():
-            check(config_path, f"{field}: {shown(pattern)}", value)
+            check(config_path, f"{field}: {short_repr(pattern)}", value)
         try:
             patterns[field] = Patterns(values or {}, pairs)
         except ValueError as error:
@@ -325,7 +325,8 @@ def _scalings(
         rank, stated = pair["A"].shape[0], patterns["rank_pattern"].find(path, config["r"])
         if rank != stated:  # PEFT would not load it, and consumers that divide by r would differ from those that do not
             raise AdapterError(
-                f"{weights_path}: {shown(path)}: expected rank {shown(stated)} as r or rank_pattern in {CONFIG_NAME} say, "
+                f"{weights_path}: {short_repr(path)}: expected rank {short_repr(stated)} as r or rank_pattern in "
+                f"{CONFIG_NAME} say, "
                 f"got {rank}"
             )
         alpha = patterns["alpha_pattern"].find(path, config["lora_alpha"])

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from t2l_engine.adapters import peft
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_fault
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
 
 __all__ = ["AdapterError", "AdapterStack"]
@@ -98,12 +98,14 @@ class AdapterStack:
         for name, a in self.lora_A.items():
             path = (paths or {}).get(name, DEFAULT_PATHS.get(name))
             if not isinstance(path, str) or (LAYER not in path and a.shape[1] != 1):
-                raise ValueError(f"paths: expected a path with '{LAYER}' for module {shown(name)}, got {shown(path)}")
-            fault = path_fault(path)
+                raise ValueError(
+                    f"paths: expected a path with '{LAYER}' for module {short_repr(name)}, got {short_repr(path)}"
+                )
+            fault = path_error(path)
             if fault is None and path in self.paths.values():
                 fault = "expected a path of its own for every module"
             if fault is not None:
-                raise ValueError(f"paths: {shown(path)} of module {shown(name)}: {fault}")
+                raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {fault}")
             self.paths[name] = path
         self.partial = partial
 
@@ -331,7 +333,7 @@ class AdapterStack:
         try:
             return stacks[0] if len(stacks) == 1 else AdapterStack.cat(stacks)
         except ValueError as error:
-            raise AdapterError(f"{shown([str(d) for d in directories])}: do not fit into one stack: {error}") from None
+            raise AdapterError(f"{short_repr([str(d) for d in directories])}: do not fit into one stack: {error}") from None
 
 
 def _range(values: Sequence[float]) -> str:

@@ -23,7 +23,7 @@ from t2l_engine.cli.common import (
     say,
     standard_input,
 )
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
 HELP = """\
@@ -101,7 +101,7 @@ class Chat:
     def line(self, line: str) -> bool:
         """Do what ``line`` says; False for /quit.  Raises ValueError for a command that cannot be followed."""
         if not is_unicode(line):
-            raise ValueError(f"input: expected UTF-8 text, got {shown(line)}")
+            raise ValueError(f"input: expected UTF-8 text, got {short_repr(line)}")
         command, rest = (line.split(maxsplit=1) + [""])[:2]
         if not line.startswith("/") or line.startswith("//"):
             self.last = line[1:] if line.startswith("//") else line

@@ -15,7 +15,7 @@ import typer
 
 from t2l_engine.cli.common import Json, print_json, split_names
 from t2l_engine.cli.cost_tables import document, render
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
@@ -201,7 +201,8 @@ def _local(option: str, name: str, others: list[str]) -> Path:
     path = Path(name)
     if not path.exists():
         raise FileNotFoundError(
-            f"{option}: {shown(name)}: no such folder or file, and nothing is downloaded; expected a local folder with a "
+            f"{option}: {short_repr(name)}: no such folder or file, and nothing is downloaded; "
+            "expected a local folder with a "
             f"config.json, the config.json, or one of {', '.join(others)}"
         )
     return path
@@ -223,7 +224,7 @@ def _decoder(model: str, dtype: Values | None) -> tuple[costs.Decoder, Values | 
         return decoder, None
     names = [item.value for item in Values if item.itemsize >= 2]
     if stated[0] not in names:
-        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {shown(stated[0])}; give --dtype")
+        raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {short_repr(stated[0])}; give --dtype")
     return decoder, Values(stated[0])
 
 
@@ -235,7 +236,7 @@ def _encoder(name: str) -> costs.Encoder | costs.Decoder:
     values, where = decoders.config_values(path)
     kind, kinds = values.get("model_type"), [*encoders.FAMILIES, *decoders.FAMILIES]
     if kind not in kinds:
-        raise ConfigError(f"{where}: model_type: expected one of {', '.join(kinds)}, got {shown(kind)}")
+        raise ConfigError(f"{where}: model_type: expected one of {', '.join(kinds)}, got {short_repr(kind)}")
     return (costs.Encoder if kind in encoders.FAMILIES else costs.Decoder).from_config(path)
 
 

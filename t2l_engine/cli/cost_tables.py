@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from t2l_engine.cli.common import console
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.research import costs
 
 #: Names of ways within a sentence, where a comma would mislead.
@@ -133,7 +133,7 @@ def _list(names: list[str]) -> str:
 
 def _text(name: str) -> str:
     """A name that was given or read, printable and bounded."""
-    return name if name.isprintable() and len(name) <= 120 else shown(name)
+    return name if name.isprintable() and len(name) <= 120 else short_repr(name)
 
 
 # --- tables ------------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def _render(about: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    from t2l_engine.files.errors import shown
+    from t2l_engine.files.errors import short_repr
 
     if isinstance(value, dict):
         return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())
@@ -96,4 +96,4 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if value.isprintable() and len(value) <= 120 else shown(value)
+    return value if value.isprintable() and len(value) <= 120 else short_repr(value)

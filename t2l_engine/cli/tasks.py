@@ -246,6 +246,6 @@ def _wrote(folder: Path, tasks: list) -> None:
 
 def _plain(text: str) -> str:
     """``text`` out of a file, fit for a terminal."""
-    from t2l_engine.files.errors import shown
+    from t2l_engine.files.errors import short_repr
 
-    return text if text.isprintable() and len(text) <= 40 else shown(text)
+    return text if text.isprintable() and len(text) <= 40 else short_repr(text)

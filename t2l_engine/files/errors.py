@@ -26,7 +26,7 @@ _repr.maxlist = _repr.maxtuple = _repr.maxdict = 16
 _repr.maxlevel, MAX_SHOWN = 3, 400  # 16 texts, and 16 of those, are too long for a message
 
 
-def shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """``repr`` of a value out of a file, cut to MAX_SHOWN characters."""
     try:
         text = _repr.repr(value)
@@ -38,10 +38,10 @@ def shown(value: Any) -> str:
 def positive_number(name: str, value: Any) -> float:
     """``value`` as a float; ConfigError names it unless it is a number from MIN_NUMBER to MAX_NUMBER."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not MIN_NUMBER <= value <= MAX_NUMBER:
-        raise ConfigError(f"{name}: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER}], got {shown(value)}")
+        raise ConfigError(f"{name}: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER}], got {short_repr(value)}")
     return float(value)
 
 
 def positive_int(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
-        raise ConfigError(f"{name}: expected a positive integer below 2^31, got {shown(value)}")
+        raise ConfigError(f"{name}: expected a positive integer below 2^31, got {short_repr(value)}")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 
 MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 4096, 256, 3
 MAX_CLASSES = 256  # of characters, in all patterns: Python takes long to compile them
@@ -37,14 +37,16 @@ class Patterns:
         for pattern, value in values.items():
             classes += pattern.count("[")
             if classes > MAX_CLASSES:
-                raise ValueError(f"{shown(pattern)}: expected at most {MAX_CLASSES} character classes in all patterns")
+                raise ValueError(f"{short_repr(pattern)}: expected at most {MAX_CLASSES} character classes in all patterns")
             steps += len(paths) * parts * (16 + _ways(pattern, length))
             if steps > MAX_STEPS:
-                raise ValueError(f"{shown(pattern)}: too much work for {len(paths)} modules; use simpler or fewer patterns")
+                raise ValueError(
+                    f"{short_repr(pattern)}: too much work for {len(paths)} modules; use simpler or fewer patterns"
+                )
             try:
                 self._values.append((re.compile(rf"(?:.*\.)?(?:{pattern})"), value))
             except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"{shown(pattern)}: not a regular expression: {error}") from None
+                raise ValueError(f"{short_repr(pattern)}: not a regular expression: {error}") from None
 
     def find(self, path: str, default: Any) -> Any:
         """The value of the first pattern that names ``path``."""
@@ -54,7 +56,7 @@ class Patterns:
 def _ways(pattern: str, length: int) -> int:
     """Upper bound of the ways in which ``pattern`` can be laid over ``length`` characters, hence of backtracking."""
     if len(pattern) > MAX_PATTERN:
-        raise ValueError(f"{shown(pattern)}: expected at most {MAX_PATTERN} characters, got {len(pattern)}")
+        raise ValueError(f"{short_repr(pattern)}: expected at most {MAX_PATTERN} characters, got {len(pattern)}")
     groups = [[0, 1]]  # open groups: ways of the branches before, ways of the current branch
     quantifiers, at, before = 0, 0, None
     while at < len(pattern):
@@ -72,8 +74,8 @@ def _ways(pattern: str, length: int) -> int:
             groups[-1][1] *= length + 1
         elif kind != "plain":
             raise ValueError(
-                f"{shown(pattern)}: expected a pattern with at most {MAX_QUANTIFIERS} quantifiers, none on a group, "
-                f"and no look-around or back-reference, got {shown(pattern[at : at + 16])} at {at}"
+                f"{short_repr(pattern)}: expected a pattern with at most {MAX_QUANTIFIERS} quantifiers, none on a group, "
+                f"and no look-around or back-reference, got {short_repr(pattern[at : at + 16])} at {at}"
             )
         at, before = token.end(), kind
     return sum(map(sum, groups))

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, shown
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 
 T = TypeVar("T")
 MAX_LINE_BYTES = 1 << 20
@@ -40,7 +40,7 @@ def from_json(cls: type[T], values: Any, where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}: unknown field {shown(key)}; expected some of {sorted(fields)}")
+            raise ConfigError(f"{where}: unknown field {short_repr(key)}; expected some of {sorted(fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -135,8 +135,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line, object_pairs_hook=distinct)
             except (ValueError, RecursionError) as error:
-                reason = f"{type(error).__name__}: {shown(str(error))}"
+                reason = f"{type(error).__name__}: {short_repr(str(error))}"
                 raise ConfigError(f"{where}: expected a JSON object: {reason}") from None
             if not isinstance(row, dict):
-                raise ConfigError(f"{where}: expected a JSON object, got {shown(row)}")
+                raise ConfigError(f"{where}: expected a JSON object, got {short_repr(row)}")
             yield where, row

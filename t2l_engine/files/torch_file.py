@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.torch_pickle import Refused, check_pickle
 from t2l_engine.files.weights import check_weights
 
@@ -90,13 +90,17 @@ def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueE
     total = 0
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise error(f"{path}: {shown(key)}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
+            raise error(f"{path}: {short_repr(key)}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
         if _overlaps(tensor):
-            strides = shown(tensor.stride())
-            raise error(f"{path}: {shown(key)}: expected values that each have a place of their own, got strides {strides}")
+            strides = short_repr(tensor.stride())
+            raise error(
+                f"{path}: {short_repr(key)}: expected values that each have a place of their own, got strides {strides}"
+            )
         total += tensor.numel() * tensor.itemsize
         if total > path.stat().st_size:
-            raise error(f"{path}: {shown(key)}: its tensors claim more bytes than the file has; save shared ones as copies")
+            raise error(
+                f"{path}: {short_repr(key)}: its tensors claim more bytes than the file has; save shared ones as copies"
+            )
 
 
 def _check_archive(path: Path) -> None:
@@ -115,7 +119,7 @@ def _check_archive(path: Path) -> None:
             raise Refused("expected entries in one top folder")
         end = 0
         for entry in entries:
-            name = shown(entry.filename)
+            name = short_repr(entry.filename)
             # torch knows the name in the directory (zipfile may take one from an extra field), and reads no folders.
             if entry.filename != entry.orig_filename or entry.filename.endswith("/") or entry.external_attr & FOLDER:
                 raise Refused(f"entry {name} is a folder, or has two names")

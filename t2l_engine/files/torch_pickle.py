@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickletools
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 
 MAX_DIMENSIONS = 64  # torch's own
 #: Everything a pickle of plain tensors names and calls.
@@ -94,7 +94,7 @@ def check_pickle(content: bytes) -> None:
                 raise Refused(f"expected pickle protocol 2 as torch.save writes, got {argument}")
         elif name == "GLOBAL":
             if argument not in NAMES:
-                raise Refused(f"its pickle names {shown(argument)}, which is no plain tensor")
+                raise Refused(f"its pickle names {short_repr(argument)}, which is no plain tensor")
             stack.push(_Global(argument))
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack.top()
@@ -156,7 +156,7 @@ def _called(function: object, arguments: object) -> object:
             shapes = all(isinstance(s, _Tuple) and s.ints and len(s.items) <= MAX_DIMENSIONS for s in (size, stride))
             if (storage, offset, grad) == (_STORAGE, int, bool) and shapes:
                 return _TENSOR
-    raise Refused(f"its pickle calls {shown(function)} in another way than torch.save does")
+    raise Refused(f"its pickle calls {short_repr(function)} in another way than torch.save does")
 
 
 def _build(state: object, target: object) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, shown
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 from t2l_engine.files.text import read_start
 
 #: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
@@ -101,7 +101,7 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
     return state
 
 
-def largest(tensor: Tensor) -> float:
+def max_abs(tensor: Tensor) -> float:
     """The largest magnitude in a tensor that is not empty."""
     return float(max(map(abs, torch.aminmax(tensor.detach()))))
 
@@ -110,6 +110,8 @@ def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError])
     """``error`` naming the key unless every tensor is plain, of a floating-point dtype, and finite."""
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.dtype not in WEIGHT_DTYPES or tensor.device.type != "cpu":
-            raise error(f"{path}: {shown(name)}: expected a dense floating-point tensor, got {tensor.dtype} {tensor.layout}")
+            raise error(
+                f"{path}: {short_repr(name)}: expected a dense floating-point tensor, got {tensor.dtype} {tensor.layout}"
+            )
         if tensor.numel() and not all(value.isfinite() for value in torch.aminmax(tensor)):
-            raise error(f"{path}: {shown(name)}: holds NaN or infinite values")
+            raise error(f"{path}: {short_repr(name)}: holds NaN or infinite values")

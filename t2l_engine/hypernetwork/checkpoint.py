@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import read_safetensors, write_folder
 from t2l_engine.hypernetwork import sakana
@@ -74,7 +74,8 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     config = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{folder / CONFIG_NAME}: hypernetwork")
     if module_order is not None and list(module_order) != list(config.modules):
         raise CheckpointError(
-            f"module_order: expected {list(config.modules)} as {folder / CONFIG_NAME} states, got {shown(module_order)}; "
+            f"module_order: expected {list(config.modules)} as {folder / CONFIG_NAME} states, "
+            f"got {short_repr(module_order)}; "
             "another order can only be given to a reference folder"
         )
     path = folder / WEIGHTS_NAME

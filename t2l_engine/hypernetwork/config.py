@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_fault
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, path_error
 from t2l_engine.files.errors import (
     MAX_LAYERS,
     MAX_MODULES,
@@ -20,7 +20,7 @@ from t2l_engine.files.errors import (
     ConfigError,
     positive_int,
     positive_number,
-    shown,
+    short_repr,
 )
 
 #: L: one head output holds A and B.  M: a shared head, a row for each side.  S: a row for each side and rank.
@@ -78,16 +78,16 @@ class HyperNetworkConfig:
         for name in ("modules", "in_features", "out_features"):
             value = getattr(self, name)
             if not isinstance(value, (list, tuple)) or not 0 < len(value) <= MAX_MODULES:
-                raise ConfigError(f"{name}: expected a list of 1 to {MAX_MODULES} entries, got {shown(value)}")
+                raise ConfigError(f"{name}: expected a list of 1 to {MAX_MODULES} entries, got {short_repr(value)}")
             object.__setattr__(self, name, tuple(value))
         for name, allowed in (("variant", VARIANTS), ("task_encoder", TASK_ENCODERS)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}: expected one of {allowed}, got {shown(getattr(self, name))}")
+                raise ConfigError(f"{name}: expected one of {allowed}, got {short_repr(getattr(self, name))}")
         for name in self.modules:
             if not isinstance(name, str) or not name.isidentifier() or len(name) > MAX_NAME:
-                raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {shown(name)}")
+                raise ConfigError(f"modules: expected plain module names such as 'q_proj', got {short_repr(name)}")
         if len(set(self.modules)) != len(self.modules):
-            raise ConfigError(f"modules: expected distinct names, got {shown(list(self.modules))}")
+            raise ConfigError(f"modules: expected distinct names, got {short_repr(list(self.modules))}")
         self._check_paths()
         for name in ("in_features", "out_features"):
             if len(getattr(self, name)) != len(self.modules):
@@ -100,7 +100,7 @@ class HyperNetworkConfig:
             positive_int(name, getattr(self, name))
         for name, most in (("rank", MAX_RANK), ("num_layers", MAX_LAYERS)):
             if getattr(self, name) > most:
-                raise ConfigError(f"{name}: expected at most {most}, got {shown(getattr(self, name))}")
+                raise ConfigError(f"{name}: expected at most {most}, got {short_repr(getattr(self, name))}")
         if self.latent_size < 4:
             raise ConfigError(f"latent_size: expected at least 4, got {self.latent_size}")
         if self.task_encoder == "discrete" and self.task_width != NUM_CLASSES:
@@ -110,7 +110,7 @@ class HyperNetworkConfig:
         for name in ("lora_alpha", "output_scale"):
             positive_number(name, getattr(self, name))
         if not isinstance(self.head_bias, bool):
-            raise ConfigError(f"head_bias: expected true or false, got {shown(self.head_bias)}")
+            raise ConfigError(f"head_bias: expected true or false, got {short_repr(self.head_bias)}")
         resolve_scaling(self.scaling, self.lora_alpha, self.rank)
 
     def _check_paths(self) -> None:
@@ -118,21 +118,23 @@ class HyperNetworkConfig:
             unknown = [name for name in self.modules if name not in DEFAULT_PATHS]
             if unknown:
                 raise ConfigError(
-                    f"paths: expected where the modules live in the base model, since {shown(unknown)} are none of "
+                    f"paths: expected where the modules live in the base model, since {short_repr(unknown)} are none of "
                     f"{sorted(DEFAULT_PATHS)}"
                 )
             return
         if not isinstance(self.paths, (list, tuple)) or not all(isinstance(path, str) for path in self.paths):
-            raise ConfigError(f"paths: expected a list of strings or null, got {shown(self.paths)}")
+            raise ConfigError(f"paths: expected a list of strings or null, got {short_repr(self.paths)}")
         object.__setattr__(self, "paths", tuple(self.paths))
         if len(self.paths) != len(self.modules) or len(set(self.paths)) != len(self.paths):
-            raise ConfigError(f"paths: expected {len(self.modules)} different ones, one a module, got {shown(self.paths)}")
+            raise ConfigError(
+                f"paths: expected {len(self.modules)} different ones, one a module, got {short_repr(self.paths)}"
+            )
         for path in self.paths:
-            fault = path_fault(path)
+            fault = path_error(path)
             if fault is None and (LAYER not in path and self.num_layers != 1):
                 fault = f"expected {LAYER} in it"
             if fault is not None:
-                raise ConfigError(f"paths: {shown(path)}: {fault}")
+                raise ConfigError(f"paths: {short_repr(path)}: {fault}")
 
     @property
     def module_paths(self) -> dict[str, str]:
@@ -214,4 +216,4 @@ def resolve_scaling(scaling: str | float, lora_alpha: float, rank: int) -> float
         return positive_number("scaling", scaling)
     except ConfigError:
         expected = f"'rslora', 'plain' or a positive number in [{MIN_NUMBER}, {MAX_NUMBER}]"
-        raise ConfigError(f"scaling: expected {expected}, got {shown(scaling)}") from None
+        raise ConfigError(f"scaling: expected {expected}, got {short_repr(scaling)}") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CheckpointError
 
@@ -34,4 +34,4 @@ class Contents:
 
 def expect_shape(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise CheckpointError(f"{path}: {key}: expected shape {shape}, got {shown(tuple(tensor.shape))}")
+        raise CheckpointError(f"{path}: {key}: expected shape {shape}, got {short_repr(tuple(tensor.shape))}")

@@ -19,7 +19,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import sakana as ref
@@ -79,7 +79,7 @@ def _expect_json(contents: Contents) -> None:
             same = False
         if not same:
             raise CheckpointError(
-                f"{contents.path.parent}: args.yaml: {shown(name)}: expected a JSON value, got {shown(value)}"
+                f"{contents.path.parent}: args.yaml: {short_repr(name)}: expected a JSON value, got {short_repr(value)}"
             )
 
 
@@ -107,7 +107,7 @@ def to_reference(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any],
     args, peft = (stored.get(name, {}) for name in ("args", "adapter_config"))
     for name, value in (("args", args), ("adapter_config", peft)):
         if not isinstance(value, dict):
-            raise CheckpointError(f"{contents.path.parent}: reference.{name}: expected a mapping, got {shown(value)}")
+            raise CheckpointError(f"{contents.path.parent}: reference.{name}: expected a mapping, got {short_repr(value)}")
     # As it came, unless the native folder was changed since.
     for candidate in ((args, peft), _reference_configs(contents, args, peft)):
         difference = _difference(contents, state, *candidate)
@@ -126,10 +126,10 @@ def _difference(contents: Contents, state: dict[str, Tensor], args: dict[str, An
     ours, theirs = ({**to_json(c.config), **{n: c.blocks.get(n) for n in BLOCKS}} for c in (contents, back))
     for name, value in ours.items():
         if theirs[name] != value:
-            return f"{name} {shown(value)} would become {shown(theirs[name])}"
+            return f"{name} {short_repr(value)} would become {short_repr(theirs[name])}"
     ours, theirs = ({**c.state, **{f"unused {k}": t for k, t in c.unused.items()}} for c in (contents, back))
     if ours.keys() != theirs.keys():
-        return f"tensors {shown(sorted(ours.keys() ^ theirs.keys()))} have no place in it"
+        return f"tensors {short_repr(sorted(ours.keys() ^ theirs.keys()))} have no place in it"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
 from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
@@ -65,11 +65,13 @@ def native_blocks(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     blocks = read_json(path)
     if not isinstance(blocks, dict) or blocks.get("format") != FORMAT:
-        got = shown(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
+        got = short_repr(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
         raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {got}")
     unknown = set(blocks) - {"format", "hypernetwork", *BLOCKS}
     if unknown or "hypernetwork" not in blocks:
-        raise CheckpointError(f"{path}: expected blocks 'hypernetwork' and some of {BLOCKS}, got {shown(sorted(blocks))}")
+        raise CheckpointError(
+            f"{path}: expected blocks 'hypernetwork' and some of {BLOCKS}, got {short_repr(sorted(blocks))}"
+        )
     check_blocks(blocks, str(path))
     return blocks
 
@@ -79,7 +81,7 @@ def check_blocks(blocks: dict[str, Any], where: str) -> None:
     kinds = {"encoder": (dict, type(None)), "base_model": (str, type(None)), "training": (dict,), "reference": (dict,)}
     for name, kind in kinds.items():
         if name in blocks and not isinstance(blocks[name], kind):
-            raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {shown(blocks[name])}")
+            raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {short_repr(blocks[name])}")
 
 
 def stated_encoder(blocks: dict[str, Any], path: Path) -> EncoderConfig | OneHotConfig | None:

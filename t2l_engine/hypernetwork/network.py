@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from t2l_engine import ops
 from t2l_engine.adapters.paths import module_names
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.files.weights import check_dtype, largest
+from t2l_engine.files.weights import check_dtype, max_abs
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents, expect_shape
@@ -185,7 +185,7 @@ class HyperNetwork(nn.Module):
         ]
         for name, tensor, kind in casts:
             narrower = torch.finfo(kind).max < torch.finfo(tensor.dtype).max and not tensor.is_meta
-            if narrower and tensor.numel() and largest(tensor) > torch.finfo(kind).max:
+            if narrower and tensor.numel() and max_abs(tensor) > torch.finfo(kind).max:
                 raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
         for _, tensor, kind in casts:
             tensor.data = tensor.data.to(kind)
@@ -356,7 +356,7 @@ def build(contents: Contents) -> HyperNetwork:
     wanted = net.state_dict()
     missing, extra = (sorted(map(name_of, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys()))
     if missing or extra:
-        raise CheckpointError(f"{path}: missing keys {shown(missing)}, unexpected keys {shown(extra)}")
+        raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
     for key, tensor in state.items():
         expect_shape(path, name_of(key), tensor, tuple(wanted[key].shape))
     net.load_state_dict(state, assign=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import ConfigError, positive_number, shown
+from t2l_engine.files.errors import ConfigError, positive_number, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
 from t2l_engine.files.yaml import read_yaml
@@ -98,7 +98,7 @@ def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str
     values = read_yaml(args_path), read_json(peft_path)
     for path, value in zip((args_path, peft_path), values, strict=True):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise CheckpointError(f"{path}: expected a mapping from names, got {shown(value)}")
+            raise CheckpointError(f"{path}: expected a mapping from names, got {short_repr(value)}")
     return values
 
 
@@ -106,7 +106,7 @@ def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
     """Our block of ``args``, empty where the reference wrote the file."""
     own = args.get(OWN_BLOCK, {})
     if not isinstance(own, dict):
-        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: expected a mapping, got {shown(own)}")
+        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: expected a mapping, got {short_repr(own)}")
     check_blocks(own, f"{args_path}: {OWN_BLOCK}")
     return own
 
@@ -164,7 +164,7 @@ def _in_order(keys: list[str], prefix: str) -> list[str]:
 def _flag(args: dict[str, Any], name: str, default: bool, path: Path) -> bool:
     value = args.get(name, default)
     if not isinstance(value, bool):
-        raise CheckpointError(f"{path}: {name}: expected true or false, got {shown(value)}")
+        raise CheckpointError(f"{path}: {name}: expected true or false, got {short_repr(value)}")
     return value
 
 
@@ -173,11 +173,15 @@ def _modules(state: dict[str, Tensor], weights: Path, module_order: list[str] | 
     if not modules:
         raise CheckpointError(f"{weights}: missing keys heads.<module>.weight")
     if sides and sides != modules:
-        raise CheckpointError(f"{weights}: module order of heads {shown(modules)} and of out_emb {shown(sides)} disagree")
+        raise CheckpointError(
+            f"{weights}: module order of heads {short_repr(modules)} and of out_emb {short_repr(sides)} disagree"
+        )
     if module_order is None:
         return modules
     if sorted(module_order) != sorted(modules):
-        raise CheckpointError(f"module_order: expected an order of {shown(modules)}, got {shown(list(module_order))}")
+        raise CheckpointError(
+            f"module_order: expected an order of {short_repr(modules)}, got {short_repr(list(module_order))}"
+        )
     return list(module_order)
 
 
@@ -205,10 +209,10 @@ def translate(
 
     def take(key: str, dims: int) -> Tensor:
         if key not in state:
-            raise CheckpointError(f"{weights}: missing key {shown(key)}")
+            raise CheckpointError(f"{weights}: missing key {short_repr(key)}")
         if state[key].dim() != dims:
-            got = shown(tuple(state[key].shape))
-            raise CheckpointError(f"{weights}: {shown(key)}: expected {dims} dimensions, got {got}")
+            got = short_repr(tuple(state[key].shape))
+            raise CheckpointError(f"{weights}: {short_repr(key)}: expected {dims} dimensions, got {got}")
         return state[key]
 
     modules = _modules(state, weights, module_order)
@@ -218,14 +222,14 @@ def translate(
         sizes.append((*a.shape, *b.shape))
         if a.shape[:2] != (b.shape[0], b.shape[2]) or sizes[-1][:2] != sizes[0][:2]:
             raise CheckpointError(
-                f"{weights}: AB_offset of {shown(name)}: expected A (n, r, in) and B (n, out, r), "
+                f"{weights}: AB_offset of {short_repr(name)}: expected A (n, r, in) and B (n, out, r), "
                 f"got {tuple(a.shape)} and {tuple(b.shape)}"
             )
     num_layers, rank = sizes[0][:2]
     encoder, task_width = _task_encoder(state, take)
     training_task = args.get("training_task", "sft")
     if training_task not in ("sft", "recon"):
-        raise CheckpointError(f"{args_path}: training_task: expected 'sft' or 'recon', got {shown(training_task)}")
+        raise CheckpointError(f"{args_path}: training_task: expected 'sft' or 'recon', got {short_repr(training_task)}")
     recon = training_task == "recon"
     factorized = _flag(args, "factorized", False, args_path)
     z_scores = _flag(args, "pred_z_score", True, args_path) and recon
@@ -238,8 +242,8 @@ def translate(
     bias, expected_bias = key in state, not z_scores if recon else mt_lora_path is None
     if bias != expected_bias:
         raise CheckpointError(
-            f"{weights}: {shown(key)}: expected {'present' if expected_bias else 'absent'} for training_task="
-            f"{training_task}, mt_lora_path={shown(mt_lora_path)}, pred_z_score={z_scores}"
+            f"{weights}: {short_repr(key)}: expected {'present' if expected_bias else 'absent'} for training_task="
+            f"{training_task}, mt_lora_path={short_repr(mt_lora_path)}, pred_z_score={z_scores}"
         )
     _check_peft(peft, modules, rank, peft_path, warn=not recon and module_order is None)
     head_in_size = take("mlp3.4.weight", 2).shape[0]
@@ -248,7 +252,7 @@ def translate(
         # The tensors know half of the latent size.
         same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
         if not same:
-            raise CheckpointError(f"{args_path}: {field}: {shown(value)} contradicts the tensors, which say {got}")
+            raise CheckpointError(f"{args_path}: {field}: {short_repr(value)} contradicts the tensors, which say {got}")
     delta_scale = positive_number(f"{args_path}: delta_w_scaling", args.get("delta_w_scaling", 10000))
     scaling = "rslora" if _flag(peft, "use_rslora", False, peft_path) else "plain"
     values = {
@@ -281,7 +285,9 @@ def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> lis
     if paths is None:
         return None
     if not isinstance(paths, dict) or sorted(map(str, paths)) != sorted(modules):
-        raise CheckpointError(f"{args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {shown(paths)}")
+        raise CheckpointError(
+            f"{args_path}: {OWN_BLOCK}: paths: expected one for each of {modules}, got {short_repr(paths)}"
+        )
     return [paths[name] for name in modules]
 
 
@@ -315,13 +321,13 @@ def _variant(
     flags = {k: _flag(args, k, False, args_path) for k in ("shared_AB_head", "autoreg_gen", "learnable_pos_emb")}
     key = f"heads.{modules[0]}.weight"
     if key not in state or state[key].dim() != 2:
-        raise CheckpointError(f"{weights}: missing or mis-shaped key {shown(key)}")
+        raise CheckpointError(f"{weights}: missing or mis-shaped key {short_repr(key)}")
     rows = state[key].shape[0]
     per_rank = max(n_in, n_out) if shared else n_in + n_out
     possible = {autoreg for autoreg, expected in ((False, rank * per_rank), (True, per_rank)) if rows == expected}
     if not possible:
         raise CheckpointError(
-            f"{weights}: {shown(key)}: expected {rank * per_rank} or {per_rank} rows for rank {rank}, in {n_in}, "
+            f"{weights}: {short_repr(key)}: expected {rank * per_rank} or {per_rank} rows for rank {rank}, in {n_in}, "
             f"out {n_out}, got {rows}"
         )
     # Rank 1: only autoregressive heads have learned positions; without those the flag decides.
@@ -341,15 +347,15 @@ def _variant(
 
 def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path, warn: bool) -> None:
     if peft.get("r") != rank:
-        raise CheckpointError(f"{path}: r: expected {rank} as in the tensors, got {shown(peft.get('r'))}")
+        raise CheckpointError(f"{path}: r: expected {rank} as in the tensors, got {short_repr(peft.get('r'))}")
     targets = peft.get("target_modules")
     names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not names or sorted(targets) != sorted(modules):
-        expected = shown(sorted(modules))
-        raise CheckpointError(f"{path}: target_modules: expected {expected} in any order, got {shown(targets)}")
+        expected = short_repr(sorted(modules))
+        raise CheckpointError(f"{path}: target_modules: expected {expected} in any order, got {short_repr(targets)}")
     if warn and targets != modules:
         warnings.warn(
-            f"{path}: target_modules lists {shown(targets)}, the tensors say rows belong to {shown(modules)}; "
+            f"{path}: target_modules lists {short_repr(targets)}, the tensors say rows belong to {short_repr(modules)}; "
             "the tensors are followed",
             stacklevel=7,  # the caller of HyperNetwork.from_pretrained
         )
@@ -382,7 +388,9 @@ def _rename(
             native[name] = tensor
     missing = sorted(known - state.keys())
     if missing or unknown:
-        raise CheckpointError(f"{weights}: missing keys {shown(missing)}, unexpected keys {shown(sorted(unknown))}")
+        raise CheckpointError(
+            f"{weights}: missing keys {short_repr(missing)}, unexpected keys {short_repr(sorted(unknown))}"
+        )
     for key in sorted(known):
         like = None if key.startswith("out_emb.") else state["AB_offset." + key.split(".", 1)[1]]
         expect_shape(weights, key, state[key], (config.width,) if like is None else tuple(like.shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json
 from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
 
@@ -28,22 +28,23 @@ def reference_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig 
     """
     one_hot = args.get("use_one_hot_task_emb")
     if one_hot is not None and not isinstance(one_hot, bool):
-        raise ConfigError(f"{where}: use_one_hot_task_emb: expected true or false, got {shown(one_hot)}")
+        raise ConfigError(f"{where}: use_one_hot_task_emb: expected true or false, got {short_repr(one_hot)}")
     if one_hot:
         return from_json(OneHotConfig, {"tasks": args.get("train_ds_names")}, f"{where}: train_ds_names")
     name = args.get("emb_model")
     if name is not None and not isinstance(name, str):
-        raise ConfigError(f"{where}: emb_model: expected a string, got {shown(name)}")
+        raise ConfigError(f"{where}: emb_model: expected a string, got {short_repr(name)}")
     if not name:
         base = args.get("model_dir")
         if not isinstance(base, str) or not base.rstrip("/"):
-            raise ConfigError(f"{where}: model_dir: expected the base model, which embeds the texts, got {shown(base)}")
+            raise ConfigError(f"{where}: model_dir: expected the base model, which embeds the texts, got {short_repr(base)}")
         return EncoderConfig(base.rstrip("/"), "last", REFERENCE_LENGTH, dtype="bfloat16")
     if "gte" in name:
         return EncoderConfig(name, "cls", REFERENCE_LENGTH)
     if "SFR" in name:
         return EncoderConfig(name, "last", REFERENCE_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
     raise UndefinedEncoder(
-        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, as the reference defines pooling, got {shown(name)}; "
+        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, as the reference defines pooling, "
+        f"got {short_repr(name)}; "
         "pass encoder=..."
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
 from t2l_engine.lora.layer import LoRALinear, Member
 from t2l_engine.lora.locate import (
@@ -151,7 +151,7 @@ class LoRAHandle:
         """
         self._check_free("put")
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
-            raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {shown(slot)}")
+            raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {short_repr(slot)}")
         check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
@@ -241,7 +241,7 @@ class LoRAHandle:
         """
         self._check_free("merge")
         if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
-            raise IndexError(f"index: expected a filled slot {shown(sorted(self._filled))}, got {shown(index)}")
+            raise IndexError(f"index: expected a filled slot {short_repr(sorted(self._filled))}, got {short_repr(index)}")
         self._check_mergeable()
         self._routing.clear()
         self._routing.merged = True
@@ -380,7 +380,7 @@ def attach(
         check_stack("stack", stack)
     for name, value in (("slots", slots), ("max_rank", max_rank)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name}: expected a positive int, got {shown(value)}")
+            raise ValueError(f"{name}: expected a positive int, got {short_repr(value)}")
     if slots is None:
         slots = 8 if stack is None else len(stack)
     if stack is not None and len(stack) > slots:

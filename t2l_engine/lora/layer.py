@@ -81,7 +81,7 @@ class LoRALinear(nn.Module):
         self._routing = routing
         self._members: list[Member] = []
         self._serving = _Serving([], None)
-        self._choice: object | None = None  # of the last forward pass that a backward pass may recompute
+        self._adapter_version: object | None = None  # of the last forward pass that a backward pass may recompute
         self._prefix = ""
         self.register_load_state_dict_post_hook(_own_names)
         self.training = base.training  # not train(): parts of a base may be in another mode
@@ -145,12 +145,12 @@ class LoRALinear(nn.Module):
 
     def _check_recomputation(self) -> None:
         """Gradient checkpointing calls forward inside backward; with other adapters its gradients would be wrong."""
-        choice = self._routing.choice
-        if choice is self._choice:
+        version = self._routing.adapter_version
+        if version is self._adapter_version:
             return
         if _graph_task() == -1:  # not inside backward
             if self.training or torch.is_grad_enabled():
-                self._choice = choice
+                self._adapter_version = version
         else:
             raise RuntimeError(
                 "backward recomputes the forward pass (gradient checkpointing) with other adapters than it ran with; call "

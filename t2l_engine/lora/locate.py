@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.adapters.paths import LAYER, generic
+from t2l_engine.adapters.paths import LAYER, path_template
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
 
 #: Packed projection -> the modules whose outputs it holds, in order of columns.
@@ -85,13 +85,13 @@ def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[st
         if "gate_up_proj" in hosts:
             packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
     if not isinstance(packed, Mapping) or not all(isinstance(widths, Mapping) for widths in packed.values()):
-        raise ValueError(f"packed: expected linear -> module -> number of columns, got {shown(packed)}")
+        raise ValueError(f"packed: expected linear -> module -> number of columns, got {short_repr(packed)}")
     columns: dict[str, dict[str, tuple[int, int]]] = {}
     for host, widths in packed.items():
         start = 0
         for name, width in widths.items():
             if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {shown(width)}")
+                raise ValueError(f"packed: {host}: {name}: expected a positive number of columns, got {short_repr(width)}")
             columns.setdefault(host, {})[name] = (start, start + width)
             start += width
     return columns
@@ -127,7 +127,7 @@ def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, T
     # With duplicates: a module that several layers share has a path in each.
     modules = dict(model.named_modules(remove_duplicate=False))
     for full, module in modules.items():
-        place, parts = generic(full), full.split(".")
+        place, parts = path_template(full), full.split(".")
         places = place.split(".")
         if places.count(LAYER) != (1 if LAYER in path else 0):
             continue

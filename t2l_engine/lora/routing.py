@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.ops.segments import AdapterBatch, check_segments
 
 Ids = int | Sequence[int] | Tensor | AdapterBatch
@@ -29,8 +29,8 @@ class Routing:
         # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
         self.dropout = 0.0  # of the input of A, with the overrides
-        self.choice: object | None = None  # a new object for every choice of adapters, None for the base model
-        self._puts = 0  # how often the slots changed
+        self.adapter_version: object | None = None  # a new object for every choice of adapters, None for the base model
+        self._slots_version = 0  # how often the slots changed
         self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
 
     @property
@@ -41,26 +41,26 @@ class Routing:
     def state(self) -> tuple:
         """What :meth:`restore` brings back."""
         ids = None if self.ids is None else self.ids.clone()
-        return ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, self._puts
+        return ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, self._slots_version
 
     def restore(self, state: tuple) -> None:
-        ids, self.batch, self.uniform, self.overrides, self.dropout, self.choice, puts = state
+        ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, slots_version = state
         self._write(ids)
-        if puts != self._puts:
-            self._renew_choice()
+        if slots_version != self._slots_version:
+            self._renew_version()
 
     def clear(self) -> None:
         """Back to the base model."""
-        self.restore((None, None, False, None, 0.0, None, self._puts))
+        self.restore((None, None, False, None, 0.0, None, self._slots_version))
 
     def slots_changed(self) -> None:
         """Other adapters are behind the same ids: what ran before cannot be recomputed."""
-        self._puts += 1
-        self._renew_choice()
+        self._slots_version += 1
+        self._renew_version()
 
-    def _renew_choice(self) -> None:
+    def _renew_version(self) -> None:
         if self.active and self.overrides is None:
-            self.choice = object()
+            self.adapter_version = object()
 
     def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
         """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
@@ -70,15 +70,17 @@ class Routing:
             with torch.inference_mode(False):  # as in _write; copies, that the caller may change his own
                 indptr, adapters = (t.to(device, copy=True) for t in (ids.seg_indptr, ids.seg_adapters))
             self.batch = AdapterBatch(indptr, adapters, ids.max_seg_len)
-            self.uniform, self.choice = False, object()
+            self.uniform, self.adapter_version = False, object()
             self._write(None)
             return
         uniform = isinstance(ids, int) and not isinstance(ids, bool)
         tensor = _as_tensor([ids] if uniform else ids)
         if tensor is None:
-            raise ValueError(f"ids: expected one int, a non-empty sequence of ints or an AdapterBatch, got {shown(ids)}")
+            raise ValueError(
+                f"ids: expected one int, a non-empty sequence of ints or an AdapterBatch, got {short_repr(ids)}"
+            )
         _check_ids(tensor, num_adapters, filled)
-        self.batch, self.uniform, self.choice = None, uniform, object()
+        self.batch, self.uniform, self.adapter_version = None, uniform, object()
         if uniform and self.ids is not None:  # keep the shape that compiled code knows
             tensor = tensor.expand(len(self.ids))
         self._write(tensor.to(device=device, dtype=torch.int32))
@@ -133,7 +135,7 @@ def _check_segments(batch: AdapterBatch) -> None:
             got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
     if not isinstance(batch.max_seg_len, int) or isinstance(batch.max_seg_len, bool):
-        raise ValueError(f"ids: max_seg_len: expected an int, got {shown(batch.max_seg_len)}")
+        raise ValueError(f"ids: max_seg_len: expected an int, got {short_repr(batch.max_seg_len)}")
     try:
         check_segments(batch.seg_indptr.tolist(), len(batch.seg_adapters), batch.max_seg_len)
     except RuntimeError as error:
@@ -162,4 +164,4 @@ def _check_ids(ids: Tensor, num_adapters: int, filled: Collection[int]) -> None:
     if len(filled) < num_adapters:
         empty = sorted(set(ids.tolist()) - set(filled) - {-1})
         if empty:
-            raise IndexError(f"ids: expected slots that hold an adapter, got {shown(empty)}; fill them with put()")
+            raise IndexError(f"ids: expected slots that hold an adapter, got {short_repr(empty)}; fill them with put()")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.text import packaged
 from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter
 
@@ -36,7 +36,7 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
             name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
         )
         if info["missing_keys"]:  # transformers would make them up at random
-            raise ValueError(f"base_model {name!r}: its weights lack {shown(sorted(info['missing_keys']))}")
+            raise ValueError(f"base_model {name!r}: its weights lack {short_repr(sorted(info['missing_keys']))}")
         model = model.eval()
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:

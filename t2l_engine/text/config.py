@@ -10,7 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, positive_int, shown
+from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.files.text import from_json, read_json
 
 REFERENCE_LENGTH = 8192
@@ -48,15 +48,15 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ConfigError(f"encoder.name: expected a non-empty string, got {shown(self.name)}")
+            raise ConfigError(f"encoder.name: expected a non-empty string, got {short_repr(self.name)}")
         for name, allowed in (("pooling", ENCODER_POOLINGS), ("dtype", ENCODER_DTYPES)):
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"encoder.{name}: expected one of {allowed}, got {shown(getattr(self, name))}")
+                raise ConfigError(f"encoder.{name}: expected one of {allowed}, got {short_repr(getattr(self, name))}")
         positive_int("encoder.max_length", self.max_length)
         if not isinstance(self.full_stop, bool):
-            raise ConfigError(f"encoder.full_stop: expected true or false, got {shown(self.full_stop)}")
+            raise ConfigError(f"encoder.full_stop: expected true or false, got {short_repr(self.full_stop)}")
         if self.template is not None and not (isinstance(self.template, str) and "{text}" in self.template):
-            raise ConfigError(f"encoder.template: expected a string containing '{{text}}', got {shown(self.template)}")
+            raise ConfigError(f"encoder.template: expected a string containing '{{text}}', got {short_repr(self.template)}")
 
     @classmethod
     def from_sentence_transformers(cls, folder: str | Path) -> EncoderConfig:
@@ -87,16 +87,16 @@ class OneHotConfig:
 
     def __post_init__(self) -> None:
         if self.name != "one-hot":
-            raise ConfigError(f"encoder.name: expected 'one-hot', got {shown(self.name)}")
+            raise ConfigError(f"encoder.name: expected 'one-hot', got {short_repr(self.name)}")
         if not isinstance(self.tasks, (list, tuple)) or not self.tasks:
-            raise ConfigError(f"encoder.tasks: expected a non-empty list of task names, got {shown(self.tasks)}")
+            raise ConfigError(f"encoder.tasks: expected a non-empty list of task names, got {short_repr(self.tasks)}")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         for task in self.tasks:
             if not isinstance(task, str) or not task:
-                raise ConfigError(f"encoder.tasks: expected non-empty strings, got {shown(task)}")
+                raise ConfigError(f"encoder.tasks: expected non-empty strings, got {short_repr(task)}")
         name, count = collections.Counter(self.tasks).most_common(1)[0]
         if count > 1:
-            raise ConfigError(f"encoder.tasks: expected distinct names, got {shown(name)} {count} times")
+            raise ConfigError(f"encoder.tasks: expected distinct names, got {short_repr(name)} {count} times")
 
 
 def encoder_config_from_json(block: Any, where: str) -> EncoderConfig | OneHotConfig:
@@ -141,11 +141,11 @@ def _modules(folder: Path) -> tuple[Path, Path]:
     for entry in _read(path, list):
         kind, where = (entry.get("type"), entry.get("path")) if isinstance(entry, dict) else (None, None)
         if not isinstance(kind, str) or not isinstance(where, str) or not where.isprintable():
-            raise ConfigError(f"{path}: expected objects with strings 'type' and 'path', got {shown(entry)}")
+            raise ConfigError(f"{path}: expected objects with strings 'type' and 'path', got {short_repr(entry)}")
         package, _, name = kind.partition(".")
         name = name.rpartition(".")[2]
         if package != "sentence_transformers" or name not in ("Transformer", "Pooling", "Normalize"):
-            raise ConfigError(f"{path}: module {shown(kind)}: expected Transformer, Pooling and perhaps Normalize")
+            raise ConfigError(f"{path}: module {short_repr(kind)}: expected Transformer, Pooling and perhaps Normalize")
         target = folder / where
         try:
             inside = target.resolve().is_relative_to(folder.resolve())
@@ -155,11 +155,13 @@ def _modules(folder: Path) -> tuple[Path, Path]:
         except (OSError, RuntimeError):  # too long a name, or a loop of links
             inside = False
         if not inside:
-            raise ConfigError(f"{path}: path {shown(where)}: expected a folder inside {folder}")
+            raise ConfigError(f"{path}: path {short_repr(where)}: expected a folder inside {folder}")
         found.append((name, target))
     names = [name for name, _ in found]
     if names[:2] != ["Transformer", "Pooling"] or names[2:] not in ([], ["Normalize"]):
-        raise ConfigError(f"{path}: expected Transformer, Pooling and perhaps Normalize, in this order, got {shown(names)}")
+        raise ConfigError(
+            f"{path}: expected Transformer, Pooling and perhaps Normalize, in this order, got {short_repr(names)}"
+        )
     return found[0][1], found[1][1]
 
 
@@ -171,9 +173,9 @@ def _pooling(values: dict[str, Any], path: Path) -> str:
         flags = [key.removeprefix("pooling_mode_") for key, on in values.items() if key.startswith("pooling_mode_") and on]
         modes = [flag.removesuffix("s").removesuffix("_token") for flag in flags]
     if not isinstance(modes, list) or len(modes) != 1 or not isinstance(modes[0], str):
-        raise ConfigError(f"{path}: expected one pooling mode, got {shown(modes)}")
+        raise ConfigError(f"{path}: expected one pooling mode, got {short_repr(modes)}")
     if modes[0] not in _POOLINGS:
-        raise ConfigError(f"{path}: pooling {shown(modes[0])} is not supported; expected one of {sorted(_POOLINGS)}")
+        raise ConfigError(f"{path}: pooling {short_repr(modes[0])} is not supported; expected one of {sorted(_POOLINGS)}")
     return _POOLINGS[modes[0]]
 
 
@@ -205,5 +207,7 @@ def _default_template(folder: Path) -> str | None:
     prompts = values.get("prompts")
     prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
     if not isinstance(prompt, str) or "{text}" in prompt:
-        raise ConfigError(f"{path}: default_prompt_name: expected the name of a prompt, got {shown(name)}: {shown(prompt)}")
+        raise ConfigError(
+            f"{path}: default_prompt_name: expected the name of a prompt, got {short_repr(name)}: {short_repr(prompt)}"
+        )
     return prompt + "{text}" if prompt else None

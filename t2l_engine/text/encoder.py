@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.packaged import no_adapter, resolve
@@ -56,7 +56,7 @@ def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.
     # Pooling reads the last hidden state, so a pooler that transformers would initialise at random plays no part.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise ValueError(f"encoder {source!r}: its weights lack {shown(missing)}")
+        raise ValueError(f"encoder {source!r}: its weights lack {short_repr(missing)}")
     return model, tokenizer
 
 
@@ -136,7 +136,7 @@ class TextEncoder:
             else:
                 raise ValueError(
                     "config: expected 'minilm', a local sentence-transformers folder or an EncoderConfig (it states the "
-                    f"pooling), got {shown(config)}"
+                    f"pooling), got {short_repr(config)}"
                 )
         if dtype is not None:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
@@ -171,9 +171,9 @@ class TextEncoder:
         prepared = []
         for i, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"texts[{i}]: expected a non-empty description, got {shown(text)}")
+                raise ValueError(f"texts[{i}]: expected a non-empty description, got {short_repr(text)}")
             if not is_unicode(text):
-                raise ValueError(f"texts[{i}]: expected Unicode text, got bytes that are no UTF-8: {shown(text)}")
+                raise ValueError(f"texts[{i}]: expected Unicode text, got bytes that are no UTF-8: {short_repr(text)}")
             if self.config.template is not None:
                 prepared.append(self.config.template.replace("{text}", text.strip()))
             else:
@@ -218,7 +218,7 @@ class TextEncoder:
             if length > limit:
                 warnings.warn(
                     f"texts[{index}]: description of {length} tokens truncated to {limit}, its end is cut: "
-                    f"{shown(texts[index])}",
+                    f"{short_repr(texts[index])}",
                     stacklevel=4,
                 )
                 # By hand: the tokenizer's own truncation would follow its truncation_side.
@@ -284,7 +284,7 @@ class OneHotEncoder:
                 some = list(self.config.tasks[:5])
                 raise ValueError(
                     f"texts[{i}]: a hypernetwork with one-hot task embeddings knows only the names of its {self.embed_dim} "
-                    f"training tasks, such as {shown(some)}; got {shown(name)}"
+                    f"training tasks, such as {short_repr(some)}; got {short_repr(name)}"
                 )
         return list(texts)
 

@@ -15,7 +15,7 @@ import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, lora, sft
 from t2l_engine.research.training.log import read_log
-from t2l_engine.research.training.sampling import Share
+from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_models
@@ -186,9 +186,9 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
     found = []
     for seed in (0, 0, 1):
         torch.rand(3)
-        fit = context.Frozen(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
+        fit = context.TrainingContext(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
         job = sft.SFT(fit.settings, fit)
-        found.append((job.trained.state_dict(), [batch.ids for batch in job.batches(0, Share())]))
+        found.append((job.trained.state_dict(), [batch.ids for batch in job.batches(0, Shard())]))
         fit.close()
     for i, equal in ((1, True), (2, False)):
         assert all(torch.equal(a, found[0][0][name]) for name, a in found[i][0].items()) is equal
@@ -197,7 +197,7 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
 
 def test_a_model_is_given_back(base_model, tasks):
     """After a run, before one, and however often it is asked for."""
-    fit = context.Frozen(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
+    fit = context.TrainingContext(settings(SFTSettings, base_model, ("q_proj",)), tasks, torch.device("cpu"))
     kinds = [type(module) for module in fit.model.modules()]
     fit.close()
     sft.SFT(fit.settings, fit)
@@ -220,7 +220,7 @@ def test_examples_of_the_splits_are_needed(base_model, tasks):
 
     def load(**changes):
         values = settings(SFTSettings, base_model, ("q_proj",), max_tokens=6, **changes)
-        return context.Frozen(values, tasks, torch.device("cpu"))
+        return context.TrainingContext(values, tasks, torch.device("cpu"))
 
     assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
     change(("train", "val", "test"), longer=" cat")

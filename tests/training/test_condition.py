@@ -14,8 +14,8 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork import convert
 from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import sft
-from t2l_engine.research.training.context import Frozen
-from t2l_engine.research.training.sampling import Share
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative_frobenius
 from t2l_engine.text import base_model as base_model_loader
@@ -47,7 +47,7 @@ def made(base_model, tasks):
 
     def make(**changes):
         settings = runs.sft(base_model, **{"encoder": "minilm", "tasks_per_batch": 4} | changes)
-        fits.append(Frozen(settings, tasks, CPU))
+        fits.append(TrainingContext(settings, tasks, CPU))
         job = sft.SFT(settings, fits[-1])
         generator = torch.Generator().manual_seed(0)
         for parameter in job.trained.parameters():
@@ -73,7 +73,7 @@ def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_pa
 
     engine = t2l.TextToLoRA.from_pretrained(out)
     model, _ = base_model_loader.load(str(base_model), torch.float32)
-    fit = Frozen(settings, tasks, CPU)
+    fit = TrainingContext(settings, tasks, CPU)
     expected = {}
     for number, task in enumerate(load_tasks(tasks, "val")):
         losses = []
@@ -92,13 +92,15 @@ def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_pa
 @pytest.mark.parametrize("condition", ["input", "description"])
 def test_an_adapter_depends_on_its_own_input_alone(made, condition):
     job = made(condition=condition)
-    (batch,) = job.batches(0, Share())
+    (batch,) = job.batches(0, Shard())
     other = batch.groups[2]
     other = dataclasses.replace(other, samples=(dataclasses.replace(other.samples[0], input="cow cow"),))
     changed = dataclasses.replace(batch, groups=[*batch.groups[:2], other, *batch.groups[3:]])
     with torch.no_grad():
-        before, after = (job._objective.losses(b, job.trained(job._embeddings.varied(b.groups))) for b in (batch, changed))
-        stack = job.trained(job._embeddings.varied(batch.groups))
+        before, after = (
+            job._objective.losses(b, job.trained(job._embeddings.augmented(b.groups))) for b in (batch, changed)
+        )
+        stack = job.trained(job._embeddings.augmented(batch.groups))
     assert (before != after).tolist() == [False, False, condition == "input", False]
     if condition == "input":
         assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})
@@ -114,11 +116,11 @@ def test_no_description_is_read(base_model, tasks, tmp_path):
 def test_an_input_is_embedded_by_itself(long_and_short, made):
     """The same bits whatever is embedded with it or before it, as a run that goes on in the middle needs."""
     job, again = made(condition="input"), made(condition="input")
-    groups = [group for step in range(4) for batch in job.batches(step, Share()) for group in batch.groups]
+    groups = [group for step in range(4) for batch in job.batches(step, Shard()) for group in batch.groups]
     assert len({len(g.samples[0].input.split()) for g in groups}) > 2
-    together = job._embeddings.exact(groups)
-    alone = torch.cat([again._embeddings.exact([group]) for group in reversed(groups)]).flip(0)
-    assert torch.equal(together, alone) and torch.equal(job._embeddings.varied(groups), together)
+    together = job._embeddings.clean(groups)
+    alone = torch.cat([again._embeddings.clean([group]) for group in reversed(groups)]).flip(0)
+    assert torch.equal(together, alone) and torch.equal(job._embeddings.augmented(groups), together)
     assert (together.square().mean(dim=1).sqrt() - 1).abs().max() <= EMBEDDING_FROBENIUS
 
 
@@ -163,9 +165,9 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     assert engine.encoder.config == EncoderConfig(str(base_model), "last", 8192, dtype=dtype)
     job = made(**changes)
     texts = load_tasks(tasks, None)[0].descriptions
-    groups = [g for step in range(8) for batch in job.batches(step, Share()) for g in batch.groups if g.task == 0]
+    groups = [g for step in range(8) for batch in job.batches(step, Shard()) for g in batch.groups if g.task == 0]
     assert {g.description for g in groups} == set(range(len(texts)))
-    assert torch.equal(engine.encoder.encode(texts)[[g.description for g in groups]], job._embeddings.varied(groups))
+    assert torch.equal(engine.encoder.encode(texts)[[g.description for g in groups]], job._embeddings.augmented(groups))
 
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     for text, found in zip(texts, engine.encoder.encode(texts), strict=True):
@@ -197,12 +199,12 @@ def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch)
 def test_smollm2_as_encoder(tasks, tmp_path):
     settings = runs.sft("smollm2-135m", encoder="base-model", dtype="bfloat16", steps=1, validate_every=0)
     out = sft.train(settings, tasks, tmp_path / "out")
-    fit = Frozen(settings, tasks, CPU)
+    fit = TrainingContext(settings, tasks, CPU)
     job = sft.SFT(settings, fit)
-    groups = [group for batch in job.batches(0, Share()) for group in batch.groups]
+    groups = [group for batch in job.batches(0, Shard()) for group in batch.groups]
     texts = [fit.tasks[g.task].descriptions for g in groups]
     encoder = t2l.TextToLoRA.from_pretrained(out).encoder
-    for group, of_task, found in zip(groups, texts, job._embeddings.varied(groups), strict=True):
+    for group, of_task, found in zip(groups, texts, job._embeddings.augmented(groups), strict=True):
         assert torch.equal(encoder.encode(of_task)[group.description], found)
     fit.close()
 

@@ -9,7 +9,7 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.research.training import context
 from t2l_engine.research.training.lora import LoRABank
-from t2l_engine.research.training.objective import Objective, collate, generated_l2, weighting
+from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
 from t2l_engine.research.training.sampling import Group, Sample
 from t2l_engine.testing.numerics import (
     GRADIENT_RTOL,
@@ -61,7 +61,7 @@ def plain_loss(model, step, made, paths, scaling, ids):
 
 
 def own_loss(model, handle, step, stack, ids):
-    batch = collate(step, 0, weighting("sample", step, False), len(step), lambda number, group: ids[number])
+    batch = collate(step, 0, token_weights("sample", step, False), len(step), lambda number, group: ids[number])
     losses = Objective(model, handle).losses(batch, stack, label_smoothing=SMOOTHING)
     return losses.sum() + L2 * generated_l2(stack)
 

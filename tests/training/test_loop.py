@@ -16,9 +16,9 @@ from training import runs
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import loop, lora, reconstruction, sft
-from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.log import NAME, read_log
-from t2l_engine.research.training.sampling import Share, seeded
+from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings
 from t2l_engine.testing import numerics
 
@@ -34,7 +34,7 @@ class Toy(loop.Job):
         self.worse, self.written = worse, []
         self._val_losses, self._points, self._at = dict(val_losses), points, dict(at)
 
-    def batches(self, step, share):
+    def batches(self, step, shard):
         if step in self._at:
             self._at[step]()
         self._step = step
@@ -46,7 +46,7 @@ class Toy(loop.Job):
         error = (trained(dropped) - x.sum(dim=1, keepdim=True)).square().mean()
         return self.worse(error, self._step) / self.settings.accumulation
 
-    def validate(self, share):
+    def validate(self, shard):
         return {"toy": self._val_losses[self._step + 1]} if self._val_losses else {}
 
     def write(self, folder, step, *, best):
@@ -419,13 +419,13 @@ def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp
     logged = {row["step"]: row["val_loss"] for row in runs.rows(out) if "val_loss" in row}
     best = min(logged, key=logged.get)
     assert best != settings.steps  # else the test says little
-    frozen = Frozen(settings, tasks, torch.device("cpu"))
+    frozen = TrainingContext(settings, tasks, torch.device("cpu"))
     job = sft.SFT(settings, frozen)
     for folder, step in ((out, settings.steps), (out / loop.BEST, best)):
         assert json.loads((folder / "config.json").read_text())["training"]["steps_done"] == step
         job.trained.load_state_dict(t2l.HyperNetwork.from_pretrained(folder).state_dict())
         with torch.no_grad():
-            found = job.validate(Share())
+            found = job.validate(Shard())
         assert math.fsum(found.values()) / len(found) == logged[step]
     frozen.close()
 

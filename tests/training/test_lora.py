@@ -11,7 +11,7 @@ from training import runs
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import lora
-from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.reconstruction import Library
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_model_loader
@@ -39,7 +39,7 @@ def frozen(base_model, tasks):
     made = []
 
     def make(folder=tasks, **changes):
-        made.append(Frozen(runs.lora(base_model, **changes), folder, CPU))
+        made.append(TrainingContext(runs.lora(base_model, **changes), folder, CPU))
         return made[-1]
 
     yield make

@@ -11,8 +11,8 @@ from torch import nn
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import context, sft
-from t2l_engine.research.training.objective import IGNORED, Objective, collate, generated_l2, weighting
-from t2l_engine.research.training.sampling import Group, Sample, Share, divide
+from t2l_engine.research.training.objective import IGNORED, Objective, collate, generated_l2, token_weights
+from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
 
@@ -101,13 +101,13 @@ def test_weighting(made):
     objective, found = Objective(model, handle), {}
     with torch.no_grad():
         for kind in ("sample", "token"):
-            for apart in (False, True):
-                batch = collate(step, 0, weighting(kind, step, apart), len(step))
+            for per_task in (False, True):
+                batch = collate(step, 0, token_weights(kind, step, per_task), len(step))
                 rows = objective.losses(batch, stack)
                 totals = defaultdict(float)
                 for task, loss in zip(batch.tasks, rows.tolist(), strict=True):
                     totals[task] += loss
-                found[kind, apart] = dict(totals) if apart else float(rows.sum())
+                found[kind, per_task] = dict(totals) if per_task else float(rows.sum())
     tokens = expected_tokens(model, handle, stack, step)
     by_task = defaultdict(list)
     for task, losses in tokens:
@@ -127,12 +127,12 @@ def test_batches_add_up(made, kind, processes):
     """Losses and regularisers of a step's batches, over processes, are those of the whole step."""
     model, handle, stack = made()
     step = groups()
-    objective, weight = Objective(model, handle), weighting(kind, step, False)
+    objective, weight = Objective(model, handle), token_weights(kind, step, False)
     with torch.no_grad():
         whole = objective.losses(collate(step, 0, weight, len(step)), stack).sum() + generated_l2(stack)
         total = torch.zeros(())
-        for share in (Share(i, processes) for i in range(processes)):
-            for part in divide(step, 2, share):
+        for shard in (Shard(i, processes) for i in range(processes)):
+            for part in divide(step, 2, shard):
                 batch = collate(part, 0, weight, len(step))
                 own = stack[[step.index(group) for group in part]]
                 total += objective.losses(batch, own).sum() + batch.part * generated_l2(own)
@@ -237,7 +237,7 @@ def test_neftune(made, first_layer):
     step = groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
 
     def noise(part, alpha=5.0):
-        batch = collate(part, 0, weighting("sample", step, False), len(step))
+        batch = collate(part, 0, token_weights("sample", step, False), len(step))
         objective.losses(batch, stack, neftune_alpha=alpha)
         return seen.pop()
 
@@ -366,15 +366,15 @@ def test_validation(base_model, tasks):
             base_model=str(base_model), target_modules=("q_proj", "v_proj"), encoder="one-hot", dtype="float32", rank=2,
             latent_size=8, head_in_size=4, tasks_per_batch=2, samples_per_task=2, validation_samples=5, **changes,
         )  # fmt: skip
-        fit = context.Frozen(settings, tasks, torch.device("cpu"))
+        fit = context.TrainingContext(settings, tasks, torch.device("cpu"))
         job = sft.SFT(settings, fit)
         with torch.no_grad():
             for head in job.trained.heads.values():  # adapters that do something
                 head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
-            found.append(job.validate(Share()))
-        batch = job.batches(0, Share())[0]
+            found.append(job.validate(Shard()))
+        batch = job.batches(0, Shard())[0]
         found.append(job.loss(job.trained, batch).item())
-        parts = [job.validate(Share(index, 2)) for index in range(2)]
+        parts = [job.validate(Shard(index, 2)) for index in range(2)]
     assert found[0] == found[2] and found[1] != found[3]
     for name, loss in found[0].items():
         assert abs(sum(part[name] for part in parts) - loss) <= LOSS_ATOL

@@ -96,7 +96,7 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
 
 
 def test_a_batch_of_fewer_tasks_than_processes(tmp_path):
-    from t2l_engine.research.training.sampling import Share, divide
+    from t2l_engine.research.training.sampling import Shard, divide
 
     with pytest.raises(ConfigError, match="expected at least a task for each of 3 processes in every batch, got 2"):
-        divide([1, 2], 8, Share(0, 3))
+        divide([1, 2], 8, Shard(0, 3))

@@ -12,7 +12,7 @@ from t2l_engine.hypernetwork import checkpoint, convert
 from t2l_engine.research.training import reconstruction
 from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
-from t2l_engine.research.training.sampling import Share
+from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model
 
@@ -124,8 +124,8 @@ def test_the_loss_is_the_distance_in_words(tmp_path, target):
     generated = t2l.TextToLoRA.from_pretrained(tmp_path / "out").generate(["task0", "task1", "task2"])
     expected = distance(target, generated, stack)
     with torch.no_grad():
-        found = torch.tensor(list(made.validate(Share()).values()))
-        loss = sum(float(made.loss(made.trained, batch)) for batch in made.batches(0, Share()))
+        found = torch.tensor(list(made.validate(Shard()).values()))
+        loss = sum(float(made.loss(made.trained, batch)) for batch in made.batches(0, Shard()))
     assert torch.allclose(found.double(), expected, rtol=numerics.GRADIENT_RTOL)
     # A step has each of the three tasks.
     assert made.reported(loss) == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)
@@ -195,7 +195,7 @@ def test_validation_reads_held_out_descriptions(tmp_path, held_out):
     assert torch.allclose(torch.tensor(list(logged["tasks"].values())).double(), expected, rtol=numerics.GRADIENT_RTOL)
     assert logged["val_loss"] == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)
     made = job(tmp_path / "library", encoder="minilm", held_out_descriptions=held_out)
-    read = {group.description for step in range(40) for batch in made.batches(step, Share()) for group in batch}
+    read = {group.description for step in range(40) for batch in made.batches(step, Shard()) for group in batch}
     assert read == set(range(3 - held_out))
 
 
@@ -220,7 +220,7 @@ def test_one_task_has_no_z_scores(tmp_path):
     with pytest.raises(ConfigError, match="target: z-score needs at least two adapters"):
         job(tmp_path / "library", names=["task1"])
     only = job(tmp_path / "library", names=["task1"], target="raw")
-    assert list(only.validate(Share())) == ["task1"]
+    assert list(only.validate(Shard())) == ["task1"]
 
 
 @pytest.mark.parametrize("what, message", [

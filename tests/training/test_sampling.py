@@ -15,7 +15,7 @@ from torch import nn
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training import context, descriptions, sft
-from t2l_engine.research.training.sampling import Examples, Group, Sample, Share, Stream, divide, permuted, seeded
+from t2l_engine.research.training.sampling import Examples, Group, Sample, Shard, Stream, divide, permuted, seeded
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, STANDARD_ERRORS
 from t2l_engine.text.encoder import EncoderConfig
@@ -101,19 +101,19 @@ def test_permuted():
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 4))
 def test_division_among_processes(count, per_batch, processes):
     groups = list(range(count))
-    whole = divide(groups, per_batch, Share())
+    whole = divide(groups, per_batch, Shard())
     assert [g for batch in whole for g in batch] == groups
     assert len(whole) == math.ceil(count / per_batch)
     assert max(map(len, whole)) <= per_batch and max(map(len, whole)) - min(map(len, whole)) <= 1
-    shares = [Share(index, processes) for index in range(processes)]
+    shards = [Shard(index, processes) for index in range(processes)]
     if min(map(len, whole)) < processes:
-        for share in shares:
+        for shard in shards:
             with pytest.raises(
                 ConfigError, match=f"expected at least a task for each of {processes} processes.*got {count}"
             ):
-                divide(groups, per_batch, share)
+                divide(groups, per_batch, shard)
         return
-    parts = [divide(groups, per_batch, share) for share in shares]
+    parts = [divide(groups, per_batch, shard) for shard in shards]
     for batch, *own in zip(whole, *parts, strict=True):
         assert sorted(g for part in own for g in part) == list(batch)
         assert max(map(len, own)) - min(map(len, own)) <= 1
@@ -277,12 +277,12 @@ def groups_of(pairs):
 
 def test_held_out_descriptions(encoder):
     made = descriptions.TaskEmbeddings(settings(held_out_descriptions=2), TEXTS, torch.device("cpu"))
-    assert [list(made.trained(i)) for i in (0, 1)] == [[0, 1], [0]]
-    assert [list(made.validated(i)) for i in (0, 1)] == [[2, 3], [1, 2]]
-    exact = made.exact(groups_of([(1, 2), (0, 3)]))
+    assert [list(made.train_indices(i)) for i in (0, 1)] == [[0, 1], [0]]
+    assert [list(made.val_indices(i)) for i in (0, 1)] == [[2, 3], [1, 2]]
+    exact = made.clean(groups_of([(1, 2), (0, 3)]))
     assert torch.equal(exact, encoder.encode(["b2", "a3"])) and made.embed_dim == 16
     every = descriptions.TaskEmbeddings(settings(), TEXTS, torch.device("cpu"))
-    assert list(every.trained(0)) == list(every.validated(0)) == [0, 1, 2, 3]
+    assert list(every.train_indices(0)) == list(every.val_indices(0)) == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="held_out_descriptions: expected fewer than the 3 descriptions of task b, got 3"):
         descriptions.TaskEmbeddings(settings(held_out_descriptions=3), TEXTS, torch.device("cpu"))
     with pytest.raises(ConfigError, match="encoder: expected 'minilm', .*'one-hot' or a local .* folder, got 'nowhere'"):
@@ -293,21 +293,21 @@ def test_mixes_and_noise(encoder):
     """Functions of a group's key; mixes are of what is trained on and keep the RMS of 1."""
     pairs = [(i % 2, 0) for i in range(64)]
     plain = descriptions.TaskEmbeddings(settings(), TEXTS, torch.device("cpu"))
-    assert torch.equal(plain.varied(groups_of(pairs)), plain.exact(groups_of(pairs)))
+    assert torch.equal(plain.augmented(groups_of(pairs)), plain.clean(groups_of(pairs)))
     for changes in ({"mix_descriptions": True, "held_out_descriptions": 1}, {"embedding_noise": 0.5}):
         made = descriptions.TaskEmbeddings(settings(**changes), TEXTS, torch.device("cpu"))
         groups = groups_of(pairs)
-        rows = made.varied(groups)
-        assert torch.equal(rows[5:9], made.varied(groups[5:9])) and torch.equal(made.exact(groups), plain.exact(groups))
+        rows = made.augmented(groups)
+        assert torch.equal(rows[5:9], made.augmented(groups[5:9])) and torch.equal(made.clean(groups), plain.clean(groups))
         assert len({tuple(row.tolist()) for row in rows}) > 32
         if "embedding_noise" in changes:
-            noise = (rows - made.exact(groups)) / 0.5
+            noise = (rows - made.clean(groups)) / 0.5
             assert abs(noise.mean()) <= STANDARD_ERRORS / noise.numel() ** 0.5
             assert abs(noise.square().mean() - 1) <= STANDARD_ERRORS * (2 / noise.numel()) ** 0.5
             continue
         assert (rows.norm(dim=1) / 4 - 1).abs().max() <= EMBEDDING_FROBENIUS
         for (index, _), row in zip(pairs, rows.double(), strict=True):
-            basis = encoder.encode(TEXTS[index][1])[made.trained(index)].double().mT
+            basis = encoder.encode(TEXTS[index][1])[made.train_indices(index)].double().mT
             parts = torch.linalg.lstsq(basis, row).solution
             assert (basis @ parts - row).norm() <= EMBEDDING_FROBENIUS * row.norm()
             assert (parts >= -EMBEDDING_FROBENIUS).all()
@@ -347,7 +347,7 @@ def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
     plain, found = {}, {}
     for init, state in (("random", plain), ("discriminant", found)):
         s = settings(base_model, task_init=init)
-        state.update(sft.SFT(s, context.Frozen(s, tasks, torch.device("cpu"))).trained.state_dict())
+        state.update(sft.SFT(s, context.TrainingContext(s, tasks, torch.device("cpu"))).trained.state_dict())
     changed = {key for key, value in plain.items() if not torch.equal(value, found[key])}
     assert changed == {"task_encoder.linear.weight", "task_encoder.linear.bias"}
 
@@ -356,7 +356,7 @@ def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
 def test_training_never_reads_a_held_out_description(encoder, base_model, tasks, monkeypatch, prompt):
     """Nor validation one that is trained on, neither as an embedding nor in the prompt."""
     s = settings(base_model, held_out_descriptions=1, tasks_per_batch=2, prompt=prompt, validation_samples=2)
-    fit = context.Frozen(s, tasks, torch.device("cpu"))
+    fit = context.TrainingContext(s, tasks, torch.device("cpu"))
     job = sft.SFT(s, fit)
     read = []
 
@@ -365,8 +365,8 @@ def test_training_never_reads_a_held_out_description(encoder, base_model, tasks,
         return encoder.encode(["any"] * len(groups))
 
     monkeypatch.setattr(job._embeddings, "exact", exact)
-    job.validate(Share())
-    trained = [g for step in range(10) for batch in job.batches(step, Share()) for g in batch.groups]
+    job.validate(Shard())
+    trained = [g for step in range(10) for batch in job.batches(step, Shard()) for g in batch.groups]
     told = prompt == "description"
     for groups, description, split in ((trained, 0, {"red", "blue", "green", "cat"}), (read, 1, {"dog"})):
         assert {g.description for g in groups} == {description} and {g.task for g in groups} == {0, 1}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2l_engine.files.errors import MAX_LAYERS, MAX_SIZE, ConfigError, shown
+from t2l_engine.files.errors import MAX_LAYERS, MAX_SIZE, ConfigError, short_repr
 from t2l_engine.files.text import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # of ``layer_types``
@@ -137,7 +137,7 @@ def family_of(families: Mapping[str, T], values: Mapping[str, Any], where: str) 
     """The family of a configuration; ConfigError for a ``model_type`` that is none of them."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in families:
-        raise ConfigError(f"{where}: model_type: expected one of {', '.join(families)}, got {shown(kind)}")
+        raise ConfigError(f"{where}: model_type: expected one of {', '.join(families)}, got {short_repr(kind)}")
     return families[kind]
 
 
@@ -152,14 +152,14 @@ class Fields:
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ConfigError(f"{self.where}: {name}: expected an integer from {least} to {most}, got {shown(value)}")
+            raise ConfigError(f"{self.where}: {name}: expected an integer from {least} to {most}, got {short_repr(value)}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(name)
         value = default if value is None else value
         if not isinstance(value, bool):
-            raise ConfigError(f"{self.where}: {name}: expected true or false, got {shown(value)}")
+            raise ConfigError(f"{self.where}: {name}: expected true or false, got {short_repr(value)}")
         return value
 
     def kinds(self, layers: int) -> list[str] | None:
@@ -169,7 +169,7 @@ class Fields:
             return None
         if not isinstance(value, list) or len(value) != layers or not all(kind in (FULL, SLIDING) for kind in value):
             raise ConfigError(
-                f"{self.where}: layer_types: expected a list of {layers}, each {FULL} or {SLIDING}, got {shown(value)}"
+                f"{self.where}: layer_types: expected a list of {layers}, each {FULL} or {SLIDING}, got {short_repr(value)}"
             )
         return value
 
@@ -301,7 +301,7 @@ class Family:
                 )
             step, dense = fields.size("decoder_sparse_step", 1), fields.values.get("mlp_only_layers") or []
             if not isinstance(dense, list):
-                raise ConfigError(f"{fields.where}: mlp_only_layers: expected a list, got {shown(dense)}")
+                raise ConfigError(f"{fields.where}: mlp_only_layers: expected a list, got {short_repr(dense)}")
             sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
         return Decoder(
             model_type=fields.values["model_type"],

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.research.costs.decoder import Decoder
@@ -63,7 +63,9 @@ def hypernetwork_for(
     shapes = decoder.module_shapes
     for name in modules:
         if name not in shapes:
-            raise ConfigError(f"modules: expected some of {', '.join(shapes)} for {decoder.model_type}, got {shown(name)}")
+            raise ConfigError(
+                f"modules: expected some of {', '.join(shapes)} for {decoder.model_type}, got {short_repr(name)}"
+            )
     return HyperNetworkConfig(
         variant=variant,
         modules=modules,
@@ -94,5 +96,5 @@ def known_setup(name: str) -> Setup:
 def _entry(kind: str, name: str) -> dict[str, Any]:
     known = known_entries(kind)
     if name not in known:
-        raise ConfigError(f"{kind.removesuffix('s')}: expected one of {', '.join(known)}, got {shown(name)}")
+        raise ConfigError(f"{kind.removesuffix('s')}: expected one of {', '.join(known)}, got {short_repr(name)}")
     return known[name]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import shown
+from t2l_engine.files.errors import short_repr
 from t2l_engine.lora.handle import attach
 from t2l_engine.lora.locate import Packed, Target, check_fits, check_stack, device_of, find, same_place, slot_dtype
 from t2l_engine.ops.reference import accumulation_dtype
@@ -48,12 +48,12 @@ def average(stack: AdapterStack) -> AdapterStack:
     _check_library(stack)
     scalings = stack.scaling.unique().tolist()
     if len(scalings) > 1:
-        raise ValueError(f"stack: expected one scaling to average, got {shown(scalings)}")
+        raise ValueError(f"stack: expected one scaling to average, got {short_repr(scalings)}")
     for name, ranks in stack.ranks.items():
         apart = (ranks != ranks[0]).any(dim=0).nonzero().flatten().tolist()
         if apart:
             found = ranks[:, apart[0]].unique().tolist()
-            raise ValueError(f"stack: {name}: layer {apart[0]}: expected one rank to average, got {shown(found)}")
+            raise ValueError(f"stack: {name}: layer {apart[0]}: expected one rank to average, got {short_repr(found)}")
 
     def mean(side: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.mean(0, keepdim=True, dtype=accumulation_dtype(t)).to(t.dtype) for name, t in side.items()}
@@ -177,7 +177,9 @@ class Arrow:
     def __init__(self, model: nn.Module, stack: AdapterStack, top_k: int = TOP_K, *, packed: Packed | None = None):
         _check_library(stack)
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(stack):
-            raise ValueError(f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {shown(top_k)}")
+            raise ValueError(
+                f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}"
+            )
         attach(model, packed=packed)  # without a stack it checks the model and changes nothing
         places = _places(model, stack, packed)
         _check_linears(places)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import is_unicode, read_rows
 from t2l_engine.research.tasks.folder import Example, Task, parse_number
 
@@ -58,7 +58,7 @@ class _Row:
         return name in self.values
 
     def fault(self, name: str, expected: str) -> ConfigError:
-        found = f"got {shown(self.values[name])}" if name in self.values else "found none"
+        found = f"got {short_repr(self.values[name])}" if name in self.values else "found none"
         return ConfigError(f"{self.where}: {name}: expected {expected}, {found}")
 
     def text(self, name: str) -> str:
@@ -117,7 +117,7 @@ def _labelled(row: _Row) -> Example:
     if not answer:
         raise _LeftOut(_NO_ANSWER)
     if len(labels) != len(options) or labels.count(answer) != 1:
-        raise row.fault("answerKey", f"one of the labels {shown(labels)} of {len(options)} choices")
+        raise row.fault("answerKey", f"one of the labels {short_repr(labels)} of {len(options)} choices")
     return _choose(row, text, options, labels.index(answer))
 
 
@@ -251,9 +251,9 @@ def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, mo
     source = Path(source)
     unknown = sorted(set(names or ()).difference(NAMES))
     if unknown:
-        raise ConfigError(f"names: expected some of {NAMES}, got {shown(unknown)}")
+        raise ConfigError(f"names: expected some of {NAMES}, got {short_repr(unknown)}")
     if most is not None and most < 1:
-        raise ConfigError(f"most: expected a positive number, got {shown(most)}")
+        raise ConfigError(f"most: expected a positive number, got {short_repr(most)}")
     found = [name for name in NAMES if (source / f"{name}.jsonl").is_file()]
     absent = [name for name in names or () if name not in found]
     if absent or not found:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_LINE_BYTES, MAX_VALUES, count_values, is_unicode, read_rows, read_texts
 
 DESCRIPTIONS_NAME = "descriptions.json"
@@ -93,7 +93,7 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
         raise ConfigError(f"{path}: expected an object of task names, got {type(descriptions).__name__}")
     for name in names or ():
         if name not in descriptions:
-            raise ConfigError(f"{path}: expected a task named {shown(name)}, found none of that name")
+            raise ConfigError(f"{path}: expected a task named {short_repr(name)}, found none of that name")
     wanted = {name: texts for name, texts in sorted(descriptions.items()) if names is None or name in names}
     for name, texts in wanted.items():
         check_name(name, str(path))
@@ -117,7 +117,7 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
         raise FileExistsError(f"{path}: exists; expected a folder without tasks")
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {shown(names)}")
+        raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {short_repr(names)}")
     contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
@@ -147,7 +147,7 @@ def _lines(folder: Path, task: Task) -> bytes:
     for number, example in enumerate(task.examples, start=1):
         where = f"{path}:{number}"
         if not example.outputs or not all(map(is_unicode, _strings(example))):
-            raise ConfigError(f"{where}: expected Unicode text and at least one output to write, got {shown(example)}")
+            raise ConfigError(f"{where}: expected Unicode text and at least one output to write, got {short_repr(example)}")
         _check_metric(example, where)
         row = {"input": example.input, "output": example.outputs, "split": example.split}
         row |= {key: getattr(example, key) for key, value in _DEFAULTS.items() if getattr(example, key) != value}
@@ -162,7 +162,7 @@ def check_name(name: str, where: str) -> None:
     if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ConfigError(
             f"{where}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
-            f"{MAX_NAME_BYTES} bytes, got {shown(name)}"
+            f"{MAX_NAME_BYTES} bytes, got {short_repr(name)}"
         )
 
 
@@ -177,22 +177,24 @@ def _check_metric(example: Example, where: str) -> None:
     """ConfigError unless metric, options, tests and outputs fit together."""
     metric, options = example.metric, example.options
     if metric not in METRICS:
-        raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {shown(metric)}")
+        raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {short_repr(metric)}")
     if metric == "options":
         if len(options) < 2 or len(set(options)) < len(options) or not all(option.strip() for option in options):
-            raise ConfigError(f"{where}: options: expected at least two distinct non-empty strings, got {shown(options)}")
+            raise ConfigError(
+                f"{where}: options: expected at least two distinct non-empty strings, got {short_repr(options)}"
+            )
         if not set(options).issuperset(example.outputs):
-            raise ConfigError(f"{where}: output: expected some of {shown(options)}, got {shown(example.outputs)}")
+            raise ConfigError(f"{where}: output: expected some of {short_repr(options)}, got {short_repr(example.outputs)}")
     elif options:
-        raise ConfigError(f"{where}: options: expected none with metric {metric!r}, got {shown(options)}")
+        raise ConfigError(f"{where}: options: expected none with metric {metric!r}, got {short_repr(options)}")
     if metric == "pass" and not example.tests.strip():
-        raise ConfigError(f"{where}: tests: expected Python source with metric 'pass', got {shown(example.tests)}")
+        raise ConfigError(f"{where}: tests: expected Python source with metric 'pass', got {short_repr(example.tests)}")
     if metric != "pass" and example.tests:
-        raise ConfigError(f"{where}: tests: expected none with metric {metric!r}, got {shown(example.tests)}")
+        raise ConfigError(f"{where}: tests: expected none with metric {metric!r}, got {short_repr(example.tests)}")
     if metric == "number":
         for output in example.outputs:
             if parse_number(output) is None:
-                raise ConfigError(f"{where}: output: expected numbers with metric 'number', got {shown(output)}")
+                raise ConfigError(f"{where}: output: expected numbers with metric 'number', got {short_repr(output)}")
 
 
 def parse_number(text: str) -> float | None:
@@ -221,14 +223,14 @@ def _read_examples(path: Path) -> Iterator[Example]:
             raise ConfigError(f"{where}: expected input, output and split, found no {missing[0]}")
         outputs, options = row["output"], row.get("options", [])
         if not isinstance(outputs, list) or not outputs:
-            raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {shown(outputs)}")
+            raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {short_repr(outputs)}")
         if not isinstance(options, list):
-            raise ConfigError(f"{where}: options: expected a list of strings, got {shown(options)}")
+            raise ConfigError(f"{where}: options: expected a list of strings, got {short_repr(options)}")
         judged = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
         example = Example(row["input"], tuple(outputs), row["split"], *judged)
         strings = _strings(example)
         if not all(isinstance(text, str) for text in strings):
-            raise ConfigError(f"{where}: expected strings, output and options lists of them, got {shown(row)}")
+            raise ConfigError(f"{where}: expected strings, output and options lists of them, got {short_repr(row)}")
         if not all(map(is_unicode, strings)):
             raise ConfigError(f"{where}: expected Unicode text, got lone surrogates")
         _check_metric(example, where)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import MAX_NAME, ConfigError, shown
+from t2l_engine.files.errors import MAX_NAME, ConfigError, short_repr
 from t2l_engine.files.text import from_json, is_unicode, read_texts
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
@@ -49,16 +49,16 @@ class Entry:
         for name in ("skill", "source"):
             _check_text(name, getattr(self, name))
         if self.tier not in TIERS:
-            raise ConfigError(f"tier: expected one of {TIERS}, got {shown(self.tier)}")
+            raise ConfigError(f"tier: expected one of {TIERS}, got {short_repr(self.tier)}")
         if not isinstance(self.licence, (list, tuple)) or not self.licence:
-            raise ConfigError(f"licence: expected a non-empty list of strings, got {shown(self.licence)}")
+            raise ConfigError(f"licence: expected a non-empty list of strings, got {short_repr(self.licence)}")
         for text in self.licence:
             _check_text("licence", text)
         object.__setattr__(self, "licence", tuple(self.licence))
         if not isinstance(self.permissive, bool):
-            raise ConfigError(f"permissive: expected true or false, got {shown(self.permissive)}")
+            raise ConfigError(f"permissive: expected true or false, got {short_repr(self.permissive)}")
         if not isinstance(self.splits, dict) or not self.splits:
-            raise ConfigError(f"splits: expected an object of splits, got {shown(self.splits)}")
+            raise ConfigError(f"splits: expected an object of splits, got {short_repr(self.splits)}")
         if len(frozenset().union(*self.splits.values())) != sum(map(len, self.splits.values())):
             raise ConfigError("splits: expected every example in one split only")
 
@@ -77,7 +77,7 @@ class Manifest:
     def names(self, tier: str | None = None) -> list[str]:
         """The tasks of a tier (None: of all), sorted; ConfigError for an unknown tier."""
         if tier not in (None, *TIERS):
-            raise ConfigError(f"tier: expected one of {TIERS}, got {shown(tier)}")
+            raise ConfigError(f"tier: expected one of {TIERS}, got {short_repr(tier)}")
         return sorted(name for name, entry in self.tasks.items() if tier in (None, entry.tier))
 
 
@@ -95,7 +95,7 @@ class Difference:
     count: int
 
     def __str__(self) -> str:
-        where = "in all" if self.split is None else f"of split {shown(self.split)}"
+        where = "in all" if self.split is None else f"of split {short_repr(self.split)}"
         return f"{self.task}: {self.count} examples {where} {self.kind}"
 
 
@@ -216,14 +216,14 @@ def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
 def _parse(values: Any, where: str) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else values
-        raise ConfigError(f"{where}: format: expected a manifest {FORMAT!r}, got {shown(found)}")
+        raise ConfigError(f"{where}: format: expected a manifest {FORMAT!r}, got {short_repr(found)}")
     unknown = values.keys() - {"format", "about", "tasks"}
     if unknown:
-        raise ConfigError(f"{where}: expected format, about and tasks, got also {shown(sorted(unknown))}")
+        raise ConfigError(f"{where}: expected format, about and tasks, got also {short_repr(sorted(unknown))}")
     about, tasks = values.get("about"), values.get("tasks")
     _check_text(f"{where}: about", about)
     if not isinstance(tasks, dict) or not tasks:
-        raise ConfigError(f"{where}: tasks: expected an object of tasks, got {shown(tasks)}")
+        raise ConfigError(f"{where}: tasks: expected an object of tasks, got {short_repr(tasks)}")
     entries = {}
     for name, entry in tasks.items():
         check_name(name, f"{where}: tasks")
@@ -240,18 +240,18 @@ def _entry(values: Any, where: str) -> Entry:
 
 def _check_text(name: str, value: Any) -> None:
     if not isinstance(value, str) or not value.strip() or not is_unicode(value):
-        raise ConfigError(f"{name}: expected a non-empty string of Unicode text, got {shown(value)}")
+        raise ConfigError(f"{name}: expected a non-empty string of Unicode text, got {short_repr(value)}")
 
 
 def _prefixes(where: str, name: str, text: Any) -> frozenset[bytes]:
     """The digests' starts that base64 ``text`` of split ``name`` holds."""
     if not name.isidentifier() or len(name) > MAX_NAME:
-        raise ConfigError(f"{where}: expected plain names such as 'train', got {shown(name)}")
+        raise ConfigError(f"{where}: expected plain names such as 'train', got {short_repr(name)}")
     expected = f"{where}: {name}: expected base64 of {PREFIX_BYTES} bytes an example, each once"
     try:
         content = base64.b64decode(text, validate=True)
     except (ValueError, TypeError):
-        raise ConfigError(f"{expected}, got {shown(text)}") from None
+        raise ConfigError(f"{expected}, got {short_repr(text)}") from None
     prefixes = frozenset(content[i : i + PREFIX_BYTES] for i in range(0, len(content), PREFIX_BYTES))
     if not content or len(prefixes) * PREFIX_BYTES != len(content):
         raise ConfigError(f"{expected}, got {len(content)} bytes, {len(prefixes)} of them different")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_LINE_BYTES, is_unicode, read_texts
 from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
@@ -69,7 +69,7 @@ def import_sni(
     for name, found in (descriptions or {}).items():
         texts.setdefault(_key(name), []).extend(found)
     if texts and not any(key in texts for path in paths for key in _keys(path.stem)):
-        raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {shown(sorted(texts))}")
+        raise ConfigError(f"descriptions: expected names or numbers of tasks in {source}, got {short_repr(sorted(texts))}")
     imported = Imported([], {}, {})
     for path in paths:
         values = _read_object(path)
@@ -104,7 +104,9 @@ def further_descriptions(path: str | Path) -> dict[str, list[str]]:
     values = _read_object(path)
     for name, texts in values.items():
         if not isinstance(texts, list) or not all(isinstance(text, str) and is_unicode(text) for text in texts):
-            raise ConfigError(f"{path}: {shown(name)}: expected a list of strings of Unicode text, got {shown(texts)}")
+            raise ConfigError(
+                f"{path}: {short_repr(name)}: expected a list of strings of Unicode text, got {short_repr(texts)}"
+            )
     return values
 
 
@@ -113,7 +115,7 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
     if not paths:
         raise FileNotFoundError(f"{source}: no task*.json files found, expected tasks of Super-NaturalInstructions")
     for path in paths:
-        check_name(path.stem, f"{source}: {shown(path.name)}")
+        check_name(path.stem, f"{source}: {short_repr(path.name)}")
         if not path.is_file():
             raise FileNotFoundError(f"{path}: expected a file")
     if tasks is None:
@@ -121,7 +123,7 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
     wanted = set(map(_key, tasks))
     unknown = wanted.difference(key for path in paths for key in _keys(path.stem))
     if unknown:
-        raise ConfigError(f"tasks: expected names or numbers of tasks in {source}, got {shown(sorted(unknown))}")
+        raise ConfigError(f"tasks: expected names or numbers of tasks in {source}, got {short_repr(sorted(unknown))}")
     return [path for path in paths if wanted.intersection(_keys(path.stem))]
 
 
@@ -139,7 +141,7 @@ def _keys(name: str) -> tuple[str, str]:
 def _read_object(path: Path) -> dict[str, Any]:
     values = read_texts(path, MAX_FILE_BYTES)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {shown(values)}")
+        raise ConfigError(f"{path}: expected a JSON object, got {short_repr(values)}")
     return values
 
 
@@ -148,9 +150,9 @@ def _strings(path: Path, name: str, value: Any, most: int = MAX_TEXT) -> tuple[s
     texts = [value] if isinstance(value, str) else value
     fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     if fits and len(texts) + sum(map(len, texts)) > most:
-        raise ConfigError(f"{path}: {name}: expected at most {most} characters and texts, got {shown(value)}")
+        raise ConfigError(f"{path}: {name}: expected at most {most} characters and texts, got {short_repr(value)}")
     if not fits or not all(map(is_unicode, texts)):
-        raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {shown(value)}")
+        raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {short_repr(value)}")
     return tuple(texts)
 
 
@@ -158,12 +160,12 @@ def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
     """The instances that have text; upstream has blank ones."""
     instances = values.get("Instances")
     if not isinstance(instances, list):
-        raise ConfigError(f"{path}: Instances: expected a list, got {shown(instances)}")
+        raise ConfigError(f"{path}: Instances: expected a list, got {short_repr(instances)}")
     for number, instance in enumerate(instances):
         where = f"Instances[{number}]"
         if not isinstance(instance, dict) or not isinstance(instance.get("input"), str) or "output" not in instance:
             raise ConfigError(
-                f"{path}: {where}: expected an object with a string input and an output, got {shown(instance)}"
+                f"{path}: {where}: expected an object with a string input and an output, got {short_repr(instance)}"
             )
         _strings(path, f"{where}: input", instance["input"])
         outputs = tuple(text for text in _strings(path, f"{where}: output", instance["output"]) if text.strip())
@@ -196,7 +198,7 @@ def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str
     for text in stated:
         # "-" belongs to the word: "CC BY" is not in "CC BY-NC 4.0".
         if not any(re.search(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", text, re.IGNORECASE) for licence in licences):
-            return f"licence {shown(text)}"
+            return f"licence {short_repr(text)}"
     return None if stated else "no licence stated"
 
 
@@ -204,5 +206,5 @@ def _elsewhere(path: Path, values: dict[str, Any], categories: Sequence[str]) ->
     stated = _strings(path, "Categories", values.get("Categories", []), MAX_LABEL)
     wanted = {category.casefold() for category in categories}
     if wanted and not wanted.intersection(category.casefold() for category in stated):
-        return f"categories {shown(list(stated))}"
+        return f"categories {short_repr(list(stated))}"
     return None

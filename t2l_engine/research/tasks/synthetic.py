@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
 
@@ -180,7 +180,7 @@ def suite(examples: int = MAX_EXAMPLES, seed: int = 0) -> list[Task]:
     Raises ConfigError unless ``examples`` is from 20 to 120.
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or not MIN_EXAMPLES <= examples <= MAX_EXAMPLES:
-        raise ConfigError(f"examples: expected a number from {MIN_EXAMPLES} to {MAX_EXAMPLES}, got {shown(examples)}")
+        raise ConfigError(f"examples: expected a number from {MIN_EXAMPLES} to {MAX_EXAMPLES}, got {short_repr(examples)}")
     tasks = []
     for name, texts in DESCRIPTIONS.items():
         made: dict[str, str] = {}

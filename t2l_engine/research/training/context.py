@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, generic, own_paths
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, path_template
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.lora.handle import attach
 from t2l_engine.lora.locate import features, find
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.manifest import summary
-from t2l_engine.research.training.objective import Adapter, Batch, Objective, collate, weighting
-from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Share
+from t2l_engine.research.training.objective import Adapter, Batch, Objective, collate, token_weights
+from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Shard
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.text import base_model
 
@@ -37,7 +37,7 @@ class Modules:
     @property
     def own_paths(self) -> tuple[str, ...] | None:
         """None where all are where Llama has them."""
-        return own_paths(dict(zip(self.names, self.paths, strict=True)))
+        return nondefault_paths(dict(zip(self.names, self.paths, strict=True)))
 
 
 def locate(model: nn.Module, names: Sequence[str]) -> Modules:
@@ -45,7 +45,7 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     paths, sizes, depths = [], [], {}
     for name in names:
         if not name.isidentifier():
-            raise ConfigError(f"target_modules: expected plain names of linears such as 'q_proj', got {shown(name)}")
+            raise ConfigError(f"target_modules: expected plain names of linears such as 'q_proj', got {short_repr(name)}")
         try:
             targets = find(model, name, DEFAULT_PATHS.get(name, f"{LAYER}.{name}"))
         except ValueError as error:
@@ -58,7 +58,7 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
             found.add((n_in, n_out if target.columns is None else target.columns[1] - target.columns[0]))
         if len(found) != 1:
             raise ConfigError(f"target_modules: {name}: expected the same features in every layer, got {sorted(found)}")
-        path = generic(next(iter(targets.values())).path)
+        path = path_template(next(iter(targets.values())).path)
         paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection is called otherwise
         sizes.append(found.pop())
         depths[name] = sorted(targets)
@@ -73,7 +73,7 @@ def _only(task: Task, split: str | None) -> Task:
     return dataclasses.replace(task, examples=tuple(e for e in task.examples if e.split == split))
 
 
-class Frozen:
+class TrainingContext:
     """Base model, tokenised tasks and objective of a run; :meth:`close` gives the model back as it was.
 
     Args:
@@ -113,8 +113,8 @@ class Frozen:
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
-        shown = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
-        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **shown)
+        prompts = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
+        self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **prompts)
         if self.train.dropped:
             total = sum(len(task.examples) for task in self.tasks)
             warnings.warn(
@@ -123,7 +123,7 @@ class Frozen:
                 stacklevel=3,
             )
         self.validation = Examples(
-            validation, self.tokenizer, settings.max_tokens, **shown, most=settings.validation_samples, may_be_empty=True
+            validation, self.tokenizer, settings.max_tokens, **prompts, most=settings.validation_samples, may_be_empty=True
         )  # fmt: skip
         if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
@@ -145,16 +145,16 @@ class Frozen:
             del self.handle
 
     def collate(
-        self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, apart: bool = False
+        self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, per_task: bool = False
     ) -> Batch:
-        """A batch of some of a step's groups; ``apart``: its loss is the sum of every task's, not the mean over all."""
-        weight = weighting(self.settings.weighting, of_step, apart)
+        """A batch of some of a step's groups; ``per_task``: its loss is the sum of every task's, not the mean over all."""
+        weight = token_weights(self.settings.weighting, of_step, per_task)
         return collate(groups, self.tokenizer.pad_token_id, weight, len(of_step), adapter)
 
     def validate(
         self,
         objective: Objective,
-        share: Share,
+        shard: Shard,
         descriptions: Descriptions,
         stack: Callable[[Sequence[Group]], AdapterStack],
         adapter: Adapter | None = None,
@@ -175,7 +175,7 @@ class Frozen:
         groups = [g for g in groups if g.task in found]
         per_batch = rows // together
         for start in range(0, len(groups), per_batch):
-            mine = share.of(groups[start : start + per_batch])
+            mine = shard.of(groups[start : start + per_batch])
             if not mine:
                 continue
             batch = collate(

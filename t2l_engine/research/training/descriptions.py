@@ -67,11 +67,11 @@ class TaskEmbeddings:
         """The encoder, for the checkpoint."""
         return to_json(self._config)
 
-    def trained(self, task: int) -> range:
+    def train_indices(self, task: int) -> range:
         """Numbers of the descriptions that training reads."""
         return range(self._counts[task] - self._settings.held_out_descriptions)
 
-    def validated(self, task: int) -> range:
+    def val_indices(self, task: int) -> range:
         """Numbers of the descriptions that validation reads: the held-out ones, or all where none is."""
         count = self._counts[task]
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
@@ -88,7 +88,7 @@ class TaskEmbeddings:
         if self._settings.task_init != "discriminant":
             return
         generator = torch.Generator().manual_seed(self._settings.seed)
-        rows = [self._rows[task][: len(self.trained(task))].double() for task in range(len(self._rows))]
+        rows = [self._rows[task][: len(self.train_indices(task))].double() for task in range(len(self._rows))]
         means = torch.stack([of.mean(dim=0) for of in rows])
         within = sum(_covariance(of, mean) for of, mean in zip(rows, means, strict=True)) / len(rows)
         centre = means.mean(dim=0)
@@ -103,7 +103,7 @@ class TaskEmbeddings:
         linear.weight.copy_(weight)
         linear.bias.copy_(-weight @ centre)
 
-    def exact(self, groups: Sequence[Group]) -> Tensor:
+    def clean(self, groups: Sequence[Group]) -> Tensor:
         """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs as they are."""
         return self._read(groups).to(self._device)
 
@@ -113,13 +113,13 @@ class TaskEmbeddings:
         # Each by itself: a batch rounds by what else is in it, which is what a resumed run has not embedded yet.
         return self._of_inputs.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
 
-    def varied(self, groups: Sequence[Group]) -> Tensor:
-        """As :meth:`exact`, with the settings' mixing and noise: functions of each group's key."""
+    def augmented(self, groups: Sequence[Group]) -> Tensor:
+        """As :meth:`clean`, with the settings' mixing and noise: functions of each group's key."""
         settings, rows = self._settings, []
         for g, row in zip(groups, self._read(groups), strict=True):
             generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
             if settings.mix_descriptions:
-                other = torch.randint(len(self.trained(g.task)), (), generator=generator)
+                other = torch.randint(len(self.train_indices(g.task)), (), generator=generator)
                 weight = torch.rand((), generator=generator)
                 row = weight * row + (1 - weight) * self._rows[g.task][other]
                 row = row * (math.sqrt(row.numel()) / row.norm())

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training.log import Log
-from t2l_engine.research.training.sampling import Share, seeded
+from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings, differences, to_yaml
 
 STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
@@ -54,7 +54,7 @@ class Job(ABC):
         self.best: dict[str, Any] = {}  # what :meth:`improved` remembers; saved with the state
 
     @abstractmethod
-    def batches(self, step: int, share: Share) -> Sequence[Any]:
+    def batches(self, step: int, shard: Shard) -> Sequence[Any]:
         """This process's part of each of the step's ``accumulation`` batches; each may have ``tokens``."""
 
     @abstractmethod
@@ -62,7 +62,7 @@ class Job(ABC):
         """A scalar: over batches and processes its sum is what the step minimises."""
 
     @abstractmethod
-    def validate(self, share: Share) -> dict[str, float]:
+    def validate(self, shard: Shard) -> dict[str, float]:
         """This process's summands of the validation loss of every task; empty where there is nothing to validate on."""
 
     @abstractmethod
@@ -130,12 +130,12 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         ConfigError: ``output`` holds a run with other settings or data, or a batch has fewer tasks than there are processes.
         FloatingPointError: the loss or its gradient is NaN or infinite; names the step and the last good state.
     """
-    settings, share = job.settings, Share(accelerate.process_index, accelerate.num_processes)
+    settings, shard = job.settings, Shard(accelerate.process_index, accelerate.num_processes)
     job.trained.to(accelerate.device)
     optimizer = torch.optim.AdamW(job.trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     state = _State(job, optimizer, output)
     step = state.load()
-    trained = _shared(job.trained, accelerate) if share.count > 1 else job.trained
+    trained = _shared(job.trained, accelerate) if shard.world_size > 1 else job.trained
     main = accelerate.is_main_process
     accelerate.wait_for_everyone()  # all have read the state before one writes
     if main:
@@ -144,19 +144,19 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     with (
         Log(output, step, enabled=main) as log,
         tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
-        _interrupts(single=share.count == 1) as interrupted,
+        _interrupts(single=shard.world_size == 1) as interrupted,
         torch.random.fork_rng(),  # the caller's draws stay as they were
     ):
         while step < settings.steps:
             began = time.perf_counter()
-            row = _step(job, trained, optimizer, step, share, accelerate, state)
+            row = _step(job, trained, optimizer, step, shard, accelerate, state)
             step += 1
             log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
             last = step == settings.steps
             if settings.validate_every and (step % settings.validate_every == 0 or last):
-                _validate(job, step, share, accelerate, log, output)
+                _validate(job, step, shard, accelerate, log, output)
             if step % settings.save_every == 0 or last or interrupted:
                 log.flush()
                 if main:
@@ -185,7 +185,7 @@ def _step(
     trained: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
-    share: Share,
+    shard: Shard,
     accelerate: Accelerator,
     state: _State,
 ) -> dict[str, Any]:
@@ -194,16 +194,16 @@ def _step(
     rate = learning_rate(settings, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    torch.manual_seed(seeded(settings.seed, "step", step, share.index))  # dropout
+    torch.manual_seed(seeded(settings.seed, "step", step, shard.rank))  # dropout
     optimizer.zero_grad(set_to_none=True)
-    batches = job.batches(step, share)
+    batches = job.batches(step, shard)
     total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
     for number, batch in enumerate(batches):
         # Processes exchange gradients once a step, with the last batch.
-        together = number == len(batches) - 1 or share.count == 1
+        together = number == len(batches) - 1 or shard.world_size == 1
         with contextlib.nullcontext() if together else accelerate.no_sync(trained):
             loss = job.loss(trained, batch)
-            (loss * share.count).backward()  # processes average, the loss adds
+            (loss * shard.world_size).backward()  # processes average, the loss adds
         total += loss.detach().double()
     loss = job.reported(float(accelerate.reduce(total, "sum")))
     if not math.isfinite(loss):
@@ -217,9 +217,9 @@ def _step(
     return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **({"tokens": tokens} if tokens else {})}
 
 
-def _validate(job: Job, step: int, share: Share, accelerate: Accelerator, log: Log, output: Path) -> None:
+def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path) -> None:
     with torch.no_grad():
-        parts = job.validate(share)
+        parts = job.validate(shard)
     if not parts:
         return
     sums = torch.tensor(list(parts.values()), dtype=torch.float64, device=accelerate.device)

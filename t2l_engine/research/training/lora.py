@@ -25,10 +25,10 @@ from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import resolve_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.context import Frozen, Modules
+from t2l_engine.research.training.context import Modules, TrainingContext
 from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
-from t2l_engine.research.training.sampling import Group, Share, Stream, divide
+from t2l_engine.research.training.sampling import Group, Shard, Stream, divide
 from t2l_engine.research.training.settings import LoRASettings
 
 
@@ -58,7 +58,7 @@ class LoRABank(nn.Module):
 class LoRA(loop.Job):
     """The adapters of ``tasks`` (numbers in ``frozen``), or one for all; ``names`` of the adapters, in order."""
 
-    def __init__(self, settings: LoRASettings, frozen: Frozen, tasks: Sequence[int], folder: Path):
+    def __init__(self, settings: LoRASettings, frozen: TrainingContext, tasks: Sequence[int], folder: Path):
         super().__init__()
         self.settings, self._frozen, self._tasks, self.folder = settings, frozen, list(tasks), folder
         self._shared = settings.mode == "multi-task"
@@ -85,10 +85,10 @@ class LoRA(loop.Job):
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
 
-    def batches(self, step: int, share: Share) -> Sequence[Batch]:
+    def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
-        parts = divide(groups, self.settings.tasks_per_batch, share)
-        return [self._frozen.collate(part, groups, self._adapter, apart=not self._shared) for part in parts]
+        parts = divide(groups, self.settings.tasks_per_batch, shard)
+        return [self._frozen.collate(part, groups, self._adapter, per_task=not self._shared) for part in parts]
 
     def loss(self, trained: nn.Module, batch: Batch) -> Tensor:
         s = self.settings
@@ -109,10 +109,10 @@ class LoRA(loop.Job):
                 grad.mul_(factors.view(-1, 1, 1, 1))
         return norms.max()
 
-    def validate(self, share: Share) -> dict[str, float]:
+    def validate(self, shard: Shard) -> dict[str, float]:
         stack = self.trained()
         return self._frozen.validate(
-            self._objective, share, self._descriptions, lambda groups: stack, self._adapter, self._tasks
+            self._objective, shard, self._descriptions, lambda groups: stack, self._adapter, self._tasks
         )
 
     def improved(self, losses: dict[str, float], step: int) -> bool:
@@ -145,7 +145,7 @@ class LoRA(loop.Job):
         return self._frozen.data(self._tasks)
 
 
-def waves(settings: LoRASettings, frozen: Frozen) -> list[list[int]]:
+def waves(settings: LoRASettings, frozen: TrainingContext) -> list[list[int]]:
     """Numbers of the tasks that train together: alike in length, so that little is padded, and alike in number."""
     count = len(frozen.tasks)
     if settings.mode == "multi-task":
@@ -175,7 +175,7 @@ def train(
     Arguments and errors as in :func:`t2l_engine.research.training.sft.train`.
     """
     accelerator, output = accelerator or loop.accelerator("cpu"), Path(output)
-    frozen = Frozen(settings, Path(tasks_folder), accelerator.device, names)
+    frozen = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, frozen)
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"

@@ -72,16 +72,16 @@ def collate(
     return Batch(groups, ids, mask, labels, weights, adapters, len(groups) / of_step)
 
 
-def weighting(kind: str, groups: Sequence[Group], apart: bool) -> Callable[[Sample, Group], float]:
-    """Weights of answer tokens that make the loss of all ``groups`` a mean, or each task's loss with ``apart``.
+def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callable[[Sample, Group], float]:
+    """Weights of answer tokens that make the loss of all ``groups`` a mean, or each task's loss with ``per_task``.
 
     ``kind``: "sample": the mean over samples of each sample's mean; "token": the mean over answer tokens.
     """
     totals: Counter[int] = Counter()
     for group in groups:
         for s in group.samples:
-            totals[group.task if apart else -1] += 1 if kind == "sample" else s.answer_len
-    return lambda s, g: 1 / (totals[g.task if apart else -1] * (s.answer_len if kind == "sample" else 1))
+            totals[group.task if per_task else -1] += 1 if kind == "sample" else s.answer_len
+    return lambda s, g: 1 / (totals[g.task if per_task else -1] * (s.answer_len if kind == "sample" else 1))
 
 
 class Objective:

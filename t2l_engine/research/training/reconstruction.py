@@ -24,10 +24,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from t2l_engine.adapters.paths import own_paths
+from t2l_engine.adapters.paths import nondefault_paths
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError, shown
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import STD_EPS, HyperNetwork
@@ -35,7 +35,7 @@ from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, read_description
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.runs import prompt_form_of
-from t2l_engine.research.training.sampling import Group, Share, Stream, divide, seeded
+from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
 from t2l_engine.research.training.settings import ReconstructionSettings
 
 #: What the reference multiplies weight differences by, so that they are of the order of 1.
@@ -56,7 +56,7 @@ class Library:
         known = read_descriptions(folder)
         unknown = [name for name in names or () if name not in known]
         if unknown:
-            raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {shown(unknown)}")
+            raise ConfigError(f"names: expected some of {folder / DESCRIPTIONS_NAME}, got {short_repr(unknown)}")
         self.names = sorted(set(names or known))
         self.descriptions = {name: known[name] for name in self.names}
         self._folders = [folder / name for name in self.names]
@@ -77,7 +77,7 @@ class Library:
                 )
         depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
         if len(set(depths.values())) > 1:
-            raise ConfigError(f"{folder}: expected modules of the same number of layers, got {shown(depths)}")
+            raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
         # Read with the adapters, and once: every save asks, and a library may have gigabytes.
         self.base_model, self.digests = self._base_model(), self._digests()
         self.prompt_form = prompt_form_of(folder)
@@ -193,16 +193,16 @@ class Reconstruction(loop.Job):
             scaling="plain",
             head_bias=s.target != "z-score",
             output_scale=DELTA_W_SCALING**-0.5 if s.target == "delta-w" else self._unit,
-            paths=own_paths(stack.paths),
+            paths=nondefault_paths(stack.paths),
         )
 
     def _group(self, task: int, visit: int) -> Group:
-        choices = self._embeddings.trained(task)
+        choices = self._embeddings.train_indices(task)
         key = f"{self.settings.seed}/{self._library.names[task]}/{visit}"
         return Group(task, choices[seeded("description", key) % len(choices)], (), key)
 
-    def batches(self, step: int, share: Share) -> Sequence[Sequence[Group]]:
-        return divide(self._stream.step(step), self.settings.tasks_per_batch, share)
+    def batches(self, step: int, shard: Shard) -> Sequence[Sequence[Group]]:
+        return divide(self._stream.step(step), self.settings.tasks_per_batch, shard)
 
     def _distances(self, stack: AdapterStack, groups: Sequence[Group]) -> Tensor:
         """``[groups]``: the loss of each."""
@@ -218,22 +218,22 @@ class Reconstruction(loop.Job):
         return total / len(self._targets)
 
     def loss(self, trained: nn.Module, batch: Sequence[Group]) -> Tensor:
-        distances = self._distances(trained(self._embeddings.varied(batch)), batch)
+        distances = self._distances(trained(self._embeddings.augmented(batch)), batch)
         return distances.sum() / (self.settings.tasks_per_step * self._unit)
 
     def reported(self, loss: float) -> float:
         return loss * self._unit
 
-    def validate(self, share: Share) -> dict[str, float]:
+    def validate(self, shard: Shard) -> dict[str, float]:
         """Of every task with its first held-out description, or its first where none is held out."""
         names = self._library.names
-        groups = [Group(task, self._embeddings.validated(task)[0], (), "") for task in range(len(names))]
+        groups = [Group(task, self._embeddings.val_indices(task)[0], (), "") for task in range(len(names))]
         found = dict.fromkeys(names, 0.0)
         size = self.settings.tasks_per_batch
         for start in range(0, len(groups), size):
-            mine = share.of(groups[start : start + size])
+            mine = shard.of(groups[start : start + size])
             if mine:
-                distances = self._distances(self.trained(self._embeddings.exact(mine)), mine)
+                distances = self._distances(self.trained(self._embeddings.clean(mine)), mine)
                 found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
         return found
 

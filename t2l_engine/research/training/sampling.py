@@ -69,14 +69,14 @@ def permuted(size: int, position: int, *key: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """Which of ``count`` processes this one is."""
+class Shard:
+    """This process's part of every step: ``rank`` of ``world_size`` processes."""
 
-    index: int = 0
-    count: int = 1
+    rank: int = 0
+    world_size: int = 1
 
     def of(self, groups: Sequence[G]) -> Sequence[G]:
-        return groups[self.index :: self.count]
+        return groups[self.rank :: self.world_size]
 
 
 class Examples:
@@ -203,13 +203,15 @@ class Stream:
         return self._pool[1][start : start + self._per_step]
 
 
-def divide(groups: Sequence[G], per_batch: int, share: Share) -> list[Sequence[G]]:
+def divide(groups: Sequence[G], per_batch: int, shard: Shard) -> list[Sequence[G]]:
     """This process's part of every batch of up to ``per_batch`` groups, all of much the same number.
 
     Raises ConfigError where a process would have none.
     """
     number = -(-len(groups) // per_batch)
     batches = [groups[len(groups) * i // number : len(groups) * (i + 1) // number] for i in range(number)]
-    if min(map(len, batches)) < share.count:
-        raise ConfigError(f"expected at least a task for each of {share.count} processes in every batch, got {len(groups)}")
-    return [share.of(batch) for batch in batches]
+    if min(map(len, batches)) < shard.world_size:
+        raise ConfigError(
+            f"expected at least a task for each of {shard.world_size} processes in every batch, got {len(groups)}"
+        )
+    return [shard.of(batch) for batch in batches]

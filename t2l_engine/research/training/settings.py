@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, shown
+from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, ConfigError, short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.files.yaml import parse_yaml, read_yaml
 from t2l_engine.hypernetwork.config import VARIANTS, resolve_scaling
@@ -117,7 +117,7 @@ class _Model(_LoRA):
     @model_validator(mode="after")
     def _modules(self):
         if len(set(self.target_modules)) != len(self.target_modules):
-            raise ValueError(f"target_modules: expected distinct names, got {shown(list(self.target_modules))}")
+            raise ValueError(f"target_modules: expected distinct names, got {short_repr(list(self.target_modules))}")
         return self
 
 
@@ -221,16 +221,16 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
             raise FileNotFoundError(f"{path}: no such file")
         values = read_yaml(path)
         if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a mapping of fields, got {shown(values)}")
+            raise ConfigError(f"{path}: expected a mapping of fields, got {short_repr(values)}")
     where = dict.fromkeys(values, str(path))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"--set: expected name=value, got {shown(text)}")
+            raise ConfigError(f"--set: expected name=value, got {short_repr(text)}")
         try:
             values[name.strip()] = parse_yaml(value, "--set")
         except ConfigError:
-            raise ConfigError(f"--set {name}: expected a YAML value, got {shown(value)}") from None
+            raise ConfigError(f"--set {name}: expected a YAML value, got {short_repr(value)}") from None
         where[name.strip()] = "--set"
     return build(kind, values, where, str(path) if path else "settings")
 
@@ -245,7 +245,7 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
             name = str(fault["loc"][0]) if fault["loc"] else ""
             place = (where or {}).get(name, source)
             if fault["type"] == "extra_forbidden":
-                faults.append(f"{place}: unknown field {shown(name)}")
+                faults.append(f"{place}: unknown field {short_repr(name)}")
                 last = f"; expected some of {sorted(kind.model_fields)}"
             elif fault["type"] == "missing":
                 faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
@@ -255,7 +255,7 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
                 message = fault["msg"].removeprefix("Value error, ")
                 for theirs, ours in _MESSAGES.items():
                     message = message.replace(theirs, ours)
-                faults.append(f"{place}: {name}: {message}, got {shown(fault['input'])}")
+                faults.append(f"{place}: {name}: {message}, got {short_repr(fault['input'])}")
         faults = list(dict.fromkeys(faults))
         ends = itertools.accumulate(map(len, faults[1:]), initial=0)
         told = sum(end <= MAX_TOLD for end in ends)
@@ -300,7 +300,7 @@ def differences(ours: Settings, theirs: str) -> list[str]:
     """What differs from settings written as JSON."""
     mine, other = ours.model_dump(mode="json"), json.loads(theirs)
     return [
-        f"{name}: {shown(other.get(name))} then, {shown(mine.get(name))} now"
+        f"{name}: {short_repr(other.get(name))} then, {short_repr(mine.get(name))} now"
         for name in sorted(mine.keys() | other.keys())
         if mine.get(name) != other.get(name)
     ]

@@ -20,17 +20,17 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.context import Frozen
+from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.objective import Batch, generated_l2
-from t2l_engine.research.training.sampling import Examples, Group, Share, Stream, divide
+from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
 from t2l_engine.research.training.settings import SFTSettings
 
 
 class SFT(loop.Job):
     """See :func:`train`."""
 
-    def __init__(self, settings: SFTSettings, frozen: Frozen):
+    def __init__(self, settings: SFTSettings, frozen: TrainingContext):
         super().__init__()
         self.settings, self._frozen = settings, frozen
         self._by_input = settings.condition == "input"
@@ -75,24 +75,24 @@ class SFT(loop.Job):
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
-        return self._frozen.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.trained)
+        return self._frozen.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.train_indices)
 
-    def batches(self, step: int, share: Share) -> Sequence[Batch]:
+    def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
-        return [self._frozen.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, share)]
+        return [self._frozen.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
     def loss(self, trained: nn.Module, batch: Batch) -> Tensor:
-        s, stack = self.settings, trained(self._embeddings.varied(batch.groups))
+        s, stack = self.settings, trained(self._embeddings.augmented(batch.groups))
         losses = self._objective.losses(
             batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
         )
         return losses.sum() + s.generated_l2 * batch.part * generated_l2(stack) if s.generated_l2 else losses.sum()
 
-    def validate(self, share: Share) -> dict[str, float]:
+    def validate(self, shard: Shard) -> dict[str, float]:
         def stack(groups: Sequence[Group]) -> AdapterStack:
-            return self.trained(self._embeddings.exact(groups))
+            return self.trained(self._embeddings.clean(groups))
 
-        return self._frozen.validate(self._objective, share, self._embeddings.validated, stack, alone=self._by_input)
+        return self._frozen.validate(self._objective, shard, self._embeddings.val_indices, stack, alone=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
@@ -140,7 +140,7 @@ def train(
         FloatingPointError: the loss is NaN or infinite; the last saved state stays.
     """
     accelerator = accelerator or loop.accelerator("cpu")
-    frozen = Frozen(settings, Path(tasks_folder), accelerator.device, names)
+    frozen = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     try:
         return loop.run(SFT(settings, frozen), Path(output), accelerator)
     finally:
