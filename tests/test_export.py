@@ -12,11 +12,10 @@ from t2l_engine.export import ALIGNMENT, HEADER, MODULE, export
 GOLDEN = ("L-sft", "L-offset-sft", "L-recon-delta", "M-sft", "M-recon-z", "S-pos-sft", "S-rot-sft")
 
 
-def read(content, net):
-    """The header after the checksum, the modules, and what lies in the places of ``net``'s tensors, as bytes."""
-    c = net.config
-    header, at = HEADER.unpack_from(content), HEADER.size
-    modules = [MODULE.unpack_from(content, at + i * MODULE.size) for i in range(len(c.modules))]
+def records(content):
+    """The header, and the modules with their texts decoded."""
+    header = HEADER.unpack_from(content)
+    modules = [MODULE.unpack_from(content, HEADER.size + i * MODULE.size) for i in range(header[-1])]
     return header, [(*m[:3], *(text.rstrip(b"\0").decode() for text in m[3:])) for m in modules]
 
 
@@ -40,7 +39,7 @@ def test_content(golden, tmp_path, case, dtype):
     c, file = net.config, tmp_path / "net.t2l"
     export(net, file)
     content = file.read_bytes()
-    (magic, version, checksum, size, variant, scaling, *sizes), modules = read(content, net)
+    (magic, version, checksum, size, variant, scaling, *sizes), modules = records(content)
     assert (magic, version, size, scaling) == (b"T2L-NET\n", 1, len(content), net.scaling)
     assert checksum == zlib.crc32(content[16:]) and variant.rstrip(b"\0").decode() == c.variant
     positions = {"S-learnable": 1, "S-rotary": 2}.get(c.variant, 0)
