@@ -10,12 +10,12 @@ import torch
 
 import t2l_engine
 from t2l_engine import ops
-from t2l_engine.hypernetwork import convert
+from t2l_engine.hypernetwork import convert, export
 
 OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
 OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]
 ROOT = Path(__file__).resolve().parents[1]
-NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert)}
+NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert, export.export)}
 
 
 #: The paper, other papers, the implementations whose formats and rules are followed; ops state what they compute.

@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-from bench.timing import Timing
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import t2l_engine as t2l
@@ -14,6 +13,7 @@ from bench import icl
 from bench.harness import BenchError, Context
 from bench.icl import costs, lengths, paper, questions
 from bench.source import ROOT
+from bench.timing import Timing
 from t2l_engine.research import costs as flops
 
 

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 import train_result
-from bench.timing import threads
 
 from bench import rows, train, train_memory, train_tables, train_ways
 from bench.harness import OURS, Context, VerificationError, admit
 from bench.rows import BASE, ResultError
+from bench.timing import threads
 from bench.train_tables import HOOKS
 from bench.train_ways import BMM, HOOKS_PEFT, SAMPLES, WAYS, Batch, Case
 

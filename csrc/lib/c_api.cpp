@@ -61,10 +61,10 @@ T& given(const char* argument, T* pointer) {
 int32_t public_isa(Isa isa) { return static_cast<int32_t>(isa) + T2L_ISA_GENERIC; }
 
 const Module& module_of(const t2l_hypernet& net, int64_t index) {
-  const auto& modules = net.net.config().modules;
-  if (index < 0 || index >= static_cast<int64_t>(modules.size()))
-    invalid("module", "an index in [0, " + std::to_string(modules.size()) + ")", std::to_string(index));
-  return modules[static_cast<size_t>(index)];
+  const int64_t count = net.net.header().num_modules;
+  if (index < 0 || index >= count)
+    invalid("module", "an index in [0, " + std::to_string(count) + ")", std::to_string(index));
+  return net.net.modules()[index];
 }
 
 }  // namespace
@@ -84,13 +84,13 @@ const char* t2l_isa_name(int32_t isa) {
   return t2l::isa_name(isa == T2L_ISA_BEST ? t2l::detected_isa() : static_cast<Isa>(isa - T2L_ISA_GENERIC));
 }
 
-t2l_status t2l_hypernet_open(const char* folder, const t2l_open_options* options, t2l_hypernet** out, t2l_error* error) {
+t2l_status t2l_hypernet_open(const char* path, const t2l_open_options* options, t2l_hypernet** out, t2l_error* error) {
   if (out != nullptr) *out = nullptr;
   return guarded("t2l_hypernet_open", error, [&] {
     given("out", out);
-    given("folder", folder);
+    given("path", path);
     const t2l_open_options chosen = options ? *options : t2l_open_options{};
-    *out = new t2l_hypernet{{folder, t2l::lib::isa_of(chosen.isa), chosen.skip_checksum != 0}};
+    *out = new t2l_hypernet{{path, t2l::lib::isa_of(chosen.isa), chosen.skip_checksum != 0}};
   });
 }
 
@@ -99,13 +99,13 @@ void t2l_hypernet_close(t2l_hypernet* net) { delete net; }
 t2l_status t2l_hypernet_get_info(const t2l_hypernet* net, t2l_hypernet_info* info, t2l_error* error) {
   return guarded("t2l_hypernet_get_info", error, [&] {
     const auto& handle = given("net", net).net;
-    const auto& c = handle.config();
-    given("info", info) = {c.variant.c_str(),
-                           c.embed_dim,
-                           c.num_layers,
-                           c.rank,
-                           static_cast<int64_t>(c.modules.size()),
-                           static_cast<float>(c.scaling),
+    const auto& h = handle.header();
+    given("info", info) = {h.variant,
+                           h.embed_dim,
+                           h.num_layers,
+                           h.rank,
+                           h.num_modules,
+                           static_cast<float>(h.scaling),
                            handle.weights_type() == t2l::DType::bf16 ? T2L_BF16 : T2L_F32,
                            public_isa(handle.isa())};
   });
@@ -114,7 +114,7 @@ t2l_status t2l_hypernet_get_info(const t2l_hypernet* net, t2l_hypernet_info* inf
 t2l_status t2l_hypernet_get_module(const t2l_hypernet* net, int64_t module, t2l_module_info* info, t2l_error* error) {
   return guarded("t2l_hypernet_get_module", error, [&] {
     const Module& found = module_of(given("net", net), module);
-    given("info", info) = {found.name.c_str(), found.path.c_str(), found.in_features, found.out_features};
+    given("info", info) = {found.name, found.path, found.in_features, found.out_features};
   });
 }
 
@@ -122,7 +122,7 @@ t2l_status t2l_adapter_init(const t2l_hypernet* net, int64_t module, void* lora_
                             t2l_adapter* adapter, t2l_error* error) {
   return guarded("t2l_adapter_init", error, [&] {
     const Module& found = module_of(given("net", net), module);
-    const int64_t rank = net->net.config().rank, layers = net->net.config().num_layers;
+    const int64_t rank = net->net.header().rank, layers = net->net.header().num_layers;
     const int64_t in = found.in_features, out = found.out_features;
     given("adapter", adapter) = {
         lora_A, lora_B, {layers * rank * in, rank * in, in, 1}, {layers * rank * out, rank * out, out, 1}, dtype, 1.0f};

@@ -1,6 +1,7 @@
 #include "hypernet.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <utility>
 
@@ -8,12 +9,6 @@
 
 namespace t2l::lib {
 namespace {
-
-constexpr float kStdEps = 1e-10f;  // the reference's un-normalisation adds it to the standard deviation
-
-size_t size_of(DType type) { return type == DType::bf16 ? 2 : 4; }
-
-DType kernel_type(FileType type) { return type == FileType::bf16 ? DType::bf16 : DType::f32; }
 
 bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -53,9 +48,11 @@ void check_strides(const std::string& name, const int64_t (&strides)[4], const i
   }
 }
 
-void check_output(const t2l_adapter& output, int64_t index, int64_t num_tasks, const HyperNetConfig& c) {
+}  // namespace
+
+void HyperNet::check_output(const t2l_adapter& output, int64_t index, int64_t num_tasks) const {
   const std::string name = "outputs";
-  const Module& module = c.modules[static_cast<size_t>(index)];
+  const int64_t layers = header().num_layers, rank = header().rank;
   if (output.dtype != T2L_F32 && output.dtype != T2L_BF16)
     invalid(at(name, index, "dtype"), "T2L_F32 or T2L_BF16", std::to_string(output.dtype));
   if (!std::isfinite(output.scale_B) || output.scale_B == 0)
@@ -66,225 +63,60 @@ void check_output(const t2l_adapter& output, int64_t index, int64_t num_tasks, c
     if (pointer == nullptr) invalid(at(name, index, field), "memory", "NULL");
     if (!aligned(pointer, size)) invalid(at(name, index, field), "an address aligned to its dtype", "another");
   }
-  check_strides(at(name, index, "A_stride"), output.A_stride, {num_tasks, c.num_layers, c.rank, module.in_features});
-  check_strides(at(name, index, "B_stride"), output.B_stride, {num_tasks, c.num_layers, c.rank, module.out_features});
+  check_strides(at(name, index, "A_stride"), output.A_stride, {num_tasks, layers, rank, modules()[index].in_features});
+  check_strides(at(name, index, "B_stride"), output.B_stride, {num_tasks, layers, rank, modules()[index].out_features});
 }
 
-}  // namespace
-
-HyperNet::HyperNet(const std::string& folder, Isa isa, bool skip_checksum)
-    : checkpoint_(folder, skip_checksum), isa_(isa), heads_(config().modules.size()) {
-  fold_task_encoder();
-  fold_mixer();
-  fold_trunk();
-  for (size_t i = 0; i < heads_.size(); ++i) fold_head(i);
-}
-
-// --- what a checkpoint holds, as the kernels take it --------------------------------------------------------------------
-
-Floats HyperNet::floats(const std::string& key) const {
-  const Tensor& tensor = checkpoint_.at(key);
-  return as_floats(tensor.data, kernel_type(tensor.type), tensor.count());
-}
-
-const float* HyperNet::keep(Floats values) {
-  kept_.push_back(std::move(values));
-  return kept_.back().data();
-}
-
-const void* HyperNet::keep_as(const Floats& values, DType type) {
-  if (type == DType::f32) return keep(values);
-  std::vector<uint16_t> narrow(values.size());
-  std::transform(values.begin(), values.end(), narrow.begin(), narrowed);
-  kept_bf16_.push_back(std::move(narrow));
-  return kept_bf16_.back().data();
-}
-
-// Float32: in the file, or a copy where the file holds another type or no alignment.
-const float* HyperNet::vector(const std::string& key) {
-  const Tensor& tensor = checkpoint_.at(key);
-  if (tensor.type == FileType::f32 && aligned(tensor.data, sizeof(float)))
-    return reinterpret_cast<const float*>(tensor.data);
-  return keep(floats(key));
-}
-
-const void* HyperNet::matrix(const std::string& key) {
-  const Tensor& tensor = checkpoint_.at(key);
-  if (aligned(tensor.data, type_size(tensor.type))) return tensor.data;
-  return keep_as(floats(key), weights_type());
-}
-
-// A table [rows, width] after its LayerNorm.
-Floats HyperNet::embedding(const std::string& key, int64_t width) {
-  Floats table = floats(key + ".weight");
-  layer_norm(table, width, vector(key + ".norm.weight"), vector(key + ".norm.bias"));
-  return table;
-}
-
-// --- folding: HyperNetwork._fold of the Python package --------------------------------------------------------------------
-
-void HyperNet::fold_task_encoder() {
-  encoder_weight_ = floats("task_encoder.linear.weight");
-  encoder_bias_ = vector("task_encoder.linear.bias");
-  encoder_norm_weight_ = vector("task_encoder.norm.weight");
-  encoder_norm_bias_ = vector("task_encoder.norm.bias");
-}
-
-// The first mixer matrix [4m, m] takes task, depth and module: its columns of the task by themselves, and a table of what
-// the rest gives for every module and layer.
-void HyperNet::fold_mixer() {
-  const int64_t t = config().task_width(), d = config().part_width(), m = config().width(), hidden = 4 * m;
-  const int64_t layers = config().num_layers, modules = static_cast<int64_t>(config().modules.size());
-  const Floats weight = floats("mixer.linear1.weight");
-  Floats task(static_cast<size_t>(hidden * t));
-  for (int64_t i = 0; i < hidden; ++i) std::copy_n(weight.data() + i * m, t, task.data() + i * t);
-  trunk_.mixer_task = keep_as(task, weights_type());
-
-  const float* bias = vector("mixer.linear1.bias");
-  const Floats depth_emb = embedding("depth_emb", d), module_emb = embedding("module_emb", d);
-  const std::vector<double> by_layer = product(depth_emb.data(), layers, d, weight.data() + t, m, hidden);
-  const std::vector<double> by_module = product(module_emb.data(), modules, d, weight.data() + t + d, m, hidden);
-  Floats table(static_cast<size_t>(elements({modules, layers, hidden})));
-  float* out = table.data();
-  for (int64_t k = 0; k < modules; ++k)
-    for (int64_t l = 0; l < layers; ++l)
-      for (int64_t j = 0; j < hidden; ++j)
-        *out++ = static_cast<float>(by_layer[static_cast<size_t>(l * hidden + j)] +
-                                    by_module[static_cast<size_t>(k * hidden + j)] + bias[j]);
-  trunk_.mixer_table = keep(std::move(table));
-}
-
-void HyperNet::fold_trunk() {
-  const HyperNetConfig& c = config();
-  trunk_.mixer_w2 = matrix("mixer.linear2.weight");
-  trunk_.mixer_b2 = vector("mixer.linear2.bias");
-  for (int i = 0; i < 3; ++i) {
-    const std::string name = "mlp" + std::to_string(i + 1);
-    trunk_.mlp[i] = {vector(name + ".norm.weight"),  vector(name + ".norm.bias"),      matrix(name + ".linear1.weight"),
-                     vector(name + ".linear1.bias"), matrix(name + ".linear2.weight"), vector(name + ".linear2.bias")};
-  }
-  trunk_.modules = static_cast<int64_t>(c.modules.size());
-  trunk_.layers = c.num_layers;
-  trunk_.sides = c.num_sides();
-  trunk_.ranks = c.num_ranks();
-  trunk_.t = c.task_width();
-  trunk_.m = c.width();
-  trunk_.h = c.head_in_size;
-  trunk_.rotary = c.rotary();
-  trunk_.w_type = weights_type();
-  if (c.num_sides() == 2) trunk_.side_emb = keep(embedding("side_emb", trunk_.m));
-  if (!c.learnable()) return;
-  // The branch of a position through mlp2 does not depend on the task.
-  Floats pos = embedding("pos_emb", trunk_.m), x = pos;
-  const MlpParams& mlp = trunk_.mlp[1];
-  layer_norm(x, trunk_.m, mlp.norm_weight, mlp.norm_bias);
-  x = silu_linear(std::move(x), trunk_.m, floats("mlp2.linear1.weight"), weights_type(), mlp.b1, 4 * trunk_.m);
-  x = silu_linear(std::move(x), 4 * trunk_.m, floats("mlp2.linear2.weight"), weights_type(), mlp.b2, trunk_.m);
-  for (size_t i = 0; i < pos.size(); ++i) pos[i] += x[i];
-  trunk_.pos_emb = keep(std::move(pos));
-}
-
-void HyperNet::fold_head(size_t index) {
-  const HyperNetConfig& c = config();
-  const Module& module = c.modules[index];
-  const std::string weight = "heads." + module.name + ".weight", bias = "heads." + module.name + ".bias";
-  const float scale = static_cast<float>(c.output_scale);
-  HeadParams& head = heads_[index];
-  if (c.output_scale == 1) {
-    head.weight = matrix(weight);
-    head.bias = c.head_bias ? vector(bias) : nullptr;
-  } else {
-    const auto scaled = [scale](Floats values) {
-      for (float& v : values) v *= scale;
-      return values;
-    };
-    head.weight = keep_as(scaled(floats(weight)), weights_type());
-    head.bias = c.head_bias ? keep(scaled(floats(bias))) : nullptr;
-  }
-  head.sides = trunk_.sides;
-  head.ranks = trunk_.ranks;
-  head.layers = c.num_layers;
-  head.h = c.head_in_size;
-  head.rank = c.rank;
-  head.in = module.in_features;
-  head.out_features = module.out_features;
-  head.w_type = weights_type();
-  head.scale[0] = 1;
-  // What follows here and in t2l_adapter_init multiplies without checks.
-  elements({trunk_.modules, head.sides, head.ranks, head.layers, head.h});
-  elements({head.layers, head.rank, std::max(head.in, head.out_features)});
-  const int64_t row = head.h, per_rank = row * head.layers, side = per_rank * head.ranks, all = side * head.sides;
-  const int64_t strides[4] = {all * trunk_.modules, side, per_rank, row};
-  std::copy_n(strides, 4, head.latent_stride);
-  fold_offsets(module, head);
-}
-
-// A * (std + 1e-10) + (mean + add), B alike.
-void HyperNet::fold_offsets(const Module& module, HeadParams& head) {
-  for (int s = 0; s < 2; ++s) {
-    const auto key = [&](const char* name) { return "offsets." + module.name + "." + name + (s ? "_B" : "_A"); };
-    const bool mean = checkpoint_.find(key("mean")) != nullptr, add = checkpoint_.find(key("add")) != nullptr;
-    if (checkpoint_.find(key("std")) != nullptr) {
-      Floats mul = floats(key("std"));
-      for (float& v : mul) v += kStdEps;
-      head.mul[s] = keep(std::move(mul));
+// LN(W e + b) [num_tasks, t], with sums in double.
+std::vector<float> HyperNet::encode(const float* task_emb, int64_t num_tasks) const {
+  constexpr double kEps = 1e-5;
+  const int64_t e = header().embed_dim, t = header().task_width;
+  std::vector<float> z(static_cast<size_t>(elements({num_tasks, t})));
+  for (int64_t i = 0; i < num_tasks; ++i) {
+    float* row = z.data() + i * t;
+    double mean = 0, variance = 0;
+    for (int64_t j = 0; j < t; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < e; ++k) sum += static_cast<double>(task_emb[i * e + k]) * net_.encoder_weight[j * e + k];
+      row[j] = static_cast<float>(sum + net_.encoder_bias[j]);
+      mean += row[j];
     }
-    if (mean && add) {
-      Floats sum = floats(key("mean"));
-      const Floats other = floats(key("add"));
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += other[i];
-      head.add[s] = keep(std::move(sum));
-    } else if (mean || add) {
-      head.add[s] = vector(key(mean ? "mean" : "add"));
-    }
-    // A lies as [layers, rank, in], B as [layers, out, rank].
-    const int64_t width = s ? head.out_features : head.in;
-    const int64_t strides[3] = {head.rank * width, s ? 1 : width, s ? head.rank : 1};
-    std::copy_n(strides, 3, head.mul_stride[s]);
-    std::copy_n(strides, 3, head.add_stride[s]);
+    mean /= static_cast<double>(t);
+    for (int64_t j = 0; j < t; ++j) variance += (row[j] - mean) * (row[j] - mean);
+    const double scale = 1 / std::sqrt(variance / static_cast<double>(t) + kEps);
+    for (int64_t j = 0; j < t; ++j)
+      row[j] = static_cast<float>((row[j] - mean) * scale * net_.encoder_norm_weight[j] + net_.encoder_norm_bias[j]);
   }
-}
-
-// --- generation ---------------------------------------------------------------------------------------------------------
-
-// LN(W e + b) [num_tasks, t].
-Floats HyperNet::encode(const float* task_emb, int64_t num_tasks) const {
-  const int64_t e = config().embed_dim, t = config().task_width();
-  elements({num_tasks, t});
-  const std::vector<double> sums = product(task_emb, num_tasks, e, encoder_weight_.data(), e, t);
-  Floats z(sums.size());
-  for (size_t i = 0; i < z.size(); ++i) z[i] = static_cast<float>(sums[i] + encoder_bias_[i % static_cast<size_t>(t)]);
-  layer_norm(z, t, encoder_norm_weight_, encoder_norm_bias_);
   return z;
 }
 
 void HyperNet::generate(const float* task_emb, int64_t num_tasks, const t2l_adapter* outputs, int64_t num_outputs,
                         const t2l_parallel* caller) const {
-  const HyperNetConfig& c = config();
+  const TrunkParams& sizes = net_.trunk;
   Parallel parallel(caller);
   if (num_tasks < 0) invalid("num_tasks", "0 or more", std::to_string(num_tasks));
   if (task_emb == nullptr && num_tasks > 0) invalid("task_emb", "memory", "NULL");
   if (!aligned(task_emb, alignof(float))) invalid("task_emb", "an address aligned to float", "another");
   if (outputs == nullptr) invalid("outputs", "one record a module", "NULL");
-  if (num_outputs != trunk_.modules)
-    invalid("num_outputs", std::to_string(trunk_.modules) + ", one a module", std::to_string(num_outputs));
-  for (int64_t i = 0; i < num_outputs; ++i) check_output(outputs[i], i, num_tasks, c);
+  if (num_outputs != sizes.modules)
+    invalid("num_outputs", std::to_string(sizes.modules) + ", one a module", std::to_string(num_outputs));
+  for (int64_t i = 0; i < num_outputs; ++i) check_output(outputs[i], i, num_tasks);
   if (num_tasks == 0) return;
 
-  const Floats z = encode(task_emb, num_tasks);
-  const int64_t latents = elements({num_tasks, trunk_.modules, trunk_.sides, trunk_.ranks, trunk_.layers, trunk_.h});
+  const std::vector<float> z = encode(task_emb, num_tasks);
+  const int64_t latents = elements({num_tasks, sizes.modules, sizes.sides, sizes.ranks, sizes.layers, sizes.h});
   // Not value-initialised: the trunk writes all of it.
-  const size_t element = size_of(weights_type());
+  const size_t element = weights_type() == DType::bf16 ? 2 : 4;
   const std::unique_ptr<unsigned char[]> latent(new unsigned char[static_cast<size_t>(latents) * element]);
-  TrunkParams trunk = trunk_;
+  TrunkParams trunk = sizes;
   trunk.z = z.data();
   trunk.tasks = num_tasks;
   trunk.latent = latent.get();
   hypernet_trunk(trunk, isa_, parallel.get());
 
-  for (size_t i = 0; i < heads_.size(); ++i) {
+  for (size_t i = 0; i < net_.heads.size(); ++i) {
     const t2l_adapter& output = outputs[i];
-    HeadParams head = heads_[i];
+    HeadParams head = net_.heads[i];
     head.tasks = num_tasks;
     head.latent = latent.get() + i * element * static_cast<size_t>(head.latent_stride[1] * head.sides);
     head.out[0] = output.lora_A;

@@ -1,11 +1,9 @@
-// A hypernetwork ready to generate: a checkpoint's weights, mapped, and what does not depend on the task, folded.
+// A hypernetwork ready to generate.
 #pragma once
-#include <deque>
 #include <string>
 #include <vector>
 
-#include "checkpoint.h"
-#include "fold.h"
+#include "network.h"
 #include "t2l/kernels.h"
 #include "t2l/t2l.h"
 
@@ -15,13 +13,12 @@ namespace t2l::lib {
 class HyperNet {
  public:
   // Throws Error.
-  HyperNet(const std::string& folder, Isa isa, bool skip_checksum);
-  // Its records point into itself.
-  HyperNet(const HyperNet&) = delete;
-  HyperNet& operator=(const HyperNet&) = delete;
+  HyperNet(const std::string& path, Isa isa, bool skip_checksum)
+      : file_(path), net_(read_network(file_.data(), file_.size(), path, skip_checksum)), isa_(isa) {}
 
-  const HyperNetConfig& config() const { return checkpoint_.config; }
-  DType weights_type() const { return checkpoint_.matrix_type(); }
+  const Header& header() const { return *net_.header; }
+  const Module* modules() const { return net_.modules; }
+  DType weights_type() const { return net_.trunk.w_type; }
   Isa isa() const { return isa_; }
 
   // As t2l_hypernet_generate.  Throws Error and std::bad_alloc.
@@ -29,29 +26,12 @@ class HyperNet {
                 const t2l_parallel* parallel) const;
 
  private:
-  const float* vector(const std::string& key);
-  const void* matrix(const std::string& key);
-  Floats floats(const std::string& key) const;
-  Floats embedding(const std::string& key, int64_t width);
-  const float* keep(Floats values);
-  const void* keep_as(const Floats& values, DType type);
+  void check_output(const t2l_adapter& output, int64_t index, int64_t num_tasks) const;
+  std::vector<float> encode(const float* task_emb, int64_t num_tasks) const;
 
-  void fold_task_encoder();
-  void fold_mixer();
-  void fold_trunk();
-  void fold_head(size_t index);
-  void fold_offsets(const Module& module, HeadParams& head);
-
-  Floats encode(const float* task_emb, int64_t num_tasks) const;
-
-  const Checkpoint checkpoint_;
+  const MappedFile file_;
+  const Network net_;
   const Isa isa_;
-  std::deque<Floats> kept_;  // a deque: what is in it stays where it is
-  std::deque<std::vector<uint16_t>> kept_bf16_;
-  Floats encoder_weight_;
-  const float *encoder_bias_ = nullptr, *encoder_norm_weight_ = nullptr, *encoder_norm_bias_ = nullptr;
-  TrunkParams trunk_{};
-  std::vector<HeadParams> heads_;  // without latent and outputs
 };
 
 }  // namespace t2l::lib

@@ -24,15 +24,15 @@ extern "C" {
 #endif
 
 // Of this header; it changes when a record or a function does.  The library's own is t2l_api_version().
-#define T2L_API_VERSION 1
+#define T2L_API_VERSION 2
 T2L_API int32_t t2l_api_version(void);
 
 typedef enum t2l_status {
   T2L_OK = 0,
   T2L_INVALID_ARGUMENT = 1,  // the caller passed something that the text of the function excludes
   T2L_IO = 2,                // a file is absent or cannot be read
-  T2L_BAD_CHECKPOINT = 3,    // a file can be read and is no sound checkpoint, for the Python package either
-  T2L_UNSUPPORTED = 4,       // a kind of checkpoint that the Python package reads alone; an instruction set the CPU lacks
+  T2L_BAD_CHECKPOINT = 3,    // a file can be read, and is damaged or not one that `t2l export` wrote
+  T2L_UNSUPPORTED = 4,       // a file of another version of the format; an instruction set that the CPU lacks
   T2L_OUT_OF_MEMORY = 5,
   T2L_INTERNAL = 6  // the caller's t2l_parallel threw or left out a part; or a fault of the library
 } t2l_status;
@@ -79,20 +79,15 @@ typedef struct t2l_hypernet t2l_hypernet;
 // All zero, or NULL in its place: the defaults.
 typedef struct t2l_open_options {
   int32_t isa;            // t2l_isa of the handle
-  int32_t skip_checksum;  // 0: the SHA-256 that the file states, if it states one, is computed and compared
+  int32_t skip_checksum;  // 0: the CRC-32 of the file is computed and compared with the one it states
 } t2l_open_options;
 
-// Opens a native checkpoint folder: config.json and hypernet.safetensors (UTF-8 path).  Keys and shapes are checked first,
-// then every byte is read once, to refuse NaN and infinite values, and once more where the file states a checksum.
-// Weights stay mapped from the file; the handle holds copies of what is folded (the task encoder, the first mixer matrix and
-// the embeddings, heads where output_scale is not 1, offsets std and mean + add) and of what lies unaligned in the file.
-// The file must not change while it is opened or the handle is open.  Where it is cut short, the process ends with SIGBUS,
-// as with any mapped file: replace a checkpoint by writing another file and renaming it, as the Python package does.
-// Supported: variants L, M, S-learnable and S-rotary with the linear task encoder, matrices all in F32 or all in BF16.
-// T2L_UNSUPPORTED are the others, F16 and F64 tensors, matrices of two dtypes, and folders in the reference's form.
-// On failure *out is NULL.  Errors: T2L_IO, T2L_BAD_CHECKPOINT (names the file and the key), T2L_UNSUPPORTED,
-// T2L_INVALID_ARGUMENT, T2L_OUT_OF_MEMORY.
-T2L_API t2l_status t2l_hypernet_open(const char* folder, const t2l_open_options* options, t2l_hypernet** out,
+// Opens a file that `t2l export` wrote (UTF-8 path).  Sizes are checked first, then every byte is read once for the
+// checksum, and once to refuse NaN and infinite values.  Weights stay mapped from the file and nothing is copied: it must
+// not change while it is opened or the handle is open.  Where it is cut short, the process ends with SIGBUS, as with any
+// mapped file: replace it by writing another file and renaming it, as `t2l export` does. On failure *out is NULL.  Errors:
+// T2L_IO, T2L_BAD_CHECKPOINT (names the file and the field), T2L_UNSUPPORTED, T2L_INVALID_ARGUMENT, T2L_OUT_OF_MEMORY.
+T2L_API t2l_status t2l_hypernet_open(const char* path, const t2l_open_options* options, t2l_hypernet** out,
                                      t2l_error* error);
 
 // NULL is allowed.
@@ -114,7 +109,7 @@ typedef struct t2l_module_info {
   const char* path;  // "model.layers.{layer}.self_attn.q_proj": where the base model keeps it
   int64_t in_features, out_features;
 } t2l_module_info;
-// Modules in the order of the checkpoint, `module` in [0, num_modules).
+// Modules in the order of the file, `module` in [0, num_modules).
 T2L_API t2l_status t2l_hypernet_get_module(const t2l_hypernet* net, int64_t module, t2l_module_info* info, t2l_error* error);
 
 // Where the adapters of one module go.  Element (task, layer, k, column) of A [tasks, layers, rank, in_features] lies at

@@ -1,10 +1,10 @@
 // Adapters from task embeddings, applied to a mixed batch in a decode-like loop, with the program's own threads.
 //
-//   t2l_example CHECKPOINT TASK_EMB OUT [THREADS]
+//   t2l_example NETWORK TASK_EMB OUT [THREADS]
 //
-// CHECKPOINT: a native checkpoint folder.  TASK_EMB: raw float32 [tasks, embed_dim].  OUT: a folder for raw float32 files:
-// <module>.A [tasks, layers, rank, in] and <module>.B [tasks, layers, rank, out] of every module, and, one after the other
-// for every step, layer and module, x [rows, in], base [rows, out] and y [rows, out].
+// NETWORK: the file of `t2l export <checkpoint> -o NETWORK`.  TASK_EMB: raw float32 [tasks, embed_dim].  OUT: a folder for
+// raw float32 files: <module>.A [tasks, layers, rank, in] and <module>.B [tasks, layers, rank, out] of every module, and,
+// one after the other for every step, layer and module, x [rows, in], base [rows, out] and y [rows, out].
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -111,10 +111,10 @@ void apply(const Slots& slots, const t2l_hypernet_info& info, int64_t layer, con
   check(t2l_lora_add(&lora, &parallel, &error), error);
 }
 
-void run(const std::string& checkpoint, const std::string& input, const std::string& out, int threads) {
+void run(const std::string& network, const std::string& input, const std::string& out, int threads) {
   t2l_error error;
   t2l_hypernet* opened = nullptr;
-  check(t2l_hypernet_open(checkpoint.c_str(), nullptr, &opened, &error), error);
+  check(t2l_hypernet_open(network.c_str(), nullptr, &opened, &error), error);
   const std::unique_ptr<t2l_hypernet, decltype(&t2l_hypernet_close)> net(opened, t2l_hypernet_close);
   t2l_hypernet_info info;
   check(t2l_hypernet_get_info(net.get(), &info, &error), error);
@@ -163,7 +163,7 @@ void run(const std::string& checkpoint, const std::string& input, const std::str
 
 int main(int argc, char** argv) {
   if (argc != 4 && argc != 5) {
-    std::fprintf(stderr, "usage: %s CHECKPOINT TASK_EMB OUT [THREADS]\n", argv[0]);
+    std::fprintf(stderr, "usage: %s NETWORK TASK_EMB OUT [THREADS]\n", argv[0]);
     return 2;
   }
   try {

@@ -12,10 +12,10 @@ static int expect(int truth, const char* what) {
 static int open_fails(void) {
   t2l_error error;
   t2l_hypernet* net;
-  const t2l_status status = t2l_hypernet_open("no such folder", NULL, &net, &error);
+  const t2l_status status = t2l_hypernet_open("no such file", NULL, &net, &error);
   if (status != T2L_OK) printf("%s: %s\n", t2l_status_name(status), error.message);
-  return expect(status == T2L_IO && net == NULL, "a folder that is not there is T2L_IO") +
-         expect(strstr(error.message, "no such folder") != NULL, "the message names the folder");
+  return expect(status == T2L_IO && net == NULL, "a file that is not there is T2L_IO") +
+         expect(strstr(error.message, "no such file") != NULL, "the message names the file");
 }
 
 /* One token, one adapter of rank 1: y = 1 + 2 * 5 * (3 * 4). */

@@ -29,7 +29,7 @@ app = typer.Typer(
     epilog=STATUS,
 )
 for command in (
-    generate.generate, chat.chat, evaluate.evaluate, folders.convert, folders.show, cost.cost, info.info,
+    generate.generate, chat.chat, evaluate.evaluate, folders.convert, folders.export, folders.show, cost.cost, info.info,
 ):  # fmt: skip
     app.command(epilog=STATUS)(command)
 app.add_typer(train.app, name="train")

@@ -20,7 +20,7 @@ DEFAULT_CHECKPOINT = "smollm2-135m"
 
 
 class DType(str, enum.Enum):
-    """Arithmetic of the base model."""
+    """Dtypes of weights."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

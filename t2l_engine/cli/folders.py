@@ -1,4 +1,4 @@
-"""``t2l show`` and ``t2l convert``: what a folder is, and a checkpoint in its other form."""
+"""``t2l show``, ``t2l convert`` and ``t2l export``: what a folder is, and a checkpoint in another form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, print_json, split_names
+from t2l_engine.cli.common import DType, Json, console, print_json, split_names
 
 
 class Form(str, enum.Enum):
@@ -47,6 +47,26 @@ def convert(
         print_json({"source": str(folder), "target": str(target), "form": written})
     else:
         typer.echo(f"{target}: {written} form")
+
+
+def export(
+    source: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.", metavar="CHECKPOINT")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; one that is there is replaced.")],
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Of the weight matrices; default: as stored.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as the one file that the C++ library opens."""
+    from t2l_engine.hypernetwork.export import export as write
+    from t2l_engine.hypernetwork.folder import resolve_checkpoint
+    from t2l_engine.hypernetwork.network import HyperNetwork
+
+    net = HyperNetwork.from_pretrained(resolve_checkpoint(source), dtype=None if dtype is None else dtype.torch)
+    write(net, output)
+    about = {"file": str(output), "bytes": output.stat().st_size, "dtype": str(net.dtype).removeprefix("torch.")}
+    if as_json:
+        print_json(about)
+    else:
+        typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}")
 
 
 def show(

@@ -263,6 +263,19 @@ def test_convert_refuses_targets(run, expect_error, checkpoint, golden, make_sta
     assert run("convert", checkpoint, tmp_path / "new", "--to", "gguf")[0] == 2
 
 
+def test_export(run, expect_error, checkpoint, golden, tmp_path):
+    file = tmp_path / "new" / "net.t2l"
+    code, out, err = run("export", checkpoint, "-o", file, "--json")
+    about = {"file": str(file), "bytes": file.stat().st_size, "dtype": "float32"}
+    assert (code, err) == (0, "") and json.loads(out) == about
+    code, out, _ = run("export", checkpoint, "-o", file, "--dtype", "bfloat16")
+    assert code == 0 and out.endswith("bytes, bfloat16\n") and file.stat().st_size < about["bytes"]
+    written = file.read_bytes()
+    expect_error("variant: the C++ library computes L, M,", "export", golden / "L-autoreg-sft", "-o", file)
+    expect_error("no such folder", "export", tmp_path / "none", "-o", file)
+    assert file.read_bytes() == written and list(file.parent.iterdir()) == [file]
+
+
 # --- the rest ------------------------------------------------------------------------------------------------------
 
 

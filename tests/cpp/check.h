@@ -1,4 +1,4 @@
-// What the tests share: checks that count, and a checkpoint to open.
+// What the tests share: checks that count, and a file to open.
 #pragma once
 #include <cstdint>
 #include <cstdio>
@@ -36,10 +36,10 @@ inline bool check(bool truth, const char* file, int line, const std::string& wha
 
 using Net = std::unique_ptr<t2l_hypernet, decltype(&t2l_hypernet_close)>;
 
-inline Net open_net(const std::string& folder, int32_t isa = T2L_ISA_BEST, bool skip_checksum = true) {
+inline Net open_net(const std::string& path, int32_t isa = T2L_ISA_BEST, bool skip_checksum = true) {
   t2l_hypernet* net = nullptr;
   const t2l_open_options options{isa, skip_checksum};
-  CHECK_OK(t2l_hypernet_open(folder.c_str(), &options, &net, &error));
+  CHECK_OK(t2l_hypernet_open(path.c_str(), &options, &net, &error));
   return Net(net, t2l_hypernet_close);
 }
 

@@ -81,17 +81,17 @@ void starve(const std::string& what, const F& call) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const char* folder = argc > 1 ? argv[1] : "";
+  const char* path = argc > 1 ? argv[1] : "";
   const t2l_open_options options{T2L_ISA_BEST, 1};
   starve("open", [&](t2l_error* error) {
     t2l_hypernet* net = nullptr;
-    const t2l_status status = t2l_hypernet_open(folder, &options, &net, error);
+    const t2l_status status = t2l_hypernet_open(path, &options, &net, error);
     const bool consistent = (net != nullptr) == (status == T2L_OK);
     t2l_hypernet_close(net);
     return consistent ? status : T2L_INTERNAL;
   });
 
-  const Net net = open_net(folder);
+  const Net net = open_net(path);
   const t2l_hypernet_info info = info_of(net);
   Pool pool(3);
   const t2l_parallel parallel = pool.parallel();
