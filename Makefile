@@ -42,7 +42,7 @@ format: setup
 # The documentation as a site, in build/site; a broken link or anchor fails.
 docs: setup
 	$(call step,documentation tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[docs]")
-	$(WITH_BIN) $(BIN)/mkdocs build -q
+	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name
