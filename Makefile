@@ -10,7 +10,7 @@ CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython.
 WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 
-.PHONY: demo test lint format bench results fuzz emulator kernels compat wheel setup clean
+.PHONY: demo test lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
@@ -38,6 +38,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The documentation as a site, in build/site; a broken link or anchor fails.
+docs: setup
+	$(call step,documentation tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[docs]")
+	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name

@@ -1,4 +1,4 @@
-# T2L_MANYLINUX: _C loads wherever glibc 2.28 does, though it is linked on a newer machine (docs/design.md, Wheels).
+# T2L_MANYLINUX: _C loads wherever glibc 2.28 does, though it is linked on a newer machine (docs/design/releases.md).
 
 # Links `target` to stubs of glibc 2.28 and holds libstdc++, whose newest symbols are as young as the compiler.  libgcc_s stays
 # shared: exceptions leave this library and end in torch's.

@@ -1,20 +1,37 @@
-"""The public API is documented: every name with what it takes, gives and raises, and an example that runs here."""
+"""Documents: every public name with what it takes, gives and raises and an example that runs; pages that are true."""
 
 import doctest
 import inspect
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 import torch
+import typer
 
 import t2l_engine
 from t2l_engine import ops
+from t2l_engine.cli import app
 from t2l_engine.hypernetwork import convert, export
 
 OPS = [value for name, value in vars(ops).items() if inspect.isfunction(value) and not name.startswith("_")]
 OBJECTS = [getattr(t2l_engine, name) for name in t2l_engine.__all__ if name != "__version__"]
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = {
+    p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+}
+#: Who runs the Python programs of a page.
+RUN_BY = {
+    "README.md": "test_smollm2.py",
+    "docs/generate.md": "test_smollm2.py",
+    "docs/icl.md": "test_icl.py",
+    "docs/ops.md": "test_docs.py",
+    "docs/quickstart.md": "test_smollm2.py",
+    "docs/serve.md": "test_smollm2.py",
+    "docs/tasks.md": "data_tools/test_tasks_doc.py",
+}
 NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert, export.export)}
 
 
@@ -61,9 +78,8 @@ def test_example_runs(name):
 
 
 def test_what_is_supported_names_what_holds_it():
-    """Every row of the README's table: files of tests that are there, and make targets that CI runs."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("## What is supported")[2].partition("\n## ")[0]
+    """Every row of docs/support.md: files of tests that are there, and make targets that CI runs."""
+    table = (ROOT / "docs" / "support.md").read_text(encoding="utf-8").partition("\n## ")[0]
     rows = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| ") and "held by" not in line]
     targets = re.findall(r"^(?:CI=true )?make (\w+)", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.M)
     assert len(rows) > 8 and {len(row) for row in rows} == {3}
@@ -74,3 +90,47 @@ def test_what_is_supported_names_what_holds_it():
             kind, _, target = name.partition(" ")
             known = {"make": target in targets, "t2l": target == "info --check"}.get(kind, (ROOT / name).is_file())
             assert known, f"{what}: {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_are_short(page):
+    """The README is one screen's logic; no page is a scroll."""
+    assert len(PAGES[page].splitlines()) <= (180 if page == "README.md" else 500)
+
+
+def test_programs_are_run():
+    """A Python program of a page has a test that runs it, and the test names the page."""
+    programs = {page for page, text in PAGES.items() if "```python" in text}
+    assert programs == RUN_BY.keys()
+    for page, test in RUN_BY.items():
+        assert Path(page).name in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} does not run {page}"
+
+
+@pytest.mark.parametrize("number, code", enumerate(re.findall(r"```python\n(.*?)```", PAGES["docs/ops.md"], re.S)))
+def test_op_examples_run(number, code):
+    torch.manual_seed(number)
+    exec(compile(code, f"docs/ops.md {number}", "exec"), {})
+
+
+def test_commands_are_known():
+    """Every line ``t2l ...`` and ``make ...`` in a block: the command, its options and the target exist."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", "\n".join(PAGES.values()), re.S | re.M)
+    blocks = "".join(text for language, text in fenced if not language).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if re.match(r"(t2l|make) ", line)]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert len(lines) > 40
+    for name, *arguments in lines:
+        if name == "make":
+            assert [a for a in arguments if "=" not in a and a in targets], arguments
+            continue
+        command = typer.main.get_command(app)
+        while isinstance(command, click.Group):
+            command = command.commands[arguments.pop(0)]
+        arguments = [a for a in arguments if a != "..."]
+        command.make_parser(click.Context(command)).parse_args(arguments)  # an unknown option raises
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Those of docs/, CONTRIBUTING.md and CHANGELOG.md are held by ``make docs``."""
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES["README.md"]):
+        assert (ROOT / link).exists(), link

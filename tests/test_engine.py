@@ -175,9 +175,9 @@ def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
             encoder_config(folder)
 
 
-def test_readme_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
-    """The commands of the README run as printed, on small stand-ins for what its first lines download."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
+    """The commands of docs/generate.md run as printed, on small stand-ins for what the first lines download."""
+    text = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
     shell, code = re.search(r"<!-- own checkpoint -->\n```\n(.*?)```\n\n```python\n(.*?)```", text, re.S).groups()
     monkeypatch.chdir(tmp_path)
     Path("trained_t2l").mkdir()
@@ -191,7 +191,7 @@ def test_readme_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     names = {"t2l": t2l_engine}
-    exec(compile(code, "README own checkpoint", "exec"), names)
+    exec(compile(code, "docs/generate.md own checkpoint", "exec"), names)
     expected = names["engine"].generate(["Name the animal in the list."])
     assert names["engine"].encoder.config.pooling == "cls"
     read = AdapterStack.from_peft(["out"])

@@ -1,4 +1,4 @@
-"""The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the programs of the README."""
+"""The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the programs of the documents."""
 
 import copy
 import re
@@ -15,7 +15,7 @@ from t2l_engine.text import packaged
 
 # The package is only a carrier of the weights: importing it would need the inference server it is a plugin of.
 pytestmark = pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
 INPUTS = [
     "cookie, think, socks",
@@ -96,25 +96,42 @@ def test_bundled_checkpoint():
     assert {"config.json", "hypernet.safetensors", "README.md", "train.yaml"} <= {f.name for f in folder.iterdir()}
 
 
-def run_readme(name, tmp_path, monkeypatch):
-    """Run the program of that name in README.md as it is printed."""
-    code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S).group(1)
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(code, f"README {name}", "exec"), names)
-    return names
+@pytest.fixture
+def run_program(tmp_path, monkeypatch):
+    """Run the program of that name in a document as it is printed, in an empty folder; its names."""
+
+    def run(document, name):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.S).group(1)
+        monkeypatch.chdir(tmp_path)
+        names = {}
+        exec(compile(code, f"{document} {name}", "exec"), names)
+        return names
+
+    return run
 
 
-def test_readme_quick_start(tmp_path, monkeypatch, capsys):
-    run_readme("quick start", tmp_path, monkeypatch)
+def test_readme_quick_start(run_program, tmp_path, capsys):
+    run_program("README.md", "quick start")
     out = capsys.readouterr().out
     assert "impala" in out and "borrowed" in out
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
-def test_readme_serving(tmp_path, monkeypatch):
+def test_first_program(run_program, capsys):
+    names = run_program("docs/quickstart.md", "first program")
+    assert "impala" in capsys.readouterr().out and len(names["stack"]) == 1
+
+
+def test_output_written_over(run_program):
+    names = run_program("docs/generate.md", "preallocated output")
+    stack, again = names["stack"], names["again"]
+    assert all(again.lora_A[name].data_ptr() == a.data_ptr() for name, a in stack.lora_A.items())
+
+
+def test_serving(run_program):
     """Each token has the adapter of its segment."""
-    found = run_readme("serving", tmp_path, monkeypatch)
+    found = run_program("docs/serve.md", "serving")
     model, layer = found["model"], found["layer"]
     x = torch.randn(10, layer.q_proj.in_features, dtype=model.dtype)
     lora = t2l.attach(model, found["stack"])
@@ -130,12 +147,14 @@ def test_readme_serving(tmp_path, monkeypatch):
     lora.detach()
 
 
-def test_demo(monkeypatch, smollm, engine):
+def test_demo(monkeypatch, smollm, engine, tmp_path, capsys):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
     monkeypatch.setattr(demo.smollm2, "load", lambda: smollm)
     monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
-    with demo.console.capture() as screen:
-        demo.main()
+    demo.main(tmp_path / "demo.svg")
+    screen = capsys.readouterr().out
     for text in ("adapted 1 of 9", "2. One input", "3. One batch", "text encoder", "hypernetwork", "GFLOP once"):
-        assert text in screen.get()
+        assert text in screen
+    picture = (tmp_path / "demo.svg").read_text(encoding="utf-8")
+    assert "One&#160;batch" in picture and "@font-face" not in picture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -191,8 +194,14 @@ def show_costs(model, tokenizer, engine) -> None:
     )
 
 
-def main() -> None:
-    """Run the demo; every number on screen is computed here and now."""
+def save_svg(path: str) -> None:
+    """Write what the console recorded as a picture, which loads no font from elsewhere."""
+    svg = console.export_svg(title="make demo")
+    Path(path).write_text(re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL), encoding="utf-8")
+
+
+def main(svg: str | None = None) -> None:
+    """Run the demo; every number on screen is computed here and now.  ``svg``: a file for its first three tables."""
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
@@ -202,10 +211,13 @@ def main() -> None:
         stack = engine.generate([*TASKS])
     console.print()
     lora = t2l.attach(model, stack)
+    console.record = svg is not None
     show_tasks(model, tokenizer, engine, lora)
     show_two_descriptions(model, tokenizer, engine, lora)
     show_mixed_batch(model, tokenizer, engine, lora)
     lora.detach()
+    if svg is not None:
+        save_svg(svg)
     show_costs(model, tokenizer, engine)
     console.print(
         'Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the PEFT format.'
@@ -213,4 +225,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--svg", metavar="FILE", help="write the first three tables as a picture")
+    main(parser.parse_args().svg)
