@@ -11,13 +11,12 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2l_engine._files import replacing
 from t2l_engine.config import ConfigError, distinct, parse_json, read_text, shown
 from t2l_engine.prompts import is_unicode
 
@@ -154,12 +153,9 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
                 f"{path}: expected at most {most} {what} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
                 "are too many for one folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+    with replacing(folder, *contents) as temporary:
         for name, content in contents.items():
-            (Path(temporary) / name).write_bytes(content)
-        for name in contents:
-            os.replace(Path(temporary) / name, folder / name)
+            (temporary / name).write_bytes(content)
 
 
 def _lines(folder: Path, task: Task) -> bytes:

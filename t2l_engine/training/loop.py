@@ -33,6 +33,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from t2l_engine._files import replacing
 from t2l_engine.config import ConfigError
 from t2l_engine.training.log import Log
 from t2l_engine.training.sampling import Share, seeded
@@ -252,9 +253,8 @@ class _State:
             "optimizer": self._optimizer.state_dict(),
             "best": self._job.best,
         }
-        temporary = self._path.with_suffix(".writing")
-        torch.save(content, temporary)
-        os.replace(temporary, self._path)
+        with replacing(self._path.parent, self._path.name) as temporary:
+            torch.save(content, temporary / self._path.name)
         self._step, self.saved = step, True
 
     def load(self) -> int:

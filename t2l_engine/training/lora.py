@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from t2l_engine._files import replacing
 from t2l_engine.adapters import AdapterStack
 from t2l_engine.config import ConfigError, read_json, resolve_scaling
 from t2l_engine.lora_runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
@@ -207,12 +207,11 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
     if job.settings.mode == "per-task":
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
         known = read_json(path) if path.is_file() else {}
-        _replace(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
-    _replace(folder / RECORD, _record(job))
+        _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
+    _write(folder / RECORD, _record(job))
     (folder / loop.STATE).unlink()
 
 
-def _replace(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _write(path: Path, values: Any) -> None:
+    with replacing(path.parent, path.name) as temporary:
+        (temporary / path.name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
