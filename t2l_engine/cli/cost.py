@@ -1,7 +1,4 @@
-"""``t2l cost``: operations, bytes and memory of in-context learning and of generated adapters, from configurations alone.
-
-Imports neither torch nor what needs it: ``t2l_command`` relies on that.
-"""
+"""``t2l cost``: operations, bytes and memory of in-context learning and of generated adapters, from configurations alone."""
 
 from __future__ import annotations
 

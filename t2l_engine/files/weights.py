@@ -6,11 +6,13 @@ executed, and refusing a file takes no more memory than twice its size.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ def content_checksum(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+@contextlib.contextmanager
+def replacing(directory: Path, *names: str) -> Iterator[Path]:
+    """A temporary folder in ``directory``, which is made; files written there replace those of the same ``names``, in order.
+
+    After an exception nothing is replaced.  Readers see old or new files, none in part.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+        yield Path(temporary)
+        for name in names:
+            os.replace(Path(temporary) / name, directory / name)
+
+
 def write_folder(
     directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
 ) -> None:
@@ -55,28 +70,11 @@ def write_folder(
     text = json.dumps(config, indent=2) + "\n"  # ASCII
     if len(text) > MAX_CONFIG_BYTES:
         raise ConfigError(f"{directory / config_name}: expected at most {MAX_CONFIG_BYTES} bytes to write, got {len(text)}")
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
-        metadata = {"format": "pt", CHECKSUM: content_checksum(state)}
-        weights, config_path = Path(temporary) / weights_name, Path(temporary) / config_name
-        config_path.write_text(text, encoding="utf-8")
-        save_file(state, weights, metadata=metadata)
-        _sort_metadata(weights)
-        shutil.copymode(config_path, weights)  # safetensors makes files that only their owner may read
-        for name in (weights_name, config_name):
-            os.replace(Path(temporary) / name, directory / name)
-
-
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in random order; the same content shall be the same bytes."""
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(text) == length:  # else spelled another way, and good as it is
-            file.seek(8)
-            file.write(text)
+    with replacing(directory, weights_name, config_name) as temporary:
+        (temporary / config_name).write_text(text, encoding="utf-8")
+        weights = temporary / weights_name
+        save_file(state, weights, metadata={"format": "pt", CHECKSUM: content_checksum(state)})
+        shutil.copymode(temporary / config_name, weights)  # safetensors makes files that only their owner may read
 
 
 def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:

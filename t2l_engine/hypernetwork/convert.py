@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
+from t2l_engine.files.weights import replacing
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import sakana as ref
 from t2l_engine.hypernetwork.checkpoint import read, write_native
@@ -84,9 +83,7 @@ def _expect_json(contents: Contents) -> None:
 
 
 def _write_reference(folder: Path, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as name:
-        temporary = Path(name)
+    with replacing(folder, *REFERENCE_NAMES) as temporary:
         weights, args_path, peft_path = (temporary / n for n in REFERENCE_NAMES)
         torch.save(state, weights)
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
@@ -95,9 +92,7 @@ def _write_reference(folder: Path, state: dict[str, Tensor], args: dict[str, Any
             try:
                 reader(path)
             except ConfigError as error:  # too long, or too many values
-                raise CheckpointError(f"no reader would accept it: {error}".replace(name, str(folder))) from None
-        for path in (weights, args_path, peft_path):
-            os.replace(path, folder / path.name)
+                raise CheckpointError(f"no reader would accept it: {error}".replace(str(temporary), str(folder))) from None
 
 
 def to_reference(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:

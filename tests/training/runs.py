@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 import t2l_engine as t2l
 from t2l_engine.research.training import settings
@@ -67,12 +68,14 @@ def losses(folder: Path) -> list[float]:
 
 
 def left(folder: Path) -> dict[str, object]:
-    """All that a run left, by path: tensors and numbers of states, rows of logs, bytes of the rest."""
+    """All that a run left, by path: tensors and numbers of states, tensors of weights, rows of logs, bytes of the rest."""
     found: dict[str, object] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(folder))
         if path.suffix == ".pt":
             found |= {f"{name}{key}": value for key, value in _flat(torch.load(path, weights_only=True)).items()}
+        elif path.suffix == ".safetensors":  # which orders metadata at random
+            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
         else:
             found[name] = rows(path.parent) if path.suffix == ".jsonl" else path.read_bytes()
     return found

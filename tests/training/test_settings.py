@@ -52,30 +52,30 @@ def test_a_file_with_overrides(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps: 0", "steps: expected greater than 0, got 0"),
-        ("steps: 1.5", "steps: expected a valid integer.*, got 1.5"),
-        ("steps:", "steps: expected a valid integer, got None"),
-        ("steps: true", "steps: expected .*, got True"),
-        ("scaling: true", "scaling: expected .*, got True"),
-        ("seed: -1", "seed: expected greater than or equal to 0, got -1"),
-        ("seed: 99999999999999999999", "seed: expected less than .*, got 99999999999999999999"),
-        ("learning_rate: fast", "learning_rate: expected a valid number.*, got 'fast'"),
-        ("learning_rate: .nan", "learning_rate: expected a finite number, got nan"),
-        ("grad_clip: .inf", "grad_clip: expected a finite number, got inf"),
-        ("weight_decay: [1]", r"weight_decay: expected a valid number, got \[1\]"),
-        ("schedule: cosine", "schedule: expected 'linear' or 'constant', got 'cosine'"),
-        ("variant: XL", "variant: expected 'L', 'M', .*, got 'XL'"),
-        ("dtype: float64", "dtype: expected 'float32' or 'bfloat16', got 'float64'"),
-        ("scaling: big", "scaling: expected 'plain' or 'rslora', got 'big'"),
-        ("scaling: 1e-12", "scaling: expected .*, got 1e-12"),
-        ("lora_dropout: 1", "lora_dropout: expected less than 1, got 1"),
-        ("label_smoothing: -0.5", "label_smoothing: expected greater than or equal to 0, got -0.5"),
-        ("latent_size: 3", "latent_size: expected greater than or equal to 4, got 3"),
-        ("base_model: 7", "base_model: expected a valid string, got 7"),
-        ("target_modules: q_proj", "target_modules: expected a .*list, got 'q_proj'"),
-        ("target_modules: []", r"target_modules: expected at least 1 item.*, got \[\]"),
+        ("steps: 0", "steps: .*greater than 0, got 0"),
+        ("steps: 1.5", "steps: .*a valid integer.*, got 1.5"),
+        ("steps:", "steps: .*a valid integer, got None"),
+        ("steps: true", "steps: .*, got True"),
+        ("scaling: true", "scaling: .*, got True"),
+        ("seed: -1", "seed: .*greater than or equal to 0, got -1"),
+        ("seed: 99999999999999999999", "seed: .*less than .*, got 99999999999999999999"),
+        ("learning_rate: fast", "learning_rate: .*a valid number.*, got 'fast'"),
+        ("learning_rate: .nan", "learning_rate: .*a finite number, got nan"),
+        ("grad_clip: .inf", "grad_clip: .*a finite number, got inf"),
+        ("weight_decay: [1]", r"weight_decay: .*a valid number, got \[1\]"),
+        ("schedule: cosine", "schedule: .*'linear' or 'constant', got 'cosine'"),
+        ("variant: XL", "variant: .*'L', 'M', .*, got 'XL'"),
+        ("dtype: float64", "dtype: .*'float32' or 'bfloat16', got 'float64'"),
+        ("scaling: big", "scaling: .*'plain' or 'rslora', got 'big'"),
+        ("scaling: 1e-12", "scaling: .*, got 1e-12"),
+        ("lora_dropout: 1", "lora_dropout: .*less than 1, got 1"),
+        ("label_smoothing: -0.5", "label_smoothing: .*greater than or equal to 0, got -0.5"),
+        ("latent_size: 3", "latent_size: .*greater than or equal to 4, got 3"),
+        ("base_model: 7", "base_model: .*a valid string, got 7"),
+        ("target_modules: q_proj", "target_modules: .*, got 'q_proj'"),
+        ("target_modules: []", r"target_modules: .*at least 1 item.*, got \[\]"),
         ("target_modules: [q_proj, q_proj]", r"target_modules: expected distinct names, got \['q_proj', 'q_proj'\]"),
-        ("mix_descriptions: 3", "mix_descriptions: expected a valid boolean.*, got 3"),
+        ("mix_descriptions: 3", "mix_descriptions: .*a valid boolean.*, got 3"),
         ("encoder: one-hot\nmix_descriptions: true", "mix_descriptions: expected False with encoder one-hot, got True"),
         ("encoder: one-hot\nheld_out_descriptions: 2", "held_out_descriptions: expected 0 with encoder one-hot, got 2"),
         (
@@ -98,14 +98,14 @@ def test_faults_of_a_file(write, text, message):
     ("text", "message"),
     [
         ("steps", "^--set: expected name=value, got 'steps'"),
-        ("steps=", "^--set: steps: expected a valid integer, got None"),
-        ("steps=0", "^--set: steps: expected greater than 0, got 0"),
+        ("steps=", "^--set: steps: .*a valid integer, got None"),
+        ("steps=0", "^--set: steps: .*greater than 0, got 0"),
         ("stepz=3", "^--set: unknown field 'stepz'; expected some of"),
         ("=3", "^--set: unknown field ''"),
         ("steps=[1", r"^--set steps: expected a YAML value, got '\[1'"),
         ("steps=!!python/name:os.system", "^--set steps: expected a YAML value"),
         ("steps=2024-13-45", "^--set steps: expected a YAML value, got '2024-13-45'"),  # no such month
-        ("steps=" + "9" * 5000, "^--set: steps: expected an integer.*, got '999"),
+        ("steps=" + "9" * 5000, "^--set: steps: .*an integer.*, got '999"),
         ("steps=" + "[" * 5000, "^--set steps: expected a YAML value"),
     ],
 )
@@ -120,14 +120,14 @@ def test_every_fault_is_told_with_its_place(write):
     with pytest.raises(ConfigError) as caught:
         settings.read(SFTSettings, path, ["seed=-1"])
     faults = str(caught.value).split("; ")
-    for expected in (
-        f"{path}: steps: expected greater than 0, got 0",
-        f"{path}: rank: expected greater than 0, got -2",
-        f"{path}: unknown field 'nonsense'",
-        "--set: seed: expected greater than or equal to 0, got -1",
-        f"{path}: missing field 'target_modules': names of the adapted linears",
+    for place, what in (
+        (path, "steps: .*, got 0"),
+        (path, "rank: .*, got -2"),
+        (path, "unknown field 'nonsense'"),
+        ("--set", "seed: .*, got -1"),
+        (path, "missing field 'target_modules': names of the adapted linears"),
     ):
-        assert expected in faults
+        assert any(re.fullmatch(f"{re.escape(str(place))}: {what}", fault) for fault in faults), what
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "word", "a: [", "steps: 1\nsteps: 2", "\x00", "steps: &a 3\nb: {<<: *a}"])

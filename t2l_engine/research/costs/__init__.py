@@ -1,6 +1,6 @@
 """Operations and bytes of text encoders, hypernetworks, language models and adapters, from configurations alone.
 
-Needs neither weights nor torch.  What is compared here, and how it was held to measurements: ``docs/icl.md``.
+Needs no weights.  What is compared here, and how it was held to measurements: ``docs/icl.md``.
 """
 
 from t2l_engine.research.costs.counts import (

@@ -1,9 +1,9 @@
-"""The geometry of a decoder-only language model, from its transformers configuration alone: no weights, no torch."""
+"""The geometry of a decoder-only language model, from its transformers configuration alone: no weights."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,185 +176,137 @@ class Fields:
 
 # --- families --------------------------------------------------------------------------------------------------------
 
-#: The windows of so many layers.
-Rule = Callable[[Fields, int], Windows]
 
-
-def _full(fields: Fields, layers: int) -> Windows:
-    return (None,) * layers
-
-
-def _uniform(default: int | None = 4096) -> Rule:
-    """One window for all layers; of an absent field ``default``, and null says that there is none."""
-
-    def windows(fields: Fields, layers: int) -> Windows:
-        if fields.values.get("sliding_window", default) is None:
-            return _full(fields, layers)
-        return (fields.size("sliding_window", default),) * layers
-
-    return windows
-
-
-def _listed(otherwise: Callable[[Fields, int], list[str]]) -> Rule:
-    """The layers that ``layer_types`` names, or those that a file without it means."""
-
-    def windows(fields: Fields, layers: int) -> Windows:
-        kinds = fields.kinds(layers) or otherwise(fields, layers)
-        (window, *_) = _uniform()(fields, 1)
-        return tuple(window if kind == SLIDING else None for kind in kinds)
-
-    return windows
-
-
-def _all_sliding(fields: Fields, layers: int) -> list[str]:
-    return [SLIDING] * layers
-
-
-def _all_but_every(pattern: int) -> Callable[[Fields, int], list[str]]:
-    """Gemma: every ``pattern``-th layer sees everything."""
-
-    def kinds(fields: Fields, layers: int) -> list[str]:
-        step = fields.size("sliding_window_pattern", pattern)
-        return [SLIDING if (i + 1) % step else FULL for i in range(layers)]
-
-    return kinds
-
-
-def _upper(fields: Fields, layers: int) -> list[str]:
-    """Qwen: layers from ``max_window_layers`` on."""
-    first = fields.size("max_window_layers", 28, least=0)
-    return [SLIDING if i >= first else FULL for i in range(layers)]
-
-
-def _not_said(fields: Fields, layers: int) -> list[str]:
-    raise ConfigError(f"{fields.where}: layer_types: expected a list, since use_sliding_window is true, got none")
-
-
-def _if_on(rule: Rule) -> Rule:
-    """``rule``, where ``use_sliding_window`` says that there are windows at all."""
-    return lambda fields, layers: (rule if fields.flag("use_sliding_window", False) else _full)(fields, layers)
-
-
-def _mixtral(fields: Fields) -> Experts:
-    return Experts(
-        fields.size("num_local_experts", 8), fields.size("num_experts_per_tok", 2), fields.size("intermediate_size")
-    )
-
-
-def _qwen_moe(shared: bool) -> Callable[[Fields], Experts]:
-    def experts(fields: Fields) -> Experts:
-        name = "num_experts" if "num_experts" in fields.values else "num_local_experts"
-        width = fields.size("shared_expert_intermediate_size") if shared else 0
-        return Experts(fields.size(name), fields.size("num_experts_per_tok"), fields.size("moe_intermediate_size"), width)
-
-    return experts
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MIXTURE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+#: All else that sizes depend on; the class of a configuration in transformers says what each is by default.
+_OTHERS = (
+    "num_key_value_heads head_dim sliding_window max_window_layers num_experts num_experts_per_tok "
+    "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers layer_types "
+    "tie_word_embeddings attention_bias mlp_bias qkv_bias use_sliding_window use_bidirectional_attention"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the configurations of one ``model_type`` leave unsaid; defaults are those of its class in transformers.
+    """What the models of one ``model_type`` are and no field of a configuration says.
 
-    ``kv_heads``: where the field is absent, 0 for as many as heads.  ``head_dim``: likewise, 0 for hidden / heads.
-    ``vocabulary``, ``heads``: likewise, None where the file must say.  ``norms``: RMSNorms of width hidden in a layer;
-    ``qk_norm``: further ones of queries and keys.  ``qkv_bias``: q, k and v have biases (Qwen2).  ``switches``: fields that
-    turn biases on and off; others of their kind a family does not read.
+    ``norms``: RMSNorms of width hidden in a layer; ``qk_norm``: further ones of queries and keys.  ``qkv_bias``: q, k and v
+    have biases, unless a field of that name says otherwise.  ``required``: fields that a file must have.
     """
 
-    windows: Rule = _full
-    kv_heads: int = 0
-    head_dim: int = 0
-    tied: bool = False
     norms: int = 2
     qk_norm: bool = False
     qkv_bias: bool = False
-    switches: tuple[str, ...] = ()
-    experts: Callable[[Fields], Experts] | None = None
-    vocabulary: int | None = None
-    heads: int | None = None
+    required: tuple[str, ...] = _REQUIRED
 
-    def read(self, fields: Fields) -> Decoder:
-        hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads", self.heads)
-        layers = fields.size("num_hidden_layers", most=MAX_LAYERS)
-        kv_heads = fields.size("num_key_value_heads", self.kv_heads or heads)
-        if "num_key_value_heads" in fields.values and fields.values["num_key_value_heads"] is None:
-            kv_heads = heads
-        if not self.head_dim and fields.values.get("head_dim") is None and hidden % heads:
+    def read(self, given: Fields) -> Decoder:
+        fields = self._complete(given)
+        hidden, heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+        layers, intermediate = fields.size("num_hidden_layers"), fields.size("intermediate_size")
+        kv_heads, head_dim = fields.size("num_key_value_heads"), fields.size("head_dim", hidden // heads)
+        if fields.values["head_dim"] is None and hidden % heads:
             raise ConfigError(
                 f"{fields.where}: num_attention_heads: expected a divisor of hidden_size {hidden}, as head_dim is absent, "
                 f"got {heads}"
-            )
-        head_dim = fields.size("head_dim", self.head_dim or hidden // heads)
-        if fields.flag("use_bidirectional_attention", False):
-            raise ConfigError(
-                f"{fields.where}: use_bidirectional_attention: expected false, since causal masks are counted, got True"
             )
         if heads % kv_heads:
             raise ConfigError(
                 f"{fields.where}: num_key_value_heads: expected a divisor of {heads} attention heads, got {kv_heads}"
             )
-        experts = self.experts(fields) if self.experts else None
-        sparse = (False,) * layers
-        if experts is not None:
-            if experts.per_token > experts.count:
-                raise ConfigError(
-                    f"{fields.where}: num_experts_per_tok: expected at most {experts.count}, got {experts.per_token}"
-                )
-            step, dense = fields.size("decoder_sparse_step", 1), fields.values.get("mlp_only_layers") or []
-            if not isinstance(dense, list):
-                raise ConfigError(f"{fields.where}: mlp_only_layers: expected a list, got {short_repr(dense)}")
-            sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+        if fields.flag("use_bidirectional_attention", False):
+            raise ConfigError(
+                f"{fields.where}: use_bidirectional_attention: expected false, since causal masks are counted, got True"
+            )
+        experts, sparse = _experts(fields, layers)
+        qkv = (heads + 2 * kv_heads) * head_dim
         return Decoder(
-            model_type=fields.values["model_type"],
+            model_type=given.values["model_type"],
             hidden=hidden,
-            intermediate=fields.size("intermediate_size"),
+            intermediate=intermediate,
             layers=layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            vocabulary=fields.size("vocab_size", self.vocabulary),
-            tied=fields.flag("tie_word_embeddings", self.tied),
-            windows=self.windows(fields, layers),
+            vocabulary=fields.size("vocab_size"),
+            tied=fields.flag("tie_word_embeddings", False),
+            windows=_windows(fields, layers),
             sparse=sparse,
             experts=experts,
-            biases=self._biases(fields, hidden, heads * head_dim, kv_heads * head_dim),
+            biases=qkv * fields.flag("qkv_bias", self.qkv_bias)
+            + (qkv + hidden) * fields.flag("attention_bias", False)
+            + (2 * intermediate + hidden) * fields.flag("mlp_bias", False),
             norms=self.norms * hidden + self.qk_norm * 2 * head_dim,
         )
 
-    def _biases(self, fields: Fields, hidden: int, query: int, kv: int) -> int:
-        def on(name: str, default: bool = False) -> bool:
-            return fields.flag(name, default) if name in self.switches else default
+    def _complete(self, fields: Fields) -> Fields:
+        """``fields`` with the defaults of their class in transformers; what it does not know is left out."""
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import CONFIG_MAPPING
 
-        qkv = query + 2 * kv
-        mlp = 2 * fields.size("intermediate_size") + hidden if on("mlp_bias") else 0
-        return qkv * on("qkv_bias", self.qkv_bias) + (qkv + hidden) * on("attention_bias") + mlp
+        kind, values = CONFIG_MAPPING[fields.values["model_type"]], dict(fields.values)
+        if "num_local_experts" in values:  # in transformers two names of one thing
+            values["num_experts"] = values.pop("num_local_experts")
+        fields = Fields(values, fields.where)
+        for name in self.required:  # and numbers of layers bound the work of the class
+            fields.size(name, most=MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE)
+        # Every model heeds head_dim, whether or not its class lists it.
+        known = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys() | {"head_dim"}
+        read = [name for name in (*_REQUIRED, *_OTHERS) if name in known]
+        given = {name: values[name] for name in read if values.get(name) is not None}
+        if "sliding_window" in known and "sliding_window" in values:
+            given["sliding_window"] = values["sliding_window"]  # null: none at all, not the default one
+        if "num_key_value_heads" in values:
+            given.setdefault("num_key_value_heads", values["num_attention_heads"])  # of null
+        if "sliding_window_pattern" in values:  # of older files
+            given["sliding_window_pattern"] = fields.size("sliding_window_pattern")
+        try:
+            complete = kind(**given)
+        except (StrictDataclassError, ValueError, TypeError) as error:
+            raise ConfigError(f"{fields.where}: {' '.join(str(error).split())}") from None
+        values = {name: getattr(complete, name, None) for name in read}
+        if not values.get("use_sliding_window", True):
+            values["sliding_window"] = None  # some classes have 0
+        return Fields(values, fields.where)
 
 
-_ATTENTION, _BOTH = ("attention_bias",), ("attention_bias", "mlp_bias")
-#: By ``model_type``.  Sliding windows: arXiv 2310.06825; grouped-query attention: arXiv 2305.13245.
+def _windows(fields: Fields, layers: int) -> Windows:
+    """Sliding windows (arXiv 2310.06825): in the layers that ``layer_types`` names; in all where there is no such field."""
+    kinds = fields.kinds(layers) or [SLIDING] * layers
+    window = None if fields.values.get("sliding_window") is None else fields.size("sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _experts(fields: Fields, layers: int) -> tuple[Experts | None, tuple[bool, ...]]:
+    """The mixture, and the layers that have one."""
+    if "num_experts_per_tok" not in fields.values:
+        return None, (False,) * layers
+    experts = Experts(
+        fields.size("num_experts"),
+        fields.size("num_experts_per_tok"),
+        fields.size("moe_intermediate_size", fields.size("intermediate_size")),
+        fields.size("shared_expert_intermediate_size", 0, least=0),
+    )
+    if experts.per_token > experts.count:
+        raise ConfigError(f"{fields.where}: num_experts_per_tok: expected at most {experts.count}, got {experts.per_token}")
+    step, dense = fields.size("decoder_sparse_step", 1), fields.values.get("mlp_only_layers") or []
+    return experts, tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+
+#: By ``model_type``.  Grouped-query attention: arXiv 2305.13245.
 FAMILIES = {
-    "llama": Family(switches=_BOTH),
-    "smollm3": Family(_if_on(_listed(_not_said)), kv_heads=4, tied=True, switches=_BOTH),
-    "mistral": Family(_uniform(), kv_heads=8),
-    "ministral": Family(_listed(_all_sliding), kv_heads=8),
-    "ministral3": Family(_uniform(None), kv_heads=8, head_dim=128),
-    "mixtral": Family(_uniform(None), kv_heads=8, experts=_mixtral),
-    "qwen2": Family(_if_on(_listed(_upper)), kv_heads=32, qkv_bias=True),
-    "qwen3": Family(_if_on(_listed(_upper)), kv_heads=32, head_dim=128, qk_norm=True, switches=_ATTENTION),
-    "qwen2_moe": Family(
-        _if_on(_listed(_not_said)), kv_heads=16, qkv_bias=True, switches=("qkv_bias",), experts=_qwen_moe(shared=True)
-    ),
-    "qwen3_moe": Family(_if_on(_uniform()), kv_heads=4, qk_norm=True, switches=_ATTENTION, experts=_qwen_moe(shared=False)),
-    "gemma": Family(kv_heads=16, head_dim=256, tied=True, switches=_ATTENTION),
-    "gemma2": Family(_listed(_all_but_every(2)), kv_heads=4, head_dim=256, tied=True, norms=4, switches=_ATTENTION),
-    "gemma3_text": Family(  # files of models that read images too leave out what the class says
-        _listed(_all_but_every(6)),
-        kv_heads=4,
-        head_dim=256,
-        tied=True,
-        norms=4,
-        qk_norm=True,
-        switches=_ATTENTION,
-        vocabulary=262208,
-        heads=8,
-    ),
+    "llama": Family(),
+    "smollm3": Family(),
+    "mistral": Family(),
+    "ministral": Family(),
+    "ministral3": Family(),
+    "mixtral": Family(),
+    "qwen2": Family(qkv_bias=True),
+    "qwen3": Family(qk_norm=True),
+    "qwen2_moe": Family(qkv_bias=True, required=(*_REQUIRED, *_MIXTURE, "shared_expert_intermediate_size")),
+    "qwen3_moe": Family(qk_norm=True, required=_REQUIRED + _MIXTURE),
+    "gemma": Family(),
+    "gemma2": Family(norms=4),
+    # Files of models that read images too leave out what the class says.
+    "gemma3_text": Family(norms=4, qk_norm=True, required=("hidden_size", "intermediate_size", "num_hidden_layers")),
 }

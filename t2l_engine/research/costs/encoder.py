@@ -1,4 +1,4 @@
-"""The geometry of a text encoder, from its transformers configuration alone: no weights, no torch."""
+"""The geometry of a text encoder, from its transformers configuration alone: no weights."""
 
 from __future__ import annotations
 

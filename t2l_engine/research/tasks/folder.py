@@ -10,14 +10,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_LINE_BYTES, MAX_VALUES, count_values, is_unicode, read_rows, read_texts
+from t2l_engine.files.weights import replacing
 
 DESCRIPTIONS_NAME = "descriptions.json"
 MAX_DESCRIPTIONS_BYTES = 1 << 25  # some five times those of the paper's 479 tasks with 128 texts each
@@ -131,12 +130,9 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
                 f"{path}: expected at most {most} {what} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
                 "are too many for one folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
+    with replacing(folder, *contents) as temporary:
         for name, content in contents.items():
-            (Path(temporary) / name).write_bytes(content)
-        for name in contents:
-            os.replace(Path(temporary) / name, folder / name)
+            (temporary / name).write_bytes(content)
 
 
 def _lines(folder: Path, task: Task) -> bytes:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.weights import replacing
 
 NAME, PICTURE = "log.jsonl", "loss.png"
 
@@ -41,9 +41,8 @@ class Log:
             return
         path = folder / NAME
         kept = [row for row in read_log(folder) if row["step"] <= step] if path.is_file() else []
-        temporary = path.with_suffix(".writing")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(folder, NAME) as temporary:
+            (temporary / NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

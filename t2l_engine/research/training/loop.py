@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.weights import replacing
 from t2l_engine.research.training.log import Log
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings, differences, to_yaml
@@ -252,9 +253,8 @@ class _State:
             "optimizer": self._optimizer.state_dict(),
             "best": self._job.best,
         }
-        temporary = self._path.with_suffix(".writing")
-        torch.save(content, temporary)
-        os.replace(temporary, self._path)
+        with replacing(self._path.parent, self._path.name) as temporary:
+            torch.save(content, temporary / self._path.name)
         self._step, self.saved = step, True
 
     def load(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
+from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import resolve_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
 from t2l_engine.research.training import loop
@@ -209,12 +209,11 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
     if job.settings.mode == "per-task":
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
         known = read_json(path) if path.is_file() else {}
-        _replace(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
-    _replace(folder / RECORD, _record(job))
+        _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
+    _write(folder / RECORD, _record(job))
     (folder / loop.STATE).unlink()
 
 
-def _replace(path: Path, values: Any) -> None:
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def _write(path: Path, values: Any) -> None:
+    with replacing(path.parent, path.name) as temporary:
+        (temporary / path.name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

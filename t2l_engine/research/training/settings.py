@@ -199,13 +199,6 @@ class ReconstructionSettings(_HyperNetwork, Settings):
         return self
 
 
-#: Words of pydantic's messages -> ours.
-_MESSAGES = {
-    "Input should be": "expected",
-    "Unable to parse input string as": "expected",
-    "Tuple should have": "expected",
-    "a valid tuple": "a list",
-}
 MAX_TOLD = 600  # characters of all faults but the first
 S = TypeVar("S", bound=Settings)
 
@@ -243,19 +236,16 @@ def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = 
         faults, last = [], ""
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0]) if fault["loc"] else ""
-            place = (where or {}).get(name, source)
+            place, said = (where or {}).get(name, source), fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
                 faults.append(f"{place}: unknown field {short_repr(name)}")
                 last = f"; expected some of {sorted(kind.model_fields)}"
             elif fault["type"] == "missing":
                 faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
             elif not name:  # of a check over several fields, which names them itself
-                faults.append(f"{source}: {fault['msg'].removeprefix('Value error, ')}")
+                faults.append(f"{source}: {said}")
             else:
-                message = fault["msg"].removeprefix("Value error, ")
-                for theirs, ours in _MESSAGES.items():
-                    message = message.replace(theirs, ours)
-                faults.append(f"{place}: {name}: {message}, got {short_repr(fault['input'])}")
+                faults.append(f"{place}: {name}: {said}, got {short_repr(fault['input'])}")
         faults = list(dict.fromkeys(faults))
         ends = itertools.accumulate(map(len, faults[1:]), initial=0)
         told = sum(end <= MAX_TOLD for end in ends)
