@@ -57,10 +57,11 @@ STEERED = {
 REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 5
 
 
-def maps(work: Path) -> dict[str, Any]:
-    """t-SNE of task embeddings and of trunk outputs, and how similar adapters are to how similar descriptions are.
+def maps(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``map`` records: a task's place in t-SNE of task embeddings and trunk outputs, and its cosines to all later tasks.
 
-    Every task of the evaluation has the mean of its held-out descriptions' embeddings.
+    Cosines of descriptions and of adapters; ``correlation``: their rank correlation over all pairs.  Every task of the
+    evaluation has the mean of its held-out descriptions' embeddings.
     """
     manifest, engine = manifests.read(plan.MANIFEST), t2l.TextToLoRA.from_pretrained(work / "t2l")
     tasks = load_tasks(folder_of(work, "evaluation"), None)
@@ -71,18 +72,16 @@ def maps(work: Path) -> dict[str, Any]:
         folded = net._fold()
         latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
         stack = net.generate(emb)
-    pairs = torch.triu_indices(len(tasks), len(tasks), 1)
-    texts, deltas = (_cosines(emb)[tuple(pairs)], _delta_cosines(stack)[tuple(pairs)])
-    correlation = spearmanr(texts.numpy(), deltas.numpy())
-    return {
-        "tasks": [task.name for task in tasks],
-        "skills": [manifest.tasks[task.name].skill for task in tasks],
-        "tiers": [manifest.tasks[task.name].tier for task in tasks],
-        "task_emb": _tsne(emb),
-        "trunk": _tsne(latent.reshape(len(tasks), -1)),
-        "spearman": float(correlation.statistic),
-        "similarities": [[round(float(v), 4) for v in row] for row in (texts, deltas)],
-    }
+    cosines = {"texts": _cosines(emb), "adapters": _delta_cosines(stack)}
+    places = {"task_emb": _tsne(emb), "trunk": _tsne(latent.reshape(len(tasks), -1))}
+    for i, task in enumerate(tasks):
+        known = manifest.tasks[task.name]
+        later = {name: [round(float(v), 4) for v in of[i, i + 1 :]] for name, of in cosines.items()}
+        where = {name: points[i] for name, points in places.items()}
+        yield "map", {"task": task.name, "skill": known.skill, "tier": known.tier, **where, "cosines": later}
+    pairs = tuple(torch.triu_indices(len(tasks), len(tasks), 1))
+    correlation = spearmanr(*(of[pairs].numpy() for of in cosines.values()))
+    yield "correlation", {"spearman": float(correlation.statistic)}
 
 
 def wordings(work: Path) -> dict[str, float]:
@@ -112,9 +111,8 @@ def wordings(work: Path) -> dict[str, float]:
     return found
 
 
-def distances(work: Path) -> dict[str, Any]:
+def distances(work: Path) -> Iterator[dict[str, Any]]:
     """What reconstruction costs and loses: relative error of B A, parameters of the network, values of the library."""
-    found = {}
     for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
         if not finished(run.name, work):
             continue
@@ -125,12 +123,9 @@ def distances(work: Path) -> dict[str, Any]:
         texts = {task.name: task.descriptions[0] for task in load_tasks(folder_of(work, "train"), None, names=names)}
         with torch.no_grad():
             made = engine.generate([texts[name] for name in names])
-        found[count] = {
-            "relative_error": distance(made, oracle),
-            "parameters": engine.hypernetwork.config.num_parameters,
-            "library_values": oracle.num_parameters * count,
-        }
-    return found
+        parameters, values = engine.hypernetwork.config.num_parameters, oracle.num_parameters * count
+        error = distance(made, oracle)
+        yield {"adapters": count, "relative_error": error, "parameters": parameters, "library_values": values}
 
 
 def steered(work: Path) -> list[dict[str, Any]]:
@@ -148,8 +143,8 @@ def steered(work: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of ROUNDS.
+def requests(work: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Prompt tokens and seconds of requests one at a time by arm, REQUEST_TOKENS generated each, the fastest of ROUNDS.
 
     Arms take turns.  Adapters are generated and attached before: a server does that once a task.
     """
@@ -157,10 +152,8 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
     folder = folder_of(work, "evaluation")
     tasks = load_tasks(folder, "test", names=names)
     pools = {task.name: task.examples for task in load_tasks(folder, "train", names=names)}
-    asked = [
-        (i % len(tasks), tasks[i % len(tasks)], tasks[i % len(tasks)].examples[i // len(tasks)]) for i in range(REQUESTS)
-    ]
-    described = [(number, t.descriptions[0], e.input, shots_of(t, pools[t.name], 0)) for number, t, e in asked]
+    asked = [(i % len(tasks), tasks[i % len(tasks)], i // len(tasks)) for i in range(REQUESTS)]
+    described = [(n, t.descriptions[0], t.examples[i].input, shots_of(t, pools[t.name], 0)) for n, t, i in asked]
     engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
     generated = engine.generate([task.descriptions[0] for task in tasks])
     multi_task = t2l.AdapterStack.from_peft(work / "multi-task-description" / lora.ADAPTERS / lora.MULTI_TASK)
@@ -177,27 +170,15 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
     best = {name: [math.inf] * REQUESTS for name in arms}
     for _ in range(ROUNDS):
         for name, (stack, _) in arms.items():
-            with contextlib.ExitStack() as block:
-                handle = None if stack is None else block.enter_context(_attached(model, stack))
-                times = [_seconds(model, batch, handle, number) for number, batch in batches[name]]
+            handle = None if stack is None else t2l.attach(model, stack)
+            times = [_seconds(model, batch, handle, number) for number, batch in batches[name]]
             best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
-    found = {
-        name: {
-            "prompt_tokens": statistics.fmean(batch["input_ids"].shape[1] for _, batch in batches[name]),
-            "seconds": statistics.median(times),
-        }
-        for name, times in best.items()
-    }
-    return {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS, "arms": found}
-
-
-@contextlib.contextmanager
-def _attached(model: nn.Module, stack: t2l.AdapterStack) -> Iterator[t2l.LoRAHandle]:
-    handle = t2l.attach(model, stack)
-    try:
-        yield handle
-    finally:
-        handle.detach()
+            if handle is not None:
+                handle.detach()
+    for name, times in best.items():
+        tokens = statistics.fmean(batch["input_ids"].shape[1] for _, batch in batches[name])
+        settings = {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS}
+        yield {"arm": name, **settings, "prompt_tokens": tokens, "seconds": statistics.median(times)}
 
 
 def _seconds(model: nn.Module, batch: Any, handle: t2l.LoRAHandle | None, number: int) -> float:
