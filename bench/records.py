@@ -1,0 +1,236 @@
+"""Result files, ``bench/results/NAME.jsonl``, read and judged: what tables, pages, figures and the gate are made from.
+
+The first line is the run; every other line is one record, a row of times or something of another kind.  Times are in
+microseconds.  Ratios, speedups and whether a target is met are computed here and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+#: The model without adapters: what a target may refer to, nobody's competitor.
+BASE = "base"
+#: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
+PREALLOCATED, FRESH = "preallocated output", "fresh output"
+#: What the runs of a card add to the name of their suite.
+CUDA = "-cuda"
+#: Arms of a training step of which one holds less memory than the other.
+HOOKS = "hooks"
+
+
+class ResultError(ValueError):
+    """A result file that is missing, broken, or does not hold what is asked of it; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A figure beside its target.  ``value`` and ``limit`` share a unit; ``over`` is value / limit: met up to 1."""
+
+    group: str
+    name: str
+    value: float
+    limit: float
+    unit: str
+    ratio: float
+    of: str
+    target: str
+
+    @property
+    def over(self) -> float:
+        return self.value / self.limit
+
+    @property
+    def met(self) -> bool:
+        return self.over <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement; the fields are those of the file."""
+
+    case: str
+    group: str
+    shape: dict[str, Any]
+    threads: int | None
+    cache: str | None
+    times: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
+    roofline: dict[str, Any] | None
+    target: dict[str, Any] | None
+    error: dict[str, Any] | None
+    unit_us: float | None = None
+    peak_gflops: float | None = None
+
+    @property
+    def us(self) -> float:
+        return self.times[OURS]["median_us"]
+
+    @property
+    def iqr_us(self) -> float:
+        return self.times[OURS]["iqr_us"]
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the middle half of the samples spreads over more than a quarter of the median."""
+        return self.iqr_us > self.us / 4
+
+    @property
+    def name(self) -> str:
+        """The case with what else tells rows apart."""
+        threads = None if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return ", ".join(filter(None, (self.case, threads, self.cache)))
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in self.times if name != OURS]
+
+    @property
+    def over_roofline(self) -> float | None:
+        return self.us / self.roofline["us"] if self.roofline else None
+
+    @property
+    def over_peak(self) -> float | None:
+        """Over the time of as many multiply-adds on registers."""
+        return self.us * self.peak_gflops * 1e3 / self.roofline["flops"] if self.peak_gflops and self.roofline else None
+
+    def speedup(self, baseline: str) -> float | None:
+        """Time of the baseline over ours; None where it did not run."""
+        return self.times[baseline]["median_us"] / self.us if baseline in self.times else None
+
+    def rivals(self) -> dict[str, float]:
+        """Speedup over each other way that ran: not over the model without adapters, nor over ours into new memory."""
+        return {name: self.speedup(name) for name in self.baselines if name not in (BASE, FRESH)}
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The row beside its target, or None where it has none; ResultError where the target is of nothing measured."""
+        if self.target is None:
+            return None
+        of, ratio, plus = self.target["of"], self.target["ratio"], self.target.get("plus_us") or 0
+        known = {name: timing["median_us"] for name, timing in self.times.items()}
+        known |= {"roofline": self.roofline["us"]} if self.roofline else {}
+        unit = known.get(of, self.unit_us)
+        if unit is None:
+            raise ResultError(f"{self.name}: a target of {of!r}, which the file does not hold")
+        text = f"{ratio:g} x {of}" + (f" + {plus:g} us" if plus else "")
+        return Verdict(self.group, self.name, self.us, ratio * unit + plus, "us", self.us / unit, of, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One result file: its run, its rows, and every other record by kind."""
+
+    path: Path
+    run: dict[str, Any]
+    rows: tuple[Row, ...]
+    others: dict[str, list[dict[str, Any]]]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind; ResultError where there is none."""
+        if kind not in self.others:
+            raise ResultError(f"{self.path.name}: no record of kind {kind!r}")
+        return self.others[kind]
+
+    def ceilings(self, kind: str, when: str = "before") -> list[dict[str, Any]]:
+        return [c for c in self.records("ceiling") if (c["kind"], c["when"]) == (kind, when)]
+
+    @property
+    def peaks_hold(self) -> bool:
+        """Whether multiply-adds on registers were nowhere slower than products: else they are no peak, and not shown."""
+        gemm = {(c["dtype"], c["threads"]): c["gflops"] for c in self.ceilings("gemm")}
+        return all(c["gflops"] >= gemm.get((c["dtype"], c["threads"]), 0) for c in self.ceilings("fma"))
+
+    def verdicts(self) -> list[Verdict]:
+        """Everything that has a target: rows, memory of generating, memory of training steps."""
+        memory = [e for kind in ("memory", "train_memory") for e in self.others.get(kind, [])]
+        return [v for v in [*(row.verdict for row in self.rows), *map(memory_verdict, memory)] if v]
+
+
+def memory_verdict(entry: dict[str, Any]) -> Verdict | None:
+    """Of a record of kind memory or train_memory; None where it has no target.
+
+    Generating: the peak over what must be held.  A training step: our peak over that of hooks, of which a target of 1.25
+    allows 1 / 1.25.
+    """
+    if not entry.get("target"):
+        return None
+    bound = entry["target"]["ratio"]
+    if entry["record"] == "memory":
+        ratio, of = entry["peak_mib"] / (entry["weights_mib"] + entry["adapters_mib"]), "weights + adapters"
+        return Verdict("memory", entry["what"], ratio, bound, "", ratio, of, f"{bound:g} x {of}")
+    ratio = entry["ways"][OURS]["peak_mib"] / entry["ways"][HOOKS]["peak_mib"]
+    return Verdict("train memory", entry["case"], ratio, 1 / bound, "", ratio, HOOKS, f"{HOOKS} at least {bound:g} x ours")
+
+
+def read(path: Path) -> Result:
+    """The file at ``path`` as it is; ResultError where a line is broken."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows, others, run = [], {}, None
+    fields = [f.name for f in dataclasses.fields(Row)]
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if number == 1:
+                run = {"suite": entry["suite"], **entry}
+            elif entry["record"] == "row":
+                optional = {"unit_us", "peak_gflops"} - entry.keys()
+                rows.append(Row(**{name: entry[name] for name in fields if name not in optional}))
+            else:
+                others.setdefault(entry["record"], []).append(entry)
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ResultError(f"{path.name}: line {number} is no record of python -m bench: {type(e).__name__}: {e}") from e
+    if run is None or run.get("record") != "run":
+        raise ResultError(f"{path.name}: expected the record of a run in the first line")
+    return Result(path, run, tuple(rows), others)
+
+
+def load(path: Path) -> Result:
+    """The result file at ``path``; ResultError where it cannot be believed or holds less than a whole run."""
+    result = read(path)
+    try:
+        _believe(result)
+    except (KeyError, TypeError) as e:
+        raise ResultError(f"{path.name}: no result file of python -m bench: {type(e).__name__}: {e}") from e
+    return result
+
+
+def _believe(result: Result) -> None:
+    name, run = result.path.name, result.run
+    suite, device = result.path.stem.removesuffix(CUDA), "cuda" if result.path.stem.endswith(CUDA) else "cpu"
+    if (run["suite"], run["size"], run["device"]) != (suite, "full", device):
+        got = f"suite {run['suite']!r} of size {run['size']!r} on {run['device']!r}"
+        raise ResultError(f"{name}: expected suite {suite!r} of size 'full' on {device!r}, got {got}")
+    if "--only" in run["command"]:
+        raise ResultError(f"{name}: expected a whole suite, got a part of it: {run['command']}")
+    if run["dirty"]:
+        raise ResultError(f"{name}: expected the run of a commit, got one with uncommitted changes on {run['commit']}")
+    for ceiling in result.others.get("ceiling", []):
+        if ceiling["when"] == "before" and not any(ceiling_key(ceiling) == ceiling_key(c) for c in _after(result)):
+            what = " ".join(str(part) for part in ceiling_key(ceiling) if part is not None)
+            raise ResultError(f"{name}: ceiling {what} was not measured again: the run did not end")
+    seen = set()
+    for row in result.rows:
+        if row.name in seen:
+            raise ResultError(f"{name}: {row.name}: two rows")
+        seen.add(row.name)
+        if row.error and not row.error["value"] <= row.error["bound"]:
+            value, bound = row.error["value"], row.error["bound"]
+            raise ResultError(f"{name}: {row.name}: error {value:g} is beyond its bound {bound:g}")
+    try:
+        result.verdicts()
+    except ResultError as e:
+        raise ResultError(f"{name}: {e}") from e
+
+
+def _after(result: Result) -> Iterable[dict[str, Any]]:
+    return (c for c in result.others.get("ceiling", []) if c["when"] == "after")
+
+
+def ceiling_key(entry: dict[str, Any]) -> tuple:
+    """What tells one ceiling from another, but not when it was measured."""
+    return entry["kind"], entry.get("dtype"), entry.get("bytes"), entry["threads"]
