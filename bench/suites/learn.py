@@ -1,9 +1,7 @@
 """``python -m bench learn``: adapters for tasks made by code, and what reconstruction keeps of them, on a real model.
 
-Eight tasks of the synthetic suite; an adapter each by ``t2l train lora``; a hypernetwork of each target form by ``t2l train
+Eight tasks of the synthetic suite; an adapter each by ``t2l train lora``; a hypernetwork for each target of ``t2l train
 reconstruction``; all of them judged on the tasks' test examples beside the base model, with descriptions they learned.
-Share kept: the score of a reconstruction less the base model's, over the same of the adapters it was made from, scores being
-means over tasks.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from torch import Tensor
 
 import t2l_engine as t2l
 from bench import harness
-from bench.source import source
 from t2l_engine.data import synthetic
 from t2l_engine.evaluation.answers import Answerer, Query, Store
 from t2l_engine.evaluation.arms import Stored
@@ -33,6 +30,8 @@ from t2l_engine.training.objective import Objective, collate, weighting
 from t2l_engine.training.sampling import Examples
 from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
 
+#: Arms beside the reconstructions.
+BASE, ADAPTERS = "base model", "an adapter a task"
 MODEL, DTYPE, COUNT = base_model.PACKAGED, torch.bfloat16, 8
 LORA = LoRASettings(
     base_model=MODEL, target_modules=("q_proj", "v_proj"), steps=50, warmup_steps=5, learning_rate=2e-3,
@@ -118,12 +117,13 @@ def library(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(work: Path, of_library: Path | None = None) -> dict[str, Any]:
-    """Train and judge below ``work``; runs that were interrupted go on, finished ones are read.
+def measure(work: Path, of_library: Path | None = None) -> list[dict[str, Any]]:
+    """Train and judge below ``work``; returns the records of the result.  Interrupted runs go on, finished ones are read.
 
     ``of_library``: the folder of a larger run of ``t2l train lora``, whose time is reported too.
     """
-    tree = source()
+    command = "python -m bench learn" + (" --library LIBRARY" if of_library else "")
+    made = [harness.header("learn", "full", "cpu", command, torch.get_num_threads())]
     folder = work / "tasks"
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, synthetic.suite()[:COUNT])
@@ -131,33 +131,26 @@ def measure(work: Path, of_library: Path | None = None) -> dict[str, Any]:
     adapters = lora.train(LORA, folder, work / "library") / lora.ADAPTERS
     oracle = t2l.AdapterStack.from_peft([adapters / task.name for task in tasks])
     judge = Judge(tasks)
-    base, best = judge.scores(oracle, base=True), judge.scores(oracle)
-    rows = {}
+
+    def add(arm: str, scores: dict[str, Any], **more: Any) -> None:
+        of_tasks = scores.pop("tasks")
+        made.append({"record": "arm", "arm": arm, **scores, **more})
+        made.extend({"record": "task", "arm": arm, "task": name, **values} for name, values in of_tasks.items())
+
+    add(BASE, judge.scores(oracle, base=True))
+    add(ADAPTERS, judge.scores(oracle), **library(work / "library"), values=oracle.num_parameters * len(oracle))
     for target, settings in RECONSTRUCTION.items():
         run = reconstruction.train(settings, adapters, work / target)
         engine = t2l.TextToLoRA.from_pretrained(run)
-        made = engine.generate([task.descriptions[0] for task in tasks])
-        scores = judge.scores(made)
-        kept = {name: 100 * (scores[name] - base[name]) / (best[name] - base[name]) for name in ("exact_match", "loss")}
-        steps = [row for row in log.read_log(run) if "loss" in row]
-        rows[target] = {
-            **scores,
-            "kept": kept,
-            "l1": [row["val_loss"] for row in log.read_log(run) if "val_loss" in row][-1],
-            "relative_error": distance(made, oracle),
-            "seconds": sum(row["seconds"] for row in steps),
-            "parameters": engine.hypernetwork.config.num_parameters,
-            "settings": settings.model_dump(mode="json"),
-        }
-    return {
-        "suite": "learn",
-        "size": "full",
-        "command": "python -m bench learn" + (" --library LIBRARY" if of_library else ""),
-        **tree,
-        "machine": harness.machine(torch.get_num_threads()),
-        "versions": harness.versions(),
-        "base": base,
-        "oracle": {**best, **library(work / "library"), "values": oracle.num_parameters * len(oracle)},
-        "reconstruction": rows,
-        **({"library": library(of_library)} if of_library else {}),
-    }
+        stack = engine.generate([task.descriptions[0] for task in tasks])
+        rows = list(log.read_log(run))
+        add(
+            f"reconstruction, {target}",
+            judge.scores(stack),
+            l1=[row["val_loss"] for row in rows if "val_loss" in row][-1],
+            relative_error=distance(stack, oracle),
+            seconds=sum(row["seconds"] for row in rows if "loss" in row),
+            values=engine.hypernetwork.config.num_parameters,
+            settings=settings.model_dump(mode="json"),
+        )
+    return [*made, *([{"record": "library", **library(of_library)}] if of_library else [])]
