@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from bench.records import Result
-from bench.report.palette import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW
+from bench.report import tables_study
+from bench.report.style import BLUE, GREEN, GREY, INK, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW, Drawing
 from bench.report.tables_study import ARMS, GROUPS, plain
+from bench.study import scores
 from bench.study.plan import LEARNABLE
 from bench.study.scores import Part
 from t2l_engine.evaluation.bootstrap import interval
@@ -65,8 +67,8 @@ def _steps(axes: Axes, records: Records) -> None:
 def _scaling(axes: Axes, records: Records) -> None:
     scalings = [of["scaling"] for of in records["scaling"]]
     for arm, colour, label in (("t2l", BLUE, "matched"), ("t2l-shuffled", SKY, "another task's")):
-        scores = [of["scores"][arm] for of in records["scaling"]]
-        axes.plot(scalings, scores, "o-", color=colour, markersize=3, label=label)
+        values = [of["scores"][arm] for of in records["scaling"]]
+        axes.plot(scalings, values, "o-", color=colour, markersize=3, label=label)
     axes.axvline(2.0, color=PALE, zorder=0)
     axes.set(xlabel="scaling (trained at 2)", title="siblings, exact match in %")
 
@@ -127,4 +129,7 @@ def _kind(task: str, tier: str) -> str:
     return {"train": trained, "sibling": "sibling", "novel": "other skill"}[tier]
 
 
-FIGURES = {"study-arms": arms, "study-curves": curves, "study-maps": maps}
+_CODE = (__file__, tables_study.__file__, scores.__file__)
+FIGURES = {
+    f"study-{name}": Drawing(draw, ("study",), _CODE) for name, draw in (("arms", arms), ("curves", curves), ("maps", maps))
+}

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from bench.records import Result
-from bench.report.tables import Each, Line, Table, records
+from bench.report.tables import AS_IS, Line, Table, records
 from bench.study import plan
 from bench.study.scores import Part
 from t2l_engine.evaluation.bootstrap import Interval, interval
@@ -246,10 +246,6 @@ def card(result: Result) -> Iterator[Line]:
         shuffled = mean(shipped.column("t2l-shuffled", group))
         name = {"tasks": name.format(len(ours))}
         yield {**name, "this checkpoint, %": mean(ours), "another task's description, %": shuffled, **theirs}
-
-
-#: Columns of entries that are lines already.
-AS_IS = Each(lambda found: [(head, operator.itemgetter(head)) for head in found[0]])
 
 
 def _table(name: str, about: str, lines: Callable[[Result], Iterable[Line]]) -> Table:

@@ -7,37 +7,36 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bench import harness
+from bench.harness import BenchError, Record, record
 from bench.study import analysis, judge, plan
 from bench.study.runs import finished
 from t2l_engine.data import manifest as manifests
 from t2l_engine.training import log, lora
 from t2l_engine.training.settings import LoRASettings
 
-Record = dict[str, Any]
 #: Of an arm's details, what is kept for every group of tasks.
 _MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")
 
 
-def records(work: Path) -> Iterator[tuple[str, Record]]:
-    """Kind and fields of every record but the run line; evaluations that were made before are read."""
+def records(work: Path) -> Iterator[Record]:
+    """Every record of the result file but the run line; evaluations that were made before are read."""
     room = checked_headroom(work)
     for task, scores in room["tasks"].items():
-        where = {group: task in room[group] for group in ("learnable", "headroom")}
-        yield "headroom", {"task": task, "scores": scores, **where}
+        yield record("headroom", task=task, scores=scores, **{of: task in room[of] for of in ("learnable", "headroom")})
     for part, found in judge.parts(work, room["headroom"]):
         yield from _part(part, found)
     for name in plan.RUNS:
         if finished(name, work):
-            yield "training", {"run": name, **_run(name, work)}
-    yield from (("distance", found) for found in analysis.distances(work))
+            yield record("training", run=name, **_run(name, work))
+    yield from (record("distance", **found) for found in analysis.distances(work))
     for scaling, found in judge.scalings(work).items():
-        yield "scaling", {"scaling": scaling, "scores": found["summary"]["all"]["mean"]}
-    yield "wordings", analysis.wordings(work)
-    yield from analysis.maps(work)
-    yield from (("steered", found) for found in analysis.steered(work))
-    yield from (("request", found) for found in analysis.requests(work, manifests.read(plan.MANIFEST).names("sibling")))
-    yield from (("benchmark", found) for found in judge.benchmarks(work))
+        yield record("scaling", scaling=scaling, scores=found["summary"]["all"]["mean"])
+    yield record("wordings", **analysis.wordings(work))
+    yield from (record(kind, **found) for kind, found in analysis.maps(work))
+    yield from (record("steered", **found) for found in analysis.steered(work))
+    siblings = manifests.read(plan.MANIFEST).names("sibling")
+    yield from (record("request", **found) for found in analysis.requests(work, siblings))
+    yield from (record("benchmark", **found) for found in judge.benchmarks(work))
 
 
 def checked_headroom(work: Path) -> dict[str, Any]:
@@ -45,26 +44,26 @@ def checked_headroom(work: Path) -> dict[str, Any]:
     room = judge.headroom(work)
     found, planned = set(room["learnable"]), set(plan.LEARNABLE)
     if found != planned:
-        raise harness.BenchError(
+        raise BenchError(
             f"plan.LEARNABLE: expected the tasks whose oracles reach {plan.LEAST_ORACLE} % here; "
             f"it lacks {sorted(found - planned)} and has {sorted(planned - found)} in excess"
         )
     return room
 
 
-def _part(part: str, result: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
+def _part(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
     """Scores a task; per arm its prompt template and, per group of tasks, means of what else was measured."""
     for task, scores in result["tasks"].items():
         groups = [group for group, names in result["groups"].items() if task in names]
         scores = {arm: round(score, 2) for arm, score in scores.items()}
-        yield "task", {"part": part, "task": task, "items": result["items"][task], "groups": groups, "scores": scores}
+        yield record("scores", part=part, task=task, items=result["items"][task], groups=groups, scores=scores)
     for arm, details in result["details"].items():
         groups = {}
         for group, names in result["groups"].items():
             if of := [details["tasks"][name] for name in names if name in details["tasks"]]:
                 means = {m: [task[m] for task in of if m in task] for m in _MEASURES}
                 groups[group] = {m: round(statistics.fmean(values), 2) for m, values in means.items() if values}
-        yield "arm", {"part": part, "arm": arm, "form": result["forms"][arm]["form"], "groups": groups}
+        yield record("arm", part=part, arm=arm, form=result["forms"][arm]["form"], groups=groups)
 
 
 def _run(name: str, work: Path) -> Record:

@@ -12,7 +12,7 @@ from t2l_engine.evaluation.bootstrap import Interval
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One evaluation: records of kind ``task``, and those of kind ``arm`` by arm."""
+    """One evaluation: records of kind ``scores``, one a task, and those of kind ``arm`` by arm."""
 
     tasks: Sequence[Mapping[str, Any]]
     arms: Mapping[str, Mapping[str, Any]]
@@ -20,7 +20,7 @@ class Part:
     @staticmethod
     def of(records: Mapping[str, Sequence[Mapping[str, Any]]], name: str) -> Part:
         """Part ``name`` of the records by kind; empty where it was not measured."""
-        tasks, arms = ([r for r in records.get(kind, ()) if r["part"] == name] for kind in ("task", "arm"))
+        tasks, arms = ([r for r in records.get(kind, ()) if r["part"] == name] for kind in ("scores", "arm"))
         return Part(tasks, {r["arm"]: r for r in arms})
 
     def only(self, names: Collection[str]) -> Part:
