@@ -19,7 +19,7 @@ Entry = dict[str, Any]
 PHASES = ("describe", "generate", "merge", "prompt", "answer")
 #: Real tasks by what the bundled checkpoint knows of them.
 UNSEEN, TRAINED, BENCHMARK = "tasks never trained on", "trained tasks", "of the paper's benchmarks, never trained on"
-ARMS = ("icl", "icl-warm", "description", "t2l-task", "t2l-merged")
+ARMS, RIVALS = ("icl", "icl-warm", "description", "t2l-task", "t2l-merged"), ("icl", "icl-cold", "icl-warm")
 
 
 def entry(result: Result, kind: str, **where: Any) -> Entry:
@@ -202,7 +202,7 @@ def _measured(group: str, tasks: Sequence[Entry]) -> Line:
         return statistics.fmean(map(value, tasks))  # not sum: its rounding differs between Pythons, and tables are compared
 
     def by_arm(head: str, value: Callable[[Entry], float]) -> Line:
-        return {head.format(arm): mean(lambda t: value(t["arms"][arm])) for arm in ARMS}
+        return {head.format(arm): mean(lambda t, a=arm: value(t["arms"][a])) for arm in ARMS}
 
     def total(way: str) -> float:
         return math.fsum(linear(t)[way].total(t["questions"]) for t in tasks)
