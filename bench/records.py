@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,9 @@ OURS = "ours"
 BASE = "base"
 #: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
 PREALLOCATED, FRESH = "preallocated output", "fresh output"
+#: What runs of a card time beside ours: ours called otherwise, bounds, and a part of a request.
+HOST = "ours, from the host"
+BESIDE = (BASE, FRESH, HOST, "ours, a launch a linear", "ours, ops alone", "copy", "head weights", "text encoder")
 #: What the runs of a card add to the name of their suite.
 CUDA = "-cuda"
 #: Arms of a training step of which one holds less memory than the other.
@@ -99,12 +101,18 @@ class Row:
         return self.us * self.peak_gflops * 1e3 / self.roofline["flops"] if self.peak_gflops and self.roofline else None
 
     def speedup(self, baseline: str) -> float | None:
-        """Time of the baseline over ours; None where it did not run."""
-        return self.times[baseline]["median_us"] / self.us if baseline in self.times else None
+        """Time of the baseline over ours; None where it did not run.
+
+        A baseline that no graph holds, called from the host, is compared with ours called so.
+        """
+        ours, other = self.times[OURS], self.times.get(baseline)
+        if other and ours.get("graph") and other.get("graph") is False:
+            ours = self.times.get(HOST)
+        return other["median_us"] / ours["median_us"] if ours and other else None
 
     def rivals(self) -> dict[str, float]:
-        """Speedup over each other way that ran: not over the model without adapters, nor over ours into new memory."""
-        return {name: self.speedup(name) for name in self.baselines if name not in (BASE, FRESH)}
+        """Speedup over each other way of doing the same that ran."""
+        return {name: s for name in self.baselines if name not in BESIDE and (s := self.speedup(name)) is not None}
 
     @property
     def verdict(self) -> Verdict | None:
@@ -138,6 +146,11 @@ class Result:
 
     def ceilings(self, kind: str, when: str = "before") -> list[dict[str, Any]]:
         return [c for c in self.records("ceiling") if (c["kind"], c["when"]) == (kind, when)]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Tasks that the run began with and did not end: of a card, where the time ran out or one failed."""
+        return [name for name in self.run.get("tasks", []) if name not in {t["name"] for t in self.others.get("task", [])}]
 
     @property
     def peaks_hold(self) -> bool:
@@ -202,17 +215,16 @@ def load(path: Path) -> Result:
 def _believe(result: Result) -> None:
     name, run = result.path.name, result.run
     suite, device = result.path.stem.removesuffix(CUDA), "cuda" if result.path.stem.endswith(CUDA) else "cpu"
-    if (run["suite"], run["size"], run["device"]) != (suite, "full", device):
-        got = f"suite {run['suite']!r} of size {run['size']!r} on {run['device']!r}"
+    size, on = run.get("size", "full"), run.get("device", "cpu")
+    if (run["suite"], size, on) != (suite, "full", device):
+        got = f"suite {run['suite']!r} of size {size!r} on {on!r}"
         raise ResultError(f"{name}: expected suite {suite!r} of size 'full' on {device!r}, got {got}")
     if "--only" in run["command"]:
         raise ResultError(f"{name}: expected a whole suite, got a part of it: {run['command']}")
-    if run["dirty"]:
+    if result.rows and run["dirty"]:
         raise ResultError(f"{name}: expected the run of a commit, got one with uncommitted changes on {run['commit']}")
-    for ceiling in result.others.get("ceiling", []):
-        if ceiling["when"] == "before" and not any(ceiling_key(ceiling) == ceiling_key(c) for c in _after(result)):
-            what = " ".join(str(part) for part in ceiling_key(ceiling) if part is not None)
-            raise ResultError(f"{name}: ceiling {what} was not measured again: the run did not end")
+    if device == "cpu":
+        _whole(result)
     seen = set()
     for row in result.rows:
         if row.name in seen:
@@ -227,8 +239,15 @@ def _believe(result: Result) -> None:
         raise ResultError(f"{name}: {e}") from e
 
 
-def _after(result: Result) -> Iterable[dict[str, Any]]:
-    return (c for c in result.others.get("ceiling", []) if c["when"] == "after")
+def _whole(result: Result) -> None:
+    """ResultError where tasks did not end, or ceilings were not measured again at the end."""
+    if result.unfinished:
+        raise ResultError(f"{result.path.name}: expected a whole run, got one without: {', '.join(result.unfinished)}")
+    ceilings = result.others.get("ceiling", [])
+    before, after = ({ceiling_key(c) for c in ceilings if c["when"] == when} for when in ("before", "after"))
+    for key in sorted(before - after, key=str):
+        what = " ".join(str(part) for part in key if part is not None)
+        raise ResultError(f"{result.path.name}: ceiling {what} was not measured again: the run did not end")
 
 
 def ceiling_key(entry: dict[str, Any]) -> tuple:

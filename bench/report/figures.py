@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from bench import records
 from bench.records import BASE, OURS, Result, ResultError, Row
-from bench.report import speed, style
+from bench.report import figures_icl, figures_study, figures_train, speed, style
 from bench.report.cells import duration, number
 from bench.report.style import BLUE, GREEN, GREY, ORANGE, PALE, PINK, SKY, VERMILION, YELLOW, Drawing
 
@@ -197,7 +197,7 @@ def decode(figure: Figure, *results: Result) -> None:
 
 CODE = (__file__, records.__file__, speed.__file__)
 #: Modules with figures of their own.
-MODULES = ()
+MODULES = (figures_train, figures_icl, figures_study)
 FIGURES: dict[str, Drawing] = {
     "roofline": Drawing(roofline, ("generate", "apply"), CODE),
     "latency-split": Drawing(latency_split, ("generate",), CODE),

@@ -18,7 +18,7 @@ import jinja2
 from rich.console import Console
 
 from bench.records import CUDA, Result, ResultError, load
-from bench.report import cells, figures, speed, tables
+from bench.report import cells, figures, speed, tables, tables_icl, tables_study, tables_train
 from bench.report.tables import Line, Table
 from bench.source import ROOT, bundled
 
@@ -46,9 +46,9 @@ SOURCES = {
     "learn": Source("python -m bench learn --work WORK --library LIBRARY"),
     "study": Source("python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK", bundled=True),
     "lengths": Source("python -m bench lengths"),
-    "kernels": Source("python -m bench kernels"),
+    "kernels": Source("python -m bench kernels --write"),
 }
-MODULES = (speed,)  # each with its TABLES
+MODULES = (speed, tables_train, tables_icl, tables_study)  # each with its TABLES
 TABLES: dict[str, Table] = {table.name: table for module in MODULES for table in module.TABLES}
 
 
@@ -147,15 +147,16 @@ class Report:
         """The run of a result file."""
         return self.of([name])[0].run
 
-    def provenance(self, name: str) -> str:
-        """Machine, versions, date and commit of a result."""
-        run = self.run(name)
-        machine = run["machine"]
-        versions = ", ".join(f"{what} {version}" for what, version in run["versions"].items() if version)
-        return (
-            f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
-            f"{machine['isa']}; {versions}; {run['date']}, commit {run['commit']}, `{run['command']}`"
-        )
+    def provenance(self, names: Sequence[str]) -> list[str]:
+        """Machine, versions, and of every result command, date and commit: a sentence for each machine."""
+        runs: dict[str, list[str]] = {}
+        for run in (result.run for result in self.of(names)):
+            machine = run["machine"]
+            facts = [machine.get("gpu") or machine["cpu"], f"{machine['cores']} cores", f"{machine['threads']} threads"]
+            facts += [machine["isa"], *(f"{what} {version}" for what, version in run["versions"].items() if version)]
+            commit = f"{run['commit']}{' with uncommitted changes' if run['dirty'] else ''}"
+            runs.setdefault(", ".join(facts), []).append(f"`{run['command']}` ({run['date']}, commit {commit})")
+        return [f"{facts}: {', '.join(commands)}" for facts, commands in runs.items()]
 
     # --- what is written ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from bench.records import BASE, Result, Row, Verdict, ceiling_key, memory_verdict
+from bench.records import BASE, PREALLOCATED, Result, ResultError, Row, Verdict, ceiling_key, memory_verdict
+from bench.report.cells import Times
 from bench.report.tables import (
     CASE,
     ERROR,
@@ -62,9 +63,13 @@ def _ceilings(*results: Result) -> Iterable[dict[str, Any]]:
         for c in result.records("ceiling"):
             if c["when"] == "before":
                 unit = "gflops" if "gflops" in c else "gbps"
-                later = after[ceiling_key(c)][unit]
+                later = after.get(ceiling_key(c), {}).get(unit)
                 holds = result.peaks_hold if c["kind"] == "fma" else None
                 yield {**c, "suite": result.run["suite"], "unit": unit, "rate": c[unit], "later": later, "holds": holds}
+
+
+def _drift(ceiling: dict[str, Any]) -> float | None:
+    return ceiling["later"] and 100 * (ceiling["later"] / ceiling["rate"] - 1)
 
 
 def _misses(*results: Result) -> list[Verdict]:
@@ -104,6 +109,39 @@ def _beaten(*results: Result) -> Iterable[Line]:
             yield {"group": group, "baseline": name, "cases": len(found), "lost": lost, "worst": 1 / worst, "case": case}
 
 
+#: What a newcomer asks: words, case, threads, cache, and the baseline that does the same work.
+HEADLINES = (
+    (
+        *("Adapters for Mistral-7B from one sentence", "mistral-7b L bfloat16, 1 description", 2, None),
+        *("eager", "one module at a time, as the paper's code does"),
+    ),
+    (
+        *("LoRA around one linear of 4096 features: 64 tokens, 64 different adapters", "serve_64x64", 1, "warm"),
+        *("gather bmm", "a gathered batched product"),
+    ),
+    (
+        *("Decode step of SmolLM2-135M: 8 rows, an adapter each", "decode 8 rows, q,v, bfloat16", 2, None),
+        *("PEFT mixed", "PEFT, mixed batch"),
+    ),
+    (
+        *("Training step of 8 samples, 128 tokens, an adapter each", "q,v, 128 tokens, bfloat16", 2, None),
+        *("hooks", "forward hooks, as the paper's code does"),
+    ),
+    (
+        *("First answer to a new task", "first question of a new task, 59 against 299 tokens, bfloat16", 2, None),
+        *("ICL, no cache", "three examples in the prompt"),
+    ),
+)
+
+
+def _headlines(*results: Result) -> Iterable[Line]:
+    for what, case, threads, cache, baseline, words in HEADLINES:
+        found = [r for result in results for r in result.rows if (r.case, r.threads, r.cache) == (case, threads, cache)]
+        if len(found) != 1 or baseline not in found[0].times:
+            raise ResultError(f"speed: expected one row of {case!r}, {threads} threads, beside {baseline!r}")
+        yield {"what": what, "row": found[0], "words": words, "baseline us": found[0].speedup(baseline) * found[0].us}
+
+
 def _same(*names: str) -> list[Column]:
     return [(name, name) for name in names]
 
@@ -126,6 +164,7 @@ TABLES = (
             SHAPE,
             *WHERE,
             *time("ms"),
+            ("output", lambda row: PREALLOCATED.split()[0] if PREALLOCATED in row.case else "fresh"),
             ("ms an adapter", lambda row: row.us / 1e3 / row.shape["descriptions"]),
             ROUNDS,
             SPREAD,
@@ -214,6 +253,23 @@ TABLES = (
         [CASE, SHAPE, *WHERE, *over_base("ms"), SKIPPED, *ERROR],
     ),
     Table(
+        "speed",
+        "What a newcomer asks",
+        SUITES,
+        _headlines,
+        [
+            *(
+                ("what", "what"),
+                ("case", "row.name"),
+                ("us", "row.us"),
+                ("baseline", "words"),
+                ("baseline us", "baseline us"),
+            ),
+            ("speedup", lambda e: Times(e["baseline us"] / e["row"].us)),
+            *((head, f"row.verdict.{head}") for head in ("ratio", "of", "target", "met")),
+        ],
+    ),
+    Table(
         "misses",
         "Every target that is missed, the farthest first",
         SUITES,
@@ -257,7 +313,11 @@ TABLES = (
         _ceilings,
         [
             *_same("suite", "kind", "dtype", "bytes", "threads", "unit"),
-            *(("before", "rate"), ("after", "later"), ("drift %", lambda c: 100 * (c["later"] / c["rate"] - 1))),
+            *(
+                ("before", "rate"),
+                ("after", "later"),
+                ("drift %", lambda c: c["later"] and 100 * (c["later"] / c["rate"] - 1)),
+            ),
             ("is a peak", "holds"),
         ],
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ class Each:
     """Stands among columns for those that only the entries tell, such as one for each baseline."""
 
     columns: Callable[[list], list[Column]]
+
+
+#: Of entries that are lines already, all with the same headings.
+AS_IS = Each(lambda found: [(head, operator.itemgetter(head)) for head in found[0]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +171,7 @@ CASE: Column = ("case", "case")
 WHERE: list[Column] = [("threads", "threads"), ("cache", "cache")]
 TARGET: list[Column] = [
     ("ratio", "verdict.ratio"),
+    ("of", "verdict.of"),
     ("target", "verdict.target"),
     ("allows us", "verdict.limit"),
     ("met", "verdict.met"),
