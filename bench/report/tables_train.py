@@ -35,12 +35,9 @@ def memory(*results: Result) -> list[Entry]:
     """Peaks of training steps; ResultError where one cannot be so."""
     found = records("train_memory")(*results)
     for entry in found:
-        for way, of in {OURS: None, HOOKS: None, **entry["ways"]}.items():
-            place = f"{results[0].path.name}: memory of {entry['case']}, {way}"
-            if of is None:
-                raise ResultError(f"{place}: not measured")
-            if not 0 < of["loaded_mib"] < of["peak_mib"]:
-                loaded, peak = of["loaded_mib"], of["peak_mib"]
+        for way, of in entry["ways"].items():
+            if not 0 < (loaded := of["loaded_mib"]) < (peak := of["peak_mib"]):
+                place = f"{results[0].path.name}: memory of {entry['case']}, {way}"
                 raise ResultError(f"{place}: expected a peak above the {loaded:g} MiB before it, got {peak:g}")
     return found
 
@@ -118,7 +115,7 @@ def _arms(result: Result) -> list[Entry]:
 
 def _tasks(result: Result) -> list[Line]:
     found: dict[str, Line] = {}
-    for entry in result.records("task"):
+    for entry in result.records("scores"):
         found.setdefault(entry["task"], {"task": entry["task"]})[entry["arm"]] = entry["exact_match"]
     return list(found.values())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import t2l_engine as t2l
-from bench import harness
+from bench.harness import Record, record
 from t2l_engine.data import synthetic
 from t2l_engine.evaluation.answers import Answerer, Query, Store
 from t2l_engine.evaluation.arms import Stored
@@ -117,13 +117,11 @@ def library(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(work: Path, of_library: Path | None = None) -> list[dict[str, Any]]:
-    """Train and judge below ``work``; returns the records of the result.  Interrupted runs go on, finished ones are read.
+def records(work: Path, of_library: Path | None = None) -> Iterator[Record]:
+    """Train and judge below ``work``; all but the record of the run.  Interrupted runs go on, finished ones are read.
 
     ``of_library``: the folder of a larger run of ``t2l train lora``, whose time is reported too.
     """
-    command = "python -m bench learn" + (" --library LIBRARY" if of_library else "")
-    made = [harness.header("learn", "full", "cpu", command, torch.get_num_threads())]
     folder = work / "tasks"
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, synthetic.suite()[:COUNT])
@@ -131,20 +129,15 @@ def measure(work: Path, of_library: Path | None = None) -> list[dict[str, Any]]:
     adapters = lora.train(LORA, folder, work / "library") / lora.ADAPTERS
     oracle = t2l.AdapterStack.from_peft([adapters / task.name for task in tasks])
     judge = Judge(tasks)
-
-    def add(arm: str, scores: dict[str, Any], **more: Any) -> None:
-        of_tasks = scores.pop("tasks")
-        made.append({"record": "arm", "arm": arm, **scores, **more})
-        made.extend({"record": "task", "arm": arm, "task": name, **values} for name, values in of_tasks.items())
-
-    add(BASE, judge.scores(oracle, base=True))
-    add(ADAPTERS, judge.scores(oracle), **library(work / "library"), values=oracle.num_parameters * len(oracle))
+    yield from _arm(BASE, judge.scores(oracle, base=True))
+    values = oracle.num_parameters * len(oracle)
+    yield from _arm(ADAPTERS, judge.scores(oracle), **library(work / "library"), values=values)
     for target, settings in RECONSTRUCTION.items():
         run = reconstruction.train(settings, adapters, work / target)
         engine = t2l.TextToLoRA.from_pretrained(run)
         stack = engine.generate([task.descriptions[0] for task in tasks])
-        rows = list(log.read_log(run))
-        add(
+        rows = log.read_log(run)
+        yield from _arm(
             f"reconstruction, {target}",
             judge.scores(stack),
             l1=[row["val_loss"] for row in rows if "val_loss" in row][-1],
@@ -153,4 +146,11 @@ def measure(work: Path, of_library: Path | None = None) -> list[dict[str, Any]]:
             values=engine.hypernetwork.config.num_parameters,
             settings=settings.model_dump(mode="json"),
         )
-    return [*made, *([{"record": "library", **library(of_library)}] if of_library else [])]
+    if of_library:
+        yield record("library", **library(of_library))
+
+
+def _arm(arm: str, scores: dict[str, Any], **more: Any) -> Iterator[Record]:
+    tasks = scores.pop("tasks")
+    yield record("arm", arm=arm, **scores, **more)
+    yield from (record("scores", arm=arm, task=name, **values) for name, values in tasks.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,18 +17,16 @@ from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench.baselines import PEFT_ABSENT
-from bench.decode import LINEARS, linears, random_adapters, shared
-from bench.decode import load as load_serving
-from bench.harness import OURS, Context
-from bench.rows import BASE
+from bench.harness import Context
+from bench.models import MODULES, linears, random_adapters, shared
+from bench.models import load as load_serving
+from bench.records import BASE, HOOKS, OURS
 from bench.source import ROOT
-from bench.train_tables import HOOKS
 from t2l_engine.integrations import base_model
 
 HOOKS_PEFT, BMM = f"{HOOKS}, PEFT base", "plain bmm"
 #: Samples a task or a step, predicted positions a sample, rank of the adapters.
 SAMPLES, ANSWER, RANK = 8, 8, 8
-MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
 #: SDPA's bfloat16 backward on CPU is slower at these lengths.
 ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
 
@@ -86,17 +85,15 @@ class Batch(NamedTuple):
 
     @staticmethod
     def of(frozen: Frozen, rows: int, tokens: int, seed: int, *, to_inputs: bool = True) -> Batch:
-        """Samples from places of the text at random; ``to_inputs``: gradients go down to the embeddings."""
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(frozen.text) - tokens, (rows, 1), generator=generator)
+        """Samples from random places of the text; ``to_inputs``: gradients go down to the embeddings."""
+        starts = torch.randint(len(frozen.text) - tokens, (rows, 1), generator=torch.Generator().manual_seed(seed))
         ids = frozen.text[starts + torch.arange(tokens)]
         embeds = frozen.model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
         return Batch(embeds, torch.ones_like(ids), ids[:, -ANSWER:].flatten())
 
     def cut(self, rows: slice) -> Batch:
         """Some of the samples."""
-        labels = self.labels.view(-1, ANSWER)[rows].flatten()
-        return Batch(self.embeds[rows].detach(), self.mask[rows], labels)
+        return Batch(self.embeds[rows].detach(), self.mask[rows], self.labels.view(-1, ANSWER)[rows].flatten())
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -109,14 +106,11 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / (SAMPLES * ANSWER)
 
 
-Applied = Callable[[t2l.AdapterStack], contextlib.AbstractContextManager]
-
-
 class Way(NamedTuple):
     """A model, and a context in which its rows use the adapters of a stack."""
 
     model: nn.Module
-    applied: Applied
+    applied: Callable[[t2l.AdapterStack], contextlib.AbstractContextManager]
 
 
 def leaves(stack: t2l.AdapterStack) -> tuple[t2l.AdapterStack, list[Tensor]]:
@@ -157,10 +151,13 @@ def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int] | None = 
     return Way(model, lambda own: handle.differentiable(own, chosen))
 
 
-class Hooks:
-    """Forward hooks on the linears of ``names``, which add ``delta(x, A, B, scaling)``; row i has adapter i."""
+Delta = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
-    def __init__(self, model: nn.Module, names: Sequence[str], delta: Callable[[Tensor, Tensor, Tensor, float], Tensor]):
+
+class Hooks:
+    """A forward hook on every adapted linear of ``model`` that adds ``delta(x, A, B, scaling)``; row i has adapter i."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str], delta: Delta):
         self._delta, self._dtype = delta, next(model.parameters()).dtype
         self._current: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
         self._linears = {name: [linear for _, linear in linears(model, name)] for name in names}
@@ -184,7 +181,7 @@ class Hooks:
 
 
 def repeated(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """The delta of ``x [rows, tokens, in]`` as in the reference implementation's hooks: A and B repeated for every token."""
+    """The delta of ``x [rows, tokens, in]`` as in SakanaAI's hooks: A and B repeated for every token."""
     rows, tokens, features = x.shape
     A, B = (side.repeat_interleave(tokens, dim=0) for side in (lora_A, lora_B))
     v = torch.bmm(A, x.reshape(rows * tokens, features, 1)) * scaling
@@ -196,45 +193,28 @@ def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor
     return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
 
 
-def hooks(model: nn.Module, stack: t2l.AdapterStack) -> Way:
-    """Hooks that repeat A and B."""
+def hooked(model: nn.Module, stack: t2l.AdapterStack, delta: Delta = repeated, peft_base: bool = False) -> Way:
+    """Hooks; ``peft_base``: around a base that PEFT has wrapped in a LoRA with B = 0, as SakanaAI's training keeps it."""
     model = shared(model)
-    return Way(model, Hooks(model, list(stack.lora_A), repeated).applied)
+    if peft_base:
+        from peft import LoraConfig, get_peft_model
 
-
-def hooks_peft(model: nn.Module, stack: t2l.AdapterStack) -> Way:
-    """The same around a base that PEFT has wrapped in a LoRA with B = 0, as the reference implementation keeps it."""
-    from peft import LoraConfig, get_peft_model
-
-    model = shared(model)
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(stack.lora_A))
-    get_peft_model(model, config, autocast_adapter_dtype=False).requires_grad_(False).eval()  # in place
-    return Way(model, Hooks(model, list(stack.lora_A), repeated).applied)
-
-
-def plain_bmm(model: nn.Module, stack: t2l.AdapterStack) -> Way:
-    """Hooks that multiply in batches."""
-    model = shared(model)
-    return Way(model, Hooks(model, list(stack.lora_A), batched).applied)
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(stack.lora_A))
+        get_peft_model(model, config, autocast_adapter_dtype=False).requires_grad_(False).eval()  # in place
+    return Way(model, Hooks(model, list(stack.lora_A), delta).applied)
 
 
 BUILDERS: dict[str, Callable[[nn.Module, t2l.AdapterStack], Way]] = {
     BASE: base,
     OURS: ours,
-    HOOKS: hooks,
-    HOOKS_PEFT: hooks_peft,
-    BMM: plain_bmm,
+    HOOKS: hooked,
+    HOOKS_PEFT: functools.partial(hooked, peft_base=True),
+    BMM: functools.partial(hooked, delta=batched),
 }
-ABSENT = {HOOKS_PEFT: PEFT_ABSENT} if PEFT_ABSENT else {}
-WAYS = [name for name in BUILDERS if name not in ABSENT]
+SKIPPED = {HOOKS_PEFT: PEFT_ABSENT} if PEFT_ABSENT else {}
+WAYS = [name for name in BUILDERS if name not in SKIPPED]
 
 
 def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterStack:
     """``count`` adapters in float32 for the modules of ``case``."""
     return random_adapters(model, MODULES[case.modules], count, RANK)
-
-
-def stepped(name: str, frozen: Frozen, case: Case, seed: int) -> Callable[[], list[Tensor]]:
-    """A step of ``case`` by way ``name``."""
-    stack, batch = adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed)
-    return step(BUILDERS[name](frozen.model, stack), None if name == BASE else stack, batch)

@@ -1,14 +1,12 @@
 """Peak memory of one training step, in a process of its own (Linux only).
 
-python -m bench.train_memory "hooks" --modules q,v --tokens 48 --dtype float32 [--size tiny] [--threads 2]
-
-Prints a JSON object.  ``loaded_mib``: resident once packages and the model are; ``peak_mib``: the most during a step after a
-first one; ``reset``: whether the system let the peak begin anew before that step, else it is the most since the start.
+``python -m bench.suites.train_memory SIZE THREADS WAY MODULES TOKENS DTYPE`` prints a JSON object.  ``loaded_mib``: resident
+once packages and the model are; ``peak_mib``: the most during a step after a first one; ``reset``: whether the system let
+the peak begin anew before that step, else it is the most since the start.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
@@ -21,8 +19,10 @@ from typing import Any
 import torch
 
 from bench.harness import BenchError, Context
+from bench.records import BASE
 from bench.source import ROOT
-from bench.train_ways import MODULES, PEFT_ABSENT, WAYS, Case, load, stepped
+from bench.suites import train_ways as ways
+from bench.suites.train_ways import Case
 
 #: The allocator's settings, equal for all ways: what is freed goes back to the system, so that resident is what is held.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -31,10 +31,8 @@ STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 def in_a_process(context: Context, case: Case, way: str) -> dict[str, Any]:
     """What the module's docstring lists; BenchError where the process fails."""
-    options = {"modules": case.modules, "tokens": case.tokens, "dtype": case.dtype}
-    options |= {"size": context.size, "threads": context.threads}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "bench.train_memory", way, *words]
+    words = map(str, (context.size, context.threads, way, case.modules, case.tokens, case.dtype))
+    command = [sys.executable, "-m", "bench.suites.train_memory", *words]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | MALLOC, capture_output=True, text=True)
     if done.returncode:
         raise BenchError(f"memory of {case.name}, {way}: {done.stderr.strip().rpartition(chr(10))[2]}")
@@ -43,14 +41,15 @@ def in_a_process(context: Context, case: Case, way: str) -> dict[str, Any]:
 
 def measured(context: Context, case: Case, way: str) -> dict[str, Any]:
     """The figures of this process, which should have done nothing else."""
-    if not PEFT_ABSENT:
+    if not ways.SKIPPED:
         import peft  # noqa: F401 - before, so that no way is charged for it
-    frozen = load(context, case.dtype)
+    frozen = ways.load(context, case.dtype)
     for tensor in frozen.model.state_dict().values():  # what was mapped from a file is read
         tensor.sum()
     gc.collect()
     loaded = _resident("VmRSS")
-    step = stepped(way, frozen, case, seed=0)
+    stack, batch = ways.adapters(frozen.model, case), ways.Batch.of(frozen, ways.SAMPLES, case.tokens, seed=0)
+    step = ways.step(ways.BUILDERS[way](frozen.model, stack), None if way == BASE else stack, batch)
     step()
     gc.collect()
     try:
@@ -67,19 +66,7 @@ def _resident(field: str) -> float:
     return round(int(re.search(rf"^{field}:\s+(\d+) kB", STATUS.read_text(), re.M).group(1)) / 1024, 1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.train_memory", description="Peak memory of one training step.")
-    parser.add_argument("way", choices=WAYS)
-    parser.add_argument("--modules", choices=MODULES, required=True)
-    parser.add_argument("--tokens", type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    parser.add_argument("--size", choices=("tiny", "full"), default="full")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    case = Case(given.modules, given.tokens, given.dtype)
-    print(json.dumps(measured(Context.of(given.size, given.threads), case, given.way)))
-
-
 if __name__ == "__main__":
-    main()
+    size, threads, way, modules, tokens, dtype = sys.argv[1:]
+    torch.set_num_threads(int(threads))
+    print(json.dumps(measured(Context.of(size, int(threads)), Case(modules, int(tokens), dtype), way)))

@@ -11,35 +11,37 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import train_memory, train_ways
-from bench.harness import OURS, Bar, Context, Error, Task, admit, row, worst
-from bench.rows import BASE
-from bench.train_tables import HOOKS
-from bench.train_ways import ABSENT, BMM, RANK, SAMPLES, WAYS, Batch, Case, Frozen, Way, cases, leaves, load, loss_of
+from bench.harness import BenchError, Context, Error, Record, Target, Task, record, row, verify, worst
+from bench.records import BASE, HOOKS, OURS
+from bench.suites import train_memory
+from bench.suites import train_ways as ways
+from bench.suites.train_ways import BMM, RANK, SAMPLES, Batch, Case, Frozen, Way
 from t2l_engine.hypernetwork import HyperNetwork
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
 
-BAR = Bar(1.12, of=BASE)
-#: Peak memory of the reference implementation's way over that of ours, at least.
-MEMORY_BAR = 1.25
+TARGET = Target(1.12, of=BASE)
+#: Peak memory of hooks over that of ours, at least.
+MEMORY_TARGET = Target(1.25, of=HOOKS)
 SEPARATE = "one task at a time"
+MEASURE = "gradient, relative Frobenius against another way, float32"
 #: Seconds for each case, in those of an ordinary one: a step takes up to seconds.
 FACTOR = 30
 #: Steps change what they train, but hardly: times belong to the same values.
 LEARNING_RATE, GRAD_CLIP = 1e-6, 1.0
-Entries = Iterator[tuple[str, dict[str, Any]]]
 Gradients = list[Tensor]
 
 
 def plan(context: Context) -> list[Task]:
-    few = [case for case in cases(context) if case.modules == "q,v"]
-    # What a mistake shows in soonest comes first: a run that fails late has cost much.
-    tasks = [Task(f"library {dtype}", functools.partial(library, context, dtype)) for dtype in train_ways.ATTENTION]
+    if not context.on_cpu:
+        raise BenchError(f"device: expected 'cpu' for the suite train, got {context.device.kind!r}")
+    few = [case for case in ways.cases(context) if case.modules == "q,v"]
+    # Fail fast: a mistake shows soonest in the cheapest.
+    tasks = [Task(f"library {dtype}", functools.partial(library, context, dtype)) for dtype in ways.ATTENTION]
     tasks += [Task(f"sft step {case.name}", functools.partial(whole, context, case)) for case in few]
-    tasks += [Task(f"step {case.name}", functools.partial(applied, context, case)) for case in cases(context)]
-    measured, ways = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
-    return tasks + [Task(f"memory {case.name}", functools.partial(memory, context, case, ways)) for case in measured]
+    tasks += [Task(f"step {case.name}", functools.partial(applied, context, case)) for case in ways.cases(context)]
+    measured, of = (ways.cases(context), ways.WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
+    return tasks + [Task(f"memory {case.name}", functools.partial(memory, context, case, of)) for case in measured]
 
 
 def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients, dtype: str) -> dict[str, Error]:
@@ -47,60 +49,57 @@ def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients,
     bounds = [numerics.model_gradient_bound(*pair, getattr(torch, dtype)) for pair in zip(exact, other, strict=True)]
 
     def error(got: Tensor, right: Tensor, bound: float) -> Error:
-        return Error(
-            numerics.relative_frobenius(got, right), bound, "gradient, relative Frobenius against another way, float32"
-        )
+        return Error(numerics.relative_frobenius(got, right), bound, MEASURE)
 
     return {name: worst(map(error, got, exact, bounds)) for name, got in results.items()}
 
 
 def models(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
     """The model in ``dtype``, and in float32."""
-    frozen = load(context, dtype)
-    return frozen, frozen if dtype == "float32" else load(context, "float32")
+    frozen = ways.load(context, dtype)
+    return frozen, frozen if dtype == "float32" else ways.load(context, "float32")
 
 
-def _shape(name: str, case: Case, **more: Any) -> dict[str, Any]:
+def _shape(name: str, case: Case, **more: Any) -> Record:
     return {"model": name, **more, "tokens": case.tokens, "modules": case.modules, "rank": RANK, "dtype": case.dtype}
 
 
 # --- a step with an adapter a sample ---------------------------------------------------------------------------------
 
 
-def applied(context: Context, case: Case) -> Entries:
+def applied(context: Context, case: Case) -> Iterator[Record]:
     """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
     frozen, single = models(context, case.dtype)
-    stack = train_ways.adapters(frozen.model, case)
-    ways = {way: train_ways.BUILDERS[way](frozen.model, stack) for way in WAYS}
-    found = step_errors(ways, frozen, single, stack, case)
+    stack = ways.adapters(frozen.model, case)
+    made = {way: ways.BUILDERS[way](frozen.model, stack) for way in ways.WAYS}
+    found = step_errors(made, frozen, single, stack, case)
     del single
     timed = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
-    calls = {way: train_ways.step(made, None if way == BASE else stack, timed) for way, made in ways.items()}
+    calls = {way: ways.step(one, None if way == BASE else stack, timed) for way, one in made.items()}
     unadapted = {BASE: calls.pop(BASE)}  # nothing was added that could be wrong
-    functions, wrong = admit(case.name, calls, found)
-    timings = context.time(unadapted | functions, context.threads, factor=FACTOR)
-    common = {"absent": ABSENT | wrong, "bar": BAR if context.full else None, "unit_us": timings[BASE].median_us}
+    functions, wrong = verify(case.name, calls, found)
+    timings = context.time(unadapted | functions, factor=FACTOR)
     shape = _shape(frozen.name, case, samples=SAMPLES)
-    yield "rows", row(case.name, "train", shape, context.threads, timings, found[OURS], **common)
+    yield row(context, case.name, "train", shape, timings, found[OURS], skipped=ways.SKIPPED | wrong, target=TARGET)
 
 
 def step_errors(
-    ways: Mapping[str, Way], frozen: Frozen, single: Frozen, stack: t2l.AdapterStack, case: Case
+    made: Mapping[str, Way], frozen: Frozen, single: Frozen, stack: t2l.AdapterStack, case: Case
 ) -> dict[str, Error]:
     """The error of every way but the base, on samples that are not timed; ``single``: the model in float32."""
     fresh, exact_fresh = (Batch.of(f, SAMPLES, case.tokens, seed=1) for f in (frozen, single))
-    results = {way: train_ways.step(made, stack, fresh)() for way, made in ways.items() if way != BASE}
+    results = {way: ways.step(one, stack, fresh)() for way, one in made.items() if way != BASE}
     exact = results[BMM]
     if case.dtype != "float32":
-        exact = train_ways.step(train_ways.plain_bmm(single.model, stack), stack, exact_fresh)()
+        exact = ways.step(ways.BUILDERS[BMM](single.model, stack), stack, exact_fresh)()
     return errors(results, exact, results[BMM], case.dtype)
 
 
-def memory(context: Context, case: Case, ways: Sequence[str]) -> Entries:
-    """The peak of a step by each way, each in a process of its own."""
-    found = {way: train_memory.in_a_process(context, case, way) for way in ways}
-    bar = MEMORY_BAR if context.full else None
-    yield "train_memory", {"case": case.name, "ways": found, "absent": ABSENT, "bar": bar}
+def memory(context: Context, case: Case, of: Sequence[str]) -> Iterator[Record]:
+    """The peak of a step by each of the ways ``of``, each in a process of its own."""
+    found = {way: train_memory.in_a_process(context, case, way) for way in of}
+    target = MEMORY_TARGET.to_json() if context.full else None
+    yield record("train_memory", case=case.name, ways=found, skipped=ways.SKIPPED, target=target)
 
 
 # --- a whole step of a hypernetwork ----------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ class Trained:
         """Generate, apply, and leave gradients where the optimiser finds them."""
         self.optimizer.zero_grad(set_to_none=True)
         with way.applied(self.net(self.task_emb)):
-            loss_of(way.model, batch).backward()
+            ways.loss_of(way.model, batch).backward()
 
     def gradients(self, way: Way, batch: Batch) -> Gradients:
         """Those of all parameters as one vector."""
@@ -154,7 +153,7 @@ class Trained:
         self.update()
 
 
-def whole(context: Context, case: Case) -> Entries:
+def whole(context: Context, case: Case) -> Iterator[Record]:
     """Supervised steps of hypernetworks: generate eight adapters, apply them, backward, clip, AdamW; and the parts alone.
 
     Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
@@ -165,21 +164,19 @@ def whole(context: Context, case: Case) -> Entries:
     timed, fresh, exact = (
         Batch.of(f, SAMPLES, case.tokens, seed, to_inputs=False) for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
     )
-    alone = train_ways.step(train_ways.base(model, None), None, to_inputs)
-    functions: dict[Any, Callable[[], object]] = {BASE: alone}
+    functions: dict[Any, Callable[[], object]] = {BASE: ways.step(ways.base(model, None), None, to_inputs)}
     found = {}
     for variant in ("L", "M"):
         trained = Trained.of(context, model, variant)
         stack = trained.net.generate(trained.task_emb)
-        way, plain, right = train_ways.ours(model, stack), *(train_ways.plain_bmm(m, stack) for m in (model, single.model))
+        way, plain, right = ways.ours(model, stack), *(ways.BUILDERS[BMM](m, stack) for m in (model, single.model))
         other = trained.gradients(plain, fresh)
         results = {OURS: trained.gradients(way, fresh)}
         found[variant] = errors(results, trained.gradients(right, exact), other, case.dtype)
-        apply = train_ways.step(way, stack, timed)
+        apply = ways.step(way, stack, timed)
         grads = apply()
-        calls, _ = admit(
-            f"sft step {variant} {case.name}", {OURS: functools.partial(trained.step, way, timed)}, found[variant]
-        )
+        step = functools.partial(trained.step, way, timed)
+        calls, _ = verify(f"sft step {variant} {case.name}", {OURS: step}, found[variant])
         functions |= {
             (variant, "whole"): calls[OURS],
             (variant, "model"): apply,
@@ -187,27 +184,25 @@ def whole(context: Context, case: Case) -> Entries:
             (variant, "update"): trained.update,
         }
     del single, right, exact
-    timings = context.time(functions, context.threads, factor=FACTOR)
+    timings = context.time(functions, factor=FACTOR)
     for variant, of in found.items():
         title = f"sft step {variant}, {case.name}"
-        beside = {OURS: timings[variant, "whole"], BASE: timings[BASE]}
         shape = _shape(frozen.name, case, variant=variant, samples=SAMPLES)
-        unit = timings[BASE].median_us
-        yield "rows", row(title, "sft step", shape, context.threads, beside, of[OURS], unit_us=unit)
+        yield row(context, title, "sft step", shape, {OURS: timings[variant, "whole"], BASE: timings[BASE]}, of[OURS])
         parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
-        yield "train_parts", {"case": title, "parts": parts}
+        yield record("train_parts", case=title, parts=parts)
 
 
 # --- a library of adapters -------------------------------------------------------------------------------------------
 
 
-def library(context: Context, dtype: str) -> Entries:
+def library(context: Context, dtype: str) -> Iterator[Record]:
     """A training step of several adapters, eight samples each, in one batch; beside a step for each, one after another."""
     frozen, single = models(context, dtype)
     model = frozen.model
     case = Case("q,v", 48 if context.full else 12, dtype)
     for count in (1, 8) if context.full else (1, 2):
-        stack = train_ways.adapters(model, case, count)
+        stack = ways.adapters(model, case, count)
         timed, fresh, exact = (
             Batch.of(f, count * SAMPLES, case.tokens, seed, to_inputs=False)
             for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
@@ -217,19 +212,29 @@ def library(context: Context, dtype: str) -> Entries:
         found = errors(results, right, results[SEPARATE], dtype)
         calls = {OURS: together(model, stack, update=True), SEPARATE: separately(model, stack, update=True)}
         title = f"{count} task{'s' if count > 1 else ''} x {SAMPLES} samples, {case.tokens} tokens, {dtype}"
-        functions, wrong = admit(title, {way: functools.partial(call, timed) for way, call in calls.items()}, found)
-        timings = context.time(functions, context.threads, factor=FACTOR)
+        functions, wrong = verify(title, {way: functools.partial(call, timed) for way, call in calls.items()}, found)
+        timings = context.time(functions, factor=FACTOR)
         shape = _shape(frozen.name, case, tasks=count, samples=SAMPLES)
-        yield "rows", row(title, "library", shape, context.threads, timings, found[OURS], absent=wrong)
+        yield row(context, title, "library", shape, timings, found[OURS], skipped=wrong)
 
 
 def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], Gradients]:
     """A step of all adapters in one batch; gradients of A and B by module.  ``update``: AdamW too."""
     ids = [adapter for adapter in range(len(stack)) for _ in range(SAMPLES)]
-    way = train_ways.ours(model, stack, ids)
-    own, trained = leaves(stack)
+    way = ways.ours(model, stack, ids)
+    own, trained = ways.leaves(stack)
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE) if update else None
-    return functools.partial(_step, way, own, trained, optimizer)
+
+    def run(batch: Batch) -> Gradients:
+        with way.applied(own):
+            grads = list(torch.autograd.grad(ways.loss_of(way.model, batch), trained))
+        if optimizer is not None:
+            for leaf, grad in zip(trained, grads, strict=True):
+                leaf.grad = grad
+            optimizer.step()
+        return grads
+
+    return run
 
 
 def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], list[Gradients]]:
@@ -246,13 +251,3 @@ def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) 
 def _joined(grads: list[Gradients]) -> Gradients:
     """Those of the adapters as one stack has them."""
     return [torch.cat(sides) for sides in zip(*grads, strict=True)]
-
-
-def _step(way: Way, own: t2l.AdapterStack, trained: list[Tensor], optimizer, batch: Batch) -> Gradients:
-    with way.applied(own):
-        grads = list(torch.autograd.grad(loss_of(way.model, batch), trained))
-    if optimizer is not None:
-        for leaf, grad in zip(trained, grads, strict=True):
-            leaf.grad = grad
-        optimizer.step()
-    return grads
