@@ -148,7 +148,7 @@ def blocks(registers: int) -> int:
     return REGISTERS // (THREADS * -(-registers // 8) * 8)
 
 
-def _parts(kernel: str) -> tuple[str, str, list[int]]:
+def parts(kernel: str) -> tuple[str, str, list[int]]:
     """Kind, dtype and tiles of a kernel."""
     match = _NAME.fullmatch(kernel)
     if match is None:
@@ -158,7 +158,7 @@ def _parts(kernel: str) -> tuple[str, str, list[int]]:
 
 def designed_blocks(kernel: str) -> int:
     """Blocks of an SM that csrc/cuda/config.h cuts the work for."""
-    kind, dtype, tiles = _parts(kernel)
+    kind, dtype, tiles = parts(kernel)
     small = {"lora": tiles[:1] == [1], "head": tiles == [2], "trunk": False}
     return 2 if dtype != "float" and small[kind] else 1
 
@@ -169,7 +169,7 @@ def broken_rules(made: Table) -> list[str]:
 
 
 def _faults(kernel: str, usage: Usage) -> Iterator[str]:
-    kind, dtype, _ = _parts(kernel)
+    kind, dtype, _ = parts(kernel)
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
     if usage["global_atomics"]:

@@ -179,7 +179,7 @@ def test_the_committed_table_keeps_the_rules(table):
 def test_the_committed_table_has_every_kernel_that_is_launched(table, arch):
     tiles = {}
     for kernel in (name for of, name in table.kernels if of == arch):
-        kind, dtype, of_kernel = kernels._parts(kernel)
+        kind, dtype, of_kernel = kernels.parts(kernel)
         tiles.setdefault((kind, dtype), []).append(tuple(of_kernel))
     assert tiles.keys() == {(kind, dtype) for kind in ("lora", "trunk", "head") for dtype in DTYPES}
     narrow, wide = constant("kNarrowRows") // 16, constant("kWideRows") // 16

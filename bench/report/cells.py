@@ -76,7 +76,7 @@ def _whole(value: Any) -> str:
 
 def grid(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     """A Markdown table; columns of figures are set to the right."""
-    lines = [[text.replace("|", r"\|").replace("\n", " ") for text in line] for line in lines]
+    lines = [[text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ") for text in line] for line in lines]
     figures = [all(re.match(r"\**[\d–+-]", line[i]) for line in lines) for i in range(len(heads))]
     text = ["| " + " | ".join(row) + " |" for row in (heads, *lines)]
     return "\n".join([text[0], "|" + "|".join("---:" if f else "---" for f in figures) + "|", *text[1:]])

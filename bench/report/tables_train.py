@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from bench.kernels import designed_blocks
+from bench.kernels import designed_blocks, parts
 from bench.records import BASE, HOOKS, OURS, Result, ResultError, Row, memory_verdict
 from bench.report.cells import Times
 from bench.report.tables import (
@@ -72,8 +72,8 @@ def _steps(*results: Result) -> Iterable[Line]:
 
 
 def _hypernetworks(*results: Result) -> list[Line]:
-    parts = {entry["case"]: entry["parts"] for entry in records("train_parts")(*results)}
-    return [{"row": row, "parts": parts[row.case]} for row in rows("sft step")(*results)]
+    timed = {entry["case"]: entry["parts"] for entry in records("train_parts")(*results)}
+    return [{"row": row, "parts": timed[row.case]} for row in rows("sft step")(*results)]
 
 
 def _part(name: str, title: str) -> list[Column]:
@@ -225,7 +225,8 @@ TABLES = (
         ("kernels",),
         records("kernel"),
         [
-            *((name, name) for name in ("arch", "kernel", "registers", "blocks")),
+            *(("arch", "arch"), ("kernel", "kernel"), ("dtype", lambda u: parts(u["kernel"])[1])),
+            *(("registers", "registers"), ("blocks", "blocks")),
             ("blocks designed for", lambda u: designed_blocks(u["kernel"])),
             *((name, name) for name in ("spills", "stack", "instructions")),
             *(("global atomics", "global_atomics"), ("static shared bytes", "static_shared"), ("LDGSTS", "async_copies")),
