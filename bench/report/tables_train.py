@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
 from typing import Any
 
 from bench.kernels import designed_blocks, parts
-from bench.records import BASE, HOOKS, OURS, Result, ResultError, Row, memory_verdict
+from bench.records import HOOKS, OURS, Result, ResultError, Row, memory_verdict
+from bench.report import tables
 from bench.report.cells import Times
-from bench.report.tables import (
-    CASE,
-    ERROR,
-    OVER,
-    SHAPE,
-    SKIPPED,
-    WHERE,
-    Column,
-    Each,
-    Line,
-    Table,
-    base_us,
-    over_base,
-    records,
-    rows,
-    time,
-)
+from bench.report.tables import CASE, ERROR, OVER, SHAPE, SKIPPED, WHERE, Column, Each, Line, Table, records, rows, time
 
 Entry = dict[str, Any]
 
@@ -48,10 +33,9 @@ def _added(entry: Entry, way: str) -> float:
 
 def _ways(found: list[Entry]) -> list[Column]:
     def columns(way: str) -> list[Column]:
-        there = lambda entry: way in entry["ways"]  # noqa: E731
         return [
-            (f"{way} peak MiB", lambda e: e["ways"][way]["peak_mib"] if there(e) else None),
-            (f"{way} of the step MiB", lambda e: _added(e, way) if there(e) else None),
+            (f"{way} peak MiB", lambda e: e["ways"][way]["peak_mib"] if way in e["ways"] else None),
+            (f"{way} of the step MiB", lambda e: _added(e, way) if way in e["ways"] else None),
         ]
 
     return [column for way in dict.fromkeys(way for e in found for way in e["ways"]) for column in columns(way)]
@@ -62,41 +46,35 @@ def _more(entry: Entry) -> Times:
     return Times(entry["ways"][HOOKS]["peak_mib"] / entry["ways"][OURS]["peak_mib"])
 
 
-def _steps(*results: Result) -> Iterable[Line]:
-    """Steps beside their memory; ResultError where that of a step was not measured."""
+def _target(entry: Entry) -> tuple[str, bool] | tuple[None, None]:
+    verdict = memory_verdict(entry)
+    return (verdict.target, verdict.met) if verdict else (None, None)
+
+
+def _steps(*results: Result) -> list[Row]:
+    """Steps with the record of their memory in the shape; ResultError where it was not measured."""
     held = {entry["case"]: entry for entry in memory(*results)}
-    for row in rows("train")(*results):
-        if row.case not in held:
-            raise ResultError(f"{results[0].path.name}: train_memory: nothing of {row.case}")
-        yield {"row": row, "memory": held[row.case]}
+    steps = rows("train")(*results)
+    if missing := [row.case for row in steps if row.case not in held]:
+        raise ResultError(f"{results[0].path.name}: train_memory: nothing of {missing[0]}")
+    return [dataclasses.replace(row, shape=row.shape | {"memory": held[row.case]}) for row in steps]
 
 
-def _hypernetworks(*results: Result) -> list[Line]:
+def _hypernetworks(*results: Result) -> list[Row]:
+    """Whole steps with the times of their parts among their own."""
     timed = {entry["case"]: entry["parts"] for entry in records("train_parts")(*results)}
-    return [{"row": row, "parts": timed[row.case]} for row in rows("sft step")(*results)]
+    return [dataclasses.replace(row, times=row.times | timed[row.case]) for row in rows("sft step")(*results)]
 
 
 def _part(name: str, title: str) -> list[Column]:
     return [
-        (f"{title} ms", lambda line: line["parts"][name]["median_us"] / 1e3),
-        (f"{title} %", lambda line: 100 * line["parts"][name]["median_us"] / line["row"].us),
+        (f"{title} ms", lambda row: row.times[name]["median_us"] / 1e3),
+        (f"{title} %", lambda row: 100 * row.times[name]["median_us"] / row.us),
     ]
 
 
-def _of_row(columns: Iterable[Column]) -> list[Column]:
-    """Columns of a row, of the row of a line."""
-    return [
-        (head, f"row.{field}" if isinstance(field, str) else lambda line, field=field: field(line["row"]))
-        for head, field in columns
-    ]
-
-
-X_BASE: Column = ("x base", lambda row: row.us / base_us(row))
-BASE_MS: Column = (f"{BASE} ms", lambda row: base_us(row) / 1e3)
-
-
-def _over_hooks(row: Row) -> Times | None:
-    return None if row.speedup(HOOKS) is None else Times(row.speedup(HOOKS))
+X_BASE: Column = ("x base", lambda row: row.us / tables.base_us(row))
+BASE_MS: Column = ("base ms", lambda row: tables.base_us(row) / 1e3)
 
 
 # --- what is learned ---------------------------------------------------------------------------------------------------
@@ -131,12 +109,12 @@ TABLES = (
         ("train",),
         _steps,
         [
-            *_of_row([CASE, BASE_MS, *time("ms"), X_BASE, ("target", "verdict.target"), ("met", "verdict.met")]),
-            *_of_row([(f"{HOOKS} / {OURS}, time", _over_hooks)]),
-            (f"{OURS} peak MiB", f"memory.ways.{OURS}.peak_mib"),
-            (f"{HOOKS} / {OURS}, peak memory", lambda line: _more(line["memory"])),
-            ("memory target", lambda line: (v := memory_verdict(line["memory"])) and v.target),
-            ("memory met", lambda line: (v := memory_verdict(line["memory"])) and v.met),
+            *(CASE, BASE_MS, *time("ms"), X_BASE, ("target", "verdict.target"), ("met", "verdict.met")),
+            (f"{HOOKS} / {OURS}, time", lambda row: Times(row.speedup(HOOKS))),
+            (f"{OURS} peak MiB", f"shape.memory.ways.{OURS}.peak_mib"),
+            (f"{HOOKS} / {OURS}, peak memory", lambda row: _more(row.shape["memory"])),
+            ("memory target", lambda row: _target(row.shape["memory"])[0]),
+            ("memory met", lambda row: _target(row.shape["memory"])[1]),
         ],
     ),
     Table(
@@ -144,7 +122,7 @@ TABLES = (
         "Training steps with an adapter a sample, over the frozen model alone",
         ("train",),
         rows("train"),
-        [CASE, SHAPE, *WHERE, *over_base("ms"), SKIPPED, *ERROR],
+        [CASE, SHAPE, *WHERE, *tables.over_base("ms"), SKIPPED, *ERROR],
     ),
     Table(
         "train-memory",
@@ -157,8 +135,8 @@ TABLES = (
             Each(_ways),
             (f"{HOOKS} / {OURS}, peak", _more),
             (f"{HOOKS} / {OURS}, of the step", lambda e: Times(_added(e, HOOKS) / _added(e, OURS))),
-            ("target", lambda e: (v := memory_verdict(e)) and v.target),
-            ("met", lambda e: (v := memory_verdict(e)) and v.met),
+            ("target", lambda e: _target(e)[0]),
+            ("met", lambda e: _target(e)[1]),
             ("peaks reset", lambda e: all(of["reset"] for of in e["ways"].values())),
             ("skipped", lambda e: "; ".join(f"{way}: {why}" for way, why in e["skipped"].items()) or None),
         ],
@@ -169,12 +147,12 @@ TABLES = (
         ("train",),
         _hypernetworks,
         [
-            *_of_row([CASE, *((name, f"shape.{name}") for name in ("model", "variant", "tokens", "dtype"))]),
-            *_of_row([("threads", "threads"), BASE_MS, *time("ms"), X_BASE]),
+            *(CASE, *((name, f"shape.{name}") for name in ("model", "variant", "tokens", "dtype")), ("threads", "threads")),
+            *(BASE_MS, *time("ms"), X_BASE),
             *_part("model", "model and adapters"),
             *_part("hypernetwork", "hypernetwork"),
             *_part("update", "clip and AdamW"),
-            *_of_row(ERROR),
+            *ERROR,
         ],
     ),
     Table(
