@@ -66,11 +66,7 @@ class Report:
         self.tables = dict(TABLES)
         for path in sorted((root / RESULTS).glob(f"*{CUDA}.jsonl")):
             self.results[path.stem] = self._load(path.stem, SOURCES[path.stem.removesuffix(CUDA)])
-        for table in TABLES.values():  # of a card: the same tables
-            sources = tuple(name for source in table.sources if (name := source + CUDA) in self.results)
-            if sources:
-                name = table.name + CUDA
-                self.tables[name] = dataclasses.replace(table, name=name, sources=sources)
+        self.tables |= {table.name: table for table in map(self._of_a_card, TABLES.values()) if table}
         self._lines = functools.cache(self._lines)
 
     def _load(self, name: str, source: Source) -> Result | None:
@@ -85,6 +81,18 @@ class Report:
         except ResultError as e:
             self.problems.append(f"bench/results/{e}")
         return None
+
+    def _of_a_card(self, table: Table) -> Table | None:
+        """The same table from runs of a card, or None where none of them holds what it shows."""
+        sources = tuple(name for source in table.sources if self.results.get(name := source + CUDA))
+        if not sources:
+            return None
+        made = dataclasses.replace(table, name=table.name + CUDA, sources=sources)
+        try:
+            made.lines(self.of(sources))
+        except ResultError:
+            return None
+        return made
 
     def of(self, names: Sequence[str]) -> list[Result]:
         """The results of these names; Unavailable where one is missing or refused."""
@@ -121,12 +129,12 @@ class Report:
         """A part of a table in Markdown: ``columns``, under other headings where a mapping gives them."""
         heads = columns if isinstance(columns, Mapping) else {head: head for head in columns}
         lines = self.lines(name, where)[:first]
-        if len(heads) > MOST_COLUMNS or len(lines) > MOST_LINES:
-            most = f"at most {MOST_COLUMNS} columns and {MOST_LINES} lines"
-            raise ResultError(f"table {name!r}: expected {most} on a page, got {len(heads)} and {len(lines)}")
         unknown = [head for head in heads.values() if head not in lines[0]]
         if unknown:
             raise ResultError(f"table {name!r} has no column {unknown[0]!r}; it has: {', '.join(lines[0])}")
+        if len(heads) > MOST_COLUMNS or len(lines) > MOST_LINES:
+            most = f"at most {MOST_COLUMNS} columns and {MOST_LINES} lines"
+            raise ResultError(f"table {name!r}: expected {most} on a page, got {len(heads)} and {len(lines)}")
         return cells.grid(list(heads), [[cells.cell(line[head]) for head in heads.values()] for line in lines])
 
     def value(self, name: str, column: str, where: Mapping[str, Any] | None = None) -> Any:
@@ -188,8 +196,10 @@ class Report:
             return make(name)
         except Unavailable:
             return None
-        except (ResultError, jinja2.TemplateError) as e:
+        except ResultError as e:
             self.problems.append(f"{name}: {e}")
+        except (jinja2.TemplateError, TypeError, ValueError) as e:
+            self.problems.append(f"{name}: {type(e).__name__}: {e}")
             return None
 
     def _render(self, template: str) -> str:
