@@ -10,7 +10,7 @@ from bench import records
 from bench.harness import Context, VerificationError, verify
 from bench.records import BASE, HOOKS, OURS, ResultError
 from bench.report import tables_train
-from bench.suites import train, train_memory
+from bench.suites import train
 from bench.suites import train_ways as ways
 from bench.suites.train_ways import BMM, HOOKS_PEFT, SAMPLES, Batch, Case
 from bench.timing import threads
@@ -115,12 +115,12 @@ def test_tasks(name, group):
 
 def test_a_child_tells_its_memory():
     tokens = 128
-    found = train_memory.in_a_process(TINY, Case("q,v", tokens, "float32"), HOOKS)
+    found = ways.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)
     stack = ways.adapters(ways.load(TINY, "float32").model, Case("q,v", tokens, "float32"))
     once_a_token = tokens * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values()) / 2**20
     added = found["peak_mib"] - found["loaded_mib"]
     assert once_a_token > 10 and once_a_token <= added <= once_a_token + 500
-    assert 50 < found["loaded_mib"] < 2000 and found["reset"] in (True, False)
+    assert 50 < found["loaded_mib"] < 2000
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def lines(tmp_path):
             row(case, "train", {}, timings(**TIMES | {OURS: ms}), target)
             for case, ms in zip(CASES, (108.0, 120.0), strict=True)
         ]
-        held = {way: {"loaded_mib": 800.0, "peak_mib": peak, "reset": True} for way, peak in PEAKS.items()}
+        held = {way: {"loaded_mib": 800.0, "peak_mib": peak} for way, peak in PEAKS.items()}
         kind = {"record": "train_memory", "skipped": {}, "target": {"ratio": 1.25, "of": HOOKS}}
         memory = [kind | {"case": case, "ways": {way: dict(of) for way, of in held.items()}} for case in CASES]
         parts = {"record": "train_parts", "case": "L", "parts": timings(model=108.0, hypernetwork=12.5, update=4.0)}
@@ -179,9 +179,7 @@ def test_memory(lines):
     few, many = lines("train-memory", lambda made: made["memory"][1]["ways"][OURS].update(peak_mib=1500.0))
     assert (few["ours peak MiB"], few["ours of the step MiB"], few["hooks of the step MiB"]) == (1000.0, 200.0, 800.0)
     assert (few["hooks / ours, peak"], few["hooks / ours, of the step"], few["met"]) == (1.6, 4.0, True)
-    assert many["hooks / ours, peak"] == 1600 / 1500 and not many["met"] and few["peaks reset"]
-    kept = lines("train-memory", lambda made: made["memory"][0]["ways"][OURS].update(reset=False))
-    assert not kept[0]["peaks reset"]
+    assert many["hooks / ours, peak"] == 1600 / 1500 and not many["met"]
 
 
 def test_a_skipped_way_says_why(lines):

@@ -137,7 +137,6 @@ TABLES = (
             (f"{HOOKS} / {OURS}, of the step", lambda e: Times(_added(e, HOOKS) / _added(e, OURS))),
             ("target", lambda e: _target(e)[0]),
             ("met", lambda e: _target(e)[1]),
-            ("peaks reset", lambda e: all(of["reset"] for of in e["ways"].values())),
             ("skipped", lambda e: "; ".join(f"{way}: {why}" for way, why in e["skipped"].items()) or None),
         ],
     ),

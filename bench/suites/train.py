@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench.harness import BenchError, Context, Error, Record, Target, Task, record, row, verify, worst
 from bench.records import BASE, HOOKS, OURS
-from bench.suites import train_memory
 from bench.suites import train_ways as ways
 from bench.suites.train_ways import BMM, RANK, SAMPLES, Batch, Case, Frozen, Way
 from t2l_engine.hypernetwork import HyperNetwork
@@ -97,7 +96,7 @@ def step_errors(
 
 def memory(context: Context, case: Case, of: Sequence[str]) -> Iterator[Record]:
     """The peak of a step by each of the ways ``of``, each in a process of its own."""
-    found = {way: train_memory.in_a_process(context, case, way) for way in of}
+    found = {way: ways.peak(context, case, way) for way in of}
     target = MEMORY_TARGET.to_json() if context.full else None
     yield record("train_memory", case=case.name, ways=found, skipped=ways.SKIPPED, target=target)
 

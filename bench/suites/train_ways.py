@@ -9,14 +9,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench.baselines import PEFT_ABSENT
+from bench.ceilings import peak_memory, reset_peak, resident_bytes
 from bench.harness import Context
 from bench.models import MODULES, linears, random_adapters, shared
 from bench.models import load as load_serving
@@ -218,3 +222,35 @@ WAYS = [name for name in BUILDERS if name not in SKIPPED]
 def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterStack:
     """``count`` adapters in float32 for the modules of ``case``."""
     return random_adapters(model, MODULES[case.modules], count, RANK)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+#: The allocator's settings, equal for all ways: what is freed goes back to the system, so that resident is what is held.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
+
+def peak(context: Context, case: Case, way: str) -> dict[str, float]:
+    """MiB of a process of its own: ``loaded_mib`` resident once packages and the model are, ``peak_mib`` the most during a
+    step after a first one."""
+    with mock.patch.dict(os.environ, MALLOC):  # read when the process starts
+        return peak_memory(held, context.size, context.threads, case, way)[1]
+
+
+def held(size: str, threads: int, case: Case, way: str) -> dict[str, float]:
+    """What :func:`peak` says, of this process, which should have done nothing else."""
+    if not SKIPPED:
+        import peft  # noqa: F401 - before, so that no way is charged for it
+    torch.set_num_threads(threads)
+    frozen = load(Context.of(size, threads), case.dtype)
+    for tensor in frozen.model.state_dict().values():  # what was mapped from a file is read
+        tensor.sum()
+    gc.collect()
+    loaded = resident_bytes("VmRSS")
+    stack, batch = adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed=0)
+    run = step(BUILDERS[way](frozen.model, stack), None if way == BASE else stack, batch)
+    run()
+    gc.collect()
+    reset_peak()
+    run()
+    return {"loaded_mib": round(loaded / 2**20, 1), "peak_mib": round(resident_bytes("VmHWM") / 2**20, 1)}
