@@ -144,10 +144,10 @@ class Case:
 
     def shape(self, op: str = "LoRA alone") -> dict[str, Any]:
         """The fields of a row's shape."""
-        fields = {"tokens": self.tokens, "adapters": self.adapters, "rank": self.rank, "dtype": self.dtype_name}
+        counts, kind = {"tokens": self.tokens, "adapters": self.adapters}, {"rank": self.rank, "dtype": self.dtype_name}
         if self.label:
-            return fields | {"features": self.layer.groups[0].n_in, "layout": self.layout, "op": op}
-        return {"layer": self.layer.name, **fields, "pattern": self.pattern or "even"}
+            return counts | {"features": self.layer.groups[0].n_in, **kind, "layout": self.layout, "op": op}
+        return {"layer": self.layer.name, **counts, "pattern": self.pattern or "even", **kind}
 
 
 def rows(*ids: int) -> Segments:

@@ -123,7 +123,7 @@ class Context:
             return Context(size, 1, device, ceilings, (2, 300), 0.7 if device.on_card else 0.01, 0)
         if size == "tiny":
             ceilings = CpuCeilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
-            return Context(size, count, device, ceilings, (3, 20), 0.05, min(3 * last_level, 64 << 20))
+            return Context(size, count, device, ceilings, (3, 20), 0.05, 8 << 20)
         return Context(size, count, device, CpuCeilings(), (4, 300), 1.0, 3 * last_level)
 
     @property
@@ -152,6 +152,10 @@ class Context:
         """:func:`bench.timing.measure` on ``count`` threads (None: all); ``factor``: times the usual seconds."""
         with threads(count or self.threads):
             return measure(self.device, functions, rounds=self.rounds, seconds=factor * self.seconds, skipped=skipped)
+
+    def num_sets(self, num_bytes: int) -> int:
+        """How many sets of operands of ``num_bytes`` are together well beyond the caches."""
+        return self.rotated // num_bytes + 1 if self.on_cpu else self.device.num_sets(num_bytes)
 
     def roofline(self, flops: int, num_bytes: int, dtype: str, count: int | None = None) -> Record:
         """:func:`roofline` at the rates of this run; the working set is what is moved."""
@@ -226,6 +230,7 @@ def row(
 
 def _untimed(made: Record) -> Record:
     """A row of a device whose times mean nothing: what was verified, and counts."""
+    made.pop("unit_us", None)
     counts = made["roofline"] and {name: made["roofline"][name] for name in ("flops", "bytes")}
     return made | {"times": dict.fromkeys(made["times"], {}), "roofline": counts, "target": None}
 
