@@ -22,10 +22,9 @@ from torch import nn
 from transformers import DynamicCache
 
 import t2l_engine as t2l
-from bench.decode import shared
-from bench.harness import Context
-from bench.icl.costs import Entries
-from bench.icl.lengths import embed_anew, tokens_of
+from bench.harness import Context, Record, record
+from bench.icl.first import embed_anew, tokens_of
+from bench.models import shared
 from t2l_engine import demo
 from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import smollm2
@@ -170,16 +169,16 @@ class Serving:
         return cache, (time.perf_counter_ns() - start) / 1e3
 
 
-def entries(context: Context, folder: Path | None) -> Entries:
-    """``questions``: a task with all its arms, each answer timed."""
+def entries(context: Context, folder: Path | None) -> Iterator[Record]:
+    """A record for every task with all its arms, each answer timed."""
     serving = Serving()
     trained = t2l.checkpoint.describe(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
     with torch.inference_mode():
         for asked in tasks(folder, trained):
-            yield "questions", _task(serving, asked, context.threads)
+            yield _task(serving, asked, context.threads)
 
 
-def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
+def _task(serving: Serving, asked: Asked, threads: int) -> Record:
     shown, described, alone = (
         [serving.ids(prompt(question.input)) for question in asked.questions]
         for prompt in (
@@ -210,28 +209,27 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
                 given[arm].append(ways[arm](i))
     others = [_accuracy(asked, _reworded(serving, description, alone)) for description in asked.others]
     lengths = {"icl": shown, "t2l": alone, "description": described}
-    return {
-        "task": asked.name,
-        "trained": asked.trained,
-        "description": asked.description,
-        "questions": len(asked.questions),
-        "threads": threads,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "tokens": {
-            **{name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()},
-            "prefix": prefix,
-            "encoder": tokens_of(serving.engine.encoder, asked.description),
-        },
-        "generate_us": round(statistics.median(generate_us), 1),
-        "merge_us": round(merge_us, 1),
-        "fill_us": round(fill_us, 1),
-        "reworded": dict(zip(asked.others, others, strict=True)),
-        "arms": {arm: _arm(asked, answers) for arm, answers in given.items()},
-        "same_answers": {
-            arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
-            for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
-        },
+    same = {
+        arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
+        for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
     }
+    tokens = {name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()}
+    return record(
+        "questions",
+        task=asked.name,
+        trained=asked.trained,
+        description=asked.description,
+        questions=len(asked.questions),
+        threads=threads,
+        dtype=str(DTYPE).removeprefix("torch."),
+        tokens={**tokens, "prefix": prefix, "encoder": tokens_of(serving.engine.encoder, asked.description)},
+        generate_us=round(statistics.median(generate_us), 1),
+        merge_us=round(merge_us, 1),
+        fill_us=round(fill_us, 1),
+        reworded=dict(zip(asked.others, others, strict=True)),
+        arms={arm: _arm(asked, answers) for arm, answers in given.items()},
+        same_answers=same,
+    )
 
 
 def _other_prompts(serving: Serving, asked: Asked) -> list[list[int]]:
