@@ -167,6 +167,14 @@ def test_a_page_without_its_row_is_a_problem(written):
     assert {"results/applying.md.j2", "speed.md.j2"} <= {problem.split(":")[0] for problem in Report(written).write()}
 
 
+def test_a_table_is_printed(capsys):
+    pages.show("model")
+    shown = capsys.readouterr().out
+    assert "decode 8 rows, q,v, float32" in shown and "57.5" in shown and "threads: 2" in shown
+    with pytest.raises(ResultError, match="expected one of generate, .*; got 'none'"):
+        pages.show("none")
+
+
 def test_cells():
     assert [cells.number(x) for x in (1234.5, 12.345, 0.012345, 0, None)] == ["1,234", "12.3", "0.0123", "0", cells.GAP]
     assert [cells.duration(us) for us in (3.62, 1500, 2.5e6)] == ["3.62 us", "1.50 ms", "2.50 s"]
@@ -301,11 +309,12 @@ def test_runs_of_a_card_are_shown_by_the_same_tables(root):
         found[0] |= {"device": "cuda", "tasks": ["lora", "model"], "machine": found[0]["machine"] | {"gpu": "A card"}}
         found.append({"record": "task", "name": "lora", "seconds": 1.0})
         found.append({"record": "failed", "case": "decode", "error": "out of memory"})
+        found.append({"record": "energy", "case": "idle", "unit": None, "count": 0, "watts": 71.5})
         found.remove(_after(found))
 
     change(root, "apply-cuda", carded)
     report = Report(root)
     page = report.texts()[Path("docs/results/cuda.md")]
     assert report.problems == [] and "lora-cuda" in report.tables and "generate-cuda" not in report.tables
-    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory"))
+    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |"))
     assert "No run on a card" not in page

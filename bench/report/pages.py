@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 from rich.console import Console
 
-from bench.records import CUDA, Result, ResultError, load
+from bench.records import CUDA, Result, ResultError, Row, load
 from bench.report import cells, figures, speed, tables, tables_icl, tables_study, tables_train
 from bench.report.tables import Line, Table
 from bench.source import ROOT, bundled
@@ -66,7 +66,7 @@ class Report:
         self.tables = dict(TABLES)
         for path in sorted((root / RESULTS).glob(f"*{CUDA}.jsonl")):
             self.results[path.stem] = self._load(path.stem, SOURCES[path.stem.removesuffix(CUDA)])
-        self.tables |= {table.name: table for table in map(self._of_a_card, TABLES.values()) if table}
+        self.tables |= {table.name: table for table in map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD]) if table}
         self._lines = functools.cache(self._lines)
 
     def _load(self, name: str, source: Source) -> Result | None:
@@ -151,6 +151,13 @@ class Report:
             raise ResultError(f"no figure is named {name!r}")
         return f"![{text}](../figures/{name}.svg)"
 
+    def row(self, source: str, name: str) -> Row:
+        """The row of a result file that has this name: case, threads, cache."""
+        for found in self.of([source])[0].rows:
+            if found.name == name:
+                return found
+        raise ResultError(f"bench/results/{source}.jsonl: no row {name!r}")
+
     def run(self, name: str) -> dict[str, Any]:
         """The run of a result file."""
         return self.of([name])[0].run
@@ -174,7 +181,9 @@ class Report:
         made = jinja2.Environment(
             loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
         )
-        made.globals |= {name: getattr(self, name) for name in ("grid", "lines", "value", "figure", "run", "provenance")}
+        made.globals |= {
+            name: getattr(self, name) for name in ("grid", "lines", "value", "row", "figure", "run", "provenance")
+        }
         made.globals |= {"tables": self.tables, "results": self.results}
         made.filters |= {name: getattr(cells, name) for name in ("number", "size", "duration", "times", "percent")}
         return made

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from bench.records import BASE, PREALLOCATED, Result, ResultError, Row, Verdict, ceiling_key, memory_verdict
-from bench.report.cells import Times
+from bench.records import BASE, PREALLOCATED, Result, Row, Verdict, ceiling_key, memory_verdict
 from bench.report.tables import (
+    AS_IS,
     CASE,
     ERROR,
     OVER,
@@ -54,7 +54,7 @@ def _parts(found: list[dict[str, Any]]) -> list[Column]:
     for name in dict.fromkeys(part for request in found for part in request["parts"]):
         columns.append((f"{name} ms", lambda r, name=name: r["parts"][name] / 1e3 if name in r["parts"] else None))
         columns.append((f"{name} %", lambda r, name=name: 100 * r["parts"].get(name, 0) / sum(r["parts"].values())))
-    return columns
+    return [*columns, ("sum ms", lambda r: sum(r["parts"].values()) / 1e3)]
 
 
 def _ceilings(*results: Result) -> Iterable[dict[str, Any]]:
@@ -106,40 +106,8 @@ def _beaten(*results: Result) -> Iterable[Line]:
         worst, case = min(found)
         if worst < 1:
             lost = sum(s < 1 for s, _ in found)
-            yield {"group": group, "baseline": name, "cases": len(found), "lost": lost, "worst": 1 / worst, "case": case}
-
-
-#: What a newcomer asks: words, case, threads, cache, and the baseline that does the same work.
-HEADLINES = (
-    (
-        *("Adapters for Mistral-7B from one sentence", "mistral-7b L bfloat16, 1 description", 2, None),
-        *("eager", "one module at a time, as the paper's code does"),
-    ),
-    (
-        *("LoRA around one linear of 4096 features: 64 tokens, 64 different adapters", "serve_64x64", 1, "warm"),
-        *("gather bmm", "a gathered batched product"),
-    ),
-    (
-        *("Decode step of SmolLM2-135M: 8 rows, an adapter each", "decode 8 rows, q,v, bfloat16", 2, None),
-        *("PEFT mixed", "PEFT, mixed batch"),
-    ),
-    (
-        *("Training step of 8 samples, 128 tokens, an adapter each", "q,v, 128 tokens, bfloat16", 2, None),
-        *("hooks", "forward hooks, as the paper's code does"),
-    ),
-    (
-        *("First answer to a new task", "first question of a new task, 59 against 299 tokens, bfloat16", 2, None),
-        *("ICL, no cache", "three examples in the prompt"),
-    ),
-)
-
-
-def _headlines(*results: Result) -> Iterable[Line]:
-    for what, case, threads, cache, baseline, words in HEADLINES:
-        found = [r for result in results for r in result.rows if (r.case, r.threads, r.cache) == (case, threads, cache)]
-        if len(found) != 1 or baseline not in found[0].times:
-            raise ResultError(f"speed: expected one row of {case!r}, {threads} threads, beside {baseline!r}")
-        yield {"what": what, "row": found[0], "words": words, "baseline us": found[0].speedup(baseline) * found[0].us}
+            line = {"group": group, "baseline": name, "cases": len(found), "lost": lost}
+            yield line | {"ours / baseline at most": 1 / worst, "case": case}
 
 
 def _same(*names: str) -> list[Column]:
@@ -150,175 +118,79 @@ def _rate(row: Row) -> float | None:
     return row.roofline["bytes"] / row.us / 1e3 if row.roofline else None
 
 
+def _op(name: str, about: str, suite: str, entries: Callable[..., Iterable[Any]], unit: str, *more: Column) -> Table:
+    """Of rows beside a roofline."""
+    ours = [CASE, SHAPE, *WHERE, *time(unit), *more, ROUNDS, SPREAD, *roofline(unit), *TARGET]
+    return Table(name, about, (suite,), entries, [*ours, OVER, SKIPPED, *ERROR])
+
+
+def _beside(name: str, about: str, entries: Callable[..., Iterable[Any]], unit: str) -> Table:
+    """Of rows beside the same without adapters."""
+    return Table(name, about, ("apply",), entries, [CASE, SHAPE, *WHERE, *over_base(unit), SKIPPED, *ERROR])
+
+
+def _output(row: Row) -> str:
+    return PREALLOCATED.split()[0] if PREALLOCATED in row.case else "fresh"
+
+
 #: Of a whole model, without the sweep over the number of adapters.
 steps = rows("model", lambda row: "adapters" not in row.shape)
+sweep = rows("model", lambda row: "adapters" in row.shape)
+alone, around = (rows("lora", lambda row, base=base: (BASE in row.times) == base) for base in (False, True))
 
+EACH: Column = ("ms an adapter", lambda row: row.us / 1e3 / row.shape["descriptions"])
+OUTPUT: Column = ("output", _output)
+PEAK: Column = ("x FMA peak", "over_peak")
+RATE: list[Column] = [
+    ("bytes", "roofline.bytes"),
+    ("GB/s", lambda row: row.roofline["bytes"] / row.us / 1e3 if row.roofline else None),
+]
+PARTS = [*_same("model", "variant", "dtype", "descriptions", "threads"), Each(_parts)]
+MEMORY: list[Column] = [
+    *(("what", "what"), *((f"{name} MiB", f"{name}_mib") for name in ("peak", "weights", "adapters"))),
+    ("peak / (weights + adapters)", lambda e: memory_verdict(e).ratio),
+    *((head, lambda e, head=head: getattr(memory_verdict(e), head)) for head in ("target", "met")),
+]
+WEIGHTS: list[Column] = [*_same("model", "variant"), ("relative Frobenius difference", "relative_frobenius")]
+MISS: list[Column] = [
+    *(("group", "group"), ("case", "name"), ("measured", "value"), ("allowed", "limit"), ("unit", lambda v: v.unit or "x")),
+    *(*_same("ratio", "of", "target"), ("over by %", lambda v: 100 * (v.over - 1))),
+]
+LOSS: list[Column] = [
+    *(("group", lambda c: c[0].group), ("case", lambda c: c[0].name), ("baseline", lambda c: c[1])),
+    *(("ours us", lambda c: c[0].us), ("baseline us", lambda c: c[0].us * c[2]), ("ours / baseline", lambda c: 1 / c[2])),
+]
+CEILING: list[Column] = [
+    *_same("suite", "kind", "dtype", "bytes", "threads", "unit"),
+    *(("before", "rate"), ("after", "later"), ("drift %", _drift), ("is a peak", "holds")),
+]
+
+
+def _of_any(kind: str) -> Callable[..., Iterable[Any]]:
+    return lambda *results: [entry for result in results for entry in result.others.get(kind, [])]
+
+
+POWER = _same("case", "unit", "count", "us_each", "mj_each", "watts", "sm_mhz", "memory_mhz")
+CHECK = _same("case", "cache", "ours_us", "do_bench_cudagraph_us")
+#: Tables that only runs of a card have.
+OF_A_CARD = (
+    Table("energy", "Power, clocks and millijoules on a card", SUITES, _of_any("energy"), POWER),
+    Table("cross-check", "Our times beside triton's do_bench_cudagraph", SUITES, _of_any("cross_check"), CHECK),
+)
 TABLES = (
-    Table(
-        "generate",
-        "Generating adapters: from task embedding to A and B in memory",
-        ("generate",),
-        _generate,
-        [
-            CASE,
-            SHAPE,
-            *WHERE,
-            *time("ms"),
-            ("output", lambda row: PREALLOCATED.split()[0] if PREALLOCATED in row.case else "fresh"),
-            ("ms an adapter", lambda row: row.us / 1e3 / row.shape["descriptions"]),
-            ROUNDS,
-            SPREAD,
-            *roofline("ms"),
-            *TARGET,
-            ("x FMA peak", "over_peak"),
-            OVER,
-            SKIPPED,
-            *ERROR,
-        ],
-    ),
-    Table(
-        "generate-memory",
-        "Peak memory of generating, beside weights and adapters",
-        ("generate",),
-        records("memory"),
-        [
-            ("what", "what"),
-            *((f"{name} MiB", f"{name}_mib") for name in ("peak", "weights", "adapters")),
-            ("peak / (weights + adapters)", lambda e: memory_verdict(e).ratio),
-            ("target", lambda e: memory_verdict(e).target),
-            ("met", lambda e: memory_verdict(e).met),
-        ],
-    ),
-    Table(
-        "bf16-weights",
-        "Adapters from weights in bfloat16, relative Frobenius difference to those from float32",
-        ("generate",),
-        records("bf16_weights"),
-        [*_same("model", "variant"), ("relative Frobenius difference", "relative_frobenius")],
-    ),
-    Table(
-        "split",
-        "From a sentence to its first use, part by part",
-        ("generate",),
-        requests,
-        [
-            *_same("model", "variant", "dtype", "descriptions", "threads"),
-            Each(_parts),
-            ("sum ms", lambda r: sum(r["parts"].values()) / 1e3),
-        ],
-    ),
-    Table(
-        "lora",
-        "The LoRA op alone: every token with the adapter of its row",
-        ("apply",),
-        rows("lora", lambda row: BASE not in row.times),
-        [CASE, SHAPE, *WHERE, *time("us"), ROUNDS, SPREAD, *roofline("us"), *TARGET, OVER, SKIPPED, *ERROR],
-    ),
-    Table(
-        "linear",
-        "A linear with its adapters, beside the linear alone",
-        ("apply",),
-        rows("lora", lambda row: BASE in row.times),
-        [CASE, SHAPE, *WHERE, *over_base("us"), SKIPPED, *ERROR],
-    ),
-    Table(
-        "sweep",
-        "The same tokens with more and more different adapters",
-        ("apply",),
-        rows("sweep"),
-        [
-            *(CASE, SHAPE, *WHERE, *time("us"), ("bytes", "roofline.bytes"), ("GB/s", _rate)),
-            *(*roofline("us"), OVER, SKIPPED, *ERROR),
-        ],
-    ),
-    Table(
-        "backward",
-        "Forward and backward, with gradients in x, A and B",
-        ("apply",),
-        rows("backward"),
-        [CASE, SHAPE, *WHERE, *time("us"), *roofline("us"), OVER, SKIPPED, *ERROR],
-    ),
-    Table(
-        "model",
-        "A step of a whole model with an adapter per row, beside the model without adapters",
-        ("apply",),
-        steps,
-        [CASE, SHAPE, *WHERE, *over_base("ms"), SKIPPED, *ERROR],
-    ),
-    Table(
-        "model-sweep",
-        "Decode steps over the number of different adapters in the batch",
-        ("apply",),
-        rows("model", lambda row: "adapters" in row.shape),
-        [CASE, SHAPE, *WHERE, *over_base("ms"), SKIPPED, *ERROR],
-    ),
-    Table(
-        "speed",
-        "What a newcomer asks",
-        SUITES,
-        _headlines,
-        [
-            *(
-                ("what", "what"),
-                ("case", "row.name"),
-                ("us", "row.us"),
-                ("baseline", "words"),
-                ("baseline us", "baseline us"),
-            ),
-            ("speedup", lambda e: Times(e["baseline us"] / e["row"].us)),
-            *((head, f"row.verdict.{head}") for head in ("ratio", "of", "target", "met")),
-        ],
-    ),
-    Table(
-        "misses",
-        "Every target that is missed, the farthest first",
-        SUITES,
-        _misses,
-        [
-            *(("group", "group"), ("case", "name"), ("measured", "value"), ("allowed", "limit")),
-            ("unit", lambda v: v.unit or "x"),
-            *_same("ratio", "of", "target"),
-            ("over by %", lambda v: 100 * (v.over - 1)),
-        ],
-    ),
-    Table(
-        "losses",
-        "Every case in which another way is faster, the largest loss first",
-        COMPARED,
-        _losses,
-        [
-            *(("group", lambda c: c[0].group), ("case", lambda c: c[0].name), ("baseline", lambda c: c[1])),
-            *(("ours us", lambda c: c[0].us), ("baseline us", lambda c: c[0].us * c[2])),
-            ("ours / baseline", lambda c: 1 / c[2]),
-        ],
-    ),
-    Table(
-        "beaten",
-        "Baselines that are faster than ours somewhere",
-        COMPARED,
-        _beaten,
-        [*_same("group", "baseline", "cases", "lost"), ("ours / baseline at most", "worst"), ("case", "case")],
-    ),
-    Table(
-        "totals",
-        "Targets and comparisons by suite",
-        SUITES,
-        _totals,
-        _same("suite", "targets", "missed", "comparisons", "lost"),
-    ),
-    Table(
-        "ceilings",
-        "What the machine reached before and after each run, in GFLOP/s and GB/s",
-        SUITES,
-        _ceilings,
-        [
-            *_same("suite", "kind", "dtype", "bytes", "threads", "unit"),
-            *(
-                ("before", "rate"),
-                ("after", "later"),
-                ("drift %", lambda c: c["later"] and 100 * (c["later"] / c["rate"] - 1)),
-            ),
-            ("is a peak", "holds"),
-        ],
-    ),
+    _op("generate", "Generating adapters, from task embedding to A and B", "generate", _generate, "ms", OUTPUT, EACH, PEAK),
+    Table("generate-memory", "Peak memory of generating", ("generate",), records("memory"), MEMORY),
+    Table("bf16-weights", "Adapters from bfloat16 weights", ("generate",), records("bf16_weights"), WEIGHTS),
+    Table("split", "From a sentence to its first use, part by part", ("generate",), requests, PARTS),
+    _op("lora", "The LoRA op alone: every token with the adapter of its row", "apply", alone, "us"),
+    _op("sweep", "The same tokens with more and more different adapters", "apply", rows("sweep"), "us", *RATE),
+    _op("backward", "Forward and backward, with gradients in x, A and B", "apply", rows("backward"), "us"),
+    _beside("linear", "A linear with its adapters, beside the linear alone", around, "us"),
+    _beside("model", "A step of a whole model with an adapter per row, beside the model without", steps, "ms"),
+    _beside("model-sweep", "Decode steps over the number of different adapters in the batch", sweep, "ms"),
+    Table("misses", "Every target that is missed, the farthest first", SUITES, _misses, MISS),
+    Table("losses", "Every case in which another way is faster, the largest loss first", COMPARED, _losses, LOSS),
+    Table("beaten", "Baselines that are faster than ours somewhere", COMPARED, _beaten, [AS_IS]),
+    Table("totals", "Targets and comparisons by suite", SUITES, _totals, [AS_IS]),
+    Table("ceilings", "What the machine reached before and after each run", SUITES, _ceilings, CEILING),
 )
