@@ -219,6 +219,8 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
     calls = served.calls()
     found = errors(served, calls)
     case = f"first question of a new task, {load.question} against {load.question + load.prefix} tokens, {dtype}"
+    for name in (KEPT, MERGED):  # ours, too, and what bounds of the others come from
+        verify(f"{case}: {name}", {OURS: calls[name]}, {OURS: found[name]})
     verified, skipped = verify(case, calls, found)
     timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
     ours = flops.ways(served.setup, load)["t2l-task"].first

@@ -16,9 +16,9 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench.learn import distance
 from bench.study import plan
 from bench.study.runs import finished, folder_of
+from bench.suites.learn import distance
 from t2l_engine import ops
 from t2l_engine.data import manifest as manifests
 from t2l_engine.encoder import MINILM, TextEncoder
