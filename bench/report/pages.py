@@ -272,7 +272,7 @@ class Report:
 
 
 def show(name: str) -> None:
-    """Prints a table; ResultError where there is none of that name, or not what it is made of."""
+    """Prints a table, in full width where not to a terminal; ResultError where there is none, or not what it is made of."""
     report = Report()
     if name not in report.tables:
         raise ResultError(f"table: expected one of {', '.join(report.tables)}; got {name!r}")
@@ -280,4 +280,4 @@ def show(name: str) -> None:
         lines = report.lines(name)
     except Unavailable:
         raise ResultError("\n".join(report.problems)) from None
-    Console(width=None if sys.stdout.isatty() else 200).print(tables.to_terminal(report.tables[name], lines))
+    Console(width=None if sys.stdout.isatty() else 500).print(tables.to_terminal(report.tables[name], lines))
