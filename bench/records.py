@@ -77,11 +77,6 @@ class Row:
         return self.times[OURS]["iqr_us"]
 
     @property
-    def noisy(self) -> bool:
-        """Whether the middle half of the samples spreads over more than a quarter of the median."""
-        return self.iqr_us > self.us / 4
-
-    @property
     def name(self) -> str:
         """The case with what else tells rows apart."""
         threads = None if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
