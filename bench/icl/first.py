@@ -234,16 +234,12 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
     if not context.device.timed:
         return
     others, rates = [name for name in RIVALS if name in timings], (least["gflops"], least["gbps"])
-    yield record(
-        "first_question",
-        case=case,
-        dtype=dtype,
-        threads=context.threads,
-        rates=dict(zip(("gflops", "gbps"), rates, strict=True)),
-        parts={name: _part(served, name, timing) for name, timing in timings.items()},
-        measured={name: spread(timings[name], timings[OURS]) for name in others},
-        predicted={name: _predicted(served, name, rates) for name in others},
-    )
+    about = {"case": case, "dtype": dtype, "threads": context.threads}
+    about["rates"] = {"gflops": rates[0], "gbps": rates[1]}
+    parts = {name: _part(served, name, timing) for name, timing in timings.items()}
+    measured = {name: spread(timings[name], timings[OURS]) for name in others}
+    predicted = {name: _predicted(served, name, rates) for name in others}
+    yield record("first_question", **about, parts=parts, measured=measured, predicted=predicted)
     yield from _sweep(context, served, dtype)
 
 
@@ -295,20 +291,13 @@ def _sweep(context: Context, served: Served, dtype: str) -> Iterator[Record]:
         load = dataclasses.replace(served.load, shots=shots)
         made = {way: of.first.flops(first_token=True) for way, of in flops.ways(served.setup, load).items()}
         cold, warm = timings[ICL, shots], timings.get((WARM, shots), timings[ICL, shots])  # without examples none is cached
-        yield record(
-            "by_examples",
-            model=served.name,
-            dtype=dtype,
-            threads=context.threads,
-            shots=shots,
-            tokens=load.question + load.prefix,
-            new_task_us=ours.median_us,
-            kept_us=timings[KEPT, 0].median_us,
-            icl_us=cold.median_us,
-            icl_warm_us=warm.median_us,
-            ratio={"icl": spread(cold, ours), "icl-warm": spread(warm, ours)},
-            predicted={rival: round(made[rival] / made["t2l-task"], 4) for rival in ("icl", "icl-warm")},
-        )
+        about = {"model": served.name, "dtype": dtype, "threads": context.threads, "shots": shots}
+        times = {"new_task_us": ours, "kept_us": timings[KEPT, 0], "icl_us": cold, "icl_warm_us": warm}
+        ratios = {"icl": spread(cold, ours), "icl-warm": spread(warm, ours)}
+        predicted = {rival: round(made[rival] / made["t2l-task"], 4) for rival in ratios}
+        medians = {name: timing.median_us for name, timing in times.items()}
+        tokens = load.question + load.prefix
+        yield record("by_examples", **about, tokens=tokens, **medians, ratio=ratios, predicted=predicted)
 
 
 # --- on a card -------------------------------------------------------------------------------------------------------

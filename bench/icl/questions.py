@@ -29,7 +29,7 @@ from t2l_engine import demo
 from t2l_engine.evaluation.metrics import exact_match
 from t2l_engine.integrations import smollm2
 from t2l_engine.prompts import raw_prompt
-from t2l_engine.tasks import Example, Task, load_tasks
+from t2l_engine.tasks import Example, load_tasks
 from t2l_engine.testing.models import cache_argument
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
@@ -70,19 +70,16 @@ def tasks(folder: Path | None, trained: Sequence[str]) -> list[Asked]:
     Without a folder those of the demo, with a question each.
     """
     if folder is None:
-        return [_of_demo(description, pairs) for description, pairs in demo.TASKS.items()]
-    shown = {task.name: task for task in load_tasks(folder, "train")}
-    return [_of_folder(task, shown[task.name], task.name in trained) for task in load_tasks(folder, "test")]
-
-
-def _of_demo(description: str, pairs: Sequence[tuple[str, str]]) -> Asked:
-    *shots, (text, right) = pairs
-    return Asked(description, description, (), tuple(shots), (Example(text, (right,), "test"),), False)
-
-
-def _of_folder(task: Task, shown: Task, trained: bool) -> Asked:
-    shots = tuple((e.input, e.outputs[0]) for e in shown.examples[:SHOTS])
-    return Asked(task.name, task.descriptions[0], task.descriptions[1:], shots, task.examples, trained)
+        return [
+            Asked(text, text, (), tuple(shots), (Example(asked, (right,), "test"),), False)
+            for text, (*shots, (asked, right)) in demo.TASKS.items()
+        ]
+    shown = {task.name: task.examples[:SHOTS] for task in load_tasks(folder, "train")}
+    return [
+        Asked(task.name, task.descriptions[0], task.descriptions[1:], shots, task.examples, task.name in trained)
+        for task in load_tasks(folder, "test")
+        for shots in [tuple((e.input, e.outputs[0]) for e in shown[task.name])]
+    ]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -214,22 +211,14 @@ def _task(serving: Serving, asked: Asked, threads: int) -> Record:
         for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
     }
     tokens = {name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()}
-    return record(
-        "questions",
-        task=asked.name,
-        trained=asked.trained,
-        description=asked.description,
-        questions=len(asked.questions),
-        threads=threads,
-        dtype=str(DTYPE).removeprefix("torch."),
-        tokens={**tokens, "prefix": prefix, "encoder": tokens_of(serving.engine.encoder, asked.description)},
-        generate_us=round(statistics.median(generate_us), 1),
-        merge_us=round(merge_us, 1),
-        fill_us=round(fill_us, 1),
-        reworded=dict(zip(asked.others, others, strict=True)),
-        arms={arm: _arm(asked, answers) for arm, answers in given.items()},
-        same_answers=same,
-    )
+    about = {"task": asked.name, "trained": asked.trained, "description": asked.description}
+    about |= {"questions": len(asked.questions), "threads": threads, "dtype": str(DTYPE).removeprefix("torch.")}
+    tokens |= {"prefix": prefix, "encoder": tokens_of(serving.engine.encoder, asked.description)}
+    once = {"generate_us": statistics.median(generate_us), "merge_us": merge_us, "fill_us": fill_us}
+    once = {name: round(us, 1) for name, us in once.items()}
+    arms = {arm: _arm(asked, answers) for arm, answers in given.items()}
+    reworded = dict(zip(asked.others, others, strict=True))
+    return record("questions", **about, tokens=tokens, **once, reworded=reworded, arms=arms, same_answers=same)
 
 
 def _other_prompts(serving: Serving, asked: Asked) -> list[list[int]]:

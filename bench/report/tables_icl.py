@@ -54,10 +54,6 @@ def _won(way: str, rival: str) -> list[Column]:
     ]
 
 
-def _held(way: str, what: str, head: str) -> Column:
-    return head, f"ways.{way}.{what}"
-
-
 WHICH: list[Column] = [("model", lambda of: title(of["model"])), ("lengths", "workload")]
 COSTS: list[Column] = [
     *WHICH,
@@ -69,21 +65,24 @@ COSTS: list[Column] = [
     ("first question, warm cache / T2L", _over("icl-warm", "t2l-task", "first_token")),
     ("later question, warm cache / T2L", _over("icl-warm", "t2l-task", "later")),
     *(column for way in ("t2l-task", "t2l-request") for rival in ("icl-cold", "icl-warm") for column in _won(way, rival)),
-    ("examples to beat a warm cache at once", lambda of: of["shots_to_win"]["t2l-task"]["icl-warm"]),
+    ("examples to beat a warm cache at once", "shots_to_win.t2l-task.icl-warm"),
 ]
+HELD = {
+    "ICL, no cache, a user": "icl.per_user",
+    "ICL, cached, a user": "icl-warm.per_user",
+    "ICL, cached, a task": "icl-warm.per_task",
+    "T2L per task, a user": "t2l-task.per_user",
+    "T2L per task, a task": "t2l-task.per_task",
+    "T2L merged, a task": "t2l-merged.per_task",
+    "T2L, once": "t2l-task.fixed",
+    **{f"a decode step reads, {LABELS[way]}": f"{way}.step_bytes" for way in ("icl", "t2l-task", "t2l-merged")},
+}
 MEMORY: list[Column] = [
     *WHICH,
     ("adapter, B", "adapter_bytes"),
-    _held("icl", "per_user", "ICL, no cache, a user, B"),
-    _held("icl-warm", "per_user", "ICL, cached, a user, B"),
-    _held("icl-warm", "per_task", "ICL, cached, a task, B"),
-    _held("t2l-task", "per_user", "T2L per task, a user, B"),
-    _held("t2l-task", "per_task", "T2L per task, a task, B"),
-    _held("t2l-merged", "per_task", "T2L merged, a task, B"),
-    _held("t2l-task", "fixed", "T2L, once, B"),
+    *((f"{head}, B", f"ways.{field}") for head, field in HELD.items()),
     ("an adapter is smaller than the cache of, tokens", "adapter_tokens"),
-    ("T2L per task holds less from, tasks at a time", lambda of: of["tasks_to_win"]["t2l-task"]["icl-warm"]),
-    *(_held(way, "step_bytes", f"a decode step reads, {LABELS[way]}, B") for way in ("icl", "t2l-task", "t2l-merged")),
+    ("T2L per task holds less from, tasks at a time", "tasks_to_win.t2l-task.icl-warm"),
 ]
 
 

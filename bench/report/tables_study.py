@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import operator
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from bench.records import Result
-from bench.report.tables import AS_IS, Line, Table, records
+from bench.report.tables import AS_IS, Column, Line, Table, records
 from bench.study import plan
 from bench.study.scores import Part
 from t2l_engine.evaluation.bootstrap import Interval, interval
@@ -204,19 +204,6 @@ def wordings(result: Result) -> Iterator[Line]:
     yield {"what": "learned less held-out descriptions, points", **bounds("%", more)}
 
 
-def scalings(result: Result) -> Iterator[Line]:
-    for of in result.records("scaling"):
-        scores = of["scores"]
-        yield {"scaling": of["scaling"], "matched, %": scores["t2l"], "another task's, %": scores["t2l-shuffled"]}
-
-
-def benchmarks(result: Result) -> Iterator[Line]:
-    shown = ("t2l", "t2l-shuffled", "multi-task", RIVAL, "base", "base-description", "icl")
-    for of in result.records("benchmark"):
-        scores = {f"{plain(arm)}, %": of["scores"].get(arm) for arm in shown}
-        yield {"benchmark": of["task"], "items": of["items"], "majority position, %": of["majority"], **scores}
-
-
 def requests(result: Result) -> Iterator[Line]:
     known = result.records("request")
     ours = next(of["seconds"] for of in known if of["arm"] == "t2l")
@@ -225,12 +212,28 @@ def requests(result: Result) -> Iterator[Line]:
         yield {"arm": plain(of["arm"]), "prompt tokens": of["prompt_tokens"], "new tokens": of["new_tokens"], **took}
 
 
-def runs(result: Result) -> Iterator[Line]:
-    for run in result.records("training"):
-        settings = run["settings"]
-        rows = settings["tasks_per_batch"] * settings.get("samples_per_task", 1) * settings["accumulation"]
-        size = {"tasks": run["tasks"] or "all", "steps": run["steps"], "examples a step": rows}
-        yield {"run": run["run"], **size, "million tokens": run["tokens"] / 1e6 or None, "minutes": run["seconds"] / 60}
+def _examples(run: dict) -> int:
+    """Examples of a step."""
+    of = run["settings"]
+    return of["tasks_per_batch"] * of.get("samples_per_task", 1) * of["accumulation"]
+
+
+def _shown(*arms: str) -> list[Column]:
+    return [(f"{plain(arm)}, %", f"scores.{arm}") for arm in arms]
+
+
+SCALINGS: list[Column] = [("scaling", "scaling"), *_shown("t2l", "t2l-shuffled")]
+BENCHMARKS: list[Column] = [("benchmark", "task"), ("items", "items"), ("majority position, %", "majority")]
+BENCHMARKS += _shown("t2l", "t2l-shuffled", "multi-task", RIVAL, "base", "base-description", "icl")
+RUNS: list[Column] = [
+    ("run", "run"),
+    ("tasks", lambda run: run["tasks"] or "all"),
+    ("steps", "steps"),
+    ("examples a step", _examples),
+    ("million tokens", lambda run: run["tokens"] / 1e6 or None),
+    ("minutes", lambda run: run["seconds"] / 60),
+]
+STEERED: list[Column] = [(field, field) for field in ("input", "description", "answer")]
 
 
 def card(result: Result) -> Iterator[Line]:
@@ -248,24 +251,20 @@ def card(result: Result) -> Iterator[Line]:
         yield {**name, "this checkpoint, %": mean(ours), "another task's description, %": shuffled, **theirs}
 
 
-def _table(name: str, about: str, lines: Callable[[Result], Iterable[Line]]) -> Table:
-    return Table(f"study-{name}", about, ("study",), lines, [AS_IS])
-
-
-_STEERED = [(field, field) for field in ("input", "description", "answer")]
-TABLES = [
-    _table("arms", "Exact match by arm, mean over tasks", arms),
-    _table("claims", "Claims of the study beside their targets; brackets are 95 % intervals over tasks", claims),
-    _table("seen", "Tasks that were trained on, held-out inputs and descriptions", tasks("seen")),
-    _table("unseen", "Tasks that nothing but the oracles was trained on", tasks("unseen")),
-    _table("reconstruction", "Reconstruction by number of adapters", reconstruction),
-    _table("short", "Shorter runs that vary one thing", varied),
-    _table("lengths", "T2L and the multi-task LoRA with descriptions, siblings, by length of training", lengths),
-    _table("wordings", "What wording costs", wordings),
-    _table("scalings", "Siblings at other scalings than trained with", scalings),
-    _table("benchmarks", "The paper's ten benchmarks", benchmarks),
-    _table("requests", "One request at a time", requests),
-    _table("runs", "What was trained", runs),
-    _table("card", "The bundled checkpoint", card),
-    Table("study-steered", "One input under several descriptions", ("study",), records("steered"), _STEERED),
-]
+_TABLES = (
+    ("arms", "Exact match by arm, mean over tasks", arms, [AS_IS]),
+    ("claims", "Claims of the study beside their targets, with 95 % intervals over tasks", claims, [AS_IS]),
+    ("seen", "Tasks that were trained on, held-out inputs and descriptions", tasks("seen"), [AS_IS]),
+    ("unseen", "Tasks that nothing but the oracles was trained on", tasks("unseen"), [AS_IS]),
+    ("reconstruction", "Reconstruction by number of adapters", reconstruction, [AS_IS]),
+    ("short", "Shorter runs that vary one thing", varied, [AS_IS]),
+    ("lengths", "T2L and the multi-task LoRA with descriptions, siblings, by length of training", lengths, [AS_IS]),
+    ("wordings", "What wording costs", wordings, [AS_IS]),
+    ("scalings", "Siblings at other scalings than trained with", records("scaling"), SCALINGS),
+    ("benchmarks", "The paper's ten benchmarks", records("benchmark"), BENCHMARKS),
+    ("requests", "One request at a time", requests, [AS_IS]),
+    ("runs", "What was trained", records("training"), RUNS),
+    ("steered", "One input under several descriptions", records("steered"), STEERED),
+    ("card", "The bundled checkpoint", card, [AS_IS]),
+)
+TABLES = [Table(f"study-{name}", about, ("study",), entries, columns) for name, about, entries, columns in _TABLES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
 import time
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench.study import plan
-from bench.study.runs import finished, folder_of
+from bench.study.runs import WORDINGS, finished, folder_of
 from bench.suites.learn import distance
 from t2l_engine import ops
 from t2l_engine.data import manifest as manifests
@@ -31,29 +32,6 @@ from t2l_engine.tasks import load_tasks
 from t2l_engine.training import lora
 from t2l_engine.training.descriptions import TaskEmbeddings
 
-#: One input, and descriptions by which it has different answers; all are written here, none was trained on.
-STEERED = {
-    "violin, tiger, basket": (
-        "Return the first element of the comma separated list.",
-        "Return the last element of the comma separated list.",
-        "Pick out the animal from the comma separated list.",
-        "Which of these words comes first in the alphabet?",
-        "Which of these words comes last in the alphabet?",
-    ),
-    "warm": (
-        "Give a word with the opposite meaning.",
-        "Give a word with the same meaning.",
-        "Write the word with a capital first letter.",
-        "Return the first letter of the word.",
-        "Return the last letter of the word as a capital.",
-    ),
-    "Brazil": (
-        "What is the capital of this country?",
-        "Which currency does this country use?",
-        "What is the calling code of this country?",
-        "Write the first letter of the name in lower case.",
-    ),
-}
 REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 5
 
 
@@ -129,10 +107,11 @@ def distances(work: Path) -> Iterator[dict[str, Any]]:
 
 
 def steered(work: Path) -> list[dict[str, Any]]:
-    """The answers to each input of :data:`STEERED` under its descriptions, all in one batch."""
+    """Answers to inputs that have different ones by description, in one batch; no such description was trained on."""
     model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
-    asked = [(text, description) for text, of in STEERED.items() for description in of]
+    inputs = json.loads(WORDINGS.read_text(encoding="utf-8"))["steered"]
+    asked = [(text, description) for text, of in inputs.items() for description in of]
     engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
     queries = [Query(engine.prompt(tokenizer, text), description) for text, description in asked]
     answers = answerer.ask(queries, Generated(engine))

@@ -15,7 +15,8 @@ from t2l_engine.tasks import DESCRIPTIONS_NAME, Task, load_tasks, read_descripti
 from t2l_engine.training import lora, reconstruction, sft
 from t2l_engine.training.settings import LoRASettings, ReconstructionSettings
 
-#: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone.
+#: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone; of "steered",
+#: by input.
 WORDINGS = Path(__file__).with_name("wordings.json")
 
 
