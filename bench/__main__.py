@@ -25,6 +25,7 @@ from bench.source import ROOT, source
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DEFAULT_THREADS = torch.get_num_threads()
+CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
 PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train")} | {"icl": "bench.icl"}
 
@@ -38,9 +39,6 @@ Only = Annotated[str, typer.Option(help="only tasks whose name contains this")]
 Out = Annotated[Path | None, typer.Option(help="result file; default at size full: bench/results/SUITE[-cuda].jsonl")]
 Budget = Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the result file: what it has is not run again")]
-Tasks = Annotated[
-    Path | None, typer.Option(help="icl at size full: task folder with splits train and test; see docs/icl.md")
-]
 Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
@@ -56,7 +54,7 @@ def measured(
     out: Path | None,
     budget: float | None,
     resume: bool,
-    tasks: Path | None,
+    tasks: Path | None = None,
 ) -> list[Record]:
     """The records of a suite, with a progress bar on stderr; modules of the others, and what they need, stay unread."""
     options = {"size": (size, "full"), "device": (device, "cpu"), "threads": (threads, DEFAULT_THREADS), "only": (only, "")}
@@ -71,7 +69,7 @@ def measured(
 
 
 def suite(name: str, about: str) -> None:
-    """Add the command that measures ``name``; a part of a suite is written only where ``--out`` says."""
+    """Add the command that measures ``name``."""
 
     def command(
         size: Size = "full",
@@ -81,19 +79,49 @@ def suite(name: str, about: str) -> None:
         out: Out = None,
         budget: Budget = None,
         resume: Resume = False,
-        tasks: Tasks = None,
     ) -> None:
-        if out is None and size == "full" and not only and device != "emulator":
-            out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
-        Console().print(shown(measured(name, size, device, threads, only, out, budget, resume, tasks)))
+        finish(name, size, device, threads, only, out, budget, resume)
 
     app.command(name, help=about)(command)
+
+
+def finish(
+    name: str,
+    size: str,
+    device: str,
+    threads: int,
+    only: str,
+    out: Path | None,
+    budget: float | None,
+    resume: bool,
+    tasks: Path | None = None,
+) -> None:
+    """Measure, write where a file is due, show the rows; a part of a suite is written only where ``--out`` says."""
+    if out is None and size == "full" and not only and device != "emulator":
+        out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
+    CONSOLE.print(shown(measured(name, size, device, threads, only, out, budget, resume, tasks)))
 
 
 suite("generate", "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.")
 suite("apply", "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.")
 suite("train", "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.")
-suite("icl", "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.")
+
+
+@app.command()
+def icl(
+    tasks: Annotated[
+        Path | None, typer.Option(help="task folder with splits train and test; needed at size full, see docs/icl.md")
+    ] = None,
+    size: Size = "full",
+    device: Device = "cpu",
+    threads: Threads = DEFAULT_THREADS,
+    only: Only = "",
+    out: Out = None,
+    budget: Budget = None,
+    resume: Resume = False,
+) -> None:
+    """Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured."""
+    finish("icl", size, device, threads, only, out, budget, resume, tasks)
 
 
 def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
@@ -227,7 +255,7 @@ def compare(
     for case, one in found.items():
         ratio = f"[bold]{one.ratio:.3f}[/bold]" if case in failed else f"{one.ratio:.3f}"
         made.add_row(case, f"{one.old_us:,.1f}", f"{one.new_us:,.1f}", ratio, f"{one.low:.3f} to {one.high:.3f}")
-    Console().print(made)
+    CONSOLE.print(made)
     typer.echo(f"{len(found)} cases, {len(failed)} slower than {limit:g} x")
     raise typer.Exit(1 if failed else 0)
 
@@ -241,7 +269,7 @@ def gate(
     """All suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
     found: gates.Ratios = {}
     for name in gates.SUITES:
-        found |= gates.ratios(name, measured(name, "tiny", "cpu", threads, "", None, None, False, None))
+        found |= gates.ratios(name, measured(name, "tiny", "cpu", threads, "", None, None, False))
     if update:
         gates.commit(found)
         return
