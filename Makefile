@@ -31,7 +31,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m bench.report --check
+	$(BIN)/python -m bench report --check
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: setup
@@ -52,7 +52,7 @@ results: setup
 	$(BIN)/python -m bench generate
 	$(BIN)/python -m bench apply
 	$(BIN)/python -m bench train
-	$(BIN)/python -m bench.report
+	$(BIN)/python -m bench report
 
 # Coverage-guided where atheris has a wheel for this Python, else by seeded mutation.
 fuzz: setup
@@ -67,7 +67,7 @@ emulator: setup
 kernels: setup
 	$(BIN)/python -c 'from bench.kernels import find; [find(tool) for tool in ("nvcc", "cuobjdump", "nvdisasm")]' 2> /dev/null || \
 	  $(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[cuda-check]"
-	$(BIN)/python -m bench.kernels --check
+	$(BIN)/python -m bench kernels --check
 
 # Every release that is promised: torch, transformers, and the wheel on each Python there is, without a compiler.
 compat: wheel

@@ -1,17 +1,14 @@
-"""``python -m bench generate|apply|icl|train|learn|study``: measure, write a result file; ``gate``: a small run beside it.
-
-Tables and figures are made from the result files by ``python -m bench.report``.
-"""
+"""Measure (``python -m bench generate|apply|train|icl|learn|study|lengths|kernels``), compare two trees, make the pages."""
 
 from __future__ import annotations
 
-import enum
 import functools
+import importlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -19,35 +16,95 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bench import compare as comparing
 from bench import gate as gates
 from bench import harness
-from bench.source import ROOT
+from bench.harness import OURS, BenchError, Context, Record, record
+from bench.records import ResultError
+from bench.source import ROOT, source
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DEFAULT_THREADS = torch.get_num_threads()
+CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
+RESULTS = ROOT / "bench" / "results"
+PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train")} | {"icl": "bench.icl"}
 
-
-class Sizes(str, enum.Enum):
-    tiny = "tiny"
-    full = "full"
-
-
-Size = Annotated[Sizes, typer.Option(help="tiny: small shapes and few rounds, for the gate; not to be quoted")]
+Size = Annotated[Literal["tiny", "full"], typer.Option(help="tiny: small shapes and few rounds; not to be quoted")]
+Device = Annotated[
+    Literal["cpu", "cuda", "emulator"],
+    typer.Option(help="emulator: the CUDA kernels on this CPU, verified and not timed; needs T2L_DISABLE_NATIVE=1"),
+]
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
 Only = Annotated[str, typer.Option(help="only tasks whose name contains this")]
-Out = Annotated[Path | None, typer.Option(help="result file; default: bench/results/<suite>.json, at size tiny none")]
+Out = Annotated[Path | None, typer.Option(help="result file; default at size full: bench/results/SUITE[-cuda].jsonl")]
+Budget = Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with the result file: what it has is not run again")]
+Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
-@app.command()
-def generate(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Only = "", out: Out = None) -> None:
-    """Generating adapters: hypernetworks of released shapes, the parts of a request, memory."""
-    suite("generate", size.value, threads, only, out)
+# --- suites of times -------------------------------------------------------------------------------------------------
 
 
-@app.command()
-def apply(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Only = "", out: Out = None) -> None:
-    """Applying adapters: the op hot and cold, with gradients, around a linear, in a language model."""
-    suite("apply", size.value, threads, only, out)
+def measured(
+    name: str,
+    size: str,
+    device: str,
+    threads: int,
+    only: str,
+    out: Path | None,
+    budget: float | None,
+    resume: bool,
+    tasks: Path | None = None,
+) -> list[Record]:
+    """The records of a suite, with a progress bar on stderr; modules of the others, and what they need, stay unread."""
+    options = {"size": (size, "full"), "device": (device, "cpu"), "threads": (threads, DEFAULT_THREADS), "only": (only, "")}
+    words = [f"--{option} {value!r}" if " " in str(value) else f"--{option} {value}"
+             for option, (value, default) in options.items() if value != default]  # fmt: skip
+    words += ["--tasks TASKS"] if tasks else []
+    module = importlib.import_module(PLANS[name])
+    plan = functools.partial(module.plan, folder=tasks) if name == "icl" else module.plan
+    context = Context.of(size, threads, harness.device_of(device))
+    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
+    return harness.run(name, plan, context, command=" ".join(["python -m bench", name, *words]), **given)
+
+
+def suite(name: str, about: str) -> None:
+    """Add the command that measures ``name``."""
+
+    def command(
+        size: Size = "full",
+        device: Device = "cpu",
+        threads: Threads = DEFAULT_THREADS,
+        only: Only = "",
+        out: Out = None,
+        budget: Budget = None,
+        resume: Resume = False,
+    ) -> None:
+        finish(name, size, device, threads, only, out, budget, resume)
+
+    app.command(name, help=about)(command)
+
+
+def finish(
+    name: str,
+    size: str,
+    device: str,
+    threads: int,
+    only: str,
+    out: Path | None,
+    budget: float | None,
+    resume: bool,
+    tasks: Path | None = None,
+) -> None:
+    """Measure, write where a file is due, show the rows; a part of a suite is written only where ``--out`` says."""
+    if out is None and size == "full" and not only and device != "emulator":
+        out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
+    CONSOLE.print(shown(measured(name, size, device, threads, only, out, budget, resume, tasks)))
+
+
+suite("generate", "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.")
+suite("apply", "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.")
+suite("train", "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.")
 
 
 @app.command()
@@ -55,113 +112,16 @@ def icl(
     tasks: Annotated[
         Path | None, typer.Option(help="task folder with splits train and test; needed at size full, see docs/icl.md")
     ] = None,
-    size: Size = Sizes.full,
+    size: Size = "full",
+    device: Device = "cpu",
     threads: Threads = DEFAULT_THREADS,
     only: Only = "",
     out: Out = None,
+    budget: Budget = None,
+    resume: Resume = False,
 ) -> None:
-    """Examples in the prompt against generated adapters: closed forms, the paper's table, and a small model measured."""
-    suite("icl", size.value, threads, only, out, tasks)
-
-
-@app.command()
-def train(size: Size = Sizes.full, threads: Threads = DEFAULT_THREADS, only: Only = "", out: Out = None) -> None:
-    """Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library of adapters."""
-    suite("train", size.value, threads, only, out)
-
-
-@app.command()
-def learn(
-    work: Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")],
-    library: Annotated[Path | None, typer.Option(help="a larger run of t2l train lora, to report its time")] = None,
-    out: Annotated[Path, typer.Option(help="result file")] = ROOT / "bench" / "results" / "learn.json",
-) -> None:
-    """Adapters for eight tasks made by code, and what reconstruction keeps of their gain (some ten minutes)."""
-    from bench.learn import measure
-
-    out.write_text(json.dumps(measure(work, library), indent=1) + "\n", encoding="utf-8")
-
-
-@app.command()
-def study(
-    tasks: Annotated[Path, typer.Option(help="task folder that holds the tasks of the manifest skills")],
-    work: Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")],
-    benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
-    runs: Annotated[
-        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.py")
-    ] = "",
-    threads: Threads = DEFAULT_THREADS,
-    out: Annotated[Path, typer.Option(help="result file")] = ROOT / "bench" / "results" / "study.json",
-) -> None:
-    """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
-    from bench.study import collect, plan
-    from bench.study import runs as training
-
-    torch.set_num_threads(threads)
-    training.tasks(tasks, work, benchmarks)
-    for name in runs.split(",") if runs else plan.RUNS:
-        training.train(name, work)
-        if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
-            collect.checked_headroom(work)
-    if not runs:
-        out.write_text(json.dumps(collect.measure(work), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@app.command()
-def gate(
-    threads: Threads = 2,
-    slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,
-    update: Annotated[bool, typer.Option("--update", help="commit to the ratios of this run instead")] = False,
-) -> None:
-    """All suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
-    results = [measured(name, "tiny", threads, "") for name in gates.SUITES]
-    ratios = gates.ratios(results)
-    if update:
-        gates.FILE.write_text(json.dumps(ratios, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        typer.echo(f"{gates.FILE.relative_to(ROOT)}: {len(ratios)} rows")
-        return
-    faults = gates.compare(ratios, gates.committed(), slack)
-    for fault in faults:
-        typer.echo(fault, err=True)
-    typer.echo(f"{len(ratios)} rows, {len(faults)} beyond {slack:g} x the committed ratios")
-    raise typer.Exit(1 if faults else 0)
-
-
-def suite(name: str, size: str, threads: int, only: str, out: Path | None, tasks: Path | None = None) -> None:
-    """Measure, write where a file is due, show the table; a part of a suite is written only where ``--out`` says."""
-    result = measured(name, size, threads, only, tasks)
-    if out is None and size == "full" and not only:
-        out = ROOT / "bench" / "results" / f"{name}.json"
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    Console().print(table(result))
-
-
-def measured(name: str, size: str, threads: int, only: str, tasks: Path | None = None) -> dict[str, Any]:
-    """The result of a suite, with a progress bar on stderr."""
-    options = {"--size": size if size != "full" else "", "--only": only}
-    words = [f"{option} {value!r}" if " " in value else f"{option} {value}" for option, value in options.items() if value]
-    if threads != DEFAULT_THREADS:
-        words.append(f"--threads {threads}")
-    if tasks is not None:
-        words.append("--tasks TASKS")
-    command = " ".join(["python -m bench", name, *words])
-    return harness.run(name, plan(name, tasks), size=size, count=threads, command=command, only=only, progress=bar)
-
-
-def plan(name: str, tasks: Path | None) -> Callable[[harness.Context], Sequence[harness.Task]]:
-    """The tasks of a suite; the others, and the packages they need, are not imported."""
-    if name == "icl":
-        from bench.icl import plan
-
-        return functools.partial(plan, folder=tasks)
-    if name == "generate":
-        from bench.generate import plan
-    elif name == "train":
-        from bench.train import plan
-    else:
-        from bench.apply import plan
-    return plan
+    """Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured."""
+    finish("icl", size, device, threads, only, out, budget, resume, tasks)
 
 
 def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
@@ -175,40 +135,173 @@ def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
             progress.advance(shown)
 
 
-def table(result: dict[str, Any]) -> Table:
-    """The rows of a result for the terminal."""
-    made = Table(title=f"{result['suite']}, {result['size']}, {result['machine']['cpu']}, {result['machine']['isa']}")
-    for head in ("case", "ours us (IQR)", "floor us", "ratio", "bar", "ours beats", "error / bound"):
-        made.add_column(head, justify="left" if head in ("case", "ours beats") else "right")
-    for row in result["rows"]:
-        ours, error = row["ours"], row["error"]
+def shown(records: Sequence[Record]) -> Table:
+    """The rows of a run for the terminal."""
+    head = records[0]
+    made = Table(title=f"{head['suite']}, {head['size']}, {head['machine'].get('gpu', head['machine']['cpu'])}")
+    for name in ("case", "ours, us", "roofline, us", "times the others take", "error / bound"):
+        made.add_column(name, justify="left" if name in ("case", "times the others take") else "right")
+    for row in harness.rows_of(records):
+        ours = row["times"][OURS].get("median_us")
+        others = {name: t["median_us"] / ours for name, t in row["times"].items() if ours and name != OURS}
+        words = [f"{name} {'[bold]' * (x < 1)}{x:.2f}x{'[/bold]' * (x < 1)}" for name, x in others.items()]
         made.add_row(
-            gates.name(row, all_threads=False),
-            f"{ours['median_us']:,.1f} ({ours['iqr_us']:,.1f})",
-            "" if row["floor"] is None else f"{row['floor']['us']:,.1f} {row['floor']['by']}",
-            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            "" if row["bar"] is None else ("met" if row["bar"]["met"] else "[bold]NOT met[/bold]"),
-            "; ".join(_speedup(name, baseline) for name, baseline in row["baselines"].items()),
-            f"{error['value']:.1e} / {error['bound']:.1e}",
+            ", ".join(filter(None, [row["case"], row["cache"], f"{row['threads']} threads"])),
+            f"{ours:,.1f}" if ours else "",
+            f"{row['roofline']['us']:,.1f}" if ours and row["roofline"] else "",
+            "; ".join([*words, *(f"{name} skipped" for name in row["skipped"])]),
+            f"{row['error']['value']:.1e} / {row['error']['bound']:.1e}",
         )
-    for entry in result.get("memory", ()):
-        made.add_row(f"memory: {entry['what']}", f"{entry['peak_mib']:,.0f} MiB", "", f"{entry['ratio']:.2f}")
-    for entry in result.get("train_memory", ()):
-        for way, found in entry["ways"].items():
-            ratio = found["peak_mib"] / entry["ways"][harness.OURS]["peak_mib"]
-            made.add_row(f"memory: {entry['case']}, {way}", f"{found['peak_mib']:,.0f} MiB", "", f"{ratio:.2f}")
+    for one in records:
+        if one["record"] == "failed":
+            made.add_row(f"[bold]failed[/bold]: {one['case']}", "", "", one["error"])
     return made
 
 
-def _speedup(name: str, baseline: dict[str, Any]) -> str:
-    if "absent" in baseline:
-        return f"{name} absent"
-    text = f"{name} {baseline['speedup']:.2f}x"
-    return text if baseline["speedup"] >= 1 else f"[bold]{text}[/bold]"
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def write(out: Path, name: str, command: str, threads: int, records: Iterable[Record]) -> None:
+    """A file of records that are no rows of times."""
+    of = {"suite": name, "size": "full", "device": "cpu", "command": f"python -m bench {command}", **source()}
+    head = record("run", **of, machine=harness.machine(Context.of("full", threads)), versions=harness.versions())
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (head, *records)]
+    out.write_text("".join(lines), encoding="utf-8")
+
+
+@app.command()
+def learn(
+    work: Work,
+    library: Annotated[Path | None, typer.Option(help="a larger run of t2l train lora, to report its time")] = None,
+    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "learn.jsonl",
+) -> None:
+    """Adapters for eight tasks made by code, and what reconstruction keeps of their gain (some ten minutes)."""
+    from bench.suites.learn import records
+
+    words = "learn --work WORK" + (" --library LIBRARY" if library else "")
+    write(out, "learn", words, DEFAULT_THREADS, records(work, library))
+
+
+@app.command()
+def study(
+    tasks: Annotated[Path, typer.Option(help="task folder that holds the tasks of the manifest skills")],
+    work: Work,
+    benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
+    runs: Annotated[
+        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.py")
+    ] = "",
+    threads: Threads = DEFAULT_THREADS,
+    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "study.jsonl",
+) -> None:
+    """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
+    from bench.study import collect, plan
+    from bench.study import runs as training
+
+    torch.set_num_threads(threads)
+    training.tasks(tasks, work, benchmarks)
+    for name in runs.split(",") if runs else plan.RUNS:
+        training.train(name, work)
+        if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
+            collect.checked_headroom(work)
+    if not runs:
+        words = "study --tasks TASKS --work WORK" + (" --benchmarks BENCHMARKS" if benchmarks else "")
+        write(out, "study", words, threads, collect.records(work))
+
+
+@app.command()
+def lengths(
+    benchmarks: Annotated[Path, typer.Option(help="folder with a .jsonl file per benchmark")],
+    descriptions: Annotated[Path, typer.Option(help="file with eval_ds_info")],
+    examples: Annotated[Path, typer.Option(help="JSON file: name of a benchmark -> its worked examples")],
+    tokenizer: Annotated[list[str], typer.Option(help="NAME=PLACE; repeat it")],
+) -> None:
+    """Token counts of T2L's benchmarks; see bench/lengths.py."""
+    from bench.lengths import command
+
+    typer.echo(command(benchmarks, descriptions, examples, tokenizer))
+
+
+@app.command()
+def kernels(
+    check: Annotated[bool, typer.Option("--check", help="compare with the committed table, write nothing")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="compilers at a time")] = 2,
+) -> None:
+    """What the compiler makes of the CUDA kernels: registers, blocks, instructions; needs nvcc."""
+    from bench.kernels import command
+
+    typer.echo(command(check, jobs))
+
+
+# --- comparing, and what is made of results --------------------------------------------------------------------------
+
+
+@app.command()
+def compare(
+    old: Annotated[str, typer.Argument(help="a built checkout, or a git revision, which is exported and built")],
+    new: Annotated[str, typer.Argument(help="likewise")] = str(ROOT),
+    limit: Annotated[float, typer.Option(min=1, help="how many times its old time a case may take")] = comparing.LIMIT,
+    only: Annotated[str, typer.Option(help="only cases whose name contains this")] = "",
+    rounds: Annotated[
+        int, typer.Option(min=1, help="rounds of old, new, new, old, in each of several pairs of processes")
+    ] = comparing.ROUNDS,
+    threads: Threads = DEFAULT_THREADS,
+) -> None:
+    """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit."""
+    found = comparing.trees(old, new, threads, only, rounds)
+    failed = comparing.slower(found, limit)
+    made = Table(title=f"new over old on {threads} threads, at most {limit:g}")
+    for name in ("case", "old, us", "new, us", "ratio", "quartiles"):
+        made.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    for case, one in found.items():
+        ratio = f"[bold]{one.ratio:.3f}[/bold]" if case in failed else f"{one.ratio:.3f}"
+        made.add_row(case, f"{one.old_us:,.1f}", f"{one.new_us:,.1f}", ratio, f"{one.low:.3f} to {one.high:.3f}")
+    CONSOLE.print(made)
+    typer.echo(f"{len(found)} cases, {len(failed)} slower than {limit:g} x")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def gate(
+    threads: Threads = 2,
+    slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,
+    update: Annotated[bool, typer.Option("--update", help="commit to the ratios of this run instead")] = False,
+) -> None:
+    """All suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
+    found: gates.Ratios = {}
+    for name in gates.SUITES:
+        found |= gates.ratios(name, measured(name, "tiny", "cpu", threads, "", None, None, False))
+    if update:
+        gates.commit(found)
+        return
+    faults = gates.faults(found, gates.committed(), slack)
+    typer.echo("\n".join([*faults, f"{len(found)} rows, {len(faults)} beyond {slack:g} x the committed ratios"]))
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command()
+def table(name: Annotated[str, typer.Argument(help="one of docs/results/tables")]) -> None:
+    """Print a table of the committed results."""
+    from bench.report.pages import show
+
+    show(name)
+
+
+@app.command()
+def report(check: Annotated[bool, typer.Option("--check", help="say what is stale, write nothing")] = False) -> None:
+    """Pages, tables and figures from bench/results."""
+    from bench.report.pages import Report
+
+    problems = Report().check() if check else Report().write()
+    if problems:
+        raise BenchError("\n".join(problems))
+
+
+def main(run: Callable[[], None] = app) -> None:
+    try:
+        run()
+    except (BenchError, ResultError) as error:
+        sys.exit(f"python -m bench: {error}")
 
 
 if __name__ == "__main__":
-    try:
-        app()
-    except harness.BenchError as error:
-        sys.exit(f"python -m bench: {error}")
+    main()

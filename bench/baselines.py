@@ -1,4 +1,4 @@
-"""What ours is compared with, restated here in plain torch: eager hypernetworks, and the usual ways to apply many adapters.
+"""What ours is compared with, restated here in plain torch: hypernetworks, the usual ways to apply many adapters, a copy.
 
 Everything that a caller could prepare once (segment bounds, ids of tokens, scalings as numbers) is prepared before the clock
 starts; what is timed is the work itself.
@@ -6,13 +6,16 @@ starts; what is timed is the work itself.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.timing import Candidate, Device, Timing
 from t2l_engine.hypernetwork.network import MLP, HyperNetwork
 from t2l_engine.ops import reference
 
@@ -77,9 +80,10 @@ class Eager:
             first = [norm(source.norm)] if hasattr(source, "norm") else []
             return nn.Sequential(*first, linear(source.linear1), silu, linear(source.linear2), silu)
 
-        def embedding(source: nn.Module) -> nn.Sequential:
-            rows = source.weight.flatten(0, -2).to(self.dtype)
-            return nn.Sequential(nn.Embedding.from_pretrained(rows), norm(source.norm))
+        def embedding(source: nn.Module) -> Callable[..., Tensor]:
+            """Rows from the first one on: no index, whose transfer no graph could hold."""
+            rows, own = source.weight.flatten(0, -2).to(self.dtype), norm(source.norm)
+            return lambda first, count=1: own(rows[first : first + count])
 
         self.task = nn.Sequential(linear(net.task_encoder.linear), norm(net.task_encoder.norm))
         self.depth, self.kind = embedding(net.depth_emb), embedding(net.module_emb)
@@ -95,11 +99,10 @@ class Eager:
 
     def _one(self, description: Tensor) -> dict[tuple[str, int, str], Tensor]:
         c, tensors = self.config, {}
-        layers = torch.arange(c.num_layers)
         for i, name in enumerate(c.modules):
             task = self.task(description[None]).expand(c.num_layers, -1)
-            kind = self.kind(torch.tensor([i])).expand(c.num_layers, -1)
-            x = self.mixer(torch.cat((task, self.depth(layers), kind), dim=-1))
+            kind = self.kind(i).expand(c.num_layers, -1)
+            x = self.mixer(torch.cat((task, self.depth(0, c.num_layers), kind), dim=-1))
             x = x + self.mlp1(x)
             lora_A, lora_B = self._sides(x, i)
             for layer in range(c.num_layers):
@@ -116,10 +119,10 @@ class Eager:
             return [part.unflatten(-1, (c.rank, -1)) for part in y.split([c.rank * width for width in widths], dim=-1)]
         parts = []
         for side, width in enumerate(widths):
-            u = x + self.side(torch.tensor([2 * i + side]))
+            u = x + self.side(2 * i + side)
             u = u + self.mlp2(u)
             if self.position is not None:
-                p = self.position(torch.arange(c.rank))
+                p = self.position(0, c.rank)
                 u = u[:, None] + (p + self.mlp2(p))  # [n, r, m]
             y = head(self.mlp3(u))
             parts.append((y if self.position is not None else y.unflatten(-1, (c.rank, -1)))[..., :width])
@@ -133,6 +136,40 @@ class Eager:
             return torch.stack([torch.stack([one[name, layer, side] for layer in layers]) for one in tensors])
 
         return {name: (stack(name, "A"), stack(name, "B")) for name in self.config.modules}
+
+
+def careful(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
+    """Variant L over all rows at once, in products of torch and the dtype of the weights: what a careful author writes.
+
+    A and B are views of what the head products gave.
+    """
+    c, folded = net.config, net.folded()
+    w_task, table, w2, b2, *rest = folded["weights"]
+    dtype = w_task.dtype
+    vectors = [t.to(dtype) for t in (table, b2)]
+    blocks = [[t.to(dtype) for t in rest[6 * i : 6 * i + 6]] for i in range(3)]
+    head_weights, head_biases = folded["heads"]
+    head_biases = [bias.to(dtype) for bias in head_biases] or [None] * len(head_weights)
+
+    def block(x: Tensor, norm_weight, norm_bias, w1, b1, w2, b2) -> Tensor:
+        x = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, reference.LAYER_NORM_EPS)
+        return F.silu(F.linear(F.silu(F.linear(x, w1, b1)), w2, b2))
+
+    @torch.no_grad()
+    def generate(task_emb: Tensor) -> Adapters:
+        z = net.task_encoder(task_emb).to(dtype)
+        x = F.silu(F.linear(F.silu(F.linear(z, w_task)[:, None, None] + vectors[0]), w2, vectors[1]))
+        x = x + block(x, *blocks[0])
+        x = x + block(x, *blocks[1])
+        latent = block(x, *blocks[2])  # [N, K, n, h]
+        out = {}
+        for i, (name, weight, bias) in enumerate(zip(c.modules, head_weights, head_biases, strict=True)):
+            y = F.linear(latent[:, i], weight, bias)
+            a, b = y.split([c.rank * c.in_features[i], c.rank * c.out_features[i]], dim=-1)
+            out[name] = a.unflatten(-1, (c.rank, -1)), b.unflatten(-1, (c.rank, -1)).mT
+        return out
+
+    return generate
 
 
 def compiled(net: HyperNetwork, example: Tensor) -> Callable[[Tensor], Adapters]:
@@ -226,3 +263,29 @@ def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
         layer.lora_A[str(i)].weight.copy_(A)
         layer.lora_B[str(i)].weight.copy_(B)
     return layer
+
+
+# --- a copy on a card ------------------------------------------------------------------------------------------------
+
+COPY = "copy"
+
+
+def copies(device: Device, num_bytes: int, sets: int) -> dict[str, Candidate]:
+    """Moving ``num_bytes``, half read and half written, as often as there are ``sets``: by a copy, and by a kernel."""
+    count = max(64, num_bytes // 8 // 64 * 64)  # int32; whole lines
+    own = torch.Generator(device.torch).manual_seed(0)  # torch's own one is of no use after a capture that failed
+    source = torch.randint(1 << 30, (sets, count), dtype=torch.int32, device=device.torch, generator=own)
+    target = torch.empty_like(source)
+    pairs = list(zip(source, target, strict=True))
+    return {
+        f"{COPY} by copy": Candidate([lambda a=a, b=b: b.copy_(a) for a, b in pairs]),
+        f"{COPY} by kernel": Candidate([lambda a=a, b=b: torch.bitwise_not(a, out=b) for a, b in pairs]),
+    }
+
+
+def with_best_copy(timings: Mapping[str, Timing]) -> dict[str, Timing]:
+    """``timings`` with the faster of :func:`copies` alone, under the name COPY."""
+    ways = {name: timing for name, timing in timings.items() if name.startswith(f"{COPY} by ")}
+    best = min(ways, key=lambda name: ways[name].median_us)
+    others = {name: timing for name, timing in timings.items() if name not in ways}
+    return others | {COPY: dataclasses.replace(ways[best], note=best.removeprefix(f"{COPY} "))}

@@ -1,15 +1,14 @@
-"""Ratios of a small run to its baselines, beside committed ones.
+"""Every suite at size tiny: that all of it runs and verifies, and that no ratio to a baseline is out of all proportion.
 
-Never times: another machine has others, and much the same ratios.
+Never times: another machine has others, and much the same ratios.  Regressions are found by ``python -m bench compare``.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from bench.harness import BenchError
+from bench.harness import OURS, Record
 from bench.source import ROOT
 
 SUITES = ("generate", "apply", "icl", "train")
@@ -20,42 +19,36 @@ SLACK = 3.0
 Ratios = dict[str, float]
 
 
-def name(row: Mapping[str, Any], all_threads: bool = True) -> str:
-    """A row by case, cache and threads; with ``all_threads`` not by their number."""
-    count = row["threads"]
-    threads = "1 thread" if count == 1 else "all threads" if all_threads else f"{count} threads"
-    return ", ".join(filter(None, [row["case"], row["cache"], threads]))
-
-
-def ratios(results: Iterable[Mapping[str, Any]]) -> Ratios:
+def ratios(suite: str, records: Iterable[Record]) -> Ratios:
     """Of every row with baselines: its time over that of the best one, which took turns with it.
 
-    Floors are left out: at these sizes the bandwidth that makes them moves more than any change that matters.
+    Rooflines are left out: at these sizes the bandwidth that makes them moves more than any change that matters.
     """
     found: Ratios = {}
-    for result in results:
-        for row in result["rows"]:
-            ours = row["ours"]["median_us"]
-            times = [b["median_us"] for b in row["baselines"].values() if "median_us" in b]
-            if times:
-                found[f"{result['suite']}: {name(row)}"] = float(f"{ours / min(times):.3g}")
+    for row in records:
+        if row["record"] == "row" and len(row["times"]) > 1:
+            times = {name: timing["median_us"] for name, timing in row["times"].items()}
+            ours, threads = times.pop(OURS), "1 thread" if row["threads"] == 1 else "all threads"
+            name = ", ".join(filter(None, [row["case"], row["cache"], threads]))
+            found[f"{suite}: {name}"] = float(f"{ours / min(times.values()):.3g}")
+    return found
+
+
+def faults(measured: Ratios, known: Mapping[str, float], slack: float) -> list[str]:
+    """A line for every fault: a ratio beyond ``slack`` times the known one, a row that only one side has."""
+    found = [f"{row}: committed, but not measured" for row in sorted(known.keys() - measured.keys())]
+    for row, ratio in measured.items():
+        if row not in known:
+            found.append(f"{row}: measured, but not committed; look at it, then python -m bench gate --update")
+        elif not ratio <= slack * known[row]:
+            limit = f"{slack * known[row]:.3g} x the best baseline ({slack:g} x the committed ratio)"
+            found.append(f"{row}: expected at most {limit}, got {ratio}")
     return found
 
 
 def committed() -> Ratios:
-    """What :data:`FILE` holds; BenchError where there is none."""
-    if not FILE.is_file():
-        raise BenchError(f"{FILE.relative_to(ROOT)}: no such file; make it with python -m bench gate --update")
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
-def compare(measured: Ratios, known: Ratios, slack: float) -> list[str]:
-    """A line for every fault: a ratio beyond ``slack`` times the known one, a row that only one side has."""
-    faults = [f"{row}: committed, but not measured" for row in sorted(known.keys() - measured.keys())]
-    for row, ratio in measured.items():
-        if row not in known:
-            faults.append(f"{row}: measured, but not committed; look at it, then python -m bench gate --update")
-        elif not ratio <= slack * known[row]:
-            limit = f"{slack * known[row]:.3g} x the best baseline ({slack:g} x the committed ratio)"
-            faults.append(f"{row}: expected at most {limit}, got {ratio}")
-    return faults
+def commit(found: Ratios) -> None:
+    FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")

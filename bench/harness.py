@@ -1,16 +1,20 @@
-"""What both suites share: verify, then time, then a row of the result file; and the file around the rows.
+"""What suites share: verify, then time, then a row; and the file that a run appends its records to.
 
 A row that could flatter is not written: ours is held to its bound on fresh inputs before anything is timed, baselines are
-verified against the same oracle, floors come from ceilings of the same run, and what cannot run says why.
+verified against the same oracle, rooflines come from ceilings of the same run, and what cannot run says why.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.metadata
+import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +22,16 @@ import torch
 from torch import Tensor
 
 import t2l_engine
+from bench.ceilings import Ceilings, CpuCeilings, CudaCeilings, cache_bytes
+from bench.records import OURS
 from bench.source import source
-from bench.timing import WARM_CALLS, Call, Ceilings, Name, Timing, cache_bytes, measure, threads
+from bench.timing import Call, Candidate, Cpu, Cuda, Device, Dry, Name, Timing, first_line, is_lost, measure, threads
+from t2l_engine import ops
 from t2l_engine.ops import native
-from t2l_engine.testing import numerics
+from t2l_engine.testing import backends, numerics
 
-OURS = "ours"
+DEVICES = ("cpu", "cuda", "emulator")
+Record = dict[str, Any]
 
 
 class BenchError(RuntimeError):
@@ -34,15 +42,15 @@ class VerificationError(BenchError):
     """Ours does not compute what it should; it was not timed."""
 
 
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
 class Error(NamedTuple):
     """An error against the float64 oracle, and what numerics.py allows."""
 
     value: float
     bound: float
     measure: str = "relative Frobenius against float64"
-
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict()
 
 
 def worst(errors: Iterable[Error]) -> Error:
@@ -60,46 +68,74 @@ def logits_error(got: Tensor, exact: Tensor, other: Tensor) -> Error:
     return Error(numerics.relative_frobenius(got, exact), bound, "logits, relative Frobenius against float64")
 
 
-def admit(case: str, functions: Mapping[str, Call], errors: Mapping[str, Error]) -> tuple[dict[str, Call], dict[str, str]]:
+def verify(case: str, functions: Mapping[str, Any], errors: Mapping[str, Error]) -> tuple[dict[str, Any], dict[str, str]]:
     """The candidates that may be timed, and for the others why not.
 
     Raises VerificationError where ours is beyond its bound.  Baselines, which sum and round in other places, may reach
     ERROR_RATIO times the bound.
     """
-    admitted, absent = {}, {}
+    verified, skipped = {}, {}
     for name, function in functions.items():
         error = errors[name]
         if error.value <= error.bound * (1 if name == OURS else numerics.ERROR_RATIO):
-            admitted[name] = function
+            verified[name] = function
         elif name == OURS:
             raise VerificationError(f"{case}: error {error.value:.3g} beyond {error.bound:.3g}: {error.measure}")
         else:
-            absent[name] = f"wrong: error {error.value:.3g} where {error.bound:.3g} is allowed"
-    return admitted, absent
+            skipped[name] = f"wrong: error {error.value:.3g} where {error.bound:.3g} is allowed"
+    return verified, skipped
+
+
+# --- a run and its rows ----------------------------------------------------------------------------------------------
+
+
+def device_of(name: str) -> Device:
+    """The device called so in :data:`DEVICES`; BenchError where it is not here or has no kernels."""
+    try:
+        if name == "cuda":
+            backends.select("cuda")
+            return Cuda()
+        if name == "emulator":
+            backends.select("emu")
+            return Dry("emulator")
+    except RuntimeError as error:
+        raise BenchError(f"device {name!r}: {error}") from error
+    return Cpu()
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """A run.  ``seconds`` a case; ``rounds``: least and most; ``rotated``: bytes that cold cases go through."""
+    """A run.  ``seconds`` a case; ``rounds``: least and most; ``rotated``: bytes that cold cases of a CPU go through."""
 
     size: str
     threads: int
+    device: Device
     ceilings: Ceilings
     rounds: tuple[int, int]
     seconds: float
     rotated: int
 
     @staticmethod
-    def of(size: str, count: int) -> Context:
+    def of(size: str, count: int, device: Device | None = None) -> Context:
+        device = device or Cpu()
         last_level = cache_bytes(3) or cache_bytes(2) or 32 << 20
+        if device.kind != "cpu":
+            ceilings = CudaCeilings(device=device, seconds=0.1 if device.on_card else 0.001)
+            return Context(size, 1, device, ceilings, (2, 300), 0.7 if device.on_card else 0.01, 0)
         if size == "tiny":
-            ceilings = Ceilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
-            return Context(size, count, ceilings, (3, 20), 0.05, min(3 * last_level, 64 << 20))
-        return Context(size, count, Ceilings(), (4, 300), 1.0, 3 * last_level)
+            ceilings = CpuCeilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
+            return Context(size, count, device, ceilings, (3, 20), 0.05, 8 << 20)
+        return Context(size, count, device, CpuCeilings(), (4, 300), 1.0, 3 * last_level)
 
     @property
     def full(self) -> bool:
-        return self.size == "full"
+        """Whether shapes are those that targets are stated for; a dry run has none."""
+        return self.size == "full" and self.device.timed
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the cases are those of a CPU, else of a card."""
+        return self.device.kind == "cpu"
 
     @property
     def thread_counts(self) -> list[int]:
@@ -107,14 +143,28 @@ class Context:
         return sorted({1, self.threads})
 
     def time(
-        self, functions: Mapping[Name, Call], count: int, *, warm_calls: int = WARM_CALLS, factor: float = 1
+        self,
+        functions: Mapping[Name, Call | Candidate],
+        count: int | None = None,
+        *,
+        factor: float = 1,
+        skipped: dict[Name, str] | None = None,
     ) -> dict[Name, Timing]:
-        """:func:`bench.timing.measure` on ``count`` threads; ``factor``: times the usual seconds."""
-        with threads(count):
-            return measure(functions, rounds=self.rounds, seconds=factor * self.seconds, warm_calls=warm_calls)
+        """:func:`bench.timing.measure` on ``count`` threads (None: all); ``factor``: times the usual seconds."""
+        with threads(count or self.threads):
+            return measure(self.device, functions, rounds=self.rounds, seconds=factor * self.seconds, skipped=skipped)
+
+    def num_sets(self, num_bytes: int) -> int:
+        """How many sets of operands of ``num_bytes`` are together well beyond the caches."""
+        return self.rotated // num_bytes + 1 if self.on_cpu else self.device.num_sets(num_bytes)
+
+    def roofline(self, flops: int, num_bytes: int, dtype: str, count: int | None = None) -> Record:
+        """:func:`roofline` at the rates of this run; the working set is what is moved."""
+        count = count or self.threads
+        return roofline(flops, num_bytes, self.ceilings.gemm_at(dtype, count), self.ceilings.bandwidth_at(num_bytes, count))
 
 
-def floor(flops: int, num_bytes: int, gflops: float, gbps: float) -> dict[str, Any]:
+def roofline(flops: int, num_bytes: int, gflops: float, gbps: float) -> Record:
     """The least time at these rates: that of the operations or that of the bytes, whichever is larger."""
     by = {"flops": flops / gflops / 1e3, "bytes": num_bytes / gbps / 1e3}
     name = max(by, key=by.get)
@@ -123,120 +173,206 @@ def floor(flops: int, num_bytes: int, gflops: float, gbps: float) -> dict[str, A
 
 
 @dataclasses.dataclass(frozen=True)
-class Bar:
-    """``ratio`` times the floor, or the baseline or row that ``of`` names, plus ``plus_us``."""
+class Target:
+    """``ratio`` times the roofline, or the baseline or other time that ``of`` names, plus ``plus_us``."""
 
     ratio: float
-    of: str = "floor"
+    of: str = "roofline"
     plus_us: float = 0.0
 
-    def to_json(self, ours_us: float, unit_us: float) -> dict[str, Any]:
-        plus = {"plus_us": self.plus_us} if self.plus_us else {}
-        return {"ratio": self.ratio, **plus, "of": self.of, "met": ours_us <= self.ratio * unit_us + self.plus_us}
+    def to_json(self) -> Record:
+        return {"ratio": self.ratio, "of": self.of} | ({"plus_us": self.plus_us} if self.plus_us else {})
+
+
+def record(kind: str, **fields: Any) -> Record:
+    """A record of the file; rows are made by :func:`row`."""
+    return {"record": kind, **fields}
 
 
 def row(
+    context: Context,
     case: str,
     group: str,
-    shape: dict[str, Any],
-    count: int,
+    shape: Record,
     timings: Mapping[str, Timing],
     error: Error,
     *,
+    count: int | None = None,
     cache: str | None = None,
-    absent: Mapping[str, str] | None = None,
-    least: dict[str, Any] | None = None,
-    bar: Bar | None = None,
+    skipped: Mapping[str, str] | None = None,
+    least: Record | None = None,
+    target: Target | None = None,
     unit_us: float | None = None,
     peak_gflops: float | None = None,
-) -> dict[str, Any]:
-    """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the floor.
+) -> Record:
+    """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
 
-    ``unit_us``: what the bar's ratio refers to where that is not the floor.  ``peak_gflops``: of register multiply-adds:
-    ``fma_ratio`` is the time over what they would need, since the products that make a floor are slow on some CPUs.
+    A target is stated for full shapes alone, and left out otherwise.  ``unit_us``: what its ratio refers to where that is
+    neither the roofline nor among the timings.  ``peak_gflops``: of register multiply-adds, since the products that make a
+    roofline are slow on some CPUs.
     """
-    ours = timings[OURS]
-    unit = unit_us if unit_us is not None else least["us"] if least else None
-    others = {name: timing for name, timing in timings.items() if name != OURS}
-    baselines = {name: {**t.to_json(), "speedup": round(t.median_us / ours.median_us, 4)} for name, t in others.items()}
-    made = {
-        "case": case,
-        "group": group,
-        "shape": shape,
-        "threads": count,
-        "cache": cache,
-        "ours": ours.to_json(),
-        "floor": least,
-        "ratio": None if unit is None else round(ours.median_us / unit, 4),
-        "bar": None if bar is None else bar.to_json(ours.median_us, unit),
-        "baselines": baselines | {name: {"absent": why} for name, why in (absent or {}).items()},
-        "error": error.to_json(),
-    }
-    if peak_gflops is not None:
-        made["fma_ratio"] = round(ours.median_us / (least["flops"] / peak_gflops / 1e3), 4)
-    return made
+    made = record(
+        "row",
+        case=case,
+        group=group,
+        shape=shape,
+        threads=count or context.threads,
+        cache=cache,
+        times={name: timing.to_json() for name, timing in timings.items()},
+        skipped=dict(skipped or {}),
+        roofline=least,
+        target=target.to_json() if target and context.full else None,
+        error=error._asdict(),
+    )
+    if unit_us is not None:
+        made["unit_us"] = round(unit_us, 3)
+    return made if peak_gflops is None else made | {"peak_gflops": round(peak_gflops, 3)}
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+def _untimed(made: Record) -> Record:
+    """A row of a device whose times mean nothing: what was verified, and counts."""
+    made.pop("unit_us", None)
+    counts = made["roofline"] and {name: made["roofline"][name] for name in ("flops", "bytes")}
+    return made | {"times": dict.fromkeys(made["times"], {}), "roofline": counts, "target": None}
 
 
 class Task(NamedTuple):
-    """A share of a suite.  ``run`` gives (list of the file, entry): ("rows", row), ("memory", ...), ..."""
+    """A share of a suite, whose records are written together.  ``needs``: seconds without which it is not begun."""
 
     name: str
-    run: Callable[[], Iterable[tuple[str, dict[str, Any]]]]
+    run: Callable[[], Iterable[Record]]
+    needs: float = 0.0
 
 
-#: A task wrapped for display: called with all tasks, gives them one by one.
+#: Tasks wrapped for display: called with those to be run, gives them one by one.
 Progress = Callable[[Sequence[Task]], Iterable[Task]]
+
+
+class Log:
+    """The records of a run, appended to a file (None: kept here alone) as they come."""
+
+    def __init__(self, path: Path | None, resume: bool = False):
+        self.path, self.records = path, []
+        if path is not None and resume and path.exists():
+            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        elif path is not None:
+            path.write_text("", encoding="utf-8")
+
+    def add(self, *made: Record) -> None:
+        self.records += made
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in made))
+
+    def done(self) -> set[str]:
+        """Names of the tasks that have ended, well or not."""
+        return {one["name"] for one in self.records if one["record"] == "task"}
 
 
 def run(
     suite: str,
     plan: Callable[[Context], Sequence[Task]],
+    context: Context,
     *,
-    size: str,
-    count: int,
     command: str,
     only: str = "",
+    out: Path | None = None,
+    resume: bool = False,
+    budget: float | None = None,
     progress: Progress = iter,
-) -> dict[str, Any]:
-    """The result of a suite; ``only``: tasks whose name contains it.  Raises BenchError where that leaves none."""
-    context = Context.of(size, count)
+) -> list[Record]:
+    """The records of a suite, written to ``out`` task by task; ``only``: tasks whose name contains it.
+
+    ``resume``: what the file at ``out`` has is kept and not run again.  ``budget``: seconds after which no task is begun.
+    On a card a task that fails is recorded and the others go on; on a CPU it ends the run.
+
+    Raises BenchError where ``only`` leaves nothing, where the file is of another run, where tasks are left, and where this
+    process cannot go on with the card.
+    """
+    end = time.monotonic() + (budget or float("inf"))
     tasks = [task for task in plan(context) if only in task.name]
     if not tasks:
         names = ", ".join(task.name for task in plan(context))
         raise BenchError(f"only: expected part of one of these names: {names}; got {only!r}")
-    tree = source()  # of what is about to be measured
-    with threads(count):
-        sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
-        context.ceilings.survey(sizes, context.thread_counts)
-        lists: dict[str, list] = {"rows": []}
-        for task in progress(tasks):
-            for name, entry in task.run():
-                lists.setdefault(name, []).append(entry)
-        after = context.ceilings.again()
-    return {
-        "suite": suite,
-        "size": size,
-        "command": command,
-        **tree,
-        "machine": machine(count),
-        "versions": versions(),
-        "ceilings": {"before": context.ceilings.to_json(), "after": after.to_json()},
-        **lists,
-    }
+    head = record("run", suite=suite, size=context.size, device=context.device.kind, command=command, **source())
+    head |= {"machine": machine(context), "versions": versions(), "tasks": [task.name for task in tasks]}
+    log = Log(out, resume)
+    if log.records:
+        _continue(context, log, head)
+    else:
+        log.add(head)
+    if any(one.get("when") == "after" for one in log.records):
+        return log.records
+    with threads(context.threads):
+        context.ceilings.survey([256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated], context.thread_counts)
+        known, done = set(), log.done()
+        for task in progress([task for task in tasks if task.name not in done]):
+            if end - time.monotonic() <= task.needs:
+                continue
+            made = _attempt(context, task)
+            log.add(*context.ceilings.records("before", known), *made)
+            known = context.ceilings.keys()
+            if getattr(context.device, "uncaptured", None):
+                log.add(record("uncaptured", names=context.device.uncaptured))
+            if context.device.spoiled or any(one.get("lost") for one in made):
+                raise BenchError(f"{task.name}: this process cannot go on with the card; go on with --resume")
+        if left := [task.name for task in tasks if task.name not in log.done()]:
+            raise BenchError(f"{len(left)} of {len(tasks)} tasks left after {budget:g} s: {', '.join(left)}; --resume")
+        log.add(*context.ceilings.again().records("after"))
+    return log.records
 
 
-def machine(count: int) -> dict[str, Any]:
-    """The machine and ``count``, the threads used, for a result file."""
-    l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
+def _continue(context: Context, log: Log, head: Record) -> None:
+    """Take what a file knows; BenchError where it is of another run."""
+    for name in ("suite", "size", "device", "commit", "dirty", "checkpoint", "machine", "versions", "tasks"):
+        if log.records[0].get(name) != head[name]:
+            raise BenchError(f"resume: {log.path}: expected {name} {head[name]}, got {log.records[0].get(name)}")
+    context.ceilings.load(log.records)
+    for one in log.records:
+        if one["record"] == "uncaptured":
+            context.device.uncaptured |= one["names"]
+
+
+def _attempt(context: Context, task: Task) -> list[Record]:
+    """What a task gives, and that it has ended."""
+    start, made = time.monotonic(), []
+    try:
+        for one in task.run():
+            made.append(one if context.device.timed or one["record"] != "row" else _untimed(one))
+    except Exception as error:  # on a card one task that fails must not cost the others
+        if not context.device.on_card:
+            raise
+        traceback.print_exc()
+        why = f"{type(error).__name__}: {first_line(error, 300)}"
+        made.append(record("failed", case=task.name, error=why, lost=is_lost(error)))
+    if context.device.on_card:
+        gc.collect()
+        torch.cuda.empty_cache()
+    return [*made, record("task", name=task.name, seconds=round(time.monotonic() - start, 1))]
+
+
+# --- what was measured -----------------------------------------------------------------------------------------------
+
+
+def machine(context: Context) -> Record:
+    """The machine and the threads used; of a card what it is, and which ops have kernels for it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about = native.about()
     isa = about["instruction_sets"]["chosen"] if about else "reference"
-    machine = {"cpu": _cpu(), "cores": cores, "threads": count, "isa": isa, "memory_gib": round(memory, 1)}
-    return {**machine, "l2_mib": l2, "l3_mib": l3}
+    known = {"cpu": _cpu(), "cores": cores, "threads": context.threads, "isa": isa, "memory_gib": round(memory, 1)}
+    if not context.device.on_card:
+        l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
+        return {**known, "l2_mib": l2, "l3_mib": l3}
+    card = torch.cuda.get_device_properties(context.device.torch)
+    return known | {
+        "gpu": card.name,
+        "gpu_memory_gib": round(card.total_memory / 2**30, 1),
+        "multiprocessors": card.multi_processor_count,
+        "l2_mib": card.L2_cache_size / 2**20,
+        "compute_capability": f"{card.major}.{card.minor}",
+        "kernels": [name for name in ops.SCHEMAS if ops.has_kernel(name, "CUDA")],
+    }
 
 
 def _cpu() -> str:
@@ -251,18 +387,20 @@ def _cpu() -> str:
 def versions() -> dict[str, str | None]:
     """Of what a result depends on; None where it is not installed."""
     about = native.about()
+    known = {"t2l_engine": t2l_engine.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    known |= {"compiler": about and about["build"]["compiler"]} | {n: _installed(n) for n in ("peft", "transformers")}
+    if torch.version.cuda:
+        known |= {"cuda": torch.version.cuda, "triton": _installed("triton"), "nvidia-ml-py": _installed("nvidia-ml-py")}
+    return known
 
-    def installed(name: str) -> str | None:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
-    return {
-        "t2l_engine": t2l_engine.__version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "compiler": about and about["build"]["compiler"],
-        "peft": installed("peft"),
-        "transformers": installed("transformers"),
-    }
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def rows_of(records: Iterable[Record]) -> Iterator[Record]:
+    """The rows among records."""
+    return (one for one in records if one["record"] == "row")

@@ -3,13 +3,10 @@
 ``--write`` compiles the kernels and makes the table, ``--check`` compiles and compares; no device is needed.  Both fail, and
 name the kernel, where one breaks a rule: spills or other local memory, an atomic operation on global memory, other tensor
 core instructions than its dtype has, a head without asynchronous copies, too many registers for its blocks.
-
-python -m bench.kernels --check|--write [--json PATH] [--jobs N]
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,19 +18,21 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench.markdown import grid
+from bench import records
+from bench.harness import BenchError
+from bench.source import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-FILE = ROOT / "bench" / "results" / "kernels.json"
+FILE = ROOT / "bench" / "results" / "kernels.jsonl"
+COMMAND = "python -m bench kernels --write"
 SOURCES = ("csrc/cuda/lora.cu", "csrc/cuda/hypernet.cu")
 ARCHS = ("sm_80", "sm_90a")
 PTX_ARCH = "compute_90"  # for devices to come: it has to compile, no more
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-Icsrc/cuda", "-Werror", "all-warnings")
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 
-THREADS, REGISTERS = 256, 64 * 1024  # of a block; of a multiprocessor, which gives them to threads in eights
+THREADS, REGISTERS = 256, 64 * 1024  # of a block; of an SM, which gives them to threads in eights
 #: Registers that a kernel may have more than in the table, made with the same nvcc and with another one.
 SLACK, SLACK_OF_OTHERS = 8, 24
 #: How much longer its code may be: loops that lost their unrolling, or grew divisions, show there.
@@ -41,22 +40,28 @@ GROWTH = 1.15
 #: Tensor core instructions by the dtype of both operands.
 PRODUCTS = {"bf16": "HMMA.16816.F32.BF16", "f16": "HMMA.16816.F32", "float": "HMMA.1688.F32.TF32"}
 
-#: Of one kernel: ``registers`` of a thread, ``blocks`` of a multiprocessor by registers alone, ``static_shared`` bytes of a
-#: block, ``stack`` and ``spills`` bytes of a thread (spills: stored and loaded); the rest are numbers of instructions.
+#: Of one kernel: ``registers`` of a thread, ``blocks`` of an SM by registers alone, ``static_shared`` bytes of a block,
+#: ``stack`` and ``spills`` bytes of a thread (spills: stored and loaded); the rest are numbers of instructions.
 Usage = dict[str, Any]
-#: ``nvcc``: its version; ``kernels``: by arch, then by kernel as the sources name it, lora_kernel<bf16, 1, 2>.
-Table = dict[str, Any]
 
 
-class KernelError(RuntimeError):
+class Table(NamedTuple):
+    """``nvcc``: its version; ``kernels``: by arch and the kernel as the sources name it, ``lora_kernel<bf16, 1, 2>``."""
+
+    nvcc: str
+    kernels: dict[tuple[str, str], Usage]
+
+
+class KernelError(BenchError):
     """No compiler, or it refuses the kernels; the message says what to do, or what it said."""
 
 
 def find(tool: str) -> str:
     """Path of a program of the CUDA toolkit."""
-    beside, home = os.path.dirname(os.environ.get("CUDACXX", "")), os.environ.get("CUDA_HOME")
+    beside = os.path.dirname(os.environ.get("CUDACXX", ""))
+    home = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     packages = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
-    places = [beside, home and os.path.join(home, "bin"), os.environ.get("PATH"), packages]
+    places = [beside, home, os.environ.get("PATH"), packages]
     path = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
     if path is None:
         where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
@@ -88,12 +93,10 @@ def measured(jobs: int) -> Table:
     """Every kernel on every arch, from ``jobs`` compilers at a time."""
     version = re.search(r"release .*, V([\d.]+)", run("nvcc", "--version"))[1]
     units = [(source, arch) for arch in (*ARCHS, PTX_ARCH) for source in SOURCES]
-    kernels: dict[str, dict[str, Usage]] = {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda unit: compiled(*unit, folder), units)
-        for (_, arch), of_source in zip(units, found, strict=True):
-            kernels.setdefault(arch, {}).update(of_source)
-    return {"nvcc": version, "kernels": {arch: kernels[arch] for arch in ARCHS}}
+        found = list(pool.map(lambda unit: compiled(*unit, folder), units))
+    of_units = zip(units, found, strict=True)
+    return Table(version, {(arch, name): usage for (_, arch), made in of_units for name, usage in made.items()})
 
 
 _MANGLED = re.compile(r"_ZN3t2l6device\d+(\w+?_kernel)I(?:NS0_\d+(bf16|f16)E|f)((?:Li\d+E)*)EEv\w+")
@@ -141,11 +144,11 @@ def usages(ptxas: str, sass: str) -> dict[str, Usage]:
 
 
 def blocks(registers: int) -> int:
-    """Blocks that a multiprocessor has registers for."""
+    """Blocks that an SM has registers for."""
     return REGISTERS // (THREADS * -(-registers // 8) * 8)
 
 
-def _parts(kernel: str) -> tuple[str, str, list[int]]:
+def parts(kernel: str) -> tuple[str, str, list[int]]:
     """Kind, dtype and tiles of a kernel."""
     match = _NAME.fullmatch(kernel)
     if match is None:
@@ -154,20 +157,19 @@ def _parts(kernel: str) -> tuple[str, str, list[int]]:
 
 
 def designed_blocks(kernel: str) -> int:
-    """Blocks of a multiprocessor that csrc/cuda/config.h cuts the work for."""
-    kind, dtype, tiles = _parts(kernel)
+    """Blocks of an SM that csrc/cuda/config.h cuts the work for."""
+    kind, dtype, tiles = parts(kernel)
     small = {"lora": tiles[:1] == [1], "head": tiles == [2], "trunk": False}
     return 2 if dtype != "float" and small[kind] else 1
 
 
 def broken_rules(made: Table) -> list[str]:
     """A line for every rule that a kernel breaks."""
-    kernels = [(arch, name, usage) for arch in ARCHS for name, usage in made["kernels"][arch].items()]
-    return [f"{arch} {name}: {fault}" for arch, name, usage in kernels for fault in _faults(name, usage)]
+    return [f"{arch} {name}: {fault}" for (arch, name), usage in made.kernels.items() for fault in _faults(name, usage)]
 
 
 def _faults(kernel: str, usage: Usage) -> Iterator[str]:
-    kind, dtype, _ = _parts(kernel)
+    kind, dtype, _ = parts(kernel)
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
     if usage["global_atomics"]:
@@ -184,67 +186,49 @@ def _faults(kernel: str, usage: Usage) -> Iterator[str]:
 
 def differences(made: Table, known: Table) -> list[str]:
     """A line for every kernel that only one side has, and for every one that gained more registers or code than it may."""
-    slack = SLACK if made["nvcc"] == known["nvcc"] else SLACK_OF_OTHERS
+    slack = SLACK if made.nvcc == known.nvcc else SLACK_OF_OTHERS
     faults = []
-    for arch in ARCHS:
-        ours, theirs = made["kernels"][arch], known["kernels"][arch]
-        for name in sorted(ours.keys() | theirs.keys()):
-            if name not in ours:
-                faults.append(f"{arch} {name}: in the table, but not compiled")
-            elif name not in theirs:
-                faults.append(f"{arch} {name}: not in the table; look at it, then python -m bench.kernels --write")
-            elif (now := ours[name]["registers"]) > (most := (was := theirs[name]["registers"]) + slack):
-                faults.append(f"{arch} {name}: was {was} registers, is {now}, expected at most {most}")
-            elif (now := ours[name]["instructions"]) > GROWTH * (was := theirs[name]["instructions"]):
-                faults.append(f"{arch} {name}: was {was} instructions, is {now}; look at it, then --write")
+    for key in sorted(made.kernels.keys() | known.kernels.keys()):
+        title = " ".join(key)
+        if key not in made.kernels:
+            faults.append(f"{title}: in the table, but not compiled")
+        elif key not in known.kernels:
+            faults.append(f"{title}: not in the table; look at it, then {COMMAND}")
+        elif (now := made.kernels[key]["registers"]) > (most := (was := known.kernels[key]["registers"]) + slack):
+            faults.append(f"{title}: was {was} registers, is {now}, expected at most {most}")
+        elif (now := made.kernels[key]["instructions"]) > GROWTH * (was := known.kernels[key]["instructions"]):
+            faults.append(f"{title}: was {was} instructions, is {now}; look at it, then {COMMAND}")
     return faults
 
 
-def read(path: Path) -> Table:
-    if not path.is_file():
-        raise KernelError(f"{path}: no such file; make it with python -m bench.kernels --write")
-    return json.loads(path.read_text(encoding="utf-8"))
+def read(file: Path) -> Table:
+    if not file.is_file():
+        raise KernelError(f"{file}: no such file; make it with {COMMAND}")
+    result = records.read(file)
+    own = ("record", "arch", "kernel")
+    kernels = {(r["arch"], r["kernel"]): {k: v for k, v in r.items() if k not in own} for r in result.records("kernel")}
+    return Table(result.run["versions"]["nvcc"], kernels)
 
 
-def shown(made: Table) -> str:
-    """The table in Markdown; a cell with two values is by arch."""
-
-    def line(kernel: str) -> list[str]:
-        usage = [made["kernels"][arch][kernel] for arch in ARCHS if kernel in made["kernels"][arch]]
-        products = [", ".join(f"{n} {opcode}" for opcode, n in sorted(u["products"].items())) for u in usage]
-        columns = [
-            [str(u[field]) for u in usage] for field in ("registers", "blocks", "spills", "instructions", "async_copies")
-        ]
-        cells = [" / ".join(c if len(set(c)) > 1 else c[:1]) for c in [*columns, products]]
-        return [kernel, *cells[:2], str(designed_blocks(kernel)), *cells[2:]]
-
-    heads = ("kernel", "registers", "blocks", "designed", "spills", "instructions", "LDGSTS", "products")
-    table = grid(heads, map(line, sorted(set().union(*made["kernels"].values()))))
-    return f"{table}\n\nnvcc {made['nvcc']}; {' / '.join(ARCHS)}; blocks of a multiprocessor, by registers alone."
+def lines(made: Table) -> list[dict[str, Any]]:
+    """The records of the file."""
+    run = {"record": "run", "suite": "kernels", "command": COMMAND, "versions": {"nvcc": made.nvcc}}
+    entries = sorted(made.kernels.items())
+    return [run, *({"record": "kernel", "arch": arch, "kernel": name, **usage} for (arch, name), usage in entries)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description="What the compiler makes of the kernels.")
-    mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--check", action="store_true", help="compare with the table; fail where a kernel got worse")
-    mode.add_argument("--write", action="store_true", help="write the table, unless a kernel breaks a rule")
-    parser.add_argument("--json", type=Path, default=FILE, help="the table; default: bench/results/kernels.json")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time; default: one a core")
-    options = parser.parse_args()
-    try:
-        known = read(options.json) if options.check else None
-        made = measured(options.jobs)
-        faults = broken_rules(made) + (differences(made, known) if known else [])
-    except KernelError as error:
-        raise SystemExit(f"python -m bench.kernels: {error}") from None
-    print(shown(made))
-    if known and made["nvcc"] != known["nvcc"]:
-        print(f"The table is of nvcc {known['nvcc']}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}.")
-    if faults:
-        raise SystemExit("\n".join(faults))
-    if options.write:
-        options.json.write_text(json.dumps(made, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+def command(check: bool, jobs: int, file: Path = FILE) -> str:
+    """Compile with ``jobs`` compilers at a time, and compare with the table in ``file``, or write it.
 
-
-if __name__ == "__main__":
-    main()
+    Returns what there is to say; raises KernelError with a line for every fault.
+    """
+    known = read(file) if check else None
+    made = measured(jobs)
+    if faults := broken_rules(made) + (differences(made, known) if known else []):
+        raise KernelError("\n".join(faults))
+    if not check:
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines(made)), encoding="utf-8")
+    said = f"{len(made.kernels)} kernels of nvcc {made.nvcc} keep the rules"
+    if known and made.nvcc != known.nvcc:
+        said += f"; the table is of nvcc {known.nvcc}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}"
+    return said

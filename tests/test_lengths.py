@@ -7,7 +7,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bench import lengths
+from bench import lengths, records
+from bench.harness import BenchError
 
 ITEMS = [
     {"prompt": "what is {red}", "output": ["a colour", "an adjective"], "split": "test"},
@@ -47,37 +48,31 @@ def run(tmp_path, monkeypatch):
         shown.write_text(json.dumps({"made_up": "one two", "humaneval": ""} if examples is None else examples))
         file.write_text(json.dumps({"eval_ds_info": {task: {"descriptions": x} for task, x in descriptions.items()}}))
         benchmarks = write(tmp_path / "benchmarks") if benchmarks is None else benchmarks
-        arguments = [
-            "--benchmarks",
-            benchmarks,
-            "--descriptions",
-            file,
-            "--examples",
-            shown,
-            "--out",
-            out,
-            "--tokenizer",
-            *places,
-        ]
-        lengths.main([str(argument) for argument in arguments])
-        return json.loads(out.read_text())
+        lengths.command(benchmarks, file, shown, places, out)
+        return records.read(out)
 
     return of
 
 
+def entry(result, kind, **fields):
+    (found,) = [e for e in result.records(kind) if all(e[name] == value for name, value in fields.items())]
+    return found
+
+
 def test_counts_of_a_tokenizer_without_chat_template(run, words):
     result = run(f"mistral-7b={words}", f"gemma-2-2b={words}")
-    made = result["benchmarks"]["made_up"]
-    assert {key: made[key] for key in ("items", "train_items", "license")} == {"items": 2, "train_items": 1, "license": None}
+    about = entry(result, "benchmark", benchmark="made_up")
+    assert (about["items"], about["train_items"], about["license"]) == (2, 1, None)
+    mistral, gemma = (entry(result, "length", model=name) for name in ("mistral-7b", "gemma-2-2b"))
     # <s> [INST] ... [/INST]; <bos> <start_of_turn> user ... <end_of_turn> <start_of_turn> model, though no added tokens
-    assert made["mistral-7b"]["question"] == {"mean": 7.0, "p5": 6.1, "median": 7.0, "p95": 7.9}
-    assert made["gemma-2-2b"]["question"] == {"mean": 10.0, "p5": 9.1, "median": 10.0, "p95": 10.9}
-    assert made["mistral-7b"]["shot"] == dict.fromkeys(("mean", "p5", "median", "p95"), 6.0)
-    assert made["mistral-7b"]["examples"]["mean"] == 2 and made["mistral-7b"]["answer"]["mean"] == 1.5
-    assert result["command"].endswith(
-        "FILE --examples EXAMPLES --tokenizer mistral-7b=tokenizer.json gemma-2-2b=tokenizer.json"
+    assert mistral["question"] == {"mean": 7.0, "p5": 6.1, "median": 7.0, "p95": 7.9}
+    assert gemma["question"] == {"mean": 10.0, "p5": 9.1, "median": 10.0, "p95": 10.9}
+    assert mistral["shot"] == dict.fromkeys(("mean", "p5", "median", "p95"), 6.0)
+    assert mistral["examples"]["mean"] == 2 and mistral["answer"]["mean"] == 1.5
+    assert result.run["command"].endswith("mistral-7b=tokenizer.json --tokenizer gemma-2-2b=tokenizer.json"), (
+        "no place of ours"
     )
-    about = result["tokenizers"]["mistral-7b"]
+    about = entry(result, "tokenizer", name="mistral-7b")
     assert about["vocabulary"] == 5 and "unknown" in about["from"] and len(about["sha256"]) == 64
 
 
@@ -86,34 +81,30 @@ def test_chat_template_of_a_folder_comes_first(run, words, tmp_path):
     fast.chat_template = "<s>You are kind . {% for m in messages %}{{ m.content }}{% endfor %} Answer :"
     fast.save_pretrained(tmp_path / "model")
     result = run(f"mistral-7b={tmp_path / 'model'}", f"another={tmp_path / 'model'}")
-    assert result["benchmarks"]["made_up"]["another"]["question"]["mean"] == 4 + 7
-    assert result["benchmarks"]["made_up"]["mistral-7b"] == result["benchmarks"]["made_up"]["another"]
+    one, other = (entry(result, "length", model=name) for name in ("mistral-7b", "another"))
+    assert one["question"]["mean"] == 4 + 7 and one == other | {"model": "mistral-7b"}
 
 
 def test_descriptions_are_counted_as_the_encoder_and_as_a_prompt(run, words):
-    made = run(f"mistral-7b={words}")["descriptions"]
-    assert [made[task]["count"] for task in made] == [2, 3] and list(made) == ["made_up", "all tasks"]
+    one, every = run(f"mistral-7b={words}").records("descriptions")
+    assert (one["of"], one["count"], every["of"], every["count"]) == ("made_up", 2, "all tasks", 3)
     # [CLS] answer the question . [SEP], and 100 x "you answer ." uncut
-    assert made["made_up"]["encoder"]["mean"] == (6 + 302) / 2
-    assert made["made_up"]["mistral-7b"]["mean"] == (3 + 200) / 2
-    assert made["all tasks"]["mistral-7b"]["median"] == 3
+    assert one["encoder"]["mean"] == (6 + 302) / 2
+    assert one["mistral-7b"]["mean"] == (3 + 200) / 2 and every["mistral-7b"]["median"] == 3
 
 
 def test_a_benchmark_known_to_have_no_examples(run, words, tmp_path):
     folder = write(tmp_path / "benchmarks", "humaneval", ITEMS[:2])
     made = run(f"mistral-7b={words}", benchmarks=folder, descriptions={"humaneval": ["Write code."]})
-    assert made["benchmarks"]["humaneval"]["train_items"] == 0
-    assert made["benchmarks"]["humaneval"]["mistral-7b"]["shot"] is None
-    assert made["benchmarks"]["humaneval"]["mistral-7b"]["examples"] is None
-    assert made["benchmarks"]["humaneval"]["license"] == "MIT"
+    about, counted = entry(made, "benchmark"), entry(made, "length")
+    assert (about["train_items"], about["license"], counted["shot"], counted["examples"]) == (0, "MIT", None, None)
 
 
 def refused(call, *says):
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(BenchError) as error:
         call()
     message = str(error.value)
-    assert message.startswith("python -m bench.lengths: ") and "\n" not in message
-    assert all(part in message for part in says), message
+    assert "\n" not in message and all(part in message for part in says), message
 
 
 @pytest.mark.parametrize(
@@ -146,13 +137,11 @@ def test_what_is_missing_is_named(run, words, tmp_path):
 
 
 def test_committed_result():
-    result = json.loads(lengths.FILE.read_text(encoding="utf-8"))
+    result = records.read(lengths.FILE)
     models = ["smollm2-135m", "mistral-7b", "llama-3.1-8b", "gemma-2-2b"]
-    assert result["meaning"] == lengths.MEANING
+    assert {entry["of"]: entry["text"] for entry in result.records("meaning")} == lengths.MEANING
     assert set(lengths.MEANING) == {"question", "shot", "examples", "answer", "descriptions"}
-    assert list(result["tokenizers"]) == [lengths.ENCODER, *models]
-    assert not any("unknown" in about["from"] for about in result["tokenizers"].values())
-    assert set(result["benchmarks"]) == set(lengths.LICENSES) and set(models) <= set(result["benchmarks"]["gsm8k"])
-    assert result["command"].startswith(
-        "python -m bench.lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES --tokenizer smollm2"
-    )
+    assert [entry["name"] for entry in result.records("tokenizer")] == [lengths.ENCODER, *models]
+    assert not any("unknown" in entry["from"] for entry in result.records("tokenizer"))
+    assert {entry["benchmark"] for entry in result.records("benchmark")} == set(lengths.LICENSES)
+    assert [entry["model"] for entry in result.records("length") if entry["benchmark"] == "gsm8k"] == models

@@ -1,169 +1,37 @@
-"""Tables and figures from result files: nothing is edited by hand, nothing is old, no loss is left out."""
+"""Pages, tables and figures from result files: nothing is edited by hand, nothing is old, no loss is left out."""
 
+import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
-import icl_result
 import pytest
-import train_result
 
-from bench import figures, report, tables
-from bench.source import bundled
+from bench.records import ResultError, load, memory_verdict, read
+from bench.report import cells, figures, pages
+from bench.report.pages import Report
+from bench.source import ROOT, bundled
 
-PARTS = {"encoder": 4000.0, "trunk": 6000.0, "head": 20000.0, "apply": 900.0}
-
-
-def row(case, group, shape, us, *, floor=None, bar=None, met=True, cache=None, threads=1, baselines=None, flops=None):
-    """A row in the schema of the suites; ``floor`` in microseconds, ``bar``: (ratio, plus_us, of)."""
-    flops = flops or 2e6
-    return {
-        "case": case,
-        "group": group,
-        "shape": shape,
-        "threads": threads,
-        "cache": cache,
-        "ours": {"median_us": us, "iqr_us": us / 50, "rounds": 30},
-        "floor": floor and {"us": floor, "by": "bytes", "flops": flops, "bytes": 1e6, "gflops": 100.0, "gbps": 20.0},
-        "ratio": floor and us / floor,
-        "bar": bar and {"ratio": bar[0], "plus_us": bar[1], "of": bar[2], "met": met},
-        "baselines": baselines or {},
-        "error": {"value": 1e-3, "bound": 4e-3, "measure": "relative Frobenius against float64"},
-    }
-
-
-def timed(us, ours):
-    return {"median_us": us, "iqr_us": us / 50, "rounds": 30, "speedup": us / ours}
-
-
-def result(suite, rows, **fields):
-    rates = {
-        "gemm": [{"dtype": d, "threads": 1, "gflops": g} for d, g in (("float32", 100.0), ("bfloat16", 220.0))],
-        "fma": [{"dtype": "float32", "threads": 1, "gflops": 120.0}],
-        "read": [{"bytes": 2**n, "threads": 1, "gbps": g} for n, g in ((15, 150.0), (20, 80.0), (28, 19.0))],
-        "copy": [{"bytes": 2**28, "threads": 1, "gbps": 21.0}],
-    }
-    after = {
-        kind: [e | {k: 0.9 * v for k, v in e.items() if k in ("gflops", "gbps")} for e in es] for kind, es in rates.items()
-    }
-    return {
-        "suite": suite,
-        "size": "full",
-        "command": f"python -m bench {suite}",
-        "date": "2026-01-02",
-        "commit": "0123abc",
-        "dirty": False,
-        "checkpoint": bundled(),
-        "machine": {
-            **{"cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx512"},
-            **{"memory_gib": 8.0, "l2_mib": 1.0, "l3_mib": 32.0},
-        },
-        "versions": {"t2l_engine": "0.1.0", "torch": "2.11", "python": "3.12", "compiler": "g++ 14", "peft": None},
-        "ceilings": {"before": rates, "after": after},
-        "rows": rows,
-        **fields,
-    }
-
-
-def generation():
-    made = []
-    for dtype, us in (("float32", 40e3), ("bfloat16", 20e3)):
-        for n in (1, 64):
-            shape = {"model": "mistral-7b", "variant": "L", "dtype": dtype, "descriptions": n}
-            floor, eager = us * n * 0.8, {"eager": timed(2.5 * us * n, us * n)}
-            made.append(
-                row(
-                    f"mistral-7b L {dtype} {n}",
-                    "generate",
-                    shape,
-                    us * n,
-                    floor=floor,
-                    bar=(1.3, 0, "floor"),
-                    baselines=eager,
-                )
-            )
-    parts = [
-        row(f"split {p}", "split", {"model": "mistral-7b", "descriptions": 1, "part": p}, us) for p, us in PARTS.items()
-    ]
-    made.append(
-        {**made[1], "case": "64, beside one", "floor": None, "bar": {"ratio": 1, "of": "one description", "met": True}}
-    )
-    made[-1]["baselines"] = {}
-    for dtype in ("float32", "bfloat16"):  # the same speed over earlier adapters
-        shape = {"model": "mistral-7b", "variant": "L", "dtype": dtype, "descriptions": 64}
-        made.append(row(f"{dtype} 64, kept memory", "generate", shape, 1e6, baselines={"fresh memory": timed(1e6, 1e6)}))
-    weights = [{"model": "mistral-7b", "variant": "L", "relative_frobenius": 3e-3}]
-    memory = [
-        {"what": "64 descriptions", "peak_mib": 300.0, "weights_mib": 110.0, "adapters_mib": 140.0, "ratio": 1.1, "bar": 1.2}
-    ]
-    return result("generate", made + parts, memory=memory, bf16_weights=weights)
-
-
-def application():
-    def lora(t, a, us, floor, **kwargs):
-        shape = {"tokens": t, "adapters": a, "rank": 8, "dtype": "bfloat16", "layout": "r_out"}
-        return row(f"{t}x{a}", "lora", shape, us, floor=floor, bar=(1.5, 3.0, "floor"), cache="hot", flops=t * 1e5, **kwargs)
-
-    cold = {"tokens": 64, "adapters": 64, "rank": 8, "dtype": "bfloat16", "layout": "r_out"}
-    made = [
-        lora(8, 8, 20.0, 12.0, baselines={"mm loop": timed(600.0, 20.0), "peft": {"absent": "not installed"}}),
-        lora(64, 64, 200.0, 100.0, met=False, baselines={"mm loop": timed(4000.0, 200.0), "merged": timed(100.0, 200.0)}),
-        lora(512, 8, 1500.0, 1200.0, baselines={"mm loop": timed(5900.0, 1500.0)}),
-        row("cold", "lora", cold, 300.0, floor=250.0, cache="cold", baselines={"mm loop": timed(4000.0, 300.0)}),
-        row("linear", "lora", {"tokens": 8}, 40.0, cache="hot", baselines={"base": timed(30.0, 40.0)}),
-        row("4 adapters", "sweep", {"distinct": 4}, 30.0, floor=20.0),
-        row("8 tokens", "backward", {"tokens": 8}, 90.0, floor=70.0),
-    ]
-    for phase, base, ours in (("decode", 70e3, 73e3), ("prefill", 1000e3, 1100e3)):
-        baselines = {"base": timed(base, ours), "PEFT mixed": timed(1.5 * base, ours), "merged": timed(base, ours)}
-        bar = {"bar": (1.05, None, "base"), "met": ours <= 1.05 * base}
-        shape = {"phase": phase, "modules": "q,v", "dtype": "float32"}
-        made.append(row(f"SmolLM2 {phase}", "model", shape, ours, baselines=baselines, **bar))
-        both = {"dtype": "bfloat16", "modules": "all linears"}
-        for other in ({"dtype": "bfloat16"}, {"modules": "all linears"}, both):
-            made.append(row(f"{phase} {other}", "model", shape | other, base, baselines={"base": timed(base, base)}))
-    many = {"phase": "decode", "adapters": 64}
-    made.insert(5, row("64 adapters", "model", many, 80e3, threads=2, baselines={"base": timed(70e3, 80e3)}))
-    return result("apply", made)
+LORA = "serve_64x64, 1 thread, warm"
 
 
 @pytest.fixture
 def root(tmp_path):
-    """A tree with the documents of the project and results of its own, tables and figures written."""
-    results = tmp_path / "bench" / "results"
-    results.mkdir(parents=True)
-    for document in {t.document for t in report.TABLES}:
+    """A tree with the committed results and the documents that hold blocks; nothing is written yet."""
+    shutil.copytree(ROOT / pages.RESULTS, tmp_path / pages.RESULTS)
+    for document in pages.BLOCKS.values():
         (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(report.ROOT / document, tmp_path / document)
-    for name in (report.study.FILE, report.learn_tables.FILE):
-        shutil.copy(report.ROOT / "bench" / "results" / name, results)
-    save(tmp_path, generation())
-    save(tmp_path, application())
-    save(tmp_path, result("icl", **icl_result.lists()))
-    save(tmp_path, result("train", **train_result.lists()))
-    shutil.copy(report.ROOT / "bench" / "results" / "lengths.json", results)
+        shutil.copy(ROOT / document, tmp_path / document)
     return tmp_path
 
 
-def test_what_is_learned_is_told_with_its_shares():
-    found = json.loads((report.ROOT / "bench" / "results" / report.learn_tables.FILE).read_text(encoding="utf-8"))
-    for text in (report.learn_tables.summary(found), report.learn_tables.whole(found)):
-        for of in found["reconstruction"].values():
-            assert f"{of['kept']['exact_match']:.1f} %" in text and f"{of['kept']['loss']:.1f} %" in text
-    del found["library"]
-    assert "was not measured" in report.learn_tables.summary(found)
-
-
 @pytest.fixture
-def drawn(root, monkeypatch):
+def written(root, monkeypatch):
     """The same, written, with figures that cost no drawing."""
-    monkeypatch.setattr(figures, "files", lambda name, _, stamp: {f"{name}{s}": stamp.encode() for s in (".svg", ".png")})
-    assert report.Report(root).write() == []
+    monkeypatch.setattr(figures, "svg", lambda name, results, stamp: stamp)
+    assert Report(root).write() == []
     return root
-
-
-def save(root, made):
-    (root / "bench" / "results" / f"{made['suite']}.json").write_text(json.dumps(made))
 
 
 def edit(path, old, new):
@@ -172,129 +40,281 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
-def loaded(root, suites=("generate", "apply")):
-    sources = [report.SOURCES[suite] for suite in suites]
-    return [source.load(root / "bench" / "results" / source.file) for source in sources]
+def change(root, name, how):
+    """Apply ``how`` to the list of a file's records, in place."""
+    path = root / pages.RESULTS / f"{name}.jsonl"
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    how(found)
+    path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
 
 
-def check(root):
-    return report.Report(root).check()
+def row(found, name=LORA):
+    """The record of a row by case, threads and cache."""
+    case, threads, cache = name.rsplit(", ", 2)
+    of = [r for r in found if r["record"] == "row" and (r["case"], r["cache"]) == (case, cache)]
+    return next(r for r in of if r["threads"] == int(threads.split()[0]))
 
 
-def test_written_is_checked(drawn):
-    assert check(drawn) == []
+def problems(root, text):
+    return [problem for problem in Report(root).check() if text in problem]
+
+
+# --- what is written is what the results give ------------------------------------------------------------------------
+
+
+def test_written_is_checked(written):
+    assert Report(written).check() == []
+
+
+def test_committed_pages_are_what_the_results_give():
+    assert Report().check() == []
 
 
 @pytest.mark.parametrize(
-    "document, number",
-    [
-        *(("README.md", number) for number in ("73.0 ms", "3.50 x (3.15–3.85)", "question costs 0.857;")),
-        *(("docs/results.md", number) for number in ("| 20.0 (0.400) |", "| 0.000005 |", "| 4,197 (14.3) |")),
-    ],
+    "document", ["README.md", "docs/results/index.md", "docs/results/applying.md", "docs/results/tables/lora.csv"]
 )
-def test_hand_edit_is_found(drawn, document, number):
-    edit(drawn / document, number, re.sub(r"\d", "9", number))
-    assert check(drawn) == [f"{document}: a table differs from bench/results; run: python -m bench.report"]
+def test_hand_edit_is_found(written, document):
+    text = (written / document).read_text(encoding="utf-8")
+    begin = text.index("<!-- speed: begin") if document == "README.md" else 0
+    figure = re.compile(r"\d\.\d\d").search(text, begin)
+    (written / document).write_text(text[: figure.start()] + "9.99" + text[figure.end() :], encoding="utf-8")
+    assert [problem.split(":")[0] for problem in Report(written).check()] == [document]
 
 
-def test_markers(drawn):
-    edit(drawn / "docs" / "results.md", "<!-- lora: end -->", "")
-    edit(drawn / "README.md", "<!-- speed: begin -->", "<!-- fast: begin -->\n<!-- fast: end -->\n<!-- speed: begin -->")
-    problems = check(drawn)
-    assert "docs/results.md: markers of table 'lora' are missing, doubled or out of order" in problems
-    assert "README.md: markers of 'fast', which is no table" in problems
-    before = (drawn / "docs" / "results.md").read_text(encoding="utf-8")
-    assert report.Report(drawn).write() == problems
-    assert (drawn / "docs" / "results.md").read_text(encoding="utf-8") == before
+def test_markers_of_blocks(written):
+    before = (written / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    change(written, "generate", lambda found: found[0].update(date="2030-01-01"))
+    edit(written / "README.md", "<!-- speed: begin -->", "<!-- speed: begin -->\n<!-- speed: begin -->")
+    (problem,) = Report(written).write()
+    assert "README.md" in problem and "'speed'" in problem
+    assert (written / "docs" / "results" / "index.md").read_text(encoding="utf-8") == before  # nothing is written
 
 
-def test_missing_result_is_named(drawn):
-    (drawn / "bench" / "results" / "apply.json").unlink()
-    assert check(drawn) == ["bench/results/apply.json: missing; run: python -m bench apply"]
+def test_what_nothing_makes_is_found_and_removed(written):
+    strange = [written / pages.FIGURES / "old.svg", written / pages.PAGES / "tables" / "old.csv"]
+    for path in strange:
+        path.touch()
+    assert len(problems(written, "nothing makes this file")) == 2
+    assert Report(written).write() == [] and not any(path.exists() for path in strange)
 
 
-def test_results_of_another_checkpoint_are_found(drawn):
-    for name, command in (("icl", "icl --tasks TASKS"), ("study", report.SOURCES["study"].command.split("bench ")[1])):
-        edit(drawn / "bench" / "results" / f"{name}.json", bundled(), "0" * 64)
-        assert f"bench/results/{name}.json: not of the bundled checkpoint; run: python -m bench {command}" in check(drawn)
+def test_missing_result_is_named_once(written):
+    (written / pages.RESULTS / "apply.jsonl").unlink()
+    assert Report(written).check() == ["bench/results/apply.jsonl: missing; run: python -m bench apply"]
 
 
-def test_stale_figures_are_found(drawn):
-    save(drawn, generation() | {"date": "2026-01-03"})
-    assert report.Report(drawn).problems == []
-    old = [p for p in check(drawn) if "older" in p]
-    assert [p.split(":")[0] for p in old] == [
-        f"docs/figures/{name}.{suffix}" for name in ("roofline", "latency-split") for suffix in ("svg", "png")
-    ]
-    (drawn / "docs" / "figures" / "decode.png").unlink()
-    assert "docs/figures/decode.png: missing; run: python -m bench.report" in check(drawn)
+@pytest.mark.parametrize("name", [name for name, source in pages.SOURCES.items() if source.bundled])
+def test_results_of_another_checkpoint_are_found(written, name):
+    edit(written / pages.RESULTS / f"{name}.jsonl", bundled(), "0" * 64)
+    assert problems(written, f"bench/results/{name}.jsonl: not of the bundled checkpoint")
 
 
-def test_figures_follow_their_code(drawn, monkeypatch):
+def test_stale_figures_are_found(written):
+    change(written, "generate", lambda found: found[0].update(date="2030-01-01"))
+    old = {problem.split(":")[0] for problem in problems(written, "older")}
+    assert old == {f"docs/figures/{name}.svg" for name, of in figures.FIGURES.items() if "generate" in of.sources}
+    (written / pages.FIGURES / "decode.svg").unlink()
+    assert problems(written, "docs/figures/decode.svg: missing")
+
+
+def test_figures_follow_their_code(written, monkeypatch):
     monkeypatch.setattr(figures, "drawing_version", lambda name: "another")
-    assert len([p for p in check(drawn) if "older than its data or drawing" in p]) == 2 * len(figures.FIGURES)
-
-
-def test_misses_are_the_unmet_rows(root):
-    made = generation()
-    made["memory"][0]["ratio"] = 1.5
-    save(root, made)
-    table = tables.misses(*loaded(root))
-    missed = [line.split(" | ")[1] for line in table.splitlines()[2:] if line.startswith("|")]
-    assert missed == ["64x64, 1 thread, hot", "64 descriptions", "SmolLM2 prefill, 1 thread"]  # the farthest first
-    assert all(over in table for over in ("+30.7%", "+25.0%", "+4.8%"))
-    assert "3 of 11 bars are missed." in table
-
-
-def test_losses_reach_the_readme(root):
-    table = tables.losses(*loaded(root))
-    assert table.count("| merged |") == 3 and "A baseline is faster in 3 of 13 comparisons." in table
-    summary = tables.speed(*loaded(root))
-    assert (
-        "Farthest from its bar: lora, 64x64, 1 thread, hot, at 2.00 x floor where 1.5 x floor + 3 us is the bar" in summary
-    )
-    assert "- Faster than ours: lora, merged, in 1 of 1 cases, at most 2.00 times (64x64, 1 thread, hot)." in summary
-    assert "- Faster than ours: model, merged, in 2 of 2 cases" in summary
-
-
-def test_absent_baselines_say_why(root):
-    table = tables.lora(*loaded(root))
-    assert "\n– peft (not installed), " in table and "over peft" in table
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (lambda r: r["rows"][1]["bar"].update(met=True), "64x64, 1 thread, hot: the file says met = True"),
-        (lambda r: r["rows"][0]["error"].update(value=0.1), "8x8, 1 thread, hot: error 0.1 is beyond its bound 0.004"),
-        (lambda r: r["rows"].append(r["rows"][0]), "8x8, 1 thread, hot: two rows"),
-        (lambda r: r.update(size="tiny"), "expected suite 'apply' of size 'full', got suite 'apply' of size 'tiny'"),
-        (lambda r: r.update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
-        (lambda r: r["rows"][-4]["baselines"].pop("base"), "a bar of 'base', which the file does not hold"),
-        (lambda r: r["rows"][0].pop("ours"), "KeyError: 'ours'"),
-        (lambda r: r["rows"].pop(0), "no row of group 'lora' with tokens 8, adapters 8"),
-        (lambda r: r["ceilings"]["after"]["read"].pop(), "was not measured again"),
-    ],
-    ids=["verdict", "error", "doubled", "tiny", "part", "bar", "broken", "headline", "ceiling"],
-)
-def test_results_are_not_just_believed(drawn, change, says):
-    made = application()
-    change(made)
-    save(drawn, made)
-    assert any(p.startswith("bench/results/") and "apply.json" in p and says in p for p in check(drawn)), check(drawn)
-
-
-def test_one_description(root):
-    (generate, _) = results = loaded(root)
-    (beside,) = [r for r in generate.rows if r.case == "64, beside one"]
-    assert generate.verdict(beside).limit == pytest.approx(64 * generate.rows[0].us)
-    assert "| 1.00 x one description | 1 x one description | yes |" in tables.generate(generate)
-    assert "one description" not in tables.speed(*results).partition("\n\n")[0]  # the row with baselines is shown
+    assert len(problems(written, "older than its data or drawing")) == len(figures.FIGURES)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_figures_are_deterministic(root, name):
-    results = loaded(root, figures.FIGURES[name].sources)
-    first, second = (figures.files(name, results, "stamp of the data") for _ in range(2))
-    assert first == second and set(first) == {f"{name}.svg", f"{name}.png"}
-    assert all(b"stamp of the data" in data for data in first.values())
+def test_figures_are_deterministic(name):
+    results = Report().of(figures.FIGURES[name].sources)
+    first, second = (figures.svg(name, results, "stamp of the data") for _ in range(2))
+    assert first == second and "stamp of the data" in first
+
+
+def test_every_table_is_a_csv_that_a_page_links(written):
+    texts = "".join(path.read_text(encoding="utf-8") for path in (written / pages.PAGES).glob("*.md"))
+    for name in pages.TABLES:
+        path = written / pages.PAGES / "tables" / f"{name}.csv"
+        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+        assert len(lines) > 1 and len({len(line) for line in lines}) == 1
+        assert f"(tables/{name}.csv)" in texts, name
+
+
+# --- what pages may ask ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ask, says",
+    [
+        (lambda r: r.grid("none", ["us"]), "'none'"),
+        (lambda r: r.grid("lora", ["no such"]), "'no such'"),
+        (lambda r: r.grid("lora", ["us"], {"tokens": 3}), "'tokens': 3"),
+        (lambda r: r.grid("lora", ["us"]), "at most 8 columns and 15 lines"),
+        (lambda r: r.grid("lora", {f"us {i}": "us" for i in range(9)}, first=1), "at most 8 columns and 15 lines"),
+        (lambda r: r.value("lora", "us", {"tokens": 64}), "expected one"),
+        (
+            lambda r: r.value("generate", "over eager", {"case": "mistral-7b M bfloat16, 64 descriptions, beside one"}),
+            "eager",
+        ),
+        (lambda r: r.figure("none", ""), "'none'"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(ask, says):
+    with pytest.raises(ResultError, match=re.escape(says)):
+        ask(Report())
+
+
+def test_a_page_without_its_row_is_a_problem(written):
+    change(written, "apply", lambda found: found.remove(row(found)))
+    assert {"results/applying.md.j2", "speed.md.j2"} <= {problem.split(":")[0] for problem in Report(written).write()}
+
+
+def test_a_table_is_printed(capsys):
+    pages.show("model")
+    shown = capsys.readouterr().out
+    assert "decode 8 rows, q,v, float32" in shown and "57.5" in shown and "threads: 2" in shown
+    with pytest.raises(ResultError, match="expected one of generate, .*; got 'none'"):
+        pages.show("none")
+
+
+def test_cells():
+    assert [cells.number(x) for x in (1234.5, 12.345, 0.012345, 0, None)] == ["1,234", "12.3", "0.0123", "0", cells.GAP]
+    assert [cells.duration(us) for us in (3.62, 1500, 2.5e6)] == ["3.62 us", "1.50 ms", "2.50 s"]
+    assert [cells.cell(v) for v in (True, False, cells.Times(2), cells.Times(0.5))] == [
+        "yes",
+        "**no**",
+        "2.00 x",
+        "**0.500 x**",
+    ]
+    assert [cells.plain(v) for v in (True, None, 1.23456, 123456.7, "x")] == ["yes", "", "1.235", "123457", "x"]
+    assert cells.size(3 * 2**20) == "3.00 MiB"
+
+
+# --- targets, misses and losses --------------------------------------------------------------------------------------
+
+
+def test_misses_are_the_unmet_targets(root):
+    change(root, "generate", lambda found: [r.update(peak_mib=5000.0) for r in found if r["record"] == "memory"])
+    report = Report(root)
+    judged = [v for name in ("generate", "apply", "train", "icl") for v in report.results[name].verdicts()]
+    missed = [v for v in judged if v.value > v.limit]
+    lines = report.lines("misses")
+    assert {(line["group"], line["case"]) for line in lines} == {(v.group, v.name) for v in missed} and len(lines) == len(
+        missed
+    )
+    assert lines[0]["group"] == "memory" and lines[0]["over by %"] == pytest.approx(100 * (5000 / 521.9 / 1.2 - 1))
+    assert [line["over by %"] for line in lines] == sorted((line["over by %"] for line in lines), reverse=True)
+    assert report.value("totals", "missed", {"suite": "all"}) == len(missed)
+
+
+def test_a_loss_reaches_the_readme(root):
+    before = Report(root).lines("totals", {"suite": "all"})[0]
+    change(
+        root,
+        "apply",
+        lambda found: row(found)["times"]["mm loop"].update(median_us=row(found)["times"]["ours"]["median_us"] / 2),
+    )
+    report = Report(root)
+    assert report.lines("losses")[0]["baseline"] == "mm loop" and report.lines("losses")[0]["ours / baseline"] == 2
+    assert report.lines("beaten", {"baseline": "mm loop"})[0]["case"] == LORA
+    assert report.lines("totals", {"suite": "all"})[0]["lost"] == before["lost"] + 1
+    assert f"faster in {before['lost'] + 1} of {before['comparisons']}" in report.texts()[Path("README.md")]
+
+
+def test_the_model_without_adapters_is_nobodys_competitor():
+    names = {name for result in ("generate", "apply") for r in Report().results[result].rows for name in r.rivals()}
+    assert "PEFT mixed" in names and not {"base", "fresh output"} & names
+
+
+def test_skipped_baselines_say_why():
+    said = [line["skipped"] for line in Report().lines("linear", {"case": "linear_64x64"})]
+    assert said == [
+        "merged: holds one adapter; the batch has several; PEFT single: holds one adapter; the batch has several"
+    ]
+
+
+def test_targets_of_what_a_row_holds(root):
+    rows = {r.name: r for r in Report(root).results["generate"].rows}
+    one = rows["mistral-7b L bfloat16, 1 description, 2 threads"]
+    many = rows["mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"]
+    assert one.verdict.limit == pytest.approx(one.target["ratio"] * one.roofline["us"])
+    assert many.verdict.limit == pytest.approx(64 * one.us)
+    lora = next(r for r in Report(root).results["apply"].rows if r.name == LORA)
+    assert lora.verdict.limit == pytest.approx(1.5 * lora.roofline["us"] + 3)
+
+
+def test_memory_of_training_steps_is_judged_by_the_hooks():
+    entry = {"record": "train_memory", "case": "c", "ways": {"ours": {"peak_mib": 80.0}, "hooks": {"peak_mib": 100.0}}}
+    assert memory_verdict(entry) is None
+    assert memory_verdict(entry | {"target": {"ratio": 1.25}}).met
+    assert not memory_verdict(entry | {"target": {"ratio": 1.26}}).met
+
+
+def test_calls_from_the_host_are_compared_with_ours_called_so(root):
+    graph, host = {"graph": True, "iqr_us": 0.0}, {"graph": False, "iqr_us": 0.0}
+    times = {
+        "ours": graph | {"median_us": 10.0},
+        "ours, from the host": host | {"median_us": 30.0},
+        "graphed": graph | {"median_us": 20.0},
+        "called": host | {"median_us": 45.0},
+    }
+    change(root, "apply", lambda found: row(found).update(times=times))
+    measured = next(r for r in read(root / pages.RESULTS / "apply.jsonl").rows if r.name == LORA)
+    assert measured.rivals() == {"graphed": 2.0, "called": 1.5}
+
+
+# --- what is not believed --------------------------------------------------------------------------------------------
+
+
+def _after(found):
+    return next(r for r in found if r["record"] == "ceiling" and r["when"] == "after")
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        (lambda r: row(r)["error"].update(value=0.1), f"{LORA}: error 0.1 is beyond its bound"),
+        (lambda r: row(r)["error"].update(value=float("nan")), "error nan is beyond its bound"),
+        (lambda r: r.append(row(r)), f"{LORA}: two rows"),
+        (lambda r: r[0].update(size="tiny"), "got suite 'apply' of size 'tiny'"),
+        (lambda r: r[0].update(suite="train"), "got suite 'train'"),
+        (lambda r: r[0].update(device="cuda"), "on 'cuda'"),
+        (lambda r: r[0].update(dirty=True), "uncommitted changes"),
+        (lambda r: r[0].update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
+        (lambda r: r[0].update(tasks=["lora", "model"]), "without: lora, model"),
+        (lambda r: row(r).update(target={"ratio": 1.0, "of": "base"}), "a target of 'base', which the file does not hold"),
+        (lambda r: row(r).pop("times"), "KeyError: 'times'"),
+        (lambda r: r.remove(_after(r)), "was not measured again"),
+        (lambda r: r.pop(0), "KeyError: 'suite'"),
+    ],
+    ids="error nan doubled tiny suite device dirty part unended target broken ceiling headless".split(),
+)
+def test_results_are_not_just_believed(root, how, says):
+    change(root, "apply", how)
+    with pytest.raises(ResultError, match=f"apply.jsonl: .*{re.escape(says)}"):
+        load(root / pages.RESULTS / "apply.jsonl")
+    assert any(problem.startswith("bench/results/apply.jsonl") and says in problem for problem in Report(root).problems)
+
+
+# --- a card ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_number_of_a_card_without_a_run(written):
+    assert "No run on a card is on record" in (written / "docs" / "results" / "cuda.md").read_text(encoding="utf-8")
+    assert not [name for name in Report(written).tables if "-cuda" in name]
+
+
+def test_runs_of_a_card_are_shown_by_the_same_tables(root):
+    shutil.copy(root / pages.RESULTS / "apply.jsonl", root / pages.RESULTS / "apply-cuda.jsonl")
+
+    def carded(found):
+        found[0] |= {"device": "cuda", "tasks": ["lora", "model"], "machine": found[0]["machine"] | {"gpu": "A card"}}
+        found.append({"record": "task", "name": "lora", "seconds": 1.0})
+        found.append({"record": "failed", "case": "decode", "error": "out of memory"})
+        found.append({"record": "energy", "case": "idle", "unit": None, "count": 0, "watts": 71.5})
+        found.remove(_after(found))
+
+    change(root, "apply-cuda", carded)
+    report = Report(root)
+    page = report.texts()[Path("docs/results/cuda.md")]
+    assert report.problems == [] and "lora-cuda" in report.tables and "generate-cuda" not in report.tables
+    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |"))
+    assert "No run on a card" not in page

@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from bench.study import judge, plan, runs, tables
+from bench.records import Result, ResultError, load
+from bench.report import tables_study
+from bench.source import ROOT
+from bench.study import judge, plan, runs
+from bench.study.scores import Part
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation.bootstrap import Interval
 from t2l_engine.research.tasks import manifest as manifests
@@ -91,81 +96,117 @@ def test_tasks_of_another_study_are_not_gone_on_with(tmp_path):
 
 # --- what is shown of it -------------------------------------------------------------------------------------------------
 
+TABLES = {table.name: table for table in tables_study.TABLES}
 
-def part(scores, groups):
+
+def part(name, scores, groups):
     """A part of the result as ``collect`` writes it: ``scores``: task -> arm -> score."""
-    arms = sorted({arm for of in scores.values() for arm in of})
-    about = {"form": "raw", "groups": {group: {"prompt_tokens": 14.0, "containment": 60.0} for group in groups}}
-    return {"tasks": scores, "items": dict.fromkeys(scores, 20), "groups": groups, "arms": dict.fromkeys(arms, about)}
+    where = {task: [group for group, names in groups.items() if task in names] for task in scores}
+    about = {"groups": {group: {"prompt_tokens": 14.0, "containment": 60.0, "rouge_l": 60.0} for group in groups}}
+    made = [
+        {"record": "scores", "part": name, "task": task, "items": 20, "groups": where[task], "scores": of}
+        for task, of in scores.items()
+    ]
+    arms = dict.fromkeys(arm for of in scores.values() for arm in of)
+    return made, [{"record": "arm", "part": name, "arm": arm, "form": "raw", **about} for arm in arms]
 
 
-@pytest.fixture
-def result():
-    scores = {
+def result(parts, **others):
+    scores, arms = zip(*(part(name, *of) for name, of in parts.items()), strict=True)
+    records = {"scores": [r for one in scores for r in one], "arm": [r for one in arms for r in one], **others}
+    return Result(Path("study.jsonl"), {}, (), records)
+
+
+def scores():
+    return {
         "a": {"t2l": 80.0, "t2l-shuffled": 20.0, "base": 0.0, "base-description": 10.0, "icl": 50.0, "oracle": 100.0},
         "b": {"t2l": 60.0, "t2l-shuffled": 20.0, "base": 20.0, "base-description": 10.0, "icl": 50.0, "oracle": 80.0},
     }
-    groups = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
-    return {
-        "command": "make it", "seen": part(scores, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": part(scores, groups),
-        "varied": {}, "lengths": {}, "reconstruction": {}, "distances": {}, "benchmarks": {}, "runs": {},
-        "date": "2026-01-02", "commit": "0123abc", "dirty": False, "versions": {"torch": "2.13"},
-        "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "isa": "avx2", "memory_gib": 8.0},
-    }  # fmt: skip
 
 
-def test_share_and_gap_are_of_the_tasks_both_answered(result):
-    seen = result["seen"]
-    assert tables.share(seen, "t2l", "base") == Interval(100 * (70 - 10) / (90 - 10), 100 * 40 / 60, 80.0)
-    assert tables.share(seen, "none", "base") is None
-    assert tables.gap(seen, "t2l", "icl").mean == 20 and tables.gap(seen, "t2l", "none") is None
-    del seen["tasks"]["b"]["t2l-shuffled"]
-    assert tables.gap(seen, "t2l", "t2l-shuffled").mean == 60  # of task a alone
-    assert tables.share(seen, "t2l-shuffled", "base") is None  # not of the same tasks
+GROUPS = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
 
 
-def test_bars_are_met_or_missed_by_what_was_measured(result):
-    rows = {line.split("|")[1].strip(): line for line in tables.claims(result).splitlines()}
-    assert rows["siblings: matched less shuffled"].split("|")[2:5] == [" >= 20 ", " +60.0 [+60.0, +60.0] ", " met "]
-    kept = rows["seen tasks with headroom: share of the oracle's gain over base model, input only"]
-    assert "75.0 % [66.7, 80.0] | **missed**" in kept
-    assert not any("another seed" in title or "multi-task" in title for title in rows)  # not measured
-    over = rows["siblings: T2L less base model, description and 3 examples"]
-    assert "> 0, interval too | +30.0 [+30.0, +30.0] | met" in over
-    result["unseen"]["tasks"]["a"]["t2l"] = 45.0
-    assert "-5.0 [-5.0, -5.0] | **missed**" in tables.claims(result)
+def study(known):
+    return result({"seen": (known, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": (known, GROUPS)})
 
 
-def test_what_was_not_run_is_left_out(result):
-    assert "multi-task" not in tables.arms(result) and "| icl" not in tables.arms(result)
-    shown = tables.arms(result).splitlines()
-    assert [line.split("|")[1].strip() for line in shown if line.startswith("|")][2:] == [
-        tables.ARMS[arm] for arm in tables.ARMS if arm in result["unseen"]["arms"]
-    ]
-    for table in (tables.short, tables.reconstruction, tables.benchmarks):
-        assert table(result) == tables.NOT_YET
+def test_share_and_gap_are_of_the_tasks_both_answered():
+    known = scores()
+    seen = Part.of(study(known).others, "seen")
+    assert seen.share("t2l", "base") == Interval(100 * (70 - 10) / (90 - 10), 100 * 40 / 60, 80.0)
+    assert seen.share("none", "base") is None
+    assert seen.gap("t2l", "icl").mean == 20 and seen.gap("t2l", "none") is None
+    del known["b"]["t2l-shuffled"]
+    assert seen.gap("t2l", "t2l-shuffled").mean == 60  # of task a alone
+    assert seen.share("t2l-shuffled", "base") is None  # not of the same tasks
+    assert seen.only(["b"]).column("t2l") == [60.0]
 
 
-def test_lengths_are_pairs_that_were_measured(result):
-    scores = {"a": {"t2l": 30.0, "multi-task-description": 50.0}}
-    result["lengths"] = {"half-t2l": part(scores, {"all": ["a"], "sibling": ["a"]})}
-    result["runs"] = {name: {"tokens": 6e5, "curve": [[0.3, 2.0], [0.6, 0.5]]} for pair in plan.LENGTHS for name in pair}
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in tables.lengths(result).splitlines()[2:]]
-    assert lines == [["0.60 / 0.60", "0.50 / 0.50", "30.0", "50.0", "-20.0 [-20.0, -20.0]"]]  # unseen has no such rival
-    result["unseen"]["tasks"]["a"]["multi-task-description"] = 70.0
-    result["unseen"]["arms"]["multi-task-description"] = {}
-    table = tables.lengths(result)
-    assert len(table.splitlines()) == 4 and "| 80.0 | 70.0 | +10.0 [+10.0, +10.0] |" in table
+def test_targets_are_met_or_missed_by_what_was_measured():
+    known = scores()
+    lines = {line["claim"]: line for line in TABLES["study-claims"].lines([study(known)])}
+    shuffled = lines["siblings: matched less shuffled"]
+    assert [shuffled[head] for head in ("measured", "measured, low", "measured, high", "met")] == [60, 60, 60, True]
+    kept = lines["seen tasks with headroom: share of the oracle's gain over base model, input only, %"]
+    assert (kept["measured"], kept["met"]) == (75.0, False)
+    assert not any("another seed" in claim or "multi-task" in claim for claim in lines)  # not measured
+    name = "siblings: T2L less base model, description and 3 examples"
+    assert (lines[name]["measured"], lines[name]["met"]) == (30.0, True)
+    known["a"]["t2l"] = 45.0
+    (line,) = (line for line in TABLES["study-claims"].lines([study(known)]) if line["claim"] == name)
+    assert (line["measured"], line["met"]) == (-5.0, False)
 
 
-def test_shorter_runs_are_compared_on_what_both_were_trained_on(result):
+def test_what_was_not_run_is_left_out():
+    found = study(scores())
+    shown = [line["arm"] for line in TABLES["study-arms"].lines([found])]
+    assert shown == [name for arm, name in tables_study.ARMS.items() if arm in scores()["a"]]
+    for name in ("study-reconstruction", "study-benchmarks", "study-runs"):
+        with pytest.raises(ResultError, match="no record of kind"):
+            TABLES[name].lines([found])
+
+
+def test_lengths_are_pairs_that_were_measured():
+    pair = {"a": {"t2l": 30.0, "multi-task-description": 50.0}}
+    runs = [{"run": name, "tokens": 6e5, "curve": [[0.3, 2.0], [0.6, 0.5]]} for pair in plan.LENGTHS for name in pair]
+    known = scores()
+    parts = {"unseen": (known, GROUPS), "lengths/half-t2l": (pair, {"all": ["a"], "sibling": ["a"]})}
+    (line,) = TABLES["study-lengths"].lines([result(parts, training=runs)])  # unseen has no such rival
+    assert list(line.values()) == [0.6, 0.6, 0.5, 0.5, 30.0, 50.0, -20.0, -20.0, -20.0]
+    known["a"]["multi-task-description"] = 70.0
+    *_, line = TABLES["study-lengths"].lines([result(parts, training=runs)])
+    assert (line["T2L, siblings, %"], line["T2L less the rival"]) == (80.0, 10.0)
+
+
+def test_shorter_runs_are_compared_on_what_both_were_trained_on():
     few, more = plan.chosen(plan.LEARNABLE, 16)[0], (set(plan.LEARNABLE) - set(plan.chosen(plan.LEARNABLE, 16))).pop()
     seen = {few: {"short-L": 60.0, "short-L-16": 90.0}, more: {"short-L": 40.0, "short-L-16": 0.0, "short-one-hot": 70.0}}
-    scores = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-L-16": 40.0, "short-M": 40.0}
-    result["varied"] = {"train": part(seen, {"all": sorted(seen)}), "sibling": part({"a": scores}, {"all": ["a"]})}
-    result["runs"] = {name: {"seconds": 120} for name in ("short-L", "short-L-16", "short-M", "short-one-hot")}
-    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in tables.short(result).splitlines()[2:]]
-    assert lines[0] == ["50.0 (2)", "", "50.0", "", "10.0", "2"]
-    assert lines[1] == ["90.0 (1)", "+30.0 [+30.0, +30.0]", "40.0", "-10.0 [-10.0, -10.0]", "–", "2"]
-    assert lines[2] == ["–", "", "40.0", "-10.0 [-10.0, -10.0]", "–", "2"]
-    assert lines[3] == ["70.0 (1)", "+30.0 [+30.0, +30.0]", "–", "", "–", "2"]
+    of = {"short-L": 50.0, "short-L-shuffled": 10.0, "short-L-16": 40.0, "short-M": 40.0}
+    parts = {"varied/train": (seen, {"all": sorted(seen)}), "varied/sibling": ({"a": of}, {"all": ["a"]})}
+    runs = [{"run": name, "seconds": 120} for name in ("short-L", "short-L-16", "short-M", "short-one-hot")]
+    lines = TABLES["study-short"].lines([result(parts, training=runs)])
+    heads = ("seen tasks", "seen, %", "seen, less the first row", "siblings, %", "siblings, less the first row", "minutes")
+    assert [[line[head] for head in heads] for line in lines] == [
+        [2, 50.0, None, 50.0, None, 2.0],
+        [1, 90.0, 30.0, 40.0, -10.0, 2.0],
+        [0, None, None, 40.0, -10.0, 2.0],
+        [1, 70.0, 30.0, None, None, 2.0],
+    ]
+    assert [line["another sibling's description, %"] for line in lines] == [10.0, None, None, None]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_committed_result_has_every_table(name):
+    lines = TABLES[name].lines([load(ROOT / "bench" / "results" / "study.jsonl")])
+    assert lines and all(line.keys() == lines[0].keys() for line in lines)
+
+
+def test_records_of_an_evaluation():
+    collect = pytest.importorskip("bench.study.collect", exc_type=ImportError)  # the extra "study"
+    details = {"t2l": {"tasks": {"a": {"score": 50.0, "containment": 75.0}}}}
+    groups, forms = {"all": ["a"], "sibling": []}, {"t2l": {"form": "raw"}}
+    found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "groups": groups, "details": details, "forms": forms}
+    task, arm = collect._part("unseen", found)
+    assert (task["record"], task["groups"], task["scores"]) == ("scores", ["all"], {"t2l": 50.0})
+    assert arm["groups"] == {"all": {"score": 50.0, "containment": 75.0}} and arm["form"] == "raw"

@@ -1,8 +1,8 @@
 """What a question costs by examples in the prompt (in-context learning, ICL) and by a generated adapter (T2L).
 
 Closed forms for the models of released checkpoints (:mod:`bench.icl.costs`), the paper's own table beside them
-(:mod:`bench.icl.paper`), and a small real model measured: at given lengths (:mod:`bench.icl.lengths`), and answering the
-questions of real tasks (:mod:`bench.icl.questions`).
+(:mod:`bench.icl.paper`), a model measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions
+of real tasks (:mod:`bench.icl.questions`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,28 @@ if TYPE_CHECKING:
 
 
 def plan(context: Context, folder: Path | None = None) -> list[Task]:
-    """``folder``: of tasks, with splits train (for the examples) and test; required at size full.
+    """``folder``: of tasks, with splits train (for the examples) and test; required at size full on a CPU.
 
-    At size tiny the tasks are those of the demo, with a question each.
+    At size tiny the tasks are those of the demo, with a question each.  On a card lengths, energy and a decode step alone.
     """
-    import torch  # here: tables and figures of this package are made without it
+    import torch  # here: tables and figures read names of this package without it
 
-    from bench.harness import BenchError, Task
-    from bench.icl import costs, lengths, paper, questions
+    from bench import energy
+    from bench.harness import OURS, BenchError, Task
+    from bench.icl import costs, first, names, paper, questions
 
-    if folder is None and context.full:
-        raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
-    tasks = [Task("costs", costs.entries), Task("paper", paper.entries)]
-    for dtype in ("float32", "bfloat16"):
-        run = functools.partial(lengths.entries, context, getattr(torch, dtype))
-        tasks.append(Task(f"lengths {dtype}", run))
-    return [*tasks, Task("questions", functools.partial(questions.entries, context, folder))]
+    dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
+    made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
+    tasks = [
+        Task(f"first question {dtype}".replace("torch.", ""), functools.partial(first.first, context, make), needs=60.0)
+        for dtype, make in made.items()
+    ]
+    if context.on_cpu:
+        if folder is None and context.full:
+            raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
+        counted = [Task("costs", costs.entries), Task("paper", paper.entries)]
+        return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
+    for name in (OURS, names.ICL) if context.device.timed else ():
+        work = functools.partial(first.joules, made[torch.bfloat16], name)
+        tasks.append(Task(f"energy {name}", functools.partial(energy.measured, context, work), needs=8.0))
+    return [*tasks, Task("decode step", functools.partial(first.decoding, context), needs=15.0)]

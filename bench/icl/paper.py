@@ -1,7 +1,7 @@
 """The paper's table of operations (arXiv 2506.06105, appendix I) beside the closed forms: what cells imply, and if they fit.
 
 The paper gives no token counts.  Each cell is a number printed with so many digits, so it stands for an interval.  Of the
-counts of ``t2l_engine.research.costs.known.PAPER``, 59 and 299 fit best where a token costs two operations a weight only;
+counts of ``research.costs.known.PAPER``, 59 and 299 fit best where a token costs two operations a weight and no more;
 with attention and logits, which are counted here, the cells imply fractions of tokens beside them.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from bench.icl.costs import Entries
+from bench.harness import Record, record
 from t2l_engine.research import costs
 from t2l_engine.research.costs import Setup
 from t2l_engine.research.costs.known import PAPER, hypernetwork_for
@@ -43,8 +43,8 @@ def implied(cell: Cell, cost: Callable[[int], int]) -> float:
     return low + (cell.printed * TERA - cost(low)) / (cost(high) - cost(low))
 
 
-def entries() -> Entries:
-    """``paper``: a cell beside the closed form at the stated counts; ``implied``: tokens that meet it exactly."""
+def entries() -> Iterator[Record]:
+    """Every cell beside the closed form at the stated counts, with the tokens that meet it exactly."""
     setup = costs.known_setup("mistral-7b")
     shared_heads = dataclasses.replace(setup, hypernet=hypernetwork_for(setup.decoder, setup.encoder, variant="M"))
     prompt = PAPER.question + PAPER.prefix
@@ -66,26 +66,22 @@ def entries() -> Entries:
         (ICL, decoder(prompt), implied(ICL, decoder), prompt),
     ]
     for cell, value, tokens, stated in ours:
-        yield (
+        yield record(
             "paper",
-            {
-                "cell": cell.name,
-                "printed_tflop": cell.printed,
-                "ours_tflop": value / TERA,
-                "tokens": stated,
-                "implied_tokens": None if tokens is None else round(tokens, 2),
-                "off_percent": round(100 * (value / TERA / cell.printed - 1), 3),
-                "rounding_percent": round(50 * cell.unit / cell.printed, 3),
-            },
+            cell=cell.name,
+            printed_tflop=cell.printed,
+            ours_tflop=value / TERA,
+            tokens=stated,
+            implied_tokens=None if tokens is None else round(tokens, 2),
+            off_percent=round(100 * (value / TERA / cell.printed - 1), 3),
+            rounding_percent=round(50 * cell.unit / cell.printed, 3),
         )
-    yield "hypernetwork", dict(_hypernetwork(shared_heads))
-    yield (
+    yield record("hypernetwork", **dict(_hypernetwork(shared_heads)))
+    yield record(
         "ratio",
-        {
-            "printed": round(ICL.printed / T2L.printed, 4),
-            "corrected": round(ICL.printed * TERA / (T2L.printed * TERA + generate), 4),
-            "ours": round(decoder(prompt) / (whole + generate + adapted), 4),
-        },
+        printed=round(ICL.printed / T2L.printed, 4),
+        corrected=round(ICL.printed * TERA / (T2L.printed * TERA + generate), 4),
+        ours=round(decoder(prompt) / (whole + generate + adapted), 4),
     )
 
 

@@ -22,13 +22,12 @@ from torch import nn
 from transformers import DynamicCache
 
 import t2l_engine as t2l
-from bench.decode import shared
-from bench.harness import Context
-from bench.icl.costs import Entries
-from bench.icl.lengths import embed_anew, tokens_of
+from bench.harness import Context, Record, record
+from bench.icl.first import embed_anew, tokens_of
+from bench.models import shared
 from t2l_engine.cli import demo
 from t2l_engine.research.evaluation.metrics import exact_match
-from t2l_engine.research.tasks.folder import Example, Task, load_tasks
+from t2l_engine.research.tasks.folder import Example, load_tasks
 from t2l_engine.testing.models import cache_argument
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
@@ -71,19 +70,16 @@ def tasks(folder: Path | None, trained: Sequence[str]) -> list[Asked]:
     Without a folder those of the demo, with a question each.
     """
     if folder is None:
-        return [_of_demo(description, pairs) for description, pairs in demo.TASKS.items()]
-    shown = {task.name: task for task in load_tasks(folder, "train")}
-    return [_of_folder(task, shown[task.name], task.name in trained) for task in load_tasks(folder, "test")]
-
-
-def _of_demo(description: str, pairs: Sequence[tuple[str, str]]) -> Asked:
-    *shots, (text, right) = pairs
-    return Asked(description, description, (), tuple(shots), (Example(text, (right,), "test"),), False)
-
-
-def _of_folder(task: Task, shown: Task, trained: bool) -> Asked:
-    shots = tuple((e.input, e.outputs[0]) for e in shown.examples[:SHOTS])
-    return Asked(task.name, task.descriptions[0], task.descriptions[1:], shots, task.examples, trained)
+        return [
+            Asked(text, text, (), tuple(shots), (Example(asked, (right,), "test"),), False)
+            for text, (*shots, (asked, right)) in demo.TASKS.items()
+        ]
+    shown = {task.name: task.examples[:SHOTS] for task in load_tasks(folder, "train")}
+    return [
+        Asked(task.name, task.descriptions[0], task.descriptions[1:], shots, task.examples, task.name in trained)
+        for task in load_tasks(folder, "test")
+        for shots in [tuple((e.input, e.outputs[0]) for e in shown[task.name])]
+    ]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -170,16 +166,16 @@ class Serving:
         return cache, (time.perf_counter_ns() - start) / 1e3
 
 
-def entries(context: Context, folder: Path | None) -> Entries:
-    """``questions``: a task with all its arms, each answer timed."""
+def entries(context: Context, folder: Path | None) -> Iterator[Record]:
+    """A record for every task with all its arms, each answer timed."""
     serving = Serving()
     trained = t2l.checkpoint.describe(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
     with torch.inference_mode():
         for asked in tasks(folder, trained):
-            yield "questions", _task(serving, asked, context.threads)
+            yield _task(serving, asked, context.threads)
 
 
-def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
+def _task(serving: Serving, asked: Asked, threads: int) -> Record:
     shown, described, alone = (
         [serving.ids(prompt(question.input)) for question in asked.questions]
         for prompt in (
@@ -210,28 +206,19 @@ def _task(serving: Serving, asked: Asked, threads: int) -> dict[str, Any]:
                 given[arm].append(ways[arm](i))
     others = [_accuracy(asked, _reworded(serving, description, alone)) for description in asked.others]
     lengths = {"icl": shown, "t2l": alone, "description": described}
-    return {
-        "task": asked.name,
-        "trained": asked.trained,
-        "description": asked.description,
-        "questions": len(asked.questions),
-        "threads": threads,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "tokens": {
-            **{name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()},
-            "prefix": prefix,
-            "encoder": tokens_of(serving.engine.encoder, asked.description),
-        },
-        "generate_us": round(statistics.median(generate_us), 1),
-        "merge_us": round(merge_us, 1),
-        "fill_us": round(fill_us, 1),
-        "reworded": dict(zip(asked.others, others, strict=True)),
-        "arms": {arm: _arm(asked, answers) for arm, answers in given.items()},
-        "same_answers": {
-            arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
-            for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
-        },
+    same = {
+        arm: sum(a.text == b.text for a, b in zip(given[arm], given[other], strict=True))
+        for arm, other in ((WARM, ICL), (MERGED, ADAPTED))
     }
+    tokens = {name: round(statistics.fmean(map(len, prompts)), 1) for name, prompts in lengths.items()}
+    about = {"task": asked.name, "trained": asked.trained, "description": asked.description}
+    about |= {"questions": len(asked.questions), "threads": threads, "dtype": str(DTYPE).removeprefix("torch.")}
+    tokens |= {"prefix": prefix, "encoder": tokens_of(serving.engine.encoder, asked.description)}
+    once = {"generate_us": statistics.median(generate_us), "merge_us": merge_us, "fill_us": fill_us}
+    once = {name: round(us, 1) for name, us in once.items()}
+    arms = {arm: _arm(asked, answers) for arm, answers in given.items()}
+    reworded = dict(zip(asked.others, others, strict=True))
+    return record("questions", **about, tokens=tokens, **once, reworded=reworded, arms=arms, same_answers=same)
 
 
 def _other_prompts(serving: Serving, asked: Asked) -> list[list[int]]:

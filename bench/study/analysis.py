@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import statistics
 import time
@@ -16,9 +17,9 @@ from sklearn.manifold import TSNE
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench.learn import distance
 from bench.study import plan
-from bench.study.runs import finished, folder_of
+from bench.study.runs import WORDINGS, finished, folder_of
+from bench.suites.learn import distance
 from t2l_engine import ops
 from t2l_engine.hypernetwork.task_encoders import TaskEncoder
 from t2l_engine.research.evaluation.answers import Answerer, Query, Store
@@ -31,36 +32,14 @@ from t2l_engine.text import base_model
 from t2l_engine.text.encoder import MINILM, TextEncoder
 from t2l_engine.text.prompts import raw_prompt
 
-#: One input, and descriptions by which it has different answers; all are written here, none was trained on.
-STEERED = {
-    "violin, tiger, basket": (
-        "Return the first element of the comma separated list.",
-        "Return the last element of the comma separated list.",
-        "Pick out the animal from the comma separated list.",
-        "Which of these words comes first in the alphabet?",
-        "Which of these words comes last in the alphabet?",
-    ),
-    "warm": (
-        "Give a word with the opposite meaning.",
-        "Give a word with the same meaning.",
-        "Write the word with a capital first letter.",
-        "Return the first letter of the word.",
-        "Return the last letter of the word as a capital.",
-    ),
-    "Brazil": (
-        "What is the capital of this country?",
-        "Which currency does this country use?",
-        "What is the calling code of this country?",
-        "Write the first letter of the name in lower case.",
-    ),
-}
 REQUESTS, REQUEST_TOKENS, ROUNDS = 20, 16, 5
 
 
-def maps(work: Path) -> dict[str, Any]:
-    """t-SNE of task embeddings and of trunk outputs, and how similar adapters are to how similar descriptions are.
+def maps(work: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``map`` records: a task's place in t-SNE of task embeddings and trunk outputs, and its cosines to all later tasks.
 
-    Every task of the evaluation has the mean of its held-out descriptions' embeddings.
+    Cosines of descriptions and of adapters; ``correlation``: their rank correlation over all pairs.  Every task of the
+    evaluation has the mean of its held-out descriptions' embeddings.
     """
     manifest, engine = manifests.read(plan.MANIFEST), t2l.TextToLoRA.from_pretrained(work / "t2l")
     tasks = load_tasks(folder_of(work, "evaluation"), None)
@@ -71,18 +50,16 @@ def maps(work: Path) -> dict[str, Any]:
         folded = net.folded()
         latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
         stack = net.generate(emb)
-    pairs = torch.triu_indices(len(tasks), len(tasks), 1)
-    texts, deltas = (_cosines(emb)[tuple(pairs)], _delta_cosines(stack)[tuple(pairs)])
-    correlation = spearmanr(texts.numpy(), deltas.numpy())
-    return {
-        "tasks": [task.name for task in tasks],
-        "skills": [manifest.tasks[task.name].skill for task in tasks],
-        "tiers": [manifest.tasks[task.name].tier for task in tasks],
-        "task_emb": _tsne(emb),
-        "trunk": _tsne(latent.reshape(len(tasks), -1)),
-        "spearman": float(correlation.statistic),
-        "similarities": [[round(float(v), 4) for v in row] for row in (texts, deltas)],
-    }
+    cosines = {"texts": _cosines(emb), "adapters": _delta_cosines(stack)}
+    places = {"task_emb": _tsne(emb), "trunk": _tsne(latent.reshape(len(tasks), -1))}
+    for i, task in enumerate(tasks):
+        known = manifest.tasks[task.name]
+        later = {name: [round(float(v), 4) for v in of[i, i + 1 :]] for name, of in cosines.items()}
+        where = {name: points[i] for name, points in places.items()}
+        yield "map", {"task": task.name, "skill": known.skill, "tier": known.tier, **where, "cosines": later}
+    pairs = tuple(torch.triu_indices(len(tasks), len(tasks), 1))
+    correlation = spearmanr(*(of[pairs].numpy() for of in cosines.values()))
+    yield "correlation", {"spearman": float(correlation.statistic)}
 
 
 def wordings(work: Path) -> dict[str, float]:
@@ -112,9 +89,8 @@ def wordings(work: Path) -> dict[str, float]:
     return found
 
 
-def distances(work: Path) -> dict[str, Any]:
+def distances(work: Path) -> Iterator[dict[str, Any]]:
     """What reconstruction costs and loses: relative error of B A, parameters of the network, values of the library."""
-    found = {}
     for run, count in ((work / f"reconstruction-{count}", count) for count in plan.COUNTS):
         if not finished(run.name, work):
             continue
@@ -125,19 +101,17 @@ def distances(work: Path) -> dict[str, Any]:
         texts = {task.name: task.descriptions[0] for task in load_tasks(folder_of(work, "train"), None, names=names)}
         with torch.no_grad():
             made = engine.generate([texts[name] for name in names])
-        found[count] = {
-            "relative_error": distance(made, oracle),
-            "parameters": engine.hypernetwork.config.num_parameters,
-            "library_values": oracle.num_parameters * count,
-        }
-    return found
+        parameters, values = engine.hypernetwork.config.num_parameters, oracle.num_parameters * count
+        error = distance(made, oracle)
+        yield {"adapters": count, "relative_error": error, "parameters": parameters, "library_values": values}
 
 
 def steered(work: Path) -> list[dict[str, Any]]:
-    """The answers to each input of :data:`STEERED` under its descriptions, all in one batch."""
+    """Answers to inputs that have different ones by description, in one batch; no such description was trained on."""
     model, tokenizer = base_model.load(plan.MODEL, torch.bfloat16)
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
-    asked = [(text, description) for text, of in STEERED.items() for description in of]
+    inputs = json.loads(WORDINGS.read_text(encoding="utf-8"))["steered"]
+    asked = [(text, description) for text, of in inputs.items() for description in of]
     engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
     queries = [Query(engine.prompt(tokenizer, text), description) for text, description in asked]
     answers = answerer.ask(queries, Generated(engine))
@@ -148,8 +122,8 @@ def steered(work: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
-    """Prompt tokens and seconds of requests one at a time, REQUEST_TOKENS generated each, the fastest of ROUNDS.
+def requests(work: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Prompt tokens and seconds of requests one at a time by arm, REQUEST_TOKENS generated each, the fastest of ROUNDS.
 
     Arms take turns.  Adapters are generated and attached before: a server does that once a task.
     """
@@ -157,10 +131,8 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
     folder = folder_of(work, "evaluation")
     tasks = load_tasks(folder, "test", names=names)
     pools = {task.name: task.examples for task in load_tasks(folder, "train", names=names)}
-    asked = [
-        (i % len(tasks), tasks[i % len(tasks)], tasks[i % len(tasks)].examples[i // len(tasks)]) for i in range(REQUESTS)
-    ]
-    described = [(number, t.descriptions[0], e.input, shots_of(t, pools[t.name], 0)) for number, t, e in asked]
+    asked = [(i % len(tasks), tasks[i % len(tasks)], i // len(tasks)) for i in range(REQUESTS)]
+    described = [(n, t.descriptions[0], t.examples[i].input, shots_of(t, pools[t.name], 0)) for n, t, i in asked]
     engine = t2l.TextToLoRA.from_pretrained(work / "t2l")
     generated = engine.generate([task.descriptions[0] for task in tasks])
     multi_task = t2l.AdapterStack.from_peft(work / "multi-task-description" / lora.ADAPTERS / lora.MULTI_TASK)
@@ -177,27 +149,15 @@ def requests(work: Path, names: Sequence[str]) -> dict[str, Any]:
     best = {name: [math.inf] * REQUESTS for name in arms}
     for _ in range(ROUNDS):
         for name, (stack, _) in arms.items():
-            with contextlib.ExitStack() as block:
-                handle = None if stack is None else block.enter_context(_attached(model, stack))
-                times = [_seconds(model, batch, handle, number) for number, batch in batches[name]]
+            handle = None if stack is None else t2l.attach(model, stack)
+            times = [_seconds(model, batch, handle, number) for number, batch in batches[name]]
             best[name] = [min(pair) for pair in zip(best[name], times, strict=True)]
-    found = {
-        name: {
-            "prompt_tokens": statistics.fmean(batch["input_ids"].shape[1] for _, batch in batches[name]),
-            "seconds": statistics.median(times),
-        }
-        for name, times in best.items()
-    }
-    return {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS, "arms": found}
-
-
-@contextlib.contextmanager
-def _attached(model: nn.Module, stack: t2l.AdapterStack) -> Iterator[t2l.LoRAHandle]:
-    handle = t2l.attach(model, stack)
-    try:
-        yield handle
-    finally:
-        handle.detach()
+            if handle is not None:
+                handle.detach()
+    for name, times in best.items():
+        tokens = statistics.fmean(batch["input_ids"].shape[1] for _, batch in batches[name])
+        settings = {"requests": REQUESTS, "new_tokens": REQUEST_TOKENS, "rounds": ROUNDS}
+        yield {"arm": name, **settings, "prompt_tokens": tokens, "seconds": statistics.median(times)}
 
 
 def _seconds(model: nn.Module, batch: Any, handle: t2l.LoRAHandle | None, number: int) -> float:

@@ -1,16 +1,13 @@
-"""The study's result file out of its evaluations, runs and analyses."""
+"""The records of the study's result file out of its evaluations, runs and analyses."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench import harness
-from bench.source import source
+from bench.harness import BenchError, Record, record
 from bench.study import analysis, judge, plan
 from bench.study.runs import finished
 from t2l_engine.research.tasks import manifest as manifests
@@ -21,37 +18,25 @@ from t2l_engine.research.training.settings import LoRASettings
 _MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")
 
 
-def measure(work: Path) -> dict[str, Any]:
-    """Everything that docs/results.md shows of the study; evaluations that were made before are read."""
-    tree, manifest = source(), manifests.read(plan.MANIFEST)
+def records(work: Path) -> Iterator[Record]:
+    """Every record of the result file but the run line; evaluations that were made before are read."""
     room = checked_headroom(work)
-    names = room["headroom"]
-    seen, unseen, varied = judge.seen(work, names), judge.unseen(work), judge.varied(work, names)
-    reconstructed = judge.reconstruction(work)
-    siblings = manifest.names("sibling")
-    return {
-        "suite": "study",
-        "command": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
-        **tree,
-        "machine": harness.machine(torch.get_num_threads()),
-        "versions": harness.versions(),
-        "headroom": room,
-        "seen": _kept(seen),
-        "unseen": _kept(unseen),
-        "learned": _kept(judge.learned(work, names)),
-        "shipped": {part: _kept(found) for part, found in judge.shipped(work, names).items()},
-        "varied": {group: _kept(result) for group, result in varied.items()},
-        "lengths": {run: _kept(found) for run, found in judge.lengths(work).items()},
-        "runs": {name: _run(name, work) for name in plan.RUNS if finished(name, work)},
-        "reconstruction": {key: _kept(result) for key, result in reconstructed.items()},
-        "distances": analysis.distances(work),
-        "scalings": {s: result["summary"]["all"]["mean"] for s, result in judge.scalings(work).items()},
-        "wordings": analysis.wordings(work),
-        "maps": analysis.maps(work),
-        "steered": analysis.steered(work),
-        "requests": analysis.requests(work, siblings),
-        "benchmarks": judge.benchmarks(work),
-    }
+    for task, scores in room["tasks"].items():
+        yield record("headroom", task=task, scores=scores, **{of: task in room[of] for of in ("learnable", "headroom")})
+    for part, found in judge.parts(work, room["headroom"]):
+        yield from _part(part, found)
+    for name in plan.RUNS:
+        if finished(name, work):
+            yield record("training", run=name, **_run(name, work))
+    yield from (record("distance", **found) for found in analysis.distances(work))
+    for scaling, found in judge.scalings(work).items():
+        yield record("scaling", scaling=scaling, scores=found["summary"]["all"]["mean"])
+    yield record("wordings", **analysis.wordings(work))
+    yield from (record(kind, **found) for kind, found in analysis.maps(work))
+    yield from (record("steered", **found) for found in analysis.steered(work))
+    siblings = manifests.read(plan.MANIFEST).names("sibling")
+    yield from (record("request", **found) for found in analysis.requests(work, siblings))
+    yield from (record("benchmark", **found) for found in judge.benchmarks(work))
 
 
 def checked_headroom(work: Path) -> dict[str, Any]:
@@ -59,32 +44,29 @@ def checked_headroom(work: Path) -> dict[str, Any]:
     room = judge.headroom(work)
     found, planned = set(room["learnable"]), set(plan.LEARNABLE)
     if found != planned:
-        raise harness.BenchError(
+        raise BenchError(
             f"plan.LEARNABLE: expected the tasks whose oracles reach {plan.LEAST_ORACLE} % here; "
-            f"it lacks {sorted(found - planned)} and has {sorted(planned - found)} beside them"
+            f"it lacks {sorted(found - planned)} and has {sorted(planned - found)} in excess"
         )
     return room
 
 
-def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores by task and arm; per arm the chosen form and, per group of tasks, means of what else was measured."""
-    arms = {}
+def _part(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
+    """Scores a task; per arm its prompt template and, per group of tasks, means of what else was measured."""
+    for task, scores in result["tasks"].items():
+        groups = [group for group, names in result["groups"].items() if task in names]
+        scores = {arm: round(score, 2) for arm, score in scores.items()}
+        yield record("scores", part=part, task=task, items=result["items"][task], groups=groups, scores=scores)
     for arm, details in result["details"].items():
-        tasks = details["tasks"]
-        groups = {g: [tasks[n] for n in names if n in tasks] for g, names in result["groups"].items()}
-        arms[arm] = {
-            "form": result["forms"][arm]["form"],
-            "groups": {
-                g: {m: round(statistics.fmean(t[m] for t in of if m in t), 2) for m in _MEASURES if any(m in t for t in of)}
-                for g, of in groups.items()
-                if of
-            },
-        }
-    scores = {name: {arm: round(score, 2) for arm, score in of.items()} for name, of in result["tasks"].items()}
-    return {"tasks": scores, "items": result["items"], "groups": result["groups"], "arms": arms}
+        groups = {}
+        for group, names in result["groups"].items():
+            if of := [details["tasks"][name] for name in names if name in details["tasks"]]:
+                means = {m: [task[m] for task in of if m in task] for m in _MEASURES}
+                groups[group] = {m: round(statistics.fmean(values), 2) for m, values in means.items() if values}
+        yield record("arm", part=part, arm=arm, form=result["forms"][arm]["form"], groups=groups)
 
 
-def _run(name: str, work: Path) -> dict[str, Any]:
+def _run(name: str, work: Path) -> Record:
     """Settings, tokens and seconds of a run, and its curve: million tokens so far, mean loss of a twentieth of the steps."""
     settings = plan.RUNS[name].settings
     folders = [work / name]

@@ -16,7 +16,8 @@ from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks
 from t2l_engine.research.training import lora, reconstruction, sft
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
 
-#: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone.
+#: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone; of "steered",
+#: by input.
 WORDINGS = Path(__file__).with_name("wordings.json")
 
 

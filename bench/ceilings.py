@@ -1,0 +1,299 @@
+"""Ceilings: the best rates of this machine or card, measured in the run that is held to them.  Peak memory of a process."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import gc
+import multiprocessing
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from bench.timing import Call, Device, elapsed_us, measure, threads
+
+T = TypeVar("T")
+Key = tuple[Any, int]
+#: Kind of a ceiling -> its key in a record, its unit.
+KINDS = {"gemm": ("dtype", "gflops"), "fma": ("dtype", "gflops"), "read": ("bytes", "gbps"), "copy": ("bytes", "gbps")}
+#: No larger working set is probed, in bytes: its bandwidth is that of memory.
+LARGEST_PROBE = 4 << 30
+
+
+@dataclasses.dataclass
+class Ceilings:
+    """``rates[kind]``: by (dtype or bytes of the working set, threads); measured when first asked for, then kept.
+
+    gemm: GFLOP/s of matrix products; fma: of multiply-adds between registers; read, copy: GB/s, a copy's working set being
+    source and destination, both counted.
+    """
+
+    rates: dict[str, dict[Key, float]] = dataclasses.field(default_factory=lambda: {kind: {} for kind in KINDS})
+
+    def get(self, kind: str, key: Any, count: int) -> float:
+        known = self.rates[kind]
+        if (key, count) not in known:
+            known[key, count] = self.probe(kind, key, count)
+        return known[key, count]
+
+    def probe(self, kind: str, key: Any, count: int) -> float:
+        """The rate, measured now."""
+        raise NotImplementedError
+
+    def gemm_at(self, dtype: str, count: int) -> float:
+        """GFLOP/s of matrix products in ``dtype`` on ``count`` threads."""
+        return self.get("gemm", dtype, count)
+
+    def records(self, when: str, known: Iterable[tuple[str, Key]] = ()) -> Iterator[dict[str, Any]]:
+        """A record for every rate that is not among ``known``."""
+        skip = set(known)
+        for kind, (of, unit) in KINDS.items():
+            for (key, count), rate in sorted(self.rates[kind].items()):
+                if (kind, (key, count)) not in skip:
+                    fields = {of: key, "threads": count, unit: round(rate, 3)}
+                    yield {"record": "ceiling", "when": when, "kind": kind, **fields}
+
+    def keys(self) -> set[tuple[str, Key]]:
+        return {(kind, key) for kind, known in self.rates.items() for key in known}
+
+    def load(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take what :meth:`records` gave, before."""
+        for entry in records:
+            if entry["record"] == "ceiling" and entry["when"] == "before":
+                of, unit = KINDS[entry["kind"]]
+                self.rates[entry["kind"]][entry[of], entry["threads"]] = entry[unit]
+
+    def again(self) -> Ceilings:
+        """Everything known here, measured anew."""
+        other = dataclasses.replace(self, rates={kind: {} for kind in KINDS})
+        for kind, (key, count) in sorted(self.keys(), key=str):
+            other.get(kind, key, count)
+        return other
+
+
+# --- a CPU -----------------------------------------------------------------------------------------------------------
+
+
+def gemm_call(dtype: torch.dtype, size: int, device: torch.device | None = None) -> tuple[Call, int]:
+    """``torch.mm`` of two square matrices of ``size``, and its FLOPs."""
+    a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(device, dtype) for seed in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
+def _native() -> Any:
+    try:
+        from t2l_engine import _core
+    except ImportError:
+        raise RuntimeError("ceilings: t2l_engine._core is not built (pybind11 was absent); run make setup") from None
+    return _core
+
+
+def _together(calls: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
+    """Seconds from the first start to the last end of ``calls``, each on a thread of its own; their results."""
+    ready = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], T]) -> tuple[int, int, T]:
+        ready.wait()
+        start = time.perf_counter_ns()
+        result = call()
+        return start, time.perf_counter_ns(), result
+
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        starts, ends, results = zip(*pool.map(run, calls), strict=True)
+    return (max(ends) - min(starts)) / 1e9, list(results)
+
+
+@dataclasses.dataclass
+class CpuCeilings(Ceilings):
+    """Each rate is the best of ``best_of`` probes: products of squares of ``gemm_size``, multiply-adds in the chosen
+    instruction set, reads and copies of disjoint parts that move at least ``probe_bytes``."""
+
+    gemm_size: int = 2048
+    probe_bytes: int = 1 << 28
+    best_of: int = 5
+
+    def fma_at(self, dtype: str, count: int) -> float:
+        """GFLOP/s of multiply-adds in ``dtype`` on ``count`` threads."""
+        return self.get("fma", dtype, count)
+
+    def bandwidth_at(self, num_bytes: int, count: int) -> float:
+        """GB/s of reading a working set of ``num_bytes`` over and over on ``count`` threads.
+
+        Kept by size in steps of an eighth at most, rounded down, where caches are faster.
+        """
+        return self.get("read", _rounded(num_bytes, count), count)
+
+    def copy_at(self, num_bytes: int, count: int) -> float:
+        """GB/s, read and written, of copying one half of ``num_bytes`` onto the other."""
+        return self.get("copy", _rounded(num_bytes, count), count)
+
+    def probe(self, kind: str, key: Any, count: int) -> float:
+        probes = {"gemm": self._gemm, "fma": self._fma}
+        return probes[kind](key, count) if kind in probes else self._bandwidth(kind, key, count)
+
+    def _gemm(self, dtype: str, count: int) -> float:
+        with threads(count):
+            call, flops = gemm_call(getattr(torch, dtype), self.gemm_size)
+            call()
+            return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
+
+    def _fma(self, dtype: str, count: int) -> float:
+        multiply_adds, iterations = _native().multiply_adds, 1 << 12
+        while elapsed_us(functools.partial(multiply_adds, dtype, iterations)) < 2_000:
+            iterations *= 2
+        calls = [functools.partial(multiply_adds, dtype, iterations)] * count
+        probes = [_together(calls) for _ in range(self.best_of)]
+        return max(sum(flops) / seconds / 1e9 for seconds, flops in probes)
+
+    def _bandwidth(self, kind: str, num_bytes: int, count: int) -> float:
+        native = _native()
+        part = num_bytes // count // 128 * 128  # of one thread; whole cache lines, also of its halves
+        memory = torch.zeros(part * count + 64, dtype=torch.uint8)  # written: untouched pages would be one page of zeros
+        address = -(-memory.data_ptr() // 64) * 64
+        repeats = max(1, self.probe_bytes // (part * count))
+
+        def call(i: int) -> Callable[[], None]:
+            start = address + i * part
+            if kind == "read":
+                return lambda: native.read_memory(start, part, repeats)
+            return lambda: native.copy_memory(start + part // 2, start, part // 2, repeats)
+
+        calls = [call(i) for i in range(count)]
+        _together(calls)
+        seconds = min(_together(calls)[0] for _ in range(self.best_of))
+        return part * count * repeats / seconds / 1e9
+
+    def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        """Measure all kinds, bandwidths at ``sizes`` in bytes, on each number of threads of ``counts``."""
+        for count in counts:
+            for dtype in ("float32", "bfloat16"):
+                self.gemm_at(dtype, count)
+                self.fma_at(dtype, count)
+            for size in sizes:
+                self.bandwidth_at(size, count)
+                self.copy_at(size, count)
+
+
+def _rounded(num_bytes: int, count: int) -> int:
+    num_bytes = min(max(num_bytes, 4096 * count), LARGEST_PROBE)
+    step = max(4096, 1 << num_bytes.bit_length() - 4)
+    return num_bytes // step * step
+
+
+# --- a card ----------------------------------------------------------------------------------------------------------
+
+#: Products that are timed: dtype of the operands, rows of the squares, torch's float32_matmul_precision.
+GEMMS = {
+    "bfloat16": (torch.bfloat16, 8192, "highest"),
+    "float32": (torch.float32, 4096, "highest"),
+    "tf32": (torch.float32, 8192, "high"),
+}
+#: TF32 products that make one of float32, as in the kernels.
+SPLIT = 3
+
+
+@dataclasses.dataclass
+class CudaCeilings(Ceilings):
+    """Of one working set far beyond the caches, by the best of several ways, in ``seconds`` each."""
+
+    device: Device | None = None
+    seconds: float = 0.1
+
+    @property
+    def _big(self) -> int:
+        return 1 << 30 if self.device.on_card else 1 << 20
+
+    def gemm_at(self, dtype: str, count: int = 1) -> float:
+        """Of float32, the faster of its own products and of three in TF32."""
+        if dtype == "float32":
+            return max(self.get("gemm", dtype, 1), self.get("gemm", "tf32", 1) / SPLIT)
+        return self.get("gemm", dtype, 1)
+
+    def bandwidth_at(self, num_bytes: int = 0, count: int = 1) -> float:
+        """No way to move bytes was faster."""
+        return max(self.get("read", self._big, 1), self.get("copy", 2 * self._big, 1))
+
+    def probe(self, kind: str, key: Any, count: int) -> float:
+        if kind == "gemm":
+            return self._gemm(*GEMMS[key])
+        ways = memory_ways(self.device.torch, key if kind == "read" else key // 2, kind)
+        return key / min(t.median_us for t in measure(self.device, ways, seconds=self.seconds).values()) / 1e3
+
+    def _gemm(self, dtype: torch.dtype, n: int, precision: str) -> float:
+        call, flops = gemm_call(dtype, n if self.device.on_card else 128, self.device.torch)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return flops / measure(self.device, {"mm": call}, seconds=self.seconds)["mm"].median_us / 1e3
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        for dtype in GEMMS:
+            self.get("gemm", dtype, 1)
+        self.bandwidth_at()
+        for size in sizes if self.device.on_card else ():
+            self.get("read", size, 1)
+            self.get("copy", 2 * size, 1)
+
+
+def memory_ways(device: torch.device, size: int, kind: str) -> dict[str, Call]:
+    """Ways to read ``size`` bytes (a sum; a matrix times a vector), or to copy them (a copy; a kernel)."""
+    source = torch.randn(size // 4, device=device)
+    if kind == "read":
+        matrix = source.view(-1, 4096 if source.numel() >= 1 << 24 else 64)
+        vector = torch.randn(matrix.shape[1], device=device)
+        return {"sum": lambda: source.sum(), "matrix times vector": lambda: torch.mv(matrix, vector)}
+    target = torch.empty_like(source)
+    return {"copy": lambda: target.copy_(source), "copy kernel": lambda: torch.neg(source, out=target)}
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def cache_bytes(level: int) -> int | None:
+    """All data caches of ``level`` that this process's CPUs have; None where the system does not say (not Linux)."""
+    found: dict[str, int] = {}
+    for cpu in os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ():
+        for index in Path(f"/sys/devices/system/cpu/cpu{cpu}/cache").glob("index*"):
+            here = {name: (index / name).read_text().strip() for name in ("level", "type", "size", "shared_cpu_list")}
+            if here["level"] == str(level) and here["type"] != "Instruction":
+                number, unit = re.fullmatch(r"(\d+)([KMG]?)", here["size"]).groups()
+                found[here["shared_cpu_list"]] = int(number) << {"": 0, "K": 10, "M": 20, "G": 30}[unit]
+    return sum(found.values()) or None
+
+
+def peak_memory(function: Callable[..., T], *arguments: Any) -> tuple[int, T]:
+    """Bytes that ``function(*arguments)``, in a process of its own, held at most beyond those held before; its result.
+
+    ``function`` is one of a module, importable by name; what importing it costs is held before.  Linux only (OSError).
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would share, and not count, what is here already
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_peak, function, arguments).result()
+
+
+def _peak(function: Callable[..., T], arguments: tuple) -> tuple[int, T]:
+    gc.collect()
+    reset_peak()
+    before = resident_bytes("VmRSS")
+    result = function(*arguments)
+    return resident_bytes("VmHWM") - before, result
+
+
+def reset_peak() -> None:
+    """The peak of this process, VmHWM, begins anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident_bytes(field: str) -> int:
+    """Bytes of this process, now (``VmRSS``) or at most (``VmHWM``)."""
+    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1))

@@ -1,0 +1,141 @@
+"""Two trees beside each other: whether a change makes something slower.
+
+Each is timed in a process of its own (:mod:`bench.worker`).  A round takes four samples of a case, old, new, new, old, so
+that a machine whose speed moves, moves for both; what is judged is the median of the ratios of neighbours.  Where operands
+happen to lie can make a process slow for its whole life: both are started anew a few times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from bench.harness import BenchError
+from bench.source import ROOT
+
+LIMIT, ROUNDS = 1.15, 4
+#: Pairs of processes, each of ROUNDS rounds.
+STARTS = 4
+WORKER = Path(__file__).with_name("worker.py")
+Sample = Callable[[str], float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Medians in us; ``ratio``: the median of new over old in neighbouring samples, between its quartiles."""
+
+    old_us: float
+    new_us: float
+    ratio: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(pairs: Sequence[tuple[float, float]]) -> Compared:
+        """``pairs``: (old, new)."""
+        low, ratio, high = statistics.quantiles([new / old for old, new in pairs], n=4, method="inclusive")
+        old, new = map(statistics.median, zip(*pairs, strict=True))
+        return Compared(old, new, ratio, low, high)
+
+
+def compare(old: Sample, new: Sample, cases: Sequence[str], rounds: int = ROUNDS) -> dict[str, list[tuple[float, float]]]:
+    """Pairs (old, new) of every case over all rounds; the first round is discarded, since both prepare there."""
+    pairs: dict[str, list[tuple[float, float]]] = {case: [] for case in cases}
+    for i in range(rounds + 1):
+        for case in cases:
+            first = old(case), new(case)
+            other, mine = new(case), old(case)
+            if i:
+                pairs[case] += [first, (mine, other)]
+    return pairs
+
+
+def slower(found: Mapping[str, Compared], limit: float) -> list[str]:
+    """The cases in which new is beyond ``limit`` times old."""
+    return [case for case, one in found.items() if not one.ratio <= limit]
+
+
+# --- trees -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def tree(where: str) -> Iterator[Path]:
+    """A folder as it is, or a revision of this history, exported and built elsewhere.  Raises BenchError for neither."""
+    if Path(where).is_dir():
+        if not list(Path(where, "t2l_engine").glob("_C*.so")):
+            raise BenchError(f"{where}: expected a checkout with a built t2l_engine, found no t2l_engine/_C.so")
+        yield Path(where).resolve()
+        return
+    with tempfile.TemporaryDirectory(prefix="t2l-compare-") as scratch:
+        archive = Path(scratch) / "tree.tar"
+        _run(["git", "archive", "--output", str(archive), where], ROOT, f"{where}: neither a folder nor a revision")
+        folder = Path(scratch) / "tree"
+        with tarfile.open(archive) as opened:
+            opened.extractall(folder, filter="data")
+        os.environ.setdefault("T2L_CMAKE_ARGS", "-DT2L_CUDA=OFF")  # what is timed runs on a CPU
+        _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder, f"{where}: does not build")
+        yield folder
+
+
+def _run(command: Sequence[str], folder: Path, why: str) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise BenchError(f"{why}:\n{(done.stdout + done.stderr)[-2000:]}")
+
+
+class Worker:
+    """A process that times the engine of ``folder`` on ``threads`` threads.  ``cases``: their names."""
+
+    def __init__(self, folder: Path, threads: int):
+        self.folder = folder
+        command = [sys.executable, "-c", WORKER.read_text(encoding="utf-8"), str(threads)]
+        environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
+        about = self._answer()
+        if Path(about["package"]).resolve() != (folder / "t2l_engine").resolve():
+            raise BenchError(f"{folder}: expected its own t2l_engine to be imported, got {about['package']}")
+        if not about["native"]:
+            raise BenchError(f"{folder}: its t2l_engine has no native kernels; build it")
+        self.cases: list[str] = about["cases"]
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"{self.folder}: its worker ended with status {self._process.wait()}; its error is above")
+        return json.loads(line)
+
+    def sample(self, case: str) -> float:
+        """Microseconds a call."""
+        self._process.stdin.write(json.dumps(case) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+
+def trees(old: str, new: str, threads: int, only: str = "", rounds: int = ROUNDS) -> dict[str, Compared]:
+    """Two folders or revisions; ``only``: cases whose name contains it."""
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    with tree(old) as first, tree(new) as second:
+        for _ in range(STARTS):
+            with contextlib.closing(Worker(first, threads)) as one, contextlib.closing(Worker(second, threads)) as other:
+                cases = [case for case in one.cases if only in case]
+                if not cases:
+                    raise BenchError(f"only: expected part of one of these names: {', '.join(one.cases)}; got {only!r}")
+                for case, found in compare(one.sample, other.sample, cases, rounds).items():
+                    pairs.setdefault(case, []).extend(found)
+    return {case: Compared.of(found) for case, found in pairs.items()}

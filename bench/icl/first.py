@@ -1,0 +1,333 @@
+"""The first answer token of a new task by each way: a real small model on a CPU, one of 7B shape on a card.
+
+Token ids are drawn at random: what they say does not change what a forward pass costs.  What answers are worth is measured
+in :mod:`bench.icl.questions`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench import energy, models
+from bench.harness import OURS, Context, Error, Record, Target, logits_error, record, row, verify, worst
+from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, PUT, WARM
+from bench.models import MODULES, Step, layer_error, random_adapters, shared
+from bench.records import BASE
+from bench.suites.generate import CUDA_TINY, cuda_errors, one_net
+from bench.timing import Timing
+from t2l_engine.research import costs
+from t2l_engine.research.costs import Decoder, Encoder, Setup, Workload
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for
+
+TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+#: What a card's way is tried with elsewhere.
+TINY_SETUP = Setup(
+    Decoder.from_config({"model_type": "llama", **_WIDTHS, **_HEADS}),
+    Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61),
+    CUDA_TINY.config(),
+)
+#: Three shots without a prefix cache take at least three times what a new task by description does; stated for a CPU.
+TARGET = Target(round(1 / 3, 4), of=ICL)
+SHOTS, TINY_SHOTS = (0, 1, 2, 3, 4, 8, 16), (0, 3)
+RIVALS = (ICL, WARM, KEPT, MERGED, ALONE)
+WAYS = {OURS: "t2l-task", ICL: "icl", WARM: "icl-warm", KEPT: "t2l-task", MERGED: "t2l-merged"}
+#: Rows of the decode step on a card, and tokens of each one's answer so far.
+ROWS, ANSWERED = 64, 16
+
+
+class Served:
+    """A model as it is, with a slot for an adapter, and with one merged, on the same weights; and what makes adapters."""
+
+    @torch.inference_mode()
+    def __init__(self, context: Context, dtype: torch.dtype):
+        self.put_slots = context.on_cpu  # by the handle; a card's graph can only generate into them
+        self.load, device = PAPER if context.full else TINY, context.device.torch
+        (self._small if context.on_cpu else self._large)(context, dtype)
+        self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
+        most = self.load.question + self.load.shot * max(self.shots(context))
+        drawn = torch.Generator(device).manual_seed(3)
+        self.tokens = torch.randint(self.setup.decoder.vocabulary, (1, most), generator=drawn, device=device)
+        self.question = self.prompt(0)
+        self.stack = self.net.generate(self.describe())
+        adapted, merged = shared(self.model), shared(self.model, own=MODULES["q,v"])
+        self.handle = t2l.attach(adapted, self.stack)
+        self.handle.set([0])
+        self.slots = slots_of(self.handle, self.stack)
+        t2l.attach(merged, self.stack).merge(0)
+        self.alone = Step.of(self.model, 1, self.load.question, new=self.load.question)
+        # These keep the cache of the model alone, too: whichever runs writes all of it.
+        self.adapted, self.merged = self.alone.on(adapted), self.alone.on(merged)
+
+    @staticmethod
+    def shots(context: Context) -> tuple[int, ...]:
+        return SHOTS if context.full else TINY_SHOTS
+
+    def _small(self, context: Context, dtype: torch.dtype) -> None:
+        """SmolLM2-135M with the bundled checkpoint; at size tiny a random model beside a real text encoder."""
+        self.name, self.model = models.load(context, dtype)
+        if context.full:
+            engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+            encoder, self.net = engine.encoder, engine.hypernetwork.requires_grad_(False)
+        else:
+            torch.manual_seed(4)
+            encoder = t2l.TextEncoder.from_pretrained("minilm")
+            sizes = Decoder.from_config(self.model.config), Encoder.from_config(encoder.model.config)
+            config = hypernetwork_for(*sizes, latent_size=32, head_in_size=40)
+            self.net = t2l.HyperNetwork(config).requires_grad_(False)
+        sizes = Decoder.from_config(self.model.config), Encoder.from_config(encoder.model.config)
+        itemsizes = {"adapter_itemsize": self.net.dtype.itemsize, "encoder_itemsize": encoder.model.dtype.itemsize}
+        self.setup = Setup(*sizes, self.net.config, **itemsizes)
+        self.describe = functools.partial(embed_anew, encoder, text_of(encoder, self.load.description))
+
+    def _large(self, context: Context, dtype: torch.dtype) -> None:
+        """Mistral-7B's shape, gte-large's and a hypernetwork of variant L, random weights."""
+        self.setup, device = costs.known_setup("mistral-7b") if context.full else TINY_SETUP, context.device.torch
+        self.name, self.model = "7B-shaped, random", models.decoder(self.setup.decoder, device, dtype)
+        encoder = models.encoder(self.setup.encoder, device, dtype)
+        _, self.net = one_net(context, "mistral-7b", str(dtype).removeprefix("torch."))
+        drawn = torch.Generator(device).manual_seed(4)
+        size = 1, self.load.description
+        text = torch.randint(self.setup.encoder.embeddings, size, generator=drawn, device=device)
+        self.describe = functools.partial(encoder, text)
+
+    # --- the steps of a request ---------------------------------------------------------------------------------------
+
+    def prompt(self, shots: int) -> Tensor:
+        """The last tokens are the question, whatever the number of shots before it."""
+        return self.tokens[:, -(self.load.question + shots * self.load.shot) :]
+
+    def new_task(self) -> Tensor:
+        """From description and question to logits, with nothing kept of an earlier request."""
+        if self.put_slots:
+            self.handle.put(0, self.net.generate(self.describe()))
+        else:
+            self.net.generate(self.describe(), out=self.slots)
+        return self.adapted(self.question)
+
+    def in_context(self, shots: int) -> dict[str, Callable[[], Tensor]]:
+        """Examples and question read at once, and the question read after the examples' keys and values."""
+        prompt = self.prompt(shots)
+        whole = Step.of(self.model, 1, prompt.shape[1], new=prompt.shape[1])
+        behind = Step.of(self.model, 1, prompt.shape[1], new=self.load.question)
+        whole(prompt)
+        behind.follow(whole)
+        return {ICL: functools.partial(whole, prompt), WARM: functools.partial(behind, self.question)}
+
+    def calls(self) -> dict[str, Callable[[], Tensor]]:
+        """Every way by name; each gives logits ``[1, vocabulary]``."""
+        others = {KEPT: self.adapted, MERGED: self.merged, ALONE: self.alone}
+        others = {name: functools.partial(step, self.question) for name, step in others.items()}
+        return {OURS: self.new_task, **self.in_context(self.load.shots), **others}
+
+    def parts(self) -> dict[str, Callable[[], object]]:
+        """What ours consists of, but for the question."""
+        made = {DESCRIBE: self.describe, GENERATE: functools.partial(self.net.generate, self.describe(), out=self.slots)}
+        if self.put_slots:
+            made[GENERATE] = functools.partial(self.net.generate, self.describe())
+            made[PUT] = functools.partial(self.handle.put, 0, self.stack)
+        return made
+
+
+def slots_of(handle: t2l.LoRAHandle, stack: t2l.AdapterStack) -> t2l.AdapterStack:
+    """The handle's own slots, to be generated into: ``put`` copies, and reads ranks on the host, which no graph can hold."""
+    slots = {name: handle._slots[handle._keys[path]] for name, path in stack.paths.items()}
+    sides = {name: one.A for name, one in slots.items()}, {name: one.B.mT for name, one in slots.items()}
+    return t2l.AdapterStack(*sides, handle._scaling, {name: one.ranks.T for name, one in slots.items()}, stack.paths)
+
+
+def embed_anew(encoder: t2l.TextEncoder, text: str) -> Tensor:
+    """``task_emb [1, embed_dim]`` of a text as if it was never embedded before."""
+    return t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([text])
+
+
+def tokens_of(encoder: t2l.TextEncoder, text: str) -> int:
+    """Tokens that ``encoder`` reads of a description, special ones included."""
+    return len(encoder.tokenizer(encoder.prepare([text])[0])["input_ids"])
+
+
+def text_of(encoder: t2l.TextEncoder, count: int) -> str:
+    """A description that ``encoder`` reads as ``count`` tokens."""
+    text = "list"
+    while (length := tokens_of(encoder, text)) < count:
+        text += " word"
+    if length != count:
+        raise ValueError(f"count: expected at least the {length} tokens of {text!r}, got {count}")
+    return text
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+def errors(served: Served, calls: Mapping[str, Callable[[], Tensor]]) -> dict[str, Error]:
+    """Of adapters, of the adapted linears where they are, and of logits, against the model in float64.
+
+    ICL reads examples and question at once, or the question after cached examples: each is the other implementation that
+    the bound of both wants.  So are an adapter that is applied and one that is merged.  Of the question alone nothing is
+    claimed.
+    """
+    adapters = cuda_errors(served.net, served.describe(), {}, {})[OURS]
+    layers = layer_error(served.adapted, served.question)
+    got = {name: calls[name]() for name in (ICL, WARM, KEPT, MERGED)}
+    for tensor in (*served.slots.lora_A.values(), *served.slots.lora_B.values()):
+        tensor.fill_(float("nan"))  # a request writes all of it
+    got[OURS] = calls[OURS]()
+    stack = served.stack.to(dtype=served.model.dtype)  # what the slot holds
+    alone, behind = exact_logits(served.model, served.question, stack), exact_logits(served.model, calls[ICL].args[0])
+    return {
+        OURS: worst([adapters, layers, logits_error(got[OURS], alone, got[MERGED])]),
+        KEPT: worst([layers, logits_error(got[KEPT], alone, got[MERGED])]),
+        MERGED: logits_error(got[MERGED], alone, got[KEPT]),
+        ICL: logits_error(got[ICL], behind, got[WARM]),
+        WARM: logits_error(got[WARM], behind, got[ICL]),
+        ALONE: Error(0.0, 0.0),
+    }
+
+
+def exact_logits(model: nn.Module, tokens: Tensor, stack: t2l.AdapterStack | None = None) -> Tensor:
+    """In float64, with adapter 0 of ``stack`` merged; one layer at a time, since the whole would be four times the model."""
+    x = model.model.embed_tokens(tokens).double()
+    rotary = model.model.rotary_emb(x, torch.arange(tokens.shape[1], device=tokens.device)[None])
+    for i, block in enumerate(model.model.layers):
+        wide = copy.deepcopy(block).double()
+        for name, a in stack.lora_A.items() if stack else ():
+            delta = stack.lora_B[name][0, i].double() @ a[0, i].double()
+            getattr(wide.self_attn, name).weight.add_(stack.scaling[0].double() * delta)
+        x = wide(x, position_embeddings=rotary)
+    return F.linear(copy.deepcopy(model.model.norm).double()(x[:, -1]), model.lm_head.weight.double())
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
+    """The row that carries the claim, its parts, and the sweep over shots."""
+    served = make()
+    load, dtype = served.load, str(served.model.dtype).removeprefix("torch.")
+    calls = served.calls()
+    found = errors(served, calls)
+    case = f"first question of a new task, {load.question} against {load.question + load.prefix} tokens, {dtype}"
+    for name in (KEPT, MERGED):  # ours, too, and what bounds of the others come from
+        verify(f"{case}: {name}", {OURS: calls[name]}, {OURS: found[name]})
+    verified, skipped = verify(case, calls, found)
+    timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
+    ours = costs.ways(served.setup, load)["t2l-task"].first
+    num_bytes = sum(phase.bytes.total for phase in ours.to_first_token)
+    least = context.roofline(ours.flops(first_token=True), num_bytes, dtype)
+    lengths = {field: getattr(load, field) for field in ("question", "shots", "shot", "description")}
+    shape = {"model": served.name, "dtype": dtype, **lengths}
+    ways = {name: timing for name, timing in timings.items() if not name.startswith("part")}
+    given = {"skipped": skipped, "least": least, "target": TARGET if context.on_cpu else None}
+    yield row(context, case, "icl", shape, ways, found[OURS], **given)
+    if not context.device.timed:
+        return
+    others, rates = [name for name in RIVALS if name in timings], (least["gflops"], least["gbps"])
+    about = {"case": case, "dtype": dtype, "threads": context.threads}
+    about["rates"] = {"gflops": rates[0], "gbps": rates[1]}
+    parts = {name: _part(served, name, timing) for name, timing in timings.items()}
+    measured = {name: spread(timings[name], timings[OURS]) for name in others}
+    predicted = {name: _predicted(served, name, rates) for name in others}
+    yield record("first_question", **about, parts=parts, measured=measured, predicted=predicted)
+    yield from _sweep(context, served, dtype)
+
+
+def spread(of: Timing, over: Timing) -> dict[str, float]:
+    """Ratio of two timings that took turns, round by round: its median, and where nine tenths of the rounds lie.
+
+    On a card the slower one has fewer samples, spread over all rounds: each is paired with the other's of that time.
+    """
+    count = min(len(of.samples), len(over.samples))
+    pairs = [[timing.samples[i * len(timing.samples) // count] for timing in (of, over)] for i in range(count)]
+    ratios = sorted(a / b for a, b in pairs)
+    cut = statistics.quantiles(ratios, n=20, method="inclusive")
+    return {"median": round(statistics.median(ratios), 4), "low": round(cut[0], 4), "high": round(cut[-1], 4)}
+
+
+def _request(served: Served, name: str) -> costs.Request:
+    """What ``name`` does."""
+    if name == ALONE:
+        return costs.ways(served.setup, dataclasses.replace(served.load, shots=0))["icl"].first
+    way = costs.ways(served.setup, served.load)[WAYS[name]]
+    return way.later if name in (KEPT, MERGED) else way.first
+
+
+def _predicted(served: Served, name: str, rates: tuple[float, float]) -> dict[str, float]:
+    """Its cost over ours by operations alone, and by the rooflines of its phases at ``rates``."""
+    both = [_request(served, name), _request(served, OURS)]
+    operations = [request.flops(first_token=True) for request in both]
+    seconds = [request.seconds(1e9 * rates[0], 1e9 * rates[1], first_token=True) for request in both]
+    return {"flops": round(operations[0] / operations[1], 4), "roofline": round(seconds[0] / seconds[1], 4)}
+
+
+def _part(served: Served, name: str, timing: Timing) -> dict[str, Any]:
+    phases = {phase.name: phase.flops.total for phase in _request(served, OURS).phases}
+    known = {DESCRIBE: phases["describe"], GENERATE: phases["generate"], PUT: 0}
+    operations = known[name] if name in known else _request(served, name).flops(first_token=True)
+    return {**timing.to_json(), "flops": operations, "gflops": round(operations / timing.median_us / 1e3, 3)}
+
+
+def _sweep(context: Context, served: Served, dtype: str) -> Iterator[Record]:
+    """First answer tokens over the number of examples, every length in the same rounds."""
+    counts = served.shots(context)
+    kept = functools.partial(served.adapted, served.question)
+    calls: dict[tuple[str, int], Callable] = {(OURS, 0): served.new_task, (KEPT, 0): kept}
+    for shots in counts:
+        calls |= {(name, shots): call for name, call in served.in_context(shots).items() if shots or name == ICL}
+    timings = context.time(calls, factor=40)
+    ours = timings[OURS, 0]
+    for shots in counts:
+        load = dataclasses.replace(served.load, shots=shots)
+        made = {way: of.first.flops(first_token=True) for way, of in costs.ways(served.setup, load).items()}
+        cold, warm = timings[ICL, shots], timings.get((WARM, shots), timings[ICL, shots])  # without examples none is cached
+        about = {"model": served.name, "dtype": dtype, "threads": context.threads, "shots": shots}
+        times = {"new_task_us": ours, "kept_us": timings[KEPT, 0], "icl_us": cold, "icl_warm_us": warm}
+        ratios = {"icl": spread(cold, ours), "icl-warm": spread(warm, ours)}
+        predicted = {rival: round(made[rival] / made["t2l-task"], 4) for rival in ratios}
+        medians = {name: timing.median_us for name, timing in times.items()}
+        tokens = load.question + load.prefix
+        yield record("by_examples", **about, tokens=tokens, **medians, ratio=ratios, predicted=predicted)
+
+
+# --- on a card -------------------------------------------------------------------------------------------------------
+
+
+def joules(make: Callable[[], Served], name: str) -> energy.Work:
+    """Of one question."""
+    return energy.Work(f"first question, {name}", "question", 1, [make().calls()[name]])
+
+
+@torch.inference_mode()
+def decoding(context: Context) -> Iterator[Record]:
+    """A step of many rows in the middle of their answers: an adapter each, or the examples in the cache of each."""
+    setup, load = (costs.known_setup("mistral-7b"), PAPER) if context.full else (TINY_SETUP, TINY)
+    rows, device = ROWS if context.full else 3, context.device.torch
+    tokens = load.question + ANSWERED
+    model = models.decoder(setup.decoder, device, torch.bfloat16)
+    base, longer = Step.of(model, rows, tokens), Step.of(model, rows, tokens + load.prefix)
+    adapted = base.on(models.ours(model, random_adapters(model, MODULES["q,v"], rows, 8), range(rows)))
+    token = torch.randint(setup.decoder.vocabulary, (rows, 1), device=device)
+    error, case = layer_error(adapted, token), f"decode step, {rows} rows, an adapter or three examples each"
+    steps = {OURS: adapted, BASE: base, ICL: longer}
+    calls, skipped = verify(case, {OURS: functools.partial(adapted, token)}, {OURS: error})
+    calls |= {name: functools.partial(step, token) for name, step in steps.items() if name != OURS}
+    timings = context.time(calls, factor=5, skipped=skipped)
+    count = costs.decoder_flops(setup.decoder, 1, cached=tokens - 1).total + costs.lora_flops(setup.hypernet, 1).total
+    ways = costs.ways(setup, dataclasses.replace(load, answer=ANSWERED))
+    least = context.roofline(rows * count, ways["t2l-task"].step_bytes(setup, rows, rows), "bfloat16")
+    held = {
+        f"user_bytes_{name}": ways[way].per_user + ways[way].per_task for name, way in (("t2l", "t2l-task"), ("icl", "icl"))
+    }
+    shape = {"model": "7B-shaped, random", "rows": rows, "tokens": tokens, "in_context": tokens + load.prefix, **held}
+    yield row(context, case, "icl", shape, timings, error, skipped=skipped, least=least)

@@ -1,0 +1,299 @@
+"""Language models, text encoders and adapters to measure with: a real small one, and random weights of any shape."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaConfig, NomicBertConfig
+from transformers.cache_utils import Cache, DynamicLayer
+
+import t2l_engine as t2l
+from bench.harness import Context, Error, worst
+from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.ops import reference
+from t2l_engine.research import costs
+from t2l_engine.research.costs import known_setup
+from t2l_engine.testing import numerics
+from t2l_engine.testing.models import cache_argument
+from t2l_engine.text import packaged
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Name of a set of adapters -> its modules.
+MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
+#: Llama-8B's, too, but for the vocabulary.
+MISTRAL = known_setup("mistral-7b").decoder
+Forward = Callable[..., Any]
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
+    """The model, whose weights are bfloat16 numbers, in ``dtype``; at size tiny a random one of the same kind.
+
+    Its parameters ask for gradients, as transformers loads them: without, torch's bfloat16 product of a slice of hidden
+    states (the last one of every row) copies the whole output matrix for every row.
+    """
+    if context.full:
+        if dtype == torch.float64:
+            return "SmolLM2-135M", packaged.load(torch.float32)[0].double()
+        return "SmolLM2-135M", packaged.load(dtype)[0]
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, **heads, max_position_embeddings=128, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay as they are
+        parameter.data = parameter.data.bfloat16().to(dtype)
+    return "tiny Llama", model.eval()
+
+
+def decoder(shape: costs.Decoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A Llama of this shape, random weights."""
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=False,
+        initializer_range=shape.hidden**-0.5,
+    )
+    return _drawn(AutoModelForCausalLM, config, device, dtype)
+
+
+def encoder(shape: costs.Encoder, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Task embeddings ``[N, hidden]`` of the first of tokens ``[N, n]``, of norm sqrt(hidden), by random weights.
+
+    The layers are those of gte-large-en-v1.5 (its own code is not in transformers): rotary positions, gated MLPs, norms
+    after what they follow.
+    """
+    config = NomicBertConfig(
+        vocab_size=shape.embeddings,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        initializer_range=shape.hidden**-0.5,
+    )
+    model = _drawn(AutoModel, config, device, dtype)
+    return lambda tokens: nn.functional.normalize(model(tokens)[0][:, 0].float(), dim=-1) * shape.hidden**0.5
+
+
+def _drawn(kind: Any, config: Any, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind.from_config(config, dtype=dtype, attn_implementation="sdpa").requires_grad_(False).eval()
+
+
+def shared(model: nn.Module, own: tuple[str, ...] = ()) -> nn.Module:
+    """The same model around the same weights: what is attached to it does not touch ``model``, nor fill the caches twice.
+
+    ``own``: modules whose weights are copied, for what is merged into them.
+    """
+    copied = {id(t) for name, module in model.named_modules() if name.endswith(own) for t in module.parameters()}
+    kept = (t for t in itertools.chain(model.parameters(), model.buffers()) if not own or id(t) not in copied)
+    return copy.deepcopy(model, {id(t): t for t in kept})
+
+
+def linears(model: nn.Module, name: str) -> list[tuple[nn.Module, nn.Linear]]:
+    """(parent, linear) of module ``name`` in every layer."""
+    parents = [layer.mlp if hasattr(layer.mlp, name) else layer.self_attn for layer in model.model.layers]
+    return [(parent, getattr(parent, name)) for parent in parents]
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def random_adapters(model: nn.Module, names: Sequence[str], count: int, rank: int) -> t2l.AdapterStack:
+    """Adapters in float32 whose deltas are a tenth of a linear's output or so."""
+    device = model.lm_head.weight.device
+    generator = torch.Generator(device).manual_seed(9)
+    lora_A, lora_B = {}, {}
+    for name in names:
+        found = [linear for _, linear in linears(model, name)]
+        n_in, n_out, size = found[0].in_features, found[0].out_features, (count, len(found), rank)
+        lora_A[name] = torch.randn(*size, n_in, generator=generator, device=device) * n_in**-0.5
+        scale = 0.1 * float(found[0].weight.detach().std()) * (n_in / rank) ** 0.5
+        lora_B[name] = torch.randn(*size, n_out, generator=generator, device=device).mT * scale
+    return t2l.AdapterStack(lora_A, lora_B, torch.ones(count, device=device))
+
+
+def bundled_adapters(context: Context, model: nn.Module, count: int) -> t2l.AdapterStack:
+    """Adapters for ``q_proj`` and ``v_proj``: of the bundled checkpoint, for task embeddings at random."""
+    if not context.full:
+        return random_adapters(model, MODULES["q,v"], count, 8)
+    net = t2l.HyperNetwork.from_pretrained(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))
+    drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(10))
+    return net.generate(nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5)
+
+
+def merged(model: nn.Module, stack: t2l.AdapterStack, index: int) -> nn.Module:
+    """:func:`shared` with one adapter added to weights of its own, by hand."""
+    model = shared(model)
+    for name in stack.lora_A:
+        for layer, (parent, linear) in enumerate(linears(model, name)):
+            exact = torch.promote_types(linear.weight.dtype, torch.float32)
+            A, B = (side[name][index, layer].to(exact) for side in (stack.lora_A, stack.lora_B))
+            other = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            weight = linear.weight.to(exact) + stack.scaling[index].to(exact) * (B @ A)
+            other.weight = nn.Parameter(weight.to(linear.weight.dtype))
+            setattr(parent, name, other)
+    return model
+
+
+def peft_model(model: nn.Module, stack: t2l.AdapterStack) -> nn.Module:
+    """PEFT's model around the same weights, adapter i under the name ``str(i)``; adapter 0 is active."""
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    wrapped, names = None, sorted(stack.lora_A)
+    for i, scaling in enumerate(stack.scaling.tolist()):
+        r = int(max(ranks[i].max() for ranks in stack.ranks.values()))
+        config = LoraConfig(r=r, lora_alpha=scaling * r, target_modules=names, init_lora_weights=False)
+        if wrapped is None:
+            wrapped = get_peft_model(shared(model), config, adapter_name=str(i), autocast_adapter_dtype=False)
+        else:
+            wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
+        set_peft_model_state_dict(wrapped, stack.state_dict_peft(i), adapter_name=str(i))
+    wrapped.set_adapter("0")
+    return wrapped.eval().requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
+
+
+def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forward:
+    """Ours around the same weights, row i with adapter ``ids[i]``."""
+    model = shared(model)
+    t2l.attach(model, stack).set(list(ids))
+    return model
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def decode(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
+    """A call of one decode step after ``prompt [rows, n]``, always the same one; its logits ``[rows, vocabulary]``."""
+    cache = DynamicCache()
+    forward(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1)
+
+    def step() -> Tensor:
+        logits = forward(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        cache.crop(-1)
+        return logits
+
+    return step
+
+
+def prefill(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
+    """A call that reads ``prompt`` into a new cache; the logits after its last token."""
+    return lambda: forward(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def exact_logits(model: nn.Module, stack: t2l.AdapterStack | None, tokens: Tensor, ids: Sequence[int]) -> dict[str, Tensor]:
+    """Logits of either phase where the last of ``tokens [rows, n + 1]`` is decoded and the others are the prompt.
+
+    Row i by itself, through ``model`` with adapter ``ids[i]`` merged; in float64 this is the oracle.  None: no adapters.
+    """
+    logits = []
+    for i, one in zip(ids, tokens, strict=True):
+        adapted = model if stack is None else merged(model, stack, i)
+        logits.append(adapted(input_ids=one[None], logits_to_keep=2).logits[0])
+    both = torch.stack(logits)
+    return {"prefill": both[:, 0], "decode": both[:, 1]}
+
+
+class _Reserved(DynamicLayer):
+    """Keys and values of all tokens of a row, at random; the last ``new`` are written anew by every step, in place."""
+
+    def __init__(self, like: Tensor, size: tuple[int, ...], new: int, generator: torch.Generator):
+        super().__init__()
+        self.keys, self.values = (like.new_empty(size).normal_(generator=generator) for _ in range(2))
+        self.new, self.is_initialized = new, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, -self.new :] = key_states
+        self.values[:, :, -self.new :] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.keys.shape[2] - self.new
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """``step(tokens [rows, new])``: the logits ``[rows, vocabulary]`` after the last of them.
+
+    Rows have all but the last ``new`` of ``context`` tokens cached: one where they decode, all where it is a whole prefill.
+    Addresses are fixed, so a graph can hold it.
+    """
+
+    model: nn.Module
+    cache: Cache
+    mask: Tensor | None
+
+    @staticmethod
+    def of(model: nn.Module, rows: int, context: int, new: int = 1, seed: int = 1) -> Step:
+        c, like = model.config, model.lm_head.weight
+        generator = torch.Generator(like.device).manual_seed(seed)
+        size = rows, c.num_key_value_heads, context, c.head_dim
+        cache = Cache([_Reserved(like, size, new, generator) for _ in range(c.num_hidden_layers)])
+        mask = None  # where one is not needed, kernels that know a causal one read none
+        if 1 < new < context:
+            mask = torch.ones(new, context, dtype=torch.bool, device=like.device).tril(context - new)[None, None]
+        return Step(model, cache, mask)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        given = cache_argument(self.model, self.cache) | {"attention_mask": self.mask}
+        return self.model(input_ids=tokens, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
+
+    def on(self, model: nn.Module) -> Step:
+        """The same step, in the same cache, of another model: whichever runs writes the new tokens of all layers."""
+        return dataclasses.replace(self, model=model)
+
+    def follow(self, other: Step) -> None:
+        """All but the new tokens get the keys and values that ``other``, of as many tokens, has for them."""
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            cached = slice(0, -mine.new)
+            mine.keys[:, :, cached] = theirs.keys[:, :, cached]
+            mine.values[:, :, cached] = theirs.values[:, :, cached]
+
+    @property
+    def num_bytes(self) -> int:
+        """What a step reads: every matrix and the cache once, and of the embeddings a few rows."""
+        held = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+        weights = sum(p.nbytes for p in self.model.parameters())
+        return held + weights - self.model.model.embed_tokens.weight.nbytes
+
+
+def layer_error(step: Step, tokens: Tensor) -> Error:
+    """The worst error over the adapted linears of the first and last layer, in one step, on the inputs they get there.
+
+    Against the base linear's own output, to which the adapters are added in float64.  ``tokens``: as the step takes them.
+    """
+    seen: list[tuple[LoRALinear, Tensor, Tensor]] = []
+
+    def note(layer: LoRALinear, inputs: tuple[Tensor], output: Tensor) -> None:
+        seen.append((layer, inputs[0].clone(), output.clone()))
+
+    blocks = step.model.model.layers
+    found = [m for block in (blocks[0], blocks[-1]) for m in block.modules() if isinstance(m, LoRALinear)]
+    hooks = [layer.register_forward_hook(note) for layer in found]
+    step(tokens)
+    for hook in hooks:
+        hook.remove()
+    errors = []
+    for layer, x, y in seen:
+        (member,) = layer._members
+        segments = layer._routing.segments(*tokens.shape)
+        exact = layer.base(x).double().flatten(0, 1)
+        operands = (x.double().flatten(0, 1), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
+        routing = segments.seg_indptr, segments.seg_adapters, segments.max_seg_len, member.ranks
+        reference.lora_add_(exact, *operands, *routing)
+        errors.append(Error(numerics.relative_frobenius(y.flatten(0, 1), exact), numerics.lora_frobenius(y.dtype)))
+    return worst(errors)

@@ -1,0 +1,250 @@
+"""Result files, ``bench/results/NAME.jsonl``, read and judged: what tables, pages, figures and the gate are made from.
+
+The first line is the run; every other line is one record, a row of times or something of another kind.  Times are in
+microseconds.  Ratios, speedups and whether a target is met are computed here and stored nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+OURS = "ours"
+#: The model without adapters: what a target may refer to, nobody's competitor.
+BASE = "base"
+#: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
+PREALLOCATED, FRESH = "preallocated output", "fresh output"
+#: What runs of a card time beside ours: ours called otherwise, bounds, and a part of a request.
+HOST = "ours, from the host"
+BESIDE = (BASE, FRESH, HOST, "ours, a launch a linear", "ours, ops alone", "copy", "head weights", "text encoder")
+#: What the runs of a card add to the name of their suite.
+CUDA = "-cuda"
+#: Arms of a training step of which one holds less memory than the other.
+HOOKS = "hooks"
+
+
+class ResultError(ValueError):
+    """A result file that is missing, broken, or does not hold what is asked of it; the message names it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A figure beside its target.  ``value`` and ``limit`` share a unit; ``over`` is value / limit: met up to 1."""
+
+    group: str
+    name: str
+    value: float
+    limit: float
+    unit: str
+    ratio: float
+    of: str
+    target: str
+
+    @property
+    def over(self) -> float:
+        return self.value / self.limit
+
+    @property
+    def met(self) -> bool:
+        return self.over <= 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measurement; the fields are those of the file."""
+
+    case: str
+    group: str
+    shape: dict[str, Any]
+    threads: int | None
+    cache: str | None
+    times: dict[str, dict[str, Any]]
+    skipped: dict[str, str]
+    roofline: dict[str, Any] | None
+    target: dict[str, Any] | None
+    error: dict[str, Any] | None
+    unit_us: float | None = None
+    peak_gflops: float | None = None
+
+    @property
+    def us(self) -> float:
+        return self.times[OURS]["median_us"]
+
+    @property
+    def iqr_us(self) -> float:
+        return self.times[OURS]["iqr_us"]
+
+    @property
+    def name(self) -> str:
+        """The case with what else tells rows apart."""
+        threads = None if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        return ", ".join(filter(None, (self.case, threads, self.cache)))
+
+    @property
+    def baselines(self) -> list[str]:
+        return [name for name in self.times if name != OURS]
+
+    @property
+    def over_roofline(self) -> float | None:
+        return self.us / self.roofline["us"] if self.roofline else None
+
+    @property
+    def over_peak(self) -> float | None:
+        """Over the time of as many multiply-adds on registers."""
+        return self.us * self.peak_gflops * 1e3 / self.roofline["flops"] if self.peak_gflops and self.roofline else None
+
+    def speedup(self, baseline: str) -> float | None:
+        """Time of the baseline over ours; None where it did not run.
+
+        A baseline that no graph holds, called from the host, is compared with ours called so.
+        """
+        ours, other = self.times[OURS], self.times.get(baseline)
+        if other and ours.get("graph") and other.get("graph") is False:
+            ours = self.times.get(HOST)
+        return other["median_us"] / ours["median_us"] if ours and other else None
+
+    def rivals(self) -> dict[str, float]:
+        """Speedup over each other way of doing the same that ran."""
+        return {name: s for name in self.baselines if name not in BESIDE and (s := self.speedup(name)) is not None}
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The row beside its target, or None where it has none; ResultError where the target is of nothing measured."""
+        if self.target is None:
+            return None
+        of, ratio, plus = self.target["of"], self.target["ratio"], self.target.get("plus_us") or 0
+        known = {name: timing["median_us"] for name, timing in self.times.items()}
+        known |= {"roofline": self.roofline["us"]} if self.roofline else {}
+        unit = known.get(of, self.unit_us)
+        if unit is None:
+            raise ResultError(f"{self.name}: a target of {of!r}, which the file does not hold")
+        text = f"{ratio:g} x {of}" + (f" + {plus:g} us" if plus else "")
+        return Verdict(self.group, self.name, self.us, ratio * unit + plus, "us", self.us / unit, of, text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One result file: its run, its rows, and every other record by kind."""
+
+    path: Path
+    run: dict[str, Any]
+    rows: tuple[Row, ...]
+    others: dict[str, list[dict[str, Any]]]
+
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """The records of a kind; ResultError where there is none."""
+        if kind not in self.others:
+            raise ResultError(f"{self.path.name}: no record of kind {kind!r}")
+        return self.others[kind]
+
+    def ceilings(self, kind: str, when: str = "before") -> list[dict[str, Any]]:
+        return [c for c in self.records("ceiling") if (c["kind"], c["when"]) == (kind, when)]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Tasks that the run began with and did not end: of a card, where the time ran out or one failed."""
+        return [name for name in self.run.get("tasks", []) if name not in {t["name"] for t in self.others.get("task", [])}]
+
+    @property
+    def peaks_hold(self) -> bool:
+        """Whether multiply-adds on registers were nowhere slower than products: else they are no peak, and not shown."""
+        gemm = {(c["dtype"], c["threads"]): c["gflops"] for c in self.ceilings("gemm")}
+        return all(c["gflops"] >= gemm.get((c["dtype"], c["threads"]), 0) for c in self.ceilings("fma"))
+
+    def verdicts(self) -> list[Verdict]:
+        """Everything that has a target: rows, memory of generating, memory of training steps."""
+        memory = [e for kind in ("memory", "train_memory") for e in self.others.get(kind, [])]
+        return [v for v in [*(row.verdict for row in self.rows), *map(memory_verdict, memory)] if v]
+
+
+def memory_verdict(entry: dict[str, Any]) -> Verdict | None:
+    """Of a record of kind memory or train_memory; None where it has no target.
+
+    Generating: the peak over what must be held.  A training step: our peak over that of hooks, of which a target of 1.25
+    allows 1 / 1.25.
+    """
+    if not entry.get("target"):
+        return None
+    bound = entry["target"]["ratio"]
+    if entry["record"] == "memory":
+        ratio, of = entry["peak_mib"] / (entry["weights_mib"] + entry["adapters_mib"]), "weights + adapters"
+        return Verdict("memory", entry["what"], ratio, bound, "", ratio, of, f"{bound:g} x {of}")
+    ratio = entry["ways"][OURS]["peak_mib"] / entry["ways"][HOOKS]["peak_mib"]
+    return Verdict("train memory", entry["case"], ratio, 1 / bound, "", ratio, HOOKS, f"{HOOKS} at least {bound:g} x ours")
+
+
+def read(path: Path) -> Result:
+    """The file at ``path`` as it is; ResultError where a line is broken."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows, others, run = [], {}, None
+    fields = [f.name for f in dataclasses.fields(Row)]
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+            if number == 1:
+                run = {"suite": entry["suite"], **entry}
+            elif entry["record"] == "row":
+                optional = {"unit_us", "peak_gflops"} - entry.keys()
+                rows.append(Row(**{name: entry[name] for name in fields if name not in optional}))
+            else:
+                others.setdefault(entry["record"], []).append(entry)
+        except (KeyError, TypeError, json.JSONDecodeError) as e:
+            raise ResultError(f"{path.name}: line {number} is no record of python -m bench: {type(e).__name__}: {e}") from e
+    if run is None or run.get("record") != "run":
+        raise ResultError(f"{path.name}: expected the record of a run in the first line")
+    return Result(path, run, tuple(rows), others)
+
+
+def load(path: Path) -> Result:
+    """The result file at ``path``; ResultError where it cannot be believed or holds less than a whole run."""
+    result = read(path)
+    try:
+        _believe(result)
+    except (KeyError, TypeError) as e:
+        raise ResultError(f"{path.name}: no result file of python -m bench: {type(e).__name__}: {e}") from e
+    return result
+
+
+def _believe(result: Result) -> None:
+    name, run = result.path.name, result.run
+    suite, device = result.path.stem.removesuffix(CUDA), "cuda" if result.path.stem.endswith(CUDA) else "cpu"
+    size, on = run.get("size", "full"), run.get("device", "cpu")
+    if (run["suite"], size, on) != (suite, "full", device):
+        got = f"suite {run['suite']!r} of size {size!r} on {on!r}"
+        raise ResultError(f"{name}: expected suite {suite!r} of size 'full' on {device!r}, got {got}")
+    if "--only" in run["command"]:
+        raise ResultError(f"{name}: expected a whole suite, got a part of it: {run['command']}")
+    if result.rows and run["dirty"]:
+        raise ResultError(f"{name}: expected the run of a commit, got one with uncommitted changes on {run['commit']}")
+    if device == "cpu":
+        _whole(result)
+    seen = set()
+    for row in result.rows:
+        if row.name in seen:
+            raise ResultError(f"{name}: {row.name}: two rows")
+        seen.add(row.name)
+        if row.error and not row.error["value"] <= row.error["bound"]:
+            value, bound = row.error["value"], row.error["bound"]
+            raise ResultError(f"{name}: {row.name}: error {value:g} is beyond its bound {bound:g}")
+    try:
+        result.verdicts()
+    except ResultError as e:
+        raise ResultError(f"{name}: {e}") from e
+
+
+def _whole(result: Result) -> None:
+    """ResultError where tasks did not end, or ceilings were not measured again at the end."""
+    if result.unfinished:
+        raise ResultError(f"{result.path.name}: expected a whole run, got one without: {', '.join(result.unfinished)}")
+    ceilings = result.others.get("ceiling", [])
+    before, after = ({ceiling_key(c) for c in ceilings if c["when"] == when} for when in ("before", "after"))
+    for key in sorted(before - after, key=str):
+        what = " ".join(str(part) for part in key if part is not None)
+        raise ResultError(f"{result.path.name}: ceiling {what} was not measured again: the run did not end")
+
+
+def ceiling_key(entry: dict[str, Any]) -> tuple:
+    """What tells one ceiling from another, but not when it was measured."""
+    return entry["kind"], entry.get("dtype"), entry.get("bytes"), entry["threads"]

@@ -1,0 +1,352 @@
+"""Applying adapters: batched LoRA alone, warm and cold, over the number of adapters, with gradients, around a linear."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench import baselines, cases, energy
+from bench.baselines import COPY, PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
+from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
+from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
+from bench.records import BASE, HOST
+from bench.suites import decode
+from bench.timing import Call, Candidate, first_line, rotated, tolerant
+from t2l_engine import ops
+from t2l_engine.ops import reference
+from t2l_engine.testing import numerics
+from t2l_engine.testing.cases import BF16, LORA_CASES
+from t2l_engine.testing.oracle import in_float64
+
+SERVE = [
+    Case(LAYERS["linear"], case.segments, layout=case.b_layout, label=case.name)
+    for case in LORA_CASES
+    if case.name.startswith("serve_") and case.x_dtype == BF16
+]
+SWEPT = (1, 2, 4, 8, 16, 32, 64)
+#: A prefill reuses its adapters: more operations than bytes, and a wider target.
+WARM, WARM_PREFILL, COLD = Target(1.5, plus_us=3.0), Target(1.8, plus_us=3.0), Target(1.4)
+CUDA_MANY, CUDA_SINGLE = Target(1.35, of=COPY), Target(0.0, of=COPY, plus_us=5.0)
+#: Gathered weights of more bytes are not tried.
+LARGEST_GATHER = 8 << 30
+APART = "ours, a launch a linear"
+#: The cache of one set of operands, whatever its size.
+AS_IT_COMES = "as it comes"
+#: Name -> what makes a call of the arguments of ``ops.lora_add_``.
+BUILDERS: dict[str, Callable[[Arguments], Call]] = {
+    OURS: launch,
+    "reference": lambda arguments: functools.partial(reference.lora_add_, *arguments.values()),
+    "mm loop": mm_loop,
+    "gather bmm": gather_bmm,
+}
+CUDA_BUILDERS: dict[str, Callable[[Arguments], Call]] = {
+    APART: launch,
+    "cuBLAS per adapter": mm_loop,
+    "gather bmm": gather_bmm,
+}
+
+
+def plan(context: Context) -> list[Task]:
+    return [*(_cpu_plan if context.on_cpu else _cuda_plan)(context), *decode.plan(context)]
+
+
+def _cpu_plan(context: Context) -> list[Task]:
+    layer = LAYERS["linear"] if context.full else Layer.linear(512)
+    serve = [dataclasses.replace(case, layer=layer) for case in SERVE]
+    tasks = []
+    for case in serve:
+        for n in context.thread_counts:
+            tasks.append(Task(f"{case.name} warm {n}", functools.partial(lora, context, case, "lora", ["warm"], n)))
+        tasks.append(Task(f"{case.name} cold", functools.partial(lora, context, case, "lora", ["cold"], 1)))
+    for case in (c for c in serve if c.layout == "r_out"):  # as the slots of an attached model are
+        case = dataclasses.replace(case, label=case.label.replace("serve", "linear"))
+        tasks.append(Task(case.name, functools.partial(around_linear, context, case)))
+    for n in SWEPT:
+        case = Case(layer, even(64, n), label=f"sweep_64x{n}")
+        tasks.append(Task(case.name, functools.partial(lora, context, case, "sweep", ["warm"], 1)))
+    for features in (576, 2048) if context.full else (64,):
+        case = Case(Layer.linear(features), even(512, 8), dtype=torch.float32, label=f"backward_8x64_{features}")
+        tasks.append(Task(case.name, functools.partial(backward, context, case)))
+    return tasks
+
+
+def _cuda_plan(context: Context) -> list[Task]:
+    """In order of worth: what a run that ends early has."""
+    full, tasks = context.full, []
+    for group, chosen, caches in (
+        ("decode", decode_cases(full), ["cold", "warm"]),
+        ("prefill", prefill_cases(full), ["cold"]),
+    ):
+        for case in chosen:
+            run = functools.partial(lora, context, case, group, caches, 1)
+            tasks.append(Task(f"{group} {case.name}", run, needs=5.0))
+    one = LAYERS["linear"] if full else Layer.linear(64)
+    sizes = [rows(*range(64)), rows(0), rows(*range(8)), rows(*[0] * 64), even(512, 8)] if full else [rows(0, 1)]
+    for segments in sizes:
+        case = Case(one, segments)
+        tasks.append(Task(f"linear {case.name}", functools.partial(around_linear, context, case), needs=5.0))
+    if context.device.timed:
+        tasks.append(Task("energy", functools.partial(energy.measured, context, functools.partial(joules, context)), 8.0))
+    return tasks
+
+
+def decode_cases(full: bool) -> list[Case]:
+    """Of a card, in order of worth."""
+    if not full:
+        return [Case(LAYERS["tiny"], rows(0, 1, 2)), Case(LAYERS["tiny"], rows(0, -1), "half base")]
+    n64, one, half = range(64), rows(*[0] * 64), rows(*(-1 if i % 2 else i // 2 for i in range(64)))
+    first = [
+        Case(LAYERS[layer], segments)
+        for layer in ("linear", "7b")
+        for segments in (rows(*n64), rows(0), rows(*range(8)), one)
+    ]
+    first += [Case(LAYERS["7b-all"], segments) for segments in (rows(*n64), rows(0))]
+    first += [Case(LAYERS[layer], rows(*n64)) for layer in ("2b", "1b")]
+    spread = [Case(LAYERS["7b"], segments, name) for segments, name in ((zipf(64), "zipf"), (half, "half base"))]
+    spread.append(Case(LAYERS["7b"], rows(*(i % 16 for i in n64))))
+    sweep = [Case(LAYERS["7b"], rows(*range(n))) for n in (2, 4, 16, 32)]
+    ranks = [Case(LAYERS["7b"], rows(*n64), rank=rank) for rank in (16, 32, 64)]
+    return first + spread + sweep + ranks + [Case(LAYERS["7b"], rows(*n64), dtype=torch.float32)]
+
+
+def prefill_cases(full: bool) -> list[Case]:
+    """Of a card, in order of worth."""
+    if not full:
+        return [Case(LAYERS["tiny"], even(32, 2)), Case(LAYERS["tiny"], ragged(40, 3), "ragged")]
+    made = [Case(LAYERS["7b"], even(*size)) for size in ((2048, 4), (8192, 8), (512, 1), (8192, 1))]
+    made += [Case(LAYERS["7b"], ragged(8192, 8), "ragged"), Case(LAYERS["7b-all"], even(8192, 8))]
+    return made + [Case(LAYERS["7b"], even(2048, 4), rank=rank) for rank in (16, 64)]
+
+
+# --- batched LoRA alone ----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def lora(context: Context, case: Case, group: str, caches: Sequence[str], count: int) -> Iterator[Record]:
+    """The linears' own products left out: a row for each of ``caches`` that the case has, on ``count`` threads."""
+    device = context.device
+    builders, skipped = _builders(context, case)
+    errors = lora_errors(case, builders, device.torch, skipped)
+    builders, wrong = verify(case.name, {name: builders[name] for name in errors}, errors)
+    for cache in caches:
+        if not context.on_cpu and cache == "warm" and case.working_set > device.l2_bytes:
+            continue  # what exceeds the level-2 cache is never warm
+        sets = context.num_sets(case.working_set) if cache == "cold" else 1
+        shared = cases.routing(case, device.torch)
+        operands = [cases.operands(case, device.torch, seed, shared) for seed in range(2, 2 + sets)]
+        gone = skipped | wrong
+        candidates = {} if context.on_cpu else baselines.copies(device, case.bytes, sets)
+        for name, build in builders.items():
+            with tolerant(name, gone):
+                candidates[name] = rotated(build, operands)
+        timings = context.time(candidates, count, skipped=gone)
+        given: dict[str, Any] = {"count": count, "cache": cache, "skipped": gone}
+        if context.on_cpu:
+            given |= _cpu_limits(context, case, group, cache, count)
+        else:
+            timings = baselines.with_best_copy(timings)
+            # What is warm comes from the cache: the rates of memory make no roofline of it.
+            least = context.roofline(case.flops, case.bytes, case.dtype_name) if cache == "cold" else None
+            given |= {"least": least, "target": _cuda_target(case)}
+        yield row(context, case.name, group, case.shape(), timings, errors[OURS], **given)
+        del operands, candidates  # before the next ones are made
+
+
+def _builders(context: Context, case: Case) -> tuple[dict[str, Callable[[Operands], Call]], dict[str, str]]:
+    """The ways that can do the case; why others cannot."""
+
+    def each(build: Callable[[Arguments], Call]) -> Callable[[Operands], Call]:
+        return lambda operands: operands.one_by_one(build)
+
+    builders, skipped = {name: each(build) for name, build in BUILDERS.items()}, {}
+    if not context.on_cpu:
+        builders = {OURS: Operands.grouped, **{name: each(build) for name, build in CUDA_BUILDERS.items()}}
+        if all(len(group.outs) == 1 for group in case.layer.groups):  # then a launch a linear is what ours is
+            del builders[APART]
+    if any(adapter < 0 for _, adapter in case.segments):
+        skipped["gather bmm"] = "has no row of the base model"
+    elif (gathered := case.layer.weight_bytes(case.tokens, case.rank, case.dtype.itemsize)) > LARGEST_GATHER:
+        skipped["gather bmm"] = f"would gather {gathered / 1e9:.0f} GB"
+    return {name: build for name, build in builders.items() if name not in skipped}, skipped
+
+
+def lora_errors(
+    case: Case, builders: Mapping[str, Callable[[Operands], Call]], device: torch.device, skipped: dict[str, str]
+) -> dict[str, Error]:
+    """The worst error of every way over the linears, each on operands of its own that nothing else sees.
+
+    A baseline that throws goes to ``skipped``.
+    """
+    exact = cases.operands(case, device, seed=1).exact()
+    bound, errors = numerics.lora_frobenius(case.dtype), {}
+    for name, build in builders.items():
+        fresh = cases.operands(case, device, seed=1)
+        with tolerant(name, skipped):
+            build(fresh)()
+            got = [member["y"] for member in fresh.members]
+            pairs = zip(got, exact, strict=True)
+            errors[name] = worst(Error(numerics.relative_frobenius(one, right), bound) for one, right in pairs)
+    return errors
+
+
+def _cpu_limits(context: Context, case: Case, group: str, cache: str, count: int) -> dict[str, Any]:
+    """Roofline and target."""
+    cold, ceilings = cache == "cold", context.ceilings
+    gbps = ceilings.bandwidth_at(context.rotated if cold else case.working_set, count)
+    least = roofline(case.flops, case.bytes, ceilings.gemm_at(case.dtype_name, count), gbps)
+    if cold:  # stated in bytes, whatever the products would need
+        least |= {"us": round(case.bytes / gbps / 1e3, 3), "by": "bytes"}
+    target = COLD if cold else WARM_PREFILL if case.tokens > 64 else WARM
+    peak = ceilings.fma_at(case.dtype_name, count)
+    return {"least": least, "target": target if group == "lora" else None, "peak_gflops": peak}
+
+
+def _cuda_target(case: Case) -> Target | None:
+    if case.rank != 8 or case.dtype != torch.bfloat16:
+        return None
+    if case.tokens == 1 and len(case.layer.groups) == 1:
+        return CUDA_SINGLE
+    return CUDA_MANY if case.tokens == case.adapters == 64 else None
+
+
+def joules(context: Context) -> energy.Work:
+    """One layer's 64 adapters on 64 tokens, cold."""
+    case = Case(LAYERS["7b"], rows(*range(64)))
+    sets = context.num_sets(case.working_set)
+    shared = cases.routing(case, context.device.torch)
+    made = [cases.operands(case, context.device.torch, seed, shared) for seed in range(sets)]
+    name = f"applying, {case.name}, cold (an adapter: one, to one token, in one layer)"
+    return energy.Work(name, "adapter", case.adapters * sets, [one.grouped() for one in made])
+
+
+# --- with gradients --------------------------------------------------------------------------------------------------
+
+Delta = Callable[[Arguments], Callable[[], Tensor]]
+
+
+def _delta(backend) -> Delta:
+    names = ("x", "lora_A", "lora_B", "scaling", "seg_indptr", "seg_adapters", "max_seg_len", "ranks")
+    return lambda arguments: lambda: backend.lora_delta(*(arguments[name] for name in names))
+
+
+DELTAS: dict[str, Delta] = {OURS: _delta(ops), "mm loop": mm_loop_delta, "gather bmm": gather_bmm_delta}
+DIFFERENTIATED = ("x", "lora_A", "lora_B")
+CPU = torch.device("cpu")
+
+
+def step(build: Delta, arguments: Arguments, grad: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of forward and backward: (delta, gradients of x, A and B)."""
+    leaves = {name: arguments[name].detach().requires_grad_() for name in DIFFERENTIATED}
+    forward = build(arguments | leaves)
+
+    def run() -> tuple[Tensor, ...]:
+        delta = forward()
+        return delta, *torch.autograd.grad(delta, tuple(leaves.values()), grad)
+
+    return run
+
+
+def backward_operands(case: Case, seed: int) -> tuple[Arguments, Tensor]:
+    """Of a case of one linear: arguments, and the gradient of the delta."""
+    arguments = cases.operands(case, CPU, seed).members[0]
+    return arguments, torch.randn(arguments["y"].shape, generator=torch.Generator().manual_seed(seed))
+
+
+def delta_errors(case: Case) -> dict[str, Error]:
+    """The worst error of delta and gradients of every builder, relative to the largest entry."""
+    arguments, grad = backward_operands(case, seed=1)
+    oracle = step(_delta(reference), in_float64(arguments), grad.double())()
+
+    def error(got: Tensor, right: Tensor) -> Error:
+        value = float((got.detach() - right.detach()).abs().max() / right.detach().abs().max())
+        return Error(value, numerics.GRADIENT_RTOL, "largest error over largest entry, delta and gradients, against float64")
+
+    results = {name: step(build, arguments, grad)() for name, build in DELTAS.items()}
+    return {name: worst(map(error, got, oracle)) for name, got in results.items()}
+
+
+def backward(context: Context, case: Case) -> Iterator[Record]:
+    """``lora_delta`` forward and backward."""
+    errors = delta_errors(case)
+    arguments, grad = backward_operands(case, seed=0)
+    calls = {name: step(build, arguments, grad) for name, build in DELTAS.items()}
+    functions, skipped = verify(case.name, calls, errors)
+    x, A, B = (arguments[name].nbytes for name in DIFFERENTIATED)
+    moved = 3 * (x + A + B) + 2 * grad.nbytes  # forward reads, backward reads and writes; delta written, grad read
+    for count in context.thread_counts:
+        timings = context.time(functions, count)
+        least, peak = context.roofline(3 * case.flops, moved, "float32", count), context.ceilings.fma_at("float32", count)
+        given = {"count": count, "cache": "warm", "skipped": skipped, "least": least, "peak_gflops": peak}
+        shape = case.shape("forward and backward")
+        yield row(context, case.name, "backward", shape, timings, errors[OURS], **given)
+
+
+# --- around a linear -------------------------------------------------------------------------------------------------
+
+
+def attached(linear: nn.Linear, arguments: Arguments) -> nn.Module:
+    """What ``attach`` makes of ``linear``, with the adapters and segments of ``arguments`` in use."""
+    model = nn.ModuleList([nn.ModuleDict({"q_proj": linear})])
+    lora_A, lora_B = ({"q_proj": arguments[name][:, None]} for name in ("lora_A", "lora_B"))
+    handle = t2l.attach(model, t2l.AdapterStack(lora_A, lora_B, arguments["scaling"]))
+    handle.set(t2l.AdapterBatch(arguments["seg_indptr"], arguments["seg_adapters"], arguments["max_seg_len"]))
+    return model[0]["q_proj"]
+
+
+def linear_calls(case: Case, linear: nn.Linear, arguments: Arguments) -> tuple[dict[str, Call], dict[str, str]]:
+    """Calls that give ``[T, out]``, BASE being the linear alone; and what is skipped."""
+    x, ours, one = arguments["x"], attached(linear, arguments), case.adapters == 1
+    calls: dict[str, Call] = {OURS: lambda: ours(x), BASE: lambda: linear(x)}
+    skipped = {} if one else dict.fromkeys(("merged", "PEFT single"), "holds one adapter; the batch has several")
+    try:
+        if PEFT_ABSENT:
+            raise ImportError(PEFT_ABSENT)
+        peft, names = baselines.peft_linear(linear, arguments), [str(i) for i in baselines.token_ids(arguments).tolist()]
+        calls["PEFT mixed"] = lambda: peft(x, adapter_names=names)
+        if one:
+            calls["PEFT single"] = lambda: peft(x)
+    except Exception as error:  # whatever this version of it cannot do
+        skipped |= dict.fromkeys(
+            ("PEFT mixed", "PEFT single"), PEFT_ABSENT or f"{type(error).__name__}: {first_line(error)}"
+        )
+    if one:
+        delta = arguments["scaling"][0] * arguments["lora_B"][0].float() @ arguments["lora_A"][0].float()
+        weight = (linear.weight.float() + delta).to(linear.weight.dtype)
+        calls["merged"] = lambda: nn.functional.linear(x, weight)
+    return calls, skipped
+
+
+@torch.inference_mode()
+def around_linear(context: Context, case: Case) -> Iterator[Record]:
+    """``base(x)`` plus its adapters, as a layer of an attached model: what PEFT's layers can be compared with."""
+    device, n_in, n_out = context.device, case.layer.groups[0].n_in, case.layer.groups[0].out
+    linear = nn.Linear(n_in, n_out, bias=False, dtype=case.dtype, device=device.torch).requires_grad_(False)
+    linear.weight.normal_(0, n_in**-0.5, generator=torch.Generator(device.torch).manual_seed(8))
+    fresh = cases.operands(case, device.torch, seed=1).members[0]
+    calls, skipped = linear_calls(case, linear, fresh)
+    # A card's products may sum in the dtype of the weights: there the adapters are judged over what the linear gives.
+    base = fresh["x"].double() @ linear.weight.double().mT if context.on_cpu else linear(fresh["x"]).double()
+    exact = base.clone()
+    reference.lora_add_(**(in_float64(fresh) | {"y": exact}))
+    errors, bound = {}, numerics.lora_frobenius(case.dtype)
+    for name, call in calls.items():
+        with tolerant(name, skipped):
+            errors[name] = Error(numerics.relative_frobenius(call(), base if name == BASE else exact), bound)
+    calls, _ = linear_calls(case, linear, arguments := cases.operands(case, device.torch, seed=0).members[0])
+    functions, wrong = verify(case.name, {name: call for name, call in calls.items() if name in errors}, errors)
+    group, cache = "lora", "warm"
+    if not context.on_cpu:
+        # What works on the host between launches is called from the host: PEFT looks up its adapters there.
+        functions = {name: Candidate([call], graph=name != "PEFT mixed") for name, call in functions.items()}
+        functions[HOST] = Candidate(functions[OURS].calls, graph=False)
+        held = linear.weight.nbytes + arguments["x"].nbytes + case.working_set
+        group, cache = "linear", "warm" if held <= device.l2_bytes else AS_IT_COMES
+    timings = context.time(functions, skipped=skipped)
+    given = {"cache": cache, "skipped": skipped | wrong}
+    yield row(context, case.name, group, case.shape("linear with LoRA"), timings, errors[OURS], **given)

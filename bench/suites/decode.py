@@ -1,0 +1,189 @@
+"""A whole language model: decode steps and prefills without adapters, with ours, and with the other ways to have them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench import models
+from bench.baselines import PEFT_ABSENT
+from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, row, verify
+from bench.models import LINEARS, MODULES, Forward, Step
+from bench.records import BASE
+from t2l_engine.research.costs import Decoder
+
+ROWS, CACHED = 8, 64
+#: Name of a set of adapters -> its target.
+TARGETS = {"q,v": Target(1.05, of=BASE), "all linears": Target(1.15, of=BASE)}
+PHASES = {"decode": models.decode, "prefill": models.prefill}
+#: Ways that give every row adapter 0.
+SINGLE = ("PEFT single", "merged")
+
+#: On a card, of a 7B-shaped model: (modules, rows, adapters) in order of worth; rank; tokens that a row has when the step
+#: ends: few, so that the base step is short and the adapters' share large.
+CUDA_FULL = (("q,v", 64, (1, 8, 64)), ("q,v", 1, (1,)), ("all linears", 64, (64,)), ("q,v", 8, (8,)))
+CUDA_TINY = (("q,v", 4, (1, 4)), ("all linears", 2, (2,)))
+CUDA_TARGET = Target(1.08, of=BASE)
+RANK, CONTEXT = 8, 128
+_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
+TINY = Decoder.from_config({"model_type": "llama", **_WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2})
+
+
+def plan(context: Context) -> list[Task]:
+    if context.on_cpu:
+        tasks = []
+        for dtype in ("float32", "bfloat16"):
+            tasks.append(Task(f"model {dtype}", functools.partial(steps, context, getattr(torch, dtype))))
+            tasks.append(Task(f"model sweep {dtype}", functools.partial(sweep, context, getattr(torch, dtype))))
+        return tasks
+    return [
+        Task(step_name(modules, rows), functools.partial(cuda, context, modules, rows, counts), needs=15.0)
+        for modules, rows, counts in (CUDA_FULL if context.full else CUDA_TINY)
+    ]
+
+
+# --- a small model on a CPU ------------------------------------------------------------------------------------------
+
+
+def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (rows, count), generator=generator)
+
+
+def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
+    """Both phases for eight rows with eight adapters: of q and v, and of all linears."""
+    (name, model), (_, wide) = models.load(context, dtype), models.load(context, torch.float64)
+    ids, alike = range(ROWS), [0] * ROWS
+    sets = {
+        "q,v": models.bundled_adapters(context, wide, ROWS).to(dtype=dtype),
+        "all linears": models.random_adapters(wide, LINEARS, ROWS, 16).to(dtype=dtype),
+    }
+    fresh, timed = (_tokens(model, ROWS, CACHED + 1, seed) for seed in (1, 0))
+    chosen = {of: _ways(context, model, stack) for of, stack in sets.items()}
+    with torch.inference_mode():
+        rights = {
+            (of, single): _reference(wide, model, stack, fresh, alike if single else ids)
+            for of, stack in sets.items()
+            for single in (False, True)
+        }
+        base = _reference(wide, model, None, fresh, ids)
+        del wide
+        for phase, make in PHASES.items():
+            functions, verified, errors = {}, {}, {}
+            for of, (ways, skipped) in chosen.items():
+                judged = {way: (forward, rights[of, way in SINGLE]) for way, forward in ways.items()}
+                judged[BASE] = model, base
+                errors[of] = {
+                    way: logits_error(make(forward, fresh[:, :-1], fresh[:, -1:])(), *right[phase])
+                    for way, (forward, right) in judged.items()
+                }
+                calls = {way: make(forward, timed[:, :-1], timed[:, -1:]) for way, (forward, _) in judged.items()}
+                calls, wrong = verify(f"{phase} {of} {dtype}", calls, errors[of])
+                verified[of] = list(calls), skipped | wrong
+                functions |= {(BASE if way == BASE else (of, way)): call for way, call in calls.items()}
+            timings = context.time(functions, factor=20)
+            for of, (ways, skipped) in verified.items():
+                mine = {way: timings[BASE if way == BASE else (of, way)] for way in ways}
+                shape = {"model": name, "phase": phase, "rows": ROWS, "modules": of, "rank": _rank(sets[of])}
+                given = {"skipped": skipped, "target": TARGETS[of]}
+                yield _row(context, f"{phase} {ROWS} rows, {of}", shape, dtype, mine, errors[of][OURS], **given)
+
+
+def _rank(stack: t2l.AdapterStack) -> int:
+    return next(iter(stack.lora_A.values())).shape[2]
+
+
+def _reference(
+    wide: nn.Module, model: nn.Module, stack: t2l.AdapterStack | None, tokens: Tensor, ids: Sequence[int]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By phase the float64 logits, and those of the merged models in the dtype of ``model``."""
+    exact, other = (models.exact_logits(m, stack, tokens, ids) for m in (wide, model))
+    return {phase: (exact[phase], other[phase]) for phase in PHASES}
+
+
+def _ways(context: Context, model: nn.Module, stack: t2l.AdapterStack) -> tuple[dict[str, Forward], dict[str, str]]:
+    """Ways to run ``stack``, row i with adapter i, but for those of SINGLE; and what is skipped."""
+    ways: dict[str, Forward] = {OURS: models.ours(model, stack, range(ROWS)), "merged": models.merged(model, stack, 0)}
+    why = PEFT_ABSENT or (None if context.full else "left out at this size")
+    if why:
+        return ways, dict.fromkeys(("PEFT mixed", "PEFT single"), why)
+    peft = models.peft_model(model, stack)
+    names = [str(i) for i in range(ROWS)]
+    return ways | {"PEFT mixed": functools.partial(peft, adapter_names=names), "PEFT single": peft}, {}
+
+
+def sweep(context: Context, dtype: torch.dtype) -> Iterator[Record]:
+    """Decode steps of many rows over the number of adapters among them, in the same rounds."""
+    (name, model), (_, wide) = models.load(context, dtype), models.load(context, torch.float64)
+    count, short = (64, 8) if context.full else (8, 4)
+    stack = models.bundled_adapters(context, wide, count).to(dtype=dtype)
+    choices = {2**i: [row % 2**i for row in range(count)] for i in range(count.bit_length())}
+    attached = {n: models.ours(model, stack[:n], ids) for n, ids in choices.items()}
+    timed = _tokens(model, count, CACHED + 1, seed=0)
+    # Every row reads the same: then the oracle needs a row an adapter, whichever rows use it.
+    fresh = _tokens(model, 1, short + 1, seed=1).expand(count, -1)
+    with torch.inference_mode():
+        exact, other = _reference(wide, model, stack, fresh, range(count))["decode"]
+        plain = _reference(wide, model, None, fresh[:1], [0])["decode"]
+        del wide
+
+        def check(case: str, forward: Forward, exact: Tensor, other: Tensor) -> tuple[Callable[[], Tensor], Error]:
+            error = logits_error(models.decode(forward, fresh[:, :-1], fresh[:, -1:])(), exact, other)
+            calls, _ = verify(case, {OURS: models.decode(forward, timed[:, :-1], timed[:, -1:])}, {OURS: error})
+            return calls[OURS], error
+
+        checked = {BASE: check(BASE, model, *(t.expand(count, -1) for t in plain))}
+        for n, ids in choices.items():
+            checked[n] = check(f"{n} adapters", attached[n], exact[ids], other[ids])
+        timings = context.time({n: call for n, (call, _) in checked.items()}, factor=20)
+    for n in choices:
+        mine = {OURS: timings[n], BASE: timings[BASE]}
+        shape = {"model": name, "phase": "decode", "rows": count, "adapters": n, "modules": "q,v", "rank": _rank(stack)}
+        yield _row(context, f"decode {count} rows, {n} adapters", shape, dtype, mine, checked[n][1])
+
+
+def _row(context: Context, case: str, shape: Record, dtype: torch.dtype, timings, error: Error, **given: Any) -> Record:
+    name = str(dtype).removeprefix("torch.")
+    return row(context, f"{case}, {name}", "model", shape | {"dtype": name}, timings, error, **given)
+
+
+# --- a decode step of a 7B-shaped model on a card --------------------------------------------------------------------
+
+
+def step_name(modules: str, rows: int, adapters: int = 0) -> str:
+    """``adapters``: 0 for all numbers of them together."""
+    of = f", {adapters} adapter{'s' if adapters > 1 else ''}" if adapters else ""
+    return f"decode step, {rows} row{'s' if rows > 1 else ''}, {modules}{of}"
+
+
+@torch.inference_mode()
+def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Iterator[Record]:
+    """A row for every number of adapters, all beside the same base step."""
+    device, dtype = context.device.torch, torch.bfloat16
+    shape = models.MISTRAL if context.full else TINY
+    base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
+    tokens = torch.randint(shape.vocabulary, (rows, 1), device=device)
+    stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)
+    adapted, errors = {}, {}
+    for count in counts:
+        model = models.shared(base.model)
+        t2l.attach(model, stack[:count]).set([row % count for row in range(rows)])
+        adapted[count] = base.on(model)
+        errors[count] = models.layer_error(adapted[count], tokens)
+        verify(step_name(modules, rows, count), {OURS: None}, {OURS: errors[count]})
+    adapter_bytes = stack.num_parameters * dtype.itemsize // max(counts)
+    del stack
+    timings = context.time({n: functools.partial(s, tokens) for n, s in (adapted | {BASE: base}).items()}, factor=6)
+    flops = 2 * rows * sum(m.weight.numel() for m in base.model.modules() if isinstance(m, nn.Linear))
+    for count in counts:
+        fields = {"model": "7B-shaped, random", "rows": rows, "adapters": count, "modules": modules, "rank": RANK}
+        least = context.roofline(flops, base.num_bytes + count * adapter_bytes, "bfloat16")
+        target = CUDA_TARGET if (modules, count) == ("q,v", 64) else None
+        given = {"cache": "as it comes", "least": least, "target": target}
+        mine = {OURS: timings[count], BASE: timings[BASE]}
+        yield row(context, step_name(modules, rows, count), "model", fields, mine, errors[count], **given)

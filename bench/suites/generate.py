@@ -1,0 +1,366 @@
+"""Generating adapters: whole hypernetworks, memory, what bfloat16 weights cost; on a card cold, beside torch and cuBLAS."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from bench import baselines, energy
+from bench.baselines import Adapters
+from bench.ceilings import gemm_call, peak_memory
+from bench.harness import OURS, Context, Error, Record, Target, Task, VerificationError, record, roofline, row, verify, worst
+from bench.records import FRESH, HOST, PREALLOCATED
+from bench.suites import request
+from bench.timing import Call, Candidate, first_line, rotated, tolerant
+from t2l_engine import AdapterStack, ops
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.costs import hypernet_flops
+from t2l_engine.testing import models, numerics
+from t2l_engine.testing.models import SHAPES, VARIANTS, HyperShape
+
+DTYPES = ("float32", "bfloat16")
+#: model -> variants, numbers of descriptions.
+FULL = {
+    "mistral-7b": (VARIANTS, (1, 8, 64)),
+    "llama-3.1-8b": (("L",), (1, 8)),
+    "gemma-2-2b": (("L",), (1, 8)),
+    "smollm2-135m": (VARIANTS, (1, 8, 64)),
+}
+TINY = {"smollm2-135m": (VARIANTS, (1, 8))}
+#: The model that targets are stated for, by variant and dtype at one description; and at many.
+TARGETED = "mistral-7b"
+ONE = {"L": dict(zip(DTYPES, (1.25, 1.35), strict=True))} | dict.fromkeys(
+    ("M", "S-learnable"), dict(zip(DTYPES, (1.35, 1.5), strict=True))
+)
+MANY, AS_ONE, MEMORY = Target(1.2), Target(1.0, of="one description"), Target(1.2, of="weights + adapters")
+#: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
+CHUNK = 8
+#: Compiling takes a minute: the released Mistral form only, at this number of descriptions.
+COMPILED = "torch.compile"
+COMPILED_AT = (1,)
+
+#: On a card: (model, dtype) in order of worth; numbers of descriptions.
+CUDA_FULL = (
+    ("mistral-7b", "bfloat16"),
+    ("llama-3.1-8b", "bfloat16"),
+    ("gemma-2-2b", "bfloat16"),
+    ("mistral-7b", "float32"),
+    ("llama-3.1-8b", "float32"),
+    ("gemma-2-2b", "float32"),
+)
+CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
+#: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
+CAPTURED = 8
+OPS, HEADS = "ours, ops alone", "head weights"
+CUDA_ONE = Target(1.3, of=HEADS)
+
+Generate = Callable[[Tensor], Adapters]
+Way = Callable[[HyperNetwork], Generate | baselines.Eager]
+#: Ways to do the same on a card.
+WAYS: dict[str, Way] = {"cuBLAS": baselines.careful, "reference": baselines.plain, "eager": baselines.Eager}
+
+
+def plan(context: Context) -> list[Task]:
+    # What a mistake shows in soonest comes first: a run that fails late has cost much.
+    tasks = request.plan(context)
+    if context.on_cpu:
+        tasks.append(Task("memory", functools.partial(memory, context)))
+        for name, (variants, counts) in (FULL if context.full else TINY).items():
+            for variant in variants:
+                shape = dataclasses.replace(SHAPES[name], variant=variant)
+                for dtype in DTYPES:
+                    run = functools.partial(generation, context, shape, dtype, counts)
+                    tasks.append(Task(f"{name} {variant} {dtype}", run))
+        return tasks
+    counts = (1, 8, 64) if context.full else (1, 2)
+    for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
+        tasks.append(Task(f"{name} L {dtype}", functools.partial(cuda, context, name, dtype, counts), needs=10.0))
+    if context.device.timed:
+        tasks.append(Task("energy idle", functools.partial(energy.idle, context), needs=3.0))
+        for count in counts:
+            work = functools.partial(joules, context, count)
+            tasks.append(Task(f"energy {count}", functools.partial(energy.measured, context, work), needs=8.0))
+        tasks.append(Task(COMPILED, functools.partial(cuda_compiled, context), needs=30.0))
+    return tasks
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def adapter_errors(
+    exact: HyperNetwork, results: Mapping[str, Adapters], task_emb: Tensor, dtype: torch.dtype
+) -> dict[str, Error]:
+    """The worst error of each candidate over modules, sides and chunks of descriptions.
+
+    ``exact``: the same weights in float64.  ``results`` holds "reference", whose error in the same dtype makes the bound.
+    """
+    errors: dict[str, list[Error]] = {name: [] for name in results}
+    oracle = baselines.plain(exact)
+    for start in range(0, len(task_emb), CHUNK):
+        rows = slice(start, start + CHUNK)
+        for module, sides in oracle(task_emb[rows].double()).items():
+            for side, right in enumerate(sides):
+                bound = numerics.trunk_bound(right, results["reference"][module][side][rows], dtype)
+                for name, got in results.items():
+                    value = numerics.relative_frobenius(got[module][side][rows], right)
+                    errors[name].append(Error(value, bound))
+    return {name: worst(found) for name, found in errors.items()}
+
+
+def adapter_bytes(config: HyperNetworkConfig, count: int, dtype: torch.dtype) -> int:
+    """A and B of ``count`` adapters."""
+    return count * config.num_layers * config.rank * sum(config.in_features + config.out_features) * dtype.itemsize
+
+
+def weight_bytes(net: HyperNetwork) -> int:
+    """All parameters of a hypernetwork."""
+    return sum(p.nbytes for p in net.parameters())
+
+
+def moved(net: HyperNetwork, count: int) -> int:
+    """Bytes of weights and adapters, each once."""
+    return weight_bytes(net) + adapter_bytes(net.config, count, net.dtype)
+
+
+def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
+    """The case and the shape of a row."""
+    case = f"{shape.name} {shape.variant} {dtype}, {count} description{'s' if count > 1 else ''}"
+    return case, {"model": shape.name, "variant": shape.variant, "dtype": dtype, "descriptions": count}
+
+
+# --- on a CPU --------------------------------------------------------------------------------------------------------
+
+
+def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
+    """Rows of one hypernetwork at each number of descriptions, all in the same rounds, with a matrix product among them.
+
+    Of the targeted model also rows into preallocated output, beside the same call into a fresh one as every other candidate
+    gets it.
+    """
+    net = shape.make(seed=1)
+    if dtype == "bfloat16":
+        single = net
+        net = copy.deepcopy(net).set_dtype(torch.bfloat16)
+        yield _cost_of_bf16(shape, single, net)
+        del single
+    targeted = context.full and shape.name == TARGETED
+    exact = copy.deepcopy(net).set_dtype(torch.float64)
+    chosen = {n: _candidates(net, exact, shape, n, targeted and shape.variant == "L") for n in counts}
+    del exact
+    again = {n: _preallocated(net, shape, n) for n in counts} if targeted else {}
+    for threads in context.thread_counts if targeted else [context.threads]:
+        here = [n for n in counts if threads == context.threads or n == 1]
+        gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
+        functions = {(n, name): f for n in here for name, f in chosen[n][0].items()}
+        functions |= {(n, PREALLOCATED): again[n] for n in here if again}
+        timings = context.time({**functions, "gemm": gemm}, threads, factor=3)
+        gflops = gemm_flops / 1e3 / timings["gemm"].median_us
+        peak = context.ceilings.fma_at(dtype, threads)
+        for n in here:
+            _, skipped, error = chosen[n]
+            case, fields = described(shape, dtype, n)
+            gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
+            least = roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)
+            target = {1: Target(ONE[shape.variant][dtype]), 64: MANY}.get(n) if shape.name == TARGETED else None
+            of_n = {name: timings[n, name] for name in chosen[n][0]}
+            rows = {case: (of_n, {"least": least, "target": target, "peak_gflops": peak, "skipped": skipped})}
+            if again:
+                beside = {OURS: timings[n, PREALLOCATED], FRESH: of_n[OURS]}
+                rows[f"{case}, {PREALLOCATED}"] = beside, {"least": least, "target": target, "peak_gflops": peak}
+            if shape.name == TARGETED and n == 64:
+                for suffix, name in {"": OURS, f", {PREALLOCATED}": PREALLOCATED}.items():
+                    unit = {"target": AS_ONE, "unit_us": 64 * timings[1, name].median_us}
+                    rows[f"{case}{suffix}, beside one"] = {OURS: timings[n, name]}, unit
+            for name, (times, given) in rows.items():
+                yield row(context, name, "generate", fields, times, error, count=threads, **given)
+
+
+def _preallocated(net: HyperNetwork, shape: HyperShape, count: int) -> Callable[[], object]:
+    """A call that generates ``count`` adapters over earlier ones, verified to give the same bits."""
+    task_emb = shape.task_embeddings(count, seed=3)
+    out = net.generate(shape.task_embeddings(count, seed=2))
+    net.generate(task_emb, out=out)
+    fresh = net.generate(task_emb)
+    for name in fresh.lora_A:
+        if not (torch.equal(out.lora_A[name], fresh.lora_A[name]) and torch.equal(out.lora_B[name], fresh.lora_B[name])):
+            raise VerificationError(f"{shape.name} {shape.variant}, {count}: other bits in preallocated output")
+    return functools.partial(net.generate, task_emb, out=out)
+
+
+def _candidates(
+    net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool
+) -> tuple[dict[str, Callable], dict[str, str], Error]:
+    """Verified calls that generate ``count`` adapters; what is skipped and why; the error of ours."""
+    eager, not_compiled = baselines.Eager(net), {}
+    generators = {OURS: baselines.of_stack(net), "reference": baselines.plain(net), "eager": eager}
+    if compile_it and count in COMPILED_AT:
+        try:
+            generators[COMPILED] = baselines.compiled(net, shape.task_embeddings(count))
+        except Exception as error:  # whatever the compiler cannot do is a fact about it, and is reported
+            not_compiled[COMPILED] = f"{type(error).__name__}: {first_line(error)}"
+    elif compile_it:
+        not_compiled[COMPILED] = "compiled for 1 description only"
+    fresh = shape.task_embeddings(count, seed=2)
+    results = {name: eager.stacked(f(fresh)) if f is eager else f(fresh) for name, f in generators.items()}
+    errors = adapter_errors(exact, results, fresh, net.dtype)
+    del results
+    timed = shape.task_embeddings(count, seed=3)
+    functions = {name: functools.partial(f, timed) for name, f in generators.items()}
+    functions, skipped = verify(f"{shape.name} {shape.variant} {net.dtype}, {count}", functions, errors)
+    return functions, skipped | not_compiled, errors[OURS]
+
+
+def _cost_of_bf16(shape: HyperShape, single: HyperNetwork, rounded: HyperNetwork) -> Record:
+    task_emb = shape.task_embeddings(8, seed=4)
+    pairs = zip(*(baselines.of_stack(net)(task_emb).values() for net in (single, rounded)), strict=True)
+    wrong = exact = 0.0
+    for right, got in pairs:
+        for a, b in zip(right, got, strict=True):
+            wrong += float((b.double() - a.double()).square().sum())
+            exact += float(a.double().square().sum())
+    relative = (wrong / exact) ** 0.5
+    return record("bf16_weights", model=shape.name, variant=shape.variant, relative_frobenius=relative)
+
+
+def build_and_generate(name: str, dtype: str, count: int) -> tuple[int, int]:
+    """Bytes of the weights and of the adapters of a hypernetwork that is made, and used, here."""
+    shape = SHAPES[name]
+    net = shape.make(getattr(torch, dtype))
+    stack = net.generate(shape.task_embeddings(count))
+    return weight_bytes(net), sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
+
+
+def memory(context: Context) -> Iterator[Record]:
+    """The peak of a process that makes a hypernetwork and many adapters, beyond what it held before."""
+    name, count = (TARGETED, 64) if context.full else ("smollm2-135m", 8)
+    peak, (weights, adapters) = peak_memory(build_and_generate, name, "bfloat16", count)
+    yield record(
+        "memory",
+        what=f"{name} L bfloat16, {count} descriptions",
+        peak_mib=round(peak / 2**20, 1),
+        weights_mib=round(weights / 2**20, 1),
+        adapters_mib=round(adapters / 2**20, 1),
+        target=MEMORY.to_json() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
+    )
+
+
+# --- on a card -------------------------------------------------------------------------------------------------------
+
+
+def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
+    """Ours: the public call over earlier adapters, and where it writes."""
+    out = net.generate(task_emb)
+    return functools.partial(net.generate, task_emb, out=out), out
+
+
+def ops_alone(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
+    """Trunk and heads of ours from encoded tasks, without what the public call does around them; where they write."""
+    c, folded, out = net.config, net.folded(), net.generate(task_emb)
+    z, rotary = net.task_encoder(task_emb), c.rank if c.rotary else 0
+    trunk = z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary
+    stored = list(out.lora_A.values()), list(out.lora_B.values())
+    heads = *folded["heads"], c.rank, c.in_features, c.out_features
+
+    def call() -> None:
+        ops.hypernet_heads_out_(*stored, ops.hypernet_trunk(*trunk), *heads, **folded["offsets"])
+
+    return call, out
+
+
+def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperNetwork]:
+    """A hypernetwork as :meth:`HyperShape.make` makes it, but for its weights, which are drawn where they stay."""
+    shape, device = (SHAPES[name] if context.full else CUDA_TINY), context.device.torch
+    with torch.device("meta"):
+        net = HyperNetwork(shape.config())
+    models.fill(net.to_empty(device=device), torch.Generator(device).manual_seed(1))
+    return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
+
+
+def cuda_errors(net: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], skipped: dict[str, str]) -> dict[str, Error]:
+    """:func:`adapter_errors` of ours and of ``ways``; a baseline that throws goes to ``skipped``."""
+    got: dict[str, Adapters] = {"reference": baselines.plain(net)(task_emb)}
+    for name, build in ways.items():
+        with tolerant(name, skipped):
+            generate = build(net)
+            made = generate(task_emb)
+            got[name] = generate.stacked(made) if isinstance(generate, baselines.Eager) else made
+    for name, make in ((OURS, preallocated), (OPS, ops_alone)):
+        with tolerant(name, skipped):
+            call, out = make(net, task_emb)
+            for tensor in (*out.lora_A.values(), *out.lora_B.values()):
+                tensor.fill_(float("nan"))
+            call()
+            got[name] = {module: (out.lora_A[module], out.lora_B[module]) for module in out.lora_A}
+    return adapter_errors(copy.deepcopy(net).set_dtype(torch.float64), got, task_emb, net.dtype)
+
+
+@torch.inference_mode()
+def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
+    """Rows of one hypernetwork, cold: as many copies of it as exceed the caches take turns."""
+    shape, net = one_net(context, name, dtype)
+    device = context.device
+    nets = [net, *(copy.deepcopy(net) for _ in range(device.num_sets(weight_bytes(net)) - 1 if context.full else 1))]
+    for count in counts:
+        case, fields = described(shape, dtype, count)
+        fresh, timed = (shape.task_embeddings(count, seed).to(device.torch) for seed in (2, 3))
+        skipped: dict[str, str] = {}
+        errors = cuda_errors(net, fresh, WAYS, skipped)
+        verified, wrong = verify(case, dict.fromkeys(errors), errors)
+        candidates = baselines.copies(device, moved(net, count), len(nets)) | {
+            OURS: rotated(lambda one, task_emb=timed: preallocated(one, task_emb)[0], nets),
+            HOST: rotated(lambda one, task_emb=timed: preallocated(one, task_emb)[0], nets, graph=False),
+        }
+        if OPS in verified:
+            candidates[OPS] = rotated(lambda one, task_emb=timed: ops_alone(one, task_emb)[0], nets)
+        for way in [way for way in WAYS if way in verified]:
+            with tolerant(way, skipped):
+                candidates[way] = Candidate([functools.partial(WAYS[way](one), timed) for one in nets])
+        if eager := candidates.get("eager"):
+            candidates["eager"] = Candidate(eager.calls[:1], graph=False)
+            if count <= CAPTURED:
+                candidates["eager, captured"] = eager
+            else:
+                skipped["eager, captured"] = f"one description at a time: timed up to {CAPTURED}"
+        timings = baselines.with_best_copy(context.time(candidates, factor=2, skipped=skipped))
+        given = {"cache": "cold", "skipped": skipped | wrong}
+        given["least"] = context.roofline(hypernet_flops(net.config, count).total, moved(net, count), dtype)
+        if count == 1:
+            heads = sum(p.nbytes for p in net.heads.parameters()) / context.ceilings.bandwidth_at() / 1e3
+            given |= {"target": CUDA_ONE, "unit_us": heads}
+        yield row(context, case, "generate", fields, timings, errors[OURS], **given)
+    if device.on_card and importlib.util.find_spec("triton"):
+        call = preallocated(net, timed)[0]
+        ours = context.time({OURS: call})[OURS].median_us
+        yield record("cross_check", case=case, cache="warm", ours_us=ours, do_bench_cudagraph_us=device.cross_check(call))
+
+
+@torch.inference_mode()
+def cuda_compiled(context: Context) -> Iterator[Record]:
+    """The careful author's version through torch.compile, one description of the released Mistral form."""
+    shape, net = one_net(context, TARGETED, "bfloat16")
+    case, fields = described(shape, "bfloat16", 1)
+    skipped: dict[str, str] = {}
+    fresh, timed = (shape.task_embeddings(1, seed).to(context.device.torch) for seed in (2, 3))
+    generate = torch.compile(baselines.careful(net), dynamic=False)
+    errors = cuda_errors(net, fresh, {COMPILED: lambda net: generate}, skipped)
+    calls = {OURS: preallocated(net, timed)[0], COMPILED: functools.partial(generate, timed)}
+    calls, wrong = verify(case, {name: call for name, call in calls.items() if name in errors}, errors)
+    timings = context.time(calls, factor=2, skipped=skipped)
+    yield row(context, case, "compiled", fields, timings, errors[OURS], skipped=skipped | wrong)
+
+
+def joules(context: Context, count: int) -> energy.Work:
+    """Mistral's hypernetwork in bfloat16, cold."""
+    shape, net = one_net(context, TARGETED, "bfloat16")
+    task_emb = shape.task_embeddings(count).to(context.device.torch)
+    nets = [net, *(copy.deepcopy(net) for _ in range(context.device.num_sets(weight_bytes(net)) - 1))]
+    calls = [preallocated(one, task_emb)[0] for one in nets]
+    return energy.Work(f"generating, {shape.name} L bfloat16, {count} at a time", "adapter", count * len(calls), calls)

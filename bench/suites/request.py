@@ -1,0 +1,258 @@
+"""Where the time of a request goes: text encoder, trunk, heads, putting adapters into a model, applying them to a token."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench.baselines import mm_loop
+from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
+from t2l_engine import ops
+from t2l_engine.adapters.paths import LAYER
+from t2l_engine.ops import reference
+from t2l_engine.research import costs
+from t2l_engine.testing import numerics
+from t2l_engine.testing.models import SHAPES
+from t2l_engine.testing.oracle import in_float64
+
+COUNTS = (1, 8)
+LARGE = "mistral-7b"
+
+
+def plan(context: Context) -> list[Task]:
+    """On a CPU alone."""
+    if not context.on_cpu:
+        return []
+    tasks = [Task("split smollm2-135m bundled", functools.partial(bundled, context))]
+    if context.full:
+        tasks += [Task(f"split {LARGE} {d}", functools.partial(shaped, context, LARGE, d)) for d in ("float32", "bfloat16")]
+    return tasks
+
+
+def bundled(context: Context) -> Iterator[Record]:
+    """The bundled checkpoint, text encoder included."""
+    engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    for count in COUNTS:
+        yield encoder(context, engine, count)
+        yield from _Request(context, "smollm2-135m", engine.hypernetwork.requires_grad_(False), count).rows()
+
+
+def shaped(context: Context, name: str, dtype: str) -> Iterator[Record]:
+    """A hypernetwork of random weights, without text encoder."""
+    net = SHAPES[name].make(getattr(torch, dtype), seed=5)
+    for count in COUNTS:
+        yield from _Request(context, name, net, count).rows()
+
+
+def _row(context: Context, model: str, dtype: str, count: int, part: str, functions, errors, least) -> Record:
+    case = f"{model} {dtype}, {count} description{'s' if count > 1 else ''}: {part}"
+    functions, skipped = verify(case, functions, errors)
+    shape = {"model": model, "dtype": dtype, "descriptions": count, "part": part}
+    timings = context.time(functions, factor=2)
+    return row(context, case, "split", shape, timings, errors[OURS], skipped=skipped, least=least)
+
+
+def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
+    """Texts that were not embedded before, as many at a time as there are descriptions."""
+    ours, numbers = engine.encoder, itertools.count()
+    dtype = ours.config.dtype
+
+    def texts() -> list[str]:
+        return [f"Return item {next(numbers):07d} of the comma separated list." for _ in range(count)]
+
+    fresh = texts()
+    exact = t2l.TextEncoder(copy.deepcopy(ours.model).double(), ours.tokenizer, ours.config)
+    value = numerics.relative_frobenius(ours.encode(fresh), exact.encode(fresh))
+    tokens = sum(len(ids) for ids in ours.tokenizer(ours.prepare(fresh))["input_ids"])
+    num_bytes = sum(
+        p.nbytes for layer in ours.model.encoder.layer for p in layer.parameters()
+    )  # of a table, few rows are read
+    one = costs.encoder_flops(costs.Encoder.from_config(ours.model.config), tokens // count)
+    least = context.roofline(count * one.total, num_bytes, dtype)
+    errors = {OURS: Error(value, numerics.EMBEDDING_FROBENIUS)}
+    functions = {OURS: lambda: ours.encode(texts())}
+    named = str(engine.hypernetwork.dtype).removeprefix("torch.")  # the request's, beside its other parts
+    return _row(context, "smollm2-135m", named, count, "encoder", functions, errors, least)
+
+
+class _Bare(nn.Module):
+    """A linear whose own product costs nothing: what is left is the adapter's share."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def skeleton(config: t2l.HyperNetworkConfig) -> nn.Module:
+    """A model that is nothing but the linears that ``config`` adapts, in their places."""
+    model = nn.Module()
+    for path, n_in, n_out in zip(config.module_paths.values(), config.in_features, config.out_features, strict=True):
+        for layer in range(config.num_layers):
+            *parents, name = path.replace(LAYER, str(layer)).split(".")
+            at = model
+            for parent in parents:
+                if parent not in at._modules:
+                    at.add_module(parent, nn.Module())
+                at = at.get_submodule(parent)
+            at.add_module(name, _Bare(n_in, n_out))
+    return model
+
+
+class _Request:
+    """``count`` descriptions through one hypernetwork, part by part."""
+
+    def __init__(self, context: Context, model: str, net: t2l.HyperNetwork, count: int):
+        self.context, self.model, self.net, self.count = context, model, net, count
+        self.dtype = str(net.dtype).removeprefix("torch.")
+        drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
+        self.task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
+        self.folded = net.folded()
+
+    def rows(self) -> Iterator[Record]:
+        with torch.no_grad():
+            latent = self._trunk(ops)
+            stack = self.net.generate(self.task_emb)
+            yield self._row("trunk", *self.trunk(latent))
+            yield self._row("head", *self.head(latent))
+            yield self._row("put", *self.put(stack))
+            yield self._row("apply", *self.apply(stack))
+
+    def _row(self, part: str, functions, errors, least) -> Record:
+        return _row(self.context, self.model, self.dtype, self.count, part, functions, errors, least)
+
+    def _roofline(self, operations: int, num_bytes: int) -> Record:
+        return self.context.roofline(operations, num_bytes, self.dtype)
+
+    def _head_flops(self) -> int:
+        return costs.hypernet_flops(self.net.config, self.count)["heads"]
+
+    def _head_bytes(self) -> int:
+        return sum(p.nbytes for p in self.net.heads.parameters())
+
+    def _trunk(self, backend, net: t2l.HyperNetwork | None = None, folded: dict | None = None) -> Tensor:
+        net, folded = net or self.net, folded or self.folded
+        rotary = net.config.rank if net.config.rotary else 0
+        z = net.task_encoder(self.task_emb.to(folded["weights"][1].dtype))
+        return backend.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+
+    def trunk(self, latent: Tensor):
+        """Task encoder and trunk."""
+        functions = {OURS: functools.partial(self._trunk, ops), "reference": functools.partial(self._trunk, reference)}
+        exact = copy.deepcopy(self.net).set_dtype(torch.float64)
+        oracle, plain = self._trunk(reference, exact, exact.folded()), self._trunk(reference)
+        bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
+        errors = {OURS: latent, "reference": plain}
+        errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}
+        operations = costs.hypernet_flops(self.net.config, self.count).total - self._head_flops()
+        weights = sum(p.nbytes for p in self.net.parameters()) - self._head_bytes()
+        return functions, errors, self._roofline(operations, weights + latent.nbytes)
+
+    def head(self, latent: Tensor):
+        """The heads of all modules."""
+        c = self.net.config
+        sizes = c.rank, c.in_features, c.out_features
+        weight, bias = self.folded["heads"]
+        offsets = self.folded["offsets"]
+
+        def ours() -> list[Tensor]:
+            lora_A, lora_B = ops.hypernet_heads(latent, weight, bias, *sizes, **offsets)
+            return lora_A + lora_B
+
+        def plain(wide=lambda t: t) -> list[Tensor]:
+            lists = [[None if t is None else wide(t) for t in tensors] for tensors in (weight, bias, *offsets.values())]
+            made = reference.hypernet_heads(wide(latent), *lists, *sizes)
+            return made[::2] + made[1::2]
+
+        functions = {OURS: ours, "reference": plain}
+        oracle, rounded = plain(Tensor.double), plain()
+        errors = {
+            name: worst(
+                Error(numerics.relative_frobenius(got, right), numerics.trunk_bound(right, low, self.net.dtype))
+                for got, right, low in zip(function(), oracle, rounded, strict=True)
+            )
+            for name, function in functions.items()
+        }
+        num_bytes = self._head_bytes() + latent.nbytes + sum(t.nbytes for t in rounded)
+        return functions, errors, self._roofline(self._head_flops(), num_bytes)
+
+    def put(self, stack: t2l.AdapterStack):
+        """Every adapter into its slot of an attached model."""
+        model = skeleton(self.net.config)
+        handle = t2l.attach(model, stack)
+
+        def put() -> None:
+            for i in range(self.count):
+                handle.put(i, stack[i])
+
+        put()
+        errors = []
+        with handle.use(list(range(self.count))):
+            for (name, layer), arguments in self._tokens(stack).items():
+                linear = model.get_submodule(stack.paths[name].replace(LAYER, str(layer)))
+                errors.append(self._error(linear(arguments["x"]), arguments))
+        num_bytes = 2 * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
+        ceilings, threads = self.context.ceilings, self.context.threads
+        least = roofline(0, num_bytes, ceilings.gemm_at(self.dtype, threads), ceilings.copy_at(num_bytes, threads))
+        return {OURS: put}, {OURS: worst(errors)}, least
+
+    def apply(self, stack: t2l.AdapterStack):
+        """One token of every adapter through all adapted linears, the linears' own products left out."""
+        work = list(self._tokens(stack).values())
+        builders = {
+            OURS: lambda a: functools.partial(ops.lora_add_, **a),
+            "reference": lambda a: functools.partial(reference.lora_add_, **a),
+            "mm loop": mm_loop,
+        }
+        functions, errors = {}, {}
+        for name, build in builders.items():
+            found = []
+            for arguments in work:
+                build(arguments)()
+                found.append(self._error(arguments["y"], arguments))
+                arguments["y"].zero_()
+            errors[name] = worst(found)
+            functions[name] = functools.partial(_each, [build(arguments) for arguments in work])
+        adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
+        tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
+        return functions, errors, self._roofline(costs.lora_flops(self.net.config, self.count).total, adapters + tokens)
+
+    def _tokens(self, stack: t2l.AdapterStack) -> dict[tuple[str, int], dict[str, Any]]:
+        """Arguments of ``lora_add_`` by module and layer, y of zeros."""
+        generator = torch.Generator().manual_seed(7)
+        batch = t2l.AdapterBatch.from_rows(range(self.count), 1)
+        return {
+            (name, layer): {
+                "y": torch.zeros(self.count, B.shape[2], dtype=stack.dtype),
+                "x": torch.randn(self.count, A.shape[3], generator=generator).to(stack.dtype),
+                "lora_A": A[:, layer],
+                "lora_B": B[:, layer],
+                "scaling": stack.scaling,
+                "seg_indptr": batch.seg_indptr,
+                "seg_adapters": batch.seg_adapters,
+                "max_seg_len": batch.max_seg_len,
+                "ranks": stack.ranks[name][:, layer].contiguous(),
+            }
+            for name, A, B in ((name, stack.lora_A[name], stack.lora_B[name]) for name in stack.lora_A)
+            for layer in range(A.shape[1])
+        }
+
+    def _error(self, got: Tensor, arguments: dict[str, Any]) -> Error:
+        wide = in_float64(arguments)
+        wide["y"] = torch.zeros_like(wide["y"])
+        reference.lora_add_(**wide)
+        return Error(numerics.relative_frobenius(got, wide["y"]), numerics.lora_frobenius(got.dtype))
+
+
+def _each(calls: list) -> None:
+    for call in calls:
+        call()

@@ -1,0 +1,152 @@
+"""One side of ``python -m bench compare``: times cases of the t2l_engine in the folder it runs in, a sample a request.
+
+It runs against trees that know nothing of it: it imports torch and public names of t2l_engine, nothing of bench.  It is
+started as the text of a command, writes a line with its cases, and answers the name of a case with microseconds a call.
+"""
+
+import functools
+import gc
+import json
+import math
+import os
+import sys
+import time
+
+import torch
+from torch import nn
+
+import t2l_engine as t2l
+
+#: Microseconds of a sample.
+SAMPLE_US = 10_000.0
+
+
+def drawn(seed=0):
+    """A function of shapes: normal tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.randn(*shape, generator=generator)
+
+
+def lora(tokens, adapters, features, dtype):
+    """Arguments of ``lora_add_``: as many tokens for each adapter, in order."""
+    randn, rank = drawn(), 8
+    return {
+        "y": randn(tokens, features).to(dtype),
+        "x": randn(tokens, features).to(dtype),
+        "lora_A": (randn(adapters, rank, features) * features**-0.5).to(dtype),
+        "lora_B": randn(adapters, rank, features).to(dtype).mT,
+        "scaling": torch.ones(adapters),
+        "seg_indptr": torch.arange(0, tokens + 1, tokens // adapters, dtype=torch.int32),
+        "seg_adapters": torch.arange(adapters, dtype=torch.int32),
+        "max_seg_len": tokens // adapters,
+        "ranks": torch.full((adapters,), rank, dtype=torch.int32),
+    }
+
+
+def lora_add(*size):
+    return functools.partial(t2l.ops.lora_add_, **lora(*size))
+
+
+def backward(tokens, adapters, features, dtype):
+    """``lora_delta`` forward and backward."""
+    arguments = lora(tokens, adapters, features, dtype)
+    grad = arguments.pop("y")
+    leaves = [arguments[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B")]
+    arguments |= dict(zip(("x", "lora_A", "lora_B"), leaves, strict=True))
+    return lambda: torch.autograd.grad(t2l.ops.lora_delta(**arguments), leaves, grad)
+
+
+def generate(variant, dtype, count):
+    """Adapters for SmolLM2-135M's ``q_proj`` and ``v_proj``."""
+    sizes = {"in_features": (576, 576), "out_features": (576, 192), "num_layers": 30, "rank": 8, "embed_dim": 384}
+    torch.manual_seed(0)
+    config = t2l.HyperNetworkConfig(
+        variant=variant, modules=("q_proj", "v_proj"), latent_size=128, head_in_size=512, lora_alpha=16.0, **sizes
+    )
+    net = t2l.HyperNetwork(config).requires_grad_(False).eval().set_dtype(dtype)
+    task_emb = nn.functional.normalize(drawn(1)(count, 384), dim=-1) * 384**0.5
+    return functools.partial(net.generate, task_emb)
+
+
+class Block(nn.Module):
+    """A layer of a decoder that attends to what is cached."""
+
+    def __init__(self, width, rows, cached):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.up_proj, self.down_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(3 * width, width, bias=False)
+        self.keys, self.values = (drawn(i)(rows, 4, cached, width // 4) for i in range(2))
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        self.keys[:, :, -1:], self.values[:, :, -1:] = k, v
+        x = x + self.o_proj(nn.functional.scaled_dot_product_attention(q, self.keys, self.values).transpose(1, 2).flatten(2))
+        return x + self.down_proj(nn.functional.silu(self.up_proj(x)))
+
+
+def decode(rows, adapters):
+    """A decode step of a tiny random model with an adapter a row."""
+    width, layers, randn = 256, 4, drawn(2)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block(width, rows, 64) for _ in range(layers))).requires_grad_(False)
+    A, B = ({name: randn(adapters, layers, 8, width) * 0.05 for name in ("q_proj", "v_proj")} for _ in range(2))
+    stack = t2l.AdapterStack(A, {name: side.mT.contiguous() for name, side in B.items()}, torch.ones(adapters))
+    t2l.attach(model, stack).set([row % adapters for row in range(rows)])
+    return functools.partial(model, randn(rows, 1, width))
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+#: Name -> what makes the call that is timed.
+CASES = {
+    "lora_add_ 8x8, 576, float32": functools.partial(lora_add, 8, 8, 576, F32),
+    "lora_add_ 64x64, 2048, bfloat16": functools.partial(lora_add, 64, 64, 2048, BF16),
+    "lora_add_ 512x8, 2048, bfloat16": functools.partial(lora_add, 512, 8, 2048, BF16),
+    "lora_delta 512x8, 576, forward and backward": functools.partial(backward, 512, 8, 576, F32),
+    "generate L float32, 1": functools.partial(generate, "L", F32, 1),
+    "generate L float32, 8": functools.partial(generate, "L", F32, 8),
+    "generate L bfloat16, 1": functools.partial(generate, "L", BF16, 1),
+    "generate M bfloat16, 8": functools.partial(generate, "M", BF16, 8),
+    "decode step, 1 row, 1 adapter": functools.partial(decode, 1, 1),
+    "decode step, 8 rows, 8 adapters": functools.partial(decode, 8, 8),
+}
+
+
+def elapsed(call, count):
+    """Microseconds a call, of ``count`` in a row."""
+    start = time.perf_counter_ns()
+    for _ in range(count):
+        call()
+    return (time.perf_counter_ns() - start) / 1e3 / count
+
+
+@functools.cache
+def prepared(name):
+    """A call, warmed up, and how many fill a sample."""
+    call = CASES[name]()
+    with torch.inference_mode("lora_delta" not in name):
+        call()
+        one = min(elapsed(call, 3) for _ in range(3))
+    return call, max(1, math.ceil(SAMPLE_US / one))
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed must not be taken for an answer
+    torch.set_num_threads(int(sys.argv[1]))
+
+    def answer(value):
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    answer({"package": os.path.dirname(t2l.__file__), "native": t2l.ops.NATIVE, "cases": list(CASES)})
+    gc.disable()
+    for line in sys.stdin:
+        name = json.loads(line)
+        call, count = prepared(name)
+        with torch.inference_mode("lora_delta" not in name):
+            call()
+            answer(elapsed(call, count))
+
+
+if __name__ == "__main__":
+    main()
