@@ -1,10 +1,10 @@
-"""Two trees beside each other, and the gate."""
+"""Two trees beside each other."""
 
 import pytest
 
-from bench import compare, gate
+from bench import compare
 from bench.compare import Compared
-from bench.harness import OURS, BenchError
+from bench.harness import BenchError
 from bench.source import ROOT
 from t2l_engine import ops
 
@@ -42,19 +42,3 @@ def test_a_worker_times_the_tree_it_runs_in(monkeypatch):
     assert found.old_us > 0 and found.new_us > 0
     with pytest.raises(BenchError, match="got 'no such case'"):
         compare.trees(str(ROOT), str(ROOT), 1, only="no such case")
-
-
-def test_gate():
-    def row(ours, threads=2, cache="warm", **others):
-        times = {name: {"median_us": us} for name, us in ({OURS: ours} | others).items()}
-        return {"record": "row", "case": "c", "cache": cache, "threads": threads, "times": times}
-
-    records = [{"record": "run"}, row(10.0, a=40.0, b=20.0), row(10.0, threads=1, a=1.0), row(10.0, cache=None)]
-    found = gate.ratios("apply", records)
-    assert found == {"apply: c, warm, all threads": 0.5, "apply: c, warm, 1 thread": 10.0}, (
-        "what has no baseline is left out"
-    )
-    known = {"apply: c, warm, all threads": 0.2, "apply: gone": 1.0}
-    faults = gate.faults(found, known, 2.0)
-    assert [text in fault for text, fault in zip(("gone", "all threads", "1 thread"), faults, strict=True)] == [True] * 3
-    assert gate.faults(found, found, 3.0) == []
