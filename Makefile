@@ -31,6 +31,8 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
 	$(BIN)/python -m bench report --check
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
