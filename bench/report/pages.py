@@ -239,7 +239,7 @@ def show(name: str) -> None:
     """Prints a table, in full width where not to a terminal; ResultError where there is none, or not what it is made of."""
     report = Report()
     if name not in report.tables:
-        raise ResultError(f"table: expected one of {', '.join(report.tables)}; got {name!r}")
+        raise ResultError(f"table: expected one of {', '.join(sorted(report.tables))}; got {name!r}")
     try:
         lines = report.lines(name)
     except Unavailable:

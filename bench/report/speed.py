@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 from bench.records import BASE, PREALLOCATED, Result, Row, ceiling_key, memory_verdict
 from bench.report.tables import Line, Make, Table, beside_base, beside_roofline, each, flat, table
@@ -132,12 +131,16 @@ def _ceilings(*results: Result) -> Iterator[Line]:
                 yield {"suite": result.run["suite"]} | what | rates | drift | peak
 
 
-def _of_any(kind: str) -> Callable[..., Any]:
-    return lambda *results: [flat(entry) for result in results for entry in result.others.get(kind, [])]
+def _of_any(kind: str, *fields: str) -> Make:
+    return lambda *results: [
+        {field: entry.get(field) for field in fields} for result in results for entry in result.others.get(kind, [])
+    ]
 
 
+_POWER = _of_any("energy", "case", "unit", "count", "us_each", "mj_each", "watts", "sm_mhz", "memory_mhz")
+_CHECK = _of_any("cross_check", "case", "cache", "ours_us", "do_bench_cudagraph_us")
 #: Tables that only runs of a card have.
 OF_A_CARD = (
-    Table("energy", "Power, clocks and millijoules on a card", SUITES, _of_any("energy")),
-    Table("cross-check", "Our times beside triton's do_bench_cudagraph", SUITES, _of_any("cross_check")),
+    Table("energy", "Power, clocks and millijoules on a card", SUITES, _POWER),
+    Table("cross-check", "Our times beside triton's do_bench_cudagraph", SUITES, _CHECK),
 )

@@ -188,7 +188,7 @@ def lengths(result: Result) -> Iterator[Line]:
     "study",
 )
 def wordings(result: Result) -> Iterator[Line]:
-    """``within``: variance of embeddings within a task, %; the next three: how often a held-out one is nearest to its task."""
+    """``within``: variance of embeddings within a task, %; the next three: how often one held out is nearest to its task."""
     (of,) = result.records("wordings")
     held, learned = (Part.of(result.others, name).column("t2l") for name in ("seen", "learned"))
     more = bounds("learned less held-out descriptions", interval([a - b for a, b in zip(learned, held, strict=True)]))
