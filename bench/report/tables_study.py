@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 from bench.records import Result
@@ -86,31 +86,34 @@ def _arms(result: Result) -> Iterator[Line]:
 @table("study-claims", "Claims of the study beside their targets, with 95 % intervals over tasks", "study")
 def _judged(result: Result) -> Iterator[Line]:
     """Targets were fixed before the runs; without what was not measured."""
-    for claim, target, found, met in _claims(result):
+    for claim, found, least, above_zero in _claims(result):
         if found is not None:
-            yield {"claim": claim, "target": target, **bounds("measured", found), "met": None if met is None else met(found)}
+            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero) or "reported"
+            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
+            yield {
+                "claim": claim,
+                "target": target,
+                **bounds("measured", found),
+                "met": None if target == "reported" else met,
+            }
 
 
-def _claims(result: Result) -> Iterator[tuple[str, str, Interval | None, Callable[[Interval], bool] | None]]:
+def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
+    """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
     seen, unseen, kept = (Part.of(result.others, name) for name in ("seen", "unseen", "reconstruction/16/train"))
-    name = "reconstruction of 16 adapters: oracle gain kept, %"
-    yield name, ">= 90", kept.share("t2l", "base"), lambda f: f.mean >= 90
+    yield "reconstruction of 16 adapters: oracle gain kept, %", kept.share("t2l", "base"), 90, False
     for ours, seed in SEEDS.items():
         for base in ("base", "icl"):
-            name = f"seen tasks with headroom: share of the oracle's gain over {ARMS[base]}{seed}, %"
-            yield name, ">= 80", seen.share(ours, base), lambda f: f.mean >= 80
+            claim = f"seen tasks with headroom: share of the oracle's gain over {ARMS[base]}{seed}, %"
+            yield claim, seen.share(ours, base), 80, False
     for ours, seed in SEEDS.items():
-        shuffled = unseen.gap(ours, f"{ours}-shuffled", "sibling")
-        yield f"siblings: matched less shuffled{seed}", ">= 20, interval > 0", shuffled, lambda f: f.mean >= 20 and f.low > 0
-        for theirs in ("base-description", "icl"):
-            name, found = f"siblings: T2L less {ARMS[theirs]}{seed}", unseen.gap(ours, theirs, "sibling")
-            yield name, "interval > 0", found, lambda f: f.low > 0
-        name, found = f"siblings: T2L less {ARMS[RIVAL]}{seed}", unseen.gap(ours, RIVAL, "sibling")
-        yield name, ">= -3", found, lambda f: f.mean >= -3
-    name = "siblings: T2L less multi-task LoRA, the description in both prompts"
-    yield name, ">= 0", unseen.gap("t2l-description", RIVAL, "sibling"), lambda f: f.mean >= 0
+        yield f"siblings: matched less shuffled{seed}", unseen.gap(ours, f"{ours}-shuffled", "sibling"), 20, True
+        for theirs, least, above_zero in (("base-description", None, True), ("icl", None, True), (RIVAL, -3, False)):
+            yield f"siblings: T2L less {ARMS[theirs]}{seed}", unseen.gap(ours, theirs, "sibling"), least, above_zero
+    claim = "siblings: T2L less multi-task LoRA, the description in both prompts"
+    yield claim, unseen.gap("t2l-description", RIVAL, "sibling"), 0, False
     for theirs in ("base-description", "icl", "t2l-shuffled"):
-        yield f"unseen skills: T2L less {ARMS[theirs]}", "reported", unseen.gap("t2l", theirs, "novel"), None
+        yield f"unseen skills: T2L less {ARMS[theirs]}", unseen.gap("t2l", theirs, "novel"), None, False
 
 
 def _tasks(part: str) -> Make:
