@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +141,6 @@ class Result:
             raise ResultError(f"{self.path.name}: no record of kind {kind!r}")
         return self.others[kind]
 
-    def ceilings(self, kind: str, when: str = "before") -> list[dict[str, Any]]:
-        return [c for c in self.records("ceiling") if (c["kind"], c["when"]) == (kind, when)]
-
     @property
     def unfinished(self) -> list[str]:
         """Tasks that the run began with and did not end: of a card, where the time ran out or one failed."""
@@ -150,8 +149,11 @@ class Result:
     @property
     def peaks_hold(self) -> bool:
         """Whether multiply-adds on registers were nowhere slower than products: else they are no peak, and not shown."""
-        gemm = {(c["dtype"], c["threads"]): c["gflops"] for c in self.ceilings("gemm")}
-        return all(c["gflops"] >= gemm.get((c["dtype"], c["threads"]), 0) for c in self.ceilings("fma"))
+        rates: dict[str, dict] = {"gemm": {}, "fma": {}}
+        for c in self.records("ceiling"):
+            if c["when"] == "before" and c["kind"] in rates:
+                rates[c["kind"]][c["dtype"], c["threads"]] = c["gflops"]
+        return all(rate >= rates["gemm"].get(key, 0) for key, rate in rates["fma"].items())
 
     def verdicts(self) -> list[Verdict]:
         """Everything that has a target: rows, memory of generating, memory of training steps."""
@@ -179,15 +181,14 @@ def read(path: Path) -> Result:
     """The file at ``path`` as it is; ResultError where a line is broken."""
     lines = path.read_text(encoding="utf-8").splitlines()
     rows, others, run = [], {}, None
-    fields = [f.name for f in dataclasses.fields(Row)]
+    fields = {f.name for f in dataclasses.fields(Row)}
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             if number == 1:
                 run = {"suite": entry["suite"], **entry}
             elif entry["record"] == "row":
-                optional = {"unit_us", "peak_gflops"} - entry.keys()
-                rows.append(Row(**{name: entry[name] for name in fields if name not in optional}))
+                rows.append(Row(**{name: entry[name] for name in fields & entry.keys()}))
             else:
                 others.setdefault(entry["record"], []).append(entry)
         except (KeyError, TypeError, json.JSONDecodeError) as e:
@@ -201,48 +202,41 @@ def load(path: Path) -> Result:
     """The result file at ``path``; ResultError where it cannot be believed or holds less than a whole run."""
     result = read(path)
     try:
-        _believe(result)
+        for fault in _faults(result):
+            raise ResultError(fault)
+    except ResultError as e:
+        raise ResultError(f"{path.name}: {e}") from e
     except (KeyError, TypeError) as e:
         raise ResultError(f"{path.name}: no result file of python -m bench: {type(e).__name__}: {e}") from e
     return result
 
 
-def _believe(result: Result) -> None:
-    name, run = result.path.name, result.run
-    suite, device = result.path.stem.removesuffix(CUDA), "cuda" if result.path.stem.endswith(CUDA) else "cpu"
-    size, on = run.get("size", "full"), run.get("device", "cpu")
-    if (run["suite"], size, on) != (suite, "full", device):
-        got = f"suite {run['suite']!r} of size {size!r} on {on!r}"
-        raise ResultError(f"{name}: expected suite {suite!r} of size 'full' on {device!r}, got {got}")
+def _faults(result: Result) -> Iterator[str]:
+    run, stem = result.run, result.path.stem
+    expected = (stem.removesuffix(CUDA), "full", "cuda" if stem.endswith(CUDA) else "cpu")
+    got = (run["suite"], run.get("size", "full"), run.get("device", "cpu"))
+    if got != expected:
+        yield "expected suite {!r} of size {!r} on {!r}".format(*expected) + ", got suite {!r} of size {!r} on {!r}".format(
+            *got
+        )
     if "--only" in run["command"]:
-        raise ResultError(f"{name}: expected a whole suite, got a part of it: {run['command']}")
+        yield f"expected a whole suite, got a part of it: {run['command']}"
     if result.rows and run["dirty"]:
-        raise ResultError(f"{name}: expected the run of a commit, got one with uncommitted changes on {run['commit']}")
-    if device == "cpu":
-        _whole(result)
-    seen = set()
+        yield f"expected the run of a commit, got one with uncommitted changes on {run['commit']}"
+    if expected[2] == "cpu":  # of a card the time may have run out
+        if result.unfinished:
+            yield f"expected a whole run, got one without: {', '.join(result.unfinished)}"
+        ceilings = result.others.get("ceiling", [])
+        before, after = ({ceiling_key(c) for c in ceilings if c["when"] == when} for when in ("before", "after"))
+        for key in sorted(before - after, key=str):
+            yield f"ceiling {' '.join(str(part) for part in key if part)} was not measured again: the run did not end"
+    for name, count in Counter(row.name for row in result.rows).items():
+        if count > 1:
+            yield f"{name}: two rows"
     for row in result.rows:
-        if row.name in seen:
-            raise ResultError(f"{name}: {row.name}: two rows")
-        seen.add(row.name)
         if row.error and not row.error["value"] <= row.error["bound"]:
-            value, bound = row.error["value"], row.error["bound"]
-            raise ResultError(f"{name}: {row.name}: error {value:g} is beyond its bound {bound:g}")
-    try:
-        result.verdicts()
-    except ResultError as e:
-        raise ResultError(f"{name}: {e}") from e
-
-
-def _whole(result: Result) -> None:
-    """ResultError where tasks did not end, or ceilings were not measured again at the end."""
-    if result.unfinished:
-        raise ResultError(f"{result.path.name}: expected a whole run, got one without: {', '.join(result.unfinished)}")
-    ceilings = result.others.get("ceiling", [])
-    before, after = ({ceiling_key(c) for c in ceilings if c["when"] == when} for when in ("before", "after"))
-    for key in sorted(before - after, key=str):
-        what = " ".join(str(part) for part in key if part is not None)
-        raise ResultError(f"{result.path.name}: ceiling {what} was not measured again: the run did not end")
+            yield f"{row.name}: error {row.error['value']:g} is beyond its bound {row.error['bound']:g}"
+    result.verdicts()
 
 
 def ceiling_key(entry: dict[str, Any]) -> tuple:

@@ -14,7 +14,8 @@ from bench.harness import OURS, BenchError, Context, VerificationError
 from bench.icl import costs, first, names, paper, questions
 from bench.models import MODULES, Step, decoder, shared
 from bench.records import Result, ResultError, read
-from bench.report import tables_icl
+from bench.report import figures, tables_icl
+from bench.report.pages import TABLES
 from bench.source import ROOT
 from bench.timing import Dry, Timing
 from t2l_engine import ops
@@ -227,7 +228,7 @@ def test_tasks_of_a_folder(tmp_path):
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-TABLES = {table.name: table for table in tables_icl.TABLES}
+ICL = [name for name in TABLES if name.startswith("icl-")]
 
 
 @pytest.fixture
@@ -253,46 +254,44 @@ def _task(name, trained, right, icl_ms=60.0):
         for arm in ms
     }
     about = {"task": name, "trained": trained, "reworded": {"Do so.": 20.0}, "questions": 50, "arms": arms}
-    times = {"generate_us": 10e3, "merge_us": 4e3, "fill_us": 30e3, "tokens": {"icl": 100, "t2l": 40.0}}
+    times = {"dtype": "bfloat16", "generate_us": 10e3, "merge_us": 4e3, "fill_us": 30e3, "tokens": {"icl": 100, "t2l": 40.0}}
     return about | times | {"same_answers": {"icl-warm": 49, "t2l-merged": 48}}
 
 
 def test_costs_say_when_an_adapter_costs_less(result):
-    lines = {(line["model"], line["lengths"]): line for line in TABLES["icl-costs"].lines([result])}
+    lines = {(line["model"], line["workload"]): line for line in TABLES["icl-costs"].lines([result])}
     line = lines["Mistral-7B", "paper"]
     assert line["to the first token, ICL / T2L"] == pytest.approx(4.90, abs=0.01)
-    assert line["T2L per task below ICL, warm cache, questions from"] == 5
-    assert line["T2L per request below ICL, warm cache, questions from"] is None
+    assert line["questions won t2l-task icl-warm"] == [5, None] and line["questions won t2l-request icl-warm"] is None
     bare = lines["Mistral-7B", "humaneval"]
-    assert bare["to the first token, ICL / T2L"] < 1 and bare["T2L per task below ICL, cold cache, questions from"] is None
+    assert bare["to the first token, ICL / T2L"] < 1 and bare["questions won t2l-task icl-cold"] is None
 
 
 def test_phases_add_up_and_no_cell_of_the_paper_is_within_its_rounding(result):
-    for line in TABLES["icl-phases"].lines([result])[:6]:
-        parts = [line[f"{phase}, GFLOP"] or 0 for phase in tables_icl.PHASES]
-        assert line["sum, GFLOP"] == pytest.approx(sum(parts))
+    for line in TABLES["icl-ways"].lines([result]):
+        assert line["first"] == sum(line[head] or 0 for head in figures.PHASES)
     assert [line["within its rounding"] for line in TABLES["icl-paper"].lines([result])] == [False] * 5
 
 
 def test_real_tasks_show_accuracy_beside_time(result):
     lines = {line["task"]: line for line in TABLES["icl-questions"].lines([result])}
     trained = lines["mean of 2 trained tasks"]
-    assert (trained["accuracy, icl, %"], trained["accuracy, t2l-task, %"]) == (60.0, 70.0)
+    assert (trained["icl accuracy"], trained["t2l-task accuracy"]) == (60.0, 70.0)
     assert lines["gsm8k"]["group"] == tables_icl.BENCHMARK and lines["mean of 1 tasks never trained on"]["questions"] == 50
     # ICL 60 ms, cold 30 once and 45, warm 45; T2L 10 once and 44
     copy = lines["copy_last"]
     ratios = [copy[f"all questions, {rival} / T2L"] for rival in tables_icl.RIVALS]
     assert ratios == pytest.approx([3000 / 2210, 2280 / 2210, 2250 / 2210])
     assert copy["first token of the first question, ICL / T2L"] == pytest.approx(30 / 32)
-    assert [copy[f"T2L ahead of {rival}, questions from"] for rival in tables_icl.RIVALS] == [1, 1, 11]
-    assert lines["choose"]["T2L ahead of icl, questions from"] is None  # slower at any number of questions
+    assert [copy[f"questions won {rival}"] for rival in tables_icl.RIVALS] == [(1, None), (1, None), (11, None)]
+    assert lines["choose"]["questions won icl"] is None  # slower at any number of questions
     (glance,) = (
         line for line in TABLES["icl-summary"].lines([result]) if line["what"].startswith("SmolLM2-135M, 2 trained")
     )
     assert (glance["accuracy, ICL, %"], glance["accuracy, T2L, %"]) == (60.0, 70.0)
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", ICL)
 def test_every_table_has_lines_and_a_missing_kind_is_named(name, result):
     (source,) = TABLES[name].sources
     result = result if source == "icl" else read(ROOT / "bench" / "results" / f"{source}.jsonl")

@@ -1,6 +1,7 @@
 """Pages, tables and figures from result files: nothing is edited by hand, nothing is old, no loss is left out."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.records import ResultError, load, memory_verdict, read
-from bench.report import cells, figures, pages
+from bench.records import Result, ResultError, load, memory_verdict
+from bench.report import cells, figures, pages, tables
 from bench.report.pages import Report
 from bench.source import ROOT, bundled
 
-LORA = "serve_64x64, 1 thread, warm"
+LORA, DECODE = "serve_64x64, 1 thread, warm", "decode 8 rows, q,v, float32"
+MANY = "mistral-7b M bfloat16, 64 descriptions"
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def root(tmp_path):
 @pytest.fixture
 def written(root, monkeypatch):
     """The same, written, with figures that cost no drawing."""
-    monkeypatch.setattr(figures, "svg", lambda name, results, stamp: stamp)
+    monkeypatch.setattr(figures, "svg", figures.stamp)
     assert Report(root).write() == []
     return root
 
@@ -48,11 +50,9 @@ def change(root, name, how):
     path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
 
 
-def row(found, name=LORA):
-    """The record of a row by case, threads and cache."""
-    case, threads, cache = name.rsplit(", ", 2)
-    of = [r for r in found if r["record"] == "row" and (r["case"], r["cache"]) == (case, cache)]
-    return next(r for r in of if r["threads"] == int(threads.split()[0]))
+def row(found, case="serve_64x64", threads=1, cache="warm"):
+    """The record of a row."""
+    return next(r for r in found if (r.get("case"), r.get("threads"), r.get("cache")) == (case, threads, cache))
 
 
 def problems(root, text):
@@ -91,7 +91,7 @@ def test_markers_of_blocks(written):
 
 
 def test_what_nothing_makes_is_found_and_removed(written):
-    strange = [written / pages.FIGURES / "old.svg", written / pages.PAGES / "tables" / "old.csv"]
+    strange = [written / pages.DRAWN / "old.svg", written / pages.PAGES / "tables" / "old.csv"]
     for path in strange:
         path.touch()
     assert len(problems(written, "nothing makes this file")) == 2
@@ -103,30 +103,33 @@ def test_missing_result_is_named_once(written):
     assert Report(written).check() == ["bench/results/apply.jsonl: missing; run: python -m bench apply"]
 
 
-@pytest.mark.parametrize("name", [name for name, source in pages.SOURCES.items() if source.bundled])
+@pytest.mark.parametrize("name", pages.BUNDLED)
 def test_results_of_another_checkpoint_are_found(written, name):
     edit(written / pages.RESULTS / f"{name}.jsonl", bundled(), "0" * 64)
     assert problems(written, f"bench/results/{name}.jsonl: not of the bundled checkpoint")
 
 
 def test_stale_figures_are_found(written):
-    change(written, "generate", lambda found: found[0].update(date="2030-01-01"))
-    old = {problem.split(":")[0] for problem in problems(written, "older")}
-    assert old == {f"docs/figures/{name}.svg" for name, of in figures.FIGURES.items() if "generate" in of.sources}
-    (written / pages.FIGURES / "decode.svg").unlink()
-    assert problems(written, "docs/figures/decode.svg: missing")
+    change(written, "apply", lambda found: row(found, DECODE, 2, None)["times"]["base"].update(median_us=1.0))
+    old = "docs/figures/decode.svg: older than its data or drawing; run: python -m bench report"
+    assert problems(written, "docs/figures") == [old]
+    (written / pages.DRAWN / "decode.svg").unlink()
+    assert problems(written, "docs/figures") == ["docs/figures/decode.svg: missing; run: python -m bench report"]
 
 
 def test_figures_follow_their_code(written, monkeypatch):
-    monkeypatch.setattr(figures, "drawing_version", lambda name: "another")
+    monkeypatch.setattr(figures, "__file__", __file__)
     assert len(problems(written, "older than its data or drawing")) == len(figures.FIGURES)
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_figures_are_deterministic(name):
-    results = Report().of(figures.FIGURES[name].sources)
-    first, second = (figures.svg(name, results, "stamp of the data") for _ in range(2))
-    assert first == second and "stamp of the data" in first
+def test_figures_are_deterministic_and_on_a_page(name):
+    lines = Report().lines(figures.FIGURES[name][1])
+    first, second = (figures.svg(name, lines) for _ in range(2))
+    assert first == second and figures.stamp(name, lines) in first
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / pages.PAGES).glob("*.md")]
+    assert sum(f"(../figures/{name}.svg)" in text for text in texts) == 1
+    assert all(text.count("](../figures/") <= 1 for text in texts)
 
 
 def test_every_table_is_a_csv_that_a_page_links(written):
@@ -150,11 +153,7 @@ def test_every_table_is_a_csv_that_a_page_links(written):
         (lambda r: r.grid("lora", ["us"]), "at most 8 columns and 15 lines"),
         (lambda r: r.grid("lora", {f"us {i}": "us" for i in range(9)}, first=1), "at most 8 columns and 15 lines"),
         (lambda r: r.value("lora", "us", {"tokens": 64}), "expected one"),
-        (
-            lambda r: r.value("generate", "over eager", {"case": "mistral-7b M bfloat16, 64 descriptions, beside one"}),
-            "eager",
-        ),
-        (lambda r: r.figure("none", ""), "'none'"),
+        (lambda r: r.value("generate", "over eager", {"case": f"{MANY}, beside one"}), "eager"),
     ],
 )
 def test_what_is_not_there_is_refused_by_name(ask, says):
@@ -170,22 +169,37 @@ def test_a_page_without_its_row_is_a_problem(written):
 def test_a_table_is_printed(capsys):
     pages.show("model")
     shown = capsys.readouterr().out
-    assert "decode 8 rows, q,v, float32" in shown and "57.5" in shown and "threads: 2" in shown
-    with pytest.raises(ResultError, match="expected one of generate, .*; got 'none'"):
+    assert DECODE in shown and "57.5" in shown and "threads: 2" in shown
+    with pytest.raises(ResultError, match="expected one of backward, .*; got 'none'"):
         pages.show("none")
 
 
 def test_cells():
     assert [cells.number(x) for x in (1234.5, 12.345, 0.012345, 0, None)] == ["1,234", "12.3", "0.0123", "0", cells.GAP]
     assert [cells.duration(us) for us in (3.62, 1500, 2.5e6)] == ["3.62 us", "1.50 ms", "2.50 s"]
-    assert [cells.cell(v) for v in (True, False, cells.Times(2), cells.Times(0.5))] == [
-        "yes",
-        "**no**",
-        "2.00 x",
-        "**0.500 x**",
-    ]
-    assert [cells.plain(v) for v in (True, None, 1.23456, 123456.7, "x")] == ["yes", "", "1.235", "123457", "x"]
-    assert cells.size(3 * 2**20) == "3.00 MiB"
+    shown = ["yes", "**no**", "2.00 x", "**0.500 x**"]
+    assert [cells.cell(v) for v in (True, False, cells.Times(2), cells.Times(0.5))] == shown
+    texts = ["yes", "", "1.235", "123457", "x", "5 -"]
+    assert [cells.plain(v) for v in (True, None, 1.23456, 123456.7, "x", [5, None])] == texts
+    made = cells.grid(["a", "b", "c"], [["1 x", 2, True], ["3", None, False]])  # numbers are set to the right
+    assert made == "| a | b | c |\n|---|---:|---|\n| 1 x | 2 | yes |\n| 3 | – | **no** |"
+
+
+def test_lines_of_records():
+    entry = {"record": "k", "model": "m", "shots": [0, 1], "ratio": {"icl": [3.0, 4.0]}, "cosines": [1, 2, 3]}
+    result = Result(Path("x.jsonl"), {}, (), {"k": [entry]})
+    assert tables.each("k", "cosines")(result) == [{"model": "m", "shots": [0, 1], "ratio icl": [3.0, 4.0]}]
+    lines = [{"model": "m", "shots": 0, "ratio icl": 3.0}, {"model": "m", "shots": 1, "ratio icl": 4.0}]
+    assert list(tables.series("k", "cosines")(result)) == lines
+
+
+def test_lines_that_differ_have_the_headings_of_all():
+    made = tables.Table("t", "", (), lambda: [{"a": 1, "c": 2}, {"a": 3, "b": 4, "c": 5}, {"d": 6}])
+    heads, none = ["d", "a", "b", "c"], None
+    expected = [[none, 1, none, 2], [none, 3, 4, 5], [6, none, none, none]]
+    assert made.lines([]) == [dict(zip(heads, values, strict=True)) for values in expected]
+    with pytest.raises(ResultError, match="nothing for table 't'"):
+        tables.Table("t", "", (), lambda: []).lines([])
 
 
 # --- targets, misses and losses --------------------------------------------------------------------------------------
@@ -197,9 +211,7 @@ def test_misses_are_the_unmet_targets(root):
     judged = [v for name in ("generate", "apply", "train", "icl") for v in report.results[name].verdicts()]
     missed = [v for v in judged if v.value > v.limit]
     lines = report.lines("misses")
-    assert {(line["group"], line["case"]) for line in lines} == {(v.group, v.name) for v in missed} and len(lines) == len(
-        missed
-    )
+    assert sorted((line["group"], line["case"]) for line in lines) == sorted((v.group, v.name) for v in missed)
     assert lines[0]["group"] == "memory" and lines[0]["over by %"] == pytest.approx(100 * (5000 / 521.9 / 1.2 - 1))
     assert [line["over by %"] for line in lines] == sorted((line["over by %"] for line in lines), reverse=True)
     assert report.value("totals", "missed", {"suite": "all"}) == len(missed)
@@ -207,11 +219,8 @@ def test_misses_are_the_unmet_targets(root):
 
 def test_a_loss_reaches_the_readme(root):
     before = Report(root).lines("totals", {"suite": "all"})[0]
-    change(
-        root,
-        "apply",
-        lambda found: row(found)["times"]["mm loop"].update(median_us=row(found)["times"]["ours"]["median_us"] / 2),
-    )
+    ours = Report(root).row("apply", LORA).us
+    change(root, "apply", lambda found: row(found)["times"]["mm loop"].update(median_us=ours / 2))
     report = Report(root)
     assert report.lines("losses")[0]["baseline"] == "mm loop" and report.lines("losses")[0]["ours / baseline"] == 2
     assert report.lines("beaten", {"baseline": "mm loop"})[0]["case"] == LORA
@@ -225,19 +234,15 @@ def test_the_model_without_adapters_is_nobodys_competitor():
 
 
 def test_skipped_baselines_say_why():
-    said = [line["skipped"] for line in Report().lines("linear", {"case": "linear_64x64"})]
-    assert said == [
-        "merged: holds one adapter; the batch has several; PEFT single: holds one adapter; the batch has several"
-    ]
+    why = "holds one adapter; the batch has several"
+    assert Report().value("linear", "skipped", {"case": "linear_64x64"}) == f"merged: {why}; PEFT single: {why}"
 
 
-def test_targets_of_what_a_row_holds(root):
-    rows = {r.name: r for r in Report(root).results["generate"].rows}
-    one = rows["mistral-7b L bfloat16, 1 description, 2 threads"]
-    many = rows["mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"]
+def test_targets_of_what_a_row_holds():
+    report, many = Report(), "mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"
+    one, lora = report.row("generate", "mistral-7b L bfloat16, 1 description, 2 threads"), report.row("apply", LORA)
     assert one.verdict.limit == pytest.approx(one.target["ratio"] * one.roofline["us"])
-    assert many.verdict.limit == pytest.approx(64 * one.us)
-    lora = next(r for r in Report(root).results["apply"].rows if r.name == LORA)
+    assert report.row("generate", many).verdict.limit == pytest.approx(64 * one.us)
     assert lora.verdict.limit == pytest.approx(1.5 * lora.roofline["us"] + 3)
 
 
@@ -248,16 +253,10 @@ def test_memory_of_training_steps_is_judged_by_the_hooks():
     assert not memory_verdict(entry | {"target": {"ratio": 1.26}}).met
 
 
-def test_calls_from_the_host_are_compared_with_ours_called_so(root):
-    graph, host = {"graph": True, "iqr_us": 0.0}, {"graph": False, "iqr_us": 0.0}
-    times = {
-        "ours": graph | {"median_us": 10.0},
-        "ours, from the host": host | {"median_us": 30.0},
-        "graphed": graph | {"median_us": 20.0},
-        "called": host | {"median_us": 45.0},
-    }
-    change(root, "apply", lambda found: row(found).update(times=times))
-    measured = next(r for r in read(root / pages.RESULTS / "apply.jsonl").rows if r.name == LORA)
+def test_calls_from_the_host_are_compared_with_ours_called_so():
+    us = {"ours": (True, 10.0), "ours, from the host": (False, 30.0), "graphed": (True, 20.0), "called": (False, 45.0)}
+    times = {name: {"graph": graph, "median_us": median, "iqr_us": 0.0} for name, (graph, median) in us.items()}
+    measured = dataclasses.replace(Report().row("apply", LORA), times=times)
     assert measured.rivals() == {"graphed": 2.0, "called": 1.5}
 
 
@@ -281,7 +280,7 @@ def _after(found):
         (lambda r: r[0].update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
         (lambda r: r[0].update(tasks=["lora", "model"]), "without: lora, model"),
         (lambda r: row(r).update(target={"ratio": 1.0, "of": "base"}), "a target of 'base', which the file does not hold"),
-        (lambda r: row(r).pop("times"), "KeyError: 'times'"),
+        (lambda r: row(r).pop("times"), "TypeError: Row.__init__() missing 1 required positional argument: 'times'"),
         (lambda r: r.remove(_after(r)), "was not measured again"),
         (lambda r: r.pop(0), "KeyError: 'suite'"),
     ],

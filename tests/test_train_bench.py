@@ -9,7 +9,7 @@ import torch
 from bench import records
 from bench.harness import Context, VerificationError, verify
 from bench.records import BASE, HOOKS, OURS, ResultError
-from bench.report import tables_train
+from bench.report.pages import TABLES
 from bench.suites import train
 from bench.suites import train_ways as ways
 from bench.suites.train_ways import BMM, HOOKS_PEFT, SAMPLES, Batch, Case
@@ -162,24 +162,23 @@ def lines(tmp_path):
         file = tmp_path / "train.jsonl"
         head = {"record": "run", "suite": "train", "size": "full", "device": "cpu", "command": "", "dirty": False}
         file.write_text("".join(json.dumps(one) + "\n" for one in [head, *made["rows"], *made["memory"], *made["parts"]]))
-        return {t.name: t for t in tables_train.TABLES}[table].lines([records.load(file)])
+        return TABLES[table].lines([records.load(file)])
 
     return make
 
 
 def test_steps_and_memory(lines):
-    few, many = lines("train-summary")
+    few, many = lines("train")
     assert (few["x base"], few["met"], many["x base"], many["met"]) == (1.08, True, 1.2, False)
     assert (few["hooks / ours, time"], few["hooks / ours, peak memory"], few["memory met"]) == (2.0, 1.6, True)
-    few = lines("train")[0]
     assert (few["hooks ms"], few["hooks x base"], few["plain bmm x base"]) == (216.0, 2.16, 1.04)
 
 
 def test_memory(lines):
-    few, many = lines("train-memory", lambda made: made["memory"][1]["ways"][OURS].update(peak_mib=1500.0))
+    few, many = lines("train", lambda made: made["memory"][1]["ways"][OURS].update(peak_mib=1500.0))
     assert (few["ours peak MiB"], few["ours of the step MiB"], few["hooks of the step MiB"]) == (1000.0, 200.0, 800.0)
-    assert (few["hooks / ours, peak"], few["hooks / ours, of the step"], few["met"]) == (1.6, 4.0, True)
-    assert many["hooks / ours, peak"] == 1600 / 1500 and not many["met"]
+    assert (few["hooks / ours, peak memory"], few["hooks / ours, memory of the step"], few["memory met"]) == (1.6, 4.0, True)
+    assert many["hooks / ours, peak memory"] == 1600 / 1500 and not many["memory met"]
 
 
 def test_a_skipped_way_says_why(lines):
@@ -188,14 +187,14 @@ def test_a_skipped_way_says_why(lines):
             del entry["ways"][HOOKS_PEFT]
             entry["skipped"] = {HOOKS_PEFT: "peft is not installed"}
 
-    found = lines("train-memory", without)
-    assert f"{HOOKS_PEFT} peak MiB" not in found[0] and found[0]["skipped"] == f"{HOOKS_PEFT}: peft is not installed"
+    found = lines("train", without)
+    assert f"{HOOKS_PEFT} peak MiB" not in found[0] and found[0]["memory skipped"] == f"{HOOKS_PEFT}: peft is not installed"
 
 
 def test_hypernetworks_and_libraries(lines):
     (whole,) = lines("train-hypernetworks")
     assert (whole["base ms"], whole["ms"], whole["x base"], whole["hypernetwork ms"]) == (100.0, 125.0, 1.25, 12.5)
-    assert whole["model and adapters %"] == pytest.approx(86.4) and whole["clip and AdamW %"] == pytest.approx(3.2)
+    assert whole["model %"] == pytest.approx(86.4) and whole["update %"] == pytest.approx(3.2)
     (library,) = lines("train-library")
     assert library["ms a task"] == 75.0 and library["over one task at a time"] == pytest.approx(1.1)
 
@@ -203,10 +202,10 @@ def test_hypernetworks_and_libraries(lines):
 @pytest.mark.parametrize(
     "table, change, says",
     [
-        ("train-memory", lambda made: made["memory"].clear(), "'train_memory'"),
-        ("train-summary", lambda made: made["memory"].pop(), CASES[1]),
-        ("train-summary", lambda made: made["memory"][0]["ways"].pop(HOOKS), "'hooks'"),
-        ("train-memory", lambda made: made["memory"][0]["ways"][HOOKS].update(peak_mib=700.0), "above the 800 .*, got 700"),
+        ("train", lambda made: made["memory"].clear(), "'train_memory'"),
+        ("train", lambda made: made["memory"].pop(), CASES[1]),
+        ("train", lambda made: made["memory"][0]["ways"].pop(HOOKS), "'hooks'"),
+        ("train", lambda made: made["memory"][0]["ways"][HOOKS].update(peak_mib=700.0), "above the 800 .*, got 700"),
         ("train-hypernetworks", lambda made: made["parts"][0]["parts"].pop("hypernetwork"), "'hypernetwork'"),
     ],
     ids=["no memory", "a case", "a way", "a peak", "a part"],
@@ -221,5 +220,7 @@ def test_shares_of_the_gain(tmp_path):
     made = [{"record": "run", "suite": "learn"}]
     made += [{"record": "arm", "arm": arm, "exact_match": match, "loss": loss} for arm, (match, loss) in scores.items()]
     (tmp_path / "learn.jsonl").write_text("".join(json.dumps(one) + "\n" for one in made))
-    found = {t.name: t for t in tables_train.TABLES}["learn"].lines([records.read(tmp_path / "learn.jsonl")])
-    assert [line["of the gain %"] for line in found] == [None, None, 75.0] and found[2]["of the gain in loss %"] == 75.0
+    found = TABLES["learn"].lines([records.read(tmp_path / "learn.jsonl")])
+    assert [line["exact match, % of the gain"] for line in found] == [None, None, 75.0] and found[2][
+        "loss, % of the gain"
+    ] == 75.0

@@ -6,8 +6,7 @@ Tables hold raw values, in the unit of their heading.  CSV files get four digits
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 GAP = "–"
@@ -26,15 +25,6 @@ def number(x: float | None, digits: int = 3) -> str:
     return f"{x:,.{0 if x == 0 else max(0, digits - 1 - math.floor(math.log10(abs(x))))}f}"
 
 
-def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{number(count)} {unit}"
-        count /= 1024
-    return f"{number(count)} GiB"
-
-
 def duration(us: float) -> str:
     """Microseconds in the unit that suits them."""
     for unit, scale in (("us", 1), ("ms", 1e3)):
@@ -45,11 +35,6 @@ def duration(us: float) -> str:
 
 def times(x: float) -> str:
     return f"{number(x)} x"
-
-
-def percent(x: float) -> str:
-    """A share of 1 in per cent."""
-    return f"{100 * x:.0f} %"
 
 
 def cell(value: Any) -> str:
@@ -67,16 +52,16 @@ def plain(value: Any) -> str:
     """A value for a CSV file."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else _whole(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
+    if isinstance(value, list | tuple):
+        return " ".join("-" if v is None else str(v) for v in value)
+    return "" if value is None else str(value)
 
 
-def _whole(value: Any) -> str:
-    return f"{value:.0f}" if isinstance(value, float) else str(value)
-
-
-def grid(heads: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns of figures are set to the right."""
-    lines = [[text.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ") for text in line] for line in lines]
-    figures = [all(re.match(r"\**[\d–+-]", line[i]) for line in lines) for i in range(len(heads))]
-    text = ["| " + " | ".join(row) + " |" for row in (heads, *lines)]
-    return "\n".join([text[0], "|" + "|".join("---:" if f else "---" for f in figures) + "|", *text[1:]])
+def grid(heads: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table; columns of numbers are set to the right."""
+    sides = ["---" if any(isinstance(line[i], str | bool) for line in lines) else "---:" for i in range(len(heads))]
+    texts = [[cell(v).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ") for v in line] for line in lines]
+    head, *rest = ("| " + " | ".join(row) + " |" for row in (heads, *texts))
+    return "\n".join([head, f"|{'|'.join(sides)}|", *rest])

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,31 @@ import jinja2
 from rich.console import Console
 
 from bench.records import CUDA, Result, ResultError, Row, load
-from bench.report import cells, figures, speed, tables, tables_icl, tables_study, tables_train
-from bench.report.tables import Line, Table
+from bench.report import cells, figures, speed, tables, tables_icl, tables_study, tables_train  # noqa: F401
+from bench.report.figures import FIGURES
+from bench.report.tables import TABLES, Line, Table
 from bench.source import ROOT, bundled
 
 TEMPLATES = Path(__file__).parent / "templates"
-RESULTS, PAGES, FIGURES = Path("bench", "results"), Path("docs", "results"), Path("docs", "figures")
+RESULTS, PAGES, DRAWN = Path("bench", "results"), Path("docs", "results"), Path("docs", "figures")
 #: A block of a document between markers of this name, made from the template of that name.
 BLOCKS = {"speed": "README.md", "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md"}
 #: What a page may show of a table; the whole is its CSV.
 MOST_COLUMNS, MOST_LINES = 8, 15
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What makes a result file, and whether that says something of the bundled checkpoint."""
-
-    command: str
-    bundled: bool = False
-
-
+#: What makes a result file.
 SOURCES = {
-    "generate": Source("python -m bench generate"),
-    "apply": Source("python -m bench apply"),
-    "train": Source("python -m bench train"),
-    "icl": Source("python -m bench icl --tasks TASKS", bundled=True),
-    "learn": Source("python -m bench learn --work WORK --library LIBRARY"),
-    "study": Source("python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK", bundled=True),
-    "lengths": Source("python -m bench lengths"),
-    "kernels": Source("python -m bench kernels --write"),
+    "generate": "python -m bench generate",
+    "apply": "python -m bench apply",
+    "train": "python -m bench train",
+    "icl": "python -m bench icl --tasks TASKS",
+    "learn": "python -m bench learn --work WORK --library LIBRARY",
+    "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
+    "lengths": "python -m bench lengths",
+    "kernels": "python -m bench kernels --write",
 }
-MODULES = (speed, tables_train, tables_icl, tables_study)  # each with its TABLES
-TABLES: dict[str, Table] = {table.name: table for module in MODULES for table in module.TABLES}
+#: Results that say something of the bundled checkpoint.
+BUNDLED = ("icl", "study")
+AGAIN = "run: python -m bench report"
 
 
 class Unavailable(ResultError):
@@ -62,22 +54,21 @@ class Report:
     def __init__(self, root: Path = ROOT):
         self.root = root
         self.problems: list[str] = []
-        self.results = {name: self._load(name, source) for name, source in SOURCES.items()}
-        self.tables = dict(TABLES)
+        self.results = {name: self._load(name, command) for name, command in SOURCES.items()}
         for path in sorted((root / RESULTS).glob(f"*{CUDA}.jsonl")):
             self.results[path.stem] = self._load(path.stem, SOURCES[path.stem.removesuffix(CUDA)])
-        self.tables |= {table.name: table for table in map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD]) if table}
+        self.tables = TABLES | {t.name: t for t in map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD]) if t}
         self._lines = functools.cache(self._lines)
 
-    def _load(self, name: str, source: Source) -> Result | None:
+    def _load(self, name: str, command: str) -> Result | None:
         place = (RESULTS / f"{name}.jsonl").as_posix()
         try:
             result = load(self.root / place)
-            if source.bundled and result.run.get("checkpoint") != bundled():
-                self.problems.append(f"{place}: not of the bundled checkpoint; run: {source.command}")
+            if name in BUNDLED and result.run.get("checkpoint") != bundled():
+                self.problems.append(f"{place}: not of the bundled checkpoint; run: {command}")
             return result
         except FileNotFoundError:
-            self.problems.append(f"{place}: missing; run: {source.command}")
+            self.problems.append(f"{place}: missing; run: {command}")
         except ResultError as e:
             self.problems.append(f"bench/results/{e}")
         return None
@@ -85,14 +76,11 @@ class Report:
     def _of_a_card(self, table: Table) -> Table | None:
         """The same table from runs of a card, or None where none of them holds what it shows."""
         sources = tuple(name for source in table.sources if self.results.get(name := source + CUDA))
-        if not sources:
-            return None
         made = dataclasses.replace(table, name=table.name + CUDA, sources=sources)
         try:
-            made.lines(self.of(sources))
+            return made if sources and made.lines(self.of(sources)) else None
         except ResultError:
             return None
-        return made
 
     def of(self, names: Sequence[str]) -> list[Result]:
         """The results of these names; Unavailable where one is missing or refused."""
@@ -106,18 +94,22 @@ class Report:
     def lines(self, name: str, where: Mapping[str, Any] | None = None) -> list[Line]:
         """The lines of a table in which the columns of ``where`` have the value, or one of the list, that it gives."""
         lines = self._lines(name)
+        self._expect_columns(name, lines, where or ())
         for head, wanted in (where or {}).items():
-            if head not in lines[0]:
-                raise ResultError(f"table {name!r} has no column {head!r}; it has: {', '.join(lines[0])}")
             lines = [line for line in lines if line[head] in (wanted if isinstance(wanted, list) else [wanted])]
-            if not lines:
-                raise ResultError(f"table {name!r} has no line with {where}")
+        if not lines:
+            raise ResultError(f"table {name!r} has no line with {where}")
         return lines
 
     def _lines(self, name: str) -> list[Line]:
         if name not in self.tables:
             raise ResultError(f"no table is named {name!r}")
         return self.tables[name].lines(self.of(self.tables[name].sources))
+
+    def _expect_columns(self, name: str, lines: Sequence[Line], heads: Iterable[str]) -> None:
+        for head in heads:
+            if head not in lines[0]:
+                raise ResultError(f"table {name!r} has no column {head!r}; it has: {', '.join(lines[0])}")
 
     def grid(
         self,
@@ -129,13 +121,11 @@ class Report:
         """A part of a table in Markdown: ``columns``, under other headings where a mapping gives them."""
         heads = columns if isinstance(columns, Mapping) else {head: head for head in columns}
         lines = self.lines(name, where)[:first]
-        unknown = [head for head in heads.values() if head not in lines[0]]
-        if unknown:
-            raise ResultError(f"table {name!r} has no column {unknown[0]!r}; it has: {', '.join(lines[0])}")
+        self._expect_columns(name, lines, heads.values())
         if len(heads) > MOST_COLUMNS or len(lines) > MOST_LINES:
             most = f"at most {MOST_COLUMNS} columns and {MOST_LINES} lines"
             raise ResultError(f"table {name!r}: expected {most} on a page, got {len(heads)} and {len(lines)}")
-        return cells.grid(list(heads), [[cells.cell(line[head]) for head in heads.values()] for line in lines])
+        return cells.grid(list(heads), [[line[head] for head in heads.values()] for line in lines])
 
     def value(self, name: str, column: str, where: Mapping[str, Any] | None = None) -> Any:
         """The one value of a column in the one line that ``where`` leaves."""
@@ -145,11 +135,6 @@ class Report:
         if lines[0].get(column) is None:
             raise ResultError(f"table {name!r} has no {column!r} in the line with {where}")
         return lines[0][column]
-
-    def figure(self, name: str, text: str) -> str:
-        if name not in figures.FIGURES:
-            raise ResultError(f"no figure is named {name!r}")
-        return f"![{text}](../figures/{name}.svg)"
 
     def row(self, source: str, name: str) -> Row:
         """The row of a result file that has this name: case, threads, cache."""
@@ -162,37 +147,27 @@ class Report:
         """The run of a result file."""
         return self.of([name])[0].run
 
-    def provenance(self, names: Sequence[str]) -> list[str]:
-        """Machine, versions, and of every result command, date and commit: a sentence for each machine."""
-        runs: dict[str, list[str]] = {}
-        for run in (result.run for result in self.of(names)):
-            machine = run["machine"]
-            facts = [machine.get("gpu") or machine["cpu"], f"{machine['cores']} cores", f"{machine['threads']} threads"]
-            facts += [machine["isa"], *(f"{what} {version}" for what, version in run["versions"].items() if version)]
-            commit = f"{run['commit']}{' with uncommitted changes' if run['dirty'] else ''}"
-            runs.setdefault(", ".join(facts), []).append(f"`{run['command']}` ({run['date']}, commit {commit})")
-        return [f"{facts}: {', '.join(commands)}" for facts, commands in runs.items()]
-
     # --- what is written ----------------------------------------------------------------------------------------------
 
-    @property
+    @functools.cached_property
     def environment(self) -> jinja2.Environment:
-        loader = jinja2.FileSystemLoader(TEMPLATES)
         made = jinja2.Environment(
-            loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
         )
-        made.globals |= {
-            name: getattr(self, name) for name in ("grid", "lines", "value", "row", "figure", "run", "provenance")
-        }
+        made.globals |= {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "run")}
         made.globals |= {"tables": self.tables, "results": self.results}
-        made.filters |= {name: getattr(cells, name) for name in ("number", "size", "duration", "times", "percent")}
+        made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
         return made
 
     def texts(self) -> dict[Path, str]:
         """Every document with what it is made of, by its place under the root."""
         out = {}
-        for template in sorted((TEMPLATES / "results").glob("*.md.j2")):
-            out[PAGES / template.name.removesuffix(".j2")] = self._try(f"results/{template.name}", self._render)
+        for template in TEMPLATES.glob("results/*.md.j2"):
+            out[PAGES / template.stem] = self._try(f"results/{template.name}", self._render)
         for name, document in BLOCKS.items():
             out[Path(document)] = self._try(f"{name}.md.j2", functools.partial(self._block, name, document))
         for name in self.tables:
@@ -205,10 +180,9 @@ class Report:
             return make(name)
         except Unavailable:
             return None
-        except ResultError as e:
-            self.problems.append(f"{name}: {e}")
-        except (jinja2.TemplateError, TypeError, ValueError) as e:
-            self.problems.append(f"{name}: {type(e).__name__}: {e}")
+        except (ResultError, jinja2.TemplateError, TypeError, ValueError) as e:
+            kind = "" if isinstance(e, ResultError) else f"{type(e).__name__}: "
+            self.problems.append(f"{name}: {kind}{e}")
             return None
 
     def _render(self, template: str) -> str:
@@ -223,45 +197,35 @@ class Report:
         before, _, rest = text.partition(begin)
         return before + begin + self._render(template) + end + rest.partition(end)[2]
 
-    def stamp(self, name: str) -> str:
-        """What figure ``name`` is drawn from: SHA-256 of its result files and of the code that draws."""
-        paths = [self.root / RESULTS / f"{source}.jsonl" for source in figures.FIGURES[name].sources]
-        digests = [f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
-        return ", ".join([*digests, f"drawing sha256:{figures.drawing_version(name)}"])
-
-    def _drawn(self, name: str) -> str:
-        return figures.svg(name, self.of(figures.FIGURES[name].sources), self.stamp(name))
+    def _drawing(self, make: Callable[[str, list[Line]], str]) -> Callable[[str], str]:
+        """``make`` of a figure's name and lines, as a function of its name."""
+        return lambda name: make(name, self._lines(FIGURES[name][1]))
 
     def strangers(self) -> list[Path]:
         """Files in folders of generated files that nothing makes."""
-        known = {PAGES / "tables" / f"{name}.csv" for name in self.tables}
-        known |= {FIGURES / f"{name}.svg" for name in figures.FIGURES}
-        known |= {PAGES / template.name.removesuffix(".j2") for template in (TEMPLATES / "results").glob("*.md.j2")}
-        there = [path for folder in (PAGES, PAGES / "tables", FIGURES) for path in (self.root / folder).glob("*.*")]
+        known = {PAGES / "tables" / f"{name}.csv" for name in self.tables} | {DRAWN / f"{name}.svg" for name in FIGURES}
+        known |= {PAGES / template.stem for template in TEMPLATES.glob("results/*.md.j2")}
+        there = [path for folder in (PAGES, PAGES / "tables", DRAWN) for path in (self.root / folder).glob("*.*")]
         return sorted({path.relative_to(self.root) for path in there} - known)
 
     def check(self) -> list[str]:
         """What is wrong, a line each."""
-        again = "run: python -m bench report"
-        for path, text in self.texts().items():
-            if not (self.root / path).exists():
-                self.problems.append(f"{path.as_posix()}: missing; {again}")
-            elif (self.root / path).read_text(encoding="utf-8") != text:
-                self.problems.append(f"{path.as_posix()}: differs from what bench/results gives; {again}")
-        for name, drawing in figures.FIGURES.items():
-            path = FIGURES / f"{name}.svg"
-            if not (self.root / path).exists():
-                self.problems.append(f"{path.as_posix()}: missing; {again}")
-            elif None not in map(self.results.get, drawing.sources):
-                if self.stamp(name) not in (self.root / path).read_text(encoding="utf-8"):
-                    self.problems.append(f"{path.as_posix()}: older than its data or drawing; {again}")
-        self.problems += [f"{path.as_posix()}: nothing makes this file; {again}" for path in self.strangers()]
+        stamps = {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.stamp)) for name in FIGURES}
+        for path, made in (self.texts() | stamps).items():
+            there = (self.root / path).read_text(encoding="utf-8") if (self.root / path).exists() else None
+            if there is None:
+                self.problems.append(f"{path.as_posix()}: missing; {AGAIN}")
+            elif path not in stamps and there != made:
+                self.problems.append(f"{path.as_posix()}: differs from what bench/results gives; {AGAIN}")
+            elif path in stamps and made and made not in there:
+                self.problems.append(f"{path.as_posix()}: older than its data or drawing; {AGAIN}")
+        self.problems += [f"{path.as_posix()}: nothing makes this file; {AGAIN}" for path in self.strangers()]
         return list(dict.fromkeys(self.problems))
 
     def write(self) -> list[str]:
         """Writes everything, or nothing where something is wrong."""
         out = self.texts()
-        out |= {FIGURES / f"{name}.svg": text for name in figures.FIGURES if (text := self._try(name, self._drawn))}
+        out |= {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.svg)) for name in FIGURES}
         if not self.problems:
             for path, text in out.items():
                 (self.root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -275,9 +239,9 @@ def show(name: str) -> None:
     """Prints a table, in full width where not to a terminal; ResultError where there is none, or not what it is made of."""
     report = Report()
     if name not in report.tables:
-        raise ResultError(f"table: expected one of {', '.join(report.tables)}; got {name!r}")
+        raise ResultError(f"table: expected one of {', '.join(sorted(report.tables))}; got {name!r}")
     try:
         lines = report.lines(name)
     except Unavailable:
         raise ResultError("\n".join(report.problems)) from None
-    Console(width=None if sys.stdout.isatty() else 500).print(tables.to_terminal(report.tables[name], lines))
+    Console(width=None if sys.stdout.isatty() else 500).print(tables.to_terminal(report.tables[name].about, lines))

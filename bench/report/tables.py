@@ -1,7 +1,7 @@
-"""What a table is: entries of result files, and a value of each for every heading.
+"""What a table is: lines made from result files, each a dict from heading to value; and the parts that lines share.
 
-Each becomes docs/results/tables/NAME.csv and ``python -m bench table NAME``; pages show parts of it.  Values are raw, in the
-unit that their heading states.
+Each becomes docs/results/tables/NAME.csv and ``python -m bench table NAME``; pages show parts of it.  Values are raw: the
+heading says the unit, or ends as the field of the result file does.
 """
 
 from __future__ import annotations
@@ -9,59 +9,58 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from rich.table import Table as RichTable
 
-from bench.records import BASE, OURS, Result, ResultError, Row
+from bench.records import BASE, OURS, Result, ResultError, Row, Verdict
 from bench.report.cells import Times, cell, plain
 
-#: A heading, and the value under it: a function of the entry, or the way to a field of it, such as "shape.dtype".
-Column = tuple[str, "str | Callable[[Any], Any]"]
 Line = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Each:
-    """Stands among columns for those that only the entries tell, such as one for each baseline."""
-
-    columns: Callable[[list], list[Column]]
-
-
-#: Of entries that are lines already, all with the same headings.
-AS_IS = Each(lambda found: [(head, operator.itemgetter(head)) for head in found[0]])
+Entry = dict[str, Any]
+Make = Callable[..., Iterable[Line]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """``entries`` of the results named ``sources`` (in this order), and a line of ``columns`` for each."""
+    """``make`` takes the results named ``sources``, in this order."""
 
     name: str
     about: str
     sources: tuple[str, ...]
-    entries: Callable[..., Iterable[Any]]
-    columns: Sequence[Column | Each]
+    make: Make
 
     def lines(self, results: Sequence[Result]) -> list[Line]:
-        """A dict per entry, from heading to value; ResultError where there is no entry."""
-        found = list(self.entries(*results))
-        if not found:
-            raise ResultError(f"{', '.join(r.path.name for r in results)}: nothing for table {self.name!r}")
-        columns = [c for part in self.columns for c in (part.columns(found) if isinstance(part, Each) else [part])]
+        """All with the same headings, None under those that a line lacks; ResultError where there is no line."""
         try:
-            return [{head: _value(entry, field) for head, field in columns} for entry in found]
+            found = list(self.make(*results))
         except (KeyError, AttributeError, TypeError) as e:
             raise ResultError(f"table {self.name!r}: {type(e).__name__}: {e}") from e
+        if not found:
+            raise ResultError(f"{', '.join(r.path.name for r in results)}: nothing for table {self.name!r}")
+        heads: list[str] = []
+        for line in found:
+            at = 0
+            for head in line:  # one that is new stands after the one before it
+                if head not in heads:
+                    heads.insert(at, head)
+                at = heads.index(head) + 1
+        return [{head: line.get(head) for head in heads} for line in found]
 
 
-def _value(entry: Any, field: str | Callable[[Any], Any]) -> Any:
-    if callable(field):
-        return field(entry)
-    for key in field.split("."):
-        entry = None if entry is None else entry.get(key) if isinstance(entry, dict) else getattr(entry, key)
-    return entry
+#: By name; filled by ``table`` where the modules of tables are imported.
+TABLES: dict[str, Table] = {}
+
+
+def table(name: str, about: str, *sources: str) -> Callable[[Make], Make]:
+    """Makes a table of a function."""
+
+    def register(make: Make) -> Make:
+        TABLES[name] = Table(name, about, sources, make)
+        return make
+
+    return register
 
 
 def to_csv(lines: Sequence[Line]) -> str:
@@ -72,12 +71,12 @@ def to_csv(lines: Sequence[Line]) -> str:
     return out.getvalue()
 
 
-def to_terminal(table: Table, lines: Sequence[Line]) -> RichTable:
+def to_terminal(about: str, lines: Sequence[Line]) -> RichTable:
     """For rich; what all lines have in common stands below instead of in columns."""
     heads = list(lines[0])
     same = [h for h in heads if len(lines) > 1 and all(line[h] == lines[0][h] for line in lines)]
     text = ", ".join(f"{h}: {cell(lines[0][h])}" for h in same if lines[0][h] is not None)
-    made = RichTable(title=table.about, caption=f"all rows: {text}" if text else None)
+    made = RichTable(title=about, caption=f"all rows: {text}" if text else None)
     for head in heads:
         if head not in same:
             made.add_column(head, justify="left" if any(isinstance(line[head], str) for line in lines) else "right")
@@ -86,98 +85,87 @@ def to_terminal(table: Table, lines: Sequence[Line]) -> RichTable:
     return made
 
 
-# --- entries and columns that tables of rows share ----------------------------------------------------------------------
+# --- lines of records ---------------------------------------------------------------------------------------------------
 
 
-def rows(group: str, keep: Callable[[Row], bool] = lambda row: True) -> Callable[..., list[Row]]:
-    """Entries: the rows of a group for which ``keep`` holds."""
-    return lambda *results: [row for result in results for row in result.rows if row.group == group and keep(row)]
+def flat(entry: Entry, *without: str) -> Line:
+    """The fields of nested dicts, but not those named ``without``; a heading is the keys on the way, in words."""
+    line: Line = {}
+    for key, value in entry.items():
+        if key not in ("record", *without):
+            head = key.replace("_", " ")
+            line |= {f"{head} {rest}": v for rest, v in flat(value).items()} if isinstance(value, dict) else {head: value}
+    return line
 
 
-def records(kind: str) -> Callable[..., list[dict[str, Any]]]:
-    """Entries: the records of a kind."""
-    return lambda *results: [entry for result in results for entry in result.records(kind)]
+def each(kind: str, *without: str) -> Make:
+    """A line for each record of a kind."""
+    return lambda result: [flat(entry, *without) for entry in result.records(kind)]
 
 
-def _shape(found: list[Row]) -> list[Column]:
-    return [(key.replace("_", " "), f"shape.{key}") for key in dict.fromkeys(k for row in found for k in row.shape)]
+def series(kind: str, *without: str) -> Make:
+    """A line for each place in the lists of each record of a kind."""
+
+    def lines(result: Result) -> Iterator[Line]:
+        for entry in each(kind, *without)(result):
+            count = len(next(value for value in entry.values() if isinstance(value, list)))
+            yield from ({h: v[i] if isinstance(v, list) else v for h, v in entry.items()} for i in range(count))
+
+    return lines
 
 
-def _over(found: list[Row]) -> list[Column]:
-    def column(name: str) -> Column:
-        return f"over {name}", lambda row: None if row.speedup(name) is None else Times(row.speedup(name))
-
-    return [column(name) for name in _baselines(found)]
-
-
-def _skipped(found: list[Row]) -> list[Column]:
-    """Why a baseline did not run, where one did not."""
-    if not any(row.skipped for row in found):
-        return []
-    return [("skipped", lambda row: "; ".join(f"{name}: {why}" for name, why in row.skipped.items()) or None)]
-
-
-def _spread(found: list[Row]) -> list[Column]:
-    """What only runs on a card have: percentiles, and whether a graph was replayed."""
-    if not any("p5_us" in row.times[OURS] for row in found):
-        return []
-    return [(key.replace("_", " "), f"times.{OURS}.{key}") for key in ("p5_us", "p95_us", "graph")]
-
-
-def _baselines(found: list[Row]) -> list[str]:
-    names = dict.fromkeys(name for row in found for name in row.baselines)
-    return [name for name in names if name != BASE]
-
-
-def base_us(row: Row) -> float:
-    return row.times[BASE]["median_us"]
-
-
-def time(unit: str) -> list[Column]:
-    """Our median and interquartile range."""
-    scale = SCALES[unit]
-    return [(f"{unit}", lambda row: row.us / scale), (f"IQR {unit}", lambda row: row.iqr_us / scale)]
-
-
-def roofline(unit: str) -> list[Column]:
-    """The roofline, what sets it, and the time over it."""
-    scale = SCALES[unit]
-    us = ("us", lambda row: row.roofline["us"] / scale if row.roofline else None)
-    return [(f"roofline {unit}", us[1]), ("set by", "roofline.by"), ("x roofline", "over_roofline")]
-
-
-def over_base(unit: str) -> list[Column | Each]:
-    """The model without adapters, ours over it, and every other way over it."""
-    scale = SCALES[unit]
-
-    def ways(found: list[Row]) -> list[Column]:
-        def columns(name: str) -> list[Column]:
-            def us(row: Row) -> float | None:
-                return row.times[name]["median_us"] if name in row.times else None
-
-            return [
-                (f"{name} {unit}", lambda row: us(row) and us(row) / scale),
-                (f"{name} x base", lambda row: us(row) and us(row) / base_us(row)),
-            ]
-
-        return [column for name in _baselines(found) for column in columns(name)]
-
-    base: list[Column] = [(f"base {unit}", lambda row: base_us(row) / scale), *time(unit)]
-    return [*base, ("x base", lambda row: row.us / base_us(row)), *TARGET, Each(ways)]
-
+# --- lines of rows ------------------------------------------------------------------------------------------------------
 
 SCALES = {"us": 1, "ms": 1e3, "s": 1e6}
-CASE: Column = ("case", "case")
-WHERE: list[Column] = [("threads", "threads"), ("cache", "cache")]
-TARGET: list[Column] = [
-    ("ratio", "verdict.ratio"),
-    ("of", "verdict.of"),
-    ("target", "verdict.target"),
-    ("allows us", "verdict.limit"),
-    ("met", "verdict.met"),
-]
-ERROR: list[Column] = [("error", "error.value"), ("error bound", "error.bound"), ("error measure", "error.measure")]
-#: The fields of the shapes; the speedup over every baseline; the reasons why some did not run; percentiles on a card.
-SHAPE, OVER, SKIPPED, SPREAD = Each(_shape), Each(_over), Each(_skipped), Each(_spread)
-#: How often it was timed.
-ROUNDS: Column = ("rounds", lambda row: row.times[OURS]["rounds"])
+
+
+def start(row: Row) -> Line:
+    """What was measured."""
+    return {"case": row.case, **flat(row.shape), "threads": row.threads, "cache": row.cache}
+
+
+def time(row: Row, unit: str) -> Line:
+    """Our median and interquartile range."""
+    return {unit: row.us / SCALES[unit], f"IQR {unit}": row.iqr_us / SCALES[unit]}
+
+
+def target(verdict: Verdict | None) -> Line:
+    fields = {"ratio": "ratio", "of": "of", "target": "target", "allows us": "limit", "met": "met"}
+    return {head: getattr(verdict, field, None) for head, field in fields.items()}
+
+
+def end(row: Row) -> Line:
+    """Why a baseline did not run, where one did not, and the error."""
+    why = {"skipped": "; ".join(f"{name}: {why}" for name, why in row.skipped.items())} if row.skipped else {}
+    return why | {f"error {key}".removesuffix(" value"): value for key, value in (row.error or {}).items()}
+
+
+def over(row: Row) -> Line:
+    """The speedup over every baseline that ran."""
+    speedups = {name: row.speedup(name) for name in row.baselines if name != BASE}
+    return {f"over {name}": Times(s) for name, s in speedups.items() if s is not None}
+
+
+def beside_roofline(row: Row, unit: str, **more: Any) -> Line:
+    """A row with its roofline, its target, and the speedup over every baseline; percentiles where a card gave some."""
+    ours, least = row.times[OURS], row.roofline or {}
+    spread = {key.replace("_", " "): ours[key] for key in ("p5_us", "p95_us", "graph") if key in ours}
+    roofline = {f"roofline {unit}": least["us"] / SCALES[unit] if least else None, "set by": least.get("by")}
+    timed = {**start(row), **time(row, unit), **more, "rounds": ours["rounds"], **spread}
+    return timed | roofline | {"x roofline": row.over_roofline, **target(row.verdict), **over(row), **end(row)}
+
+
+def x_base(row: Row, unit: str) -> Line:
+    """The model without adapters, ours, and ours over it."""
+    base = row.times[BASE]["median_us"]
+    return {f"base {unit}": base / SCALES[unit], **time(row, unit), "x base": row.us / base}
+
+
+def beside_base(row: Row, unit: str) -> Line:
+    """A row beside the same without adapters, which every other way is beside, too."""
+    base, ways = row.times[BASE]["median_us"], {}
+    for name in row.baselines:
+        if name != BASE:
+            us = row.times[name]["median_us"]
+            ways |= {f"{name} {unit}": us / SCALES[unit], f"{name} x base": us / base}
+    return {**start(row), **x_base(row, unit), **target(row.verdict), **ways, **end(row)}

@@ -1,20 +1,19 @@
-"""The tables of the study: arms, tasks, claims beside their targets, controls, runs; and the few lines that pages show."""
+"""The tables of the study: arms, tasks, claims beside their targets, controls, runs."""
 
 from __future__ import annotations
 
-import operator
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from bench.records import Result
-from bench.report.tables import AS_IS, Column, Line, Table, records
+from bench.report.tables import Line, Make, each, flat, table
 from bench.study import plan
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval
 
 #: Arm -> what it is called; the order of the tables.
 ARMS = {
-    "t2l": "**T2L, input only**",
+    "t2l": "T2L, input only",
     "t2l-seed1": "T2L, another seed",
     "t2l-description": "T2L, description in the prompt too",
     "t2l-shuffled": "control: another task's description",
@@ -58,14 +57,9 @@ RIVAL = "multi-task-description"
 SEEDS = {"t2l": "", "t2l-seed1": ", another seed"}
 
 
-def plain(arm: str) -> str:
-    """The name of an arm without emphasis."""
-    return ARMS[arm].replace("*", "")
-
-
 def mean(scores: Sequence[float]) -> float | None:
     """Of scores in percent; None where nothing was measured."""
-    return statistics.fmean(scores) if scores else None
+    return fmean(scores) if scores else None
 
 
 def bounds(head: str, found: Interval | None) -> Line:
@@ -74,66 +68,64 @@ def bounds(head: str, found: Interval | None) -> Line:
     return dict(zip((head, f"{head}, low", f"{head}, high"), values, strict=True))
 
 
-def arms(result: Result) -> Iterator[Line]:
+@table("study-arms", "Exact match by arm, mean over tasks", "study")
+def _arms(result: Result) -> Iterator[Line]:
     unseen = Part.of(result.others, "unseen")
     for arm, name in ARMS.items():
         scores = {head: Part.of(result.others, part).column(arm, group) for head, (part, group) in GROUPS.items()}
-        if not any(scores.values()):
-            continue
-        about = unseen.arms[arm]["groups"]["sibling"]
-        yield {
-            "arm": name,
-            **{f"{head}, %": mean(values) for head, values in scores.items()},
-            **bounds("T2L less the arm, siblings", None if arm == "t2l" else unseen.gap("t2l", arm, "sibling")),
-            "containment, siblings, %": about["containment"],
-            "ROUGE-L, siblings, %": about["rouge_l"],
-            "prompt tokens, siblings": about["prompt_tokens"],
-            "prompt template": unseen.arms[arm]["form"],
-        }
+        if any(scores.values()):
+            line = {"arm": name}
+            for head, values in scores.items():
+                line |= bounds(f"{head}, %", interval(values) if values else None) | {f"{head}, %": mean(values)}
+            line |= bounds("T2L less the arm, siblings", None if arm == "t2l" else unseen.gap("t2l", arm, "sibling"))
+            about = flat(unseen.arms[arm]["groups"]["sibling"], "score")
+            line |= {f"{head}, siblings": value for head, value in about.items()}
+            yield line | {"prompt template": unseen.arms[arm]["form"]}
 
 
-def claims(result: Result) -> Iterator[Line]:
-    """Targets that were fixed before the runs; without what was not measured."""
-    for claim, target, found, met in _claims(result):
+@table("study-claims", "Claims of the study beside their targets, with 95 % intervals over tasks", "study")
+def _judged(result: Result) -> Iterator[Line]:
+    """Targets were fixed before the runs; without what was not measured."""
+    for claim, found, least, above_zero in _claims(result):
         if found is not None:
-            yield {"claim": claim, "target": target, **bounds("measured", found), "met": None if met is None else met(found)}
+            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero) or "reported"
+            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
+            yield {
+                "claim": claim,
+                "target": target,
+                **bounds("measured", found),
+                "met": None if target == "reported" else met,
+            }
 
 
-def _claims(result: Result) -> Iterator[tuple[str, str, Interval | None, Callable[[Interval], bool] | None]]:
+def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
+    """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
     seen, unseen, kept = (Part.of(result.others, name) for name in ("seen", "unseen", "reconstruction/16/train"))
-    name = "reconstruction of 16 adapters: oracle gain kept, %"
-    yield name, ">= 90", kept.share("t2l", "base"), lambda f: f.mean >= 90
+    yield "reconstruction of 16 adapters: oracle gain kept, %", kept.share("t2l", "base"), 90, False
     for ours, seed in SEEDS.items():
         for base in ("base", "icl"):
-            name = f"seen tasks with headroom: share of the oracle's gain over {plain(base)}{seed}, %"
-            yield name, ">= 80", seen.share(ours, base), lambda f: f.mean >= 80
+            claim = f"seen tasks with headroom: share of the oracle's gain over {ARMS[base]}{seed}, %"
+            yield claim, seen.share(ours, base), 80, False
     for ours, seed in SEEDS.items():
-        shuffled = unseen.gap(ours, f"{ours}-shuffled", "sibling")
-        yield f"siblings: matched less shuffled{seed}", ">= 20, interval > 0", shuffled, lambda f: f.mean >= 20 and f.low > 0
-        for theirs in ("base-description", "icl"):
-            name, found = f"siblings: T2L less {plain(theirs)}{seed}", unseen.gap(ours, theirs, "sibling")
-            yield name, "interval > 0", found, lambda f: f.low > 0
-        name, found = f"siblings: T2L less {plain(RIVAL)}{seed}", unseen.gap(ours, RIVAL, "sibling")
-        yield name, ">= -3", found, lambda f: f.mean >= -3
-    name = "siblings: T2L less multi-task LoRA, the description in both prompts"
-    yield name, ">= 0", unseen.gap("t2l-description", RIVAL, "sibling"), lambda f: f.mean >= 0
+        yield f"siblings: matched less shuffled{seed}", unseen.gap(ours, f"{ours}-shuffled", "sibling"), 20, True
+        for theirs, least, above_zero in (("base-description", None, True), ("icl", None, True), (RIVAL, -3, False)):
+            yield f"siblings: T2L less {ARMS[theirs]}{seed}", unseen.gap(ours, theirs, "sibling"), least, above_zero
+    claim = "siblings: T2L less multi-task LoRA, the description in both prompts"
+    yield claim, unseen.gap("t2l-description", RIVAL, "sibling"), 0, False
     for theirs in ("base-description", "icl", "t2l-shuffled"):
-        yield f"unseen skills: T2L less {plain(theirs)}", "reported", unseen.gap("t2l", theirs, "novel"), None
+        yield f"unseen skills: T2L less {ARMS[theirs]}", unseen.gap("t2l", theirs, "novel"), None, False
 
 
-def tasks(name: str) -> Callable[[Result], Iterator[Line]]:
+def _tasks(part: str) -> Make:
     """Every task of a part with every arm."""
-
-    def lines(result: Result) -> Iterator[Line]:
-        part = Part.of(result.others, name)
-        for tier in ("train", "sibling", "novel"):
-            for task in sorted(part.group(tier), key=operator.itemgetter("task")):
-                scores = {f"{arm}, %": task["scores"].get(arm) for arm in part.arms}
-                yield {"task": task["task"], "tier": tier, "items": task["items"], **scores}
-
-    return lines
+    return lambda result: [flat(task, "part") for task in Part.of(result.others, part).tasks]
 
 
+table("study-seen", "Tasks that were trained on, held-out inputs and descriptions", "study")(_tasks("seen"))
+table("study-unseen", "Tasks that nothing but the oracles was trained on", "study")(_tasks("unseen"))
+
+
+@table("study-reconstruction", "Reconstruction by number of adapters", "study")
 def reconstruction(result: Result) -> Iterator[Line]:
     trained = {run["run"]: run for run in result.records("training")}
     for of in result.records("distance"):
@@ -154,8 +146,10 @@ def reconstruction(result: Result) -> Iterator[Line]:
         }
 
 
+@table(
+    "study-short", "Shorter runs that vary one thing, beside the first of them, on tasks that both were trained on", "study"
+)
 def varied(result: Result) -> Iterator[Line]:
-    """Shorter runs beside the first of them, on tasks that both were trained on."""
     train, siblings = (Part.of(result.others, f"varied/{group}") for group in ("train", "sibling"))
     first, minutes = "short-L", {run["run"]: run["seconds"] / 60 for run in result.records("training")}
     for arm, name in VARIED.items():
@@ -175,8 +169,8 @@ def varied(result: Result) -> Iterator[Line]:
             }
 
 
+@table("study-lengths", "T2L and the multi-task LoRA with descriptions, siblings, by length of training", "study")
 def lengths(result: Result) -> Iterator[Line]:
-    """T2L beside its rival after parts of their training."""
     trained = {run["run"]: run for run in result.records("training")}
     for ours, theirs in plan.LENGTHS:
         part = Part.of(result.others, "unseen" if ours == "t2l" else f"lengths/{ours}")
@@ -191,53 +185,41 @@ def lengths(result: Result) -> Iterator[Line]:
             }
 
 
+@table(
+    "study-wordings",
+    "What wording costs: how far descriptions tell tasks apart, and learned ones instead of held-out ones",
+    "study",
+)
 def wordings(result: Result) -> Iterator[Line]:
-    """How far descriptions alone tell tasks apart, and what learned descriptions score instead of held-out ones."""
+    """``within``: variance of embeddings within a task, %; the next three: how often one held out is nearest to its task."""
     (of,) = result.records("wordings")
     held, learned = (Part.of(result.others, name).column("t2l") for name in ("seen", "learned"))
-    told = {"embeddings": "embeddings", "random": "random task encoder", "discriminant": "task_init: discriminant"}
-    values = {f"held-out descriptions nearest to the right task, {name}": of[key] for key, name in told.items()}
-    values["variance of learned descriptions' embeddings within a task"] = of["within"]
-    values |= {"T2L on seen tasks, held-out descriptions": mean(held), "the same, learned descriptions": mean(learned)}
-    yield from ({"what": what, "%": value, "%, low": None, "%, high": None} for what, value in values.items())
-    more = interval([a - b for a, b in zip(learned, held, strict=True)])
-    yield {"what": "learned less held-out descriptions, points", **bounds("%", more)}
+    more = bounds("learned less held-out descriptions", interval([a - b for a, b in zip(learned, held, strict=True)]))
+    yield flat(of) | {"T2L on seen tasks, held-out": mean(held), "T2L on seen tasks, learned": mean(learned)} | more
 
 
+@table("study-requests", "One request at a time", "study")
 def requests(result: Result) -> Iterator[Line]:
-    known = result.records("request")
-    ours = next(of["seconds"] for of in known if of["arm"] == "t2l")
-    for of in known:
-        took = {"ms": 1e3 * of["seconds"], "over T2L": of["seconds"] / ours}
-        yield {"arm": plain(of["arm"]), "prompt tokens": of["prompt_tokens"], "new tokens": of["new_tokens"], **took}
+    known = {of["arm"]: of for of in result.records("request")}
+    for arm, of in known.items():
+        yield flat(of) | {"arm": ARMS[arm], "over T2L": of["seconds"] / known["t2l"]["seconds"]}
 
 
-def _examples(run: dict) -> int:
-    """Examples of a step."""
-    of = run["settings"]
-    return of["tasks_per_batch"] * of.get("samples_per_task", 1) * of["accumulation"]
+@table("study-curves", "Training loss over tokens", "study")
+def curves(result: Result) -> Iterator[Line]:
+    for run in result.records("training"):
+        yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
 
 
-def _shown(*arms: str) -> list[Column]:
-    return [(f"{plain(arm)}, %", f"scores.{arm}") for arm in arms]
+table("study-runs", "What was trained", "study")(each("training", "curve", "validation"))
+table("study-scalings", "Siblings at other scalings than trained with", "study")(each("scaling"))
+table("study-benchmarks", "The paper's ten benchmarks", "study")(each("benchmark"))
+table("study-steered", "One input under several descriptions", "study")(each("steered"))
+table("study-map", "t-SNE of task embeddings and of trunk outputs", "study")(each("map", "cosines"))
 
 
-SCALINGS: list[Column] = [("scaling", "scaling"), *_shown("t2l", "t2l-shuffled")]
-BENCHMARKS: list[Column] = [("benchmark", "task"), ("items", "items"), ("majority position, %", "majority")]
-BENCHMARKS += _shown("t2l", "t2l-shuffled", "multi-task", RIVAL, "base", "base-description", "icl")
-RUNS: list[Column] = [
-    ("run", "run"),
-    ("tasks", lambda run: run["tasks"] or "all"),
-    ("steps", "steps"),
-    ("examples a step", _examples),
-    ("million tokens", lambda run: run["tokens"] / 1e6 or None),
-    ("minutes", lambda run: run["seconds"] / 60),
-]
-STEERED: list[Column] = [(field, field) for field in ("input", "description", "answer")]
-
-
+@table("study-card", "What the bundled checkpoint itself scores beside the rivals, for its model card", "study")
 def card(result: Result) -> Iterator[Line]:
-    """What the bundled file itself scores beside the rivals, for its model card."""
     for part, group, name in (
         ("seen", "all", f"trained tasks, {{}} of the {len(plan.LEARNABLE)}, unseen inputs and descriptions"),
         ("unseen", "sibling", "unseen siblings of trained tasks, {}"),
@@ -245,26 +227,7 @@ def card(result: Result) -> Iterator[Line]:
     ):
         shipped, other = Part.of(result.others, f"shipped/{part}"), Part.of(result.others, part)
         ours = shipped.column("t2l", group)
-        theirs = {f"{plain(arm)}, %": mean(other.column(arm, group)) for arm in ("multi-task", RIVAL, "icl", "oracle")}
+        theirs = {f"{ARMS[arm]}, %": mean(other.column(arm, group)) for arm in ("multi-task", RIVAL, "icl", "oracle")}
         shuffled = mean(shipped.column("t2l-shuffled", group))
         name = {"tasks": name.format(len(ours))}
         yield {**name, "this checkpoint, %": mean(ours), "another task's description, %": shuffled, **theirs}
-
-
-_TABLES = (
-    ("arms", "Exact match by arm, mean over tasks", arms, [AS_IS]),
-    ("claims", "Claims of the study beside their targets, with 95 % intervals over tasks", claims, [AS_IS]),
-    ("seen", "Tasks that were trained on, held-out inputs and descriptions", tasks("seen"), [AS_IS]),
-    ("unseen", "Tasks that nothing but the oracles was trained on", tasks("unseen"), [AS_IS]),
-    ("reconstruction", "Reconstruction by number of adapters", reconstruction, [AS_IS]),
-    ("short", "Shorter runs that vary one thing", varied, [AS_IS]),
-    ("lengths", "T2L and the multi-task LoRA with descriptions, siblings, by length of training", lengths, [AS_IS]),
-    ("wordings", "What wording costs", wordings, [AS_IS]),
-    ("scalings", "Siblings at other scalings than trained with", records("scaling"), SCALINGS),
-    ("benchmarks", "The paper's ten benchmarks", records("benchmark"), BENCHMARKS),
-    ("requests", "One request at a time", requests, [AS_IS]),
-    ("runs", "What was trained", records("training"), RUNS),
-    ("steered", "One input under several descriptions", records("steered"), STEERED),
-    ("card", "The bundled checkpoint", card, [AS_IS]),
-)
-TABLES = [Table(f"study-{name}", about, ("study",), entries, columns) for name, about, entries, columns in _TABLES]
