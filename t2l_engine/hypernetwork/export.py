@@ -6,9 +6,7 @@ of ALIGNMENT bytes on.  Their shapes follow from the header, so the file holds n
 
 from __future__ import annotations
 
-import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from t2l_engine.files.weights import check_weights
+from t2l_engine.files.weights import check_weights, replacing
 from t2l_engine.hypernetwork.folder import CheckpointError
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.ops.reference import TRUNK_WEIGHTS
@@ -87,13 +85,9 @@ def export(net: HyperNetwork, path: str | Path) -> None:
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as temporary:
-        written = Path(temporary) / "network"
-        with written.open("wb") as file:
-            file.write(HEADER.pack(MAGIC, VERSION, checksum, *rest)[:start])
-            file.writelines(parts)
-        os.replace(written, path)
+    with replacing(path.parent, path.name) as folder, (folder / path.name).open("wb") as file:
+        file.write(HEADER.pack(MAGIC, VERSION, checksum, *rest)[:start])
+        file.writelines(parts)
 
 
 def _tensors(net: HyperNetwork, folded: dict) -> Iterator[tuple[str, Tensor, torch.dtype]]:
