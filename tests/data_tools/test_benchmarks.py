@@ -112,11 +112,11 @@ def test_splits_order_and_how_many(source):
     (task,) = import_benchmarks(folder).tasks
     assert [(e.input, e.split) for e in task.examples[:4]] == [("0", "test"), ("1", "train"), ("2", "train"), ("3", "test")]
     assert len(task.examples) == 10 and task.examples[-1].split == "test"
-    (task,) = import_benchmarks(folder, most=2).tasks
+    (task,) = import_benchmarks(folder, limit=2).tasks
     assert [e.input for e in task.examples] == ["0", "1", "2", "3"]
-    for most in (0, -1):
-        with pytest.raises(ConfigError, match="most: expected a positive number"):
-            import_benchmarks(folder, most=most)
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match="limit: expected a positive number"):
+            import_benchmarks(folder, limit=limit)
 
 
 def test_which_benchmarks(source, tmp_path):

@@ -188,7 +188,7 @@ def test_a_run_starts_from_its_seed(base_model, tasks):
         torch.rand(3)
         fit = context.TrainingContext(settings(SFTSettings, base_model, ("q_proj",), seed=seed), tasks, torch.device("cpu"))
         job = sft.SFT(fit.settings, fit)
-        found.append((job.trained.state_dict(), [batch.ids for batch in job.batches(0, Shard())]))
+        found.append((job.model.state_dict(), [batch.ids for batch in job.batches(0, Shard())]))
         fit.close()
     for i, equal in ((1, True), (2, False)):
         assert all(torch.equal(a, found[0][0][name]) for name, a in found[i][0].items()) is equal

@@ -50,7 +50,7 @@ def made(base_model, tasks):
         fits.append(TrainingContext(settings, tasks, CPU))
         job = sft.SFT(settings, fits[-1])
         generator = torch.Generator().manual_seed(0)
-        for parameter in job.trained.parameters():
+        for parameter in job.model.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
         return job
 
@@ -98,9 +98,9 @@ def test_an_adapter_depends_on_its_own_input_alone(made, condition):
     changed = dataclasses.replace(batch, groups=[*batch.groups[:2], other, *batch.groups[3:]])
     with torch.no_grad():
         before, after = (
-            job._objective.losses(b, job.trained(job._embeddings.augmented(b.groups))) for b in (batch, changed)
+            job._objective.losses(b, job.model(job._embeddings.augmented(b.groups))) for b in (batch, changed)
         )
-        stack = job.trained(job._embeddings.augmented(batch.groups))
+        stack = job.model(job._embeddings.augmented(batch.groups))
     assert (before != after).tolist() == [False, False, condition == "input", False]
     if condition == "input":
         assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})

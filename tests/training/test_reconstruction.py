@@ -125,11 +125,11 @@ def test_the_loss_is_the_distance_in_words(tmp_path, target):
     expected = distance(target, generated, stack)
     with torch.no_grad():
         found = torch.tensor(list(made.validate(Shard()).values()))
-        loss = sum(float(made.loss(made.trained, batch)) for batch in made.batches(0, Shard()))
+        loss = sum(float(made.loss(made.model, batch)) for batch in made.batches(0, Shard()))
     assert torch.allclose(found.double(), expected, rtol=numerics.GRADIENT_RTOL)
     # A step has each of the three tasks.
     assert made.reported(loss) == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)
-    net = made.trained.config
+    net = made.model.config
     saved = t2l.HyperNetwork.from_pretrained(tmp_path / "out").config
     assert saved.output_scale == (0.01 if target == "delta-w" else 1.0) and (net.output_scale != 1.0) == (
         target != "z-score"
@@ -203,9 +203,9 @@ def test_best_and_resumed_checkpoints_generate_adapters(tmp_path):
     """best/ undoes z-scores too, and writing a checkpoint leaves training as it is."""
     runs.library(tmp_path / "library")
     made = job(tmp_path / "library")
-    before = {key: value.clone() for key, value in made.trained.state_dict().items()}
+    before = {key: value.clone() for key, value in made.model.state_dict().items()}
     made.write(tmp_path / "out", 1, best=True)
-    after = made.trained.state_dict()
+    after = made.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert {key.rpartition(".")[2] for key in t2l.HyperNetwork.from_pretrained(tmp_path / "out").state_dict()} >= {
         "std_A", "mean_A", "std_B", "mean_B",
