@@ -73,7 +73,10 @@ def test_nan_is_beyond_every_bound():
 
     nan, one = torch.tensor([float("nan")]), torch.ones(1).double()
     assert selfcheck.error_ratio(nan, one, 1.0) == selfcheck.error_ratio(one, nan.double(), 1.0) == float("inf")
-    assert selfcheck.error_ratio(one.float()[:0], one, 1.0) == float("inf") and selfcheck.error_ratio(one.float(), one, 0.0) == 0.0
+    assert (
+        selfcheck.error_ratio(one.float()[:0], one, 1.0) == float("inf")
+        and selfcheck.error_ratio(one.float(), one, 0.0) == 0.0
+    )
 
 
 @pytest.mark.parametrize(("says", "why"), [("", "no output"), ("echo noise >&2; echo why >&2; ", "why")])
@@ -117,5 +120,5 @@ def test_every_instruction_set_gets_a_process(monkeypatch, card):
     monkeypatch.setattr(selfcheck, "_child", lambda device, isa: asked.append((device, isa)) or iter(()))
     monkeypatch.setattr(selfcheck, "check_encoder", lambda: None)
     isas = ["generic", "avx2"]
-    monkeypatch.setattr(selfcheck._native, "about", lambda: {"instruction_sets": {"available": isas}})
+    monkeypatch.setattr(selfcheck.native, "about", lambda: {"instruction_sets": {"available": isas}})
     assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")] + [("cuda", "")] * card

@@ -87,7 +87,9 @@ def test_shots_to_win(name, rival, questions):
 
 def test_shots_to_win_tell_something():
     """Not only none and never in the test above."""
-    found = {shots_to_win(SETUP, LOAD, name, rival, questions=n, limit=40) for name in WAYS for rival in WAYS for n in (1, 3)}
+    found = {
+        shots_to_win(SETUP, LOAD, name, rival, questions=n, limit=40) for name in WAYS for rival in WAYS for n in (1, 3)
+    }
     assert None in found and len(found) > 3
 
 
