@@ -13,12 +13,8 @@ from t2l_engine.research.costs import Decoder
 
 #: What a file must say, beside the sizes of a mixture.
 REQUIRED = {
-    "vocab_size": 130_000,
-    "hidden_size": 64,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-}
+    "vocab_size": 130_000, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 32,
+}  # fmt: skip
 _MIXTURE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 MIXTURES = {"qwen2_moe": _MIXTURE | {"shared_expert_intermediate_size": 36}, "qwen3_moe": _MIXTURE}
 
