@@ -242,7 +242,7 @@ def _native(name: str) -> tuple[Path, dict[str, Any]]:
     """Path and blocks of the ``config.json`` of a checkpoint in native format."""
     folder = resolve_checkpoint(name)
     if form(folder) == "reference":
-        raise ConfigError(f"{folder}: a checkpoint in reference form; 't2l convert' makes the native one that is read here")
+        raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
     return folder / CONFIG_NAME, native_blocks(folder)
 
 

@@ -218,7 +218,7 @@ def _verdicts(about: Mapping[str, Any]) -> Iterable[str]:
     yield "FLOPs, prompts and answers of all questions of a task:"
     yield from map(_won, about["questions_won"])
     questions, shot = _count(about["questions"], "question"), about["workload"]["shot"]
-    for rivals, shots in _alike(about["shots_to_win"]):
+    for rivals, shots in _grouped(about["shots_to_win"]):
         what = f"- With {questions} {task} costs less than {rivals}"
         if shots is None:
             yield f"{what} with no number of shots up to {MAX_SHOTS:,}: ICL costs as much or less."
@@ -233,7 +233,7 @@ def _verdicts(about: Mapping[str, Any]) -> Iterable[str]:
     yield f"- An adapter ({size}) is smaller than the keys and values of {_count(tokens, 'token')}, but not of fewer."
     each = _count(about["users"] / about["tasks"], "user")
     parts = "text encoder and hypernetwork" if about["encoder"]["bytes_per_value"] else "hypernetwork"
-    for rivals, tasks in _alike(about["tasks_to_win"]):
+    for rivals, tasks in _grouped(about["tasks_to_win"]):
         what = f"- With {each} a task {task} holds less than {rivals}"
         if tasks is None:
             yield f"{what} at no number of tasks: ICL holds as much or less."
@@ -254,7 +254,7 @@ def _won(pair: Mapping[str, Any]) -> str:
     return f"{both} from {first:,} questions on, as much or more before."
 
 
-def _alike(found: Mapping[str, int | None]) -> list[tuple[str, int | None]]:
+def _grouped(found: Mapping[str, int | None]) -> list[tuple[str, int | None]]:
     """[(rivals with equal values as text, value)]."""
     groups: dict[int | None, list[str]] = {}
     for rival, answer in found.items():

@@ -193,12 +193,12 @@ def _arms(
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
         if not paths:
             raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
-        forms = {path.parent: prompt_form_of(path.parent) for path in paths.values()}
-        if len(set(forms.values())) > 1:
-            stated = ", ".join(f"{path} {form}" for path, form in forms.items())
+        templates = {path.parent: prompt_form_of(path.parent) for path in paths.values()}
+        if len(set(templates.values())) > 1:
+            stated = ", ".join(f"{path} {template}" for path, template in templates.items())
             raise ValueError(f"--oracle: expected adapters trained with one prompt_form, got {stated}")
         stack = AdapterStack.from_peft(list(paths.values()))
-        found.append(kinds.oracle_arm(stack, list(paths), next(iter(forms.values()))))
+        found.append(kinds.oracle_arm(stack, list(paths), next(iter(templates.values()))))
     if library is not None:
         stack = AdapterStack.from_peft(_adapters("--library", library))
         found += kinds.library_arms(average(stack), stack, prompt_form_of(library))

@@ -88,7 +88,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
     for group, of in result["summary"].items():
         assert of["tasks"] == len(result["groups"][group])
         assert list(of["mean"]) == arms and list(of["difference"]) == arms[1:]
-    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l less this arm" in out
+    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l minus this arm" in out
     for name in (*arms, *DESCRIPTIONS):
         assert name in out
 

@@ -158,7 +158,7 @@ def test_raw_prompts(tokenizer):
         (False, raw_prompt("", "red cat")),
         (True, raw_prompt("Say the first word.", "red cat")),
     ):
-        made = Examples([one], tokenizer, 99, with_description=with_description, form="raw").sample(0, 0, 0)
+        made = Examples([one], tokenizer, 99, with_description=with_description, template="raw").sample(0, 0, 0)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert list(made.tokens[: -made.answer_len]) == ids
         assert words(tokenizer, made)[-2:] == ["red", "</s>"] and made.answer_len == 2

@@ -42,7 +42,7 @@ class Arm:
         key: (task, example, repeat) -> key of the adapter in ``adapters``; None if it has none for the task.
         description: whether the prompt has the task description.
         shots: number of few-shot examples in the prompt.
-        forms: candidate prompt templates; validation selects one.  Adapters have the one they were trained with.
+        templates: candidate prompt templates; validation selects one.  Adapters have the one they were trained with.
         repeats: whether repeats differ; otherwise one is run.
     """
 
@@ -51,7 +51,7 @@ class Arm:
     key: Callable[[Task, Example, int], str | None] = lambda task, example, repeat: ""
     description: bool = False
     shots: int = 0
-    forms: tuple[str, ...] = (CHAT,)
+    templates: tuple[str, ...] = (CHAT,)
     repeats: bool = True
 
 
@@ -91,15 +91,15 @@ def base_arms() -> list[Arm]:
     """The base model: with the input alone, with the description, and with description and few-shot examples."""
     both = (RAW, CHAT)
     return [
-        Arm("base", forms=both, repeats=False),
-        Arm("base-description", description=True, forms=both),
-        Arm("icl", description=True, shots=SHOTS, forms=both),
+        Arm("base", templates=both, repeats=False),
+        Arm("base-description", description=True, templates=both),
+        Arm("icl", description=True, shots=SHOTS, templates=both),
     ]
 
 
 def without_chat(arms: Sequence[Arm]) -> list[Arm]:
     """``arms`` for a tokenizer without chat template: those that may choose a template get "raw"."""
-    return [dataclasses.replace(arm, forms=(RAW,)) if RAW in arm.forms else arm for arm in arms]
+    return [dataclasses.replace(arm, templates=(RAW,)) if RAW in arm.templates else arm for arm in arms]
 
 
 def generated_arms(
@@ -117,7 +117,7 @@ def generated_arms(
     """
     adapters = Generated(engine)
     arm = lambda suffix, key, repeats=True: Arm(  # noqa: E731
-        name + suffix, adapters, key, description=in_prompt, forms=(engine.prompt_form,), repeats=repeats or in_prompt
+        name + suffix, adapters, key, description=in_prompt, templates=(engine.prompt_form,), repeats=repeats or in_prompt
     )
     if from_input:
         return [arm("", lambda task, example, repeat: example.input, False)]
@@ -145,23 +145,23 @@ def generated_arms(
     return arms
 
 
-def oracle_arm(stack: AdapterStack, names: Sequence[str], form: str = CHAT) -> Arm:
-    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``form``."""
+def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT) -> Arm:
+    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``."""
     known = set(names)
     return Arm(
         "oracle",
         Stored(stack, names),
         lambda task, example, repeat: task.name if task.name in known else None,
-        forms=(form,),
+        templates=(template,),
         repeats=False,
     )
 
 
-def library_arms(average: AdapterStack, stack: AdapterStack, form: str = CHAT) -> list[Arm]:
-    """Methods without description: the average of a library trained with template ``form``, and Arrow routing over it."""
+def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHAT) -> list[Arm]:
+    """Methods without description: the average of a library (of prompt ``template``), and Arrow routing over it."""
     return [
-        Arm("average", Stored(average, [""]), forms=(form,), repeats=False),
-        Arm("arrow", Routed(stack), forms=(form,), repeats=False),
+        Arm("average", Stored(average, [""]), templates=(template,), repeats=False),
+        Arm("arrow", Routed(stack), templates=(template,), repeats=False),
     ]
 
 
@@ -179,8 +179,8 @@ def multi_task_arm(folder: Path) -> Arm:
     stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"
-    form = checked_form(settings.get("prompt_form", CHAT), folder)
-    return Arm(name, Stored(stack, [""]), description=in_prompt, forms=(form,), repeats=in_prompt)
+    template = checked_form(settings.get("prompt_form", CHAT), folder)
+    return Arm(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Evaluation:
         validated = sum(map(len, self._validated.values()))
         count = 0
         for arm in self._arms:
-            count += items * self._repeats(arm) + (validated * len(arm.forms) if len(arm.forms) > 1 else 0)
+            count += items * self._repeats(arm) + (validated * len(arm.templates) if len(arm.templates) > 1 else 0)
         return count
 
     def run(self) -> dict[str, Any]:
@@ -106,13 +106,13 @@ class Evaluation:
         Raises ConfigError if no item of a task is left.
         """
         kept, left_out = self._fitting()
-        forms = {arm.name: self._choose(arm) for arm in self._arms}
+        templates = {arm.name: self._choose(arm) for arm in self._arms}
         scores: dict[str, dict[str, float]] = {task.name: {} for task in self._tasks}
         details: dict[str, dict[str, Any]] = {}
         for arm in self._arms:
             items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in self._tasks for e in kept[t.name]]
             items = [item for item in items if self._adapter(arm, item) is not None]
-            answers = self._ask(arm, forms[arm.name]["form"], items)
+            answers = self._ask(arm, templates[arm.name]["form"], items)
             details[arm.name] = self._details(items, answers)
             for name, of in details[arm.name]["tasks"].items():
                 scores[name][arm.name] = of["score"]
@@ -120,7 +120,7 @@ class Evaluation:
             "tasks": scores,
             "items": {name: len(examples) for name, examples in kept.items()},
             "left_out": left_out,
-            "forms": forms,
+            "forms": templates,
             "details": details,
         }
 
@@ -129,20 +129,20 @@ class Evaluation:
     def _repeats(self, arm: Arm) -> int:
         return self._settings.repeats if arm.repeats else 1
 
-    def _prompt(self, arm: Arm, form: str, item: _Item) -> str:
+    def _prompt(self, arm: Arm, template: str, item: _Item) -> str:
         description = description_of(item.task, item.repeat) if arm.description else ""
         shots = []
         if arm.shots:
             shots = shots_of(item.task, self._pools[item.task.name], item.repeat, arm.shots, item.example.input)
-        return prompt_of(form, self._tokenizer, item.example.input, description, shots)
+        return prompt_of(template, self._tokenizer, item.example.input, description, shots)
 
     def _adapter(self, arm: Arm, item: _Item) -> str | None:
         return arm.key(item.task, item.example, item.repeat)
 
-    def _query(self, arm: Arm, form: str, item: _Item) -> Query:
+    def _query(self, arm: Arm, template: str, item: _Item) -> Query:
         long = item.example.metric in ("number", "pass")
         return Query(
-            self._prompt(arm, form, item),
+            self._prompt(arm, template, item),
             self._adapter(arm, item),
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
@@ -164,7 +164,7 @@ class Evaluation:
         return kept, left_out
 
     def _fits(self, task: Task, example: Example) -> bool:
-        items = ((arm, form, _Item(task, example, r)) for arm in self._arms for form in arm.forms
+        items = ((arm, template, _Item(task, example, r)) for arm in self._arms for template in arm.templates
                  for r in range(self._repeats(arm)))  # fmt: skip
         texts = {self._prompt(*which) for which in items}
         return max(len(self._answerer.tokens(text)) for text in texts) <= self._settings.max_prompt_tokens
@@ -172,7 +172,7 @@ class Evaluation:
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _validation_items(self, task: Task) -> list[Example]:
-        if all(len(arm.forms) == 1 for arm in self._arms):
+        if all(len(arm.templates) == 1 for arm in self._arms):
             return []
         found = self._validation.get(task.name, ())
         fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # no code is run for selecting a template
@@ -182,16 +182,16 @@ class Evaluation:
         """The prompt template with the best score on validation items, and the scores in percent."""
         items = [_Item(task, e, 0) for task in self._tasks for e in self._validated[task.name]]
         items = [item for item in items if self._adapter(arm, item) is not None]
-        if len(arm.forms) == 1 or not items:
-            return {"form": arm.forms[0], "validation": None}
+        if len(arm.templates) == 1 or not items:
+            return {"form": arm.templates[0], "validation": None}
         means = {}
-        for form in arm.forms:
-            by_task = self._details(items, self._ask(arm, form, items))["tasks"]
-            means[form] = statistics.fmean(task["score"] for task in by_task.values())
-        return {"form": max(arm.forms, key=lambda form: means[form]), "validation": means}
+        for template in arm.templates:
+            by_task = self._details(items, self._ask(arm, template, items))["tasks"]
+            means[template] = statistics.fmean(task["score"] for task in by_task.values())
+        return {"form": max(arm.templates, key=lambda template: means[template]), "validation": means}
 
-    def _ask(self, arm: Arm, form: str, items: Sequence[_Item]) -> list[Answer]:
-        queries = [self._query(arm, form, item) for item in items]
+    def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[Answer]:
+        queries = [self._query(arm, template, item) for item in items]
         return self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
 
     # --- scores ----------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ class TrainingContext:
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
-        prompts = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
+        prompts = {"with_description": settings.prompt == "description", "template": settings.prompt_form}
         self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **prompts)
         if self.train.dropped:
             total = sum(len(task.examples) for task in self.tasks)

@@ -86,7 +86,7 @@ class Examples:
         tasks: with their examples of that split.
         tokenizer: of the base model; its end-of-text token ends every answer.
         max_tokens: limit of prompt and answer; longer examples are left out and counted in ``dropped``.
-        form: prompt template, see :mod:`t2l_engine.text.prompts`.
+        template: prompt template, see :mod:`t2l_engine.text.prompts`.
         with_description: whether the prompt has the description before the input.
         limit: of the examples kept per task; None: all.
 
@@ -100,11 +100,16 @@ class Examples:
         max_tokens: int,
         *,
         with_description: bool,
-        form: str = CHAT,
+        template: str = CHAT,
         limit: int | None = None,
         allow_empty: bool = False,
     ):
-        self.tasks, self._tokenizer, self._form, self._with_description = list(tasks), tokenizer, form, with_description
+        self.tasks, self._tokenizer, self._template, self._with_description = (
+            list(tasks),
+            tokenizer,
+            template,
+            with_description,
+        )
         self._cache: dict[tuple[int, int, int | None], Sample] = {}
         self._kept: list[list[int]] = []
         self.dropped = 0
@@ -134,9 +139,9 @@ class Examples:
         if found is None:
             chosen = self.tasks[task].examples[example]
             text = self.tasks[task].descriptions[description] if self._with_description else ""
-            prompt = prompt_of(self._form, self._tokenizer, chosen.input, text)
+            prompt = prompt_of(self._template, self._tokenizer, chosen.input, text)
             prompt = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer = answer_of(self._form, chosen.outputs[0])
+            answer = answer_of(self._template, chosen.outputs[0])
             answer = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
             answer = [*answer, self._tokenizer.eos_token_id]
             found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
