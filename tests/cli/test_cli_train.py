@@ -133,13 +133,11 @@ def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
 def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
     """The last line says why; the settings stand before it."""
     settings = runs.sft(base_model)
-    cases = [
-        (("--tasks", tmp_path / "none"), "descriptions.json: not found"),
-        (("--tasks", tasks, "--names", "first,other"), "expected a task named 'other'"),
-        (("--tasks", tasks, "--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
-        (("--tasks", tasks, "--manifest", "nowhere"), "manifest 'nowhere': no such file; packaged manifests:"),
-        (("--tasks", tasks, "--set", "base_model=nowhere"), "nowhere"),
+    there, cases = ("--tasks", tasks), [(("--tasks", tmp_path / "none"), "descriptions.json")]
+    cases += [
+        ((*there, f"--{option}", value), repr(value)) for option, value in (("device", "tpu"), ("manifest", "nowhere"))
     ]
+    cases += [((*there, "--names", "first,other"), "'other'"), ((*there, "--set", "base_model=nowhere"), "nowhere")]
     for arguments, message in cases:
         code, out, err = train("sft", settings, "-o", tmp_path / "out", *arguments)
         last = err.splitlines()[-1]

@@ -213,11 +213,6 @@ def test_another_checkpoint_needs_a_name(refuse, text):
     assert told.startswith("--also: ") and told.endswith(repr(text))
 
 
-def test_two_arms_of_one_name(run, checkpoint, tasks):
-    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--also", f"t2l={checkpoint}")
-    assert code == 1 and out == "" and "t2l: arms: " in err and "distinct" in err
-
-
 @pytest.fixture
 def raw_adapters(adapters, tmp_path):
     """``adapters`` in the folder of a run with raw prompts."""

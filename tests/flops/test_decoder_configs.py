@@ -56,7 +56,10 @@ def test_switches_act_where_the_model_has_them(family, flag):
     """Both ways; a field that a family does not know changes nothing."""
     for value in (True, False):
         config = tiny_decoders.config(family, **{flag: value})
-        assert Decoder.from_config(config).num_parameters == parameters(config)
+        decoder = Decoder.from_config(config)
+        assert decoder.num_parameters == parameters(config)
+        if flag == "tie_word_embeddings":
+            assert decoder.parameters["logits"] == (0 if value else SIZES["vocab_size"] * SIZES["hidden_size"])
 
 
 #: As the hub has them, written by older transformers: no head_dim, no layer_types, torch_dtype; with what each comes to.

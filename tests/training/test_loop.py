@@ -293,11 +293,10 @@ def test_changed_tasks_are_refused(base_model, tasks, tmp_path, change):
 
 
 def test_changed_adapters_are_refused(tmp_path):
-    runs.library(tmp_path / "library")
+    stack = runs.library(tmp_path / "library")
     reconstructed(None, None, tmp_path / "out")
-    stack = t2l.AdapterStack.from_peft(tmp_path / "library" / "task1")
-    stack.lora_B["v_proj"][0, 0, 0, 0] += 1
-    stack.save_pretrained(tmp_path / "library" / "task1", base_model_name_or_path="base")
+    stack.lora_B["v_proj"][1, 0, 0, 0] += 1
+    stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
     with pytest.raises(ConfigError, match="other tasks or examples"):
         reconstructed(None, None, tmp_path / "out")
 

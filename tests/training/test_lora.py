@@ -57,17 +57,14 @@ def tensors(stack):
 
 
 def test_every_adapter_starts_alike(context, tmp_path):
+    """Whatever trains beside it; test_initialisation.py has what the start is."""
     fit = context()
     job = lora.LoRA(fit.settings, fit, [1, 0], tmp_path)
     stack = job.model()
     assert job.names == ["last", "first"] and stack.scaling.tolist() == [4.0, 4.0]  # alpha 16 over rank 4
-    for name, n_in in zip(fit.modules.names, fit.modules.in_features, strict=True):
-        A = stack.lora_A[name]
-        assert not stack.lora_B[name].any() and torch.equal(A[0], A[1]) and torch.equal(A[0, 0], A[0, 1])
-        assert A.abs().max() <= n_in**-0.5  # as PEFT draws
     fit.close()
     again = lora.LoRA(fit.settings, fit, [0], tmp_path).model()
-    assert all(torch.equal(again.lora_A[name][0], A[0]) for name, A in stack.lora_A.items())
+    assert all(torch.equal(again.lora_A[name][0], A[1]) for name, A in stack.lora_A.items())
 
 
 @pytest.mark.parametrize("changes", [{}, {"prompt": "description", "weighting": "token", "samples_per_task": 2}])
