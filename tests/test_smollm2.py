@@ -18,16 +18,7 @@ from t2l_engine.text import packaged
 pytestmark = pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 ROOT = Path(__file__).parents[1]
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
-INPUTS = [
-    "cookie, think, socks",
-    "destroy",
-    "paintbrush, hammer, impala",
-    "borrow",
-    "soda, macaw, banana",
-    "reply",
-    "a",
-    "b",
-]
+INPUTS = ["cookie, think, socks", "destroy", "paintbrush, hammer, impala", "borrow", "soda, macaw, banana", "reply", *"ab"]
 
 
 @pytest.fixture(scope="module")

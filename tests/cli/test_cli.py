@@ -238,7 +238,7 @@ def test_convert_there_and_back(run, golden, tmp_path):
         (tmp_path / "native", tmp_path / "back", "reference"),
     ):
         code, out, err = run("convert", source, target)
-        assert (code, out, err) == (0, f"{target}: {form} form\n", "")
+        assert (code, out, err) == (0, f"{target}: {'native' if form == 'native' else 'Sakana'} format\n", "")
         assert json.loads(run("show", target, "--json")[1])["form"] == form
         got = t2l.HyperNetwork.from_pretrained(target).generate(emb)
         assert all(torch.equal(got.lora_A[name], a) for name, a in expected.lora_A.items())
