@@ -164,6 +164,8 @@ class Workshop:
             for file, text in files.items():
                 (self.bases[name] / file).write_text(text)
         self.names: set[str] = set()
+        for name in MODELS:  # which import what they need of transformers: no work of the first refusal
+            LOADERS[LOADER_OF[name]](self.bases[name])
 
     def read(self, base: str, file: str) -> bytes:
         return (self.bases[base] / file).read_bytes()

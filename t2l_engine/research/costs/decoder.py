@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2l_engine.files.errors import MAX_LAYERS, MAX_SIZE, ConfigError, short_repr
+from t2l_engine.files.errors import MAX_LAYERS, MAX_SHOWN, MAX_SIZE, ConfigError, short_repr
 from t2l_engine.files.text import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # of ``layer_types``
@@ -214,7 +214,7 @@ class Family:
             raise ConfigError(
                 f"{fields.where}: num_key_value_heads: expected a divisor of {heads} attention heads, got {kv_heads}"
             )
-        if fields.flag("use_bidirectional_attention", False):
+        if any(source.flag("use_bidirectional_attention", False) for source in (given, fields)):
             raise ConfigError(
                 f"{fields.where}: use_bidirectional_attention: expected false, since causal masks are counted, got True"
             )
@@ -263,7 +263,8 @@ class Family:
         try:
             complete = kind(**given)
         except (StrictDataclassError, ValueError, TypeError) as error:
-            raise ConfigError(f"{fields.where}: {' '.join(str(error).split())}") from None
+            message = " ".join(str(error).split())  # may repeat the value
+            raise ConfigError(f"{fields.where}: {message[:MAX_SHOWN]}{'...' * (len(message) > MAX_SHOWN)}") from None
         values = {name: getattr(complete, name, None) for name in read}
         if not values.get("use_sliding_window", True):
             values["sliding_window"] = None  # some classes have 0
