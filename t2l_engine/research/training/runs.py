@@ -7,7 +7,7 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
-from t2l_engine.text.prompts import CHAT, checked_form
+from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
 
@@ -27,4 +27,4 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 def prompt_form_of(adapters: Path) -> str:
     """The prompt form that the adapters in a folder were trained in, as the run around it says; chat where there is none."""
     settings = settings_of(adapters.parent) or {}
-    return checked_form(settings.get("prompt_form", CHAT), adapters.parent)
+    return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)
