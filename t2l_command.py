@@ -1,4 +1,4 @@
-"""Entry point of the command ``t2l``, beside the package: one line where importing that fails for its native library."""
+"""Entry point of the command ``t2l``; outside the package, to report a missing native library in one line."""
 
 import sys
 
@@ -8,7 +8,7 @@ def main() -> None:
     try:
         from t2l_engine.cli import main as run
     except ImportError as error:
-        if error.name != "t2l_engine._C":  # anything else is a bug, or a package that pip would have installed
+        if error.name != "t2l_engine._C":  # any other import error is a bug or a missing dependency
             raise
         sys.exit("t2l: " + " ".join(str(error).split()))
     run()

@@ -72,11 +72,14 @@ def test_nan_is_beyond_every_bound():
     import torch
 
     nan, one = torch.tensor([float("nan")]), torch.ones(1).double()
-    assert selfcheck.share(nan, one, 1.0) == selfcheck.share(one, nan.double(), 1.0) == float("inf")
-    assert selfcheck.share(one.float()[:0], one, 1.0) == float("inf") and selfcheck.share(one.float(), one, 0.0) == 0.0
+    assert selfcheck.error_ratio(nan, one, 1.0) == selfcheck.error_ratio(one, nan.double(), 1.0) == float("inf")
+    assert (
+        selfcheck.error_ratio(one.float()[:0], one, 1.0) == float("inf")
+        and selfcheck.error_ratio(one.float(), one, 0.0) == 0.0
+    )
 
 
-@pytest.mark.parametrize(("says", "why"), [("", "it said nothing"), ("echo noise >&2; echo why >&2; ", "why")])
+@pytest.mark.parametrize(("says", "why"), [("", "no output"), ("echo noise >&2; echo why >&2; ", "why")])
 def test_a_process_that_dies_is_a_failure(monkeypatch, tmp_path, says, why):
     program = tmp_path / "python"
     program.write_text(f"#!/bin/sh\n{says}exit 3\n")
@@ -104,7 +107,7 @@ def test_the_command_says_what_differs(info, monkeypatch):
     monkeypatch.setattr(selfcheck, "check_machine", lambda: iter([right, wrong]))
     code, out, err = info("--check")
     assert code == 1 and "WRONG\n    q_proj.lora_A: far off" in out
-    assert err == "t2l: check: adapter (CPU avx2): not what this build promises\n"
+    assert err.startswith("t2l: check: adapter (CPU avx2): ")
     code, out, err = info("--check", "--json")
     assert code == 1 and [entry["worst"] for entry in json.loads(out)["check"]] == [0.5, None]
 
@@ -117,5 +120,5 @@ def test_every_instruction_set_gets_a_process(monkeypatch, card):
     monkeypatch.setattr(selfcheck, "_child", lambda device, isa: asked.append((device, isa)) or iter(()))
     monkeypatch.setattr(selfcheck, "check_encoder", lambda: None)
     isas = ["generic", "avx2"]
-    monkeypatch.setattr(selfcheck._native, "about", lambda: {"instruction_sets": {"available": isas}})
+    monkeypatch.setattr(selfcheck.native, "about", lambda: {"instruction_sets": {"available": isas}})
     assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")] + [("cuda", "")] * card

@@ -10,6 +10,7 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.cli import demo
+from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
 
@@ -17,16 +18,7 @@ from t2l_engine.text import packaged
 pytestmark = pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
 ROOT = Path(__file__).parents[1]
 TEXTS = ["Return the last element of the comma separated list.", "Answer with the simple past of the given verb."]
-INPUTS = [
-    "cookie, think, socks",
-    "destroy",
-    "paintbrush, hammer, impala",
-    "borrow",
-    "soda, macaw, banana",
-    "reply",
-    "a",
-    "b",
-]
+INPUTS = ["cookie, think, socks", "destroy", "paintbrush, hammer, impala", "borrow", "soda, macaw, banana", "reply", *"ab"]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +83,7 @@ def test_sentences_change_what_the_model_does(smollm, engine):
 
 
 def test_bundled_checkpoint():
-    folder = t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m")
+    folder = BUNDLED / "smollm2-135m"
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 5_000_000
     assert {"config.json", "hypernet.safetensors", "README.md", "train.yaml"} <= {f.name for f in folder.iterdir()}
 
@@ -149,7 +141,7 @@ def test_serving(run_program):
 
 def test_demo(monkeypatch, smollm, engine, tmp_path, capsys):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
-    monkeypatch.setattr(demo.smollm2, "load", lambda: smollm)
+    monkeypatch.setattr(demo.packaged, "load", lambda: smollm)
     monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
     demo.main(tmp_path / "demo.svg")

@@ -41,48 +41,24 @@ def test_tasks_are_sorted_and_of_one_split(write):
     assert [e.input for e in load_tasks(folder, "test")[0].examples] == ["Japan"]
 
 
-@pytest.mark.parametrize(
-    "descriptions",
-    [
-        [],
-        {},
-        "a",
-        None,
-        {"a": []},
-        {"a": "Name it."},
-        {"a": ["Name it.", " "]},
-        {"a": ["Name it.", 3]},
-        {"a": None},
-        {"a": ["\ud800"]},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("descriptions", [
+    [], {}, "a", None,
+    *({"a": texts} for texts in ([], "Name it.", ["Name it.", " "], ["Name it.", 3], None, ["\ud800"])),
+], ids=str)  # fmt: skip
 def test_descriptions(write, descriptions):
     with pytest.raises(ConfigError, match=r"descriptions\.json"):
         load_tasks(write(descriptions, a=ROWS), "train")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[1]",
-        "null",
-        '"text"',
-        {"output": ["Rome"], "split": "train"},
-        {"input": "Italy", "split": "train"},
-        {"input": "Italy", "output": ["Rome"]},
-        {"input": 3, "output": ["Rome"], "split": "train"},
-        '{"input": "\\ud800", "output": ["Rome"], "split": "train"}',
-        {"input": "Italy", "output": "Rome", "split": "train"},
-        {"input": "Italy", "output": [], "split": "train"},
-        {"input": "Italy", "output": [3], "split": "train"},
-        {"input": "Italy", "output": None, "split": "train"},
-        {"input": "Italy", "output": {"Rome": 1}, "split": "train"},
-        {"input": "Italy", "output": ["Rome"], "split": None},
-    ],
-    ids=str,
-)
+ITALY = {"input": "Italy", "output": ["Rome"], "split": "train"}
+
+
+@pytest.mark.parametrize("line", [
+    "{", "[1]", "null", '"text"', '{"input": "\\ud800", "output": ["Rome"], "split": "train"}',
+    *({key: value for key, value in ITALY.items() if key != missing} for missing in ITALY),
+    *(ITALY | {"output": value} for value in ("Rome", [], [3], None, {"Rome": 1})),
+    ITALY | {"input": 3}, ITALY | {"split": None},
+], ids=str)  # fmt: skip
 def test_a_bad_line_is_named(write, line):
     with pytest.raises(ConfigError, match=r"a\.jsonl:3: "):
         load_tasks(write({"a": ["Name it."]}, a=[ROWS[0], "", line, ROWS[1]]), "train")
@@ -151,23 +127,16 @@ def test_a_folder_with_tasks_is_left_alone(tmp_path):
     assert load_tasks(tmp_path, None) == TASKS[:1]
 
 
-@pytest.mark.parametrize(
-    "task, message",
-    [
-        (Task("../x", ("One.",), ()), "expected task names"),
-        (Task("x", (), ()), "x: expected a non-empty list"),
-        (Task("x", (" ",), ()), "x: expected a non-empty list"),
-        (Task("x", ("\ud800",), ()), "lone surrogates"),
-        (Task("x", ("One.",), (Example("a", (), "train"),)), r"x\.jsonl:1: .*at least one output"),
-        (
-            Task("x", ("One.",), (Example("a", ("b",), "train"), Example("\ud800", ("b",), "train"))),
-            r"x\.jsonl:2: .*Unicode",
-        ),
-        (Task("x", ("One.",), (Example("a" * MAX_LINE_BYTES, ("b",), "train"),)), r"x\.jsonl:1: expected lines of at most"),
-        (Task("a-1.2", ("One.",), ()), "distinct names"),
-    ],
-    ids=["path", "none", "blank", "surrogate", "no-output", "surrogate-input", "long-line", "twice"],
-)
+def one(*examples, name="x", texts=("One.",)):
+    return Task(name, texts, tuple(Example(*example, "train") for example in examples))
+
+
+@pytest.mark.parametrize("task, message", [
+    (one(name="../x"), "expected task names"), (one(texts=()), "x: "), (one(texts=(" ",)), "x: "),
+    (one(texts=("\ud800",)), "surrogates"), (one(("a", ())), r"x\.jsonl:1: .*output"),
+    (one(("a", ("b",)), ("\ud800", ("b",))), r"x\.jsonl:2: .*Unicode"),
+    (one(("a" * MAX_LINE_BYTES, ("b",))), r"x\.jsonl:1: .*bytes"), (one(name="a-1.2"), "distinct names"),
+], ids=["path", "none", "blank", "surrogate", "no-output", "surrogate-input", "long-line", "twice"])  # fmt: skip
 def test_what_could_not_be_read_is_not_written(tmp_path, task, message):
     with pytest.raises(ConfigError, match=message):
         write_tasks(tmp_path / "out", [TASKS[1], task])
@@ -215,32 +184,24 @@ def test_defaults_may_be_stated(write):
     assert load_tasks(folder, None)[0].examples == (Example("France", ("Paris", "paris"), "train"),)
 
 
-@pytest.mark.parametrize(
-    "keys, message",
-    [
-        ({"metric": "rouge"}, r"metric: expected one of \('exact_match', .*\), got 'rouge'"),
-        ({"metric": "number"}, "output: expected numbers with metric 'number', got 'b'"),
-        ({"metric": "options"}, r"options: expected at least two distinct non-empty strings, got \(\)"),
-        ({"metric": "options", "options": ("b",)}, "options: expected at least two"),
-        ({"metric": "options", "options": ("b", "c", "c")}, "options: expected at least two distinct"),
-        ({"metric": "options", "options": ("b", " ")}, "options: expected at least two distinct non-empty"),
-        ({"metric": "options", "options": ("B", "c")}, r"output: expected some of \('B', 'c'\), got \('b',\)"),
-        ({"metric": "number", "options": ("b", "c")}, "options: expected none with metric 'number'"),
-        ({"options": ("b", "c")}, "options: expected none with metric 'exact_match'"),
-        ({"metric": "pass"}, "tests: expected Python source with metric 'pass', got ''"),
-        ({"metric": "pass", "tests": " \n"}, "tests: expected Python source"),
-        ({"metric": "options", "options": ("b", "c"), "tests": "pass"}, "tests: expected none with metric 'options'"),
-        ({"tests": "pass"}, "tests: expected none with metric 'exact_match'"),
-        ({"metric": "options", "options": ("b", "\ud800")}, "Unicode"),
-        ({"metric": "pass", "tests": "\ud800"}, "Unicode"),
-    ],
-    ids=str,
-)
-def test_contradictions_are_neither_read_nor_written(write, tmp_path, keys, message):
+BC = {"options": ("b", "c")}
+
+
+@pytest.mark.parametrize("keys, field", [
+    ({"metric": "rouge"}, "metric: .*'rouge'"), ({"metric": "number"}, "output: .*'b'"),
+    *(({"metric": "options"} | more, "options: ") for more in (
+        {}, {"options": ("b",)}, {"options": ("b", "c", "c")}, {"options": ("b", " ")})),
+    ({"metric": "options", "options": ("B", "c")}, r"output: .*\('B', 'c'\)"),
+    *((BC | more, "options: expected none") for more in ({}, {"metric": "number"})),
+    *(({"metric": "pass"} | more, "tests: expected Python") for more in ({}, {"tests": " \n"})),
+    *((more | {"tests": "pass"}, "tests: expected none") for more in ({}, BC | {"metric": "options"})),
+    ({"metric": "options", "options": ("b", "\ud800")}, "Unicode"), ({"metric": "pass", "tests": "\ud800"}, "Unicode"),
+], ids=str)  # fmt: skip
+def test_contradictions_are_neither_read_nor_written(write, tmp_path, keys, field):
     line = json.dumps({"input": "a", "output": ["b"], "split": "train", **keys})
-    with pytest.raises(ConfigError, match=rf"a\.jsonl:2: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"a\.jsonl:2: .*{field}"):
         load_tasks(write({"a": ["Name it."]}, a=[ROWS[0], line]), "train")
-    with pytest.raises(ConfigError, match=rf"x\.jsonl:1: .*{message}"):
+    with pytest.raises(ConfigError, match=rf"x\.jsonl:1: .*{field}"):
         write_tasks(tmp_path / "out", [Task("x", ("One.",), (Example("a", ("b",), "train", **keys),))])
     assert not (tmp_path / "out").exists()
 

@@ -1,7 +1,8 @@
-"""The command line ``t2l``: one module a family of commands.
+"""The command line ``t2l``, one module per group of commands.
 
-Standard output carries results, standard error everything else.  With ``--json`` standard output is one JSON document, and
-empty where the command fails; ``info --check`` alone has one either way, which says what differs.
+Results go to standard output, everything else to standard error.  With ``--json`` standard output is one JSON document, or
+empty if the command fails; only ``info --check`` prints one in both cases.
+May be imported: ``main``, ``app``.  Imports every room but ``testing``, which only ``info --check`` loads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,  # an unexpected exception is a bug: its traceback as Python prints it
+    pretty_exceptions_enable=False,  # unexpected exceptions are bugs: plain traceback
     help="From a sentence to LoRA adapters, without PEFT.",
     epilog=STATUS,
 )
@@ -56,7 +57,7 @@ def _show_warning(message, category, filename, lineno, file=None, line=None) -> 
 
 
 def main() -> None:
-    """Entry point: expected errors become one line on stderr and exit status 1, see ``t2l --help``."""
+    """Entry point; prints expected errors as one line on stderr and exits with status 1, see ``t2l --help``."""
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -1,4 +1,4 @@
-"""``t2l chat``: talk to a base model with the adapter of a description, and change the description on the way."""
+"""``t2l chat``: interactive use of a base model with the adapter of a description, which can be changed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
 HELP = """\
-A line is an input; its answer is on standard output.  Each line is answered by itself, without what was said before:
-adapters are trained on the input alone.
-  /task TEXT  the adapter of another description
+Every line is an input; its answer goes to standard output.  Lines are independent, without history: adapters are trained
+on single inputs.
+  /task TEXT  use the adapter of another description
   /base       answer the last input again with the base model, without adapter and description
-  /help       this text
-  /quit       leave; so do Ctrl-D and Ctrl-C
-A line that begins with // is an input that begins with /."""
+  /help       print this text
+  /quit       quit; so do Ctrl-D and Ctrl-C
+Begin a line with // for an input that begins with /."""
 
 _ADAPTER, _BASE = 0, -1
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
@@ -42,8 +42,11 @@ _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029
 class Chat:
     """A model with one slot for the adapter of the current description.
 
-    ``interactive``: a person reads along; otherwise every answer is one line, its own line breaks become spaces.
-    ``temperature`` 0 is greedy; otherwise every answer is drawn with ``seed`` anew.  Raises ValueError for an empty task.
+    Args:
+        interactive: False: every answer is printed as one line, with line breaks replaced by spaces.
+        temperature: 0: greedy decoding; otherwise sampling, with ``seed`` for every answer.
+
+    Raises ValueError for an empty task.
     """
 
     def __init__(
@@ -57,13 +60,13 @@ class Chat:
         self.lora = attach(model, engine.generate([task]))
 
     def switch(self, task: str) -> None:
-        """Use the adapter of ``task`` from now on, in the same slot."""
+        """Replace the adapter by that of ``task``, in the same slot."""
         self.lora.put(_ADAPTER, self.engine.generate([task]))
 
     def answer(self, text: str, adapter: int) -> None:
-        """Stream the answer to ``text`` and a line break to standard output.
+        """Stream the answer to ``text``, and a line break, to standard output.
 
-        Raises ValueError for an input that leaves the model no room to answer.
+        Raises ValueError for an input that is too long for the model's context.
         """
         import torch
         from transformers import TextStreamer
@@ -74,7 +77,7 @@ class Chat:
             begun = False
 
             def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                text = text if self.begun else text.lstrip(" ")  # after "Output:" an answer begins with one
+                text = text if self.begun else text.lstrip(" ")  # the space after "Output:"
                 self.begun = self.begun or bool(text)
                 typer.echo(text.translate(table), nl=stream_end)
 
@@ -90,16 +93,16 @@ class Chat:
                 f"input: expected at most {limit - self.max_new_tokens} tokens (the model has {limit} positions, "
                 f"{self.max_new_tokens} of them for the answer), got {length}"
             )
-        how = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
         torch.manual_seed(self.seed)
         with self.lora.use(adapter):
             self.model.generate(
-                **batch, **how, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
+                **batch, **sampling, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
                 streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
             )  # fmt: skip
 
     def line(self, line: str) -> bool:
-        """Do what ``line`` says; False for /quit.  Raises ValueError for a command that cannot be followed."""
+        """Execute ``line``, an input or a command; False for /quit.  Raises ValueError for an invalid command."""
         if not is_unicode(line):
             raise ValueError(f"input: expected UTF-8 text, got {short_repr(line)}")
         command, rest = (line.split(maxsplit=1) + [""])[:2]
@@ -126,14 +129,14 @@ class Chat:
 
 
 def _lines(interactive: bool) -> Iterator[str]:
-    """Lines of standard input; with a prompt where a person types them."""
+    """Lines of standard input; with a prompt if ``interactive``."""
     if not interactive:
         yield from standard_input()
         return
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  input() then has line editing and a history
+        import readline  # noqa: F401  gives input() line editing and history
     while True:
-        # input() writes its prompt to stdout, which belongs to the answers unless it is the same screen.
+        # input() writes its prompt to stdout, which is for answers unless it is a terminal.
         with contextlib.nullcontext() if sys.stdout.isatty() else contextlib.redirect_stdout(sys.stderr):
             try:
                 line = input("t2l> ")
@@ -143,23 +146,22 @@ def _lines(interactive: bool) -> Iterator[str]:
 
 
 def chat(
-    task: Annotated[str, typer.Option("--task", help="Task description; /task changes it.")],
+    task: Annotated[str, typer.Option("--task", help="Task description; change it with /task.")],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     base_model: BaseModel = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy; above: sampling.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of every sampled answer.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=100.0, help="0: greedy decoding; otherwise sampling.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Random seed of every sampled answer.")] = 0,
     dtype: BaseDType = DType.float32,
     scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Talk to the base model with the adapter of a description; /help lists what can be typed.
+    """Chat with the base model and the adapter of a description; /help lists the commands.
 
-    Each line is answered by itself, without history: adapters are trained on the input alone as one user turn.  Lines may
-    also come from a pipe: then there are no prompts, every answer is one line (line breaks in it become spaces), blank
-    lines are skipped, and a command that cannot be followed ends the program with status 1.  Standard output carries the
-    answers only.
+    Every line is answered independently, without history: adapters are trained on single user turns.  Input may also be a
+    pipe: then there is no prompt, every answer is printed as one line, blank lines are skipped, and an invalid command ends
+    the program with status 1.  Standard output has the answers only.
     """
     from t2l_engine.text import base_model as models
 
@@ -172,7 +174,7 @@ def chat(
         temperature=temperature, seed=seed,
     )  # fmt: skip
     if interactive:
-        say(f"{name}, adapter of rank {engine.hypernetwork.config.rank}; /help lists what can be typed")
+        say(f"{name}, adapter of rank {engine.hypernetwork.config.rank}; /help lists the commands")
     try:
         for line in map(str.strip, _lines(interactive)):
             try:
@@ -183,6 +185,6 @@ def chat(
                     raise
                 say(str(error))
     except KeyboardInterrupt:
-        if not interactive:  # the answers are not complete
+        if not interactive:  # the output is incomplete
             raise
-        typer.echo(err=True)  # the other way to leave
+        typer.echo(err=True)  # Ctrl-C quits

@@ -1,4 +1,4 @@
-"""Options and steps that several commands share."""
+"""Options and functions shared by several commands."""
 
 from __future__ import annotations
 
@@ -33,34 +33,30 @@ class DType(str, enum.Enum):
 
 
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled checkpoint name, or a checkpoint folder.")]
-Scaling = Annotated[str, typer.Option("--scaling", help="rslora, plain or a number; default: as trained.")]
-Encoder = Annotated[
-    str, typer.Option("--encoder", help="Local folder of the text encoder; default: what the checkpoint names.")
-]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that the text encoder's folder brings.")
-]
+Scaling = Annotated[str, typer.Option("--scaling", help="LoRA scaling: rslora, plain or a number; default: as trained.")]
+Encoder = Annotated[str, typer.Option("--encoder", help="Local folder of the text encoder; default: the checkpoint's.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code in the text encoder's folder.")]
 BaseModel = Annotated[
-    str, typer.Option("--base-model", help="Local transformers folder; default: what the checkpoint names.")
+    str, typer.Option("--base-model", help="Local transformers folder; default: the checkpoint's base model.")
 ]
-BaseDType = Annotated[DType, typer.Option("--dtype", help="Arithmetic of the base model.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output instead; none on failure.")]
+BaseDType = Annotated[DType, typer.Option("--dtype", help="Dtype of the base model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output instead; none on failure.")]
 
 
 def say(text: str) -> None:
-    """One line for the user on standard error."""
+    """Print a one-line message to standard error."""
     typer.echo("t2l: " + " ".join(text.split()), err=True)
 
 
 def standard_input() -> TextIO:
-    """ValueError where the process was started without one."""
+    """Standard input; ValueError if it is closed."""
     if sys.stdin is None:
         raise ValueError("standard input: expected one, but it is closed")
     return sys.stdin
 
 
 def console(stderr: bool = False) -> Console:
-    """As wide as the terminal; where there is none, as wide as the lines: nothing is cut for a script."""
+    """A rich console as wide as the terminal; if output is not a terminal, wide enough that no line is wrapped."""
     from rich.console import Console
 
     width = None if (sys.stderr if stderr else sys.stdout).isatty() else 1000
@@ -68,18 +64,18 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """``value`` as the one document on standard output."""
+    """Print ``value`` as JSON to standard output."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool) -> tuple[TextToLoRA, Path]:
-    """The engine of options, and the checkpoint's folder."""
+    """(engine, checkpoint folder) for the options of a command."""
     from transformers.utils import logging
 
     from t2l_engine.engine import TextToLoRA
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
-    logging.disable_progress_bar()  # stderr is for our messages
+    logging.disable_progress_bar()  # keeps stderr for our own messages
     logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
     engine = TextToLoRA.from_pretrained(
@@ -89,7 +85,7 @@ def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: 
 
 
 def parse_scaling(text: str) -> str | float | None:
-    """``--scaling`` as the engine takes it; None where it was not given."""
+    """The value of ``--scaling``; None if it was not given."""
     if not text or text in ("rslora", "plain"):
         return text or None
     try:
@@ -99,7 +95,7 @@ def parse_scaling(text: str) -> str | float | None:
 
 
 def base_model_of(folder: Path, given: str) -> str:
-    """``--base-model``, or the model that the checkpoint in ``folder`` names; ValueError where there is neither."""
+    """``--base-model``, or the base model of the checkpoint in ``folder``; ValueError if there is neither."""
     from t2l_engine.hypernetwork import checkpoint
 
     name = given or checkpoint.describe(folder).get("base_model")

@@ -1,4 +1,4 @@
-"""``t2l cost``: operations, bytes and memory of in-context learning and of generated adapters, from configurations alone."""
+"""``t2l cost``: FLOPs, memory traffic and memory of in-context learning and of generated adapters, from configurations."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from t2l_engine.research.costs import known
 from t2l_engine.text.config import OneHotConfig
 
 DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
-ADAPTER, ENCODER = 2, 2  # bytes a value
-MOST_TOKENS, MOST_USERS, MOST_QUESTIONS = 1 << 20, 1 << 16, 10**12
+ADAPTER, ENCODER = 2, 2  # bytes per value
+MAX_TOKENS, MAX_USERS, MAX_QUESTIONS = 1 << 20, 1 << 16, 10**12
 
 
-class Values(str, enum.Enum):
-    """What a value is kept in; int4 without the scales that belong to it."""
+class ValueType(str, enum.Enum):
+    """Storage types of weights, keys and values; int4 without its scales."""
 
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -41,8 +41,8 @@ class Values(str, enum.Enum):
         return {"float32": 4, "float8": 1, "int4": 0.5}.get(self.value, 2)
 
 
-def _tokens(text: str, least: int = 0, option: str | None = None) -> Any:
-    return Annotated[int, typer.Option(*([option] if option else []), min=least, max=MOST_TOKENS, help=text)]
+def _tokens(text: str, low: int = 0) -> Any:
+    return Annotated[int, typer.Option(min=low, max=MAX_TOKENS, help=text)]
 
 
 def _size(text: str, default: str) -> Any:
@@ -50,7 +50,7 @@ def _size(text: str, default: str) -> Any:
 
 
 def _rate(text: str) -> Any:
-    return Annotated[float | None, typer.Option(min=1e-9, max=1e9, help=f"{text}; adds the least times at these rates.")]
+    return Annotated[float | None, typer.Option(min=1e-9, max=1e9, help=f"{text}; adds roofline times at these rates.")]
 
 
 def cost(
@@ -58,14 +58,12 @@ def cost(
         str,
         typer.Option(
             help=f"Language model: {', '.join(known.known_setups())}, a local transformers folder or its config.json; "
-            f"default: what the checkpoint names, else {DEFAULT_MODEL}."
+            f"default: the checkpoint's base model, else {DEFAULT_MODEL}."
         ),
     ] = "",
     checkpoint: Annotated[
         str,
-        typer.Option(
-            "--checkpoint", "-c", help="Bundled checkpoint name, or a native folder, for its hypernetwork and encoder."
-        ),
+        typer.Option("--checkpoint", "-c", help="Bundled checkpoint name or native folder, for hypernetwork and encoder."),
     ] = "",
     encoder: Annotated[
         str,
@@ -77,7 +75,7 @@ def cost(
     ] = "",
     variant: Annotated[
         str,
-        typer.Option(help=f"Kind of hypernetwork, without --checkpoint: L, M, S-learnable ...; default: {known.VARIANT}."),
+        typer.Option(help=f"Hypernetwork variant, without --checkpoint: L, M, S-learnable ...; default: {known.VARIANT}."),
     ] = "",
     rank: _size("Rank of the adapters", str(known.RANK)) = None,
     modules: Annotated[
@@ -85,33 +83,31 @@ def cost(
     ] = "",
     latent_size: _size("Latent size", f"the known model's, else {known.LATENT_SIZE}") = None,
     head_in_size: _size("Width before the heads", f"the known model's, else {known.HEAD_IN_SIZE}") = None,
-    questions: Annotated[int, typer.Option(min=1, max=MOST_QUESTIONS, help="Questions of one task.")] = 100,
-    shots: _tokens("Worked examples in the prompt of in-context learning.") = 3,
-    shot: _tokens("Tokens of an example.") = 80,
-    question: _tokens("Tokens of a question, its chat template included.", 1) = 59,
+    questions: Annotated[int, typer.Option(min=1, max=MAX_QUESTIONS, help="Questions of one task.")] = 100,
+    shots: _tokens("Few-shot examples in the prompt of in-context learning.") = 3,
+    shot: _tokens("Tokens of one few-shot example.") = 80,
+    question: _tokens("Tokens of a question with its chat template.", 1) = 59,
     answer: _tokens("Tokens of an answer.", 1) = 16,
-    description: _tokens("Tokens of the task's description, as the text encoder counts them.", 1) = 35,
+    description: _tokens("Tokens of the task's description, in the text encoder's tokenizer.", 1) = 35,
     instruction: _tokens("Tokens of a description in the prompt of in-context learning.") = 0,
-    system: _tokens("Tokens at the head of every prompt, whatever the task.") = 0,
-    users: Annotated[int, typer.Option(min=1, max=MOST_USERS, help="Answers made at a time: memory, decode step.")] = 1,
-    tasks: Annotated[int, typer.Option(min=1, max=MOST_USERS, help="Different tasks among the users.")] = 1,
+    system: _tokens("Tokens of a system prompt, the same for all tasks.") = 0,
+    users: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Concurrent sequences, for memory and decode step.")] = 1,
+    tasks: Annotated[int, typer.Option(min=1, max=MAX_USERS, help="Different tasks among the users.")] = 1,
     dtype: Annotated[
-        Values | None,
-        typer.Option(
-            help="The model's weights; int4: half a byte, scales not counted; default: the config's, else bfloat16."
-        ),
+        ValueType | None,
+        typer.Option(help="Dtype of the model's weights; int4: without scales; default: the config's, else bfloat16."),
     ] = None,
     cache_dtype: Annotated[
-        Values | None, typer.Option(help="Keys and values; default: as the weights, of fewer than 16 bits bfloat16.")
+        ValueType | None, typer.Option(help="Dtype of keys and values; default: that of the weights, at least 16 bits.")
     ] = None,
-    tflops: _rate("10^12 operations a second of your device") = None,
-    gbps: _rate("10^9 bytes a second of your device") = None,
+    tflops: _rate("TFLOP/s of your device") = None,
+    gbps: _rate("Memory bandwidth of your device in GB/s") = None,
     as_json: Json = False,
 ) -> None:
-    """What a question costs by in-context learning (ICL) and by a generated adapter (T2L), for your numbers.
+    """The cost of a question by in-context learning (ICL) and by a generated adapter (T2L), for your workload.
 
-    Operations, bytes and memory of six ways to serve a task, and when which one costs less.  Counted from configurations:
-    no weights are read, nothing is downloaded or measured, and nothing is said about how good the answers are.
+    FLOPs, memory traffic and memory of six ways to serve a task, with break-even points.  Computed from configurations: no
+    weights are read, nothing is downloaded or measured, and answer quality is not considered.
     """
     if (tflops is None) != (gbps is None):
         raise typer.BadParameter("expected both --tflops and --gbps, or neither")
@@ -139,13 +135,18 @@ def cost(
         render(result)
 
 
-# --- what the options name ---------------------------------------------------------------------------------------------
+# --- models and checkpoints by option ------------------------------------------------------------------------------------
 
 
 def _setup(
-    model: str, checkpoint: str, encoder: str, given: Mapping[str, Any], dtype: Values | None, cache_dtype: Values | None
+    model: str,
+    checkpoint: str,
+    encoder: str,
+    given: Mapping[str, Any],
+    dtype: ValueType | None,
+    cache_dtype: ValueType | None,
 ) -> tuple[costs.Setup, dict[str, Any]]:
-    """The setup that options describe, and what to call its parts."""
+    """(setup, JSON description of its parts) for the options."""
     path, blocks = _native(checkpoint) if checkpoint else (None, {})
     model = model or blocks.get("base_model") or ("" if checkpoint else DEFAULT_MODEL)
     if not model:
@@ -155,8 +156,8 @@ def _setup(
         decoder, stated = costs.known_setup(name).decoder, None
     else:
         decoder, stated = _decoder(model, dtype)
-    weights = dtype or stated or Values.bfloat16
-    cache = cache_dtype or (weights if weights.itemsize >= 2 else Values.bfloat16)
+    weights = dtype or stated or ValueType.bfloat16
+    cache = cache_dtype or (weights if weights.itemsize >= 2 else ValueType.bfloat16)
     entry = known.known_entries("models").get(name, {})
     encoder = encoder or (_encoder_of(path, blocks) if checkpoint else entry.get("encoder", DEFAULT_ENCODER))
     texts = decoder if encoder == LANGUAGE_MODEL else _encoder(encoder)
@@ -187,7 +188,7 @@ def _setup(
 
 
 def _known(kind: str, name: str) -> str | None:
-    """``name``, or the known name of what the hub calls so; None where it is neither."""
+    """``name`` if it is known, or the known name of the Hub repository ``name``; None otherwise or for a local path."""
     entries = known.known_entries(kind)
     if name in entries or Path(name).exists():
         return name if name in entries else None
@@ -205,8 +206,8 @@ def _local(option: str, name: str, others: list[str]) -> Path:
     return path
 
 
-def _decoder(model: str, dtype: Values | None) -> tuple[costs.Decoder, Values | None]:
-    """The model of a local configuration, and the dtype that it states; ConfigError where ``dtype`` has to say it."""
+def _decoder(model: str, dtype: ValueType | None) -> tuple[costs.Decoder, ValueType | None]:
+    """(model of a local configuration, its stated dtype); ConfigError if ``dtype`` is needed but None."""
     path = _local("--model", model, known.known_setups())
     decoder = costs.Decoder.from_config(path)
     values, where = decoders.config_values(path)
@@ -219,10 +220,10 @@ def _decoder(model: str, dtype: Values | None) -> tuple[costs.Decoder, Values | 
     stated = [block[key] for block in blocks for key in ("dtype", "torch_dtype") if block.get(key) is not None]
     if not stated:
         return decoder, None
-    names = [item.value for item in Values if item.itemsize >= 2]
+    names = [item.value for item in ValueType if item.itemsize >= 2]
     if stated[0] not in names:
         raise ConfigError(f"{where}: dtype: expected one of {', '.join(names)}, got {short_repr(stated[0])}; give --dtype")
-    return decoder, Values(stated[0])
+    return decoder, ValueType(stated[0])
 
 
 def _encoder(name: str) -> costs.Encoder | costs.Decoder:
@@ -238,15 +239,15 @@ def _encoder(name: str) -> costs.Encoder | costs.Decoder:
 
 
 def _native(name: str) -> tuple[Path, dict[str, Any]]:
-    """The path and the blocks of the ``config.json`` of a checkpoint in native form."""
+    """Path and blocks of the ``config.json`` of a checkpoint in native format."""
     folder = resolve_checkpoint(name)
     if format_of(folder) == "reference":
-        raise ConfigError(f"{folder}: a checkpoint in reference form; 't2l convert' makes the native one that is read here")
+        raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
     return folder / CONFIG_NAME, native_blocks(folder)
 
 
 def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
-    """The ``--encoder`` that a checkpoint names; MiniLM where it names none, as elsewhere."""
+    """The ``--encoder`` that a checkpoint states; MiniLM, the package's default, if it states none."""
     config = stated_encoder(blocks, path)
     if config is None:
         return "minilm"
@@ -258,7 +259,7 @@ def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
 
 
 def _check(hypernet: HyperNetworkConfig, decoder: costs.Decoder, encoder: costs.Encoder | costs.Decoder, where: str) -> None:
-    """ConfigError where a checkpoint is not for this model and encoder."""
+    """ConfigError if ``hypernet`` does not fit model or encoder."""
     shapes, sizes = decoder.module_shapes, zip(hypernet.in_features, hypernet.out_features, strict=True)
     for module, shape in zip(hypernet.modules, sizes, strict=True):
         if shapes.get(module) != shape:

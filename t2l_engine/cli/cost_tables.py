@@ -1,4 +1,4 @@
-"""What ``t2l cost`` says: one document of plain values, and the same as tables and sentences."""
+"""Output of ``t2l cost``: a JSON document, and its rendering as tables and sentences."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from t2l_engine.cli.common import console
 from t2l_engine.files.errors import short_repr
 from t2l_engine.research import costs
 
-#: Names of ways within a sentence, where a comma would mislead.
-SAID = costs.LABELS | {
+#: Labels of ways within sentences, without commas.
+SENTENCE_LABELS = costs.LABELS | {
     "icl": "ICL without a cache",
     "icl-cold": "ICL with a cold cache",
     "icl-warm": "ICL with a warm cache",
 }
-#: Pairs (way, rival) of which it is said for how many questions the way costs less.
+#: Pairs (way, rival) with a stated break-even number of questions.
 PAIRS = (
     *(("t2l-task", rival) for rival in ("icl", "icl-cold", "icl-warm")),
     *(("t2l-request", rival) for rival in ("icl", "icl-warm")),
     ("t2l-merged", "t2l-task"),
 )
 RIVALS = ("icl", "icl-cold", "icl-warm")
-MOST_SHOTS, COLUMNS = 1024, 100
+MAX_SHOTS, COLUMNS = 1024, 100
 _PREFIXES = {1e18: "E", 1e15: "P", 1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: ""}
 _NUMBERS = {1e12: "trillion ", 1e9: "billion ", 1e6: "million ", 1: ""}
 _TIMES = {1: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
@@ -35,7 +35,7 @@ _TIMES = {1: "s", 1e-3: "ms", 1e-6: "us", 1e-9: "ns"}
 def document(
     setup: costs.Setup, load: costs.Workload, questions: int, users: int, tasks: int, rates: tuple[float, float] | None
 ) -> dict[str, Any]:
-    """All numbers as plain JSON values; ``rates``: operations and bytes a second, or None for no times."""
+    """All results as JSON values; ``rates``: FLOP/s and bytes/s; None: no times."""
     made = costs.ways(setup, load)
 
     def seconds(request: costs.Request) -> float:
@@ -66,7 +66,7 @@ def document(
             "later": [_phase(phase) for phase in w.later.phases],
         }
 
-    shots = {r: costs.shots_to_win(setup, load, "t2l-task", r, questions=questions, most=MOST_SHOTS) for r in RIVALS}
+    shots = {r: costs.shots_to_win(setup, load, "t2l-task", r, questions=questions, limit=MAX_SHOTS) for r in RIVALS}
     return {
         "workload": dataclasses.asdict(load),
         "questions": questions,
@@ -90,7 +90,7 @@ def _phase(phase: costs.Phase) -> dict[str, Any]:
 
 
 def digits(value: float) -> str:
-    """Three significant ones; an exponent only where there is no unit for it.
+    """``value`` with three significant digits; with an exponent from 10^6.
 
     >>> digits(0), digits(4.1974), digits(0.04571), digits(999.7), digits(12345), digits(12345678)
     ('0', '4.20', '0.0457', '1,000', '12,300', '1.23e+07')
@@ -102,7 +102,7 @@ def digits(value: float) -> str:
 
 
 def amount(value: float, what: str, units: Mapping[float, str] = _PREFIXES) -> str:
-    """``value`` of ``what`` in a unit that suits it.
+    """``value`` of unit ``what`` with a suitable prefix.
 
     >>> amount(6815744, "B"), amount(999.9e6, "B")
     ('6.82 MB', '1.00 GB')
@@ -112,13 +112,13 @@ def amount(value: float, what: str, units: Mapping[float, str] = _PREFIXES) -> s
 
 
 def _scale(value: float, units: Mapping[float, str]) -> float:
-    """The largest of ``units`` that is no larger than ``value`` as printed; the smallest where there is none."""
+    """The largest of ``units`` that is at most ``value`` as printed; the smallest if there is none."""
     value = float(f"{value:.3g}")
     return max((unit for unit in units if unit <= value), default=min(units))
 
 
 def _column(values: list[float], what: str, units: Mapping[float, str] = _PREFIXES) -> tuple[str, list[str]]:
-    """A unit for all of ``values``, and them in it."""
+    """(common unit of ``values``, the values in that unit)."""
     scale = _scale(max(values), units)
     return units[scale] + what, [digits(value / scale) for value in values]
 
@@ -132,7 +132,7 @@ def _list(names: list[str]) -> str:
 
 
 def _text(name: str) -> str:
-    """A name that was given or read, printable and bounded."""
+    """A name from an option or a file, made printable and bounded in length."""
     return name if name.isprintable() and len(name) <= 120 else short_repr(name)
 
 
@@ -140,7 +140,7 @@ def _text(name: str) -> str:
 
 
 def render(about: Mapping[str, Any]) -> None:
-    """A head, the table of the six ways, one of least times where rates were given, and sentences."""
+    """Print the setup, a table of the ways, one of roofline times if rates were given, and break-even points."""
     from rich.table import Table
 
     screen, ways = console(), about["ways"]
@@ -170,14 +170,14 @@ def render(about: Mapping[str, Any]) -> None:
         ("memory beside\nthe weights", _column(of("memory_bytes"), "B")),
     )
     screen.print(
-        "First token: of a task's first question; what fills a warm cache before it is not counted.\n"
+        "First token: of a task's first question; filling a warm cache before it is not counted.\n"
         "Later question, questions: prompts and answers.\n"
         f"Decode step and memory: {_count(about['users'], 'user')} at a time, {_count(about['tasks'], 'task')} among them.\n"
     )
     if about["rates"]:
         times, rate = of("least_seconds"), about["rates"]
         given = f"{digits(rate['flops_per_second'] / 1e12)} TFLOP/s and {digits(rate['bytes_per_second'] / 1e9)} GB/s"
-        screen.print(f"Least time at these rates, {given}; one question at a time, nothing measured:")
+        screen.print(f"Roofline time at {given}, one question at a time (computed, not measured):")
         show(
             ("to the\nfirst token", _column([time["first_token"] for time in times], "", _TIMES)),
             ("first\nquestion", _column([time["first_question"] for time in times], "", _TIMES)),
@@ -194,7 +194,7 @@ def _facts(about: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     window = f", windows of {model['window']:,} tokens" if model["window"] else ""
     origin = f" of {_text(net['checkpoint'])}" if net["checkpoint"] else ""
     shots = f"{_count(load['shots'], 'shot')} of {load['shot']:,}"
-    others = (name for name in ("question", "answer", "description", "instruction", "system") if load[name])
+    lengths = (name for name in ("question", "answer", "description", "instruction", "system") if load[name])
     yield "language model", f"{_text(model['name'])}, {_parameters(model)}, {model['dtype']} ({amount(model['bytes'], 'B')})"
     yield "keys and values", f"{model['cache_dtype']}, {amount(model['cache_bytes_per_token'], 'B')} a token{window}"
     yield "hypernetwork", f"{net['variant']}{origin}, {_parameters(net)}, 2 bytes each"
@@ -203,7 +203,7 @@ def _facts(about: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         yield "text encoder", f"{_text(encoder['name'])}, {_parameters(encoder)}, 2 bytes each"
     else:
         yield "text encoder", "the language model itself"
-    yield "tokens", ", ".join((shots, *(f"{name} {load[name]:,}" for name in others)))
+    yield "tokens", ", ".join((shots, *(f"{name} {load[name]:,}" for name in lengths)))
 
 
 def _parameters(part: Mapping[str, Any]) -> str:
@@ -214,36 +214,36 @@ def _parameters(part: Mapping[str, Any]) -> str:
 
 
 def _verdicts(about: Mapping[str, Any]) -> Iterable[str]:
-    task = SAID["t2l-task"]
-    yield "Operations, prompts and answers of all questions of a task:"
+    task = SENTENCE_LABELS["t2l-task"]
+    yield "FLOPs, prompts and answers of all questions of a task:"
     yield from map(_won, about["questions_won"])
     questions, shot = _count(about["questions"], "question"), about["workload"]["shot"]
-    for rivals, shots in _alike(about["shots_to_win"]):
+    for rivals, shots in _grouped(about["shots_to_win"]):
         what = f"- With {questions} {task} costs less than {rivals}"
         if shots is None:
-            yield f"{what} with no number of shots up to {MOST_SHOTS:,}: ICL costs as much or less."
+            yield f"{what} with no number of shots up to {MAX_SHOTS:,}: ICL costs as much or less."
         else:
             least = f"from {_count(shots, 'shot')} of {shot:,} tokens on" if shots else "even without shots"
             yield f"{what} {least}."
     if about["questions_won_in_least_time"]:
-        yield "Least time at these rates, all questions of a task:"
+        yield "Roofline time at these rates, all questions of a task:"
         yield from map(_won, about["questions_won_in_least_time"])
     yield "Memory beside the weights:"
     size, tokens = amount(about["adapter"]["bytes"], "B"), about["tokens_of_adapter"]
     yield f"- An adapter ({size}) is smaller than the keys and values of {_count(tokens, 'token')}, but not of fewer."
     each = _count(about["users"] / about["tasks"], "user")
     parts = "text encoder and hypernetwork" if about["encoder"]["bytes_per_value"] else "hypernetwork"
-    for rivals, tasks in _alike(about["tasks_to_win"]):
+    for rivals, tasks in _grouped(about["tasks_to_win"]):
         what = f"- With {each} a task {task} holds less than {rivals}"
         if tasks is None:
             yield f"{what} at no number of tasks: ICL holds as much or less."
         else:
             yield f"{what} from {_count(tasks, 'task')} at a time on ({parts} {amount(about['generator_bytes'], 'B')})."
-    yield "Counted from configurations; this says nothing about how good the answers are."
+    yield "Computed from configurations; answer quality is not considered."
 
 
 def _won(pair: Mapping[str, Any]) -> str:
-    way, rival = SAID[pair["way"]], SAID[pair["rival"]]
+    way, rival = SENTENCE_LABELS[pair["way"]], SENTENCE_LABELS[pair["rival"]]
     if pair["questions"] is None:
         return f"- {way} costs as much as {rival} or more at every number of questions."
     (first, last), both = pair["questions"], f"- {way} costs less than {rival}"
@@ -254,9 +254,9 @@ def _won(pair: Mapping[str, Any]) -> str:
     return f"{both} from {first:,} questions on, as much or more before."
 
 
-def _alike(found: Mapping[str, int | None]) -> list[tuple[str, int | None]]:
-    """Rivals with the same answer together, in words."""
+def _grouped(found: Mapping[str, int | None]) -> list[tuple[str, int | None]]:
+    """[(rivals with equal values as text, value)]."""
     groups: dict[int | None, list[str]] = {}
     for rival, answer in found.items():
-        groups.setdefault(answer, []).append(SAID[rival])
+        groups.setdefault(answer, []).append(SENTENCE_LABELS[rival])
     return [(_list(rivals), answer) for answer, rivals in groups.items()]

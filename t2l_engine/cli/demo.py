@@ -1,4 +1,4 @@
-"""``python -m t2l_engine.cli.demo``: sentences change what a real language model does, and what that costs."""
+"""``python -m t2l_engine.cli.demo``: effect and cost of adapters that are generated from sentences."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from t2l_engine.text.prompts import raw_prompt
 
 CHECKPOINT = "smollm2-135m"
 
-#: description -> inputs with the right answer.  None of these tasks was trained on, nor their descriptions and inputs: the
-#: checkpoint learned lists of three words, not of five.
+#: Description -> (input, correct answer).  All held out: the checkpoint was trained on lists of three words, not of five.
 TASKS = {
     "Return the last of the five words.": [
         ("cookie, think, socks, river, lamp", "lamp"),
@@ -42,9 +41,9 @@ TASKS = {
         ("dove, beetle, shrimp, beige, lynx", "beige"),
     ],
 }
-#: One input for the first two descriptions.
+#: An input for the first two descriptions.
 SAME_INPUT = "honest, jump, quiet, bright, narrow"
-#: Three worked examples for the cost of in-context learning.
+#: Few-shot examples, for the cost of in-context learning.
 SHOTS = [
     ("granite, whisper, melon, hot, run", "run"),
     ("yawn, cabinet, heron, blue, sing", "sing"),
@@ -56,15 +55,15 @@ console = Console(highlight=False, width=118)
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Says what is done, that it still is every five seconds, and how long it took."""
+    """Print ``what`` at the start, the elapsed time every five seconds, and the total time at the end."""
     start, done = time.perf_counter(), threading.Event()
 
-    def beat() -> None:
+    def report() -> None:
         while not done.wait(5):
             console.print(f"    {what}: {time.perf_counter() - start:.0f} s ...")
 
     console.print(f"==> {what}")
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=report, daemon=True)
     thread.start()
     try:
         yield
@@ -76,7 +75,7 @@ def busy(what: str) -> Iterator[None]:
 
 @torch.no_grad()
 def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> list[str]:
-    """First line of the greedy continuation of every prompt, all in one batch."""
+    """First line of the greedy continuation of every prompt, in one batch."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
     out = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -84,7 +83,7 @@ def answer(model, tokenizer, prompts: list[str], max_new_tokens: int = 14) -> li
 
 
 def milliseconds(function, repeats: int = 5) -> float:
-    """Fastest of ``repeats`` calls."""
+    """Time of the fastest of ``repeats`` calls, in milliseconds."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -94,9 +93,7 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 def show_tasks(model, tokenizer, engine, lora) -> None:
-    table = Table(
-        "input", "base model", "right?", "adapted model", "right?", title="1. Three tasks that were not trained on"
-    )
+    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three held-out tasks")
     score = {"base": 0, "adapted": 0}
     for i, (description, pairs) in enumerate(TASKS.items()):
         table.add_section()
@@ -127,9 +124,7 @@ def show_two_descriptions(model, tokenizer, engine, lora) -> None:
 
 
 def show_mixed_batch(model, tokenizer, engine, lora) -> None:
-    table = Table(
-        "row", "adapter", "input", "answer", "alone", title="3. One batch, an adapter of its own in every row, or none"
-    )
+    table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, each row with its own adapter or none")
     rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
     rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket, deep, walk"), (2, "violet, horse, crow, salmon, hen")]
     prompts = [engine.prompt(tokenizer, x) for _, x in rows]
@@ -157,7 +152,7 @@ def show_costs(model, tokenizer, engine) -> None:
     task_emb = encoder.encode([description])
     stack = engine.hypernetwork.generate(task_emb)
 
-    def encode() -> None:  # by an encoder that does not know the text yet
+    def encode() -> None:  # with an empty cache of embeddings
         t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([description])
 
     def attach_and_detach() -> None:
@@ -195,13 +190,13 @@ def show_costs(model, tokenizer, engine) -> None:
 
 
 def save_svg(path: str) -> None:
-    """Write what the console recorded as a picture, which loads no font from elsewhere."""
+    """Write the console's recording as SVG, without references to web fonts."""
     svg = console.export_svg(title="make demo")
     Path(path).write_text(re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
 def main(svg: str | None = None) -> None:
-    """Run the demo; every number on screen is computed here and now.  ``svg``: a file for its first three tables."""
+    """Run the demo; all printed numbers are measured in this run.  ``svg``: file for a picture of the first three tables."""
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):

@@ -1,4 +1,4 @@
-"""What a checkpoint or an adapter folder is, as plain JSON values."""
+"""Description of a checkpoint or adapter folder as JSON values."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from t2l_engine.research.costs import hypernet_flops
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """The structure, sizes and origin of a T2L checkpoint (native or reference form) or of a PEFT adapter folder.
+    """Structure, sizes and origin of a T2L checkpoint (native or Sakana format) or of a PEFT adapter folder.
 
-    The files are read whole and checked as for use.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``,
-    ``trunk`` (all else) and ``offsets`` (not trained, of the last step); ``gflop_per_adapter`` is 1e9 useful operations of
-    the hypernetwork (``research.costs.hypernet_flops``).  Adapters: ``kind`` "adapter"; ``parameters`` counts true
-    ranks, ``partial``: the base model may have more layers.  ``file_bytes`` is the size of the weights file.
+    Files are read and checked completely.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``, ``trunk``
+    (including all but the heads) and ``offsets`` (buffers); ``gflop_per_adapter``: from ``research.costs.hypernet_flops``.
+    Adapters: ``kind`` "adapter"; ``parameters`` counts true ranks; ``partial``: the base model may have more layers.
+    ``file_bytes`` is the size of the weights file.
 
     Raises:
-        FileNotFoundError: the folder is absent.
-        ValueError: it is neither, or a file in it cannot be used (ConfigError, CheckpointError, AdapterError).
+        FileNotFoundError: the folder does not exist.
+        ValueError: it is neither, or a file in it is invalid (ConfigError, CheckpointError, AdapterError).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     native = (CONFIG_NAME, WEIGHTS_NAME)
-    reference = SAKANA_NAMES[:1]  # the others may lie two folders above
+    reference = SAKANA_NAMES[:1]  # the other files may be two folders above
     for names in (native, reference):
         if all((folder / name).is_file() for name in names):
             return _checkpoint(folder)
@@ -85,14 +85,14 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def _named_encoder(blocks: dict[str, Any]) -> dict[str, Any] | None:
-    """An encoder that the reference's arguments name, for which nothing says how texts are embedded."""
+    """The encoder in the arguments of a checkpoint in Sakana format, which do not state its pooling."""
     args = blocks.get("reference", {}).get("args")
     name = args.get("emb_model") if isinstance(args, dict) else None
     return {"name": name, "pooling": None} if isinstance(name, str) and name else None
 
 
 def _training(block: dict[str, Any]) -> dict[str, Any]:
-    """Steps and number of tasks, as far as the block, which may be anything, says them."""
+    """Steps and number of tasks, as far as the (unchecked) block has them."""
     tasks = block.get("tasks")
     return {"steps": block.get("steps_done"), "num_tasks": len(tasks) if isinstance(tasks, (list, dict)) else None}
 

@@ -1,4 +1,4 @@
-"""``t2l evaluate``: arms on a task folder."""
+"""``t2l evaluate``: compares methods (arms) on a task folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAME = "t2l"
 
 
 class Measure(str, enum.Enum):
-    """What the table on the terminal shows of texts."""
+    """Measure in the printed table."""
 
     score = "score"
     containment = "containment"
@@ -43,11 +43,9 @@ def evaluate(
     tasks: Annotated[Path, typer.Option(help="Task folder: <name>.jsonl files and descriptions.json.")],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    arms: Annotated[
-        str, typer.Option(help="Comma-separated names of arms; default: all that checkpoints, folders and tasks allow.")
-    ] = "",
+    arms: Annotated[str, typer.Option(help="Comma-separated arms (compared methods); default: all that are possible.")] = "",
     also: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint, and its controls; may be repeated.")
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint with its controls; may be repeated.")
     ] = None,
     oracle: Annotated[
         list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: arm oracle; may be repeated.")
@@ -58,27 +56,27 @@ def evaluate(
     multi_task: Annotated[
         list[Path] | None, typer.Option(help="Run folder of t2l train lora with mode=multi-task; may be repeated.")
     ] = None,
-    manifest: Annotated[str, typer.Option(help="Name or file of a manifest: means by tier as well.")] = "",
+    manifest: Annotated[str, typer.Option(help="Name or file of a manifest; adds means by tier.")] = "",
     names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = "",
-    split: Annotated[str, typer.Option(help="Split of the examples that are asked.")] = "test",
-    max_items: Annotated[int, typer.Option(min=0, help="At most this many examples a task; 0: all.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Draws of description, worked examples and controls.")] = 3,
+    split: Annotated[str, typer.Option(help="Split of the evaluated examples.")] = "test",
+    max_items: Annotated[int, typer.Option(min=0, help="Limit of examples per task; 0: all.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that reasons to a number or is code.")] = 256,
+    max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of code, or with reasoning.")] = 256,
     max_prompt_tokens: Annotated[
         int, typer.Option(min=1, help="An item with a longer prompt in any arm is left out of all.")
     ] = 1024,
     validation_items: Annotated[
-        int, typer.Option(min=1, help="Examples of split val a task on which an arm's prompt form is chosen.")
+        int, typer.Option(min=1, help="Examples of split val per task for choosing an arm's prompt template.")
     ] = 8,
     base_model: BaseModel = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
     dtype: BaseDType = DType.float32,
     scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
     run_code: Annotated[
-        bool, typer.Option("--run-code", help="Run Python that the model wrote, in a limited process (HumanEval, MBPP).")
+        bool, typer.Option("--run-code", help="Run model-written Python in a sandbox (HumanEval, MBPP).")
     ] = False,
     resume: Annotated[
         Path | None,
@@ -90,7 +88,7 @@ def evaluate(
     plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None,
     measure: Annotated[Measure, typer.Option(help="What the table shows; all are in the JSON.")] = Measure.score,
 ) -> None:
-    """Score a checkpoint's adapters, its controls, the base model and what else is named, on one task folder."""
+    """Evaluate a checkpoint's adapters, its controls, the base model and further adapters on a task folder."""
     from tqdm import tqdm
 
     from t2l_engine.research.evaluation import run
@@ -100,7 +98,7 @@ def evaluate(
     from t2l_engine.text import base_model as models
     from t2l_engine.text.prompts import has_chat
 
-    for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # better now than after the answers
+    for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # before the answers are computed
         if file is not None and not file.parent.is_dir():
             raise FileNotFoundError(f"{option}: {file.parent}: no such folder")
         if file is not None and file.is_dir():
@@ -114,9 +112,9 @@ def evaluate(
     pools, validation = ({t.name: [e for e in t.examples if e.split == s] for t in everything} for s in ("train", "val"))
     journal = None
     if json_file is not None and resume is None:
-        journal = json_file.with_name(f"{json_file.name}.unfinished.jsonl")  # a name nobody gives --resume: it is removed
+        journal = json_file.with_name(f"{json_file.name}.unfinished.jsonl")  # removed at the end, unlike that of --resume
     if journal is not None and journal.exists():
-        say(f"going on with the answers in {journal}; remove it to ask anew")
+        say(f"resuming with the answers in {journal}; remove it to start anew")
     store = Store(resume or journal)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     found, left_out = _arms(loaded, pools, (engine, folder), also or [], oracle or [], library, multi_task or [])
@@ -134,7 +132,7 @@ def evaluate(
     model, tokenizer = models.load(model_name, dtype.torch)
     if not has_chat(tokenizer):
         found = without_chat(found)
-        say("the tokenizer has no chat template: plain text is the form of the arms without adapter")
+        say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
     settings = run.Settings(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code
     )
@@ -177,7 +175,7 @@ def evaluate(
 def _arms(
     tasks: list, pools: dict, checkpoint: tuple, also: list[str], oracle: list[Path], library: Path | None, multi: list[Path]
 ) -> tuple[list, dict[str, str]]:
-    """All arms there are, and why others are not: what the tasks do not allow."""
+    """(possible arms, arm -> reason why it is left out)."""
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation import arms as kinds
     from t2l_engine.research.evaluation.library import average
@@ -192,15 +190,15 @@ def _arms(
         found += _generated(name, *load_engine(path, "", "", False), tasks, left_out)
     if oracle:
         wanted = {task.name for task in tasks}
-        held = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
-        if not held:
+        paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
+        if not paths:
             raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
-        forms = {path.parent: prompt_form_of(path.parent) for path in held.values()}
-        if len(set(forms.values())) > 1:
-            told = ", ".join(f"{path} {form}" for path, form in forms.items())
-            raise ValueError(f"--oracle: expected adapters trained with one prompt_form, got {told}")
-        stack = AdapterStack.from_peft(list(held.values()))
-        found.append(kinds.oracle_arm(stack, list(held), next(iter(forms.values()))))
+        templates = {path.parent: prompt_form_of(path.parent) for path in paths.values()}
+        if len(set(templates.values())) > 1:
+            stated = ", ".join(f"{path} {template}" for path, template in templates.items())
+            raise ValueError(f"--oracle: expected adapters trained with one prompt_form, got {stated}")
+        stack = AdapterStack.from_peft(list(paths.values()))
+        found.append(kinds.oracle_arm(stack, list(paths), next(iter(templates.values()))))
     if library is not None:
         stack = AdapterStack.from_peft(_adapters("--library", library))
         found += kinds.library_arms(average(stack), stack, prompt_form_of(library))
@@ -247,7 +245,7 @@ def _trained(folder: Path) -> list[str]:
 
 
 def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, list[str]]:
-    """Names of tasks by group: all, trained on or not, and the tiers of the manifest; empty groups are left out."""
+    """Non-empty groups of task names: all, trained and not trained, and the tiers of the manifest."""
     from t2l_engine.research.tasks import manifest as manifests
 
     groups = {"all": names}
@@ -281,5 +279,5 @@ def _table(result: dict[str, Any], measure: str) -> Any:
             table.add_section()
             table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
             spans = {a: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for a, d in of["difference"].items()}
-            table.add_row(f"{arms[0]} less this arm", *(spans.get(arm, "") for arm in arms))
+            table.add_row(f"{arms[0]} minus this arm", *(spans.get(arm, "") for arm in arms))
     return table

@@ -1,4 +1,4 @@
-"""``t2l show``, ``t2l convert`` and ``t2l export``: what a folder is, and a checkpoint in another form."""
+"""``t2l show``, ``t2l convert`` and ``t2l export``: description of folders, conversion of checkpoints."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 from t2l_engine.cli.common import DType, Json, console, print_json, split_names
 
 
-class Form(str, enum.Enum):
-    """The two forms of a checkpoint folder."""
+class Format(str, enum.Enum):
+    """Checkpoint formats; "reference" is the Sakana format."""
 
     native = "native"
     reference = "reference"
@@ -22,17 +22,17 @@ def convert(
     source: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
-        Form | None,
-        typer.Option(help="native: config.json, hypernet.safetensors; reference: hypermod.pt ...; default: the other form."),
+        Format | None,
+        typer.Option(help="native: hypernet.safetensors; reference: hypermod.pt (Sakana format); default: the other."),
     ] = None,
     module_order: Annotated[
         str,
-        typer.Option(help="Modules in row order (q_proj,v_proj), for a reference folder known to be in another order."),
+        typer.Option(help="Modules in row order (q_proj,v_proj), for a folder in Sakana format with another order."),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint in its other form."""
+    """Convert a checkpoint to the other format."""
     from t2l_engine.hypernetwork import convert as conversion
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
@@ -46,16 +46,16 @@ def convert(
     if as_json:
         print_json({"source": str(folder), "target": str(target), "form": written})
     else:
-        typer.echo(f"{target}: {written} form")
+        typer.echo(f"{target}: {'native' if written == 'native' else 'Sakana'} format")
 
 
 def export(
     source: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.", metavar="CHECKPOINT")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write; one that is there is replaced.")],
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Of the weight matrices; default: as stored.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write or replace.")],
+    dtype: Annotated[DType | None, typer.Option("--dtype", help="Dtype of the weight matrices; default: as stored.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint as the one file that the C++ library opens."""
+    """Export a checkpoint as a single file for the C++ library."""
     from t2l_engine.hypernetwork.export import export as write
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
     from t2l_engine.hypernetwork.network import HyperNetwork
@@ -73,7 +73,7 @@ def show(
     folder: Annotated[str, typer.Argument(help="Bundled checkpoint name, a checkpoint folder, or a PEFT adapter folder.")],
     as_json: Json = False,
 ) -> None:
-    """Describe a checkpoint (native or reference form) or a PEFT adapter."""
+    """Describe a checkpoint (native or Sakana format) or a PEFT adapter."""
     from t2l_engine.cli.describe import describe
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
@@ -85,7 +85,7 @@ def show(
 
 
 def _render(about: dict[str, Any]) -> None:
-    """Two columns, then a table of the modules.  Strings come out of files: no markup, no control characters, bounded."""
+    """Print facts and a table of modules; strings from files are escaped and bounded in length."""
     from rich.table import Table
 
     facts = Table.grid(padding=(0, 2))
@@ -106,7 +106,7 @@ def _text(value: Any) -> str:
 
     if isinstance(value, dict):
         return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())
-    if isinstance(value, list):  # the tasks of a one-hot encoder are hundreds
+    if isinstance(value, list):  # a one-hot encoder may have hundreds of tasks
         return ", ".join([*map(_text, value[:16]), *([f"... {len(value)} in all"] if len(value) > 16 else [])])
     if value is None:
         return "not stated"

@@ -1,4 +1,4 @@
-"""``t2l generate``: descriptions to PEFT folders."""
+"""``t2l generate``: PEFT adapter folders from descriptions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from t2l_engine.cli.common import (
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
 
-BATCH_SIZE = 64  # adapters in memory at a time
+BATCH_SIZE = 64  # bounds the adapters in memory
 INDEX_NAME = "index.json"
 
 
 def generate(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the adapter; several: DIR/0, DIR/1, ... and DIR/index.json.")
+        Path, typer.Option("--output", "-o", help="Folder of the adapter; for several, of DIR/0, DIR/1, ... and index.json.")
     ],
     descriptions: Annotated[list[str] | None, typer.Argument(help="Task descriptions, one adapter each.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option("--file", "-f", help="Read descriptions here, one a line, blank lines skipped; -: standard input."),
+        typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input."),
     ] = None,
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
@@ -42,11 +42,11 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Write one PEFT adapter folder per description; an adapter already there is replaced.
+    """Write one PEFT adapter folder per description, replacing existing adapters.
 
-    One description as an argument: the adapter is in DIR itself.  Several, or --file: in DIR/0, DIR/1, ..., and
-    DIR/index.json maps these folders to their descriptions.  --json prints a list of objects with description, folder,
-    rank, scaling, modules and parameters.
+    A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
+    DIR/index.json as their index.  --json prints a list of objects with description, folder, rank, scaling, modules and
+    parameters.
     """
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.text import packaged
@@ -65,7 +65,7 @@ def generate(
     results = []
     task_emb = engine.encoder.encode(texts)
     if several and output.is_dir():
-        index.unlink(missing_ok=True)  # what it says is true no longer; the new one is written when all adapters are
+        index.unlink(missing_ok=True)  # invalid until all adapters are written
     for start in range(0, len(texts), BATCH_SIZE):
         batch = texts[start : start + BATCH_SIZE]
         stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
@@ -91,7 +91,7 @@ def generate(
 
 
 def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
-    """ValueError for a text that the encoder does not take, under its name in ``texts``: where it comes from."""
+    """ValueError, naming the key in ``texts`` (file and line), for a text that the encoder rejects."""
     for name, text in texts.items():
         try:
             engine.encoder.prepare([text])
@@ -100,7 +100,7 @@ def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
 
 
 def _read(file: Path) -> dict[str, str]:
-    """The descriptions of ``file``, one a line, by "FILE:LINE"; "-" is standard input."""
+    """The descriptions in ``file`` ("-": standard input), one per line, by "FILE:LINE"; blank lines are skipped."""
     source = "standard input" if str(file) == "-" else file
     try:
         text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")

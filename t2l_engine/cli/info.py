@@ -1,4 +1,4 @@
-"""``t2l info``: this build and machine, and whether it computes what it promises."""
+"""``t2l info``: build and machine, and a self-check of the kernels."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def info(
         bool,
         typer.Option(
             "--check",
-            help="Also run every op against its reference, with each instruction set of this CPU and on a CUDA device, and "
-            "compare a bundled adapter with recorded values; exit status 1 where anything differs.",
+            help="Also compare every op with its float64 reference, on every instruction set of this CPU and on CUDA, "
+            "and a bundled adapter with recorded values; exit status 1 on any difference.",
         ),
     ] = False,
 ) -> None:
-    """This build and machine: versions, kernels, instruction set, threads, bundled checkpoints."""
+    """Show build and machine: versions, kernels, instruction set, threads, bundled checkpoints."""
     about = _collect()
     if not as_json:
         _print(about)
@@ -33,7 +33,7 @@ def info(
         print_json(about)
     wrong = [f"{r['what']} ({r['where']})" for r in about.get("check", ()) if r["failed"]]
     if wrong:
-        say(f"check: {', '.join(wrong)}: not what this build promises")
+        say(f"check: {', '.join(wrong)}: beyond the allowed error")
         raise typer.Exit(1)
 
 
@@ -54,11 +54,11 @@ def _print(about: dict[str, Any]) -> None:
 
 
 def _check(quiet: bool) -> list[dict[str, Any]]:
-    """What differs and what does not, printed as it comes unless ``quiet``; ``worst`` is None where it is no number."""
+    """Results of all checks, printed as they come unless ``quiet``; ``worst`` is None if it is not finite."""
     from t2l_engine.testing import selfcheck
 
     if not quiet:
-        typer.echo("check (error: the largest one, as a share of what is allowed):")
+        typer.echo("check (error: the largest, as a fraction of the allowed one):")
     found = []
     for result in selfcheck.check_machine():
         if not quiet:

@@ -1,4 +1,4 @@
-"""``t2l tasks``: task folders: imported, made, chosen from, checked."""
+"""``t2l tasks``: import, generate, select and check task folders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from t2l_engine.cli.common import Json, console, print_json, say, split_names
 
-app = typer.Typer(no_args_is_help=True, help="Make, choose and check task folders.")
+app = typer.Typer(no_args_is_help=True, help="Import, generate, select and check task folders.")
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: <name>.jsonl files and descriptions.json.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to write.")]
@@ -31,23 +31,23 @@ def import_sni(
     source: Annotated[Path, typer.Argument(help="Folder of Super-NaturalInstructions files (task*.json), or one file.")],
     output: Output,
     descriptions: Annotated[
-        Path | None, typer.Option(help="JSON {task name or number: [description, ...]}; they follow the task's definition.")
+        Path | None, typer.Option(help="JSON {task name or number: [description, ...]}, added to the definitions.")
     ] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated names or numbers of tasks; default: all.")] = "",
     licence: Annotated[
         list[str] | None,
         typer.Option(help="Allowed licence, such as 'CC BY'; may be repeated; default: any, or none stated."),
     ] = None,
-    category: Annotated[list[str] | None, typer.Option(help="Wanted category; may be repeated; default: all.")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="Category to import; may be repeated; default: all.")] = None,
     max_instances: Annotated[
-        int | None, typer.Option(min=1, help="Examples a task, chosen by hash; default: 200, or those of the manifest.")
+        int | None, typer.Option(min=1, help="Examples per task, chosen by hash; default: 200, or the manifest's.")
     ] = None,
     manifest: Annotated[
-        str, typer.Option(help="Examples and splits as this manifest has them: name of a packaged one, or a file.")
+        str, typer.Option(help="Use the examples and splits of this manifest: name of a packaged one, or a file.")
     ] = "",
     force: Force = False,
 ) -> None:
-    """Import tasks of Super-NaturalInstructions; those made of T2L's ten benchmarks are left out."""
+    """Import tasks of Super-NaturalInstructions, without those made from T2L's ten benchmarks."""
     from t2l_engine.research.tasks import manifest as manifests
     from t2l_engine.research.tasks import sni
     from t2l_engine.research.tasks.examples import MAX_EXAMPLES
@@ -79,13 +79,13 @@ def import_sni(
 
 @app.command("import-benchmarks")
 def import_benchmarks(
-    source: Annotated[Path, typer.Argument(help="Folder of <benchmark>.jsonl files, a row of the data set a line.")],
+    source: Annotated[Path, typer.Argument(help="Folder of <benchmark>.jsonl files, one row of the data set per line.")],
     output: Output,
     names: Annotated[str, typer.Option(help="Comma-separated benchmarks; default: all that SOURCE has.")] = "",
-    max_examples: Annotated[int | None, typer.Option(min=1, help="Examples a split, the first; default: all.")] = None,
+    max_examples: Annotated[int | None, typer.Option(min=1, help="Limit of examples per split; default: all.")] = None,
     force: Force = False,
 ) -> None:
-    """Import T2L's ten benchmarks, each with how its answers are judged."""
+    """Import T2L's ten benchmarks with their metrics."""
     from t2l_engine.research.tasks import benchmarks
     from t2l_engine.research.tasks.folder import write_tasks
 
@@ -94,7 +94,7 @@ def import_benchmarks(
         for reason, count in reasons.items():
             say(f"left out: {count} rows of {name}: {reason}")
     if not imported.tasks:
-        raise ValueError(f"{source}: no task to write, no row is of use")
+        raise ValueError(f"{source}: no task to write, all rows are left out")
     write_tasks(output, imported.tasks, overwrite=force)
     _wrote(output, imported.tasks)
 
@@ -102,11 +102,11 @@ def import_benchmarks(
 @app.command()
 def synthetic(
     output: Output,
-    examples: Annotated[int, typer.Option(help="Examples a task, 20 to 120.")] = 120,
-    seed: Annotated[int, typer.Option(help="Other examples for another number.")] = 0,
+    examples: Annotated[int, typer.Option(help="Examples per task, 20 to 120.")] = 120,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     force: Force = False,
 ) -> None:
-    """Write twelve small tasks made by code: lists, letters, words; no data from elsewhere."""
+    """Write twelve small generated tasks on lists, letters and words."""
     from t2l_engine.research.tasks.folder import write_tasks
     from t2l_engine.research.tasks.synthetic import suite
 
@@ -118,21 +118,21 @@ def synthetic(
 @app.command()
 def select(
     folder: Folder,
-    tier: Annotated[Tier, typer.Option(help="Which tasks of the manifest.")],
+    tier: Annotated[Tier, typer.Option(help="Tier of the tasks to copy.")],
     output: Output,
     manifest: Manifest = "skills",
     permissive: Annotated[bool, typer.Option("--permissive", help="Only tasks under permissive licences.")] = False,
     force: Force = False,
 ) -> None:
-    """Copy the tasks of a folder that a manifest has in one tier; examples and splits as they are."""
+    """Copy the tasks of one tier of a manifest to another folder, with unchanged examples and splits."""
     from t2l_engine.research.tasks import manifest as manifests
     from t2l_engine.research.tasks.folder import load_tasks, read_descriptions, write_tasks
 
-    held = read_descriptions(folder)
-    names = manifests.select(held, manifests.read(manifest), tier.value, permissive=permissive)
+    present = read_descriptions(folder)
+    names = manifests.select(present, manifests.read(manifest), tier.value, permissive=permissive)
     if not names:
         kind = f"{'permissive and ' if permissive else ''}of tier {tier.value}"
-        raise ValueError(f"{folder}: none of its {len(held)} tasks is {kind} in manifest {manifest}")
+        raise ValueError(f"{folder}: none of its {len(present)} tasks is {kind} in manifest {manifest}")
     chosen = load_tasks(folder, None, names=names)
     write_tasks(output, chosen, overwrite=force)
     _wrote(output, chosen)
@@ -141,14 +141,12 @@ def select(
 @app.command()
 def check(
     folder: Folder,
-    manifest: Annotated[
-        str, typer.Option(help="Name of a packaged manifest, or a manifest file, that the folder must agree with.")
-    ] = "",
+    manifest: Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file, to compare with.")] = "",
     tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier of the manifest; default: all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Read all of a folder; exit status 1 where a file is unsound, an input is in two splits of its task, or --manifest is
-    given and tasks, examples or splits differ from it."""
+    """Check a folder; exit status 1 if a file is invalid, if splits of a task share an input, or with --manifest if tasks,
+    examples or splits differ from it."""
     from rich.table import Table
 
     from t2l_engine.files.errors import ConfigError
@@ -190,12 +188,12 @@ def check(
 @app.command()
 def decontaminate(
     folder: Folder,
-    benchmarks: Annotated[Path, typer.Option(help="Task folder of the benchmarks that the tasks must not repeat.")],
+    benchmarks: Annotated[Path, typer.Option(help="Task folder of the benchmarks.")],
     output: Output,
-    words: Annotated[int, typer.Option(help="Words in a row that make an overlap.")] = 13,
+    words: Annotated[int, typer.Option(help="Consecutive words that count as an overlap.")] = 13,
     force: Force = False,
 ) -> None:
-    """Copy a folder without the examples that share text with a benchmark."""
+    """Copy a folder without examples that overlap with a benchmark."""
     import collections
 
     from t2l_engine.research.tasks import decontaminate as overlap
@@ -245,7 +243,7 @@ def _wrote(folder: Path, tasks: list) -> None:
 
 
 def _plain(text: str) -> str:
-    """``text`` out of a file, fit for a terminal."""
+    """``text`` from a file, escaped and bounded for a terminal."""
     from t2l_engine.files.errors import short_repr
 
     return text if text.isprintable() and len(text) <= 40 else short_repr(text)

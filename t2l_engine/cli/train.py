@@ -1,6 +1,6 @@
-"""``t2l train``: hypernetworks by reconstruction and by supervised fine-tuning, and adapters without one.
+"""``t2l train``: hypernetworks by supervised fine-tuning or reconstruction, and adapters without a hypernetwork.
 
-Under ``accelerate launch -m t2l_engine train ...`` every command runs on several processes.
+``accelerate launch -m t2l_engine train ...`` runs any of the commands on several processes.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import typer
 
 from t2l_engine.cli.common import console, split_names
 
-app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; an interrupted run goes on where it was.")
+app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
 
 def _print_fields(kind_name: str) -> Callable[[bool], None]:
-    """A callback of ``--fields``."""
+    """The callback of ``--fields`` for one kind of settings."""
 
     def show(wanted: bool) -> None:
         if not wanted:
@@ -38,17 +38,17 @@ def _print_fields(kind_name: str) -> Callable[[bool], None]:
 
 def _fields_option(kind_name: str) -> Any:
     callback = _print_fields(kind_name)
-    return typer.Option("--fields", help="List the fields of the settings and leave.", callback=callback, is_eager=True)
+    return typer.Option("--fields", help="List the fields of the settings and exit.", callback=callback, is_eager=True)
 
 
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, over the file; may be repeated.")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run there goes on.")]
-Tasks = Annotated[Path, typer.Option(help='Task folder; splits "train" and "val" are read.')]
-Names = Annotated[str, typer.Option(help="Comma-separated names to train on; default: all.")]
-Manifest = Annotated[str, typer.Option(help='Manifest of splits, "skills" or a file: examples must be those it lists.')]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, overrides the file; may be repeated.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
+Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
+Names = Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")]
+Manifest = Annotated[str, typer.Option(help='Manifest, "skills" or a file, that the examples must match.')]
 Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda; several of them through accelerate launch.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]
 
 
@@ -65,7 +65,7 @@ def sft(
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("SFTSettings")] = False,
 ) -> None:
-    """A hypernetwork, end to end through the frozen base model."""
+    """Train a hypernetwork end to end through the frozen base model."""
     accelerator, settings = _start("SFTSettings", config, overrides, device, threads)
     from t2l_engine.research.training import sft as training
 
@@ -86,7 +86,7 @@ def lora(
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("LoRASettings")] = False,
 ) -> None:
-    """An adapter a task, many tasks in one batch, or one adapter for all: PEFT folders below OUTPUT/adapters."""
+    """Train one adapter per task, or one for all tasks; writes PEFT folders to OUTPUT/adapters."""
     accelerator, settings = _start("LoRASettings", config, overrides, device, threads)
     from t2l_engine.research.training import lora as training
 
@@ -96,7 +96,7 @@ def lora(
 
 @app.command()
 def reconstruction(
-    adapters: Annotated[Path, typer.Option(help="Folder of PEFT folders and descriptions.json.")],
+    adapters: Annotated[Path, typer.Option(help="Folder of PEFT adapter folders and descriptions.json.")],
     output: Output,
     config: Config = None,
     overrides: Overrides = None,
@@ -105,7 +105,7 @@ def reconstruction(
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("ReconstructionSettings")] = False,
 ) -> None:
-    """A hypernetwork that reproduces a library of adapters; no base model is loaded."""
+    """Train a hypernetwork to reproduce a library of adapters, without the base model."""
     accelerator, settings = _start("ReconstructionSettings", config, overrides, device, threads)
     from t2l_engine.research.training import reconstruction as training
 
@@ -115,7 +115,7 @@ def reconstruction(
 
 @app.command()
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
-    """Draw a run's losses so far, into loss.png."""
+    """Plot a run's losses so far to loss.png."""
     _need_packages()
     from t2l_engine.research.training.log import plot as draw
 
@@ -123,7 +123,7 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
 
 
 def _need_packages() -> None:
-    """FileNotFoundError that says what to install for training."""
+    """FileNotFoundError if packages for training are missing, with the command to install them."""
     try:
         import t2l_engine.research.training  # noqa: F401
     except ImportError as error:
@@ -131,7 +131,7 @@ def _need_packages() -> None:
 
 
 def _start(kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int) -> tuple[Any, Any]:
-    """(accelerator, settings); prints the settings."""
+    """Print the settings; returns (accelerator, settings)."""
     import torch
     from rich.table import Table
     from transformers.utils import logging
@@ -156,7 +156,7 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
 
 
 def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | None:
-    """Names of the tasks to train on, None for all; ConfigError where examples are not those of the manifest."""
+    """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
     wanted = split_names(names)
     if not manifest:
         return wanted or None

@@ -1,4 +1,4 @@
-"""Training, evaluation and costs: what makes and judges hypernetworks, and is not needed to use one.
+"""Task data, costs, training and evaluation of hypernetworks; not needed to use one.
 
-May be imported: ``tasks``, ``costs``, ``training``, ``evaluation``; the rooms of the engine never import this one.
+May be imported: ``tasks``, ``costs``, ``training``, ``evaluation``.  Imports the rooms of the engine, which never import it.
 """

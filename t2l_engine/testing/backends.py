@@ -1,4 +1,4 @@
-"""What runs the ops in tests and benchmarks: the CPU kernels, the CUDA kernels on a device, or those in the emulator."""
+"""Backends of the ops in tests and benchmarks: CPU kernels, CUDA kernels on a GPU, or CUDA kernels in the emulator."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _path() -> str:
-    """Where programs are looked for: beside this Python too, where pip puts cmake and ninja."""
+    """Search path for programs: PATH after the folder of this Python, where pip installs cmake and ninja."""
     return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
 
 
 def build_emulator(sanitize: str = "") -> Path:
-    """Build the CUDA kernels for the emulator and return the library, which stands in for ``_C``; needs the source tree.
+    """Build the CUDA kernels for the emulator and return the library, a replacement of ``_C``; needs the source tree.
 
-    ``sanitize``: "address" (with undefined behaviour), "thread" or "".  Raises RuntimeError with the end of the build's
-    output, or where there is no CMake.
+    ``sanitize``: "address" (with undefined behaviour), "thread" or "".  Raises RuntimeError without CMake, or with the end
+    of the output of a failed build.
     """
     build, path = _emulator_folder(sanitize), _path()
     cmake = shutil.which("cmake", path=path)
@@ -38,7 +38,7 @@ def build_emulator(sanitize: str = "") -> Path:
         raise RuntimeError("the emulator does not build: expected cmake beside python or in PATH, found none")
     options = [f"-DPython_EXECUTABLE={sys.executable}", f"-DT2L_SANITIZE={sanitize}"]
     options += ["-DT2L_EMULATOR=ON", "-DT2L_CUDA=OFF", "-DT2L_CORE=OFF"]
-    if ninja := shutil.which("ninja", path=path):  # said anew each time: pip's build environments come and go
+    if ninja := shutil.which("ninja", path=path):  # set on every build: pip's build environments are temporary
         options += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     commands = (["-S", str(ROOT), "-B", str(build), *options], ["--build", str(build), "--target", "_emu", "-j2"])
     for arguments in commands:
@@ -49,7 +49,7 @@ def build_emulator(sanitize: str = "") -> Path:
 
 
 def emulator_library(sanitize: str = "") -> Path:
-    """Where :func:`build_emulator` leaves its library."""
+    """Path of the library that :func:`build_emulator` builds."""
     return _emulator_folder(sanitize) / "_emu.so"
 
 
@@ -64,13 +64,13 @@ def emulator_compiler(sanitize: str = "") -> str:
 
 
 def no_emulator(sanitize: str = "") -> str | None:
-    """Why this machine cannot build and run the emulator, or None: what it lacks, not what is wrong with the sources."""
+    """The prerequisite of building and running the emulator that this machine lacks; None if there is none."""
     path = _path()
     if platform.machine() != "x86_64":
         return f"the emulator needs x86-64, this is {platform.machine()}"
     if shutil.which("cmake", path=path) is None:
         return "the emulator needs cmake to build"
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]  # as CMake looks for it
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]  # CMake's order
     compiler = next(filter(None, (shutil.which(name, path=path) for name in names)), None)
     if compiler is None:
         return "the emulator needs a C++ compiler"
@@ -87,12 +87,12 @@ def no_emulator(sanitize: str = "") -> str | None:
 
 
 def select(name: str, emulator: Path | None = None) -> torch.device:
-    """Make backend ``name`` run the ops, and return the device its operands must lie on.
+    """Select backend ``name`` for the ops; returns the device of its operands.
 
-    "cpu" and "cuda" take the library as it was built.  "emu" loads ``emulator`` (None: built first) over the reference, so
-    that ops on CPU tensors run the CUDA kernels; the process must have been started with ``T2L_DISABLE_NATIVE=1``.
+    "cpu" and "cuda" use the built library.  "emu" loads ``emulator`` (None: builds it), so that ops on CPU tensors run the
+    CUDA kernels; the process must have been started with ``T2L_DISABLE_NATIVE=1``.
 
-    Raises ValueError for another name, RuntimeError where the backend has no kernels here.
+    Raises ValueError for another name, RuntimeError if the backend is not available.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {NAMES}, got {name!r}")
@@ -106,7 +106,7 @@ def select(name: str, emulator: Path | None = None) -> torch.device:
 
 
 def placed(value, device: torch.device | None = None):
-    """Tensors (in lists and dicts too) on ``device`` (None: torch's default device), strides and surrounding memory kept."""
+    """Copy of tensors (in lists and dicts too) on ``device`` (None: torch's default), strides and base storage kept."""
     device = device or torch.get_default_device()
     if isinstance(value, dict):
         return {key: placed(entry, device) for key, entry in value.items()}

@@ -1,8 +1,8 @@
 """The op cases: one table for tests, gradient checks and benchmarks.
 
-A case says shapes, dtypes and layout; ``make`` draws its operands from a seed: ``randn``, sliced out of larger buffers so
-that strides are never the obvious ones, outputs poisoned, memory beyond a rank set to NaN.  Numbers are drawn on the CPU,
-the same for every backend, and lie on torch's default device.
+A case has shapes, dtypes and layout; ``make`` draws its operands from a seed.  They are slices of larger buffers, so that
+strides are not contiguous; outputs are poisoned, padding beyond the true rank is NaN.  Values are drawn on the CPU, equal
+for all backends, and placed on torch's default device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from t2l_engine.testing.backends import placed
 
 
 def drawn_on_cpu(make):
-    """Run a ``make`` on the CPU and place what it draws."""
+    """Decorator: draw operands on the CPU, then place them on the default device."""
 
     @functools.wraps(make)
     def wrapped(*args, **kwargs):
@@ -33,8 +33,8 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 
 @dataclasses.dataclass(frozen=True)
 class LoraCase:
-    """``segments``: (tokens, adapter) pairs; ``ranks``: true ranks, None = all ``rank``; ``b_layout``: "out_r" as PEFT
-    stores B, "r_out" as the engine's slots do."""
+    """``segments``: (tokens, adapter) pairs; ``ranks``: true ranks, None: all ``rank``; ``b_layout``: "out_r" (PEFT) or
+    "r_out" (slots of the engine)."""
 
     name: str
     segments: tuple[tuple[int, int], ...]
@@ -90,7 +90,7 @@ def _rows(*ids: int, tokens: int = 1) -> tuple[tuple[int, int], ...]:
 _MIXED = _rows(0, -1, 3, 3, 1, -1, 2, 0)
 _RAGGED = ((5, 1), (0, 2), (17, 0), (1, -1), (40, 3), (0, -1), (3, 1))
 
-#: Tokens x adapters: decode steps of one adapter and of many, a shared adapter, a prefill.
+#: (tokens x adapters, segments, adapters): decode steps with one and many adapters, a shared adapter, a prefill.
 _SERVE = (
     ("1x1", _rows(0), 1),
     ("8x8", _rows(*range(8)), 8),
@@ -158,7 +158,7 @@ LORA_CASES = (
 
 @dataclasses.dataclass(frozen=True)
 class GroupCase:
-    """A packed projection.  ``lora``: tokens, adapters, dtypes and layout of every member, and the sizes of the first;
+    """A packed projection.  ``lora``: tokens, adapters, dtypes, layout and in features of all members;
     ``members``: (first column, out features, rank); ``columns``: of the whole output."""
 
     name: str
@@ -209,18 +209,18 @@ GROUP_CASES = (
 )
 
 
-#: Which modules of an affine case have the step, by their index modulo three: all of them, some, or (of B) none.
+#: Modules with each offset of an affine case, by their index modulo three.
 _OFFSETS = {"mul_A": (0, 2), "add_A": (0, 1), "mul_B": (0, 1), "add_B": (0,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class HyperCase:
-    """A hypernetwork for its ops: trunk rows, then the heads of all modules, each of another size (:attr:`features`)."""
+    """Operands of the hypernetwork ops: the trunk, and the heads of modules of different sizes (:attr:`features`)."""
 
     name: str
     sides: int = 1
     rank: int = 4
-    position: str = "none"  # "none", "learned" or "rotary": one latent a rank with the latter two
+    position: str = "none"  # "none", or "learned" or "rotary" with one latent per rank
     tasks: int = 3
     modules: int = 3
     layers: int = 5
@@ -230,7 +230,7 @@ class HyperCase:
     in_features: int = 64  # of the first module
     out_features: int = 48
     bias: bool = True
-    affine: bool = False  # mul and add, of some of the modules
+    affine: bool = False  # mul and add offsets for some modules
     dtype: torch.dtype = F32
 
     @property
@@ -270,7 +270,7 @@ class HyperCase:
 
     @property
     def features(self) -> list[tuple[int, int]]:
-        """(in, out) of every module: the case's own, then larger ones, with in and out changing places every time."""
+        """(in, out) features of every module: growing from the case's own, in and out alternating."""
         sizes = [(self.in_features + 8 * i, self.out_features + 3 * i) for i in range(self.modules)]
         return [(n_out, n_in) if i % 2 else (n_in, n_out) for i, (n_in, n_out) in enumerate(sizes)]
 
@@ -281,7 +281,7 @@ class HyperCase:
         n, r, h = self.layers, self.rank, self.head_in
         per_latent = r // self.ranks
         latent = torch.randn(self.tasks, self.modules + 1, self.sides, self.ranks, n, h + 8, generator=g)
-        latent[:, 0] = latent[..., h:] = float("nan")  # around the operand, whose strides are of the larger buffer
+        latent[:, 0] = latent[..., h:] = float("nan")  # around the operand, a slice of the larger buffer
         arguments = {
             "latent": latent.to(self.dtype)[:, 1:, ..., :h],
             "weight": [],

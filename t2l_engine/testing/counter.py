@@ -1,9 +1,8 @@
-"""What torch's counter makes of whole models: the measure that closed forms are held to.
+"""FLOPs of whole models by ``torch.utils.flop_counter`` with corrections, to verify the closed forms.
 
-The stock counter takes attention as it finds it: nothing for the fused kernel of the CPU, all pairs of queries and keys for
-the fused kernels of a GPU and for plain products, though a causal mask keeps about half.  Here attention counts the pairs
-that are kept, whichever kernel runs it.  It also takes positions times frequencies for matrix products, as some releases of
-transformers write rotary embeddings: batched products over one term add nothing up, and do not count.
+The stock counter counts no FLOPs for the CPU's fused attention and all query-key pairs for fused GPU kernels and plain
+products, although a causal mask removes about half.  Here attention counts unmasked pairs for every kernel.  Batched
+products with an inner dimension of one (rotary embeddings in some releases of transformers) are not counted.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-#: A closed form may differ from the counter by this share, where it is not equal: less than what two runs of one measurement
-#: differ by, so that no comparison of costs turns on it.
+#: Allowed relative difference between a closed form and the counter; below the noise of measured times.
 COUNT_RTOL = 0.01
 
 
 def counted(function: Callable[[], object]) -> int:
-    """Operations of ``function``, which runs without gradients: products (two a multiply-add), and our ops.
+    """FLOPs of ``function`` (run without gradients): matrix products, two per multiply-add, and this package's ops.
 
-    Attention is what ``scaled_dot_product_attention`` is called for.  A model that multiplies queries and keys itself (eager
-    attention) counts the full square, mask or not.
+    Masks are only known in ``scaled_dot_product_attention``; eager attention counts all pairs.
 
     >>> q = torch.zeros(1, 2, 5, 4)  # one row, two heads: causal, each keeps 15 of 25 pairs
     >>> counted(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 2 * 15 * 2 * (4 + 4)
@@ -35,14 +32,14 @@ def counted(function: Callable[[], object]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
     with torch.no_grad(), counter, _Attention(counter) as attention:
         function()
-    return counter.get_total_flops() + attention.kept - attention.as_found
+    return counter.get_total_flops() + attention.unmasked - attention.counted
 
 
 class _Attention(TorchFunctionMode):
-    """``kept``: operations of the pairs that masks kept; ``as_found``: what ``counter`` took the same calls for."""
+    """``unmasked``: FLOPs of unmasked pairs; ``counted``: FLOPs that ``counter`` counted for the same calls."""
 
     def __init__(self, counter: FlopCounterMode):
-        self.counter, self.kept, self.as_found = counter, 0, 0
+        self.counter, self.unmasked, self.counted = counter, 0, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,17 +47,17 @@ class _Attention(TorchFunctionMode):
             return func(*args, **kwargs)
         before = self.counter.get_total_flops()
         out = func(*args, **kwargs)
-        self.as_found += self.counter.get_total_flops() - before
-        self.kept += _attention(*args, **kwargs)
+        self.counted += self.counter.get_total_flops() - before
+        self.unmasked += _attention(*args, **kwargs)
         return out
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p=0.0, is_causal: bool = False, **_
 ) -> int:
-    """Two products for every pair that is kept, in every row and head of ``query``, whose heads may share keys.
+    """FLOPs of the two products over unmasked pairs, for every row and head of ``query``.
 
-    ``is_causal`` is torch's: query i sees keys 0 to i, also where there are more keys than queries.
+    ``is_causal`` as in torch: query i attends to keys 0 to i, even if there are more keys than queries.
     """
     queries, keys = query.shape[-2], key.shape[-2]
     if attn_mask is not None:
@@ -78,6 +75,6 @@ def _bmm(left_shape, right_shape, *_, **__) -> int:
 
 
 def _grouped_mm(x_shape, weight_shape, *_, **__) -> int:
-    """Rows times the matrix of their group, as mixtures of experts multiply; torch has no formula for it."""
+    """Grouped products of mixtures of experts, for which torch has no formula."""
     rows, inner = x_shape
     return 2 * rows * inner * weight_shape[-1]

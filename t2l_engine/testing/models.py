@@ -1,4 +1,4 @@
-"""Shapes of the released hypernetworks and of the bundled one, made with random weights."""
+"""Hypernetworks with the shapes of released and bundled checkpoints and random weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from t2l_engine.hypernetwork.modules import NormedEmbedding
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.costs import known_setup, known_setups
 
-#: Entries of A and B are a few hundredths, as trained ones are.
+#: Makes entries of A and B a few hundredths, as in trained adapters.
 HEAD_SCALE = 0.1
 
 
@@ -52,7 +52,7 @@ class HyperShape:
         )
 
     def make(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> HyperNetwork:
-        """Random weights of sensible scale, matrices in ``dtype``; written once, where they stay."""
+        """A hypernetwork with random weights, matrices in ``dtype``, initialised without a second copy in memory."""
         with torch.device("meta"):
             net = HyperNetwork(self.config())
         net.set_dtype(dtype).to_empty(device="cpu")
@@ -60,14 +60,14 @@ class HyperShape:
         return net.requires_grad_(False).eval()
 
     def task_embeddings(self, count: int, seed: int = 0) -> Tensor:
-        """``[count, embed_dim]`` float32 of norm sqrt(embed_dim), as text encoders give."""
+        """Random ``[count, embed_dim]`` float32 of norm sqrt(embed_dim), like those of text encoders."""
         drawn = torch.randn(count, self.embed_dim, generator=torch.Generator().manual_seed(seed))
         return nn.functional.normalize(drawn, dim=-1) * self.embed_dim**0.5
 
 
 def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """``cache`` by the name that a transformers model gives it: ``past_key_values`` before release 5.24, which takes and
-    ignores any other, ``cache`` since."""
+    """``cache`` by its keyword in a transformers model: ``cache``, or ``past_key_values`` before release 5.24 (which ignores
+    unknown keywords)."""
     return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
 
 
@@ -91,7 +91,7 @@ def _known(name: str) -> HyperShape:
     return HyperShape(name, c.num_layers, c.in_features[0], *c.out_features, **sizes)
 
 
-#: Released by SakanaAI as variant L (the first three); the sizes of the bundled checkpoint.
+#: SakanaAI's released variant-L checkpoints (the first three) and the bundled checkpoint.
 SHAPES = {name: _known(name) for name in known_setups()}
-#: Variants with native kernels that benchmarks compare.
+#: Variants that benchmarks compare.
 VARIANTS = ("L", "M", "S-learnable")

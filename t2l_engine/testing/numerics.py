@@ -1,4 +1,4 @@
-"""Every tolerance of the project, with the error model it comes from.
+"""All tolerances of the project, with their error models.
 
 The oracle of an op is its reference function in float64 on the same rounded inputs; ``u`` below is the unit roundoff of a
 dtype.  ``lora_bound`` and ``head_bound`` are per element and hold for any order of summation; the others are norms.
@@ -12,9 +12,9 @@ from torch import Tensor
 #: Relative Frobenius error of a generated adapter against the reference implementation's, float32.
 PARITY_FROBENIUS = 1e-5
 #: Relative Frobenius error of the C++ library's adapters and products against the Python package's, float32: the same
-#: kernels behind constants and a task encoder that are summed in another order, which moves adapters by some 2^-22.
+#: kernels, but folded constants and the task encoder are summed in another order, which changes adapters by about 2^-22.
 CPP_FROBENIUS = 1e-6
-#: Relative error of a text's embedding against the same model called otherwise (alone, in a padded batch), float32.
+#: Relative error of a text's embedding between batch compositions (alone, in a padded batch), float32.
 EMBEDDING_FROBENIUS = 1e-5
 #: Logits of our layers against PEFT with the same folder, float32 (two orders of summation through a whole model).
 LOGITS_ATOL = 1e-4
@@ -26,27 +26,27 @@ ROW_ATOL = 1e-5
 #: Gradients of an op against autograd through the float64 reference, relative to the largest entry, float32.
 GRADIENT_RTOL = 1e-4
 #: Relative Frobenius error of a gradient through a whole model, float32, against the same step with the adapters applied by
-#: other products: both round at every layer, forward and backward, and what differs by some roundings in one layer grows
-#: through those after it (to some 1e-5 in the 30 layers of SmolLM2-135M).
+#: other products: rounding differences of a layer are amplified by the following ones, forward and backward (to about 1e-5
+#: in the 30 layers of SmolLM2-135M).
 MODEL_GRADIENT_FROBENIUS = 1e-4
-#: Cross-entropy of an answer against that from the model's own logits, float32: it is a difference of two numbers that move
-#: no further than the logits do.
+#: Cross-entropy of an answer against that from the model's own logits, float32: a difference of two values, each with at
+#: most the error of the logits.
 LOSS_ATOL = 2 * LOGITS_ATOL
-#: A mean or a count of random draws against its expectation, in standard errors of it (two of 10^9 means lie further away).
+#: A mean or a count of random draws against its expectation, in standard errors (two of 10^9 means are further away).
 STANDARD_ERRORS = 6.0
-#: Losses of a training run, relative, at every step, against the same run cut otherwise (into batches that add up,
-#: processes, waves): gradients are float32 sums in another order, and AdamW, which divides a gradient by its own size,
-#: carries what differs on from step to step (5e-6 after 20 steps of a tiny model at a large learning rate).
+#: Losses of a training run, relative, at every step, against the same run divided differently (accumulation, processes,
+#: waves): gradients are float32 sums in another order, and AdamW accumulates the differences over steps (5e-6 after 20 steps
+#: of a tiny model at a large learning rate).
 TRAINING_RTOL = 1e-5
-#: Relative Frobenius error of a trained parameter after such runs: where a gradient is little more than rounding, AdamW's
-#: step is as large as elsewhere, so that single entries differ by more than losses do.
+#: Relative Frobenius error of a trained parameter after such runs: AdamW normalises gradients, so that entries whose
+#: gradient is mostly rounding error differ more than losses.
 TRAINED_FROBENIUS = 1e-4
-#: Relative Frobenius error of what a hypernetwork generates (A and B, or their product) against the small library that the
-#: tests train it on: no rounding, but what a few hundred steps leave (0.03 at most in the tests).
+#: Relative Frobenius error of generated A and B (or their product) against the small library that tests train on: the
+#: training error after a few hundred steps (at most 0.03 in the tests).
 RECONSTRUCTED_FROBENIUS = 0.15
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-#: vdpbf16ps treats denormal inputs and sums as zero: what that can hide in one product sum, absolute.
+#: vdpbf16ps flushes denormal inputs and sums to zero: the absolute error of one sum of products.
 FLUSH = 2.0**-100
 
 
@@ -69,7 +69,7 @@ def lora_bound(
 
 
 def gradient_bound(exact: Tensor, dtype: torch.dtype) -> float:
-    """Allowed error of every entry of a gradient in ``dtype``: GRADIENT_RTOL and one rounding, of the largest entry."""
+    """Allowed absolute error of a gradient in ``dtype``: (GRADIENT_RTOL + one rounding) times the largest entry."""
     return (GRADIENT_RTOL + u(dtype)) * float(exact.abs().max()) if exact.numel() else 0.0
 
 
@@ -94,15 +94,15 @@ def trunk_bound(oracle: Tensor, reference: Tensor, dtype: torch.dtype) -> float:
 
 def logits_bound(exact: Tensor, other: Tensor) -> float:
     """Allowed Frobenius error of low-precision logits against those of the float64 model with the same weights, ``exact``:
-    ERROR_RATIO times the error of ``other``, another implementation in the same dtype (both round after every layer, so
-    their errors are alike in size, not in value), plus one rounding of the logits."""
+    ERROR_RATIO times the error of ``other``, another implementation in the same dtype (both round after every layer, with
+    errors of similar size), plus one rounding of the logits."""
     return ERROR_RATIO * float((other.double() - exact).norm()) + u(other.dtype) * float(exact.norm())
 
 
 def model_gradient_bound(exact: Tensor, other: Tensor, dtype: torch.dtype) -> float:
     """Allowed relative Frobenius error of a gradient through a whole model in ``dtype`` against ``exact``, that of the
     float32 model with the same weights: ERROR_RATIO times the error of ``other``, another implementation in ``dtype`` (both
-    round after every layer, so their errors are alike in size, not in value), one rounding of the gradient, and
+    round after every layer, with errors of similar size), one rounding of the gradient, and
     MODEL_GRADIENT_FROBENIUS.  In float32 ``other`` is ``exact``."""
     return ERROR_RATIO * relative_frobenius(other, exact) + u(dtype) + MODEL_GRADIENT_FROBENIUS
 

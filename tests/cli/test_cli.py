@@ -12,6 +12,7 @@ import torch
 import t2l_engine as t2l
 from t2l_engine import ops
 from t2l_engine.cli import generate as generate_command
+from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.research import costs
 
 
@@ -141,7 +142,7 @@ def test_show_bundled_checkpoint(run):
         {"name": "q_proj", "in_features": 576, "out_features": 576},
         {"name": "v_proj", "in_features": 576, "out_features": 192},
     ]
-    net = t2l.HyperNetwork.from_pretrained(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))
+    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
     assert about["parameters"] == {
         "total": sum(p.numel() for p in net.parameters()),
         "trunk": sum(p.numel() for name, p in net.named_parameters() if not name.startswith("heads.")),
@@ -237,7 +238,7 @@ def test_convert_there_and_back(run, golden, tmp_path):
         (tmp_path / "native", tmp_path / "back", "reference"),
     ):
         code, out, err = run("convert", source, target)
-        assert (code, out, err) == (0, f"{target}: {form} form\n", "")
+        assert (code, out, err) == (0, f"{target}: {'native' if form == 'native' else 'Sakana'} format\n", "")
         assert json.loads(run("show", target, "--json")[1])["form"] == form
         got = t2l.HyperNetwork.from_pretrained(target).generate(emb)
         assert all(torch.equal(got.lora_A[name], a) for name, a in expected.lora_A.items())

@@ -101,7 +101,7 @@ def test_a_person_at_a_terminal(chat):
     code, out, err = chat(Terminal(f"/help\none two\n/base\n/nonsense\n/task\n/task {OTHER}\none two\n/quit\nnever\n"))
     assert code == 0
     assert out.splitlines() == [chat.answers(task, ["one two"])[0] for task in (TASK, None, OTHER)]
-    for text in ("t2l> ", "without what was said before", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
+    for text in ("t2l> ", "without history", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
         assert text in err
     assert "never" not in err
 

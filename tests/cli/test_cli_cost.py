@@ -123,11 +123,8 @@ def test_known_models(cost_of, name):
     check(about, setup)
     assert about["model"]["parameters"] == setup.decoder.num_parameters and about["model"]["dtype"] == "bfloat16"
     assert about["hypernetwork"]["parameters"] == setup.hypernet.num_parameters
-
-
-def test_the_default_is_mistral(cost_of):
-    assert cost_of() == cost_of("--model", "mistral-7b")
-    assert cost_of("--model", "mistralai/Mistral-7B-Instruct-v0.2") == cost_of()  # what the hub calls it
+    if name == "mistral-7b":  # the default; by its name on the hub too
+        assert about == cost_of() == cost_of("--model", "mistralai/Mistral-7B-Instruct-v0.2")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,19 +156,15 @@ def test_every_option(cost_of, folder):
     assert about["rates"] is None and about["ways"]["icl"]["least_seconds"] is None
 
 
-def test_the_language_model_as_encoder(cost_of):
+def test_language_models_as_encoders(cost_of, folder):
+    """The model itself, and another one."""
     decoder = costs.known_setup("gemma-2-2b").decoder
     net = known.hypernetwork_for(decoder, decoder, latent_size=512, head_in_size=2048)
     check(cost_of("--model", "gemma-2-2b", "--encoder", "model"), costs.Setup(decoder, decoder, net, encoder_itemsize=0))
-
-
-def test_another_language_model_as_encoder(cost_of, folder):
     path = folder(LLAMA | {"model_type": "mistral"})
-    setup = costs.known_setup("smollm2-135m")
-    encoder = costs.Decoder.from_config(path)
-    net = known.hypernetwork_for(setup.decoder, encoder, head_in_size=112)
-    about = cost_of("--model", "smollm2-135m", "--encoder", path)
-    check(about, costs.Setup(setup.decoder, encoder, net))
+    decoder, encoder = costs.known_setup("smollm2-135m").decoder, costs.Decoder.from_config(path)
+    net = known.hypernetwork_for(decoder, encoder, head_in_size=112)
+    check(cost_of("--model", "smollm2-135m", "--encoder", path), costs.Setup(decoder, encoder, net))
 
 
 @pytest.mark.parametrize(
@@ -254,83 +247,67 @@ def test_encoders_of_checkpoints(cost_of, native, folder):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "field"),
     [
-        ({"hypernetwork": {"in_features": (32, 64)}}, "q_proj: the model has 64 to 64, the hypernetwork is for 32 to 64"),
-        ({"hypernetwork": {"modules": ("q_proj", "qkv_proj")}}, "qkv_proj: the model has no such linear"),
-        ({"hypernetwork": {"num_layers": 3}}, "num_layers: expected 2 as the model has, got 3"),
-        ({"hypernetwork": {"embed_dim": 1024}}, "embed_dim: expected 384 as the encoder gives, got 1024"),
-        ({"hypernetwork": {"rank": 0}}, "config.json: hypernetwork: rank: expected a positive integer"),
-        ({"format": "another"}, "got 'another'"),
-        ({"base_model": 3}, "base_model: expected str, got 3"),
+        ({"hypernetwork": {"in_features": (32, 64)}}, "q_proj: the model has 64 to 64"),
+        ({"hypernetwork": {"modules": ("q_proj", "qkv_proj")}}, "qkv_proj: "),
+        ({"hypernetwork": {"num_layers": 3}}, "num_layers: expected 2"),
+        ({"hypernetwork": {"embed_dim": 1024}}, "embed_dim: expected 384"),
+        ({"hypernetwork": {"rank": 0}}, "config.json: hypernetwork: rank: "),
+        ({"format": "another"}, "'another'"),
+        ({"base_model": 3}, "base_model: "),
         ({"encoder": {"name": "one-hot", "tasks": ["a"]}}, "one-hot"),
-        (
-            {"encoder": {"name": "org/text", "pooling": "cls"}},
-            "--encoder: 'org/text': no such folder or file, and nothing is",
-        ),
-        ({"reference": {"args": {"emb_model": "org/text"}}}, "emb_model: expected a 'gte' or 'SFR' model"),
+        ({"encoder": {"name": "org/text", "pooling": "cls"}}, "--encoder: 'org/text': "),
+        ({"reference": {"args": {"emb_model": "org/text"}}}, "emb_model: "),
     ],
 )
-def test_a_checkpoint_that_does_not_fit(refused, native, folder, changes, message):
+def test_a_checkpoint_that_does_not_fit(refused, native, folder, changes, field):
     path = native(**changes)
-    refused(1, [message, "--encoder" if "--encoder" in message else str(path)], "--model", folder(LLAMA), "-c", path)
+    refused(1, [field, "--encoder" if "--encoder" in field else str(path)], "--model", folder(LLAMA), "-c", path)
 
 
 def test_checkpoints_that_are_none(refused, native, folder, golden, tmp_path):
-    refused(1, "--model: the checkpoint does not name one", "-c", native())
-    refused(1, ["in reference form", "t2l convert"], "-c", golden / "L-sft")
-    refused(1, "no such folder; bundled checkpoints: ['smollm2-135m']", "-c", tmp_path / "none")
-    refused(1, "holds neither config.json", "-c", tmp_path)
-    refused(1, "expected blocks 'hypernetwork'", "-c", folder({"format": checkpoints.FORMAT}))
+    refused(1, "--model: ", "-c", native())
+    refused(1, "t2l convert", "-c", golden / "L-sft")
+    refused(1, "bundled checkpoints: ['smollm2-135m']", "-c", tmp_path / "none")
+    refused(1, "config.json", "-c", tmp_path)
+    refused(1, "'hypernetwork'", "-c", folder({"format": checkpoints.FORMAT}))
 
 
 # --- what cannot be used -----------------------------------------------------------------------------------------------
 
 
 def test_models_that_are_refused(refused, folder, tmp_path):
-    names = ", ".join(costs.known_setups())
-    refused(1, ["'org/model'", "nothing is downloaded", "config.json", names], "--model", "org/model")
-    refused(1, "model_type: expected one of llama", "--model", folder(LLAMA | {"model_type": "rwkv"}))
-    refused(1, "got 'rwkv'", "--model", folder(LLAMA | {"model_type": "rwkv"}))
+    """What a configuration may not say, tests/flops holds."""
+    refused(1, ["--model: 'org/model'", *costs.known_setups()], "--model", "org/model")
     without = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
-    refused(1, "config.json: vocab_size: expected an integer", "--model", folder(without))
-    refused(1, ["quantization_config", "give --dtype"], "--model", folder(LLAMA | {"quantization_config": {"bits": 4}}))
-    refused(1, ["dtype: expected one of", "'float4'", "give --dtype"], "--model", folder(LLAMA | {"dtype": "float4"}))
+    refused(1, "config.json: vocab_size: ", "--model", folder(without))
+    refused(1, ["quantization_config: ", "--dtype"], "--model", folder(LLAMA | {"quantization_config": {"bits": 4}}))
+    refused(1, ["dtype: ", "'float4'", "--dtype"], "--model", folder(LLAMA | {"dtype": "float4"}))
     (tmp_path / "empty").mkdir()
-    refused(1, "no such configuration", "--model", tmp_path / "empty")
+    refused(1, "empty/config.json", "--model", tmp_path / "empty")
     (tmp_path / "text").write_text("{")
     refused(1, "text: not valid JSON", "--model", tmp_path / "text")
 
 
 def test_encoders_and_hypernetworks_that_are_refused(refused, folder):
-    refused(1, ["'org/text'", "nothing is downloaded", "gte-large, minilm, model"], "--encoder", "org/text")
-    refused(1, "model_type: expected one of bert", "--encoder", folder({"model_type": "t5"}))
-    refused(1, "got ['bert']", "--encoder", folder({"model_type": ["bert"]}))
-    refused(1, "variant: expected one of ('L', 'M'", "--variant", "XL")
-    refused(1, "modules: expected some of q_proj", "--modules", "q_proj,query")
-    refused(1, "modules: expected some of q_proj", "--model", folder(FAMILIES["mixtral"] | {"model_type": "mixtral"}),
-            "--modules", "up_proj")  # fmt: skip
+    refused(1, ["--encoder: 'org/text'", "gte-large, minilm, model"], "--encoder", "org/text")
+    for kind in ("t5", ["bert"]):
+        refused(1, ["model_type: ", repr(kind)], "--encoder", folder({"model_type": kind}))
+    refused(1, "variant: ", "--variant", "XL")
+    mixtral = folder(FAMILIES["mixtral"] | {"model_type": "mixtral"})
+    refused(1, ["modules: ", "'query'"], "--modules", "q_proj,query")
+    refused(1, ["modules: ", "'up_proj'"], "--model", mixtral, "--modules", "up_proj")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (("--tflops", "10"), "expected both --tflops and --gbps"),
-        (("--gbps", "10"), "expected both --tflops and --gbps"),
-        (("--tflops", "nan", "--gbps", "10"), "--tflops"),
-        (("--tflops", "0", "--gbps", "10"), "--tflops"),
-        (("--users", "2", "--tasks", "3"), "expected at most as many as --users, 2, got 3"),
-        (("-c", "smollm2-135m", "--rank", "4"), "--rank: --checkpoint gives the hypernetwork"),
-        (("-c", "smollm2-135m", "--head-in-size", "4"), "--head-in-size: --checkpoint gives"),
-        (("--questions", "0"), "--questions"),
-        (("--answer", "0"), "--answer"),
-        (("--shots", "-1"), "--shots"),
-        (("--dtype", "fp64"), "--dtype"),
-        (("--users", "x"), "--users"),
-    ],
-)
-def test_wrong_usage(refused, arguments, text):
-    refused(2, text, *arguments)
+@pytest.mark.parametrize("arguments", [
+    "--tflops 10", "--gbps 10", "--tflops nan --gbps 10", "--tflops 0 --gbps 10", "--tasks 3 --users 2",
+    "--rank 4 -c smollm2-135m", "--head-in-size 4 -c smollm2-135m", "--questions 0", "--answer 0", "--shots -1",
+    "--dtype fp64", "--users x",
+])  # fmt: skip
+def test_wrong_usage(refused, arguments):
+    """The message names the first of the options."""
+    refused(2, arguments.split()[0], *arguments.split())
 
 
 # --- what is printed ---------------------------------------------------------------------------------------------------
@@ -346,9 +323,8 @@ def printed(run, *arguments):
 @pytest.mark.parametrize("name", costs.known_setups())
 def test_tables_of_known_models(run, name):
     text = printed(run, "--model", name, "--users", "16", "--tasks", "16", "--tflops", "10", "--gbps", "100")
-    expected = [costs.LABELS[way] for way in costs.WAYS]
-    assert all(text.count(f"│ {way} │") == 2 for way in expected)  # operations, and least times
-    assert "Least time at these rates, 10.0 TFLOP/s and 100 GB/s; one question at a time, nothing measured" in text
+    assert all(text.count(f"│ {costs.LABELS[way]} │") == 2 for way in costs.WAYS)  # FLOPs, and roofline times
+    assert "10.0 TFLOP/s" in text and "100 GB/s" in text
 
 
 def test_the_table_says_what_the_library_says(run):
@@ -359,38 +335,30 @@ def test_the_table_says_what_the_library_says(run):
         row = re.search(rf"│ {costs.LABELS[name]} │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │ ([\d.]+) │", text)
         values = (first, later, way.total(100) / 1e12, way.total(100) / made["t2l-task"].total(100))
         assert list(map(float, row.groups())) == pytest.approx(values, rel=5.1e-3)
-    for fact in ("mistral-7b, 7.24 billion parameters, bfloat16 (14.5 GB)", "131 kB a token", "55.4 million parameters"):
+    for fact in ("mistral-7b", "7.24 billion", "14.5 GB", "131 kB", "55.4 million", "shots of 80", "question 59"):
         assert fact in text
-    assert "3 shots of 80, question 59, answer 16, description 35" in text
 
 
-def test_wins_and_losses_in_words(run):
+def test_break_even_points_in_words(run):
+    """The numbers, and another sentence for every kind of answer: always, from n on, never, up to n."""
     setup = costs.known_setup("mistral-7b")
-    made = costs.ways(setup, LOAD)
-    text = printed(run)
+    made, text = costs.ways(setup, LOAD), printed(run)
     start, end = costs.questions_won(made["t2l-task"], made["icl-warm"])
     tasks = costs.tasks_to_win(made["t2l-task"], made["icl-cold"])
     assert start > 1 and end is None and tasks > 1  # or the sentences are others
-    for sentence in (
-        "T2L per task costs less than ICL with a cold cache at every number of questions.",
-        f"T2L per task costs less than ICL with a warm cache from {start} questions on, as much or more before.",
-        "T2L per request costs as much as ICL with a warm cache or more at every number of questions.",
-        f"keys and values of {costs.tokens_of_adapter(setup)} tokens, but not of fewer.",
-        f"from {tasks} tasks at a time on (text encoder and hypernetwork 979 MB).",
-    ):
-        assert sentence in text
+    for fact in ("at every number of questions", f"from {start} questions on", f"{costs.tokens_of_adapter(setup)} tokens",
+                 f"from {tasks} tasks at a time on", "979 MB"):  # fmt: skip
+        assert fact in text
     text = printed(run, "--shots", "0")
-    assert "T2L per task costs as much as ICL with a warm cache or more at every number of questions." in text
-    assert "at no number of tasks: ICL holds as much or less." in text
-    assert "hypernetwork 979 MB" not in text
-    # A large hypernetwork for two questions: no number of short examples pays it back.
+    assert "at no number of tasks" in text and "979 MB" not in text
+    # A large hypernetwork for one question: no number of short examples pays it back.
     few = printed(run, "--model", "smollm2-135m", "--questions", "1", "--shot", "0", "--instruction", "1")
-    assert "with no number of shots up to 1,024: ICL costs as much or less." in few
+    assert "no number of shots up to 1,024" in few
 
 
 def test_a_win_that_ends():
     pair = {"way": "t2l-request", "rival": "icl", "questions": [1, 3]}
-    assert cost_tables._won(pair).endswith("less than ICL without a cache up to 3 questions, as much or more beyond.")
+    assert "up to 3 questions" in cost_tables._won(pair)
 
 
 def test_numbers_as_text():
@@ -406,13 +374,6 @@ def test_names_of_files_are_shown_not_obeyed(run, folder):
     assert "[red]" in text and "\x1b" not in text
 
 
-def test_the_help_lists_it(run):
-    code, out, _ = run("--help")
-    assert code == 0 and "What a question costs by in-context learning" in " ".join(out.split())
-    code, out, _ = run("cost", "--help")
-    assert code == 0 and all(f"--{name}" in out for name in ("model", "cache-dtype", "tflops", "json"))
-
-
 # --- the entry point ---------------------------------------------------------------------------------------------------
 
 
@@ -424,24 +385,23 @@ def launch(*arguments, **options):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (("cost",), 0, ""),
-        (("cost", "--json", "-c", "smollm2-135m", "--tflops", "1", "--gbps", "1"), 0, ""),
-        (("cost", "--help"), 0, ""),
-        (("cost", "--model", "org/model"), 1, "t2l: --model: 'org/model': no such folder or file"),
-        (("cost", "--tflops", "1"), 2, "Usage: "),
+        ("--version", 0, ""),
+        ("cost --json -c smollm2-135m --tflops 1 --gbps 1", 0, ""),
+        ("cost --help", 0, ""),
+        ("cost --model org/model", 1, "t2l: --model: 'org/model': "),
+        ("cost --tflops 1", 2, "Usage: "),
     ],
 )
 def test_the_entry_point(arguments, status, message):
-    done = launch(*arguments)
+    done = launch(*arguments.split())
     assert done.returncode == status and message in done.stderr
     assert status or not done.stderr
     if "--json" in arguments:
         json.loads(done.stdout)
-
-
-def test_other_commands_start_as_ever():
-    done = launch("--version")
-    assert (done.returncode, done.stdout) == (0, f"t2l_engine {t2l.__version__}\n")
+    elif "--help" in arguments:
+        assert all(f"--{name}" in done.stdout for name in ("model", "cache-dtype", "tflops", "json"))
+    elif "--version" in arguments:
+        assert done.stdout == f"t2l_engine {t2l.__version__}\n"
 
 
 def test_large_numbers_take_little_work(run):

@@ -94,10 +94,10 @@ def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monk
     settings, step = runs.sft(base_model), loop._step
     assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "whole")[0] == 0
 
-    def interrupted(job, trained, optimizer, number, *rest):
+    def interrupted(job, model, optimizer, number, *rest):
         if number == 4:
             loop.signal.raise_signal(loop.signal.SIGINT)
-        return step(job, trained, optimizer, number, *rest)
+        return step(job, model, optimizer, number, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", interrupted)
@@ -120,22 +120,11 @@ WHOLE = "base_model: x\ntarget_modules: [q_proj]\n"
 
 
 @pytest.mark.parametrize("text, arguments, message", [
-    ("a: [", (), "settings.yaml: not plain YAML"),
-    ("- 1", (), "settings.yaml: expected a mapping of fields, got [1]"),
-    ("", (), "settings.yaml: expected a mapping of fields, got None"),
-    ("{}", (), "settings.yaml: missing field 'base_model': \"smollm2-135m\" (packaged) or a local transformers folder"),
-    ("1: 2", (), "settings.yaml: expected field names"),
-    (WHOLE + "stepz: 3", (), "settings.yaml: unknown field 'stepz'"),
-    (WHOLE + "steps: 0", (), "settings.yaml: steps: "),
-    (WHOLE + "learning_rate: .nan", (), "settings.yaml: learning_rate: "),
-    (WHOLE + "encoder: one-hot\nmix_descriptions: true", (), "mix_descriptions: expected False with encoder one-hot"),
-    (WHOLE, ("--set", "steps=-3"), "--set: steps: "),
-    (WHOLE, ("--set", "steps"), "--set: expected name=value, got 'steps'"),
-    (WHOLE, ("--set", "steps=["), "--set steps: expected a YAML value, got '['"),
-    (WHOLE, ("--set", "widgets=3"), "--set: unknown field 'widgets'"),
+    ("- 1", (), "settings.yaml: "), ("{}", (), "settings.yaml: missing field 'base_model': "),
+    (WHOLE + "steps: 0", (), "settings.yaml: steps: "), (WHOLE, ("--set", "steps=-3"), "--set: steps: "),
 ])  # fmt: skip
 def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
-    """Said in one line, before anything is loaded or written."""
+    """Said in one line, before anything is loaded or written; tests/training/test_settings.py has all that may be wrong."""
     code, out, err = train("sft", text, "--tasks", tmp_path, "-o", tmp_path / "out", *arguments)
     assert (code, out) == (1, "") and err.startswith("t2l: ") and err.count("\n") == 1, err
     assert message in err and not (tmp_path / "out").exists()
@@ -144,13 +133,11 @@ def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
 def test_runs_that_cannot_start(train, run, base_model, tasks, tmp_path):
     """The last line says why; the settings stand before it."""
     settings = runs.sft(base_model)
-    cases = [
-        (("--tasks", tmp_path / "none"), "descriptions.json: not found"),
-        (("--tasks", tasks, "--names", "first,other"), "expected a task named 'other'"),
-        (("--tasks", tasks, "--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
-        (("--tasks", tasks, "--manifest", "nowhere"), "manifest 'nowhere': no such file; packaged manifests:"),
-        (("--tasks", tasks, "--set", "base_model=nowhere"), "nowhere"),
+    there, cases = ("--tasks", tasks), [(("--tasks", tmp_path / "none"), "descriptions.json")]
+    cases += [
+        ((*there, f"--{option}", value), repr(value)) for option, value in (("device", "tpu"), ("manifest", "nowhere"))
     ]
+    cases += [((*there, "--names", "first,other"), "'other'"), ((*there, "--set", "base_model=nowhere"), "nowhere")]
     for arguments, message in cases:
         code, out, err = train("sft", settings, "-o", tmp_path / "out", *arguments)
         last = err.splitlines()[-1]

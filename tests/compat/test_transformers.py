@@ -10,15 +10,8 @@ pytestmark = pytest.mark.compat
 
 #: vLLM 0.32 asks for >= 5.16.1 and < 5.20.
 RELEASES = (f"=={floor('transformers')}.*", "==5.19.*", "")
-TESTS = (
-    "test_models.py",
-    "test_use.py",
-    "test_peft_breadth.py",
-    "test_encoder.py",
-    "test_encoder_config.py",
-    "test_engine.py",
-)
-TESTS += ("test_compile.py", "test_custom_layers.py", "test_smollm2.py", "test_icl.py", "flops/test_decoder_flops.py")
+NAMES = "models use peft_breadth encoder encoder_config engine compile custom_layers smollm2 icl".split()
+TESTS = (*(f"test_{name}.py" for name in NAMES), "flops/test_decoder_flops.py")
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda text: text.strip("=.*") or "newest")

@@ -29,14 +29,12 @@ SETUP = MBPP | {"test_setup_code": "import math"}
 SANITIZED = {"prompt" if key == "text" else key: value for key, value in MBPP.items()} | {"test_imports": ["import math"]}
 
 FISH = Example("What swims?", ("a fish",), "test", "options", ("a stone", "a fish", "a tree"))
-CODE = Example(
-    "Write one.\n\nThe program must fulfil:\nassert one()\nassert one() < 2",
-    ("def one(): return 1",),
-    "test",
-    "pass",
-    tests="import math\nassert one()\nassert one() < 2",
-)
-#: name -> rows of every form, and what they become.
+PROGRAM = "Write one.\n\nThe program must fulfil:\nassert one()\nassert one() < 2"
+TESTS = "import math\nassert one()\nassert one() < 2"
+CODE = Example(PROGRAM, ("def one(): return 1",), "test", "pass", tests=TESTS)
+OPTIONS, CHECK = ("test", "options"), HUMANEVAL["test"] + "\ncheck(one)"
+CUP = "The cup was on the table, so the _ was wet.\n\nQuestion: does the blank _ stand for cup or for table?"
+#: name -> rows in every spelling, and what they become.
 FORMS = {
     "arc_easy": [(ARC, FISH), (ARC | {"question": {"stem": "What swims?", "choices": OBJECTS}}, FISH)],
     "arc_challenge": [(ARC, FISH)],
@@ -46,33 +44,19 @@ FORMS = {
     ],
     "boolq": [
         (
-            BOOLQ | {"answer": answer},
-            Example("Fish -- They swim.\n\nQuestion: can fish swim?", (text,), "test", "options", ("yes", "no")),
+            BOOLQ | {"answer": right},
+            Example("Fish -- They swim.\n\nQuestion: can fish swim?", (text,), *OPTIONS, ("yes", "no")),
         )
-        for answer, text in ((True, "yes"), (False, "no"))
+        for right, text in ((True, "yes"), (False, "no"))
     ],
     "hellaswag": [(HELLASWAG, Example("He sits", ("down.",), "val", "options", ("up.", "down.")))],
     "piqa": [(PIQA, Example("Open the door.", ("Turn the knob.",), "test", "options", ("Turn the knob.", "Wait for it.")))],
     "winogrande": [
-        (
-            WINOGRANDE | {"answer": answer},
-            Example(
-                "The cup was on the table, so the _ was wet.\n\nQuestion: does the blank _ stand for cup or for table?",
-                (text,),
-                "test",
-                "options",
-                ("cup", "table"),
-            ),
-        )
-        for answer, text in ((1, "cup"), ("2", "table"))
+        (WINOGRANDE | {"answer": number}, Example(CUP, (text,), *OPTIONS, ("cup", "table")))
+        for number, text in ((1, "cup"), ("2", "table"))
     ],
     "gsm8k": [(GSM8K, Example("What is 500 times 2?", ("1,000",), "test", "number"))],
-    "humaneval": [
-        (
-            HUMANEVAL,
-            Example(HUMANEVAL["prompt"], ("    return 1\n",), "test", "pass", tests=HUMANEVAL["test"] + "\ncheck(one)"),
-        )
-    ],
+    "humaneval": [(HUMANEVAL, Example(HUMANEVAL["prompt"], ("    return 1\n",), "test", "pass", tests=CHECK))],
     "mbpp": [(SETUP, CODE), (SANITIZED, CODE)],
 }
 NO_ANSWER, CHOICES = "no answer is stated", "the choices are not distinct texts"
@@ -112,11 +96,11 @@ def test_splits_order_and_how_many(source):
     (task,) = import_benchmarks(folder).tasks
     assert [(e.input, e.split) for e in task.examples[:4]] == [("0", "test"), ("1", "train"), ("2", "train"), ("3", "test")]
     assert len(task.examples) == 10 and task.examples[-1].split == "test"
-    (task,) = import_benchmarks(folder, most=2).tasks
+    (task,) = import_benchmarks(folder, limit=2).tasks
     assert [e.input for e in task.examples] == ["0", "1", "2", "3"]
-    for most in (0, -1):
-        with pytest.raises(ConfigError, match="most: expected a positive number"):
-            import_benchmarks(folder, most=most)
+    for limit in (0, -1):
+        with pytest.raises(ConfigError, match="limit: expected a positive number"):
+            import_benchmarks(folder, limit=limit)
 
 
 def test_which_benchmarks(source, tmp_path):
@@ -154,39 +138,28 @@ def test_rows_of_no_use_are_counted(source, name, row, reason):
     assert import_benchmarks(source(**{name: [row]})).tasks == []
 
 
-@pytest.mark.parametrize(
-    "name, row, message",
-    [
-        (
-            "arc_easy",
-            ARC | {"answerKey": "D"},
-            r"answerKey: expected one of the labels \['1', '2', '3'\] of 3 choices, got 'D'",
-        ),
-        ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", "b"]}}, "answerKey: expected one of the labels"),
-        ("arc_easy", ARC | {"choices": OBJECTS}, "choices: expected an object, got"),
-        ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", 3, "b"]}}, "choices: text: expected a list of strings"),
-        (
-            "arc_easy",
-            ARC | {"question": {"stem": "x", "choices": [{"label": "2"}]}},
-            r"question: choices\[0\]: text: .*found none",
-        ),
-        ("boolq", BOOLQ | {"answer": 1}, "answer: expected true or false, got 1"),
-        ("boolq", BOOLQ | {"passage": "\ud800"}, "passage: expected a string of Unicode text"),
-        ("hellaswag", HELLASWAG | {"label": "2"}, r"label: expected a number in \[0, 2\), got '2'"),
-        ("hellaswag", HELLASWAG | {"label": None}, "label: expected a number"),
-        ("hellaswag", {"raw": {"ctx": "x"}, "split": "val"}, "raw: endings: expected a list of strings .*, found none"),
-        ("hellaswag", {"raw": "x", "split": "val"}, "raw: expected an object"),
-        ("piqa", PIQA | {"label": True}, r"label: expected a number in \[0, 2\), got True"),
-        ("piqa", PIQA | {"split": 3}, "split: expected a string of Unicode text, got 3"),
-        ("winogrande", WINOGRANDE | {"answer": 0}, r"answer: expected a number in \[1, 3\), got 0"),
-        ("humaneval", HUMANEVAL | {"entry_point": "f(); g"}, r"entry_point: expected a name of Python, got 'f\(\); g'"),
-        ("mbpp", MBPP, "test_setup_code: expected a string of Unicode text, found none"),
-        ("mbpp", "[]", r"expected a JSON object, got \[\]"),
-        ("mbpp", " " * (MAX_LINE_BYTES + 1), "expected lines of at most"),
-    ],
-)
-def test_a_broken_row_is_named(source, name, row, message):
-    with pytest.raises(ConfigError, match=rf"{name}\.jsonl:2: {message}"):
+QUESTION = {"question": {"stem": "x", "choices": [{"label": "2"}]}}
+
+
+@pytest.mark.parametrize("name, row, field", [
+    ("arc_easy", ARC | {"answerKey": "D"}, r"answerKey: .*\['1', '2', '3'\].*'D'"),
+    ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", "b"]}}, "answerKey: "),
+    ("arc_easy", ARC | {"choices": OBJECTS}, "choices: "),
+    ("arc_easy", ARC | {"choices": COLUMNS | {"text": ["a", 3, "b"]}}, "choices: text: "),
+    ("arc_easy", ARC | QUESTION, r"question: choices\[0\]: text: .*none"),
+    *(("boolq", BOOLQ | {"answer": 1}, "answer: .*1"), ("boolq", BOOLQ | {"passage": "\ud800"}, "passage: ")),
+    ("hellaswag", HELLASWAG | {"label": "2"}, r"label: .*\[0, 2\).*'2'"),
+    ("hellaswag", HELLASWAG | {"label": None}, "label: "),
+    ("hellaswag", {"raw": {"ctx": "x"}, "split": "val"}, "raw: endings: .*none"),
+    ("hellaswag", {"raw": "x", "split": "val"}, "raw: "),
+    *(("piqa", PIQA | {"label": True}, r"label: .*True"), ("piqa", PIQA | {"split": 3}, "split: .*3")),
+    ("winogrande", WINOGRANDE | {"answer": 0}, r"answer: .*\[1, 3\).*0"),
+    ("humaneval", HUMANEVAL | {"entry_point": "f(); g"}, r"entry_point: .*'f\(\); g'"),
+    *(("mbpp", MBPP, "test_setup_code: .*none"), ("mbpp", "[]", r"expected .*\[\]")),
+    ("mbpp", " " * (MAX_LINE_BYTES + 1), "expected .*bytes"),
+])  # fmt: skip
+def test_a_broken_row_is_named(source, name, row, field):
+    with pytest.raises(ConfigError, match=rf"{name}\.jsonl:2: {field}"):
         import_benchmarks(source(**{name: [FORMS[name][0][0], row]}))
 
 

@@ -58,18 +58,9 @@ def test_short_examples_are_preferred():
     assert len(choose([example("x", "y" * 900)], 1)) == 1  # long ones rather than none
 
 
-@pytest.mark.parametrize(
-    "count, expected",
-    [
-        (200, (130, 20, 50)),
-        (120, (78, 12, 30)),
-        (60, (39, 6, 15)),
-        (7, (5, 1, 1)),
-        (2, (2, 0, 0)),
-        (1, (1, 0, 0)),
-        (0, (0, 0, 0)),
-    ],
-)
+@pytest.mark.parametrize("count, expected", [
+    (200, (130, 20, 50)), (120, (78, 12, 30)), (60, (39, 6, 15)), (7, (5, 1, 1)), *((n, (n, 0, 0)) for n in range(3)),
+])  # fmt: skip
 def test_shares_of_the_splits(count, expected):
     names = [e.split for e in split(numbered(count))]
     assert tuple(names.count(name) for name in ("train", "val", "test")) == expected

@@ -171,63 +171,32 @@ def test_broken_json_is_named(save, broken_json):
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize(
-    "field, value, message",
-    [
-        ("format", "t2l_engine.tasks.v2", "format"),
-        ("format", None, "format"),
-        ("about", None, "about"),
-        ("about", "\ud800", "about"),
-        ("tasks", {}, "tasks"),
-        ("tasks", [], "tasks"),
-        ("tasks", {"../x": {}}, "expected task names"),
-        ("tasks", {"a/b": {}}, "expected task names"),
-        ("tasks", {"\ud800": {}}, "expected task names"),
-        ("tasks", {"n" * 200: {}}, "expected task names"),
-        ("tasks", {"a": None}, "a: expected a JSON object"),
-        ("tasks", {"a": {}}, "a: missing field"),
-        ("surprise", 1, "got also"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("field, value, message", [
+    *(("format", value, "format") for value in ("t2l_engine.tasks.v2", None)),
+    *(("about", value, "about") for value in (None, "\ud800")),
+    *(("tasks", value, "tasks") for value in ({}, [])),
+    *(("tasks", {name: {}}, "expected task names") for name in ("../x", "a/b", "\ud800", "n" * 200)),
+    ("tasks", {"a": None}, "a: expected a JSON object"), ("tasks", {"a": {}}, "a: missing field"),
+    ("surprise", 1, "got also"),
+], ids=str)  # fmt: skip
 def test_a_manifest_of_other_kinds_is_refused(values, save, field, value, message):
     with pytest.raises(ConfigError, match=rf"manifest\.json: .*{message}") as refused:
         read(save(values | {field: value}))
     assert len(str(refused.value)) < 1000
 
 
-@pytest.mark.parametrize(
-    "field, value",
-    [
-        ("skill", ""),
-        ("skill", 3),
-        ("skill", "\ud800"),
-        ("tier", "seen"),
-        ("tier", []),
-        ("source", None),
-        ("licence", "MIT"),
-        ("licence", []),
-        ("licence", [3]),
-        ("licence", ["\ud800"]),
-        ("permissive", 1),
-        ("permissive", "yes"),
-        ("permissive", 10**400),
-        ("splits", None),
-        ("splits", {}),
-        ("splits", {"train": ""}),
-        ("splits", {"train": 5}),
-        ("splits", {"train": [EMPTY]}),
-        ("splits", {"train": "not base64"}),
-        ("splits", {"train": "\ud800aaa"}),
-        ("splits", {"train": EMPTY[:4]}),
-        ("splits", {"train": base64.b64encode(b"1234512345").decode()}),
-        ("splits", {"train": EMPTY, "test": EMPTY}),
-        ("splits", {"../train": EMPTY}),
-        ("splits", {"t" * 100: EMPTY}),
-        ("surprise", 1),
+WRONG = {
+    "skill": ["", 3, "\ud800"], "tier": ["seen", []], "source": [None], "licence": ["MIT", [], [3], ["\ud800"]],
+    "permissive": [1, "yes", 10**400], "surprise": [1],
+    "splits": [
+        None, {}, {"train": ""}, {"train": 5}, {"train": [EMPTY]}, {"train": "not base64"}, {"train": "\ud800aaa"},
+        {"train": EMPTY[:4]}, {"train": base64.b64encode(b"1234512345").decode()}, {"train": EMPTY, "test": EMPTY},
+        {"../train": EMPTY}, {"t" * 100: EMPTY},
     ],
-    ids=str,
-)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [(field, v) for field, found in WRONG.items() for v in found], ids=str)
 def test_fields_of_a_task_are_checked(values, suite, save, field, value):
     values["tasks"][suite[0].name][field] = value
     with pytest.raises(ConfigError, match=rf"manifest\.json: {suite[0].name}: .*{field}") as refused:

@@ -89,39 +89,16 @@ def lora_counts(case: LoraCase, m_tiles: int, n_tiles: int, slices: list[int], a
 
 #: Case, SMs, m tiles (0: one token per block), n tiles.
 LORA_LAUNCHES = (
-    ("one_token", 132, 0, 1),
-    ("mixed_rows", 132, 0, 1),
-    ("base_beside_first_and_last", 132, 0, 1),
-    ("many_adapters", 132, 0, 1),
-    ("ragged", 132, 1, 1),
-    ("ragged", 1, 2, 1),
-    ("rank_3", 132, 1, 1),
-    ("rank_12", 1, 2, 2),
-    ("rank_64", 132, 1, 4),
-    ("rank_64", 1, 1, 4),
-    ("mixed_ranks", 132, 1, 2),
-    ("odd_features", 1, 2, 1),
-    ("wide_features", 132, 0, 1),
-    ("out_r_odd", 132, 1, 2),
-    ("bf16", 132, 1, 1),
-    ("bf16_odd", 132, 1, 1),
-    ("bf16_out_r", 132, 0, 1),
-    ("bf16_rank_64", 132, 1, 4),
-    ("bf16_rank_64", 1, 2, 4),
-    ("bf16_long", 132, 1, 1),
-    ("bf16_long", 1, 2, 1),
-    ("bf16_mixed_ranks", 1, 2, 2),
-    ("bf16_out_r_mixed_ranks", 132, 1, 1),
-    ("bf16_x_fp32_adapters", 132, 1, 1),
-    ("fp16", 132, 1, 1),
-    ("fp16_rank_24", 132, 1, 4),
-    ("fp16_rank_24", 1, 2, 4),
-    ("serve_8x8_smollm2", 132, 0, 1),
-    ("serve_64x64", 132, 0, 1),
-    ("serve_64x1", 132, 1, 1),
-    ("serve_512x8", 132, 1, 1),
+    ("one_token", 132, 0, 1), ("mixed_rows", 132, 0, 1), ("base_beside_first_and_last", 132, 0, 1),
+    ("many_adapters", 132, 0, 1), ("ragged", 132, 1, 1), ("ragged", 1, 2, 1), ("rank_3", 132, 1, 1), ("rank_12", 1, 2, 2),
+    ("rank_64", 132, 1, 4), ("rank_64", 1, 1, 4), ("mixed_ranks", 132, 1, 2), ("odd_features", 1, 2, 1),
+    ("wide_features", 132, 0, 1), ("out_r_odd", 132, 1, 2), ("bf16", 132, 1, 1), ("bf16_odd", 132, 1, 1),
+    ("bf16_out_r", 132, 0, 1), ("bf16_rank_64", 132, 1, 4), ("bf16_rank_64", 1, 2, 4), ("bf16_long", 132, 1, 1),
+    ("bf16_long", 1, 2, 1), ("bf16_mixed_ranks", 1, 2, 2), ("bf16_out_r_mixed_ranks", 132, 1, 1),
+    ("bf16_x_fp32_adapters", 132, 1, 1), ("fp16", 132, 1, 1), ("fp16_rank_24", 132, 1, 4), ("fp16_rank_24", 1, 2, 4),
+    ("serve_8x8_smollm2", 132, 0, 1), ("serve_64x64", 132, 0, 1), ("serve_64x1", 132, 1, 1), ("serve_512x8", 132, 1, 1),
     ("serve_512x8", 1, 2, 1),
-)
+)  # fmt: skip
 
 
 def slices_of(out_features: int, slices: int) -> list[int]:

@@ -95,35 +95,14 @@ def test_threads_at_once(emulator):
     assert all(torch.equal(value, expected) for values in got for value in values)
 
 
-@pytest.mark.parametrize(
-    "case, change, message",
-    [
-        (SMALL, {"seg_adapters": torch.tensor([0, 2, 1], **INT32)}, "seg_adapters: an id out of range"),
-        (SMALL, {"seg_adapters": torch.tensor([0, -2, 1], **INT32)}, "seg_adapters: an id out of range"),
-        (ROWS, {"seg_adapters": torch.tensor([0, 2, 1], **INT32)}, "seg_adapters: an id out of range"),
-        (ROWS, {"seg_adapters": torch.tensor([0, -2, 1], **INT32)}, "seg_adapters: an id out of range"),
-        (ROWS, {"seg_indptr": torch.tensor([0, 0, 2, 3], **INT32)}, "seg_indptr: not one token a segment"),
-        (
-            SMALL,
-            {"seg_indptr": torch.tensor([1, 2, 3, 6], **INT32)},
-            "seg_indptr: not rising from 0 to the number of tokens",
-        ),
-        (
-            SMALL,
-            {"seg_indptr": torch.tensor([0, 2, 3, 5], **INT32)},
-            "seg_indptr: not rising from 0 to the number of tokens",
-        ),
-        (
-            SMALL,
-            {"seg_indptr": torch.tensor([0, 3, 2, 6], **INT32)},
-            "seg_indptr: not rising from 0 to the number of tokens",
-        ),
-        (SMALL, {"max_seg_len": 2}, "seg_indptr: a segment of more than max_seg_len tokens"),
-        (SMALL, {"ranks": torch.tensor([1, 3], **INT32)}, "ranks: a rank out of range"),
-        (ROWS, {"ranks": torch.tensor([1, -1], **INT32)}, "ranks: a rank out of range"),
-    ],
-)
-def test_values_that_only_the_device_sees(emulator, case, change, message):
+@pytest.mark.parametrize("case, field, value, message", [
+    *((case, "seg_adapters", ids, "seg_adapters: an id") for case in (SMALL, ROWS) for ids in ([0, 2, 1], [0, -2, 1])),
+    *((SMALL, "seg_indptr", bounds, "seg_indptr: not rising") for bounds in ([1, 2, 3, 6], [0, 2, 3, 5], [0, 3, 2, 6])),
+    (ROWS, "seg_indptr", [0, 0, 2, 3], "seg_indptr: not one token"), (SMALL, "max_seg_len", 2, "seg_indptr: .*max_seg_len"),
+    (SMALL, "ranks", [1, 3], "ranks: a rank"), (ROWS, "ranks", [1, -1], "ranks: a rank"),
+])  # fmt: skip
+def test_values_that_only_the_device_sees(emulator, case, field, value, message):
+    change = {field: torch.tensor(value, **INT32) if isinstance(value, list) else value}
     with pytest.raises(RuntimeError, match=f"lora_add_: launch: {message}"):
         ops.lora_add_(**(case.make() | change))
     ops.lora_add_(**case.make())  # and the next launch works

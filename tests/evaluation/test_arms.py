@@ -39,7 +39,7 @@ ASKED = [task(name, RED) for name in DESCRIPTIONS]
 
 
 def shown(arms):
-    return {a.name: (a.forms, a.description, a.shots, a.repeats) for a in arms}
+    return {a.name: (a.templates, a.description, a.shots, a.repeats) for a in arms}
 
 
 def keys(arm, tasks, repeat=0, example=RED):
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_inputs_is_asked_by_the_input(by_input):
 
 def test_an_oracle_has_the_adapter_of_the_task_or_none():
     arm = oracle_arm(random_stack(2), ["last", "first"])
-    assert (arm.name, arm.repeats, arm.forms, arm.description) == ("oracle", False, ("chat",), False)
+    assert (arm.name, arm.repeats, arm.templates, arm.description) == ("oracle", False, ("chat",), False)
     assert keys(arm, ASKED, 2) == [None, "first", "last"]
 
 
@@ -193,7 +193,7 @@ def test_what_training_wrote_is_an_arm(trained, loaded, prompt, name):
     folder = trained["multi-task", prompt]
     arm = multi_task_arm(folder)
     in_prompt = prompt == "description"
-    assert (arm.name, arm.forms, arm.description, arm.repeats) == (name, ("chat",), in_prompt, in_prompt)
+    assert (arm.name, arm.templates, arm.description, arm.repeats) == (name, ("chat",), in_prompt, in_prompt)
     assert keys(arm, ASKED, 2) == [""] * 3
     stack = t2l.AdapterStack.from_peft(folder / "adapters" / "multi-task")
     ids = torch.tensor([[3, 9, 10, 4]])
@@ -237,9 +237,9 @@ def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks,
     stack = random_stack(2)
     made = [*generated_arms("mine", engine, TASKS), oracle_arm(stack, ["task0", "task1"], "raw"),
             *library_arms(average(stack), stack, "raw")]  # fmt: skip
-    assert {arm.forms for arm in made} == {("raw",)}
+    assert {arm.templates for arm in made} == {("raw",)}
     settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
-    assert multi_task_arm(lora.train(settings, tasks, tmp_path / "run")).forms == ("raw",)
+    assert multi_task_arm(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

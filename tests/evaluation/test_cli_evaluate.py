@@ -88,7 +88,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
     for group, of in result["summary"].items():
         assert of["tasks"] == len(result["groups"][group])
         assert list(of["mean"]) == arms and list(of["difference"]) == arms[1:]
-    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l less this arm" in out
+    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l minus this arm" in out
     for name in (*arms, *DESCRIPTIONS):
         assert name in out
 
@@ -193,30 +193,24 @@ def test_one_task_has_no_shuffled_control(evaluate, by_input):
 
 
 def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
+    """The message lists those there are, and says why another one is left out."""
     known = [*OURS, *BASE]
-    assert refuse("--arms", "t2l,nonsense") == f"arms: expected some of {known}, got 'nonsense'"
-    assert refuse("--arms", "oracle") == f"arms: expected some of {known}, got 'oracle'"
+    for name in ("nonsense", "oracle"):
+        told = refuse("--arms", f"t2l,{name}")
+        assert told.startswith("arms: ") and str(known) in told and repr(name) in told
     write_tasks(tmp_path / "tasks", all_tasks(("test",)))
-    assert refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks") == (
-        f"arms: expected some of {known[:-1]}, got 'icl': no examples of split 'train' of task again"
-    )
+    told = refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks")
+    assert str(known[:-1]) in told and "'icl': " in told and "'train'" in told and "again" in told
     known.remove("t2l-shuffled")
-    assert refuse("--arms", "t2l-shuffled", "--names", "last") == (
-        f"arms: expected some of {known}, got 't2l-shuffled': it needs at least two tasks"
-    )
-    assert refuse("--names", "again", checkpoint=one_hot) == (
-        f"{one_hot}: knows tasks by their names (one-hot), and none of those asked"
-    )
+    told = refuse("--arms", "t2l-shuffled", "--names", "last")
+    assert str(known) in told and "'t2l-shuffled': " in told and "two tasks" in told
+    assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
 
 
 @pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])
 def test_another_checkpoint_needs_a_name(refuse, text):
-    assert refuse("--also", text) == f"--also: expected NAME=DIR, got {text!r}"
-
-
-def test_two_arms_of_one_name(run, checkpoint, tasks):
-    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--also", f"t2l={checkpoint}")
-    assert code == 1 and out == "" and "t2l: arms: expected at least one and distinct names, got ['t2l', " in err
+    told = refuse("--also", text)
+    assert told.startswith("--also: ") and told.endswith(repr(text))
 
 
 @pytest.fixture
@@ -244,19 +238,17 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
         made = save_checkpoint(tmp_path / form, plain, prompt_form=form)
         found[form] = run("evaluate", "--checkpoint", made, "--tasks", tasks, "--json", file, "--max-new-tokens", 1)
     code, _, err = found["raw"]
-    assert (
-        code == 0 and "t2l: the tokenizer has no chat template: plain text is the form of the arms without adapter\n" in err
-    )
+    assert code == 0 and "t2l: the tokenizer has no chat template" in err
     forms = json.loads(file.read_text(encoding="utf-8"))["forms"]
     assert set(forms) == {*OURS, *BASE} and all(of == {"form": "raw", "validation": None} for of in forms.values())
     code, _, err = found["chat"]
-    assert code == 1 and "t2l: prompt_form: expected 'raw', for the tokenizer has no chat template, got 'chat'\n" in err
+    assert code == 1 and "t2l: prompt_form: expected 'raw'" in err
 
 
 def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
     (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
     told = refuse("--oracle", adapters, "--oracle", raw_adapters)
-    assert told == f"--oracle: expected adapters trained with one prompt_form, got {adapters} chat, {raw_adapters} raw"
+    assert told.startswith("--oracle: ") and f"{adapters} chat, {raw_adapters} raw" in told
 
 
 def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
@@ -278,47 +270,36 @@ def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, mo
     assert kept.read_bytes().count(b"\n") == 2
     monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
     result, _, err = evaluate(*options)
-    assert f"going on with the answers in {kept}" in err and without_seconds(result) == without_seconds(unbroken)
+    assert f"answers in {kept}" in err and without_seconds(result) == without_seconds(unbroken)
     assert len(asked) == 2 + 4 and not kept.exists(), "two batches were not asked again"
-    assert "going on" not in evaluate(*options)[2]
+    assert "unfinished" not in evaluate(*options)[2]
 
 
-def test_folders_of_adapters(refuse, adapters, shared, tmp_path):
+def test_folders_of_adapters(refuse, adapters, tmp_path):
     for option in ("--oracle", "--library"):
-        assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected folders of PEFT adapters, found none"
-    assert refuse("--oracle", adapters, "--names", "again") == (
-        f"--oracle: none of the adapters in {adapters} is named as a task"
-    )
-    assert "expected the folder of a finished run of t2l train lora, found none" in refuse("--multi-task", adapters)
-    assert "no such folder" in refuse("--also", f"x={tmp_path / 'none'}")
+        assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
+    assert str(adapters) in refuse("--oracle", adapters, "--names", "again")
+    assert str(adapters) in refuse("--multi-task", adapters)
+    assert str(tmp_path / "none") in refuse("--also", f"x={tmp_path / 'none'}")
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot", "--resume"])
 def test_files_that_cannot_be_written(refuse, tmp_path, option):
-    assert refuse(option, tmp_path / "none" / "file.png") == f"{option}: {tmp_path / 'none'}: no such folder"
-    assert refuse(option, tmp_path) == f"{option}: {tmp_path}: expected a file, got a folder"
+    assert refuse(option, tmp_path / "none" / "file.png").startswith(f"{option}: {tmp_path / 'none'}: ")
+    assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
 
 
-def test_a_plot_needs_its_package(refuse, tmp_path, monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert refuse("--plot", tmp_path / "means.png") == "--plot: matplotlib is not installed; run: pip install matplotlib"
-
-
-def test_a_file_of_something_else_is_not_gone_on_with(refuse, tmp_path):
+def test_options_that_cannot_be_met(refuse, tmp_path, monkeypatch):
+    """What each value may be, the tests of the library hold."""
     (tmp_path / "notes.txt").write_text("mine")
-    assert refuse("--resume", tmp_path / "notes.txt") == (
-        f"{tmp_path / 'notes.txt'}:1: expected a batch of answers that an evaluation wrote"
-    )
+    assert refuse("--resume", tmp_path / "notes.txt").startswith(f"{tmp_path / 'notes.txt'}:1: ")
     assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
-def test_tasks_that_cannot_be_asked(refuse, tmp_path):
-    assert "descriptions.json: not found" in refuse(tasks=tmp_path)
-    assert "expected a task named 'none'" in refuse("--names", "first,none")
-    assert "no examples of split 'other'" in refuse("--split", "other")
-    assert refuse("--manifest", "nowhere").startswith("manifest 'nowhere': no such file; packaged manifests:")
-    assert refuse("--scaling", "big") == "--scaling: expected rslora, plain or a number, got 'big'"
-    assert "got 'nowhere'" in refuse("--base-model", "nowhere")
+    assert "descriptions.json" in refuse(tasks=tmp_path)
+    for option, value in (("--names", "none"), ("--split", "other"), ("--manifest", "nowhere"), ("--base-model", "nowhere")):
+        assert repr(value) in refuse(option, value)
+    assert refuse("--scaling", "big").startswith("--scaling: ")
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert refuse("--plot", tmp_path / "means.png").startswith("--plot: matplotlib ")
 
 
 def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):

@@ -95,33 +95,26 @@ def refuses(statement, *errors):
     return f"try:\n    {statement}\nexcept ({', '.join(errors)},):\n    pass\nelse:\n    raise AssertionError\n"
 
 
-@pytest.mark.parametrize(
-    "program, tests, outcome",
-    [
-        ("def f(): return 1", "assert f() == 1", "passed"),
-        ("from typing import List\r\ndef f(x: List[int]):\r\n    return x", "assert f([1]) == [1]", "passed"),
-        ("print('x' * 10_000_000)", "assert True", "passed"),
-        (refuses("input()", "EOFError"), "", "passed"),
-        ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int'", "assert A(1).x == 1", "passed"),
-        ("if __name__ == '__main__':\n    raise ValueError", "", "passed"),
-        ("def f(): return 1", "assert f() == 2", "failed"),
-        ("raise KeyError", "assert True", "failed"),
-        ("def f(:", "assert True", "failed"),
-        ("x = 1", "assert x ==", "failed"),
-        ("x = 1\n'''", "assert x == 2\n''''''", "failed"),
-        ("x = '\ud800'", "", "failed"),
-        ("\0", "", "failed"),
-        ("(" * 100_000, "", "failed"),
-        ("import sys\nsys.exit(0)", "assert True", "failed"),
-        ("raise SystemExit", "assert True", "failed"),
-        ("import os\nos._exit(0)", "assert True", "failed"),
-        ("import os\nos.execv('/bin/true', ['true'])", "assert True", "failed"),
-        ("import os\nfor i in range(64):\n    try: os.write(i, b'+' * 64)\n    except OSError: pass", "assert 0", "failed"),
-        ("import builtins, os\nbuiltins.exec = os.write = os._exit = print", "assert 0", "failed"),
-        ("import ctypes\nctypes.string_at(0)", "", "failed"),
-        ("import numpy", "", "failed"),
-    ],
-)
+PASSING = [
+    ("def f(): return 1", "assert f() == 1"),
+    ("from typing import List\r\ndef f(x: List[int]):\r\n    return x", "assert f([1]) == [1]"),
+    ("print('x' * 10_000_000)", "assert True"), (refuses("input()", "EOFError"), ""),
+    ("import dataclasses\n@dataclasses.dataclass\nclass A:\n    x: 'int'", "assert A(1).x == 1"),
+    ("if __name__ == '__main__':\n    raise ValueError", ""),
+]  # fmt: skip
+FAILING = [
+    ("def f(): return 1", "assert f() == 2"), ("raise KeyError", "assert True"), ("def f(:", "assert True"),
+    ("x = 1", "assert x =="), ("x = 1\n'''", "assert x == 2\n''''''"), ("x = '\ud800'", ""), ("\0", ""),
+    ("(" * 100_000, ""), ("import sys\nsys.exit(0)", "assert True"), ("raise SystemExit", "assert True"),
+    ("import os\nos._exit(0)", "assert True"), ("import os\nos.execv('/bin/true', ['true'])", "assert True"),
+    ("import os\nfor i in range(64):\n    try: os.write(i, b'+' * 64)\n    except OSError: pass", "assert 0"),
+    ("import builtins, os\nbuiltins.exec = os.write = os._exit = print", "assert 0"),
+    ("import ctypes\nctypes.string_at(0)", ""), ("import numpy", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("program, tests, outcome", [*((*case, "passed") for case in PASSING),
+                                                     *((*case, "failed") for case in FAILING)])  # fmt: skip
 def test_outcomes(run, program, tests, outcome):
     assert run(program, tests) == outcome
 
@@ -242,19 +235,15 @@ def test_limits_bind_all_that_is_in_the_sandbox(run):
     )
 
 
-@pytest.mark.parametrize("name", ["bwrap", "prlimit"])
-def test_without_its_programs_nothing_runs(monkeypatch, name):
+@pytest.mark.parametrize("lacking", ["bwrap", "prlimit", "machine"])
+def test_on_other_machines_nothing_runs(monkeypatch, lacking):
+    """Without a program, or where system calls have other numbers."""
+    if lacking == "machine":
+        monkeypatch.setattr(code.platform, "machine", lambda: "riscv64")
     which = code.shutil.which
-    monkeypatch.setattr(code.shutil, "which", lambda program: None if program == name else which(program) or program)
+    monkeypatch.setattr(code.shutil, "which", lambda program: None if program == lacking else which(program) or program)
     monkeypatch.setattr(code.subprocess, "Popen", None)
-    with pytest.raises(RuntimeError, match=rf"sandbox: expected the program {name} \(package (bubblewrap|util-linux)\)"):
-        check_sandbox()
-
-
-def test_on_machines_of_other_system_calls_nothing_runs(sandbox, monkeypatch):
-    monkeypatch.setattr(code.platform, "machine", lambda: "riscv64")
-    monkeypatch.setattr(code.subprocess, "Popen", None)
-    with pytest.raises(RuntimeError, match="sandbox: expected one of the machines x86_64, aarch64, got riscv64"):
+    with pytest.raises(RuntimeError, match=f"sandbox: .*{'riscv64' if lacking == 'machine' else lacking}"):
         check_sandbox()
 
 

@@ -93,7 +93,7 @@ def test_what_every_arm_is_shown():
 
 def test_the_chat_form_has_worked_examples_as_turns():
     answerer = Scripted()
-    arm = dataclasses.replace(ICL, forms=("chat",))
+    arm = dataclasses.replace(ICL, templates=("chat",))
     evaluation(answerer, [task("first", *words("x"))], [arm], Settings(repeats=1), pools=pools(*SHOWN)).run()
     (prompt,) = answerer.prompts
     start, *turns = prompt.split("<user> ")[1:]

@@ -13,12 +13,8 @@ from t2l_engine.research.costs import Decoder
 
 #: What a file must say, beside the sizes of a mixture.
 REQUIRED = {
-    "vocab_size": 130_000,
-    "hidden_size": 64,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-}
+    "vocab_size": 130_000, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 32,
+}  # fmt: skip
 _MIXTURE = {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 MIXTURES = {"qwen2_moe": _MIXTURE | {"shared_expert_intermediate_size": 36}, "qwen3_moe": _MIXTURE}
 
@@ -60,7 +56,10 @@ def test_switches_act_where_the_model_has_them(family, flag):
     """Both ways; a field that a family does not know changes nothing."""
     for value in (True, False):
         config = tiny_decoders.config(family, **{flag: value})
-        assert Decoder.from_config(config).num_parameters == parameters(config)
+        decoder = Decoder.from_config(config)
+        assert decoder.num_parameters == parameters(config)
+        if flag == "tie_word_embeddings":
+            assert decoder.parameters["logits"] == (0 if value else SIZES["vocab_size"] * SIZES["hidden_size"])
 
 
 #: As the hub has them, written by older transformers: no head_dim, no layer_types, torch_dtype; with what each comes to.

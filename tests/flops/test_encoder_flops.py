@@ -14,13 +14,9 @@ from t2l_engine.research.costs.known import encoder_named, known_encoders
 from t2l_engine.testing.counter import counted
 
 SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
     "max_position_embeddings": 50,
-}
+}  # fmt: skip
 #: What transformers has a class for; "new" is the name that the same model has in its authors' code.
 CLASSES = ["bert", "roberta", "xlm-roberta", "gte"]
 

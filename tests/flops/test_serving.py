@@ -82,12 +82,14 @@ def test_shots_to_win(name, rival, questions):
         made = ways(SETUP, dataclasses.replace(LOAD, shots=shots))
         wins.append(made[name].total(questions) < made[rival].total(questions))
     expected = None if not wins[-1] else max((i + 1 for i, won in enumerate(wins) if not won), default=0)
-    assert shots_to_win(SETUP, LOAD, name, rival, questions=questions, most=40) == expected
+    assert shots_to_win(SETUP, LOAD, name, rival, questions=questions, limit=40) == expected
 
 
 def test_shots_to_win_tell_something():
     """Not only none and never in the test above."""
-    found = {shots_to_win(SETUP, LOAD, name, rival, questions=n, most=40) for name in WAYS for rival in WAYS for n in (1, 3)}
+    found = {
+        shots_to_win(SETUP, LOAD, name, rival, questions=n, limit=40) for name in WAYS for rival in WAYS for n in (1, 3)
+    }
     assert None in found and len(found) > 3
 
 

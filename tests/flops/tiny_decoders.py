@@ -4,16 +4,9 @@ import torch
 
 WINDOW = 7
 SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 _HEADS, _SLIDING = {"head_dim": 20}, {"sliding_window": WINDOW}  # heads wider than hidden / heads
 _QWEN, _EXPERTS = _SLIDING | {"use_sliding_window": True}, {"num_experts": 5, "num_experts_per_tok": 3}
 _ALTERNATING = ["full_attention", "sliding_attention"]

@@ -71,6 +71,15 @@ MODELS = {
     "text encoder": {"model_type": "bert", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
                      "vocab_size": 61, "num_attention_heads": 4, "max_position_embeddings": 16, "type_vocab_size": 2},
 }  # fmt: skip
+_COPY = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True,
+         "splits": {"train": "MTIzNDVhYmNkZQ==", "test": "NTQzMjE="}}  # fmt: skip
+_COLOURS = {
+    "Source": ["colour_words"], "Categories": ["Word Semantics"], "Definition": ["Name the colour of the thing."],
+    "Instance License": ["CC BY 4.0"],
+    "Instances": [{"id": "task001-1", "input": "grass", "output": ["green"]},
+                  {"id": "task001-2", "input": "coal", "output": ["black", "dark"]}],
+}  # fmt: skip
+_MANIFEST = {"format": manifest.FORMAT, "about": "A manifest of one task.", "tasks": {"copy": _COPY}}
 #: Files of tasks and of training, as they are when nothing is wrong.
 FILES = {
     "tasks": {
@@ -79,38 +88,8 @@ FILES = {
         + '{"input": "a", "output": ["a"], "split": "train", "metric": "options", "options": ["a", "b"]}\n'
         + '{"input": "a", "output": ["a = 1"], "split": "train", "metric": "pass", "tests": "assert a"}\n',
     },
-    "manifest": {
-        "manifest.json": json.dumps(
-            {
-                "format": manifest.FORMAT,
-                "about": "A manifest of one task.",
-                "tasks": {
-                    "copy": {
-                        "skill": "letters",
-                        "tier": "train",
-                        "source": "made here",
-                        "licence": ["Apache-2.0"],
-                        "permissive": True,
-                        "splits": {"train": "MTIzNDVhYmNkZQ==", "test": "NTQzMjE="},
-                    }
-                },
-            }
-        )
-    },
-    "sni": {
-        "task001_colours.json": json.dumps(
-            {
-                "Source": ["colour_words"],
-                "Categories": ["Word Semantics"],
-                "Definition": ["Name the colour of the thing."],
-                "Instance License": ["CC BY 4.0"],
-                "Instances": [
-                    {"id": "task001-1", "input": "grass", "output": ["green"]},
-                    {"id": "task001-2", "input": "coal", "output": ["black", "dark"]},
-                ],
-            }
-        )
-    },
+    "manifest": {"manifest.json": json.dumps(_MANIFEST)},
+    "sni": {"task001_colours.json": json.dumps(_COLOURS)},
     "benchmarks": {
         "openbookqa.jsonl": '{"question_stem": "Snow is", "choices": {"label": ["A", "B"], "text": ["hot", "cold"]}, '
         '"answerKey": "B"}\n',
@@ -185,6 +164,8 @@ class Workshop:
             for file, text in files.items():
                 (self.bases[name] / file).write_text(text)
         self.names: set[str] = set()
+        for name in MODELS:  # which import what they need of transformers: no work of the first refusal
+            LOADERS[LOADER_OF[name]](self.bases[name])
 
     def read(self, base: str, file: str) -> bytes:
         return (self.bases[base] / file).read_bytes()

@@ -46,18 +46,7 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
         {
             "variant": [None, 3, "XL", TEXT, LIST, KEYS, NESTED],
             "modules": [None, [], "q_proj", {}, ["q_proj", "q_proj"], ["q_proj"], LIST, [f"m{i}" for i in range(100_000)]],
-            "in_features": [
-                None,
-                [],
-                [64],
-                [64, 0],
-                [64, -64],
-                [64, "64"],
-                [64, 64.0],
-                [64, True],
-                [64, 10**12],
-                [64, HUGE],
-            ],
+            "in_features": [None, [], [64], *([64, value] for value in (0, -64, "64", 64.0, True, 10**12, HUGE))],
             "out_features": [None, [64, 32, 1], [10**12, 32], LIST],
             "num_layers": NUMBERS,
             "rank": NUMBERS,
@@ -72,31 +61,22 @@ def _native_fields(shop: Workshop) -> Iterator[Case]:
                 3,
                 "h",
                 [],
-                ["h.{layer}.q"],
-                ["h.{layer}.q"] * 2,
-                ["../{layer}.q", "h.{layer}.v"],
                 {"q_proj": TEXT},
                 LIST,
+                *(["h.{layer}.q"] * n for n in (1, 2)),
+                ["../{layer}.q", "h.{layer}.v"],
             ],
             "surprise": [1],
             TEXT[:100] + "surprise": [1],
         },
     )
-    for field, value in {
-        "variant": "L",
-        "variant ": "S-rotary",
-        "out_features": [32, 64],
-        "num_layers": 4,
-        "num_layers ": 10**9,
-        "rank": 5,
-        "rank ": 10**9,
-        "embed_dim": 49,
-        "latent_size": 36,
-        "head_in_size": 41,
-        "head_bias": True,
-    }.items():
-        text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {field.strip(): value}})
-        name = f"contradiction-{field.strip()}-{value}".replace(" ", "")
+    for field, value in (
+        *(("variant", name) for name in ("L", "S-rotary")), ("out_features", [32, 64]), ("embed_dim", 49),
+        *(("num_layers", n) for n in (4, 10**9)), *(("rank", n) for n in (5, 10**9)), ("latent_size", 36),
+        ("head_in_size", 41), ("head_bias", True),
+    ):  # fmt: skip
+        text = json.dumps(blocks | {"hypernetwork": blocks["hypernetwork"] | {field: value}})
+        name = f"contradiction-{field}-{value}".replace(" ", "")
         yield shop.case(name, "native", "config.json", text.encode(), contradiction=True)
     places = {"paths": ["h.{layer}.q", "h.{layer}.v"]}  # so that any name will do
     for name in ("_parameters", "_modules", "training", "forward", "items", "T_destination"):
@@ -202,20 +182,9 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
         content = json.dumps(values | {field: value}).encode()
         return shop.case(f"peft-{next(count)}-{field}", "adapter", "adapter_config.json", content, field)
 
-    patterns = [
-        "(a+)+$",
-        "(a|aa)+$",
-        "(.*)*x",
-        "((a*)*)*",
-        "(x+x+)+y",
-        ".*.*.*.*.*.*.*.*.*x",
-        "(",
-        "[",
-        "*",
-        "(?P<a",
-        "\\",
-        "a{99999999999999}",
-    ]
+    patterns = ["(a+)+$", "(a|aa)+$", "(.*)*x", "((a*)*)*", "(x+x+)+y", ".*" * 9 + "x"]
+    patterns += ["(", "[", "*", "(?P<a", "\\", "a{99999999999999}"]
+    ranks = [0, -1, "8", None, True, float("nan"), float("inf"), HUGE, 1e200, 1e-300, [1]]
     yield from field_cases(
         make,
         {
@@ -237,23 +206,11 @@ def _peft_fields(shop: Workshop) -> Iterator[Case]:
             "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "corda", "loftq", TEXT, [1], 3],
             "alpha_pattern": [
                 *({pattern: 8} for pattern in patterns),
-                {"q_proj": 0},
-                {"q_proj": -1},
-                {"q_proj": "8"},
-                {"q_proj": None},
-                {"q_proj": True},
-                {"q_proj": float("nan")},
-                {"q_proj": float("inf")},
-                {"q_proj": HUGE},
-                {"q_proj": 1e200},
-                {"q_proj": 1e-300},
-                {"q_proj": [1]},
+                *({"q_proj": rank} for rank in ranks),
                 {"q" * 100_000: 8},
                 {f"m{i}": 8 for i in range(20_000)},
                 {f"m{i}" + "[\u0100\u0202\u0404]" * 50: 8 for i in range(2300)},
-                ["q_proj"],
-                "q_proj",
-                3,
+                *(["q_proj"], "q_proj", 3),
             ],
             "layers_to_transform": ["all", [10**9], [-1], [[0]], LIST, 0, [0, 2]],
             "target_modules": [3, [3], {}, [], ["q_proj"], ["proj"], LIST],

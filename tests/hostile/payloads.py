@@ -128,12 +128,7 @@ RAW = {
     "long1-lie": b"\x80\x02\x8a\xff\x01.",
     "long4-lie": b"\x80\x02\x8b\xff\xff\xff\x7f\x01.",
     "long4-negative": b"\x80\x02\x8b\xff\xff\xff\xff.",
-    "long4-as-value": b"\x80\x02}"
-    + _text("mixer.4.bias")
-    + b"\x8b"
-    + struct.pack("<i", 1 << 20)
-    + b"\x7f" * (1 << 20)
-    + b"s.",
+    "long4-as-value": b"\x80\x02}" + _text("mixer.4.bias") + b"\x8b\0\0\x10\0" + b"\x7f" * (1 << 20) + b"s.",
     "unicode-lie": b"\x80\x02X\xff\xff\xff\x7fabc.",
     "unicode8-lie": b"\x80\x04\x8d" + struct.pack("<Q", 1 << 62) + b"abc.",
     "unicode-not-utf8": b"\x80\x02X\x02\x00\x00\x00\xff\xfe.",

@@ -18,17 +18,9 @@ from t2l_engine.research.tasks.sni import MAX_FILE_BYTES
 MIB = 1 << 20
 #: Names that are none of a task.
 NAMES = {
-    "parent": "../base/tasks/copy",
-    "absolute": "/etc/passwd",
-    "empty": "",
-    "dots": "..",
-    "hidden": ".copy",
-    "nul": "a\0b",
-    "line": "a\nb",
-    "surrogate": "\ud800",
-    "long": "x" * 10_000,
-    "long-in-bytes": "\u65e5" * 128,
-}
+    "parent": "../base/tasks/copy", "absolute": "/etc/passwd", "empty": "", "dots": "..", "hidden": ".copy", "nul": "a\0b",
+    "line": "a\nb", "surrogate": "\ud800", "long": "x" * 10_000, "long-in-bytes": "\u65e5" * 128,
+}  # fmt: skip
 SURROGATE = "\ud800"
 #: Lists with nearly as many values as are read, and with more: the memory they take is many times that of the file.
 COSTLY = {

@@ -78,33 +78,18 @@ def _payloads(case: Callable[..., Case], state: State) -> Iterator[Case]:
 def _objects(case: Callable[..., Case], state: State) -> Iterator[Case]:
     tensor = state[KEY]
     for name, obj in {
-        "list": list(state.values()),
-        "pairs": list(state.items()),
-        "tensor": tensor,
-        "none": None,
-        "text": "state_dict",
-        "empty": {},
-        "empty-list": [],
-        "counter": Counter("aab"),
-        "subclass": OrderedSubclass(state),
-        "nested": {"state_dict": state},
-        "nested-by-module": {k: {k: v} for k, v in state.items()},
-        "int-keys": dict(enumerate(state.values())),
-        "none-key": state | {None: tensor},
-        "tuple-key": state | {("mixer", 4): tensor},
-        "bytes-key": {k.encode(): v for k, v in state.items()},
+        "list": list(state.values()), "pairs": list(state.items()), "tensor": tensor, "none": None, "text": "state_dict",
+        "empty": {}, "empty-list": [], "counter": Counter("aab"), "subclass": OrderedSubclass(state),
+        "nested": {"state_dict": state}, "nested-by-module": {k: {k: v} for k, v in state.items()},
+        "int-keys": dict(enumerate(state.values())), "none-key": state | {None: tensor},
+        "tuple-key": state | {("mixer", 4): tensor}, "bytes-key": {k.encode(): v for k, v in state.items()},
         "module": torch.nn.Identity(),
-    }.items():
+    }.items():  # fmt: skip
         yield case(f"object-{name}", save(obj))
     for name, value in {
-        "number": 0.5,
-        "list": tensor.tolist(),
-        "none": None,
-        "text": "x" * 100_000,
-        "size": tensor.size(),
-        "dtype": torch.float32,
-        "storage": tensor.untyped_storage(),
-    }.items():
+        "number": 0.5, "list": tensor.tolist(), "none": None, "text": "x" * 100_000, "size": tensor.size(),
+        "dtype": torch.float32, "storage": tensor.untyped_storage(),
+    }.items():  # fmt: skip
         yield case(f"value-{name}", save(state | {KEY: value}))
     with torch.device("meta"):
         meta = torch.empty(32)
@@ -114,18 +99,11 @@ def _objects(case: Callable[..., Case], state: State) -> Iterator[Case]:
         "sparse-csr": torch.ones(4, 8).to_sparse_csr(),
         "quantized": torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
         "meta": meta,
-        "complex": tensor.to(torch.complex64),
-        "negated-view": torch._neg_view(tensor),
-        "int": tensor.long(),
-        "uint8": tensor.byte(),
-        "bool": tensor.bool(),
-        "scalar": tensor[0],
-        "none-left": tensor[:0],
-        "wide": tensor[None],
-        "short": tensor[1:].clone(),
-        "expanded": torch.zeros(1).expand(10**9),
+        "complex": tensor.to(torch.complex64), "negated-view": torch._neg_view(tensor), "int": tensor.long(),
+        "uint8": tensor.byte(), "bool": tensor.bool(), "scalar": tensor[0], "none-left": tensor[:0], "wide": tensor[None],
+        "short": tensor[1:].clone(), "expanded": torch.zeros(1).expand(10**9),
         "expanded-long": torch.zeros(1).expand(1 << 20, 1 << 20),
-    }
+    }  # fmt: skip
     for name, value in values.items():
         plain = value.layout == torch.strided and value.dtype in (torch.float32, torch.int64)
         plain = plain and not value.is_meta and not value.is_neg()  # others are refused in the pickle, which names no key
@@ -170,44 +148,30 @@ def _claims(case: Callable[..., Case], state: State) -> Iterator[Case]:
         return case(f"claim-{name}", pack(dumps(claims | {KEY: Stored(*args, **kwargs)}), here), harmless=harmless)
 
     shape = (32,)
-    yield one("offset-beyond", "x", 32, shape, offset=1)
-    yield one("offset-huge", "x", 32, shape, offset=1 << 62)
-    yield one("offset-negative", "x", 32, shape, offset=-4)
-    yield one("offset-text", "x", 32, shape, offset="0")
-    yield one("size-beyond", "x", 32, (33,), (1,))
-    yield one("size-negative", "x", 32, (-32,), (1,))
-    yield one("size-minus-one", "x", 32, (-1,), (1,))
-    yield one("size-overflow", "x", 32, (1 << 32, 1 << 32), (0, 0))
-    yield one("size-product-wraps", "x", 32, (1 << 33, 1 << 31, 32), (0, 0, 0))
-    yield one("size-none-of-huge", "x", 32, (0, 1 << 62), (1, 1))
-    yield one("size-float", "x", 32, (32.0,), (1,))
-    yield one("size-text", "x", 32, "32", (1,))
-    yield one("size-none", "x", 32, None, (1,))
-    yield one("size-many-dimensions", "x", 32, (1,) * 100_000, (1,) * 100_000)
-    yield one("size-big-int", "x", 32, (10**400,), (1,))
+    for name, offset in {"beyond": 1, "huge": 1 << 62, "negative": -4, "text": "0"}.items():
+        yield one(f"offset-{name}", "x", 32, shape, offset=offset)
+    for name, size, stride in (
+        ("beyond", (33,), (1,)), ("negative", (-32,), (1,)), ("minus-one", (-1,), (1,)), ("float", (32.0,), (1,)),
+        ("overflow", (1 << 32, 1 << 32), (0, 0)), ("product-wraps", (1 << 33, 1 << 31, 32), (0, 0, 0)), ("text", "32", (1,)),
+        ("none-of-huge", (0, 1 << 62), (1, 1)), ("many-dimensions", (1,) * 100_000, (1,) * 100_000), ("none", None, (1,)),
+        ("big-int", (10**400,), (1,)),
+    ):  # fmt: skip
+        yield one(f"size-{name}", "x", 32, size, stride)
     yield one("stride-negative", "x", 32, shape, (-1,), offset=31)
     yield one("stride-beyond", "x", 32, shape, (2,))
     yield one("stride-zero", "x", 1, shape, (0,))
     yield one("stride-short", "x", 32, shape, (), harmless=True)
     yield one("stride-huge", "x", 32, shape, (1 << 62,))
-    yield one("numel-larger", "x", 64, shape)
-    yield one("numel-smaller", "x", 16, shape)
-    yield one("numel-huge", "x", 1 << 40, shape)
-    yield one("numel-overflow", "x", 1 << 62, shape)
-    yield one("numel-negative", "x", -32, shape)
-    yield one("numel-text", "x", "32", shape)
-    yield one("record-missing", "y", 32, shape)
-    yield one("record-parent", "../../../../etc/passwd", 32, shape)
-    yield one("record-int", 7, 32, shape)
-    yield one("record-long", "y" * 100_000, 32, shape)
-    yield one("location-cuda", "x", 32, shape, location="cuda:7", harmless=True)
-    yield one("location-meta", "x", 32, shape, location="meta", harmless=True)
-    yield one("location-unknown", "x", 32, shape, location="y" * 10_000, harmless=True)
-    yield one("location-int", "x", 32, shape, location=5, harmless=True)
-    yield one("kind-int", "x", 32, shape, kind=torch.IntStorage)
-    yield one("kind-double", "x", 32, shape, kind=torch.DoubleStorage)
-    yield one("kind-untyped", "x", 32, shape, kind=torch.UntypedStorage)
-    yield one("kind-class", "x", 32, shape, kind=torch.Tensor)
+    numels = {"larger": 64, "smaller": 16, "huge": 1 << 40, "overflow": 1 << 62, "negative": -32, "text": "32"}
+    for name, numel in numels.items():
+        yield one(f"numel-{name}", "x", numel, shape)
+    for name, record in {"missing": "y", "parent": "../../../../etc/passwd", "int": 7, "long": "y" * 100_000}.items():
+        yield one(f"record-{name}", record, 32, shape)
+    for name, location in {"cuda": "cuda:7", "meta": "meta", "unknown": "y" * 10_000, "int": 5}.items():
+        yield one(f"location-{name}", "x", 32, shape, location=location, harmless=True)
+    kinds = {"int": torch.IntStorage, "double": torch.DoubleStorage, "untyped": torch.UntypedStorage, "class": torch.Tensor}
+    for name, kind in kinds.items():
+        yield one(f"kind-{name}", "x", 32, shape, kind=kind)
     beyond = claims | {"mixer.1.bias": Stored("x", 128, (128,))}  # as wide as the model wants it, wider than its record
     yield case("claim-reads-neighbours", pack(dumps(beyond), here))
     for name, persistent in {"module": ("module", 1), "long": ("storage",) * 9, "none": None, "nested": (((),),)}.items():

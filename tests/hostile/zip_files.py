@@ -209,14 +209,9 @@ def cases(case: Callable[..., Case], state: dict) -> Iterator[Case]:
     }.items():
         yield case(f"zip-end-{name}", raw().finish(**lies), harmless=True)
     for name, lies in {
-        "elsewhere": {"at": 0},
-        "no-record": {"signature": 0},
-        "count": {"count": 3},
-        "offset": {"offset": 0},
-        "size": {"size": 46},
-        "disk-count": {"here": 1},
-        "long": {"length": 1 << 40},
-    }.items():
+        "elsewhere": {"at": 0}, "no-record": {"signature": 0}, "count": {"count": 3}, "offset": {"offset": 0},
+        "size": {"size": 46}, "disk-count": {"here": 1}, "long": {"length": 1 << 40},
+    }.items():  # fmt: skip
         yield case(f"zip64-end-{name}", raw().finish64(**lies))
     yield case("zip-commented", raw().finish(comment=4) + b"PK\5\6")
     yield case("zip-prefixed", b"#!/bin/sh\n" * 10 + raw().finish(), harmless=True)

@@ -31,10 +31,10 @@ sys.addaudithook(note)
 step = loop._step
 for stop, command in json.loads((folder / "commands.json").read_text()):
 
-    def stopped(job, trained, optimizer, number, *rest, stop=stop):
+    def stopped(job, model, optimizer, number, *rest, stop=stop):
         if number == stop:
             raise ZeroDivisionError("for the test")
-        return step(job, trained, optimizer, number, *rest)
+        return step(job, model, optimizer, number, *rest)
 
     loop._step = stopped
     sys.argv = ["t2l", *command]

@@ -30,7 +30,7 @@ class Toy(loop.Job):
         super().__init__()
         self.settings = Settings(**{"steps": 8, "save_every": 3, "validate_every": 0, "warmup_steps": 2} | changes)
         torch.manual_seed(self.settings.seed)
-        self.trained = nn.Linear(4, 1)
+        self.model = nn.Linear(4, 1)
         self.worse, self.written = worse, []
         self._val_losses, self._points, self._at = dict(val_losses), points, dict(at)
 
@@ -40,10 +40,10 @@ class Toy(loop.Job):
         self._step = step
         return [step * self.settings.accumulation + i for i in range(self.settings.accumulation)]
 
-    def loss(self, trained, batch):
+    def loss(self, model, batch):
         x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seeded(self._points, batch)))
         dropped = nn.functional.dropout(x, 0.1)
-        error = (trained(dropped) - x.sum(dim=1, keepdim=True)).square().mean()
+        error = (model(dropped) - x.sum(dim=1, keepdim=True)).square().mean()
         return self.worse(error, self._step) / self.settings.accumulation
 
     def validate(self, shard):
@@ -51,7 +51,7 @@ class Toy(loop.Job):
 
     def write(self, folder, step, *, best):
         folder.mkdir(exist_ok=True)
-        (folder / "toy.json").write_text(json.dumps([step, self.trained.bias.tolist()]))
+        (folder / "toy.json").write_text(json.dumps([step, self.model.bias.tolist()]))
         self.written.append((folder.name, step))
 
     def data(self):
@@ -103,13 +103,13 @@ def test_the_log_says_what_a_step_did(tmp_path):
 def test_clipping():
     job = Toy()
     for limit in (0.0, 1e-3, 1e6):
-        job.trained.zero_grad()
-        job.worse(job.trained(torch.ones(1, 4)).square().sum(), 0).backward()
-        before = [p.grad.clone() for p in job.trained.parameters()]
+        job.model.zero_grad()
+        job.worse(job.model(torch.ones(1, 4)).square().sum(), 0).backward()
+        before = [p.grad.clone() for p in job.model.parameters()]
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in before))
         assert float(job.clip(limit)) == pytest.approx(norm, rel=numerics.GRADIENT_RTOL)
         factor = limit / norm if 0 < limit < norm else 1.0
-        for p, g in zip(job.trained.parameters(), before, strict=True):
+        for p, g in zip(job.model.parameters(), before, strict=True):
             if factor == 1.0:
                 assert torch.equal(p.grad, g), limit
             assert (p.grad - factor * g).norm() <= numerics.GRADIENT_RTOL * factor * g.norm()
@@ -118,7 +118,7 @@ def test_clipping():
 def test_no_clipping_is_a_limit_that_is_never_reached(tmp_path):
     off, far, near = (train(tmp_path / str(limit), grad_clip=limit) for limit in (0.0, 1e6, 1e-3))
     assert runs.losses(tmp_path / "0.0") == runs.losses(tmp_path / "1000000.0") != runs.losses(tmp_path / "0.001")
-    assert torch.equal(off.trained.weight, far.trained.weight) and not torch.equal(off.trained.weight, near.trained.weight)
+    assert torch.equal(off.model.weight, far.model.weight) and not torch.equal(off.model.weight, near.model.weight)
 
 
 @pytest.mark.parametrize("changes", [{}, {"weighting": "token", "samples_per_task": 2}, {"generated_l2": 0.1}])
@@ -293,11 +293,10 @@ def test_changed_tasks_are_refused(base_model, tasks, tmp_path, change):
 
 
 def test_changed_adapters_are_refused(tmp_path):
-    runs.library(tmp_path / "library")
+    stack = runs.library(tmp_path / "library")
     reconstructed(None, None, tmp_path / "out")
-    stack = t2l.AdapterStack.from_peft(tmp_path / "library" / "task1")
-    stack.lora_B["v_proj"][0, 0, 0, 0] += 1
-    stack.save_pretrained(tmp_path / "library" / "task1", base_model_name_or_path="base")
+    stack.lora_B["v_proj"][1, 0, 0, 0] += 1
+    stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
     with pytest.raises(ConfigError, match="other tasks or examples"):
         reconstructed(None, None, tmp_path / "out")
 
@@ -323,7 +322,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path, case):
     job = Toy(worse=worse)
     with pytest.raises(FloatingPointError, match=f"{what} at step 6; last good state: .*training_state.pt, step 3"):
         loop.run(job, tmp_path / "part", loop.accelerator("cpu"))
-    assert all(p.isfinite().all() for p in job.trained.parameters())
+    assert all(p.isfinite().all() for p in job.model.parameters())
     state = torch.load(tmp_path / "part" / loop.STATE, weights_only=True)
     assert state["step"] == 3 and all(t.isfinite().all() for t in state["trained"].values())
     train(tmp_path / "part")
@@ -337,12 +336,12 @@ def test_a_bad_step_changes_no_parameter(tmp_path):
         job = Toy(worse=worse, save_every=100)
 
         def note(job=job):
-            seen.append([p.detach().clone() for p in job.trained.parameters()])
+            seen.append([p.detach().clone() for p in job.model.parameters()])
 
         job._at[5] = note
         with pytest.raises(FloatingPointError, match="step 6; no state was saved before"):
             loop.run(job, tmp_path / str(len(seen)), loop.accelerator("cpu"))
-        for before, p in zip(seen[-1], job.trained.parameters(), strict=True):
+        for before, p in zip(seen[-1], job.model.parameters(), strict=True):
             assert torch.equal(before, p)
 
 
@@ -419,15 +418,15 @@ def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp
     logged = {row["step"]: row["val_loss"] for row in runs.rows(out) if "val_loss" in row}
     best = min(logged, key=logged.get)
     assert best != settings.steps  # else the test says little
-    frozen = TrainingContext(settings, tasks, torch.device("cpu"))
-    job = sft.SFT(settings, frozen)
+    fit = TrainingContext(settings, tasks, torch.device("cpu"))
+    job = sft.SFT(settings, fit)
     for folder, step in ((out, settings.steps), (out / loop.BEST, best)):
         assert json.loads((folder / "config.json").read_text())["training"]["steps_done"] == step
-        job.trained.load_state_dict(t2l.HyperNetwork.from_pretrained(folder).state_dict())
+        job.model.load_state_dict(t2l.HyperNetwork.from_pretrained(folder).state_dict())
         with torch.no_grad():
             found = job.validate(Shard())
         assert math.fsum(found.values()) / len(found) == logged[step]
-    frozen.close()
+    fit.close()
 
 
 @pytest.mark.parametrize("kind", [runs.sft, runs.lora])

@@ -34,7 +34,7 @@ def four_tasks(tasks):
 
 
 @pytest.fixture
-def frozen(base_model, tasks):
+def context(base_model, tasks):
     """Makes what a job needs; detached at the end."""
     made = []
 
@@ -43,8 +43,8 @@ def frozen(base_model, tasks):
         return made[-1]
 
     yield make
-    for one in made:
-        one.close()
+    for fit in made:
+        fit.close()
 
 
 def read(folder, *names):
@@ -56,18 +56,15 @@ def tensors(stack):
     return {f"{side} {name}": t for side in ("lora_A", "lora_B") for name, t in getattr(stack, side).items()}
 
 
-def test_every_adapter_starts_alike(frozen, tmp_path):
-    one = frozen()
-    job = lora.LoRA(one.settings, one, [1, 0], tmp_path)
-    stack = job.trained()
+def test_every_adapter_starts_alike(context, tmp_path):
+    """Whatever trains beside it; test_initialisation.py has what the start is."""
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [1, 0], tmp_path)
+    stack = job.model()
     assert job.names == ["last", "first"] and stack.scaling.tolist() == [4.0, 4.0]  # alpha 16 over rank 4
-    for name, n_in in zip(one.modules.names, one.modules.in_features, strict=True):
-        A = stack.lora_A[name]
-        assert not stack.lora_B[name].any() and torch.equal(A[0], A[1]) and torch.equal(A[0, 0], A[0, 1])
-        assert A.abs().max() <= n_in**-0.5  # as PEFT draws
-    one.close()
-    again = lora.LoRA(one.settings, one, [0], tmp_path).trained()
-    assert all(torch.equal(again.lora_A[name][0], A[0]) for name, A in stack.lora_A.items())
+    fit.close()
+    again = lora.LoRA(fit.settings, fit, [0], tmp_path).model()
+    assert all(torch.equal(again.lora_A[name][0], A[1]) for name, A in stack.lora_A.items())
 
 
 @pytest.mark.parametrize("changes", [{}, {"prompt": "description", "weighting": "token", "samples_per_task": 2}])
@@ -98,25 +95,25 @@ def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tm
     assert means == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
 
 
-def test_waves_are_alike_in_length_and_number(frozen, four_tasks):
-    one = frozen(four_tasks, tasks_per_batch=3)
-    lengths = [one.train.mean_length(i) for i in range(4)]
-    found = lora.waves(one.settings, one)
+def test_waves_are_alike_in_length_and_number(context, four_tasks):
+    fit = context(four_tasks, tasks_per_batch=3)
+    lengths = [fit.train.mean_length(i) for i in range(4)]
+    found = lora.waves(fit.settings, fit)
     assert [len(wave) for wave in found] == [2, 2] and sorted(i for wave in found for i in wave) == [0, 1, 2, 3]
     assert max(lengths[i] for i in found[0]) <= min(lengths[i] for i in found[1])
-    assert one.tasks[found[1][1]].name == "both"  # whose answers are two words
-    shared = frozen(four_tasks, tasks_per_batch=3, mode="multi-task")
+    assert fit.tasks[found[1][1]].name == "both"  # whose answers are two words
+    shared = context(four_tasks, tasks_per_batch=3, mode="multi-task")
     assert lora.waves(shared.settings, shared) == [[0, 1, 2, 3]]
 
 
-def test_each_adapter_is_clipped_alone(frozen, tmp_path):
-    one = frozen()
-    job = lora.LoRA(one.settings, one, [0, 1], tmp_path)
+def test_each_adapter_is_clipped_alone(context, tmp_path):
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
     generator = torch.Generator().manual_seed(0)
-    for size, parameter in enumerate(job.trained.parameters(), 1):
+    for size, parameter in enumerate(job.model.parameters(), 1):
         parameter.grad = torch.randn(parameter.shape, generator=generator)
         parameter.grad[0] *= 0.001 * size
-    before = [p.grad.clone() for p in job.trained.parameters()]
+    before = [p.grad.clone() for p in job.model.parameters()]
     expected, norms = [], []
     for adapter in (0, 1):
         alone = [nn.Parameter(g[adapter]) for g in before]
@@ -126,22 +123,22 @@ def test_each_adapter_is_clipped_alone(frozen, tmp_path):
         expected.append([p.grad for p in alone])
     assert norms[0] < 1 < norms[1]
     assert float(job.clip(0.0)) == pytest.approx(max(norms), rel=numerics.GRADIENT_RTOL)
-    assert all(torch.equal(p.grad, g) for p, g in zip(job.trained.parameters(), before, strict=True))
+    assert all(torch.equal(p.grad, g) for p, g in zip(job.model.parameters(), before, strict=True))
     assert float(job.clip(1.0)) == pytest.approx(max(norms), rel=numerics.GRADIENT_RTOL)
-    for i, p in enumerate(job.trained.parameters()):
+    for i, p in enumerate(job.model.parameters()):
         assert torch.equal(p.grad[0], before[i][0])
         for adapter in (0, 1):
             bound = numerics.gradient_bound(expected[adapter][i], torch.float32)
             assert (p.grad[adapter] - expected[adapter][i]).abs().max() <= bound
 
 
-def test_each_adapter_is_kept_at_its_own_best(frozen, tmp_path):
-    one = frozen()
-    job = lora.LoRA(one.settings, one, [0, 1], tmp_path)
+def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
     steps = [{"first": 3.0, "last": 1.0}, {"first": 2.0, "last": 2.0}, {"first": float("nan"), "last": 1.0}]
     for step, losses in enumerate(steps, 1):
         with torch.no_grad():
-            for parameter in job.trained.parameters():
+            for parameter in job.model.parameters():
                 parameter.fill_(step)
         better = job.improved(losses, step)
         assert better == (step < 3)

@@ -135,7 +135,7 @@ def test_batches_add_up(made, kind, processes):
             for part in divide(step, 2, shard):
                 batch = collate(part, 0, weight, len(step))
                 own = stack[[step.index(group) for group in part]]
-                total += objective.losses(batch, own).sum() + batch.part * generated_l2(own)
+                total += objective.losses(batch, own).sum() + batch.fraction * generated_l2(own)
     assert abs(total - whole) <= LOSS_ATOL
 
 
@@ -156,7 +156,7 @@ def test_collate():
     assert batch.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
     assert batch.labels.tolist() == [[7, 8], [IGNORED, 10], [IGNORED, 13]]
     assert batch.weights.tolist() == [6, 5, 3] and batch.adapters == [0, 0, 1] and batch.tasks == [4, 4, 2]
-    assert (batch.part, batch.tokens) == (2 / 5, 12)
+    assert (batch.fraction, batch.tokens) == (2 / 5, 12)
     assert collate(step, 0, lambda s, g: 1, 5, lambda number, group: group.task).adapters == [4, 4, 2]
 
 
@@ -369,17 +369,17 @@ def test_validation(base_model, tasks):
         fit = context.TrainingContext(settings, tasks, torch.device("cpu"))
         job = sft.SFT(settings, fit)
         with torch.no_grad():
-            for head in job.trained.heads.values():  # adapters that do something
+            for head in job.model.heads.values():  # adapters that do something
                 head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
             found.append(job.validate(Shard()))
         batch = job.batches(0, Shard())[0]
-        found.append(job.loss(job.trained, batch).item())
+        found.append(job.loss(job.model, batch).item())
         parts = [job.validate(Shard(index, 2)) for index in range(2)]
     assert found[0] == found[2] and found[1] != found[3]
     for name, loss in found[0].items():
         assert abs(sum(part[name] for part in parts) - loss) <= LOSS_ATOL
 
-    stack = job.trained.generate(torch.eye(2))
+    stack = job.model.generate(torch.eye(2))
     fit.close()
     with detached(fit.model, t2l.attach(fit.model, stack), stack) as adapted:
         for i, (name, loss) in enumerate(found[0].items()):

@@ -11,7 +11,6 @@ import pytest
 from training import runs
 
 import t2l_engine as t2l
-from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import lora, reconstruction, sft
 from t2l_engine.research.training.settings import to_yaml
 from t2l_engine.testing import numerics
@@ -93,10 +92,3 @@ def test_two_processes_do_what_one_does(base_model, tasks, tmp_path):
 
     changed = [json.loads((tmp_path / f"changed-{rank}.json").read_text()) for rank in (0, 1)]
     assert len(changed[0]) > 20 and changed[1] == []  # the main process alone writes
-
-
-def test_a_batch_of_fewer_tasks_than_processes(tmp_path):
-    from t2l_engine.research.training.sampling import Shard, divide
-
-    with pytest.raises(ConfigError, match="expected at least a task for each of 3 processes in every batch, got 2"):
-        divide([1, 2], 8, Shard(0, 3))

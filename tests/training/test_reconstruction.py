@@ -125,11 +125,11 @@ def test_the_loss_is_the_distance_in_words(tmp_path, target):
     expected = distance(target, generated, stack)
     with torch.no_grad():
         found = torch.tensor(list(made.validate(Shard()).values()))
-        loss = sum(float(made.loss(made.trained, batch)) for batch in made.batches(0, Shard()))
+        loss = sum(float(made.loss(made.model, batch)) for batch in made.batches(0, Shard()))
     assert torch.allclose(found.double(), expected, rtol=numerics.GRADIENT_RTOL)
     # A step has each of the three tasks.
     assert made.reported(loss) == pytest.approx(float(expected.mean()), rel=numerics.GRADIENT_RTOL)
-    net = made.trained.config
+    net = made.model.config
     saved = t2l.HyperNetwork.from_pretrained(tmp_path / "out").config
     assert saved.output_scale == (0.01 if target == "delta-w" else 1.0) and (net.output_scale != 1.0) == (
         target != "z-score"
@@ -203,9 +203,9 @@ def test_best_and_resumed_checkpoints_generate_adapters(tmp_path):
     """best/ undoes z-scores too, and writing a checkpoint leaves training as it is."""
     runs.library(tmp_path / "library")
     made = job(tmp_path / "library")
-    before = {key: value.clone() for key, value in made.trained.state_dict().items()}
+    before = {key: value.clone() for key, value in made.model.state_dict().items()}
     made.write(tmp_path / "out", 1, best=True)
-    after = made.trained.state_dict()
+    after = made.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert {key.rpartition(".")[2] for key in t2l.HyperNetwork.from_pretrained(tmp_path / "out").state_dict()} >= {
         "std_A", "mean_A", "std_B", "mean_B",
@@ -223,19 +223,13 @@ def test_one_task_has_no_z_scores(tmp_path):
     assert list(only.validate(Shard())) == ["task1"]
 
 
-@pytest.mark.parametrize("what, message", [
-    ("rank", r"task1: q_proj: expected rank 2 in all 2 layers, got \[3, 3\]"),
-    ("scaling", r"task1: expected scaling 2 as in task0, got 4"),
-    ("modules", r"task0: k_proj: expected rank 2 in all 2 layers, got \[0, 0\]"),
-    ("layers", r"task1.*do not fit into one stack.*expected 2 layers"),
-    ("sizes", r"q_proj: expected in/out features 6/8"),
+@pytest.mark.parametrize("changes, message", [
+    ({"rank": 3}, r"task1: q_proj: .*rank 2.*\[3, 3\]"), ({"scaling": 4.0}, "task1: .*scaling 2 .*4"),
+    ({"modules": {"q_proj": (6, 8), "k_proj": (6, 5)}}, r"task0: k_proj: .*rank 2.*\[0, 0\]"),
+    ({"layers": 3}, "task1.*2 layers"), ({"modules": {"q_proj": (6, 9)}}, "q_proj: .*6/8"),
 ])  # fmt: skip
-def test_adapters_that_are_not_alike(tmp_path, what, message):
-    changes = {
-        "rank": {"rank": 3}, "scaling": {"scaling": 4.0}, "layers": {"layers": 3}, "sizes": {"modules": {"q_proj": (6, 9)}},
-        "modules": {"modules": {"q_proj": (6, 8), "k_proj": (6, 5)}},
-    }  # fmt: skip
-    runs.library(tmp_path / "other", count=2, **{"modules": {"q_proj": (6, 8)}} | changes[what])
+def test_adapters_that_are_not_alike(tmp_path, changes, message):
+    runs.library(tmp_path / "other", count=2, **{"modules": {"q_proj": (6, 8)}} | changes)
     runs.library(tmp_path / "library", count=3, modules={"q_proj": (6, 8)})
     (tmp_path / "library" / "task1").rename(tmp_path / "away")
     (tmp_path / "other" / "task1").rename(tmp_path / "library" / "task1")
@@ -267,11 +261,3 @@ def test_names(tmp_path):
     (tmp_path / "library" / "task1" / "adapter_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="task1"):
         Library(tmp_path / "library")
-
-
-def test_too_few_descriptions(tmp_path):
-    runs.library(tmp_path / "library", texts=1)
-    with pytest.raises(
-        ConfigError, match="held_out_descriptions: expected fewer than the 1 descriptions of task task0, got 1"
-    ):
-        job(tmp_path / "library", encoder="minilm", held_out_descriptions=1)

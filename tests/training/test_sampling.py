@@ -158,7 +158,7 @@ def test_raw_prompts(tokenizer):
         (False, raw_prompt("", "red cat")),
         (True, raw_prompt("Say the first word.", "red cat")),
     ):
-        made = Examples([one], tokenizer, 99, with_description=with_description, form="raw").sample(0, 0, 0)
+        made = Examples([one], tokenizer, 99, with_description=with_description, template="raw").sample(0, 0, 0)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         assert list(made.tokens[: -made.answer_len]) == ids
         assert words(tokenizer, made)[-2:] == ["red", "</s>"] and made.answer_len == 2
@@ -177,13 +177,13 @@ def test_long_examples_are_left_out(tokenizer):
     assert made.dropped == 3
     assert made.mean_length(0) == 7 and made.mean_length(1) == 6.5
     assert max(g.longest for g in made.all_groups(1, everything)) == 8
-    few = Examples([many("a")], tokenizer, 8, with_description=False, most=2)
+    few = Examples([many("a")], tokenizer, 8, with_description=False, limit=2)
     assert few.kept(0) == [0, 1]
     with pytest.raises(ConfigError, match="max_tokens: no example of task a fits into 5 tokens"):
         Examples([many("a")], tokenizer, 5, with_description=False)
     with pytest.raises(ConfigError, match="max_tokens: .* task a .* 9 tokens"):  # 4 of them the description
         Examples([many("a")], tokenizer, 9, with_description=True)
-    empty = Examples([many("a"), many("b")], tokenizer, 5, with_description=False, may_be_empty=True)
+    empty = Examples([many("a"), many("b")], tokenizer, 5, with_description=False, allow_empty=True)
     assert empty.kept(0) == empty.kept(1) == [] and empty.dropped == 12 and empty.all_groups(3, everything) == []
 
 
@@ -335,7 +335,7 @@ def test_discriminants_tell_tasks_apart(encoder, width):
         assert linear(means.mean(dim=0, keepdim=True).float()).abs().max() <= EMBEDDING_FROBENIUS * weight.norm() * 4
     kept = min(width, 16)
     expected = expected[-kept:]
-    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(descriptions.LEAST_VARIANCE).sqrt()])
+    expected = torch.cat([torch.zeros(width - kept), expected / expected.clamp_min(descriptions.MIN_VARIANCE).sqrt()])
     assert (found - expected).abs().max() <= EMBEDDING_FROBENIUS * expected.max()
     again = nn.Linear(16, width)
     made.initialise(again)
@@ -347,7 +347,7 @@ def test_training_starts_at_the_discriminants(encoder, base_model, tasks):
     plain, found = {}, {}
     for init, state in (("random", plain), ("discriminant", found)):
         s = settings(base_model, task_init=init)
-        state.update(sft.SFT(s, context.TrainingContext(s, tasks, torch.device("cpu"))).trained.state_dict())
+        state.update(sft.SFT(s, context.TrainingContext(s, tasks, torch.device("cpu"))).model.state_dict())
     changed = {key for key, value in plain.items() if not torch.equal(value, found[key])}
     assert changed == {"task_encoder.linear.weight", "task_encoder.linear.bias"}
 

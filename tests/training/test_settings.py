@@ -49,46 +49,46 @@ def test_a_file_with_overrides(write):
     assert settings.read(SFTSettings, None, ["base_model=x", "target_modules=[q_proj]"]).base_model == "x"
 
 
+#: field -> values that it may not have; with what pydantic or we expect instead, where that says more than the type.
+WRONG = {
+    "steps": {"0": "greater than 0", "1.5": "integer", "": "integer", "true": ""},
+    "scaling": {"true": "", "1e-12": "", "big": "'plain' or 'rslora'"},
+    "seed": {"-1": "equal to 0", "99999999999999999999": "less than"},
+    "learning_rate": {"fast": "valid number", ".nan": "finite"}, "grad_clip": {".inf": "finite"},
+    "weight_decay": {"[1]": "valid number"}, "schedule": {"cosine": "'linear' or 'constant'"}, "variant": {"XL": "'L', 'M'"},
+    "dtype": {"float64": "'float32' or 'bfloat16'"}, "lora_dropout": {"1": "less than 1"},
+    "mix_descriptions": {"3": "boolean"}, "label_smoothing": {"-0.5": "equal to 0"}, "latent_size": {"3": "equal to 4"},
+    "base_model": {"7": "string"},
+    "target_modules": {"q_proj": "", "[]": "at least 1 item", "[q_proj, q_proj]": "distinct"},
+}  # fmt: skip
+ONE_HOT = {"mix_descriptions": (True, False), "held_out_descriptions": (2, 0), "task_init": ("discriminant", "random"),
+           "embedding_noise": (0.5, 0.0)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"), [(f, *item) for f, found in WRONG.items() for item in found.items()]
+)
+def test_faults_of_a_file(write, field, value, expected):
+    """Place, field, what was expected and what came."""
+    path = write(f"{field}: {value}")
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {field}: ')}.*{re.escape(expected)}") as caught:
+        settings.read(SFTSettings, path)
+    assert str(caught.value).endswith(f", got {yaml.safe_load(value)!r}") or value in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ONE_HOT)
+def test_tasks_without_text_have_no_such_field(write, field):
+    value, only = ONE_HOT[field]
+    path = write(f"encoder: one-hot\n{field}: {json.dumps(value)}")
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {field}: ')}.*{only}.* one-hot, got .*{value}"):
+        settings.read(SFTSettings, path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("steps: 0", "steps: .*greater than 0, got 0"),
-        ("steps: 1.5", "steps: .*a valid integer.*, got 1.5"),
-        ("steps:", "steps: .*a valid integer, got None"),
-        ("steps: true", "steps: .*, got True"),
-        ("scaling: true", "scaling: .*, got True"),
-        ("seed: -1", "seed: .*greater than or equal to 0, got -1"),
-        ("seed: 99999999999999999999", "seed: .*less than .*, got 99999999999999999999"),
-        ("learning_rate: fast", "learning_rate: .*a valid number.*, got 'fast'"),
-        ("learning_rate: .nan", "learning_rate: .*a finite number, got nan"),
-        ("grad_clip: .inf", "grad_clip: .*a finite number, got inf"),
-        ("weight_decay: [1]", r"weight_decay: .*a valid number, got \[1\]"),
-        ("schedule: cosine", "schedule: .*'linear' or 'constant', got 'cosine'"),
-        ("variant: XL", "variant: .*'L', 'M', .*, got 'XL'"),
-        ("dtype: float64", "dtype: .*'float32' or 'bfloat16', got 'float64'"),
-        ("scaling: big", "scaling: .*'plain' or 'rslora', got 'big'"),
-        ("scaling: 1e-12", "scaling: .*, got 1e-12"),
-        ("lora_dropout: 1", "lora_dropout: .*less than 1, got 1"),
-        ("label_smoothing: -0.5", "label_smoothing: .*greater than or equal to 0, got -0.5"),
-        ("latent_size: 3", "latent_size: .*greater than or equal to 4, got 3"),
-        ("base_model: 7", "base_model: .*a valid string, got 7"),
-        ("target_modules: q_proj", "target_modules: .*, got 'q_proj'"),
-        ("target_modules: []", r"target_modules: .*at least 1 item.*, got \[\]"),
-        ("target_modules: [q_proj, q_proj]", r"target_modules: expected distinct names, got \['q_proj', 'q_proj'\]"),
-        ("mix_descriptions: 3", "mix_descriptions: .*a valid boolean.*, got 3"),
-        ("encoder: one-hot\nmix_descriptions: true", "mix_descriptions: expected False with encoder one-hot, got True"),
-        ("encoder: one-hot\nheld_out_descriptions: 2", "held_out_descriptions: expected 0 with encoder one-hot, got 2"),
-        (
-            "encoder: one-hot\ntask_init: discriminant",
-            "task_init: expected 'random' with encoder one-hot, got 'discriminant'",
-        ),
-        ("encoder: one-hot\nembedding_noise: 0.5", "embedding_noise: expected 0.0 with encoder one-hot, got 0.5"),
-        ("stepz: 3", r"unknown field 'stepz'; expected some of \['accumulation', .*'weighting'\]"),
-        ("1: 3", "expected field names"),
-    ],
+    [("stepz: 3", r"unknown field 'stepz'; .*'accumulation', .*'weighting'"), ("1: 3", "expected field names")],
 )
-def test_faults_of_a_file(write, text, message):
-    """Place, field, what was expected and what came."""
+def test_fields_that_there_are_not(write, text, message):
     path = write(text)
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {message}"):
         settings.read(SFTSettings, path)
@@ -97,16 +97,14 @@ def test_faults_of_a_file(write, text, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("steps", "^--set: expected name=value, got 'steps'"),
-        ("steps=", "^--set: steps: .*a valid integer, got None"),
-        ("steps=0", "^--set: steps: .*greater than 0, got 0"),
-        ("stepz=3", "^--set: unknown field 'stepz'; expected some of"),
+        ("steps", "^--set: .*'steps'"),
+        ("steps=", "^--set: steps: .*, got None"),
+        ("steps=0", "^--set: steps: .*, got 0"),
+        ("stepz=3", "^--set: unknown field 'stepz'"),
         ("=3", "^--set: unknown field ''"),
-        ("steps=[1", r"^--set steps: expected a YAML value, got '\[1'"),
-        ("steps=!!python/name:os.system", "^--set steps: expected a YAML value"),
-        ("steps=2024-13-45", "^--set steps: expected a YAML value, got '2024-13-45'"),  # no such month
+        ("steps=2024-13-45", "^--set steps: .*'2024-13-45'"),  # no such month
         ("steps=" + "9" * 5000, "^--set: steps: .*an integer.*, got '999"),
-        ("steps=" + "[" * 5000, "^--set steps: expected a YAML value"),
+        *((f"steps={value}", "^--set steps: ") for value in ("[1", "!!python/name:os.system", "[" * 5000)),
     ],
 )
 def test_faults_of_an_override(write, text, message):

@@ -1,6 +1,7 @@
-"""Operations and bytes of text encoders, hypernetworks, language models and adapters, from configurations alone.
+"""FLOPs and bytes of encoders, hypernetworks, language models and adapters, computed from configurations (docs/icl.md).
 
-Needs no weights.  What is compared here, and how it was held to measurements: ``docs/icl.md``.
+May be imported: the names below, and ``decoder``, ``encoder``, ``known``, ``serving``.  Imports ``files`` and
+``hypernetwork.config``.
 """
 
 from t2l_engine.research.costs.counts import (

@@ -1,8 +1,8 @@
-"""Closed forms of useful work and of the bytes it must move, as sums of named terms.
+"""Closed forms of FLOPs and of memory traffic in bytes, as sums of named terms.
 
-Operations: two a multiply-add, no padding, true ranks, the pairs a causal mask keeps.  Elementwise work (norms, activations,
-softmax, rotations, embeddings) is not counted, as in ``torch.utils.flop_counter``.  Bytes: weights, keys and values,
-adapters; activations, which stay in caches, are not counted.
+FLOPs: two per multiply-add; no padding, true ranks, only unmasked pairs of attention.  Elementwise operations (norms,
+activations, softmax, rotary embeddings, embedding lookups) are not counted, as in ``torch.utils.flop_counter``.  Bytes:
+weights, keys and values, adapters; activations are assumed to stay in cache.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from t2l_engine.research.costs.decoder import Decoder
 from t2l_engine.research.costs.encoder import Encoder
 from t2l_engine.research.costs.terms import Cost, byte, flop, total
 
-_LINEAR = "2 a weight and token (Kaplan et al. 2020, arXiv 2001.08361, table 1)"
-_GATED = "2 * 3 * hidden * intermediate a token and layer (gated MLP: arXiv 2002.05202)"
-_PAIRS = "4 * heads * head_dim a layer and pair of query and key that the mask keeps (arXiv 1706.03762, section 3.2.1)"
-_LOGITS = "2 * hidden * vocabulary a position whose logits are asked for"
-_EXPERTS = "2 * 3 * hidden * intermediate an expert chosen, token and layer (arXiv 2401.04088)"
-_LORA = "2 * rank * (in + out) a token and adapted linear (arXiv 2106.09685, section 4.1)"
-_TRUNK = "arXiv 2506.06105, section 3 and appendix; rows are layers x modules (x sides x ranks), 2 a weight and row"
-_CACHE = "2 * kv_heads * head_dim a token and layer that a window still holds (arXiv 2305.13245)"
+_LINEAR = "2 per weight and token (Kaplan et al. 2020, arXiv 2001.08361, table 1)"
+_GATED = "2 * 3 * hidden * intermediate per token and layer (gated MLP: arXiv 2002.05202)"
+_PAIRS = "4 * heads * head_dim per layer and unmasked pair of query and key (arXiv 1706.03762, section 3.2.1)"
+_LOGITS = "2 * hidden * vocabulary per position with logits"
+_EXPERTS = "2 * 3 * hidden * intermediate per chosen expert, token and layer (arXiv 2401.04088)"
+_LORA = "2 * rank * (in + out) per token and adapted linear (arXiv 2106.09685, section 4.1)"
+_TRUNK = "arXiv 2506.06105, section 3 and appendix; rows are layers x modules (x sides x ranks), 2 per weight and row"
+_CACHE = "2 * kv_heads * head_dim per layer and token within the window (arXiv 2305.13245)"
 
 
 def pairs(tokens: int, cached: int, window: int | None) -> int:
-    """Pairs of a query and a key it sees, of ``tokens`` queries one after another, ``cached`` before them.
+    """Number of unmasked (query, key) pairs of ``tokens`` consecutive queries after ``cached`` tokens, with a causal mask.
 
-    A query sees itself and what is before it, at most ``window`` keys in all.
+    ``window``: maximum number of keys per query, its own included; None: no limit.
 
     >>> pairs(3, 10, None), pairs(3, 10, 12)
     (36, 35)
     """
-    short = tokens if window is None else min(tokens, max(0, window - cached))  # queries that see all before them
+    short = tokens if window is None else min(tokens, max(0, window - cached))  # queries that the window does not limit
     return short * cached + short * (short + 1) // 2 + (tokens - short) * (window or 0)
 
 
 def decoder_flops(decoder: Decoder, tokens: int, *, cached: int = 0, logits: int = 1) -> Cost:
-    """``tokens`` of one sequence, with ``cached`` before them in the cache; ``logits`` at so many positions.
+    """FLOPs of ``tokens`` of one sequence after ``cached`` tokens in the KV cache, with logits at ``logits`` positions.
 
-    One pass over a prompt, or one token after another (then ``logits=tokens``): the operations are the same.
+    The same for one pass over a prompt and for decoding token by token (then ``logits=tokens``).
     """
     d, e = decoder, decoder.experts
     moe, dense = sum(d.sparse), d.layers - sum(d.sparse)
@@ -59,7 +59,7 @@ def decoder_flops(decoder: Decoder, tokens: int, *, cached: int = 0, logits: int
 
 
 def encoder_flops(encoder: Encoder | Decoder, tokens: int) -> Cost:
-    """One text of ``tokens`` tokens through a text encoder, or through a language model up to its last hidden state."""
+    """FLOPs of a text of ``tokens`` tokens through a text encoder, or a language model up to its last hidden state."""
     if isinstance(encoder, Decoder):
         return decoder_flops(encoder, tokens, logits=0)
     c = encoder
@@ -68,21 +68,21 @@ def encoder_flops(encoder: Encoder | Decoder, tokens: int) -> Cost:
         [
             flop("attention projections", 2 * tokens * c.layers * 4 * c.hidden**2, _LINEAR),
             flop("MLP", 2 * tokens * c.layers * matrices * c.hidden * c.intermediate, source),
-            flop("attention", 4 * c.layers * c.hidden * tokens**2, "4 * hidden a layer and pair of tokens"),
+            flop("attention", 4 * c.layers * c.hidden * tokens**2, "4 * hidden per layer and pair of tokens"),
         ]
     )
 
 
 def hypernet_flops(config: HyperNetworkConfig, num_tasks: int = 1) -> Cost:
-    """Generating ``num_tasks`` adapters, the constant embeddings folded (kernels of this package; paper appendix).
+    """FLOPs of generating ``num_tasks`` adapters with folded constants, as the kernels of this package do.
 
-    Trunk rows a task: n*K base rows through mixer and mlp1, times sides through mlp2, times ranks through mlp3 (and through
-    mlp2, where ranks enter before it: again in S-rotary); heads only for the columns that are kept.
+    Trunk rows per task: n*K base rows through mixer and mlp1, times sides through mlp2, times ranks through mlp3 (and
+    through mlp2 in variants where ranks enter before it); heads only for the columns that are used.
     """
     c = config
     m, h, t, n = c.width, c.head_in_size, c.task_width, c.num_layers
     rows = n * len(c.modules)
-    encoder = {  # products of the task encoder; the nearest code of vq is no product
+    encoder = {  # matrix products only, without vq's search of the nearest code
         "linear": c.embed_dim * t,
         "vq": c.embed_dim * 4 * t + 4 * t * t,
         "softmax": c.embed_dim * 4 * t + 4 * t * NUM_CODES + NUM_CODES * t,
@@ -95,19 +95,19 @@ def hypernet_flops(config: HyperNetworkConfig, num_tasks: int = 1) -> Cost:
         flop("mlp1", 16 * m * m * rows, _TRUNK),
         flop("mlp2", 16 * m * m * rows * c.num_sides * passes, _TRUNK),
         flop("mlp3", (8 * m * m + 8 * m * h) * rows * c.num_sides * c.num_ranks, _TRUNK),
-        flop("heads", 2 * h * adapter_values(c), "2 * head_in_size an entry of A and B that is kept"),
+        flop("heads", 2 * h * adapter_values(c), "2 * head_in_size per entry of A and B"),
     ]
     return total(per_task) * num_tasks
 
 
 def lora_flops(config: HyperNetworkConfig, num_tokens: int) -> Cost:
-    """Applying one adapter beside the base linears to ``num_tokens`` tokens."""
+    """FLOPs of applying one unmerged adapter to ``num_tokens`` tokens."""
     return flop("LoRA", 2 * num_tokens * adapter_values(config), _LORA)
 
 
 def merge_flops(config: HyperNetworkConfig) -> Cost:
-    """Adding one adapter to the weights: the products B A; the additions are elementwise."""
-    source = "2 * rank * in * out an adapted linear (arXiv 2106.09685, section 4.1)"
+    """FLOPs of merging one adapter into the weights: the products B A, without the elementwise additions."""
+    source = "2 * rank * in * out per adapted linear (arXiv 2106.09685, section 4.1)"
     return flop("merge", 2 * config.rank * merged_values(config), source)
 
 
@@ -115,18 +115,18 @@ def merge_flops(config: HyperNetworkConfig) -> Cost:
 
 
 def adapter_values(config: HyperNetworkConfig) -> int:
-    """Entries of A and B of one adapter."""
+    """Number of entries of A and B of one adapter."""
     return config.num_layers * config.rank * sum(config.in_features + config.out_features)
 
 
 def merged_values(config: HyperNetworkConfig) -> int:
-    """Weights that an adapter changes where it is merged."""
+    """Number of weights that merging an adapter changes."""
     products = (n_in * n_out for n_in, n_out in zip(config.in_features, config.out_features, strict=True))
     return config.num_layers * sum(products)
 
 
 def cache_bytes(decoder: Decoder, tokens: int, itemsize: float = 2) -> int:
-    """Keys and values of a sequence of ``tokens`` tokens; a layer with a window keeps no more than the window."""
+    """Bytes of the KV cache of a sequence of ``tokens`` tokens; a layer with a sliding window keeps only the window."""
     kept = sum(_kept(tokens, window) * count for window, count in _windows(decoder).items())
     return round(2 * decoder.kv_heads * decoder.head_dim * kept * itemsize)
 
@@ -140,10 +140,10 @@ def pass_bytes(
     cache_itemsize: float = 2,
     logits: bool = True,
 ) -> Cost:
-    """One forward pass over ``new`` tokens of every sequence; ``contexts``: how many tokens of each are in the cache.
+    """Bytes of one forward pass over ``new`` tokens of every sequence; ``contexts``: cached tokens of each sequence.
 
-    Weights are read once, the embedding by rows (not counted, unless it is the output matrix too, and ``logits`` are asked
-    for); of a mixture the experts that so many tokens need on average.
+    Weights are read once; of a mixture of experts, as many experts as that many tokens use on average.  The embedding matrix
+    is counted only if it is also the output matrix and ``logits`` are computed.
     """
     windows = _windows(decoder)
     read = sum(_kept(tokens, window) * count for tokens in contexts for window, count in windows.items())
@@ -152,14 +152,14 @@ def pass_bytes(
 
 
 def steps_bytes(decoder: Decoder, steps: int, cached: int, *, itemsize: float = 2, cache_itemsize: float = 2) -> Cost:
-    """``steps`` tokens of one sequence, one pass each, the first with ``cached`` tokens in the cache."""
-    # A query sees itself beside what is in the cache, so these are the pairs of the tokens one place before.
+    """Bytes of decoding ``steps`` tokens of one sequence, one pass each, the first with ``cached`` tokens in the cache."""
+    # Cached keys exclude the query's own, hence the pairs with one cached token less.
     read = sum(pairs(steps, cached - 1, window) * count for window, count in _windows(decoder).items())
     return _moved(decoder, steps * _weights(decoder, 1), read, steps * decoder.layers, itemsize, cache_itemsize)
 
 
 def _weights(decoder: Decoder, tokens: int, logits: bool = True) -> int:
-    """Weights that a pass over so many tokens reads."""
+    """Number of weights that a pass over ``tokens`` tokens reads."""
     parts = decoder.parameters
     if not (decoder.tied and logits):
         del parts["embeddings"]
@@ -171,11 +171,11 @@ def _weights(decoder: Decoder, tokens: int, logits: bool = True) -> int:
 
 
 def _moved(decoder: Decoder, weights: int, read: int, written: int, itemsize: float, cache_itemsize: float) -> Cost:
-    """``read``, ``written``: tokens in the cache, over all layers."""
+    """``read``, ``written``: tokens of the KV cache, summed over layers."""
     unit = 2 * decoder.kv_heads * decoder.head_dim * cache_itemsize
     return total(
         [
-            byte("weights", round(weights * itemsize), "every weight once a pass"),
+            byte("weights", round(weights * itemsize), "every weight once per pass"),
             byte("KV cache read", round(unit * read), _CACHE),
             byte("KV cache written", round(unit * written), _CACHE),
         ]
@@ -183,7 +183,7 @@ def _moved(decoder: Decoder, weights: int, read: int, written: int, itemsize: fl
 
 
 def _windows(decoder: Decoder) -> dict[int | None, int]:
-    """How many layers have each window."""
+    """Window -> number of layers."""
     return {window: decoder.windows.count(window) for window in dict.fromkeys(decoder.windows)}
 
 

@@ -1,4 +1,4 @@
-"""The geometry of a decoder-only language model, from its transformers configuration alone: no weights."""
+"""Sizes of a decoder-only language model, from its transformers configuration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from t2l_engine.files.errors import MAX_LAYERS, MAX_SIZE, ConfigError, short_repr
+from t2l_engine.files.errors import MAX_LAYERS, MAX_SHOWN, MAX_SIZE, ConfigError, short_repr
 from t2l_engine.files.text import read_json
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # of ``layer_types``
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture in place of an MLP: of ``count`` gated MLPs every token goes through ``per_token`` (arXiv 2401.04088).
+    """A mixture of experts in place of an MLP: each token uses ``per_token`` of ``count`` gated MLPs (arXiv 2401.04088).
 
-    ``shared``: width of an MLP that every token goes through beside them, with a gate of its own (Qwen2-MoE); 0: none.
+    ``shared``: width of the shared expert, an additional gated MLP for every token (Qwen2-MoE); 0: none.
     """
 
     count: int
@@ -28,7 +28,7 @@ class Experts:
     shared: int = 0
 
     def hit(self, tokens: int) -> float:
-        """Experts that ``tokens`` tokens need on average, if each token draws its own evenly."""
+        """Expected number of experts that ``tokens`` tokens use, if each token draws uniformly."""
         return self.count * (1 - (1 - self.per_token / self.count) ** tokens)
 
 
@@ -36,8 +36,8 @@ class Experts:
 class Decoder:
     """Sizes of a decoder with gated MLPs and grouped-query attention.
 
-    ``windows``: of every layer how many keys a query sees at most, None where all before it.  ``experts``: the mixture of
-    the layers that ``sparse`` marks.  ``biases``, ``norms``: parameters of a layer that no product reads (counted as bytes).
+    ``windows``: per layer, the size of its sliding window; None: full attention.  ``experts``: the mixture in the layers
+    marked by ``sparse``.  ``biases``, ``norms``: number of such parameters per layer (they count as bytes, not as FLOPs).
     """
 
     model_type: str
@@ -61,7 +61,7 @@ class Decoder:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ConfigError: the model type is none of :data:`FAMILIES`, or a field is missing or of another kind; named.
+            ConfigError: the model type is not in :data:`FAMILIES`, or a field (named) is missing or invalid.
 
         >>> Decoder.from_config({"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 97,
         ...     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}).module_shapes["v_proj"]
@@ -69,15 +69,15 @@ class Decoder:
         """
         values, where = config_values(config)
         text = values.get("text_config")
-        # Of a model that reads images too.  A list, since what a file says may be nothing that a dict can look up.
+        # Of a multimodal model.  In a list of keys, since the untrusted value may not be hashable.
         if isinstance(text, dict) and text.get("model_type") in list(FAMILIES):
-            tied = values.get("tie_word_embeddings")  # of the whole model: goes before that of its text part
+            tied = values.get("tie_word_embeddings")  # the whole model's takes precedence
             values, where = text if tied is None else {**text, "tie_word_embeddings": tied}, f"{where}: text_config"
         return family_of(FAMILIES, values, where).read(Fields(values, where))
 
     @property
     def module_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) features of the linears that adapters can be put on in every layer."""
+        """(in, out) features of the linears that exist in every layer and can be adapted."""
         d, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
         if not any(self.sparse):
@@ -87,12 +87,12 @@ class Decoder:
 
     @property
     def attention_weights(self) -> int:
-        """Entries of the q, k, v and o matrices of a layer."""
+        """Number of entries of the q, k, v and o matrices of a layer."""
         return self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads)
 
     @property
     def parameters(self) -> dict[str, int]:
-        """Values by part; ``logits`` is the output matrix where it is not the embedding itself."""
+        """Number of parameters by part; ``logits``: the output matrix unless it is tied to the embedding."""
         moe, dense = sum(self.sparse), self.layers - sum(self.sparse)
         e, d = self.experts, self.hidden
         return {
@@ -115,7 +115,7 @@ class Decoder:
 
 
 def config_values(config: Any) -> tuple[dict[str, Any], str]:
-    """The values of what ``from_config`` takes, and what to call them in an error."""
+    """(values, name for error messages) of any ``config`` that ``from_config`` accepts."""
     if isinstance(config, (str, Path)):
         path = Path(config)
         path = path / "config.json" if path.is_dir() else path
@@ -134,7 +134,7 @@ def config_values(config: Any) -> tuple[dict[str, Any], str]:
 
 
 def family_of(families: Mapping[str, T], values: Mapping[str, Any], where: str) -> T:
-    """The family of a configuration; ConfigError for a ``model_type`` that is none of them."""
+    """The family of a configuration; ConfigError if its ``model_type`` is not in ``families``."""
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in families:
         raise ConfigError(f"{where}: model_type: expected one of {', '.join(families)}, got {short_repr(kind)}")
@@ -142,17 +142,17 @@ def family_of(families: Mapping[str, T], values: Mapping[str, Any], where: str) 
 
 
 class Fields:
-    """Checked reading of a configuration's values; a field that is null counts as absent."""
+    """Checked access to a configuration's values; null is treated as missing."""
 
     def __init__(self, values: Mapping[str, Any], where: str):
         self.values, self.where = values, where
 
-    def size(self, name: str, default: int | None = None, least: int = 1, most: int = MAX_SIZE) -> int:
-        """A positive integer; required where there is no ``default``."""
+    def size(self, name: str, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
+        """An integer in [low, high]; required without ``default``."""
         value = self.values.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ConfigError(f"{self.where}: {name}: expected an integer from {least} to {most}, got {short_repr(value)}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{self.where}: {name}: expected an integer from {low} to {high}, got {short_repr(value)}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -163,7 +163,7 @@ class Fields:
         return value
 
     def kinds(self, layers: int) -> list[str] | None:
-        """``layer_types``: full or sliding attention by layer."""
+        """``layer_types``: full or sliding attention, per layer."""
         value = self.values.get("layer_types")
         if value is None:
             return None
@@ -179,7 +179,7 @@ class Fields:
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MIXTURE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
-#: All else that sizes depend on; the class of a configuration in transformers says what each is by default.
+#: Further fields that sizes depend on; their defaults are those of the configuration class in transformers.
 _OTHERS = (
     "num_key_value_heads head_dim sliding_window max_window_layers num_experts num_experts_per_tok "
     "moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step mlp_only_layers layer_types "
@@ -189,10 +189,10 @@ _OTHERS = (
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What the models of one ``model_type`` are and no field of a configuration says.
+    """Properties of the models of one ``model_type`` that their configurations do not state.
 
-    ``norms``: RMSNorms of width hidden in a layer; ``qk_norm``: further ones of queries and keys.  ``qkv_bias``: q, k and v
-    have biases, unless a field of that name says otherwise.  ``required``: fields that a file must have.
+    ``norms``: number of RMSNorms of width hidden per layer; ``qk_norm``: whether queries and keys are normed too;
+    ``qkv_bias``: default of the field of that name, biases of q, k and v; ``required``: fields that a file must have.
     """
 
     norms: int = 2
@@ -214,7 +214,7 @@ class Family:
             raise ConfigError(
                 f"{fields.where}: num_key_value_heads: expected a divisor of {heads} attention heads, got {kv_heads}"
             )
-        if fields.flag("use_bidirectional_attention", False):
+        if any(source.flag("use_bidirectional_attention", False) for source in (given, fields)):
             raise ConfigError(
                 f"{fields.where}: use_bidirectional_attention: expected false, since causal masks are counted, got True"
             )
@@ -240,30 +240,31 @@ class Family:
         )
 
     def _complete(self, fields: Fields) -> Fields:
-        """``fields`` with the defaults of their class in transformers; what it does not know is left out."""
+        """``fields`` completed by the defaults of the transformers class, without fields that are unknown to it."""
         from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
 
         kind, values = CONFIG_MAPPING[fields.values["model_type"]], dict(fields.values)
-        if "num_local_experts" in values:  # in transformers two names of one thing
+        if "num_local_experts" in values:  # an alias in transformers
             values["num_experts"] = values.pop("num_local_experts")
         fields = Fields(values, fields.where)
-        for name in self.required:  # and numbers of layers bound the work of the class
-            fields.size(name, most=MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE)
-        # Every model heeds head_dim, whether or not its class lists it.
+        for name in self.required:  # bounds the number of layers before the class allocates per layer
+            fields.size(name, high=MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE)
+        # Every model uses head_dim, even if its class does not list it.
         known = {field.name for field in dataclasses.fields(kind)} | kind.attribute_map.keys() | {"head_dim"}
         read = [name for name in (*_REQUIRED, *_OTHERS) if name in known]
         given = {name: values[name] for name in read if values.get(name) is not None}
         if "sliding_window" in known and "sliding_window" in values:
-            given["sliding_window"] = values["sliding_window"]  # null: none at all, not the default one
+            given["sliding_window"] = values["sliding_window"]  # null means no window, not the default
         if "num_key_value_heads" in values:
-            given.setdefault("num_key_value_heads", values["num_attention_heads"])  # of null
-        if "sliding_window_pattern" in values:  # of older files
+            given.setdefault("num_key_value_heads", values["num_attention_heads"])  # null
+        if "sliding_window_pattern" in values:  # older files
             given["sliding_window_pattern"] = fields.size("sliding_window_pattern")
         try:
             complete = kind(**given)
         except (StrictDataclassError, ValueError, TypeError) as error:
-            raise ConfigError(f"{fields.where}: {' '.join(str(error).split())}") from None
+            message = " ".join(str(error).split())  # may repeat the value
+            raise ConfigError(f"{fields.where}: {message[:MAX_SHOWN]}{'...' * (len(message) > MAX_SHOWN)}") from None
         values = {name: getattr(complete, name, None) for name in read}
         if not values.get("use_sliding_window", True):
             values["sliding_window"] = None  # some classes have 0
@@ -271,21 +272,21 @@ class Family:
 
 
 def _windows(fields: Fields, layers: int) -> Windows:
-    """Sliding windows (arXiv 2310.06825): in the layers that ``layer_types`` names; in all where there is no such field."""
+    """Sliding windows (arXiv 2310.06825): of the layers given by ``layer_types``, or of all without that field."""
     kinds = fields.kinds(layers) or [SLIDING] * layers
     window = None if fields.values.get("sliding_window") is None else fields.size("sliding_window")
     return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def _experts(fields: Fields, layers: int) -> tuple[Experts | None, tuple[bool, ...]]:
-    """The mixture, and the layers that have one."""
+    """(the mixture of experts, per layer whether it has one)."""
     if "num_experts_per_tok" not in fields.values:
         return None, (False,) * layers
     experts = Experts(
         fields.size("num_experts"),
         fields.size("num_experts_per_tok"),
         fields.size("moe_intermediate_size", fields.size("intermediate_size")),
-        fields.size("shared_expert_intermediate_size", 0, least=0),
+        fields.size("shared_expert_intermediate_size", 0, low=0),
     )
     if experts.per_token > experts.count:
         raise ConfigError(f"{fields.where}: num_experts_per_tok: expected at most {experts.count}, got {experts.per_token}")
@@ -307,6 +308,6 @@ FAMILIES = {
     "qwen3_moe": Family(qk_norm=True, required=_REQUIRED + _MIXTURE),
     "gemma": Family(),
     "gemma2": Family(norms=4),
-    # Files of models that read images too leave out what the class says.
+    # Files of multimodal models omit fields with default values.
     "gemma3_text": Family(norms=4, qk_norm=True, required=("hidden_size", "intermediate_size", "num_hidden_layers")),
 }

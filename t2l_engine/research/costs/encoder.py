@@ -1,4 +1,4 @@
-"""The geometry of a text encoder, from its transformers configuration alone: no weights."""
+"""Sizes of a text encoder, from its transformers configuration."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from t2l_engine.research.costs.decoder import Fields, config_values, family_of
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Sizes of a bidirectional encoder; ``gated``: its MLP is a gated one of three matrices (arXiv 2002.05202).
+    """Sizes of a bidirectional encoder; ``gated``: its MLP is gated, with three matrices (arXiv 2002.05202).
 
-    ``embeddings``: rows of its tables (words, positions, token types).  Poolers and language-model heads are no part of it.
+    ``embeddings``: total rows of its embedding tables (words, positions, token types).  Poolers and language-model heads are
+    not included.
     """
 
     model_type: str
@@ -42,16 +43,16 @@ class Encoder:
             model_type=values["model_type"],
             hidden=hidden,
             intermediate=fields.size("intermediate_size"),
-            layers=fields.size("num_hidden_layers", most=MAX_LAYERS),
+            layers=fields.size("num_hidden_layers", high=MAX_LAYERS),
             heads=heads,
             gated=family.gated,
-            embeddings=fields.size("vocab_size") + positions + fields.size("type_vocab_size", family.types, least=0),
+            embeddings=fields.size("vocab_size") + positions + fields.size("type_vocab_size", family.types, low=0),
         )
 
     @property
     def num_parameters(self) -> int:
         d, i = self.hidden, self.intermediate
-        # Biases of the gated MLP: of its last matrix alone; every layer and the embeddings have LayerNorms.
+        # A gated MLP has a bias in its last matrix only; every layer has two LayerNorms, the embeddings one.
         attention, biases = 4 * d * (d + 1), d if self.gated else i + d
         layer = attention + (3 if self.gated else 2) * d * i + biases + 4 * d
         return self.embeddings * d + 2 * d + self.layers * layer
@@ -59,14 +60,14 @@ class Encoder:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """``positions``: whether there is a table of them (else they are rotations); ``types``: token types where not said."""
+    """``positions``: learned position embeddings instead of rotary ones; ``types``: default number of token types."""
 
     gated: bool = False
     positions: bool = True
     types: int = 2
 
 
-#: By ``model_type``; "new" is what gte's own code calls itself.
+#: By ``model_type``; "new" is that of gte's remote code.
 FAMILIES = {
     "bert": Family(),
     "roberta": Family(),

@@ -1,4 +1,4 @@
-"""Setups known by name: the models of released T2L checkpoints and of the bundled one, their encoders and hypernetworks."""
+"""Setups by name: base models of released and bundled T2L checkpoints, their text encoders and hypernetworks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from t2l_engine.research.costs.encoder import Encoder
 from t2l_engine.research.costs.serving import Setup, Workload
 
 FILE = Path(__file__).with_name("known.json")
-#: What released checkpoints adapt, at which rank, with which hypernetwork (arXiv 2506.06105, appendix).
+#: Adapted modules, rank and variant of released checkpoints (arXiv 2506.06105, appendix).
 MODULES, RANK, VARIANT = ("q_proj", "v_proj"), 8, "L"
 LATENT_SIZE, HEAD_IN_SIZE = 128, 512
-#: Lengths that the figures of the paper's appendix I imply: 59 for a question, 299 with three shots, 35 to describe a task.
+#: Lengths implied by the paper's appendix I: a question 59, with three shots 299, a description 35 tokens.
 PAPER = Workload(question=59, answer=1, shots=3, shot=80, description=35)
 
 
@@ -27,22 +27,22 @@ def _file() -> dict[str, Any]:
 
 
 def known_entries(kind: str) -> dict[str, Any]:
-    """Name -> what the file says of each; ``kind`` "models" or "encoders"."""
+    """Name -> entry of the file; ``kind``: "models" or "encoders"."""
     return _file()[kind]
 
 
 def known_setups() -> list[str]:
-    """Names that :func:`known_setup` takes."""
+    """The names of :func:`known_setup`."""
     return list(known_entries("models"))
 
 
 def known_encoders() -> list[str]:
-    """Names that :func:`encoder_named` takes."""
+    """The names of :func:`encoder_named`."""
     return list(known_entries("encoders"))
 
 
 def encoder_named(name: str) -> Encoder:
-    """A text encoder of :func:`known_encoders`; ConfigError for another name."""
+    """The text encoder ``name`` of :func:`known_encoders`; ConfigError for another name."""
     return Encoder.from_config(_entry("encoders", name)["config"])
 
 
@@ -56,9 +56,9 @@ def hypernetwork_for(
     latent_size: int = LATENT_SIZE,
     head_in_size: int = HEAD_IN_SIZE,
 ) -> HyperNetworkConfig:
-    """A hypernetwork that adapts ``modules`` in every layer of ``decoder``; sizes default to those of Mistral-7B.
+    """A hypernetwork that adapts ``modules`` in every layer of ``decoder``; sizes default to those for Mistral-7B.
 
-    Raises ConfigError for a module that the model has not, or not in every layer.
+    Raises ConfigError for a module that is missing in a layer of the model.
     """
     shapes = decoder.module_shapes
     for name in modules:
@@ -81,9 +81,9 @@ def hypernetwork_for(
 
 
 def known_setup(name: str) -> Setup:
-    """Language model ``name`` with its text encoder and hypernetwork, all in two bytes a value.
+    """Language model ``name`` with its text encoder and hypernetwork, all with two bytes per value.
 
-    Raises ConfigError for a name that is none of :func:`known_setups`.
+    Raises ConfigError for a name not in :func:`known_setups`.
 
     >>> known_setup("mistral-7b").hypernet.num_parameters
     55424000

@@ -1,7 +1,7 @@
-"""What a question costs in each way to serve a task: examples in the prompt, or an adapter made from its description.
+"""Cost of answering questions of a task by each way of serving: few-shot examples in the prompt, or generated adapters.
 
-A way is the cost of the first question of a task and of each later one, so that every total is linear in their number and
-every break-even point is computed, not searched for in a plot.
+A way has a cost for the first question of a task and one for each later question; totals are linear in the number of
+questions and break-even points have closed forms.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from t2l_engine.research.costs.terms import Cost, byte
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A language model, and what makes adapters for it.  Item sizes are bytes a value: 2 = bfloat16, 0.5 = four bits.
+    """A language model with its text encoder and hypernetwork.  Item sizes in bytes per value: 2 = bfloat16, 0.5 = int4.
 
     ``itemsize``: of the language model's weights; ``cache_itemsize``: of keys and values; ``adapter_itemsize``: of the
-    hypernetwork and its adapters; ``encoder_itemsize``: of the text encoder, 0 where it is the language model itself.
+    hypernetwork and its adapters; ``encoder_itemsize``: of the text encoder, 0 if it is the language model itself.
     """
 
     decoder: Decoder
@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def generator_bytes(self) -> int:
-        """Text encoder and hypernetwork, where they stay beside the language model."""
+        """Bytes of text encoder and hypernetwork."""
         encoder = round(self.encoder.num_parameters * self.encoder_itemsize)
         return encoder + round(self.hypernet.num_parameters * self.adapter_itemsize)
 
@@ -61,9 +61,9 @@ class Setup:
 class Workload:
     """Lengths in tokens.
 
-    ``question``: all that the model reads of one question, its chat template included; ``answer``: tokens generated;
-    ``shot``: what one worked example adds to a prompt; ``description``: as the text encoder counts it; ``instruction``: a
-    description in the prompt, beside or instead of the shots; ``system``: at the head of every prompt, whatever the task.
+    ``question``: one question with its chat template; ``answer``: generated tokens; ``shot``: one few-shot example in the
+    prompt; ``description``: in tokens of the text encoder; ``instruction``: a description in the prompt, with or without
+    shots; ``system``: prefix of every prompt of every task.
     """
 
     question: int
@@ -76,32 +76,32 @@ class Workload:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 1 if field.name in ("question", "answer", "description") else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{field.name}: expected a number of tokens of at least {least}, got {value!r}")
+            value, low = getattr(self, field.name), 1 if field.name in ("question", "answer", "description") else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < low:
+                raise ValueError(f"{field.name}: expected a number of tokens of at least {low}, got {value!r}")
 
     @property
     def prefix(self) -> int:
-        """Tokens of the in-context prompt that are the same for all questions of a task, but not for all tasks."""
+        """Tokens of the in-context prompt that all questions of a task share, without ``system``."""
         return self.instruction + self.shots * self.shot
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """One step of a request: operations, and bytes that it must move."""
+    """One phase of a request: FLOPs and memory traffic."""
 
     name: str
     flops: Cost
     bytes: Cost
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time at these rates: that of the operations or that of the bytes, whichever is larger."""
+        """Roofline time: the larger of compute time and memory time at these rates."""
         return max(self.flops.total / flops_per_second, self.bytes.total / bytes_per_second)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One question from its arrival to its last token.  Phases: describe, generate, merge, prompt, answer."""
+    """One question, from its arrival to the last token of its answer; phases: describe, generate, merge, prompt, answer."""
 
     phases: tuple[Phase, ...]
 
@@ -117,7 +117,7 @@ class Request:
         return sum(p.seconds(flops_per_second, bytes_per_second) for p in phases)
 
 
-#: What is summed up over questions: of one request a number.
+#: A measure of a request that is summed over questions, such as FLOPs or seconds.
 Measure = Callable[[Request], float]
 
 
@@ -129,10 +129,10 @@ def all_flops(request: Request) -> float:
 class Way:
     """A way to serve a task.
 
-    ``first``, ``later``: its first question and each further one.  ``per_user``: bytes that every sequence being answered
-    holds; ``per_task``: bytes held once a task; ``fixed``: bytes held once, beside the language model.  ``read_per_user``,
-    ``read_per_task``: of these what a decode step reads for every row, and for every task among the rows; ``not_read``: of
-    the language model's weights what it does not, since every task has its own.
+    ``first``, ``later``: requests of the first and of each later question.
+    ``per_user``, ``per_task``, ``fixed``: bytes held per active sequence, per task, and once, without the base model.
+    ``read_per_user``, ``read_per_task``: bytes that a decode step reads per row, and per task among the rows.
+    ``not_read``: bytes of the base model's weights that a decode step does not read, since every task has merged ones.
     """
 
     name: str
@@ -146,20 +146,20 @@ class Way:
     not_read: int = 0
 
     def total(self, questions: int, measure: Measure = all_flops) -> float:
-        """Of the first ``questions`` questions of a task."""
+        """Sum of ``measure`` over the first ``questions`` questions of a task."""
         return measure(self.first) + (questions - 1) * measure(self.later)
 
     def memory(self, users: int, tasks: int) -> int:
-        """Bytes beside one copy of the language model's weights: ``users`` sequences at a time, of ``tasks`` tasks."""
+        """Bytes, without one copy of the base model, for ``users`` concurrent sequences of ``tasks`` tasks."""
         return self.fixed + users * self.per_user + tasks * self.per_task
 
     def step_bytes(self, setup: Setup, users: int, tasks: int) -> int:
-        """What a decode step of ``users`` rows of ``tasks`` tasks reads: weights, keys and values, adapters."""
+        """Bytes that a decode step of ``users`` rows of ``tasks`` tasks reads: weights, keys and values, adapters."""
         weights = pass_bytes(setup.decoder, [0] * users, itemsize=setup.itemsize)["weights"]
         return weights - self.not_read + users * self.read_per_user + tasks * self.read_per_task
 
 
-#: Name of a way -> what tables call it, and what it is.
+#: Way -> its label in tables (LABELS) and its description (WAYS).
 LABELS = {
     "icl": "ICL, no cache",
     "icl-cold": "ICL, cold cache",
@@ -181,14 +181,14 @@ WAYS = {
 def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     """Every way of :data:`WAYS`, for one model and workload.
 
-    A cache holds what comes before the question: for in-context learning the system text and the examples, for adapters the
-    system text, whose keys and values depend on the adapter and are therefore made anew for every task.
+    A prefix cache holds the keys and values of what precedes the question: of system prompt and examples for in-context
+    learning; of the system prompt for adapters, where they depend on the adapter and are computed per task.
     """
     head, before = load.system, load.system + load.prefix
-    plain, adapted = (_Maker(setup, load, adapted) for adapted in (False, True))
+    plain, adapted = (_Requests(setup, load, adapted) for adapted in (False, True))
     describe = _describe(setup, load)
-    # Keys and values: of one sequence at its end; of these its own, of the examples and of the system text.  What others see
-    # too stays where a window has passed it, so these are no differences.
+    # Bytes of keys and values: of a whole sequence (with and without examples), and of its parts.  Parts are no differences:
+    # a shared prefix stays in memory for other sequences even when the sliding window of this one has passed it.
     own = load.question + load.answer
     whole, whole_t2l = setup.kv(before + own), setup.kv(head + own)
     rest, examples, system = setup.kv(own), setup.kv(load.prefix), setup.kv(head)
@@ -208,14 +208,14 @@ def ways(setup: Setup, load: Workload) -> dict[str, Way]:
     return {way.name: way for way in made}
 
 
-class _Maker:
-    """Requests of one model and workload."""
+class _Requests:
+    """Requests of one model and workload, with or without an unmerged adapter."""
 
     def __init__(self, setup: Setup, load: Workload, adapted: bool):
         self.setup, self.load, self.adapted = setup, load, adapted
 
     def ask(self, cached: int, before: int, extra: Sequence[Phase] = ()) -> Request:
-        """A question after ``before`` tokens of which ``cached`` need not be read again."""
+        """The request of a question after ``before`` tokens, of which ``cached`` are in the KV cache."""
         decoder, context = self.setup.decoder, before + self.load.question
         sizes = {"itemsize": self.setup.itemsize, "cache_itemsize": self.setup.cache_itemsize}
         read, steps = context - cached, self.load.answer - 1  # the prompt gives the first token
@@ -226,7 +226,7 @@ class _Maker:
     def _phase(self, name: str, tokens: int, passes: int, flops: Cost, moved: Cost) -> Phase:
         if self.adapted:
             flops += lora_flops(self.setup.hypernet, tokens)
-            moved += byte("adapter", self.setup.adapter_bytes * passes, "A and B once a pass")
+            moved += byte("adapter", self.setup.adapter_bytes * passes, "A and B once per pass")
         return Phase(name, flops, moved)
 
 
@@ -235,9 +235,9 @@ def _describe(setup: Setup, load: Workload) -> tuple[Phase, Phase]:
     if isinstance(model, Decoder):
         itemsize = setup.encoder_itemsize or setup.itemsize
         encoder = pass_bytes(model, [0], load.description, itemsize=itemsize, cache_itemsize=0, logits=False)
-    else:  # of the embeddings, too, only the rows of the text are read
+    else:  # embedding tables are read by rows, which are not counted
         read = model.num_parameters - model.embeddings * model.hidden
-        encoder = byte("encoder weights", round(read * setup.encoder_itemsize), "every weight once a text")
+        encoder = byte("encoder weights", round(read * setup.encoder_itemsize), "every weight once per text")
     weights = byte("hypernetwork weights", round(setup.hypernet.num_parameters * setup.adapter_itemsize), "read once")
     written = byte("adapter", setup.adapter_bytes, "A and B written once")
     return (
@@ -255,12 +255,12 @@ def _merge(setup: Setup) -> Phase:
 
 
 def questions_won(way: Way, rival: Way, measure: Measure = all_flops) -> tuple[int, int | None] | None:
-    """For which numbers of questions of one task ``way`` costs less than ``rival`` in all.
+    """The range (first, last) of numbers of questions of one task for which ``way`` costs less in total than ``rival``.
 
-    (first, last), last None: without end.  None: for no number.  Both totals are linear, so there are no gaps.
+    last None: unbounded.  None: never.  Both totals are linear, so the range has no gaps.
     """
     ahead = measure(rival.first) - measure(way.first)
-    saved = measure(rival.later) - measure(way.later)  # at every further question
+    saved = measure(rival.later) - measure(way.later)  # per later question
     if saved > 0:
         return (1 if ahead > 0 else int(-ahead // saved) + 2), None
     if ahead <= 0:
@@ -269,15 +269,22 @@ def questions_won(way: Way, rival: Way, measure: Measure = all_flops) -> tuple[i
 
 
 def shots_to_win(
-    setup: Setup, load: Workload, way: str, rival: str, *, questions: int = 1, most: int = 1024, measure: Measure = all_flops
+    setup: Setup,
+    load: Workload,
+    way: str,
+    rival: str,
+    *,
+    questions: int = 1,
+    limit: int = 1024,
+    measure: Measure = all_flops,
 ) -> int | None:
-    """The fewest shots from which ``rival`` costs more than ``way`` over ``questions`` questions; None: above ``most``."""
+    """The fewest shots with which ``rival`` costs more than ``way`` over ``questions`` questions; None: over ``limit``."""
 
     def wins(shots: int) -> bool:
         both = ways(setup, dataclasses.replace(load, shots=shots))
         return both[way].total(questions, measure) < both[rival].total(questions, measure)
 
-    low, high = 0, most  # the rival's cost grows with every shot, ours does not change
+    low, high = 0, limit  # the rival's cost grows with every shot, that of way does not change
     if not wins(high):
         return None
     while low < high:
@@ -287,7 +294,7 @@ def shots_to_win(
 
 
 def tasks_to_win(way: Way, rival: Way, users_per_task: int = 1) -> int | None:
-    """From how many tasks at a time on, each with so many users, ``way`` holds less memory than ``rival``; None: never."""
+    """The fewest concurrent tasks, each with ``users_per_task`` users, from which ``way`` needs less memory; None: never."""
     saved = users_per_task * (rival.per_user - way.per_user) + rival.per_task - way.per_task
     if saved == 0:
         return 1 if way.fixed < rival.fixed else None
@@ -295,5 +302,5 @@ def tasks_to_win(way: Way, rival: Way, users_per_task: int = 1) -> int | None:
 
 
 def tokens_of_adapter(setup: Setup) -> int:
-    """The fewest cached tokens whose keys and values are larger than one adapter (none of them beyond a window)."""
+    """The fewest cached tokens whose keys and values take more bytes than one adapter (all within the window)."""
     return setup.adapter_bytes // setup.kv(1) + 1

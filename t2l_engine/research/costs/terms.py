@@ -1,4 +1,4 @@
-"""A cost as a sum of named terms: every number says what it is, in which unit, and where its formula comes from."""
+"""A cost as a sum of named terms, each with its unit and the source of its formula."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-#: One unit a multiply-add would halve every figure: here a multiply and an add are two operations, as in the paper's tables.
+#: A multiply-add is two FLOPs, as in the paper's tables.
 FLOP, BYTE = "FLOP", "byte"
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One share of a cost: ``value`` in ``unit`` (FLOP or byte); ``source``: its formula, or the paper that states it."""
+    """One term of a cost: ``value`` in ``unit`` (FLOP or byte); ``source``: formula or paper."""
 
     name: str
     value: int
@@ -22,7 +22,7 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """An immutable sum of terms of one unit; terms of one name are added up.
+    """An immutable sum of terms of one unit; terms of equal names are added.
 
     >>> cost = flop("attention", 12, "Vaswani et al. 2017") + flop("MLP", 30, "Shazeer 2020") * 2
     >>> cost.total, cost["MLP"], cost.unit
@@ -37,11 +37,11 @@ class Cost:
 
     @property
     def unit(self) -> str | None:
-        """None of an empty cost, which may be added to either."""
+        """FLOP or byte; None for an empty cost, which can be added to either."""
         return self.terms[0].unit if self.terms else None
 
     def __getitem__(self, name: str) -> int:
-        """The value of a term; 0 where the cost has no such share."""
+        """The value of the term ``name``; 0 if there is none."""
         return sum(term.value for term in self.terms if term.name == name)
 
     def __add__(self, other: Cost) -> Cost:
@@ -65,12 +65,12 @@ class Cost:
 
 
 def flop(name: str, value: int, source: str) -> Cost:
-    """A cost of one term in operations, or none where ``value`` is 0."""
+    """A cost of one term in FLOP; empty if ``value`` is 0."""
     return Cost((Term(name, value, FLOP, source),) if value else ())
 
 
 def byte(name: str, value: int, source: str) -> Cost:
-    """A cost of one term in bytes, or none where ``value`` is 0."""
+    """A cost of one term in bytes; empty if ``value`` is 0."""
     return Cost((Term(name, value, BYTE, source),) if value else ())
 
 

@@ -1,1 +1,5 @@
-"""Judging adapters on tasks; never imported by the core."""
+"""Evaluation of adapters on tasks: answers, scores, comparisons with controls.
+
+May be imported: ``run`` (Evaluation), ``arms`` (the compared methods), ``answers``, ``metrics``, ``library`` (average,
+Arrow), ``bootstrap``, ``sandbox``, ``plots``.  Imports ``tasks``, ``training.runs`` and the rooms of the engine.
+"""

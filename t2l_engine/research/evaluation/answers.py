@@ -1,7 +1,7 @@
-"""Answers of one language model to prompts that differ in their adapters: many adapters in one batch, and kept on disk.
+"""Answers of a language model to prompts with an adapter each: batched over adapters, cached on disk.
 
-Batches are a function of the queries alone, so that a run that was stopped computes what is missing in the very batches in
-which it would have been computed: rounding in a batch depends on its shape.
+Batches are a function of the queries alone: a resumed run computes missing answers in the same batches as an uninterrupted
+one, since rounding depends on a batch's shape.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import nn
 
 from t2l_engine.files.errors import ConfigError
 
-Use = Callable[[Sequence[str]], AbstractContextManager[Any]]  # keys -> a block in which row i uses the adapter of keys[i]
+Use = Callable[[Sequence[str]], AbstractContextManager[Any]]  # keys -> context in which row i uses the adapter keys[i]
 
 
 class Adapters(Protocol):
-    """Where the adapters of an arm come from."""
+    """The adapters of an arm, by key."""
 
-    #: Names the content: equal identities give equal adapters for equal keys.
+    #: Digest of the adapters: equal identities give equal adapters for equal keys.
     identity: str
 
     def on(self, model: nn.Module) -> AbstractContextManager[Use]:
-        """A block in which ``model`` can use the adapters; after it the model is as it was."""
+        """A context in which ``model`` can use the adapters; restores the model at its end."""
 
 
 @contextlib.contextmanager
@@ -41,9 +41,9 @@ def _base(model: nn.Module) -> Iterator[Use]:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A prompt, the key of its adapter, and what is asked: an answer, or how likely each of ``options`` is as one.
+    """A prompt with the key of its adapter.  Asks for a generated answer, or for the log-likelihood of each of ``options``.
 
-    ``max_new_tokens``: of a generated answer; ``one_line``: whether it ends at its first line break.
+    ``max_new_tokens``: of a generated answer; ``one_line``: cut it at its first line break.
     """
 
     prompt: str
@@ -55,9 +55,9 @@ class Query:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """``text`` of a generated answer, or ``likelihoods``: the log-likelihood of every option.
+    """``text``: of a generated answer; ``likelihoods``: the log-likelihood of every option otherwise.
 
-    ``prompt_tokens``: of the prompt; ``seconds``: this answer's part of its batch's time.
+    ``prompt_tokens``: length of the prompt; ``seconds``: time of the batch divided by its number of answers.
     """
 
     text: str
@@ -67,15 +67,15 @@ class Answer:
 
 
 class Store:
-    """Batches of answers by key, kept in a file of JSON lines where ``path`` is given; each line is written whole.
+    """Batches of answers by key, in memory and, with ``path``, in a JSON Lines file that is appended to.
 
-    Raises ConfigError for a file that this class did not write; a last line cut short by a crash is dropped.
+    Drops an incomplete last line.  Raises ConfigError for a file of another format.
     """
 
     _START = b'{"key": "'  # of every line
 
     def __init__(self, path: Path | None = None):
-        self._path, self._found = path, {}
+        self._path, self._batches = path, {}
         if path is not None and path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             last = lines[-1] if lines else b""
@@ -86,29 +86,30 @@ class Store:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
-                    self._found[row["key"]] = [
+                    self._batches[row["key"]] = [
                         Answer(a["text"], tuple(a["likelihoods"]), a["prompt_tokens"], a["seconds"]) for a in row["answers"]
                     ]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
 
     def get(self, key: str) -> list[Answer] | None:
-        return self._found.get(key)
+        return self._batches.get(key)
 
     def put(self, key: str, answers: list[Answer]) -> None:
-        self._found[key] = answers
+        self._batches[key] = answers
         if self._path is not None:
             with self._path.open("ab") as file:
                 file.write((json.dumps({"key": key, "answers": [dataclasses.asdict(a) for a in answers]}) + "\n").encode())
 
 
 class Answerer:
-    """Asks ``model`` in batches of up to ``batch_size`` rows.
+    """Answers queries with ``model`` in batches of up to ``batch_size`` rows.
 
     Args:
-        model: a transformers causal LM in eval mode; ``tokenizer``: its own, padding on the left.
-        identity: names the model and its arithmetic, in the keys of ``store``.
-        clock: seconds; what a batch took is divided among its answers.
+        model: a transformers causal LM in eval mode.
+        tokenizer: of the model, padding on the left.
+        identity: of the model and its dtype, part of the keys of ``store``.
+        clock: returns seconds, for :attr:`Answer.seconds`.
     """
 
     def __init__(
@@ -131,26 +132,26 @@ class Answerer:
     def ask(
         self, queries: Sequence[Query], adapters: Adapters | None, progress: Callable[[int], None] = lambda count: None
     ) -> list[Answer]:
-        """An answer to every query; ``adapters`` None: the base model's.  ``progress`` is told how many were added."""
-        found: list[Answer | None] = [None] * len(queries)
+        """The answer to every query; ``adapters`` None: of the base model.  ``progress``: called with each batch's size."""
+        results: list[Answer | None] = [None] * len(queries)
         prompts = [self.tokens(q.prompt) for q in queries]
-        with contextlib.ExitStack() as block:
-            use: Use | None = None  # entered where something is to be computed
-            for numbers in self._batches(queries, [len(p) for p in prompts]):
-                asked = [queries[i] for i in numbers]
-                key = self._key(asked, adapters)
+        with contextlib.ExitStack() as stack:
+            use: Use | None = None  # entered only if an answer is missing
+            for indices in self._batches(queries, [len(p) for p in prompts]):
+                batch = [queries[i] for i in indices]
+                key = self._key(batch, adapters)
                 answers = self._store.get(key)
-                if answers is None or len(answers) != len(asked):
-                    use = use or block.enter_context(_base(self._model) if adapters is None else adapters.on(self._model))
-                    answers = self._timed(asked, [prompts[i] for i in numbers], use)
+                if answers is None or len(answers) != len(batch):
+                    use = use or stack.enter_context(_base(self._model) if adapters is None else adapters.on(self._model))
+                    answers = self._timed(batch, [prompts[i] for i in indices], use)
                     self._store.put(key, answers)
-                for i, answer in zip(numbers, answers, strict=True):
-                    found[i] = answer
-                progress(len(numbers))
-        return found
+                for i, answer in zip(indices, answers, strict=True):
+                    results[i] = answer
+                progress(len(indices))
+        return results
 
     def _batches(self, queries: Sequence[Query], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Numbers of the queries that go together: of one kind, short ones first."""
+        """Indices of the queries of each batch: of one kind, in order of prompt length."""
 
         def kind(i: int) -> tuple:
             q = queries[i]
@@ -169,8 +170,8 @@ class Answerer:
             yield batch
 
     def _key(self, queries: Sequence[Query], adapters: Adapters | None) -> str:
-        about = [self._identity, adapters.identity if adapters else "", *(dataclasses.astuple(q) for q in queries)]
-        return hashlib.sha256(json.dumps(about).encode("utf-8", "surrogatepass")).hexdigest()
+        content = [self._identity, adapters.identity if adapters else "", *(dataclasses.astuple(q) for q in queries)]
+        return hashlib.sha256(json.dumps(content).encode("utf-8", "surrogatepass")).hexdigest()
 
     def _timed(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[Answer]:
         start = self._clock()
@@ -198,22 +199,22 @@ class Answerer:
         return [text.strip().split("\n")[0] if q.one_line else text for q, text in zip(queries, texts, strict=True)]
 
     def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
-        """The sum over its tokens of every option's log-probability, one query after another."""
+        """Log-likelihood (sum over tokens) of the options of all queries, in order."""
         rows, answers, keys = [], [], []
         for query, prompt in zip(queries, prompts, strict=True):
-            space = "" if query.prompt[-1:].isspace() else " "  # as text goes on; a chat template ends with a line break
+            space = "" if query.prompt[-1:].isspace() else " "  # none after the line break of a chat template
             for option in query.options:
                 answers.append(self.tokens(space + option))
                 rows.append(prompt + answers[-1])
                 keys.append(query.adapter)
         batch = self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._model.device)
         longest, positions = max(map(len, answers)), {}
-        if "position_ids" in inspect.signature(self._model.forward).parameters:  # else GPT-2 would count the padding
+        if "position_ids" in inspect.signature(self._model.forward).parameters:  # otherwise GPT-2 would count padding
             positions = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)}
         with use(keys):
             logits = self._model(**batch, **positions, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
-        found = []
-        for row, answer in zip(logits, answers, strict=True):  # one at a time: float32 of all is several times the logits
+        likelihoods = []
+        for row, answer in zip(logits, answers, strict=True):  # row by row, to bound the memory of float32 logits
             chosen = torch.tensor(answer, device=row.device)[:, None]
-            found.append(float(row[-len(answer) :].float().log_softmax(-1).gather(1, chosen).sum()))
-        return found
+            likelihoods.append(float(row[-len(answer) :].float().log_softmax(-1).gather(1, chosen).sum()))
+        return likelihoods

@@ -1,7 +1,7 @@
-"""Arms of an evaluation: who answers, from which prompt, with whose adapter.
+"""The arms of an evaluation.  An arm is one compared method: a prompt with or without an adapter.
 
-A *repeat* draws again what an arm may depend on: the description of a task (its repeat-th, counted round), the worked
-examples, the other task of the shuffled control, the junk.
+A *repeat* draws anew what an arm may depend on: the description (number ``repeat`` modulo their count), the few-shot
+examples, the other task of the shuffled control, the junk text.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
 from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
 
 SHOTS = 3
-#: The constant control: says nothing of any task.
+#: The constant control: a description without information about the task.
 CONSTANT = "Answer the question."
 CONTROLS = ("shuffled", "junk", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to answer.
+    """One compared method.
 
     Attributes:
         name: in results.
         adapters: None: the base model.
-        key: (task, example, repeat) -> key of the adapter in ``adapters``; None where there is none for that task.
-        description: whether the prompt names the task; ``shots``: worked examples in the prompt.
-        forms: prompt forms of which the better is chosen; adapters are asked in the form they were trained in.  Arms
-            without adapter lose the chat template where the tokenizer has none (:func:`without_chat`).
-        repeats: whether repeats differ at all; else one is asked.
+        key: (task, example, repeat) -> key of the adapter in ``adapters``; None if it has none for the task.
+        description: whether the prompt has the task description.
+        shots: number of few-shot examples in the prompt.
+        templates: candidate prompt templates; validation selects one.  Adapters have the one they were trained with.
+        repeats: whether repeats differ; otherwise one is run.
     """
 
     name: str
@@ -51,32 +51,32 @@ class Arm:
     key: Callable[[Task, Example, int], str | None] = lambda task, example, repeat: ""
     description: bool = False
     shots: int = 0
-    forms: tuple[str, ...] = (CHAT,)
+    templates: tuple[str, ...] = (CHAT,)
     repeats: bool = True
 
 
 def description_of(task: Task, repeat: int) -> str:
-    """The description that ``repeat`` reads."""
+    """The task's description of a repeat."""
     return task.descriptions[repeat % len(task.descriptions)]
 
 
 def shots_of(
     task: Task, pool: Sequence[Example], repeat: int, count: int = SHOTS, asked: str | None = None
 ) -> list[tuple[str, str]]:
-    """``count`` worked examples (input, answer) out of ``pool``, drawn by task and repeat; the input ``asked`` is none."""
+    """``count`` few-shot examples (input, answer) from ``pool``, drawn by task and repeat; never the input ``asked``."""
     order = random.Random(f"shots/{task.name}/{repeat}").sample(range(len(pool)), min(count + 1, len(pool)))
     return [(pool[i].input, pool[i].outputs[0]) for i in order if pool[i].input != asked][:count]
 
 
 def junk(task: Task, repeat: int) -> str:
-    """Eight words of random letters, drawn by task and repeat: the tokens of a description, no meaning."""
+    """Eight words of random letters, drawn by task and repeat: as long as a description, without meaning."""
     generator = random.Random(f"junk/{task.name}/{repeat}")
     word = lambda: "".join(generator.choices("abcdefghijklmnopqrstuvwxyz", k=generator.randint(2, 9)))  # noqa: E731
     return " ".join(word() for _ in range(8)).capitalize() + "."
 
 
 def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
-    """For every task another one, no task twice, drawn by repeat; ValueError for fewer than two tasks."""
+    """Task -> another task: a derangement drawn by repeat; ValueError for fewer than two tasks."""
     if len(names) < 2:
         raise ValueError(f"arms: the shuffled control needs at least two tasks, got {len(names)}")
     order = list(names)
@@ -88,36 +88,36 @@ def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
 
 
 def base_arms() -> list[Arm]:
-    """The model as it is: input alone, with the description, and with worked examples too."""
+    """The base model: with the input alone, with the description, and with description and few-shot examples."""
     both = (RAW, CHAT)
     return [
-        Arm("base", forms=both, repeats=False),
-        Arm("base-description", description=True, forms=both),
-        Arm("icl", description=True, shots=SHOTS, forms=both),
+        Arm("base", templates=both, repeats=False),
+        Arm("base-description", description=True, templates=both),
+        Arm("icl", description=True, shots=SHOTS, templates=both),
     ]
 
 
 def without_chat(arms: Sequence[Arm]) -> list[Arm]:
-    """``arms`` for a tokenizer without chat template: where a form is chosen, plain text is."""
-    return [dataclasses.replace(arm, forms=(RAW,)) if RAW in arm.forms else arm for arm in arms]
+    """``arms`` for a tokenizer without chat template: those that may choose a template get "raw"."""
+    return [dataclasses.replace(arm, templates=(RAW,)) if RAW in arm.templates else arm for arm in arms]
 
 
 def generated_arms(
     name: str, engine: TextToLoRA, tasks: Sequence[Task], *, in_prompt: bool = False, from_input: bool = False
 ) -> list[Arm]:
-    """A checkpoint's adapters from the task's description, and its controls.
+    """A checkpoint's adapters, generated from the task's description, and its controls.
 
     Args:
-        tasks: all that are asked, among which the shuffled control draws.
-        in_prompt: whether the checkpoint was trained with the description in the prompt; the prompt then has the right one,
-            whatever the adapter is generated from.
-        from_input: whether it was trained to generate an adapter from each input (no controls then).
+        tasks: all tasks of the evaluation; the shuffled control draws among them.
+        in_prompt: whether the checkpoint was trained with the description in the prompt; every prompt then has the correct
+            description, also those of controls.
+        from_input: whether it was trained to generate adapters from inputs; there are no controls then.
 
-    A checkpoint of one-hot tasks answers those it knows, generated from their names, and has no control but shuffled.
+    With a one-hot encoder, adapters are generated from names of known tasks, and shuffled is the only control.
     """
     adapters = Generated(engine)
     arm = lambda suffix, key, repeats=True: Arm(  # noqa: E731
-        name + suffix, adapters, key, description=in_prompt, forms=(engine.prompt_form,), repeats=repeats or in_prompt
+        name + suffix, adapters, key, description=in_prompt, templates=(engine.prompt_form,), repeats=repeats or in_prompt
     )
     if from_input:
         return [arm("", lambda task, example, repeat: example.input, False)]
@@ -145,31 +145,31 @@ def generated_arms(
     return arms
 
 
-def oracle_arm(stack: AdapterStack, names: Sequence[str], form: str = CHAT) -> Arm:
-    """Every task's own adapter, trained in prompts of ``form``; tasks without one are not asked."""
-    held = set(names)
+def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT) -> Arm:
+    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``."""
+    known = set(names)
     return Arm(
         "oracle",
         Stored(stack, names),
-        lambda task, example, repeat: task.name if task.name in held else None,
-        forms=(form,),
+        lambda task, example, repeat: task.name if task.name in known else None,
+        templates=(template,),
         repeats=False,
     )
 
 
-def library_arms(average: AdapterStack, stack: AdapterStack, form: str = CHAT) -> list[Arm]:
-    """Without reading a description: the average of a library trained in prompts of ``form``, and Arrow routing over it."""
+def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHAT) -> list[Arm]:
+    """Methods without description: the average of a library (of prompt ``template``), and Arrow routing over it."""
     return [
-        Arm("average", Stored(average, [""]), forms=(form,), repeats=False),
-        Arm("arrow", Routed(stack), forms=(form,), repeats=False),
+        Arm("average", Stored(average, [""]), templates=(template,), repeats=False),
+        Arm("arrow", Routed(stack), templates=(template,), repeats=False),
     ]
 
 
 def multi_task_arm(folder: Path) -> Arm:
-    """One adapter for all tasks: what ``t2l train lora`` with mode multi-task wrote to ``folder``.
+    """One adapter for all tasks: the run of ``t2l train lora`` with mode multi-task in ``folder``.
 
-    The arm is named after whether the run had the description in its prompts, and so has its own.  Raises FileNotFoundError
-    where no run has finished there, ConfigError where it made an adapter a task.
+    "multi-task-description" if the run's prompts had the description, else "multi-task".  Raises FileNotFoundError if no run
+    has finished there, ConfigError if it was one of another mode.
     """
     settings = settings_of(folder)
     if settings is None:
@@ -179,20 +179,20 @@ def multi_task_arm(folder: Path) -> Arm:
     stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"
-    form = check_prompt_form(settings.get("prompt_form", CHAT), folder)
-    return Arm(name, Stored(stack, [""]), description=in_prompt, forms=(form,), repeats=in_prompt)
+    template = check_prompt_form(settings.get("prompt_form", CHAT), folder)
+    return Arm(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
 
 
 class _Attached:
-    """Adapters that are attached for each batch, those that it needs alone; :meth:`_stack` makes them."""
+    """Attaches, for each batch, the adapters that it needs; :meth:`_stack` makes them."""
 
     identity: str
 
     def _stack(self, keys: Sequence[str]) -> AdapterStack:
-        """One adapter a key."""
+        """One adapter per key."""
         raise NotImplementedError
 
     @contextlib.contextmanager
@@ -211,7 +211,7 @@ class _Attached:
 
 
 class Generated(_Attached):
-    """Adapters that a checkpoint generates; keys are texts."""
+    """Adapters generated by a checkpoint; keys are descriptions."""
 
     def __init__(self, engine: TextToLoRA):
         self._engine, self._embeddings = engine, {}
@@ -219,7 +219,7 @@ class Generated(_Attached):
         self.identity = _digest([*state.values()], repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
 
     def _stack(self, keys: Sequence[str]) -> AdapterStack:
-        for text in keys:  # one by one: in a batch they would round by what else is new in it
+        for text in keys:  # one by one: rounding depends on the batch
             if text not in self._embeddings:
                 self._embeddings[text] = self._engine.encoder.encode([text])[0]
         return self._engine.hypernetwork.generate(torch.stack([self._embeddings[text] for text in keys]))
@@ -237,7 +237,7 @@ class Stored(_Attached):
 
 
 class Routed:
-    """A library that Arrow routes every token over; keys do not matter."""
+    """A library with Arrow routing of every token; ignores keys."""
 
     def __init__(self, stack: AdapterStack):
         self._stack, self.identity = stack, _digest(_tensors(stack), "arrow")

@@ -1,4 +1,4 @@
-"""Intervals by resampling tasks, with a fixed seed: percentiles of 10,000 resamples."""
+"""Bootstrap intervals over tasks: percentiles of 10,000 resamples with a fixed seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RESAMPLES = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """A figure over tasks with its percentile interval."""
+    """A statistic over tasks with its percentile interval."""
 
     mean: float
     low: float
@@ -20,9 +20,9 @@ class Interval:
 
 
 def interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
-    """Mean of ``values``, one a task.
+    """The mean of ``values``, one per task; of differences of two arms on the same tasks for a paired interval.
 
-    Give differences of two arms on the same tasks for a paired interval.  Raises ValueError without values.
+    Raises ValueError for no values.
     """
     if not len(values):
         raise ValueError("values: expected one a task, got none")
@@ -31,9 +31,9 @@ def interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> 
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
-    """Sum of ``numerators`` over sum of ``denominators``, one of each a task; ``mean`` is that quotient.
+    """The sum of ``numerators`` over the sum of ``denominators``, one of each per task; ``mean`` is the quotient.
 
-    Raises ValueError without values, for unequal numbers of them, and where the denominators sum to zero.
+    Raises ValueError for no values, unequal numbers of them, or denominators that sum to zero.
     """
     above, below = (np.asarray(values, dtype=np.float64) for values in (numerators, denominators))
     if not len(above) or len(above) != len(below):

@@ -1,6 +1,6 @@
-"""What an evaluation does with a library of adapters instead of generating one: average it, or route tokens over it (Arrow).
+"""Baselines on a library of adapters: its average, and routing of tokens over it (Arrow).
 
-A library is an :class:`t2l_engine.AdapterStack` of N adapters for the same modules.  Plain torch; PEFT is not needed.
+A library is an :class:`t2l_engine.AdapterStack` of N adapters for the same modules.  Plain torch, without PEFT.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from t2l_engine.lora.handle import attach
 from t2l_engine.lora.locate import Packed, Target, check_fits, check_stack, device_of, find, same_place, slot_dtype
 from t2l_engine.ops.reference import accumulation_dtype
 
-#: Experts a token is routed to, in the paper.
+#: Experts per token in the paper.
 TOP_K = 4
 
 
@@ -24,8 +24,8 @@ TOP_K = 4
 def average(stack: AdapterStack) -> AdapterStack:
     """One adapter whose A and B are the means of the library's A and B: the mean of factors, not of the products B A.
 
-    Sensible for adapters that were trained from one shared draw of A.  PEFT's "linear" combination is the same with weights
-    1 / N^2, of which it takes the root for each factor; with weights 1 / N it adds N times as much.
+    Sensible for adapters that share their initial A.  Equals PEFT's "linear" combination with weights 1 / N^2, since PEFT
+    multiplies each factor by the square root of the weight.
 
     Source: model soups (arXiv 2203.05482), on the factors.
 
@@ -50,10 +50,10 @@ def average(stack: AdapterStack) -> AdapterStack:
     if len(scalings) > 1:
         raise ValueError(f"stack: expected one scaling to average, got {short_repr(scalings)}")
     for name, ranks in stack.ranks.items():
-        apart = (ranks != ranks[0]).any(dim=0).nonzero().flatten().tolist()
-        if apart:
-            found = ranks[:, apart[0]].unique().tolist()
-            raise ValueError(f"stack: {name}: layer {apart[0]}: expected one rank to average, got {short_repr(found)}")
+        unequal = (ranks != ranks[0]).any(dim=0).nonzero().flatten().tolist()
+        if unequal:
+            found = ranks[:, unequal[0]].unique().tolist()
+            raise ValueError(f"stack: {name}: layer {unequal[0]}: expected one rank to average, got {short_repr(found)}")
 
     def mean(side: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: t.mean(0, keepdim=True, dtype=accumulation_dtype(t)).to(t.dtype) for name, t in side.items()}
@@ -65,19 +65,19 @@ def average(stack: AdapterStack) -> AdapterStack:
 
 @torch.no_grad()
 def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
-    """The direction of a layer's input that each adapter changes most: what Arrow compares a token with.
+    """Per adapter and layer, the unit input direction with the largest response of B A: Arrow's routing prototypes.
 
     Source: Arrow (arXiv 2405.11157): the right singular vector of B A with the largest singular value.
 
     Args:
-        stack: N adapters, A ``[N, n, r, in]``, B ``[N, n, out, r]``; the scaling does not matter.
+        stack: N adapters, A ``[N, n, r, in]``, B ``[N, n, out, r]``; the scaling has no effect.
 
     Returns:
-        Per module name ``[N, n, in]``, rows of norm 1 and of either sign, zero where B A is zero; float32, or float64 for a
-        float64 stack.
+        Per module name ``[N, n, in]``, rows of norm 1 (their sign is arbitrary), zero where B A is zero; float32, or float64
+        for a float64 stack.
 
     Raises:
-        ValueError: ``stack`` is no AdapterStack, or one of no adapter.
+        ValueError: ``stack`` is not an AdapterStack, or is empty.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -88,7 +88,7 @@ def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
             [0., 0.]])
     """
     _check_library(stack)
-    # Layer by layer: in float64 a whole library would be large.
+    # Layer by layer, to bound the memory of float64 copies.
     return {
         name: torch.stack([_leading(*_factors(stack, name, layer)) for layer in range(a.shape[1])], dim=1)
         for name, a in stack.lora_A.items()
@@ -96,7 +96,7 @@ def prototypes(stack: AdapterStack) -> dict[str, Tensor]:
 
 
 def _factors(stack: AdapterStack, name: str, layer: int) -> tuple[Tensor, Tensor]:
-    """A ``[N, r, in]`` and transposed B ``[N, r, out]`` of one layer, zero beyond the ranks (where they mean nothing)."""
+    """A ``[N, r, in]`` and transposed B ``[N, r, out]`` of one layer, padding beyond the true ranks zeroed."""
     a, b = stack.lora_A[name][:, layer], stack.lora_B[name][:, layer].mT
     padding = torch.arange(a.shape[1], device=a.device) >= stack.ranks[name][:, layer, None]
     return a.masked_fill(padding[..., None], 0), b.masked_fill(padding[..., None], 0)
@@ -104,16 +104,16 @@ def _factors(stack: AdapterStack, name: str, layer: int) -> tuple[Tensor, Tensor
 
 def _leading(a: Tensor, b: Tensor) -> Tensor:
     """The leading right singular vectors ``[N, in]`` of B A, for ``a [N, r, in]`` and ``b [N, r, out]`` (B transposed)."""
-    # B A = Q_b (R_b R_a^T) Q_a^T: all but the product in brackets, of r x r, is orthogonal.
+    # B A = Q_b (R_b R_a^T) Q_a^T with orthogonal Q_a, Q_b: an SVD of the r x r matrix in brackets suffices.
     basis, r_a = torch.linalg.qr(a.double().mT)
     r_b = torch.linalg.qr(b.double().mT, mode="r").R
     _, sizes, right = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     vectors = (basis @ right[:, 0, :, None]).squeeze(-1)
-    return (vectors * (sizes[:, :1] > 0)).to(accumulation_dtype(a))  # of a zero matrix every vector is a singular one
+    return (vectors * (sizes[:, :1] > 0)).to(accumulation_dtype(a))  # for B A = 0 the direction is undefined: zero
 
 
 def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
-    """The share of every expert in every token: softmax over the ``top_k`` largest ``|x . v_i|``, 0 for the others.
+    """Weight of every expert for every token: softmax over the ``top_k`` largest ``|x . v_i|``, 0 for the others.
 
     Source: Arrow (arXiv 2405.11157), at temperature 1.
 
@@ -122,7 +122,7 @@ def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
         directions: the experts' :func:`prototypes` of that layer, ``[N, in]``.
 
     Returns:
-        ``[T, N]`` float32 (float64 if an operand is), rows sum to 1.  The products are in that dtype too, whatever ``x`` is.
+        ``[T, N]`` float32 (float64 if an operand is), rows sum to 1.  Products are computed in that dtype.
 
     Raises:
         RuntimeError: ``top_k`` exceeds N.
@@ -138,16 +138,15 @@ def routing_weights(x: Tensor, directions: Tensor, top_k: int) -> Tensor:
 
 
 class Arrow:
-    """Every token of every adapted layer uses the ``top_k`` adapters of a library whose :func:`prototypes` fit it best.
+    """Arrow routing: in every adapted layer, each token uses the ``top_k`` adapters with the closest :func:`prototypes`.
 
-    A layer's output is ``W h + sum_i w_i s_i B_i A_i h`` with the :func:`routing_weights` ``w`` of its own input ``h``: what
-    adapters add is mixed, as in PEFT's Arrow.  An adapter that leaves a layer alone (B A = 0) has the logit 0 there and,
-    where it is among the ``top_k``, a share that adds nothing.
+    A layer's output is ``W h + sum_i w_i s_i B_i A_i h`` with the :func:`routing_weights` ``w`` of its input ``h``, as in
+    PEFT's Arrow.  An adapter with B A = 0 in a layer has the logit 0 there; if it is among the ``top_k``, its term is zero.
 
-    The model is routed from here until :meth:`detach`, or to the end of a ``with`` block.  Inputs ``[..., in]``, usually
-    ``[batch, tokens, in]``, give outputs ``[..., out]`` in the dtype of the layer.  A and B are copied, in the dtype of the
-    layer's weight, and products with them are taken in it; logits and shares are float32 (:func:`routing_weights`).  Detach
-    before the model is copied, pickled or given to :func:`t2l_engine.attach`.
+    Routing is active until :meth:`detach` or the end of a ``with`` block.  Inputs ``[..., in]``, usually
+    ``[batch, tokens, in]``, give outputs ``[..., out]`` in the dtype of the layer.  A and B are copied in the dtype of the
+    layer's weight, in which their products are computed; logits and weights are float32 (:func:`routing_weights`).  Detach
+    before copying or pickling the model or passing it to :func:`t2l_engine.attach`.
 
     Source: Arrow (arXiv 2405.11157).
 
@@ -155,11 +154,11 @@ class Arrow:
         model: as :func:`t2l_engine.attach` takes it.
         stack: the library of N adapters, the experts.
         top_k: experts a token uses, at most N; 4 in the paper.
-        packed: as :func:`t2l_engine.attach` takes it.  Modules of a packed projection are routed one by one.
+        packed: as :func:`t2l_engine.attach` takes it.  Modules of a packed projection are routed separately.
 
     Raises:
-        ValueError: what :func:`t2l_engine.attach` refuses, in its words; a model that is routed already; one linear in
-            several places; a ``top_k`` outside [1, N].
+        ValueError: the errors of :func:`t2l_engine.attach`; a model that is already routed; a linear that is in several
+            places; ``top_k`` outside [1, N].
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -180,25 +179,25 @@ class Arrow:
             raise ValueError(
                 f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}"
             )
-        attach(model, packed=packed)  # without a stack it checks the model and changes nothing
+        attach(model, packed=packed)  # without a stack: only checks the model
         places = _places(model, stack, packed)
         _check_linears(places)
         device = device_of(model)
         scaling = stack.scaling.to(device, copy=True)
         routed: list[tuple[nn.Module, _Routed]] = []
         for name, targets in places.items():
-            depth = stack.lora_A[name].shape[1]  # of a partial stack less than the model's
+            depth = stack.lora_A[name].shape[1]  # fewer than the model's in a partial stack
             for layer, target in targets.items():
                 if layer < depth and bool(stack.ranks[name][:, layer].any()):
                     a, b = (factor.to(device) for factor in _factors(stack, name, layer))
                     routed.append((target.linear, _Routed(target, a, b, scaling, top_k)))
-        # Last: what fails above (too little memory, adapters that are not finite) leaves the model alone.
+        # Last, so that errors above (out of memory, non-finite adapters) leave the model unchanged.
         self._hooks: list[RemovableHandle] | None = [
             linear.register_forward_hook(hook, with_kwargs=True) for linear, hook in routed
         ]
 
     def detach(self) -> None:
-        """Take the hooks off: the model is bit for bit what it was.  Raises RuntimeError when that is done already."""
+        """Remove the hooks, which restores the model bit for bit.  Raises RuntimeError if it is detached already."""
         if self._hooks is None:
             raise RuntimeError("the library is detached already; make another Arrow")
         for hook in self._hooks:
@@ -223,14 +222,14 @@ class _Routed:
         self._scaling, self._directions = scaling, _leading(a, b)  # [N, in]
 
     def __call__(self, linear: nn.Module, args: tuple, kwargs: dict, y: Tensor) -> Tensor:
-        x = args[0] if args else next(iter(kwargs.values()))  # as LoRALinear: the first argument, whatever its name
+        x = args[0] if args else next(iter(kwargs.values()))  # the first argument, as in LoRALinear
         if not isinstance(y, Tensor):
             raise RuntimeError(f"{self._path}: expected a layer that returns a tensor, got {type(y).__name__}")
-        with torch.autocast(x.device.type, enabled=False):  # which would round the logits
+        with torch.autocast(x.device.type, enabled=False):  # autocast would round the logits
             flat = x.reshape(-1, x.shape[-1])
-            shares = routing_weights(flat, self._directions, self._top_k) * self._scaling  # [T, N]
+            weights = routing_weights(flat, self._directions, self._top_k) * self._scaling  # [T, N]
             inner = F.linear(flat.to(self._A.dtype), self._A).unflatten(-1, (len(self._scaling), -1))  # [T, N, r]
-            inner = (inner * shares[..., None]).to(self._B.dtype).flatten(1)
+            inner = (inner * weights[..., None]).to(self._B.dtype).flatten(1)
             delta = (inner @ self._B).view(*y.shape[:-1], self._B.shape[1])
         if self._columns is not None:
             start, end = self._columns
@@ -257,7 +256,7 @@ def _places(model: nn.Module, stack: AdapterStack, packed: Packed | None) -> dic
 
 
 def _check_linears(places: dict[str, dict[int, Target]]) -> None:
-    """A hook belongs to a linear, not to a place in the model: every linear must have one place, and no hook of ours."""
+    """ValueError if a linear is in several places of the model (its hook would serve all of them) or is routed already."""
     paths: dict[int, str] = {}
     for name, targets in places.items():
         for target in targets.values():

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from t2l_engine.research.tasks.folder import parse_number
 
-_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # after a digit or a letter "-" is a hyphen
+_NUMBER = re.compile(r"(?:(?<!\w)[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")  # "-" after a digit or a letter is a hyphen
 _WORD = re.compile(r"\w+")
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> bool:
-    """Equality after trimming white space; case and punctuation count.
+    """Equality after stripping white space; case and punctuation matter.
 
     >>> exact_match(" Paris", ["Paris"]), exact_match("Paris.", ["Paris"])
     (True, False)
@@ -21,7 +21,7 @@ def exact_match(answer: str, accepted: Sequence[str]) -> bool:
 
 
 def containment(answer: str, accepted: Sequence[str]) -> bool:
-    """Whether an accepted answer stands in ``answer`` as whole words, in any case.
+    """Whether ``answer`` contains an accepted answer as whole words, ignoring case.
 
     >>> containment("It is Paris.", ["paris"]), containment("Parisian", ["Paris"])
     (True, False)
@@ -35,7 +35,9 @@ def containment(answer: str, accepted: Sequence[str]) -> bool:
 
 
 def rouge_l(answer: str, accepted: Sequence[str]) -> float:
-    """F1 of the longest common subsequence of words (ROUGE-L, Lin 2004), case folded, the best over ``accepted``; in [0, 1].
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of case-folded words, the best over ``accepted``; in [0, 1].
+
+    Not comparable to the ``rouge_score`` package, which splits words in another way and can stem them.
 
     >>> rouge_l("the cat sat", ["the black cat"])
     0.6666666666666666
@@ -46,17 +48,17 @@ def rouge_l(answer: str, accepted: Sequence[str]) -> float:
 def _f1(answer: str, accepted: str) -> float:
     words, wanted = _WORD.findall(answer), _WORD.findall(accepted)
     if not words or not wanted:
-        return float(answer == accepted)  # punctuation alone
+        return float(answer == accepted)  # punctuation only
     row = [0] * (len(wanted) + 1)
     for word in words:
-        above = 0  # the entry above and to the left
+        above = 0  # entry of the row above, one to the left
         for i, other in enumerate(wanted, start=1):
             above, row[i] = row[i], above + 1 if word == other else max(row[i], row[i - 1])
     return 2 * row[-1] / (len(words) + len(wanted))
 
 
 def last_number(text: str) -> float | None:
-    """The last number of ``text``, thousands separated by commas or not; None where there is none.
+    """The last number in ``text``, with or without thousands separators; None if there is none.
 
     >>> last_number("so 3 x 400 = 1,200 apples."), last_number("none")
     (1200.0, None)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Colours of the arms' kinds, told apart by people who see red and green alike.
+#: Colours by kind of arm; safe for red-green colour blindness.
 _COLOURS = {"generated": "#0072b2", "control": "#56b4e9", "base": "#999999", "other": "#d55e00"}
 
 
 def means(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of every arm's mean score, a panel a group of tasks, with 95 % intervals over tasks; written to ``path``.
+    """Write to ``path`` a bar chart of every arm's mean score with 95 % intervals over tasks, one panel per task group.
 
-    ``result``: as ``t2l evaluate --json`` writes it.  Raises ImportError where matplotlib is not installed.
+    ``result``: as ``t2l evaluate --json`` writes it.  Raises ImportError without matplotlib.
     """
     import matplotlib
 
@@ -28,12 +28,12 @@ def means(result: Mapping[str, Any], path: Path) -> None:
         1, len(groups), figsize=(3.2 + 3 * len(groups), 1.2 + 0.28 * len(arms)), sharey=True, squeeze=False
     )
     for axis, (group, names) in zip(axes[0], groups.items(), strict=True):
-        for at, arm in enumerate(reversed(arms)):
+        for y, arm in enumerate(reversed(arms)):
             values = [scores[name][arm] for name in names if arm in scores[name]]
             if values:
                 span = interval(values)
-                axis.barh(at, span.mean, color=_COLOURS[_kind(arm)])
-                axis.plot([span.low, span.high], [at, at], color="black", linewidth=1)
+                axis.barh(y, span.mean, color=_COLOURS[_kind(arm)])
+                axis.plot([span.low, span.high], [y, y], color="black", linewidth=1)
         axis.set_yticks(range(len(arms)), list(reversed(arms)))
         axis.set_xlim(0, 100)
         axis.set_title(f"{group} ({len(names)} tasks)", fontsize=9)

@@ -1,4 +1,4 @@
-"""An evaluation: every arm answers the same items, and its answers are scored."""
+"""An evaluation: all arms answer the same items; answers are scored and compared."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from t2l_engine.text.prompts import prompt_of
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is the same for every arm.
+    """Settings shared by all arms.
 
     Attributes:
-        repeats: draws of description, worked examples and controls.
-        max_new_tokens: of an answer; ``max_long_tokens``: of one that reasons to a number or is code.
-        max_prompt_tokens: an item with a longer prompt in any arm is left out of all of them.
-        validation_items: a task, on which the better prompt form of an arm is chosen.
-        run_code: whether answers that are code are run (:mod:`t2l_engine.research.evaluation.sandbox`).
+        repeats: number of draws of description, few-shot examples and controls.
+        max_new_tokens: of an answer; ``max_long_tokens``: of an answer with reasoning to a number, or of code.
+        max_prompt_tokens: an item with a longer prompt in any arm is left out of all arms.
+        validation_items: per task, for selecting an arm's prompt template.
+        run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
     """
 
     repeats: int = 3
@@ -45,17 +45,17 @@ class _Item:
 
 
 class Evaluation:
-    """Tasks, arms and what they are shown.
+    """Runs arms on tasks.
 
     Args:
-        tasks: with the examples that are asked.
-        arms: whose names differ.
-        pools: examples a task from which worked examples are drawn.
-        validation: examples a task on which prompt forms are chosen; where no task has any, the first form of an arm is
-            taken, and the result says so.
-        progress: told (arm, number of answers) as they come.
+        tasks: with the examples to answer.
+        arms: with distinct names.
+        pools: per task, the examples from which few-shot examples are drawn.
+        validation: per task, the examples on which an arm's prompt template is selected; without any, an arm uses its first
+            template, and the result's "validation" is null.
+        progress: called with (arm, number of new answers).
 
-    Raises ValueError for arms of one name, for worked examples of a task without a pool, and for code without
+    Raises ValueError for arms with equal names, for few-shot arms and a task without a pool, and for tasks of code without
     ``settings.run_code``.
     """
 
@@ -92,27 +92,27 @@ class Evaluation:
 
     @property
     def answers(self) -> int:
-        """How many :meth:`run` asks for, those that choose a form included."""
+        """Number of answers that :meth:`run` computes, including those for selecting prompt templates."""
         items = sum(len(task.examples) for task in self._tasks)
         validated = sum(map(len, self._validated.values()))
         count = 0
         for arm in self._arms:
-            count += items * self._repeats(arm) + (validated * len(arm.forms) if len(arm.forms) > 1 else 0)
+            count += items * self._repeats(arm) + (validated * len(arm.templates) if len(arm.templates) > 1 else 0)
         return count
 
     def run(self) -> dict[str, Any]:
-        """``tasks``: score in percent by task and arm; ``forms``, ``details``, ``left_out``: see docs/evaluation.md.
+        """The result: ``tasks``: score in percent by task and arm; other keys are described in docs/evaluation.md.
 
-        Raises ConfigError where no item is left.
+        Raises ConfigError if no item of a task is left.
         """
         kept, left_out = self._fitting()
-        forms = {arm.name: self._choose(arm) for arm in self._arms}
+        templates = {arm.name: self._choose(arm) for arm in self._arms}
         scores: dict[str, dict[str, float]] = {task.name: {} for task in self._tasks}
         details: dict[str, dict[str, Any]] = {}
         for arm in self._arms:
             items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in self._tasks for e in kept[t.name]]
             items = [item for item in items if self._adapter(arm, item) is not None]
-            answers = self._ask(arm, forms[arm.name]["form"], items)
+            answers = self._ask(arm, templates[arm.name]["form"], items)
             details[arm.name] = self._details(items, answers)
             for name, of in details[arm.name]["tasks"].items():
                 scores[name][arm.name] = of["score"]
@@ -120,7 +120,7 @@ class Evaluation:
             "tasks": scores,
             "items": {name: len(examples) for name, examples in kept.items()},
             "left_out": left_out,
-            "forms": forms,
+            "forms": templates,
             "details": details,
         }
 
@@ -129,20 +129,20 @@ class Evaluation:
     def _repeats(self, arm: Arm) -> int:
         return self._settings.repeats if arm.repeats else 1
 
-    def _prompt(self, arm: Arm, form: str, item: _Item) -> str:
+    def _prompt(self, arm: Arm, template: str, item: _Item) -> str:
         description = description_of(item.task, item.repeat) if arm.description else ""
         shots = []
         if arm.shots:
             shots = shots_of(item.task, self._pools[item.task.name], item.repeat, arm.shots, item.example.input)
-        return prompt_of(form, self._tokenizer, item.example.input, description, shots)
+        return prompt_of(template, self._tokenizer, item.example.input, description, shots)
 
     def _adapter(self, arm: Arm, item: _Item) -> str | None:
         return arm.key(item.task, item.example, item.repeat)
 
-    def _query(self, arm: Arm, form: str, item: _Item) -> Query:
+    def _query(self, arm: Arm, template: str, item: _Item) -> Query:
         long = item.example.metric in ("number", "pass")
         return Query(
-            self._prompt(arm, form, item),
+            self._prompt(arm, template, item),
             self._adapter(arm, item),
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
@@ -150,7 +150,7 @@ class Evaluation:
         )
 
     def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
-        """Examples whose prompts fit in every arm, form and repeat, and how many of a task do not."""
+        """Per task, the examples whose prompts fit in every arm, template and repeat, and the number of the others."""
         kept, left_out = {}, {}
         for task in self._tasks:
             kept[task.name] = tuple(e for e in task.examples if self._fits(task, e))
@@ -164,7 +164,7 @@ class Evaluation:
         return kept, left_out
 
     def _fits(self, task: Task, example: Example) -> bool:
-        items = ((arm, form, _Item(task, example, r)) for arm in self._arms for form in arm.forms
+        items = ((arm, template, _Item(task, example, r)) for arm in self._arms for template in arm.templates
                  for r in range(self._repeats(arm)))  # fmt: skip
         texts = {self._prompt(*which) for which in items}
         return max(len(self._answerer.tokens(text)) for text in texts) <= self._settings.max_prompt_tokens
@@ -172,26 +172,26 @@ class Evaluation:
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _validation_items(self, task: Task) -> list[Example]:
-        if all(len(arm.forms) == 1 for arm in self._arms):
+        if all(len(arm.templates) == 1 for arm in self._arms):
             return []
         found = self._validation.get(task.name, ())
-        fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # a form is not worth running code for
+        fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # no code is run for selecting a template
         return list(itertools.islice(fitting, self._settings.validation_items))
 
     def _choose(self, arm: Arm) -> dict[str, Any]:
-        """The form that scores better on validation items, and the scores in percent."""
+        """The prompt template with the best score on validation items, and the scores in percent."""
         items = [_Item(task, e, 0) for task in self._tasks for e in self._validated[task.name]]
         items = [item for item in items if self._adapter(arm, item) is not None]
-        if len(arm.forms) == 1 or not items:
-            return {"form": arm.forms[0], "validation": None}
+        if len(arm.templates) == 1 or not items:
+            return {"form": arm.templates[0], "validation": None}
         means = {}
-        for form in arm.forms:
-            of = self._details(items, self._ask(arm, form, items))["tasks"]
-            means[form] = statistics.fmean(task["score"] for task in of.values())
-        return {"form": max(arm.forms, key=lambda form: means[form]), "validation": means}
+        for template in arm.templates:
+            by_task = self._details(items, self._ask(arm, template, items))["tasks"]
+            means[template] = statistics.fmean(task["score"] for task in by_task.values())
+        return {"form": max(arm.templates, key=lambda template: means[template]), "validation": means}
 
-    def _ask(self, arm: Arm, form: str, items: Sequence[_Item]) -> list[Answer]:
-        queries = [self._query(arm, form, item) for item in items]
+    def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[Answer]:
+        queries = [self._query(arm, template, item) for item in items]
         return self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
 
     # --- scores ----------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ class Evaluation:
             by_task.setdefault(item.task.name, []).append((item, answer, self._scores(item.example, answer)))
         tasks = {}
         for name, rows in by_task.items():
-            found = dict.fromkeys(m for _, _, s in rows for m in s)  # examples of one task may be judged in several ways
+            found = dict.fromkeys(m for _, _, s in rows for m in s)  # metrics may differ within a task
             measures = {m: 100 * statistics.fmean(s[m] for _, _, s in rows if m in s) for m in found}
             repeats = sorted({item.repeat for item, _, _ in rows})
             tasks[name] = measures | {
@@ -213,7 +213,7 @@ class Evaluation:
         return {"tasks": tasks, "seconds_per_answer": seconds}
 
     def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
-        """``score`` by the example's metric; what else is said of a text; all in [0, 1]."""
+        """``score`` by the example's metric, and further measures; all in [0, 1]."""
         if example.metric == "options":
             per_byte = [v / len(o.encode()) for v, o in zip(answer.likelihoods, example.options, strict=True)]
             right = [option in example.outputs for option in example.options]
@@ -233,28 +233,26 @@ class Evaluation:
         }
 
 
-def summary(
-    scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], reference: str
-) -> dict[str, Any]:
-    """Means over the tasks of each group, and every arm against the arm ``reference``.
+def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], baseline: str) -> dict[str, Any]:
+    """Means over the tasks of each group, and the difference of the arm ``baseline`` to every other arm.
 
     Args:
-        scores: percent by task and arm, as :meth:`Evaluation.run` gives; an arm may lack tasks.
+        scores: percent by task and arm, from :meth:`Evaluation.run`; an arm may lack tasks.
         groups: names of tasks by group.
 
-    Returns ``{group: {"tasks": count, "mean": {arm: percent}, "difference": {arm: {"tasks", "mean", "low", "high"}}}}``: the
-    difference is ``reference`` less the arm, in points, on the tasks that both answered, with a 95 % bootstrap interval over
-    tasks.
+    Returns ``{group: {"tasks": count, "mean": {arm: percent}, "difference": {arm: {"tasks", "mean", "low", "high"}}}}``.
+    Differences are ``baseline`` minus the arm, in percentage points, over the tasks that both answered, with a 95 %
+    bootstrap interval over tasks.
     """
-    found = {}
+    result = {}
     for group, names in groups.items():
         rows = [scores[name] for name in names]
         arms = list(dict.fromkeys(arm for row in rows for arm in row))
         means = {arm: statistics.fmean(row[arm] for row in rows if arm in row) for arm in arms}
         differences = {}
         for arm in arms:
-            paired = [row[reference] - row[arm] for row in rows if arm in row and reference in row]
-            if arm != reference and paired:
+            paired = [row[baseline] - row[arm] for row in rows if arm in row and baseline in row]
+            if arm != baseline and paired:
                 differences[arm] = {"tasks": len(paired), **dataclasses.asdict(interval(paired))}
-        found[group] = {"tasks": len(names), "mean": means, "difference": differences}
-    return found
+        result[group] = {"tasks": len(names), "mean": means, "difference": differences}
+    return result

@@ -1,14 +1,13 @@
-"""Runs Python that a model wrote, beside the tests it has to pass, in a sandbox made by bubblewrap.
+"""Runs model-written Python with its tests in a bubblewrap sandbox.
 
-What a program cannot do: reach a network, see, signal or trace processes of others, start processes or threads, write
-anywhere but in a ``/tmp`` of its own (16 MiB of memory that vanish with it), read standard input or the environment, gain
-rights or make namespaces, outlive the time limit, use more memory than it may.  Where any of that cannot be had, nothing is
-run.
+A program cannot access a network; see, signal or trace other processes; start processes or threads; write outside its own
+``/tmp`` (16 MiB of memory, discarded afterwards); read standard input or the environment; gain privileges or create
+namespaces; exceed its time or memory limit.  If any of this cannot be enforced, nothing is run.
 
-What it can do: read every file outside ``/tmp`` that the user may read, talk to services through named sockets of the file
-system or, in a virtual machine, to its host through vsock, and attack the kernel, of which little is filtered.  This is
-meant for the mistakes of a model; hostile code belongs into a container or a virtual machine.  Nor is a verdict proof
-against cheating: the tests run in the process of the program, so that one written to pass them without solving anything can.
+A program can read every file outside ``/tmp`` that the user can read, connect to named sockets in the file system or, in a
+virtual machine, to the host through vsock, and make most system calls.  The sandbox is meant for faulty programs; run
+hostile code in a container or a virtual machine.  A program can also pass without solving its task: the tests run in its
+process.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ Outcome = Literal["passed", "failed", "timeout"]
 MIN_MEMORY_MB, MAX_SECONDS = 64, 3600.0
 #: Bytes of one file and of all together, and open files, that a program may have.
 _DISK, _OPEN = 16 << 20, 64
-#: Seconds in which the sandbox starts, on a machine that does much else.
+#: Seconds allowed for the sandbox to start, on a busy machine.
 _GRACE = 60.0
-#: No capability and no way to one; /proc of its own processes; of devices null, zero, random and the like.
+#: No capabilities, no new namespaces, its own /proc, a minimal /dev.
 _SANDBOX = (
     "--unshare-all --unshare-user --disable-userns --uid 65534 --gid 65534 --cap-drop ALL --new-session --die-with-parent "
     f"--ro-bind / / --proc /proc --dev /dev --remount-ro /dev --size {_DISK} --tmpfs /tmp --chdir /tmp"
 ).split()
-#: By machine: its AUDIT_ARCH of linux/audit.h, and the numbers of clone, clone3, fork and vfork where it has them.
+#: Machine -> AUDIT_ARCH of linux/audit.h and the system call numbers of clone, clone3, fork and vfork.
 _FORKS = {"x86_64": (0xC000003E, (56, 435, 57, 58)), "aarch64": (0xC00000B7, (220, 435))}
-#: What runs in it.  It says that it has begun, and at the end the nonce, where standard output was.
+#: Program that runs in the sandbox; writes "!" to standard output when it starts and the nonce when the tests passed.
 _INSIDE = """
 import json, os, sys, types
 
@@ -65,10 +64,10 @@ _DEF = re.compile(r"^(?:async[ \t]+)?def[ \t]+(\w+)", re.M)
 
 
 def extract(answer: str, prompt: str) -> str:
-    """The program of a model's ``answer``: its first fenced block of Python (or of no language), else all of it.
+    """The program in a model's ``answer``: its first fenced block of Python (or without language), else the whole answer.
 
-    Where ``prompt`` begins a function (its last ``def`` at the start of a line) that the program does not define, the
-    program continues the prompt; where it does, what stands before that ``def`` (imports, helpers) goes before it.
+    If ``prompt`` begins a function (its last ``def`` at the start of a line) that the program does not define, the program
+    is appended to the prompt; otherwise the text before that ``def`` (imports, helpers) is prepended to the program.
 
     >>> extract("    return x + 1", "def next(x):\\n")
     'def next(x):\\n    return x + 1'
@@ -86,7 +85,7 @@ def extract(answer: str, prompt: str) -> str:
 
 
 def check_sandbox() -> None:
-    """RuntimeError, saying why, where programs cannot be run here; to be called before there are any."""
+    """Check that programs can be run on this machine; RuntimeError with the reason otherwise."""
     outcome = run_tests(
         "import bisect, collections, decimal, heapq, itertools, math, re, typing", "assert True", seconds=60.0
     )
@@ -95,21 +94,21 @@ def check_sandbox() -> None:
 
 
 def run_tests(program: str, tests: str, *, seconds: float = 10.0, memory_mb: int = 512) -> Outcome:
-    """Run ``program``, then ``tests`` in its namespace, with nothing but the standard library; nothing of it is left behind.
+    """Run ``program``, then ``tests`` in its namespace, in the sandbox with the standard library.
 
-    Both are Python source, compiled one by one.  ``__name__`` is not ``"__main__"``.  What they print is discarded.
+    Both are Python source and compiled separately.  ``__name__`` is not ``"__main__"``.  Output is discarded.
 
     Args:
-        seconds: of wall clock, up to 3600.
-        memory_mb: address space of the process, at least 64.
+        seconds: wall-clock limit, up to 3600.
+        memory_mb: address space limit in MiB, at least 64.
 
-    Returns "passed" where both ran to their end, "timeout" where the time was up before, "failed" otherwise: an exception, a
-    syntax error, an exit (whatever its status), a crash, too much memory.
+    Returns "passed" if both ran to their end, "timeout" if the time limit was reached, else "failed": an exception, a syntax
+    error, an exit with any status, a crash, the memory limit.
 
     Raises:
         ValueError: a limit is out of range.
-        RuntimeError: the system is not Linux on x86-64 or arm64, has no bubblewrap, or does not let it isolate the program;
-            nothing was run.
+        RuntimeError: the system is not Linux on x86-64 or arm64, lacks bubblewrap, or does not allow the isolation; nothing
+            was run.
     """
     if not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"seconds: expected a number in (0, {MAX_SECONDS:.0f}], got {seconds!r}")
@@ -122,10 +121,10 @@ def run_tests(program: str, tests: str, *, seconds: float = 10.0, memory_mb: int
         raise RuntimeError(f"sandbox: expected one of the machines {', '.join(_FORKS)}, got {platform.machine()}")
     nonce = os.urandom(16).hex()
     limits = {"cpu": math.ceil(seconds) + 1, "as": memory_mb << 20, "fsize": _DISK, "nofile": _OPEN, "core": 0}
-    sandbox = [prlimit, *(f"--{name}={most}" for name, most in limits.items()), bwrap, *_SANDBOX]
+    sandbox = [prlimit, *(f"--{name}={limit}" for name, limit in limits.items()), bwrap, *_SANDBOX]
     with _file(json.dumps({"nonce": nonce, "program": program, "tests": tests}).encode()) as job:
-        said = _run(sandbox, job, seconds)
-    return "timeout" if said is None else "passed" if said == nonce.encode() else "failed"
+        output = _run(sandbox, job, seconds)
+    return "timeout" if output is None else "passed" if output == nonce.encode() else "failed"
 
 
 def _program(name: str, package: str) -> str:
@@ -143,25 +142,25 @@ def _file(content: bytes = b"") -> IO[bytes]:
 
 
 def _no_processes() -> bytes:
-    """A seccomp filter: starting a process or thread fails with EAGAIN, for root too, whom RLIMIT_NPROC does not bind."""
+    """A seccomp filter under which starting a process or thread fails with EAGAIN; RLIMIT_NPROC would not apply to root."""
     machine, forks = _FORKS[platform.machine()]
     load, equal, at_least, leave = 0x20, 0x15, 0x35, 0x06  # BPF, linux/bpf_common.h
     allow, kill, again = 0x7FFF0000, 0x80000000, 0x50000 | errno.EAGAIN  # SECCOMP_RET_*, linux/seccomp.h
     code = [(load, 0, 0, 4), (equal, 1, 0, machine), (leave, 0, 0, kill), (load, 0, 0, 0)]  # struct seccomp_data: nr, arch
-    code += [(at_least, 0, 1, 1 << 30), (leave, 0, 0, kill)]  # x32 calls by other numbers
+    code += [(at_least, 0, 1, 1 << 30), (leave, 0, 0, kill)]  # x32 system calls have other numbers
     for number in forks:
         code += [(equal, 0, 1, number), (leave, 0, 0, again)]
     return b"".join(struct.pack("HBBI", *step) for step in [*code, (leave, 0, 0, allow)])
 
 
 def _run(sandbox: list[str], job: IO[bytes], seconds: float) -> bytes | None:
-    """What the process in ``sandbox`` wrote after it began; None where it was ended when its time was up."""
+    """Output of the sandboxed process after its start mark; None if it was killed at the time limit."""
     python = [os.path.realpath(sys.executable), "-I", "-S", "-B", "-X", "utf8", "-c", _INSIDE]
     with _file(_no_processes()) as forbidden, _file() as info:
         files = ["--seccomp", str(forbidden.fileno()), "--info-fd", str(info.fileno()), "--"]
         process = subprocess.Popen(
             [*sandbox, *files, *python],
-            env={},  # /proc of the sandbox shows that of bubblewrap itself
+            env={},  # bubblewrap's environment is visible in the sandbox's /proc
             cwd="/",
             stdin=job,
             stdout=subprocess.PIPE,
@@ -173,7 +172,7 @@ def _run(sandbox: list[str], job: IO[bytes], seconds: float) -> bytes | None:
             try:
                 return _watch(process, info, seconds)
             finally:
-                process.kill()  # with it all others die
+                process.kill()  # kills the whole sandbox (--die-with-parent)
 
 
 def _watch(process: subprocess.Popen[bytes], info: IO[bytes], seconds: float) -> bytes | None:
@@ -188,8 +187,8 @@ def _watch(process: subprocess.Popen[bytes], info: IO[bytes], seconds: float) ->
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        # The first process inside: all others end before it, and bubblewrap after it.
+        # The init process of the sandbox: its end kills all others, then bubblewrap exits.
         os.kill(json.loads(os.pread(info.fileno(), 1 << 10, 0))["child-pid"], signal.SIGKILL)
         process.wait()
         return None
-    return process.stdout.read()  # not before: a program that writes more than a pipe holds waits for its own end
+    return process.stdout.read()  # not earlier: a program that fills the pipe blocks until the time limit

@@ -1,1 +1,5 @@
-"""Task data: import, splits, manifests, decontamination, a synthetic suite; without torch, never imported by the core."""
+"""Task data: folders of examples, imports, splits, manifests, decontamination, a synthetic suite.
+
+May be imported: ``folder`` (Task, load_tasks, write_tasks), ``examples``, ``manifest``, ``benchmarks``, ``sni``,
+``synthetic``, ``decontaminate``.  Imports ``files``.
+"""

@@ -1,7 +1,7 @@
-"""Import of the ten benchmarks of Text-to-LoRA (arXiv 2506.06105): a ``<name>.jsonl`` file each, a line a row.
+"""Import of the ten benchmarks of Text-to-LoRA (arXiv 2506.06105), each from a ``<name>.jsonl`` file with a row per line.
 
-A row has the fields that the data set has on the Hugging Face Hub or where it was first published.  It may also stand under
-"raw" of an object that has a "split" beside it.  Every file is taken for untrusted.  Licences, as the authors state them:
+A row has the fields of the data set on the Hugging Face Hub or of its first publication.  It may also be the value of "raw"
+in an object that has a "split" too.  Files are untrusted.  Licences, as stated by the authors:
 
 ==============  ============  =====================  ==============
 name            metric        data set               licence
@@ -31,25 +31,25 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import is_unicode, read_rows
 from t2l_engine.research.tasks.folder import Example, Task, parse_number
 
-#: What a row without one is of: a benchmark is there to be measured by.
+#: Split of rows that state none.
 SPLIT = "test"
 _NO_ANSWER, _CHOICES = "no answer is stated", "the choices are not distinct texts"
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """``tasks``; which rows were ``left_out``: name -> reason -> rows."""
+    """``tasks``; ``left_out``: benchmark -> reason -> number of rows left out."""
 
     tasks: list[Task]
     left_out: dict[str, dict[str, int]]
 
 
 class _LeftOut(Exception):
-    """A row that is well formed and of no use; the text says why."""
+    """A well-formed row that cannot be used; the message is the reason."""
 
 
 class _Row:
-    """Fields of a row; ConfigError names the line and the field that is absent or of another kind."""
+    """Checked access to a row's fields; ConfigError names line and field if it is missing or of another type."""
 
     def __init__(self, where: str, values: dict[str, Any]):
         self.where, self.values = where, values
@@ -86,7 +86,10 @@ class _Row:
         return [_Row(f"{self.where}: {name}[{i}]", value) for i, value in enumerate(values)]
 
     def index(self, name: str, count: int, first: int = 0) -> int:
-        """Which of ``count`` choices, counted from ``first``, is right: a number or its digits; "" and -1 state none."""
+        """Index of the correct one of ``count`` choices; the field holds index + ``first``, as a number or as digits.
+
+        _LeftOut for "" and -1, which mean that no answer is stated.
+        """
         value = self.values.get(name)
         if value in ("", "-1") or (value == -1 and isinstance(value, int)):
             raise _LeftOut(_NO_ANSWER)
@@ -96,15 +99,15 @@ class _Row:
         return numbers[value]
 
 
-def _choose(row: _Row, text: str, options: Sequence[str], right: int) -> Example:
+def _choose(row: _Row, text: str, options: Sequence[str], correct: int) -> Example:
     options = tuple(option.strip() for option in options)
     if len(options) < 2 or len(set(options)) < len(options) or not all(options):
         raise _LeftOut(_CHOICES)
-    return Example(text.strip(), (options[right],), SPLIT, "options", options)
+    return Example(text.strip(), (options[correct],), SPLIT, "options", options)
 
 
 def _labelled(row: _Row) -> Example:
-    """ARC and OpenBookQA: the Hub has the choices in columns, the authors in objects beside the question."""
+    """ARC and OpenBookQA: choices are columns on the Hub, and objects in the authors' files."""
     if isinstance(row.values.get("question"), dict):
         question = row.part("question")
         text, choices = question.text("stem"), question.parts("choices")
@@ -160,7 +163,7 @@ def _humaneval(row: _Row) -> Example:
 
 
 def _mbpp(row: _Row) -> Example:
-    """The full data set, or the sanitized one, which calls some fields otherwise."""
+    """The full data set, or the sanitized one, in which some fields have other names."""
     tests = "\n".join(row.texts("test_list"))
     if not tests.strip():
         raise _LeftOut("there are no tests")
@@ -236,24 +239,24 @@ _DESCRIPTIONS = {
 }
 
 
-def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, most: int | None = None) -> Imported:
-    """The benchmarks that folder ``source`` has a file of, as tasks, in the order of NAMES; their rows stay in order.
+def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, limit: int | None = None) -> Imported:
+    """The benchmarks that have a file in folder ``source``, as tasks in the order of NAMES, with rows in their order.
 
-    A row's split is the one that it states, "test" where it states none (HellaSwag's own rows do state one).  Rows without a
-    stated answer, and those whose choices are not distinct, are left out, and so is a benchmark of which no row remains.
+    Rows have the split that they state (HellaSwag's do), or "test".  Rows without a stated answer or with equal choices are
+    left out, and so is a benchmark without remaining rows.
 
     Args:
-        names: only these, each of which must have a file; None: all that have one.
-        most: most examples of a split; the rows after them are checked for nothing but being JSON.  None: all.
+        names: of the benchmarks to import, each of which must have a file; None: all that have one.
+        limit: of examples per split; further rows are only parsed as JSON.  None: all.
 
-    Raises FileNotFoundError where there is no file, ConfigError naming an unknown benchmark, or file, line and field.
+    Raises FileNotFoundError for missing files, ConfigError naming an unknown benchmark, or file, line and field.
     """
     source = Path(source)
     unknown = sorted(set(names or ()).difference(NAMES))
     if unknown:
         raise ConfigError(f"names: expected some of {NAMES}, got {short_repr(unknown)}")
-    if most is not None and most < 1:
-        raise ConfigError(f"most: expected a positive number, got {short_repr(most)}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: expected a positive number, got {short_repr(limit)}")
     found = [name for name in NAMES if (source / f"{name}.jsonl").is_file()]
     absent = [name for name in names or () if name not in found]
     if absent or not found:
@@ -263,7 +266,7 @@ def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, mo
     imported = Imported([], {})
     for name in found:
         if names is None or name in names:
-            examples, left_out = _read(name, source / f"{name}.jsonl", most)
+            examples, left_out = _read(name, source / f"{name}.jsonl", limit)
             if left_out:
                 imported.left_out[name] = left_out
             if examples:
@@ -271,14 +274,14 @@ def import_benchmarks(source: str | Path, names: Sequence[str] | None = None, mo
     return imported
 
 
-def _read(name: str, path: Path, most: int | None) -> tuple[list[Example], dict[str, int]]:
+def _read(name: str, path: Path, limit: int | None) -> tuple[list[Example], dict[str, int]]:
     examples: list[Example] = []
     counts: collections.Counter[str] = collections.Counter()
     left_out: collections.Counter[str] = collections.Counter()
     for where, values in read_rows(path):
         row = _Row(where, values)
         split = row.text("split") if "split" in row else SPLIT
-        if most is not None and counts[split] >= most:
+        if limit is not None and counts[split] >= limit:
             continue
         try:
             example = _READERS[name](row.part("raw") if "raw" in row else row)

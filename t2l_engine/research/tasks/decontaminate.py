@@ -1,7 +1,7 @@
-"""Which examples repeat a benchmark: shared runs of words, as is usual for language models.
+"""Decontamination: finds examples that share word n-grams with a benchmark.
 
-Words are those of the case-folded text without punctuation.  Two texts overlap where they share ``n`` words in a row, or,
-where one of them has fewer, are the same in words and have at least ``MIN_WORDS``.
+Words are those of the case-folded text without punctuation.  Two texts overlap if they share ``n`` consecutive words; a text
+of fewer words, but at least ``MIN_WORDS``, overlaps with one of the same words.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIN_WORDS = 5
 
 
 class Overlap(NamedTuple):
-    """Example ``index`` of ``task`` (of all its examples), which is of ``split``, shares text with ``benchmark``."""
+    """Example ``index`` of ``task`` (over all its splits), in ``split``, shares text with ``benchmark``."""
 
     task: str
     split: str
@@ -26,28 +26,28 @@ class Overlap(NamedTuple):
 
 
 def overlaps(tasks: Sequence[Task], benchmarks: Sequence[Task], n: int = 13) -> list[Overlap]:
-    """The examples of ``tasks`` whose input or output shares ``n`` words in a row with any text of ``benchmarks``.
+    """The examples of ``tasks`` whose input or an output shares ``n`` consecutive words with any text of ``benchmarks``.
 
-    Each is named once, with the first benchmark found.  ValueError unless ``n`` is at least ``MIN_WORDS``.
+    Each is listed once, with the first benchmark found.  ValueError if ``n`` is less than ``MIN_WORDS``.
     """
     if n < MIN_WORDS:
         raise ValueError(f"n: expected at least {MIN_WORDS} words, got {n}")
     known: dict[str, str] = {}
     for benchmark in benchmarks:
         for example in benchmark.examples:
-            for run in _runs(example, n):
-                known.setdefault(run, benchmark.name)
+            for ngram in _ngrams(example, n):
+                known.setdefault(ngram, benchmark.name)
     found = []
     for task in tasks:
         for index, example in enumerate(task.examples):
-            run = next((run for run in _runs(example, n) if run in known), None)
-            if run is not None:
-                found.append(Overlap(task.name, example.split, index, known[run]))
+            ngram = next((ngram for ngram in _ngrams(example, n) if ngram in known), None)
+            if ngram is not None:
+                found.append(Overlap(task.name, example.split, index, known[ngram]))
     return found
 
 
 def decontaminate(tasks: Sequence[Task], benchmarks: Sequence[Task], n: int = 13) -> tuple[list[Task], list[Overlap]]:
-    """``tasks`` without the examples that :func:`overlaps` names, and those; a task that keeps none is left out."""
+    """(``tasks`` without the examples of :func:`overlaps` and without empty tasks, the overlaps)."""
     found = overlaps(tasks, benchmarks, n)
     dropped = {(overlap.task, overlap.index) for overlap in found}
     kept = []
@@ -58,8 +58,8 @@ def decontaminate(tasks: Sequence[Task], benchmarks: Sequence[Task], n: int = 13
     return kept, found
 
 
-def _runs(example: Example, n: int) -> Iterator[str]:
-    """The runs of ``n`` words of the example's texts; a shorter text of at least ``MIN_WORDS`` is one run."""
+def _ngrams(example: Example, n: int) -> Iterator[str]:
+    """The word ``n``-grams of the example's texts; a shorter text of at least ``MIN_WORDS`` words is one."""
     for text in (example.input, *example.outputs):
         words = re.findall(r"[^\W_]+", text.casefold())
         if len(words) >= MIN_WORDS:

@@ -1,8 +1,8 @@
-"""Task folders: what training and evaluation read.
+"""Task folders, the input of training and evaluation.
 
-A folder holds ``<name>.jsonl`` files, one example a line: ``{"input": str, "output": [accepted answers], "split": str}``,
-and ``descriptions.json``: ``{name: [description, ...]}``.  A line may also say how its answer is judged: ``"metric": str``
-(one of METRICS), with ``"options": [str, ...]`` or ``"tests": str``.
+A folder holds ``<name>.jsonl`` files, one example per line: ``{"input": str, "output": [accepted answers], "split": str}``,
+and ``descriptions.json``: ``{name: [description, ...]}``.  A line may also state its metric: ``"metric": str`` (one of
+METRICS), with ``"options": [str, ...]`` or ``"tests": str``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from t2l_engine.files.text import MAX_LINE_BYTES, MAX_VALUES, count_values, is_u
 from t2l_engine.files.weights import replacing
 
 DESCRIPTIONS_NAME = "descriptions.json"
-MAX_DESCRIPTIONS_BYTES = 1 << 25  # some five times those of the paper's 479 tasks with 128 texts each
+MAX_DESCRIPTIONS_BYTES = 1 << 25  # about five times the paper's 479 tasks with 128 descriptions each
 MAX_NAME_BYTES = 128
-#: How an answer is judged: it equals an accepted one after trimming; its last number equals an accepted one; the option of
-#: highest log-likelihood is an accepted one; it is Python code, and ``tests`` run after it without an exception.
+#: An answer is correct if, respectively: it equals an accepted one after stripping; its last number equals an accepted one;
+#: the option of highest log-likelihood is an accepted one; it is Python code after which ``tests`` run without an exception.
 METRICS = ("exact_match", "number", "options", "pass")
-_NAME = re.compile(r"\w[\w.+-]*")  # a plain file name, whatever the system
+_NAME = re.compile(r"\w[\w.+-]*")  # a plain file name on every system
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One input with its accepted answers, and how an answer is judged.
+    """One input with its accepted answers and metric.
 
-    ``metric``: one of METRICS.  ``options``: with metric "options", the answers to choose from; the outputs are among them.
-    ``tests``: with metric "pass", Python source that runs after the answer.
+    ``metric``: one of METRICS.  ``options``: for metric "options", the choices, which include the outputs.
+    ``tests``: for metric "pass", Python source that runs after the answer.
     """
 
     input: str
@@ -43,7 +43,7 @@ class Example:
     tests: str = ""
 
 
-#: The keys of a line that are written where they say something else.
+#: Keys of a line that are written only if the value is not the default.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Example) if field.default is not dataclasses.MISSING}
 
 
@@ -62,15 +62,15 @@ def load_tasks(
     """All tasks of ``folder`` with their examples of ``split`` (None: of every split), sorted by name.
 
     Args:
-        names: only these tasks; the files of others are not read.
-        required: whether a task without such an example is an error; else its examples are an empty tuple.
+        names: of the tasks to read; None: all.
+        required: whether a task without such an example is an error; otherwise its examples are an empty tuple.
 
-    Raises FileNotFoundError when the folder or its descriptions are absent, ConfigError naming file and line otherwise.
+    Raises FileNotFoundError for a missing folder or file, ConfigError naming file and line for invalid content.
     """
     folder = Path(folder)
     tasks = []
     for name, texts in read_descriptions(folder, names).items():
-        for _ in _read_examples(folder / f"{name}.jsonl"):  # to its end before anything is kept
+        for _ in _read_examples(folder / f"{name}.jsonl"):  # checks the whole file before examples are kept in memory
             pass
         examples = tuple(e for e in _read_examples(folder / f"{name}.jsonl") if split in (None, e.split))
         if required and not examples:
@@ -80,9 +80,9 @@ def load_tasks(
 
 
 def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """What ``descriptions.json`` of ``folder`` says of ``names`` (None: of all), sorted by name.
+    """The descriptions of ``names`` (None: of all tasks) in ``descriptions.json`` of ``folder``, sorted by name.
 
-    Raises FileNotFoundError when it is absent, ConfigError where it does not name one of ``names`` or is otherwise unfit.
+    Raises FileNotFoundError for a missing file, ConfigError if it lacks one of ``names`` or is invalid.
     """
     path = Path(folder) / DESCRIPTIONS_NAME
     if not path.is_file():
@@ -101,14 +101,14 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = False) -> None:
-    """Write a task folder that ``load_tasks`` reads; each file appears complete, ``descriptions.json`` last.
+    """Write a task folder; each file is written atomically, ``descriptions.json`` last.
 
     Args:
-        folder: made where it is absent.
-        overwrite: replace the tasks of a folder that holds some; files of tasks that are not written stay.
+        folder: created if missing.
+        overwrite: allow a folder that holds tasks; files of other tasks in it are kept.
 
-    Raises FileExistsError for a folder that holds tasks, ConfigError naming what ``load_tasks`` would refuse; then nothing
-    was written.
+    Raises FileExistsError for a folder that holds tasks, ConfigError naming content that ``load_tasks`` would reject;
+    nothing is written then.
     """
     folder = Path(folder)
     path = folder / DESCRIPTIONS_NAME
@@ -121,13 +121,13 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
     content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
-    for size, most, what in (
+    for size, limit, unit in (
         (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),
         (count_values(content), MAX_VALUES, "values"),
     ):
-        if size > most:
+        if size > limit:
             raise ConfigError(
-                f"{path}: expected at most {most} {what} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
+                f"{path}: expected at most {limit} {unit} to write, got {size}: {count} descriptions of {len(tasks)} tasks "
                 "are too many for one folder"
             )
     with replacing(folder, *contents) as temporary:
@@ -154,7 +154,7 @@ def _lines(folder: Path, task: Task) -> bytes:
 
 
 def check_name(name: str, where: str) -> None:
-    """ConfigError unless ``name`` is fit for a task and its file; ``where`` says what names it so."""
+    """ConfigError unless ``name`` is a valid name of a task and its file; ``where`` begins the message."""
     if not _NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ConfigError(
             f"{where}: expected task names of letters, digits and '._+-', not led by one of those, of at most "
@@ -170,7 +170,7 @@ def _check_descriptions(texts: object, where: str) -> None:
 
 
 def _check_metric(example: Example, where: str) -> None:
-    """ConfigError unless metric, options, tests and outputs fit together."""
+    """ConfigError unless metric, options, tests and outputs are consistent."""
     metric, options = example.metric, example.options
     if metric not in METRICS:
         raise ConfigError(f"{where}: metric: expected one of {METRICS}, got {short_repr(metric)}")
@@ -194,7 +194,7 @@ def _check_metric(example: Example, where: str) -> None:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that ``text`` is once commas are removed; None where it is none, or not finite.
+    """``text`` as a number, ignoring commas; None if it is not a finite number.
 
     >>> parse_number(" 1,250.50 ")
     1250.5
@@ -222,8 +222,8 @@ def _read_examples(path: Path) -> Iterator[Example]:
             raise ConfigError(f"{where}: output: expected a non-empty list of strings, got {short_repr(outputs)}")
         if not isinstance(options, list):
             raise ConfigError(f"{where}: options: expected a list of strings, got {short_repr(options)}")
-        judged = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
-        example = Example(row["input"], tuple(outputs), row["split"], *judged)
+        scoring = row.get("metric", _DEFAULTS["metric"]), tuple(options), row.get("tests", _DEFAULTS["tests"])
+        example = Example(row["input"], tuple(outputs), row["split"], *scoring)
         strings = _strings(example)
         if not all(isinstance(text, str) for text in strings):
             raise ConfigError(f"{where}: expected strings, output and options lists of them, got {short_repr(row)}")

@@ -1,8 +1,8 @@
-"""Manifests: which examples of which tasks belong to which split, as digests alone, without any text of the tasks.
+"""Manifests: the assignment of tasks' examples to splits as digests, without any text of the tasks.
 
 A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "tier", "source", "licence": [...], "permissive",
-"splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of its examples, sorted, end to
-end.  Who has the tasks from the same sources gets the same examples in the same splits with it.
+"splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
+concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
 
 FORMAT = "t2l_engine.tasks.v1"
 PACKAGED = Path(__file__).parent / "manifests"
-#: train: tasks to train on.  sibling: held out, of skills that are trained.  novel: held out, of skills that are not.
+#: train: training tasks.  sibling: held out, of skills in train.  novel: held out, of other skills.
 TIERS = ("train", "sibling", "novel")
 PREFIX_BYTES = 5
-#: Of the file: some 1,500 bytes a task of 200 examples, which take 20,000 bytes of memory.
+#: A task of 200 examples takes about 1,500 bytes of the file and 20,000 bytes of memory.
 MAX_MANIFEST_BYTES = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """What a manifest says of a task; ``splits`` maps a split to the prefixes (5 bytes each) of its examples' digests.
+    """A task in a manifest; ``splits`` maps a split to the prefixes (5 bytes each) of its examples' digests.
 
-    ``permissive``: whether the licences let others use what is made of the task under terms of their own.
+    ``permissive``: whether the licences allow derived works under other terms.
 
-    Raises ConfigError naming the field that is of another kind.
+    Raises ConfigError naming an invalid field.
     """
 
     skill: str
@@ -63,13 +63,13 @@ class Entry:
             raise ConfigError("splits: expected every example in one split only")
 
     def split_of(self, prefix: bytes) -> str | None:
-        """The split of the example whose digest starts with ``prefix``, None where there is none."""
+        """The split of the example whose digest starts with ``prefix``; None if there is none."""
         return next((name for name, prefixes in self.splits.items() if prefix in prefixes), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Task name -> what is said of it; ``about`` says in a sentence what the manifest is for."""
+    """``tasks``: by name; ``about``: the purpose of the manifest, in a sentence."""
 
     about: str
     tasks: dict[str, Entry]
@@ -85,8 +85,7 @@ class Manifest:
 class Difference:
     """``count`` examples of a task that are ``"missing"``, ``"extra"`` or ``"moved"`` to another split.
 
-    ``split`` is where the manifest has them; of extra ones, where the folder has them.  Without a split the whole task is
-    missing or extra, and ``count`` is the number of its examples.
+    ``split``: of the examples in the manifest; for extra ones, in the folder; None if the whole task is missing or extra.
     """
 
     task: str
@@ -101,7 +100,7 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """``tasks`` as a manifest has them; ``missing``: task -> examples of it that were not found."""
+    """``tasks`` with a manifest's examples and splits; ``missing``: task -> number of examples that were not found."""
 
     tasks: list[Task]
     missing: dict[str, int]
@@ -113,7 +112,7 @@ def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: 
     Args:
         facts: task name -> ``skill``, ``tier``, ``source``, ``licence`` and ``permissive``.
 
-    Raises ConfigError naming the task and what is wrong with it.
+    Raises ConfigError naming task and field.
     """
     values: dict[str, Any] = {"format": FORMAT, "about": about, "tasks": {}}
     for task in sorted(tasks, key=lambda task: task.name):
@@ -127,9 +126,9 @@ def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: 
 
 
 def read(path_or_name: str | Path) -> Manifest:
-    """The manifest in a file, or a packaged one by its name (``"skills"``).
+    """The manifest in a file, or a packaged one by name (``"skills"``).
 
-    Raises FileNotFoundError naming the packaged ones, ConfigError naming file, task and field.
+    Raises FileNotFoundError listing the packaged ones, ConfigError naming file, task and field.
     """
     packaged = {path.stem: path for path in PACKAGED.glob("*.json")}
     path = packaged.get(str(path_or_name), Path(path_or_name))
@@ -139,9 +138,9 @@ def read(path_or_name: str | Path) -> Manifest:
 
 
 def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
-    """How a task folder differs from ``manifest``, or from its tasks of one ``tier``: sorted by task, empty where equal.
+    """The differences between a task folder and ``manifest`` (or its tasks of one ``tier``), sorted by task.
 
-    Raises ConfigError for an unknown tier, and what ``load_tasks`` raises.
+    Raises ConfigError for an unknown tier, and the errors of ``load_tasks``.
     """
     wanted = {name: manifest.tasks[name] for name in manifest.names(tier)}
     tasks = {task.name: task for task in load_tasks(folder, None, required=False)}
@@ -157,7 +156,7 @@ def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> li
 
 
 def select(names: Iterable[str], manifest: Manifest, tier: str, *, permissive: bool = False) -> list[str]:
-    """Those of the task ``names`` that ``manifest`` has in ``tier``, sorted; with ``permissive`` only those it calls so.
+    """The tasks among ``names`` that are in ``tier`` of ``manifest``, sorted; with ``permissive`` only permissive ones.
 
     Raises ConfigError for an unknown tier.
     """
@@ -166,10 +165,10 @@ def select(names: Iterable[str], manifest: Manifest, tier: str, *, permissive: b
 
 
 def apply(tasks: Iterable[Task], manifest: Manifest) -> Applied:
-    """``tasks`` with exactly the examples and splits of ``manifest``, whatever their own, in order of hash.
+    """``tasks`` with the examples and splits of ``manifest`` instead of their own, in order of hash.
 
-    An example is found by its input and any one of its accepted outputs, which then comes first.  Tasks that the manifest
-    does not name, and those of which nothing is found, are left out.
+    An example is identified by its input and any of its accepted outputs, which becomes the first one.  Tasks that are not
+    in the manifest or without any of its examples are left out.
     """
     applied, missing = [], {}
     for task in tasks:
@@ -194,14 +193,14 @@ def apply(tasks: Iterable[Task], manifest: Manifest) -> Applied:
 
 
 def digest(task: Task, split: str) -> str:
-    """SHA-256 (hex) over the sorted digests of the task's examples of ``split``: what a run has seen, whatever the order."""
+    """SHA-256 (hex) over the sorted digests of the task's examples of ``split``; independent of their order."""
     return _hex(example_digest(e.input, e.outputs[0]) for e in task.examples if e.split == split)
 
 
 def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
     """``{task: {"descriptions": [count, hex], split: [count, hex], ...}}``, 16 hex digits of SHA-256 each.
 
-    Small enough for the configuration of a checkpoint: some 200 bytes a task.
+    About 200 bytes per task, small enough for a checkpoint's configuration.
     """
     result = {}
     for task in tasks:
@@ -244,7 +243,7 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def _prefixes(where: str, name: str, text: Any) -> frozenset[bytes]:
-    """The digests' starts that base64 ``text`` of split ``name`` holds."""
+    """The digest prefixes in base64 ``text`` of split ``name``."""
     if not name.isidentifier() or len(name) > MAX_NAME:
         raise ConfigError(f"{where}: expected plain names such as 'train', got {short_repr(name)}")
     expected = f"{where}: {name}: expected base64 of {PREFIX_BYTES} bytes an example, each once"

@@ -1,8 +1,8 @@
-"""Import of Super-NaturalInstructions: one JSON file a task, as in ``tasks/`` of allenai/natural-instructions.
+"""Import of Super-NaturalInstructions: one JSON file per task, as in ``tasks/`` of allenai/natural-instructions.
 
-Read are "Definition", "Categories", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``,
-the output a string or a list of accepted ones).  Early versions lack some fields, or hold a string where later ones hold a
-list.  Every file is taken for untrusted.
+Reads "Definition", "Categories", "Source", "Instance License" and "Instances" (a list of ``{"id", "input", "output"}``, with
+a string or a list of accepted ones as output).  Early versions lack some fields or have a string instead of a list.  Files
+are untrusted.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from t2l_engine.research.tasks import examples
 from t2l_engine.research.tasks.folder import Example, Task, check_name
 from t2l_engine.research.tasks.manifest import Manifest, apply
 
-#: The largest tasks have some ten MB.
+#: The largest tasks have about ten MB.
 MAX_FILE_BYTES = 64 << 20
-#: Characters of a field that is compared word by word, and of any other text: a line of a task folder holds no more.
+#: Limits in characters of fields that are compared word by word, and of other text (a line of a task folder).
 MAX_LABEL, MAX_TEXT = 1 << 14, MAX_LINE_BYTES
-#: The ten benchmarks of Text-to-LoRA (two of them are ARC): a model trained on their data is not measured by them.
+#: The ten benchmarks of Text-to-LoRA (two are ARC), whose data must not be trained on.
 BENCHMARKS = ("arc", "boolq", "gsm8k", "hellaswag", "humaneval", "mbpp", "openbookqa", "obqa", "piqa", "winogrande")
 _NUMBER = re.compile(r"(?:task)?0*(\d{1,9})")
 
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """``tasks``; why others were ``left_out``: name -> reason; ``missing``: name -> examples of the manifest not found."""
+    """``tasks``; ``left_out``: task -> reason; ``missing``: task -> number of the manifest's examples not found."""
 
     tasks: list[Task]
     left_out: dict[str, str]
@@ -52,17 +52,17 @@ def import_sni(
     """The tasks of a folder of Super-NaturalInstructions files, or of one file, sorted by name.
 
     Args:
-        tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the only tasks to read; None: all.
-        descriptions: task name or number -> descriptions that follow the task's definition (:func:`further_descriptions`).
-        max_instances: most examples a task, chosen by hash.
-        max_chars: characters (input and first output) of examples that are preferred.
-        manifest: reads only its tasks, and gives them its examples and splits; the two above do not matter then.
-        licences: allowed ones; each licence of a task must contain one of them as whole words, in any case: "CC BY" allows
-            "CC BY 4.0" and not "CC BY-NC 4.0".  A task that states none is left out.  Empty: no matter.
-        categories: a task must be in one of them, in any case.  Empty: no matter.
-        exclude_sources: names of data sets; tasks made of them, by "Source" or by the task's name, are left out.
+        tasks: names or numbers (``"task1453_person..."``, ``"task1453"``, ``"1453"``) of the tasks to read; None: all.
+        descriptions: task name or number -> descriptions to add to the task's definition (:func:`further_descriptions`).
+        max_instances: limit of examples per task, chosen by hash.
+        max_chars: length (input and first output) up to which examples are preferred.
+        manifest: import its tasks with its examples and splits; ``max_instances`` and ``max_chars`` are ignored then.
+        licences: allowed licences; each licence of a task must contain one of them as whole words, ignoring case: "CC BY"
+            allows "CC BY 4.0" but not "CC BY-NC 4.0".  Tasks that state none are left out.  Empty: any.
+        categories: of which a task must have one, ignoring case.  Empty: any.
+        exclude_sources: names of data sets; tasks made from them, by "Source" or by the task's name, are left out.
 
-    Raises FileNotFoundError where there are no task files, ConfigError naming the file and what is wrong in it.
+    Raises FileNotFoundError if there are no task files, ConfigError naming the file and the invalid field.
     """
     paths = [p for p in _files(Path(source), tasks) if manifest is None or p.stem in manifest.tasks]
     texts: dict[str, list[str]] = {}
@@ -99,7 +99,7 @@ def import_sni(
 
 
 def further_descriptions(path: str | Path) -> dict[str, list[str]]:
-    """``{task name or number: [description, ...]}`` out of a JSON file; ConfigError names the file and the task."""
+    """``{task name or number: [description, ...]}`` from a JSON file; ConfigError names the file and the task."""
     path = Path(path)
     values = _read_object(path)
     for name, texts in values.items():
@@ -128,13 +128,13 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
 
 
 def _key(name: str) -> str:
-    """A task's name as it is, a number without "task" and leading zeros."""
+    """The number in "task0042" or "42" without leading zeros; any other name unchanged."""
     number = _NUMBER.fullmatch(name)
     return number[1] if number else name
 
 
 def _keys(name: str) -> tuple[str, str]:
-    """What a task may be called: its name, and its number."""
+    """The keys that identify a task: its name and its number."""
     return name, _key(name.partition("_")[0])
 
 
@@ -145,19 +145,19 @@ def _read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _strings(path: Path, name: str, value: Any, most: int = MAX_TEXT) -> tuple[str, ...]:
-    """``value`` of field ``name``, a string or a list of them, together of up to ``most`` characters and texts."""
+def _strings(path: Path, name: str, value: Any, limit: int = MAX_TEXT) -> tuple[str, ...]:
+    """``value`` of field ``name``, a string or a list of strings; ``limit``: of the total of characters and strings."""
     texts = [value] if isinstance(value, str) else value
-    fits = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    if fits and len(texts) + sum(map(len, texts)) > most:
-        raise ConfigError(f"{path}: {name}: expected at most {most} characters and texts, got {short_repr(value)}")
-    if not fits or not all(map(is_unicode, texts)):
+    valid = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    if valid and len(texts) + sum(map(len, texts)) > limit:
+        raise ConfigError(f"{path}: {name}: expected at most {limit} characters and texts, got {short_repr(value)}")
+    if not valid or not all(map(is_unicode, texts)):
         raise ConfigError(f"{path}: {name}: expected a string or a list of strings of Unicode text, got {short_repr(value)}")
     return tuple(texts)
 
 
 def _instances(path: Path, values: dict[str, Any]) -> Iterator[Example]:
-    """The instances that have text; upstream has blank ones."""
+    """The instances with non-blank input and output."""
     instances = values.get("Instances")
     if not isinstance(instances, list):
         raise ConfigError(f"{path}: Instances: expected a list, got {short_repr(instances)}")
@@ -182,7 +182,7 @@ def _excluded(path: Path, values: dict[str, Any], sources: Sequence[str]) -> str
 
 
 def names_data_set(text: str, source: str) -> bool:
-    """Whether ``text`` names a data set, whatever the separators; a short name must be a word: "arc" is not in "search"."""
+    """Whether ``text`` names the data set ``source``, with any separators; a name of up to four letters must be a word."""
     words, wanted = _words(text), "".join(_words(source))
     return wanted in words or (len(wanted) > 4 and wanted in "".join(words))
 
@@ -196,7 +196,7 @@ def _refused(path: Path, values: dict[str, Any], licences: Sequence[str]) -> str
     if not licences:
         return None
     for text in stated:
-        # "-" belongs to the word: "CC BY" is not in "CC BY-NC 4.0".
+        # "-" is part of a word: "CC BY" does not match "CC BY-NC 4.0".
         if not any(re.search(rf"(?<![\w-]){re.escape(licence)}(?![\w-])", text, re.IGNORECASE) for licence in licences):
             return f"licence {short_repr(text)}"
     return None if stated else "no licence stated"

@@ -1,6 +1,6 @@
-"""A small suite of tasks made by code: training and its tests need no data from elsewhere.  Words and descriptions are ours.
+"""A small suite of generated tasks, so that training and its tests need no external data.
 
-Of ``random.Random`` only seeding with a string and ``random()`` are used, which Python keeps the same between versions.
+Uses only seeding with a string and ``random()`` of ``random.Random``, which are stable between versions of Python.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ watch whisper wipe wish wonder work worry
 """.split()
 NOUNS = ANIMALS + FOODS + OBJECTS
 
-#: name -> descriptions; ``_MAKERS`` says how the examples are made.
+#: Task -> descriptions; ``_MAKERS`` has the generators of examples.
 DESCRIPTIONS = {
     "syn_first_of_3": (
         "Return the first word of the comma-separated list.",
@@ -175,9 +175,9 @@ DESCRIPTIONS = {
 
 
 def suite(examples: int = MAX_EXAMPLES, seed: int = 0) -> list[Task]:
-    """Twelve tasks of ``examples`` examples each, in splits train, val and test; the same for a seed wherever it runs.
+    """Twelve tasks of ``examples`` examples each, in splits train, val and test; deterministic in ``seed``.
 
-    Raises ConfigError unless ``examples`` is from 20 to 120.
+    Raises ConfigError unless ``examples`` is in [20, 120].
     """
     if isinstance(examples, bool) or not isinstance(examples, int) or not MIN_EXAMPLES <= examples <= MAX_EXAMPLES:
         raise ConfigError(f"examples: expected a number from {MIN_EXAMPLES} to {MAX_EXAMPLES}, got {short_repr(examples)}")
@@ -192,7 +192,7 @@ def suite(examples: int = MAX_EXAMPLES, seed: int = 0) -> list[Task]:
 
 
 class _Draw:
-    """Random choices that are the same in every version of Python."""
+    """Random choices that are stable between versions of Python."""
 
     def __init__(self, seed: str):
         self._random = random.Random(seed)
@@ -205,12 +205,12 @@ class _Draw:
 
 
 def _each(words: Sequence[str], answer: Callable[[str], str]) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
-    """Every word once, with its answer."""
+    """(word, answer) of every word once."""
     return lambda draw: ((word, answer(word)) for word in draw.shuffled(words))
 
 
 def _position(index: int) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
-    """Lists of three nouns and colours, and the one at ``index``."""
+    """Lists of three nouns and colours; the answer is the word at ``index``."""
 
     def make(draw: _Draw) -> Iterator[tuple[str, str]]:
         while True:
@@ -221,7 +221,7 @@ def _position(index: int) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
 
 
 def _kind(words: Sequence[str], *others: Sequence[str]) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
-    """Lists with one of ``words`` and one of each of the ``others``, and the former."""
+    """Lists of one of ``words`` and one of each of ``others``; the answer is the former."""
 
     def make(draw: _Draw) -> Iterator[tuple[str, str]]:
         while True:

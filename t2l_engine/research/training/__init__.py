@@ -1,4 +1,8 @@
-"""Training of hypernetworks and adapters; never imported by the core."""
+"""Training of hypernetworks (fine-tuning, reconstruction) and of adapters, with exact resume.
+
+May be imported: ``sft``, ``lora`` and ``reconstruction`` (each with ``train``), ``settings``, ``log``, ``runs``; benchmarks
+also use ``objective``.  Imports ``tasks`` and the rooms of the engine.
+"""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""The frozen base model of a run, and the linears in it that adapters adapt."""
+"""What a training run through the base model shares: the frozen model, its tasks, the objective, validation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from t2l_engine.text import base_model
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """Adapted modules of a model, in the order asked for: names, paths with ``{layer}``, features, number of layers."""
+    """The adapted linears of a model, in the given order.
+
+    ``paths``: with ``{layer}`` in place of the layer's index; ``in_features``, ``out_features``: per module.
+    """
 
     names: tuple[str, ...]
     paths: tuple[str, ...]
@@ -36,12 +39,12 @@ class Modules:
 
     @property
     def own_paths(self) -> tuple[str, ...] | None:
-        """None where all are where Llama has them."""
+        """``paths``, or None if all are Llama's default ones."""
         return nondefault_paths(dict(zip(self.names, self.paths, strict=True)))
 
 
 def locate(model: nn.Module, names: Sequence[str]) -> Modules:
-    """The modules ``names`` of ``model``; ConfigError where one is absent, or not the same in every layer."""
+    """The linears ``names`` of ``model``; ConfigError if one is missing in a layer or differs in shape between layers."""
     paths, sizes, depths = [], [], {}
     for name in names:
         if not name.isidentifier():
@@ -59,7 +62,7 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
         if len(found) != 1:
             raise ConfigError(f"target_modules: {name}: expected the same features in every layer, got {sorted(found)}")
         path = path_template(next(iter(targets.values())).path)
-        paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection is called otherwise
+        paths.append(f"{path.rpartition('.')[0]}.{name}")  # a packed projection has another name
         sizes.append(found.pop())
         depths[name] = sorted(targets)
     num_layers = max(map(len, depths.values()))
@@ -69,20 +72,20 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
 
 
-def _only(task: Task, split: str | None) -> Task:
+def _of_split(task: Task, split: str | None) -> Task:
     return dataclasses.replace(task, examples=tuple(e for e in task.examples if e.split == split))
 
 
 class TrainingContext:
-    """Base model, tokenised tasks and objective of a run; :meth:`close` gives the model back as it was.
+    """Base model, tokenised tasks and objective of a run; :meth:`close` restores the model.
 
     Args:
         settings: of the run.
-        tasks_folder: a task folder; examples of split "train" are trained on, of split "val" validated on.
+        tasks_folder: a task folder; training reads split "train", validation split "val".
         device: of the model.
-        names: the tasks to use, None for all.
+        names: the tasks to use; None: all.
 
-    Raises ConfigError where settings and files do not fit.
+    Raises ConfigError if settings and files do not fit together.
     """
 
     def __init__(
@@ -94,18 +97,18 @@ class TrainingContext:
     ):
         self.settings = settings
         loaded = load_tasks(tasks_folder, None, names=names)
-        self._seen = summary(loaded)
-        self.tasks = [_only(task, "train") for task in loaded]
+        self._digests = summary(loaded)
+        self.tasks = [_of_split(task, "train") for task in loaded]
         for task in self.tasks:
             if not task.examples:
                 raise ConfigError(f"{tasks_folder}: expected examples of split 'train' of task {task.name}, got none")
-        validation = [_only(task, "val" if settings.validate_every else None) for task in loaded]
+        validation = [_of_split(task, "val" if settings.validate_every else None) for task in loaded]
         if settings.validate_every and not any(task.examples for task in validation):
             raise ConfigError(
                 f"validate_every: expected 0, since no task of {tasks_folder} has examples of split 'val', "
                 f"got {settings.validate_every}"
             )
-        # Eager attention on a CPU: SDPA's bfloat16 backward is slower there at these lengths.
+        # On CPUs the backward pass of SDPA in bfloat16 is slower than eager attention at these lengths.
         eager = device.type == "cpu" and settings.dtype == "bfloat16"
         self.model, self.tokenizer = base_model.load(
             settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
@@ -113,7 +116,7 @@ class TrainingContext:
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
-        prompts = {"with_description": settings.prompt == "description", "form": settings.prompt_form}
+        prompts = {"with_description": settings.prompt == "description", "template": settings.prompt_form}
         self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **prompts)
         if self.train.dropped:
             total = sum(len(task.examples) for task in self.tasks)
@@ -123,23 +126,23 @@ class TrainingContext:
                 stacklevel=3,
             )
         self.validation = Examples(
-            validation, self.tokenizer, settings.max_tokens, **prompts, most=settings.validation_samples, may_be_empty=True
+            validation, self.tokenizer, settings.max_tokens, **prompts, limit=settings.validation_samples, allow_empty=True
         )  # fmt: skip
         if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 
     def data(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
-        """Digests of ``tasks`` (numbers; None: all): descriptions, and examples of every split."""
+        """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all)."""
         chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
-        return {"tasks": {task.name: self._seen[task.name] for task in chosen}}
+        return {"tasks": {task.name: self._digests[task.name] for task in chosen}}
 
     def objective(self, stack: AdapterStack) -> Objective:
-        """``stack``: one adapter of the modules' shapes, which :func:`t2l_engine.attach` makes room for."""
+        """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
         self.handle = attach(self.model, stack)
         return Objective(self.model, self.handle)
 
     def close(self) -> None:
-        """Detach."""
+        """Detach from the model."""
         if hasattr(self, "handle"):
             self.handle.detach()
             del self.handle
@@ -147,7 +150,7 @@ class TrainingContext:
     def collate(
         self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, per_task: bool = False
     ) -> Batch:
-        """A batch of some of a step's groups; ``per_task``: its loss is the sum of every task's, not the mean over all."""
+        """A batch of ``groups``, some of those ``of_step``; ``per_task``: the loss is the sum over tasks, not the mean."""
         weight = token_weights(self.settings.weighting, of_step, per_task)
         return collate(groups, self.tokenizer.pad_token_id, weight, len(of_step), adapter)
 
@@ -160,20 +163,25 @@ class TrainingContext:
         adapter: Adapter | None = None,
         tasks: Collection[int] | None = None,
         *,
-        alone: bool = False,
+        one_sample: bool = False,
     ) -> dict[str, float]:
-        """This process's summands of the validation loss of ``tasks`` (None: of all): the mean over a task's samples of the
-        mean cross-entropy of their answers, without smoothing, noise or dropout.
+        """Per task, this process's summand of its validation loss.
 
-        ``stack``: groups -> the adapters that ``adapter`` numbers; ``alone``: a group is one sample, not several of a task.
+        The loss is the mean over the task's samples of the mean cross-entropy of their answer tokens, without label
+        smoothing, noise or dropout.
+
+        Args:
+            stack: groups -> their adapters, indexed by ``adapter``.
+            tasks: indices; None: all.
+            one_sample: a group has one sample instead of several of its task.
         """
         settings, counts = self.settings, [len(self.validation.kept(i)) for i in range(len(self.validation.tasks))]
-        found = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
+        sums = {i: 0.0 for i, count in enumerate(counts) if count and (tasks is None or i in tasks)}
         rows = settings.tasks_per_batch * settings.samples_per_task
-        together = 1 if alone else min(rows, settings.validation_samples)
-        groups = self.validation.all_groups(together, descriptions)
-        groups = [g for g in groups if g.task in found]
-        per_batch = rows // together
+        group_size = 1 if one_sample else min(rows, settings.validation_samples)
+        groups = self.validation.all_groups(group_size, descriptions)
+        groups = [g for g in groups if g.task in sums]
+        per_batch = rows // group_size
         for start in range(0, len(groups), per_batch):
             mine = shard.of(groups[start : start + per_batch])
             if not mine:
@@ -183,5 +191,5 @@ class TrainingContext:
             )
             losses = objective.losses(batch, stack(mine)).tolist()
             for task, loss in zip(batch.tasks, losses, strict=True):
-                found[task] += loss
-        return {self.tasks[task].name: loss for task, loss in found.items()}
+                sums[task] += loss
+        return {self.tasks[task].name: loss for task, loss in sums.items()}

@@ -1,4 +1,4 @@
-"""Task embeddings of training groups: of a task's descriptions, or of the examples' own inputs."""
+"""Task embeddings that adapters are generated from: of a task's descriptions, or of the examples' own inputs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSett
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 
-#: Added to the variance of wording along every axis, where entries of task_emb have RMS 1: what few descriptions leave out.
+#: Regularisation of the LDA: added to the within-task variance along every axis (entries of task_emb have RMS 1), since few
+#: descriptions underestimate it.
 WORDING_VARIANCE = 0.1
-#: Of an axis that is scaled up, in units of wording: along one where descriptions do not differ, noise is all there is.
-LEAST_VARIANCE = 0.01
+#: Lower bound of an axis's variance, in units of the within-task variance, before scaling: keeps noise from being amplified.
+MIN_VARIANCE = 0.01
 
 
 class TaskEmbeddings:
-    """What a group's adapter is generated from: the embedding of its description, or of its sample's input.
+    """``task_emb`` of groups: the embedding of a group's description, or of its sample's input.
 
-    Every description is embedded at once, and the encoder is let go.  Inputs are embedded when they are first read.
+    All descriptions are embedded here, after which the encoder is released; inputs are embedded when they are needed.
 
     Args:
-        settings: encoder, noise, mixing and how many descriptions are held out.
-        texts: name and descriptions of each task; with encoder "one-hot" the names alone count.
-        device: of the encoder and of what a group reads.
-        by_input: whether groups are of one sample each, whose input counts; then no description is embedded.
+        settings: encoder, noise, mixing and number of held-out descriptions.
+        texts: name and descriptions of each task; with encoder "one-hot" only the names matter.
+        device: of the encoder and of the embeddings.
+        by_input: embed the input of each group's only sample instead of descriptions.
 
-    Raises ConfigError where a task has no description left to train on.
+    Raises ConfigError if all descriptions of a task are held out.
     """
 
     def __init__(
@@ -59,62 +60,61 @@ class TaskEmbeddings:
             encoder = TextEncoder.from_pretrained(_encoder(settings), device=device)
         self.embed_dim, self._config = encoder.embed_dim, encoder.config
         self._counts = [len(descriptions) for _, descriptions in texts]
-        self._of_inputs = encoder if by_input else None
-        # On the host, where mixes and noise are drawn.
+        self._input_encoder = encoder if by_input else None
+        # On the CPU, where mixes and noise are drawn.
         self._rows = [] if by_input else [encoder.encode(list(descriptions)).cpu() for _, descriptions in texts]
 
     def config(self) -> dict[str, Any]:
-        """The encoder, for the checkpoint."""
+        """The encoder's configuration, for the checkpoint."""
         return to_json(self._config)
 
     def train_indices(self, task: int) -> range:
-        """Numbers of the descriptions that training reads."""
+        """Indices of the descriptions used in training."""
         return range(self._counts[task] - self._settings.held_out_descriptions)
 
     def val_indices(self, task: int) -> range:
-        """Numbers of the descriptions that validation reads: the held-out ones, or all where none is."""
+        """Indices of the descriptions used in validation: the held-out ones, or all if none is held out."""
         count = self._counts[task]
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
 
     @torch.no_grad()
     def initialise(self, linear: nn.Linear) -> None:
-        """With ``task_init`` "discriminant", start the task encoder's ``linear`` at those of the descriptions trained on.
+        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by linear discriminant analysis (LDA).
 
-        Embeddings are centred at the mean of the tasks, whitened by how the descriptions of one task differ, and turned to
-        the axes along which tasks then differ most, each scaled down by the root of its standard deviation; the seed
-        draws a last rotation.  Without this start most of what the encoder passes on is wording, which the first steps
-        learn to ignore.
+        Embeddings of the training descriptions are centred at the mean over tasks, whitened by the within-task covariance
+        and projected onto the axes of largest total variance, each divided by the fourth root of its variance; a random
+        rotation from the seed follows.  From a random start most of the encoder's output is wording, which the first steps
+        learn to suppress.
         """
         if self._settings.task_init != "discriminant":
             return
         generator = torch.Generator().manual_seed(self._settings.seed)
-        rows = [self._rows[task][: len(self.train_indices(task))].double() for task in range(len(self._rows))]
-        means = torch.stack([of.mean(dim=0) for of in rows])
-        within = sum(_covariance(of, mean) for of, mean in zip(rows, means, strict=True)) / len(rows)
+        classes = [self._rows[task][: len(self.train_indices(task))].double() for task in range(len(self._rows))]
+        means = torch.stack([rows.mean(dim=0) for rows in classes])
+        within = sum(_covariance(rows, mean) for rows, mean in zip(classes, means, strict=True)) / len(classes)
         centre = means.mean(dim=0)
         values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(self.embed_dim, dtype=torch.float64))
         whiten = axes / values.sqrt() @ axes.T
         values, axes = torch.linalg.eigh(whiten @ (within + _covariance(means, centre)) @ whiten)
         kept = min(linear.out_features, self.embed_dim)
-        turned = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
-        weight = (
-            torch.linalg.qr(turned)[0] @ (axes[:, -kept:] * values[-kept:].clamp_min(LEAST_VARIANCE) ** -0.25).T @ whiten
-        )
+        random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
+        rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
+        weight = rotation @ (axes[:, -kept:] * scales).T @ whiten
         linear.weight.copy_(weight)
         linear.bias.copy_(-weight @ centre)
 
     def clean(self, groups: Sequence[Group]) -> Tensor:
-        """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs as they are."""
+        """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs, without augmentation."""
         return self._read(groups).to(self._device)
 
     def _read(self, groups: Sequence[Group]) -> Tensor:
-        if self._of_inputs is None:
+        if self._input_encoder is None:
             return torch.stack([self._rows[g.task][g.description] for g in groups])
-        # Each by itself: a batch rounds by what else is in it, which is what a resumed run has not embedded yet.
-        return self._of_inputs.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
+        # One at a time: rounding depends on the batch, and a resumed run would batch other texts together.
+        return self._input_encoder.encode([g.samples[0].input for g in groups], batch_size=1).cpu()
 
     def augmented(self, groups: Sequence[Group]) -> Tensor:
-        """As :meth:`clean`, with the settings' mixing and noise: functions of each group's key."""
+        """As :meth:`clean`, with the settings' mixing and noise, drawn from a seed by each group's key."""
         settings, rows = self._settings, []
         for g, row in zip(groups, self._read(groups), strict=True):
             generator = torch.Generator().manual_seed(seeded("task_emb", g.key))
@@ -136,8 +136,8 @@ def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
 def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:
     name = settings.encoder
     if name == BASE_MODEL:
-        # A copy beside the model that is trained through, which may attend in another way than whoever loads the
-        # checkpoint: so both embed alike.
+        # A second copy of the base model: the one of the training run may use another attention implementation than a model
+        # loaded from the checkpoint, and both should give the same embeddings.
         return EncoderConfig(settings.base_model.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype=settings.dtype)
     if name != MINILM.name and not Path(name).is_dir():
         raise ConfigError(

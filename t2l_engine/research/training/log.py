@@ -1,4 +1,4 @@
-"""``log.jsonl`` of a run, and its picture."""
+"""The log of a run, ``log.jsonl``, and its plot."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ NAME, PICTURE = "log.jsonl", "loss.png"
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a run's log; one that a kill cut short is left out.
+    """The rows of a run's log, without an incomplete last line.
 
-    Raises FileNotFoundError where there is no log, ConfigError where a line is no object with a step.
+    Raises FileNotFoundError if there is no log, ConfigError for a line that is not an object with a step.
     """
     path = folder / NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the folder of a training run")
     lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # after the last line break stands nothing, or half a row
+    for number, line in enumerate(lines[:-1], 1):  # after the last line break: nothing, or an incomplete row
         try:
             row = json.loads(line)
             row["step"] = int(row["step"])
@@ -33,16 +33,16 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 class Log:
-    """Appends rows to the log of ``folder``; rows after ``step`` are dropped first: the run repeats them."""
+    """Appends rows to the log of ``folder``, first dropping rows after ``step``, which a resumed run repeats."""
 
     def __init__(self, folder: Path, step: int, enabled: bool = True):
         self._file = None
         if not enabled:
             return
         path = folder / NAME
-        kept = [row for row in read_log(folder) if row["step"] <= step] if path.is_file() else []
+        rows = [row for row in read_log(folder) if row["step"] <= step] if path.is_file() else []
         with replacing(folder, NAME) as temporary:
-            (temporary / NAME).write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            (temporary / NAME).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ class Log:
 
 
 def plot(folder: Path) -> Path:
-    """Draw loss and validation loss over steps into ``loss.png`` of ``folder``; returns its path."""
+    """Plot loss and validation loss over steps to ``loss.png`` in ``folder``; returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,14 +1,14 @@
-"""The loop of every kind of training: steps, validation, saved states and exact resume, on one process or several.
+"""The training loop of every kind of run: steps, validation, saved states, exact resume; one process or several.
 
 A run's folder holds
 
-- ``settings.yaml``: every field as it ran;
-- ``log.jsonl``: a line a step (loss, gradient norm before clipping, learning rate, tokens, seconds) and a line a validation;
-- ``training_state.pt``: parameters, optimiser, step and best validation, replaced as a whole;
-- what the job writes: its checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
+- ``settings.yaml``: all settings;
+- ``log.jsonl``: a line per step (loss, gradient norm before clipping, learning rate, tokens, seconds) and per validation;
+- ``training_state.pt``: parameters, optimiser state, step and best validation, replaced atomically;
+- the job's checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
 
-A run that was killed goes on from the last saved state and repeats what the unbroken run does, bit for bit on one process of
-the same machine with the same number of threads.
+A killed run resumes from the last saved state.  On one process of the same machine, with the same number of threads, the
+result equals that of an uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -43,47 +43,48 @@ STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
 
 
 class Job(ABC):
-    """What is trained and how: the part of a run that differs between its kinds.
+    """One kind of training: what :func:`run` trains, on which batches, with which loss.
 
-    ``trained``: a module whose forward makes what :meth:`loss` needs; called wrapped where there are several processes.
+    ``model``: the module whose parameters are trained (a hypernetwork or a bank of adapters, not the frozen base model);
+    with several processes :meth:`loss` gets it wrapped in DistributedDataParallel.
     """
 
     settings: Settings
-    trained: nn.Module
+    model: nn.Module
 
     def __init__(self) -> None:
-        self.best: dict[str, Any] = {}  # what :meth:`improved` remembers; saved with the state
+        self.best: dict[str, Any] = {}  # state of :meth:`improved`; saved with the run's state
 
     @abstractmethod
     def batches(self, step: int, shard: Shard) -> Sequence[Any]:
-        """This process's part of each of the step's ``accumulation`` batches; each may have ``tokens``."""
+        """This process's shard of each of the step's ``accumulation`` batches; a batch may have an attribute ``tokens``."""
 
     @abstractmethod
-    def loss(self, trained: nn.Module, batch: Any) -> Tensor:
-        """A scalar: over batches and processes its sum is what the step minimises."""
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """A scalar; a step minimises its sum over batches and processes."""
 
     @abstractmethod
     def validate(self, shard: Shard) -> dict[str, float]:
-        """This process's summands of the validation loss of every task; empty where there is nothing to validate on."""
+        """Per task, this process's summand of its validation loss; empty without validation data."""
 
     @abstractmethod
     def write(self, folder: Path, step: int, *, best: bool) -> None:
-        """Write what has been trained, as it is or as it was at its best."""
+        """Write the checkpoint or the adapters: as of ``step``, or with ``best`` as of the best validation."""
 
     @abstractmethod
     def data(self) -> dict[str, Any]:
-        """What the run reads, in digests: a run goes on with the same only."""
+        """Digests of the run's input data; a run is resumed only with equal ones."""
 
     def reported(self, loss: float) -> float:
-        """The loss as people read it, of what the step minimises."""
+        """The loss to log, from the value that the step minimises."""
         return loss
 
     def clip(self, limit: float) -> Tensor:
-        """Clip gradients to the L2 norm ``limit`` (0: leave them); the norm before."""
-        return nn.utils.clip_grad_norm_(self.trained.parameters(), limit or math.inf)
+        """Clip gradients to the L2 norm ``limit`` (0: no clipping); returns the norm before clipping."""
+        return nn.utils.clip_grad_norm_(self.model.parameters(), limit or math.inf)
 
     def improved(self, losses: dict[str, float], step: int) -> bool:
-        """Whether this validation is the best so far."""
+        """Whether this validation has the lowest mean loss so far."""
         mean = math.fsum(losses.values()) / len(losses)
         better = mean < self.best.get("val_loss", math.inf)
         if better:
@@ -94,7 +95,8 @@ class Job(ABC):
 def accelerator(device: str) -> Accelerator:
     """Hugging Face Accelerate for ``device`` ("cpu" or "cuda"); under ``accelerate launch`` one of several processes.
 
-    Raises ConfigError for another device, where there is no such one, and where one of several processes came alone.
+    Raises ConfigError for any other device, for "cuda" without a CUDA device, and when ``accelerate launch`` set up the
+    environment of several processes but started only one.
     """
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
@@ -102,19 +104,19 @@ def accelerator(device: str) -> Accelerator:
         raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
-    made = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
-    if made.device.type != device:  # Accelerate's state is of the process
-        raise ConfigError(f"--device: got {device!r}, but this process has trained on {made.device.type!r} before")
-    if made.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
+    accelerate = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    if accelerate.device.type != device:  # Accelerate keeps its state per process
+        raise ConfigError(f"--device: got {device!r}, but this process has trained on {accelerate.device.type!r} before")
+    if accelerate.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise ConfigError(
             "accelerate launch: expected several processes, got one (with --cpu it starts several through MPI only); use "
             "accelerate launch --multi_gpu --num_processes N, on CPUs too"
         )
-    return made
+    return accelerate
 
 
 def learning_rate(settings: Settings, step: int) -> float:
-    """Of optimiser step ``step``, counted from 0: a linear warm-up, then what ``schedule`` says."""
+    """Learning rate of optimiser step ``step`` (from 0): a linear warm-up, then ``settings.schedule``."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -123,22 +125,22 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Path:
-    """Train ``job`` to its last step, from the state in ``output`` where there is one; returns ``output``.
+    """Train ``job`` to its last step, resuming from the state in ``output`` if there is one; returns ``output``.
 
-    The first interrupt (Ctrl-C, SIGTERM) of a single process saves after the current step and then raises KeyboardInterrupt.
+    On the first interrupt (Ctrl-C, SIGTERM) a single process saves after the current step and raises KeyboardInterrupt.
 
     Raises:
-        ConfigError: ``output`` holds a run with other settings or data, or a batch has fewer tasks than there are processes.
+        ConfigError: ``output`` holds a run with other settings or data, or a batch has fewer tasks than processes.
         FloatingPointError: the loss or its gradient is NaN or infinite; names the step and the last good state.
     """
     settings, shard = job.settings, Shard(accelerate.process_index, accelerate.num_processes)
-    job.trained.to(accelerate.device)
-    optimizer = torch.optim.AdamW(job.trained.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    job.model.to(accelerate.device)
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     state = _State(job, optimizer, output)
     step = state.load()
-    trained = _shared(job.trained, accelerate) if shard.world_size > 1 else job.trained
+    model = _distributed(job.model, accelerate) if shard.world_size > 1 else job.model
     main = accelerate.is_main_process
-    accelerate.wait_for_everyone()  # all have read the state before one writes
+    accelerate.wait_for_everyone()  # all processes have read the state before one writes
     if main:
         output.mkdir(parents=True, exist_ok=True)
         (output / SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
@@ -146,11 +148,11 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         Log(output, step, enabled=main) as log,
         tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
         _interrupts(single=shard.world_size == 1) as interrupted,
-        torch.random.fork_rng(),  # the caller's draws stay as they were
+        torch.random.fork_rng(),  # leaves the caller's generator as it is
     ):
         while step < settings.steps:
             began = time.perf_counter()
-            row = _step(job, trained, optimizer, step, shard, accelerate, state)
+            row = _step(job, model, optimizer, step, shard, accelerate, state)
             step += 1
             log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
@@ -168,13 +170,13 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
                 tqdm.write(message, file=sys.stderr)
                 raise KeyboardInterrupt(message)
         if main and not state.saved:
-            job.write(output, step, best=False)  # killed between the last state and what it is the state of
+            job.write(output, step, best=False)  # an earlier run was killed after saving its state and before this
     accelerate.wait_for_everyone()
-    accelerate.free_memory()  # it keeps what it wrapped, and the next run may come in this process
+    accelerate.free_memory()  # it keeps references to wrapped modules; this process may start another run
     return output
 
 
-def _shared(module: nn.Module, accelerate: Accelerator) -> nn.Module:
+def _distributed(module: nn.Module, accelerate: Accelerator) -> nn.Module:
     """``module`` in DistributedDataParallel."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
@@ -183,14 +185,14 @@ def _shared(module: nn.Module, accelerate: Accelerator) -> nn.Module:
 
 def _step(
     job: Job,
-    trained: nn.Module,
+    model: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     shard: Shard,
     accelerate: Accelerator,
     state: _State,
 ) -> dict[str, Any]:
-    """One optimiser step; its row of the log."""
+    """One optimiser step; returns its row of the log."""
     settings = job.settings
     rate = learning_rate(settings, step)
     for group in optimizer.param_groups:
@@ -200,11 +202,11 @@ def _step(
     batches = job.batches(step, shard)
     total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
     for number, batch in enumerate(batches):
-        # Processes exchange gradients once a step, with the last batch.
-        together = number == len(batches) - 1 or shard.world_size == 1
-        with contextlib.nullcontext() if together else accelerate.no_sync(trained):
-            loss = job.loss(trained, batch)
-            (loss * shard.world_size).backward()  # processes average, the loss adds
+        # Gradients are reduced once a step, with the last micro-batch.
+        reduce = number == len(batches) - 1 or shard.world_size == 1
+        with contextlib.nullcontext() if reduce else accelerate.no_sync(model):
+            loss = job.loss(model, batch)
+            (loss * shard.world_size).backward()  # DDP averages over processes; the loss is a sum
         total += loss.detach().double()
     loss = job.reported(float(accelerate.reduce(total, "sum")))
     if not math.isfinite(loss):
@@ -220,11 +222,11 @@ def _step(
 
 def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path) -> None:
     with torch.no_grad():
-        parts = job.validate(shard)
-    if not parts:
+        summands = job.validate(shard)
+    if not summands:
         return
-    sums = torch.tensor(list(parts.values()), dtype=torch.float64, device=accelerate.device)
-    losses = dict(zip(parts, accelerate.reduce(sums, "sum").tolist(), strict=True))
+    sums = torch.tensor(list(summands.values()), dtype=torch.float64, device=accelerate.device)
+    losses = dict(zip(summands, accelerate.reduce(sums, "sum").tolist(), strict=True))
     better = job.improved(losses, step)
     log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
     if better and accelerate.is_main_process:
@@ -249,7 +251,7 @@ class _State:
             "settings": self._job.settings.model_dump_json(),
             "data": json.dumps(self._job.data(), sort_keys=True),
             "step": step,
-            "trained": self._job.trained.state_dict(),
+            "trained": self._job.model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "best": self._job.best,
         }
@@ -261,7 +263,7 @@ class _State:
         """The step to go on from; 0 where there is no state."""
         if not self._path.is_file():
             return 0
-        # Not straight to the device: AdamW counts its steps on the host.
+        # Not mapped to the device: AdamW keeps its step counter on the host.
         content = torch.load(self._path, weights_only=True, map_location="cpu")
         changed = differences(self._job.settings, content["settings"])
         if changed:
@@ -270,7 +272,7 @@ class _State:
             )
         if content["data"] != json.dumps(self._job.data(), sort_keys=True):
             raise ConfigError(f"{self._path}: written by a run with other tasks or examples; choose another output folder")
-        self._job.trained.load_state_dict(content["trained"])
+        self._job.model.load_state_dict(content["trained"])
         self._optimizer.load_state_dict(content["optimizer"])
         self._job.best = content["best"]
         self._step = content["step"]
@@ -279,9 +281,9 @@ class _State:
 
 @contextlib.contextmanager
 def _interrupts(single: bool) -> Iterator[list[int]]:
-    """A list that is no longer empty after an interrupt; a second one acts at once.
+    """A list that an interrupt appends to; a second interrupt has its usual effect.
 
-    Several processes cannot agree on a step by signals: there they act at once always.
+    With several processes interrupts always have their usual effect: signals do not arrive at the same step.
     """
     received: list[int] = []
     if not single or threading.current_thread() is not threading.main_thread():

@@ -1,8 +1,8 @@
-"""Adapters without a hypernetwork: one a task, many tasks in one batch, or one for all tasks.
+"""LoRA training without a hypernetwork: one adapter per task, many tasks in one batch, or one adapter for all tasks.
 
-All start from one draw of A, as adapters that are to be averaged or reconstructed must: A and B of unaligned ones may be
-turned against each other.  With an adapter a task, what a task's adapter becomes does not depend, up to rounding and to
-dropout, on the tasks that train beside it: losses, clipping and optimiser act on each alone.
+All adapters share the initial draw of A, which averaging and reconstruction need: from different draws, equal products B A
+have factors that differ by a rotation.  With an adapter per task, the tasks of a batch are independent up to rounding and
+dropout: losses, gradient clipping and optimiser act per adapter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from t2l_engine.research.training.settings import LoRASettings
 class LoRABank(nn.Module):
     """``count`` adapters as parameters, ``lora_A.<module> [count, layers, r, in]`` and ``lora_B.<module> [.., out, r]``.
 
-    A starts as PEFT's Kaiming-uniform draw, ±1/sqrt(in), one a module, the same for all layers and adapters, as
-    Bias-HyperInit's: what a hypernetwork has to reproduce is what was learned.  B starts as zero.
+    A is initialised as in PEFT (Kaiming uniform, ±1/sqrt(in)) with one draw per module, shared by all layers and adapters as
+    in Bias-HyperInit, so that adapters differ only by what was learned.  B is initialised to zero.
     """
 
     def __init__(self, modules: Modules, count: int, rank: int, scaling: float, seed: int):
@@ -56,31 +56,34 @@ class LoRABank(nn.Module):
 
 
 class LoRA(loop.Job):
-    """The adapters of ``tasks`` (numbers in ``frozen``), or one for all; ``names`` of the adapters, in order."""
+    """Training of the adapters of ``tasks`` (indices into ``context.tasks``), or of one for all.
 
-    def __init__(self, settings: LoRASettings, frozen: TrainingContext, tasks: Sequence[int], folder: Path):
+    ``names``: of the adapters, in their order in the bank; ``folder``: of the PEFT folders.
+    """
+
+    def __init__(self, settings: LoRASettings, context: TrainingContext, tasks: Sequence[int], folder: Path):
         super().__init__()
-        self.settings, self._frozen, self._tasks, self.folder = settings, frozen, list(tasks), folder
-        self._shared = settings.mode == "multi-task"
-        self.names = [MULTI_TASK] if self._shared else [frozen.tasks[i].name for i in self._tasks]
-        validated = [bool(frozen.validation.kept(i)) for i in self._tasks]
-        self._chosen = [any(validated)] if self._shared else validated  # adapters whose best a validation chooses
+        self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
+        self._shared = settings.mode == "multi-task"  # one adapter for all tasks
+        self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
+        validated = [bool(context.validation.kept(i)) for i in self._tasks]
+        self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
-        self.trained = LoRABank(frozen.modules, len(self.names), settings.rank, scaling, settings.seed).to(frozen.device)
+        self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed).to(context.device)
         self._stream = Stream(
             len(self._tasks), settings.tasks_per_step if self._shared else len(self._tasks), settings.seed,
             self._group, lambda g: g.longest, settings.bucket_steps if self._shared else 1,
         )  # fmt: skip
         with torch.no_grad():
-            first = self.trained()[0]
-        self._objective = frozen.objective(first)
+            first = self.model()[0]
+        self._objective = context.objective(first)
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
-        return self._frozen.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
+        return self._context.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
 
     def _descriptions(self, task: int) -> range:
-        return range(len(self._frozen.tasks[task].descriptions))
+        return range(len(self._context.tasks[task].descriptions))
 
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
@@ -88,20 +91,20 @@ class LoRA(loop.Job):
     def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
         parts = divide(groups, self.settings.tasks_per_batch, shard)
-        return [self._frozen.collate(part, groups, self._adapter, per_task=not self._shared) for part in parts]
+        return [self._context.collate(part, groups, self._adapter, per_task=not self._shared) for part in parts]
 
-    def loss(self, trained: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         s = self.settings
         return self._objective.losses(
-            batch, trained(), label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
+            batch, model(), label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
         ).sum()
 
     def reported(self, loss: float) -> float:
-        return loss / len(self.names)  # one task's, or the mean of them
+        return loss / len(self.names)  # the mean over adapters
 
     def clip(self, limit: float) -> Tensor:
-        """Each adapter's gradient alone; the largest norm."""
-        grads = [p.grad for p in self.trained.parameters()]
+        """Clip the gradient of each adapter by its own norm; returns the largest norm."""
+        grads = [p.grad for p in self.model.parameters()]
         norms = sum(g.flatten(1).square().sum(dim=1) for g in grads).sqrt()
         if limit:
             factors = (limit / (norms + 1e-6)).clamp_max(1.0)
@@ -110,8 +113,8 @@ class LoRA(loop.Job):
         return norms.max()
 
     def validate(self, shard: Shard) -> dict[str, float]:
-        stack = self.trained()
-        return self._frozen.validate(
+        stack = self.model()
+        return self._context.validate(
             self._objective, shard, self._descriptions, lambda groups: stack, self._adapter, self._tasks
         )
 
@@ -119,38 +122,39 @@ class LoRA(loop.Job):
         if self._shared:
             better = [0] if super().improved(losses, step) else []
         else:
-            known = self.best.setdefault("losses", {})
-            better = [i for i, name in enumerate(self.names) if losses.get(name, math.nan) < known.get(name, math.inf)]
-            known.update({self.names[i]: losses[self.names[i]] for i in better})
-        kept = self.best.setdefault("adapters", {})
-        for key, parameter in self.trained.named_parameters():
-            now = parameter.detach().cpu()
-            kept.setdefault(key, now.clone())[better] = now[better]
+            lowest = self.best.setdefault("losses", {})
+            better = [i for i, name in enumerate(self.names) if losses.get(name, math.nan) < lowest.get(name, math.inf)]
+            lowest.update({self.names[i]: losses[self.names[i]] for i in better})
+        saved = self.best.setdefault("adapters", {})
+        for key, parameter in self.model.named_parameters():
+            current = parameter.detach().cpu()
+            saved.setdefault(key, current.clone())[better] = current[better]
         return bool(better)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
-        """PEFT folders ``adapters/<name>`` and, where validation chooses those, ``last/<name>``; not below ``folder``."""
-        bank = self.trained
+        """PEFT folders below the run's own folder, not ``folder``: ``adapters/<name>``; adapters that validation selects are
+        written there as of their best, and to ``last/<name>`` as of ``step``."""
+        bank = self.model
         if best:
             bank = copy.deepcopy(bank)
             bank.load_state_dict(self.best["adapters"])
         with torch.no_grad():
             stack = bank().to("cpu")
         for i, name in enumerate(self.names):
-            if self._chosen[i] or not best:
-                target = self.folder / (LAST if self._chosen[i] and not best else ADAPTERS) / name
+            if self._validated[i] or not best:
+                target = self.folder / (LAST if self._validated[i] and not best else ADAPTERS) / name
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=self.settings.base_model)
 
     def data(self) -> dict[str, Any]:
-        return self._frozen.data(self._tasks)
+        return self._context.data(self._tasks)
 
 
-def waves(settings: LoRASettings, frozen: TrainingContext) -> list[list[int]]:
-    """Numbers of the tasks that train together: alike in length, so that little is padded, and alike in number."""
-    count = len(frozen.tasks)
+def waves(settings: LoRASettings, context: TrainingContext) -> list[list[int]]:
+    """Indices of the tasks of each wave: waves of nearly equal size, of tasks of similar length to reduce padding."""
+    count = len(context.tasks)
     if settings.mode == "multi-task":
         return [list(range(count))]
-    order = sorted(range(count), key=lambda i: (frozen.train.mean_length(i), frozen.tasks[i].name))
+    order = sorted(range(count), key=lambda i: (context.train.mean_length(i), context.tasks[i].name))
     number = -(-count // settings.tasks_per_step)
     return [order[count * i // number : count * (i + 1) // number] for i in range(number)]
 
@@ -163,30 +167,30 @@ def train(
     names: Sequence[str] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Path:
-    """Train one adapter a task, or one for all; goes on where an earlier run in ``output`` stopped.
+    """Train one adapter per task, or one for all; resumes a run that was interrupted in ``output``.
 
-    Tasks are trained in waves of ``tasks_per_batch * accumulation``, each wave ``steps`` steps.  ``output`` gets
+    Tasks are trained in waves of ``tasks_per_batch * accumulation``, each for ``steps`` steps.  ``output`` gets
 
-    - ``adapters/<task>/`` (or ``adapters/multi-task/``): PEFT folders, as of each adapter's best validation, and beside
-      those of tasks ``descriptions.json``: what :func:`t2l_engine.research.training.reconstruction.train` reads;
-    - ``last/``: the same as of the last step, where there is validation;
-    - ``waves/<number>/``: settings, log, and state while it runs (:mod:`t2l_engine.research.training.loop`).
+    - ``adapters/<task>/`` (or ``adapters/multi-task/``): PEFT folders, as of each adapter's best validation; with an adapter
+      per task also ``descriptions.json``, which :func:`t2l_engine.research.training.reconstruction.train` reads;
+    - ``last/``: the same as of the last step, if there is validation;
+    - ``waves/<number>/``: settings, log, and the state until the wave is done (:mod:`t2l_engine.research.training.loop`).
 
     Arguments and errors as in :func:`t2l_engine.research.training.sft.train`.
     """
     accelerator, output = accelerator or loop.accelerator("cpu"), Path(output)
-    frozen = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
-    plan = waves(settings, frozen)
+    context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
+    plan = waves(settings, context)
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"
         try:
-            job = LoRA(settings, frozen, tasks, output)
+            job = LoRA(settings, context, tasks, output)
             if not _finished(folder, job):
                 loop.run(job, folder, accelerator, f"wave {number + 1}/{len(plan)}")
                 if accelerator.is_main_process:
-                    _finish(folder, job, frozen.tasks)
+                    _finish(folder, job, context.tasks)
         finally:
-            frozen.close()
+            context.close()
     return output
 
 
@@ -195,7 +199,7 @@ def _record(job: LoRA) -> dict[str, Any]:
 
 
 def _finished(folder: Path, job: LoRA) -> bool:
-    """Whether the wave in ``folder`` is done; ConfigError where it was another one."""
+    """Whether the wave in ``folder`` is done; ConfigError if the record there is of another run."""
     path = folder / RECORD
     if not path.is_file():
         return False
@@ -205,7 +209,7 @@ def _finished(folder: Path, job: LoRA) -> bool:
 
 
 def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
-    """The record that says the wave is done comes last."""
+    """Write the wave's descriptions, then the record that marks it as done; remove its state."""
     if job.settings.mode == "per-task":
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
         known = read_json(path) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""The loss of answers through the frozen base model with per-row adapters."""
+"""The training loss: cross-entropy of answers through the frozen base model, with an adapter per row."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.research.training.sampling import Group, Sample, seeded
 
 IGNORED = -100
-Adapter = Callable[[int, Group], int]  # number of a group in its batch, group -> number of its adapter in the stack
+Adapter = Callable[[int, Group], int]  # index of a group in its batch, group -> index of its adapter in the stack
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Padded rows, all samples of some groups.
+    """The samples of some groups as padded rows.
 
-    ``groups``: of this process; ``ids [rows, L]``, ``mask [rows, L]``: padded on the left, so that answers end together;
-    ``labels [rows, answer]``: the answers, -100 in front of shorter ones; ``weights [rows]``: of a row's answer tokens in
-    the step's loss; ``adapters [rows]``: each row's in the stack; ``part``: this batch's groups over those of the step.
+    ``ids``, ``mask`` ``[rows, L]``: int64, padded on the left, so that answers are aligned at the end.
+    ``labels [rows, answer]``: the answers, -100 before shorter ones.
+    ``weights [rows]``: weight of each of a row's answer tokens in the step's loss.
+    ``adapters [rows]``: index of each row's adapter in the stack.
+    ``fraction``: this batch's share of the step's groups.
     """
 
     groups: Sequence[Group]
@@ -36,16 +38,16 @@ class Batch:
     labels: Tensor
     weights: Tensor
     adapters: list[int]
-    part: float
+    fraction: float
 
     @property
     def tasks(self) -> list[int]:
-        """Number of each row's task."""
+        """Task index of each row."""
         return [group.task for group in self.groups for _ in group.samples]
 
     @property
     def tokens(self) -> int:
-        """Positions that pass through the model, padding included."""
+        """Number of tokens that pass through the model, padding included."""
         return self.ids.numel()
 
 
@@ -56,8 +58,15 @@ def collate(
     of_step: int,
     adapter: Adapter | None = None,
 ) -> Batch:
-    """``weight``: of every answer token of a sample; ``of_step``: groups in the whole step; ``adapter``: None: by number."""
-    rows = [(number, sample, group) for number, group in enumerate(groups) for sample in group.samples]
+    """A batch of ``groups``.
+
+    Args:
+        pad: id of the padding token.
+        weight: (sample, group) -> weight of each of its answer tokens.
+        of_step: number of groups in the whole step.
+        adapter: None: group i uses adapter i.
+    """
+    rows = [(index, sample, group) for index, group in enumerate(groups) for sample in group.samples]
     longest = max(len(s.tokens) for _, s, _ in rows)
     answer = max(s.answer_len for _, s, _ in rows)
     ids = torch.full((len(rows), longest), pad)
@@ -68,12 +77,12 @@ def collate(
         mask[row, -len(s.tokens) :] = 1
         labels[row, -s.answer_len :] = torch.tensor(s.tokens[-s.answer_len :])
     weights = torch.tensor([weight(s, g) for _, s, g in rows])
-    adapters = [number if adapter is None else adapter(number, group) for number, _, group in rows]
+    adapters = [index if adapter is None else adapter(index, group) for index, _, group in rows]
     return Batch(groups, ids, mask, labels, weights, adapters, len(groups) / of_step)
 
 
 def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callable[[Sample, Group], float]:
-    """Weights of answer tokens that make the loss of all ``groups`` a mean, or each task's loss with ``per_task``.
+    """Token weights under which the summed loss of ``groups`` is a mean over all of them; with ``per_task``, over each task.
 
     ``kind``: "sample": the mean over samples of each sample's mean; "token": the mean over answer tokens.
     """
@@ -85,13 +94,15 @@ def token_weights(kind: str, groups: Sequence[Group], per_task: bool) -> Callabl
 
 
 class Objective:
-    """Cross-entropy of answers given prompts, with adapters of a stack.
+    """Cross-entropy of answers given prompts, through ``model`` with an adapter per row.
+
+    Logits are computed at answer positions only, from the decoder's hidden states.
 
     Args:
-        model: a transformers causal LM; its parameters are frozen and not changed.
-        handle: what ``attach`` returned for it.
+        model: a transformers causal LM with frozen parameters.
+        handle: of the adapters attached to it.
 
-    Raises ConfigError where ``model`` makes logits in a way that this class does not know.
+    Raises ConfigError if logits computed this way differ from the model's own.
     """
 
     def __init__(self, model: nn.Module, handle: LoRAHandle):
@@ -102,7 +113,7 @@ class Objective:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Logits of a few tokens, ours beside the model's own; behind padding too, unless it is told positions."""
+        """Compare logits of a few tokens with the model's own; with left padding too if it takes no position_ids."""
         device = next(self.model.parameters()).device
         ids = torch.arange(1, 9, device=device)[None] % self.model.config.get_text_config().vocab_size
         mask = torch.ones_like(ids)
@@ -114,7 +125,7 @@ class Objective:
             padded, seen = nn.functional.pad(ids, (padding, 0), value=1), nn.functional.pad(mask, (padding, 0))
             try:
                 ours = self._logits(self._hidden(padded, seen)[0, padding:])
-            except (AttributeError, RuntimeError, TypeError):  # get_decoder() is no decoder, and the like
+            except (AttributeError, RuntimeError, TypeError):  # for example, get_decoder() returns another module
                 ours = own[:0]
             bound = (coarse if own.dtype == torch.bfloat16 else fine) * own.float().abs().max()
             if own.shape != ours.shape or bool(((own.float() - ours).abs() > bound).any()):
@@ -125,7 +136,7 @@ class Objective:
         return self._decoder(input_ids=ids, attention_mask=mask, use_cache=False, **positions).last_hidden_state
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits of flat rows ``[n, hidden]`` (torch copies the whole matrix for every row of a 3-d product)."""
+        """Float32 logits ``[n, vocabulary]`` of rows ``[n, hidden]`` (a 3-d product would copy the matrix per row)."""
         logits = self.model.get_output_embeddings()(hidden).float()
         config = self.model.config.get_text_config()
         logits = logits * (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
@@ -141,9 +152,9 @@ class Objective:
         neftune_alpha: float = 0.0,
         lora_dropout: float = 0.0,
     ) -> Tensor:
-        """Weighted cross-entropy of each row's answer ``[rows]``: their sum is the batch's share of the loss.
+        """Weighted cross-entropy of each row's answer, ``[rows]`` float32; the sum is the batch's part of the loss.
 
-        ``stack``: what the batch's ``adapters`` number.
+        ``stack``: the adapters that ``batch.adapters`` index.
         """
         device = next(self.model.parameters()).device
         ids, mask, labels = (t.to(device) for t in (batch.ids, batch.mask, batch.labels))
@@ -159,9 +170,9 @@ class Objective:
 
     @contextlib.contextmanager
     def _noise(self, batch: Batch, alpha: float) -> Iterator[None]:
-        """NEFTune (arXiv 2310.05914): uniform noise of alpha/sqrt(L D) on the embeddings of a row's L tokens.
+        """NEFTune (arXiv 2310.05914): uniform noise in ±alpha/sqrt(L D) on the input embeddings of a row's L tokens.
 
-        L is the row's own length: a row's noise does not depend on what it is padded to.
+        L excludes padding, so that the noise does not depend on the batch.
         """
 
         def add(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
@@ -184,5 +195,5 @@ class Objective:
 
 
 def generated_l2(stack: AdapterStack) -> Tensor:
-    """Sum over modules of mean(A^2) + mean(B^2), means over adapters, layers and entries (paper's regulariser)."""
+    """Sum over modules of mean(A^2) + mean(B^2), means over adapters, layers and entries (the paper's regulariser)."""
     return sum(side[name].square().mean() for side in (stack.lora_A, stack.lora_B) for name in side)

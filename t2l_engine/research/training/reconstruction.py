@@ -1,12 +1,12 @@
 """Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1).
 
-There is no base model in the loop.  The loss of a task is the L1 distance to its adapter, the mean over modules of
+No base model is loaded.  The loss of a task is the L1 distance to its adapter, the mean over modules of
 
-- "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, each entry's by its mean and unbiased standard deviation
-  over the tasks; generation undoes them;
-- "raw": the same between A and B themselves.  The hypernetwork generates what they differ by from the mean over the tasks,
-  which is an offset of the checkpoint, in units of their spread, which are folded into the heads in the end;
-- "delta-w": ``10,000 mean|B A - B' A'|``; the hypernetwork generates A and B that are a hundred times as large.
+- "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, by the mean and unbiased standard deviation of each
+  entry over the tasks; the checkpoint's offsets invert the normalisation;
+- "raw": the same between A and B themselves.  The hypernetwork generates the difference to the mean over the tasks (an
+  offset of the checkpoint), in units of :func:`spread`; the unit is folded into the heads when the checkpoint is written;
+- "delta-w": ``10,000 mean|B A - B' A'|``; the heads' output is scaled by 1/100 (``output_scale``).
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from t2l_engine.research.training.runs import prompt_form_of
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
 from t2l_engine.research.training.settings import ReconstructionSettings
 
-#: What the reference multiplies weight differences by, so that they are of the order of 1.
+#: Factor of the "delta-w" loss, as in SakanaAI's code; brings weight differences to the order of 1.
 DELTA_W_SCALING = 10_000.0
 
 
 class Library:
-    """The adapters of a folder, ``<name>/`` in PEFT's form each, and ``descriptions.json``, as one stack.
+    """The adapters of a folder (``<name>/``, PEFT folders) with their ``descriptions.json``, as one stack.
 
     Args:
         folder: as :func:`t2l_engine.research.training.lora.train` writes it below its output (``adapters/``).
-        names: the adapters to use; None: all that ``descriptions.json`` names.
+        names: the adapters to use; None: all in ``descriptions.json``.
 
-    Raises ConfigError unless all adapt the same modules of the same layers, at one rank and one scaling.
+    Raises ConfigError unless all have the same modules and layers, one rank and one scaling.
     """
 
     def __init__(self, folder: Path, names: Sequence[str] | None = None):
@@ -70,27 +70,27 @@ class Library:
                     f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}"
                 )
         for module, ranks in self.stack.ranks.items():
-            other = (ranks != self.rank).any(dim=1).nonzero().flatten().tolist()
-            if other:
+            unequal = (ranks != self.rank).any(dim=1).nonzero().flatten().tolist()
+            if unequal:
                 raise ConfigError(
-                    f"{folder / self.names[other[0]]}: {module}: expected rank {self.rank} in all "
-                    f"{ranks.shape[1]} layers, got {ranks[other[0]].tolist()}"
+                    f"{folder / self.names[unequal[0]]}: {module}: expected rank {self.rank} in all "
+                    f"{ranks.shape[1]} layers, got {ranks[unequal[0]].tolist()}"
                 )
         depths = {module: A.shape[1] for module, A in self.stack.lora_A.items()}
         if len(set(depths.values())) > 1:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
-        # Read with the adapters, and once: every save asks, and a library may have gigabytes.
+        # Computed once: every save needs them, and a library may have gigabytes.
         self.base_model, self.digests = self._base_model(), self._digests()
         self.prompt_form = prompt_form_of(folder)
 
     def _base_model(self) -> str | None:
-        """The base model that all adapters name, if they do."""
-        named = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
-        only = named.pop() if len(named) == 1 else None
-        return only if isinstance(only, str) else None
+        """The base model in the adapters' configurations; None unless all state the same one."""
+        stated = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
+        name = stated.pop() if len(stated) == 1 else None
+        return name if isinstance(name, str) else None
 
     def _digests(self) -> dict[str, Any]:
-        """Per adapter: the first 16 hex digits of the SHA-256 of its file and of its descriptions."""
+        """Per adapter: the first 16 hex digits of the SHA-256 of its weights file and of its descriptions."""
 
         def digest(content: bytes) -> str:
             return hashlib.sha256(content).hexdigest()[:16]
@@ -102,10 +102,10 @@ class Library:
 
 
 class DeltaL1(torch.autograd.Function):
-    """``mean|B A - B' A'|`` of every adapter ``[N]`` over layers and entries, gradients in A and B.
+    """``mean|B A - B' A'|`` over layers and entries, ``[N]``, differentiable in A and B.
 
-    ``A, target_A [N, n, r, in]``, ``B, target_B [N, n, out, r]``.  One layer's difference is held at a time: its sign is all
-    that the gradients need, and they are formed beside it.
+    ``A, target_A [N, n, r, in]``, ``B, target_B [N, n, out, r]``.  The forward pass computes the gradients too, which depend
+    on the sign of the difference alone, so that only one layer's difference is in memory at a time.
     """
 
     @staticmethod
@@ -133,16 +133,16 @@ class DeltaL1(torch.autograd.Function):
 
 
 def z_scores(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, mean, std) of ``targets [N, ...]`` over N, in float64 inside: entries that are equal everywhere have z = 0."""
-    wide = targets.double()
-    mean, std = wide.mean(dim=0), wide.std(dim=0)
-    return ((wide - mean) / (std + STD_EPS)).float(), mean.float(), std.float()
+    """(z, mean, std), float32, of ``targets [N, ...]`` over N; computed in float64, so that constant entries have z = 0."""
+    exact = targets.double()
+    mean, std = exact.mean(dim=0), exact.std(dim=0)
+    return ((exact - mean) / (std + STD_EPS)).float(), mean.float(), std.float()
 
 
 def spread(stack: AdapterStack) -> float:
-    """The power of two nearest to the standard deviation of A and B over the adapters, the root of its mean square.
+    """The power of two nearest to the RMS over all entries of A and B of their standard deviation over the adapters.
 
-    Heads that generate in this unit learn at the rate that suits z-scores; entries themselves are some hundredths.
+    With outputs in this unit the heads learn at the learning rate that suits z-scores; entries are of the order of 0.01.
     """
     sides = [*stack.lora_A.values(), *stack.lora_B.values()]
     square = sum(float((t.double() - t.double().mean(dim=0)).square().sum()) for t in sides) / sum(t.numel() for t in sides)
@@ -150,7 +150,7 @@ def spread(stack: AdapterStack) -> float:
 
 
 class Reconstruction(loop.Job):
-    """See :func:`train`."""
+    """Reconstruction of a library of adapters; see :func:`train`."""
 
     def __init__(self, settings: ReconstructionSettings, library: Library, device: torch.device):
         super().__init__()
@@ -158,7 +158,7 @@ class Reconstruction(loop.Job):
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
         self.settings, self._library = settings, library
         self._embeddings = TaskEmbeddings(settings, list(library.descriptions.items()), device)
-        self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that undo z-scores
+        self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
         self._unit = spread(library.stack) if settings.target == "raw" else 1.0
         self._targets: dict[str, tuple[Tensor, Tensor]] = {}
         for module, A in library.stack.lora_A.items():
@@ -170,12 +170,12 @@ class Reconstruction(loop.Job):
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.trained = HyperNetwork(self._config())
-        self._embeddings.initialise(self.trained.task_encoder.linear)
+            self.model = HyperNetwork(self._config())
+        self._embeddings.initialise(self.model.task_encoder.linear)
         if settings.target == "raw":
-            for module, offsets in self.trained.offsets.items():
+            for module, offsets in self.model.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
-        self.trained.to(device)
+        self.model.to(device)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
 
     def _config(self) -> HyperNetworkConfig:
@@ -206,7 +206,7 @@ class Reconstruction(loop.Job):
         return divide(self._stream.step(step), self.settings.tasks_per_batch, shard)
 
     def _distances(self, stack: AdapterStack, groups: Sequence[Group]) -> Tensor:
-        """``[groups]``: the loss of each."""
+        """The loss of each group, ``[groups]``."""
         tasks = [group.task for group in groups]
         total = torch.zeros((), device=stack.scaling.device)
         for module, (target_A, target_B) in self._targets.items():
@@ -218,15 +218,15 @@ class Reconstruction(loop.Job):
                 total = total + sum(side.mean(dim=(1, 2, 3)) for side in sides) / 2
         return total / len(self._targets)
 
-    def loss(self, trained: nn.Module, batch: Sequence[Group]) -> Tensor:
-        distances = self._distances(trained(self._embeddings.augmented(batch)), batch)
+    def loss(self, model: nn.Module, batch: Sequence[Group]) -> Tensor:
+        distances = self._distances(model(self._embeddings.augmented(batch)), batch)
         return distances.sum() / (self.settings.tasks_per_step * self._unit)
 
     def reported(self, loss: float) -> float:
         return loss * self._unit
 
     def validate(self, shard: Shard) -> dict[str, float]:
-        """Of every task with its first held-out description, or its first where none is held out."""
+        """The loss of every task, with its first held-out description (its first one if none is held out)."""
         names = self._library.names
         groups = [Group(task, self._embeddings.val_indices(task)[0], (), "") for task in range(len(names))]
         found = dict.fromkeys(names, 0.0)
@@ -234,13 +234,13 @@ class Reconstruction(loop.Job):
         for start in range(0, len(groups), size):
             mine = shard.of(groups[start : start + size])
             if mine:
-                distances = self._distances(self.trained(self._embeddings.clean(mine)), mine)
+                distances = self._distances(self.model(self._embeddings.clean(mine)), mine)
                 found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
         return found
 
-    def _generating(self) -> HyperNetwork:
-        """A copy that generates A and B as they are: z-scores undone, the unit in the heads."""
-        net = copy.deepcopy(self.trained)
+    def _denormalised(self) -> HyperNetwork:
+        """A copy that generates A and B themselves: z-scores inverted by offsets, the unit folded into the heads."""
+        net = copy.deepcopy(self.model)
         for module, values in self._statistics.items():
             for name, value in values.items():
                 setattr(net.offsets[module], name, value)
@@ -256,7 +256,7 @@ class Reconstruction(loop.Job):
             "prompt_form": self._library.prompt_form, "tasks": self.data()["adapters"],
         }  # fmt: skip
         blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model, "training": training}
-        self._generating().save_pretrained(folder, blocks)
+        self._denormalised().save_pretrained(folder, blocks)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests}
@@ -274,7 +274,7 @@ def train(
 
     Args:
         adapters_folder: see :class:`Library`.
-        names: the adapters to learn; None: all of the folder.
+        names: the adapters to train on; None: all of the folder.
 
     Other arguments, files and errors as in :func:`t2l_engine.research.training.sft.train`.
     """

@@ -1,4 +1,4 @@
-"""What the folder of a run of ``t2l train lora`` says of it, read without the packages that training needs."""
+"""Reading the run folders of ``t2l train lora``, without the packages that training itself needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.j
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
-    """The settings of the run in ``folder``; None where no run has finished there (its first wave, at least)."""
+    """The settings of the run in ``folder``; None if not even its first wave has finished."""
     path = folder / WAVES / "000" / RECORD
     if not path.is_file():
         return None
@@ -25,6 +25,6 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 
 def prompt_form_of(adapters: Path) -> str:
-    """The prompt form that the adapters in a folder were trained in, as the run around it says; chat where there is none."""
+    """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
     settings = settings_of(adapters.parent) or {}
     return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)

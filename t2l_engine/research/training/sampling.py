@@ -1,7 +1,7 @@
-"""What each step of a run reads: a pure function of the seed and the step, so that a resumed run reads the same.
+"""Sampling of training data as a pure function of seed and step, so that a resumed run reads the same data.
 
-A *group* is one task with a description and ``samples_per_task`` examples; they share one adapter.  Groups are what batches,
-accumulation and processes divide.
+A *group* is a task with one description and ``samples_per_task`` examples, which share one adapter.  Steps, batches and
+processes are made of whole groups.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from t2l_engine.research.tasks.folder import Task
 from t2l_engine.text.prompts import CHAT, answer_of, prompt_of
 
 G = TypeVar("G")
-Descriptions = Callable[[int], Sequence[int]]  # task number -> numbers of the descriptions to choose from
+Descriptions = Callable[[int], Sequence[int]]  # task index -> indices of the descriptions to draw from
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A tokenised example: ``tokens`` is prompt then answer, the last ``answer_len`` of them are the answer.
+    """A tokenised example: ``tokens`` of prompt and answer, of which the last ``answer_len`` are the answer.
 
-    ``input``: the example's own text, of which its adapter may be generated.
+    ``input``: the example's input text; with ``condition`` "input" its adapter is generated from it.
     """
 
     tokens: tuple[int, ...]
@@ -35,9 +35,9 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """``samples`` of task number ``task`` for its description number ``description``.
+    """``samples`` of the task with index ``task``, for its description with index ``description``.
 
-    ``key`` names the draw: noise of the group is a function of it, whatever batch or process the group falls into.
+    ``key``: seed of the group's noise, which therefore does not depend on its batch or process.
     """
 
     task: int
@@ -51,7 +51,7 @@ class Group:
 
 
 def seeded(*parts: Any) -> int:
-    """An integer below 2^63 for a random generator, from anything printable."""
+    """A seed below 2^63 for a random generator: a hash of the printed ``parts``."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
@@ -63,14 +63,14 @@ def _permutation(size: int, *key: Any) -> tuple[int, ...]:
 
 
 def permuted(size: int, position: int, *key: Any) -> int:
-    """Entry ``position`` of an endless sequence of permutations of ``range(size)``: everything comes equally often."""
-    cycle, at = divmod(position, size)
-    return _permutation(size, *key, cycle)[at]
+    """Entry ``position`` of an endless sequence of permutations of ``range(size)``: all values are equally frequent."""
+    cycle, index = divmod(position, size)
+    return _permutation(size, *key, cycle)[index]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """This process's part of every step: ``rank`` of ``world_size`` processes."""
+    """This process's shard of every batch: ``rank`` of ``world_size`` processes."""
 
     rank: int = 0
     world_size: int = 1
@@ -83,14 +83,14 @@ class Examples:
     """The tokenised examples of one split of some tasks.
 
     Args:
-        tasks: with the examples of the split.
-        tokenizer: of the base model; answers end with its end-of-text token.
-        max_tokens: of prompt and answer; longer examples are left out, ``dropped`` counts them.
-        form: of the prompts, see :mod:`t2l_engine.text.prompts`.
-        with_description: whether the prompt names the task, before the input.
-        most: examples kept a task.
+        tasks: with their examples of that split.
+        tokenizer: of the base model; its end-of-text token ends every answer.
+        max_tokens: limit of prompt and answer; longer examples are left out and counted in ``dropped``.
+        template: prompt template, see :mod:`t2l_engine.text.prompts`.
+        with_description: whether the prompt has the description before the input.
+        limit: of the examples kept per task; None: all.
 
-    Raises ConfigError where a task keeps none, unless ``may_be_empty``.
+    Raises ConfigError if no example of a task is kept, unless ``allow_empty``.
     """
 
     def __init__(
@@ -100,11 +100,16 @@ class Examples:
         max_tokens: int,
         *,
         with_description: bool,
-        form: str = CHAT,
-        most: int | None = None,
-        may_be_empty: bool = False,
+        template: str = CHAT,
+        limit: int | None = None,
+        allow_empty: bool = False,
     ):
-        self.tasks, self._tokenizer, self._form, self._with_description = list(tasks), tokenizer, form, with_description
+        self.tasks, self._tokenizer, self._template, self._with_description = (
+            list(tasks),
+            tokenizer,
+            template,
+            with_description,
+        )
         self._cache: dict[tuple[int, int, int | None], Sample] = {}
         self._kept: list[list[int]] = []
         self.dropped = 0
@@ -115,16 +120,16 @@ class Examples:
                 longest = tokens.index(max(tokens))
             fits = [len(self.sample(index, i, longest).tokens) <= max_tokens for i in range(len(task.examples))]
             self.dropped += fits.count(False)
-            self._kept.append([i for i, fit in enumerate(fits) if fit][:most])
-            if not self._kept[-1] and not may_be_empty:
+            self._kept.append([i for i, fit in enumerate(fits) if fit][:limit])
+            if not self._kept[-1] and not allow_empty:
                 raise ConfigError(f"max_tokens: no example of task {task.name} fits into {max_tokens} tokens")
 
     def kept(self, task: int) -> list[int]:
-        """Which examples of a task are used."""
+        """Indices of the examples of a task that are used."""
         return self._kept[task]
 
     def mean_length(self, task: int) -> float:
-        """Tokens of a task's example on average, with its first description where the prompt has one."""
+        """Mean number of tokens of a task's examples (with its first description if prompts have descriptions)."""
         kept = self._kept[task]
         return sum(len(self.sample(task, i, 0).tokens) for i in kept) / len(kept)
 
@@ -133,17 +138,17 @@ class Examples:
         found = self._cache.get(key)
         if found is None:
             chosen = self.tasks[task].examples[example]
-            named = self.tasks[task].descriptions[description] if self._with_description else ""
-            prompt = prompt_of(self._form, self._tokenizer, chosen.input, named)
+            text = self.tasks[task].descriptions[description] if self._with_description else ""
+            prompt = prompt_of(self._template, self._tokenizer, chosen.input, text)
             prompt = self._tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            answer = answer_of(self._form, chosen.outputs[0])
+            answer = answer_of(self._template, chosen.outputs[0])
             answer = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
             answer = [*answer, self._tokenizer.eos_token_id]
             found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
         return found
 
     def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:
-        """What the ``visit``-th turn of a task reads: its next ``count`` examples and one of its descriptions."""
+        """The group of a task's ``visit``-th visit: its next ``count`` examples and one of its descriptions."""
         name, kept = self.tasks[task].name, self._kept[task]
         choices = descriptions(task)
         description = choices[random.Random(seeded(seed, "description", name, visit)).randrange(len(choices))]
@@ -153,7 +158,7 @@ class Examples:
         return Group(task, description, samples, f"{seed}/{name}/{visit}")
 
     def all_groups(self, count: int, descriptions: Descriptions) -> list[Group]:
-        """Every kept example once, in groups of up to ``count``, shortest first; descriptions take turns."""
+        """Every kept example once, in groups of up to ``count``, shortest first; descriptions rotate within a task."""
         groups = []
         for index, kept in enumerate(self._kept):
             choices = descriptions(index)
@@ -165,15 +170,15 @@ class Examples:
 
 
 class Stream:
-    """The groups of every step: tasks in endless permutations, ``bucket_steps`` steps drawn together and cut by length.
+    """The groups of every step: tasks in endless permutations, bucketed by length over ``bucket_steps`` steps.
 
-    With ``bucket_steps`` 1 the tasks of a step are distinct where ``per_step`` divides their number; elsewhere a step that
-    lies across two permutations may have a task twice.
+    With ``bucket_steps`` 1 the tasks of a step are distinct if ``per_step`` divides their number; otherwise a step that
+    spans two permutations may have a task twice.
 
     Args:
-        num_tasks: of which every step takes ``per_step``.
-        make: (task, visit) -> group; a task's visits count from 0.
-        length: of a group, by which steps are cut.
+        num_tasks: number of tasks; a step has ``per_step`` groups.
+        make: (task, visit) -> group; visits of a task count from 0.
+        length: of a group, the key of bucketing.
     """
 
     def __init__(
@@ -191,25 +196,25 @@ class Stream:
 
     def step(self, step: int) -> list[G]:
         """The groups of ``step``, shortest first."""
-        number, at = divmod(step, self._bucket_steps)
-        if self._pool is None or self._pool[0] != number:
+        bucket, index = divmod(step, self._bucket_steps)
+        if self._pool is None or self._pool[0] != bucket:
             size = self._bucket_steps * self._per_step
-            made = []
-            for position in range(number * size, (number + 1) * size):
+            groups = []
+            for position in range(bucket * size, (bucket + 1) * size):
                 task = permuted(self._num_tasks, position, self._seed, "tasks")
-                made.append(self._make(task, position // self._num_tasks))
-            self._pool = number, sorted(made, key=self._length)
-        start = permuted(self._bucket_steps, at, self._seed, "bucket", number) * self._per_step
+                groups.append(self._make(task, position // self._num_tasks))
+            self._pool = bucket, sorted(groups, key=self._length)
+        start = permuted(self._bucket_steps, index, self._seed, "bucket", bucket) * self._per_step
         return self._pool[1][start : start + self._per_step]
 
 
 def divide(groups: Sequence[G], per_batch: int, shard: Shard) -> list[Sequence[G]]:
-    """This process's part of every batch of up to ``per_batch`` groups, all of much the same number.
+    """This process's shard of each batch; ``groups`` are split evenly into batches of at most ``per_batch``.
 
-    Raises ConfigError where a process would have none.
+    Raises ConfigError if a shard would be empty.
     """
-    number = -(-len(groups) // per_batch)
-    batches = [groups[len(groups) * i // number : len(groups) * (i + 1) // number] for i in range(number)]
+    count = -(-len(groups) // per_batch)
+    batches = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
     if min(map(len, batches)) < shard.world_size:
         raise ConfigError(
             f"expected at least a task for each of {shard.world_size} processes in every batch, got {len(groups)}"

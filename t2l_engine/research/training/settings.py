@@ -1,7 +1,7 @@
-"""Settings of training runs: YAML files with every field checked, overrides, and what a run prints of them.
+"""Settings of training runs: checked fields, read from YAML files and overrides, and their display.
 
-Each field has a default, bounds and one sentence; the sentence is what ``t2l train <kind> --fields`` and the documents show.
-Defaults suit a small model on a CPU; those of the paper are in ``docs/training.md``.
+Each field has a default, bounds and a description, which ``t2l train <kind> --fields`` shows.  Defaults suit a small model
+on a CPU; those of the paper are in ``docs/training.md``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ BASE_MODEL = "base-model"
 
 
 class Settings(BaseModel):
-    """What every run has: the optimiser (AdamW), its schedule, and when to save and to validate."""
+    """Settings of every kind of run: optimiser (AdamW), learning-rate schedule, intervals of saving and validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -59,8 +59,8 @@ class Settings(BaseModel):
     schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up: linear decay to zero, or none")
     weight_decay: NotNegative = Field(0.01, description="of AdamW, on every trained parameter")
     grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: not clipped")
-    tasks_per_batch: Positive = Field(8, description="tasks that pass through the model together")
-    accumulation: Positive = Field(1, description="batches whose gradients add up to one step")
+    tasks_per_batch: Positive = Field(8, description="tasks of one batch through the model")
+    accumulation: Positive = Field(1, description="batches whose gradients are summed to one step")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
         0, description="of initial parameters, samples, descriptions and noise"
     )
@@ -71,17 +71,17 @@ class Settings(BaseModel):
     @classmethod
     def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("expected a number or text")  # pydantic would read 1
+            raise ValueError("expected a number or text")  # pydantic would convert it to 1
         return value
 
     @property
     def tasks_per_step(self) -> int:
-        """Groups (a task with its samples) of one optimiser step."""
+        """Groups (a task with its samples) per optimiser step."""
         return self.tasks_per_batch * self.accumulation
 
 
 class _LoRA(BaseModel):
-    """The form of the adapters."""
+    """Rank and scaling of the adapters."""
 
     rank: Annotated[int, Field(gt=0, le=MAX_RANK)] = Field(8, description="of the adapters")
     lora_alpha: Annotated[float, Field(ge=MIN_NUMBER, le=MAX_NUMBER)] = Field(16.0, description="LoRA alpha")
@@ -94,25 +94,27 @@ class _LoRA(BaseModel):
 
 
 class _Model(_LoRA):
-    """Training through the frozen base model."""
+    """Settings of training through the frozen base model."""
 
     base_model: Text = Field(description='"smollm2-135m" (packaged) or a local transformers folder')
     target_modules: tuple[Text, ...] = Field(min_length=1, description="names of the adapted linears")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained stays float32")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the base model; what is trained is float32")
     prompt: Literal["input", "description"] = Field(
-        "input", description="input: only the adapter knows the task; description: the prompt names it too"
+        "input", description="input: the prompt is the input alone; description: it has the task description too"
     )
     prompt_form: Literal[PROMPT_FORMS] = Field(
         "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
     samples_per_task: Positive = Field(1, description="examples of a task in a batch")
     max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")
-    bucket_steps: Positive = Field(8, description="steps that are drawn together and cut by length; 1: no bucketing")
-    weighting: Literal["sample", "token"] = Field("sample", description="what counts equally in a loss")
+    bucket_steps: Positive = Field(8, description="steps over which tasks are bucketed by length; 1: no bucketing")
+    weighting: Literal["sample", "token"] = Field(
+        "sample", description="mean of the loss over samples, or over answer tokens"
+    )
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the training loss")
     neftune_alpha: NotNegative = Field(0.0, description="NEFTune: noise of alpha/sqrt(tokens * width) on input embeddings")
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout of the input of A")
-    validation_samples: Positive = Field(8, description='examples of split "val" a task, at most')
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
+    validation_samples: Positive = Field(8, description='at most this many examples of split "val" per task')
 
     @model_validator(mode="after")
     def _modules(self):
@@ -122,7 +124,7 @@ class _Model(_LoRA):
 
 
 class _HyperNetwork(BaseModel):
-    """Sizes of the hypernetwork and what it reads."""
+    """Settings of the hypernetwork and its task embeddings."""
 
     variant: Literal[VARIANTS] = Field("L", description="of the hypernetwork")
     latent_size: Annotated[int, Field(ge=4, lt=MAX_SIZE)] = Field(128, description="width of the trunk")
@@ -134,9 +136,9 @@ class _HyperNetwork(BaseModel):
     )
     task_init: Literal["random", "discriminant"] = Field(
         "random",
-        description="of the task encoder: random, or the axes that tell the tasks' descriptions apart (docs/training.md)",
+        description="initialisation of the task encoder: random, or linear discriminant analysis (LDA) of the descriptions",
     )
-    held_out_descriptions: Count = Field(0, description="last descriptions of a task kept for validation")
+    held_out_descriptions: Count = Field(0, description="last descriptions of a task, held out for validation")
     embedding_noise: NotNegative = Field(
         0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
     )
@@ -177,11 +179,11 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
 
 
 class LoRASettings(_Model, Settings):
-    """``t2l train lora``: adapters without a hypernetwork, one a task ("oracles") or one for all."""
+    """``t2l train lora``: adapters without a hypernetwork, one per task ("oracles") or one for all."""
 
     mode: Literal["per-task", "multi-task"] = Field(
         "per-task",
-        description="per-task: an adapter a task, tasks_per_batch * accumulation at a time; multi-task: one for all",
+        description="per-task: an adapter per task, tasks_per_batch * accumulation at a time; multi-task: one for all",
     )
 
 
@@ -199,14 +201,14 @@ class ReconstructionSettings(_HyperNetwork, Settings):
         return self
 
 
-MAX_TOLD = 600  # characters of all faults but the first
+MAX_LISTED = 600  # characters of all faults but the first
 S = TypeVar("S", bound=Settings)
 
 
 def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
-    """Settings out of a YAML file, with ``name=value`` overrides (values as in YAML).
+    """Settings from a YAML file and ``name=value`` overrides (values in YAML).
 
-    Raises FileNotFoundError, or ConfigError naming the file, the field, what was expected and what came.
+    Raises FileNotFoundError, or ConfigError naming file, field, expected and given value.
     """
     values: Any = {}
     if path is not None:
@@ -215,7 +217,7 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
         values = read_yaml(path)
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a mapping of fields, got {short_repr(values)}")
-    where = dict.fromkeys(values, str(path))
+    origins = dict.fromkeys(values, str(path))
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
@@ -224,40 +226,40 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
             values[name.strip()] = parse_yaml(value, "--set")
         except ConfigError:
             raise ConfigError(f"--set {name}: expected a YAML value, got {short_repr(value)}") from None
-        where[name.strip()] = "--set"
-    return build(kind, values, where, str(path) if path else "settings")
+        origins[name.strip()] = "--set"
+    return build(kind, values, origins, str(path) if path else "settings")
 
 
-def build(kind: type[S], values: dict[str, Any], where: dict[str, str] | None = None, source: str = "settings") -> S:
-    """``kind`` of plain values; ConfigError lists the faults, with the place in ``where`` each field came from."""
+def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None = None, source: str = "settings") -> S:
+    """``kind`` from plain values; ConfigError lists the faults, each with its field's origin (default: ``source``)."""
     try:
         return kind(**values)
     except ValidationError as error:
         faults, last = [], ""
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0]) if fault["loc"] else ""
-            place, said = (where or {}).get(name, source), fault["msg"].removeprefix("Value error, ")
+            origin, message = (origins or {}).get(name, source), fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
-                faults.append(f"{place}: unknown field {short_repr(name)}")
+                faults.append(f"{origin}: unknown field {short_repr(name)}")
                 last = f"; expected some of {sorted(kind.model_fields)}"
             elif fault["type"] == "missing":
                 faults.append(f"{source}: missing field {name!r}: {kind.model_fields[name].description}")
-            elif not name:  # of a check over several fields, which names them itself
-                faults.append(f"{source}: {said}")
+            elif not name:  # a check over several fields, whose message names them
+                faults.append(f"{source}: {message}")
             else:
-                faults.append(f"{place}: {name}: {said}, got {short_repr(fault['input'])}")
+                faults.append(f"{origin}: {name}: {message}, got {short_repr(fault['input'])}")
         faults = list(dict.fromkeys(faults))
         ends = itertools.accumulate(map(len, faults[1:]), initial=0)
-        told = sum(end <= MAX_TOLD for end in ends)
-        if told < len(faults):
-            last = f"; {len(faults) - told} further faults" + last
-        raise ConfigError("; ".join(faults[:told]) + last) from None
-    except TypeError as error:  # keys that are no names
+        listed = sum(end <= MAX_LISTED for end in ends)
+        if listed < len(faults):
+            last = f"; {len(faults) - listed} further faults" + last
+        raise ConfigError("; ".join(faults[:listed]) + last) from None
+    except TypeError as error:  # keys that are not strings
         raise ConfigError(f"{source}: expected field names, got {error}") from None
 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
-    """(field, value, "default" where nobody set it, its sentence) of every field."""
+    """(field, value, "default" if it was not set, description) of every field."""
     return [
         (
             name,
@@ -270,7 +272,7 @@ def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
 
 
 def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
-    """(field, default, its sentence) of every field of ``kind``."""
+    """(field, default, description) of every field of ``kind``."""
     return [
         (name, "required" if field.is_required() else _plain(field.default), field.description or "")
         for name, field in kind.model_fields.items()
@@ -282,12 +284,12 @@ def _plain(value: Any) -> str:
 
 
 def to_yaml(settings: Settings) -> str:
-    """Every field, as :func:`read` takes it."""
+    """All fields as YAML that :func:`read` accepts."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def differences(ours: Settings, theirs: str) -> list[str]:
-    """What differs from settings written as JSON."""
+    """The fields in which ``ours`` differs from settings in JSON, as text."""
     mine, other = ours.model_dump(mode="json"), json.loads(theirs)
     return [
         f"{name}: {short_repr(other.get(name))} then, {short_repr(mine.get(name))} now"

@@ -1,8 +1,8 @@
 """Supervised fine-tuning of a hypernetwork through a frozen language model (paper section 3.2).
 
-Every step takes groups of a task, a description and some examples, generates one adapter a group, applies them by row, and
-minimises the cross-entropy of the answers.  With ``condition`` "input" a group is one example, and its adapter is generated
-from its input instead of the description.
+A step samples groups (a task, one of its descriptions, some examples), generates one adapter per group, applies it to the
+group's rows and minimises the cross-entropy of the answers.  With ``condition`` "input" a group is one example, whose
+adapter is generated from its input instead of the description.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from t2l_engine.research.training.settings import SFTSettings
 
 
 class SFT(loop.Job):
-    """See :func:`train`."""
+    """Supervised fine-tuning of a hypernetwork; see :func:`train`."""
 
-    def __init__(self, settings: SFTSettings, frozen: TrainingContext):
+    def __init__(self, settings: SFTSettings, context: TrainingContext):
         super().__init__()
-        self.settings, self._frozen = settings, frozen
+        self.settings, self._context = settings, context
         self._by_input = settings.condition == "input"
         if self._by_input:
-            _check_inputs(frozen.train)
-            _check_inputs(frozen.validation)
-        texts = [(task.name, task.descriptions) for task in frozen.tasks]
-        self._embeddings = TaskEmbeddings(settings, texts, frozen.device, by_input=self._by_input)
+            _check_inputs(context.train)
+            _check_inputs(context.validation)
+        texts = [(task.name, task.descriptions) for task in context.tasks]
+        self._embeddings = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # layers other than the heads
-            self.trained = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
-        self._embeddings.initialise(self.trained.task_encoder.linear)
-        self.trained.to(frozen.device)
+            torch.manual_seed(settings.seed)  # for all layers but the heads
+            self.model = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
+        self._embeddings.initialise(self.model.task_encoder.linear)
+        self.model.to(context.device)
         self._stream = Stream(
-            len(frozen.tasks),
+            len(context.tasks),
             settings.tasks_per_step,
             settings.seed,
             self._group,
@@ -53,11 +53,11 @@ class SFT(loop.Job):
             settings.bucket_steps,
         )
         with torch.no_grad():
-            first = self.trained(torch.zeros(1, self._embeddings.embed_dim, device=frozen.device))
-        self._objective = frozen.objective(first)
+            first = self.model(torch.zeros(1, self._embeddings.embed_dim, device=context.device))
+        self._objective = context.objective(first)
 
     def _config(self) -> HyperNetworkConfig:
-        s, modules = self.settings, self._frozen.modules
+        s, modules = self.settings, self._context.modules
         return HyperNetworkConfig(
             variant=s.variant,
             modules=modules.names,
@@ -75,24 +75,24 @@ class SFT(loop.Job):
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
-        return self._frozen.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.train_indices)
+        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.train_indices)
 
     def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
-        return [self._frozen.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
+        return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
-    def loss(self, trained: nn.Module, batch: Batch) -> Tensor:
-        s, stack = self.settings, trained(self._embeddings.augmented(batch.groups))
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        s, stack = self.settings, model(self._embeddings.augmented(batch.groups))
         losses = self._objective.losses(
             batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
         )
-        return losses.sum() + s.generated_l2 * batch.part * generated_l2(stack) if s.generated_l2 else losses.sum()
+        return losses.sum() + s.generated_l2 * batch.fraction * generated_l2(stack) if s.generated_l2 else losses.sum()
 
     def validate(self, shard: Shard) -> dict[str, float]:
         def stack(groups: Sequence[Group]) -> AdapterStack:
-            return self.trained(self._embeddings.clean(groups))
+            return self.model(self._embeddings.clean(groups))
 
-        return self._frozen.validate(self._objective, shard, self._embeddings.val_indices, stack, alone=self._by_input)
+        return self._context.validate(self._objective, shard, self._embeddings.val_indices, stack, one_sample=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
@@ -102,14 +102,14 @@ class SFT(loop.Job):
             **self.data(),
         }
         blocks = {"encoder": self._embeddings.config(), "base_model": self.settings.base_model, "training": training}
-        self.trained.save_pretrained(folder, blocks)
+        self.model.save_pretrained(folder, blocks)
 
     def data(self) -> dict[str, Any]:
-        return self._frozen.data()
+        return self._context.data()
 
 
 def _check_inputs(examples: Examples) -> None:
-    """ConfigError where an input that is used has no text to embed."""
+    """ConfigError if the input of a used example is blank and cannot be embedded."""
     for number, task in enumerate(examples.tasks):
         if not all(task.examples[i].input.strip() for i in examples.kept(number)):
             raise ConfigError(
@@ -125,23 +125,23 @@ def train(
     names: Sequence[str] | None = None,
     accelerator: Accelerator | None = None,
 ) -> Path:
-    """Train a hypernetwork and write a native checkpoint to ``output``; goes on from ``output``'s state where there is one.
+    """Train a hypernetwork and write a native checkpoint to ``output``; resumes a run that was interrupted there.
 
     Args:
         settings: of the run.
         tasks_folder: a task folder (:mod:`t2l_engine.research.tasks.folder`) with splits "train" and, for validation, "val".
-        output: the checkpoint as of the last step, ``best/`` as of the best validation, log and state beside
+        output: gets the checkpoint as of the last step, ``best/`` as of the best validation, log and state
             (:mod:`t2l_engine.research.training.loop`).
         names: the tasks to train on; None: all of the folder.
-        accelerator: what :func:`t2l_engine.research.training.loop.accelerator` returned; None: the CPU.
+        accelerator: from :func:`t2l_engine.research.training.loop.accelerator`; None: the CPU.
 
     Raises:
-        ConfigError: settings, tasks and model do not fit, or ``output`` holds another run.
-        FloatingPointError: the loss is NaN or infinite; the last saved state stays.
+        ConfigError: settings, tasks and model do not fit together, or ``output`` holds another run.
+        FloatingPointError: the loss is NaN or infinite; the last saved state is kept.
     """
     accelerator = accelerator or loop.accelerator("cpu")
-    frozen = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
+    context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     try:
-        return loop.run(SFT(settings, frozen), Path(output), accelerator)
+        return loop.run(SFT(settings, context), Path(output), accelerator)
     finally:
-        frozen.close()
+        context.close()
