@@ -1,4 +1,4 @@
-"""t2l_engine: from a sentence to LoRA adapters for a frozen language model, and those adapters at work without PEFT."""
+"""t2l_engine: generates LoRA adapters for a frozen language model from sentences, and serves them without PEFT."""
 
 from t2l_engine import ops
 from t2l_engine.adapters.stack import AdapterError, AdapterStack

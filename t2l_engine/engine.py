@@ -1,4 +1,4 @@
-"""Text to adapters: the facade over encoder and hypernetwork."""
+"""TextToLoRA: task descriptions to adapters, by an encoder and a hypernetwork."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 import torch
 
 from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.hypernetwork.checkpoint import read
+from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
-from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.network import HyperNetwork, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.text.config import EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
 
 
-def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
-    """How a checkpoint's texts are embedded, by the encoder in the folder ``given`` where that is not None.
+def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
+    """Configuration of the encoder of a checkpoint in ``folder``; its model is in the folder ``given`` unless that is None.
 
-    A string: that folder itself must say; None: nothing does.
+    A string is a sentence-transformers folder that states the configuration; None: the checkpoint does not state one.
     """
-    from t2l_engine.hypernetwork.checkpoint import encoder_config
-
     try:
-        config = encoder_config(folder)
+        config = contents.encoder_config()
     except UndefinedEncoder:
         if given is None:
             raise
@@ -45,7 +45,7 @@ def _encoder_config(folder: Path, given: str | Path | None) -> EncoderConfig | O
 
 
 class TextToLoRA:
-    """One call from sentences to LoRA adapters (paper section 3).  ``encoder`` and ``hypernetwork`` may be used alone.
+    """Task descriptions to LoRA adapters in one call (paper section 3); ``encoder`` and ``hypernetwork`` also work alone.
 
     >>> import t2l_engine as t2l
     >>> engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
@@ -55,9 +55,9 @@ class TextToLoRA:
     """
 
     def __init__(self, encoder: TextEncoder | OneHotEncoder, hypernetwork: HyperNetwork, prompt_form: str = CHAT):
-        """``prompt_form``: "chat" or "raw", how :meth:`prompt` shows an input to the adapted model.
+        """``prompt_form``: "chat" or "raw", the prompt template of :meth:`prompt`.
 
-        Raises ValueError where the encoder's width is not the one the hypernetwork was trained with.
+        Raises ValueError if the width of the encoder's embeddings is not the hypernetwork's ``embed_dim``.
         """
         if encoder.embed_dim != hypernetwork.config.embed_dim:
             raise ValueError(
@@ -78,28 +78,25 @@ class TextToLoRA:
         module_order: list[str] | None = None,
         trust_remote_code: bool = False,
     ) -> TextToLoRA:
-        """Load a bundled checkpoint by name ("smollm2-135m"), or a native or reference folder.
+        """Load a bundled checkpoint by name ("smollm2-135m"), or a native or Sakana-format folder.
 
         Args:
-            encoder: of the texts; None = the one the checkpoint was trained with (MiniLM where it names none).  A local
-                folder: that same encoder, found there: pooling, template, length and dtype are the checkpoint's.  Only
-                where the checkpoint does not say them the folder must, as a sentence-transformers folder does.
-            trust_remote_code: run Python code that the encoder's folder brings; off by default.
+            encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
+                folder: the files of that encoder, with pooling, template, length and dtype of the checkpoint; if the
+                checkpoint does not state them, a sentence-transformers folder, which does.
+            trust_remote_code: run Python code in the encoder's folder; off by default.
             scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.
 
         Raises:
             FileNotFoundError: no such checkpoint or encoder folder, or the packaged encoder is not installed.
-            OSError: the checkpoint's encoder is neither a local folder nor to be had from the hub; pass ``encoder``.
+            OSError: the checkpoint's encoder is neither a local folder nor available from the hub; pass ``encoder``.
             ValueError: the checkpoint cannot be used, or the encoder does not fit it or needs ``trust_remote_code``.
         """
-        from t2l_engine.hypernetwork.checkpoint import prompt_form
-
         folder = resolve_checkpoint(checkpoint)
-        hypernetwork = HyperNetwork.from_pretrained(
-            folder, scaling=scaling, dtype=dtype, device=device, module_order=module_order
-        )
+        contents = read(folder, module_order)
+        hypernetwork = load(contents, scaling=scaling, dtype=dtype, device=device)
         if encoder is None or isinstance(encoder, (str, Path)):
-            config = _encoder_config(folder, encoder)
+            config = _encoder_config(contents, folder, encoder)
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
             else:
@@ -109,21 +106,21 @@ class TextToLoRA:
                     f"{folder}: names no text encoder and needs embeddings of width {hypernetwork.config.embed_dim}, "
                     f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
                 )
-        return cls(encoder, hypernetwork, prompt_form(folder))
+        return cls(encoder, hypernetwork, contents.prompt_form)
 
     def generate(self, texts: Sequence[str]) -> AdapterStack:
-        """One adapter a description (a task name, where the checkpoint knows tasks as one-hot vectors), all in one pass.
+        """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
-        Raises ValueError for an empty list, an empty text, anything but strings or an unknown task name; a description
-        beyond the encoder's length is truncated with a warning.  Raises RuntimeError where the language model is the encoder
-        and has adapters in use.
+        Raises ValueError for an empty list, an empty text, anything but strings or an unknown task name, RuntimeError if
+        the language model is the encoder and has adapters in use.  A description longer than the encoder's length is
+        truncated with a warning.
         """
         return self.hypernetwork.generate(self.encoder.encode(texts))
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
-        """``text`` as the adapted model reads it: in the form of the prompts that the checkpoint was trained on.
+        """The prompt for ``text``, by the template that the checkpoint was trained with; tokenize it without special tokens.
 
-        Tokenize it without special tokens.  ``tokenizer``: the base model's; ``description``: in front, for a checkpoint
-        that was trained with it there.
+        ``tokenizer``: the base model's; ``description``: put first, for a checkpoint that was trained with descriptions in
+        the prompt.
         """
         return prompt_of(self.prompt_form, tokenizer, text, description)

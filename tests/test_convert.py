@@ -11,7 +11,7 @@ from oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
-from t2l_engine.hypernetwork.checkpoint import describe, form, read
+from t2l_engine.hypernetwork.checkpoint import describe, format_of, read
 from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 
@@ -64,9 +64,9 @@ def assert_generates_alike(first, second):
 def there_and_back(folder, tmp_path):
     """``folder`` converted to the other form, and that converted back."""
     first, second = tmp_path / "there", tmp_path / "back"
-    other = {"native": "reference", "reference": "native"}[form(folder)]
-    assert convert(folder, first) == other == form(first)
-    assert convert(first, second) == form(folder) == form(second)
+    other = {"native": "reference", "reference": "native"}[format_of(folder)]
+    assert convert(folder, first) == other == format_of(first)
+    assert convert(first, second) == format_of(folder) == format_of(second)
     return first, second
 
 
@@ -362,7 +362,7 @@ def test_stored_arguments_may_say_nothing_useful(converted, tmp_path):
 def cannot_express(folder, tmp_path):
     """The message with which a sound native folder is not converted; nothing is written."""
     HyperNetwork.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="the reference's form cannot express this checkpoint") as error:
+    with pytest.raises(CheckpointError, match="the Sakana format cannot express this checkpoint") as error:
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     return str(error.value)

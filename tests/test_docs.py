@@ -36,7 +36,7 @@ NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.con
 
 
 #: The paper, other papers, the implementations whose formats and rules are followed; ops state what they compute.
-SOURCES = ("paper", "arXiv", "reference", "PEFT", "sentence-transformers", "lora_delta", "hypernet_heads", "x @ A")
+SOURCES = ("paper", "arXiv", "SakanaAI", "PEFT", "sentence-transformers", "lora_delta", "hypernet_heads", "x @ A")
 
 
 def text_of(documented) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
+from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius
 from t2l_engine.text.config import OneHotConfig, encoder_config_from_json
 
@@ -72,7 +72,7 @@ BASE = {"model_dir": "owner/base-model/", "train_ds_names": ["a", "b"]}
     ids=lambda v: str(v)[:40],
 )
 def test_rules_of_the_reference(args, expected):
-    assert reference_encoder_config(BASE | args, "args.yaml") == expected
+    assert sakana_encoder_config(BASE | args, "args.yaml") == expected
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_rules_of_the_reference(args, expected):
 )
 def test_arguments_that_say_no_encoder(args, message):
     with pytest.raises(ConfigError, match=f"^args.yaml: {message}") as caught:
-        reference_encoder_config(BASE | args, "args.yaml")
+        sakana_encoder_config(BASE | args, "args.yaml")
     assert len(str(caught.value)) < 400
 
 

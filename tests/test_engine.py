@@ -17,7 +17,7 @@ from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.checkpoint import encoder_config
 from t2l_engine.hypernetwork.convert import convert
-from t2l_engine.hypernetwork.folder import form
+from t2l_engine.hypernetwork.folder import format_of
 from t2l_engine.hypernetwork.sakana_encoder import SFR_TEMPLATE
 from t2l_engine.text.config import OneHotConfig
 from t2l_engine.text.encoder import OneHotEncoder
@@ -165,7 +165,7 @@ def test_one_hot_takes_no_encoder_folder(native, base_folder):
 def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     """A name without rules stays refused, and no name stays no name."""
     convert(native(None, embed_dim=384), tmp_path / "unnamed")
-    assert form(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
+    assert format_of(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
     net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say

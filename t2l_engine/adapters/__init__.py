@@ -1,5 +1,5 @@
 """LoRA weights as data: stacks of adapters in memory, and PEFT folders.
 
-May be imported: ``stack`` (AdapterStack), ``peft`` (AdapterError, reading and writing), ``paths`` (where modules live).
+May be imported: ``stack`` (AdapterStack, AdapterError), ``peft`` (reading and writing folders), ``paths`` (module paths).
 Imports ``files``.
 """

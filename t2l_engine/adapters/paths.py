@@ -1,4 +1,4 @@
-"""Where adapted modules live in a base model: dotted paths in which ``{layer}`` stands for the layer index."""
+"""Paths of adapted modules in a base model: dotted names, with ``{layer}`` for the layer index."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LAYER = "{layer}"
 MAX_PATH = 256
 _COMPONENT = re.compile(r"[A-Za-z0-9_-]+")
 
-#: Where a module lives inside a decoder layer, for adapters that were not read from a file that says so.
+#: Llama's module name -> path, for adapters that do not state paths.
 DEFAULT_PATHS = {
     name: f"model.layers.{{layer}}.{block}.{name}"
     for block, names in {
@@ -22,12 +22,12 @@ DEFAULT_PATHS = {
 
 
 def path_template(path: str) -> str:
-    """``path`` of one module with ``{layer}`` in the place of its layer index."""
+    """``path`` with ``{layer}`` instead of the layer index."""
     return ".".join(LAYER if part.isdecimal() else part for part in path.split("."))
 
 
 def path_error(path: str) -> str | None:
-    """What is wrong with a module path in which ``{layer}`` stands for the layer index, if there is one; None if nothing."""
+    """What is wrong with a path template, or None; a template without ``{layer}`` is a module outside the layers."""
     parts = path.split(".")
     if len(path) > MAX_PATH:
         return f"expected at most {MAX_PATH} characters"
@@ -40,18 +40,18 @@ def path_error(path: str) -> str | None:
 
 
 def nondefault_paths(paths: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The paths of modules, by name, in order; None where all are those of :data:`DEFAULT_PATHS`."""
+    """The values of ``paths`` (module name -> path) in order; None if all are those of :data:`DEFAULT_PATHS`."""
     usual = all(DEFAULT_PATHS.get(name) == path for name, path in paths.items())
     return None if usual else tuple(paths.values())
 
 
 def layer_list(path: str) -> str | None:
-    """The path in front of ``{layer}``, or None for a module outside the layers."""
+    """The path up to ``{layer}``, or None for a module outside the layers."""
     return path.partition(LAYER)[0] if LAYER in path else None
 
 
 def module_names(paths: Iterable[str]) -> dict[str, str]:
-    """Path -> module name: the last component, or the shortest dotted suffix that no other path ends with."""
+    """Path -> module name: the shortest dotted suffix, of one component or more, that no other path ends with."""
     parts = {path: path.split(".") for path in dict.fromkeys(paths)}
     suffixes = Counter(tuple(p[-n:]) for p in parts.values() for n in range(1, len(p) + 1))
     lengths = {

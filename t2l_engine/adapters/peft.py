@@ -1,7 +1,7 @@
-"""PEFT LoRA folders: read with every field and tensor checked, and written.
+"""Reads PEFT LoRA folders, checking every field and tensor, and writes them.
 
-Folders come from strangers: whatever cannot be used is an :class:`AdapterError` that names the file and the field or key,
-and no path, pattern or number out of a file can cost more than a bounded amount of memory and time.
+Folders are untrusted: anything unusable raises an :class:`AdapterError` that names the file and the field or key, and no
+path, pattern or number in a file can take more than a bounded amount of memory and time.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from t2l_engine.files.weights import check_weights, max_abs, read_safetensors, w
 
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MAX_LAYERS = 4096
-#: Values held for one value in the file (one layer of a 128-layer model, the others padding), and in all, beyond the file's.
+#: Bounds on the stack's values: times those in the file (one layer of a 128-layer model, the others padding), and plus.
 MAX_PADDING, MAX_PADDED = 128, 1 << 30
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
 
-#: Fields that change what a saved adapter computes or where it sits, with the values that mean plain LoRA.
+#: Fields that change what an adapter computes or which modules it adapts -> the values that mean plain LoRA.
 _PLAIN: dict[str, tuple] = {
     "peft_type": ("LORA",),
     "bias": (None, "none"),
@@ -48,24 +48,24 @@ _PLAIN: dict[str, tuple] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    # The kinds left out (pissa, olora, corda, loftq, lora_ga) change the base weights: A and B alone are not the adapter.
+    # Others (pissa, olora, corda, loftq, lora_ga) change the base weights: A and B alone are not the adapter.
     "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
     "use_rslora": (None, False, True),
     "fan_in_fan_out": (None, False, True),  # how the base weight is stored; A and B are the same either way
 }
-#: Fields read below, and those that concern training, initialisation or bookkeeping only.
+#: Fields that are read below, or that matter only for training, initialisation or bookkeeping.
 _OTHER = frozenset(
     "r lora_alpha rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform layers_pattern "
     "task_type base_model_name_or_path revision auto_mapping peft_version inference_mode lora_dropout megatron_core "
     "qalora_group_size loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying "
     "runtime_config".split()
 )
-#: Checkpoints and models, which read an adapter_config.json beside them as their own.
+#: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
 _OTHER_WEIGHTS = (
     "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )  # fmt: skip
-#: What the keys of other kinds of adapters look like, and what to say of them.
+#: Patterns of unsupported keys, and the reason to report.
 _REFUSED_KEYS = (
     (r"\.lora_[AB]\.[^.]+\.weight$", "the adapter's name is part of the key; save the adapter with PEFT's save_pretrained"),
     (r"\.lora_embedding_[AB]", "LoRA of an embedding is not supported"),
@@ -73,7 +73,9 @@ _REFUSED_KEYS = (
     (r"\.bias$", "trained biases are not supported"),
     (r"^(?!.*\.lora_)", "a whole weight; where it is the base model's, save with PEFT's save_embedding_layers=False"),
 )
-_TRAINING_KEY = re.compile(r".*\.lora_velora_embed")  # VeLoRA's compression of activations; the forward pass is plain
+_TRAINING_KEY = re.compile(
+    r".*\.lora_velora_embed"
+)  # VeLoRA compresses activations in training; its forward pass is plain LoRA
 
 
 class AdapterError(ValueError):
@@ -87,10 +89,10 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """One adapter as a PEFT folder holds it; the keys of the dictionaries are paths with ``{layer}``.
+    """One adapter as stored in a PEFT folder; keys of the dictionaries are paths with ``{layer}``.
 
     ``lora_A`` ``[1, n, r, in]``, ``lora_B`` ``[1, n, out, r]``, ``ranks`` ``[1, n]`` int32, ``scaling`` ``[1]`` float32;
-    ``partial``: it may stop before the last layer of its model.
+    ``partial``: whether it may end before the last layer of its model.
     """
 
     lora_A: dict[str, Tensor]
@@ -106,12 +108,12 @@ class PeftAdapter:
 def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
     """Read one PEFT LoRA folder; ``dtype`` of A and B, None = the widest in the file.
 
-    Modules of one folder may have different scalings (``alpha_pattern``, ``rank_pattern``).  The commonest becomes the
+    Modules of one folder may have different scalings (``alpha_pattern``, ``rank_pattern``).  The most common one becomes the
     adapter's; B of the other modules is multiplied by the ratio, in float32, and rounded once.
 
     Raises:
         FileNotFoundError: a file is missing.
-        AdapterError: the folder is no plain LoRA, or damaged; names file and field or key.
+        AdapterError: the folder is not plain LoRA, or damaged; the message names file and field or key.
     """
     config_path, weights_path = directory / CONFIG_NAME, directory / WEIGHTS_NAME
     pickle = directory / PICKLE_NAME
@@ -131,7 +133,7 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
         raise AdapterError(str(error)) from None
     partial = _check_config(config, config_path)
     pairs = _read_pairs(weights_path)
-    layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are tried on
+    layers = _by_module(pairs, weights_path)  # first: it bounds the paths that patterns are matched with
     _check_chosen(config, config_path, pairs, weights_path)
     scalings = _scalings(config, config_path, pairs, weights_path)
     own = Counter(scalings.values()).most_common(1)[0][0]
@@ -155,7 +157,7 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
 
 
 def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Layers, rank, in and out features of every module as it will be stored."""
+    """(layers, rank, in features, out features) of every module in the stack."""
     depths: dict[str | None, int] = {}
     for module, found in layers.items():
         depths[layer_list(module)] = max(depths.get(layer_list(module), 0), 1 + max(found))
@@ -184,7 +186,7 @@ def _scaled(B: Tensor, factor: float) -> Tensor:
 def _check_range(
     pairs: dict[str, dict[str, Tensor]], factors: dict[str, float], kind: torch.dtype, weights_path: Path
 ) -> None:
-    # What float32 cannot hold is of no use, even where the file has float64: adapters are written and served in less.
+    # Even for a float64 file the limit is float32: adapters are written and served in narrower dtypes.
     narrowest = torch.float16 if kind == torch.float16 else torch.float32
     for path, pair in pairs.items():
         for side, factor in (("A", 1.0), ("B", factors[path])):
@@ -195,7 +197,7 @@ def _check_range(
 def _check_chosen(
     config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
 ) -> None:
-    """Refuse matrices for what the lists of the configuration leave out: PEFT would not apply them."""
+    """Refuse matrices of modules that the configuration excludes: PEFT would not apply them."""
     layers = _layers_to_transform(config)
     targets, excluded = (config.get(field) for field in ("target_modules", "exclude_modules"))
     targets, excluded = (set(v) if isinstance(v, list) else None for v in (targets, excluded))
@@ -206,7 +208,7 @@ def _check_chosen(
         for field, contradicts in (
             ("target_modules", targets is not None and not ends & targets),
             ("exclude_modules", excluded is not None and bool(ends & excluded)),
-            # To PEFT a full path is a choice of its own.
+            # PEFT takes a full path in target_modules whatever layers_to_transform says.
             ("layers_to_transform", bool(layers) and number not in layers and path not in (targets or ())),
         ):
             if contradicts:
@@ -217,7 +219,7 @@ def _check_chosen(
 
 
 def _check_config(config: Any, path: Path) -> bool:
-    """Refuse what is no plain LoRA; returns whether the adapter may stop before the last layer."""
+    """Refuse anything but plain LoRA; returns whether the adapter may end before the last layer."""
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object, got {type(config).__name__}")
     for field, allowed in _PLAIN.items():
@@ -225,7 +227,7 @@ def _check_config(config: Any, path: Path) -> bool:
             expected = " or ".join(repr(value) for value in allowed)
             raise AdapterError(f"{path}: {field}: expected {expected} (plain LoRA), got {short_repr(config.get(field))}")
     unknown = [field for field, value in config.items() if field not in _PLAIN and field not in _OTHER and value]
-    if unknown:  # as PEFT does: a later version may have added what does not matter here
+    if unknown:  # as PEFT does: a later version may add fields that do not matter here
         warnings.warn(f"{path}: unknown fields are ignored: {short_repr(unknown)}", stacklevel=4)
     _check_rank(path, "r", config.get("r"))
     _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
@@ -239,7 +241,7 @@ def _check_config(config: Any, path: Path) -> bool:
         names = value if isinstance(value, list) else []
         if not isinstance(value, (str, list, type(None))) or not all(isinstance(name, str) for name in names):
             raise AdapterError(f"{path}: {field}: expected a string or a list of strings, got {short_repr(value)}")
-    # An expression, an exclusion and full paths can each leave out layers.
+    # A regular expression, an exclusion and full paths can each leave out layers.
     if isinstance(targets, list):
         chosen = any(LAYER in path_template(target) for target in targets)
     else:
@@ -265,7 +267,7 @@ def _check_alpha(path: Path, field: str, value: Any) -> None:
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
-    """Module path -> its A ``[r, in]`` and B ``[out, r]``, in order of the paths."""
+    """Module path -> ``{"A": [r, in], "B": [out, r]}``, sorted by path."""
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, tensor in sorted(read_safetensors(path, AdapterError).items()):
         if _TRAINING_KEY.fullmatch(key):
@@ -288,17 +290,17 @@ def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _by_module(pairs: dict[str, dict[str, Tensor]], weights_path: Path) -> dict[str, dict[int, dict[str, Tensor]]]:
-    """Path with ``{layer}`` -> layer -> matrices; a module outside the layers has layer 0."""
+    """Path with ``{layer}`` -> layer index -> matrices; a module outside the layers is layer 0."""
     layers: dict[str, dict[int, dict[str, Tensor]]] = {}
     for path, pair in pairs.items():
         module = path_template(path)
-        fault = "expected no braces" if "{" in path else path_error(module)
+        error = "expected no braces" if "{" in path else path_error(module)
         number = next((part for part in path.split(".") if part.isdecimal()), "0")
-        # As written: "07" would name layer 7 twice.
-        if fault is None and (len(number) > 4 or str(int(number)) != number or int(number) >= MAX_LAYERS):
-            fault = f"expected a layer index below {MAX_LAYERS}"
-        if fault is not None:
-            raise AdapterError(f"{weights_path}: {short_repr(path)}: {fault}")
+        # Without leading zeros: "7" and "07" would both be layer 7.
+        if error is None and (len(number) > 4 or str(int(number)) != number or int(number) >= MAX_LAYERS):
+            error = f"expected a layer index below {MAX_LAYERS}"
+        if error is not None:
+            raise AdapterError(f"{weights_path}: {short_repr(path)}: {error}")
         layers.setdefault(module, {})[int(number)] = pair
     if len(layers) > MAX_MODULES:
         raise AdapterError(f"{weights_path}: expected at most {MAX_MODULES} modules a layer, got {len(layers)}")
@@ -308,7 +310,7 @@ def _by_module(pairs: dict[str, dict[str, Tensor]], weights_path: Path) -> dict[
 def _scalings(
     config: dict[str, Any], config_path: Path, pairs: dict[str, dict[str, Tensor]], weights_path: Path
 ) -> dict[str, float]:
-    """Scaling of every module path, by PEFT's rules; a rank that the configuration contradicts is an error."""
+    """Module path -> scaling by PEFT's rules; a rank other than the configuration's is an error."""
     patterns = {}
     for field, check in (("rank_pattern", _check_rank), ("alpha_pattern", _check_alpha)):
         values = config.get(field)
@@ -323,7 +325,7 @@ def _scalings(
     scalings = {}
     for path, pair in pairs.items():
         rank, stated = pair["A"].shape[0], patterns["rank_pattern"].find(path, config["r"])
-        if rank != stated:  # PEFT would not load it, and consumers that divide by r would differ from those that do not
+        if rank != stated:  # PEFT would not load it, and others might divide by either rank
             raise AdapterError(
                 f"{weights_path}: {short_repr(path)}: expected rank {short_repr(stated)} as r or rank_pattern in "
                 f"{CONFIG_NAME} say, "
@@ -338,7 +340,7 @@ def _scalings(
 
 
 def state_dict(adapter: PeftAdapter) -> dict[str, Tensor]:
-    """A and B under PEFT's tensor names, float32 on the CPU, each at its true rank."""
+    """A and B under PEFT's keys, contiguous float32 on the CPU, each at its true rank."""
     state = {}
     for path, ranks in adapter.ranks.items():
         for layer, rank in enumerate(ranks[0].tolist()):
@@ -351,15 +353,16 @@ def state_dict(adapter: PeftAdapter) -> dict[str, Tensor]:
 
 
 def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | None) -> None:
-    """Write a PEFT folder with the scaling baked in; ValueError for an adapter that cannot be stored."""
+    """Write a PEFT folder with the scaling in ``lora_alpha``; ``adapter`` must have a rank that is not 0.
+
+    Raises ValueError for values or a scaling that readers refuse, FileExistsError beside a checkpoint or a model.
+    """
     for other in _OTHER_WEIGHTS:
         if (directory / other).exists():
             raise FileExistsError(
                 f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
             )
     state = state_dict(adapter)
-    if not state:
-        raise ValueError("expected an adapter of at least one module, got ranks of 0 throughout")
     check_weights(directory / WEIGHTS_NAME, state, ValueError)
     scaling = float(adapter.scaling[0])
     rank_of = {
@@ -390,17 +393,19 @@ def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | 
 
 
 def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
-    """The fields from which PEFT finds exactly the modules that the adapter has."""
+    """The configuration fields with which PEFT adapts exactly the modules of ``adapter``."""
     layers = {path: tuple(torch.nonzero(ranks[0]).flatten().tolist()) for path, ranks in adapter.ranks.items()}
     layers = {path: found for path, found in layers.items() if found}
-    # Below the layer, since another module of it may end with the same name (GPT-2 has two c_proj).
+    # The path below the layer, since two modules of a layer may share the last name (c_proj in GPT-2).
     ends = {path: path.rpartition(".")[2] for path in layers}
     short = sorted(end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items())
     if not adapter.partial and all(found == tuple(range(adapter.ranks[path].shape[1])) for path, found in layers.items()):
         return {"target_modules": short}
     lists = {layer_list(path) for path in layers}
     if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
-        pattern = before.removesuffix(".").rpartition(".")[2]  # PEFT's own guess misses a list that nothing precedes
+        pattern = before.removesuffix(".").rpartition(".")[
+            2
+        ]  # PEFT's own guess fails for a list of layers at the top of the model
         return {
             "target_modules": short,
             "layers_to_transform": list(next(iter(layers.values()))),

@@ -1,4 +1,4 @@
-"""A stack of LoRA adapters in memory; PEFT folders are read and written by :mod:`t2l_engine.adapters.peft`."""
+"""AdapterStack: LoRA adapters for the same modules in memory; :mod:`t2l_engine.adapters.peft` reads and writes folders."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ class AdapterStack:
         lora_B: per module name ``[num_adapters, num_layers, out_features, r]`` (may be a transposed view).
         scaling: ``[num_adapters]`` float32; delta W = scaling * B @ A.
         ranks: per module name ``[num_adapters, num_layers]`` int32, the true rank; 0 where an adapter lacks the module
-            or the layer.  Entries of A and B beyond the rank mean nothing.
+            or the layer.  Entries of A and B beyond the rank are undefined.
         paths: per module name its path in the base model with ``{layer}`` for the layer index.  A path without it is a
             module outside the decoder layers (``lm_head``), which has ``num_layers`` 1.
-        partial: whether the adapters may stop before the last layer of the model.
+        partial: whether the adapters may end before the last layer of the model.
 
     Source: LoRA (arXiv 2106.09685); names, paths and shapes of one adapter are PEFT's.
 
-    Iterating gives stacks of one adapter.  Two stacks are equal with ``==`` only if they are one object; compare what they
-    mean with :meth:`allclose`.
+    Iterating gives stacks of one adapter.  ``==`` compares identity; compare values with :meth:`allclose`.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together; the message names the module.
+        ValueError: shapes, dtypes or devices do not match; the message names the module.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -91,7 +90,7 @@ class AdapterStack:
             rank = self.ranks.get(name)
             if rank is None or rank.shape != a.shape[:2] or rank.dtype != torch.int32:
                 raise ValueError(f"ranks: expected int32 {tuple(a.shape[:2])} for {name}, got {rank}")
-            # Read on the host where that costs no device synchronisation.
+            # Checked on the CPU only: reading other devices would synchronise.
             if given and rank.device.type == "cpu" and bool(((rank < 0) | (rank > a.shape[2])).any()):
                 raise ValueError(f"ranks: expected values in [0, {a.shape[2]}] for {name}, got {rank}")
         self.paths = {}
@@ -101,11 +100,11 @@ class AdapterStack:
                 raise ValueError(
                     f"paths: expected a path with '{LAYER}' for module {short_repr(name)}, got {short_repr(path)}"
                 )
-            fault = path_error(path)
-            if fault is None and path in self.paths.values():
-                fault = "expected a path of its own for every module"
-            if fault is not None:
-                raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {fault}")
+            error = path_error(path)
+            if error is None and path in self.paths.values():
+                error = "expected a path of its own for every module"
+            if error is not None:
+                raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {error}")
             self.paths[name] = path
         self.partial = partial
 
@@ -131,20 +130,20 @@ class AdapterStack:
         return f"AdapterStack({', '.join(details)}; modules in->out x layers: {', '.join(modules[:_MODULES_SHOWN] + more)})"
 
     def __getitem__(self, index: int | slice | Sequence[int]) -> AdapterStack:
-        """The stack of the chosen adapters: of one for an int, of several for a slice, list, tuple or range of ints.
+        """The stack of the selected adapters: of one for an int, of several for a slice, list, tuple or range of ints.
 
-        Negative indices count from the end.  An int or a slice gives views that share memory with this stack, the others
-        give copies.  Raises IndexError out of range, TypeError for anything else.
+        Negative indices count from the end.  An int or a slice gives views that share memory with this stack, a list, tuple
+        or range gives copies.  Raises IndexError out of range, TypeError for another type.
         """
         if isinstance(index, slice):
             return self._map(lambda tensor: tensor[index])
         if isinstance(index, (list, tuple, range)):
-            chosen = [self._position(i) for i in index]
-            return self._map(lambda tensor: tensor[chosen])
+            positions = [self._position(i) for i in index]
+            return self._map(lambda tensor: tensor[positions])
         i = self._position(index)
         return self._map(lambda tensor: tensor[i : i + 1])
 
-    def _position(self, index: int) -> int:
+    def _position(self, index: object) -> int:
         if not isinstance(index, int) or isinstance(index, bool):
             raise TypeError(f"index: expected an int, a slice or a list of ints, got {type(index).__name__}")
         if not -len(self) <= index < len(self):
@@ -172,11 +171,11 @@ class AdapterStack:
 
     @property
     def num_parameters(self) -> int:
-        """Values of one adapter at full rank."""
+        """Number of values of one adapter at full rank."""
         return sum(t[0].numel() for side in (self.lora_A, self.lora_B) for t in side.values())
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
-        """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32).
+        """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32); None: unchanged.
 
         Raises ValueError for a dtype that is not floating point.
         """
@@ -190,10 +189,10 @@ class AdapterStack:
         return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
-        """Whether both stacks hold the same adapters: scalings, and per module path ranks and A and B within the ranks.
+        """Whether both stacks have equal adapters: scalings, and per module path ranks, and A and B within the ranks.
 
-        Padding does not count: columns beyond the rank, layers and modules of rank 0.  Neither do the names of modules,
-        dtype, device and :attr:`partial`.  ``rtol``, ``atol`` as in ``torch.allclose``.
+        Padding (columns beyond the rank, layers and modules of rank 0), names of modules, dtype, device and
+        :attr:`partial` are ignored.  ``rtol``, ``atol`` as in ``torch.allclose``.
         """
         other = other.to(self.scaling.device)
         if len(self) != len(other) or not torch.allclose(self.scaling, other.scaling, rtol, atol):
@@ -213,7 +212,7 @@ class AdapterStack:
                 a, b = (getattr(s, side)[name][:, :n] for s, name in found)
                 if side == "lora_B":
                     a, b = a.mT, b.mT
-                r = min(a.shape[2], b.shape[2])  # neither rank exceeds it
+                r = min(a.shape[2], b.shape[2])  # no true rank exceeds it
                 inside = torch.arange(r, device=a.device) < mine[:, :n, None]
                 kind = torch.promote_types(a.dtype, b.dtype)
                 if a.shape[3] != b.shape[3] or not torch.allclose(
@@ -226,8 +225,8 @@ class AdapterStack:
     def cat(stacks: Sequence[AdapterStack]) -> AdapterStack:
         """One stack of all adapters.
 
-        Ranks and module sets may differ: narrower ranks are padded, missing modules get rank 0.  Stacks that are not
-        :attr:`partial` must agree on the number of layers; partial ones may have fewer.  The result is partial if all are.
+        Ranks and module sets may differ: smaller ranks are padded, missing modules get rank 0.  Stacks that are not
+        :attr:`partial` must have the same number of layers; partial ones may have fewer.  The result is partial if all are.
 
         Raises:
             ValueError: sizes or paths of a module, layers, dtypes or devices differ; the message names the module.
@@ -271,48 +270,49 @@ class AdapterStack:
     # --- PEFT folders ----------------------------------------------------------------------------------------------
 
     def state_dict_peft(self, index: int) -> dict[str, Tensor]:
-        """Adapter ``index`` under PEFT's tensor names: float32 A ``[rank, in]``, B ``[out, rank]`` at its true rank.
+        """Adapter ``index`` under PEFT's keys: float32 A ``[rank, in]``, B ``[out, rank]`` at the true rank of each module.
 
         Raises IndexError out of range.
         """
         return peft.state_dict(self._peft(index))
 
     def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
-        """Write adapter ``adapter`` as a PEFT folder with the scaling baked in (``lora_alpha = scaling * r``).
+        """Write adapter ``adapter`` as a PEFT folder with ``lora_alpha = scaling * r``.
 
-        An adapter already in ``directory`` is replaced only when the new files are complete.
+        An existing adapter in ``directory`` is replaced only when the new files are complete.
 
         Raises:
-            IndexError: an adapter out of range.
-            ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
-            OSError: the folder cannot be written, or holds a checkpoint or a model (FileExistsError).
+            IndexError: ``adapter`` is out of range.
+            ValueError: the adapter has rank 0 throughout, or values or a scaling that readers refuse.
+            OSError: the folder cannot be written, or contains a checkpoint or a model (FileExistsError).
         """
-        try:
-            peft.write(self._peft(adapter), Path(directory), base_model_name_or_path)
-        except ValueError as error:
-            raise ValueError(f"adapter {adapter}: {error}") from None
+        one = self._peft(adapter)
+        if not any(bool(ranks.any()) for ranks in one.ranks.values()):
+            raise ValueError(f"adapter {adapter}: expected one that adapts a module, got ranks of 0 throughout")
+        peft.write(one, Path(directory), base_model_name_or_path)
 
     def _peft(self, index: int) -> peft.PeftAdapter:
         one = self[self._position(index)]
-        sides = ({one.paths[name]: t for name, t in side.items()} for side in (one.lora_A, one.lora_B, one.ranks))
-        return peft.PeftAdapter(*sides, one.scaling, one.partial)
+        by_path = ({one.paths[name]: t for name, t in side.items()} for side in (one.lora_A, one.lora_B, one.ranks))
+        lora_A, lora_B, ranks = by_path
+        return peft.PeftAdapter(lora_A, lora_B, ranks, one.scaling, one.partial)
 
     @staticmethod
     def from_peft(directories: str | Path | Sequence[str | Path], dtype: torch.dtype | None = None) -> AdapterStack:
         """Read PEFT LoRA folders (safetensors) into one stack; ranks, modules and scalings may differ between folders.
 
-        A module is named after the last component of its path.  Where modules would share a name, as GPT-2's two
-        ``c_proj``, they get the shortest dotted ends that differ: ``attn.c_proj``, ``mlp.c_proj``.  The stack is
-        :attr:`partial` if every folder says that it leaves out layers (``layers_to_transform``, full paths or an expression
-        as ``target_modules``, ``exclude_modules``).  A module whose scaling is not that of most modules has the difference
-        multiplied into B.
+        A module is named after the last component of its path.  Modules that would share a name, such as GPT-2's two
+        ``c_proj``, get the shortest dotted suffixes that differ: ``attn.c_proj``, ``mlp.c_proj``.  The stack is
+        :attr:`partial` if every folder may leave out layers (``layers_to_transform``, full paths or a regular expression as
+        ``target_modules``, ``exclude_modules``).  If scalings differ between modules, the most common one is kept and the
+        ratio multiplied into B of the others.
 
         ``dtype``: of A and B, None = as stored.
 
         Raises:
             FileNotFoundError: a missing folder or file.
-            AdapterError: what is no plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), damaged files,
-                folders that do not fit together; the message names file and field or key.
+            AdapterError: anything but plain LoRA (DoRA, trained biases, ``modules_to_save``, other PEFT types), damaged
+                files, folders that do not fit into one stack; the message names file and field or key.
         """
         if dtype is not None:
             check_dtype(dtype)
@@ -325,7 +325,8 @@ class AdapterStack:
         names = module_names(path for folder in folders for path in folder.lora_A)
         stacks = [
             AdapterStack(
-                *({names[path]: tensor for path, tensor in side.items()} for side in (folder.lora_A, folder.lora_B)),
+                {names[path]: tensor for path, tensor in folder.lora_A.items()},
+                {names[path]: tensor for path, tensor in folder.lora_B.items()},
                 folder.scaling,
                 {names[path]: tensor for path, tensor in folder.ranks.items()},
                 {names[path]: path for path in folder.lora_A},
@@ -345,8 +346,8 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _common_depths(stacks: Sequence[AdapterStack]) -> dict[str | None, int]:
-    """Number of layers by list of layers (the path in front of the index); ValueError where the stacks contradict."""
-    depths: dict[str | None, tuple[int, bool]] = {}  # and whether that is the number of the model
+    """Path up to the layer index -> number of layers; ValueError if the stacks contradict each other."""
+    depths: dict[str | None, tuple[int, bool]] = {}  # number, and whether the model has exactly so many
     for stack in sorted(stacks, key=lambda s: s.partial):
         own: dict[str | None, int] = {}
         for name, a in stack.lora_A.items():

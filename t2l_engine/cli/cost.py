@@ -15,7 +15,7 @@ from t2l_engine.cli.cost_tables import document, render
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.folder import CONFIG_NAME, form, native_blocks, resolve_checkpoint, stated_encoder
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, format_of, native_blocks, resolve_checkpoint, stated_encoder
 from t2l_engine.research import costs
 from t2l_engine.research.costs import decoder as decoders
 from t2l_engine.research.costs import encoder as encoders
@@ -241,7 +241,7 @@ def _encoder(name: str) -> costs.Encoder | costs.Decoder:
 def _native(name: str) -> tuple[Path, dict[str, Any]]:
     """Path and blocks of the ``config.json`` of a checkpoint in native format."""
     folder = resolve_checkpoint(name)
-    if form(folder) == "reference":
+    if format_of(folder) == "reference":
         raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
     return folder / CONFIG_NAME, native_blocks(folder)
 

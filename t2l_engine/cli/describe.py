@@ -10,7 +10,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.folder import CONFIG_NAME, REFERENCE_NAMES, WEIGHTS_NAME, form
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.costs import hypernet_flops
 
@@ -31,7 +31,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     native = (CONFIG_NAME, WEIGHTS_NAME)
-    reference = REFERENCE_NAMES[:1]  # the other files may be two folders above
+    reference = SAKANA_NAMES[:1]  # the other files may be two folders above
     for names in (native, reference):
         if all((folder / name).is_file() for name in names):
             return _checkpoint(folder)
@@ -45,10 +45,10 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     net = HyperNetwork.from_pretrained(folder)
-    c, written = net.config, form(folder)
+    c, written = net.config, format_of(folder)
     blocks = checkpoint.describe(folder)
     training = blocks.get("training")
-    weights = WEIGHTS_NAME if written == "native" else REFERENCE_NAMES[0]
+    weights = WEIGHTS_NAME if written == "native" else SAKANA_NAMES[0]
     heads = sum(p.numel() for p in net.heads.parameters())
     return {
         "kind": "checkpoint",

@@ -1,4 +1,4 @@
-"""What a file or a setting says wrongly, in words: the error, values cut to a length, bounds."""
+"""ConfigError, short representations of values for its messages, and the bounds that files are checked against."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 #: Bounds on what a file may ask for, so that refusing it costs little.
 MAX_CONFIG_BYTES, MAX_MODULES, MAX_NAME, MAX_SIZE, MAX_RANK, MAX_LAYERS = 1 << 20, 64, 64, 1 << 31, 1 << 16, 4096
-#: Bounds of scalings and what they are made of: float32 holds them, their ratios and their products.
+#: Bounds of LoRA scalings and of the numbers they are computed from, so that ratios and products stay within float32.
 MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 
 
 class ConfigError(ValueError):
-    """A configuration or checkpoint file says something that cannot be used; the message names the field.
+    """A configuration or checkpoint file cannot be used; the message names the field.
 
     >>> import t2l_engine as t2l
     >>> t2l.EncoderConfig(name="minilm", pooling="max")
@@ -24,11 +24,11 @@ class ConfigError(ValueError):
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120
 _repr.maxlist = _repr.maxtuple = _repr.maxdict = 16
-_repr.maxlevel, MAX_SHOWN = 3, 400  # 16 texts, and 16 of those, are too long for a message
+_repr.maxlevel, MAX_SHOWN = 3, 400  # 16 strings of 120 characters would be too long for a message
 
 
 def short_repr(value: Any) -> str:
-    """``repr`` of a value out of a file, cut to MAX_SHOWN characters."""
+    """``repr`` of a value read from a file, cut to MAX_SHOWN characters."""
     try:
         text = _repr.repr(value)
     except ValueError:  # an integer of more digits than Python prints
@@ -44,5 +44,6 @@ def positive_number(name: str, value: Any) -> float:
 
 
 def positive_int(name: str, value: Any) -> None:
+    """ConfigError naming ``name`` unless ``value`` is an integer from 1 to MAX_SIZE - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
         raise ConfigError(f"{name}: expected a positive integer below 2^31, got {short_repr(value)}")

@@ -1,4 +1,4 @@
-"""Module patterns out of files: regular expressions, as PEFT matches them, with bounded work."""
+"""Module patterns read from PEFT configurations: regular expressions, matched as PEFT does, with bounded work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from t2l_engine.files.errors import short_repr
 
 MAX_PATTERNS, MAX_PATTERN, MAX_QUANTIFIERS = 4096, 256, 3
-MAX_CLASSES = 256  # of characters, in all patterns: Python takes long to compile them
-#: Steps of the matcher for all patterns and paths together, some ten nanoseconds each.
+MAX_CLASSES = 256  # character classes in all patterns together: Python compiles them slowly
+#: Matching steps over all patterns and paths, about ten nanoseconds each.
 MAX_STEPS = 200_000_000
 
 _TOKEN = re.compile(
@@ -21,12 +21,12 @@ _TOKEN = re.compile(
 
 
 class Patterns:
-    """Values by module pattern; a pattern names a module when it equals the path or ends it after a dot.
+    """Values by module pattern; a pattern matches a module when it matches the whole path, or its end after a dot.
 
-    ``values``: pattern -> value.  ``paths``: the module paths that will be looked up.
+    ``values``: pattern -> value.  ``paths``: all module paths that :meth:`find` will be called with.
 
     Raises:
-        ValueError: a pattern is no regular expression, or one that could keep the matcher busy; the message names it.
+        ValueError: a pattern is not a regular expression, or matching it could take too long; the message names it.
     """
 
     def __init__(self, values: Mapping[str, Any], paths: Collection[str]):
@@ -49,19 +49,19 @@ class Patterns:
                 raise ValueError(f"{short_repr(pattern)}: not a regular expression: {error}") from None
 
     def find(self, path: str, default: Any) -> Any:
-        """The value of the first pattern that names ``path``."""
+        """The value of the first pattern that matches ``path``."""
         return next((value for regex, value in self._values if regex.fullmatch(path)), default)
 
 
 def _ways(pattern: str, length: int) -> int:
-    """Upper bound of the ways in which ``pattern`` can be laid over ``length`` characters, hence of backtracking."""
+    """Upper bound on the backtracking of ``pattern`` over ``length`` characters: in how many ways it can match them."""
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"{short_repr(pattern)}: expected at most {MAX_PATTERN} characters, got {len(pattern)}")
     groups = [[0, 1]]  # open groups: ways of the branches before, ways of the current branch
     quantifiers, at, before = 0, 0, None
     while at < len(pattern):
         token = _TOKEN.match(pattern, at)
-        kind = token and token.lastgroup
+        kind, end = (token.lastgroup, token.end()) if token else (None, at)
         if kind == "open":
             groups.append([0, 1])
         elif kind == "close" and len(groups) > 1:
@@ -77,5 +77,5 @@ def _ways(pattern: str, length: int) -> int:
                 f"{short_repr(pattern)}: expected a pattern with at most {MAX_QUANTIFIERS} quantifiers, none on a group, "
                 f"and no look-around or back-reference, got {short_repr(pattern[at : at + 16])} at {at}"
             )
-        at, before = token.end(), kind
+        at, before = end, kind
     return sum(map(sum, groups))

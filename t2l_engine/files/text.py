@@ -1,6 +1,6 @@
-"""JSON, JSON Lines and dataclasses out of files: bounded, strict, nothing executed.
+"""Reads JSON, JSON Lines and dataclasses from files, strictly and within bounds.
 
-An unknown, missing or doubled field is a ``ConfigError`` that names it.
+An unknown, missing or duplicate field raises a ``ConfigError`` that names it.
 """
 
 from __future__ import annotations
@@ -11,25 +11,28 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 MAX_LINE_BYTES = 1 << 20
-#: Of a JSON file of texts: two bytes of it can be a value, which takes some 80 in memory.
+#: Values in a JSON file of texts: two bytes of JSON can become a value of 80 bytes in memory.
 MAX_VALUES = 1 << 20
-_VALUES = re.compile(rb'"[^"]*"?|[\[{,]')  # of JSON without escapes: texts, and what a value follows
+_VALUES = re.compile(rb'"[^"]*"?|[\[{,]')  # in JSON without escapes: strings, and the characters before a value
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def is_unicode(text: str) -> bool:
-    """False where ``text`` holds lone surrogates, as Python reads bytes that are no UTF-8: no tokenizer takes them."""
+    """Whether ``text`` has no lone surrogates, which Python makes of bytes that are not UTF-8 and tokenizers refuse."""
     return not _SURROGATE.search(text)
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """``config`` (a dataclass instance) as plain JSON values."""
+def to_json(config: DataclassInstance) -> dict[str, Any]:
+    """``config`` as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -52,9 +55,9 @@ def from_json(cls: type[T], values: Any, where: str) -> T:
 
 
 def read_start(path: Path, count: int, error: type[ValueError]) -> bytes:
-    """At most the first ``count`` bytes of ``path``; ``error`` names a file that cannot be read.
+    """The first ``count`` bytes of ``path``, or fewer; raises ``error`` naming a file that cannot be read.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError for a missing file.
     """
     try:
         with path.open("rb") as file:
@@ -66,11 +69,11 @@ def read_start(path: Path, count: int, error: type[ValueError]) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
-    """The UTF-8 text of a file of up to ``most`` bytes; a ``ConfigError`` names one that is larger, no text or unreadable.
+    """The text of a UTF-8 file of at most ``most`` bytes.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError for a missing file, ConfigError for one that is larger, not UTF-8 or unreadable.
     """
-    content = read_start(path, most + 1, ConfigError)  # not the size it states: some files have none
+    content = read_start(path, most + 1, ConfigError)  # not st_size: it is 0 for pipes and /proc
     if len(content) > most:
         raise ConfigError(f"{path}: expected a configuration of at most {most} bytes, got more")
     try:
@@ -80,7 +83,7 @@ def read_text(path: Path, most: int = MAX_CONFIG_BYTES) -> str:
 
 
 def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """``object_pairs_hook`` of JSON that refuses doubled keys: which one counts would be a guess."""
+    """``object_pairs_hook`` for ``json`` that raises ValueError for duplicate keys, which would be ambiguous."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key occurs twice in one object")
@@ -88,12 +91,12 @@ def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> Any:
-    """Parse the JSON file ``path``; a ``ConfigError`` names the file when it is no JSON, or is too large or too deep."""
+    """Parse the JSON file ``path``; ConfigError names the file if it is not JSON, too large or nested too deeply."""
     return parse_json(read_text(path), path)
 
 
 def parse_json(text: str, path: Path) -> Any:
-    """As :func:`read_json`, of the text of ``path``."""
+    """As :func:`read_json`, from ``text``; errors name ``path``."""
     try:
         return json.loads(text, object_pairs_hook=distinct)
     except (ValueError, RecursionError) as error:
@@ -101,9 +104,10 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def read_texts(path: Path, most: int) -> Any:
-    """Parse a JSON file of many texts; a ``ConfigError`` names one that is no JSON, too deep, or over ``most`` bytes.
+    """Parse a JSON file of many texts.
 
-    So does one of more than MAX_VALUES values (a text counts twice).
+    ConfigError names a file that is not JSON, nested too deeply, or has more than ``most`` bytes or MAX_VALUES values
+    (a text counts twice).
     """
     text = read_text(path, most)
     if count_values(text.encode()) > MAX_VALUES:
@@ -112,15 +116,15 @@ def read_texts(path: Path, most: int) -> Any:
 
 
 def count_values(content: bytes) -> int:
-    """The values of JSON, or MAX_VALUES + 1 where there are more."""
+    """Number of values in JSON ``content``, at most MAX_VALUES + 1."""
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     return sum(1 for _ in itertools.islice(_VALUES.finditer(plain), MAX_VALUES + 1))
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file of JSON lines, each with ``"path:line"``; blank lines are passed over.
+    """``("path:line", object)`` for every line of a JSON Lines file; blank lines are skipped.
 
-    Raises OSError where it cannot be read, ConfigError naming a line that is too long or no JSON object.
+    Raises OSError if the file cannot be read, ConfigError naming a line that is too long or not a JSON object.
     """
     with path.open("rb") as lines:
         for number in itertools.count(1):

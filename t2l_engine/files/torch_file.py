@@ -1,9 +1,8 @@
-"""Reading a ``torch.save`` file that nobody vouches for.
+"""Reads an untrusted ``torch.save`` file.
 
-The file must be what ``torch.save`` writes for a dict of tensors: a zip archive of stored (not compressed) entries whose
-pickle builds nothing but tensors.  That is checked before torch reads it, because torch inflates compressed entries, does
-not verify checksums of mapped files, and its restricted unpickler still calls a few constructors that allocate what they
-are told to.
+The file must be what ``torch.save`` writes for a dict of tensors: a zip archive of stored (uncompressed) entries whose
+pickle builds only tensors.  This is checked before torch reads the file, because torch inflates compressed entries, does
+not verify checksums, and its restricted unpickler still calls a few constructors that allocate as much as the file asks.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ from t2l_engine.files.errors import short_repr
 from t2l_engine.files.torch_pickle import Refused, check_pickle
 from t2l_engine.files.weights import check_weights
 
-#: A directory of ~15,000 entries; ~800 tensors.  Python objects cost many times the bytes that describe them.
+#: About 15,000 entries.  Python objects need many times the bytes that describe them.
 MAX_DIRECTORY_BYTES = 1 << 20
-MAX_PICKLE_BYTES = 1 << 17
-#: Entries that hold tensors; all others are small.
+MAX_PICKLE_BYTES = 1 << 17  # about 800 tensors
+#: Entries with tensor data; all others are small.
 DATA = re.compile(r"[^/]*/data/", re.IGNORECASE)
-FOLDER = 0x10  # the attribute that DOS gave folders
+FOLDER = 0x10  # DOS attribute of a directory
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-#: End of the directory, as torch.save writes it: no comment, so that every reader finds this one and no other.
+#: End-of-directory records as torch.save writes them: without a comment, so that all readers find the same record.
 END, END64, LOCATOR64 = struct.Struct("<4s4x2H2IH"), struct.Struct("<4sQ12x4Q"), struct.Struct("<4s4xQ4x")
 
 
 class _SmallReads(io.FileIO):
-    """A file whose single reads are bounded: zipfile reads the whole directory at the size the archive claims."""
+    """A file with bounded reads: zipfile reads the directory in one read of the size that the archive states."""
 
     def read(self, size: int = -1) -> bytes:
         if size > MAX_DIRECTORY_BYTES:
@@ -45,12 +44,12 @@ class _SmallReads(io.FileIO):
 
 
 def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
-    """The dict of tensors in ``path``; ``error`` names the file and what is wrong with it."""
+    """The dict of contiguous CPU tensors in ``path``; raises ``error`` naming the file and the fault."""
     try:
         _check_archive(path)
-        # Not mapped: torch compares the sizes that the pickle claims with those of the entries only when it copies.
+        # Without mmap: torch compares the sizes stated by the pickle with the entries only when it copies.
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as reason:  # whatever parsers trip over in a damaged file
+    except Exception as reason:  # parsers raise many kinds of errors for a damaged file
         text = str(reason).partition("\n")[0][:200] or type(reason).__name__
         raise error(f"{path}: not a plain tensor file: {text}") from None
     if not isinstance(state, dict) or not all(
@@ -59,43 +58,42 @@ def read_torch_file(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
         raise error(f"{path}: expected a state_dict of tensors")
     check_weights_sizes(path, state, error)
     check_weights(path, state, error)
-    return _apart(state)
+    return _unshared(state)
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether two indices may share a place: a stride within the reach of the smaller ones (0 where it was expanded)."""
-    reach = 0
+    """Whether two indices may address the same memory: a stride within the extent of the smaller strides (0: expanded)."""
+    extent = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
-            if stride <= reach:
+            if stride <= extent:
                 return True
-            reach += stride * (size - 1)
+            extent += stride * (size - 1)
     return False
 
 
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors, none of which shares memory with another: training one would change the other."""
+def _unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``state`` as contiguous tensors that share no memory, so that training one does not change another."""
     users = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
-    apart = {}
+    unshared = {}
     for key, tensor in state.items():
         storage = tensor.untyped_storage()
         whole = tensor.is_contiguous() and storage.nbytes() == tensor.numel() * tensor.itemsize
         alone = users[storage.data_ptr()] == 1
-        apart[key] = tensor.detach() if whole and alone else tensor.detach().clone(memory_format=torch.contiguous_format)
-    return apart
+        copied = not (whole and alone)
+        unshared[key] = tensor.detach().clone(memory_format=torch.contiguous_format) if copied else tensor.detach()
+    return unshared
 
 
 def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
-    """Views may claim more than the file holds (strides of 0, shared storage)."""
+    """``error`` naming a tensor that is not dense, overlaps itself or, with the others, is larger than the file."""
     total = 0
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             raise error(f"{path}: {short_repr(key)}: expected a dense tensor, got {tensor.layout} on {tensor.device}")
         if _overlaps(tensor):
             strides = short_repr(tensor.stride())
-            raise error(
-                f"{path}: {short_repr(key)}: expected values that each have a place of their own, got strides {strides}"
-            )
+            raise error(f"{path}: {short_repr(key)}: expected elements that do not overlap in memory, got strides {strides}")
         total += tensor.numel() * tensor.itemsize
         if total > path.stat().st_size:
             raise error(
@@ -106,13 +104,13 @@ def check_weights_sizes(path: Path, state: dict[str, Tensor], error: type[ValueE
 def _check_archive(path: Path) -> None:
     with _SmallReads(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data[:2] != b"PK":
-            raise Refused("expected the zip form that torch.save has written since torch 1.6")
+            raise Refused("expected the zip format that torch.save has written since torch 1.6")
         start, count = _directory(data)
         archive = zipfile.ZipFile(file)
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
         if archive.start_dir != start or len(entries) != count:
             raise Refused("its directory is not where the file says")
-        names = {entry.filename.lower() for entry in entries}  # torch looks entries up without regard to case
+        names = {entry.filename.lower() for entry in entries}  # torch looks up entries ignoring case
         if len(names) != len(entries):
             raise Refused("several entries share a name")
         if len({name.partition("/")[0] for name in names}) != 1 or any(".." in n.split("/") or "\\" in n for n in names):
@@ -120,7 +118,7 @@ def _check_archive(path: Path) -> None:
         end = 0
         for entry in entries:
             name = short_repr(entry.filename)
-            # torch knows the name in the directory (zipfile may take one from an extra field), and reads no folders.
+            # torch uses the directory's name (zipfile may take one from an extra field), and does not read folders.
             if entry.filename != entry.orig_filename or entry.filename.endswith("/") or entry.external_attr & FOLDER:
                 raise Refused(f"entry {name} is a folder, or has two names")
             if not DATA.match(entry.filename) and entry.file_size > MAX_PICKLE_BYTES:
@@ -144,10 +142,10 @@ def _check_archive(path: Path) -> None:
 
 
 def _directory(data: mmap.mmap) -> tuple[int, int]:
-    """Start and number of entries of the archive's directory, where all readers agree on it.
+    """Offset and number of entries of the archive's directory; refuses an archive on which readers could disagree.
 
     Python's zipfile takes the directory that ends where its end record begins, torch's reader the one at the offset that
-    the record states: with two directories in a file, one would be checked and the other used.
+    the record states.  In a file with two directories one would be checked and the other used.
     """
     at = max(len(data) - END.size, 0)
     signature, here, entries, size, offset, comment = END.unpack(data[at : at + END.size].ljust(END.size, b"\0"))
@@ -158,7 +156,7 @@ def _directory(data: mmap.mmap) -> tuple[int, int]:
         _, record = LOCATOR64.unpack(data[at - LOCATOR64.size : at])
         at -= LOCATOR64.size + END64.size
         signature, length, *wide = END64.unpack(data[max(at, 0) : max(at, 0) + END64.size])
-        # A field of the small record defers to the wide one, or says the same.
+        # A field of the 32-bit record must equal the 64-bit one, or be its "see there" value.
         agree = all(a in (b, limit) for a, b, limit in zip(stated, wide, (0xFFFF,) * 2 + (0xFFFFFFFF,) * 2, strict=True))
         if record != at or signature != b"PK\6\6" or length != END64.size - 12 or not agree:
             raise Refused("its directory is not where the file says")

@@ -1,4 +1,4 @@
-"""Whether a pickle says no more than ``torch.save`` of a dict of tensors would; nothing is built on the way."""
+"""Checks, without unpickling, that a pickle contains only what ``torch.save`` writes for a dict of tensors."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import pickletools
 
 from t2l_engine.files.errors import short_repr
 
-MAX_DIMENSIONS = 64  # torch's own
-#: Everything a pickle of plain tensors names and calls.
+MAX_DIMENSIONS = 64  # torch's limit
+#: All globals that a pickle of plain tensors uses.
 ORDERED_DICT, REBUILD, PARAMETER = (
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
 )  # fmt: skip
 STORAGES = frozenset(f"torch {kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int"))
 NAMES = STORAGES | {ORDERED_DICT, REBUILD, PARAMETER}
-#: Opcodes that only push a value, and its kind.
+#: Opcodes that push a value -> type of the value.
 VALUES = dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), int) | {"NEWTRUE": bool, "NEWFALSE": bool, "NONE": None}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "TUPLE": None}
 
 
 class Refused(Exception):
-    """Why a file is no plain tensor file."""
+    """The file is not a plain tensor file; the message says why."""
 
 
 class _Tuple:
-    """``items`` may hold tuples of plain values, as the arguments of a call do, and nothing deeper."""
+    """``items`` may contain tuples of plain values, as arguments of a call do; deeper nesting is refused."""
 
     def __init__(self, items: list):
         self.items, self.flat = items, not any(isinstance(item, _Tuple) for item in items)
@@ -33,21 +33,21 @@ class _Tuple:
 
 
 class _Dict:
-    """``keys``: set so far; ``closed``: no more may come."""
+    """``keys``: those set so far; ``closed``: whether setting more is refused."""
 
     def __init__(self, ordered: bool):
         self.ordered, self.closed, self.keys = ordered, False, []
 
 
 class _Global(str):
-    """A name that the pickle takes from a module."""
+    """A global, as "module name"."""
 
 
 _STORAGE, _TENSOR = object(), object()
 
 
 class _Stack:
-    """The unpickler's stack; nothing below the last mark can be reached."""
+    """The unpickler's stack; items below the last mark are out of reach."""
 
     def __init__(self):
         self._items, self._marks = [], []
@@ -64,7 +64,7 @@ class _Stack:
         return item
 
     def take(self, count: int | None) -> list:
-        """The last ``count`` objects; None: all above the last mark, which goes too."""
+        """Pop the last ``count`` objects, or with None all above the last mark, and the mark."""
         if count is None and not self._marks:
             raise Refused("its pickle takes more than it has")
         floor = self._marks[-1] if self._marks else 0
@@ -79,8 +79,8 @@ class _Stack:
 def check_pickle(content: bytes) -> None:
     """Refuse every opcode and call that ``torch.save`` of a dict of tensors does not write.
 
-    The pickle is followed with kinds in the place of objects: texts as themselves, numbers as their types.  What is let
-    through neither copies nor hashes anything built before, so it costs no more than its length.
+    The opcodes are interpreted on types instead of objects: strings stand for themselves, numbers for their types.  What is
+    accepted neither copies nor hashes an object built earlier, so unpickling takes time linear in the length.
     """
     stack, memo = _Stack(), {}
     for opcode, argument, _ in pickletools.genops(content):
@@ -126,7 +126,7 @@ def _set_items(items: list, target: object) -> None:
     if not isinstance(target, _Dict) or target.closed or len(items) % 2:
         raise Refused("its pickle sets items of what is no dict of tensors")
     for key in items[::2]:
-        if type(key) is not str:  # anything else may be dear to hash
+        if type(key) is not str:  # other keys may be expensive to hash
             raise Refused("its pickle has a dict whose keys are no texts")
         target.keys.append(key)
 
@@ -134,14 +134,14 @@ def _set_items(items: list, target: object) -> None:
 def _storage(claim: object) -> object:
     items = claim.items if isinstance(claim, _Tuple) else []
     kinds = [type(item) if isinstance(item, str) else item for item in items]
-    # torch reads a storage once for every spelling of its key, and looks entries up without regard to case.
+    # torch reads a storage again for every spelling of its key, and looks up entries ignoring case.
     if kinds != [str, _Global, str, str, int] or items[1] not in STORAGES or items[2] != items[2].lower():
         raise Refused("its pickle names a storage in another way than torch.save does")
     return _STORAGE
 
 
 def _called(function: object, arguments: object) -> object:
-    given = arguments.items if isinstance(arguments, _Tuple) else None
+    given = arguments.items if isinstance(arguments, _Tuple) else [None]  # accepted by no call below
     if not isinstance(function, _Global):
         raise Refused("its pickle calls what is no name")
     if function == ORDERED_DICT and given == []:
@@ -160,8 +160,9 @@ def _called(function: object, arguments: object) -> object:
 
 
 def _build(state: object, target: object) -> None:
-    """A state_dict carries ``_metadata``, and nothing else that would become an attribute."""
-    plain = isinstance(state, _Dict) and not state.ordered and state.keys == ["_metadata"]
-    if not plain or not isinstance(target, _Dict) or not target.ordered or state.closed:
+    """Accept only the attribute ``_metadata`` of a state_dict."""
+    if not isinstance(state, _Dict) or state.ordered or state.closed or state.keys != ["_metadata"]:
+        raise Refused("its pickle sets attributes that no state_dict has")
+    if not isinstance(target, _Dict) or not target.ordered:
         raise Refused("its pickle sets attributes that no state_dict has")
     state.closed = True

@@ -1,7 +1,7 @@
-"""Reading and writing folders of files: shared by checkpoints and adapters.
+"""Reads and writes folders of a safetensors and a JSON file, for checkpoints and adapters.
 
-Weights come from strangers.  What is read here is plain tensors or an error that names the file: nothing in a file is
-executed, and refusing a file takes no more memory than twice its size.
+Weights are untrusted.  Reading returns plain tensors or raises an error that names the file; nothing in a file is executed,
+and refusing a file takes at most twice its size in memory.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from torch import Tensor
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError, short_repr
 from t2l_engine.files.text import read_start
 
-#: Key of the content checksum in the metadata of safetensors files written here; other readers ignore it.
+#: Key of the content checksum in the metadata of safetensors files that we write; other readers ignore it.
 CHECKSUM = "t2l_engine.sha256"
-#: ~7,000 tensors.  Python objects cost many times the bytes that describe them.
+#: About 7,000 tensors.  Python objects need many times the bytes that describe them.
 MAX_HEADER_BYTES = 1 << 20
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """ValueError unless weights may have ``dtype``."""
+    """ValueError unless ``dtype`` is one of WEIGHT_DTYPES."""
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
 
 
 def content_checksum(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of contiguous CPU tensors, in order of name."""
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of contiguous CPU tensors, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def replacing(directory: Path, *names: str) -> Iterator[Path]:
-    """A temporary folder in ``directory``, which is made; files written there replace those of the same ``names``, in order.
+    """A temporary folder inside ``directory``; on exit its files ``names`` replace those in ``directory``, in this order.
 
-    After an exception nothing is replaced.  Readers see old or new files, none in part.
+    ``directory`` is created.  After an exception nothing is replaced.  Readers see old or new files, never partial ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
@@ -61,9 +61,9 @@ def replacing(directory: Path, *names: str) -> Iterator[Path]:
 def write_folder(
     directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
 ) -> None:
-    """Write a safetensors and a JSON file into ``directory``; files already there are replaced only by complete ones.
+    """Write a safetensors and a JSON file into ``directory``; existing files are replaced by complete ones only.
 
-    Raises ConfigError where ``config`` is larger than readers accept.
+    Raises ConfigError if ``config`` is larger than readers accept.
     """
     from safetensors.torch import save_file
 
@@ -74,13 +74,13 @@ def write_folder(
         (temporary / config_name).write_text(text, encoding="utf-8")
         weights = temporary / weights_name
         save_file(state, weights, metadata={"format": "pt", CHECKSUM: content_checksum(state)})
-        shutil.copymode(temporary / config_name, weights)  # safetensors makes files that only their owner may read
+        shutil.copymode(temporary / config_name, weights)  # safetensors creates files that only their owner may read
 
 
 def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
-    """The tensors of ``path``, mapped from the file; ``error`` names what is wrong with it.
+    """The tensors of ``path``, memory-mapped; raises ``error`` naming the file and the fault.
 
-    Checked: the format, the content checksum where the file carries one, floating-point dtypes, and that all is finite.
+    Checked: the format, the content checksum if the file has one, floating-point dtypes, and that all values are finite.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -100,7 +100,7 @@ def read_safetensors(path: Path, error: type[ValueError]) -> dict[str, Tensor]:
 
 
 def max_abs(tensor: Tensor) -> float:
-    """The largest magnitude in a tensor that is not empty."""
+    """The largest absolute value in a non-empty tensor."""
     return float(max(map(abs, torch.aminmax(tensor.detach()))))
 
 

@@ -1,4 +1,4 @@
-"""Reading a YAML file that nobody vouches for."""
+"""Reads an untrusted YAML file: plain values only, within bounds."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
+from yaml.constructor import ConstructorError
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_text
 
-#: Some ten times those of the largest arguments seen (479 task names); parsing one takes 35 us and 1.2 kB.
+#: About ten times the nodes of the largest args.yaml known (479 task names); parsing a node takes 35 us and 1.2 kB.
 MAX_NODES, MAX_DIGITS = 20_000, 400
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """No merge keys: nested ones multiply without bound.  No doubled keys: which one counts would be a guess.
+    """SafeLoader without merge keys, which can grow exponentially, and without duplicate keys, which are ambiguous.
 
-    Nodes are counted while they are made: a file of a megabyte can hold half a million.
+    Nodes are counted while they are composed: a file of one megabyte can contain half a million.
     """
 
     def __init__(self, stream):
@@ -27,28 +29,28 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         self._left -= 1
         if self._left < 0:
-            raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values", self.peek_event().start_mark)
+            raise ComposerError(None, None, f"more than {MAX_NODES} values", self.peek_event().start_mark)
         return super().compose_node(parent, index)
 
     def resolve(self, kind, value, implicit):
-        if kind is yaml.ScalarNode and len(value) > MAX_DIGITS:  # patterns of numbers and dates are dear to try on it
+        if kind is yaml.ScalarNode and len(value) > MAX_DIGITS:  # matching the patterns of numbers and dates would be slow
             return self.DEFAULT_SCALAR_TAG
         return super().resolve(kind, value, implicit)
 
     def construct_yaml_int(self, node):
-        if len(node.value) > MAX_DIGITS:  # numbers of base 60 take quadratic time
-            raise yaml.constructor.ConstructorError(None, None, f"a number of over {MAX_DIGITS} characters", node.start_mark)
+        if len(node.value) > MAX_DIGITS:  # base-60 numbers take quadratic time
+            raise ConstructorError(None, None, f"a number of over {MAX_DIGITS} characters", node.start_mark)
         return super().construct_yaml_int(node)
 
     def flatten_mapping(self, node):
         if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(None, None, "merge keys (<<) are not accepted", node.start_mark)
+            raise ConstructorError(None, None, "merge keys (<<) are not accepted", node.start_mark)
         super().flatten_mapping(node)
 
     def construct_mapping(self, node, deep=False):
         mapping = super().construct_mapping(node, deep)
         if len(mapping) != len(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "a key occurs twice in one mapping", node.start_mark)
+            raise ConstructorError(None, None, "a key occurs twice in one mapping", node.start_mark)
         return mapping
 
 
@@ -56,7 +58,7 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yam
 
 
 def _count_nodes(value: Any, budget: int) -> int:
-    """``budget`` less the nodes of ``value`` with every alias written out; negative as soon as it is spent."""
+    """``budget`` minus the number of nodes of ``value`` with aliases expanded; stops as soon as it is negative."""
     budget -= 1
     if isinstance(value, (dict, list, tuple, set)):
         for item in value.values() if isinstance(value, dict) else value:
@@ -67,17 +69,17 @@ def _count_nodes(value: Any, budget: int) -> int:
 
 
 def read_yaml(path: Path) -> Any:
-    """Parse a YAML file safely: plain values only; ConfigError names the file when it is none, too large or too deep."""
+    """Parse a YAML file of plain values; ConfigError names a file that is not, or is too large or nested too deeply."""
     return parse_yaml(read_text(path), str(path))
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """As :func:`read_yaml`, of text; ConfigError says ``where`` it stands."""
+    """As :func:`read_yaml`, from ``text``; ``where`` names the source in errors."""
     try:
         value = yaml.load(text, Loader=_PlainLoader)
         small = _count_nodes(value, MAX_NODES) >= 0
-    except Exception as reason:  # constructors of dates, numbers and keys raise many kinds
+    except Exception as reason:  # constructors of dates, numbers and keys raise many kinds of errors
         raise ConfigError(f"{where}: not plain YAML: {str(reason)[:200]}") from None
     if not small:
-        raise ConfigError(f"{where}: not plain YAML: its aliases stand for more than {MAX_NODES} values")
+        raise ConfigError(f"{where}: not plain YAML: its aliases expand to more than {MAX_NODES} values")
     return value

@@ -1,5 +1,5 @@
-"""From an embedding to adapters: the hypernetwork, its configuration and its checkpoints in both formats.
+"""The hypernetwork, from task embeddings to adapters; its configuration and checkpoints in native and Sakana format.
 
 May be imported: ``network`` (HyperNetwork), ``config``, ``checkpoint``, ``folder`` (CheckpointError, bundled_checkpoints),
-``convert``.  Imports ``adapters``, ``text``, ``ops`` and ``files``.
+``sakana_encoder``, ``convert``, ``export``.  Imports ``adapters``, ``text``, ``ops`` and ``files``.
 """

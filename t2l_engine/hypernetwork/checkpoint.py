@@ -1,14 +1,17 @@
-"""Checkpoint folders: the native form, and the reference's (SakanaAI/text-to-lora, see :mod:`.sakana`).
+"""Reads checkpoint folders in native and Sakana format, and writes native ones.
 
 Native: ``config.json`` (a ``HyperNetworkConfig`` under "hypernetwork", with optional "encoder", "base_model", "training" and
-"reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys under
-``reference.`` are tensors of a converted reference file that generation ignores; they are kept for the way back.
+"reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys that
+begin with ``reference.`` are tensors of a converted Sakana checkpoint that generation ignores; they are kept for converting
+back.  Sakana format: see :mod:`.sakana`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
@@ -22,19 +25,17 @@ from t2l_engine.hypernetwork.folder import (
     FORMAT,
     WEIGHTS_NAME,
     CheckpointError,
-    form,
+    format_of,
     native_blocks,
     stated_encoder,
 )
 from t2l_engine.text.config import EncoderConfig, OneHotConfig
-from t2l_engine.text.prompts import CHAT, checked_form
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
-    """Everything a checkpoint folder says, checked; nothing in it is executed."""
-    native = form(folder) == "native"
+    """The checked contents of a checkpoint folder; nothing in it is executed."""
     try:
-        if native:
+        if format_of(folder) == "native":
             return _read_native(folder, module_order)
         return sakana.read(folder, module_order)
     except CheckpointError:
@@ -44,55 +45,54 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
 
 
 def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
-    """The text encoder a checkpoint was trained with, or None where it does not say.
+    """The text encoder that a checkpoint was trained with, None if it does not state one.
 
-    Raises ConfigError where the reference's arguments name an encoder whose pooling is not known (UndefinedEncoder).
+    Raises UndefinedEncoder, a ConfigError, if the checkpoint names an encoder in Sakana format whose pooling is not known.
     """
-    if form(folder) == "native":
+    if format_of(folder) == "native":
         return stated_encoder(native_blocks(folder), folder / CONFIG_NAME)
     return sakana.encoder_config(folder)
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """The extra blocks of a checkpoint: of ``config.json``, or what a reference folder says of base model and training."""
-    if form(folder) == "native":
-        return {key: value for key, value in native_blocks(folder).items() if key in BLOCKS}
+    """The optional blocks of a checkpoint's ``config.json``, or the same from a folder in Sakana format."""
+    if format_of(folder) == "native":
+        return _optional(native_blocks(folder))
     return sakana.describe(folder)
 
 
-def prompt_form(folder: Path) -> str:
-    """How prompts show an input to the adapted model: as in training; the chat template unless it says."""
-    training = describe(folder).get("training") or {}
-    return checked_form(training.get("prompt_form", CHAT), folder)
+# --- native format -------------------------------------------------------------------------------------------------
 
 
-# --- native form ---------------------------------------------------------------------------------------------------
+def _optional(blocks: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in blocks.items() if key in BLOCKS}
 
 
 def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
+    config_path, path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
     blocks = native_blocks(folder)
-    config = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{folder / CONFIG_NAME}: hypernetwork")
+    config = from_json(HyperNetworkConfig, blocks["hypernetwork"], f"{config_path}: hypernetwork")
     if module_order is not None and list(module_order) != list(config.modules):
         raise CheckpointError(
-            f"module_order: expected {list(config.modules)} as {folder / CONFIG_NAME} states, "
-            f"got {short_repr(module_order)}; "
-            "another order can only be given to a reference folder"
+            f"module_order: expected {list(config.modules)} as {config_path} states, got {short_repr(module_order)}; "
+            "another order can only be given to a folder in Sakana format"
         )
-    path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
-    # Copied out of the mapped file: what was checked cannot change any more, and torch aligns its own memory.  Its products
-    # may round by alignment; so a checkpoint gives the same adapters in either form.
+    # Copied from the memory map: checked values cannot change any more, and torch aligns its own memory, on which the
+    # rounding of its products may depend; so a checkpoint gives the same adapters in both formats.
     tensors = {key: tensor.clone() for key, tensor in read_safetensors(path, CheckpointError).items()}
     unused = {k.removeprefix(UNUSED_PREFIX): t for k, t in tensors.items() if k.startswith(UNUSED_PREFIX)}
     state = {k: t for k, t in tensors.items() if not k.startswith(UNUSED_PREFIX)}
-    return Contents(config, state, unused, {k: v for k, v in blocks.items() if k in BLOCKS}, path)
+    return Contents(config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path))
 
 
-def write_native(folder: Path, contents: Contents) -> None:
-    """Write ``contents`` as a native folder; CheckpointError where its blocks are larger than readers accept."""
-    blocks = {"format": FORMAT, "hypernetwork": to_json(contents.config), **contents.blocks}
-    state = contents.state | {UNUSED_PREFIX + key: tensor for key, tensor in contents.unused.items()}
+def write_native(
+    folder: Path, config: HyperNetworkConfig, blocks: dict[str, Any], state: dict[str, Tensor], unused: dict[str, Tensor]
+) -> None:
+    """Write a native folder, arguments as in :class:`Contents`; CheckpointError if ``blocks`` exceed what readers accept."""
+    blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
+    state = state | {UNUSED_PREFIX + key: tensor for key, tensor in unused.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     try:
         write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)

@@ -1,8 +1,4 @@
-"""Frozen configuration records with a strict JSON form.
-
-Every record is a frozen dataclass.  ``to_json`` gives plain JSON values; ``from_json`` accepts exactly the fields of the
-record: an unknown or a missing field is a ``ConfigError`` that names it.  Nothing in a file is ever executed.
-"""
+"""HyperNetworkConfig: the structure of a hypernetwork as a frozen dataclass with checked fields."""
 
 from __future__ import annotations
 
@@ -23,33 +19,33 @@ from t2l_engine.files.errors import (
     short_repr,
 )
 
-#: L: one head output holds A and B.  M: a shared head, a row for each side.  S: a row for each side and rank.
-#: autoregressive: unshared heads, a row for each rank.  "learnable" and "rotary" say how a rank enters.
+#: L: a head gives A and B in one row.  M: a head shared by A and B, one row each.  S: one row per side (A, B) and rank.
+#: autoregressive: unshared heads, one row per rank.  "learnable" and "rotary": position embedding of the rank.
 VARIANTS = ("L", "M", "S-learnable", "S-rotary", "autoregressive-learnable", "autoregressive-rotary")
 TASK_ENCODERS = ("linear", "vq", "softmax", "discrete")
-#: Codes of the vq and softmax encoders; classes and hidden width of the discrete one (fixed in the reference).
+#: Codes of the vq and softmax encoders; classes and hidden width of the discrete one (constants in SakanaAI's code).
 NUM_CODES, NUM_CLASSES, DISCRETE_HIDDEN = 32, 64, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class HyperNetworkConfig:
-    """Everything structural about a hypernetwork.
+    """The structure of a hypernetwork.
 
     ``modules``: adapted modules in row order of the module embedding; ``in_features``/``out_features`` are parallel to it.
     ``latent_size`` (the trunk width m is ``latent_size//2 + 2*(latent_size//4)``) and ``head_in_size`` as in the paper's
     appendix; ``embed_dim`` is the width of ``task_emb``.  ``lora_alpha`` with ``scaling`` gives the LoRA scaling:
     ``"rslora"`` = alpha/sqrt(rank), ``"plain"`` = alpha/rank, or a positive number.
-    ``head_bias``: whether the heads have one.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
+    ``head_bias``: whether the heads have a bias.  ``output_scale`` multiplies every generated A and B (1/sqrt(10000) for
     checkpoints that reconstruct weight differences).  ``task_encoder``: "linear", "vq", "softmax" or "discrete"; discrete
     needs ``latent_size // 2 == 64`` and has one-hot depth and module inputs, so m = 64 + layers + modules.
-    ``paths``: where each module lives in the base model, ``{layer}`` standing for the layer index; None: where Llama and
-    its kin keep it (``q_proj`` at ``model.layers.{layer}.self_attn.q_proj``), for which the name must be one of theirs.
-    Generated adapters call a module with a path of its own after the end of that path, as those read from files.
+    ``paths``: of each module in the base model, with ``{layer}`` for the layer index; None: those of Llama (``q_proj`` at
+    ``model.layers.{layer}.self_attn.q_proj``), if its modules have the names.  Generated adapters name their modules after
+    the end of the path, as adapters read from files.
 
-    Source: paper section 3 and its appendix; arguments of the reference implementation.
+    Source: paper section 3 and its appendix; arguments of SakanaAI's code.
 
     Raises:
-        ConfigError: a field is of another kind or out of range; the message names it.
+        ConfigError: a field has a wrong type or value; the message names it.
 
     >>> config = HyperNetworkConfig(variant="L", modules=("q_proj", "v_proj"), in_features=(4096, 4096),
     ...     out_features=(4096, 1024), num_layers=32, rank=8, embed_dim=1024, latent_size=128, head_in_size=512,
@@ -130,16 +126,16 @@ class HyperNetworkConfig:
                 f"paths: expected {len(self.modules)} different ones, one a module, got {short_repr(self.paths)}"
             )
         for path in self.paths:
-            fault = path_error(path)
-            if fault is None and (LAYER not in path and self.num_layers != 1):
-                fault = f"expected {LAYER} in it"
-            if fault is not None:
-                raise ConfigError(f"paths: {short_repr(path)}: {fault}")
+            error = path_error(path)
+            if error is None and LAYER not in path and self.num_layers != 1:
+                error = f"expected {LAYER} in it"
+            if error is not None:
+                raise ConfigError(f"paths: {short_repr(path)}: {error}")
 
     @property
     def module_paths(self) -> dict[str, str]:
-        """Module -> where it lives in the base model."""
-        return dict(zip(self.modules, self.paths or map(DEFAULT_PATHS.get, self.modules), strict=True))
+        """Module -> its path in the base model."""
+        return dict(zip(self.modules, self.paths or [DEFAULT_PATHS[name] for name in self.modules], strict=True))
 
     @property
     def task_width(self) -> int:
@@ -163,28 +159,28 @@ class HyperNetworkConfig:
 
     @property
     def num_sides(self) -> int:
-        """Latent rows a layer and module for the two sides A and B: 2 with a shared head (M, S), else 1."""
+        """Latent rows per layer and module for the sides A and B: 2 with a shared head (M, S), else 1."""
         return 2 if self.variant.startswith(("M", "S")) else 1
 
     @property
     def num_ranks(self) -> int:
-        """Latent rows a side: one for every rank in S and in the autoregressive variants, else 1."""
+        """Latent rows per side: one per rank in S and the autoregressive variants, else 1."""
         return 1 if self.variant in ("L", "M") else self.rank
 
     @property
     def rotary(self) -> bool:
-        """Whether a rank enters by rotation (else by a learned embedding, where it enters at all)."""
+        """Whether the positions of ranks are rotary (else learned, if the variant has any)."""
         return self.variant.endswith("rotary")
 
     def head_rows(self, module_index: int) -> int:
-        """Rows of the head of module ``module_index``."""
+        """Output features of the head of module ``module_index``."""
         n_in, n_out = self.in_features[module_index], self.out_features[module_index]
         per_latent = self.rank // self.num_ranks
         return per_latent * (max(n_in, n_out) if self.num_sides == 2 else n_in + n_out)
 
     @property
     def num_parameters(self) -> int:
-        """Values of a hypernetwork of this configuration, offsets of the last step not counted."""
+        """Number of parameters and of vq's buffers; the offsets of the last step are not counted."""
         e, t, m, h = self.embed_dim, self.task_width, self.width, self.head_in_size
         k = len(self.modules)
         encoder = {

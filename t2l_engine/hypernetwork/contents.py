@@ -1,4 +1,4 @@
-"""What a checkpoint folder says, whatever its format: the record that readers make and writers take."""
+"""Contents: what a checkpoint folder of either format contains."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch import Tensor
 from t2l_engine.files.errors import short_repr
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CheckpointError
+from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 UNUSED_PREFIX = "reference."
 
 
 @dataclasses.dataclass
 class Contents:
-    """What a folder of either form says.
+    """The configuration and tensors of a checkpoint, whatever its format.
 
-    ``state``: native keys; ``unused``: tensors of a reference file that generation ignores, under the reference's keys;
-    ``blocks``: the optional blocks of ``config.json``; ``name_of``: a native key as the file spells it.
+    ``state``: under native keys; ``unused``: tensors of the Sakana format that generation ignores, under its keys;
+    ``blocks``: the optional blocks of ``config.json``; ``path``: of the weights file; ``encoder_config()``: as
+    :func:`.checkpoint.encoder_config`; ``key_in_file``: native key -> the file's key, for errors.
     """
 
     config: HyperNetworkConfig
@@ -29,9 +32,17 @@ class Contents:
     unused: dict[str, Tensor]
     blocks: dict[str, Any]
     path: Path
-    name_of: Callable[[str], str] = str
+    encoder_config: Callable[[], EncoderConfig | OneHotConfig | None]
+    key_in_file: Callable[[str], str] = str
+
+    @property
+    def prompt_form(self) -> str:
+        """The prompt template of the training, "chat" unless the checkpoint states another; ConfigError if unknown."""
+        training = self.blocks.get("training") or {}
+        return check_prompt_form(training.get("prompt_form", CHAT), self.path.parent)
 
 
 def expect_shape(path: Path, key: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """CheckpointError naming ``path`` and ``key`` unless ``tensor`` has ``shape``."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(f"{path}: {key}: expected shape {shape}, got {short_repr(tuple(tensor.shape))}")

@@ -1,8 +1,8 @@
-"""Checkpoints between the native form and the reference's, loss-free both ways.
+"""Converts checkpoints between native and Sakana format without loss.
 
-Tensors keep their bits and dtypes.  A reference folder's ``args.yaml`` and ``adapter_config.json`` travel in the "reference"
-block of ``config.json``; what the reference's files cannot say of a native checkpoint travels in a block of ``args.yaml``
-that the reference ignores.
+Tensors keep their bits and dtypes.  ``args.yaml`` and ``adapter_config.json`` of a Sakana-format folder are stored in the
+"reference" block of ``config.json``; what the Sakana format cannot express is stored in a block of ``args.yaml`` that
+SakanaAI's code ignores.
 """
 
 from __future__ import annotations
@@ -21,56 +21,59 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
 from t2l_engine.files.weights import replacing
 from t2l_engine.files.yaml import read_yaml
-from t2l_engine.hypernetwork import sakana as ref
+from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents
-from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, REFERENCE_NAMES, CheckpointError, form
+from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, format_of
 from t2l_engine.hypernetwork.network import build
 
-FORMS = ("native", "reference")
+FORMATS = ("native", "reference")  # "reference" is the Sakana format
 
 
 def convert(source: Path, target: Path, to: str | None = None, module_order: list[str] | None = None) -> str:
-    """Write the checkpoint folder ``source`` to ``target`` in the form ``to`` ("native", "reference"; None: the other one).
+    """Write the checkpoint folder ``source`` to ``target`` in another format.
 
-    ``module_order``: as in :meth:`HyperNetwork.from_pretrained`.  Returns the form written.  Files in ``target`` are
-    replaced only by complete ones.
+    ``to``: "native", "reference" (Sakana format) or None, the other one than that of ``source``.  ``module_order``: as in
+    :meth:`HyperNetwork.from_pretrained`.  Returns the format written.  Files in ``target`` are replaced by complete ones
+    only.
 
     Raises:
-        FileNotFoundError: ``source`` or one of its files is absent.
-        FileExistsError: ``target`` is a file, or holds a checkpoint of the other form.
-        CheckpointError: ``source`` is no sound checkpoint, or the other form cannot express it; the message says what.
+        FileNotFoundError: ``source`` or one of its files does not exist.
+        FileExistsError: ``target`` is a file, or contains a checkpoint in the other format.
+        CheckpointError: ``source`` is not a valid checkpoint, or the format cannot express it; the message says why.
+
+    Source: the files of SakanaAI/text-to-lora.
 
     >>> import tempfile
     >>> from t2l_engine.hypernetwork.folder import resolve_checkpoint
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     form_written = convert(resolve_checkpoint("smollm2-135m"), folder)
-    ...     print(form_written, sorted(path.name for path in Path(folder).iterdir()))
+    ...     written = convert(resolve_checkpoint("smollm2-135m"), folder)
+    ...     print(written, sorted(path.name for path in Path(folder).iterdir()))
     reference ['adapter_config.json', 'args.yaml', 'hypermod.pt']
     """
     source, target = Path(source), Path(target)
-    if to is not None and to not in FORMS:
-        raise ValueError(f"to: expected one of {FORMS}, got {to!r}")
-    to = to or next(name for name in FORMS if name != form(source))
+    if to is not None and to not in FORMATS:
+        raise ValueError(f"to: expected one of {FORMATS}, got {to!r}")
+    to = to or next(name for name in FORMATS if name != format_of(source))
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, got a file")
-    # Files of both forms in one folder would leave open which one counts.
-    other = REFERENCE_NAMES[0] if to == "native" else CONFIG_NAME
+    # A folder with files of both formats would be ambiguous.
+    other = SAKANA_NAMES[0] if to == "native" else CONFIG_NAME
     if (target / other).exists():
-        raise FileExistsError(f"{target}: holds {other}, of another form than {to}; choose another folder")
+        raise FileExistsError(f"{target}: holds {other}, of another format than {to}; choose another folder")
     contents = read(source, module_order)
-    build(contents)  # every key and shape is right
+    build(contents)  # checks every key and shape
     if to == "native":
         _expect_json(contents)
-        write_native(target, contents)
+        write_native(target, contents.config, contents.blocks, contents.state, contents.unused)
     else:
-        _write_reference(target, *to_reference(contents))
+        _write_sakana(target, *to_sakana(contents))
     return to
 
 
 def _expect_json(contents: Contents) -> None:
-    """YAML says more than JSON does (dates, sets, keys that are no text); such an argument would be lost."""
+    """CheckpointError for a YAML argument that JSON cannot express (dates, sets, keys that are not strings)."""
     for name, value in contents.blocks.get("reference", {}).get("args", {}).items():
         try:
             same = repr(json.loads(json.dumps(value))) == repr(value)
@@ -82,9 +85,9 @@ def _expect_json(contents: Contents) -> None:
             )
 
 
-def _write_reference(folder: Path, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> None:
-    with replacing(folder, *REFERENCE_NAMES) as temporary:
-        weights, args_path, peft_path = (temporary / n for n in REFERENCE_NAMES)
+def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> None:
+    with replacing(folder, *SAKANA_NAMES) as temporary:
+        weights, args_path, peft_path = (temporary / n for n in SAKANA_NAMES)
         torch.save(state, weights)
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
         peft_path.write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -92,30 +95,30 @@ def _write_reference(folder: Path, state: dict[str, Tensor], args: dict[str, Any
             try:
                 reader(path)
             except ConfigError as error:  # too long, or too many values
-                raise CheckpointError(f"no reader would accept it: {error}".replace(str(temporary), str(folder))) from None
+                raise CheckpointError(f"readers would not accept it: {error}".replace(str(temporary), str(folder))) from None
 
 
-def to_reference(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """(state_dict, args, adapter_config) of the reference's form."""
-    state = _reference_state(contents)
+def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """(state_dict, args, adapter_config) in Sakana format."""
+    state = _sakana_state(contents)
     stored = contents.blocks.get("reference", {})
     args, peft = (stored.get(name, {}) for name in ("args", "adapter_config"))
     for name, value in (("args", args), ("adapter_config", peft)):
         if not isinstance(value, dict):
             raise CheckpointError(f"{contents.path.parent}: reference.{name}: expected a mapping, got {short_repr(value)}")
-    # As it came, unless the native folder was changed since.
-    for candidate in ((args, peft), _reference_configs(contents, args, peft)):
-        difference = _difference(contents, state, *candidate)
+    # The original files if they still describe the checkpoint, which may have been changed since.
+    for args_now, peft_now in ((args, peft), _sakana_configs(contents, args, peft)):
+        difference = _difference(contents, state, args_now, peft_now)
         if difference is None:
-            return state, *candidate
-    raise CheckpointError(f"{contents.path}: the reference's form cannot express this checkpoint: {difference}")
+            return state, args_now, peft_now
+    raise CheckpointError(f"{contents.path}: the Sakana format cannot express this checkpoint: {difference}")
 
 
 def _difference(contents: Contents, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> str | None:
     """What reading the converted checkpoint would change, or None."""
     order = list(contents.config.modules)
     try:
-        back = ref.translate(state, args, peft, *(Path(name) for name in REFERENCE_NAMES), module_order=order)
+        back = sakana.translate(state, args, peft, *map(Path, SAKANA_NAMES), module_order=order)
     except ConfigError as error:
         return str(error)
     ours, theirs = ({**to_json(c.config), **{n: c.blocks.get(n) for n in BLOCKS}} for c in (contents, back))
@@ -124,14 +127,14 @@ def _difference(contents: Contents, state: dict[str, Tensor], args: dict[str, An
             return f"{name} {short_repr(value)} would become {short_repr(theirs[name])}"
     ours, theirs = ({**c.state, **{f"unused {k}": t for k, t in c.unused.items()}} for c in (contents, back))
     if ours.keys() != theirs.keys():
-        return f"tensors {short_repr(sorted(ours.keys() ^ theirs.keys()))} have no place in it"
+        return f"tensors {short_repr(sorted(ours.keys() ^ theirs.keys()))} are not part of it"
     return None
 
 
-def _reference_state(contents: Contents) -> dict[str, Tensor]:
+def _sakana_state(contents: Contents) -> dict[str, Tensor]:
     config, native = contents.config, dict(contents.state)
     state: dict[str, Tensor] = OrderedDict()
-    for dictionary, name in ref.DICTIONARIES.items():
+    for dictionary, name in sakana.DICTIONARIES.items():
         for side in "AB":
             for module in sorted(config.modules):
                 key, i = f"{dictionary}.{side}.{module}", config.modules.index(module)
@@ -139,9 +142,9 @@ def _reference_state(contents: Contents) -> dict[str, Tensor]:
                 tensor = native.pop(f"offsets.{module}.{name}_{side}", contents.unused.get(key))
                 state[key] = torch.zeros(config.num_layers, *shape) if tensor is None else tensor
     sides = native.pop("side_emb.weight", None)
-    for theirs, ours in ref.renamed(config.task_encoder).items():
-        if theirs == "out_emb_norm.":
-            for i, module in enumerate(config.modules if sides is not None else ()):
+    for theirs, ours in sakana.renamed(config.task_encoder).items():
+        if theirs == "out_emb_norm." and sides is not None:
+            for i, module in enumerate(config.modules):
                 for j, side in enumerate("AB"):
                     state[f"out_emb.{module}.{side}"] = sides[i, j].clone()
         for key in _keys_of(ours, native, config):
@@ -150,28 +153,26 @@ def _reference_state(contents: Contents) -> dict[str, Tensor]:
 
 
 def _keys_of(prefix: str, native: dict[str, Tensor], config: HyperNetworkConfig) -> list[str]:
-    """The keys right below ``prefix`` ("depth_emb.norm.weight" is not of "depth_emb."), weight before bias."""
-    if prefix == "heads.":  # in module order, which is what the file's order means
+    """The keys directly below ``prefix`` ("depth_emb.norm.weight" is not below "depth_emb."), weight before bias."""
+    if prefix == "heads.":  # in module order, which the order of the keys states
         return [k for m in config.modules for p in ("weight", "bias") if (k := f"heads.{m}.{p}") in native]
     return [k for k in (prefix, f"{prefix}weight", f"{prefix}bias") if k in native]
 
 
-def _reference_configs(
-    contents: Contents, args: dict[str, Any], peft: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``args.yaml`` and ``adapter_config.json`` for a checkpoint the reference did not write (or that was changed since)."""
+def _sakana_configs(contents: Contents, args: dict[str, Any], peft: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``args.yaml`` and ``adapter_config.json`` for a checkpoint that SakanaAI's code did not write, or changed since."""
     c, blocks = contents.config, contents.blocks
     encoder = blocks.get("encoder") or {}
     z_scores = any(".std_" in key for key in contents.state)
     delta_w = c.output_scale != 1.0
     recon = z_scores or delta_w or blocks.get("training", {}).get("method") == "reconstruction"
-    own = {name: value for name, value in to_json(c).items() if name in ref.OWN_VALUES}
+    own = {name: value for name, value in to_json(c).items() if name in sakana.OWN_VALUES}
     if c.paths is not None:
         own["paths"] = c.module_paths
-    # Copies: YAML would write an object that occurs twice as an alias.
+    # Copied: YAML would write an object that occurs twice as an alias.
     own |= {key: copy.deepcopy(blocks[key]) for key in BLOCKS if key in blocks}
     base = blocks.get("base_model")
-    # To the reference no name is the base model's last token.
+    # In Sakana format no name means the base model's last token.
     own_encoder = bool(base) and (encoder.get("name"), encoder.get("pooling")) == (base.rstrip("/"), "last")
     new_args = {
         "training_task": "recon" if recon else "sft",
@@ -180,19 +181,19 @@ def _reference_configs(
         "learnable_pos_emb": c.variant.endswith("learnable"),
         "hypernet_latent_size": c.latent_size,
         "head_in_size": c.head_in_size,
-        # A name without rules for its texts is in the reference's arguments only.
+        # An encoder without rules is named in the original arguments only.
         "emb_model": "" if own_encoder else encoder.get("name") or args.get("emb_model") or "",
         "use_one_hot_task_emb": encoder.get("name") == "one-hot",
         "target_modules": list(c.modules),
         "pred_z_score": z_scores,
         "factorized": z_scores or (recon and not delta_w),
         "delta_w_scaling": c.output_scale**-2 if delta_w else 10000,
-        # Where heads have no bias, the reference knows a multi-task LoRA as the reason.
+        # In Sakana format heads without bias imply a multi-task LoRA.
         "mt_lora_path": None if c.head_bias or recon else "AB_offset",
         "encoder_type": c.task_encoder,
         "head_use_bias": False,
         "model_dir": base,
-        ref.OWN_BLOCK: own,
+        sakana.OWN_BLOCK: own,
     }
     rslora = c.scaling == "rslora"
     new_peft = {

@@ -1,7 +1,7 @@
-"""A hypernetwork as one file, which the C++ library maps and uses in place (``csrc/lib/network.h``, docs/cpp.md).
+"""Writes a hypernetwork as one file that the C++ library memory-maps (``csrc/lib/network.h``, docs/cpp.md).
 
-Little-endian: HEADER, a MODULE for each module, then the tensors of :func:`_tensors` in order, each from the next multiple
-of ALIGNMENT bytes on.  Their shapes follow from the header, so the file holds no offsets.
+Little-endian: HEADER, one MODULE per module, then the tensors of :func:`_tensors` in order, each aligned to ALIGNMENT bytes.
+Their shapes follow from the header, so the file contains no offsets.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.ops.reference import TRUNK_WEIGHTS
 
 MAGIC, VERSION, ALIGNMENT = b"T2L-NET\n", 1, 64
-#: Magic, version, CRC-32 of all bytes after it, size of the file in bytes, variant, LoRA scaling; then the code of the
-#: matrices' dtype, embed_dim, task width, trunk width, head_in_size, layers, rank, sides, code of the positions, whether
-#: heads have a bias, modules.
+#: Magic, version, CRC-32 of all bytes after it, size of the file in bytes, variant, LoRA scaling; then DTYPES code of the
+#: matrices, embed_dim, task width, trunk width, head_in_size, layers, rank, sides, POSITIONS code, whether heads have a
+#: bias, number of modules.
 HEADER = struct.Struct("<8sIIQ24sd11q")
-#: in_features, out_features, which OFFSETS it has (bit i: the i-th), name, path; texts end with a zero byte.
+#: in_features, out_features, bit mask of its OFFSETS (bit i: the i-th), name, path; strings end with a zero byte.
 MODULE = struct.Struct("<3q264s264s")
 OFFSETS = ("mul_A", "add_A", "mul_B", "add_B")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-POSITIONS = {"L": 0, "M": 0, "S-learnable": 1, "S-rotary": 2}  # how a rank enters the trunk: not, by pos_emb, by rotation
+POSITIONS = {"L": 0, "M": 0, "S-learnable": 1, "S-rotary": 2}  # positions of the ranks: none, learned (pos_emb), rotary
 
 
 @torch.no_grad()
 def export(net: HyperNetwork, path: str | Path) -> None:
-    """Write ``net`` as the file ``path`` for the C++ library; a file that is there is replaced by a complete one.
+    """Write ``net`` as the file ``path`` for the C++ library; an existing file is replaced by a complete one.
 
-    What does not depend on the task is folded, as for :meth:`HyperNetwork.generate`.  Python does not read the file back.
+    Tensors that do not depend on the task are folded (:meth:`HyperNetwork.folded`).  Python does not read the file back.
 
     Args:
         net: of variant L, M, S-learnable or S-rotary, with the linear task encoder and weight matrices ``[out, in]`` in
             float32 or bfloat16 (``HyperNetwork.from_pretrained(folder, dtype=...)`` casts others).
-        path: of the file; its folder is made where it is absent.
+        path: of the file; its folder is created.
 
     Raises:
-        CheckpointError: ``net`` is of another kind or dtype, or folding gives NaN or infinite values; named.
+        CheckpointError: ``net`` has another variant, task encoder or dtype, or folding gives NaN or infinite values; the
+            message names it.
         OSError: the file cannot be written.
 
-    Source: what is folded are the terms of the reference implementation's forward pass that no task changes.
+    Source: the folded terms are those of SakanaAI's forward pass that do not depend on the task.
 
     >>> import tempfile, t2l_engine as t2l
     >>> net = t2l.TextToLoRA.from_pretrained("smollm2-135m").hypernetwork
@@ -70,9 +71,9 @@ def export(net: HyperNetwork, path: str | Path) -> None:
     check_weights(path, tensors, CheckpointError)
 
     modules = b""
-    for i, (name, place) in enumerate(c.module_paths.items()):
+    for i, (name, module_path) in enumerate(c.module_paths.items()):
         present = sum(1 << bit for bit, step in enumerate(OFFSETS) if folded["offsets"][step][i] is not None)
-        modules += MODULE.pack(c.in_features[i], c.out_features[i], present, name.encode(), place.encode())
+        modules += MODULE.pack(c.in_features[i], c.out_features[i], present, name.encode(), module_path.encode())
     parts, size = [modules], HEADER.size + len(modules)
     for tensor in tensors.values():
         parts += [bytes(-size % ALIGNMENT), tensor.reshape(-1).view(torch.uint8).numpy()]
@@ -80,7 +81,7 @@ def export(net: HyperNetwork, path: str | Path) -> None:
     sizes = (c.embed_dim, c.task_width, c.width, c.head_in_size, c.num_layers, c.rank, c.num_sides)
     codes = (POSITIONS[c.variant], c.head_bias, len(c.modules))
     rest = (size, c.variant.encode(), net.scaling, DTYPES[net.dtype], *sizes, *codes)
-    start = len(MAGIC) + 8  # what the checksum is over begins here
+    start = len(MAGIC) + 8  # of the bytes that the checksum covers
     parts.insert(0, HEADER.pack(MAGIC, VERSION, 0, *rest)[start:])
     checksum = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Which folder a checkpoint is in, in which form, and what the ``config.json`` of the native form says; needs no torch."""
+"""Finds a checkpoint's folder and format, and reads the ``config.json`` of the native format; does not need torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
+from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
 from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
-REFERENCE_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
+SAKANA_NAMES = ("hypermod.pt", "args.yaml", "adapter_config.json")
 FORMAT = "t2l_engine.hypernetwork.v1"
 BLOCKS = ("encoder", "base_model", "training", "reference")
 
@@ -27,7 +27,7 @@ class CheckpointError(ConfigError):
 
 
 def bundled_checkpoints() -> list[str]:
-    """Names of the checkpoints that come with the package.
+    """Names of the checkpoints in the package.
 
     >>> bundled_checkpoints()
     ['smollm2-135m']
@@ -47,21 +47,21 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
     return folder
 
 
-def form(folder: Path) -> str:
-    """ "native" or "reference"; FileNotFoundError says what was looked for."""
+def format_of(folder: Path) -> str:
+    """Format of a checkpoint folder: "native", or "reference" for the Sakana format; FileNotFoundError if it is neither."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
     weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
-    # A model's own config.json may lie beside a reference checkpoint: some tools want it there.
-    if config and (weights or not (folder / REFERENCE_NAMES[0]).is_file()):
+    # A folder in Sakana format may contain a model's config.json too, which some tools expect there.
+    if config and (weights or not (folder / SAKANA_NAMES[0]).is_file()):
         return "native"
-    if (folder / REFERENCE_NAMES[0]).is_file():
+    if (folder / SAKANA_NAMES[0]).is_file():
         return "reference"
-    raise FileNotFoundError(f"{folder}: holds neither {CONFIG_NAME} (native form) nor {REFERENCE_NAMES[0]} (reference form)")
+    raise FileNotFoundError(f"{folder}: holds neither {CONFIG_NAME} (native format) nor {SAKANA_NAMES[0]} (Sakana format)")
 
 
 def native_blocks(folder: Path) -> dict[str, Any]:
-    """The blocks of ``config.json`` of a native checkpoint, of their kinds; ConfigError or CheckpointError names others."""
+    """The blocks of a native ``config.json``; ConfigError or CheckpointError names an unknown one or one of a wrong type."""
     path = folder / CONFIG_NAME
     blocks = read_json(path)
     if not isinstance(blocks, dict) or blocks.get("format") != FORMAT:
@@ -77,7 +77,7 @@ def native_blocks(folder: Path) -> dict[str, Any]:
 
 
 def check_blocks(blocks: dict[str, Any], where: str) -> None:
-    """CheckpointError, naming ``where``, unless the optional blocks in ``blocks`` are of their kinds."""
+    """CheckpointError naming ``where`` unless the optional blocks in ``blocks`` have the right types."""
     kinds = {"encoder": (dict, type(None)), "base_model": (str, type(None)), "training": (dict,), "reference": (dict,)}
     for name, kind in kinds.items():
         if name in blocks and not isinstance(blocks[name], kind):
@@ -85,13 +85,13 @@ def check_blocks(blocks: dict[str, Any], where: str) -> None:
 
 
 def stated_encoder(blocks: dict[str, Any], path: Path) -> EncoderConfig | OneHotConfig | None:
-    """The text encoder that the blocks of ``path`` name, or None where they do not say.
+    """The text encoder stated by the ``blocks`` of ``path``, None if there is none.
 
-    Raises ConfigError where the reference's arguments name an encoder whose pooling is not known (UndefinedEncoder).
+    Raises UndefinedEncoder, a ConfigError, if converted Sakana arguments name an encoder whose pooling is not known.
     """
     if blocks.get("encoder") is not None:
         return encoder_config_from_json(blocks["encoder"], f"{path}: encoder")
     args = blocks.get("reference", {}).get("args")
-    if isinstance(args, dict) and args.get("emb_model"):  # an encoder without rules of its own: refused by name
-        return reference_encoder_config(args, f"{path}: reference.args")
+    if isinstance(args, dict) and args.get("emb_model"):  # raises for an encoder without rules
+        return sakana_encoder_config(args, f"{path}: reference.args")
     return None

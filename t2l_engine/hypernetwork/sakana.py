@@ -1,9 +1,9 @@
-"""Checkpoint folders in the form of the reference implementation (SakanaAI/text-to-lora).
+"""Reads checkpoint folders in Sakana format, that of SakanaAI/text-to-lora.
 
-``hypermod.pt`` (a state_dict), ``args.yaml`` (training arguments) and ``adapter_config.json`` (PEFT).  Everything structural
-comes from the tensors; the flags are compared with them, and a contradiction is an error.  The row order of the module
-embedding is the order of the ``heads.<module>`` keys: the reference numbers a Python set, whose order follows the hash seed
-of the training process.
+``hypermod.pt`` (a state_dict), ``args.yaml`` (training arguments) and ``adapter_config.json`` (PEFT).  The structure is
+taken from the tensors; flags that contradict them are an error.  The rows of the module embedding are in the order of the
+``heads.<module>`` keys: SakanaAI's code enumerates a Python set, whose order depends on the hash seed of the training
+process.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents, expect_shape
-from t2l_engine.hypernetwork.folder import BLOCKS, REFERENCE_NAMES, CheckpointError, check_blocks
-from t2l_engine.hypernetwork.sakana_encoder import reference_encoder_config
+from t2l_engine.hypernetwork.folder import BLOCKS, SAKANA_NAMES, CheckpointError, check_blocks
+from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
 from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
 
-#: Our block in args.yaml: what the reference's files cannot say about a converted native checkpoint.
+#: Our block in args.yaml: facts of a converted native checkpoint that the Sakana format cannot express.
 OWN_BLOCK = "t2l_engine"
 OWN_VALUES = ("lora_alpha", "scaling", "output_scale")
 DICTIONARIES = {"AB_offset": "add", "mean_recon_target": "mean", "std_recon_target": "std"}
 
-#: Prefix in the reference's state_dict -> parameter prefix here, in the reference's order.
+#: Key prefix in Sakana format -> our parameter prefix, in the order of SakanaAI's state_dict.
 _LINEAR_ENCODER = {"task_encoder.mlp.0.": "task_encoder.linear.", "task_encoder.mlp.1.": "task_encoder.norm."}
 _OTHER_ENCODERS = {
     "task_encoder.embed": "task_encoder.embed",
@@ -63,12 +63,12 @@ _REST = {
 
 
 def renamed(task_encoder: str) -> dict[str, str]:
-    """Prefixes of the reference's keys -> prefixes here."""
+    """Key prefix in Sakana format -> our parameter prefix."""
     return (_LINEAR_ENCODER if task_encoder == "linear" else _OTHER_ENCODERS) | _REST
 
 
-def reference_name(key: str, task_encoder: str) -> str:
-    """Native ``key`` as the reference spells it."""
+def sakana_key(key: str, task_encoder: str) -> str:
+    """The key in Sakana format of a native ``key``."""
     if key.startswith("offsets."):
         _, module, name = key.split(".")
         dictionary = next(d for d, ours in DICTIONARIES.items() if ours == name[:-2])
@@ -82,11 +82,11 @@ def reference_name(key: str, task_encoder: str) -> str:
 
 
 def _paths(folder: Path) -> tuple[Path, Path, Path]:
-    weights, args_path, peft_path = (folder / name for name in REFERENCE_NAMES)
+    weights, args_path, peft_path = (folder / name for name in SAKANA_NAMES)
     # Intermediate checkpoints sit in checkpoints/it_<step>/, their configuration in the folder above "checkpoints".
     steps = folder.absolute().parent
     if not args_path.is_file() and steps.name == "checkpoints":
-        args_path, peft_path = (steps.parent / name for name in REFERENCE_NAMES[1:])
+        args_path, peft_path = (steps.parent / name for name in SAKANA_NAMES[1:])
     for path in (args_path, peft_path):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: not found")
@@ -94,7 +94,7 @@ def _paths(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    from t2l_engine.files.yaml import read_yaml  # PyYAML is imported by those alone who read this format
+    from t2l_engine.files.yaml import read_yaml  # here: only this format needs PyYAML
 
     values = read_yaml(args_path), read_json(peft_path)
     for path, value in zip((args_path, peft_path), values, strict=True):
@@ -104,7 +104,7 @@ def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str
 
 
 def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
-    """Our block of ``args``, empty where the reference wrote the file."""
+    """Our block of ``args``, empty in a file that SakanaAI's code wrote."""
     own = args.get(OWN_BLOCK, {})
     if not isinstance(own, dict):
         raise CheckpointError(f"{args_path}: {OWN_BLOCK}: expected a mapping, got {short_repr(own)}")
@@ -116,12 +116,16 @@ def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
     """See :func:`t2l_engine.hypernetwork.checkpoint.encoder_config`."""
     _, args_path, peft_path = _paths(folder)
     args, _ = _configs(args_path, peft_path)
+    return _stated_encoder(args, args_path)
+
+
+def _stated_encoder(args: dict[str, Any], args_path: Path) -> EncoderConfig | OneHotConfig | None:
     own = _own(args, args_path)
     if own.get("encoder") is not None:
         return encoder_config_from_json(own["encoder"], f"{args_path}: {OWN_BLOCK}.encoder")
     if own and not args.get("emb_model"):
-        return None  # from a native folder that does not say; to the reference no name is the base model
-    return reference_encoder_config(args, str(args_path))
+        return None  # converted from a native folder without encoder; without our block it would be the base model
+    return sakana_encoder_config(args, str(args_path))
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -131,7 +135,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def _blocks(args: dict[str, Any], peft: dict[str, Any], args_path: Path) -> dict[str, Any]:
-    """The optional blocks of a native folder, as far as a reference folder knows them."""
+    """The optional blocks of a native folder, as far as the files state them."""
     own = _own(args, args_path)
     blocks = {key: own[key] for key in BLOCKS if key in own}
     if not own:
@@ -140,8 +144,8 @@ def _blocks(args: dict[str, Any], peft: dict[str, Any], args_path: Path) -> dict
                 blocks["base_model"] = name
         blocks["reference"] = {"args": args, "adapter_config": peft}
         try:
-            blocks["encoder"] = to_json(reference_encoder_config(args, "args.yaml"))
-        except ConfigError:  # unknown pooling: whoever generates must bring an encoder
+            blocks["encoder"] = to_json(sakana_encoder_config(args, "args.yaml"))
+        except ConfigError:  # unknown pooling: generating needs an encoder from the caller
             pass
     return blocks
 
@@ -206,7 +210,7 @@ def translate(
     peft_path: Path,
     module_order: list[str] | None = None,
 ) -> Contents:
-    """Configuration and native state of a reference checkpoint; the paths name the sources in errors."""
+    """Contents of a checkpoint in Sakana format; the paths name the sources in errors."""
 
     def take(key: str, dims: int) -> Tensor:
         if key not in state:
@@ -236,9 +240,9 @@ def translate(
     z_scores = _flag(args, "pred_z_score", True, args_path) and recon
     if z_scores and not factorized:
         raise CheckpointError(
-            f"{args_path}: pred_z_score with factorized=false: the reference does not define generation for it"
+            f"{args_path}: pred_z_score with factorized=false: SakanaAI's code does not define generation for it"
         )
-    mt_lora_path = args.get("mt_lora_path")  # an empty one adds nothing, but takes the bias away too
+    mt_lora_path = args.get("mt_lora_path")  # an empty path adds nothing, but removes the bias too
     key = f"heads.{modules[0]}.bias"
     bias, expected_bias = key in state, not z_scores if recon else mt_lora_path is None
     if bias != expected_bias:
@@ -250,7 +254,7 @@ def translate(
     head_in_size = take("mlp3.4.weight", 2).shape[0]
     for field, got in (("hypernet_latent_size", 2 * task_width), ("head_in_size", head_in_size)):
         value = args.get(field, got)
-        # The tensors know half of the latent size.
+        # The tensors determine half of the latent size.
         same = isinstance(value, int) and (value == got or (field == "hypernet_latent_size" and value == got + 1))
         if not same:
             raise CheckpointError(f"{args_path}: {field}: {short_repr(value)} contradicts the tensors, which say {got}")
@@ -277,11 +281,19 @@ def translate(
     applied = {"AB_offset": not recon or factorized, "mean_recon_target": z_scores, "std_recon_target": z_scores}
     native, unused = _rename(state, config, applied, weights)
     blocks = _blocks(args, peft, args_path)
-    return Contents(config, native, unused, blocks, weights, lambda key: reference_name(key, encoder))
+    return Contents(
+        config,
+        native,
+        unused,
+        blocks,
+        weights,
+        encoder_config=lambda: _stated_encoder(args, args_path),
+        key_in_file=lambda key: sakana_key(key, encoder),
+    )
 
 
 def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> list[Any] | None:
-    """Paths of ``modules`` in a converted native checkpoint that states them."""
+    """Paths of ``modules`` that a converted native checkpoint states, else None."""
     paths = _own(args, args_path).get("paths")
     if paths is None:
         return None
@@ -293,7 +305,7 @@ def _own_paths(args: dict[str, Any], modules: list[str], args_path: Path) -> lis
 
 
 def _own_values(config: HyperNetworkConfig, args: dict[str, Any], args_path: Path) -> HyperNetworkConfig:
-    """The exact numbers of a converted native checkpoint, where they agree with what the reference's files say."""
+    """``config`` with the exact numbers of a converted native checkpoint; CheckpointError if they contradict the rest."""
     own = {k: v for k, v in _own(args, args_path).items() if k in OWN_VALUES}
     if not own:
         return config
@@ -303,7 +315,7 @@ def _own_values(config: HyperNetworkConfig, args: dict[str, Any], args_path: Pat
         ("output_scale", exact.output_scale, config.output_scale),
     ):
         if abs(a - b) > 1e-9 * b:
-            raise CheckpointError(f"{args_path}: {OWN_BLOCK}: {name} {a} contradicts the reference's fields, which say {b}")
+            raise CheckpointError(f"{args_path}: {OWN_BLOCK}: {name} {a} contradicts the other fields, which say {b}")
     return exact
 
 
@@ -315,7 +327,7 @@ def _variant(
     weights: Path,
     args_path: Path,
 ) -> str:
-    """Variant from the tensors, compared with the flags; the flags settle rank 1, where shapes agree."""
+    """Variant by the tensors, checked against the flags; the flags decide for rank 1, where shapes are equal."""
     rank, n_in, n_out = sizes[1], sizes[2], sizes[4]
     shared = any(k.startswith("out_emb.") for k in state)
     learnable = "pos_emb.0.weight" in state
@@ -350,27 +362,30 @@ def _check_peft(peft: dict[str, Any], modules: list[str], rank: int, path: Path,
     if peft.get("r") != rank:
         raise CheckpointError(f"{path}: r: expected {rank} as in the tensors, got {short_repr(peft.get('r'))}")
     targets = peft.get("target_modules")
-    names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not names or sorted(targets) != sorted(modules):
+    if (
+        not isinstance(targets, list)
+        or not all(isinstance(name, str) for name in targets)
+        or sorted(targets) != sorted(modules)
+    ):
         expected = short_repr(sorted(modules))
         raise CheckpointError(f"{path}: target_modules: expected {expected} in any order, got {short_repr(targets)}")
     if warn and targets != modules:
         warnings.warn(
             f"{path}: target_modules lists {short_repr(targets)}, the tensors say rows belong to {short_repr(modules)}; "
             "the tensors are followed",
-            stacklevel=7,  # the caller of HyperNetwork.from_pretrained
+            stacklevel=6,  # the caller of from_pretrained
         )
 
 
 def _is_blank(tensor: Tensor) -> bool:
-    """Whether it is what the reference writes where nothing was set, bit for bit (-0.0 is not: conversion keeps bits)."""
+    """Whether ``tensor`` is float32 +0.0 throughout, which SakanaAI's code writes for unset dictionaries."""
     return tensor.dtype == torch.float32 and not bool(tensor.contiguous().view(torch.uint8).any())
 
 
 def _rename(
     state: dict[str, Tensor], config: HyperNetworkConfig, applied: dict[str, bool], weights: Path
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Native tensors, and those that generation ignores; missing and unknown keys and wrong shapes are errors."""
+    """Native state, and tensors that generation ignores; CheckpointError for missing or unknown keys and wrong shapes."""
     modules, prefixes = config.modules, renamed(config.task_encoder)
     known = {f"{d}.{s}.{m}" for d in DICTIONARIES for s in "AB" for m in modules}
     if config.num_sides == 2:
@@ -382,8 +397,8 @@ def _rename(
             continue
         prefix = next((p for p in prefixes if key.startswith(p)), None)
         name = None if prefix is None else prefixes[prefix] + key[len(prefix) :]
-        # A foreign key may turn into the name of another: "pos_emb.0.norm.bias" is not "pos_emb.1.bias".
-        if name is None or reference_name(name, config.task_encoder) != key:
+        # Translated back: an unknown key may map to a known name, as "pos_emb.0.norm.bias" to that of "pos_emb.1.bias".
+        if name is None or sakana_key(name, config.task_encoder) != key:
             unknown.append(key)
         else:
             native[name] = tensor
@@ -397,7 +412,7 @@ def _rename(
         expect_shape(weights, key, state[key], (config.width,) if like is None else tuple(like.shape))
     if config.num_sides == 2:
         kinds = sorted({str(state[f"out_emb.{m}.{s}"].dtype) for s in "AB" for m in modules})
-        if len(kinds) > 1:  # one tensor here: stacking would widen some
+        if len(kinds) > 1:  # torch.stack would promote dtypes
             raise CheckpointError(f"{weights}: out_emb.*: expected tensors of one dtype, got {', '.join(kinds)}")
         native["side_emb.weight"] = torch.stack(
             [torch.stack([state[f"out_emb.{m}.A"], state[f"out_emb.{m}.B"]]) for m in modules]
@@ -407,7 +422,7 @@ def _rename(
         for side in "AB":
             for module in modules:
                 key = f"{dictionary}.{side}.{module}"
-                # A target's statistics count where they are applied, even when zero; an offset of zeros adds nothing.
+                # Applied statistics are kept even if zero; an offset of zeros adds nothing.
                 if applied[dictionary] and (name != "add" or not _is_blank(state[key])):
                     native[f"offsets.{module}.{name}_{side}"] = state[key]
                 elif not _is_blank(state[key]):

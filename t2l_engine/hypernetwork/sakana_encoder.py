@@ -1,4 +1,4 @@
-"""The text encoder that a checkpoint in Sakana format names, by the rules of SakanaAI's code."""
+"""The text encoder of a checkpoint in Sakana format, by the rules of SakanaAI's code."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json
-from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 
-#: What the reference puts around a description for the SFR encoders.
+#: Template of SakanaAI's code for the SFR encoders.
 SFR_TEMPLATE = "Instruct: Retrieve semantically similar text.\nQuery: {text}"
 
 
 class UndefinedEncoder(ConfigError):
-    """A checkpoint names an encoder for which nothing says how texts are embedded."""
+    """A checkpoint names an encoder whose pooling is not known."""
 
 
-def reference_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | OneHotConfig:
-    """The encoder of a checkpoint in the reference's form, by the reference's rules, from its ``args.yaml``.
+def sakana_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | OneHotConfig:
+    """The encoder stated in the ``args.yaml`` of a checkpoint in Sakana format.
 
-    ``where`` names the file in errors.  The reference knows the pooling of "gte" and "SFR" models and of the base model
-    itself (no ``emb_model``); for any other it is undefined.
+    ``where`` names the file in errors.  SakanaAI's code defines the pooling of "gte" and "SFR" models and of the base model
+    itself (no ``emb_model``), and of no other.
 
     Raises:
-        UndefinedEncoder: the rules do not cover the encoder.
-        ConfigError: a field is of another kind; the message names it.
+        UndefinedEncoder: the pooling of the encoder is not defined.
+        ConfigError: a field has a wrong type; the message names it.
     """
     one_hot = args.get("use_one_hot_task_emb")
     if one_hot is not None and not isinstance(one_hot, bool):
@@ -38,13 +38,12 @@ def reference_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig 
         base = args.get("model_dir")
         if not isinstance(base, str) or not base.rstrip("/"):
             raise ConfigError(f"{where}: model_dir: expected the base model, which embeds the texts, got {short_repr(base)}")
-        return EncoderConfig(base.rstrip("/"), "last", REFERENCE_LENGTH, dtype="bfloat16")
+        return EncoderConfig(base.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype="bfloat16")
     if "gte" in name:
-        return EncoderConfig(name, "cls", REFERENCE_LENGTH)
+        return EncoderConfig(name, "cls", SAKANA_MAX_LENGTH)
     if "SFR" in name:
-        return EncoderConfig(name, "last", REFERENCE_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
+        return EncoderConfig(name, "last", SAKANA_MAX_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
     raise UndefinedEncoder(
-        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, as the reference defines pooling, "
-        f"got {short_repr(name)}; "
-        "pass encoder=..."
+        f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, whose pooling SakanaAI's code defines, "
+        f"got {short_repr(name)}; pass encoder=..."
     )

@@ -1,7 +1,7 @@
 """The task encoders: task embedding ``[N, embed_dim]`` to encoded task ``[N, t]``, float32.
 
-Linear is the paper's and what released checkpoints hold; vq, softmax and discrete exist in the reference's code.  All are
-plain torch: a few small products a description.
+The paper and released checkpoints use linear; vq, softmax and discrete are options of SakanaAI's code.  All are plain torch:
+a few small products per description.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TaskEncoder(nn.Module):
 
 
 class _MLPTaskEncoder(nn.Module):
-    """What the other encoders share: ``W2 silu(W1 e + b1) + b2``."""
+    """Base of the other encoders: ``W2 silu(W1 e + b1) + b2``."""
 
     def __init__(self, config: HyperNetworkConfig, hidden: int, out: int):
         super().__init__()
@@ -44,10 +44,12 @@ class _MLPTaskEncoder(nn.Module):
 
 
 class VQTaskEncoder(_MLPTaskEncoder):
-    """LN of the codebook column ``embed [t, 32]`` nearest (L2) to the MLP's output.
+    """LN of the column of the codebook ``embed [t, 32]`` nearest (L2) to the MLP's output.
 
-    No gradient passes the choice.  ``cluster_size`` and ``embed_avg`` are the state of the codebook's moving average.
+    The choice has no gradient.  ``cluster_size`` and ``embed_avg`` are the state of the codebook's moving average.
     """
+
+    embed: Tensor
 
     def __init__(self, config: HyperNetworkConfig):
         t = config.task_width
@@ -79,7 +81,7 @@ class SoftmaxTaskEncoder(_MLPTaskEncoder):
 
 
 class DiscreteTaskEncoder(_MLPTaskEncoder):
-    """One-hot of the largest of 64 classes; no gradient passes the choice."""
+    """One-hot of the argmax over 64 classes; the choice has no gradient."""
 
     def __init__(self, config: HyperNetworkConfig):
         super().__init__(config, DISCRETE_HIDDEN, NUM_CLASSES)

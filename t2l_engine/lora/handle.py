@@ -1,4 +1,4 @@
-"""Adapters on a live model, without PEFT."""
+"""attach and LoRAHandle: adapters on a model, switched per batch row, merged and detached."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class _Slots:
 
 
 class LoRAHandle:
-    """What :func:`attach` returns: the slots of a model, and which of them each row uses.
+    """The adapter slots of a model, and which slot each batch row uses; returned by :func:`attach`.
 
-    Until :meth:`use` or :meth:`set` names adapters, the model is the base model.  The handle owns its slots; the stacks
-    given to it are copied and never changed.  One handle serves one thread at a time: ids belong to the model, not to a
-    call.  A backward pass that recomputes the forward (gradient checkpointing) must run while the same ids are set, before
-    another forward pass for training; anything else raises, but not in code under ``torch.compile``, which is not checked.
-    Reentrant checkpointing needs train mode.  Compiled training: call ``backward()`` before other ids are set.
+    Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; stacks are
+    copied into them.  Not thread-safe: ids are state of the model, not of a call.  With gradient checkpointing, call
+    ``backward()`` while the same ids are set and before another training forward pass, else it raises RuntimeError;
+    reentrant checkpointing needs train mode.  Code under ``torch.compile`` is not checked: call ``backward()`` before
+    setting other ids.
 
-    Source: LoRA (arXiv 2106.09685); adapters by row as in Punica (arXiv 2310.18547).
+    Source: LoRA (arXiv 2106.09685); adapters per row as in Punica (arXiv 2310.18547).
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -69,30 +69,29 @@ class LoRAHandle:
         self._model: nn.Module | None = model
         self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
         self._routing = Routing()
-        self._slots: dict[str, _Slots] = {}  # by the path of the stack that came first
-        self._keys: dict[str, str] = {}  # path in a stack -> key above: stacks may spell a place differently
+        self._slots: dict[str, _Slots] = {}  # by path in the first stack that had the module
+        self._keys: dict[str, str] = {}  # path in any stack -> key of _slots: paths of one module may differ by stack
         self._wrapped: list[tuple[Target, LoRALinear]] = []
         self._scaling: Tensor | None = None
         self._filled: set[int] = set()
-        self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, the bits of its weight before
+        self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, its original weight
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
     def set(self, ids: Ids) -> None:
-        """Use ``ids`` until changed: one id a batch row, one int for all rows, or an :class:`AdapterBatch`; -1 is the base.
+        """Use ``ids`` until changed: one id per batch row, one int for all, or an :class:`AdapterBatch`; -1: base model.
 
-        Rows are the first dimension of a layer's input; a model that is sequence-first wants an :class:`AdapterBatch`.
+        Rows are the first dimension of a layer's input; a sequence-first model needs an :class:`AdapterBatch`.
 
-        Raises IndexError for an id outside the slots or of an empty one, ValueError for anything that is no ids; nothing
-        changes then.
+        Raises IndexError for an id out of range or of an empty slot, ValueError for other wrong ids; nothing changes then.
         """
-        self._check_free("set")
-        self._routing.set(ids, self._num_slots, self._filled, device_of(self._model))
+        model = self._check_free("set")
+        self._routing.set(ids, self._num_slots, self._filled, device_of(model))
         self._routing.overrides, self._routing.dropout = None, 0.0
 
     @contextlib.contextmanager
     def use(self, ids: Ids) -> Iterator[LoRAHandle]:
-        """``ids`` as in :meth:`set` inside the block; afterwards, also after an exception, what was current returns."""
+        """``ids`` as in :meth:`set` inside the block; the previous ids are restored afterwards, also after an exception."""
         before = self._routing.state()
         self.set(ids)
         try:
@@ -102,24 +101,24 @@ class LoRAHandle:
 
     @contextlib.contextmanager
     def differentiable(self, stack: AdapterStack, ids: Ids, *, dropout: float = 0.0) -> Iterator[LoRAHandle]:
-        """Inside the block rows use adapters of ``stack`` itself instead of the slots, with gradients into its A and B.
+        """Inside the block rows use the adapters of ``stack`` instead of the slots, with gradients to its A and B.
 
-        For training: ``ids`` index ``stack``; ``dropout``: probability with which an entry of the input of A is zero while
-        gradients are recorded.  Modules of the stack must be attached already (give :func:`attach` a stack of the same
-        shapes).  Raises as :meth:`set`, and ValueError for a stack of modules that are not attached.
+        For training: ``ids`` index ``stack``; ``dropout``: probability with which an entry of A's input is zeroed while
+        gradients are recorded.  The modules of the stack must be attached already (:func:`attach` a stack of the same
+        shapes).  Raises as :meth:`set`, and ValueError for a module that is not attached.
         """
-        self._check_free("differentiable")
+        model = self._check_free("differentiable")
         check_stack("stack", stack)
-        places = self._places(stack)
-        for name, (key, _) in places.items():
+        matched = self._match(stack)
+        for name, (key, _) in matched.items():
             if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
         before = self._routing.state()
-        self._routing.set(ids, len(stack), range(len(stack)), device_of(self._model))
+        self._routing.set(ids, len(stack), range(len(stack)), device_of(model))
         self._routing.dropout = dropout
-        # Unbound once: slicing per layer would make its backward write a full-size gradient for every layer.
+        # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
         self._routing.overrides = {
-            (places[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
+            (matched[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
             for name, a in stack.lora_A.items()
             for layer, (A, B, ranks) in enumerate(
                 zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
@@ -140,13 +139,13 @@ class LoRAHandle:
 
     @property
     def num_slots(self) -> int:
-        """Adapters the handle can hold."""
+        """Number of adapters that the handle can hold."""
         return self._num_slots
 
     def put(self, slot: int, adapter: AdapterStack) -> None:
-        """Copy a stack of one adapter into ``slot``; modules it lacks become rank 0 there.
+        """Copy a stack of one adapter into ``slot``; modules that it lacks get rank 0 there.
 
-        Raises IndexError for a slot outside ``[0, num_slots)``, ValueError when the adapter does not fit the model; nothing
+        Raises IndexError for a slot outside ``[0, num_slots)``, ValueError if the adapter does not fit the model; nothing
         changes then.
         """
         self._check_free("put")
@@ -155,34 +154,35 @@ class LoRAHandle:
         check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
-        self._reserve(adapter)
+        scaling = self._reserve(adapter)
         with torch.no_grad():
             for slots in self._slots.values():
                 slots.ranks[:, slot] = 0
             for name, path in adapter.paths.items():
                 a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[self._keys[path]]
-                n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # beyond its rank an adapter may be padded
+                n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # without the padding that exceeds the slots
                 slots.A[slot, :n, :r].copy_(a[0, :, :r])
                 slots.B[slot, :n, :r].copy_(b[0].mT[:, :r])
                 slots.ranks[:n, slot] = adapter.ranks[name][0].to(slots.ranks.device)
-            self._scaling[slot] = adapter.scaling[0]
+            scaling[slot] = adapter.scaling[0]
         self._filled.add(slot)
         self._routing.slots_changed()
 
-    @torch.inference_mode(False)  # slots are written outside inference mode too
-    def _reserve(self, stack: AdapterStack) -> None:
-        """Wrap the linears that ``stack`` needs and have room for its rank; checks everything before it changes anything."""
-        places = self._places(stack)
-        for name, (key, _) in places.items():
+    @torch.inference_mode(False)  # inference tensors could be written in inference mode only
+    def _reserve(self, stack: AdapterStack) -> Tensor:
+        """Wrap the linears and allocate the slots that ``stack`` needs, after all checks; returns the slots' scalings."""
+        model = self._check_attached()
+        matched = self._match(stack)
+        for name, (key, _) in matched.items():
             known = self._slots.get(key)
             r_max = known.A.shape[2] if known else self._max_rank or stack.lora_A[name].shape[2]
             rank = int(stack.ranks[name].max())
             if rank > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
-        device = device_of(self._model)
+        device = device_of(model)
         if self._scaling is None:
             self._scaling = torch.ones(self._num_slots, device=device)
-        for name, (key, targets) in places.items():
+        for name, (key, targets) in matched.items():
             self._keys[stack.paths[name]] = key
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
@@ -195,9 +195,10 @@ class LoRAHandle:
                     targets,
                 )
                 for layer, target in targets.items():
-                    self._wrap(key, layer, target)
+                    self._wrap(key, layer, target, self._scaling)
+        return self._scaling
 
-    def _wrap(self, key: str, layer: int, target: Target) -> None:
+    def _wrap(self, key: str, layer: int, target: Target, scaling: Tensor) -> None:
         # Another member of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
@@ -207,72 +208,63 @@ class LoRAHandle:
         slots = self._slots[key]
         start = None if target.columns is None else target.columns[0]
         A, B = slots.A[:, layer], slots.B[:, layer].mT
-        wrapped.add_member(Member(key, layer, start, A, B, self._scaling, slots.ranks[layer]))
+        wrapped.add_member(Member(key, layer, start, A, B, scaling, slots.ranks[layer]))
 
-    def _places(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
-        """For every module of ``stack`` the key of its slots, there or to be made, and its linears by layer."""
-        places: dict[str, tuple[str, dict[int, Target]]] = {}
+    def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
+        """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
+        model = self._check_attached()
+        matched: dict[str, tuple[str, dict[int, Target]]] = {}
         for name, path in stack.paths.items():
             key = self._keys.get(path)
             if key is None:
-                targets = find(self._model, name, path, self._packed)
+                targets = find(model, name, path, self._packed)
                 key = next((k for k, slots in self._slots.items() if same_place(slots.targets, targets)), path)
             if key in self._slots:
                 targets = self._slots[key].targets
-            for other, (_, taken) in places.items():
+            for other, (_, taken) in matched.items():
                 if same_place(taken, targets):
                     raise ValueError(f"{name}: the model has it and {other} in the same place")
             check_fits(name, stack, targets)
-            places[name] = key, targets
-        return places
+            matched[name] = key, targets
+        return matched
 
     # --- merge and detach ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self, index: int) -> None:
-        """Add adapter ``index`` to the weights themselves (all rows use it, at no cost); keeps the bits for unmerge.
+        """Add adapter ``index`` to the weights, so that all rows use it at no cost, until :meth:`unmerge`.
 
-        The originals are kept: merging takes the memory of the adapted weights once more.  Ids set before are dropped: after
-        :meth:`unmerge` the model is the base model.  Loading a state_dict meanwhile raises RuntimeError; whatever else
-        changes a merged weight (an optimiser, another handle on the same linear) is undone by :meth:`unmerge` too.
+        The original weights are kept, which doubles the memory of the adapted weights.  Current ids are dropped: after
+        :meth:`unmerge` the model is the base model.  Loading a state_dict while merged raises RuntimeError; other changes of
+        a merged weight (by an optimiser or another handle on the same linear) are undone by :meth:`unmerge` too.
 
-        Raises IndexError for an empty slot, ValueError for a layer that is no plain linear or whose weight other modules
-        share, RuntimeError when an adapter is merged already; nothing changes then.
+        Raises IndexError for an empty slot, ValueError for a layer that is not a plain linear or whose weight other modules
+        share, RuntimeError if an adapter is merged already; nothing changes then.
         """
-        self._check_free("merge")
+        model = self._check_free("merge")
         if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
             raise IndexError(f"index: expected a filled slot {short_repr(sorted(self._filled))}, got {short_repr(index)}")
-        self._check_mergeable()
+        self._check_mergeable(model)
         self._routing.clear()
         self._routing.merged = True
         self._merged = []
         try:
             for _, wrapped in self._wrapped:
-                self._merge_into(wrapped, index)
-        except BaseException:  # such as too little memory for the copies
+                merged = _merged_weight(wrapped, index)
+                self._merged.append((wrapped, wrapped.weight.detach().clone()))
+                _overwrite(wrapped.weight, merged)
+        except BaseException:  # such as out of memory
             self.unmerge()
             raise
 
-    def _merge_into(self, wrapped: LoRALinear, index: int) -> None:
-        weight = wrapped.base.weight
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        merged = weight.to(exact, copy=True)
-        rows = merged.T if is_transposed(wrapped.base) else merged
-        for m in wrapped._members:
-            r, start = int(m.ranks[index]), m.start or 0
-            delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
-            rows[start : start + len(delta)] += delta * m.scaling[index]
-        self._merged.append((wrapped, weight.detach().clone()))
-        _overwrite(weight, merged)
-
-    def _check_mergeable(self) -> None:
-        parameters = [p for module in self._model.modules() for p in module._parameters.values() if p is not None]
+    def _check_mergeable(self, model: nn.Module) -> None:
+        parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
         owners = Counter(_memory(p) for p in parameters)
         bases = Counter(id(wrapped.base) for _, wrapped in self._wrapped)
         for target, wrapped in self._wrapped:
             base = wrapped.base
             weight = getattr(base, "weight", None)
-            forward = type(base).forward  # another may compute something else from the weight
+            forward = type(base).forward  # a subclass with its own may use the weight differently
             plain = forward is nn.Linear.forward or f"{forward.__module__}.{forward.__qualname__}" == CONV1D_FORWARD
             n_in, n_out = features(base) or (None, None)
             shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
@@ -288,19 +280,19 @@ class LoRAHandle:
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo :meth:`merge`; the weights are bit for bit what they were.  Raises RuntimeError when nothing is merged."""
+        """Undo :meth:`merge`: the weights get their original bits.  Raises RuntimeError if nothing is merged."""
         self._check_attached()
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
         for wrapped, original in self._merged:
-            _overwrite(wrapped.base.weight, original)
+            _overwrite(wrapped.weight, original)
         self._merged = None
         self._routing.merged = False
 
     def detach(self) -> None:
-        """Put the original layers back: the model is bit for bit, module for module what it was.
+        """Put the original layers back: modules and weights are those from before :func:`attach`, bit for bit.
 
-        Raises RuntimeError when the handle is detached already.
+        Raises RuntimeError if the handle is detached already.
         """
         self._check_attached()
         if self._merged is not None:
@@ -311,24 +303,40 @@ class LoRAHandle:
         self._slots.clear()
         self._model = None
 
-    def _check_attached(self) -> None:
+    def _check_attached(self) -> nn.Module:
+        """The model; RuntimeError once detached."""
         if self._model is None:
             raise RuntimeError("this handle is detached; call attach() again")
+        return self._model
 
-    def _check_free(self, call: str) -> None:
-        self._check_attached()
+    def _check_free(self, call: str) -> nn.Module:
+        """The model; RuntimeError, naming ``call``, once detached or while an adapter is merged."""
         if self._merged is not None:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
+        return self._check_attached()
+
+
+def _merged_weight(wrapped: LoRALinear, index: int) -> Tensor:
+    """The weight of ``wrapped`` plus adapter ``index``, in float32 or wider."""
+    weight = wrapped.weight
+    exact = torch.promote_types(weight.dtype, torch.float32)
+    merged = weight.to(exact, copy=True)
+    rows = merged.T if is_transposed(wrapped.base) else merged
+    for m in wrapped.members:
+        r, start = int(m.ranks[index]), m.start or 0
+        delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
+        rows[start : start + len(delta)] += delta * m.scaling[index]
+    return merged
 
 
 def _overwrite(weight: Tensor, values: Tensor) -> None:
-    # Weights of a model made in inference mode can be written in that mode only.
+    # Weights created in inference mode can be written in that mode only.
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         weight.copy_(values)
 
 
 def _memory(weight: Tensor) -> int:
-    """Equal for weights that share their memory, also as two parameters."""
+    """An id that is equal for weights that share memory, even as two parameters."""
     return weight.data_ptr() or id(weight) if type(weight) is nn.Parameter else id(weight)
 
 
@@ -340,27 +348,28 @@ def attach(
     max_rank: int | None = None,
     packed: Packed | None = None,
 ) -> LoRAHandle:
-    """Put adapters on ``model``: no PEFT, no weight copied, the adapter of every batch row chosen at run time.
+    """Put adapters on ``model`` without PEFT and without copying its weights; each batch row's is selected at run time.
 
-    Detach before the model is resized, copied or pickled.
+    Detach before resizing, copying or pickling the model.
 
     Source: LoRA (arXiv 2106.09685).
 
     Args:
-        model: any module whose layers hold linears of the adapters' module names: transformers causal LMs, or a stack of
-            one's own.  A layer may be any callable (a quantised linear): its output, a tensor of its own, is added to.  Its
-            parent must call it.  Some read the weight instead (torch's MultiheadAttention, Mamba's dt_proj): the known ones
-            are refused; where a parent of your own does so, the adapter does nothing.
+        model: any module whose layers have linears with the adapters' module names: a transformers causal LM or a custom
+            model.  A layer may be any module (such as a quantised linear) that returns a new tensor.  Its parent must call
+            it: known parents that read the weight instead (torch's MultiheadAttention, Mamba's dt_proj) are refused; with an
+            unknown one the adapter has no effect.
         stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
-        slots: adapters the handle can hold; default ``len(stack)``, or 8 without a stack.
-        max_rank: widest rank the slots can hold; default, module by module, that of the first adapter which has it.
-            Slots take the dtype of the layer's weight.
-        packed: linears that hold several modules side by side: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
-            (columns in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of GLM.
+        slots: number of adapters that the handle can hold; default ``len(stack)``, or 8 without a stack.
+        max_rank: largest rank that the slots can hold; default, per module, that of the first stack with the module.
+            Slots have the dtype of the layer's weight.
+        packed: linears whose outputs are several modules: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
+            (numbers of columns, in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of
+            GLM.
 
     Raises:
-        ValueError: a module is missing, of another shape or known not to be called by its parent, layers share one module,
-            the model is attached already or on the meta device.
+        ValueError: a module is missing, has another shape or is known not to be called by its parent; layers share one
+            module; the model has adapters attached already, or is on the meta device.
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -387,7 +396,7 @@ def attach(
         raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
     handle = LoRAHandle(model, slots, max_rank, packed)
     device_of(model)
-    if stack is not None:  # all of it, before anything changes
+    if stack is not None:  # for the whole stack, so that an error leaves the model unchanged
         handle._reserve(stack)
     for i, adapter in enumerate(stack or ()):
         handle.put(i, adapter)

@@ -1,8 +1,8 @@
-"""The layer that ``attach`` puts around an adapted linear: it shares the weight and adds what the current adapters say."""
+"""LoRALinear: the wrapper that ``attach`` puts around a linear, which adds the output of the current adapters."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,15 @@ from t2l_engine.adapters.paths import LAYER
 from t2l_engine.lora.locate import features
 from t2l_engine.lora.routing import Routing
 
-# Not public in torch; without it the check of recomputation rests.
+# Not public in torch; if it is missing, recomputation is not checked.
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
 class Member(NamedTuple):
     """One adapted module of a linear.
 
-    ``key``: of its slots in the handle.  ``start``: its first output column in a packed projection, None where it is the
-    whole linear.
+    ``key``: of its slots in the handle.  ``start``: its first output column in a packed projection, None if it is the whole
+    linear.
     ``lora_A [slots, r, in]``, ``lora_B [slots, out, r]``, ``scaling [slots]``, ``ranks [slots]``: views of the slots.
     """
 
@@ -35,7 +35,7 @@ class Member(NamedTuple):
 
 
 class _Serving(NamedTuple):
-    """Members as the in-place ops take them: whole linears one by one, column slices as one group (or None)."""
+    """Arguments of the in-place ops: one ``lora_add_`` for each whole linear, one ``lora_add_group_`` for column slices."""
 
     whole: list[tuple[Tensor, Tensor, Tensor, Tensor]]
     group: tuple[list[Tensor], list[Tensor], Tensor, list[Tensor], list[int]] | None
@@ -50,7 +50,7 @@ class _Serving(NamedTuple):
                 [m.lora_B for m in group],
                 group[0].scaling,
                 [m.ranks for m in group],
-                [m.start for m in group],
+                [m.start for m in group if m.start is not None],
             )
             if group
             else None,
@@ -58,11 +58,11 @@ class _Serving(NamedTuple):
 
 
 class LoRALinear(nn.Module):
-    """``base(x)`` plus what the current adapters add.  ``base`` is any callable layer; its weight is shared, not copied.
+    """``base(x)`` plus the LoRA update of the current adapters; ``base`` is any module, and its weight is shared.
 
-    Made by :func:`t2l_engine.attach`.  ``x [..., in]`` to ``[..., out]`` in the dtype of ``base``'s output.  ``state_dict``
-    has the keys of ``base``, so an attached model is saved as the base model (``named_parameters`` has ``base.`` in them).
-    Raises RuntimeError when copied or pickled: its routing belongs to one handle.
+    Created by :func:`t2l_engine.attach`.  ``x [..., in]`` to ``[..., out]`` in the dtype of ``base``'s output.
+    ``state_dict`` has the keys of ``base``, so an attached model is saved as the base model (names of ``named_parameters``
+    contain ``base.``).  Raises RuntimeError when copied or pickled: its routing belongs to one handle.
 
     Source: LoRA (arXiv 2106.09685).
 
@@ -75,29 +75,31 @@ class LoRALinear(nn.Module):
     ('LoRALinear', ['0.q_proj.bias', '0.q_proj.weight'])
     """
 
+    base: Any  # a module; Any, since nn.Module does not declare weight, bias, in_features, ...
+
     def __init__(self, base: nn.Module, routing: Routing):
         super().__init__()
         self.base = base
         self._routing = routing
-        self._members: list[Member] = []
+        self.members: list[Member] = []
         self._serving = _Serving([], None)
-        self._adapter_version: object | None = None  # of the last forward pass that a backward pass may recompute
+        self._adapter_version: object | None = None  # in the last forward pass that a backward pass may recompute
         self._prefix = ""
         self.register_load_state_dict_post_hook(_own_names)
-        self.training = base.training  # not train(): parts of a base may be in another mode
+        self.training = base.training  # not train(), which would change submodules of base
 
     @property
     def weight(self) -> Tensor:
-        """``base``'s, also when set: tying embeddings works on an attached model."""
+        """``base``'s; setting it sets ``base``'s, so that embeddings of an attached model can be tied."""
         return self.base.weight
 
     @property
     def bias(self) -> Tensor | None:
-        """``base``'s, also when set."""
+        """``base``'s; setting it sets ``base``'s."""
         return self.base.bias
 
     @bias.setter
-    def bias(self, value: None) -> None:  # parameters come through register_parameter
+    def bias(self, value: None) -> None:  # torch passes parameters to register_parameter
         self.base.bias = value
 
     @property
@@ -115,7 +117,7 @@ class LoRALinear(nn.Module):
         raise RuntimeError(f"{self.extra_repr()}: detach the adapters before resizing the model")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """``base``'s; RuntimeError for one of another shape, which the adapters would not fit, and while one is merged."""
+        """Set ``base``'s; RuntimeError for a parameter of another shape and while an adapter is merged."""
         if self._routing.merged:
             raise RuntimeError(f"{self.extra_repr()}: an adapter is merged into the {name}; call unmerge() first")
         old = getattr(self.base, name, None)
@@ -128,23 +130,23 @@ class LoRALinear(nn.Module):
 
     @property
     def adapted(self) -> bool:
-        """Whether adapters change what this layer computes now: ids are set, or an adapter is merged."""
+        """Whether adapters are in use: ids are set, or an adapter is merged."""
         return self._routing.active or self._routing.merged
 
     def add_member(self, member: Member) -> None:
-        """Adapt one more module; members are kept in order of columns."""
-        self._members.append(member)
-        self._members.sort(key=lambda m: -1 if m.start is None else m.start)
-        self._serving = _Serving.of(self._members)
+        """Adapt one more module; members are sorted by column."""
+        self.members.append(member)
+        self.members.sort(key=lambda m: -1 if m.start is None else m.start)
+        self._serving = _Serving.of(self.members)
 
     def _current(self) -> list[Member]:
         overrides = self._routing.overrides
         if overrides is None:
-            return self._members
-        return [m._replace(**overrides[m.key, m.layer]) for m in self._members if (m.key, m.layer) in overrides]
+            return self.members
+        return [m._replace(**overrides[m.key, m.layer]) for m in self.members if (m.key, m.layer) in overrides]
 
     def _check_recomputation(self) -> None:
-        """Gradient checkpointing calls forward inside backward; with other adapters its gradients would be wrong."""
+        """RuntimeError if gradient checkpointing recomputes this layer with other adapters: gradients would be wrong."""
         version = self._routing.adapter_version
         if version is self._adapter_version:
             return
@@ -158,29 +160,29 @@ class LoRALinear(nn.Module):
             )
 
     def forward(self, *args, **kwargs) -> Tensor:
-        """As ``base``, whose first argument, whatever its name, is ``x [..., in]``."""
+        """Takes the arguments of ``base``; the first, of any name, is ``x [..., in]``."""
         x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._check_recomputation()
-        y = self._modules["base"](*args, **kwargs)  # not self.base: torch looks that up in Python
+        y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
         if not routing.active:
             return y
         members = self._current()
         if not members:
             return y
-        if _forward_ad._current_level >= 0:  # torch.func.jvp would go on without the adapter's share
+        if _forward_ad._current_level >= 0:  # torch.func.jvp would silently omit the adapter's derivative
             raise NotImplementedError("adapters have no forward-mode derivative; use backward-mode ones, or merge()")
         if not isinstance(y, Tensor):
             raise RuntimeError(f"{self.extra_repr()}: expected a layer that returns a tensor, got {type(y).__name__}")
         flat = x.reshape(-1, x.shape[-1])
-        if flat.dtype != y.dtype:  # autocast, and layers that compute in another dtype
+        if flat.dtype != y.dtype:  # under autocast, or in layers that compute in another dtype
             flat = flat.to(y.dtype)
         if flat.stride(-1) != 1:
             flat = flat.contiguous()
         rows = x.shape[0] if x.dim() > 1 else 1
         batch = routing.segments(rows, flat.shape[0] // max(rows, 1))
-        # Compiled code would be tied to the length of an AdapterBatch; the number of tokens is a bound too.
+        # Compiled code would specialise on max_seg_len; the number of tokens is an upper bound for it.
         longest = flat.shape[0] if compiling and routing.batch is not None else batch.max_seg_len
         segments = (batch.seg_indptr, batch.seg_adapters, longest)
         if torch.is_grad_enabled() and (
@@ -194,7 +196,7 @@ class LoRALinear(nn.Module):
                     delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))
                 y = y + delta.to(y.dtype)
             return y
-        y = y.clone() if y is x else y.contiguous()  # an identity layer hands us its input
+        y = y.clone() if y is x else y.contiguous()  # an identity layer returns its input
         flat_y = y.view(-1, y.shape[-1])
         whole, group = self._serving if routing.overrides is None else _Serving.of(members)
         for A, B, scaling, ranks in whole:
@@ -205,16 +207,16 @@ class LoRALinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self._members)
+        return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)
 
-    # --- the model looks like the base model from outside -------------------------------------------------------------
+    # --- saving, loading and copying as the base model ---------------------------------------------------------------
 
     def state_dict(self, *args, **kwargs):
-        """``base``'s: no key of an attached model differs from the base model's."""
+        """``base``'s, so that the keys of an attached model are those of the base model."""
         return self.base.state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # torch calls this before it goes on to "base", with the keys under our prefix; give them the names it looks for.
+        # torch calls this before it loads "base"; rename the keys under our prefix to those of "base".
         if self._routing.merged:
             raise RuntimeError("an adapter is merged into the weights; call unmerge() before loading others")
         self._prefix = prefix
@@ -230,7 +232,7 @@ class LoRALinear(nn.Module):
 
 
 def _own_names(layer: LoRALinear, keys) -> None:
-    """Missing and unexpected keys under the names that :meth:`LoRALinear.state_dict` gives."""
+    """Rename missing and unexpected keys as in :meth:`LoRALinear.state_dict`."""
     ours = f"{layer._prefix}base."
     for found in keys:
         found[:] = [layer._prefix + k.removeprefix(ours) if k.startswith(ours) else k for k in found]

@@ -1,4 +1,4 @@
-"""Where a model keeps the linears that an adapter adapts: by name and layer, also inside packed projections."""
+"""Finds the linears of a model that an adapter adapts, by name and layer, also inside packed projections."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
 
-#: Packed projection -> the modules whose outputs it holds, in order of columns.
+#: Packed projection -> its modules in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
-# transformers' ``model_type`` of the models that pack so.  Others have linears of these names with another order of columns
-# (CodeGen, MiniMax), which sizes alone would not show.
+# Packed projection -> transformers' ``model_type`` of the models with this layout.  Others use these names for another order
+# of columns (CodeGen, MiniMax), which sizes alone do not reveal.
 _PACKED_IN = {
     "qkv_proj": ("phi3", "phi4_multimodal"),
     "gate_up_proj": ("phi3", "phi4_multimodal", "glm", "glm4"),
 }
 
-# Parents that read the weights of their linears instead of calling them (the encoder layer in eval mode without gradients).
+# Modules that read the weights of their linears instead of calling them (TransformerEncoderLayer: in eval without grad).
 _NOT_CALLED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-# The same by class name, in transformers; None: all their linears.  State-space mixers hand theirs to fused kernels where
+# The same in transformers, by class name; None: all their linears.  State-space mixers pass the weights to fused kernels if
 # these are installed, and never call dt_proj.
 _NOT_CALLED_IN: dict[str, tuple[str, ...] | None] = {
     "WavLMAttention": None,
@@ -38,15 +38,15 @@ _NOT_CALLED_IN: dict[str, tuple[str, ...] | None] = {
     **dict.fromkeys(("NemotronHMamba2Mixer", "GraniteMoeHybridMambaLayer"), ("out_proj",)),
 }
 
-#: Packed projection -> module -> number of its columns, in order.
+#: Packed projection -> module -> number of columns, in order.
 Packed = Mapping[str, Mapping[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """One linear of the model that an adapter's module stands for.
+    """One linear of a model: attribute ``attribute`` of ``parent``, at ``path``.
 
-    ``columns``: first and last-plus-one output column inside a packed projection, None = the whole output.
+    ``columns``: half-open range of output columns inside a packed projection, None = the whole output.
     """
 
     parent: nn.Module
@@ -62,28 +62,27 @@ def is_transposed(linear: nn.Module) -> bool:
 
 
 def features(linear: nn.Module) -> tuple[int, int] | None:
-    """(in, out) features of a linear, None where the layer does not say."""
-    if is_transposed(linear):
-        return linear.nx, linear.nf
-    found = getattr(linear, "in_features", None), getattr(linear, "out_features", None)
-    if None not in found:
-        return found
+    """(in, out) features of a linear, None if unknown."""
+    names = ("nx", "nf") if is_transposed(linear) else ("in_features", "out_features")
+    n_in, n_out = (getattr(linear, name, None) for name in names)
+    if n_in is not None and n_out is not None:
+        return n_in, n_out
     weight = getattr(linear, "weight", None)
     return (weight.shape[1], weight.shape[0]) if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
 
 def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[str, tuple[int, int]]]:
-    """Columns by module of every packed projection that is known: of ``packed``, else of the model's configuration."""
+    """Packed projection -> module -> half-open range of columns: of ``packed``, else by the model's configuration."""
     if packed is None:
-        config = getattr(model, "config", None)
-        hosts = [host for host, kinds in _PACKED_IN.items() if getattr(config, "model_type", None) in kinds]
-        packed = {}
-        if "qkv_proj" in hosts:
+        config, known = getattr(model, "config", None), {}
+        model_type = getattr(config, "model_type", None)
+        if config is not None and model_type in _PACKED_IN["qkv_proj"]:
             heads, kv = config.num_attention_heads, config.num_key_value_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-            packed["qkv_proj"] = dict(zip(PACKED["qkv_proj"], (heads * head_dim, *[kv * head_dim] * 2), strict=True))
-        if "gate_up_proj" in hosts:
-            packed["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
+            known["qkv_proj"] = dict(zip(PACKED["qkv_proj"], (heads * head_dim, *[kv * head_dim] * 2), strict=True))
+        if config is not None and model_type in _PACKED_IN["gate_up_proj"]:
+            known["gate_up_proj"] = dict.fromkeys(PACKED["gate_up_proj"], config.intermediate_size)
+        packed = known
     if not isinstance(packed, Mapping) or not all(isinstance(widths, Mapping) for widths in packed.values()):
         raise ValueError(f"packed: expected linear -> module -> number of columns, got {short_repr(packed)}")
     columns: dict[str, dict[str, tuple[int, int]]] = {}
@@ -98,14 +97,14 @@ def packed_columns(model: nn.Module, packed: Packed | None) -> dict[str, dict[st
 
 
 def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -> dict[int, Target]:
-    """The targets of module ``name`` by layer; a module outside the layers is layer 0.
+    """Layer index -> the linear of module ``name``; a module outside the layers is layer 0.
 
-    Modules are matched by their last name components and by having one layer index (none for a ``path`` without
-    ``{layer}``).  Where several families of modules match (a vision tower beside the language model), the one at ``path`` is
-    taken, else the one in the decoder (transformers' ``get_decoder``).
+    A linear matches if its path ends with ``name`` and has one layer index (none for a ``path`` without ``{layer}``).  If
+    linears at several paths match (in a vision tower and in the language model), those at ``path`` are taken, else those in
+    the decoder (transformers' ``get_decoder``).
 
     Raises:
-        ValueError: no module, or several, match; the message names them.
+        ValueError: no linear or linears at several paths match; the message names them.
     """
     groups = _candidates(model, name, path)
     if not groups:
@@ -121,29 +120,30 @@ def find(model: nn.Module, name: str, path: str, packed: Packed | None = None) -
 
 
 def _candidates(model: nn.Module, name: str, path: str) -> dict[str, dict[int, Target]]:
-    """Targets by path with ``{layer}``, then by layer."""
+    """Path with ``{layer}`` -> layer index -> target, for all matching linears."""
     suffix = name.split(".")
     groups: dict[str, dict[int, Target]] = {}
-    # With duplicates: a module that several layers share has a path in each.
+    # With duplicates: a module shared by several layers has a path in each.
     modules = dict(model.named_modules(remove_duplicate=False))
     for full, module in modules.items():
-        place, parts = path_template(full), full.split(".")
-        places = place.split(".")
-        if places.count(LAYER) != (1 if LAYER in path else 0):
+        template, parts = path_template(full), full.split(".")
+        pattern = template.split(".")
+        if pattern.count(LAYER) != (1 if LAYER in path else 0):
             continue
-        if places[-len(suffix) :] != suffix:  # a name may reach above the layer: "encoder.layers.{layer}.q_proj"
+        if pattern[-len(suffix) :] != suffix:  # a name may begin above the layer: "encoder.layers.{layer}.q_proj"
             continue
-        layer = int(parts[places.index(LAYER)]) if LAYER in places else 0
+        layer = int(parts[pattern.index(LAYER)]) if LAYER in pattern else 0
         parent = modules[".".join(parts[:-1])]
-        groups.setdefault(place, {})[layer] = Target(parent, parts[-1], full, module)
+        groups.setdefault(template, {})[layer] = Target(parent, parts[-1], full, module)
     return groups
 
 
 def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, path: str) -> dict[int, Target]:
     if len(groups) > 1 and path in groups:
         groups = {path: groups[path]}
-    if len(groups) > 1 and hasattr(model, "get_decoder"):
-        inside = {id(module) for module in model.get_decoder().modules()}
+    get_decoder = getattr(model, "get_decoder", None)
+    if len(groups) > 1 and get_decoder is not None:
+        inside = {id(module) for module in get_decoder().modules()}
         groups = {g: t for g, t in groups.items() if all(id(target.linear) in inside for target in t.values())} or groups
     if len(groups) > 1:
         raise ValueError(
@@ -154,7 +154,7 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
     for layer, target in sorted(layers.items()):
         other = owners.setdefault((id(target.parent), target.attribute), layer)
         if other != layer:
-            raise ValueError(f"{name}: layers {other} and {layer} of the model are one module; they cannot be adapted apart")
+            raise ValueError(f"{name}: layers {other} and {layer} of the model are one module, which has one adapter")
         if not callable(target.linear) or isinstance(target.linear, (nn.ModuleList, nn.ModuleDict, nn.Embedding)):
             raise ValueError(f"{name}: layer {layer} is a {type(target.linear).__name__}, expected a linear")
         if _only_read(target):
@@ -164,7 +164,7 @@ def _choose(model: nn.Module, groups: dict[str, dict[int, Target]], name: str, p
 
 
 def _only_read(target: Target) -> bool:
-    """Whether the parent, as far as known, reads the weight of the linear instead of calling it."""
+    """Whether the parent is known to read the weight of the linear instead of calling it."""
     if isinstance(target.parent, _NOT_CALLED):
         return True
     linears = _NOT_CALLED_IN.get(type(target.parent).__name__, ())
@@ -182,7 +182,7 @@ def _check_columns(host: str, layers: dict[int, Target], members: Mapping[str, t
 
 
 def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) -> None:
-    """ValueError unless the adapter's features fit the linear, as far as the linear says its own."""
+    """ValueError unless the linear, if its features are known, has ``n_in`` and ``n_out``."""
     got = features(target.linear)
     if got is not None and target.columns is not None:
         got = (got[0], target.columns[1] - target.columns[0])
@@ -193,7 +193,7 @@ def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) ->
 
 
 def check_fits(name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
-    """ValueError unless module ``name`` of ``stack`` has the layers and features of ``targets``, on a device with memory."""
+    """ValueError unless module ``name`` of ``stack`` fits the layers and features of ``targets``, not on the meta device."""
     path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
     depth = max(targets) + 1
     if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
@@ -209,20 +209,20 @@ def check_fits(name: str, stack: AdapterStack, targets: dict[int, Target]) -> No
 
 
 def same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
-    """Whether both are the same linears, and the same columns of them."""
+    """Whether both are the same columns of the same linears."""
     return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
 
 
 def check_stack(name: str, value: object) -> None:
-    """ValueError, naming the argument, for anything but an AdapterStack."""
+    """ValueError naming the argument ``name`` unless ``value`` is an AdapterStack."""
     if not isinstance(value, AdapterStack):
         hint = "; read a folder with AdapterStack.from_peft" if isinstance(value, (str, Path)) else ""
         raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first weight of ``model`` is; ValueError for a model on the meta device."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):  # lazily: every use() asks
+    """Device of the first weight of ``model``; ValueError for the meta device."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):  # lazily: called by every use()
         if tensor.device.type == "meta":
             raise ValueError("model: its weights are on the meta device; load them first")
         return tensor.device
@@ -230,7 +230,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:
-    """Dtype of A and B beside ``linear``: that of its weight, ``fallback`` where that is quantised."""
+    """Dtype for A and B of ``linear``: that of its weight, ``fallback`` if the weight is quantised."""
     weight = getattr(linear, "weight", None)
-    # Not float8: what holds a quantised weight computes in another dtype.
+    # float8 is not among them: such layers compute in another dtype.
     return weight.dtype if isinstance(weight, Tensor) and weight.dtype in WEIGHT_DTYPES else fallback

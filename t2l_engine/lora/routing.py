@@ -1,4 +1,4 @@
-"""Which adapter each row of the next forward passes uses."""
+"""Routing: which adapter each batch row uses, shared by the layers of a handle."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ Ids = int | Sequence[int] | Tensor | AdapterBatch
 class Routing:
     """The current ids of one handle, shared by all its layers.
 
-    ``ids`` is one tensor for every number of rows, written in place from then on: compiled code, exported programs and
-    graphs see new ids.
+    There is one ids tensor per number of rows, which is written in place: compiled code, exported programs and CUDA graphs
+    read the new ids.
     """
 
     def __init__(self) -> None:
-        self.ids: Tensor | None = None  # [rows] int32, one of those below
-        self._tensors: dict[int, Tensor] = {}  # by number of rows
+        self.ids: Tensor | None = None  # [rows] int32, one of _tensors
+        self._tensors: dict[int, Tensor] = {}  # number of rows -> ids
         self.batch: AdapterBatch | None = None
-        self.merged = False  # an adapter is in the weights
-        self.uniform = False  # one id for all rows, whatever their number
-        # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters that stand in for the slots
+        self.merged = False  # an adapter is merged into the weights
+        self.uniform = False  # one id for any number of rows
+        # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters, used instead of the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
-        self.dropout = 0.0  # of the input of A, with the overrides
-        self.adapter_version: object | None = None  # a new object for every choice of adapters, None for the base model
-        self._slots_version = 0  # how often the slots changed
+        self.dropout = 0.0  # probability, on the input of A; with overrides only
+        self.adapter_version: object | None = None  # a new object for every selection of adapters, None: base model
+        self._slots_version = 0  # incremented whenever a slot is written
         self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
 
     @property
     def active(self) -> bool:
-        """Whether any ids are set; without, the model is the base model."""
+        """Whether ids are set; else the model is the base model."""
         return self.ids is not None or self.batch is not None
 
     def state(self) -> tuple:
-        """What :meth:`restore` brings back."""
+        """A snapshot for :meth:`restore`."""
         ids = None if self.ids is None else self.ids.clone()
         return ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, self._slots_version
 
     def restore(self, state: tuple) -> None:
+        """Back to a snapshot of :meth:`state`."""
         ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, slots_version = state
         self._write(ids)
         if slots_version != self._slots_version:
@@ -54,7 +55,7 @@ class Routing:
         self.restore((None, None, False, None, 0.0, None, self._slots_version))
 
     def slots_changed(self) -> None:
-        """Other adapters are behind the same ids: what ran before cannot be recomputed."""
+        """To be called after writing a slot: the same ids mean other adapters, so earlier passes cannot be recomputed."""
         self._slots_version += 1
         self._renew_version()
 
@@ -63,11 +64,11 @@ class Routing:
             self.adapter_version = object()
 
     def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
-        """Check ``ids`` against ``num_adapters`` and the ``filled`` among them, and make them current."""
+        """Make ``ids`` current; ValueError or IndexError unless they are among the ``filled`` of ``num_adapters`` slots."""
         if isinstance(ids, AdapterBatch):
             _check_segments(ids)
             _check_ids(ids.seg_adapters, num_adapters, filled)
-            with torch.inference_mode(False):  # as in _write; copies, that the caller may change his own
+            with torch.inference_mode(False):  # as in _write; copied, so that the caller may change its tensors
                 indptr, adapters = (t.to(device, copy=True) for t in (ids.seg_indptr, ids.seg_adapters))
             self.batch = AdapterBatch(indptr, adapters, ids.max_seg_len)
             self.uniform, self.adapter_version = False, object()
@@ -81,12 +82,12 @@ class Routing:
             )
         _check_ids(tensor, num_adapters, filled)
         self.batch, self.uniform, self.adapter_version = None, uniform, object()
-        if uniform and self.ids is not None:  # keep the shape that compiled code knows
+        if uniform and self.ids is not None:  # keep the shape for compiled code
             tensor = tensor.expand(len(self.ids))
         self._write(tensor.to(device=device, dtype=torch.int32))
 
     def _write(self, ids: Tensor | None) -> None:
-        # Inference tensors could not be written outside inference mode, nor saved for a backward pass.
+        # Inference tensors could be neither written outside inference mode nor saved for a backward pass.
         with torch.inference_mode(False):
             if ids is None:
                 self.ids = None
@@ -100,7 +101,7 @@ class Routing:
         self._segments = None
 
     def segments(self, rows: int, seq_len: int) -> AdapterBatch:
-        """Segments for ``rows`` sequences of ``seq_len`` tokens (the last answer is kept: layers ask alike)."""
+        """Segments of ``rows`` sequences of ``seq_len`` tokens; memoised, since all layers of a forward pass share them."""
         if self.batch is not None:
             return self.batch
         if torch.compiler.is_compiling():
@@ -112,14 +113,16 @@ class Routing:
         return self._segments[1]
 
     def _make_segments(self, rows: int, seq_len: int) -> AdapterBatch:
-        count = len(self.ids)
+        ids = self.ids
+        assert ids is not None  # active, and without a batch
+        count = len(ids)
         if rows == count:
-            ids = self.ids
+            pass
         elif rows % count == 0:
             # k x len(ids) rows: transformers repeats each row k times in place for beams and returned sequences.
-            ids = self.ids.repeat_interleave(rows // count)
+            ids = ids.repeat_interleave(rows // count)
         elif self.uniform:
-            ids = self.ids[:1].repeat(rows)  # the ops take contiguous ids
+            ids = ids[:1].repeat(rows)  # contiguous, as the ops require
         else:
             raise ValueError(
                 f"ids: expected one adapter id a row (or a divisor of the rows, for beams): the batch has {rows} rows, "
@@ -142,8 +145,8 @@ def _check_segments(batch: AdapterBatch) -> None:
         raise ValueError(f"ids: {error}") from None
 
 
-def _as_tensor(ids: Sequence[int] | Tensor) -> Tensor | None:
-    """``ids`` as a flat tensor of integers; None when they are nothing of the kind."""
+def _as_tensor(ids: object) -> Tensor | None:
+    """``ids`` as a flat integer tensor, None if they are not a sequence of integers."""
     if not isinstance(ids, Tensor):
         if isinstance(ids, (list, tuple)) and any(isinstance(i, bool) for i in ids):
             return None

@@ -1,6 +1,7 @@
-"""What an op means: schema, plain-torch reference, fake kernel, autograd, FLOPs; and which native kernel runs it.
+"""The ops: schema, plain-torch reference, fake kernel, autograd, FLOP formula and native kernel of each.
 
-May be imported: the ops, :func:`has_kernel`, :class:`AdapterBatch`; ``reference``, ``native`` and ``flops`` as modules.
+May be imported: the ops, :func:`has_kernel`, :class:`AdapterBatch`; the modules ``reference``, ``native``, ``flops`` and
+``segments``.  Imports no other room.
 
 >>> import torch
 >>> from t2l_engine import ops

@@ -1,11 +1,10 @@
-"""What the ops cost, told to torch: ``torch.utils.flop_counter.FlopCounterMode`` counts them with no set-up.
+"""FLOP formulas of the ops, registered with torch, so that ``torch.utils.flop_counter.FlopCounterMode`` counts them.
 
-Counted is useful work as ``docs/ops.md`` states it under FLOPs, two operations a multiply-add: LoRA segments at the true
-rank of their adapter, tokens of adapter -1 not at all.  The counter runs an op whole and asks for its formula here, so a
-call costs the same whether a native kernel or the reference, whose products torch would know, does it.
+Useful work is counted, as in ``docs/ops.md`` under FLOPs, a multiply-add as two operations: LoRA segments at the true rank
+of their adapter, tokens of adapter -1 as zero.  A native kernel and the reference count the same.
 
-Ids and ranks are read on the host, which on CUDA waits for the device: count outside of graph capture.  Fake and meta
-tensors have no values: there every token counts, at the width of A.
+Ids and ranks are read on the host, which synchronises with a CUDA device: do not count during graph capture.  For fake and
+meta tensors, which have no values, every token counts, at the padded rank of A.
 
 >>> import torch
 >>> from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +20,7 @@ True
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,12 +28,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def _known(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` can be read: it is no fake, functional or otherwise wrapped tensor."""
+    """Whether the values of ``tensor`` can be read: it is not a meta, fake, functional or otherwise wrapped tensor."""
     return type(tensor) is Tensor and not tensor.is_meta
 
 
 def _rank_tokens(x: Tensor, lora_A: Tensor, seg_indptr: Tensor, seg_adapters: Tensor, ranks: Tensor | None) -> int:
-    """Sum over the segments that have an adapter of tokens times true rank."""
+    """Sum of tokens times true rank over the segments that have an adapter."""
     width = lora_A.shape[1]
     if not all(_known(tensor) for tensor in (seg_indptr, seg_adapters, ranks) if tensor is not None):
         return x.shape[0] * width
@@ -59,13 +58,13 @@ def lora_add_group_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max
 
 
 def lora_delta_backward(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
-    """``2 * sum(len_s * rank_s) * (3*in + 2*out)``: A x again, and the products of the three gradients."""
+    """``2 * sum(len_s * rank_s) * (3*in + 2*out)``: A x is recomputed, then the products of three gradients."""
     work = _rank_tokens(x, lora_A, seg_indptr, seg_adapters, ranks)
     return 2 * work * (3 * lora_A.shape[2] + 2 * lora_B.shape[1])
 
 
 def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, **_) -> int:
-    """``2*N*t*4m + N*K*n*m * (24*m + 16*m*S + 8*(m + h)*S*R)``, with rotary positions ``16*m*m * N*K*n*S*R`` more."""
+    """``2*N*t*4m + N*K*n*m * (24*m + 16*m*S + 8*(m + h)*S*R)``, plus ``16*m*m * N*K*n*S*R`` with rotary positions."""
     (tasks, t), (modules, layers, hidden), h = z.shape, weights[1].shape, weights[-1].shape[0]
     m, sides = hidden // 4, 1 if side_emb is None else side_emb.shape[1]
     ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
@@ -76,7 +75,7 @@ def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, **_) -> int:
 def hypernet_heads(
     latent, weight, bias, mul_A, add_A, mul_B, add_B, rank: int, in_features: Sequence[int], out_features: Sequence[int], **_
 ) -> int:
-    """``2*N*n*r*h*(in + out)`` a module."""
+    """``2*N*n*r*h*(in + out)`` per module."""
     tasks, *_, layers, h = latent.shape
     return 2 * tasks * layers * rank * h * (sum(in_features) + sum(out_features))
 
@@ -87,16 +86,16 @@ def hypernet_heads_out_(lora_A, lora_B, *args, out_val=None) -> int:
 
 
 def hypernet_trunk_backward(grad, *args, **kwargs) -> int:
-    """Three times the forward op: it runs again, and each of its products has two in the backward."""
+    """Three times the forward op: it is recomputed, and each of its products has two in the backward."""
     return 3 * hypernet_trunk(*args, **kwargs)
 
 
 def hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes, **_) -> int:
-    """Three times the forward op, likewise."""
+    """Three times the forward op, as for the trunk."""
     return 3 * hypernet_heads(latent, weight, bias, mul_A, None, mul_B, None, *sizes)
 
 
-FORMULAS = (
+FORMULAS: tuple[Callable[..., int], ...] = (
     hypernet_trunk,
     hypernet_trunk_backward,
     hypernet_heads,
@@ -110,6 +109,6 @@ FORMULAS = (
 
 
 def register() -> None:
-    """Give every formula to torch, once the ops of the same names are defined."""
+    """Register every formula with torch; the ops of the same names must be defined."""
     for formula in FORMULAS:
         register_flop_formula(getattr(torch.ops.t2l_engine, formula.__name__), get_raw=True)(formula)

@@ -1,4 +1,4 @@
-"""Finds and loads the native library ``_C`` (tensor ops through torch's stable ABI)."""
+"""Finds and loads the native library ``_C``, which registers tensor ops through torch's stable ABI."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 
 DISABLE_VARIABLE = "T2L_DISABLE_NATIVE"
-#: The oldest release whose stable ABI has all that the library asks for.
+#: The oldest release whose stable ABI has everything that the library uses.
 OLDEST_TORCH = (2, 11)
 
 
 def library_path() -> Path:
-    """Where the native library lies when it was built."""
+    """Path of the native library, which need not exist."""
     return Path(__file__).resolve().parents[1] / "_C.so"
 
 
 def load() -> bool:
-    """Load the native library over the plain-torch ops; True when native kernels are registered.
+    """Load the native library over the plain-torch ops; returns whether native kernels are registered.
 
-    Absent library: False (the package is a complete, slow engine).  ``T2L_DISABLE_NATIVE=1``: False.  A library that is
-    present but does not load raises ``ImportError``: it never falls back silently.
+    False if there is no library (the package is complete without, but slower) or ``T2L_DISABLE_NATIVE=1`` is set.  Raises
+    ImportError for a library that exists but does not load, and for another value of the variable.
     """
     value = os.environ.get(DISABLE_VARIABLE, "0")
     if value not in ("", "0", "1"):
@@ -48,23 +48,23 @@ def load() -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Why torch could not load the library, in terms of what a user can change."""
+    """Why torch could not load the library, as something that a user can change."""
     found = re.match(r"(\d+)\.(\d+)", str(torch.__version__))
     if found and tuple(map(int, found.groups())) < OLDEST_TORCH:
         return f"expected torch {'.'.join(map(str, OLDEST_TORCH))} or later, got {torch.__version__}"
-    why = error.__cause__ or error  # the loader's own words, which torch puts behind a sentence of its own
+    why = error.__cause__ or error  # the loader's message; torch's own adds nothing
     return f"{why} (torch {torch.__version__}, {platform.system()} on {platform.machine()})"
 
 
 def about() -> dict[str, Any] | None:
-    """What the loaded library says of itself; None where none is loaded.
+    """Build and CPU facts of the loaded library; None if none is loaded.
 
-    ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (what the CUDA kernels were compiled for, "none").
-    ``instruction_sets``: ``available`` on this CPU, plainest first; ``chosen``, None where ``T2L_ISA`` is unusable; and
-    ``error``, which then says why.
+    ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (the architectures of the CUDA kernels, or "none").
+    ``instruction_sets``: ``available`` on this CPU, from the oldest; ``chosen``, None if ``T2L_ISA`` is unusable; and
+    ``error``, the reason then.
     """
     if str(library_path()) not in torch.ops.loaded_libraries:
         return None
-    ask = ctypes.CDLL(str(library_path())).t2l_about
-    ask.restype = ctypes.c_char_p
-    return json.loads(ask())
+    t2l_about = ctypes.CDLL(str(library_path())).t2l_about
+    t2l_about.restype = ctypes.c_char_p
+    return json.loads(t2l_about())

@@ -1,8 +1,8 @@
-"""The ops in plain torch: what each op means, the oracle of every test, and the engine where no native kernel runs.
+"""The reference of every op in plain torch: defines it, is the oracle of its tests, and runs where no native kernel does.
 
-Numbers: products accumulate in ``acc = promote(operands, float32)``; inputs of a hypernetwork product are first rounded to
-the dtype of its weight matrix, as a kernel for that dtype does, so a bfloat16 reference rounds where a bfloat16 kernel
-rounds.  Called with float64 operands the same code is the oracle: it rounds nowhere.
+Numerics: products accumulate in ``acc = promote(operands, float32)``; inputs of a hypernetwork product are first rounded to
+the dtype of its weight matrix, so that a bfloat16 reference rounds where a bfloat16 kernel rounds.  With float64 operands
+the same code is the oracle: nothing is rounded to a narrower dtype.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from t2l_engine.ops.segments import check_segments
 
-#: Order of the ``weights`` list of ``hypernet_trunk``.  Matrices may be float32, bfloat16, ...; the rest is float32 (or
-#: float64).  t: task width, m: trunk width, K: modules, n: layers, h: head input.
+#: Order of the ``weights`` of ``hypernet_trunk``.  Matrices may be float32, bfloat16, ...; vectors are float32 (or
+#: float64).  t: task width, m: trunk width, K: modules, n: layers, h: head input width.
 TRUNK_WEIGHTS = (
-    "mixer_task_weight",  # [4m, t]   columns of the first mixer matrix that multiply the encoded task
-    "mixer_table",  # [K, n, 4m] the rest of that product (depth and module embeddings) plus its bias: constants
+    "mixer_task_weight",  # [4m, t]   the columns of the first mixer matrix for the encoded task
+    "mixer_table",  # [K, n, 4m] its product with depth and module embeddings, plus its bias: constants
     "mixer_weight2",  # [m, 4m]
     "mixer_bias2",  # [m]
     *(
@@ -32,7 +32,7 @@ TRUNK_WEIGHTS = (
     ),
 )
 
-#: Dtypes of matrices and of results.
+#: Dtypes that matrices and results may have.
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 LAYER_NORM_EPS = 1e-5
@@ -40,12 +40,12 @@ ROPE_BASE = 10000.0
 
 
 def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
-    """RuntimeError of an op, as a native kernel says it."""
+    """Raise RuntimeError with the message of the native kernels."""
     raise RuntimeError(f"t2l_engine::{op}: {argument}: expected {expected}, got {got}")
 
 
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float32, or float64 when any operand is."""
+    """float64 if any operand is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     acc = accumulation_dtype(x, weight)
     if weight.dtype.itemsize < 4:
         x = x.to(weight.dtype)
-    # Flat rows: matmul of a many-dimensional x would copy the weight for every leading index.
+    # Flattened: matmul would broadcast (copy) the weight over the leading dimensions of x.
     y = (x.to(acc).flatten(0, -2) @ weight.to(acc).mT).unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
@@ -65,7 +65,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def mlp(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """``silu(W2 silu(W1 LN(x) + b1) + b2)``: the branch of a residual block, and the whole of mlp3."""
+    """``silu(W2 silu(W1 LN(x) + b1) + b2)``: the branch of a residual block, and all of mlp3."""
     hidden = F.silu(linear(layer_norm(x, norm_weight, norm_bias), w1, b1))
     return F.silu(linear(hidden, w2, b2))
 
@@ -81,7 +81,7 @@ def rope(x: Tensor, num_positions: int) -> Tensor:
 
 
 def _trunk_base(z: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]:
-    """``[N, K, n, m]`` after the mixer and mlp1, and the weights of mlp2 and mlp3."""
+    """``x [N, K, n, m]`` after mixer and mlp1, and the weights of mlp2 and mlp3."""
     w_task, table, w2, b2 = weights[:4]
     mlp1, mlp2, mlp3 = (weights[4 + 6 * i : 10 + 6 * i] for i in range(3))
     first = linear(z, w_task)[:, None, None, :] + table  # [N, K, n, 4m]
@@ -109,19 +109,19 @@ def hypernet_trunk(
 def autoregressive_trunk(z: Tensor, weights: Sequence[Tensor], pos_emb: Tensor | None, rotary_ranks: int) -> Tensor:
     """The trunk of the variants with unshared autoregressive heads, ``[N, K, 1, R, n, h]``; no released checkpoint has them.
 
-    The position of a rank enters before mlp2: added, ``pos_emb [R, m]``, or by rotation to ``rotary_ranks`` positions.
-    Other arguments as in :func:`hypernet_trunk`.
+    The rank's position is applied before mlp2: ``pos_emb [R, m]`` is added, or, if that is None, a rotation to
+    ``rotary_ranks`` positions.  Other arguments as in :func:`hypernet_trunk`.
     """
     x, mlp2, mlp3 = _trunk_base(z, weights)
-    x = rope(x, rotary_ranks) if rotary_ranks else x[..., None, :] + pos_emb  # [N, K, n, R, m]
+    x = rope(x, rotary_ranks) if pos_emb is None else x[..., None, :] + pos_emb  # [N, K, n, R, m]
     x = x + mlp(x, *mlp2)
     return mlp(x, *mlp3).to(weights[0].dtype).transpose(2, 3)[:, :, None]
 
 
 @contextlib.contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd on, for a recomputation.  Under a dispatch mode, such as torch's FLOP counter, an op runs below autograd: its
-    dispatch keys are off, and ``enable_grad`` alone records nothing."""
+    """Enable autograd for a recomputation.  Under a dispatch mode, such as torch's FLOP counter, an op runs with autograd's
+    dispatch keys excluded, where ``enable_grad`` alone records nothing."""
     allow, keys = torch._C._SetExcludeDispatchKeyGuard, torch._C.DispatchKey
     with torch.enable_grad(), allow(keys.AutogradFunctionality, False), allow(keys.ADInplaceOrView, False):
         yield
@@ -135,7 +135,7 @@ def hypernet_trunk_backward(
     pos_emb: Tensor | None,
     rotary_ranks: int,
 ) -> list[Tensor]:
-    """Gradients of ``z``, of every weight, of ``side_emb`` and ``pos_emb`` where given, by recomputation."""
+    """Gradients of ``z``, every weight, and ``side_emb`` and ``pos_emb`` unless None, by recomputation."""
     with _recording():
         inputs = [t.detach().requires_grad_() for t in (z, *weights, side_emb, pos_emb) if t is not None]
         rest = inputs[1 + len(weights) :]
@@ -147,9 +147,9 @@ def hypernet_trunk_backward(
 
 
 def head_sides(weight: Tensor, bias: Tensor | None, sides: int, ranks_per_row: int, in_features: int, out_features: int):
-    """Cut a head into its A and B parts: two pairs of weight ``[p, width, h]`` and bias ``[p, width]`` (or None).
+    """Views of a head's A and B parts: two pairs of weight ``[p, width, h]`` and bias ``[p, width]`` (or None).
 
-    A shared head (two sides) uses the first ``width`` of every ``max(in, out)`` rows for either side; an unshared one holds
+    A shared head (two sides) uses the first ``width`` of every ``max(in, out)`` rows for both sides; an unshared one has
     all rows of A, then all rows of B.
     """
     p, h = ranks_per_row, weight.shape[1]
@@ -180,8 +180,8 @@ def _head(
     rank: int,
     in_features: int,
     out_features: int,
-) -> list[Tensor]:
-    """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]``, before rounding."""
+) -> tuple[Tensor, Tensor]:
+    """A ``[N, n, r, in]`` and B transposed ``[N, n, r, out]``, not yet rounded to the result's dtype."""
     num_tasks, sides, ranks, num_layers, _ = latent.shape
     p = rank // ranks
     parts = head_sides(weight, bias, sides, p, in_features, out_features)
@@ -198,7 +198,8 @@ def _head(
         if add is not None:
             y = y + (add.mT if side else add)
         out.append(y)
-    return out
+    lora_A, lora_B = out
+    return lora_A, lora_B
 
 
 def _modules(
@@ -213,15 +214,15 @@ def _modules(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> Iterator[tuple]:
-    """The arguments of :func:`_head` for each module."""
+    """The arguments of :func:`_head`, module by module."""
     count = len(weight)
-    bias = [None] * count if bias is None or len(bias) == 0 else bias
+    biases: Sequence[Tensor | None] = [None] * count if bias is None or len(bias) == 0 else bias
     ranks = [rank] * count
-    return zip(latent.unbind(1), weight, bias, mul_A, add_A, mul_B, add_B, ranks, in_features, out_features, strict=True)
+    return zip(latent.unbind(1), weight, biases, mul_A, add_A, mul_B, add_B, ranks, in_features, out_features, strict=True)
 
 
 def _rounded(lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What :func:`_head` gives, as :func:`hypernet_heads` returns it."""
+    """Results of :func:`_head` in the dtype and layout of :func:`hypernet_heads`."""
     return lora_A.to(dtype).contiguous(), lora_B.to(dtype).contiguous().mT
 
 
@@ -237,7 +238,7 @@ def hypernet_heads(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[Tensor]:
-    """See :func:`t2l_engine.ops.hypernet_heads`; A and B of one module after the other.  ``bias`` may be empty too."""
+    """See :func:`t2l_engine.ops.hypernet_heads`; returns ``[A_0, B_0, A_1, B_1, ...]``.  ``bias`` may be empty."""
     modules = _modules(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features)
     return [t for operands in modules for t in _rounded(*_head(*operands), operands[1].dtype)]
 
@@ -253,9 +254,9 @@ def hypernet_heads_backward(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of ``latent``, of every ``weight`` and of every ``bias``, by recomputation of one module after the other.
+    """Gradients of ``latent``, every ``weight`` and every ``bias``, by recomputation, one module at a time.
 
-    ``grads``: of A and B of one module after the other.
+    ``grads``: of the results of :func:`hypernet_heads`, in its order.
     """
     nothing = [None] * len(weight)
     modules = _modules(latent, weight, bias, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
@@ -310,7 +311,7 @@ def hypernet_heads_out_(
 def _segments(
     seg_indptr: Tensor, seg_adapters: Tensor, max_seg_len: int, ranks: Tensor | None, lora_A: Tensor, num_tokens: int
 ):
-    """(first token, end token, adapter, rank) of every segment that has work."""
+    """(first token, end token, adapter, rank) of every segment that is not empty and has an adapter of rank > 0."""
     bounds, adapters = seg_indptr.tolist(), seg_adapters.tolist()
     num_adapters, width = lora_A.shape[:2]
     check_segments(bounds, len(adapters), max_seg_len)
@@ -319,13 +320,13 @@ def _segments(
     widths = [width] * num_adapters if ranks is None else ranks.tolist()
     if len(widths) != num_adapters:
         raise RuntimeError(f"ranks: expected shape [{num_adapters}], got [{len(widths)}]")
-    for values, low, high, expected, place in (
+    for values, low, high, expected, unit in (
         (widths, 0, width, f"ranks: expected values in [0, {width}]", "adapter"),
         (adapters, -1, num_adapters - 1, f"seg_adapters: expected ids in [-1, {num_adapters})", "segment"),
     ):
         wrong = [i for i, value in enumerate(values) if not low <= value <= high]
         if wrong:
-            raise RuntimeError(f"{expected}, got {values[wrong[0]]} at {place} {wrong[0]}")
+            raise RuntimeError(f"{expected}, got {values[wrong[0]]} at {unit} {wrong[0]}")
     for i, adapter in enumerate(adapters):
         if adapter >= 0 and widths[adapter] > 0 and bounds[i + 1] > bounds[i]:
             yield bounds[i], bounds[i + 1], adapter, widths[adapter]
@@ -387,7 +388,7 @@ def lora_add_group_(
 
 
 def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:
-    """A tensor of the shape of ``lora_B``, made by ``new``, in its order of storage: ``[.., r, out]`` viewed, or plain."""
+    """A tensor made by ``new`` with the shape and memory order of ``lora_B``: transposed ``[.., r, out]``, or contiguous."""
     num_adapters, out_features, rank = lora_B.shape
     if lora_B.stride(1) == 1:
         return new((num_adapters, rank, out_features)).mT
@@ -405,7 +406,7 @@ def lora_delta_backward(
     max_seg_len: int,
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``lora_A`` and ``lora_B`` (stored as ``lora_B`` is); adapters no segment uses get zeros."""
+    """Gradients of ``x``, ``lora_A`` and ``lora_B`` (in its memory order); zero for adapters that no segment uses."""
     acc = accumulation_dtype(x, lora_A)
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)

@@ -1,7 +1,7 @@
-"""The ops of the engine: schema, fake kernel, autograd and typed wrapper of each, in one place.
+"""Schema, fake kernel, autograd and typed wrapper of every op.
 
-The plain-torch meaning of every op is the function of the same name in :mod:`t2l_engine.ops.reference`, registered for all
-backends; a native library replaces it per backend.  :func:`has_kernel` says which one runs.
+The function of the same name in :mod:`t2l_engine.ops.reference` is registered for all backends; the native library
+overrides it per backend.  :func:`has_kernel` says which one runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SCHEMAS = {
     ),
 }
 
-#: Ops whose native kernels hand dtypes they do not cover to the reference, under the name ``<op>_reference``.
+#: Ops with native kernels, which call ``<op>_reference`` for dtypes that they do not support.
 NATIVE_OPS = (
     "hypernet_trunk",
     "hypernet_heads",
@@ -142,7 +142,7 @@ def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, rank
 
 
 def _save(ctx, tensors: Sequence[Tensor | None], *rest) -> None:
-    """Keep tensors (some absent) and plain values for the backward."""
+    """Save tensors (or None) and plain values for the backward."""
     ctx.present = [t is not None for t in tensors]
     ctx.save_for_backward(*(t for t in tensors if t is not None))
     ctx.rest = rest
@@ -174,7 +174,7 @@ def _trunk_backward(ctx, grad):
 
 def _heads_setup(ctx, inputs, output):
     latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes = inputs
-    # A list with None in it counts as one argument for autograd, a list of tensors as many.
+    # For autograd a list that contains None is one argument, a list of tensors one argument per tensor.
     nothing = [None if None in tensors else [None] * len(tensors) for tensors in (mul_A, add_A, mul_B, add_B)]
     _save(ctx, (latent, *weight, *mul_A, *mul_B, *bias), len(weight), nothing, *sizes)
 
@@ -189,7 +189,7 @@ def _heads_backward(ctx, grads):
 
 def _delta_setup(ctx, inputs, output):
     x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
-    # A copy: a handle writes the ids of the next forward pass into the tensor it gave here.
+    # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
     _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len)
 
 
@@ -212,7 +212,7 @@ _register("lora_delta", _delta_backward, _delta_setup)
 
 
 def _check_listed(op: str, count: int, **lists: Sequence) -> None:
-    """RuntimeError unless every list has ``count`` entries, those of the modules of ``latent``, and at least one."""
+    """RuntimeError unless every list has one entry for each of the ``count`` modules of ``latent``, and at least one."""
     for name, entries in lists.items():
         if len(entries) != count or count == 0:
             expected = "one entry for each module of latent (dimension 1), at least one"
@@ -228,9 +228,9 @@ def _head_lists(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[list]:
-    """All lists of the heads in the order of the schema, with the lengths they must have (else RuntimeError).
+    """All list arguments of the heads in the order of the schema; RuntimeError for a wrong length.
 
-    No bias becomes an empty list; None in place of a list of offsets becomes as many as there are modules.
+    ``bias`` None becomes an empty list, None for a list of offsets becomes a list of None.
     """
     if latent.dim() != 6:
         reference.fail(op, "latent", "shape [*, *, *, *, *, *]", list(latent.shape))
@@ -251,22 +251,22 @@ def hypernet_trunk(
     pos_emb: Tensor | None = None,
     rotary_ranks: int = 0,
 ) -> Tensor:
-    """The hypernetwork up to its heads: mixer and three residual MLP blocks for all rows (paper section 3, appendix).
+    """The hypernetwork up to its heads: mixer and three MLP blocks for all rows (paper section 3, appendix).
 
     Args:
         z: encoded tasks ``[num_tasks, t]``, float32.
-        weights: the list named by :data:`t2l_engine.ops.reference.TRUNK_WEIGHTS`; matrices of a kernel's dtype, the rest
-            float32.  ``weights[1]``, the constant table ``[K, n, 4m]``, holds the depth and module embeddings' share of
-            the first mixer product and its bias.
-        side_emb: ``[K, 2, m]`` float32, normalised embedding of the sides A and B (shared heads: M, S), or None.
-        pos_emb: ``[r, m]`` float32, what every rank adds after mlp2 (S-learnable), or None.
-        rotary_ranks: r for S-rotary (rank k is the rotation by k, then mlp2 again), else 0.
+        weights: in the order of :data:`t2l_engine.ops.reference.TRUNK_WEIGHTS`; matrices in float32, bfloat16, ..., vectors
+            in float32.  ``weights[1]``, the constant table ``[K, n, 4m]``, is the product of the first mixer matrix with
+            depth and module embeddings, plus its bias.
+        side_emb: ``[K, 2, m]`` float32, normalised embeddings of the sides A and B (shared heads: M, S), or None.
+        pos_emb: ``[r, m]`` float32, added for each rank after mlp2 (S-learnable), or None.
+        rotary_ranks: r for S-rotary (rank k is rotated to position k, then mlp2 is applied again), else 0.
 
     Returns:
         ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices; differentiable.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        RuntimeError: the message names the argument, what was expected and what was given.
 
     >>> from t2l_engine.testing.cases import HyperCase
     >>> hypernet_trunk(**HyperCase("M", sides=2, tasks=3, modules=2, layers=5, head_in=40).make_trunk()).shape
@@ -292,21 +292,21 @@ def hypernet_heads(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The heads of all modules, tasks and layers: ``latent @ weight.T + bias``, then ``* mul + add``, as A and B.
 
-    Every list has an entry for each of the K modules; None for a list, or in one of the last four, leaves that step out.
+    Every list has one entry for each of the K modules; None for a list, or in one of the last four, skips that step.
 
     Args:
-        latent: ``[num_tasks, K, sides, ranks, n, h]``, the trunk's result; last stride 1, others free.
+        latent: ``[num_tasks, K, sides, ranks, n, h]``, the trunk's result; last stride 1, others arbitrary.
         weight: ``[p*(in+out), h]`` with one side, ``[p*max(in, out), h]`` with two, ``p = rank // ranks``; contiguous.
         bias: ``[rows of weight]`` float32.
         mul_A, add_A: ``[n, r, in]`` float32; mul_B, add_B: ``[n, out, r]`` float32.
 
     Returns:
         ``lora_A [num_tasks, n, r, in]`` and ``lora_B [num_tasks, n, out, r]`` of each module, unscaled, in the dtype of
-        ``weight``; ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in the first
-        three.
+        ``weight``; ``lora_B`` is a transposed view of ``[num_tasks, n, r, out]`` storage.  Differentiable in ``latent``,
+        ``weight`` and ``bias``.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        RuntimeError: the message names the argument, what was expected and what was given.
 
     >>> latent = torch.randn(3, 2, 1, 1, 5, 40)  # variant L: one side, one latent for all ranks
     >>> weight = [torch.randn(4 * (64 + out), 40) for out in (48, 16)]
@@ -336,10 +336,10 @@ def hypernet_heads_out_(
     add_B: Sequence[Tensor | None] | None = None,
     scale_B: float = 1.0,
 ) -> None:
-    """:func:`hypernet_heads` into given storage, such as the slots of a live model; B is multiplied by ``scale_B``.
+    """:func:`hypernet_heads` with preallocated outputs, such as the slots of a model; B is multiplied by ``scale_B``.
 
-    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides without overlap, and
-    any floating dtype of a kernel, the same for all.  Not differentiable.  Raises as :func:`hypernet_heads`.
+    ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides that do not overlap,
+    and share one dtype: float32, bfloat16, float16 or float64.  Not differentiable.  Raises as :func:`hypernet_heads`.
 
     >>> lora_A, lora_B = [torch.empty(3, 5, 4, 64)], [torch.empty(3, 5, 48, 4)]
     >>> latent, weight = torch.zeros(3, 1, 1, 1, 5, 40), [torch.zeros(4 * (64 + 48), 40)]
@@ -365,7 +365,7 @@ def lora_delta(
     max_seg_len: int,
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """What the adapters add to a linear: ``scaling[a] * (x @ A[a].T) @ B[a].T`` with ``a`` the adapter of each segment.
+    """The LoRA update of a linear: ``scaling[a] * (x @ A[a].T) @ B[a].T`` with ``a`` the adapter of each segment.
 
     Args:
         x: tokens ``[T, in]``, last stride 1.
@@ -375,13 +375,13 @@ def lora_delta(
         seg_adapters: ``[S]`` int32 in ``[-1, num_adapters)``; -1 is the base model: its rows get zero.
         max_seg_len: length of the longest segment (a host integer: no device synchronisation).
         ranks: ``[num_adapters]`` int32, the true rank of each adapter; 0 means it lacks this module; memory beyond the
-            rank is never read.  None: all ``r``.
+            rank is never read.  None: rank ``r`` for all.
 
     Returns:
         ``[T, out]`` in the dtype of ``x``; differentiable in ``x``, ``lora_A`` and ``lora_B``.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        RuntimeError: the message names the argument, what was expected and what was given.
 
     >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
     >>> segments = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
@@ -402,13 +402,13 @@ def lora_add_(
     max_seg_len: int,
     ranks: Tensor | None = None,
 ) -> Tensor:
-    """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not touched.
+    """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not written.
 
     ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
     :func:`lora_delta`.  Not differentiable.  Returns ``y``.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        RuntimeError: the message names the argument, what was expected and what was given.
 
     >>> A, B, one = torch.ones(1, 2, 3), torch.ones(1, 4, 2), torch.ones(1)
     >>> segments = torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, -1], dtype=torch.int32)
@@ -434,12 +434,12 @@ def lora_add_group_(
 ) -> Tensor:
     """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
 
-    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [T, columns]``; the columns rise and do not overlap.
+    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [T, columns]``, in ascending order without overlap.
     ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
     Other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
 
     Raises:
-        RuntimeError: naming the argument, what was expected and what came.
+        RuntimeError: the message names the argument, what was expected and what was given.
 
     >>> A, one, rank = torch.ones(1, 2, 3), torch.ones(1), torch.tensor([2], dtype=torch.int32)
     >>> B = [torch.ones(1, 2, 2), torch.ones(1, 1, 2)]  # q has 2 outputs, v has 1; k, between them, is not adapted

@@ -1,4 +1,4 @@
-"""Which adapter each token of a batch uses."""
+"""AdapterBatch: which adapter each token of a batch uses."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class AdapterBatch:
-    """Segments of consecutive tokens that share an adapter (CSR form), as the LoRA ops take them.
+    """Segments of consecutive tokens that share an adapter (CSR layout), as the LoRA ops take them.
 
     ``seg_indptr [S+1]`` int32: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.  ``seg_adapters [S]`` int32: its
     adapter, -1 for the base model.  ``max_seg_len``: length of the longest segment in tokens, a host integer.
 
-    Custom stacks that flatten their tokens give one to ``LoRAHandle.use``, which copies it.
+    Models that flatten their tokens pass one to ``LoRAHandle.use``, which copies it.
 
-    Source: segments of gathered matrix products as in Punica (arXiv 2310.18547).
+    Source: segmented gather matrix multiplication of Punica (arXiv 2310.18547).
 
     >>> import torch
     >>> import t2l_engine as t2l
@@ -36,9 +36,9 @@ class AdapterBatch:
 
     @staticmethod
     def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
-        """One segment a row: row i holds ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model).
+        """One segment per row: row i has ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model).
 
-        Raises ValueError for ids that are no flat sequence of integers within int32, and for a negative ``seq_len``.
+        Raises ValueError unless ``ids`` is a flat sequence of integers that fit int32 and ``seq_len`` is 0 or more.
         """
         adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
         if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
@@ -57,12 +57,12 @@ class AdapterBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens covered by the segments (reads one value from the device)."""
+        """Number of tokens in all segments (reads one value from the device)."""
         return int(self.seg_indptr[-1])
 
 
 def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
-    """RuntimeError unless ``bounds`` are those of ``count`` segments of at most ``max_seg_len`` tokens, from token 0 on."""
+    """RuntimeError unless ``bounds`` delimit ``count`` segments of at most ``max_seg_len`` tokens, starting at token 0."""
     if len(bounds) != count + 1:
         raise RuntimeError(f"seg_indptr: expected shape [{count + 1}], got [{len(bounds)}]")
     if bounds[0] != 0:

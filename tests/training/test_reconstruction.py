@@ -57,7 +57,7 @@ def test_prompt_form_is_the_librarys(tmp_path):
             wave.mkdir(parents=True)
             (wave / lora_runs.RECORD).write_text(json.dumps({"settings": {"prompt_form": form}}))
         out = reconstruction.train(runs.reconstruction(steps=1, validate_every=0), folder, tmp_path / f"out-{form}")
-        assert t2l.TextToLoRA.from_pretrained(out).prompt_form == checkpoint.prompt_form(out) == (form or "chat")
+        assert t2l.TextToLoRA.from_pretrained(out).prompt_form == checkpoint.read(out).prompt_form == (form or "chat")
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

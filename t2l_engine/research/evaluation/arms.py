@@ -24,7 +24,7 @@ from t2l_engine.research.evaluation.answers import Adapters, Use
 from t2l_engine.research.evaluation.library import TOP_K, Arrow
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
-from t2l_engine.text.prompts import CHAT, RAW, checked_form
+from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
 
 SHOTS = 3
 #: The constant control: a description without information about the task.
@@ -179,7 +179,7 @@ def multi_task_arm(folder: Path) -> Arm:
     stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"
-    template = checked_form(settings.get("prompt_form", CHAT), folder)
+    template = check_prompt_form(settings.get("prompt_form", CHAT), folder)
     return Arm(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
 
 

@@ -14,7 +14,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.research.training.sampling import Group, seeded
 from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
-from t2l_engine.text.config import REFERENCE_LENGTH, EncoderConfig, OneHotConfig
+from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 
 #: Regularisation of the LDA: added to the within-task variance along every axis (entries of task_emb have RMS 1), since few
@@ -138,7 +138,7 @@ def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderCon
     if name == BASE_MODEL:
         # A second copy of the base model: the one of the training run may use another attention implementation than a model
         # loaded from the checkpoint, and both should give the same embeddings.
-        return EncoderConfig(settings.base_model.rstrip("/"), "last", REFERENCE_LENGTH, dtype=settings.dtype)
+        return EncoderConfig(settings.base_model.rstrip("/"), "last", SAKANA_MAX_LENGTH, dtype=settings.dtype)
     if name != MINILM.name and not Path(name).is_dir():
         raise ConfigError(
             f"encoder: expected 'minilm', {BASE_MODEL!r}, 'one-hot' or a local sentence-transformers folder, got {name!r}"

@@ -30,7 +30,8 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import STD_EPS, HyperNetwork
+from t2l_engine.hypernetwork.modules import STD_EPS
+from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, read_descriptions
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.descriptions import TaskEmbeddings

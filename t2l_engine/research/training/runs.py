@@ -7,7 +7,7 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
-from t2l_engine.text.prompts import CHAT, checked_form
+from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
 
@@ -27,4 +27,4 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 def prompt_form_of(adapters: Path) -> str:
     """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
     settings = settings_of(adapters.parent) or {}
-    return checked_form(settings.get("prompt_form", CHAT), adapters.parent)
+    return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)

@@ -28,7 +28,7 @@ from t2l_engine.files.errors import MAX_NUMBER, MAX_RANK, MAX_SIZE, MIN_NUMBER, 
 from t2l_engine.files.text import is_unicode
 from t2l_engine.files.yaml import parse_yaml, read_yaml
 from t2l_engine.hypernetwork.config import VARIANTS, resolve_scaling
-from t2l_engine.text.prompts import FORMS
+from t2l_engine.text.prompts import PROMPT_FORMS
 
 
 def _unicode(text: str) -> str:
@@ -102,7 +102,7 @@ class _Model(_LoRA):
     prompt: Literal["input", "description"] = Field(
         "input", description="input: the prompt is the input alone; description: it has the task description too"
     )
-    prompt_form: Literal[FORMS] = Field(
+    prompt_form: Literal[PROMPT_FORMS] = Field(
         "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
     samples_per_task: Positive = Field(1, description="examples of a task in a batch")
