@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from bench import compare as comparing
-from bench import gate as gates
 from bench import harness
 from bench.harness import OURS, BenchError, Context, Record, record
 from bench.records import ResultError
@@ -39,37 +39,15 @@ Only = Annotated[str, typer.Option(help="only tasks whose name contains this")]
 Out = Annotated[Path | None, typer.Option(help="result file; default at size full: bench/results/SUITE[-cuda].jsonl")]
 Budget = Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with the result file: what it has is not run again")]
+Tasks = Annotated[Path | None, typer.Option(help="of icl at size full: task folder with splits train, test; docs/icl.md")]
 Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
 # --- suites of times -------------------------------------------------------------------------------------------------
 
 
-def measured(
-    name: str,
-    size: str,
-    device: str,
-    threads: int,
-    only: str,
-    out: Path | None,
-    budget: float | None,
-    resume: bool,
-    tasks: Path | None = None,
-) -> list[Record]:
-    """The records of a suite, with a progress bar on stderr; modules of the others, and what they need, stay unread."""
-    options = {"size": (size, "full"), "device": (device, "cpu"), "threads": (threads, DEFAULT_THREADS), "only": (only, "")}
-    words = [f"--{option} {value!r}" if " " in str(value) else f"--{option} {value}"
-             for option, (value, default) in options.items() if value != default]  # fmt: skip
-    words += ["--tasks TASKS"] if tasks else []
-    module = importlib.import_module(PLANS[name])
-    plan = functools.partial(module.plan, folder=tasks) if name == "icl" else module.plan
-    context = Context.of(size, threads, harness.device_of(device))
-    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
-    return harness.run(name, plan, context, command=" ".join(["python -m bench", name, *words]), **given)
-
-
 def suite(name: str, about: str) -> None:
-    """Add the command that measures ``name``."""
+    """Add the command that measures ``name``; a part of a suite is written only where ``--out`` says."""
 
     def command(
         size: Size = "full",
@@ -79,49 +57,34 @@ def suite(name: str, about: str) -> None:
         out: Out = None,
         budget: Budget = None,
         resume: Resume = False,
+        tasks: Tasks = None,
     ) -> None:
-        finish(name, size, device, threads, only, out, budget, resume)
+        if out is None and size == "full" and not only and device != "emulator":
+            out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
+        # Modules of the other suites, and what they need, stay unread.
+        plan = importlib.import_module(PLANS[name]).plan
+        if name == "icl":
+            plan = functools.partial(plan, folder=tasks)
+        context = Context.of(size, threads, harness.device_of(device))
+        given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
+        line = spelled(name, size, device, threads, only, "TASKS" if tasks else "")
+        CONSOLE.print(shown(harness.run(name, plan, context, command=line, **given)))
 
     app.command(name, help=about)(command)
 
 
-def finish(
-    name: str,
-    size: str,
-    device: str,
-    threads: int,
-    only: str,
-    out: Path | None,
-    budget: float | None,
-    resume: bool,
-    tasks: Path | None = None,
-) -> None:
-    """Measure, write where a file is due, show the rows; a part of a suite is written only where ``--out`` says."""
-    if out is None and size == "full" and not only and device != "emulator":
-        out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
-    CONSOLE.print(shown(measured(name, size, device, threads, only, out, budget, resume, tasks)))
+def spelled(name: str, size: str, device: str, threads: int, only: str, tasks: str) -> str:
+    """The command line of a run, without what is the default."""
+    options = {"size": (size, "full"), "device": (device, "cpu"), "threads": (threads, DEFAULT_THREADS)}
+    options |= {"only": (only, ""), "tasks": (tasks, "")}
+    words = [f"--{option} {shlex.quote(str(value))}" for option, (value, usual) in options.items() if value != usual]
+    return " ".join(["python -m bench", name, *words])
 
 
 suite("generate", "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.")
 suite("apply", "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.")
 suite("train", "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.")
-
-
-@app.command()
-def icl(
-    tasks: Annotated[
-        Path | None, typer.Option(help="task folder with splits train and test; needed at size full, see docs/icl.md")
-    ] = None,
-    size: Size = "full",
-    device: Device = "cpu",
-    threads: Threads = DEFAULT_THREADS,
-    only: Only = "",
-    out: Out = None,
-    budget: Budget = None,
-    resume: Resume = False,
-) -> None:
-    """Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured."""
-    finish("icl", size, device, threads, only, out, budget, resume, tasks)
+suite("icl", "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.")
 
 
 def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
@@ -137,24 +100,20 @@ def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
 
 def shown(records: Sequence[Record]) -> Table:
     """The rows of a run for the terminal."""
-    head = records[0]
-    made = Table(title=f"{head['suite']}, {head['size']}, {head['machine'].get('gpu', head['machine']['cpu'])}")
-    for name in ("case", "ours, us", "roofline, us", "times the others take", "error / bound"):
-        made.add_column(name, justify="left" if name in ("case", "times the others take") else "right")
+    made = Table("case", "ours, us", "roofline, us", "times ours", "error / bound", title=records[0]["command"])
     for row in harness.rows_of(records):
-        ours = row["times"][OURS].get("median_us")
-        others = {name: t["median_us"] / ours for name, t in row["times"].items() if ours and name != OURS}
-        words = [f"{name} {'[bold]' * (x < 1)}{x:.2f}x{'[/bold]' * (x < 1)}" for name, x in others.items()]
+        ours, least = row["times"][OURS].get("median_us"), row["roofline"] or {}
+        others = [f"{n} {t['median_us'] / ours:.2f}" for n, t in row["times"].items() if ours and n != OURS]
         made.add_row(
             ", ".join(filter(None, [row["case"], row["cache"], f"{row['threads']} threads"])),
             f"{ours:,.1f}" if ours else "",
-            f"{row['roofline']['us']:,.1f}" if ours and row["roofline"] else "",
-            "; ".join([*words, *(f"{name} skipped" for name in row["skipped"])]),
+            f"{least['us']:,.1f}" if "us" in least else "",
+            "; ".join([*others, *(f"{name} skipped" for name in row["skipped"])]),
             f"{row['error']['value']:.1e} / {row['error']['bound']:.1e}",
         )
     for one in records:
         if one["record"] == "failed":
-            made.add_row(f"[bold]failed[/bold]: {one['case']}", "", "", one["error"])
+            made.add_row(f"FAILED {one['case']}: {one['error']}")
     return made
 
 
@@ -258,24 +217,6 @@ def compare(
     CONSOLE.print(made)
     typer.echo(f"{len(found)} cases, {len(failed)} slower than {limit:g} x")
     raise typer.Exit(1 if failed else 0)
-
-
-@app.command()
-def gate(
-    threads: Threads = 2,
-    slack: Annotated[float, typer.Option(min=1, help="how many times its committed value a ratio may be")] = gates.SLACK,
-    update: Annotated[bool, typer.Option("--update", help="commit to the ratios of this run instead")] = False,
-) -> None:
-    """All suites at size tiny: fail where a ratio, never a time, is far beyond the committed one."""
-    found: gates.Ratios = {}
-    for name in gates.SUITES:
-        found |= gates.ratios(name, measured(name, "tiny", "cpu", threads, "", None, None, False))
-    if update:
-        gates.commit(found)
-        return
-    faults = gates.faults(found, gates.committed(), slack)
-    typer.echo("\n".join([*faults, f"{len(found)} rows, {len(faults)} beyond {slack:g} x the committed ratios"]))
-    raise typer.Exit(1 if faults else 0)
 
 
 @app.command()

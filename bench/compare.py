@@ -82,6 +82,7 @@ def tree(where: str) -> Iterator[Path]:
         with tarfile.open(archive) as opened:
             opened.extractall(folder, filter="data")
         os.environ.setdefault("T2L_CMAKE_ARGS", "-DT2L_CUDA=OFF")  # what is timed runs on a CPU
+        os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])  # pip's cmake, ninja
         _run([sys.executable, "setup.py", "build_ext", "--inplace"], folder, f"{where}: does not build")
         yield folder
 

@@ -101,7 +101,7 @@ def idle(context: Context) -> Iterator[Record]:
     time.sleep(IDLE_SECONDS if context.device.on_card else 0.01)
     spent, taken = meter.joules() - before, time.perf_counter() - start
     known = {"watts": round(spent / taken, 1), "joules": round(spent, 3), "seconds": round(taken, 3)}
-    yield record("energy", case="idle", unit=None, count=0, **meter.state(), **known)
+    yield record("energy", case="idle", unit=None, count=0, **(meter.state() | known))
 
 
 @torch.inference_mode()

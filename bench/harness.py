@@ -184,7 +184,7 @@ class Target:
         return {"ratio": self.ratio, "of": self.of} | ({"plus_us": self.plus_us} if self.plus_us else {})
 
 
-def record(kind: str, **fields: Any) -> Record:
+def record(kind: str, /, **fields: Any) -> Record:
     """A record of the file; rows are made by :func:`row`."""
     return {"record": kind, **fields}
 

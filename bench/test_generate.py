@@ -1,6 +1,6 @@
 """Hypernetworks beside their reference and eager torch, over the case table of the tests and the bundled shape.
 
-Verified, then timed.  Compare medians of one run.  Released shapes, floors and memory: ``python -m bench generate``.
+Verified, then timed.  Compare medians of one run.  Released shapes, rooflines and memory: ``python -m bench generate``.
 """
 
 import copy
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench import baselines
-from bench.generate import DTYPES, adapter_errors
-from bench.harness import OURS, admit
+from bench.harness import OURS, verify
+from bench.suites.generate import DTYPES, adapter_errors
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
@@ -69,6 +69,6 @@ def test_generate(benchmark, variant, dtype, count, way):
     case = f"smollm2-135m {variant} {dtype} {count}"
     benchmark.group = f"generate {case}"
     functions, errors = verified(variant, dtype, count)
-    _, absent = admit(case, {way: functions[way]}, errors)
-    assert not absent
+    _, wrong = verify(case, {way: functions[way]}, errors)
+    assert not wrong
     benchmark(functions[way])

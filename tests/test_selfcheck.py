@@ -117,5 +117,5 @@ def test_every_instruction_set_gets_a_process(monkeypatch, card):
     monkeypatch.setattr(selfcheck, "_child", lambda device, isa: asked.append((device, isa)) or iter(()))
     monkeypatch.setattr(selfcheck, "check_encoder", lambda: None)
     isas = ["generic", "avx2"]
-    monkeypatch.setattr(selfcheck._native, "about", lambda: {"instruction_sets": {"available": isas}})
+    monkeypatch.setattr(selfcheck.native, "about", lambda: {"instruction_sets": {"available": isas}})
     assert list(selfcheck.check_machine()) == [] and asked == [("cpu", "generic"), ("cpu", "avx2")] + [("cuda", "")] * card

@@ -10,6 +10,7 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.cli import demo
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
 
@@ -91,7 +92,7 @@ def test_sentences_change_what_the_model_does(smollm, engine):
 
 
 def test_bundled_checkpoint():
-    folder = t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m")
+    folder = resolve_checkpoint("smollm2-135m")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 5_000_000
     assert {"config.json", "hypernet.safetensors", "README.md", "train.yaml"} <= {f.name for f in folder.iterdir()}
 
@@ -149,7 +150,7 @@ def test_serving(run_program):
 
 def test_demo(monkeypatch, smollm, engine, tmp_path, capsys):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
-    monkeypatch.setattr(demo.smollm2, "load", lambda: smollm)
+    monkeypatch.setattr(demo.packaged, "load", lambda: smollm)
     monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
     demo.main(tmp_path / "demo.svg")

@@ -26,6 +26,8 @@ from bench.harness import Context, Record, record
 from bench.icl.first import embed_anew, tokens_of
 from bench.models import shared
 from t2l_engine.cli import demo
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research.evaluation.metrics import exact_match
 from t2l_engine.research.tasks.folder import Example, load_tasks
 from t2l_engine.testing.models import cache_argument
@@ -169,7 +171,7 @@ class Serving:
 def entries(context: Context, folder: Path | None) -> Iterator[Record]:
     """A record for every task with all its arms, each answer timed."""
     serving = Serving()
-    trained = t2l.checkpoint.describe(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
+    trained = checkpoint.describe(resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
     with torch.inference_mode():
         for asked in tasks(folder, trained):
             yield _task(serving, asked, context.threads)

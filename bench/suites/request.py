@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench.baselines import mm_loop
 from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
+from bench.timing import Candidate
 from t2l_engine import ops
-from t2l_engine.adapters.paths import LAYER
 from t2l_engine.ops import reference
 from t2l_engine.research import costs
 from t2l_engine.testing import numerics
@@ -71,9 +71,7 @@ def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
     exact = t2l.TextEncoder(copy.deepcopy(ours.model).double(), ours.tokenizer, ours.config)
     value = numerics.relative_frobenius(ours.encode(fresh), exact.encode(fresh))
     tokens = sum(len(ids) for ids in ours.tokenizer(ours.prepare(fresh))["input_ids"])
-    num_bytes = sum(
-        p.nbytes for layer in ours.model.encoder.layer for p in layer.parameters()
-    )  # of a table, few rows are read
+    num_bytes = sum(p.nbytes for p in ours.model.encoder.layer.parameters())  # of a table, few rows are read
     one = costs.encoder_flops(costs.Encoder.from_config(ours.model.config), tokens // count)
     least = context.roofline(count * one.total, num_bytes, dtype)
     errors = {OURS: Error(value, numerics.EMBEDDING_FROBENIUS)}
@@ -93,19 +91,10 @@ class _Bare(nn.Module):
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def skeleton(config: t2l.HyperNetworkConfig) -> nn.Module:
-    """A model that is nothing but the linears that ``config`` adapts, in their places."""
-    model = nn.Module()
-    for path, n_in, n_out in zip(config.module_paths.values(), config.in_features, config.out_features, strict=True):
-        for layer in range(config.num_layers):
-            *parents, name = path.replace(LAYER, str(layer)).split(".")
-            at = model
-            for parent in parents:
-                if parent not in at._modules:
-                    at.add_module(parent, nn.Module())
-                at = at.get_submodule(parent)
-            at.add_module(name, _Bare(n_in, n_out))
-    return model
+def skeleton(config: t2l.HyperNetworkConfig) -> nn.ModuleList:
+    """A model that is nothing but the linears that ``config`` adapts."""
+    sizes = list(zip(config.modules, config.in_features, config.out_features, strict=True))
+    return nn.ModuleList(nn.ModuleDict({name: _Bare(*of) for name, *of in sizes}) for _ in range(config.num_layers))
 
 
 class _Request:
@@ -117,27 +106,16 @@ class _Request:
         drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
         self.task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
         self.folded = net.folded()
+        self.flops, heads = costs.hypernet_flops(net.config, count), net.heads.parameters()
+        self.head_bytes = sum(p.nbytes for p in heads)
 
     def rows(self) -> Iterator[Record]:
         with torch.no_grad():
             latent = self._trunk(ops)
             stack = self.net.generate(self.task_emb)
-            yield self._row("trunk", *self.trunk(latent))
-            yield self._row("head", *self.head(latent))
-            yield self._row("put", *self.put(stack))
-            yield self._row("apply", *self.apply(stack))
-
-    def _row(self, part: str, functions, errors, least) -> Record:
-        return _row(self.context, self.model, self.dtype, self.count, part, functions, errors, least)
-
-    def _roofline(self, operations: int, num_bytes: int) -> Record:
-        return self.context.roofline(operations, num_bytes, self.dtype)
-
-    def _head_flops(self) -> int:
-        return costs.hypernet_flops(self.net.config, self.count)["heads"]
-
-    def _head_bytes(self) -> int:
-        return sum(p.nbytes for p in self.net.heads.parameters())
+            for part, made in (("trunk", self.trunk), ("head", self.head), ("put", self.put), ("apply", self.apply)):
+                given = made(latent if part in ("trunk", "head") else stack)
+                yield _row(self.context, self.model, self.dtype, self.count, part, *given)
 
     def _trunk(self, backend, net: t2l.HyperNetwork | None = None, folded: dict | None = None) -> Tensor:
         net, folded = net or self.net, folded or self.folded
@@ -153,9 +131,9 @@ class _Request:
         bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
         errors = {OURS: latent, "reference": plain}
         errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}
-        operations = costs.hypernet_flops(self.net.config, self.count).total - self._head_flops()
-        weights = sum(p.nbytes for p in self.net.parameters()) - self._head_bytes()
-        return functions, errors, self._roofline(operations, weights + latent.nbytes)
+        weights = sum(p.nbytes for p in self.net.parameters()) - self.head_bytes
+        operations = self.flops.total - self.flops["heads"]
+        return functions, errors, self.context.roofline(operations, weights + latent.nbytes, self.dtype)
 
     def head(self, latent: Tensor):
         """The heads of all modules."""
@@ -182,12 +160,12 @@ class _Request:
             )
             for name, function in functions.items()
         }
-        num_bytes = self._head_bytes() + latent.nbytes + sum(t.nbytes for t in rounded)
-        return functions, errors, self._roofline(self._head_flops(), num_bytes)
+        num_bytes = self.head_bytes + latent.nbytes + sum(t.nbytes for t in rounded)
+        return functions, errors, self.context.roofline(self.flops["heads"], num_bytes, self.dtype)
 
     def put(self, stack: t2l.AdapterStack):
         """Every adapter into its slot of an attached model."""
-        model = skeleton(self.net.config)
+        model, stack = skeleton(self.net.config), t2l.AdapterStack(stack.lora_A, stack.lora_B, stack.scaling, stack.ranks)
         handle = t2l.attach(model, stack)
 
         def put() -> None:
@@ -198,8 +176,7 @@ class _Request:
         errors = []
         with handle.use(list(range(self.count))):
             for (name, layer), arguments in self._tokens(stack).items():
-                linear = model.get_submodule(stack.paths[name].replace(LAYER, str(layer)))
-                errors.append(self._error(linear(arguments["x"]), arguments))
+                errors.append(self._error(model[layer][name](arguments["x"]), arguments))
         num_bytes = 2 * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         ceilings, threads = self.context.ceilings, self.context.threads
         least = roofline(0, num_bytes, ceilings.gemm_at(self.dtype, threads), ceilings.copy_at(num_bytes, threads))
@@ -221,10 +198,11 @@ class _Request:
                 found.append(self._error(arguments["y"], arguments))
                 arguments["y"].zero_()
             errors[name] = worst(found)
-            functions[name] = functools.partial(_each, [build(arguments) for arguments in work])
+            functions[name] = Candidate([build(arguments) for arguments in work]).once
         adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
-        return functions, errors, self._roofline(costs.lora_flops(self.net.config, self.count).total, adapters + tokens)
+        operations = costs.lora_flops(self.net.config, self.count).total
+        return functions, errors, self.context.roofline(operations, adapters + tokens, self.dtype)
 
     def _tokens(self, stack: t2l.AdapterStack) -> dict[tuple[str, int], dict[str, Any]]:
         """Arguments of ``lora_add_`` by module and layer, y of zeros."""
@@ -251,8 +229,3 @@ class _Request:
         wide["y"] = torch.zeros_like(wide["y"])
         reference.lora_add_(**wide)
         return Error(numerics.relative_frobenius(got, wide["y"]), numerics.lora_frobenius(got.dtype))
-
-
-def _each(calls: list) -> None:
-    for call in calls:
-        call()

@@ -359,7 +359,7 @@ def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | 
             )
     state = state_dict(adapter)
     if not state:
-        raise ValueError("adapter: expected one that adapts a module, got ranks of 0 throughout")
+        raise ValueError("expected an adapter of at least one module, got ranks of 0 throughout")
     check_weights(directory / WEIGHTS_NAME, state, ValueError)
     scaling = float(adapter.scaling[0])
     rank_of = {

@@ -287,7 +287,10 @@ class AdapterStack:
             ValueError: an adapter of rank 0 throughout, or with values or a scaling that no reader accepts.
             OSError: the folder cannot be written, or holds a checkpoint or a model (FileExistsError).
         """
-        peft.write(self._peft(adapter), Path(directory), base_model_name_or_path)
+        try:
+            peft.write(self._peft(adapter), Path(directory), base_model_name_or_path)
+        except ValueError as error:
+            raise ValueError(f"adapter {adapter}: {error}") from None
 
     def _peft(self, index: int) -> peft.PeftAdapter:
         one = self[self._position(index)]

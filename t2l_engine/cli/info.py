@@ -77,9 +77,9 @@ def _collect() -> dict[str, Any]:
     import t2l_engine
     from t2l_engine import ops
     from t2l_engine.hypernetwork.folder import bundled_checkpoints
-    from t2l_engine.ops import native as _native
+    from t2l_engine.ops import native
 
-    about = _native.about() or {"build": None, "instruction_sets": None}
+    about = native.about() or {"build": None, "instruction_sets": None}
     isas = about["instruction_sets"]
     if isas and (error := isas.pop("error")):
         raise ValueError(error)

@@ -14,7 +14,8 @@ MIN_NUMBER, MAX_NUMBER = 1e-9, 1e9
 class ConfigError(ValueError):
     """A configuration or checkpoint file says something that cannot be used; the message names the field.
 
-    >>> EncoderConfig(name="minilm", pooling="max")
+    >>> import t2l_engine as t2l
+    >>> t2l.EncoderConfig(name="minilm", pooling="max")
     Traceback (most recent call last):
     t2l_engine.files.errors.ConfigError: encoder.pooling: expected one of ('cls', 'mean', 'last'), got 'max'
     """

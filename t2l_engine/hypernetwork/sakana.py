@@ -18,7 +18,6 @@ from torch import Tensor
 from t2l_engine.files.errors import ConfigError, positive_number, short_repr
 from t2l_engine.files.text import from_json, read_json, to_json
 from t2l_engine.files.torch_file import read_torch_file
-from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents, expect_shape
 from t2l_engine.hypernetwork.folder import BLOCKS, REFERENCE_NAMES, CheckpointError, check_blocks
@@ -95,6 +94,8 @@ def _paths(folder: Path) -> tuple[Path, Path, Path]:
 
 
 def _configs(args_path: Path, peft_path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    from t2l_engine.files.yaml import read_yaml  # PyYAML is imported by those alone who read this format
+
     values = read_yaml(args_path), read_json(peft_path)
     for path, value in zip((args_path, peft_path), values, strict=True):
         if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

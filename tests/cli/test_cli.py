@@ -12,6 +12,7 @@ import torch
 import t2l_engine as t2l
 from t2l_engine import ops
 from t2l_engine.cli import generate as generate_command
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research import costs
 
 
@@ -141,7 +142,7 @@ def test_show_bundled_checkpoint(run):
         {"name": "q_proj", "in_features": 576, "out_features": 576},
         {"name": "v_proj", "in_features": 576, "out_features": 192},
     ]
-    net = t2l.HyperNetwork.from_pretrained(t2l.checkpoint_folder.resolve_checkpoint("smollm2-135m"))
+    net = t2l.HyperNetwork.from_pretrained(resolve_checkpoint("smollm2-135m"))
     assert about["parameters"] == {
         "total": sum(p.numel() for p in net.parameters()),
         "trunk": sum(p.numel() for name, p in net.named_parameters() if not name.startswith("heads.")),

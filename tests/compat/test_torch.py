@@ -68,7 +68,7 @@ def test_no_symbol_younger_than_manylinux_2_28(library):
 
 def test_what_was_built_on_the_oldest_torch_runs_on_this_one(package):
     where = {"PYTHONPATH": str(package), "PYTHONSAFEPATH": "1"}
-    probe = "from t2l_engine import _native, ops; print(_native.library_path(), ops.NATIVE)"
+    probe = "from t2l_engine import ops; from t2l_engine.ops import native; print(native.library_path(), ops.NATIVE)"
     command, environment = [sys.executable, "-c", probe], os.environ | where
     said = subprocess.run(command, cwd=package, env=environment, capture_output=True, text=True)
     assert said.stdout.split() == [str(package / "t2l_engine" / "_C.so"), "True"], said.stderr

@@ -20,9 +20,9 @@ QUICK_START = re.search(
 )[1]
 PROBE = """
 import sys, torch, t2l_engine as t2l
-from t2l_engine import _native
+from t2l_engine.ops import native
 t2l.ops.has_kernel("lora_add_", "CPU") or sys.exit("no kernels")
-print(t2l.__file__, torch.__version__, _native.about()["build"]["cuda"])
+print(t2l.__file__, torch.__version__, native.about()["build"]["cuda"])
 """
 
 
