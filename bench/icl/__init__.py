@@ -24,7 +24,7 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
 
     from bench import energy
     from bench.harness import OURS, BenchError, Task
-    from bench.icl import costs, first, names, paper, questions
+    from bench.icl import costs, first, names, questions
 
     dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
     made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
@@ -35,7 +35,7 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
     if context.on_cpu:
         if folder is None and context.full:
             raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
-        counted = [Task("costs", costs.entries), Task("paper", paper.entries)]
+        counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
         return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
     for name in (OURS, names.ICL) if context.device.timed else ():
         work = functools.partial(first.joules, made[torch.bfloat16], name)
