@@ -50,7 +50,7 @@ class Served:
         (self._small if context.on_cpu else self._large)(context, dtype)
         self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
         most = self.load.question + self.load.shot * max(self.shots)
-        self.tokens = _random(self.setup.decoder.vocabulary, most, device)
+        self.tokens = _random(self.setup.decoder.vocabulary, most, device, seed=3)
         self.question = self.prompt(0)
         self.stack = self.net.generate(self.describe())
         adapted, merged = shared(self.model), shared(self.model, own=MODULES["q,v"])
@@ -82,7 +82,8 @@ class Served:
         self.name, self.model = "7B-shaped, random", models.decoder(self.setup.decoder, device, dtype)
         encoder = models.encoder(self.setup.encoder, device, dtype)
         _, self.net = one_net(context, "mistral-7b", str(dtype).removeprefix("torch."))
-        self.describe = functools.partial(encoder, _random(self.setup.encoder.embeddings, self.load.description, device))
+        text = _random(self.setup.encoder.embeddings, self.load.description, device, seed=4)
+        self.describe = functools.partial(encoder, text)
 
     # --- the steps of a request ---------------------------------------------------------------------------------------
 
@@ -127,8 +128,8 @@ class Served:
         return first | {KEPT: ways["t2l-task"].later, MERGED: ways["t2l-merged"].later, ALONE: alone["icl"].first}
 
 
-def _random(vocabulary: int, count: int, device: torch.device) -> Tensor:
-    return torch.randint(vocabulary, (1, count), generator=torch.Generator(device).manual_seed(3), device=device)
+def _random(vocabulary: int, count: int, device: torch.device, seed: int) -> Tensor:
+    return torch.randint(vocabulary, (1, count), generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def slots_of(handle: t2l.LoRAHandle, stack: t2l.AdapterStack) -> t2l.AdapterStack:
