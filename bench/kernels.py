@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
-from bench.harness import BenchError
+from bench.harness import BenchError, Record, record
 from bench.source import ROOT
 
 FILE = ROOT / "bench" / "results" / "kernels.jsonl"
@@ -50,6 +50,12 @@ class Table(NamedTuple):
 
     nvcc: str
     kernels: dict[tuple[str, str], Usage]
+
+    def records(self) -> list[Record]:
+        """Of the file."""
+        run = record("run", suite="kernels", command=COMMAND, versions={"nvcc": self.nvcc})
+        kernels = sorted(self.kernels.items())
+        return [run, *(record("kernel", arch=arch, kernel=name, **usage) for (arch, name), usage in kernels)]
 
 
 class KernelError(BenchError):
@@ -178,10 +184,9 @@ def _faults(kernel: str, usage: Usage) -> Iterator[str]:
         yield "no LDGSTS, expected asynchronous copies"
     expected = {PRODUCTS[dtype]} | ({PRODUCTS["float"]} if kind == "lora" else set())  # it expands in TF32
     if usage["products"].keys() != expected:
-        names = [" and ".join(sorted(products)) for products in (usage["products"], expected)]
-        yield f"products: {names[0] or 'none'}, expected {names[1]}"
-    if usage["blocks"] < designed_blocks(kernel):
-        yield f"{usage['registers']} registers leave room for {usage['blocks']} blocks, expected {designed_blocks(kernel)}"
+        yield f"products: {' and '.join(sorted(usage['products'])) or 'none'}, expected {' and '.join(sorted(expected))}"
+    if usage["blocks"] < (wanted := designed_blocks(kernel)):
+        yield f"{usage['registers']} registers leave room for {usage['blocks']} blocks, expected {wanted}"
 
 
 def differences(made: Table, known: Table) -> list[str]:
@@ -210,13 +215,6 @@ def read(file: Path) -> Table:
     return Table(result.run["versions"]["nvcc"], kernels)
 
 
-def lines(made: Table) -> list[dict[str, Any]]:
-    """The records of the file."""
-    run = {"record": "run", "suite": "kernels", "command": COMMAND, "versions": {"nvcc": made.nvcc}}
-    entries = sorted(made.kernels.items())
-    return [run, *({"record": "kernel", "arch": arch, "kernel": name, **usage} for (arch, name), usage in entries)]
-
-
 def command(check: bool, jobs: int, file: Path = FILE) -> str:
     """Compile with ``jobs`` compilers at a time, and compare with the table in ``file``, or write it.
 
@@ -227,7 +225,7 @@ def command(check: bool, jobs: int, file: Path = FILE) -> str:
     if faults := broken_rules(made) + (differences(made, known) if known else []):
         raise KernelError("\n".join(faults))
     if not check:
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines(made)), encoding="utf-8")
+        file.write_text("".join(json.dumps(one) + "\n" for one in made.records()), encoding="utf-8")
     said = f"{len(made.kernels)} kernels of nvcc {made.nvcc} keep the rules"
     if known and made.nvcc != known.nvcc:
         said += f"; the table is of nvcc {known.nvcc}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}"
