@@ -153,7 +153,7 @@ def study(
     out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "study.jsonl",
 ) -> None:
     """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
-    from bench.study import collect, judge, plan
+    from bench.study import judge, plan, records
     from bench.study import runs as training
 
     torch.set_num_threads(threads)
@@ -164,7 +164,7 @@ def study(
             list(judge.headroom(work))
     if not runs:
         words = "study --tasks TASKS --work WORK" + (" --benchmarks BENCHMARKS" if benchmarks else "")
-        write(out, "study", words, threads, collect.records(work))
+        write(out, "study", words, threads, records(work))
 
 
 @app.command()

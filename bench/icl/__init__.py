@@ -1,8 +1,8 @@
 """What a question costs by examples in the prompt (in-context learning, ICL) and by a generated adapter (T2L).
 
-Closed forms for the models of released checkpoints (:mod:`bench.icl.costs`), the paper's own table beside them
-(:mod:`bench.icl.paper`), a model measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions
-of real tasks (:mod:`bench.icl.questions`).
+Closed forms for the models of released checkpoints and the paper's own table beside them (:mod:`bench.icl.costs`), a model
+measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions of real tasks
+(:mod:`bench.icl.questions`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
 
     dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
     made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
-    tasks = [
-        Task(f"first question {dtype}".replace("torch.", ""), functools.partial(first.first, context, make), needs=60.0)
-        for dtype, make in made.items()
-    ]
+    tasks = []
+    for dtype, make in made.items():
+        name = f"first question {dtype}".replace("torch.", "")
+        tasks.append(Task(name, functools.partial(first.first, context, make), needs=60.0))
     if context.on_cpu:
         if folder is None and context.full:
             raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")

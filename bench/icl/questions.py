@@ -7,7 +7,6 @@ rotates.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -127,15 +126,6 @@ class Serving:
         self.slot.put(0, self.stack)
         self.slot.set(0)
 
-    @contextlib.contextmanager
-    def merging(self) -> Iterator[float]:
-        """The adapter in the weights inside the block; microseconds that merging took."""
-        self.weights.put(0, self.stack)
-        try:
-            yield elapsed_us(lambda: self.weights.merge(0))
-        finally:
-            self.weights.unmerge()
-
 
 def entries(context: Context, folder: Path | None) -> Iterator[Record]:
     """A record for every task with all its arms, each answer timed."""
@@ -171,20 +161,22 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
     fill_us = elapsed_us(fill)
     serving.put(description)
     generate_us, given = [], {arm: [] for arm in ARMS}
-    with serving.merging() as merge_us:
-        ways = {
-            ICL: lambda i: serving.plain.answer(shown[i]),
-            WARM: lambda i: serving.plain.answer(shown[i][prefix:], cache),
-            ADAPTED: lambda i: serving.adapted.answer(alone[i]),
-            MERGED: lambda i: serving.merged.answer(alone[i]),
-            DESCRIBED: lambda i: serving.plain.answer(described[i]),
-        }
-        for ask in ways.values():
-            ask(0)
-        for i in range(len(task.examples)):
-            generate_us.append(elapsed_us(lambda: serving.put(description)))
-            for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
-                given[arm].append(ways[arm](i))
+    serving.weights.put(0, serving.stack)
+    merge_us = elapsed_us(lambda: serving.weights.merge(0))
+    ways = {
+        ICL: lambda i: serving.plain.answer(shown[i]),
+        WARM: lambda i: serving.plain.answer(shown[i][prefix:], cache),
+        ADAPTED: lambda i: serving.adapted.answer(alone[i]),
+        MERGED: lambda i: serving.merged.answer(alone[i]),
+        DESCRIBED: lambda i: serving.plain.answer(described[i]),
+    }
+    for ask in ways.values():
+        ask(0)
+    for i in range(len(task.examples)):
+        generate_us.append(elapsed_us(lambda: serving.put(description)))
+        for arm in ARMS[i % len(ARMS) :] + ARMS[: i % len(ARMS)]:
+            given[arm].append(ways[arm](i))
+    serving.weights.unmerge()
     reworded = {}
     for other in others:
         serving.put(other)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.harness import Record, record
 from bench.study import plan
+from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.research.tasks import manifest as manifests
@@ -70,3 +73,28 @@ def train(name: str, work: Path) -> Path:
     else:
         method, source = lora if isinstance(run.settings, LoRASettings) else sft, folder_of(work, run.tier)
     return method.train(run.settings, source, work / name, names=plan.chosen(read_descriptions(source), run.count))
+
+
+def trained(name: str, work: Path) -> Record:
+    """Settings, tokens and seconds of a run, and its curve: million tokens so far, mean loss of a twentieth of the steps.
+
+    No curve, nor validation losses, of a run in waves, each of other tasks.
+    """
+    run, waves = plan.RUNS[name], logged(work / name)
+    steps = [row for wave in waves for row in wave if "loss" in row]
+    bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
+    curve, tokens = [], 0
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        tokens += sum(row.get("tokens", 0) for row in steps[start:end])  # a reconstruction reads none
+        curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
+    return record(
+        "training",
+        run=name,
+        settings=run.settings.model_dump(mode="json"),
+        tasks=run.count,
+        steps=len(steps),
+        tokens=sum(row.get("tokens", 0) for row in steps),
+        seconds=round(sum(row["seconds"] for row in steps)),
+        curve=curve,
+        validation=[round(row["val_loss"], 4) for row in waves[0] if "val_loss" in row] if len(waves) == 1 else [],
+    )
