@@ -147,13 +147,13 @@ def study(
     work: Work,
     benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
     runs: Annotated[
-        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.py")
+        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.yaml")
     ] = "",
     threads: Threads = DEFAULT_THREADS,
     out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "study.jsonl",
 ) -> None:
     """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
-    from bench.study import collect, plan
+    from bench.study import judge, plan, records
     from bench.study import runs as training
 
     torch.set_num_threads(threads)
@@ -161,10 +161,10 @@ def study(
     for name in runs.split(",") if runs else plan.RUNS:
         training.train(name, work)
         if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
-            collect.checked_headroom(work)
+            list(judge.headroom(work))
     if not runs:
         words = "study --tasks TASKS --work WORK" + (" --benchmarks BENCHMARKS" if benchmarks else "")
-        write(out, "study", words, threads, collect.records(work))
+        write(out, "study", words, threads, records(work))
 
 
 @app.command()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import records
-from bench.harness import BenchError
+from bench.harness import BenchError, Record, record
 from bench.source import ROOT
 
 FILE = ROOT / "bench" / "results" / "kernels.jsonl"
@@ -51,6 +51,12 @@ class Table(NamedTuple):
     nvcc: str
     kernels: dict[tuple[str, str], Usage]
 
+    def records(self) -> list[Record]:
+        """Of the file."""
+        run = record("run", suite="kernels", command=COMMAND, versions={"nvcc": self.nvcc})
+        kernels = sorted(self.kernels.items())
+        return [run, *(record("kernel", arch=arch, kernel=name, **usage) for (arch, name), usage in kernels)]
+
 
 class KernelError(BenchError):
     """No compiler, or it refuses the kernels; the message says what to do, or what it said."""
@@ -58,10 +64,9 @@ class KernelError(BenchError):
 
 def find(tool: str) -> str:
     """Path of a program of the CUDA toolkit."""
-    beside = os.path.dirname(os.environ.get("CUDACXX", ""))
-    home = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    home, beside = os.environ.get("CUDA_HOME", "/usr/local/cuda"), os.path.dirname(os.environ.get("CUDACXX", ""))
     packages = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
-    places = [beside, home, os.environ.get("PATH"), packages]
+    places = [beside, os.path.join(home, "bin"), os.environ.get("PATH"), packages]
     path = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
     if path is None:
         where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
@@ -73,30 +78,31 @@ def run(tool: str, *arguments: str) -> str:
     """What a program of the toolkit says, on both streams; KernelError with its complaints where it fails."""
     command = [find(tool), *arguments]
     path = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(find("nvdisasm"))])  # cuobjdump starts it
-    env = {**os.environ, "PATH": path}
-    done = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PATH": path}, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     if done.returncode:
         complaints = [line for line in demangled(done.stdout).splitlines() if not _REMARK.match(line)]
         raise KernelError("\n".join([f"{' '.join(command)}: exit status {done.returncode}", *complaints]))
     return done.stdout
 
 
-def compiled(source: str, arch: str, folder: str) -> dict[str, Usage]:
-    """The kernels of a source; none of :data:`PTX_ARCH`, which has no registers."""
-    out = os.path.join(folder, f"{Path(source).stem}.{arch}")
-    kind = ["-ptx"] if arch == PTX_ARCH else ["-cubin", PTXAS_FLAGS]
-    said = run("nvcc", *kind, f"-arch={arch}", *FLAGS, source, "-o", out)
-    return {} if arch == PTX_ARCH else usages(said, run("cuobjdump", "-sass", out))
-
-
 def measured(jobs: int) -> Table:
     """Every kernel on every arch, from ``jobs`` compilers at a time."""
     version = re.search(r"release .*, V([\d.]+)", run("nvcc", "--version"))[1]
     units = [(source, arch) for arch in (*ARCHS, PTX_ARCH) for source in SOURCES]
+
+    def compiled(unit: tuple[str, str]) -> dict[str, Usage]:
+        """None of PTX_ARCH, which has no registers."""
+        source, arch = unit
+        out = os.path.join(folder, f"{Path(source).stem}.{arch}")
+        kind = ["-ptx"] if arch == PTX_ARCH else ["-cubin", PTXAS_FLAGS]
+        said = run("nvcc", *kind, f"-arch={arch}", *FLAGS, source, "-o", out)
+        return {} if arch == PTX_ARCH else usages(said, run("cuobjdump", "-sass", out))
+
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
-        found = list(pool.map(lambda unit: compiled(*unit, folder), units))
-    of_units = zip(units, found, strict=True)
-    return Table(version, {(arch, name): usage for (_, arch), made in of_units for name, usage in made.items()})
+        found = zip(units, pool.map(compiled, units), strict=True)
+        return Table(version, {(arch, name): usage for (_, arch), made in found for name, usage in made.items()})
 
 
 _MANGLED = re.compile(r"_ZN3t2l6device\d+(\w+?_kernel)I(?:NS0_\d+(bf16|f16)E|f)((?:Li\d+E)*)EEv\w+")
@@ -178,10 +184,9 @@ def _faults(kernel: str, usage: Usage) -> Iterator[str]:
         yield "no LDGSTS, expected asynchronous copies"
     expected = {PRODUCTS[dtype]} | ({PRODUCTS["float"]} if kind == "lora" else set())  # it expands in TF32
     if usage["products"].keys() != expected:
-        names = [" and ".join(sorted(products)) for products in (usage["products"], expected)]
-        yield f"products: {names[0] or 'none'}, expected {names[1]}"
-    if usage["blocks"] < designed_blocks(kernel):
-        yield f"{usage['registers']} registers leave room for {usage['blocks']} blocks, expected {designed_blocks(kernel)}"
+        yield f"products: {' and '.join(sorted(usage['products'])) or 'none'}, expected {' and '.join(sorted(expected))}"
+    if usage["blocks"] < (wanted := designed_blocks(kernel)):
+        yield f"{usage['registers']} registers leave room for {usage['blocks']} blocks, expected {wanted}"
 
 
 def differences(made: Table, known: Table) -> list[str]:
@@ -210,13 +215,6 @@ def read(file: Path) -> Table:
     return Table(result.run["versions"]["nvcc"], kernels)
 
 
-def lines(made: Table) -> list[dict[str, Any]]:
-    """The records of the file."""
-    run = {"record": "run", "suite": "kernels", "command": COMMAND, "versions": {"nvcc": made.nvcc}}
-    entries = sorted(made.kernels.items())
-    return [run, *({"record": "kernel", "arch": arch, "kernel": name, **usage} for (arch, name), usage in entries)]
-
-
 def command(check: bool, jobs: int, file: Path = FILE) -> str:
     """Compile with ``jobs`` compilers at a time, and compare with the table in ``file``, or write it.
 
@@ -227,7 +225,7 @@ def command(check: bool, jobs: int, file: Path = FILE) -> str:
     if faults := broken_rules(made) + (differences(made, known) if known else []):
         raise KernelError("\n".join(faults))
     if not check:
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines(made)), encoding="utf-8")
+        file.write_text("".join(json.dumps(one) + "\n" for one in made.records()), encoding="utf-8")
     said = f"{len(made.kernels)} kernels of nvcc {made.nvcc} keep the rules"
     if known and made.nvcc != known.nvcc:
         said += f"; the table is of nvcc {known.nvcc}: {SLACK_OF_OTHERS} more registers are allowed, not {SLACK}"

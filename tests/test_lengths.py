@@ -112,9 +112,9 @@ def refused(call, *says):
     [
         (ITEMS[:2], "no train items"),
         (ITEMS[2:], "no test items"),
-        ([*ITEMS, {"prompt": "x", "output": "y", "split": "test"}], "line 5: expected"),
-        ([{"prompt": "x", "output": [], "split": "test"}], "line 1: expected"),
-        ([], "line 1: expected"),
+        ([*ITEMS, {"prompt": "x", "output": "y", "split": "test"}], "line 5: output"),
+        ([{"prompt": "x", "output": [], "split": "test"}], "line 1: output"),
+        ([], "line 1: Invalid JSON"),
     ],
 )
 def test_broken_benchmarks(run, words, tmp_path, items, says):
@@ -127,9 +127,9 @@ def test_what_is_missing_is_named(run, words, tmp_path):
     refused(lambda: run(f"mistral-7b={tmp_path / 'none.json'}"), "none.json")
     refused(lambda: run(f"mistral-7b={write(tmp_path / 'empty')}"), "empty", "tokenizer.json")
     refused(lambda: run(f"mistral-7b={tmp_path / 'descriptions.json'}"), "descriptions.json: expected a tokenizer.json")
-    refused(lambda: run(f"mistral-7b={words}", descriptions={"lol_1": ["A task."]}), "no descriptions of made_up")
-    refused(lambda: run(f"mistral-7b={words}", descriptions={"made_up": []}), "descriptions of every task")
-    refused(lambda: run(f"mistral-7b={words}", examples={"other": "x"}), "examples.json: expected a text", "made_up")
+    refused(lambda: run(f"mistral-7b={words}", descriptions={"lol_1": ["A task."]}), "descriptions.json: ", "made_up")
+    refused(lambda: run(f"mistral-7b={words}", descriptions={"made_up": []}), "eval_ds_info: made_up: descriptions")
+    refused(lambda: run(f"mistral-7b={words}", examples={"other": "x"}), "examples.json: ", "made_up")
     refused(lambda: run(f"another={words}"), "expected a chat template beside it, or a name of mistral-7b", "got another")
     refused(lambda: run(f"llama-3.1-8b={words}"), "expected the tokenizer of llama-3.1-8b", "<|begin_of_text|>")
     refused(lambda: run("mistral-7b"), "expected NAME=PLACE", "mistral-7b")
@@ -139,9 +139,8 @@ def test_what_is_missing_is_named(run, words, tmp_path):
 def test_committed_result():
     result = records.read(lengths.FILE)
     models = ["smollm2-135m", "mistral-7b", "llama-3.1-8b", "gemma-2-2b"]
-    assert {entry["of"]: entry["text"] for entry in result.records("meaning")} == lengths.MEANING
-    assert set(lengths.MEANING) == {"question", "shot", "examples", "answer", "descriptions"}
+    assert {entry["of"]: entry["text"] for entry in result.records("meaning")} == lengths.KNOWN["meanings"]
     assert [entry["name"] for entry in result.records("tokenizer")] == [lengths.ENCODER, *models]
     assert not any("unknown" in entry["from"] for entry in result.records("tokenizer"))
-    assert {entry["benchmark"] for entry in result.records("benchmark")} == set(lengths.LICENSES)
+    assert {entry["benchmark"] for entry in result.records("benchmark")} == set(lengths.KNOWN["licenses"])
     assert [entry["model"] for entry in result.records("length") if entry["benchmark"] == "gsm8k"] == models

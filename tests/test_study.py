@@ -1,7 +1,6 @@
 """The plan of the study: what it trains on, and that nothing held out is among it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation.bootstrap import Interval
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
-from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
 
 MANIFEST = manifests.read(plan.MANIFEST)
 TRAINED = manifests.select(MANIFEST.tasks, MANIFEST, "train", permissive=True)
@@ -31,24 +29,56 @@ def test_more_tasks_hold_the_fewer():
 
 
 def test_descriptions_that_are_judged_by_are_not_trained_on():
-    wordings = json.loads(runs.WORDINGS.read_text(encoding="utf-8"))
+    wordings = runs.WORDINGS
     assert sorted(wordings["held-out"]) == sorted([*TRAINED, *HELD_OUT])
     assert set(wordings["train"]) < set(TRAINED)  # nothing was written to train on of a task that is held out
     assert {len(set(texts)) for texts in wordings["held-out"].values()} == {3}
     task = Task(TRAINED[0], ("Own.", wordings["held-out"][TRAINED[0]][0]), ())
-    assert runs._worded(task, wordings).descriptions == ("Own.", *wordings["train"].get(TRAINED[0], ()))
+    assert runs.worded(task).descriptions == ("Own.", *wordings["train"].get(TRAINED[0], ()))
 
 
 def test_what_is_compared_is_trained_alike():
     compared = {name: plan.RUNS[name] for name in ("t2l", *judge.CONTROLLED, *judge.MULTI_TASK)}
-    assert all(run.learnable and run.count is None and run.tier == "train" for run in compared.values())
+    assert all(run.count == len(plan.LEARNABLE) and run.tier == "train" for run in compared.values())
     assert set(plan.LEARNABLE) < set(TRAINED)
     for name, run in compared.items():
         assert (run.settings.prompt == "description") == name.endswith("description")
-        examples = 16 * plan.STEPS_DESCRIPTION if run.settings.prompt == "description" else 32 * plan.STEPS
+        examples = 16 * 1800 if run.settings.prompt == "description" else 32 * 1600
         assert run.settings.steps * run.settings.tasks_per_step == examples  # as many
     assert len({run.settings.prompt_form for run in compared.values()}) == 1
-    assert set(judge.VARIED) == {name for name in plan.RUNS if name.startswith("short")} | {"reconstruction-64"}
+
+
+def test_every_evaluation_asks_what_was_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(judge, "read_descriptions", lambda library: TRAINED)
+    parts = {part: (set(names), set(arms), options) for part, names, arms, options in judge.parts(tmp_path, ["fv_antonym"])}
+    lengths = {f"lengths/{ours}" for ours, _ in plan.LENGTHS[:-1]}
+    reconstruction = {f"reconstruction/{count}/{tasks}" for count in plan.COUNTS for tasks in ("train", "evaluation")}
+    beside = {"seen", "unseen", "learned", "shipped/seen", "shipped/unseen", "varied/train", "varied/sibling"}
+    assert parts.keys() == beside | lengths | reconstruction
+    seen, unseen = parts["seen"], parts["unseen"]
+    assert seen[1] == unseen[1] and unseen[0] == set(HELD_OUT)
+    controlled = {run + control for run in ("t2l", *judge.CONTROLLED) for control in ("", *judge.CONTROLS)}
+    assert seen[1] == controlled | {*judge.MULTI_TASK, "oracle", "average", "arrow", *judge.BASE}
+    varied = {name for name in plan.RUNS if name.startswith("short")} | {"reconstruction-64"}
+    assert parts["varied/train"][1] == varied | {"t2l"}
+    matched = varied - {judge.BY_NAME} | {"t2l"}  # one by name knows no sibling; one by input reads no description
+    assert parts["varied/sibling"][1] == matched | {f"{run}-shuffled" for run in matched - {judge.BY_INPUT}}
+    trained = {path for _, _, options in parts.values() for path in [options.get("checkpoint")] if path != plan.MODEL}
+    assert {path.name for path in trained - {None}} <= set(plan.RUNS)
+
+
+def test_an_evaluation_is_a_command(tmp_path, monkeypatch):
+    def command(words, **_):
+        given.extend(words[4:])
+        (tmp_path / "judged" / "varied-train.json").write_text("{}")
+
+    given = []
+    monkeypatch.setattr(judge.subprocess, "run", command)
+    judge.evaluate(tmp_path, "varied/train", ["a", "b"], ["t2l"], also=["x=1", "y=2"], run_code=True, answers="kept")
+    text = " ".join(given)
+    assert "--also x=1 --also y=2" in text and "--run-code --names a,b --arms t2l" in text
+    assert f"--resume {tmp_path}/judged/kept.answers.jsonl" in text and f"--tasks {tmp_path}/tasks/evaluation" in text
+    assert f"--checkpoint {tmp_path}/t2l" in text
 
 
 def test_shorter_pairs_have_the_same_part_of_their_training():
@@ -60,26 +90,6 @@ def test_shorter_pairs_have_the_same_part_of_their_training():
     assert all(names == set(plan.LEARNABLE) for names in tasks)
 
 
-@pytest.mark.parametrize("name", ["library-train", "t2l", "reconstruction-8"])
-def test_a_run_has_ended_when_its_last_step_was_saved(tmp_path, name):
-    settings, folder = plan.RUNS[name].settings, tmp_path / name
-    assert not runs.finished(name, tmp_path)
-    if isinstance(settings, LoRASettings):
-        waves = [folder / "waves" / number for number in ("000", "001")]
-        for wave in waves:
-            wave.mkdir(parents=True)
-        (waves[0] / "done.json").write_text("{}")
-        assert not runs.finished(name, tmp_path)
-        (waves[1] / "done.json").write_text("{}")
-    else:
-        assert isinstance(settings, ReconstructionSettings) == name.startswith("reconstruction")
-        folder.mkdir()
-        for steps in (settings.steps - 1, settings.steps):
-            assert not runs.finished(name, tmp_path)
-            (folder / "config.json").write_text(json.dumps({"training": {"steps_done": steps}}))
-    assert runs.finished(name, tmp_path)
-
-
 def test_other_tasks_are_refused(tmp_path):
     write_tasks(tmp_path / "tasks", [Task("fv_antonym", ("Opposite.",), (Example("a", ("b",), "train"),))])
     with pytest.raises(ConfigError, match="differs from manifest skills"):
@@ -89,10 +99,10 @@ def test_other_tasks_are_refused(tmp_path):
 def test_tasks_of_another_study_are_not_gone_on_with(tmp_path):
     made = [Task(name, ("Do it.",), (Example("a", ("b",), "train"),)) for name in ("b", "a")]
     for _ in range(2):  # the second time they are there
-        runs._write(tmp_path / "tasks", made)
+        runs.write(tmp_path / "tasks", made)
     changed = [dataclasses.replace(made[0], descriptions=("Do that.",)), made[1]]
     with pytest.raises(ConfigError, match="tasks: expected the study's tasks, examples and descriptions, found others"):
-        runs._write(tmp_path / "tasks", changed)
+        runs.write(tmp_path / "tasks", changed)
 
 
 # --- what is shown of it -------------------------------------------------------------------------------------------------
@@ -204,10 +214,9 @@ def test_the_committed_result_has_every_table(name):
 
 
 def test_records_of_an_evaluation():
-    collect = pytest.importorskip("bench.study.collect", exc_type=ImportError)  # the extra "study"
     details = {"t2l": {"tasks": {"a": {"score": 50.0, "containment": 75.0}}}}
     groups, forms = {"all": ["a"], "sibling": []}, {"t2l": {"form": "raw"}}
     found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "groups": groups, "details": details, "forms": forms}
-    task, arm = collect._part("unseen", found)
+    task, arm = judge.part_records("unseen", found)
     assert (task["record"], task["groups"], task["scores"]) == ("scores", ["all"], {"t2l": 50.0})
     assert arm["groups"] == {"all": {"score": 50.0, "containment": 75.0}} and arm["form"] == "raw"

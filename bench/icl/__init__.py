@@ -1,8 +1,8 @@
 """What a question costs by examples in the prompt (in-context learning, ICL) and by a generated adapter (T2L).
 
-Closed forms for the models of released checkpoints (:mod:`bench.icl.costs`), the paper's own table beside them
-(:mod:`bench.icl.paper`), a model measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions
-of real tasks (:mod:`bench.icl.questions`).
+Closed forms for the models of released checkpoints and the paper's own table beside them (:mod:`bench.icl.costs`), a model
+measured at given lengths (:mod:`bench.icl.first`), and a small one answering the questions of real tasks
+(:mod:`bench.icl.questions`).
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def plan(context: Context, folder: Path | None = None) -> list[Task]:
 
     from bench import energy
     from bench.harness import OURS, BenchError, Task
-    from bench.icl import costs, first, names, paper, questions
+    from bench.icl import costs, first, names, questions
 
     dtypes = (torch.float32, torch.bfloat16) if context.on_cpu else (torch.bfloat16,)
     made = {dtype: functools.cache(functools.partial(first.Served, context, dtype)) for dtype in dtypes}
-    tasks = [
-        Task(f"first question {dtype}".replace("torch.", ""), functools.partial(first.first, context, make), needs=60.0)
-        for dtype, make in made.items()
-    ]
+    tasks = []
+    for dtype, make in made.items():
+        name = f"first question {dtype}".replace("torch.", "")
+        tasks.append(Task(name, functools.partial(first.first, context, make), needs=60.0))
     if context.on_cpu:
         if folder is None and context.full:
             raise BenchError("tasks: expected a task folder (--tasks DIR) at size full, got none")
-        counted = [Task("costs", costs.entries), Task("paper", paper.entries)]
+        counted = [Task("costs", costs.entries), Task("paper", costs.paper)]
         return [*counted, *tasks, Task("questions", functools.partial(questions.entries, context, folder))]
     for name in (OURS, names.ICL) if context.device.timed else ():
         work = functools.partial(first.joules, made[torch.bfloat16], name)

@@ -1,7 +1,14 @@
-"""Closed forms for the models of released checkpoints, at the token statistics of the ten benchmarks."""
+"""Closed forms for the models of released checkpoints, at the token statistics of the ten benchmarks and at the paper's.
+
+Beside the paper's own table (arXiv 2506.06105, appendix I), which gives no token counts.  Each cell is a number printed with
+so many digits, so it stands for an interval.  Of the counts of ``research.costs.known.PAPER``, 59 and 299 fit best where a
+token costs two operations a weight and no more; with attention and logits, which are counted here, the cells imply fractions
+of tokens beside them.
+"""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator
@@ -13,12 +20,15 @@ from bench.records import read
 from bench.source import ROOT
 from t2l_engine.research import costs
 from t2l_engine.research.costs import Setup, Way, Workload
-from t2l_engine.research.costs.known import PAPER
+from t2l_engine.research.costs.known import PAPER, hypernetwork_for
 
 LENGTHS = ROOT / "bench" / "results" / "lengths.jsonl"
 SHOTS = (0, 1, 2, 3, 4, 6, 8, 12, 16)
 QUESTIONS = tuple(round(10 ** (i / 8)) for i in range(33))  # to 10,000
 OURS, RIVALS = ("t2l-request", "t2l-task", "t2l-merged"), ("icl", "icl-cold", "icl-warm")
+TERA = 1e12
+#: TFLOP as the paper prints them.
+HYPERNET, T2L, ICL = 0.000005, 0.856, 4.177
 
 
 def workloads(model: str) -> dict[str, tuple[Workload, int]]:
@@ -29,20 +39,19 @@ def workloads(model: str) -> dict[str, tuple[Workload, int]]:
     """
     known, means = read(LENGTHS), {}
     described = {of["of"]: of for of in known.records("descriptions")}
-    for of in known.records("length"):
-        if of["model"] == model:
-            means[of["benchmark"]] = {
-                "question": of["question"]["mean"],
-                "answer": of["answer"]["mean"] + 1,
-                "shot": of["examples"]["mean"] / 3 if of["examples"] else 0,
-                "description": described[of["benchmark"]]["encoder"]["mean"],
-                "instruction": described[of["benchmark"]][model]["mean"],
-            }
+    for of in (of for of in known.records("length") if of["model"] == model):
+        about = described[of["benchmark"]]
+        means[of["benchmark"]] = {
+            "question": of["question"]["mean"],
+            "answer": of["answer"]["mean"] + 1,
+            "shot": of["examples"]["mean"] / 3 if of["examples"] else 0,
+            "description": about["encoder"]["mean"],
+            "instruction": about[model]["mean"],
+        }
     fields = next(iter(means.values()))
     means[MEAN] = {field: statistics.fmean(m[field] for m in means.values()) for field in fields}
     whole = {name: {field: round(value) for field, value in values.items()} for name, values in means.items()}
-    instructions = {name: values.pop("instruction") for name, values in whole.items()}
-    return {name: (Workload(shots=3, **values), instructions[name]) for name, values in whole.items()}
+    return {name: (Workload(shots=3, **{**of, "instruction": 0}), of["instruction"]) for name, of in whole.items()}
 
 
 def entries() -> Iterator[Record]:
@@ -51,85 +60,115 @@ def entries() -> Iterator[Record]:
         setup = costs.known_setup(model)
         loads = {"paper": (PAPER, PAPER.description), **workloads(model)}
         for name, (load, instruction) in loads.items():
-            yield cost(model, name, setup, load)
-            yield by_shots(model, name, setup, load, instruction)
-        yield by_questions(model, MEAN, setup, loads[MEAN][0])
-        yield by_context(model, setup)
+            yield record("costs", model=model, workload=name, lengths=vars(load), **cost(setup, load))
+            yield record("by_shots", model=model, workload=name, shots=list(SHOTS), **by_shots(setup, load, instruction))
+        # Over that of an adapter kept per task; three shots.
+        made = costs.ways(setup, loads[MEAN][0])
+        kept = made.pop("t2l-task")
+        ratios = {way: [round(of.total(n) / kept.total(n), 4) for n in QUESTIONS] for way, of in made.items()}
+        yield record("by_questions", model=model, workload=MEAN, questions=list(QUESTIONS), ratios=ratios)
+        # Bytes that a user holds: keys and values over the length of the context, and one adapter beside them.
+        tokens = [0, *(2**i for i in range(4, 15))]
+        held = {"kv": [setup.kv(n) for n in tokens], "adapter": setup.adapter_bytes, "generator": setup.generator_bytes}
+        yield record("by_context", model=model, tokens=tokens, **held)
 
 
 def terms() -> Iterator[Record]:
     """Every named term of a cost with its unit and source, and its value for Mistral-7B at the paper's lengths."""
-    both = costs.ways(costs.known_setup("mistral-7b"), PAPER)
-    seen = {}
+    made, seen = costs.ways(costs.known_setup("mistral-7b"), PAPER), {}
     for way in ("icl", "t2l-task", "t2l-merged"):
-        for phase in both[way].first.phases:
+        for phase in made[way].first.phases:
             for term in (*phase.flops.terms, *phase.bytes.terms):
                 seen.setdefault((phase.name, term.name, term.unit), {"way": way, "phase": phase.name, **vars(term)})
     yield from (record("terms", **entry) for entry in seen.values())
 
 
-def cost(model: str, name: str, setup: Setup, load: Workload) -> Record:
+def cost(setup: Setup, load: Workload) -> dict[str, Any]:
     made = costs.ways(setup, load)
 
     def beside(of: Callable[[str, str], Any]) -> dict[str, dict[str, Any]]:
         return {way: {rival: of(way, rival) for rival in RIVALS} for way in OURS}
 
-    return record(
-        "costs",
-        model=model,
-        workload=name,
-        lengths=vars(load),
-        parameters=setup.decoder.num_parameters,
-        adapter_bytes=setup.adapter_bytes,
-        generator_bytes=setup.generator_bytes,
-        adapter_tokens=costs.tokens_of_adapter(setup),
-        ways={way: _way(setup, made[way]) for way in costs.WAYS},
-        questions_won=beside(lambda way, rival: costs.questions_won(made[way], made[rival])),
-        shots_to_win=beside(lambda way, rival: costs.shots_to_win(setup, load, way, rival)),
-        tasks_to_win=beside(lambda way, rival: costs.tasks_to_win(made[way], made[rival])),
-    )
-
-
-def _way(setup: Setup, way: Way) -> dict[str, Any]:
     return {
-        "first": way.first.flops(),
-        "later": way.later.flops(),
-        "first_token": way.first.flops(first_token=True),
-        "later_token": way.later.flops(first_token=True),
-        "phases": {phase.name: {"flops": phase.flops.total, "bytes": phase.bytes.total} for phase in way.first.phases},
-        "step_bytes": way.step_bytes(setup, 1, 1),
-        "per_user": way.per_user,
-        "per_task": way.per_task,
-        "fixed": way.fixed,
+        "parameters": setup.decoder.num_parameters,
+        "adapter_bytes": setup.adapter_bytes,
+        "generator_bytes": setup.generator_bytes,
+        "adapter_tokens": costs.tokens_of_adapter(setup),
+        "ways": {way: _way(setup, made[way]) for way in costs.WAYS},
+        "questions_won": beside(lambda way, rival: costs.questions_won(made[way], made[rival])),
+        "shots_to_win": beside(lambda way, rival: costs.shots_to_win(setup, load, way, rival)),
+        "tasks_to_win": beside(lambda way, rival: costs.tasks_to_win(made[way], made[rival])),
     }
 
 
-def by_shots(model: str, name: str, setup: Setup, load: Workload, instruction: int) -> Record:
+def _way(setup: Setup, way: Way) -> dict[str, Any]:
+    flops = {"first": way.first.flops(), "later": way.later.flops()}
+    flops |= {f"{name}_token": getattr(way, name).flops(first_token=True) for name in ("first", "later")}
+    phases = {phase.name: {"flops": phase.flops.total, "bytes": phase.bytes.total} for phase in way.first.phases}
+    held = {name: getattr(way, name) for name in ("per_user", "per_task", "fixed")}
+    return {**flops, "phases": phases, "step_bytes": way.step_bytes(setup, 1, 1), **held}
+
+
+def by_shots(setup: Setup, load: Workload, instruction: int) -> dict[str, Any]:
     """Cost of in-context learning over that of an adapter kept per task, over the number of shots.
 
     Without shots the description, of ``instruction`` tokens, is in the prompt: the cheapest rival that knows the task.
     """
-    none = {"shots": 0, "instruction": instruction}
-    at = [costs.ways(setup, dataclasses.replace(load, **({"shots": n} if n else none))) for n in SHOTS]
-    ratios = {
-        str(questions): {
-            rival: [round(w[rival].total(questions) / w["t2l-task"].total(questions), 4) for w in at] for rival in RIVALS
-        }
-        for questions in (1, 10, 100)
-    }
-    return record("by_shots", model=model, workload=name, shots=list(SHOTS), questions=ratios)
+    none = dataclasses.replace(load, shots=0, instruction=instruction)
+    at = [costs.ways(setup, dataclasses.replace(load, shots=n) if n else none) for n in SHOTS]
+
+    def ratios(rival: str, questions: int) -> list[float]:
+        return [round(ways[rival].total(questions) / ways["t2l-task"].total(questions), 4) for ways in at]
+
+    return {"questions": {str(n): {rival: ratios(rival, n) for rival in RIVALS} for n in (1, 10, 100)}}
 
 
-def by_questions(model: str, name: str, setup: Setup, load: Workload) -> Record:
-    """Cost of every way over that of an adapter kept per task, over the number of questions; three shots."""
-    made = costs.ways(setup, load)
-    kept = made.pop("t2l-task")
-    ratios = {way: [round(of.total(n) / kept.total(n), 4) for n in QUESTIONS] for way, of in made.items()}
-    return record("by_questions", model=model, workload=name, questions=list(QUESTIONS), ratios=ratios)
+# --- the paper's table -----------------------------------------------------------------------------------------------
 
 
-def by_context(model: str, setup: Setup) -> Record:
-    """Bytes that a user holds: keys and values over the length of the context, and one adapter beside them."""
-    tokens = [0, *(2**i for i in range(4, 15))]
-    held = {"adapter": setup.adapter_bytes, "generator": setup.generator_bytes}
-    return record("by_context", model=model, tokens=tokens, kv=[setup.kv(n) for n in tokens], **held)
+def implied(tflop: float, cost: Callable[[int], int]) -> float:
+    """The number of tokens, with its fraction, at which ``cost`` is ``tflop``."""
+    low = bisect.bisect(range(1 << 16), tflop * TERA, key=cost) - 1
+    return low + (tflop * TERA - cost(low)) / (cost(low + 1) - cost(low))
+
+
+def paper() -> Iterator[Record]:
+    """Every cell beside the closed form at the stated counts, with the tokens that meet it exactly."""
+    setup, prompt = costs.known_setup("mistral-7b"), PAPER.question + PAPER.prefix
+    config = hypernetwork_for(setup.decoder, setup.encoder, variant="M")  # heads shared by all layers
+
+    def decoder(tokens: int) -> int:
+        return costs.decoder_flops(setup.decoder, tokens).total
+
+    def encoder(tokens: int) -> int:
+        return costs.encoder_flops(setup.encoder, tokens).total
+
+    base, described, hypernet = decoder(PAPER.question), encoder(PAPER.description), costs.hypernet_flops(config)
+    ours, icl = base + described + hypernet.total + costs.lora_flops(config, PAPER.question).total, decoder(prompt)
+    cells = (  # TFLOP as printed, and the unit of the last digit; what is counted here, of how many tokens
+        ("language model, question alone", 0.827, 1e-3, base, decoder, PAPER.question),
+        ("text encoder (gte-large)", 0.029, 1e-3, described, encoder, PAPER.description),
+        ("hypernetwork (variant M)", HYPERNET, 1e-6, hypernet.total, None, None),
+        ("T2L in all", T2L, 1e-3, ours, None, None),
+        ("3-shot in-context learning", ICL, 1e-3, icl, decoder, prompt),
+    )
+    for name, printed, unit, value, of, tokens in cells:
+        counts = {"tokens": tokens, "implied_tokens": round(implied(printed, of), 2) if of else None}
+        off, rounding = (round(100 * part, 3) for part in (value / TERA / printed - 1, unit / printed / 2))
+        counts |= {"off_percent": off, "rounding_percent": rounding}
+        yield record("paper", cell=name, printed_tflop=printed, ours_tflop=value / TERA, **counts)
+    # What the hypernetwork's cell may have left out.
+    trunk, one_layer = hypernet.total - hypernet["heads"], costs.hypernet_flops(dataclasses.replace(config, num_layers=1))
+    padded = sum(map(max, config.in_features, config.out_features)) * len(config.modules)
+    executed = hypernet["heads"] * padded // sum(config.in_features + config.out_features)
+    yield record(
+        "hypernetwork",
+        ours_tflop=hypernet.total / TERA,
+        with_padded_columns_tflop=(trunk + executed) / TERA,
+        heads_percent=round(100 * hypernet["heads"] / hypernet.total, 2),
+        times_printed=round(hypernet.total / TERA / HYPERNET, 1),
+        trunk_of_one_layer_tflop=(one_layer.total - one_layer["heads"]) / TERA,
+    )
+    corrected = ICL * TERA / (T2L * TERA + hypernet.total)
+    ratios = {"printed": ICL / T2L, "corrected": corrected, "ours": icl / ours}
+    yield record("ratio", **{name: round(value, 4) for name, value in ratios.items()})

@@ -10,8 +10,7 @@ import copy
 import dataclasses
 import functools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,26 +22,19 @@ from bench.harness import OURS, Context, Error, Record, Target, logits_error, re
 from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, PUT, WARM
 from bench.models import MODULES, Step, layer_error, random_adapters, shared
 from bench.records import BASE
+from bench.suites import decode
 from bench.suites.generate import CUDA_TINY, cuda_errors, one_net
 from bench.timing import Timing
 from t2l_engine.research import costs
-from t2l_engine.research.costs import Decoder, Encoder, Setup, Workload
+from t2l_engine.research.costs import Decoder, Encoder, Request, Setup, Workload
 from t2l_engine.research.costs.known import PAPER, hypernetwork_for
 
 TINY = Workload(question=12, answer=1, shots=3, shot=8, description=12)
-_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
-_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 #: What a card's way is tried with elsewhere.
-TINY_SETUP = Setup(
-    Decoder.from_config({"model_type": "llama", **_WIDTHS, **_HEADS}),
-    Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61),
-    CUDA_TINY.config(),
-)
+TINY_SETUP = Setup(decode.TINY, Encoder("new", 24, 32, 1, 2, gated=True, embeddings=61), CUDA_TINY.config())
 #: Three shots without a prefix cache take at least three times what a new task by description does; stated for a CPU.
 TARGET = Target(round(1 / 3, 4), of=ICL)
-SHOTS, TINY_SHOTS = (0, 1, 2, 3, 4, 8, 16), (0, 3)
 RIVALS = (ICL, WARM, KEPT, MERGED, ALONE)
-WAYS = {OURS: "t2l-task", ICL: "icl", WARM: "icl-warm", KEPT: "t2l-task", MERGED: "t2l-merged"}
 #: Rows of the decode step on a card, and tokens of each one's answer so far.
 ROWS, ANSWERED = 64, 16
 
@@ -54,11 +46,11 @@ class Served:
     def __init__(self, context: Context, dtype: torch.dtype):
         self.put_slots = context.on_cpu  # by the handle; a card's graph can only generate into them
         self.load, device = PAPER if context.full else TINY, context.device.torch
+        self.shots = (0, 1, 2, 3, 4, 8, 16) if context.full else (0, 3)
         (self._small if context.on_cpu else self._large)(context, dtype)
         self.setup = dataclasses.replace(self.setup, itemsize=dtype.itemsize, cache_itemsize=dtype.itemsize)
-        most = self.load.question + self.load.shot * max(self.shots(context))
-        drawn = torch.Generator(device).manual_seed(3)
-        self.tokens = torch.randint(self.setup.decoder.vocabulary, (1, most), generator=drawn, device=device)
+        most = self.load.question + self.load.shot * max(self.shots)
+        self.tokens = _random(self.setup.decoder.vocabulary, most, device, seed=3)
         self.question = self.prompt(0)
         self.stack = self.net.generate(self.describe())
         adapted, merged = shared(self.model), shared(self.model, own=MODULES["q,v"])
@@ -70,23 +62,16 @@ class Served:
         # These keep the cache of the model alone, too: whichever runs writes all of it.
         self.adapted, self.merged = self.alone.on(adapted), self.alone.on(merged)
 
-    @staticmethod
-    def shots(context: Context) -> tuple[int, ...]:
-        return SHOTS if context.full else TINY_SHOTS
-
     def _small(self, context: Context, dtype: torch.dtype) -> None:
-        """SmolLM2-135M with the bundled checkpoint; at size tiny a random model beside a real text encoder."""
+        """SmolLM2-135M with the bundled checkpoint; at size tiny a random model and hypernetwork, a real text encoder."""
         self.name, self.model = models.load(context, dtype)
-        if context.full:
-            engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
-            encoder, self.net = engine.encoder, engine.hypernetwork.requires_grad_(False)
-        else:
-            torch.manual_seed(4)
-            encoder = t2l.TextEncoder.from_pretrained("minilm")
-            sizes = Decoder.from_config(self.model.config), Encoder.from_config(encoder.model.config)
-            config = hypernetwork_for(*sizes, latent_size=32, head_in_size=40)
-            self.net = t2l.HyperNetwork(config).requires_grad_(False)
+        engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+        encoder, self.net = engine.encoder, engine.hypernetwork
         sizes = Decoder.from_config(self.model.config), Encoder.from_config(encoder.model.config)
+        if not context.full:
+            torch.manual_seed(4)
+            self.net = t2l.HyperNetwork(hypernetwork_for(*sizes, latent_size=32, head_in_size=40))
+        self.net.requires_grad_(False)
         itemsizes = {"adapter_itemsize": self.net.dtype.itemsize, "encoder_itemsize": encoder.model.dtype.itemsize}
         self.setup = Setup(*sizes, self.net.config, **itemsizes)
         self.describe = functools.partial(embed_anew, encoder, text_of(encoder, self.load.description))
@@ -97,9 +82,7 @@ class Served:
         self.name, self.model = "7B-shaped, random", models.decoder(self.setup.decoder, device, dtype)
         encoder = models.encoder(self.setup.encoder, device, dtype)
         _, self.net = one_net(context, "mistral-7b", str(dtype).removeprefix("torch."))
-        drawn = torch.Generator(device).manual_seed(4)
-        size = 1, self.load.description
-        text = torch.randint(self.setup.encoder.embeddings, size, generator=drawn, device=device)
+        text = _random(self.setup.encoder.embeddings, self.load.description, device, seed=4)
         self.describe = functools.partial(encoder, text)
 
     # --- the steps of a request ---------------------------------------------------------------------------------------
@@ -133,11 +116,20 @@ class Served:
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """What ours consists of, but for the question."""
-        made = {DESCRIBE: self.describe, GENERATE: functools.partial(self.net.generate, self.describe(), out=self.slots)}
-        if self.put_slots:
-            made[GENERATE] = functools.partial(self.net.generate, self.describe())
-            made[PUT] = functools.partial(self.handle.put, 0, self.stack)
-        return made
+        generate = functools.partial(self.net.generate, self.describe())
+        if not self.put_slots:
+            return {DESCRIBE: self.describe, GENERATE: functools.partial(generate, out=self.slots)}
+        return {DESCRIBE: self.describe, GENERATE: generate, PUT: functools.partial(self.handle.put, 0, self.stack)}
+
+    def requests(self) -> dict[str, Request]:
+        """What every way does, by name."""
+        ways, alone = (costs.ways(self.setup, dataclasses.replace(self.load, shots=n)) for n in (self.load.shots, 0))
+        first = {OURS: ways["t2l-task"].first, ICL: ways["icl"].first, WARM: ways["icl-warm"].first}
+        return first | {KEPT: ways["t2l-task"].later, MERGED: ways["t2l-merged"].later, ALONE: alone["icl"].first}
+
+
+def _random(vocabulary: int, count: int, device: torch.device, seed: int) -> Tensor:
+    return torch.randint(vocabulary, (1, count), generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
 def slots_of(handle: t2l.LoRAHandle, stack: t2l.AdapterStack) -> t2l.AdapterStack:
@@ -158,13 +150,8 @@ def tokens_of(encoder: t2l.TextEncoder, text: str) -> int:
 
 
 def text_of(encoder: t2l.TextEncoder, count: int) -> str:
-    """A description that ``encoder`` reads as ``count`` tokens."""
-    text = "list"
-    while (length := tokens_of(encoder, text)) < count:
-        text += " word"
-    if length != count:
-        raise ValueError(f"count: expected at least the {length} tokens of {text!r}, got {count}")
-    return text
+    """A description that ``encoder`` reads as ``count`` tokens, at least those of "list"."""
+    return "list" + " word" * (count - tokens_of(encoder, "list"))
 
 
 # --- verification ----------------------------------------------------------------------------------------------------
@@ -216,88 +203,75 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
     """The row that carries the claim, its parts, and the sweep over shots."""
     served = make()
     load, dtype = served.load, str(served.model.dtype).removeprefix("torch.")
-    calls = served.calls()
+    calls, requests = served.calls(), served.requests()
     found = errors(served, calls)
     case = f"first question of a new task, {load.question} against {load.question + load.prefix} tokens, {dtype}"
     for name in (KEPT, MERGED):  # ours, too, and what bounds of the others come from
         verify(f"{case}: {name}", {OURS: calls[name]}, {OURS: found[name]})
     verified, skipped = verify(case, calls, found)
     timings = context.time(verified | served.parts(), factor=30, skipped=skipped)
-    ours = costs.ways(served.setup, load)["t2l-task"].first
-    num_bytes = sum(phase.bytes.total for phase in ours.to_first_token)
-    least = context.roofline(ours.flops(first_token=True), num_bytes, dtype)
+    flops = {name: request.flops(first_token=True) for name, request in requests.items()}
+    num_bytes = sum(phase.bytes.total for phase in requests[OURS].to_first_token)
+    least = context.roofline(flops[OURS], num_bytes, dtype)
     lengths = {field: getattr(load, field) for field in ("question", "shots", "shot", "description")}
     shape = {"model": served.name, "dtype": dtype, **lengths}
-    ways = {name: timing for name, timing in timings.items() if not name.startswith("part")}
+    ways = {name: timing for name, timing in timings.items() if name in requests}
     given = {"skipped": skipped, "least": least, "target": TARGET if context.on_cpu else None}
     yield row(context, case, "icl", shape, ways, found[OURS], **given)
     if not context.device.timed:
         return
-    others, rates = [name for name in RIVALS if name in timings], (least["gflops"], least["gbps"])
-    about = {"case": case, "dtype": dtype, "threads": context.threads}
-    about["rates"] = {"gflops": rates[0], "gbps": rates[1]}
-    parts = {name: _part(served, name, timing) for name, timing in timings.items()}
-    measured = {name: spread(timings[name], timings[OURS]) for name in others}
-    predicted = {name: _predicted(served, name, rates) for name in others}
+    rates = {name: least[name] for name in ("gflops", "gbps")}
+    seconds = {name: r.seconds(*(1e9 * rate for rate in rates.values()), first_token=True) for name, r in requests.items()}
+    measured, predicted = {}, {}
+    for name in (name for name in RIVALS if name in ways):
+        measured[name] = spread(timings[name], timings[OURS])
+        over = {"flops": flops[name] / flops[OURS], "roofline": seconds[name] / seconds[OURS]}
+        predicted[name] = {by: round(ratio, 4) for by, ratio in over.items()}
+    phases = {phase.name: phase.flops.total for phase in requests[OURS].phases}
+    flops |= {DESCRIBE: phases["describe"], GENERATE: phases["generate"], PUT: 0}
+    parts = {
+        name: {**timing.to_json(), "flops": flops[name], "gflops": round(flops[name] / timing.median_us / 1e3, 3)}
+        for name, timing in timings.items()
+    }
+    about = {"case": case, "dtype": dtype, "threads": context.threads, "rates": rates}
     yield record("first_question", **about, parts=parts, measured=measured, predicted=predicted)
     yield from _sweep(context, served, dtype)
 
 
+def quantiles(values: Sequence[float], digits: int) -> dict[str, float]:
+    """Median, and between which values nine tenths lie."""
+    cut = statistics.quantiles(values if len(values) > 1 else [*values, *values], n=20, method="inclusive")
+    return {name: round(value, digits) for name, value in (("median", cut[9]), ("low", cut[0]), ("high", cut[-1]))}
+
+
 def spread(of: Timing, over: Timing) -> dict[str, float]:
-    """Ratio of two timings that took turns, round by round: its median, and where nine tenths of the rounds lie.
+    """Ratio of two timings that took turns, round by round.
 
     On a card the slower one has fewer samples, spread over all rounds: each is paired with the other's of that time.
     """
     count = min(len(of.samples), len(over.samples))
     pairs = [[timing.samples[i * len(timing.samples) // count] for timing in (of, over)] for i in range(count)]
-    ratios = sorted(a / b for a, b in pairs)
-    cut = statistics.quantiles(ratios, n=20, method="inclusive")
-    return {"median": round(statistics.median(ratios), 4), "low": round(cut[0], 4), "high": round(cut[-1], 4)}
-
-
-def _request(served: Served, name: str) -> costs.Request:
-    """What ``name`` does."""
-    if name == ALONE:
-        return costs.ways(served.setup, dataclasses.replace(served.load, shots=0))["icl"].first
-    way = costs.ways(served.setup, served.load)[WAYS[name]]
-    return way.later if name in (KEPT, MERGED) else way.first
-
-
-def _predicted(served: Served, name: str, rates: tuple[float, float]) -> dict[str, float]:
-    """Its cost over ours by operations alone, and by the rooflines of its phases at ``rates``."""
-    both = [_request(served, name), _request(served, OURS)]
-    operations = [request.flops(first_token=True) for request in both]
-    seconds = [request.seconds(1e9 * rates[0], 1e9 * rates[1], first_token=True) for request in both]
-    return {"flops": round(operations[0] / operations[1], 4), "roofline": round(seconds[0] / seconds[1], 4)}
-
-
-def _part(served: Served, name: str, timing: Timing) -> dict[str, Any]:
-    phases = {phase.name: phase.flops.total for phase in _request(served, OURS).phases}
-    known = {DESCRIBE: phases["describe"], GENERATE: phases["generate"], PUT: 0}
-    operations = known[name] if name in known else _request(served, name).flops(first_token=True)
-    return {**timing.to_json(), "flops": operations, "gflops": round(operations / timing.median_us / 1e3, 3)}
+    return quantiles([a / b for a, b in pairs], 4)
 
 
 def _sweep(context: Context, served: Served, dtype: str) -> Iterator[Record]:
     """First answer tokens over the number of examples, every length in the same rounds."""
-    counts = served.shots(context)
     kept = functools.partial(served.adapted, served.question)
     calls: dict[tuple[str, int], Callable] = {(OURS, 0): served.new_task, (KEPT, 0): kept}
-    for shots in counts:
+    for shots in served.shots:
         calls |= {(name, shots): call for name, call in served.in_context(shots).items() if shots or name == ICL}
     timings = context.time(calls, factor=40)
     ours = timings[OURS, 0]
-    for shots in counts:
+    for shots in served.shots:
         load = dataclasses.replace(served.load, shots=shots)
         made = {way: of.first.flops(first_token=True) for way, of in costs.ways(served.setup, load).items()}
         cold, warm = timings[ICL, shots], timings.get((WARM, shots), timings[ICL, shots])  # without examples none is cached
         about = {"model": served.name, "dtype": dtype, "threads": context.threads, "shots": shots}
         times = {"new_task_us": ours, "kept_us": timings[KEPT, 0], "icl_us": cold, "icl_warm_us": warm}
+        about |= {"tokens": load.question + load.prefix, **{name: timing.median_us for name, timing in times.items()}}
         ratios = {"icl": spread(cold, ours), "icl-warm": spread(warm, ours)}
         predicted = {rival: round(made[rival] / made["t2l-task"], 4) for rival in ratios}
-        medians = {name: timing.median_us for name, timing in times.items()}
-        tokens = load.question + load.prefix
-        yield record("by_examples", **about, tokens=tokens, **medians, ratio=ratios, predicted=predicted)
+        yield record("by_examples", **about, ratio=ratios, predicted=predicted)
 
 
 # --- on a card -------------------------------------------------------------------------------------------------------
@@ -319,15 +293,13 @@ def decoding(context: Context) -> Iterator[Record]:
     adapted = base.on(models.ours(model, random_adapters(model, MODULES["q,v"], rows, 8), range(rows)))
     token = torch.randint(setup.decoder.vocabulary, (rows, 1), device=device)
     error, case = layer_error(adapted, token), f"decode step, {rows} rows, an adapter or three examples each"
-    steps = {OURS: adapted, BASE: base, ICL: longer}
-    calls, skipped = verify(case, {OURS: functools.partial(adapted, token)}, {OURS: error})
-    calls |= {name: functools.partial(step, token) for name, step in steps.items() if name != OURS}
-    timings = context.time(calls, factor=5, skipped=skipped)
+    verify(case, {OURS: adapted}, {OURS: error})
+    steps, skipped = {OURS: adapted, BASE: base, ICL: longer}, {}
+    timings = context.time({n: functools.partial(s, token) for n, s in steps.items()}, factor=5, skipped=skipped)
     count = costs.decoder_flops(setup.decoder, 1, cached=tokens - 1).total + costs.lora_flops(setup.hypernet, 1).total
     ways = costs.ways(setup, dataclasses.replace(load, answer=ANSWERED))
     least = context.roofline(rows * count, ways["t2l-task"].step_bytes(setup, rows, rows), "bfloat16")
-    held = {
-        f"user_bytes_{name}": ways[way].per_user + ways[way].per_task for name, way in (("t2l", "t2l-task"), ("icl", "icl"))
-    }
-    shape = {"model": "7B-shaped, random", "rows": rows, "tokens": tokens, "in_context": tokens + load.prefix, **held}
+    shape = {"model": "7B-shaped, random", "rows": rows, "tokens": tokens, "in_context": tokens + load.prefix}
+    for name, way in (("t2l", ways["t2l-task"]), ("icl", ways["icl"])):
+        shape[f"user_bytes_{name}"] = way.per_user + way.per_task
     yield row(context, case, "icl", shape, timings, error, skipped=skipped, least=least)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.harness import Record, record
 from bench.study import plan
+from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.folder import CONFIG_NAME
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
 from t2l_engine.research.training import lora, reconstruction, sft
@@ -18,7 +19,7 @@ from t2l_engine.research.training.settings import LoRASettings, ReconstructionSe
 
 #: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone; of "steered",
 #: by input.
-WORDINGS = Path(__file__).with_name("wordings.json")
+WORDINGS = read_json(Path(__file__).with_name("wordings.json"))
 
 
 def folder_of(work: Path, tier: str) -> Path:
@@ -35,28 +36,27 @@ def tasks(source: Path, work: Path, benchmarks: Path | None = None) -> None:
     permissive = manifests.select(manifest.tasks, manifest, "train", permissive=True)
     names = {"train": permissive, "held-out": sorted([*manifest.names("sibling"), *manifest.names("novel")])}
     held = {name for chosen in names.values() for name in chosen}
-    differences = [d for d in manifests.check(source, manifest) if d.task in held]
-    if differences:
+    if differences := [d for d in manifests.check(source, manifest) if d.task in held]:
         raise ConfigError(f"{source}: differs from manifest {plan.MANIFEST}, first: {differences[0]}")
-    wordings = json.loads(WORDINGS.read_text(encoding="utf-8"))
     everything = []
     for tier, chosen in names.items():
         loaded = load_tasks(source, None, names=chosen)
-        _write(folder_of(work, tier), [_worded(task, wordings) for task in loaded])
-        everything += [dataclasses.replace(task, descriptions=tuple(wordings["held-out"][task.name])) for task in loaded]
-    _write(folder_of(work, "evaluation"), everything)
+        write(folder_of(work, tier), [worded(task) for task in loaded])
+        everything += [dataclasses.replace(task, descriptions=tuple(WORDINGS["held-out"][task.name])) for task in loaded]
+    write(folder_of(work, "evaluation"), everything)
     if benchmarks is not None:
-        _write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
+        write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
 
 
-def _worded(task: Task, wordings: dict[str, dict[str, list[str]]]) -> Task:
+def worded(task: Task) -> Task:
     """``task`` with its own descriptions and the study's, each once, without those that are held out."""
-    texts = [*task.descriptions, *wordings["train"].get(task.name, [])]
-    out = wordings["held-out"][task.name]
-    return dataclasses.replace(task, descriptions=tuple(text for text in dict.fromkeys(texts) if text not in out))
+    texts = dict.fromkeys([*task.descriptions, *WORDINGS["train"].get(task.name, [])])
+    out = WORDINGS["held-out"][task.name]
+    return dataclasses.replace(task, descriptions=tuple(text for text in texts if text not in out))
 
 
-def _write(folder: Path, tasks: Sequence[Task]) -> None:
+def write(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write the folder, or ConfigError where it holds other tasks."""
     if not (folder / DESCRIPTIONS_NAME).is_file():
         write_tasks(folder, tasks)
     elif load_tasks(folder, None) != sorted(tasks, key=lambda task: task.name):
@@ -69,22 +69,32 @@ def train(name: str, work: Path) -> Path:
     """Train run ``name`` of the plan below ``work``."""
     run = plan.RUNS[name]
     if isinstance(run.settings, ReconstructionSettings):
-        library = work / "library-train" / lora.ADAPTERS
-        names = plan.chosen(read_descriptions(library), run.count)
-        return reconstruction.train(run.settings, library, work / name, names=names)
-    folder, names = folder_of(work, run.tier), None
-    if run.learnable or run.count is not None:
-        names = list(plan.LEARNABLE) if run.learnable else [task.name for task in load_tasks(folder, "train")]
-        names = plan.chosen(names, run.count)
-    method = lora if isinstance(run.settings, LoRASettings) else sft
-    return method.train(run.settings, folder, work / name, names=names)
+        method, source = reconstruction, work / "library-train" / lora.ADAPTERS
+    else:
+        method, source = lora if isinstance(run.settings, LoRASettings) else sft, folder_of(work, run.tier)
+    return method.train(run.settings, source, work / name, names=plan.chosen(read_descriptions(source), run.count))
 
 
-def finished(name: str, work: Path) -> bool:
-    """Whether run ``name`` has ended: what is judged are the runs that have."""
-    run = plan.RUNS[name]
-    if not isinstance(run.settings, LoRASettings):
-        path = work / name / CONFIG_NAME  # written with every saved state
-        return path.is_file() and read_json(path)["training"]["steps_done"] == run.settings.steps
-    waves = list((work / name / lora.WAVES).glob("*"))
-    return bool(waves) and all((wave / lora.RECORD).is_file() for wave in waves)
+def trained(name: str, work: Path) -> Record:
+    """Settings, tokens and seconds of a run, and its curve: million tokens so far, mean loss of a twentieth of the steps.
+
+    No curve, nor validation losses, of a run in waves, each of other tasks.
+    """
+    run, waves = plan.RUNS[name], logged(work / name)
+    steps = [row for wave in waves for row in wave if "loss" in row]
+    bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
+    curve, tokens = [], 0
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        tokens += sum(row.get("tokens", 0) for row in steps[start:end])  # a reconstruction reads none
+        curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
+    return record(
+        "training",
+        run=name,
+        settings=run.settings.model_dump(mode="json"),
+        tasks=run.count,
+        steps=len(steps),
+        tokens=sum(row.get("tokens", 0) for row in steps),
+        seconds=round(sum(row["seconds"] for row in steps)),
+        curve=curve,
+        validation=[round(row["val_loss"], 4) for row in waves[0] if "val_loss" in row] if len(waves) == 1 else [],
+    )
