@@ -290,7 +290,7 @@ def layer_error(step: Step, tokens: Tensor) -> Error:
         hook.remove()
     errors = []
     for layer, x, y in seen:
-        (member,) = layer._members
+        (member,) = layer.members
         segments = layer._routing.segments(*tokens.shape)
         exact = layer.base(x).double().flatten(0, 1)
         operands = (x.double().flatten(0, 1), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
