@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaCon
 from transformers.cache_utils import Cache, DynamicLayer
 
 import t2l_engine as t2l
+from bench import baselines
 from bench.harness import Context, Error, worst
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.lora.layer import LoRALinear
@@ -153,19 +154,13 @@ def merged(model: nn.Module, stack: t2l.AdapterStack, index: int) -> nn.Module:
 
 def peft_model(model: nn.Module, stack: t2l.AdapterStack) -> nn.Module:
     """PEFT's model around the same weights, adapter i under the name ``str(i)``; adapter 0 is active."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    wrapped, names = None, sorted(stack.lora_A)
-    for i, scaling in enumerate(stack.scaling.tolist()):
-        r = int(max(ranks[i].max() for ranks in stack.ranks.values()))
-        config = LoraConfig(r=r, lora_alpha=scaling * r, target_modules=names, init_lora_weights=False)
-        if wrapped is None:
-            wrapped = get_peft_model(shared(model), config, adapter_name=str(i), autocast_adapter_dtype=False)
-        else:
-            wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
+    (rank,) = {lora_A.shape[2] for lora_A in stack.lora_A.values()}
+    wrapped = baselines.peft_model(shared(model), sorted(stack.lora_A), rank, stack.scaling.tolist())
+    for i in range(len(stack)):
         set_peft_model_state_dict(wrapped, stack.state_dict_peft(i), adapter_name=str(i))
-    wrapped.set_adapter("0")
-    return wrapped.eval().requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
+    return wrapped.requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
 
 
 def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forward:
