@@ -199,8 +199,8 @@ def compare(
     ] = comparing.ROUNDS,
     threads: Threads = DEFAULT_THREADS,
 ) -> None:
-    """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit."""
-    found = comparing.trees(old, new, threads, only, rounds)
+    """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit, twice."""
+    found = comparing.trees(old, new, threads, only, rounds, limit)
     failed = comparing.slower(found, limit)
     made = Table(title=f"new over old on {threads} threads, at most {limit:g}")
     for name in ("case", "old, us", "new, us", "ratio", "quartiles"):

@@ -10,9 +10,8 @@ import functools
 import pytest
 import torch
 
-from bench import baselines
-from bench.harness import OURS, verify
-from bench.suites.generate import DTYPES, adapter_errors
+from bench.harness import OURS
+from bench.suites import generate
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
@@ -48,27 +47,20 @@ def test_hypernet_ops(benchmark, case, backend):
 
 @functools.cache
 def verified(variant, dtype, count):
-    """Calls of every way to generate ``count`` adapters, and their errors on other descriptions."""
+    """Calls of every way to generate ``count`` adapters, verified on other descriptions."""
     shape = dataclasses.replace(SHAPES["smollm2-135m"], variant=variant)
     net = shape.make(seed=1).set_dtype(getattr(torch, dtype))
-    eager = baselines.Eager(net)
-    generators = {OURS: baselines.of_stack(net), "reference": baselines.plain(net), "eager": eager}
-    fresh, timed = (shape.task_embeddings(count, seed) for seed in (2, 3))
-    results = {name: eager.stacked(f(fresh)) if f is eager else f(fresh) for name, f in generators.items()}
-    errors = adapter_errors(copy.deepcopy(net).set_dtype(torch.float64), results, fresh, net.dtype)
-    return {name: functools.partial(f, timed) for name, f in generators.items()}, errors
+    functions, skipped, _ = generate.candidates(net, copy.deepcopy(net).set_dtype(torch.float64), shape, count)
+    assert not skipped
+    return functions
 
 
-@pytest.mark.parametrize("way", [OURS, "reference", "eager"], ids=lambda way: "native" if way == OURS else way)
+@pytest.mark.parametrize("way", generate.CPU_WAYS, ids=lambda way: "native" if way == OURS else way)
 @pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", generate.DTYPES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_generate(benchmark, variant, dtype, count, way):
     if way == OURS and not ops.NATIVE:
         pytest.skip("no native library")
-    case = f"smollm2-135m {variant} {dtype} {count}"
-    benchmark.group = f"generate {case}"
-    functions, errors = verified(variant, dtype, count)
-    _, wrong = verify(case, {way: functions[way]}, errors)
-    assert not wrong
-    benchmark(functions[way])
+    benchmark.group = f"generate smollm2-135m {variant} {dtype} {count}"
+    benchmark(verified(variant, dtype, count)[way])
