@@ -173,9 +173,9 @@ def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forwa
 # --- steps -----------------------------------------------------------------------------------------------------------
 
 
-def decode(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
-    """A call of one decode step after ``prompt [rows, n]``, always the same one; its logits ``[rows, vocabulary]``."""
-    cache = DynamicCache()
+def decode(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call of one decode step, always the same one: the last of ``tokens [rows, n]`` after the others; its logits."""
+    cache, prompt, token = DynamicCache(), tokens[:, :-1], tokens[:, -1:]
     forward(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1)
 
     def step() -> Tensor:
@@ -186,8 +186,9 @@ def decode(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tens
     return step
 
 
-def prefill(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
-    """A call that reads ``prompt`` into a new cache; the logits after its last token."""
+def prefill(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call that reads all but the last of ``tokens`` into a new cache; the logits after them."""
+    prompt = tokens[:, :-1]
     return lambda: forward(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
