@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -235,6 +236,11 @@ class Task(NamedTuple):
     run: Callable[[], Iterable[Record]]
     needs: float = 0.0
 
+    @staticmethod
+    def of(name: str, function: Callable[..., Iterable[Record]], *arguments: Any, needs: float = 0.0) -> Task:
+        """The task that calls ``function`` with ``arguments``."""
+        return Task(name, functools.partial(function, *arguments), needs)
+
 
 class Log:
     """The records of a run, appended to a file (None: kept here alone) as they come."""
@@ -355,8 +361,7 @@ def machine(context: Context) -> Record:
     isa = about["instruction_sets"]["chosen"] if about else "reference"
     known = {"cpu": _cpu(), "cores": cores, "threads": context.threads, "isa": isa, "memory_gib": round(memory, 1)}
     if not context.device.on_card:
-        l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
-        return {**known, "l2_mib": l2, "l3_mib": l3}
+        return known | {f"l{level}_mib": (found := cache_bytes(level)) and found / 2**20 for level in (2, 3)}
     card = torch.cuda.get_device_properties(context.device.torch)
     return known | {
         "gpu": card.name,
@@ -379,17 +384,14 @@ def versions() -> dict[str, str | None]:
     """Of what a result depends on; None where it is not installed."""
     about = native.about()
     known = {"t2l_engine": t2l_engine.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    known |= {"compiler": about and about["build"]["compiler"]} | {n: _installed(n) for n in ("peft", "transformers")}
-    if torch.version.cuda:
-        known |= {"cuda": torch.version.cuda, "triton": _installed("triton"), "nvidia-ml-py": _installed("nvidia-ml-py")}
+    known |= {"compiler": about and about["build"]["compiler"]}
+    known |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    for name in ("peft", "transformers", *(("triton", "nvidia-ml-py") if torch.version.cuda else ())):
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            known[name] = None
     return known
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def rows_of(records: Iterable[Record]) -> Iterator[Record]:

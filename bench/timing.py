@@ -356,8 +356,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def rotated(build: Callable[[Any], Call], sets: Sequence[Any], graph: bool = True) -> Candidate:
-    """The candidate that ``build`` makes of each set of operands."""
-    return Candidate([build(one) for one in sets], graph)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -35,16 +36,13 @@ TINY = Decoder.from_config({"model_type": "llama", **_WIDTHS, "num_attention_hea
 
 
 def plan(context: Context) -> list[Task]:
-    if context.on_cpu:
-        tasks = []
-        for dtype in ("float32", "bfloat16"):
-            tasks.append(Task(f"model {dtype}", functools.partial(steps, context, getattr(torch, dtype))))
-            tasks.append(Task(f"model sweep {dtype}", functools.partial(sweep, context, getattr(torch, dtype))))
-        return tasks
-    return [
-        Task(step_name(modules, rows), functools.partial(cuda, context, modules, rows, counts), needs=15.0)
-        for modules, rows, counts in (CUDA_FULL if context.full else CUDA_TINY)
-    ]
+    if not context.on_cpu:
+        chosen = CUDA_FULL if context.full else CUDA_TINY
+        return [
+            Task.of(step_name(modules, rows), cuda, context, modules, rows, n, needs=15.0) for modules, rows, n in chosen
+        ]
+    both = itertools.product(("float32", "bfloat16"), {"model": steps, "model sweep": sweep}.items())
+    return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in both]
 
 
 # --- a small model on a CPU ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -36,10 +37,10 @@ FULL = {
 TINY = {"smollm2-135m": (VARIANTS, (1, 8))}
 #: The model that targets are stated for, by variant and dtype at one description; and at many.
 TARGETED = "mistral-7b"
-ONE = {"L": dict(zip(DTYPES, (1.25, 1.35), strict=True))} | dict.fromkeys(
-    ("M", "S-learnable"), dict(zip(DTYPES, (1.35, 1.5), strict=True))
-)
+ONE = {"L": (1.25, 1.35), "M": (1.35, 1.5), "S-learnable": (1.35, 1.5)}
 MANY, AS_ONE, MEMORY = Target(1.2), Target(1.0, of="one description"), Target(1.2, of="weights + adapters")
+#: What is added to the case of 64 beside one, by how it was generated.
+ENDINGS = {"": OURS, f", {PREALLOCATED}": PREALLOCATED}
 #: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
 CHUNK = 8
 #: Compiling takes a minute: the released Mistral form only, at this number of descriptions.
@@ -47,14 +48,7 @@ COMPILED = "torch.compile"
 COMPILED_AT = (1,)
 
 #: On a card: (model, dtype) in order of worth; numbers of descriptions.
-CUDA_FULL = (
-    ("mistral-7b", "bfloat16"),
-    ("llama-3.1-8b", "bfloat16"),
-    ("gemma-2-2b", "bfloat16"),
-    ("mistral-7b", "float32"),
-    ("llama-3.1-8b", "float32"),
-    ("gemma-2-2b", "float32"),
-)
+CUDA_FULL = tuple((name, dtype) for dtype in DTYPES[::-1] for name in ("mistral-7b", "llama-3.1-8b", "gemma-2-2b"))
 CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
@@ -72,23 +66,21 @@ def plan(context: Context) -> list[Task]:
     # Fail fast: cheapest checks first.
     tasks = request.plan(context)
     if context.on_cpu:
-        tasks.append(Task("memory", functools.partial(memory, context)))
+        tasks.append(Task.of("memory", memory, context))
         for name, (variants, counts) in (FULL if context.full else TINY).items():
-            for variant in variants:
+            for variant, dtype in itertools.product(variants, DTYPES):
                 shape = dataclasses.replace(SHAPES[name], variant=variant)
-                for dtype in DTYPES:
-                    run = functools.partial(generation, context, shape, dtype, counts)
-                    tasks.append(Task(f"{name} {variant} {dtype}", run))
+                tasks.append(Task.of(f"{name} {variant} {dtype}", generation, context, shape, dtype, counts))
         return tasks
     counts = (1, 8, 64) if context.full else (1, 2)
     for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
-        tasks.append(Task(f"{name} L {dtype}", functools.partial(cuda, context, name, dtype, counts), needs=10.0))
+        tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts, needs=10.0))
     if context.device.timed:
-        tasks.append(Task("energy idle", functools.partial(energy.idle, context), needs=3.0))
+        tasks.append(Task.of("energy idle", energy.idle, context, needs=3.0))
         for count in counts:
             work = functools.partial(joules, context, count)
-            tasks.append(Task(f"energy {count}", functools.partial(energy.measured, context, work), needs=8.0))
-        tasks.append(Task(COMPILED, functools.partial(cuda_compiled, context), needs=30.0))
+            tasks.append(Task.of(f"energy {count}", energy.measured, context, work, needs=8.0))
+        tasks.append(Task.of(COMPILED, cuda_compiled, context, needs=30.0))
     return tasks
 
 
@@ -165,40 +157,37 @@ def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence
     """
     net = shape.make(seed=1)
     if dtype == "bfloat16":
-        single = net
-        net = copy.deepcopy(net).set_dtype(torch.bfloat16)
+        single, net = net, copy.deepcopy(net).set_dtype(torch.bfloat16)
         yield _cost_of_bf16(shape, single, net)
         del single
-    targeted = context.full and shape.name == TARGETED
+    targeted = shape.name == TARGETED
+    also = targeted and context.full
     exact = copy.deepcopy(net).set_dtype(torch.float64)
-    chosen = {n: candidates(net, exact, shape, n, targeted and shape.variant == "L") for n in counts}
+    chosen = {n: candidates(net, exact, shape, n, also and shape.variant == "L") for n in counts}
     del exact
-    again = {n: _preallocated(net, shape, n) for n in counts} if targeted else {}
-    for threads in context.thread_counts if targeted else [context.threads]:
+    again = {n: _preallocated(net, shape, n) for n in counts} if also else {}
+    for threads in context.thread_counts if also else [context.threads]:
         here = [n for n in counts if threads == context.threads or n == 1]
         gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
         functions = {(n, name): f for n in here for name, f in chosen[n][0].items()}
         functions |= {(n, PREALLOCATED): again[n] for n in here if again}
         timings = context.time({**functions, "gemm": gemm}, threads, factor=3)
         gflops = gemm_flops / 1e3 / timings["gemm"].median_us
-        peak = context.ceilings.fma_at(dtype, threads)
         for n in here:
-            _, skipped, error = chosen[n]
+            calls, skipped, error = chosen[n]
             case, fields = described(shape, dtype, n)
+            emit = functools.partial(row, context, group="generate", shape=fields, error=error, count=threads)
             gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
-            least = roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)
-            target = {1: Target(ONE[shape.variant][dtype]), 64: MANY}.get(n) if shape.name == TARGETED else None
-            of_n = {name: timings[n, name] for name in chosen[n][0]}
-            rows = {case: (of_n, {"least": least, "target": target, "peak_gflops": peak, "skipped": skipped})}
+            given = {"least": roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)}
+            given["target"] = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
+            given["peak_gflops"] = context.ceilings.fma_at(dtype, threads)
+            yield emit(case, timings={name: timings[n, name] for name in calls}, skipped=skipped, **given)
             if again:
-                beside = {OURS: timings[n, PREALLOCATED], FRESH: of_n[OURS]}
-                rows[f"{case}, {PREALLOCATED}"] = beside, {"least": least, "target": target, "peak_gflops": peak}
-            if shape.name == TARGETED and n == 64:
-                for suffix, name in {"": OURS, f", {PREALLOCATED}": PREALLOCATED}.items():
-                    unit = {"target": AS_ONE, "unit_us": 64 * timings[1, name].median_us}
-                    rows[f"{case}{suffix}, beside one"] = {OURS: timings[n, name]}, unit
-            for name, (times, given) in rows.items():
-                yield row(context, name, "generate", fields, times, error, count=threads, **given)
+                beside = {OURS: timings[n, PREALLOCATED], FRESH: timings[n, OURS]}
+                yield emit(f"{case}, {PREALLOCATED}", timings=beside, **given)
+            for suffix, name in ENDINGS.items() if targeted and n == 64 else ():
+                one, many = timings[1, name], {OURS: timings[n, name]}
+                yield emit(f"{case}{suffix}, beside one", timings=many, target=AS_ONE, unit_us=64 * one.median_us)
 
 
 def _preallocated(net: HyperNetwork, shape: HyperShape, count: int) -> Callable[[], object]:

@@ -75,12 +75,12 @@ def plan(context: Context) -> list[Task]:
     if not context.on_cpu:
         raise BenchError(f"device: expected 'cpu' for the suite train, got {context.device.kind!r}")
     few = [case for case in cases(context) if case.modules == "q,v"]
-    # Fail fast: a mistake shows soonest in the cheapest.
-    tasks = [Task(f"library {dtype}", functools.partial(library, context, dtype)) for dtype in ATTENTION]
-    tasks += [Task(f"sft step {case.name}", functools.partial(whole, context, case)) for case in few]
-    tasks += [Task(f"step {case.name}", functools.partial(applied, context, case)) for case in cases(context)]
     measured, of = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
-    return tasks + [Task(f"memory {case.name}", functools.partial(memory, context, case, of)) for case in measured]
+    # Fail fast: cheapest checks first.
+    tasks = [Task.of(f"library {dtype}", library, context, dtype) for dtype in ATTENTION]
+    tasks += [Task.of(f"sft step {case.name}", whole, context, case) for case in few]
+    tasks += [Task.of(f"step {case.name}", applied, context, case) for case in cases(context)]
+    return tasks + [Task.of(f"memory {case.name}", memory, context, case, of) for case in measured]
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
