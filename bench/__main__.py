@@ -38,9 +38,6 @@ Out = Annotated[Path | None, typer.Option(help="result file; default of a whole 
 Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
-# --- suites of times -------------------------------------------------------------------------------------------------
-
-
 def measure(
     ctx: typer.Context,
     size: Annotated[Literal["tiny", "full"], typer.Option(help="tiny: small shapes, few rounds; not to be quoted")] = "full",
@@ -113,9 +110,6 @@ def shown(records: Sequence[Record]) -> Table:
     return made
 
 
-# --- studies ---------------------------------------------------------------------------------------------------------
-
-
 def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
     """A file of records that are no rows of times."""
     made = [harness.head(ctx.info_name, Context.of("full", threads), spelled(ctx)), *records]
@@ -183,9 +177,6 @@ def kernels(
     from bench.kernels import command
 
     typer.echo(command(check, jobs))
-
-
-# --- comparing, and what is made of results --------------------------------------------------------------------------
 
 
 @app.command()

@@ -23,9 +23,6 @@ from t2l_engine.ops import reference
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
 
 
-# --- generating adapters ---------------------------------------------------------------------------------------------
-
-
 def of_stack(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
     """``net`` as it is, with the plain result that baselines have."""
 
@@ -173,9 +170,6 @@ def compiled(net: HyperNetwork, example: Tensor) -> Callable[[Tensor], Adapters]
     return generate
 
 
-# --- applying adapters: builders of calls from the arguments of ``ops.lora_add_`` -----------------------------------------
-
-
 def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
     """(first token, end, adapter, scaling) of every segment that has work."""
     bounds, scaling = arguments["seg_indptr"].tolist(), arguments["scaling"].tolist()
@@ -231,8 +225,6 @@ def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
     return lambda: torch.bmm(lora_B[ids], torch.bmm(lora_A[ids], x[:, :, None]) * scaling)[..., 0]
 
 
-# --- PEFT ------------------------------------------------------------------------------------------------------------
-
 #: Why a PEFT baseline is absent, None where it is there.
 PEFT_ABSENT = None if importlib.util.find_spec("peft") else "peft is not installed"
 
@@ -259,8 +251,6 @@ def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
         layer.lora_B[str(i)].weight.copy_(B)
     return layer
 
-
-# --- a copy on a card ------------------------------------------------------------------------------------------------
 
 COPY = "copy"
 

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.timing import Call, Device, elapsed_us, measure, threads
+from bench.baselines import copies
+from bench.timing import Call, Candidate, Device, elapsed_us, measure, threads
 
 T = TypeVar("T")
 Key = tuple[str, Any, int]
@@ -70,9 +71,6 @@ class Ceilings:
         for key in sorted(self.rates, key=str):
             other.get(*key)
         return other
-
-
-# --- a CPU -----------------------------------------------------------------------------------------------------------
 
 
 def gemm_call(dtype: torch.dtype, size: int, device: torch.device | None = None) -> tuple[Call, int]:
@@ -174,8 +172,6 @@ def _rounded(num_bytes: int, count: int) -> int:
     return num_bytes // step * step
 
 
-# --- a card ----------------------------------------------------------------------------------------------------------
-
 #: Products that are timed: dtype of the operands, rows of the squares, torch's float32_matmul_precision.
 GEMMS = {
     "bfloat16": (torch.bfloat16, 8192, "highest"),
@@ -207,9 +203,13 @@ class CudaCeilings(Ceilings):
         return max(self.get("read", self._big, 1), self.get("copy", 2 * self._big, 1))
 
     def probe(self, kind: str, of: Any, count: int) -> float:
-        if kind != "gemm":
-            calls = memory_ways(self.device.torch, of if kind == "read" else of // 2, kind)
-            return of / self._fastest(calls) / 1e3
+        if kind == "copy":
+            return of / self._fastest(copies(self.device, of, 1)) / 1e3
+        if kind == "read":
+            numbers = torch.randn(of // 4, device=self.device.torch)
+            matrix = numbers.view(-1, 4096 if of >= 1 << 26 else 64)
+            vector = torch.randn(matrix.shape[1], device=self.device.torch)
+            return of / self._fastest({"sum": numbers.sum, "product": lambda: torch.mv(matrix, vector)}) / 1e3
         dtype, n, precision = GEMMS[of]
         call, flops = gemm_call(dtype, n if self.device.on_card else 128, self.device.torch)
         before = torch.get_float32_matmul_precision()
@@ -219,7 +219,7 @@ class CudaCeilings(Ceilings):
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def _fastest(self, calls: Mapping[str, Call]) -> float:
+    def _fastest(self, calls: Mapping[str, Call | Candidate]) -> float:
         """Microseconds."""
         return min(timing.median_us for timing in measure(self.device, calls, seconds=self.seconds).values())
 
@@ -230,20 +230,6 @@ class CudaCeilings(Ceilings):
         for size in sizes if self.device.on_card else ():
             self.get("read", size, 1)
             self.get("copy", 2 * size, 1)
-
-
-def memory_ways(device: torch.device, size: int, kind: str) -> dict[str, Call]:
-    """Ways to read ``size`` bytes (a sum; a matrix times a vector), or to copy them (a copy; a kernel)."""
-    source = torch.randn(size // 4, device=device)
-    if kind == "read":
-        matrix = source.view(-1, 4096 if source.numel() >= 1 << 24 else 64)
-        vector = torch.randn(matrix.shape[1], device=device)
-        return {"sum": lambda: source.sum(), "matrix times vector": lambda: torch.mv(matrix, vector)}
-    target = torch.empty_like(source)
-    return {"copy": lambda: target.copy_(source), "copy kernel": lambda: torch.neg(source, out=target)}
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def cache_bytes(level: int) -> int | None:

@@ -71,9 +71,6 @@ def confirmed(measure: Callable[[Sequence[str]], dict[str, Compared]], cases: Se
     return found | (measure(again) if again else {})
 
 
-# --- trees -----------------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def tree(where: str) -> Iterator[Path]:
     """A folder as it is, or a revision of this history, exported and built elsewhere.  Raises BenchError for neither."""

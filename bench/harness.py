@@ -44,9 +44,6 @@ class VerificationError(BenchError):
     """Ours does not compute what it should; it was not timed."""
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
 class Error(NamedTuple):
     """An error against the float64 oracle, and what numerics.py allows."""
 
@@ -85,9 +82,6 @@ def verify(case: str, functions: Mapping[str, Any], errors: Mapping[str, Error])
             raise VerificationError(f"{case}: error {value:.3g} beyond {bound:.3g}: {measure}")
         skipped[name] = f"wrong: error {value:.3g} where {bound:.3g} is allowed"
     return {name: function for name, function in functions.items() if name not in skipped}, skipped
-
-
-# --- a run and its rows ----------------------------------------------------------------------------------------------
 
 
 def device_of(name: str) -> Device:
@@ -342,9 +336,6 @@ def _attempt(context: Context, task: Task) -> list[Record]:
         torch.cuda.empty_cache()
         made += [record("uncaptured", names=dict(names))] if (names := context.device.uncaptured) else []
     return [*made, record("task", name=task.name, seconds=round(time.monotonic() - start, 1))]
-
-
-# --- what was measured -----------------------------------------------------------------------------------------------
 
 
 def head(suite: str, context: Context, command: str) -> Record:

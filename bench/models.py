@@ -30,10 +30,10 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
 #: Llama-8B's, too, but for the vocabulary.
 MISTRAL = known_setup("mistral-7b").decoder
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_WIDTHS = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
+TINY = costs.Decoder.from_config({"model_type": "llama", **_HEADS, **_WIDTHS})
 Forward = Callable[..., Any]
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
@@ -46,14 +46,10 @@ def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
         if dtype == torch.float64:
             return "SmolLM2-135M", packaged.load(torch.float32)[0].double()
         return "SmolLM2-135M", packaged.load(dtype)[0]
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=128, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config)
+    model = decoder(TINY, torch.device("cpu"), torch.float32).requires_grad_()
     for parameter in model.parameters():  # not buffers: rotary frequencies stay as they are
         parameter.data = parameter.data.bfloat16().to(dtype)
-    return "tiny Llama", model.eval()
+    return "tiny Llama", model
 
 
 def decoder(shape: costs.Decoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -112,9 +108,6 @@ def linears(model: nn.Module, name: str) -> list[tuple[nn.Module, nn.Linear]]:
     return [(parent, getattr(parent, name)) for parent in parents]
 
 
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-
 def random_adapters(model: nn.Module, names: Sequence[str], count: int, rank: int) -> t2l.AdapterStack:
     """Adapters in float32 whose deltas are a tenth of a linear's output or so."""
     device = model.lm_head.weight.device
@@ -168,9 +161,6 @@ def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forwa
     model = shared(model)
     t2l.attach(model, stack).set(list(ids))
     return model
-
-
-# --- steps -----------------------------------------------------------------------------------------------------------
 
 
 def decode(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:

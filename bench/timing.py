@@ -131,9 +131,6 @@ def elapsed_us(run: Call) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
 class Cpu:
     """This CPU.  ``timed``: whether times mean something."""
 
@@ -295,9 +292,6 @@ class Cuda(Dry):
 
 
 Device = Cpu | Dry | Cuda
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 def measure(

@@ -180,7 +180,7 @@ def test_ceilings_are_kept_written_and_read(monkeypatch):
 
 def test_rooflines_of_a_card_take_the_faster_way(monkeypatch):
     device = Dry()
-    us = {"sum": 10.0, "matrix times vector": 20.0, "copy": 40.0, "copy kernel": 16.0, "mm": 1.0}
+    us = {"sum": 10.0, "product": 20.0, "copy by copy": 40.0, "copy by kernel": 16.0, "mm": 1.0}
     monkeypatch.setattr(ceilings, "measure", lambda device, ways, seconds: {n: Timing.of([us[n]] * 2) for n in ways})
     made = CudaCeilings(device=device)
     assert made.bandwidth_at() == pytest.approx(2 * (1 << 20) / 16.0 / 1e3), "a copy moves twice the bytes"

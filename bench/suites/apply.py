@@ -115,9 +115,6 @@ def prefill_cases(full: bool) -> list[Case]:
     return [Case(LAYERS[layer], *of) for layer, *of in chosen]
 
 
-# --- batched LoRA alone ----------------------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def lora(context: Context, case: Case, group: str, caches: Sequence[str], count: int) -> Iterator[Record]:
     """The linears' own products left out: a row for each of ``caches`` that the case has, on ``count`` threads."""
@@ -214,14 +211,11 @@ def joules(context: Context) -> energy.Work:
     return energy.Work(name, "adapter", case.adapters * len(calls), calls)
 
 
-# --- with gradients --------------------------------------------------------------------------------------------------
-
 Delta = Callable[[Arguments], Callable[[], Tensor]]
 
 
 def _delta(backend) -> Delta:
-    names = ("x", "lora_A", "lora_B", "scaling", "seg_indptr", "seg_adapters", "max_seg_len", "ranks")
-    return lambda arguments: lambda: backend.lora_delta(*(arguments[name] for name in names))
+    return lambda arguments: functools.partial(backend.lora_delta, *(arguments[name] for name in cases.ORDER[1:]))
 
 
 DELTAS: dict[str, Delta] = {OURS: _delta(ops), "mm loop": mm_loop_delta, "gather bmm": gather_bmm_delta}
@@ -274,9 +268,6 @@ def backward(context: Context, case: Case) -> Iterator[Record]:
         given = {"count": count, "cache": "warm", "skipped": skipped, "least": least, "peak_gflops": peak}
         shape = case.shape("forward and backward")
         yield row(context, case.name, "backward", shape, timings, errors[OURS], **given)
-
-
-# --- around a linear -------------------------------------------------------------------------------------------------
 
 
 def attached(linear: nn.Linear, arguments: Arguments) -> nn.Module:

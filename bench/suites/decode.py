@@ -16,7 +16,6 @@ from bench.baselines import PEFT_ABSENT
 from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, row, verify
 from bench.models import LINEARS, MODULES, Forward, Step
 from bench.records import BASE
-from t2l_engine.research.costs import Decoder
 
 ROWS, CACHED = 8, 64
 #: Name of a set of adapters -> its target.
@@ -31,8 +30,6 @@ CUDA_FULL = (("q,v", 64, (1, 8, 64)), ("q,v", 1, (1,)), ("all linears", 64, (64,
 CUDA_TINY = (("q,v", 4, (1, 4)), ("all linears", 2, (2,)))
 CUDA_TARGET = Target(1.08, of=BASE)
 RANK, CONTEXT = 8, 128
-_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
-TINY = Decoder.from_config({"model_type": "llama", **_WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2})
 
 
 def plan(context: Context) -> list[Task]:
@@ -43,9 +40,6 @@ def plan(context: Context) -> list[Task]:
         ]
     both = itertools.product(("float32", "bfloat16"), {"model": steps, "model sweep": sweep}.items())
     return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in both]
-
-
-# --- a small model on a CPU ------------------------------------------------------------------------------------------
 
 
 def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
@@ -140,9 +134,6 @@ def _row(context: Context, case: str, shape: Record, dtype: torch.dtype, timings
     return row(context, f"{case}, {name}", "model", shape | {"dtype": name}, timings, error, **given)
 
 
-# --- a decode step of a 7B-shaped model on a card --------------------------------------------------------------------
-
-
 def step_name(modules: str, rows: int, adapters: int = 0) -> str:
     """``adapters``: 0 for all numbers of them together."""
     of = f", {adapters} adapter{'s' if adapters > 1 else ''}" if adapters else ""
@@ -153,7 +144,7 @@ def step_name(modules: str, rows: int, adapters: int = 0) -> str:
 def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Iterator[Record]:
     """A row for every number of adapters, all beside the same base step."""
     device, dtype = context.device.torch, torch.bfloat16
-    shape = models.MISTRAL if context.full else TINY
+    shape = models.MISTRAL if context.full else models.TINY
     base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
     tokens = torch.randint(shape.vocabulary, (rows, 1), device=device)
     stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)

@@ -84,9 +84,6 @@ def plan(context: Context) -> list[Task]:
     return tasks
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
-
-
 def built(net: HyperNetwork, ways: Mapping[str, Way], skipped: dict[str, str] | None) -> dict[str, Generate]:
     """What ``ways`` make of ``net``; a baseline that throws goes to ``skipped``."""
     made = {}
@@ -144,9 +141,6 @@ def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
     """The case and the shape of a row."""
     case = f"{shape.name} {shape.variant} {dtype}, {count} description{'s' if count > 1 else ''}"
     return case, {"model": shape.name, "variant": shape.variant, "dtype": dtype, "descriptions": count}
-
-
-# --- on a CPU --------------------------------------------------------------------------------------------------------
 
 
 def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
@@ -243,9 +237,6 @@ def memory(context: Context) -> Iterator[Record]:
         adapters_mib=round(adapters / 2**20, 1),
         target=MEMORY.to_json() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
     )
-
-
-# --- on a card -------------------------------------------------------------------------------------------------------
 
 
 def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:

@@ -83,9 +83,6 @@ def plan(context: Context) -> list[Task]:
     return tasks + [Task.of(f"memory {case.name}", memory, context, case, of) for case in measured]
 
 
-# --- a step ----------------------------------------------------------------------------------------------------------
-
-
 class Frozen(NamedTuple):
     """A model whose parameters ask for no gradients, and tokens of a text that it can read."""
 
@@ -177,9 +174,6 @@ def step(way: Way, stack: t2l.AdapterStack | None, batch: Batch) -> Callable[[],
             return list(torch.autograd.grad(loss_of(way.model, batch), wanted))
 
     return run
-
-
-# --- ways ------------------------------------------------------------------------------------------------------------
 
 
 def base(model: nn.Module, _: t2l.AdapterStack | None) -> Way:
@@ -299,8 +293,6 @@ def applied(context: Context, case: Case) -> Iterator[Record]:
     yield row(context, case.name, "train", shape, timings, found[OURS], skipped=SKIPPED | wrong, target=TARGET)
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
-
 #: The allocator's settings, equal for all ways: what is freed goes back to the system, so that resident is what is held.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
@@ -336,9 +328,6 @@ def held(size: str, threads: int, case: Case, way: str) -> dict[str, float]:
     reset_peak()
     run()
     return {"loaded_mib": round(loaded / 2**20, 1), "peak_mib": round(resident_bytes("VmHWM") / 2**20, 1)}
-
-
-# --- a whole step of a hypernetwork ----------------------------------------------------------------------------------
 
 
 class Trained:
@@ -413,9 +402,6 @@ def whole(context: Context, case: Case) -> Iterator[Record]:
         yield row(context, title, "sft step", shape, {OURS: timings[variant, "whole"], BASE: timings[BASE]}, of[OURS])
         parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
         yield record("train_parts", case=title, parts=parts)
-
-
-# --- a library of adapters -------------------------------------------------------------------------------------------
 
 
 def library(context: Context, dtype: str) -> Iterator[Record]:
