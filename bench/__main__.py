@@ -4,98 +4,91 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from bench import compare as comparing
 from bench import harness
-from bench.harness import OURS, BenchError, Context, Record, record
+from bench.harness import OURS, BenchError, Context, Record
 from bench.records import ResultError
-from bench.source import ROOT, source
+from bench.source import ROOT
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
 PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train")} | {"icl": "bench.icl"}
-
-Size = Annotated[Literal["tiny", "full"], typer.Option(help="tiny: small shapes and few rounds; not to be quoted")]
-Device = Annotated[
-    Literal["cpu", "cuda", "emulator"],
-    typer.Option(help="emulator: the CUDA kernels on this CPU, verified and not timed; needs T2L_DISABLE_NATIVE=1"),
-]
+ABOUT = {
+    "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
+    "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
+    "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
+    "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
+}
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
-Only = Annotated[str, typer.Option(help="only tasks whose name contains this")]
-Out = Annotated[Path | None, typer.Option(help="result file; default at size full: bench/results/SUITE[-cuda].jsonl")]
-Budget = Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with the result file: what it has is not run again")]
-Tasks = Annotated[Path | None, typer.Option(help="of icl at size full: task folder with splits train, test; docs/icl.md")]
+Out = Annotated[Path | None, typer.Option(help="result file; default of a whole run: bench/results/SUITE[-cuda].jsonl")]
 Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
-# --- suites of times -------------------------------------------------------------------------------------------------
+def measure(
+    ctx: typer.Context,
+    size: Annotated[Literal["tiny", "full"], typer.Option(help="tiny: small shapes, few rounds; not to be quoted")] = "full",
+    device: Annotated[
+        Literal["cpu", "cuda", "emulator"],
+        typer.Option(help="emulator: the CUDA kernels on this CPU, verified and not timed; needs T2L_DISABLE_NATIVE=1"),
+    ] = "cpu",
+    threads: Threads = DEFAULT_THREADS,
+    only: Annotated[str, typer.Option(help="only tasks whose name contains this")] = "",
+    out: Out = None,
+    budget: Annotated[float | None, typer.Option(min=0, help="seconds after which no task is begun")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with the result file; what it has is not run again")
+    ] = False,
+    tasks: Annotated[
+        Path | None, typer.Option(help="of icl at size full: task folder with splits train, test; docs/icl.md")
+    ] = None,
+) -> None:
+    """The command of every suite in PLANS; a part of a suite is written only where ``--out`` says."""
+    name = ctx.info_name
+    if out is None and size == "full" and not only and device != "emulator":
+        out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
+    plan = importlib.import_module(PLANS[name]).plan  # modules of the other suites, and what they need, stay unread
+    if name == "icl":
+        plan = functools.partial(plan, folder=tasks)
+    context = Context.of(size, threads, harness.device_of(device))
+    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
+    CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 
 
-def suite(name: str, about: str) -> None:
-    """Add the command that measures ``name``; a part of a suite is written only where ``--out`` says."""
-
-    def command(
-        size: Size = "full",
-        device: Device = "cpu",
-        threads: Threads = DEFAULT_THREADS,
-        only: Only = "",
-        out: Out = None,
-        budget: Budget = None,
-        resume: Resume = False,
-        tasks: Tasks = None,
-    ) -> None:
-        if out is None and size == "full" and not only and device != "emulator":
-            out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
-        # Modules of the other suites, and what they need, stay unread.
-        plan = importlib.import_module(PLANS[name]).plan
-        if name == "icl":
-            plan = functools.partial(plan, folder=tasks)
-        context = Context.of(size, threads, harness.device_of(device))
-        given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
-        line = spelled(name, size, device, threads, only, "TASKS" if tasks else "")
-        CONSOLE.print(shown(harness.run(name, plan, context, command=line, **given)))
-
-    app.command(name, help=about)(command)
+for suite, about in ABOUT.items():
+    app.command(suite, help=about)(measure)
 
 
-def spelled(name: str, size: str, device: str, threads: int, only: str, tasks: str) -> str:
-    """The command line of a run, without what is the default."""
-    options = {"size": (size, "full"), "device": (device, "cpu"), "threads": (threads, DEFAULT_THREADS)}
-    options |= {"only": (only, ""), "tasks": (tasks, "")}
-    words = [f"--{option} {shlex.quote(str(value))}" for option, (value, usual) in options.items() if value != usual]
-    return " ".join(["python -m bench", name, *words])
-
-
-suite("generate", "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.")
-suite("apply", "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.")
-suite("train", "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.")
-suite("icl", "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.")
+def spelled(ctx: typer.Context) -> str:
+    """The command line of a run: no defaults, no places, nothing of how it was run."""
+    words = ["python -m bench", ctx.info_name]
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name)
+        if option.name not in ("out", "budget", "resume") and value != option.default:
+            words += [option.opts[0], option.name.upper() if isinstance(value, Path) else shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def bar(tasks: Sequence[harness.Task]) -> Iterator[harness.Task]:
     """The tasks one by one, with a progress bar."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        shown = progress.add_task("", total=len(tasks))
-        for task in tasks:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        shown = progress.add_task("")
+        for task in progress.track(tasks, task_id=shown):
             progress.update(shown, description=task.name)
             yield task
-            progress.advance(shown)
 
 
 def shown(records: Sequence[Record]) -> Table:
@@ -117,32 +110,28 @@ def shown(records: Sequence[Record]) -> Table:
     return made
 
 
-# --- studies ---------------------------------------------------------------------------------------------------------
-
-
-def write(out: Path, name: str, command: str, threads: int, records: Iterable[Record]) -> None:
+def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
     """A file of records that are no rows of times."""
-    of = {"suite": name, "size": "full", "device": "cpu", "command": f"python -m bench {command}", **source()}
-    head = record("run", **of, machine=harness.machine(Context.of("full", threads)), versions=harness.versions())
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in (head, *records)]
-    out.write_text("".join(lines), encoding="utf-8")
+    made = [harness.head(ctx.info_name, Context.of("full", threads), spelled(ctx)), *records]
+    harness.Log(out or RESULTS / f"{ctx.info_name}.jsonl").add(*made)
 
 
 @app.command()
 def learn(
+    ctx: typer.Context,
     work: Work,
     library: Annotated[Path | None, typer.Option(help="a larger run of t2l train lora, to report its time")] = None,
-    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "learn.jsonl",
+    out: Out = None,
 ) -> None:
     """Adapters for eight tasks made by code, and what reconstruction keeps of their gain (some ten minutes)."""
     from bench.suites.learn import records
 
-    words = "learn --work WORK" + (" --library LIBRARY" if library else "")
-    write(out, "learn", words, DEFAULT_THREADS, records(work, library))
+    write(ctx, out, DEFAULT_THREADS, records(work, library))
 
 
 @app.command()
 def study(
+    ctx: typer.Context,
     tasks: Annotated[Path, typer.Option(help="task folder that holds the tasks of the manifest skills")],
     work: Work,
     benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
@@ -150,7 +139,7 @@ def study(
         str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.yaml")
     ] = "",
     threads: Threads = DEFAULT_THREADS,
-    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "study.jsonl",
+    out: Out = None,
 ) -> None:
     """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
     from bench.study import judge, plan, records
@@ -163,8 +152,7 @@ def study(
         if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
             list(judge.headroom(work))
     if not runs:
-        words = "study --tasks TASKS --work WORK" + (" --benchmarks BENCHMARKS" if benchmarks else "")
-        write(out, "study", words, threads, records(work))
+        write(ctx, out, threads, records(work))
 
 
 @app.command()
@@ -191,9 +179,6 @@ def kernels(
     typer.echo(command(check, jobs))
 
 
-# --- comparing, and what is made of results --------------------------------------------------------------------------
-
-
 @app.command()
 def compare(
     old: Annotated[str, typer.Argument(help="a built checkout, or a git revision, which is exported and built")],
@@ -205,8 +190,8 @@ def compare(
     ] = comparing.ROUNDS,
     threads: Threads = DEFAULT_THREADS,
 ) -> None:
-    """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit."""
-    found = comparing.trees(old, new, threads, only, rounds)
+    """Two trees, their samples interleaved: fails where the median ratio of a case is beyond the limit, twice."""
+    found = comparing.trees(old, new, threads, only, rounds, limit)
     failed = comparing.slower(found, limit)
     made = Table(title=f"new over old on {threads} threads, at most {limit:g}")
     for name in ("case", "old, us", "new, us", "ratio", "quartiles"):
@@ -237,9 +222,9 @@ def report(check: Annotated[bool, typer.Option("--check", help="say what is stal
         raise BenchError("\n".join(problems))
 
 
-def main(run: Callable[[], None] = app) -> None:
+def main() -> None:
     try:
-        run()
+        app()
     except (BenchError, ResultError) as error:
         sys.exit(f"python -m bench: {error}")
 

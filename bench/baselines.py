@@ -6,6 +6,7 @@ starts; what is timed is the work itself.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.timing import Candidate, Device, Timing
-from t2l_engine.hypernetwork.network import MLP, HyperNetwork
+from t2l_engine.hypernetwork.network import MLP, HyperNetwork, NormedEmbedding
 from t2l_engine.ops import reference
 
 Adapters = dict[str, tuple[Tensor, Tensor]]  # module -> A [N, n, r, in], B [N, n, out, r]
-
-
-# --- generating adapters ---------------------------------------------------------------------------------------------
 
 
 def of_stack(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
@@ -52,7 +50,7 @@ def plain(net: HyperNetwork) -> Callable[[Tensor], Adapters]:
 
 
 class Eager:
-    """A hypernetwork as the reference implementation runs it: ``torch.nn`` modules over rows ``[task, depth, module]``.
+    """A hypernetwork as SakanaAI's code runs it: ``torch.nn`` modules over rows ``[task, depth, module]``.
 
     One description at a time, one module at a time, and a copy per layer, side and module into a tensor of its own.  Weights
     are shared with ``net``; where these are bfloat16, so are all activations, as after ``module.to(torch.bfloat16)``.
@@ -64,33 +62,23 @@ class Eager:
         if c.variant not in ("L", "M", "S-learnable") or c.task_encoder != "linear" or list(net.offsets.buffers()):
             raise ValueError(f"net: expected a released variant without offsets, got {c.variant}, {c.task_encoder}")
         self.config, self.dtype = c, net.dtype
-        silu = nn.SiLU()
+        matrices = {id(layer.weight): layer.weight for layer in net.modules() if isinstance(layer, nn.Linear)}
+        net, silu = copy.deepcopy(net, matrices).to(self.dtype), nn.SiLU()
 
-        def linear(source: nn.Linear) -> nn.Linear:
-            layer = nn.Linear(source.in_features, source.out_features, device="meta")
-            layer.weight, layer.bias = source.weight, nn.Parameter(source.bias.to(self.dtype), requires_grad=False)
-            return layer
+        def mlp(block: MLP) -> nn.Sequential:
+            first = [block.norm] if hasattr(block, "norm") else []
+            return nn.Sequential(*first, block.linear1, silu, block.linear2, silu)
 
-        def norm(source: nn.LayerNorm) -> nn.LayerNorm:
-            layer = nn.LayerNorm(source.normalized_shape, eps=source.eps, device="meta")
-            layer.weight, layer.bias = (nn.Parameter(p.to(self.dtype), requires_grad=False) for p in source.parameters())
-            return layer
-
-        def mlp(source: MLP) -> nn.Sequential:
-            first = [norm(source.norm)] if hasattr(source, "norm") else []
-            return nn.Sequential(*first, linear(source.linear1), silu, linear(source.linear2), silu)
-
-        def embedding(source: nn.Module) -> Callable[..., Tensor]:
+        def embedding(table: NormedEmbedding) -> Callable[..., Tensor]:
             """Rows from the first one on: no index, whose transfer no graph could hold."""
-            rows, own = source.weight.flatten(0, -2).to(self.dtype), norm(source.norm)
-            return lambda first, count=1: own(rows[first : first + count])
+            rows = table.weight.flatten(0, -2)
+            return lambda first, count=1: table.norm(rows[first : first + count])
 
-        self.task = nn.Sequential(linear(net.task_encoder.linear), norm(net.task_encoder.norm))
+        self.task = nn.Sequential(net.task_encoder.linear, net.task_encoder.norm)
         self.depth, self.kind = embedding(net.depth_emb), embedding(net.module_emb)
         self.mixer, self.mlp1, self.mlp2, self.mlp3 = map(mlp, (net.mixer, net.mlp1, net.mlp2, net.mlp3))
-        self.side = embedding(net.side_emb) if net.side_emb is not None else None
-        self.position = embedding(net.pos_emb) if net.pos_emb is not None else None
-        self.heads = [linear(net.heads[name]) for name in c.modules]
+        self.side, self.position = (e and embedding(e) for e in (net.side_emb, net.pos_emb))
+        self.heads = list(net.heads.values())
 
     @torch.no_grad()
     def __call__(self, task_emb: Tensor) -> list[dict[tuple[str, int, str], Tensor]]:
@@ -182,9 +170,6 @@ def compiled(net: HyperNetwork, example: Tensor) -> Callable[[Tensor], Adapters]
     return generate
 
 
-# --- applying adapters: builders of calls from the arguments of ``ops.lora_add_`` -----------------------------------------
-
-
 def _segments(arguments: dict[str, Any]) -> list[tuple[int, int, int, float]]:
     """(first token, end, adapter, scaling) of every segment that has work."""
     bounds, scaling = arguments["seg_indptr"].tolist(), arguments["scaling"].tolist()
@@ -240,32 +225,32 @@ def gather_bmm_delta(arguments: dict[str, Any]) -> Callable[[], Tensor]:
     return lambda: torch.bmm(lora_B[ids], torch.bmm(lora_A[ids], x[:, :, None]) * scaling)[..., 0]
 
 
-# --- PEFT ------------------------------------------------------------------------------------------------------------
-
 #: Why a PEFT baseline is absent, None where it is there.
 PEFT_ABSENT = None if importlib.util.find_spec("peft") else "peft is not installed"
 
 
-def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
-    """PEFT's layer around ``linear``, adapter i under the name ``str(i)``; adapter 0 is active."""
-    from peft import LoraConfig, get_peft_model
+def peft_model(model: nn.Module, names: list[str], rank: int, scalings: Sequence[float]) -> nn.Module:
+    """PEFT's model around the linears ``names`` of ``model``, in place: adapter i under the name ``str(i)``; 0 is active."""
+    from peft import LoraConfig, PeftModel
 
+    configs = [LoraConfig(r=rank, lora_alpha=s * rank, target_modules=names, init_lora_weights=False) for s in scalings]
+    wrapped = PeftModel(model, configs[0], adapter_name="0", autocast_adapter_dtype=False)
+    for i, config in enumerate(configs[1:], 1):
+        wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
+    return wrapped.eval()
+
+
+def peft_linear(linear: nn.Linear, arguments: dict[str, Any]) -> nn.Module:
+    """PEFT's layer around ``linear``."""
     lora_A, lora_B = arguments["lora_A"], arguments["lora_B"]
-    r, host, model = lora_A.shape[1], nn.ModuleDict({"linear": linear}), None
-    for i, scaling in enumerate(arguments["scaling"].tolist()):
-        config = LoraConfig(r=r, lora_alpha=scaling * r, target_modules=["linear"], init_lora_weights=False)
-        if model is None:
-            model = get_peft_model(host, config, adapter_name=str(i), autocast_adapter_dtype=False)
-        else:
-            model.add_adapter(str(i), config, autocast_adapter_dtype=False)
-    layer = host["linear"].to(linear.weight.dtype).eval().requires_grad_(False)
+    host = nn.ModuleDict({"linear": linear})
+    peft_model(host, ["linear"], lora_A.shape[1], arguments["scaling"].tolist())
+    layer = host["linear"].to(linear.weight.dtype).requires_grad_(False)
     for i, (A, B) in enumerate(zip(lora_A, lora_B, strict=True)):
         layer.lora_A[str(i)].weight.copy_(A)
         layer.lora_B[str(i)].weight.copy_(B)
     return layer
 
-
-# --- a copy on a card ------------------------------------------------------------------------------------------------
 
 COPY = "copy"
 

@@ -7,9 +7,11 @@ are no work.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import random
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +19,15 @@ from torch import Tensor
 from bench.timing import Call
 from t2l_engine import ops
 from t2l_engine.ops import reference
-from t2l_engine.testing.oracle import in_float64
+from t2l_engine.testing.oracle import in_float64, members_of
 
 Arguments = dict[str, Any]  # of ops.lora_add_, by name
+ORDER = ("y", "x", "lora_A", "lora_B", "scaling", "seg_indptr", "seg_adapters", "max_seg_len", "ranks")
 Segments = tuple[tuple[int, int], ...]  # (tokens, adapter); -1: the base model
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Linears that share an input: (first column, out features) of each in an output of ``columns``."""
+class Group(NamedTuple):
+    """Linears that share an input: (first column, out features) of each that is adapted, in an output of ``columns``."""
 
     n_in: int
     outs: tuple[tuple[int, int], ...]
@@ -34,22 +36,14 @@ class Group:
     @staticmethod
     def packed(n_in: int, **widths: int) -> Group:
         """Linears side by side; a name that ends in ``_`` is not adapted."""
-        outs, start = [], 0
-        for name, width in widths.items():
-            if not name.endswith("_"):
-                outs.append((start, width))
-            start += width
-        return Group(n_in, tuple(outs), start)
+        ends = list(itertools.accumulate(widths.values()))
+        outs = [(end - width, width) for (name, width), end in zip(widths.items(), ends, strict=True) if name[-1] != "_"]
+        return Group(n_in, tuple(outs), ends[-1])
 
     @property
     def out(self) -> int:
         """Columns that are adapted."""
         return sum(width for _, width in self.outs)
-
-    @property
-    def width(self) -> int:
-        """in + out features of all its linears."""
-        return self.n_in * len(self.outs) + self.out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +58,19 @@ class Layer:
     def linear(features: int) -> Layer:
         return Layer(f"one linear {features}", (Group.packed(features, q=features),))
 
+    @property
+    def width(self) -> int:
+        """in + out features of all its linears."""
+        return sum(group.n_in * len(group.outs) + group.out for group in self.groups)
+
     def weight_bytes(self, adapters: int, rank: int = 8, itemsize: int = 2) -> int:
-        return adapters * rank * sum(group.width for group in self.groups) * itemsize
+        return adapters * rank * self.width * itemsize
 
     def activation_bytes(self, tokens: int, itemsize: int = 2) -> int:
         return tokens * sum(group.n_in + 2 * group.out for group in self.groups) * itemsize
 
     def flops(self, tokens: int, rank: int = 8) -> int:
-        return 2 * tokens * rank * sum(group.width for group in self.groups)
+        return 2 * tokens * rank * self.width
 
 
 _ALL = (
@@ -175,37 +174,19 @@ def ragged(tokens: int, segments: int, seed: int = 0) -> Segments:
 
 
 @dataclasses.dataclass(frozen=True)
-class Launch:
-    """The operands of a group: ``members``: arguments of ``lora_add_`` for each linear, each with its part of ``y``."""
-
-    y: Tensor
-    starts: tuple[int, ...]
-    members: tuple[Arguments, ...]
-
-    def call(self) -> Call:
-        """Ours, in one launch."""
-        first = self.members[0]
-        if len(self.members) == 1:
-            return launch(first)
-        shared = [first[name] for name in ("scaling", "seg_indptr", "seg_adapters", "max_seg_len")]
-        A, B, ranks = ([member[name] for member in self.members] for name in ("lora_A", "lora_B", "ranks"))
-        y, x, starts = self.y, first["x"], list(self.starts)
-        return lambda: ops.lora_add_group_(y, x, A, B, *shared, ranks, starts)
-
-
-@dataclasses.dataclass(frozen=True)
 class Operands:
-    """One set of operands of a case."""
+    """One set of operands of a case: arguments of ``lora_add_group_`` for each group."""
 
-    launches: tuple[Launch, ...]
+    groups: list[Arguments]
 
     @property
     def members(self) -> list[Arguments]:
-        return [member for one in self.launches for member in one.members]
+        """Arguments of ``lora_add_`` for every linear, each with its part of ``y``."""
+        return [{name: member[name] for name in ORDER} for group in self.groups for member in members_of(group)]
 
     def grouped(self) -> Call:
         """Ours as packed projections have it: a launch a group."""
-        return _in_turn([one.call() for one in self.launches])
+        return _in_turn([_launch_group(group) for group in self.groups])
 
     def one_by_one(self, build: Callable[[Arguments], Call]) -> Call:
         """``build``'s call of every linear, one after the other."""
@@ -213,12 +194,10 @@ class Operands:
 
     def exact(self) -> list[Tensor]:
         """What becomes of the ``y`` of every linear, in float64; these operands stay as they are."""
-        results = []
-        for member in self.members:
-            wide = in_float64(member)
+        results = [in_float64(member) for member in self.members]
+        for wide in results:
             reference.lora_add_(**wide)
-            results.append(wide["y"])
-        return results
+        return [wide["y"] for wide in results]
 
 
 def _in_turn(calls: list[Call]) -> Call:
@@ -227,8 +206,13 @@ def _in_turn(calls: list[Call]) -> Call:
 
 def launch(member: Arguments) -> Call:
     """Ours on one linear."""
-    arguments = list(member.values())
-    return lambda: ops.lora_add_(*arguments)
+    return functools.partial(ops.lora_add_, *member.values())
+
+
+def _launch_group(group: Arguments) -> Call:
+    if len(group["offsets"]) == 1:
+        return launch(Operands([group]).members[0])
+    return functools.partial(ops.lora_add_group_, *group.values())
 
 
 def routing(case: Case, device: torch.device) -> Arguments:
@@ -253,19 +237,17 @@ def operands(case: Case, device: torch.device, seed: int, shared: Arguments | No
         return randn(n, case.rank, width).mT if case.layout == "r_out" else randn(n, width, case.rank)
 
     ranks = torch.full((n,), case.rank, dtype=torch.int32, device=device)
-    launches = []
-    for group in case.layer.groups:
-        x, y = randn(case.tokens, group.n_in), randn(case.tokens, group.columns)
-        members = tuple(
+    return Operands(
+        [
             {
-                "y": y[:, start : start + width],
-                "x": x,
-                "lora_A": randn(n, case.rank, group.n_in, scale=group.n_in**-0.5),
-                "lora_B": right(width),
+                "y": randn(case.tokens, group.columns),
+                "x": randn(case.tokens, group.n_in),
+                "lora_A": [randn(n, case.rank, group.n_in, scale=group.n_in**-0.5) for _ in group.outs],
+                "lora_B": [right(width) for _, width in group.outs],
                 **shared,
-                "ranks": ranks,
+                "ranks": [ranks for _ in group.outs],
+                "offsets": [start for start, _ in group.outs],
             }
-            for start, width in group.outs
-        )
-        launches.append(Launch(y, tuple(start for start, _ in group.outs), members))
-    return Operands(tuple(launches))
+            for group in case.layer.groups
+        ]
+    )

@@ -17,10 +17,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from bench.timing import Call, Device, elapsed_us, measure, threads
+from bench.baselines import copies
+from bench.timing import Call, Candidate, Device, elapsed_us, measure, threads
 
 T = TypeVar("T")
-Key = tuple[Any, int]
+Key = tuple[str, Any, int]
 #: Kind of a ceiling -> its key in a record, its unit.
 KINDS = {"gemm": ("dtype", "gflops"), "fma": ("dtype", "gflops"), "read": ("bytes", "gbps"), "copy": ("bytes", "gbps")}
 #: No larger working set is probed, in bytes: its bandwidth is that of memory.
@@ -29,56 +30,47 @@ LARGEST_PROBE = 4 << 30
 
 @dataclasses.dataclass
 class Ceilings:
-    """``rates[kind]``: by (dtype or bytes of the working set, threads); measured when first asked for, then kept.
+    """``rates``: by kind, dtype or bytes of the working set, and threads; measured when first asked for, then kept.
 
     gemm: GFLOP/s of matrix products; fma: of multiply-adds between registers; read, copy: GB/s, a copy's working set being
     source and destination, both counted.
     """
 
-    rates: dict[str, dict[Key, float]] = dataclasses.field(default_factory=lambda: {kind: {} for kind in KINDS})
+    rates: dict[Key, float] = dataclasses.field(default_factory=dict)
 
-    def get(self, kind: str, key: Any, count: int) -> float:
-        known = self.rates[kind]
-        if (key, count) not in known:
-            known[key, count] = self.probe(kind, key, count)
-        return known[key, count]
+    def get(self, *key: Any) -> float:
+        if key not in self.rates:
+            self.rates[key] = self.probe(*key)
+        return self.rates[key]
 
-    def probe(self, kind: str, key: Any, count: int) -> float:
+    def probe(self, kind: str, of: Any, count: int) -> float:
         """The rate, measured now."""
         raise NotImplementedError
 
-    def gemm_at(self, dtype: str, count: int) -> float:
+    def gemm_at(self, dtype: str, count: int = 1) -> float:
         """GFLOP/s of matrix products in ``dtype`` on ``count`` threads."""
         return self.get("gemm", dtype, count)
 
-    def records(self, when: str, known: Iterable[tuple[str, Key]] = ()) -> Iterator[dict[str, Any]]:
+    def records(self, when: str, known: Iterable[Key] = ()) -> Iterator[dict[str, Any]]:
         """A record for every rate that is not among ``known``."""
-        skip = set(known)
-        for kind, (of, unit) in KINDS.items():
-            for (key, count), rate in sorted(self.rates[kind].items()):
-                if (kind, (key, count)) not in skip:
-                    fields = {of: key, "threads": count, unit: round(rate, 3)}
-                    yield {"record": "ceiling", "when": when, "kind": kind, **fields}
-
-    def keys(self) -> set[tuple[str, Key]]:
-        return {(kind, key) for kind, known in self.rates.items() for key in known}
+        for kind, of, count in sorted(self.rates.keys() - known, key=str):
+            name, unit = KINDS[kind]
+            fields = {name: of, "threads": count, unit: round(self.rates[kind, of, count], 3)}
+            yield {"record": "ceiling", "when": when, "kind": kind, **fields}
 
     def load(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take what :meth:`records` gave, before."""
         for entry in records:
             if entry["record"] == "ceiling" and entry["when"] == "before":
-                of, unit = KINDS[entry["kind"]]
-                self.rates[entry["kind"]][entry[of], entry["threads"]] = entry[unit]
+                name, unit = KINDS[entry["kind"]]
+                self.rates[entry["kind"], entry[name], entry["threads"]] = entry[unit]
 
     def again(self) -> Ceilings:
         """Everything known here, measured anew."""
-        other = dataclasses.replace(self, rates={kind: {} for kind in KINDS})
-        for kind, (key, count) in sorted(self.keys(), key=str):
-            other.get(kind, key, count)
+        other = dataclasses.replace(self, rates={})
+        for key in sorted(self.rates, key=str):
+            other.get(*key)
         return other
-
-
-# --- a CPU -----------------------------------------------------------------------------------------------------------
 
 
 def gemm_call(dtype: torch.dtype, size: int, device: torch.device | None = None) -> tuple[Call, int]:
@@ -86,14 +78,6 @@ def gemm_call(dtype: torch.dtype, size: int, device: torch.device | None = None)
     a, b = (torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).to(device, dtype) for seed in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out), 2 * size**3
-
-
-def _native() -> Any:
-    try:
-        from t2l_engine import _core
-    except ImportError:
-        raise RuntimeError("ceilings: t2l_engine._core is not built (pybind11 was absent); run make setup") from None
-    return _core
 
 
 def _together(calls: Sequence[Callable[[], T]]) -> tuple[float, list[T]]:
@@ -135,26 +119,26 @@ class CpuCeilings(Ceilings):
         """GB/s, read and written, of copying one half of ``num_bytes`` onto the other."""
         return self.get("copy", _rounded(num_bytes, count), count)
 
-    def probe(self, kind: str, key: Any, count: int) -> float:
-        probes = {"gemm": self._gemm, "fma": self._fma}
-        return probes[kind](key, count) if kind in probes else self._bandwidth(kind, key, count)
-
-    def _gemm(self, dtype: str, count: int) -> float:
-        with threads(count):
-            call, flops = gemm_call(getattr(torch, dtype), self.gemm_size)
-            call()
-            return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
+    def probe(self, kind: str, of: Any, count: int) -> float:
+        if kind == "gemm":
+            with threads(count):
+                call, flops = gemm_call(getattr(torch, of), self.gemm_size)
+                call()
+                return flops / 1e3 / min(elapsed_us(call) for _ in range(self.best_of))
+        return self._fma(of, count) if kind == "fma" else self._bandwidth(kind, of, count)
 
     def _fma(self, dtype: str, count: int) -> float:
-        multiply_adds, iterations = _native().multiply_adds, 1 << 12
-        while elapsed_us(functools.partial(multiply_adds, dtype, iterations)) < 2_000:
+        from t2l_engine import _core  # absent where only a card's way is taken
+
+        iterations = 1 << 12
+        while elapsed_us(call := functools.partial(_core.multiply_adds, dtype, iterations)) < 2_000:
             iterations *= 2
-        calls = [functools.partial(multiply_adds, dtype, iterations)] * count
-        probes = [_together(calls) for _ in range(self.best_of)]
+        probes = [_together([call] * count) for _ in range(self.best_of)]
         return max(sum(flops) / seconds / 1e9 for seconds, flops in probes)
 
     def _bandwidth(self, kind: str, num_bytes: int, count: int) -> float:
-        native = _native()
+        from t2l_engine import _core
+
         part = num_bytes // count // 128 * 128  # of one thread; whole cache lines, also of its halves
         memory = torch.zeros(part * count + 64, dtype=torch.uint8)  # written: untouched pages would be one page of zeros
         address = -(-memory.data_ptr() // 64) * 64
@@ -163,8 +147,8 @@ class CpuCeilings(Ceilings):
         def call(i: int) -> Callable[[], None]:
             start = address + i * part
             if kind == "read":
-                return lambda: native.read_memory(start, part, repeats)
-            return lambda: native.copy_memory(start + part // 2, start, part // 2, repeats)
+                return lambda: _core.read_memory(start, part, repeats)
+            return lambda: _core.copy_memory(start + part // 2, start, part // 2, repeats)
 
         calls = [call(i) for i in range(count)]
         _together(calls)
@@ -174,9 +158,9 @@ class CpuCeilings(Ceilings):
     def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         """Measure all kinds, bandwidths at ``sizes`` in bytes, on each number of threads of ``counts``."""
         for count in counts:
-            for dtype in ("float32", "bfloat16"):
-                self.gemm_at(dtype, count)
-                self.fma_at(dtype, count)
+            for probe in (self.gemm_at, self.fma_at):
+                for dtype in ("float32", "bfloat16"):
+                    probe(dtype, count)
             for size in sizes:
                 self.bandwidth_at(size, count)
                 self.copy_at(size, count)
@@ -187,8 +171,6 @@ def _rounded(num_bytes: int, count: int) -> int:
     step = max(4096, 1 << num_bytes.bit_length() - 4)
     return num_bytes // step * step
 
-
-# --- a card ----------------------------------------------------------------------------------------------------------
 
 #: Products that are timed: dtype of the operands, rows of the squares, torch's float32_matmul_precision.
 GEMMS = {
@@ -213,28 +195,33 @@ class CudaCeilings(Ceilings):
 
     def gemm_at(self, dtype: str, count: int = 1) -> float:
         """Of float32, the faster of its own products and of three in TF32."""
-        if dtype == "float32":
-            return max(self.get("gemm", dtype, 1), self.get("gemm", "tf32", 1) / SPLIT)
-        return self.get("gemm", dtype, 1)
+        own = self.get("gemm", dtype, 1)
+        return max(own, self.get("gemm", "tf32", 1) / SPLIT) if dtype == "float32" else own
 
     def bandwidth_at(self, num_bytes: int = 0, count: int = 1) -> float:
         """No way to move bytes was faster."""
         return max(self.get("read", self._big, 1), self.get("copy", 2 * self._big, 1))
 
-    def probe(self, kind: str, key: Any, count: int) -> float:
-        if kind == "gemm":
-            return self._gemm(*GEMMS[key])
-        ways = memory_ways(self.device.torch, key if kind == "read" else key // 2, kind)
-        return key / min(t.median_us for t in measure(self.device, ways, seconds=self.seconds).values()) / 1e3
-
-    def _gemm(self, dtype: torch.dtype, n: int, precision: str) -> float:
+    def probe(self, kind: str, of: Any, count: int) -> float:
+        if kind == "copy":
+            return of / self._fastest(copies(self.device, of, 1)) / 1e3
+        if kind == "read":
+            numbers = torch.randn(of // 4, device=self.device.torch)
+            matrix = numbers.view(-1, 4096 if of >= 1 << 26 else 64)
+            vector = torch.randn(matrix.shape[1], device=self.device.torch)
+            return of / self._fastest({"sum": numbers.sum, "product": lambda: torch.mv(matrix, vector)}) / 1e3
+        dtype, n, precision = GEMMS[of]
         call, flops = gemm_call(dtype, n if self.device.on_card else 128, self.device.torch)
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(precision)
         try:
-            return flops / measure(self.device, {"mm": call}, seconds=self.seconds)["mm"].median_us / 1e3
+            return flops / self._fastest({"mm": call}) / 1e3
         finally:
             torch.set_float32_matmul_precision(before)
+
+    def _fastest(self, calls: Mapping[str, Call | Candidate]) -> float:
+        """Microseconds."""
+        return min(timing.median_us for timing in measure(self.device, calls, seconds=self.seconds).values())
 
     def survey(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
         for dtype in GEMMS:
@@ -243,20 +230,6 @@ class CudaCeilings(Ceilings):
         for size in sizes if self.device.on_card else ():
             self.get("read", size, 1)
             self.get("copy", 2 * size, 1)
-
-
-def memory_ways(device: torch.device, size: int, kind: str) -> dict[str, Call]:
-    """Ways to read ``size`` bytes (a sum; a matrix times a vector), or to copy them (a copy; a kernel)."""
-    source = torch.randn(size // 4, device=device)
-    if kind == "read":
-        matrix = source.view(-1, 4096 if source.numel() >= 1 << 24 else 64)
-        vector = torch.randn(matrix.shape[1], device=device)
-        return {"sum": lambda: source.sum(), "matrix times vector": lambda: torch.mv(matrix, vector)}
-    target = torch.empty_like(source)
-    return {"copy": lambda: target.copy_(source), "copy kernel": lambda: torch.neg(source, out=target)}
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def cache_bytes(level: int) -> int | None:

@@ -6,12 +6,15 @@ verified against the same oracle, rooflines come from ceilings of the same run, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +33,6 @@ from t2l_engine import ops
 from t2l_engine.ops import native
 from t2l_engine.testing import backends, numerics
 
-DEVICES = ("cpu", "cuda", "emulator")
 Record = dict[str, Any]
 
 
@@ -40,9 +42,6 @@ class BenchError(RuntimeError):
 
 class VerificationError(BenchError):
     """Ours does not compute what it should; it was not timed."""
-
-
-# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 class Error(NamedTuple):
@@ -74,33 +73,26 @@ def verify(case: str, functions: Mapping[str, Any], errors: Mapping[str, Error])
     Raises VerificationError where ours is beyond its bound.  Baselines, which sum and round in other places, may reach
     ERROR_RATIO times the bound.
     """
-    verified, skipped = {}, {}
-    for name, function in functions.items():
-        error = errors[name]
-        if error.value <= error.bound * (1 if name == OURS else numerics.ERROR_RATIO):
-            verified[name] = function
-        elif name == OURS:
-            raise VerificationError(f"{case}: error {error.value:.3g} beyond {error.bound:.3g}: {error.measure}")
-        else:
-            skipped[name] = f"wrong: error {error.value:.3g} where {error.bound:.3g} is allowed"
-    return verified, skipped
-
-
-# --- a run and its rows ----------------------------------------------------------------------------------------------
+    skipped = {}
+    for name in functions:
+        value, bound, measure = errors[name]
+        if value <= bound * (1 if name == OURS else numerics.ERROR_RATIO):
+            continue
+        if name == OURS:
+            raise VerificationError(f"{case}: error {value:.3g} beyond {bound:.3g}: {measure}")
+        skipped[name] = f"wrong: error {value:.3g} where {bound:.3g} is allowed"
+    return {name: function for name, function in functions.items() if name not in skipped}, skipped
 
 
 def device_of(name: str) -> Device:
-    """The device called so in :data:`DEVICES`; BenchError where it is not here or has no kernels."""
+    """The device "cpu", "cuda" or "emulator"; BenchError where it is not here or has no kernels."""
+    if name == "cpu":
+        return Cpu()
     try:
-        if name == "cuda":
-            backends.select("cuda")
-            return Cuda()
-        if name == "emulator":
-            backends.select("emu")
-            return Dry("emulator")
+        backends.select("cuda" if name == "cuda" else "emu")
     except RuntimeError as error:
         raise BenchError(f"device {name!r}: {error}") from error
-    return Cpu()
+    return Cuda() if name == "cuda" else Dry(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +110,13 @@ class Context:
     @staticmethod
     def of(size: str, count: int, device: Device | None = None) -> Context:
         device = device or Cpu()
-        last_level = cache_bytes(3) or cache_bytes(2) or 32 << 20
         if device.kind != "cpu":
             ceilings = CudaCeilings(device=device, seconds=0.1 if device.on_card else 0.001)
             return Context(size, 1, device, ceilings, (2, 300), 0.7 if device.on_card else 0.01, 0)
         if size == "tiny":
             ceilings = CpuCeilings(gemm_size=512, probe_bytes=1 << 24, best_of=2)
             return Context(size, count, device, ceilings, (3, 20), 0.05, 8 << 20)
+        last_level = cache_bytes(3) or cache_bytes(2) or 32 << 20
         return Context(size, count, device, CpuCeilings(), (4, 300), 1.0, 3 * last_level)
 
     @property
@@ -207,33 +199,28 @@ def row(
 ) -> Record:
     """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
 
-    A target is stated for full shapes alone, and left out otherwise.  ``unit_us``: what its ratio refers to where that is
-    neither the roofline nor among the timings.  ``peak_gflops``: of register multiply-adds, since the products that make a
-    roofline are slow on some CPUs.
+    A target is stated for full shapes alone, and left out otherwise; so are times of a device where they mean nothing.
+    ``unit_us``: what its ratio refers to where that is neither the roofline nor among the timings.  ``peak_gflops``: of
+    register multiply-adds, since the products that make a roofline are slow on some CPUs.
     """
-    made = record(
+    timed = context.device.timed
+    if least and not timed:
+        least = {name: least[name] for name in ("flops", "bytes")}
+    optional = {"unit_us": unit_us if timed else None, "peak_gflops": peak_gflops}
+    return record(
         "row",
         case=case,
         group=group,
         shape=shape,
         threads=count or context.threads,
         cache=cache,
-        times={name: timing.to_json() for name, timing in timings.items()},
+        times={name: timing.to_json() if timed else {} for name, timing in timings.items()},
         skipped=dict(skipped or {}),
         roofline=least,
         target=target.to_json() if target and context.full else None,
         error=error._asdict(),
+        **{name: round(value, 3) for name, value in optional.items() if value is not None},
     )
-    if unit_us is not None:
-        made["unit_us"] = round(unit_us, 3)
-    return made if peak_gflops is None else made | {"peak_gflops": round(peak_gflops, 3)}
-
-
-def _untimed(made: Record) -> Record:
-    """A row of a device whose times mean nothing: what was verified, and counts."""
-    made.pop("unit_us", None)
-    counts = made["roofline"] and {name: made["roofline"][name] for name in ("flops", "bytes")}
-    return made | {"times": dict.fromkeys(made["times"], {}), "roofline": counts, "target": None}
 
 
 class Task(NamedTuple):
@@ -243,9 +230,10 @@ class Task(NamedTuple):
     run: Callable[[], Iterable[Record]]
     needs: float = 0.0
 
-
-#: Tasks wrapped for display: called with those to be run, gives them one by one.
-Progress = Callable[[Sequence[Task]], Iterable[Task]]
+    @staticmethod
+    def of(name: str, function: Callable[..., Iterable[Record]], *arguments: Any, needs: float = 0.0) -> Task:
+        """The task that calls ``function`` with ``arguments``."""
+        return Task(name, functools.partial(function, *arguments), needs)
 
 
 class Log:
@@ -264,9 +252,10 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in made))
 
-    def done(self) -> set[str]:
-        """Names of the tasks that have ended, well or not."""
-        return {one["name"] for one in self.records if one["record"] == "task"}
+    def left(self, tasks: Iterable[Task]) -> list[Task]:
+        """Those that have not ended, well or not."""
+        done = {one["name"] for one in self.records if one["record"] == "task"}
+        return [task for task in tasks if task.name not in done]
 
 
 def run(
@@ -279,7 +268,7 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     budget: float | None = None,
-    progress: Progress = iter,
+    progress: Callable[[Sequence[Task]], Iterable[Task]] = iter,
 ) -> list[Record]:
     """The records of a suite, written to ``out`` task by task; ``only``: tasks whose name contains it.
 
@@ -290,43 +279,40 @@ def run(
     process cannot go on with the card.
     """
     end = time.monotonic() + (budget or float("inf"))
-    tasks = [task for task in plan(context) if only in task.name]
+    planned = plan(context)
+    tasks = [task for task in planned if only in task.name]
     if not tasks:
-        names = ", ".join(task.name for task in plan(context))
+        names = ", ".join(task.name for task in planned)
         raise BenchError(f"only: expected part of one of these names: {names}; got {only!r}")
-    head = record("run", suite=suite, size=context.size, device=context.device.kind, command=command, **source())
-    head |= {"machine": machine(context), "versions": versions(), "tasks": [task.name for task in tasks]}
+    first = head(suite, context, command) | {"tasks": [task.name for task in tasks]}
     log = Log(out, resume)
     if log.records:
-        _continue(context, log, head)
+        _continue(context, log, first)
     else:
-        log.add(head)
+        log.add(first)
     if any(one.get("when") == "after" for one in log.records):
         return log.records
     with threads(context.threads):
         context.ceilings.survey([256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated], context.thread_counts)
-        known, done = set(), log.done()
-        for task in progress([task for task in tasks if task.name not in done]):
-            if end - time.monotonic() <= task.needs:
-                continue
-            made = _attempt(context, task)
-            log.add(*context.ceilings.records("before", known), *made)
-            known = context.ceilings.keys()
-            if getattr(context.device, "uncaptured", None):
-                log.add(record("uncaptured", names=context.device.uncaptured))
-            if context.device.spoiled or any(one.get("lost") for one in made):
-                raise BenchError(f"{task.name}: this process cannot go on with the card; go on with --resume")
-        if left := [task.name for task in tasks if task.name not in log.done()]:
+        known = set()
+        for task in progress(log.left(tasks)):
+            if end - time.monotonic() > task.needs:
+                made = _attempt(context, task)
+                log.add(*context.ceilings.records("before", known), *made)
+                known = set(context.ceilings.rates)
+                if context.device.spoiled or any(one.get("lost") for one in made):
+                    raise BenchError(f"{task.name}: this process cannot go on with the card; go on with --resume")
+        if left := [task.name for task in log.left(tasks)]:
             raise BenchError(f"{len(left)} of {len(tasks)} tasks left after {budget:g} s: {', '.join(left)}; --resume")
         log.add(*context.ceilings.again().records("after"))
     return log.records
 
 
-def _continue(context: Context, log: Log, head: Record) -> None:
+def _continue(context: Context, log: Log, first: Record) -> None:
     """Take what a file knows; BenchError where it is of another run."""
-    for name in ("suite", "size", "device", "commit", "dirty", "checkpoint", "machine", "versions", "tasks"):
-        if log.records[0].get(name) != head[name]:
-            raise BenchError(f"resume: {log.path}: expected {name} {head[name]}, got {log.records[0].get(name)}")
+    for name, expected in first.items():
+        if name not in ("command", "date") and log.records[0].get(name) != expected:
+            raise BenchError(f"resume: {log.path}: expected {name} {expected}, got {log.records[0].get(name)}")
     context.ceilings.load(log.records)
     for one in log.records:
         if one["record"] == "uncaptured":
@@ -338,7 +324,7 @@ def _attempt(context: Context, task: Task) -> list[Record]:
     start, made = time.monotonic(), []
     try:
         for one in task.run():
-            made.append(one if context.device.timed or one["record"] != "row" else _untimed(one))
+            made.append(one)
     except Exception as error:  # on a card one task that fails must not cost the others
         if not context.device.on_card:
             raise
@@ -348,10 +334,14 @@ def _attempt(context: Context, task: Task) -> list[Record]:
     if context.device.on_card:
         gc.collect()
         torch.cuda.empty_cache()
+        made += [record("uncaptured", names=dict(names))] if (names := context.device.uncaptured) else []
     return [*made, record("task", name=task.name, seconds=round(time.monotonic() - start, 1))]
 
 
-# --- what was measured -----------------------------------------------------------------------------------------------
+def head(suite: str, context: Context, command: str) -> Record:
+    """The first record of a file."""
+    about = {"suite": suite, "size": context.size, "device": context.device.kind, "command": command}
+    return record("run", **about, **source(), machine=machine(context), versions=versions())
 
 
 def machine(context: Context) -> Record:
@@ -362,8 +352,7 @@ def machine(context: Context) -> Record:
     isa = about["instruction_sets"]["chosen"] if about else "reference"
     known = {"cpu": _cpu(), "cores": cores, "threads": context.threads, "isa": isa, "memory_gib": round(memory, 1)}
     if not context.device.on_card:
-        l2, l3 = (None if b is None else b / 2**20 for b in map(cache_bytes, (2, 3)))
-        return {**known, "l2_mib": l2, "l3_mib": l3}
+        return known | {f"l{level}_mib": (found := cache_bytes(level)) and found / 2**20 for level in (2, 3)}
     card = torch.cuda.get_device_properties(context.device.torch)
     return known | {
         "gpu": card.name,
@@ -376,29 +365,24 @@ def machine(context: Context) -> Record:
 
 
 def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        if named := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
+            return named[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:
     """Of what a result depends on; None where it is not installed."""
     about = native.about()
     known = {"t2l_engine": t2l_engine.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    known |= {"compiler": about and about["build"]["compiler"]} | {n: _installed(n) for n in ("peft", "transformers")}
-    if torch.version.cuda:
-        known |= {"cuda": torch.version.cuda, "triton": _installed("triton"), "nvidia-ml-py": _installed("nvidia-ml-py")}
+    known |= {"compiler": about and about["build"]["compiler"]}
+    known |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    for name in ("peft", "transformers", *(("triton", "nvidia-ml-py") if torch.version.cuda else ())):
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            known[name] = None
     return known
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def rows_of(records: Iterable[Record]) -> Iterator[Record]:

@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, LlamaCon
 from transformers.cache_utils import Cache, DynamicLayer
 
 import t2l_engine as t2l
+from bench import baselines
 from bench.harness import Context, Error, worst
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.lora.layer import LoRALinear
@@ -29,10 +30,10 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
 #: Llama-8B's, too, but for the vocabulary.
 MISTRAL = known_setup("mistral-7b").decoder
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_WIDTHS = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
+TINY = costs.Decoder.from_config({"model_type": "llama", **_HEADS, **_WIDTHS})
 Forward = Callable[..., Any]
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
@@ -45,14 +46,10 @@ def load(context: Context, dtype: torch.dtype) -> tuple[str, nn.Module]:
         if dtype == torch.float64:
             return "SmolLM2-135M", packaged.load(torch.float32)[0].double()
         return "SmolLM2-135M", packaged.load(dtype)[0]
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    torch.manual_seed(0)
-    config = LlamaConfig(**sizes, **heads, max_position_embeddings=128, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config)
+    model = decoder(TINY, torch.device("cpu"), torch.float32).requires_grad_()
     for parameter in model.parameters():  # not buffers: rotary frequencies stay as they are
         parameter.data = parameter.data.bfloat16().to(dtype)
-    return "tiny Llama", model.eval()
+    return "tiny Llama", model
 
 
 def decoder(shape: costs.Decoder, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -111,9 +108,6 @@ def linears(model: nn.Module, name: str) -> list[tuple[nn.Module, nn.Linear]]:
     return [(parent, getattr(parent, name)) for parent in parents]
 
 
-# --- adapters --------------------------------------------------------------------------------------------------------
-
-
 def random_adapters(model: nn.Module, names: Sequence[str], count: int, rank: int) -> t2l.AdapterStack:
     """Adapters in float32 whose deltas are a tenth of a linear's output or so."""
     device = model.lm_head.weight.device
@@ -153,19 +147,13 @@ def merged(model: nn.Module, stack: t2l.AdapterStack, index: int) -> nn.Module:
 
 def peft_model(model: nn.Module, stack: t2l.AdapterStack) -> nn.Module:
     """PEFT's model around the same weights, adapter i under the name ``str(i)``; adapter 0 is active."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
-    wrapped, names = None, sorted(stack.lora_A)
-    for i, scaling in enumerate(stack.scaling.tolist()):
-        r = int(max(ranks[i].max() for ranks in stack.ranks.values()))
-        config = LoraConfig(r=r, lora_alpha=scaling * r, target_modules=names, init_lora_weights=False)
-        if wrapped is None:
-            wrapped = get_peft_model(shared(model), config, adapter_name=str(i), autocast_adapter_dtype=False)
-        else:
-            wrapped.add_adapter(str(i), config, autocast_adapter_dtype=False)
+    (rank,) = {lora_A.shape[2] for lora_A in stack.lora_A.values()}
+    wrapped = baselines.peft_model(shared(model), sorted(stack.lora_A), rank, stack.scaling.tolist())
+    for i in range(len(stack)):
         set_peft_model_state_dict(wrapped, stack.state_dict_peft(i), adapter_name=str(i))
-    wrapped.set_adapter("0")
-    return wrapped.eval().requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
+    return wrapped.requires_grad_()  # PEFT froze the base, whose parameters are everybody's: see load
 
 
 def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forward:
@@ -175,12 +163,9 @@ def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forwa
     return model
 
 
-# --- steps -----------------------------------------------------------------------------------------------------------
-
-
-def decode(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
-    """A call of one decode step after ``prompt [rows, n]``, always the same one; its logits ``[rows, vocabulary]``."""
-    cache = DynamicCache()
+def decode(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call of one decode step, always the same one: the last of ``tokens [rows, n]`` after the others; its logits."""
+    cache, prompt, token = DynamicCache(), tokens[:, :-1], tokens[:, -1:]
     forward(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1)
 
     def step() -> Tensor:
@@ -191,8 +176,9 @@ def decode(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tens
     return step
 
 
-def prefill(forward: Forward, prompt: Tensor, token: Tensor) -> Callable[[], Tensor]:
-    """A call that reads ``prompt`` into a new cache; the logits after its last token."""
+def prefill(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
+    """A call that reads all but the last of ``tokens`` into a new cache; the logits after them."""
+    prompt = tokens[:, :-1]
     return lambda: forward(input_ids=prompt, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 

@@ -1,7 +1,7 @@
 """Timers: candidates are timed beside each other in one process, on the clock of a device.
 
 :class:`Cpu` calls and looks at the clock.  :class:`Cuda` replays graphs between two events, so that neither Python nor a
-launch is in the time.  :class:`Dry` goes the way of a card on this CPU, where its times mean nothing and are not written.
+launch is in the time.  :class:`Dry` goes the way of a card on this CPU; its times are not written.
 """
 
 from __future__ import annotations
@@ -131,9 +131,6 @@ def elapsed_us(run: Call) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
-
-
 class Cpu:
     """This CPU.  ``timed``: whether times mean something."""
 
@@ -147,18 +144,18 @@ class Cpu:
         many sets take turns, half of them do, which rids the caches of what another candidate wrote and would else be
         written back on its account.
         """
-        call = candidate.calls[0] if len(candidate.calls) == 1 else candidate.once
+        sets = len(candidate.calls)
+        call = candidate.calls[0] if sets == 1 else candidate.once
         call()
         repeats = 1
         while (taken := elapsed_us(repeated(call, repeats))) < SAMPLE_US / 2 and repeats < 1 << 16:
             repeats *= 4
         one = taken / repeats
         repeats = max(1, math.ceil(SAMPLE_US / one))
-        if len(candidate.calls) > 1:
-            warm = Candidate(candidate.calls[len(candidate.calls) // 2 :]).once
-        else:
-            warm = repeated(call, WARM_CALLS) if one < WARM_BELOW_US else None
-        return Pass(repeated(call, repeats), repeats * len(candidate.calls), repeats * one, warm)
+        warm = repeated(call, WARM_CALLS) if one < WARM_BELOW_US else None
+        if sets > 1:
+            warm = Candidate(candidate.calls[sets // 2 :]).once
+        return Pass(repeated(call, repeats), repeats * sets, repeats * one, warm)
 
     def sample(self, one: Pass) -> float:
         """Microseconds of its pass."""
@@ -174,24 +171,25 @@ class Cpu:
         pass
 
 
-class _Graphs(Cpu):
-    """What a card and its dry run share: passes of graphs, and fewer samples of what is slow.
+class Dry(Cpu):
+    """A card's way on this CPU, where its times mean nothing: passes of graphs, and fewer samples of what is slow.
 
     ``uncaptured``: what no graph could hold, by name, and why; it is not tried again.  ``spoiled``: whether a capture has
     failed in this process.
     """
 
+    timed = False
     #: Samples that all aim at, and the least of any; us and calls of a pass.
-    replays, least_replays, pass_us, most_calls = 200, 5, 500.0, 4096
+    replays, least_replays, pass_us, most_calls = 5, 5, 50.0, 16
     #: Longest pass in us before which an untimed one is worth its time: it hides the launch and warms the caches.
     covered_us = 20_000.0
-    l2_bytes: int
+    l2_bytes = 1 << 14
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "dry") -> None:
+        self.kind = kind
         self.uncaptured: dict[str, str] = {}
-
-    def capture(self, run: Call) -> Call:
-        raise NotImplementedError
+        if kind == "emulator":  # where a call takes seconds
+            self.replays, self.least_replays, self.pass_us = 2, 2, 0.0
 
     def num_sets(self, num_bytes: int) -> int:
         """How many sets of operands of ``num_bytes`` are together well beyond the level-2 cache.
@@ -228,26 +226,30 @@ class _Graphs(Cpu):
 
     def samples(self, passes: Mapping[Name, Pass], seconds: float, rounds: tuple[int, int]) -> tuple[int, dict[Name, int]]:
         """A pass that would exceed its share of ``seconds`` gets fewer samples, spread over all rounds."""
-        share = seconds * 1e6 / len(passes)
+        share, wanted = seconds * 1e6 / max(1, len(passes)), {}
+        for name, one in passes.items():
+            cost = 2 * one.us if one.us < self.covered_us else one.us
+            wanted[name] = max(self.least_replays, min(self.replays, int(share / cost)))
+        return max(wanted.values(), default=0), wanted
 
-        def count(us: float) -> int:
-            cost = 2 * us if us < self.covered_us else us
-            return max(self.least_replays, min(self.replays, int(share / cost)))
-
-        wanted = {name: count(one.us) for name, one in passes.items()}
-        return max(wanted.values()), wanted
+    def capture(self, run: Call) -> Call:
+        """A replay of the graph of ``run``, which is called once before; here ``run`` itself."""
+        run()
+        return run
 
     def elapsed_us(self, run: Call, covered: bool) -> float:
-        raise NotImplementedError
+        """Time of ``run``; ``covered``: an untimed one, still running on a card, hides the launch."""
+        return elapsed_us(run)
 
 
-class Cuda(_Graphs):
+class Cuda(Dry):
     """The current card."""
 
-    kind, on_card = "cuda", True
+    on_card = timed = True
+    replays, least_replays, pass_us, most_calls = 200, 5, 500.0, 4096
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__("cuda")
         self.torch = torch.device("cuda", torch.cuda.current_device())
         self.l2_bytes = torch.cuda.get_device_properties(self.torch).L2_cache_size
         self._stream = torch.cuda.Stream()  # of all captures: libraries keep a workspace for every stream
@@ -257,9 +259,7 @@ class Cuda(_Graphs):
         torch.cuda.synchronize()
 
     def capture(self, run: Call) -> Call:
-        """A replay of the graph of ``run``, which is called once before.
-
-        Raises NotCaptured where the capture fails; it leaves torch's allocator and generators as if it still went on, so
+        """Raises NotCaptured where the capture fails; it leaves torch's allocator and generators as if it still went on, so
         this process is ``spoiled``.
         """
         stream, graph = self._stream, torch.cuda.CUDAGraph()
@@ -280,7 +280,7 @@ class Cuda(_Graphs):
         return graph.replay
 
     def elapsed_us(self, run: Call, covered: bool) -> float:
-        """Time of ``run`` between two events; ``covered``: an untimed one, still running, hides the launch."""
+        """Between two events."""
         start, end = self._events
         if covered:
             run()
@@ -290,38 +290,8 @@ class Cuda(_Graphs):
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    def cross_check(self, call: Call) -> float:
-        """Microseconds of ``call``, warm, as Triton's own benchmark finds them."""
-        from triton.testing import do_bench_cudagraph
 
-        return do_bench_cudagraph(call, return_mode="median") * 1e3
-
-
-class Dry(_Graphs):
-    """A card's way on this CPU: no graph, few and short samples."""
-
-    timed = False
-    replays, least_replays, pass_us, most_calls = 5, 5, 50.0, 16
-    l2_bytes = 1 << 14
-
-    def __init__(self, kind: str = "dry") -> None:
-        super().__init__()
-        self.kind = kind
-        if kind == "emulator":  # where a call takes seconds
-            self.replays, self.least_replays, self.pass_us = 2, 2, 0.0
-
-    def capture(self, run: Call) -> Call:
-        run()
-        return run
-
-    def elapsed_us(self, run: Call, covered: bool) -> float:
-        return elapsed_us(run)
-
-
-Device = Cpu | Cuda | Dry
-
-
-# --- measuring -------------------------------------------------------------------------------------------------------
+Device = Cpu | Dry | Cuda
 
 
 def measure(
@@ -335,13 +305,9 @@ def measure(
     """Time every function beside the others for about ``seconds`` in all.
 
     A round takes one sample of each in turn, beginning with another one every time: a machine whose speed moves, moves for
-    all.  The first round is discarded; there are at least ``rounds[0]`` more and at most ``rounds[1]``.  The garbage
-    collector is off.  One that fails, or that no graph can hold, goes to ``skipped`` (:func:`tolerant`).
-
-    Raises ValueError for fewer than two rounds.
+    all.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most ``rounds[1]`` others.  The
+    garbage collector is off.  One that fails, or that no graph can hold, goes to ``skipped`` (:func:`tolerant`).
     """
-    if not 2 <= rounds[0] <= rounds[1]:
-        raise ValueError(f"rounds: expected 2 <= least <= most, got {rounds}")
     passes: dict[Name, Pass] = {}
     for name, function in functions.items():
         with tolerant(name, skipped):
@@ -350,17 +316,15 @@ def measure(
     most, names = max(wanted.values(), default=0), list(passes)
     samples: dict[Name, list[float]] = {name: [] for name in names}
     with _no_gc():
-        end = math.inf
-        for i in range(most + 1):
+        for name in names:
+            device.sample(passes[name])
+        end = time.perf_counter() + seconds
+        for i in range(1, most + 1):
             start = i % max(1, len(names))
             for name in names[start:] + names[:start]:
-                if i == 0:
-                    device.sample(passes[name])
-                elif i * wanted[name] // most > (i - 1) * wanted[name] // most:
+                if i * wanted[name] // most > (i - 1) * wanted[name] // most:
                     samples[name].append(device.sample(passes[name]) / passes[name].calls)
-            if i == 0:
-                end = time.perf_counter() + seconds
-            elif i >= least and time.perf_counter() >= end:
+            if i >= least and time.perf_counter() >= end:
                 break
     return {name: Timing.of(samples[name], passes[name].graph, passes[name].note) for name in names}
 
@@ -386,8 +350,3 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def rotated(build: Callable[[Any], Call], sets: Sequence[Any], graph: bool = True) -> Candidate:
-    """The candidate that ``build`` makes of each set of operands."""
-    return Candidate([build(one) for one in sets], graph)

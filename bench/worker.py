@@ -1,7 +1,7 @@
 """One side of ``python -m bench compare``: times cases of the t2l_engine in the folder it runs in, a sample a request.
 
-It runs against trees that know nothing of it: it imports torch and public names of t2l_engine, nothing of bench.  It is
-started as the text of a command, writes a line with its cases, and answers the name of a case with microseconds a call.
+It runs against trees that know nothing of it: it imports torch and public names of t2l_engine, nothing of bench.
+Started as the text of a command, it writes a line about itself, and answers a case with microseconds a call.
 """
 
 import functools
@@ -19,27 +19,25 @@ import t2l_engine as t2l
 
 #: Microseconds of a sample.
 SAMPLE_US = 10_000.0
+F32, BF16 = torch.float32, torch.bfloat16
 
 
-def drawn(seed=0):
-    """A function of shapes: normal tensors."""
-    generator = torch.Generator().manual_seed(seed)
-    return lambda *shape: torch.randn(*shape, generator=generator)
+def randn(*shape, dtype=F32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def lora(tokens, adapters, features, dtype):
     """Arguments of ``lora_add_``: as many tokens for each adapter, in order."""
-    randn, rank = drawn(), 8
     return {
-        "y": randn(tokens, features).to(dtype),
-        "x": randn(tokens, features).to(dtype),
-        "lora_A": (randn(adapters, rank, features) * features**-0.5).to(dtype),
-        "lora_B": randn(adapters, rank, features).to(dtype).mT,
+        "y": randn(tokens, features, dtype=dtype),
+        "x": randn(tokens, features, dtype=dtype, seed=1),
+        "lora_A": (randn(adapters, 8, features) * features**-0.5).to(dtype),
+        "lora_B": randn(adapters, 8, features, dtype=dtype).mT,
         "scaling": torch.ones(adapters),
         "seg_indptr": torch.arange(0, tokens + 1, tokens // adapters, dtype=torch.int32),
         "seg_adapters": torch.arange(adapters, dtype=torch.int32),
         "max_seg_len": tokens // adapters,
-        "ranks": torch.full((adapters,), rank, dtype=torch.int32),
+        "ranks": torch.full((adapters,), 8, dtype=torch.int32),
     }
 
 
@@ -47,12 +45,12 @@ def lora_add(*size):
     return functools.partial(t2l.ops.lora_add_, **lora(*size))
 
 
-def backward(tokens, adapters, features, dtype):
+def backward(*size):
     """``lora_delta`` forward and backward."""
-    arguments = lora(tokens, adapters, features, dtype)
-    grad = arguments.pop("y")
-    leaves = [arguments[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B")]
-    arguments |= dict(zip(("x", "lora_A", "lora_B"), leaves, strict=True))
+    arguments = lora(*size)
+    grad, leaves = arguments.pop("y"), [arguments[name] for name in ("x", "lora_A", "lora_B")]
+    for leaf in leaves:
+        leaf.requires_grad_()
     return lambda: torch.autograd.grad(t2l.ops.lora_delta(**arguments), leaves, grad)
 
 
@@ -64,38 +62,30 @@ def generate(variant, dtype, count):
         variant=variant, modules=("q_proj", "v_proj"), latent_size=128, head_in_size=512, lora_alpha=16.0, **sizes
     )
     net = t2l.HyperNetwork(config).requires_grad_(False).eval().set_dtype(dtype)
-    task_emb = nn.functional.normalize(drawn(1)(count, 384), dim=-1) * 384**0.5
-    return functools.partial(net.generate, task_emb)
+    return functools.partial(net.generate, nn.functional.normalize(randn(count, 384), dim=-1) * 384**0.5)
 
 
 class Block(nn.Module):
-    """A layer of a decoder that attends to what is cached."""
+    """The adapted linears of a decoder's layer: the rest of it is not this engine's."""
 
-    def __init__(self, width, rows, cached):
+    def __init__(self, width):
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.up_proj, self.down_proj = nn.Linear(width, 3 * width, bias=False), nn.Linear(3 * width, width, bias=False)
-        self.keys, self.values = (drawn(i)(rows, 4, cached, width // 4) for i in range(2))
+        self.q_proj, self.v_proj = (nn.Linear(width, width, bias=False) for _ in range(2))
 
     def forward(self, x):
-        q, k, v = (f(x).unflatten(-1, (4, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        self.keys[:, :, -1:], self.values[:, :, -1:] = k, v
-        x = x + self.o_proj(nn.functional.scaled_dot_product_attention(q, self.keys, self.values).transpose(1, 2).flatten(2))
-        return x + self.down_proj(nn.functional.silu(self.up_proj(x)))
+        return x + self.q_proj(x).tanh() * self.v_proj(x).tanh()
 
 
 def decode(rows, adapters):
     """A decode step of a tiny random model with an adapter a row."""
-    width, layers, randn = 256, 4, drawn(2)
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Block(width, rows, 64) for _ in range(layers))).requires_grad_(False)
+    width, layers = 256, 4
+    model = nn.Sequential(*(Block(width) for _ in range(layers))).requires_grad_(False)
     A, B = ({name: randn(adapters, layers, 8, width) * 0.05 for name in ("q_proj", "v_proj")} for _ in range(2))
     stack = t2l.AdapterStack(A, {name: side.mT.contiguous() for name, side in B.items()}, torch.ones(adapters))
     t2l.attach(model, stack).set([row % adapters for row in range(rows)])
     return functools.partial(model, randn(rows, 1, width))
 
 
-F32, BF16 = torch.float32, torch.bfloat16
 #: Name -> what makes the call that is timed.
 CASES = {
     "lora_add_ 8x8, 576, float32": functools.partial(lora_add, 8, 8, 576, F32),
@@ -112,7 +102,8 @@ CASES = {
 
 
 def elapsed(call, count):
-    """Microseconds a call, of ``count`` in a row."""
+    """Microseconds a call, of ``count`` in a row, after one that is not timed."""
+    call()
     start = time.perf_counter_ns()
     for _ in range(count):
         call()
@@ -121,31 +112,22 @@ def elapsed(call, count):
 
 @functools.cache
 def prepared(name):
-    """A call, warmed up, and how many fill a sample."""
+    """A call, and how many fill a sample."""
     call = CASES[name]()
-    with torch.inference_mode("lora_delta" not in name):
-        call()
-        one = min(elapsed(call, 3) for _ in range(3))
-    return call, max(1, math.ceil(SAMPLE_US / one))
+    return call, max(1, math.ceil(SAMPLE_US / min(elapsed(call, 3) for _ in range(3))))
 
 
 def main():
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
     torch.set_num_threads(int(sys.argv[1]))
-
-    def answer(value):
-        answers.write(json.dumps(value) + "\n")
-        answers.flush()
-
-    answer({"package": os.path.dirname(t2l.__file__), "native": t2l.ops.NATIVE, "cases": list(CASES)})
+    about = {"package": os.path.dirname(t2l.__file__), "native": t2l.ops.NATIVE}
+    print(json.dumps(about), file=answers)
     gc.disable()
     for line in sys.stdin:
         name = json.loads(line)
-        call, count = prepared(name)
         with torch.inference_mode("lora_delta" not in name):
-            call()
-            answer(elapsed(call, count))
+            print(json.dumps(elapsed(*prepared(name))), file=answers)
 
 
 if __name__ == "__main__":

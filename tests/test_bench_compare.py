@@ -28,6 +28,18 @@ def test_what_is_slower_than_the_limit_fails():
     assert (one.old_us, one.new_us, one.ratio, one.low, one.high) == (1.0, 2.0, 2.0, 1.5, 2.5)
 
 
+def test_what_is_slower_is_measured_once_more():
+    seen, busy = [], {"a": [1.0], "b": [1.3, 1.0], "c": [1.3, 1.3]}
+
+    def measure(cases):
+        seen.append(list(cases))
+        return {case: Compared.of([(1.0, busy[case].pop(0))] * 2) for case in cases}
+
+    found = compare.confirmed(measure, ["a", "b", "c"], 1.15)
+    assert seen == [["a", "b", "c"], ["b", "c"]] and list(found) == ["a", "b", "c"]
+    assert compare.slower(found, 1.15) == ["c"]
+
+
 def test_trees_that_cannot_be_measured_are_refused(tmp_path):
     with pytest.raises(BenchError, match="neither a folder nor a revision"), compare.tree("no-such-revision"):
         pass
@@ -38,7 +50,7 @@ def test_trees_that_cannot_be_measured_are_refused(tmp_path):
 @pytest.mark.skipif(not ops.NATIVE, reason="no native library")
 def test_a_worker_times_the_tree_it_runs_in(monkeypatch):
     monkeypatch.setattr(compare, "STARTS", 1)
-    (found,) = compare.trees(str(ROOT), str(ROOT), 1, only="lora_add_ 8x8", rounds=1).values()
+    (found,) = compare.trees(str(ROOT), str(ROOT), 1, "lora_add_ 8x8", 1, 1.15).values()
     assert found.old_us > 0 and found.new_us > 0
     with pytest.raises(BenchError, match="got 'no such case'"):
-        compare.trees(str(ROOT), str(ROOT), 1, only="no such case")
+        compare.trees(str(ROOT), str(ROOT), 1, "no such case", 1, 1.15)

@@ -28,8 +28,6 @@ def test_rounds_begin_with_another_candidate_and_the_first_is_discarded(monkeypa
     timings = measure(Cpu(), {n: lambda n=n: seen.append(n) for n in names}, rounds=(2, 2), seconds=0.0)
     assert "".join(seen[4:]) == "aaabbb" + "bbbaaa" + "aaabbb", "two untimed calls before each sample"
     assert {n: t.rounds for n, t in timings.items()} == {"a": 2, "b": 2}
-    with pytest.raises(ValueError, match="rounds"):
-        measure(Cpu(), {}, rounds=(1, 2))
 
 
 def test_cold_sets_take_turns_and_half_of_them_rid_the_caches(monkeypatch):
@@ -174,7 +172,7 @@ def test_ceilings_are_kept_written_and_read(monkeypatch):
     assert written[0] == {
         "record": "ceiling", "when": "before", "kind": "gemm", "dtype": "float32", "threads": 2, "gflops": 1.0
     }  # fmt: skip
-    assert list(one.records("before", one.keys())) == []
+    assert list(one.records("before", one.rates)) == []
     other = CpuCeilings()
     other.load(written)
     assert other.rates == one.rates and other.again().rates != one.rates and len(probes) == 4
@@ -182,10 +180,10 @@ def test_ceilings_are_kept_written_and_read(monkeypatch):
 
 def test_rooflines_of_a_card_take_the_faster_way(monkeypatch):
     device = Dry()
-    us = {"sum": 10.0, "matrix times vector": 20.0, "copy": 40.0, "copy kernel": 16.0, "mm": 1.0}
+    us = {"sum": 10.0, "product": 20.0, "copy by copy": 40.0, "copy by kernel": 16.0, "mm": 1.0}
     monkeypatch.setattr(ceilings, "measure", lambda device, ways, seconds: {n: Timing.of([us[n]] * 2) for n in ways})
     made = CudaCeilings(device=device)
     assert made.bandwidth_at() == pytest.approx(2 * (1 << 20) / 16.0 / 1e3), "a copy moves twice the bytes"
-    made.rates["gemm"] |= {("float32", 1): 50e3, ("tf32", 1): 420e3, ("bfloat16", 1): 989e3}
+    made.rates |= {("gemm", "float32", 1): 50e3, ("gemm", "tf32", 1): 420e3, ("gemm", "bfloat16", 1): 989e3}
     assert made.gemm_at("bfloat16") == 989e3 and made.gemm_at("float32") == 140e3, "three products in TF32"
     assert torch.get_float32_matmul_precision() == "highest" and isinstance(made, Ceilings)

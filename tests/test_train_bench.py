@@ -11,8 +11,7 @@ from bench.harness import Context, VerificationError, verify
 from bench.records import BASE, HOOKS, OURS, ResultError
 from bench.report.pages import TABLES
 from bench.suites import train
-from bench.suites import train_ways as ways
-from bench.suites.train_ways import BMM, HOOKS_PEFT, SAMPLES, Batch, Case
+from bench.suites.train import BMM, HOOKS_PEFT, SAMPLES, Batch, Case
 from bench.timing import threads
 
 TINY = dataclasses.replace(Context.of("tiny", 1), rounds=(2, 2), seconds=0.0)
@@ -28,24 +27,24 @@ def one_thread():
 # --- ways ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ways.cases(TINY), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", train.cases(TINY), ids=lambda case: case.name)
 def test_ways_agree(case):
-    frozen, single = train.models(TINY, case.dtype)
-    stack = ways.adapters(frozen.model, case)
-    made = {way: ways.BUILDERS[way](frozen.model, stack) for way in ways.WAYS}
+    frozen, single = train.both(TINY, case.dtype)
+    stack = train.adapters(frozen.model, case)
+    made = {way: train.BUILDERS[way](frozen.model, stack) for way in train.WAYS}
     errors = train.step_errors(made, frozen, single, stack, case)
-    assert set(errors) == set(ways.WAYS) - {BASE} >= {OURS, HOOKS, BMM}
+    assert set(errors) == set(train.WAYS) - {BASE} >= {OURS, HOOKS, BMM}
     assert verify(case.name, dict.fromkeys(errors), errors)[1] == {}
-    own = ways.step(made[OURS], stack, Batch.of(frozen, SAMPLES, case.tokens, seed=1))()
+    own = train.step(made[OURS], stack, Batch.of(frozen, SAMPLES, case.tokens, seed=1))()
     assert len(own) == 2 * len(stack.lora_A) + 1 and all(grad.abs().max() > 0 for grad in own)
 
 
 def test_a_wrong_way_is_not_timed():
-    case = ways.cases(TINY)[0]
-    frozen, single = train.models(TINY, case.dtype)
-    stack = ways.adapters(frozen.model, case)
+    case = train.cases(TINY)[0]
+    frozen, single = train.both(TINY, case.dtype)
+    stack = train.adapters(frozen.model, case)
     shifted = [*range(1, SAMPLES), 0]  # another sample's adapter
-    made = {OURS: ways.ours(frozen.model, stack, shifted), BMM: ways.BUILDERS[BMM](frozen.model, stack)}
+    made = {OURS: train.ours(frozen.model, stack, shifted), BMM: train.BUILDERS[BMM](frozen.model, stack)}
     errors = train.step_errors(made, frozen, single, stack, case)
     with pytest.raises(VerificationError, match="q,v, 16 tokens, float32: error"):
         verify(case.name, dict.fromkeys(errors), errors)
@@ -57,34 +56,34 @@ def test_hooks_repeat_a_token(monkeypatch):
     x, A, B = (torch.randn(rows, *size, generator=generator) for size in ((tokens, features), (rank, features), (out, rank)))
     shapes, bmm = [], torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda a, b: shapes.append(tuple(a.shape)) or bmm(a, b))
-    repeated = ways.repeated(x, A, B, 2.0)
+    repeated = train.repeated(x, A, B, 2.0)
     assert shapes == [(rows * tokens, rank, features), (rows * tokens, out, rank)]
     shapes.clear()
-    batched = ways.batched(x, A, B, 2.0)
+    batched = train.batched(x, A, B, 2.0)
     assert shapes == [(rows, tokens, features), (rows, tokens, rank)]
     expected = torch.stack([2 * row @ a.mT @ b.mT for row, a, b in zip(x, A, B, strict=True)])
     assert torch.allclose(repeated, expected, atol=1e-5) and torch.allclose(batched, expected, atol=1e-5)
 
 
 def test_hooks_leave_no_adapter_behind():
-    frozen = ways.load(TINY, "float32")
-    case = ways.cases(TINY)[0]
-    stack, batch = ways.adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed=0)
-    way = ways.hooked(frozen.model, stack)
+    frozen = train.load(TINY, "float32")
+    case = train.cases(TINY)[0]
+    stack, batch = train.adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed=0)
+    way = train.hooked(frozen.model, stack)
     with way.applied(stack):
-        adapted = ways.loss_of(way.model, batch)
-    assert not torch.equal(adapted, ways.loss_of(frozen.model, batch))
+        adapted = train.loss_of(way.model, batch)
+    assert not torch.equal(adapted, train.loss_of(frozen.model, batch))
     with pytest.raises(KeyError):
-        ways.loss_of(way.model, batch)
+        train.loss_of(way.model, batch)
 
 
-@pytest.mark.skipif(HOOKS_PEFT in ways.SKIPPED, reason="peft is not installed")
+@pytest.mark.skipif(HOOKS_PEFT in train.SKIPPED, reason="peft is not installed")
 def test_peft_base_multiplies_zeros():
     from peft.tuners.lora import Linear
 
-    frozen = ways.load(TINY, "bfloat16")
-    stack = ways.adapters(frozen.model, ways.cases(TINY)[0])
-    way = ways.hooked(frozen.model, stack, peft_base=True)
+    frozen = train.load(TINY, "bfloat16")
+    stack = train.adapters(frozen.model, train.cases(TINY)[0])
+    way = train.hooked(frozen.model, stack, peft_base=True)
     found = [layer for layer in way.model.modules() if isinstance(layer, Linear)]
     assert len(found) == sum(a.shape[1] for a in stack.lora_A.values())
     assert all(layer.lora_A["default"].weight.any() and not layer.lora_B["default"].weight.any() for layer in found)
@@ -115,8 +114,8 @@ def test_tasks(name, group):
 
 def test_a_child_tells_its_memory():
     tokens = 128
-    found = ways.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)
-    stack = ways.adapters(ways.load(TINY, "float32").model, Case("q,v", tokens, "float32"))
+    found = train.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)
+    stack = train.adapters(train.load(TINY, "float32").model, Case("q,v", tokens, "float32"))
     once_a_token = tokens * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values()) / 2**20
     added = found["peak_mib"] - found["loaded_mib"]
     assert once_a_token > 10 and once_a_token <= added <= once_a_token + 500

@@ -17,7 +17,7 @@ from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, 
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
 from bench.records import BASE, HOST
 from bench.suites import decode
-from bench.timing import Call, Candidate, first_line, rotated, tolerant
+from bench.timing import Call, Candidate, tolerant
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
@@ -58,21 +58,20 @@ def plan(context: Context) -> list[Task]:
 
 def _cpu_plan(context: Context) -> list[Task]:
     layer = LAYERS["linear"] if context.full else Layer.linear(512)
-    serve = [dataclasses.replace(case, layer=layer) for case in SERVE]
-    tasks = []
+    serve, tasks = [dataclasses.replace(case, layer=layer) for case in SERVE], []
     for case in serve:
         for n in context.thread_counts:
-            tasks.append(Task(f"{case.name} warm {n}", functools.partial(lora, context, case, "lora", ["warm"], n)))
-        tasks.append(Task(f"{case.name} cold", functools.partial(lora, context, case, "lora", ["cold"], 1)))
+            tasks.append(Task.of(f"{case.name} warm {n}", lora, context, case, "lora", ["warm"], n))
+        tasks.append(Task.of(f"{case.name} cold", lora, context, case, "lora", ["cold"], 1))
     for case in (c for c in serve if c.layout == "r_out"):  # as the slots of an attached model are
         case = dataclasses.replace(case, label=case.label.replace("serve", "linear"))
-        tasks.append(Task(case.name, functools.partial(around_linear, context, case)))
+        tasks.append(Task.of(case.name, around_linear, context, case))
     for n in SWEPT:
         case = Case(layer, even(64, n), label=f"sweep_64x{n}")
-        tasks.append(Task(case.name, functools.partial(lora, context, case, "sweep", ["warm"], 1)))
+        tasks.append(Task.of(case.name, lora, context, case, "sweep", ["warm"], 1))
     for features in (576, 2048) if context.full else (64,):
         case = Case(Layer.linear(features), even(512, 8), dtype=torch.float32, label=f"backward_8x64_{features}")
-        tasks.append(Task(case.name, functools.partial(backward, context, case)))
+        tasks.append(Task.of(case.name, backward, context, case))
     return tasks
 
 
@@ -83,16 +82,13 @@ def _cuda_plan(context: Context) -> list[Task]:
         ("decode", decode_cases(full), ["cold", "warm"]),
         ("prefill", prefill_cases(full), ["cold"]),
     ):
-        for case in chosen:
-            run = functools.partial(lora, context, case, group, caches, 1)
-            tasks.append(Task(f"{group} {case.name}", run, needs=5.0))
+        tasks += [Task.of(f"{group} {c.name}", lora, context, c, group, caches, 1, needs=5.0) for c in chosen]
     one = LAYERS["linear"] if full else Layer.linear(64)
     sizes = [rows(*range(64)), rows(0), rows(*range(8)), rows(*[0] * 64), even(512, 8)] if full else [rows(0, 1)]
-    for segments in sizes:
-        case = Case(one, segments)
-        tasks.append(Task(f"linear {case.name}", functools.partial(around_linear, context, case), needs=5.0))
+    for case in (Case(one, segments) for segments in sizes):
+        tasks.append(Task.of(f"linear {case.name}", around_linear, context, case, needs=5.0))
     if context.device.timed:
-        tasks.append(Task("energy", functools.partial(energy.measured, context, functools.partial(joules, context)), 8.0))
+        tasks.append(Task.of("energy", energy.measured, context, functools.partial(joules, context), needs=8.0))
     return tasks
 
 
@@ -100,31 +96,23 @@ def decode_cases(full: bool) -> list[Case]:
     """Of a card, in order of worth."""
     if not full:
         return [Case(LAYERS["tiny"], rows(0, 1, 2)), Case(LAYERS["tiny"], rows(0, -1), "half base")]
-    n64, one, half = range(64), rows(*[0] * 64), rows(*(-1 if i % 2 else i // 2 for i in range(64)))
-    first = [
-        Case(LAYERS[layer], segments)
-        for layer in ("linear", "7b")
-        for segments in (rows(*n64), rows(0), rows(*range(8)), one)
-    ]
-    first += [Case(LAYERS["7b-all"], segments) for segments in (rows(*n64), rows(0))]
-    first += [Case(LAYERS[layer], rows(*n64)) for layer in ("2b", "1b")]
-    spread = [Case(LAYERS["7b"], segments, name) for segments, name in ((zipf(64), "zipf"), (half, "half base"))]
-    spread.append(Case(LAYERS["7b"], rows(*(i % 16 for i in n64))))
-    sweep = [Case(LAYERS["7b"], rows(*range(n))) for n in (2, 4, 16, 32)]
-    ranks = [Case(LAYERS["7b"], rows(*n64), rank=rank) for rank in (16, 32, 64)]
-    return first + spread + sweep + ranks + [Case(LAYERS["7b"], rows(*n64), dtype=torch.float32)]
+    n64, one, half = rows(*range(64)), rows(*[0] * 64), rows(*(-1 if i % 2 else i // 2 for i in range(64)))
+    chosen = [(layer, segments) for layer in ("linear", "7b") for segments in (n64, rows(0), rows(*range(8)), one)]
+    chosen += [("7b-all", n64), ("7b-all", rows(0)), ("2b", n64), ("1b", n64)]
+    chosen += [("7b", zipf(64), "zipf"), ("7b", half, "half base"), ("7b", rows(*(i % 16 for i in range(64))))]
+    chosen += [("7b", rows(*range(n))) for n in (2, 4, 16, 32)]
+    chosen += [("7b", n64, "", rank) for rank in (16, 32, 64)]
+    return [Case(LAYERS[layer], *of) for layer, *of in [*chosen, ("7b", n64, "", 8, torch.float32)]]
 
 
 def prefill_cases(full: bool) -> list[Case]:
     """Of a card, in order of worth."""
     if not full:
         return [Case(LAYERS["tiny"], even(32, 2)), Case(LAYERS["tiny"], ragged(40, 3), "ragged")]
-    made = [Case(LAYERS["7b"], even(*size)) for size in ((2048, 4), (8192, 8), (512, 1), (8192, 1))]
-    made += [Case(LAYERS["7b"], ragged(8192, 8), "ragged"), Case(LAYERS["7b-all"], even(8192, 8))]
-    return made + [Case(LAYERS["7b"], even(2048, 4), rank=rank) for rank in (16, 64)]
-
-
-# --- batched LoRA alone ----------------------------------------------------------------------------------------------
+    chosen = [("7b", even(*size)) for size in ((2048, 4), (8192, 8), (512, 1), (8192, 1))]
+    chosen += [("7b", ragged(8192, 8), "ragged"), ("7b-all", even(8192, 8))]
+    chosen += [("7b", even(2048, 4), "", rank) for rank in (16, 64)]
+    return [Case(LAYERS[layer], *of) for layer, *of in chosen]
 
 
 @torch.inference_mode()
@@ -137,23 +125,17 @@ def lora(context: Context, case: Case, group: str, caches: Sequence[str], count:
     for cache in caches:
         if not context.on_cpu and cache == "warm" and case.working_set > device.l2_bytes:
             continue  # what exceeds the level-2 cache is never warm
-        sets = context.num_sets(case.working_set) if cache == "cold" else 1
-        shared = cases.routing(case, device.torch)
-        operands = [cases.operands(case, device.torch, seed, shared) for seed in range(2, 2 + sets)]
-        gone = skipped | wrong
-        candidates = {} if context.on_cpu else baselines.copies(device, case.bytes, sets)
+        operands, gone = cold_sets(context, case, None if cache == "cold" else 1), skipped | wrong
+        candidates = {} if context.on_cpu else baselines.copies(device, case.bytes, len(operands))
         for name, build in builders.items():
             with tolerant(name, gone):
-                candidates[name] = rotated(build, operands)
+                candidates[name] = Candidate([build(one) for one in operands])
         timings = context.time(candidates, count, skipped=gone)
         given: dict[str, Any] = {"count": count, "cache": cache, "skipped": gone}
         if context.on_cpu:
             given |= _cpu_limits(context, case, group, cache, count)
         else:
-            timings = baselines.with_best_copy(timings)
-            # What is warm comes from the cache: the rates of memory make no roofline of it.
-            least = context.roofline(case.flops, case.bytes, case.dtype_name) if cache == "cold" else None
-            given |= {"least": least, "target": _cuda_target(case)}
+            timings, given = baselines.with_best_copy(timings), given | _cuda_limits(context, case, cache)
         yield row(context, case.name, group, case.shape(), timings, errors[OURS], **given)
         del operands, candidates  # before the next ones are made
 
@@ -202,37 +184,38 @@ def _cpu_limits(context: Context, case: Case, group: str, cache: str, count: int
     least = roofline(case.flops, case.bytes, ceilings.gemm_at(case.dtype_name, count), gbps)
     if cold:  # stated in bytes, whatever the products would need
         least |= {"us": round(case.bytes / gbps / 1e3, 3), "by": "bytes"}
-    target = COLD if cold else WARM_PREFILL if case.tokens > 64 else WARM
-    peak = ceilings.fma_at(case.dtype_name, count)
-    return {"least": least, "target": target if group == "lora" else None, "peak_gflops": peak}
+    target = (COLD if cold else WARM_PREFILL if case.tokens > 64 else WARM) if group == "lora" else None
+    return {"least": least, "target": target, "peak_gflops": ceilings.fma_at(case.dtype_name, count)}
 
 
-def _cuda_target(case: Case) -> Target | None:
-    if case.rank != 8 or case.dtype != torch.bfloat16:
-        return None
-    if case.tokens == 1 and len(case.layer.groups) == 1:
-        return CUDA_SINGLE
-    return CUDA_MANY if case.tokens == case.adapters == 64 else None
+def _cuda_limits(context: Context, case: Case, cache: str) -> dict[str, Any]:
+    """What is warm comes from the cache: the rates of memory make no roofline of it."""
+    least = context.roofline(case.flops, case.bytes, case.dtype_name) if cache == "cold" else None
+    usual = case.rank == 8 and case.dtype == torch.bfloat16
+    single = case.tokens == 1 and len(case.layer.groups) == 1
+    target = CUDA_SINGLE if single else CUDA_MANY if case.tokens == case.adapters == 64 else None
+    return {"least": least, "target": target if usual else None}
+
+
+def cold_sets(context: Context, case: Case, count: int | None = None) -> list[Operands]:
+    """``count`` sets of operands, by default as many as exceed the caches."""
+    sets, shared = count or context.num_sets(case.working_set), cases.routing(case, context.device.torch)
+    return [cases.operands(case, context.device.torch, seed, shared) for seed in range(2, 2 + sets)]
 
 
 def joules(context: Context) -> energy.Work:
     """One layer's 64 adapters on 64 tokens, cold."""
     case = Case(LAYERS["7b"], rows(*range(64)))
-    sets = context.num_sets(case.working_set)
-    shared = cases.routing(case, context.device.torch)
-    made = [cases.operands(case, context.device.torch, seed, shared) for seed in range(sets)]
+    calls = [one.grouped() for one in cold_sets(context, case)]
     name = f"applying, {case.name}, cold (an adapter: one, to one token, in one layer)"
-    return energy.Work(name, "adapter", case.adapters * sets, [one.grouped() for one in made])
+    return energy.Work(name, "adapter", case.adapters * len(calls), calls)
 
-
-# --- with gradients --------------------------------------------------------------------------------------------------
 
 Delta = Callable[[Arguments], Callable[[], Tensor]]
 
 
 def _delta(backend) -> Delta:
-    names = ("x", "lora_A", "lora_B", "scaling", "seg_indptr", "seg_adapters", "max_seg_len", "ranks")
-    return lambda arguments: lambda: backend.lora_delta(*(arguments[name] for name in names))
+    return lambda arguments: functools.partial(backend.lora_delta, *(arguments[name] for name in cases.ORDER[1:]))
 
 
 DELTAS: dict[str, Delta] = {OURS: _delta(ops), "mm loop": mm_loop_delta, "gather bmm": gather_bmm_delta}
@@ -287,9 +270,6 @@ def backward(context: Context, case: Case) -> Iterator[Record]:
         yield row(context, case.name, "backward", shape, timings, errors[OURS], **given)
 
 
-# --- around a linear -------------------------------------------------------------------------------------------------
-
-
 def attached(linear: nn.Linear, arguments: Arguments) -> nn.Module:
     """What ``attach`` makes of ``linear``, with the adapters and segments of ``arguments`` in use."""
     model = nn.ModuleList([nn.ModuleDict({"q_proj": linear})])
@@ -304,17 +284,13 @@ def linear_calls(case: Case, linear: nn.Linear, arguments: Arguments) -> tuple[d
     x, ours, one = arguments["x"], attached(linear, arguments), case.adapters == 1
     calls: dict[str, Call] = {OURS: lambda: ours(x), BASE: lambda: linear(x)}
     skipped = {} if one else dict.fromkeys(("merged", "PEFT single"), "holds one adapter; the batch has several")
-    try:
-        if PEFT_ABSENT:
-            raise ImportError(PEFT_ABSENT)
-        peft, names = baselines.peft_linear(linear, arguments), [str(i) for i in baselines.token_ids(arguments).tolist()]
-        calls["PEFT mixed"] = lambda: peft(x, adapter_names=names)
-        if one:
-            calls["PEFT single"] = lambda: peft(x)
-    except Exception as error:  # whatever this version of it cannot do
-        skipped |= dict.fromkeys(
-            ("PEFT mixed", "PEFT single"), PEFT_ABSENT or f"{type(error).__name__}: {first_line(error)}"
-        )
+    absent = {"PEFT": PEFT_ABSENT} if PEFT_ABSENT else {}
+    with tolerant("PEFT", absent):  # whatever this version of it cannot do
+        if not absent:
+            peft, names = baselines.peft_linear(linear, arguments), list(map(str, baselines.token_ids(arguments).tolist()))
+            calls["PEFT mixed"] = lambda: peft(x, adapter_names=names)
+            calls |= {"PEFT single": lambda: peft(x)} if one else {}
+    skipped |= dict.fromkeys(("PEFT mixed", "PEFT single") if absent else (), absent.get("PEFT"))
     if one:
         delta = arguments["scaling"][0] * arguments["lora_B"][0].float() @ arguments["lora_A"][0].float()
         weight = (linear.weight.float() + delta).to(linear.weight.dtype)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from bench.baselines import PEFT_ABSENT
 from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, row, verify
 from bench.models import LINEARS, MODULES, Forward, Step
 from bench.records import BASE
-from t2l_engine.research.costs import Decoder
 
 ROWS, CACHED = 8, 64
 #: Name of a set of adapters -> its target.
@@ -30,24 +30,16 @@ CUDA_FULL = (("q,v", 64, (1, 8, 64)), ("q,v", 1, (1,)), ("all linears", 64, (64,
 CUDA_TINY = (("q,v", 4, (1, 4)), ("all linears", 2, (2,)))
 CUDA_TARGET = Target(1.08, of=BASE)
 RANK, CONTEXT = 8, 128
-_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 61, "num_hidden_layers": 2}
-TINY = Decoder.from_config({"model_type": "llama", **_WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2})
 
 
 def plan(context: Context) -> list[Task]:
-    if context.on_cpu:
-        tasks = []
-        for dtype in ("float32", "bfloat16"):
-            tasks.append(Task(f"model {dtype}", functools.partial(steps, context, getattr(torch, dtype))))
-            tasks.append(Task(f"model sweep {dtype}", functools.partial(sweep, context, getattr(torch, dtype))))
-        return tasks
-    return [
-        Task(step_name(modules, rows), functools.partial(cuda, context, modules, rows, counts), needs=15.0)
-        for modules, rows, counts in (CUDA_FULL if context.full else CUDA_TINY)
-    ]
-
-
-# --- a small model on a CPU ------------------------------------------------------------------------------------------
+    if not context.on_cpu:
+        chosen = CUDA_FULL if context.full else CUDA_TINY
+        return [
+            Task.of(step_name(modules, rows), cuda, context, modules, rows, n, needs=15.0) for modules, rows, n in chosen
+        ]
+    both = itertools.product(("float32", "bfloat16"), {"model": steps, "model sweep": sweep}.items())
+    return [Task.of(f"{name} {dtype}", run, context, getattr(torch, dtype)) for dtype, (name, run) in both]
 
 
 def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
@@ -58,7 +50,6 @@ def _tokens(model: nn.Module, rows: int, count: int, seed: int) -> Tensor:
 def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     """Both phases for eight rows with eight adapters: of q and v, and of all linears."""
     (name, model), (_, wide) = models.load(context, dtype), models.load(context, torch.float64)
-    ids, alike = range(ROWS), [0] * ROWS
     sets = {
         "q,v": models.bundled_adapters(context, wide, ROWS).to(dtype=dtype),
         "all linears": models.random_adapters(wide, LINEARS, ROWS, 16).to(dtype=dtype),
@@ -66,23 +57,20 @@ def steps(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     fresh, timed = (_tokens(model, ROWS, CACHED + 1, seed) for seed in (1, 0))
     chosen = {of: _ways(context, model, stack) for of, stack in sets.items()}
     with torch.inference_mode():
-        rights = {
-            (of, single): _reference(wide, model, stack, fresh, alike if single else ids)
-            for of, stack in sets.items()
-            for single in (False, True)
-        }
-        base = _reference(wide, model, None, fresh, ids)
+        exact = {BASE: _exact(wide, model, None, fresh, range(ROWS))}
+        for of, stack in sets.items():
+            exact |= {
+                (of, one): _exact(wide, model, stack, fresh, [0] * ROWS if one else range(ROWS)) for one in (True, False)
+            }
         del wide
         for phase, make in PHASES.items():
             functions, verified, errors = {}, {}, {}
             for of, (ways, skipped) in chosen.items():
-                judged = {way: (forward, rights[of, way in SINGLE]) for way, forward in ways.items()}
-                judged[BASE] = model, base
-                errors[of] = {
-                    way: logits_error(make(forward, fresh[:, :-1], fresh[:, -1:])(), *right[phase])
-                    for way, (forward, right) in judged.items()
-                }
-                calls = {way: make(forward, timed[:, :-1], timed[:, -1:]) for way, (forward, _) in judged.items()}
+                ways = ways | {BASE: model}
+                right = {way: exact[BASE if way == BASE else (of, way in SINGLE)][phase] for way in ways}
+                got = {way: make(forward, fresh) for way, forward in ways.items()}
+                errors[of] = {way: logits_error(step(), *right[way]) for way, step in got.items()}
+                calls = {way: make(forward, timed) for way, forward in ways.items()}
                 calls, wrong = verify(f"{phase} {of} {dtype}", calls, errors[of])
                 verified[of] = list(calls), skipped | wrong
                 functions |= {(BASE if way == BASE else (of, way)): call for way, call in calls.items()}
@@ -98,7 +86,7 @@ def _rank(stack: t2l.AdapterStack) -> int:
     return next(iter(stack.lora_A.values())).shape[2]
 
 
-def _reference(
+def _exact(
     wide: nn.Module, model: nn.Module, stack: t2l.AdapterStack | None, tokens: Tensor, ids: Sequence[int]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """By phase the float64 logits, and those of the merged models in the dtype of ``model``."""
@@ -109,8 +97,7 @@ def _reference(
 def _ways(context: Context, model: nn.Module, stack: t2l.AdapterStack) -> tuple[dict[str, Forward], dict[str, str]]:
     """Ways to run ``stack``, row i with adapter i, but for those of SINGLE; and what is skipped."""
     ways: dict[str, Forward] = {OURS: models.ours(model, stack, range(ROWS)), "merged": models.merged(model, stack, 0)}
-    why = PEFT_ABSENT or (None if context.full else "left out at this size")
-    if why:
+    if why := PEFT_ABSENT or (None if context.full else "left out at this size"):
         return ways, dict.fromkeys(("PEFT mixed", "PEFT single"), why)
     peft = models.peft_model(model, stack)
     names = [str(i) for i in range(ROWS)]
@@ -123,36 +110,28 @@ def sweep(context: Context, dtype: torch.dtype) -> Iterator[Record]:
     count, short = (64, 8) if context.full else (8, 4)
     stack = models.bundled_adapters(context, wide, count).to(dtype=dtype)
     choices = {2**i: [row % 2**i for row in range(count)] for i in range(count.bit_length())}
-    attached = {n: models.ours(model, stack[:n], ids) for n, ids in choices.items()}
+    forwards = {BASE: model} | {n: models.ours(model, stack[:n], ids) for n, ids in choices.items()}
     timed = _tokens(model, count, CACHED + 1, seed=0)
     # Every row reads the same: then the oracle needs a row an adapter, whichever rows use it.
     fresh = _tokens(model, 1, short + 1, seed=1).expand(count, -1)
     with torch.inference_mode():
-        exact, other = _reference(wide, model, stack, fresh, range(count))["decode"]
-        plain = _reference(wide, model, None, fresh[:1], [0])["decode"]
+        exact, other = _exact(wide, model, stack, fresh, range(count))["decode"]
+        right = {n: (exact[ids], other[ids]) for n, ids in choices.items()}
+        right[BASE] = tuple(t.expand(count, -1) for t in _exact(wide, model, None, fresh[:1], [0])["decode"])
         del wide
-
-        def check(case: str, forward: Forward, exact: Tensor, other: Tensor) -> tuple[Callable[[], Tensor], Error]:
-            error = logits_error(models.decode(forward, fresh[:, :-1], fresh[:, -1:])(), exact, other)
-            calls, _ = verify(case, {OURS: models.decode(forward, timed[:, :-1], timed[:, -1:])}, {OURS: error})
-            return calls[OURS], error
-
-        checked = {BASE: check(BASE, model, *(t.expand(count, -1) for t in plain))}
-        for n, ids in choices.items():
-            checked[n] = check(f"{n} adapters", attached[n], exact[ids], other[ids])
-        timings = context.time({n: call for n, (call, _) in checked.items()}, factor=20)
+        errors = {n: logits_error(models.decode(f, fresh)(), *right[n]) for n, f in forwards.items()}
+        for n, error in errors.items():
+            verify(f"{n} adapters", {OURS: None}, {OURS: error})
+        timings = context.time({n: models.decode(f, timed) for n, f in forwards.items()}, factor=20)
     for n in choices:
         mine = {OURS: timings[n], BASE: timings[BASE]}
         shape = {"model": name, "phase": "decode", "rows": count, "adapters": n, "modules": "q,v", "rank": _rank(stack)}
-        yield _row(context, f"decode {count} rows, {n} adapters", shape, dtype, mine, checked[n][1])
+        yield _row(context, f"decode {count} rows, {n} adapters", shape, dtype, mine, errors[n])
 
 
 def _row(context: Context, case: str, shape: Record, dtype: torch.dtype, timings, error: Error, **given: Any) -> Record:
     name = str(dtype).removeprefix("torch.")
     return row(context, f"{case}, {name}", "model", shape | {"dtype": name}, timings, error, **given)
-
-
-# --- a decode step of a 7B-shaped model on a card --------------------------------------------------------------------
 
 
 def step_name(modules: str, rows: int, adapters: int = 0) -> str:
@@ -165,7 +144,7 @@ def step_name(modules: str, rows: int, adapters: int = 0) -> str:
 def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Iterator[Record]:
     """A row for every number of adapters, all beside the same base step."""
     device, dtype = context.device.torch, torch.bfloat16
-    shape = models.MISTRAL if context.full else TINY
+    shape = models.MISTRAL if context.full else models.TINY
     base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
     tokens = torch.randint(shape.vocabulary, (rows, 1), device=device)
     stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from bench.ceilings import gemm_call, peak_memory
 from bench.harness import OURS, Context, Error, Record, Target, Task, VerificationError, record, roofline, row, verify, worst
 from bench.records import FRESH, HOST, PREALLOCATED
 from bench.suites import request
-from bench.timing import Call, Candidate, first_line, rotated, tolerant
+from bench.timing import Call, Candidate, tolerant
 from t2l_engine import AdapterStack, ops
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
@@ -36,10 +37,10 @@ FULL = {
 TINY = {"smollm2-135m": (VARIANTS, (1, 8))}
 #: The model that targets are stated for, by variant and dtype at one description; and at many.
 TARGETED = "mistral-7b"
-ONE = {"L": dict(zip(DTYPES, (1.25, 1.35), strict=True))} | dict.fromkeys(
-    ("M", "S-learnable"), dict(zip(DTYPES, (1.35, 1.5), strict=True))
-)
+ONE = {"L": (1.25, 1.35), "M": (1.35, 1.5), "S-learnable": (1.35, 1.5)}
 MANY, AS_ONE, MEMORY = Target(1.2), Target(1.0, of="one description"), Target(1.2, of="weights + adapters")
+#: What is added to the case of 64 beside one, by how it was generated.
+ENDINGS = {"": OURS, f", {PREALLOCATED}": PREALLOCATED}
 #: Descriptions that the float64 oracle takes at a time: 64 at once would need gigabytes.
 CHUNK = 8
 #: Compiling takes a minute: the released Mistral form only, at this number of descriptions.
@@ -47,14 +48,7 @@ COMPILED = "torch.compile"
 COMPILED_AT = (1,)
 
 #: On a card: (model, dtype) in order of worth; numbers of descriptions.
-CUDA_FULL = (
-    ("mistral-7b", "bfloat16"),
-    ("llama-3.1-8b", "bfloat16"),
-    ("gemma-2-2b", "bfloat16"),
-    ("mistral-7b", "float32"),
-    ("llama-3.1-8b", "float32"),
-    ("gemma-2-2b", "float32"),
-)
+CUDA_FULL = tuple((name, dtype) for dtype in DTYPES[::-1] for name in ("mistral-7b", "llama-3.1-8b", "gemma-2-2b"))
 CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24)
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
@@ -65,43 +59,57 @@ Generate = Callable[[Tensor], Adapters]
 Way = Callable[[HyperNetwork], Generate | baselines.Eager]
 #: Ways to do the same on a card.
 WAYS: dict[str, Way] = {"cuBLAS": baselines.careful, "reference": baselines.plain, "eager": baselines.Eager}
+CPU_WAYS: dict[str, Way] = {OURS: baselines.of_stack, "reference": baselines.plain, "eager": baselines.Eager}
 
 
 def plan(context: Context) -> list[Task]:
-    # What a mistake shows in soonest comes first: a run that fails late has cost much.
+    # Fail fast: cheapest checks first.
     tasks = request.plan(context)
     if context.on_cpu:
-        tasks.append(Task("memory", functools.partial(memory, context)))
+        tasks.append(Task.of("memory", memory, context))
         for name, (variants, counts) in (FULL if context.full else TINY).items():
-            for variant in variants:
+            for variant, dtype in itertools.product(variants, DTYPES):
                 shape = dataclasses.replace(SHAPES[name], variant=variant)
-                for dtype in DTYPES:
-                    run = functools.partial(generation, context, shape, dtype, counts)
-                    tasks.append(Task(f"{name} {variant} {dtype}", run))
+                tasks.append(Task.of(f"{name} {variant} {dtype}", generation, context, shape, dtype, counts))
         return tasks
     counts = (1, 8, 64) if context.full else (1, 2)
     for name, dtype in CUDA_FULL if context.full else (("tiny", "float32"), ("tiny", "bfloat16")):
-        tasks.append(Task(f"{name} L {dtype}", functools.partial(cuda, context, name, dtype, counts), needs=10.0))
+        tasks.append(Task.of(f"{name} L {dtype}", cuda, context, name, dtype, counts, needs=10.0))
     if context.device.timed:
-        tasks.append(Task("energy idle", functools.partial(energy.idle, context), needs=3.0))
+        tasks.append(Task.of("energy idle", energy.idle, context, needs=3.0))
         for count in counts:
             work = functools.partial(joules, context, count)
-            tasks.append(Task(f"energy {count}", functools.partial(energy.measured, context, work), needs=8.0))
-        tasks.append(Task(COMPILED, functools.partial(cuda_compiled, context), needs=30.0))
+            tasks.append(Task.of(f"energy {count}", energy.measured, context, work, needs=8.0))
+        tasks.append(Task.of(COMPILED, cuda_compiled, context, needs=30.0))
     return tasks
 
 
-# --- verification ----------------------------------------------------------------------------------------------------
+def built(net: HyperNetwork, ways: Mapping[str, Way], skipped: dict[str, str] | None) -> dict[str, Generate]:
+    """What ``ways`` make of ``net``; a baseline that throws goes to ``skipped``."""
+    made = {}
+    for name, way in ways.items():
+        with tolerant(name, skipped):
+            made[name] = way(net)
+    return made
 
 
 @torch.no_grad()
 def adapter_errors(
-    exact: HyperNetwork, results: Mapping[str, Adapters], task_emb: Tensor, dtype: torch.dtype
+    exact: HyperNetwork,
+    generators: Mapping[str, Generate],
+    task_emb: Tensor,
+    dtype: torch.dtype,
+    skipped: dict[str, str] | None = None,
 ) -> dict[str, Error]:
-    """The worst error of each candidate over modules, sides and chunks of descriptions.
+    """The worst error of each of ``generators`` over modules, sides and chunks of descriptions.
 
-    ``exact``: the same weights in float64.  ``results`` holds "reference", whose error in the same dtype makes the bound.
+    ``exact``: the same weights in float64.  "reference" is among the generators: its error in ``dtype`` makes the bound.
     """
+    results: dict[str, Adapters] = {}
+    for name, generate in generators.items():
+        with tolerant(name, skipped):
+            made = generate(task_emb)
+            results[name] = generate.stacked(made) if isinstance(generate, baselines.Eager) else made
     errors: dict[str, list[Error]] = {name: [] for name in results}
     oracle = baselines.plain(exact)
     for start in range(0, len(task_emb), CHUNK):
@@ -110,8 +118,7 @@ def adapter_errors(
             for side, right in enumerate(sides):
                 bound = numerics.trunk_bound(right, results["reference"][module][side][rows], dtype)
                 for name, got in results.items():
-                    value = numerics.relative_frobenius(got[module][side][rows], right)
-                    errors[name].append(Error(value, bound))
+                    errors[name].append(Error(numerics.relative_frobenius(got[module][side][rows], right), bound))
     return {name: worst(found) for name, found in errors.items()}
 
 
@@ -136,9 +143,6 @@ def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
     return case, {"model": shape.name, "variant": shape.variant, "dtype": dtype, "descriptions": count}
 
 
-# --- on a CPU --------------------------------------------------------------------------------------------------------
-
-
 def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
     """Rows of one hypernetwork at each number of descriptions, all in the same rounds, with a matrix product among them.
 
@@ -147,86 +151,69 @@ def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence
     """
     net = shape.make(seed=1)
     if dtype == "bfloat16":
-        single = net
-        net = copy.deepcopy(net).set_dtype(torch.bfloat16)
+        single, net = net, copy.deepcopy(net).set_dtype(torch.bfloat16)
         yield _cost_of_bf16(shape, single, net)
         del single
-    targeted = context.full and shape.name == TARGETED
+    targeted = shape.name == TARGETED
+    also = targeted and context.full
     exact = copy.deepcopy(net).set_dtype(torch.float64)
-    chosen = {n: _candidates(net, exact, shape, n, targeted and shape.variant == "L") for n in counts}
+    chosen = {n: candidates(net, exact, shape, n, also and shape.variant == "L") for n in counts}
     del exact
-    again = {n: _preallocated(net, shape, n) for n in counts} if targeted else {}
-    for threads in context.thread_counts if targeted else [context.threads]:
+    again = {n: _preallocated(net, shape, n) for n in counts} if also else {}
+    for threads in context.thread_counts if also else [context.threads]:
         here = [n for n in counts if threads == context.threads or n == 1]
         gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
         functions = {(n, name): f for n in here for name, f in chosen[n][0].items()}
         functions |= {(n, PREALLOCATED): again[n] for n in here if again}
         timings = context.time({**functions, "gemm": gemm}, threads, factor=3)
         gflops = gemm_flops / 1e3 / timings["gemm"].median_us
-        peak = context.ceilings.fma_at(dtype, threads)
         for n in here:
-            _, skipped, error = chosen[n]
+            calls, skipped, error = chosen[n]
             case, fields = described(shape, dtype, n)
+            emit = functools.partial(row, context, group="generate", shape=fields, error=error, count=threads)
             gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
-            least = roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)
-            target = {1: Target(ONE[shape.variant][dtype]), 64: MANY}.get(n) if shape.name == TARGETED else None
-            of_n = {name: timings[n, name] for name in chosen[n][0]}
-            rows = {case: (of_n, {"least": least, "target": target, "peak_gflops": peak, "skipped": skipped})}
+            given = {"least": roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)}
+            given["target"] = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
+            given["peak_gflops"] = context.ceilings.fma_at(dtype, threads)
+            yield emit(case, timings={name: timings[n, name] for name in calls}, skipped=skipped, **given)
             if again:
-                beside = {OURS: timings[n, PREALLOCATED], FRESH: of_n[OURS]}
-                rows[f"{case}, {PREALLOCATED}"] = beside, {"least": least, "target": target, "peak_gflops": peak}
-            if shape.name == TARGETED and n == 64:
-                for suffix, name in {"": OURS, f", {PREALLOCATED}": PREALLOCATED}.items():
-                    unit = {"target": AS_ONE, "unit_us": 64 * timings[1, name].median_us}
-                    rows[f"{case}{suffix}, beside one"] = {OURS: timings[n, name]}, unit
-            for name, (times, given) in rows.items():
-                yield row(context, name, "generate", fields, times, error, count=threads, **given)
+                beside = {OURS: timings[n, PREALLOCATED], FRESH: timings[n, OURS]}
+                yield emit(f"{case}, {PREALLOCATED}", timings=beside, **given)
+            for suffix, name in ENDINGS.items() if targeted and n == 64 else ():
+                one, many = timings[1, name], {OURS: timings[n, name]}
+                yield emit(f"{case}{suffix}, beside one", timings=many, target=AS_ONE, unit_us=64 * one.median_us)
 
 
 def _preallocated(net: HyperNetwork, shape: HyperShape, count: int) -> Callable[[], object]:
     """A call that generates ``count`` adapters over earlier ones, verified to give the same bits."""
     task_emb = shape.task_embeddings(count, seed=3)
-    out = net.generate(shape.task_embeddings(count, seed=2))
-    net.generate(task_emb, out=out)
-    fresh = net.generate(task_emb)
-    for name in fresh.lora_A:
-        if not (torch.equal(out.lora_A[name], fresh.lora_A[name]) and torch.equal(out.lora_B[name], fresh.lora_B[name])):
-            raise VerificationError(f"{shape.name} {shape.variant}, {count}: other bits in preallocated output")
-    return functools.partial(net.generate, task_emb, out=out)
+    got, fresh = (way(net)(task_emb) for way in (over(preallocated), baselines.of_stack))
+    if not all(torch.equal(a, b) for name in fresh for a, b in zip(got[name], fresh[name], strict=True)):
+        raise VerificationError(f"{shape.name} {shape.variant}, {count}: other bits in preallocated output")
+    return preallocated(net, task_emb)[0]
 
 
-def _candidates(
-    net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool
+def candidates(
+    net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool = False
 ) -> tuple[dict[str, Callable], dict[str, str], Error]:
     """Verified calls that generate ``count`` adapters; what is skipped and why; the error of ours."""
-    eager, not_compiled = baselines.Eager(net), {}
-    generators = {OURS: baselines.of_stack(net), "reference": baselines.plain(net), "eager": eager}
+    generators, skipped = built(net, CPU_WAYS, None), {}
     if compile_it and count in COMPILED_AT:
-        try:
+        with tolerant(COMPILED, skipped):  # whatever the compiler cannot do is a fact about it, and is reported
             generators[COMPILED] = baselines.compiled(net, shape.task_embeddings(count))
-        except Exception as error:  # whatever the compiler cannot do is a fact about it, and is reported
-            not_compiled[COMPILED] = f"{type(error).__name__}: {first_line(error)}"
     elif compile_it:
-        not_compiled[COMPILED] = "compiled for 1 description only"
-    fresh = shape.task_embeddings(count, seed=2)
-    results = {name: eager.stacked(f(fresh)) if f is eager else f(fresh) for name, f in generators.items()}
-    errors = adapter_errors(exact, results, fresh, net.dtype)
-    del results
-    timed = shape.task_embeddings(count, seed=3)
+        skipped[COMPILED] = "compiled for 1 description only"
+    fresh, timed = (shape.task_embeddings(count, seed) for seed in (2, 3))
+    errors = adapter_errors(exact, generators, fresh, net.dtype)
     functions = {name: functools.partial(f, timed) for name, f in generators.items()}
-    functions, skipped = verify(f"{shape.name} {shape.variant} {net.dtype}, {count}", functions, errors)
-    return functions, skipped | not_compiled, errors[OURS]
+    functions, wrong = verify(f"{shape.name} {shape.variant} {net.dtype}, {count}", functions, errors)
+    return functions, skipped | wrong, errors[OURS]
 
 
 def _cost_of_bf16(shape: HyperShape, single: HyperNetwork, rounded: HyperNetwork) -> Record:
-    task_emb = shape.task_embeddings(8, seed=4)
-    pairs = zip(*(baselines.of_stack(net)(task_emb).values() for net in (single, rounded)), strict=True)
-    wrong = exact = 0.0
-    for right, got in pairs:
-        for a, b in zip(right, got, strict=True):
-            wrong += float((b.double() - a.double()).square().sum())
-            exact += float(a.double().square().sum())
-    relative = (wrong / exact) ** 0.5
+    both = (baselines.of_stack(net)(shape.task_embeddings(8, seed=4)).values() for net in (single, rounded))
+    right, got = (torch.cat([side.double().flatten() for sides in found for side in sides]) for found in both)
+    relative = numerics.relative_frobenius(got, right)
     return record("bf16_weights", model=shape.name, variant=shape.variant, relative_frobenius=relative)
 
 
@@ -250,9 +237,6 @@ def memory(context: Context) -> Iterator[Record]:
         adapters_mib=round(adapters / 2**20, 1),
         target=MEMORY.to_json() if name == TARGETED else None,  # beside a few megabytes, torch's own pages count
     )
-
-
-# --- on a card -------------------------------------------------------------------------------------------------------
 
 
 def preallocated(net: HyperNetwork, task_emb: Tensor) -> tuple[Call, AdapterStack]:
@@ -284,42 +268,47 @@ def one_net(context: Context, name: str, dtype: str) -> tuple[HyperShape, HyperN
     return shape, net.requires_grad_(False).eval().set_dtype(getattr(torch, dtype))
 
 
+def over(make: Callable[[HyperNetwork, Tensor], tuple[Call, AdapterStack]]) -> Way:
+    """Generating as ``make`` does, into outputs that hold NaN before."""
+
+    def generate(net: HyperNetwork, task_emb: Tensor) -> Adapters:
+        call, out = make(net, task_emb)
+        for tensor in (*out.lora_A.values(), *out.lora_B.values()):
+            tensor.fill_(float("nan"))
+        call()
+        return {name: (out.lora_A[name], out.lora_B[name]) for name in out.lora_A}
+
+    return lambda net: functools.partial(generate, net)
+
+
 def cuda_errors(net: HyperNetwork, task_emb: Tensor, ways: Mapping[str, Way], skipped: dict[str, str]) -> dict[str, Error]:
     """:func:`adapter_errors` of ours and of ``ways``; a baseline that throws goes to ``skipped``."""
-    got: dict[str, Adapters] = {"reference": baselines.plain(net)(task_emb)}
-    for name, build in ways.items():
-        with tolerant(name, skipped):
-            generate = build(net)
-            made = generate(task_emb)
-            got[name] = generate.stacked(made) if isinstance(generate, baselines.Eager) else made
-    for name, make in ((OURS, preallocated), (OPS, ops_alone)):
-        with tolerant(name, skipped):
-            call, out = make(net, task_emb)
-            for tensor in (*out.lora_A.values(), *out.lora_B.values()):
-                tensor.fill_(float("nan"))
-            call()
-            got[name] = {module: (out.lora_A[module], out.lora_B[module]) for module in out.lora_A}
-    return adapter_errors(copy.deepcopy(net).set_dtype(torch.float64), got, task_emb, net.dtype)
+    ways = {"reference": baselines.plain, **ways, OURS: over(preallocated), OPS: over(ops_alone)}
+    exact = copy.deepcopy(net).set_dtype(torch.float64)
+    return adapter_errors(exact, built(net, ways, skipped), task_emb, net.dtype, skipped)
+
+
+def copies(context: Context, net: HyperNetwork) -> list[HyperNetwork]:
+    """As many of it as exceed the caches."""
+    count = context.num_sets(weight_bytes(net)) if context.full else 2
+    return [net, *(copy.deepcopy(net) for _ in range(count - 1))]
 
 
 @torch.inference_mode()
 def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
     """Rows of one hypernetwork, cold: as many copies of it as exceed the caches take turns."""
     shape, net = one_net(context, name, dtype)
-    device = context.device
-    nets = [net, *(copy.deepcopy(net) for _ in range(device.num_sets(weight_bytes(net)) - 1 if context.full else 1))]
+    device, nets = context.device, copies(context, net)
     for count in counts:
         case, fields = described(shape, dtype, count)
         fresh, timed = (shape.task_embeddings(count, seed).to(device.torch) for seed in (2, 3))
         skipped: dict[str, str] = {}
         errors = cuda_errors(net, fresh, WAYS, skipped)
         verified, wrong = verify(case, dict.fromkeys(errors), errors)
-        candidates = baselines.copies(device, moved(net, count), len(nets)) | {
-            OURS: rotated(lambda one, task_emb=timed: preallocated(one, task_emb)[0], nets),
-            HOST: rotated(lambda one, task_emb=timed: preallocated(one, task_emb)[0], nets, graph=False),
-        }
-        if OPS in verified:
-            candidates[OPS] = rotated(lambda one, task_emb=timed: ops_alone(one, task_emb)[0], nets)
+        calls = {name: [make(one, timed)[0] for one in nets] for name, make in ((OURS, preallocated), (OPS, ops_alone))}
+        candidates = baselines.copies(device, moved(net, count), len(nets))
+        candidates |= {name: Candidate(of) for name, of in calls.items() if name in verified}
+        candidates[HOST] = Candidate(calls[OURS], graph=False)
         for way in [way for way in WAYS if way in verified]:
             with tolerant(way, skipped):
                 candidates[way] = Candidate([functools.partial(WAYS[way](one), timed) for one in nets])
@@ -337,9 +326,11 @@ def cuda(context: Context, name: str, dtype: str, counts: Sequence[int]) -> Iter
             given |= {"target": CUDA_ONE, "unit_us": heads}
         yield row(context, case, "generate", fields, timings, errors[OURS], **given)
     if device.on_card and importlib.util.find_spec("triton"):
+        from triton.testing import do_bench_cudagraph
+
         call = preallocated(net, timed)[0]
-        ours = context.time({OURS: call})[OURS].median_us
-        yield record("cross_check", case=case, cache="warm", ours_us=ours, do_bench_cudagraph_us=device.cross_check(call))
+        ours, theirs = context.time({OURS: call})[OURS].median_us, 1e3 * do_bench_cudagraph(call, return_mode="median")
+        yield record("cross_check", case=case, cache="warm", ours_us=ours, do_bench_cudagraph_us=theirs)
 
 
 @torch.inference_mode()
@@ -361,6 +352,5 @@ def joules(context: Context, count: int) -> energy.Work:
     """Mistral's hypernetwork in bfloat16, cold."""
     shape, net = one_net(context, TARGETED, "bfloat16")
     task_emb = shape.task_embeddings(count).to(context.device.torch)
-    nets = [net, *(copy.deepcopy(net) for _ in range(context.device.num_sets(weight_bytes(net)) - 1))]
-    calls = [preallocated(one, task_emb)[0] for one in nets]
+    calls = [preallocated(one, task_emb)[0] for one in copies(context, net)]
     return energy.Work(f"generating, {shape.name} L bfloat16, {count} at a time", "adapter", count * len(calls), calls)

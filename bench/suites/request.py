@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench.baselines import mm_loop
+from bench.cases import ORDER
 from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
+from bench.suites.apply import BUILDERS
 from bench.timing import Candidate
 from t2l_engine import ops
 from t2l_engine.ops import reference
@@ -106,62 +107,61 @@ class _Request:
         drawn = torch.randn(count, net.config.embed_dim, generator=torch.Generator().manual_seed(6))
         self.task_emb = nn.functional.normalize(drawn, dim=-1) * net.config.embed_dim**0.5
         self.folded = net.folded()
-        self.flops, heads = costs.hypernet_flops(net.config, count), net.heads.parameters()
-        self.head_bytes = sum(p.nbytes for p in heads)
+        self.flops = costs.hypernet_flops(net.config, count)
+        self.head_bytes = sum(p.nbytes for p in net.heads.parameters())
 
     def rows(self) -> Iterator[Record]:
+        """Every part with its ways, their errors, its roofline."""
         with torch.no_grad():
-            latent = self._trunk(ops)
-            stack = self.net.generate(self.task_emb)
-            for part, made in (("trunk", self.trunk), ("head", self.head), ("put", self.put), ("apply", self.apply)):
-                given = made(latent if part in ("trunk", "head") else stack)
-                yield _row(self.context, self.model, self.dtype, self.count, part, *given)
+            latent, stack = self._trunk(ops), self.net.generate(self.task_emb)
+            parts = {"trunk": (self.trunk, latent), "head": (self.head, latent)}
+            parts |= {"put": (self.put, stack), "apply": (self.apply, stack)}
+            for part, (make, given) in parts.items():
+                yield _row(self.context, self.model, self.dtype, self.count, part, *make(given))
+
+    def _errors(self, functions, exact: list[Tensor], plain: list[Tensor]) -> dict[str, Error]:
+        """Over all tensors of a part; ``exact``: in float64; ``plain``: by the reference in the dtype of the weights."""
+        bounds = [numerics.trunk_bound(right, low, self.net.dtype) for right, low in zip(exact, plain, strict=True)]
+
+        def error(got: Tensor, right: Tensor, bound: float) -> Error:
+            return Error(numerics.relative_frobenius(got, right), bound)
+
+        return {name: worst(map(error, function(), exact, bounds)) for name, function in functions.items()}
 
     def _trunk(self, backend, net: t2l.HyperNetwork | None = None, folded: dict | None = None) -> Tensor:
         net, folded = net or self.net, folded or self.folded
-        rotary = net.config.rank if net.config.rotary else 0
         z = net.task_encoder(self.task_emb.to(folded["weights"][1].dtype))
+        rotary = net.config.rank if net.config.rotary else 0
         return backend.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
 
     def trunk(self, latent: Tensor):
         """Task encoder and trunk."""
         functions = {OURS: functools.partial(self._trunk, ops), "reference": functools.partial(self._trunk, reference)}
         exact = copy.deepcopy(self.net).set_dtype(torch.float64)
-        oracle, plain = self._trunk(reference, exact, exact.folded()), self._trunk(reference)
-        bound = numerics.trunk_bound(oracle, plain, self.net.dtype)
-        errors = {OURS: latent, "reference": plain}
-        errors = {name: Error(numerics.relative_frobenius(got, oracle), bound) for name, got in errors.items()}
+        listed = {name: lambda f=f: [f()] for name, f in functions.items()}
+        errors = self._errors(listed, [self._trunk(reference, exact, exact.folded())], [self._trunk(reference)])
         weights = sum(p.nbytes for p in self.net.parameters()) - self.head_bytes
         operations = self.flops.total - self.flops["heads"]
         return functions, errors, self.context.roofline(operations, weights + latent.nbytes, self.dtype)
 
     def head(self, latent: Tensor):
         """The heads of all modules."""
-        c = self.net.config
-        sizes = c.rank, c.in_features, c.out_features
-        weight, bias = self.folded["heads"]
-        offsets = self.folded["offsets"]
+        c, folded = self.net.config, self.folded
+        lists, sizes = [*folded["heads"], *folded["offsets"].values()], (c.rank, c.in_features, c.out_features)
 
         def ours() -> list[Tensor]:
-            lora_A, lora_B = ops.hypernet_heads(latent, weight, bias, *sizes, **offsets)
+            lora_A, lora_B = ops.hypernet_heads(latent, *folded["heads"], *sizes, **folded["offsets"])
             return lora_A + lora_B
 
         def plain(wide=lambda t: t) -> list[Tensor]:
-            lists = [[None if t is None else wide(t) for t in tensors] for tensors in (weight, bias, *offsets.values())]
-            made = reference.hypernet_heads(wide(latent), *lists, *sizes)
+            widened = [[None if t is None else wide(t) for t in tensors] for tensors in lists]
+            made = reference.hypernet_heads(wide(latent), *widened, *sizes)
             return made[::2] + made[1::2]
 
-        functions = {OURS: ours, "reference": plain}
-        oracle, rounded = plain(Tensor.double), plain()
-        errors = {
-            name: worst(
-                Error(numerics.relative_frobenius(got, right), numerics.trunk_bound(right, low, self.net.dtype))
-                for got, right, low in zip(function(), oracle, rounded, strict=True)
-            )
-            for name, function in functions.items()
-        }
+        functions, rounded = {OURS: ours, "reference": plain}, plain()
         num_bytes = self.head_bytes + latent.nbytes + sum(t.nbytes for t in rounded)
-        return functions, errors, self.context.roofline(self.flops["heads"], num_bytes, self.dtype)
+        least = self.context.roofline(self.flops["heads"], num_bytes, self.dtype)
+        return functions, self._errors(functions, plain(Tensor.double), rounded), least
 
     def put(self, stack: t2l.AdapterStack):
         """Every adapter into its slot of an attached model."""
@@ -184,21 +184,14 @@ class _Request:
 
     def apply(self, stack: t2l.AdapterStack):
         """One token of every adapter through all adapted linears, the linears' own products left out."""
-        work = list(self._tokens(stack).values())
-        builders = {
-            OURS: lambda a: functools.partial(ops.lora_add_, **a),
-            "reference": lambda a: functools.partial(reference.lora_add_, **a),
-            "mm loop": mm_loop,
-        }
-        functions, errors = {}, {}
-        for name, build in builders.items():
-            found = []
+        work, functions, errors = list(self._tokens(stack).values()), {}, {}
+        for name in (OURS, "reference", "mm loop"):
+            calls = [BUILDERS[name](arguments) for arguments in work]
+            functions[name] = Candidate(calls).once
+            functions[name]()
+            errors[name] = worst(self._error(arguments["y"], arguments) for arguments in work)
             for arguments in work:
-                build(arguments)()
-                found.append(self._error(arguments["y"], arguments))
                 arguments["y"].zero_()
-            errors[name] = worst(found)
-            functions[name] = Candidate([build(arguments) for arguments in work]).once
         adapters = sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values())
         tokens = sum(a["x"].nbytes + 2 * a["y"].nbytes for a in work)
         operations = costs.lora_flops(self.net.config, self.count).total
@@ -208,21 +201,15 @@ class _Request:
         """Arguments of ``lora_add_`` by module and layer, y of zeros."""
         generator = torch.Generator().manual_seed(7)
         batch = t2l.AdapterBatch.from_rows(range(self.count), 1)
-        return {
-            (name, layer): {
-                "y": torch.zeros(self.count, B.shape[2], dtype=stack.dtype),
-                "x": torch.randn(self.count, A.shape[3], generator=generator).to(stack.dtype),
-                "lora_A": A[:, layer],
-                "lora_B": B[:, layer],
-                "scaling": stack.scaling,
-                "seg_indptr": batch.seg_indptr,
-                "seg_adapters": batch.seg_adapters,
-                "max_seg_len": batch.max_seg_len,
-                "ranks": stack.ranks[name][:, layer].contiguous(),
-            }
-            for name, A, B in ((name, stack.lora_A[name], stack.lora_B[name]) for name in stack.lora_A)
-            for layer in range(A.shape[1])
-        }
+        routing = stack.scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len
+        made = {}
+        for name, A in stack.lora_A.items():
+            B, ranks = stack.lora_B[name], stack.ranks[name].mT.contiguous()
+            for i in range(A.shape[1]):
+                y = torch.zeros(self.count, B.shape[2], dtype=stack.dtype)
+                x = torch.randn(self.count, A.shape[3], generator=generator).to(stack.dtype)
+                made[name, i] = dict(zip(ORDER, (y, x, A[:, i], B[:, i], *routing, ranks[i]), strict=True))
+        return made
 
     def _error(self, got: Tensor, arguments: dict[str, Any]) -> Error:
         wide = in_float64(arguments)

@@ -1,46 +1,258 @@
-"""Training through a frozen language model: an adapter a sample, its memory, hypernetworks, a library of adapters."""
+"""Training through a frozen language model: an adapter a sample, its memory, hypernetworks, a library of adapters.
+
+A way to apply adapters is judged by what it adds to the model without adapters.  All ways take the same A and B, cut into
+layers once a step, and give the same gradients.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
+import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import t2l_engine as t2l
+from bench import models
+from bench.baselines import PEFT_ABSENT
+from bench.ceilings import peak_memory, reset_peak, resident_bytes
 from bench.harness import BenchError, Context, Error, Record, Target, Task, record, row, verify, worst
+from bench.models import MODULES, linears, shared
 from bench.records import BASE, HOOKS, OURS
-from bench.suites import train_ways as ways
-from bench.suites.train_ways import BMM, RANK, SAMPLES, Batch, Case, Frozen, Way
-from t2l_engine.hypernetwork.network import HyperNetwork
+from bench.source import ROOT
 from t2l_engine.testing import numerics
 from t2l_engine.testing.models import SHAPES, HyperShape
+from t2l_engine.text import packaged
 
+HOOKS_PEFT, BMM, SEPARATE = f"{HOOKS}, PEFT base", "plain bmm", "one task at a time"
 TARGET = Target(1.12, of=BASE)
 #: Peak memory of hooks over that of ours, at least.
 MEMORY_TARGET = Target(1.25, of=HOOKS)
-SEPARATE = "one task at a time"
 MEASURE = "gradient, relative Frobenius against another way, float32"
 #: Seconds for each case, in those of an ordinary one: a step takes up to seconds.
 FACTOR = 30
 #: Steps change what they train, but hardly: times belong to the same values.
 LEARNING_RATE, GRAD_CLIP = 1e-6, 1.0
+#: Samples a task or a step, predicted positions a sample, rank of the adapters.
+SAMPLES, ANSWER, RANK = 8, 8, 8
+#: SDPA's bfloat16 backward on CPU is slower at these lengths.
+ATTENTION = {"float32": "sdpa", "bfloat16": "eager"}
 Gradients = list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Samples of ``tokens`` each through a model in ``dtype``; adapters for ``modules``, a key of MODULES."""
+
+    modules: str
+    tokens: int
+    dtype: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.modules}, {self.tokens} tokens, {self.dtype}"
+
+    def shape(self, model: str, **more: Any) -> Record:
+        """The fields of a row's shape."""
+        return {"model": model, **more, "tokens": self.tokens, "modules": self.modules, "rank": RANK, "dtype": self.dtype}
+
+
+def cases(context: Context) -> list[Case]:
+    lengths = {"float32": (48,), "bfloat16": (48, 128)} if context.full else dict.fromkeys(ATTENTION, (16,))
+    few = [Case("q,v", tokens, dtype) for dtype, of in lengths.items() for tokens in of]
+    return [*few, Case("all linears", lengths["bfloat16"][-1], "bfloat16")]
 
 
 def plan(context: Context) -> list[Task]:
     if not context.on_cpu:
         raise BenchError(f"device: expected 'cpu' for the suite train, got {context.device.kind!r}")
-    few = [case for case in ways.cases(context) if case.modules == "q,v"]
-    # Fail fast: a mistake shows soonest in the cheapest.
-    tasks = [Task(f"library {dtype}", functools.partial(library, context, dtype)) for dtype in ways.ATTENTION]
-    tasks += [Task(f"sft step {case.name}", functools.partial(whole, context, case)) for case in few]
-    tasks += [Task(f"step {case.name}", functools.partial(applied, context, case)) for case in ways.cases(context)]
-    measured, of = (ways.cases(context), ways.WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
-    return tasks + [Task(f"memory {case.name}", functools.partial(memory, context, case, of)) for case in measured]
+    few = [case for case in cases(context) if case.modules == "q,v"]
+    measured, of = (cases(context), WAYS) if context.full else (few[:1], [BASE, OURS, HOOKS])
+    # Fail fast: cheapest checks first.
+    tasks = [Task.of(f"library {dtype}", library, context, dtype) for dtype in ATTENTION]
+    tasks += [Task.of(f"sft step {case.name}", whole, context, case) for case in few]
+    tasks += [Task.of(f"step {case.name}", applied, context, case) for case in cases(context)]
+    return tasks + [Task.of(f"memory {case.name}", memory, context, case, of) for case in measured]
+
+
+class Frozen(NamedTuple):
+    """A model whose parameters ask for no gradients, and tokens of a text that it can read."""
+
+    name: str
+    model: nn.Module
+    text: Tensor
+
+
+def load(context: Context, dtype: str) -> Frozen:
+    """The model in ``dtype``, its weights bfloat16 numbers; at size tiny a random one, whose tokens are bytes.
+
+    The text is English: on random tokens bfloat16 gets gradients so wrong (a quarter) that a mistake would not show.
+    """
+    name, model = models.load(context, getattr(torch, dtype))
+    model.set_attn_implementation(ATTENTION[dtype])
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    if context.full:
+        text = torch.tensor(AutoTokenizer.from_pretrained(packaged.convert())(text)["input_ids"])
+    else:
+        text = torch.tensor(list(text.encode())) % model.config.vocab_size
+    return Frozen(name, model.requires_grad_(False), text)
+
+
+def both(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
+    """The model in ``dtype``, and in float32."""
+    frozen = load(context, dtype)
+    return frozen, frozen if dtype == "float32" else load(context, "float32")
+
+
+class Batch(NamedTuple):
+    """``embeds [rows, tokens, hidden]``, ``mask [rows, tokens]``, ``labels [rows * ANSWER]``."""
+
+    embeds: Tensor
+    mask: Tensor
+    labels: Tensor
+
+    @staticmethod
+    def of(frozen: Frozen, rows: int, tokens: int, seed: int, to_inputs: bool = True) -> Batch:
+        """Samples from random places of the text; ``to_inputs``: gradients go down to the embeddings."""
+        starts = torch.randint(len(frozen.text) - tokens, (rows, 1), generator=torch.Generator().manual_seed(seed))
+        ids = frozen.text[starts + torch.arange(tokens)]
+        embeds = frozen.model.get_input_embeddings()(ids).detach().requires_grad_(to_inputs)
+        return Batch(embeds, torch.ones_like(ids), ids[:, -ANSWER:].flatten())
+
+    @staticmethod
+    def three(frozen: Frozen, single: Frozen, *size: int) -> Iterator[Batch]:
+        """What is timed, what is verified, and the latter for the model in float32; gradients end at the adapters."""
+        return (Batch.of(f, *size, seed, to_inputs=False) for f, seed in ((frozen, 0), (frozen, 1), (single, 1)))
+
+    def cut(self, rows: slice) -> Batch:
+        """Some of the samples."""
+        return Batch(self.embeds[rows].detach(), self.mask[rows], self.labels.view(-1, ANSWER)[rows].flatten())
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of the mean losses of each SAMPLES rows: what tasks lose together is what they lose one by one."""
+    decoder = model.get_decoder()
+    hidden = decoder(inputs_embeds=batch.embeds, attention_mask=batch.mask, use_cache=False).last_hidden_state
+    # Flat rows: a 3-d product would copy the vocabulary matrix for every row.
+    flat = hidden[:, -ANSWER - 1 : -1].reshape(-1, hidden.shape[-1])
+    logits = model.get_output_embeddings()(flat).float()
+    return nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / (SAMPLES * ANSWER)
+
+
+class Way(NamedTuple):
+    """A model, and a context in which its rows use the adapters of a stack."""
+
+    model: nn.Module
+    applied: Callable[[t2l.AdapterStack], contextlib.AbstractContextManager]
+
+
+def leaves(stack: t2l.AdapterStack) -> tuple[t2l.AdapterStack, list[Tensor]]:
+    """The stack on A and B that ask for gradients, and these."""
+    lora_A, lora_B = ({k: t.detach().clone().requires_grad_() for k, t in s.items()} for s in (stack.lora_A, stack.lora_B))
+    return t2l.AdapterStack(lora_A, lora_B, stack.scaling, stack.ranks, stack.paths), [*lora_A.values(), *lora_B.values()]
+
+
+def step(way: Way, stack: t2l.AdapterStack | None, batch: Batch) -> Callable[[], Gradients]:
+    """A call of forward and backward: gradients of A and B by module, then of the embeddings where they ask for them.
+
+    None: without adapters.
+    """
+    own, wanted = (None, []) if stack is None else leaves(stack)
+    if batch.embeds.requires_grad:
+        wanted = [*wanted, batch.embeds]
+
+    def run() -> Gradients:
+        with contextlib.nullcontext() if own is None else way.applied(own):
+            return list(torch.autograd.grad(loss_of(way.model, batch), wanted))
+
+    return run
+
+
+def base(model: nn.Module, _: t2l.AdapterStack | None) -> Way:
+    """The frozen model alone."""
+    return Way(model, lambda _: contextlib.nullcontext())
+
+
+def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int] | None = None) -> Way:
+    """Ours; row i has adapter ``ids[i]``, by default i."""
+    model = shared(model)
+    handle = t2l.attach(model, stack)
+    chosen = list(range(len(stack)) if ids is None else ids)
+    return Way(model, lambda own: handle.differentiable(own, chosen))
+
+
+Delta = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def repeated(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The delta of ``x [rows, tokens, in]`` as in SakanaAI's hooks: A and B repeated for every token."""
+    rows, tokens, features = x.shape
+    A, B = (side.repeat_interleave(tokens, dim=0) for side in (lora_A, lora_B))
+    v = torch.bmm(A, x.reshape(rows * tokens, features, 1)) * scaling
+    return torch.bmm(B, v).view(rows, tokens, -1)
+
+
+def batched(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The same without repetition: two batched products of a matrix a sample."""
+    return torch.bmm(torch.bmm(x, lora_A.mT) * scaling, lora_B.mT)
+
+
+def hooked(model: nn.Module, stack: t2l.AdapterStack, delta: Delta = repeated, peft_base: bool = False) -> Way:
+    """A forward hook on every adapted linear adds ``delta(x, A, B, scaling)``; row i has adapter i, all have one scaling.
+
+    ``peft_base``: around a base that PEFT has wrapped in a LoRA with B = 0, as SakanaAI's training keeps it.
+    """
+    model = shared(model)
+    if peft_base:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(stack.lora_A))
+        get_peft_model(model, config, autocast_adapter_dtype=False).requires_grad_(False).eval()  # in place
+    dtype, adapted = next(model.parameters()).dtype, {n: [layer for _, layer in linears(model, n)] for n in stack.lora_A}
+    current: dict[nn.Module, tuple[Tensor, Tensor, float]] = {}
+
+    def add(linear: nn.Module, arguments: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        return y + delta(arguments[0], *current[linear])
+
+    for linear in itertools.chain(*adapted.values()):
+        linear.register_forward_hook(add)
+
+    @contextlib.contextmanager
+    def applied(own: t2l.AdapterStack) -> Iterator[None]:
+        scaling = float(own.scaling[0])
+        for name, found in adapted.items():
+            sides = (side[name].to(dtype).unbind(1) for side in (own.lora_A, own.lora_B))
+            current.update({linear: (A, B, scaling) for linear, A, B in zip(found, *sides, strict=True)})
+        try:
+            yield
+        finally:
+            current.clear()
+
+    return Way(model, applied)
+
+
+BUILDERS: dict[str, Callable[[nn.Module, t2l.AdapterStack], Way]] = {
+    BASE: base,
+    OURS: ours,
+    HOOKS: hooked,
+    HOOKS_PEFT: functools.partial(hooked, peft_base=True),
+    BMM: functools.partial(hooked, delta=batched),
+}
+SKIPPED = {HOOKS_PEFT: PEFT_ABSENT} if PEFT_ABSENT else {}
+WAYS = [name for name in BUILDERS if name not in SKIPPED]
+
+
+def adapters(model: nn.Module, case: Case, count: int = SAMPLES) -> t2l.AdapterStack:
+    """``count`` adapters in float32 for the modules of ``case``."""
+    return models.random_adapters(model, MODULES[case.modules], count, RANK)
 
 
 def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients, dtype: str) -> dict[str, Error]:
@@ -53,82 +265,89 @@ def errors(results: Mapping[str, Gradients], exact: Gradients, other: Gradients,
     return {name: worst(map(error, got, exact, bounds)) for name, got in results.items()}
 
 
-def models(context: Context, dtype: str) -> tuple[Frozen, Frozen]:
-    """The model in ``dtype``, and in float32."""
-    frozen = ways.load(context, dtype)
-    return frozen, frozen if dtype == "float32" else ways.load(context, "float32")
-
-
-def _shape(name: str, case: Case, **more: Any) -> Record:
-    return {"model": name, **more, "tokens": case.tokens, "modules": case.modules, "rank": RANK, "dtype": case.dtype}
-
-
-# --- a step with an adapter a sample ---------------------------------------------------------------------------------
-
-
-def applied(context: Context, case: Case) -> Iterator[Record]:
-    """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
-    frozen, single = models(context, case.dtype)
-    stack = ways.adapters(frozen.model, case)
-    made = {way: ways.BUILDERS[way](frozen.model, stack) for way in ways.WAYS}
-    found = step_errors(made, frozen, single, stack, case)
-    del single
-    timed = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
-    calls = {way: ways.step(one, None if way == BASE else stack, timed) for way, one in made.items()}
-    unadapted = {BASE: calls.pop(BASE)}  # nothing was added that could be wrong
-    functions, wrong = verify(case.name, calls, found)
-    timings = context.time(unadapted | functions, factor=FACTOR)
-    shape = _shape(frozen.name, case, samples=SAMPLES)
-    yield row(context, case.name, "train", shape, timings, found[OURS], skipped=ways.SKIPPED | wrong, target=TARGET)
-
-
 def step_errors(
     made: Mapping[str, Way], frozen: Frozen, single: Frozen, stack: t2l.AdapterStack, case: Case
 ) -> dict[str, Error]:
     """The error of every way but the base, on samples that are not timed; ``single``: the model in float32."""
     fresh, exact_fresh = (Batch.of(f, SAMPLES, case.tokens, seed=1) for f in (frozen, single))
-    results = {way: ways.step(one, stack, fresh)() for way, one in made.items() if way != BASE}
+    results = {way: step(one, stack, fresh)() for way, one in made.items() if way != BASE}
     exact = results[BMM]
     if case.dtype != "float32":
-        exact = ways.step(ways.BUILDERS[BMM](single.model, stack), stack, exact_fresh)()
+        exact = step(BUILDERS[BMM](single.model, stack), stack, exact_fresh)()
     return errors(results, exact, results[BMM], case.dtype)
+
+
+def applied(context: Context, case: Case) -> Iterator[Record]:
+    """Forward and backward of eight samples with eight adapters, by every way, in the same rounds."""
+    frozen, single = both(context, case.dtype)
+    stack = adapters(frozen.model, case)
+    made = {way: BUILDERS[way](frozen.model, stack) for way in WAYS}
+    found = step_errors(made, frozen, single, stack, case)
+    del single
+    timed = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
+    calls = {way: step(one, None if way == BASE else stack, timed) for way, one in made.items()}
+    unadapted = {BASE: calls.pop(BASE)}  # nothing was added that could be wrong
+    functions, wrong = verify(case.name, calls, found)
+    timings = context.time(unadapted | functions, factor=FACTOR)
+    shape = case.shape(frozen.name, samples=SAMPLES)
+    yield row(context, case.name, "train", shape, timings, found[OURS], skipped=SKIPPED | wrong, target=TARGET)
+
+
+#: The allocator's settings, equal for all ways: what is freed goes back to the system, so that resident is what is held.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 
 def memory(context: Context, case: Case, of: Sequence[str]) -> Iterator[Record]:
     """The peak of a step by each of the ways ``of``, each in a process of its own."""
-    found = {way: ways.peak(context, case, way) for way in of}
+    found = {way: peak(context, case, way) for way in of}
     target = MEMORY_TARGET.to_json() if context.full else None
-    yield record("train_memory", case=case.name, ways=found, skipped=ways.SKIPPED, target=target)
+    yield record("train_memory", case=case.name, ways=found, skipped=SKIPPED, target=target)
 
 
-# --- a whole step of a hypernetwork ----------------------------------------------------------------------------------
+def peak(context: Context, case: Case, way: str) -> dict[str, float]:
+    """MiB of a process of its own: ``loaded_mib`` resident once packages and the model are, ``peak_mib`` the most during a
+    step after a first one."""
+    with mock.patch.dict(os.environ, MALLOC):  # read when the process starts
+        return peak_memory(held, context.size, context.threads, case, way)[1]
 
 
-@dataclasses.dataclass
+def held(size: str, threads: int, case: Case, way: str) -> dict[str, float]:
+    """What :func:`peak` says, of this process, which should have done nothing else."""
+    if not SKIPPED:
+        import peft  # noqa: F401 - before, so that no way is charged for it
+    torch.set_num_threads(threads)
+    frozen = load(Context.of(size, threads), case.dtype)
+    for tensor in frozen.model.state_dict().values():  # what was mapped from a file is read
+        tensor.sum()
+    gc.collect()
+    loaded = resident_bytes("VmRSS")
+    stack, batch = adapters(frozen.model, case), Batch.of(frozen, SAMPLES, case.tokens, seed=0)
+    run = step(BUILDERS[way](frozen.model, stack), None if way == BASE else stack, batch)
+    run()
+    gc.collect()
+    reset_peak()
+    run()
+    return {"loaded_mib": round(loaded / 2**20, 1), "peak_mib": round(resident_bytes("VmHWM") / 2**20, 1)}
+
+
 class Trained:
-    """A hypernetwork with the optimiser and the task embeddings of a step."""
+    """A hypernetwork of the sizes of the bundled checkpoint, with the optimiser and the task embeddings of a step."""
 
-    net: HyperNetwork
-    task_emb: Tensor
-    optimizer: torch.optim.Optimizer
-
-    @staticmethod
-    def of(context: Context, model: nn.Module, variant: str) -> Trained:
-        """Of the sizes of the bundled checkpoint."""
+    def __init__(self, context: Context, model: nn.Module, variant: str):
         shape = SHAPES["smollm2-135m"]
         if not context.full:
             c = model.config
             widths = c.hidden_size, c.hidden_size, c.num_key_value_heads * c.head_dim
             shape = HyperShape("tiny", c.num_hidden_layers, *widths, embed_dim=16, latent_size=32, head_in_size=16)
         shape = dataclasses.replace(shape, variant=variant, rank=RANK)
-        net = shape.make(seed=1).requires_grad_().train()
-        return Trained(net, shape.task_embeddings(SAMPLES), torch.optim.AdamW(net.parameters(), lr=LEARNING_RATE))
+        self.net, self.task_emb = shape.make(seed=1).requires_grad_().train(), shape.task_embeddings(SAMPLES)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LEARNING_RATE)
 
     def backward(self, way: Way, batch: Batch) -> None:
         """Generate, apply, and leave gradients where the optimiser finds them."""
         self.optimizer.zero_grad(set_to_none=True)
         with way.applied(self.net(self.task_emb)):
-            ways.loss_of(way.model, batch).backward()
+            loss_of(way.model, batch).backward()
 
     def gradients(self, way: Way, batch: Batch) -> Gradients:
         """Those of all parameters as one vector."""
@@ -147,7 +366,6 @@ class Trained:
         self.optimizer.step()
 
     def step(self, way: Way, batch: Batch) -> None:
-        """All of it."""
         self.backward(way, batch)
         self.update()
 
@@ -157,77 +375,64 @@ def whole(context: Context, case: Case) -> Iterator[Record]:
 
     Gradients end at the adapters of the first layer, as in training; the base without adapters goes down to its inputs.
     """
-    frozen, single = models(context, case.dtype)
-    model = frozen.model
+    frozen, single = both(context, case.dtype)
     to_inputs = Batch.of(frozen, SAMPLES, case.tokens, seed=0)
-    timed, fresh, exact = (
-        Batch.of(f, SAMPLES, case.tokens, seed, to_inputs=False) for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
-    )
-    functions: dict[Any, Callable[[], object]] = {BASE: ways.step(ways.base(model, None), None, to_inputs)}
+    timed, fresh, exact = Batch.three(frozen, single, SAMPLES, case.tokens)
+    functions: dict[Any, Callable[[], object]] = {BASE: step(base(frozen.model, None), None, to_inputs)}
     found = {}
     for variant in ("L", "M"):
-        trained = Trained.of(context, model, variant)
+        trained = Trained(context, frozen.model, variant)
         stack = trained.net.generate(trained.task_emb)
-        way, plain, right = ways.ours(model, stack), *(ways.BUILDERS[BMM](m, stack) for m in (model, single.model))
+        way, plain, right = ours(frozen.model, stack), *(BUILDERS[BMM](f.model, stack) for f in (frozen, single))
         other = trained.gradients(plain, fresh)
         results = {OURS: trained.gradients(way, fresh)}
         found[variant] = errors(results, trained.gradients(right, exact), other, case.dtype)
-        apply = ways.step(way, stack, timed)
-        grads = apply()
-        step = functools.partial(trained.step, way, timed)
-        calls, _ = verify(f"sft step {variant} {case.name}", {OURS: step}, found[variant])
+        apply = step(way, stack, timed)
+        calls = {OURS: functools.partial(trained.step, way, timed)}
         functions |= {
-            (variant, "whole"): calls[OURS],
+            (variant, "whole"): verify(f"sft step {variant} {case.name}", calls, found[variant])[0][OURS],
             (variant, "model"): apply,
-            (variant, "hypernetwork"): functools.partial(trained.generate, grads),
+            (variant, "hypernetwork"): functools.partial(trained.generate, apply()),
             (variant, "update"): trained.update,
         }
     del single, right, exact
     timings = context.time(functions, factor=FACTOR)
     for variant, of in found.items():
-        title = f"sft step {variant}, {case.name}"
-        shape = _shape(frozen.name, case, variant=variant, samples=SAMPLES)
+        title, shape = f"sft step {variant}, {case.name}", case.shape(frozen.name, variant=variant, samples=SAMPLES)
         yield row(context, title, "sft step", shape, {OURS: timings[variant, "whole"], BASE: timings[BASE]}, of[OURS])
         parts = {part: timings[variant, part].to_json() for part in ("model", "hypernetwork", "update")}
         yield record("train_parts", case=title, parts=parts)
 
 
-# --- a library of adapters -------------------------------------------------------------------------------------------
-
-
 def library(context: Context, dtype: str) -> Iterator[Record]:
     """A training step of several adapters, eight samples each, in one batch; beside a step for each, one after another."""
-    frozen, single = models(context, dtype)
-    model = frozen.model
+    frozen, single = both(context, dtype)
     case = Case("q,v", 48 if context.full else 12, dtype)
     for count in (1, 8) if context.full else (1, 2):
-        stack = ways.adapters(model, case, count)
-        timed, fresh, exact = (
-            Batch.of(f, count * SAMPLES, case.tokens, seed, to_inputs=False)
-            for f, seed in ((frozen, 0), (frozen, 1), (single, 1))
-        )
-        results = {OURS: together(model, stack)(fresh), SEPARATE: _joined(separately(model, stack)(fresh))}
-        right = _joined(separately(single.model, stack)(exact))
-        found = errors(results, right, results[SEPARATE], dtype)
-        calls = {OURS: together(model, stack, update=True), SEPARATE: separately(model, stack, update=True)}
+        stack = adapters(frozen.model, case, count)
+        timed, fresh, exact = Batch.three(frozen, single, count * SAMPLES, case.tokens)
+        other, right = (separately(f.model, stack)(batch) for f, batch in ((frozen, fresh), (single, exact)))
+        # Gradients of the adapters one by one, as one stack has them.
+        other, right = ([torch.cat(sides) for sides in zip(*grads, strict=True)] for grads in (other, right))
+        found = errors({OURS: together(frozen.model, stack)(fresh), SEPARATE: other}, right, other, dtype)
+        calls = {name: make(frozen.model, stack, True) for name, make in ((OURS, together), (SEPARATE, separately))}
         title = f"{count} task{'s' if count > 1 else ''} x {SAMPLES} samples, {case.tokens} tokens, {dtype}"
         functions, wrong = verify(title, {way: functools.partial(call, timed) for way, call in calls.items()}, found)
         timings = context.time(functions, factor=FACTOR)
-        shape = _shape(frozen.name, case, tasks=count, samples=SAMPLES)
+        shape = case.shape(frozen.name, tasks=count, samples=SAMPLES)
         yield row(context, title, "library", shape, timings, found[OURS], skipped=wrong)
 
 
 def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], Gradients]:
     """A step of all adapters in one batch; gradients of A and B by module.  ``update``: AdamW too."""
-    ids = [adapter for adapter in range(len(stack)) for _ in range(SAMPLES)]
-    way = ways.ours(model, stack, ids)
-    own, trained = ways.leaves(stack)
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE) if update else None
+    way = ours(model, stack, [adapter for adapter in range(len(stack)) for _ in range(SAMPLES)])
+    own, trained = leaves(stack)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
 
     def run(batch: Batch) -> Gradients:
         with way.applied(own):
-            grads = list(torch.autograd.grad(ways.loss_of(way.model, batch), trained))
-        if optimizer is not None:
+            grads = list(torch.autograd.grad(loss_of(way.model, batch), trained))
+        if update:
             for leaf, grad in zip(trained, grads, strict=True):
                 leaf.grad = grad
             optimizer.step()
@@ -239,14 +444,4 @@ def together(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) ->
 def separately(model: nn.Module, stack: t2l.AdapterStack, update: bool = False) -> Callable[[Batch], list[Gradients]]:
     """A step of each adapter, one after another, each over its rows of the batch."""
     made = [together(model, adapter, update) for adapter in stack]
-
-    def run(batch: Batch) -> list[Gradients]:
-        cuts = [batch.cut(slice(i * SAMPLES, (i + 1) * SAMPLES)) for i in range(len(made))]
-        return [one(cut) for one, cut in zip(made, cuts, strict=True)]
-
-    return run
-
-
-def _joined(grads: list[Gradients]) -> Gradients:
-    """Those of the adapters as one stack has them."""
-    return [torch.cat(sides) for sides in zip(*grads, strict=True)]
+    return lambda batch: [one(batch.cut(slice(i * SAMPLES, (i + 1) * SAMPLES))) for i, one in enumerate(made)]
