@@ -31,7 +31,7 @@ MODULES = {"q,v": ("q_proj", "v_proj"), "all linears": LINEARS}
 #: Llama-8B's, too, but for the vocabulary.
 MISTRAL = known_setup("mistral-7b").decoder
 _HEADS = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-_WIDTHS = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96}
+_WIDTHS = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48}
 TINY = costs.Decoder.from_config({"model_type": "llama", **_HEADS, **_WIDTHS})
 Forward = Callable[..., Any]
 

@@ -279,7 +279,7 @@ def test_linear_and_model_rows(context):
 
 @torch.inference_mode()
 def test_steps_at_fixed_addresses_are_those_of_the_model():
-    model = models.decoder(models.TINY, torch.device("cpu"), torch.float32)
+    model = models.decoder(decode.TINY, torch.device("cpu"), torch.float32)
     tokens = torch.randint(61, (2, 6))
     expected = model(input_ids=tokens).logits[:, -1]
     whole = models.Step.of(model, 2, 6, new=6)

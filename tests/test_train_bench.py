@@ -113,7 +113,7 @@ def test_tasks(name, group):
 
 
 def test_a_child_tells_its_memory():
-    tokens = 128
+    tokens = 256
     found = train.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)
     stack = train.adapters(train.load(TINY, "float32").model, Case("q,v", tokens, "float32"))
     once_a_token = tokens * sum(t.nbytes for side in (stack.lora_A, stack.lora_B) for t in side.values()) / 2**20

@@ -14,7 +14,7 @@ import t2l_engine as t2l
 from bench import models
 from bench.baselines import PEFT_ABSENT
 from bench.harness import OURS, Context, Error, Record, Target, Task, logits_error, row, verify
-from bench.models import LINEARS, MODULES, Forward, Step
+from bench.models import LINEARS, MODULES, TINY, Forward, Step
 from bench.records import BASE
 
 ROWS, CACHED = 8, 64
@@ -144,7 +144,7 @@ def step_name(modules: str, rows: int, adapters: int = 0) -> str:
 def cuda(context: Context, modules: str, rows: int, counts: Sequence[int]) -> Iterator[Record]:
     """A row for every number of adapters, all beside the same base step."""
     device, dtype = context.device.torch, torch.bfloat16
-    shape = models.MISTRAL if context.full else models.TINY
+    shape = models.MISTRAL if context.full else TINY
     base = Step.of(models.decoder(shape, device, dtype), rows, CONTEXT if context.full else 6)
     tokens = torch.randint(shape.vocabulary, (rows, 1), device=device)
     stack = models.random_adapters(base.model, MODULES[modules], max(counts), RANK).to(dtype=dtype)
