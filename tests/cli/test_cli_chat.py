@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine.hypernetwork import checkpoint as checkpoint_module
+from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.text import base_model, packaged
 from t2l_engine.text.prompts import prompt_of
 
@@ -67,7 +67,7 @@ def chat(run, checkpoint, tiny_model, monkeypatch):
 
 def test_raw_prompts(chat, monkeypatch):
     """A checkpoint that was trained on plain text is shown plain text; the space before an answer is not printed."""
-    monkeypatch.setattr(checkpoint_module, "prompt_form", lambda folder: "raw")
+    monkeypatch.setattr(Contents, "prompt_form", "raw")
     right = [chat.answers(task, ["one two"], form="raw")[0] for task in (TASK, None)]
     assert right[0] != chat.answers(TASK, ["one two"])[0]
     code, out, err = chat("one two\n/base")
