@@ -357,7 +357,7 @@ def machine(context: Context) -> Record:
     return known | {
         "gpu": card.name,
         "gpu_memory_gib": round(card.total_memory / 2**30, 1),
-        "multiprocessors": card.multi_processor_count,
+        "num_sms": card.multi_processor_count,
         "l2_mib": card.L2_cache_size / 2**20,
         "compute_capability": f"{card.major}.{card.minor}",
         "kernels": [name for name in ops.SCHEMAS if ops.has_kernel(name, "CUDA")],

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 OURS = "ours"
-#: The model without adapters: what a target may refer to, nobody's competitor.
+#: The model without adapters: what a target may refer to; no competitor.
 BASE = "base"
 #: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
 PREALLOCATED, FRESH = "preallocated output", "fresh output"

@@ -47,9 +47,9 @@ def first_line(error: Exception, length: int = 200) -> str:
 
 @contextlib.contextmanager
 def tolerant(name: Hashable, skipped: dict[Any, str] | None) -> Iterator[None]:
-    """What ``name`` fails with goes to ``skipped``: a baseline that throws must cost nobody else's times.
+    """A failing baseline is skipped, not fatal: its error goes to ``skipped`` under ``name``.
 
-    Raised all the same: what ours fails with, a lost device, and everything where ``skipped`` is None.
+    Raised all the same: an error of ours, a lost device, and everything if ``skipped`` is None.
     """
     try:
         yield
@@ -304,8 +304,8 @@ def measure(
 ) -> dict[Name, Timing]:
     """Time every function beside the others for about ``seconds`` in all.
 
-    A round takes one sample of each in turn, beginning with another one every time: a machine whose speed moves, moves for
-    all.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most ``rounds[1]`` others.  The
+    A round takes one sample of each in turn, beginning with another one every time, so that a change of the
+    machine's speed affects all candidates alike.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most ``rounds[1]`` others.  The
     garbage collector is off.  One that fails, or that no graph can hold, goes to ``skipped`` (:func:`tolerant`).
     """
     passes: dict[Name, Pass] = {}
