@@ -304,9 +304,10 @@ def measure(
 ) -> dict[Name, Timing]:
     """Time every function beside the others for about ``seconds`` in all.
 
-    A round takes one sample of each in turn, beginning with another one every time, so that a change of the
-    machine's speed affects all candidates alike.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most ``rounds[1]`` others.  The
-    garbage collector is off.  One that fails, or that no graph can hold, goes to ``skipped`` (:func:`tolerant`).
+    A round takes one sample of each in turn, beginning with another one every time, so that a change of the machine's speed
+    affects all candidates alike.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most
+    ``rounds[1]`` others.  The garbage collector is off.  A function that fails, or that no graph can hold, goes to ``skipped``
+    (:func:`tolerant`).
     """
     passes: dict[Name, Pass] = {}
     for name, function in functions.items():
