@@ -306,7 +306,7 @@ def measure(
 
     A round takes one sample of each in turn, beginning with another one every time, so that a change of the machine's speed
     affects all candidates alike.  The first round is discarded; there are at least ``rounds[0]``, two or more, and at most
-    ``rounds[1]`` others.  The garbage collector is off.  A function that fails, or that no graph can hold, goes to ``skipped``
+    ``rounds[1]`` others.  The garbage collector is off.  A function that fails, or that no graph holds, goes to ``skipped``
     (:func:`tolerant`).
     """
     passes: dict[Name, Pass] = {}
