@@ -32,7 +32,7 @@ def parts(vocabulary):
     assert tokenizer.convert_ids_to_tokens(tokenizer("The drugs.")["input_ids"])[1:-1] == ["the", "drug", "##s", "."]
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    return BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)), tokenizer
+    return BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).eval(), tokenizer
 
 
 @pytest.fixture
