@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ LARGEST_PROBE = 4 << 30
 
 
 @dataclasses.dataclass
-class Ceilings:
+class Ceilings(ABC):
     """``rates``: by kind, dtype or bytes of the working set, and threads; measured when first asked for, then kept.
 
     gemm: GFLOP/s of matrix products; fma: of multiply-adds between registers; read, copy: GB/s, a copy's working set being
@@ -43,9 +44,9 @@ class Ceilings:
             self.rates[key] = self.probe(*key)
         return self.rates[key]
 
+    @abstractmethod
     def probe(self, kind: str, of: Any, count: int) -> float:
         """The rate, measured now."""
-        raise NotImplementedError
 
     def gemm_at(self, dtype: str, count: int = 1) -> float:
         """GFLOP/s of matrix products in ``dtype`` on ``count`` threads."""

@@ -17,11 +17,10 @@ from t2l_engine.lora.layer import LoRALinear, Member
 from t2l_engine.lora.locate import (
     Packed,
     Target,
-    check_fits,
     check_stack,
     device_of,
     features,
-    find,
+    find_all,
     is_transposed,
     same_place,
     slot_dtype,
@@ -212,20 +211,15 @@ class LoRAHandle:
 
     def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
         """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
-        model = self._check_attached()
+        known = {path: self._slots[key].targets for path, key in self._keys.items() if key in self._slots}
+        found = find_all(self._check_attached(), stack, self._packed, known)
         matched: dict[str, tuple[str, dict[int, Target]]] = {}
-        for name, path in stack.paths.items():
+        for name, targets in found.items():
+            path = stack.paths[name]
             key = self._keys.get(path)
-            if key is None:
-                targets = find(model, name, path, self._packed)
+            if key is None:  # perhaps another spelling of a place that has slots
                 key = next((k for k, slots in self._slots.items() if same_place(slots.targets, targets)), path)
-            if key in self._slots:
-                targets = self._slots[key].targets
-            for other, (_, taken) in matched.items():
-                if same_place(taken, targets):
-                    raise ValueError(f"{name}: the model has it and {other} in the same place")
-            check_fits(name, stack, targets)
-            matched[name] = key, targets
+            matched[name] = key, self._slots[key].targets if key in self._slots else targets
         return matched
 
     # --- merge and detach ------------------------------------------------------------------------------------------

@@ -208,6 +208,24 @@ def check_fits(name: str, stack: AdapterStack, targets: dict[int, Target]) -> No
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
 
 
+def find_all(
+    model: nn.Module, stack: AdapterStack, packed: Packed | None, known: Mapping[str, dict[int, Target]] | None = None
+) -> dict[str, dict[int, Target]]:
+    """Module name of ``stack`` -> its linears by layer, checked to fit; ``known``: path -> linears that were found before.
+
+    Raises ValueError as :func:`find` and :func:`check_fits`, and if two modules are the same place of the model.
+    """
+    found: dict[str, dict[int, Target]] = {}
+    for name, path in stack.paths.items():
+        targets = known[path] if known and path in known else find(model, name, path, packed)
+        for other, taken in found.items():
+            if same_place(taken, targets):
+                raise ValueError(f"{name}: the model has it and {other} in the same place")
+        check_fits(name, stack, targets)
+        found[name] = targets
+    return found
+
+
 def same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
     """Whether both are the same columns of the same linears."""
     return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.lora.handle import attach
-from t2l_engine.lora.locate import Packed, Target, check_fits, check_stack, device_of, find, same_place, slot_dtype
+from t2l_engine.lora.locate import Packed, Target, check_stack, device_of, find_all, slot_dtype
 from t2l_engine.ops.reference import accumulation_dtype
 
 #: Experts per token in the paper.
@@ -180,7 +180,7 @@ class Arrow:
                 f"top_k: expected an int in [1, {len(stack)}], the adapters of the stack, got {short_repr(top_k)}"
             )
         attach(model, packed=packed)  # without a stack: only checks the model
-        places = _places(model, stack, packed)
+        places = find_all(model, stack, packed)
         _check_linears(places)
         device = device_of(model)
         scaling = stack.scaling.to(device, copy=True)
@@ -241,18 +241,6 @@ def _check_library(stack: AdapterStack) -> None:
     check_stack("stack", stack)
     if not len(stack):
         raise ValueError("stack: expected at least one adapter, got none")
-
-
-def _places(model: nn.Module, stack: AdapterStack, packed: Packed | None) -> dict[str, dict[int, Target]]:
-    """The linears of every module of ``stack``, by layer."""
-    places: dict[str, dict[int, Target]] = {}
-    for name, path in stack.paths.items():
-        targets = find(model, name, path, packed)
-        if other := next((other for other, taken in places.items() if same_place(taken, targets)), None):
-            raise ValueError(f"{name}: the model has it and {other} in the same place")
-        check_fits(name, stack, targets)
-        places[name] = targets
-    return places
 
 
 def _check_linears(places: dict[str, dict[int, Target]]) -> None:
