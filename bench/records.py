@@ -1,4 +1,4 @@
-"""Result files, ``bench/results/NAME.jsonl``, read and judged: what tables, pages, figures and the gate are made from.
+"""Result files, ``bench/results/NAME.jsonl``, read and judged: what tables, pages and figures are made from.
 
 The first line is the run; every other line is one record, a row of times or something of another kind.  Times are in
 microseconds.  Ratios, speedups and whether a target is met are computed here and stored nowhere.
