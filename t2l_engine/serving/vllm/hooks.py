@@ -1,0 +1,133 @@
+"""What is changed in vLLM, and only where its functions have the parameters that are expected here.
+
+Another vLLM than the tested ones keeps its own code, with a warning: :func:`install` never makes a server fail to start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t2l_engine import ops
+
+if TYPE_CHECKING:
+    from t2l_engine.serving.vllm.settings import Settings
+
+logger = logging.getLogger("vllm.t2l_engine")  # below "vllm", whose handlers vLLM sets up
+
+WRAPPER = "t2l_engine.serving.vllm.punica.PunicaWrapperT2L"
+#: Method of vLLM's PunicaWrapperCPU that is overridden -> its parameters.
+_OVERRIDDEN = {
+    "__init__": "max_num_batched_tokens max_batches device kwargs",
+    "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
+    "add_lora_linear": "y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
+    "add_lora_logits": "y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+    "add_lora_embedding": "y x lora_b_stacked add_inputs kwargs",
+    "_shrink_decode": "y x w_t_all scale",
+    "_expand_slice_decode": "y x w_t_all y_offset y_slice_size add_inputs",
+}
+_REGISTER_MODULE = "module_name module"
+
+
+def install(settings: Settings) -> Settings:
+    """Put this package's code into vLLM as ``settings`` ask, where this vLLM is known; returns the settings in force.
+
+    May be called more than once in a process.
+    """
+    if settings.kernels and (reason := _use_kernels()) is not None:
+        logger.warning("T2L: vLLM's own LoRA kernels are used: %s", reason)
+        settings = dataclasses.replace(settings, kernels=False)
+    if settings.mode == "memory" and (reason := _load_from_embeddings(settings)) is not None:
+        logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
+        settings = dataclasses.replace(settings, mode="disk")
+    return settings
+
+
+def _parameters(function: Any) -> str:
+    """Names of the parameters of a function, without ``self``."""
+    return " ".join(name for name in inspect.signature(function).parameters if name not in ("self", "cls"))
+
+
+def _use_kernels() -> str | None:
+    """Have vLLM make :class:`PunicaWrapperT2L` and tell it of every LoRA layer; returns why not."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return "the kernels are for CPUs"
+    if not ops.has_kernel("lora_add_group_", "CPU"):
+        return "t2l_engine was installed without native kernels"
+    try:
+        from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+        from vllm.lora.model_manager import LoRAModelManager
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    except ImportError as error:
+        return f"this vLLM lacks a module ({error})"
+    found = {name: getattr(PunicaWrapperCPU, name, None) for name in _OVERRIDDEN}
+    for name, parameters in _OVERRIDDEN.items():
+        if found[name] is None or _parameters(found[name]) != parameters:
+            return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
+    if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:
+        return f"LoRAModelManager.register_module of this vLLM has other parameters than ({_REGISTER_MODULE})"
+    followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
+
+    def register_module(self: Any, module_name: str, module: Any) -> None:
+        stock(self, module_name, module)
+        wrapper = self._get_punica_wrapper(module_name)
+        if isinstance(wrapper, _wrapper_class()) and isinstance(module, followed):
+            wrapper.add_layer(module)
+
+    stock = _once(LoRAModelManager, "register_module", register_module)
+    _once(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
+    return None
+
+
+def _wrapper_class() -> type:
+    from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
+
+    return PunicaWrapperT2L
+
+
+def _load_from_embeddings(settings: Settings) -> str | None:
+    """Have vLLM's workers generate the weights of folders that hold an embedding; returns why not."""
+    from vllm.lora.lora_model import LoRAModel
+
+    from t2l_engine.serving.vllm import memory
+
+    stock = LoRAModel.from_local_checkpoint.__func__
+    taken = set(inspect.signature(LoRAModel.from_lora_tensors).parameters)
+    needed = {"lora_model_id", "tensors", "peft_helper", "device", "dtype", "weights_mapper"}
+    if not needed <= taken:
+        return f"LoRAModel.from_lora_tensors lacks parameters: {sorted(needed - taken)}"
+    if list(inspect.signature(stock).parameters)[1:4] != ["lora_dir", "expected_lora_modules", "peft_helper"]:
+        return "LoRAModel.from_local_checkpoint has other parameters"
+
+    def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
+        if not memory.is_embedding(Path(lora_dir)):
+            return stock(cls, lora_dir, expected_lora_modules, peft_helper, **options)
+        # New tensors on every call: vLLM scales B in place.
+        tensors = memory.peft_tensors(Path(lora_dir), settings, options["dtype"])
+        unexpected = sorted({key.split(".")[-3] for key in tensors} - expected_lora_modules)
+        if unexpected:
+            raise ValueError(f"{lora_dir}: expected adapters for {sorted(expected_lora_modules)}, got also {unexpected}")
+        known = {name: value for name, value in options.items() if name in taken}
+        return cls.from_lora_tensors(tensors=tensors, peft_helper=peft_helper, **known)  # type: ignore[attr-defined]
+
+    _once(LoRAModel, "from_local_checkpoint", classmethod(from_local_checkpoint))
+    return None
+
+
+def _once(owner: type, name: str, replacement: Any) -> Callable[..., Any]:
+    """Replace a method of ``owner`` unless this function did before; returns the one that was there at first."""
+    current = owner.__dict__.get(name, getattr(owner, name))
+    function = getattr(current, "__func__", current)
+    if not hasattr(function, "_t2l_replaced"):
+        new = getattr(replacement, "__func__", replacement)
+        new._t2l_replaced = function
+        setattr(owner, name, replacement)
+        return function
+    return function._t2l_replaced

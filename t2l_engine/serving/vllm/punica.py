@@ -1,0 +1,286 @@
+"""PunicaWrapperT2L: the ops of this package under vLLM's LoRA layers on a CPU.
+
+vLLM calls ``add_lora_linear`` and its siblings once per adapted linear and step.  Everything that does not change between
+two steps of one batch is computed before: token ids and segments once a mapping (:meth:`PunicaWrapperT2L.update_metadata`),
+weights, true ranks and column offsets once a layer (:class:`Layer`).
+
+Differences from vLLM's own wrapper for CPUs: a row without an adapter (index -1) is never touched, a batch without adapters
+returns at once, a slice that no running adapter has is skipped, and A and B are multiplied at an adapter's true rank, with
+float32 accumulation and one rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.lora.ops.torch_ops import bgmv_expand_slice, bgmv_shrink
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from t2l_engine import ops  # registers torch.ops.t2l_engine
+
+assert ops.NATIVE_OPS
+_add_group = torch.ops.t2l_engine.lora_add_group_.default
+_add = torch.ops.t2l_engine.lora_add_.default
+
+
+@dataclass(frozen=True)
+class Group:
+    """The slices of a layer that running adapters have; the arguments of ``lora_add_group_``."""
+
+    lora_A: list[Tensor]  # [slots, rank, in]
+    lora_B: list[Tensor]  # [slots, out, rank]
+    ranks: list[Tensor]  # [slots] int32
+    offsets: list[int]  # first column of each slice in the output
+
+
+class Layer:
+    """What one LoRA layer of vLLM holds in its slots: views of its weights, and true ranks.
+
+    Args:
+        key: the object by whose ``id`` the layer is found, kept so that no other object gets that id.
+        lora_a: ``[slots, 1, R, in]`` per slice; R is vLLM's ``max_lora_rank``.
+        lora_b: ``[slots, 1, out, R]`` per slice.
+        ranks: of all slots until :meth:`set_ranks` says better.
+    """
+
+    def __init__(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...], ranks: int):
+        self.key = key
+        self.lora_A, self.lora_B = [a[:, 0] for a in lora_a], [b[:, 0] for b in lora_b]
+        slots = len(self.lora_A[0])
+        self.scaling = torch.ones(slots)
+        self.ranks = [torch.full((slots,), ranks, dtype=torch.int32) for _ in lora_a]
+        widths = [b.shape[1] for b in self.lora_B]
+        self.offsets = [sum(widths[:i]) for i in range(len(widths))]
+        #: Per slice a bit for each slot that holds an adapter with this slice.
+        self.filled = [(1 << slots) - 1 if ranks else 0] * len(lora_a)
+        self._last: tuple[int, Group | None] = (0, None)
+
+    def set_ranks(self, slot: int, ranks: list[int]) -> None:
+        """State the true rank of every slice in ``slot``; 0: the adapter there lacks it."""
+        for i, rank in enumerate(ranks):
+            self.ranks[i][slot] = rank
+            self.filled[i] = self.filled[i] & ~(1 << slot) | (bool(rank) << slot)
+        self._last = (0, None)
+
+    def group(self, active: int) -> Group | None:
+        """The slices that an adapter in the slots ``active`` (a bit each) has; None: there are none."""
+        if active != self._last[0]:
+            chosen = [i for i, filled in enumerate(self.filled) if filled & active]
+            pick = lambda values: [values[i] for i in chosen]  # noqa: E731
+            parts = Group(pick(self.lora_A), pick(self.lora_B), pick(self.ranks), pick(self.offsets)) if chosen else None
+            self._last = (active, parts)
+        return self._last[1]
+
+
+def _as_tuple(weights: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return weights if isinstance(weights, tuple) else (weights,)
+
+
+def _embedding(lora_b: Tensor, ranks: int) -> Layer:
+    """The layer of an embedding, ``lora_b [slots, 1, out, R]``: vLLM looks up the rows of A, so A is the identity here."""
+    slots, _, _, width = lora_b.shape
+    eye = torch.eye(width, dtype=lora_b.dtype).expand(slots, 1, width, width)
+    return Layer(lora_b, (eye,), (lora_b,), ranks)
+
+
+def _check_sizes(name: str, in_features: int, layer: Layer, lora_a: list[Any], lora_b: list[Any]) -> None:
+    """ValueError for an adapter of another model; a smaller one would fill a corner of the slot, without a word."""
+    for a, b, slot in zip(lora_a, lora_b, layer.lora_B, strict=True):
+        if a is not None and (a.shape[1], b.shape[0]) != (in_features, slot.shape[1]):
+            raise ValueError(
+                f"LoRA for {name}: expected {in_features} -> {slot.shape[1]} features as the served model has, "
+                f"got {a.shape[1]} -> {b.shape[0]}"
+            )
+
+
+def _rank(lora_a: Any, limit: int) -> int:
+    """True rank of one slice as vLLM hands it to ``set_lora``: A ``[rank, in]``, or None."""
+    return 0 if lora_a is None else min(lora_a.shape[0], limit)
+
+
+class PunicaWrapperT2L(PunicaWrapperCPU):
+    """vLLM's punica wrapper for CPUs with this package's kernels; see the module."""
+
+    def __init__(self, max_num_batched_tokens: int, max_batches: int, device: torch.device | str, **kwargs: Any):
+        super().__init__(max_num_batched_tokens, max_batches, device, **kwargs)
+        self._layers: dict[int, Layer] = {}
+        # One segment a token, for calls with fewer or more rows than the mapping; rows beyond it are of the base model.
+        self._iota = torch.arange(max_num_batched_tokens + 1, dtype=torch.int32)
+        self._token_ids = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
+        self._sampler_ids = torch.full((max_num_batched_tokens,), -1, dtype=torch.int32)
+        self._active = 0  # a bit for each slot whose adapter the batch uses
+        self._segments: tuple[int, Tensor, Tensor, int] = (0, self._iota[:1], self._token_ids[:0], 0)
+        self._adapted = torch.empty(0, dtype=torch.long)  # rows with an adapter
+
+    # --- what changes with the adapters in the slots ---
+
+    def add_layer(self, module: Any) -> None:
+        """Follow the slots of ``module``, a LoRA layer of vLLM, and store its B as ``[slots, 1, R, out]`` transposed.
+
+        In that order the kernel reads B of any rank in whole vectors; shapes, and what vLLM copies into it, do not change.
+        """
+        lora_a, lora_b = _as_tuple(module.lora_a_stacked), _as_tuple(module.lora_b_stacked)
+        lora_b = tuple(torch.zeros_like(b.mT, memory_format=torch.contiguous_format).mT for b in lora_b)
+        module.lora_b_stacked = lora_b if isinstance(module.lora_b_stacked, tuple) else lora_b[0]
+        if lora_a[0].dim() == 3:  # an embedding: A is [slots, vocabulary, R]
+            in_features, layer = lora_a[0].shape[1], _embedding(lora_b[0], ranks=0)
+        else:
+            in_features, layer = lora_a[0].shape[-1], Layer(module.lora_a_stacked, lora_a, lora_b, ranks=0)
+        self._layers[id(layer.key)] = layer
+        self._follow(module, layer, in_features)
+
+    def _follow(self, module: Any, layer: Layer, in_features: int) -> None:
+        set_lora, reset_lora = module.set_lora, module.reset_lora
+        slices, limit = len(layer.lora_A), layer.lora_A[0].shape[1]
+        whole = getattr(module, "tp_size", 1) == 1  # else vLLM cuts its share out of the matrices
+
+        def set_(index: int, lora_a: Any, lora_b: Any) -> None:
+            # One matrix, or a list with one for each slice.
+            given, out = (list(m) if isinstance(m, (list, tuple)) else [m] for m in (lora_a, lora_b))
+            if whole and len(given) == slices:
+                _check_sizes(type(module).__name__, in_features, layer, given, out)
+            set_lora(index, lora_a, lora_b)
+            # vLLM may cut one A into several slices: then all have the whole width, whose columns beyond the rank are zero.
+            ranks = [_rank(a, limit) for a in given] if len(given) == slices else [limit] * slices
+            layer.set_ranks(index, ranks)
+
+        def reset(index: int) -> None:
+            reset_lora(index)
+            layer.set_ranks(index, [0] * slices)
+
+        module.set_lora, module.reset_lora = set_, reset
+
+    def _layer(self, key: Any, lora_a: tuple[Tensor, ...], lora_b: tuple[Tensor, ...]) -> Layer:
+        layer = self._layers.get(id(key))
+        if layer is None:  # a layer that was not announced: nothing is known of its slots
+            layer = self._layers[id(key)] = Layer(key, lora_a, lora_b, ranks=lora_b[0].shape[-1])
+        return layer
+
+    # --- what changes with the batch ---
+
+    def update_metadata(
+        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+    ) -> None:
+        """vLLM's ids of tokens and samples (0: none) to slots (-1: none), segments and the set of slots in use."""
+        slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
+        tokens, samples = (_slots(ids, slot_of) for ids in (mapping.index_mapping, mapping.prompt_mapping))
+        count = len(tokens)
+        used = set(np.unique(tokens).tolist()) | set(np.unique(samples).tolist())
+        self._active = sum(1 << slot for slot in used if slot >= 0)
+        self.no_lora, self.is_prefill = not self._active, False  # False: vLLM's functions for single rows, overridden below
+        starts = np.flatnonzero(np.diff(tokens, prepend=-2))
+        bounds = np.append(starts, count).astype(np.int32)
+        longest = int(np.diff(bounds).max(initial=0))
+        self._segments = (count, torch.from_numpy(bounds), torch.from_numpy(tokens[starts].astype(np.int32)), longest)
+        self._adapted = torch.from_numpy(np.flatnonzero(tokens >= 0))
+        for target, values in (
+            (self._token_ids, tokens),
+            (self._sampler_ids, samples),
+            (self._token_lora_indices, tokens),
+            (self._sampler_indices, samples),
+            (self._embeddings_indices, np.maximum(tokens, 0) * vocab_size),
+        ):
+            target[: len(values)] = torch.from_numpy(values)
+            if target.dtype == torch.int32:
+                target[len(values) :] = -1
+        self.indices_len[:] = [count, len(samples), 0, count]
+
+    def _rows(self, count: int) -> tuple[Tensor, Tensor, int]:
+        known, bounds, ids, longest = self._segments
+        if count == known:
+            return bounds, ids, longest
+        return self._iota[: count + 1], self._token_ids[:count], 1
+
+    # --- the hot path ---
+
+    def add_lora_linear(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: tuple[Tensor, ...],
+        lora_b_stacked: tuple[Tensor, ...],
+        scale: float,
+        output_slices: tuple[int, ...],
+        *,
+        buffer: tuple[Tensor, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """``y[:, slice i] += scale * (x @ A[i].T) @ B[i].T`` with the adapter of each row; ``x [T, in]``, ``y [T, out]``."""
+        if not self._active:
+            return
+        layer = self._layer(lora_a_stacked, lora_a_stacked, lora_b_stacked)
+        group = layer.group(self._active)
+        if group is None:
+            return
+        scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
+        rows = self._rows(len(x))
+        _add_group(y, x, group.lora_A, group.lora_B, scaling, *rows, group.ranks, group.offsets)
+
+    def add_lora_logits(
+        self,
+        y: Tensor,
+        x: Tensor,
+        lora_a_stacked: Tensor,
+        lora_b_stacked: Tensor,
+        scale: float,
+        *,
+        buffer: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The same for the language model's head: a row is a sample, ``y`` may have more columns than the vocabulary."""
+        if not self._active:
+            return
+        layer = self._layer(lora_a_stacked, (lora_a_stacked,), (lora_b_stacked,))
+        group = layer.group(self._active)
+        if group is None:
+            return
+        y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
+        columns = min(y.shape[1], group.lora_B[0].shape[1])
+        scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
+        rows = self._iota[: len(x) + 1], self._sampler_ids[: len(x)], 1
+        B = group.lora_B[0][:, :columns]
+        _add(y[:, :columns], x.to(y.dtype), group.lora_A[0], B, scaling, *rows, group.ranks[0])
+
+    def add_lora_embedding(
+        self, y: Tensor, x: Tensor, lora_b_stacked: Tensor, add_inputs: bool = True, **kwargs: Any
+    ) -> None:
+        """``y += x @ B.T``; ``x [T, R]``: the rows of A that the layer looked up, ``y [T, hidden]``."""
+        if not self._active:
+            return
+        layer = self._layers.get(id(lora_b_stacked))
+        if layer is None:
+            layer = self._layers[id(lora_b_stacked)] = _embedding(lora_b_stacked, ranks=lora_b_stacked.shape[-1])
+        group = layer.group(self._active)
+        if group is None:
+            return
+        _add(y, x.to(y.dtype), group.lora_A[0], group.lora_B[0], layer.scaling, *self._rows(len(x)), group.ranks[0])
+
+    # --- fully sharded layers (S-LoRA): shrink and expand apart, with a gather between them ---
+
+    def _on_adapted(self, y: Tensor, x: Tensor, run: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        """``run(y, x, ids)`` on the rows that have an adapter; the others stay as they are."""
+        rows = self._adapted
+        if len(rows) == 0:
+            return
+        part = y[rows]
+        run(part, x[rows], self._token_lora_indices[rows])
+        y[rows] = part
+
+    def _shrink_decode(self, y: Tensor, x: Tensor, w_t_all: Tensor, scale: float) -> None:
+        self._on_adapted(y, x, lambda y, x, ids: bgmv_shrink(x, w_t_all, y, ids, scale))
+
+    def _expand_slice_decode(
+        self, y: Tensor, x: Tensor, w_t_all: Tensor, y_offset: int, y_slice_size: int, add_inputs: bool
+    ) -> None:
+        self._on_adapted(y, x, lambda y, x, ids: bgmv_expand_slice(x, w_t_all, y, ids, y_offset, y_slice_size, add_inputs))
+
+
+def _slots(ids: Any, slot_of: dict[int, int]) -> np.ndarray:
+    """Adapter ids (0: none) of tokens to slots (-1: none), int64."""
+    known, position = np.unique(np.asarray(ids, dtype=np.int64), return_inverse=True)
+    return np.array([slot_of[i] if i > 0 else -1 for i in known.tolist()], dtype=np.int64)[position]
