@@ -1,4 +1,4 @@
-"""Reads PEFT LoRA folders, checking every field and tensor, and writes them.
+"""Reads PEFT LoRA folders, checking every field and tensor; :mod:`t2l_engine.adapters.peft_write` writes them.
 
 Folders are untrusted: anything unusable raises an :class:`AdapterError` that names the file and the field or key, and no
 path, pattern or number in a file can take more than a bounded amount of memory and time.
@@ -17,19 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, path_error, path_template
-from t2l_engine.files.errors import MAX_MODULES, MAX_NUMBER, MIN_NUMBER, ConfigError, positive_number, short_repr
+from t2l_engine.adapters.paths import LAYER, layer_list, path_error, path_template
+from t2l_engine.files.errors import MAX_MODULES, ConfigError, positive_number, short_repr
 from t2l_engine.files.patterns import Patterns
 from t2l_engine.files.text import read_json
-from t2l_engine.files.weights import check_weights, max_abs, read_safetensors, write_folder
+from t2l_engine.files.weights import max_abs, read_safetensors
 
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 MAX_LAYERS = 4096
 #: Bounds on the stack's values: times those in the file (one layer of a 128-layer model, the others padding), and plus.
 MAX_PADDING, MAX_PADDED = 128, 1 << 30
 
-_PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
+PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight", re.DOTALL)
 
 #: Fields that change what an adapter computes or which modules it adapts -> the values that mean plain LoRA.
 _PLAIN: dict[str, tuple] = {
@@ -60,11 +60,6 @@ _OTHER = frozenset(
     "qalora_group_size loftq_config eva_config corda_config lora_ga_config velora_config ensure_weight_tying "
     "runtime_config".split()
 )
-#: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
-_OTHER_WEIGHTS = (
-    "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)  # fmt: skip
 #: Patterns of unsupported keys, and the reason to report.
 _REFUSED_KEYS = (
     (r"\.lora_[AB]\.[^.]+\.weight$", "the adapter's name is part of the key; save the adapter with PEFT's save_pretrained"),
@@ -100,9 +95,6 @@ class PeftAdapter:
     ranks: dict[str, Tensor]
     scaling: Tensor
     partial: bool
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
@@ -152,7 +144,7 @@ def read(directory: Path, dtype: torch.dtype | None) -> PeftAdapter:
             path = module.replace(LAYER, str(layer))
             rank = ranks[module][0, layer] = pair["A"].shape[0]
             lora_A[module][0, layer, :rank] = pair["A"]
-            lora_B[module][0, layer, :, :rank] = _scaled(pair["B"], factors[path])
+            lora_B[module][0, layer, :, :rank] = folded(pair["B"], factors[path])
     return PeftAdapter(lora_A, lora_B, ranks, torch.tensor([own], dtype=torch.float32), partial)
 
 
@@ -179,7 +171,8 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
     return sizes
 
 
-def _scaled(B: Tensor, factor: float) -> Tensor:
+def folded(B: Tensor, factor: float) -> Tensor:
+    """``factor * B`` in float32 or ``B``'s wider dtype, so that the caller rounds once; ``B`` itself for a factor of 1."""
     return B if factor == 1 else B.to(torch.promote_types(B.dtype, torch.float32)) * factor
 
 
@@ -275,7 +268,7 @@ def _read_pairs(path: Path) -> dict[str, dict[str, Tensor]]:
         match = _KEY.fullmatch(key)
         if match is None:
             reason = next((text for pattern, text in _REFUSED_KEYS if re.search(pattern, key, re.DOTALL)), None)
-            reason = reason or f"expected a LoRA matrix '{_PREFIX}*.lora_A|B.weight'"
+            reason = reason or f"expected a LoRA matrix '{PREFIX}*.lora_A|B.weight'"
             raise AdapterError(f"{path}: {short_repr(key)}: {reason}")
         if tensor.dim() != 2 or not tensor.numel():
             raise AdapterError(f"{path}: {short_repr(key)}: expected a matrix, got shape {short_repr(tuple(tensor.shape))}")
@@ -334,81 +327,3 @@ def _scalings(
         alpha = patterns["alpha_pattern"].find(path, config["lora_alpha"])
         scalings[path] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return scalings
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def state_dict(adapter: PeftAdapter) -> dict[str, Tensor]:
-    """A and B under PEFT's keys, contiguous float32 on the CPU, each at its true rank."""
-    state = {}
-    for path, ranks in adapter.ranks.items():
-        for layer, rank in enumerate(ranks[0].tolist()):
-            if rank:
-                key = f"{_PREFIX}{path.replace(LAYER, str(layer))}"
-                a, b = adapter.lora_A[path][0, layer, :rank], adapter.lora_B[path][0, layer, :, :rank]
-                state[f"{key}.lora_A.weight"] = a.detach().float().cpu().contiguous()
-                state[f"{key}.lora_B.weight"] = b.detach().float().cpu().contiguous()
-    return state
-
-
-def write(adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | None) -> None:
-    """Write a PEFT folder with the scaling in ``lora_alpha``; ``adapter`` must have a rank that is not 0.
-
-    Raises ValueError for values or a scaling that readers refuse, FileExistsError beside a checkpoint or a model.
-    """
-    for other in _OTHER_WEIGHTS:
-        if (directory / other).exists():
-            raise FileExistsError(
-                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
-            )
-    state = state_dict(adapter)
-    check_weights(directory / WEIGHTS_NAME, state, ValueError)
-    scaling = float(adapter.scaling[0])
-    rank_of = {
-        key.removeprefix(_PREFIX).removesuffix(".lora_A.weight"): tensor.shape[0]
-        for key, tensor in sorted(state.items())
-        if key.endswith(".lora_A.weight")
-    }
-    r = max(rank_of.values())
-    if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
-        raise ValueError(f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}], got {scaling}")
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name_or_path,
-        "r": r,
-        "lora_alpha": scaling * r,
-        "use_rslora": False,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "rank_pattern": {path: rank for path, rank in rank_of.items() if rank != r},
-        "alpha_pattern": {path: scaling * rank for path, rank in rank_of.items() if rank != r},
-        **_targets(adapter, sorted(rank_of)),
-    }
-    write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, dict(sorted(config.items())))
-
-
-def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
-    """The configuration fields with which PEFT adapts exactly the modules of ``adapter``."""
-    layers = {path: tuple(torch.nonzero(ranks[0]).flatten().tolist()) for path, ranks in adapter.ranks.items()}
-    layers = {path: found for path, found in layers.items() if found}
-    # The path below the layer, since two modules of a layer may share the last name (c_proj in GPT-2).
-    ends = {path: path.rpartition(".")[2] for path in layers}
-    short = sorted(end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items())
-    if not adapter.partial and all(found == tuple(range(adapter.ranks[path].shape[1])) for path, found in layers.items()):
-        return {"target_modules": short}
-    lists = {layer_list(path) for path in layers}
-    if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
-        pattern = before.removesuffix(".").rpartition(".")[
-            2
-        ]  # PEFT's own guess fails for a list of layers at the top of the model
-        return {
-            "target_modules": short,
-            "layers_to_transform": list(next(iter(layers.values()))),
-            "layers_pattern": pattern,
-        }
-    return {"target_modules": full_paths}

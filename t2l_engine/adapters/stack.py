@@ -1,14 +1,15 @@
-"""AdapterStack: LoRA adapters for the same modules in memory; :mod:`t2l_engine.adapters.peft` reads and writes folders."""
+"""AdapterStack: LoRA adapters for the same modules in memory; modules ``peft`` and ``peft_write`` know folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from t2l_engine.adapters import peft
+from t2l_engine.adapters import peft, peft_write
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.files.errors import short_repr
@@ -47,6 +48,11 @@ class AdapterStack:
     (3, 2, True)
     >>> stack
     AdapterStack(3 adapters, rank 4, scaling 2, float32, cpu; modules in->out x layers: q_proj 16->8 x2)
+    >>> config, tensors = stack.peft_config(1), stack.state_dict_peft(1, adapter_name="task", prefix="")  # for PEFT
+    >>> config["r"], config["lora_alpha"], config["target_modules"], stack.peft_config(1, fold=True)["lora_alpha"]
+    (4, 8.0, ['q_proj'], 4)
+    >>> next(iter(tensors))
+    'model.layers.0.self_attn.q_proj.lora_A.task.weight'
     """
 
     def __init__(
@@ -269,30 +275,67 @@ class AdapterStack:
 
     # --- PEFT folders ----------------------------------------------------------------------------------------------
 
-    def state_dict_peft(self, index: int) -> dict[str, Tensor]:
-        """Adapter ``index`` under PEFT's keys: float32 A ``[rank, in]``, B ``[out, rank]`` at the true rank of each module.
+    def peft_config(self, index: int, base_model_name_or_path: str | None = None, *, fold: bool = False) -> dict[str, Any]:
+        """What :meth:`save_pretrained` writes for adapter ``index`` as adapter_config.json: keywords of PEFT's LoraConfig.
 
-        Raises IndexError out of range.
+        ``lora_alpha = scaling * r``; with ``fold``, for :meth:`state_dict_peft` with ``fold``, ``lora_alpha = r``.
+
+        Raises IndexError out of range, ValueError for ranks of 0 throughout or a scaling that readers refuse.
         """
-        return peft.state_dict(self._peft(index))
+        return peft_write.config(self._peft(index, adapts=True), base_model_name_or_path, fold)
 
-    def save_pretrained(self, directory: str | Path, adapter: int = 0, base_model_name_or_path: str | None = None) -> None:
-        """Write adapter ``adapter`` as a PEFT folder with ``lora_alpha = scaling * r``.
+    def state_dict_peft(
+        self,
+        index: int,
+        *,
+        dtype: torch.dtype | None = None,
+        adapter_name: str | None = None,
+        prefix: str = peft.PREFIX,
+        fold: bool = False,
+    ) -> dict[str, Tensor]:
+        """Adapter ``index`` under PEFT's keys: A ``[rank, in]`` and B ``[out, rank]`` at the true rank of each module.
 
-        An existing adapter in ``directory`` is replaced only when the new files are complete.
+        The tensors are new, contiguous and on the CPU.
+
+        Args:
+            dtype: of the tensors, None = float32.
+            adapter_name: part of the keys, ``<prefix><path>.lora_A.<adapter_name>.weight``, as PEFT's hotswap wants them;
+                None: as in a file, ``<prefix><path>.lora_A.weight``.
+            prefix: ``base_model.model.`` as in a file and in a PeftModel, "" as in a transformers model.
+            fold: multiply B by the scaling, in float32 or the stack's wider dtype, before it is rounded to ``dtype``.
+
+        Raises:
+            IndexError: out of range.
+            ValueError: another kind of argument, or values that are not finite in ``dtype``.
+        """
+        return peft_write.state_dict(self._peft(index), dtype, adapter_name, prefix, fold)
+
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        adapter: int = 0,
+        base_model_name_or_path: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        fold: bool = False,
+    ) -> None:
+        """Write adapter ``adapter`` as a PEFT folder of :meth:`peft_config` and :meth:`state_dict_peft`.
+
+        An existing adapter in ``directory`` is replaced only when the new files are complete.  ``dtype``: of A and B,
+        None = float32; ``fold``: the scaling is in B instead of ``lora_alpha``.
 
         Raises:
             IndexError: ``adapter`` is out of range.
-            ValueError: the adapter has rank 0 throughout, or values or a scaling that readers refuse.
+            ValueError: the adapter has rank 0 throughout, or values or a scaling that readers refuse; another dtype.
             OSError: the folder cannot be written, or contains a checkpoint or a model (FileExistsError).
         """
-        one = self._peft(adapter)
-        if not any(bool(ranks.any()) for ranks in one.ranks.values()):
-            raise ValueError(f"adapter {adapter}: expected one that adapts a module, got ranks of 0 throughout")
-        peft.write(one, Path(directory), base_model_name_or_path)
+        peft_write.write(self._peft(adapter, adapts=True), Path(directory), base_model_name_or_path, dtype, fold)
 
-    def _peft(self, index: int) -> peft.PeftAdapter:
+    def _peft(self, index: int, adapts: bool = False) -> peft.PeftAdapter:
+        """Adapter ``index`` under its paths; ``adapts``: ValueError if its ranks are all 0."""
         one = self[self._position(index)]
+        if adapts and not any(bool(ranks.any()) for ranks in one.ranks.values()):
+            raise ValueError(f"adapter {index}: expected one that adapts a module, got ranks of 0 throughout")
         by_path = ({one.paths[name]: t for name, t in side.items()} for side in (one.lora_A, one.lora_B, one.ranks))
         lora_A, lora_B, ranks = by_path
         return peft.PeftAdapter(lora_A, lora_B, ranks, one.scaling, one.partial)

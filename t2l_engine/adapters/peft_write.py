@@ -1,0 +1,133 @@
+"""Exports an adapter to PEFT: the configuration, the tensors under PEFT's names, and folders with both.
+
+Everything that gives an adapter to another engine calls :func:`config` and :func:`state_dict`, so that a folder and an
+adapter handed over in memory are the same values.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list
+from t2l_engine.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftAdapter, folded
+from t2l_engine.files.errors import MAX_NUMBER, MIN_NUMBER, short_repr
+from t2l_engine.files.weights import check_dtype, write_folder
+
+#: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
+_OTHER_WEIGHTS = (
+    "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+
+def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool) -> dict[str, Any]:
+    """The fields of adapter_config.json; ``adapter`` must have a rank that is not 0.
+
+    The scaling is in ``lora_alpha``, or with ``fold`` in B, see :func:`state_dict`.  Raises ValueError for a scaling that
+    readers refuse.
+    """
+    rank_of = {path: rank for path, *_, rank in _modules(adapter)}
+    r = max(rank_of.values())
+    scaling = float(adapter.scaling[0])
+    if not MIN_NUMBER <= scaling <= MAX_NUMBER / r:
+        raise ValueError(f"scaling: expected a positive number in [{MIN_NUMBER}, {MAX_NUMBER / r}], got {scaling}")
+    if fold:
+        scaling = 1
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name_or_path,
+        "r": r,
+        "lora_alpha": scaling * r,
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "rank_pattern": {path: rank for path, rank in sorted(rank_of.items()) if rank != r},
+        "alpha_pattern": {path: scaling * rank for path, rank in sorted(rank_of.items()) if rank != r},
+        **_targets(adapter, sorted(rank_of)),
+    }
+    return dict(sorted(fields.items()))
+
+
+def state_dict(
+    adapter: PeftAdapter, dtype: torch.dtype | None, adapter_name: str | None, prefix: str, fold: bool
+) -> dict[str, Tensor]:
+    """A and B under PEFT's keys, each at its true rank: new contiguous tensors in ``dtype`` (None = float32) on the CPU.
+
+    ``fold``: B is multiplied by the scaling, and rounded to ``dtype`` after that.  ``adapter_name``: part of the keys, as in
+    a model's parameters; None as in a file.  Raises ValueError for an argument, or values that are not finite in ``dtype``.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    check_dtype(dtype)
+    # What torch takes as the name of a module.
+    if adapter_name is not None and (not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name):
+        raise ValueError(f"adapter_name: expected a non-empty string without '.', or None, got {short_repr(adapter_name)}")
+    if not isinstance(prefix, str) or not re.fullmatch(r"([^.]+\.)*", prefix, re.DOTALL):
+        raise ValueError(f"prefix: expected '' or a path that ends in '.', such as '{PREFIX}', got {short_repr(prefix)}")
+    ending = "weight" if adapter_name is None else f"{adapter_name}.weight"
+    scaling = float(adapter.scaling[0]) if fold else 1.0
+    state = {}
+    for path, module, layer, rank in _modules(adapter):
+        a, b = adapter.lora_A[module][0, layer, :rank], adapter.lora_B[module][0, layer, :, :rank]
+        for side, tensor in (("A", a), ("B", folded(b, scaling))):
+            key = f"{prefix}{path}.lora_{side}.{ending}"
+            state[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+            if not state[key].isfinite().all():
+                raise ValueError(f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}")
+    return state
+
+
+def write(
+    adapter: PeftAdapter, directory: Path, base_model_name_or_path: str | None, dtype: torch.dtype | None, fold: bool
+) -> None:
+    """Write :func:`config` and :func:`state_dict` as a PEFT folder.
+
+    Raises ValueError as they do, FileExistsError beside a checkpoint or a model.
+    """
+    for other in _OTHER_WEIGHTS:
+        if (directory / other).exists():
+            raise FileExistsError(
+                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
+            )
+    state = state_dict(adapter, dtype, None, PREFIX, fold)
+    write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, config(adapter, base_model_name_or_path, fold))
+
+
+def _modules(adapter: PeftAdapter) -> list[tuple[str, str, int, int]]:
+    """(path, path with ``{layer}``, layer, rank) of every module whose rank is not 0."""
+    return [
+        (module.replace(LAYER, str(layer)), module, layer, rank)
+        for module, ranks in adapter.ranks.items()
+        for layer, rank in enumerate(ranks[0].tolist())
+        if rank
+    ]
+
+
+def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
+    """The configuration fields with which PEFT adapts exactly the modules of ``adapter``."""
+    layers = {path: tuple(torch.nonzero(ranks[0]).flatten().tolist()) for path, ranks in adapter.ranks.items()}
+    layers = {path: found for path, found in layers.items() if found}
+    # The path below the layer, since two modules of a layer may share the last name (c_proj in GPT-2).
+    ends = {path: path.rpartition(".")[2] for path in layers}
+    short = sorted(end if DEFAULT_PATHS.get(end) == path else path.rpartition(f"{LAYER}.")[2] for path, end in ends.items())
+    if not adapter.partial and all(found == tuple(range(adapter.ranks[path].shape[1])) for path, found in layers.items()):
+        return {"target_modules": short}
+    lists = {layer_list(path) for path in layers}
+    if len(lists) == 1 and len(set(layers.values())) == 1 and (before := lists.pop()):
+        pattern = before.removesuffix(".").rpartition(".")[
+            2
+        ]  # PEFT's own guess fails for a list of layers at the top of the model
+        return {
+            "target_modules": short,
+            "layers_to_transform": list(next(iter(layers.values()))),
+            "layers_pattern": pattern,
+        }
+    return {"target_modules": full_paths}
