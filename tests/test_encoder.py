@@ -2,6 +2,7 @@ import importlib.util
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -82,6 +83,83 @@ def test_cache(encoder, monkeypatch):
     assert seen == [5, 6] and torch.equal(again[1], first[0])
     first.zero_()
     assert torch.equal(enc.encode(["a drug"])[0], again[1])
+
+
+@pytest.fixture
+def embedded(parts):
+    """The length in tokens of every text that the model embeds, in order."""
+    lengths = []
+    hook = parts[0].register_forward_pre_hook(
+        lambda model, args, kwargs: lengths.extend(kwargs["attention_mask"].sum(dim=1).tolist()), with_kwargs=True
+    )
+    yield lengths
+    hook.remove()
+
+
+#: Of different lengths, which say what the model embeds.
+DISTINCT = [" ".join(WORDS[: n + 1]) + " 3" for n in range(9)]
+
+
+def test_cache_drops_the_least_recently_used_text(parts, embedded):
+    encoder = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=3)
+    a, b, c, d = DISTINCT[:4]
+    length = {text: len(parts[1](text)["input_ids"]) for text in (a, b, c, d)}
+    assert len(set(length.values())) == 4
+    for texts, new in [
+        ([a, b, c], [a, b, c]),
+        ([a, c], []),  # b is now the least recently used
+        ([d], [d]),
+        ([c, a, d], []),
+        ([b], [b]),  # in place of c
+        ([a, d, b], []),
+        ([c], [c]),
+    ]:
+        embedded.clear()
+        encoder.encode(texts)
+        assert embedded == sorted(length[text] for text in new)
+
+
+@pytest.mark.parametrize("cache_size", [0, 1, 4])
+def test_more_texts_than_the_cache_holds(parts, encoder, embedded, cache_size):
+    small = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=cache_size)
+    expected = encoder().encode(DISTINCT, batch_size=4)
+    embedded.clear()
+    for texts in (DISTINCT[-2:], DISTINCT + DISTINCT[::-1]):  # the first two are dropped while they are needed
+        got = small.encode(texts, batch_size=4)
+    assert relative_frobenius(got, torch.cat([expected, expected.flip(0)])) <= EMBEDDING_FROBENIUS
+    assert len(embedded) == 2 + 9 - min(cache_size, 2)  # each text once a call
+    embedded.clear()
+    small.encode(DISTINCT)
+    assert len(embedded) == 9 - cache_size
+
+
+def test_the_cache_holds_no_more_than_its_vectors(parts):
+    encoder = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=2)
+    encoder.encode(DISTINCT)
+    assert [vector.untyped_storage().nbytes() for vector in encoder._cache.values()] == [4 * 32] * 2
+
+
+@pytest.mark.parametrize("cache_size", [-1, 2.5, True, None])
+def test_size_of_the_cache_is_checked(parts, cache_size):
+    with pytest.raises(ValueError, match=f"cache_size: expected a number of texts, 0 or more, got {cache_size}"):
+        TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=cache_size)
+
+
+def test_threads_share_an_encoder(parts, encoder):
+    """Each drops what the others have just found."""
+    shared = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=2)
+    expected = encoder().encode(DISTINCT)
+
+    def work(seed):
+        for _ in range(10):
+            order = torch.randperm(len(DISTINCT), generator=torch.Generator().manual_seed(seed))[:4]
+            got = shared.encode([DISTINCT[i] for i in order], batch_size=2)
+            assert relative_frobenius(got, expected[order]) <= EMBEDDING_FROBENIUS
+            seed += 100
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(shared._cache) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 import warnings
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,61 +17,20 @@ from torch import Tensor, nn
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
-from t2l_engine.text.packaged import no_adapter, resolve
+from t2l_engine.text.loading import load, positions
+from t2l_engine.text.packaged import resolve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
+CACHE_SIZE = 4096
 
 
 def normalise_description(text: str, full_stop: bool = True) -> str:
     """Strip white space and, with ``full_stop``, append "." to a text that ends in a letter (as SakanaAI's code)."""
     text = text.strip()
     return text + "." if full_stop and text and text[-1].isalpha() else text
-
-
-def _load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a local folder or hub name; ValueError if its files lack a weight."""
-    from transformers import AutoModel, AutoTokenizer, PreTrainedConfig
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    no_adapter(source, f"encoder {source!r}")
-    try:
-        # Both files are only parsed here: code is refused before transformers could run it, or use another class instead.
-        values, _ = PreTrainedConfig.get_config_dict(source)
-        if not values:
-            raise OSError("no config.json")
-        if not trust_remote_code and ("auto_map" in values or "auto_map" in get_tokenizer_config(source)):
-            raise ValueError(
-                f"encoder {source!r}: brings Python code of its own (auto_map in its configuration), which runs only with "
-                "trust_remote_code=True; read the code first"
-            )
-        if values.get("is_encoder_decoder"):
-            raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model, info = AutoModel.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except OSError as error:
-        reason = str(error).partition("\n")[0][:300]
-        raise OSError(
-            f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=... or a configuration of a local folder"
-        ) from error
-    # We pool the last hidden state, so a missing pooler, which transformers initialises at random, does not matter.
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise ValueError(f"encoder {source!r}: its weights lack {short_repr(missing)}")
-    return model, tokenizer
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """Number of positions of ``model`` in tokens, None if it states no limit."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa and its relatives count from padding_idx + 1
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else None
 
 
 def _check_list(texts: Any) -> None:
@@ -80,8 +41,10 @@ def _check_list(texts: Any) -> None:
 class TextEncoder:
     """A frozen transformers encoder with pooling: texts to ``task_emb``, L2-normalised, times sqrt(embed_dim).
 
-    Embeddings are cached by text.  They do not depend on padding, which is masked, or on the batch: texts are batched by
-    length and padded on the right, whatever the tokenizer's padding side.
+    Embeddings of the ``cache_size`` most recently used texts are kept: by default of 4096, 6 MB at 384 floats each.  They
+    do not depend on padding, which is masked, or on the batch: texts are batched by length and padded on the right,
+    whatever the tokenizer's padding side.  Several threads may call :meth:`encode`; a text that is new to two of them at
+    once is embedded by both.
 
     Source: paper section 3; pooling and normalisation of SakanaAI's embedding code.
 
@@ -92,15 +55,21 @@ class TextEncoder:
     (torch.Size([2, 384]), [20.0, 20.0])
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig):
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig, *, cache_size: int = CACHE_SIZE):
         """``model``: a transformers encoder or decoder, set to eval mode; ``tokenizer``: its tokenizer, not modified.
 
-        Raises ValueError if ``max_length`` leaves no token for the text.
+        ``cache_size``: number of texts whose embeddings are kept, 0 for none.
+
+        Raises ValueError if ``max_length`` leaves no token for the text, or for a ``cache_size`` below 0.
         """
+        if not isinstance(cache_size, int) or isinstance(cache_size, bool) or cache_size < 0:
+            raise ValueError(f"cache_size: expected a number of texts, 0 or more, got {short_repr(cache_size)}")
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, config
-        self._cache: dict[str, Tensor] = {}
+        self._cache_size = cache_size
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used text first
+        self._cache_lock = threading.Lock()
         #: In tokens, including special ones, to which texts are truncated: the configuration's, at most the model's.
-        self.max_length = min(config.max_length, _positions(model) or config.max_length)
+        self.max_length = min(config.max_length, positions(model) or config.max_length)
         special = tokenizer.num_special_tokens_to_add()
         if self.max_length <= special:
             raise ValueError(
@@ -116,6 +85,7 @@ class TextEncoder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         trust_remote_code: bool = False,
+        cache_size: int = CACHE_SIZE,
     ) -> TextEncoder:
         """Load an encoder.
 
@@ -124,6 +94,7 @@ class TextEncoder:
                 a local sentence-transformers folder, which states its pooling.
             dtype: of the encoder's weights, None = the configuration's; embeddings are always float32.
             trust_remote_code: run Python code in the model's folder; off by default.
+            cache_size: number of texts whose embeddings are kept, 0 for none.
 
         Raises:
             FileNotFoundError: the packaged encoder is not installed.
@@ -143,16 +114,25 @@ class TextEncoder:
                 )
         if dtype is not None:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-        model, tokenizer = _load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
-        return cls(model.to(device), tokenizer, config)  # pyright: ignore[reportArgumentType]  # as unbound method
+        model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
+        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        return cls(model, tokenizer, config, cache_size=cache_size)
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, tokenizer: Any, max_length: int = SAKANA_MAX_LENGTH) -> TextEncoder:
+    def from_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        max_length: int = SAKANA_MAX_LENGTH,
+        *,
+        cache_size: int = CACHE_SIZE,
+    ) -> TextEncoder:
         """The language model itself as encoder: the last token's hidden state after the final norm (paper section 3).
 
         ``model``: a loaded transformers causal LM; its decoder is shared, not copied, and set to eval mode.  ``tokenizer``
         is not modified.  Embeddings are those of the base model: embedding a new text while an adapter is in use raises
-        RuntimeError.  ``max_length``: in tokens, 8192 as in SakanaAI's code, at most the model's positions.
+        RuntimeError.  ``max_length``: in tokens, 8192 as in SakanaAI's code, at most the model's positions.  ``cache_size``:
+        number of texts whose embeddings are kept, 0 for none.
 
         Raises ValueError if ``model`` is not a transformers model.
         """
@@ -160,7 +140,8 @@ class TextEncoder:
             raise ValueError(f"model: expected a transformers language model, got {type(model).__name__}")
         dtype = str(model.dtype).removeprefix("torch.")
         name = model.config.name_or_path or type(model).__name__
-        return cls(model.get_decoder(), tokenizer, EncoderConfig(name, "last", max_length, dtype=dtype))
+        config = EncoderConfig(name, "last", max_length, dtype=dtype)
+        return cls(model.get_decoder(), tokenizer, config, cache_size=cache_size)
 
     @property
     def embed_dim(self) -> int:
@@ -195,17 +176,37 @@ class TextEncoder:
         prepared = self.prepare(texts)
         if not prepared:
             raise ValueError("texts: expected at least one description, got none")
+        found = self._cached(prepared)
         new: dict[str, int] = {}
         for i, text in enumerate(prepared):
-            if text not in self._cache:
+            if text not in found:
                 new.setdefault(text, i)
         tokens = self._tokenize(new, texts)
         order = sorted(tokens, key=lambda text: len(tokens[text]["input_ids"]))
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             for text, vector in zip(chosen, self._embed([tokens[text] for text in chosen]), strict=True):
-                self._cache[text] = vector
-        return torch.stack([self._cache[text] for text in prepared])
+                found[text] = vector
+        self._keep(new, found)
+        return torch.stack([found[text] for text in prepared])
+
+    def _cached(self, texts: Iterable[str]) -> dict[str, Tensor]:
+        """The embeddings of those of ``texts`` that are in the cache; they become the most recently used ones."""
+        found = {}
+        with self._cache_lock:
+            for text in texts:
+                if text in self._cache:
+                    self._cache.move_to_end(text)
+                    found[text] = self._cache[text]
+        return found
+
+    def _keep(self, texts: Iterable[str], found: dict[str, Tensor]) -> None:
+        """Put the embeddings of ``texts`` into the cache and drop those beyond its size."""
+        with self._cache_lock:
+            for text in texts:
+                self._cache[text] = found[text].clone()  # a view would keep its whole batch in memory
+                if len(self._cache) > self._cache_size:
+                    self._cache.popitem(last=False)
 
     def _tokenize(self, new: dict[str, int], texts: Sequence[str]) -> dict[str, dict[str, list[int]]]:
         """Text -> the model's inputs, for the texts of ``new`` (text -> index in ``texts``); long ones are truncated."""
