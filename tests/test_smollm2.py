@@ -121,6 +121,25 @@ def test_output_written_over(run_program):
     assert all(again.lora_A[name].data_ptr() == a.data_ptr() for name, a in stack.lora_A.items())
 
 
+def test_peft_in_memory(run_program):
+    """The model ends with the second adapter."""
+    pytest.importorskip("peft")
+    names = run_program("docs/generate.md", "PEFT in memory")
+    model, stack = names["model"], names["stack"]
+    batch = names["tokenizer"](
+        names["engine"].prompt(names["tokenizer"], "borrow"), return_tensors="pt", add_special_tokens=False
+    )
+    plain, _ = packaged.load()
+    lora = t2l.attach(plain, stack)
+    with torch.no_grad():
+        got = model(**batch).logits[:, -1]
+        with lora.use(1):
+            assert (got - plain(**batch).logits[:, -1]).abs().max() <= numerics.LOGITS_ATOL
+        with lora.use(0):
+            assert (got - plain(**batch).logits[:, -1]).abs().max() > 1
+    lora.detach()
+
+
 def test_serving(run_program):
     """Each token has the adapter of its segment."""
     found = run_program("docs/serve.md", "serving")
