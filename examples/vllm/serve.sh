@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Serves SmolLM2-135M on this machine alone, where the model of a request may be a sentence: make serve, or, in an environment
+# with vLLM and t2l_engine, examples/vllm/serve.sh [FLAGS OF VLLM].  PORT: 8000 if unset.
+set -euo pipefail
+port="${PORT:-8000}"
+export T2L_VLLM_CHECKPOINT=smollm2-135m T2L_VLLM_WARMUP=1 VLLM_PLUGINS=t2l,t2l_http
+export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1                  # what lets a request name a model that is not there yet
+export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"  # GiB
+model=$(python -c "from t2l_engine.text import packaged; print(packaged.convert())")
+flags=$(t2l serve-flags smollm2-135m 2> /dev/null)
+cat << EOF
+==> when vLLM says "Application startup complete", try, from another terminal:
+
+curl -s http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d '{
+  "model": "t2l:Return the last element of the comma separated list.",
+  "messages": [{"role": "user", "content": "paintbrush, hammer, impala"}], "max_tokens": 8, "temperature": 0}'
+
+    "model": "smollm2" is the model without an adapter.  Ctrl-C ends the server.
+EOF
+# shellcheck disable=SC2086  # flags are words
+exec vllm serve "$model" --served-model-name smollm2 --host 127.0.0.1 --port "$port" --max-model-len 2048 $flags "$@"

@@ -1,0 +1,166 @@
+"""Our wrapper under vLLM's own LoRA layers, against float64; and vLLM's wrapper, where it is wrong."""
+
+import pytest
+import torch
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
+from t2l_engine.testing import numerics
+
+from vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
+
+pytestmark = pytest.mark.serving
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process(tmp_path_factory):
+    with single_process(tmp_path_factory.mktemp("vllm")):
+        yield
+
+
+def inputs(kind, rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "embedding":
+        return torch.randint(VOCABULARY, (rows,), generator=generator)
+    return torch.randn(rows, SIZES[kind][0][0], generator=generator).to(DTYPE)
+
+
+def base_output(made, x):
+    """The layer's output without adapters."""
+    return made(x, [-1] * len(x)).clone()
+
+
+def exact(made, x, slots, y):
+    """(Result, allowed error) in float64 for the base model's rounded output ``y``."""
+    y, start = y.double(), 0
+    bound = torch.zeros_like(y)
+    for i, (_, out) in enumerate(SIZES[made.kind]):
+        for row, slot in enumerate(slots):
+            pair = made.adapters[slot][i] if slot >= 0 else None
+            if pair is None:
+                continue
+            a, b = (m.double() for m in pair)
+            if made.kind == "embedding":
+                a, given = torch.eye(len(a), dtype=torch.float64), a[:, x[row]][None]
+            else:
+                given = x[row : row + 1].double()
+            columns = slice(start, start + out)
+            delta = given @ a.T @ b.T
+            y[row : row + 1, columns] += delta
+            bound[row : row + 1, columns] = numerics.lora_bound(
+                given, a, b, 1.0, y[row : row + 1, columns], delta, DTYPE
+            )
+        start += out
+    return y, bound
+
+
+#: Rows -> slots: mixed, all of one adapter, runs as in a prefill, a single row, all base.
+BATCHES = {
+    "mixed": [0, -1, 2, 1, -1, 2, 0, 1],
+    "one": [1] * 5,
+    "runs": [2] * 7 + [-1] * 3 + [0] * 6 + [2] * 2,
+    "row": [2],
+    "base": [-1] * 4,
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", SIZES)
+def test_equals_float64(kind, batch):
+    made, slots = adapted(kind, PunicaWrapperT2L), BATCHES[batch]
+    x = inputs(kind, len(slots))
+    before = base_output(made, x)
+    right, bound = exact(made, x, slots, before)
+    got = made(x, slots)
+    assert bool(((got.double() - right).abs() <= bound).all())
+    rows = [i for i, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(got[rows], before[rows])
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_sharded_layers_equal_float64(kind):
+    made, slots = adapted(kind, PunicaWrapperT2L, fully_sharded=True), BATCHES["mixed"]
+    x = inputs(kind, len(slots))
+    before = base_output(made, x)
+    right, bound = exact(made, x, slots, before)
+    got = made(x, slots)
+    # vLLM's functions round the rank vector to the output's dtype before they multiply by B, and the product once more.
+    assert float((got.double() - right).norm()) <= 4 * numerics.u(DTYPE) * float(right.norm())
+    rows = [i for i, slot in enumerate(slots) if slot < 0]
+    assert torch.equal(got[rows], before[rows])
+
+
+@pytest.mark.parametrize("kind", ["qkv", "o", "logits"])
+@pytest.mark.xfail(strict=True, reason="vLLM gathers index -1, the last slot, for rows of the base model")
+def test_stock_leaves_base_rows_alone(kind):
+    made, slots = adapted(kind, PunicaWrapperCPU), BATCHES["mixed"]
+    x = inputs(kind, len(slots))
+    rows = [i for i, slot in enumerate(slots) if slot < 0]
+    before = made.base(x)[0] if kind != "logits" else made.layer.base_layer._apply_head(made.base, x, None)
+    assert torch.equal(made(x, slots)[rows], before[rows])
+
+
+def test_slots_are_filled_again():
+    """Ranks follow what vLLM puts into a slot: a narrower adapter, none, another."""
+    made = adapted("qkv", PunicaWrapperT2L)
+    x, slots = inputs("qkv", 4), [0, 1, 2, -1]
+    before = base_output(made, x)
+    made.put(2, random_adapter("qkv", [0, 0, 2], 9))
+    made.layer.reset_lora(0)
+    made.adapters[0] = [None] * 3
+    right, bound = exact(made, x, slots, before)
+    assert bool(((made(x, slots).double() - right).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("rows", [3, 8, 12])
+def test_rows_other_than_the_mapping(rows):
+    """A call with fewer or more rows than tokens in the mapping (padding): ids by position, the base model beyond them."""
+    made, slots = adapted("o", PunicaWrapperT2L), BATCHES["mixed"]
+    x = inputs("o", rows)
+    before = base_output(made, x)
+    made(inputs("o", len(slots)), slots)  # sets the mapping
+    got, _ = made.layer(x)
+    padded = (slots + [-1] * rows)[:rows]
+    right, bound = exact(made, x, padded, before)
+    assert bool(((got.double() - right).abs() <= bound).all())
+
+
+def test_work_is_done_only_where_adapters_run(monkeypatch):
+    """Calls of the op: none without adapters, none for a layer that they lack, and one for q, k and v together."""
+    calls = []
+    from t2l_engine.serving.vllm import punica
+
+    op = punica._add_group
+    monkeypatch.setattr(punica, "_add_group", lambda *arguments: (calls.append(arguments), op(*arguments)))
+    made = adapted("qkv", PunicaWrapperT2L)
+    made(inputs("qkv", 4), [-1] * 4)
+    assert not calls
+    made(inputs("qkv", 4), [0, 1, 2, -1])
+    assert len(calls) == 1 and len(calls[0][2]) == 3
+    made(inputs("qkv", 4), [1, 1, -1, -1])  # has q alone
+    assert len(calls) == 2 and len(calls[1][2]) == 1
+    assert calls[1][-2][0].tolist() == [4, 7, 16], "true ranks"
+    made.layer.reset_lora(1)
+    made(inputs("qkv", 4), [1, 1, -1, -1])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["in", "out"])
+def test_sizes_of_another_model_are_refused(change):
+    made = adapted("o", PunicaWrapperT2L)
+    (a, b), *_ = random_adapter("o", [4], 0)
+    a, b = (a[:, :-8], b) if change == "in" else (a, b[:-8])
+    with pytest.raises(ValueError, match=r"expected 96 -> 96 features as the served model has, got"):
+        made.layer.set_lora(0, a, b)
+
+
+def test_layers_that_were_not_announced():
+    """Without add_layer nothing is known of the slots: the whole width is multiplied, with the same result."""
+    made, slots = adapted("o", PunicaWrapperT2L), BATCHES["mixed"]
+    x = inputs("o", len(slots))
+    before = base_output(made, x)
+    other = PunicaWrapperT2L(64, 8, torch.device("cpu"))
+    made.layer.set_mapping(other)
+    made.wrapper = other
+    right, bound = exact(made, x, slots, before)
+    assert bool(((made(x, slots).double() - right).abs() <= bound).all())

@@ -1,0 +1,189 @@
+"""``vllm serve`` with the plugin, over HTTP: a sentence as the model, the endpoint, bad input, restarts."""
+
+import concurrent.futures
+import json
+import signal
+import string
+
+import pytest
+import torch
+import vllm_process
+
+import t2l_engine as t2l
+from t2l_engine.cli import serve_flags
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.text import packaged
+
+pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
+LAST = "t2l:Return the last element of the comma separated list."
+LIST = "paintbrush, hammer, impala"
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    """A checkpoint for a model of other sizes."""
+    config = HyperNetworkConfig(
+        variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=30, rank=8,
+        embed_dim=384, latent_size=64, head_in_size=64, lora_alpha=16.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints") / "small"
+    HyperNetwork(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, other_model):
+    """Factory of servers, which are ended with the module; ``environment`` replaces variables."""
+    spool, started = tmp_path_factory.mktemp("spool"), []
+    log = tmp_path_factory.mktemp("log") / "server.log"
+
+    def make(*flags, **environment):
+        variables = {
+            "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}", "T2L_VLLM_SPOOL": str(spool),
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        } | environment  # fmt: skip
+        chosen = serve_flags.collect("smollm2-135m", 2, 4)["flags"]
+        server = vllm_process.Server(str(packaged.convert()), [*chosen, *flags], variables, log)
+        started.append(server)
+        server.spool = spool
+        return server.wait()
+
+    yield make
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def server(start):
+    return start()
+
+
+def folders(server):
+    return {folder.name for folder in server.spool.iterdir() if folder.is_dir()}
+
+
+def test_a_sentence_is_a_model(server):
+    """The answer that transformers gives with the same adapter, and not the base model's."""
+    engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    model, tokenizer = packaged.load(torch.bfloat16)
+    lora = t2l.attach(model, engine.generate([LAST.removeprefix("t2l:")]).to(dtype=torch.bfloat16))
+    prompt = tokenizer(engine.prompt(tokenizer, LIST), return_tensors="pt", add_special_tokens=False)
+    with lora.use(0), torch.inference_mode():
+        out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert server.chat(LAST, LIST) == (200, expected)
+    assert server.chat(server.model, LIST)[1] != expected
+
+
+def test_many_clients_of_one_sentence_make_one_adapter(server):
+    before = folders(server)
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: server.chat("t2l:Give the antonym of the word.", "hot", 4), range(64)))
+    assert {status for status, _ in answers} == {200} and len({text for _, text in answers}) == 1
+    assert len(folders(server) - before) == 1
+
+
+def test_more_sentences_than_slots(server):
+    """24 at once with two slots: every one is answered as it is alone."""
+    texts = [f"t2l:Return element number {i} of the list." for i in range(24)]
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        together = list(pool.map(lambda text: server.chat(text, LIST, 4), texts))
+    assert {status for status, _ in together} == {200}
+    alone = [server.chat(text, LIST, 4) for text in texts[::6]]
+    # Tokens may differ by rounding between batch sizes; adapters that were mixed up differ in all of them.
+    assert sum(a == b for a, b in zip(alone, together[::6], strict=True)) >= 3
+
+
+def test_what_clients_and_metrics_see(server):
+    server.chat(LAST, LIST)
+    _, models = server.get("/v1/models")
+    assert {card["id"] for card in models["data"]} >= {server.model}
+    assert all(len(card["id"]) < 40 for card in models["data"])
+    _, metrics = server.get("/metrics", parse=False)
+    assert "vllm:num_requests_running" in metrics and "last element" not in metrics
+
+
+def test_endpoint_gives_a_name_without_the_text(server):
+    secret = "Answer with the word that the committee chose in Wolverhampton."
+    status, made = server.post("/v1/t2l/adapters", {"description": secret})
+    assert status == 200 and made["id"].startswith("t2l-")
+    assert server.post("/v1/t2l/adapters", {"description": f"  {secret}"})[1]["id"] == made["id"]
+    status, _ = server.chat(made["id"], LIST)
+    assert status == 200
+    assert "Wolverhampton" not in server.log.read_text()
+
+
+def test_unknown_adapters_are_not_found(server):
+    for name in ("t2l-0123456789abcdef", "t2lq-0123456789abcdef", "nobody"):
+        assert server.chat(name, LIST)[0] == 404
+
+
+def test_adapters_for_another_model_are_refused(server):
+    status, answer = server.chat("t2l/small:Give the antonym of the word.", "hot")
+    assert status == 400 and "64" in json.dumps(answer) and "576" in json.dumps(answer)
+    assert server.chat("t2l/nobody:Give the antonym of the word.", "hot")[0] == 400
+
+
+def bad_names():
+    yield from ("t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l/:x", "t2l//:x", "t2l/a/b:x", "t2l/" + "x" * 500)
+    yield from ("t2l:" + "x" * 4001, "t2l:" + "\u00e4" * 4001, "T2L:hot", " t2l:hot", "t2l", "t2l-", "t2lq-", "", "../..", "t2l/..:x")
+    yield from (f"t2l/{character}:x" for character in string.punctuation if character not in "/:")
+    yield from (f"t2l{character}hot" for character in string.printable if character not in "/:" and not character.isalnum())
+    yield from (f"t2l:{chr(code)}" for code in (*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x2028, 0x3000))
+    yield from (f"t2l/{'y' * n}:text" for n in range(1, 120))
+    yield from ("t2l:" + " " * n for n in range(1, 40))
+
+
+def bad_bodies():
+    yield from (b"", b"{", b"[]", b"null", b"1", b'"t2l"', b"\xff\xfe", b"{}", b'{"model": 1}', b"[" * 5000, b'{"a":' * 2000)
+    for value in (None, 1, 1.5, True, [], {}, "", " ", "\0", "x" * 4001, ["hot"], {"text": "hot"}, "\ud800"):
+        yield json.dumps({"description": value}).encode()
+        yield json.dumps({"description": "hot", "checkpoint": value or 0}).encode()
+        yield json.dumps({"description": "hot", "other": value}).encode()
+    yield from (json.dumps({f"description{i}": "hot"}).encode() for i in range(40))
+    yield json.dumps({"description": "x" * (1 << 17)}).encode()
+
+
+def test_bad_input_is_refused_and_the_server_lives(server):
+    """500 names and bodies: a status below 500 or 503 with a reason, and no traceback."""
+    before, count = folders(server), 0
+    message = [{"role": "user", "content": "hot"}]
+    for name in bad_names():
+        body = {"model": name, "messages": message, "max_tokens": 1}
+        status, text = server.post("/v1/chat/completions", body, parse=False)
+        assert 400 <= status < 500 or status == 503, (name, status, text)
+        assert "Traceback" not in text and json.loads(text)["error"]["message"]
+        count += 1
+    for body in bad_bodies():
+        status, text = server.post("/v1/t2l/adapters", body, parse=False)
+        assert 400 <= status < 500 or status == 503, (body[:80], status, text)
+        assert "Traceback" not in text and json.loads(text)["error"]["message"]
+        count += 1
+    for field in ("messages", "max_tokens", "temperature"):
+        for value in ("\0", -1, [], {}, "x", None, [[]], 1e300):
+            body = {"model": LAST, "messages": message, "max_tokens": 1} | {field: value}
+            status, text = server.post("/v1/chat/completions", body, parse=False)
+            assert (status == 200 and field != "messages") or 400 <= status < 500, (body, status, text)
+            count += 1
+    assert count >= 500
+    assert folders(server) - before <= {next(iter(folders(server) - before), "")}  # LAST at most
+    assert server.chat(LAST, LIST)[0] == 200
+
+
+def test_a_killed_server_answers_the_same_from_its_spool(start, server):
+    texts = [LAST, "t2l:Answer with the simple past of the given verb.", "t2l:Return the first letter of the word."]
+    before = [server.chat(text, "borrow") for text in texts]
+    made = folders(server)
+    server.stop(signal.SIGKILL)
+    again = start()
+    assert [again.chat(text, "borrow") for text in texts] == before
+    assert folders(again) == made
+
+
+def test_a_full_spool_and_too_many_names_are_503(start, tmp_path):
+    server = start(T2L_VLLM_SPOOL=str(tmp_path), T2L_VLLM_SPOOL_BYTES="3000000", T2L_VLLM_MAX_NAMES="3")
+    statuses = [server.chat(f"t2l:Name {i} things.", "hot", 1)[0] for i in range(6)]
+    assert statuses[:3] == [200] * 3 and statuses[3:] == [503] * 3
+    assert server.chat("t2l:Name 0 things.", "hot", 1)[0] == 200
