@@ -1,0 +1,146 @@
+"""A checkpoint that a server generates with: keys, adapters and folders of prepared texts.
+
+Disk and memory mode give the same bits, since both call :func:`adapter` on an embedding and round once to bfloat16.  The
+embedding of a text is encoded in a batch and depends on the batch in its last bits, so what a folder holds is the adapter of
+its key; no process makes it a second time from the text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.engine import TextToLoRA
+from t2l_engine.files.text import to_json
+from t2l_engine.files.weights import content_checksum
+from t2l_engine.hypernetwork import checkpoint as checkpoints
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.serving.vllm import names
+from t2l_engine.serving.vllm.spool import DTYPE, Spool, Unavailable
+from t2l_engine.text import packaged
+
+#: Of what a text and a checkpoint become; another version of the package may round differently.
+VERSION_OF_ADAPTERS = "1"
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
+    """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
+
+    Alone and on one thread: the task encoder is torch's matrix product, whose rounding depends on the number of rows and
+    threads.  The ops of the trunk and the heads do not.
+    """
+    with torch.inference_mode(False), _one_thread():  # an inference tensor could not be changed in place later
+        return hypernetwork.generate(task_emb[None])
+
+
+def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
+    """What the spool's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B."""
+    return adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
+
+
+def fingerprint(hypernetwork: HyperNetwork) -> str:
+    """SHA-256 (hex) of a hypernetwork's configuration and tensors."""
+    config = json.dumps(to_json(hypernetwork.config), sort_keys=True)
+    return names.digest("hypernetwork", config, _checksum(hypernetwork))
+
+
+def _checksum(module: nn.Module) -> str:
+    return content_checksum({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+
+
+@dataclass
+class Checkpoint:
+    """An engine and what its adapters are named after.
+
+    ``name``: short name; ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration and weights;
+    ``base``: name of the base model for adapter_config.json, None: not stated.
+    """
+
+    name: str
+    engine: TextToLoRA
+    hash: str
+    encoder: str
+    base: str | None = None
+
+    @classmethod
+    def load(cls, name: str, source: str) -> Checkpoint:
+        """The checkpoint ``source`` as ``TextToLoRA.from_pretrained`` takes it; raises as that does."""
+        base = checkpoints.describe(resolve_checkpoint(source)).get("base_model")
+        return cls.of(TextToLoRA.from_pretrained(source), name, packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base)
+
+    @classmethod
+    def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:
+        """The checkpoint of a loaded engine."""
+        encoder = engine.encoder
+        model = getattr(encoder, "model", None)  # one-hot encoders have none
+        weights = "" if model is None else _checksum(model)
+        described = names.digest("encoder", json.dumps(to_json(encoder.config), sort_keys=True), weights)
+        return cls(name, engine, fingerprint(engine.hypernetwork), described, base)
+
+    def prepare(self, argument: str, description: str) -> tuple[str, str]:
+        """(text as it is tokenized, key) of a description; ValueError, naming ``argument``, if the encoder refuses it."""
+        try:
+            (text,) = self.engine.encoder.prepare([description])
+        except ValueError as error:
+            raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
+        return text, names.key(self.hash, self.encoder, _version(), text)
+
+    def write(self, jobs: Sequence[tuple[str, str]], spool: Spool, memory: bool) -> list[Path | Exception]:
+        """Folders of descriptions, or what went wrong with each; ``jobs``: pairs (description, key).
+
+        ``memory``: without weights.  A description longer than the encoder's length is cut.
+        """
+        results: list[Path | Exception] = []
+        for (_, key), task_emb in zip(jobs, self.engine.encoder.encode([text for text, _ in jobs]).cpu(), strict=True):
+            try:
+                results.append(self._write(key, task_emb, spool, memory))
+            except (Unavailable, ValueError) as error:
+                results.append(error)
+        return results
+
+    def _write(self, key: str, task_emb: Tensor, spool: Spool, memory: bool) -> Path:
+        device = next(self.engine.hypernetwork.parameters()).device
+        stack = adapter(self.engine.hypernetwork, task_emb.to(device))
+        if not memory:
+            return spool.write_peft(key, stack, self.base)
+        stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # raises here, not in a worker, for values that readers refuse
+        note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
+        return spool.write_memory(key, task_emb, stack.peft_config(0, self.base, fold=True), note)
+
+    def length(self, text: str) -> tuple[int, int]:
+        """(tokens of a prepared text, tokens that are used of it); (0, 0) for an encoder without tokens."""
+        encoder = self.engine.encoder
+        if not hasattr(encoder, "tokenizer"):
+            return 0, 0
+        tokens = len(encoder.tokenizer(text, verbose=False)["input_ids"])
+        return tokens, min(tokens, encoder.max_length)
+
+
+def _version() -> str:
+    from t2l_engine import __version__
+
+    return f"{__version__}/{VERSION_OF_ADAPTERS}"
+
+
+def quiet_encoder() -> None:
+    """Keep the encoder's warning about a long text, which quotes it, out of the log of this process."""
+    warnings.filterwarnings("ignore", message=r"texts\[\d+\]: description of \d+ tokens truncated")

@@ -1,0 +1,68 @@
+"""Tensors of an adapter on a worker, from a folder that holds its embedding instead of weights."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from t2l_engine.files.text import read_json
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.serving.vllm.checkpoints import fingerprint, tensors
+from t2l_engine.serving.vllm.settings import Settings
+from t2l_engine.serving.vllm.spool import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
+
+_lock = threading.Lock()
+#: Short name and source of a checkpoint of this process -> hypernetwork and its fingerprint.
+_loaded: dict[tuple[str, str], tuple[HyperNetwork, str]] = {}
+
+
+def is_memory(folder: Path) -> bool:
+    """Whether a spool's folder holds an embedding instead of weights."""
+    return (folder / NOTE_NAME).is_file()
+
+
+def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that the PEFT folder of the same key holds, cast to ``dtype``; new ones in every call, on the CPU.
+
+    The folder only names a checkpoint: it must be one of ``settings.checkpoints``, loaded once in a process.
+
+    Raises ValueError naming the folder for a note or an embedding that is not one, or another checkpoint.
+    """
+    note = read_json(folder / NOTE_NAME)
+    if not isinstance(note, dict) or not isinstance(note.get("sha256"), str):
+        raise ValueError(f"{folder / NOTE_NAME}: expected an object with the sha256 of a checkpoint")
+    hypernetwork = own_hypernetwork(note["sha256"], settings, note.get("checkpoint"))
+    path = folder / EMBEDDING_NAME
+    try:
+        task_emb = load_file(path).get(EMBEDDING)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    wanted = (hypernetwork.config.embed_dim,)
+    if task_emb is None or task_emb.shape != wanted or task_emb.dtype != torch.float32:
+        raise ValueError(f"{path}: expected {EMBEDDING} {wanted} in float32")
+    return {name: tensor.to(dtype) for name, tensor in tensors(hypernetwork, task_emb).items()}
+
+
+def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> HyperNetwork:
+    """The hypernetwork of ``settings.checkpoints`` with this fingerprint, ``name`` being looked at first.
+
+    Raises ValueError if none has it; the checkpoints are loaded as :meth:`HyperNetwork.from_pretrained` does.
+    """
+    for short, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
+        with _lock, torch.inference_mode(False):  # parameters outlive the call
+            if (short, source) not in _loaded:
+                hypernetwork = HyperNetwork.from_pretrained(resolve_checkpoint(source))
+                _loaded[short, source] = hypernetwork, fingerprint(hypernetwork)
+            hypernetwork, found = _loaded[short, source]
+        if found == sha256:
+            return hypernetwork
+    raise ValueError(
+        f"checkpoint: expected that of the adapter, sha256 {sha256[:16]}, among T2L_VLLM_CHECKPOINT of this worker, "
+        f"got {list(settings.checkpoints)}"
+    )

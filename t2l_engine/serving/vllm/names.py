@@ -1,0 +1,78 @@
+"""Names of adapters: what a client writes as ``model``, and what vLLM, its metrics and its caches see instead."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+
+from t2l_engine.files.text import is_unicode
+
+MAX_CHARACTERS = 4000  # of a description
+RESOLVED, CREATED = "t2lq-", "t2l-"  # prefixes of adapters resolved from a model name, and created by their own endpoint
+_MODEL = re.compile(r"t2l(?:/(?P<checkpoint>[^/:]*))?:(?P<description>.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A description, and the short name of the checkpoint that shall generate from it; None: the default one."""
+
+    checkpoint: str | None
+    description: str
+
+
+def parse(model: str) -> Request | None:
+    """The request in ``t2l:<description>`` or ``t2l/<checkpoint>:<description>``; None if ``model`` is neither.
+
+    Raises ValueError for a description that :func:`check_description` refuses, or an empty name of a checkpoint.
+    """
+    found = _MODEL.fullmatch(model)
+    if found is None:
+        return None
+    checkpoint, description = found["checkpoint"], found["description"]
+    if checkpoint == "":
+        raise ValueError("model: expected t2l:<description> or t2l/<checkpoint>:<description>, got no checkpoint's name")
+    check_description("model", description)
+    return Request(checkpoint, description)
+
+
+def check_description(argument: str, description: object) -> None:
+    """ValueError, naming ``argument``, unless ``description`` is a text that is not blank and may be a description."""
+    if not isinstance(description, str):
+        raise ValueError(f"{argument}: expected a string, got {type(description).__name__}")
+    if not description.strip():
+        raise ValueError(f"{argument}: expected a description, got an empty one")
+    if len(description) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{argument}: expected a description of at most {MAX_CHARACTERS} characters, got {len(description)}"
+        )
+    if not is_unicode(description) or "\0" in description:
+        raise ValueError(f"{argument}: expected Unicode text without NUL characters")
+
+
+def digest(*parts: str) -> str:
+    """SHA-256 (hex) of a list of strings; lists that differ have different digests."""
+    joined = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        joined.update(len(data).to_bytes(8, "little") + data)
+    return joined.hexdigest()
+
+
+def key(checkpoint: str, encoder: str, version: str, prepared: str) -> str:
+    """Name of an adapter's folder: 32 hex digits of all that its weights depend on.
+
+    ``checkpoint``, ``encoder``: digests of their contents; ``version``: of the generator; ``prepared``: the text as it is
+    tokenized.
+    """
+    return digest("adapter", checkpoint, encoder, version, prepared)[:32]
+
+
+def lora_name(model: str, checkpoint: str) -> str:
+    """``lora_name`` of vLLM for the requested name ``model`` and a checkpoint's digest; different for different ones."""
+    return RESOLVED + digest("name", model, checkpoint)[:16]
+
+
+def adapter_id(key: str) -> str:
+    """Name of the adapter ``key`` for clients of the endpoint."""
+    return CREATED + key[:16]

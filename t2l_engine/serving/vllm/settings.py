@@ -1,0 +1,120 @@
+"""Settings of the plugin, read from the environment in one place; imports neither torch nor vLLM itself."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
+
+PREFIX = "T2L_VLLM_"
+#: Names of the environment variables without PREFIX.
+VARIABLES = ("CHECKPOINT", "KERNELS", "MODE", "SPOOL", "SPOOL_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
+DISK, MEMORY = MODES = ("disk", "memory")
+
+_SHARED_MEMORY = Path("/dev/shm")
+_MIN_FREE = 1 << 30  # bytes that must be free in shared memory for the spool to be there by default
+_SPOOL_BYTES, _MAX_NAMES = 4 << 30, 100_000
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``T2L_VLLM_*`` says.
+
+    ``checkpoints``: short name -> what ``TextToLoRA.from_pretrained`` takes, the first is the default; empty: no adapters are
+    generated.  ``kernels``: replace vLLM's LoRA operators.  ``mode``: "disk", PEFT folders, or "memory", folders without
+    weights, which each worker generates.  ``spool``: folder of the adapters; ``spool_bytes``: most bytes in it.
+    ``max_names``: most adapters a server may name.  ``threads``: torch's, for generation.  ``warmup``: load the default
+    checkpoint at the start.
+    """
+
+    checkpoints: dict[str, str]
+    kernels: bool
+    mode: str
+    spool: Path
+    spool_bytes: int
+    max_names: int
+    threads: int
+    warmup: bool
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a checkpoint is set, so that adapters are generated."""
+        return bool(self.checkpoints)
+
+    def checkpoint_name(self, given: str | None) -> str:
+        """``given``, or the default's name for None; ValueError lists the known ones if there is no such checkpoint."""
+        name = next(iter(self.checkpoints), None) if given is None else given
+        if name not in self.checkpoints:
+            raise ValueError(f"checkpoint: expected one of {list(self.checkpoints)}, got {name!r}")
+        return name
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Read the variables; an empty one counts as unset.
+
+        Raises ValueError, naming the variable, for an unknown variable, a value that cannot be used or a checkpoint that is
+        not there.
+        """
+        unknown = sorted(name for name in environ if name.startswith(PREFIX) and name.removeprefix(PREFIX) not in VARIABLES)
+        if unknown:
+            raise ValueError(f"{unknown[0]}: expected one of {', '.join(PREFIX + name for name in VARIABLES)}")
+        values = {name: environ.get(PREFIX + name, "").strip() for name in VARIABLES}
+        checkpoints = _checkpoints(values["CHECKPOINT"])
+        mode = values["MODE"] or DISK
+        if mode not in MODES:
+            raise ValueError(f"{PREFIX}MODE: expected one of {', '.join(MODES)}, got {mode!r}")
+        return cls(
+            checkpoints=checkpoints,
+            kernels=_switch("KERNELS", values, default=bool(checkpoints)),
+            mode=mode,
+            spool=Path(values["SPOOL"]) if values["SPOOL"] else _default_spool(),
+            spool_bytes=_count("SPOOL_BYTES", values, _SPOOL_BYTES),
+            max_names=_count("MAX_NAMES", values, _MAX_NAMES),
+            threads=_count("THREADS", values, 1),
+            warmup=_switch("WARMUP", values, default=False),
+        )
+
+
+def _checkpoints(text: str) -> dict[str, str]:
+    """Short name -> checkpoint, of a comma-separated list of bundled names and folders."""
+    found: dict[str, str] = {}
+    for source in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            folder = resolve_checkpoint(source)
+        except FileNotFoundError as error:
+            raise ValueError(f"{PREFIX}CHECKPOINT: {error}") from None
+        name = source if source in bundled_checkpoints() else folder.resolve().name
+        if not name or ":" in name or "/" in name:
+            raise ValueError(f"{PREFIX}CHECKPOINT: expected folders whose names are without ':', got {source!r}")
+        if name in found:
+            raise ValueError(f"{PREFIX}CHECKPOINT: expected folders of different names, got {found[name]!r} and {source!r}")
+        found[name] = source
+    if text and not found:
+        raise ValueError(f"{PREFIX}CHECKPOINT: expected bundled names or folders, got {text!r}")
+    return found
+
+
+def _switch(name: str, values: Mapping[str, str], default: bool) -> bool:
+    if values[name] not in ("", "0", "1"):
+        raise ValueError(f"{PREFIX}{name}: expected 0 or 1, got {values[name]!r}")
+    return values[name] == "1" if values[name] else default
+
+
+def _count(name: str, values: Mapping[str, str], default: int) -> int:
+    text = values[name]
+    if text and not (text.isascii() and text.isdecimal() and len(text) < 16 and int(text)):
+        raise ValueError(f"{PREFIX}{name}: expected a positive whole number, got {text!r}")
+    return int(text) if text else default
+
+
+def _default_spool() -> Path:
+    """In shared memory if it has room, else in the user's cache folder."""
+    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _MIN_FREE:
+        return _SHARED_MEMORY / f"t2l-{os.getuid()}"
+    from t2l_engine.text.packaged import cache_dir
+
+    return cache_dir() / "adapters"

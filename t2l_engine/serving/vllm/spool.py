@@ -1,0 +1,160 @@
+"""The folder of generated adapters, which servers of one user share.
+
+vLLM reads an adapter's folder again after it was evicted, so nothing is deleted while a server runs: servers hold a shared
+lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a week.  ``.used``
+holds the bytes of all adapters; it is locked for each change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.adapters.stack import AdapterStack
+
+DTYPE = torch.bfloat16  # of A and B in the spool
+NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
+_UNUSED_SECONDS = 7 * 24 * 3600
+_TEMPORARY, _MEMORY = ".tmp-", ".memory"
+
+
+class Unavailable(Exception):
+    """Refused for now, for want of room; the message says of what."""
+
+
+class Spool:
+    """Adapters by key; writing is atomic, between processes too.
+
+    ``root`` is created, for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
+    into ``root``, OSError if it cannot be used.
+    """
+
+    def __init__(self, root: Path, budget: int):
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.root, self.budget = root.resolve(), budget
+        state = self.root.stat()
+        if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
+            raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
+        self._numbers = itertools.count()
+        self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass  # another server uses the folder
+        else:
+            self._prune()
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Release the lock; the folders stay."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def find(self, key: str, *, memory: bool = False) -> Path | None:
+        """The folder of an adapter, None if it is not there; what is found counts as used now."""
+        path = self._path(key, memory)
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return None
+        return path
+
+    def write_peft(self, key: str, stack: AdapterStack, base: str | None = None) -> Path:
+        """The PEFT folder of the only adapter of ``stack``: bfloat16, the scaling in B, ``lora_alpha = r``.
+
+        An adapter of this key that is already there stays as it is.  Raises Unavailable where there is no room, ValueError
+        for values that readers refuse.
+        """
+        return self._write(key, False, lambda folder: stack.save_pretrained(folder, 0, base, dtype=DTYPE, fold=True))
+
+    def write_memory(self, key: str, task_emb: Tensor, config: dict[str, Any], note: dict[str, Any]) -> Path:
+        """The folder of an adapter without weights: ``config`` as adapter_config.json, ``note`` as t2l.json and ``task_emb``.
+
+        ``task_emb [embed_dim]`` float32.  As :meth:`write_peft` otherwise.
+        """
+
+        def fill(folder: Path) -> None:
+            save_file({EMBEDDING: task_emb.contiguous()}, folder / EMBEDDING_NAME)
+            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+            (folder / NOTE_NAME).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+        return self._write(key, True, fill)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all adapters."""
+        with self._count() as count:
+            return count[0]
+
+    def _path(self, key: str, memory: bool) -> Path:
+        return self.root / (key + _MEMORY if memory else key)
+
+    def _write(self, key: str, memory: bool, fill: Callable[[Path], None]) -> Path:
+        path = self._path(key, memory)
+        temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
+        try:
+            temporary.mkdir()
+            fill(temporary)
+            for file in temporary.iterdir():  # complete before its name is, after a power failure too
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            size = _size(temporary)
+            with self._count() as count:  # while locked, so that a refused adapter is never seen
+                if path.is_dir():  # another process was faster; its adapter is in use
+                    return path
+                if count[0] + size > self.budget:
+                    raise Unavailable(f"adapters: the {self.budget} bytes for them are in use; new ones must wait for a restart")
+                temporary.rename(path)
+                count[0] += size
+        except OSError as error:
+            raise Unavailable(f"adapters: their folder cannot be written: {error.strerror}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return path
+
+    @contextlib.contextmanager
+    def _count(self) -> Iterator[list[int]]:
+        """The number of bytes used, as a list of one, locked; a changed number is stored."""
+        with os.fdopen(os.open(self.root / ".used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            text = file.read()
+            count = [int(text) if text else self._measure()]
+            yield count
+            if text != str(count[0]):
+                file.seek(0)
+                file.truncate()
+                file.write(str(count[0]))
+                file.flush()
+
+    def _folders(self) -> list[Path]:
+        return [Path(entry) for entry in os.scandir(self.root) if entry.is_dir(follow_symlinks=False)]
+
+    def _measure(self) -> int:
+        return sum(_size(folder) for folder in self._folders() if _TEMPORARY not in folder.name)
+
+    def _prune(self) -> None:
+        """Remove unfinished folders and those unused for a week, and count the others; nobody else may use the spool."""
+        oldest = time.time() - _UNUSED_SECONDS
+        for folder in self._folders():
+            if _TEMPORARY in folder.name or folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder, ignore_errors=True)
+        (self.root / ".used").unlink(missing_ok=True)
+
+
+def _size(folder: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(folder))
+
