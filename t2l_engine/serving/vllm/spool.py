@@ -117,7 +117,9 @@ class Spool:
                 if path.is_dir():  # another process was faster; its adapter is in use
                     return path
                 if count[0] + size > self.budget:
-                    raise Unavailable(f"adapters: the {self.budget} bytes for them are in use; new ones must wait for a restart")
+                    raise Unavailable(
+                        f"adapters: the {self.budget} bytes for them are in use; new ones must wait for a restart"
+                    )
                 temporary.rename(path)
                 count[0] += size
         except OSError as error:
@@ -157,4 +159,3 @@ class Spool:
 
 def _size(folder: Path) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder))
-

@@ -1,0 +1,64 @@
+"""``t2l serve-flags``: how to start vLLM for a checkpoint."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated, Any
+
+import typer
+
+from t2l_engine.cli.common import Json, print_json, say
+
+#: Values that vLLM takes for --max-lora-rank.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+ENDPOINTS = {"chat": "/v1/chat/completions", "raw": "/v1/completions"}
+
+
+def serve_flags(
+    checkpoint: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.")],
+    max_loras: Annotated[
+        int,
+        typer.Option("--max-loras", min=1, help="Adapters in a batch; more than run at once, for new ones need a place."),
+    ] = 8,
+    max_cpu_loras: Annotated[
+        int, typer.Option("--max-cpu-loras", min=1, help="Adapters in memory; others are read again from their folders.")
+    ] = 256,
+    as_json: Json = False,
+) -> None:
+    """Print vLLM's flags for a checkpoint in one line: vllm serve MODEL $(t2l serve-flags CHECKPOINT).
+
+    The variables to set and the endpoint that fits the checkpoint's prompts go to standard error; --json prints an object
+    with flags, environment, endpoint and description_in_prompt.
+    """
+    if max_cpu_loras < max_loras:
+        raise ValueError(f"--max-cpu-loras: expected at least --max-loras, {max_loras}, got {max_cpu_loras}")
+    about = _collect(checkpoint, max_loras, max_cpu_loras)
+    if as_json:
+        print_json(about)
+        return
+    typer.echo(shlex.join(about["flags"]))
+    say("environment: " + " ".join(f"{name}={shlex.quote(value)}" for name, value in about["environment"].items()))
+    say(f"endpoint: {about['endpoint']}" + (", with the description in the prompt" * about["description_in_prompt"]))
+
+
+def _collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
+
+    folder = resolve_checkpoint(source)
+    contents = checkpoints.read(folder)
+    config = contents.config
+    rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), None)
+    if rank is None:
+        raise ValueError(f"{folder}: rank {config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
+    training = contents.blocks.get("training") or {}
+    flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
+    return {
+        "flags": [str(flag) for flag in [*flags, "--lora-target-modules", *config.modules]],
+        "environment": {
+            "T2L_VLLM_CHECKPOINT": source if source in bundled_checkpoints() else str(folder.resolve()),
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        },
+        "endpoint": ENDPOINTS[contents.prompt_form],
+        "description_in_prompt": training.get("prompt") == "description",
+    }

@@ -1,0 +1,38 @@
+"""Registers the resolver with vLLM, and gives its adapters to the endpoint plugin."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import TYPE_CHECKING
+
+from vllm.lora.resolver import LoRAResolverRegistry
+
+from t2l_engine.serving.vllm.generator import Generator
+from t2l_engine.serving.vllm.resolver import T2LResolver
+from t2l_engine.serving.vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from t2l_engine.serving.vllm.http import AdaptersEndpoint
+
+NAME = "t2l"  # of the resolver
+
+
+def register(settings: Settings) -> None:
+    """Register a resolver, unless there is one or no checkpoint is set; with ``warmup`` the main process starts loading."""
+    if not settings.enabled or NAME in LoRAResolverRegistry.get_supported_resolvers():
+        return
+    generator = Generator(settings)
+    LoRAResolverRegistry.register_resolver(NAME, T2LResolver(generator))
+    if settings.warmup and multiprocessing.parent_process() is None:
+        generator.warm_up()
+
+
+def endpoint() -> AdaptersEndpoint:
+    """The endpoint plugin with the adapters of the registered resolver; RuntimeError if there is none."""
+    from t2l_engine.serving.vllm.http import AdaptersEndpoint
+
+    if NAME not in LoRAResolverRegistry.get_supported_resolvers():
+        raise RuntimeError("t2l_http: expected T2L_VLLM_CHECKPOINT, and t2l beside t2l_http in VLLM_PLUGINS")
+    resolver = LoRAResolverRegistry.get_resolver(NAME)
+    assert isinstance(resolver, T2LResolver)
+    return AdaptersEndpoint(resolver)

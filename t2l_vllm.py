@@ -1,0 +1,26 @@
+"""Entry points for vLLM; outside the package, so that an installed but unused plugin imports nothing."""
+
+import os
+
+
+def register() -> None:
+    """Install the plugin in a process of vLLM; nothing happens unless a variable asks for it.
+
+    With ``T2L_VLLM_CHECKPOINT`` descriptions become adapters, with it or ``T2L_VLLM_KERNELS=1`` vLLM uses this package's
+    LoRA kernels.  May be called again.  Raises ValueError, naming the variable, for a value that cannot be used.
+    """
+    if not os.environ.get("T2L_VLLM_CHECKPOINT") and not os.environ.get("T2L_VLLM_KERNELS"):
+        return
+    from t2l_engine.serving.vllm import hooks, plugin
+    from t2l_engine.serving.vllm.settings import Settings
+
+    settings = Settings.from_environment()
+    hooks.install(settings)
+    plugin.register(settings)
+
+
+def http():
+    """The endpoint plugin; RuntimeError unless :func:`register` was called with a checkpoint."""
+    from t2l_engine.serving.vllm import plugin
+
+    return plugin.endpoint()
