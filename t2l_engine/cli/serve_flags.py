@@ -18,7 +18,7 @@ def serve_flags(
     checkpoint: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.")],
     max_loras: Annotated[
         int,
-        typer.Option("--max-loras", min=1, help="Adapters in a batch; more than run at once, for new ones need a place."),
+        typer.Option("--max-loras", min=1, help="Adapters in a batch; a new one needs a free place."),
     ] = 8,
     max_cpu_loras: Annotated[
         int, typer.Option("--max-cpu-loras", min=1, help="Adapters in memory; others are read again from their folders.")

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator
 from http import HTTPStatus
 
-from vllm.exceptions import GracefulHTTPError, VLLMValidationError
+from vllm.exceptions import GracefulHTTPError, VLLMServerError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
@@ -23,13 +23,17 @@ logger = init_logger(__name__)
 
 @contextlib.contextmanager
 def client_errors(parameter: str) -> Iterator[None]:
-    """The generator's errors as vLLM's: ValueError becomes status 400 naming ``parameter``, Unavailable 503."""
+    """The generator's errors as vLLM's: ValueError is status 400 naming ``parameter``, Unavailable 503,
+    RuntimeError 500."""
     try:
         yield
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter=parameter) from None
     except Unavailable as error:
         raise GracefulHTTPError(str(error), HTTPStatus.SERVICE_UNAVAILABLE) from None
+    except RuntimeError as error:
+        logger.error("%s", error, exc_info=error)
+        raise VLLMServerError(str(error)) from None
 
 
 class T2LResolver(LoRAResolver):

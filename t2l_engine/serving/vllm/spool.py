@@ -1,8 +1,8 @@
 """The folder of generated adapters, which servers of one user share.
 
 vLLM reads an adapter's folder again after it was evicted, so nothing is deleted while a server runs: servers hold a shared
-lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a week.  ``.used``
-holds the bytes of all adapters; it is locked for each change.
+lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a week, or longest
+if more than half of the budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each change.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Spool:
         return self._write(key, False, lambda folder: stack.save_pretrained(folder, 0, base, dtype=DTYPE, fold=True))
 
     def write_memory(self, key: str, task_emb: Tensor, config: dict[str, Any], note: dict[str, Any]) -> Path:
-        """The folder of an adapter without weights: ``config`` as adapter_config.json, ``note`` as t2l.json and ``task_emb``.
+        """The folder of an adapter without weights: adapter_config.json, ``note`` as t2l.json, ``task_emb``.
 
         ``task_emb [embed_dim]`` float32.  As :meth:`write_peft` otherwise.
         """
@@ -117,9 +117,7 @@ class Spool:
                 if path.is_dir():  # another process was faster; its adapter is in use
                     return path
                 if count[0] + size > self.budget:
-                    raise Unavailable(
-                        f"adapters: the {self.budget} bytes for them are in use; new ones must wait for a restart"
-                    )
+                    raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
                 temporary.rename(path)
                 count[0] += size
         except OSError as error:
@@ -149,11 +147,15 @@ class Spool:
         return sum(_size(folder) for folder in self._folders() if _TEMPORARY not in folder.name)
 
     def _prune(self) -> None:
-        """Remove unfinished folders and those unused for a week, and count the others; nobody else may use the spool."""
-        oldest = time.time() - _UNUSED_SECONDS
-        for folder in self._folders():
-            if _TEMPORARY in folder.name or folder.stat().st_mtime < oldest:
-                shutil.rmtree(folder, ignore_errors=True)
+        """Remove unfinished folders, those unused for a week, and the longest unused beyond half of the budget.
+
+        Nobody else may use the spool.
+        """
+        room, oldest = self.budget // 2, time.time() - _UNUSED_SECONDS
+        for folder in sorted(self._folders(), key=lambda folder: folder.stat().st_mtime, reverse=True):
+            room -= _size(folder)
+            if room < 0 or _TEMPORARY in folder.name or folder.stat().st_mtime < oldest:
+                shutil.rmtree(folder)
         (self.root / ".used").unlink(missing_ok=True)
 
 

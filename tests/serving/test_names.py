@@ -1,0 +1,80 @@
+"""Names of adapters: the grammar, and that different requests have different names."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t2l_engine.serving.vllm import names
+from t2l_engine.serving.vllm.names import Request, parse
+
+
+@pytest.mark.parametrize(
+    "model, request_",
+    [
+        ("t2l:Name the capital.", Request(None, "Name the capital.")),
+        ("t2l/small:Name it: now.", Request("small", "Name it: now.")),
+        ("t2l: two\nlines ", Request(None, " two\nlines ")),
+        ("t2l:t2l:x", Request(None, "t2l:x")),
+        ("t2l:a/b", Request(None, "a/b")),
+        ("t2l", None),
+        ("t2l/owner", None),  # a repository of that owner
+        ("t2l/a/b:c", None),
+        ("t2l-0123456789abcdef", None),
+        ("t2lq-0123456789abcdef", None),
+        ("T2L:x", None),
+        (" t2l:x", None),
+        ("", None),
+    ],
+)
+def test_grammar(model, request_):
+    assert parse(model) == request_
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("t2l:", "got an empty one"),
+        ("t2l: \n", "got an empty one"),
+        ("t2l/:x", "no checkpoint's name"),
+        ("t2l:a\0b", "without NUL"),
+        ("t2l:\ud800", "Unicode"),
+        ("t2l:" + "x" * 4001, "at most 4000 characters, got 4001"),
+    ],
+)
+def test_what_describes_nothing_is_refused(model, message):
+    with pytest.raises(ValueError, match=f"^model: .*{message}"):
+        parse(model)
+    assert parse("t2l:" + "x" * 4000) is not None
+
+
+def test_other_types_are_refused():
+    with pytest.raises(ValueError, match="description: expected a string, got int"):
+        names.check_description("description", 3)
+
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=40)
+
+
+@given(st.one_of(st.none(), st.from_regex(r"[a-z0-9.-]{1,8}", fullmatch=True)), texts.filter(str.strip))
+def test_a_name_says_what_was_asked_for(checkpoint, description):
+    model = f"t2l:{description}" if checkpoint is None else f"t2l/{checkpoint}:{description}"
+    assert parse(model) == Request(checkpoint, description)
+
+
+@given(st.lists(texts, max_size=4), st.lists(texts, max_size=4))
+def test_digests_of_different_lists_differ(first, second):
+    assert (names.digest(*first) == names.digest(*second)) == (first == second)
+
+
+@given(texts, texts, texts, texts)
+def test_names_of_different_requests_differ(first, second, checkpoint, other):
+    assert (names.lora_name(first, checkpoint) == names.lora_name(second, other)) == ((first, checkpoint) == (second, other))
+
+
+def test_shapes_of_names():
+    key = names.key("c", "e", "v", "text")
+    assert len(key) == 32 and int(key, 16)
+    assert len({names.key(*parts) for parts in ("abcd", "xbcd", "axcd", "abxd", "abcx")}) == 5, "each part counts"
+    assert names.adapter_id(key) == "t2l-" + key[:16]
+    name = names.lora_name("t2l:text", "c")
+    assert name.startswith("t2lq-") and len(name) == 21 and "text" not in name

@@ -1,0 +1,73 @@
+"""The settings of serving: defaults, names of checkpoints, errors that name the variable."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from t2l_engine.hypernetwork.folder import BUNDLED
+from t2l_engine.serving.vllm import settings as module
+from t2l_engine.serving.vllm.settings import Settings
+
+read = Settings.from_environment
+
+
+def test_nothing_is_on_by_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path / "absent")
+    monkeypatch.setenv("T2L_CACHE", str(tmp_path))
+    found = read({"T2L_VLLM_CHECKPOINT": " ", "PATH": "/bin"})
+    assert not found.enabled and not found.kernels and not found.warmup and found.checkpoints == {}
+    assert (found.mode, found.threads, found.spool_bytes, found.max_names) == ("disk", 1, 4 << 30, 100_000)
+    assert found.spool == tmp_path / "adapters"
+
+
+@pytest.mark.parametrize("free, shared", [((1 << 30) + 1, True), (1 << 30, False)])
+def test_the_spool_is_in_shared_memory_if_that_has_room(monkeypatch, tmp_path, free, shared):
+    monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
+    found = read({}).spool
+    assert (found.parent == tmp_path and found.name.startswith("t2l-")) == shared
+
+
+def test_checkpoints_have_short_names_in_order(tmp_path):
+    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "other")
+    found = read({"T2L_VLLM_CHECKPOINT": f"{tmp_path}/other/, smollm2-135m"})
+    assert list(found.checkpoints.items()) == [("other", f"{tmp_path}/other/"), ("smollm2-135m", "smollm2-135m")]
+    assert found.enabled and found.kernels, "kernels follow the checkpoint"
+    assert found.checkpoint_name(None) == "other" and found.checkpoint_name("smollm2-135m") == "smollm2-135m"
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of \['other', 'smollm2-135m'\], got 'third'"):
+        found.checkpoint_name("third")
+
+
+def test_values_are_read():
+    names = ("KERNELS", "MODE", "SPOOL", "SPOOL_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
+    values = dict(zip(names, ("0", "memory", "/some/where", "5", "6", "2", "1"), strict=True))
+    found = read({"T2L_VLLM_CHECKPOINT": "smollm2-135m"} | {f"T2L_VLLM_{name}": text for name, text in values.items()})
+    expected = ({"smollm2-135m": "smollm2-135m"}, False, "memory", Path("/some/where"), 5, 6, 2, True)
+    assert found == Settings(*expected)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("CHECKPOINT", "nowhere", "no such folder"),
+        ("CHECKPOINT", ",", "expected bundled names or folders, got ','"),
+        ("CHECKPOINT", "smollm2-135m,smollm2-135m", "different names"),
+        ("KERNELS", "yes", "expected 0 or 1, got 'yes'"),
+        ("WARMUP", "2", "expected 0 or 1"),
+        ("MODE", "ram", "expected one of disk, memory, got 'ram'"),
+        ("THREADS", "0", "expected a positive whole number, got '0'"),
+        ("SPOOL_BYTES", "4GiB", "expected a positive whole number"),
+        ("MAX_NAMES", "-1", "expected a positive whole number"),
+        ("CHECKPOINTS", "smollm2-135m", "expected one of T2L_VLLM_CHECKPOINT, "),
+    ],
+)
+def test_errors_name_the_variable(name, value, message):
+    with pytest.raises(ValueError, match=f"^T2L_VLLM_{name}: .*{message}"):
+        read({f"T2L_VLLM_{name}": value})
+
+
+def test_a_folder_whose_name_cannot_be_asked_for_is_refused(tmp_path):
+    (tmp_path / "a:b").mkdir()
+    with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINT: expected folders whose names are without ':'"):
+        read({"T2L_VLLM_CHECKPOINT": str(tmp_path / "a:b")})

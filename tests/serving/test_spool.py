@@ -1,0 +1,179 @@
+"""The spool: what its folders hold, that they appear whole, the budget and pruning, with several processes."""
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from t2l_engine import AdapterStack
+from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
+from t2l_engine.serving.vllm.spool import Spool, Unavailable
+
+DAY = 24 * 3600
+
+
+def stack(seed=0):
+    torch.manual_seed(seed)
+    a, b = torch.randn(1, 2, 4, 16), torch.randn(1, 2, 8, 4)
+    return AdapterStack({"q_proj": a}, {"q_proj": b}, torch.full((1,), 3.0))
+
+
+@pytest.fixture
+def spool(tmp_path):
+    return Spool(tmp_path / "spool", 1 << 20)
+
+
+def visible(spool):
+    return sorted(path.name for path in spool.root.iterdir() if path.is_dir())
+
+
+def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(spool):
+    folder = spool.write_peft("k", stack(), "base/model")
+    config = json.loads((folder / CONFIG_NAME).read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 4, "base/model")
+    stored = load_file(folder / WEIGHTS_NAME)
+    expected = stack().state_dict_peft(0, dtype=torch.bfloat16, fold=True)
+    assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
+    assert spool.find("k") == folder and spool.find("other") is None and spool.find("k", memory=True) is None
+
+
+def test_a_folder_without_weights(spool):
+    folder = spool.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
+    assert spool.find("k", memory=True) == folder and spool.find("k") is None
+    assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, "t2l.json", "task_emb.safetensors"]
+    assert torch.equal(load_file(folder / "task_emb.safetensors")["task_emb"], torch.arange(3.0))
+
+
+def test_what_fails_leaves_nothing(spool, monkeypatch):
+    def broken(self, directory, *arguments, **keywords):
+        (directory / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(AdapterStack, "save_pretrained", broken)
+    with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
+        spool.write_peft("k", stack())
+    assert visible(spool) == [] and spool.used == 0
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="NaN"):
+        spool.write_peft(
+            "k",
+            AdapterStack(
+                {"q_proj": torch.full((1, 2, 4, 16), torch.nan)}, {"q_proj": torch.ones(1, 2, 8, 4)}, torch.ones(1)
+            ),
+        )
+    assert visible(spool) == [] and spool.used == 0
+
+
+def test_a_folder_appears_whole(spool, monkeypatch):
+    save = AdapterStack.save_pretrained
+    seen = []
+
+    def watched(self, *arguments, **keywords):
+        save(self, *arguments, **keywords)
+        seen.append(spool.find("k"))
+
+    monkeypatch.setattr(AdapterStack, "save_pretrained", watched)
+    folder = spool.write_peft("k", stack())
+    assert seen == [None] and {WEIGHTS_NAME, CONFIG_NAME} == {path.name for path in folder.iterdir()}
+
+
+def test_the_first_of_a_key_stays(spool):
+    folder = spool.write_peft("k", stack(0))
+    before, used = (folder / WEIGHTS_NAME).read_bytes(), spool.used
+    assert spool.write_peft("k", stack(1)) == folder
+    assert (folder / WEIGHTS_NAME).read_bytes() == before and spool.used == used and visible(spool) == ["k"]
+
+
+def test_the_budget_is_of_all_adapters(tmp_path):
+    size = Spool(tmp_path / "measure", 1 << 20)
+    size.write_peft("k", stack())
+    spool, second = (Spool(tmp_path / "spool", 2 * size.used) for _ in range(2))
+    spool.write_peft("a", stack())
+    second.write_peft("b", stack())
+    with pytest.raises(Unavailable, match=f"the {spool.budget} bytes for them are in use"):
+        spool.write_peft("c", stack())
+    assert visible(spool) == ["a", "b"] and spool.find("b"), "what is there can be used"
+
+
+def test_a_restart_keeps_the_last_used_half_of_the_budget(tmp_path):
+    first = Spool(tmp_path / "spool", 1 << 20)
+    for i, key in enumerate("abcd"):
+        os.utime(first.write_peft(key, stack()), (time.time() - DAY + i,) * 2)
+    first.find("a")
+    budget = first.used
+    first.close()
+    again = Spool(tmp_path / "spool", budget)
+    assert visible(again) == ["a", "d"] and again.used == budget // 2
+    again.write_peft("e", stack())
+
+
+def _write(root, keys, barrier):
+    spool = Spool(root, 1 << 20)
+    barrier.wait()
+    for key in keys:
+        spool.write_peft(key, stack())
+
+
+def test_two_processes_write_the_same_keys(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, keys = context.Barrier(2), [f"k{i}" for i in range(20)]
+    both = [context.Process(target=_write, args=(tmp_path / "spool", order, barrier)) for order in (keys, keys[::-1])]
+    [process.start() for process in both]
+    [process.join() for process in both]
+    assert [process.exitcode for process in both] == [0, 0]
+    spool = Spool(tmp_path / "spool", 1 << 20)
+    assert visible(spool) == sorted(keys)
+    for key in keys:
+        assert len(AdapterStack.from_peft(spool.root / key)) == 1, "whole"
+
+
+def _hold(root, opened, leave):
+    spool = Spool(root, 1 << 20)
+    opened.set()
+    leave.wait()
+    spool.close()
+
+
+def test_only_who_starts_alone_prunes(tmp_path):
+    first = Spool(tmp_path / "spool", 1 << 20)
+    for key in ("old", "found", "new"):
+        first.write_peft(key, stack())
+    half = first.root / "x.tmp-1-0"
+    half.mkdir()
+    for path in ("old", "found"):
+        os.utime(first.root / path, (time.time() - 8 * DAY,) * 2)
+    first.find("found")
+    first.close()
+    context = multiprocessing.get_context("spawn")
+    # A running server: an exclusive lock cannot be had, and nothing goes.
+    opened, leave = context.Event(), context.Event()
+    os.utime(first.root / "old")
+    server = context.Process(target=_hold, args=(tmp_path / "spool", opened, leave))
+    server.start()
+    assert opened.wait(60)
+    os.utime(first.root / "old", (time.time() - 8 * DAY,) * 2)
+    beside = Spool(tmp_path / "spool", 1 << 20)
+    assert visible(beside) == ["found", "new", "old"], "the first one, alone, removed the unfinished folder"
+    beside.close()
+    leave.set()
+    server.join()
+    alone = Spool(tmp_path / "spool", 1 << 20)
+    assert visible(alone) == ["found", "new"]
+    assert alone.used == 2 * first_size(alone)
+
+
+def first_size(spool):
+    return sum(path.stat().st_size for path in (spool.root / "new").iterdir())
+
+
+def test_a_folder_that_others_write_to_is_refused(tmp_path):
+    (tmp_path / "spool").mkdir()
+    (tmp_path / "spool").chmod(0o777)
+    with pytest.raises(ValueError, match="expected a folder that only its owner writes to"):
+        Spool(tmp_path / "spool", 1)
+    Spool(tmp_path / "own", 1)
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
