@@ -42,18 +42,23 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@torch.inference_mode(False)
 def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
 
     Alone and on one thread: the task encoder is torch's matrix product, whose rounding depends on the number of rows and
     threads.  The ops of the trunk and the heads do not.
     """
-    with torch.inference_mode(False), _one_thread():  # an inference tensor could not be changed in place later
+    with _one_thread():
         return hypernetwork.generate(task_emb[None])
 
 
+@torch.inference_mode(False)
 def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
-    """What the spool's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B."""
+    """What the spool's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B.
+
+    They may be changed in place, also where the caller is in inference mode.
+    """
     return adapter(hypernetwork, task_emb).state_dict_peft(0, dtype=DTYPE, fold=True)
 
 

@@ -27,6 +27,7 @@ def is_memory(folder: Path) -> bool:
     return (folder / NOTE_NAME).is_file()
 
 
+@torch.inference_mode(False)
 def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors that the PEFT folder of the same key holds, cast to ``dtype``; new ones in every call, on the CPU.
 

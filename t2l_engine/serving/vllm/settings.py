@@ -24,7 +24,7 @@ _SPOOL_BYTES, _MAX_NAMES = 4 << 30, 100_000
 class Settings:
     """What ``T2L_VLLM_*`` says.
 
-    ``checkpoints``: short name -> what ``TextToLoRA.from_pretrained`` takes, the first is the default; empty: the resolver is
+    ``checkpoints``: short name -> what ``TextToLoRA.from_pretrained`` takes, first the default; empty: the resolver is
     off.  ``kernels``: replace vLLM's LoRA operators.  ``mode``: "disk", PEFT folders, or "memory", folders without
     weights, which each worker generates.  ``spool``: folder of the adapters; ``spool_bytes``: most bytes in it.
     ``max_names``: most adapters a server may name.  ``threads``: torch's, for generation.  ``warmup``: load the default

@@ -1,0 +1,239 @@
+"""The generator: batches of what waits, one generation per text, errors by kind, and nothing of it on the event loop."""
+
+import asyncio
+import dataclasses
+import logging
+import shutil
+import threading
+import warnings
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine.hypernetwork.folder import BUNDLED
+from t2l_engine.serving.vllm import generator as module
+from t2l_engine.serving.vllm.checkpoints import Checkpoint
+from t2l_engine.serving.vllm.generator import Generator
+from t2l_engine.serving.vllm.spool import Unavailable
+
+TEXTS = [f"Return element {i} of the list." for i in range(70)]
+
+
+def gather(generator, texts):
+    async def run():
+        return await asyncio.gather(*(generator.folder(None, text) for text in texts), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_the_same_text_is_generated_once(settings, loaded):
+    generator = Generator(settings())
+    # White space at the ends and a missing full stop are the encoder's to normalise.
+    found = gather(generator, [TEXTS[0], f" {TEXTS[0]}", TEXTS[0][:-1]] * 21 + [TEXTS[0]])
+    assert (generator.generated, generator.passes) == (1, 1) and len(found) == 64 and len(set(found)) == 1
+    assert gather(generator, [TEXTS[0]]) == found[:1] and generator.generated == 1, "from the spool"
+    other = Generator(settings())
+    assert gather(other, [TEXTS[0]]) == found[:1] and other.generated == 0, "and by another server"
+
+
+def test_what_waits_is_generated_together(settings, loaded):
+    generator = Generator(settings())
+    found = gather(generator, TEXTS[:64])
+    assert len(set(found)) == generator.generated == 64 and generator.passes <= 4
+    generator = Generator(settings())
+    gather(generator, [text + " Now." for text in TEXTS])
+    assert generator.generated == 70 and 2 <= generator.passes <= 5, "at most 64 in a pass"
+
+
+def test_folders_hold_the_adapters_of_the_engine(settings, loaded):
+    folders = gather(Generator(settings()), TEXTS[:3])
+    stack = loaded.engine.generate(TEXTS[:3])
+    for i, folder in enumerate(folders):
+        stored = t2l.AdapterStack.from_peft(folder)
+        assert stored.dtype == torch.bfloat16 and stored.scaling.tolist() == [1.0]
+        for key, expected in stack.state_dict_peft(i, fold=True).items():
+            found = stored.state_dict_peft(0)[key]
+            torch.testing.assert_close(found, expected, rtol=2**-6, atol=2**-6 * float(expected.abs().max()))
+
+
+def test_the_event_loop_only_waits(settings, loaded, monkeypatch):
+    """Encoder, hypernetwork and writing run in the generator's thread, and the loop takes steps while they do."""
+    main, threads, steps = threading.get_ident(), set(), []
+    entered, leave = threading.Event(), threading.Event()
+    write = Checkpoint.write
+
+    def watched(*arguments):
+        threads.add(threading.get_ident())
+        entered.set()
+        assert leave.wait(60), "the loop did not go on"
+        return write(*arguments)
+
+    monkeypatch.setattr(Checkpoint, "write", watched)
+
+    async def run():
+        waiter = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+            steps.append(waiter.done())
+        leave.set()
+        return await waiter
+
+    generator = Generator(settings())
+    assert asyncio.run(run()).is_dir()
+    assert steps == [False] * 100 and len(threads) == 1 and main not in threads
+
+
+def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, monkeypatch):
+    entered, leave = threading.Event(), threading.Event()
+    write = Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda *a: (entered.set(), leave.wait(60), write(*a))[-1])
+
+    async def run():
+        waiters = [asyncio.ensure_future(generator.folder(None, TEXTS[0])) for _ in range(2)]
+        alone = asyncio.ensure_future(generator.folder(None, TEXTS[1]))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        late = asyncio.ensure_future(generator.folder(None, TEXTS[2]))
+        await asyncio.sleep(0.01)
+        for gone in (waiters[0], alone, late):
+            gone.cancel()
+        leave.set()
+        folder = await waiters[1]
+        assert waiters[0].cancelled() and alone.cancelled() and late.cancelled()
+        await generator.folder(None, TEXTS[2])
+        return folder
+
+    generator = Generator(settings())
+    assert asyncio.run(run()).is_dir() and generator.generated == 3, "nobody waits for two of them, and they are there"
+
+
+def test_a_checkpoint_is_loaded_once_in_the_generators_thread(settings, bundled, monkeypatch):
+    threads = []
+    monkeypatch.setattr(Checkpoint, "load", lambda name, source: (threads.append(threading.get_ident()), bundled)[1])
+    generator = Generator(settings())
+    generator.warm_up()
+    gather(generator, TEXTS[:8])
+    assert len(threads) == 1 and threads[0] != threading.get_ident()
+
+
+def test_checkpoints_have_adapters_of_their_own(settings, tmp_path):
+    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
+    with torch.no_grad():
+        next(iter(net.heads.values())).weight.mul_(2)
+    net.save_pretrained(tmp_path / "other")
+    generator = Generator(settings(checkpoints={"first": "smollm2-135m", "other": str(tmp_path / "other")}))
+
+    async def run():
+        return await asyncio.gather(*(generator.folder(name, TEXTS[0]) for name in (None, "first", "other")))
+
+    first, same, other = asyncio.run(run())
+    assert first == same != other and generator.generated == 2
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of \['first', 'other'\], got 'third'"):
+        asyncio.run(generator.folder("third", TEXTS[0]))
+
+
+def test_a_full_queue_refuses(settings, loaded, monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAITING", 5)
+    entered, leave = threading.Event(), threading.Event()
+    write = Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda *a: (entered.set(), leave.wait(60), write(*a))[-1])
+
+    async def run():
+        first = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
+        while not entered.is_set():
+            await asyncio.sleep(0)
+        others = [asyncio.ensure_future(generator.folder(None, text)) for text in (*TEXTS[1:9], TEXTS[1])]
+        while sum(other.done() for other in others) < 3:
+            await asyncio.sleep(0)
+        leave.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    generator = Generator(settings())
+    found = asyncio.run(run())
+    refused = [result for result in found if isinstance(result, Unavailable)]
+    assert len(refused) == 3 and "5 descriptions wait" in str(refused[0])
+    assert generator.generated == 6 and found[-1] == found[1], "who waits for what waits already is not refused"
+
+
+def test_a_full_spool_refuses_new_texts_alone(settings, loaded):
+    generator = Generator(settings(spool_bytes=1_000_000))  # one adapter is 0.92 MB
+    first, second = gather(generator, TEXTS[:2])
+    assert first.is_dir() and isinstance(second, Unavailable) and generator.generated == 1
+    assert gather(generator, [TEXTS[0]]) == [first]
+
+
+def test_names_are_limited_and_belong_to_one_adapter(settings):
+    generator = Generator(settings(max_names=2))
+    for name in ("a", "b", "a"):
+        generator.claim(name, f"owner of {name}")
+    with pytest.raises(Unavailable, match="2 have names"):
+        generator.claim("c", "owner of c")
+    with pytest.raises(ValueError, match="a: this name is another adapter's"):
+        generator.claim("a", "another")
+
+
+def test_wrong_requests(settings, loaded):
+    blank, long, wrong = gather(Generator(settings()), [" ", "x" * 4001, 3])
+    assert str(blank) == "description: expected a description, got an empty one"
+    assert "at most 4000 characters, got 4001" in str(long) and "expected a string, got int" in str(wrong)
+    assert all(type(error) is ValueError for error in (blank, long, wrong))
+
+
+def test_task_names_of_a_one_hot_checkpoint(settings, monkeypatch, tmp_path):
+    config = t2l.HyperNetworkConfig(
+        variant="L", modules=("q_proj",), in_features=(12,), out_features=(20,), num_layers=2, rank=4, embed_dim=2,
+        latent_size=16, head_in_size=10, lora_alpha=8.0,
+    )  # fmt: skip
+    engine = t2l.TextToLoRA(t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms", "sentiment"))), t2l.HyperNetwork(config).eval())
+    monkeypatch.setattr(Checkpoint, "load", lambda name, source: Checkpoint.of(engine, name))
+    known, unknown = gather(Generator(settings()), ["sentiment", "Name the capital."])
+    assert known.is_dir() and isinstance(unknown, ValueError)
+    assert str(unknown).startswith("description: a hypernetwork with one-hot task embeddings knows only the names")
+
+
+def test_faults_are_the_servers_and_do_not_stay(settings, loaded, monkeypatch):
+    generator = Generator(settings())
+    with monkeypatch.context() as broken:
+        broken.setattr(Checkpoint, "write", lambda *arguments: 1 / 0)
+        (found,) = gather(generator, TEXTS[:1])
+    assert type(found) is RuntimeError and "ZeroDivisionError" in str(found)
+    assert gather(generator, TEXTS[:1])[0].is_dir()
+
+
+def test_a_checkpoint_that_does_not_load_is_tried_again(settings, tmp_path, bundled, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    generator = Generator(settings(checkpoints={"broken": str(tmp_path / "broken")}))
+    (found,) = gather(generator, TEXTS[:1])
+    assert type(found) is RuntimeError and "checkpoint 'broken': cannot be loaded" in str(found)
+    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "broken", dirs_exist_ok=True)
+    assert gather(generator, TEXTS[:1])[0].is_dir()
+
+
+def test_a_long_text_is_cut_and_the_log_does_not_quote_it(settings, loaded, caplog):
+    generator = Generator(settings())
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as warned:
+        (found,) = gather(generator, ["secret " * 400])
+    assert found.is_dir()
+    assert f"adapter {found.name[:16]}: description of 402 tokens cut to 256" in caplog.text
+    assert "secret" not in caplog.text + "".join(str(warning.message) for warning in warned)
+
+
+def test_threads_are_the_settings(settings, loaded, monkeypatch):
+    seen = []
+    write = Checkpoint.write
+    monkeypatch.setattr(Checkpoint, "write", lambda *a: (seen.append(torch.get_num_threads()), write(*a))[1])
+    gather(Generator(settings(threads=3)), TEXTS[:1])
+    assert seen == [3]
+
+
+def test_keys_depend_on_encoder_checkpoint_and_text(bundled):
+    keys = {
+        bundled.prepare("description", TEXTS[0])[1],
+        bundled.prepare("description", TEXTS[1])[1],
+        dataclasses.replace(bundled, hash="other").prepare("description", TEXTS[0])[1],
+        dataclasses.replace(bundled, encoder="other").prepare("description", TEXTS[0])[1],
+    }
+    assert len(keys) == 4

@@ -1,0 +1,111 @@
+"""Adapters without weight files: the bits of disk mode, whatever made the adapter, and only of the worker's checkpoints."""
+
+import asyncio
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import t2l_engine as t2l
+from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
+from t2l_engine.hypernetwork.folder import BUNDLED
+from t2l_engine.serving.vllm import checkpoints, memory
+from t2l_engine.serving.vllm.generator import Generator
+
+TEXTS = ["Return the last element of the list.", "Name the antonym of the word.", "Repeat the word twice."]
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A process that has loaded nothing."""
+    monkeypatch.setattr(memory, "_loaded", {})
+
+
+def folders(settings, texts=TEXTS):
+    async def run():
+        return await asyncio.gather(*(generator.folder(None, text) for text in texts))
+
+    generator = Generator(settings)
+    return asyncio.run(run())
+
+
+def test_both_modes_give_the_same_bits(settings, loaded, worker):
+    on_disk, without = folders(settings()), folders(settings(mode="memory"))
+    for disk, other in zip(on_disk, without, strict=True):
+        assert memory.is_memory(other) and not memory.is_memory(disk) and other.name == disk.name + ".memory"
+        assert not (other / WEIGHTS_NAME).exists() and sum(path.stat().st_size for path in other.iterdir()) < 4096
+        assert (other / CONFIG_NAME).exists()
+        assert json.loads((other / CONFIG_NAME).read_text()) == json.loads((disk / CONFIG_NAME).read_text())
+        stored = load_file(disk / WEIGHTS_NAME)
+        for dtype in (torch.bfloat16, torch.float32):
+            made = memory.peft_tensors(other, settings(), dtype)
+            assert made.keys() == stored.keys()
+            assert all(torch.equal(made[key], stored[key].to(dtype)) and made[key].dtype == dtype for key in stored)
+
+
+def test_each_call_gives_new_tensors(settings, loaded, worker):
+    """vLLM multiplies B in place, each time it loads an adapter."""
+    (folder,) = folders(settings(mode="memory"), TEXTS[:1])
+    first = memory.peft_tensors(folder, settings(), torch.bfloat16)
+    before = {key: tensor.clone() for key, tensor in first.items()}
+    with torch.inference_mode():
+        again = memory.peft_tensors(folder, settings(), torch.bfloat16)
+    for tensor in first.values():
+        tensor.zero_()
+    for key, tensor in again.items():
+        assert torch.equal(tensor, before[key])
+        tensor.mul_(2)  # refused for an inference tensor
+    assert len(memory._loaded) == 1
+
+
+def test_an_adapter_has_the_same_bits_in_every_batch_and_with_any_number_of_threads(bundled):
+    task_emb = bundled.engine.encoder.encode([f"{text} {i}" for text in TEXTS for i in range(6)])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = [checkpoints.tensors(bundled.engine.hypernetwork, row) for row in task_emb]
+        for number in (2, 3, 4):
+            torch.set_num_threads(number)
+            for row, expected in zip(task_emb, first, strict=True):
+                found = checkpoints.tensors(bundled.engine.hypernetwork, row)
+                assert torch.get_num_threads() == number
+                assert all(torch.equal(found[key], expected[key]) for key in expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, worker, tmp_path):
+    (folder,) = folders(settings(mode="memory"), TEXTS[:1])
+    net = t2l.HyperNetwork.from_pretrained(BUNDLED / "smollm2-135m")
+    with torch.no_grad():
+        next(iter(net.heads.values())).weight.mul_(2)
+    net.save_pretrained(tmp_path / "smollm2-135m")
+    other = settings(checkpoints={"smollm2-135m": str(tmp_path / "smollm2-135m")})
+    with pytest.raises(ValueError, match="checkpoint: expected that of the adapter, sha256 [0-9a-f]{16}, among"):
+        memory.peft_tensors(folder, other, torch.bfloat16)
+    both = settings(checkpoints={"changed": str(tmp_path / "smollm2-135m"), "here": "smollm2-135m"})
+    assert memory.peft_tensors(folder, both, torch.bfloat16), "by its contents, whatever its name"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t2l.json", b"[]", "t2l.json: expected an object with the sha256"),
+        ("t2l.json", b'{"sha256": 3}', "t2l.json: expected an object with the sha256"),
+        ("t2l.json", b"{", "t2l.json: not valid JSON"),
+        ("task_emb.safetensors", b"", "task_emb.safetensors: cannot be read"),
+        ("task_emb.safetensors", {"task_emb": torch.ones(3)}, r"expected task_emb \(384,\) in float32"),
+        ("task_emb.safetensors", {"task_emb": torch.ones(384).double()}, r"expected task_emb \(384,\) in float32"),
+        ("task_emb.safetensors", {"other": torch.ones(384)}, r"expected task_emb \(384,\) in float32"),
+        ("task_emb.safetensors", {"task_emb": torch.full((384,), torch.nan)}, "NaN"),
+    ],
+)
+def test_broken_folders_are_refused(settings, loaded, name, content, message):
+    (folder,) = folders(settings(mode="memory"), TEXTS[:1])
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        save_file(content, folder / name)
+    with pytest.raises(ValueError, match=message):
+        memory.peft_tensors(folder, settings(), torch.bfloat16)
