@@ -1,0 +1,387 @@
+"""The resolver, the endpoint and offline requests in vLLM itself: its OpenAIServingModels, error handlers and plugin loading."""
+
+import asyncio
+import json
+import logging
+import shutil
+import types
+from argparse import Namespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.serving
+
+import t2l_vllm
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from transformers import LlamaConfig
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
+from vllm.exceptions import GracefulHTTPError, VLLMServerError, VLLMValidationError
+from vllm.lora.peft_helper import PEFTHelper
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolverRegistry
+from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
+
+import t2l_engine as t2l
+from t2l_engine.serving.vllm import names, offline, plugin
+from t2l_engine.serving.vllm.checkpoints import Checkpoint
+
+TEXT = "Return the last element of the list."
+SMOLLM2 = dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
+
+
+class Engine:
+    """What OpenAIServingModels asks of an engine: its model, and that it loads adapters."""
+
+    renderer = input_processor = None
+
+    def __init__(self, model):
+        self.model_config = types.SimpleNamespace(model=str(model), max_model_len=256)
+        self.loaded, self.error = [], None
+
+    async def add_lora(self, request):
+        await asyncio.sleep(0)
+        if self.error is not None:
+            raise self.error
+        self.loaded.append(request)
+        return True
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(LoRAResolverRegistry, "resolvers", {})
+    return LoRAResolverRegistry
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with the configuration of a model; keywords replace sizes of SmolLM2-135M."""
+
+    def make(**changes):
+        LlamaConfig(**(SMOLLM2 | changes)).save_pretrained(tmp_path / "served")
+        return tmp_path / "served"
+
+    return make
+
+
+@pytest.fixture
+def serve(registry, settings, loaded, model):
+    """(vLLM's models, stub engine, generator) of a server with the plugin; keywords are settings."""
+
+    def make(served=None, **changes):
+        registry.resolvers.clear()
+        plugin.register(settings(**changes))
+        engine = Engine(served or model())
+        models = OpenAIServingModels(engine, [BaseModelPath("base", str(engine.model_config.model))])
+        return models, engine, registry.get_resolver("t2l").generator
+
+    return make
+
+
+def resolve(models, *asked):
+    async def run():
+        return await asyncio.gather(*(models.resolve_lora(name) for name in asked), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_a_description_becomes_a_model(serve):
+    models, engine, generator = serve()
+    (found,) = resolve(models, f"t2l:{TEXT}")
+    assert isinstance(found, LoRARequest) and engine.loaded == [found] and models.lora_requests[f"t2l:{TEXT}"] is found
+    assert found.lora_name.startswith("t2lq-") and found.lora_int_id == 1 and not found.load_inplace
+    helper = PEFTHelper.from_local_dir(found.lora_path, max_position_embeddings=None)
+    assert (helper.r, helper.vllm_lora_scaling_factor) == (8, 1.0)
+    assert resolve(models, f"t2l:{TEXT}") == [found] and generator.generated == len(engine.loaded) == 1
+
+
+def test_64_requests_of_one_text_are_one_generation(serve):
+    models, engine, generator = serve()
+    found = resolve(models, *[f"t2l:{TEXT}"] * 64)
+    assert len({id(request) for request in found}) == 1 and (generator.generated, generator.passes) == (1, 1)
+    assert len(engine.loaded) == 1
+
+
+def test_64_texts_are_few_passes_and_64_names(serve):
+    models, engine, generator = serve()
+    found = resolve(models, *(f"t2l:{TEXT} {i}" for i in range(64)))
+    assert generator.generated == 64 and generator.passes <= 4
+    assert len({request.lora_name for request in found}) == len({request.lora_int_id for request in found}) == 64
+
+
+def test_spellings_share_a_folder_and_no_name(serve):
+    """Two requests of one lora_name and different ids would end vLLM's engine."""
+    models, engine, generator = serve()
+    first, second, named = resolve(models, f"t2l:{TEXT}", f"t2l: {TEXT}", f"t2l/smollm2-135m:{TEXT}")
+    assert first.lora_path == second.lora_path == named.lora_path and generator.generated == 1
+    assert len({request.lora_name for request in (first, second, named)}) == 3
+
+
+def test_other_names_are_not_ours(serve):
+    models, engine, generator = serve()
+    for found in resolve(models, "someone/model", "t2l/owner", "t2l-0123456789abcdef", "t2lq-0123456789abcdef"):
+        assert isinstance(found, ErrorResponse) and found.error.code == 404
+    assert generator.generated == 0
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ("t2l: ", "model: expected a description, got an empty one"),
+        ("t2l:a\0b", "model: expected Unicode text"),
+        ("t2l:" + "x" * 4001, "model: expected a description of at most 4000 characters, got 4001"),
+        ("t2l/other:secret", "checkpoint: expected one of"),
+    ],
+)
+def test_errors_of_the_client(serve, asked, message):
+    models, engine, generator = serve()
+    (error,) = resolve(models, asked)
+    assert isinstance(error, VLLMValidationError) and error.parameter == "model" and error.value is None
+    assert str(error).startswith(message) and "secret" not in str(error) and engine.loaded == []
+
+
+def test_no_room_is_503(serve):
+    models, engine, generator = serve(max_names=1)
+    first, second = resolve(models, f"t2l:{TEXT}", "t2l:Another one.")
+    assert isinstance(first, LoRARequest) and isinstance(second, GracefulHTTPError) and second.http_status == 503
+    assert generator.generated == 1
+    assert isinstance(resolve(serve(spool_bytes=1)[0], "t2l:A third one.")[0], GracefulHTTPError)
+
+
+def test_faults_are_500(serve, monkeypatch):
+    models, engine, generator = serve()
+    monkeypatch.setattr(Checkpoint, "write", lambda *arguments: 1 / 0)
+    (error,) = resolve(models, f"t2l:{TEXT}")
+    assert isinstance(error, VLLMServerError) and "ZeroDivisionError" in str(error)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_hidden_layers": 32}, "for a model of 30 layers, the served one has 32"),
+        ({"hidden_size": 1152, "num_attention_heads": 18}, "q_proj has 576 inputs and 576 outputs, the served one has 1152 and 1152"),
+        ({"num_key_value_heads": 9}, "v_proj has 576 inputs and 192 outputs, the served one has 576 and 576"),
+        ({"head_dim": 128}, "q_proj has 576 inputs and 576 outputs, the served one has 576 and 1152"),
+    ],
+)  # fmt: skip
+def test_a_model_of_other_sizes_is_refused(serve, model, changes, message):
+    models, engine, generator = serve(model(**changes))
+    (error,) = resolve(models, f"t2l:{TEXT}")
+    assert isinstance(error, VLLMValidationError) and error.parameter == "model" and message in str(error)
+    assert engine.loaded == [] and generator.generated == 0
+
+
+def test_a_cancelled_request_leaves_the_adapter(serve):
+    models, engine, generator = serve()
+
+    async def run():
+        gone = asyncio.ensure_future(models.resolve_lora(f"t2l:{TEXT}"))
+        while not generator._futures:
+            await asyncio.sleep(0)
+        gone.cancel()
+        return await models.resolve_lora(f"t2l:{TEXT}")
+
+    assert isinstance(asyncio.run(run()), LoRARequest) and generator.generated == 1 and len(engine.loaded) == 1
+
+
+def test_memory_mode_gives_a_folder_without_weights(serve):
+    models, engine, generator = serve(mode="memory")
+    (found,) = resolve(models, f"t2l:{TEXT}")
+    assert found.lora_path.endswith(".memory") and PEFTHelper.from_local_dir(found.lora_path, None).r == 8
+
+
+def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monkeypatch):
+    models, engine, generator = serve()
+    server = BaseServing(models, engine.model_config)
+    request = types.SimpleNamespace(model=f"t2l:{TEXT}")
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0")
+    assert asyncio.run(server._check_model(request)).error.code == 404 and generator.generated == 0
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    assert asyncio.run(server._check_model(request)) is None and generator.generated == 1
+
+
+# --- entry points ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hooks(monkeypatch):
+    """Calls of hooks.install, which replaces parts of vLLM and has tests of its own."""
+    calls = []
+    monkeypatch.setitem(
+        __import__("sys").modules, "t2l_engine.serving.vllm.hooks", types.SimpleNamespace(install=calls.append)
+    )
+    monkeypatch.setattr("t2l_engine.serving.vllm.hooks", types.SimpleNamespace(install=calls.append), raising=False)
+    for name in ("CHECKPOINT", "KERNELS", "SPOOL"):
+        monkeypatch.delenv(f"T2L_VLLM_{name}", raising=False)
+    return calls
+
+
+def test_register(registry, hooks, monkeypatch, tmp_path):
+    t2l_vllm.register()
+    assert hooks == [] and not registry.resolvers, "nothing without a variable"
+    monkeypatch.setenv("T2L_VLLM_KERNELS", "1")
+    t2l_vllm.register()
+    assert len(hooks) == 1 and hooks[0].kernels and not registry.resolvers, "kernels alone"
+    monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "smollm2-135m")
+    monkeypatch.setenv("T2L_VLLM_SPOOL", str(tmp_path / "spool"))
+    t2l_vllm.register()
+    resolver = registry.get_resolver("t2l")
+    t2l_vllm.register()
+    assert registry.get_resolver("t2l") is resolver and len(registry.resolvers) == 1
+    assert not (tmp_path / "spool").exists(), "nothing is loaded or opened before it is needed"
+    monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "nowhere")
+    with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINT"):
+        t2l_vllm.register()
+
+
+@pytest.mark.parametrize("parent, loads", [(None, 1), (object(), 0)])
+def test_only_the_main_process_warms_up(registry, settings, bundled, monkeypatch, parent, loads):
+    calls = []
+    monkeypatch.setattr(Checkpoint, "load", lambda name, source: (calls.append(name), bundled)[1])
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)
+    plugin.register(settings(warmup=True))
+    asyncio.run(registry.get_resolver("t2l").generator.checkpoint(None)) if loads else None
+    assert len(calls) == loads
+
+
+# --- endpoint --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def client(serve):
+    """(HTTP client, models, engine, generator) of a server with the endpoint plugin, with vLLM's error handlers."""
+
+    def make(**changes):
+        models, engine, generator = serve(**changes)
+        endpoint = t2l_vllm.http()
+        assert isinstance(endpoint, EndpointPlugin) and endpoint.name == "t2l_http"
+        app = FastAPI()
+        app.state.args = Namespace(log_error_stack=False)
+        app.state.openai_serving_models = models
+        init_exception_handler(app)
+        endpoint.attach_router(app)
+        asyncio.run(endpoint.init_state(engine, app.state, app.state.args))
+        return TestClient(app, raise_server_exceptions=False), models, engine, generator
+
+    return make
+
+
+def post(http, body, **keywords):
+    return http.post("/v1/t2l/adapters", content=body if isinstance(body, (str, bytes)) else json.dumps(body), **keywords)
+
+
+def test_an_adapter_is_created_once_under_an_id(client, caplog):
+    http, models, engine, generator = client()
+    with caplog.at_level(logging.DEBUG):
+        first, again = (post(http, {"description": text}) for text in (TEXT, f"{TEXT} "))
+    assert first.status_code == again.status_code == 200 and first.json() == again.json()
+    created = first.json()
+    assert created["id"] in models.lora_requests and models.lora_requests[created["id"]].lora_name == created["id"]
+    assert created["id"].startswith("t2l-") and len(created["id"]) == 20
+    assert (created["checkpoint"], created["parent"]) == ("smollm2-135m", "base")
+    assert len(engine.loaded) == generator.generated == 1
+    listed = asyncio.run(models.show_available_models()).model_dump_json()
+    assert created["id"] in listed and TEXT not in listed + caplog.text
+
+
+def test_concurrent_requests_create_one_adapter(client):
+    http, models, engine, generator = client()
+    endpoint = t2l_vllm.http()
+    endpoint.models = models
+
+    async def run():
+        return await asyncio.gather(*(endpoint.create(TEXT, None) for _ in range(16)))
+
+    created = asyncio.run(run())
+    assert len({found["id"] for found in created}) == len(engine.loaded) == generator.generated == 1
+
+
+def test_the_two_ways_have_different_names_for_one_adapter(client):
+    http, models, engine, generator = client()
+    created = post(http, {"description": TEXT}).json()["id"]
+    (found,) = resolve(models, f"t2l:{TEXT}")
+    assert found.lora_path == models.lora_requests[created].lora_path and found.lora_name != created
+    assert generator.generated == 1
+
+
+@pytest.mark.parametrize(
+    "body, message, param",
+    [
+        ("{", "expected a JSON object", None),
+        ("[]", "expected a JSON object", None),
+        ("[" * 60000, "expected a JSON object", None),
+        ({}, 'expected a JSON object with "description"', None),
+        ({"description": "secret", "other": 1}, 'expected a JSON object with "description"', None),
+        ({"description": "secret", "checkpoint": 3}, "checkpoint: expected a string", "checkpoint"),
+        ({"description": "secret", "checkpoint": "x"}, "checkpoint: expected one of", "description"),
+        ({"description": ["secret"]}, "description: expected a string, got list", "description"),
+        ({"description": " "}, "description: expected a description", "description"),
+        ({"description": "secret\ud800"}, "description: expected Unicode text", "description"),
+        ({"description": "secret" * 1000}, "at most 4000 characters, got 6000", "description"),
+        ({"description": "secret" * 20000}, "a body of at most 65536 bytes", None),
+    ],
+)
+def test_errors_of_the_endpoint(client, caplog, body, message, param):
+    http, models, engine, generator = client()
+    with caplog.at_level(logging.DEBUG):
+        answer = post(http, body)
+    error = answer.json()["error"]
+    assert answer.status_code == error["code"] == 400 and message in error["message"] and error["param"] == param
+    assert "secret" not in answer.text + caplog.text and "Traceback" not in answer.text and generator.generated == 0
+
+
+def test_the_endpoints_503_and_500(client, monkeypatch, caplog):
+    http, models, engine, generator = client(max_names=1)
+    assert post(http, {"description": TEXT}).status_code == 200
+    full = post(http, {"description": "Another secret."})
+    assert full.status_code == full.json()["error"]["code"] == 503 and "1 have names" in full.json()["error"]["message"]
+    http, models, engine, generator = client()
+    engine.error = RuntimeError("no slot")
+    refused = post(http, {"description": TEXT})
+    assert refused.status_code == 500 and refused.json()["error"]["message"] == "no slot" and not models.lora_requests
+    engine.error = None
+    assert post(http, {"description": TEXT}).status_code == 200, "and may be asked for again"
+    monkeypatch.setattr(Checkpoint, "write", lambda *arguments: 1 / 0)
+    failed = post(http, {"description": "A third secret."})
+    assert failed.status_code == failed.json()["error"]["code"] == 500
+    assert "Traceback" not in failed.text and "secret" not in failed.text + caplog.text
+
+
+def test_the_endpoint_needs_the_resolver(registry):
+    with pytest.raises(RuntimeError, match="expected T2L_VLLM_CHECKPOINT, and t2l beside t2l_http in VLLM_PLUGINS"):
+        t2l_vllm.http()
+
+
+# --- offline ---------------------------------------------------------------------------------------------------------
+
+
+def test_offline_requests(settings, bundled, model, monkeypatch):
+    monkeypatch.setattr(offline, "_ids", {})
+    texts = [TEXT, "Name the antonym.", TEXT]
+    first = offline.lora_requests(bundled.engine, texts, str(model()), settings=settings())
+    again = offline.lora_requests(bundled.engine, texts[::-1], settings=settings())
+    assert [request.lora_int_id for request in first] == [1, 2, 1] == [request.lora_int_id for request in again]
+    assert [request.lora_path for request in first] == [request.lora_path for request in again[::-1]]
+    assert all(request.lora_name.startswith("t2l-") for request in first)
+    key = Checkpoint.of(bundled.engine, "x").prepare("text", TEXT)[1]
+    assert first[0].lora_name == names.adapter_id(key) and first[0].lora_path == str(settings().spool.resolve() / key)
+    stored = t2l.AdapterStack.from_peft(first[1].lora_path)
+    assert stored.dtype == torch.bfloat16 and len(stored) == 1
+
+
+def test_offline_errors(settings, bundled, model, tmp_path):
+    with pytest.raises(ValueError, match=r"texts\[1\]: expected a non-empty description"):
+        offline.lora_requests(bundled.engine, [TEXT, " "], settings=settings())
+    with pytest.raises(ValueError, match="base: the checkpoint is for a model of 30 layers, the served one has 4"):
+        offline.lora_requests(bundled.engine, [TEXT], str(model(num_hidden_layers=4)), settings=settings())
+    with pytest.raises(ValueError, match="checkpoint: expected that of the adapter"):
+        offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory", checkpoints={}))
+    (found,) = offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory"))
+    assert found.lora_path.endswith(".memory")
+    shutil.rmtree(found.lora_path)
