@@ -33,6 +33,13 @@ def test_core_does_not_import_what_it_may_not():
     assert not modules("import t2l_engine") & {"transformers", "peft", "safetensors", "yaml", "typer", *rooms}
 
 
+def test_an_unused_plugin_of_vllm_imports_nothing(monkeypatch):
+    for name in ("T2L_VLLM_CHECKPOINT", "T2L_VLLM_KERNELS"):
+        monkeypatch.delenv(name, raising=False)
+    added = modules("import t2l_vllm; t2l_vllm.register()") - modules("import os")
+    assert added == {"t2l_vllm"}
+
+
 def test_a_broken_native_library_raises(tmp_path):
     """Present but unloadable: an ImportError that says what to do, unless the reference was asked for."""
     package = Path(t2l_engine.__file__).parent

@@ -1,19 +1,19 @@
-"""The resolver, the endpoint and offline requests in vLLM itself: its OpenAIServingModels, error handlers and plugin loading."""
+"""The resolver, the endpoint and offline requests beside vLLM's own OpenAIServingModels and error handlers."""
 
 import asyncio
 import json
 import logging
 import shutil
+import sys
 import types
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.serving
 
-import t2l_vllm
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from transformers import LlamaConfig
@@ -23,15 +23,19 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 from vllm.exceptions import GracefulHTTPError, VLLMServerError, VLLMValidationError
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 import t2l_engine as t2l
-from t2l_engine.serving.vllm import names, offline, plugin
+import t2l_vllm
+from t2l_engine.serving import vllm as serving
+from t2l_engine.serving.vllm import memory, names, offline, plugin
 from t2l_engine.serving.vllm.checkpoints import Checkpoint
 
+pytestmark = pytest.mark.serving
 TEXT = "Return the last element of the list."
 SMOLLM2 = dict(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, intermediate_size=1536)
 
@@ -165,7 +169,7 @@ def test_faults_are_500(serve, monkeypatch):
     "changes, message",
     [
         ({"num_hidden_layers": 32}, "for a model of 30 layers, the served one has 32"),
-        ({"hidden_size": 1152, "num_attention_heads": 18}, "q_proj has 576 inputs and 576 outputs, the served one has 1152 and 1152"),
+        ({"hidden_size": 1152, "num_attention_heads": 18}, "q_proj has 576 inputs and 576 outputs, the served one has 1152"),
         ({"num_key_value_heads": 9}, "v_proj has 576 inputs and 192 outputs, the served one has 576 and 576"),
         ({"head_dim": 128}, "q_proj has 576 inputs and 576 outputs, the served one has 576 and 1152"),
     ],
@@ -196,6 +200,32 @@ def test_memory_mode_gives_a_folder_without_weights(serve):
     assert found.lora_path.endswith(".memory") and PEFTHelper.from_local_dir(found.lora_path, None).r == 8
 
 
+@pytest.mark.parametrize("changes", [{"architectures": ["Unheard"], "model_type": "unheard"}, None])
+def test_sizes_that_are_not_known_are_not_compared(serve, model, caplog, changes):
+    path = model() / "config.json"
+    path.unlink() if changes is None else path.write_text(json.dumps(changes))
+    models, engine, generator = serve(path.parent)
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(resolve(models, f"t2l:{TEXT}")[0], LoRARequest)
+    assert "sizes of the served model are not known and not compared" in caplog.text
+
+
+def test_both_modes_are_one_adapter_to_vllm(serve, settings):
+    """What vLLM reads from a folder is what it takes from tensors made in memory mode."""
+    common = dict(lora_model_id=1, device="cpu", dtype=torch.bfloat16)
+    on_disk, without = (resolve(serve(mode=mode)[0], f"t2l:{TEXT}")[0].lora_path for mode in ("disk", "memory"))
+    helpers = [PEFTHelper.from_local_dir(path, None) for path in (on_disk, without)]
+    assert helpers[0] == helpers[1]
+    read = LoRAModel.from_local_checkpoint(on_disk, {"q_proj", "v_proj"}, helpers[0], **common)
+    tensors = memory.peft_tensors(Path(without), settings(), torch.bfloat16)
+    made = LoRAModel.from_lora_tensors(tensors=tensors, peft_helper=helpers[1], **common)
+    assert read.rank == made.rank == 8 and read.loras.keys() == made.loras.keys() and len(read.loras) == 60
+    for name, layer in read.loras.items():
+        other = made.loras[name]
+        assert torch.equal(layer.lora_a, other.lora_a) and torch.equal(layer.lora_b, other.lora_b)
+        assert layer.scaling == other.scaling == 1
+
+
 def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monkeypatch):
     models, engine, generator = serve()
     server = BaseServing(models, engine.model_config)
@@ -213,10 +243,9 @@ def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monk
 def hooks(monkeypatch):
     """Calls of hooks.install, which replaces parts of vLLM and has tests of its own."""
     calls = []
-    monkeypatch.setitem(
-        __import__("sys").modules, "t2l_engine.serving.vllm.hooks", types.SimpleNamespace(install=calls.append)
-    )
-    monkeypatch.setattr("t2l_engine.serving.vllm.hooks", types.SimpleNamespace(install=calls.append), raising=False)
+    replaced = types.SimpleNamespace(install=calls.append)
+    monkeypatch.setitem(sys.modules, "t2l_engine.serving.vllm.hooks", replaced)
+    monkeypatch.setattr(serving, "hooks", replaced, raising=False)
     for name in ("CHECKPOINT", "KERNELS", "SPOOL"):
         monkeypatch.delenv(f"T2L_VLLM_{name}", raising=False)
     return calls

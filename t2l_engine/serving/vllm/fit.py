@@ -13,15 +13,17 @@ def misfit(config: HyperNetworkConfig, model: str) -> str | None:
     vLLM copies an adapter that is too small into its slot without an error, so this must be asked before.  Linears whose
     sizes the model's configuration does not state are not compared.
 
-    Raises OSError or ValueError if the model has no configuration that transformers can read.
+    Raises OSError or ValueError if the model has no configuration that transformers can read, or it states no such sizes.
     """
     from transformers import AutoConfig
 
     served = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    layers = served.num_hidden_layers
+    try:
+        layers, sizes = served.num_hidden_layers, _sizes(served)
+    except AttributeError as error:
+        raise ValueError(f"{type(served).__name__}: {error}") from None
     if layers != config.num_layers:
         return f"the checkpoint is for a model of {config.num_layers} layers, the served one has {layers}"
-    sizes = _sizes(served)
     for name, *own in zip(config.modules, config.in_features, config.out_features, strict=True):
         if name in sizes and tuple(own) != sizes[name]:
             return (

@@ -17,7 +17,7 @@ from t2l_engine.serving.vllm.settings import MEMORY, Settings
 from t2l_engine.serving.vllm.spool import Spool, Unavailable
 
 BATCH, MAX_WAITING = 64, 1024  # texts in a pass of the encoder, and texts that may wait for one
-logger = logging.getLogger("vllm.t2l_engine")
+logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what is below
 
 
 @dataclass(frozen=True)

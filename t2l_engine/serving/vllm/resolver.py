@@ -8,17 +8,14 @@ from collections.abc import Iterator
 from http import HTTPStatus
 
 from vllm.exceptions import GracefulHTTPError, VLLMServerError, VLLMValidationError
-from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
 from t2l_engine.serving.vllm import names
 from t2l_engine.serving.vllm.checkpoints import Checkpoint
 from t2l_engine.serving.vllm.fit import misfit
-from t2l_engine.serving.vllm.generator import Generator
+from t2l_engine.serving.vllm.generator import Generator, logger
 from t2l_engine.serving.vllm.spool import Unavailable
-
-logger = init_logger(__name__)
 
 
 @contextlib.contextmanager
@@ -73,6 +70,6 @@ class T2LResolver(LoRAResolver):
 def _misfit(checkpoint: Checkpoint, model: str) -> str | None:
     try:
         return misfit(checkpoint.engine.hypernetwork.config, model)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error)
         return None

@@ -1,0 +1,63 @@
+"""``t2l serve-flags``: vLLM's flags for a checkpoint, and what to set beside them."""
+
+import json
+import shlex
+
+import pytest
+
+import t2l_engine as t2l
+
+FLAGS = "--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --lora-target-modules {modules}"
+
+
+def test_flags_are_one_line_and_the_rest_is_on_stderr(run):
+    status, out, err = run("serve-flags", "smollm2-135m")
+    assert (status, out) == (0, FLAGS.format(rank=8, slots=8, cached=256, modules="q_proj v_proj") + "\n")
+    assert err.splitlines() == [
+        "t2l: environment: T2L_VLLM_CHECKPOINT=smollm2-135m VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+        "t2l: endpoint: /v1/completions",
+    ]
+
+
+def test_flags_of_a_folder(run, checkpoint, tmp_path):
+    folder = checkpoint.rename(tmp_path / "two words")
+    status, out, err = run("serve-flags", folder, "--max-loras", 64, "--max-cpu-loras", 64)
+    assert (status, out) == (0, FLAGS.format(rank=8, slots=64, cached=64, modules="q_proj") + "\n"), "rank 4 needs 8"
+    assert f"T2L_VLLM_CHECKPOINT={shlex.quote(str(folder))} " in err and "endpoint: /v1/chat/completions\n" in err
+
+
+def test_json_and_prompts_with_descriptions(run, checkpoint):
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["training"] = {"prompt": "description", "prompt_form": "raw"}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    status, out, err = run("serve-flags", checkpoint, "--json")
+    about = json.loads(out)
+    assert (
+        status == 0 and err == "" and " ".join(about["flags"]) == FLAGS.format(rank=8, slots=8, cached=256, modules="q_proj")
+    )
+    assert about["environment"]["T2L_VLLM_CHECKPOINT"] == str(checkpoint)
+    assert (about["endpoint"], about["description_in_prompt"]) == ("/v1/completions", True)
+    _, _, err = run("serve-flags", checkpoint)
+    assert "endpoint: /v1/completions, with the description in the prompt" in err
+
+
+@pytest.mark.parametrize("rank, given", [(1, 1), (2, 8), (9, 16), (257, 320), (512, 512)])
+def test_the_smallest_rank_that_vllm_takes(run, tmp_path, rank, given):
+    save(tmp_path, rank)
+    assert f"--max-lora-rank {given} " in run("serve-flags", tmp_path)[1]
+
+
+def test_errors(run, tmp_path):
+    save(tmp_path, 513)
+    assert run("serve-flags", tmp_path)[::2] == (1, f"t2l: {tmp_path}: rank 513: vLLM takes adapters up to rank 512\n")
+    status, out, err = run("serve-flags", "smollm2-135m", "--max-loras", 9, "--max-cpu-loras", 8)
+    assert (status, out) == (1, "") and err == "t2l: --max-cpu-loras: expected at least --max-loras, 9, got 8\n"
+    assert run("serve-flags", "nowhere")[0] == 1
+
+
+def save(folder, rank):
+    config = t2l.HyperNetworkConfig(
+        variant="L", modules=("q_proj",), in_features=(4,), out_features=(4,), num_layers=1, rank=rank, embed_dim=8,
+        latent_size=8, head_in_size=4, lora_alpha=8.0,
+    )  # fmt: skip
+    t2l.HyperNetwork(config).save_pretrained(folder)
