@@ -14,9 +14,7 @@ def register() -> None:
     from t2l_engine.serving.vllm import hooks, plugin
     from t2l_engine.serving.vllm.settings import Settings
 
-    settings = Settings.from_environment()
-    hooks.install(settings)
-    plugin.register(settings)
+    plugin.register(hooks.install(Settings.from_environment()))
 
 
 def http():

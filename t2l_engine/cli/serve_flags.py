@@ -32,7 +32,7 @@ def serve_flags(
     """
     if max_cpu_loras < max_loras:
         raise ValueError(f"--max-cpu-loras: expected at least --max-loras, {max_loras}, got {max_cpu_loras}")
-    about = _collect(checkpoint, max_loras, max_cpu_loras)
+    about = collect(checkpoint, max_loras, max_cpu_loras)
     if as_json:
         print_json(about)
         return
@@ -41,7 +41,7 @@ def serve_flags(
     say(f"endpoint: {about['endpoint']}" + (", with the description in the prompt" * about["description_in_prompt"]))
 
 
-def _collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
+def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
 

@@ -23,7 +23,7 @@ def llm(plan, environment):
         [sys.executable, script, json.dumps(plan)], env=os.environ | variables, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))  # vLLM says things too
 
 
 class Server:

@@ -107,7 +107,7 @@ def _load_from_embeddings(settings: Settings) -> str | None:
         return "LoRAModel.from_local_checkpoint has other parameters"
 
     def from_local_checkpoint(cls: type, lora_dir: str, expected_lora_modules: set[str], peft_helper: Any, **options: Any):
-        if not memory.is_embedding(Path(lora_dir)):
+        if not memory.is_memory(Path(lora_dir)):
             return stock(cls, lora_dir, expected_lora_modules, peft_helper, **options)
         # New tensors on every call: vLLM scales B in place.
         tensors = memory.peft_tensors(Path(lora_dir), settings, options["dtype"])
