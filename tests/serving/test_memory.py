@@ -59,20 +59,30 @@ def test_each_call_gives_new_tensors(settings, loaded, worker):
     assert len(memory._loaded) == 1
 
 
-def test_an_adapter_has_the_same_bits_in_every_batch_and_with_any_number_of_threads(bundled):
-    task_emb = bundled.engine.encoder.encode([f"{text} {i}" for text in TEXTS for i in range(6)])
+def test_an_adapter_has_the_same_bits_with_any_number_of_threads():
+    """In float32, where no rounding hides a difference of the task encoder, whose product depends on threads."""
+    config = t2l.HyperNetworkConfig(
+        variant="L", modules=("q_proj",), in_features=(64,), out_features=(64,), num_layers=2, rank=4, embed_dim=384,
+        latent_size=128, head_in_size=32, lora_alpha=8.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net, task_emb = t2l.HyperNetwork(config).eval(), torch.randn(16, 384)
     threads = torch.get_num_threads()
+    encoded, made = [], []
     try:
-        torch.set_num_threads(1)
-        first = [checkpoints.tensors(bundled.engine.hypernetwork, row) for row in task_emb]
-        for number in (2, 3, 4):
+        for number in (1, 2, 3, 4, 5, 7):
             torch.set_num_threads(number)
-            for row, expected in zip(task_emb, first, strict=True):
-                found = checkpoints.tensors(bundled.engine.hypernetwork, row)
-                assert torch.get_num_threads() == number
-                assert all(torch.equal(found[key], expected[key]) for key in expected)
+            encoded.append(torch.cat([net.task_encoder(row[None]) for row in task_emb]))
+            made.append([checkpoints.adapter(net, row) for row in task_emb])
+            assert torch.get_num_threads() == number
     finally:
         torch.set_num_threads(threads)
+    if all(torch.equal(z, encoded[0]) for z in encoded):
+        pytest.skip("torch's product does not depend on threads here")
+    for stacks in made[1:]:
+        for found, expected in zip(stacks, made[0], strict=True):
+            assert torch.equal(found.lora_A["q_proj"], expected.lora_A["q_proj"])
+            assert torch.equal(found.lora_B["q_proj"], expected.lora_B["q_proj"])
 
 
 def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, worker, tmp_path):

@@ -152,7 +152,7 @@ def test_errors_of_the_client(serve, asked, message):
 
 def test_no_room_is_503(serve):
     models, engine, generator = serve(max_names=1)
-    first, second = resolve(models, f"t2l:{TEXT}", "t2l:Another one.")
+    (first,), (second,) = resolve(models, f"t2l:{TEXT}"), resolve(models, "t2l:Another one.")
     assert isinstance(first, LoRARequest) and isinstance(second, GracefulHTTPError) and second.http_status == 503
     assert generator.generated == 1
     assert isinstance(resolve(serve(spool_bytes=1)[0], "t2l:A third one.")[0], GracefulHTTPError)

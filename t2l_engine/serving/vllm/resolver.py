@@ -20,8 +20,7 @@ from t2l_engine.serving.vllm.spool import Unavailable
 
 @contextlib.contextmanager
 def client_errors(parameter: str) -> Iterator[None]:
-    """The generator's errors as vLLM's: ValueError is status 400 naming ``parameter``, Unavailable 503,
-    RuntimeError 500."""
+    """The generator's errors as vLLM's: ValueError is 400 naming ``parameter``, Unavailable 503, RuntimeError 500."""
     try:
         yield
     except ValueError as error:
