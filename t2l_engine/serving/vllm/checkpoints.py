@@ -27,6 +27,7 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving.vllm import names
 from t2l_engine.serving.vllm.spool import DTYPE, Spool, Unavailable
 from t2l_engine.text import packaged
+from t2l_engine.text.encoder import OneHotEncoder
 
 #: Of what a text and a checkpoint become; another version of the package may round differently.
 VERSION_OF_ADAPTERS = "1"
@@ -97,8 +98,7 @@ class Checkpoint:
     def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
-        model = getattr(encoder, "model", None)  # one-hot encoders have none
-        weights = "" if model is None else _checksum(model)
+        weights = "" if isinstance(encoder, OneHotEncoder) else _checksum(encoder.model)
         described = names.digest("encoder", json.dumps(to_json(encoder.config), sort_keys=True), weights)
         return cls(name, engine, fingerprint(engine.hypernetwork), described, base)
 
@@ -135,7 +135,7 @@ class Checkpoint:
     def length(self, text: str) -> tuple[int, int]:
         """(tokens of a prepared text, tokens that are used of it); (0, 0) for an encoder without tokens."""
         encoder = self.engine.encoder
-        if not hasattr(encoder, "tokenizer"):
+        if isinstance(encoder, OneHotEncoder):
             return 0, 0
         tokens = len(encoder.tokenizer(text, verbose=False)["input_ids"])
         return tokens, min(tokens, encoder.max_length)

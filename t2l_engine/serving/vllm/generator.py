@@ -126,7 +126,10 @@ class Generator:
         loop = asyncio.get_running_loop()
         while self._waiting:
             jobs, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-            results = await loop.run_in_executor(self._executor, self._passes, jobs)
+            try:
+                results = await loop.run_in_executor(self._executor, self._passes, jobs)
+            except RuntimeError as error:  # the process ends, and so does its executor
+                results = [error] * len(jobs)
             for job, result in zip(jobs, results, strict=True):
                 future = self._futures.pop(job.key)
                 if isinstance(result, Path):
