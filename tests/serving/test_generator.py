@@ -203,11 +203,13 @@ def test_faults_are_the_servers_and_do_not_stay(settings, loaded, monkeypatch):
     assert gather(generator, TEXTS[:1])[0].is_dir()
 
 
-def test_a_checkpoint_that_does_not_load_is_tried_again(settings, tmp_path, bundled, monkeypatch):
+def test_a_checkpoint_that_does_not_load_is_tried_again(settings, tmp_path, caplog):
     (tmp_path / "broken").mkdir()
     generator = Generator(settings(checkpoints={"broken": str(tmp_path / "broken")}))
+    generator.warm_up()
     (found,) = gather(generator, TEXTS[:1])
     assert type(found) is RuntimeError and "checkpoint 'broken': cannot be loaded" in str(found)
+    assert "the default checkpoint cannot be loaded" in caplog.text
     shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "broken", dirs_exist_ok=True)
     assert gather(generator, TEXTS[:1])[0].is_dir()
 

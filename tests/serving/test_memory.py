@@ -104,11 +104,11 @@ def test_only_a_checkpoint_of_the_worker_is_used(settings, loaded, worker, tmp_p
         ("t2l.json", b"[]", "t2l.json: expected an object with the sha256"),
         ("t2l.json", b'{"sha256": 3}', "t2l.json: expected an object with the sha256"),
         ("t2l.json", b"{", "t2l.json: not valid JSON"),
-        ("task_emb.safetensors", b"", "task_emb.safetensors: cannot be read"),
+        ("task_emb.safetensors", b"", "task_emb.safetensors: not a readable safetensors file"),
         ("task_emb.safetensors", {"task_emb": torch.ones(3)}, r"expected task_emb \(384,\) in float32"),
         ("task_emb.safetensors", {"task_emb": torch.ones(384).double()}, r"expected task_emb \(384,\) in float32"),
         ("task_emb.safetensors", {"other": torch.ones(384)}, r"expected task_emb \(384,\) in float32"),
-        ("task_emb.safetensors", {"task_emb": torch.full((384,), torch.nan)}, "NaN"),
+        ("task_emb.safetensors", {"task_emb": torch.full((384,), torch.nan)}, "holds NaN or infinite values"),
     ],
 )
 def test_broken_folders_are_refused(settings, loaded, name, content, message):

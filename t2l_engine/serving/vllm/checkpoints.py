@@ -48,10 +48,10 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
     """The adapter of one embedding ``[embed_dim]``, with the same bits in every process of a machine.
 
     Alone and on one thread: the task encoder is torch's matrix product, whose rounding depends on the number of rows and
-    threads.  The ops of the trunk and the heads do not.
+    threads, and perhaps on the alignment of its operand.  The ops of the trunk and the heads do not.
     """
     with _one_thread():
-        return hypernetwork.generate(task_emb[None])
+        return hypernetwork.generate(task_emb.clone()[None])
 
 
 @torch.inference_mode(False)

@@ -52,7 +52,7 @@ class Generator:
 
     def warm_up(self) -> None:
         """Start loading the default checkpoint in the generator's thread."""
-        self._load(self.settings.checkpoint_name(None))
+        self._load(self.settings.checkpoint_name(None)).add_done_callback(_log_failure)
 
     async def folder(self, checkpoint: str | None, description: str) -> Path:
         """The folder of the adapter of ``description`` by a checkpoint's short name, None = the default."""
@@ -159,6 +159,11 @@ class Generator:
         results = checkpoint.write([(job.text, job.key) for job in jobs], self._spool, self._memory)
         self.generated += sum(isinstance(result, Path) for result in results)
         return results
+
+
+def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:
+    if not loaded.cancelled() and (error := loaded.exception()) is not None:
+        logger.error("the default checkpoint cannot be loaded: %s", error)
 
 
 def _fault(result: Path | Exception) -> Path | Exception:

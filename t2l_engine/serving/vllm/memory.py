@@ -6,11 +6,10 @@ import threading
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from t2l_engine.files.text import read_json
+from t2l_engine.files.weights import read_safetensors
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving.vllm.checkpoints import fingerprint, tensors
@@ -40,10 +39,7 @@ def peft_tensors(folder: Path, settings: Settings, dtype: torch.dtype) -> dict[s
         raise ValueError(f"{folder / NOTE_NAME}: expected an object with the sha256 of a checkpoint")
     hypernetwork = own_hypernetwork(note["sha256"], settings, note.get("checkpoint"))
     path = folder / EMBEDDING_NAME
-    try:
-        task_emb = load_file(path).get(EMBEDDING)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from None
+    task_emb = read_safetensors(path, ValueError).get(EMBEDDING)
     wanted = (hypernetwork.config.embed_dim,)
     if task_emb is None or task_emb.shape != wanted or task_emb.dtype != torch.float32:
         raise ValueError(f"{path}: expected {EMBEDDING} {wanted} in float32")
