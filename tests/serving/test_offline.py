@@ -3,6 +3,12 @@
 Every engine is a process of its own (``run_llm``): vLLM keeps state of the whole process.
 """
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import vllm_process
@@ -74,7 +80,7 @@ def test_adapters_that_come_back_give_the_same_tokens(mixed):
 
 
 def test_log_probabilities_are_those_of_transformers(mixed, prompts):
-    """Of the first new token: as near to ``attach`` in float64 as ``attach`` in bfloat16 is, and not to another adapter's."""
+    """Of the first new token: as near to ``attach`` in float64 as ``attach`` in bfloat16 is; another adapter's are not."""
     stack = t2l.TextToLoRA.from_pretrained("smollm2-135m").generate(TEXTS)
     shown = {row: mixed["logprobs"][0][row] for row, adapter in enumerate(MIXED) if adapter is not None}  # the 20 likeliest
 
@@ -116,3 +122,16 @@ def test_stock_base_rows_equal_a_server_without_lora(run_llm, prompts, base):
     stock = run_llm({"prompts": prompts, "calls": [MIXED], "llm": FLAGS}, {"T2L_VLLM_KERNELS": "0"})
     assert stock["wrapper"] == "PunicaWrapperCPU"
     assert all(stock["tokens"][0][row] == base["tokens"][0][row] for row in (1, 3))
+
+
+def test_program_of_the_page_runs(tmp_path):
+    """docs/vllm.md, as it is there."""
+    page = Path(__file__).parents[2] / "docs" / "vllm.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "program.py").write_text(program)
+    variables = vllm_process.VARIABLES | {"T2L_VLLM_KERNELS": "1", "T2L_VLLM_SPOOL": str(tmp_path / "spool")}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], env=os.environ | variables | {"VLLM_PLUGINS": "t2l"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "impala" in done.stdout, done.stderr[-4000:]

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
 from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 from t2l_engine.testing import numerics
-
-from vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
 pytestmark = pytest.mark.serving
 
@@ -47,9 +46,7 @@ def exact(made, x, slots, y):
             columns = slice(start, start + out)
             delta = given @ a.T @ b.T
             y[row : row + 1, columns] += delta
-            bound[row : row + 1, columns] = numerics.lora_bound(
-                given, a, b, 1.0, y[row : row + 1, columns], delta, DTYPE
-            )
+            bound[row : row + 1, columns] = numerics.lora_bound(given, a, b, 1.0, y[row : row + 1, columns], delta, DTYPE)
         start += out
     return y, bound
 

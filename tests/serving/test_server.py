@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import random
 import signal
 import string
 
@@ -73,8 +74,9 @@ def test_a_sentence_is_a_model(server):
     with lora.use(0), torch.inference_mode():
         out = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert server.chat(LAST, LIST) == (200, expected)
-    assert server.chat(server.model, LIST)[1] != expected
+    status, answer = server.chat(LAST, LIST)
+    assert status == 200 and answer.strip() == expected.strip()  # vLLM drops the space before the first word
+    assert server.chat(server.model, LIST)[1].strip() != expected.strip()
 
 
 def test_many_clients_of_one_sentence_make_one_adapter(server):
@@ -128,12 +130,25 @@ def test_adapters_for_another_model_are_refused(server):
 
 def bad_names():
     yield from ("t2l:", "t2l: ", "t2l:\n\t", "t2l:\0", "t2l:a\0b", "t2l/:x", "t2l//:x", "t2l/a/b:x", "t2l/" + "x" * 500)
-    yield from ("t2l:" + "x" * 4001, "t2l:" + "\u00e4" * 4001, "T2L:hot", " t2l:hot", "t2l", "t2l-", "t2lq-", "", "../..", "t2l/..:x")
+    yield from (
+        "t2l:" + "x" * 4001,
+        "t2l:" + "\u00e4" * 4001,
+        "T2L:hot",
+        " t2l:hot",
+        "t2l",
+        "t2l-",
+        "t2lq-",
+        "../..",
+        "t2l/..:x",
+    )
     yield from (f"t2l/{character}:x" for character in string.punctuation if character not in "/:")
     yield from (f"t2l{character}hot" for character in string.printable if character not in "/:" and not character.isalnum())
     yield from (f"t2l:{chr(code)}" for code in (*range(0x09, 0x0E), *range(0x1C, 0x21), 0x85, 0xA0, 0x2028, 0x3000))
     yield from (f"t2l/{'y' * n}:text" for n in range(1, 120))
     yield from ("t2l:" + " " * n for n in range(1, 40))
+    drawn = random.Random(0)
+    characters = [chr(code) for code in range(0x20, 0x3000) if chr(code) not in "/:" and chr(code).isprintable()]
+    yield from ("t2l" + "".join(drawn.choices(characters, k=drawn.randrange(1, 60))) for _ in range(80))
 
 
 def bad_bodies():
@@ -144,6 +159,8 @@ def bad_bodies():
         yield json.dumps({"description": "hot", "other": value}).encode()
     yield from (json.dumps({f"description{i}": "hot"}).encode() for i in range(40))
     yield json.dumps({"description": "x" * (1 << 17)}).encode()
+    whole = json.dumps({"description": "Give the antonym of the word."}).encode()
+    yield from (whole[:n] for n in range(len(whole)))
 
 
 def test_bad_input_is_refused_and_the_server_lives(server):

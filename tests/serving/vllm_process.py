@@ -27,7 +27,7 @@ def llm(plan, environment):
 
 
 class Server:
-    """``vllm serve`` on a free port of this machine."""
+    """vLLM's HTTP server on a free port of this machine."""
 
     def __init__(self, model, flags, environment, log):
         with socket.socket() as free:
@@ -35,8 +35,8 @@ class Server:
             self.port = free.getsockname()[1]
         self.log, self.model = log, "base"
         command = [
-            Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(self.port),
-            "--served-model-name", self.model, "--dtype", "bfloat16", "--max-model-len", "512", *flags,
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
+            "--port", str(self.port), "--served-model-name", self.model, "--max-model-len", "512", *flags,
         ]  # fmt: skip
         with log.open("ab") as file:
             self.process = subprocess.Popen(
