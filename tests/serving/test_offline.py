@@ -131,7 +131,7 @@ def test_program_of_the_page_runs(tmp_path):
     (tmp_path / "program.py").write_text(program)
     variables = vllm_process.VARIABLES | {"T2L_VLLM_KERNELS": "1", "T2L_VLLM_SPOOL": str(tmp_path / "spool")}
     done = subprocess.run(
-        [sys.executable, tmp_path / "program.py"], env=os.environ | variables | {"VLLM_PLUGINS": "t2l"},
+        [sys.executable, tmp_path / "program.py"], env=os.environ | variables,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "impala" in done.stdout, done.stderr[-4000:]

@@ -8,9 +8,9 @@ import string
 
 import pytest
 import torch
-import vllm_process
 
 import t2l_engine as t2l
+from bench.vllm_server import VllmServer
 from t2l_engine.cli import serve_flags
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.network import HyperNetwork
@@ -42,11 +42,11 @@ def start(tmp_path_factory, other_model):
 
     def make(*flags, **environment):
         variables = {
-            "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}", "T2L_VLLM_SPOOL": str(spool),
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        } | environment  # fmt: skip
+            "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}",
+            "T2L_VLLM_SPOOL": str(spool),
+        } | environment
         chosen = serve_flags.collect("smollm2-135m", 2, 4)["flags"]
-        server = vllm_process.Server(str(packaged.convert()), [*chosen, *flags], variables, log)
+        server = VllmServer(str(packaged.convert()), [*chosen, *flags], variables, log)
         started.append(server)
         server.spool = spool
         return server.wait()
@@ -76,7 +76,7 @@ def test_a_sentence_is_a_model(server):
     expected = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
     status, answer = server.chat(LAST, LIST)
     assert status == 200 and answer.strip() == expected.strip()  # vLLM drops the space before the first word
-    assert server.chat(server.model, LIST)[1].strip() != expected.strip()
+    assert server.chat(server.name, LIST)[1].strip() != expected.strip()
 
 
 def test_many_clients_of_one_sentence_make_one_adapter(server):
@@ -100,20 +100,20 @@ def test_more_sentences_than_slots(server):
 
 def test_what_clients_and_metrics_see(server):
     server.chat(LAST, LIST)
-    _, models = server.get("/v1/models")
-    assert {card["id"] for card in models["data"]} >= {server.model}
+    models = json.loads(server.request("GET", "/v1/models")[1])
+    assert {card["id"] for card in models["data"]} >= {server.name}
     assert all(len(card["id"]) < 40 for card in models["data"])
-    _, metrics = server.get("/metrics", parse=False)
+    _, metrics = server.request("GET", "/metrics")
     assert "vllm:num_requests_running" in metrics and "last element" not in metrics
 
 
 def test_endpoint_gives_a_name_without_the_text(server):
     secret = "Answer with the word that the committee chose in Wolverhampton."
-    status, made = server.post("/v1/t2l/adapters", {"description": secret})
-    assert status == 200 and made["id"].startswith("t2l-")
-    assert server.post("/v1/t2l/adapters", {"description": f"  {secret}"})[1]["id"] == made["id"]
-    status, _ = server.chat(made["id"], LIST)
-    assert status == 200
+    made = [server.request("POST", "/v1/t2l/adapters", {"description": text}) for text in (secret, f"  {secret}")]
+    assert [status for status, _ in made] == [200, 200]
+    first, second = (json.loads(text)["id"] for _, text in made)
+    assert first == second and first.startswith("t2l-")
+    assert server.chat(first, LIST)[0] == 200
     assert "Wolverhampton" not in server.log.read_text()
 
 
@@ -169,19 +169,19 @@ def test_bad_input_is_refused_and_the_server_lives(server):
     message = [{"role": "user", "content": "hot"}]
     for name in bad_names():
         body = {"model": name, "messages": message, "max_tokens": 1}
-        status, text = server.post("/v1/chat/completions", body, parse=False)
+        status, text = server.request("POST", "/v1/chat/completions", body)
         assert 400 <= status < 500 or status == 503, (name, status, text)
         assert "Traceback" not in text and json.loads(text)["error"]["message"]
         count += 1
     for body in bad_bodies():
-        status, text = server.post("/v1/t2l/adapters", body, parse=False)
+        status, text = server.request("POST", "/v1/t2l/adapters", body)
         assert 400 <= status < 500 or status == 503, (body[:80], status, text)
         assert "Traceback" not in text and json.loads(text)["error"]["message"]
         count += 1
     for field in ("messages", "max_tokens", "temperature"):
         for value in ("\0", -1, [], {}, "x", None, [[]], 1e300):
             body = {"model": LAST, "messages": message, "max_tokens": 1} | {field: value}
-            status, text = server.post("/v1/chat/completions", body, parse=False)
+            status, text = server.request("POST", "/v1/chat/completions", body)
             assert (status == 200 and field != "messages") or 400 <= status < 500, (body, status, text)
             count += 1
     assert count >= 500
