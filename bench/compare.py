@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import statistics
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from bench import worker
 from bench.harness import BenchError
+from bench.process import Process
 from bench.source import ROOT
 
 #: What the native libraries are built from: a revision that differs in none of it runs with those of this tree.
@@ -102,36 +102,20 @@ def _run(command: Sequence[str], folder: Path, why: str) -> None:
         raise BenchError(f"{why}:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-class Worker:
+class Worker(Process):
     """A process that times the engine of ``folder`` on ``threads`` threads."""
 
     def __init__(self, folder: Path, threads: int):
-        self.folder = folder
         command = [sys.executable, "-c", Path(worker.__file__).read_text(encoding="utf-8"), str(threads)]
         environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": str(threads)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
-        about = self._answer()
+        super().__init__(str(folder), command, folder, environment)
+        about = self.answer()
         if Path(about["package"]).resolve() != (folder / "t2l_engine").resolve() or not about["native"]:
             raise BenchError(f"{folder}: expected its own t2l_engine with native kernels to be imported, got {about}")
 
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise BenchError(f"{self.folder}: its worker ended with status {self._process.wait()}; its error is above")
-        return json.loads(line)
-
     def sample(self, case: str) -> float:
         """Microseconds a call."""
-        self._process.stdin.write(json.dumps(case) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        return self.ask(case)
 
 
 def trees(old: str, new: str, threads: int, only: str, rounds: int, limit: float) -> dict[str, Compared]:

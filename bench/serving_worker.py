@@ -1,0 +1,160 @@
+"""One way to serve, in a process of its own, for :mod:`bench.suites.serving`: loads a model, generates when it is told to.
+
+Reads a command as a line of JSON and answers with one: ``load`` (the fields of :func:`load`), ``generate`` and ``logits``
+(prompts as token ids, the adapter of every row or null).  The end of its input ends it.  Standard output holds answers alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Prompts = Sequence[Sequence[int]]
+Rows = Sequence[int | None]
+
+
+class Server(Protocol):
+    """Rows are decoded greedily; ``adapters``: of every row, None: the base model."""
+
+    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
+        """``new`` tokens for each prompt."""
+        ...
+
+    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
+        """``[len(rows), vocabulary]`` after the prompts of ``rows``, with all prompts in one batch."""
+        ...
+
+
+class Vllm:
+    """vLLM's engine in this process, without a prefix cache; ``modules``: what it wraps, None: every layer it can."""
+
+    def __init__(self, model: str, folders: Sequence[str], *, lora: bool, modules: list[str] | None, eager: bool, rank: int):
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        self.requests = [LoRARequest(f"adapter-{i}", 1 + i, folder) for i, folder in enumerate(folders)] if lora else []
+        options: dict[str, Any] = {}
+        if lora:
+            options = {"enable_lora": True, "max_loras": len(folders), "max_lora_rank": rank, "lora_target_modules": modules}
+        fixed = {"dtype": "bfloat16", "max_model_len": 256, "enable_prefix_caching": False, "seed": 0}
+        logits = {"max_logprobs": -1, "logprobs_mode": "raw_logits"}
+        self.llm = LLM(model, enforce_eager=eager, disable_log_stats=True, **fixed, **logits, **options)
+
+    def wrapper(self) -> str | None:
+        """The class that multiplies with the adapters; None without LoRA."""
+        return self.llm.collective_rpc(_wrapper)[0] if self.requests else None
+
+    def _run(self, prompts: Prompts, adapters: Rows, params: Any) -> list[Any]:
+        chosen = [None if i is None else self.requests[i] for i in adapters] if self.requests else None
+        tokens: Any = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        return self.llm.generate(tokens, params, lora_request=chosen, use_tqdm=False)
+
+    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+        return [list(one.outputs[0].token_ids) for one in self._run(prompts, adapters, params)]
+
+    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
+        from vllm import SamplingParams
+
+        few = {"temperature": 0.0, "max_tokens": 1, "detokenize": False}
+        params = [SamplingParams(logprobs=-1 if i in rows else None, **few) for i in range(len(prompts))]
+        outputs = self._run(prompts, adapters, params)
+        found = []
+        for i in rows:
+            (values,) = outputs[i].outputs[0].logprobs
+            found.append(torch.tensor([values[token].logprob for token in range(len(values))]))
+        return torch.stack(found)
+
+
+def _wrapper(worker: Any) -> str:
+    return type(worker.model_runner.lora_manager._adapter_manager.punica_wrapper).__name__
+
+
+class Transformers:
+    """``generate`` of transformers with :func:`t2l_engine.attach`, or with a mixed batch of PEFT."""
+
+    def __init__(self, model: str, folders: Sequence[str], *, peft: bool):
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self.handle = None
+        if peft:
+            from peft import PeftModel
+
+            given: dict[str, Any] = {"autocast_adapter_dtype": False}
+            self.model = PeftModel.from_pretrained(self.model, folders[0], adapter_name="0", **given)
+            for i, folder in enumerate(folders[1:], 1):
+                self.model.load_adapter(folder, adapter_name=str(i), **given)
+            # In the model's dtype; and asking for gradients, without which torch's product for logits copies the matrix.
+            self.model = self.model.to(torch.bfloat16).eval().requires_grad_()
+        else:
+            import t2l_engine as t2l
+
+            self.handle = t2l.attach(self.model, t2l.AdapterStack.from_peft(folders, dtype=torch.bfloat16))
+
+    def _names(self, adapters: Rows) -> dict[str, Any]:
+        """What a call is given beside the tokens."""
+        if self.handle is None:
+            return {"adapter_names": ["__base__" if i is None else str(i) for i in adapters]}
+        self.handle.set(list(adapters))
+        return {}
+
+    @torch.inference_mode()
+    def generate(self, prompts: Prompts, adapters: Rows, new: int) -> list[list[int]]:
+        tokens = torch.tensor(prompts)
+        given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "do_sample": False}
+        made = self.model.generate(**given, min_new_tokens=new, max_new_tokens=new, **self._names(adapters))
+        return made[:, tokens.shape[1] :].tolist()
+
+    @torch.inference_mode()
+    def logits(self, prompts: Prompts, adapters: Rows, rows: Sequence[int]) -> Tensor:
+        out = self.model(input_ids=torch.tensor(prompts), logits_to_keep=1, **self._names(adapters))
+        return out.logits[list(rows), -1].float()
+
+
+def load(engine: str, threads: int, **given: Any) -> tuple[Server, dict[str, Any]]:
+    """The server, and what it says of itself; ``engine``: "vllm", "attach" or "peft", ``given``: of its class."""
+    if engine == "vllm":
+        server = Vllm(**given)
+        return server, {"wrapper": server.wrapper()}
+    torch.set_num_threads(threads)
+    return Transformers(given["model"], given["folders"], peft=engine == "peft"), {}
+
+
+def rss_mib() -> float:
+    """Memory of this process that is resident."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what else is printed must not be taken for an answer
+    server: Any = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        todo, given = asked.pop("do"), asked
+        if todo == "load":
+            server, answer = load(**given)
+        elif todo == "generate":
+            start = time.perf_counter()
+            tokens = server.generate(**given)
+            answer = {"seconds": time.perf_counter() - start, "tokens": tokens, "rss_mib": rss_mib()}
+        else:
+            torch.save(server.logits(given["prompts"], given["adapters"], given["rows"]), given["path"])
+            answer = {}
+        print(json.dumps(answer), file=answers)
+
+
+if __name__ == "__main__":
+    main()
