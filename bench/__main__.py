@@ -1,4 +1,4 @@
-"""Measure (``python -m bench generate|apply|train|icl|learn|study|lengths|kernels``), compare two trees, make the pages."""
+"""Measure (``python -m bench generate|apply|train|serving|icl|learn|study|lengths|kernels``), compare trees, make pages."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pre
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
-PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train")} | {"icl": "bench.icl"}
+PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving")} | {"icl": "bench.icl"}
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
     "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
     "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
+    "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]

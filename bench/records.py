@@ -20,7 +20,21 @@ BASE = "base"
 PREALLOCATED, FRESH = "preallocated output", "fresh output"
 #: What runs of a card time beside ours: ours called otherwise, bounds, and a part of a request.
 HOST = "ours, from the host"
-BESIDE = (BASE, FRESH, HOST, "ours, a launch a linear", "ours, ops alone", "copy", "head weights", "text encoder")
+#: In vLLM or beside it: without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.
+COMPILED, OURS_ALL, ATTACHED = "base, compiled", "ours, every layer", "ours, transformers"
+BESIDE = (
+    BASE,
+    FRESH,
+    HOST,
+    COMPILED,
+    OURS_ALL,
+    ATTACHED,
+    "ours, a launch a linear",
+    "ours, ops alone",
+    "copy",
+    "head weights",
+    "text encoder",
+)
 #: What the runs of a card add to the name of their suite.
 CUDA = "-cuda"
 #: Arms of a training step of which one holds less memory than the other.
@@ -69,6 +83,7 @@ class Row:
     error: dict[str, Any] | None
     unit_us: float | None = None
     peak_gflops: float | None = None
+    also: tuple[dict[str, Any], ...] = ()  # further targets
 
     @property
     def us(self) -> float:
@@ -114,9 +129,15 @@ class Row:
     @property
     def verdict(self) -> Verdict | None:
         """The row beside its target, or None where it has none; ResultError where the target is of nothing measured."""
-        if self.target is None:
-            return None
-        of, ratio, plus = self.target["of"], self.target["ratio"], self.target.get("plus_us") or 0
+        return None if self.target is None else self._judged(self.target)
+
+    @property
+    def verdicts(self) -> list[Verdict]:
+        """The row beside its target and the further ones."""
+        return [self._judged(target) for target in (self.target, *self.also) if target is not None]
+
+    def _judged(self, target: dict[str, Any]) -> Verdict:
+        of, ratio, plus = target["of"], target["ratio"], target.get("plus_us") or 0
         known = {name: timing["median_us"] for name, timing in self.times.items()}
         known |= {"roofline": self.roofline["us"]} if self.roofline else {}
         unit = known.get(of, self.unit_us)
@@ -158,7 +179,8 @@ class Result:
     def verdicts(self) -> list[Verdict]:
         """Everything that has a target: rows, memory of generating, memory of training steps."""
         memory = [e for kind in ("memory", "train_memory") for e in self.others.get(kind, [])]
-        return [v for v in [*(row.verdict for row in self.rows), *map(memory_verdict, memory)] if v]
+        of_rows = [v for row in self.rows for v in row.verdicts]
+        return [*of_rows, *(v for v in map(memory_verdict, memory) if v)]
 
 
 def memory_verdict(entry: dict[str, Any]) -> Verdict | None:

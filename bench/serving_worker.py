@@ -1,7 +1,8 @@
 """One way to serve, in a process of its own, for :mod:`bench.suites.serving`: loads a model, generates when it is told to.
 
 Reads a command as a line of JSON and answers with one: ``load`` (the fields of :func:`load`), ``generate`` and ``logits``
-(prompts as token ids, the adapter of every row or null).  The end of its input ends it.  Standard output holds answers alone.
+(prompts as token ids, the adapter of every row or null).  The end of its input ends it; what else is printed goes to
+standard error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,15 +146,19 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         todo, given = asked.pop("do"), asked
-        if todo == "load":
-            server, answer = load(**given)
-        elif todo == "generate":
-            start = time.perf_counter()
-            tokens = server.generate(**given)
-            answer = {"seconds": time.perf_counter() - start, "tokens": tokens, "rss_mib": rss_mib()}
-        else:
-            torch.save(server.logits(given["prompts"], given["adapters"], given["rows"]), given["path"])
-            answer = {}
+        try:
+            if todo == "load":
+                server, answer = load(**given)
+            elif todo == "generate":
+                start = time.perf_counter()
+                tokens = server.generate(**given)
+                answer = {"seconds": time.perf_counter() - start, "tokens": tokens, "rss_mib": rss_mib()}
+            else:
+                torch.save(server.logits(given["prompts"], given["adapters"], given["rows"]), given["path"])
+                answer = {}
+        except Exception as error:  # of a baseline is a reason to skip it
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"}
         print(json.dumps(answer), file=answers)
 
 

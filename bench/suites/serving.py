@@ -1,0 +1,287 @@
+"""Many adapters in one batch inside vLLM on a CPU: its own LoRA kernels, ours in their place, and none at all.
+
+Every way is a process of its own (:mod:`bench.serving_worker`).  All processes of a task wait while one generates; calls
+are interleaved, all ways in one order and then in the other, and processes are started anew a few times.  Before anything
+is timed, first-token logits are held to the float64 model, and rows without an adapter to the tokens of vLLM without LoRA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import t2l_engine as t2l
+from bench import models
+from bench.harness import (
+    OURS,
+    BenchError,
+    Context,
+    Error,
+    Record,
+    Target,
+    Task,
+    VerificationError,
+    logits_error,
+    record,
+    row,
+    verify,
+)
+from bench.process import Process
+from bench.records import BASE, OURS_ALL
+from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, NONE, STOCK, STOCK_QV, TINY, Case, Load
+from bench.source import ROOT
+from bench.timing import Timing, tolerant
+from t2l_engine.text import packaged
+
+#: Rows whose logits are verified, the first ones that have an adapter.
+CHECKED = 8
+WRAPPER = "PunicaWrapperT2L"
+NO_VLLM = (
+    "serving: vllm is not installed for this Python; run: make serve && .venv-serve/bin/python -m bench serving"
+    " (vLLM wants releases of its own of torch and transformers)"
+)
+#: Shares of the tokens per second of others that ours must reach.
+OF_BASE, OF_STOCK, OF_DEFAULT, OF_BASE_UNUSED = 0.93, 1.5, 3.0, 0.97
+
+
+def plan(context: Context) -> list[Task]:
+    if not context.on_cpu:
+        raise BenchError(f"serving: expected device cpu, which it is about; got {context.device.kind!r}")
+    if importlib.util.find_spec("vllm") is None:
+        raise BenchError(NO_VLLM)
+    load = FULL if context.full else TINY
+    return [Task.of(f"{count} adapters", measured, context, load, count) for count in load.cases]
+
+
+def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
+    """The rows and arms of all cases with ``count`` adapters in the servers."""
+    with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
+        inputs = Inputs.of(Path(scratch), load, count)
+        cases = {case.name: Measured(case, load.new) for case in load.cases[count]}
+        names = [name for name in ARMS if any(name in case.arms for case in load.cases[count])]
+        skipped: dict[str, str] = {}
+        for start in range(load.starts):
+            with contextlib.ExitStack() as stack:
+                servers = {}
+                for name in (name for name in names if name not in skipped):
+                    with tolerant(_strict(name), skipped_here := {}):
+                        servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
+                    skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
+                if start == 0:
+                    skipped |= _verified(inputs, cases.values(), servers)
+                for one in cases.values():
+                    one.time({name: servers[name] for name in one.case.arms if name in servers}, inputs)
+        for one in cases.values():
+            yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.arms}, inputs)
+
+
+def _strict(name: str) -> str:
+    """The name under which an arm may not fail, if it is ours or what the others are compared with."""
+    return OURS if ARMS[name].own or name == BASE else name
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Adapters of ``count`` sentences as PEFT folders, prompts at random, and folders of the model without and with one."""
+
+    scratch: Path
+    stack: t2l.AdapterStack
+    folders: tuple[str, ...]
+    prompts: Tensor  # [requests, prompt]
+    merged: Path
+
+    @staticmethod
+    def of(scratch: Path, load: Load, count: int) -> Inputs:
+        engine = t2l.TextToLoRA.from_pretrained(packaged.LANGUAGE_MODEL)
+        stack = engine.generate([f"Answer with the {i + 1}. letter of the last word of the text." for i in range(count)])
+        folders = [scratch / f"adapter-{i}" for i in range(count)]
+        for i, folder in enumerate(folders):
+            stack.save_pretrained(folder, adapter=i)
+        merged, base = scratch / "merged", packaged.convert()
+        shutil.copytree(base, merged)
+        models.merged(packaged.load(torch.bfloat16)[0], stack, 0).save_pretrained(merged)
+        most = max(case.requests for case in load.cases[count])
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(5, 40_000, (most, load.prompt), generator=generator)
+        return Inputs(scratch, stack, tuple(map(str, folders)), prompts, merged)
+
+    def tokens(self, count: int) -> list[list[int]]:
+        return self.prompts[:count].tolist()
+
+    @functools.cached_property
+    def rank(self) -> int:
+        return next(iter(self.stack.lora_A.values())).shape[2]
+
+
+class Server(Process):
+    """The process of an arm, with its model loaded; BenchError where that fails or vLLM multiplies by other kernels."""
+
+    def __init__(self, name: str, threads: int, inputs: Inputs):
+        arm = ARMS[name]
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("T2L_VLLM_", "VLLM_PLUGINS"))}
+        cpus = sorted(os.sched_getaffinity(0))[:threads]
+        environment |= {
+            "OMP_NUM_THREADS": str(threads),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            **({"T2L_VLLM_KERNELS": "1"} if arm.kernels else {}),
+        }
+        super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
+        try:
+            model = inputs.merged if arm.merged else packaged.convert()
+            given = {"model": str(model), "folders": inputs.folders, "lora": arm.lora, "modules": arm.modules}
+            about = self._ask(do="load", engine=arm.engine, threads=threads, eager=arm.eager, rank=inputs.rank, **given)
+            if arm.lora and (about["wrapper"] == WRAPPER) != arm.kernels:
+                expected = f"{WRAPPER}, by the plugin of an installed t2l_engine" if arm.kernels else "vLLM's own kernels"
+                raise BenchError(f"{name}: expected {expected}; got {about['wrapper']}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, **question: Any) -> dict[str, Any]:
+        answer = self.ask(question)
+        if "error" in answer:
+            raise BenchError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def generate(self, case: Case, inputs: Inputs, new: int) -> dict[str, Any]:
+        return self._ask(do="generate", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), new=new)
+
+    def logits(self, case: Case, inputs: Inputs, rows: Sequence[int]) -> Tensor:
+        place = str(inputs.scratch / "logits.pt")
+        self._ask(do="logits", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), rows=rows, path=place)
+        return torch.load(place)
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+class Oracle:
+    """Logits after a prompt from the float64 model, and from the bfloat16 one, with an adapter merged by hand."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.other: nn.Module = packaged.load(torch.bfloat16)[0]
+        self.wide: nn.Module = packaged.load(torch.float32)[0].double()
+
+    @functools.cache  # noqa: B019  # an oracle lives as long as its logits
+    def __call__(self, request: int, adapter: int | None) -> tuple[Tensor, Tensor]:
+        tokens = self.inputs.prompts[request : request + 1]
+        stack = None if adapter is None else self.inputs.stack
+        ids = [adapter or 0]
+        with torch.inference_mode():
+            exact, other = (models.exact_logits(m, stack, tokens, ids)["decode"][0] for m in (self.wide, self.other))
+        return exact, other
+
+    def error(self, got: Tensor, requests: Sequence[int], adapters: Sequence[int | None]) -> Error:
+        both = [self(request, adapter) for request, adapter in zip(requests, adapters, strict=True)]
+        exact, other = (torch.stack(side) for side in zip(*both, strict=True))
+        return logits_error(got.to(other.dtype), exact, other)
+
+
+def _verified(inputs: Inputs, cases: Sequence[Measured], servers: Mapping[str, Server]) -> dict[str, str]:
+    """Fill in the errors of all arms; the baselines that are wrong, and why.  Raises VerificationError where ours is."""
+    oracle, skipped = Oracle(inputs), {}
+    for one in cases:
+        for name in (name for name in one.case.arms if name in servers):
+            rows = one.case.rows(name)
+            checked = [i for i, adapter in enumerate(rows) if adapter is not None] or list(range(len(rows)))
+            checked = checked[:CHECKED]
+            with tolerant(_strict(name), skipped_here := {}):
+                got = servers[name].logits(one.case, inputs, checked)
+                one.errors[name] = oracle.error(got, checked, [rows[i] for i in checked])
+                wrong = verify(f"{one.case.name}, {name}", {_strict(name): None}, {_strict(name): one.errors[name]})[1]
+                skipped_here |= wrong
+            skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
+    return skipped
+
+
+# --- timing ----------------------------------------------------------------------------------------------------------
+
+
+class Measured:
+    """What is known of a case: by arm the error, seconds of calls, seconds a step, memory, and rows as without LoRA."""
+
+    def __init__(self, case: Case, new: int):
+        self.case, self.new = case, new
+        self.errors: dict[str, Error] = {}
+        self.seconds: dict[str, list[float]] = {name: [] for name in case.arms}
+        self.steps: dict[str, list[float]] = {name: [] for name in case.arms}
+        self.rss_mib: dict[str, list[float]] = {name: [] for name in case.arms}
+        self.alike: dict[str, tuple[int, int]] = {}  # of the rows without an adapter those with the tokens of BASE, and all
+
+    def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
+        """One start: an untimed call of every arm, whose tokens are compared, then passes in both orders."""
+        tokens = {name: server.generate(self.case, inputs, self.new)["tokens"] for name, server in servers.items()}
+        for name in servers:
+            plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None]
+            alike = sum(tokens[name][i] == tokens[BASE][i] for i in plain)
+            before = self.alike.get(name, (0, 0))
+            self.alike[name] = before[0] + alike, before[1] + len(plain)
+            if alike < len(plain) and ARMS[name].own:
+                what = f"{len(plain) - alike} of {len(plain)} rows without an adapter have other tokens than without LoRA"
+                raise VerificationError(f"{self.case.name}, {name}: {what}")
+        for _ in range(self.case.passes):
+            for order in (list(servers), list(servers)[::-1]):
+                for name in order:
+                    half, whole = (servers[name].generate(self.case, inputs, n) for n in (self.new // 2, self.new))
+                    self.seconds[name].append(whole["seconds"])
+                    self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
+                    self.rss_mib[name].append(whole["rss_mib"])
+
+    def records(self, context: Context, skipped: Mapping[str, str], inputs: Inputs) -> Iterator[Record]:
+        """The row, with ours where vLLM wraps the target modules alone, and what else is known of each arm."""
+        timings = {name: _timing(seconds) for name, seconds in self.seconds.items() if name not in skipped}
+        shape = {"model": "SmolLM2-135M", "dtype": "bfloat16", "requests": self.case.requests}
+        shape |= {"adapters": len({i for i in self.case.rows(OURS) if i is not None}), "prompt": inputs.prompts.shape[1]}
+        shape |= {"new": self.new, "modules": "q,v", "rank": inputs.rank, "slots": len(inputs.folders)}
+        given = {"skipped": skipped, **self.targets(timings)}
+        yield row(context, self.case.name, "serving", shape, timings, self.errors[OURS], **given)
+        if self.case.name == NONE:
+            mine = {OURS: timings[OURS_ALL]} | {name: timings[name] for name in (BASE, STOCK) if name in timings}
+            name, target = f"{NONE}, every layer wrapped", Target(round(1 / OF_BASE_UNUSED, 4), of=BASE)
+            yield row(context, name, "serving", shape | {"modules": "all"}, mine, self.errors[OURS_ALL], target=target)
+        for name in timings:
+            alike, plain = self.alike[name]
+            yield record(
+                "arm",
+                case=self.case.name,
+                arm=name,
+                step=_timing(self.steps[name]).to_json(),
+                rss_mib=round(max(self.rss_mib[name]), 1),
+                plain_rows=plain,
+                plain_rows_alike=alike,
+                error=self.errors[name]._asdict(),
+            )
+
+    def targets(self, timings: Mapping[str, Timing]) -> dict[str, Any]:
+        """As times: n times the tokens per second are a time of 1 / n."""
+        if self.case.name == NONE:
+            return {"target": Target(round(1 / OF_BASE_UNUSED, 4), of=BASE)}
+        stock = [name for name in (STOCK_QV, STOCK) if name in timings]
+        best = [Target(round(1 / OF_STOCK, 4), of=min(stock, key=lambda n: timings[n].median_us))] if stock else []
+        if self.case.name in (MANY, HALF):
+            return {"target": best[0]} if best else {}
+        if self.case.name != EIGHT:
+            return {}
+        default = [Target(round(1 / OF_DEFAULT, 4), of=STOCK)] if STOCK in timings else []
+        return {"target": Target(round(1 / OF_BASE, 4), of=BASE), "also": [*best, *default]}
+
+
+def _timing(seconds: Sequence[float]) -> Timing:
+    return Timing.of([1e6 * one for one in seconds])
