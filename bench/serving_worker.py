@@ -79,7 +79,8 @@ class Vllm:
 
 
 def _wrapper(worker: Any) -> str:
-    return type(worker.model_runner.lora_manager._adapter_manager.punica_wrapper).__name__
+    mapping = worker.model_runner.lora_manager._adapter_manager.punica_wrapper_mapping
+    return " ".join({type(wrapper).__name__ for wrapper in mapping.values()})
 
 
 class Transformers:

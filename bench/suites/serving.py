@@ -94,13 +94,12 @@ def _strict(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Adapters of ``count`` sentences as PEFT folders, prompts at random, and folders of the model without and with one."""
+    """Adapters of sentences, their PEFT folders, and prompts at random."""
 
     scratch: Path
     stack: t2l.AdapterStack
     folders: tuple[str, ...]
     prompts: Tensor  # [requests, prompt]
-    merged: Path
 
     @staticmethod
     def of(scratch: Path, load: Load, count: int) -> Inputs:
@@ -109,16 +108,21 @@ class Inputs:
         folders = [scratch / f"adapter-{i}" for i in range(count)]
         for i, folder in enumerate(folders):
             stack.save_pretrained(folder, adapter=i)
-        merged, base = scratch / "merged", packaged.convert()
-        shutil.copytree(base, merged)
-        models.merged(packaged.load(torch.bfloat16)[0], stack, 0).save_pretrained(merged)
         most = max(case.requests for case in load.cases[count])
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(5, 40_000, (most, load.prompt), generator=generator)
-        return Inputs(scratch, stack, tuple(map(str, folders)), prompts, merged)
+        return Inputs(scratch, stack, tuple(map(str, folders)), prompts)
 
     def tokens(self, count: int) -> list[list[int]]:
         return self.prompts[:count].tolist()
+
+    @functools.cached_property
+    def merged(self) -> Path:
+        """Folder of the model with adapter 0 in its weights."""
+        folder = self.scratch / "merged"
+        shutil.copytree(packaged.convert(), folder)
+        models.merged(packaged.load(torch.bfloat16)[0], self.stack, 0).save_pretrained(folder)
+        return folder
 
     @functools.cached_property
     def rank(self) -> int:
@@ -130,15 +134,15 @@ class Server(Process):
 
     def __init__(self, name: str, threads: int, inputs: Inputs):
         arm = ARMS[name]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("T2L_VLLM_", "VLLM_PLUGINS"))}
+        without = ("T2L_VLLM_", "VLLM_PLUGINS", "OMP_NUM_THREADS")  # vLLM counts threads by the CPUs that it is bound to
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(without)}
         cpus = sorted(os.sched_getaffinity(0))[:threads]
         environment |= {
-            "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cpus)),
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
             **({"T2L_VLLM_KERNELS": "1"} if arm.kernels else {}),
         }
         super().__init__(name, [sys.executable, "-m", "bench.serving_worker"], ROOT, environment)
