@@ -52,6 +52,18 @@ NO_VLLM = (
     "serving: vllm is not installed for this Python; run: make serve && .venv-serve/bin/python -m bench serving"
     " (vLLM wants releases of its own of torch and transformers)"
 )
+#: What adapters are for: each task with each wish.
+TASKS = (
+    "Translate the text into French",
+    "Write the words in reverse order",
+    "Say whether the review is positive or negative",
+    "Count the letters of the word",
+    "Name the capital of the country",
+    "Add the two numbers",
+    "Repeat the last word of the list",
+    "Write the text in capital letters",
+)
+WISHES = ("", " as JSON", " in one word", " politely", " and explain why", " for a child", " twice", ", nothing else")
 #: Shares of the tokens per second of others that ours must reach.
 OF_BASE, OF_STOCK, OF_DEFAULT, OF_BASE_UNUSED = 0.93, 1.5, 3.0, 0.97
 
@@ -104,7 +116,7 @@ class Inputs:
     @staticmethod
     def of(scratch: Path, load: Load, count: int) -> Inputs:
         engine = t2l.TextToLoRA.from_pretrained(packaged.LANGUAGE_MODEL)
-        stack = engine.generate([f"Answer with the {i + 1}. letter of the last word of the text." for i in range(count)])
+        stack = engine.generate([f"{TASKS[i % len(TASKS)]}{WISHES[i // len(TASKS)]}." for i in range(count)])
         folders = [scratch / f"adapter-{i}" for i in range(count)]
         for i, folder in enumerate(folders):
             stack.save_pretrained(folder, adapter=i)
@@ -209,6 +221,9 @@ def _verified(inputs: Inputs, cases: Sequence[Measured], servers: Mapping[str, S
             with tolerant(_strict(name), skipped_here := {}):
                 got = servers[name].logits(one.case, inputs, checked)
                 one.errors[name] = oracle.error(got, checked, [rows[i] for i in checked])
+                others = [rows[i] for i in (*checked[1:], checked[0])]
+                if len(set(others)) > 1 and (control := oracle.error(got, checked, others)).value <= control.bound:
+                    raise BenchError(f"{one.case.name}, {name}: logits do not tell the adapters of two rows apart")
                 wrong = verify(f"{one.case.name}, {name}", {_strict(name): None}, {_strict(name): one.errors[name]})[1]
                 skipped_here |= wrong
             skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
