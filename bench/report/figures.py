@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.icl.names import MEAN, PAPER
-from bench.records import BASE, HOOKS, OURS
+from bench.records import ATTACHED, BASE, HOOKS, OURS, OURS_ALL
 from bench.report.cells import duration, number
 from bench.report.tables import Line, to_csv
 from bench.report.tables_study import ARMS, GROUPS
+from bench.serving_arms import EIGHT, MANY, PEFT, STOCK, STOCK_QV
 from t2l_engine.research.costs import LABELS
 
 if TYPE_CHECKING:
@@ -109,6 +110,23 @@ def training(figure: Figure, lines: Sequence[Line]) -> None:
     _by_way(figure, lines, panels)
 
 
+#: Ways to serve; others are grey.
+SERVED = {BASE: PALE, OURS: SKY, OURS_ALL: BLUE, ATTACHED: GREEN, STOCK_QV: ORANGE, STOCK: VERMILION, PEFT: YELLOW}
+
+
+def serving(figure: Figure, lines: Sequence[Line]) -> None:
+    """Tokens per second of every way to serve, for 8 requests and for 64."""
+    figure.set_size_inches(9.5, 3.2)
+    for axes, case in zip(figure.subplots(1, 2), (EIGHT, MANY), strict=True):
+        arms = [line for line in lines if line["case"] == case and line["tokens/s"]]
+        values = [line["tokens/s"] for line in arms]
+        colours = [SERVED.get(line["arm"], GREY) for line in arms]
+        axes.bar_label(axes.barh(range(len(arms)), values, height=0.75, color=colours), map(number, values), padding=2)
+        _bars(axes, [line["arm"] for line in arms])
+        axes.set(title=case, xlabel="tokens per second")
+        axes.margins(x=0.14)
+
+
 #: Phases of a request: the heading of their operations, colour, and what they are called.
 PHASES = {
     "phases describe flops": (ORANGE, "text encoder"),
@@ -168,6 +186,7 @@ FIGURES: dict[str, tuple[Callable[[Figure, Sequence[Line]], None], str]] = {
     "latency-split": (latency_split, "split"),
     "decode": (decode, "model"),
     "training": (training, "train"),
+    "serving": (serving, "serving"),
     "icl-request": (request, "icl-ways"),
     "study-arms": (arms, "study-arms"),
 }

@@ -17,7 +17,7 @@ import jinja2
 from rich.console import Console
 
 from bench.records import CUDA, Result, ResultError, Row, load
-from bench.report import cells, figures, speed, tables, tables_icl, tables_study, tables_train  # noqa: F401
+from bench.report import cells, figures, speed, tables, tables_icl, tables_serving, tables_study, tables_train  # noqa: F401
 from bench.report.figures import FIGURES
 from bench.report.tables import TABLES, Line, Table
 from bench.source import ROOT, bundled
@@ -39,6 +39,8 @@ SOURCES = {
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }
+#: What else, where there is a run: it needs an environment of its own.
+OPTIONAL = {"serving": "python -m bench serving"}
 #: Results that say something of the bundled checkpoint.
 BUNDLED = ("icl", "study")
 AGAIN = "run: python -m bench report"
@@ -55,9 +57,13 @@ class Report:
         self.root = root
         self.problems: list[str] = []
         self.results = {name: self._load(name, command) for name, command in SOURCES.items()}
+        there = {name: command for name, command in OPTIONAL.items() if (root / RESULTS / f"{name}.jsonl").exists()}
+        self.results |= {name: self._load(name, command) for name, command in there.items()}
         for path in sorted((root / RESULTS).glob(f"*{CUDA}.jsonl")):
             self.results[path.stem] = self._load(path.stem, SOURCES[path.stem.removesuffix(CUDA)])
-        self.tables = TABLES | {t.name: t for t in map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD]) if t}
+        made = [*map(self._of_results, TABLES.values()), *map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD])]
+        self.tables = {t.name: t for t in made if t}
+        self.figures = {name: of for name, (_, of) in FIGURES.items() if of in self.tables}
         self._lines = functools.cache(self._lines)
 
     def _load(self, name: str, command: str) -> Result | None:
@@ -72,6 +78,11 @@ class Report:
         except ResultError as e:
             self.problems.append(f"bench/results/{e}")
         return None
+
+    def _of_results(self, table: Table) -> Table | None:
+        """The same table without results of OPTIONAL that are not there, or None where it shows nothing else."""
+        sources = tuple(source for source in table.sources if source in self.results or source not in OPTIONAL)
+        return dataclasses.replace(table, sources=sources) if sources else None
 
     def _of_a_card(self, table: Table) -> Table | None:
         """The same table from runs of a card, or None where none of them holds what it shows."""
@@ -199,18 +210,18 @@ class Report:
 
     def _drawing(self, make: Callable[[str, list[Line]], str]) -> Callable[[str], str]:
         """``make`` of a figure's name and lines, as a function of its name."""
-        return lambda name: make(name, self._lines(FIGURES[name][1]))
+        return lambda name: make(name, self._lines(self.figures[name]))
 
     def strangers(self) -> list[Path]:
         """Files in folders of generated files that nothing makes."""
-        known = {PAGES / "tables" / f"{name}.csv" for name in self.tables} | {DRAWN / f"{name}.svg" for name in FIGURES}
+        known = {PAGES / "tables" / f"{name}.csv" for name in self.tables} | {DRAWN / f"{name}.svg" for name in self.figures}
         known |= {PAGES / template.stem for template in TEMPLATES.glob("results/*.md.j2")}
         there = [path for folder in (PAGES, PAGES / "tables", DRAWN) for path in (self.root / folder).glob("*.*")]
         return sorted({path.relative_to(self.root) for path in there} - known)
 
     def check(self) -> list[str]:
         """What is wrong, a line each."""
-        stamps = {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.stamp)) for name in FIGURES}
+        stamps = {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.stamp)) for name in self.figures}
         for path, made in (self.texts() | stamps).items():
             there = (self.root / path).read_text(encoding="utf-8") if (self.root / path).exists() else None
             if there is None:
@@ -225,7 +236,7 @@ class Report:
     def write(self) -> list[str]:
         """Writes everything, or nothing where something is wrong."""
         out = self.texts()
-        out |= {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.svg)) for name in FIGURES}
+        out |= {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.svg)) for name in self.figures}
         if not self.problems:
             for path, text in out.items():
                 (self.root / path).parent.mkdir(parents=True, exist_ok=True)

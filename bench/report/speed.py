@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from bench.records import BASE, PREALLOCATED, Result, Row, ceiling_key, memory_verdict
 from bench.report.tables import Line, Make, Table, beside_base, beside_roofline, each, flat, table
 
-SUITES = ("generate", "apply", "train", "icl")
+SUITES = ("generate", "apply", "train", "icl", "serving")
 #: Of whose rows every other time is that of a rival.  In icl others answer a later question, which is less work.
-COMPARED = ("generate", "apply", "train")
+COMPARED = ("generate", "apply", "train", "serving")
 
 
 def rows(group: str, line: Callable[..., Line], unit: str, keep: Callable[[Row], bool] = lambda row: True) -> Make:

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
                         servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
                     skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
                 if start == 0:
-                    skipped |= _verified(inputs, cases.values(), servers)
+                    skipped |= _verified(inputs, cases.values(), servers, Oracle(inputs))
                 for one in cases.values():
                     one.time({name: servers[name] for name in one.case.arms if name in servers}, inputs)
         for one in cases.values():
@@ -210,9 +210,9 @@ class Oracle:
         return logits_error(got.to(other.dtype), exact, other)
 
 
-def _verified(inputs: Inputs, cases: Sequence[Measured], servers: Mapping[str, Server]) -> dict[str, str]:
+def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, Server], oracle: Oracle) -> dict[str, str]:
     """Fill in the errors of all arms; the baselines that are wrong, and why.  Raises VerificationError where ours is."""
-    oracle, skipped = Oracle(inputs), {}
+    skipped: dict[str, str] = {}
     for one in cases:
         for name in (name for name in one.case.arms if name in servers):
             rows = one.case.rows(name)

@@ -1,0 +1,149 @@
+"""The suite of serving without vLLM: what is compared, what is refused, and the page of a run; servers are made up."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import harness
+from bench.harness import OURS, BenchError, Context, Error, VerificationError, record
+from bench.records import BASE, OURS_ALL
+from bench.report import pages
+from bench.report.pages import Report
+from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, MERGED, NONE, STOCK, STOCK_QV, Case
+from bench.source import ROOT
+from bench.suites import serving
+from bench.suites.serving import Measured
+
+CASES = {case.name: case for some in FULL.cases.values() for case in some}
+#: Seconds a token of a row, by arm.
+SECONDS = dict.fromkeys(ARMS, 0.02) | {BASE: 0.0095, OURS: 0.01, OURS_ALL: 0.012, STOCK_QV: 0.016, STOCK: 0.04}
+
+
+class Served:
+    """Tokens say which adapter made them; ``wrong``: rows without one get the last one's if any other row has one."""
+
+    def __init__(self, name, wrong=False):
+        self.name, self.wrong, self.asked = name, wrong, []
+
+    def generate(self, case, inputs, new):
+        rows = case.rows(self.name)
+        last = [i for i in rows if i is not None][-1:] if self.wrong else []
+        self.asked.append(new)
+        tokens = [[row if row is not None else last[0] if last else -1] * new for row in rows]
+        return {"seconds": SECONDS[self.name] * new * case.requests, "tokens": tokens, "rss_mib": 2000.0}
+
+
+class Inputs:
+    prompts, rank, folders = torch.zeros(64, 64), 8, ("adapter",) * 64
+
+
+@pytest.fixture
+def context():
+    return Context("full", 2, harness.Cpu(), None, (2, 3), 0.0, 0)
+
+
+def measured(case, wrong=()):
+    one = Measured(case, FULL.new)
+    one.errors = dict.fromkeys(case.arms, Error(0.01, 0.02))
+    servers = {name: Served(name, name in wrong) for name in case.arms}
+    one.time(servers, Inputs)
+    return one, servers
+
+
+def test_without_vllm_one_line_says_how_to_get_it(monkeypatch, context):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BenchError, match="^serving: vllm is not installed .*make serve .*$"):
+        serving.plan(context)
+
+
+def test_rows_of_a_case():
+    assert CASES[HALF].rows(OURS) == [i if i % 2 == 0 else None for i in range(64)]
+    assert CASES[HALF].rows(BASE) == CASES[NONE].rows(OURS) * 8 == [None] * 64
+    assert CASES[EIGHT].rows(MERGED) == [0] * 8 and CASES[EIGHT].rows(STOCK) == list(range(8))
+
+
+def test_calls_go_forth_and_back_with_all_tokens_and_half(context):
+    one, servers = measured(CASES[EIGHT])
+    assert servers[OURS].asked == [64] + 2 * CASES[EIGHT].passes * [32, 64]
+    row, *arms = one.records(context, {}, Inputs)
+    assert row["times"][OURS]["median_us"] == pytest.approx(64 * 8 * SECONDS[OURS] * 1e6)
+    assert {arm["arm"]: arm["step"]["median_us"] for arm in arms}[STOCK] == pytest.approx(8 * SECONDS[STOCK] * 1e6)
+
+
+def test_targets_are_shares_of_tokens_per_second(context):
+    row = next(iter(measured(CASES[EIGHT])[0].records(context, {}, Inputs)))
+    targets = [(target["of"], 1 / target["ratio"]) for target in (row["target"], *row["also"])]
+    assert targets == [
+        (BASE, pytest.approx(0.93, rel=1e-3)),
+        (STOCK_QV, pytest.approx(1.5, rel=1e-3)),
+        (STOCK, pytest.approx(3, rel=1e-3)),
+    ]
+    unused, every, *_ = measured(CASES[NONE])[0].records(context, {}, Inputs)
+    assert unused["target"] == every["target"] == {"ratio": 1.0309, "of": BASE}
+    assert every["times"][OURS] == unused["times"][OURS_ALL]
+
+
+def test_rows_without_an_adapter_that_change_are_told_of_others_and_refused_of_ours(context):
+    _, *arms = measured(CASES[HALF], wrong=[STOCK])[0].records(context, {}, Inputs)
+    assert {a["arm"]: (a["plain_rows_alike"], a["plain_rows"]) for a in arms if a["arm"] in (OURS, STOCK)} == {
+        OURS: (32, 32),
+        STOCK: (0, 32),
+    }
+    with pytest.raises(VerificationError, match=f"{HALF}, {OURS_ALL}: 32 of 32 rows without an adapter"):
+        measured(CASES[HALF], wrong=[OURS_ALL])
+
+
+def test_an_arm_that_fails_is_left_out_unless_it_is_ours():
+    case = Case("case", 2, (BASE, OURS, STOCK))
+
+    class Broken(Served):
+        def logits(self, case, inputs, rows):
+            raise BenchError(f"{self.name}: out of memory")
+
+    one = Measured(case, 4)
+    assert serving._verified(None, [one], {STOCK: Broken(STOCK)}, oracle=None) == {STOCK: "BenchError: vLLM: out of memory"}
+    with pytest.raises(BenchError, match="ours: out of memory"):
+        serving._verified(None, [one], {OURS: Broken(OURS)}, oracle=None)
+
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def root(tmp_path):
+    shutil.copytree(ROOT / pages.RESULTS, tmp_path / pages.RESULTS)
+    for document in pages.BLOCKS.values():
+        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / document, tmp_path / document)
+    (tmp_path / pages.RESULTS / "serving.jsonl").unlink(missing_ok=True)
+    return tmp_path
+
+
+def test_no_number_without_a_run(root):
+    report = Report(root)
+    page = report.texts()[Path("docs/results/serving.md")]
+    assert report.problems == [] and "No run is on record" in page and "serving" not in {*report.tables, *report.figures}
+
+
+def test_a_run_is_shown_and_judged(root, context):
+    head = Report(root).run("apply") | {"suite": "serving", "tasks": [], "command": "python -m bench serving"}
+    made = [head, record("ceiling", when="before", kind="gemm", dtype="float32", threads=1, gflops=1.0)]
+    made += [made[1] | {"when": "after"}]
+    for case in CASES.values():
+        made += measured(case, wrong=[STOCK])[0].records(context, {}, Inputs)
+    path = root / pages.RESULTS / "serving.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in made), encoding="utf-8")
+    report = Report(root)
+    page = report.texts()[Path("docs/results/serving.md")]
+    assert report.problems == [] and {"serving", "serving-targets"} <= report.tables.keys() and "serving" in report.figures
+    assert report.value("serving", "tokens/s", {"case": MANY, "arm": OURS}) == pytest.approx(1 / SECONDS[OURS])
+    assert report.value("serving", "x base", {"case": EIGHT, "arm": STOCK}) == pytest.approx(SECONDS[BASE] / SECONDS[STOCK])
+    assert "vLLM: 0 of 32 rows" in page and "vLLM, target modules: 32 of 32 rows" in page
+    met = {(line["case"], line["beside"]): line["met"] for line in report.lines("serving-targets", {"case": [EIGHT, NONE]})}
+    assert met == {(EIGHT, BASE): True, (EIGHT, STOCK_QV): True, (EIGHT, STOCK): True, (NONE, BASE): False}
+    assert {line["group"] for line in report.lines("misses")} >= {"serving"}
+    assert {line["baseline"] for line in report.lines("losses") if line["group"] == "serving"} == set()
