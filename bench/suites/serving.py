@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -40,11 +41,13 @@ from bench.harness import (
 )
 from bench.process import Process
 from bench.records import BASE, OURS_ALL
-from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, NONE, STOCK, STOCK_QV, TINY, Case, Load
+from bench.serving_arms import ARMS, EIGHT, FULL, HALF, IN_VLLM, MANY, NONE, STOCK, STOCK_QV, TINY, Case, Load
 from bench.source import ROOT
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
 
+#: Arms whose processes live at the same time; each group holds what the others are compared with.
+GROUPS = (IN_VLLM, (BASE, *(name for name in ARMS if name not in IN_VLLM)))
 #: Rows whose logits are verified, the first ones that have an adapter.
 CHECKED = 8
 WRAPPER = "PunicaWrapperT2L"
@@ -81,26 +84,37 @@ def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
     """The rows and arms of all cases with ``count`` adapters in the servers."""
     with tempfile.TemporaryDirectory(prefix="t2l-serving-") as scratch:
         inputs = Inputs.of(Path(scratch), load, count)
-        cases = {case.name: Measured(case, load.new) for case in load.cases[count]}
-        names = [name for name in ARMS if any(name in case.arms for case in load.cases[count])]
+        cases = [Measured(case, load.new) for case in load.cases[count]]
         skipped: dict[str, str] = {}
-        for start in range(load.starts):
-            with contextlib.ExitStack() as stack:
-                servers = {}
-                for name in (name for name in names if name not in skipped):
-                    with tolerant(_strict(name), skipped_here := {}):
-                        servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
-                    skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
-                if start == 0:
-                    skipped |= _verified(inputs, cases.values(), servers, Oracle(inputs))
-                for one in cases.values():
-                    one.time({name: servers[name] for name in one.case.arms if name in servers}, inputs)
-        for one in cases.values():
+        for start, group in itertools.product(range(load.starts), GROUPS):
+            wanted = [name for name in group if name not in skipped and any(name in one.case.arms for one in cases)]
+            if wanted != [BASE]:
+                skipped |= _started(context, inputs, cases, wanted, verifies=start == 0)
+        for one in cases:
             yield from one.records(context, {n: why for n, why in skipped.items() if n in one.case.arms}, inputs)
 
 
-def _strict(name: str) -> str:
-    """The name under which an arm may not fail, if it is ours or what the others are compared with."""
+def _started(
+    context: Context, inputs: Inputs, cases: Sequence[Measured], wanted: Sequence[str], verifies: bool
+) -> dict[str, str]:
+    """Time all cases in new processes of the arms ``wanted``; the baselines among them that failed, and why."""
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name in wanted:
+            with tolerant(_as(name), skipped):
+                servers[name] = stack.enter_context(contextlib.closing(Server(name, context.threads, inputs)))
+        if verifies:
+            skipped |= _verified(inputs, cases, servers, Oracle(inputs))
+        for one in cases:
+            present = {n: servers[n] for n in one.case.arms if n in servers and n not in skipped}
+            if present.keys() - {BASE}:
+                one.time(present, inputs)
+    return skipped
+
+
+def _as(name: str) -> str:
+    """How an arm is judged: ours and what the others are compared with may not fail, baselines are then left out."""
     return OURS if ARMS[name].own or name == BASE else name
 
 
@@ -218,15 +232,13 @@ def _verified(inputs: Inputs, cases: Iterable[Measured], servers: Mapping[str, S
             rows = one.case.rows(name)
             checked = [i for i, adapter in enumerate(rows) if adapter is not None] or list(range(len(rows)))
             checked = checked[:CHECKED]
-            with tolerant(_strict(name), skipped_here := {}):
+            with tolerant(_as(name), skipped):
                 got = servers[name].logits(one.case, inputs, checked)
                 one.errors[name] = oracle.error(got, checked, [rows[i] for i in checked])
                 others = [rows[i] for i in (*checked[1:], checked[0])]
                 if len(set(others)) > 1 and (control := oracle.error(got, checked, others)).value <= control.bound:
                     raise BenchError(f"{one.case.name}, {name}: logits do not tell the adapters of two rows apart")
-                wrong = verify(f"{one.case.name}, {name}", {_strict(name): None}, {_strict(name): one.errors[name]})[1]
-                skipped_here |= wrong
-            skipped |= dict.fromkeys([name], next(iter(skipped_here.values()))) if skipped_here else {}
+                skipped |= verify(f"{one.case.name}, {name}", {_as(name): None}, {_as(name): one.errors[name]})[1]
     return skipped
 
 
