@@ -43,6 +43,7 @@ from bench.process import Process
 from bench.records import BASE, OURS_ALL
 from bench.serving_arms import ARMS, EIGHT, FULL, HALF, IN_VLLM, MANY, NONE, STOCK, STOCK_QV, TINY, Case, Load
 from bench.source import ROOT
+from bench.suites import serving_life
 from bench.timing import Timing, tolerant
 from t2l_engine.text import packaged
 
@@ -77,7 +78,8 @@ def plan(context: Context) -> list[Task]:
     if importlib.util.find_spec("vllm") is None:
         raise BenchError(NO_VLLM)
     load = FULL if context.full else TINY
-    return [Task.of(f"{count} adapters", measured, context, load, count) for count in load.cases]
+    batches = [Task.of(f"{count} adapters", measured, context, load, count) for count in load.cases]
+    return [*batches, *serving_life.tasks(context)]
 
 
 def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
