@@ -243,7 +243,7 @@ def test_check_model_takes_descriptions_where_vllm_may_load_adapters(serve, monk
 def hooks(monkeypatch):
     """Calls of hooks.install, which replaces parts of vLLM and has tests of its own."""
     calls = []
-    replaced = types.SimpleNamespace(install=calls.append)
+    replaced = types.SimpleNamespace(install=lambda settings: (calls.append(settings), settings)[1])
     monkeypatch.setitem(sys.modules, "t2l_engine.serving.vllm.hooks", replaced)
     monkeypatch.setattr(serving, "hooks", replaced, raising=False)
     for name in ("CHECKPOINT", "KERNELS", "SPOOL"):

@@ -21,7 +21,7 @@ logger = logging.getLogger("vllm.t2l_engine")  # below "vllm", whose handlers vL
 
 WRAPPER = "t2l_engine.serving.vllm.punica.PunicaWrapperT2L"
 #: Method of vLLM's PunicaWrapperCPU that is overridden -> its parameters.
-_OVERRIDDEN = {
+OVERRIDDEN = {
     "__init__": "max_num_batched_tokens max_batches device kwargs",
     "update_metadata": "mapping lora_index_to_id max_loras vocab_size kwargs",
     "add_lora_linear": "y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
@@ -67,8 +67,8 @@ def _use_kernels() -> str | None:
         from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     except ImportError as error:
         return f"this vLLM lacks a module ({error})"
-    found = {name: getattr(PunicaWrapperCPU, name, None) for name in _OVERRIDDEN}
-    for name, parameters in _OVERRIDDEN.items():
+    found = {name: getattr(PunicaWrapperCPU, name, None) for name in OVERRIDDEN}
+    for name, parameters in OVERRIDDEN.items():
         if found[name] is None or _parameters(found[name]) != parameters:
             return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
     if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:

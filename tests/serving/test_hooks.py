@@ -1,0 +1,85 @@
+"""What is put into vLLM, and what is left alone where vLLM or the installation is another one."""
+
+import logging
+
+import pytest
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.platforms import current_platform
+
+from t2l_engine import ops
+from t2l_engine.serving.vllm import hooks
+
+pytestmark = pytest.mark.serving
+STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+
+
+@pytest.fixture(autouse=True)
+def restored(monkeypatch):
+    """vLLM as it was, before and after a test."""
+    monkeypatch.setattr(LoRAModelManager, "register_module", LoRAModelManager.register_module)
+    monkeypatch.setattr(LoRAModel, "from_local_checkpoint", LoRAModel.__dict__["from_local_checkpoint"])
+    name = type(current_platform)
+    monkeypatch.setattr(name, "get_punica_wrapper", name.__dict__["get_punica_wrapper"])
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Messages of the package's log."""
+    found = []
+    monkeypatch.setattr(hooks.logger, "handle", lambda record: found.append(record.getMessage()))
+    monkeypatch.setattr(hooks.logger, "level", logging.WARNING)
+    return found
+
+
+def installed():
+    return LoRAModelManager.register_module, current_platform.get_punica_wrapper(), LoRAModel.from_local_checkpoint.__func__
+
+
+def test_nothing_is_replaced_unless_asked_for(settings, warnings):
+    before = installed()
+    assert hooks.install(settings(kernels=False)) == settings(kernels=False)
+    assert installed() == before and not warnings
+
+
+def test_installing_twice_is_installing_once(settings, warnings):
+    both = settings(kernels=True, mode="memory")
+    assert hooks.install(both) == both
+    first = installed()
+    assert first[1] == hooks.WRAPPER and hooks.install(both) == both
+    assert installed() == first and not warnings
+
+
+@pytest.mark.parametrize("name", hooks.OVERRIDDEN)
+def test_a_wrapper_with_other_parameters_keeps_its_code(name, settings, warnings, monkeypatch):
+    """Of each function that is replaced, in some later vLLM."""
+    monkeypatch.setattr(PunicaWrapperCPU, name, lambda self, something, new: None)
+    before = installed()
+    assert not hooks.install(settings(kernels=True)).kernels
+    assert installed() == before and current_platform.get_punica_wrapper() == STOCK
+    assert len(warnings) == 1 and name in warnings[0]
+
+
+def test_a_manager_with_other_parameters_keeps_its_code(settings, warnings, monkeypatch):
+    monkeypatch.setattr(LoRAModelManager, "register_module", lambda self, module: None)
+    assert not hooks.install(settings(kernels=True)).kernels
+    assert current_platform.get_punica_wrapper() == STOCK
+    assert len(warnings) == 1 and "register_module" in warnings[0]
+
+
+def test_without_native_kernels_vllm_keeps_its_own(settings, warnings, monkeypatch):
+    monkeypatch.setattr(ops, "has_kernel", lambda name, backend: False)
+    assert not hooks.install(settings(kernels=True)).kernels
+    assert current_platform.get_punica_wrapper() == STOCK
+    assert len(warnings) == 1 and "without native kernels" in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["from_lora_tensors", "from_local_checkpoint"])
+def test_a_loader_with_other_parameters_reads_whole_folders(name, settings, warnings, monkeypatch):
+    """The API server asks the same question, and so writes whole folders."""
+    monkeypatch.setattr(LoRAModel, name, classmethod(lambda cls, everything: None))
+    before = LoRAModel.__dict__["from_local_checkpoint"]
+    assert hooks.install(settings(kernels=False, mode="memory")).mode == "disk"
+    assert LoRAModel.__dict__["from_local_checkpoint"] is before
+    assert len(warnings) == 1 and name in warnings[0]
