@@ -16,7 +16,7 @@ from torch import Tensor
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list
 from t2l_engine.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftAdapter, folded
 from t2l_engine.files.errors import MAX_NUMBER, MIN_NUMBER, short_repr
-from t2l_engine.files.weights import check_dtype, write_folder
+from t2l_engine.files.weights import check_dtype, is_finite, write_folder
 
 #: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
 _OTHER_WEIGHTS = (
@@ -80,7 +80,7 @@ def state_dict(
         for side, tensor in (("A", a), ("B", folded(b, scaling))):
             key = f"{prefix}{path}.lora_{side}.{ending}"
             state[key] = tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
-            if not state[key].isfinite().all():
+            if not is_finite(state[key]):
                 raise ValueError(f"{short_repr(key)}: holds NaN or infinite values, or values exceed the range of {dtype}")
     return state
 

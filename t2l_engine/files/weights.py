@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -104,6 +105,11 @@ def max_abs(tensor: Tensor) -> float:
     return float(max(map(abs, torch.aminmax(tensor.detach()))))
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; by the extremes, which are found several times faster than by ``isfinite``."""
+    return not tensor.numel() or all(math.isfinite(value) for value in torch.aminmax(tensor.detach()))
+
+
 def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError]) -> None:
     """``error`` naming the key unless every tensor is plain, of a floating-point dtype, and finite."""
     for name, tensor in state.items():
@@ -111,5 +117,5 @@ def check_weights(path: Path, state: dict[str, Tensor], error: type[ValueError])
             raise error(
                 f"{path}: {short_repr(name)}: expected a dense floating-point tensor, got {tensor.dtype} {tensor.layout}"
             )
-        if tensor.numel() and not all(value.isfinite() for value in torch.aminmax(tensor)):
+        if not is_finite(tensor):
             raise error(f"{path}: {short_repr(name)}: holds NaN or infinite values")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
+import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +142,10 @@ class Generator:
 
     def _passes(self, jobs: list[Job]) -> list[Path | Exception]:
         """Folders of ``jobs``, one pass for each checkpoint among them; nothing is raised."""
+        with _giving_way():
+            return self._each(jobs)
+
+    def _each(self, jobs: list[Job]) -> list[Path | Exception]:
         found: dict[str, Path | Exception] = {}
         for checkpoint in {id(job.checkpoint): job.checkpoint for job in jobs}.values():
             own = [job for job in jobs if job.checkpoint is checkpoint]
@@ -164,6 +171,17 @@ class Generator:
 def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:
     if not loaded.cancelled() and (error := loaded.exception()) is not None:
         logger.error("the default checkpoint cannot be loaded: %s", error)
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """The event loop waits a millisecond for the interpreter while this thread has it, not Python's usual five."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, 0.001))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def _fault(result: Path | Exception) -> Path | Exception:
