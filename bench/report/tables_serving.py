@@ -20,7 +20,7 @@ def _serving(result: Result) -> Iterator[Line]:
             timed, of = row.times[name], known[row.case, name]
             rates = {"tokens/s": tokens / timed["median_us"] * 1e6, "x base": base / timed["median_us"]}
             spread = {"ms": timed["median_us"] / 1e3, "IQR ms": timed["iqr_us"] / 1e3, "calls": timed["rounds"]}
-            step = {"ms a step": of["step"]["median_us"] / 1e3, "IQR ms a step": of["step"]["iqr_us"] / 1e3}
+            step = {"ms a step": of["step_us"] / 1e3}
             plain, alike = of["plain_rows"], of["plain_rows_alike"]
             rows = {"base rows as without LoRA": f"{alike} of {plain}"} if plain and name != BASE else {}
             error = {f"error {key}".removesuffix(" value"): value for key, value in of["error"].items()}
@@ -44,3 +44,38 @@ def _targets(result: Result) -> Iterator[Line]:
         for verdict in row.verdicts:
             faster = {"x tokens/s": 1 / verdict.ratio, "at least": verdict.over / verdict.ratio}
             yield {"case": row.case, "wrapped": row.shape["modules"], "beside": verdict.of, **faster, "met": verdict.met}
+
+
+MODELS = {"base": "the base model", "known": "a known sentence", "new": "a new sentence"}
+
+
+@table("serving-first-token", "Time to the first token of an answer, by the model that a request names", "serving")
+def _first_token(result: Result) -> Iterator[Line]:
+    times = {entry["of"]: entry["time"] for entry in result.records("first_token")}
+    for name, time in times.items():
+        beyond = {"ms beyond a known one": (time["median_us"] - times["known"]["median_us"]) / 1e3} if name == "new" else {}
+        spread = {"ms": time["median_us"] / 1e3, "IQR ms": time["iqr_us"] / 1e3, "requests": time["rounds"]}
+        yield {"model": MODELS[name], **spread, **beyond}
+
+
+@table("serving-arriving", "Descriptions that arrive at the same moment, and the event loop beside them", "serving")
+def _arriving(result: Result) -> Iterator[Line]:
+    for entry in result.records("arriving"):
+        made = {key: entry[key] for key in ("passes", "adapters", "seconds") if key in entry}
+        loop = {"loop p99 ms": entry["loop_ms"]["p99"], "loop max ms": entry["loop_ms"]["max"]}
+        yield {"descriptions": entry["texts"], "clients": entry["clients"] if made else 0, **made, **loop}
+
+
+@table("serving-life", "A server's long life with few slots: answers, restart, memory", "serving")
+def _life(result: Result) -> Iterator[Line]:
+    for entry in result.records("life"):
+        _, first, *_, last = entry["rss_mib"]
+        engine = next(name for name in last if name != "API server")
+        yield {
+            "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"], "in memory": entry["cached"],
+            "clients": entry["clients"], "s": entry["seconds"], "not the nearest": entry["not_the_nearest"],
+            "worst distance": entry["worst_distance"], "distance of others": entry["distance_of_others"][1],
+            "same after a restart": f"{entry['restarted_same']} of {entry['restarted']}",
+            "API MiB, first tenth": first["API server"], "API MiB, last": last["API server"],
+            "engine MiB, first tenth": first[engine], "engine MiB, last": last[engine],
+        }  # fmt: skip

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,8 +90,9 @@ def measured(context: Context, load: Load, count: int) -> Iterator[Record]:
         inputs = Inputs.of(Path(scratch), load, count)
         cases = [Measured(case, load.new) for case in load.cases[count]]
         skipped: dict[str, str] = {}
-        for start, group in itertools.product(range(load.starts), GROUPS):
-            wanted = [name for name in group if name not in skipped and any(name in one.case.arms for one in cases)]
+        for start, group in itertools.product(range(load.starts[count]), GROUPS):
+            there = {name for one in cases for name in one.case.arms} - skipped.keys()
+            wanted = [name for name in group if name in there and not (start and ARMS[name].once)]
             if wanted != [BASE]:
                 skipped |= _started(context, inputs, cases, wanted, verifies=start == 0)
         for one in cases:
@@ -266,7 +268,10 @@ class Measured:
         self.alike: dict[str, tuple[int, int]] = {}  # of the rows without an adapter those with the tokens of BASE, and all
 
     def time(self, servers: Mapping[str, Server], inputs: Inputs) -> None:
-        """One start: an untimed call of every arm, whose tokens are compared, then passes in both orders."""
+        """One start: an untimed call of every arm, whose tokens are compared, then passes in both orders.
+
+        The first order of a pass has calls of half the length too.
+        """
         tokens = {name: server.generate(self.case, inputs, self.new)["tokens"] for name, server in servers.items()}
         for name in servers:
             plain = [i for i, adapter in enumerate(self.case.rows(name)) if adapter is None]
@@ -277,12 +282,14 @@ class Measured:
                 what = f"{len(plain) - alike} of {len(plain)} rows without an adapter have other tokens than without LoRA"
                 raise VerificationError(f"{self.case.name}, {name}: {what}")
         for _ in range(self.case.passes):
-            for order in (list(servers), list(servers)[::-1]):
+            for first, order in ((True, list(servers)), (False, list(servers)[::-1])):
                 for name in order:
-                    half, whole = (servers[name].generate(self.case, inputs, n) for n in (self.new // 2, self.new))
+                    half = servers[name].generate(self.case, inputs, self.new // 2) if first else None
+                    whole = servers[name].generate(self.case, inputs, self.new)
                     self.seconds[name].append(whole["seconds"])
-                    self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
                     self.rss_mib[name].append(whole["rss_mib"])
+                    if half is not None:
+                        self.steps[name].append((whole["seconds"] - half["seconds"]) / (self.new - self.new // 2))
 
     def records(self, context: Context, skipped: Mapping[str, str], inputs: Inputs) -> Iterator[Record]:
         """The row, with ours where vLLM wraps the target modules alone, and what else is known of each arm."""
@@ -302,7 +309,7 @@ class Measured:
                 "arm",
                 case=self.case.name,
                 arm=name,
-                step=_timing(self.steps[name]).to_json(),
+                step_us=round(1e6 * statistics.median(self.steps[name]), 1),
                 rss_mib=round(max(self.rss_mib[name]), 1),
                 plain_rows=plain,
                 plain_rows_alike=alike,
