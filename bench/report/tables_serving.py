@@ -72,7 +72,8 @@ def _life(result: Result) -> Iterator[Line]:
         _, first, *_, last = entry["rss_mib"]
         engine = next(name for name in last if name != "API server")
         yield {
-            "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"], "in memory": entry["cached"],
+            "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"],
+            "in memory": entry["cached"],
             "clients": entry["clients"], "s": entry["seconds"], "not the nearest": entry["not_the_nearest"],
             "worst distance": entry["worst_distance"], "distance of others": entry["distance_of_others"][1],
             "same after a restart": f"{entry['restarted_same']} of {entry['restarted']}",
