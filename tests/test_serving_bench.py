@@ -17,6 +17,7 @@ from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, MERGED, NONE, STOC
 from bench.source import ROOT
 from bench.suites import serving
 from bench.suites.serving import Measured
+from bench.timing import Timing
 
 CASES = {case.name: case for some in FULL.cases.values() for case in some}
 #: Seconds a token of a row, by arm.
@@ -135,6 +136,14 @@ def test_a_run_is_shown_and_judged(root, context):
     made += [made[1] | {"when": "after"}]
     for case in CASES.values():
         made += measured(case, wrong=[STOCK])[0].records(context, {}, Inputs)
+    times = {"base": 100.0, "known": 110.0, "new": 150.0}
+    made += [record("first_token", of=name, time=Timing.of([1e3 * ms] * 3).to_json()) for name, ms in times.items()]
+    lag = {"median": 0.1, "p99": 1.5, "max": 2.5, "ticks": 9}
+    made += [record("arriving", texts="one", clients=64, passes=1, adapters=1, seconds=0.1, loop_ms=lag)]
+    memory = [{"API server": 900.0 + i, "VLLM::EngineCore": 2000.0} for i in range(3)]
+    numbers = {"requests": 100, "texts": 9, "slots": 2, "cached": 4, "clients": 8, "seconds": 7.0, "seconds_new": 1.0}
+    answers = {"not_the_nearest": 0, "worst_distance": 0.1, "restarted": 9, "restarted_same": 9}
+    made += [record("life", **numbers, **answers, distance_of_others=[0.3, 0.9, 2.0], rss_mib=memory)]
     path = root / pages.RESULTS / "serving.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in made), encoding="utf-8")
     report = Report(root)
@@ -142,6 +151,8 @@ def test_a_run_is_shown_and_judged(root, context):
     assert report.problems == [] and {"serving", "serving-targets"} <= report.tables.keys() and "serving" in report.figures
     assert report.value("serving", "tokens/s", {"case": MANY, "arm": OURS}) == pytest.approx(1 / SECONDS[OURS])
     assert report.value("serving", "x base", {"case": EIGHT, "arm": STOCK}) == pytest.approx(SECONDS[BASE] / SECONDS[STOCK])
+    assert report.value("serving-first-token", "ms beyond a known one", {"model": "a new sentence"}) == pytest.approx(40)
+    assert "100 requests over 9 sentences" in page and "9 of 9 answers were the same" in page
     assert "vLLM: 0 of 32 rows" in page and "vLLM, target modules: 32 of 32 rows" in page
     met = {(line["case"], line["beside"]): line["met"] for line in report.lines("serving-targets", {"case": [EIGHT, NONE]})}
     assert met == {(EIGHT, BASE): True, (EIGHT, STOCK_QV): True, (EIGHT, STOCK): True, (NONE, BASE): False}
