@@ -1,11 +1,14 @@
 """What is put into vLLM, and what is left alone where vLLM or the installation is another one."""
 
 import logging
+import types
 
 import pytest
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+from vllm.lora.request import LoRARequest
+from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
 
 from t2l_engine import ops
@@ -20,6 +23,7 @@ def restored(monkeypatch):
     """vLLM as it was, before and after a test."""
     monkeypatch.setattr(LoRAModelManager, "register_module", LoRAModelManager.register_module)
     monkeypatch.setattr(LoRAModel, "from_local_checkpoint", LoRAModel.__dict__["from_local_checkpoint"])
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", WorkerLoRAManager._load_adapter)
     name = type(current_platform)
     monkeypatch.setattr(name, "get_punica_wrapper", name.__dict__["get_punica_wrapper"])
 
@@ -83,3 +87,27 @@ def test_a_loader_with_other_parameters_reads_whole_folders(name, settings, warn
     assert hooks.install(settings(kernels=False, mode="memory")).mode == "disk"
     assert LoRAModel.__dict__["from_local_checkpoint"] is before
     assert len(warnings) == 1 and name in warnings[0]
+
+
+@pytest.mark.parametrize("wrapped, name, refused", [
+    (["self_attn.qkv_proj"], "t2l-0", False),
+    (["self_attn.qkv_proj", "mlp.down_proj"], "t2lq-0", False),
+    (["self_attn.o_proj"], "t2l-0", True),
+    (["self_attn.o_proj"], "t2lq-0", True),
+    (["self_attn.o_proj"], "of-somebody-else", False),
+])  # fmt: skip
+def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refused, settings, warnings, monkeypatch):
+    """By the linears that vLLM wraps: those of --lora-target-modules."""
+    loaded = types.SimpleNamespace(loras={f"model.layers.0.self_attn.{part}_proj": None for part in "qv"})
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
+    hooks.install(settings(kernels=False))
+    assert not warnings
+    modules = {f"model.layers.0.{path}": None for path in wrapped}
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    manager = types.SimpleNamespace(_adapter_manager=types.SimpleNamespace(modules=modules, packed_modules_mapping=packed))
+    request = LoRARequest(name, 1, "folder")
+    if refused:
+        with pytest.raises(ValueError, match=r"adapts \['q_proj', 'v_proj'\].*--lora-target-modules"):
+            WorkerLoRAManager._load_adapter(manager, request)
+    else:
+        assert WorkerLoRAManager._load_adapter(manager, request) is loaded

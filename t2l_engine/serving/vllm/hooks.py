@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l_engine import ops
+from t2l_engine.serving.vllm import names
 
 if TYPE_CHECKING:
     from t2l_engine.serving.vllm.settings import Settings
@@ -44,6 +45,8 @@ def install(settings: Settings) -> Settings:
     if settings.mode == "memory" and (reason := _load_from_embeddings(settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
+    if settings.enabled and (reason := _refuse_parts()) is not None:
+        logger.warning("T2L: modules that --lora-target-modules leaves out will be ignored: %s", reason)
     return settings
 
 
@@ -119,6 +122,38 @@ def _load_from_embeddings(settings: Settings) -> str | None:
 
     _once(LoRAModel, "from_local_checkpoint", classmethod(from_local_checkpoint))
     return None
+
+
+def _refuse_parts() -> str | None:
+    """Have vLLM's workers refuse a generated adapter of which they would ignore modules; returns why not.
+
+    vLLM says so in its debug log alone, and serves the rest of the adapter.
+    """
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    if _parameters(WorkerLoRAManager._load_adapter) != "lora_request":
+        return "WorkerLoRAManager._load_adapter of this vLLM has other parameters than (lora_request)"
+
+    def load_adapter(self: Any, lora_request: Any) -> Any:
+        loaded = stock(self, lora_request)
+        if lora_request.lora_name.startswith((names.CREATED, names.RESOLVED)):
+            manager = self._adapter_manager
+            wrapped = {_last(path) for path in manager.modules}
+            wrapped |= {part for name in wrapped for part in manager.packed_modules_mapping.get(name, ())}
+            ignored = sorted({_last(path) for path in loaded.loras} - wrapped)
+            if ignored:
+                raise ValueError(
+                    f"{lora_request.lora_name}: adapts {ignored}, which this server does not; start it with the flags that "
+                    "t2l serve-flags prints (--lora-target-modules)"
+                )
+        return loaded
+
+    stock = _once(WorkerLoRAManager, "_load_adapter", load_adapter)
+    return None
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _once(owner: type, name: str, replacement: Any) -> Callable[..., Any]:
