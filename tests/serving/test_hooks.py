@@ -4,6 +4,9 @@ import logging
 import types
 
 import pytest
+
+pytest.importorskip("vllm")
+
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

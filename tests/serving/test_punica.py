@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+
+pytest.importorskip("vllm")
+
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
