@@ -69,14 +69,14 @@ def _arriving(result: Result) -> Iterator[Line]:
 @table("serving-life", "A server's long life with few slots: answers, restart, memory", "serving")
 def _life(result: Result) -> Iterator[Line]:
     for entry in result.records("life"):
-        _, first, *_, last = entry["rss_mib"]
-        engine = next(name for name in last if name != "API server")
+        memory = [(one["API server"], sum(one.values()) - one["API server"]) for one in entry["rss_mib"]]
+        (first_api, first_engine), (last_api, last_engine) = memory[1], memory[-1]
         yield {
             "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"],
             "in memory": entry["cached"],
             "clients": entry["clients"], "s": entry["seconds"], "not the nearest": entry["not_the_nearest"],
             "worst distance": entry["worst_distance"], "distance of others": entry["distance_of_others"][1],
             "same after a restart": f"{entry['restarted_same']} of {entry['restarted']}",
-            "API MiB, first tenth": first["API server"], "API MiB, last": last["API server"],
-            "engine MiB, first tenth": first[engine], "engine MiB, last": last[engine],
+            "API MiB, first tenth": first_api, "API MiB, last": last_api,
+            "engine MiB, first tenth": first_engine, "engine MiB, last": last_engine,
         }  # fmt: skip
