@@ -268,6 +268,9 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident_bytes(field: str) -> int:
-    """Bytes of this process, now (``VmRSS``) or at most (``VmHWM``)."""
-    return 1024 * int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M).group(1))
+def resident_bytes(field: str, process: int | str = "self") -> int:
+    """Bytes of this process or of the one with a number, now (``VmRSS``) or at most (``VmHWM``); OSError where it ended."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.M)
+    if found is None:
+        raise ProcessLookupError(f"process {process}: no {field}")
+    return 1024 * int(found[1])

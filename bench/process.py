@@ -20,6 +20,10 @@ class Process:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def answer(self) -> Any:
         """The next line that it writes; BenchError where it ended."""
         line = self._process.stdout.readline()

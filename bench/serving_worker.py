@@ -13,7 +13,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -134,12 +133,6 @@ def load(engine: str, threads: int, **given: Any) -> tuple[Server, dict[str, Any
     return Transformers(given["model"], given["folders"], peft=engine == "peft"), {}
 
 
-def rss_mib() -> float:
-    """Memory of this process that is resident."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what else is printed must not be taken for an answer
@@ -153,7 +146,7 @@ def main() -> None:
             elif todo == "generate":
                 start = time.perf_counter()
                 tokens = server.generate(**given)
-                answer = {"seconds": time.perf_counter() - start, "tokens": tokens, "rss_mib": rss_mib()}
+                answer = {"seconds": time.perf_counter() - start, "tokens": tokens}
             else:
                 torch.save(server.logits(given["prompts"], given["adapters"], given["rows"]), given["path"])
                 answer = {}

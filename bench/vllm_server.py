@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.ceilings import resident_bytes
+
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "t2l,t2l_http", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 HEADERS = {"Content-Type": "application/json"}
 
@@ -82,10 +84,9 @@ class VllmServer:
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError, ValueError):
                 if folder.name.isdecimal() and os.getsid(int(folder.name)) == self.process.pid:
-                    pages = int((folder / "statm").read_text().split()[1])
                     title = (folder / "cmdline").read_bytes().split(b"\0")[0].decode(errors="replace")
                     title = title if title.startswith("VLLM") else "API server"
-                    found[title] = found.get(title, 0) + pages * os.sysconf("SC_PAGE_SIZE")
+                    found[title] = found.get(title, 0) + resident_bytes("VmRSS", folder.name)
         return found
 
     def stop(self, sign: signal.Signals = signal.SIGTERM) -> None:

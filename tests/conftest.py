@@ -139,3 +139,16 @@ def tiny_model():
         return getattr(transformers, model)(getattr(transformers, config)(**sizes | kwargs)).to(dtype).eval()
 
     return make
+
+
+@pytest.fixture
+def results_tree(tmp_path):
+    """A tree with the committed results and the documents that hold blocks; no page is written yet."""
+    from bench.report import pages  # with what draws figures: for these tests alone
+    from bench.source import ROOT
+
+    shutil.copytree(ROOT / pages.RESULTS, tmp_path / pages.RESULTS)
+    for document in pages.BLOCKS.values():
+        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / document, tmp_path / document)
+    return tmp_path

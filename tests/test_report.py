@@ -19,13 +19,8 @@ MANY = "mistral-7b M bfloat16, 64 descriptions"
 
 
 @pytest.fixture
-def root(tmp_path):
-    """A tree with the committed results and the documents that hold blocks; nothing is written yet."""
-    shutil.copytree(ROOT / pages.RESULTS, tmp_path / pages.RESULTS)
-    for document in pages.BLOCKS.values():
-        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / document, tmp_path / document)
-    return tmp_path
+def root(results_tree):
+    return results_tree
 
 
 @pytest.fixture

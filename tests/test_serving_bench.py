@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from bench.records import BASE, OURS_ALL
 from bench.report import pages
 from bench.report.pages import Report
 from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, MERGED, NONE, STOCK, STOCK_QV, Case
-from bench.source import ROOT
 from bench.suites import serving
 from bench.suites.serving import Measured
 from bench.timing import Timing
@@ -115,13 +113,9 @@ def test_an_arm_that_fails_is_left_out_unless_it_is_ours():
 
 
 @pytest.fixture
-def root(tmp_path):
-    shutil.copytree(ROOT / pages.RESULTS, tmp_path / pages.RESULTS)
-    for document in pages.BLOCKS.values():
-        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / document, tmp_path / document)
-    (tmp_path / pages.RESULTS / "serving.jsonl").unlink(missing_ok=True)
-    return tmp_path
+def root(results_tree):
+    (results_tree / pages.RESULTS / "serving.jsonl").unlink(missing_ok=True)
+    return results_tree
 
 
 def test_no_number_without_a_run(root):

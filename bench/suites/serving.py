@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import t2l_engine as t2l
 from bench import models
+from bench.ceilings import resident_bytes
 from bench.harness import (
     OURS,
     BenchError,
@@ -195,7 +196,8 @@ class Server(Process):
         return answer
 
     def generate(self, case: Case, inputs: Inputs, new: int) -> dict[str, Any]:
-        return self._ask(do="generate", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), new=new)
+        made = self._ask(do="generate", prompts=inputs.tokens(case.requests), adapters=case.rows(self.name), new=new)
+        return made | {"rss_mib": resident_bytes("VmRSS", self.pid) / 2**20}
 
     def logits(self, case: Case, inputs: Inputs, rows: Sequence[int]) -> Tensor:
         place = str(inputs.scratch / "logits.pt")

@@ -166,7 +166,8 @@ def life(context: Context) -> Iterator[Record]:
             rows, wrong, worst, statuses = [drawn.randrange(count) for _ in range(requests)], 0, 0.0, 0
             start = time.perf_counter()
             with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
-                for part in _parts(rows, requests // 10):
+                for start_of in range(0, requests, requests // 10):
+                    part = rows[start_of : start_of + requests // 10]
                     for i, got in zip(part, pool.map(lambda i: _signature(server, texts[i]), part), strict=True):
                         if got is None:
                             statuses += 1
@@ -176,12 +177,12 @@ def life(context: Context) -> Iterator[Record]:
                         wrong += distance > min(_distance(got, alone[j]) for j in drawn.sample(range(count), min(50, count)))
                     memory.append(server.memory())
             seconds = time.perf_counter() - start
-            folders = sum(path.is_dir() for path in (scratch / "adapters").iterdir())
+            folders = _adapters(scratch)
             server.stop(signal.SIGKILL)
         with served(SLOTS, CACHED, scratch) as server:
-            again = [_signature(server, texts[i]) for i in range(0, count, max(1, count // 50))]
-            same = sum(got == alone[i] for got, i in zip(again, range(0, count, max(1, count // 50)), strict=True))
-            left = sum(path.is_dir() for path in (scratch / "adapters").iterdir())
+            some = range(0, count, max(1, count // 50))
+            same = sum(_signature(server, texts[i]) == alone[i] for i in some)
+            left = _adapters(scratch)
     if statuses or left != folders:
         raise VerificationError(f"long life: {statuses} requests failed; {folders} adapters before a kill, {left} after it")
     apart = [_distance(alone[i], alone[j]) for i, j in (drawn.sample(range(count), 2) for _ in range(2000))]
@@ -197,14 +198,14 @@ def life(context: Context) -> Iterator[Record]:
         not_the_nearest=wrong,
         worst_distance=round(worst, 4),
         distance_of_others=[round(cut, 4) for cut in statistics.quantiles(apart, n=20, method="inclusive")[::9]],
-        restarted=len(again),
+        restarted=len(some),
         restarted_same=same,
         rss_mib=[{name: round(value / 2**20, 1) for name, value in sorted(one.items())} for one in memory],
     )
 
 
-def _parts(rows: list[int], size: int) -> Iterator[list[int]]:
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def _adapters(scratch: Path) -> int:
+    return sum(path.is_dir() for path in (scratch / "adapters").iterdir())
 
 
 def _signature(server: VllmServer, text: str) -> dict[str, float] | None:

@@ -185,7 +185,7 @@ def test_bad_input_is_refused_and_the_server_lives(server):
             assert (status == 200 and field != "messages") or 400 <= status < 500, (body, status, text)
             count += 1
     assert count >= 500
-    assert folders(server) - before <= {next(iter(folders(server) - before), "")}  # LAST at most
+    assert len(folders(server) - before) <= 1  # LAST at most
     assert server.chat(LAST, LIST)[0] == 200
 
 
