@@ -23,6 +23,17 @@ BATCH, MAX_WAITING = 64, 1024  # texts in a pass of the encoder, and texts that 
 logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what is below
 
 
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """The event loop waits a millisecond for the interpreter while this thread has it, not Python's usual five."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(min(usual, 0.001))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
 @dataclass(frozen=True)
 class Job:
     """A description that is to become an adapter; ``key`` names its folder."""
@@ -140,12 +151,9 @@ class Generator:
                 else:
                     future.set_exception(result)
 
+    @_giving_way()
     def _passes(self, jobs: list[Job]) -> list[Path | Exception]:
         """Folders of ``jobs``, one pass for each checkpoint among them; nothing is raised."""
-        with _giving_way():
-            return self._each(jobs)
-
-    def _each(self, jobs: list[Job]) -> list[Path | Exception]:
         found: dict[str, Path | Exception] = {}
         for checkpoint in {id(job.checkpoint): job.checkpoint for job in jobs}.values():
             own = [job for job in jobs if job.checkpoint is checkpoint]
@@ -171,17 +179,6 @@ class Generator:
 def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:
     if not loaded.cancelled() and (error := loaded.exception()) is not None:
         logger.error("the default checkpoint cannot be loaded: %s", error)
-
-
-@contextlib.contextmanager
-def _giving_way() -> Iterator[None]:
-    """The event loop waits a millisecond for the interpreter while this thread has it, not Python's usual five."""
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(min(usual, 0.001))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 def _fault(result: Path | Exception) -> Path | Exception:

@@ -76,23 +76,21 @@ def _use_kernels() -> str | None:
             return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
     if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:
         return f"LoRAModelManager.register_module of this vLLM has other parameters than ({_REGISTER_MODULE})"
+    try:
+        from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
+    except ImportError as error:
+        return f"this vLLM lacks what the wrapper calls ({error})"
     followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
 
     def register_module(self: Any, module_name: str, module: Any) -> None:
         stock(self, module_name, module)
         wrapper = self._get_punica_wrapper(module_name)
-        if isinstance(wrapper, _wrapper_class()) and isinstance(module, followed):
+        if isinstance(wrapper, PunicaWrapperT2L) and isinstance(module, followed):
             wrapper.add_layer(module)
 
     stock = _once(LoRAModelManager, "register_module", register_module)
     _once(type(current_platform), "get_punica_wrapper", classmethod(lambda cls: WRAPPER))
     return None
-
-
-def _wrapper_class() -> type:
-    from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
-
-    return PunicaWrapperT2L
 
 
 def _load_from_embeddings(settings: Settings) -> str | None:
