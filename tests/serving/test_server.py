@@ -148,7 +148,7 @@ def bad_names():
     yield from ("t2l:" + " " * n for n in range(1, 40))
     drawn = random.Random(0)
     characters = [chr(code) for code in range(0x20, 0x3000) if chr(code) not in "/:" and chr(code).isprintable()]
-    yield from ("t2l" + "".join(drawn.choices(characters, k=drawn.randrange(1, 60))) for _ in range(80))
+    yield from ("t2l" + "".join(drawn.choices(characters, k=drawn.randrange(1, 60))) for _ in range(120))
 
 
 def bad_bodies():
