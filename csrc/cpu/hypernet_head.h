@@ -7,6 +7,10 @@ namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
+// With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
+constexpr int64_t kManyRows = T2L_TILES ? 256 : INT64_MAX;
+constexpr int64_t kManyPanels = 8;            // of weights: stay in L2 while latent rows stream through
+constexpr int64_t kStreamBytes = 32ll << 20;  // results beyond this are gone from the caches before they are read
 
 // Latent rows packed into panels: those of one (side, rank) are consecutive, so that only its last panel is padded.
 template <class WT>
@@ -46,6 +50,8 @@ struct HeadTarget {
     mul = start(p.mul[side], p.mul_stride[side], rank, column);
     plus = start(p.add[side], p.add_stride[side], rank, column);
     out = static_cast<OT*>(p.out[side]) + rank * p.out_stride[side][2] + column * p.out_stride[side][3];
+    stream = kCanStream &&
+             static_cast<int64_t>(sizeof(OT)) * p.tasks * p.layers * p.rank * (p.in + p.out_features) > kStreamBytes;
     contiguous = p.out_stride[side][3] == 1 && (!mul || p.mul_stride[side][2] == 1) && (!plus || p.add_stride[side][2] == 1);
   }
   static const float* start(const float* t, const int64_t* stride, int64_t rank, int64_t column) {
@@ -59,22 +65,23 @@ struct HeadTarget {
   const float* mul;
   const float* plus;
   OT* out;
-  bool contiguous;
+  bool contiguous, stream;
 };
 
-// Epilogue of y[cols]: bias, mul, add, scale, cast, store.  y is read in whole vectors.
+// Epilogue of y[cols], from column `from` of the target on: bias, mul, add, scale, cast, store.  y is read in whole vectors.
 template <class OT>
-inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task, int64_t layer, int64_t cols) {
+inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task, int64_t layer, int64_t from, int64_t cols) {
   const int side = t.side;
   const int64_t mul_step = t.p.mul_stride[side][2], add_step = t.p.add_stride[side][2], out_step = t.p.out_stride[side][3];
-  const float* mul = t.mul ? t.mul + layer * t.p.mul_stride[side][0] : nullptr;
-  const float* plus = t.plus ? t.plus + layer * t.p.add_stride[side][0] : nullptr;
+  const float* bias = t.bias ? t.bias + from : nullptr;
+  const float* mul = t.mul ? t.mul + layer * t.p.mul_stride[side][0] + from * mul_step : nullptr;
+  const float* plus = t.plus ? t.plus + layer * t.p.add_stride[side][0] + from * add_step : nullptr;
   const float scale = t.p.scale[side];
-  OT* out = t.row(task, layer);
+  OT* out = t.row(task, layer) + from * out_step;
   if (!t.contiguous) {
     for (int64_t c = 0; c < cols; ++c) {
       float value = y[c];
-      if (t.bias) value += t.bias[c];
+      if (bias) value += bias[c];
       if (mul) value *= mul[c * mul_step];
       if (plus) value += plus[c * add_step];
       from_float(value * scale, out + c * out_step);
@@ -82,19 +89,28 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
     return;
   }
   const Vec scales = broadcast(scale);
-  for (int64_t c = 0; c < cols; c += kLanes) {
-    const int n = static_cast<int>(min(kLanes, cols - c));
+  const auto finished = [&](int64_t c, int n) {
     Vec value = load(y + c);
-    if (t.bias) value = add(value, load_up_to(t.bias + c, n));
+    if (bias) value = add(value, load_up_to(bias + c, n));
     if (mul) value = multiply(value, load_up_to(mul + c, n));
     if (plus) value = add(value, load_up_to(plus + c, n));
-    store_as(out + c, multiply(value, scales), n);
+    return multiply(value, scales);
+  };
+  int64_t c = 0;
+  if (t.stream && is_line(out))
+    for (; c + 2 * kLanes <= cols; c += 2 * kLanes) stream_pair(out + c, finished(c, kLanes), finished(c + kLanes, kLanes));
+  for (; c < cols; c += kLanes) {
+    const int n = static_cast<int>(min(kLanes, cols - c));
+    store_as(out + c, finished(c, n), n);
   }
 }
 
 // Per-thread buffers: the product of a tile, its transpose, and weights widened to float32 where the ISA needs that.
+template <class WT>
 struct HeadScratch {
-  explicit HeadScratch(int64_t h) : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), wide(kPanelCols * h) {}
+  explicit HeadScratch(int64_t h)
+      : tile(kHeadCols * kPanelRows), transposed(kPanelRows * kHeadCols), wide(scratch_size(h)) {}
+  MatmulScope<WT> scope;
   Scratch<float> tile, transposed, wide;
 };
 
@@ -102,50 +118,130 @@ struct HeadScratch {
 // row covers rank / ranks ranks; `p_rank` is the rank within these.
 template <class WT, class OT>
 inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
-                      int64_t cols, HeadScratch& s) {
+                      int64_t cols, HeadScratch<WT>& s) {
   const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
   for (int64_t k = 0; k < p.ranks; ++k) {
     const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
     const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
     for (int64_t panel = 0; panel < panels.per_run; ++panel) {
       const int64_t first = panel * kPanelRows, last = min(first + kPanelRows, panels.rows);
-      if (target.contiguous)  // prefetch the output cache lines for writing
+      if (target.contiguous && !target.stream)  // prefetch the output cache lines for writing
         for (int64_t i = first; i < last; ++i)
           for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
             __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
-      matmul_panel<WT>(panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
+      matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
       transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.transposed.data, kHeadCols);
       int64_t task = first / p.layers, layer = first % p.layers;
       for (int64_t i = first; i < last; ++i) {
-        head_epilogue(target, s.transposed.data + (i - first) * kHeadCols, task, layer, cols);
+        head_epilogue(target, s.transposed.data + (i - first) * kHeadCols, task, layer, 0, cols);
         if (++layer == p.layers) layer = 0, ++task;
       }
     }
   }
 }
 
+// Latent rows one behind the other: those of one (side, rank) are consecutive.
+template <class WT>
+struct LatentRows {
+  explicit LatentRows(const HeadParams& p) : rows(p.tasks * p.layers), size(rows * p.h), data(p.sides * p.ranks * size) {}
+  WT* at(int64_t run, int64_t row, int64_t h) { return data.data + run * size + row * h; }
+  int64_t rows, size;
+  Scratch<WT> data;
+};
+
+template <class WT>
+inline void copy_latent(const HeadParams& p, LatentRows<WT>& latents, ParallelFor parallel) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t run = item / p.tasks, task = item % p.tasks;
+      const WT* latent = static_cast<const WT*>(p.latent) + task * p.latent_stride[0] + run / p.ranks * p.latent_stride[1] +
+                         run % p.ranks * p.latent_stride[2];
+      for (int64_t layer = 0; layer < p.layers; ++layer)
+        std::memcpy(latents.at(run, task * p.layers + layer, p.h), latent + layer * p.latent_stride[3], p.h * sizeof(WT));
+    }
+  };
+  for_range(parallel, p.sides * p.ranks * p.tasks, 8, body);
+}
+
+template <class WT>
+struct ManyScratch {
+  explicit ManyScratch(int64_t h)
+      : size(panel_size<WT>(h)),
+        panels(kManyPanels * size),
+        block(kManyPanels * kPanelRows * kPanelRows),
+        wide(scratch_size(h)) {}
+  MatmulScope<WT> scope;
+  int64_t size;
+  Scratch<typename PanelOf<WT>::Element> panels;
+  Scratch<float> block, wide;
+};
+
+// As head_tile, for up to kManyPanels * kPanelRows weight rows.  The same bits: products of two numbers commute.
 template <class WT, class OT>
-inline void head_typed(const HeadParams& p, ParallelFor parallel) {
-  if (p.tasks == 0 || p.layers == 0) return;
-  LatentPanels<WT> panels(p);
-  pack_latent(p, panels, parallel);
+inline void head_tile_many(const HeadParams& p, LatentRows<WT>& latents, int side, int64_t row, int64_t p_rank,
+                           int64_t column, int64_t cols, ManyScratch<WT>& s) {
+  const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
+  const int64_t panels = (cols + kPanelRows - 1) / kPanelRows;
+  for (int64_t i = 0; i < panels; ++i)
+    pack_panel<WT>([&](int64_t c) { return weight + min(i * kPanelRows + c, cols - 1) * p.h; }, p.h,
+                   s.panels.data + i * s.size);
+  for (int64_t k = 0; k < p.ranks; ++k) {
+    const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
+    const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
+    int64_t task = 0, layer = 0;
+    for (int64_t first = 0; first < latents.rows; first += kPanelRows) {
+      const int64_t count = min(kPanelRows, latents.rows - first);
+      for (int64_t i = 0; i < panels; ++i)
+        matmul_panel<Keep::weights>(s.scope, s.panels.data + i * s.size, latents.at(run, first, p.h), count, p.h,
+                                    s.wide.data, s.block.data + i * kPanelRows * kPanelRows);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t i = 0; i < panels; ++i)
+          head_epilogue(target, s.block.data + (i * kPanelRows + r) * kPanelRows, task, layer, i * kPanelRows,
+                        min(kPanelRows, cols - i * kPanelRows));
+        if (++layer == p.layers) layer = 0, ++task;
+      }
+    }
+  }
+}
+
+// Calls tile(scratch, side, row, p_rank, column, cols) for all weight rows, `width` at a time at most.
+template <class S, class F>
+inline void for_head_tiles(const HeadParams& p, int64_t width, ParallelFor parallel, const F& tile) {
   const int64_t per_latent = p.rank / p.ranks;
-  const int64_t width[2] = {p.in, p.out_features};
+  const int64_t size[2] = {p.in, p.out_features};
   const int64_t wider = p.in > p.out_features ? p.in : p.out_features;
   const int64_t stride[2] = {p.sides == 2 ? wider : p.in, p.sides == 2 ? wider : p.out_features};
   const int64_t start[2] = {0, p.sides == 2 ? 0 : per_latent * p.in};
-  const int64_t tiles[2] = {(p.in + kHeadCols - 1) / kHeadCols, (p.out_features + kHeadCols - 1) / kHeadCols};
+  const int64_t tiles[2] = {(p.in + width - 1) / width, (p.out_features + width - 1) / width};
   auto body = [&](int64_t begin, int64_t end) {
-    HeadScratch scratch(p.h);
+    S scratch(p.h);
     for (int64_t item = begin; item < end; ++item) {
       const int side = item < per_latent * tiles[0] ? 0 : 1;
       const int64_t local = item - (side ? per_latent * tiles[0] : 0);
-      const int64_t p_rank = local / tiles[side], column = local % tiles[side] * kHeadCols;
+      const int64_t p_rank = local / tiles[side], column = local % tiles[side] * width;
       const int64_t row = start[side] + p_rank * stride[side] + column;
-      head_tile<WT, OT>(p, panels, side, row, p_rank, column, min(kHeadCols, width[side] - column), scratch);
+      tile(scratch, side, row, p_rank, column, min(width, size[side] - column));
     }
+    end_streams();
   };
   for_range(parallel, per_latent * (tiles[0] + tiles[1]), 1, body);
+}
+
+template <class WT, class OT>
+inline void head_typed(const HeadParams& p, ParallelFor parallel) {
+  if (p.tasks == 0 || p.layers == 0) return;
+  if (p.tasks * p.layers >= kManyRows) {
+    LatentRows<WT> latents(p);
+    copy_latent(p, latents, parallel);
+    for_head_tiles<ManyScratch<WT>>(p, kManyPanels * kPanelRows, parallel, [&](auto& scratch, auto... tile) {
+      head_tile_many<WT, OT>(p, latents, tile..., scratch);
+    });
+    return;
+  }
+  LatentPanels<WT> panels(p);
+  pack_latent(p, panels, parallel);
+  for_head_tiles<HeadScratch<WT>>(p, kHeadCols, parallel,
+                                  [&](auto& scratch, auto... tile) { head_tile<WT, OT>(p, panels, tile..., scratch); });
 }
 
 void hypernet_head(const HeadParams& p, ParallelFor parallel) {

@@ -3,32 +3,43 @@
 // broadcast as scalars (or pairs of bfloat16): they need no packed copy.
 #pragma once
 #include "simd.h"
+#if T2L_TILES
+#include "tiles.h"
+#endif
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int kPanelVecs = 2;
+constexpr int kPanelVecs = T2L_TILES ? 32 / kLanes : 2;  // two tiles wide
 constexpr int kPanelRows = kPanelVecs * kLanes;
 constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // register tile: kPanelCols * kPanelVecs accumulators
 
-// Packed format of the inputs of matrices of type WT: kPack features of one row share an Element.  `Weight` is the type the
-// micro-kernel reads: WT itself, or float where the instruction set has no dot product of WT.
+// Packed format of the inputs of matrices of type WT: kPack features of one row share an Element; the features of a panel
+// are padded with zeros to a multiple of kStep.  `Weight` is the type the micro-kernel reads: WT itself, or float where the
+// instruction set has no dot product of WT.
 template <class WT>
 struct PanelOf {
   using Element = float;
   using Weight = float;
-  static constexpr int kPack = 1;
+  static constexpr int kPack = 1, kStep = 1;
   using Operand = Vec;
   static Operand load_rows(const Element* p) { return load(p); }
   static Operand broadcast_weight(const Weight* w) { return broadcast(*w); }
   static Vec step(Operand x, Operand w, Vec acc) { return fma(x, w, acc); }
 };
-#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+#if T2L_TILES
+template <>
+struct PanelOf<bf16> {
+  using Element = uint32_t;  // two consecutive features: a panel is a column of pairs of tiles
+  using Weight = bf16;
+  static constexpr int kPack = 2, kStep = kTileFeatures;
+};
+#elif T2L_ISA_LEVEL == T2L_AVX512_BF16
 template <>
 struct PanelOf<bf16> {
   using Element = uint32_t;  // two consecutive features
   using Weight = bf16;
-  static constexpr int kPack = 2;
+  static constexpr int kPack = 2, kStep = 2;
   using Operand = __m512bh;
   static Operand load_rows(const Element* p) { return reinterpret_cast<__m512bh>(_mm512_loadu_si512(p)); }
   static Operand broadcast_weight(const Weight* w) {
@@ -41,11 +52,12 @@ struct PanelOf<bf16> {
 };
 #endif
 
+inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 // Number of elements of a panel of `depth` features.
 template <class WT>
 inline int64_t panel_size(int64_t depth) {
-  constexpr int kPack = PanelOf<WT>::kPack;
-  return (depth + kPack - 1) / kPack * kPanelRows;
+  return round_up(depth, PanelOf<WT>::kStep) / PanelOf<WT>::kPack * kPanelRows;
 }
 
 // Feature-major float32 to a panel, rounded to WT.
@@ -61,13 +73,25 @@ inline void round_to_panel(const float* x, int64_t depth, float* panel, bf16) {
 }
 #if T2L_ISA_LEVEL == T2L_AVX512_BF16
 inline __m512i bf16_bits(Vec v) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v))); }
+inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
+  _mm512_storeu_si512(out, _mm512_or_si512(bf16_bits(even), _mm512_slli_epi32(bf16_bits(odd), 16)));
+}
+#elif T2L_TILES
+inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
+  bf16 low[kLanes], high[kLanes];
+  store_as(low, even, kLanes);
+  store_as(high, odd, kLanes);
+  for (int i = 0; i < kLanes; ++i) out[i] = low[i].bits | static_cast<uint32_t>(high[i].bits) << 16;
+}
+#endif
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16 || T2L_TILES
 inline void round_to_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
-  for (int64_t k = 0; k < depth; k += 2)
+  const int64_t padded = round_up(depth, PanelOf<bf16>::kStep);
+  for (int64_t k = 0; k < padded; k += 2)
     for (int v = 0; v < kPanelVecs; ++v) {
       const float* low = x + k * kPanelRows + v * kLanes;
-      __m512i pair = bf16_bits(load(low));
-      if (k + 1 < depth) pair = _mm512_or_si512(pair, _mm512_slli_epi32(bf16_bits(load(low + kPanelRows)), 16));
-      _mm512_storeu_si512(panel + k / 2 * kPanelRows + v * kLanes, pair);
+      store_pairs(k < depth ? load(low) : zero(), k + 1 < depth ? load(low + kPanelRows) : zero(),
+                  panel + k / 2 * kPanelRows + v * kLanes);
     }
 }
 #endif
@@ -91,10 +115,11 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
   using P = PanelOf<WT>;
   constexpr int64_t kChunk = kLanes * P::kPack;
   alignas(kCacheLine) float chunk[kLanes * kLanes], transposed[kLanes * kLanes];
-  for (int64_t k = 0; k < depth; k += kChunk) {
-    const int64_t n = min(kChunk, depth - k), elements = (n + P::kPack - 1) / P::kPack;
+  const int64_t padded = round_up(depth, P::kStep);
+  for (int64_t k = 0; k < padded; k += kChunk) {
+    const int64_t begin = min(k, depth), n = min(kChunk, depth - begin), elements = min(kChunk, padded - k) / P::kPack;
     for (int v = 0; v < kPanelVecs; ++v) {
-      for (int i = 0; i < kLanes; ++i) load_chunk(row(v * kLanes + i) + k, n, chunk + i * kLanes, typename P::Weight());
+      for (int i = 0; i < kLanes; ++i) load_chunk(row(v * kLanes + i) + begin, n, chunk + i * kLanes, typename P::Weight());
       transpose_block(chunk, kLanes, transposed, kLanes);
       for (int64_t e = 0; e < elements; ++e)
         std::memcpy(panel + (k / P::kPack + e) * kPanelRows + v * kLanes, transposed + e * kLanes, kLanes * sizeof(float));
@@ -135,6 +160,10 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
     for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
 }
 
+// What product a thread's panels need: nothing, or tiles of its own for as long as this lives.
+template <class WT>
+struct MatmulScope {};
+
 // Weights as the micro-kernel reads them: in place, or `count` of them widened into `wide`.
 inline const float* widen_weights(const float* w, int64_t, float*, float) { return w; }
 inline const float* widen_weights(const bf16* w, int64_t count, float* wide, float) {
@@ -146,10 +175,16 @@ inline const float* widen_weights(const bf16* w, int64_t count, float* wide, flo
 }
 inline const bf16* widen_weights(const bf16* w, int64_t, float*, bf16) { return w; }
 
-// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: scratch of kPanelCols * depth floats.
-template <class WT>
-inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth, float* wide,
-                         float* c) {
+// Floats of scratch of a product over `depth` features.
+inline int64_t scratch_size(int64_t depth) { return kPanelCols * round_up(depth, 32); }
+
+// Which operand of a product the next products use again: the panel, while weights come from memory, or the weights.
+enum class Keep { panel, weights };
+
+// c[cols, kPanelRows] = w[cols, depth] times the panel.  `wide`: scratch_size(depth) floats.
+template <Keep, class WT>
+inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth,
+                         float* wide, float* c) {
   using P = PanelOf<WT>;
   using Weight = typename P::Weight;
   constexpr int kTwoThirds = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
@@ -170,6 +205,101 @@ inline void matmul_panel(const typename PanelOf<WT>::Element* x, const WT* w, in
     j += n;
   }
 }
+
+#if T2L_TILES
+template <>
+struct MatmulScope<bf16> {
+  Tiles tiles;
+};
+
+template <int N, bool kOnce>
+inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
+  if constexpr (kOnce)
+    tiles.load_once<N>(p, stride);
+  else
+    tiles.load<N>(p, stride);
+}
+
+// c[j, i] = dot(w row j, panel row i) for 16 rows of weights from `w` and, with kTwo, d for 16 more from `v`.
+// `ahead`: the weights to come, of which a step's worth is prefetched each step in the order of memory, spread over the
+// products: a burst would take all buffers that loads need.  Null, or anywhere: a prefetch does not fault.
+template <bool kTwo, Keep kKeep>
+inline void tile_product(Tiles& tiles, const uint32_t* x, const bf16* w, const bf16* v, int64_t depth, const char* ahead,
+                         float* c, float* d) {
+  constexpr int64_t kRow = kPanelRows * sizeof(uint32_t);
+  constexpr int64_t kLines = kTileSide / 2;  // prefetched after a product
+  tiles.zero<4>();
+  tiles.zero<5>();
+  if (kTwo) {
+    tiles.zero<6>();
+    tiles.zero<7>();
+  }
+  const auto prefetch = [&] {
+    if (!ahead) return;
+    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
+    ahead += kLines * kCacheLine;
+  };
+  const auto step = [&](const void* a, const void* b, int64_t stride) {
+    tile_load<2, kKeep != Keep::panel>(tiles, x, kRow);
+    tile_load<0, kKeep == Keep::panel>(tiles, a, stride);
+    tiles.dot<4, 0, 2>();
+    prefetch();
+    tile_load<3, kKeep != Keep::panel>(tiles, x + kTileSide, kRow);
+    tiles.dot<5, 0, 3>();
+    prefetch();
+    if (kTwo) {
+      tile_load<1, kKeep == Keep::panel>(tiles, b, stride);
+      tiles.dot<6, 1, 2>();
+      prefetch();
+      tiles.dot<7, 1, 3>();
+      prefetch();
+    }
+    x += kTileSide * kPanelRows;
+  };
+  int64_t k = 0;
+  for (; k + kTileFeatures <= depth; k += kTileFeatures) step(w + k, v + k, depth * sizeof(bf16));
+  if (k < depth) {  // the last features, with zeros: what lies behind them may be NaN
+    alignas(kCacheLine) bf16 rest[2][kTileSide][kTileFeatures] = {};
+    for (int i = 0; i < kTileSide; ++i) {
+      std::memcpy(rest[0][i], w + i * depth + k, (depth - k) * sizeof(bf16));
+      if (kTwo) std::memcpy(rest[1][i], v + i * depth + k, (depth - k) * sizeof(bf16));
+    }
+    step(rest[0], rest[1], kCacheLine);
+  }
+  tiles.store<4>(c, kRow);
+  tiles.store<5>(c + kTileSide, kRow);
+  if (kTwo) {
+    tiles.store<6>(d, kRow);
+    tiles.store<7>(d + kTileSide, kRow);
+  }
+}
+
+// Fewer rows than a tile are copied; else the last tiles end with the last row, and give some results twice.
+template <Keep kKeep>
+inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, int64_t cols, int64_t depth,
+                         float* wide, float* c) {
+  if (cols < kTileSide) {
+    alignas(kCacheLine) float block[kTileSide * kPanelRows];
+    bf16* rows = reinterpret_cast<bf16*>(wide);
+    std::memcpy(rows, w, cols * depth * sizeof(bf16));
+    std::memset(rows + cols * depth, 0, (kTileSide - cols) * depth * sizeof(bf16));
+    tile_product<false, kKeep>(scope.tiles, x, rows, rows, depth, nullptr, block, nullptr);
+    std::memcpy(c, block, cols * kPanelRows * sizeof(float));
+    return;
+  }
+  const int64_t last = cols - kTileSide;
+  for (int64_t j = 0; j < cols; j += 2 * kTileSide) {
+    const int64_t first = min(j, last), second = min(j + kTileSide, last);
+    const bf16 *a = w + first * depth, *b = w + second * depth;
+    const char* ahead = kKeep == Keep::panel ? reinterpret_cast<const char*>(w + (j + 2 * kTileSide) * depth) : nullptr;
+    float *out = c + first * kPanelRows, *more = c + second * kPanelRows;
+    if (second > first)
+      tile_product<true, kKeep>(scope.tiles, x, a, b, depth, ahead, out, more);
+    else
+      tile_product<false, kKeep>(scope.tiles, x, a, a, depth, ahead, out, nullptr);
+  }
+}
+#endif
 
 }  // namespace T2L_ISA_NAMESPACE
 }  // namespace t2l

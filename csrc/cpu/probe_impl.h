@@ -2,6 +2,9 @@
 // work.
 #pragma once
 #include "simd.h"
+#if T2L_TILES
+#include "tiles.h"
+#endif
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
@@ -53,6 +56,29 @@ inline int64_t probe_steps(int64_t iterations) {
   for (Vec& s : sums) asm volatile("" : : T2L_VECTOR_REGISTER(s));
   return iterations * kProbeStreams * D::kStep * 2;
 }
+
+#if T2L_TILES
+// As the kernels: products of bfloat16 in tiles.
+template <>
+inline int64_t probe_steps<bf16>(int64_t iterations) {
+  constexpr int64_t kStreams = 4;
+  alignas(kCacheLine) unsigned char zeros[kTileBytes] = {};
+  Tiles tiles;
+  tiles.load<0>(zeros, kCacheLine);
+  tiles.load<1>(zeros, kCacheLine);
+  tiles.zero<4>();
+  tiles.zero<5>();
+  tiles.zero<6>();
+  tiles.zero<7>();
+  for (int64_t i = 0; i < iterations; ++i) {
+    tiles.dot<4, 0, 1>();
+    tiles.dot<5, 0, 1>();
+    tiles.dot<6, 0, 1>();
+    tiles.dot<7, 0, 1>();
+  }
+  return iterations * kStreams * kTileSide * kTileSide * kTileFeatures * 2;
+}
+#endif
 
 int64_t probe_multiply_adds(DType type, int64_t iterations) {
   return type == DType::bf16 ? probe_steps<bf16>(iterations) : probe_steps<float>(iterations);

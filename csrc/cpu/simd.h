@@ -15,7 +15,16 @@
 #define T2L_AVX512 2
 #define T2L_AVX512_BF16 3
 
-#if T2L_ISA_LEVEL == T2L_GENERIC
+// Beside the vectors, matrix tiles (tiles.h): none, those of AMX, or the same in plain C++.
+#define T2L_TILES_AMX 1
+#define T2L_TILES_MODEL 2
+#ifndef T2L_TILES
+#define T2L_TILES 0
+#endif
+
+#if T2L_TILES == T2L_TILES_MODEL
+#define T2L_ISA_NAMESPACE amx_model
+#elif T2L_ISA_LEVEL == T2L_GENERIC
 #define T2L_ISA_NAMESPACE generic
 #elif T2L_ISA_LEVEL == T2L_AVX2
 #define T2L_ISA_NAMESPACE avx2
@@ -23,6 +32,9 @@
 #elif T2L_ISA_LEVEL == T2L_AVX512
 #define T2L_ISA_NAMESPACE avx512
 #define T2L_TARGET "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
+#elif T2L_TILES == T2L_TILES_AMX
+#define T2L_ISA_NAMESPACE amx
+#define T2L_TARGET "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #else
 #define T2L_ISA_NAMESPACE avx512_bf16
 #define T2L_TARGET "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
@@ -198,6 +210,37 @@ inline void store_as(bf16* p, Vec v, int n) {
   std::memcpy(p, narrow, n * sizeof(bf16));
 }
 #endif
+
+// Stores past the caches: a whole cache line, or two, at an address that is_line.  end_streams: before other threads may
+// read them.
+#if T2L_ISA_LEVEL >= T2L_AVX512
+constexpr bool kCanStream = true;
+inline void stream_pair(float* p, Vec a, Vec b) {
+  _mm512_stream_ps(p, a);
+  _mm512_stream_ps(p + kLanes, b);
+}
+inline void stream_pair(bf16* p, Vec a, Vec b) {
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+  const __m512i line = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b, a));
+#else
+  alignas(kCacheLine) bf16 both[2 * kLanes];
+  store_as(both, a, kLanes);
+  store_as(both + kLanes, b, kLanes);
+  const __m512i line = _mm512_load_si512(both);
+#endif
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), line);
+}
+inline void end_streams() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+template <class T>
+inline void stream_pair(T* p, Vec a, Vec b) {
+  store_as(p, a, kLanes);
+  store_as(p + kLanes, b, kLanes);
+}
+inline void end_streams() {}
+#endif
+inline bool is_line(const void* p) { return reinterpret_cast<uintptr_t>(p) % kCacheLine == 0; }
 
 // Stores n floats, rounded to T.
 template <class T>

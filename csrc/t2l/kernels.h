@@ -7,15 +7,18 @@
 
 namespace t2l {
 
-enum class Isa : int32_t { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-constexpr int kNumIsas = 4;
+// In the order of their names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.
+enum class Isa : int32_t { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_model = 5 };
+constexpr int kNumIsas = 6;
 
-// Name as in T2L_ISA: "generic", "avx2", "avx512", "avx512_bf16".
+// Name as in T2L_ISA: "generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_model".
 const char* isa_name(Isa isa);
-// The best instruction set of this CPU.
+// Whether this CPU has it and, for amx, the system lets this process use it.
+bool has_isa(Isa isa);
+// The fastest instruction set of this CPU.
 Isa detected_isa();
-// The instruction set in use: the detected one, or a lower one from the environment variable T2L_ISA.  Returns null, or an
-// error message (and leaves `isa` as it is) if T2L_ISA is not one of the four names or above what the CPU supports.
+// The instruction set in use: the detected one, or the one that the environment variable T2L_ISA names.  Returns null, or an
+// error message (and leaves `isa` as it is) if T2L_ISA is none of the names, or one of which has_isa is false.
 const char* chosen_isa(Isa* isa);
 
 // Parallel for over the caller's thread pool: run(pool, count, grain, body, context) calls body(begin, end, context) for any
@@ -26,7 +29,7 @@ struct ParallelFor {
   void* pool;
 };
 
-// `isa` must not exceed detected_isa().
+// `isa`: one of which has_isa is true.
 // `members`: linears that share x and segments, each with its own y, a, b and ranks.  Their y may be disjoint column slices
 // of one tensor.
 void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel);

@@ -9,8 +9,8 @@ std::string quoted(const char* value) { return '"' + std::string(value) + '"'; }
 
 std::string describe() {
   std::string isas;
-  for (int i = 0; i <= static_cast<int>(t2l::detected_isa()); ++i)
-    isas += (i ? ", " : "") + quoted(t2l::isa_name(static_cast<t2l::Isa>(i)));
+  for (int i = 0; i < t2l::kNumIsas; ++i)
+    if (t2l::has_isa(static_cast<t2l::Isa>(i))) isas += (i ? ", " : "") + quoted(t2l::isa_name(static_cast<t2l::Isa>(i)));
   t2l::Isa isa = t2l::Isa::generic;
   const char* error = t2l::chosen_isa(&isa);
   return "{\"build\": {\"version\": " + quoted(T2L_VERSION) + ", \"build_type\": " + quoted(T2L_BUILD_TYPE) +
