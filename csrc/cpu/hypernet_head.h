@@ -8,9 +8,16 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 // With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
+#ifndef SB
+#define SB (2ll<<20)
+#endif
+#ifndef BA
+#define BA 64
+#endif
+constexpr int64_t kBytesAhead = BA << 10;
 constexpr int64_t kManyRows = T2L_TILES ? 256 : INT64_MAX;
 constexpr int64_t kManyPanels = 8;            // of weights: stay in L2 while latent rows stream through
-constexpr int64_t kStreamBytes = 32ll << 20;  // results beyond this are gone from the caches before they are read
+constexpr int64_t kStreamBytes = SB;  // results beyond this are gone from the caches before they are read
 
 // Latent rows packed into panels: those of one (side, rank) are consecutive, so that only its last panel is padded.
 template <class WT>
@@ -120,6 +127,9 @@ template <class WT, class OT>
 inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
                       int64_t cols, HeadScratch<WT>& s) {
   const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
+  // A quarter of what is read ahead is so between products, lest memory idle then.
+  const int64_t lines = cols * p.h * static_cast<int64_t>(sizeof(WT)) / kCacheLine / 4;
+  s.scope.expect(reinterpret_cast<const char*>(weight) + kBytesAhead);
   for (int64_t k = 0; k < p.ranks; ++k) {
     const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
     const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
@@ -133,9 +143,11 @@ inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, i
       transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.transposed.data, kHeadCols);
       int64_t task = first / p.layers, layer = first % p.layers;
       for (int64_t i = first; i < last; ++i) {
+        s.scope.prefetch(lines / kPanelRows);
         head_epilogue(target, s.transposed.data + (i - first) * kHeadCols, task, layer, 0, cols);
         if (++layer == p.layers) layer = 0, ++task;
       }
+      s.scope.expect(nullptr);
     }
   }
 }

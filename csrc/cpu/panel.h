@@ -109,6 +109,10 @@ inline void load_chunk(const bf16* row, int64_t n, float* chunk, bf16) {
   std::memcpy(chunk, row, n * sizeof(bf16));
 }
 
+// Whether memory holds WT as the elements of a panel hold it.
+template <class WT>
+constexpr bool kAsStored = PanelOf<WT>::kPack * sizeof(WT) == sizeof(typename PanelOf<WT>::Element);
+
 // Packs a panel from row-major memory; row(i) points to the features of row i.
 template <class WT, class F>
 inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Element* panel) {
@@ -119,10 +123,15 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
   for (int64_t k = 0; k < padded; k += kChunk) {
     const int64_t begin = min(k, depth), n = min(kChunk, depth - begin), elements = min(kChunk, padded - k) / P::kPack;
     for (int v = 0; v < kPanelVecs; ++v) {
+      float* out = reinterpret_cast<float*>(panel + k / P::kPack * kPanelRows + v * kLanes);
+      if (kAsStored<WT> && n == kChunk) {
+        transpose_block([&](int64_t i) -> const void* { return row(v * kLanes + i) + k; }, out, kPanelRows);
+        continue;
+      }
       for (int i = 0; i < kLanes; ++i) load_chunk(row(v * kLanes + i) + begin, n, chunk + i * kLanes, typename P::Weight());
-      transpose_block(chunk, kLanes, transposed, kLanes);
+      transpose_block([&](int64_t i) -> const void* { return chunk + i * kLanes; }, transposed, kLanes);
       for (int64_t e = 0; e < elements; ++e)
-        std::memcpy(panel + (k / P::kPack + e) * kPanelRows + v * kLanes, transposed + e * kLanes, kLanes * sizeof(float));
+        std::memcpy(out + e * kPanelRows, transposed + e * kLanes, kLanes * sizeof(float));
     }
   }
 }
@@ -160,9 +169,12 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
     for (int v = 0; v < kPanelVecs; ++v) store(c + j * kPanelRows + v * kLanes, acc[j][v]);
 }
 
-// What product a thread's panels need: nothing, or tiles of its own for as long as this lives.
+// What the products of a thread need for as long as this lives: nothing, or tiles and the weights to come.
 template <class WT>
-struct MatmulScope {};
+struct MatmulScope {
+  void expect(const void*) {}
+  void prefetch(int64_t) {}
+};
 
 // Weights as the micro-kernel reads them: in place, or `count` of them widened into `wide`.
 inline const float* widen_weights(const float* w, int64_t, float*, float) { return w; }
@@ -209,8 +221,18 @@ inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* 
 #if T2L_TILES
 template <>
 struct MatmulScope<bf16> {
+  // Weights are read in this order of memory from `p` on, which may be null for none or end anywhere: a prefetch does not
+  // fault.
+  void expect(const void* p) { ahead = static_cast<const char*>(p); }
+  void prefetch(int64_t lines) {
+    if (!ahead) return;
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
+    ahead += lines * kCacheLine;
+  }
   Tiles tiles;
+  const char* ahead = nullptr;
 };
+constexpr int64_t kLinesAhead = 6;  // prefetched after a product: three quarters of what four of them read
 
 template <int N, bool kOnce>
 inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
@@ -220,39 +242,33 @@ inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
     tiles.load<N>(p, stride);
 }
 
-// c[j, i] = dot(w row j, panel row i) for 16 rows of weights from `w` and, with kTwo, d for 16 more from `v`.
-// `ahead`: the weights to come, of which a step's worth is prefetched each step in the order of memory, spread over the
-// products: a burst would take all buffers that loads need.  Null, or anywhere: a prefetch does not fault.
+// c[j, i] = dot(w row j, panel row i) for 16 rows of weights from `w` and, with kTwo, d for 16 more from `v`.  Prefetches are
+// spread over the products: a burst would take all buffers that loads need.
 template <bool kTwo, Keep kKeep>
-inline void tile_product(Tiles& tiles, const uint32_t* x, const bf16* w, const bf16* v, int64_t depth, const char* ahead,
-                         float* c, float* d) {
+inline void tile_product(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, const bf16* v, int64_t depth, float* c,
+                         float* d) {
   constexpr int64_t kRow = kPanelRows * sizeof(uint32_t);
-  constexpr int64_t kLines = kTileSide / 2;  // prefetched after a product
+  Tiles& tiles = scope.tiles;
   tiles.zero<4>();
   tiles.zero<5>();
   if (kTwo) {
     tiles.zero<6>();
     tiles.zero<7>();
   }
-  const auto prefetch = [&] {
-    if (!ahead) return;
-    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
-    ahead += kLines * kCacheLine;
-  };
   const auto step = [&](const void* a, const void* b, int64_t stride) {
     tile_load<2, kKeep != Keep::panel>(tiles, x, kRow);
     tile_load<0, kKeep == Keep::panel>(tiles, a, stride);
     tiles.dot<4, 0, 2>();
-    prefetch();
+    scope.prefetch(kLinesAhead);
     tile_load<3, kKeep != Keep::panel>(tiles, x + kTileSide, kRow);
     tiles.dot<5, 0, 3>();
-    prefetch();
+    scope.prefetch(kLinesAhead);
     if (kTwo) {
       tile_load<1, kKeep == Keep::panel>(tiles, b, stride);
       tiles.dot<6, 1, 2>();
-      prefetch();
+      scope.prefetch(kLinesAhead);
       tiles.dot<7, 1, 3>();
-      prefetch();
+      scope.prefetch(kLinesAhead);
     }
     x += kTileSide * kPanelRows;
   };
@@ -283,7 +299,7 @@ inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16
     bf16* rows = reinterpret_cast<bf16*>(wide);
     std::memcpy(rows, w, cols * depth * sizeof(bf16));
     std::memset(rows + cols * depth, 0, (kTileSide - cols) * depth * sizeof(bf16));
-    tile_product<false, kKeep>(scope.tiles, x, rows, rows, depth, nullptr, block, nullptr);
+    tile_product<false, kKeep>(scope, x, rows, rows, depth, block, nullptr);
     std::memcpy(c, block, cols * kPanelRows * sizeof(float));
     return;
   }
@@ -291,12 +307,11 @@ inline void matmul_panel(MatmulScope<bf16>& scope, const uint32_t* x, const bf16
   for (int64_t j = 0; j < cols; j += 2 * kTileSide) {
     const int64_t first = min(j, last), second = min(j + kTileSide, last);
     const bf16 *a = w + first * depth, *b = w + second * depth;
-    const char* ahead = kKeep == Keep::panel ? reinterpret_cast<const char*>(w + (j + 2 * kTileSide) * depth) : nullptr;
     float *out = c + first * kPanelRows, *more = c + second * kPanelRows;
     if (second > first)
-      tile_product<true, kKeep>(scope.tiles, x, a, b, depth, ahead, out, more);
+      tile_product<true, kKeep>(scope, x, a, b, depth, out, more);
     else
-      tile_product<false, kKeep>(scope.tiles, x, a, a, depth, ahead, out, nullptr);
+      tile_product<false, kKeep>(scope, x, a, a, depth, out, nullptr);
   }
 }
 #endif

@@ -251,7 +251,7 @@ inline void store_row(const float* x, int64_t n, T* out) {
   }
 }
 
-// Transpose of a kLanes x kLanes block.
+// Transpose of a kLanes x kLanes block of 4-byte values; row(i) points to row i of the source.
 #if T2L_ISA_LEVEL >= T2L_AVX512
 inline __m512 low_pairs(__m512 x, __m512 y) {
   return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
@@ -259,9 +259,10 @@ inline __m512 low_pairs(__m512 x, __m512 y) {
 inline __m512 high_pairs(__m512 x, __m512 y) {
   return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
 }
-inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+template <class Row>
+inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
   __m512 a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(src + i * lds);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(row(i));
   for (int i = 0; i < 8; ++i) {
     b[2 * i] = _mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -283,9 +284,10 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
   }
 }
 #elif T2L_ISA_LEVEL == T2L_AVX2
-inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
+template <class Row>
+inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(src + i * lds);
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(static_cast<const float*>(row(i)));
   for (int i = 0; i < 4; ++i) {
     b[2 * i] = _mm256_unpacklo_ps(a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm256_unpackhi_ps(a[2 * i], a[2 * i + 1]);
@@ -302,9 +304,10 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
   }
 }
 #else
-inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t ldd) {
-  for (int c = 0; c < kLanes; ++c)
-    for (int i = 0; i < kLanes; ++i) dst[c * ldd + i] = src[i * lds + c];
+template <class Row>
+inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int c = 0; c < kLanes; ++c) std::memcpy(dst + c * ldd + i, static_cast<const char*>(row(i)) + 4 * c, 4);
 }
 #endif
 
@@ -312,7 +315,8 @@ inline void transpose_block(const float* src, int64_t lds, float* dst, int64_t l
 inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
   const int64_t whole_rows = rows / kLanes * kLanes, whole_cols = cols / kLanes * kLanes;
   for (int64_t i = 0; i < whole_rows; i += kLanes)
-    for (int64_t c = 0; c < whole_cols; c += kLanes) transpose_block(src + i * lds + c, lds, dst + c * ldd + i, ldd);
+    for (int64_t c = 0; c < whole_cols; c += kLanes)
+      transpose_block([&](int64_t r) -> const void* { return src + (i + r) * lds + c; }, dst + c * ldd + i, ldd);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t c = i < whole_rows ? whole_cols : 0; c < cols; ++c) dst[c * ldd + i] = src[i * lds + c];
 }
