@@ -9,14 +9,14 @@ namespace T2L_ISA_NAMESPACE {
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 // With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
 #ifndef SB
-#define SB (2ll<<20)
+#define SB (2ll << 20)
 #endif
 #ifndef BA
 #define BA 64
 #endif
 constexpr int64_t kBytesAhead = BA << 10;
 constexpr int64_t kManyRows = T2L_TILES ? 256 : INT64_MAX;
-constexpr int64_t kManyPanels = 8;            // of weights: stay in L2 while latent rows stream through
+constexpr int64_t kManyPanels = 8;    // of weights: stay in L2 while latent rows stream through
 constexpr int64_t kStreamBytes = SB;  // results beyond this are gone from the caches before they are read
 
 // Latent rows packed into panels: those of one (side, rank) are consecutive, so that only its last panel is padded.
@@ -112,6 +112,39 @@ inline void head_epilogue(const HeadTarget<OT>& t, const float* y, int64_t task,
   }
 }
 
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+// Epilogue of y[cols, kPanelRows], feature-major, without mul and add: rounded before the transpose, which then moves half
+// the bytes.  `first`: the latent row of y[0, 0].
+inline void turned_epilogue(const HeadTarget<bf16>& t, const float* y, int64_t first, int64_t rows, int64_t cols) {
+  const Vec scales = broadcast(t.p.scale[t.side]);
+  bf16* out[kPanelRows];
+  for (int64_t i = 0; i < rows; ++i) out[i] = t.row((first + i) / t.p.layers, (first + i) % t.p.layers);
+  for (int64_t from = 0; from < cols; from += kPanelRows) {
+    const int64_t n = min(kPanelRows, cols - from);
+    __m512i pairs[kPanelRows], turned[kPanelRows];
+    for (int64_t j = 0; j < kPanelRows; ++j) {
+      const float* column = y + (from + min(j, n - 1)) * kPanelRows;  // beyond the last one: not stored
+      Vec low = load(column), high = load(column + kLanes);
+      if (t.bias) {
+        const Vec bias = broadcast(t.bias[from + min(j, n - 1)]);
+        low = add(low, bias);
+        high = add(high, bias);
+      }
+      pairs[j] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(multiply(high, scales), multiply(low, scales)));
+    }
+    transpose_pairs(pairs, turned);
+    const __mmask32 mask = n == kPanelRows ? ~0u : (1u << n) - 1;
+    for (int64_t i = 0; i < rows; ++i) {
+      bf16* target = out[i] + from;
+      if (t.stream && n == kPanelRows && is_line(target))
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(target), turned[i]);
+      else
+        _mm512_mask_storeu_epi16(target, mask, turned[i]);
+    }
+  }
+}
+#endif
+
 // Per-thread buffers: the product of a tile, its transpose, and weights widened to float32 where the ISA needs that.
 template <class WT>
 struct HeadScratch {
@@ -127,8 +160,6 @@ template <class WT, class OT>
 inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
                       int64_t cols, HeadScratch<WT>& s) {
   const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
-  // A quarter of what is read ahead is so between products, lest memory idle then.
-  const int64_t lines = cols * p.h * static_cast<int64_t>(sizeof(WT)) / kCacheLine / 4;
   s.scope.expect(reinterpret_cast<const char*>(weight) + kBytesAhead);
   for (int64_t k = 0; k < p.ranks; ++k) {
     const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
@@ -140,14 +171,20 @@ inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, i
           for (int64_t c = 0; c < cols; c += kCacheLine / sizeof(OT))
             __builtin_prefetch(target.row(i / p.layers, i % p.layers) + c, 1, 2);
       matmul_panel<Keep::panel>(s.scope, panels.at(run, panel), weight, cols, p.h, s.wide.data, s.tile.data);
+      s.scope.expect(nullptr);
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16
+      if constexpr (sizeof(OT) == sizeof(bf16))
+        if (target.contiguous && !target.mul && !target.plus) {
+          turned_epilogue(target, s.tile.data, first, last - first, cols);
+          continue;
+        }
+#endif
       transpose(s.tile.data, kPanelRows, cols, kPanelRows, s.transposed.data, kHeadCols);
       int64_t task = first / p.layers, layer = first % p.layers;
       for (int64_t i = first; i < last; ++i) {
-        s.scope.prefetch(lines / kPanelRows);
         head_epilogue(target, s.transposed.data + (i - first) * kHeadCols, task, layer, 0, cols);
         if (++layer == p.layers) layer = 0, ++task;
       }
-      s.scope.expect(nullptr);
     }
   }
 }

@@ -232,7 +232,7 @@ struct MatmulScope<bf16> {
   Tiles tiles;
   const char* ahead = nullptr;
 };
-constexpr int64_t kLinesAhead = 6;  // prefetched after a product: three quarters of what four of them read
+constexpr int64_t kLinesAhead = 8;  // prefetched after a product: what it reads of weights, on average
 
 template <int N, bool kOnce>
 inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
@@ -242,8 +242,8 @@ inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
     tiles.load<N>(p, stride);
 }
 
-// c[j, i] = dot(w row j, panel row i) for 16 rows of weights from `w` and, with kTwo, d for 16 more from `v`.  Prefetches are
-// spread over the products: a burst would take all buffers that loads need.
+// c[j, i] = dot(w row j, panel row i) for 16 rows of weights from `w` and, with kTwo, d for 16 more from `v`.  Prefetches
+// are spread over the products: a burst would take all buffers that loads need.
 template <bool kTwo, Keep kKeep>
 inline void tile_product(MatmulScope<bf16>& scope, const uint32_t* x, const bf16* w, const bf16* v, int64_t depth, float* c,
                          float* d) {

@@ -311,6 +311,41 @@ inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
 }
 #endif
 
+#if T2L_ISA_LEVEL >= T2L_AVX512
+// Transpose of 32 x 32 values of 2 bytes.
+inline void transpose_pairs(const __m512i* rows, __m512i* out) {
+  __m512i eight[32];  // [8 g + t]: columns t, 8 + t, 16 + t and 24 + t of rows 8 g to 8 g + 7, one per 128-bit lane
+  for (int g = 0; g < 32; g += 8) {
+    __m512i two[8], four[8];
+    for (int i = 0; i < 4; ++i) {
+      two[i] = _mm512_unpacklo_epi16(rows[g + 2 * i], rows[g + 2 * i + 1]);
+      two[4 + i] = _mm512_unpackhi_epi16(rows[g + 2 * i], rows[g + 2 * i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      four[i] = _mm512_unpacklo_epi32(two[i], two[i + 1]);
+      four[i + 1] = _mm512_unpackhi_epi32(two[i], two[i + 1]);
+      four[i + 2] = _mm512_unpacklo_epi32(two[i + 2], two[i + 3]);
+      four[i + 3] = _mm512_unpackhi_epi32(two[i + 2], two[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+      const __m512i low = four[i / 2 * 4 + i % 2], high = four[i / 2 * 4 + 2 + i % 2];
+      eight[g + 2 * i] = _mm512_unpacklo_epi64(low, high);
+      eight[g + 2 * i + 1] = _mm512_unpackhi_epi64(low, high);
+    }
+  }
+  for (int t = 0; t < 8; ++t) {
+    const __m512i even0 = _mm512_shuffle_i32x4(eight[t], eight[8 + t], 0x88),
+                  odd0 = _mm512_shuffle_i32x4(eight[t], eight[8 + t], 0xdd);
+    const __m512i even1 = _mm512_shuffle_i32x4(eight[16 + t], eight[24 + t], 0x88),
+                  odd1 = _mm512_shuffle_i32x4(eight[16 + t], eight[24 + t], 0xdd);
+    out[t] = _mm512_shuffle_i32x4(even0, even1, 0x88);
+    out[8 + t] = _mm512_shuffle_i32x4(odd0, odd1, 0x88);
+    out[16 + t] = _mm512_shuffle_i32x4(even0, even1, 0xdd);
+    out[24 + t] = _mm512_shuffle_i32x4(odd0, odd1, 0xdd);
+  }
+}
+#endif
+
 // dst[c * ldd + i] = src[i * lds + c] for i < rows, c < cols.
 inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols, float* dst, int64_t ldd) {
   const int64_t whole_rows = rows / kLanes * kLanes, whole_cols = cols / kLanes * kLanes;
