@@ -64,44 +64,38 @@ constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_b
 
 const Kernels& kernels(Isa isa) { return kKernels[static_cast<int>(isa)]; }
 
-#if defined(__x86_64__)
-bool made_by_intel() {
-  unsigned largest = 0, name[3] = {};
-  return __get_cpuid(0, &largest, &name[0], &name[2], &name[1]) && std::memcmp(name, "GenuineIntel", 12) == 0;
-}
-#endif
+enum class Tiles { none, refused, granted };
 
 // Whether this process may use matrix tiles.  Systems save their registers for those alone that have asked, once and for all
-// threads; many sandboxes and older systems know the flags of the CPU, but refuse.
-bool tiles_granted() {
+// threads; many sandboxes and older systems show the flags of the CPU, but refuse.
+Tiles ask_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
-  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kSaved = 1u << 27;  // CPUID 7.0 EDX; CPUID 1 ECX: OSXSAVE
-  constexpr long kAsk = 0x1023, kData = 18;                                  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kNeeded = 1u << 24 | 1u << 22;  // CPUID 7.0 EDX: AMX-TILE, AMX-BF16
+  constexpr long kAsk = 0x1023, kData = 18;          // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaved)) return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kBf16)) != (kTile | kBf16)) return false;
-  return syscall(SYS_arch_prctl, kAsk, kData) == 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return Tiles::none;
+  return syscall(SYS_arch_prctl, kAsk, kData) == 0 ? Tiles::granted : Tiles::refused;
 #else
-  return false;
+  return Tiles::none;
 #endif
 }
 
 struct Available {
   Available() {
-    has[static_cast<int>(Isa::generic)] = has[static_cast<int>(Isa::amx_model)] = true;
+    at(Isa::generic) = at(Isa::amx_model) = true;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
-    has[static_cast<int>(Isa::avx2)] = avx2;
-    has[static_cast<int>(Isa::avx512)] = avx512;
-    has[static_cast<int>(Isa::avx512_bf16)] = bf16;
-    has[static_cast<int>(Isa::amx)] = bf16 && tiles_granted();
+    at(Isa::avx2) = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    at(Isa::avx512) = at(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    at(Isa::avx512_bf16) = at(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
 #endif
+    if (at(Isa::avx512_bf16)) tiles = ask_for_tiles();
+    at(Isa::amx) = tiles == Tiles::granted;
   }
+  bool& at(Isa isa) { return has[static_cast<int>(isa)]; }
   bool has[kNumIsas] = {};
+  Tiles tiles = Tiles::none;
 };
 
 const Available& available() {
@@ -116,9 +110,21 @@ const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 bool has_isa(Isa isa) { return available().has[static_cast<int>(isa)]; }
 
 Isa detected_isa() {
-  for (const Isa isa : {Isa::amx, Isa::avx512_bf16, Isa::avx512, Isa::avx2})
-    if (has_isa(isa)) return isa;
-  return Isa::generic;
+  Isa best = Isa::generic;
+  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
+    if (has_isa(isa)) best = isa;
+  return best;
+}
+
+const char* detected_why() {
+  switch (available().tiles) {
+    case Tiles::granted:
+      return "matrix tiles for bfloat16 weights";
+    case Tiles::refused:
+      return "this CPU has amx, but the system does not let this process use it";
+    default:
+      return "the newest of this CPU";
+  }
 }
 
 const char* chosen_isa(Isa* isa) {
@@ -129,7 +135,7 @@ const char* chosen_isa(Isa* isa) {
   }
   for (int i = 0; i < kNumIsas; ++i)
     if (std::strcmp(wanted, kNames[i]) == 0) {
-      if (!has_isa(static_cast<Isa>(i))) return "T2L_ISA: this CPU lacks the instruction set it names";
+      if (!has_isa(static_cast<Isa>(i))) return "T2L_ISA: this CPU or process lacks the instruction set it names";
       *isa = static_cast<Isa>(i);
       return nullptr;
     }

@@ -8,16 +8,12 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 // With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
-#ifndef SB
-#define SB (2ll << 20)
-#endif
-#ifndef BA
-#define BA 64
-#endif
-constexpr int64_t kBytesAhead = BA << 10;
 constexpr int64_t kManyRows = T2L_TILES ? 256 : INT64_MAX;
-constexpr int64_t kManyPanels = 8;    // of weights: stay in L2 while latent rows stream through
-constexpr int64_t kStreamBytes = SB;  // results beyond this are gone from the caches before they are read
+constexpr int64_t kManyPanels = 8;         // of weights: stay in L2 while latent rows stream through
+constexpr int64_t kBytesAhead = 64 << 10;  // of weights, prefetched into L2
+// Results of a module that exceed this are stored past the caches.  Of use on CPUs with tiles from where they leave L2 on;
+// on others from where they leave all caches.
+constexpr int64_t kStreamBytes = T2L_TILES ? 2 << 20 : 32 << 20;
 
 // Latent rows packed into panels: those of one (side, rank) are consecutive, so that only its last panel is padded.
 template <class WT>

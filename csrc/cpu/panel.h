@@ -187,8 +187,8 @@ inline const float* widen_weights(const bf16* w, int64_t count, float* wide, flo
 }
 inline const bf16* widen_weights(const bf16* w, int64_t, float*, bf16) { return w; }
 
-// Floats of scratch of a product over `depth` features.
-inline int64_t scratch_size(int64_t depth) { return kPanelCols * round_up(depth, 32); }
+// Floats of scratch of a product over `depth` features: widened weights, or a tile's rows of bfloat16.
+inline int64_t scratch_size(int64_t depth) { return (kPanelCols > 8 ? kPanelCols : 8) * depth; }
 
 // Which operand of a product the next products use again: the panel, while weights come from memory, or the weights.
 enum class Keep { panel, weights };

@@ -79,6 +79,11 @@ const char* t2l_status_name(int32_t status) {
 
 int32_t t2l_detected_isa(void) { return public_isa(t2l::detected_isa()); }
 
+int32_t t2l_has_isa(int32_t isa) {
+  if (isa < T2L_ISA_BEST || isa > t2l::kNumIsas) return 0;
+  return isa == T2L_ISA_BEST || t2l::has_isa(static_cast<Isa>(isa - T2L_ISA_GENERIC));
+}
+
 const char* t2l_isa_name(int32_t isa) {
   if (isa < T2L_ISA_BEST || isa > t2l::kNumIsas) return nullptr;
   return t2l::isa_name(isa == T2L_ISA_BEST ? t2l::detected_isa() : static_cast<Isa>(isa - T2L_ISA_GENERIC));

@@ -93,13 +93,12 @@ void check(const t2l_lora& l, DType x_type, DType w_type) {
 }  // namespace
 
 Isa isa_of(int32_t isa) {
-  const Isa best = detected_isa();
-  if (isa == T2L_ISA_BEST) return best;
+  if (isa == T2L_ISA_BEST) return detected_isa();
   if (isa < T2L_ISA_BEST || isa > kNumIsas) invalid("isa", "a t2l_isa", std::to_string(isa));
   const Isa wanted = static_cast<Isa>(isa - T2L_ISA_GENERIC);
-  if (wanted > best)
-    throw Error(T2L_UNSUPPORTED, std::string("isa: expected at most ") + isa_name(best) +
-                                     ", the best one of this CPU, got " + isa_name(wanted));
+  if (!has_isa(wanted))
+    throw Error(T2L_UNSUPPORTED, std::string("isa: expected one that this CPU has and this process may use, such as ") +
+                                     isa_name(detected_isa()) + ", got " + isa_name(wanted));
   return wanted;
 }
 

@@ -15,8 +15,9 @@ constexpr int kNumIsas = 6;
 const char* isa_name(Isa isa);
 // Whether this CPU has it and, for amx, the system lets this process use it.
 bool has_isa(Isa isa);
-// The fastest instruction set of this CPU.
+// The fastest instruction set of this CPU, and why it is that one, in words.
 Isa detected_isa();
+const char* detected_why();
 // The instruction set in use: the detected one, or the one that the environment variable T2L_ISA names.  Returns null, or an
 // error message (and leaves `isa` as it is) if T2L_ISA is none of the names, or one of which has_isa is false.
 const char* chosen_isa(Isa* isa);

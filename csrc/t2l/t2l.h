@@ -47,19 +47,25 @@ typedef struct t2l_error {
 
 typedef enum t2l_dtype { T2L_F32 = 0, T2L_BF16 = 1 } t2l_dtype;
 
-// Instruction sets, in rising order; records hold them as int32_t.  All give the same numbers up to rounding; one of them
-// gives the same bits at every call, with any number of threads.
+// Instruction sets; records hold them as int32_t.  All give the same numbers up to rounding; one of them gives the same
+// bits at every call, with any number of threads.
 typedef enum t2l_isa {
-  T2L_ISA_BEST = 0,  // the best one of this CPU
+  T2L_ISA_BEST = 0,  // the fastest one of this CPU
   T2L_ISA_GENERIC = 1,
   T2L_ISA_AVX2 = 2,
   T2L_ISA_AVX512 = 3,
-  T2L_ISA_AVX512_BF16 = 4
+  T2L_ISA_AVX512_BF16 = 4,
+  T2L_ISA_AMX = 5,
+  T2L_ISA_AMX_MODEL = 6  // the kernels of amx in plain C++: for tests
 } t2l_isa;
 
-// The best instruction set of this CPU; never T2L_ISA_BEST.
+// The fastest instruction set of this CPU; never T2L_ISA_BEST.  Asks the system once for the matrix tiles of AMX, which
+// Linux grants to a process as a whole.
 T2L_API int32_t t2l_detected_isa(void);
-// "generic", "avx2", "avx512", "avx512_bf16"; for T2L_ISA_BEST the name of the one it stands for; NULL for other values.
+// 1: this CPU has it and this process may use it (always so for T2L_ISA_BEST); 0: not, or another value.
+T2L_API int32_t t2l_has_isa(int32_t isa);
+// "generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_model"; for T2L_ISA_BEST the name of the one it stands for; NULL
+// for other values.
 T2L_API const char* t2l_isa_name(int32_t isa);
 
 // The caller's threads.  run(pool, count, grain, body, context) must call body(begin, end, context) for ranges that cover

@@ -17,12 +17,13 @@ std::string describe() {
          ", \"compiler\": " + quoted(__VERSION__) + ", \"cuda\": " + quoted(T2L_CUDA_BUILD) +
          "}, \"instruction_sets\": {\"available\": [" + isas +
          "], \"chosen\": " + (error ? "null" : quoted(t2l::isa_name(isa))) +
+         ", \"why\": " + quoted(isa == t2l::detected_isa() ? t2l::detected_why() : "T2L_ISA") +
          ", \"error\": " + (error ? quoted(error) : "null") + "}}";
 }
 
 }  // namespace
 
-// Instruction sets in rising order; "chosen" is null and "error" set if T2L_ISA is invalid.
+// Instruction sets of this CPU; "chosen" is null and "error" set if T2L_ISA is invalid; "why" it is the chosen one.
 extern "C" __attribute__((visibility("default"))) const char* t2l_about() {
   static const std::string about = describe();
   return about.c_str();

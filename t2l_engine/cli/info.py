@@ -45,7 +45,8 @@ def _print(about: dict[str, Any]) -> None:
     if build is not None:
         typer.echo(f"build: {build['version']}, {build['build_type']}, compiler {build['compiler']}")
         typer.echo(f"CUDA kernels: {build['cuda']}")
-        typer.echo(f"instruction set: {isas['chosen']} (this CPU has {', '.join(isas['available'])})")
+        typer.echo(f"instruction set: {isas['chosen']} ({isas['why']})")
+        typer.echo(f"available: {', '.join(isas['available'])}")
     typer.echo(f"threads: {about['threads']}")
     typer.echo("ops (native: float32 and bfloat16, on CUDA float16 too; other dtypes run the reference):")
     for name, runs in about["ops"].items():

@@ -43,6 +43,14 @@ inline Net open_net(const std::string& path, int32_t isa = T2L_ISA_BEST, bool sk
   return Net(net, t2l_hypernet_close);
 }
 
+// The instruction sets to be tested here.
+inline std::vector<int32_t> isas() {
+  std::vector<int32_t> found;
+  for (int32_t isa = T2L_ISA_GENERIC; t2l_isa_name(isa) != nullptr; ++isa)
+    if (t2l_has_isa(isa)) found.push_back(isa);
+  return found;
+}
+
 inline t2l_hypernet_info info_of(const Net& net) {
   t2l_hypernet_info info{};
   CHECK_OK(t2l_hypernet_get_info(net.get(), &info, &error));

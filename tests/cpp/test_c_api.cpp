@@ -62,7 +62,9 @@ void test_names() {
   CHECK(std::string(t2l_status_name(99)) == "unknown status");
   CHECK(std::string(t2l_isa_name(T2L_ISA_GENERIC)) == "generic" && std::string(t2l_isa_name(T2L_ISA_AVX2)) == "avx2");
   CHECK(std::string(t2l_isa_name(T2L_ISA_BEST)) == t2l_isa_name(t2l_detected_isa()));
-  CHECK(t2l_isa_name(-1) == nullptr && t2l_isa_name(5) == nullptr);
+  CHECK(t2l_isa_name(-1) == nullptr && t2l_isa_name(7) == nullptr);
+  CHECK(t2l_has_isa(T2L_ISA_GENERIC) && t2l_has_isa(T2L_ISA_AMX_MODEL) && t2l_has_isa(t2l_detected_isa()));
+  CHECK(!t2l_has_isa(-1) && !t2l_has_isa(7));
 }
 
 void test_info(const Net& net) {
@@ -112,7 +114,7 @@ void test_bits(const std::string& path, const Net& net, const Floats& task_emb) 
   for (size_t m = 0; m < expected.A.size(); ++m)
     CHECK(std::equal(second.A[m].begin(), second.A[m].end(), expected.A[m].begin() + second.A[m].size()));
 
-  for (int32_t isa = T2L_ISA_GENERIC; isa < t2l_detected_isa(); ++isa) {
+  for (const int32_t isa : isas()) {
     const Net other = open_net(path, isa);
     CHECK(info_of(other).isa == isa);
     const Result result = generate(other, task_emb);

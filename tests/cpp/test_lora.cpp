@@ -163,7 +163,7 @@ void test_values(const t2l_parallel& parallel) {
     for (const bool out_first : {false, true})
       for (const int32_t x_type : {T2L_F32, T2L_BF16})
         for (const int32_t w_type : {T2L_F32, T2L_BF16})
-          for (int32_t isa = T2L_ISA_GENERIC; isa <= t2l_detected_isa(); ++isa) {
+          for (const int32_t isa : isas()) {
             shape.out_first = out_first;
             shape.x_type = x_type;
             shape.w_type = w_type;
@@ -218,7 +218,7 @@ void test_errors() {
           [](Case&, t2l_lora& l) { l.A_stride[0] = (int64_t{1} << 60) - l.in_features; });
   refused("x_dtype: expected T2L_F32 or T2L_BF16, got 2", [](Case&, t2l_lora& l) { l.x_dtype = 2; });
   refused("w_dtype: expected T2L_F32 or T2L_BF16, got -1", [](Case&, t2l_lora& l) { l.w_dtype = -1; });
-  refused("isa: expected a t2l_isa, got 5", [](Case&, t2l_lora& l) { l.isa = 5; });
+  refused("isa: expected a t2l_isa, got 7", [](Case&, t2l_lora& l) { l.isa = 7; });
   refused("seg_indptr: expected 0 first, got 1", [](Case& c, t2l_lora&) { c.indptr[0] = 1; });
   refused("seg_indptr: expected the number of tokens 5 last, got 4", [](Case& c, t2l_lora&) { c.indptr[2] = 4; });
   refused("seg_indptr: expected segments of 0 or more tokens, got -1 at segment 1",
@@ -227,8 +227,8 @@ void test_errors() {
   refused("seg_adapters: expected ids in [-1, 2), got -2 at segment 1", [](Case& c, t2l_lora&) { c.s.ids[1] = -2; });
   refused("ranks: expected values in [0, 4], got 5 at adapter 0", [](Case& c, t2l_lora&) { c.s.ranks[0] = 5; });
   refused("ranks: expected values in [0, 4], got -1 at adapter 1", [](Case& c, t2l_lora&) { c.s.ranks[1] = -1; });
-  if (t2l_detected_isa() < T2L_ISA_AVX512_BF16)
-    refused("isa: expected at most", [](Case&, t2l_lora& l) { l.isa = T2L_ISA_AVX512_BF16; }, T2L_UNSUPPORTED);
+  if (!t2l_has_isa(T2L_ISA_AMX))
+    refused("isa: expected one that this CPU has", [](Case&, t2l_lora& l) { l.isa = T2L_ISA_AMX; }, T2L_UNSUPPORTED);
 }
 
 // Nothing to do is no error, whatever is NULL.
@@ -243,7 +243,7 @@ void test_empty() {
 
 // A sum over no features is 0: y keeps its bits, and nothing of x and A is looked at.
 void test_no_features() {
-  for (int32_t isa = T2L_ISA_GENERIC; isa <= t2l_detected_isa(); ++isa) {
+  for (const int32_t isa : isas()) {
     Case c({0, 40, 4, 2, {2, 3}, {0, 1}, {}, false, T2L_F32, T2L_F32}, 1);
     const Buffer before = c.y;
     t2l_lora l = c.record(isa);
