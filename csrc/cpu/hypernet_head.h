@@ -156,7 +156,8 @@ template <class WT, class OT>
 inline void head_tile(const HeadParams& p, LatentPanels<WT>& panels, int side, int64_t row, int64_t p_rank, int64_t column,
                       int64_t cols, HeadScratch<WT>& s) {
   const WT* weight = static_cast<const WT*>(p.weight) + row * p.h;
-  s.scope.expect(reinterpret_cast<const char*>(weight) + kBytesAhead);
+  const bool again = side == 1 && p.sides == 2 && column < p.in;  // read just before, for the other side
+  s.scope.expect(again ? nullptr : reinterpret_cast<const char*>(weight) + kBytesAhead);
   for (int64_t k = 0; k < p.ranks; ++k) {
     const HeadTarget<OT> target(p, side, row, k * (p.rank / p.ranks) + p_rank, column);
     const int64_t run = (p.sides == 2 ? side : 0) * p.ranks + k;
@@ -249,22 +250,24 @@ inline void head_tile_many(const HeadParams& p, LatentRows<WT>& latents, int sid
   }
 }
 
-// Calls tile(scratch, side, row, p_rank, column, cols) for all weight rows, `width` at a time at most.
+// Calls tile(scratch, side, row, p_rank, column, cols) for all weight rows, `width` at a time at most.  Sides that share
+// their weights take turns, so that one of them finds these in the cache.
 template <class S, class F>
 inline void for_head_tiles(const HeadParams& p, int64_t width, ParallelFor parallel, const F& tile) {
+  const bool shared = p.sides == 2;
   const int64_t per_latent = p.rank / p.ranks;
   const int64_t size[2] = {p.in, p.out_features};
   const int64_t wider = p.in > p.out_features ? p.in : p.out_features;
-  const int64_t stride[2] = {p.sides == 2 ? wider : p.in, p.sides == 2 ? wider : p.out_features};
-  const int64_t start[2] = {0, p.sides == 2 ? 0 : per_latent * p.in};
-  const int64_t tiles[2] = {(p.in + width - 1) / width, (p.out_features + width - 1) / width};
+  const int64_t tiles[2] = {((shared ? wider : p.in) + width - 1) / width,
+                            ((shared ? wider : p.out_features) + width - 1) / width};
   auto body = [&](int64_t begin, int64_t end) {
     S scratch(p.h);
     for (int64_t item = begin; item < end; ++item) {
-      const int side = item < per_latent * tiles[0] ? 0 : 1;
-      const int64_t local = item - (side ? per_latent * tiles[0] : 0);
+      const int side = shared ? item % 2 : item >= per_latent * tiles[0];
+      const int64_t local = shared ? item / 2 : item - (side ? per_latent * tiles[0] : 0);
       const int64_t p_rank = local / tiles[side], column = local % tiles[side] * width;
-      const int64_t row = start[side] + p_rank * stride[side] + column;
+      if (column >= size[side]) continue;
+      const int64_t row = (side && !shared ? per_latent * p.in : 0) + p_rank * (shared ? wider : size[side]) + column;
       tile(scratch, side, row, p_rank, column, min(width, size[side] - column));
     }
     end_streams();

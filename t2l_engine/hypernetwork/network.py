@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,36 @@ from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
 
 MAX_PARAMETERS = 1 << 40  # more than any file has, and few enough for torch's tensor sizes
+
+
+class _Packed:
+    """The folded tensors of a network, and whether they still are those of its parameters and buffers.
+
+    The dictionaries of its modules are kept: a walk through the modules takes longer than a small hypernetwork does.
+    """
+
+    def __init__(self, net: nn.Module, folded: dict):
+        self.folded = folded
+        self._dictionaries = [d for m in net.modules() for d in (m._parameters, m._buffers, m._modules)]
+        self._found = self._values()
+        self._versions = [_version(value) for value in self._found]
+
+    def _values(self) -> list:
+        return [value for dictionary in self._dictionaries for value in dictionary.values()]
+
+    def current(self) -> bool:
+        """Whether no tensor or module was replaced, and no tensor written, since then."""
+        values = self._values()
+        # Compared by identity, not by id(), which a later parameter may reuse.
+        return (
+            len(values) == len(self._found)
+            and all(map(operator.is_, values, self._found))
+            and [_version(value) for value in values] == self._versions
+        )
+
+
+def _version(value: object) -> int:
+    return 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
 
 
 class HyperNetwork(nn.Module):
@@ -67,7 +98,7 @@ class HyperNetwork(nn.Module):
         self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
         # Modules of generated adapters are named as in adapters read from files: after the end of the path.
         self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
-        self._packed: tuple[list[Tensor], list[int], dict] | None = None
+        self._packed: _Packed | None = None
 
     @classmethod
     def from_pretrained(
@@ -184,16 +215,9 @@ class HyperNetwork(nn.Module):
             ValueError: ``task_emb`` is not a floating-point tensor ``[N, embed_dim]`` on this device, ``out`` does not fit,
                 or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
-        tensors = list(itertools.chain(self.parameters(), self.buffers()))
-        versions = [0 if t.is_inference() else t._version for t in tensors]
-        # Compared by identity, not by id(), which a later parameter may reuse.
-        if (
-            self._packed is None
-            or self._packed[1] != versions
-            or any(new is not old for new, old in zip(tensors, self._packed[0], strict=True))
-        ):
-            self._packed = (tensors, versions, self.folded())
-        folded = self._packed[2]
+        if self._packed is None or not self._packed.current():
+            self._packed = _Packed(self, self.folded())
+        folded = self._packed.folded
         return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
     def folded(self) -> dict:
