@@ -48,8 +48,9 @@ def configure(source, folder, *options):
     return folder
 
 
-def build(folder, *options):
-    """Configure, build and test the library alone; its ctest builds and runs the example too, as a separate project."""
+def build(folder, *options, left_out="^$"):
+    """Configure, build and test the library alone; its ctest builds and runs the example too, as a separate project.  Tests
+    that match ``left_out`` do not run."""
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         pytest.skip("needs a C compiler")
     networks = folder.with_name("networks")
@@ -59,7 +60,7 @@ def build(folder, *options):
     options = [f"-DT2L_TEST_NETWORKS={networks}", *options]
     configure(ROOT, folder, "-DT2L_TORCH=OFF", "-DT2L_CORE=OFF", "-DT2L_CUDA=OFF", "-DT2L_TESTS=ON", *options)
     run(tool("cmake"), "--build", folder, "-j", os.cpu_count() or 1)
-    run(tool("ctest"), "--test-dir", folder, "--output-on-failure", "--no-tests=error")
+    run(tool("ctest"), "--test-dir", folder, "--output-on-failure", "--no-tests=error", "-E", left_out)
     return folder
 
 
@@ -69,16 +70,36 @@ def library(tmp_path_factory):
     return build(tmp_path_factory.mktemp("cpp") / "build")
 
 
-@pytest.fixture
-def example(library, tmp_path):
+@pytest.fixture(scope="module")
+def aarch64(tmp_path_factory):
+    """As ``library``, cross-compiled; its programs run in an emulator of the processor."""
+    for program, package in (("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu"), ("qemu-aarch64", "qemu-user")):
+        if not shutil.which(program):
+            pytest.skip(f"needs {program} (of Debian's {package})")
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT / 'tests' / 'cpp' / 'aarch64.cmake'}"
+    # Thousands of calls that end in errors: the same code on every processor, and minutes in an emulator.
+    return build(tmp_path_factory.mktemp("aarch64") / "build", toolchain, left_out="test_memory|test_files")
+
+
+#: Instruction set of the example -> what qemu-aarch64 runs it as; None: this machine's best, without an emulator.
+PROCESSORS = {"native": None, "neon": "neoverse-n1", "neon_bf16": "max"}
+
+
+@pytest.fixture(params=PROCESSORS)
+def example(request, tmp_path):
     """Exports a network and runs the example on it; what that wrote, by file name, flat."""
+    processor = PROCESSORS[request.param]
+    library = request.getfixturevalue("aarch64" if processor else "library")
+    emulator = ["qemu-aarch64", "-cpu", processor, "-L", "/usr/aarch64-linux-gnu"] if processor else []
 
     def generate(net, task_emb, threads=2):
         out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         out.mkdir()
         export(net, tmp_path / "net.t2l")
         task_emb.numpy().tofile(out / "task_emb")
-        run(library / "consumer" / "build" / "t2l_example", tmp_path / "net.t2l", out / "task_emb", out, threads)
+        program = library / "consumer" / "build" / "t2l_example"
+        said = run(*emulator, program, tmp_path / "net.t2l", out / "task_emb", out, threads)
+        assert not processor or f", {request.param}: " in said
         return {path.name: torch.from_numpy(np.fromfile(path, np.float32)) for path in out.iterdir()}
 
     return generate

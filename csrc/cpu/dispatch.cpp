@@ -13,6 +13,12 @@
 #include "t2l/kernels.h"
 #include "t2l/probe.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 namespace t2l {
 
 #define T2L_DECLARE(ns)                                       \
@@ -31,6 +37,9 @@ T2L_DECLARE(avx2)
 T2L_DECLARE(avx512)
 T2L_DECLARE(avx512_bf16)
 T2L_DECLARE(amx)
+#elif defined(__aarch64__)
+T2L_DECLARE(neon)
+T2L_DECLARE(neon_bf16)
 #endif
 T2L_DECLARE(amx_model)
 
@@ -49,18 +58,23 @@ struct Kernels {
 #define T2L_KERNELS(ns)                                                          \
   {ns::lora,       ns::lora_backward, ns::hypernet_trunk,     ns::hypernet_head, \
    ns::probe_read, ns::probe_copy,    ns::probe_multiply_adds}
-constexpr Kernels kNone{};
+constexpr Kernels kNone{};  // of another architecture
 #if defined(__x86_64__)
 #define T2L_X86_KERNELS(ns) T2L_KERNELS(ns)
 #else
 #define T2L_X86_KERNELS(ns) kNone
 #endif
-// By Isa.
+#if defined(__aarch64__)
+#define T2L_ARM_KERNELS(ns) T2L_KERNELS(ns)
+#else
+#define T2L_ARM_KERNELS(ns) kNone
+#endif
 constexpr Kernels kKernels[kNumIsas] = {
-    T2L_KERNELS(generic),         T2L_X86_KERNELS(avx2), T2L_X86_KERNELS(avx512),
-    T2L_X86_KERNELS(avx512_bf16), T2L_X86_KERNELS(amx),  T2L_KERNELS(amx_model),
+    T2L_KERNELS(generic), T2L_X86_KERNELS(avx2),  T2L_X86_KERNELS(avx512), T2L_X86_KERNELS(avx512_bf16),
+    T2L_X86_KERNELS(amx), T2L_KERNELS(amx_model), T2L_ARM_KERNELS(neon),   T2L_ARM_KERNELS(neon_bf16),
 };
-constexpr const char* kNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_model"};
+constexpr const char* kNames[kNumIsas] = {"generic", "avx2",      "avx512", "avx512_bf16",
+                                          "amx",     "amx_model", "neon",   "neon_bf16"};
 
 const Kernels& kernels(Isa isa) { return kKernels[static_cast<int>(isa)]; }
 
@@ -80,6 +94,21 @@ Tiles ask_for_tiles() {
 #endif
 }
 
+#if defined(__aarch64__)
+bool has_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Available {
   Available() {
     at(Isa::generic) = at(Isa::amx_model) = true;
@@ -89,6 +118,10 @@ struct Available {
     at(Isa::avx512) = at(Isa::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     at(Isa::avx512_bf16) = at(Isa::avx512) && __builtin_cpu_supports("avx512bf16");
+#endif
+#if defined(__aarch64__)
+    at(Isa::neon) = true;
+    at(Isa::neon_bf16) = has_bf16();
 #endif
     if (at(Isa::avx512_bf16)) tiles = ask_for_tiles();
     at(Isa::amx) = tiles == Tiles::granted;
@@ -102,7 +135,6 @@ const Available& available() {
   static const Available once;
   return once;
 }
-
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -111,7 +143,7 @@ bool has_isa(Isa isa) { return available().has[static_cast<int>(isa)]; }
 
 Isa detected_isa() {
   Isa best = Isa::generic;
-  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx})
+  for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::neon, Isa::neon_bf16})
     if (has_isa(isa)) best = isa;
   return best;
 }
@@ -139,7 +171,7 @@ const char* chosen_isa(Isa* isa) {
       *isa = static_cast<Isa>(i);
       return nullptr;
     }
-  return "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, amx or amx_model";
+  return "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, amx, amx_model, neon or neon_bf16";
 }
 
 void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel) {

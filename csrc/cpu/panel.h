@@ -10,9 +10,19 @@
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int kPanelVecs = T2L_TILES ? 32 / kLanes : 2;  // two tiles wide
+// Register tile: kPanelCols * kPanelVecs accumulators.  NEON has as many registers as AVX-512, a quarter as long: with more
+// vectors a weight that is loaded serves as many rows as with AVX2.
+#if T2L_TILES
+constexpr int kPanelVecs = 32 / kLanes;  // two tiles wide
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;
+#elif T2L_ISA_LEVEL <= T2L_NEON
+constexpr int kPanelVecs = 4;
+constexpr int kPanelCols = 4;
+#else
+constexpr int kPanelVecs = 2;
+constexpr int kPanelCols = kLanes == 16 ? 12 : 6;
+#endif
 constexpr int kPanelRows = kPanelVecs * kLanes;
-constexpr int kPanelCols = kLanes == 16 ? 12 : 6;  // register tile: kPanelCols * kPanelVecs accumulators
 
 // Packed format of the inputs of matrices of type WT: kPack features of one row share an Element; the features of a panel
 // are padded with zeros to a multiple of kStep.  `Weight` is the type the micro-kernel reads: WT itself, or float where the
@@ -50,6 +60,22 @@ struct PanelOf<bf16> {
   static Operand broadcast_last_weight(const Weight* w) { return reinterpret_cast<__m512bh>(_mm512_set1_epi32(w->bits)); }
   static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
 };
+#elif T2L_ISA_LEVEL == T2L_NEON_BF16
+template <>
+struct PanelOf<bf16> {
+  using Element = uint32_t;  // two consecutive features
+  using Weight = bf16;
+  static constexpr int kPack = 2, kStep = 2;
+  using Operand = bfloat16x8_t;
+  static Operand load_rows(const Element* p) { return vreinterpretq_bf16_u32(vld1q_u32(p)); }
+  static bfloat16x4_t broadcast_weight(const Weight* w) {  // one pair: the instruction broadcasts it
+    uint32_t pair;
+    std::memcpy(&pair, w, sizeof pair);
+    return vreinterpret_bf16_u32(vdup_n_u32(pair));
+  }
+  static bfloat16x4_t broadcast_last_weight(const Weight* w) { return vreinterpret_bf16_u32(vdup_n_u32(w->bits)); }
+  static Vec step(Operand x, bfloat16x4_t w, Vec acc) { return vbfdotq_lane_f32(acc, x, w, 0); }
+};
 #endif
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -76,6 +102,10 @@ inline __m512i bf16_bits(Vec v) { return _mm512_cvtepu16_epi32(reinterpret_cast<
 inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
   _mm512_storeu_si512(out, _mm512_or_si512(bf16_bits(even), _mm512_slli_epi32(bf16_bits(odd), 16)));
 }
+#elif T2L_ISA_LEVEL == T2L_NEON_BF16
+inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
+  vst1q_u32(out, vorrq_u32(vmovl_u16(bf16_bits(even)), vshll_n_u16(bf16_bits(odd), 16)));
+}
 #elif T2L_TILES
 inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
   bf16 low[kLanes], high[kLanes];
@@ -84,7 +114,7 @@ inline void store_pairs(Vec even, Vec odd, uint32_t* out) {
   for (int i = 0; i < kLanes; ++i) out[i] = low[i].bits | static_cast<uint32_t>(high[i].bits) << 16;
 }
 #endif
-#if T2L_ISA_LEVEL == T2L_AVX512_BF16 || T2L_TILES
+#if T2L_ISA_LEVEL == T2L_AVX512_BF16 || T2L_ISA_LEVEL == T2L_NEON_BF16 || T2L_TILES
 inline void round_to_panel(const float* x, int64_t depth, uint32_t* panel, bf16) {
   const int64_t padded = round_up(depth, PanelOf<bf16>::kStep);
   for (int64_t k = 0; k < padded; k += 2)
@@ -154,7 +184,7 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
       typename P::Operand xv[kPanelVecs];
       for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
       for (int j = 0; j < C; ++j) {
-        const typename P::Operand wv = P::broadcast_weight(w + j * depth + k);
+        const auto wv = P::broadcast_weight(w + j * depth + k);
         for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
       }
     }

@@ -14,6 +14,9 @@
 #define T2L_AVX2 1
 #define T2L_AVX512 2
 #define T2L_AVX512_BF16 3
+// Of AArch64: below zero, so that no comparison with a level of x86 takes them in.
+#define T2L_NEON -1
+#define T2L_NEON_BF16 -2
 
 // Beside the vectors, matrix tiles (tiles.h): none, those of AMX, or the same in plain C++.
 #define T2L_TILES_AMX 1
@@ -35,13 +38,22 @@
 #elif T2L_TILES == T2L_TILES_AMX
 #define T2L_ISA_NAMESPACE amx
 #define T2L_TARGET "amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
+#elif T2L_ISA_LEVEL == T2L_NEON
+#define T2L_ISA_NAMESPACE neon
+#elif T2L_ISA_LEVEL == T2L_NEON_BF16
+#define T2L_ISA_NAMESPACE neon_bf16
+#define T2L_TARGET "+bf16"
 #else
 #define T2L_ISA_NAMESPACE avx512_bf16
 #define T2L_TARGET "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #endif
 
-#if T2L_ISA_LEVEL != T2L_GENERIC
+#if T2L_ISA_LEVEL > T2L_GENERIC
 #include <immintrin.h>
+#elif T2L_ISA_LEVEL < T2L_GENERIC
+#include <arm_neon.h>
+#endif
+#if defined(T2L_TARGET)
 #define T2L_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define T2L_PUSH_TARGET(t) T2L_PRAGMA(clang attribute push(__attribute__((target(t))), apply_to = function))
@@ -115,6 +127,18 @@ inline float sum(Vec v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+#elif T2L_ISA_LEVEL <= T2L_NEON
+constexpr int kLanes = 4;
+using Vec = float32x4_t;
+inline Vec zero() { return vdupq_n_f32(0.0f); }
+inline Vec broadcast(float v) { return vdupq_n_f32(v); }
+inline Vec load(const float* p) { return vld1q_f32(p); }
+inline Vec load(const bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
+inline Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+inline Vec multiply(Vec a, Vec b) { return vmulq_f32(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+inline void store(float* p, Vec v) { vst1q_f32(p, v); }
+inline float sum(Vec v) { return vaddvq_f32(v); }  // (v[0] + v[1]) + (v[2] + v[3])
 #else
 constexpr int kLanes = 4;
 using Vec = float __attribute__((vector_size(16)));  // SSE2, NEON: in every baseline
@@ -146,6 +170,8 @@ inline void sum4(const Vec* v, float* out) {
   const Vec first = _mm512_maskz_compress_ps(0x1111, one);
   _mm_storeu_ps(out, _mm512_castps512_ps128(first));
 }
+#elif T2L_ISA_LEVEL <= T2L_NEON
+inline void sum4(const Vec* v, float* out) { vst1q_f32(out, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]))); }
 #else
 inline void sum4(const Vec* v, float* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
@@ -208,6 +234,24 @@ inline void store_as(bf16* p, Vec v, int n) {
   bf16 narrow[kLanes];
   _mm_storeu_si128(reinterpret_cast<__m128i*>(narrow), _mm256_castsi256_si128(packed));
   std::memcpy(p, narrow, n * sizeof(bf16));
+}
+#elif T2L_ISA_LEVEL <= T2L_NEON
+#if T2L_ISA_LEVEL == T2L_NEON_BF16
+inline uint16x4_t bf16_bits(Vec v) { return vreinterpret_u16_bf16(vcvt_bf16_f32(v)); }
+#else
+inline uint16x4_t bf16_bits(Vec v) {
+  const uint32x4_t u = vreinterpretq_u32_f32(v), high = vshrq_n_u32(u, 16);
+  const uint32x4_t even = vaddq_u32(vandq_u32(high, vdupq_n_u32(1)), vdupq_n_u32(0x7fff));
+  const uint32x4_t rounded = vshrq_n_u32(vaddq_u32(u, even), 16);
+  return vmovn_u32(vbslq_u32(vceqq_f32(v, v), rounded, vorrq_u32(high, vdupq_n_u32(0x40))));  // v == v: not NaN
+}
+#endif
+inline void store_as(bf16* p, Vec v, int n) {
+  const uint16x4_t narrow = bf16_bits(v);
+  if (n == kLanes)
+    vst1_u16(&p->bits, narrow);
+  else
+    std::memcpy(p, &narrow, n * sizeof(bf16));
 }
 #endif
 
@@ -303,6 +347,20 @@ inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
     _mm256_storeu_ps(dst + (4 + c) * ldd, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
   }
 }
+#elif T2L_ISA_LEVEL <= T2L_NEON
+template <class Row>
+inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
+  uint32x4_t a[4];
+  for (int i = 0; i < 4; ++i) a[i] = vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(row(i))));
+  const uint64x2_t low0 = vreinterpretq_u64_u32(vzip1q_u32(a[0], a[1])),
+                   high0 = vreinterpretq_u64_u32(vzip2q_u32(a[0], a[1]));
+  const uint64x2_t low1 = vreinterpretq_u64_u32(vzip1q_u32(a[2], a[3])),
+                   high1 = vreinterpretq_u64_u32(vzip2q_u32(a[2], a[3]));
+  store(dst, vreinterpretq_f32_u64(vzip1q_u64(low0, low1)));
+  store(dst + ldd, vreinterpretq_f32_u64(vzip2q_u64(low0, low1)));
+  store(dst + 2 * ldd, vreinterpretq_f32_u64(vzip1q_u64(high0, high1)));
+  store(dst + 3 * ldd, vreinterpretq_f32_u64(vzip2q_u64(high0, high1)));
+}
 #else
 template <class Row>
 inline void transpose_block(const Row& row, float* dst, int64_t ldd) {
@@ -357,7 +415,7 @@ inline void transpose(const float* src, int64_t lds, int64_t rows, int64_t cols,
 }
 
 // transpose_quad: out[j * ldo + i] = element j of row i, widened, for 16 bytes of each of kLanes rows.
-#if T2L_ISA_LEVEL >= T2L_AVX2
+#if T2L_ISA_LEVEL != T2L_GENERIC
 #if T2L_ISA_LEVEL >= T2L_AVX512
 using IntVec = __m512i;
 inline IntVec load_every_fourth_row(const void* p, int64_t ld) {  // 16 bytes of rows 0, 4, 8 and 12
@@ -376,6 +434,23 @@ inline Vec as_floats(IntVec v) { return _mm512_castsi512_ps(v); }
 // The first and the second bfloat16 of every dword, widened.
 inline Vec first_bf16(IntVec v) { return as_floats(_mm512_slli_epi32(v, 16)); }
 inline Vec second_bf16(IntVec v) { return as_floats(_mm512_and_si512(v, _mm512_set1_epi32(-65536))); }
+#elif T2L_ISA_LEVEL <= T2L_NEON
+using IntVec = uint32x4_t;
+inline IntVec load_every_fourth_row(const void* p, int64_t) {  // 16 bytes of row 0
+  return vreinterpretq_u32_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
+}
+inline IntVec low_dwords(IntVec a, IntVec b) { return vzip1q_u32(a, b); }
+inline IntVec high_dwords(IntVec a, IntVec b) { return vzip2q_u32(a, b); }
+inline IntVec low_qwords(IntVec a, IntVec b) {
+  return vreinterpretq_u32_u64(vzip1q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b)));
+}
+inline IntVec high_qwords(IntVec a, IntVec b) {
+  return vreinterpretq_u32_u64(vzip2q_u64(vreinterpretq_u64_u32(a), vreinterpretq_u64_u32(b)));
+}
+inline Vec as_floats(IntVec v) { return vreinterpretq_f32_u32(v); }
+// The first and the second bfloat16 of every dword, widened.
+inline Vec first_bf16(IntVec v) { return as_floats(vshlq_n_u32(v, 16)); }
+inline Vec second_bf16(IntVec v) { return as_floats(vandq_u32(v, vdupq_n_u32(0xffff0000u))); }
 #else
 using IntVec = __m256i;
 inline IntVec load_every_fourth_row(const void* p, int64_t ld) {  // 16 bytes of rows 0 and 4
@@ -444,6 +519,18 @@ struct Dot<bf16, bf16> {
     return reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(mask, p));
   }
   static Vec step(Operand x, Operand w, Vec acc) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+#elif T2L_ISA_LEVEL == T2L_NEON_BF16
+template <>
+struct Dot<bf16, bf16> {
+  static constexpr int kStep = 8;
+  using Operand = bfloat16x8_t;
+  static Operand load_operand(const bf16* p, int n) {
+    uint16x8_t bits = vdupq_n_u16(0);
+    std::memcpy(&bits, p, n * sizeof(bf16));
+    return vreinterpretq_bf16_u16(bits);
+  }
+  static Vec step(Operand x, Operand w, Vec acc) { return vbfdotq_f32(acc, x, w); }
 };
 #endif
 

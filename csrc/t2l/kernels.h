@@ -7,11 +7,20 @@
 
 namespace t2l {
 
-// In the order of their names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.
-enum class Isa : int32_t { generic = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_model = 5 };
-constexpr int kNumIsas = 6;
+// Names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.
+enum class Isa : int32_t {
+  generic = 0,
+  avx2 = 1,
+  avx512 = 2,
+  avx512_bf16 = 3,
+  amx = 4,
+  amx_model = 5,
+  neon = 6,
+  neon_bf16 = 7
+};
+constexpr int kNumIsas = 8;
 
-// Name as in T2L_ISA: "generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_model".
+// Its name.
 const char* isa_name(Isa isa);
 // Whether this CPU has it and, for amx, the system lets this process use it.
 bool has_isa(Isa isa);

@@ -56,7 +56,9 @@ typedef enum t2l_isa {
   T2L_ISA_AVX512 = 3,
   T2L_ISA_AVX512_BF16 = 4,
   T2L_ISA_AMX = 5,
-  T2L_ISA_AMX_MODEL = 6  // the kernels of amx in plain C++: for tests
+  T2L_ISA_AMX_MODEL = 6,  // the kernels of amx in plain C++: for tests
+  T2L_ISA_NEON = 7,
+  T2L_ISA_NEON_BF16 = 8
 } t2l_isa;
 
 // The fastest instruction set of this CPU; never T2L_ISA_BEST.  Asks the system once for the matrix tiles of AMX, which
@@ -64,7 +66,7 @@ typedef enum t2l_isa {
 T2L_API int32_t t2l_detected_isa(void);
 // 1: this CPU has it and this process may use it (always so for T2L_ISA_BEST); 0: not, or another value.
 T2L_API int32_t t2l_has_isa(int32_t isa);
-// "generic", "avx2", "avx512", "avx512_bf16", "amx", "amx_model"; for T2L_ISA_BEST the name of the one it stands for; NULL
+// "generic", "avx2", ..., the names in lower case; for T2L_ISA_BEST the name of the one it stands for; NULL
 // for other values.
 T2L_API const char* t2l_isa_name(int32_t isa);
 

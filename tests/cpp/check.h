@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -90,6 +91,34 @@ inline uint16_t to_bf16(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+
+// A buffer of float32 or bfloat16, all NaN at first: what is read without having been set shows.
+class Buffer {
+ public:
+  Buffer(int64_t count, int32_t type) : type_(type), bits16_(type == T2L_BF16 ? count : 0, 0x7fc0), floats_() {
+    if (type == T2L_F32) floats_.assign(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN());
+  }
+  void set(int64_t i, float value) {
+    if (type_ == T2L_BF16)
+      bits16_[static_cast<size_t>(i)] = to_bf16(value);
+    else
+      floats_[static_cast<size_t>(i)] = value;
+  }
+  double at(int64_t i) const {
+    return type_ == T2L_BF16 ? from_bf16(bits16_[static_cast<size_t>(i)]) : floats_[static_cast<size_t>(i)];
+  }
+  void* data() { return type_ == T2L_BF16 ? static_cast<void*>(bits16_.data()) : floats_.data(); }
+  bool same_bits(const Buffer& other, int64_t i) const {
+    const size_t k = static_cast<size_t>(i);
+    if (type_ == T2L_BF16) return bits16_[k] == other.bits16_[k];
+    return std::memcmp(&floats_[k], &other.floats_[k], sizeof(float)) == 0;
+  }
+
+ private:
+  int32_t type_;
+  std::vector<uint16_t> bits16_;
+  std::vector<float> floats_;
+};
 
 // Exit status of a test.
 inline int result() {

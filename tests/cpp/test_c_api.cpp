@@ -1,12 +1,14 @@
 // The C API on a checkpoint: what it says of it, bits of generated adapters in every layout and on any threads, errors.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <thread>
 
 #include "check.h"
 #include "pool.h"
+#include "t2l/kernels.h"
 
 namespace {
 
@@ -62,9 +64,31 @@ void test_names() {
   CHECK(std::string(t2l_status_name(99)) == "unknown status");
   CHECK(std::string(t2l_isa_name(T2L_ISA_GENERIC)) == "generic" && std::string(t2l_isa_name(T2L_ISA_AVX2)) == "avx2");
   CHECK(std::string(t2l_isa_name(T2L_ISA_BEST)) == t2l_isa_name(t2l_detected_isa()));
-  CHECK(t2l_isa_name(-1) == nullptr && t2l_isa_name(7) == nullptr);
+  CHECK(t2l_isa_name(-1) == nullptr && std::string(t2l_isa_name(T2L_ISA_NEON_BF16)) == "neon_bf16");
+  CHECK(t2l_isa_name(T2L_ISA_NEON_BF16 + 1) == nullptr);
   CHECK(t2l_has_isa(T2L_ISA_GENERIC) && t2l_has_isa(T2L_ISA_AMX_MODEL) && t2l_has_isa(t2l_detected_isa()));
-  CHECK(!t2l_has_isa(-1) && !t2l_has_isa(7));
+  CHECK(!t2l_has_isa(-1) && !t2l_has_isa(T2L_ISA_NEON_BF16 + 1));
+}
+
+// T2L_ISA, which kernels.h reads and the C API does not: an instruction set of this CPU, or an error.
+void test_environment() {
+  const auto choose = [](const char* value, t2l::Isa* isa) {
+    ::setenv("T2L_ISA", value, 1);
+    const char* message = t2l::chosen_isa(isa);
+    ::unsetenv("T2L_ISA");
+    return std::string(message ? message : "");
+  };
+  t2l::Isa isa{};
+  for (int32_t i = T2L_ISA_GENERIC; t2l_isa_name(i) != nullptr; ++i) {
+    const t2l::Isa wanted = static_cast<t2l::Isa>(i - T2L_ISA_GENERIC);
+    const bool has = t2l_has_isa(i) != 0;
+    const std::string message = choose(t2l_isa_name(i), &isa);
+    CHECK_SAYS(has ? message.empty() && isa == wanted : message.find("this CPU or process lacks") != std::string::npos,
+               message);
+    CHECK(t2l::has_isa(wanted) == has);
+  }
+  CHECK(choose("", &isa).empty() && isa == t2l::detected_isa());
+  CHECK(choose("mmx", &isa).find("T2L_ISA: expected generic, ") == 0);
 }
 
 void test_info(const Net& net) {
@@ -244,6 +268,7 @@ void test_threads(const Net& net, const Floats& task_emb) {
 int main(int argc, char** argv) {
   const std::string path = argc > 1 ? argv[1] : "";
   test_names();
+  test_environment();
   test_open_errors(path);
   const Net net = open_net(path, T2L_ISA_BEST, false);
   if (net == nullptr) return result();

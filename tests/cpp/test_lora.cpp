@@ -1,40 +1,14 @@
-// t2l_lora_add against a double loop, for every pair of dtypes, both layouts of B, ragged segments, mixed ranks; and its
-// errors.
+// t2l_lora_add, and the gradients of t2l/kernels.h, against a double loop, for every instruction set, every pair of dtypes,
+// both layouts of B, ragged segments, mixed ranks; errors.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "check.h"
 #include "pool.h"
+#include "t2l/kernels.h"
 
 namespace {
-
-// A buffer of float32 or bfloat16, all NaN at first: what is read without having been set shows.
-class Buffer {
- public:
-  Buffer(int64_t count, int32_t type) : type_(type), bits16_(type == T2L_BF16 ? count : 0, 0x7fc0), floats_() {
-    if (type == T2L_F32) floats_.assign(static_cast<size_t>(count), std::numeric_limits<float>::quiet_NaN());
-  }
-  void set(int64_t i, float value) {
-    if (type_ == T2L_BF16)
-      bits16_[static_cast<size_t>(i)] = to_bf16(value);
-    else
-      floats_[static_cast<size_t>(i)] = value;
-  }
-  double at(int64_t i) const {
-    return type_ == T2L_BF16 ? from_bf16(bits16_[static_cast<size_t>(i)]) : floats_[static_cast<size_t>(i)];
-  }
-  void* data() { return type_ == T2L_BF16 ? static_cast<void*>(bits16_.data()) : floats_.data(); }
-  bool same_bits(const Buffer& other, int64_t i) const {
-    const size_t k = static_cast<size_t>(i);
-    if (type_ == T2L_BF16) return bits16_[k] == other.bits16_[k];
-    return std::memcmp(&floats_[k], &other.floats_[k], sizeof(float)) == 0;
-  }
-
- private:
-  int32_t type_;
-  std::vector<uint16_t> bits16_;
-  std::vector<float> floats_;
-};
 
 struct Shape {
   int64_t in, out, rank, adapters;
@@ -149,6 +123,62 @@ class Case {
   std::vector<int32_t> indptr;
 };
 
+// Gradients of c's product for the output's gradient c.y, each element against the loop: within one rounding, and the steps
+// in float32 of both sums.
+void verify_backward(Case& c, int32_t isa, const t2l_parallel& parallel) {
+  const Shape& s = c.s;
+  const auto type = [](int32_t dtype) { return dtype == T2L_BF16 ? t2l::DType::bf16 : t2l::DType::f32; };
+  const int64_t b_out = s.out_first ? s.rank : 1, b_rank = s.out_first ? 1 : s.out;
+  Buffer grad_x(c.tokens * s.in, s.x_type);
+  Buffer grad_a(s.adapters * s.rank * s.in, s.w_type), grad_b(s.adapters * s.rank * s.out, s.w_type);
+  for (int64_t i = 0; i < s.adapters * s.rank * s.in; ++i) grad_a.set(i, 0);
+  for (int64_t i = 0; i < s.adapters * s.rank * s.out; ++i) grad_b.set(i, 0);
+  const t2l_lora l = c.record(isa);
+  t2l::LoraBackwardParams q{};
+  q.lora = {l.x,           nullptr,        l.lora_A,       l.lora_B,      l.scaling,     l.seg_indptr,   l.seg_adapters,
+            l.ranks,       l.num_tokens,   s.in,           s.out,         s.rank,        l.num_segments, s.adapters,
+            l.num_tokens,  l.x_stride,     l.y_stride,     l.A_stride[0], l.A_stride[1], l.B_stride[0],  l.B_stride[1],
+            l.B_stride[2], type(s.x_type), type(s.w_type), false};
+  q.grad = l.y, q.grad_stride = l.y_stride;
+  q.grad_x = grad_x.data(), q.grad_a = grad_a.data(), q.grad_b = grad_b.data();
+  q.grad_b_stride_out = b_out, q.grad_b_stride_rank = b_rank;
+  t2l::lora_backward(q, static_cast<t2l::Isa>(isa - T2L_ISA_GENERIC), {parallel.run, parallel.pool});
+
+  struct Sum {
+    double value = 0, size = 0;
+    void add(const Sum& a, double b) { value += a.value * b, size += a.size * std::abs(b); }
+  };
+  const double steps = static_cast<double>(s.in + s.out + s.rank + c.tokens + 4) * std::ldexp(1, -24);
+  const auto close = [&](double got, const Sum& sum, int32_t dtype) {
+    const double u_out = dtype == T2L_BF16 ? std::ldexp(1, -8) : std::ldexp(1, -24);
+    return std::abs(got - sum.value) <= u_out * (std::abs(sum.value) + u_out) + 2 * steps * sum.size;
+  };
+  std::vector<Sum> a_sums(static_cast<size_t>(s.adapters * s.rank * s.in));
+  std::vector<Sum> b_sums(static_cast<size_t>(s.adapters * s.rank * s.out));
+  for (size_t segment = 0; segment < s.ids.size(); ++segment)
+    for (int64_t t = c.indptr[segment]; t < c.indptr[segment + 1]; ++t) {
+      const int64_t k = s.ids[segment], rank = k < 0 ? 0 : c.rank_of(k);
+      std::vector<Sum> x_sums(static_cast<size_t>(s.in));
+      for (int64_t r = 0; r < rank; ++r) {
+        const double scaling = c.scaling[static_cast<size_t>(k)];
+        Sum v, w;
+        for (int64_t i = 0; i < s.in; ++i)
+          v.add({scaling, std::abs(scaling)}, c.x.at(t * c.x_stride + i) * c.a.at(k * c.a_all + r * c.a_row + i));
+        for (int64_t o = 0; o < s.out; ++o)
+          w.add({scaling, std::abs(scaling)}, c.y.at(t * c.y_stride + o) * c.b.at(c.b_index(k, r, o)));
+        for (int64_t i = 0; i < s.in; ++i) {
+          x_sums[static_cast<size_t>(i)].add(w, c.a.at(k * c.a_all + r * c.a_row + i));
+          a_sums[static_cast<size_t>((k * s.rank + r) * s.in + i)].add(w, c.x.at(t * c.x_stride + i));
+        }
+        for (int64_t o = 0; o < s.out; ++o)
+          b_sums[static_cast<size_t>(k * s.rank * s.out + o * b_out + r * b_rank)].add(v, c.y.at(t * c.y_stride + o));
+      }
+      for (int64_t i = 0; i < s.in; ++i) CHECK(close(grad_x.at(t * s.in + i), x_sums[static_cast<size_t>(i)], s.x_type));
+    }
+  for (size_t i = 0; i < a_sums.size(); ++i) CHECK(close(grad_a.at(static_cast<int64_t>(i)), a_sums[i], s.w_type));
+  for (size_t i = 0; i < b_sums.size(); ++i) CHECK(close(grad_b.at(static_cast<int64_t>(i)), b_sums[i], s.w_type));
+}
+
 void test_values(const t2l_parallel& parallel) {
   const std::vector<Shape> shapes = {
       {33, 70, 5, 3, {1, 0, 17, 2, 40}, {2, 0, -1, 1, 0}, {5, 0, 3}, false, 0, 0},
@@ -174,7 +204,40 @@ void test_values(const t2l_parallel& parallel) {
             one.verify(before);
             CHECK_OK(t2l_lora_add(&threaded, &parallel, &error));
             for (int64_t i = 0; i < one.tokens * one.y_stride; ++i) CHECK(one.y.same_bits(other.y, i));
+            verify_backward(one, isa, parallel);
           }
+}
+
+// Sums of two bfloat16 numbers of similar size, many of them half way between two results: rounded to nearest even.
+void test_rounding() {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  const float largest = from_bf16(0x7f7f);
+  for (const int32_t isa : isas()) {
+    Case c({1, 1003, 1, 1, {1}, {0}, {}, false, T2L_BF16, T2L_BF16}, 1);
+    c.x.set(0, 1), c.a.set(0, 1), c.scaling[0] = 1;
+    Random random(3);
+    for (int64_t o = 0; o < c.s.out; ++o) {
+      const auto number = [&](int64_t exponent) {
+        return from_bf16(static_cast<uint16_t>(random.below(2) << 15 | exponent << 7 | random.below(128)));
+      };
+      const int64_t exponent = 64 + random.below(160);
+      c.y.set(o, number(exponent));
+      c.b.set(c.b_index(0, 0, o), number(exponent - 9 + random.below(19)));
+    }
+    const float special[][2] = {{nan, 1}, {1, nan}, {inf, 1}, {-1, -inf}, {inf, -inf}, {largest, largest}, {0.0f, -0.0f}};
+    int64_t place = 0;
+    for (const auto& [y, b] : special)
+      for (int64_t copies = 0; copies < 17; ++copies, ++place) c.y.set(place, y), c.b.set(c.b_index(0, 0, place), b);
+    const Buffer before = c.y;
+    const t2l_lora l = c.record(isa);
+    CHECK_OK(t2l_lora_add(&l, nullptr, &error));
+    for (int64_t o = 0; o < c.s.out; ++o) {
+      const float sum = static_cast<float>(before.at(o)) + static_cast<float>(c.b.at(c.b_index(0, 0, o)));
+      const float got = static_cast<float>(c.y.at(o));
+      CHECK_SAYS(std::isnan(sum) ? std::isnan(got) : got == from_bf16(to_bf16(sum)),
+                 std::string(t2l_isa_name(isa)) + " " + std::to_string(sum) + " " + std::to_string(got));
+    }
+  }
 }
 
 // Changes one field of a sound record; the call must say so and leave y alone.
@@ -218,7 +281,7 @@ void test_errors() {
           [](Case&, t2l_lora& l) { l.A_stride[0] = (int64_t{1} << 60) - l.in_features; });
   refused("x_dtype: expected T2L_F32 or T2L_BF16, got 2", [](Case&, t2l_lora& l) { l.x_dtype = 2; });
   refused("w_dtype: expected T2L_F32 or T2L_BF16, got -1", [](Case&, t2l_lora& l) { l.w_dtype = -1; });
-  refused("isa: expected a t2l_isa, got 7", [](Case&, t2l_lora& l) { l.isa = 7; });
+  refused("isa: expected a t2l_isa, got 9", [](Case&, t2l_lora& l) { l.isa = 9; });
   refused("seg_indptr: expected 0 first, got 1", [](Case& c, t2l_lora&) { c.indptr[0] = 1; });
   refused("seg_indptr: expected the number of tokens 5 last, got 4", [](Case& c, t2l_lora&) { c.indptr[2] = 4; });
   refused("seg_indptr: expected segments of 0 or more tokens, got -1 at segment 1",
@@ -227,8 +290,9 @@ void test_errors() {
   refused("seg_adapters: expected ids in [-1, 2), got -2 at segment 1", [](Case& c, t2l_lora&) { c.s.ids[1] = -2; });
   refused("ranks: expected values in [0, 4], got 5 at adapter 0", [](Case& c, t2l_lora&) { c.s.ranks[0] = 5; });
   refused("ranks: expected values in [0, 4], got -1 at adapter 1", [](Case& c, t2l_lora&) { c.s.ranks[1] = -1; });
-  if (!t2l_has_isa(T2L_ISA_AMX))
-    refused("isa: expected one that this CPU has", [](Case&, t2l_lora& l) { l.isa = T2L_ISA_AMX; }, T2L_UNSUPPORTED);
+  for (int32_t isa = T2L_ISA_GENERIC; t2l_isa_name(isa) != nullptr; ++isa)
+    if (!t2l_has_isa(isa))
+      refused("isa: expected one that this CPU has", [isa](Case&, t2l_lora& l) { l.isa = isa; }, T2L_UNSUPPORTED);
 }
 
 // Nothing to do is no error, whatever is NULL.
@@ -259,6 +323,7 @@ void test_no_features() {
 int main() {
   Pool pool(3);
   test_values(pool.parallel());
+  test_rounding();
   test_errors();
   test_empty();
   test_no_features();
