@@ -1,4 +1,4 @@
-"""Measure (``python -m bench generate|apply|train|serving|icl|learn|study|lengths|kernels``), compare trees, make pages."""
+"""Measure (``python -m bench SUITE``: generate, apply, train, serving, icl, ...), compare trees, make pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rich.table import Table
 from bench import compare as comparing
 from bench import harness
 from bench.harness import OURS, BenchError, Context, Record
-from bench.records import ResultError
+from bench.records import ResultError, stem
 from bench.source import ROOT
 
 app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -35,7 +35,7 @@ ABOUT = {
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
-Out = Annotated[Path | None, typer.Option(help="result file; default of a whole run: bench/results/SUITE[-cuda].jsonl")]
+Out = Annotated[Path | None, typer.Option(help="result file; default of a whole run: bench/results/SUITE[.CPU|-cuda].jsonl")]
 Work = Annotated[Path, typer.Option(help="folder of the runs; interrupted ones go on there, finished ones are read")]
 
 
@@ -58,13 +58,12 @@ def measure(
     ] = None,
 ) -> None:
     """The command of every suite in PLANS; a part of a suite is written only where ``--out`` says."""
-    name = ctx.info_name
+    name, context = ctx.info_name, Context.of(size, threads, harness.device_of(device))
     if out is None and size == "full" and not only and device != "emulator":
-        out = RESULTS / f"{name}{'-cuda' if device == 'cuda' else ''}.jsonl"
+        out = RESULTS / f"{stem(name, harness.machine(context))}.jsonl"
     plan = importlib.import_module(PLANS[name]).plan  # modules of the other suites, and what they need, stay unread
     if name == "icl":
         plan = functools.partial(plan, folder=tasks)
-    context = Context.of(size, threads, harness.device_of(device))
     given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar}
     CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import t2l_engine
 from bench.ceilings import Ceilings, CpuCeilings, CudaCeilings, cache_bytes
-from bench.records import OURS
+from bench.records import CPU_FLAGS, OURS
 from bench.source import source
 from bench.timing import Call, Candidate, Cpu, Cuda, Device, Dry, Name, Timing, first_line, is_lost, measure, threads
 from t2l_engine import ops
@@ -273,10 +273,12 @@ def run(
     resume: bool = False,
     budget: float | None = None,
     progress: Callable[[Sequence[Task]], Iterable[Task]] = iter,
+    survey: bool = True,
 ) -> list[Record]:
     """The records of a suite, written to ``out`` task by task; ``only``: tasks whose name contains it.
 
     ``resume``: what the file at ``out`` has is kept and not run again.  ``budget``: seconds after which no task is begun.
+    ``survey``: whether all ceilings are measured before the first task, else those that tasks ask for.
     On a card a task that fails is recorded and the others go on; on a CPU it ends the run.
 
     Raises BenchError where ``only`` leaves nothing, where the file is of another run, where tasks are left, and where this
@@ -297,7 +299,9 @@ def run(
     if any(one.get("when") == "after" for one in log.records):
         return log.records
     with threads(context.threads):
-        context.ceilings.survey([256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated], context.thread_counts)
+        sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
+        if survey:
+            context.ceilings.survey(sizes, context.thread_counts)
         known = set()
         for task in progress(log.left(tasks)):
             if end - time.monotonic() > task.needs:
@@ -354,7 +358,7 @@ def machine(context: Context) -> Record:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     about = native.about()
     isa = about["instruction_sets"]["chosen"] if about else "reference"
-    known = {"cpu": _cpu(), "cores": cores, "threads": context.threads, "isa": isa, "memory_gib": round(memory, 1)}
+    known = _cpu() | {"cores": cores, "threads": context.threads, "isa": isa, "memory_gib": round(memory, 1)}
     if not context.device.on_card:
         return known | {f"l{level}_mib": (found := cache_bytes(level)) and found / 2**20 for level in (2, 3)}
     card = torch.cuda.get_device_properties(context.device.torch)
@@ -368,11 +372,20 @@ def machine(context: Context) -> Record:
     }
 
 
-def _cpu() -> str:
+def _cpu() -> Record:
+    """Names, numbers, and which of CPU_FLAGS it has: a name may be one of many CPUs, and a machine may hide it."""
+    known: dict[str, str] = {}
     with contextlib.suppress(OSError):
-        if named := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE):
-            return named[1].strip()
-    return platform.processor() or platform.machine()
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0]
+        known = dict(re.findall(r"^(.+?)\s*: (.+)$", first, re.MULTILINE))
+    flags = known.get("flags", "").split()
+    return {
+        "cpu": known.get("model name", platform.processor() or platform.machine()).strip(),
+        "vendor": known.get("vendor_id", platform.machine()),
+        "family": known.get("cpu family"),
+        "model": known.get("model"),
+        "flags": [flag for flag in CPU_FLAGS if flag in flags],
+    }
 
 
 def versions() -> dict[str, str | None]:

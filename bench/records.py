@@ -1,5 +1,6 @@
-"""Result files, ``bench/results/NAME.jsonl``, read and judged: what tables, pages and figures are made from.
+"""Result files, ``bench/results``, read and judged: what tables, pages and figures are made from.
 
+``SUITE.CLASS.jsonl`` is of a class of CPUs, ``SUITE-cuda.jsonl`` of a card, ``SUITE.jsonl`` of what no CPU's speed decides.
 The first line is the run; every other line is one record, a row of times or something of another kind.  Times are in
 microseconds.  Ratios, speedups and whether a target is met are computed here and stored nowhere.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,8 +39,26 @@ BESIDE = (
 )
 #: What the runs of a card add to the name of their suite.
 CUDA = "-cuda"
+#: Suites whose results are times of a CPU: a file for each class of them, so that a run on another class replaces none.
+OF_A_CPU = ("generate", "apply", "train", "icl", "serving", "levels")
+#: Flag of a CPU -> what its class is named by: the first one that it has.
+CPU_FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
+VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
 #: Arms of a training step of which one holds less memory than the other.
 HOOKS = "hooks"
+
+
+def cpu_class(machine: dict[str, Any]) -> str:
+    """Vendor and widest instruction set, ``intel-amx``, of what a run says about its machine."""
+    vendor = VENDORS.get(machine["vendor"], machine["vendor"].lower())
+    return f"{vendor}-{next((CPU_FLAGS[flag] for flag in CPU_FLAGS if flag in machine['flags']), 'generic')}"
+
+
+def stem(suite: str, machine: dict[str, Any]) -> str:
+    """The name of the result file of a whole run of ``suite`` there, without its ending."""
+    if "gpu" in machine:
+        return suite + CUDA
+    return f"{suite}.{cpu_class(machine)}" if suite in OF_A_CPU else suite
 
 
 class ResultError(ValueError):
@@ -69,7 +89,7 @@ class Verdict:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement; the fields are those of the file."""
+    """One measurement; the fields are those of the file, and the ``machine`` that the whole file is of."""
 
     case: str
     group: str
@@ -84,6 +104,7 @@ class Row:
     unit_us: float | None = None
     peak_gflops: float | None = None
     also: tuple[dict[str, Any], ...] = ()  # further targets
+    machine: str | None = None
 
     @property
     def us(self) -> float:
@@ -156,6 +177,13 @@ class Result:
     rows: tuple[Row, ...]
     others: dict[str, list[dict[str, Any]]]
 
+    @property
+    def machine(self) -> str | None:
+        """What pages call the machine whose speed decides; None where none does."""
+        about, level = self.run.get("machine") or {}, self.path.stem.partition(".")[2].partition("-")[2]
+        cpu = re.sub(r"\((R|TM)\)| CPU| Processor| \d+-Core| @.*", "", about.get("cpu", ""))
+        return about.get("gpu") or (f"{cpu} ({level})" if level else None)
+
     def records(self, kind: str) -> list[dict[str, Any]]:
         """The records of a kind; ResultError where there is none."""
         if kind not in self.others:
@@ -217,7 +245,8 @@ def read(path: Path) -> Result:
             raise ResultError(f"{path.name}: line {number} is no record of python -m bench: {type(e).__name__}: {e}") from e
     if run is None or run.get("record") != "run":
         raise ResultError(f"{path.name}: expected the record of a run in the first line")
-    return Result(path, run, tuple(rows), others)
+    result = Result(path, run, tuple(rows), others)
+    return dataclasses.replace(result, rows=tuple(dataclasses.replace(row, machine=result.machine) for row in rows))
 
 
 def load(path: Path) -> Result:
@@ -234,13 +263,15 @@ def load(path: Path) -> Result:
 
 
 def _faults(result: Result) -> Iterator[str]:
-    run, stem = result.run, result.path.stem
-    expected = (stem.removesuffix(CUDA), "full", "cuda" if stem.endswith(CUDA) else "cpu")
+    run, (name, _, of_cpu) = result.run, result.path.stem.partition(".")
+    expected = (name.removesuffix(CUDA), "full", "cuda" if name.endswith(CUDA) else "cpu")
     got = (run["suite"], run.get("size", "full"), run.get("device", "cpu"))
     if got != expected:
         yield "expected suite {!r} of size {!r} on {!r}".format(*expected) + ", got suite {!r} of size {!r} on {!r}".format(
             *got
         )
+    if "flags" in (about := run.get("machine") or {}) and of_cpu not in ("", cpu_class(about)):  # older ones do not say
+        yield f"expected a run on {of_cpu}, got one on {cpu_class(about)}"
     if "--only" in run["command"]:
         yield f"expected a whole suite, got a part of it: {run['command']}"
     if result.rows and run["dirty"]:

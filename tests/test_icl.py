@@ -22,6 +22,9 @@ from t2l_engine import ops
 from t2l_engine.research import costs as flops
 from t2l_engine.testing import numerics
 
+#: One for each class of CPUs.
+RESULTS = sorted((ROOT / "bench" / "results").glob("icl.*.jsonl"))
+
 
 def test_a_task_folder_is_needed_at_full_size():
     with pytest.raises(BenchError, match="^tasks:"):
@@ -56,8 +59,9 @@ def test_workloads(model):
     assert load.shots == 3 and load.answer > 100 > instruction > 20
 
 
-def test_the_committed_costs_are_what_is_counted_today():
-    stored, made = read(ROOT / "bench" / "results" / "icl.jsonl"), {}
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_committed_costs_are_what_is_counted_today(path):
+    stored, made = read(path), {}
     for entry in (*costs.entries(), *costs.paper()):
         made.setdefault(entry["record"], []).append(json.loads(json.dumps(entry, allow_nan=False)))
     assert len(made) == 8 and all(stored.records(kind) == entries for kind, entries in made.items())
@@ -231,7 +235,7 @@ ICL = [name for name in TABLES if name.startswith("icl-")]
 @pytest.fixture
 def result():
     """The committed costs, and real tasks with made-up times."""
-    stored = read(ROOT / "bench" / "results" / "icl.jsonl")
+    stored = read(RESULTS[0])
     tasks = [
         _task("copy_last", False, (40.0, 90.0)),
         _task("lower_case", True, (70.0, 60.0)),

@@ -37,9 +37,15 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
+def result_file(root, name):
+    """The one of this suite."""
+    (path,) = (path for path in (root / pages.RESULTS).iterdir() if path.name.partition(".")[0] == name)
+    return path
+
+
 def change(root, name, how):
     """Apply ``how`` to the list of a file's records, in place."""
-    path = root / pages.RESULTS / f"{name}.jsonl"
+    path = result_file(root, name)
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     how(found)
     path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
@@ -94,14 +100,20 @@ def test_what_nothing_makes_is_found_and_removed(written):
 
 
 def test_missing_result_is_named_once(written):
-    (written / pages.RESULTS / "apply.jsonl").unlink()
-    assert Report(written).check() == ["bench/results/apply.jsonl: missing; run: python -m bench apply"]
+    result_file(written, "apply").unlink()
+    assert Report(written).check() == ["bench/results/apply.*.jsonl: missing; run: python -m bench apply"]
+
+
+def test_a_file_of_no_known_name_is_found(written):
+    shutil.copy(result_file(written, "apply"), written / pages.RESULTS / "apply.jsonl")  # of which machine?
+    assert Report(written).check() == ["bench/results/apply.jsonl: the name of no result"]
 
 
 @pytest.mark.parametrize("name", pages.BUNDLED)
 def test_results_of_another_checkpoint_are_found(written, name):
-    edit(written / pages.RESULTS / f"{name}.jsonl", bundled(), "0" * 64)
-    assert problems(written, f"bench/results/{name}.jsonl: not of the bundled checkpoint")
+    path = result_file(written, name)
+    edit(path, bundled(), "0" * 64)
+    assert problems(written, f"bench/results/{path.name}: not of the bundled checkpoint")
 
 
 def test_stale_figures_are_found(written):
@@ -151,9 +163,9 @@ def test_every_table_is_a_csv_that_a_page_links(written):
         (lambda r: r.value("generate", "over eager", {"case": f"{MANY}, beside one"}), "eager"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(ask, says):
+def test_what_is_not_there_is_refused_by_name(root, ask, says):
     with pytest.raises(ResultError, match=re.escape(says)):
-        ask(Report())
+        ask(Report(root))
 
 
 def test_a_page_without_its_row_is_a_problem(written):
@@ -203,7 +215,7 @@ def test_lines_that_differ_have_the_headings_of_all():
 def test_misses_are_the_unmet_targets(root):
     change(root, "generate", lambda found: [r.update(peak_mib=5000.0) for r in found if r["record"] == "memory"])
     report = Report(root)
-    judged = [v for result in report.results.values() for v in result.verdicts()]
+    judged = [v for results in report.results.values() for result in results for v in result.verdicts()]
     missed = [v for v in judged if v.value > v.limit]
     lines = report.lines("misses")
     assert sorted((line["group"], line["case"]) for line in lines) == sorted((v.group, v.name) for v in missed)
@@ -224,17 +236,17 @@ def test_a_loss_reaches_the_readme(root):
 
 
 def test_the_model_without_adapters_is_nobodys_competitor():
-    names = {name for result in ("generate", "apply") for r in Report().results[result].rows for name in r.rivals()}
+    names = {name for result in Report().of(["generate", "apply"]) for r in result.rows for name in r.rivals()}
     assert "PEFT mixed" in names and not {"base", "fresh output"} & names
 
 
-def test_skipped_baselines_say_why():
+def test_skipped_baselines_say_why(root):
     why = "holds one adapter; the batch has several"
-    assert Report().value("linear", "skipped", {"case": "linear_64x64"}) == f"merged: {why}; PEFT single: {why}"
+    assert Report(root).value("linear", "skipped", {"case": "linear_64x64"}) == f"merged: {why}; PEFT single: {why}"
 
 
-def test_targets_of_what_a_row_holds():
-    report, many = Report(), "mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"
+def test_targets_of_what_a_row_holds(root):
+    report, many = Report(root), "mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"
     one, lora = report.row("generate", "mistral-7b L bfloat16, 1 description, 2 threads"), report.row("apply", LORA)
     assert one.verdict.limit == pytest.approx(one.target["ratio"] * one.roofline["us"])
     assert report.row("generate", many).verdict.limit == pytest.approx(64 * one.us)
@@ -283,9 +295,10 @@ def _after(found):
 )
 def test_results_are_not_just_believed(root, how, says):
     change(root, "apply", how)
-    with pytest.raises(ResultError, match=f"apply.jsonl: .*{re.escape(says)}"):
-        load(root / pages.RESULTS / "apply.jsonl")
-    assert any(problem.startswith("bench/results/apply.jsonl") and says in problem for problem in Report(root).problems)
+    path = result_file(root, "apply")
+    with pytest.raises(ResultError, match=f"{path.name}: .*{re.escape(says)}"):
+        load(path)
+    assert any(problem.startswith(f"bench/results/{path.name}") and says in problem for problem in Report(root).problems)
 
 
 # --- a card ----------------------------------------------------------------------------------------------------------
@@ -297,7 +310,7 @@ def test_no_number_of_a_card_without_a_run(written):
 
 
 def test_runs_of_a_card_are_shown_by_the_same_tables(root):
-    shutil.copy(root / pages.RESULTS / "apply.jsonl", root / pages.RESULTS / "apply-cuda.jsonl")
+    shutil.copy(result_file(root, "apply"), root / pages.RESULTS / "apply-cuda.jsonl")
 
     def carded(found):
         found[0] |= {"device": "cuda", "tasks": ["lora", "model"], "machine": found[0]["machine"] | {"gpu": "A card"}}

@@ -68,8 +68,9 @@ def latency_split(figure: Figure, lines: Sequence[Line]) -> None:
                 axes.text(left + share / 2, y, f"{share:.0f} %", ha="center", va="center", fontsize=7.5)
             left += share
         axes.text(101, y, duration(1e3 * line["sum ms"]), va="center")
-    about = list(itertools.takewhile(lambda head: head not in parts, lines[0]))
-    _bars(axes, [", ".join(_words(head, line[head]) for head in about if line[head]) for line in lines], scale=True)
+    about = [head for head in itertools.takewhile(lambda head: head not in parts, lines[0]) if head != "machine"]
+    names = [", ".join(_words(head, line[head]) for head in about if line[head]) for line in lines]
+    _bars(axes, _on_machines(names, lines), scale=True)
     axes.set(xlim=(0, 112), xlabel="share of the time, %", xticks=range(0, 101, 20))
     axes.spines.bottom.set_bounds(0, 100)
     figure.legend(axes.containers[: len(parts)], [p.removesuffix(" ms") for p in parts], loc="outside upper center", ncols=5)
@@ -78,6 +79,12 @@ def latency_split(figure: Figure, lines: Sequence[Line]) -> None:
 def _words(head: str, value: object) -> str:
     """The value alone where it explains itself."""
     return f"{value} {head if value != 1 else head.removesuffix('s')}" if isinstance(value, int) else str(value)
+
+
+def _on_machines(names: Sequence[str], lines: Sequence[Line]) -> list[str]:
+    """With the machine below each name, where the lines are of several."""
+    several = len({line.get("machine") for line in lines}) > 1
+    return [f"{name}\n{line['machine']}" if several else name for name, line in zip(names, lines, strict=True)]
 
 
 def _by_way(figure: Figure, lines: Sequence[Line], panels: Sequence[tuple[str, Sequence[str], str]]) -> None:
@@ -91,7 +98,7 @@ def _by_way(figure: Figure, lines: Sequence[Line], panels: Sequence[tuple[str, S
             at = [y + 0.84 * ((i + 0.5) / len(ways) - 0.5) for y in range(len(lines))]
             bars = axes.barh(at, values, height=0.8 / len(ways), color=WAYS[way], label=way)
             axes.bar_label(bars, [number(value) if value else "not run" for value in values], padding=2, fontsize=6.5)
-        _bars(axes, [line["case"] for line in lines])
+        _bars(axes, _on_machines([line["case"] for line in lines], lines))
         axes.set_xlabel(label)
         axes.margins(x=0.12)
     handles, labels = axes.get_legend_handles_labels()
@@ -116,14 +123,16 @@ SERVED = {BASE: PALE, OURS: SKY, OURS_ALL: BLUE, ATTACHED: GREEN, STOCK_QV: ORAN
 
 def serving(figure: Figure, lines: Sequence[Line]) -> None:
     """Tokens per second of every way to serve, for 8 requests and for 64."""
-    figure.set_size_inches(9.5, 3.2)
-    for axes, case in zip(figure.subplots(1, 2), (EIGHT, MANY), strict=True):
-        arms = [line for line in lines if line["case"] == case and line["tokens/s"]]
+    machines = list(dict.fromkeys(line["machine"] for line in lines))
+    figure.set_size_inches(9.5, 3.2 * len(machines))
+    places = figure.subplots(len(machines), 2, squeeze=False).flat
+    for axes, (machine, case) in zip(places, itertools.product(machines, (EIGHT, MANY)), strict=True):
+        arms = [line for line in lines if (line["machine"], line["case"]) == (machine, case) and line["tokens/s"]]
         values = [line["tokens/s"] for line in arms]
         colours = [SERVED.get(line["arm"], GREY) for line in arms]
         axes.bar_label(axes.barh(range(len(arms)), values, height=0.75, color=colours), map(number, values), padding=2)
         _bars(axes, [line["arm"] for line in arms])
-        axes.set(title=case, xlabel="tokens per second")
+        axes.set(title=f"{case}\n{machine}" if len(machines) > 1 else case, xlabel="tokens per second")
         axes.margins(x=0.14)
 
 

@@ -9,25 +9,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from rich.console import Console
 
-from bench.records import CUDA, Result, ResultError, Row, load
+from bench.records import CUDA, OF_A_CPU, Result, ResultError, load
 from bench.report import cells, figures, speed, tables, tables_icl, tables_serving, tables_study, tables_train  # noqa: F401
 from bench.report.figures import FIGURES
 from bench.report.tables import TABLES, Line, Table
+from bench.report.view import Unavailable, View
 from bench.source import ROOT, bundled
 
 TEMPLATES = Path(__file__).parent / "templates"
 RESULTS, PAGES, DRAWN = Path("bench", "results"), Path("docs", "results"), Path("docs", "figures")
 #: A block of a document between markers of this name, made from the template of that name.
 BLOCKS = {"speed": "README.md", "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md"}
-#: What a page may show of a table; the whole is its CSV.
-MOST_COLUMNS, MOST_LINES = 8, 15
 #: What makes a result file.
 SOURCES = {
     "generate": "python -m bench generate",
@@ -39,45 +37,50 @@ SOURCES = {
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }
-#: What else, where there is a run: it needs an environment of its own.
-OPTIONAL = {"serving": "python -m bench serving"}
+#: What else, where there is a run: one needs an environment of its own, one native kernels.
+OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}
 #: Results that say something of the bundled checkpoint.
 BUNDLED = ("icl", "study")
 AGAIN = "run: python -m bench report"
 
 
-class Unavailable(ResultError):
-    """A result is missing or refused, which is a problem that was named already."""
-
-
-class Report:
+class Report(View):
     """The pages and figures under ``root``; what is wrong is collected in ``problems``, a line each."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
         self.problems: list[str] = []
+        self._there = sorted((root / RESULTS).glob("*.jsonl"))
         self.results = {name: self._load(name, command) for name, command in SOURCES.items()}
-        there = {name: command for name, command in OPTIONAL.items() if (root / RESULTS / f"{name}.jsonl").exists()}
-        self.results |= {name: self._load(name, command) for name, command in there.items()}
-        for path in sorted((root / RESULTS).glob(f"*{CUDA}.jsonl")):
-            self.results[path.stem] = self._load(path.stem, SOURCES[path.stem.removesuffix(CUDA)])
+        self.results |= {name: found for name, command in OPTIONAL.items() if (found := self._load(name, command)) != []}
+        carded = [path.stem for path in self._there if path.stem.endswith(CUDA)]
+        self.results |= {name: self._load(name, SOURCES[name.removesuffix(CUDA)]) for name in carded}
+        self.problems += [f"{(RESULTS / path.name).as_posix()}: the name of no result" for path in self._there]
         made = [*map(self._of_results, TABLES.values()), *map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD])]
         self.tables = {t.name: t for t in made if t}
         self.figures = {name: of for name, (_, of) in FIGURES.items() if of in self.tables}
-        self._lines = functools.cache(self._lines)
+        self._lines = functools.cache(self._of_all)
 
-    def _load(self, name: str, command: str) -> Result | None:
-        place = (RESULTS / f"{name}.jsonl").as_posix()
+    def _load(self, name: str, command: str) -> list[Result] | None:
+        """The results of ``name``, one for each machine; None where one is refused, or missing and needed."""
+        pattern = f"{name}.*.jsonl" if name in OF_A_CPU else f"{name}.jsonl"
+        paths = [path for path in self._there if path.match(pattern)]
+        self._there = [path for path in self._there if path not in paths]
+        if not paths and name not in OPTIONAL:
+            self.problems.append(f"{(RESULTS / pattern).as_posix()}: missing; run: {command}")
+            return None
+        found = [self._read(path, name, command) for path in paths]
+        return None if None in found else found
+
+    def _read(self, path: Path, name: str, command: str) -> Result | None:
         try:
-            result = load(self.root / place)
-            if name in BUNDLED and result.run.get("checkpoint") != bundled():
-                self.problems.append(f"{place}: not of the bundled checkpoint; run: {command}")
-            return result
-        except FileNotFoundError:
-            self.problems.append(f"{place}: missing; run: {command}")
+            result = load(path)
         except ResultError as e:
             self.problems.append(f"bench/results/{e}")
-        return None
+            return None
+        if name in BUNDLED and result.run.get("checkpoint") != bundled():
+            self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
+        return result
 
     def _of_results(self, table: Table) -> Table | None:
         """The same table without results of OPTIONAL that are not there, or None where it shows nothing else."""
@@ -93,70 +96,8 @@ class Report:
         except ResultError:
             return None
 
-    def of(self, names: Sequence[str]) -> list[Result]:
-        """The results of these names; Unavailable where one is missing or refused."""
-        found = [self.results[name] for name in names]
-        if None in found:
-            raise Unavailable
-        return found
-
-    # --- what templates call ----------------------------------------------------------------------------------------
-
-    def lines(self, name: str, where: Mapping[str, Any] | None = None) -> list[Line]:
-        """The lines of a table in which the columns of ``where`` have the value, or one of the list, that it gives."""
-        lines = self._lines(name)
-        self._expect_columns(name, lines, where or ())
-        for head, wanted in (where or {}).items():
-            lines = [line for line in lines if line[head] in (wanted if isinstance(wanted, list) else [wanted])]
-        if not lines:
-            raise ResultError(f"table {name!r} has no line with {where}")
-        return lines
-
-    def _lines(self, name: str) -> list[Line]:
-        if name not in self.tables:
-            raise ResultError(f"no table is named {name!r}")
+    def _of_all(self, name: str) -> list[Line]:
         return self.tables[name].lines(self.of(self.tables[name].sources))
-
-    def _expect_columns(self, name: str, lines: Sequence[Line], heads: Iterable[str]) -> None:
-        for head in heads:
-            if head not in lines[0]:
-                raise ResultError(f"table {name!r} has no column {head!r}; it has: {', '.join(lines[0])}")
-
-    def grid(
-        self,
-        name: str,
-        columns: Sequence[str] | Mapping[str, str],
-        where: Mapping[str, Any] | None = None,
-        first: int | None = None,
-    ) -> str:
-        """A part of a table in Markdown: ``columns``, under other headings where a mapping gives them."""
-        heads = columns if isinstance(columns, Mapping) else {head: head for head in columns}
-        lines = self.lines(name, where)[:first]
-        self._expect_columns(name, lines, heads.values())
-        if len(heads) > MOST_COLUMNS or len(lines) > MOST_LINES:
-            most = f"at most {MOST_COLUMNS} columns and {MOST_LINES} lines"
-            raise ResultError(f"table {name!r}: expected {most} on a page, got {len(heads)} and {len(lines)}")
-        return cells.grid(list(heads), [[line[head] for head in heads.values()] for line in lines])
-
-    def value(self, name: str, column: str, where: Mapping[str, Any] | None = None) -> Any:
-        """The one value of a column in the one line that ``where`` leaves."""
-        lines = self.lines(name, where)
-        if len(lines) > 1:
-            raise ResultError(f"table {name!r}: {len(lines)} lines with {where}; expected one")
-        if lines[0].get(column) is None:
-            raise ResultError(f"table {name!r} has no {column!r} in the line with {where}")
-        return lines[0][column]
-
-    def row(self, source: str, name: str) -> Row:
-        """The row of a result file that has this name: case, threads, cache."""
-        for found in self.of([source])[0].rows:
-            if found.name == name:
-                return found
-        raise ResultError(f"bench/results/{source}.jsonl: no row {name!r}")
-
-    def run(self, name: str) -> dict[str, Any]:
-        """The run of a result file."""
-        return self.of([name])[0].run
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
@@ -169,7 +110,9 @@ class Report:
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        made.globals |= {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "run")}
+        made.globals |= {
+            name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines", "measured")
+        }
         made.globals |= {"tables": self.tables, "results": self.results}
         made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
         return made

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
-from bench.records import BASE, PREALLOCATED, Result, Row, ceiling_key, memory_verdict
-from bench.report.tables import Line, Make, Table, beside_base, beside_roofline, each, flat, table
+from bench.records import BASE, OURS, PREALLOCATED, Result, Row, ceiling_key, memory_verdict
+from bench.report.cells import Times
+from bench.report.tables import Line, Make, Table, beside_base, beside_roofline, each, end, flat, start, table
 
 SUITES = ("generate", "apply", "train", "icl", "serving")
 #: Of whose rows every other time is that of a rival.  In icl others answer a later question, which is less work.
@@ -72,6 +73,29 @@ table("sweep", "The same tokens with more and more different adapters", "apply")
 table("backward", "Forward and backward, with gradients in x, A and B", "apply")(rows("backward", beside_roofline, "us"))
 
 
+# --- instruction sets ---------------------------------------------------------------------------------------------------
+
+
+@table("levels", "Every instruction set of a CPU, and the fastest of several ways in eager torch", "levels")
+def _levels(result: Result) -> Iterator[Line]:
+    """The chosen one holds where no other is faster by more than the larger interquartile range of the two."""
+    (known,) = result.records("levels")
+    chosen = known["chosen"]
+    for row in result.rows:
+        levels = {level: row.times[level] for level in known["available"]}
+        ways = {name: time for name, time in row.times.items() if name not in (OURS, *levels)}
+        fastest, way = (min(of, key=lambda name: of[name]["median_us"]) for of in (levels, ways))
+        best, ours = levels[fastest], levels[chosen]
+        behind = ours["median_us"] / best["median_us"] - 1
+        holds = ours["median_us"] - best["median_us"] <= max(ours["iqr_us"], best["iqr_us"])
+        told = "" if fastest == chosen else ", within noise" if holds else f", by {100 * behind:.0f} %"
+        line = {"group": row.group, **start(row), "chosen": chosen, "fastest": fastest + told, "chosen holds": holds}
+        line |= {f"{level} us": time["median_us"] for level, time in levels.items()}
+        line |= {f"{level} IQR us": time["iqr_us"] for level, time in levels.items()}
+        line |= {"torch us": ways[way]["median_us"], "torch": way}
+        yield line | {"torch / chosen": Times(ways[way]["median_us"] / ours["median_us"])} | end(row)
+
+
 # --- every suite --------------------------------------------------------------------------------------------------------
 
 
@@ -81,39 +105,55 @@ def _rivals(*results: Result) -> list[tuple[Row, str, float]]:
 
 @table("misses", "Every target that is missed, the farthest first", *SUITES)
 def _misses(*results: Result) -> Iterator[Line]:
-    missed = [v for result in results for v in result.verdicts() if not v.met]
-    for v in sorted(missed, key=lambda v: -v.over):
-        line = {"group": v.group, "case": v.name, "measured": v.value, "allowed": v.limit, "unit": v.unit or "x"}
-        yield line | {"ratio": v.ratio, "of": v.of, "target": v.target, "over by %": 100 * (v.over - 1)}
+    missed = [(v, result.machine) for result in results for v in result.verdicts() if not v.met]
+    for v, machine in sorted(missed, key=lambda one: -one[0].over):
+        line = {"machine": machine, "group": v.group, "case": v.name, "measured": v.value, "allowed": v.limit}
+        line |= {"unit": v.unit or "x", "ratio": v.ratio, "of": v.of, "target": v.target}
+        yield line | {"over by %": 100 * (v.over - 1)}
 
 
 @table("losses", "Every case in which another way is faster, the largest loss first", *COMPARED)
 def _losses(*results: Result) -> Iterator[Line]:
     for row, name, speedup in sorted(_rivals(*results), key=lambda c: c[2]):
         if speedup < 1:
-            line = {"group": row.group, "case": row.name, "baseline": name}
+            line = {"machine": row.machine, "group": row.group, "case": row.name, "baseline": name}
             yield line | {"ours us": row.us, "baseline us": row.us * speedup, "ours / baseline": 1 / speedup}
 
 
-@table("totals", "Targets and comparisons by suite", *SUITES)
+@table("totals", "Targets and comparisons by suite; of all, those missed and lost on any machine", *SUITES)
 def _totals(*results: Result) -> Iterator[Line]:
-    for name, some in [*((result.run["suite"], [result]) for result in results), ("all", results)]:
-        judged = [v for result in some for v in result.verdicts()]
-        compared = _rivals(*(result for result in some if result.run["suite"] in COMPARED))
-        line = {"suite": name, "targets": len(judged), "missed": sum(not v.met for v in judged)}
-        yield line | {"comparisons": len(compared), "lost": sum(s < 1 for _, _, s in compared)}
+    for result in results:
+        yield {"suite": result.run["suite"], "machine": result.machine, **_counts(result)}
+    yield {"suite": "all", "machine": None, **_counts(*results)}
 
 
-@table("beaten", "Baselines that are faster than ours somewhere", *COMPARED)
+def _counts(*results: Result) -> Line:
+    """A target is met, and a comparison won, only where it is on every machine that has a result."""
+    met: dict[tuple, bool] = {}
+    won: dict[tuple, bool] = {}
+    for result in results:
+        suite = result.run["suite"]
+        for v in result.verdicts():
+            key = suite, v.group, v.name, v.target
+            met[key] = v.met and met.get(key, True)
+        for row, name, speedup in _rivals(result) if suite in COMPARED else ():
+            key = suite, row.group, row.name, name
+            won[key] = speedup >= 1 and won.get(key, True)
+    line = {"targets": len(met), "missed": list(met.values()).count(False)}
+    return line | {"comparisons": len(won), "lost": list(won.values()).count(False)}
+
+
+@table("beaten", "Baselines that are faster than ours somewhere, on any machine", *COMPARED)
 def _beaten(*results: Result) -> Iterator[Line]:
-    cases: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    cases: dict[tuple[str, str], list[tuple[float, str, str | None]]] = {}
     for row, name, speedup in _rivals(*results):
-        cases.setdefault((row.group, name), []).append((speedup, row.name))
+        cases.setdefault((row.group, name), []).append((speedup, row.name, row.machine))
     for (group, name), found in cases.items():
-        worst, case = min(found)
+        worst, case, machine = min(found)
         if worst < 1:
-            line = {"group": group, "baseline": name, "cases": len(found), "lost": sum(s < 1 for s, _ in found)}
-            yield line | {"ours / baseline at most": 1 / worst, "case": case}
+            counts = [len({case for s, case, _ in found if s < most}) for most in (float("inf"), 1)]
+            line = {"group": group, "baseline": name, "cases": counts[0], "lost": counts[1]}
+            yield line | {"ours / baseline at most": 1 / worst, "case": case, "machine": machine}
 
 
 @table("ceilings", "What the machine reached before and after each run", *SUITES)
@@ -128,12 +168,21 @@ def _ceilings(*results: Result) -> Iterator[Line]:
                 rates = {"unit": unit, "before": c[unit], "after": later}
                 drift = {"drift %": later and 100 * (later / c[unit] - 1)}
                 peak = {"is a peak": result.peaks_hold if c["kind"] == "fma" else None}
-                yield {"suite": result.run["suite"]} | what | rates | drift | peak
+                yield {"suite": result.run["suite"], "machine": result.machine} | what | rates | drift | peak
+
+
+@table("machines", "What the results are of", *SUITES, "levels")
+def _machines(*results: Result) -> Iterator[Line]:
+    for result in results:
+        line = {"machine": result.machine, "suite": result.run["suite"]}
+        yield line | flat(result.run["machine"]) | {key: result.run[key] for key in ("date", "commit")}
 
 
 def _of_any(kind: str, *fields: str) -> Make:
     return lambda *results: [
-        {field: entry.get(field) for field in fields} for result in results for entry in result.others.get(kind, [])
+        {"machine": result.machine} | {field: entry.get(field) for field in fields}
+        for result in results
+        for entry in result.others.get(kind, [])
     ]
 
 

@@ -24,17 +24,22 @@ Make = Callable[..., Iterable[Line]]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """``make`` takes the results named ``sources``, in this order."""
+    """``make`` takes the results of ``sources``, all at once, or one after the other and adds the machine if ``of_each``.
+
+    ``counted``: of nothing that a machine's speed decides.
+    """
 
     name: str
     about: str
     sources: tuple[str, ...]
     make: Make
+    of_each: bool = False
+    counted: bool = False
 
     def lines(self, results: Sequence[Result]) -> list[Line]:
         """All with the same headings, None under those that a line lacks; ResultError where there is no line."""
         try:
-            found = list(self.make(*results))
+            found = self._of_each(results) if self.of_each else list(self.make(*results))
         except (KeyError, AttributeError, TypeError) as e:
             raise ResultError(f"table {self.name!r}: {type(e).__name__}: {e}") from e
         if not found:
@@ -48,16 +53,27 @@ class Table:
                 at = heads.index(head) + 1
         return [{head: line.get(head) for head in heads} for line in found]
 
+    def _of_each(self, results: Sequence[Result]) -> list[Line]:
+        """With the machine first, which lines of no machine leave empty; these once.  Without it where no line has any."""
+        found: list[Line] = []
+        for result in results:
+            machine = {"machine": None if self.counted else result.machine}
+            made = [machine | line for line in self.make(result)]
+            found += [line for line in made if line["machine"] or line not in found]
+        if any(line["machine"] for line in found):
+            return found
+        return [{head: value for head, value in line.items() if head != "machine"} for line in found]
+
 
 #: By name; filled by ``table`` where the modules of tables are imported.
 TABLES: dict[str, Table] = {}
 
 
-def table(name: str, about: str, *sources: str) -> Callable[[Make], Make]:
-    """Makes a table of a function."""
+def table(name: str, about: str, *sources: str, counted: bool = False) -> Callable[[Make], Make]:
+    """Makes a table of a function; of one source it takes the result of each machine, of several those of all."""
 
     def register(make: Make) -> Make:
-        TABLES[name] = Table(name, about, sources, make)
+        TABLES[name] = Table(name, about, sources, make, len(sources) == 1, counted)
         return make
 
     return register

@@ -27,7 +27,10 @@ def title(model: str) -> str:
 
 
 @table(
-    "icl-costs", "Counted costs; won: the first and the last question of a task (or -, without end) that cost less", "icl"
+    "icl-costs",
+    "Counted costs; won: the first and the last question of a task (or -, without end) that cost less",
+    "icl",
+    counted=True,
 )
 def _costs(result: Result) -> Iterator[Line]:
     for of in result.records("costs"):
@@ -48,6 +51,7 @@ def _costs(result: Result) -> Iterator[Line]:
     "icl-ways",
     "FLOP and bytes of each way by model and lengths: of a question, by phase, and held per user, task, once",
     "icl",
+    counted=True,
 )
 def _ways(result: Result) -> Iterator[Line]:
     for of in result.records("costs"):
@@ -56,17 +60,23 @@ def _ways(result: Result) -> Iterator[Line]:
             yield line | flat(way) | {"what it is": costs.WAYS[name]}
 
 
-table("icl-by-shots", "Operations of ICL over T2L by examples in the prompt and questions of a task", "icl")(
+table("icl-by-shots", "Operations of ICL over T2L by examples in the prompt and questions of a task", "icl", counted=True)(
     series("by_shots")
 )
-table("icl-by-questions", "Operations of each way over T2L per task, by questions of a task", "icl")(series("by_questions"))
-table("icl-by-context", "Bytes of keys and values by tokens in the cache, beside an adapter", "icl")(series("by_context"))
-table("icl-terms", "Terms of a cost", "icl")(each("terms"))
-table("icl-paper-hypernetwork", "What the paper's cell of the hypernetwork may have left out", "icl")(each("hypernetwork"))
-table("icl-paper-ratio", "Three-shot ICL over T2L", "icl")(each("ratio"))
+table("icl-by-questions", "Operations of each way over T2L per task, by questions of a task", "icl", counted=True)(
+    series("by_questions")
+)
+table("icl-by-context", "Bytes of keys and values by tokens in the cache, beside an adapter", "icl", counted=True)(
+    series("by_context")
+)
+table("icl-terms", "Terms of a cost", "icl", counted=True)(each("terms"))
+table("icl-paper-hypernetwork", "What the paper's cell of the hypernetwork may have left out", "icl", counted=True)(
+    each("hypernetwork")
+)
+table("icl-paper-ratio", "Three-shot ICL over T2L", "icl", counted=True)(each("ratio"))
 
 
-@table("icl-paper", "The paper's table of operations beside the closed forms", "icl")
+@table("icl-paper", "The paper's table of operations beside the closed forms", "icl", counted=True)
 def _paper(result: Result) -> Iterator[Line]:
     for cell in result.records("paper"):
         yield flat(cell) | {"within its rounding": abs(cell["off_percent"]) <= cell["rounding_percent"]}
@@ -165,7 +175,8 @@ def _summary(result: Result) -> Iterator[Line]:
         ways, name = found["ways"], "the paper's" if workload == PAPER else workload
         first = [ways[way]["first_token"] / 1e12 for way in ("icl", "t2l-task")]
         later = [ways[way]["later_token"] for way in ("icl-warm", "t2l-task")]
-        yield _glance(f"{title(model)}, counted, TFLOP", f"{name}: {_tokens(found['lengths'])}", first, later)
+        line = _glance(f"{title(model)}, counted, TFLOP", f"{name}: {_tokens(found['lengths'])}", first, later)
+        yield {"machine": None} | line
     for row in result.rows:
         first, later = ([row.times[name]["median_us"] / 1e3 for name in pair] for pair in ((ICL, OURS), (WARM, KEPT)))
         name = f"{row.shape['model']} {row.shape['dtype']}, measured, ms"
