@@ -17,7 +17,7 @@ import importlib, sys
 from bench import __main__, harness
 from bench.timing import Dry
 for name, module in __main__.PLANS.items():
-    if name not in ("train", "serving"):  # of a CPU alone
+    if name not in ("train", "serving", "levels"):  # of a CPU alone
         made = harness.run(name, importlib.import_module(module).plan, harness.Context.of("tiny", 1, Dry()), command="dry")
         assert all(one["error"]["value"] <= one["error"]["bound"] for one in harness.rows_of(made))
         print(name, made[0]["versions"]["transformers"], len(list(harness.rows_of(made))))
