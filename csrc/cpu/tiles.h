@@ -87,20 +87,35 @@ class Tiles {
   }
   template <int C, int A, int B>
   void dot() {
+    float a[kTileSide][kTileFeatures], b[kTileFeatures][kTileSide];
+    bool moderate = true;  // every product is a normal number, which float32 holds exactly: then FMA is product and sum
     for (int i = 0; i < kTileSide; ++i)
-      for (int j = 0; j < kTileSide; ++j) {
-        float sums[2] = {0.0f, 0.0f}, total;
-        for (int k = 0; k < kTileSide; ++k)
-          for (int odd = 0; odd < 2; ++odd)
-            sums[odd] = flushed(__builtin_fmaf(element(A, i, 2 * k + odd), element(B, k, 2 * j + odd), sums[odd]));
-        std::memcpy(&total, data_[C][i] + 4 * j, sizeof total);
-        total = flushed(flushed(total) + flushed(sums[0] + sums[1]));
-        std::memcpy(data_[C][i] + 4 * j, &total, sizeof total);
+      for (int k = 0; k < kTileFeatures; ++k) {
+        a[i][k] = element(A, i, k);
+        b[i * 2 + k % 2][k / 2] = element(B, i, k);
+        moderate = moderate && is_moderate(a[i][k]) && is_moderate(b[i * 2 + k % 2][k / 2]);
       }
+    for (int i = 0; i < kTileSide; ++i) {
+      float sums[2][kTileSide] = {}, total[kTileSide];
+      for (int k = 0; k < kTileFeatures; ++k) {
+        float* sum = sums[k % 2];
+        if (moderate)
+          for (int j = 0; j < kTileSide; ++j) sum[j] = flushed(a[i][k] * b[k][j] + sum[j]);
+        else
+          for (int j = 0; j < kTileSide; ++j) sum[j] = flushed(__builtin_fmaf(a[i][k], b[k][j], sum[j]));
+      }
+      std::memcpy(total, data_[C][i], kCacheLine);
+      for (int j = 0; j < kTileSide; ++j) total[j] = flushed(flushed(total[j]) + flushed(sums[0][j] + sums[1][j]));
+      std::memcpy(data_[C][i], total, kCacheLine);
+    }
   }
 
  private:
   static float flushed(float v) { return v > -kSmallest && v < kSmallest ? __builtin_copysignf(0.0f, v) : v; }
+  static bool is_moderate(float v) {
+    const float size = v < 0 ? -v : v;
+    return size == 0 || (size > 1e-18f && size < 1e18f);
+  }
   float element(int tile, int row, int column) const {
     bf16 v;
     std::memcpy(&v, data_[tile][row] + 2 * column, sizeof v);
