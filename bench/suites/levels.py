@@ -39,6 +39,8 @@ SETTLE_S = 0.03
 HOPELESS = 4
 DTYPES = (torch.bfloat16, torch.float32)
 COUNTS = (1, 8)
+#: The kernels of amx in plain C++, for tests: no instruction set of a CPU, and none that anybody waits for.
+MODEL = "amx_model"
 SPREADS = {"64x1": even(64, 1), "8x8": rows(*range(8)), "64x64": rows(*range(64))}
 #: Seeds of the inputs that errors are measured on (apply.lora_errors draws these), and of those that are timed.
 CHECKED, TIMED = 1, 2
@@ -227,7 +229,8 @@ def plan(context: Context) -> list[Task]:
     about, lowered = native.about(), os.environ.get("T2L_ISA")
     if about is None or lowered:
         raise BenchError(f"levels: expected native kernels and no T2L_ISA, got {lowered or 'no native library'}")
-    levels, chosen = (about["instruction_sets"][key] for key in ("available", "chosen"))
+    chosen = about["instruction_sets"]["chosen"]
+    levels = [name for name in about["instruction_sets"]["available"] if name != MODEL]
     run = functools.partial(measured, context, levels, chosen)
     return [
         Task("levels", lambda: [record("levels", available=levels, chosen=chosen)]),

@@ -8,7 +8,7 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 // With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
-constexpr int64_t kManyRows = T2L_TILES ? 256 : INT64_MAX;
+constexpr int64_t kManyRows = T2L_TILES ? 1024 : INT64_MAX;
 constexpr int64_t kManyPanels = 8;         // of weights: stay in L2 while latent rows stream through
 constexpr int64_t kBytesAhead = 64 << 10;  // of weights, prefetched into L2
 // Results of a module that exceed this are stored past the caches.  Of use on CPUs with tiles from where they leave L2 on;

@@ -109,8 +109,8 @@ void test_heads() {
   std::vector<Sizes> sizes;
   for (const int64_t h : {1, 2, 3, 31, 32, 33, 64, 70}) sizes.push_back({5, 40, h});
   for (const int64_t cols : {1, 2, 15, 16, 17, 31, 32, 33, 47, 48, 49, 97, 130}) sizes.push_back({33, cols, 34});
-  for (const int64_t rows : {1, 15, 16, 31, 32, 64, 65, 255, 256, 257, 300}) sizes.push_back({rows, 50, 64});
-  sizes.push_back({256, 300, 33});
+  for (const int64_t rows : {1, 15, 16, 31, 32, 64, 65, 300, 1023, 1024, 1030}) sizes.push_back({rows, 50, 64});
+  sizes.push_back({1025, 300, 33});
   for (const Sizes& s : sizes) {
     const Head<T> head(s.rows, s.cols, s.h);
     const auto model = head.run(t2l::Isa::amx_model);
@@ -130,7 +130,7 @@ void test_heads() {
         const double bound = (sizeof(T) == 2 ? std::fabs(sum) / 256 : 0) + size * steps * std::ldexp(1.0, -24);
         CHECK_SAYS(std::fabs(exact(model[r * s.cols + c]) - sum) <= bound, name);
       }
-    // A row has the same bits alone, where weights are the rows of tiles, and among many, where latent rows are.
+    // A row has the same bits alone, where weights are the left operands, and among many, where latent rows are.
     Head<T> one(1, s.cols, s.h);
     const int64_t last = s.rows - 1;
     one.latent.assign(head.latent.begin() + last * s.h, head.latent.end());
@@ -144,7 +144,7 @@ void test_heads() {
 
 // NaN and infinity reach the results of their own row and column, and no other: neither as padding nor as neighbours.
 void test_nan_stays() {
-  for (const int64_t rows : {7, 260}) {
+  for (const int64_t rows : {7, 1030}) {
     Head<uint16_t> head(rows, 37, 35);
     const auto before = head.run(t2l::Isa::amx_model);
     head.weight[20 * 35 + 34] = to_bf16(kInf);
