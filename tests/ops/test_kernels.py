@@ -44,4 +44,7 @@ def test_instruction_sets(backend):
         assert passed(run.stdout) >= KERNEL_CASES, f"{isa}: {run.stdout[-2000:]}"
     probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
     run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
-    assert run.returncode != 0 and "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, amx, amx_model, neon or neon_bf16" in run.stderr
+    assert (
+        run.returncode != 0
+        and "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, amx, amx_model, neon or neon_bf16" in run.stderr
+    )
