@@ -413,7 +413,8 @@ def test_the_best_validation_is_known_after_a_stop(tmp_path):
 def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp_path):
     """Both checkpoints, loaded, have the validation losses that the log gives them."""
     change_examples(tasks, "val", lambda row: row | {"output": ["Input Output"]})  # what training makes ever less likely
-    settings = runs.sft(base_model, steps=24, learning_rate=0.02, schedule="constant", validate_every=6)
+    # Steps so large that the last digits of a CPU do not decide which of the two is best.
+    settings = runs.sft(base_model, steps=12, learning_rate=0.1, schedule="constant", validate_every=6)
     out = sft.train(settings, tasks, tmp_path / "out")
     logged = {row["step"]: row["val_loss"] for row in runs.rows(out) if "val_loss" in row}
     best = min(logged, key=logged.get)
