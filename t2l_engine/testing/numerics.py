@@ -16,6 +16,8 @@ PARITY_FROBENIUS = 1e-5
 CPP_FROBENIUS = 1e-6
 #: Relative error of a text's embedding between batch compositions (alone, in a padded batch), float32.
 EMBEDDING_FROBENIUS = 1e-5
+#: Largest difference of an entry of MiniLM's embedding (norm sqrt(384)) between our forward pass and transformers', float32.
+EMBEDDING_ATOL = 1e-5
 #: Logits of our layers against PEFT with the same folder, float32 (two orders of summation through a whole model).
 LOGITS_ATOL = 1e-4
 #: Where float32 rounding of the model itself reaches LOGITS_ATOL (SmolLM2: logits of 41, 1e-4 against float64), the error

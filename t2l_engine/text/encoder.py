@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
+from t2l_engine.text.bert import PackedBert, is_plain
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.loading import load, positions
 from t2l_engine.text.packaged import resolve
@@ -36,6 +37,19 @@ def normalise_description(text: str, full_stop: bool = True) -> str:
 def _check_list(texts: Any) -> None:
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise ValueError(f"texts: expected a list of strings, got {type(texts).__name__}; wrap one text in a list")
+
+
+class _Modules:
+    """The modules of an encoder, as long as none is added, replaced or removed."""
+
+    def __init__(self, model: nn.Module):
+        self._all = [(module, dict(module._modules)) for module in model.modules()]
+        modules = [module for module, _ in self._all]
+        self.adaptable: list[Any] = [m for m in modules if hasattr(type(m), "adapted")]  # LoRALinear, of a room above
+        self.bert = PackedBert(model, modules) if is_plain(modules) else None
+
+    def are_of(self, model: nn.Module) -> bool:
+        return self._all[0][0] is model and all(module._modules == children for module, children in self._all)
 
 
 class TextEncoder:
@@ -68,6 +82,7 @@ class TextEncoder:
         self._cache_size = cache_size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()  # the least recently used text first
         self._cache_lock = threading.Lock()
+        self._modules = _Modules(self.model)
         #: In tokens, including special ones, to which texts are truncated: the configuration's, at most the model's.
         self.max_length = min(config.max_length, positions(model) or config.max_length)
         special = tokenizer.num_special_tokens_to_add()
@@ -231,12 +246,23 @@ class TextEncoder:
         return tokens
 
     def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
-        for module in self.model.modules():
-            if getattr(module, "adapted", False):  # a LoRALinear, which this room does not import
-                raise RuntimeError(
-                    f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
-                    "embed outside of use(...), or detach() first"
-                )
+        modules = self._modules
+        if not modules.are_of(self.model):
+            modules = self._modules = _Modules(self.model)
+        if any(module.adapted for module in modules.adaptable):
+            raise RuntimeError(
+                f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
+                "embed outside of use(...), or detach() first"
+            )
+        bert = modules.bert
+        hidden = bert.hidden_states(tokens) if bert and bert.computes() else self._hidden_states(tokens)
+        texts = hidden.float().split([len(inputs["input_ids"]) for inputs in tokens])
+        pool = {"cls": lambda text: text[0], "last": lambda text: text[-1], "mean": lambda text: text.mean(dim=0)}
+        pooled = torch.stack([pool[self.config.pooling](text) for text in texts])
+        return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
+
+    def _hidden_states(self, tokens: list[dict[str, list[int]]]) -> Tensor:
+        """Last hidden states ``[total tokens, width]`` by the model's forward, of the texts one after another."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(inputs["input_ids"]) for inputs in tokens])
         # Not by the tokenizer: a causal LM's pads on the left and may have no padding token.
@@ -248,15 +274,7 @@ class TextEncoder:
             for key in tokens[0]
         }
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-        hidden = self.model(**batch, attention_mask=mask.long()).last_hidden_state.float()
-        if self.config.pooling == "cls":
-            pooled = hidden[:, 0]
-        elif self.config.pooling == "last":
-            pooled = hidden[torch.arange(len(tokens), device=device), (lengths - 1).to(device)]
-        else:
-            weights = mask[..., None].float()
-            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-        return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
+        return self.model(**batch, attention_mask=mask.long()).last_hidden_state[mask]
 
 
 class OneHotEncoder:
