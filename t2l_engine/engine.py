@@ -15,6 +15,7 @@ from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
+from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
@@ -116,6 +117,24 @@ class TextToLoRA:
         truncated with a warning.
         """
         return self.hypernetwork.generate(self.encoder.encode(texts))
+
+    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str]) -> None:
+        """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
+
+        A and B are those of :meth:`generate`, rounded once to the slots' dtype.
+
+        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`; nothing changes then.
+
+        >>> import t2l_engine as t2l
+        >>> from t2l_engine.text import packaged
+        >>> model, tokenizer = packaged.load()
+        >>> engine, lora = t2l.TextToLoRA.from_pretrained("smollm2-135m"), t2l.attach(model, slots=8)
+        >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
+        >>> lora.set([3, 4, -1])
+        """
+        task_emb = self.encoder.encode(texts)
+        with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb))) as out:
+            self.hypernetwork.generate(task_emb, out=out)
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
         """The prompt for ``text``, by the template that the checkpoint was trained with; tokenize it without special tokens.

@@ -220,6 +220,18 @@ class HyperNetwork(nn.Module):
         folded = self._packed.folded
         return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
+    def meta_stack(self, count: int) -> AdapterStack:
+        """A stack of the shapes and the dtype of :meth:`generate`'s for ``count`` descriptions, which takes no memory.
+
+        A, B and scaling are on the meta device, ranks on the CPU: what :meth:`LoRAHandle.fill` wants to know.
+        """
+        c, lora_A, lora_B, ranks = self.config, {}, {}, {}
+        for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
+            lora_A[name] = torch.empty(count, c.num_layers, c.rank, n_in, dtype=self.dtype, device="meta")
+            lora_B[name] = torch.empty(count, c.num_layers, n_out, c.rank, dtype=self.dtype, device="meta")
+            ranks[name] = torch.full((count, c.num_layers), c.rank, dtype=torch.int32, device="cpu")
+        return AdapterStack(lora_A, lora_B, torch.empty(count, device="meta"), ranks, self._paths)
+
     def folded(self) -> dict:
         """All tensors that do not depend on the task, as arguments of the trunk and head ops."""
         c, t = self.config, self.config.task_width

@@ -39,6 +39,11 @@ class _Slots:
     ranks: Tensor
     targets: dict[int, Target]  # by layer
 
+    @property
+    def features(self) -> tuple[int, int]:
+        """(in, out)."""
+        return self.A.shape[3], self.B.shape[3]
+
 
 class LoRAHandle:
     """The adapter slots of a model, and which slot each batch row uses; returned by :func:`attach`.
@@ -154,9 +159,8 @@ class LoRAHandle:
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
         scaling = self._reserve(adapter)
+        self._empty(slot, 1)
         with torch.no_grad():
-            for slots in self._slots.values():
-                slots.ranks[:, slot] = 0
             for name, path in adapter.paths.items():
                 a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[self._keys[path]]
                 n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # without the padding that exceeds the slots
@@ -167,18 +171,76 @@ class LoRAHandle:
         self._filled.add(slot)
         self._routing.slots_changed()
 
+    @contextlib.contextmanager
+    def fill(self, slot: int, like: AdapterStack) -> Iterator[AdapterStack]:
+        """The slots from ``slot`` on, as many as ``like`` has adapters, as a stack to be written in the block: no copy.
+
+        ``like``: a stack of the same shapes, such as an earlier result or :meth:`HyperNetwork.meta_stack`; values of its A
+        and B are not read.  The stack in the block has its modules and layers, and views of the slots in their dtype.  Write
+        all of it, ranks ``[N, n]`` and scaling ``[N]`` too, as ``HyperNetwork.generate(task_emb, out=...)`` does.  Until the
+        block ends the slots are empty, and if it raises they stay empty.  Modules that ``like`` lacks get rank 0 there.
+
+        Raises IndexError for slots outside ``[0, num_slots)``, ValueError if ``like`` does not fit the model, or if the
+        slots of its modules have several dtypes (use :meth:`put`); nothing changes then.
+
+        >>> import torch
+        >>> import t2l_engine as t2l
+        >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+        >>> stack = t2l.AdapterStack({"q_proj": torch.ones(1, 1, 2, 8)}, {"q_proj": torch.ones(1, 1, 6, 2)}, torch.ones(1))
+        >>> lora = t2l.attach(model, stack, slots=3)
+        >>> with lora.fill(1, stack) as out:
+        ...     for written in (out.lora_A["q_proj"], out.lora_B["q_proj"], out.ranks["q_proj"], out.scaling):
+        ...         _ = written.fill_(2)
+        >>> lora.set([0, 1])
+        """
+        self._check_free("fill")
+        check_stack("like", like)
+        count = len(like)
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self._num_slots - count:
+            raise IndexError(
+                f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
+                f"got {short_repr(slot)}"
+            )
+        scaling = self._reserve(like)
+        places = {name: self._slots[self._keys[path]] for name, path in like.paths.items()}
+        dtypes = {name: slots.A.dtype for name, slots in places.items()}
+        if len(set(dtypes.values())) > 1:
+            raise ValueError(f"like: expected modules whose slots have one dtype, got {short_repr(dtypes)}; use put()")
+        self._empty(slot, count)
+        rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
+        with torch.inference_mode(False), torch.no_grad():  # as in _reserve
+            for name, slots in places.items():
+                n, r = like.lora_A[name].shape[1:3]
+                lora_A[name], lora_B[name] = slots.A[rows, :n, :r], slots.B[rows, :n, :r].mT
+                ranks[name] = slots.ranks[:n, rows].T
+            out = AdapterStack(lora_A, lora_B, scaling[rows], ranks, like.paths, partial=like.partial)
+        try:
+            yield out
+        except BaseException:
+            self._empty(slot, count)
+            raise
+        self._filled.update(range(slot, slot + count))
+        self._routing.slots_changed()
+
+    def _empty(self, slot: int, count: int) -> None:
+        """Rank 0 in ``count`` slots."""
+        with torch.no_grad():
+            for slots in self._slots.values():
+                slots.ranks[:, slot : slot + count] = 0
+        self._filled.difference_update(range(slot, slot + count))
+        self._routing.slots_changed()
+
     @torch.inference_mode(False)  # inference tensors could be written in inference mode only
     def _reserve(self, stack: AdapterStack) -> Tensor:
         """Wrap the linears and allocate the slots that ``stack`` needs, after all checks; returns the slots' scalings."""
         model = self._check_attached()
         matched = self._match(stack)
         for name, (key, _) in matched.items():
-            known = self._slots.get(key)
-            r_max = known.A.shape[2] if known else self._max_rank or stack.lora_A[name].shape[2]
-            rank = int(stack.ranks[name].max())
-            if rank > r_max:
+            known, width = self._slots.get(key), stack.lora_A[name].shape[2]
+            r_max = known.A.shape[2] if known else self._max_rank or width
+            if width > r_max and (rank := int(stack.ranks[name].max())) > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
-        device = device_of(model)
+        device = device_of(model) if self._scaling is None else self._scaling.device
         if self._scaling is None:
             self._scaling = torch.ones(self._num_slots, device=device)
         for name, (key, targets) in matched.items():
@@ -211,7 +273,8 @@ class LoRAHandle:
 
     def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
         """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
-        known = {path: self._slots[key].targets for path, key in self._keys.items() if key in self._slots}
+        slots = {path: self._slots[key] for path, key in self._keys.items() if key in self._slots}
+        known = {path: (one.targets, one.features) for path, one in slots.items()}
         found = find_all(self._check_attached(), stack, self._packed, known)
         matched: dict[str, tuple[str, dict[int, Target]]] = {}
         for name, targets in found.items():

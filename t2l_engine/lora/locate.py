@@ -192,43 +192,61 @@ def check_shape(name: str, layer: int, target: Target, n_in: int, n_out: int) ->
         )
 
 
-def check_fits(name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
-    """ValueError unless module ``name`` of ``stack`` fits the layers and features of ``targets``, not on the meta device."""
+def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> None:
+    """ValueError unless the layers of module ``name`` of ``stack`` are those of ``targets``."""
     path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
     depth = max(targets) + 1
     if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
         raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
+    if len(targets) == depth:
+        return
     needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
     if needed - targets.keys():
         raise ValueError(f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none")
+
+
+def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int) -> None:
+    """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device."""
     for layer, target in targets.items():
-        check_shape(name, layer, target, stack.lora_A[name].shape[3], stack.lora_B[name].shape[2])
+        check_shape(name, layer, target, n_in, n_out)
         weight = getattr(target.linear, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
 
 
-def find_all(
-    model: nn.Module, stack: AdapterStack, packed: Packed | None, known: Mapping[str, dict[int, Target]] | None = None
-) -> dict[str, dict[int, Target]]:
-    """Module name of ``stack`` -> its linears by layer, checked to fit; ``known``: path -> linears that were found before.
+#: Path -> linears that were found before, and the (in, out) features of their slots.
+Known = Mapping[str, tuple[dict[int, Target], tuple[int, int]]]
 
-    Raises ValueError as :func:`find` and :func:`check_fits`, and if two modules are the same place of the model.
+
+def find_all(
+    model: nn.Module, stack: AdapterStack, packed: Packed | None, known: Known | None = None
+) -> dict[str, dict[int, Target]]:
+    """Module name of ``stack`` -> its linears by layer, checked to fit; those of ``known`` are not looked at again.
+
+    Raises ValueError as :func:`find`, :func:`check_layers` and :func:`check_features`, and if two modules are the same place
+    of the model.
     """
     found: dict[str, dict[int, Target]] = {}
     for name, path in stack.paths.items():
-        targets = known[path] if known and path in known else find(model, name, path, packed)
+        sizes = stack.lora_A[name].shape[3], stack.lora_B[name].shape[2]
+        targets, checked = known[path] if known and path in known else (find(model, name, path, packed), None)
         for other, taken in found.items():
             if same_place(taken, targets):
                 raise ValueError(f"{name}: the model has it and {other} in the same place")
-        check_fits(name, stack, targets)
+        check_layers(name, stack, targets)
+        if sizes != checked:
+            check_features(name, targets, *sizes)
+            if checked is not None:  # of linears that do not state their features
+                raise ValueError(f"{name}: the adapter has in/out features {sizes}, its slots have {checked}")
         found[name] = targets
     return found
 
 
 def same_place(targets: dict[int, Target], others: dict[int, Target]) -> bool:
     """Whether both are the same columns of the same linears."""
-    return {i: (t.path, t.columns) for i, t in targets.items()} == {i: (t.path, t.columns) for i, t in others.items()}
+    return targets.keys() == others.keys() and all(
+        (t.path, t.columns) == (others[i].path, others[i].columns) for i, t in targets.items()
+    )
 
 
 def check_stack(name: str, value: object) -> None:
