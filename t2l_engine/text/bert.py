@@ -81,10 +81,11 @@ class PackedBert:
         lengths = [len(inputs["input_ids"]) for inputs in tokens]
         groups = [(len(list(group)), length) for length, group in itertools.groupby(lengths)]
         x = self._embed(tokens, lengths)
-        heads = self._model.config.num_attention_heads
+        heads, alone = self._model.config.num_attention_heads, len(tokens) == 1 and len(x) < _FEW
         for qkv, (out, norm1), up, (down, norm2) in self._layers:
-            q, k, v = (_linear(linear, x).contiguous() for linear in qkv)
-            x = _norm(norm1, x + _linear(out, _attention(q, k, v, groups, heads)))
+            q, k, v = (_linear(linear, x) for linear in qkv)
+            attended = _of_one(q, k, v, heads) if alone else _attention(q, k, v, groups, heads)
+            x = _norm(norm1, x + _linear(out, attended))
             x = _norm(norm2, x + _linear(down, F.gelu(_linear(up, x))))
         return x
 
@@ -109,10 +110,18 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
 
 
+def _of_one(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """:func:`_attention` of one text of few tokens: as :func:`_linear` lays q, k and v out, nothing has to be copied."""
+    q, k, v = (part.T.view(heads, -1, len(part)) for part in (q, k, v))
+    weights = torch.softmax(torch.bmm(k.mT, q) * q.shape[1] ** -0.5, dim=1)  # [heads, keys, queries]
+    return torch.bmm(v, weights).view(-1, weights.shape[2]).T
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, groups: Sequence[tuple[int, int]], heads: int) -> Tensor:
     """Attention inside each text, ``[T, width]``; ``groups``: (number of texts, their length), one after another."""
     sizes, outputs = [count * length for count, length in groups], []
-    for (count, length), *parts in zip(groups, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+    split = (part.contiguous().split(sizes) for part in (q, k, v))
+    for (count, length), *parts in zip(groups, *split, strict=True):
         query, key, value = (part.view(count, length, heads, -1).transpose(1, 2) for part in parts)
         outputs.append(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(count * length, -1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -57,8 +57,10 @@ class TextEncoder:
 
     Embeddings of the ``cache_size`` most recently used texts are kept: by default of 4096, 6 MB at 384 floats each.  They
     do not depend on padding, which is masked, or on the batch: texts are batched by length and padded on the right,
-    whatever the tokenizer's padding side.  Several threads may call :meth:`encode`; a text that is new to two of them at
-    once is embedded by both.
+    whatever the tokenizer's padding side.  Plain BERT models in float32 on a CPU, such as MiniLM, run without padding and
+    without transformers' forward, unless a module is replaced, hooked or in training mode; changed weights take effect on
+    texts that are not kept.  Several threads may call :meth:`encode`; a text that is new to two of them at once is embedded
+    by both.
 
     Source: paper section 3; pooling and normalisation of SakanaAI's embedding code.
 
