@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import t2l_engine as t2l
 from bench import energy, models
 from bench.harness import OURS, Context, Error, Record, Target, logits_error, record, row, verify, worst
-from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, PUT, WARM
+from bench.icl.names import ALONE, DESCRIBE, GENERATE, ICL, KEPT, MERGED, WARM
 from bench.models import MODULES, Step, layer_error, random_adapters, shared
 from bench.records import BASE
 from bench.suites import decode
@@ -44,7 +44,6 @@ class Served:
 
     @torch.inference_mode()
     def __init__(self, context: Context, dtype: torch.dtype):
-        self.put_slots = context.on_cpu  # by the handle; a card's graph can only generate into them
         self.load, device = PAPER if context.full else TINY, context.device.torch
         self.shots = (0, 1, 2, 3, 4, 8, 16) if context.full else (0, 3)
         (self._small if context.on_cpu else self._large)(context, dtype)
@@ -52,11 +51,11 @@ class Served:
         most = self.load.question + self.load.shot * max(self.shots)
         self.tokens = _random(self.setup.decoder.vocabulary, most, device, seed=3)
         self.question = self.prompt(0)
-        self.stack = self.net.generate(self.describe())
+        self.stack = self.net.generate(self.describe()).to(dtype=dtype)
+        self.net.generate(self.describe(), out=self.stack)  # rounded once, as in the slot
         adapted, merged = shared(self.model), shared(self.model, own=MODULES["q,v"])
         self.handle = t2l.attach(adapted, self.stack)
         self.handle.set([0])
-        self.slots = slots_of(self.handle, self.stack)
         t2l.attach(merged, self.stack).merge(0)
         self.alone = Step.of(self.model, 1, self.load.question, new=self.load.question)
         # These keep the cache of the model alone, too: whichever runs writes all of it.
@@ -74,7 +73,7 @@ class Served:
         self.net.requires_grad_(False)
         itemsizes = {"adapter_itemsize": self.net.dtype.itemsize, "encoder_itemsize": encoder.model.dtype.itemsize}
         self.setup = Setup(*sizes, self.net.config, **itemsizes)
-        self.describe = functools.partial(embed_anew, encoder, text_of(encoder, self.load.description))
+        self.describe = functools.partial(uncached(encoder).encode, [text_of(encoder, self.load.description)])
 
     def _large(self, context: Context, dtype: torch.dtype) -> None:
         """Mistral-7B's shape, gte-large's and a hypernetwork of variant L, random weights."""
@@ -93,11 +92,13 @@ class Served:
 
     def new_task(self) -> Tensor:
         """From description and question to logits, with nothing kept of an earlier request."""
-        if self.put_slots:
-            self.handle.put(0, self.net.generate(self.describe()))
-        else:
-            self.net.generate(self.describe(), out=self.slots)
+        self.generate_into(self.describe())
         return self.adapted(self.question)
+
+    def generate_into(self, task_emb: Tensor) -> None:
+        """The adapter into the slot that is in use."""
+        with self.handle.fill(0, self.stack) as slot:
+            self.net.generate(task_emb, out=slot)
 
     def in_context(self, shots: int) -> dict[str, Callable[[], Tensor]]:
         """Examples and question read at once, and the question read after the examples' keys and values."""
@@ -116,10 +117,7 @@ class Served:
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """What ours consists of, but for the question."""
-        generate = functools.partial(self.net.generate, self.describe())
-        if not self.put_slots:
-            return {DESCRIBE: self.describe, GENERATE: functools.partial(generate, out=self.slots)}
-        return {DESCRIBE: self.describe, GENERATE: generate, PUT: functools.partial(self.handle.put, 0, self.stack)}
+        return {DESCRIBE: self.describe, GENERATE: functools.partial(self.generate_into, self.describe())}
 
     def requests(self) -> dict[str, Request]:
         """What every way does, by name."""
@@ -132,16 +130,9 @@ def _random(vocabulary: int, count: int, device: torch.device, seed: int) -> Ten
     return torch.randint(vocabulary, (1, count), generator=torch.Generator(device).manual_seed(seed), device=device)
 
 
-def slots_of(handle: t2l.LoRAHandle, stack: t2l.AdapterStack) -> t2l.AdapterStack:
-    """The handle's own slots, to be generated into: ``put`` copies, and reads ranks on the host, which no graph can hold."""
-    slots = {name: handle._slots[handle._keys[path]] for name, path in stack.paths.items()}
-    sides = {name: one.A for name, one in slots.items()}, {name: one.B.mT for name, one in slots.items()}
-    return t2l.AdapterStack(*sides, handle._scaling, {name: one.ranks.T for name, one in slots.items()}, stack.paths)
-
-
-def embed_anew(encoder: t2l.TextEncoder, text: str) -> Tensor:
-    """``task_emb [1, embed_dim]`` of a text as if it was never embedded before."""
-    return t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([text])
+def uncached(encoder: t2l.TextEncoder) -> t2l.TextEncoder:
+    """The same encoder, for which every text is new."""
+    return t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config, cache_size=0)
 
 
 def tokens_of(encoder: t2l.TextEncoder, text: str) -> int:
@@ -167,11 +158,11 @@ def errors(served: Served, calls: Mapping[str, Callable[[], Tensor]]) -> dict[st
     adapters = cuda_errors(served.net, served.describe(), {}, {})[OURS]
     layers = layer_error(served.adapted, served.question)
     got = {name: calls[name]() for name in (ICL, WARM, KEPT, MERGED)}
-    for tensor in (*served.slots.lora_A.values(), *served.slots.lora_B.values()):
-        tensor.fill_(float("nan"))  # a request writes all of it
+    with served.handle.fill(0, served.stack) as slot:
+        for tensor in (*slot.lora_A.values(), *slot.lora_B.values()):
+            tensor.fill_(float("nan"))  # a request writes all of it
     got[OURS] = calls[OURS]()
-    stack = served.stack.to(dtype=served.model.dtype)  # what the slot holds
-    alone, behind = exact_logits(served.model, served.question, stack), exact_logits(served.model, calls[ICL].args[0])
+    alone, behind = exact_logits(served.model, served.question, served.stack), exact_logits(served.model, calls[ICL].args[0])
     return {
         OURS: worst([adapters, layers, logits_error(got[OURS], alone, got[MERGED])]),
         KEPT: worst([layers, logits_error(got[KEPT], alone, got[MERGED])]),
@@ -228,7 +219,7 @@ def first(context: Context, make: Callable[[], Served]) -> Iterator[Record]:
         over = {"flops": flops[name] / flops[OURS], "roofline": seconds[name] / seconds[OURS]}
         predicted[name] = {by: round(ratio, 4) for by, ratio in over.items()}
     phases = {phase.name: phase.flops.total for phase in requests[OURS].phases}
-    flops |= {DESCRIBE: phases["describe"], GENERATE: phases["generate"], PUT: 0}
+    flops |= {DESCRIBE: phases["describe"], GENERATE: phases["generate"]}
     parts = {
         name: {**timing.to_json(), "flops": flops[name], "gflops": round(flops[name] / timing.median_us / 1e3, 3)}
         for name, timing in timings.items()

@@ -16,4 +16,4 @@ MODELS = {
 ICL, WARM, ALONE = LABELS["icl"], LABELS["icl-warm"], "question alone"
 KEPT, MERGED = (f"{LABELS[way]}, later question" for way in ("t2l-task", "t2l-merged"))
 #: What ours consists of, timed by itself beside it.
-DESCRIBE, GENERATE, PUT = "part: text encoder", "part: hypernetwork", "part: into its slot"
+DESCRIBE, GENERATE = "part: text encoder", "part: hypernetwork"

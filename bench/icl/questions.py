@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 import t2l_engine as t2l
 from bench.harness import Context, Record, record
-from bench.icl.first import embed_anew, quantiles, tokens_of
+from bench.icl.first import quantiles, tokens_of, uncached
 from bench.models import shared
 from bench.timing import elapsed_us
 from t2l_engine.cli import demo
@@ -111,6 +111,7 @@ class Serving:
 
     def __init__(self):
         self.engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+        self.engine.encoder = uncached(self.engine.encoder)
         model, self.tokenizer = packaged.load(DTYPE)
         adapted, merged = shared(model), copy.deepcopy(model)
         rank = self.engine.hypernetwork.config.rank
@@ -121,9 +122,8 @@ class Serving:
         return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def put(self, description: str) -> None:
-        """The adapter of a text that the encoder does not know yet, in its slot."""
-        self.stack = self.engine.hypernetwork.generate(embed_anew(self.engine.encoder, description))
-        self.slot.put(0, self.stack)
+        """The adapter of a text in its slot."""
+        self.engine.generate_into(self.slot, 0, [description])
         self.slot.set(0)
 
 
@@ -161,7 +161,7 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
     fill_us = elapsed_us(fill)
     serving.put(description)
     generate_us, given = [], {arm: [] for arm in ARMS}
-    serving.weights.put(0, serving.stack)
+    serving.engine.generate_into(serving.weights, 0, [description])
     merge_us = elapsed_us(lambda: serving.weights.merge(0))
     ways = {
         ICL: lambda i: serving.plain.answer(shown[i]),

@@ -1,4 +1,7 @@
-"""Where the time of a request goes: text encoder, trunk, heads, putting adapters into a model, applying them to a token."""
+"""Where the time of a request goes: text encoder, trunk, heads, putting adapters into a model, applying them to a token.
+
+And from sentences to adapters in the slots of a model in one call.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
+from bench import baselines
 from bench.cases import ORDER
-from bench.harness import OURS, Context, Error, Record, Task, roofline, row, verify, worst
+from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
 from bench.suites.apply import BUILDERS
 from bench.timing import Candidate
 from t2l_engine import ops
@@ -25,6 +29,10 @@ from t2l_engine.testing.oracle import in_float64
 
 COUNTS = (1, 8)
 LARGE = "mistral-7b"
+#: From sentences to slots with transformers' forward pass, a stack of adapters, and a copy of each into its slot.
+TODAY = "transformers, generate, put"
+#: Number of sentences -> in how many us their adapters are to be live.
+LIVE = {1: 4_000.0, 64: 60_000.0}
 
 
 def plan(context: Context) -> list[Task]:
@@ -40,7 +48,11 @@ def plan(context: Context) -> list[Task]:
 def bundled(context: Context) -> Iterator[Record]:
     """The bundled checkpoint, text encoder included."""
     engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
-    for count in COUNTS:
+    kept = engine.encoder
+    engine.encoder = t2l.TextEncoder(kept.model, kept.tokenizer, kept.config, cache_size=0)
+    for count in LIVE:
+        yield live(context, engine, count)
+    for count in sorted({*COUNTS, *LIVE}):
         yield encoder(context, engine, count)
         yield from _Request(context, "smollm2-135m", engine.hypernetwork.requires_grad_(False), count).rows()
 
@@ -60,25 +72,72 @@ def _row(context: Context, model: str, dtype: str, count: int, part: str, functi
     return row(context, case, "split", shape, timings, errors[OURS], skipped=skipped, least=least)
 
 
+def sentences(count: int) -> list[str]:
+    return [f"Return item {i:07d} of the comma separated list." for i in range(count)]
+
+
+def in_double(encoder: t2l.TextEncoder) -> t2l.TextEncoder:
+    """The same encoder in float64, by transformers."""
+    return t2l.TextEncoder(copy.deepcopy(encoder.model).double(), encoder.tokenizer, encoder.config)
+
+
+@torch.no_grad()
+def by_transformers(encoder: t2l.TextEncoder, texts: list[str]) -> Tensor:
+    """The embeddings of an encoder with mean pooling as its model's card computes them: a padded batch, transformers."""
+    batch = encoder.tokenizer(texts, padding=True, truncation=True, max_length=encoder.max_length, return_tensors="pt")
+    hidden, mask = encoder.model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    pooled = (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+    return nn.functional.normalize(pooled, dim=-1) * pooled.shape[-1] ** 0.5
+
+
 def encoder(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
-    """Texts that were not embedded before, as many at a time as there are descriptions."""
-    ours, numbers = engine.encoder, itertools.count()
-    dtype = ours.config.dtype
-
-    def texts() -> list[str]:
-        return [f"Return item {next(numbers):07d} of the comma separated list." for _ in range(count)]
-
-    fresh = texts()
-    exact = t2l.TextEncoder(copy.deepcopy(ours.model).double(), ours.tokenizer, ours.config)
-    value = numerics.relative_frobenius(ours.encode(fresh), exact.encode(fresh))
-    tokens = sum(len(ids) for ids in ours.tokenizer(ours.prepare(fresh))["input_ids"])
+    """As many texts at a time as there are descriptions; none is kept."""
+    ours, texts = engine.encoder, sentences(count)
+    dtype, exact = ours.config.dtype, in_double(ours).encode(texts)
+    functions = {OURS: lambda: ours.encode(texts), "transformers": lambda: by_transformers(ours, texts)}
+    bound = numerics.EMBEDDING_FROBENIUS
+    errors = {name: Error(numerics.relative_frobenius(f(), exact), bound) for name, f in functions.items()}
+    tokens = sum(len(ids) for ids in ours.tokenizer(ours.prepare(texts))["input_ids"])
     num_bytes = sum(p.nbytes for p in ours.model.encoder.layer.parameters())  # of a table, few rows are read
     one = costs.encoder_flops(costs.Encoder.from_config(ours.model.config), tokens // count)
     least = context.roofline(count * one.total, num_bytes, dtype)
-    errors = {OURS: Error(value, numerics.EMBEDDING_FROBENIUS)}
-    functions = {OURS: lambda: ours.encode(texts())}
     named = str(engine.hypernetwork.dtype).removeprefix("torch.")  # the request's, beside its other parts
     return _row(context, "smollm2-135m", named, count, "encoder", functions, errors, least)
+
+
+@torch.no_grad()
+def live(context: Context, engine: t2l.TextToLoRA, count: int) -> Record:
+    """From ``count`` sentences to their adapters in the slots of an attached model, held to a time."""
+    net, texts, model = engine.hypernetwork, sentences(count), skeleton(engine.hypernetwork.config)
+    handle = t2l.attach(model, slots=count)
+
+    def today() -> None:
+        for i, adapter in enumerate(net.generate(by_transformers(engine.encoder, texts))):
+            handle.put(i, adapter)
+
+    functions = {OURS: lambda: engine.generate_into(handle, 0, texts), TODAY: today}
+    task_emb = in_double(engine.encoder).encode(texts)
+    exact = baselines.plain(copy.deepcopy(net).set_dtype(torch.float64))(task_emb.double())
+    rounded, errors = baselines.plain(net)(task_emb), {}
+    today()  # there are slots from now on
+    for name, function in functions.items():
+        members = {module: [layer[module].members[0] for layer in model] for module in exact}
+        slots = {module: [[getattr(m, side) for m in of] for side in ("lora_A", "lora_B")] for module, of in members.items()}
+        for tensor in itertools.chain(*(side for sides in slots.values() for side in sides)):
+            tensor.fill_(float("nan"))
+        function()
+        errors[name] = worst(
+            Error(numerics.relative_frobenius(torch.stack(got, dim=1), right), numerics.trunk_bound(right, low, net.dtype))
+            for module in exact
+            for got, right, low in zip(slots[module], exact[module], rounded[module], strict=True)
+        )
+    dtype = str(net.dtype).removeprefix("torch.")
+    case = f"smollm2-135m {dtype}, {count} sentence{'s' if count > 1 else ''}: into live slots"
+    functions, skipped = verify(case, functions, errors)
+    timings = context.time(functions, factor=4)
+    shape = {"model": "smollm2-135m", "dtype": dtype, "descriptions": count}
+    target = Target(0.0, of=TODAY, plus_us=LIVE[count])
+    return row(context, case, "live", shape, timings, errors[OURS], skipped=skipped, target=target)
 
 
 class _Bare(nn.Module):
