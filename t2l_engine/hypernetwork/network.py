@@ -209,7 +209,7 @@ class HyperNetwork(nn.Module):
 
         ``out``: preallocated output, a stack of N for the same modules, such as an earlier result, that is overwritten and
         returned; its A and B keep their dtype and strides.  It avoids the page faults of newly allocated memory, which for
-        many adapters can take as long as the products.
+        many adapters can take as long as the products.  :meth:`LoRAHandle.fill` gives one that is slots of a model.
 
         Raises:
             ValueError: ``task_emb`` is not a floating-point tensor ``[N, embed_dim]`` on this device, ``out`` does not fit,

@@ -48,11 +48,11 @@ class _Slots:
 class LoRAHandle:
     """The adapter slots of a model, and which slot each batch row uses; returned by :func:`attach`.
 
-    Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; stacks are
-    copied into them.  Not thread-safe: ids are state of the model, not of a call.  With gradient checkpointing, call
-    ``backward()`` while the same ids are set and before another training forward pass, else it raises RuntimeError;
-    reentrant checkpointing needs train mode.  Code under ``torch.compile`` is not checked: call ``backward()`` before
-    setting other ids.
+    Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; adapters are
+    copied (:meth:`put`) or written (:meth:`fill`) into them.  Not thread-safe: ids are state of the model, not of a call.
+    With gradient checkpointing, call ``backward()`` while the same ids are set and before another training forward pass,
+    else it raises RuntimeError; reentrant checkpointing needs train mode.  Code under ``torch.compile`` is not checked: call
+    ``backward()`` before setting other ids.
 
     Source: LoRA (arXiv 2106.09685); adapters per row as in Punica (arXiv 2310.18547).
 
