@@ -277,7 +277,7 @@ def layer_error(step: Step, tokens: Tensor) -> Error:
     errors = []
     for layer, x, y in seen:
         (member,) = layer.members
-        segments = layer._routing.segments(*tokens.shape)
+        segments = layer._routing.segments(tokens.shape)
         exact = layer.base(x).double().flatten(0, 1)
         operands = (x.double().flatten(0, 1), member.lora_A.double(), member.lora_B.double(), member.scaling.double())
         routing = segments.seg_indptr, segments.seg_adapters, segments.max_seg_len, member.ranks

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2l_engine import AdapterBatch, AdapterStack, attach
+from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.testing.numerics import ROW_ATOL, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -271,6 +271,42 @@ def test_inputs_that_a_linear_takes(make_stack, grad):
         assert (model(x.mT.unflatten(0, (2, 1, 3))).flatten(0, 2) - expected).abs().max() <= ROW_ATOL
         assert (model(x[:, 2]) - expected[2]).abs().max() <= ROW_ATOL
         assert model(torch.ones(0, 16)).shape == (0, 16)
+
+
+class Flattening(nn.Linear):
+    """Its output has no dimension of rows."""
+
+    def forward(self, x):
+        return super().forward(x).flatten(0, 1)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_outputs_of_other_leading_dimensions(make_stack, grad):
+    torch.manual_seed(0)
+    model, x = nn.ModuleList([nn.ModuleDict({"q_proj": Flattening(16, 16)})]), torch.randn(3, 2, 16)
+    stack = make_stack({"q_proj": (16, 16)}, num_layers=1)
+    A, B = stack.lora_A["q_proj"][:, 0], stack.lora_B["q_proj"][:, 0]
+    deltas = [stack.scaling[i] * (row @ A[i].mT) @ B[i].mT for row, i in zip(x, (0, 2), strict=False)]
+    expected = model[0]["q_proj"](x).detach() + torch.cat((*deltas, torch.zeros(2, 16)))
+    with torch.set_grad_enabled(grad), attach(model, stack).use([0, 2, -1]):
+        assert (model[0]["q_proj"](x) - expected).abs().max() <= ROW_ATOL
+
+
+def test_segments_are_made_once_a_step(model, handle, prompts, monkeypatch):
+    """For all linears together, and again when ids, adapters or the number of tokens change."""
+    made, make = [], AdapterBatch.from_rows
+    monkeypatch.setattr(AdapterBatch, "from_rows", lambda *of: made.append(of) or make(*of))
+    assert sum(isinstance(module, LoRALinear) for module in model.modules()) >= 6
+    handle.set(list(range(8)))
+    for count in (1, 1):
+        logits(model, prompts)
+        assert len(made) == count
+    shorter = {key: value[:, :4] for key, value in prompts.items()}
+    logits(model, shorter)
+    assert len(made) == 2
+    handle.set([1] * 8)
+    logits(model, shorter)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("grad", [False, True])

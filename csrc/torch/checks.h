@@ -9,6 +9,7 @@
 #include <array>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "t2l/params.h"
@@ -71,53 +72,79 @@ Op op_of(const char* name, const Tensor& first) {
   std::abort();  // unreachable: the check throws
 }
 
-[[noreturn]] inline void fail(const Op& op, const std::string& argument, const std::string& expected,
-                              const std::string& got) {
-  raise(std::string("t2l_engine::") + op.name + ": " + argument + ": expected " + expected + ", got " + got);
+[[noreturn]] inline void fail(const Op& op, std::string_view argument, const std::string& expected, const std::string& got) {
+  raise(std::string("t2l_engine::") + op.name + ": " + std::string(argument) + ": expected " + expected + ", got " + got);
 }
 
 constexpr int64_t kAny = -1;
 
+template <class Sizes>
+std::string shape_text(const Sizes& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + (size == kAny ? std::string("*") : std::to_string(size));
+  return "shape [" + text + "]";
+}
+
+inline void check_device(const Op& op, std::string_view name, const Tensor& t) {
+  if (!op.holds(t)) fail(op, name, "a tensor on " + op.device_text() + " like the other arguments", device_of(t));
+}
+
 // Checks device and shape (kAny: any size).  Error messages are only built on failure: this is on the path of calls of a few
 // microseconds.
-inline void check_shape(const Op& op, const std::string& name, const Tensor& t, std::initializer_list<int64_t> sizes) {
-  if (!op.holds(t)) fail(op, name, "a tensor on " + op.device_text() + " like the other arguments", device_of(t));
+inline void check_shape(const Op& op, std::string_view name, const Tensor& t, std::initializer_list<int64_t> sizes) {
+  check_device(op, name, t);
   bool ok = t.dim() == static_cast<int64_t>(sizes.size());
   int64_t i = 0;
   for (int64_t size : sizes) {
     ok = ok && (size == kAny || t.size(i) == size);
     ++i;
   }
-  if (ok) return;
-  std::string expected = "shape [";
-  for (const int64_t& size : sizes)
-    expected += (&size == sizes.begin() ? "" : ", ") + (size == kAny ? std::string("*") : std::to_string(size));
-  fail(op, name, expected + "]", to_text(t));
+  if (!ok) fail(op, name, shape_text(sizes), to_text(t));
 }
 
-inline void check_type(const Op& op, const std::string& name, const Tensor& t, ScalarType type) {
+inline void check_type(const Op& op, std::string_view name, const Tensor& t, ScalarType type) {
   if (t.scalar_type() != type) fail(op, name, to_text(type), to_text(t.scalar_type()));
 }
 
 // Checks that the last stride is 1; any stride of a dimension of size 0 or 1 will do.
-inline void check_rows(const Op& op, const std::string& name, const Tensor& t) {
+inline void check_rows(const Op& op, std::string_view name, const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) fail(op, name, "last stride 1", "stride " + std::to_string(t.stride(last)));
 }
 
-inline void check_contiguous(const Op& op, const std::string& name, const Tensor& t) {
+// A tensor [..., features] as a matrix: number of rows, and elements from one to the next.
+struct Rows {
+  int64_t count, stride;
+};
+
+// Checks the device, that the last stride is 1, and that all rows are equally far apart.
+inline Rows rows_of(const Op& op, std::string_view name, const Tensor& t) {
+  check_device(op, name, t);
+  if (t.dim() == 0) fail(op, name, "shape [..., features]", to_text(t));
+  check_rows(op, name, t);
+  Rows rows{1, t.size(t.dim() - 1)};
+  for (int64_t i = t.dim() - 2; i >= 0; --i) {
+    const int64_t size = t.size(i);
+    if (size > 1 && rows.count == 1) rows.stride = t.stride(i);
+    if (size > 1 && t.stride(i) != rows.stride * rows.count && t.numel() > 0)
+      fail(op, name, "rows at one distance from each other", "strides of another layout");
+    rows.count *= size;
+  }
+  return rows;
+}
+
+inline void check_contiguous(const Op& op, std::string_view name, const Tensor& t) {
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
 // For outputs: rejects expanded tensors, whose elements share memory.
-inline void check_strides(const Op& op, const std::string& name, const Tensor& t) {
+inline void check_strides(const Op& op, std::string_view name, const Tensor& t) {
   for (int64_t i = 0; i < t.dim(); ++i)
     if (t.size(i) > 1 && t.stride(i) == 0)
       fail(op, name, "strides that do not overlap", "stride 0 at dimension " + std::to_string(i));
 }
 
-inline void check_floating(const Op& op, const std::string& name, const Tensor& t) {
-  const ScalarType type = t.scalar_type();
+inline void check_floating(const Op& op, std::string_view name, ScalarType type) {
   if (type != ScalarType::Float && type != ScalarType::BFloat16 && type != ScalarType::Half && type != ScalarType::Double)
     fail(op, name, "float32, bfloat16, float16 or float64", to_text(type));
 }

@@ -34,7 +34,7 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
   if (weights.size() != kTrunkWeights)
     fail(op, "weights", std::to_string(kTrunkWeights) + " tensors", std::to_string(weights.size()));
   const ScalarType type = weights[0].scalar_type();
-  check_floating(op, "weights[0]", weights[0]);
+  check_floating(op, "weights[0]", weights[0].scalar_type());
   const ScalarType vec = vector_type(type);
   if (rotary_ranks < 0) fail(op, "rotary_ranks", ">= 0", std::to_string(rotary_ranks));
   if (rotary_ranks > 0 && pos_emb) fail(op, "pos_emb", "None with rotary_ranks", "a tensor");
@@ -139,7 +139,7 @@ inline HeadParams prepare_head(const Op& op, const Heads& heads, size_t i) {
   const int64_t rows = per_latent * (p.sides == 2 ? std::max(p.in, p.out_features) : p.in + p.out_features);
   const Tensor& weight = heads.weight[i];
   const ScalarType type = heads.weight[0].scalar_type();
-  check_floating(op, entry("weight", i), weight);
+  check_floating(op, entry("weight", i), weight.scalar_type());
   const ScalarType vec = vector_type(type);
   p.weight = matrix(op, entry("weight", i), weight, type, rows, p.h);
   check_type(op, "latent", latent, type);
@@ -228,7 +228,7 @@ void hypernet_heads_out(std::vector<Tensor> lora_A, std::vector<Tensor> lora_B, 
       prepare_heads(op, {latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features});
   check_listed(op, "lora_A", lora_A.size(), modules.size());
   check_listed(op, "lora_B", lora_B.size(), modules.size());
-  check_floating(op, "lora_A[0]", lora_A[0]);
+  check_floating(op, "lora_A[0]", lora_A[0].scalar_type());
   for (size_t i = 0; i < modules.size(); ++i) {
     HeadParams& p = modules[i];
     check_shape(op, entry("lora_A", i), lora_A[i], {p.tasks, p.layers, rank, p.in});

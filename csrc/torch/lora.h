@@ -38,31 +38,38 @@ inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const T
   }
 }
 
+// The sizes of x [..., in_features], with `features` instead.
+inline std::vector<int64_t> sizes_of(const Tensor& x, int64_t features) {
+  std::vector<int64_t> sizes(x.dim(), features);
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
+  return sizes;
+}
+
 // Checks the arguments and fills the parameters, except y.  `y`, called `name` in errors: a tensor of the shape of the
 // result or, with `group`, wider; the caller sets p.y to its columns.
 template <class Backend>
 LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
                         const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
                         int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
-  check_shape(op, "x", x, {kAny, kAny});
-  check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(1)});
+  const Rows x_rows = rows_of(op, "x", x), y_rows = rows_of(op, name, y);
+  check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(x.dim() - 1)});
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1);
   check_shape(op, "lora_B", lora_B, {adapters, kAny, rank});
   check_shape(op, "scaling", scaling, {adapters});
-  check_shape(op, name, y, {x.size(0), group ? kAny : lora_B.size(1)});
-  check_floating(op, "x", x);
-  check_floating(op, "lora_A", lora_A);
-  check_type(op, name, y, x.scalar_type());
-  check_type(op, "lora_B", lora_B, lora_A.scalar_type());
+  const ScalarType x_type = x.scalar_type(), w_type = lora_A.scalar_type();
+  check_floating(op, "x", x_type);
+  check_floating(op, "lora_A", w_type);
+  check_type(op, name, y, x_type);
+  check_type(op, "lora_B", lora_B, w_type);
   check_type(op, "scaling", scaling, ScalarType::Float);
-  check_rows(op, "x", x);
-  check_rows(op, name, y);
+  if (y_rows.count != x_rows.count || (!group && y.size(y.dim() - 1) != lora_B.size(1)))
+    fail(op, name, shape_text(sizes_of(x, group ? kAny : lora_B.size(1))), to_text(y));
   check_rows(op, "lora_A", lora_A);
   check_contiguous(op, "scaling", scaling);
   check_segment_shapes(op, seg_indptr, seg_adapters);
-  if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x.size(0), adapters, max_seg_len);
-  if (seg_adapters.size(0) == 0 && x.size(0) > 0)
-    fail(op, "seg_adapters", "segments of all " + std::to_string(x.size(0)) + " tokens", "none");
+  if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x_rows.count, adapters, max_seg_len);
+  if (seg_adapters.size(0) == 0 && x_rows.count > 0)
+    fail(op, "seg_adapters", "segments of all " + std::to_string(x_rows.count) + " tokens", "none");
   if (max_seg_len < 0) fail(op, "max_seg_len", ">= 0", std::to_string(max_seg_len));
   if (ranks) {
     check_type(op, "ranks", *ranks, ScalarType::Int);
@@ -82,22 +89,22 @@ LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const T
   p.seg_indptr = static_cast<const int32_t*>(seg_indptr.const_data_ptr());
   p.seg_adapters = static_cast<const int32_t*>(seg_adapters.const_data_ptr());
   p.ranks = ranks ? static_cast<const int32_t*>(ranks->const_data_ptr()) : nullptr;
-  p.tokens = x.size(0);
-  p.in = x.size(1);
+  p.tokens = x_rows.count;
+  p.in = x.size(x.dim() - 1);
   p.out = lora_B.size(1);
   p.rank = rank;
   p.segments = seg_adapters.size(0);
   p.adapters = adapters;
   p.max_seg_len = max_seg_len;
-  p.x_stride = x.stride(0);
-  p.y_stride = y.stride(0);
+  p.x_stride = x_rows.stride;
+  p.y_stride = y_rows.stride;
   p.a_stride_adapter = lora_A.stride(0);
   p.a_stride_rank = lora_A.stride(1);
   p.b_stride_adapter = lora_B.stride(0);
   p.b_stride_out = lora_B.stride(1);
   p.b_stride_rank = lora_B.stride(2);
-  p.x_type = kernel_type(x.scalar_type());
-  p.w_type = kernel_type(lora_A.scalar_type());
+  p.x_type = kernel_type(x_type);
+  p.w_type = kernel_type(w_type);
   return p;
 }
 
@@ -110,9 +117,9 @@ template <class Backend>
 Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
                   const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const Op op = op_of<Backend>("lora_delta", x);
-  check_shape(op, "x", x, {kAny, kAny});
+  rows_of(op, "x", x);
   check_shape(op, "lora_B", lora_B, {kAny, kAny, kAny});
-  Tensor y = torch::stable::new_empty(x, {x.size(0), lora_B.size(1)});
+  Tensor y = torch::stable::new_empty(x, sizes_of(x, lora_B.size(1)));
   LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   p.y = y.mutable_data_ptr();
   if (!covered<Backend>(x, lora_A))
@@ -139,12 +146,12 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
   // Same storage order as lora_B, so that autograd need not transpose it.
   const bool by_rank = lora_B.stride(1) == 1;
-  Tensor grad_x = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Tensor grad_x = torch::stable::new_empty(x, sizes_of(x, x.size(x.dim() - 1)));
   Tensor grad_A = torch::stable::new_zeros(lora_A, {adapters, rank, lora_A.size(2)});
   Tensor grad_B = by_rank ? torch::stable::transpose(torch::stable::new_zeros(lora_B, {adapters, rank, out}), 1, 2)
                           : torch::stable::new_zeros(lora_B, {adapters, out, rank});
   q.grad = grad.const_data_ptr();
-  q.grad_stride = grad.stride(0);
+  q.grad_stride = q.lora.y_stride;
   q.grad_x = grad_x.mutable_data_ptr();
   q.grad_a = grad_A.mutable_data_ptr();
   q.grad_b = grad_B.mutable_data_ptr();
@@ -183,7 +190,8 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   listed("lora_B", lora_B.size());
   listed("ranks", ranks.size());
   listed("offsets", offsets.size());
-  check_shape(op, "y", y, {kAny, kAny});
+  rows_of(op, "y", y);
+  const int64_t columns = y.size(y.dim() - 1);
   std::vector<LoraParams> members;
   int64_t end = 0;
   bool all_covered = true;
@@ -191,7 +199,7 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
     members.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
                                             max_seg_len, ranks[i], true));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
-    if (offsets[i] < end || offsets[i] > y.size(1) - members[i].out)
+    if (offsets[i] < end || offsets[i] > columns - members[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
            "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out) + " at member " +
                std::to_string(i));

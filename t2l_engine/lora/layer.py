@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -139,10 +140,7 @@ class LoRALinear(nn.Module):
         self.members.sort(key=lambda m: -1 if m.start is None else m.start)
         self._serving = _Serving.of(self.members)
 
-    def _current(self) -> list[Member]:
-        overrides = self._routing.overrides
-        if overrides is None:
-            return self.members
+    def _overriding(self, overrides: dict[tuple[str, int], dict[str, Tensor]]) -> list[Member]:
         return [m._replace(**overrides[m.key, m.layer]) for m in self.members if (m.key, m.layer) in overrides]
 
     def _check_recomputation(self) -> None:
@@ -168,42 +166,38 @@ class LoRALinear(nn.Module):
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
         if not routing.active:
             return y
-        members = self._current()
+        members = self.members if routing.overrides is None else self._overriding(routing.overrides)
         if not members:
             return y
         if _forward_ad._current_level >= 0:  # torch.func.jvp would silently omit the adapter's derivative
             raise NotImplementedError("adapters have no forward-mode derivative; use backward-mode ones, or merge()")
         if not isinstance(y, Tensor):
             raise RuntimeError(f"{self.extra_repr()}: expected a layer that returns a tensor, got {type(y).__name__}")
-        flat = x.reshape(-1, x.shape[-1])
-        if flat.dtype != y.dtype:  # under autocast, or in layers that compute in another dtype
-            flat = flat.to(y.dtype)
-        if flat.stride(-1) != 1:
-            flat = flat.contiguous()
-        rows = x.shape[0] if x.dim() > 1 else 1
-        batch = routing.segments(rows, flat.shape[0] // max(rows, 1))
+        inner = x if x.dtype == y.dtype else x.to(y.dtype)  # under autocast, or in layers that compute in another dtype
+        inner = inner.contiguous()
+        tokens = x.shape[:-1]
+        batch = routing.segments(tokens)
         # Compiled code would specialise on max_seg_len; the number of tokens is an upper bound for it.
-        longest = flat.shape[0] if compiling and routing.batch is not None else batch.max_seg_len
+        longest = math.prod(tokens) if compiling and routing.batch is not None else batch.max_seg_len
         segments = (batch.seg_indptr, batch.seg_adapters, longest)
         if torch.is_grad_enabled() and (
             y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
         ):
             for m in members:
-                inner = nn.functional.dropout(flat, routing.dropout) if routing.dropout else flat
-                delta = ops.lora_delta(inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+                dropped = nn.functional.dropout(inner, routing.dropout) if routing.dropout else inner
+                delta = ops.lora_delta(dropped, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
                 delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
                 if m.start is not None:
                     delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))
                 y = y + delta.to(y.dtype)
             return y
         y = y.clone() if y is x else y.contiguous()  # an identity layer returns its input
-        flat_y = y.view(-1, y.shape[-1])
         whole, group = self._serving if routing.overrides is None else _Serving.of(members)
         for A, B, scaling, ranks in whole:
-            ops.lora_add_(flat_y, flat, A, B, scaling, *segments, ranks)
+            ops.lora_add_(y, inner, A, B, scaling, *segments, ranks)
         if group is not None:
             A, B, scaling, ranks, starts = group
-            ops.lora_add_group_(flat_y, flat, A, B, scaling, *segments, ranks, starts)
+            ops.lora_add_group_(y, inner, A, B, scaling, *segments, ranks, starts)
         return y
 
     def extra_repr(self) -> str:

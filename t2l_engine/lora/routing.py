@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -31,7 +32,7 @@ class Routing:
         self.dropout = 0.0  # probability, on the input of A; with overrides only
         self.adapter_version: object | None = None  # a new object for every selection of adapters, None: base model
         self._slots_version = 0  # incremented whenever a slot is written
-        self._segments: tuple[tuple[int, int], AdapterBatch] | None = None
+        self._segments: tuple[Sequence[int], AdapterBatch] | None = None
 
     @property
     def active(self) -> bool:
@@ -100,19 +101,19 @@ class Routing:
                 self.ids = kept
         self._segments = None
 
-    def segments(self, rows: int, seq_len: int) -> AdapterBatch:
-        """Segments of ``rows`` sequences of ``seq_len`` tokens; memoised, since all layers of a forward pass share them."""
+    def segments(self, shape: Sequence[int]) -> AdapterBatch:
+        """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them."""
         if self.batch is not None:
             return self.batch
         if torch.compiler.is_compiling():
-            return self._make_segments(rows, seq_len)
-        key = (rows, seq_len)
-        if self._segments is None or self._segments[0] != key:
+            return self._make_segments(shape)
+        if self._segments is None or self._segments[0] != shape:
             with torch.inference_mode(False):  # as in _write
-                self._segments = (key, self._make_segments(rows, seq_len))
+                self._segments = (shape, self._make_segments(shape))
         return self._segments[1]
 
-    def _make_segments(self, rows: int, seq_len: int) -> AdapterBatch:
+    def _make_segments(self, shape: Sequence[int]) -> AdapterBatch:
+        rows, seq_len = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         ids = self.ids
         assert ids is not None  # active, and without a batch
         count = len(ids)

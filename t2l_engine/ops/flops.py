@@ -20,6 +20,7 @@ True
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,7 +37,7 @@ def _rank_tokens(x: Tensor, lora_A: Tensor, seg_indptr: Tensor, seg_adapters: Te
     """Sum of tokens times true rank over the segments that have an adapter."""
     width = lora_A.shape[1]
     if not all(_known(tensor) for tensor in (seg_indptr, seg_adapters, ranks) if tensor is not None):
-        return x.shape[0] * width
+        return math.prod(x.shape[:-1]) * width
     widths = [width] * lora_A.shape[0] if ranks is None else ranks.tolist()
     lengths = (end - first for first, end in itertools.pairwise(seg_indptr.tolist()))
     segments = zip(lengths, seg_adapters.tolist(), strict=True)

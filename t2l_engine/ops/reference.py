@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -308,6 +309,11 @@ def hypernet_heads_out_(
         B.copy_((made_B * scale_B).mT)
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """A view ``[T, features]`` of ``[..., features]``."""
+    return x.view(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _segments(
     seg_indptr: Tensor, seg_adapters: Tensor, max_seg_len: int, ranks: Tensor | None, lora_A: Tensor, num_tokens: int
 ):
@@ -343,12 +349,13 @@ def lora_delta(
     ranks: Tensor | None,
 ) -> Tensor:
     """See :func:`t2l_engine.ops.lora_delta`."""
-    acc = accumulation_dtype(x, lora_A)
+    acc, shape = accumulation_dtype(x, lora_A), x.shape[:-1]
+    x = _tokens(x)
     delta = torch.zeros(x.shape[0], lora_B.shape[1], dtype=acc, device=x.device)
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         delta[lo:hi] = v @ lora_B[a, :, :r].to(acc).mT
-    return delta.to(x.dtype)
+    return delta.to(x.dtype).view(*shape, lora_B.shape[1])
 
 
 def lora_add_(
@@ -364,6 +371,7 @@ def lora_add_(
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_`."""
     acc = accumulation_dtype(x, lora_A)
+    y, x = _tokens(y), _tokens(x)
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
         y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
@@ -383,7 +391,7 @@ def lora_add_group_(
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_group_`."""
     for A, B, r, start in zip(lora_A, lora_B, ranks, offsets, strict=True):
-        columns = y[:, start : start + B.shape[1]]
+        columns = y[..., start : start + B.shape[1]]
         lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)
 
 
@@ -407,7 +415,8 @@ def lora_delta_backward(
     ranks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``x``, ``lora_A`` and ``lora_B`` (in its memory order); zero for adapters that no segment uses."""
-    acc = accumulation_dtype(x, lora_A)
+    acc, shape = accumulation_dtype(x, lora_A), x.shape
+    grad, x = _tokens(grad), _tokens(x)
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
     grad_B = stored_as(lora_B, functools.partial(torch.zeros, dtype=acc, device=x.device))
@@ -419,4 +428,4 @@ def lora_delta_backward(
         grad_x[lo:hi] = (grad_v @ A).to(x.dtype)
         grad_A[a, :r] += grad_v.mT @ xs
         grad_B[a, :, :r] += g.mT @ v
-    return grad_x, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+    return grad_x.view(shape), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)

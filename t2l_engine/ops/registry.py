@@ -120,7 +120,7 @@ def _(grads, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features
 
 @_fake("lora_delta")
 def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
-    return x.new_empty(x.shape[0], lora_B.shape[1])
+    return x.new_empty(*x.shape[:-1], lora_B.shape[1])
 
 
 @_fake("lora_delta_backward")
@@ -209,6 +209,11 @@ _register("lora_delta", _delta_backward, _delta_setup)
 
 
 # --- wrappers ------------------------------------------------------------------------------------------------------
+
+# Looked up once: a decode step calls them for every linear.
+_lora_delta = torch.ops.t2l_engine.lora_delta.default
+_lora_add = torch.ops.t2l_engine.lora_add_.default
+_lora_add_group = torch.ops.t2l_engine.lora_add_group_.default
 
 
 def _check_listed(op: str, count: int, **lists: Sequence) -> None:
@@ -368,7 +373,7 @@ def lora_delta(
     """The LoRA update of a linear: ``scaling[a] * (x @ A[a].T) @ B[a].T`` with ``a`` the adapter of each segment.
 
     Args:
-        x: tokens ``[T, in]``, last stride 1.
+        x: tokens ``[..., in]``, T of them in the order of the leading dimensions; last stride 1, tokens at one distance.
         lora_A: ``[num_adapters, r, in]``, last stride 1; lora_B: ``[num_adapters, out, r]``, any strides.
         scaling: ``[num_adapters]`` float32, applied in float32 to the rank vector.
         seg_indptr: ``[S+1]`` int32, non-decreasing from 0 to T: segment s is tokens ``seg_indptr[s] : seg_indptr[s+1]``.
@@ -378,7 +383,7 @@ def lora_delta(
             rank is never read.  None: rank ``r`` for all.
 
     Returns:
-        ``[T, out]`` in the dtype of ``x``; differentiable in ``x``, ``lora_A`` and ``lora_B``.
+        ``[..., out]`` in the dtype of ``x``; differentiable in ``x``, ``lora_A`` and ``lora_B``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.
@@ -388,7 +393,7 @@ def lora_delta(
     >>> lora_delta(torch.ones(1, 3), A, B, one, *segments, max_seg_len=1)
     tensor([[6., 6., 6., 6.]])
     """
-    return torch.ops.t2l_engine.lora_delta.default(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return _lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
 
 def lora_add_(
@@ -404,7 +409,7 @@ def lora_add_(
 ) -> Tensor:
     """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not written.
 
-    ``y``: ``[T, out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
+    ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
     :func:`lora_delta`.  Not differentiable.  Returns ``y``.
 
     Raises:
@@ -416,7 +421,7 @@ def lora_add_(
     tensor([[7., 7., 7., 7.],
             [1., 1., 1., 1.]])
     """
-    torch.ops.t2l_engine.lora_add_.default(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
     return y
 
 
@@ -434,7 +439,7 @@ def lora_add_group_(
 ) -> Tensor:
     """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
 
-    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [T, columns]``, in ascending order without overlap.
+    Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [..., columns]``, in ascending order without overlap.
     ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
     Other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
 
@@ -452,7 +457,5 @@ def lora_add_group_(
             if len(entries) != len(lora_A) or not lora_A:
                 expected = "one entry a member, as many as lora_A and at least one"
                 reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
-    torch.ops.t2l_engine.lora_add_group_.default(
-        y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets
-    )
+    _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets)
     return y

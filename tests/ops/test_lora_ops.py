@@ -11,6 +11,7 @@ from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, LORA_CASES, LoraCas
 
 group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
 lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)
+_EIGHT = ((1, 0), (2, -1), (3, 3), (1, 1), (1, 0))
 
 
 @kernel_case
@@ -111,6 +112,43 @@ def test_lora_delta_backward(case):
         bound = numerics.gradient_bound(expected, operand.dtype)
         assert ((value.double() - expected).abs() <= bound).all(), name
     assert (got[2].stride(1) == 1) == (arguments["lora_B"].stride(1) == 1), "stored unlike lora_B"
+
+
+@kernel_case
+@pytest.mark.parametrize("leading", [(2, 4), (8, 1), (1, 8), (2, 1, 4), (1, 1, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F64])
+def test_lora_tokens_in_any_leading_dimensions(leading, dtype):
+    """The same bits as rows, in slices of wider tensors too; gradients have the shape of x."""
+    case = LoraCase("leading", _EIGHT, in_features=23, out_features=19, x_dtype=dtype, w_dtype=dtype)
+    flat, arguments = case.make(), case.make()
+    around = arguments["y"]._base
+    arguments |= {name: arguments[name].unflatten(0, leading) for name in ("y", "x")}
+    delta = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
+    grad = torch.randn(case.tokens, case.out_features, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rest = [v for k, v in arguments.items() if k not in ("y", "x")]
+    backward = torch.ops.t2l_engine.lora_delta_backward
+    grads, expected = (backward(g, x, *rest) for g, x in ((grad.unflatten(0, leading), arguments["x"]), (grad, flat["x"])))
+    assert grads[0].shape == arguments["x"].shape and torch.equal(grads[0].flatten(0, -2), expected[0])
+    assert torch.equal(grads[1], expected[1]) and torch.equal(grads[2], expected[2])
+    expected = ops.lora_delta(**{k: v for k, v in flat.items() if k != "y"})
+    assert delta.shape == (*leading, case.out_features) and torch.equal(delta.flatten(0, -2), expected)
+    group = {k: [v] if k in ("lora_A", "lora_B") else v for k, v in arguments.items()}
+    group |= {"y": group["y"].clone(), "ranks": [torch.full((case.adapters,), case.rank, dtype=torch.int32)], "offsets": [0]}
+    ops.lora_add_(**arguments)
+    ops.lora_add_(**flat)
+    assert torch.equal(around, flat["y"]._base)
+    assert torch.equal(ops.lora_add_group_(**group).flatten(0, -2), flat["y"])
+
+
+def test_lora_of_one_token_without_leading_dimensions():
+    arguments = LoraCase("one", ((1, 2),)).make()
+    expected = ops.lora_add_(**LoraCase("one", ((1, 2),)).make())
+    arguments |= {name: arguments[name][0] for name in ("y", "x")}
+    assert torch.equal(
+        ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})[None],
+        ops.lora_delta(**{k: v for k, v in LoraCase("one", ((1, 2),)).make().items() if k != "y"}),
+    )
+    assert torch.equal(ops.lora_add_(**arguments)[None], expected)
 
 
 @kernel_case
@@ -248,6 +286,9 @@ def test_tokens_without_segments():
         ({"x": torch.zeros(6, 6, dtype=F64), "y": torch.zeros(6, 4, dtype=F64)}, r"y: expected shape \[6, 5\]"),
         ({"y": torch.zeros(6, 4)}, r"y: expected shape \[6, 5\], got \[6, 4\]"),
         ({"scaling": torch.ones(2, dtype=F64)}, "scaling: expected float32, got float64"),
+        ({"x": torch.zeros(3, 2, 6).transpose(0, 1)}, "x: expected rows at one distance from each other"),
+        ({"x": torch.zeros(2, 3, 6), "y": torch.zeros(2, 4, 5)}, r"y: expected shape \[2, 3, 5\], got \[2, 4, 5\]"),
+        ({"x": torch.zeros(())}, r"x: expected shape \[\.\.\., features\], got \[\]"),
     ],
 )
 def test_lora_errors(change, message):

@@ -218,7 +218,10 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
             return
         scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
         rows = self._rows(len(x))
-        _add_group(y, x, group.lora_A, group.lora_B, scaling, *rows, group.ranks, group.offsets)
+        if len(group.offsets) == 1 and group.lora_B[0].shape[1] == y.shape[1]:  # lists are slow to pass
+            _add(y, x, group.lora_A[0], group.lora_B[0], scaling, *rows, group.ranks[0])
+        else:
+            _add_group(y, x, group.lora_A, group.lora_B, scaling, *rows, group.ranks, group.offsets)
 
     def add_lora_logits(
         self,
