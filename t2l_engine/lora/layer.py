@@ -14,6 +14,9 @@ from t2l_engine.adapters.paths import LAYER
 from t2l_engine.lora.locate import features
 from t2l_engine.lora.routing import Routing
 
+# The ops themselves, without the calls of their wrappers.
+_add = torch.ops.t2l_engine.lora_add_.default
+_add_group = torch.ops.t2l_engine.lora_add_group_.default
 # Not public in torch; if it is missing, recomputation is not checked.
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
@@ -149,8 +152,7 @@ class LoRALinear(nn.Module):
         if version is self._adapter_version:
             return
         if _graph_task() == -1:  # not inside backward
-            if self.training or torch.is_grad_enabled():
-                self._adapter_version = version
+            self._adapter_version = version
         else:
             raise RuntimeError(
                 "backward recomputes the forward pass (gradient checkpointing) with other adapters than it ran with; call "
@@ -160,11 +162,12 @@ class LoRALinear(nn.Module):
     def forward(self, *args, **kwargs) -> Tensor:
         """Takes the arguments of ``base``; the first, of any name, is ``x [..., in]``."""
         x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
+        # A decode step runs this for every linear, with cold caches: it makes few calls.
+        compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        if (grad or self.training) and not compiling:
             self._check_recomputation()
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
-        if not routing.active:
+        if routing.ids is None and routing.batch is None:
             return y
         members = self.members if routing.overrides is None else self._overriding(routing.overrides)
         if not members:
@@ -176,11 +179,11 @@ class LoRALinear(nn.Module):
         inner = x if x.dtype == y.dtype else x.to(y.dtype)  # under autocast, or in layers that compute in another dtype
         inner = inner.contiguous()
         tokens = x.shape[:-1]
-        batch = routing.segments(tokens)
+        batch = routing.segments(tokens, compiling)
         # Compiled code would specialise on max_seg_len; the number of tokens is an upper bound for it.
         longest = math.prod(tokens) if compiling and routing.batch is not None else batch.max_seg_len
         segments = (batch.seg_indptr, batch.seg_adapters, longest)
-        if torch.is_grad_enabled() and (
+        if grad and (
             y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
         ):
             for m in members:
@@ -194,10 +197,10 @@ class LoRALinear(nn.Module):
         y = y.clone() if y is x else y.contiguous()  # an identity layer returns its input
         whole, group = self._serving if routing.overrides is None else _Serving.of(members)
         for A, B, scaling, ranks in whole:
-            ops.lora_add_(y, inner, A, B, scaling, *segments, ranks)
+            _add(y, inner, A, B, scaling, *segments, ranks)
         if group is not None:
             A, B, scaling, ranks, starts = group
-            ops.lora_add_group_(y, inner, A, B, scaling, *segments, ranks, starts)
+            _add_group(y, inner, A, B, scaling, *segments, ranks, starts)
         return y
 
     def extra_repr(self) -> str:

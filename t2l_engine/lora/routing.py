@@ -101,11 +101,14 @@ class Routing:
                 self.ids = kept
         self._segments = None
 
-    def segments(self, shape: Sequence[int]) -> AdapterBatch:
-        """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them."""
+    def segments(self, shape: Sequence[int], compiling: bool = False) -> AdapterBatch:
+        """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them.
+
+        ``compiling``: for a graph, which makes them from the ids that it finds.
+        """
         if self.batch is not None:
             return self.batch
-        if torch.compiler.is_compiling():
+        if compiling:
             return self._make_segments(shape)
         if self._segments is None or self._segments[0] != shape:
             with torch.inference_mode(False):  # as in _write
