@@ -3,6 +3,7 @@
 #pragma once
 #include "dots.h"
 #include "lora_order.h"
+#include "transpose.h"
 
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {

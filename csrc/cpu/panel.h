@@ -2,7 +2,7 @@
 // need no horizontal sums, and a row's result does not depend on other rows.  Weights are streamed once in memory order and
 // broadcast as scalars (or pairs of bfloat16): they need no packed copy.
 #pragma once
-#include "simd.h"
+#include "transpose.h"
 #if T2L_TILES
 #include "tiles.h"
 #endif
