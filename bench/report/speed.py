@@ -53,9 +53,6 @@ def _split(result: Result) -> Iterable[Line]:
     return requests.values()
 
 
-table("live", "From sentences into slots of an attached model, in one call", "generate")(rows("live", beside_roofline, "ms"))
-
-
 def _rate(row: Row, unit: str) -> Line:
     return beside_roofline(row, unit, bytes=row.roofline["bytes"], **{"GB/s": row.roofline["bytes"] / row.us / 1e3})
 
