@@ -12,7 +12,7 @@ constexpr float kLayerNormEps = 1e-5f;
 
 #if T2L_ISA_LEVEL >= T2L_AVX512
 // v / (1 + exp(-v)) to 4 ulp, down to v = -87; below, where it is at most 1e-36, zero.  exp by Cody-Waite range reduction
-// and a polynomial of degree 6; the quotient by an estimate and a step of Newton, in half the time of a division.
+// and a polynomial of degree 6; the quotient by an estimate and a step of Newton, which take less time than a division.
 inline Vec silu(Vec v) {
   const Vec x = _mm512_max_ps(_mm512_min_ps(_mm512_sub_ps(zero(), v), broadcast(87.0f)), broadcast(-87.0f));
   const Vec k = _mm512_roundscale_ps(multiply(x, broadcast(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT);

@@ -203,7 +203,6 @@ inline void panel_tile(const typename P::Element* x, const typename P::Weight* w
 template <class WT>
 struct MatmulScope {
   void expect(const void*) {}
-  void prefetch(int64_t) {}
 };
 
 // Weights as the micro-kernel reads them: in place, or `count` of them widened into `wide`.
@@ -254,15 +253,16 @@ struct MatmulScope<bf16> {
   // Weights are read in this order of memory from `p` on, which may be null for none or end anywhere: a prefetch does not
   // fault.
   void expect(const void* p) { ahead = static_cast<const char*>(p); }
-  void prefetch(int64_t lines) {
+  // To be called after each product.
+  void prefetch() {
+    constexpr int64_t kLines = 8;  // what a product reads of weights, on average
     if (!ahead) return;
-    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
-    ahead += lines * kCacheLine;
+    for (int64_t line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kCacheLine, 0, 2);
+    ahead += kLines * kCacheLine;
   }
   Tiles tiles;
   const char* ahead = nullptr;
 };
-constexpr int64_t kLinesAhead = 8;  // prefetched after a product: what it reads of weights, on average
 
 template <int N, bool kOnce>
 inline void tile_load(Tiles& tiles, const void* p, int64_t stride) {
@@ -289,16 +289,16 @@ inline void tile_product(MatmulScope<bf16>& scope, const uint32_t* x, const bf16
     tile_load<2, kKeep != Keep::panel>(tiles, x, kRow);
     tile_load<0, kKeep == Keep::panel>(tiles, a, stride);
     tiles.dot<4, 0, 2>();
-    scope.prefetch(kLinesAhead);
+    scope.prefetch();
     tile_load<3, kKeep != Keep::panel>(tiles, x + kTileSide, kRow);
     tiles.dot<5, 0, 3>();
-    scope.prefetch(kLinesAhead);
+    scope.prefetch();
     if (kTwo) {
       tile_load<1, kKeep == Keep::panel>(tiles, b, stride);
       tiles.dot<6, 1, 2>();
-      scope.prefetch(kLinesAhead);
+      scope.prefetch();
       tiles.dot<7, 1, 3>();
-      scope.prefetch(kLinesAhead);
+      scope.prefetch();
     }
     x += kTileSide * kPanelRows;
   };

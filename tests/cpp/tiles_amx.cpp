@@ -7,14 +7,7 @@
 #define T2L_TILES 1
 #include "tiles.h"
 
-void product_by_amx(const uint16_t* a, const uint16_t* b, float* c) {
-  t2l::amx::Tiles tiles;
-  tiles.load<0>(a, 64);
-  tiles.load_once<1>(b, 64);
-  tiles.load<2>(c, 64);
-  tiles.dot<2, 0, 1>();
-  tiles.store<2>(c, 64);
-}
+void product_by_amx(const uint16_t* a, const uint16_t* b, float* c) { multiply<t2l::amx::Tiles>(a, b, c); }
 
 bool configuration_survives() {
   struct {
