@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from t2l_engine import AdapterStack, attach
+from t2l_engine.lora.autograd import AdaptedLinear
+from t2l_engine.testing.cases import F64, LoraCase
 from t2l_engine.testing.numerics import GRADIENT_RTOL, ROW_ATOL
 
 IDS = (2, -1, 0, 2)  # a repeated adapter, the base model, and adapter 1 unused
@@ -150,3 +152,107 @@ def test_refusals(stack, make_stack):
     handle.detach()
     with pytest.raises(RuntimeError, match="detached"), handle.differentiable(stack, 0):
         pass
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapted_linear_gradcheck(bias, dropped):
+    arguments = LoraCase("small", ((2, 0), (1, -1), (3, 1)), 6, 5, rank=2, adapters=2, x_dtype=F64, w_dtype=F64).make()
+    weight, shift = torch.randn(5, 6, dtype=F64), torch.randn(5, dtype=F64) if bias else None
+    x, A, B = (arguments.pop(name).detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B"))
+    inner = x.detach().clone().requires_grad_() if dropped else None
+    rest = [*(v for k, v in arguments.items() if k not in ("y", "ranks")), torch.tensor([2, 1], dtype=torch.int32)]
+    assert torch.autograd.gradcheck(
+        lambda x, inner, A, B: AdaptedLinear.apply(x, inner, weight, shift, A, B, *rest), (x, inner, A, B)
+    )
+
+
+def one(stack, change=lambda model: None):
+    """A frozen model that ``change`` was applied to, its handle, and leaves of ``stack``."""
+    model = Stack().requires_grad_(False)
+    change(model)
+    return model, attach(model, stack), *leaves(stack)
+
+
+def gradients_of(x, model, handle, own, own_leaves, **more):
+    torch.manual_seed(3)
+    x = x.clone().requires_grad_()
+    with handle.differentiable(own, IDS, **more):
+        y = model(x)
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *own_leaves])]
+
+
+@pytest.fixture
+def uses(monkeypatch):
+    """Calls of AdaptedLinear."""
+    made, apply = [], AdaptedLinear.apply
+    monkeypatch.setattr(AdaptedLinear, "apply", lambda *args: made.append(1) or apply(*args))
+    return made
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_both_ways_agree(stack, uses, monkeypatch, dropout):
+    x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
+    got = gradients_of(x, *one(stack), dropout=dropout)
+    assert len(uses) == 4
+    monkeypatch.setattr("t2l_engine.lora.layer.is_plain", lambda *_: False)
+    expected = gradients_of(x, *one(stack), dropout=dropout)
+    assert len(uses) == 4
+    for a, b in zip(got, expected, strict=True):
+        assert b.abs().max() > 0 and (a - b).abs().max() <= GRADIENT_RTOL * b.abs().max()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def hooked(name):
+    return lambda model: getattr(model.layers[1]["q_proj"], name)(lambda *_: None)
+
+
+def doubled(model):
+    model.layers[1]["q_proj"].__class__ = Doubled
+
+
+def patched(model):
+    linear = model.layers[1]["q_proj"]
+    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        doubled,
+        patched,
+        lambda model: model.layers[1]["q_proj"].requires_grad_(),
+        *map(hooked, ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")),
+    ],
+    ids=["subclass", "patched", "trained", "forward hook", "pre-hook", "backward hook"],
+)
+def test_a_layer_that_is_more_than_a_frozen_linear_is_called(stack, uses, change):
+    x = torch.randn(len(IDS), 5, 16, generator=torch.Generator().manual_seed(1))
+    gradients_of(x, *one(stack, change))
+    assert len(uses) == 3  # the three other linears
+
+
+def test_autocast_and_global_hooks_are_seen(stack, uses):
+    x, made = torch.randn(len(IDS), 5, 16), one(stack)
+    with torch.autocast("cpu", torch.bfloat16):
+        gradients_of(x, *made)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    gradients_of(x, *made)
+    hook.remove()
+    assert not uses and seen.count(nn.Linear) == 4
+
+
+def test_changed_weights_are_noticed(stack):
+    """Between forward and backward: the gradient of the input would be wrong."""
+    model, handle, own, _ = one(stack)
+    x = torch.randn(len(IDS), 5, 16, requires_grad=True)
+    with handle.differentiable(own, IDS):
+        loss = model(x).sum()
+    model.layers[0]["q_proj"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

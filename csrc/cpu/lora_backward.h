@@ -6,7 +6,8 @@
 namespace t2l {
 namespace T2L_ISA_NAMESPACE {
 
-constexpr int64_t kGradCols = 128;  // columns of one adapter's gradient per work item
+constexpr int64_t kGradCols = 128;     // columns of one adapter's gradient per work item
+constexpr int64_t kOuterPrefetch = 8;  // tokens ahead; rows of x are apart, and perhaps in any order
 
 // The rank vectors of all tokens, in the order of TokenOrder; within a run the stride is the rank of its adapter.
 struct RankVectors {
@@ -34,7 +35,7 @@ inline void project_grad(const LoraParams& p, const T* const* g, int count, cons
   }
 }
 
-// Rank vectors and grad_x of one block of tokens.
+// Rank vectors of one block of tokens, and what it adds to grad_x.
 template <class T, class WT>
 inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const int32_t* tokens, int count,
                            float* b_transposed, float* v, float* w) {
@@ -47,61 +48,69 @@ inline void backward_block(const LoraBackwardParams& q, int64_t adapter, const i
     grad_x[i] = static_cast<T*>(q.grad_x) + tokens[i] * p.in;
   }
   const int64_t rank = rank_of(p, adapter);
-  if (rank == 0) {
-    for (int i = 0; i < count; ++i) std::memset(grad_x[i], 0, p.in * sizeof(T));
-    return;
-  }
+  if (rank == 0) return;
   const WT* a = static_cast<const WT*>(p.a) + adapter * p.a_stride_adapter;
   const WT* b = static_cast<const WT*>(p.b) + adapter * p.b_stride_adapter;
   dot_rows(x, count, a, p.a_stride_rank, rank, p.in, v, rank);
   project_grad(p, g, count, b, rank, b_transposed, w);
   const float scaling = p.scaling[adapter];
   for (int64_t i = 0; i < count * rank; ++i) v[i] *= scaling, w[i] *= scaling;
-  expand_whole<false>(grad_x, count, w, rank, a, p.a_stride_rank, p.in);
+  expand_whole<true>(grad_x, count, w, rank, a, p.a_stride_rank, p.in);
 }
 
-// Micro-kernel: out[j, c] = sum over tokens of factors[t, j] * x[t, c] for C ranks and up to two vectors of columns.
-template <int C, class T, class WT>
+// Micro-kernel: out[j, c] = sum over tokens of factors[t, j] * x[t, c] for C ranks and V vectors of columns, or, with V = 0,
+// for the first `lanes` columns of one.
+template <int C, int V, class T, class WT>
 inline void outer_tile(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
-                       int64_t rank, int64_t cols, WT* out, int64_t out_rank, int64_t out_col) {
-  Vec acc[C][2];
-  for (int j = 0; j < C; ++j) acc[j][0] = acc[j][1] = zero();
-  const int n0 = static_cast<int>(min(kLanes, cols)), n1 = static_cast<int>(min(kLanes, cols - n0));
+                       int64_t rank, int lanes, WT* out, int64_t out_rank, int64_t out_col) {
+  constexpr int kVectors = V ? V : 1;
+  Vec acc[C][kVectors];
+  for (int j = 0; j < C; ++j)
+    for (int k = 0; k < kVectors; ++k) acc[j][k] = zero();
   for (int64_t t = 0; t < count; ++t) {
     const T* row = x + tokens[t] * x_stride;
-    const Vec x0 = load_up_to(row, n0), x1 = n1 > 0 ? load_up_to(row + kLanes, n1) : zero();
+    if (t + kOuterPrefetch < count) __builtin_prefetch(x + tokens[t + kOuterPrefetch] * x_stride, 0, 3);
+    Vec columns[kVectors];
+    for (int k = 0; k < kVectors; ++k) columns[k] = V ? load(row + k * kLanes) : load_up_to(row, lanes);
     for (int j = 0; j < C; ++j) {
       const Vec factor = broadcast(factors[t * rank + j]);
-      acc[j][0] = fma(factor, x0, acc[j][0]);
-      acc[j][1] = fma(factor, x1, acc[j][1]);
+      for (int k = 0; k < kVectors; ++k) acc[j][k] = fma(factor, columns[k], acc[j][k]);
     }
   }
-  for (int j = 0; j < C; ++j) {
-    if (out_col == 1) {
-      store_as(out + j * out_rank, acc[j][0], n0);
-      if (n1 > 0) store_as(out + j * out_rank + kLanes, acc[j][1], n1);
-      continue;
+  for (int j = 0; j < C; ++j)
+    for (int k = 0; k < kVectors; ++k) {
+      const int n = V ? static_cast<int>(kLanes) : lanes;
+      WT* to = out + j * out_rank + k * kLanes * out_col;
+      if (out_col == 1) {
+        store_as(to, acc[j][k], n);
+        continue;
+      }
+      float sums[kLanes];
+      store(sums, acc[j][k]);
+      for (int c = 0; c < n; ++c) from_float(sums[c], to + c * out_col);
     }
-    float sums[2 * kLanes];
-    store(sums, acc[j][0]);
-    store(sums + kLanes, acc[j][1]);
-    for (int64_t c = 0; c < n0 + n1; ++c) from_float(sums[c], out + j * out_rank + c * out_col);
-  }
+}
+
+template <int V, class T, class WT>
+inline void outer_ranks(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
+                        int64_t rank, int lanes, WT* out, int64_t out_rank, int64_t out_col) {
+  constexpr int kRanks = kLanes == 16 ? 8 : 4;
+  int64_t j = 0;
+  for (; j + kRanks <= rank; j += kRanks)
+    outer_tile<kRanks, V>(x, x_stride, tokens, count, factors + j, rank, lanes, out + j * out_rank, out_rank, out_col);
+  for (; j < rank; ++j)
+    outer_tile<1, V>(x, x_stride, tokens, count, factors + j, rank, lanes, out + j * out_rank, out_rank, out_col);
 }
 
 template <class T, class WT>
 inline void outer_columns(const T* x, int64_t x_stride, const int32_t* tokens, int64_t count, const float* factors,
                           int64_t rank, int64_t cols, WT* out, int64_t out_rank, int64_t out_col) {
-  constexpr int kRanks = kLanes == 16 ? 8 : 4;
-  for (int64_t c = 0; c < cols; c += 2 * kLanes) {
-    int64_t j = 0;
-    for (; j + kRanks <= rank; j += kRanks)
-      outer_tile<kRanks>(x + c, x_stride, tokens, count, factors + j, rank, cols - c, out + j * out_rank + c * out_col,
-                         out_rank, out_col);
-    for (; j < rank; ++j)
-      outer_tile<1>(x + c, x_stride, tokens, count, factors + j, rank, cols - c, out + j * out_rank + c * out_col, out_rank,
-                    out_col);
-  }
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes)
+    outer_ranks<2>(x + c, x_stride, tokens, count, factors, rank, 0, out + c * out_col, out_rank, out_col);
+  for (; c < cols; c += kLanes)
+    outer_ranks<0>(x + c, x_stride, tokens, count, factors, rank, static_cast<int>(min(kLanes, cols - c)), out + c * out_col,
+                   out_rank, out_col);
 }
 
 // Work item `item` of a run: columns of grad_a, then of grad_b.

@@ -29,8 +29,9 @@ struct LoraParams {
   bool accumulate;
 };
 
-// Gradients of lora without `accumulate`: `lora` as in the forward, y unused.  grad_a and grad_b must be zero-initialised:
-// adapters that no segment uses, and entries beyond a rank, are not written.  grad_x is fully overwritten.
+// Gradients of lora: `lora` as in the forward with `accumulate`, y unused.  The gradient of x is added to grad_x; tokens
+// without an adapter leave it alone.  grad_a and grad_b must be zero-initialised: adapters that no segment uses, and entries
+// beyond a rank, are not written.
 struct LoraBackwardParams {
   LoraParams lora;
   const void* grad;  // [tokens, out], dtype x_type, row stride grad_stride, last stride 1

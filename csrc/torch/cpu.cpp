@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
   m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cpu>));
   m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cpu>));
   m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cpu>));
-  m.impl("lora_delta_backward", TORCH_BOX(&ops::lora_delta_backward<ops::Cpu>));
+  m.impl("lora_backward_", TORCH_BOX(&ops::lora_backward<ops::Cpu>));
   m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cpu>));
   m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cpu>));
 }

@@ -1,4 +1,4 @@
-// lora_delta, its backward, lora_add_ and lora_add_group_ as templates over a backend (cpu.cpp, cuda.cpp):
+// lora_delta, lora_backward_, lora_add_ and lora_add_group_ as templates over a backend (cpu.cpp, cuda.cpp):
 //   kCuda             tensors are on a CUDA device
 //   kReadsIds         segments, ids and ranks are readable on the host, so their values are checked
 //   covers, kMaxRank  dtypes and ranks with kernels; other calls go to the reference
@@ -131,25 +131,30 @@ Tensor lora_delta(const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, c
 }
 
 template <class Backend>
-std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const Tensor& x, const Tensor& lora_A,
-                                                       const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr,
-                                                       const Tensor& seg_adapters, int64_t max_seg_len,
-                                                       const OptTensor& ranks) {
-  const Op op = op_of<Backend>("lora_delta_backward", grad);
+std::tuple<Tensor, Tensor> lora_backward(const Tensor& grad_x, const Tensor& grad, const Tensor& x, const Tensor& lora_A,
+                                         const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr,
+                                         const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
+  const Op op = op_of<Backend>("lora_backward_", grad);
   LoraBackwardParams q{};
   q.lora = prepare_lora<Backend>(op, "grad", grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  check_type(op, "grad_x", grad_x, x.scalar_type());
+  check_device(op, "grad_x", grad_x);
+  const std::vector<int64_t> sizes = sizes_of(x, x.size(x.dim() - 1));
+  if (sizes_of(grad_x, grad_x.dim() ? grad_x.size(grad_x.dim() - 1) : 0) != sizes)
+    fail(op, "grad_x", shape_text(sizes), to_text(grad_x));
+  check_contiguous(op, "grad_x", grad_x);
   if (!covered<Backend>(x, lora_A)) {
-    const auto results = call_reference("t2l_engine::lora_delta_backward_reference", grad, x, lora_A, lora_B, scaling,
+    const auto results = call_reference("t2l_engine::lora_backward__reference", grad_x, grad, x, lora_A, lora_B, scaling,
                                         seg_indptr, seg_adapters, max_seg_len, ranks);
-    return {tensor_of(results[0]), tensor_of(results[1]), tensor_of(results[2])};
+    return {tensor_of(results[0]), tensor_of(results[1])};
   }
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
   // Same storage order as lora_B, so that autograd need not transpose it.
   const bool by_rank = lora_B.stride(1) == 1;
-  Tensor grad_x = torch::stable::new_empty(x, sizes_of(x, x.size(x.dim() - 1)));
   Tensor grad_A = torch::stable::new_zeros(lora_A, {adapters, rank, lora_A.size(2)});
   Tensor grad_B = by_rank ? torch::stable::transpose(torch::stable::new_zeros(lora_B, {adapters, rank, out}), 1, 2)
                           : torch::stable::new_zeros(lora_B, {adapters, out, rank});
+  q.lora.accumulate = true;
   q.grad = grad.const_data_ptr();
   q.grad_stride = q.lora.y_stride;
   q.grad_x = grad_x.mutable_data_ptr();
@@ -158,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_delta_backward(const Tensor& grad, const
   q.grad_b_stride_out = by_rank ? 1 : rank;
   q.grad_b_stride_rank = by_rank ? out : 1;
   Backend::lora_backward(op, q);
-  return {grad_x, grad_A, grad_B};
+  return {grad_A, grad_B};
 }
 
 template <class Backend>

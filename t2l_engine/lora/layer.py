@@ -11,6 +11,7 @@ from torch.autograd import forward_ad as _forward_ad
 
 from t2l_engine import ops
 from t2l_engine.adapters.paths import LAYER
+from t2l_engine.lora.autograd import AdaptedLinear, is_plain
 from t2l_engine.lora.locate import features
 from t2l_engine.lora.routing import Routing
 
@@ -166,6 +167,8 @@ class LoRALinear(nn.Module):
         compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if (grad or self.training) and not compiling:
             self._check_recomputation()
+            if grad and (y := self._trained(x)) is not None:
+                return y
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
         if routing.ids is None and routing.batch is None:
             return y
@@ -202,6 +205,20 @@ class LoRALinear(nn.Module):
             A, B, scaling, ranks, starts = group
             _add_group(y, inner, A, B, scaling, *segments, ranks, starts)
         return y
+
+    def _trained(self, x: Tensor) -> Tensor | None:
+        """With gradients, the usual case at once: one whole member, on a plain linear.  None: the general way."""
+        routing = self._routing
+        if routing.ids is None and routing.batch is None or not is_plain(self.base, x) or _forward_ad._current_level >= 0:
+            return None
+        members = self.members if routing.overrides is None else self._overriding(routing.overrides)
+        if len(members) != 1 or members[0].start is not None:
+            return None
+        (m,), batch, x = members, routing.segments(x.shape[:-1], False), x.contiguous()
+        inner = nn.functional.dropout(x, routing.dropout) if routing.dropout else None
+        segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
+        weights = self.base.weight, self.base.bias, m.lora_A, m.lora_B, m.scaling
+        return AdaptedLinear.apply(x, inner, *weights, *segments, m.ranks)
 
     def extra_repr(self) -> str:
         return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)

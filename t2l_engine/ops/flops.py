@@ -58,7 +58,7 @@ def lora_add_group_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max
     return sum(lora_delta(x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r) for A, B, r in members)
 
 
-def lora_delta_backward(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
+def lora_backward_(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
     """``2 * sum(len_s * rank_s) * (3*in + 2*out)``: A x is recomputed, then the products of three gradients."""
     work = _rank_tokens(x, lora_A, seg_indptr, seg_adapters, ranks)
     return 2 * work * (3 * lora_A.shape[2] + 2 * lora_B.shape[1])
@@ -103,8 +103,8 @@ FORMULAS: tuple[Callable[..., int], ...] = (
     hypernet_heads_out_,
     hypernet_heads_backward,
     lora_delta,
-    lora_delta_backward,
     lora_add_,
+    lora_backward_,
     lora_add_group_,
 )
 

@@ -403,7 +403,8 @@ def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:
     return new(lora_B.shape)
 
 
-def lora_delta_backward(
+def lora_backward_(
+    grad_x: Tensor,
     grad: Tensor,
     x: Tensor,
     lora_A: Tensor,
@@ -413,11 +414,13 @@ def lora_delta_backward(
     seg_adapters: Tensor,
     max_seg_len: int,
     ranks: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x``, ``lora_A`` and ``lora_B`` (in its memory order); zero for adapters that no segment uses."""
-    acc, shape = accumulation_dtype(x, lora_A), x.shape
-    grad, x = _tokens(grad), _tokens(x)
-    grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``lora_A`` and ``lora_B`` (in its memory order), zero for adapters that no segment uses.
+
+    ``grad_x``, of the shape and dtype of ``x`` and contiguous, gets the gradient of ``x`` added.
+    """
+    acc = accumulation_dtype(x, lora_A)
+    grad_x, grad, x = _tokens(grad_x), _tokens(grad), _tokens(x)
     grad_A = torch.zeros(lora_A.shape, dtype=acc, device=x.device)
     grad_B = stored_as(lora_B, functools.partial(torch.zeros, dtype=acc, device=x.device))
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
@@ -425,7 +428,7 @@ def lora_delta_backward(
         s = scaling[a].to(acc)
         v = (xs @ A.mT) * s
         grad_v = (g @ B) * s
-        grad_x[lo:hi] = (grad_v @ A).to(x.dtype)
+        grad_x[lo:hi] = (grad_x[lo:hi].to(acc) + grad_v @ A).to(x.dtype)
         grad_A[a, :r] += grad_v.mT @ xs
         grad_B[a, :, :r] += g.mT @ v
-    return grad_x.view(shape), grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)
+    return grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype)

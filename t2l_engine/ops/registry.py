@@ -35,7 +35,7 @@ SCHEMAS = {
         "int rank, int[] in_features, int[] out_features) -> Tensor[]"
     ),
     "lora_delta": f"({_LORA}) -> Tensor",
-    "lora_delta_backward": f"(Tensor grad, {_LORA}) -> (Tensor, Tensor, Tensor)",
+    "lora_backward_": f"(Tensor(a!) grad_x, Tensor grad, {_LORA}) -> (Tensor, Tensor)",
     "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
     "lora_add_group_": (
         "(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
@@ -49,7 +49,7 @@ NATIVE_OPS = (
     "hypernet_heads",
     "hypernet_heads_out_",
     "lora_delta",
-    "lora_delta_backward",
+    "lora_backward_",
     "lora_add_",
     "lora_add_group_",
 )
@@ -123,14 +123,14 @@ def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
     return x.new_empty(*x.shape[:-1], lora_B.shape[1])
 
 
-@_fake("lora_delta_backward")
-def _(grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
-    return x.new_empty(x.shape), lora_A.new_empty(lora_A.shape), reference.stored_as(lora_B, lora_B.new_empty)
-
-
 @_fake("lora_add_")
 def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
     return None
+
+
+@_fake("lora_backward_")
+def _(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+    return lora_A.new_empty(lora_A.shape), reference.stored_as(lora_B, lora_B.new_empty)
 
 
 @_fake("lora_add_group_")
@@ -190,13 +190,15 @@ def _heads_backward(ctx, grads):
 def _delta_setup(ctx, inputs, output):
     x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
     # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
-    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len)
+    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len, x.shape)
 
 
 def _delta_backward(ctx, grad):
     *tensors, ranks = _saved(ctx)
-    grads = torch.ops.t2l_engine.lora_delta_backward(grad.contiguous(), *tensors, ctx.rest[0], ranks)
-    return *grads, *(None,) * 5
+    max_seg_len, shape = ctx.rest
+    grad_x = grad.new_zeros(shape)
+    grads = torch.ops.t2l_engine.lora_backward_(grad_x, grad.contiguous(), *tensors, max_seg_len, ranks)
+    return grad_x, *grads, *(None,) * 5
 
 
 def _register(name: str, backward, setup) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def lora(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
             scaling = float(given["scaling"][adapter])
             bound[rows] = numerics.lora_bound(given["x"][rows], a, b, scaling, y[rows], delta[rows], arguments["y"].dtype)
     return y, delta, bound
+
+
+def gradients(
+    backward: Callable[..., tuple[Tensor, Tensor]], grad: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(of x, A, B) by ``backward``, an op like ``lora_backward_``, for arguments of ``ops.lora_delta``."""
+    grad_x = torch.zeros_like(arguments["x"], memory_format=torch.contiguous_format)
+    return grad_x, *backward(grad_x, grad, *arguments.values())
 
 
 def members_of(arguments: dict[str, Any]) -> list[dict[str, Any]]:

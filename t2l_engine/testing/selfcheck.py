@@ -92,11 +92,11 @@ def _lora_delta(case: LoraCase) -> float:
     return error_ratio(ops.lora_delta(**arguments), delta, bound)
 
 
-def _lora_delta_backward(case: LoraCase) -> float:
+def _lora_backward(case: LoraCase) -> float:
     arguments = case.make(seed=4)
     grad = arguments.pop("y")
-    exact = reference.lora_delta_backward(grad.double(), **oracle.in_float64(arguments))
-    got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
+    exact = oracle.gradients(reference.lora_backward_, grad.double(), oracle.in_float64(arguments))
+    got = oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
     return _gradients(got, exact)
 
 
@@ -163,7 +163,7 @@ CHECKS: dict[str, tuple[Callable[[Any], float], list]] = {
     "hypernet_heads_out_": (_heads_out, list(HYPER_CASES)),
     "hypernet_heads_backward": (_heads_backward, [case for case in _PLAIN if case.bias]),
     "lora_delta": (_lora_delta, _LORA),
-    "lora_delta_backward": (_lora_delta_backward, _LORA),
+    "lora_backward_": (_lora_backward, _LORA),
     "lora_add_": (_lora_add, _LORA),
     "lora_add_group_": (_lora_add_group, _GROUP),
 }

@@ -130,6 +130,8 @@ void verify_backward(Case& c, int32_t isa, const t2l_parallel& parallel) {
   const auto type = [](int32_t dtype) { return dtype == T2L_BF16 ? t2l::DType::bf16 : t2l::DType::f32; };
   const int64_t b_out = s.out_first ? s.rank : 1, b_rank = s.out_first ? 1 : s.out;
   Buffer grad_x(c.tokens * s.in, s.x_type);
+  const auto before = [](int64_t i) { return static_cast<double>(i % 7 - 3); };  // is added to
+  for (int64_t i = 0; i < c.tokens * s.in; ++i) grad_x.set(i, before(i));
   Buffer grad_a(s.adapters * s.rank * s.in, s.w_type), grad_b(s.adapters * s.rank * s.out, s.w_type);
   for (int64_t i = 0; i < s.adapters * s.rank * s.in; ++i) grad_a.set(i, 0);
   for (int64_t i = 0; i < s.adapters * s.rank * s.out; ++i) grad_b.set(i, 0);
@@ -138,7 +140,7 @@ void verify_backward(Case& c, int32_t isa, const t2l_parallel& parallel) {
   q.lora = {l.x,           nullptr,        l.lora_A,       l.lora_B,      l.scaling,     l.seg_indptr,   l.seg_adapters,
             l.ranks,       l.num_tokens,   s.in,           s.out,         s.rank,        l.num_segments, s.adapters,
             l.num_tokens,  l.x_stride,     l.y_stride,     l.A_stride[0], l.A_stride[1], l.B_stride[0],  l.B_stride[1],
-            l.B_stride[2], type(s.x_type), type(s.w_type), false};
+            l.B_stride[2], type(s.x_type), type(s.w_type), true};
   q.grad = l.y, q.grad_stride = l.y_stride;
   q.grad_x = grad_x.data(), q.grad_a = grad_a.data(), q.grad_b = grad_b.data();
   q.grad_b_stride_out = b_out, q.grad_b_stride_rank = b_rank;
@@ -159,6 +161,8 @@ void verify_backward(Case& c, int32_t isa, const t2l_parallel& parallel) {
     for (int64_t t = c.indptr[segment]; t < c.indptr[segment + 1]; ++t) {
       const int64_t k = s.ids[segment], rank = k < 0 ? 0 : c.rank_of(k);
       std::vector<Sum> x_sums(static_cast<size_t>(s.in));
+      for (int64_t i = 0; i < s.in; ++i)
+        x_sums[static_cast<size_t>(i)] = {before(t * s.in + i), std::abs(before(t * s.in + i))};
       for (int64_t r = 0; r < rank; ++r) {
         const double scaling = c.scaling[static_cast<size_t>(k)];
         Sum v, w;

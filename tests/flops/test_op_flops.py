@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from t2l_engine import ops
 from t2l_engine.ops import flops, reference
+from t2l_engine.testing import oracle
 from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES, LoraCase
 
 by_name = {"ids": lambda case: case.name}
@@ -46,8 +47,8 @@ def test_lora(case):
     assert by_op(lambda: ops.lora_delta(**delta)) == ({"lora_delta": inside} if inside else {})
     assert by_op(lambda: ops.lora_add_(**added)) == ({"lora_add_": inside} if inside else {})
     grad = torch.ones(case.tokens, case.out_features, dtype=case.x_dtype)
-    inside = total(lambda: reference.lora_delta_backward(grad, **delta))
-    assert total(lambda: torch.ops.t2l_engine.lora_delta_backward(grad, *delta.values())) == inside
+    inside = total(lambda: oracle.gradients(reference.lora_backward_, grad, delta))
+    assert total(lambda: oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, delta)) == inside
 
 
 @pytest.mark.parametrize("case", [case for case in GROUP_CASES if not case.name.startswith("serve")], **by_name)
@@ -65,7 +66,7 @@ def test_training_counts_the_backward(dtype):
     work = 2 * 7 * case.rank
     assert by_op(lambda: ops.lora_delta(**arguments).sum().backward()) == {
         "lora_delta": work * (case.in_features + case.out_features),
-        "lora_delta_backward": work * (3 * case.in_features + 2 * case.out_features),
+        "lora_backward_": work * (3 * case.in_features + 2 * case.out_features),
     }
 
 

@@ -1,5 +1,7 @@
 """The ops of batched LoRA against their float64 references: values, bitwise promises, errors."""
 
+import functools
+
 import pytest
 import torch
 from native import SMALL, by_name, is_native, kernel_case, needs_native
@@ -98,20 +100,52 @@ def test_lora_add_group_lists(change, message):
 
 @kernel_case
 @lora_cases
-def test_lora_delta_backward(case):
+def test_lora_gradients(case):
     arguments = case.make(seed=6)
     torch.manual_seed(7)
     grad = torch.randn(case.tokens, case.out_features + 2).to(case.x_dtype)[:, 1:-1]
     arguments.pop("y")
     wide = oracle.in_float64(arguments)
-    got = torch.ops.t2l_engine.lora_delta_backward(grad, *arguments.values())
-    exact = reference.lora_delta_backward(grad.double(), **wide)
+    got = oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
+    exact = oracle.gradients(reference.lora_backward_, grad.double(), wide)
     for name, value, expected in zip(("x", "lora_A", "lora_B"), got, exact, strict=True):
         operand = arguments[name]
         assert value.shape == operand.shape and value.dtype == operand.dtype
         bound = numerics.gradient_bound(expected, operand.dtype)
         assert ((value.double() - expected).abs() <= bound).all(), name
     assert (got[2].stride(1) == 1) == (arguments["lora_B"].stride(1) == 1), "stored unlike lora_B"
+
+
+@kernel_case
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F64])
+def test_lora_backward_adds_to_grad_x_and_rounds_once(dtype):
+    """Tokens of adapter -1 keep their bits; the others are the rounded sum, not the sum of two rounded ones."""
+    case = LoraCase("adds", ((3, 0), (2, -1), (20, 1)), in_features=70, x_dtype=dtype, w_dtype=dtype)
+    arguments = {k: v for k, v in case.make().items() if k != "y"}
+    grad, before = (torch.randn(case.tokens, n).to(dtype) for n in (case.out_features, case.in_features))
+    exact, *_ = oracle.gradients(reference.lora_backward_, grad.double(), oracle.in_float64(arguments))
+    grad_x = before.clone()
+    torch.ops.t2l_engine.lora_backward_(grad_x, grad, *arguments.values())
+    assert torch.equal(grad_x[3:5], before[3:5]) and not torch.equal(grad_x[:3], before[:3])
+    bound = numerics.u(dtype) * (before.double() + exact).abs() + numerics.gradient_bound(exact, torch.float32)
+    assert ((grad_x.double() - before.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize(
+    "grad_x, message",
+    [
+        (lambda x: x.double(), "grad_x: expected float32, got float64"),
+        (lambda x: x[1:], "grad_x: expected shape"),
+        (lambda x: x.T.contiguous().T, "grad_x: expected a contiguous tensor"),
+    ],
+)
+def test_lora_backward_checks_grad_x(grad_x, message):
+    needs_native("the reference checks little")
+    case = LoraCase("checks", ((3, 0), (2, 1)))
+    arguments = {k: v for k, v in case.make().items() if k != "y"}
+    given = grad_x(torch.zeros(case.tokens, case.in_features))
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.t2l_engine.lora_backward_(given, torch.ones(case.tokens, case.out_features), *arguments.values())
 
 
 @kernel_case
@@ -125,9 +159,10 @@ def test_lora_tokens_in_any_leading_dimensions(leading, dtype):
     arguments |= {name: arguments[name].unflatten(0, leading) for name in ("y", "x")}
     delta = ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})
     grad = torch.randn(case.tokens, case.out_features, generator=torch.Generator().manual_seed(1)).to(dtype)
-    rest = [v for k, v in arguments.items() if k not in ("y", "x")]
-    backward = torch.ops.t2l_engine.lora_delta_backward
-    grads, expected = (backward(g, x, *rest) for g, x in ((grad.unflatten(0, leading), arguments["x"]), (grad, flat["x"])))
+    grads, expected = (
+        oracle.gradients(torch.ops.t2l_engine.lora_backward_, g, {k: v for k, v in of.items() if k != "y"})
+        for g, of in ((grad.unflatten(0, leading), arguments), (grad, flat))
+    )
     assert grads[0].shape == arguments["x"].shape and torch.equal(grads[0].flatten(0, -2), expected[0])
     assert torch.equal(grads[1], expected[1]) and torch.equal(grads[2], expected[2])
     expected = ops.lora_delta(**{k: v for k, v in flat.items() if k != "y"})
@@ -163,8 +198,8 @@ def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_feature
     arguments = case.make()
     arguments.pop("y")
     grad = torch.randn(case.tokens, out_features).to(dtype)
-    backward = torch.ops.t2l_engine.lora_delta_backward
-    whole, grads = ops.lora_delta(**arguments), backward(grad, *arguments.values())
+    backward = functools.partial(oracle.gradients, torch.ops.t2l_engine.lora_backward_)
+    whole, grads = ops.lora_delta(**arguments), backward(grad, arguments)
     shared = {k: arguments[k] for k in ("lora_A", "lora_B", "scaling", "ranks")}
     for token, adapter in ((0, 0), (36, 0), (37, 1), (50, 0)):
         alone = {
@@ -175,15 +210,15 @@ def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_feature
             **shared,
         }
         assert torch.equal(ops.lora_delta(**alone)[0], whole[token])
-        ordered = [alone[k] for k in arguments]
-        if is_native("lora_delta_backward"):
-            assert torch.equal(backward(grad[token : token + 1], *ordered)[0][0], grads[0][token])
+        if is_native("lora_backward_"):
+            ordered = {k: alone[k] for k in arguments}
+            assert torch.equal(backward(grad[token : token + 1], ordered)[0][0], grads[0][token])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         assert torch.equal(whole, ops.lora_delta(**arguments))
-        if is_native("lora_delta_backward"):
-            assert all(map(torch.equal, grads, backward(grad, *arguments.values())))
+        if is_native("lora_backward_"):
+            assert all(map(torch.equal, grads, backward(grad, arguments)))
     finally:
         torch.set_num_threads(threads)
 
