@@ -164,8 +164,15 @@ class Cpu:
         return elapsed_us(one.run)
 
     def samples(self, passes: Mapping[Name, Pass], seconds: float, rounds: tuple[int, int]) -> tuple[int, dict[Name, int]]:
-        """Rounds that there are at least, and the most samples of each; between, ``seconds`` decide."""
-        return rounds[0], dict.fromkeys(passes, rounds[1])
+        """Rounds that there are at least, and the most samples of each; between, ``seconds`` decide.
+
+        Where all take long, as whole models do, each gets the same time: a slow one would else leave the others few samples.
+        """
+        if not all(one.us > WARM_BELOW_US for one in passes.values()):
+            return rounds[0], dict.fromkeys(passes, rounds[1])
+        share = seconds * 1e6 / max(1, len(passes))
+        wanted = {name: max(rounds[0], min(rounds[1], int(share / one.us))) for name, one in passes.items()}
+        return max(wanted.values(), default=rounds[0]), wanted
 
     def synchronize(self) -> None:
         pass

@@ -37,6 +37,18 @@ def test_cold_sets_take_turns_and_half_of_them_rid_the_caches(monkeypatch):
     assert seen[-6:] == [2, 3, 0, 1, 2, 3]
 
 
+def test_a_slow_model_leaves_the_others_their_samples(monkeypatch):
+    """Each has the same time; samples of the slow one are spread over the rounds."""
+    seen, took = [], {"fast": 30e3, "slow": 300e3, "short": 3.0}
+    monkeypatch.setattr(timing, "elapsed_us", lambda run: (run(), took[seen[-1]])[1])
+    calls = {name: lambda name=name: seen.append(name) for name in ("fast", "slow")}
+    timings = measure(Cpu(), calls, rounds=(2, 50), seconds=1.2)
+    assert {n: t.rounds for n, t in timings.items()} == {"fast": 20, "slow": 2}
+    assert seen.index("slow", 6) < len(seen) - 1, "not at the end"
+    timings = measure(Cpu(), calls | {"short": lambda: seen.append("short")}, rounds=(2, 3), seconds=60.0)
+    assert {t.rounds for t in timings.values()} == {3}
+
+
 def test_number_of_sets_exceeds_the_cache():
     device = Dry()
     for size in (1, 1000, device.l2_bytes, 3 * device.l2_bytes, 3 * device.l2_bytes + 1, 1 << 30):
