@@ -1,14 +1,11 @@
-"""A small suite of generated tasks, so that training and its tests need no external data.
-
-Uses only seeding with a string and ``random()`` of ``random.Random``, which are stable between versions of Python.
-"""
+"""A small suite of generated tasks, so that training and its tests need no external data."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 
 from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
 
@@ -184,35 +181,22 @@ def suite(examples: int = MAX_EXAMPLES, seed: int = 0) -> list[Task]:
     tasks = []
     for name, texts in DESCRIPTIONS.items():
         made: dict[str, str] = {}
-        pairs = _MAKERS[name](_Draw(f"{seed}/{name}"))
+        pairs = _MAKERS[name](Draw(f"{seed}/{name}"))
         while len(made) < examples:
             made.setdefault(*next(pairs))
         tasks.append(Task(name, texts, tuple(split(Example(x, (y,), "train") for x, y in made.items()))))
     return tasks
 
 
-class _Draw:
-    """Random choices that are stable between versions of Python."""
-
-    def __init__(self, seed: str):
-        self._random = random.Random(seed)
-
-    def pick(self, words: Sequence[str]) -> str:
-        return words[int(self._random.random() * len(words))]
-
-    def shuffled(self, words: Sequence[str]) -> list[str]:
-        return [word for _, word in sorted((self._random.random(), word) for word in words)]
-
-
-def _each(words: Sequence[str], answer: Callable[[str], str]) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
+def _each(words: Sequence[str], answer: Callable[[str], str]) -> Callable[[Draw], Iterator[tuple[str, str]]]:
     """(word, answer) of every word once."""
     return lambda draw: ((word, answer(word)) for word in draw.shuffled(words))
 
 
-def _position(index: int) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
+def _position(index: int) -> Callable[[Draw], Iterator[tuple[str, str]]]:
     """Lists of three nouns and colours; the answer is the word at ``index``."""
 
-    def make(draw: _Draw) -> Iterator[tuple[str, str]]:
+    def make(draw: Draw) -> Iterator[tuple[str, str]]:
         while True:
             words = draw.shuffled(NOUNS + COLOURS)[:3]
             yield ", ".join(words), words[index]
@@ -220,10 +204,10 @@ def _position(index: int) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
     return make
 
 
-def _kind(words: Sequence[str], *others: Sequence[str]) -> Callable[[_Draw], Iterator[tuple[str, str]]]:
+def _kind(words: Sequence[str], *others: Sequence[str]) -> Callable[[Draw], Iterator[tuple[str, str]]]:
     """Lists of one of ``words`` and one of each of ``others``; the answer is the former."""
 
-    def make(draw: _Draw) -> Iterator[tuple[str, str]]:
+    def make(draw: Draw) -> Iterator[tuple[str, str]]:
         while True:
             wanted = draw.pick(words)
             yield ", ".join(draw.shuffled([wanted, *map(draw.pick, others)])), wanted
@@ -231,14 +215,14 @@ def _kind(words: Sequence[str], *others: Sequence[str]) -> Callable[[_Draw], Ite
     return make
 
 
-def _longer(draw: _Draw) -> Iterator[tuple[str, str]]:
+def _longer(draw: Draw) -> Iterator[tuple[str, str]]:
     while True:
         words = draw.shuffled(NOUNS)[:2]
         if len(words[0]) != len(words[1]):
             yield ", ".join(words), max(words, key=len)
 
 
-def _is_animal(draw: _Draw) -> Iterator[tuple[str, str]]:
+def _is_animal(draw: Draw) -> Iterator[tuple[str, str]]:
     others = draw.shuffled(FOODS + OBJECTS)
     for animal, other in zip(draw.shuffled(ANIMALS), others, strict=False):
         yield animal, "yes"
@@ -261,7 +245,7 @@ def _consonant_y(word: str) -> bool:
     return word.endswith("y") and word[-2] not in "aeiou"
 
 
-_MAKERS: dict[str, Callable[[_Draw], Iterator[tuple[str, str]]]] = {
+_MAKERS: dict[str, Callable[[Draw], Iterator[tuple[str, str]]]] = {
     "syn_first_of_3": _position(0),
     "syn_last_of_3": _position(2),
     "syn_animal_in_list": _kind(ANIMALS, OBJECTS, FOODS),
