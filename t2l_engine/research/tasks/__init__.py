@@ -1,5 +1,5 @@
-"""Task data: folders of examples, imports, splits, manifests, decontamination, a synthetic suite.
+"""Task data: folders of examples, imports, splits, manifests, decontamination, synthetic suites.
 
 May be imported: ``folder`` (Task, load_tasks, write_tasks), ``examples``, ``manifest``, ``benchmarks``, ``sni``,
-``synthetic``, ``decontaminate``.  Imports ``files``.
+``synthetic``, ``specs``, ``decontaminate``.  Imports ``files``.
 """

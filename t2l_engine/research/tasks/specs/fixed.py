@@ -1,0 +1,50 @@
+"""The packaged manifest of the suite: seed, tiers and digests, from which the suite is made again and compared."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.tasks.specs.suite import EXAMPLES, SPECIFICATIONS, VERSION, Placed, digest, stream, suite, task
+
+FORMAT = "t2l_engine.specs.v1"
+ABOUT = "Specifications made by code, with tiers by unseen parameters (sibling) and unseen families (novel)."
+
+
+def build(specifications: int = SPECIFICATIONS, seed: int = 0) -> dict[str, Any]:
+    """The JSON of the manifest of a suite: for each tier and kind of novelty, name -> digest."""
+    tiers: dict[str, dict[str, str]] = {}
+    for placed in suite(specifications, seed):
+        tiers.setdefault(_tier(placed), {})[placed.spec.name] = digest(placed.spec, seed)
+    tiers = {name: dict(sorted(found.items())) for name, found in sorted(tiers.items())}
+    return {"format": FORMAT, "about": ABOUT, "version": VERSION, "seed": seed, "tiers": tiers}
+
+
+def read(values: dict[str, Any], examples: int | None, where: str) -> Iterator[tuple[Placed, Task]]:
+    """The specifications of a manifest and their tasks with ``examples`` examples (None: EXAMPLES) each.
+
+    Raises ConfigError naming ``where`` if the manifest is not what this version of the package makes of its seed.
+    """
+    tiers, seed = values.get("tiers"), values.get("seed")
+    if values.keys() != {"format", "about", "version", "seed", "tiers"} or values["version"] != VERSION:
+        raise ConfigError(f"{where}: expected format, about, version {VERSION}, seed and tiers, got {short_repr(values)}")
+    if not isinstance(seed, int) or not isinstance(tiers, dict) or not all(isinstance(t, dict) for t in tiers.values()):
+        raise ConfigError(f"{where}: expected a number as seed and objects as tiers, got {short_repr(values)}")
+    wanted = {name: (tier, found) for tier, names in tiers.items() for name, found in names.items()}
+    if not wanted or len(wanted) != sum(map(len, tiers.values())):
+        raise ConfigError(f"{where}: tiers: expected specifications, each in one tier, got {short_repr(tiers)}")
+    for placed in itertools.islice(stream(seed), len(wanted)):  # ends at the first that is not as wanted
+        spec = placed.spec
+        made = _tier(placed), digest(spec, seed)
+        if wanted.get(spec.name) != made:
+            raise ConfigError(
+                f"{where}: {spec.name}: expected {short_repr(wanted.get(spec.name))}, this package makes {made}"
+            )
+        yield placed, task(spec, EXAMPLES if examples is None else examples, seed)
+
+
+def _tier(placed: Placed) -> str:
+    return f"{placed.tier}, new {placed.new}" if placed.new else placed.tier

@@ -1,0 +1,284 @@
+"""Inputs: how they are laid out, and how they are read back.
+
+A maker takes a :class:`Draw` and lays its input out in one of the seen ways, or in one of the unseen ways for split "test".
+A reader takes any text, so that every specification answers every input of its kind.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from t2l_engine.research.tasks.draw import Draw
+from t2l_engine.research.tasks.specs.words import (
+    DAYS,
+    KIND_NAMES,
+    KINDS,
+    MONTHS,
+    NAMES,
+    NOUNS,
+    STRINGS,
+    SURNAMES,
+    sentences,
+    with_article,
+)
+
+NONE = "none"
+#: Where an item can stand -> its index.
+PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3, "last": -1, "second to last": -2}
+_SEPARATORS = ((", ", "; ", " | "), (" / ", "\n"))
+
+
+# --- lists -------------------------------------------------------------------------------------------------------------
+
+
+def listing(draw: Draw, words: Sequence[object]) -> str:
+    """``words`` with separators between them."""
+    return draw.layout(*_SEPARATORS).join(map(str, words))
+
+
+def items(text: str) -> list[str]:
+    """The items of a list, at least one."""
+    return [item.strip() for item in re.split(r"[,;|/\n]", text) if item.strip()] or [NONE]
+
+
+def mixed(draw: Draw, kind: str, inside: int, outside: int) -> list[str]:
+    """``inside`` different words of ``kind`` and ``outside`` of other kinds, in random order."""
+    words = draw.sample(KINDS[kind], inside)
+    while len(words) < inside + outside:
+        word = draw.pick(KINDS[draw.pick(KIND_NAMES)])
+        if word not in words and word not in KINDS[kind]:
+            words.append(word)
+    return draw.sample(words, len(words))
+
+
+def nouns(draw: Draw, low: int, high: int) -> str:
+    """A list of ``low`` to ``high`` different nouns."""
+    return listing(draw, draw.sample(NOUNS, draw.number(low, high)))
+
+
+def lengths(draw: Draw, count: int) -> str:
+    """A list of ``count`` nouns of different lengths."""
+    words: list[str] = []
+    while len(words) < count:
+        words += [w for w in [draw.pick(NOUNS)] if len(w) not in map(len, words)]
+    return listing(draw, words)
+
+
+def put(words: Sequence[str]) -> str:
+    """An answer that is a list."""
+    return ", ".join(words) or NONE
+
+
+def at(words: Sequence[str], index: int) -> str:
+    """The word at ``index``, or NONE."""
+    return words[index] if -len(words) <= index < len(words) else NONE
+
+
+# --- single words and numbers ------------------------------------------------------------------------------------------
+
+
+def one_word(draw: Draw, words: Sequence[str] = NOUNS) -> str:
+    """One of ``words``."""
+    return draw.layout(("{}", "word: {}"), ("the word {}", '"{}"')).format(draw.pick(words))
+
+
+def word(text: str) -> str:
+    """The word in a text of kind "word": the last one."""
+    return re.sub(r"^\W+|\W+$", "", text.split()[-1]) or NONE
+
+
+def one_number(draw: Draw, low: int, high: int) -> str:
+    """A number from ``low`` to ``high``."""
+    return draw.layout(("{}", "number: {}"), ("the number {}", "no. {}")).format(draw.number(low, high))
+
+
+def number(text: str) -> int:
+    """The last number in a text, or 0."""
+    return int((re.findall(r"-?\d+", text) or ["0"])[-1])
+
+
+def numbers_list(draw: Draw, low: int, high: int, count: int) -> str:
+    """``count`` different numbers from ``low`` to ``high``."""
+    return listing(draw, draw.sample(range(low, high + 1), count))
+
+
+def numbers(text: str) -> list[int]:
+    """The numbers in a text, at least one."""
+    return [int(digits) for digits in re.findall(r"\d+", text)] or [0]
+
+
+# --- dates and times ---------------------------------------------------------------------------------------------------
+
+
+def one_date(draw: Draw, low: int = 1950, high: int = 2049) -> str:
+    """A date of the years from ``low`` to ``high``; days are 1 to 28."""
+    y, m, d = draw.number(low, high), draw.number(1, 12), draw.number(1, 28)
+    seen = (f"{d} {MONTHS[m - 1]} {y}", f"{y}-{m:02}-{d:02}", f"{MONTHS[m - 1]} {d}, {y}")
+    return draw.layout(seen, (f"{d} {MONTHS[m - 1][:3]} {y}", f"on {d} {MONTHS[m - 1]} {y}"))
+
+
+def date(text: str) -> tuple[int, int, int]:
+    """(year, month, day) of a date."""
+    found = numbers(text)
+    name = next((m for m, month in enumerate(MONTHS, 1) if month[:3] in text), 0)
+    if name:
+        return found[-1], name, found[0]
+    return (found[0], found[1], found[2]) if len(found) == 3 else (2000, 1, 1)
+
+
+def one_time(draw: Draw) -> str:
+    """A time of day."""
+    h, m = draw.number(0, 23), draw.number(0, 59)
+    half = f"{(h + 11) % 12 + 1}:{m:02}"
+    am, a_m = ("pm", "p.m.") if h > 11 else ("am", "a.m.")
+    return draw.layout((f"{h:02}:{m:02}", f"{half} {am}"), (f"at {h:02}:{m:02}", f"{half} {a_m}"))
+
+
+def time(text: str) -> tuple[int, int]:
+    """(hour from 0 to 23, minute) of a time of day."""
+    found = re.search(r"(\d+):(\d\d)\s*([ap])?", text)
+    if not found:
+        return 0, 0
+    hour = int(found[1])
+    return (hour % 12 + 12 * (found[3] == "p") if found[3] else hour), int(found[2])
+
+
+# --- records, names, files, quantities ---------------------------------------------------------------------------------
+
+FIELDS = {
+    "name": lambda draw: draw.pick(NAMES),
+    "surname": lambda draw: draw.pick(SURNAMES),
+    "age": lambda draw: str(draw.number(5, 80)),
+    "city": lambda draw: draw.pick(KINDS["city"]),
+    "country": lambda draw: draw.pick(KINDS["country"]),
+    "job": lambda draw: draw.pick(KINDS["job"]),
+    "pet": lambda draw: draw.pick(("cat", "dog", "hamster", "parrot", "rabbit", "goldfish", "pony", "canary")),
+    "colour": lambda draw: draw.pick(KINDS["colour"]),
+    "sport": lambda draw: draw.pick(KINDS["sport"]),
+    "day": lambda draw: draw.pick(DAYS),
+    "month": lambda draw: draw.pick(MONTHS),
+    "item": lambda draw: draw.pick(KINDS["piece of clothing"]),
+    "price": lambda draw: f"${draw.number(2, 99)}",
+    "room": lambda draw: str(draw.number(100, 399)),
+    "language": lambda draw: draw.pick(KINDS["language"]),
+    "phone": lambda draw: f"555 {draw.number(1000, 9999)}",
+    "code": lambda draw: f"{draw.pick('ABCDEFGHKLMNPRSTUVWXYZ')}{draw.number(100, 999)}",
+    "drink": lambda draw: draw.pick(KINDS["drink"]),
+    "team": lambda draw: draw.pick(STRINGS),
+    "floor": lambda draw: str(draw.number(1, 9)),
+}
+FIELD_NAMES = list(FIELDS)
+
+
+def one_record(draw: Draw, *wanted: str, others: int = 2, values: dict[str, str] | None = None) -> str:
+    """A record of the fields ``wanted`` and ``others`` more, in random order; ``values`` fixes some."""
+    names = list(wanted)
+    while len(names) < len(wanted) + others:
+        names += [name for name in [draw.pick(FIELD_NAMES)] if name not in names]
+    made = {name: (values or {}).get(name) or FIELDS[name](draw) for name in draw.sample(names, len(names))}
+    return write_record(made, *draw.layout(((": ", ", "), (" = ", "; ")), ((": ", " | "), (": ", "\n"))))
+
+
+def write_record(fields: dict[str, str], between: str = ": ", after: str = ", ") -> str:
+    """``fields`` as text."""
+    return after.join(f"{name}{between}{value}" for name, value in fields.items()) or NONE
+
+
+def record(text: str) -> dict[str, str]:
+    """The fields of a record."""
+    parts = [re.split(r"\s*[:=]\s*", part.strip(), maxsplit=1) for part in re.split(r"[,;|\n]", text)]
+    return {part[0]: part[1] for part in parts if len(part) == 2}
+
+
+def one_person(draw: Draw) -> str:
+    """A first name and a surname, sometimes with a title."""
+    title = draw.layout(("", "", "Mr ", "Ms "), ("Dr ", "Prof. "))
+    return f"{title}{draw.pick(NAMES)} {draw.pick(SURNAMES)}"
+
+
+def person(text: str) -> tuple[str, str]:
+    """(first name, surname) of a person."""
+    names = [name for name in text.split() if name not in {"Mr", "Ms", "Dr", "Prof."}] or [NONE]
+    return names[0], names[-1]
+
+
+EXTENSIONS = (
+    "txt",
+    "pdf",
+    "csv",
+    "png",
+    "jpg",
+    "doc",
+    "mp3",
+    "zip",
+    "html",
+    "json",
+    "xml",
+    "gif",
+    "wav",
+    "md",
+    "log",
+    "bak",
+)
+
+
+def one_file(draw: Draw) -> str:
+    """A path of a file in a folder."""
+    stem, folder, further = draw.pick(NOUNS), draw.pick(STRINGS), draw.pick(STRINGS)
+    stem += draw.pick(("", f"_{draw.number(1, 99)}"))
+    return f"{draw.layout((folder,), (f'{folder}/{further}',))}/{stem}.{draw.pick(EXTENSIONS)}"
+
+
+def file(text: str) -> tuple[str, str, str]:
+    """(folders, stem, extension) of a path."""
+    folder, _, name = text.rpartition("/")
+    stem, _, extension = name.rpartition(".")
+    return folder or NONE, stem or NONE, extension or NONE
+
+
+# --- sentences ---------------------------------------------------------------------------------------------------------
+
+
+def fill(draw: Draw, frames: dict[str, list[str]], word: str) -> str:
+    """A sentence with ``word`` of ``{"seen": [...], "unseen": [...]}``."""
+    frame = draw.layout(frames["seen"], frames["unseen"])
+    text = frame.format(w=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS))
+    return text[0].upper() + text[1:]
+
+
+def mention(draw: Draw, kind: str) -> str:
+    """A sentence that mentions one thing of ``kind``, and none of another kind."""
+    return fill(draw, sentences(kind), draw.pick(KINDS[kind]))
+
+
+def sentence(draw: Draw) -> str:
+    """A sentence about anything."""
+    return mention(draw, draw.pick(KIND_NAMES))
+
+
+def tokens(text: str) -> list[str]:
+    """The words of a text without punctuation."""
+    return re.findall(r"[\w'$@.-]*\w", text) or [NONE]
+
+
+def mentioned(text: str, words: Sequence[str]) -> str:
+    """The first word of a text that is one of ``words``, or NONE."""
+    return next((found for found in tokens(text) if found in words), NONE)
+
+
+# --- answers -----------------------------------------------------------------------------------------------------------
+
+
+def filled(pattern: str, parts: dict[str, str]) -> str:
+    """``pattern`` with the value of each key of ``parts``; at every place the first key that fits is taken.
+
+    >>> filled("F. Last", {"First": "Ada", "F": "A", "Last": "King", "L": "K"})
+    'A. King'
+    """
+    made, i = "", 0
+    while i < len(pattern):
+        key = next((key for key in parts if pattern.startswith(key, i)), "")
+        made += parts.get(key, pattern[i])
+        i += len(key) or 1
+    return made

@@ -1,0 +1,196 @@
+"""The suite: families, the specifications drawn from them, their tiers, and their tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.research.tasks.draw import Draw
+from t2l_engine.research.tasks.examples import normalise
+from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.tasks.specs import (
+    compositions,
+    dates,
+    forms,
+    held_out,
+    labels,
+    letters,
+    lists,
+    numeric,
+    records,
+    rewriting,
+    texts,
+)
+from t2l_engine.research.tasks.specs.family import Family, Specification, draw_values
+from t2l_engine.research.tasks.specs.wordings import FRAMES, HELD_FRAMES, wordings
+
+#: Where the families are.
+MODULES = (lists, rewriting, letters, forms, numeric, dates, records, labels, texts, compositions, held_out)
+FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
+#: Version of families, phrases, words and rules: another one makes another suite.
+VERSION = 1
+SPECIFICATIONS, EXAMPLES = 2400, 60
+#: train: trained.  sibling: held out, of families in train.  novel: held out, of other families.
+TIERS = ("train", "sibling", "novel")
+#: Descriptions of a task, of which the last HELD_OUT are held out.
+DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
+#: Most specifications of a family that is held out whole.
+_MOST_NOVEL = 6
+#: Draws of parameters without a new specification, after which a family has no more.
+_MAX_DRAWS = 60
+#: Share of a parameter's values that training never has, in 256ths.
+_KEPT = 16
+#: Every so many specifications, a family has one of trained values in a new combination, which is held out.
+_COMBINED = 8
+#: Examples of a specification that its digest covers.
+_DIGESTED = 16
+#: Probe inputs of each specification, by which the behaviour of those of a kind is compared.
+_PROBES = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A specification with its tier; ``new``: for tier sibling, whether a "value" or only the "combination" is new."""
+
+    spec: Specification
+    tier: str
+    new: str = ""
+
+
+def suite(specifications: int = SPECIFICATIONS, seed: int = 0) -> list[Placed]:
+    """The first ``specifications`` of :func:`stream`; at least one of each family.
+
+    Raises ConfigError if there are not so many.
+    """
+    if isinstance(specifications, bool) or not isinstance(specifications, int) or specifications < len(FAMILIES):
+        raise ConfigError(
+            f"specifications: expected a number of at least {len(FAMILIES)}, the families, got {short_repr(specifications)}"
+        )
+    found = list(itertools.islice(stream(seed), specifications))
+    if len(found) < specifications:
+        raise ConfigError(f"specifications: expected at most {len(found)}, got {specifications}")
+    return found
+
+
+def stream(seed: int) -> Iterator[Placed]:
+    """Different specifications of all families, in turns, until there are no more.
+
+    No two of them give the same answers to the probe inputs of both, whatever their families; and no specification of tier
+    train gives the answers that one of another tier gives to its own probe inputs.
+    """
+    draws = {name: Draw(f"{seed}/specifications/{name}") for name in FAMILIES}
+    made: dict[str, list[Placed]] = {name: [] for name in FAMILIES}
+    known = _Known(seed)
+    while draws:
+        for name in list(draws):
+            full = FAMILIES[name].held_out and len(made[name]) == _MOST_NOVEL
+            placed = None if full else _next(FAMILIES[name], draws[name], made[name], known)
+            if placed is None:
+                del draws[name]
+            else:
+                made[name].append(placed)
+                yield placed
+
+
+def task(spec: Specification, examples: int, seed: int) -> Task:
+    """The task of a specification: DESCRIPTIONS descriptions, those held out last, and ``examples`` examples.
+
+    Raises ConfigError if it has fewer inputs.
+    """
+    quoted = next(spec.stream(seed))  # of split train
+    trained, held = wordings(spec, seed, (quoted.input, quoted.outputs[0]))
+    return Task(spec.name, (*trained, *held), spec.examples(examples, seed))
+
+
+def digest(spec: Specification, seed: int) -> str:
+    """16 hex digits of SHA-256 over descriptions, and inputs, answers and splits of the first examples."""
+    made = task(spec, _DIGESTED, seed)
+    rows = [made.name, made.descriptions, [(e.input, e.outputs, e.split) for e in made.examples]]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def leaks(tasks: Iterable[tuple[str, Task]]) -> list[str]:
+    """Descriptions that are held out and yet trained: ``"task: description"``, given (tier, task) of a suite.
+
+    Held out are all descriptions of other tiers than train, and the last HELD_OUT of train.
+    """
+    tasks = list(tasks)
+    trained = {normalise(text) for tier, t in tasks if tier == "train" for text in t.descriptions[:-HELD_OUT]}
+    return [
+        f"{t.name}: {text}"
+        for tier, t in tasks
+        for text in (t.descriptions[-HELD_OUT:] if tier == "train" else t.descriptions)
+        if normalise(text) in trained
+    ]
+
+
+class _Known:
+    """The specifications so far, with their answers to their own probe inputs."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._values: set[tuple[str, tuple[Any, ...]]] = set()
+        self._of_kind: dict[str, list[tuple[Placed, list[tuple[str, str]]]]] = {}
+
+    def add(self, placed: Placed) -> bool:
+        """Whether ``placed`` is unlike all before it; it is then one of them."""
+        spec = placed.spec
+        if (spec.family.name, spec.values) in self._values:
+            return False
+        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, self.seed)]
+        others = self._of_kind.setdefault(spec.family.reads, [])
+        for other, other_probes in others:
+            own = _agrees(other.spec, probes)
+            train = placed.tier == "train", other.tier == "train"
+            if own and train == (False, True):
+                return False
+            if (own or train == (True, False)) and _agrees(spec, other_probes):
+                return False
+        self._values.add((spec.family.name, spec.values))
+        others.append((placed, probes))
+        return True
+
+
+def _agrees(spec: Specification, probes: list[tuple[str, str]]) -> bool:
+    return all(spec.answer(text) == answer for text, answer in probes)
+
+
+def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Placed | None:
+    """A specification of ``family`` that does what none before it does; None where none is found."""
+    several = sum(len(pool) > 1 for pool in family.params.values()) > 1
+    if several and not family.held_out and len(before) % _COMBINED == _COMBINED - 1:
+        trained = [placed.spec.values for placed in before if placed.tier == "train"]
+        pools = {name: [values[i] for values in trained] for i, name in enumerate(family.params)}
+        for values in _draws(dataclasses.replace(family, params=pools), draw):
+            placed = Placed(Specification(family, values, len(before)), "sibling", "combination")
+            if known.add(placed):
+                return placed
+    for values in _draws(family, draw):
+        placed = _placed(Specification(family, values, len(before)), known.seed)
+        if known.add(placed):
+            return placed
+    return None
+
+
+def _draws(family: Family, draw: Draw) -> Iterator[tuple[Any, ...]]:
+    drawn = (draw_values(family, draw) for _ in range(_MAX_DRAWS))
+    return (values for values in drawn if values is not None)
+
+
+def _placed(spec: Specification, seed: int) -> Placed:
+    if spec.family.held_out:
+        return Placed(spec, "novel")
+    pools = zip(spec.family.params.items(), spec.values, strict=True)
+    kept = any(_kept(value, pool, f"{seed}/{spec.family.name}/{name}") for (name, pool), value in pools)
+    return Placed(spec, "sibling", "value") if kept else Placed(spec, "train")
+
+
+def _kept(value: Any, pool: Sequence[Any], where: str) -> bool:
+    """Whether training never has ``value`` of a parameter; of a pool of n values at most n / 4 are kept."""
+    kept = [other for other in pool if hashlib.sha256(f"{where}/{other!r}".encode()).digest()[0] < _KEPT]
+    return value in kept[: len(pool) // 4]

@@ -1,0 +1,146 @@
+"""Descriptions of a specification: sentences made of its family's phrases, frames around them, and its parameters.
+
+``phrases.txt`` has the phrases of every family: ``do`` imperatives, ``noun`` what the answer is, ``ask`` questions,
+``held`` imperatives that are held out, and ``given`` what the input is called, if not as in GIVEN.  A phrase may have
+alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``,
+``{kind.a}`` (with its article), ``{n.word}`` (three) and ``{pair[0]}``.
+
+Frames name what they take: ``{do}``, ``{noun}``, ``{ask}``, ``{held}``, ``{given}``, ``{example}``; a capital letter begins
+a sentence.  Descriptions of training never use a ``held`` phrase or a frame of HELD_FRAMES.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.draw import Draw
+from t2l_engine.research.tasks.specs.family import GIVEN, Specification
+from t2l_engine.research.tasks.specs.words import number_word, plural, with_article
+
+FRAMES = (
+    "{Do}.",
+    "{Do}.",
+    "{Do}.",
+    "Please {do}.",
+    "Given {given}, {do}.",
+    "[You get|You are given|The input is] {given}. {Do}.",
+    "{Do}. [Answer with nothing else.|Write only the answer.|No explanation.|Do not add anything.]",
+    "{Do}. {example}",
+    "{Noun}.",
+    "[Write|Give|Return|Output|Reply with] {noun}.",
+    "{Ask}",
+    "{Ask} {example}",
+    "Your task is to {do}.",
+    "You [will see|will be shown|are going to read] {given}. {Do}. In other words, [write|reply with] {noun}.",
+)
+HELD_FRAMES = (
+    "{Held}.",
+    "[Can|Could|Would] you {held}?",
+    "Whatever {given_the} is, {held}.",
+    "I would like you to {held}. {example}",
+)
+EXAMPLES = (
+    'For example, "{x}" gives "{y}".',
+    'Example: "{x}" -> "{y}".',
+    'For instance, "{x}" becomes "{y}".',
+    '(The answer to "{x}" is "{y}".)',
+)
+_CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
+
+
+class Text(str):
+    """A string parameter in a phrase; ``mark`` is the quotation mark of the sentence."""
+
+    mark: str
+
+    def __new__(cls, value: str, mark: str) -> Text:
+        made = super().__new__(cls, value)
+        made.mark = mark
+        return made
+
+    @property
+    def q(self) -> str:
+        mark = self.mark if self.mark not in self else "'" if '"' in self else '"'
+        return f"{mark}{self}{mark}"
+
+    @property
+    def a(self) -> str:
+        return with_article(self)
+
+    @property
+    def plural(self) -> str:
+        return plural(str(self))
+
+
+class Number(int):
+    """A number parameter in a phrase."""
+
+    @property
+    def word(self) -> str:
+        return number_word(self)
+
+
+def wordings(spec: Specification, seed: int, example: tuple[str, str]) -> tuple[list[str], list[str]]:
+    """(descriptions for training, held-out descriptions) of ``spec``, one for each frame, all different.
+
+    Args:
+        example: input and answer that some of them quote.
+
+    Raises ConfigError naming the family if its phrases do not give so many.
+    """
+    draw = Draw(f"{seed}/wordings/{spec.family.name}/{spec.values!r}")
+    phrases = {use: _Turns(draw, spec.family.phrases(use)) for use in ("do", "noun", "ask", "held")}
+    made: dict[str, bool] = {}
+    for frames, held in ((FRAMES, False), (HELD_FRAMES, True)):
+        for frame in frames:
+            for _ in range(50):
+                sentence = _sentence(spec, frame, phrases, example, draw)
+                if sentence not in made:
+                    break
+            else:
+                raise ConfigError(f"{spec.name}: expected more phrases: no further description with {frame!r}")
+            made[sentence] = held
+    return [text for text, held in made.items() if not held], [text for text, held in made.items() if held]
+
+
+class _Turns:
+    """Phrases in random order, again and again."""
+
+    def __init__(self, draw: Draw, phrases: tuple[str, ...]):
+        self._draw, self._phrases, self._left = draw, phrases, []
+
+    def next(self) -> str:
+        self._left = self._left or self._draw.shuffled(self._phrases)
+        return self._left.pop()
+
+
+def _sentence(spec: Specification, frame: str, phrases: dict[str, _Turns], example: tuple[str, str], draw: Draw) -> str:
+    mark = draw.pick(('"', '"', "'"))
+    said = {name: _said(value, mark) for name, value in zip(spec.family.params, spec.values, strict=True)}
+    given = _choose(draw.pick(spec.family.phrases("given") or (GIVEN[spec.family.reads],)), draw)
+
+    def phrase(match: re.Match[str]) -> str:
+        name = match[1]
+        if name == "example":
+            return draw.pick(EXAMPLES).format(x=example[0], y=example[1])
+        if name == "given":
+            return given
+        if name == "given_the":
+            return re.sub("^an? ", "the ", given)
+        text = _choose(phrases[name.lower()].next(), draw).format(**said)
+        return text[0].upper() + text[1:] if name[0].isupper() else text
+
+    return re.sub(r"\{(\w+)\}", phrase, _choose(frame, draw)).strip()
+
+
+def _said(value: Any, mark: str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_said(part, mark) for part in value)
+    return Number(value) if isinstance(value, int) else Text(value, mark)
+
+
+def _choose(text: str, draw: Draw) -> str:
+    """``text`` with one of each of its alternatives."""
+    return _CHOICE.sub(lambda match: draw.pick(match[1].split("|")), text)
