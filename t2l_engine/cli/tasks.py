@@ -18,6 +18,13 @@ Force = Annotated[bool, typer.Option("--force", help="Write into a folder that h
 Manifest = Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file.")]
 
 
+class Suite(str, enum.Enum):
+    """Suites of generated tasks."""
+
+    words = "words"
+    specs = "specs"
+
+
 class Tier(str, enum.Enum):
     """Tiers of a manifest."""
 
@@ -102,15 +109,29 @@ def import_benchmarks(
 @app.command()
 def synthetic(
     output: Output,
-    examples: Annotated[int, typer.Option(help="Examples per task, 20 to 120.")] = 120,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    suite: Annotated[Suite, typer.Option(help="Twelve small tasks, or thousands of specifications in tiers.")] = Suite.words,
+    examples: Annotated[
+        int | None, typer.Option(help="Examples per task; words: 20 to 120, default 120; specs: default 60.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed; the manifest of specs is that of seed 0.")] = 0,
+    specifications: Annotated[int | None, typer.Option(help="Number of tasks of specs; default: the manifest's.")] = None,
+    tier: Annotated[list[Tier] | None, typer.Option(help="Tier of specs to write; may be repeated; default: all.")] = None,
     force: Force = False,
 ) -> None:
-    """Write twelve small generated tasks on lists, letters and words."""
+    """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
+    from t2l_engine.research.tasks import synthetic as words
     from t2l_engine.research.tasks.folder import write_tasks
-    from t2l_engine.research.tasks.synthetic import suite
+    from t2l_engine.research.tasks.specs import suite as specs
 
-    made = suite(examples, seed)
+    if suite is Suite.words:
+        if specifications is not None or tier:
+            raise ValueError("--specifications and --tier: expected none without --suite specs")
+        made = words.suite(words.MAX_EXAMPLES if examples is None else examples, seed)
+    else:
+        wanted = {t.value for t in tier or Tier}
+        count = specs.EXAMPLES if examples is None else examples
+        placed = specs.suite(specs.SPECIFICATIONS if specifications is None else specifications, seed)
+        made = [specs.task(p.spec, count, seed) for p in placed if p.tier in wanted]
     write_tasks(output, made, overwrite=force)
     _wrote(output, made)
 
@@ -143,6 +164,7 @@ def check(
     folder: Folder,
     manifest: Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file, to compare with.")] = "",
     tier: Annotated[Tier | None, typer.Option(help="Only the tasks of this tier of the manifest; default: all.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Examples per task of manifest specs; default: 60.")] = None,
     as_json: Json = False,
 ) -> None:
     """Check a folder; exit status 1 if a file is invalid, if splits of a task share an input, or with --manifest if tasks,
@@ -169,7 +191,7 @@ def check(
         else:
             _wrote(folder, tasks)
         return
-    wanted = manifests.read(manifest)
+    wanted = manifests.read(manifest, examples)
     differences = manifests.check(folder, wanted, tier.value if tier else None)
     if differences:
         if not as_json:

@@ -61,7 +61,9 @@ def test_its_name_promises_what_it_holds(wheel):
     assert wheel.name.endswith("-py3-none-manylinux_2_28_x86_64.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == ["t2l_engine/_C.so"]
-    data = {"checkpoints/smollm2-135m/check.json", "research/costs/known.json", "research/tasks/manifests/skills.json"}
+    data = {"checkpoints/smollm2-135m/check.json", "research/costs/known.json"}
+    data |= {f"research/tasks/{name}" for name in ("manifests/skills.json", "manifests/specs.json", "specs/words.json")}
+    data.add("research/tasks/specs/phrases.txt")
     assert {f"t2l_engine/{name}" for name in data} <= set(names)
 
 

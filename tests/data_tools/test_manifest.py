@@ -205,7 +205,7 @@ def test_fields_of_a_task_are_checked(values, suite, save, field, value):
 
 
 def test_a_manifest_that_is_nowhere(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'nowhere': no such file; packaged manifests: \['skills'\]"):
+    with pytest.raises(FileNotFoundError, match=r"'nowhere': no such file; packaged manifests: \['skills', 'specs'\]"):
         read("nowhere")
 
 

@@ -2,7 +2,8 @@
 
 A manifest is JSON: ``{"format", "about", "tasks": {name: {"skill", "tier", "source", "licence": [...], "permissive",
 "splits": {split: base64}}}}``.  The base64 of a split holds the first 5 bytes of the SHA-256 of each example, sorted and
-concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.
+concatenated.  Applied to tasks from the same sources, it reproduces examples and splits.  The manifest of the suite of
+specifications is smaller: its examples are made again from a seed, see :mod:`.specs.fixed`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from t2l_engine.files.errors import MAX_NAME, ConfigError, short_repr
 from t2l_engine.files.text import from_json, is_unicode, read_texts
 from t2l_engine.research.tasks.examples import example_digest, input_digest, pool
 from t2l_engine.research.tasks.folder import Task, check_name, load_tasks
+from t2l_engine.research.tasks.specs import fixed
 
 FORMAT = "t2l_engine.tasks.v1"
 PACKAGED = Path(__file__).parent / "manifests"
@@ -33,7 +36,8 @@ MAX_MANIFEST_BYTES = 1 << 23
 class Entry:
     """A task in a manifest; ``splits`` maps a split to the prefixes (5 bytes each) of its examples' digests.
 
-    ``permissive``: whether the licences allow derived works under other terms.
+    ``permissive``: whether the licences allow derived works under other terms.  ``descriptions``: what :func:`wording` gives
+    for them; empty if a manifest does not fix descriptions.
 
     Raises ConfigError naming an invalid field.
     """
@@ -44,8 +48,11 @@ class Entry:
     licence: tuple[str, ...]
     permissive: bool
     splits: dict[str, frozenset[bytes]]
+    descriptions: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.descriptions, str):
+            raise ConfigError(f"descriptions: expected hex digits, got {short_repr(self.descriptions)}")
         for name in ("skill", "source"):
             _check_text(name, getattr(self, name))
         if self.tier not in TIERS:
@@ -86,6 +93,7 @@ class Difference:
     """``count`` examples of a task that are ``"missing"``, ``"extra"`` or ``"moved"`` to another split.
 
     ``split``: of the examples in the manifest; for extra ones, in the folder; None if the whole task is missing or extra.
+    Of kind ``"reworded"``: the task's ``count`` descriptions, or their order, are others.
     """
 
     task: str
@@ -94,6 +102,8 @@ class Difference:
     count: int
 
     def __str__(self) -> str:
+        if self.kind == "reworded":
+            return f"{self.task}: {self.count} descriptions reworded"
         where = "in all" if self.split is None else f"of split {short_repr(self.split)}"
         return f"{self.task}: {self.count} examples {where} {self.kind}"
 
@@ -125,8 +135,10 @@ def build(tasks: Iterable[Task], facts: Mapping[str, Mapping[str, Any]], about: 
     return values
 
 
-def read(path_or_name: str | Path) -> Manifest:
-    """The manifest in a file, or a packaged one by name (``"skills"``).
+def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
+    """The manifest in a file, or a packaged one by name (``"skills"``, ``"specs"``).
+
+    ``examples``: how many a task of the suite of specifications has; None: its default.
 
     Raises FileNotFoundError listing the packaged ones, ConfigError naming file, task and field.
     """
@@ -134,7 +146,12 @@ def read(path_or_name: str | Path) -> Manifest:
     path = packaged.get(str(path_or_name), Path(path_or_name))
     if not path.is_file():
         raise FileNotFoundError(f"manifest {str(path_or_name)!r}: no such file; packaged manifests: {sorted(packaged)}")
-    return _parse(read_texts(path, MAX_MANIFEST_BYTES), str(path))
+    values = read_texts(path, MAX_MANIFEST_BYTES)
+    if isinstance(values, dict) and values.get("format") == fixed.FORMAT:
+        return _made(values, examples, str(path))
+    if examples is not None:
+        raise ConfigError(f"examples: expected none with manifest {path}, which fixes them, got {examples}")
+    return _parse(values, str(path))
 
 
 def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
@@ -212,6 +229,25 @@ def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
     return result
 
 
+def wording(descriptions: Iterable[str]) -> str:
+    """16 hex digits of SHA-256 over ``descriptions``, in their order."""
+    return hashlib.sha256(json.dumps(list(descriptions)).encode()).hexdigest()[:16]
+
+
+def _made(values: dict[str, Any], examples: int | None, where: str) -> Manifest:
+    """The manifest of the suite of specifications."""
+    _check_text(f"{where}: about", values.get("about"))
+    entries = {}
+    for placed, task in fixed.read(values, examples, where):
+        splits: dict[str, set[bytes]] = {}
+        for example in task.examples:
+            splits.setdefault(example.split, set()).add(_prefix(example.input, example.outputs[0]))
+        frozen = {name: frozenset(found) for name, found in splits.items()}
+        about = placed.spec.family.name, placed.tier, "t2l tasks synthetic --suite specs", ("Apache-2.0",), True
+        entries[task.name] = Entry(*about, frozen, wording(task.descriptions))
+    return Manifest(values["about"], entries)
+
+
 def _parse(values: Any, where: str) -> Manifest:
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else values
@@ -275,7 +311,10 @@ def _compare(task: Task, entry: Entry) -> list[Difference]:
         seen.add(prefix)
     for name, prefixes in entry.splits.items():
         counts["missing", name] += len(prefixes - seen)
-    return [Difference(task.name, kind, name, count) for (kind, name), count in sorted(counts.items()) if count]
+    found = [Difference(task.name, kind, name, count) for (kind, name), count in sorted(counts.items()) if count]
+    if entry.descriptions and wording(task.descriptions) != entry.descriptions:
+        found.append(Difference(task.name, "reworded", None, len(task.descriptions)))
+    return found
 
 
 def _hex(digests: Iterable[bytes]) -> str:
