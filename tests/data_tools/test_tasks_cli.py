@@ -79,7 +79,7 @@ def test_select_and_check(t2l_tasks, fails, folder, suite, manifest, tmp_path):
     about = json.loads(t2l_tasks("check", tmp_path / "train", "--manifest", manifest, "--tier", "train", "--json")[0])
     assert about == {"manifest": str(manifest), "tasks": sorted(t.name for t in suite[:-1]), "differences": []}
     fails("none of its 4 tasks is of tier sibling", "select", folder, "--manifest", manifest, "--tier", "sibling", "-o", "x")
-    fails("packaged manifests: ['skills']", "select", folder, "--manifest", "none", "--tier", "train", "-o", "x")
+    fails("packaged manifests: ['skills', 'specs']", "select", folder, "--manifest", "none", "--tier", "train", "-o", "x")
     arguments = ("select", folder, "--manifest", manifest, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
     assert t2l_tasks(*arguments)[0].endswith(": 1 tasks, 20 examples\n")
     manifest.write_text(manifest.read_text().replace('"permissive": true', '"permissive": false'))
