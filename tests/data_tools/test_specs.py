@@ -192,7 +192,7 @@ def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
 
 def test_the_same_in_every_version_of_python():
     rows = [[t.name, t.descriptions, [(e.input, e.outputs, e.split) for e in t.examples]] for t in TASKS.values()]
-    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "cbeee973bd441aee"
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "b0fcf38667fba3f2"
 
 
 # --- the manifest ------------------------------------------------------------------------------------------------------
@@ -208,10 +208,15 @@ def test_the_packaged_manifest_is_this_suite():
     assert all(wanted[p.spec.name][1] == digest(p.spec, 0) for p in PLACED[::4])  # of the others, the names suffice
 
 
+@functools.cache
+def small_values():
+    return fixed.build(140)
+
+
 @pytest.fixture
 def small(tmp_path):
     """A manifest file of 140 specifications."""
-    (tmp_path / "small.json").write_text(json.dumps(fixed.build(140)))
+    (tmp_path / "small.json").write_text(json.dumps(small_values()))
     return tmp_path / "small.json"
 
 

@@ -14,6 +14,8 @@ from t2l_engine.files.text import MAX_VALUES
 from t2l_engine.research.tasks.folder import MAX_DESCRIPTIONS_BYTES
 from t2l_engine.research.tasks.manifest import MAX_MANIFEST_BYTES
 from t2l_engine.research.tasks.sni import MAX_FILE_BYTES
+from t2l_engine.research.tasks.specs import fixed
+from t2l_engine.research.tasks.specs.suite import FAMILIES
 
 MIB = 1 << 20
 #: Names that are none of a task.
@@ -168,6 +170,13 @@ def _manifests(shop: Workshop) -> Iterator[Case]:
 
     texts = [None, "", " \n", 3, True, {}, [], ["a"], SURROGATE, HUGE, LIST, NESTED, KEYS]
     others = [None, [], 3, "copy", TEXT, HUGE, LIST, NESTED]
+    specs = fixed.build(len(FAMILIES))
+    wrong_specs = {
+        "about": texts, "version": others, "seed": [None, [], True, "0", 1, TEXT, LIST, NESTED],
+        "tiers": [*others, {}, KEYS, {"train": {}}], "surprise": [1],
+    }  # fmt: skip
+    yield from field_cases(lambda field, value: case(f"specs-{field}", specs | {field: value}), wrong_specs)
+    yield case("specs-many", specs | {"tiers": {"train": {f"join-{i:06}": TEXT[:16] for i in range(100_000)}}})
     wrong_top = {"format": [*others, "t2l_engine.tasks.v0"], "about": texts, "tasks": [*others, {}], "surprise": [1]}
     yield from field_cases(top, wrong_top)
     yield case("surprises", whole | KEYS)
@@ -184,6 +193,7 @@ def _manifests(shop: Workshop) -> Iterator[Case]:
             "licence": [*others, [3], [None], ["MIT", ""], [SURROGATE], {"MIT": 1}],
             "permissive": [*FLAGS, HUGE, NESTED],
             "splits": [*others, {}, ["train"], KEYS],
+            "descriptions": [None, [], 3, HUGE, NESTED, KEYS],
             "surprise": [1],
             TEXT[:100] + "surprise": [1],
         },

@@ -31,7 +31,12 @@ def read(values: dict[str, Any], examples: int | None, where: str) -> Iterator[t
     tiers, seed = values.get("tiers"), values.get("seed")
     if values.keys() != {"format", "about", "version", "seed", "tiers"} or values["version"] != VERSION:
         raise ConfigError(f"{where}: expected format, about, version {VERSION}, seed and tiers, got {short_repr(values)}")
-    if not isinstance(seed, int) or not isinstance(tiers, dict) or not all(isinstance(t, dict) for t in tiers.values()):
+    if (
+        isinstance(seed, bool)
+        or not isinstance(seed, int)
+        or not isinstance(tiers, dict)
+        or not all(isinstance(t, dict) for t in tiers.values())
+    ):
         raise ConfigError(f"{where}: expected a number as seed and objects as tiers, got {short_repr(values)}")
     wanted = {name: (tier, found) for tier, names in tiers.items() for name, found in names.items()}
     if not wanted or len(wanted) != sum(map(len, tiers.values())):

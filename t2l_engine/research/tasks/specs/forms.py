@@ -3,11 +3,11 @@
 from t2l_engine.research.tasks.specs.family import Family
 from t2l_engine.research.tasks.specs.inputs import one_word, word
 from t2l_engine.research.tasks.specs.words import (
-    ADJECTIVES,
+    ADJECTIVE_WORDS,
     NAMES,
     NOUNS,
     POOLS,
-    VERBS,
+    VERB_WORDS,
     comparative,
     ing,
     past,
@@ -31,21 +31,21 @@ FAMILIES = (
         "habit",
         "word",
         {"who": SUBJECTS, "when": POOLS["habit_times"]},
-        make=lambda p, draw: one_word(draw, list(VERBS)),
+        make=lambda p, draw: one_word(draw, VERB_WORDS),
         answer=lambda p, text: f"{p.who} {third_person(word(text))} {p.when}",
     ),
     Family(
         "past",
         "word",
         {"who": SUBJECTS, "when": POOLS["past_times"]},
-        make=lambda p, draw: one_word(draw, list(VERBS)),
+        make=lambda p, draw: one_word(draw, VERB_WORDS),
         answer=lambda p, text: f"{p.who} {past(word(text))} {p.when}",
     ),
     Family(
         "verb_form",
         "word",
         {"start": POOLS["verb_starts"]},
-        make=lambda p, draw: one_word(draw, list(VERBS)),
+        make=lambda p, draw: one_word(draw, VERB_WORDS),
         answer=lambda p, text: (
             f"{p.start} {ing(word(text)) if p.start.split()[-1] in {'is', 'are', 'were', 'am'} else word(text)}"
         ),
@@ -71,14 +71,14 @@ FAMILIES = (
             "start": POOLS["compare_starts"],
             "end": POOLS["than"],
         },
-        make=lambda p, draw: one_word(draw, list(ADJECTIVES)),
+        make=lambda p, draw: one_word(draw, ADJECTIVE_WORDS),
         answer=lambda p, text: f"{p.start} {comparative(word(text))} {p.end}",
     ),
     Family(
         "superlative",
         "word",
         {"thing": tuple(NOUNS[:120])},
-        make=lambda p, draw: one_word(draw, list(ADJECTIVES)),
+        make=lambda p, draw: one_word(draw, ADJECTIVE_WORDS),
         answer=lambda p, text: f"the {superlative(word(text))} {p.thing} of all",
     ),
 )

@@ -34,9 +34,10 @@ from t2l_engine.research.tasks.specs.words import (
     KIND_OF,
     KINDS,
     MONTHS,
-    NOUNS,
     OPPOSITES,
     POOLS,
+    nouns_like,
+    nouns_of,
     number_word,
     plural,
 )
@@ -44,6 +45,7 @@ from t2l_engine.research.tasks.specs.words import (
 _HOURS = {"one hour": 1, "two hours": 2, "three hours": 3, "four hours": 4, "six hours": 6, "twelve hours": 12}
 _DAYS = {"one day": 1, "two days": 2, "three days": 3, "a week": 7, "ten days": 10, "two weeks": 14}
 _BOTH_WAYS = OPPOSITES | {b: a for a, b in OPPOSITES.items()}
+_OF_OPPOSITES = list(_BOTH_WAYS)
 
 NEAR = (
     Family(
@@ -98,7 +100,7 @@ NEAR = (
         "double_letter",
         "word",
         {"place": ("first", "second", "third", "last")},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) > 3]),
+        make=lambda p, draw: one_word(draw, nouns_of(4)),
         answer=lambda p, text: _double(word(text), PLACES[p.place]),
         held_out="trained families cut, mark or capitalise letters at a place; none adds a copy of one",
     ),
@@ -106,7 +108,7 @@ NEAR = (
         "label_vowel",
         "word",
         {"labels": PAIRS},
-        make=lambda p, draw: one_word(draw, _nouns(lambda w: w[0] in "aeiou", draw.chance())),
+        make=lambda p, draw: one_word(draw, nouns_like("^[aeiou]", draw.chance())),
         answer=lambda p, text: p.labels[word(text)[0].lower() not in "aeiou"],
         held_out="labels are trained on kinds, letters, limits and moods; the class of the first letter is a new criterion",
     ),
@@ -114,7 +116,7 @@ NEAR = (
         "label_length",
         "word",
         {"limit": (4, 5, 6, 7), "labels": PAIRS},
-        make=lambda p, draw: one_word(draw, _nouns(lambda w: len(w) > p.limit, draw.chance())),
+        make=lambda p, draw: one_word(draw, nouns_of(p.limit + 1) if draw.chance() else nouns_of(1, p.limit)),
         answer=lambda p, text: p.labels[len(word(text)) <= p.limit],
         held_out="labels are trained with limits on numbers and ages; counting letters for a label is a new criterion",
     ),
@@ -192,7 +194,7 @@ FAR = (
         "reverse_word",
         "word",
         {"end": ("!", "?", ".", "...", "-", ";", ":", "#")},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) < 7]),
+        make=lambda p, draw: one_word(draw, nouns_of(1, 6)),
         answer=lambda p, text: word(text)[::-1] + p.end,
         held_out="no trained family changes the order of letters",
     ),
@@ -257,7 +259,7 @@ FAR = (
         "opposite",
         "word",
         {"template": ("not ___ but", "never ___, always", "less ___, more", "neither ___ nor", "first ___, then", "___ or")},
-        make=lambda p, draw: one_word(draw, list(_BOTH_WAYS)),
+        make=lambda p, draw: one_word(draw, _OF_OPPOSITES),
         answer=lambda p, text: f"{p.template.replace('___', word(text))} {_BOTH_WAYS.get(word(text), 'none')}",
         held_out="no trained family asks what a word means",
     ),
@@ -266,10 +268,6 @@ FAR = (
 #: How far from the trained families -> the families.
 DISTANCES = {"near": NEAR, "in between": MIDDLE, "far": FAR}
 FAMILIES = (*NEAR, *MIDDLE, *FAR)
-
-
-def _nouns(wanted, value):
-    return [w for w in NOUNS if wanted(w) is value]
 
 
 def _double(text, index):

@@ -29,6 +29,7 @@ from t2l_engine.research.tasks.specs.words import (
     POOLS,
     REVIEWED,
     TOPICS,
+    nouns_like,
     with_article,
 )
 
@@ -69,7 +70,7 @@ FAMILIES = (
         "label_letter",
         "word",
         {"letter": tuple("aeiorstnlcdm"), "labels": PAIRS},
-        make=lambda p, draw: one_word(draw, _with_letter(p.letter, draw.chance())),
+        make=lambda p, draw: one_word(draw, nouns_like(p.letter, draw.chance())),
         answer=lambda p, text: p.labels[p.letter not in word(text).lower()],
     ),
     Family(
@@ -136,10 +137,6 @@ FAMILIES = (
         answer=lambda p, text: p.labels[p.name not in tokens(text)],
     ),
 )
-
-
-def _with_letter(letter, inside):
-    return [w for w in NOUNS if (letter in w) is inside]
 
 
 def _two(draw):

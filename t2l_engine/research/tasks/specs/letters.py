@@ -2,7 +2,7 @@
 
 from t2l_engine.research.tasks.specs.family import Family
 from t2l_engine.research.tasks.specs.inputs import PLACES, at, one_word, word
-from t2l_engine.research.tasks.specs.words import NOUNS, POOLS, STRINGS
+from t2l_engine.research.tasks.specs.words import POOLS, STRINGS, nouns_like, nouns_of
 
 PARTS = {
     f"{side} {count}": (side, number)
@@ -15,7 +15,7 @@ FAMILIES = (
         "letter_at",
         "word",
         {"place": tuple(PLACES)},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) > 3]),
+        make=lambda p, draw: one_word(draw, nouns_of(4)),
         answer=lambda p, text: at(word(text), PLACES[p.place]),
     ),
     Family(
@@ -36,7 +36,7 @@ FAMILIES = (
         "replace_letter",
         "word",
         {"old": tuple("aeiourstnl"), "new": tuple("aeiouxyzqk*#-_0")},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if p.old in w]),
+        make=lambda p, draw: one_word(draw, nouns_like(p.old)),
         answer=lambda p, text: word(text).replace(p.old, p.new),
         valid=lambda p: p.old != p.new,
     ),
@@ -44,7 +44,7 @@ FAMILIES = (
         "remove_letter",
         "word",
         {"letter": tuple("aeiourstnlcmpdbhgk")},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if p.letter in w]),
+        make=lambda p, draw: one_word(draw, nouns_like(p.letter)),
         answer=lambda p, text: word(text).replace(p.letter, "") or "none",
     ),
     Family(
@@ -67,21 +67,21 @@ FAMILIES = (
         "spell",
         "word",
         {"sep": POOLS["letter_joiners"]},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) < 8]),
+        make=lambda p, draw: one_word(draw, nouns_of(1, 7)),
         answer=lambda p, text: p.sep.join(word(text)[:20]),
     ),
     Family(
         "cut",
         "word",
         {"side": ("first", "last"), "n": (2, 3, 4)},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) > p.n]),
+        make=lambda p, draw: one_word(draw, nouns_of(p.n + 1)),
         answer=lambda p, text: word(text)[: p.n] if p.side == "first" else word(text)[-p.n :],
     ),
     Family(
         "drop_letters",
         "word",
         {"what": tuple(PARTS)},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) > 4]),
+        make=lambda p, draw: one_word(draw, nouns_of(5)),
         answer=lambda p, text: _cut_at(word(text), p.what)[1] or "none",
     ),
     Family(
@@ -102,7 +102,7 @@ FAMILIES = (
         "letter_marks",
         "word",
         {"what": tuple(PARTS), "marks": ("()", "<>", "[]", "{}", "**", "__", "''", "//", "||", "~~")},
-        make=lambda p, draw: one_word(draw, [w for w in NOUNS if len(w) > 4]),
+        make=lambda p, draw: one_word(draw, nouns_of(5)),
         answer=lambda p, text: _mark(word(text), p.what, p.marks),
     ),
 )

@@ -2,7 +2,7 @@
 
 from t2l_engine.research.tasks.specs.family import Family
 from t2l_engine.research.tasks.specs.inputs import PLACES, at, items, lengths, listing, mixed, nouns, put
-from t2l_engine.research.tasks.specs.words import KIND_NAMES, KINDS, NOUNS
+from t2l_engine.research.tasks.specs.words import KIND_NAMES, KINDS, NOUNS, nouns_like
 
 LETTERS = tuple("abcdefghklmnoprstvw")
 ENDINGS = tuple("aderhklnotyspgmw")
@@ -61,14 +61,14 @@ FAMILIES = (
         "pick_initial",
         "list",
         {"letter": LETTERS},
-        make=lambda p, draw: _with_one(draw, lambda w: w.startswith(p.letter)),
+        make=lambda p, draw: _with_one(draw, f"^{p.letter}"),
         answer=lambda p, text: at([w for w in items(text) if w.lower().startswith(p.letter)], 0),
     ),
     Family(
         "pick_ending",
         "list",
         {"letter": ENDINGS},
-        make=lambda p, draw: _with_one(draw, lambda w: w.endswith(p.letter)),
+        make=lambda p, draw: _with_one(draw, f"{p.letter}$"),
         answer=lambda p, text: at([w for w in items(text) if w.lower().endswith(p.letter)], 0),
     ),
     Family(
@@ -101,11 +101,9 @@ def _next_to(words, kind, step):
     return at(words, index + step) if index is not None and index + step >= 0 else "none"
 
 
-def _with_one(draw, wanted):
-    """A list with one noun for which ``wanted`` holds."""
-    words = [draw.pick([w for w in NOUNS if wanted(w)])]
-    while len(words) < 4:
-        words += [w for w in [draw.pick(NOUNS)] if w not in words and not wanted(w)]
+def _with_one(draw, pattern):
+    """A list with one noun in which ``pattern`` is found."""
+    words = [draw.pick(nouns_like(pattern)), *draw.sample(nouns_like(pattern, False), 3)]
     return listing(draw, draw.sample(words, 4))
 
 

@@ -5,7 +5,7 @@ import re
 from t2l_engine.research.tasks.specs.family import Family
 from t2l_engine.research.tasks.specs.inputs import PLACES, at, mention, mentioned, sentence, tokens
 from t2l_engine.research.tasks.specs.words import (
-    ADJECTIVES,
+    ADJECTIVE_WORDS,
     DAYS,
     KIND_NAMES,
     KINDS,
@@ -165,7 +165,7 @@ def _about(draw, name):
 
 
 def phrase(draw):
-    words = [draw.pick(list(ADJECTIVES)), draw.pick(NOUNS)]
+    words = [draw.pick(ADJECTIVE_WORDS), draw.pick(NOUNS)]
     return draw.layout(("{} {}", "The {} {}", "{} {} for sale"), ("My {} {}", "One {} {} in {}")).format(
         *words, draw.pick(MONTHS)
     )

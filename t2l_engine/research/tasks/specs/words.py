@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ FRAMES: dict[str, dict[str, list[str]]] = _DATA["frames"]
 ADJECTIVES: dict[str, list[str]] = _DATA["adjectives"]
 OPPOSITES: dict[str, str] = _DATA["opposites"]
 VERBS: dict[str, list[str]] = _DATA["verbs"]
+VERB_WORDS, ADJECTIVE_WORDS = list(VERBS), list(ADJECTIVES)
 GOOD, BAD, REVIEWED = _DATA["good_words"], _DATA["bad_words"], _DATA["reviewed"]
 #: Words and short phrases that a specification may ask to write.
 STRINGS: list[str] = _DATA["strings"]
@@ -50,6 +52,18 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 def sentences(kind: str) -> dict[str, list[str]]:
     """As FRAMES, for ``kind``: sentences with a slot for a word, ``{w}`` or (with its article) ``{a}``."""
     return _DATA["sentences"][_DATA["kinds"][kind]["group"]]
+
+
+@functools.cache
+def nouns_of(low: int, high: int = 99) -> list[str]:
+    """The nouns of ``low`` to ``high`` letters."""
+    return [word for word in NOUNS if low <= len(word) <= high]
+
+
+@functools.cache
+def nouns_like(pattern: str, inside: bool = True) -> list[str]:
+    """The nouns in which the regular expression ``pattern`` is found, or those in which it is not."""
+    return [word for word in NOUNS if bool(re.search(pattern, word)) is inside]
 
 
 def with_article(word: str) -> str:
