@@ -60,6 +60,9 @@ def evaluate(
     names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = "",
     split: Annotated[str, typer.Option(help="Split of the evaluated examples.")] = "test",
     max_items: Annotated[int, typer.Option(min=0, help="Limit of examples per task; 0: all.")] = 0,
+    held_out_descriptions: Annotated[
+        int, typer.Option(min=0, help="Only so many last descriptions of each task, which training holds out; 0: all.")
+    ] = 0,
     repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of code, or with reasoning.")] = 256,
@@ -106,6 +109,8 @@ def evaluate(
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise FileNotFoundError("--plot: matplotlib is not installed; run: pip install matplotlib")
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
+    if held_out_descriptions:
+        loaded = [_last_descriptions(task, held_out_descriptions) for task in loaded]
     if max_items:
         loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
     everything = load_tasks(tasks, None, names=[t.name for t in loaded])
@@ -155,7 +160,8 @@ def evaluate(
         "dtype": dtype.value,
         "split": split,
         "scaling": engine.hypernetwork.scaling,
-        "settings": dataclasses.asdict(settings) | {"batch_size": batch_size},
+        "settings": dataclasses.asdict(settings)
+        | {"batch_size": batch_size, "held_out_descriptions": held_out_descriptions},
         "trained_tasks": trained,
         "groups": groups,
         "summary": run.summary(result["tasks"], groups, found[0].name),
@@ -170,6 +176,13 @@ def evaluate(
         means(result, plot)
     if journal is not None:
         journal.unlink(missing_ok=True)
+
+
+def _last_descriptions(task: Any, count: int) -> Any:
+    if len(task.descriptions) <= count:
+        expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
+        raise ValueError(f"--held-out-descriptions: expected {expected}, got {count}")
+    return dataclasses.replace(task, descriptions=task.descriptions[-count:])
 
 
 def _arms(

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "scaling": 4.0,
         "settings": {
             "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
-            "run_code": False, "batch_size": 32,
+            "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
         },
         "trained_tasks": ["first", "last"],
         "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},
@@ -120,6 +121,20 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
     assert tokens["t2l"] == tokens["inputs"] == tokens["multi-task"] == 4 < tokens["other"] == tokens["other-constant"]
     assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
     assert result["forms"]["other"] == {"form": "chat", "validation": None}
+
+
+def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
+    """What a run with held_out_descriptions in training has not read: the same answers as of a folder with these alone."""
+    few = [replace(t, descriptions=t.descriptions[-1:]) for t in all_tasks()]
+    write_tasks(tmp_path / "few", few)
+    options = ("--arms", "base-description", "--repeats", 2)
+    held, _, _ = evaluate(*options, "--held-out-descriptions", 1)
+    expected, _, _ = evaluate(*options, tasks=tmp_path / "few")
+    whole, _, _ = evaluate(*options)
+    assert held["settings"].pop("held_out_descriptions") == 1 and expected["settings"].pop("held_out_descriptions") == 0
+    tokens = [r["details"]["base-description"]["tasks"]["first"]["prompt_tokens"] for r in (held, expected, whole)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert without_seconds(held) == without_seconds(expected)
 
 
 def test_a_second_run_says_the_same(evaluate):
@@ -281,6 +296,11 @@ def test_folders_of_adapters(refuse, adapters, tmp_path):
     assert str(adapters) in refuse("--oracle", adapters, "--names", "again")
     assert str(adapters) in refuse("--multi-task", adapters)
     assert str(tmp_path / "none") in refuse("--also", f"x={tmp_path / 'none'}")
+
+
+def test_all_descriptions_cannot_be_held_out(refuse):
+    told = refuse("--held-out-descriptions", 2)
+    assert told == "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot", "--resume"])
