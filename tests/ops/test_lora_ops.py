@@ -140,7 +140,8 @@ def test_lora_backward_adds_to_grad_x_and_rounds_once(dtype):
     ],
 )
 def test_lora_backward_checks_grad_x(grad_x, message):
-    needs_native("the reference checks little")
+    if not is_native("lora_backward_"):
+        pytest.skip("the reference checks little")
     case = LoraCase("checks", ((3, 0), (2, 1)))
     arguments = {k: v for k, v in case.make().items() if k != "y"}
     given = grad_x(torch.zeros(case.tokens, case.in_features))
