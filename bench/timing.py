@@ -131,6 +131,12 @@ def elapsed_us(run: Call) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
+def filling(us: Mapping[Name, float], seconds: float, rounds: tuple[int, int]) -> dict[Name, int]:
+    """Samples of ``us`` each, within ``rounds``, that fill equal shares of ``seconds``."""
+    share = seconds * 1e6 / max(1, len(us))
+    return {name: max(rounds[0], min(rounds[1], int(share / one))) for name, one in us.items()}
+
+
 class Cpu:
     """This CPU.  ``timed``: whether times mean something."""
 
@@ -170,8 +176,7 @@ class Cpu:
         """
         if not all(one.us > WARM_BELOW_US for one in passes.values()):
             return rounds[0], dict.fromkeys(passes, rounds[1])
-        share = seconds * 1e6 / max(1, len(passes))
-        wanted = {name: max(rounds[0], min(rounds[1], int(share / one.us))) for name, one in passes.items()}
+        wanted = filling({name: one.us for name, one in passes.items()}, seconds, rounds)
         return max(wanted.values(), default=rounds[0]), wanted
 
     def synchronize(self) -> None:

@@ -28,7 +28,7 @@ from bench import baselines, cases
 from bench.cases import LAYERS, Case, Layer, Operands, even, rows
 from bench.harness import OURS, BenchError, Context, Error, Record, Task, record, row, verify, worst
 from bench.suites import apply, generate
-from bench.timing import WARM_BELOW_US, Call, Candidate, Cpu, Name, Pass, elapsed_us
+from bench.timing import WARM_BELOW_US, Call, Candidate, Cpu, Name, Pass, elapsed_us, filling
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.ops import native
 from t2l_engine.testing.models import SHAPES, VARIANTS, HyperShape
@@ -60,8 +60,8 @@ class Settled(Cpu):
 
     def samples(self, passes: Mapping[Name, Pass], seconds: float, rounds: tuple[int, int]) -> tuple[int, dict[Name, int]]:
         """As many as fill the share of each in ``seconds``, whatever the others do."""
-        each, share = {name: one.us / one.calls for name, one in passes.items()}, seconds / len(passes)
-        wanted = {name: max(rounds[0], min(rounds[1], int(share / max(us / 1e6, SETTLE_S)))) for name, us in each.items()}
+        each = {name: one.us / one.calls for name, one in passes.items()}
+        wanted = filling({name: max(us, SETTLE_S * 1e6) for name, us in each.items()}, seconds, rounds)
         wanted |= dict.fromkeys((name for name, us in each.items() if us > HOPELESS * min(each.values())), 2)
         return max(wanted.values()), wanted
 

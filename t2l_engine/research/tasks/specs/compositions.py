@@ -13,6 +13,7 @@ from t2l_engine.research.tasks.specs.inputs import (
     nouns,
     numbers,
     numbers_list,
+    of_kind,
     one_record,
     record,
 )
@@ -27,7 +28,7 @@ FAMILIES = (
         "list",
         {"kind": KIND_NAMES, "new": STRINGS, "where": ("before", "after")},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, 1, draw.number(2, 3))),
-        answer=lambda p, text: _beside(_of_kind(text, p.kind), p.new, p.where),
+        answer=lambda p, text: _beside(at(of_kind(text, p.kind), 0), p.new, p.where),
     ),
     Family(
         "place_case",
@@ -55,7 +56,7 @@ FAMILIES = (
         "list",
         {"kind": KIND_NAMES, "sep": POOLS["joiners"]},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, 2, 2)),
-        answer=lambda p, text: p.sep.join(w for w in items(text) if w in KINDS[p.kind]) or "none",
+        answer=lambda p, text: p.sep.join(of_kind(text, p.kind)) or "none",
     ),
     Family(
         "sort_join",
@@ -79,10 +80,6 @@ FAMILIES = (
         answer=lambda p, text: p.template.replace("___", mentioned(text, KINDS[p.kind])),
     ),
 )
-
-
-def _of_kind(text, kind):
-    return next((w for w in items(text) if w in KINDS[kind]), "none")
 
 
 def _beside(found, new, where):

@@ -42,6 +42,11 @@ def items(text: str) -> list[str]:
     return [item.strip() for item in re.split(r"[,;|/\n]", text) if item.strip()] or [NONE]
 
 
+def of_kind(text: str, kind: str) -> list[str]:
+    """The items of a list that are of ``kind``."""
+    return [word for word in items(text) if word in KINDS[kind]]
+
+
 def mixed(draw: Draw, kind: str, inside: int, outside: int) -> list[str]:
     """``inside`` different words of ``kind`` and ``outside`` of other kinds, in random order."""
     words = draw.sample(KINDS[kind], inside)

@@ -10,6 +10,7 @@ from t2l_engine.research.tasks.specs.inputs import (
     mentioned,
     mixed,
     number,
+    of_kind,
     one_number,
     one_word,
     sentence,
@@ -92,7 +93,7 @@ FAMILIES = (
         "list",
         {"kind": KIND_NAMES, "labels": PAIRS},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, 1, 3) if draw.chance() else mixed(draw, p.kind, 0, 4)),
-        answer=lambda p, text: p.labels[not any(w in KINDS[p.kind] for w in items(text))],
+        answer=lambda p, text: p.labels[not of_kind(text, p.kind)],
     ),
     Family(
         "label_longer",

@@ -1,7 +1,7 @@
 """Families that choose from lists."""
 
 from t2l_engine.research.tasks.specs.family import Family
-from t2l_engine.research.tasks.specs.inputs import PLACES, at, items, lengths, listing, mixed, nouns, put
+from t2l_engine.research.tasks.specs.inputs import PLACES, at, items, lengths, listing, mixed, nouns, of_kind, put
 from t2l_engine.research.tasks.specs.words import KIND_NAMES, KINDS, NOUNS, nouns_like
 
 LETTERS = tuple("abcdefghklmnoprstvw")
@@ -20,14 +20,14 @@ FAMILIES = (
         "list",
         {"kind": KIND_NAMES},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, 1, draw.number(2, 4))),
-        answer=lambda p, text: at([w for w in items(text) if w in KINDS[p.kind]], 0),
+        answer=lambda p, text: at(of_kind(text, p.kind), 0),
     ),
     Family(
         "keep_kind",
         "list",
         {"kind": KIND_NAMES},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, draw.number(2, 3), draw.number(2, 3))),
-        answer=lambda p, text: put([w for w in items(text) if w in KINDS[p.kind]]),
+        answer=lambda p, text: put(of_kind(text, p.kind)),
     ),
     Family(
         "drop_kind",

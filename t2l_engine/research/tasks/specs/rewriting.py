@@ -1,7 +1,7 @@
 """Families that rewrite lists: order, separators, numbering, replacement, counts."""
 
 from t2l_engine.research.tasks.specs.family import Family
-from t2l_engine.research.tasks.specs.inputs import items, lengths, listing, mixed, nouns, put
+from t2l_engine.research.tasks.specs.inputs import PLACES, at, items, lengths, listing, mixed, nouns, of_kind, put
 from t2l_engine.research.tasks.specs.words import KIND_NAMES, KINDS, POOLS, STRINGS, listed, plural
 
 PAIRS = (
@@ -77,26 +77,20 @@ FAMILIES = (
         "list",
         {"kind": KIND_NAMES},
         make=lambda p, draw: listing(draw, mixed(draw, p.kind, draw.number(0, 4), 2)),
-        answer=lambda p, text: str(sum(w in KINDS[p.kind] for w in items(text))),
+        answer=lambda p, text: str(len(of_kind(text, p.kind))),
     ),
     Family(
         "repeat_place",
         "list",
         {"place": ("first", "second", "third", "last"), "n": (2, 3)},
         make=lambda p, draw: nouns(draw, 3, 4),
-        answer=lambda p, text: _repeat(items(text), p.place, p.n),
+        answer=lambda p, text: " ".join([at(items(text), PLACES[p.place])] * p.n),
     ),
 )
 
 
 def _swap(words, first, second):
-    where = {"first": 0, "second": 1, "third": 2, "last": len(words) - 1}
-    a, b = where[first], where[second]
+    a, b = PLACES[first], PLACES[second]
     if max(a, b) < len(words):
         words[a], words[b] = words[b], words[a]
     return words
-
-
-def _repeat(words, place, count):
-    index = {"first": 0, "second": 1, "third": 2, "last": -1}[place]
-    return " ".join([words[index] if index < len(words) else "none"] * count)
