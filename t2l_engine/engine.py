@@ -13,15 +13,16 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
-from t2l_engine.hypernetwork.network import HyperNetwork, load
+from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.lora.handle import LoRAHandle
-from t2l_engine.text.config import EncoderConfig, OneHotConfig
-from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
+from t2l_engine.text.config import AnyEncoderConfig, OneHotConfig, ReaderConfig
+from t2l_engine.text.encoder import MINILM, Examples, OneHotEncoder, TextEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
+from t2l_engine.text.reader import TextReader
 
 
-def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> EncoderConfig | OneHotConfig | str | None:
+def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> AnyEncoderConfig | str | None:
     """Configuration of the encoder of a checkpoint in ``folder``; its model is in the folder ``given`` unless that is None.
 
     A string is a sentence-transformers folder that states the configuration; None: the checkpoint does not state one.
@@ -100,6 +101,9 @@ class TextToLoRA:
             config = _encoder_config(contents, folder, encoder)
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
+            elif isinstance(config, ReaderConfig):
+                pooling = build_pooling(contents, config)
+                encoder = TextReader.from_config(config, pooling, device=device, trust_remote_code=trust_remote_code)
             else:
                 encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
             if config is None and encoder.embed_dim != hypernetwork.config.embed_dim:
@@ -109,16 +113,19 @@ class TextToLoRA:
                 )
         return cls(encoder, hypernetwork, contents.prompt_form)
 
-    def generate(self, texts: Sequence[str]) -> AdapterStack:
+    def generate(self, texts: Sequence[str], examples: Examples = None) -> AdapterStack:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
-        Raises ValueError for an empty list, an empty text, anything but strings or an unknown task name, RuntimeError if
-        the language model is the encoder and has adapters in use.  A description longer than the encoder's length is
-        truncated with a warning.
-        """
-        return self.hypernetwork.generate(self.encoder.encode(texts))
+        ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
+        :class:`TextReader`; a text with examples may be empty.
 
-    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str]) -> None:
+        Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, or examples for an
+        encoder that reads none; RuntimeError if the language model is the encoder and has adapters in use.  A description
+        longer than the encoder's length is truncated with a warning.
+        """
+        return self.hypernetwork.generate(self.encoder.encode(texts, examples))
+
+    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: Examples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
 
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.
@@ -132,7 +139,7 @@ class TextToLoRA:
         >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
         >>> lora.set([3, 4, -1])
         """
-        task_emb = self.encoder.encode(texts)
+        task_emb = self.encoder.encode(texts, examples)
         with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb))) as out:
             self.hypernetwork.generate(task_emb, out=out)
 

@@ -141,6 +141,21 @@ def tiny_model():
     return make
 
 
+#: Of tiny tokenizers.
+WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
+
+
+@pytest.fixture
+def left_tokenizer():
+    """A decoder's tokenizer: pads on the left and knows no padding token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?", padding_side="left")
+
+
 @pytest.fixture
 def results_tree(tmp_path):
     """A tree with committed results, one machine's of each suite, and the documents that hold blocks; no page is written."""

@@ -6,12 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import WORDS
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
 from t2l_engine.text.encoder import normalise_description
 
-WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country. name a capital of the country"]
 POOLINGS = ("cls", "mean", "last")
 
@@ -421,17 +421,6 @@ def test_code_beside_a_class_that_transformers_has_is_refused_too(with_code):
 
 
 # --- the language model itself -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def left_tokenizer():
-    """A decoder's tokenizer: pads on the left and knows no padding token."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, unk_token="?"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?", padding_side="left")
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma2"])

@@ -78,6 +78,10 @@ def evaluate(
     scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Check in one pass whether greedy decoding gives an accepted answer; scores only."),
+    ] = False,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run model-written Python in a sandbox (HumanEval, MBPP).")
     ] = False,
@@ -139,8 +143,9 @@ def evaluate(
         found = without_chat(found)
         say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
     settings = run.Settings(
-        repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code
-    )
+        repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
+        verify,
+    )  # fmt: skip
     identity = f"{model_name} {dtype.value} {model.config.to_json_string()}"
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
     with tqdm(unit="answer") as bar:
@@ -195,12 +200,12 @@ def _arms(
     from t2l_engine.research.training.runs import prompt_form_of
 
     left_out: dict[str, str] = {}
-    found = _generated(NAME, *checkpoint, tasks, left_out)
+    found = _generated(NAME, *checkpoint, tasks, pools, left_out)
     for text in also:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found += _generated(name, *load_engine(path, "", "", False), tasks, left_out)
+        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, left_out)
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -224,22 +229,21 @@ def _arms(
     return found, left_out
 
 
-def _generated(name: str, engine: Any, folder: Path, tasks: list, left_out: dict[str, str]) -> list:
+def _generated(name: str, engine: Any, folder: Path, tasks: list, pools: dict, left_out: dict[str, str]) -> list:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import arms as kinds
 
     training = checkpoints.describe(folder).get("training", {})
     in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
-    made = kinds.generated_arms(name, engine, tasks, in_prompt=in_prompt, from_input=from_input)
+    shown = pools if all(pools.get(task.name) for task in tasks) else None
+    made = kinds.generated_arms(name, engine, tasks, pools=shown, in_prompt=in_prompt, from_input=from_input)
     known = getattr(engine.encoder.config, "tasks", None)
     answered = [task for task in tasks if known is None or task.name in known]
     if not answered:
         raise ValueError(f"{folder}: knows tasks by their names (one-hot), and none of those asked")
-    shuffled = f"{name}-shuffled"
-    if len(answered) < 2 and shuffled in {arm.name for arm in made}:
-        left_out[shuffled] = "it needs at least two tasks"
-        made = [arm for arm in made if arm.name != shuffled]
-    return made
+    shuffled = [arm.name for arm in made if arm.name.endswith("-shuffled")] if len(answered) < 2 else []
+    left_out.update(dict.fromkeys(shuffled, "it needs at least two tasks"))
+    return [arm for arm in made if arm.name not in shuffled]
 
 
 def _adapters(option: str, folder: Path) -> list[Path]:

@@ -36,6 +36,10 @@ def generate(
         Path | None,
         typer.Option("--file", "-f", help="File of descriptions, one per line; -: standard input."),
     ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines of worked examples, input and output, which the adapters are generated from too."),
+    ] = None,
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
     encoder: Encoder = "",
@@ -46,16 +50,19 @@ def generate(
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder, rank, scaling, modules and
-    parameters.
+    parameters.  With --examples, a checkpoint whose encoder reads examples generates from them and the description.
     """
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.text import packaged
+
+    from t2l_engine.text.examples import read_examples
 
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
     several = file is not None or len(descriptions) > 1
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
+    shots = None if examples is None else read_examples(examples)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     _check(engine, lines)
     config = engine.hypernetwork.config
@@ -63,7 +70,7 @@ def generate(
     base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
     results = []
-    task_emb = engine.encoder.encode(texts)
+    task_emb = engine.encoder.encode(texts, None if shots is None else [shots] * len(texts))
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # invalid until all adapters are written
     for start in range(0, len(texts), BATCH_SIZE):

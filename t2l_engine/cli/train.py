@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import console, split_names
+from t2l_engine.cli.common import console, say, split_names
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -180,7 +180,9 @@ def _finish(accelerator: Any, output: Path, runs: list[Path]) -> None:
     if not accelerator.is_main_process:
         return
     from t2l_engine.research.training.log import plot as draw
+    from t2l_engine.research.training.log import speed
 
     for folder in runs:
         draw(folder)
+        say(f"{folder}: {speed(folder)}")
     typer.echo(f"{output}: done")

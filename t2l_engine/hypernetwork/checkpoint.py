@@ -3,7 +3,7 @@
 Native: ``config.json`` (a ``HyperNetworkConfig`` under "hypernetwork", with optional "encoder", "base_model", "training" and
 "reference" blocks) and ``hypernet.safetensors``, whose keys are the parameter names of :class:`HyperNetwork`.  Keys that
 begin with ``reference.`` are tensors of a converted Sakana checkpoint that generation ignores; they are kept for converting
-back.  Sakana format: see :mod:`.sakana`.
+back.  Keys that begin with ``pooling.`` are those of an encoder's trained pooling.  Sakana format: see :mod:`.sakana`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import read_safetensors, write_folder
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.contents import UNUSED_PREFIX, Contents
+from t2l_engine.hypernetwork.contents import POOLING_PREFIX, UNUSED_PREFIX, Contents
 from t2l_engine.hypernetwork.folder import (
     BLOCKS,
     CONFIG_NAME,
@@ -29,7 +29,7 @@ from t2l_engine.hypernetwork.folder import (
     native_blocks,
     stated_encoder,
 )
-from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.config import AnyEncoderConfig
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -44,7 +44,7 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
         raise CheckpointError(str(error)) from None
 
 
-def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
+def encoder_config(folder: Path) -> AnyEncoderConfig | None:
     """The text encoder that a checkpoint was trained with, None if it does not state one.
 
     Raises UndefinedEncoder, a ConfigError, if the checkpoint names an encoder in Sakana format whose pooling is not known.
@@ -82,17 +82,33 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     # Copied from the memory map: checked values cannot change any more, and torch aligns its own memory, on which the
     # rounding of its products may depend; so a checkpoint gives the same adapters in both formats.
     tensors = {key: tensor.clone() for key, tensor in read_safetensors(path, CheckpointError).items()}
-    unused = {k.removeprefix(UNUSED_PREFIX): t for k, t in tensors.items() if k.startswith(UNUSED_PREFIX)}
-    state = {k: t for k, t in tensors.items() if not k.startswith(UNUSED_PREFIX)}
-    return Contents(config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path))
+    unused, pooling = (
+        {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        for prefix in (UNUSED_PREFIX, POOLING_PREFIX)
+    )
+    state = {k: t for k, t in tensors.items() if not k.startswith((UNUSED_PREFIX, POOLING_PREFIX))}
+    contents = Contents(
+        config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path), pooling=pooling
+    )
+    reads = isinstance(blocks.get("encoder"), dict) and "layers" in blocks["encoder"]
+    if reads != bool(pooling):
+        expected = "a trained pooling, as the encoder has layers" if reads else "no pooling, as the encoder has no layers"
+        raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")
+    return contents
 
 
 def write_native(
-    folder: Path, config: HyperNetworkConfig, blocks: dict[str, Any], state: dict[str, Tensor], unused: dict[str, Tensor]
+    folder: Path,
+    config: HyperNetworkConfig,
+    blocks: dict[str, Any],
+    state: dict[str, Tensor],
+    unused: dict[str, Tensor],
+    pooling: dict[str, Tensor],
 ) -> None:
     """Write a native folder, arguments as in :class:`Contents`; CheckpointError if ``blocks`` exceed what readers accept."""
     blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
-    state = state | {UNUSED_PREFIX + key: tensor for key, tensor in unused.items()}
+    for prefix, tensors in ((UNUSED_PREFIX, unused), (POOLING_PREFIX, pooling)):
+        state = state | {prefix + key: tensor for key, tensor in tensors.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     try:
         write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)

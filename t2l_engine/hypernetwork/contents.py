@@ -12,10 +12,10 @@ from torch import Tensor
 from t2l_engine.files.errors import short_repr
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CheckpointError
-from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.config import AnyEncoderConfig
 from t2l_engine.text.prompts import CHAT, check_prompt_form
 
-UNUSED_PREFIX = "reference."
+UNUSED_PREFIX, POOLING_PREFIX = "reference.", "pooling."
 
 
 @dataclasses.dataclass
@@ -24,7 +24,8 @@ class Contents:
 
     ``state``: under native keys; ``unused``: tensors of the Sakana format that generation ignores, under its keys;
     ``blocks``: the optional blocks of ``config.json``; ``path``: of the weights file; ``encoder_config()``: as
-    :func:`.checkpoint.encoder_config`; ``key_in_file``: native key -> the file's key, for errors.
+    :func:`.checkpoint.encoder_config`; ``key_in_file``: native key -> the file's key, for errors.  ``pooling``: tensors of
+    the encoder's trained pooling (:class:`t2l_engine.text.reader.AttentionPooling`), empty for an encoder without one.
     """
 
     config: HyperNetworkConfig
@@ -32,8 +33,9 @@ class Contents:
     unused: dict[str, Tensor]
     blocks: dict[str, Any]
     path: Path
-    encoder_config: Callable[[], EncoderConfig | OneHotConfig | None]
+    encoder_config: Callable[[], AnyEncoderConfig | None]
     key_in_file: Callable[[str], str] = str
+    pooling: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def prompt_form(self) -> str:

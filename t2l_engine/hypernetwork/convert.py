@@ -66,7 +66,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     build(contents)  # checks every key and shape
     if to == "native":
         _expect_json(contents)
-        write_native(target, contents.config, contents.blocks, contents.state, contents.unused)
+        write_native(target, contents.config, contents.blocks, contents.state, contents.unused, contents.pooling)
     else:
         _write_sakana(target, *to_sakana(contents))
     return to
@@ -100,6 +100,10 @@ def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], 
 
 def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """(state_dict, args, adapter_config) in Sakana format."""
+    if contents.pooling:
+        raise CheckpointError(
+            f"{contents.path}: the Sakana format cannot express this checkpoint: its encoder is a reader with a pooling"
+        )
     state = _sakana_state(contents)
     stored = contents.blocks.get("reference", {})
     args, peft = (stored.get(name, {}) for name in ("args", "adapter_config"))

@@ -8,7 +8,7 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
-from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
+from t2l_engine.text.config import AnyEncoderConfig, encoder_config_from_json
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints"
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "hypernet.safetensors"
@@ -84,7 +84,7 @@ def check_blocks(blocks: dict[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {name}: expected {kind[0].__name__}, got {short_repr(blocks[name])}")
 
 
-def stated_encoder(blocks: dict[str, Any], path: Path) -> EncoderConfig | OneHotConfig | None:
+def stated_encoder(blocks: dict[str, Any], path: Path) -> AnyEncoderConfig | None:
     """The text encoder stated by the ``blocks`` of ``path``, None if there is none.
 
     Raises UndefinedEncoder, a ConfigError, if converted Sakana arguments name an encoder whose pooling is not known.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,13 @@ from t2l_engine.files.text import from_json, to_json
 from t2l_engine.files.weights import check_dtype, max_abs
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
-from t2l_engine.hypernetwork.contents import Contents, expect_shape
+from t2l_engine.hypernetwork.contents import POOLING_PREFIX, Contents, expect_shape
 from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError
 from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.reader import AttentionPooling
 
 MAX_PARAMETERS = 1 << 40  # more than any file has, and few enough for torch's tensor sizes
 
@@ -127,16 +130,20 @@ class HyperNetwork(nn.Module):
         """
         return load(read(Path(folder), module_order), scaling=scaling, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str | Path, metadata: dict | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, metadata: dict | None = None, pooling: AttentionPooling | None = None
+    ) -> None:
         """Write the native format: ``config.json`` and ``hypernet.safetensors``.
 
-        ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  Raises ValueError for
-        other blocks, CheckpointError if they are larger than readers accept.
+        ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  ``pooling``: of the
+        encoder, if that is a :class:`TextReader`.  Raises ValueError for other blocks, CheckpointError if they are larger
+        than readers accept.
         """
         unknown = set(metadata or {}) - set(BLOCKS)
         if unknown:
             raise ValueError(f"metadata: expected some of {BLOCKS}, got {sorted(unknown)}")
-        write_native(Path(folder), self.config, metadata or {}, self.state_dict(), unused={})
+        trained = {} if pooling is None else pooling.state_dict()
+        write_native(Path(folder), self.config, metadata or {}, self.state_dict(), unused={}, pooling=trained)
 
     def _apply(self, fn, recurse=True):
         self._packed = None  # .to(), .cuda() and the like replace the storage that folded tensors share
@@ -349,7 +356,29 @@ def build(contents: Contents) -> HyperNetwork:
             if parts[2].startswith("std") and bool((tensor < 0).any()):
                 raise CheckpointError(f"{path}: {key_in_file(key)}: expected standard deviations of 0 or more")
             setattr(net.offsets[parts[1]], parts[2], tensor)
-    wanted = net.state_dict()
+    _assign(net, state, path, key_in_file)
+    return net
+
+
+def build_pooling(contents: Contents, config: ReaderConfig) -> AttentionPooling:
+    """The encoder's trained pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
+    state, path = contents.pooling, contents.path
+    project = state.get("project.weight")
+    width = project.shape[1] if project is not None and project.dim() == 2 else 0
+    if not width or width % len(config.layers):
+        got = None if project is None else tuple(project.shape)
+        raise CheckpointError(
+            f"{path}: {POOLING_PREFIX}project.weight: expected a matrix with columns for {len(config.layers)} layers, got {got}"
+        )
+    with torch.device("meta"):
+        pooling = AttentionPooling(config, width // len(config.layers))
+    _assign(pooling, state, path, lambda key: POOLING_PREFIX + key)
+    return pooling.float()
+
+
+def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file: Callable[[str], str]) -> None:
+    """Make ``state`` the tensors of ``module``; CheckpointError names missing, extra and misfit keys."""
+    wanted = module.state_dict()
     missing, extra = (
         sorted(map(key_in_file, keys)) for keys in (wanted.keys() - state.keys(), state.keys() - wanted.keys())
     )
@@ -357,8 +386,7 @@ def build(contents: Contents) -> HyperNetwork:
         raise CheckpointError(f"{path}: missing keys {short_repr(missing)}, unexpected keys {short_repr(extra)}")
     for key, tensor in state.items():
         expect_shape(path, key_in_file(key), tensor, tuple(wanted[key].shape))
-    net.load_state_dict(state, assign=True)
-    return net
+    module.load_state_dict(state, assign=True)
 
 
 def load(

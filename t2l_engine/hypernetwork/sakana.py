@@ -22,7 +22,7 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents, expect_shape
 from t2l_engine.hypernetwork.folder import BLOCKS, SAKANA_NAMES, CheckpointError, check_blocks
 from t2l_engine.hypernetwork.sakana_encoder import sakana_encoder_config
-from t2l_engine.text.config import EncoderConfig, OneHotConfig, encoder_config_from_json
+from t2l_engine.text.config import AnyEncoderConfig, encoder_config_from_json
 
 #: Our block in args.yaml: facts of a converted native checkpoint that the Sakana format cannot express.
 OWN_BLOCK = "t2l_engine"
@@ -112,14 +112,14 @@ def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
     return own
 
 
-def encoder_config(folder: Path) -> EncoderConfig | OneHotConfig | None:
+def encoder_config(folder: Path) -> AnyEncoderConfig | None:
     """See :func:`t2l_engine.hypernetwork.checkpoint.encoder_config`."""
     _, args_path, peft_path = _paths(folder)
     args, _ = _configs(args_path, peft_path)
     return _stated_encoder(args, args_path)
 
 
-def _stated_encoder(args: dict[str, Any], args_path: Path) -> EncoderConfig | OneHotConfig | None:
+def _stated_encoder(args: dict[str, Any], args_path: Path) -> AnyEncoderConfig | None:
     own = _own(args, args_path)
     if own.get("encoder") is not None:
         return encoder_config_from_json(own["encoder"], f"{args_path}: {OWN_BLOCK}.encoder")

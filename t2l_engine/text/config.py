@@ -15,6 +15,8 @@ from t2l_engine.files.text import from_json, read_json
 
 SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
 ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat16", "float16")
+#: Most layers of a ReaderConfig, and the most of every other of its sizes.
+MAX_READ_LAYERS, MAX_READER_SIZE = 16, 1 << 16
 
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
@@ -99,13 +101,81 @@ class OneHotConfig:
             raise ConfigError(f"encoder.tasks: expected distinct names, got {short_repr(name)} {count} times")
 
 
-def encoder_config_from_json(block: Any, where: str) -> EncoderConfig | OneHotConfig:
-    """The configuration in the "encoder" block of a checkpoint: OneHotConfig if its name is "one-hot", else EncoderConfig.
+@dataclasses.dataclass(frozen=True)
+class ReaderConfig:
+    """A pooling of hidden states that is trained with the hypernetwork.
 
-    ``where`` names the source in errors.  Raises ConfigError for a block that is neither.
+    ``name``: of the language model: ``"smollm2-135m"`` (packaged), a local folder, or a hub name.
+    ``layers``: whose hidden states are read: 0 the token embeddings, i the output of the i-th layer.
+    ``queries``: number of pooled vectors of ``width`` each, which together are ``task_emb``.
+    ``heads``: of each of the ``blocks`` attention blocks.
+    ``max_length``: in tokens, to which description and examples are truncated; at most the model's positions.
+    ``dtype``: "float32", "bfloat16" or "float16", of the language model's weights.
+    ``max_examples``: most worked examples beside a description; 0: it was trained on descriptions alone.
+
+    Raises:
+        ConfigError: a field has a wrong type or value; the message names it.
+
+    >>> from t2l_engine.text.config import ReaderConfig
+    >>> ReaderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
+    1536
     """
-    one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
-    return from_json(OneHotConfig if one_hot else EncoderConfig, block, where)
+
+    name: str
+    layers: tuple[int, ...]
+    queries: int
+    width: int
+    heads: int = 4
+    blocks: int = 1
+    max_length: int = 1024
+    dtype: str = "float32"
+    max_examples: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"encoder.name: expected a non-empty string, got {short_repr(self.name)}")
+        layers = self.layers
+        if (
+            not isinstance(layers, (list, tuple))
+            or not 0 < len(layers) <= MAX_READ_LAYERS
+            or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_READER_SIZE for i in layers)
+            or sorted(set(layers)) != list(layers)
+        ):
+            raise ConfigError(
+                f"encoder.layers: expected 1 to {MAX_READ_LAYERS} increasing numbers from 0, got {short_repr(layers)}"
+            )
+        object.__setattr__(self, "layers", tuple(layers))
+        for name in ("queries", "width", "heads", "blocks", "max_length"):
+            positive_int(f"encoder.{name}", getattr(self, name))
+            if getattr(self, name) > MAX_READER_SIZE:
+                raise ConfigError(f"encoder.{name}: expected at most {MAX_READER_SIZE}, got {getattr(self, name)}")
+        if not isinstance(self.max_examples, int) or isinstance(self.max_examples, bool) or self.max_examples < 0:
+            raise ConfigError(f"encoder.max_examples: expected 0 or more, got {short_repr(self.max_examples)}")
+        if self.width % self.heads:
+            raise ConfigError(f"encoder.width: expected a multiple of the {self.heads} heads, got {self.width}")
+        if self.dtype not in ENCODER_DTYPES:
+            raise ConfigError(f"encoder.dtype: expected one of {ENCODER_DTYPES}, got {short_repr(self.dtype)}")
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of ``task_emb``."""
+        return self.queries * self.width
+
+
+AnyEncoderConfig = EncoderConfig | ReaderConfig | OneHotConfig
+
+
+def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
+    """The configuration in the "encoder" block of a checkpoint.
+
+    A OneHotConfig if its name is "one-hot", a ReaderConfig if it has layers, else an EncoderConfig.
+
+    ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
+    """
+    kind: type[AnyEncoderConfig] = EncoderConfig
+    if isinstance(block, dict):
+        kind = OneHotConfig if block.get("name") == OneHotConfig.name else ReaderConfig if "layers" in block else kind
+    return from_json(kind, block, where)
 
 
 def read_sentence_transformers(folder: Path) -> EncoderConfig:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
 CACHE_SIZE = 4096
+#: Of each text, worked examples (input, answer), or None.
+Examples = Sequence[Sequence[tuple[str, str]] | None] | None
 
 
 def normalise_description(text: str, full_stop: bool = True) -> str:
@@ -34,9 +36,27 @@ def normalise_description(text: str, full_stop: bool = True) -> str:
     return text + "." if full_stop and text and text[-1].isalpha() else text
 
 
-def _check_list(texts: Any) -> None:
+def check_list(texts: Any) -> None:
+    """ValueError unless ``texts`` is a list, or another sequence that is no string."""
     if isinstance(texts, str) or not isinstance(texts, Sequence):
         raise ValueError(f"texts: expected a list of strings, got {type(texts).__name__}; wrap one text in a list")
+
+
+def check_text(name: str, text: Any, what: str) -> None:
+    """ValueError, naming ``name``, unless ``text`` is a string of Unicode with ``what`` in it, not only white space."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name}: expected a non-empty {what}, got {short_repr(text)}")
+    if not is_unicode(text):
+        raise ValueError(f"{name}: expected Unicode text, got bytes that are no UTF-8: {short_repr(text)}")
+
+
+def refuse_examples(name: str, examples: Any) -> None:
+    """ValueError for any ``examples``: the encoder ``name`` reads none."""
+    if examples is not None and any(examples):
+        raise ValueError(
+            f"examples: expected none, since the encoder of this checkpoint, {name!r}, reads descriptions alone; "
+            f"got some for {sum(map(bool, examples))} texts"
+        )
 
 
 class _Modules:
@@ -165,15 +185,13 @@ class TextEncoder:
         """Width of ``task_emb``."""
         return self.model.config.get_text_config().hidden_size
 
-    def prepare(self, texts: Sequence[str]) -> list[str]:
-        """The texts as they are tokenized; ValueError names one that is not a non-empty string."""
-        _check_list(texts)
+    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+        """The texts as they are tokenized; raises ValueError as :meth:`encode`, which also takes what this returns."""
+        check_list(texts)
+        refuse_examples(self.config.name, examples)
         prepared = []
         for i, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"texts[{i}]: expected a non-empty description, got {short_repr(text)}")
-            if not is_unicode(text):
-                raise ValueError(f"texts[{i}]: expected Unicode text, got bytes that are no UTF-8: {short_repr(text)}")
+            check_text(f"texts[{i}]", text, "description")
             if self.config.template is not None:
                 prepared.append(self.config.template.replace("{text}", text.strip()))
             else:
@@ -181,16 +199,19 @@ class TextEncoder:
         return prepared
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], batch_size: int = 32) -> Tensor:
+    def encode(self, texts: Sequence[str], examples: Examples = None, *, batch_size: int = 32) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
 
         A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
 
+        Args:
+            examples: of each text, worked examples (input, answer) or None; only a :class:`TextReader` reads them.
+
         Raises:
-            ValueError: an empty list, an empty text or anything but strings.
+            ValueError: an empty list, an empty text or anything but strings; examples for an encoder that reads none.
             RuntimeError: adapters are in use on the model, which would change the embeddings.
         """
-        prepared = self.prepare(texts)
+        prepared = self.prepare(texts, examples)
         if not prepared:
             raise ValueError("texts: expected at least one description, got none")
         found = self._cached(prepared)
@@ -248,6 +269,15 @@ class TextEncoder:
         return tokens
 
     def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
+        bert = self._current_modules().bert
+        hidden = bert.hidden_states(tokens) if bert and bert.computes() else self._hidden_states(tokens)
+        texts = hidden.float().split([len(inputs["input_ids"]) for inputs in tokens])
+        pool = {"cls": lambda text: text[0], "last": lambda text: text[-1], "mean": lambda text: text.mean(dim=0)}
+        pooled = torch.stack([pool[self.config.pooling](text) for text in texts])
+        return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
+
+    def _current_modules(self) -> _Modules:
+        """The model's modules; RuntimeError if adapters are in use on it."""
         modules = self._modules
         if not modules.are_of(self.model):
             modules = self._modules = _Modules(self.model)
@@ -256,15 +286,15 @@ class TextEncoder:
                 f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
                 "embed outside of use(...), or detach() first"
             )
-        bert = modules.bert
-        hidden = bert.hidden_states(tokens) if bert and bert.computes() else self._hidden_states(tokens)
-        texts = hidden.float().split([len(inputs["input_ids"]) for inputs in tokens])
-        pool = {"cls": lambda text: text[0], "last": lambda text: text[-1], "mean": lambda text: text.mean(dim=0)}
-        pooled = torch.stack([pool[self.config.pooling](text) for text in texts])
-        return nn.functional.normalize(pooled, dim=-1) * math.sqrt(pooled.shape[-1])
+        return modules
 
     def _hidden_states(self, tokens: list[dict[str, list[int]]]) -> Tensor:
         """Last hidden states ``[total tokens, width]`` by the model's forward, of the texts one after another."""
+        batch, mask = self._padded(tokens)
+        return self.model(**batch, attention_mask=mask.long()).last_hidden_state[mask]
+
+    def _padded(self, tokens: list[dict[str, list[int]]]) -> tuple[dict[str, Tensor], Tensor]:
+        """The model's inputs for texts padded on the right, and the mask ``[N, L]`` of their tokens."""
         device = next(self.model.parameters()).device
         lengths = torch.tensor([len(inputs["input_ids"]) for inputs in tokens])
         # Not by the tokenizer: a causal LM's pads on the left and may have no padding token.
@@ -276,7 +306,7 @@ class TextEncoder:
             for key in tokens[0]
         }
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(device)
-        return self.model(**batch, attention_mask=mask.long()).last_hidden_state[mask]
+        return batch, mask
 
 
 class OneHotEncoder:
@@ -299,9 +329,10 @@ class OneHotEncoder:
         """Width of ``task_emb``: the number of training tasks."""
         return len(self.config.tasks)
 
-    def prepare(self, texts: Sequence[str]) -> list[str]:
-        """The names unchanged; ValueError for anything but names of training tasks."""
-        _check_list(texts)
+    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+        """The names unchanged; ValueError for anything but names of training tasks, and for examples."""
+        check_list(texts)
+        refuse_examples(self.config.name, examples)
         for i, name in enumerate(texts):
             if not isinstance(name, str) or name not in self._index:
                 some = list(self.config.tasks[:5])
@@ -311,12 +342,12 @@ class OneHotEncoder:
                 )
         return list(texts)
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], examples: Examples = None) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
 
         Raises ValueError for an empty list and as :meth:`prepare`.
         """
-        if not self.prepare(texts):
+        if not self.prepare(texts, examples):
             raise ValueError("texts: expected at least one task name, got none")
         rows = torch.tensor([self._index[name] for name in texts], device=self.device)
         return nn.functional.one_hot(rows, self.embed_dim).float()

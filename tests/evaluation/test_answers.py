@@ -1,6 +1,7 @@
 """Answers: kept on disk line by line, in batches that depend on the queries alone, each with its own adapter."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import json
@@ -335,6 +336,38 @@ def test_the_likelihood_of_an_option_with_an_adapter_a_row(answerer, loaded):
                 expected, tokens = naive(exact, tokenizer, query.prompt, option, " ")
             base, _ = naive(exact, tokenizer, query.prompt, option, " ")
             assert abs(value - expected) <= tokens * LOSS_ATOL < abs(base - expected)
+
+
+def test_verified_is_what_decoding_gives(tiny_model, answerer):
+    """Of the accepted texts the one that is generated, if the line then ends."""
+    tokenizer = char_tokenizer()
+    model = tiny_model("Llama", vocab_size=len(tokenizer))
+    maker = answerer(model=model, tokenizer=tokenizer, batch_size=32)
+    asked = [Query(f"{word}\n") for word in ("the", "red", "cat", "is", "on", "blue", "mats", "today")]
+    texts = []
+    for query in asked:
+        ids = tokenizer(query.prompt, return_tensors="pt")["input_ids"]
+        new = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+        texts.append("".join(tokenizer.convert_ids_to_tokens(new)))  # decoding puts spaces between
+    whole = [len(text) == 3 and text == text.strip() and "\n" not in text for text in texts]
+    assert sum(whole) > 3
+    pairs = [(query, text) for query, text, fits in zip(asked, texts, whole, strict=True) if fits]
+    right = [dataclasses.replace(query, accepted=("red", text, "blue")) for query, text in pairs]
+    wrong = [dataclasses.replace(query, accepted=(text[:2] + "?", "blue")) for query, text in pairs]
+    maker.__dict__["_ends"] = set(range(len(tokenizer)))  # a line may end before any token
+    assert [answer.text for answer in maker.ask(right, None)] == [text for _, text in pairs]
+    assert {answer.text for answer in maker.ask(wrong, None)} == {""}
+    maker = answerer(model=model, tokenizer=tokenizer, batch_size=32)
+    maker.__dict__["_ends"] = set()  # or never does
+    assert {answer.text for answer in maker.ask(right, None)} == {""}
+
+
+def test_ends_of_a_line(answerer, tiny_model):
+    model, tokenizer = tiny_model("Llama"), char_tokenizer()
+    model.generation_config.eos_token_id = 3
+    ends = answerer(model=model, tokenizer=tokenizer)._ends
+    assert ends >= {3, *tokenizer("\n", add_special_tokens=False)["input_ids"]}
+    assert not ends & set(tokenizer("ab .", add_special_tokens=False)["input_ids"])
 
 
 def test_keys_are_texts_of_any_kind(answerer, tmp_path):

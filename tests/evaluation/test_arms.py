@@ -32,10 +32,29 @@ from t2l_engine.research.evaluation.library import average
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.reader import AttentionPooling, TextReader, condition
 
 RED = Example("red", ("red",), "test")
 TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]
 ASKED = [task(name, RED) for name in DESCRIPTIONS]
+
+
+@pytest.fixture
+def reading(loaded):
+    """An engine whose encoder reads three examples."""
+    model, tokenizer = loaded
+    config = ReaderConfig("tiny", layers=(0, 1), queries=4, width=16, max_examples=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = TextReader(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
+        network = t2l.HyperNetwork(
+            t2l.HyperNetworkConfig(
+                variant="L", modules=("q_proj",), in_features=(64,), out_features=(64,), num_layers=2, rank=2, embed_dim=64,
+                latent_size=16, head_in_size=8, lora_alpha=4,
+            )
+        )  # fmt: skip
+    return t2l.TextToLoRA(reader, network)
 
 
 def shown(arms):
@@ -81,6 +100,24 @@ def test_arms_of_a_checkpoint(engine, in_prompt):
         assert not any(a == b for a, b in zip(texts, others, strict=True))
         assert keys(nonsense, TASKS, repeat) == [junk(t, repeat) for t in TASKS]
         assert keys(constant, TASKS, repeat) == [CONSTANT] * 5
+
+
+def test_a_checkpoint_that_reads_examples(engine, reading):
+    """Its arms are generated from what few-shot prompts show, and from another task's."""
+    pools = {t.name: [Example(f"{t.name} {i}", (str(i),), "train") for i in range(5)] for t in TASKS}
+    arms = generated_arms("mine", reading, TASKS, pools=pools)
+    assert [arm.name for arm in arms[:2] + arms[-2:]] == ["mine", "mine-shuffled", "mine-examples", "mine-examples-shuffled"]
+    own, other = arms[-2:]
+    for repeat in range(3):
+        texts = keys(own, TASKS, repeat)
+        shots = [shots_of(t, pools[t.name], repeat, SHOTS, RED.input) for t in TASKS]
+        assert texts == [condition(description_of(t, repeat), s) for t, s in zip(TASKS, shots, strict=True)]
+        drawn, by_name = partners([t.name for t in TASKS], repeat), dict(zip([t.name for t in TASKS], texts, strict=True))
+        assert keys(other, TASKS, repeat) == [by_name[drawn[t.name]] for t in TASKS]
+    (text,) = reading.encoder.prepare([description_of(TASKS[0], 0)], [shots_of(TASKS[0], pools["task0"], 0)])
+    assert keys(own, TASKS[:1]) == [text]
+    without = [arm.name for arm in generated_arms("mine", reading, TASKS)]
+    assert without == [arm.name for arm in generated_arms("mine", engine, TASKS, pools=pools)] and len(without) == 4
 
 
 def test_a_checkpoint_of_names_answers_those_it_knows(one_hot):
@@ -243,6 +280,14 @@ def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks,
 
 
 # --- identities ------------------------------------------------------------------------------------------------------
+
+
+def test_the_pooling_is_part_of_the_identity(reading):
+    before = Generated(reading).identity
+    assert Generated(reading).identity == before
+    with torch.no_grad():
+        reading.encoder.pooling.queries += 1
+    assert Generated(reading).identity != before
 
 
 def test_equal_identities_are_equal_adapters(engine, checkpoint, one_hot, by_input):

@@ -97,8 +97,8 @@ def test_an_adapter_depends_on_its_own_input_alone(made, condition):
     other = dataclasses.replace(other, samples=(dataclasses.replace(other.samples[0], input="cow cow"),))
     changed = dataclasses.replace(batch, groups=[*batch.groups[:2], other, *batch.groups[3:]])
     with torch.no_grad():
-        before, after = (job._objective.losses(b, job.model(job._embeddings.augmented(b.groups))) for b in (batch, changed))
-        stack = job.model(job._embeddings.augmented(batch.groups))
+        before, after = (job._objective.losses(b, job.model(job._conditions.augmented(b.groups))) for b in (batch, changed))
+        stack = job.model(job._conditions.augmented(batch.groups))
     assert (before != after).tolist() == [False, False, condition == "input", False]
     if condition == "input":
         assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})
@@ -116,9 +116,9 @@ def test_an_input_is_embedded_by_itself(long_and_short, made):
     job, again = made(condition="input"), made(condition="input")
     groups = [group for step in range(4) for batch in job.batches(step, Shard()) for group in batch.groups]
     assert len({len(g.samples[0].input.split()) for g in groups}) > 2
-    together = job._embeddings.clean(groups)
-    alone = torch.cat([again._embeddings.clean([group]) for group in reversed(groups)]).flip(0)
-    assert torch.equal(together, alone) and torch.equal(job._embeddings.augmented(groups), together)
+    together = job._conditions.clean(groups)
+    alone = torch.cat([again._conditions.clean([group]) for group in reversed(groups)]).flip(0)
+    assert torch.equal(together, alone) and torch.equal(job._conditions.augmented(groups), together)
     assert (together.square().mean(dim=1).sqrt() - 1).abs().max() <= EMBEDDING_FROBENIUS
 
 
@@ -165,7 +165,7 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
     texts = load_tasks(tasks, None)[0].descriptions
     groups = [g for step in range(8) for batch in job.batches(step, Shard()) for g in batch.groups if g.task == 0]
     assert {g.description for g in groups} == set(range(len(texts)))
-    assert torch.equal(engine.encoder.encode(texts)[[g.description for g in groups]], job._embeddings.augmented(groups))
+    assert torch.equal(engine.encoder.encode(texts)[[g.description for g in groups]], job._conditions.augmented(groups))
 
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     for text, found in zip(texts, engine.encoder.encode(texts), strict=True):
@@ -202,7 +202,7 @@ def test_smollm2_as_encoder(tasks, tmp_path):
     groups = [group for batch in job.batches(0, Shard()) for group in batch.groups]
     texts = [fit.tasks[g.task].descriptions for g in groups]
     encoder = t2l.TextToLoRA.from_pretrained(out).encoder
-    for group, of_task, found in zip(groups, texts, job._embeddings.augmented(groups), strict=True):
+    for group, of_task, found in zip(groups, texts, job._conditions.augmented(groups), strict=True):
         assert torch.equal(encoder.encode(of_task)[group.description], found)
     fit.close()
 

@@ -364,7 +364,7 @@ def test_training_never_reads_a_held_out_description(encoder, base_model, tasks,
         read.extend(groups)
         return encoder.encode(["any"] * len(groups))
 
-    monkeypatch.setattr(job._embeddings, "clean", clean)
+    monkeypatch.setattr(job._conditions, "clean", clean)
     job.validate(Shard())
     trained = [g for step in range(10) for batch in job.batches(step, Shard()) for g in batch.groups]
     told = prompt == "description"

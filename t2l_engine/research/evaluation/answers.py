@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
 
@@ -41,7 +42,10 @@ def _base(model: nn.Module) -> Iterator[Use]:
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """A prompt with the key of its adapter.  Asks for a generated answer, or for the log-likelihood of each of ``options``.
+    """A prompt with the key of its adapter.
+
+    Asks for a generated answer; for the log-likelihood of each of ``options``; or which of the texts ``accepted`` greedy
+    decoding gives, which takes one pass instead of one per token.
 
     ``max_new_tokens``: of a generated answer; ``one_line``: cut it at its first line break.
     """
@@ -51,11 +55,12 @@ class Query:
     options: tuple[str, ...] = ()
     max_new_tokens: int = 16
     one_line: bool = True
+    accepted: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """``text``: of a generated answer; ``likelihoods``: the log-likelihood of every option otherwise.
+    """``text``: of a generated answer, or the accepted one that decoding gives, empty for none; ``likelihoods``: of options.
 
     ``prompt_tokens``: length of the prompt; ``seconds``: time of the batch divided by its number of answers.
     """
@@ -155,12 +160,12 @@ class Answerer:
 
         def kind(i: int) -> tuple:
             q = queries[i]
-            return bool(q.options), q.max_new_tokens, q.one_line
+            return bool(q.options), bool(q.accepted), q.max_new_tokens, q.one_line
 
         batch: list[int] = []
         rows = 0
         for i in sorted(range(len(queries)), key=lambda i: (*kind(i), lengths[i])):
-            needed = max(1, len(queries[i].options))
+            needed = max(1, len(queries[i].options), len(queries[i].accepted))
             if batch and (rows + needed > self._batch_size or kind(i) != kind(batch[0])):
                 yield batch
                 batch, rows = [], 0
@@ -178,6 +183,8 @@ class Answerer:
         if queries[0].options:
             values = iter(self._likelihoods(queries, prompts, use))
             results = [("", tuple(next(values) for _ in q.options)) for q in queries]
+        elif queries[0].accepted:
+            results = [(text, ()) for text in self._verified(queries, prompts, use)]
         else:
             results = [(text, ()) for text in self._generate(queries, prompts, use)]
         seconds = (self._clock() - start) / len(queries)
@@ -200,11 +207,44 @@ class Answerer:
 
     def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
         """Log-likelihood (sum over tokens) of the options of all queries, in order."""
+        likelihoods = []
+        for row, answer in self._logits(queries, prompts, [q.options for q in queries], use):
+            chosen = torch.tensor(answer, device=row.device)[:, None]
+            likelihoods.append(float(row[:-1].float().log_softmax(-1).gather(1, chosen).sum()))
+        return likelihoods
+
+    def _verified(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
+        """Of each query, the accepted text that greedy decoding gives and then ends its line; empty if it is none of them."""
+        found = [""] * len(queries)
+        texts = [(i, text) for i, q in enumerate(queries) for text in q.accepted]
+        logits = self._logits(queries, prompts, [q.accepted for q in queries], use)
+        for (i, text), (row, answer) in zip(texts, logits, strict=True):
+            *chosen, last = row.argmax(dim=-1).tolist()
+            if chosen == answer and last in self._ends:
+                found[i] = text
+        return found
+
+    @functools.cached_property
+    def _ends(self) -> set[int]:
+        """Ids of tokens after which no more of a line comes."""
+        vocabulary = range(len(self._tokenizer))
+        decoded = self._tokenizer.batch_decode([[i] for i in vocabulary])
+        ends = self._model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends, self._tokenizer.eos_token_id]
+        return {*ends, *(i for i, text in zip(vocabulary, decoded, strict=True) if text.lstrip(" ").startswith("\n"))}
+
+    def _logits(
+        self, queries: Sequence[Query], prompts: list[list[int]], texts: Sequence[Sequence[str]], use: Use
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """For each of the ``texts`` of each query, logits ``[tokens + 1, vocabulary]`` and the tokens that it has.
+
+        Row i of the logits is before token i, the last one after the text.
+        """
         rows, answers, keys = [], [], []
-        for query, prompt in zip(queries, prompts, strict=True):
+        for query, prompt, of_query in zip(queries, prompts, texts, strict=True):
             space = "" if query.prompt[-1:].isspace() else " "  # none after the line break of a chat template
-            for option in query.options:
-                answers.append(self.tokens(space + option))
+            for text in of_query:
+                answers.append(self.tokens(space + text))
                 rows.append(prompt + answers[-1])
                 keys.append(query.adapter)
         batch = self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._model.device)
@@ -212,9 +252,6 @@ class Answerer:
         if "position_ids" in inspect.signature(self._model.forward).parameters:  # otherwise GPT-2 would count padding
             positions = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)}
         with use(keys):
-            logits = self._model(**batch, **positions, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1]
-        likelihoods = []
+            logits = self._model(**batch, **positions, use_cache=False, logits_to_keep=longest + 1).logits
         for row, answer in zip(logits, answers, strict=True):  # row by row, to bound the memory of float32 logits
-            chosen = torch.tensor(answer, device=row.device)[:, None]
-            likelihoods.append(float(row[-len(answer) :].float().log_softmax(-1).gather(1, chosen).sum()))
-        return likelihoods
+            yield row[-len(answer) - 1 :], answer

@@ -26,6 +26,7 @@ class Settings:
         max_new_tokens: of an answer; ``max_long_tokens``: of an answer with reasoning to a number, or of code.
         max_prompt_tokens: an item with a longer prompt in any arm is left out of all arms.
         validation_items: per task, for selecting an arm's prompt template.
+        verify: of exact-match items, only check in one pass whether greedy decoding gives an accepted answer.
         run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
     """
 
@@ -35,6 +36,7 @@ class Settings:
     max_prompt_tokens: int = 1024
     validation_items: int = 8
     run_code: bool = False
+    verify: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,7 @@ class Evaluation:
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
             not long,
+            item.example.outputs if self._settings.verify and item.example.metric == "exact_match" else (),
         )
 
     def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
@@ -226,8 +229,11 @@ class Evaluation:
         if example.metric == "pass":
             program = sandbox.extract(answer.text, example.input)
             return {"score": float(sandbox.run_tests(program, example.tests) == "passed")}
+        score = float(metrics.exact_match(answer.text, example.outputs))
+        if self._settings.verify:
+            return {"score": score}
         return {
-            "score": float(metrics.exact_match(answer.text, example.outputs)),
+            "score": score,
             "containment": float(metrics.containment(answer.text, example.outputs)),
             "rouge_l": metrics.rouge_l(answer.text, example.outputs),
         }

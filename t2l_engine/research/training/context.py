@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -22,6 +24,9 @@ from t2l_engine.research.training.objective import Adapter, Batch, Objective, co
 from t2l_engine.research.training.sampling import Descriptions, Examples, Group, Shard
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.text import base_model
+
+#: Tasks whose digests a checkpoint states one by one; readers accept a configuration of 1 MiB.
+MANY_TASKS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +140,13 @@ class TrainingContext:
         """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all)."""
         chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
         return {"tasks": {task.name: self._digests[task.name] for task in chosen}}
+
+    def stated(self) -> dict[str, Any]:
+        """:meth:`data` for a checkpoint: of many tasks the names and one digest of all, so that it stays small."""
+        data = self.data()
+        if len(self.tasks) <= MANY_TASKS:
+            return data
+        return {"tasks": list(data["tasks"]), "tasks_sha256": hashlib.sha256(json.dumps(data).encode()).hexdigest()}
 
     def objective(self, stack: AdapterStack) -> Objective:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""

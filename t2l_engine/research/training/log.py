@@ -61,6 +61,14 @@ class Log:
             self._file.close()
 
 
+def speed(folder: Path) -> str:
+    """Steps of a run and what passed through the model in a second of them, for people; only the steps if nothing did."""
+    rows = [row for row in read_log(folder) if "loss" in row]
+    seconds = sum(row["seconds"] for row in rows)
+    rates = [f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in ("examples", "tokens") if name in rows[0]]
+    return f"{len(rows)} steps in {seconds:,.0f} s" + (f" ({', '.join(rates)})" if rates else "")
+
+
 def plot(folder: Path) -> Path:
     """Plot loss and validation loss over steps to ``loss.png`` in ``folder``; returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -3,7 +3,8 @@
 A run's folder holds
 
 - ``settings.yaml``: all settings;
-- ``log.jsonl``: a line per step (loss, gradient norm before clipping, learning rate, tokens, seconds) and per validation;
+- ``log.jsonl``: a line per step (loss, gradient norm before clipping, learning rate, examples, tokens with padding,
+  seconds) and per validation;
 - ``training_state.pt``: parameters, optimiser state, step and best validation, replaced atomically;
 - the job's checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
 
@@ -40,6 +41,7 @@ from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings, differences, to_yaml
 
 STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
+COUNTS = ("examples", "tokens")  # of a step, in the log
 
 
 class Job(ABC):
@@ -57,7 +59,7 @@ class Job(ABC):
 
     @abstractmethod
     def batches(self, step: int, shard: Shard) -> Sequence[Any]:
-        """This process's shard of each of the step's ``accumulation`` batches; a batch may have an attribute ``tokens``."""
+        """This process's shard of each of the step's ``accumulation`` batches; a batch may have attributes COUNTS."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
@@ -215,9 +217,10 @@ def _step(
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm} at step {step + 1}; {state.describe()}")
     optimizer.step()
-    tokens = torch.tensor(sum(getattr(b, "tokens", 0) for b in batches), device=accelerate.device)
-    tokens = int(accelerate.reduce(tokens, "sum"))
-    return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **({"tokens": tokens} if tokens else {})}
+    counts = [sum(getattr(b, name, 0) for b in batches) for name in COUNTS]
+    counts = accelerate.reduce(torch.tensor(counts, device=accelerate.device), "sum").tolist()
+    counted = {name: count for name, count in zip(COUNTS, counts, strict=True) if count}
+    return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counted}
 
 
 def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path) -> None:

@@ -46,6 +46,11 @@ class Batch:
         return [group.task for group in self.groups for _ in group.samples]
 
     @property
+    def examples(self) -> int:
+        """Number of rows."""
+        return len(self.ids)
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that pass through the model, padding included."""
         return self.ids.numel()

@@ -44,8 +44,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-#: The ``encoder`` that is the frozen language model itself.
-BASE_MODEL = "base-model"
+#: The ``encoder`` that is the frozen language model itself: its last hidden state, or a trained pooling of hidden states.
+BASE_MODEL, READER = "base-model", "reader"
 
 
 class Settings(BaseModel):
@@ -131,8 +131,8 @@ class _HyperNetwork(BaseModel):
     head_in_size: Positive = Field(256, description="width of the heads' input")
     encoder: Text = Field(
         "minilm",
-        description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, or '
-        '"one-hot": tasks without text',
+        description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, '
+        '"reader" (sft): a trained pooling of its hidden states, or "one-hot": tasks without text',
     )
     task_init: Literal["random", "discriminant"] = Field(
         "random",
@@ -165,6 +165,37 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         "(Hyperdecoders, arXiv 2203.08304)",
     )
     generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
+    initial: Text = Field("", description="checkpoint folder whose parameters the run starts from; empty: random ones")
+    reader_layers: tuple[Count, ...] = Field(
+        (0, 10, 20), min_length=1, description="hidden states that the reader pools: 0 token embeddings, i output of layer i"
+    )
+    reader_queries: Positive = Field(8, description="pooled vectors of the reader")
+    reader_width: Positive = Field(192, description="of each of them")
+    reader_heads: Positive = Field(4, description="of the reader's attention")
+    reader_blocks: Positive = Field(1, description="attention blocks of the reader")
+    read_descriptions: Count = Field(
+        0, description="of a task's training descriptions, so many, drawn by the seed, are read (encoder reader); 0: all"
+    )
+    example_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="share of the groups whose adapter is generated from an example set (encoder reader)"
+    )
+    example_sets: Positive = Field(8, description="example sets of a task: a description, or none, with worked examples")
+    max_examples: Positive = Field(6, description="most worked examples of a set")
+
+    @model_validator(mode="after")
+    def _reader(self):
+        if self.encoder != READER:
+            if self.example_share:
+                raise ValueError(
+                    f"example_share: expected 0 with encoder {self.encoder!r}, which reads no examples, "
+                    f"got {self.example_share}"
+                )
+            return self
+        for name, only in (("condition", "description"), ("task_init", "random"), ("embedding_noise", 0.0),
+                           ("mix_descriptions", False)):  # fmt: skip
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}: expected {only} with encoder {READER!r}, got {getattr(self, name)}")
+        return self
 
     @model_validator(mode="after")
     def _condition(self):
@@ -196,8 +227,8 @@ class ReconstructionSettings(_HyperNetwork, Settings):
 
     @model_validator(mode="after")
     def _no_base_model(self):
-        if self.encoder == BASE_MODEL:
-            raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {BASE_MODEL!r}")
+        if self.encoder in (BASE_MODEL, READER):
+            raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {self.encoder!r}")
         return self
 
 
@@ -280,7 +311,7 @@ def fields(kind: type[Settings]) -> list[tuple[str, str, str]]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def to_yaml(settings: Settings) -> str:

@@ -7,6 +7,8 @@ adapter is generated from its input instead of the description.
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,29 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.text import to_json
+from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
+from t2l_engine.research.training.conditions import ReadConditions, ReadingHyperNetwork
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
-from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.research.training.settings import READER, SFTSettings
+from t2l_engine.text.reader import AttentionPooling
+
+STATES = "states"  # folder of hidden states in that of a run, until the run is complete
 
 
 class SFT(loop.Job):
     """Supervised fine-tuning of a hypernetwork; see :func:`train`."""
 
-    def __init__(self, settings: SFTSettings, context: TrainingContext):
+    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(STATES)):
+        """``folder``: for the file of hidden states that a reader pools."""
         super().__init__()
         self.settings, self._context = settings, context
         self._by_input = settings.condition == "input"
@@ -38,11 +48,13 @@ class SFT(loop.Job):
             _check_inputs(context.train)
             _check_inputs(context.validation)
         texts = [(task.name, task.descriptions) for task in context.tasks]
-        self._embeddings = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)  # for all layers but the heads
-            self.model = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(settings.seed))
-        self._embeddings.initialise(self.model.task_encoder.linear)
+        self._conditions: TaskEmbeddings | ReadConditions
+        if settings.encoder == READER:
+            self._conditions = ReadConditions(settings, context.tasks, context.device, folder)
+        else:
+            self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
+        self._net, pooling = self._trained_before() if settings.initial else self._new()
+        self.model: nn.Module = self._net if pooling is None else ReadingHyperNetwork(pooling, self._net)
         self.model.to(context.device)
         self._stream = Stream(
             len(context.tasks),
@@ -53,7 +65,7 @@ class SFT(loop.Job):
             settings.bucket_steps,
         )
         with torch.no_grad():
-            first = self.model(torch.zeros(1, self._embeddings.embed_dim, device=context.device))
+            first = self._net(torch.zeros(1, self._net.config.embed_dim, device=context.device))
         self._objective = context.objective(first)
 
     def _config(self) -> HyperNetworkConfig:
@@ -65,7 +77,7 @@ class SFT(loop.Job):
             out_features=modules.out_features,
             num_layers=modules.num_layers,
             rank=s.rank,
-            embed_dim=self._embeddings.embed_dim,
+            embed_dim=self._conditions.embed_dim,
             latent_size=s.latent_size,
             head_in_size=s.head_in_size,
             lora_alpha=s.lora_alpha,
@@ -73,16 +85,43 @@ class SFT(loop.Job):
             paths=modules.own_paths,
         )
 
+    def _new(self) -> tuple[HyperNetwork, AttentionPooling | None]:
+        """Hypernetwork, and pooling of a reader, with initial parameters by the seed."""
+        seed, conditions = self.settings.seed, self._conditions
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # for all layers but the heads
+            net = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(seed))
+            if isinstance(conditions, ReadConditions):
+                return net, conditions.pooling()
+        conditions.initialise(net.task_encoder.linear)
+        return net, None
+
+    def _trained_before(self) -> tuple[HyperNetwork, AttentionPooling | None]:
+        """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
+        contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
+        for what, got, expected in (
+            ("hypernetwork", to_json(contents.config), to_json(self._config())),
+            ("encoder", contents.blocks.get("encoder"), self._conditions.config()),
+        ):
+            got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
+            if got != expected:
+                raise ConfigError(
+                    f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, got {short_repr(got)}"
+                )
+        reads = isinstance(self._conditions, ReadConditions)
+        pooling = build_pooling(contents, self._conditions.reader_config) if reads else None
+        return build(contents).requires_grad_(), pooling and pooling.requires_grad_()
+
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
-        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._embeddings.train_indices)
+        return self._context.train.group(task, visit, s.samples_per_task, s.seed, self._conditions.train_indices)
 
     def batches(self, step: int, shard: Shard) -> Sequence[Batch]:
         groups = self._stream.step(step)
         return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        s, stack = self.settings, model(self._embeddings.augmented(batch.groups))
+        s, stack = self.settings, model(self._conditions.augmented(batch.groups))
         losses = self._objective.losses(
             batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
         )
@@ -90,19 +129,20 @@ class SFT(loop.Job):
 
     def validate(self, shard: Shard) -> dict[str, float]:
         def stack(groups: Sequence[Group]) -> AdapterStack:
-            return self.model(self._embeddings.clean(groups))
+            return self.model(self._conditions.clean(groups))
 
-        return self._context.validate(self._objective, shard, self._embeddings.val_indices, stack, one_sample=self._by_input)
+        return self._context.validate(self._objective, shard, self._conditions.val_indices, stack, one_sample=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
             "method": "sft",
             "steps_done": step,
             **self.settings.model_dump(mode="json"),
-            **self.data(),
+            **self._context.stated(),
         }
-        blocks = {"encoder": self._embeddings.config(), "base_model": self.settings.base_model, "training": training}
-        self.model.save_pretrained(folder, blocks)
+        blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
+        pooling = self.model.pooling if isinstance(self.model, ReadingHyperNetwork) else None
+        self._net.save_pretrained(folder, blocks, pooling)
 
     def data(self) -> dict[str, Any]:
         return self._context.data()
@@ -141,7 +181,10 @@ def train(
     """
     accelerator = accelerator or loop.accelerator("cpu")
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
+    states = Path(output) / STATES / str(accelerator.process_index)
     try:
-        return loop.run(SFT(settings, context), Path(output), accelerator)
+        loop.run(SFT(settings, context, states), Path(output), accelerator)
     finally:
         context.close()
+    shutil.rmtree(states, ignore_errors=True)
+    return Path(output)

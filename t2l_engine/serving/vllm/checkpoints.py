@@ -28,6 +28,7 @@ from t2l_engine.serving.vllm import names
 from t2l_engine.serving.vllm.spool import DTYPE, Spool, Unavailable
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder
+from t2l_engine.text.reader import TextReader
 
 #: Of what a text and a checkpoint become; another version of the package may round differently.
 VERSION_OF_ADAPTERS = "1"
@@ -99,6 +100,8 @@ class Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
         weights = "" if isinstance(encoder, OneHotEncoder) else _checksum(encoder.model)
+        if isinstance(encoder, TextReader):
+            weights += _checksum(encoder.pooling)
         described = names.digest("encoder", json.dumps(to_json(encoder.config), sort_keys=True), weights)
         return cls(name, engine, fingerprint(engine.hypernetwork), described, base)
 

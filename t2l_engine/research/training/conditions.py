@@ -1,0 +1,191 @@
+"""What a hypernetwork with a reader is trained on: hidden states of descriptions and of descriptions with examples."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import to_json
+from t2l_engine.files.weights import replacing
+from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.training.sampling import Group, seeded
+from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.loading import load
+from t2l_engine.text.packaged import resolve
+from t2l_engine.text.reader import AttentionPooling, TextReader, condition, pad_states
+
+STATES, INDEX = "states.bin", "index.json"
+#: Of a task's example sets, one in so many has no description.
+_WITHOUT_DESCRIPTION = 8
+#: Tasks that are read together, between two saved indices, and the most texts of a batch.
+CHUNK, BATCH = 16, 48
+
+
+class ReadingHyperNetwork(nn.Module):
+    """Pooling and hypernetwork, which are trained together: hidden states to adapters."""
+
+    def __init__(self, pooling: AttentionPooling, hypernetwork: HyperNetwork):
+        super().__init__()
+        self.pooling, self.hypernetwork = pooling, hypernetwork
+
+    def forward(self, condition: tuple[Tensor, Tensor]) -> AdapterStack:
+        """Adapters with gradients of ``condition``: states and mask, as :class:`AttentionPooling` takes them."""
+        return self.hypernetwork(self.pooling(*condition))
+
+
+class ReadConditions:
+    """Hidden states of what adapters are generated from: of each task, its descriptions and some *example sets*.
+
+    An example set is one of the task's training descriptions, or none, with 1 to ``max_examples`` of its training examples.
+    All are read once, at the start, into a file; a resumed run goes on with it.  The batches that are read together are
+    those of the tasks' order, so states do not depend on the order of training.
+
+    Args:
+        settings: of the run.
+        tasks: with their examples of split "train".
+        device: of the language model.
+        folder: of the file.
+
+    Raises ConfigError if all descriptions of a task are held out, or if reader and language model do not fit together.
+    """
+
+    def __init__(self, settings: SFTSettings, tasks: Sequence[Task], device: torch.device, folder: Path):
+        self._settings, self._device = settings, device
+        for task in tasks:
+            if len(task.descriptions) <= settings.held_out_descriptions:
+                raise ConfigError(
+                    f"held_out_descriptions: expected fewer than the {len(task.descriptions)} descriptions of task "
+                    f"{task.name}, got {settings.held_out_descriptions}"
+                )
+        self._train = [self._train_descriptions(task) for task in tasks]
+        self._val = [self._val_descriptions(task) for task in tasks]
+        self._sets = [self._example_sets(task, chosen) for task, chosen in zip(tasks, self._train, strict=True)]
+        #: Of each task, number of each description that is read in the order of its texts; example sets follow.
+        self._numbers = [{i: n for n, i in enumerate(t + v)} for t, v in zip(self._train, self._val, strict=True)]
+        texts = [
+            [condition(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
+            for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
+        ]
+        name = settings.base_model.rstrip("/")
+        self.reader_config = ReaderConfig(
+            name, settings.reader_layers, settings.reader_queries, settings.reader_width, settings.reader_heads,
+            settings.reader_blocks, dtype=settings.dtype, max_examples=settings.max_examples if settings.example_share else 0,
+        )  # fmt: skip
+        # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
+        model, tokenizer = load(resolve(name), getattr(torch, settings.dtype), trust_remote_code=False)
+        self.hidden_size = model.config.get_text_config().hidden_size
+        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        reader = TextReader(model, tokenizer, self.reader_config, self.pooling(), cache_size=0)
+        self._states, self._places = read_states(reader, texts, folder)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the pooled ``task_emb``."""
+        return self.reader_config.embed_dim
+
+    def config(self) -> dict[str, Any]:
+        """The reader's configuration, for the checkpoint."""
+        return to_json(self.reader_config)
+
+    def pooling(self) -> AttentionPooling:
+        """A new pooling with random parameters."""
+        return AttentionPooling(self.reader_config, self.hidden_size)
+
+    def _train_descriptions(self, task: Task) -> list[int]:
+        s, count = self._settings, len(task.descriptions) - self._settings.held_out_descriptions
+        if not 0 < s.read_descriptions < count:
+            return list(range(count))
+        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(range(count), s.read_descriptions))
+
+    def _val_descriptions(self, task: Task) -> list[int]:
+        held_out, count = self._settings.held_out_descriptions, len(task.descriptions)
+        return list(range(count - held_out, count)) if held_out and self._settings.validate_every else []
+
+    def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
+        """Text and inputs of each example set."""
+        s, sets = self._settings, []
+        for i in range(s.example_sets if s.example_share else 0):
+            draw = random.Random(seeded(s.seed, "example set", task.name, i))
+            chosen = draw.sample(task.examples, min(draw.randint(1, s.max_examples), len(task.examples)))
+            about = task.descriptions[draw.choice(descriptions)]
+            if draw.randrange(_WITHOUT_DESCRIPTION) == 0:
+                about = ""
+            text = condition(about, [(e.input, e.outputs[0]) for e in chosen])
+            sets.append((text, frozenset(e.input for e in chosen)))
+        return sets
+
+    def train_indices(self, task: int) -> Sequence[int]:
+        """Indices of the descriptions used in training."""
+        return self._train[task]
+
+    def val_indices(self, task: int) -> Sequence[int]:
+        """Indices of the descriptions used in validation: the held-out ones, or those of training if none is held out."""
+        return self._val[task] or self._train[task]
+
+    def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """States and mask of the groups' descriptions."""
+        return self._gathered([(g.task, self._numbers[g.task][g.description]) for g in groups])
+
+    def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+        """As :meth:`clean`; a share of the groups, drawn from a seed by their keys, reads an example set instead."""
+        return self._gathered([(g.task, self._drawn(g)) for g in groups])
+
+    def _drawn(self, group: Group) -> int:
+        """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""
+        draw, numbers = random.Random(seeded("condition", group.key)), self._numbers[group.task]
+        learnt = {sample.input for sample in group.samples}
+        sets = [i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
+        if not sets or draw.random() >= self._settings.example_share:
+            return numbers[group.description]
+        return len(numbers) + draw.choice(sets)
+
+    def _gathered(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        places = [self._places[task][index] for task, index in chosen]
+        states, mask = pad_states([self._states[start:end] for start, end in places])
+        return states.to(self._device), mask.to(self._device)
+
+
+def read_states(
+    reader: TextReader, texts: Sequence[Sequence[str]], folder: Path
+) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """States ``[tokens, width]`` of the texts of each task, mapped from a file in ``folder``, and the rows of each text."""
+    places, end = [], 0
+    for of_task in texts:
+        ends = list(itertools.accumulate(reader.lengths(of_task), initial=end))
+        places.append(list(itertools.pairwise(ends)))
+        end = ends[-1]
+    width = reader.pooling.project.in_features
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, texts]).encode()).hexdigest()
+    index: dict[str, Any] = {"sha256": digest, "tasks": 0}
+    if (folder / STATES).is_file() and (folder / INDEX).is_file():
+        found = json.loads((folder / INDEX).read_text())
+        index = found if found.get("sha256") == digest else index
+    states = torch.from_file(str(folder / STATES), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
+    with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
+        while index["tasks"] < len(texts):
+            chunk = slice(index["tasks"], index["tasks"] + CHUNK)
+            found = [pair for pairs in map(zip, texts[chunk], places[chunk]) for pair in pairs]
+            found.sort(key=lambda pair: pair[1][1] - pair[1][0])
+            for start in range(0, len(found), BATCH):
+                batch = found[start : start + BATCH]
+                for read, (_, (first, last)) in zip(reader.states([text for text, _ in batch]), batch, strict=True):
+                    states[first:last] = read.cpu()
+            index["tasks"] = min(chunk.stop, len(texts))
+            with replacing(folder, INDEX) as temporary:
+                (temporary / INDEX).write_text(json.dumps(index))
+            bar.update(index["tasks"] - bar.n)
+    return states, places

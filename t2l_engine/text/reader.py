@@ -1,0 +1,248 @@
+"""TextReader: descriptions and worked examples to task embeddings, by a trained pooling of a language model's states."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention, silu
+
+from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.encoder import CACHE_SIZE, Examples, TextEncoder, check_list, check_text
+from t2l_engine.text.loading import load
+from t2l_engine.text.packaged import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EPS = 1e-6  # of the normalisation of hidden states
+
+
+class _Block(nn.Module):
+    """Queries attend to tokens and to each other, then pass an MLP (pre-norm, residual)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.query, self.key_value, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        self.linear1, self.linear2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, queries: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        n, count, width = queries.shape
+        query = self.query(self.norm1(queries)).view(n, count, self.heads, -1).transpose(1, 2)
+        seen = self.key_value(self.norm2(torch.cat((tokens, queries), dim=1)))
+        key, value = seen.view(n, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        pooled = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        queries = queries + self.out(pooled.transpose(1, 2).reshape(n, count, width))
+        return queries + self.linear2(silu(self.linear1(self.norm3(queries))))
+
+
+class AttentionPooling(nn.Module):
+    """Learned queries that attend to the tokens of a text: ``task_emb`` from normalised hidden states.
+
+    The trained part of a :class:`TextReader` (attention pooling with a fixed number of latent queries, as in Perceiver,
+    arXiv 2103.03206).  It has its own parameters in a checkpoint, and no kernel: its cost is that of a few rows of the
+    language model.
+    """
+
+    def __init__(self, config: ReaderConfig, hidden_size: int):
+        super().__init__()
+        self.project = nn.Linear(len(config.layers) * hidden_size, config.width)
+        self.queries = nn.Parameter(torch.randn(config.queries, config.width))
+        self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+        """``task_emb [N, queries * width]`` of ``states [N, L, layers * hidden]``, as :meth:`TextReader.states` gives them.
+
+        ``mask [N, L]``: bool, the tokens of each text.
+        """
+        tokens = self.project(states.to(self.project.weight.dtype))
+        queries = self.queries.expand(len(states), -1, -1)
+        seen = pad(mask, (0, len(self.queries)), value=True)[:, None, None]
+        for block in self.blocks:
+            queries = block(queries, tokens, seen)
+        return self.norm(queries).flatten(1)
+
+
+class TextReader(TextEncoder):
+    """A frozen language model and an :class:`AttentionPooling` of its hidden states: reads descriptions and examples.
+
+    Used as a :class:`TextEncoder`; every token of description and examples can change ``task_emb``, so that names, numbers
+    and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer.
+
+    >>> import t2l_engine as t2l
+    >>> from t2l_engine.text.reader import AttentionPooling, ReaderConfig
+    >>> config = ReaderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
+    >>> reader = TextReader.from_config(config, AttentionPooling(config, 576))
+    >>> reader.encode(["Give the antonym."], examples=[[("hot", "cold"), ("up", "down")]]).shape
+    torch.Size([1, 256])
+    """
+
+    config: ReaderConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        config: ReaderConfig,
+        pooling: AttentionPooling,
+        *,
+        cache_size: int = CACHE_SIZE,
+    ):
+        """``model``: a decoder; ``pooling``: on its device; else as :class:`TextEncoder`.
+
+        Raises ConfigError if ``model`` lacks a layer, or ``pooling`` is of another width.
+        """
+        text_config = model.config.get_text_config()
+        depth, width = text_config.num_hidden_layers, len(config.layers) * text_config.hidden_size
+        if config.layers[-1] > depth:
+            raise ConfigError(f"encoder.layers: expected at most the {depth} layers of {config.name!r}, got {config.layers}")
+        if pooling.project.in_features != width:
+            raise ConfigError(
+                f"encoder: expected a pooling of hidden states of width {pooling.project.in_features} as it was trained "
+                f"with, got {width} from {config.name!r}"
+            )
+        super().__init__(model, tokenizer, config, cache_size=cache_size)
+        self.pooling = pooling.eval()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ReaderConfig,
+        pooling: AttentionPooling,
+        *,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        cache_size: int = CACHE_SIZE,
+    ) -> TextReader:
+        """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`."""
+        model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
+        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        return cls(model, tokenizer, config, pooling.to(device), cache_size=cache_size)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of ``task_emb``."""
+        return self.config.embed_dim
+
+    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+        """Each description with its examples, as it is tokenized; raises ValueError as :meth:`encode`.
+
+        A description may be empty where there are examples.
+        """
+        check_list(texts)
+        given = [None] * len(texts) if examples is None else examples
+        if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != len(texts):
+            got = f"{len(given)}" if isinstance(given, Sequence) else type(given).__name__
+            raise ValueError(f"examples: expected a list of {len(texts)}, one entry a text, got {got}")
+        prepared = []
+        for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
+            if not (shots and text == ""):
+                check_text(f"texts[{i}]", text, "description")
+            prepared.append(condition(text, _checked(f"examples[{i}]", shots, self.config.max_examples)))
+        return prepared
+
+    def states(self, texts: Sequence[str]) -> list[Tensor]:
+        """Hidden states ``[tokens, layers * hidden]`` in bfloat16 of each prepared text, computed in one batch; not kept.
+
+        Raises RuntimeError if adapters are in use on the model.
+        """
+        return self._states(self._inputs(texts)) if texts else []
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens that are read of each prepared text."""
+        return [len(inputs["input_ids"]) for inputs in self._inputs(texts)]
+
+    def _inputs(self, texts: Sequence[str]) -> list[dict[str, list[int]]]:
+        if not texts:
+            return []
+        found = self._tokenize({text: i for i, text in enumerate(texts)}, texts)
+        return [found[text] for text in texts]
+
+    def _embed(self, tokens: list[dict[str, list[int]]]) -> Tensor:
+        return self.pooling(*pad_states(self._states(tokens)))
+
+    @torch.no_grad()
+    def _states(self, tokens: list[dict[str, list[int]]]) -> list[Tensor]:
+        self._current_modules()  # raises if adapters are in use
+        batch, mask = self._padded(tokens)
+        with self._lock, _Recorded(self.model, self.config.layers) as recorded, contextlib.suppress(_LastLayer):
+            self.model(**batch, attention_mask=mask.long(), use_cache=False)
+        read = torch.stack([recorded.outputs[i][mask].float() for i in self.config.layers], dim=1)
+        read = read * (read.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
+        return list(read.flatten(1).to(torch.bfloat16).split(mask.sum(dim=1).tolist()))
+
+
+class _LastLayer(Exception):
+    """The last layer that is read has run."""
+
+
+class _Recorded:
+    """Records the outputs of layers of ``model`` in this thread, and ends its forward pass after the last of them.
+
+    By hooks, since transformers' ``output_hidden_states`` runs all layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
+        depth = model.config.get_text_config().num_hidden_layers
+        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+        if stack is None:
+            raise ConfigError(f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}")
+        self.outputs: dict[int, Tensor] = {}
+        self._thread, self._last = threading.get_ident(), layers[-1]
+        self._modules = {i: stack[i - 1] if i else model.get_input_embeddings() for i in layers}
+
+    def __enter__(self) -> _Recorded:
+        self._hooks = [
+            module.register_forward_hook(functools.partial(self._record, i)) for i, module in self._modules.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _record(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread:  # another thread may run the model meanwhile
+            return
+        self.outputs[index] = output[0] if isinstance(output, tuple) else output
+        if index == self._last:
+            raise _LastLayer
+
+
+def condition(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:
+    """What a reader reads: the description and worked examples (input, answer), as in a raw prompt."""
+    parts = [description.strip(), *(f"Input: {x.strip()}\nOutput: {y.strip()}" for x, y in examples)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def pad_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """``[N, L, width]`` and the mask ``[N, L]`` of texts with states ``[tokens, width]``, for :class:`AttentionPooling`."""
+    padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True)
+    lengths = torch.tensor([len(text) for text in states], device=padded.device)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
+
+
+def _checked(name: str, examples: Any, most: int) -> list[tuple[str, str]]:
+    """The worked examples of one text; ValueError unless they are a list of at most ``most`` pairs of texts."""
+    if examples is None:
+        return []
+    if isinstance(examples, str) or not isinstance(examples, Sequence):
+        raise ValueError(f"{name}: expected a list of (input, answer), got {short_repr(examples)}")
+    if len(examples) > most:
+        raise ValueError(f"{name}: expected at most {most}, with which this reader was trained, got {len(examples)}")
+    for i, pair in enumerate(examples):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+            raise ValueError(f"{name}[{i}]: expected (input, answer), got {short_repr(pair)}")
+        for j, what in enumerate(("input", "answer")):
+            check_text(f"{name}[{i}][{j}]", pair[j], what)
+    return [(x, y) for x, y in examples]

@@ -1,0 +1,310 @@
+"""TextReader: hidden states of a language model over a description and worked examples, pooled by trained attention."""
+
+import dataclasses
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import t2l_engine as t2l
+from t2l_engine import ConfigError, attach
+from t2l_engine.hypernetwork import convert
+from t2l_engine.text.config import ReaderConfig, encoder_config_from_json
+from t2l_engine.text.examples import read_examples
+from t2l_engine.text.reader import EPS, AttentionPooling, TextReader, condition, pad_states
+
+CONFIG = ReaderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
+TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country."]
+SHOTS = [("capital", "3"), ("drug", "name")]
+HIDDEN = 64
+#: A text alone and padded in a batch: products of other shapes round differently.
+ROUNDING = 1e-4
+
+
+def pooling_of(config=CONFIG, hidden=HIDDEN):
+    torch.manual_seed(1)
+    return AttentionPooling(config, hidden)
+
+
+@pytest.fixture
+def reader(tiny_model, left_tokenizer):
+    """Factory of readers of one model, with empty caches."""
+    model = tiny_model("Llama")
+
+    def make(config=CONFIG, **kwargs):
+        return TextReader(model.get_decoder(), left_tokenizer, config, pooling_of(config), **kwargs)
+
+    return make
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+@torch.no_grad()
+def test_states_are_those_of_the_layers(tiny_model, left_tokenizer, family):
+    """Of RMS 1 per token and layer, from the model's own hidden states, without running further layers."""
+    model = tiny_model(family)
+    made = TextReader(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
+    for text, states in zip(TEXTS, made.states(TEXTS), strict=True):
+        ids = left_tokenizer([text], return_tensors="pt")["input_ids"]
+        hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
+        assert states.shape == (ids.shape[1], 2 * HIDDEN) and states.dtype == torch.bfloat16
+        for part, layer in zip(states.split(HIDDEN, dim=1), (0, 1), strict=True):
+            expected = hidden[layer][0]
+            expected = expected / (expected.square().mean(dim=-1, keepdim=True) + EPS).sqrt()  # a padding token is zero
+            torch.testing.assert_close(part.float(), expected, rtol=2**-7, atol=2**-7)
+    calls = []
+    model.get_decoder().layers[1].register_forward_hook(lambda *_: calls.append(1))
+    made.states(TEXTS)
+    assert not calls and made.lengths(TEXTS) == [len(s) for s in made.states(TEXTS)]
+
+
+@torch.no_grad()
+def test_pooling_in_plain_terms():
+    """One query per head attends to tokens and queries; padding has no weight."""
+    pooling = pooling_of(dataclasses.replace(CONFIG, blocks=1))
+    states, block = torch.randn(5, 2 * HIDDEN), pooling.blocks[0]
+    tokens, queries = pooling.project(states), pooling.queries
+    seen = block.norm2(torch.cat((tokens, queries)))
+    key, value = block.key_value(seen).split(8, dim=1)
+    query = block.query(block.norm1(queries))
+    found = []
+    for head in (slice(0, 4), slice(4, 8)):
+        weights = torch.softmax(query[:, head] @ key[:, head].T / 2, dim=1)
+        found.append(weights @ value[:, head])
+    queries = queries + block.out(torch.cat(found, dim=1))
+    queries = queries + block.linear2(torch.nn.functional.silu(block.linear1(block.norm3(queries))))
+    expected = pooling.norm(queries).flatten()
+    padded, mask = pad_states([states, torch.randn(9, 2 * HIDDEN)])
+    torch.testing.assert_close(pooling(padded, mask)[0], expected, rtol=1e-5, atol=1e-5)
+    padded[0, 5:] = 1e6
+    torch.testing.assert_close(pooling(padded, mask)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_do_not_change_a_vector(reader):
+    together = reader().encode(TEXTS, [None, SHOTS, SHOTS[:1], []])
+    assert together.shape == (4, 24) and together.dtype == torch.float32 and reader().embed_dim == 24
+    for text, shots, vector in zip(TEXTS, [None, SHOTS, SHOTS[:1], []], together, strict=True):
+        torch.testing.assert_close(reader().encode([text], [shots])[0], vector, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_every_part_of_the_condition_counts(reader):
+    made = reader()
+    same = made.encode(["the drugs"] * 5, [None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
+    assert torch.pdist(same).min() > 1e-3
+    assert torch.equal(made.encode(["", " the drugs "], [SHOTS, None])[1], same[0])
+    assert condition(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y" and condition("", [("x", "y")])[0] == "I"
+    (text,) = made.prepare(["the drugs"], [SHOTS])
+    assert made.prepare([text]) == [text] and torch.equal(made.encode([text])[0], same[1])
+
+
+def test_texts_are_read_once(reader, monkeypatch):
+    made, read = reader(), []
+    monkeypatch.setattr(made, "_states", lambda tokens, plain=made._states: read.append(len(tokens)) or plain(tokens))
+    first = made.encode(TEXTS, [SHOTS, None, None, None])
+    assert torch.equal(made.encode(TEXTS[::-1], [None, None, None, SHOTS]), first.flip(0)) and read == [4]
+
+
+def test_another_thread_may_run_the_model(reader):
+    """What a thread reads is its own, while another thread uses the same model."""
+    made, expected = reader(cache_size=0), reader().encode(TEXTS)
+    stop, faults = threading.Event(), []
+
+    def use():
+        while not stop.is_set():
+            with torch.no_grad():
+                out = made.model(input_ids=torch.arange(5, 25)[None], use_cache=False).last_hidden_state
+            faults.extend([] if out.shape == (1, 20, HIDDEN) else [out.shape])
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        for _ in range(20):
+            torch.testing.assert_close(made.encode(TEXTS), expected, rtol=ROUNDING, atol=ROUNDING)
+    finally:
+        stop.set()
+        thread.join()
+    assert not faults and not any(module._forward_hooks for module in made.model.modules())
+
+
+def test_long_text_is_truncated_with_a_warning(reader):
+    made = reader(dataclasses.replace(CONFIG, max_length=6))
+    with pytest.warns(UserWarning, match=r"texts\[0\]: description of .* tokens truncated to 6"):
+        made.encode([TEXTS[0]], [SHOTS])
+
+
+def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
+    model = tiny_model("Llama")
+    made = TextReader(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
+    lora = attach(model, stack_for(model, ["q_proj", "v_proj"]))
+    with lora.use(1), pytest.raises(RuntimeError, match="adapters are in use on this model"):
+        made.encode(["the drugs"])
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "examples, match",
+    [
+        ([None, None], r"examples: expected a list of 1, one entry a text, got 2"),
+        ("x", r"examples: expected a list of 1"),
+        (3, r"examples: expected a list of 1, one entry a text, got int"),
+        (["x"], r"examples\[0\]: expected a list of \(input, answer\), got 'x'"),
+        ([[("a",)]], r"examples\[0\]\[0\]: expected \(input, answer\), got \('a',\)"),
+        ([["ab"]], r"examples\[0\]\[0\]: expected \(input, answer\), got 'ab'"),
+        ([[("a", " ")]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got ' '"),
+        ([[("a", 3)]], r"examples\[0\]\[0\]\[1\]: expected a non-empty answer, got 3"),
+        ([[("\ud800", "a")]], r"examples\[0\]\[0\]\[0\]: expected Unicode text"),
+        ([SHOTS * 2], r"examples\[0\]: expected at most 2, with which this reader was trained, got 4"),
+    ],
+)
+def test_errors_name_the_example(reader, examples, match):
+    with pytest.raises(ValueError, match=match):
+        reader().encode(["the drugs"], examples)
+
+
+def test_errors_name_the_text(reader):
+    for texts, match in (([""], r"texts\[0\]: expected a non-empty description"), ([], "expected at least one"), ("a", "wrap")):
+        with pytest.raises(ValueError, match=match):
+            reader().encode(texts)
+
+
+def test_other_encoders_read_no_examples():
+    made = t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms",)))
+    assert torch.equal(made.encode(["antonyms"], [None]), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="examples: expected none, since the encoder of this checkpoint, 'one-hot'"):
+        made.encode(["antonyms"], [SHOTS])
+
+
+@pytest.mark.parametrize(
+    "field, value, match",
+    [
+        ("name", "", "encoder.name: expected a non-empty string"),
+        ("layers", (), "encoder.layers: expected 1 to 16 increasing numbers from 0"),
+        ("layers", (2, 1), "encoder.layers: expected"),
+        ("layers", (1, 1), "encoder.layers: expected"),
+        ("layers", (True,), "encoder.layers: expected"),
+        ("layers", 3, "encoder.layers: expected"),
+        ("queries", 0, "encoder.queries: expected a positive integer"),
+        ("width", 1 << 17, "encoder.width: expected at most 65536"),
+        ("width", 9, "encoder.width: expected a multiple of the 2 heads, got 9"),
+        ("max_examples", -1, "encoder.max_examples: expected 0 or more"),
+        ("dtype", "int8", "encoder.dtype: expected one of"),
+    ],
+)
+def test_configuration_errors(field, value, match):
+    with pytest.raises(ConfigError, match=match):
+        dataclasses.replace(CONFIG, **{field: value})
+
+
+def test_model_must_fit(tiny_model, left_tokenizer):
+    decoder = tiny_model("Llama").get_decoder()
+    deep = dataclasses.replace(CONFIG, layers=(0, 7))
+    with pytest.raises(ConfigError, match=r"encoder.layers: expected at most the 2 layers of 'tiny', got \(0, 7\)"):
+        TextReader(decoder, left_tokenizer, deep, pooling_of(deep))
+    with pytest.raises(ConfigError, match="expected a pooling of hidden states of width 20 as it was trained with, got 128"):
+        TextReader(decoder, left_tokenizer, CONFIG, pooling_of(hidden=10))
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def network():
+    torch.manual_seed(2)
+    return t2l.HyperNetwork(
+        t2l.HyperNetworkConfig(
+            variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=2, rank=4,
+            embed_dim=24, latent_size=16, head_in_size=8, lora_alpha=8,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tiny_model, left_tokenizer, tmp_path):
+    """A checkpoint with a reader, and the folder of its language model."""
+    model, base = tiny_model("Llama"), tmp_path / "base"
+    model.save_pretrained(base)
+    left_tokenizer.save_pretrained(base)
+    config = dataclasses.replace(CONFIG, name=str(base))
+    network().save_pretrained(tmp_path / "made", {"encoder": dataclasses.asdict(config), "base_model": str(base)}, pooling_of())
+    return tmp_path / "made"
+
+
+def test_engine_generates_from_examples(checkpoint, tiny_model, tmp_path):
+    engine = t2l.TextToLoRA.from_pretrained(checkpoint)
+    assert isinstance(engine.encoder, TextReader)
+    stack = engine.generate(["the drugs", "the drugs"], [None, SHOTS])
+    expected = network().generate(engine.encoder.encode(["the drugs", "the drugs"], [None, SHOTS]))
+    for name, A in expected.lora_A.items():
+        assert torch.equal(stack.lora_A[name], A) and not torch.equal(A[0], A[1])
+    lora = attach(tiny_model("Llama"), slots=3)
+    engine.generate_into(lora, 1, ["the drugs"], [SHOTS])
+    moved = t2l.TextToLoRA.from_pretrained(checkpoint, encoder=tmp_path / "base")
+    assert torch.equal(moved.generate(["a"]).lora_B["v_proj"], engine.generate(["a"]).lora_B["v_proj"])
+
+
+def test_conversion_keeps_or_refuses_a_reader(checkpoint, tmp_path):
+    convert.convert(checkpoint, tmp_path / "copy", to="native")
+    assert (tmp_path / "copy" / "config.json").read_bytes() == (checkpoint / "config.json").read_bytes()
+    copied, given = (load_file(folder / "hypernet.safetensors") for folder in (tmp_path / "copy", checkpoint))
+    assert copied.keys() == given.keys() and all(torch.equal(copied[key], given[key]) for key in given)
+    with pytest.raises(t2l.CheckpointError, match="the Sakana format cannot express this checkpoint: .*reader"):
+        convert.convert(checkpoint, tmp_path / "sakana", to="reference")
+
+
+def _edit(folder, change):
+    values = json.loads((folder / "config.json").read_text())
+    change(values["encoder"])
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda e: e.pop("layers"), r"hypernet.safetensors: expected no pooling, as the encoder has no layers"),
+        (lambda e: e.update(blocks=1), r"unexpected keys \['pooling.blocks.1"),
+        (lambda e: e.update(blocks=3), r"missing keys \['pooling.blocks.2"),
+        (lambda e: e.update(queries=4), r"pooling.queries: expected shape \(4, 8\), got \(3, 8\)"),
+        (lambda e: e.update(layers=[0, 1, 2]), r"pooling.project.weight: expected a matrix with columns for 3 layers"),
+        (lambda e: e.update(layers=[0, 5]), r"encoder.layers: expected at most the 2 layers"),
+    ],
+)
+def test_checkpoint_errors_name_the_key(checkpoint, change, match):
+    _edit(checkpoint, change)
+    with pytest.raises(ConfigError, match=match):
+        t2l.TextToLoRA.from_pretrained(checkpoint)
+
+
+def test_reader_without_its_pooling(checkpoint):
+    network().save_pretrained(checkpoint, {"encoder": json.loads((checkpoint / "config.json").read_text())["encoder"]})
+    with pytest.raises(t2l.CheckpointError, match="expected a trained pooling, as the encoder has layers"):
+        t2l.TextToLoRA.from_pretrained(checkpoint)
+
+
+def test_configuration_is_read_back():
+    assert encoder_config_from_json(json.loads(json.dumps(dataclasses.asdict(CONFIG))), "here") == CONFIG
+
+
+# --- files of examples -----------------------------------------------------------------------------------------------
+
+
+def test_examples_file(tmp_path):
+    path = tmp_path / "shots.jsonl"
+    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": ["d", "e"], "split": "train"}, {"input": "a", "output": "b"}]
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    assert read_examples(path) == [("a", "b"), ("c", "d")]
+    for text, match in (
+        ("", "expected at least one example, got none"),
+        ('{"input": "a"}', r"shots.jsonl:1: output: expected a non-empty text, got None"),
+        ('{"input": " ", "output": "b"}', r"shots.jsonl:1: input: expected a non-empty text, got ' '"),
+        ('{"input": "a", "output": []}', r"shots.jsonl:1: output: expected a non-empty text, got \[\]"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            read_examples(path)
+    with pytest.raises(FileNotFoundError, match="none.jsonl: not found"):
+        read_examples(tmp_path / "none.jsonl")

@@ -1,0 +1,256 @@
+"""Training a reader's pooling with its hypernetwork, on descriptions and example sets, and starting from a checkpoint."""
+
+import json
+
+import pytest
+import torch
+from training import plain, runs
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.training import conditions, sft
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.sampling import Shard
+from t2l_engine.testing.numerics import LOSS_ATOL
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text.reader import TextReader, condition
+
+CPU = torch.device("cpu")
+
+
+def reading(base_model, **changes):
+    small = {"encoder": "reader", "reader_layers": [0, 1], "reader_queries": 2, "reader_width": 8, "reader_heads": 2}
+    examples = {"example_share": 0.5, "example_sets": 3, "max_examples": 2, "tasks_per_batch": 4}
+    return runs.sft(base_model, **small | examples | changes)
+
+
+@pytest.fixture
+def made(base_model, tasks, tmp_path):
+    """Factory: a job on the two tasks."""
+    fits = []
+
+    def make(**changes):
+        settings = reading(base_model, **changes)
+        fits.append(TrainingContext(settings, tasks, CPU))
+        return sft.SFT(settings, fits[-1], tmp_path / f"states{len(fits)}")
+
+    yield make
+    for fit in fits:
+        fit.close()
+
+
+def groups_of(job, steps):
+    return [group for step in range(steps) for batch in job.batches(step, Shard()) for group in batch.groups]
+
+
+def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
+    """The loss falls, and validation is of what the checkpoint generates from the held-out descriptions."""
+    settings = reading(base_model, steps=24, validate_every=24, held_out_descriptions=1)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    assert all(row["examples"] == 4 for row in runs.rows(out) if "loss" in row)
+
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 2
+    model, _ = base_model_loader.load(str(base_model), torch.float32)
+    fit = TrainingContext(settings, tasks, CPU)
+    stack = engine.generate([task.descriptions[-1] for task in fit.tasks])
+    (found,) = (row["tasks"] for row in runs.rows(out) if "tasks" in row)
+    for number, task in enumerate(fit.tasks):
+        modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
+        losses = []
+        for i in fit.validation.kept(number):
+            with torch.no_grad(), plain.applied(model, modules, stack.paths, stack.scaling, torch.tensor([number])):
+                losses.append(plain.answer_losses(model, fit.validation.sample(number, i, 0)).mean())
+        assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
+    both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
+    assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
+    assert not (out / sft.STATES / "0").exists()
+
+
+def test_pooling_and_hypernetwork_are_trained(made):
+    job = made()
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=1e-2)
+    for step in range(3):  # heads start at zero, so nothing before them has a gradient in the first step
+        for batch in job.batches(step, Shard()):
+            job.loss(job.model, batch).backward()
+        optimizer.step()
+    unchanged = [name for name, value in job.model.state_dict().items() if torch.equal(value, before[name])]
+    assert unchanged == []
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_example_sets(made, tasks):
+    """Of training examples and training descriptions, one to max_examples; the same in every run."""
+    job = made(example_sets=64, held_out_descriptions=1)
+    examples = {t.name: {condition("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")}
+    counts, described = set(), 0
+    for task, sets in zip(job._context.tasks, job._conditions._sets, strict=True):
+        assert len(sets) == 64
+        for text, inputs in sets:
+            head, *shots = text.split("Input: ")
+            shots = [f"Input: {shot}".strip() for shot in shots]
+            assert head.strip() in (task.descriptions[0], "") and all(shot in examples[task.name] for shot in shots)
+            assert {examples[task.name][shot].input for shot in shots} == inputs and len(inputs) == len(shots)
+            counts.add(len(shots))
+            described += bool(head.strip())
+    assert counts == {1, 2} and 100 < described < 128
+    assert made(example_sets=64, held_out_descriptions=1)._conditions._sets == job._conditions._sets
+
+
+def test_a_group_never_learns_from_an_example_that_it_reads(made):
+    job = made(example_share=1.0, samples_per_task=2)
+    reads, read = job._conditions, []
+    for group in groups_of(job, 40):
+        number = reads._drawn(group) - len(reads._numbers[group.task])
+        if number >= 0:
+            assert not reads._sets[group.task][number][1] & {s.input for s in group.samples}
+            read.append(number)
+    assert set(read) == {0, 1, 2} and len(read) > 120  # all sets; few groups have an example of each
+
+
+@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.5, 50, 110)])
+def test_share_of_example_sets(made, share, low, high):
+    reads = (job := made(example_share=share))._conditions
+    found = sum(reads._drawn(g) >= len(reads._numbers[g.task]) for g in groups_of(job, 40))
+    assert low <= found <= high
+    assert reads.config()["max_examples"] == (2 if share else 0)
+
+
+def test_states_are_the_readers(made, base_model, tasks):
+    """Of each group, those that the checkpoint's encoder would read, whatever else is read."""
+    job = made(held_out_descriptions=1)
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    reads = job._conditions
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    for group in groups_of(job, 5):
+        states, mask = reads.augmented([group])
+        number = reads._drawn(group) - len(reads._numbers[group.task])
+        task = job._context.tasks[group.task]
+        text = reads._sets[group.task][number][0] if number >= 0 else condition(task.descriptions[group.description])
+        assert group.description == 0
+        (expected,) = reader.states([text])
+        assert mask.all() and (states[0].float() - expected.float()).abs().max() <= 2**-5
+
+
+def test_some_descriptions_are_read(made):
+    job = made(read_descriptions=1, validate_every=0)
+    chosen = [list(job._conditions.train_indices(i)) for i in range(2)]
+    assert all(len(indices) == 1 for indices in chosen) and {g.description for g in groups_of(job, 9)} <= {0, 1}
+    for group in groups_of(job, 9):
+        assert [group.description] == chosen[group.task]
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch):
+    noise = runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
+    settings = reading(base_model, **noise)
+    sft.train(settings, tasks, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
+        with pytest.raises(OSError, match="for the test"):
+            sft.train(settings, tasks, tmp_path / "failed")
+    monkeypatch.setattr(TextReader, "states", runs.failing(TextReader.states, 0))  # all is read already
+    sft.train(settings, tasks, tmp_path / "failed")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
+
+
+def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "CHUNK", 1)
+    monkeypatch.setattr(conditions, "BATCH", 4)
+    settings = reading(base_model, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextReader, "states", runs.failing(TextReader.states, 2))
+        with pytest.raises(OSError, match="for the test"):
+            sft.train(settings, tasks, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / sft.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
+    calls = []
+    plain_states = TextReader.states
+    monkeypatch.setattr(TextReader, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
+    sft.train(settings, tasks, tmp_path / "out")
+    assert len(calls) == 2  # two descriptions and three example sets of the second task
+    sft.train(settings, tasks, tmp_path / "whole")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "out")) == []
+
+
+def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
+    texts = [["a", "b c"], ["red cat", "blue"]]
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    config = reading(base_model)
+    fit = TrainingContext(config, tasks, CPU)
+    reads = conditions.ReadConditions(config, fit.tasks, CPU, tmp_path / "all")
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
+        states, places = conditions.read_states(reader, changed, tmp_path / "states")
+        for of_task, rows in zip(changed, places, strict=True):
+            for text, (start, end) in zip(of_task, rows, strict=True):
+                assert (states[start:end].float() - reader.states([text])[0].float()).abs().max() <= 2**-5, text
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"encoder": "one-hot"}, "example_share: expected 0 with encoder 'one-hot', which reads no examples, got 0.5"),
+        ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
+        ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
+        ({"task_init": "discriminant"}, "task_init: expected random with encoder 'reader'"),
+        ({"condition": "input"}, "condition: expected description with encoder 'reader', got input"),
+    ],
+)
+def test_settings_that_do_not_fit(base_model, changes, match):
+    with pytest.raises(ConfigError, match=match):
+        reading(base_model, **changes)
+
+
+def test_reconstruction_has_no_reader():
+    with pytest.raises(ConfigError, match="encoder: expected no base model, since reconstruction loads none, got 'reader'"):
+        runs.reconstruction(encoder="reader")
+
+
+def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
+    with pytest.raises(ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"):
+        sft.train(reading(base_model, held_out_descriptions=2), tasks, tmp_path / "out")
+
+
+# --- a checkpoint as the start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["reader", "minilm"])
+def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
+    changes = {} if encoder == "reader" else {"encoder": encoder, "example_share": 0.0}
+    first = sft.train(reading(base_model, steps=4, **changes), tasks, tmp_path / "first")
+    more = reading(base_model, steps=1, learning_rate=1e-9, initial=str(first), seed=3, **changes)
+    second = sft.train(more, tasks, tmp_path / "second")
+    texts = [text for task in load_tasks(tasks, None) for text in task.descriptions]
+    one, two = (t2l.TextToLoRA.from_pretrained(folder).generate(texts) for folder in (first, second))
+    for name, A in one.lora_A.items():
+        torch.testing.assert_close(two.lora_A[name], A, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two.lora_B[name], one.lora_B[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_of_other_shape_is_refused(base_model, tasks, tmp_path):
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    for change, what in (({"head_in_size": 4}, "hypernetwork"), ({"reader_heads": 4}, "encoder")):
+        with pytest.raises(ConfigError, match=f"initial: expected a checkpoint with the {what} .* of this run, got"):
+            sft.train(reading(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        sft.train(reading(base_model, initial="none"), tasks, tmp_path / "third")
+
+
+def test_many_tasks_are_stated_by_name(base_model, tasks, tmp_path, monkeypatch):
+    from t2l_engine.research.training import context
+
+    monkeypatch.setattr(context, "MANY_TASKS", 1)
+    out = sft.train(reading(base_model, steps=1), tasks, tmp_path / "out")
+    training = json.loads((out / "config.json").read_text())["training"]
+    assert training["tasks"] == ["first", "last"] and len(training["tasks_sha256"]) == 64
