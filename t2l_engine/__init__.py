@@ -10,8 +10,9 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops.segments import AdapterBatch
-from t2l_engine.text.config import EncoderConfig, OneHotConfig
+from t2l_engine.text.config import EncoderConfig, OneHotConfig, ReaderConfig
 from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
+from t2l_engine.text.reader import TextReader
 
 __version__ = "0.1.0"
 
@@ -28,7 +29,9 @@ __all__ = [
     "LoRALinear",
     "OneHotConfig",
     "OneHotEncoder",
+    "ReaderConfig",
     "TextEncoder",
+    "TextReader",
     "TextToLoRA",
     "__version__",
     "attach",

@@ -168,7 +168,11 @@ def test_errors_name_the_example(reader, examples, match):
 
 
 def test_errors_name_the_text(reader):
-    for texts, match in (([""], r"texts\[0\]: expected a non-empty description"), ([], "expected at least one"), ("a", "wrap")):
+    for texts, match in (
+        ([""], r"texts\[0\]: expected a non-empty description"),
+        ([], "expected at least one"),
+        ("a", "wrap"),
+    ):
         with pytest.raises(ValueError, match=match):
             reader().encode(texts)
 
@@ -230,7 +234,9 @@ def checkpoint(tiny_model, left_tokenizer, tmp_path):
     model.save_pretrained(base)
     left_tokenizer.save_pretrained(base)
     config = dataclasses.replace(CONFIG, name=str(base))
-    network().save_pretrained(tmp_path / "made", {"encoder": dataclasses.asdict(config), "base_model": str(base)}, pooling_of())
+    network().save_pretrained(
+        tmp_path / "made", {"encoder": dataclasses.asdict(config), "base_model": str(base)}, pooling_of()
+    )
     return tmp_path / "made"
 
 
@@ -294,7 +300,11 @@ def test_configuration_is_read_back():
 
 def test_examples_file(tmp_path):
     path = tmp_path / "shots.jsonl"
-    rows = [{"input": "a", "output": "b"}, {"input": "c", "output": ["d", "e"], "split": "train"}, {"input": "a", "output": "b"}]
+    rows = [
+        {"input": "a", "output": "b"},
+        {"input": "c", "output": ["d", "e"], "split": "train"},
+        {"input": "a", "output": "b"},
+    ]
     path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert read_examples(path) == [("a", "b"), ("c", "d")]
     for text, match in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import sys
@@ -41,6 +42,21 @@ BaseModel = Annotated[
 ]
 BaseDType = Annotated[DType, typer.Option("--dtype", help="Dtype of the base model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output instead; none on failure.")]
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees; where the C library is not glibc, nothing happens.
+
+    glibc returns blocks of some 100 kB and more to the system, so every op of a model on a CPU would have its result's pages
+    mapped and zeroed anew, which can take longer than the op.
+    """
+    import ctypes
+
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def say(text: str) -> None:

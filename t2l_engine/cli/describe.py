@@ -11,7 +11,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.hypernetwork.network import load
 from t2l_engine.research.costs import hypernet_flops
 
 
@@ -19,7 +19,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     """Structure, sizes and origin of a T2L checkpoint (native or Sakana format) or of a PEFT adapter folder.
 
     Files are read and checked completely.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``, ``trunk``
-    (including all but the heads) and ``offsets`` (buffers); ``gflop_per_adapter``: from ``research.costs.hypernet_flops``.
+    (including all but the heads), ``offsets`` (buffers) and a reader's ``pooling``; ``gflop_per_adapter``: from
+    ``research.costs.hypernet_flops``.
     Adapters: ``kind`` "adapter"; ``parameters`` counts true ranks; ``partial``: the base model may have more layers.
     ``file_bytes`` is the size of the weights file.
 
@@ -44,7 +45,9 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    net = HyperNetwork.from_pretrained(folder)
+    contents = checkpoint.read(folder)
+    pooling = sum(tensor.numel() for tensor in contents.pooling.values())
+    net = load(contents)
     c, written = net.config, format_of(folder)
     blocks = checkpoint.describe(folder)
     training = blocks.get("training")
@@ -73,6 +76,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
             "trunk": c.num_parameters - heads,
             "heads": heads,
             "offsets": sum(b.numel() for b in net.offsets.buffers()),
+            "pooling": pooling,
         },
         "dtype": str(net.dtype).removeprefix("torch."),
         "file_bytes": (folder / weights).stat().st_size,

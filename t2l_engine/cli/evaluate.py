@@ -23,6 +23,7 @@ from t2l_engine.cli.common import (
     TrustRemoteCode,
     base_model_of,
     console,
+    keep_freed_memory,
     load_engine,
     say,
     split_names,
@@ -96,6 +97,7 @@ def evaluate(
     measure: Annotated[Measure, typer.Option(help="What the table shows; all are in the JSON.")] = Measure.score,
 ) -> None:
     """Evaluate a checkpoint's adapters, its controls, the base model and further adapters on a task folder."""
+    keep_freed_memory()
     from tqdm import tqdm
 
     from t2l_engine.research.evaluation import run

@@ -54,7 +54,6 @@ def generate(
     """
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.text import packaged
-
     from t2l_engine.text.examples import read_examples
 
     if bool(descriptions) == (file is not None):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import console, say, split_names
+from t2l_engine.cli.common import console, keep_freed_memory, say, split_names
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -24,7 +24,7 @@ def _print_fields(kind_name: str) -> Callable[[bool], None]:
             return
         from rich.table import Table
 
-        _need_packages()
+        need_packages()
         from t2l_engine.research.training import settings
 
         table = Table("field", "default", "meaning")
@@ -116,13 +116,13 @@ def reconstruction(
 @app.command()
 def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> None:
     """Plot a run's losses so far to loss.png."""
-    _need_packages()
+    need_packages()
     from t2l_engine.research.training.log import plot as draw
 
     typer.echo(str(draw(folder)))
 
 
-def _need_packages() -> None:
+def need_packages() -> None:
     """FileNotFoundError if packages for training are missing, with the command to install them."""
     try:
         import t2l_engine.research.training  # noqa: F401
@@ -136,7 +136,8 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
     from rich.table import Table
     from transformers.utils import logging
 
-    _need_packages()
+    keep_freed_memory()
+    need_packages()
     from t2l_engine.research.training import loop
     from t2l_engine.research.training import settings as kinds
 

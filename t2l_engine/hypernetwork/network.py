@@ -361,14 +361,15 @@ def build(contents: Contents) -> HyperNetwork:
 
 
 def build_pooling(contents: Contents, config: ReaderConfig) -> AttentionPooling:
-    """The encoder's trained pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
+    """A reader's pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
     state, path = contents.pooling, contents.path
     project = state.get("project.weight")
     width = project.shape[1] if project is not None and project.dim() == 2 else 0
     if not width or width % len(config.layers):
         got = None if project is None else tuple(project.shape)
         raise CheckpointError(
-            f"{path}: {POOLING_PREFIX}project.weight: expected a matrix with columns for {len(config.layers)} layers, got {got}"
+            f"{path}: {POOLING_PREFIX}project.weight: expected a matrix with columns for {len(config.layers)} layers, "
+            f"got {got}"
         )
     with torch.device("meta"):
         pooling = AttentionPooling(config, width // len(config.layers))

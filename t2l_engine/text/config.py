@@ -116,8 +116,8 @@ class ReaderConfig:
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
 
-    >>> from t2l_engine.text.config import ReaderConfig
-    >>> ReaderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
+    >>> import t2l_engine as t2l
+    >>> t2l.ReaderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
     1536
     """
 

@@ -79,9 +79,9 @@ class TextReader(TextEncoder):
     and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer.
 
     >>> import t2l_engine as t2l
-    >>> from t2l_engine.text.reader import AttentionPooling, ReaderConfig
-    >>> config = ReaderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
-    >>> reader = TextReader.from_config(config, AttentionPooling(config, 576))
+    >>> from t2l_engine.text.reader import AttentionPooling
+    >>> config = t2l.ReaderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
+    >>> reader = t2l.TextReader.from_config(config, AttentionPooling(config, 576))
     >>> reader.encode(["Give the antonym."], examples=[[("hot", "cold"), ("up", "down")]]).shape
     torch.Size([1, 256])
     """

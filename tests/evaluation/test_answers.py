@@ -1,5 +1,6 @@
 """Answers: kept on disk line by line, in batches that depend on the queries alone, each with its own adapter."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,6 +14,7 @@ from training.conftest import WORDS, word_tokenizer
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.lora.handle import attach
+from t2l_engine.research.evaluation import answers
 from t2l_engine.research.evaluation.answers import Answer, Answerer, Query, Store
 from t2l_engine.research.evaluation.arms import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
@@ -360,6 +362,41 @@ def test_verified_is_what_decoding_gives(tiny_model, answerer):
     maker = answerer(model=model, tokenizer=tokenizer, batch_size=32)
     maker.__dict__["_ends"] = set()  # or never does
     assert {answer.text for answer in maker.ask(right, None)} == {""}
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_a_common_prefix_is_computed_once(tiny_model, answerer, family):
+    """The same answers as one by one, from fewer tokens."""
+    changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} if family == "GPT2" else {}
+    tokenizer = char_tokenizer()
+    model, seen = tiny_model(family, vocab_size=len(tokenizer), **changes), []
+    model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
+    ends = set(range(len(tokenizer)))
+    asked = []
+    for task in ("Say the colour of the thing: ", "Repeat what comes after the colon: "):
+        for word in ("the", "red", "cats", "is", "on", "blue thing"):
+            for text in ("a", "b?", "cde"):
+                asked.append(Query(f"{task}{word}\n", accepted=(text, *"xyzXYZ")))
+    maker = answerer(model=model, tokenizer=tokenizer, batch_size=64)
+    maker.__dict__["_ends"] = ends
+    logits = []
+    for size, few in ((7, 10**9), (64, 4)):
+        maker = answerer(model=model, tokenizer=tokenizer, batch_size=size)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(answers, "FEWEST_SHARED", few)
+            seen.clear()
+            found = {}
+            for indices in maker._batches(asked, [maker.tokens(q.prompt) for q in asked]):
+                batch = [asked[i] for i in indices]
+                prompts = [maker.tokens(q.prompt) for q in batch]
+                rows = maker._logits(batch, prompts, [q.accepted for q in batch], lambda keys: contextlib.nullcontext())
+                texts = [(q.prompt, text, n) for n, q in zip(indices, batch, strict=True) for text in q.accepted]
+                found |= dict(zip(texts, (row for row, _ in rows), strict=True))
+            logits.append((found, sum(seen)))
+    (alone, many), (together, few) = logits
+    assert alone.keys() == together.keys() and few < 0.6 * many
+    for key, row in alone.items():
+        assert (together[key] - row).abs().max() <= LOSS_ATOL, key
 
 
 def test_ends_of_a_line(answerer, tiny_model):

@@ -88,7 +88,9 @@ def test_pooling_and_hypernetwork_are_trained(made):
 def test_example_sets(made, tasks):
     """Of training examples and training descriptions, one to max_examples; the same in every run."""
     job = made(example_sets=64, held_out_descriptions=1)
-    examples = {t.name: {condition("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")}
+    examples = {
+        t.name: {condition("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")
+    }
     counts, described = set(), 0
     for task, sets in zip(job._context.tasks, job._conditions._sets, strict=True):
         assert len(sets) == 64
@@ -218,7 +220,9 @@ def test_reconstruction_has_no_reader():
 
 
 def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
-    with pytest.raises(ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"):
+    with pytest.raises(
+        ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
+    ):
         sft.train(reading(base_model, held_out_descriptions=2), tasks, tmp_path / "out")
 
 

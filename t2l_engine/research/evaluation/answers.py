@@ -12,6 +12,8 @@ import functools
 import hashlib
 import inspect
 import json
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -21,6 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
+
+#: Tokens that verified prompts have in common, and prompts of a batch, from which their common prefix is computed once.
+SHARED, FEWEST_SHARED = 16, 4
 
 Use = Callable[[Sequence[str]], AbstractContextManager[Any]]  # keys -> context in which row i uses the adapter keys[i]
 
@@ -142,7 +147,7 @@ class Answerer:
         prompts = [self.tokens(q.prompt) for q in queries]
         with contextlib.ExitStack() as stack:
             use: Use | None = None  # entered only if an answer is missing
-            for indices in self._batches(queries, [len(p) for p in prompts]):
+            for indices in self._batches(queries, prompts):
                 batch = [queries[i] for i in indices]
                 key = self._key(batch, adapters)
                 answers = self._store.get(key)
@@ -155,16 +160,23 @@ class Answerer:
                 progress(len(indices))
         return results
 
-    def _batches(self, queries: Sequence[Query], lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of the queries of each batch: of one kind, in order of prompt length."""
+    def _batches(self, queries: Sequence[Query], prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Indices of the queries of each batch: of one kind, in order of prompt length.
+
+        Queries with accepted texts, one adapter and the first SHARED tokens in common make batches of their own, whose
+        common prefix is computed once.
+        """
+        starts = [(q.adapter, tuple(p[:SHARED])) if q.accepted else None for q, p in zip(queries, prompts, strict=True)]
+        counts = Counter(starts)
 
         def kind(i: int) -> tuple:
-            q = queries[i]
-            return bool(q.options), bool(q.accepted), q.max_new_tokens, q.one_line
+            q, start = queries[i], starts[i]
+            alike = start if start and len(start[1]) == SHARED and counts[start] >= FEWEST_SHARED else ()
+            return bool(q.options), bool(q.accepted), q.max_new_tokens, q.one_line, alike
 
         batch: list[int] = []
         rows = 0
-        for i in sorted(range(len(queries)), key=lambda i: (*kind(i), lengths[i])):
+        for i in sorted(range(len(queries)), key=lambda i: (*kind(i), len(prompts[i]))):
             needed = max(1, len(queries[i].options), len(queries[i].accepted))
             if batch and (rows + needed > self._batch_size or kind(i) != kind(batch[0])):
                 yield batch
@@ -214,7 +226,7 @@ class Answerer:
         return likelihoods
 
     def _verified(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
-        """Of each query, the accepted text that greedy decoding gives and then ends its line; empty if it is none of them."""
+        """Of each query, the accepted text that greedy decoding gives before it ends the line; empty if it is none."""
         found = [""] * len(queries)
         texts = [(i, text) for i, q in enumerate(queries) for text in q.accepted]
         logits = self._logits(queries, prompts, [q.accepted for q in queries], use)
@@ -247,11 +259,24 @@ class Answerer:
                 answers.append(self.tokens(space + text))
                 rows.append(prompt + answers[-1])
                 keys.append(query.adapter)
-        batch = self._tokenizer.pad({"input_ids": rows}, padding=True, return_tensors="pt").to(self._model.device)
-        longest, positions = max(map(len, answers)), {}
-        if "position_ids" in inspect.signature(self._model.forward).parameters:  # otherwise GPT-2 would count padding
-            positions = {"position_ids": (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)}
+        common = 0
+        if any(q.accepted for q in queries) and len(rows) >= FEWEST_SHARED and len(set(keys)) == 1:
+            common = len(os.path.commonprefix(prompts))
+            common = min(common, min(map(len, prompts)) - 1) if common >= SHARED else 0
+        batch = self._tokenizer.pad({"input_ids": [row[common:] for row in rows]}, padding=True, return_tensors="pt")
+        ids, mask = batch["input_ids"].to(self._model.device), batch["attention_mask"].to(self._model.device)
+        longest, options = max(map(len, answers)), {}
+        known = inspect.signature(self._model.forward).parameters
+        if "position_ids" in known:  # otherwise GPT-2 would count padding
+            options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0) + common
         with use(keys):
-            logits = self._model(**batch, **positions, use_cache=False, logits_to_keep=longest + 1).logits
+            if common:
+                prefix = torch.tensor([rows[0][:common]], device=ids.device)
+                cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+                cache.batch_repeat_interleave(len(rows))
+                options["cache" if "cache" in known else "past_key_values"] = cache
+                mask = torch.cat((mask.new_ones(len(rows), common), mask), dim=1)
+            options |= {"use_cache": bool(common), "logits_to_keep": longest + 1}
+            logits = self._model(input_ids=ids, attention_mask=mask, **options).logits
         for row, answer in zip(logits, answers, strict=True):  # row by row, to bound the memory of float32 logits
             yield row[-len(answer) - 1 :], answer

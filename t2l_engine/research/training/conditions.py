@@ -82,7 +82,8 @@ class ReadConditions:
         name = settings.base_model.rstrip("/")
         self.reader_config = ReaderConfig(
             name, settings.reader_layers, settings.reader_queries, settings.reader_width, settings.reader_heads,
-            settings.reader_blocks, dtype=settings.dtype, max_examples=settings.max_examples if settings.example_share else 0,
+            settings.reader_blocks, dtype=settings.dtype,
+            max_examples=settings.max_examples if settings.example_share else 0,
         )  # fmt: skip
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
         model, tokenizer = load(resolve(name), getattr(torch, settings.dtype), trust_remote_code=False)

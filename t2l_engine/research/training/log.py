@@ -40,7 +40,7 @@ class Log:
         if not enabled:
             return
         path = folder / NAME
-        rows = [row for row in read_log(folder) if row["step"] <= step] if path.is_file() else []
+        rows = [row for row in read_log(folder) if row["step"] <= step] if step and path.is_file() else []
         with replacing(folder, NAME) as temporary:
             (temporary / NAME).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -65,7 +65,9 @@ def speed(folder: Path) -> str:
     """Steps of a run and what passed through the model in a second of them, for people; only the steps if nothing did."""
     rows = [row for row in read_log(folder) if "loss" in row]
     seconds = sum(row["seconds"] for row in rows)
-    rates = [f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in ("examples", "tokens") if name in rows[0]]
+    rates = [
+        f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in ("examples", "tokens") if name in rows[0]
+    ]
     return f"{len(rows)} steps in {seconds:,.0f} s" + (f" ({', '.join(rates)})" if rates else "")
 
 

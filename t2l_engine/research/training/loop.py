@@ -55,7 +55,8 @@ class Job(ABC):
     model: nn.Module
 
     def __init__(self) -> None:
-        self.best: dict[str, Any] = {}  # state of :meth:`improved`; saved with the run's state
+        #: State of :meth:`improved`, with the ``step`` of the last improvement; saved with the run's state.
+        self.best: dict[str, Any] = {}
 
     @abstractmethod
     def batches(self, step: int, shard: Shard) -> Sequence[Any]:
@@ -152,16 +153,18 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         _interrupts(single=shard.world_size == 1) as interrupted,
         torch.random.fork_rng(),  # leaves the caller's generator as it is
     ):
-        while step < settings.steps:
+        if step == 0 and settings.patience:
+            _validate(job, step, shard, accelerate, log, output)
+        while not _ended(job, step):
             began = time.perf_counter()
             row = _step(job, model, optimizer, step, shard, accelerate, state)
             step += 1
             log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
-            last = step == settings.steps
-            if settings.validate_every and (step % settings.validate_every == 0 or last):
+            if settings.validate_every and (step % settings.validate_every == 0 or step == settings.steps):
                 _validate(job, step, shard, accelerate, log, output)
+            last = _ended(job, step)
             if step % settings.save_every == 0 or last or interrupted:
                 log.flush()
                 if main:
@@ -176,6 +179,13 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     accelerate.wait_for_everyone()
     accelerate.free_memory()  # it keeps references to wrapped modules; this process may start another run
     return output
+
+
+def _ended(job: Job, step: int) -> bool:
+    """Whether ``step`` is the last one: of the settings, or after ``patience`` validations without improvement."""
+    s, best = job.settings, job.best.get("step")
+    stale = s.patience > 0 and best is not None and step - best >= s.patience * s.validate_every
+    return stale or step >= s.steps
 
 
 def _distributed(module: nn.Module, accelerate: Accelerator) -> nn.Module:

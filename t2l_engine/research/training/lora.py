@@ -49,6 +49,27 @@ class LoRABank(nn.Module):
             self.lora_A[name] = nn.Parameter(draw.repeat(count, modules.num_layers, 1, 1))
             self.lora_B[name] = nn.Parameter(torch.zeros(count, modules.num_layers, n_out, rank))
 
+    @torch.no_grad()
+    def start_from(self, folder: Path, names: Sequence[str]) -> None:
+        """Copy the adapter in PEFT folder ``folder``, or for each of ``names`` that in the folder of its name.
+
+        Raises FileNotFoundError for a missing one, ConfigError if rank, scaling, modules or layers are not the bank's.
+        """
+        single = (folder / "adapter_config.json").is_file()
+        for i, name in enumerate(names):
+            path = folder if single else folder / name
+            stack = AdapterStack.from_peft(path)
+            given = {at: (stack.lora_A[module], stack.lora_B[module]) for module, at in stack.paths.items()}
+            for module, at in self._paths.items():
+                A, B = given.pop(at, (None, None))
+                if A is None or A[0].shape != self.lora_A[module][i].shape or float(stack.scaling[0]) != self._scaling:
+                    got = None if A is None else (*A[0].shape, float(stack.scaling[0]))
+                    wanted = (*self.lora_A[module][i].shape, self._scaling)
+                    raise ConfigError(f"initial: {path}: {module}: expected A and scaling {wanted} of this run, got {got}")
+                self.lora_A[module][i], self.lora_B[module][i] = A[0].float(), B[0].float()
+            if given:
+                raise ConfigError(f"initial: {path}: expected the modules {sorted(self._paths)}, got {sorted(given)} too")
+
     def forward(self) -> AdapterStack:
         A, B = dict(self.lora_A.items()), dict(self.lora_B.items())
         first = next(iter(A.values()))
@@ -69,7 +90,16 @@ class LoRA(loop.Job):
         validated = [bool(context.validation.kept(i)) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
-        self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed).to(context.device)
+        self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed)
+        if settings.initial:
+            self.model.start_from(Path(settings.initial), self.names)
+        self.model.to(context.device)
+        least = min(len(context.tasks[i].descriptions) for i in self._tasks)
+        if settings.held_out_descriptions >= least:
+            raise ConfigError(
+                f"held_out_descriptions: expected fewer than the {least} descriptions of a task, "
+                f"got {settings.held_out_descriptions}"
+            )
         self._stream = Stream(
             len(self._tasks), settings.tasks_per_step if self._shared else len(self._tasks), settings.seed,
             self._group, lambda g: g.longest, settings.bucket_steps if self._shared else 1,
@@ -83,7 +113,7 @@ class LoRA(loop.Job):
         return self._context.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
 
     def _descriptions(self, task: int) -> range:
-        return range(len(self._context.tasks[task].descriptions))
+        return range(len(self._context.tasks[task].descriptions) - self.settings.held_out_descriptions)
 
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)
@@ -125,6 +155,8 @@ class LoRA(loop.Job):
             lowest = self.best.setdefault("losses", {})
             better = [i for i, name in enumerate(self.names) if losses.get(name, math.nan) < lowest.get(name, math.inf)]
             lowest.update({self.names[i]: losses[self.names[i]] for i in better})
+            if better:
+                self.best["step"] = step
         saved = self.best.setdefault("adapters", {})
         for key, parameter in self.model.named_parameters():
             current = parameter.detach().cpu()

@@ -66,6 +66,9 @@ class Settings(BaseModel):
     )
     save_every: Positive = Field(100, description="steps between saved states")
     validate_every: Count = Field(100, description="steps between validations; 0: none")
+    patience: Count = Field(
+        0, description="validations without improvement that end the run; the start is then validated too; 0: all steps"
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -73,6 +76,12 @@ class Settings(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("expected a number or text")  # pydantic would convert it to 1
         return value
+
+    @model_validator(mode="after")
+    def _validated(self):
+        if self.patience and not self.validate_every:
+            raise ValueError(f"patience: expected 0 with validate_every 0, got {self.patience}")
+        return self
 
     @property
     def tasks_per_step(self) -> int:
@@ -216,6 +225,11 @@ class LoRASettings(_Model, Settings):
         "per-task",
         description="per-task: an adapter per task, tasks_per_batch * accumulation at a time; multi-task: one for all",
     )
+    initial: Text = Field(
+        "",
+        description="PEFT folder whose adapter training starts from, or a folder of some named as the tasks; empty: none",
+    )
+    held_out_descriptions: Count = Field(0, description="last descriptions of a task, which prompts never have")
 
 
 class ReconstructionSettings(_HyperNetwork, Settings):
@@ -248,7 +262,14 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
         values = read_yaml(path)
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a mapping of fields, got {short_repr(values)}")
-    origins = dict.fromkeys(values, str(path))
+    changes = parse_overrides(overrides)
+    origins = dict.fromkeys(values, str(path)) | dict.fromkeys(changes, "--set")
+    return build(kind, values | changes, origins, str(path) if path else "settings")
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The fields of ``name=value`` texts, values in YAML; ConfigError names one that is none."""
+    values = {}
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals:
@@ -257,8 +278,7 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
             values[name.strip()] = parse_yaml(value, "--set")
         except ConfigError:
             raise ConfigError(f"--set {name}: expected a YAML value, got {short_repr(value)}") from None
-        origins[name.strip()] = "--set"
-    return build(kind, values, origins, str(path) if path else "settings")
+    return values
 
 
 def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None = None, source: str = "settings") -> S:

@@ -106,7 +106,8 @@ class SFT(loop.Job):
             got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
             if got != expected:
                 raise ConfigError(
-                    f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, got {short_repr(got)}"
+                    f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, "
+                    f"got {short_repr(got)}"
                 )
         reads = isinstance(self._conditions, ReadConditions)
         pooling = build_pooling(contents, self._conditions.reader_config) if reads else None

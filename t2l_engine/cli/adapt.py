@@ -1,0 +1,90 @@
+"""``t2l adapt``: an adapter for a user's task, generated from a description and tuned on examples."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from t2l_engine.cli.common import (
+    DEFAULT_CHECKPOINT,
+    BaseModel,
+    Checkpoint,
+    Encoder,
+    Json,
+    Scaling,
+    TrustRemoteCode,
+    base_model_of,
+    keep_freed_memory,
+    load_engine,
+    print_json,
+)
+
+
+def adapt(
+    description: Annotated[str, typer.Argument(help="Description of the task.")],
+    examples: Annotated[Path, typer.Option(help="JSON Lines of at least four examples, input and output.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the adapter; an interrupted run is resumed.")],
+    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
+    base_model: BaseModel = "",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value of t2l train lora, such as steps=100; may be repeated.")
+    ] = None,
+    scaling: Scaling = "",
+    encoder: Encoder = "",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Generate an adapter from a description, tune it on examples and write it as a PEFT folder.
+
+    One example in four is held out.  It decides which step is kept and when to stop, and says what was gained: the loss and
+    the number of right answers with the adapter as generated, which is kept in start/, and as tuned.
+    """
+    began = time.perf_counter()
+    from t2l_engine.cli.train import need_packages
+    from t2l_engine.text.examples import read_examples
+
+    keep_freed_memory()
+    need_packages()
+    from t2l_engine.research.training import adapt as tuning
+    from t2l_engine.research.training.settings import parse_overrides
+
+    shown = read_examples(examples)
+    changes = parse_overrides(overrides or [])
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    model = base_model_of(folder, base_model)
+    report = tuning.adapt(engine, model, description, shown, output, **changes)
+    _, held_out = tuning.split(shown)
+    before, after = (_right(path, model, held_out, engine.prompt_form) for path in (output / tuning.START, output))
+    seconds = round(time.perf_counter() - began, 1)
+    if as_json:
+        print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
+        return
+    count = report.held_out
+    typer.echo(
+        f"{output}: on {count} held-out examples {before} -> {after} right, loss {report.loss_before:.3f} -> "
+        f"{report.loss_after:.3f}; {report.examples} examples, {report.steps} steps, step {report.best_step} kept; "
+        f"{seconds:.0f} s"
+    )
+
+
+def _right(adapter: Path, base_model: str, examples: list[tuple[str, str]], prompt_form: str) -> int:
+    """How many of ``examples`` the base model answers with ``adapter`` exactly, by greedy decoding."""
+    import torch
+
+    from t2l_engine.adapters.stack import AdapterStack
+    from t2l_engine.research.evaluation.answers import Answerer, Query, Store
+    from t2l_engine.research.evaluation.arms import Stored
+    from t2l_engine.research.evaluation.metrics import exact_match
+    from t2l_engine.text import base_model as models
+    from t2l_engine.text.prompts import prompt_of
+
+    model, tokenizer = models.load(base_model, torch.bfloat16)
+    answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
+    longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
+    queries = [Query(prompt_of(prompt_form, tokenizer, text), max_new_tokens=longest) for text, _ in examples]
+    stored: Any = Stored(AdapterStack.from_peft(adapter), [""])
+    answers = answerer.ask(queries, stored)
+    return sum(exact_match(a.text, (answer,)) for a, (_, answer) in zip(answers, examples, strict=True))

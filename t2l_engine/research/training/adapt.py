@@ -1,0 +1,137 @@
+"""An adapter for a user's task: generated from a description and examples, then tuned on the examples."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from t2l_engine.engine import TextToLoRA
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.text import to_json
+from t2l_engine.files.weights import replacing
+from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.training import lora
+from t2l_engine.research.training.log import read_log
+from t2l_engine.research.training.runs import ADAPTERS, WAVES
+from t2l_engine.research.training.settings import LoRASettings, build
+from t2l_engine.text.encoder import Examples
+
+#: Name of the task, of its adapter's folder, and of the report.
+NAME, START, RUN, REPORT = "adapted", "start", "run", "adapt.json"
+#: One example in so many is held out.
+HELD_OUT = 4
+#: Fewest examples: three to learn from, one held out.
+FEWEST = 4
+DEFAULTS: dict[str, Any] = {
+    "steps": 200,
+    "learning_rate": 1e-3,
+    "warmup_steps": 5,
+    "schedule": "constant",
+    "tasks_per_batch": 1,
+    "samples_per_task": 8,
+    "validate_every": 10,
+    "validation_samples": 64,
+    "patience": 3,
+    "save_every": 50,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What tuning did, on the held-out examples: mean loss of their answers before and after.
+
+    ``examples``, ``held_out``: numbers of examples that were trained on and held out; ``read``: of those that the adapter
+    was generated from; ``steps``: that were run, of which ``best_step`` was kept (0: the generated adapter); ``seconds``: of
+    training.
+    """
+
+    examples: int
+    held_out: int
+    read: int
+    loss_before: float
+    loss_after: float
+    steps: int
+    best_step: int
+    seconds: float
+
+
+def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(examples to train on, examples held out): one in HELD_OUT, by the SHA-256 of their inputs, whatever their order.
+
+    Raises ConfigError for fewer than FEWEST different inputs.
+    """
+    by_input = dict(examples)
+    if len(by_input) < FEWEST:
+        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(by_input)}")
+    order = sorted(by_input.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    count = max(1, len(order) // HELD_OUT)
+    return order[count:], order[:count]
+
+
+def settings_for(config: HyperNetworkConfig, base_model: str, prompt_form: str, start: Path, **changes: Any) -> LoRASettings:
+    """Settings that tune an adapter of a hypernetwork; ``changes`` override DEFAULTS."""
+    of_adapter = {
+        "base_model": base_model, "target_modules": config.modules, "rank": config.rank, "lora_alpha": config.lora_alpha,
+        "scaling": config.scaling, "prompt_form": prompt_form, "initial": str(start),
+    }  # fmt: skip
+    return build(LoRASettings, DEFAULTS | of_adapter | changes)
+
+
+def adapt(
+    engine: TextToLoRA,
+    base_model: str,
+    description: str,
+    examples: Sequence[tuple[str, str]],
+    output: str | Path,
+    **changes: Any,
+) -> Report:
+    """Write the PEFT folder ``output``: the adapter that ``engine`` generates, tuned on ``examples``.
+
+    A part of the examples is held out: it decides which step is kept, and when to stop.  A reader also generates from as
+    many of the other examples as it was trained with.  The same call resumes a run that was interrupted.
+
+    Args:
+        base_model: "smollm2-135m" or a local transformers folder.
+        description: of the task.
+        examples: (input, answer).
+        output: also gets ``start/``, the adapter as generated, ``run/``, that of training, and the report, ``adapt.json``.
+        changes: fields of :class:`LoRASettings`, instead of DEFAULTS.
+
+    Raises ConfigError for too few examples, and as :func:`t2l_engine.research.training.lora.train`.
+    """
+    output = Path(output)
+    trained, held_out = split(examples)
+    read = trained[: getattr(engine.encoder.config, "max_examples", 0)]
+    shots: Examples = [read] if read else None
+    stack = engine.generate([description], shots)
+    stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=base_model)
+    rows = [Example(x, (y,), name) for name, pairs in (("train", trained), ("val", held_out)) for x, y in pairs]
+    tasks = output / RUN / "tasks"
+    write_tasks(tasks, [Task(NAME, (description,), tuple(rows))], overwrite=True)
+    settings = settings_for(engine.hypernetwork.config, base_model, engine.prompt_form, output / START, **changes)
+    began = time.perf_counter()
+    lora.train(settings, tasks, output / RUN)
+    report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)
+    tuned = output / RUN / ADAPTERS / NAME
+    names = [path.name for path in sorted(tuned.iterdir())]
+    with replacing(output, *names, REPORT) as temporary:
+        for name in names:
+            shutil.copy2(tuned / name, temporary / name)
+        (temporary / REPORT).write_text(json.dumps(to_json(report), indent=1) + "\n", encoding="utf-8")
+    return report
+
+
+def _report(wave: Path, examples: int, held_out: int, read: int, seconds: float) -> Report:
+    rows = read_log(wave)
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
+    best = min(losses, key=lambda step: (losses[step], step))
+    return Report(
+        examples, held_out, read, losses[0], losses[best], max(row["step"] for row in rows), best, round(seconds, 1)
+    )

@@ -1,0 +1,69 @@
+"""``t2l adapt`` and ``t2l generate --examples`` as a user types them."""
+
+import json
+
+import pytest
+import torch
+from training import conftest as shared
+from training.conftest import WORDS
+from training.test_adapt import engine  # noqa: F401  # a fixture
+
+import t2l_engine as t2l
+from t2l_engine.files.text import to_json
+
+save_model, base_model, one_thread = shared.save_model, shared.base_model, shared.one_thread
+
+
+@pytest.fixture
+def checkpoint(engine, base_model, tmp_path):  # noqa: F811
+    """The folder of a checkpoint that reads two examples, and a file of 30."""
+    blocks = {"encoder": to_json(engine.encoder.config), "base_model": str(base_model), "training": {"prompt_form": "chat"}}
+    engine.hypernetwork.save_pretrained(tmp_path / "checkpoint", blocks, engine.encoder.pooling)
+    rows = [{"input": f"{a} {b}", "output": [b]} for a in WORDS for b in WORDS if a != b]
+    (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, rows[:2])))
+    return tmp_path / "checkpoint"
+
+
+def test_adapt(run, checkpoint, tmp_path):
+    call = ["adapt", "Say the last word.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint)]
+    quick = ["--set", "steps=20", "--set", "learning_rate=5e-3", "--set", "validate_every=5"]
+    code, printed, err = run(*call, "-o", str(tmp_path / "out"), *quick)
+    assert code == 0, err
+    assert printed.startswith(f"{tmp_path / 'out'}: on 7 held-out examples ") and "23 examples, 20 steps, step" in printed
+    assert len(t2l.AdapterStack.from_peft(tmp_path / "out")) == 1
+    code, printed, err = run(*call, "-o", str(tmp_path / "out"), *quick, "--json")  # done already
+    report = json.loads(printed)
+    assert code == 0 and report["examples"] == 23 and report["loss_after"] < report["loss_before"]
+    assert 0 <= report["right_before"] <= 7 and 0 <= report["right_after"] <= 7
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (["--examples", "two.jsonl"], "t2l: examples: expected at least 4 different inputs, got 2\n"),
+        (["--examples", "none.jsonl"], "none.jsonl: not found\n"),
+        (["--set", "steps"], "t2l: --set: expected name=value, got 'steps'\n"),
+        (["--set", "steps=0"], "t2l: settings: steps: Input should be greater than 0, got 0\n"),
+    ],
+)
+def test_errors_are_a_line(run, checkpoint, tmp_path, monkeypatch, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    given = {"--examples": ["--examples", "shots.jsonl"]}
+    arguments = [*([] if "--examples" in changes else given["--examples"]), *changes]
+    code, printed, err = run("adapt", "Say it.", "-c", str(checkpoint), "-o", "out", *arguments)
+    assert (code, printed) == (1, "") and err.endswith(expected)
+
+
+def test_generate_from_examples(run, checkpoint, tmp_path):
+    for name, more in (("plain", []), ("shown", ["--examples", str(tmp_path / "two.jsonl")])):
+        code, _, err = run("generate", "Say the last word.", "-c", str(checkpoint), "-o", str(tmp_path / name), *more)
+        assert code == 0, err
+    made = t2l.TextToLoRA.from_pretrained(checkpoint)
+    shots = [("red blue", "blue"), ("red green", "green")]
+    expected = made.generate(["Say the last word."] * 2, [None, shots])
+    for i, name in enumerate(("plain", "shown")):
+        got = t2l.AdapterStack.from_peft(tmp_path / name)
+        torch.testing.assert_close(got.lora_B["q_proj"][0], expected.lora_B["q_proj"][i])
+    code, _, err = run("generate", "Say it.", "-o", str(tmp_path / "x"), "--examples", str(tmp_path / "two.jsonl"))
+    assert code == 1 and "examples: expected none, since the encoder of this checkpoint, 'minilm', reads descriptions" in err

@@ -1,0 +1,142 @@
+"""An adapter that is generated and then tuned: where it starts, when it stops, what is kept."""
+
+import json
+
+import pytest
+import torch
+from training import runs
+from training.conftest import WORDS
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import adapt, lora
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.reader import AttentionPooling, TextReader
+
+EXAMPLES = [(f"{a} {b}", b) for a in WORDS for b in WORDS if a != b]
+QUICK = {"dtype": "float32", "learning_rate": 5e-3, "validate_every": 5, "steps": 60}
+
+
+@pytest.fixture
+def engine(base_model):
+    """Generates adapters of rank 4 that change what the tiny model says; reads two examples."""
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    config = ReaderConfig(str(base_model), layers=(0, 1), queries=2, width=8, heads=2, max_examples=2)
+    torch.manual_seed(0)
+    reader = TextReader(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
+    network = t2l.HyperNetwork(
+        t2l.HyperNetworkConfig(
+            variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=2, rank=4,
+            embed_dim=16, latent_size=16, head_in_size=8, lora_alpha=8.0,
+        )
+    )  # fmt: skip
+    return t2l.TextToLoRA(reader, network)
+
+
+def tensors(folder):
+    stack = t2l.AdapterStack.from_peft(folder)
+    return [*stack.lora_A.values(), *stack.lora_B.values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_tunes_what_it_generates(engine, base_model, tmp_path):
+    out = tmp_path / "out"
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, out, **QUICK)
+    assert (report.examples, report.held_out, report.read) == (23, 7, 2)
+    assert report.loss_after < 0.7 * report.loss_before and report.best_step > 0
+    assert json.loads((out / adapt.REPORT).read_text()) == vars(report)
+    trained, _ = adapt.split(EXAMPLES)
+    stack = engine.generate(["Say the last word."], [trained[:2]])
+    start = t2l.AdapterStack.from_peft(out / adapt.START)
+    for name, A in stack.lora_A.items():
+        assert torch.equal(start.lora_A[name], A) and torch.equal(start.lora_B[name], stack.lora_B[name])
+    assert not same(out, out / adapt.START) and same(out, out / adapt.RUN / lora.ADAPTERS / adapt.NAME)
+    assert t2l.AdapterStack.from_peft(out).scaling.tolist() == start.scaling.tolist()
+
+
+def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp_path, monkeypatch):
+    """Steps that only do harm, on answers that no held-out example has, leave the adapter as it was generated."""
+    trained, held_out = adapt.split([(text, "red") for text, _ in EXAMPLES])
+    monkeypatch.setattr(adapt, "split", lambda _: (trained, [(text, "dog") for text, _ in held_out]))
+    harm = QUICK | {"patience": 2, "validate_every": 3}
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path / "out", **harm)
+    assert (report.best_step, report.steps, report.loss_after) == (0, 6, report.loss_before)
+    assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
+
+
+def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
+    changes = QUICK | {"steps": 12, "save_every": 2}
+    whole = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.LoRA, "loss", runs.failing(lora.LoRA.loss, 7))
+        with pytest.raises(OSError, match="for the test"):
+            adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
+    assert not (tmp_path / "again" / "adapter_config.json").exists()
+    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
+    assert vars(again) | {"seconds": 0} == vars(whole) | {"seconds": 0} and same(tmp_path / "whole", tmp_path / "again")
+    with pytest.raises(ConfigError, match="other settings"):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes | {"seed": 3})
+
+
+def test_split():
+    trained, held_out = adapt.split(EXAMPLES)
+    assert sorted(trained + held_out) == sorted(EXAMPLES) and len(held_out) == 7
+    assert adapt.split(EXAMPLES[::-1]) == (trained, held_out)
+    assert [len(part) for part in adapt.split(EXAMPLES[:4])] == [3, 1]
+    with pytest.raises(ConfigError, match="examples: expected at least 4 different inputs, got 3"):
+        adapt.split(EXAMPLES[:3] * 2)
+
+
+# --- starts of t2l train lora ----------------------------------------------------------------------------------------
+
+
+def test_adapters_start_from_folders(base_model, tasks, tmp_path):
+    """One folder for all tasks, or one of each name; a step of no length leaves them as they are."""
+    first = lora.train(runs.lora(base_model, steps=4, validate_every=0), tasks, tmp_path / "first")
+    still = {"steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "validate_every": 0}
+    own = lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+    one = lora.train(runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
+    for name in ("first", "last"):
+        for folder, start in ((own, name), (one, "last")):
+            for a, b in zip(tensors(folder / "adapters" / name), tensors(first / "adapters" / start), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
+    first = lora.train(runs.lora(base_model, steps=1, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    for change, match in (
+        (
+            {"rank": 2},
+            r"initial: .*first: q_proj: expected A and scaling \(2, 2, 64, 8.0\) of this run, got \(2, 4, 64, 4.0\)",
+        ),
+        (
+            {"lora_alpha": 4.0},
+            r"initial: .*: q_proj: expected A and scaling \(2, 4, 64, 1.0\) of this run, got \(2, 4, 64, 4.0\)",
+        ),
+        ({"target_modules": ["q_proj"]}, r"initial: .*: expected the modules \['q_proj'\], got .*v_proj.* too"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A and scaling .*, got None"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+    with pytest.raises(FileNotFoundError):
+        lora.train(runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
+
+
+def test_held_out_descriptions_are_in_no_prompt(base_model, tasks, tmp_path):
+    changes = {"prompt": "description", "mode": "multi-task", "steps": 3, "held_out_descriptions": 1}
+    out = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "out")
+    about = json.loads((tasks / "descriptions.json").read_text())
+    (tasks / "descriptions.json").write_text(json.dumps({k: [v[0], "Other words."] for k, v in about.items()}))
+    other = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "other")
+    assert runs.losses(out / "waves" / "000") == runs.losses(other / "waves" / "000")
+    with pytest.raises(ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of a task, got 2"):
+        lora.train(runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")
+
+
+def test_patience_needs_validation(base_model):
+    with pytest.raises(ConfigError, match="patience: expected 0 with validate_every 0, got 2"):
+        runs.lora(base_model, patience=2, validate_every=0)
