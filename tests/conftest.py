@@ -141,13 +141,10 @@ def tiny_model():
     return make
 
 
-#: Of tiny tokenizers.
-WORDS = ("name", "the", "capital", "of", "a", "country", "drug", ".", "3", "##s")
-
-
 @pytest.fixture
 def left_tokenizer():
     """A decoder's tokenizer: pads on the left and knows no padding token."""
+    from tiny import WORDS
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

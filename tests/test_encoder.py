@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import WORDS
+from tiny import WORDS
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u

@@ -113,6 +113,8 @@ class ReaderConfig:
     ``dtype``: "float32", "bfloat16" or "float16", of the language model's weights.
     ``max_examples``: most worked examples beside a description; 0: it was trained on descriptions alone.
 
+    Source: pooling by latent queries (Perceiver, arXiv 2103.03206).
+
     Raises:
         ConfigError: a field has a wrong type or value; the message names it.
 

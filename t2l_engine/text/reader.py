@@ -78,6 +78,8 @@ class TextReader(TextEncoder):
     Used as a :class:`TextEncoder`; every token of description and examples can change ``task_emb``, so that names, numbers
     and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer.
 
+    Source: paper section 3, with pooling by latent queries (Perceiver, arXiv 2103.03206) in place of one vector.
+
     >>> import t2l_engine as t2l
     >>> from t2l_engine.text.reader import AttentionPooling
     >>> config = t2l.ReaderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)

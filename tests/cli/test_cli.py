@@ -148,6 +148,7 @@ def test_show_bundled_checkpoint(run):
         "trunk": sum(p.numel() for name, p in net.named_parameters() if not name.startswith("heads.")),
         "heads": sum(p.numel() for name, p in net.named_parameters() if name.startswith("heads.")),
         "offsets": 0,
+        "pooling": 0,
     }
     stack = net.generate(torch.zeros(1, 384))
     expected = {
