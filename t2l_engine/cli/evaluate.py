@@ -114,6 +114,8 @@ def evaluate(
             raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise FileNotFoundError("--plot: matplotlib is not installed; run: pip install matplotlib")
+    if verify and measure is not Measure.score:
+        raise ValueError(f"--measure: expected score with --verify, which generates no text, got {measure.value}")
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
     if held_out_descriptions:
         loaded = [_last_descriptions(task, held_out_descriptions) for task in loaded]

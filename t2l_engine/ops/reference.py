@@ -255,23 +255,35 @@ def hypernet_heads_backward(
     in_features: Sequence[int],
     out_features: Sequence[int],
 ) -> list[Tensor]:
-    """Gradients of ``latent``, every ``weight`` and every ``bias``, by recomputation, one module at a time.
+    """Gradients of ``latent``, every ``weight`` and every ``bias``, one module at a time.
 
-    ``grads``: of the results of :func:`hypernet_heads`, in its order.
+    ``grads``: of the results of :func:`hypernet_heads`, in its order.  With G the gradients of a head's output rows, those of
+    ``latent`` are G W, of ``weight`` G^T latent, of ``bias`` the sum of G.  Products accumulate in float32 or float64; those
+    of operands in a narrower dtype are made in it where one rounding follows.
     """
-    nothing = [None] * len(weight)
-    modules = _modules(latent, weight, bias, mul_A, nothing, mul_B, nothing, rank, in_features, out_features)
-    grad_latent, grad_weight, grad_bias = latent.new_empty(latent.shape), [], []
-    for i, (*tensors, mul, _, mul_of_B, _, r, n_in, n_out) in enumerate(modules):
-        with _recording():
-            inputs = [t.detach().requires_grad_() for t in tensors if t is not None]
-            x, w, b = inputs if len(inputs) == 3 else (*inputs, None)
-            out = _rounded(*_head(x, w, b, mul, None, mul_of_B, None, r, n_in, n_out), w.dtype)
-            made = torch.autograd.grad(out, inputs, grads[2 * i : 2 * i + 2])
-        grad_latent[:, i] = made[0]
-        grad_weight.append(made[1].contiguous())
-        grad_bias += [g.contiguous() for g in made[2:]]
-    return [grad_latent, *grad_weight, *grad_bias]
+    acc = accumulation_dtype(latent, *weight)
+    num_tasks, _, sides, ranks, num_layers, h = latent.shape
+    p = rank // ranks
+    grad_latent = torch.zeros(latent.shape, dtype=acc, device=latent.device)
+    grad_weight, grad_bias = [], []
+    for i, (w, *muls, n_in, n_out) in enumerate(zip(weight, mul_A, mul_B, in_features, out_features, strict=True)):
+        dtype = w.dtype if sides == 1 and muls == [None, None] else acc
+        of_weight, of_bias = torch.zeros_like(w, dtype=acc), torch.zeros(len(w), dtype=acc, device=w.device)
+        parts, made = (head_sides(*of, sides, p, n_in, n_out) for of in ((w, None), (of_weight, of_bias)))
+        for side, (mul, (part, _), (made_weight, made_bias)) in enumerate(zip(muls, parts, made, strict=True)):
+            at, grad = (side if sides == 2 else 0), grads[2 * i + side]
+            grad = grad.mT if side else grad  # [N, n, r, width]
+            if mul is not None:
+                grad = grad.to(acc) * (mul.mT if side else mul)
+            width = part.shape[1]
+            G = grad.reshape(num_tasks, num_layers, ranks, p * width).transpose(1, 2).reshape(-1, p * width)
+            x = latent[:, i, at].reshape(-1, h).to(w.dtype)  # as the forward op rounds it
+            grad_latent[:, i, at] += (G.to(dtype) @ part.reshape(p * width, h).to(dtype)).view(latent[:, i, at].shape)
+            made_weight += (G.to(dtype).mT @ x.to(dtype)).view(p, width, h)
+            made_bias += G.sum(dim=0, dtype=acc).view(p, width)
+        grad_weight.append(of_weight.to(w.dtype))
+        grad_bias += [of_bias.to(b.dtype) for b in bias[i : i + 1]]
+    return [grad_latent.to(latent.dtype), *grad_weight, *grad_bias]
 
 
 def _check_output(name: str, t: Tensor) -> None:
