@@ -206,13 +206,9 @@ class HyperNetwork(nn.Module):
                     offsets.add_A = draw.expand(c.num_layers, -1, -1).clone()
         return self
 
-    def forward(self, task_emb: Tensor, dtype: torch.dtype | None = None) -> AdapterStack:
-        """Adapters with gradients; ``task_emb`` and result as in :meth:`generate`.
-
-        ``dtype``: of the products' operands, and of A and B; None: that of the weights, which keep theirs, and so do their
-        gradients.
-        """
-        return self._new_stack(task_emb, self.folded(dtype))
+    def forward(self, task_emb: Tensor) -> AdapterStack:
+        """Adapters with gradients; arguments and result as in :meth:`generate`."""
+        return self._new_stack(task_emb, self.folded())
 
     @torch.no_grad()
     def generate(self, task_emb: Tensor, out: AdapterStack | None = None) -> AdapterStack:
@@ -243,8 +239,8 @@ class HyperNetwork(nn.Module):
             ranks[name] = torch.full((count, c.num_layers), c.rank, dtype=torch.int32, device="cpu")
         return AdapterStack(lora_A, lora_B, torch.empty(count, device="meta"), ranks, self._paths)
 
-    def folded(self, dtype: torch.dtype | None = None) -> dict:
-        """All tensors that do not depend on the task, as arguments of the trunk and head ops; matrices in ``dtype``."""
+    def folded(self) -> dict:
+        """All tensors that do not depend on the task, as arguments of the trunk and head ops."""
         c, t = self.config, self.config.task_width
         weight1 = self.mixer.linear1.weight
         acc = reference.accumulation_dtype(weight1)
@@ -279,9 +275,6 @@ class HyperNetwork(nn.Module):
         head_biases = [head.bias if scale == 1.0 else head.bias * scale for head in heads] if c.head_bias else []
         side_emb = None if self.side_emb is None else self.side_emb()
         steps = [module.folded() for module in offsets]
-        if dtype is not None:
-            weights = [weight.to(dtype) if weight.dim() == 2 else weight for weight in weights]
-            head_weights = [weight.to(dtype) for weight in head_weights]
         return {
             "weights": weights,
             "side_emb": side_emb,

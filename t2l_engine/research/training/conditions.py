@@ -41,12 +41,9 @@ class ReadingHyperNetwork(nn.Module):
         super().__init__()
         self.pooling, self.hypernetwork = pooling, hypernetwork
 
-    def forward(self, condition: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> AdapterStack:
-        """Adapters with gradients of ``condition``: states and mask, as :class:`AttentionPooling` takes them.
-
-        ``dtype``: as in :meth:`HyperNetwork.forward`.
-        """
-        return self.hypernetwork(self.pooling(*condition), dtype)
+    def forward(self, condition: tuple[Tensor, Tensor]) -> AdapterStack:
+        """Adapters with gradients of ``condition``: states and mask, as :class:`AttentionPooling` takes them."""
+        return self.hypernetwork(self.pooling(*condition))
 
 
 class ReadConditions:
@@ -92,9 +89,7 @@ class ReadConditions:
         model, tokenizer = load(resolve(name), getattr(torch, settings.dtype), trust_remote_code=False)
         self.hidden_size = model.config.get_text_config().hidden_size
         model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
-        with torch.device("meta"):
-            unused = self.pooling()
-        reader = TextReader(model, tokenizer, self.reader_config, unused, cache_size=0)
+        reader = TextReader(model, tokenizer, self.reader_config, self.pooling(), cache_size=0)
         self._states, self._places = read_states(reader, texts, folder)
 
     @property
@@ -175,7 +170,7 @@ def read_states(
         end = ends[-1]
     width = reader.pooling.project.in_features
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, BATCH, texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, texts]).encode()).hexdigest()
     index: dict[str, Any] = {"sha256": digest, "tasks": 0}
     if (folder / STATES).is_file() and (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text())

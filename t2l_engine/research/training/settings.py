@@ -174,9 +174,6 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         "(Hyperdecoders, arXiv 2203.08304)",
     )
     generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
-    hypernetwork_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the hypernetwork's products and of A and B in training; its parameters are float32"
-    )
     initial: Text = Field("", description="checkpoint folder whose parameters the run starts from; empty: random ones")
     reader_layers: tuple[Count, ...] = Field(
         (0, 10, 20), min_length=1, description="hidden states that the reader pools: 0 token embeddings, i output of layer i"

@@ -122,8 +122,7 @@ class SFT(loop.Job):
         return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        s = self.settings
-        stack = model(self._conditions.augmented(batch.groups), getattr(torch, s.hypernetwork_dtype))
+        s, stack = self.settings, model(self._conditions.augmented(batch.groups))
         losses = self._objective.losses(
             batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
         )
