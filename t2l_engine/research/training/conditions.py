@@ -89,7 +89,9 @@ class ReadConditions:
         model, tokenizer = load(resolve(name), getattr(torch, settings.dtype), trust_remote_code=False)
         self.hidden_size = model.config.get_text_config().hidden_size
         model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
-        reader = TextReader(model, tokenizer, self.reader_config, self.pooling(), cache_size=0)
+        with torch.device("meta"):
+            unused = self.pooling()
+        reader = TextReader(model, tokenizer, self.reader_config, unused, cache_size=0)
         self._states, self._places = read_states(reader, texts, folder)
 
     @property
@@ -170,7 +172,7 @@ def read_states(
         end = ends[-1]
     width = reader.pooling.project.in_features
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, BATCH, texts]).encode()).hexdigest()
     index: dict[str, Any] = {"sha256": digest, "tasks": 0}
     if (folder / STATES).is_file() and (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text())
