@@ -55,7 +55,8 @@ class AttentionPooling(nn.Module):
     def __init__(self, config: ReaderConfig, hidden_size: int):
         super().__init__()
         self.project = nn.Linear(len(config.layers) * hidden_size, config.width)
-        self.queries = nn.Parameter(torch.randn(config.queries, config.width))
+        # Small beside what attention adds, so that texts differ from the start; the norm before attention undoes the scale.
+        self.queries = nn.Parameter(torch.randn(config.queries, config.width) * 0.02)
         self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.blocks))
         self.norm = nn.LayerNorm(config.width)
 

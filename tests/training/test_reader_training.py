@@ -205,7 +205,6 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
         ({"encoder": "one-hot"}, "example_share: expected 0 with encoder 'one-hot', which reads no examples, got 0.5"),
         ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
         ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
-        ({"task_init": "discriminant"}, "task_init: expected random with encoder 'reader'"),
         ({"condition": "input"}, "condition: expected description with encoder 'reader', got input"),
     ],
 )
@@ -258,3 +257,23 @@ def test_many_tasks_are_stated_by_name(base_model, tasks, tmp_path, monkeypatch)
     out = sft.train(reading(base_model, steps=1), tasks, tmp_path / "out")
     training = json.loads((out / "config.json").read_text())["training"]
     assert training["tasks"] == ["first", "last"] and len(training["tasks_sha256"]) == 64
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+def test_texts_differ_from_the_start(made):
+    """Queries pool at random, and LDA finds what is not common to all texts: tasks are apart before the first step."""
+    shares = []
+    for kind in ("random", "discriminant"):
+        job = made(task_init=kind, example_share=0.0, latent_size=32)
+        reads = job._conditions
+        with torch.no_grad():
+            rows = [
+                torch.cat([job.model.pooling(*reads._gathered([(t, reads._numbers[t][i])])) for i in reads.train_indices(t)])
+                for t in range(2)
+            ]
+            z = torch.stack([job._net.task_encoder.linear(of_task) for of_task in rows])  # [tasks, descriptions, t]
+        apart = (z.mean(dim=1) - z.mean(dim=(0, 1))).square().mean()
+        shares.append(float(apart / z.square().mean()))
+    assert shares[0] < 0.5 < shares[1], shares

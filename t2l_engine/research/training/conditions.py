@@ -20,6 +20,7 @@ from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.training import discriminant
 from t2l_engine.research.training.sampling import Group, seeded
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text.config import ReaderConfig
@@ -106,6 +107,22 @@ class ReadConditions:
     def pooling(self) -> AttentionPooling:
         """A new pooling with random parameters."""
         return AttentionPooling(self.reader_config, self.hidden_size)
+
+    @torch.no_grad()
+    def initialise(self, pooling: AttentionPooling, linear: nn.Linear) -> None:
+        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions.
+
+        By LDA of what ``pooling`` makes of them: its untrained queries pool at random, so most of that is common to all texts.
+        """
+        if self._settings.task_init == "random":
+            return
+        classes = []
+        for task, indices in enumerate(self._train):
+            states, mask = self._gathered([(task, self._numbers[task][i]) for i in indices])
+            classes.append(pooling(states, mask).cpu())
+        centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
+        scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
+        discriminant.initialise(linear, classes, self._settings.seed, float(scale))
 
     def _train_descriptions(self, task: Task) -> list[int]:
         s, count = self._settings, len(task.descriptions) - self._settings.held_out_descriptions

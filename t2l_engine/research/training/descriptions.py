@@ -12,16 +12,11 @@ from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
+from t2l_engine.research.training import discriminant
 from t2l_engine.research.training.sampling import Group, seeded
 from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
-
-#: Regularisation of the LDA: added to the within-task variance along every axis (entries of task_emb have RMS 1), since few
-#: descriptions underestimate it.
-WORDING_VARIANCE = 0.1
-#: Lower bound of an axis's variance, in units of the within-task variance, before scaling: keeps noise from being amplified.
-MIN_VARIANCE = 0.01
 
 
 class TaskEmbeddings:
@@ -77,31 +72,11 @@ class TaskEmbeddings:
         count = self._counts[task]
         return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
 
-    @torch.no_grad()
     def initialise(self, linear: nn.Linear) -> None:
-        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by linear discriminant analysis (LDA).
-
-        Embeddings of the training descriptions are centred at the mean over tasks, whitened by the within-task covariance
-        and projected onto the axes of largest total variance, each divided by the fourth root of its variance; a random
-        rotation from the seed follows.  From a random start most of the encoder's output is wording, which the first steps
-        learn to suppress.
-        """
-        if self._settings.task_init != "discriminant":
-            return
-        generator = torch.Generator().manual_seed(self._settings.seed)
-        classes = [self._rows[task][: len(self.train_indices(task))].double() for task in range(len(self._rows))]
-        means = torch.stack([rows.mean(dim=0) for rows in classes])
-        within = sum(_covariance(rows, mean) for rows, mean in zip(classes, means, strict=True)) / len(classes)
-        centre = means.mean(dim=0)
-        values, axes = torch.linalg.eigh(within + WORDING_VARIANCE * torch.eye(self.embed_dim, dtype=torch.float64))
-        whiten = axes / values.sqrt() @ axes.T
-        values, axes = torch.linalg.eigh(whiten @ (within + _covariance(means, centre)) @ whiten)
-        kept = min(linear.out_features, self.embed_dim)
-        random = torch.randn(linear.out_features, kept, dtype=torch.float64, generator=generator)
-        rotation, scales = torch.linalg.qr(random)[0], values[-kept:].clamp_min(MIN_VARIANCE) ** -0.25
-        weight = rotation @ (axes[:, -kept:] * scales).T @ whiten
-        linear.weight.copy_(weight)
-        linear.bias.copy_(-weight @ centre)
+        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""
+        if self._settings.task_init == "discriminant":
+            classes = [self._rows[task][: len(self.train_indices(task))] for task in range(len(self._rows))]
+            discriminant.initialise(linear, classes, self._settings.seed)
 
     def clean(self, groups: Sequence[Group]) -> Tensor:
         """``task_emb [groups, embed_dim]`` of the groups' descriptions or inputs, without augmentation."""
@@ -127,10 +102,6 @@ class TaskEmbeddings:
                 row = row + settings.embedding_noise * torch.randn(row.shape, generator=generator)
             rows.append(row)
         return torch.stack(rows).to(self._device)
-
-
-def _covariance(rows: Tensor, mean: Tensor) -> Tensor:
-    return (rows - mean).T @ (rows - mean) / len(rows)
 
 
 def _encoder(settings: SFTSettings | ReconstructionSettings) -> str | EncoderConfig:

@@ -200,8 +200,7 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
                     f"got {self.example_share}"
                 )
             return self
-        for name, only in (("condition", "description"), ("task_init", "random"), ("embedding_noise", 0.0),
-                           ("mix_descriptions", False)):  # fmt: skip
+        for name, only in (("condition", "description"), ("embedding_noise", 0.0), ("mix_descriptions", False)):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}: expected {only} with encoder {READER!r}, got {getattr(self, name)}")
         return self

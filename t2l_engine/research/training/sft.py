@@ -92,7 +92,9 @@ class SFT(loop.Job):
             torch.manual_seed(seed)  # for all layers but the heads
             net = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(seed))
             if isinstance(conditions, ReadConditions):
-                return net, conditions.pooling()
+                pooling = conditions.pooling()
+                conditions.initialise(pooling, net.task_encoder.linear)
+                return net, pooling
         conditions.initialise(net.task_encoder.linear)
         return net, None
 
