@@ -112,7 +112,7 @@ class ReadConditions:
     def initialise(self, pooling: AttentionPooling, linear: nn.Linear) -> None:
         """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions.
 
-        By LDA of what ``pooling`` makes of them: its untrained queries pool at random, so most of that is common to all texts.
+        By LDA of what ``pooling`` makes of them: untrained queries pool at random, so most of that is common to all texts.
         """
         if self._settings.task_init == "random":
             return
