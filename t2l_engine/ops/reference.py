@@ -258,8 +258,8 @@ def hypernet_heads_backward(
     """Gradients of ``latent``, every ``weight`` and every ``bias``, one module at a time.
 
     ``grads``: of the results of :func:`hypernet_heads`, in its order.  With G the gradients of a head's output rows, those
-    of ``latent`` are G W, of ``weight`` G^T latent, of ``bias`` the sum of G.  Products accumulate in float32 or float64; those
-    of operands in a narrower dtype are made in it where one rounding follows.
+    of ``latent`` are G W, of ``weight`` G^T latent, of ``bias`` the sum of G.  Products accumulate in float32 or float64;
+    those of operands in a narrower dtype are made in it where one rounding follows.
     """
     acc = accumulation_dtype(latent, *weight)
     num_tasks, _, sides, ranks, num_layers, h = latent.shape
