@@ -113,7 +113,8 @@ class TextReader(TextEncoder):
                 f"encoder: expected a pooling of hidden states of width {pooling.project.in_features} as it was trained "
                 f"with, got {width} from {config.name!r}"
             )
-        super().__init__(model, tokenizer, config, cache_size=cache_size)
+        # What the methods of TextEncoder that are kept read of a configuration, both have.
+        super().__init__(model, tokenizer, config, cache_size=cache_size)  # pyright: ignore[reportArgumentType]
         self.pooling = pooling.eval()
         self._lock = threading.Lock()
 
