@@ -123,7 +123,7 @@ class TextToLoRA:
         encoder that reads none; RuntimeError if the language model is the encoder and has adapters in use.  A description
         longer than the encoder's length is truncated with a warning.
         """
-        return self.hypernetwork.generate(self.encoder.encode(texts, examples))
+        return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
 
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: Examples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
@@ -139,7 +139,7 @@ class TextToLoRA:
         >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
         >>> lora.set([3, 4, -1])
         """
-        task_emb = self.encoder.encode(texts, examples)
+        task_emb = self.encoder.encode(texts, examples=examples)
         with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb))) as out:
             self.hypernetwork.generate(task_emb, out=out)
 

@@ -85,17 +85,17 @@ def test_pooling_in_plain_terms():
 
 
 def test_neighbours_do_not_change_a_vector(reader):
-    together = reader().encode(TEXTS, [None, SHOTS, SHOTS[:1], []])
+    together = reader().encode(TEXTS, examples=[None, SHOTS, SHOTS[:1], []])
     assert together.shape == (4, 24) and together.dtype == torch.float32 and reader().embed_dim == 24
     for text, shots, vector in zip(TEXTS, [None, SHOTS, SHOTS[:1], []], together, strict=True):
-        torch.testing.assert_close(reader().encode([text], [shots])[0], vector, rtol=ROUNDING, atol=ROUNDING)
+        torch.testing.assert_close(reader().encode([text], examples=[shots])[0], vector, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_every_part_of_the_condition_counts(reader):
     made = reader()
-    same = made.encode(["the drugs"] * 5, [None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
+    same = made.encode(["the drugs"] * 5, examples=[None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
     assert torch.pdist(same).min() > 1e-3
-    assert torch.equal(made.encode(["", " the drugs "], [SHOTS, None])[1], same[0])
+    assert torch.equal(made.encode(["", " the drugs "], examples=[SHOTS, None])[1], same[0])
     assert condition(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y" and condition("", [("x", "y")])[0] == "I"
     (text,) = made.prepare(["the drugs"], [SHOTS])
     assert made.prepare([text]) == [text] and torch.equal(made.encode([text])[0], same[1])
@@ -104,8 +104,8 @@ def test_every_part_of_the_condition_counts(reader):
 def test_texts_are_read_once(reader, monkeypatch):
     made, read = reader(), []
     monkeypatch.setattr(made, "_states", lambda tokens, plain=made._states: read.append(len(tokens)) or plain(tokens))
-    first = made.encode(TEXTS, [SHOTS, None, None, None])
-    assert torch.equal(made.encode(TEXTS[::-1], [None, None, None, SHOTS]), first.flip(0)) and read == [4]
+    first = made.encode(TEXTS, examples=[SHOTS, None, None, None])
+    assert torch.equal(made.encode(TEXTS[::-1], examples=[None, None, None, SHOTS]), first.flip(0)) and read == [4]
 
 
 def test_another_thread_may_run_the_model(reader):
@@ -133,7 +133,7 @@ def test_another_thread_may_run_the_model(reader):
 def test_long_text_is_truncated_with_a_warning(reader):
     made = reader(dataclasses.replace(CONFIG, max_length=6))
     with pytest.warns(UserWarning, match=r"texts\[0\]: description of .* tokens truncated to 6"):
-        made.encode([TEXTS[0]], [SHOTS])
+        made.encode([TEXTS[0]], examples=[SHOTS])
 
 
 def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
@@ -164,7 +164,7 @@ def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
 )
 def test_errors_name_the_example(reader, examples, match):
     with pytest.raises(ValueError, match=match):
-        reader().encode(["the drugs"], examples)
+        reader().encode(["the drugs"], examples=examples)
 
 
 def test_errors_name_the_text(reader):
@@ -179,9 +179,9 @@ def test_errors_name_the_text(reader):
 
 def test_other_encoders_read_no_examples():
     made = t2l.OneHotEncoder(t2l.OneHotConfig(("antonyms",)))
-    assert torch.equal(made.encode(["antonyms"], [None]), torch.ones(1, 1))
+    assert torch.equal(made.encode(["antonyms"], examples=[None]), torch.ones(1, 1))
     with pytest.raises(ValueError, match="examples: expected none, since the encoder of this checkpoint, 'one-hot'"):
-        made.encode(["antonyms"], [SHOTS])
+        made.encode(["antonyms"], examples=[SHOTS])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_engine_generates_from_examples(checkpoint, tiny_model, tmp_path):
     engine = t2l.TextToLoRA.from_pretrained(checkpoint)
     assert isinstance(engine.encoder, TextReader)
     stack = engine.generate(["the drugs", "the drugs"], [None, SHOTS])
-    expected = network().generate(engine.encoder.encode(["the drugs", "the drugs"], [None, SHOTS]))
+    expected = network().generate(engine.encoder.encode(["the drugs", "the drugs"], examples=[None, SHOTS]))
     for name, A in expected.lora_A.items():
         assert torch.equal(stack.lora_A[name], A) and not torch.equal(A[0], A[1])
     lora = attach(tiny_model("Llama"), slots=3)

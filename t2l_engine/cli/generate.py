@@ -69,7 +69,7 @@ def generate(
     base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
     results = []
-    task_emb = engine.encoder.encode(texts, None if shots is None else [shots] * len(texts))
+    task_emb = engine.encoder.encode(texts, examples=None if shots is None else [shots] * len(texts))
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # invalid until all adapters are written
     for start in range(0, len(texts), BATCH_SIZE):

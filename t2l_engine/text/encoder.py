@@ -199,7 +199,7 @@ class TextEncoder:
         return prepared
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], examples: Examples = None, *, batch_size: int = 32) -> Tensor:
+    def encode(self, texts: Sequence[str], batch_size: int = 32, *, examples: Examples = None) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
 
         A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
@@ -342,7 +342,7 @@ class OneHotEncoder:
                 )
         return list(texts)
 
-    def encode(self, texts: Sequence[str], examples: Examples = None) -> Tensor:
+    def encode(self, texts: Sequence[str], *, examples: Examples = None) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
 
         Raises ValueError for an empty list and as :meth:`prepare`.

@@ -111,8 +111,8 @@ def test_training_a_hypernetwork(case):
         sum(t.sum() for t in (ops.hypernet_trunk(**trunk), *lora_A, *lora_B)).backward()
 
     got = by_op(run)
-    for name in ("hypernet_trunk", "hypernet_heads"):
-        assert got.pop(f"{name}_backward", 0) == 3 * got.pop(name, 0)
+    for name, times in (("hypernet_trunk", 3), ("hypernet_heads", 2)):  # the trunk is recomputed
+        assert got.pop(f"{name}_backward", 0) == times * got.pop(name, 0)
     assert not got
 
 

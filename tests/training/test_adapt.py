@@ -59,9 +59,9 @@ def test_tunes_what_it_generates(engine, base_model, tmp_path):
 
 
 def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp_path, monkeypatch):
-    """Steps that only do harm, on answers that no held-out example has, leave the adapter as it was generated."""
-    trained, held_out = adapt.split([(text, "red") for text, _ in EXAMPLES])
-    monkeypatch.setattr(adapt, "split", lambda _: (trained, [(text, "dog") for text, _ in held_out]))
+    """Steps uphill leave the adapter as it was generated."""
+    downhill = lora.LoRA.loss
+    monkeypatch.setattr(lora.LoRA, "loss", lambda *arguments: -downhill(*arguments))
     harm = QUICK | {"patience": 2, "validate_every": 3}
     report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path / "out", **harm)
     assert (report.best_step, report.steps, report.loss_after) == (0, 6, report.loss_before)
