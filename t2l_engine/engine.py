@@ -17,7 +17,7 @@ from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import AnyEncoderConfig, OneHotConfig, ReaderConfig
-from t2l_engine.text.encoder import MINILM, Examples, OneHotEncoder, TextEncoder
+from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
 from t2l_engine.text.prompts import CHAT, prompt_of
 from t2l_engine.text.reader import TextReader
 
@@ -113,7 +113,7 @@ class TextToLoRA:
                 )
         return cls(encoder, hypernetwork, contents.prompt_form)
 
-    def generate(self, texts: Sequence[str], examples: Examples = None) -> AdapterStack:
+    def generate(self, texts: Sequence[str], examples: WorkedExamples = None) -> AdapterStack:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
@@ -125,7 +125,7 @@ class TextToLoRA:
         """
         return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
 
-    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: Examples = None) -> None:
+    def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
 
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.

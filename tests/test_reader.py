@@ -13,7 +13,7 @@ from t2l_engine import ConfigError, attach
 from t2l_engine.hypernetwork import convert
 from t2l_engine.text.config import ReaderConfig, encoder_config_from_json
 from t2l_engine.text.examples import read_examples
-from t2l_engine.text.reader import EPS, AttentionPooling, TextReader, condition, pad_states
+from t2l_engine.text.reader import EPS, AttentionPooling, TextReader, condition_text, pad_states
 
 CONFIG = ReaderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country."]
@@ -96,7 +96,10 @@ def test_every_part_of_the_condition_counts(reader):
     same = made.encode(["the drugs"] * 5, examples=[None, SHOTS, SHOTS[::-1], SHOTS[:1], [("capital", "the")]])
     assert torch.pdist(same).min() > 1e-3
     assert torch.equal(made.encode(["", " the drugs "], examples=[SHOTS, None])[1], same[0])
-    assert condition(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y" and condition("", [("x", "y")])[0] == "I"
+    assert (
+        condition_text(" a b ", [(" x", "y ")]) == "a b\n\nInput: x\nOutput: y"
+        and condition_text("", [("x", "y")])[0] == "I"
+    )
     (text,) = made.prepare(["the drugs"], [SHOTS])
     assert made.prepare([text]) == [text] and torch.equal(made.encode([text])[0], same[1])
 

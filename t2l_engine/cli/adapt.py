@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from t2l_engine.cli.common import (
     load_engine,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from t2l_engine.engine import TextToLoRA
 
 
 def adapt(
@@ -57,7 +60,7 @@ def adapt(
     model = base_model_of(folder, base_model)
     report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
-    before, after = (_right(path, model, held_out, engine.prompt_form) for path in (output / tuning.START, output))
+    before, after = _right([output / tuning.START, output], model, held_out, engine)
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
         print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
@@ -70,8 +73,8 @@ def adapt(
     )
 
 
-def _right(adapter: Path, base_model: str, examples: list[tuple[str, str]], prompt_form: str) -> int:
-    """How many of ``examples`` the base model answers with ``adapter`` exactly, by greedy decoding."""
+def _right(adapters: list[Path], base_model: str, examples: list[tuple[str, str]], engine: TextToLoRA) -> list[int]:
+    """How many of ``examples`` the base model answers exactly with each of ``adapters``, by greedy decoding."""
     import torch
 
     from t2l_engine.adapters.stack import AdapterStack
@@ -79,12 +82,13 @@ def _right(adapter: Path, base_model: str, examples: list[tuple[str, str]], prom
     from t2l_engine.research.evaluation.arms import Stored
     from t2l_engine.research.evaluation.metrics import exact_match
     from t2l_engine.text import base_model as models
-    from t2l_engine.text.prompts import prompt_of
 
     model, tokenizer = models.load(base_model, torch.bfloat16)
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
     longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
-    queries = [Query(prompt_of(prompt_form, tokenizer, text), max_new_tokens=longest) for text, _ in examples]
-    stored: Any = Stored(AdapterStack.from_peft(adapter), [""])
-    answers = answerer.ask(queries, stored)
-    return sum(exact_match(a.text, (answer,)) for a, (_, answer) in zip(answers, examples, strict=True))
+    queries = [Query(engine.prompt(tokenizer, text), max_new_tokens=longest) for text, _ in examples]
+    counts = []
+    for adapter in adapters:
+        answers = answerer.ask(queries, Stored(AdapterStack.from_peft(adapter), [""]))
+        counts.append(sum(exact_match(a.text, (answer,)) for a, (_, answer) in zip(answers, examples, strict=True)))
+    return counts

@@ -49,7 +49,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
     pooling = sum(tensor.numel() for tensor in contents.pooling.values())
     net = load(contents)
     c, written = net.config, format_of(folder)
-    blocks = checkpoint.describe(folder)
+    blocks = contents.blocks
     training = blocks.get("training")
     weights = WEIGHTS_NAME if written == "native" else SAKANA_NAMES[0]
     heads = sum(p.numel() for p in net.heads.parameters())

@@ -29,7 +29,7 @@ from t2l_engine.hypernetwork.folder import (
     native_blocks,
     stated_encoder,
 )
-from t2l_engine.text.config import AnyEncoderConfig
+from t2l_engine.text.config import AnyEncoderConfig, is_reader
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -90,7 +90,7 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     contents = Contents(
         config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path), pooling=pooling
     )
-    reads = isinstance(blocks.get("encoder"), dict) and "layers" in blocks["encoder"]
+    reads = is_reader(blocks.get("encoder"))
     if reads != bool(pooling):
         expected = "a trained pooling, as the encoder has layers" if reads else "no pooling, as the encoder has no layers"
         raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")

@@ -174,10 +174,13 @@ def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
 
     ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
     """
-    kind: type[AnyEncoderConfig] = EncoderConfig
-    if isinstance(block, dict):
-        kind = OneHotConfig if block.get("name") == OneHotConfig.name else ReaderConfig if "layers" in block else kind
-    return from_json(kind, block, where)
+    one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
+    return from_json(OneHotConfig if one_hot else ReaderConfig if is_reader(block) else EncoderConfig, block, where)
+
+
+def is_reader(block: Any) -> bool:
+    """Whether the "encoder" block of a checkpoint states a ReaderConfig."""
+    return isinstance(block, dict) and "layers" in block
 
 
 def read_sentence_transformers(folder: Path) -> EncoderConfig:

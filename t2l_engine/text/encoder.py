@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MINILM = EncoderConfig(name="minilm", pooling="mean", max_length=256)
 CACHE_SIZE = 4096
 #: Of each text, worked examples (input, answer), or None.
-Examples = Sequence[Sequence[tuple[str, str]] | None] | None
+WorkedExamples = Sequence[Sequence[tuple[str, str]] | None] | None
 
 
 def normalise_description(text: str, full_stop: bool = True) -> str:
@@ -90,6 +90,9 @@ class TextEncoder:
     >>> task_emb.shape, task_emb.norm(dim=1).round().tolist()  # [N, embed_dim]; norm sqrt(384)
     (torch.Size([2, 384]), [20.0, 20.0])
     """
+
+    #: Most worked examples of a text that are read.
+    max_examples = 0
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: EncoderConfig, *, cache_size: int = CACHE_SIZE):
         """``model``: a transformers encoder or decoder, set to eval mode; ``tokenizer``: its tokenizer, not modified.
@@ -185,7 +188,7 @@ class TextEncoder:
         """Width of ``task_emb``."""
         return self.model.config.get_text_config().hidden_size
 
-    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+    def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """The texts as they are tokenized; raises ValueError as :meth:`encode`, which also takes what this returns."""
         check_list(texts)
         refuse_examples(self.config.name, examples)
@@ -199,7 +202,7 @@ class TextEncoder:
         return prepared
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], batch_size: int = 32, *, examples: Examples = None) -> Tensor:
+    def encode(self, texts: Sequence[str], batch_size: int = 32, *, examples: WorkedExamples = None) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32 on the encoder's device.
 
         A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
@@ -319,6 +322,8 @@ class OneHotEncoder:
     tensor([[0., 1.]])
     """
 
+    max_examples = 0  # of a text, as of a TextEncoder
+
     def __init__(self, config: OneHotConfig, device: str | torch.device = "cpu"):
         """``device``: of the vectors."""
         self.config, self.device = config, device
@@ -329,7 +334,7 @@ class OneHotEncoder:
         """Width of ``task_emb``: the number of training tasks."""
         return len(self.config.tasks)
 
-    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+    def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """The names unchanged; ValueError for anything but names of training tasks, and for examples."""
         check_list(texts)
         refuse_examples(self.config.name, examples)
@@ -342,7 +347,7 @@ class OneHotEncoder:
                 )
         return list(texts)
 
-    def encode(self, texts: Sequence[str], *, examples: Examples = None) -> Tensor:
+    def encode(self, texts: Sequence[str], *, examples: WorkedExamples = None) -> Tensor:
         """``task_emb [len(texts), embed_dim]`` float32, row i the unit vector of the task named ``texts[i]``.
 
         Raises ValueError for an empty list and as :meth:`prepare`.

@@ -61,7 +61,12 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
 
+def worked_example(text: str, answer: str) -> str:
+    """An input with its answer, as raw prompts show it."""
+    return f"Input: {text}\nOutput: {answer}"
+
+
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
     """Description (unless empty), worked examples (input, answer) and input as plain text, ending with "Output:"."""
-    examples = "".join(f"Input: {x}\nOutput: {y}\n\n" for x, y in shots)
+    examples = "".join(f"{worked_example(x, y)}\n\n" for x, y in shots)
     return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\nOutput:"

@@ -14,9 +14,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.encoder import CACHE_SIZE, Examples, TextEncoder, check_list, check_text
+from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text
 from t2l_engine.text.loading import load
 from t2l_engine.text.packaged import resolve
+from t2l_engine.text.prompts import worked_example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,7 +116,7 @@ class TextReader(TextEncoder):
             )
         # What the methods of TextEncoder that are kept read of a configuration, both have.
         super().__init__(model, tokenizer, config, cache_size=cache_size)  # pyright: ignore[reportArgumentType]
-        self.pooling = pooling.eval()
+        self.pooling, self.max_examples = pooling.eval(), config.max_examples
         self._lock = threading.Lock()
 
     @classmethod
@@ -138,7 +139,7 @@ class TextReader(TextEncoder):
         """Width of ``task_emb``."""
         return self.config.embed_dim
 
-    def prepare(self, texts: Sequence[str], examples: Examples = None) -> list[str]:
+    def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """Each description with its examples, as it is tokenized; raises ValueError as :meth:`encode`.
 
         A description may be empty where there are examples.
@@ -152,7 +153,7 @@ class TextReader(TextEncoder):
         for i, (text, shots) in enumerate(zip(texts, given, strict=True)):
             if not (shots and text == ""):
                 check_text(f"texts[{i}]", text, "description")
-            prepared.append(condition(text, _checked(f"examples[{i}]", shots, self.config.max_examples)))
+            prepared.append(condition_text(text, _checked(f"examples[{i}]", shots, self.max_examples)))
         return prepared
 
     def states(self, texts: Sequence[str]) -> list[Tensor]:
@@ -223,9 +224,9 @@ class _Recorded:
             raise _LastLayer
 
 
-def condition(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:
+def condition_text(description: str, examples: Sequence[tuple[str, str]] = ()) -> str:
     """What a reader reads: the description and worked examples (input, answer), as in a raw prompt."""
-    parts = [description.strip(), *(f"Input: {x.strip()}\nOutput: {y.strip()}" for x, y in examples)]
+    parts = [description.strip(), *(worked_example(x.strip(), y.strip()) for x, y in examples)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -33,7 +33,7 @@ from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
 from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.reader import AttentionPooling, TextReader, condition
+from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text
 
 RED = Example("red", ("red",), "test")
 TASKS = [task(f"task{i}", RED, descriptions=[f"Do {i}.", f"Do {i}, please."][: 1 + i % 2]) for i in range(5)]
@@ -111,7 +111,7 @@ def test_a_checkpoint_that_reads_examples(engine, reading):
     for repeat in range(3):
         texts = keys(own, TASKS, repeat)
         shots = [shots_of(t, pools[t.name], repeat, SHOTS, RED.input) for t in TASKS]
-        assert texts == [condition(description_of(t, repeat), s) for t, s in zip(TASKS, shots, strict=True)]
+        assert texts == [condition_text(description_of(t, repeat), s) for t, s in zip(TASKS, shots, strict=True)]
         drawn, by_name = partners([t.name for t in TASKS], repeat), dict(zip([t.name for t in TASKS], texts, strict=True))
         assert keys(other, TASKS, repeat) == [by_name[drawn[t.name]] for t in TASKS]
     (text,) = reading.encoder.prepare([description_of(TASKS[0], 0)], [shots_of(TASKS[0], pools["task0"], 0)])

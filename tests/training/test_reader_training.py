@@ -14,7 +14,7 @@ from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
-from t2l_engine.text.reader import TextReader, condition
+from t2l_engine.text.reader import TextReader, condition_text
 
 CPU = torch.device("cpu")
 
@@ -89,7 +89,7 @@ def test_example_sets(made, tasks):
     """Of training examples and training descriptions, one to max_examples; the same in every run."""
     job = made(example_sets=64, held_out_descriptions=1)
     examples = {
-        t.name: {condition("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")
+        t.name: {condition_text("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")
     }
     counts, described = set(), 0
     for task, sets in zip(job._context.tasks, job._conditions._sets, strict=True):
@@ -134,7 +134,7 @@ def test_states_are_the_readers(made, base_model, tasks):
         states, mask = reads.augmented([group])
         number = reads._drawn(group) - len(reads._numbers[group.task])
         task = job._context.tasks[group.task]
-        text = reads._sets[group.task][number][0] if number >= 0 else condition(task.descriptions[group.description])
+        text = reads._sets[group.task][number][0] if number >= 0 else condition_text(task.descriptions[group.description])
         assert group.description == 0
         (expected,) = reader.states([text])
         assert mask.all() and (states[0].float() - expected.float()).abs().max() <= 2**-5
@@ -187,7 +187,7 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     config = reading(base_model)
     fit = TrainingContext(config, tasks, CPU)
-    reads = conditions.ReadConditions(config, fit.tasks, CPU, tmp_path / "all")
+    reads = conditions.ReadConditions(config, fit, tmp_path / "all")
     reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
     for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
         states, places = conditions.read_states(reader, changed, tmp_path / "states")

@@ -25,7 +25,7 @@ from t2l_engine.research.evaluation.library import TOP_K, Arrow
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
 from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
-from t2l_engine.text.reader import TextReader, condition
+from t2l_engine.text.reader import TextReader, condition_text
 
 SHOTS = 3
 #: The constant control: a description without information about the task.
@@ -155,11 +155,11 @@ def generated_arms(
     if known is None:
         arms.append(arm("-junk", lambda task, example, repeat: junk(task, repeat)))
         arms.append(arm("-constant", lambda task, example, repeat: CONSTANT, False))
-    if pools and getattr(engine.encoder.config, "max_examples", 0) >= SHOTS:
+    if pools and engine.encoder.max_examples >= SHOTS:
 
         def read(task: Task, example: Example, repeat: int) -> str:
             shots = shots_of(task, pools[task.name], repeat, asked=example.input)
-            return condition(description_of(task, repeat), shots)
+            return condition_text(description_of(task, repeat), shots)
 
         def read_other(task: Task, example: Example, repeat: int) -> str:
             return read(by_name[partner(task, repeat)], example, repeat)

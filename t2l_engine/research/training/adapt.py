@@ -21,7 +21,7 @@ from t2l_engine.research.training import lora
 from t2l_engine.research.training.log import read_log
 from t2l_engine.research.training.runs import ADAPTERS, WAVES
 from t2l_engine.research.training.settings import LoRASettings, build
-from t2l_engine.text.encoder import Examples
+from t2l_engine.text.encoder import WorkedExamples
 
 #: Name of the task, of its adapter's folder, and of the report.
 NAME, START, RUN, REPORT = "adapted", "start", "run", "adapt.json"
@@ -108,8 +108,8 @@ def adapt(
     """
     output = Path(output)
     trained, held_out = split(examples)
-    read = trained[: getattr(engine.encoder.config, "max_examples", 0)]
-    shots: Examples = [read] if read else None
+    read = trained[: engine.encoder.max_examples]
+    shots: WorkedExamples = [read] if read else None
     stack = engine.generate([description], shots)
     stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=base_model)
     rows = [Example(x, (y,), name) for name, pairs in (("train", trained), ("val", held_out)) for x, y in pairs]

@@ -15,18 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.adapters.stack import AdapterStack
-from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
-from t2l_engine.research.training.sampling import Group, seeded
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.loading import load
-from t2l_engine.text.packaged import resolve
-from t2l_engine.text.reader import AttentionPooling, TextReader, condition, pad_states
+from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text, pad_states
 
 STATES, INDEX = "states.bin", "index.json"
 #: Of a task's example sets, one in so many has no description.
@@ -56,43 +54,32 @@ class ReadConditions:
 
     Args:
         settings: of the run.
-        tasks: with their examples of split "train".
-        device: of the language model.
+        context: of the run: its tasks, base model and device.
         folder: of the file.
 
     Raises ConfigError if all descriptions of a task are held out, or if reader and language model do not fit together.
     """
 
-    def __init__(self, settings: SFTSettings, tasks: Sequence[Task], device: torch.device, folder: Path):
-        self._settings, self._device = settings, device
-        for task in tasks:
-            if len(task.descriptions) <= settings.held_out_descriptions:
-                raise ConfigError(
-                    f"held_out_descriptions: expected fewer than the {len(task.descriptions)} descriptions of task "
-                    f"{task.name}, got {settings.held_out_descriptions}"
-                )
+    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path):
+        tasks, self._settings, self._device = context.tasks, settings, context.device
         self._train = [self._train_descriptions(task) for task in tasks]
         self._val = [self._val_descriptions(task) for task in tasks]
         self._sets = [self._example_sets(task, chosen) for task, chosen in zip(tasks, self._train, strict=True)]
         #: Of each task, number of each description that is read in the order of its texts; example sets follow.
         self._numbers = [{i: n for n, i in enumerate(t + v)} for t, v in zip(self._train, self._val, strict=True)]
         texts = [
-            [condition(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
+            [condition_text(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
             for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
         ]
-        name = settings.base_model.rstrip("/")
         self.reader_config = ReaderConfig(
-            name, settings.reader_layers, settings.reader_queries, settings.reader_width, settings.reader_heads,
-            settings.reader_blocks, dtype=settings.dtype,
+            settings.base_model.rstrip("/"), settings.reader_layers, settings.reader_queries, settings.reader_width,
+            settings.reader_heads, settings.reader_blocks, dtype=settings.dtype,
             max_examples=settings.max_examples if settings.example_share else 0,
         )  # fmt: skip
+        self._hidden_size = context.model.config.get_text_config().hidden_size
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
-        model, tokenizer = load(resolve(name), getattr(torch, settings.dtype), trust_remote_code=False)
-        self.hidden_size = model.config.get_text_config().hidden_size
-        model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
-        with torch.device("meta"):
-            unused = self.pooling()
-        reader = TextReader(model, tokenizer, self.reader_config, unused, cache_size=0)
+        with torch.random.fork_rng(devices=[]):
+            reader = TextReader.from_config(self.reader_config, self.pooling(), device=context.device, cache_size=0)
         self._states, self._places = read_states(reader, texts, folder)
 
     @property
@@ -106,7 +93,7 @@ class ReadConditions:
 
     def pooling(self) -> AttentionPooling:
         """A new pooling with random parameters."""
-        return AttentionPooling(self.reader_config, self.hidden_size)
+        return AttentionPooling(self.reader_config, self._hidden_size)
 
     @torch.no_grad()
     def initialise(self, pooling: AttentionPooling, linear: nn.Linear) -> None:
@@ -125,10 +112,11 @@ class ReadConditions:
         discriminant.initialise(linear, classes, self._settings.seed, float(scale))
 
     def _train_descriptions(self, task: Task) -> list[int]:
-        s, count = self._settings, len(task.descriptions) - self._settings.held_out_descriptions
-        if not 0 < s.read_descriptions < count:
-            return list(range(count))
-        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(range(count), s.read_descriptions))
+        s = self._settings
+        found = trained_descriptions(task.name, len(task.descriptions), s.held_out_descriptions)
+        if not 0 < s.read_descriptions < len(found):
+            return list(found)
+        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(found, s.read_descriptions))
 
     def _val_descriptions(self, task: Task) -> list[int]:
         held_out, count = self._settings.held_out_descriptions, len(task.descriptions)
@@ -143,7 +131,7 @@ class ReadConditions:
             about = task.descriptions[draw.choice(descriptions)]
             if draw.randrange(_WITHOUT_DESCRIPTION) == 0:
                 about = ""
-            text = condition(about, [(e.input, e.outputs[0]) for e in chosen])
+            text = condition_text(about, [(e.input, e.outputs[0]) for e in chosen])
             sets.append((text, frozenset(e.input for e in chosen)))
         return sets
 
@@ -198,10 +186,10 @@ def read_states(
     with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
         while index["tasks"] < len(texts):
             chunk = slice(index["tasks"], index["tasks"] + CHUNK)
-            found = [pair for pairs in map(zip, texts[chunk], places[chunk]) for pair in pairs]
-            found.sort(key=lambda pair: pair[1][1] - pair[1][0])
-            for start in range(0, len(found), BATCH):
-                batch = found[start : start + BATCH]
+            pending = [pair for pairs in map(zip, texts[chunk], places[chunk]) for pair in pairs]
+            pending.sort(key=lambda pair: pair[1][1] - pair[1][0])
+            for start in range(0, len(pending), BATCH):
+                batch = pending[start : start + BATCH]
                 for read, (_, (first, last)) in zip(reader.states([text for text, _ in batch]), batch, strict=True):
                     states[first:last] = read.cpu()
             index["tasks"] = min(chunk.stop, len(texts))

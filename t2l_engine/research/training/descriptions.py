@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.research.training import discriminant
-from t2l_engine.research.training.sampling import Group, seeded
+from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import BASE_MODEL, ReconstructionSettings, SFTSettings
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder
@@ -42,19 +42,15 @@ class TaskEmbeddings:
         by_input: bool = False,
     ):
         self._settings, self._device = settings, device
-        for name, descriptions in texts:
-            if len(descriptions) <= settings.held_out_descriptions:
-                raise ConfigError(
-                    f"held_out_descriptions: expected fewer than the {len(descriptions)} descriptions of task {name}, "
-                    f"got {settings.held_out_descriptions}"
-                )
+        held_out = settings.held_out_descriptions
+        self._train = [trained_descriptions(name, len(descriptions), held_out) for name, descriptions in texts]
         if settings.encoder == "one-hot":
             encoder = OneHotEncoder(OneHotConfig(tuple(name for name, _ in texts)))
             texts = [(name, [name]) for name, _ in texts]
+            self._train = [range(1) for _ in texts]
         else:
             encoder = TextEncoder.from_pretrained(_encoder(settings), device=device)
         self.embed_dim, self._config = encoder.embed_dim, encoder.config
-        self._counts = [len(descriptions) for _, descriptions in texts]
         self._input_encoder = encoder if by_input else None
         # On the CPU, where mixes and noise are drawn.
         self._rows = [] if by_input else [encoder.encode(list(descriptions)).cpu() for _, descriptions in texts]
@@ -65,12 +61,12 @@ class TaskEmbeddings:
 
     def train_indices(self, task: int) -> range:
         """Indices of the descriptions used in training."""
-        return range(self._counts[task] - self._settings.held_out_descriptions)
+        return self._train[task]
 
     def val_indices(self, task: int) -> range:
         """Indices of the descriptions used in validation: the held-out ones, or all if none is held out."""
-        count = self._counts[task]
-        return range(count - self._settings.held_out_descriptions if self._settings.held_out_descriptions else 0, count)
+        held_out, last = self._settings.held_out_descriptions, self._train[task].stop
+        return range(last, last + held_out) if held_out else self._train[task]
 
     def initialise(self, linear: nn.Linear) -> None:
         """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions."""

@@ -10,6 +10,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.weights import replacing
 
 NAME, PICTURE = "log.jsonl", "loss.png"
+COUNTS = ("examples", "tokens")  # of a step
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -65,9 +66,7 @@ def speed(folder: Path) -> str:
     """Steps of a run and what passed through the model in a second of them, for people; only the steps if nothing did."""
     rows = [row for row in read_log(folder) if "loss" in row]
     seconds = sum(row["seconds"] for row in rows)
-    rates = [
-        f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in ("examples", "tokens") if name in rows[0]
-    ]
+    rates = [f"{sum(row[name] for row in rows) / seconds:,.0f} {name}/s" for name in COUNTS if name in rows[0]]
     return f"{len(rows)} steps in {seconds:,.0f} s" + (f" ({', '.join(rates)})" if rates else "")
 
 

@@ -36,12 +36,11 @@ from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.weights import replacing
-from t2l_engine.research.training.log import Log
+from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import Settings, differences, to_yaml
 
 STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
-COUNTS = ("examples", "tokens")  # of a step, in the log
 
 
 class Job(ABC):

@@ -28,7 +28,7 @@ from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules, TrainingContext
 from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
-from t2l_engine.research.training.sampling import Group, Shard, Stream, divide
+from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, trained_descriptions
 from t2l_engine.research.training.settings import LoRASettings
 
 
@@ -87,6 +87,8 @@ class LoRA(loop.Job):
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
         self._shared = settings.mode == "multi-task"  # one adapter for all tasks
         self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
+        held_out = settings.held_out_descriptions
+        self._described = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
         validated = [bool(context.validation.kept(i)) for i in self._tasks]
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
@@ -94,12 +96,6 @@ class LoRA(loop.Job):
         if settings.initial:
             self.model.start_from(Path(settings.initial), self.names)
         self.model.to(context.device)
-        least = min(len(context.tasks[i].descriptions) for i in self._tasks)
-        if settings.held_out_descriptions >= least:
-            raise ConfigError(
-                f"held_out_descriptions: expected fewer than the {least} descriptions of a task, "
-                f"got {settings.held_out_descriptions}"
-            )
         self._stream = Stream(
             len(self._tasks), settings.tasks_per_step if self._shared else len(self._tasks), settings.seed,
             self._group, lambda g: g.longest, settings.bucket_steps if self._shared else 1,
@@ -113,7 +109,7 @@ class LoRA(loop.Job):
         return self._context.train.group(self._tasks[task], visit, s.samples_per_task, s.seed, self._descriptions)
 
     def _descriptions(self, task: int) -> range:
-        return range(len(self._context.tasks[task].descriptions) - self.settings.held_out_descriptions)
+        return self._described[task]
 
     def _adapter(self, number: int, group: Group) -> int:
         return 0 if self._shared else self._tasks.index(group.task)

@@ -55,6 +55,18 @@ def seeded(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
 
 
+def trained_descriptions(task: str, count: int, held_out: int) -> range:
+    """Indices of the ``count`` descriptions of ``task`` that are trained on, the last ``held_out`` are not.
+
+    Raises ConfigError if none is left.
+    """
+    if count <= held_out:
+        raise ConfigError(
+            f"held_out_descriptions: expected fewer than the {count} descriptions of task {task}, got {held_out}"
+        )
+    return range(count - held_out)
+
+
 @functools.lru_cache(maxsize=4096)
 def _permutation(size: int, *key: Any) -> tuple[int, ...]:
     order = list(range(size))

@@ -191,6 +191,11 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
     example_sets: Positive = Field(8, description="example sets of a task: a description, or none, with worked examples")
     max_examples: Positive = Field(6, description="most worked examples of a set")
 
+    def _expect(self, when: str, **only: Any) -> None:
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: expected {value} {when}, got {getattr(self, name)}")
+
     @model_validator(mode="after")
     def _reader(self):
         if self.encoder != READER:
@@ -200,9 +205,7 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
                     f"got {self.example_share}"
                 )
             return self
-        for name, only in (("condition", "description"), ("embedding_noise", 0.0), ("mix_descriptions", False)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name}: expected {only} with encoder {READER!r}, got {getattr(self, name)}")
+        self._expect(f"with encoder {READER!r}", condition="description", embedding_noise=0.0, mix_descriptions=False)
         return self
 
     @model_validator(mode="after")
@@ -210,10 +213,13 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         if self.condition == "input":
             if self.encoder == "one-hot":
                 raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
-            for name, only in (("samples_per_task", 1), ("held_out_descriptions", 0), ("mix_descriptions", False),
-                               ("task_init", "random")):  # fmt: skip
-                if getattr(self, name) != only:
-                    raise ValueError(f"{name}: expected {only} with condition input, got {getattr(self, name)}")
+            self._expect(
+                "with condition input",
+                samples_per_task=1,
+                held_out_descriptions=0,
+                mix_descriptions=False,
+                task_init="random",
+            )
         return self
 
 

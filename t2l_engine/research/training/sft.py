@@ -7,6 +7,7 @@ adapter is generated from its input instead of the description.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -50,11 +51,11 @@ class SFT(loop.Job):
         texts = [(task.name, task.descriptions) for task in context.tasks]
         self._conditions: TaskEmbeddings | ReadConditions
         if settings.encoder == READER:
-            self._conditions = ReadConditions(settings, context.tasks, context.device, folder)
+            self._conditions = ReadConditions(settings, context, folder)
         else:
             self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
-        self._net, pooling = self._trained_before() if settings.initial else self._new()
-        self.model: nn.Module = self._net if pooling is None else ReadingHyperNetwork(pooling, self._net)
+        self._net, self._pooling = self._trained_before() if settings.initial else self._new()
+        self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
         self.model.to(context.device)
         self._stream = Stream(
             len(context.tasks),
@@ -144,8 +145,7 @@ class SFT(loop.Job):
             **self._context.stated(),
         }
         blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
-        pooling = self.model.pooling if isinstance(self.model, ReadingHyperNetwork) else None
-        self._net.save_pretrained(folder, blocks, pooling)
+        self._net.save_pretrained(folder, blocks, self._pooling)
 
     def data(self) -> dict[str, Any]:
         return self._context.data()
@@ -190,4 +190,6 @@ def train(
     finally:
         context.close()
     shutil.rmtree(states, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is none, or another process has not finished
+        states.parent.rmdir()
     return Path(output)
