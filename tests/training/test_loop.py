@@ -121,6 +121,28 @@ def test_no_clipping_is_a_limit_that_is_never_reached(tmp_path):
     assert torch.equal(off.model.weight, far.model.weight) and not torch.equal(off.model.weight, near.model.weight)
 
 
+def test_muon_is_for_the_weights_of_linears(base_model):
+    """Their update is the gradient with equal singular values and the RMS 0.2 of AdamW's; all else has AdamW's."""
+    torch.manual_seed(0)
+    job = Toy()
+    job.settings = runs.sft(base_model, optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+    job.model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 9))
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    for parameter in job.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in loop._optimizers(job):
+        optimizer.step()
+    for name, parameter in job.model.named_parameters():
+        update = (before[name] - parameter.detach()) / 0.01
+        if name in ("1.weight", "3.weight"):
+            left, _, right = torch.linalg.svd(parameter.grad, full_matrices=False)
+            aligned = left.T @ update @ right.T / (0.2 * max(update.shape) ** 0.5)
+            assert aligned.diagonal().min() > 0.6 and aligned.diagonal().max() < 1.3, name  # five Newton-Schulz steps
+            assert (aligned - aligned.diagonal().diag()).abs().max() < 0.1, name
+        else:
+            torch.testing.assert_close(update, parameter.grad.sign(), rtol=1e-3, atol=1e-3)  # AdamW's first step
+
+
 @pytest.mark.parametrize("changes", [{}, {"weighting": "token", "samples_per_task": 2}, {"generated_l2": 0.1}])
 def test_accumulated_batches_are_one_batch(base_model, tasks, tmp_path, changes):
     """Of as many groups, whichever way their tokens count; noise is that of a group, whatever batch it is in."""

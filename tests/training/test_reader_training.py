@@ -153,7 +153,7 @@ def test_some_descriptions_are_read(made):
 
 def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch):
     noise = runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
-    settings = reading(base_model, **noise)
+    settings = reading(base_model, optimizer="muon", **noise)
     sft.train(settings, tasks, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))

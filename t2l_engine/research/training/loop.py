@@ -15,6 +15,7 @@ result equals that of an uninterrupted run bit for bit.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.weights import replacing
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.sampling import Shard, seeded
-from t2l_engine.research.training.settings import Settings, differences, to_yaml
+from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
 
 STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
 
@@ -137,8 +138,8 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     """
     settings, shard = job.settings, Shard(accelerate.process_index, accelerate.num_processes)
     job.model.to(accelerate.device)
-    optimizer = torch.optim.AdamW(job.model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    state = _State(job, optimizer, output)
+    optimizers = _optimizers(job)
+    state = _State(job, optimizers, output)
     step = state.load()
     model = _distributed(job.model, accelerate) if shard.world_size > 1 else job.model
     main = accelerate.is_main_process
@@ -156,7 +157,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
             _validate(job, step, shard, accelerate, log, output)
         while not _ended(job, step):
             began = time.perf_counter()
-            row = _step(job, model, optimizer, step, shard, accelerate, state)
+            row = _step(job, model, optimizers, step, shard, accelerate, state)
             step += 1
             log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
@@ -180,6 +181,21 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     return output
 
 
+def _optimizers(job: Job) -> list[torch.optim.Optimizer]:
+    """AdamW of all parameters; with ``optimizer`` "muon", Muon of the weights of linears and AdamW of the rest."""
+    matrices: list[nn.Parameter] = []
+    if getattr(job.settings, "optimizer", ADAMW) == MUON:
+        matrices = [module.weight for module in job.model.modules() if isinstance(module, nn.Linear)]
+    taken = set(map(id, matrices))
+    rest = [parameter for parameter in job.model.parameters() if id(parameter) not in taken]
+    options = {"lr": job.settings.learning_rate, "weight_decay": job.settings.weight_decay}
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, **options)]
+    if matrices:
+        # Updates with the RMS of AdamW's (Liu et al., arXiv 2502.16982, section 2.2), so that both share a learning rate.
+        made.append(torch.optim.Muon(matrices, **options, adjust_lr_fn="match_rms_adamw"))
+    return made
+
+
 def _ended(job: Job, step: int) -> bool:
     """Whether ``step`` is the last one: of the settings, or after ``patience`` validations without improvement."""
     s, best = job.settings, job.best.get("step")
@@ -197,7 +213,7 @@ def _distributed(module: nn.Module, accelerate: Accelerator) -> nn.Module:
 def _step(
     job: Job,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     step: int,
     shard: Shard,
     accelerate: Accelerator,
@@ -206,10 +222,11 @@ def _step(
     """One optimiser step; returns its row of the log."""
     settings = job.settings
     rate = learning_rate(settings, step)
-    for group in optimizer.param_groups:
+    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         group["lr"] = rate
     torch.manual_seed(seeded(settings.seed, "step", step, shard.rank))  # dropout
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
     batches = job.batches(step, shard)
     total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
     for number, batch in enumerate(batches):
@@ -225,7 +242,8 @@ def _step(
     norm = float(job.clip(settings.grad_clip))
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {norm} at step {step + 1}; {state.describe()}")
-    optimizer.step()
+    for optimizer in optimizers:
+        optimizer.step()
     counts = [sum(getattr(b, name, 0) for b in batches) for name in COUNTS]
     counts = accelerate.reduce(torch.tensor(counts, device=accelerate.device), "sum").tolist()
     counted = {name: count for name, count in zip(COUNTS, counts, strict=True) if count}
@@ -248,8 +266,8 @@ def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: L
 class _State:
     """``training_state.pt`` of a run."""
 
-    def __init__(self, job: Job, optimizer: torch.optim.Optimizer, output: Path):
-        self._job, self._optimizer, self._path = job, optimizer, output / STATE
+    def __init__(self, job: Job, optimizers: Sequence[torch.optim.Optimizer], output: Path):
+        self._job, self._optimizers, self._path = job, optimizers, output / STATE
         self._step: int | None = None
         self.saved = False  # in this process
 
@@ -264,7 +282,7 @@ class _State:
             "data": json.dumps(self._job.data(), sort_keys=True),
             "step": step,
             "trained": self._job.model.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "best": self._job.best,
         }
         with replacing(self._path.parent, self._path.name) as temporary:
@@ -285,7 +303,8 @@ class _State:
         if content["data"] != json.dumps(self._job.data(), sort_keys=True):
             raise ConfigError(f"{self._path}: written by a run with other tasks or examples; choose another output folder")
         self._job.model.load_state_dict(content["trained"])
-        self._optimizer.load_state_dict(content["optimizer"])
+        for optimizer, saved in zip(self._optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         self._job.best = content["best"]
         self._step = content["step"]
         return self._step

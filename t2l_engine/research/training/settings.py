@@ -46,18 +46,20 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 #: The ``encoder`` that is the frozen language model itself: its last hidden state, or a trained pooling of hidden states.
 BASE_MODEL, READER = "base-model", "reader"
+#: The optimisers.
+ADAMW, MUON = "adamw", "muon"
 
 
 class Settings(BaseModel):
-    """Settings of every kind of run: optimiser (AdamW), learning-rate schedule, intervals of saving and validation."""
+    """Settings of every kind of run: AdamW, learning-rate schedule, intervals of saving and validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     steps: Positive = Field(1000, description="optimiser steps")
-    learning_rate: Rate = Field(1e-3, description="of AdamW, reached after the warm-up")
+    learning_rate: Rate = Field(1e-3, description="reached after the warm-up")
     warmup_steps: Count = Field(50, description="steps of linear rise from zero")
     schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up: linear decay to zero, or none")
-    weight_decay: NotNegative = Field(0.01, description="of AdamW, on every trained parameter")
+    weight_decay: NotNegative = Field(0.01, description="decoupled, on every trained parameter")
     grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: not clipped")
     tasks_per_batch: Positive = Field(8, description="tasks of one batch through the model")
     accumulation: Positive = Field(1, description="batches whose gradients are summed to one step")
@@ -150,6 +152,9 @@ class _HyperNetwork(BaseModel):
     held_out_descriptions: Count = Field(0, description="last descriptions of a task, held out for validation")
     embedding_noise: NotNegative = Field(
         0.0, description="standard deviation of noise on task_emb, whose entries have RMS 1"
+    )
+    optimizer: Literal[ADAMW, MUON] = Field(
+        ADAMW, description="adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
     mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
 
