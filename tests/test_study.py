@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import judging, training
 from bench.records import Result, ResultError, load
 from bench.report import tables_study
 from bench.report.pages import TABLES
@@ -39,7 +40,7 @@ def test_descriptions_that_are_judged_by_are_not_trained_on():
 
 def test_what_is_compared_is_trained_alike():
     compared = {name: plan.RUNS[name] for name in ("t2l", *judge.CONTROLLED, *judge.MULTI_TASK)}
-    assert all(run.count == len(plan.LEARNABLE) and run.tier == "train" for run in compared.values())
+    assert all(plan.count(run) == len(plan.LEARNABLE) and "tier" not in run.other for run in compared.values())
     assert set(plan.LEARNABLE) < set(TRAINED)
     for name, run in compared.items():
         assert (run.settings.prompt == "description") == name.endswith("description")
@@ -73,7 +74,7 @@ def test_an_evaluation_is_a_command(tmp_path, monkeypatch):
         (tmp_path / "judged" / "varied-train.json").write_text("{}")
 
     given = []
-    monkeypatch.setattr(judge.subprocess, "run", command)
+    monkeypatch.setattr(judging.subprocess, "run", command)
     judge.evaluate(tmp_path, "varied/train", ["a", "b"], ["t2l"], also=["x=1", "y=2"], run_code=True, answers="kept")
     text = " ".join(given)
     assert "--also x=1 --also y=2" in text and "--run-code --names a,b --arms t2l" in text
@@ -86,7 +87,7 @@ def test_shorter_pairs_have_the_same_part_of_their_training():
     whole = [examples(name) for name in plan.LENGTHS[-1]]
     parts = [[examples(name) / of for name, of in zip(pair, whole, strict=True)] for pair in plan.LENGTHS]
     assert parts[0] == pytest.approx([0.1875, 0.1875], rel=0.01) and parts[1:] == [[0.5, 0.5], [1, 1]]
-    tasks = [set(plan.chosen(plan.LEARNABLE, plan.RUNS[name].count)) for pair in plan.LENGTHS for name in pair]
+    tasks = [set(plan.chosen(plan.LEARNABLE, plan.count(plan.RUNS[name]))) for pair in plan.LENGTHS for name in pair]
     assert all(names == set(plan.LEARNABLE) for names in tasks)
 
 
@@ -99,10 +100,10 @@ def test_other_tasks_are_refused(tmp_path):
 def test_tasks_of_another_study_are_not_gone_on_with(tmp_path):
     made = [Task(name, ("Do it.",), (Example("a", ("b",), "train"),)) for name in ("b", "a")]
     for _ in range(2):  # the second time they are there
-        runs.write(tmp_path / "tasks", made)
+        training.write(tmp_path / "tasks", made)
     changed = [dataclasses.replace(made[0], descriptions=("Do that.",)), made[1]]
     with pytest.raises(ConfigError, match="tasks: expected the study's tasks, examples and descriptions, found others"):
-        runs.write(tmp_path / "tasks", changed)
+        training.write(tmp_path / "tasks", changed)
 
 
 # --- what is shown of it -------------------------------------------------------------------------------------------------
@@ -217,6 +218,6 @@ def test_records_of_an_evaluation():
     details = {"t2l": {"tasks": {"a": {"score": 50.0, "containment": 75.0}}}}
     groups, forms = {"all": ["a"], "sibling": []}, {"t2l": {"form": "raw"}}
     found = {"tasks": {"a": {"t2l": 50.004}}, "items": {"a": 4}, "groups": groups, "details": details, "forms": forms}
-    task, arm = judge.part_records("unseen", found)
+    task, arm = judging.part_records("unseen", found)
     assert (task["record"], task["groups"], task["scores"]) == ("scores", ["all"], {"t2l": 50.0})
     assert arm["groups"] == {"all": {"score": 50.0, "containment": 75.0}} and arm["form"] == "raw"

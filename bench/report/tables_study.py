@@ -153,7 +153,7 @@ def varied(result: Result) -> Iterator[Line]:
     train, siblings = (Part.of(result.others, f"varied/{group}") for group in ("train", "sibling"))
     first, minutes = "short-L", {run["run"]: run["seconds"] / 60 for run in result.records("training")}
     for arm, name in VARIED.items():
-        own = train.only(plan.chosen(plan.LEARNABLE, plan.RUNS[arm].count))
+        own = train.only(plan.chosen(plan.LEARNABLE, plan.count(plan.RUNS[arm])))
         seen, unseen = own.column(arm), siblings.column(arm)
         if seen or unseen:
             less = [None if arm == first else part.gap(arm, first) for part in (own, siblings)]

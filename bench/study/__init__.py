@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 def records(work: Path) -> Iterator[Record]:
     """Every record of the result file but the run line; evaluations that were made before are read."""
-    from bench.study import analysis, judge, plan, runs  # here: tables and figures read names of this package without them
+    from bench import judging, training  # here: tables and figures read names of this package without them
+    from bench.study import analysis, judge, plan
 
     yield from (room := list(judge.headroom(work)))
     for part, *of, options in judge.parts(work, [one["task"] for one in room if one["headroom"]]):
-        yield from judge.part_records(part, judge.evaluate(work, part, *of, **options))
-    yield from (runs.trained(name, work) for name in plan.RUNS)
+        yield from judging.part_records(part, judge.evaluate(work, part, *of, **options))
+    for name, run in plan.RUNS.items():
+        yield training.trained(name, run, work / name, plan.count(run))
     yield from analysis.distances(work)
     yield from judge.scalings(work)
     yield analysis.wordings(work)

@@ -1,21 +1,19 @@
-"""Evaluations of the study: ``t2l evaluate`` as a user calls it, its results kept below the work folder."""
+"""Evaluations of the study: which arms answer the questions of which tasks."""
 
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import judging
 from bench.harness import BenchError, Record, record
 from bench.study import plan
 from bench.study.runs import folder_of
-from t2l_engine.files.text import read_json
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
 from t2l_engine.research.training import lora
@@ -36,28 +34,13 @@ ARMS = (
 )  # fmt: skip
 SEEN_ITEMS, UNSEEN_ITEMS, VARIED_ITEMS, SCALING_ITEMS, OPTION_ITEMS, LONG_ITEMS = 20, 40, 10, 20, 60, 20
 SCALINGS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
-#: Of an arm's details, what is kept for every group of tasks.
-MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")
 
 
 def evaluate(work: Path, part: str, names: Sequence[str], arms: Sequence[str], **options: Any) -> dict[str, Any]:
-    """The result of one evaluation of ``arms`` on the tasks ``names``; answers of an earlier call are read from its file.
-
-    ``options``: of ``t2l evaluate``, a list where one is repeated; ``tasks``: which folder (evaluation); ``answers``: name
-    of the file of answers, for evaluations that share some of their questions (the part's).
-    """
-    out, name = work / "judged", part.replace("/", "-")
-    out.mkdir(exist_ok=True)
-    tasks, answers = folder_of(work, options.pop("tasks", "evaluation")), options.pop("answers", name)
-    given = {"tasks": tasks, "json": out / f"{name}.json", "resume": out / f"{answers}.answers.jsonl"}
-    given |= {"checkpoint": work / "t2l", "dtype": "bfloat16", "manifest": plan.MANIFEST, "batch_size": 32, **options}
-    given |= {"names": ",".join(names), "arms": ",".join(arms)}
-    command = [sys.executable, "-m", "t2l_engine", "evaluate"]
-    for option, values in given.items():
-        for value in values if isinstance(values, list) else [values]:
-            command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return read_json(out / f"{name}.json")
+    """The result of one evaluation below ``work``; ``options["tasks"]``: which folder (evaluation)."""
+    given = {"tasks": folder_of(work, options.pop("tasks", "evaluation")), "checkpoint": work / "t2l"}
+    given |= {"manifest": plan.MANIFEST, **options}
+    return judging.evaluate(work / "judged", part.replace("/", "-"), names, arms, **given)
 
 
 def headroom(work: Path) -> Iterator[Record]:
@@ -116,21 +99,6 @@ def parts(work: Path, names: Sequence[str]) -> Iterator[Part]:
         options = {"checkpoint": work / run, "max_items": SEEN_ITEMS, "repeats": 1, "oracle": oracle, "answers": run}
         for tasks in ("train", "evaluation"):
             yield f"reconstruction/{count}/{tasks}", learned, (*MATCHED, "oracle", "base"), {**options, "tasks": tasks}
-
-
-def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:
-    """Scores a task; per arm its prompt form and, per group of tasks, means of what else was measured."""
-    for task, scores in result["tasks"].items():
-        groups = [group for group, names in result["groups"].items() if task in names]
-        scores = {arm: round(score, 2) for arm, score in scores.items()}
-        yield record("scores", part=part, task=task, items=result["items"][task], groups=groups, scores=scores)
-    for arm, details in result["details"].items():
-        groups = {}
-        for group, names in result["groups"].items():
-            if of := [details["tasks"][name] for name in names if name in details["tasks"]]:
-                means = {m: [task[m] for task in of if m in task] for m in MEASURES}
-                groups[group] = {m: round(statistics.fmean(values), 2) for m, values in means.items() if values}
-        yield record("arm", part=part, arm=arm, form=result["forms"][arm]["form"], groups=groups)
 
 
 def scalings(work: Path) -> Iterator[Record]:

@@ -1,21 +1,17 @@
-"""Task folders and training runs of the study; interrupted runs go on, finished ones are read."""
+"""Task folders and training runs of the study."""
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
-from bench.harness import Record, record
+from bench import training
 from bench.study import plan
-from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
-from t2l_engine.research.training import lora, reconstruction, sft
-from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
+from t2l_engine.research.training import lora
 
 #: Descriptions by task: those of "train" join a task's own, those of "held-out" are read by evaluations alone; of "steered",
 #: by input.
@@ -41,11 +37,11 @@ def tasks(source: Path, work: Path, benchmarks: Path | None = None) -> None:
     everything = []
     for tier, chosen in names.items():
         loaded = load_tasks(source, None, names=chosen)
-        write(folder_of(work, tier), [worded(task) for task in loaded])
+        training.write(folder_of(work, tier), [worded(task) for task in loaded])
         everything += [dataclasses.replace(task, descriptions=tuple(WORDINGS["held-out"][task.name])) for task in loaded]
-    write(folder_of(work, "evaluation"), everything)
+    training.write(folder_of(work, "evaluation"), everything)
     if benchmarks is not None:
-        write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
+        training.write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
 
 
 def worded(task: Task) -> Task:
@@ -55,46 +51,9 @@ def worded(task: Task) -> Task:
     return dataclasses.replace(task, descriptions=tuple(text for text in texts if text not in out))
 
 
-def write(folder: Path, tasks: Sequence[Task]) -> None:
-    """Write the folder, or ConfigError where it holds other tasks."""
-    if not (folder / DESCRIPTIONS_NAME).is_file():
-        write_tasks(folder, tasks)
-    elif load_tasks(folder, None) != sorted(tasks, key=lambda task: task.name):
-        raise ConfigError(
-            f"{folder}: expected the study's tasks, examples and descriptions, found others; --work: a new one"
-        )
-
-
 def train(name: str, work: Path) -> Path:
-    """Train run ``name`` of the plan below ``work``."""
-    run = plan.RUNS[name]
-    if isinstance(run.settings, ReconstructionSettings):
-        method, source = reconstruction, work / "library-train" / lora.ADAPTERS
-    else:
-        method, source = lora if isinstance(run.settings, LoRASettings) else sft, folder_of(work, run.tier)
-    return method.train(run.settings, source, work / name, names=plan.chosen(read_descriptions(source), run.count))
-
-
-def trained(name: str, work: Path) -> Record:
-    """Settings, tokens and seconds of a run, and its curve: million tokens so far, mean loss of a twentieth of the steps.
-
-    No curve, nor validation losses, of a run in waves, each of other tasks.
-    """
-    run, waves = plan.RUNS[name], logged(work / name)
-    steps = [row for wave in waves for row in wave if "loss" in row]
-    bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
-    curve, tokens = [], 0
-    for start, end in zip(bounds, bounds[1:], strict=False):
-        tokens += sum(row.get("tokens", 0) for row in steps[start:end])  # a reconstruction reads none
-        curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
-    return record(
-        "training",
-        run=name,
-        settings=run.settings.model_dump(mode="json"),
-        tasks=run.count,
-        steps=len(steps),
-        tokens=sum(row.get("tokens", 0) for row in steps),
-        seconds=round(sum(row["seconds"] for row in steps)),
-        curve=curve,
-        validation=[round(row["val_loss"], 4) for row in waves[0] if "val_loss" in row] if len(waves) == 1 else [],
-    )
+    """Train run ``name`` of the plan below ``work``; a reconstruction reads the library of tier train."""
+    run, source = plan.RUNS[name], work / "library-train" / lora.ADAPTERS
+    if run.kind != "reconstruction":
+        source = folder_of(work, run.other.get("tier", "train"))
+    return training.train(run, source, work / name, plan.chosen(read_descriptions(source), plan.count(run)))

@@ -1,0 +1,60 @@
+"""Training the runs of a plan; interrupted runs go on, finished ones are read."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.harness import Record, record
+from bench.plans import Run
+from bench.suites.learn import logged
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
+
+
+def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
+    """Train ``run`` on the tasks or adapters ``names`` of ``source``; what it starts from is beside ``output``."""
+    made = run.settings
+    if run.initial:
+        made = made.model_copy(update={"initial": str(output.with_name(run.initial))})
+    method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
+    return method.train(made, source, output, names=names)
+
+
+def trained(name: str, run: Run, folder: Path, tasks: int | None) -> Record:
+    """Settings, tokens and seconds of a run, and its curve: million tokens so far, mean loss of a twentieth of the steps.
+
+    ``tasks``: how many it was trained on, None for all.  A run in waves, each of other tasks, has no curve and no validation
+    losses.
+    """
+    waves = logged(folder)
+    steps = [row for wave in waves for row in wave if "loss" in row]
+    bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
+    curve, tokens = [], 0
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        tokens += sum(row.get("tokens", 0) for row in steps[start:end])  # a reconstruction reads none
+        curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
+    return record(
+        "training",
+        run=name,
+        settings=run.settings.model_dump(mode="json"),
+        **({"initial": run.initial} if run.initial else {}),
+        tasks=tasks,
+        steps=len(steps),
+        tokens=sum(row.get("tokens", 0) for row in steps),
+        seconds=round(sum(row["seconds"] for row in steps)),
+        curve=curve,
+        validation=[round(row["val_loss"], 4) for row in waves[0] if "val_loss" in row] if len(waves) == 1 else [],
+    )
+
+
+def write(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write the task folder, or ConfigError where it holds other tasks."""
+    if not (folder / DESCRIPTIONS_NAME).is_file():
+        write_tasks(folder, tasks)
+    elif load_tasks(folder, None) != sorted(tasks, key=lambda task: task.name):
+        raise ConfigError(
+            f"{folder}: expected the study's tasks, examples and descriptions, found others; --work: a new one"
+        )
