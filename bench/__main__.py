@@ -157,6 +157,35 @@ def study(
 
 
 @app.command()
+def specs(
+    ctx: typer.Context,
+    work: Work,
+    runs: Annotated[
+        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/specs/plan.yaml")
+    ] = "",
+    development: Annotated[
+        str, typer.Option(metavar="RUN", help="judge this run on the tasks of development alone, write nothing")
+    ] = "",
+    threads: Threads = DEFAULT_THREADS,
+    out: Out = None,
+) -> None:
+    """T2L on thousands of specifications, and on sentences that nothing was trained on (some twelve hours on two cores)."""
+    from bench.specs import plan, records
+    from bench.specs import runs as training
+
+    torch.set_num_threads(threads)
+    training.tasks(work)
+    if development:
+        found = training.judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)
+        CONSOLE.print_json(data=found["summary"]["all"])
+        return
+    for name in runs.split(",") if runs else plan.RUNS:
+        training.train(name, work)
+    if not runs:
+        write(ctx, out, threads, records(work))
+
+
+@app.command()
 def lengths(
     benchmarks: Annotated[Path, typer.Option(help="folder with a .jsonl file per benchmark")],
     descriptions: Annotated[Path, typer.Option(help="file with eval_ds_info")],

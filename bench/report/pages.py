@@ -16,7 +16,17 @@ import jinja2
 from rich.console import Console
 
 from bench.records import CUDA, OF_A_CPU, Result, ResultError, load
-from bench.report import cells, figures, speed, tables, tables_icl, tables_serving, tables_study, tables_train  # noqa: F401
+from bench.report import (  # noqa: F401
+    cells,
+    figures,
+    speed,
+    tables,
+    tables_icl,
+    tables_serving,
+    tables_specs,
+    tables_study,
+    tables_train,
+)
 from bench.report.figures import FIGURES
 from bench.report.tables import TABLES, Line, Table
 from bench.report.view import Unavailable, View
@@ -37,8 +47,12 @@ SOURCES = {
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }
-#: What else, where there is a run: one needs an environment of its own, one native kernels.
-OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}
+#: What else, where there is a run: one needs an environment of its own, one native kernels, one many hours.
+OPTIONAL = {
+    "serving": "python -m bench serving",
+    "levels": "python -m bench levels",
+    "specs": "python -m bench specs --work WORK",
+}
 #: Results that say something of the bundled checkpoint.
 BUNDLED = ("icl", "study")
 AGAIN = "run: python -m bench report"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.table import Table as RichTable
 
 from bench.records import BASE, OURS, Result, ResultError, Row, Verdict
 from bench.report.cells import Times, cell, plain
+from t2l_engine.research.evaluation.bootstrap import Interval
 
 Line = dict[str, Any]
 Entry = dict[str, Any]
@@ -128,6 +130,20 @@ def series(kind: str, *without: str) -> Make:
             yield from ({h: v[i] if isinstance(v, list) else v for h, v in entry.items()} for i in range(count))
 
     return lines
+
+
+# --- lines of scores ----------------------------------------------------------------------------------------------------
+
+
+def mean(scores: Sequence[float]) -> float | None:
+    """Of scores in percent; None where nothing was measured."""
+    return statistics.fmean(scores) if scores else None
+
+
+def bounds(head: str, found: Interval | None) -> Line:
+    """A figure and its 95 % bootstrap interval over tasks, empty where it was not measured."""
+    values = (found.mean, found.low, found.high) if found else (None, None, None)
+    return dict(zip((head, f"{head}, low", f"{head}, high"), values, strict=True))
 
 
 # --- lines of rows ------------------------------------------------------------------------------------------------------

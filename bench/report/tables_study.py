@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from statistics import fmean
+from collections.abc import Iterator
 
 from bench.records import Result
-from bench.report.tables import Line, Make, each, flat, table
+from bench.report.tables import Line, Make, bounds, each, flat, mean, table
 from bench.study import plan
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval
@@ -55,17 +54,6 @@ VARIED = {
 }
 RIVAL = "multi-task-description"
 SEEDS = {"t2l": "", "t2l-seed1": ", another seed"}
-
-
-def mean(scores: Sequence[float]) -> float | None:
-    """Of scores in percent; None where nothing was measured."""
-    return fmean(scores) if scores else None
-
-
-def bounds(head: str, found: Interval | None) -> Line:
-    """A figure and its 95 % bootstrap interval over tasks, empty where it was not measured."""
-    values = (found.mean, found.low, found.high) if found else (None, None, None)
-    return dict(zip((head, f"{head}, low", f"{head}, high"), values, strict=True))
 
 
 @table("study-arms", "Exact match by arm, mean over tasks", "study")

@@ -201,7 +201,7 @@ def _arms(
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation import arms as kinds
     from t2l_engine.research.evaluation.library import average
-    from t2l_engine.research.training.runs import prompt_form_of
+    from t2l_engine.research.training.runs import in_prompt_of, prompt_form_of
 
     left_out: dict[str, str] = {}
     found = _generated(NAME, *checkpoint, tasks, pools, left_out)
@@ -215,12 +215,12 @@ def _arms(
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
         if not paths:
             raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
-        templates = {path.parent: prompt_form_of(path.parent) for path in paths.values()}
-        if len(set(templates.values())) > 1:
-            stated = ", ".join(f"{path} {template}" for path, template in templates.items())
-            raise ValueError(f"--oracle: expected adapters trained with one prompt_form, got {stated}")
+        prompts = {path.parent: (prompt_form_of(path.parent), in_prompt_of(path.parent)) for path in paths.values()}
+        if len(set(prompts.values())) > 1:
+            stated = ", ".join(f"{path} {form}{' with description' * has}" for path, (form, has) in prompts.items())
+            raise ValueError(f"--oracle: expected adapters trained with one prompt_form and prompt, got {stated}")
         stack = AdapterStack.from_peft(list(paths.values()))
-        found.append(kinds.oracle_arm(stack, list(paths), next(iter(templates.values()))))
+        found.append(kinds.oracle_arm(stack, list(paths), *next(iter(prompts.values()))))
     if library is not None:
         stack = AdapterStack.from_peft(_adapters("--library", library))
         found += kinds.library_arms(average(stack), stack, prompt_form_of(library))

@@ -244,6 +244,16 @@ def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_ada
     assert {of["form"] for of in result["forms"].values()} == {"raw"}
 
 
+def test_oracles_of_prompts_with_the_description_are_asked_so(evaluate, raw_adapters):
+    without, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    done = raw_adapters.parent / "waves" / "000" / "done.json"
+    done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
+    result, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    of, before = (found["details"]["oracle"]["tasks"] for found in (result, without))
+    assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
+    assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
+
+
 def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     """Plain text is the only form then; a checkpoint of the template is told what it lacks."""
     plain = tmp_path / "plain"

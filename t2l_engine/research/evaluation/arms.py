@@ -168,15 +168,19 @@ def generated_arms(
     return arms
 
 
-def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT) -> Arm:
-    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``."""
+def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT, in_prompt: bool = False) -> Arm:
+    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``.
+
+    ``in_prompt``: whether it was trained with the description in the prompt.
+    """
     known = set(names)
     return Arm(
         "oracle",
         Stored(stack, names),
         lambda task, example, repeat: task.name if task.name in known else None,
+        description=in_prompt,
         templates=(template,),
-        repeats=False,
+        repeats=in_prompt,
     )
 
 

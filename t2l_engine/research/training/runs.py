@@ -28,3 +28,8 @@ def prompt_form_of(adapters: Path) -> str:
     """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
     settings = settings_of(adapters.parent) or {}
     return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)
+
+
+def in_prompt_of(adapters: Path) -> bool:
+    """Whether the adapters in folder ``adapters`` were trained with the description in the prompt."""
+    return (settings_of(adapters.parent) or {}).get("prompt") == "description"

@@ -1,0 +1,109 @@
+"""The tables of the study of unseen sentences: arms by tier, claims beside their targets, families, runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from bench.records import Result
+from bench.report.tables import Line, bounds, each, mean, table
+from bench.specs.plan import PARTS, RIVAL
+from bench.study.scores import Part
+from t2l_engine.research.evaluation.bootstrap import Interval, interval
+from t2l_engine.research.tasks.specs.suite import FAMILIES
+
+#: Arm -> what it is called; the order of the tables.
+ARMS = {
+    "t2l": "T2L, from the description",
+    "t2l-examples": "T2L, from the description and 3 examples",
+    "t2l-shuffled": "control: another task's description",
+    "t2l-examples-shuffled": "control: another task's description and examples",
+    "t2l-junk": "control: random letters",
+    "t2l-constant": 'control: "Answer the question."',
+    RIVAL: "multi-task LoRA, description in the prompt",
+    "base": "base model, input only",
+    "base-description": "base model, description in the prompt",
+    "icl": "base model, description and 3 examples",
+}
+#: Part of the result -> what its tasks are to the checkpoint.
+TIERS = {
+    "trained": "trained tasks",
+    "development": "siblings for development",
+    "sibling": "unseen siblings",
+    "novel": "unseen families",
+}
+
+
+def family(task: str) -> str:
+    """The family of a specification, by its name."""
+    return task.rpartition("-")[0]
+
+
+@table("specs-arms", "Exact match by arm and tier, mean over specifications", "specs")
+def _arms(result: Result) -> Iterator[Line]:
+    parts = {part: Part.of(result.others, part) for part in PARTS}
+    for arm, name in ARMS.items():
+        line: Line = {"arm": name}
+        for part, tier in TIERS.items():
+            values = parts[part].column(arm)
+            line |= bounds(f"{tier}, %", interval(values) if values else None)
+        for part in ("sibling", "novel"):
+            gap = None if arm == "t2l" else parts[part].gap("t2l", arm)
+            line |= bounds(f"T2L less the arm, {TIERS[part]}", gap)
+        if arm in parts["sibling"].arms:
+            line["prompt tokens, unseen siblings"] = parts["sibling"].arms[arm]["groups"]["all"]["prompt_tokens"]
+        if any(value is not None for value in list(line.values())[1:]):
+            yield line
+
+
+@table("specs-claims", "Claims of the study of unseen sentences beside their targets, 95 % intervals over tasks", "specs")
+def _judged(result: Result) -> Iterator[Line]:
+    """Targets were fixed before the runs; without what was not measured."""
+    for claim, found, least, above_zero in _claims(result):
+        if found is not None:
+            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero)
+            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
+            yield {"claim": claim, "target": target, **bounds("measured", found), "met": met}
+
+
+def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
+    """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
+    parts = {part: Part.of(result.others, part) for part in PARTS}
+    trained, sibling, novel = parts["trained"], parts["sibling"], parts["novel"]
+    right = trained.column("t2l")
+    yield "trained tasks: right, %", interval(right) if right else None, 85, False
+    yield "unseen siblings: right less another task's description", sibling.gap("t2l", "t2l-shuffled"), 50, False
+    yield "unseen siblings: T2L less base model, description and 3 examples", sibling.gap("t2l", "icl"), None, True
+    yield "unseen siblings: T2L less multi-task LoRA, description in the prompt", sibling.gap("t2l", RIVAL), -3, False
+    yield "unseen families: right less another task's description", novel.gap("t2l", "t2l-shuffled"), 12, True
+    claim = "unseen families: T2L from description and 3 examples, less the base model with them in the prompt"
+    yield claim, novel.gap("t2l-examples", "icl"), -5, False
+    yield "unseen families: T2L less multi-task LoRA, description in the prompt", novel.gap("t2l", RIVAL), -3, False
+
+
+@table("specs-new", "Unseen siblings by what is new in them", "specs")
+def _new(result: Result) -> Iterator[Line]:
+    sibling = Part.of(result.others, "sibling")
+    for of in result.records("siblings"):
+        part = sibling.only(of["tasks"])
+        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")}
+        yield {"new": f"a {of['new']}", "tasks": len(part.tasks), **scores}
+
+
+@table("specs-families", "Every family by tier: mean over its specifications", "specs")
+def _families(result: Result) -> Iterator[Line]:
+    for part, tier in TIERS.items():
+        tasks = Part.of(result.others, part)
+        for name in FAMILIES:
+            own = tasks.only({task["task"] for task in tasks.tasks if family(task["task"]) == name})
+            if own.tasks:
+                scores = {f"{ARMS[arm]}, %": mean(own.column(arm)) for arm in ("t2l", "t2l-shuffled", "t2l-examples", "icl")}
+                yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores}
+
+
+@table("specs-curves", "Training loss over tokens, specifications", "specs")
+def _curves(result: Result) -> Iterator[Line]:
+    for run in result.records("training"):
+        yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
+
+
+table("specs-runs", "What was trained on specifications", "specs")(each("training", "curve", "validation"))

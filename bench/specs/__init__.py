@@ -1,0 +1,27 @@
+"""The study of unseen sentences: T2L on thousands of specifications made by code.  ``python -m bench specs``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.harness import Record
+
+
+def records(work: Path) -> Iterator[Record]:
+    """Every record of the result file but the run line; evaluations that were made before are read."""
+    from bench import judging, training  # here: tables read names of this package without them
+    from bench.harness import record
+    from bench.specs import adapting, plan, runs
+
+    held_out = runs.tasks(work)
+    yield record("plan", held_out_evaluations=plan.PLAN["held_out_evaluations"])
+    for new in ("value", "combination"):
+        yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
+    for part in plan.PARTS:
+        yield from judging.part_records(part, runs.judged(part, work))
+    yield from adapting.records(work, held_out)
+    for name, run in plan.RUNS.items():
+        yield training.trained(name, run, work / name, run.other.get("tasks"))

@@ -1,0 +1,60 @@
+"""Task folders, training runs and evaluations of the study of unseen sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import judging, training
+from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
+from t2l_engine.research.tasks.folder import Task, read_descriptions
+from t2l_engine.research.tasks.specs import suite
+
+
+def folder_of(work: Path, part: str) -> Path:
+    """The tasks of a part; training reads those of "trained"."""
+    return work / "tasks" / part
+
+
+def tasks(work: Path) -> list[suite.Placed]:
+    """Write the task folders of all parts, from the suite, and return the held-out specifications of the manifest."""
+    found = suite.suite(PLAN["specifications"])
+    held_out = [placed for placed in found[: suite.SPECIFICATIONS] if placed.tier in HELD_OUT]
+    trained = [placed.spec.name for placed in found if placed.tier == "train"]
+    places = {placed.spec.name: placed.tier for placed in held_out} | dict.fromkeys(trained, TRAINED)
+    places |= dict.fromkeys(drawn(trained, PLAN["development"], DEVELOPMENT), DEVELOPMENT)
+    made: dict[str, list[Task]] = {part: [] for part in PARTS}
+    for placed in found:
+        if part := places.get(placed.spec.name):
+            made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
+    for part, of in made.items():
+        training.write(folder_of(work, part), of)
+    return held_out
+
+
+def train(name: str, work: Path) -> None:
+    """Train run ``name`` of the plan below ``work``, after the one that it starts from."""
+    run, source = RUNS[name], folder_of(work, TRAINED)
+    if run.initial:
+        train(run.initial, work)
+    training.train(run, source, work / name, drawn(read_descriptions(source), run.other.get("tasks"), TRAINED))
+
+
+def judged(part: str, work: Path, checkpoint: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
+    """The result of the evaluation of one part; answers of an earlier call are read."""
+    source = folder_of(work, part)
+    names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
+    return judging.evaluate(
+        work / "judged",
+        f"{checkpoint}-{part}",
+        names,
+        arms,
+        tasks=source,
+        checkpoint=work / checkpoint,
+        held_out_descriptions=suite.HELD_OUT,
+        max_items=PLAN["items"][part],
+        repeats=PLAN["repeats"],
+        verify=True,
+        **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
+    )

@@ -1,0 +1,140 @@
+"""The study of unseen sentences: what is held out, what is trained, what is asked, and what its tables say."""
+
+from pathlib import Path
+
+import pytest
+
+from bench import judging, training
+from bench.records import Result
+from bench.report import tables_specs
+from bench.report.tables import TABLES
+from bench.specs import adapting, plan, runs
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks
+from t2l_engine.research.tasks.specs import suite
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A suite of 200 specifications instead of thousands, 12 of them for development."""
+    monkeypatch.setitem(plan.PLAN, "specifications", 200)
+    monkeypatch.setitem(plan.PLAN, "development", 12)
+
+
+def test_parts_are_apart(small, tmp_path):
+    held_out = runs.tasks(tmp_path)
+    made = suite.suite(200)
+    parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in plan.PARTS}
+    names = {tier: {placed.spec.name for placed in made if placed.tier == tier} for tier in suite.TIERS}
+    assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
+    assert parts["development"] | parts["trained"] == names["train"]
+    assert (parts["sibling"], parts["novel"]) == (names["sibling"], names["novel"])
+    assert {placed.spec.name for placed in held_out} == names["sibling"] | names["novel"]
+
+
+def test_a_longer_suite_holds_out_no_more(monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
+    monkeypatch.setitem(plan.PLAN, "specifications", 200)
+    found = {placed.spec.name for placed in runs.tasks(tmp_path)}
+    assert found == {placed.spec.name for placed in suite.suite(150) if placed.tier in plan.HELD_OUT}
+
+
+def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
+    seen = []
+    tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "train"),)) for i in range(9)]
+    training.write(runs.folder_of(tmp_path, "trained"), tasks)
+    monkeypatch.setattr(training, "train", lambda run, source, output, names: seen.append((source.name, output.name, names)))
+    monkeypatch.setitem(
+        plan.RUNS, "small", plan.RUNS["small"].__class__("sft", plan.RUNS["small"].settings, "", {"tasks": 4})
+    )
+    runs.train("small", tmp_path)
+    assert seen == [("trained", "small", plan.drawn([task.name for task in tasks], 4, "trained"))]
+    for name, run in plan.RUNS.items():
+        assert not run.initial or run.initial in plan.RUNS, name
+        assert run.settings.held_out_descriptions == suite.HELD_OUT, name
+
+
+def test_a_run_starts_from_another(monkeypatch, tmp_path):
+    run = plan.RUNS["small"].__class__("sft", plan.RUNS["small"].settings, "first", {})
+    found = []
+    monkeypatch.setattr("t2l_engine.research.training.sft.train", lambda made, *_, **__: found.append(made))
+    training.train(run, tmp_path, tmp_path / "second", [])
+    assert found == [run.settings.model_copy(update={"initial": str(tmp_path / "first")})]
+
+
+def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(judging, "evaluate", lambda *given, **options: asked.append((given, options)))
+    tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "test"),)) for i in range(3)]
+    for part in plan.PARTS:
+        training.write(runs.folder_of(tmp_path, part), tasks)
+        runs.judged(part, tmp_path)
+    for part, ((out, name, names, arms), options) in zip(plan.PARTS, asked, strict=True):
+        assert (out, name, set(arms)) == (tmp_path / "judged", f"t2l-{part}", set(plan.ARMS))
+        assert names == [task.name for task in tasks] and options["held_out_descriptions"] == suite.HELD_OUT
+        assert options["multi_task"] == tmp_path / plan.RIVAL and options["max_items"] == plan.PLAN["items"][part]
+
+
+# --- adapting ------------------------------------------------------------------------------------------------------------
+
+
+def test_budgets_share_validation_and_test():
+    splits = [("train", 9), ("val", 30), ("test", 30)]
+    examples = [Example(f"{split} {i}", ("x",), split) for split, count in splits for i in range(count)]
+    few, more = (adapting.limited(Task("a", ("Do it.",), tuple(examples)), budget) for budget in (2, 5))
+    assert [e for e in few.examples if e.split == "train"] == [e for e in more.examples if e.split == "train"][:2]
+    assert [e for e in few.examples if e.split != "train"] == [e for e in more.examples if e.split != "train"]
+    assert len(few.examples) == 2 + adapting.OF["validation"] + adapting.OF["items"]
+
+
+def test_adapted_tasks_are_of_held_out_tiers(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(adapting.OF, "tasks_a_tier", 2)
+    held_out = runs.tasks(tmp_path)
+    tasks, tiers = adapting.chosen(held_out), {placed.spec.name: placed.tier for placed in held_out}
+    assert [tiers[task.name] for task in tasks] == ["sibling", "sibling", "novel", "novel"]
+    assert all(len(task.descriptions) == 1 and len(task.examples) == adapting.OF["inputs"] for task in tasks)
+
+
+@pytest.mark.parametrize("start", adapting.STARTS)
+def test_starts_share_their_settings(start):
+    made = adapting._settings(start, Path("x"))
+    other = adapting._settings("peft", Path("x"))
+    changed = {"prompt": made.prompt}
+    assert made == other.model_copy(update=changed) and (made.prompt == "description") == (start == plan.RIVAL)
+
+
+# --- what is shown of it --------------------------------------------------------------------------------------------------
+
+SCORES = {"t2l": 60.0, "t2l-shuffled": 10.0, "t2l-examples": 70.0, "icl": 50.0, plan.RIVAL: 62.0}
+
+
+def result(scores=SCORES):
+    """A result with two tasks a part, all with the same scores."""
+    names = {part: ["wrap-000", "add-001"] for part in plan.PARTS}
+    of = [
+        {"part": part, "task": task, "groups": ["all"], "scores": dict(scores)}
+        for part, tasks in names.items()
+        for task in tasks
+    ]
+    arms = [{"part": part, "arm": arm, "groups": {"all": {"prompt_tokens": 9.0}}} for part in names for arm in scores]
+    siblings = [{"new": "value", "tasks": ["wrap-000"]}, {"new": "combination", "tasks": ["add-001"]}]
+    return Result(Path("specs.jsonl"), {}, (), {"scores": of, "arm": arms, "siblings": siblings})
+
+
+def test_claims_are_differences_of_arms():
+    lines = {line["claim"]: line for line in TABLES["specs-claims"].lines([result()])}
+    line = lines["unseen siblings: right less another task's description"]
+    assert (line["measured"], line["met"]) == (50.0, True)
+    line = lines["unseen siblings: T2L less multi-task LoRA, description in the prompt"]
+    assert (line["measured"], line["met"]) == (-2.0, True)
+    line = lines["trained tasks: right, %"]
+    assert (line["measured"], line["met"]) == (60.0, False)
+    without = {line["claim"] for line in TABLES["specs-claims"].lines([result({"t2l": 60.0, "icl": 50.0})])}
+    assert without < set(lines)  # what was not measured is not shown
+
+
+def test_tables_of_arms_and_families():
+    lines = TABLES["specs-arms"].lines([result()])
+    assert [line["arm"] for line in lines] == [tables_specs.ARMS[arm] for arm in tables_specs.ARMS if arm in SCORES]
+    assert [line["new"] for line in TABLES["specs-new"].lines([result()])] == ["a value", "a combination"]
+    families = TABLES["specs-families"].lines([result()])
+    assert {(line["tier"], line["family"]) for line in families} >= {("unseen siblings", "wrap"), ("unseen families", "add")}
