@@ -52,7 +52,10 @@ def evaluate(
         list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: arm oracle; may be repeated.")
     ] = None,
     library: Annotated[
-        Path | None, typer.Option(help="Folder of PEFT adapters: arms average and arrow (routing over all of them).")
+        Path | None,
+        typer.Option(
+            help="Folder of PEFT adapters: arms average, arrow (routing over all of them) and nearest (by description)."
+        ),
     ] = None,
     multi_task: Annotated[
         list[Path] | None, typer.Option(help="Run folder of t2l train lora with mode=multi-task; may be repeated.")
@@ -201,7 +204,9 @@ def _arms(
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation import arms as kinds
     from t2l_engine.research.evaluation.library import average
+    from t2l_engine.research.tasks.folder import read_descriptions
     from t2l_engine.research.training.runs import in_prompt_of, prompt_form_of
+    from t2l_engine.text.encoder import TextEncoder
 
     left_out: dict[str, str] = {}
     found = _generated(NAME, *checkpoint, tasks, pools, left_out)
@@ -222,8 +227,15 @@ def _arms(
         stack = AdapterStack.from_peft(list(paths.values()))
         found.append(kinds.oracle_arm(stack, list(paths), *next(iter(prompts.values()))))
     if library is not None:
-        stack = AdapterStack.from_peft(_adapters("--library", library))
+        stored = _adapters("--library", library)
+        stack = AdapterStack.from_peft(stored)
         found += kinds.library_arms(average(stack), stack, prompt_form_of(library))
+        try:
+            texts = read_descriptions(library, [path.name for path in stored])
+            described = {path.name: texts[path.name] for path in stored}
+            found.append(kinds.nearest_arm(stack, described, TextEncoder.from_pretrained(), prompt_form_of(library)))
+        except (OSError, ValueError) as error:
+            left_out["nearest"] = str(error)
     found += [kinds.multi_task_arm(folder) for folder in multi]
     found += kinds.base_arms()
     without = [task.name for task in tasks if not pools.get(task.name)]

@@ -1,6 +1,7 @@
 """What the tests of evaluations share: a tiny language model, tasks, checkpoints and adapters that fit it, made once."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -135,4 +136,6 @@ def adapters(shared, base_model):
     stack = random_stack(3)
     for i, name in enumerate(("first", "last", "other")):
         stack.save_pretrained(shared / "adapters" / name, adapter=i, base_model_name_or_path=str(base_model))
+    texts = {name: DESCRIPTIONS.get(name, ["Say something else."]) for name in ("first", "last", "other")}
+    (shared / "adapters" / "descriptions.json").write_text(json.dumps(texts))
     return shared / "adapters"

@@ -24,6 +24,7 @@ from t2l_engine.research.evaluation.arms import (
     junk,
     library_arms,
     multi_task_arm,
+    nearest_arm,
     oracle_arm,
     partners,
     shots_of,
@@ -144,6 +145,20 @@ def test_an_oracle_has_the_adapter_of_the_task_or_none():
     arm = oracle_arm(random_stack(2), ["last", "first"])
     assert (arm.name, arm.repeats, arm.templates, arm.description) == ("oracle", False, ("chat",), False)
     assert keys(arm, ASKED, 2) == [None, "first", "last"]
+
+
+def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
+    """Nearest to the mean of an adapter's descriptions, by direction."""
+    places = {"up": [0.0, 1.0], "up too": [0.2, 1.0], "right": [3.0, 0.0]}
+    places |= {task.descriptions[r]: [1.0, 9.0] if i else [5.0, 1.0] for i, task in enumerate(ASKED) for r in (0, 1)}
+
+    class Encoder:
+        def encode(self, texts):
+            return torch.tensor([places[text] for text in texts])
+
+    arm = nearest_arm(random_stack(2), {"a": ["up", "up too"], "b": ["right"]}, Encoder(), "raw")
+    assert (arm.name, arm.repeats, arm.templates, arm.description) == ("nearest", True, ("raw",), False)
+    assert keys(arm, ASKED, 1) == ["b", "a", "a"]
 
 
 def test_library_arms(loaded):

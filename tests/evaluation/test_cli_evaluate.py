@@ -104,7 +104,7 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
         "--library", adapters, "--multi-task", run, "--repeats", 2, "--dtype", "bfloat16",
     )  # fmt: skip
     named = [*OURS, "other", "other-shuffled", "other-junk", "other-constant", "names", "names-shuffled", "inputs", "oracle",
-             "average", "arrow", "multi-task", *BASE]  # fmt: skip
+             "average", "arrow", "nearest", "multi-task", *BASE]  # fmt: skip
     assert list(result["details"]) == named and result["dtype"] == "bfloat16" and "left out" not in err
     lacking = {"names", "names-shuffled", "oracle"}
     assert list(result["tasks"]["again"]) == [name for name in named if name not in lacking]

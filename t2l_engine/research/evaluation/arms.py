@@ -24,6 +24,7 @@ from t2l_engine.research.evaluation.answers import Adapters, Use
 from t2l_engine.research.evaluation.library import TOP_K, Arrow
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
+from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
 from t2l_engine.text.reader import TextReader, condition_text
 
@@ -190,6 +191,26 @@ def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHA
         Arm("average", Stored(average, [""]), templates=(template,), repeats=False),
         Arm("arrow", Routed(stack), templates=(template,), repeats=False),
     ]
+
+
+def nearest_arm(
+    stack: AdapterStack, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder, template: str = CHAT
+) -> Arm:
+    """The adapter of a library whose descriptions are nearest to the task's: retrieval instead of generation.
+
+    Args:
+        stack: the library.
+        descriptions: of each of its adapters, in the order of ``stack``, by name.
+        encoder: of sentences; the nearest has the largest cosine to the mean of an adapter's embeddings.
+    """
+    names = list(descriptions)
+    means = torch.stack([encoder.encode(list(texts)).mean(dim=0) for texts in descriptions.values()])
+    means = nn.functional.normalize(means, dim=-1)
+
+    def nearest(task: Task, example: Example, repeat: int) -> str:
+        return names[int((means @ encoder.encode([description_of(task, repeat)])[0]).argmax())]
+
+    return Arm("nearest", Stored(stack, names), nearest, templates=(template,))
 
 
 def multi_task_arm(folder: Path) -> Arm:
