@@ -24,9 +24,11 @@ define step
   [ $$status -eq 0 ] && echo "==> $(1): done in $$(( $$(date +%s) - start )) s"; exit $$status
 endef
 
+# make demo TEXT="Write the name in capital letters.": a sentence of your own too.
+demo: override export TEXT := $(value TEXT)
 demo: setup
 	@echo "==> demo: sentences change what SmolLM2-135M does"
-	@$(BIN)/python -m t2l_engine.cli.demo
+	@$(BIN)/python -m t2l_engine.cli.demo --text "$$TEXT"
 
 # The first request to name a sentence as its model makes the adapter; README.md has a curl line to try.
 serve: $(SERVE)/.built

@@ -164,25 +164,25 @@ def specs(
         str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/specs/plan.yaml")
     ] = "",
     development: Annotated[
-        str, typer.Option(metavar="RUN", help="judge this run on the tasks of development alone, write nothing")
+        str, typer.Option(metavar="RUN", help="judge this run on the development tasks alone; no result file")
     ] = "",
     threads: Threads = DEFAULT_THREADS,
     out: Out = None,
 ) -> None:
-    """T2L on thousands of specifications, and on sentences that nothing was trained on (some twelve hours on two cores)."""
-    from bench.specs import plan, records
-    from bench.specs import runs as training
+    """T2L on thousands of specifications, and on sentences that nothing was trained on; many hours on two cores."""
+    from bench import specs as study
+    from bench.specs import plan
+    from bench.specs.runs import judged, tasks, train
 
     torch.set_num_threads(threads)
-    training.tasks(work)
+    held_out = tasks(work)
     if development:
-        found = training.judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)
-        CONSOLE.print_json(data=found["summary"]["all"])
+        CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return
     for name in runs.split(",") if runs else plan.RUNS:
-        training.train(name, work)
+        train(name, work)
     if not runs:
-        write(ctx, out, threads, records(work))
+        write(ctx, out, threads, study.records(work, held_out))
 
 
 @app.command()

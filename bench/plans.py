@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, SFTSettings
 
+#: Kind of ``t2l train`` -> its settings; its module in research/training has the same name.
 KINDS = {"sft": SFTSettings, "lora": LoRASettings, "reconstruction": ReconstructionSettings}
 
 
@@ -18,7 +20,8 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings, "reconstruction": Reconstruct
 class Run:
     """One training run.
 
-    ``kind``: of ``t2l train``; ``initial``: name of the run it starts from; ``other``: its fields that are no settings.
+    ``kind``: of ``t2l train``; ``initial``: name of the run that one of kind sft starts from; ``other``: its fields that are
+    no settings.
     """
 
     kind: str
@@ -42,6 +45,8 @@ def _run(plan: Mapping[str, Any], name: str, where: str, other: Sequence[str]) -
     while like := fields.pop("like", None):
         fields = plan["settings"][like] | fields
     kind, initial = fields.pop("kind"), fields.pop("initial", "")
+    if initial and (kind != "sft" or initial not in plan["runs"]):
+        raise ConfigError(f"{where}: initial: expected a run of the plan, for one of kind sft, got {initial!r}")
     beside = {field: fields.pop(field) for field in other if field in fields}
     if kind != "reconstruction":
         fields |= {"base_model": plan["model"], "target_modules": ("q_proj", "v_proj")}

@@ -12,15 +12,26 @@ from bench.plans import Run
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
+from t2l_engine.research.training import log, loop
+from t2l_engine.research.training.settings import Settings, to_yaml
 
 
 def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     """Train ``run`` on the tasks or adapters ``names`` of ``source``; what it starts from is beside ``output``."""
     made = run.settings
     if run.initial:
-        made = made.model_copy(update={"initial": str(output.with_name(run.initial))})
+        made = made.model_copy(update={"initial": str(output.resolve().with_name(run.initial))})
+    if run.kind == "sft" and is_finished(output, made):
+        return output  # or a reader would read all its texts once more
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)
+
+
+def is_finished(folder: Path, made: Settings) -> bool:
+    """Whether a run of one wave in ``folder`` has the settings ``made`` and has done its last step."""
+    if not (folder / loop.SETTINGS).is_file() or (folder / loop.SETTINGS).read_text(encoding="utf-8") != to_yaml(made):
+        return False
+    return any(row["step"] >= made.steps for row in log.read_log(folder))
 
 
 def trained(name: str, run: Run, folder: Path, tasks: int | None) -> Record:

@@ -163,9 +163,19 @@ def test_demo(monkeypatch, smollm, engine, tmp_path, capsys):
     monkeypatch.setattr(demo.packaged, "load", lambda: smollm)
     monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
     monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
-    demo.main(tmp_path / "demo.svg")
+    demo.main(tmp_path / "demo.svg", " Say it [/x]. ")
     screen = capsys.readouterr().out
-    for text in ("adapted 1 of 9", "2. One input", "3. One batch", "text encoder", "hypernetwork", "GFLOP once"):
+    for text in (
+        "Your sentence: 'Say it [/x].'",
+        demo.INPUTS[0],
+        "No answer is marked",
+        "adapted 1 of 9",
+        "2. One input",
+        "3. One batch",
+        "text encoder",
+        "hypernetwork",
+        "GFLOP once",
+    ):
         assert text in screen
     picture = (tmp_path / "demo.svg").read_text(encoding="utf-8")
     assert "One&#160;batch" in picture and "@font-face" not in picture

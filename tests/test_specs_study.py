@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from bench import judging, training
+from bench import judging, plans, training
+from bench.plans import Run
 from bench.records import Result
 from bench.report import tables_specs
 from bench.report.tables import TABLES
 from bench.specs import adapting, plan, runs
+from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks
 from t2l_engine.research.tasks.specs import suite
+from t2l_engine.research.training.settings import SFTSettings, to_yaml
+
+SETTINGS = SFTSettings(base_model="smollm2-135m", target_modules=("q_proj",), steps=3)
 
 
 @pytest.fixture
@@ -43,22 +48,33 @@ def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
     tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "train"),)) for i in range(9)]
     training.write(runs.folder_of(tmp_path, "trained"), tasks)
     monkeypatch.setattr(training, "train", lambda run, source, output, names: seen.append((source.name, output.name, names)))
-    monkeypatch.setitem(
-        plan.RUNS, "small", plan.RUNS["small"].__class__("sft", plan.RUNS["small"].settings, "", {"tasks": 4})
-    )
-    runs.train("small", tmp_path)
-    assert seen == [("trained", "small", plan.drawn([task.name for task in tasks], 4, "trained"))]
+    monkeypatch.setitem(plan.RUNS, "few", Run("sft", SETTINGS, "", {"tasks": 4}))
+    runs.train("few", tmp_path)
+    assert seen == [("trained", "few", plan.drawn([task.name for task in tasks], 4, "trained"))]
+
+
+def test_runs_of_the_plan():
+    assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
-        assert not run.initial or run.initial in plan.RUNS, name
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
+    assert plan.RUNS[plan.T2L].initial == "t2l-constant"
+    with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for one of kind sft, got 'y'"):
+        plans._run({"model": "m", "settings": {}, "runs": {"x": {"kind": "sft", "initial": "y"}}}, "x", "plan.yaml: x", ())
 
 
 def test_a_run_starts_from_another(monkeypatch, tmp_path):
-    run = plan.RUNS["small"].__class__("sft", plan.RUNS["small"].settings, "first", {})
+    run = Run("sft", SETTINGS, "first", {})
     found = []
     monkeypatch.setattr("t2l_engine.research.training.sft.train", lambda made, *_, **__: found.append(made))
     training.train(run, tmp_path, tmp_path / "second", [])
-    assert found == [run.settings.model_copy(update={"initial": str(tmp_path / "first")})]
+    made = run.settings.model_copy(update={"initial": str(tmp_path / "first")})
+    assert found == [made]
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / "settings.yaml").write_text(to_yaml(made))
+    for last, calls in ((2, 2), (3, 2)):  # the finished run is read
+        (tmp_path / "second" / "log.jsonl").write_text("".join(f'{{"step": {i + 1}, "loss": 1.0}}\n' for i in range(last)))
+        training.train(run, tmp_path, tmp_path / "second", [])
+        assert len(found) == calls
 
 
 def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
@@ -83,15 +99,15 @@ def test_budgets_share_validation_and_test():
     few, more = (adapting.limited(Task("a", ("Do it.",), tuple(examples)), budget) for budget in (2, 5))
     assert [e for e in few.examples if e.split == "train"] == [e for e in more.examples if e.split == "train"][:2]
     assert [e for e in few.examples if e.split != "train"] == [e for e in more.examples if e.split != "train"]
-    assert len(few.examples) == 2 + adapting.OF["validation"] + adapting.OF["items"]
+    assert len(few.examples) == 2 + adapting.ADAPTED["validation"] + adapting.ADAPTED["items"]
 
 
 def test_adapted_tasks_are_of_held_out_tiers(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(adapting.OF, "tasks_a_tier", 2)
+    monkeypatch.setitem(adapting.ADAPTED, "tasks_a_tier", 2)
     held_out = runs.tasks(tmp_path)
     tasks, tiers = adapting.chosen(held_out), {placed.spec.name: placed.tier for placed in held_out}
     assert [tiers[task.name] for task in tasks] == ["sibling", "sibling", "novel", "novel"]
-    assert all(len(task.descriptions) == 1 and len(task.examples) == adapting.OF["inputs"] for task in tasks)
+    assert all(len(task.descriptions) == 1 and len(task.examples) == adapting.ADAPTED["inputs"] for task in tasks)
 
 
 @pytest.mark.parametrize("start", adapting.STARTS)

@@ -20,6 +20,7 @@ ARMS = {
     "t2l-junk": "control: random letters",
     "t2l-constant": 'control: "Answer the question."',
     RIVAL: "multi-task LoRA, description in the prompt",
+    "nearest": "stored adapter with the nearest descriptions",
     "base": "base model, input only",
     "base-description": "base model, description in the prompt",
     "icl": "base model, description and 3 examples",
@@ -27,7 +28,7 @@ ARMS = {
 #: Part of the result -> what its tasks are to the checkpoint.
 TIERS = {
     "trained": "trained tasks",
-    "development": "siblings for development",
+    "development": "development tasks, of tier train and not trained",
     "sibling": "unseen siblings",
     "novel": "unseen families",
 }

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bench.harness import Record
+    from t2l_engine.research.tasks.specs.suite import Placed
 
 
-def records(work: Path) -> Iterator[Record]:
-    """Every record of the result file but the run line; evaluations that were made before are read."""
+def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
+    """Every record of the result file but the run line; evaluations and tuning runs that were made before are read.
+
+    ``held_out``: the held-out specifications, from :func:`.runs.tasks`.
+    """
     from bench import judging, training  # here: tables read names of this package without them
     from bench.harness import record
     from bench.specs import adapting, plan, runs
 
-    held_out = runs.tasks(work)
     yield record("plan", held_out_evaluations=plan.PLAN["held_out_evaluations"])
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,27 @@ from typing import Any
 import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import Record, record
-from bench.specs.plan import HELD_OUT, PLAN, RIVAL, T2L, ordered
+from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
 from bench.specs.runs import folder_of
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation.arms import nearest
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora, settings
+from t2l_engine.research.training.runs import descriptions_of
 from t2l_engine.research.training.settings import LoRASettings
+from t2l_engine.text.encoder import TextEncoder
 
-OF: dict[str, Any] = PLAN["adapted"]
+ADAPTED: dict[str, Any] = PLAN["adapted"]
 #: Where tuning starts: PEFT's own, the adapter that the description generates, that of description and examples (as many of
-#: the budget's as the checkpoint reads), and the multi-task LoRA, whose prompts have the description then too.
-STARTS = ("peft", "generated", "generated-examples", RIVAL)
+#: the budget's as the checkpoint reads), the stored one whose descriptions are nearest, and the multi-task LoRA, with the
+#: description in its prompts.
+STARTS = ("peft", "generated", "generated-examples", "nearest", RIVAL)
 
 
 def chosen(held_out: Sequence[suite.Placed]) -> list[Task]:
-    """Tasks of each held-out tier with OF["inputs"] examples and one description, which is a held-out one.
+    """Tasks of each held-out tier with ADAPTED["inputs"] examples and one description, which is a held-out one.
 
     Specifications that have fewer inputs are passed over.
     """
@@ -37,11 +42,11 @@ def chosen(held_out: Sequence[suite.Placed]) -> list[Task]:
         found: list[Task] = []
         for name in ordered(known, "adapted"):
             try:
-                task = suite.task(known[name], OF["inputs"], 0)
+                task = suite.task(known[name], ADAPTED["inputs"], 0)
             except ConfigError:  # too few inputs
                 continue
             found.append(dataclasses.replace(task, descriptions=task.descriptions[-1:]))
-            if len(found) == OF["tasks_a_tier"]:
+            if len(found) == ADAPTED["tasks_a_tier"]:
                 break
         made += found
     return made
@@ -49,7 +54,7 @@ def chosen(held_out: Sequence[suite.Placed]) -> list[Task]:
 
 def limited(task: Task, budget: int) -> Task:
     """``task`` with ``budget`` training examples, and those of validation and test that all budgets have."""
-    counts = {"train": budget, "val": OF["validation"], "test": OF["items"]}
+    counts = {"train": budget, "val": ADAPTED["validation"], "test": ADAPTED["items"]}
     of_split = {split: [e for e in task.examples if e.split == split][:count] for split, count in counts.items()}
     return dataclasses.replace(task, examples=tuple(e for examples in of_split.values() for e in examples))
 
@@ -58,7 +63,7 @@ def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
     """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best."""
     tasks = chosen(held_out)
     engine = functools.cache(lambda: t2l.TextToLoRA.from_pretrained(work / T2L))
-    for budget in OF["budgets"]:
+    for budget in ADAPTED["budgets"]:
         part = f"adapted-{budget}"
         training.write(folder_of(work, part), [limited(task, budget) for task in tasks])
         for start in STARTS:
@@ -73,7 +78,7 @@ def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
 
 
 def _settings(start: str, initial: Path | None) -> LoRASettings:
-    fields = OF["settings"] | {"base_model": PLAN["model"], "target_modules": ("q_proj", "v_proj")}
+    fields = ADAPTED["settings"] | {"base_model": PLAN["model"], "target_modules": ("q_proj", "v_proj")}
     fields |= {"initial": str(initial or ""), "prompt": "description" if start == RIVAL else "input"}
     return settings.build(LoRASettings, fields, source=f"plan.yaml: adapted: {start}")
 
@@ -85,6 +90,12 @@ def _start(start: str, work: Path, part: str, engine: Any) -> Path | None:
     if start == RIVAL:
         return work / RIVAL / lora.ADAPTERS / lora.MULTI_TASK
     folder, tasks = work / part / "starts" / start, load_tasks(folder_of(work, part), "train")
+    if start == "nearest":
+        library = work / LIBRARY / lora.ADAPTERS
+        found = nearest(descriptions_of(library), TextEncoder.from_pretrained())
+        for task in tasks:
+            shutil.copytree(library / found(task.descriptions[0]), folder / task.name, dirs_exist_ok=True)
+        return folder
     shown = [[(e.input, e.outputs[0]) for e in task.examples][: engine().encoder.max_examples] for task in tasks]
     texts = [task.descriptions[0] for task in tasks]
     stack = engine().generate(texts, shown if start == "generated-examples" else None)

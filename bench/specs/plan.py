@@ -13,9 +13,10 @@ PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
 #: Parts of the result.  The last two are tiers of the suite, held out from all decisions.
 DEVELOPMENT, TRAINED, HELD_OUT = "development", "trained", ("sibling", "novel")
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
-T2L, RIVAL = "t2l", "multi-task-description"
+#: Runs: what is judged, and what it is judged beside.
+T2L, RIVAL, LIBRARY = "t2l", "multi-task-description", "library"
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")
-ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "base", "base-description", "icl")
+ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "nearest", "base", "base-description", "icl")
 
 
 def ordered(names: Iterable[str], key: str) -> list[str]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bench import judging, training
-from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
+from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, LIBRARY, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
 from t2l_engine.research.tasks.folder import Task, read_descriptions
 from t2l_engine.research.tasks.specs import suite
+from t2l_engine.research.training import lora
 
 
 def folder_of(work: Path, part: str) -> Path:
@@ -57,4 +58,5 @@ def judged(part: str, work: Path, checkpoint: str = T2L, arms: Sequence[str] = A
         repeats=PLAN["repeats"],
         verify=True,
         **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
+        **({"library": work / LIBRARY / lora.ADAPTERS} if "nearest" in arms else {}),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
@@ -41,6 +42,15 @@ TASKS = {
         ("dove, beetle, shrimp, beige, lynx", "beige"),
     ],
 }
+#: Inputs of several kinds for the user's own sentence.
+INPUTS = (
+    "paper, cold, forest, seven, moon",
+    "lantern",
+    "Anna Schmidt",
+    "2024-03-07",
+    "The cat sleeps on the red sofa.",
+    "name: Omar; city: Lima; age: 31",
+)
 #: An input for the first two descriptions.
 SAME_INPUT = "honest, jump, quiet, bright, narrow"
 #: Few-shot examples, for the cost of in-context learning.
@@ -104,7 +114,8 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
         for (x, right), b, a in zip(pairs, base, adapted, strict=True):
             score["base"] += b == right
             score["adapted"] += a == right
-            table.add_row(x, b[:48], "yes" if b == right else "no", a[:48], "yes" if a == right else "no")
+            marks = ["yes" if said == right else "no" for said in (b, a)]
+            table.add_row(x, escape(b[:48]), marks[0], escape(a[:48]), marks[1])
     console.print(table)
     total = sum(map(len, TASKS.values()))
     console.print(
@@ -113,12 +124,28 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
     )
 
 
+def show_own(model, tokenizer, engine, text: str) -> None:
+    table = Table("input", "base model", "adapted model", title=f"Your sentence: {escape(repr(text))}")
+    base = answer(model, tokenizer, [raw_prompt(text, x) for x in INPUTS])
+    lora = t2l.attach(model, engine.generate([text]))
+    with lora.use(0):
+        adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x in INPUTS])
+    lora.detach()
+    for row in zip(INPUTS, base, adapted, strict=True):
+        table.add_row(*(escape(cell[:48]) for cell in row))
+    console.print(table)
+    console.print(
+        "No answer is marked right or wrong: nothing here knows what the sentence asks for. The base model reads it in its "
+        "prompt, the adapted model reads the input alone.\n"
+    )
+
+
 def show_two_descriptions(model, tokenizer, engine, lora) -> None:
     table = Table("description", "answer", title=f"2. One input, two descriptions: {SAME_INPUT!r}")
     with lora.use([0, 1]):
         answers = answer(model, tokenizer, [engine.prompt(tokenizer, SAME_INPUT)] * 2)
     for description, got in zip(TASKS, answers, strict=False):
-        table.add_row(description, got)
+        table.add_row(description, escape(got))
     console.print(table)
     console.print()
 
@@ -137,8 +164,8 @@ def show_mixed_batch(model, tokenizer, engine, lora) -> None:
             str(row),
             str(adapter) if adapter >= 0 else "base",
             text,
-            together[row][:48],
-            "same" if alone == together[row] else alone,
+            escape(together[row][:48]),
+            "same" if alone == together[row] else escape(alone),
         )
     console.print(table)
     console.print()
@@ -195,8 +222,11 @@ def save_svg(path: str) -> None:
     Path(path).write_text(re.sub(r"@font-face {.*?}", "", svg, flags=re.DOTALL), encoding="utf-8")
 
 
-def main(svg: str | None = None) -> None:
-    """Run the demo; all printed numbers are measured in this run.  ``svg``: file for a picture of the first three tables."""
+def main(svg: str | None = None, text: str = "") -> None:
+    """Run the demo; all printed numbers are measured in this run.
+
+    ``svg``: file for a picture of the first three tables; ``text``: a sentence of the user's, shown first.
+    """
     logging.disable_progress_bar()
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
@@ -205,6 +235,8 @@ def main(svg: str | None = None) -> None:
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
         stack = engine.generate([*TASKS])
     console.print()
+    if text.strip():
+        show_own(model, tokenizer, engine, text.strip())
     lora = t2l.attach(model, stack)
     console.record = svg is not None
     show_tasks(model, tokenizer, engine, lora)
@@ -222,4 +254,5 @@ def main(svg: str | None = None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--svg", metavar="FILE", help="write the first three tables as a picture")
-    main(parser.parse_args().svg)
+    parser.add_argument("--text", default="", help="a sentence of your own, whose adapter is shown first")
+    main(**vars(parser.parse_args()))

@@ -204,9 +204,8 @@ def _arms(
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation import arms as kinds
     from t2l_engine.research.evaluation.library import average
-    from t2l_engine.research.tasks.folder import read_descriptions
-    from t2l_engine.research.training.runs import in_prompt_of, prompt_form_of
-    from t2l_engine.text.encoder import TextEncoder
+    from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME
+    from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
 
     left_out: dict[str, str] = {}
     found = _generated(NAME, *checkpoint, tasks, pools, left_out)
@@ -229,13 +228,12 @@ def _arms(
     if library is not None:
         stored = _adapters("--library", library)
         stack = AdapterStack.from_peft(stored)
-        found += kinds.library_arms(average(stack), stack, prompt_form_of(library))
-        try:
-            texts = read_descriptions(library, [path.name for path in stored])
-            described = {path.name: texts[path.name] for path in stored}
-            found.append(kinds.nearest_arm(stack, described, TextEncoder.from_pretrained(), prompt_form_of(library)))
-        except (OSError, ValueError) as error:
-            left_out["nearest"] = str(error)
+        prompt = (prompt_form_of(library), in_prompt_of(library))
+        found += kinds.library_arms(average(stack), stack, *prompt)
+        if (library / DESCRIPTIONS_NAME).is_file():
+            found.append(kinds.nearest_arm(stack, [path.name for path in stored], descriptions_of(library), *prompt))
+        else:
+            left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
     found += [kinds.multi_task_arm(folder) for folder in multi]
     found += kinds.base_arms()
     without = [task.name for task in tasks if not pools.get(task.name)]

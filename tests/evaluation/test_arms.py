@@ -156,9 +156,12 @@ def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
         def encode(self, texts):
             return torch.tensor([places[text] for text in texts])
 
-    arm = nearest_arm(random_stack(2), {"a": ["up", "up too"], "b": ["right"]}, Encoder(), "raw")
+    texts = {"a": ["up", "up too"], "b": ["right"], "c": ["unread"]}
+    arm = nearest_arm(random_stack(2), ["a", "b"], texts, "raw", encoder=Encoder())
     assert (arm.name, arm.repeats, arm.templates, arm.description) == ("nearest", True, ("raw",), False)
     assert keys(arm, ASKED, 1) == ["b", "a", "a"]
+    with pytest.raises(ConfigError, match="descriptions: expected some of every adapter, got none of d"):
+        nearest_arm(random_stack(2), ["a", "d"], texts)
 
 
 def test_library_arms(loaded):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -185,32 +186,46 @@ def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT, 
     )
 
 
-def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHAT) -> list[Arm]:
-    """Methods without description: the average of a library (of prompt ``template``), and Arrow routing over it."""
-    return [
-        Arm("average", Stored(average, [""]), templates=(template,), repeats=False),
-        Arm("arrow", Routed(stack), templates=(template,), repeats=False),
-    ]
+def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHAT, in_prompt: bool = False) -> list[Arm]:
+    """The average of a library, trained with prompt template ``template``, and Arrow routing over it.
+
+    ``in_prompt``: whether it was trained with the description in the prompt.
+    """
+    prompt = {"description": in_prompt, "templates": (template,), "repeats": in_prompt}
+    return [Arm("average", Stored(average, [""]), **prompt), Arm("arrow", Routed(stack), **prompt)]
+
+
+def nearest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> Callable[[str], str]:
+    """A function from a text to the name whose ``descriptions`` are nearest: cosine to the mean of their embeddings."""
+    names = list(descriptions)
+    means = torch.stack([encoder.encode(list(texts)).mean(dim=0) for texts in descriptions.values()])
+    means = nn.functional.normalize(means, dim=-1)
+    return lambda text: names[int((means @ encoder.encode([text])[0]).argmax())]
 
 
 def nearest_arm(
-    stack: AdapterStack, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder, template: str = CHAT
+    stack: AdapterStack,
+    names: Sequence[str],
+    descriptions: Mapping[str, Sequence[str]],
+    template: str = CHAT,
+    in_prompt: bool = False,
+    encoder: TextEncoder | None = None,
 ) -> Arm:
     """The adapter of a library whose descriptions are nearest to the task's: retrieval instead of generation.
 
     Args:
-        stack: the library.
-        descriptions: of each of its adapters, in the order of ``stack``, by name.
-        encoder: of sentences; the nearest has the largest cosine to the mean of an adapter's embeddings.
+        names: of the adapters, in the order of ``stack``.
+        descriptions: of each of them.
+        encoder: of sentences; None: all-MiniLM-L6-v2, loaded when first asked.
+
+    Raises ConfigError if an adapter has no descriptions.
     """
-    names = list(descriptions)
-    means = torch.stack([encoder.encode(list(texts)).mean(dim=0) for texts in descriptions.values()])
-    means = nn.functional.normalize(means, dim=-1)
-
-    def nearest(task: Task, example: Example, repeat: int) -> str:
-        return names[int((means @ encoder.encode([description_of(task, repeat)])[0]).argmax())]
-
-    return Arm("nearest", Stored(stack, names), nearest, templates=(template,))
+    if without := [name for name in names if not descriptions.get(name)]:
+        raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
+    known = {name: descriptions[name] for name in names}
+    find = functools.cache(lambda: nearest(known, encoder or TextEncoder.from_pretrained()))
+    key = lambda task, example, repeat: find()(description_of(task, repeat))  # noqa: E731
+    return Arm("nearest", Stored(stack, names), key, description=in_prompt, templates=(template,))
 
 
 def multi_task_arm(folder: Path) -> Arm:

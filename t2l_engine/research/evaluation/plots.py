@@ -49,6 +49,6 @@ def _kind(arm: str) -> str:
         return "control"
     if arm.startswith(("base", "icl")):
         return "base"
-    if arm in ("oracle", "average", "arrow") or arm.startswith("multi-task"):
+    if arm in ("oracle", "average", "arrow", "nearest") or arm.startswith("multi-task"):
         return "other"
     return "generated"

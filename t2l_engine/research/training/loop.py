@@ -300,6 +300,8 @@ class _State:
             raise ConfigError(
                 f"{self._path}: written by a run with other settings ({'; '.join(changed)}); choose another output folder"
             )
+        if "optimizers" not in content:
+            raise ConfigError(f"{self._path}: written by an older version; choose another output folder")
         if content["data"] != json.dumps(self._job.data(), sort_keys=True):
             raise ConfigError(f"{self._path}: written by a run with other tasks or examples; choose another output folder")
         self._job.model.load_state_dict(content["trained"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
+from t2l_engine.research.tasks.folder import read_descriptions
 from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
@@ -28,6 +29,15 @@ def prompt_form_of(adapters: Path) -> str:
     """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
     settings = settings_of(adapters.parent) or {}
     return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)
+
+
+def descriptions_of(adapters: Path) -> dict[str, list[str]]:
+    """The descriptions of the adapters in folder ``adapters`` by name, without those that their run held out.
+
+    Raises FileNotFoundError where the folder has none.
+    """
+    held_out = (settings_of(adapters.parent) or {}).get("held_out_descriptions", 0)
+    return {name: texts[: len(texts) - held_out] for name, texts in read_descriptions(adapters).items()}
 
 
 def in_prompt_of(adapters: Path) -> bool:

@@ -51,7 +51,7 @@ ADAMW, MUON = "adamw", "muon"
 
 
 class Settings(BaseModel):
-    """Settings of every kind of run: AdamW, learning-rate schedule, intervals of saving and validation."""
+    """Settings of every kind of run: optimiser, learning-rate schedule, intervals of saving and validation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 

@@ -8,6 +8,7 @@ adapter is generated from its input instead of the description.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ class SFT(loop.Job):
             self._conditions = ReadConditions(settings, context, folder)
         else:
             self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
+        self._initial = ""  # SHA-256 of the weights file that the run starts from
         self._net, self._pooling = self._trained_before() if settings.initial else self._new()
         self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
         self.model.to(context.device)
@@ -112,6 +114,7 @@ class SFT(loop.Job):
                     f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, "
                     f"got {short_repr(got)}"
                 )
+        self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         reads = isinstance(self._conditions, ReadConditions)
         pooling = build_pooling(contents, self._conditions.reader_config) if reads else None
         return build(contents).requires_grad_(), pooling and pooling.requires_grad_()
@@ -142,6 +145,7 @@ class SFT(loop.Job):
             "method": "sft",
             "steps_done": step,
             **self.settings.model_dump(mode="json"),
+            "initial": self._initial,  # no place on this machine
             **self._context.stated(),
         }
         blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
