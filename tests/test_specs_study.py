@@ -148,6 +148,24 @@ def test_claims_are_differences_of_arms():
     assert without < set(lines)  # what was not measured is not shown
 
 
+def test_a_start_is_compared_with_pefts_lowest_loss():
+    """It needs 4 and 8 of PEFT's 8 and 12 steps; one that never gets there counts with all."""
+    of = lambda task, start, right, *losses: {  # noqa: E731
+        "task": task, "budget": 8, "start": start, "right": right,
+        "losses": [[4 * i, loss] for i, loss in enumerate(losses)],
+    }  # fmt: skip
+    adapted = [
+        of("a", "peft", 50.0, 3.0, 2.0, 1.0, 1.5), of("b", "peft", 20.0, 3.0, 2.5, 2.0, 1.0),
+        of("a", "generated", 75.0, 2.0, 0.9, 1.0, 1.0), of("b", "generated", 25.0, 2.0, 1.1, 1.0, 0.5),
+        of("a", "nearest", 0.0, 3.0, 3.0, 3.0, 3.0), of("b", "nearest", 0.0, 3.0, 3.0, 3.0, 1.0),
+    ]  # fmt: skip
+    peft, generated, nearest = TABLES["specs-adapted"].lines([Result(Path("specs.jsonl"), {}, (), {"adapted": adapted})])
+    assert (peft["steps to PEFT's lowest loss"], generated["steps to PEFT's lowest loss"]) == (10, 6)
+    assert (generated["of PEFT's steps"], generated["right, less PEFT's start"]) == (0.6, 15.0)
+    assert generated["lowest loss"] == pytest.approx(0.7) and generated["loss before"] == 2.0
+    assert nearest["steps to PEFT's lowest loss"] == 12 and peft["of PEFT's steps"] is None
+
+
 def test_tables_of_arms_and_families():
     lines = TABLES["specs-arms"].lines([result()])
     assert [line["arm"] for line in lines] == [tables_specs.ARMS[arm] for arm in tables_specs.ARMS if arm in SCORES]

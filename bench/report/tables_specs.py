@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
 from bench.specs.plan import PARTS, RIVAL
 from bench.study.scores import Part
-from t2l_engine.research.evaluation.bootstrap import Interval, interval
+from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
 
 #: Arm -> what it is called; the order of the tables.
@@ -24,6 +24,15 @@ ARMS = {
     "base": "base model, input only",
     "base-description": "base model, description in the prompt",
     "icl": "base model, description and 3 examples",
+}
+PEFT = "peft"
+#: Start of tuning -> what it is called.
+STARTS = {
+    PEFT: "PEFT's: A at random, B zero",
+    "generated": "generated from the description",
+    "generated-examples": "generated from description and examples",
+    "nearest": "stored adapter with the nearest descriptions",
+    RIVAL: "multi-task LoRA, description in the prompt",
 }
 #: Part of the result -> what its tasks are to the checkpoint.
 TIERS = {
@@ -99,6 +108,37 @@ def _families(result: Result) -> Iterator[Line]:
             if own.tasks:
                 scores = {f"{ARMS[arm]}, %": mean(own.column(arm)) for arm in ("t2l", "t2l-shuffled", "t2l-examples", "icl")}
                 yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores}
+
+
+@table("specs-adapted", "Tuning on a user's examples by where it starts, 36 unseen specifications", "specs")
+def _adapted(result: Result) -> Iterator[Line]:
+    """Losses are of validation examples.  A start that never reaches PEFT's lowest loss counts with all steps."""
+    found: dict[int, dict[str, list[Line]]] = {}
+    for of in result.others.get("adapted", ()):
+        found.setdefault(of["budget"], {}).setdefault(of["start"], []).append(of)
+    for budget, starts in found.items():
+        lowest = [min(loss for _, loss in of["losses"]) for of in starts[PEFT]]
+        own = [first(of["losses"], target) for of, target in zip(starts[PEFT], lowest, strict=True)]
+        for start, tasks in starts.items():
+            right = [of["right"] for of in tasks]
+            steps = [first(of["losses"], target) for of, target in zip(tasks, lowest, strict=True)]
+            more = [a - of["right"] for a, of in zip(right, starts[PEFT], strict=True)]
+            yield {
+                "examples": budget,
+                "start": STARTS[start],
+                "tasks": len(tasks),
+                **bounds("right, %", interval(right)),
+                **bounds("right, less PEFT's start", None if start == PEFT else interval(more)),
+                "loss before": mean([of["losses"][0][1] for of in tasks]),
+                "lowest loss": mean([min(loss for _, loss in of["losses"]) for of in tasks]),
+                "steps to PEFT's lowest loss": mean(steps),
+                **bounds("of PEFT's steps", None if start == PEFT else ratio(steps, own)),
+            }
+
+
+def first(losses: Sequence[tuple[int, float]], target: float) -> int:
+    """The first step whose loss is at most ``target``, or the last step."""
+    return next((step for step, loss in losses if loss <= target), losses[-1][0])
 
 
 @table("specs-curves", "Training loss over tokens, specifications", "specs")
