@@ -166,6 +166,7 @@ def specs(
     development: Annotated[
         str, typer.Option(metavar="RUN", help="judge this run on the development tasks alone; no result file")
     ] = "",
+    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: judge the runs that are there")] = False,
     threads: Threads = DEFAULT_THREADS,
     out: Out = None,
 ) -> None:
@@ -179,7 +180,7 @@ def specs(
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return
-    for name in runs.split(",") if runs else plan.RUNS:
+    for name in runs.split(",") if runs else [] if as_is else plan.RUNS:
         train(name, work)
     if not runs:
         write(ctx, out, threads, study.records(work, held_out))

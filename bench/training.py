@@ -18,13 +18,18 @@ from t2l_engine.research.training.settings import Settings, to_yaml
 
 def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     """Train ``run`` on the tasks or adapters ``names`` of ``source``; what it starts from is beside ``output``."""
-    made = run.settings
-    if run.initial:
-        made = made.model_copy(update={"initial": str(output.resolve().with_name(run.initial))})
+    made = settings_of(run, output)
     if run.kind == "sft" and is_finished(output, made):
         return output  # or a reader would read all its texts once more
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)
+
+
+def settings_of(run: Run, output: Path) -> Settings:
+    """The settings of ``run`` in folder ``output``; what it starts from is beside that."""
+    if not run.initial:
+        return run.settings
+    return run.settings.model_copy(update={"initial": str(output.resolve().with_name(run.initial))})
 
 
 def is_finished(folder: Path, made: Settings) -> bool:

@@ -14,17 +14,22 @@ if TYPE_CHECKING:
 def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     """Every record of the result file but the run line; evaluations and tuning runs that were made before are read.
 
-    ``held_out``: the held-out specifications, from :func:`.runs.tasks`.
+    ``held_out``: the held-out specifications, from :func:`.runs.tasks`.  Where runs of the plan have not been trained, what
+    they are needed for is left out, and the first record names them.
     """
     from bench import judging, training  # here: tables read names of this package without them
     from bench.harness import record
     from bench.specs import adapting, plan, runs
 
-    yield record("plan", held_out_evaluations=plan.PLAN["held_out_evaluations"])
+    without = runs.lacking(work)
+    arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm, plan.T2L) not in without]
+    yield record("plan", held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
     for part in plan.PARTS:
-        yield from judging.part_records(part, runs.judged(part, work))
-    yield from adapting.records(work, held_out)
+        yield from judging.part_records(part, runs.judged(part, work, arms=arms))
+    if not set(plan.NEEDS.values()) & set(without):
+        yield from adapting.records(work, held_out)
     for name, run in plan.RUNS.items():
-        yield training.trained(name, run, work / name, run.other.get("tasks"))
+        if name not in without:
+            yield training.trained(name, run, work / name, run.other.get("tasks"))

@@ -17,6 +17,8 @@ PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 T2L, RIVAL, LIBRARY = "t2l", "multi-task-description", "library"
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")
 ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "nearest", "base", "base-description", "icl")
+#: Arm -> the run that it needs beside T2L.
+NEEDS = {RIVAL: RIVAL, "nearest": LIBRARY}
 
 
 def ordered(names: Iterable[str], key: str) -> list[str]:

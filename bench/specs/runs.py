@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import judging, training
+from bench.plans import Run
 from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, LIBRARY, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
 from t2l_engine.research.tasks.folder import Task, read_descriptions
 from t2l_engine.research.tasks.specs import suite
-from t2l_engine.research.training import lora
+from t2l_engine.research.training import loop, lora
 
 
 def folder_of(work: Path, part: str) -> Path:
@@ -40,6 +41,17 @@ def train(name: str, work: Path) -> None:
     if run.initial:
         train(run.initial, work)
     training.train(run, source, work / name, drawn(read_descriptions(source), run.other.get("tasks"), TRAINED))
+
+
+def lacking(work: Path) -> list[str]:
+    """The runs of the plan that have not been trained to their end below ``work``."""
+    return [name for name, run in RUNS.items() if not _is_there(work / name, run)]
+
+
+def _is_there(folder: Path, run: Run) -> bool:
+    if run.kind == "lora":
+        return (folder / lora.ADAPTERS).is_dir() and not list((folder / lora.WAVES).glob(f"*/{loop.STATE}"))
+    return training.is_finished(folder, training.settings_of(run, folder))
 
 
 def judged(part: str, work: Path, checkpoint: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:

@@ -52,6 +52,7 @@ def adapt(
     keep_freed_memory()
     need_packages()
     from t2l_engine.research.training import adapt as tuning
+    from t2l_engine.research.training.runs import settings_of
     from t2l_engine.research.training.settings import parse_overrides
 
     shown = read_examples(examples)
@@ -60,7 +61,8 @@ def adapt(
     model = base_model_of(folder, base_model)
     report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
-    before, after = _right([output / tuning.START, output], model, held_out, engine)
+    dtype = (settings_of(output / tuning.RUN) or {})["dtype"]  # the run has just finished
+    before, after = _right([output / tuning.START, output], model, dtype, held_out, engine)
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
         print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
@@ -73,8 +75,10 @@ def adapt(
     )
 
 
-def _right(adapters: list[Path], base_model: str, examples: list[tuple[str, str]], engine: TextToLoRA) -> list[int]:
-    """How many of ``examples`` the base model answers exactly with each of ``adapters``, by greedy decoding."""
+def _right(
+    adapters: list[Path], base_model: str, dtype: str, examples: list[tuple[str, str]], engine: TextToLoRA
+) -> list[int]:
+    """How many of ``examples`` the base model in ``dtype`` answers exactly with each of ``adapters``, by greedy decoding."""
     import torch
 
     from t2l_engine.adapters.stack import AdapterStack
@@ -83,7 +87,7 @@ def _right(adapters: list[Path], base_model: str, examples: list[tuple[str, str]
     from t2l_engine.research.evaluation.metrics import exact_match
     from t2l_engine.text import base_model as models
 
-    model, tokenizer = models.load(base_model, torch.bfloat16)
+    model, tokenizer = models.load(base_model, getattr(torch, dtype))
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
     longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
     queries = [Query(engine.prompt(tokenizer, text), max_new_tokens=longest) for text, _ in examples]
