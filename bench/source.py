@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Weights of the bundled checkpoint, of which some results are.
-BUNDLED = ROOT / "t2l_engine" / "checkpoints" / "smollm2-135m" / "hypernet.safetensors"
+#: Bundled checkpoints, of which some results are.
+BUNDLED, SPECS = "smollm2-135m", "smollm2-135m-specs"
 
 
 def source() -> dict[str, Any]:
@@ -33,6 +33,6 @@ def source() -> dict[str, Any]:
     }
 
 
-def bundled() -> str:
-    """SHA-256 of the bundled checkpoint's weights."""
-    return hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
+def bundled(name: str = BUNDLED) -> str:
+    """SHA-256 of the weights of a bundled checkpoint."""
+    return hashlib.sha256((ROOT / "t2l_engine" / "checkpoints" / name / "hypernet.safetensors").read_bytes()).hexdigest()

@@ -79,6 +79,7 @@ def test_a_run_starts_from_another(monkeypatch, tmp_path):
 
 def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
     asked = []
+    monkeypatch.setattr(runs, "rounded", lambda name, work: work / name)
     monkeypatch.setattr(judging, "evaluate", lambda *given, **options: asked.append((given, options)))
     tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "test"),)) for i in range(3)]
     for part in plan.PARTS:

@@ -30,12 +30,16 @@ from bench.report import (  # noqa: F401
 from bench.report.figures import FIGURES
 from bench.report.tables import TABLES, Line, Table
 from bench.report.view import Unavailable, View
-from bench.source import ROOT, bundled
+from bench.source import ROOT, SPECS, bundled
 
 TEMPLATES = Path(__file__).parent / "templates"
 RESULTS, PAGES, DRAWN = Path("bench", "results"), Path("docs", "results"), Path("docs", "figures")
 #: A block of a document between markers of this name, made from the template of that name.
-BLOCKS = {"speed": "README.md", "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md"}
+BLOCKS = {
+    "speed": "README.md",
+    "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md",
+    "specs-card": "t2l_engine/checkpoints/smollm2-135m-specs/README.md",
+}
 #: What makes a result file.
 SOURCES = {
     "generate": "python -m bench generate",
@@ -44,15 +48,12 @@ SOURCES = {
     "icl": "python -m bench icl --tasks TASKS",
     "learn": "python -m bench learn --work WORK --library LIBRARY",
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
+    "specs": "python -m bench specs --work WORK",
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }
-#: What else, where there is a run: one needs an environment of its own, one native kernels, one many hours.
-OPTIONAL = {
-    "serving": "python -m bench serving",
-    "levels": "python -m bench levels",
-    "specs": "python -m bench specs --work WORK",
-}
+#: What else, where there is a run: one needs an environment of its own, one native kernels.
+OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}
 #: Results that say something of the bundled checkpoint.
 BUNDLED = ("icl", "study")
 AGAIN = "run: python -m bench report"
@@ -93,6 +94,8 @@ class Report(View):
             self.problems.append(f"bench/results/{e}")
             return None
         if name in BUNDLED and result.run.get("checkpoint") != bundled():
+            self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
+        if name == "specs" and result.records("plan")[0]["checkpoint"] != bundled(SPECS):
             self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
         return result
 

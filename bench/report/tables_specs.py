@@ -110,6 +110,24 @@ def _families(result: Result) -> Iterator[Line]:
                 yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores}
 
 
+@table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")
+def _card(result: Result) -> Iterator[Line]:
+    shown = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
+    for name, tier in TIERS.items():
+        part = Part.of(result.others, name)
+        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in shown if arm in part.arms}
+        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores}
+
+
+@table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")
+def _card(result: Result) -> Iterator[Line]:
+    shown = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
+    for name, tier in TIERS.items():
+        part = Part.of(result.others, name)
+        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in shown if arm in part.arms}
+        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores}
+
+
 @table("specs-adapted", "Tuning on a user's examples by where it starts, 36 unseen specifications", "specs")
 def _adapted(result: Result) -> Iterator[Line]:
     """Losses are of validation examples.  A start that never reaches PEFT's lowest loss counts with all steps."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +21,12 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     from bench import judging, training  # here: tables read names of this package without them
     from bench.harness import record
     from bench.specs import adapting, plan, runs
+    from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
     without = runs.lacking(work)
     arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm, plan.T2L) not in without]
-    yield record("plan", held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
+    weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
+    yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
     for part in plan.PARTS:

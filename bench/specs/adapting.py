@@ -13,7 +13,7 @@ import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import Record, record
 from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
-from bench.specs.runs import folder_of
+from bench.specs.runs import folder_of, rounded
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation.arms import nearest
@@ -62,7 +62,7 @@ def limited(task: Task, budget: int) -> Task:
 def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
     """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best."""
     tasks = chosen(held_out)
-    engine = functools.cache(lambda: t2l.TextToLoRA.from_pretrained(work / T2L))
+    engine = functools.cache(lambda: t2l.TextToLoRA.from_pretrained(rounded(T2L, work)))
     for budget in ADAPTED["budgets"]:
         part = f"adapted-{budget}"
         training.write(folder_of(work, part), [limited(task, budget) for task in tasks])
@@ -107,7 +107,7 @@ def _start(start: str, work: Path, part: str, engine: Any) -> Path | None:
 def _right(work: Path, part: str, start: str, adapters: Path) -> dict[str, float]:
     """Exact match on test items by task, in percent, of the adapters that validation kept."""
     source = folder_of(work, part)
-    options = {"tasks": source, "checkpoint": work / T2L, "oracle": adapters, "repeats": 1, "verify": True}
+    options = {"tasks": source, "checkpoint": rounded(T2L, work), "oracle": adapters, "repeats": 1, "verify": True}
     names = [task.name for task in load_tasks(source, "test")]
     found = judging.evaluate(work / "judged", f"{part}-{start}", names, ("oracle",), **options)
     return {name: of["oracle"] for name, of in found["tasks"].items()}

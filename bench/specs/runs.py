@@ -6,12 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import t2l_engine as t2l
 from bench import judging, training
 from bench.plans import Run
 from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, LIBRARY, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 from t2l_engine.research.tasks.folder import Task, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import loop, lora
+from t2l_engine.text.reader import TextReader
 
 
 def folder_of(work: Path, part: str) -> Path:
@@ -54,20 +60,32 @@ def _is_there(folder: Path, run: Run) -> bool:
     return training.is_finished(folder, training.settings_of(run, folder))
 
 
-def judged(part: str, work: Path, checkpoint: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
+def rounded(name: str, work: Path) -> Path:
+    """The checkpoint of run ``name`` with its matrices in bfloat16, as it is published and judged."""
+    folder = work / f"{name}-bfloat16"
+    if not (folder / WEIGHTS_NAME).is_file():
+        engine = t2l.TextToLoRA.from_pretrained(work / name)
+        assert isinstance(engine.encoder, TextReader)
+        network, pooling = engine.hypernetwork.set_dtype(torch.bfloat16), engine.encoder.pooling.bfloat16()
+        network.save_pretrained(folder, checkpoint.describe(work / name), pooling)
+    return folder
+
+
+def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
     """The result of the evaluation of one part; answers of an earlier call are read."""
     source = folder_of(work, part)
     names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
     return judging.evaluate(
         work / "judged",
-        f"{checkpoint}-{part}",
+        f"{name}-{part}",
         names,
         arms,
         tasks=source,
-        checkpoint=work / checkpoint,
+        checkpoint=rounded(name, work),
         held_out_descriptions=suite.HELD_OUT,
         max_items=PLAN["items"][part],
         repeats=PLAN["repeats"],
+        validation_items=1,  # of each task, for choosing the base model's prompt template
         verify=True,
         **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
         **({"library": work / LIBRARY / lora.ADAPTERS} if "nearest" in arms else {}),
