@@ -158,24 +158,14 @@ def test_serving(run_program):
     lora.detach()
 
 
-def test_demo(monkeypatch, smollm, engine, tmp_path, capsys):
+def test_demo(monkeypatch, smollm, tmp_path, capsys):
     """Every section of ``make demo`` runs; what the model says is replaced, since that takes the time."""
     monkeypatch.setattr(demo.packaged, "load", lambda: smollm)
-    monkeypatch.setattr(demo.t2l.TextToLoRA, "from_pretrained", lambda name: engine)
-    monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["lamp"] * len(prompts))
+    monkeypatch.setattr(demo, "answer", lambda model, tokenizer, prompts: ["law"] * len(prompts))
     demo.main(tmp_path / "demo.svg", " Say it [/x]. ")
     screen = capsys.readouterr().out
-    for text in (
-        "Your sentence: 'Say it [/x].'",
-        demo.INPUTS[0],
-        "No answer is marked",
-        "adapted 1 of 9",
-        "2. One input",
-        "3. One batch",
-        "text encoder",
-        "hypernetwork",
-        "GFLOP once",
-    ):
+    own = ("Your sentence: 'Say it [/x].'", demo.INPUTS[0], "No answer is marked", demo.SIBLING, demo.NOVEL)
+    for text in (*own, "adapted 1 of 12", "2. One input", "3. One batch", "reader", "hypernetwork", "GFLOP once"):
         assert text in screen
     picture = (tmp_path / "demo.svg").read_text(encoding="utf-8")
     assert "One&#160;batch" in picture and "@font-face" not in picture

@@ -10,8 +10,10 @@ from bench.records import Result
 from bench.report import tables_specs
 from bench.report.tables import TABLES
 from bench.specs import adapting, plan, runs
+from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.tasks.folder import Example, Task, load_tasks
+from t2l_engine.research.tasks.examples import normalise
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training.settings import SFTSettings, to_yaml
 
@@ -89,6 +91,17 @@ def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
         assert (out, name, set(arms)) == (tmp_path / "judged", f"t2l-{part}", set(plan.ARMS))
         assert names == [task.name for task in tasks] and options["held_out_descriptions"] == suite.HELD_OUT
         assert options["multi_task"] == tmp_path / plan.RIVAL and options["max_items"] == plan.PLAN["items"][part]
+
+
+@pytest.mark.slow
+def test_the_demo_says_what_its_sentences_are(tmp_path):
+    runs.tasks(tmp_path)
+    trained, development = (read_descriptions(runs.folder_of(tmp_path, part)) for part in ("trained", "development"))
+    known = {normalise(text) for texts in trained.values() for text in texts}
+    apart = {text for texts in development.values() for text in texts[-suite.HELD_OUT :]}
+    tiers = {text: tier for text, (tier, _) in demo.TASKS.items()}
+    assert not {normalise(text) for text in tiers} & known
+    assert {text for text, tier in tiers.items() if tier == demo.SIBLING} <= apart
 
 
 # --- adapting ------------------------------------------------------------------------------------------------------------

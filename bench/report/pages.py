@@ -100,9 +100,15 @@ class Report(View):
         return result
 
     def _of_results(self, table: Table) -> Table | None:
-        """The same table without results of OPTIONAL that are not there, or None where it shows nothing else."""
+        """The same table without results of OPTIONAL that are not there; None where it shows nothing else, or nothing of what is optional."""
         sources = tuple(source for source in table.sources if source in self.results or source not in OPTIONAL)
-        return dataclasses.replace(table, sources=sources) if sources else None
+        made = dataclasses.replace(table, sources=sources)
+        if table.optional and all(self.results.get(source) for source in sources):
+            try:
+                made.lines(self.of(sources))
+            except ResultError:
+                return None
+        return made if sources else None
 
     def _of_a_card(self, table: Table) -> Table | None:
         """The same table from runs of a card, or None where none of them holds what it shows."""

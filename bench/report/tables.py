@@ -28,7 +28,7 @@ Make = Callable[..., Iterable[Line]]
 class Table:
     """``make`` takes the results of ``sources``, all at once, or one after the other and adds the machine if ``of_each``.
 
-    ``counted``: of nothing that a machine's speed decides.
+    ``counted``: of nothing that a machine's speed decides.  ``optional``: there is no such table where nothing was measured.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Table:
     make: Make
     of_each: bool = False
     counted: bool = False
+    optional: bool = False
 
     def lines(self, results: Sequence[Result]) -> list[Line]:
         """All with the same headings, None under those that a line lacks; ResultError where there is no line."""
@@ -71,11 +72,11 @@ class Table:
 TABLES: dict[str, Table] = {}
 
 
-def table(name: str, about: str, *sources: str, counted: bool = False) -> Callable[[Make], Make]:
+def table(name: str, about: str, *sources: str, counted: bool = False, optional: bool = False) -> Callable[[Make], Make]:
     """Makes a table of a function; of one source it takes the result of each machine, of several those of all."""
 
     def register(make: Make) -> Make:
-        TABLES[name] = Table(name, about, sources, make, len(sources) == 1, counted)
+        TABLES[name] = Table(name, about, sources, make, len(sources) == 1, counted, optional)
         return make
 
     return register

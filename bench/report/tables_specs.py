@@ -128,7 +128,7 @@ def _card(result: Result) -> Iterator[Line]:
         yield {"specifications": f"{tier}, {len(part.tasks)}", **scores}
 
 
-@table("specs-adapted", "Tuning on a user's examples by where it starts, 36 unseen specifications", "specs")
+@table("specs-adapted", "Tuning on a user's examples by where it starts, unseen specifications", "specs", optional=True)
 def _adapted(result: Result) -> Iterator[Line]:
     """Losses are of validation examples.  A start that never reaches PEFT's lowest loss counts with all steps."""
     found: dict[int, dict[str, list[Line]]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import re
 import threading
 import time
@@ -22,25 +23,35 @@ from t2l_engine.research import costs
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import raw_prompt
 
-CHECKPOINT = "smollm2-135m"
+CHECKPOINT = "smollm2-135m-specs"
+SIBLING, NOVEL = "unseen sentence of a trained family", "family that was not trained"
 
-#: Description -> (input, correct answer).  All held out: the checkpoint was trained on lists of three words, not of five.
+#: Description -> (its tier, (input, correct answer) of each row).  Nothing was trained on these sentences.
 TASKS = {
-    "Return the last of the five words.": [
-        ("cookie, think, socks, river, lamp", "lamp"),
-        ("soda, macaw, banana, ugly, quick", "quick"),
-        ("paper, cold, forest, seven, moon", "moon"),
-    ],
-    "Find the one verb among five words, the others are adjectives.": [
-        ("tall, happy, swim, green, soft", "swim"),
-        ("brave, tiny, explain, sweet, loud", "explain"),
-        ("calm, rude, sharp, arrive, dark", "arrive"),
-    ],
-    "Name the colour among the five words.": [
-        ("tiger, heron, mauve, snail, otter", "mauve"),
-        ("camel, turquoise, mole, gecko, swan", "turquoise"),
-        ("dove, beetle, shrimp, beige, lynx", "beige"),
-    ],
+    'Extract the sport and let a colon and "good luck" come after it.': (
+        SIBLING,
+        [
+            ("Since Friday it has been all about tennis.", "tennis: good luck"),
+            ("Do you enjoy fencing?", "fencing: good luck"),
+            ("What do you know about rowing?", "rowing: good luck"),
+        ],
+    ),
+    "File the sentence under computers, cooking or law.": (
+        SIBLING,
+        [
+            ("Did Nora mention the download?", "computers"),
+            ("Did Felix mention the prosecutor?", "law"),
+            ("On Monday it was all about the recipe.", "cooking"),
+        ],
+    ),
+    'Combine the two words so that "magic" is before the other.': (
+        SIBLING,
+        [('"doctor"', "magic doctor"), ('"sister"', "magic sister"), ("the word pudding", "magic pudding")],
+    ),
+    "Write the letters of the word from last to first.": (
+        NOVEL,
+        [('"doctor"', "rotcod"), ("the word pan", "nap"), ("the word tube", "ebut")],
+    ),
 }
 #: Inputs of several kinds for the user's own sentence.
 INPUTS = (
@@ -52,12 +63,12 @@ INPUTS = (
     "name: Omar; city: Lima; age: 31",
 )
 #: An input for the first two descriptions.
-SAME_INPUT = "honest, jump, quiet, bright, narrow"
-#: Few-shot examples, for the cost of in-context learning.
+SAME_INPUT = "Since Monday the trial has been all about tennis."
+#: Few-shot examples of the first description, for the cost of in-context learning.
 SHOTS = [
-    ("granite, whisper, melon, hot, run", "run"),
-    ("yawn, cabinet, heron, blue, sing", "sing"),
-    ("maple, engine, sponge, two, sleepy", "sleepy"),
+    ("Look, they show boxing on Sunday.", "boxing: good luck"),
+    ("Have you ever tried golf?", "golf: good luck"),
+    ("Nobody mentioned sailing until Monday.", "sailing: good luck"),
 ]
 
 console = Console(highlight=False, width=118)
@@ -103,11 +114,13 @@ def milliseconds(function, repeats: int = 5) -> float:
 
 
 def show_tasks(model, tokenizer, engine, lora) -> None:
-    table = Table("input", "base model", "right?", "adapted model", "right?", title="1. Three held-out tasks")
+    table = Table(
+        "input", "base model", "right?", "adapted model", "right?", title="1. Sentences that nothing was trained on"
+    )
     score = {"base": 0, "adapted": 0}
-    for i, (description, pairs) in enumerate(TASKS.items()):
+    for i, (description, (tier, pairs)) in enumerate(TASKS.items()):
         table.add_section()
-        table.add_row(f"[bold]{description}[/bold]")
+        table.add_row(f"[bold]{escape(description)}[/bold]", f"[dim]{tier}[/dim]")
         base = answer(model, tokenizer, [raw_prompt(description, x) for x, _ in pairs])
         with lora.use(i):
             adapted = answer(model, tokenizer, [engine.prompt(tokenizer, x) for x, _ in pairs])
@@ -117,10 +130,11 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
             marks = ["yes" if said == right else "no" for said in (b, a)]
             table.add_row(x, escape(b[:48]), marks[0], escape(a[:48]), marks[1])
     console.print(table)
-    total = sum(map(len, TASKS.values()))
+    total = sum(len(pairs) for _, pairs in TASKS.values())
     console.print(
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
-        f"adapted {score['adapted']} of {total} (it reads the input alone).\n"
+        f"adapted {score['adapted']} of {total} (it reads the input alone). The first three sentences are among those that "
+        "work best; docs/results/unseen.md has the means over hundreds of sentences.\n"
     )
 
 
@@ -152,8 +166,8 @@ def show_two_descriptions(model, tokenizer, engine, lora) -> None:
 
 def show_mixed_batch(model, tokenizer, engine, lora) -> None:
     table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, each row with its own adapter or none")
-    rows = [(i, pairs[0][0]) for i, pairs in enumerate(TASKS.values())]
-    rows = [*rows, (-1, rows[0][1]), (0, "orange, pillow, rocket, deep, walk"), (2, "violet, horse, crow, salmon, hen")]
+    rows = [(i, pairs[0][0]) for i, (_, pairs) in enumerate(TASKS.values())]
+    rows = [*rows, (-1, rows[0][1]), (0, "Do you enjoy handball?"), (2, "the word banjo")]
     prompts = [engine.prompt(tokenizer, x) for _, x in rows]
     with lora.use([i for i, _ in rows]):
         together = answer(model, tokenizer, prompts)
@@ -173,20 +187,20 @@ def show_mixed_batch(model, tokenizer, engine, lora) -> None:
 
 def show_costs(model, tokenizer, engine) -> None:
     description = next(iter(TASKS))
-    text = TASKS[description][0][0]
+    text = TASKS[description][1][0][0]
     config = engine.hypernetwork.config
     encoder = engine.encoder
     task_emb = encoder.encode([description])
     stack = engine.hypernetwork.generate(task_emb)
 
     def encode() -> None:  # with an empty cache of embeddings
-        t2l.TextEncoder(encoder.model, encoder.tokenizer, encoder.config).encode([description])
+        t2l.TextReader(encoder.model, encoder.tokenizer, encoder.config, encoder.pooling).encode([description])
 
     def attach_and_detach() -> None:
         t2l.attach(model, stack).detach()
 
     table = Table("step", "time", title="4. What it costs (this machine, one description, fastest of 5)")
-    table.add_row("text encoder", f"{milliseconds(encode):.1f} ms")
+    table.add_row("reader", f"{milliseconds(encode):.1f} ms")
     table.add_row("hypernetwork", f"{milliseconds(lambda: engine.hypernetwork.generate(task_emb)):.1f} ms")
     table.add_row("attach", f"{milliseconds(attach_and_detach):.1f} ms")
     console.print(table)
@@ -198,10 +212,11 @@ def show_costs(model, tokenizer, engine) -> None:
 
     count = lambda s: len(tokenizer(s, add_special_tokens=False)["input_ids"])  # noqa: E731
     question, shots = count(engine.prompt(tokenizer, text)), count(raw_prompt(description, text, SHOTS))
-    words = len(encoder.tokenizer(encoder.prepare([description])[0])["input_ids"])
+    words, depth = encoder.lengths(encoder.prepare([description]))[0], encoder.config.layers[-1]
     decoder = costs.Decoder.from_config(model.config)
-    describe = costs.encoder_flops(costs.Encoder.from_config(encoder.model.config), words)
-    once = (describe + costs.hypernet_flops(config)).total
+    read = dataclasses.replace(decoder, layers=depth, windows=decoder.windows[:depth], sparse=decoder.sparse[:depth])
+    pooling = 2 * words * sum(parameter.numel() for parameter in encoder.pooling.parameters())  # at most
+    once = (costs.encoder_flops(read, words) + costs.hypernet_flops(config)).total + pooling
     per_question = (costs.decoder_flops(decoder, question) + costs.lora_flops(config, question)).total
     in_context = costs.decoder_flops(decoder, shots).total
     table = Table("questions", "described once + adapter", "three examples with each", "ratio", title="FLOPs, closed forms")
@@ -231,7 +246,7 @@ def main(svg: str | None = None, text: str = "") -> None:
     console.print(f"[bold]t2l_engine {t2l.__version__}[/bold], native kernels: {'on' if ops.NATIVE else 'off'}\n")
     with busy("SmolLM2-135M-Instruct (the first time its weights are unpacked)"):
         model, tokenizer = packaged.load()
-    with busy("text encoder and hypernetwork, three sentences to adapters"):
+    with busy("reader and hypernetwork, four sentences to adapters"):
         engine = t2l.TextToLoRA.from_pretrained(CHECKPOINT)
         stack = engine.generate([*TASKS])
     console.print()
@@ -247,7 +262,8 @@ def main(svg: str | None = None, text: str = "") -> None:
         save_svg(svg)
     show_costs(model, tokenizer, engine)
     console.print(
-        'Next: t2l generate "Name the colour among the five words." -o out/   writes an adapter in the PEFT format.'
+        f'Next: t2l generate "File the sentence under computers, cooking or law." -c {CHECKPOINT} -o out/   writes an '
+        "adapter in the PEFT format."
     )
 
 
