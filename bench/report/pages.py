@@ -100,7 +100,9 @@ class Report(View):
         return result
 
     def _of_results(self, table: Table) -> Table | None:
-        """The same table without results of OPTIONAL that are not there; None where it shows nothing else, or nothing of what is optional."""
+        """The same table without results of OPTIONAL that are not there; None where it shows nothing else, or is
+        optional and empty.
+        """
         sources = tuple(source for source in table.sources if source in self.results or source not in OPTIONAL)
         made = dataclasses.replace(table, sources=sources)
         if table.optional and all(self.results.get(source) for source in sources):
