@@ -10,6 +10,7 @@ import torch
 
 import t2l_engine as t2l
 from bench import judging, training
+from bench.harness import BenchError
 from bench.plans import Run
 from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, LIBRARY, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
 from t2l_engine.hypernetwork import checkpoint
@@ -26,7 +27,10 @@ def folder_of(work: Path, part: str) -> Path:
 
 
 def tasks(work: Path) -> list[suite.Placed]:
-    """Write the task folders of all parts, from the suite, and return the held-out specifications of the manifest."""
+    """Write the task folders of all parts, from the suite, and return the held-out specifications of the manifest.
+
+    Raises BenchError if a description that is held out is trained on.
+    """
     found = suite.suite(PLAN["specifications"])
     held_out = [placed for placed in found[: suite.SPECIFICATIONS] if placed.tier in HELD_OUT]
     trained = [placed.spec.name for placed in found if placed.tier == "train"]
@@ -36,6 +40,9 @@ def tasks(work: Path) -> list[suite.Placed]:
     for placed in found:
         if part := places.get(placed.spec.name):
             made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
+    tiers = [("train" if part == TRAINED else part, task) for part, of in made.items() for task in of]
+    if leaks := suite.leaks(tiers):
+        raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
     for part, of in made.items():
         training.write(folder_of(work, part), of)
     return held_out

@@ -290,7 +290,11 @@ def test_info(run):
     assert ("native library: loaded" in out) == ops.NATIVE
     code, out, _ = run("info", "--json")
     about = json.loads(out)
-    assert code == 0 and about["native_library"] == ops.NATIVE and about["bundled_checkpoints"] == ["smollm2-135m"]
+    assert (
+        code == 0
+        and about["native_library"] == ops.NATIVE
+        and about["bundled_checkpoints"] == ["smollm2-135m", "smollm2-135m-specs"]
+    )
     assert about["ops"].keys() == ops.SCHEMAS.keys()
 
 

@@ -269,7 +269,7 @@ def test_a_checkpoint_that_does_not_fit(refused, native, folder, changes, field)
 def test_checkpoints_that_are_none(refused, native, folder, golden, tmp_path):
     refused(1, "--model: ", "-c", native())
     refused(1, "t2l convert", "-c", golden / "L-sft")
-    refused(1, "bundled checkpoints: ['smollm2-135m']", "-c", tmp_path / "none")
+    refused(1, "bundled checkpoints: ['smollm2-135m', 'smollm2-135m-specs']", "-c", tmp_path / "none")
     refused(1, "config.json", "-c", tmp_path)
     refused(1, "'hypernetwork'", "-c", folder({"format": checkpoints.FORMAT}))
 
