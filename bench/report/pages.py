@@ -93,9 +93,8 @@ class Report(View):
         except ResultError as e:
             self.problems.append(f"bench/results/{e}")
             return None
-        if name in BUNDLED and result.run.get("checkpoint") != bundled():
-            self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
-        if name == "specs" and result.records("plan")[0]["checkpoint"] != bundled(SPECS):
+        other = name in BUNDLED and result.run.get("checkpoint") != bundled()
+        if other or (name == "specs" and result.records("plan")[0]["checkpoint"] != bundled(SPECS)):
             self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
         return result
 
@@ -105,21 +104,20 @@ class Report(View):
         """
         sources = tuple(source for source in table.sources if source in self.results or source not in OPTIONAL)
         made = dataclasses.replace(table, sources=sources)
-        if table.optional and all(self.results.get(source) for source in sources):
-            try:
-                made.lines(self.of(sources))
-            except ResultError:
-                return None
-        return made if sources else None
+        empty = table.optional and all(self.results.get(source) for source in sources) and not self._shows(made)
+        return made if sources and not empty else None
 
     def _of_a_card(self, table: Table) -> Table | None:
         """The same table from runs of a card, or None where none of them holds what it shows."""
         sources = tuple(name for source in table.sources if self.results.get(name := source + CUDA))
         made = dataclasses.replace(table, name=table.name + CUDA, sources=sources)
+        return made if sources and self._shows(made) else None
+
+    def _shows(self, table: Table) -> bool:
         try:
-            return made if sources and made.lines(self.of(sources)) else None
+            return bool(table.lines(self.of(table.sources)))
         except ResultError:
-            return None
+            return False
 
     def _of_all(self, name: str) -> list[Line]:
         return self.tables[name].lines(self.of(self.tables[name].sources))

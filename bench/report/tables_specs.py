@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
@@ -25,6 +25,8 @@ ARMS = {
     "base-description": "base model, description in the prompt",
     "icl": "base model, description and 3 examples",
 }
+#: Arms of the tables that have no room for all.
+SHOWN = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
 PEFT = "peft"
 #: Start of tuning -> what it is called.
 STARTS = {
@@ -41,6 +43,11 @@ TIERS = {
     "sibling": "unseen siblings",
     "novel": "unseen families",
 }
+
+
+def scores(part: Part, arms: Iterable[str]) -> Line:
+    """Mean of each arm over the tasks of ``part``."""
+    return {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in arms}
 
 
 def family(task: str) -> str:
@@ -95,8 +102,7 @@ def _new(result: Result) -> Iterator[Line]:
     sibling = Part.of(result.others, "sibling")
     for of in result.records("siblings"):
         part = sibling.only(of["tasks"])
-        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")}
-        yield {"new": f"a {of['new']}", "tasks": len(part.tasks), **scores}
+        yield {"new": f"a {of['new']}", "tasks": len(part.tasks), **scores(part, SHOWN)}
 
 
 @table("specs-families", "Every family by tier: mean over its specifications", "specs")
@@ -106,26 +112,15 @@ def _families(result: Result) -> Iterator[Line]:
         for name in FAMILIES:
             own = tasks.only({task["task"] for task in tasks.tasks if family(task["task"]) == name})
             if own.tasks:
-                scores = {f"{ARMS[arm]}, %": mean(own.column(arm)) for arm in ("t2l", "t2l-shuffled", "t2l-examples", "icl")}
-                yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores}
+                shown = [arm for arm in SHOWN if arm != RIVAL]
+                yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores(own, shown)}
 
 
 @table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")
 def _card(result: Result) -> Iterator[Line]:
-    shown = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
     for name, tier in TIERS.items():
         part = Part.of(result.others, name)
-        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in shown if arm in part.arms}
-        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores}
-
-
-@table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")
-def _card(result: Result) -> Iterator[Line]:
-    shown = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
-    for name, tier in TIERS.items():
-        part = Part.of(result.others, name)
-        scores = {f"{ARMS[arm]}, %": mean(part.column(arm)) for arm in shown if arm in part.arms}
-        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores}
+        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores(part, [arm for arm in SHOWN if arm in part.arms])}
 
 
 @table("specs-adapted", "Tuning on a user's examples by where it starts, unseen specifications", "specs", optional=True)
