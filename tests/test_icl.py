@@ -19,6 +19,7 @@ from bench.report.pages import TABLES
 from bench.source import ROOT
 from bench.timing import Dry, Timing
 from t2l_engine import ops
+from t2l_engine.cli import demo
 from t2l_engine.lora import layer
 from t2l_engine.research import costs as flops
 from t2l_engine.testing import numerics
@@ -226,6 +227,14 @@ def test_tasks_of_a_folder(tmp_path):
     assert task.descriptions == ("Copy the number.", "Not used.")
     assert shots == [("in 0", "out 0"), ("in 1", "out 1"), ("in 2", "out 2")]
     assert [question.input for question in task.examples] == ["in 4", "in 5"]
+
+
+def test_tasks_without_a_folder_are_the_demos():
+    for task, shots in questions.tasks(None):
+        _, rows = demo.TASKS[task.name]
+        (question,) = task.examples
+        assert task.descriptions == (task.name,)
+        assert [*shots, (question.input, *question.outputs)] == rows
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

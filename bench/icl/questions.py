@@ -54,11 +54,11 @@ class Answer:
 def tasks(folder: Path | None) -> list[tuple[Task, Shots]]:
     """The tasks of ``folder`` with the questions of split test, and the first examples of split train of each.
 
-    Without a folder those of the demo, with a question each.
+    Without a folder those of the demo: the last row of each is its question, the others are its examples.
     """
     if folder is None:
-        demos = [(text, shots, Example(asked, (right,), "test")) for text, (*shots, (asked, right)) in demo.TASKS.items()]
-        return [(Task(text, (text,), (question,)), shots) for text, shots, question in demos]
+        demos = [(text, shots, last) for text, (_, (*shots, last)) in demo.TASKS.items()]
+        return [(Task(text, (text,), (Example(asked, (right,), "test"),)), shots) for text, shots, (asked, right) in demos]
     both = zip(load_tasks(folder, "test"), load_tasks(folder, "train"), strict=True)
     return [(task, [(e.input, e.outputs[0]) for e in shown.examples[:SHOTS]]) for task, shown in both]
 
