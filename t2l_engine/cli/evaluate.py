@@ -86,6 +86,14 @@ def evaluate(
         bool,
         typer.Option("--verify", help="Check in one pass whether greedy decoding gives an accepted answer; scores only."),
     ] = False,
+    precision: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Percentage points: ask tasks in a drawn order, and no more of a tier once the intervals of all differences "
+            "reach at most so far; 0: ask all.",
+        ),
+    ] = 0,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run model-written Python in a sandbox (HumanEval, MBPP).")
     ] = False,
@@ -151,7 +159,7 @@ def evaluate(
         say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
     settings = run.Settings(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
-        verify,
+        verify, precision,
     )  # fmt: skip
     identity = f"{model_name} {dtype.value} {model.config.to_json_string()}"
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
@@ -162,10 +170,14 @@ def evaluate(
             bar.update(count)
 
         evaluation = run.Evaluation(
-            answerer, tokenizer, loaded, found, settings, pools=pools, validation=validation, progress=progress
-        )
+            answerer, tokenizer, loaded, found, settings,
+            pools=pools, validation=validation, groups=groups, progress=progress,
+        )  # fmt: skip
         bar.reset(evaluation.answers)
         result = evaluation.run()
+    if result["not_asked"]:
+        say(f"{len(result['tasks'])} of {len(loaded)} tasks were enough for intervals of at most +-{precision:g} points")
+        groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
     result = {
         "checkpoint": str(checkpoint),
         "base_model": model_name,

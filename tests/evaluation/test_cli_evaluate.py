@@ -13,6 +13,7 @@ from training import runs
 
 from t2l_engine.cli import app
 from t2l_engine.cli import evaluate as command
+from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.evaluation.arms import CONSTANT
 from t2l_engine.research.tasks import manifest
@@ -78,12 +79,13 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "scaling": 4.0,
         "settings": {
             "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
-            "verify": False, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
+            "verify": False, "precision": 0, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
         },
         "trained_tasks": ["first", "last"],
         "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},
         "items": dict.fromkeys(DESCRIPTIONS, 3),
         "left_out": {},
+        "not_asked": [],
         "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in arms},
     }  # fmt: skip
     for group, of in result["summary"].items():
@@ -121,6 +123,16 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
     assert tokens["t2l"] == tokens["inputs"] == tokens["multi-task"] == 4 < tokens["other"] == tokens["other-constant"]
     assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
     assert result["forms"]["other"] == {"form": "chat", "validation": None}
+
+
+def test_precision_is_said(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation, "TASKS_A_ROUND", 1)
+    result, _, err = evaluate("--arms", "base,base-description", "--repeats", 1, "--precision", 100)
+    (left_out,) = result["not_asked"]  # the second of the trained ones: a task of each group is enough
+    assert left_out in ("first", "last") and left_out not in result["tasks"]
+    assert result["groups"]["not trained"] == ["again"] and len(result["groups"]["trained"]) == 1
+    assert result["summary"]["all"]["tasks"] == 2
+    assert "2 of 3 tasks were enough for intervals of at most +-100 points" in err
 
 
 def test_held_out_descriptions_are_the_last(evaluate, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import prompt_of
 
+#: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
+TASKS_A_ROUND = 40
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -28,6 +31,8 @@ class Settings:
         validation_items: per task, for selecting an arm's prompt template.
         verify: of exact-match items, only check in one pass whether greedy decoding gives an accepted answer.
         run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
+        precision: percentage points; above 0, tasks are asked in a drawn order, and no more of a group once the 95 % intervals
+            of its differences to the first arm reach at most so far below and above their means.
     """
 
     repeats: int = 3
@@ -37,6 +42,7 @@ class Settings:
     validation_items: int = 8
     run_code: bool = False
     verify: bool = False
+    precision: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,7 @@ class Evaluation:
         pools: per task, the examples from which few-shot examples are drawn.
         validation: per task, the examples on which an arm's prompt template is selected; without any, an arm uses its first
             template, and the result's "validation" is null.
+        groups: names of tasks by group, for ``settings.precision``; default: one group of all.
         progress: called with (arm, number of new answers).
 
     Raises ValueError for arms with equal names, for few-shot arms and a task without a pool, and for tasks of code without
@@ -71,6 +78,7 @@ class Evaluation:
         *,
         pools: Mapping[str, Sequence[Example]] | None = None,
         validation: Mapping[str, Sequence[Example]] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
         progress: Callable[[str, int], None] = lambda arm, count: None,
     ):
         names = [arm.name for arm in arms]
@@ -79,6 +87,7 @@ class Evaluation:
         self._answerer, self._tokenizer, self._settings, self._progress = answerer, tokenizer, settings, progress
         self._tasks, self._arms = list(tasks), list(arms)
         self._pools, self._validation = dict(pools or {}), dict(validation or {})
+        self._groups = dict(groups or {"all": [task.name for task in tasks]})
         for arm in arms:
             for task in tasks if arm.shots else ():
                 if not self._pools.get(task.name):
@@ -94,7 +103,7 @@ class Evaluation:
 
     @property
     def answers(self) -> int:
-        """Number of answers that :meth:`run` computes, including those for selecting prompt templates."""
+        """Number of answers that :meth:`run` computes at most, including those for selecting prompt templates."""
         items = sum(len(task.examples) for task in self._tasks)
         validated = sum(map(len, self._validated.values()))
         count = 0
@@ -109,22 +118,47 @@ class Evaluation:
         """
         kept, left_out = self._fitting()
         templates = {arm.name: self._choose(arm) for arm in self._arms}
-        scores: dict[str, dict[str, float]] = {task.name: {} for task in self._tasks}
+        given: dict[str, list[tuple[_Item, Answer]]] = {arm.name: [] for arm in self._arms}
+        scores: dict[str, dict[str, float]] = {}
         details: dict[str, dict[str, Any]] = {}
-        for arm in self._arms:
-            items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in self._tasks for e in kept[t.name]]
-            items = [item for item in items if self._adapter(arm, item) is not None]
-            answers = self._ask(arm, templates[arm.name]["form"], items)
-            details[arm.name] = self._details(items, answers)
-            for name, of in details[arm.name]["tasks"].items():
-                scores[name][arm.name] = of["score"]
+        while tasks := self._next(scores):
+            for arm in self._arms:
+                items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in tasks for e in kept[t.name]]
+                items = [item for item in items if self._adapter(arm, item) is not None]
+                answers = self._ask(arm, templates[arm.name]["form"], items)
+                given[arm.name] += zip(items, answers, strict=True)
+            asked = {*scores, *(task.name for task in tasks)}
+            scores = {task.name: {} for task in self._tasks if task.name in asked}
+            for arm in self._arms:
+                details[arm.name] = self._details(given[arm.name])
+                for name, of in details[arm.name]["tasks"].items():
+                    scores[name][arm.name] = of["score"]
         return {
             "tasks": scores,
-            "items": {name: len(examples) for name, examples in kept.items()},
+            "items": {name: len(kept[name]) for name in scores},
             "left_out": left_out,
+            "not_asked": [task.name for task in self._tasks if task.name not in scores],
             "forms": templates,
             "details": details,
         }
+
+    def _next(self, scores: Mapping[str, Mapping[str, float]]) -> list[Task]:
+        """The tasks to ask next, after those with ``scores``."""
+        left = [task for task in self._tasks if task.name not in scores]
+        if not self._settings.precision:
+            return left
+        wanted = {name for names in self._groups.values() if not self._precise(names, scores) for name in names}
+        left = [task for task in left if task.name in wanted]
+        return sorted(left, key=lambda task: hashlib.sha256(task.name.encode()).digest())[:TASKS_A_ROUND]
+
+    def _precise(self, names: Sequence[str], scores: Mapping[str, Mapping[str, float]]) -> bool:
+        """Whether the intervals of a group are as narrow as ``precision`` wants them."""
+        asked = [name for name in names if name in scores]
+        if len(asked) < min(TASKS_A_ROUND, len(names)):
+            return False
+        (of,) = summary(scores, {"": asked}, self._arms[0].name).values()
+        reach = [max(d["high"] - d["mean"], d["mean"] - d["low"]) for d in of["difference"].values()]
+        return max(reach, default=0) <= self._settings.precision
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +223,7 @@ class Evaluation:
             return {"form": arm.templates[0], "validation": None}
         means = {}
         for template in arm.templates:
-            by_task = self._details(items, self._ask(arm, template, items))["tasks"]
+            by_task = self._details([*zip(items, self._ask(arm, template, items), strict=True)])["tasks"]
             means[template] = statistics.fmean(task["score"] for task in by_task.values())
         return {"form": max(arm.templates, key=lambda template: means[template]), "validation": means}
 
@@ -199,9 +233,9 @@ class Evaluation:
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
-    def _details(self, items: Sequence[_Item], answers: Sequence[Answer]) -> dict[str, Any]:
+    def _details(self, given: Sequence[tuple[_Item, Answer]]) -> dict[str, Any]:
         by_task: dict[str, list[tuple[_Item, Answer, dict[str, float]]]] = {}
-        for item, answer in zip(items, answers, strict=True):
+        for item, answer in given:
             by_task.setdefault(item.task.name, []).append((item, answer, self._scores(item.example, answer)))
         tasks = {}
         for name, rows in by_task.items():
@@ -212,7 +246,7 @@ class Evaluation:
                 "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
                 "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
             }
-        seconds = statistics.fmean(a.seconds for a in answers) if answers else None
+        seconds = statistics.fmean(answer.seconds for _, answer in given) if given else None
         return {"tasks": tasks, "seconds_per_answer": seconds}
 
     def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
