@@ -67,6 +67,12 @@ def evaluate(
     held_out_descriptions: Annotated[
         int, typer.Option(min=0, help="Only so many last descriptions of each task, which training holds out; 0: all.")
     ] = 0,
+    shots: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated numbers of worked examples: arms icl (3), icl-6, ..., t2l-examples (3), t2l-examples-6, ..."
+        ),
+    ] = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of code, or with reasoning.")] = 256,
@@ -141,7 +147,8 @@ def evaluate(
         say(f"resuming with the answers in {journal}; remove it to start anew")
     store = Store(resume or journal)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
-    found, left_out = _arms(loaded, pools, (engine, folder), also or [], oracle or [], library, multi_task or [])
+    counts = _counts(shots)
+    found, left_out = _arms(loaded, pools, counts, (engine, folder), also or [], oracle or [], library, multi_task or [])
     chosen = split_names(arms)
     for name in chosen:
         if name not in {arm.name for arm in found}:
@@ -202,6 +209,13 @@ def evaluate(
         journal.unlink(missing_ok=True)
 
 
+def _counts(shots: str) -> list[int]:
+    counts = split_names(shots)
+    if not counts or not all(count.isdecimal() and int(count) for count in counts) or len(set(counts)) != len(counts):
+        raise ValueError(f"--shots: expected different numbers from 1, comma-separated, got {shots!r}")
+    return [int(count) for count in counts]
+
+
 def _last_descriptions(task: Any, count: int) -> Any:
     if len(task.descriptions) <= count:
         expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
@@ -210,7 +224,14 @@ def _last_descriptions(task: Any, count: int) -> Any:
 
 
 def _arms(
-    tasks: list, pools: dict, checkpoint: tuple, also: list[str], oracle: list[Path], library: Path | None, multi: list[Path]
+    tasks: list,
+    pools: dict,
+    shots: list[int],
+    checkpoint: tuple,
+    also: list[str],
+    oracle: list[Path],
+    library: Path | None,
+    multi: list[Path],
 ) -> tuple[list, dict[str, str]]:
     """(possible arms, arm -> reason why it is left out)."""
     from t2l_engine.adapters.stack import AdapterStack
@@ -220,12 +241,12 @@ def _arms(
     from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
 
     left_out: dict[str, str] = {}
-    found = _generated(NAME, *checkpoint, tasks, pools, left_out)
+    found = _generated(NAME, *checkpoint, tasks, pools, shots, left_out)
     for text in also:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, left_out)
+        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, shots, left_out)
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -247,22 +268,25 @@ def _arms(
         else:
             left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
     found += [kinds.multi_task_arm(folder) for folder in multi]
-    found += kinds.base_arms()
+    found += kinds.base_arms(shots)
     without = [task.name for task in tasks if not pools.get(task.name)]
     if without:
-        left_out["icl"] = f"no examples of split 'train' of task {without[0]}"
+        reason = f"no examples of split 'train' of task {without[0]}"
+        left_out.update({arm.name: reason for arm in found if arm.shots})
         found = [arm for arm in found if not arm.shots]
     return found, left_out
 
 
-def _generated(name: str, engine: Any, folder: Path, tasks: list, pools: dict, left_out: dict[str, str]) -> list:
+def _generated(
+    name: str, engine: Any, folder: Path, tasks: list, pools: dict, shots: list[int], left_out: dict[str, str]
+) -> list:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import arms as kinds
 
     training = checkpoints.describe(folder).get("training", {})
     in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
     shown = pools if all(pools.get(task.name) for task in tasks) else None
-    made = kinds.generated_arms(name, engine, tasks, pools=shown, in_prompt=in_prompt, from_input=from_input)
+    made = kinds.generated_arms(name, engine, tasks, pools=shown, shots=shots, in_prompt=in_prompt, from_input=from_input)
     known = getattr(engine.encoder.config, "tasks", None)
     answered = [task for task in tasks if known is None or task.name in known]
     if not answered:

@@ -76,6 +76,7 @@ def test_base_arms():
         "base": (both, False, 0, False), "base-description": (both, True, 0, True), "icl": (both, True, SHOTS, True),
     }  # fmt: skip
     assert all(arm.adapters is None and keys(arm, ASKED) == [""] * 3 for arm in arms)
+    assert {arm.name: arm.shots for arm in base_arms((6, 3))[2:]} == {"icl-6": 6, "icl": 3}
 
 
 @pytest.mark.parametrize("in_prompt", [False, True])
@@ -117,6 +118,10 @@ def test_a_checkpoint_that_reads_examples(engine, reading):
         assert keys(other, TASKS, repeat) == [by_name[drawn[t.name]] for t in TASKS]
     (text,) = reading.encoder.prepare([description_of(TASKS[0], 0)], [shots_of(TASKS[0], pools["task0"], 0)])
     assert keys(own, TASKS[:1]) == [text]
+    fewer = generated_arms("mine", reading, TASKS, pools=pools, shots=(2, reading.encoder.max_examples + 1))[4:]
+    assert [arm.name for arm in fewer] == ["mine-examples-2", "mine-examples-2-shuffled"]
+    text = condition_text(description_of(TASKS[0], 0), shots_of(TASKS[0], pools["task0"], 0, 2, RED.input))
+    assert keys(fewer[0], TASKS[:1]) == [text]
     without = [arm.name for arm in generated_arms("mine", reading, TASKS)]
     assert without == [arm.name for arm in generated_arms("mine", engine, TASKS, pools=pools)] and len(without) == 4
 

@@ -125,6 +125,12 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
     assert result["forms"]["other"] == {"form": "chat", "validation": None}
 
 
+def test_numbers_of_worked_examples(evaluate):
+    result, out, _ = evaluate("--arms", "icl-2,icl", "--shots", "2,3", "--repeats", 1)
+    tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
+    assert tokens["icl-2"] < tokens["icl"]
+
+
 def test_precision_is_said(evaluate, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS_A_ROUND", 1)
     result, _, err = evaluate("--arms", "base,base-description", "--repeats", 1, "--precision", 100)
@@ -238,6 +244,12 @@ def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
 def test_another_checkpoint_needs_a_name(refuse, text):
     told = refuse("--also", text)
     assert told.startswith("--also: ") and told.endswith(repr(text))
+
+
+@pytest.mark.parametrize("text", ["", "0", "3,3", "three", "-1"])
+def test_numbers_of_worked_examples_are_different_and_positive(refuse, text):
+    told = refuse("--shots", text)
+    assert told.startswith("--shots: ") and told.endswith(repr(text))
 
 
 @pytest.fixture

@@ -90,14 +90,22 @@ def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
 # --- arms ----------------------------------------------------------------------------------------------------------
 
 
-def base_arms() -> list[Arm]:
-    """The base model: with the input alone, with the description, and with description and few-shot examples."""
+def base_arms(shots: Sequence[int] = (SHOTS,)) -> list[Arm]:
+    """The base model: with the input alone, with the description, and with description and few-shot examples.
+
+    ``shots``: numbers of few-shot examples, an arm each.
+    """
     both = (RAW, CHAT)
     return [
         Arm("base", templates=both, repeats=False),
         Arm("base-description", description=True, templates=both),
-        Arm("icl", description=True, shots=SHOTS, templates=both),
+        *(Arm("icl" + _counted(n), description=True, shots=n, templates=both) for n in shots),
     ]
+
+
+def _counted(shots: int) -> str:
+    """End of the name of an arm with so many examples."""
+    return "" if shots == SHOTS else f"-{shots}"
 
 
 def without_chat(arms: Sequence[Arm]) -> list[Arm]:
@@ -111,6 +119,7 @@ def generated_arms(
     tasks: Sequence[Task],
     *,
     pools: Mapping[str, Sequence[Example]] | None = None,
+    shots: Sequence[int] = (SHOTS,),
     in_prompt: bool = False,
     from_input: bool = False,
 ) -> list[Arm]:
@@ -121,6 +130,7 @@ def generated_arms(
         pools: per task, the examples from which worked examples are drawn.  With them, a checkpoint that reads examples has
             the arms "-examples", generated from the description and those examples that few-shot prompts show, and
             "-examples-shuffled", from those of another task.
+        shots: numbers of those examples; a checkpoint has the arms of no more than it reads.
         in_prompt: whether the checkpoint was trained with the description in the prompt; every prompt then has the correct
             description, also those of controls.
         from_input: whether it was trained to generate adapters from inputs; there are no controls then.
@@ -157,16 +167,19 @@ def generated_arms(
     if known is None:
         arms.append(arm("-junk", lambda task, example, repeat: junk(task, repeat)))
         arms.append(arm("-constant", lambda task, example, repeat: CONSTANT, False))
-    if pools and engine.encoder.max_examples >= SHOTS:
 
-        def read(task: Task, example: Example, repeat: int) -> str:
-            shots = shots_of(task, pools[task.name], repeat, asked=example.input)
-            return condition_text(description_of(task, repeat), shots)
+    def reading(count: int, other: bool) -> Callable[[Task, Example, int], str]:
+        def key(task: Task, example: Example, repeat: int) -> str:
+            of = by_name[partner(task, repeat)] if other else task
+            shown = shots_of(of, pools[of.name], repeat, count, example.input)
+            return condition_text(description_of(of, repeat), shown)
 
-        def read_other(task: Task, example: Example, repeat: int) -> str:
-            return read(by_name[partner(task, repeat)], example, repeat)
+        return key
 
-        arms += [arm("-examples", read), arm("-examples-shuffled", read_other)]
+    for count in shots if pools else ():
+        if count <= engine.encoder.max_examples:
+            ending = f"-examples{_counted(count)}"
+            arms += [arm(ending, reading(count, False)), arm(f"{ending}-shuffled", reading(count, True))]
     return arms
 
 
