@@ -160,6 +160,9 @@ def study(
 def specs(
     ctx: typer.Context,
     work: Work,
+    skills: Annotated[
+        Path | None, typer.Option(help="task folder that holds the tasks of the manifest skills: tasks of other origin")
+    ] = None,
     runs: Annotated[
         str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/specs/plan.yaml")
     ] = "",
@@ -176,7 +179,7 @@ def specs(
     from bench.specs.runs import judged, tasks, train
 
     torch.set_num_threads(threads)
-    held_out = tasks(work)
+    held_out = tasks(work, skills)
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return

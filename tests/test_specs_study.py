@@ -9,9 +9,11 @@ from bench.plans import Run
 from bench.records import Result
 from bench.report import tables_specs
 from bench.report.tables import TABLES
-from bench.specs import adapting, plan, runs
+from bench.specs import adapting, costs, plan, runs
+from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
@@ -30,7 +32,8 @@ def small(monkeypatch):
 def test_parts_are_apart(small, tmp_path):
     held_out = runs.tasks(tmp_path)
     made = suite.suite(200)
-    parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in plan.PARTS}
+    suites = [part for part in plan.PARTS if part != plan.OTHER]
+    parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in suites}
     names = {tier: {placed.spec.name for placed in made if placed.tier == tier} for tier in suite.TIERS}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
     assert parts["development"] | parts["trained"] == names["train"]
@@ -86,11 +89,29 @@ def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
     tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "test"),)) for i in range(3)]
     for part in plan.PARTS:
         training.write(runs.folder_of(tmp_path, part), tasks)
-        runs.judged(part, tmp_path)
+        runs.judged(part, tmp_path, arms=plan.ARMS if part != plan.OTHER else plan.OWN_ARMS)
     for part, ((out, name, names, arms), options) in zip(plan.PARTS, asked, strict=True):
-        assert (out, name, set(arms)) == (tmp_path / "judged", f"t2l-{part}", set(plan.ARMS))
-        assert names == [task.name for task in tasks] and options["held_out_descriptions"] == suite.HELD_OUT
-        assert options["multi_task"] == tmp_path / plan.RIVAL and options["max_items"] == plan.PLAN["items"][part]
+        assert (out, name) == (tmp_path / "judged", f"t2l-{part}") and names == [task.name for task in tasks]
+        assert options["max_items"] == plan.PLAN["items"][part] and options["shots"] == "3,6"
+        beside = {option: options.get(option) for option in ("multi_task", "also", "manifest")}
+        if part == plan.OTHER:  # its descriptions are held out as they are
+            assert arms == plan.OWN_ARMS and options["held_out_descriptions"] == 0
+            assert beside == {"multi_task": None, "also": None, "manifest": "skills"}
+        else:
+            assert set(arms) == set(plan.ARMS) and options["held_out_descriptions"] == suite.HELD_OUT
+            also = f"{plan.DESCRIBED}={tmp_path / plan.DESCRIBED}"
+            assert beside == {"multi_task": tmp_path / plan.RIVAL, "also": also, "manifest": None}
+
+
+def test_tasks_of_other_origin_have_descriptions_that_no_study_trains_on(small, tmp_path, monkeypatch):
+    wanted = [name for tier in plan.HELD_OUT for name in manifests.read("skills").names(tier)]
+    found = []
+    tasks = [Task(name, ("Own.",), (Example("a", ("b",), "test"),)) for name in wanted]
+    monkeypatch.setattr(runs, "checked", lambda source, names: found.append((source, names)) or tasks)
+    runs.tasks(tmp_path, Path("skills"))
+    assert found == [(Path("skills"), wanted)]
+    other = load_tasks(runs.folder_of(tmp_path, plan.OTHER), "test")
+    assert {task.name: list(task.descriptions) for task in other} == {name: WORDINGS["held-out"][name] for name in wanted}
 
 
 @pytest.mark.slow
@@ -102,6 +123,23 @@ def test_the_demo_says_what_its_sentences_are(tmp_path):
     tiers = {text: tier for text, (tier, _) in demo.TASKS.items()}
     assert not {normalise(text) for text in tiers} & known
     assert {text for text, tier in tiers.items() if tier == demo.SIBLING} <= apart
+
+
+@pytest.mark.slow
+def test_what_a_task_costs(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "TASKS", 2)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "rounded", lambda name, work: "smollm2-135m-specs")
+    made = [placed.spec for placed in suite.suite(200) if placed.tier == "sibling"][:2]
+    training.write(runs.folder_of(tmp_path, "sibling"), [suite.task(spec, suite.EXAMPLES, 0) for spec in made])
+    found = list(costs.records(tmp_path))
+    assert [(one["examples"], one["tasks"]) for one in found] == [(count, 2) for count in (0, *plan.SHOTS)]
+    for one in found:
+        tokens = one["tokens"]
+        assert 0 < tokens["question"] < tokens["prompt"] and 0 < tokens["prefix"] < tokens["prompt"]
+        assert all(value > 0 for name, value in one.items() if name.endswith("_us"))
+    read = [one["tokens"]["read"] for one in found]
+    assert read == sorted(set(read)) and len({one["tokens"]["question"] for one in found}) == 1
 
 
 # --- adapting ------------------------------------------------------------------------------------------------------------
@@ -160,6 +198,17 @@ def test_claims_are_differences_of_arms():
     assert (line["measured"], line["met"]) == (60.0, False)
     without = {line["claim"] for line in TABLES["specs-claims"].lines([result({"t2l": 60.0, "icl": 50.0})])}
     assert without < set(lines)  # what was not measured is not shown
+
+
+def test_costs_are_in_milliseconds():
+    tokens = {"read": 20.0, "question": 10.0, "prompt": 90.0, "prefix": 78.5}
+    us = {"make_us": 30000.0, "adapted_us": 20000.0, "prompt_us": 50000.0, "fill_us": 45000.0, "warm_us": 21000.0}
+    cost = {"examples": 3, "tokens": tokens, **us}
+    lines = TABLES["specs-costs"].lines([Result(Path("specs.jsonl"), {}, (), {"cost": [cost, cost | {"examples": 0}]})])
+    rows = [[line[head] for head in list(line)[1:]] for line in lines]
+    assert rows[:3] == [["T2L", 20.0, 30.0, 10.0, 20.0], ["in the prompt", 0, 0, 90.0, 50.0],
+                        ["in the prompt, cached", 78.5, 45.0, 11.5, 21.0]]  # fmt: skip
+    assert rows[3:] == rows[:3] and lines[0]["shown"] == "description and 3 examples" and lines[-1]["shown"] == "description"
 
 
 def test_a_start_is_compared_with_pefts_lowest_loss():

@@ -48,7 +48,7 @@ SOURCES = {
     "icl": "python -m bench icl --tasks TASKS",
     "learn": "python -m bench learn --work WORK --library LIBRARY",
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
-    "specs": "python -m bench specs --work WORK",
+    "specs": "python -m bench specs --work WORK --skills SKILLS",
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }

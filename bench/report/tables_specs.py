@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
-from bench.specs.plan import PARTS, RIVAL
+from bench.specs.plan import DESCRIBED, PARTS, RIVAL
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
@@ -15,15 +15,18 @@ from t2l_engine.research.tasks.specs.suite import FAMILIES
 ARMS = {
     "t2l": "T2L, from the description",
     "t2l-examples": "T2L, from the description and 3 examples",
+    "t2l-examples-6": "T2L, from the description and 6 examples",
     "t2l-shuffled": "control: another task's description",
     "t2l-examples-shuffled": "control: another task's description and examples",
     "t2l-junk": "control: random letters",
     "t2l-constant": 'control: "Answer the question."',
+    DESCRIBED: "T2L, description in the prompt, too",
     RIVAL: "multi-task LoRA, description in the prompt",
     "nearest": "stored adapter with the nearest descriptions",
     "base": "base model, input only",
     "base-description": "base model, description in the prompt",
     "icl": "base model, description and 3 examples",
+    "icl-6": "base model, description and 6 examples",
 }
 #: Arms of the tables that have no room for all.
 SHOWN = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
@@ -42,6 +45,7 @@ TIERS = {
     "development": "development tasks, of tier train and not trained",
     "sibling": "unseen siblings",
     "novel": "unseen families",
+    "other": "tasks of other origin",
 }
 
 
@@ -84,17 +88,19 @@ def _judged(result: Result) -> Iterator[Line]:
 
 def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
     """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
-    parts = {part: Part.of(result.others, part) for part in PARTS}
-    trained, sibling, novel = parts["trained"], parts["sibling"], parts["novel"]
+    trained, _, sibling, novel, other = (Part.of(result.others, part) for part in PARTS)
     right = trained.column("t2l")
     yield "trained tasks: right, %", interval(right) if right else None, 85, False
     yield "unseen siblings: right less another task's description", sibling.gap("t2l", "t2l-shuffled"), 50, False
     yield "unseen siblings: T2L less base model, description and 3 examples", sibling.gap("t2l", "icl"), None, True
-    yield "unseen siblings: T2L less multi-task LoRA, description in the prompt", sibling.gap("t2l", RIVAL), -3, False
     yield "unseen families: right less another task's description", novel.gap("t2l", "t2l-shuffled"), 12, True
     claim = "unseen families: T2L from description and 3 examples, less the base model with them in the prompt"
     yield claim, novel.gap("t2l-examples", "icl"), -5, False
-    yield "unseen families: T2L less multi-task LoRA, description in the prompt", novel.gap("t2l", RIVAL), -3, False
+    yield "tasks of other origin: right less another task's description", other.gap("t2l", "t2l-shuffled"), 15, True
+    for tier, part in (("siblings", sibling), ("families", novel)):
+        yield f"unseen {tier}: T2L less multi-task LoRA, description in the prompt", part.gap("t2l", RIVAL), -3, False
+        claim = f"unseen {tier}: T2L less multi-task LoRA, the description in both prompts"
+        yield claim, part.gap(DESCRIBED, RIVAL), 0, False
 
 
 @table("specs-new", "Unseen siblings by what is new in them", "specs")
@@ -120,7 +126,38 @@ def _families(result: Result) -> Iterator[Line]:
 def _card(result: Result) -> Iterator[Line]:
     for name, tier in TIERS.items():
         part = Part.of(result.others, name)
-        yield {"specifications": f"{tier}, {len(part.tasks)}", **scores(part, [arm for arm in SHOWN if arm in part.arms])}
+        if part.tasks:
+            yield {
+                "specifications": f"{tier}, {len(part.tasks)}",
+                **scores(part, [arm for arm in SHOWN if arm in part.arms]),
+            }
+
+
+@table("specs-costs", "A task once, and a question of it to its first token: unseen siblings", "specs", optional=True)
+def _costs(result: Result) -> Iterator[Line]:
+    """Once: text read and adapter in its slot; or what all prompts of a task begin with in a cache."""
+    for of in result.records("cost"):
+        count, tokens = of["examples"], of["tokens"]
+        shown = f"description and {count} examples" if count else "description"
+        ways = {
+            "T2L": (tokens["read"], of["make_us"], tokens["question"], of["adapted_us"]),
+            "in the prompt": (0, 0, tokens["prompt"], of["prompt_us"]),
+            "in the prompt, cached": (
+                tokens["prefix"],
+                of["fill_us"],
+                round(tokens["prompt"] - tokens["prefix"], 1),
+                of["warm_us"],
+            ),
+        }
+        for way, (once, once_us, asked, asked_us) in ways.items():
+            yield {
+                "shown": shown,
+                "way": way,
+                "tokens, once": once,
+                "ms, once": round(once_us / 1e3, 2),
+                "tokens, a question": asked,
+                "ms, a question": round(asked_us / 1e3, 2),
+            }
 
 
 @table("specs-adapted", "Tuning on a user's examples by where it starts, unseen specifications", "specs", optional=True)

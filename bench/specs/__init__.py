@@ -20,7 +20,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     """
     from bench import judging, training  # here: tables read names of this package without them
     from bench.harness import record
-    from bench.specs import adapting, plan, runs
+    from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
     without = runs.lacking(work)
@@ -30,7 +30,9 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
     for part in plan.PARTS:
-        yield from judging.part_records(part, runs.judged(part, work, arms=arms))
+        if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
+            yield from judging.part_records(part, runs.judged(part, work, arms=arms))
+    yield from costs.records(work)
     if not set(plan.NEEDS.values()) & set(without):
         yield from adapting.records(work, held_out)
     for name, run in plan.RUNS.items():

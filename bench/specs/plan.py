@@ -10,15 +10,21 @@ from bench import plans
 
 #: ``tasks`` of a run: how many of the trained ones (default: all).
 PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
-#: Parts of the result.  The last two are tiers of the suite, held out from all decisions.
-DEVELOPMENT, TRAINED, HELD_OUT = "development", "trained", ("sibling", "novel")
-PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
+#: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
+DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
+PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT, OTHER)
 #: Runs: what is judged, and what it is judged beside.
-T2L, RIVAL, LIBRARY = "t2l", "multi-task-description", "library"
+T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
+#: Worked examples of the arms; those without a number show the first.
+SHOTS = (3, 6)
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")
-ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "nearest", "base", "base-description", "icl")
+ARMS = (
+    *(*OWN_ARMS, "t2l-examples-6", "t2l-junk", "t2l-constant"),
+    *(DESCRIBED, RIVAL, "nearest"),
+    *("base", "base-description", "icl", "icl-6"),
+)
 #: Arm -> the run that it needs beside T2L.
-NEEDS = {RIVAL: RIVAL, "nearest": LIBRARY}
+NEEDS = {DESCRIBED: DESCRIBED, RIVAL: RIVAL, "nearest": LIBRARY}
 
 
 def ordered(names: Iterable[str], key: str) -> list[str]:

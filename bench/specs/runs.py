@@ -12,9 +12,26 @@ import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import BenchError
 from bench.plans import Run
-from bench.specs.plan import ARMS, DEVELOPMENT, HELD_OUT, LIBRARY, PARTS, PLAN, RIVAL, RUNS, T2L, TRAINED, drawn
+from bench.specs.plan import (
+    ARMS,
+    DESCRIBED,
+    DEVELOPMENT,
+    HELD_OUT,
+    LIBRARY,
+    OTHER,
+    PLAN,
+    RIVAL,
+    RUNS,
+    SHOTS,
+    T2L,
+    TRAINED,
+    drawn,
+)
+from bench.study import plan as skills_plan
+from bench.study.runs import asked, checked
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
+from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import Task, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import loop, lora
@@ -26,23 +43,29 @@ def folder_of(work: Path, part: str) -> Path:
     return work / "tasks" / part
 
 
-def tasks(work: Path) -> list[suite.Placed]:
-    """Write the task folders of all parts, from the suite, and return the held-out specifications of the manifest.
+def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
+    """Write the task folders of all parts and return the held-out specifications of the manifest.
 
-    Raises BenchError if a description that is held out is trained on.
+    ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.
+
+    Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
     """
     found = suite.suite(PLAN["specifications"])
     held_out = [placed for placed in found[: suite.SPECIFICATIONS] if placed.tier in HELD_OUT]
     trained = [placed.spec.name for placed in found if placed.tier == "train"]
     places = {placed.spec.name: placed.tier for placed in held_out} | dict.fromkeys(trained, TRAINED)
     places |= dict.fromkeys(drawn(trained, PLAN["development"], DEVELOPMENT), DEVELOPMENT)
-    made: dict[str, list[Task]] = {part: [] for part in PARTS}
+    made: dict[str, list[Task]] = {part: [] for part in (TRAINED, DEVELOPMENT, *HELD_OUT)}
     for placed in found:
         if part := places.get(placed.spec.name):
             made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
     tiers = [("train" if part == TRAINED else part, task) for part, of in made.items() for task in of]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
+    if skills is not None:
+        manifest = manifests.read(skills_plan.MANIFEST)
+        names = [name for tier in HELD_OUT for name in manifest.names(tier)]
+        made[OTHER] = [asked(task) for task in checked(skills, names)]
     for part, of in made.items():
         training.write(folder_of(work, part), of)
     return held_out
@@ -89,11 +112,14 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
         arms,
         tasks=source,
         checkpoint=rounded(name, work),
-        held_out_descriptions=suite.HELD_OUT,
+        held_out_descriptions=0 if part == OTHER else suite.HELD_OUT,  # those tasks have no others
+        shots=",".join(map(str, SHOTS)),
         max_items=PLAN["items"][part],
         repeats=PLAN["repeats"],
         validation_items=1,  # of each task, for choosing the base model's prompt template
         verify=True,
+        **({"manifest": skills_plan.MANIFEST} if part == OTHER else {}),
+        **({"also": f"{DESCRIBED}={rounded(DESCRIBED, work)}"} if DESCRIBED in arms else {}),
         **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
         **({"library": work / LIBRARY / lora.ADAPTERS} if "nearest" in arms else {}),
     )

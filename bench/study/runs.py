@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench import training
@@ -31,17 +32,26 @@ def tasks(source: Path, work: Path, benchmarks: Path | None = None) -> None:
     manifest = manifests.read(plan.MANIFEST)
     permissive = manifests.select(manifest.tasks, manifest, "train", permissive=True)
     names = {"train": permissive, "held-out": sorted([*manifest.names("sibling"), *manifest.names("novel")])}
-    held = {name for chosen in names.values() for name in chosen}
-    if differences := [d for d in manifests.check(source, manifest) if d.task in held]:
-        raise ConfigError(f"{source}: differs from manifest {plan.MANIFEST}, first: {differences[0]}")
     everything = []
     for tier, chosen in names.items():
-        loaded = load_tasks(source, None, names=chosen)
+        loaded = checked(source, chosen)
         training.write(folder_of(work, tier), [worded(task) for task in loaded])
-        everything += [dataclasses.replace(task, descriptions=tuple(WORDINGS["held-out"][task.name])) for task in loaded]
+        everything += [asked(task) for task in loaded]
     training.write(folder_of(work, "evaluation"), everything)
     if benchmarks is not None:
         training.write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
+
+
+def checked(source: Path, names: Sequence[str]) -> list[Task]:
+    """The tasks ``names`` of ``source``; ConfigError where their examples or splits are not the manifest's."""
+    if differences := [d for d in manifests.check(source, manifests.read(plan.MANIFEST)) if d.task in names]:
+        raise ConfigError(f"{source}: differs from manifest {plan.MANIFEST}, first: {differences[0]}")
+    return load_tasks(source, None, names=names)
+
+
+def asked(task: Task) -> Task:
+    """``task`` with the descriptions that are held out from training."""
+    return dataclasses.replace(task, descriptions=tuple(WORDINGS["held-out"][task.name]))
 
 
 def worded(task: Task) -> Task:

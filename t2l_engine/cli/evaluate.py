@@ -70,7 +70,7 @@ def evaluate(
     shots: Annotated[
         str,
         typer.Option(
-            help="Comma-separated numbers of worked examples: arms icl (3), icl-6, ..., t2l-examples (3), t2l-examples-6, ..."
+            help="Comma-separated numbers of worked examples: arms icl and t2l-examples (3), icl-6 and t2l-examples-6, ..."
         ),
     ] = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
@@ -96,8 +96,8 @@ def evaluate(
         float,
         typer.Option(
             min=0,
-            help="Percentage points: ask tasks in a drawn order, and no more of a tier once the intervals of all differences "
-            "reach at most so far; 0: ask all.",
+            help="Percentage points: ask tasks in a drawn order, and no more of a tier once the intervals of all "
+            "differences reach at most so far; 0: ask all.",
         ),
     ] = 0,
     run_code: Annotated[

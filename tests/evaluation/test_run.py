@@ -179,7 +179,7 @@ def many(kind, count, answer):
 
 
 def test_no_more_is_asked_than_precision_needs():
-    """"sure" differs from the other arm alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
+    """ "sure" differs from the other arm alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
     tasks = [*many("sure", 200, lambda i: "red"), *many("split", 200, lambda i: ("red", "blue")[i % 2]),
              *many("few", 8, lambda i: ("red", "blue")[i % 2])]  # fmt: skip
     groups = {kind: [t.name for t in tasks if t.name.startswith(kind)] for kind in ("sure", "split", "few")}

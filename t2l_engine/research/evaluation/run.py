@@ -20,6 +20,7 @@ from t2l_engine.text.prompts import prompt_of
 #: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
 TASKS_A_ROUND = 40
 
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings shared by all arms.
@@ -31,8 +32,8 @@ class Settings:
         validation_items: per task, for selecting an arm's prompt template.
         verify: of exact-match items, only check in one pass whether greedy decoding gives an accepted answer.
         run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
-        precision: percentage points; above 0, tasks are asked in a drawn order, and no more of a group once the 95 % intervals
-            of its differences to the first arm reach at most so far below and above their means.
+        precision: percentage points; above 0, tasks are asked in a drawn order, and no more of a group once the 95 %
+            intervals of its differences to the first arm reach at most so far below and above their means.
     """
 
     repeats: int = 3

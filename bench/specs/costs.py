@@ -1,0 +1,91 @@
+"""What a task costs once and a question of it each time: read by the hypernetwork, or shown in every prompt."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+import t2l_engine as t2l
+from bench.harness import Record, record
+from bench.icl.questions import Speaker, common_prefix
+from bench.models import shared
+from bench.specs.plan import HELD_OUT, SHOTS, T2L, drawn
+from bench.specs.runs import folder_of, rounded
+from bench.timing import elapsed_us
+from t2l_engine.research.evaluation.arms import shots_of
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
+from t2l_engine.text import packaged
+from t2l_engine.text.prompts import raw_prompt
+from t2l_engine.text.reader import TextReader
+
+TASKS, ROUNDS = 20, 3
+
+
+def records(work: Path) -> Iterator[Record]:
+    """A ``cost`` record for each number of worked examples: medians over tasks and rounds, in which all ways take turns.
+
+    Once a task: ``make_us``, text read, adapter generated and put in its slot; ``fill_us``, what the prompts of a task have
+    in common put in a cache.  A question, to its first token: ``adapted_us``; with all of the prompt ``prompt_us``, and with
+    what is not in that cache ``warm_us``.
+    """
+    served, source = _Served(work), folder_of(work, HELD_OUT[0])
+    tasks = load_tasks(source, None, names=drawn(read_descriptions(source), TASKS, "costs"))
+    for count in (0, *SHOTS):
+        us, tokens = defaultdict(list), defaultdict(list)
+        for turn in range(1 + ROUNDS):  # the first is not counted: first calls are slower
+            for task in tasks:
+                lengths, ways = served.ways(task, count)
+                for name, value in lengths.items():
+                    tokens[name].append(value)
+                for way, call in ways.items():
+                    us[way].append(elapsed_us(call) if turn else None)
+        medians = {way: round(statistics.median(filter(None, values)), 1) for way, values in us.items()}
+        means = {name: round(statistics.fmean(values), 1) for name, values in tokens.items()}
+        yield record("cost", examples=count, tasks=len(tasks), tokens=means, **medians)
+
+
+class _Served:
+    """The judged checkpoint, its base model, and the same weights with a slot for an adapter; in bfloat16."""
+
+    def __init__(self, work: Path):
+        self.engine = t2l.TextToLoRA.from_pretrained(rounded(T2L, work))
+        read = self.engine.encoder
+        assert isinstance(read, TextReader)
+        # For which every text is new.
+        self.encoder = TextReader(read.model, read.tokenizer, read.config, read.pooling, cache_size=0)
+        self.engine.encoder = self.encoder
+        model, self.tokenizer = packaged.load(torch.bfloat16)
+        adapted = shared(model)
+        self.slot = t2l.attach(adapted, slots=1, max_rank=self.engine.hypernetwork.config.rank)
+        self.engine.generate_into(self.slot, 0, ["Anything."])  # a slot that is used must be filled
+        self.slot.set(0)
+        self.plain, self.adapted = Speaker(model, self.tokenizer), Speaker(adapted, self.tokenizer)
+
+    def ids(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def ways(self, task: Task, count: int) -> tuple[dict[str, int], dict[str, Callable[[], None]]]:
+        """Tokens of what is read and asked of ``task`` with ``count`` worked examples, and what is timed, in this order."""
+        text, (asked, other) = task.descriptions[-1], [e.input for e in task.examples if e.split == "test"][:2]
+        shots = shots_of(task, [e for e in task.examples if e.split == "train"], 0, count, asked)
+        question = self.ids(self.engine.prompt(self.tokenizer, asked))
+        prompt, beside = (self.ids(raw_prompt(text, x, shots)) for x in (asked, other))
+        prefix, cache = common_prefix([prompt, beside]), DynamicCache()
+        (read,) = self.encoder.lengths(self.encoder.prepare([text], [shots]))
+        tokens = {"read": read, "question": len(question), "prompt": len(prompt), "prefix": prefix}
+        return tokens, {
+            "make_us": torch.inference_mode()(lambda: self.engine.generate_into(self.slot, 0, [text], [shots])),
+            "adapted_us": self._reading(self.adapted, question),
+            "prompt_us": self._reading(self.plain, prompt),
+            "fill_us": self._reading(self.plain, prompt[:prefix], cache),
+            "warm_us": self._reading(self.plain, prompt[prefix:], cache),
+        }
+
+    def _reading(self, speaker: Speaker, ids: list[int], cache: DynamicCache | None = None) -> Callable[[], None]:
+        return torch.inference_mode()(functools.partial(speaker.read, ids, DynamicCache() if cache is None else cache))
