@@ -58,6 +58,20 @@ def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
     assert seen == [("trained", "few", plan.drawn([task.name for task in tasks], 4, "trained"))]
 
 
+def test_a_reconstruction_is_of_the_library(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(
+        training, "train", lambda run, source, output, names: seen.append((source, output.name, list(names)))
+    )
+    monkeypatch.setattr(runs, "read_descriptions", lambda source: {"a-000": ["Do it."], "b-000": ["Do that."]})
+    runs.train("small-warm", tmp_path)
+    trained = runs.folder_of(tmp_path, "trained")
+    both = ["a-000", "b-000"]
+    adapters = tmp_path / plan.LIBRARY / "adapters"
+    expected = [(trained, plan.LIBRARY, both), (adapters, "reconstruction", both), (trained, "small-warm", both)]
+    assert seen == expected
+
+
 def test_runs_of_the_plan():
     assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
@@ -209,6 +223,18 @@ def test_costs_are_in_milliseconds():
     assert rows[:3] == [["T2L", 20.0, 30.0, 10.0, 20.0], ["in the prompt", 0, 0, 90.0, 50.0],
                         ["in the prompt, cached", 78.5, 45.0, 11.5, 21.0]]  # fmt: skip
     assert rows[3:] == rows[:3] and lines[0]["shown"] == "description and 3 examples" and lines[-1]["shown"] == "description"
+
+
+def test_small_runs_are_compared_by_loss():
+    of = lambda run, last: {  # noqa: E731
+        "run": run, "tasks": 310, "steps": 250, "curve": [[0.1 * i, last + 20 - i] for i in range(1, 21)],
+    }  # fmt: skip
+    made = Result(Path("specs.jsonl"), {}, (), {"training": [of("t2l", 0.5), of("small-adamw", 2.0), of("small", 1.0)]})
+    small, adamw = TABLES["specs-small"].lines([made])
+    assert (small["changed"], adamw["changed"]) == (tables_specs.SMALL["small"], "AdamW")
+    losses = [value for head, value in small.items() if head.startswith("loss")]
+    assert losses == [16.0, 11.0, 1.0] and "loss, 25 % of 250 steps" in small
+    assert set(tables_specs.SMALL) == {name for name in plan.RUNS if name.startswith("small")}
 
 
 def test_a_start_is_compared_with_pefts_lowest_loss():

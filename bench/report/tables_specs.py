@@ -30,6 +30,14 @@ ARMS = {
 }
 #: Arms of the tables that have no room for all.
 SHOWN = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
+#: Small run -> the one thing that it changes.
+SMALL = {
+    "small": "nothing: Muon, learning rate 1e-3, from nothing",
+    "small-adamw": "AdamW",
+    "small-fast": "learning rate 2.5e-3",
+    "small-slow": "learning rate 5e-4",
+    "small-warm": "start: reconstruction of 128 adapters",
+}
 PEFT = "peft"
 #: Start of tuning -> what it is called.
 STARTS = {
@@ -195,6 +203,19 @@ def first(losses: Sequence[tuple[int, float]], target: float) -> int:
 def _curves(result: Result) -> Iterator[Line]:
     for run in result.records("training"):
         yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
+
+
+@table("specs-small", "Small runs that change one thing at a time: loss of a twentieth of the steps", "specs", optional=True)
+def _small(result: Result) -> Iterator[Line]:
+    runs = {run["run"]: run for run in result.others.get("training", ())}
+    for name, changed in SMALL.items():
+        if name in runs:
+            curve = [loss for _, loss in runs[name]["curve"]]
+            at = {
+                f"loss, {share} % of {runs[name]['steps']} steps": curve[len(curve) * share // 100 - 1]
+                for share in (25, 50, 100)
+            }
+            yield {"changed": changed, "tasks": runs[name]["tasks"], **at}
 
 
 table("specs-runs", "What was trained on specifications", "specs")(each("training", "curve", "validation"))

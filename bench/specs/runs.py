@@ -72,10 +72,13 @@ def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
 
 
 def train(name: str, work: Path) -> None:
-    """Train run ``name`` of the plan below ``work``, after the one that it starts from."""
+    """Train run ``name`` of the plan below ``work``, after the one that it starts from; a reconstruction, of the library."""
     run, source = RUNS[name], folder_of(work, TRAINED)
     if run.initial:
         train(run.initial, work)
+    if run.kind == "reconstruction":
+        train(LIBRARY, work)
+        source = work / LIBRARY / lora.ADAPTERS
     training.train(run, source, work / name, drawn(read_descriptions(source), run.other.get("tasks"), TRAINED))
 
 

@@ -123,15 +123,20 @@ class TextReader(TextEncoder):
     def from_config(
         cls,
         config: ReaderConfig,
-        pooling: AttentionPooling,
+        pooling: AttentionPooling | None = None,
         *,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
         cache_size: int = CACHE_SIZE,
     ) -> TextReader:
-        """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`."""
+        """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`.
+
+        ``pooling``: None: a new one with random parameters.
+        """
         model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)
         model = model.to(device)  # pyright: ignore[reportArgumentType]  # as unbound method
+        if pooling is None:
+            pooling = AttentionPooling(config, model.config.get_text_config().hidden_size)
         return cls(model, tokenizer, config, pooling.to(device), cache_size=cache_size)
 
     @property

@@ -9,7 +9,7 @@ from training import plain, runs
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import load_tasks
-from t2l_engine.research.training import conditions, sft
+from t2l_engine.research.training import conditions, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing.numerics import LOSS_ATOL
@@ -17,12 +17,12 @@ from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.reader import TextReader, condition_text
 
 CPU = torch.device("cpu")
+SMALL = {"encoder": "reader", "reader_layers": [0, 1], "reader_queries": 2, "reader_width": 8, "reader_heads": 2}
 
 
 def reading(base_model, **changes):
-    small = {"encoder": "reader", "reader_layers": [0, 1], "reader_queries": 2, "reader_width": 8, "reader_heads": 2}
     examples = {"example_share": 0.5, "example_sets": 3, "max_examples": 2, "tasks_per_batch": 4}
-    return runs.sft(base_model, **small | examples | changes)
+    return runs.sft(base_model, **SMALL | examples | changes)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
         assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
     both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
     assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
-    assert not (out / sft.STATES / "0").exists()
+    assert not (out / conditions.STATES / "0").exists()
 
 
 def test_pooling_and_hypernetwork_are_trained(made):
@@ -172,7 +172,7 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
         patch.setattr(TextReader, "states", runs.failing(TextReader.states, 2))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / sft.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
+    assert json.loads((tmp_path / "out" / conditions.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
     calls = []
     plain_states = TextReader.states
     monkeypatch.setattr(TextReader, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
@@ -187,7 +187,7 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     config = reading(base_model)
     fit = TrainingContext(config, tasks, CPU)
-    reads = conditions.ReadConditions(config, fit, tmp_path / "all")
+    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
     reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
     for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
         states, places = conditions.read_states(reader, changed, tmp_path / "states")
@@ -205,17 +205,12 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
         ({"encoder": "one-hot"}, "example_share: expected 0 with encoder 'one-hot', which reads no examples, got 0.5"),
         ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
         ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
-        ({"condition": "input"}, "condition: expected description with encoder 'reader', got input"),
+        ({"condition": "input"}, "condition: expected 'description' with encoder 'reader', got 'input'"),
     ],
 )
 def test_settings_that_do_not_fit(base_model, changes, match):
     with pytest.raises(ConfigError, match=match):
         reading(base_model, **changes)
-
-
-def test_reconstruction_has_no_reader():
-    with pytest.raises(ConfigError, match="encoder: expected no base model, since reconstruction loads none, got 'reader'"):
-        runs.reconstruction(encoder="reader")
 
 
 def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
@@ -257,6 +252,45 @@ def test_many_tasks_are_stated_by_name(base_model, tasks, tmp_path, monkeypatch)
     out = sft.train(reading(base_model, steps=1), tasks, tmp_path / "out")
     training = json.loads((out / "config.json").read_text())["training"]
     assert training["tasks"] == ["first", "last"] and len(training["tasks_sha256"]) == 64
+
+
+# --- reconstruction --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(base_model, tasks, tmp_path):
+    return lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "oracles") / lora.ADAPTERS
+
+
+def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_path):
+    """The checkpoint generates about the library from descriptions; an SFT run that reads examples too goes on from it."""
+    size = {"latent_size": 64, "head_in_size": 64}
+    settings = runs.reconstruction(**SMALL, **size, target="raw", steps=300, learning_rate=1e-2, validate_every=0)
+    out = reconstruction.train(settings, library, tmp_path / "reconstruction")
+    losses = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert not (out / conditions.STATES).exists()
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 0
+    known = load_tasks(tasks, "train")
+    stack, stored = engine.generate([task.descriptions[0] for task in known]), reconstruction.Library(library).stack
+    for name, B in stored.lora_B.items():
+        apart = (B[0] - B[1]).abs().mean()
+        assert (stack.lora_B[name] - B).abs().mean() < 0.5 * apart
+
+    more = reading(base_model, steps=1, learning_rate=1e-9, initial=str(out), dtype="bfloat16", **size)
+    again = t2l.TextToLoRA.from_pretrained(sft.train(more, tasks, tmp_path / "more"))
+    assert again.encoder.max_examples == 2
+    for name, B in again.generate([task.descriptions[0] for task in known]).lora_B.items():
+        torch.testing.assert_close(B, stack.lora_B[name], rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_reads_with_the_adapters_base_model(library):
+    for folder in library.glob("*/"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": folder.name}))
+    with pytest.raises(ConfigError, match="encoder: 'reader' reads with the adapters' base model: expected one base_model_"):
+        reconstruction.Reconstruction(runs.reconstruction(**SMALL), reconstruction.Library(library), CPU)
 
 
 # --- initialisation --------------------------------------------------------------------------------------------------

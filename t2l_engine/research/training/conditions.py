@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,13 @@ from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
-from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
-from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.research.training.settings import ReconstructionSettings, SFTSettings
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text, pad_states
 
-STATES, INDEX = "states.bin", "index.json"
+#: Folder in that of a run, until the run is complete, and what is in it for each process.
+STATES, STATES_FILE, INDEX = "states", "states.bin", "index.json"
 #: Of a task's example sets, one in so many has no description.
 _WITHOUT_DESCRIPTION = 8
 #: Tasks that are read together, between two saved indices, and the most texts of a batch.
@@ -53,15 +55,24 @@ class ReadConditions:
     those of the tasks' order, so states do not depend on the order of training.
 
     Args:
-        settings: of the run.
-        context: of the run: its tasks, base model and device.
-        folder: of the file.
+        settings: of the run; a reconstruction has no example sets.
+        tasks: with their descriptions, and with the examples that sets are drawn from.
+        base_model: that is read.
+        folder: of the file; :func:`remove_states` removes it.
 
     Raises ConfigError if all descriptions of a task are held out, or if reader and language model do not fit together.
     """
 
-    def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path):
-        tasks, self._settings, self._device = context.tasks, settings, context.device
+    def __init__(
+        self,
+        settings: SFTSettings | ReconstructionSettings,
+        tasks: Sequence[Task],
+        base_model: str,
+        device: torch.device,
+        folder: Path,
+    ):
+        self._settings, self._device = settings, device
+        self._example_share = settings.example_share if isinstance(settings, SFTSettings) else 0.0
         self._train = [self._train_descriptions(task) for task in tasks]
         self._val = [self._val_descriptions(task) for task in tasks]
         self._sets = [self._example_sets(task, chosen) for task, chosen in zip(tasks, self._train, strict=True)]
@@ -72,14 +83,15 @@ class ReadConditions:
             for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
         ]
         self.reader_config = ReaderConfig(
-            settings.base_model.rstrip("/"), settings.reader_layers, settings.reader_queries, settings.reader_width,
-            settings.reader_heads, settings.reader_blocks, dtype=settings.dtype,
-            max_examples=settings.max_examples if settings.example_share else 0,
+            base_model.rstrip("/"), settings.reader_layers, settings.reader_queries, settings.reader_width,
+            settings.reader_heads, settings.reader_blocks,
+            dtype=settings.dtype if isinstance(settings, SFTSettings) else "bfloat16",
+            max_examples=settings.max_examples if self._example_share else 0,
         )  # fmt: skip
-        self._hidden_size = context.model.config.get_text_config().hidden_size
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
         with torch.random.fork_rng(devices=[]):
-            reader = TextReader.from_config(self.reader_config, self.pooling(), device=context.device, cache_size=0)
+            reader = TextReader.from_config(self.reader_config, device=device, cache_size=0)
+        self._hidden_size = reader.model.config.get_text_config().hidden_size
         self._states, self._places = read_states(reader, texts, folder)
 
     @property
@@ -125,7 +137,9 @@ class ReadConditions:
     def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
         """Text and inputs of each example set."""
         s, sets = self._settings, []
-        for i in range(s.example_sets if s.example_share else 0):
+        if not isinstance(s, SFTSettings) or not s.example_share:
+            return sets
+        for i in range(s.example_sets):
             draw = random.Random(seeded(s.seed, "example set", task.name, i))
             chosen = draw.sample(task.examples, min(draw.randint(1, s.max_examples), len(task.examples)))
             about = task.descriptions[draw.choice(descriptions)]
@@ -156,7 +170,7 @@ class ReadConditions:
         draw, numbers = random.Random(seeded("condition", group.key)), self._numbers[group.task]
         learnt = {sample.input for sample in group.samples}
         sets = [i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
-        if not sets or draw.random() >= self._settings.example_share:
+        if not sets or draw.random() >= self._example_share:
             return numbers[group.description]
         return len(numbers) + draw.choice(sets)
 
@@ -164,6 +178,13 @@ class ReadConditions:
         places = [self._places[task][index] for task, index in chosen]
         states, mask = pad_states([self._states[start:end] for start, end in places])
         return states.to(self._device), mask.to(self._device)
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the file of hidden states in ``folder`` and, with the last process's, the folder around it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # there is none, or another process has not finished
+        folder.parent.rmdir()
 
 
 def read_states(
@@ -179,10 +200,10 @@ def read_states(
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, BATCH, texts]).encode()).hexdigest()
     index: dict[str, Any] = {"sha256": digest, "tasks": 0}
-    if (folder / STATES).is_file() and (folder / INDEX).is_file():
+    if (folder / STATES_FILE).is_file() and (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text())
         index = found if found.get("sha256") == digest else index
-    states = torch.from_file(str(folder / STATES), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
+    states = torch.from_file(str(folder / STATES_FILE), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
     with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
         while index["tasks"] < len(texts):
             chunk = slice(index["tasks"], index["tasks"] + CHUNK)

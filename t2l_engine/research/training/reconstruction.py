@@ -1,6 +1,6 @@
 """Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1).
 
-No base model is loaded.  The loss of a task is the L1 distance to its adapter, the mean over modules of
+No base model is loaded, but for a reader.  The loss of a task is the L1 distance to its adapter, the mean over modules of
 
 - "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, by the mean and unbiased standard deviation of each
   entry over the tasks; the checkpoint's offsets invert the normalisation;
@@ -32,12 +32,13 @@ from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, read_descriptions
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
 from t2l_engine.research.training import loop
+from t2l_engine.research.training.conditions import STATES, ReadConditions, ReadingHyperNetwork, remove_states
 from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.runs import prompt_form_of
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
-from t2l_engine.research.training.settings import ReconstructionSettings
+from t2l_engine.research.training.settings import READER, ReconstructionSettings
 
 #: Factor of the "delta-w" loss, as in SakanaAI's code; brings weight differences to the order of 1.
 DELTA_W_SCALING = 10_000.0
@@ -152,12 +153,15 @@ def spread(stack: AdapterStack) -> float:
 class Reconstruction(loop.Job):
     """Reconstruction of a library of adapters; see :func:`train`."""
 
-    def __init__(self, settings: ReconstructionSettings, library: Library, device: torch.device):
+    def __init__(
+        self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(STATES)
+    ):
+        """``folder``: for the file of hidden states that a reader pools."""
         super().__init__()
         if settings.target == "z-score" and len(library.names) < 2:
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
         self.settings, self._library = settings, library
-        self._embeddings = TaskEmbeddings(settings, list(library.descriptions.items()), device)
+        self._conditions = self._read(device, folder)
         self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
         self._unit = spread(library.stack) if settings.target == "raw" else 1.0
         self._targets: dict[str, tuple[Tensor, Tensor]] = {}
@@ -170,13 +174,30 @@ class Reconstruction(loop.Job):
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.model = HyperNetwork(self._config())
-        self._embeddings.initialise(self.model.task_encoder.linear)
+            self._net, self._pooling = HyperNetwork(self._config()), None
+            if isinstance(self._conditions, ReadConditions):
+                self._pooling = self._conditions.pooling()
+                self._conditions.initialise(self._pooling, self._net.task_encoder.linear)
+            else:
+                self._conditions.initialise(self._net.task_encoder.linear)
+        self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
         if settings.target == "raw":
-            for module, offsets in self.model.offsets.items():
+            for module, offsets in self._net.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
         self.model.to(device)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
+
+    def _read(self, device: torch.device, folder: Path) -> TaskEmbeddings | ReadConditions:
+        library, settings = self._library, self.settings
+        if settings.encoder != READER:
+            return TaskEmbeddings(settings, list(library.descriptions.items()), device)
+        if library.base_model is None:
+            raise ConfigError(
+                f"encoder: {READER!r} reads with the adapters' base model: expected one base_model_name_or_path in all of "
+                f"{short_repr(library.names)}, got none or several"
+            )
+        tasks = [Task(name, tuple(texts), ()) for name, texts in library.descriptions.items()]
+        return ReadConditions(settings, tasks, library.base_model, device, folder)
 
     def _config(self) -> HyperNetworkConfig:
         s, stack = self.settings, self._library.stack
@@ -187,7 +208,7 @@ class Reconstruction(loop.Job):
             out_features=tuple(b.shape[2] for b in stack.lora_B.values()),
             num_layers=next(iter(stack.lora_A.values())).shape[1],
             rank=self._library.rank,
-            embed_dim=self._embeddings.embed_dim,
+            embed_dim=self._conditions.embed_dim,
             latent_size=s.latent_size,
             head_in_size=s.head_in_size,
             lora_alpha=self._library.scaling * self._library.rank,
@@ -198,7 +219,7 @@ class Reconstruction(loop.Job):
         )
 
     def _group(self, task: int, visit: int) -> Group:
-        choices = self._embeddings.train_indices(task)
+        choices = self._conditions.train_indices(task)
         key = f"{self.settings.seed}/{self._library.names[task]}/{visit}"
         return Group(task, choices[seeded("description", key) % len(choices)], (), key)
 
@@ -219,7 +240,7 @@ class Reconstruction(loop.Job):
         return total / len(self._targets)
 
     def loss(self, model: nn.Module, batch: Sequence[Group]) -> Tensor:
-        distances = self._distances(model(self._embeddings.augmented(batch)), batch)
+        distances = self._distances(model(self._conditions.augmented(batch)), batch)
         return distances.sum() / (self.settings.tasks_per_step * self._unit)
 
     def reported(self, loss: float) -> float:
@@ -228,19 +249,19 @@ class Reconstruction(loop.Job):
     def validate(self, shard: Shard) -> dict[str, float]:
         """The loss of every task, with its first held-out description (its first one if none is held out)."""
         names = self._library.names
-        groups = [Group(task, self._embeddings.val_indices(task)[0], (), "") for task in range(len(names))]
+        groups = [Group(task, self._conditions.val_indices(task)[0], (), "") for task in range(len(names))]
         found = dict.fromkeys(names, 0.0)
         size = self.settings.tasks_per_batch
         for start in range(0, len(groups), size):
             mine = shard.of(groups[start : start + size])
             if mine:
-                distances = self._distances(self.model(self._embeddings.clean(mine)), mine)
+                distances = self._distances(self.model(self._conditions.clean(mine)), mine)
                 found.update({names[g.task]: d for g, d in zip(mine, distances.tolist(), strict=True)})
         return found
 
     def _denormalised(self) -> HyperNetwork:
         """A copy that generates A and B themselves: z-scores inverted by offsets, the unit folded into the heads."""
-        net = copy.deepcopy(self.model)
+        net = copy.deepcopy(self._net)
         for module, values in self._statistics.items():
             for name, value in values.items():
                 setattr(net.offsets[module], name, value)
@@ -255,8 +276,8 @@ class Reconstruction(loop.Job):
             "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
             "prompt_form": self._library.prompt_form, "tasks": self.data()["adapters"],
         }  # fmt: skip
-        blocks = {"encoder": self._embeddings.config(), "base_model": self._library.base_model, "training": training}
-        self._denormalised().save_pretrained(folder, blocks)
+        blocks = {"encoder": self._conditions.config(), "base_model": self._library.base_model, "training": training}
+        self._denormalised().save_pretrained(folder, blocks, self._pooling)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests}
@@ -279,5 +300,7 @@ def train(
     Other arguments, files and errors as in :func:`t2l_engine.research.training.sft.train`.
     """
     accelerator = accelerator or loop.accelerator("cpu")
-    library = Library(Path(adapters_folder), names)
-    return loop.run(Reconstruction(settings, library, accelerator.device), Path(output), accelerator)
+    library, states = Library(Path(adapters_folder), names), Path(output) / STATES / str(accelerator.process_index)
+    loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)
+    remove_states(states)
+    return Path(output)

@@ -143,7 +143,7 @@ class _HyperNetwork(BaseModel):
     encoder: Text = Field(
         "minilm",
         description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, '
-        '"reader" (sft): a trained pooling of its hidden states, or "one-hot": tasks without text',
+        '"reader": a trained pooling of its hidden states, or "one-hot": tasks without text',
     )
     task_init: Literal["random", "discriminant"] = Field(
         "random",
@@ -157,17 +157,39 @@ class _HyperNetwork(BaseModel):
         ADAMW, description="adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
     mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
+    reader_layers: tuple[Count, ...] = Field(
+        (0, 10, 20), min_length=1, description="hidden states that the reader pools: 0 token embeddings, i output of layer i"
+    )
+    reader_queries: Positive = Field(8, description="pooled vectors of the reader")
+    reader_width: Positive = Field(192, description="of each of them")
+    reader_heads: Positive = Field(4, description="of the reader's attention")
+    reader_blocks: Positive = Field(1, description="attention blocks of the reader")
+    read_descriptions: Count = Field(
+        0, description="of a task's training descriptions, so many, drawn by the seed, are read (encoder reader); 0: all"
+    )
 
     @model_validator(mode="after")
     def _one_hot(self):
-        if self.encoder == "one-hot" and self.task_init != "random":
-            raise ValueError(f"task_init: expected 'random' with encoder one-hot, got {self.task_init!r}")
-        for name in ("held_out_descriptions", "embedding_noise", "mix_descriptions"):
-            if self.encoder == "one-hot" and getattr(self, name):
-                raise ValueError(
-                    f"{name}: expected {type(getattr(self, name))()} with encoder one-hot, got {getattr(self, name)}"
-                )
+        if self.encoder == "one-hot":
+            self._expect(
+                "with encoder one-hot",
+                task_init="random",
+                held_out_descriptions=0,
+                embedding_noise=0.0,
+                mix_descriptions=False,
+            )
         return self
+
+    @model_validator(mode="after")
+    def _reader(self):
+        if self.encoder == READER:
+            self._expect(f"with encoder {READER!r}", embedding_noise=0.0, mix_descriptions=False)
+        return self
+
+    def _expect(self, when: str, **only: Any) -> None:
+        for name, value in only.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: expected {value!r} {when}, got {getattr(self, name)!r}")
 
 
 class SFTSettings(_Model, _HyperNetwork, Settings):
@@ -180,37 +202,20 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
     )
     generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
     initial: Text = Field("", description="checkpoint folder whose parameters the run starts from; empty: random ones")
-    reader_layers: tuple[Count, ...] = Field(
-        (0, 10, 20), min_length=1, description="hidden states that the reader pools: 0 token embeddings, i output of layer i"
-    )
-    reader_queries: Positive = Field(8, description="pooled vectors of the reader")
-    reader_width: Positive = Field(192, description="of each of them")
-    reader_heads: Positive = Field(4, description="of the reader's attention")
-    reader_blocks: Positive = Field(1, description="attention blocks of the reader")
-    read_descriptions: Count = Field(
-        0, description="of a task's training descriptions, so many, drawn by the seed, are read (encoder reader); 0: all"
-    )
     example_share: Annotated[float, Field(ge=0, le=1)] = Field(
         0.0, description="share of the groups whose adapter is generated from an example set (encoder reader)"
     )
     example_sets: Positive = Field(8, description="example sets of a task: a description, or none, with worked examples")
     max_examples: Positive = Field(6, description="most worked examples of a set")
 
-    def _expect(self, when: str, **only: Any) -> None:
-        for name, value in only.items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name}: expected {value} {when}, got {getattr(self, name)}")
-
     @model_validator(mode="after")
-    def _reader(self):
-        if self.encoder != READER:
-            if self.example_share:
-                raise ValueError(
-                    f"example_share: expected 0 with encoder {self.encoder!r}, which reads no examples, "
-                    f"got {self.example_share}"
-                )
-            return self
-        self._expect(f"with encoder {READER!r}", condition="description", embedding_noise=0.0, mix_descriptions=False)
+    def _examples(self):
+        if self.encoder == READER:
+            self._expect(f"with encoder {READER!r}", condition="description")
+        elif self.example_share:
+            raise ValueError(
+                f"example_share: expected 0 with encoder {self.encoder!r}, which reads no examples, got {self.example_share}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -243,7 +248,7 @@ class LoRASettings(_Model, Settings):
 
 
 class ReconstructionSettings(_HyperNetwork, Settings):
-    """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters; no base model."""
+    """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters; no base model but a reader's."""
 
     target: Literal["z-score", "raw", "delta-w"] = Field(
         "z-score", description="what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
@@ -251,7 +256,7 @@ class ReconstructionSettings(_HyperNetwork, Settings):
 
     @model_validator(mode="after")
     def _no_base_model(self):
-        if self.encoder in (BASE_MODEL, READER):
+        if self.encoder == BASE_MODEL:
             raise ValueError(f"encoder: expected no base model, since reconstruction loads none, got {self.encoder!r}")
         return self
 

@@ -7,10 +7,8 @@ adapter is generated from its input instead of the description.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,15 +25,13 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import ReadConditions, ReadingHyperNetwork
+from t2l_engine.research.training.conditions import STATES, ReadConditions, ReadingHyperNetwork, remove_states
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
 from t2l_engine.research.training.settings import READER, SFTSettings
 from t2l_engine.text.reader import AttentionPooling
-
-STATES = "states"  # folder of hidden states in that of a run, until the run is complete
 
 
 class SFT(loop.Job):
@@ -52,7 +48,7 @@ class SFT(loop.Job):
         texts = [(task.name, task.descriptions) for task in context.tasks]
         self._conditions: TaskEmbeddings | ReadConditions
         if settings.encoder == READER:
-            self._conditions = ReadConditions(settings, context, folder)
+            self._conditions = ReadConditions(settings, context.tasks, settings.base_model, context.device, folder)
         else:
             self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
         self._initial = ""  # SHA-256 of the weights file that the run starts from
@@ -104,9 +100,12 @@ class SFT(loop.Job):
     def _trained_before(self) -> tuple[HyperNetwork, AttentionPooling | None]:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
+        encoders = [
+            of and {**of, "max_examples": None} for of in (contents.blocks.get("encoder"), self._conditions.config())
+        ]
         for what, got, expected in (
             ("hypernetwork", to_json(contents.config), to_json(self._config())),
-            ("encoder", contents.blocks.get("encoder"), self._conditions.config()),
+            ("encoder", *encoders),  # how many examples are read changes no parameter
         ):
             got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
             if got != expected:
@@ -193,7 +192,5 @@ def train(
         loop.run(SFT(settings, context, states), Path(output), accelerator)
     finally:
         context.close()
-    shutil.rmtree(states, ignore_errors=True)
-    with contextlib.suppress(OSError):  # there is none, or another process has not finished
-        states.parent.rmdir()
+    remove_states(states)
     return Path(output)
