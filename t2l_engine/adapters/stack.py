@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.adapters import peft, peft_write
+from t2l_engine.adapters import gguf_write, peft, peft_write
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.files.errors import short_repr
@@ -330,6 +330,34 @@ class AdapterStack:
             OSError: the folder cannot be written, or contains a checkpoint or a model (FileExistsError).
         """
         peft_write.write(self._peft(adapter, adapts=True), Path(directory), base_model_name_or_path, dtype, fold)
+
+    def save_gguf(
+        self,
+        file: str | Path,
+        adapter: int = 0,
+        *,
+        config: Any,
+        dtype: torch.dtype | None = None,
+        description: str = "",
+        prompt_prefix: str = "",
+    ) -> None:
+        """Write adapter ``adapter`` as a GGUF file, for llama.cpp; needs the package ``gguf``.
+
+        Args:
+            file: is replaced when the new one is complete.
+            config: the transformers configuration of the base model, of type llama, mistral, qwen2, qwen3 or gemma2: its
+                GGUF file may have rows of q and k in another order, and B has to follow.
+            dtype: of A and B: float32 (None), float16 or bfloat16.
+            description: the task's, kept in the file (``adapter.lora.task_name``).
+            prompt_prefix: what prompts begin with, kept in the file, for a checkpoint trained with descriptions in prompts.
+
+        Raises:
+            IndexError: ``adapter`` is out of range.
+            ValueError: another type of base model, a module that such files do not have, ranks of 0 throughout, or values
+                that exceed ``dtype``.
+            ImportError: ``gguf`` is not installed.
+        """
+        gguf_write.write(self._peft(adapter, adapts=True), Path(file), config, dtype, description, prompt_prefix)
 
     def _peft(self, index: int, adapts: bool = False) -> peft.PeftAdapter:
         """Adapter ``index`` under its paths; ``adapts``: ValueError if its ranks are all 0."""

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli import adapt, chat, cost, evaluate, folders, generate, info, serve_flags, tasks, train
+from t2l_engine.cli import adapt, chat, cost, evaluate, export, folders, generate, info, serve_flags, tasks, train
 from t2l_engine.cli.common import say
 
 STATUS = (
@@ -30,7 +30,7 @@ app = typer.Typer(
     epilog=STATUS,
 )
 for command in (
-    generate.generate, adapt.adapt, chat.chat, evaluate.evaluate, folders.convert, folders.export, folders.show, cost.cost,
+    generate.generate, adapt.adapt, chat.chat, evaluate.evaluate, folders.convert, export.export, folders.show, cost.cost,
     info.info, serve_flags.serve_flags,
 ):  # fmt: skip
     app.command(epilog=STATUS)(command)

@@ -1,4 +1,4 @@
-"""``t2l show``, ``t2l convert`` and ``t2l export``: description of folders, conversion of checkpoints."""
+"""``t2l show`` and ``t2l convert``: description of folders, conversion of checkpoints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import DType, Json, console, print_json, split_names
+from t2l_engine.cli.common import Json, console, print_json, split_names
 
 
 class Format(str, enum.Enum):
@@ -47,26 +47,6 @@ def convert(
         print_json({"source": str(folder), "target": str(target), "form": written})
     else:
         typer.echo(f"{target}: {'native' if written == 'native' else 'Sakana'} format")
-
-
-def export(
-    source: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.", metavar="CHECKPOINT")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write or replace.")],
-    dtype: Annotated[DType | None, typer.Option("--dtype", help="Dtype of the weight matrices; default: as stored.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Export a checkpoint as a single file for the C++ library."""
-    from t2l_engine.hypernetwork.export import export as write
-    from t2l_engine.hypernetwork.folder import resolve_checkpoint
-    from t2l_engine.hypernetwork.network import HyperNetwork
-
-    net = HyperNetwork.from_pretrained(resolve_checkpoint(source), dtype=None if dtype is None else dtype.torch)
-    write(net, output)
-    about = {"file": str(output), "bytes": output.stat().st_size, "dtype": str(net.dtype).removeprefix("torch.")}
-    if as_json:
-        print_json(about)
-    else:
-        typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}")
 
 
 def show(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,11 +11,13 @@ import typer
 
 from t2l_engine.cli.common import (
     DEFAULT_CHECKPOINT,
+    BaseModel,
     Checkpoint,
     Encoder,
     Json,
     Scaling,
     TrustRemoteCode,
+    base_model_of,
     load_engine,
     print_json,
     standard_input,
@@ -25,6 +28,13 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 64  # bounds the adapters in memory
 INDEX_NAME = "index.json"
+
+
+class Format(str, enum.Enum):
+    """Formats of adapters."""
+
+    peft = "peft"
+    gguf = "gguf"
 
 
 def generate(
@@ -40,20 +50,26 @@ def generate(
         Path | None,
         typer.Option(help="JSON Lines of worked examples, input and output, which the adapters are generated from too."),
     ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
+    ] = Format.peft,
+    base_model: BaseModel = "",
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
-    """Write one PEFT adapter folder per description, replacing existing adapters.
+    """Write one PEFT adapter folder, or GGUF file, per description, replacing existing adapters.
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
-    DIR/index.json as their index.  --json prints a list of objects with description, folder, rank, scaling, modules and
-    parameters.  With --examples, a checkpoint whose encoder reads examples generates from them and the description.
+    DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
+    modules and parameters.  With --examples, a checkpoint whose encoder reads examples generates from these, too.
     """
+    from t2l_engine.cli import export
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.text import packaged
+    from t2l_engine.text.base_model import config_of
     from t2l_engine.text.examples import read_examples
 
     if bool(descriptions) == (file is not None):
@@ -65,7 +81,8 @@ def generate(
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     _check(engine, lines)
     config = engine.hypernetwork.config
-    base = checkpoints.describe(folder).get("base_model")
+    base = base_model or checkpoints.describe(folder).get("base_model")
+    base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
     results = []
@@ -76,11 +93,15 @@ def generate(
         batch = texts[start : start + BATCH_SIZE]
         stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
         for i, text in enumerate(batch):
-            target = output / str(start + i) if several else output
-            stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
+            if form is Format.gguf:
+                target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
+                export.save(stack, i, target, base_config, None, text, export.in_prompt(folder))
+            else:
+                target = output / str(start + i) if several else output
+                stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
             result = {
                 "description": text,
-                "folder": str(target),
+                "folder" if form is Format.peft else "file": str(target),
                 "rank": config.rank,
                 "scaling": engine.hypernetwork.scaling,
                 "modules": list(config.modules),
@@ -90,7 +111,8 @@ def generate(
             if not as_json:
                 typer.echo(f"{target}: rank {result['rank']}, scaling {result['scaling']:g}, {text!r}")
     if several:
-        names = {str(i): text for i, text in enumerate(texts)}
+        ending = "" if form is Format.peft else export.GGUF
+        names = {f"{i}{ending}": text for i, text in enumerate(texts)}
         index.write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(results)

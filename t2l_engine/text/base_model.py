@@ -12,6 +12,25 @@ from t2l_engine.text import packaged
 from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter
 
 
+def config_of(name: str) -> Any:
+    """The transformers configuration of "smollm2-135m", under that name or its own, or of a local transformers folder.
+
+    Raises FileNotFoundError if ``name`` is none of these.
+    """
+    from transformers import AutoConfig
+
+    folder = packaged.convert() if name in (LANGUAGE_MODEL, packaged.BASE_MODEL) else name
+    return AutoConfig.from_pretrained(_folder(str(folder)), trust_remote_code=False)
+
+
+def _folder(name: str) -> str:
+    if not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(
+            f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
+        )
+    return name
+
+
 def load(name: str, dtype: torch.dtype, attention: str | None = None):
     """(model in eval mode, tokenizer with left padding) of "smollm2-135m" or of a local transformers folder.
 
@@ -27,11 +46,7 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        if not (Path(name) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
-            )
-        no_adapter(name, f"base_model {name!r}")
+        no_adapter(_folder(name), f"base_model {name!r}")
         # trust_remote_code is False, not unset, for which transformers would ask at the terminal.
         loaded = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, trust_remote_code=False, output_loading_info=True

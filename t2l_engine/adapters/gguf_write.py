@@ -1,0 +1,105 @@
+"""Exports an adapter to GGUF, for llama.cpp and what is built on it.
+
+In a GGUF file of architecture ``llama`` the rows of q and k of each head are interleaved, first the even then the odd halves
+of its rotary pairs, and so must be those of B.  Other architectures keep the order of the transformers model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2l_engine.adapters import peft_write
+from t2l_engine.adapters.peft import PeftAdapter
+from t2l_engine.files.errors import short_repr
+from t2l_engine.files.weights import replacing
+
+#: ``model_type`` of a transformers configuration -> architecture of its GGUF file, and whether rows of q and k are permuted.
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "gemma2": ("gemma2", False),
+}
+#: Dtype of A and B -> its names in the ``gguf`` package: of tensors, and of files.
+DTYPES = {
+    torch.float32: ("F32", "ALL_F32"),
+    torch.float16: ("F16", "MOSTLY_F16"),
+    torch.bfloat16: ("BF16", "MOSTLY_BF16"),
+}
+
+
+def write(
+    adapter: PeftAdapter, file: Path, config: Any, dtype: torch.dtype | None, description: str, prompt_prefix: str
+) -> None:
+    """Write ``adapter``, which must have a rank that is not 0, for the base model with the transformers ``config``.
+
+    Raises ValueError for an architecture or a module that is not known, heads that do not fit, or values that are not finite
+    in ``dtype``; ImportError without the package ``gguf``.
+    """
+    import gguf
+
+    dtype = torch.float32 if dtype is None else dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {[*DTYPES]}, got {short_repr(dtype)}")
+    if getattr(config, "model_type", None) not in ARCHITECTURES:
+        got = short_repr(getattr(config, "model_type", config))
+        raise ValueError(f"config: expected a base model of type {', '.join(ARCHITECTURES)}, got {got}")
+    architecture, permuted = ARCHITECTURES[config.model_type]
+    kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if permuted else {}
+    state = peft_write.state_dict(adapter, torch.float32, None, "", fold=False)
+    paths = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
+    most = max(state[f"{path}.lora_A.weight"].shape[0] for path in paths)
+    tensor, of_file = DTYPES[dtype]
+    with replacing(file.parent, file.name) as temporary:
+        writer = gguf.GGUFWriter(temporary / file.name, architecture)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        # Readers multiply by alpha / rank, each tensor's own.
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.scaling[0]) * most)
+        writer.add_name(description or "LoRA")
+        writer.add_file_type(gguf.LlamaFileType[of_file])
+        for key, text in (
+            (gguf.Keys.Adapter.LORA_TASK_NAME, description),
+            (gguf.Keys.Adapter.LORA_PROMPT_PREFIX, prompt_prefix),
+        ):
+            if text:
+                writer.add_string(key, text)
+        for path in paths:
+            name = names.get_name(path)
+            if name is None:
+                raise ValueError(f"{short_repr(path)}: no tensor of GGUF files of architecture {architecture!r}")
+            A, B = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
+            B = B * (B.shape[1] / most)
+            if count := heads.get(name.rpartition(".")[2]):
+                B = interleaved(path, B, count)
+            for side, values in (("a", A), ("b", B)):
+                _add(writer, f"{name}.weight.lora_{side}", values.to(dtype), gguf.GGMLQuantizationType[tensor])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def interleaved(path: str, B: Tensor, heads: int) -> Tensor:
+    """Rows of ``B [out, r]`` in the order of GGUF's ``llama``: row 2i + s of a head is row s * size / 2 + i."""
+    out, rank = B.shape
+    if out % (2 * heads):
+        raise ValueError(f"{short_repr(path)}: expected rows of {heads} heads of even size, got {out}")
+    return B.view(heads, 2, out // heads // 2, rank).transpose(1, 2).reshape(out, rank)
+
+
+def _add(writer: Any, name: str, values: Tensor, kind: Any) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{name}: holds values that exceed the range of {values.dtype}")
+    values = values.contiguous()
+    if values.dtype == torch.bfloat16:  # of which numpy has none
+        writer.add_tensor(name, values.view(torch.uint8).numpy(), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, values.numpy())

