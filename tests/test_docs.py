@@ -24,6 +24,7 @@ PAGES = {
 }
 #: Who runs the Python programs of a page.
 RUN_BY = {
+    "AGENTS.md": "test_smollm2.py",
     "README.md": "test_smollm2.py",
     "docs/generate.md": "test_smollm2.py",
     "docs/icl.md": "test_icl.py",

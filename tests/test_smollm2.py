@@ -110,6 +110,12 @@ def test_readme_quick_start(run_program, tmp_path, capsys):
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
+def test_program_for_assistants(run_program):
+    names = run_program("AGENTS.md", "program")
+    adapted, base = names["tokenizer"].batch_decode(names["out"][:, names["batch"]["input_ids"].shape[1] :])
+    assert "borrowed" in adapted and adapted != base
+
+
 def test_first_program(run_program, capsys):
     names = run_program("docs/quickstart.md", "first program")
     assert "impala" in capsys.readouterr().out and len(names["stack"]) == 1
