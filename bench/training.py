@@ -19,7 +19,7 @@ from t2l_engine.research.training.settings import Settings, to_yaml
 def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     """Train ``run`` on the tasks or adapters ``names`` of ``source``; what it starts from is beside ``output``."""
     made = settings_of(run, output)
-    if run.kind == "sft" and is_finished(output, made):
+    if run.kind != "lora" and is_finished(output, made):
         return output  # or a reader would read all its texts once more
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)

@@ -99,7 +99,7 @@ def test_16_bits(stack, tmp_path, dtype, file_type):
     [
         ({"config": config(model_type="gpt2")}, "config: expected a base model of type llama, .*, got 'gpt2'"),
         ({"config": types.SimpleNamespace()}, "config: expected a base model of type llama"),
-        ({"config": config(num_attention_heads=3)}, "q_proj': expected rows of 3 heads of even size, got 32"),
+        ({"config": config(head_dim=4)}, "q_proj': expected 4 heads of 4 rows, got 32 rows"),
         (
             {"config": config(num_hidden_layers=1)},
             "'model.layers.1.self_attn.q_proj': no tensor of GGUF files of architecture",
@@ -115,6 +115,24 @@ def test_what_is_refused(stack, tmp_path, changes, match):
     assert file.read_bytes() == b"mine" and list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("scaling", [0.0, float("inf"), float("nan")])
+def test_scalings_that_readers_would_take_for_another(stack, tmp_path, scaling):
+    """An alpha of 0 means a scale of 1 to llama.cpp."""
+    stack.scaling[0] = scaling
+    with pytest.raises(ValueError, match="scaling: expected a positive number"):
+        stack.save_gguf(tmp_path / "a.gguf", config=CONFIG)
+
+
+def test_an_output_layer_that_the_file_lacks(tmp_path):
+    """Tied to the embedding, it is no tensor of its own."""
+    A, B = torch.ones(1, 1, 2, 32), torch.ones(1, 1, 9, 2)
+    stack = t2l.AdapterStack({"lm_head": A}, {"lm_head": B}, torch.ones(1), paths={"lm_head": "lm_head"})
+    stack.save_gguf(tmp_path / "a.gguf", config=config(tie_word_embeddings=False))
+    assert set(read(tmp_path / "a.gguf")[1]) == {"output.weight.lora_a", "output.weight.lora_b"}
+    with pytest.raises(ValueError, match="'lm_head': no tensor of GGUF files"):
+        stack.save_gguf(tmp_path / "a.gguf", config=config(tie_word_embeddings=True))
+
+
 def test_values_that_float16_does_not_hold(stack, tmp_path):
     stack.lora_B["q_proj"].fill_(1e6)
     with pytest.raises(ValueError, match="blk.0.attn_q.weight.lora_b: holds values that exceed the range of torch.float16"):
@@ -123,7 +141,7 @@ def test_values_that_float16_does_not_hold(stack, tmp_path):
 
 def test_heads_are_interleaved_pair_by_pair():
     B = torch.arange(8.0)[:, None]  # two heads of four rows
-    assert gguf_write.interleaved("q", B, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_write.interleaved(B, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_the_program_of_llama_cpp_md(stack, tmp_path, monkeypatch):

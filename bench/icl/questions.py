@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
 
 
+def task_prefix(ids: Callable[[str], list[int]], description: str, shots: Shots, prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens that all prompts of a task begin with, some of which are ``prompts``.
+
+    Beside questions of no task: all tokens of a single prompt would be common, and few questions may begin alike.
+    """
+    strange = [ids(raw_prompt(description, text, shots)) for text in ("0", "a")]
+    return min(common_prefix([*prompts, other]) for other in strange)
+
+
 # --- a task ----------------------------------------------------------------------------------------------------------
 
 
@@ -147,9 +156,7 @@ def asked(serving: Serving, task: Task, shots: Shots) -> dict[str, Any]:
         "description": [serving.ids(raw_prompt(description, e.input)) for e in task.examples],
     }
     shown, alone, described = prompts.values()
-    # Beside questions of no task: of a single prompt all tokens would be the common prefix.
-    strange = [serving.ids(raw_prompt(description, text, shots)) for text in ("0", "a")]
-    prefix = min(common_prefix([*shown, other]) for other in strange)
+    prefix = task_prefix(serving.ids, description, shots, shown)
 
     def fill() -> None:
         if prefix:

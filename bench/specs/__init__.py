@@ -33,7 +33,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
             yield from judging.part_records(part, runs.judged(part, work, arms=arms))
     yield from costs.records(work)
-    if not set(plan.NEEDS.values()) & set(without):
+    if not {plan.RIVAL, plan.LIBRARY} & set(without):
         yield from adapting.records(work, held_out)
     for name, run in plan.RUNS.items():
         if name not in without:

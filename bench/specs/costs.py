@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import t2l_engine as t2l
 from bench.harness import Record, record
-from bench.icl.questions import Speaker, common_prefix
+from bench.icl.questions import Speaker, task_prefix
 from bench.models import shared
 from bench.specs.plan import HELD_OUT, SHOTS, T2L, drawn
 from bench.specs.runs import folder_of, rounded
@@ -44,8 +44,10 @@ def records(work: Path) -> Iterator[Record]:
                 for name, value in lengths.items():
                     tokens[name].append(value)
                 for way, call in ways.items():
-                    us[way].append(elapsed_us(call) if turn else None)
-        medians = {way: round(statistics.median(filter(None, values)), 1) for way, values in us.items()}
+                    took = elapsed_us(call)
+                    if turn:
+                        us[way].append(took)
+        medians = {way: round(statistics.median(values), 1) for way, values in us.items()}
         means = {name: round(statistics.fmean(values), 1) for name, values in tokens.items()}
         yield record("cost", examples=count, tasks=len(tasks), tokens=means, **medians)
 
@@ -72,11 +74,11 @@ class _Served:
 
     def ways(self, task: Task, count: int) -> tuple[dict[str, int], dict[str, Callable[[], None]]]:
         """Tokens of what is read and asked of ``task`` with ``count`` worked examples, and what is timed, in this order."""
-        text, (asked, other) = task.descriptions[-1], [e.input for e in task.examples if e.split == "test"][:2]
+        text, asked = task.descriptions[-1], next(e.input for e in task.examples if e.split == "test")
         shots = shots_of(task, [e for e in task.examples if e.split == "train"], 0, count, asked)
         question = self.ids(self.engine.prompt(self.tokenizer, asked))
-        prompt, beside = (self.ids(raw_prompt(text, x, shots)) for x in (asked, other))
-        prefix, cache = common_prefix([prompt, beside]), DynamicCache()
+        prompt, cache = self.ids(raw_prompt(text, asked, shots)), DynamicCache()
+        prefix = task_prefix(self.ids, text, shots, [prompt])
         (read,) = self.encoder.lengths(self.encoder.prepare([text], [shots]))
         tokens = {"read": read, "question": len(question), "prompt": len(prompt), "prefix": prefix}
         return tokens, {

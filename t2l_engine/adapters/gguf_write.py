@@ -38,11 +38,13 @@ def write(
 ) -> None:
     """Write ``adapter``, which must have a rank that is not 0, for the base model with the transformers ``config``.
 
-    Raises ValueError for an architecture or a module that is not known, heads that do not fit, or values that are not finite
-    in ``dtype``; ImportError without the package ``gguf``.
+    Raises ValueError for an architecture or a module that is not known, heads that do not fit, a scaling that readers
+    refuse, or values that are not finite in ``dtype``; ImportError without the package ``gguf``.
     """
     import gguf
 
+    if not hasattr(gguf.Keys.Adapter, "LORA_TASK_NAME"):
+        raise ImportError("gguf: expected release 0.18 or later")
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {[*DTYPES]}, got {short_repr(dtype)}")
@@ -53,16 +55,16 @@ def write(
     kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads} if permuted else {}
-    state = peft_write.state_dict(adapter, torch.float32, None, "", fold=False)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    about, state = peft_write.config(adapter, None, fold=False), peft_write.state_dict(adapter, None, None, "", fold=False)
     paths = [key.removesuffix(".lora_A.weight") for key in state if key.endswith(".lora_A.weight")]
-    most = max(state[f"{path}.lora_A.weight"].shape[0] for path in paths)
     tensor, of_file = DTYPES[dtype]
     with replacing(file.parent, file.name) as temporary:
         writer = gguf.GGUFWriter(temporary / file.name, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         # Readers multiply by alpha / rank, each tensor's own.
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(adapter.scaling[0]) * most)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, about["lora_alpha"])
         writer.add_name(description or "LoRA")
         writer.add_file_type(gguf.LlamaFileType[of_file])
         for key, text in (
@@ -73,12 +75,14 @@ def write(
                 writer.add_string(key, text)
         for path in paths:
             name = names.get_name(path)
-            if name is None:
+            if name is None or (name == "output" and config.tie_word_embeddings):
                 raise ValueError(f"{short_repr(path)}: no tensor of GGUF files of architecture {architecture!r}")
             A, B = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
-            B = B * (B.shape[1] / most)
+            B = B * (B.shape[1] / about["r"])
             if count := heads.get(name.rpartition(".")[2]):
-                B = interleaved(path, B, count)
+                if len(B) != count * size:
+                    raise ValueError(f"{short_repr(path)}: expected {count} heads of {size} rows, got {len(B)} rows")
+                B = interleaved(B, count)
             for side, values in (("a", A), ("b", B)):
                 _add(writer, f"{name}.weight.lora_{side}", values.to(dtype), gguf.GGMLQuantizationType[tensor])
         writer.write_header_to_file()
@@ -87,11 +91,9 @@ def write(
         writer.close()
 
 
-def interleaved(path: str, B: Tensor, heads: int) -> Tensor:
+def interleaved(B: Tensor, heads: int) -> Tensor:
     """Rows of ``B [out, r]`` in the order of GGUF's ``llama``: row 2i + s of a head is row s * size / 2 + i."""
     out, rank = B.shape
-    if out % (2 * heads):
-        raise ValueError(f"{short_repr(path)}: expected rows of {heads} heads of even size, got {out}")
     return B.view(heads, 2, out // heads // 2, rank).transpose(1, 2).reshape(out, rank)
 
 

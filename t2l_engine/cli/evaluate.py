@@ -121,6 +121,7 @@ def evaluate(
     from t2l_engine.research.evaluation.answers import Answerer, Store
     from t2l_engine.research.evaluation.arms import without_chat
     from t2l_engine.research.tasks.folder import load_tasks
+    from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
     from t2l_engine.text.prompts import has_chat
 
@@ -159,6 +160,8 @@ def evaluate(
         say(f"{name} left out: {reason}")
     trained = _trained(folder)
     groups = _groups([task.name for task in loaded], trained, manifest)
+    if precision and manifest:  # tiers end apart, so groups across them would be uneven samples
+        groups = {group: members for group, members in groups.items() if group in TIERS} or groups
     model_name = base_model_of(folder, base_model)
     model, tokenizer = models.load(model_name, dtype.torch)
     if not has_chat(tokenizer):
@@ -182,9 +185,13 @@ def evaluate(
         )  # fmt: skip
         bar.reset(evaluation.answers)
         result = evaluation.run()
-    if result["not_asked"]:
-        say(f"{len(result['tasks'])} of {len(loaded)} tasks were enough for intervals of at most +-{precision:g} points")
-        groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
+    groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
+    summary = run.summary(result["tasks"], groups, found[0].name)
+    if precision:
+        say(f"asked {len(result['tasks'])} of {len(loaded)} tasks, for intervals of at most +-{precision:g} points")
+        for group, of in summary.items():
+            if (widest := max(map(run.reach, of["difference"].values()), default=0)) > precision:
+                say(f"{group}: its {of['tasks']} tasks are all asked, and intervals reach {widest:.1f} points")
     result = {
         "checkpoint": str(checkpoint),
         "base_model": model_name,
@@ -195,7 +202,7 @@ def evaluate(
         | {"batch_size": batch_size, "held_out_descriptions": held_out_descriptions},
         "trained_tasks": trained,
         "groups": groups,
-        "summary": run.summary(result["tasks"], groups, found[0].name),
+        "summary": summary,
         **result,
     }
     console().print(_table(result, measure.value))
@@ -210,10 +217,11 @@ def evaluate(
 
 
 def _counts(shots: str) -> list[int]:
-    counts = split_names(shots)
-    if not counts or not all(count.isdecimal() and int(count) for count in counts) or len(set(counts)) != len(counts):
+    texts = split_names(shots)
+    counts = [int(text) for text in texts if text.isdecimal()]
+    if not counts or 0 in counts or len(set(counts)) < len(texts):
         raise ValueError(f"--shots: expected different numbers from 1, comma-separated, got {shots!r}")
-    return [int(count) for count in counts]
+    return counts
 
 
 def _last_descriptions(task: Any, count: int) -> Any:
@@ -241,12 +249,15 @@ def _arms(
     from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
 
     left_out: dict[str, str] = {}
-    found = _generated(NAME, *checkpoint, tasks, pools, shots, left_out)
+    short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < n), None) for n in shots}
+    few = {n: f"fewer than {n} examples of split 'train' of task {name}" for n, name in short.items() if name}
+    possible = [n for n in shots if n not in few]
+    found = _generated(NAME, *checkpoint, tasks, pools, possible, left_out)
     for text in also:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, shots, left_out)
+        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, possible, left_out)
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -268,12 +279,8 @@ def _arms(
         else:
             left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
     found += [kinds.multi_task_arm(folder) for folder in multi]
-    found += kinds.base_arms(shots)
-    without = [task.name for task in tasks if not pools.get(task.name)]
-    if without:
-        reason = f"no examples of split 'train' of task {without[0]}"
-        left_out.update({arm.name: reason for arm in found if arm.shots})
-        found = [arm for arm in found if not arm.shots]
+    found += kinds.base_arms(possible)
+    left_out |= {f"icl{kinds.counted(n)}": reason for n, reason in few.items()}
     return found, left_out
 
 
@@ -285,8 +292,10 @@ def _generated(
 
     training = checkpoints.describe(folder).get("training", {})
     in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
-    shown = pools if all(pools.get(task.name) for task in tasks) else None
-    made = kinds.generated_arms(name, engine, tasks, pools=shown, shots=shots, in_prompt=in_prompt, from_input=from_input)
+    made = kinds.generated_arms(name, engine, tasks, pools=pools, shots=shots, in_prompt=in_prompt, from_input=from_input)
+    if most := engine.encoder.max_examples:
+        reason = f"the checkpoint reads at most {most} examples"
+        left_out.update({f"{name}-examples{kinds.counted(n)}": reason for n in shots if n > most})
     known = getattr(engine.encoder.config, "tasks", None)
     answered = [task for task in tasks if known is None or task.name in known]
     if not answered:
@@ -321,7 +330,7 @@ def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, li
         groups["not trained"] = [n for n in names if n not in trained]
     if manifest:
         read = manifests.read(manifest)
-        for tier in ("train", "sibling", "novel"):
+        for tier in manifests.TIERS:
             members = set(read.names(tier))
             groups[tier] = [n for n in names if n in members]
     return {group: members for group, members in groups.items() if members}

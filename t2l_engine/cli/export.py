@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import enum
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import DEFAULT_CHECKPOINT, BaseModel, Checkpoint, Json, base_model_of, load_engine, print_json
+from t2l_engine.cli.common import DEFAULT_CHECKPOINT, BaseModel, Json, base_model_of, load_engine, print_json
 
 if TYPE_CHECKING:
     from t2l_engine.adapters.stack import AdapterStack
+    from t2l_engine.engine import TextToLoRA
 
 GGUF = ".gguf"
 
@@ -35,9 +37,14 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write or replace; *.gguf: of an adapter.")],
     dtype: Annotated[
         Weights | None,
-        typer.Option("--dtype", help="Of the weight matrices; default: as stored, float32 in a .gguf file."),
+        typer.Option(
+            "--dtype", help="Of the weight matrices; default: as stored, float32 in a .gguf file.  float16: .gguf."
+        ),
     ] = None,
-    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
+    checkpoint: Annotated[
+        str,
+        typer.Option("--checkpoint", "-c", help=f"Makes the adapter of a description; default: {DEFAULT_CHECKPOINT}."),
+    ] = "",
     base_model: BaseModel = "",
     as_json: Json = False,
 ) -> None:
@@ -49,14 +56,20 @@ def export(
 
     chosen = None if dtype is None else getattr(torch, dtype.value)
     if output.suffix == GGUF:
-        about = adapter_file(source, output, chosen, checkpoint, base_model)
+        about = _adapter_file(source, output, chosen, checkpoint, base_model)
     else:
+        for option, value in (("--checkpoint", checkpoint), ("--base-model", base_model)):
+            if value:
+                raise ValueError(f"{option}: expected none, since {output} is no {GGUF} file of an adapter, got {value!r}")
+        if chosen is torch.float16:
+            raise ValueError(f"--dtype: expected float32 or bfloat16 for a file that is no {GGUF} file, got float16")
         about = _checkpoint_file(source, output, chosen)
     about = {"file": str(output), "bytes": output.stat().st_size, **about}
     if as_json:
         print_json(about)
     else:
-        typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}")
+        of = next((f", {what} {about[what]!r}" for what in ("adapter", "description") if what in about), "")
+        typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}{of}")
 
 
 def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
@@ -69,39 +82,50 @@ def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
     return {"dtype": str(net.dtype).removeprefix("torch.")}
 
 
-def adapter_file(source: str, output: Path, dtype: Any, checkpoint: str, base_model: str) -> dict[str, Any]:
-    """Write the adapter of the PEFT folder or description ``source`` to ``output``; returns what is said of it."""
+def _adapter_file(source: str, output: Path, dtype: Any, checkpoint: str, base_model: str) -> dict[str, Any]:
+    """Write the adapter of the PEFT folder or description ``source``; returns what is said of it."""
     from t2l_engine.adapters.peft import CONFIG_NAME
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.files.text import read_json
+    from t2l_engine.hypernetwork.folder import bundled_checkpoints
     from t2l_engine.text.base_model import config_of
 
-    if (Path(source) / CONFIG_NAME).is_file():
-        stack, description, described = AdapterStack.from_peft(source), "", False
-        base = base_model or read_json(Path(source) / CONFIG_NAME).get("base_model_name_or_path")
+    named = os.path.join(source, CONFIG_NAME)
+    if os.path.isfile(named):
+        stack, prefix, what = AdapterStack.from_peft(source), "", "adapter"
+        base = base_model or read_json(Path(named)).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"--base-model: {source} does not name one; give it here")
-    elif Path(source).exists() or (os.sep in source and not any(map(str.isspace, source))):
-        raise FileNotFoundError(f"{source}: expected a PEFT adapter folder with {CONFIG_NAME}, or a description")
+        if checkpoint:
+            raise ValueError(f"--checkpoint: expected none, since {source} is an adapter already, got {checkpoint!r}")
+    elif (
+        source in bundled_checkpoints() or os.path.exists(source) or (os.sep in source and not any(map(str.isspace, source)))
+    ):
+        raise ValueError(
+            f"{source}: expected a description, or a PEFT adapter folder with {CONFIG_NAME}, for the adapter in {output}"
+        )
     else:
-        engine, folder = load_engine(checkpoint, "", "", False)
-        stack, description, described = engine.generate([source]), source, in_prompt(folder)
+        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, "", "", False)
+        stack, prefix, what = engine.generate([source]), prompt_prefix(engine, folder)(source), "description"
         base = base_model_of(folder, base_model)
-    save(stack, 0, output, config_of(base), dtype, description, described)
-    return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base}
+    save(stack, 0, output, config_of(base), dtype, source if what == "description" else "", prefix)
+    return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 
 
-def in_prompt(folder: Path) -> bool:
-    """Whether the checkpoint in ``folder`` was trained with the description in the prompt."""
+def prompt_prefix(engine: TextToLoRA, folder: Path) -> Callable[[str], str]:
+    """Description -> what prompts begin with, of a checkpoint trained with descriptions in raw prompts; else empty."""
     from t2l_engine.hypernetwork import checkpoint
+    from t2l_engine.text.prompts import RAW, raw_prompt
 
-    return checkpoint.describe(folder).get("training", {}).get("prompt") == "description"
+    in_prompt = checkpoint.describe(folder).get("training", {}).get("prompt") == "description"
+    if not in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
+        return lambda description: ""
+    return lambda description: raw_prompt(description, "").removesuffix(raw_prompt("", ""))
 
 
-def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, description: str, described: bool) -> None:
-    """Adapter ``i`` as a GGUF file; ``described``: its prompts begin with the description."""
+def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, description: str, prefix: str) -> None:
+    """Adapter ``i`` as a GGUF file."""
     try:
-        prefix = f"{description}\n\n" if described else ""
         stack.save_gguf(file, i, config=config, dtype=dtype, description=description, prompt_prefix=prefix)
     except ImportError:
-        raise FileNotFoundError("gguf is not installed; run: pip install gguf") from None
+        raise FileNotFoundError('gguf is not installed, or too old; run: pip install "gguf>=0.18"') from None

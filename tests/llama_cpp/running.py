@@ -97,7 +97,7 @@ def write_base(model, file):
         values = values.float()
         path, _, ending = key.rpartition(".")
         if count := heads.get(path.rpartition(".")[2]):
-            values = interleaved(path, values.reshape(len(values), -1), count).reshape(values.shape)
+            values = interleaved(values.reshape(len(values), -1), count).reshape(values.shape)
         if config.model_type == "gemma2" and path.endswith("norm"):
             values = values + 1
         writer.add_tensor(f"{names.get_name(path)}.{ending}", values.contiguous().numpy())

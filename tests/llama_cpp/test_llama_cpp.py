@@ -103,7 +103,7 @@ def test_rows_that_are_not_interleaved_are_another_adapter(llama, tmp_path, monk
     model, served = llama
     alone, _ = apart(model, served)
     stack = adapters(model, ("q_proj", "k_proj"))
-    monkeypatch.setattr(gguf_write, "interleaved", lambda path, B, heads: B)
+    monkeypatch.setattr(gguf_write, "interleaved", lambda B, heads: B)
     stack.save_gguf(tmp_path / "adapter.gguf", config=model.config)
     t2l.attach(model, stack).set(0)
     with served.adapted(tmp_path / "adapter.gguf"):

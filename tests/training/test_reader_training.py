@@ -236,6 +236,14 @@ def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
         torch.testing.assert_close(two.lora_B[name], one.lora_B[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_scaling_is_the_same_by_another_name(base_model, tasks, tmp_path):
+    """16 / sqrt(4), as rank 4 has it by rslora, is 32 / 4."""
+    first = sft.train(reading(base_model, steps=1, scaling="rslora", lora_alpha=16.0), tasks, tmp_path / "first")
+    sft.train(reading(base_model, steps=1, lora_alpha=32.0, initial=str(first)), tasks, tmp_path / "second")
+    with pytest.raises(ConfigError, match="initial: expected a checkpoint with the hypernetwork"):
+        sft.train(reading(base_model, steps=1, lora_alpha=16.0, initial=str(first)), tasks, tmp_path / "third")
+
+
 def test_a_start_of_other_shape_is_refused(base_model, tasks, tmp_path):
     first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
     for change, what in (({"head_in_size": 4}, "hypernetwork"), ({"reader_heads": 4}, "encoder")):

@@ -99,11 +99,11 @@ def base_arms(shots: Sequence[int] = (SHOTS,)) -> list[Arm]:
     return [
         Arm("base", templates=both, repeats=False),
         Arm("base-description", description=True, templates=both),
-        *(Arm("icl" + _counted(n), description=True, shots=n, templates=both) for n in shots),
+        *(Arm("icl" + counted(n), description=True, shots=n, templates=both) for n in shots),
     ]
 
 
-def _counted(shots: int) -> str:
+def counted(shots: int) -> str:
     """End of the name of an arm with so many examples."""
     return "" if shots == SHOTS else f"-{shots}"
 
@@ -178,7 +178,7 @@ def generated_arms(
 
     for count in shots if pools else ():
         if count <= engine.encoder.max_examples:
-            ending = f"-examples{_counted(count)}"
+            ending = f"-examples{counted(count)}"
             arms += [arm(ending, reading(count, False)), arm(f"{ending}-shuffled", reading(count, True))]
     return arms
 

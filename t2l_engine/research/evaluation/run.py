@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import metrics, sandbox
@@ -51,6 +51,14 @@ class _Item:
     task: Task
     example: Example
     repeat: int
+
+
+class _Scored(NamedTuple):
+    """``scores``: measures in [0, 1] by name."""
+
+    item: _Item
+    answer: Answer
+    scores: dict[str, float]
 
 
 class Evaluation:
@@ -100,6 +108,11 @@ class Evaluation:
                 sandbox.check_sandbox()
             except RuntimeError as error:
                 raise ValueError(f"run_code: {error}") from None
+        #: Of each arm, the tasks that it has adapters for.
+        self._answered = {
+            arm.name: {t.name for t in tasks if any(self._adapter(arm, _Item(t, e, 0)) is not None for e in t.examples[:1])}
+            for arm in arms
+        }
         self._validated = {task.name: self._validation_items(task) for task in tasks}
 
     @property
@@ -119,15 +132,14 @@ class Evaluation:
         """
         kept, left_out = self._fitting()
         templates = {arm.name: self._choose(arm) for arm in self._arms}
-        given: dict[str, list[tuple[_Item, Answer]]] = {arm.name: [] for arm in self._arms}
+        given: dict[str, list[_Scored]] = {arm.name: [] for arm in self._arms}
         scores: dict[str, dict[str, float]] = {}
         details: dict[str, dict[str, Any]] = {}
         while tasks := self._next(scores):
             for arm in self._arms:
                 items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in tasks for e in kept[t.name]]
                 items = [item for item in items if self._adapter(arm, item) is not None]
-                answers = self._ask(arm, templates[arm.name]["form"], items)
-                given[arm.name] += zip(items, answers, strict=True)
+                given[arm.name] += self._ask(arm, templates[arm.name]["form"], items)
             asked = {*scores, *(task.name for task in tasks)}
             scores = {task.name: {} for task in self._tasks if task.name in asked}
             for arm in self._arms:
@@ -153,13 +165,23 @@ class Evaluation:
         return sorted(left, key=lambda task: hashlib.sha256(task.name.encode()).digest())[:TASKS_A_ROUND]
 
     def _precise(self, names: Sequence[str], scores: Mapping[str, Mapping[str, float]]) -> bool:
-        """Whether the intervals of a group are as narrow as ``precision`` wants them."""
+        """Whether the intervals of a group are as narrow as ``precision`` wants them.
+
+        Each is judged by a round of tasks that both arms answer, or by all that they can.
+        """
         asked = [name for name in names if name in scores]
-        if len(asked) < min(TASKS_A_ROUND, len(names)):
+        if not asked:
             return False
-        (of,) = summary(scores, {"": asked}, self._arms[0].name).values()
-        reach = [max(d["high"] - d["mean"], d["mean"] - d["low"]) for d in of["difference"].values()]
-        return max(reach, default=0) <= self._settings.precision
+        first, *others = self._arms
+        (of,) = summary(scores, {"": asked}, first.name).values()
+        for arm in others:
+            can = sum(name in self._answered[first.name] and name in self._answered[arm.name] for name in names)
+            found = of["difference"].get(arm.name)
+            if can and (
+                found is None or found["tasks"] < min(TASKS_A_ROUND, can) or reach(found) > self._settings.precision
+            ):
+                return False
+        return True
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -224,20 +246,22 @@ class Evaluation:
             return {"form": arm.templates[0], "validation": None}
         means = {}
         for template in arm.templates:
-            by_task = self._details([*zip(items, self._ask(arm, template, items), strict=True)])["tasks"]
+            by_task = self._details(self._ask(arm, template, items))["tasks"]
             means[template] = statistics.fmean(task["score"] for task in by_task.values())
         return {"form": max(arm.templates, key=lambda template: means[template]), "validation": means}
 
-    def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[Answer]:
+    def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[_Scored]:
         queries = [self._query(arm, template, item) for item in items]
-        return self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
+        answers = self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
+        pairs = zip(items, answers, strict=True)
+        return [_Scored(item, answer, self._scores(item.example, answer)) for item, answer in pairs]
 
     # --- scores ----------------------------------------------------------------------------------------------------
 
-    def _details(self, given: Sequence[tuple[_Item, Answer]]) -> dict[str, Any]:
-        by_task: dict[str, list[tuple[_Item, Answer, dict[str, float]]]] = {}
-        for item, answer in given:
-            by_task.setdefault(item.task.name, []).append((item, answer, self._scores(item.example, answer)))
+    def _details(self, given: Sequence[_Scored]) -> dict[str, Any]:
+        by_task: dict[str, list[_Scored]] = {}
+        for scored in given:
+            by_task.setdefault(scored.item.task.name, []).append(scored)
         tasks = {}
         for name, rows in by_task.items():
             found = dict.fromkeys(m for _, _, s in rows for m in s)  # metrics may differ within a task
@@ -247,7 +271,7 @@ class Evaluation:
                 "by_repeat": [100 * statistics.fmean(s["score"] for i, _, s in rows if i.repeat == r) for r in repeats],
                 "prompt_tokens": statistics.fmean(a.prompt_tokens for _, a, _ in rows),
             }
-        seconds = statistics.fmean(answer.seconds for _, answer in given) if given else None
+        seconds = statistics.fmean(scored.answer.seconds for scored in given) if given else None
         return {"tasks": tasks, "seconds_per_answer": seconds}
 
     def _scores(self, example: Example, answer: Answer) -> dict[str, float]:
@@ -272,6 +296,11 @@ class Evaluation:
             "containment": float(metrics.containment(answer.text, example.outputs)),
             "rouge_l": metrics.rouge_l(answer.text, example.outputs),
         }
+
+
+def reach(difference: Mapping[str, float]) -> float:
+    """How far an interval of :func:`summary` reaches from its mean, on the wider side."""
+    return max(difference["high"] - difference["mean"], difference["mean"] - difference["low"])
 
 
 def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], baseline: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
@@ -100,13 +100,10 @@ class SFT(loop.Job):
     def _trained_before(self) -> tuple[HyperNetwork, AttentionPooling | None]:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
         contents = checkpoint.read(resolve_checkpoint(self.settings.initial))
-        encoders = [
-            of and {**of, "max_examples": None} for of in (contents.blocks.get("encoder"), self._conditions.config())
-        ]
-        for what, got, expected in (
-            ("hypernetwork", to_json(contents.config), to_json(self._config())),
-            ("encoder", *encoders),  # how many examples are read changes no parameter
-        ):
+        networks = [_by_scaling(config) for config in (contents.config, self._config())]
+        # How many examples are read changes no parameter.
+        encoders = [of and of | {"max_examples": None} for of in (contents.blocks.get("encoder"), self._conditions.config())]
+        for what, got, expected in (("hypernetwork", *networks), ("encoder", *encoders)):
             got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
             if got != expected:
                 raise ConfigError(
@@ -152,6 +149,12 @@ class SFT(loop.Job):
 
     def data(self) -> dict[str, Any]:
         return self._context.data()
+
+
+def _by_scaling(config: HyperNetworkConfig) -> dict[str, Any]:
+    """``config`` with the LoRA scaling as a number, whatever it is made of; as a library's, which is float32."""
+    scaling = resolve_scaling(config.scaling, config.lora_alpha, config.rank)
+    return to_json(config) | {"lora_alpha": None, "scaling": float(f"{scaling:.6g}")}
 
 
 def _check_inputs(examples: Examples) -> None:
