@@ -156,14 +156,19 @@ def left_tokenizer():
 @pytest.fixture
 def results_tree(tmp_path):
     """A tree with committed results, one machine's of each suite, and the documents that hold blocks; no page is written."""
+    return copy_results(tmp_path)
+
+
+def copy_results(folder):
+    """Make ``folder`` such a tree."""
     from bench.report import pages  # with what draws figures: for these tests alone
     from bench.source import ROOT
 
-    (tmp_path / pages.RESULTS).mkdir(parents=True)
+    (folder / pages.RESULTS).mkdir(parents=True)
     first = {path.name.partition(".")[0]: path for path in sorted((ROOT / pages.RESULTS).glob("*.jsonl"), reverse=True)}
     for path in first.values():
-        shutil.copy(path, tmp_path / pages.RESULTS)
+        shutil.copy(path, folder / pages.RESULTS)
     for document in pages.BLOCKS.values():
-        (tmp_path / document).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / document, tmp_path / document)
-    return tmp_path
+        (folder / document).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / document, folder / document)
+    return folder

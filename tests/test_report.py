@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import copy_results
 
 from bench.records import Result, ResultError, load, memory_verdict
 from bench.report import cells, figures, pages, tables
@@ -23,12 +24,21 @@ def root(results_tree):
     return results_tree
 
 
-@pytest.fixture
-def written(root, monkeypatch):
-    """The same, written, with figures that cost no drawing."""
-    monkeypatch.setattr(figures, "svg", figures.stamp)
-    assert Report(root).write() == []
+@pytest.fixture(scope="module")
+def once_written(tmp_path_factory):
+    """A tree as ``root``'s, written, with figures that cost no drawing."""
+    root = copy_results(tmp_path_factory.mktemp("written") / "tree")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "svg", figures.stamp)
+        assert Report(root).write() == []
     return root
+
+
+@pytest.fixture
+def written(once_written, tmp_path, monkeypatch):
+    """A copy of it, to be changed."""
+    monkeypatch.setattr(figures, "svg", figures.stamp)
+    return shutil.copytree(once_written, tmp_path / "written")
 
 
 def edit(path, old, new):
