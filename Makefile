@@ -45,7 +45,7 @@ test-serving: $(SERVE)/.tested
 # With llama.cpp itself: our adapters in GGUF files, its logits beside transformers'.
 test-llama-cpp: setup
 	$(call step,llama.cpp,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[llama-cpp]")
-	$(BIN)/python -m pytest -q -m llama_cpp tests/llama_cpp
+	$(BIN)/python -m pytest -q -m llama_cpp tests/llamacpp
 
 lint: setup
 	$(BIN)/ruff check .

@@ -156,19 +156,6 @@ def left_tokenizer():
 @pytest.fixture
 def results_tree(tmp_path):
     """A tree with committed results, one machine's of each suite, and the documents that hold blocks; no page is written."""
+    from committed import copy_results  # with what draws figures: for these tests alone
+
     return copy_results(tmp_path)
-
-
-def copy_results(folder):
-    """Make ``folder`` such a tree."""
-    from bench.report import pages  # with what draws figures: for these tests alone
-    from bench.source import ROOT
-
-    (folder / pages.RESULTS).mkdir(parents=True)
-    first = {path.name.partition(".")[0]: path for path in sorted((ROOT / pages.RESULTS).glob("*.jsonl"), reverse=True)}
-    for path in first.values():
-        shutil.copy(path, folder / pages.RESULTS)
-    for document in pages.BLOCKS.values():
-        (folder / document).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / document, folder / document)
-    return folder

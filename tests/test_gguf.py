@@ -1,4 +1,4 @@
-"""Adapters as GGUF files: what is in them, in which order, and what is refused; tests/llama_cpp has llama.cpp run them."""
+"""Adapters as GGUF files: what is in them, in which order, and what is refused; tests/llamacpp has llama.cpp run them."""
 
 import re
 import types

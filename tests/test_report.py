@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import copy_results
+from committed import copy_results
 
 from bench.records import Result, ResultError, load, memory_verdict
 from bench.report import cells, figures, pages, tables

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from llama_cpp.running import LlamaCpp, write_base
+from llamacpp.running import LlamaCpp, write_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2l_engine as t2l

@@ -5,7 +5,6 @@ import contextlib
 import gguf
 import numpy as np
 import torch
-from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
 from t2l_engine.adapters.gguf_write import ARCHITECTURES, interleaved
 
@@ -17,6 +16,8 @@ class LlamaCpp:
     """A model file on two threads; keys and values in float32."""
 
     def __init__(self, file):
+        from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib  # here: collected without it, too
+
         self._ffi, self._lib = get_ffi(), get_lib()
         self._lib.llama_log_set(self._ffi.NULL, self._ffi.NULL)
         self._lib.llama_backend_init()
