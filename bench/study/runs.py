@@ -32,12 +32,10 @@ def tasks(source: Path, work: Path, benchmarks: Path | None = None) -> None:
     manifest = manifests.read(plan.MANIFEST)
     permissive = manifests.select(manifest.tasks, manifest, "train", permissive=True)
     names = {"train": permissive, "held-out": sorted([*manifest.names("sibling"), *manifest.names("novel")])}
-    everything = []
+    loaded = {task.name: task for task in checked(source, [name for chosen in names.values() for name in chosen])}
     for tier, chosen in names.items():
-        loaded = checked(source, chosen)
-        training.write(folder_of(work, tier), [worded(task) for task in loaded])
-        everything += [asked(task) for task in loaded]
-    training.write(folder_of(work, "evaluation"), everything)
+        training.write(folder_of(work, tier), [worded(loaded[name]) for name in chosen])
+    training.write(folder_of(work, "evaluation"), [asked(task) for task in loaded.values()])
     if benchmarks is not None:
         training.write(folder_of(work, "benchmarks"), load_tasks(benchmarks, None))
 

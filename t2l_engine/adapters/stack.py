@@ -353,9 +353,9 @@ class AdapterStack:
 
         Raises:
             IndexError: ``adapter`` is out of range.
-            ValueError: another type of base model, a module that such files do not have, ranks of 0 throughout, or values
-                that exceed ``dtype``.
-            ImportError: ``gguf`` is not installed.
+            ValueError: another type of base model, heads that do not fit it, a module that such files do not have, ranks of
+                0 throughout, or values or a scaling that readers refuse.
+            ImportError: ``gguf`` is not installed, or before 0.18.
         """
         gguf_write.write(self._peft(adapter, adapts=True), Path(file), config, dtype, description, prompt_prefix)
 

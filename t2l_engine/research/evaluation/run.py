@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import statistics
@@ -108,11 +109,6 @@ class Evaluation:
                 sandbox.check_sandbox()
             except RuntimeError as error:
                 raise ValueError(f"run_code: {error}") from None
-        #: Of each arm, the tasks that it has adapters for.
-        self._answered = {
-            arm.name: {t.name for t in tasks if any(self._adapter(arm, _Item(t, e, 0)) is not None for e in t.examples[:1])}
-            for arm in arms
-        }
         self._validated = {task.name: self._validation_items(task) for task in tasks}
 
     @property
@@ -182,6 +178,19 @@ class Evaluation:
             ):
                 return False
         return True
+
+    @functools.cached_property
+    def _answered(self) -> dict[str, set[str]]:
+        """Of each arm, the tasks that it has adapters for.
+
+        Not before ``precision`` asks: finding the key of an adapter may load an encoder.
+        """
+        return {
+            arm.name: {
+                t.name for t in self._tasks if any(self._adapter(arm, _Item(t, e, 0)) is not None for e in t.examples[:1])
+            }
+            for arm in self._arms
+        }
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
