@@ -44,7 +44,7 @@ struct PanelOf<bf16> {
   using Weight = bf16;
   static constexpr int kPack = 2, kStep = kTileFeatures;
 };
-#elif T2L_ISA_LEVEL == T2L_AVX512_BF16
+#elif T2L_ISA_LEVEL == T2L_AVX512_BF16 && !T2L_WIDE_PANELS
 template <>
 struct PanelOf<bf16> {
   using Element = uint32_t;  // two consecutive features

@@ -80,7 +80,9 @@ inline int64_t probe_steps<bf16>(int64_t iterations) {
 }
 #endif
 
+// With wide panels the products of both are of float32.
 int64_t probe_multiply_adds(DType type, int64_t iterations) {
+  if (T2L_WIDE_PANELS) return probe_steps<float>(iterations);
   return type == DType::bf16 ? probe_steps<bf16>(iterations) : probe_steps<float>(iterations);
 }
 

@@ -24,9 +24,16 @@
 #ifndef T2L_TILES
 #define T2L_TILES 0
 #endif
+// 1: the panels of panel.h hold float32 also where the instruction set has a dot product of bfloat16.
+#ifndef T2L_WIDE_PANELS
+#define T2L_WIDE_PANELS 0
+#endif
 
 #if T2L_TILES == T2L_TILES_MODEL
 #define T2L_ISA_NAMESPACE amx_model
+#elif T2L_WIDE_PANELS
+#define T2L_ISA_NAMESPACE avx512_bf16_wide
+#define T2L_TARGET "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"
 #elif T2L_ISA_LEVEL == T2L_GENERIC
 #define T2L_ISA_NAMESPACE generic
 #elif T2L_ISA_LEVEL == T2L_AVX2

@@ -7,7 +7,8 @@
 
 namespace t2l {
 
-// Names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.
+// Names in T2L_ISA.  amx_model: the kernels of amx in plain C++, for tests: any CPU has it.  avx512_bf16_wide: avx512_bf16,
+// but weights of the hypernetwork are widened to float32.
 enum class Isa : int32_t {
   generic = 0,
   avx2 = 1,
@@ -16,9 +17,10 @@ enum class Isa : int32_t {
   amx = 4,
   amx_model = 5,
   neon = 6,
-  neon_bf16 = 7
+  neon_bf16 = 7,
+  avx512_bf16_wide = 8
 };
-constexpr int kNumIsas = 8;
+constexpr int kNumIsas = 9;
 
 // Its name.
 const char* isa_name(Isa isa);

@@ -58,7 +58,8 @@ typedef enum t2l_isa {
   T2L_ISA_AMX = 5,
   T2L_ISA_AMX_MODEL = 6,  // the kernels of amx in plain C++: for tests
   T2L_ISA_NEON = 7,
-  T2L_ISA_NEON_BF16 = 8
+  T2L_ISA_NEON_BF16 = 8,
+  T2L_ISA_AVX512_BF16_WIDE = 9  // avx512_bf16 with the hypernetwork's weights widened to float32
 } t2l_isa;
 
 // The fastest instruction set of this CPU; never T2L_ISA_BEST.  Asks the system once for the matrix tiles of AMX, which

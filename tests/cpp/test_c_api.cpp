@@ -65,9 +65,10 @@ void test_names() {
   CHECK(std::string(t2l_isa_name(T2L_ISA_GENERIC)) == "generic" && std::string(t2l_isa_name(T2L_ISA_AVX2)) == "avx2");
   CHECK(std::string(t2l_isa_name(T2L_ISA_BEST)) == t2l_isa_name(t2l_detected_isa()));
   CHECK(t2l_isa_name(-1) == nullptr && std::string(t2l_isa_name(T2L_ISA_NEON_BF16)) == "neon_bf16");
-  CHECK(t2l_isa_name(T2L_ISA_NEON_BF16 + 1) == nullptr);
+  CHECK(std::string(t2l_isa_name(T2L_ISA_AVX512_BF16_WIDE)) == "avx512_bf16_wide");
+  CHECK(t2l_isa_name(T2L_ISA_AVX512_BF16_WIDE + 1) == nullptr);
   CHECK(t2l_has_isa(T2L_ISA_GENERIC) && t2l_has_isa(T2L_ISA_AMX_MODEL) && t2l_has_isa(t2l_detected_isa()));
-  CHECK(!t2l_has_isa(-1) && !t2l_has_isa(T2L_ISA_NEON_BF16 + 1));
+  CHECK(!t2l_has_isa(-1) && !t2l_has_isa(T2L_ISA_AVX512_BF16_WIDE + 1));
 }
 
 // T2L_ISA, which kernels.h reads and the C API does not: an instruction set of this CPU, or an error.
