@@ -1,5 +1,5 @@
-"""Engines of others that serve the adapters of this package: a package for each.
+"""Generated adapters where they are served: in the engines of others, a module for each, on a page, in a chat.
 
-No other room imports this one: a serving engine finds it by an entry point, ``t2l_vllm.register``.  Imports the engine and
+vLLM finds its package by an entry point, ``t2l_vllm.register``; of other rooms only ``cli`` imports this one.  Imports the engine and
 the rooms below it, never ``research``.
 """

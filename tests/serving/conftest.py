@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from t2l_engine.serving.vllm.checkpoints import Checkpoint
+from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.vllm.settings import Settings
 
 

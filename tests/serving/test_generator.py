@@ -12,10 +12,10 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.hypernetwork.folder import BUNDLED
+from t2l_engine.serving.checkpoints import Checkpoint
+from t2l_engine.serving.spool import Unavailable
 from t2l_engine.serving.vllm import generator as module
-from t2l_engine.serving.vllm.checkpoints import Checkpoint
 from t2l_engine.serving.vllm.generator import Generator
-from t2l_engine.serving.vllm.spool import Unavailable
 
 TEXTS = [f"Return element {i} of the list." for i in range(70)]
 

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 import t2l_engine as t2l
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.hypernetwork.folder import BUNDLED
-from t2l_engine.serving.vllm import checkpoints, memory
+from t2l_engine.serving import checkpoints
+from t2l_engine.serving.vllm import memory
 from t2l_engine.serving.vllm.generator import Generator
 
 TEXTS = ["Return the last element of the list.", "Name the antonym of the word.", "Repeat the word twice."]

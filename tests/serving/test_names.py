@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2l_engine.serving.vllm import names
-from t2l_engine.serving.vllm.names import Request, parse
+from t2l_engine.serving import names
+from t2l_engine.serving.names import Request, parse
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from t2l_engine import AdapterStack
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from t2l_engine.serving.vllm.spool import Spool, Unavailable
+from t2l_engine.serving.spool import Spool, Unavailable
 
 DAY = 24 * 3600
 

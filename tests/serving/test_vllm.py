@@ -31,9 +31,10 @@ from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 import t2l_engine as t2l
 import t2l_vllm
+from t2l_engine.serving import names
 from t2l_engine.serving import vllm as serving
-from t2l_engine.serving.vllm import memory, names, offline, plugin
-from t2l_engine.serving.vllm.checkpoints import Checkpoint
+from t2l_engine.serving.checkpoints import Checkpoint
+from t2l_engine.serving.vllm import memory, offline, plugin
 
 pytestmark = pytest.mark.serving
 TEXT = "Return the last element of the list."

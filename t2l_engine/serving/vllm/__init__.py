@@ -1,5 +1,5 @@
 """Text-to-LoRA inside vLLM: a request whose ``model`` is a sentence, and this package's kernels under its LoRA layers.
 
-``settings``, ``names``, ``spool``, ``generator`` and ``memory`` need no vLLM; ``resolver``, ``http``, ``offline``, ``hooks``
+``settings``, ``generator`` and ``memory`` need no vLLM; ``resolver``, ``http``, ``offline``, ``hooks``
 and ``punica`` do.
 """

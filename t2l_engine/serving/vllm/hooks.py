@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2l_engine import ops
-from t2l_engine.serving.vllm import names
+from t2l_engine.serving import names
 
 if TYPE_CHECKING:
     from t2l_engine.serving.vllm.settings import Settings

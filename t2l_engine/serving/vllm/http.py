@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import VLLMValidationError
 
-from t2l_engine.serving.vllm import names
+from t2l_engine.serving import names
 from t2l_engine.serving.vllm.resolver import T2LResolver, client_errors
 
 PATH = "/v1/t2l/adapters"

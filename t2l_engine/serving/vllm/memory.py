@@ -12,9 +12,9 @@ from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import read_safetensors
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.serving.vllm.checkpoints import fingerprint, tensors
+from t2l_engine.serving.checkpoints import fingerprint, tensors
+from t2l_engine.serving.spool import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 from t2l_engine.serving.vllm.settings import Settings
-from t2l_engine.serving.vllm.spool import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 
 _lock = threading.Lock()
 #: Short name and source of a checkpoint of this process -> hypernetwork and its fingerprint.

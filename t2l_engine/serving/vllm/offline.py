@@ -10,13 +10,13 @@ from pathlib import Path
 from vllm.lora.request import LoRARequest
 
 from t2l_engine.engine import TextToLoRA
-from t2l_engine.serving.vllm import names
-from t2l_engine.serving.vllm.checkpoints import Checkpoint
+from t2l_engine.serving import names
+from t2l_engine.serving.checkpoints import Checkpoint
+from t2l_engine.serving.spool import Spool
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.generator import BATCH
 from t2l_engine.serving.vllm.memory import own_hypernetwork
 from t2l_engine.serving.vllm.settings import MEMORY, Settings
-from t2l_engine.serving.vllm.spool import Spool
 
 _lock = threading.Lock()
 _ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process: vLLM takes adapters of one id for the same

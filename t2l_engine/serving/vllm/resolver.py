@@ -11,11 +11,11 @@ from vllm.exceptions import GracefulHTTPError, VLLMServerError, VLLMValidationEr
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from t2l_engine.serving.vllm import names
-from t2l_engine.serving.vllm.checkpoints import Checkpoint
+from t2l_engine.serving import names
+from t2l_engine.serving.checkpoints import Checkpoint
+from t2l_engine.serving.spool import Unavailable
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.generator import Generator, logger
-from t2l_engine.serving.vllm.spool import Unavailable
 
 
 @contextlib.contextmanager

@@ -24,8 +24,8 @@ from t2l_engine.files.weights import content_checksum
 from t2l_engine.hypernetwork import checkpoint as checkpoints
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
-from t2l_engine.serving.vllm import names
-from t2l_engine.serving.vllm.spool import DTYPE, Spool, Unavailable
+from t2l_engine.serving import names
+from t2l_engine.serving.spool import DTYPE, Spool, Unavailable
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder
 from t2l_engine.text.reader import TextReader
