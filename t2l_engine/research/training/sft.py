@@ -113,7 +113,9 @@ class SFT(loop.Job):
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         reads = isinstance(self._conditions, ReadConditions)
         pooling = build_pooling(contents, self._conditions.reader_config) if reads else None
-        return build(contents).requires_grad_(), pooling and pooling.requires_grad_()
+        # What is published may be rounded; steps would be lost in bfloat16.
+        net = build(contents).set_dtype(torch.float32)
+        return net.requires_grad_(), pooling and pooling.requires_grad_()
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
