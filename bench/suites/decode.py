@@ -120,6 +120,9 @@ def sweep(context: Context, dtype: torch.dtype) -> Iterator[Record]:
         right[BASE] = tuple(t.expand(count, -1) for t in _exact(wide, model, None, fresh[:1], [0])["decode"])
         del wide
         errors = {n: logits_error(models.decode(f, fresh)(), *right[n]) for n, f in forwards.items()}
+        # With one adapter all rows are alike, and one draw of rounding errors bounds no other: those of all adapters do.
+        allowed = logits_error(other, exact, other).bound
+        errors = {n: error._replace(bound=max(error.bound, allowed)) for n, error in errors.items()}
         for n, error in errors.items():
             verify(f"{n} adapters", {OURS: None}, {OURS: error})
         timings = context.time({n: models.decode(f, timed) for n, f in forwards.items()}, factor=20)
