@@ -55,18 +55,34 @@ inline DType lora_compute_type(const LoraParams& p) { return p.x_type == p.w_typ
 constexpr int kWideTiles = 4;
 constexpr int large_m_tiles(int64_t element, int n_tiles) { return element == 4 && n_tiles == kWideTiles ? 1 : 2; }
 
-// Occupancy by registers, in blocks per SM; a launch should have at least one wave of them.
+// Occupancy by registers, in blocks per SM: a launch that has no more of them runs in one wave.
 constexpr int lora_blocks_per_sm(int64_t element, int m_tiles) { return element == 2 && m_tiles == 1 ? 2 : 1; }
+
+// Outputs of a slice: the finest cut with which all chunks of all slices run at once, in `slots` blocks; where whole members
+// are too many already, those, since each slice reads x and A again.
+inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int64_t chunks, int64_t slots) {
+  constexpr int64_t kStep = kWarps * kWarpOutputs;
+  int64_t outputs = 0, widest = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    outputs += members[i].out;
+    widest = max(widest, members[i].out);
+  }
+  const auto slices = [&](int64_t size) {
+    int64_t found = 0;
+    for (int64_t i = 0; i < count; ++i) found += ceil_div(members[i].out, size);
+    return found;
+  };
+  const int64_t most = max(1, slots / max(chunks, 1)), whole = round_up(widest, kStep);
+  int64_t size = min(round_up(max(1, ceil_div(outputs, most)), kStep), whole);  // none is finer: slices end with their member
+  while (size < whole && slices(size) > most) size += kStep;
+  return size;
+}
 
 inline LoraConfig lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits, bool large_chunks) {
   const LoraParams& p = members[0];
   LoraConfig c{};
-  int64_t rank = 1, outputs = 0, widest = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    rank = max(rank, members[i].rank);
-    outputs += members[i].out;
-    widest = max(widest, members[i].out);
-  }
+  int64_t rank = 1;
+  for (int64_t i = 0; i < count; ++i) rank = max(rank, members[i].rank);
   const int64_t element = bytes_of(lora_compute_type(p));
   c.one_token_per_block = !large_chunks && p.max_seg_len <= 1 && p.segments == p.tokens && p.tokens <= kMaxOneTokenBlocks;
   c.n_tiles = rank <= 8 ? 1 : rank <= 16 ? 2 : kWideTiles;
@@ -75,8 +91,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t used_adapters = min(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // adapters in use, at most
   c.chunks = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / chunk + used_adapters);
   const int64_t blocks = lora_blocks_per_sm(element, c.m_tiles) * limits.num_sms;
-  const int64_t wanted_slices = max(1, ceil_div(blocks, max(c.chunks, 1)));
-  c.outputs = round_up(min(widest, ceil_div(outputs, wanted_slices)), kWarps * kWarpOutputs);
+  c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
   for (int64_t i = 0; i < count; ++i)
     c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(ceil_div(members[i].out, c.outputs));
   const int64_t width = round_up(rank, 8 * c.n_tiles);

@@ -1,5 +1,6 @@
 // Host side of a kernel launch, on a device or in the emulator.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 
@@ -13,15 +14,23 @@
 
 namespace t2l::cuda {
 
-// Limits of the current device.
+// Limits of the current device; the driver is asked once for each.
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
 #ifdef T2L_EMULATOR
   limits.num_sms = emu::num_sms();
   limits.shared_bytes = emu::kMaxSharedBytes;
 #else
+  constexpr int kDevices = 64;                        // whose limits are kept
+  static std::atomic<uint64_t> known[kDevices] = {};  // SMs in the upper half, bytes in the lower; 0: not asked yet
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
+  const bool is_kept = error == cudaSuccess && device < kDevices;
+  if (const uint64_t found = is_kept ? known[device].load(std::memory_order_relaxed) : 0) {
+    limits.num_sms = static_cast<int>(found >> 32);
+    limits.shared_bytes = static_cast<int>(found & 0xffffffffu);
+    return limits;
+  }
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&limits.num_sms, cudaDevAttrMultiProcessorCount, device);
   if (error == cudaSuccess)
     error = cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -33,6 +42,8 @@ inline DeviceLimits device_limits() {
     static thread_local char text[96];
     std::snprintf(text, sizeof(text), "expected a device of compute capability 8.0 or later, got %d.%d", major, minor);
     limits.error = text;
+  } else if (is_kept) {
+    known[device].store(uint64_t(limits.num_sms) << 32 | uint32_t(limits.shared_bytes), std::memory_order_relaxed);
   }
 #endif
   return limits;

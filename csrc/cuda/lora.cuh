@@ -111,6 +111,7 @@ T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* s
   const int count = static_cast<int>(cuda::min(size, found[2] - start));
   int seen = 0;  // tokens of this adapter in earlier segments
   for (int64_t s = 0; seen < start + count; s += kThreads) {
+    require(s < p.segments, "seg_adapters: changed since its tokens were counted");  // or the loop would not end
     int total;
     const int length = tokens_of(p, s + thread_index(), adapter);
     const int place = seen + scan_block(length, scratch, &total);

@@ -275,7 +275,7 @@ T2L_DEVICE float to_tf32(float v) {
   return emu::float_to_tf32(v);
 #else
   uint32_t out;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
   return __uint_as_float(v != v ? 0x7fffe000u : out & 0xffffe000u);
 #endif
 }
@@ -330,7 +330,7 @@ T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
 #ifdef T2L_EMULATOR
   emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::bit_cast<float>(bits << 16); });
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -339,7 +339,7 @@ T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
 #ifdef T2L_EMULATOR
   emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::half_to_float(static_cast<uint16_t>(bits)); });
 #else
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -350,7 +350,7 @@ T2L_DEVICE void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[
 #ifdef T2L_EMULATOR
   emu::mma_16x8x8(d, a, b);
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
         "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));

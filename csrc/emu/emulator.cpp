@@ -86,7 +86,7 @@ struct Warp {
 // Double-buffered: a lane may deposit for the next exchange before another has read the last one.
 struct ExchangeBuffer {
   Slot slots[kLanes];
-  Tile tile;
+  Operands operands;
 };
 
 class Machine : public Running {
@@ -338,7 +338,7 @@ T2L_EMU_NO_TSAN Exchange Machine::exchange_slots(const Slot& mine, int bytes) {
     warp.at_exchange |= me;
     run_next();
   }
-  return Exchange{buffer.slots, &buffer.tile, last};
+  return Exchange{buffer.slots, &buffer.operands, last};
 }
 
 T2L_EMU_NO_TSAN void Machine::describe_deadlock() {

@@ -174,13 +174,15 @@ constexpr int kLanes = 32;
 struct alignas(16) Slot {
   uint32_t word[8];
 };
-struct Tile {
-  alignas(64) double value[16][8];
+// Of an MMA.
+struct Operands {
+  float a[16][16];  // [row][k]
+  alignas(32) float b[16][8];
 };
 struct Exchange {
-  const Slot* slots;  // of all lanes
-  Tile* tile;         // for a result that the last lane computes from them
-  bool last;          // to arrive: it continues first, so it may fill the tile
+  const Slot* slots;   // of all lanes
+  Operands* operands;  // that the last lane gathers from them
+  bool last;           // to arrive: it continues first, so it may fill the operands
 };
 // Both stay valid until the lane's next exchange.  Different sizes within a warp are an error: divergent calls.
 Exchange exchange_slots(const Slot& mine, int bytes);
@@ -263,14 +265,7 @@ inline void cos_sin(float x, float* c, float* s) {
   *s = std::sin(x);
 }
 
-// ---- tensor cores: one exchange per MMA, in which the last lane to arrive computes the product
-
-struct Operands {
-  float a[16][16];  // [row][k]
-  alignas(32) float b[16][8];
-};
-// Products accumulated in float64.
-Tile multiply(const Operands& operands, int depth);
+// ---- tensor cores: one exchange per MMA, in which the last lane to arrive gathers the operands
 
 // Operands of m16n8k16 from the fragments of all lanes.
 template <class Convert>
@@ -305,15 +300,18 @@ T2L_EMU_NO_TSAN inline Slot fragments(const void* a, const void* b) {
   __builtin_memcpy(&slot.word[4], b, 8);
   return slot;
 }
-// d += this lane's fragment of the tile, truncated toward zero: the worst accumulation of any device.
-void accumulate_tile(float (&d)[4], const Tile& tile);
+// d += this lane's fragment of the product over `depth`, summed as tensor cores do: every addend, d among them, is aligned to
+// the largest exponent and cut one bit below a float's last, the sum is exact, and cut to a float.  Devices that keep more
+// bits, or sum fewer addends at a time, are no worse.
+// Source: Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores.
+void accumulate(float (&d)[4], const Operands& operands, int depth);
 
 // `convert`: 16 bits to float.
 template <class Convert>
 T2L_EMU_NO_TSAN inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Convert convert) {
   const Exchange exchange = exchange_slots(fragments(a, b), 24);
-  if (exchange.last) *exchange.tile = multiply(gather_16bit(exchange.slots, convert), 16);
-  accumulate_tile(d, *exchange.tile);
+  if (exchange.last) *exchange.operands = gather_16bit(exchange.slots, convert);
+  accumulate(d, *exchange.operands, 16);
 }
 void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]);
 

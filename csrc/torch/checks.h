@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -131,6 +132,13 @@ inline Rows rows_of(const Op& op, std::string_view name, const Tensor& t) {
     rows.count *= size;
   }
   return rows;
+}
+
+// For rows that are written: `width` elements of each.
+inline void check_apart(const Op& op, std::string_view name, const Rows& rows, int64_t width) {
+  if (rows.count > 1 && width > 0 && std::abs(rows.stride) < width)
+    fail(op, name, "rows that do not overlap",
+         "rows of " + std::to_string(width) + " elements, " + std::to_string(rows.stride) + " apart");
 }
 
 inline void check_contiguous(const Op& op, std::string_view name, const Tensor& t) {

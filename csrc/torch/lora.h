@@ -170,6 +170,8 @@ template <class Backend>
 void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
               const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
   const Op op = op_of<Backend>("lora_add_", y);
+  const Rows rows = rows_of(op, "y", y);
+  check_apart(op, "y", rows, y.size(y.dim() - 1));
   LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
   p.y = y.mutable_data_ptr();
   if (!covered<Backend>(x, lora_A)) {
@@ -195,8 +197,9 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   listed("lora_B", lora_B.size());
   listed("ranks", ranks.size());
   listed("offsets", offsets.size());
-  rows_of(op, "y", y);
+  const Rows rows = rows_of(op, "y", y);
   const int64_t columns = y.size(y.dim() - 1);
+  check_apart(op, "y", rows, columns);
   std::vector<LoraParams> members;
   int64_t end = 0;
   bool all_covered = true;

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cuda/config.h"
 #include "cuda/primitives.cuh"
 
 namespace {
@@ -112,6 +113,67 @@ std::string check_tf32_product() {
     for (int i = 0; i < 2; ++i) b[i] = with_low_bits(m.b[i == 0 ? in_group : in_group + 4][group]);
     mma_16x8x8(d, a, b);
   });
+}
+
+// Addends are cut to 24 bits behind the first of the largest one, and the sum to a float.
+std::string check_cut_sums() {
+  const auto sum = [](float first, float rest, float before) {
+    float result = 0;
+    const char* error = launch(1, 32, [&] {
+      const int lane = lane_index();
+      float d[4] = {before, before, before, before};
+      // Row 0 of A: `first`, then `rest`; B: ones.
+      const auto pair = [&](int k) {
+        bf16 low, high;
+        from_float(lane / 4 ? 0.0f : k ? rest : first, &low);
+        from_float(lane / 4 ? 0.0f : rest, &high);
+        return low.bits | static_cast<uint32_t>(high.bits) << 16;
+      };
+      const uint32_t ones = 0x3f803f80u, a[4] = {pair(lane % 4 * 2), 0, pair(8 + lane % 4 * 2), 0}, b[2] = {ones, ones};
+      mma_16x8x16(d, a, b, bf16());
+      if (lane == 0) result = d[0];
+    });
+    return error ? -1.0f : result;
+  };
+  EXPECT(sum(1.0f, std::ldexp(1.0f, -25), 0.0f) == 1.0f);  // exactly, 1 + 15/4 units in the last place
+  EXPECT(sum(1.0f, std::ldexp(1.0f, -24), 0.0f) == 1.0f + 7 * std::ldexp(1.0f, -23));
+  EXPECT(sum(-1.0f, std::ldexp(-1.0f, -24), 0.0f) == -1.0f - 7 * std::ldexp(1.0f, -23));  // toward zero
+  EXPECT(sum(std::ldexp(1.0f, -25), std::ldexp(1.0f, -25), 1.0f) == 1.0f);  // d is an addend like the others
+  EXPECT(sum(1.0f, 1.0f, -16.0f) == 0.0f && sum(0.0f, 0.0f, 0.0f) == 0.0f);
+  EXPECT(sum(1.0f, 1.0f, std::numeric_limits<float>::infinity()) == std::numeric_limits<float>::infinity());
+  EXPECT(std::isnan(sum(std::numeric_limits<float>::quiet_NaN(), 1.0f, 0.0f)));
+  return "";
+}
+
+// ---- launch configuration
+
+// Over sizes of models and batches: blocks of LoRA fit the device at once where whole members do, and no finer cut would.
+std::string check_lora_cut() {
+  namespace cuda = t2l::cuda;
+  constexpr int64_t kStep = cuda::kWarps * cuda::kWarpOutputs;
+  const std::vector<std::vector<int64_t>> groups = {
+      {64}, {576}, {4096}, {14336}, {128256}, {4096, 1024}, {576, 192}, {4096, 1024, 1024}, {14336, 14336}, {3072, 0, 1}};
+  int64_t cases = 0;
+  for (const std::vector<int64_t>& outs : groups)
+    for (const int64_t slots : {108, 132, 216, 264})
+      for (int64_t chunks = 1; chunks <= 2 * slots; ++chunks) {
+        std::vector<t2l::LoraParams> members(outs.size());
+        for (size_t i = 0; i < outs.size(); ++i) members[i].out = outs[i];
+        const int64_t count = static_cast<int64_t>(outs.size());
+        const int64_t size = cuda::lora_slice_outputs(members.data(), count, chunks, slots);
+        const auto blocks = [&](int64_t outputs) {
+          int64_t slices = 0;
+          for (const int64_t out : outs) slices += cuda::ceil_div(out, outputs);
+          return slices * chunks;
+        };
+        const int64_t whole = cuda::round_up(*std::max_element(outs.begin(), outs.end()), kStep);
+        EXPECT(size >= kStep && size % kStep == 0 && size <= whole, static_cast<double>(size));
+        EXPECT(blocks(size) <= slots || size == whole, static_cast<double>(chunks));
+        EXPECT(size == kStep || blocks(size - kStep) > slots, static_cast<double>(chunks));
+        ++cases;
+      }
+  EXPECT(cases == 10 * 2 * (108 + 132 + 216 + 264));
+  return "";
 }
 
 // ---- conversions
@@ -364,6 +426,8 @@ const Check kChecks[] = {
     {"bf16_product", check_16bit_product<bf16>},
     {"f16_product", check_16bit_product<f16>},
     {"tf32_product", check_tf32_product},
+    {"cut_sums", check_cut_sums},
+    {"lora_cut", check_lora_cut},
     {"bf16_conversions", [] { return check_16bit_conversions<bf16>(8); }},
     {"f16_conversions", [] { return check_16bit_conversions<f16>(5); }},
     {"tf32_conversions", check_tf32_conversions},

@@ -67,7 +67,7 @@ BUGS = [
 
 CHECKS = (
     "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies counters grid "
-    "refused_launches streams schedules"
+    "refused_launches streams schedules cut_sums lora_cut"
 ).split()
 
 

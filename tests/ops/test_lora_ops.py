@@ -69,6 +69,7 @@ def test_lora_add_group(case):
         ({"offsets": [-1, 48, 64]}, "got columns -1 to 47 at member 0"),
         ({"offsets": [2**62, 48, 64]}, "at member 0"),
         ({"x": torch.zeros(66, 65)}, r"lora_A: expected shape \[\*, \*, 65\]"),
+        ({"y": torch.zeros(80).expand(66, 80)}, "y: expected rows that do not overlap, got rows of 80 elements, 0 apart"),
     ],
 )
 def test_lora_add_group_errors(change, message):
@@ -325,6 +326,8 @@ def test_tokens_without_segments():
         ({"x": torch.zeros(3, 2, 6).transpose(0, 1)}, "x: expected rows at one distance from each other"),
         ({"x": torch.zeros(2, 3, 6), "y": torch.zeros(2, 4, 5)}, r"y: expected shape \[2, 3, 5\], got \[2, 4, 5\]"),
         ({"x": torch.zeros(())}, r"x: expected shape \[\.\.\., features\], got \[\]"),
+        ({"y": torch.zeros(5).expand(6, 5)}, "y: expected rows that do not overlap, got rows of 5 elements, 0 apart"),
+        ({"y": torch.zeros(40).as_strided((6, 5), (3, 1))}, "y: expected rows .*, got rows of 5 elements, 3 apart"),
     ],
 )
 def test_lora_errors(change, message):
