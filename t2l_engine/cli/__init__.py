@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from t2l_engine.cli import adapt, chat, cost, evaluate, export, folders, generate, info, serve_flags, tasks, train
+from t2l_engine.cli import adapt, chat, cost, evaluate, export, folders, generate, info, serve_flags, tasks, train, ui
 from t2l_engine.cli.common import say
 
 STATUS = (
@@ -30,8 +30,8 @@ app = typer.Typer(
     epilog=STATUS,
 )
 for command in (
-    generate.generate, adapt.adapt, chat.chat, evaluate.evaluate, folders.convert, export.export, folders.show, cost.cost,
-    info.info, serve_flags.serve_flags,
+    generate.generate, adapt.adapt, chat.chat, ui.ui, evaluate.evaluate, folders.convert, export.export, folders.show,
+    cost.cost, info.info, serve_flags.serve_flags,
 ):  # fmt: skip
     app.command(epilog=STATUS)(command)
 app.add_typer(train.app, name="train")

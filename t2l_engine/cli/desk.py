@@ -1,0 +1,62 @@
+"""What ``t2l chat`` and ``t2l ui`` open: a base model beside the adapters of descriptions, from the options of a command."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from t2l_engine.cli.common import DType, base_model_of, load_engine
+from t2l_engine.cli.export import GGUF, prompt_prefix
+from t2l_engine.cli.export import save as save_gguf
+
+if TYPE_CHECKING:
+    from t2l_engine.serving.side_by_side import SideBySide
+
+
+@dataclasses.dataclass(frozen=True)
+class Desk:
+    """``base_model``: its name; ``folder``: the checkpoint's."""
+
+    side_by_side: SideBySide
+    base_model: str
+    folder: Path
+
+    def save(self, description: str, path: Path) -> None:
+        """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder; ValueError where it cannot be."""
+        self.side_by_side.run(lambda: self._save(description, path))
+
+    def _save(self, description: str, path: Path) -> None:
+        of = self.side_by_side
+        stack = of.engine.generate([description])
+        if path.suffix == GGUF:
+            prefix = prompt_prefix(of.engine, self.folder)(description)
+            save_gguf(stack, 0, path, of.model.config, None, description, prefix)
+        else:
+            stack.save_pretrained(path, base_model_name_or_path=self.base_model)
+
+
+def open_desk(
+    checkpoint: str,
+    base_model: str,
+    *,
+    slots: int,
+    max_new_tokens: int,
+    dtype: DType,
+    scaling: str,
+    encoder: str,
+    trust_remote_code: bool,
+) -> Desk:
+    """Load all that the options name; ValueError for answers that are longer than the model's context."""
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.serving.side_by_side import SideBySide
+    from t2l_engine.text import base_model as models
+
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    name = base_model_of(folder, base_model)
+    model, tokenizer = models.load(name, dtype.torch)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and max_new_tokens >= limit:
+        raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
+    described = checkpoints.describe(folder).get("training", {}).get("prompt") == "description"
+    return Desk(SideBySide(engine, model, tokenizer, slots=slots, described=described), name, folder)

@@ -1,0 +1,247 @@
+"""A page in the browser: sentences become adapters, which answer an input beside the base model.  Needs Gradio."""
+
+from __future__ import annotations
+
+import functools
+import html
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pandas as pd
+
+from t2l_engine.adapters.similarity import AdapterMap
+from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
+
+#: Most characters of a description and of an input.
+MAX_DESCRIPTION, MAX_INPUT = 1000, 4000
+#: Files that are kept for downloads; and seconds for which Gradio keeps its copies, and between two looks for older ones.
+FILES, KEEP_COPIES = 8, 3600
+#: Rows of the table of earlier answers.
+HISTORY = 50
+PEFT, GGUF = "PEFT folder (.zip)", "GGUF file for llama.cpp"
+#: Columns of the map; kinds of its points.
+COLUMNS = ["x", "y", "adapter", "kind"]
+LANDMARK, YOURS = "known task", "yours"
+#: Landmarks of an adapter that are named.
+NEAREST = 3
+
+_STYLE = """
+.answers { width: 100%; border-collapse: collapse; table-layout: fixed; border: none !important; }
+.answers tr, .answers td { border: none !important; }
+.answers td { padding: .5rem .75rem; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere; }
+.answers tr { border-bottom: 1px solid var(--border-color-primary) !important; }
+.answers td:first-child { width: 46%; color: var(--body-text-color); opacity: .75; }
+.answers td:last-child { font-family: var(--font-mono); }
+"""
+
+
+class Page:
+    """The page's functions, each called by one of its elements; :meth:`blocks` lays them out.
+
+    Args:
+        desk: answers.
+        save: writes the adapter of a description to a folder in PEFT's format, or to FILE.gguf.
+        title: what the page says of checkpoint and base model.
+        landmarks: (name, description) of tasks that are shown on the map, at least three.
+        max_new_tokens: the longest answer that can be asked for.
+    """
+
+    def __init__(
+        self,
+        desk: SideBySide,
+        save: Callable[[str, Path], None],
+        *,
+        title: str,
+        landmarks: Sequence[tuple[str, str]],
+        max_new_tokens: int = 256,
+    ):
+        self.desk, self.save, self.title = desk, save, title
+        self.landmarks, self.max_new_tokens = landmarks, max_new_tokens
+        self._files = tempfile.TemporaryDirectory(prefix="t2l-ui-")  # removed with this object
+        self._folders: deque[Path] = deque()
+
+    # --- answers ---------------------------------------------------------------------------------------------------
+
+    def answer(
+        self, descriptions: str, text: str, beside: bool, tokens: float, history: list[list[str]]
+    ) -> Iterator[tuple[str, str, list[list[str]], list[list[str]], Any]]:
+        """(table of answers, times, history for the session and its table, choices for a download), again and again."""
+        wanted = self.descriptions(descriptions)
+        if not text.strip():
+            raise gr.Error("Input: expected a text, got none.")
+        if len(text) > MAX_INPUT:
+            raise gr.Error(f"Input: expected at most {MAX_INPUT:,} characters, got {len(text):,}.")
+        rows = [Row(), *(Row(d) for d in wanted if beside), *(Row(d, adapted=True) for d in wanted)]
+        choices = gr.Dropdown(choices=wanted, value=wanted[0])
+        last: Answers | None = None
+        yield _table(rows, [""] * len(rows), "waiting"), "", history, history, choices
+        answers = self.desk.answers(text, rows, max_new_tokens=int(tokens))
+        try:
+            for last in answers:
+                yield _table(rows, last.texts, "answering"), _times(last), history, history, choices
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+        finally:
+            answers.close()  # the tab may have been closed
+        if last is not None:
+            new = [[text, _who(row), answer] for row, answer in zip(rows, last.texts, strict=True)]
+            history = [*new, *history][:HISTORY]
+            yield _table(rows, last.texts, "done"), _times(last), history, history, choices
+
+    def descriptions(self, text: str) -> list[str]:
+        """The lines of ``text``; gr.Error for none, too many or too long ones."""
+        found = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+        if not found:
+            raise gr.Error("Task descriptions: expected at least one line, got none.")
+        if len(found) > self.desk.slots:
+            raise gr.Error(f"Task descriptions: expected at most {self.desk.slots} lines, got {len(found)}.")
+        for line in found:
+            if len(line) > MAX_DESCRIPTION:
+                raise gr.Error(
+                    f"Task descriptions: expected at most {MAX_DESCRIPTION:,} characters a line, got {len(line):,}."
+                )
+        return found
+
+    # --- map -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def map(self) -> AdapterMap:
+        """The landmarks' map, made when it is first looked at."""
+        return AdapterMap(self.desk.engine.generate([description for _, description in self.landmarks]))
+
+    def place(self, descriptions: str) -> tuple[pd.DataFrame, list[list[str]]]:
+        """(points of the map, the nearest landmarks of each description)."""
+        wanted = self.descriptions(descriptions)
+
+        def work() -> tuple[pd.DataFrame, list[list[str]]]:
+            stack = self.desk.engine.generate(wanted)
+            cosines, points = self.map.cosines(stack), self.map.place(stack).tolist()
+            known = zip(self.map.coordinates.tolist(), self.landmarks, strict=True)
+            table = [[*xy, f"{name}: {description}", LANDMARK] for xy, (name, description) in known]
+            table += [[*xy, description, YOURS] for xy, description in zip(points, wanted, strict=True)]
+            near = []
+            for description, row in zip(wanted, cosines, strict=True):
+                values, indices = row.topk(min(NEAREST, len(self.landmarks)))
+                for value, i in zip(values.tolist(), indices.tolist(), strict=True):
+                    near.append([description, self.landmarks[i][1], f"{value:.2f}"])
+            return pd.DataFrame(table, columns=COLUMNS), near
+
+        try:
+            return self.desk.run(work)
+        except ValueError as error:
+            raise gr.Error(str(error)) from None
+
+    # --- download --------------------------------------------------------------------------------------------------
+
+    def file(self, description: str | None, form: str) -> str:
+        """The path of a file with the adapter of ``description``, of which Gradio serves a copy."""
+        if not description:
+            raise gr.Error("Download: expected an adapter that has answered; ask something first.")
+        description = self.descriptions(description)[0]
+        folder = Path(tempfile.mkdtemp(dir=self._files.name))
+        self._folders.append(folder)
+        while len(self._folders) > FILES:
+            shutil.rmtree(self._folders.popleft())
+        try:
+            if form == GGUF:
+                self.save(description, target := folder / "adapter.gguf")
+            else:
+                self.save(description, folder / "adapter")
+                target = Path(shutil.make_archive(str(folder / "adapter"), "zip", folder / "adapter"))
+        except (ValueError, OSError) as error:
+            raise gr.Error(str(error)) from None
+        return str(target)
+
+    # --- layout ----------------------------------------------------------------------------------------------------
+
+    def blocks(self, descriptions: Sequence[str], text: str) -> gr.Blocks:
+        """The page, with ``descriptions`` and input ``text`` filled in."""
+        with gr.Blocks(title="Text-to-LoRA", analytics_enabled=False, delete_cache=(KEEP_COPIES, KEEP_COPIES)) as blocks:
+            gr.Markdown(f"## Text-to-LoRA\n{self.title}")
+            history = gr.State([])
+            with gr.Row():
+                with gr.Column():
+                    tasks = gr.Textbox(
+                        "\n".join(descriptions), label=f"Task descriptions, one a line, at most {self.desk.slots}", lines=4,
+                        elem_id="descriptions",
+                    )  # fmt: skip
+                    given = gr.Textbox(text, label="Input", lines=2, elem_id="input")
+                    beside = gr.Checkbox(True, label="Ask the base model too, with each description in its prompt")
+                    tokens = gr.Slider(
+                        1,
+                        self.max_new_tokens,
+                        min(32, self.max_new_tokens),
+                        step=1,
+                        label="Longest answer, tokens",
+                        elem_id="tokens",
+                    )
+                    with gr.Row():
+                        ask = gr.Button("Answer", variant="primary", elem_id="answer")
+                        stop = gr.Button("Stop", elem_id="stop")
+                with gr.Column():
+                    answers = gr.HTML(elem_id="answers")
+                    times = gr.Markdown(elem_id="times")
+            with gr.Tab("Map"):
+                gr.Markdown("Adapters that change the weights alike lie near each other.")
+                look = gr.Button("Show the adapters of these descriptions", elem_id="look")
+                plot = gr.ScatterPlot(
+                    x="x", y="y", color="kind", tooltip=["adapter"], height=300, elem_id="map",
+                    color_map={LANDMARK: "#999999", YOURS: "#d55e00"},
+                )  # fmt: skip
+                near = gr.Dataframe(
+                    headers=["adapter", "nearest", "cosine"], column_widths=["44%", "44%", "12%"], wrap=True,
+                    interactive=False, elem_id="near",
+                )  # fmt: skip
+            with gr.Tab("Download"):
+                chosen = gr.Dropdown(label="Adapter", choices=[], elem_id="chosen")
+                form = gr.Radio([PEFT, GGUF], value=PEFT, label="Format", elem_id="format")
+                make = gr.Button("Make the file", elem_id="make")
+                made = gr.File(label="File", elem_id="file", interactive=False)
+            with gr.Tab("Earlier answers"):
+                earlier = gr.Dataframe(headers=["input", "by", "answer"], elem_id="earlier", interactive=False, wrap=True)
+            running = gr.on(
+                [ask.click, given.submit], self.answer, [tasks, given, beside, tokens, history],
+                [answers, times, history, earlier, chosen], show_progress="minimal", trigger_mode="once",
+            )  # fmt: skip
+            stop.click(None, cancels=[running])
+            look.click(self.place, [tasks], [plot, near])
+            make.click(self.file, [chosen, form], [made])
+        return blocks.queue(max_size=32, default_concurrency_limit=8)
+
+    @staticmethod
+    def launch_options() -> dict[str, Any]:
+        """For ``launch``: a theme that loads nothing from elsewhere."""
+        fonts = ["system-ui", "sans-serif"]
+        theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
+        return {"theme": theme, "css": _STYLE, "footer_links": [], "share": False, "show_error": False, "ssr_mode": False}
+
+
+def _who(row: Row) -> str:
+    if row.adapted:
+        return f"adapter: {row.description}"
+    return f"base model, told: {row.description}" if row.description else "base model, the input alone"
+
+
+def _table(rows: Sequence[Row], texts: Sequence[str], state: str) -> str:
+    cells = [(html.escape(_who(row)), html.escape(text)) for row, text in zip(rows, texts, strict=True)]
+    lines = "".join(f"<tr><td>{who}</td><td>{said}</td></tr>" for who, said in cells)
+    return f'<table class="answers">{lines}</table><p id="state">{state}</p>'
+
+
+def _times(answers: Answers) -> str:
+    made = answers.made
+    adapters = (
+        "adapters held already"
+        if not made.adapters
+        else (
+            f"{made.adapters} new adapter{'s' * (made.adapters > 1)}: encode {1e3 * made.encode:.0f} ms, "
+            f"generate {1e3 * made.generate:.0f} ms, attach {1e3 * made.attach:.0f} ms"
+        )
+    )
+    rate = f", {answers.tokens / answers.seconds:.0f} tokens/s" if answers.seconds else ""
+    return f"{adapters}; first token after {1e3 * answers.first:.0f} ms, {len(answers.texts)} rows in one batch{rate}"

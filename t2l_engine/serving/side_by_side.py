@@ -1,0 +1,240 @@
+"""One input answered side by side, in one mixed batch: by a base model and by the adapters of several descriptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from t2l_engine.lora.handle import attach
+from t2l_engine.text.prompts import RAW, prompt_of
+
+if TYPE_CHECKING:
+    from t2l_engine.engine import TextToLoRA
+
+T = TypeVar("T")
+BASE = -1  # the id of rows without an adapter
+#: Where a raw prompt's next worked example would begin: an answer ends there.
+_NEXT_EXAMPLE = ("\n\n", "\nInput:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Who answers: the adapter of ``description``; if not ``adapted``, the base model, which reads it in its prompt.
+
+    Not adapted and without a description: the base model, given the input alone.
+    """
+
+    description: str = ""
+    adapted: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What adapters took that were not held yet, in seconds: text encoder, hypernetwork, copies into slots."""
+
+    adapters: int
+    encode: float
+    generate: float
+    attach: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """The rows' answers so far.
+
+    ``tokens``: of all answers; ``first``: seconds from the question, adapters included, to the first token of all rows;
+    ``seconds``: of decoding.
+    """
+
+    texts: tuple[str, ...]
+    made: Made
+    tokens: int
+    first: float
+    seconds: float
+
+
+class SideBySide:
+    """A base model with slots for the adapters of descriptions; those least recently used make room for new ones.
+
+    All work is done by one thread of its own, one question at a time, so calls may come from any thread.
+
+    Args:
+        engine: makes the adapters.
+        model, tokenizer: the base model, from :func:`t2l_engine.text.base_model.load`; it has no adapters attached.
+        slots: adapters that are held, and the most descriptions of a question.
+        described: the checkpoint was trained with descriptions in the prompts; adapted rows are given them too.
+    """
+
+    def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8, described: bool = False):
+        self.engine, self.model, self.tokenizer, self.slots, self._described = engine, model, tokenizer, slots, described
+        self._lora = attach(model, slots=slots)
+        self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
+
+    @property
+    def held(self) -> list[str]:
+        """The descriptions whose adapters are held, the least recently used first."""
+        return list(self._held)
+
+    def run(self, call: Callable[[], T]) -> T:
+        """The result of ``call``, which may use the engine, in this object's thread."""
+        return self._thread.submit(call).result()
+
+    def close(self) -> None:
+        """Wait for the question at hand and take the adapters off the model."""
+        self._thread.shutdown(cancel_futures=True)
+        self._lora.detach()
+
+    def prompts(self, text: str, rows: Sequence[Row]) -> list[str]:
+        """The prompt of every row."""
+        form = self.engine.prompt_form
+        shown = [row.description if self._described or not row.adapted else "" for row in rows]
+        return [prompt_of(form, self.tokenizer, text, description) for description in shown]
+
+    def answers(
+        self, text: str, rows: Sequence[Row], *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[Answers]:
+        """The answers to ``text``, again after every token, all rows in one batch; closing the iterator stops the model.
+
+        ``temperature``: 0: greedy decoding; otherwise sampling, with ``seed``.
+
+        Raises, at the first item, ValueError for no rows, more descriptions than slots, an empty description, or prompts
+        that leave no room for the answer in the model's context.
+        """
+        found: queue.SimpleQueue[Answers | BaseException | None] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work() -> None:
+            try:
+                if not stop.is_set():
+                    torch.manual_seed(seed)
+                    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+                    self._answer(text, rows, max_new_tokens, sampling, found.put, stop)
+                found.put(None)
+            except BaseException as error:  # raised where the answers are read
+                found.put(error)
+
+        done: Future[None] = self._thread.submit(work)
+        try:
+            while (item := found.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            done.result()
+
+    def _answer(
+        self,
+        text: str,
+        rows: Sequence[Row],
+        max_new_tokens: int,
+        sampling: dict[str, Any],
+        emit: Callable[[Answers], None],
+        stop: threading.Event,
+    ) -> None:
+        start = time.perf_counter()
+        if not rows:
+            raise ValueError("rows: expected at least one, got none")
+        batch = self._batch(self.prompts(text, rows), max_new_tokens)
+        made = self._hold([row.description for row in rows if row.adapted])
+        ids = [self._held[row.description] if row.adapted else BASE for row in rows]
+        watch = _Watch(self, batch["input_ids"].shape, made, start, emit, stop)
+        with self._lora.use(ids):
+            self.model.generate(
+                **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
+                stopping_criteria=StoppingCriteriaList([watch]),
+            )  # fmt: skip
+
+    def _batch(self, prompts: Sequence[str], max_new_tokens: int) -> Any:
+        """The prompts as padded ids."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        batch = self.tokenizer(
+            list(prompts), return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
+        )
+        length = batch["input_ids"].shape[1]
+        if limit is not None and length + max_new_tokens > limit:
+            raise ValueError(
+                f"input: expected at most {limit - max_new_tokens} tokens (the model has {limit} positions, "
+                f"{max_new_tokens} of them for the answer), got {length}"
+            )
+        return batch.to(self.model.device)
+
+    def _hold(self, descriptions: Sequence[str]) -> Made:
+        """Put the adapters of ``descriptions`` that are not held into slots."""
+        wanted = list(dict.fromkeys(descriptions))
+        if len(wanted) > self.slots:
+            raise ValueError(f"descriptions: expected at most {self.slots}, as many as there are slots, got {len(wanted)}")
+        for description in wanted:
+            if description in self._held:
+                self._held.move_to_end(description)
+        new = [description for description in wanted if description not in self._held]
+        if not new:
+            return Made(0, 0.0, 0.0, 0.0)
+        times = [time.perf_counter()]
+        task_emb = self.engine.encoder.encode(new)
+        times.append(time.perf_counter())
+        stack = self.engine.hypernetwork.generate(task_emb)
+        times.append(time.perf_counter())
+        for i, description in enumerate(new):
+            full = len(self._held) == self.slots
+            slot = next(iter(self._held.values())) if full else len(self._held)
+            self._lora.put(slot, stack[i])
+            if full:
+                self._held.popitem(last=False)
+            self._held[description] = slot
+        times.append(time.perf_counter())
+        return Made(len(new), *(end - start for start, end in zip(times, times[1:], strict=False)))
+
+
+class _Watch(StoppingCriteria):
+    """Reports the answers after every token, and ends rows whose answer is complete, or all of them once ``stop`` is set.
+
+    ``shape``: rows and length of the padded prompts; ``start``: when the question came.
+    """
+
+    def __init__(
+        self,
+        of: SideBySide,
+        shape: Sequence[int],
+        made: Made,
+        start: float,
+        emit: Callable[[Answers], None],
+        stop: threading.Event,
+    ):
+        rows, self._prompt = shape
+        ends = of.model.generation_config.eos_token_id
+        self._ends = set(ends if isinstance(ends, list) else [ends])
+        self._tokenizer, self._raw = of.tokenizer, of.engine.prompt_form == RAW
+        self._made, self._start, self._emit, self._stop = made, start, emit, stop
+        self._texts, self._done, self._tokens, self._first = [""] * rows, [False] * rows, 0, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        passed = time.perf_counter() - self._start
+        self._first = self._first or passed
+        for i, ids in enumerate(input_ids[:, self._prompt :].tolist()):
+            if not self._done[i]:
+                self._tokens += 1
+                self._texts[i], ended = self._text(ids)
+                self._done[i] = ended or ids[-1] in self._ends
+        self._emit(Answers(tuple(self._texts), self._made, self._tokens, self._first, passed - self._first))
+        return torch.tensor([done or self._stop.is_set() for done in self._done], device=input_ids.device)
+
+    def _text(self, ids: list[int]) -> tuple[str, bool]:
+        """Answer of a row, and whether it is complete."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if self._raw:
+            text = text.lstrip()  # the space after "Output:"
+            ends = [at for mark in _NEXT_EXAMPLE if (at := text.find(mark)) >= 0]
+            if ends:
+                return text[: min(ends)], True
+        return text.removesuffix("\ufffd"), False  # a character of which not all bytes are there

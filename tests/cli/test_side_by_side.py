@@ -1,0 +1,180 @@
+"""One input answered by a base model and by adapters, in one batch."""
+
+import contextlib
+import copy
+import threading
+
+import pytest
+
+import t2l_engine as t2l
+from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.serving.side_by_side import Row, SideBySide
+
+TASKS = ["Count the words.", "Name the capital.", "Write it in capital letters.", "Reverse it."]
+TEXT = "one two"
+
+
+@pytest.fixture
+def desk(checkpoint, tiny_llama):
+    """A function that makes one; all are closed."""
+    model, tokenizer = tiny_llama
+    engine, made = t2l.TextToLoRA.from_pretrained(checkpoint), []
+
+    def make(**options):
+        made.append(SideBySide(engine, copy.deepcopy(model), tokenizer, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        with contextlib.suppress(RuntimeError):  # closed by the test
+            one.close()
+
+
+def last(desk, rows, text=TEXT, **options):
+    return list(desk.answers(text, rows, **{"max_new_tokens": 6, **options}))[-1]
+
+
+def adapted(*tasks):
+    return [Row(task, adapted=True) for task in tasks]
+
+
+def test_rows_answer_as_they_do_alone(desk):
+    desk = desk()
+    rows = [Row(), *adapted(*TASKS[:2])]
+    together = last(desk, rows)
+    assert together.texts == tuple(last(desk, [row]).texts[0] for row in rows) and len(set(together.texts)) == 3
+    assert together.tokens == 3 * 6 and together.made.adapters == 2 and together.first >= together.made.encode > 0
+
+
+def test_prompts(desk):
+    """The base model may read the description; adapted rows do if the checkpoint was trained so."""
+    rows = [Row(), Row(TASKS[0]), *adapted(TASKS[0])]
+    plain, told = f"{TEXT} : ", f"{TASKS[0]}\n\n{TEXT} : "
+    assert desk().prompts(TEXT, rows) == [plain, told, plain]
+    assert desk(described=True).prompts(TEXT, rows) == [plain, told, told]
+    one = desk()
+    assert last(one, rows).texts[1] == last(one, [rows[1]]).texts[0]  # shorter prompts are padded
+
+
+def test_the_least_recently_used_makes_room(desk):
+    desk = desk(slots=2)
+    first = [last(desk, adapted(task)).texts for task in TASKS[:2]]
+    assert last(desk, adapted(TASKS[0])).made.adapters == 0  # held
+    assert last(desk, adapted(TASKS[2])).made.adapters == 1
+    assert desk.held == [TASKS[0], TASKS[2]]
+    again = last(desk, adapted(TASKS[1], TASKS[0]))
+    assert again.made.adapters == 1 and desk.held == [TASKS[0], TASKS[1]]
+    assert again.texts == (*first[1], *first[0])
+
+
+@pytest.mark.parametrize(
+    "rows, text, options, message",
+    [
+        ([], TEXT, {}, "rows: expected at least one"),
+        (adapted(*TASKS[:3]), TEXT, {}, "descriptions: expected at most 2, as many as there are slots, got 3"),
+        (adapted(""), TEXT, {}, "text"),
+        ([Row()], "word " * 130, {}, "input: expected at most 122 tokens"),
+        ([Row()], TEXT, {"max_new_tokens": 500}, "input: expected at most -372 tokens"),
+    ],
+)
+def test_errors_leave_it_usable(desk, rows, text, options, message):
+    desk = desk(slots=2)
+    before = last(desk, adapted(TASKS[0])).texts
+    with pytest.raises(ValueError, match=message):
+        last(desk, rows, text, **options)
+    assert last(desk, adapted(TASKS[0])).texts == before
+
+
+def test_a_reader_who_leaves_stops_the_model(desk):
+    desk, calls = desk(), []
+    desk.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    answers = desk.answers(TEXT, [Row()], max_new_tokens=100)
+    held, go = desk.model.forward, threading.Event()
+
+    def wait(*args, **kwargs):
+        if len(calls) == 3:
+            assert go.wait(60)
+        return held(*args, **kwargs)
+
+    desk.model.forward = wait
+    next(answers)
+    next(answers)
+    threading.Timer(0.05, go.set).start()
+    answers.close()
+    assert len(calls) <= 4
+    desk.model.forward = held
+    assert last(desk, [Row()]).tokens == 6
+
+
+def test_an_answer_ends(desk, monkeypatch):
+    """At an end token; in plain text, where the next worked example would begin; others go on."""
+    desk = desk()
+    rows, said = [Row(), *adapted(TASKS[0])], []
+    decode = desk.tokenizer.decode
+    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: said.append(ids) or decode(ids, **options))
+    last(desk, rows)
+    base, other = said[-2:]
+    end = next(i for i, token in enumerate(base) if token not in other)
+    desk.model.generation_config.eos_token_id = [base[end]]
+    assert last(desk, rows).tokens == end + 1 + 6  # of the base model, of the adapter
+    desk.model.generation_config.eos_token_id = None
+    desk.engine = copy.copy(desk.engine)
+    desk.engine.prompt_form = "raw"
+    words = [" yes", " yes\n", " yes\n\n", " yes\n\nInput", " yes\n\nInput:", " yes\n\nInput: no"]
+    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: words[len(ids) - 1])
+    ended = last(desk, [Row()])
+    assert ended.texts == ("yes",) and ended.tokens == 3
+
+
+def test_a_character_in_several_tokens(desk, monkeypatch):
+    desk, texts = desk(), ["caf\ufffd", "café"]
+    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: texts[len(ids) - 1])
+    assert [answers.texts for answers in desk.answers(TEXT, [Row()], max_new_tokens=2)] == [("caf",), ("café",)]
+
+
+def test_sampling_follows_the_seed(desk):
+    desk = desk()
+    drawn = [last(desk, [Row()], temperature=1.5, seed=seed).texts for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_two_readers_at_once(desk):
+    """Their questions are answered one after the other, each with its own adapters."""
+    desk = desk(slots=1)
+    right = {task: last(desk, adapted(task)).texts for task in TASKS[:2]}
+    found = {task: [] for task in right}
+
+    def ask(task):
+        for _ in range(3):
+            found[task].append(last(desk, adapted(task)).texts)
+
+    readers = [threading.Thread(target=ask, args=(task,)) for task in right]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert found == {task: [texts] * 3 for task, texts in right.items()}
+
+
+def test_closed(desk):
+    one = desk()
+    last(one, adapted(TASKS[0]))
+    assert any(isinstance(module, LoRALinear) for module in one.model.modules())
+    one.close()
+    assert not any(isinstance(module, LoRALinear) for module in one.model.modules())
+    with pytest.raises(RuntimeError):
+        last(one, [Row()])
+
+
+def test_memory_is_that_of_the_slots(desk):
+    """Fifty adapters in a row: as many tensors, as large as before."""
+    desk = desk(slots=2)
+    last(desk, adapted(TASKS[0]))
+
+    def slots():
+        return [(t.data_ptr(), t.shape) for s in desk._lora._slots.values() for t in (s.A, s.B)]
+
+    before = slots()
+    for i in range(50):
+        last(desk, adapted(f"Write the number {i}."), max_new_tokens=1)
+    assert before == slots() and len(before) == 2 and len(desk.held) == 2

@@ -1,0 +1,38 @@
+"""Writes docs/images/ui.png, the page after a question: ``python tests/ui/picture.py``, after ``make test-ui``."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "ui.png"
+PORT = 7861
+
+
+def main() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "t2l_engine", "ui", "--port", str(PORT)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        next(line for line in process.stderr if "the page is at" in line)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page(viewport={"width": 1180, "height": 1060})
+            page.goto(f"http://127.0.0.1:{PORT}")
+            for _ in range(2):  # the second time everything is warm, and the times are those of a page in use
+                page.locator("#answer").click()
+                page.wait_for_function("document.querySelector('#state')?.textContent === 'done'")
+                page.evaluate("document.querySelector('#state').textContent = ''")
+            page.locator("#look").click()
+            page.locator("#near [role=gridcell]", has_text="Which").locator("visible=true").first.wait_for()
+            page.wait_for_timeout(1500)
+            page.screenshot(path=PICTURE)
+            browser.close()
+    finally:
+        process.kill()
+
+
+if __name__ == "__main__":
+    main()

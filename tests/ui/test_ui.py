@@ -1,0 +1,104 @@
+"""The page's functions without a browser, and the command that opens it."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+TASK, TEXT = "Write the second word.", "one two three"
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_fifty_adapters_in_a_row(page):
+    """Memory is that of the slots: what an adapter needs, fifty times, is not added."""
+
+    def answer(i):
+        return list(page.answer(f"{TASK} {i}", TEXT, False, 1, []))[-1]
+
+    for i in range(8):
+        answer(i)
+    before = resident()
+    for i in range(8, 58):
+        answer(i)
+    assert resident() - before < 24e6  # an adapter in float32: 3.7 MB
+
+
+def test_earlier_answers(page):
+    *_, (table, times, history, shown, _) = page.answer(TASK, TEXT, True, 4, [["a", "b", "c"]])
+    assert [row[:2] for row in history] == [
+        [TEXT, "base model, the input alone"],
+        [TEXT, f"base model, told: {TASK}"],
+        [TEXT, f"adapter: {TASK}"],
+        ["a", "b"],
+    ]
+    assert shown == history and history[2][2] in table and "tokens/s" in times
+
+
+def test_places_on_the_map(page):
+    name, description = page.landmarks[3]
+    points, near = page.place(description)
+    assert near[0] == [description, description, "1.00"] and len(points) == len(page.landmarks) + 1
+    known, own = points.iloc[3], points.iloc[-1]
+    assert known["adapter"] == f"{name}: {description}" and own["kind"] == "yours"
+    assert abs(known["x"] - own["x"]) + abs(known["y"] - own["y"]) < 1e-6
+
+
+def test_files_are_few(page):
+    from t2l_engine.serving.page import FILES, PEFT
+
+    made = [page.file(TASK, PEFT) for _ in range(FILES + 2)]
+    assert [Path(path).is_file() for path in made] == [False] * 2 + [True] * FILES
+
+
+@pytest.mark.parametrize("description", [None, ""])
+def test_nothing_to_download(page, description):
+    import gradio as gr
+
+    from t2l_engine.serving.page import PEFT
+
+    with pytest.raises(gr.Error, match="ask something first"):
+        page.file(description, PEFT)
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "t2l_engine", "ui", *map(str, arguments)]
+
+
+def test_the_command():
+    """It says where the page is, which answers, and ends as Ctrl-C ends it; a port in use is an error."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(command("--port", port), stderr=subprocess.PIPE, text=True)
+    try:
+        said = next(line for line in process.stderr if "the page is at" in line)
+        url = re.search(r"http://\S+?(?=;)", said)[0]
+        assert url == f"http://127.0.0.1:{port}" and "Text-to-LoRA" in urllib.request.urlopen(url).read().decode()
+        second = subprocess.run(command("--port", port), capture_output=True, text=True)
+        assert second.returncode == 1 and str(port) in second.stderr and second.stderr.count("t2l: ") == 1
+        process.send_signal(2)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("-c", "nothing"), "t2l: checkpoint"),
+        (("--base-model", "nowhere"), "t2l: base_model: expected 'smollm2-135m' or a local transformers folder"),
+        (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
+    ],
+)
+def test_what_cannot_be_opened(arguments, said):
+    run = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith(said) and run.stderr.count("\n") == 1, run.stderr
