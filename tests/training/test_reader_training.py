@@ -8,6 +8,7 @@ from training import plain, runs
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import conditions, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
@@ -234,6 +235,19 @@ def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
     for name, A in one.lora_A.items():
         torch.testing.assert_close(two.lora_A[name], A, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(two.lora_B[name], one.lora_B[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_in_bfloat16_goes_on_in_float32(base_model, tasks, tmp_path):
+    """Small steps change what was published rounded, and are not lost in bfloat16."""
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    engine = t2l.TextToLoRA.from_pretrained(first)
+    rounded = engine.hypernetwork.set_dtype(torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "rounded", checkpoint.describe(first), engine.encoder.pooling.bfloat16())
+    more = reading(base_model, steps=2, learning_rate=1e-6, initial=str(tmp_path / "rounded"))
+    second = t2l.HyperNetwork.from_pretrained(sft.train(more, tasks, tmp_path / "second"))
+    start = dict(rounded.named_parameters())
+    for name, weights in second.named_parameters():
+        assert weights.dtype == torch.float32 and not torch.equal(weights, start[name].float()), name
 
 
 def test_a_scaling_is_the_same_by_another_name(base_model, tasks, tmp_path):
