@@ -108,4 +108,4 @@ class View:
 
     def measured(self, source: str, name: str) -> str:
         """The machines that have this row, in words."""
-        return " and ".join(r.machine for r in self.of([source]) if name in {row.name for row in r.rows} and r.machine)
+        return ", ".join(r.machine for r in self.of([source]) if name in {row.name for row in r.rows} and r.machine)
