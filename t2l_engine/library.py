@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import read_json, to_json
-from t2l_engine.files.weights import read_safetensors, replacing, write_folder
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json, read_texts, to_json
+from t2l_engine.files.weights import content_checksum, read_safetensors, replacing, write_folder
 from t2l_engine.text.encoder import TextEncoder
+from t2l_engine.text.reader import TextReader
 
 DESCRIPTIONS, EMBEDDINGS, DIGESTS = "descriptions.json", "embeddings.safetensors", "embeddings.json"
 #: Of the softmax over cosines that weighs the adapters of a mixture.
@@ -108,7 +110,7 @@ class AdapterLibrary:
         made = cls.__new__(cls)
         made.stack = AdapterStack.from_peft([folder / name for name in descriptions])
         made.descriptions = descriptions
-        made.index = DescriptionIndex(descriptions, encoder, _stored(folder, digest, len(descriptions)))
+        made.index = DescriptionIndex(descriptions, encoder, _stored(folder, digest, (len(descriptions), encoder.embed_dim)))
         return made
 
     def save(self, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
@@ -137,39 +139,63 @@ class AdapterLibrary:
     def retrieve(self, texts: Sequence[str], top_k: int = 1) -> AdapterStack:
         """One adapter per text: the nearest stored one, or the mixture of the ``top_k`` nearest.
 
-        A mixture adds the weighted changes of the weights, see :func:`mixture`: its rank is the sum of ranks.
+        A mixture adds the weighted changes of the weights, see :func:`mixture`.
 
         Raises ValueError for another ``top_k`` than 1 to the number of adapters, or texts that the encoder refuses.
         """
+        return self.mixed(self.nearest(texts, top_k))
+
+    def mixed(self, matches: Sequence[Sequence[Match]]) -> AdapterStack:
+        """One adapter for each row of ``matches``, which :meth:`nearest` has found."""
         places = {name: i for i, name in enumerate(self.descriptions)}
-        found = self.nearest(texts, top_k)
-        if top_k == 1:
-            return self.stack[[places[match.name] for (match,) in found]]
-        return AdapterStack.cat(
-            [mixture(self.stack[[places[m.name] for m in row]], [m.weight for m in row]) for row in found]
-        )
+        rows = [[places[match.name] for match in row] for row in matches]
+        if all(len(row) == 1 for row in rows):
+            return self.stack[[i for (i,) in rows]]
+        weights = [[match.weight for match in row] for row in matches]
+        return AdapterStack.cat([mixture(self.stack[row], of) for row, of in zip(rows, weights, strict=True)])
+
+    def adapters(
+        self,
+        texts: Sequence[str],
+        generate: Callable[[list[str]], AdapterStack],
+        top_k: int = 1,
+        min_similarity: float = -1.0,
+    ) -> tuple[AdapterStack, list[list[Match]]]:
+        """One adapter per text, and the stored ones that each is made of: none where ``generate`` has made it.
+
+        A text whose nearest descriptions have a cosine of ``min_similarity`` or more gets :meth:`retrieve`.  All adapters
+        have the wider of both dtypes.  Raises as :meth:`retrieve`, ``generate`` and :meth:`AdapterStack.cat` do.
+        """
+        matches = [row if row[0].similarity >= min_similarity else [] for row in self.nearest(texts, top_k)]
+        known = [i for i, row in enumerate(matches) if row]
+        new = [i for i, row in enumerate(matches) if not row]
+        parts = [self.mixed([matches[i] for i in known])] if known else []
+        parts += [generate([texts[i] for i in new])] if new else []
+        dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
+        order = [*known, *new]
+        stack = AdapterStack.cat([part.to(parts[-1].scaling.device, dtype) for part in parts])
+        return stack[sorted(range(len(order)), key=order.__getitem__)], matches
 
 
 def mixture(stack: AdapterStack, weights: Sequence[float]) -> AdapterStack:
-    """One adapter that changes the weights of the model by ``sum_i w_i s_i B_i A_i``: ranks are joined, scaling is 1.
+    """One adapter that changes the weights of the model by ``sum_i w_i s_i B_i A_i``; its scaling is 1.
 
-    Weights and scalings go into B, which is rounded once to the dtype of the stack.
+    Its rank is that of the stack's widest adapter, per module, times their number.  Weights and scalings go into B, which is
+    rounded once to the dtype of the stack.
 
     Raises ValueError unless there is a weight for each adapter.
     """
     if len(weights) != len(stack):
         raise ValueError(f"weights: expected one for each of {len(stack)} adapters, got {len(weights)}")
     factors = stack.scaling * torch.tensor(weights, device=stack.scaling.device)
-    lora_A, lora_B, ranks = {}, {}, {}
-    for name, a in stack.lora_A.items():
-        b = stack.lora_B[name]
-        padding = torch.arange(a.shape[2], device=a.device) >= stack.ranks[name][..., None]  # [N, n, r]
-        joined = (b.masked_fill(padding[:, :, None], 0) * factors[:, None, None, None]).to(b.dtype)
-        lora_A[name] = a.masked_fill(padding[..., None], 0).transpose(0, 1).flatten(1, 2)[None]
-        lora_B[name] = joined.permute(1, 2, 0, 3).flatten(2)[None]
-        ranks[name] = torch.full_like(stack.ranks[name][:1], len(stack) * a.shape[2])
-    ones = torch.ones_like(stack.scaling[:1])
-    return AdapterStack(lora_A, lora_B, ones, ranks, stack.paths, partial=stack.partial)
+    clean, lora_A, lora_B, ranks = stack.zero_padded(), {}, {}, {}
+    for name, of in stack.ranks.items():
+        r = max(1, int(of.max()))
+        a, b = clean.lora_A[name][:, :, :r], clean.lora_B[name][..., :r] * factors[:, None, None, None]
+        lora_A[name] = a.transpose(0, 1).flatten(1, 2)[None]
+        lora_B[name] = b.to(a.dtype).permute(1, 2, 0, 3).flatten(2)[None]
+        ranks[name] = (of.amax(dim=0, keepdim=True) > 0).to(of.dtype) * len(stack) * r
+    return AdapterStack(lora_A, lora_B, torch.ones_like(factors[:1]), ranks, stack.paths, partial=stack.partial)
 
 
 def _check_name(name: str, where: str) -> None:
@@ -181,7 +207,7 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
     """Those of the library, of adapters that are there."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; a library has it beside its adapters")
-    found = read_json(path)
+    found = read_texts(path, MAX_DESCRIPTIONS_BYTES)
     if not isinstance(found, dict) or not found:
         raise ConfigError(f"{path}: expected an object of names and descriptions, got {short_repr(found)}")
     for name, texts in found.items():
@@ -194,18 +220,23 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
 
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
-    known: list[Any] = [to_json(encoder.config), *([name, list(texts)] for name, texts in descriptions.items())]
+    """Of all that embeddings depend on: the descriptions, and the encoder's configuration and weights."""
+    weights = dict(encoder.model.state_dict())
+    if isinstance(encoder, TextReader):
+        weights |= {f"pooling.{name}": tensor for name, tensor in encoder.pooling.state_dict().items()}
+    checksum = content_checksum({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    known: list[Any] = [to_json(encoder.config), checksum, *([name, list(of)] for name, of in descriptions.items())]
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
 
 
-def _stored(folder: Path, digest: str, count: int) -> Tensor | None:
-    """The ``count`` embeddings in ``folder``, if they are those of ``digest``."""
+def _stored(folder: Path, digest: str, shape: tuple[int, int]) -> Tensor | None:
+    """The embeddings in ``folder``, if they are those of ``digest``."""
     if not (folder / EMBEDDINGS).is_file() or not (folder / DIGESTS).is_file():
         return None
     if read_json(folder / DIGESTS) != {"sha256": digest}:
         return None
     means = read_safetensors(folder / EMBEDDINGS, ConfigError).get("means")
-    if means is None or means.dim() != 2 or len(means) != count:
+    if means is None or means.shape != shape:
         got = None if means is None else tuple(means.shape)
-        raise ConfigError(f"{folder / EMBEDDINGS}: means: expected {count} rows, got {got}")
+        raise ConfigError(f"{folder / EMBEDDINGS}: means: expected shape {shape}, got {got}")
     return means

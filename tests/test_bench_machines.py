@@ -143,7 +143,7 @@ def test_what_is_met_says_on_which_machines(root):
     run, (_, *records) = (p.read_text(encoding="utf-8").splitlines(keepends=True) for p in (path, first))
     path.write_text("".join([run[0], *records]), encoding="utf-8")  # as fast as here
     (line,) = (text for text in Report(root).texts()[Path("README.md")].splitlines() if text.startswith("| Adapters for"))
-    assert f"met on {here(root)} and {THERE} |" in line
+    assert f"met on {here(root)}, {THERE} |" in line
 
 
 def test_sentences_say_of_which_machine_they_are(root):

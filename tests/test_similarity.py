@@ -24,8 +24,22 @@ def test_inner_products(stack):
 
 
 def test_other_modules(stack, make_stack):
-    with pytest.raises(ValueError, match=r"b: expected adapters of the modules and layers of a, \['q_proj', 'v_proj'\]"):
+    with pytest.raises(ValueError, match=r"b: expected modules of \(layers, in, out\)"):
         inner_products(stack, make_stack({"q_proj": (6, 10)}, num_adapters=1))
+    with pytest.raises(ValueError, match=r"b: expected modules of \(layers, in, out\)"):
+        inner_products(stack, make_stack({"q_proj": (6, 10), "v_proj": (6, 9)}, num_adapters=1))
+
+
+def test_entries_beyond_the_rank_do_not_count(make_stack):
+    ranks = {"q_proj": torch.tensor([[2, 4], [3, 1]], dtype=torch.int32)}
+    stack = make_stack({"q_proj": (6, 10)}, num_adapters=2, ranks=ranks)
+    clean = stack.zero_padded()
+    torch.testing.assert_close(inner_products(stack, stack), dense(clean) @ dense(clean).T, rtol=1e-5, atol=1e-5)
+    for i in range(2):
+        for layer in range(2):
+            r = int(ranks["q_proj"][i, layer])
+            assert not clean.lora_A["q_proj"][i, layer, r:].any() and not clean.lora_B["q_proj"][i, layer, :, r:].any()
+            assert clean.lora_A["q_proj"][i, layer, :r].equal(stack.lora_A["q_proj"][i, layer, :r])
 
 
 def test_the_map(stack):

@@ -80,7 +80,7 @@ inline int64_t probe_steps<bf16>(int64_t iterations) {
 }
 #endif
 
-// With wide panels the products of both are of float32.
+// With wide panels the hypernetwork's products are of float32 for both; LoRA's dot products of bfloat16 wait for memory.
 int64_t probe_multiply_adds(DType type, int64_t iterations) {
   if (T2L_WIDE_PANELS) return probe_steps<float>(iterations);
   return type == DType::bf16 ? probe_steps<bf16>(iterations) : probe_steps<float>(iterations);

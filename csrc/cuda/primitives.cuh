@@ -321,8 +321,9 @@ T2L_DEVICE void cos_sin(float x, float* c, float* s) {
 #endif
 }
 
-// ---- tensor cores: d (16 x 8, float32) += a (16 x k) b (k x 8).  Fragment layout of the PTX ISA: with g = lane / 4 and
-// t = lane % 4, d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// ---- tensor cores.  volatile: where only a branch uses a product, a compiler might move it there, where not all lanes of
+// the warp are.  d (16 x 8, float32) += a (16 x k) b (k x 8).  Fragment layout of the PTX ISA: with g = lane / 4 and t =
+// lane % 4, d holds (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 
 // m16n8k16, two elements per register: a holds (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..); b holds (2t..,
 // g), (2t + 8.., g).
@@ -331,8 +332,8 @@ T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
   emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::bit_cast<float>(bits << 16); });
 #else
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], f16) {
@@ -340,8 +341,8 @@ T2L_DEVICE void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_
   emu::mma_16x8x16(d, a, b, [](uint32_t bits) { return emu::half_to_float(static_cast<uint16_t>(bits)); });
 #else
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 // m16n8k8, TF32 operands (low bits are ignored): a holds (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); b holds (t, g),
@@ -351,9 +352,9 @@ T2L_DEVICE void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[
   emu::mma_16x8x8(d, a, b);
 #else
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
+                 "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 #endif
 }
 

@@ -6,17 +6,20 @@ import torch
 from torch import Tensor
 
 from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import short_repr
 
 
 def inner_products(a: AdapterStack, b: AdapterStack) -> Tensor:
-    """``[len(a), len(b)]``: sums over all entries of the weight changes ``s B A``, entry by entry, in float64.
+    """``[len(a), len(b)]`` float64: sums over all entries of the weight changes ``s B A`` of one times those of the other.
 
-    The changes are never formed: ``<B A, B' A'>`` is the sum of ``B^T B' * A A'^T``, two matrices of rank times rank.
+    The changes are never formed: ``<B A, B' A'>`` is the sum of ``B^T B' * A A'^T``, two matrices of rank times rank, which
+    are computed in float32.
 
-    Raises ValueError if the stacks differ in modules or shapes.
+    Raises ValueError if the stacks differ in modules, layers or features.
     """
-    if {name: x.shape[1::2] for name, x in a.lora_A.items()} != {name: x.shape[1::2] for name, x in b.lora_A.items()}:
-        raise ValueError(f"b: expected adapters of the modules and layers of a, {sorted(a.lora_A)}, got {sorted(b.lora_A)}")
+    if a.sizes != b.sizes:
+        raise ValueError(f"b: expected modules of (layers, in, out) {short_repr(a.sizes)}, got {short_repr(b.sizes)}")
+    a, b = a.zero_padded(), b.zero_padded()
     total = torch.zeros(len(a), len(b), dtype=torch.float64)
     for name in a.lora_A:
         inputs = _grams(a.lora_A[name], b.lora_A[name])

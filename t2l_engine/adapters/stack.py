@@ -180,6 +180,11 @@ class AdapterStack:
         """Number of values of one adapter at full rank."""
         return sum(t[0].numel() for side in (self.lora_A, self.lora_B) for t in side.values())
 
+    @property
+    def sizes(self) -> dict[str, tuple[int, int, int]]:
+        """(layers, in features, out features) of each module."""
+        return {name: (a.shape[1], a.shape[3], self.lora_B[name].shape[2]) for name, a in self.lora_A.items()}
+
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
         """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32); None: unchanged.
 
@@ -193,6 +198,15 @@ class AdapterStack:
         ranks = {name: t.to(device or t.device) for name, t in self.ranks.items()}
         scaling = self.scaling.to(device or self.scaling.device)
         return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
+
+    def zero_padded(self) -> AdapterStack:
+        """A copy whose entries beyond the ranks, which may be anything, are zero."""
+        lora_A, lora_B = {}, {}
+        for name, a in self.lora_A.items():
+            beyond = torch.arange(a.shape[2], device=a.device) >= self.ranks[name][..., None]  # [N, n, r]
+            lora_A[name] = a.masked_fill(beyond[..., None], 0)
+            lora_B[name] = self.lora_B[name].mT.masked_fill(beyond[..., None], 0).mT
+        return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:
         """Whether both stacks have equal adapters: scalings, and per module path ranks, and A and B within the ranks.

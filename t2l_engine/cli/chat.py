@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HELP = """\
 Every line is an input; its answer goes to standard output.  Lines are independent: adapters are trained on single inputs.
   /task TEXT        use the adapter of another description
-  /task NAME: TEXT  add one under a name, and use it; /task NAME uses it again
+  /task name: TEXT  add one under a name in small letters, and use it; /task name uses it again
   /tasks            print names and descriptions
   /base             answer the last input again with the base model, without adapter and description
   /both             answer the last input again with the base model and all tasks, in one batch
@@ -48,7 +48,8 @@ COMMANDS = list(dict.fromkeys(re.findall(r"^  (/\w+)", HELP, re.MULTILINE)))
 SLOTS = 8
 #: The key of the task of --task, which has no name, and what it and the base model are called.
 UNNAMED, TASK, BASE = "", "task", "base"
-_NAMED = re.compile(r"([\w-]{1,16}):\s+(\S.*)")
+#: In small letters, as no sentence begins.
+_NAMED = re.compile(r"([a-z0-9_-]{1,16}):\s+(\S.*)")
 _LINE_BREAKS = str.maketrans(dict.fromkeys("\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029", " "))
 
 
@@ -66,7 +67,8 @@ class Chat:
         self, desk: SideBySide, save: Callable[[str, Path], None], *, task: str, interactive: bool, options: dict[str, Any]
     ):
         self.desk, self.save, self.interactive, self.options = desk, save, interactive, options
-        self.tasks, self.current = {UNNAMED: task}, UNNAMED
+        self.tasks: dict[str, str] = {}
+        self.add(UNNAMED, task)
         self.history: list[tuple[str, str, str]] = []  # input, name of who answered, answer
         self.last: str | None = None
 
@@ -75,8 +77,6 @@ class Chat:
 
         Raises ValueError for an input that is too long for the model's context.
         """
-        from t2l_engine.serving.side_by_side import Answers
-
         printed, last = "", None
         with contextlib.closing(self.desk.answers(text, list(rows.values()), **self.options)) as answers:
             for last in answers:
@@ -84,14 +84,13 @@ class Chat:
                     words = last.texts[0].rpartition(" ")[0]
                     self._print(words[len(printed) :])
                     printed = max(printed, words, key=len)
-        assert isinstance(last, Answers)
+        if last is None:
+            return
         for name, answer in zip(rows, last.texts, strict=True):
             self._print((f"{name}: " if len(rows) > 1 and self.interactive else "") + answer[len(printed) :], end=True)
             self.history.append((text, name, answer))
         if self.interactive:
-            made, rate = last.made, f", {last.tokens / last.seconds:.0f} tokens/s" if last.seconds else ""
-            new = f"encode {1e3 * made.encode:.0f}, generate {1e3 * made.generate:.0f}, attach {1e3 * made.attach:.0f}, "
-            say(f"{new if made.adapters else ''}first token {1e3 * last.first:.0f} ms{rate}")
+            say(last.times)
 
     def _print(self, text: str, end: bool = False) -> None:
         typer.echo(text.translate({} if self.interactive else _LINE_BREAKS), nl=end)
@@ -137,6 +136,18 @@ class Chat:
             raise ValueError(f"{command[:40]}: expected one of {', '.join(COMMANDS)}; // begins an input that begins with /")
         return True
 
+    def add(self, name: str, description: str) -> None:
+        """Use ``description`` as the task ``name``, and make its adapter.
+
+        Raises ValueError for a name of others, one task too many, or a description that the encoder refuses.
+        """
+        if name in (TASK, BASE):
+            raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
+        if name not in self.tasks and len(self.tasks) == self.desk.slots:
+            raise ValueError(f"/task: expected at most {self.desk.slots} tasks, got one more; give it the name of another")
+        self.desk.hold([description])
+        self.current, self.tasks[name] = name, description
+
     def use(self, text: str) -> None:
         """``/task``: a description, one with a name, or a name alone."""
         if not text:
@@ -144,10 +155,9 @@ class Chat:
         if text in self.tasks:
             self.current = text
         elif named := _NAMED.fullmatch(text):
-            self.current = named[1]
-            self.tasks[self.current] = named[2]
+            self.add(*named.groups())
         else:
-            self.current, self.tasks[UNNAMED] = UNNAMED, text
+            self.add(UNNAMED, text)
         if self.interactive:
             say(f"the adapter is that of: {self.tasks[self.current]}")
 
@@ -202,7 +212,7 @@ def chat(
             try:
                 if line and not session.line(line):
                     break
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 if not interactive:
                     raise
                 say(str(error))

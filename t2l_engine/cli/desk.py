@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from t2l_engine.cli.common import DType, base_model_of, load_engine
 from t2l_engine.cli.export import GGUF, prompt_prefix
 from t2l_engine.cli.export import save as save_gguf
+from t2l_engine.text import packaged
 
 if TYPE_CHECKING:
     from t2l_engine.serving.side_by_side import SideBySide
@@ -33,7 +34,7 @@ class Desk:
             prefix = prompt_prefix(of.engine, self.folder)(description)
             save_gguf(stack, 0, path, of.model.config, None, description, prefix)
         else:
-            stack.save_pretrained(path, base_model_name_or_path=self.base_model)
+            stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
 
 
 def open_desk(
@@ -58,5 +59,5 @@ def open_desk(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
-    described = checkpoints.describe(folder).get("training", {}).get("prompt") == "description"
+    described = checkpoints.has_described_prompts(checkpoints.describe(folder))
     return Desk(SideBySide(engine, model, tokenizer, slots=slots, described=described), name, folder)

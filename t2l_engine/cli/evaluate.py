@@ -290,8 +290,9 @@ def _generated(
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import arms as kinds
 
-    training = checkpoints.describe(folder).get("training", {})
-    in_prompt, from_input = training.get("prompt") == "description", training.get("condition") == "input"
+    about = checkpoints.describe(folder)
+    in_prompt = checkpoints.has_described_prompts(about)
+    from_input = about.get("training", {}).get("condition") == "input"
     made = kinds.generated_arms(name, engine, tasks, pools=pools, shots=shots, in_prompt=in_prompt, from_input=from_input)
     if most := engine.encoder.max_examples:
         reason = f"the checkpoint reads at most {most} examples"

@@ -117,7 +117,7 @@ def prompt_prefix(engine: TextToLoRA, folder: Path) -> Callable[[str], str]:
     from t2l_engine.hypernetwork import checkpoint
     from t2l_engine.text.prompts import RAW, raw_prompt
 
-    in_prompt = checkpoint.describe(folder).get("training", {}).get("prompt") == "description"
+    in_prompt = checkpoint.has_described_prompts(checkpoint.describe(folder))
     if not in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
         return lambda description: ""
     return lambda description: raw_prompt(description, "").removesuffix(raw_prompt("", ""))

@@ -26,7 +26,6 @@ from t2l_engine.cli.common import (
 
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
-    from t2l_engine.library import AdapterLibrary, Match
 
 BATCH_SIZE = 64  # bounds the adapters in memory
 INDEX_NAME = "index.json"
@@ -98,29 +97,29 @@ def generate(
     shots = None if examples is None else read_examples(examples)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     _check(engine, lines)
-    config = engine.hypernetwork.config
     base = base_model or checkpoints.describe(folder).get("base_model")
     prefix = export.prompt_prefix(engine, folder)
     base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
-    base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
+    base = base and packaged.hub_name(base)
     index = output / INDEX_NAME
     results = []
     shown = None if shots is None else [shots] * len(texts)
     if library is None:
         known, task_emb = None, engine.encoder.encode(texts, examples=shown)
     else:
-        known = AdapterLibrary.open(library)
+        if examples is not None:
+            raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
+        known, task_emb = AdapterLibrary.open(library), None
         if top_k > len(known):
             raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
-        sources = _sources(known, texts, top_k, min_similarity)
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # invalid until all adapters are written
     for start in range(0, len(texts), BATCH_SIZE):
         batch = texts[start : start + BATCH_SIZE]
         if known is None:
-            stack = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE])
+            stack, matches = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE]), []
         else:
-            stack = engine.generate(batch, shown, library=known, top_k=top_k, min_similarity=min_similarity)
+            stack, matches = known.adapters(batch, engine.generate, top_k, min_similarity)
         for i, text in enumerate(batch):
             if form is Format.gguf:
                 target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
@@ -128,18 +127,19 @@ def generate(
             else:
                 target = output / str(start + i) if several else output
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)
+            ranks = {name: of[i] for name, of in stack.ranks.items()}
             result = {
                 "description": text,
                 "folder" if form is Format.peft else "file": str(target),
-                "rank": max(int(ranks[i].max()) for ranks in stack.ranks.values()),
+                "rank": max(int(of.max()) for of in ranks.values()),
                 "scaling": float(stack.scaling[i]),
-                "modules": list(config.modules),
-                "parameters": stack.num_parameters,
+                "modules": [name for name, of in ranks.items() if of.any()],
+                "parameters": sum(int(of.sum()) * sum(stack.sizes[name][1:]) for name, of in ranks.items()),
             }
             said = ""
             if known is not None:
-                result["stored"] = [dataclasses.asdict(match) for match in sources[start + i]]
-                said = ", ".join(f"{m.name} ({m.similarity:.2f})" for m in sources[start + i])
+                result["stored"] = [dataclasses.asdict(match) for match in matches[i]]
+                said = ", ".join(f"{m.name} ({m.similarity:.2f})" for m in matches[i])
                 said = f", {'stored: ' + said if said else 'generated'}"
             results.append(result)
             if not as_json:
@@ -150,11 +150,6 @@ def generate(
         index.write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if as_json:
         print_json(results)
-
-
-def _sources(library: AdapterLibrary, texts: list[str], top_k: int, min_similarity: float) -> list[list[Match]]:
-    """Of each text the stored adapters that make its own; none: it is generated."""
-    return [near if near[0].similarity >= min_similarity else [] for near in library.nearest(texts, top_k)]
 
 
 def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:

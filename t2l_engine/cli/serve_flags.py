@@ -51,7 +51,6 @@ def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
     rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), None)
     if rank is None:
         raise ValueError(f"{folder}: rank {config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
-    training = contents.blocks.get("training") or {}
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
     return {
         "flags": [str(flag) for flag in [*flags, "--lora-target-modules", *config.modules]],
@@ -60,5 +59,5 @@ def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         },
         "endpoint": ENDPOINTS[contents.prompt_form],
-        "description_in_prompt": training.get("prompt") == "description",
+        "description_in_prompt": checkpoints.has_described_prompts(contents.blocks),
     }

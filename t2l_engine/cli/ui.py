@@ -47,10 +47,12 @@ def ui(
 
     Needs Gradio: pip install "t2l_engine[ui]".  Nothing is sent anywhere: fonts, statistics and sharing are off.
     """
+    if ":" in host:
+        raise ValueError(f"--host: expected a name or an IPv4 address, got {host!r}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which asks for it
     try:
         from t2l_engine.serving.page import Page
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise FileNotFoundError(f'{error.name} is not installed; run: pip install "t2l_engine[ui]"') from None
 
     keep_freed_memory()
@@ -58,6 +60,7 @@ def ui(
         checkpoint, base_model, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
+    desk.side_by_side.hold(DESCRIPTIONS[:adapters])  # what does not fit the base model is said now
     config = desk.side_by_side.engine.hypernetwork.config
     size = 4 * config.num_layers * config.rank * (sum(config.in_features) + sum(config.out_features))
     page = Page(

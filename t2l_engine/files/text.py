@@ -103,6 +103,10 @@ def parse_json(text: str, path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
 
 
+#: Of a file with the descriptions of many tasks: about five times the paper's 479 tasks with 128 descriptions each.
+MAX_DESCRIPTIONS_BYTES = 1 << 25
+
+
 def read_texts(path: Path, most: int) -> Any:
     """Parse a JSON file of many texts.
 

@@ -8,6 +8,7 @@ back.  Keys that begin with ``pooling.`` are those of an encoder's trained pooli
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ def describe(folder: Path) -> dict[str, Any]:
     if format_of(folder) == "native":
         return _optional(native_blocks(folder))
     return sakana.describe(folder)
+
+
+def has_described_prompts(about: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint, of which :func:`describe` says ``about``, was trained with descriptions in the prompts."""
+    return (about.get("training") or {}).get("prompt") == "description"
 
 
 # --- native format -------------------------------------------------------------------------------------------------

@@ -92,8 +92,7 @@ class Checkpoint:
     def load(cls, name: str, source: str) -> Checkpoint:
         """The checkpoint ``source`` as ``TextToLoRA.from_pretrained`` takes it; raises as that does."""
         base = checkpoints.describe(resolve_checkpoint(source)).get("base_model")
-        base = packaged.BASE_MODEL if base == packaged.LANGUAGE_MODEL else base
-        return cls.of(TextToLoRA.from_pretrained(source), name, base)
+        return cls.of(TextToLoRA.from_pretrained(source), name, base and packaged.hub_name(base))
 
     @classmethod
     def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:

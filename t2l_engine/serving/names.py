@@ -1,4 +1,4 @@
-"""Names of adapters: what a client writes as ``model``, and what vLLM, its metrics and its caches see instead."""
+"""Names of adapters: what a client writes as ``model``, and what serving engines, their metrics and caches see instead."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ from t2l_engine.serving.side_by_side import Answers, Row, SideBySide
 MAX_DESCRIPTION, MAX_INPUT = 1000, 4000
 #: Files that are kept for downloads; and seconds for which Gradio keeps its copies, and between two looks for older ones.
 FILES, KEEP_COPIES = 8, 3600
+#: Questions that wait for others, at most.
+WAITING = 32
 #: Rows of the table of earlier answers.
 HISTORY = 50
 PEFT, GGUF = "PEFT folder (.zip)", "GGUF file for llama.cpp"
@@ -77,13 +79,13 @@ class Page:
         if len(text) > MAX_INPUT:
             raise gr.Error(f"Input: expected at most {MAX_INPUT:,} characters, got {len(text):,}.")
         rows = [Row(), *(Row(d) for d in wanted if beside), *(Row(d, adapted=True) for d in wanted)]
-        choices = gr.Dropdown(choices=wanted, value=wanted[0])
         last: Answers | None = None
-        yield _table(rows, [""] * len(rows), "waiting"), "", history, history, choices
+        kept = gr.skip(), gr.skip(), gr.skip()
+        yield _table(rows, [""] * len(rows), "waiting"), "", *kept
         answers = self.desk.answers(text, rows, max_new_tokens=int(tokens))
         try:
             for last in answers:
-                yield _table(rows, last.texts, "answering"), _times(last), history, history, choices
+                yield _table(rows, last.texts, "answering"), last.times, *kept
         except ValueError as error:
             raise gr.Error(str(error)) from None
         finally:
@@ -91,7 +93,7 @@ class Page:
         if last is not None:
             new = [[text, _who(row), answer] for row, answer in zip(rows, last.texts, strict=True)]
             history = [*new, *history][:HISTORY]
-            yield _table(rows, last.texts, "done"), _times(last), history, history, choices
+            yield _table(rows, last.texts, "done"), last.times, history, history, gr.Dropdown(wanted, value=wanted[0])
 
     def descriptions(self, text: str) -> list[str]:
         """The lines of ``text``; gr.Error for none, too many or too long ones."""
@@ -204,14 +206,15 @@ class Page:
                 made = gr.File(label="File", elem_id="file", interactive=False)
             with gr.Tab("Earlier answers"):
                 earlier = gr.Dataframe(headers=["input", "by", "answer"], elem_id="earlier", interactive=False, wrap=True)
+            one_by_one: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "desk"}  # Gradio holds those that wait
             running = gr.on(
                 [ask.click, given.submit], self.answer, [tasks, given, beside, tokens, history],
-                [answers, times, history, earlier, chosen], show_progress="minimal", trigger_mode="once",
+                [answers, times, history, earlier, chosen], show_progress="minimal", trigger_mode="once", **one_by_one,
             )  # fmt: skip
             stop.click(None, cancels=[running])
-            look.click(self.place, [tasks], [plot, near])
-            make.click(self.file, [chosen, form], [made])
-        return blocks.queue(max_size=32, default_concurrency_limit=8)
+            look.click(self.place, [tasks], [plot, near], **one_by_one)
+            make.click(self.file, [chosen, form], [made], **one_by_one)
+        return blocks.queue(max_size=WAITING)
 
     @staticmethod
     def launch_options() -> dict[str, Any]:
@@ -231,17 +234,3 @@ def _table(rows: Sequence[Row], texts: Sequence[str], state: str) -> str:
     cells = [(html.escape(_who(row)), html.escape(text)) for row, text in zip(rows, texts, strict=True)]
     lines = "".join(f"<tr><td>{who}</td><td>{said}</td></tr>" for who, said in cells)
     return f'<table class="answers">{lines}</table><p id="state">{state}</p>'
-
-
-def _times(answers: Answers) -> str:
-    made = answers.made
-    adapters = (
-        "adapters held already"
-        if not made.adapters
-        else (
-            f"{made.adapters} new adapter{'s' * (made.adapters > 1)}: encode {1e3 * made.encode:.0f} ms, "
-            f"generate {1e3 * made.generate:.0f} ms, attach {1e3 * made.attach:.0f} ms"
-        )
-    )
-    rate = f", {answers.tokens / answers.seconds:.0f} tokens/s" if answers.seconds else ""
-    return f"{adapters}; first token after {1e3 * answers.first:.0f} ms, {len(answers.texts)} rows in one batch{rate}"

@@ -6,6 +6,7 @@ needs a GPU.
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 import urllib.error
@@ -48,12 +49,12 @@ class SGLangClient:
             raise ValueError(f"url: expected http:// or https://, got {url!r}")
         self._url, self._key, self._timeout, self._spool = url.rstrip("/"), key, timeout, spool
         self._checkpoint = Checkpoint.of(engine, "sglang", base)
-        self._loaded: set[str] = set()
         self._lock = threading.Lock()  # an engine answers one call at a time
 
     def ensure(self, texts: Sequence[str]) -> list[str]:
-        """Names of the adapters of ``texts``, which the server has loaded: ``lora_path`` of /generate, or after the base
-        model's name and a colon ``model`` of the OpenAI endpoints.
+        """Names of the adapters of ``texts``, which the server has loaded, also after it was restarted.
+
+        A name is the ``lora_path`` of /generate and, after the base model's and a colon, ``model`` of the OpenAI endpoints.
 
         Raises ValueError for a text that the encoder refuses, Unavailable where the spool has no room, SGLangError.
         """
@@ -72,30 +73,26 @@ class SGLangClient:
 
     def unload(self, name: str) -> None:
         """Have the server forget the adapter ``name``; its folder stays.  Raises SGLangError."""
-        with self._lock:
-            self._post("/unload_lora_adapter", {"lora_name": name})
-            self._loaded.discard(name)
+        self._post("/unload_lora_adapter", {"lora_name": name})
 
     def _load(self, name: str, folder: Path) -> None:
-        if name in self._loaded:
-            return
         try:
             self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), "pinned": False})
         except SGLangError as error:
-            if f"{name} already exists" not in str(error):  # another client has had it loaded: the same weights
+            if f"{name} already exists" not in str(error):  # the same weights: names are made of what they depend on
                 raise
-        self._loaded.add(name)
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         request = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers, method="POST")
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as response:
-                said = response.read()
-        except urllib.error.HTTPError as error:  # 400: refused, with the reason
-            said = error.read() or str(error).encode()
-        except OSError as error:
-            raise SGLangError(f"{self._url}{path}: no answer: {error}") from error
+            try:
+                with urllib.request.urlopen(request, timeout=self._timeout) as response:
+                    said = response.read()
+            except urllib.error.HTTPError as error:  # 400: refused, with the reason
+                said = error.read() or str(error).encode()
+        except (OSError, http.client.HTTPException) as error:
+            raise SGLangError(f"{self._url}{path}: no answer: {error!r}") from error
         try:
             answer = json.loads(said)
         except ValueError:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -51,8 +51,8 @@ class Made:
 class Answers:
     """The rows' answers so far.
 
-    ``tokens``: of all answers; ``first``: seconds from the question, adapters included, to the first token of all rows;
-    ``seconds``: of decoding.
+    ``tokens``: of all answers; ``first``: seconds from the question, waiting and adapters included, to the first token of
+    all rows; ``seconds``: from there to the last token.
     """
 
     texts: tuple[str, ...]
@@ -60,6 +60,18 @@ class Answers:
     tokens: int
     first: float
     seconds: float
+
+    @property
+    def times(self) -> str:
+        """What it took, in words."""
+        made, later = self.made, self.tokens - len(self.texts)  # tokens after the first of each row
+        adapters = "adapters held already"
+        if made.adapters:
+            parts = (f"{name} {1e3 * getattr(made, name):.0f} ms" for name in ("encode", "generate", "attach"))
+            adapters = f"{made.adapters} new adapter{'s' * (made.adapters > 1)}: {', '.join(parts)}"
+        rate = f", then {later / self.seconds:.0f} tokens/s" if later and self.seconds else ""
+        rows = f"{len(self.texts)} row{'s' * (len(self.texts) > 1)} in one batch"
+        return f"{adapters}; {rows}: first token after {1e3 * self.first:.0f} ms{rate}"
 
 
 class SideBySide:
@@ -78,6 +90,7 @@ class SideBySide:
         self.engine, self.model, self.tokenizer, self.slots, self._described = engine, model, tokenizer, slots, described
         self._lora = attach(model, slots=slots)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
+        self._stop = threading.Event()  # of the question at hand, or of the last one
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
     @property
@@ -89,8 +102,16 @@ class SideBySide:
         """The result of ``call``, which may use the engine, in this object's thread."""
         return self._thread.submit(call).result()
 
+    def hold(self, descriptions: Sequence[str]) -> Made:
+        """Make the adapters of ``descriptions`` that are not held.
+
+        Raises ValueError for more than slots, a text that the encoder refuses, or adapters that do not fit the model.
+        """
+        return self.run(lambda: self._hold(descriptions))
+
     def close(self) -> None:
-        """Wait for the question at hand and take the adapters off the model."""
+        """End the question at hand at its next token, and those that wait, and take the adapters off the model."""
+        self._stop.set()
         self._thread.shutdown(cancel_futures=True)
         self._lora.detach()
 
@@ -107,23 +128,25 @@ class SideBySide:
 
         ``temperature``: 0: greedy decoding; otherwise sampling, with ``seed``.
 
-        Raises, at the first item, ValueError for no rows, more descriptions than slots, an empty description, or prompts
-        that leave no room for the answer in the model's context.
+        Raises, at the first item, ValueError for no rows, as :meth:`hold`, or for prompts that leave no room for the answer
+        in the model's context; CancelledError once closed.
         """
         found: queue.SimpleQueue[Answers | BaseException | None] = queue.SimpleQueue()
-        stop = threading.Event()
+        start, stop = time.perf_counter(), threading.Event()
 
         def work() -> None:
             try:
                 if not stop.is_set():
+                    self._stop = stop
                     torch.manual_seed(seed)
                     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-                    self._answer(text, rows, max_new_tokens, sampling, found.put, stop)
+                    self._answer(text, rows, max_new_tokens, sampling, start, found.put, stop)
                 found.put(None)
             except BaseException as error:  # raised where the answers are read
                 found.put(error)
 
         done: Future[None] = self._thread.submit(work)
+        done.add_done_callback(lambda of: found.put(CancelledError()) if of.cancelled() else None)  # by close()
         try:
             while (item := found.get()) is not None:
                 if isinstance(item, BaseException):
@@ -131,7 +154,7 @@ class SideBySide:
                 yield item
         finally:
             stop.set()
-            done.result()
+            wait([done])
 
     def _answer(
         self,
@@ -139,10 +162,10 @@ class SideBySide:
         rows: Sequence[Row],
         max_new_tokens: int,
         sampling: dict[str, Any],
+        start: float,
         emit: Callable[[Answers], None],
         stop: threading.Event,
     ) -> None:
-        start = time.perf_counter()
         if not rows:
             raise ValueError("rows: expected at least one, got none")
         batch = self._batch(self.prompts(text, rows), max_new_tokens)
@@ -162,6 +185,8 @@ class SideBySide:
             list(prompts), return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
         )
         length = batch["input_ids"].shape[1]
+        if limit is not None and max_new_tokens >= limit:
+            raise ValueError(f"max_new_tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
         if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
                 f"input: expected at most {limit - max_new_tokens} tokens (the model has {limit} positions, "

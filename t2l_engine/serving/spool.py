@@ -1,8 +1,9 @@
 """The folder of generated adapters, which servers of one user share.
 
-vLLM reads an adapter's folder again after it was evicted, so nothing is deleted while a server runs: servers hold a shared
-lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a week, or longest
-if more than half of the budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each change.
+A serving engine reads an adapter's folder again after it was evicted, so nothing is deleted while a server runs: servers
+hold a shared lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a
+week, or longest if more than half of the budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each
+change.
 """
 
 from __future__ import annotations

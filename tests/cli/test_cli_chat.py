@@ -2,6 +2,7 @@
 
 import copy
 import io
+import json
 from importlib.util import find_spec
 
 import pytest
@@ -39,7 +40,7 @@ def chat(run, checkpoint, tiny_llama, monkeypatch):
 
     def call(stdin, *arguments):
         options = ("-c", checkpoint, "--base-model", "tiny", "--max-new-tokens", 6)
-        return run("chat", "--task", TASK, *options, *arguments, stdin=stdin)
+        return run("chat", "--task", TASK, *options, *arguments, stdin=stdin)  # the last --task counts
 
     def answers(task, lines, form="chat"):
         lora = t2l.attach(model, t2l.TextToLoRA.from_pretrained(checkpoint).generate([task or TASK]))
@@ -104,7 +105,27 @@ def test_saved_adapters(chat, checkpoint, tmp_path):
     engine = t2l.TextToLoRA.from_pretrained(checkpoint)
     for name, task in (("a", TASK), ("b", OTHER)):
         saved, right = t2l.AdapterStack.from_peft(tmp_path / name), engine.generate([task])
+        assert json.loads((tmp_path / name / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny"
         assert saved.lora_B["q_proj"].equal(right.lora_B["q_proj"])
+
+
+def test_a_sentence_with_a_colon_is_no_name(chat):
+    sentence = "Translate: the word to French."
+    code, out, err = chat(f"/task {sentence}\none two\n")
+    assert (code, err, out.splitlines()) == (0, "", chat.answers(sentence, ["one two"]))
+
+
+def test_what_goes_wrong_ends_no_session(chat, tmp_path):
+    """At a terminal: the old task stays, and a folder that cannot be written is said."""
+    (tmp_path / "file").write_text("")
+    code, out, err = chat(Terminal(f"/save {tmp_path}/file/adapter\n/task b: \x00\none two\n"))
+    assert code == 0 and out.splitlines()[-1] == chat.answers(TASK, ["one two"])[0] and f"{tmp_path}/file" in err
+
+
+@pytest.mark.parametrize("task", ["", " "])
+def test_an_empty_task(chat, task):
+    code, out, err = chat("one\n", "--task", task)
+    assert code == 1 and out == "" and "text" in err
 
 
 def test_an_answer_is_one_line(chat, monkeypatch):
@@ -146,6 +167,8 @@ def test_an_interrupted_script_is_not_done(chat, monkeypatch):
         ("/both\n", "/both: expected an input before it"),
         ("/task  \n", "/task: expected a description after it"),
         ("/save\n", "/save: expected a folder or FILE.gguf after it"),
+        ("/task base: Count.\n", "/task: expected another name than task and base, got base"),
+        ("".join(f"/task t{i}: Count {i}.\n" for i in range(8)), "/task: expected at most 8 tasks, got one more"),
         ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
     ],
 )

@@ -3,12 +3,14 @@
 import contextlib
 import copy
 import threading
+import time
+from concurrent.futures import CancelledError
 
 import pytest
 
 import t2l_engine as t2l
 from t2l_engine.lora.layer import LoRALinear
-from t2l_engine.serving.side_by_side import Row, SideBySide
+from t2l_engine.serving.side_by_side import Answers, Made, Row, SideBySide
 
 TASKS = ["Count the words.", "Name the capital.", "Write it in capital letters.", "Reverse it."]
 TEXT = "one two"
@@ -74,7 +76,7 @@ def test_the_least_recently_used_makes_room(desk):
         (adapted(*TASKS[:3]), TEXT, {}, "descriptions: expected at most 2, as many as there are slots, got 3"),
         (adapted(""), TEXT, {}, "text"),
         ([Row()], "word " * 130, {}, "input: expected at most 122 tokens"),
-        ([Row()], TEXT, {"max_new_tokens": 500}, "input: expected at most -372 tokens"),
+        ([Row()], TEXT, {"max_new_tokens": 500}, "max_new_tokens: expected fewer than the model's 128 positions, got 500"),
     ],
 )
 def test_errors_leave_it_usable(desk, rows, text, options, message):
@@ -99,8 +101,11 @@ def test_a_reader_who_leaves_stops_the_model(desk):
     desk.model.forward = wait
     next(answers)
     next(answers)
-    threading.Timer(0.05, go.set).start()
-    answers.close()
+    leaving = threading.Thread(target=answers.close)
+    leaving.start()
+    assert desk._stop.wait(60)
+    go.set()
+    leaving.join()
     assert len(calls) <= 4
     desk.model.forward = held
     assert last(desk, [Row()]).tokens == 6
@@ -154,6 +159,44 @@ def test_two_readers_at_once(desk):
     for reader in readers:
         reader.join()
     assert found == {task: [texts] * 3 for task, texts in right.items()}
+
+
+def test_closing_ends_what_runs_and_what_waits(desk):
+    one, calls, go = desk(), [], threading.Event()
+    one.model.register_forward_pre_hook(lambda *_: calls.append(1) or go.wait(60))
+    ended = []
+
+    def ask():
+        try:
+            last(one, [Row()], max_new_tokens=100)
+        except CancelledError:
+            ended.append("cancelled")
+        else:
+            ended.append("answered")
+
+    readers = [threading.Thread(target=ask) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    while not calls or one._thread._work_queue.qsize() < 2:
+        time.sleep(0.01)
+    closing = threading.Thread(target=one.close)
+    closing.start()
+    assert one._stop.wait(60)
+    go.set()
+    for thread in (*readers, closing):
+        thread.join(60)
+        assert not thread.is_alive()
+    assert sorted(ended) == ["answered", "cancelled", "cancelled"] and len(calls) <= 2
+
+
+def test_times_in_words():
+    made = Made(2, 0.1204, 0.002, 0.003)
+    words = "2 new adapters: encode 120 ms, generate 2 ms, attach 3 ms; 3 rows in one batch: first token after 500 ms"
+    assert Answers(("a", "b", "c"), made, 3, 0.5, 0.0).times == words
+    assert Answers(("a", "b", "c"), made, 13, 0.5, 2.0).times == words + ", then 5 tokens/s"  # 10 after the first of each
+    assert Answers(("a",), Made(0, 0.0, 0.0, 0.0), 1, 0.04, 0.0).times == (
+        "adapters held already; 1 row in one batch: first token after 40 ms"
+    )
 
 
 def test_closed(desk):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compat
 
 #: Steps that need to be root of an image.
 OF_AN_IMAGE = ("apt-get ", "useradd ")
-KNOWN = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
+KNOWN = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -53,7 +53,7 @@ def test_its_steps_make_a_working_installation(tmp_path):
             ran += 1
         elif name in ("ENTRYPOINT", "CMD"):
             commands[name] = json.loads(rest)
-    assert ran == 4  # environment, build tools, installation, check
+    assert ran == 5  # environment, build tools, installation, check, model
     command = [*commands["ENTRYPOINT"], *commands["CMD"], "--help"]
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0 and "--host" in run.stdout, run.stderr

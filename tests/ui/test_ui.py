@@ -40,7 +40,7 @@ def test_earlier_answers(page):
         [TEXT, f"adapter: {TASK}"],
         ["a", "b"],
     ]
-    assert shown == history and history[2][2] in table and "tokens/s" in times
+    assert shown == history and history[2][2] in table and "first token after" in times
 
 
 def test_places_on_the_map(page):
@@ -95,6 +95,7 @@ def test_the_command():
     "arguments, said",
     [
         (("-c", "nothing"), "t2l: checkpoint"),
+        (("--host", "::1"), "t2l: --host: expected a name or an IPv4 address, got '::1'"),
         (("--base-model", "nowhere"), "t2l: base_model: expected 'smollm2-135m' or a local transformers folder"),
         (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
     ],

@@ -15,11 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import MAX_LINE_BYTES, MAX_VALUES, count_values, is_unicode, read_rows, read_texts
+from t2l_engine.files.text import (
+    MAX_DESCRIPTIONS_BYTES,
+    MAX_LINE_BYTES,
+    MAX_VALUES,
+    count_values,
+    is_unicode,
+    read_rows,
+    read_texts,
+)
 from t2l_engine.files.weights import replacing
 
 DESCRIPTIONS_NAME = "descriptions.json"
-MAX_DESCRIPTIONS_BYTES = 1 << 25  # about five times the paper's 479 tasks with 128 descriptions each
 MAX_NAME_BYTES = 128
 #: An answer is correct if, respectively: it equals an accepted one after stripping; its last number equals an accepted one;
 #: the option of highest log-likelihood is an accepted one; it is Python code after which ``tests`` run without an exception.

@@ -1,12 +1,15 @@
 """Stored adapters found by descriptions: folders, nearness, mixtures, and generation where nothing is near."""
 
+import copy
 import json
 import re
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
@@ -77,6 +80,11 @@ def test_a_mixture_of_several_ranks(make_stack):
     for layer in range(2):
         right = 0.25 * changes(stack, 0, layer=layer) + 0.75 * changes(stack, 1, layer=layer)
         torch.testing.assert_close(changes(found, 0, layer=layer), right, rtol=1e-5, atol=1e-6)
+    assert found.ranks["q_proj"].tolist() == [[8, 8]]  # twice the widest of these
+    narrow = make_stack(
+        {"q_proj": (6, 10)}, num_adapters=2, ranks={"q_proj": torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)}
+    )
+    assert mixture(narrow, [0.5, 0.5]).ranks["q_proj"].tolist() == [[4, 0]]
     with pytest.raises(ValueError, match="weights: expected one for each of 2 adapters, got 1"):
         mixture(stack, [1.0])
 
@@ -90,6 +98,8 @@ def test_what_is_not_near_is_generated(engine, library):
     assert engine.generate([NEAR], library=library).allclose(library.stack[0])
     mixed = engine.generate(texts, library=library, top_k=2, min_similarity=0.6)
     assert int(mixed.ranks["q_proj"][1].max()) == 16 and int(mixed.ranks["q_proj"][0].max()) == 8
+    stack, matches = library.adapters(texts, engine.generate, top_k=2, min_similarity=0.6)
+    assert [[match.name for match in row] for row in matches] == [[], ["last", "past"], []] and stack.allclose(mixed)
     with pytest.raises(ValueError, match="examples: expected none with a library"):
         engine.generate([NEAR], [[("a", "b")]], library=library)
 
@@ -122,6 +132,26 @@ def test_the_page(engine, library, tmp_path, monkeypatch):
     assert len(found["library"]) == 2 and (tmp_path / "library" / EMBEDDINGS).is_file()
 
 
+def test_a_library_for_another_model(engine, make_stack):
+    """Adapters of other sizes are refused, also where nothing would be generated."""
+    for modules in ({"q_proj": (6, 10)}, {"gate_proj": (6, 10)}):
+        other = t2l.AdapterLibrary(make_stack(modules, num_adapters=1), {"last": ["Return the last."]}, engine.encoder)
+        with pytest.raises(ValueError, match=r"library: expected adapters of modules \(layers, in, out\)"):
+            engine.generate([NEAR], library=other)
+
+
+def test_embeddings_of_another_encoder(engine, library, tmp_path):
+    """Weights of an encoder are among what its embeddings depend on."""
+    library.save(tmp_path)
+    other = copy.copy(engine.encoder)
+    other.model = copy.deepcopy(other.model)
+    with torch.no_grad():
+        next(other.model.parameters()).mul_(1.01)
+    other._cache = OrderedDict()
+    again = t2l.AdapterLibrary.open(tmp_path, other)
+    assert not again.index.means.equal(library.index.means)
+
+
 def broken(name, content):
     return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
@@ -136,6 +166,7 @@ def broken(name, content):
         (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, '{"last": [" "]}'), ConfigError, "last: expected a list of descriptions"),
         (broken(EMBEDDINGS, "no weights"), ConfigError, EMBEDDINGS),
+        (lambda folder: save_file({"means": torch.zeros(3, 5)}, folder / EMBEDDINGS), ConfigError, r"shape \(3, 384\), got"),
         (broken(DIGESTS, "{"), ConfigError, DIGESTS),
         (broken("last/adapter_config.json", "{}"), ValueError, "last"),
     ],
