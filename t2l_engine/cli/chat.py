@@ -145,21 +145,21 @@ class Chat:
             raise ValueError(f"/task: expected another name than {TASK} and {BASE}, got {name}")
         if name not in self.tasks and len(self.tasks) == self.desk.slots:
             raise ValueError(f"/task: expected at most {self.desk.slots} tasks, got one more; give it the name of another")
-        self.desk.hold([description])
+        made = self.desk.hold([description])
         self.current, self.tasks[name] = name, description
+        if self.interactive:
+            say(f"the adapter is that of: {description} ({made.times})")
 
     def use(self, text: str) -> None:
         """``/task``: a description, one with a name, or a name alone."""
         if not text:
             raise ValueError("/task: expected a description after it, got none")
         if text in self.tasks:
-            self.current = text
+            self.add(text, self.tasks[text])
         elif named := _NAMED.fullmatch(text):
             self.add(*named.groups())
         else:
             self.add(UNNAMED, text)
-        if self.interactive:
-            say(f"the adapter is that of: {self.tasks[self.current]}")
 
 
 def _lines(interactive: bool) -> Iterator[str]:

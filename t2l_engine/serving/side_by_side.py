@@ -46,6 +46,14 @@ class Made:
     generate: float
     attach: float
 
+    @property
+    def times(self) -> str:
+        """In words."""
+        if not self.adapters:
+            return "adapters held already"
+        parts = (f"{name} {1e3 * getattr(self, name):.0f} ms" for name in ("encode", "generate", "attach"))
+        return f"{self.adapters} new adapter{'s' * (self.adapters > 1)}: {', '.join(parts)}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
@@ -64,14 +72,10 @@ class Answers:
     @property
     def times(self) -> str:
         """What it took, in words."""
-        made, later = self.made, self.tokens - len(self.texts)  # tokens after the first of each row
-        adapters = "adapters held already"
-        if made.adapters:
-            parts = (f"{name} {1e3 * getattr(made, name):.0f} ms" for name in ("encode", "generate", "attach"))
-            adapters = f"{made.adapters} new adapter{'s' * (made.adapters > 1)}: {', '.join(parts)}"
+        later = self.tokens - len(self.texts)  # after the first of each row
         rate = f", then {later / self.seconds:.0f} tokens/s" if later and self.seconds else ""
         rows = f"{len(self.texts)} row{'s' * (len(self.texts) > 1)} in one batch"
-        return f"{adapters}; {rows}: first token after {1e3 * self.first:.0f} ms{rate}"
+        return f"{self.made.times}; {rows}: first token after {1e3 * self.first:.0f} ms{rate}"
 
 
 class SideBySide:
@@ -154,7 +158,8 @@ class SideBySide:
                 yield item
         finally:
             stop.set()
-            wait([done])
+            if not done.cancel():  # it has begun
+                wait([done])
 
     def _answer(
         self,

@@ -118,7 +118,7 @@ def test_a_sentence_with_a_colon_is_no_name(chat):
 def test_what_goes_wrong_ends_no_session(chat, tmp_path):
     """At a terminal: the old task stays, and a folder that cannot be written is said."""
     (tmp_path / "file").write_text("")
-    code, out, err = chat(Terminal(f"/save {tmp_path}/file/adapter\n/task b: \x00\none two\n"))
+    code, out, err = chat(Terminal(f"/save {tmp_path}/file/adapter\n/task base: Count.\none two\n"))
     assert code == 0 and out.splitlines()[-1] == chat.answers(TASK, ["one two"])[0] and f"{tmp_path}/file" in err
 
 

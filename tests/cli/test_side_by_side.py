@@ -163,8 +163,13 @@ def test_two_readers_at_once(desk):
 
 def test_closing_ends_what_runs_and_what_waits(desk):
     one, calls, go = desk(), [], threading.Event()
-    one.model.register_forward_pre_hook(lambda *_: calls.append(1) or go.wait(60))
     ended = []
+
+    def wait(*_):
+        calls.append(1)
+        assert go.wait(60)
+
+    one.model.register_forward_pre_hook(wait)
 
     def ask():
         try:
