@@ -18,6 +18,5 @@ USER t2l
 RUN t2l info --check
 RUN python -c "from t2l_engine.text import packaged; packaged.convert()"
 EXPOSE 7860
-STOPSIGNAL SIGINT
 ENTRYPOINT ["t2l"]
 CMD ["ui", "--host", "0.0.0.0"]

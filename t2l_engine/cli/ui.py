@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import os
+import signal
 from typing import Annotated
 
 import typer
@@ -76,6 +77,7 @@ def ui(
     blocks.launch(
         server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options()
     )  # OSError where the port is taken
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of service managers and containers: ends it as Ctrl-C does
     say(f"the page is at http://{host}:{port}; Ctrl-C ends it")
     try:
         blocks.block_thread()

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.compat
 
 #: Steps that need to be root of an image.
 OF_AN_IMAGE = ("apt-get ", "useradd ")
-KNOWN = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "STOPSIGNAL", "ENTRYPOINT", "CMD"}
+KNOWN = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
 
 
 def instructions() -> list[tuple[str, str]]:

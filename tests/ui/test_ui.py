@@ -74,7 +74,7 @@ def command(*arguments):
 
 
 def test_the_command():
-    """It says where the page is, which answers, and ends as Ctrl-C ends it; a port in use is an error."""
+    """It says where the page is, which answers, and ends when it is told to; a port in use is an error."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,7 +85,7 @@ def test_the_command():
         assert url == f"http://127.0.0.1:{port}" and "Text-to-LoRA" in urllib.request.urlopen(url).read().decode()
         second = subprocess.run(command("--port", port), capture_output=True, text=True)
         assert second.returncode == 1 and str(port) in second.stderr and second.stderr.count("t2l: ") == 1
-        process.send_signal(2)
+        process.terminate()
         assert process.wait(60) == 0
     finally:
         process.kill()
