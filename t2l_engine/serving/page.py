@@ -87,6 +87,7 @@ class Page:
             for last in answers:
                 yield _table(rows, last.texts, "answering"), last.times, *kept
         except ValueError as error:
+            yield _table(rows, [""] * len(rows), "not answered"), "", *kept
             raise gr.Error(str(error)) from None
         finally:
             answers.close()  # the tab may have been closed

@@ -94,7 +94,7 @@ class SideBySide:
         self.engine, self.model, self.tokenizer, self.slots, self._described = engine, model, tokenizer, slots, described
         self._lora = attach(model, slots=slots)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
-        self._stop = threading.Event()  # of the question at hand, or of the last one
+        self._stop, self._closed = threading.Event(), False  # _stop: of the question at hand, or of the last one
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="side-by-side")
 
     @property
@@ -115,6 +115,7 @@ class SideBySide:
 
     def close(self) -> None:
         """End the question at hand at its next token, and those that wait, and take the adapters off the model."""
+        self._closed = True  # before _stop is looked up, which a question that begins now replaces before it looks here
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
         self._lora.detach()
@@ -140,8 +141,10 @@ class SideBySide:
 
         def work() -> None:
             try:
+                self._stop = stop
+                if self._closed:
+                    raise CancelledError
                 if not stop.is_set():
-                    self._stop = stop
                     torch.manual_seed(seed)
                     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
                     self._answer(text, rows, max_new_tokens, sampling, start, found.put, stop)
