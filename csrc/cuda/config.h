@@ -73,7 +73,8 @@ inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int6
     return found;
   };
   const int64_t most = max(1, slots / max(chunks, 1)), whole = round_up(widest, kStep);
-  int64_t size = min(round_up(max(1, ceil_div(outputs, most)), kStep), whole);  // none is finer: slices end with their member
+  int64_t size =
+      min(round_up(max(1, ceil_div(outputs, most)), kStep), whole);  // none is finer: slices end with their member
   while (size < whole && slices(size) > most) size += kStep;
   return size;
 }

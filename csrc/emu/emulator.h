@@ -300,10 +300,10 @@ T2L_EMU_NO_TSAN inline Slot fragments(const void* a, const void* b) {
   __builtin_memcpy(&slot.word[4], b, 8);
   return slot;
 }
-// d += this lane's fragment of the product over `depth`, summed as tensor cores do: every addend, d among them, is aligned to
-// the largest exponent and cut one bit below a float's last, the sum is exact, and cut to a float.  Devices that keep more
-// bits, or sum fewer addends at a time, are no worse.
-// Source: Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores.
+// d += this lane's fragment of the product over `depth`, summed as tensor cores do: every addend, d among them, is aligned
+// to the largest exponent and cut one bit below a float's last, the sum is exact, and cut to a float.  Devices that keep
+// more bits, or sum fewer addends at a time, are no worse. Source: Fasi et al. 2021, Numerical behavior of NVIDIA tensor
+// cores.
 void accumulate(float (&d)[4], const Operands& operands, int depth);
 
 // `convert`: 16 bits to float.

@@ -138,7 +138,7 @@ std::string check_cut_sums() {
   EXPECT(sum(1.0f, std::ldexp(1.0f, -25), 0.0f) == 1.0f);  // exactly, 1 + 15/4 units in the last place
   EXPECT(sum(1.0f, std::ldexp(1.0f, -24), 0.0f) == 1.0f + 7 * std::ldexp(1.0f, -23));
   EXPECT(sum(-1.0f, std::ldexp(-1.0f, -24), 0.0f) == -1.0f - 7 * std::ldexp(1.0f, -23));  // toward zero
-  EXPECT(sum(std::ldexp(1.0f, -25), std::ldexp(1.0f, -25), 1.0f) == 1.0f);  // d is an addend like the others
+  EXPECT(sum(std::ldexp(1.0f, -25), std::ldexp(1.0f, -25), 1.0f) == 1.0f);                // d is an addend like the others
   EXPECT(sum(1.0f, 1.0f, -16.0f) == 0.0f && sum(0.0f, 0.0f, 0.0f) == 0.0f);
   EXPECT(sum(1.0f, 1.0f, std::numeric_limits<float>::infinity()) == std::numeric_limits<float>::infinity());
   EXPECT(std::isnan(sum(std::numeric_limits<float>::quiet_NaN(), 1.0f, 0.0f)));
