@@ -285,7 +285,7 @@ void test_errors() {
           [](Case&, t2l_lora& l) { l.A_stride[0] = (int64_t{1} << 60) - l.in_features; });
   refused("x_dtype: expected T2L_F32 or T2L_BF16, got 2", [](Case&, t2l_lora& l) { l.x_dtype = 2; });
   refused("w_dtype: expected T2L_F32 or T2L_BF16, got -1", [](Case&, t2l_lora& l) { l.w_dtype = -1; });
-  refused("isa: expected a t2l_isa, got 9", [](Case&, t2l_lora& l) { l.isa = 9; });
+  refused("isa: expected a t2l_isa, got 10", [](Case&, t2l_lora& l) { l.isa = T2L_ISA_AVX512_BF16_WIDE + 1; });
   refused("seg_indptr: expected 0 first, got 1", [](Case& c, t2l_lora&) { c.indptr[0] = 1; });
   refused("seg_indptr: expected the number of tokens 5 last, got 4", [](Case& c, t2l_lora&) { c.indptr[2] = 4; });
   refused("seg_indptr: expected segments of 0 or more tokens, got -1 at segment 1",
