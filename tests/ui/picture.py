@@ -23,11 +23,13 @@ CLICK = """() => {
   document.querySelector('#state')?.remove();
   const begun = performance.now();
   window.taken = null;
-  new MutationObserver(() => {
+  window.watch?.disconnect();  // of the click before
+  window.watch = new MutationObserver(() => {
     const cells = document.querySelectorAll('#answers td');
     if (window.taken === null && document.querySelector('#state') && cells[cells.length - 1].textContent)
       window.taken = performance.now() - begun;
-  }).observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true});
+  });
+  window.watch.observe(document.querySelector('#answers'), {childList: true, subtree: true, characterData: true});
   document.querySelector('#answer').click();
 }"""
 
