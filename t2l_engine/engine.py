@@ -16,7 +16,7 @@ from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
-from t2l_engine.library import AdapterLibrary
+from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
 from t2l_engine.text.config import AnyEncoderConfig, OneHotConfig, ReaderConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
@@ -130,7 +130,7 @@ class TextToLoRA:
         :class:`TextReader`; a text with examples may be empty.
 
         ``library``: stored adapters of the same modules, ``top_k``, ``min_similarity``: see
-        :meth:`AdapterLibrary.adapters`, which also says which stored adapters were used.
+        :meth:`AdapterLibrary.adapters`; :meth:`retrieve` also says which stored adapters were used.
 
         Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, examples for an
         encoder that reads none or together with a library, or a library of other modules; RuntimeError if the language
@@ -141,13 +141,22 @@ class TextToLoRA:
             return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
+        return self.retrieve(texts, library, top_k, min_similarity)[0]
+
+    def retrieve(
+        self, texts: Sequence[str], library: AdapterLibrary, top_k: int = 1, min_similarity: float = -1.0
+    ) -> tuple[AdapterStack, list[list[Match]]]:
+        """The adapters of :meth:`generate` with ``library``, and the stored ones that each is made of; none: generated.
+
+        Raises ValueError for a library of other modules, and as :meth:`AdapterLibrary.adapters`.
+        """
         own, stored = self.hypernetwork.meta_stack(1).sizes, library.stack.sizes
         if not own.keys() & stored.keys() or any(stored[name] != own[name] for name in own.keys() & stored.keys()):
             raise ValueError(
                 f"library: expected adapters of modules (layers, in, out) {short_repr(own)}, as this checkpoint's, "
                 f"got {short_repr(stored)}"
             )
-        return library.adapters(texts, self.generate, top_k, min_similarity)[0]
+        return library.adapters(texts, self.generate, top_k, min_similarity)
 
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.

@@ -83,15 +83,22 @@ class AdapterLibrary:
     >>> stack = engine.generate(["Give the list's last word.", "Count the vowels."], library=library, min_similarity=0.6)
     """
 
-    def __init__(self, stack: AdapterStack, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder):
-        """``stack``: an adapter for each name of ``descriptions``, in their order; ``encoder``: of sentences.
+    def __init__(
+        self,
+        stack: AdapterStack,
+        descriptions: Mapping[str, Sequence[str]],
+        encoder: TextEncoder,
+        means: Tensor | None = None,
+    ):
+        """``stack``: an adapter for each name of ``descriptions``, in their order; ``encoder``, ``means``: as
+        :class:`DescriptionIndex` takes them.
 
         Raises ValueError if there are not as many, ConfigError for a name without descriptions.
         """
         if len(stack) != len(descriptions):
             raise ValueError(f"descriptions: expected those of {len(stack)} adapters, got {len(descriptions)}")
         self.stack, self.descriptions = stack, {name: list(texts) for name, texts in descriptions.items()}
-        self.index = DescriptionIndex(descriptions, encoder)
+        self.index = DescriptionIndex(descriptions, encoder, means)
 
     @classmethod
     def open(cls, folder: str | Path, encoder: TextEncoder | None = None) -> AdapterLibrary:
@@ -107,11 +114,8 @@ class AdapterLibrary:
         folder, encoder = Path(folder), encoder or TextEncoder.from_pretrained()
         descriptions = _descriptions(folder / DESCRIPTIONS)
         digest = _digest(descriptions, encoder)
-        made = cls.__new__(cls)
-        made.stack = AdapterStack.from_peft([folder / name for name in descriptions])
-        made.descriptions = descriptions
-        made.index = DescriptionIndex(descriptions, encoder, _stored(folder, digest, (len(descriptions), encoder.embed_dim)))
-        return made
+        means = _stored(folder, digest, (len(descriptions), encoder.embed_dim))
+        return cls(AdapterStack.from_peft([folder / name for name in descriptions]), descriptions, encoder, means)
 
     def save(self, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
         """Write the adapters as PEFT folders, their descriptions and the embeddings, so that :meth:`open` computes none.

@@ -275,7 +275,7 @@ T2L_DEVICE float to_tf32(float v) {
   return emu::float_to_tf32(v);
 #else
   uint32_t out;
-  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out) : "f"(v));
   return __uint_as_float(v != v ? 0x7fffe000u : out & 0xffffe000u);
 #endif
 }

@@ -63,7 +63,7 @@ typedef enum t2l_isa {
 } t2l_isa;
 
 // The fastest instruction set of this CPU; never T2L_ISA_BEST.  Asks the system once for the matrix tiles of AMX, which
-// Linux grants to a process as a whole.
+// Linux grants to a process as a whole, and where they are not to be had times dot products of bfloat16, 0.2 ms.
 T2L_API int32_t t2l_detected_isa(void);
 // 1: this CPU has it and this process may use it (always so for T2L_ISA_BEST); 0: not, or another value.
 T2L_API int32_t t2l_has_isa(int32_t isa);

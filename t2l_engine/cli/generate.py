@@ -91,6 +91,8 @@ def generate(
         raise typer.BadParameter("expected descriptions as arguments, or --file; not both")
     if library is None and (top_k != 1 or min_similarity != -1):
         raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
+    if library is not None and examples is not None:
+        raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
     several = file is not None or len(descriptions) > 1
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
@@ -107,8 +109,6 @@ def generate(
     if library is None:
         known, task_emb = None, engine.encoder.encode(texts, examples=shown)
     else:
-        if examples is not None:
-            raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
         known, task_emb = AdapterLibrary.open(library), None
         if top_k > len(known):
             raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
@@ -119,7 +119,7 @@ def generate(
         if known is None:
             stack, matches = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE]), []
         else:
-            stack, matches = known.adapters(batch, engine.generate, top_k, min_similarity)
+            stack, matches = engine.retrieve(batch, known, top_k, min_similarity)
         for i, text in enumerate(batch):
             if form is Format.gguf:
                 target = output / (f"{start + i}.gguf" if several else "adapter.gguf")

@@ -360,4 +360,8 @@ def test_generate_from_a_library(run, expect_error, tmp_path):
     expect_error(
         "--top-k: expected at most the 2 adapters of the library, got 3", "generate", asked[0], *options, "--top-k", 3
     )
+    other = t2l.AdapterStack({"q_proj": torch.ones(1, 2, 4, 6)}, {"q_proj": torch.ones(1, 2, 10, 4)}, torch.ones(1))
+    t2l.AdapterLibrary(other, {"last": texts["last"]}, engine.encoder).save(tmp_path / "other")
+    refused = ("generate", asked[0], "--library", tmp_path / "other", "-o", tmp_path / "out")
+    expect_error("library: expected adapters of modules (layers, in, out)", *refused)
     expect_error("descriptions.json: not found", "generate", asked[0], "--library", tmp_path, "-o", tmp_path / "out")
