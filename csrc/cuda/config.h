@@ -58,6 +58,11 @@ constexpr int large_m_tiles(int64_t element, int n_tiles) { return element == 4 
 // Occupancy by registers, in blocks per SM: a launch that has no more of them runs in one wave.
 constexpr int lora_blocks_per_sm(int64_t element, int m_tiles) { return element == 2 && m_tiles == 1 ? 2 : 1; }
 
+// Slices of one member: at least one where it leaves its rank vectors.
+inline int64_t lora_slices(const LoraParams& p, int64_t outputs) {
+  return max(p.rank_vectors ? 1 : 0, ceil_div(p.out, outputs));
+}
+
 // Outputs of a slice: the finest cut with which all chunks of all slices run at once, in `slots` blocks; where whole members
 // are too many already, those, since each slice reads x and A again.
 inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int64_t chunks, int64_t slots) {
@@ -69,7 +74,7 @@ inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int6
   }
   const auto slices = [&](int64_t size) {
     int64_t found = 0;
-    for (int64_t i = 0; i < count; ++i) found += ceil_div(members[i].out, size);
+    for (int64_t i = 0; i < count; ++i) found += lora_slices(members[i], size);
     return found;
   };
   const int64_t most = max(1, slots / max(chunks, 1)), whole = round_up(widest, kStep);
@@ -94,7 +99,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t blocks = lora_blocks_per_sm(element, c.m_tiles) * limits.num_sms;
   c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
   for (int64_t i = 0; i < count; ++i)
-    c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(ceil_div(members[i].out, c.outputs));
+    c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(lora_slices(members[i], c.outputs));
   const int64_t width = round_up(rank, 8 * c.n_tiles);
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int)) +
@@ -110,6 +115,28 @@ inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, c
   const int64_t wave = 16 * large.m_tiles * lora_blocks_per_sm(element, large.m_tiles) * limits.num_sms;
   return !small.one_token_per_block && members[0].tokens >= wave && large.shared_bytes <= limits.shared_bytes ? large
                                                                                                               : small;
+}
+
+// ---- gradients of A and B: a block has 16 ranks of an adapter and 64 columns of A or B
+
+constexpr int kGradRanks = 16, kGradColumns = 64;
+constexpr int kGradStride = kGradColumns + 8;  // of a rank's partial sums in shared memory: rows are 8 banks apart
+
+struct LoraGradConfig {
+  int64_t tiles_a, tiles;  // columns of A, of A and B, / kGradColumns
+  int64_t rank_tiles;
+  int64_t blocks;
+  int64_t shared_bytes;
+};
+
+inline LoraGradConfig choose_lora_grad_config(const LoraParams& p) {
+  LoraGradConfig c{};
+  c.tiles_a = ceil_div(p.in, kGradColumns);
+  c.tiles = c.tiles_a + ceil_div(p.out, kGradColumns);
+  c.rank_tiles = ceil_div(p.rank, kGradRanks);
+  c.blocks = c.tiles * c.rank_tiles * p.adapters;
+  c.shared_bytes = align16(int64_t{kWarps} * kGradRanks * kGradStride * sizeof(float));
+  return c;
 }
 
 // ---- hypernetwork trunk

@@ -1,6 +1,7 @@
 // Launches of the LoRA kernel.
 #include "launch.cuh"
 #include "lora.cuh"
+#include "lora_grad.cuh"
 
 namespace t2l::cuda {
 namespace {
@@ -39,6 +40,29 @@ const char* lora(const LoraParams* members, int64_t count, void* stream) {
   for (int64_t i = 0; i < count; i += kMaxGroup)
     if (const char* error = launch_group(members + i, min(kMaxGroup, count - i), stream)) return error;
   return nullptr;
+}
+
+const char* lora_backward(const LoraBackwardParams& params, float* workspace, void* stream) {
+  const LoraParams& p = params.lora;
+  // B^T and A^T as the A and B of one more linear, whose inputs are the gradients: the sum over its outputs is that of x.
+  LoraParams forward = p, backward = p;
+  forward.out = 0;
+  forward.rank_vectors = workspace;
+  backward.x = params.grad, backward.x_stride = params.grad_stride;
+  backward.y = params.grad_x, backward.y_stride = p.in;
+  backward.in = p.out, backward.out = p.in;
+  backward.a = p.b, backward.a_stride_adapter = p.b_stride_adapter, backward.a_stride_rank = p.b_stride_rank;
+  backward.b = p.a, backward.b_stride_adapter = p.a_stride_adapter, backward.b_stride_rank = p.a_stride_rank;
+  backward.rank_vectors = workspace + p.tokens * p.rank;
+  const LoraParams members[2] = {backward, forward};
+  if (const char* error = lora(members, 2, stream)) return error;
+  const device::LoraGradLaunch argument{params, forward.rank_vectors, backward.rank_vectors, choose_lora_grad_config(p)};
+  if (argument.config.blocks == 0) return nullptr;
+  const auto kernel = lora_compute_type(p) == DType::bf16  ? device::lora_grad_kernel<device::bf16>
+                      : lora_compute_type(p) == DType::f16 ? device::lora_grad_kernel<device::f16>
+                                                           : device::lora_grad_kernel<float>;
+  const DeviceLimits limits = device_limits();
+  return launch(kernel, argument.config.blocks, 1, argument.config.shared_bytes, limits, stream, argument);
 }
 
 }  // namespace t2l::cuda

@@ -463,6 +463,9 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     }
     block_barrier();  // before partial is overwritten or v is read
   }
+  if (p.rank_vectors && first == 0)
+    for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
+      store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, v[i / rank * c.v_stride + i % rank]);
   expand<T, MT>(p, chunk.adapter, rank, tokens, chunk.count, v, c.v_stride, first, last);
 }
 

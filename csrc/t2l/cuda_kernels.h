@@ -16,6 +16,8 @@ constexpr int64_t kMaxTrunkWidth = 4096;
 
 // As t2l::lora.  Ids, ranks and segments are validated on the device: out of range, the launch fails.
 const char* lora(const LoraParams* members, int64_t count, void* stream);
+// As t2l::lora_backward, in two launches.  b: [rank, out] storage (b_stride_out 1); workspace: 2 * tokens * rank floats.
+const char* lora_backward(const LoraBackwardParams& params, float* workspace, void* stream);
 const char* hypernet_trunk(const TrunkParams& params, void* stream);
 // Modules must have the same h, tasks, sides, ranks, layers and dtypes.
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream);

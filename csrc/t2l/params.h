@@ -27,11 +27,12 @@ struct LoraParams {
   DType x_type;  // of x and y
   DType w_type;  // of a and b
   bool accumulate;
+  float* rank_vectors;  // CUDA only: [tokens, rank], gets scaling[a] * A[a] x[t] of every token with an adapter, or null
 };
 
 // Gradients of lora: `lora` as in the forward with `accumulate`, y unused.  The gradient of x is added to grad_x; tokens
-// without an adapter leave it alone.  grad_a and grad_b must be zero-initialised: adapters that no segment uses, and entries
-// beyond a rank, are not written.
+// without an adapter leave it alone.  On the CPU grad_a and grad_b must be zero-initialised: adapters that no segment uses,
+// and entries beyond a rank, are not written.  On CUDA all is written.
 struct LoraBackwardParams {
   LoraParams lora;
   const void* grad;  // [tokens, out], dtype x_type, row stride grad_stride, last stride 1

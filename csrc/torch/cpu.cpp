@@ -32,7 +32,12 @@ struct Cpu {
 
   static bool covers(ScalarType type) { return type == ScalarType::Float || type == ScalarType::BFloat16; }
   static void lora(const Op& op, const LoraParams* members, int64_t count) { t2l::lora(members, count, isa(op), parallel); }
-  static void lora_backward(const Op& op, const LoraBackwardParams& p) { t2l::lora_backward(p, isa(op), parallel); }
+  static Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return torch::stable::new_zeros(like, sizes);
+  }
+  static void lora_backward(const Op& op, const LoraBackwardParams& p, const Tensor&, const Tensor&) {
+    t2l::lora_backward(p, isa(op), parallel);
+  }
   static void hypernet_trunk(const Op& op, const TrunkParams& p) { t2l::hypernet_trunk(p, isa(op), parallel); }
   static void hypernet_heads(const Op& op, const HeadParams* modules, int64_t count) {
     for (int64_t i = 0; i < count; ++i) t2l::hypernet_head(modules[i], isa(op), parallel);

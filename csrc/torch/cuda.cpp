@@ -69,6 +69,20 @@ struct Cuda {
   static void lora(const Op& op, const LoraParams* members, int64_t count) {
     check_launch(op, cuda::lora(members, count, OnDevice(op).stream()));
   }
+  static Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return torch::stable::new_empty(like, sizes);
+  }
+  static void lora_backward(const Op& op, LoraBackwardParams p, const Tensor& lora_B, const Tensor& scaling) {
+    Tensor by_rank = torch::stable::transpose(lora_B, 1, 2);
+    if (p.lora.b_stride_out != 1) {
+      const Tensor copy = torch::stable::new_empty(lora_B, {p.lora.adapters, p.lora.rank, p.lora.out});
+      by_rank = torch::stable::copy_(copy, by_rank);
+      p.lora.b = by_rank.const_data_ptr();
+      p.lora.b_stride_adapter = by_rank.stride(0), p.lora.b_stride_rank = by_rank.stride(1), p.lora.b_stride_out = 1;
+    }
+    const Tensor workspace = torch::stable::new_empty(scaling, {2, p.lora.tokens, p.lora.rank});
+    check_launch(op, cuda::lora_backward(p, static_cast<float*>(workspace.mutable_data_ptr()), OnDevice(op).stream()));
+  }
   static void hypernet_trunk(const Op& op, const TrunkParams& p) {
     check_launch(op, cuda::hypernet_trunk(p, OnDevice(op).stream()));
   }
@@ -91,6 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CUDA, m) {
   m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cuda>));
   m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cuda>));
   m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cuda>));
+  m.impl("lora_backward_", TORCH_BOX(&ops::lora_backward<ops::Cuda>));
   m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cuda>));
   m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cuda>));
 }

@@ -151,9 +151,9 @@ std::tuple<Tensor, Tensor> lora_backward(const Tensor& grad_x, const Tensor& gra
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1), out = lora_B.size(1);
   // Same storage order as lora_B, so that autograd need not transpose it.
   const bool by_rank = lora_B.stride(1) == 1;
-  Tensor grad_A = torch::stable::new_zeros(lora_A, {adapters, rank, lora_A.size(2)});
-  Tensor grad_B = by_rank ? torch::stable::transpose(torch::stable::new_zeros(lora_B, {adapters, rank, out}), 1, 2)
-                          : torch::stable::new_zeros(lora_B, {adapters, out, rank});
+  Tensor grad_A = Backend::new_gradient(lora_A, {adapters, rank, lora_A.size(2)});
+  Tensor grad_B = by_rank ? torch::stable::transpose(Backend::new_gradient(lora_B, {adapters, rank, out}), 1, 2)
+                          : Backend::new_gradient(lora_B, {adapters, out, rank});
   q.lora.accumulate = true;
   q.grad = grad.const_data_ptr();
   q.grad_stride = q.lora.y_stride;
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor> lora_backward(const Tensor& grad_x, const Tensor& gra
   q.grad_b = grad_B.mutable_data_ptr();
   q.grad_b_stride_out = by_rank ? 1 : rank;
   q.grad_b_stride_rank = by_rank ? out : 1;
-  Backend::lora_backward(op, q);
+  Backend::lora_backward(op, q, lora_B, scaling);
   return {grad_A, grad_B};
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from t2l_engine import ops
+from t2l_engine.testing import oracle
 from t2l_engine.testing.cases import BF16, F16, F32, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
 
 pytestmark = pytest.mark.emu
@@ -144,6 +145,58 @@ def test_a_decode_step_reads_every_weight_once(emulator):
     ops.lora_add_(**case.make())
     weights, activations = 64 * 8 * (1024 + 512) * 2, 64 * (1024 + 512) * 2
     assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 512 * 2
+
+
+# --- gradients of batched LoRA ---------------------------------------------------------------------------------------
+
+
+def backward_counts(case: LoraCase, slices: list[int]) -> Counts:
+    """Two launches; ``slices``: those of the gradient of x in the first, of chunks of 16 tokens and 8 ranks a pass."""
+    x, w = size(case.x_dtype), size(case.w_dtype)
+    # B^T and A^T as A and B, and A x without B; both leave the rank vectors.
+    transposed = dataclasses.replace(case, in_features=case.out_features, out_features=case.in_features)
+    one_token = 0 if max(tokens for tokens, _ in case.segments) == 1 else 1
+    n_tiles = 1 if case.rank <= 8 else 2 if case.rank <= 16 else 4
+    counts = Counts()
+    for member, cut in ((transposed, slices), (case, [0])):
+        counts.add(**dataclasses.asdict(lora_counts(member, one_token, n_tiles, cut, True)))
+    ranks = case.ranks or (case.rank,) * case.adapters
+    exact = case.x_dtype == case.w_dtype != F32
+    for tokens, adapter in case.segments:
+        rank = ranks[adapter] if adapter >= 0 else 0
+        counts.add(written=2 * tokens * rank * 4)
+        tiles = ceil(case.in_features / 64) + ceil(case.out_features / 64)
+        rank_tiles = ceil(rank / 16)
+        counts.add(
+            read=rank_tiles * tokens * (case.in_features + case.out_features) * x + tiles * tokens * rank * 4,
+            # turns of 16 tokens, 16 ranks and 64 columns; the rank vectors are split in two, float32 rows too
+            flops=rank_tiles * tiles * ceil(tokens / 16) * 2 * 16 * 16 * 64 * (2 if exact else 3),
+        )
+    counts.add(written=case.adapters * case.rank * (case.in_features + case.out_features) * w)
+    return counts
+
+
+BACKWARD = ("one_token", "mixed_rows", "ragged", "rank_12", "rank_64", "mixed_ranks", "odd_features", "bf16", "bf16_odd")
+BACKWARD += ("bf16_rank_64", "bf16_mixed_ranks", "bf16_x_fp32_adapters", "fp16_rank_24", "serve_64x1")
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_lora_backward(emulator, name):
+    """Every row of x and of the gradient once for 16 ranks, beside what the first launch reads."""
+    case = next(case for case in LORA_CASES if case.name == name)
+    arguments = {k: v for k, v in case.make().items() if k != "y"}
+    if arguments["lora_B"].stride(1) != 1:  # copied before, by torch
+        arguments["lora_B"] = arguments["lora_B"].mT.contiguous().mT
+    grad = torch.randn(case.tokens, case.out_features).to(case.x_dtype)
+    emulator.t2l_emu_reset_counters()
+    oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
+    assert emulator.t2l_emu_counter(b"launches") == 2
+    # Slices of the first launch: as many as one linear with its outputs has, whose only other member has none.
+    first = {k: v for k, v in dataclasses.replace(case, out_features=case.in_features).make().items() if k != "y"}
+    got = counted(emulator)
+    ops.lora_delta(**first)
+    slices = slices_of(case.in_features, emulator.t2l_emu_last_launch(b"grid_y"))
+    assert got == backward_counts(case, slices)
 
 
 # --- hypernetwork ----------------------------------------------------------------------------------------------------

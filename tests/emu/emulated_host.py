@@ -6,9 +6,12 @@ import threading
 import pytest
 import torch
 
-from t2l_engine import ops
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from t2l_engine import AdapterStack, attach, ops
 from t2l_engine.ops import reference
-from t2l_engine.testing.cases import F64, GROUP_CASES, HYPER_CASES, LoraCase
+from t2l_engine.testing import oracle
+from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, HYPER_CASES, LoraCase
 
 pytestmark = pytest.mark.emu
 
@@ -19,6 +22,12 @@ ROWS = LoraCase("rows", ((1, 0), (1, -1), (1, 1)), in_features=6, out_features=5
 
 def group(name: str) -> dict:
     return next(case for case in GROUP_CASES if case.name == name).make()
+
+
+def backward(case: LoraCase):
+    arguments = {k: v for k, v in case.make().items() if k != "y"}
+    grad = torch.ones(case.tokens, case.out_features, dtype=case.x_dtype)
+    return oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
 
 
 def hyper(name: str):
@@ -36,6 +45,8 @@ def heads(name: str, modules: int) -> dict:
         (lambda: ops.lora_add_(**SMALL.make()), 1),
         (lambda: ops.lora_add_group_(**group("qkv")), 1),
         (lambda: ops.lora_add_group_(**group("nine_members")), 2),  # eight members a launch
+        (lambda: backward(SMALL), 2),
+        (lambda: backward(dataclasses.replace(SMALL, x_dtype=F64, w_dtype=F64)), 0),
         (lambda: ops.hypernet_trunk(**hyper("S_rotary").make_trunk()), 1),
         (lambda: ops.hypernet_heads(**heads("L", 7)), 1),
         (lambda: ops.hypernet_heads(**heads("L", 9)), 2),  # eight modules a launch
@@ -47,6 +58,46 @@ def heads(name: str, modules: int) -> dict:
 def test_number_of_launches(emulator, call, launches):
     call()
     assert emulator.t2l_emu_counter(b"launches") == launches
+
+
+class Calls(TorchDispatchMode):
+    """What would be launches of torch on a device, and reads of values by the host."""
+
+    FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::lift_fresh", "t2l_engine::")
+
+    def __init__(self):
+        super().__init__()
+        self.launches, self.reads = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.reads.append(name)
+        elif not func.is_view and not name.startswith(self.FREE):
+            self.launches.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("rows, seq_len", [(4, 24), (3, 1)])
+def test_training_of_a_linear_never_waits(emulator, rows, seq_len, dropout):
+    """Launches of a step of SFT for an adapted linear, forward and backward: those of torch, and the engine's."""
+    model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 48, dtype=BF16)})])
+    model.requires_grad_(False)
+    A, B = torch.randn(2, 1, 8, 32, dtype=BF16), torch.randn(2, 1, 8, 48, dtype=BF16)
+    stack = AdapterStack({"q_proj": A.requires_grad_()}, {"q_proj": B.requires_grad_().mT}, torch.ones(2))
+    lora = attach(model, stack)
+    x = torch.randn(rows, seq_len, 32, dtype=BF16, requires_grad=True)
+    layer, grad = model[0]["q_proj"], torch.randn(rows, seq_len, 48, dtype=BF16)
+    with lora.differentiable(stack, [0, 1, -1, 0][:rows], dropout=dropout):
+        layer(x)  # makes the segments, once for all linears of a step
+        emulator.t2l_emu_reset_counters()
+        with Calls() as calls:
+            layer(x).backward(grad)
+    assert calls.reads == []
+    assert emulator.t2l_emu_counter(b"launches") == 3
+    assert len(calls.launches) + 3 <= 12, calls.launches
+    assert A.grad is not None and B.grad is not None and x.grad is not None
 
 
 def test_a_rank_beyond_shared_memory_is_the_references(emulator):

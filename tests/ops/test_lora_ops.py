@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from native import SMALL, by_name, is_native, kernel_case, needs_native
+from native import SMALL, by_name, kernel_case, needs_native
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
@@ -141,8 +141,7 @@ def test_lora_backward_adds_to_grad_x_and_rounds_once(dtype):
     ],
 )
 def test_lora_backward_checks_grad_x(grad_x, message):
-    if not is_native("lora_backward_"):
-        pytest.skip("the reference checks little")
+    needs_native("the reference checks little")
     case = LoraCase("checks", ((3, 0), (2, 1)))
     arguments = {k: v for k, v in case.make().items() if k != "y"}
     given = grad_x(torch.zeros(case.tokens, case.in_features))
@@ -212,15 +211,13 @@ def test_lora_rows_do_not_depend_on_neighbours(dtype, b_layout, rank, in_feature
             **shared,
         }
         assert torch.equal(ops.lora_delta(**alone)[0], whole[token])
-        if is_native("lora_backward_"):
-            ordered = {k: alone[k] for k in arguments}
-            assert torch.equal(backward(grad[token : token + 1], ordered)[0][0], grads[0][token])
+        ordered = {k: alone[k] for k in arguments}
+        assert torch.equal(backward(grad[token : token + 1], ordered)[0][0], grads[0][token])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         assert torch.equal(whole, ops.lora_delta(**arguments))
-        if is_native("lora_backward_"):
-            assert all(map(torch.equal, grads, backward(grad, arguments)))
+        assert all(map(torch.equal, grads, backward(grad, arguments)))
     finally:
         torch.set_num_threads(threads)
 
