@@ -142,11 +142,13 @@ inline LoraGradConfig choose_lora_grad_config(const LoraParams& p) {
 // ---- hypernetwork trunk
 
 constexpr int64_t kMaxPrefetchBlocks = 16;
+constexpr int64_t kTrunkColumns = 16;  // of a warp tile
 constexpr int64_t kMaxTrunkRows = int64_t{1} << 30;  // (task, module, layer): 32-bit indices
 
 struct TrunkConfig {
   int64_t tile_rows;  // (task, module, layer) rows of a block: 16 or fewer
   int64_t tiles;
+  int64_t cluster;          // blocks that share the columns of every linear of a tile
   int64_t prefetch_blocks;  // extra blocks that warm L2 with the weights, where SMs would be idle
   int64_t sides_per_block;  // all, or 1: one block per side
   int64_t ranks_per_block;
@@ -162,7 +164,18 @@ inline int64_t operand_stride(int64_t features, DType type) {
   return (k_blocks % 2 ? k_blocks : k_blocks + 1) * 64 / bytes_of(type);
 }
 
-inline TrunkConfig choose_trunk_config(const TrunkParams& p, const DeviceLimits& limits) {
+// Blocks of a cluster: as many as leave an eighth of the SMs free, since a cluster's blocks must be close to each other and
+// do not fill all of them; and so that each has columns of its own in every linear.
+inline int64_t trunk_cluster(const TrunkParams& p, int64_t blocks, int64_t most, const DeviceLimits& limits) {
+  int64_t cluster = 1;
+  if (p.m % kTrunkColumns) return cluster;  // columns are exchanged 16 bytes at a time
+  while (2 * cluster <= min(most, p.m / kTrunkColumns) && 2 * cluster * blocks <= limits.num_sms - limits.num_sms / 8)
+    cluster *= 2;
+  return cluster;
+}
+
+// `max_cluster`: of the device, a power of two.
+inline TrunkConfig choose_trunk_config(const TrunkParams& p, int64_t max_cluster, const DeviceLimits& limits) {
   TrunkConfig c{};
   c.input_stride = operand_stride(max(p.m, p.t), p.w_type);
   c.hidden_stride = operand_stride(4 * p.m, p.w_type);
@@ -177,7 +190,8 @@ inline TrunkConfig choose_trunk_config(const TrunkParams& p, const DeviceLimits&
                      align16(c.tile_rows * c.input_stride * bytes_of(p.w_type)) +
                      align16(c.tile_rows * c.hidden_stride * bytes_of(p.w_type));
     const int64_t blocks = c.tiles * (p.sides / c.sides_per_block) * (p.ranks / c.ranks_per_block);
-    c.prefetch_blocks = max(0, min(kMaxPrefetchBlocks, limits.num_sms - blocks));
+    c.cluster = trunk_cluster(p, blocks, max_cluster, limits);
+    c.prefetch_blocks = max(0, min(kMaxPrefetchBlocks, limits.num_sms - c.cluster * blocks)) / c.cluster * c.cluster;
     if (c.shared_bytes <= limits.shared_bytes) return c;
   }
   c.tile_rows = 0;  // does not fit

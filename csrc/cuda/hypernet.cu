@@ -39,15 +39,16 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   const int64_t rows = params.tasks * params.modules * params.layers;
   if (rows * params.sides * params.ranks == 0) return nullptr;
   if (rows > kMaxTrunkRows) return "hypernet_trunk: more than 2^30 rows of tasks, modules and layers";
-  device::TrunkLaunch argument{params, choose_trunk_config(params, limits)};
-  const TrunkConfig& c = argument.config;
-  if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
   using Kernel = void (*)(device::TrunkLaunch);
   const Kernel kernel = params.w_type == DType::bf16  ? device::trunk_kernel<device::bf16>
                         : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
                                                       : device::trunk_kernel<float>;
+  const device::TrunkLaunch argument{params, choose_trunk_config(params, max_cluster(kernel), limits)};
+  const TrunkConfig& c = argument.config;
+  if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
   const int64_t splits = params.sides / c.sides_per_block * (params.ranks / c.ranks_per_block);
-  return launch(kernel, c.tiles * splits + c.prefetch_blocks, 1, c.shared_bytes, limits, stream, argument);
+  return launch(kernel, c.tiles * splits * c.cluster + c.prefetch_blocks, 1, c.shared_bytes, limits, stream, argument,
+                c.cluster);
 }
 
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {

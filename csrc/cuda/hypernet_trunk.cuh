@@ -1,9 +1,12 @@
-// Hypernetwork trunk as one fused kernel: a block takes a tile of (task, module, layer) rows through the mixer and three
-// MLPs.
+// Hypernetwork trunk as one fused kernel: a block, or a cluster of blocks, takes a tile of (task, module, layer) rows through
+// the mixer and three MLPs.
 //
 // Activations stay in shared memory: float32 for LayerNorm, SiLU and residuals, rounded to the weights' type as MMA
 // operands. Weights are loaded from L2 directly into MMA fragments.  A warp tile is 16 weight rows over all of K: there is
-// no split-K, so bits do not depend on tiling or batch.
+// no split-K, so bits do not depend on tiling, batch or clusters.
+//
+// Blocks of a cluster hold the same activations.  Each computes some columns of every linear, from its share of the weights,
+// and stores them in the shared memory of the others.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
@@ -30,12 +33,43 @@ struct TrunkTile {
   T* input;   // [rows, input_stride], operand of first linears
   T* hidden;  // [rows, hidden_stride], operand of second linears
   int64_t input_stride, hidden_stride;
+  int block, cluster;  // this block of so many that share the tile
 };
 
-// Calls epilogue(row, column, dot(inputs[row], weight[column])) for the rows of the tile; inputs are zero-padded (pad_rows).
+// Columns of a linear that this block computes: whole warp tiles.
+struct Columns {
+  int begin, end;
+};
+template <class T>
+T2L_DEVICE Columns own_columns(const TrunkTile<T>& tile, int columns) {
+  constexpr int kColumns = cuda::kTrunkColumns;
+  const int share = ((columns + kColumns - 1) / kColumns + tile.cluster - 1) / tile.cluster * kColumns;
+  const int begin = tile.block * share, end = begin + share;
+  return Columns{begin < columns ? begin : columns, end < columns ? end : columns};
+}
+
+// Gives the other blocks what this one wrote to its columns of a panel, and waits for theirs.
+template <class T, class Element>
+T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t stride, int columns) {
+  block_barrier();
+  if (tile.cluster == 1) return;
+  constexpr int kPerQuad = 16 / static_cast<int>(sizeof(Element));
+  const Columns own = own_columns(tile, columns);
+  const int quads = (own.end - own.begin) / kPerQuad;
+  for (int i = thread_index(); i < tile.rows * quads; i += kThreads) {
+    Element* at = panel + i / quads * stride + own.begin + i % quads * kPerQuad;
+    const Quad q = *reinterpret_cast<const Quad*>(at);
+    for (int distance = 1; distance < tile.cluster; ++distance)
+      store_to_block(at, (tile.block + distance) & (tile.cluster - 1), q);
+  }
+  cluster_barrier();
+}
+
+// Calls epilogue(row, column, dot(inputs[row], weight[column])) for the rows of the tile and this block's columns; inputs are
+// zero-padded (pad_rows).
 template <class T, class Epilogue>
-T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const void* weight, int columns, int depth,
-                            Epilogue epilogue) {
+T2L_DEVICE void tile_linear(const TrunkTile<T>& tile, const T* inputs, int64_t stride, const void* weight, int columns,
+                            int depth, Epilogue epilogue) {
   constexpr int kStep = Traits<T>::kPerKBlock,
                 kUnroll = sizeof(T) == 4 ? 2 : 4;  // k-blocks whose loads are in flight together
   const int g = lane_index() / 4, t = lane_index() % 4, lane_k = t * Traits<T>::kPerQuad;
@@ -43,7 +77,10 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
   const bool aligned = reinterpret_cast<uintptr_t>(w) % 16 == 0 && depth % Traits<T>::kPerQuad == 0;
   const T* low_row = inputs + g * stride + lane_k;
   const T* high_row = low_row + 8 * stride;
-  for (int first = warp_index() * 16; first < columns; first += kWarps * 16) {
+  const int rows = tile.rows;
+  const Columns own = own_columns(tile, columns);
+  constexpr int kColumns = cuda::kTrunkColumns;
+  for (int first = own.begin + warp_index() * kColumns; first < own.end; first += kWarps * kColumns) {
     float accum[2][4] = {};
     Quad weights[kUnroll][2];
     const auto multiply = [&](int k, const Quad(&k_block)[2]) {
@@ -56,7 +93,7 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int column = first + 8 * i + g;
-      row[i] = column < columns ? w + int64_t{column} * depth : nullptr;
+      row[i] = column < own.end ? w + int64_t{column} * depth : nullptr;
     }
     int k = 0;
     if (aligned)
@@ -79,7 +116,7 @@ T2L_DEVICE void tile_linear(const T* inputs, int64_t stride, int rows, const voi
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int row_of_tile = g + 8 * (j / 2), column = first + 8 * i + 2 * t + j % 2;
-        if (row_of_tile < rows && column < columns) epilogue(row_of_tile, column, accum[i][j]);
+        if (row_of_tile < rows && column < own.end) epilogue(row_of_tile, column, accum[i][j]);
       }
   }
 }
@@ -113,21 +150,20 @@ T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const flo
   pad_rows(tile.input, tile.input_stride, tile.rows, m);
 }
 
-// Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)).  Begins and ends with a barrier: x may just have been
-// written, and the epilogue's writes are visible afterwards.
+// Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)) for this block's columns.  Begins with a barrier: x may just
+// have been written.
 template <class T, class Epilogue>
 T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int m, int out, Epilogue epilogue) {
   block_barrier();
   layer_norm(x, m, p.norm_weight, p.norm_bias, tile);
   block_barrier();
-  tile_linear(tile.input, tile.input_stride, tile.rows, p.w1, 4 * m, m, [&](int row, int column, float value) {
+  tile_linear(tile, tile.input, tile.input_stride, p.w1, 4 * m, m, [&](int row, int column, float value) {
     from_float(silu(value + load_one(p.b1 + column)), tile.hidden + row * tile.hidden_stride + column);
   });
   pad_rows(tile.hidden, tile.hidden_stride, tile.rows, 4 * m);
-  block_barrier();
-  tile_linear(tile.hidden, tile.hidden_stride, tile.rows, p.w2, out, 4 * m,
+  exchange(tile, tile.hidden, tile.hidden_stride, 4 * m);
+  tile_linear(tile, tile.hidden, tile.hidden_stride, p.w2, out, 4 * m,
               [&](int row, int column, float value) { epilogue(row, column, silu(value + load_one(p.b2 + column))); });
-  block_barrier();
 }
 
 // x = mixer output.  The first linear is split: the task's projection is computed here, the rest is folded into mixer_table.
@@ -141,15 +177,16 @@ T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_
   }
   pad_rows(tile.input, tile.input_stride, tile.rows, t);
   block_barrier();
-  tile_linear(tile.input, tile.input_stride, tile.rows, p.mixer_task, hidden, t, [&](int row, int column, float value) {
+  tile_linear(tile, tile.input, tile.input_stride, p.mixer_task, hidden, t, [&](int row, int column, float value) {
     const float constant = load_one(p.mixer_table + int64_t{(first_row + row) % group} * hidden + column);
     from_float(silu(value + constant), tile.hidden + row * tile.hidden_stride + column);
   });
   pad_rows(tile.hidden, tile.hidden_stride, tile.rows, hidden);
-  block_barrier();
-  tile_linear(tile.hidden, tile.hidden_stride, tile.rows, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
+  exchange(tile, tile.hidden, tile.hidden_stride, hidden);
+  tile_linear(tile, tile.hidden, tile.hidden_stride, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
     tile.x[row * m + column] = silu(value + load_one(p.mixer_b2 + column));
   });
+  exchange(tile, tile.x, m, m);
 }
 
 // Rotary embedding at position k, half-split, base 1e4.  In place if out == x.
@@ -192,9 +229,11 @@ T2L_KERNEL(kThreads, 1)
 trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const TrunkParams& p = launch.params;
   const cuda::TrunkConfig& c = launch.config;
-  const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block), working = c.tiles * splits;
+  const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block);
+  const int64_t working = c.tiles * splits * c.cluster;
   if (block_index_x() >= working)
     return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index_x() - working, c.prefetch_blocks);
+  const int64_t index = block_index_x() / c.cluster;  // the same for all blocks of a cluster
   const int m = static_cast<int>(p.m), layers = static_cast<int>(p.layers), modules = static_cast<int>(p.modules);
   SharedMemory shared;
   TrunkTile<T> tile;
@@ -205,14 +244,17 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   tile.hidden = shared.take<T>(c.tile_rows * c.hidden_stride);
   tile.input_stride = c.input_stride;
   tile.hidden_stride = c.hidden_stride;
-  const int64_t split = block_index_x() / c.tiles, rank_splits = p.ranks / c.ranks_per_block;
-  const int first_row = static_cast<int>((block_index_x() - split * c.tiles) * c.tile_rows);
+  tile.block = static_cast<int>(block_index_x() % c.cluster);
+  tile.cluster = static_cast<int>(c.cluster);
+  const int64_t split = index / c.tiles, rank_splits = p.ranks / c.ranks_per_block;
+  const int first_row = static_cast<int>((index - split * c.tiles) * c.tile_rows);
   const int first_side = static_cast<int>(split / rank_splits * c.sides_per_block);
   const int first_rank = static_cast<int>(split % rank_splits * c.ranks_per_block);
   const int last_side = first_side + static_cast<int>(c.sides_per_block);
   const int last_rank = first_rank + static_cast<int>(c.ranks_per_block);
   tile.rows = static_cast<int>(cuda::min(c.tile_rows, p.tasks * modules * layers - first_row));
 
+  if (tile.cluster > 1) cluster_barrier();  // all have begun
   mixer(p, tile, first_row);
   int side = first_side, k = first_rank;
   TrunkStep step = TrunkStep::base;
@@ -240,6 +282,12 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
       from_float(value, &rounded);
       store_one(static_cast<T*>(p.latent) + at * p.h + column, rounded);
     });
+    if (!latent)
+      exchange(tile, panel, m, m);
+    else if (tile.cluster > 1)
+      cluster_barrier();  // no block may exit, or write to `hidden` again, before all have read theirs
+    else
+      block_barrier();
     if (step == TrunkStep::base) {
       step = TrunkStep::side;
     } else if (!latent) {

@@ -49,15 +49,28 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// Kernels take one argument: a struct of parameters and launch configuration.
+// Blocks of the largest cluster of a kernel, 1 without clusters: 8 is what every device that has them has, and the code in
+// use must be of such a device too.
+template <class Argument>
+int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
+#ifdef T2L_EMULATOR
+  return emu::max_cluster();
+#else
+  cudaFuncAttributes of{};
+  return cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90 ? 8 : 1;
+#endif
+}
+
+// Kernels take one argument: a struct of parameters and launch configuration.  `cluster`: blocks along x that run together.
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
-                   const DeviceLimits& limits, void* stream, const Argument& argument) {
+                   const DeviceLimits& limits, void* stream, const Argument& argument, int64_t cluster = 1) {
   static_assert(sizeof(Argument) <= 4096, "what a kernel may take, before CUDA 12.1 and compute capability 7.0");
   if (grid_x > 0x7fffffff || grid_y > 0xffff) return "too many blocks";
   if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
-  return emu::launch(emu::Launch{grid_x, static_cast<int>(grid_y), kThreads, shared_bytes, stream},
+  const int blocks = static_cast<int>(cluster);
+  return emu::launch(emu::Launch{grid_x, static_cast<int>(grid_y), kThreads, shared_bytes, stream, blocks},
                      [&] { kernel(argument); });
 #else
   if (shared_bytes >
@@ -65,10 +78,18 @@ const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+  launch.blockDim = dim3(kThreads);
+  launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  launch.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  launch.attrs = &attribute;
+  launch.numAttrs = cluster > 1 ? 1 : 0;
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  const cudaError_t error =
-      cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y)), dim3(kThreads), arguments,
-                       static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream));
+  const cudaError_t error = cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 #endif
 }

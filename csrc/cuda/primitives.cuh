@@ -106,6 +106,32 @@ T2L_DEVICE void block_barrier() {
 #endif
 }
 
+// ---- clusters: blocks, neighbours along x, that run together and write to each other's shared memory (compute capability
+// 9.0; before, a launch has clusters of one block)
+
+// Barrier of all blocks of the cluster, with visibility of all their writes to shared memory.
+T2L_DEVICE void cluster_barrier() {
+#if defined(T2L_EMULATOR)
+  emu::cluster_barrier();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+// Stores 16 bytes where block `block` of the cluster has what this block has at `mine`, in shared memory.  That block must
+// have begun, and may not exit, which a cluster barrier before and one after ensure.
+T2L_DEVICE void store_to_block(void* mine, int block, Quad q) {
+#if defined(T2L_EMULATOR)
+  emu::store_to_block(mine, block, q);
+#elif __CUDA_ARCH__ >= 900
+  uint64_t there;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
+  *reinterpret_cast<uint4*>(there) = make_uint4(q.word[0], q.word[1], q.word[2], q.word[3]);
+#else
+  (void)mine, (void)block, (void)q;
+  __trap();
+#endif
+}
+
 // The value of lane `lane ^ mask`.
 template <class T>
 T2L_DEVICE T shuffle_xor(T value, int mask) {

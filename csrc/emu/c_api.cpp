@@ -13,6 +13,9 @@ T2L_EMU_EXPORT int t2l_emu_set_schedule(const char* text) { return emu::set_sche
 // SMs of a device, at least 1.
 T2L_EMU_EXPORT void t2l_emu_set_num_sms(int count) { emu::set_num_sms(count); }
 
+// Blocks of the largest cluster, at least 1.
+T2L_EMU_EXPORT void t2l_emu_set_max_cluster(int count) { emu::set_max_cluster(count); }
+
 T2L_EMU_EXPORT void t2l_emu_reset_counters() { emu::reset_counters(); }
 
 // "read", "written", "flops" or "launches" since the last reset; -1 for another name.
@@ -26,12 +29,13 @@ T2L_EMU_EXPORT int64_t t2l_emu_counter(const char* name) {
                                 : -1;
 }
 
-// "grid_x", "grid_y", "shared_bytes", "device" or "stream" of the latest launch; -1 for another name.
+// "grid_x", "grid_y", "cluster", "shared_bytes", "device" or "stream" of the latest launch; -1 for another name.
 T2L_EMU_EXPORT int64_t t2l_emu_last_launch(const char* name) {
   const emu::LaunchRecord last = emu::last_launch();
   const std::string wanted = name;
   return wanted == "grid_x"         ? last.launch.grid_x
          : wanted == "grid_y"       ? last.launch.grid_y
+         : wanted == "cluster"      ? last.launch.cluster
          : wanted == "shared_bytes" ? last.launch.shared_bytes
          : wanted == "device"       ? last.device
          : wanted == "stream"       ? static_cast<int64_t>(reinterpret_cast<uintptr_t>(last.launch.stream))

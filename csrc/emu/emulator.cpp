@@ -1,5 +1,5 @@
-// Scheduler of the emulator.  Every OS thread that launches kernels has a Machine, which runs its blocks one after the
-// other.
+// Scheduler of the emulator.  Every OS thread that launches kernels has a Machine, which runs its clusters of blocks (most of
+// one block) one after the other.
 //
 // Bookkeeping that threads of a block share without a barrier (wait states, slots, counters) is only accessed in functions
 // without TSan instrumentation.  All else is ordered by tokens: the host releases one before a block and acquires another
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "random.h"
 #include "settings.h"
 #include "shared_arena.h"
 
@@ -23,34 +24,13 @@ __thread Running* running __attribute__((tls_model("initial-exec"))) = nullptr;
 
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr int kMaxWarps = kMaxThreads / kLanes;
+constexpr int kMaxThreads = 1024;  // of a block
+constexpr int kMaxCluster = 16;
+constexpr int kMaxFibers = 4096;  // threads of all blocks of a cluster
+constexpr int kMaxWarps = kMaxFibers / kLanes;
 constexpr int kCopyBytes = 16;
 
-uint32_t bit_of(int thread) { return 1u << thread % kLanes; }
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  template <class T>
-  T2L_EMU_NO_TSAN void shuffle(T* values, int64_t count) {
-    for (int64_t i = count - 1; i > 0; --i) {
-      const int64_t j = static_cast<int64_t>(next() % static_cast<uint64_t>(i + 1));
-      const T value = values[i];
-      values[i] = values[j];
-      values[j] = value;
-    }
-  }
-
- private:
-  T2L_EMU_NO_TSAN uint64_t next() {  // splitmix64
-    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
-    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-    return z ^ z >> 31;
-  }
-  uint64_t state_;
-};
+uint32_t bit_of(int fiber) { return 1u << fiber % kLanes; }
 
 struct Copy {
   char* target;
@@ -78,7 +58,7 @@ struct Thread {
 
 // Lane masks by state; a lane in none of them is running.
 struct Warp {
-  uint32_t ready, at_barrier, at_exchange, exited;
+  uint32_t ready, at_barrier, at_cluster_barrier, at_exchange, exited;
   int bytes;   // per lane, of the exchange in progress
   int buffer;  // of that exchange
 };
@@ -89,6 +69,15 @@ struct ExchangeBuffer {
   Operands operands;
 };
 
+// What the threads of a block share.
+struct Block {
+  SharedArena shared;
+  int at_barrier = 0, exited = 0;
+  // Two tokens: a thread may arrive at the next barrier before all have left this one.
+  char barrier_tokens[2] = {};
+  int barrier = 0;
+};
+
 class Machine : public Running {
  public:
   // nullptr, or why a driver would refuse the launch.
@@ -96,49 +85,56 @@ class Machine : public Running {
   const char* run(const Launch& launch, const Schedule& schedule, uint64_t seed, void (*body)(void*), void* argument);
 
   // Called by the running thread.
-  T2L_EMU_NO_TSAN Thread& current() { return *threads_[thread]; }
+  T2L_EMU_NO_TSAN Thread& current() { return *threads_[fiber_]; }
+  T2L_EMU_NO_TSAN SharedArena& shared() { return block().shared; }
   T2L_EMU_NO_TSAN bool eager() const { return schedule_.eager; }
   void wait_at_barrier();
+  void wait_at_cluster_barrier();
+  char* map_to_block(char* mine, int64_t bytes, int index);
   Exchange exchange_slots(const Slot& mine, int bytes);
   [[noreturn]] void abort_launch();
 
   // Formats the error of the launch.
   __attribute__((format(printf, 2, 3))) const char* describe(const char* format, ...);
 
-  SharedArena shared;
-
  private:
   static void thread_main(Context* from);
-  const char* run_block(int64_t index);
+  const char* run_cluster(int64_t index);
+  T2L_EMU_NO_TSAN Block& block() { return *blocks_[fiber_ / launch_.threads]; }
+  void set_current(int fiber);
   void exit_thread();
   void run_next();
   int next_thread();
   void release_barrier();
+  void release_cluster_barrier();
   void describe_deadlock();
   void recover();
 
   Context host_;
   std::vector<std::unique_ptr<Thread>> owned_;
-  Thread* threads_[kMaxThreads];  // the same as raw pointers: unique_ptr's accessors are instrumented
-  int thread_count_ = 0, warp_count_ = 0;
-  int at_barrier_ = 0, exited_ = 0;
+  Thread* threads_[kMaxFibers];  // the same as raw pointers: unique_ptr's accessors are instrumented
+  std::vector<std::unique_ptr<Block>> owned_blocks_;
+  Block* blocks_[kMaxCluster];
+  int fiber_ = 0;                         // the running one, counted over the blocks of the cluster
+  int fiber_count_ = 0, warp_count_ = 0;  // of the cluster
+  int at_cluster_barrier_ = 0, exited_ = 0;
   Warp warps_[kMaxWarps];
   ExchangeBuffer exchange_buffers_[kMaxWarps][2];
 
   Schedule schedule_;
   Random random_{0};
-  uint16_t order_[kMaxThreads];  // shuffled schedules: order of this pass
+  uint16_t order_[kMaxFibers];  // shuffled schedules: order of this pass
   int place_ = 0;                // position in it
 
   Launch launch_{};
+  int64_t first_x_ = 0;  // block of the cluster
   void (*body_)(void*) = nullptr;
   void* argument_ = nullptr;
   bool failed_ = false;
   char text_[512];
 
-  // Two tokens of barriers: a thread may arrive at the next one before all have left this one.
-  char begin_token_ = 0, end_token_ = 0, barrier_tokens_[2] = {};
-  int barrier_ = 0;
+  char begin_token_ = 0, end_token_ = 0, cluster_tokens_[2] = {};
+  int cluster_barrier_ = 0;
 };
 
 T2L_EMU_NO_TSAN Machine& machine() { return *static_cast<Machine*>(running); }
@@ -156,6 +152,10 @@ const char* Machine::check_launch(const Launch& launch) {
     return describe("launch of %lld x %d blocks", static_cast<long long>(launch.grid_x), launch.grid_y);
   if (launch.threads < 1 || launch.threads > kMaxThreads || launch.threads % kLanes)
     return describe("launch of blocks of %d threads", launch.threads);
+  if (launch.cluster < 1 || launch.cluster > max_cluster() || launch.cluster > kMaxCluster ||
+      launch.cluster * launch.threads > kMaxFibers || launch.grid_x % launch.cluster)
+    return describe("launch of %lld blocks along x in clusters of %d, the device has clusters of %d",
+                    static_cast<long long>(launch.grid_x), launch.cluster, max_cluster());
   if (launch.shared_bytes < 0 || launch.shared_bytes > kMaxSharedBytes)
     return describe("launch with %lld bytes of shared memory, a block has %lld", static_cast<long long>(launch.shared_bytes),
                     static_cast<long long>(kMaxSharedBytes));
@@ -168,53 +168,62 @@ const char* Machine::check_launch(const Launch& launch) {
 
 const char* Machine::run(const Launch& launch, const Schedule& schedule, uint64_t seed, void (*body)(void*),
                          void* argument) {
-  while (owned_.size() < static_cast<size_t>(launch.threads)) {
+  fiber_count_ = launch.threads * launch.cluster;
+  while (owned_.size() < static_cast<size_t>(fiber_count_)) {
     const size_t index = owned_.size();
     owned_.push_back(std::make_unique<Thread>(thread_main, static_cast<int>(index)));
     threads_[index] = owned_[index].get();
+  }
+  while (owned_blocks_.size() < static_cast<size_t>(launch.cluster)) {
+    owned_blocks_.push_back(std::make_unique<Block>());
+    blocks_[owned_blocks_.size() - 1] = owned_blocks_.back().get();
   }
   host_ = current_context();
   launch_ = launch;
   schedule_ = schedule;
   body_ = body;
   argument_ = argument;
-  thread_count_ = launch.threads;
-  warp_count_ = launch.threads / kLanes;
+  warp_count_ = fiber_count_ / kLanes;
   counters = Counters{};
   failed_ = false;
   random_ = Random(seed);
-  for (int i = 0; i < thread_count_; ++i) order_[i] = static_cast<uint16_t>(i);
-  place_ = thread_count_;
-  const int64_t blocks = launch.grid_x * launch.grid_y;
+  for (int i = 0; i < fiber_count_; ++i) order_[i] = static_cast<uint16_t>(i);
+  place_ = fiber_count_;
+  const int64_t clusters = launch.grid_x / launch.cluster * launch.grid_y;
   std::vector<int64_t> shuffled;
   if (schedule.seed) {
-    for (int64_t i = 0; i < blocks; ++i) shuffled.push_back(i);
-    random_.shuffle(shuffled.data(), blocks);
+    for (int64_t i = 0; i < clusters; ++i) shuffled.push_back(i);
+    random_.shuffle(shuffled.data(), clusters);
   }
-  for (int64_t i = 0; i < blocks; ++i)
-    if (const char* error = run_block(schedule.seed ? shuffled[i] : schedule.reverse ? blocks - 1 - i : i)) return error;
+  for (int64_t i = 0; i < clusters; ++i)
+    if (const char* error = run_cluster(schedule.seed ? shuffled[i] : schedule.reverse ? clusters - 1 - i : i)) return error;
   return nullptr;
 }
 
-const char* Machine::run_block(int64_t index) {
-  block_x = index % launch_.grid_x;
-  block_y = static_cast<int>(index / launch_.grid_x);
-  at_barrier_ = exited_ = 0;
-  for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0};
-  shared.reset(launch_.shared_bytes);
+const char* Machine::run_cluster(int64_t index) {
+  const int64_t clusters_x = launch_.grid_x / launch_.cluster;
+  first_x_ = index % clusters_x * launch_.cluster;
+  block_y = static_cast<int>(index / clusters_x);
+  at_cluster_barrier_ = exited_ = 0;
+  for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0};
+  for (int b = 0; b < launch_.cluster; ++b) {
+    blocks_[b]->at_barrier = blocks_[b]->exited = 0;
+    blocks_[b]->shared.reset(launch_.shared_bytes);
+  }
   release(&begin_token_);
-  thread = next_thread();
-  warps_[thread / kLanes].ready &= ~bit_of(thread);
+  set_current(next_thread());
   switch_to(&host_, &current().fiber.context);
   acquire(&end_token_);
   if (failed_) {
     recover();
     return text_;
   }
-  const auto overrun = shared.find_overrun();
-  if (!overrun) return nullptr;
-  return describe("a thread of block (%lld, %d) wrote outside its allocation %d of shared memory, at byte %lld",
-                  static_cast<long long>(block_x), block_y, overrun->allocation, static_cast<long long>(overrun->offset));
+  for (int b = 0; b < launch_.cluster; ++b)
+    if (const auto overrun = blocks_[b]->shared.find_overrun())
+      return describe("a thread of block (%lld, %d) wrote outside its allocation %d of shared memory, at byte %lld",
+                      static_cast<long long>(first_x_ + b), block_y, overrun->allocation,
+                      static_cast<long long>(overrun->offset));
+  return nullptr;
 }
 
 // After a failure, threads are suspended inside the kernel: restart them.
@@ -242,15 +251,17 @@ void Machine::thread_main(Context* from) {
 // Returns when the next block begins.
 T2L_EMU_NO_TSAN void Machine::exit_thread() {
   Thread& me = current();
-  Warp& warp = warps_[thread / kLanes];
+  Warp& warp = warps_[fiber_ / kLanes];
   if (!me.copies.empty()) fail("exits with %lld copies in flight", static_cast<int64_t>(me.copies.size()));
   if (warp.at_exchange) fail("exits while %lld lanes of its warp wait at an exchange", __builtin_popcount(warp.at_exchange));
   release(&end_token_);
-  warp.exited |= bit_of(thread);
-  if (++exited_ == thread_count_) {
+  warp.exited |= bit_of(fiber_);
+  ++block().exited;
+  if (++exited_ == fiber_count_) {
     switch_to(&me.fiber.context, &host_);
   } else {
-    if (at_barrier_ + exited_ == thread_count_) release_barrier();
+    if (block().at_barrier + block().exited == launch_.threads) release_barrier();
+    if (at_cluster_barrier_ + exited_ == fiber_count_) release_cluster_barrier();
     run_next();
   }
   acquire(&begin_token_);
@@ -271,9 +282,15 @@ T2L_EMU_NO_TSAN void Machine::run_next() {
     abort_launch();
   }
   Thread& me = current();
-  warps_[next / kLanes].ready &= ~bit_of(next);
-  thread = next;
+  set_current(next);
   switch_to(&me.fiber.context, &current().fiber.context);
+}
+
+T2L_EMU_NO_TSAN void Machine::set_current(int fiber) {
+  warps_[fiber / kLanes].ready &= ~bit_of(fiber);
+  fiber_ = fiber;
+  thread = fiber % launch_.threads;
+  block_x = first_x_ + fiber / launch_.threads;
 }
 
 // The next thread of the schedule, or -1 if none is ready.
@@ -287,47 +304,85 @@ T2L_EMU_NO_TSAN int Machine::next_thread() {
     return -1;
   }
   for (int pass = 0; pass < 2; ++pass) {  // the rest of this pass, then a new one
-    while (place_ < thread_count_) {
+    while (place_ < fiber_count_) {
       const int next = order_[place_++];
       if (warps_[next / kLanes].ready & bit_of(next)) return next;
     }
-    random_.shuffle(order_, thread_count_);
+    random_.shuffle(order_, fiber_count_);
     place_ = 0;
   }
   return -1;
 }
 
 T2L_EMU_NO_TSAN void Machine::wait_at_barrier() {
-  void* token = &barrier_tokens_[barrier_];
+  Block& mine = block();
+  void* token = &mine.barrier_tokens[mine.barrier];
   release(token);
-  if (at_barrier_ + 1 + exited_ == thread_count_) {
+  if (mine.at_barrier + 1 + mine.exited == launch_.threads) {
     release_barrier();
   } else {
-    ++at_barrier_;
-    warps_[thread / kLanes].at_barrier |= bit_of(thread);
+    ++mine.at_barrier;
+    warps_[fiber_ / kLanes].at_barrier |= bit_of(fiber_);
     run_next();
   }
   acquire(token);
 }
 
-// Exited threads count as arrived, as on a device.
+// Of the running thread's block.  Exited threads count as arrived, as on a device.
 T2L_EMU_NO_TSAN void Machine::release_barrier() {
-  for (int w = 0; w < warp_count_; ++w) {
+  const int warps = launch_.threads / kLanes, first = fiber_ / launch_.threads * warps;
+  for (int w = first; w < first + warps; ++w) {
     warps_[w].ready |= warps_[w].at_barrier;
     warps_[w].at_barrier = 0;
   }
-  at_barrier_ = 0;
-  barrier_ ^= 1;
+  block().at_barrier = 0;
+  block().barrier ^= 1;
+}
+
+T2L_EMU_NO_TSAN void Machine::wait_at_cluster_barrier() {
+  void* token = &cluster_tokens_[cluster_barrier_];
+  release(token);
+  if (at_cluster_barrier_ + 1 + exited_ == fiber_count_) {
+    release_cluster_barrier();
+  } else {
+    ++at_cluster_barrier_;
+    warps_[fiber_ / kLanes].at_cluster_barrier |= bit_of(fiber_);
+    run_next();
+  }
+  acquire(token);
+}
+
+T2L_EMU_NO_TSAN void Machine::release_cluster_barrier() {
+  for (int w = 0; w < warp_count_; ++w) {
+    warps_[w].ready |= warps_[w].at_cluster_barrier;
+    warps_[w].at_cluster_barrier = 0;
+  }
+  at_cluster_barrier_ = 0;
+  cluster_barrier_ ^= 1;
+}
+
+T2L_EMU_NO_TSAN char* Machine::map_to_block(char* mine, int64_t bytes, int index) {
+  if (index < 0 || index >= launch_.cluster)
+    fail("shared memory of block %lld of a cluster of %lld", index, launch_.cluster);
+  const int allocation = shared().find(mine, bytes);
+  if (allocation < 0) fail("maps %lld bytes outside the allocations of shared memory", bytes);
+  Block& other = *blocks_[index];
+  char* there = other.shared.same_place(allocation, shared(), mine);
+  if (there == nullptr || other.exited == launch_.threads)
+    fail(there ? "shared memory of block %lld of the cluster, which has exited"
+               : "shared memory of block %lld of the cluster, which has not allocated it yet",
+         index);
+  return there;
 }
 
 T2L_EMU_NO_TSAN Exchange Machine::exchange_slots(const Slot& mine, int bytes) {
-  Warp& warp = warps_[thread / kLanes];
-  const uint32_t me = bit_of(thread);
+  Warp& warp = warps_[fiber_ / kLanes];
+  const uint32_t me = bit_of(fiber_);
   if (warp.exited) fail("warp exchange: %lld lanes of the warp have exited", __builtin_popcount(warp.exited));
   if (warp.at_exchange && warp.bytes != bytes)
     fail("divergent exchange: deposits %lld bytes where other lanes of the warp deposit %lld", bytes, warp.bytes);
-  ExchangeBuffer& buffer = exchange_buffers_[thread / kLanes][warp.buffer];
-  buffer.slots[thread % kLanes] = mine;
+  ExchangeBuffer& buffer = exchange_buffers_[fiber_ / kLanes][warp.buffer];
+  buffer.slots[fiber_ % kLanes] = mine;
   warp.bytes = bytes;
   const bool last = (warp.at_exchange | me) == ~0u;
   if (last) {
@@ -343,11 +398,15 @@ T2L_EMU_NO_TSAN Exchange Machine::exchange_slots(const Slot& mine, int bytes) {
 
 T2L_EMU_NO_TSAN void Machine::describe_deadlock() {
   std::string waiting;
-  if (at_barrier_) waiting = std::to_string(at_barrier_) + " threads at a barrier";
+  const auto add = [&](int count, const std::string& what) {
+    if (count) waiting += (waiting.empty() ? "" : ", ") + std::to_string(count) + what;
+  };
+  int at_barrier = 0;
+  for (int b = 0; b < launch_.cluster; ++b) at_barrier += blocks_[b]->at_barrier;
+  add(at_barrier, " threads at a barrier");
+  add(at_cluster_barrier_, " threads at a cluster barrier");
   for (int w = 0; w < warp_count_; ++w)
-    if (const uint32_t lanes = warps_[w].at_exchange)
-      waiting += (waiting.empty() ? "" : ", ") + std::to_string(__builtin_popcount(lanes)) + " lanes of warp " +
-                 std::to_string(w) + " at an exchange";
+    add(__builtin_popcount(warps_[w].at_exchange), " lanes of warp " + std::to_string(w) + " at an exchange");
   describe("deadlock: %s (block %lld, %d)", waiting.c_str(), static_cast<long long>(block_x), block_y);
 }
 
@@ -391,10 +450,14 @@ void fail(const char* format, int64_t first, int64_t second) {
 }
 
 T2L_EMU_NO_TSAN void* take_shared(SharedCursor* cursor, int64_t bytes) {
-  return machine().shared.allocate(cursor->next++, bytes);
+  return machine().shared().allocate(cursor->next++, bytes);
 }
 
 void block_barrier() { machine().wait_at_barrier(); }
+void cluster_barrier() { machine().wait_at_cluster_barrier(); }
+void* map_to_block(void* mine, int64_t bytes, int block) {
+  return machine().map_to_block(static_cast<char*>(mine), bytes, block);
+}
 
 void copy_async(void* target, const void* global, int bytes, int valid) {
   Machine& m = machine();
@@ -405,7 +468,7 @@ void copy_async(void* target, const void* global, int bytes, int valid) {
   for (const char* address : {static_cast<const char*>(begin), source})
     if (reinterpret_cast<uintptr_t>(address) % kCopyBytes)
       fail("asynchronous copy of %lld bytes at an address that is not a multiple of %lld", bytes, kCopyBytes);
-  if (!m.shared.holds(begin, bytes)) fail("asynchronous copy to an address outside the allocations of shared memory");
+  if (m.shared().find(begin, bytes) < 0) fail("asynchronous copy to an address outside the allocations of shared memory");
   count_read(valid);
   Thread& me = m.current();
   const Copy copy{begin, source, valid, me.groups};

@@ -1,6 +1,6 @@
 // Emulator of a CUDA device on the CPU, to test kernels without a GPU.
 //
-// Every thread of a block is a fiber; one OS thread runs one block at a time.  A launch that would hang, fail or return
+// Every thread of a block is a fiber; one OS thread runs one block at a time, or the blocks of one cluster.  A launch that would hang, fail or return
 // undefined results on a device fails with an error: barriers and warp exchanges that not all threads reach, shared memory
 // beyond the launch's size, misaligned accesses, a wrong stream.  Schedules change the order of threads and blocks, and when
 // asynchronous copies land.  Under ASan, allocations of shared memory have redzones; under TSan, only barriers order the
@@ -47,6 +47,7 @@ struct Launch {
   int threads;
   int64_t shared_bytes;
   void* stream;
+  int cluster = 1;  // blocks, neighbours along x, that run together
 };
 
 // Runs `body` for every thread of every block; checks what a driver checks, and that the stream is the current one.
@@ -76,6 +77,10 @@ constexpr int kMaxSharedBytes = 227 * 1024;  // per block, as on an H100
 // SMs of a device: by default 132, as an H100.  Launch configurations depend on it.
 int num_sms();
 void set_num_sms(int count);
+
+// Blocks of the largest cluster: by default 8, as every card of compute capability 9.0 has; 1 for one without clusters.
+int max_cluster();
+void set_max_cluster(int count);
 
 // Per OS thread: the current device, and the current stream of every device, which is not null.  A launch must be on the
 // current stream, and on the device that owns its memory.
@@ -128,6 +133,10 @@ struct SharedCursor {
 void* take_shared(SharedCursor* cursor, int64_t bytes);
 
 void block_barrier();
+void cluster_barrier();
+// Where block `block` of the cluster has the `bytes` bytes of shared memory that are this block's at `mine`.  Fails if that
+// block has not allocated them yet, or has exited: what a cluster barrier is missing for.
+void* map_to_block(void* mine, int64_t bytes, int block);
 
 template <class T>
 inline void require_aligned(const void* address, const char* format) {
@@ -161,6 +170,13 @@ inline void store(void* address, T value) {
   require_aligned<T>(address, "store of %lld bytes at an address that is not a multiple of %lld");
   count_written(sizeof(T));
   static_cast<AnyType<T>*>(address)->value = value;
+}
+
+// To shared memory of another block, aligned.
+template <class T>
+inline void store_to_block(void* mine, int block, T value) {
+  require_aligned<T>(mine, "store of %lld bytes at an address that is not a multiple of %lld");
+  static_cast<AnyType<T>*>(map_to_block(mine, sizeof(T), block))->value = value;
 }
 
 void copy_async(void* shared, const void* global, int bytes, int valid);

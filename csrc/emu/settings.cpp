@@ -31,10 +31,14 @@ thread_local std::vector<void*> streams;  // current stream of each device
 }  // namespace
 
 Settings::Settings() {
-  if (const char* text = std::getenv("T2L_EMU_NUM_SMS")) {
-    num_sms = std::atoi(text);
-    if (num_sms < 1) error = std::string("T2L_EMU_NUM_SMS is not a number from 1 on: ") + text;
-  }
+  const auto read_count = [&](const char* name, int* count) {
+    const char* text = std::getenv(name);
+    if (text == nullptr) return;
+    *count = std::atoi(text);
+    if (*count < 1) error = std::string(name) + " is not a number from 1 on: " + text;
+  };
+  read_count("T2L_EMU_NUM_SMS", &num_sms);
+  read_count("T2L_EMU_MAX_CLUSTER", &max_cluster);
   if (const char* text = std::getenv("T2L_EMU_SCHEDULE")) {
     const auto parsed = parse_schedule(text);
     if (parsed)
@@ -71,6 +75,17 @@ void set_num_sms(int count) {
   Settings& all = settings();
   const std::lock_guard<std::mutex> lock(all.mutex);
   all.num_sms = count;
+}
+
+int max_cluster() {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return all.max_cluster;
+}
+void set_max_cluster(int count) {
+  Settings& all = settings();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.max_cluster = count;
 }
 
 int memory_device() { return device_of_memory; }

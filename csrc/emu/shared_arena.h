@@ -32,10 +32,16 @@ class SharedArena {
     }
     return allocations_[index].begin;
   }
-  T2L_EMU_NO_TSAN bool holds(const char* begin, int64_t bytes) const {
+  // The allocation that holds these bytes, or -1.
+  T2L_EMU_NO_TSAN int find(const char* begin, int64_t bytes) const {
     for (int i = 0; i < count_; ++i)
-      if (begin >= allocations_[i].begin && begin + bytes <= allocations_[i].begin + allocations_[i].bytes) return true;
-    return false;
+      if (begin >= allocations_[i].begin && begin + bytes <= allocations_[i].begin + allocations_[i].bytes) return i;
+    return -1;
+  }
+  // The bytes of this block at the place of `mine`, which allocation `index` of block `other` holds; null if this block has
+  // not made that allocation.
+  T2L_EMU_NO_TSAN char* same_place(int index, const SharedArena& other, const char* mine) const {
+    return index < count_ ? allocations_[index].begin + (mine - other.allocations_[index].begin) : nullptr;
   }
   // An overwritten byte of a redzone: the allocation next to it, and the offset from its begin.
   struct Overrun {

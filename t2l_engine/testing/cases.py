@@ -332,6 +332,7 @@ HYPER_CASES = (
     HyperCase("S_rotary_bf16", sides=2, position="rotary", dtype=BF16, layers=17),
     HyperCase("odd_sizes_bf16", task_width=9, width=34, head_in=37, in_features=65, out_features=3, dtype=BF16),
     HyperCase("smollm2_L", task_width=64, width=128, head_in=112, layers=30, in_features=576, out_features=576, rank=8),
+    HyperCase("wide_bf16", sides=2, position="learned", modules=1, width=128, head_in=100, dtype=BF16),
     HyperCase("L_fp16", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),
 )

@@ -339,13 +339,65 @@ std::string check_grid() {
   return "";
 }
 
+// Every block of every cluster tells every other one of its cluster who it is.
+std::string check_clusters() {
+  constexpr int kThreads = 64, kCluster = 4, kColumns = 8, kRows = 3;
+  std::vector<float> told(kColumns * kRows * kCluster);
+  const char* error =
+      emu::launch(emu::Launch{kColumns, kRows, kThreads, 16 * kCluster, emu::current_stream(), kCluster}, [&] {
+        SharedMemory shared;
+        float* names = shared.take<float>(4 * kCluster);
+        const int64_t block = block_index_y() * kColumns + block_index_x(), place = block % kCluster;
+        cluster_barrier();
+        const float name[4] = {static_cast<float>(1 + block), 0, 0, 0};
+        Quad q = zero_quad();
+        q.word[0] = float_to_bits(name[0]);
+        if (thread_index() < kCluster) store_to_block(names + 4 * place, thread_index(), q);
+        cluster_barrier();
+        if (thread_index() < kCluster) told[block * kCluster + thread_index()] = names[4 * thread_index()];
+      });
+  EXPECT(error == nullptr);
+  for (int block = 0; block < kColumns * kRows; ++block)
+    for (int other = 0; other < kCluster; ++other)
+      EXPECT(told[block * kCluster + other] == static_cast<float>(1 + block / kCluster * kCluster + other), block);
+  EXPECT(emu::last_launch().launch.cluster == kCluster);
+  return "";
+}
+
+// Clusters of the trunk: powers of two that leave room, whose blocks all have columns; whole ones to prefetch.
+std::string check_trunk_cut() {
+  namespace cuda = t2l::cuda;
+  int clustered = 0;
+  for (const int64_t m : {32, 34, 48, 64, 128, 512, 1024, 4096})
+    for (const int64_t sides : {1, 2})
+      for (const int64_t ranks : {1, 8})
+        for (const int sms : {1, 16, 108, 132})
+          for (const int64_t most : {1, 2, 8})
+            for (int64_t layers = 1; layers <= 4096; layers = layers * 3 / 2 + 1) {
+              t2l::TrunkParams p{};
+              p.tasks = 1, p.modules = 2, p.layers = layers, p.sides = sides, p.ranks = ranks;
+              p.t = 64, p.m = m, p.h = m, p.w_type = t2l::DType::bf16;
+              const cuda::TrunkConfig c = cuda::choose_trunk_config(p, most, {sms, emu::kMaxSharedBytes});
+              EXPECT(c.tile_rows > 0, static_cast<double>(m));
+              const int64_t blocks = c.tiles * (sides / c.sides_per_block) * (ranks / c.ranks_per_block);
+              EXPECT(c.cluster >= 1 && c.cluster <= most && (c.cluster & (c.cluster - 1)) == 0);
+              EXPECT(c.cluster == 1 || (m % 16 == 0 && 16 * c.cluster <= m && 8 * c.cluster * blocks <= 7 * sms + 7));
+              EXPECT(c.prefetch_blocks % c.cluster == 0 && c.prefetch_blocks <= cuda::kMaxPrefetchBlocks);
+              EXPECT(c.prefetch_blocks == 0 || c.cluster * blocks + c.prefetch_blocks <= sms);
+              clustered += c.cluster == 8;
+            }
+  EXPECT(clustered > 100, clustered);
+  return "";
+}
+
 std::string check_refused_launches() {
   void* stream = emu::current_stream();
   for (const emu::Launch& shape :
        {emu::Launch{0, 1, 32, 0, stream}, emu::Launch{int64_t{1} << 31, 1, 32, 0, stream}, emu::Launch{1, 0, 32, 0, stream},
         emu::Launch{1, 1 << 16, 32, 0, stream}, emu::Launch{1, 1, 0, 0, stream}, emu::Launch{1, 1, 48, 0, stream},
         emu::Launch{1, 1, 1056, 0, stream}, emu::Launch{1, 1, 32, 227 * 1024 + 1, stream},
-        emu::Launch{1, 1, 32, -1, stream}}) {
+        emu::Launch{1, 1, 32, -1, stream}, emu::Launch{6, 1, 32, 0, stream, 4}, emu::Launch{16, 1, 32, 0, stream, 16},
+        emu::Launch{8, 1, 1024, 0, stream, 8}, emu::Launch{1, 1, 32, 0, stream, 0}}) {
     bool ran = false;
     const char* error = emu::launch(shape, [&] { ran = true; });
     EXPECT(error && std::strncmp(error, "launch ", 7) == 0 && !ran);
@@ -428,6 +480,8 @@ const Check kChecks[] = {
     {"tf32_product", check_tf32_product},
     {"cut_sums", check_cut_sums},
     {"lora_cut", check_lora_cut},
+    {"trunk_cut", check_trunk_cut},
+    {"clusters", check_clusters},
     {"bf16_conversions", [] { return check_16bit_conversions<bf16>(8); }},
     {"f16_conversions", [] { return check_16bit_conversions<f16>(5); }},
     {"tf32_conversions", check_tf32_conversions},

@@ -261,8 +261,19 @@ def test_one_description_reads_the_head_weights_once(emulator, dtype):
     assert counted(emulator).read == sum(weight.nbytes for weight in heads["weight"]) + latent
 
 
-def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:
-    """``spread``: blocks take one side and one rank each, and make what comes before anew."""
+def cluster_of(case: HyperCase, blocks: int, num_sms: int, most: int) -> int:
+    """Blocks that share the columns of a tile: a power of two, 16 columns each or more, in seven eighths of the SMs."""
+    cluster = 1
+    while case.width % 16 == 0 and 2 * cluster <= min(most, case.width // 16):
+        if 2 * cluster * blocks > num_sms - num_sms // 8:
+            break
+        cluster *= 2
+    return cluster
+
+
+def trunk_counts(case: HyperCase, tile_rows: int, spread: bool, cluster: int) -> Counts:
+    """``spread``: blocks take one side and one rank each, and make what comes before anew.  Each block of a cluster has
+    the same activations, and columns of its own of every linear."""
     w, m, hidden, counts = size(case.dtype), case.width, 4 * case.width, Counts()
     rows = case.tasks * case.modules * case.layers
     ranks = case.ranks
@@ -272,7 +283,7 @@ def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:
         counts.add(read=count * columns * 4)  # its bias, or the constant table
 
     def mlp(count: int, out: int) -> None:
-        counts.add(read=count * m * 8)  # LayerNorm
+        counts.add(read=count * m * 8, times=cluster)  # LayerNorm
         linear(count, hidden, m)
         linear(count, out, hidden)
 
@@ -281,32 +292,60 @@ def trunk_counts(case: HyperCase, tile_rows: int, spread: bool) -> Counts:
         for side in range(case.sides):
             for rank in range(ranks):
                 if spread or side == rank == 0:
-                    counts.add(read=count * case.task_width * 4)
+                    counts.add(read=count * case.task_width * 4, times=cluster)
                     linear(count, hidden, case.task_width)
                     linear(count, m, hidden)
                     mlp(count, m)
                 if spread or rank == 0:
-                    counts.add(read=count * m * 4 if case.sides == 2 else 0)
+                    counts.add(read=count * m * 4 if case.sides == 2 else 0, times=cluster)
                     mlp(count, m)
                 if case.position == "rotary":
                     mlp(count, m)
                 if case.position == "learned":
-                    counts.add(read=count * m * 4)
+                    counts.add(read=count * m * 4, times=cluster)
                 mlp(count, case.head_in)
                 counts.add(written=count * case.head_in * w)
     return counts
 
 
-@pytest.mark.parametrize("num_sms", [NUM_SMS, 1])
-@pytest.mark.parametrize("name", [*HEADS, "S_rotary", "one_task_one_layer"])
-def test_trunk(emulator, name, num_sms):
+@pytest.mark.parametrize("num_sms, most", [(NUM_SMS, 8), (NUM_SMS, 1), (1, 8)])
+@pytest.mark.parametrize("name", [*HEADS, "S_rotary", "one_task_one_layer", "wide_bf16"])
+def test_trunk(emulator, name, num_sms, most):
+    """``most``: blocks of a cluster; 1 on a card without clusters."""
     emulator.t2l_emu_set_num_sms(num_sms)
+    emulator.t2l_emu_set_max_cluster(most)
     case = next(case for case in HYPER_CASES if case.name == name)
     ops.hypernet_trunk(**case.make_trunk())
     tiles = ceil(case.tasks * case.modules * case.layers / 16)
     spread = tiles * case.sides * case.ranks <= num_sms
+    blocks = tiles * (case.sides * case.ranks if spread else 1)
+    cluster = cluster_of(case, blocks, num_sms, most)
     if case.tasks:
-        blocks = tiles * (case.sides * case.ranks if spread else 1)
-        prefetch_blocks = max(0, min(16, num_sms - blocks))  # they only prefetch
-        assert emulator.t2l_emu_last_launch(b"grid_x") == blocks + prefetch_blocks
-    assert counted(emulator) == trunk_counts(case, 16, spread)
+        prefetch_blocks = max(0, min(16, num_sms - cluster * blocks)) // cluster * cluster  # they only prefetch
+        assert emulator.t2l_emu_last_launch(b"grid_x") == cluster * blocks + prefetch_blocks
+        assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+    assert counted(emulator) == trunk_counts(case, 16, spread, cluster)
+
+
+@pytest.mark.parametrize("name", ["L", "M_bf16_affine", "S_learnable", "S_rotary", "L_fp16", "wide_bf16", "smollm2_L"])
+def test_a_cluster_gives_the_bits_of_one_block(emulator, name):
+    case = next(case for case in HYPER_CASES if case.name == name)
+    made = []
+    for most in (1, 2, 4, 8):
+        emulator.t2l_emu_set_max_cluster(most)
+        made.append(ops.hypernet_trunk(**case.make_trunk()))
+        blocks = emulator.t2l_emu_last_launch(b"cluster")
+        assert 1 < blocks <= most or most == 1
+    assert all(torch.equal(latent, made[0]) for latent in made)
+
+
+def test_a_large_trunk_reads_its_weights_once_a_tile(emulator):
+    """One description of Llama's or Gemma's hypernetwork: 64 rows are 4 clusters of 8 blocks, each with an eighth of the
+    columns."""
+    case = HyperCase("", tasks=1, modules=2, layers=32, task_width=64, width=512, head_in=512, dtype=BF16)
+    arguments = case.make_trunk()
+    ops.hypernet_trunk(**arguments)
+    assert emulator.t2l_emu_last_launch(b"grid_x") == 4 * 8 + 16
+    matrices = sum(t.nbytes for t in arguments["weights"] if t.dtype == BF16)
+    vectors = counted(emulator).read - 4 * matrices
+    assert 0 < vectors < 0.2 * 4 * matrices

@@ -25,8 +25,13 @@ constexpr int kThreads = 64, kBlocks = 2;
 constexpr int64_t kRowBytes = kThreads * sizeof(float);
 
 template <class Body>
-const char* launch(int64_t shared_bytes, Body body) {
-  return emu::launch(emu::Launch{kBlocks, 1, kThreads, shared_bytes, emu::current_stream()}, body);
+const char* launch(int64_t shared_bytes, Body body, int cluster = 1) {
+  return emu::launch(emu::Launch{kBlocks, 1, kThreads, shared_bytes, emu::current_stream(), cluster}, body);
+}
+// Both blocks as one cluster, with a row of shared memory each.
+template <class Body>
+const char* launch_cluster(Body body) {
+  return launch(kRowBytes, body, kBlocks);
 }
 
 int element() { return static_cast<int>(block_index_x()) * kThreads + thread_index(); }
@@ -35,6 +40,13 @@ int element() { return static_cast<int>(block_index_x()) * kThreads + thread_ind
 void copy_row(float* target, const float* row) {
   if (thread_index() < kThreads / 4) copy_async(target + 4 * thread_index(), row + 4 * thread_index(), 16);
   commit_copies();
+}
+
+// Sends this block's part of x to the row of the other block.
+void send_row(float* row, const float* x) {
+  if (thread_index() < kThreads / 4)
+    store_to_block(row + 4 * thread_index(), 1 - static_cast<int>(block_index_x()),
+                   load_quad(x + block_index_x() * kThreads + 4 * thread_index()));
 }
 
 // A case reads x[i] = i + 1 and writes y, both of kBlocks * kThreads floats.
@@ -46,6 +58,7 @@ struct Case {
 
 float input(int block, int thread) { return static_cast<float>(block * kThreads + thread + 1); }
 float reversed(int block, int thread) { return input(block, kThreads - 1 - thread); }
+float of_other_block(int block, int thread) { return input(1 - block, thread); }
 float warp_sum(int block, int thread) {
   float sum = 0;
   for (int lane = 0; lane < 32; ++lane) sum += input(block, thread / 32 * 32 + lane);
@@ -231,6 +244,72 @@ const Case kCases[] = {
        });
      },
      [](int block, int thread) { return thread < 32 ? warp_sum(block, thread) : input(block, thread); }},
+
+    {"missing_cluster_barrier",  // before what another block sent is read
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         cluster_barrier();
+         send_row(row, x);
+         if (fixed)
+           cluster_barrier();
+         else
+           block_barrier();
+         store_one(y + element(), row[thread_index()]);
+         cluster_barrier();
+       });
+     },
+     of_other_block},
+
+    {"block_not_begun",  // the other block may begin later
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         if (fixed) cluster_barrier();
+         send_row(row, x);
+         cluster_barrier();
+         store_one(y + element(), row[thread_index()]);
+       });
+     },
+     of_other_block},
+
+    {"block_exited",  // nobody reads what is sent there, but its memory may be another block's
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         cluster_barrier();
+         store_one(y + element(), load_one(x + element()));
+         if (!fixed && block_index_x() == 0) return;
+         send_row(row, x);
+         if (fixed) cluster_barrier();
+       });
+     },
+     input},
+
+    {"divergent_cluster_barrier",  // half of each block's last warp is elsewhere
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         if (fixed || thread_index() < kThreads - 16) cluster_barrier();
+         store_one(y + element(), sum_over_warp(load_one(x + element())));
+       });
+     },
+     warp_sum},
+
+    {"outside_the_cluster",  // of one block
+     [](bool fixed, const float* x, float* y) {
+       return launch(kRowBytes, [=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         if (thread_index() < kThreads / 4)
+           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1, load_quad(x + block_index_x() * kThreads + 4 * thread_index()));
+         block_barrier();
+         store_one(y + element(), row[thread_index()]);
+       });
+     },
+     input},
 
     {"wrong_stream",
      [](bool fixed, const float* x, float* y) {

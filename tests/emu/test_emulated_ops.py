@@ -57,6 +57,7 @@ class Run:
     files: tuple = (OPS,)
     sanitize: str = ""
     num_sms: int = 132
+    max_cluster: int = 8  # 1: a card without clusters
 
 
 RUNS = (
@@ -65,6 +66,7 @@ RUNS = (
     Run("reverse", KERNELS, "reverse"),
     Run("eager_copies", KERNELS, "forward+eager", num_sms=2),
     Run("shuffled", KERNELS, "seed=1"),
+    Run("no_clusters", SMALL, max_cluster=1),
     Run("shuffled_few", SMALL, "seed=2+eager", num_sms=1),
     Run("address", SMALL, sanitize="address"),
     Run("address_few", SMALL, "seed=3", sanitize="address", num_sms=1),
@@ -84,7 +86,7 @@ def preloaded(sanitize: str) -> dict[str, str]:
 
 def start(run: Run, library: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"T2L_DISABLE_NATIVE": "1", "T2L_EMU_SCHEDULE": run.schedule, "OMP_NUM_THREADS": "1"}
-    environment["T2L_EMU_NUM_SMS"] = str(run.num_sms)
+    environment |= {"T2L_EMU_NUM_SMS": str(run.num_sms), "T2L_EMU_MAX_CLUSTER": str(run.max_cluster)}
     environment |= preloaded(run.sanitize) if run.sanitize else {}
     # Sanitizers write to the file of standard error, which pytest would capture and show for failed tests alone.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-m", run.tests.marked]

@@ -51,6 +51,12 @@ BUGS = [
     ("divergent_barrier", "plain", ALL, FAILS, r"deadlock: 48 threads at a barrier, 16 lanes of warp 1 at an exchange"),
     ("exited_lane", "plain", ("forward",), FAILS, r"warp exchange: 1 lanes of the warp have exited"),
     ("exited_lane", "plain", ("reverse",), FAILS, r"exits while 31 lanes of its warp wait at an exchange"),
+    ("missing_cluster_barrier", "plain", ("forward", "reverse"), WRONG, r"= -?nan"),
+    ("missing_cluster_barrier", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("block_not_begun", "plain", ("forward", "reverse"), FAILS, r"block \d of the cluster, which has not allocated it yet"),
+    ("block_exited", "plain", ("forward",), FAILS, r"memory of block 0 of the cluster, which has exited \(block 1, 0, thr"),
+    ("divergent_cluster_barrier", "plain", ALL, FAILS, r"deadlock: 96 threads at a cluster barrier, 16 lanes of warp 1 at"),
+    ("outside_the_cluster", "plain", ALL, FAILS, r"shared memory of block 1 of a cluster of 1"),
     ("wrong_stream", "plain", ("forward",), FAILS, r"launched on stream 0x1000, the current one is 0x"),
     ("wrong_device", "plain", ("forward",), FAILS, r"launched on device 1 with memory of device 0"),
     ("too_much_shared", "plain", ALL, FAILS, r"takes 272 bytes of shared memory, launched with 260"),
@@ -67,7 +73,7 @@ BUGS = [
 
 CHECKS = (
     "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies counters grid "
-    "refused_launches streams schedules cut_sums lora_cut"
+    "refused_launches streams schedules cut_sums lora_cut clusters trunk_cut"
 ).split()
 
 
