@@ -161,7 +161,8 @@ class TextToLoRA:
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
 
-        A and B are those of :meth:`generate`, rounded once to the slots' dtype.
+        A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The model's layers must lie on the device
+        of the hypernetwork; with others use :meth:`generate` and :meth:`LoRAHandle.put`.
 
         Raises as :meth:`generate` and :meth:`LoRAHandle.fill`; nothing changes then.
 

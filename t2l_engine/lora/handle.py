@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 
@@ -23,33 +22,19 @@ from t2l_engine.lora.locate import (
     find_all,
     is_transposed,
     same_place,
-    slot_dtype,
 )
 from t2l_engine.lora.routing import Ids, Routing
+from t2l_engine.lora.slots import Slots
 
 CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
-
-
-@dataclasses.dataclass
-class _Slots:
-    """The adapters of one module: ``A [slots, n, r, in]``, ``B [slots, n, r, out]``, ``ranks [n, slots]``."""
-
-    A: Tensor
-    B: Tensor
-    ranks: Tensor
-    targets: dict[int, Target]  # by layer
-
-    @property
-    def features(self) -> tuple[int, int]:
-        """(in, out)."""
-        return self.A.shape[3], self.B.shape[3]
 
 
 class LoRAHandle:
     """The adapter slots of a model, and which slot each batch row uses; returned by :func:`attach`.
 
     Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; adapters are
-    copied (:meth:`put`) or written (:meth:`fill`) into them.  Not thread-safe: ids are state of the model, not of a call.
+    copied (:meth:`put`) or written (:meth:`fill`) into them.  Layers may lie on several devices (transformers'
+    ``device_map``); their slots lie beside them.  Not thread-safe: ids are state of the model, not of a call.
     With gradient checkpointing, call ``backward()`` while the same ids are set and before another training forward pass,
     else it raises RuntimeError; reentrant checkpointing needs train mode.  Code under ``torch.compile`` is not checked: call
     ``backward()`` before setting other ids.
@@ -72,11 +57,12 @@ class LoRAHandle:
     def __init__(self, model: nn.Module, slots: int, max_rank: int | None, packed: Packed | None):
         self._model: nn.Module | None = model
         self._num_slots, self._max_rank, self._packed = slots, max_rank, packed
-        self._routing = Routing()
-        self._slots: dict[str, _Slots] = {}  # by path in the first stack that had the module
+        # By device of the layers, first that of the model's first weight.
+        self._routings: dict[torch.device, Routing] = {device_of(model): Routing()}
+        self._slots: dict[str, Slots] = {}  # by path in the first stack that had the module
         self._keys: dict[str, str] = {}  # path in any stack -> key of _slots: paths of one module may differ by stack
         self._wrapped: list[tuple[Target, LoRALinear]] = []
-        self._scaling: Tensor | None = None
+        self._scalings: dict[torch.device, Tensor] = {}  # [slots], by device
         self._filled: set[int] = set()
         self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, its original weight
 
@@ -89,14 +75,15 @@ class LoRAHandle:
 
         Raises IndexError for an id out of range or of an empty slot, ValueError for other wrong ids; nothing changes then.
         """
-        model = self._check_free("set")
-        self._routing.set(ids, self._num_slots, self._filled, device_of(model))
-        self._routing.overrides, self._routing.dropout = None, 0.0
+        self._check_free("set")
+        for device, routing in self._routings.items():
+            routing.set(ids, self._num_slots, self._filled, device)
+            routing.overrides, routing.dropout = None, 0.0
 
     @contextlib.contextmanager
     def use(self, ids: Ids) -> Iterator[LoRAHandle]:
         """``ids`` as in :meth:`set` inside the block; the previous ids are restored afterwards, also after an exception."""
-        before = self._routing.state()
+        before = self._state()
         self.set(ids)
         try:
             yield self
@@ -111,33 +98,43 @@ class LoRAHandle:
         gradients are recorded.  The modules of the stack must be attached already (:func:`attach` a stack of the same
         shapes).  Raises as :meth:`set`, and ValueError for a module that is not attached.
         """
-        model = self._check_free("differentiable")
+        self._check_free("differentiable")
         check_stack("stack", stack)
         matched = self._match(stack)
         for name, (key, _) in matched.items():
             if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
-        before = self._routing.state()
-        self._routing.set(ids, len(stack), range(len(stack)), device_of(model))
-        self._routing.dropout = dropout
-        # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
-        self._routing.overrides = {
-            (matched[name][0], layer): {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
-            for name, a in stack.lora_A.items()
-            for layer, (A, B, ranks) in enumerate(
-                zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
-            )
-        }
+        before = self._state()
+        for device, routing in self._routings.items():
+            routing.set(ids, len(stack), range(len(stack)), device)
+            routing.dropout, routing.overrides = dropout, {}
+        for name, a in stack.lora_A.items():
+            key, _ = matched[name]
+            # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
+            layers = zip(a.unbind(1), stack.lora_B[name].unbind(1), stack.ranks[name].T.contiguous(), strict=True)
+            for layer, (A, B, ranks) in enumerate(layers):
+                device = self._slots[key].device(layer)
+                if device is not None:
+                    tensors = {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
+                    self._routings[device].overrides[key, layer] = {k: t.to(device) for k, t in tensors.items()}
         try:
             yield self
         finally:
             self._restore(before)
 
-    def _restore(self, state: tuple) -> None:
-        if self._merged is None:
-            self._routing.restore(state)
-        else:
-            self._routing.clear()
+    def _state(self) -> dict[torch.device, tuple]:
+        return {device: routing.state() for device, routing in self._routings.items()}
+
+    def _restore(self, states: dict[torch.device, tuple]) -> None:
+        for device, routing in self._routings.items():
+            if self._merged is None and device in states:
+                routing.restore(states[device])
+            else:
+                routing.clear()
+
+    def _slots_changed(self) -> None:
+        for routing in self._routings.values():
+            routing.slots_changed()
 
     # --- slots -----------------------------------------------------------------------------------------------------
 
@@ -158,18 +155,16 @@ class LoRAHandle:
         check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
-        scaling = self._reserve(adapter)
+        self._reserve(adapter)
         self._empty(slot, 1)
         with torch.no_grad():
             for name, path in adapter.paths.items():
-                a, b, slots = adapter.lora_A[name], adapter.lora_B[name], self._slots[self._keys[path]]
-                n, r = a.shape[1], min(a.shape[2], slots.A.shape[2])  # without the padding that exceeds the slots
-                slots.A[slot, :n, :r].copy_(a[0, :, :r])
-                slots.B[slot, :n, :r].copy_(b[0].mT[:, :r])
-                slots.ranks[:n, slot] = adapter.ranks[name][0].to(slots.ranks.device)
-            scaling[slot] = adapter.scaling[0]
+                tensors = adapter.lora_A[name], adapter.lora_B[name], adapter.ranks[name]
+                self._slots[self._keys[path]].write(slot, *(t[0] for t in tensors))
+            for scaling in self._scalings.values():
+                scaling[slot] = adapter.scaling[0]
         self._filled.add(slot)
-        self._routing.slots_changed()
+        self._slots_changed()
 
     @contextlib.contextmanager
     def fill(self, slot: int, like: AdapterStack) -> Iterator[AdapterStack]:
@@ -181,7 +176,7 @@ class LoRAHandle:
         block ends the slots are empty, and if it raises they stay empty.  Modules that ``like`` lacks get rank 0 there.
 
         Raises IndexError for slots outside ``[0, num_slots)``, ValueError if ``like`` does not fit the model, or if the
-        slots of its modules have several dtypes (use :meth:`put`); nothing changes then.
+        slots of its modules have several dtypes or lie on several devices (use :meth:`put`); nothing changes then.
 
         >>> import torch
         >>> import t2l_engine as t2l
@@ -201,75 +196,86 @@ class LoRAHandle:
                 f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
                 f"got {short_repr(slot)}"
             )
-        scaling = self._reserve(like)
+        self._reserve(like)
         places = {name: self._slots[self._keys[path]] for name, path in like.paths.items()}
-        dtypes = {name: slots.A.dtype for name, slots in places.items()}
+        dtypes = {name: slots.dtype for name, slots in places.items()}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"like: expected modules whose slots have one dtype, got {short_repr(dtypes)}; use put()")
+        devices = {device for slots in places.values() for device in slots.parts}
+        if len(devices) > 1:
+            raise ValueError(f"like: expected layers on one device, got {', '.join(sorted(map(str, devices)))}; use put()")
+        (device,) = devices
         self._empty(slot, count)
         rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
         with torch.inference_mode(False), torch.no_grad():  # as in _reserve
             for name, slots in places.items():
-                n, r = like.lora_A[name].shape[1:3]
-                lora_A[name], lora_B[name] = slots.A[rows, :n, :r], slots.B[rows, :n, :r].mT
-                ranks[name] = slots.ranks[:n, rows].T
-            out = AdapterStack(lora_A, lora_B, scaling[rows], ranks, like.paths, partial=like.partial)
+                (part,), (n, r) = slots.parts.values(), like.lora_A[name].shape[1:3]
+                lora_A[name], lora_B[name] = part.A[rows, :n, :r], part.B[rows, :n, :r].mT
+                ranks[name] = part.ranks[:n, rows].T
+            scaling = self._scalings[device][rows]
+            out = AdapterStack(lora_A, lora_B, scaling, ranks, like.paths, partial=like.partial)
         try:
             yield out
         except BaseException:
             self._empty(slot, count)
             raise
         self._filled.update(range(slot, slot + count))
-        self._routing.slots_changed()
+        self._slots_changed()
 
     def _empty(self, slot: int, count: int) -> None:
         """Rank 0 in ``count`` slots."""
         with torch.no_grad():
             for slots in self._slots.values():
-                slots.ranks[:, slot : slot + count] = 0
+                slots.empty(slot, count)
         self._filled.difference_update(range(slot, slot + count))
-        self._routing.slots_changed()
+        self._slots_changed()
 
     @torch.inference_mode(False)  # inference tensors could be written in inference mode only
-    def _reserve(self, stack: AdapterStack) -> Tensor:
-        """Wrap the linears and allocate the slots that ``stack`` needs, after all checks; returns the slots' scalings."""
+    def _reserve(self, stack: AdapterStack) -> None:
+        """Wrap the linears and allocate the slots that ``stack`` needs, after all checks."""
         model = self._check_attached()
         matched = self._match(stack)
         for name, (key, _) in matched.items():
             known, width = self._slots.get(key), stack.lora_A[name].shape[2]
-            r_max = known.A.shape[2] if known else self._max_rank or width
+            r_max = known.rank if known else self._max_rank or width
             if width > r_max and (rank := int(stack.ranks[name].max())) > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
-        device = device_of(model) if self._scaling is None else self._scaling.device
-        if self._scaling is None:
-            self._scaling = torch.ones(self._num_slots, device=device)
         for name, (key, targets) in matched.items():
             self._keys[stack.paths[name]] = key
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
-                n, r = max(targets) + 1, self._max_rank or a.shape[2]
-                like = {"device": device, "dtype": slot_dtype(next(iter(targets.values())).linear, a.dtype)}
-                self._slots[key] = _Slots(
-                    torch.zeros(self._num_slots, n, r, a.shape[3], **like),
-                    torch.zeros(self._num_slots, n, r, b.shape[2], **like),
-                    torch.zeros(n, self._num_slots, device=device, dtype=torch.int32),
-                    targets,
-                )
+                rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
+                slots = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model))
+                self._slots[key] = slots
+                for device in slots.parts:
+                    self._reach(device)
                 for layer, target in targets.items():
-                    self._wrap(key, layer, target, self._scaling)
-        return self._scaling
+                    self._wrap(key, layer, target)
 
-    def _wrap(self, key: str, layer: int, target: Target, scaling: Tensor) -> None:
+    def _reach(self, device: torch.device) -> None:
+        """Routing and scalings on ``device``, as on the others."""
+        routings, scalings = list(self._routings.values()), list(self._scalings.values())
+        if device not in self._scalings:
+            made = torch.ones(self._num_slots, device=device)
+            self._scalings[device] = made.copy_(scalings[0]) if scalings else made
+        if device not in self._routings:
+            self._routings[device] = routings[0].on(device)
+        for routing in self._routings.values():
+            routing.spread = len(self._scalings) > 1
+
+    def _wrap(self, key: str, layer: int, target: Target) -> None:
+        slots = self._slots[key]
+        device = slots.device(layer)
+        assert device is not None  # the layer has a target
         # Another member of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
-            wrapped = LoRALinear(target.linear, self._routing)
+            wrapped = LoRALinear(target.linear, self._routings[device])
             setattr(target.parent, target.attribute, wrapped)
             self._wrapped.append((target, wrapped))
-        slots = self._slots[key]
         start = None if target.columns is None else target.columns[0]
-        A, B = slots.A[:, layer], slots.B[:, layer].mT
-        wrapped.add_member(Member(key, layer, start, A, B, scaling, slots.ranks[layer]))
+        A, B, ranks = slots.layer(layer)
+        wrapped.add_member(Member(key, layer, start, A, B, self._scalings[device], ranks))
 
     def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
         """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
@@ -302,8 +308,9 @@ class LoRAHandle:
         if not isinstance(index, int) or isinstance(index, bool) or index not in self._filled:
             raise IndexError(f"index: expected a filled slot {short_repr(sorted(self._filled))}, got {short_repr(index)}")
         self._check_mergeable(model)
-        self._routing.clear()
-        self._routing.merged = True
+        for routing in self._routings.values():
+            routing.clear()
+            routing.merged = True
         self._merged = []
         try:
             for _, wrapped in self._wrapped:
@@ -344,7 +351,8 @@ class LoRAHandle:
         for wrapped, original in self._merged:
             _overwrite(wrapped.weight, original)
         self._merged = None
-        self._routing.merged = False
+        for routing in self._routings.values():
+            routing.merged = False
 
     def detach(self) -> None:
         """Put the original layers back: modules and weights are those from before :func:`attach`, bit for bit.

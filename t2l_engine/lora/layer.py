@@ -180,6 +180,8 @@ class LoRALinear(nn.Module):
         if not isinstance(y, Tensor):
             raise RuntimeError(f"{self.extra_repr()}: expected a layer that returns a tensor, got {type(y).__name__}")
         inner = x if x.dtype == y.dtype else x.to(y.dtype)  # under autocast, or in layers that compute in another dtype
+        if routing.spread:  # `base` may have moved x to where its weights are
+            inner = inner.to(y.device)
         inner = inner.contiguous()
         tokens = x.shape[:-1]
         batch = routing.segments(tokens, compiling)

@@ -206,12 +206,18 @@ def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> 
 
 
 def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int) -> None:
-    """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device."""
+    """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device or
+    spread over devices."""
     for layer, target in targets.items():
         check_shape(name, layer, target, n_in, n_out)
         weight = getattr(target.linear, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
+        if type(weight.data if isinstance(weight, nn.Parameter) else weight).__name__ == "DTensor":
+            raise ValueError(
+                f"model: {target.path} is spread over devices by torch's tensor parallelism (its weight is a DTensor), which "
+                "adapters cannot follow; spread whole layers instead (device_map), or serve with vLLM (t2l serve)"
+            )
 
 
 #: Path -> linears that were found before, and the (in, out) features of their slots.
@@ -256,13 +262,14 @@ def check_stack(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected an AdapterStack, got {type(value).__name__}{hint}")
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first weight of ``model``; ValueError for the meta device."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):  # lazily: called by every use()
+def device_of(model: nn.Module, without: torch.device | None = None) -> torch.device:
+    """Device of the first weight of ``model``, ``without`` (by default the CPU) if it has none; ValueError for the meta
+    device."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.device.type == "meta":
             raise ValueError("model: its weights are on the meta device; load them first")
         return tensor.device
-    return torch.device("cpu")
+    return without or torch.device("cpu")
 
 
 def slot_dtype(linear: nn.Module, fallback: torch.dtype) -> torch.dtype:

@@ -26,6 +26,7 @@ class Routing:
         self._tensors: dict[int, Tensor] = {}  # number of rows -> ids
         self.batch: AdapterBatch | None = None
         self.merged = False  # an adapter is merged into the weights
+        self.spread = False  # the model's layers lie on several devices, each with a routing of its own
         self.uniform = False  # one id for any number of rows
         # (key of the slots, layer) -> lora_A, lora_B, scaling, ranks of differentiable adapters, used instead of the slots
         self.overrides: dict[tuple[str, int], dict[str, Tensor]] | None = None
@@ -50,6 +51,16 @@ class Routing:
         self._write(ids)
         if slots_version != self._slots_version:
             self._renew_version()
+
+    def on(self, device: torch.device) -> Routing:
+        """The same selection for layers on another device."""
+        other = Routing()
+        other.merged, other.uniform, other.adapter_version = self.merged, self.uniform, self.adapter_version
+        if self.batch is not None:
+            indptr, adapters = (t.to(device) for t in (self.batch.seg_indptr, self.batch.seg_adapters))
+            other.batch = AdapterBatch(indptr, adapters, self.batch.max_seg_len)
+        other._write(None if self.ids is None else self.ids.to(device))
+        return other
 
     def clear(self) -> None:
         """Back to the base model."""

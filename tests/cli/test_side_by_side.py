@@ -220,7 +220,7 @@ def test_memory_is_that_of_the_slots(desk):
     last(desk, adapted(TASKS[0]))
 
     def slots():
-        return [(t.data_ptr(), t.shape) for s in desk._lora._slots.values() for t in (s.A, s.B)]
+        return [(t.data_ptr(), t.shape) for s in desk._lora._slots.values() for p in s.parts.values() for t in (p.A, p.B)]
 
     before = slots()
     for i in range(50):

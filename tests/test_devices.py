@@ -1,0 +1,148 @@
+"""Models whose layers lie on several devices: without a second one, CPU memory under two names, and torch's fake devices."""
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
+
+from t2l_engine import AdapterBatch, AdapterStack, attach
+from t2l_engine.lora import slots
+from t2l_engine.lora.locate import device_of
+
+FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)  # different devices to a dictionary, one memory
+SHAPES = {"q_proj": (16, 24), "o_proj": (24, 16)}
+
+
+class Model(nn.Module):
+    """Four layers of two linears; ``x`` goes to where each layer is, as accelerate's hooks see to."""
+
+    def __init__(self, devices=(None,) * 4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*shape, device=device) for name, shape in SHAPES.items()}) for device in devices
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x.to(next(layer.parameters()).device)
+            x = x + layer["o_proj"](torch.tanh(layer["q_proj"](x)))
+        return x
+
+
+@pytest.fixture
+def stack(make_stack):
+    return make_stack(SHAPES, num_layers=4)
+
+
+@pytest.fixture
+def spread(monkeypatch):
+    """Makes the layers of a model that are named lie on a second device, as far as the handle knows."""
+
+    def of(model, layers):
+        there = {id(linear) for i in layers for linear in model.layers[i].values()}
+        place = lambda linear, without: SECOND if id(linear) in there else device_of(linear, without)  # noqa: E731
+        monkeypatch.setattr(slots, "device_of", place)
+        return model
+
+    return of
+
+
+RAGGED = AdapterBatch(torch.tensor([0, 4, 5, 15]).int(), torch.tensor([1, -1, 0]).int(), 10)
+
+
+@pytest.mark.parametrize("layers", [(2, 3), (0,), (1, 3)], ids=str)
+def test_the_bits_of_one_device(spread, stack, layers):
+    """Filled, used, changed, merged and restored; also where the layers of a device are not neighbours."""
+    x, flat, made = torch.randn(3, 5, 16), torch.randn(15, 16), []
+    for elsewhere in ((), layers):
+        model = spread(Model(), elsewhere)
+        lora, results = attach(model, stack, slots=3, max_rank=6), []
+        assert len(next(iter(lora._slots.values())).parts) == (2 if elsewhere else 1)
+        for ids in ([1, -1, 0], 1, [0, 0, 1]):
+            with lora.use(ids):
+                results.append(model(x))
+        with lora.use(RAGGED):
+            results.append(model(flat))
+        lora.put(2, stack[1])
+        lora.put(0, stack[1])
+        with lora.use([2, 1, 0]):
+            results.append(model(x))
+            with lora.use(-1):
+                results.append(model(x))
+            results.append(model(x))
+        lora.merge(2)
+        results.append(model(x))
+        lora.unmerge()
+        results.append(model(x))
+        made.append(results)
+    assert all(map(torch.equal, *made))
+    assert torch.equal(made[1][-1], Model()(x)) and not torch.equal(made[1][0], made[1][-1])
+
+
+def test_gradients(spread, stack):
+    x, made = torch.randn(3, 5, 16), []
+    for elsewhere in ((), (2, 3)):
+        model = spread(Model().requires_grad_(False), elsewhere)
+        lora = attach(model, stack)
+        tensors = [t.clone().requires_grad_() for t in (*stack.lora_A.values(), *stack.lora_B.values())]
+        names = list(SHAPES)
+        trained = AdapterStack(dict(zip(names, tensors[:2], strict=True)), dict(zip(names, tensors[2:], strict=True)),
+                               stack.scaling, stack.ranks, stack.paths)  # fmt: skip
+        with lora.differentiable(trained, [1, -1, 0]):
+            model(x).square().sum().backward()
+        made.append([t.grad for t in tensors])
+    assert all(map(torch.equal, *made)) and all(bool(grad.any()) for grad in made[0])
+
+
+def test_modules_of_a_device_that_come_later(spread, make_stack):
+    """Slots on another device adopt the ids in use."""
+    first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
+    x, made = torch.randn(2, 5, 16), []
+    for elsewhere in ((), (2, 3)):
+        model = Model()
+        spread(model, ())
+        lora = attach(model, first[0], slots=2)
+        lora.set([1, 0])
+        spread(model, elsewhere)
+        lora.put(1, second[0])
+        made.append(model(x))
+    assert torch.equal(*made)
+
+
+def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
+    lora = attach(spread(Model(), (3,)), stack)
+    with pytest.raises(ValueError, match="like: expected layers on one device, got cpu, cpu:1; use put"), lora.fill(0, stack):
+        pass
+
+
+def test_every_tensor_lies_where_its_layer_does():
+    """torch's fake devices compute nothing, and refuse operands of two devices."""
+    with FakeTensorMode():
+        cards = [torch.device("cuda", i) for i in (0, 0, 1, 1)]
+        model = Model(cards)
+        A = {name: torch.empty(1, 4, 4, n_in, device=cards[0]) for name, (n_in, _) in SHAPES.items()}
+        B = {name: torch.empty(1, 4, n_out, 4, device=cards[0]) for name, (_, n_out) in SHAPES.items()}
+        lora = attach(model, AdapterStack(A, B, torch.ones(1, device=cards[0])))
+        for layer, card in zip(model.layers, cards, strict=True):
+            for linear in layer.values():
+                (m,) = linear.members
+                assert {t.device for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)} == {card}
+        with lora.use(0):
+            assert model(torch.empty(1, 5, 16, device=cards[0])).device == cards[3]
+        with pytest.raises(FakeTensorDeviceMismatchError):  # the check itself
+            model.layers[3]["q_proj"](torch.empty(1, 5, 16, device=cards[0]))
+
+
+def test_a_tensor_parallel_linear_is_refused_by_name(stack, tmp_path):
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = parallelize_module(Model(), init_device_mesh("cpu", (1,)), {"layers.1.q_proj": ColwiseParallel()})
+        with pytest.raises(ValueError, match=r"model: layers.1.q_proj is spread over devices .* \(its weight is a DTensor\)"):
+            attach(model, stack)
+    finally:
+        destroy_process_group()
