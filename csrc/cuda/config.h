@@ -40,9 +40,10 @@ struct LoraConfig {
   int m_tiles;                     // tokens of a chunk / 16
   int n_tiles;                     // ranks of a pass over x / 8
   bool one_token_per_block;        // ids are read in place, without the counting sort of tokens by adapter
-  int64_t chunks;                  // grid x: upper bound of the chunks of tokens
+  int64_t chunks;                  // upper bound of the chunks of tokens
   int64_t outputs;                 // outputs of a slice
-  int first_slice[kMaxGroup + 1];  // grid y: first slice of each member; last, the number of slices
+  int slices;                      // of all members; those of a chunk are neighbours in the grid, so that they share x in L2
+  int first_slice[kMaxGroup + 1];  // of each member; last, the number of slices
   int64_t v_stride;                // row stride of the rank vectors in shared memory, in floats
   int64_t shared_bytes;
 };
@@ -100,6 +101,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
   for (int64_t i = 0; i < count; ++i)
     c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(lora_slices(members[i], c.outputs));
+  c.slices = c.first_slice[count];
   const int64_t width = round_up(rank, 8 * c.n_tiles);
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int)) +

@@ -326,8 +326,8 @@ head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   char* stages = shared.take<char>(kHeadStages * kStage);
   LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile of the last epilogue
   const int64_t tiles = c.first_tile[launch.count];
-  const int end = static_cast<int>((block_index_x() + 1) * tiles / c.blocks);
-  HeadCursor load{static_cast<int>(block_index_x() * tiles / c.blocks), 0, 0, 0};
+  const int end = static_cast<int>((block_index() + 1) * tiles / c.blocks);
+  HeadCursor load{static_cast<int>(block_index() * tiles / c.blocks), 0, 0, 0};
   find_module(launch, &load);
   skip_empty(launch, end, &load);
   HeadCursor mma = load;

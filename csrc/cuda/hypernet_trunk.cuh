@@ -231,9 +231,9 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const cuda::TrunkConfig& c = launch.config;
   const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block);
   const int64_t working = c.tiles * splits * c.cluster;
-  if (block_index_x() >= working)
-    return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index_x() - working, c.prefetch_blocks);
-  const int64_t index = block_index_x() / c.cluster;  // the same for all blocks of a cluster
+  if (block_index() >= working)
+    return prefetch_trunk(p, static_cast<int64_t>(sizeof(T)), block_index() - working, c.prefetch_blocks);
+  const int64_t index = block_index() / c.cluster;  // the same for all blocks of a cluster
   const int m = static_cast<int>(p.m), layers = static_cast<int>(p.layers), modules = static_cast<int>(p.modules);
   SharedMemory shared;
   TrunkTile<T> tile;
@@ -244,7 +244,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   tile.hidden = shared.take<T>(c.tile_rows * c.hidden_stride);
   tile.input_stride = c.input_stride;
   tile.hidden_stride = c.hidden_stride;
-  tile.block = static_cast<int>(block_index_x() % c.cluster);
+  tile.block = static_cast<int>(block_index() % c.cluster);
   tile.cluster = static_cast<int>(c.cluster);
   const int64_t split = index / c.tiles, rank_splits = p.ranks / c.ranks_per_block;
   const int first_row = static_cast<int>((index - split * c.tiles) * c.tile_rows);

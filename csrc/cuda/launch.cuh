@@ -61,16 +61,16 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
 #endif
 }
 
-// Kernels take one argument: a struct of parameters and launch configuration.  `cluster`: blocks along x that run together.
+// Kernels take one argument: a struct of parameters and launch configuration.  `cluster`: neighbouring blocks that run
+// together.
 template <class Argument>
-const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int64_t shared_bytes,
-                   const DeviceLimits& limits, void* stream, const Argument& argument, int64_t cluster = 1) {
+const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_bytes, const DeviceLimits& limits, void* stream,
+                   const Argument& argument, int64_t cluster = 1) {
   static_assert(sizeof(Argument) <= 4096, "what a kernel may take, before CUDA 12.1 and compute capability 7.0");
-  if (grid_x > 0x7fffffff || grid_y > 0xffff) return "too many blocks";
+  if (blocks > 0x7fffffff) return "too many blocks";
   if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
-  const int blocks = static_cast<int>(cluster);
-  return emu::launch(emu::Launch{grid_x, static_cast<int>(grid_y), kThreads, shared_bytes, stream, blocks},
+  return emu::launch(emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster)},
                      [&] { kernel(argument); });
 #else
   if (shared_bytes >
@@ -79,7 +79,7 @@ const char* launch(void (*kernel)(Argument), int64_t grid_x, int64_t grid_y, int
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   cudaLaunchConfig_t launch{};
-  launch.gridDim = dim3(static_cast<unsigned>(grid_x), static_cast<unsigned>(grid_y));
+  launch.gridDim = dim3(static_cast<unsigned>(blocks));
   launch.blockDim = dim3(kThreads);
   launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   launch.stream = static_cast<cudaStream_t>(stream);

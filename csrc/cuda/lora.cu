@@ -25,13 +25,12 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
     argument.member[i] = members[i];
   }
   const LoraConfig& c = argument.config = choose_lora_config(members, count, limits);
-  const int64_t slices = c.first_slice[count];
-  if (c.chunks == 0 || slices == 0) return nullptr;
+  if (c.chunks == 0 || c.slices == 0) return nullptr;
   const DType type = lora_compute_type(members[0]);
   const Kernel kernel = type == DType::bf16  ? kernel_for<device::bf16>(c)
                         : type == DType::f16 ? kernel_for<device::f16>(c)
                                              : kernel_for<float>(c);
-  return launch(kernel, c.chunks, slices, c.shared_bytes, limits, stream, argument);
+  return launch(kernel, c.chunks * c.slices, c.shared_bytes, limits, stream, argument);
 }
 
 }  // namespace
@@ -62,7 +61,7 @@ const char* lora_backward(const LoraBackwardParams& params, float* workspace, vo
                       : lora_compute_type(p) == DType::f16 ? device::lora_grad_kernel<device::f16>
                                                            : device::lora_grad_kernel<float>;
   const DeviceLimits limits = device_limits();
-  return launch(kernel, argument.config.blocks, 1, argument.config.shared_bytes, limits, stream, argument);
+  return launch(kernel, argument.config.blocks, argument.config.shared_bytes, limits, stream, argument);
 }
 
 }  // namespace t2l::cuda

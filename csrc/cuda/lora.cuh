@@ -427,20 +427,22 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* bins = shared.take<int>(kSortBins);
   float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
   float* v = shared.take<float>(16 * MT * c.v_stride);
+  const int64_t place = block_index() / c.slices;
+  const int slice = static_cast<int>(block_index() - place * c.slices);
   int index = 0;
-  while (block_index_y() >= c.first_slice[index + 1]) ++index;
+  while (slice >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
-  const int64_t first = (block_index_y() - c.first_slice[index]) * c.outputs, last = cuda::min(first + c.outputs, p.out);
+  const int64_t first = int64_t{slice - c.first_slice[index]} * c.outputs, last = cuda::min(first + c.outputs, p.out);
   Chunk chunk;
   if (c.one_token_per_block) {
-    const int end = p.seg_indptr[block_index_x() + 1];
-    chunk = Chunk{p.seg_adapters[block_index_x()], 1};
-    if (thread_index() == 0) tokens[0] = static_cast<int>(block_index_x());
+    const int end = p.seg_indptr[place + 1];
+    chunk = Chunk{p.seg_adapters[place], 1};
+    if (thread_index() == 0) tokens[0] = static_cast<int>(place);
     check_adapter(p, chunk.adapter);
-    require(end == block_index_x() + 1, "seg_indptr: not one token a segment");
+    require(end == place + 1, "seg_indptr: not one token a segment");
     block_barrier();
   } else {
-    chunk = find_chunk(p, block_index_x(), 16 * MT, scratch, bins, tokens);
+    chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens);
   }
   if (chunk.count == 0) return;
   const int rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : static_cast<int>(p.rank);

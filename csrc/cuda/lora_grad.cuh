@@ -92,7 +92,7 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   const cuda::LoraGradConfig& c = launch.config;
   SharedMemory shared;
   float* partial = shared.take<float>(kWarps * kGradRanks * kGradStride);
-  const int64_t of_adapter = block_index_x() / c.tiles, tile = block_index_x() % c.tiles;
+  const int64_t of_adapter = block_index() / c.tiles, tile = block_index() % c.tiles;
   const int adapter = static_cast<int>(of_adapter / c.rank_tiles);
   const int first_rank = static_cast<int>(of_adapter % c.rank_tiles) * kGradRanks;
   const int rank = p.ranks ? p.ranks[adapter] : static_cast<int>(p.rank);

@@ -1,7 +1,7 @@
 // Device primitives.  All intrinsics and inline PTX of the project are here; each has a second body for the emulator
 // (csrc/emu), which runs the same kernel source on a CPU.
 //
-// Conventions: blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through load_*
+// Conventions: grids and blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through load_*
 // and store_*, so that the emulator counts their bytes; ids, ranks and segments are read directly.
 #pragma once
 #include <cstdint>
@@ -46,18 +46,11 @@ T2L_DEVICE int thread_index() {
 }
 T2L_DEVICE int lane_index() { return thread_index() & 31; }
 T2L_DEVICE int warp_index() { return thread_index() >> 5; }
-T2L_DEVICE int64_t block_index_x() {
+T2L_DEVICE int64_t block_index() {
 #ifdef T2L_EMULATOR
   return emu::block_index_x();
 #else
   return blockIdx.x;
-#endif
-}
-T2L_DEVICE int block_index_y() {
-#ifdef T2L_EMULATOR
-  return emu::block_index_y();
-#else
-  return static_cast<int>(blockIdx.y);
 #endif
 }
 

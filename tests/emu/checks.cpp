@@ -302,7 +302,7 @@ std::string check_counters() {
     mma_16x8x16(d, a, b, bf16());
     const float tf32_a[4] = {}, tf32_b[2] = {};
     mma_16x8x8(d, tf32_a, tf32_b);
-    const int64_t i = block_index_x() * 64 + thread_index();
+    const int64_t i = block_index() * 64 + thread_index();
     store_one(&y[i], load_one(&x[thread_index()]));
   };
   emu::reset_counters();
@@ -328,7 +328,7 @@ std::string check_grid() {
   const char* error = emu::launch(emu::Launch{kColumns, kRows, kThreads, 4 * kThreads, emu::current_stream()}, [&] {
     SharedMemory shared;
     int* partners = shared.take<int>(kThreads);
-    const int64_t block = block_index_y() * kColumns + block_index_x();
+    const int64_t block = emu::block_index_y() * kColumns + block_index();
     partners[thread_index()] = static_cast<int>(block) * kThreads + thread_index();
     block_barrier();
     const int partner = partners[kThreads - 1 - thread_index()];
@@ -347,7 +347,7 @@ std::string check_clusters() {
       emu::launch(emu::Launch{kColumns, kRows, kThreads, 16 * kCluster, emu::current_stream(), kCluster}, [&] {
         SharedMemory shared;
         float* names = shared.take<float>(4 * kCluster);
-        const int64_t block = block_index_y() * kColumns + block_index_x(), place = block % kCluster;
+        const int64_t block = emu::block_index_y() * kColumns + block_index(), place = block % kCluster;
         cluster_barrier();
         const float name[4] = {static_cast<float>(1 + block), 0, 0, 0};
         Quad q = zero_quad();
@@ -433,9 +433,9 @@ std::vector<int> order_of_threads() {
   constexpr int kThreads = 64, kBlocks = 3;
   std::vector<int> order;
   const char* error = launch(kBlocks, kThreads, [&] {
-    order.push_back(static_cast<int>(block_index_x()) * kThreads + thread_index());
+    order.push_back(static_cast<int>(block_index()) * kThreads + thread_index());
     block_barrier();
-    order.push_back(static_cast<int>(block_index_x()) * kThreads + thread_index());
+    order.push_back(static_cast<int>(block_index()) * kThreads + thread_index());
   });
   if (error || order.size() != 2 * kThreads * kBlocks) order.clear();
   return order;

@@ -102,6 +102,15 @@ LORA_LAUNCHES = (
 )  # fmt: skip
 
 
+def launched_slices(emulator, case: LoraCase, m_tiles: int, accumulate: bool) -> int:
+    """Of the latest launch, which has them all for each of the most chunks there can be."""
+    used = min(case.adapters + (not accumulate), len(case.segments))
+    chunks = min(case.tokens, case.tokens // (16 * m_tiles) + used) if m_tiles else case.tokens
+    slices, rest = divmod(emulator.t2l_emu_last_launch(b"grid_x"), chunks)
+    assert rest == 0
+    return slices
+
+
 def slices_of(out_features: int, slices: int) -> list[int]:
     """Outputs of each slice of one linear: whole 512 but for the last."""
     whole = ceil(ceil(out_features / slices) / 512) * 512
@@ -119,8 +128,9 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate):
     else:
         arguments.pop("y")
         ops.lora_delta(**arguments)
-    slices = slices_of(case.out_features, emulator.t2l_emu_last_launch(b"grid_y"))
-    assert len(slices) == emulator.t2l_emu_last_launch(b"grid_y")
+    launched = launched_slices(emulator, case, m_tiles, accumulate)
+    slices = slices_of(case.out_features, launched)
+    assert len(slices) == launched
     assert counted(emulator) == lora_counts(case, m_tiles, n_tiles, slices, accumulate)
 
 
@@ -129,7 +139,7 @@ def test_lora_group(emulator):
     group = next(case for case in GROUP_CASES if case.name == "serve_phi3_qkv_8x8")
     ops.lora_add_group_(**group.make())
     expected = Counts()
-    per_member = emulator.t2l_emu_last_launch(b"grid_y") // len(group.members)
+    per_member = launched_slices(emulator, group.lora, 0, True) // len(group.members)
     for _, out_features, rank in group.members:
         ranks = tuple(max(0, rank - i) for i in range(group.lora.adapters))
         member = dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks)
@@ -150,16 +160,20 @@ def test_a_decode_step_reads_every_weight_once(emulator):
 # --- gradients of batched LoRA ---------------------------------------------------------------------------------------
 
 
+def one_token(case: LoraCase) -> bool:
+    """Whether every block takes one token."""
+    return all(tokens == 1 for tokens, _ in case.segments) and case.tokens <= 64
+
+
 def backward_counts(case: LoraCase, slices: list[int]) -> Counts:
     """Two launches; ``slices``: those of the gradient of x in the first, of chunks of 16 tokens and 8 ranks a pass."""
     x, w = size(case.x_dtype), size(case.w_dtype)
     # B^T and A^T as A and B, and A x without B; both leave the rank vectors.
     transposed = dataclasses.replace(case, in_features=case.out_features, out_features=case.in_features)
-    one_token = 0 if max(tokens for tokens, _ in case.segments) == 1 else 1
     n_tiles = 1 if case.rank <= 8 else 2 if case.rank <= 16 else 4
     counts = Counts()
     for member, cut in ((transposed, slices), (case, [0])):
-        counts.add(**dataclasses.asdict(lora_counts(member, one_token, n_tiles, cut, True)))
+        counts.add(**dataclasses.asdict(lora_counts(member, 0 if one_token(case) else 1, n_tiles, cut, True)))
     ranks = case.ranks or (case.rank,) * case.adapters
     exact = case.x_dtype == case.w_dtype != F32
     for tokens, adapter in case.segments:
@@ -191,11 +205,10 @@ def test_lora_backward(emulator, name):
     emulator.t2l_emu_reset_counters()
     oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
     assert emulator.t2l_emu_counter(b"launches") == 2
-    # Slices of the first launch: as many as one linear with its outputs has, whose only other member has none.
-    first = {k: v for k, v in dataclasses.replace(case, out_features=case.in_features).make().items() if k != "y"}
     got = counted(emulator)
-    ops.lora_delta(**first)
-    slices = slices_of(case.in_features, emulator.t2l_emu_last_launch(b"grid_y"))
+    # Slices of the first launch: with these sizes as many as of a linear with as many outputs.
+    ops.lora_add_(**dataclasses.replace(case, out_features=case.in_features).make())
+    slices = slices_of(case.in_features, launched_slices(emulator, case, 0 if one_token(case) else 1, True))
     assert got == backward_counts(case, slices)
 
 

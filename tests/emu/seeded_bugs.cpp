@@ -34,7 +34,7 @@ const char* launch_cluster(Body body) {
   return launch(kRowBytes, body, kBlocks);
 }
 
-int element() { return static_cast<int>(block_index_x()) * kThreads + thread_index(); }
+int element() { return static_cast<int>(block_index()) * kThreads + thread_index(); }
 
 // A quarter of the threads copy 16 bytes each.
 void copy_row(float* target, const float* row) {
@@ -45,8 +45,8 @@ void copy_row(float* target, const float* row) {
 // Sends this block's part of x to the row of the other block.
 void send_row(float* row, const float* x) {
   if (thread_index() < kThreads / 4)
-    store_to_block(row + 4 * thread_index(), 1 - static_cast<int>(block_index_x()),
-                   load_quad(x + block_index_x() * kThreads + 4 * thread_index()));
+    store_to_block(row + 4 * thread_index(), 1 - static_cast<int>(block_index()),
+                   load_quad(x + block_index() * kThreads + 4 * thread_index()));
 }
 
 // A case reads x[i] = i + 1 and writes y, both of kBlocks * kThreads floats.
@@ -108,7 +108,7 @@ const Case kCases[] = {
        return launch(kRowBytes, [=] {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
-         copy_row(row, x + block_index_x() * kThreads);
+         copy_row(row, x + block_index() * kThreads);
          if (fixed)
            wait_for_copies<0>();
          else
@@ -125,7 +125,7 @@ const Case kCases[] = {
      [](bool fixed, const float* x, float* y) {
        return launch(kRowBytes, [=] {
          SharedMemory shared;
-         copy_row(shared.take<float>(kThreads), x + block_index_x() * kThreads);
+         copy_row(shared.take<float>(kThreads), x + block_index() * kThreads);
          store_one(y + element(), load_one(x + element()));
          if (fixed) wait_for_copies<0>();
        });
@@ -191,7 +191,7 @@ const Case kCases[] = {
        return launch(kRowBytes, [=] {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
-         copy_row(row, x + block_index_x() * (kThreads - (fixed ? 0 : 1)));
+         copy_row(row, x + block_index() * (kThreads - (fixed ? 0 : 1)));
          wait_for_copies<0>();
          block_barrier();
          store_one(y + element(), row[thread_index()]);
@@ -204,7 +204,7 @@ const Case kCases[] = {
        return launch(kRowBytes, [=] {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
-         copy_row(fixed ? row : y, x + block_index_x() * kThreads);
+         copy_row(fixed ? row : y, x + block_index() * kThreads);
          wait_for_copies<0>();
          block_barrier();
          store_one(y + element(), row[thread_index()]);
@@ -282,7 +282,7 @@ const Case kCases[] = {
          float* row = shared.take<float>(kThreads);
          cluster_barrier();
          store_one(y + element(), load_one(x + element()));
-         if (!fixed && block_index_x() == 0) return;
+         if (!fixed && block_index() == 0) return;
          send_row(row, x);
          if (fixed) cluster_barrier();
        });
@@ -304,7 +304,7 @@ const Case kCases[] = {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
          if (thread_index() < kThreads / 4)
-           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1, load_quad(x + block_index_x() * kThreads + 4 * thread_index()));
+           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1, load_quad(x + block_index() * kThreads + 4 * thread_index()));
          block_barrier();
          store_one(y + element(), row[thread_index()]);
        });
