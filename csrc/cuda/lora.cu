@@ -16,7 +16,7 @@ Kernel kernel_for(const LoraConfig& c) {
   return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWideTiles>;
 }
 
-const char* launch_group(const LoraParams* members, int64_t count, void* stream) {
+const char* launch_group(const LoraParams* members, int64_t count, bool counts_bad_ids, void* stream) {
   const DeviceLimits limits = device_limits();
   if (limits.error) return limits.error;
   device::LoraLaunch argument{};
@@ -24,6 +24,7 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
     if (members[i].rank > kMaxRank) return "lora: a rank above 1024";
     argument.member[i] = members[i];
   }
+  argument.counts_bad_ids = counts_bad_ids;
   const LoraConfig& c = argument.config = choose_lora_config(members, count, limits);
   if (c.chunks == 0 || c.slices == 0) return nullptr;
   const DType type = lora_compute_type(members[0]);
@@ -37,7 +38,8 @@ const char* launch_group(const LoraParams* members, int64_t count, void* stream)
 
 const char* lora(const LoraParams* members, int64_t count, void* stream) {
   for (int64_t i = 0; i < count; i += kMaxGroup)
-    if (const char* error = launch_group(members + i, min(kMaxGroup, count - i), stream)) return error;
+    if (const char* error = launch_group(members + i, min(kMaxGroup, count - i), i == 0 && members[0].bad_ids, stream))
+      return error;
   return nullptr;
 }
 

@@ -23,6 +23,7 @@ using cuda::kWarps;
 struct LoraLaunch {
   LoraParams member[cuda::kMaxGroup];
   cuda::LoraConfig config;
+  bool counts_bad_ids;  // of this launch, if a call has several
 };
 
 // ---- chunks: counting sort of tokens by adapter
@@ -53,8 +54,21 @@ T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
   return s < p.segments && p.seg_adapters[s] == adapter ? p.seg_indptr[s + 1] - p.seg_indptr[s] : 0;
 }
 
-T2L_DEVICE void check_adapter(const LoraParams& p, int adapter) {
-  require(adapter >= -1 && adapter < p.adapters, "seg_adapters: an id out of range");
+T2L_DEVICE bool is_id(const LoraParams& p, int adapter) { return adapter >= -1 && adapter < p.adapters; }
+// The adapter of segment s: an id out of range ends the launch or, with bad_ids, is -1.
+T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
+  const int adapter = p.seg_adapters[s];
+  const bool known = is_id(p, adapter);
+  if (p.bad_ids == nullptr) require(known, "seg_adapters: an id out of range");
+  return known ? adapter : -1;
+}
+
+// Adds the number of ids out of range to *bad_ids.  For one block of the launch.
+T2L_DEVICE void count_bad_ids(const LoraParams& p, int* scratch) {
+  int mine = 0, total;
+  for (int64_t s = thread_index(); s < p.segments; s += kThreads) mine += !is_id(p, p.seg_adapters[s]);
+  scan_block(mine, scratch, &total);
+  if (thread_index() == 0) *p.bad_ids += total;
 }
 
 // Histogram of tokens over the bins [first, first + kSortBins); adapter i is bin i + 1.  Also validates segments.
@@ -62,8 +76,7 @@ T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
   for (int i = thread_index(); i < kSortBins; i += kThreads) bins[i] = 0;
   block_barrier();
   for (int64_t s = thread_index(); s < p.segments; s += kThreads) {
-    const int adapter = p.seg_adapters[s], begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
-    check_adapter(p, adapter);
+    const int adapter = adapter_of(p, s), begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
     require(begin <= end && (s > 0 || begin == 0) && (s + 1 < p.segments ? end <= p.tokens : end == p.tokens),
             "seg_indptr: not rising from 0 to the number of tokens");
     require(end - begin <= p.max_seg_len, "seg_indptr: a segment of more than max_seg_len tokens");
@@ -433,12 +446,12 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   while (slice >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
   const int64_t first = int64_t{slice - c.first_slice[index]} * c.outputs, last = cuda::min(first + c.outputs, p.out);
+  if (launch.counts_bad_ids && block_index() == 0) count_bad_ids(p, scratch);
   Chunk chunk;
   if (c.one_token_per_block) {
     const int end = p.seg_indptr[place + 1];
-    chunk = Chunk{p.seg_adapters[place], 1};
+    chunk = Chunk{adapter_of(p, place), 1};
     if (thread_index() == 0) tokens[0] = static_cast<int>(place);
-    check_adapter(p, chunk.adapter);
     require(end == place + 1, "seg_indptr: not one token a segment");
     block_barrier();
   } else {

@@ -14,7 +14,8 @@ constexpr int64_t kMaxGroup = 8;  // linears or modules per launch; more take se
 constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxTrunkWidth = 4096;
 
-// As t2l::lora.  Ids, ranks and segments are validated on the device: out of range, the launch fails.
+// As t2l::lora.  Ids, ranks and segments are validated on the device: out of range, the launch fails (ids: unless bad_ids of
+// the members, the same for all, is set).
 const char* lora(const LoraParams* members, int64_t count, void* stream);
 // As t2l::lora_backward, in two launches.  b: [rank, out] storage (b_stride_out 1); workspace: 2 * tokens * rank floats.
 const char* lora_backward(const LoraBackwardParams& params, float* workspace, void* stream);

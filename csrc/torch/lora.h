@@ -3,6 +3,7 @@
 //   kReadsIds         segments, ids and ranks are readable on the host, so their values are checked
 //   covers, kMaxRank  dtypes and ranks with kernels; other calls go to the reference
 #pragma once
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -19,8 +20,9 @@ inline void check_segment_shapes(const Op& op, const Tensor& seg_indptr, const T
   check_contiguous(op, "seg_adapters", seg_adapters);
 }
 
+// `ids_too`: else those out of range are no error.
 inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t tokens,
-                                 int64_t adapters, int64_t max_seg_len) {
+                                 int64_t adapters, int64_t max_seg_len, bool ids_too) {
   const int64_t segments = seg_adapters.size(0);
   const int32_t* bounds = static_cast<const int32_t*>(seg_indptr.const_data_ptr());
   const int32_t* ids = static_cast<const int32_t*>(seg_adapters.const_data_ptr());
@@ -32,11 +34,43 @@ inline void check_segment_values(const Op& op, const Tensor& seg_indptr, const T
     if (length < 0 || length > max_seg_len)
       fail(op, "seg_indptr", "segments of 0 to max_seg_len = " + std::to_string(max_seg_len) + " tokens",
            std::to_string(length) + " at segment " + std::to_string(s));
-    if (ids[s] < -1 || ids[s] >= adapters)
+    if (ids_too && (ids[s] < -1 || ids[s] >= adapters))
       fail(op, "seg_adapters", "ids in [-1, " + std::to_string(adapters) + ")",
            std::to_string(ids[s]) + " at segment " + std::to_string(s));
   }
 }
+
+// The ids of a call that counts those out of range: as they are or, on a backend that reads them, copied with -1 for these.
+class GoodIds {
+ public:
+  GoodIds(const Op& op, const OptTensor& bad_ids) {
+    if (!bad_ids) return;
+    check_shape(op, "bad_ids", *bad_ids, {1});
+    check_type(op, "bad_ids", *bad_ids, ScalarType::Int);
+    count_ = static_cast<int32_t*>(bad_ids->mutable_data_ptr());
+  }
+  bool expects_all() const { return count_ == nullptr; }
+  // After the checks of all members; valid as long as this object.
+  template <class Backend>
+  void apply(LoraParams* members, size_t count) {
+    if (count_ == nullptr) return;
+    const LoraParams& p = members[0];
+    const auto is_bad = [&](int32_t id) { return id < -1 || id >= p.adapters; };
+    if (Backend::kReadsIds) {
+      ids_.assign(p.seg_adapters, p.seg_adapters + p.segments);
+      *count_ += static_cast<int32_t>(std::count_if(ids_.begin(), ids_.end(), is_bad));
+      std::replace_if(ids_.begin(), ids_.end(), is_bad, -1);
+    }
+    for (size_t i = 0; i < count; ++i) {
+      if (Backend::kReadsIds) members[i].seg_adapters = ids_.data();
+      members[i].bad_ids = count_;
+    }
+  }
+
+ private:
+  int32_t* count_ = nullptr;
+  std::vector<int32_t> ids_;
+};
 
 // The sizes of x [..., in_features], with `features` instead.
 inline std::vector<int64_t> sizes_of(const Tensor& x, int64_t features) {
@@ -46,11 +80,11 @@ inline std::vector<int64_t> sizes_of(const Tensor& x, int64_t features) {
 }
 
 // Checks the arguments and fills the parameters, except y.  `y`, called `name` in errors: a tensor of the shape of the
-// result or, with `group`, wider; the caller sets p.y to its columns.
+// result or, with `group`, wider; the caller sets p.y to its columns.  `all_ids`: an id out of range is an error.
 template <class Backend>
 LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const Tensor& x, const Tensor& lora_A,
                         const Tensor& lora_B, const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters,
-                        int64_t max_seg_len, const OptTensor& ranks, bool group = false) {
+                        int64_t max_seg_len, const OptTensor& ranks, bool group = false, bool all_ids = true) {
   const Rows x_rows = rows_of(op, "x", x), y_rows = rows_of(op, name, y);
   check_shape(op, "lora_A", lora_A, {kAny, kAny, x.size(x.dim() - 1)});
   const int64_t adapters = lora_A.size(0), rank = lora_A.size(1);
@@ -67,7 +101,7 @@ LoraParams prepare_lora(const Op& op, const char* name, const Tensor& y, const T
   check_rows(op, "lora_A", lora_A);
   check_contiguous(op, "scaling", scaling);
   check_segment_shapes(op, seg_indptr, seg_adapters);
-  if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x_rows.count, adapters, max_seg_len);
+  if (Backend::kReadsIds) check_segment_values(op, seg_indptr, seg_adapters, x_rows.count, adapters, max_seg_len, all_ids);
   if (seg_adapters.size(0) == 0 && x_rows.count > 0)
     fail(op, "seg_adapters", "segments of all " + std::to_string(x_rows.count) + " tokens", "none");
   if (max_seg_len < 0) fail(op, "max_seg_len", ">= 0", std::to_string(max_seg_len));
@@ -168,26 +202,31 @@ std::tuple<Tensor, Tensor> lora_backward(const Tensor& grad_x, const Tensor& gra
 
 template <class Backend>
 void lora_add(const Tensor& y, const Tensor& x, const Tensor& lora_A, const Tensor& lora_B, const Tensor& scaling,
-              const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks) {
+              const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len, const OptTensor& ranks,
+              const OptTensor& bad_ids) {
   const Op op = op_of<Backend>("lora_add_", y);
+  GoodIds ids(op, bad_ids);
   const Rows rows = rows_of(op, "y", y);
   check_apart(op, "y", rows, y.size(y.dim() - 1));
-  LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks);
+  LoraParams p = prepare_lora<Backend>(op, "y", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks,
+                                       false, ids.expects_all());
   p.y = y.mutable_data_ptr();
   if (!covered<Backend>(x, lora_A)) {
     call_reference("t2l_engine::lora_add__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len,
-                   ranks);
+                   ranks, bad_ids);
     return;
   }
   p.accumulate = true;
+  ids.apply<Backend>(&p, 1);
   Backend::lora(op, &p, 1);
 }
 
 template <class Backend>
 void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
                     const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
-                    std::vector<Tensor> ranks, std::vector<int64_t> offsets) {
+                    std::vector<Tensor> ranks, std::vector<int64_t> offsets, const OptTensor& bad_ids) {
   const Op op = op_of<Backend>("lora_add_group_", y);
+  GoodIds ids(op, bad_ids);
   const size_t count = lora_A.size();
   const auto listed = [&](const char* name, size_t got) {
     if (got != count || count == 0)
@@ -205,7 +244,7 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   bool all_covered = true;
   for (size_t i = 0; i < count; ++i) {
     members.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
-                                            max_seg_len, ranks[i], true));
+                                            max_seg_len, ranks[i], true, ids.expects_all()));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
     if (offsets[i] < end || offsets[i] > columns - members[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
@@ -214,13 +253,15 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
     end = offsets[i] + members[i].out;
     members[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
     members[i].accumulate = true;
+    check_shape(op, "lora_A", lora_A[i], {lora_A[0].size(0), kAny, kAny});  // the ids are of all members
     all_covered = all_covered && covered<Backend>(x, lora_A[i]);
   }
   if (!all_covered) {
     call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
-                   max_seg_len, ranks, offsets);
+                   max_seg_len, ranks, offsets, bad_ids);
     return;
   }
+  ids.apply<Backend>(members.data(), count);
   Backend::lora(op, members.data(), static_cast<int64_t>(count));
 }
 

@@ -41,7 +41,7 @@ def _rank_tokens(x: Tensor, lora_A: Tensor, seg_indptr: Tensor, seg_adapters: Te
     widths = [width] * lora_A.shape[0] if ranks is None else ranks.tolist()
     lengths = (end - first for first, end in itertools.pairwise(seg_indptr.tolist()))
     segments = zip(lengths, seg_adapters.tolist(), strict=True)
-    return sum(length * widths[adapter] for length, adapter in segments if adapter >= 0)
+    return sum(length * widths[adapter] for length, adapter in segments if 0 <= adapter < len(widths))
 
 
 def lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, **_) -> int:
@@ -49,11 +49,13 @@ def lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len
     return 2 * _rank_tokens(x, lora_A, seg_indptr, seg_adapters, ranks) * (lora_A.shape[2] + lora_B.shape[1])
 
 
-def lora_add_(y, *args, **kwargs) -> int:
-    return lora_delta(*args, **kwargs)
+def lora_add_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids=None, **_) -> int:
+    return lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
 
-def lora_add_group_(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, **_) -> int:
+def lora_add_group_(
+    y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids=None, **_
+) -> int:
     members = zip(lora_A, lora_B, ranks, strict=True)
     return sum(lora_delta(x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r) for A, B, r in members)
 

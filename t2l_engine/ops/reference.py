@@ -350,6 +350,15 @@ def _segments(
             yield bounds[i], bounds[i + 1], adapter, widths[adapter]
 
 
+def _good_ids(seg_adapters: Tensor, num_adapters: int, bad_ids: Tensor | None) -> Tensor:
+    """With ``bad_ids``, to which their number is added, -1 for ids out of range."""
+    if bad_ids is None:
+        return seg_adapters
+    bad = (seg_adapters < -1) | (seg_adapters >= num_adapters)
+    bad_ids += bad.sum()
+    return seg_adapters.masked_fill(bad, -1)
+
+
 def lora_delta(
     x: Tensor,
     lora_A: Tensor,
@@ -380,9 +389,11 @@ def lora_add_(
     seg_adapters: Tensor,
     max_seg_len: int,
     ranks: Tensor | None,
+    bad_ids: Tensor | None = None,
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_`."""
     acc = accumulation_dtype(x, lora_A)
+    seg_adapters = _good_ids(seg_adapters, len(lora_A), bad_ids)
     y, x = _tokens(y), _tokens(x)
     for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
         v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
@@ -400,8 +411,10 @@ def lora_add_group_(
     max_seg_len: int,
     ranks: Sequence[Tensor],
     offsets: Sequence[int],
+    bad_ids: Tensor | None = None,
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_group_`."""
+    seg_adapters = _good_ids(seg_adapters, len(lora_A[0]), bad_ids)
     for A, B, r, start in zip(lora_A, lora_B, ranks, offsets, strict=True):
         columns = y[..., start : start + B.shape[1]]
         lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)

@@ -36,10 +36,10 @@ SCHEMAS = {
     ),
     "lora_delta": f"({_LORA}) -> Tensor",
     "lora_backward_": f"(Tensor(a!) grad_x, Tensor grad, {_LORA}) -> (Tensor, Tensor)",
-    "lora_add_": f"(Tensor(a!) y, {_LORA}) -> ()",
+    "lora_add_": f"(Tensor(a!) y, {_LORA}, Tensor(b!)? bad_ids=None) -> ()",
     "lora_add_group_": (
         "(Tensor(a!) y, Tensor x, Tensor[] lora_A, Tensor[] lora_B, Tensor scaling, Tensor seg_indptr, Tensor seg_adapters, "
-        "SymInt max_seg_len, Tensor[] ranks, int[] offsets) -> ()"
+        "SymInt max_seg_len, Tensor[] ranks, int[] offsets, Tensor(b!)? bad_ids=None) -> ()"
     ),
 }
 
@@ -124,7 +124,7 @@ def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
 
 
 @_fake("lora_add_")
-def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids=None):
     return None
 
 
@@ -134,7 +134,7 @@ def _(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_se
 
 
 @_fake("lora_add_group_")
-def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets):
+def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids=None):
     return None
 
 
@@ -408,11 +408,14 @@ def lora_add_(
     seg_adapters: Tensor,
     max_seg_len: int,
     ranks: Tensor | None = None,
+    bad_ids: Tensor | None = None,
 ) -> Tensor:
     """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not written.
 
-    ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  Other arguments as in
-    :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+    ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  ``bad_ids``: ``[1]`` int32,
+    to which the number of segments is added whose id is out of range; they use the base model.  None: such an id is an error,
+    on CUDA one that ends the process's use of the device.  Other arguments as in :func:`lora_delta`.  Not differentiable.
+    Returns ``y``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.
@@ -423,7 +426,7 @@ def lora_add_(
     tensor([[7., 7., 7., 7.],
             [1., 1., 1., 1.]])
     """
-    _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids)
     return y
 
 
@@ -438,12 +441,13 @@ def lora_add_group_(
     max_seg_len: int,
     ranks: Sequence[Tensor],
     offsets: Sequence[int],
+    bad_ids: Tensor | None = None,
 ) -> Tensor:
     """:func:`lora_add_` for the members of a packed projection, such as q, k and v in one ``y``; ``x`` is read once.
 
     Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [..., columns]``, in ascending order without overlap.
     ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
-    Other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+    ``bad_ids`` as in :func:`lora_add_`, other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.
@@ -459,5 +463,5 @@ def lora_add_group_(
             if len(entries) != len(lora_A) or not lora_A:
                 expected = "one entry a member, as many as lora_A and at least one"
                 reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
-    _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets)
+    _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
     return y

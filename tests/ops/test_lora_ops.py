@@ -272,6 +272,44 @@ def test_large_offsets():
 INT32 = {"dtype": torch.int32}
 
 
+@kernel_case
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, F64])
+@pytest.mark.parametrize("segments", [((1, 0), (1, 1), (1, -1), (1, 2), (1, 0)), ((2, 0), (20, 1), (1, -1), (3, 2))])
+def test_bad_ids_are_counted_and_are_the_base_model(segments, dtype):
+    case = LoraCase("bad", segments, in_features=23, out_features=19, x_dtype=dtype, w_dtype=dtype)
+    arguments, right = case.make(), case.make()
+    arguments["seg_adapters"][1:4:2] = torch.tensor([case.adapters, -2], **INT32)[: len(arguments["seg_adapters"][1:4:2])]
+    right["seg_adapters"][1:4:2] = -1
+    given, bad_ids = arguments["seg_adapters"].clone(), torch.tensor([5], **INT32)
+    assert ops.lora_add_(**arguments, bad_ids=bad_ids) is arguments["y"]
+    assert torch.equal(arguments["y"]._base, ops.lora_add_(**right)._base)
+    assert bad_ids.tolist() == [7] and torch.equal(arguments["seg_adapters"], given)
+    ops.lora_add_(**right, bad_ids=bad_ids)
+    assert bad_ids.tolist() == [7]
+
+
+@kernel_case
+@pytest.mark.parametrize("name", ["qkv", "nine_members", "bf16"])
+def test_bad_ids_of_a_group_are_counted_once(name):
+    case = next(case for case in GROUP_CASES if case.name == name)
+    arguments, right = case.make(), case.make()
+    arguments["seg_adapters"][0], right["seg_adapters"][0] = 2**31 - 1, -1
+    bad_ids = torch.zeros(1, **INT32)
+    got = ops.lora_add_group_(**arguments, bad_ids=bad_ids)
+    assert torch.equal(got._base, ops.lora_add_group_(**right)._base) and bad_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "bad_ids, message",
+    [(torch.zeros(2, **INT32), r"expected shape \[1\], got \[2\]"), (torch.zeros(1), "expected int32, got float32")],
+)
+def test_bad_ids_errors(bad_ids, message):
+    needs_native("the native kernels check their arguments")
+    for op, arguments in ((ops.lora_add_, SMALL.make()), (ops.lora_add_group_, GROUP_CASES[0].make())):
+        with pytest.raises(RuntimeError, match=f"bad_ids: {message}"):
+            op(**arguments, bad_ids=bad_ids)
+
+
 @pytest.mark.parametrize("op", [ops.lora_add_, reference.lora_add_], ids=["op", "reference"])
 @pytest.mark.parametrize(
     "change, message",

@@ -105,6 +105,8 @@ def test_opcheck_lora(case, grad):
     torch.library.opcheck(torch.ops.t2l_engine.lora_delta.default, tuple(rest))
     if not grad:
         torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest))
+        bad_ids = torch.zeros(1, dtype=torch.int32)
+        torch.library.opcheck(torch.ops.t2l_engine.lora_add_.default, (y, *rest, bad_ids))
         delta, grad_x = ops.lora_delta(*rest), torch.ones_like(rest[0], memory_format=torch.contiguous_format)
         torch.library.opcheck(torch.ops.t2l_engine.lora_backward_.default, (grad_x, delta, *rest))
 
