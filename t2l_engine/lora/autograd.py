@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _add = torch.ops.t2l_engine.lora_add_.default
+_add_group = torch.ops.t2l_engine.lora_add_group_.default
 _backward = torch.ops.t2l_engine.lora_backward_.default
 
 
@@ -32,10 +33,12 @@ def is_plain(base: Any, x: Tensor) -> bool:
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """``linear(x, weight, bias)`` plus the LoRA update of ``inner``, with gradients of ``x``, ``inner``, A and B.
+    """``linear(x, weight, bias)`` plus the LoRA updates of ``inner``, with gradients of ``x``, ``inner`` and every A and B.
 
-    ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  Other arguments as of ``lora_add_``.  The
-    update is added to the product in place, and in the backward its gradient of ``x`` to that of the product.
+    ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
+    None for one that is the whole linear, which comes first; ``members``: A, B and ranks of each in turn.  Other arguments as
+    of ``lora_add_``.  The updates are added to the product in place, and in the backward their gradients of ``x`` to that of
+    the product.
     """
 
     @staticmethod
@@ -44,34 +47,40 @@ class AdaptedLinear(torch.autograd.Function):
         inner: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
         scaling: Tensor,
         seg_indptr: Tensor,
         seg_adapters: Tensor,
         max_seg_len: int,
-        ranks: Tensor,
+        starts: list[int | None],
+        *members: Tensor,
     ) -> Tensor:
-        y = nn.functional.linear(x, weight, bias)
-        _add(y, x if inner is None else inner, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+        y, inner = nn.functional.linear(x, weight, bias), x if inner is None else inner
+        segments = scaling, seg_indptr, seg_adapters, max_seg_len
+        lora_A, lora_B, ranks = (list(members[i::3]) for i in range(3))
+        if starts[0] is None:
+            _add(y, inner, lora_A.pop(0), lora_B.pop(0), *segments, ranks.pop(0))
+        if lora_A:
+            _add_group(y, inner, lora_A, lora_B, *segments, ranks, [start for start in starts if start is not None])
         return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, inner, weight, _, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
+        x, inner, weight, _, scaling, seg_indptr, seg_adapters, max_seg_len, starts, *members = inputs
         # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
-        segments = seg_indptr, seg_adapters.clone(), ranks
-        ctx.save_for_backward(x if inner is None else inner, weight, lora_A, lora_B, scaling, *segments)
-        ctx.dropped, ctx.max_seg_len = inner is not None, max_seg_len
+        segments = scaling, seg_indptr, seg_adapters.clone()
+        ctx.save_for_backward(x if inner is None else inner, weight, *segments, *members)
+        ctx.dropped, ctx.max_seg_len, ctx.starts = inner is not None, max_seg_len, starts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        inner, weight, lora_A, lora_B, scaling, seg_indptr, seg_adapters, ranks = ctx.saved_tensors
-        grad, grad_x = grad.contiguous(), None
+        inner, weight, *segments = ctx.saved_tensors
+        segments, members = segments[:3], segments[3:]
+        grad, grad_x, grads = grad.contiguous(), None, []
         if ctx.needs_input_grad[0]:
             grad_x = (grad.view(-1, grad.shape[-1]) @ weight).view(inner.shape)
         grad_inner = torch.zeros_like(inner) if grad_x is None or ctx.dropped else grad_x
-        segments = seg_indptr, seg_adapters, ctx.max_seg_len, ranks
-        grads = _backward(grad_inner, grad, inner, lora_A, lora_B, scaling, *segments)
-        return grad_x, grad_inner if ctx.dropped else None, None, None, *grads, *(None,) * 5
+        for start, A, B, ranks in zip(ctx.starts, members[::3], members[1::3], members[2::3], strict=True):
+            columns = grad if start is None else grad[..., start : start + B.shape[1]]
+            grads += [*_backward(grad_inner, columns, inner, A, B, *segments, ctx.max_seg_len, ranks), None]
+        return grad_x, grad_inner if ctx.dropped else None, *(None,) * 7, *grads

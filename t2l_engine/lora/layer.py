@@ -209,18 +209,18 @@ class LoRALinear(nn.Module):
         return y
 
     def _trained(self, x: Tensor) -> Tensor | None:
-        """With gradients, the usual case at once: one whole member, on a plain linear.  None: the general way."""
+        """With gradients, the usual case at once: a plain linear; with dropout, one member.  None: the general way."""
         routing = self._routing
         if routing.ids is None and routing.batch is None or not is_plain(self.base, x) or _forward_ad._current_level >= 0:
             return None
         members = self.members if routing.overrides is None else self._overriding(routing.overrides)
-        if len(members) != 1 or members[0].start is not None:
+        if not members or (len(members) > 1 and routing.dropout):
             return None
-        (m,), batch, x = members, routing.segments(x.shape[:-1], False), x.contiguous()
+        batch, x = routing.segments(x.shape[:-1], False), x.contiguous()
         inner = nn.functional.dropout(x, routing.dropout) if routing.dropout else None
-        segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
-        weights = self.base.weight, self.base.bias, m.lora_A, m.lora_B, m.scaling
-        return AdaptedLinear.apply(x, inner, *weights, *segments, m.ranks)
+        segments = members[0].scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len
+        tensors = [t for m in members for t in (m.lora_A, m.lora_B, m.ranks)]
+        return AdaptedLinear.apply(x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in members], *tensors)
 
     def extra_repr(self) -> str:
         return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)
