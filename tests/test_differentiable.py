@@ -1,5 +1,7 @@
 """Gradients into the adapters of a stack, through a model, against the same delta written out in plain torch."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from t2l_engine.testing.numerics import GRADIENT_RTOL, ROW_ATOL
 
 IDS = (2, -1, 0, 2)  # a repeated adapter, the base model, and adapter 1 unused
 SHAPES = {"q_proj": (16, 24), "o_proj": (24, 16)}
+FACTORS = ("lora_A", "lora_B")
 
 
 class Stack(nn.Module):
@@ -154,17 +157,25 @@ def test_refusals(stack, make_stack):
         pass
 
 
+@pytest.mark.parametrize("starts", [[None], [0, 3], [None, 1]], ids=str)
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_adapted_linear_gradcheck(bias, dropped):
-    arguments = LoraCase("small", ((2, 0), (1, -1), (3, 1)), 6, 5, rank=2, adapters=2, x_dtype=F64, w_dtype=F64).make()
+def test_adapted_linear_gradcheck(bias, dropped, starts):
+    """Of a whole linear, of columns of a packed one, and of both."""
+    case = LoraCase("small", ((2, 0), (1, -1), (3, 1)), 6, 5, rank=2, adapters=2, x_dtype=F64, w_dtype=F64)
+    widths = [5 if start is None else 2 for start in starts]
+    made = [dataclasses.replace(case, out_features=width).make(seed) for seed, width in enumerate(widths)]
     weight, shift = torch.randn(5, 6, dtype=F64), torch.randn(5, dtype=F64) if bias else None
-    x, A, B = (arguments.pop(name).detach().clone().requires_grad_() for name in ("x", "lora_A", "lora_B"))
+    x, *tensors = (t.detach().clone().requires_grad_() for t in (made[0]["x"], *(m[k] for m in made for k in FACTORS)))
     inner = x.detach().clone().requires_grad_() if dropped else None
-    rest = [*(v for k, v in arguments.items() if k not in ("y", "ranks")), torch.tensor([2, 1], dtype=torch.int32)]
-    assert torch.autograd.gradcheck(
-        lambda x, inner, A, B: AdaptedLinear.apply(x, inner, weight, shift, A, B, *rest), (x, inner, A, B)
-    )
+    segments = [made[0][name] for name in ("scaling", "seg_indptr", "seg_adapters", "max_seg_len")]
+    ranks = torch.tensor([2, 1], dtype=torch.int32)
+
+    def apply(x, inner, *factors):
+        members = [t for A, B in zip(factors[::2], factors[1::2], strict=True) for t in (A, B, ranks)]
+        return AdaptedLinear.apply(x, inner, weight, shift, *segments, starts, *members)
+
+    assert torch.autograd.gradcheck(apply, (x, inner, *tensors))
 
 
 def one(stack, change=lambda model: None):
