@@ -1,0 +1,122 @@
+// Chunks of tokens of batched LoRA.  For a few single tokens, one block per token reads its id in place.  Otherwise every block
+// runs the counting sort of tokens by adapter for its own chunk: no workspace and no extra launch.
+#pragma once
+#include "config.h"
+#include "primitives.cuh"
+#include "t2l/params.h"
+
+namespace t2l::device {
+
+using cuda::kSortBins;
+using cuda::kThreads;
+using cuda::kWarps;
+
+// Exclusive prefix sum over the threads of the block; *total is the sum of all.
+T2L_DEVICE int scan_block(int value, int* scratch, int* total) {
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int below = shuffle_up(sum, distance);
+    if (lane_index() >= distance) sum += below;
+  }
+  if (lane_index() == 31) scratch[warp_index()] = sum;
+  block_barrier();
+  int before = sum - value, all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp_index()) before += scratch[w];
+    all += scratch[w];
+  }
+  block_barrier();  // scratch may be reused
+  *total = all;
+  return before;
+}
+
+// Number of tokens of segment s if it uses `adapter`, else 0.
+T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
+  return s < p.segments && p.seg_adapters[s] == adapter ? p.seg_indptr[s + 1] - p.seg_indptr[s] : 0;
+}
+
+T2L_DEVICE bool is_id(const LoraParams& p, int adapter) { return adapter >= -1 && adapter < p.adapters; }
+// The adapter of segment s: an id out of range ends the launch or, with bad_ids, is -1.
+T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
+  const int adapter = p.seg_adapters[s];
+  const bool known = is_id(p, adapter);
+  if (p.bad_ids == nullptr) require(known, "seg_adapters: an id out of range");
+  return known ? adapter : -1;
+}
+
+// Adds the number of ids out of range to *bad_ids.  For one block of the launch.
+T2L_DEVICE void count_bad_ids(const LoraParams& p, int* scratch) {
+  int mine = 0, total;
+  for (int64_t s = thread_index(); s < p.segments; s += kThreads) mine += !is_id(p, p.seg_adapters[s]);
+  scan_block(mine, scratch, &total);
+  if (thread_index() == 0) *p.bad_ids += total;
+}
+
+// Histogram of tokens over the bins [first, first + kSortBins); adapter i is bin i + 1.  Also validates segments.
+T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
+  for (int i = thread_index(); i < kSortBins; i += kThreads) bins[i] = 0;
+  block_barrier();
+  for (int64_t s = thread_index(); s < p.segments; s += kThreads) {
+    const int adapter = adapter_of(p, s), begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
+    require(begin <= end && (s > 0 || begin == 0) && (s + 1 < p.segments ? end <= p.tokens : end == p.tokens),
+            "seg_indptr: not rising from 0 to the number of tokens");
+    require(end - begin <= p.max_seg_len, "seg_indptr: a segment of more than max_seg_len tokens");
+    const int64_t bin = int64_t{adapter} + 1 - first;
+    if (bin >= 0 && bin < kSortBins && !(adapter < 0 && p.accumulate)) atomic_add(&bins[bin], end - begin);
+  }
+  block_barrier();
+}
+
+struct Chunk {
+  int adapter, count;
+};
+
+// Chunk `index` of the batch and its tokens, or count 0 if there are fewer chunks.  Chunks are ordered by adapter, then
+// token.
+T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* scratch, int* bins, int* tokens) {
+  constexpr int kPerThread = kSortBins / kThreads;
+  int* found = scratch + kWarps;  // adapter, index of the chunk within it, tokens of the adapter
+  int64_t before = 0;             // chunks of bins below `first`
+  for (int64_t first = 0;; first += kSortBins) {
+    if (first > p.adapters) return Chunk{-1, 0};
+    count_tokens(p, first, bins);
+    int chunks[kPerThread], mine = 0, total;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      chunks[i] = (bins[thread_index() * kPerThread + i] + size - 1) / size;
+      mine += chunks[i];
+    }
+    int64_t place = before + scan_block(mine, scratch, &total);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      if (index >= place && index < place + chunks[i]) {
+        const int bin = thread_index() * kPerThread + i;
+        found[0] = static_cast<int>(first + bin) - 1;
+        found[1] = static_cast<int>(index - place);
+        found[2] = bins[bin];
+      }
+      place += chunks[i];
+    }
+    before += total;
+    block_barrier();  // found is visible; bins may be reused
+    if (index < before) break;
+  }
+  const int adapter = found[0], start = found[1] * size;
+  const int count = static_cast<int>(cuda::min(size, found[2] - start));
+  int seen = 0;  // tokens of this adapter in earlier segments
+  for (int64_t s = 0; seen < start + count; s += kThreads) {
+    require(s < p.segments, "seg_adapters: changed since its tokens were counted");  // or the loop would not end
+    int total;
+    const int length = tokens_of(p, s + thread_index(), adapter);
+    const int place = seen + scan_block(length, scratch, &total);
+    const int from = place > start ? place : start, until = place + length < start + count ? place + length : start + count;
+    for (int i = from; i < until; ++i) tokens[i - start] = p.seg_indptr[s + thread_index()] + (i - place);
+    seen += total;
+  }
+  block_barrier();
+  return Chunk{adapter, count};
+}
+
+}  // namespace t2l::device
