@@ -47,7 +47,7 @@ Usage = dict[str, Any]
 
 
 class Table(NamedTuple):
-    """``nvcc``: its version; ``kernels``: by arch and the kernel as the sources name it, ``lora_kernel<bf16, 1, 2>``."""
+    """``nvcc``: its version; ``kernels``: by arch and the kernel as the sources name it, ``lora_kernel<bf16, 1, 2, 0>``."""
 
     nvcc: str
     kernels: dict[tuple[str, str], Usage]
@@ -106,7 +106,7 @@ def measured(jobs: int) -> Table:
         return Table(version, {(arch, name): usage for (_, arch), made in found for name, usage in made.items()})
 
 
-_MANGLED = re.compile(r"_ZN3t2l6device\d+(\w+?_kernel)I(?:NS0_\d+(bf16|f16)E|f)((?:Li\d+E)*)EEv\w+")
+_MANGLED = re.compile(r"_ZN3t2l6device\d+(\w+?_kernel)I(?:NS0_\d+(bf16|f16)E|f)((?:L[ib]\d+E)*)EEv\w+")
 _NAME = re.compile(r"(lora|lora_grad|trunk|head)_kernel<(bf16|f16|float)((?:, \d+)*)>")
 _PTXAS = re.compile(
     r"(?s)Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "

@@ -11,8 +11,8 @@ DTYPES = ("bf16", "f16", "float")
 #: As ptxas -v and cuobjdump -sass say it of sm_90a, cut to a few lines.
 PTXAS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE' for 'sm_90a'
-ptxas info    : Function properties for _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE
+ptxas info    : Compiling entry function '_ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 108 registers, used 1 barriers
 ptxas info    : Compile time = 225.007 ms
@@ -26,7 +26,7 @@ SASS = """
 	code for sm_90a
 	.target	sm_90a
 
-		Function : _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1EEEvNS0_10LoraLaunchE
+		Function : _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE
 	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
         /*0000*/                   LDC R1, c[0x0][0x28] ;                                   /* 0x00000a00ff017b82 */
                                                                                             /* 0x000ff00000000800 */
@@ -53,7 +53,7 @@ def table():
 
 def test_usage_is_read_from_what_the_tools_say():
     assert kernels.usages(PTXAS, SASS) == {
-        "lora_kernel<bf16, 1, 1>": {
+        "lora_kernel<bf16, 1, 1, 0>": {
             **{"registers": 108, "blocks": 2, "static_shared": 0, "stack": 0, "spills": 0, "local": 0},
             **{"global_atomics": 0, "async_copies": 0, "cluster_barriers": 0, "instructions": 6},
             "products": {"HMMA.16816.F32.BF16": 1, "HMMA.1688.F32.TF32": 2},
@@ -76,7 +76,7 @@ def test_a_kernel_that_only_one_tool_names_is_an_error():
         ("_ZN3t2l6device12trunk_kernelINS0_4bf16EEEvNS0_11TrunkLaunchE", "trunk_kernel<bf16>"),
         ("_ZN3t2l6device12trunk_kernelIfEEvNS0_11TrunkLaunchE", "trunk_kernel<float>"),
         ("_ZN3t2l6device11head_kernelINS0_3f16ELi8EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8>"),
-        ("_ZN3t2l6device11lora_kernelIfLi2ELi1EEEvNS0_10LoraLaunchE", "lora_kernel<float, 2, 1>"),
+        ("_ZN3t2l6device11lora_kernelIfLi2ELi1ELb0EEEvNS0_10LoraLaunchE", "lora_kernel<float, 2, 1, 0>"),
     ],
 )
 def test_kernels_are_named_as_in_the_sources(mangled, name):
@@ -94,12 +94,12 @@ def test_blocks_by_registers(registers, blocks):
     [
         ("trunk_kernel<float>", {"spills": 16, "stack": 8}, "16 bytes of spills"),
         ("trunk_kernel<f16>", {"local": 3}, "3 LDL and STL"),
-        ("lora_kernel<f16, 1, 1>", {"global_atomics": 2}, "2 atomic operations"),
+        ("lora_kernel<f16, 1, 1, 0>", {"global_atomics": 2}, "2 atomic operations"),
         ("head_kernel<bf16, 8>", {"async_copies": 0}, "no LDGSTS"),
         ("trunk_kernel<bf16>", {"products": {}}, "HMMA.16816.F32.BF16"),
-        ("lora_kernel<bf16, 1, 2>", {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}}, "HMMA.16816.F32 and"),
+        ("lora_kernel<bf16, 1, 2, 0>", {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}}, "HMMA.16816.F32 and"),
         ("head_kernel<f16, 2>", {"registers": 130, "blocks": 1}, "130 registers"),
-        ("lora_kernel<bf16, 1, 1>", {"registers": 136, "blocks": 1}, "136 registers"),
+        ("lora_kernel<bf16, 1, 1, 0>", {"registers": 136, "blocks": 1}, "136 registers"),
         ("lora_grad_kernel<f16>", {"registers": 130, "blocks": 1}, "130 registers"),
         ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
         ("trunk_kernel<bf16>", {"cluster_barriers": 0}, "0 cluster barriers, expected some"),
@@ -210,5 +210,5 @@ def test_the_design_is_that_of_the_sources():
     assert [kernels.designed_blocks(kernel) for kernel in heads] == [2, 2, 1]
     small = [f"lora_kernel<{dtype}, {m}, {n}>" for dtype in DTYPES[:2] for m, n in ((1, 1), (1, 2), (1, 4))]
     assert {kernels.designed_blocks(kernel) for kernel in small} == {2}
-    large = ["lora_kernel<bf16, 2, 1>", "lora_kernel<float, 1, 1>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
+    large = ["lora_kernel<bf16, 2, 1, 0>", "lora_kernel<float, 1, 1, 0>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
     assert {kernels.designed_blocks(kernel) for kernel in large} == {1}

@@ -1,6 +1,7 @@
 // Launch configuration of each kernel: pure functions of the problem sizes and the device limits.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 
 #include "t2l/cuda_kernels.h"
 #include "t2l/params.h"
@@ -40,6 +41,7 @@ struct LoraConfig {
   int m_tiles;                     // tokens of a chunk / 16
   int n_tiles;                     // ranks of a pass over x / 8
   bool one_token_per_block;        // ids are read in place, without the counting sort of tokens by adapter
+  bool decode;                     // the kernel without code for anything else
   int64_t chunks;                  // upper bound of the chunks of tokens
   int64_t outputs;                 // outputs of a slice
   int slices;                      // of all members; those of a chunk are neighbours in the grid, so that they share x in L2
@@ -85,6 +87,24 @@ inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int6
   return size;
 }
 
+// One token a block, 16-bit operands and weights stored as generated adapters are, rows of whole k-blocks or runs of eight
+// outputs at 16-byte boundaries, y added to.
+inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraConfig& c) {
+  bool all = c.one_token_per_block && bytes_of(lora_compute_type(members[0])) == 2;
+  const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
+    bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    for (const int64_t stride : strides) whole = whole && stride % 8 == 0;
+    return whole;
+  };
+  for (int64_t i = 0; i < count && all; ++i) {
+    const LoraParams& p = members[i];
+    all = p.accumulate && !p.rank_vectors && p.in % 32 == 0 && p.out % 8 == 0 && p.b_stride_out == 1 &&
+          aligned(p.x, {p.x_stride}) && aligned(p.y, {p.y_stride}) && aligned(p.a, {p.a_stride_adapter, p.a_stride_rank}) &&
+          aligned(p.b, {p.b_stride_adapter, p.b_stride_rank});
+  }
+  return all;
+}
+
 inline LoraConfig lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits, bool large_chunks) {
   const LoraParams& p = members[0];
   LoraConfig c{};
@@ -104,7 +124,8 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   c.slices = c.first_slice[count];
   const int64_t width = round_up(rank, 8 * c.n_tiles);
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
-  c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int)) +
+  c.decode = lora_is_decode(members, count, c);
+  c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(c.decode ? 0 : kSortBins * sizeof(int)) +
                    align16(kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
   return c;
 }

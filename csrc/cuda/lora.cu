@@ -11,9 +11,15 @@ using Kernel = void (*)(device::LoraLaunch);
 template <class T>
 Kernel kernel_for(const LoraConfig& c) {
   constexpr int kMany = large_m_tiles(sizeof(T), 1), kManyWide = large_m_tiles(sizeof(T), kWideTiles);
-  if (c.n_tiles == 1) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 1> : device::lora_kernel<T, kMany, 1>;
-  if (c.n_tiles == 2) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 2> : device::lora_kernel<T, kMany, 2>;
-  return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWideTiles> : device::lora_kernel<T, kManyWide, kWideTiles>;
+  if constexpr (sizeof(T) == 2)
+    if (c.decode)
+      return c.n_tiles == 1   ? device::lora_kernel<T, 1, 1, true>
+             : c.n_tiles == 2 ? device::lora_kernel<T, 1, 2, true>
+                              : device::lora_kernel<T, 1, kWideTiles, true>;
+  if (c.n_tiles == 1) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 1, false> : device::lora_kernel<T, kMany, 1, false>;
+  if (c.n_tiles == 2) return c.m_tiles == 1 ? device::lora_kernel<T, 1, 2, false> : device::lora_kernel<T, kMany, 2, false>;
+  return c.m_tiles == 1 ? device::lora_kernel<T, 1, kWideTiles, false>
+                        : device::lora_kernel<T, kManyWide, kWideTiles, false>;
 }
 
 const char* launch_group(const LoraParams* members, int64_t count, bool counts_bad_ids, void* stream) {

@@ -76,7 +76,7 @@ T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles) {
 }
 
 // Split-K partial sums of this warp, for ranks [first_rank, first_rank + 8 * NT) of every token.
-template <class T, int MT, int NT>
+template <class T, int MT, int NT, bool kDecode>
 T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_rank, const int* tokens, int count,
                        float* partial) {
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -109,7 +109,7 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
   int64_t k =
       int64_t{warp_index()} * kStep + t * Traits<T>::kPerQuad;  // feature of this lane in the next k-block of its warp
   const int64_t lane_k = t * Traits<T>::kPerQuad;
-  if (x.aligned && a.aligned)
+  if (kDecode || (x.aligned && a.aligned))
     for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= p.in; k += kInFlight * kWarps * kStep) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
@@ -125,15 +125,17 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) multiply(u);
     }
+  const auto last = [&](const Rows<T>& rows, const char* row) {
+    return kDecode ? rows.load_full(row, k) : rows.load_tail(row, k, p.in);
+  };
 #pragma unroll 1
   for (; k - lane_k < p.in; k += kWarps * kStep) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? a.load_tail(a_row[nt], k, p.in) : zero_quad();
+    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? last(a, a_row[nt]) : zero_quad();
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        x_quad[0][mt][half] = x_row[mt][half] ? x.load_tail(x_row[mt][half], k, p.in) : zero_quad();
+      for (int half = 0; half < 2; ++half) x_quad[0][mt][half] = x_row[mt][half] ? last(x, x_row[mt][half]) : zero_quad();
     multiply(0);
   }
   float* mine = partial + warp_index() * (16 * MT) * (8 * NT);
@@ -148,9 +150,15 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
 // ---- expand
 
 // Weights of ranks `j` and j + 1 for outputs [o, o + 8).
-template <class T>
+template <class T, bool kDecode>
 T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j, int64_t o, float (&first)[8],
                              float (&second)[8]) {
+  if constexpr (kDecode) {  // [rank, out] storage, whole runs of eight
+    const bool inside = o < p.out;
+    unpack(inside && j < rank ? load_quad(b + (j * p.b_stride_rank + o) * 2) : zero_quad(), T(), first);
+    unpack(inside && j + 1 < rank ? load_quad(b + ((j + 1) * p.b_stride_rank + o) * 2) : zero_quad(), T(), second);
+    return;
+  }
   const bool full = o + 8 <= p.out && j + 1 < rank && sizeof(T) == 2;
   if (full && p.b_stride_out == 1 && is_aligned(b, p.b_stride_rank * 2)) {  // [rank, out] storage
     unpack(load_quad(b + (j * p.b_stride_rank + o) * 2), T(), first);
@@ -228,14 +236,14 @@ T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 // Outputs [first, last) of every token of the chunk, in warp tiles of 64.  Column n of MMA tile i is permuted to output
 // 32 * (n % 2) + 8 * (n / 2) + i of 64, so that every lane has twice eight consecutive outputs: loads and stores of y are
 // coalesced 128-bit accesses.  The registers of an operand are ranks 2t and 2t + 1 of eight.
-template <class T, int MT>
+template <class T, int MT, bool kDecode>
 T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* tokens, int count, const float* v,
                        int64_t v_stride, int64_t first, int64_t last) {
   constexpr bool kExact = sizeof(T) == 2;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const DType type = output_type<T>(p);
   const int64_t size = cuda::bytes_of(type);
-  const bool aligned = is_aligned(p.y, p.y_stride * size);
+  const bool aligned = kDecode || is_aligned(p.y, p.y_stride * size), accumulate = kDecode || p.accumulate;
   const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * cuda::bytes_of(p.w_type);
   for (int64_t o = first + warp_index() * kWarpOutputs; o < last; o += kWarps * kWarpOutputs)
     for (int mt = 0; mt < MT && 16 * mt < count; ++mt) {
@@ -248,7 +256,7 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
 #pragma unroll
         for (int column = 0; column < 2; ++column) {  // loaded early, used after the MMAs
           const int64_t at = o + 32 * column + 8 * t;
-          if (kExact && p.accumulate && row[half] && aligned && at + 8 <= p.out)
+          if (kExact && accumulate && row[half] && aligned && at + 8 <= p.out)
             before[half][column] = load_outputs(row[half] + at * size, type);
         }
       }
@@ -257,7 +265,7 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
       const float* high_row = low_row + 8 * v_stride;
       for (int j = 2 * t; j - 2 * t < rank; j += 8) {
         float weights[2][8];
-        load_weights<T>(p, b, rank, j, o + 32 * (g % 2) + 8 * (g / 2), weights[0], weights[1]);
+        load_weights<T, kDecode>(p, b, rank, j, o + 32 * (g % 2) + 8 * (g / 2), weights[0], weights[1]);
         const Split left[4] = {split(low_row[j]), split(high_row[j]), split(low_row[j + 1]), split(high_row[j + 1])};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -275,13 +283,13 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
 #pragma unroll
           for (int i = 0; i < 8; ++i) values[i] = sum[i][2 * half + column];
           if (aligned && at + 8 <= p.out) {
-            if (p.accumulate) {
+            if (accumulate) {
               if (!kExact)
                 before[half][column] = load_outputs(row[half] + at * size, type);  // no registers to load it early
               add_outputs(before[half][column], type, values);
             }
             store_outputs(row[half] + at * size, type, values);
-          } else {
+          } else if (!kDecode) {
             update_tail(p, row[half], at, values);
           }
         }
@@ -299,6 +307,7 @@ T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, i
 }
 
 // Prefetches the weights of an adapter that this block reads into L2.
+template <bool kDecode>
 T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int64_t first, int64_t last) {
   constexpr int kLine = 128;
   const int64_t size = cuda::bytes_of(p.w_type), a_bytes = p.in * size;
@@ -306,7 +315,7 @@ T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int
   for (int i = warp_index(); i < rank; i += kWarps)
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
   // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
-  const bool by_rank = p.b_stride_out == 1;
+  const bool by_rank = kDecode || p.b_stride_out == 1;
   const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
   const int64_t stride = (by_rank ? p.b_stride_rank : p.b_stride_out) * size;
   const int64_t rows = by_rank ? rank : last - first, row_bytes = (by_rank ? last - first : rank) * size;
@@ -315,14 +324,15 @@ T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int
       prefetch(b + i * stride + at);
 }
 
-template <class T, int MT, int NT>
+// kDecode: what lora_is_decode() says, so that the code of anything else is not in the way of what decodes.
+template <class T, int MT, int NT, bool kDecode>
 T2L_KERNEL(kThreads, cuda::lora_blocks_per_sm(sizeof(T), MT))
 lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const cuda::LoraConfig& c = launch.config;
   SharedMemory shared;
   int* scratch = shared.take<int>(16);
   int* tokens = shared.take<int>(16 * MT);
-  int* bins = shared.take<int>(kSortBins);
+  int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
   float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
   float* v = shared.take<float>(16 * MT * c.v_stride);
   const int64_t place = block_index() / c.slices;
@@ -333,7 +343,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const int64_t first = int64_t{slice - c.first_slice[index]} * c.outputs, last = cuda::min(first + c.outputs, p.out);
   if (launch.counts_bad_ids && block_index() == 0) count_bad_ids(p, scratch);
   Chunk chunk;
-  if (c.one_token_per_block) {
+  if (kDecode || c.one_token_per_block) {
     const int end = p.seg_indptr[place + 1];
     chunk = Chunk{adapter_of(p, place), 1};
     if (thread_index() == 0) tokens[0] = static_cast<int>(place);
@@ -346,13 +356,13 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const int rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : static_cast<int>(p.rank);
   require(rank >= 0 && rank <= p.rank, "ranks: a rank out of range");
   if (rank == 0) {
-    if (!p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
+    if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
     return;
   }
   const float scaling = p.scaling[chunk.adapter];
-  prefetch_weights(p, chunk.adapter, rank, first, last);
+  prefetch_weights<kDecode>(p, chunk.adapter, rank, first, last);
   for (int first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
-    shrink<T, MT, NT>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
+    shrink<T, MT, NT, kDecode>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
     block_barrier();
     for (int i = thread_index(); i < 16 * MT * 8 * NT; i += kThreads) {
       float sum = 0.0f;
@@ -363,10 +373,10 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     }
     block_barrier();  // before partial is overwritten or v is read
   }
-  if (p.rank_vectors && first == 0)
+  if (!kDecode && p.rank_vectors && first == 0)
     for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
       store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, v[i / rank * c.v_stride + i % rank]);
-  expand<T, MT>(p, chunk.adapter, rank, tokens, chunk.count, v, c.v_stride, first, last);
+  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, v, c.v_stride, first, last);
 }
 
 }  // namespace t2l::device
