@@ -185,12 +185,14 @@ def test_the_committed_table_has_every_kernel_that_is_launched(table, arch):
     for kernel in (name for of, name in table.kernels if of == arch):
         kind, dtype, of_kernel = kernels.parts(kernel)
         tiles.setdefault((kind, dtype), []).append(tuple(of_kernel))
-    assert tiles.keys() == {(kind, dtype) for kind in ("lora", "trunk", "head") for dtype in DTYPES}
+    assert tiles.keys() == {(kind, dtype) for kind in ("lora", "lora_grad", "trunk", "head") for dtype in DTYPES}
     narrow, wide = constant("kNarrowRows") // 16, constant("kWideRows") // 16
     for dtype in DTYPES:
-        assert tiles["trunk", dtype] == [()]
+        assert tiles["trunk", dtype] == tiles["lora_grad", dtype] == [()]
         assert sorted(tiles["head", dtype]) == [(narrow,)] + [(wide,)] * (dtype != "float")
-        lora = tiles["lora", dtype]
+        lora = [(m, n) for m, n, decode in tiles["lora", dtype] if not decode]
+        decode = sorted((m, n) for m, n, decode in tiles["lora", dtype] if decode)
+        assert decode == ([] if dtype == "float" else [(1, 1), (1, 2), (1, constant("kWideTiles"))])
         for ranks in (1, 2):  # eights of ranks: one kernel for few tokens, one for many
             few, many = sorted(m for m, n in lora if n == ranks)
             assert few == 1 < many
@@ -208,7 +210,7 @@ def test_the_design_is_that_of_the_sources():
     assert constant("kThreads") == kernels.THREADS
     heads = [f"head_kernel<{dtype}, {constant('kNarrowRows') // 16}>" for dtype in DTYPES]
     assert [kernels.designed_blocks(kernel) for kernel in heads] == [2, 2, 1]
-    small = [f"lora_kernel<{dtype}, {m}, {n}>" for dtype in DTYPES[:2] for m, n in ((1, 1), (1, 2), (1, 4))]
+    small = [f"lora_kernel<{dtype}, 1, {n}, {decode}>" for dtype in DTYPES[:2] for n in (1, 2, 4) for decode in (0, 1)]
     assert {kernels.designed_blocks(kernel) for kernel in small} == {2}
     large = ["lora_kernel<bf16, 2, 1, 0>", "lora_kernel<float, 1, 1, 0>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
     assert {kernels.designed_blocks(kernel) for kernel in large} == {1}
