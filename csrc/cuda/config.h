@@ -117,6 +117,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t chunk = 16 * c.m_tiles;
   const int64_t used_adapters = min(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // adapters in use, at most
   c.chunks = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / chunk + used_adapters);
+  if (p.bad_ids) c.chunks = max(c.chunks, 1);  // a block that counts, even without adapters
   const int64_t blocks = lora_blocks_per_sm(element, c.m_tiles) * limits.num_sms;
   c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
   for (int64_t i = 0; i < count; ++i)
@@ -146,18 +147,18 @@ constexpr int kGradRanks = 16, kGradColumns = 64;
 constexpr int kGradStride = kGradColumns + 8;  // of a rank's partial sums in shared memory: rows are 8 banks apart
 
 struct LoraGradConfig {
-  int64_t tiles_a, tiles;  // columns of A, of A and B, / kGradColumns
-  int64_t rank_tiles;
+  int tiles_a, tiles;  // columns of A, of A and B, / kGradColumns
+  int rank_tiles;
   int64_t blocks;
   int64_t shared_bytes;
 };
 
 inline LoraGradConfig choose_lora_grad_config(const LoraParams& p) {
   LoraGradConfig c{};
-  c.tiles_a = ceil_div(p.in, kGradColumns);
-  c.tiles = c.tiles_a + ceil_div(p.out, kGradColumns);
-  c.rank_tiles = ceil_div(p.rank, kGradRanks);
-  c.blocks = c.tiles * c.rank_tiles * p.adapters;
+  c.tiles_a = static_cast<int>(ceil_div(p.in, kGradColumns));
+  c.tiles = c.tiles_a + static_cast<int>(ceil_div(p.out, kGradColumns));
+  c.rank_tiles = static_cast<int>(ceil_div(p.rank, kGradRanks));
+  c.blocks = int64_t{c.tiles} * c.rank_tiles * p.adapters;
   c.shared_bytes = align16(int64_t{kWarps} * kGradRanks * kGradStride * sizeof(float));
   return c;
 }

@@ -14,6 +14,8 @@
 
 namespace t2l::cuda {
 
+constexpr int kDevices = 64;  // whose properties are kept
+
 // Limits of the current device; the driver is asked once for each.
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
@@ -21,7 +23,6 @@ inline DeviceLimits device_limits() {
   limits.num_sms = emu::num_sms();
   limits.shared_bytes = emu::kMaxSharedBytes;
 #else
-  constexpr int kDevices = 64;                        // whose limits are kept
   static std::atomic<uint64_t> known[kDevices] = {};  // SMs in the upper half, bytes in the lower; 0: not asked yet
   int device = 0, major = 0, minor = 0;
   cudaError_t error = cudaGetDevice(&device);
@@ -56,8 +57,15 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
 #ifdef T2L_EMULATOR
   return emu::max_cluster();
 #else
+  static std::atomic<signed char> known[kDevices] = {};  // by device; all kernels are compiled for the same ones
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
   cudaFuncAttributes of{};
-  return cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90 ? 8 : 1;
+  const int found = cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90 ? 8 : 1;
+  cudaGetLastError();  // a failure is not the next caller's
+  known[device].store(static_cast<signed char>(found), std::memory_order_relaxed);
+  return found;
 #endif
 }
 

@@ -335,18 +335,18 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
   float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
   float* v = shared.take<float>(16 * MT * c.v_stride);
-  const int64_t place = block_index() / c.slices;
-  const int slice = static_cast<int>(block_index() - place * c.slices);
+  const int block = static_cast<int>(block_index());
+  const int place = block / c.slices, slice = block - place * c.slices;
   int index = 0;
   while (slice >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
   const int64_t first = int64_t{slice - c.first_slice[index]} * c.outputs, last = cuda::min(first + c.outputs, p.out);
-  if (launch.counts_bad_ids && block_index() == 0) count_bad_ids(p, scratch);
+  if (launch.counts_bad_ids && block == 0) count_bad_ids(p, scratch);
   Chunk chunk;
   if (kDecode || c.one_token_per_block) {
     const int end = p.seg_indptr[place + 1];
     chunk = Chunk{adapter_of(p, place), 1};
-    if (thread_index() == 0) tokens[0] = static_cast<int>(place);
+    if (thread_index() == 0) tokens[0] = place;
     require(end == place + 1, "seg_indptr: not one token a segment");
     block_barrier();
   } else {

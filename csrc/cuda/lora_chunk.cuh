@@ -51,7 +51,7 @@ T2L_DEVICE void count_bad_ids(const LoraParams& p, int* scratch) {
   int mine = 0, total;
   for (int64_t s = thread_index(); s < p.segments; s += kThreads) mine += !is_id(p, p.seg_adapters[s]);
   scan_block(mine, scratch, &total);
-  if (thread_index() == 0) *p.bad_ids += total;
+  if (thread_index() == 0 && total) *p.bad_ids += total;  // a counter serves one stream
 }
 
 // Histogram of tokens over the bins [first, first + kSortBins); adapter i is bin i + 1.  Also validates segments.

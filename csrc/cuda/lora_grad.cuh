@@ -22,21 +22,25 @@ struct LoraGradLaunch {
 constexpr int kTurn = 16;                                         // tokens
 using GradAccumulators = float[kGradColumns / 8][4];              // of a warp
 
-// Eight columns of a row as float32, zero from `columns` on.
+// Eight columns of a row, as stored or, if they are not T, as float32.
 template <class T>
-T2L_DEVICE void load_columns(const Rows<T>& rows, const char* row, int64_t first, int64_t columns, float (&v)[8]) {
-  if (rows.aligned && first + 8 <= columns) {
-    if constexpr (sizeof(T) == 2) {
-      unpack(rows.load_full(row, first), T(), v);
-    } else {
-      unpack(rows.load_full(row, first), T(), v);
-      unpack(rows.load_full(row, first + 4), T(), v + 4);
-    }
-    return;
-  }
+struct EightColumns {
+  static constexpr int kQuads = 8 / Traits<T>::kPerQuad;
+  Quad quad[kQuads];
+  // Zero from `columns` on, and without a row.
+  T2L_DEVICE void load(const Rows<T>& rows, const char* row, int64_t first, int64_t columns) {
+    const bool full = rows.aligned && first + 8 <= columns;
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = first + i < columns ? load_float(row, first + i, rows.type) : 0.0f;
-}
+    for (int i = 0; i < kQuads; ++i) {
+      const int64_t at = first + i * Traits<T>::kPerQuad;
+      quad[i] = !row ? zero_quad() : full ? rows.load_full(row, at) : rows.load_tail(row, at, columns);
+    }
+  }
+  T2L_DEVICE void to_floats(float (&v)[8]) const {
+#pragma unroll
+    for (int i = 0; i < kQuads; ++i) unpack(quad[i], T(), v + i * Traits<T>::kPerQuad);
+  }
+};
 
 // What one operand is: rank vectors (left), and rows of x or of the gradient (right).
 template <class T>
@@ -50,31 +54,36 @@ struct GradSum {
   T2L_DEVICE void add(int begin, int end, int64_t width, int first_rank, int rank, int64_t first_column,
                       GradAccumulators& sum) const {
     constexpr bool kExact = sizeof(T) == 2;
+    constexpr int kSteps = kTurn / 8;
     const int g = lane_index() / 4, t = lane_index() % 4;
-    GradAccumulators part = {};
+    float rank_vector[kSteps][4];
+    EightColumns<T> row[kSteps][2];
 #pragma unroll
-    for (int step = 0; step < kTurn / 8; ++step) {
-      Split rank_vector[4];
-      float row[2][8];
+    for (int step = 0; step < kSteps; ++step)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int half = 0; half < 2; ++half) {  // all loads before the first product
         const int token = begin + 8 * step + 4 * half + t;
         const bool inside = token < end;
 #pragma unroll
         for (int high = 0; high < 2; ++high) {
           const int j = first_rank + g + 8 * high;
-          rank_vector[2 * half + high] = split(inside && j < rank ? load_one(left + token * width + j) : 0.0f);
+          rank_vector[step][2 * half + high] = inside && j < rank ? load_one(left + token * width + j) : 0.0f;
         }
-        if (inside)
-          load_columns(right, right.row(token), first_column + 8 * g, columns, row[half]);
-        else
-#pragma unroll
-          for (int i = 0; i < 8; ++i) row[half][i] = 0.0f;
+        row[step][half].load(right, inside ? right.row(token) : nullptr, first_column + 8 * g, columns);
       }
+    GradAccumulators part = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      float columns_of[2][8];
+      Split left_of[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) row[step][half].to_floats(columns_of[half]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) left_of[i] = split(rank_vector[step][i]);
 #pragma unroll
       for (int i = 0; i < kGradColumns / 8; ++i) {
-        const Split columns_of[2] = {split_weight(row[0][i], T()), split_weight(row[1][i], T())};
-        multiply_split<kExact>(part[i], rank_vector, columns_of);
+        const Split right_of[2] = {split_weight(columns_of[0][i], T()), split_weight(columns_of[1][i], T())};
+        multiply_split<kExact>(part[i], left_of, right_of);
       }
     }
 #pragma unroll
@@ -92,12 +101,11 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   const cuda::LoraGradConfig& c = launch.config;
   SharedMemory shared;
   float* partial = shared.take<float>(kWarps * kGradRanks * kGradStride);
-  const int64_t of_adapter = block_index() / c.tiles, tile = block_index() % c.tiles;
-  const int adapter = static_cast<int>(of_adapter / c.rank_tiles);
-  const int first_rank = static_cast<int>(of_adapter % c.rank_tiles) * kGradRanks;
+  const int block = static_cast<int>(block_index()), of_adapter = block / c.tiles, tile = block % c.tiles;
+  const int adapter = of_adapter / c.rank_tiles, first_rank = of_adapter % c.rank_tiles * kGradRanks;
   const int rank = p.ranks ? p.ranks[adapter] : static_cast<int>(p.rank);
   const bool of_b = tile >= c.tiles_a;
-  const int64_t first_column = (of_b ? tile - c.tiles_a : tile) * kGradColumns;
+  const int64_t first_column = int64_t{of_b ? tile - c.tiles_a : tile} * kGradColumns;
   const GradSum<T> of = of_b ? GradSum<T>{launch.v, Rows<T>(q.grad, q.grad_stride, p.x_type), p.out}
                              : GradSum<T>{launch.grad_v, Rows<T>(p.x, p.x_stride, p.x_type), p.in};
   const int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
@@ -106,6 +114,7 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   for (int64_t s = 0; s < p.segments && first_rank < rank; ++s) {
     if (p.seg_adapters[s] != adapter) continue;
     const int begin = p.seg_indptr[s], end = p.seg_indptr[s + 1], count = (end - begin + kTurn - 1) / kTurn;
+    require(begin >= 0 && begin <= end && end <= p.tokens, "seg_indptr: not rising from 0 to the number of tokens");
     for (int i = (warp - turns) & (kWarps - 1); i < count; i += kWarps)
       of.add(begin + i * kTurn, end, p.rank, first_rank, rank, first_column, sum);
     turns += count;

@@ -1,5 +1,7 @@
 // Registration of the ops for CUDA tensors or, with T2L_EMULATOR, for CPU tensors with the kernels run by the emulator.
 #ifdef T2L_EMULATOR
+#include <cstring>
+
 #include "emu/emulator.h"
 #else
 #include <dlfcn.h>
@@ -69,18 +71,23 @@ struct Cuda {
   static void lora(const Op& op, const LoraParams* members, int64_t count) {
     check_launch(op, cuda::lora(members, count, OnDevice(op).stream()));
   }
-  static Tensor new_gradient(const Tensor& like, const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(like, sizes);
+  // Memory that a kernel writes all of; the emulator makes it NaN first.
+  static Tensor new_written(const Tensor& like, const std::vector<int64_t>& sizes) {
+    Tensor fresh = torch::stable::new_empty(like, sizes);
+#ifdef T2L_EMULATOR
+    if (fresh.numel()) std::memset(fresh.mutable_data_ptr(), 0xff, static_cast<size_t>(fresh.numel() * fresh.element_size()));
+#endif
+    return fresh;
   }
   static void lora_backward(const Op& op, LoraBackwardParams p, const Tensor& lora_B, const Tensor& scaling) {
     Tensor by_rank = torch::stable::transpose(lora_B, 1, 2);
     if (p.lora.b_stride_out != 1) {
-      const Tensor copy = torch::stable::new_empty(lora_B, {p.lora.adapters, p.lora.rank, p.lora.out});
+      Tensor copy = torch::stable::new_empty(lora_B, {p.lora.adapters, p.lora.rank, p.lora.out});
       by_rank = torch::stable::copy_(copy, by_rank);
       p.lora.b = by_rank.const_data_ptr();
       p.lora.b_stride_adapter = by_rank.stride(0), p.lora.b_stride_rank = by_rank.stride(1), p.lora.b_stride_out = 1;
     }
-    const Tensor workspace = torch::stable::new_empty(scaling, {2, p.lora.tokens, p.lora.rank});
+    const Tensor workspace = new_written(scaling, {2, p.lora.tokens, p.lora.rank});
     check_launch(op, cuda::lora_backward(p, static_cast<float*>(workspace.mutable_data_ptr()), OnDevice(op).stream()));
   }
   static void hypernet_trunk(const Op& op, const TrunkParams& p) {
