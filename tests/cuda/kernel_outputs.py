@@ -36,6 +36,11 @@ def _delta(arguments: Arguments) -> list[Tensor]:
     return [ops.lora_delta(**{k: v for k, v in arguments.items() if k != "y"})]
 
 
+def _backward(arguments: Arguments) -> list[Tensor]:
+    rest = {k: v for k, v in arguments.items() if k != "y"}
+    return list(oracle.gradients(torch.ops.t2l_engine.lora_backward_, arguments["y"], rest))
+
+
 def _heads(arguments: Arguments) -> list[Tensor]:
     return [t for sides in zip(*ops.hypernet_heads(**arguments), strict=True) for t in sides]
 
@@ -56,6 +61,7 @@ def table(few: bool) -> dict[str, tuple[Callable[[int], Arguments], Callable[[Ar
         if isinstance(case, LoraCase):
             runs[f"lora_add_, {case.name}"] = case.make, lambda a: [ops.lora_add_(**a)]
             runs[f"lora_delta, {case.name}"] = case.make, _delta
+            runs[f"lora_backward_, {case.name}"] = case.make, _backward
         elif isinstance(case, GroupCase):
             runs[f"lora_add_group_, {case.name}"] = case.make, lambda a: [ops.lora_add_group_(**a)]
         else:
@@ -79,6 +85,11 @@ def compute(device: torch.device, few: bool = False) -> Results:
 def allowed(name: str, index: int) -> Tensor | float:
     """The error that tests allow output ``index`` of ``name``, per element or (trunk) as a norm."""
     op, case = name.split(", ")
+    if op == "lora_backward_":
+        arguments = oracle.in_float64(lora := next(c for c in LORA_CASES if c.name == case).make(SEED))
+        grad = arguments.pop("y")
+        exact = oracle.gradients(reference.lora_backward_, grad, arguments)[index]
+        return torch.full_like(exact, numerics.gradient_bound(exact, lora[("x", "lora_A", "lora_B")[index]].dtype))
     if op.startswith("lora"):
         members = GROUP_CASES if op == "lora_add_group_" else LORA_CASES
         return _lora_allowed(op, next(c for c in members if c.name == case).make(SEED))

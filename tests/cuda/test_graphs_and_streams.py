@@ -81,6 +81,29 @@ def test_a_graph_that_keeps_what_it_read_is_noticed(device):
     assert "other ids" in wrong and "the base model alone" not in wrong
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_are_replayed(device, dtype):
+    held = operands(device, "single", [0, 1] * 4, dtype, seed=6)
+    A, B, ranks_of = (held[name][0] for name in ("lora_A", "lora_B", "ranks"))
+    grad, results = torch.randn_like(held["y"]), [torch.empty_like(t) for t in (held["x"], A, B)]
+
+    def call():
+        segments = held["scaling"], held["seg_indptr"], held["seg_adapters"], 1, ranks_of
+        made = torch.ops.t2l_engine.lora_backward_(results[0].zero_(), grad, held["x"], A, B, *segments)
+        for kept, new in zip(results[1:], made, strict=True):
+            kept.copy_(new)
+
+    replay = device.capture(call)
+    for name in ("capture", "other ids", "rows of the base model", "other ranks", "other scalings", "other inputs"):
+        CHANGES[name](held)
+        found = []
+        for run in (replay, call):
+            run()
+            device.synchronize()
+            found.append([t.clone() for t in results])
+        assert all(map(torch.equal, *found)), name
+
+
 # --- generation ------------------------------------------------------------------------------------------------------
 
 

@@ -52,10 +52,11 @@ def test_beside_the_emulator(gpu, tmp_path):
 
 def test_a_difference_is_noticed():
     few = kernel_outputs.compute(torch.device("cpu"), few=True)
-    assert {name.split(", ")[0] for name in few} >= {"lora_add_", "lora_delta", "lora_add_group_", "hypernet_heads"}
+    ops = {"lora_add_", "lora_delta", "lora_backward_", "lora_add_group_", "hypernet_heads"}
+    assert {name.split(", ")[0] for name in few} >= ops
     other = {name: [t.clone() for t in tensors] for name, tensors in few.items()}
     assert kernel_outputs.differing(few, other) == {}
-    broken = ("lora_add_, mixed_rows", "lora_add_group_, qkv", "hypernet_trunk, L", "hypernet_heads, L")
+    broken = ("lora_add_, mixed_rows", "lora_backward_, ragged", "lora_add_group_, qkv", "hypernet_trunk, L", "hypernet_heads, L")
     for name in broken:
         other[name][0][..., 1] += 1
     assert kernel_outputs.differing(few, other).keys() == set(broken)
