@@ -353,13 +353,14 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens);
   }
   if (chunk.count == 0) return;
+  // Both loads before the first that waits for one.
   const int rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : static_cast<int>(p.rank);
+  const float scaling = chunk.adapter < 0 ? 0.0f : p.scaling[chunk.adapter];
   require(rank >= 0 && rank <= p.rank, "ranks: a rank out of range");
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
     return;
   }
-  const float scaling = p.scaling[chunk.adapter];
   prefetch_weights<kDecode>(p, chunk.adapter, rank, first, last);
   for (int first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
     shrink<T, MT, NT, kDecode>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);

@@ -276,6 +276,7 @@ class HyperNetwork(nn.Module):
         side_emb = None if self.side_emb is None else self.side_emb()
         steps = [module.folded() for module in offsets]
         return {
+            "encode": self.task_encoder.folded(),
             "weights": weights,
             "side_emb": side_emb,
             "pos_emb": pos_emb,
@@ -302,7 +303,7 @@ class HyperNetwork(nn.Module):
 
     def _head_inputs(self, task_emb: Tensor, folded: dict) -> tuple[Any, ...]:
         """Latents of the trunk, and the other leading arguments of the head ops."""
-        c, z = self.config, self.task_encoder(task_emb)
+        c, z = self.config, folded["encode"](task_emb)
         rotary = c.rank if c.rotary else 0
         if c.variant.startswith("autoregressive"):
             latent = reference.autoregressive_trunk(z, folded["weights"], folded["pos_emb"], rotary)

@@ -6,6 +6,8 @@ a few small products per description.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,8 +29,14 @@ class TaskEncoder(nn.Module):
         self.linear = nn.Linear(config.embed_dim, config.task_width)
         self.norm = nn.LayerNorm(config.task_width, eps=reference.LAYER_NORM_EPS)
 
+    def folded(self) -> Callable[[Tensor], Tensor]:
+        """This encoder with its matrix in the dtype of accumulation, cast once."""
+        acc = reference.accumulation_dtype(self.linear.weight)
+        weight, bias = self.linear.weight.to(acc), self.linear.bias.to(acc)
+        return lambda e: reference.layer_norm(F.linear(e.to(acc), weight, bias), self.norm.weight, self.norm.bias)
+
     def forward(self, task_emb: Tensor) -> Tensor:
-        return reference.layer_norm(_linear(self.linear, task_emb), self.norm.weight, self.norm.bias)
+        return self.folded()(task_emb)
 
 
 class _MLPTaskEncoder(nn.Module):
@@ -38,6 +46,10 @@ class _MLPTaskEncoder(nn.Module):
         super().__init__()
         self.linear1 = nn.Linear(config.embed_dim, hidden)
         self.linear2 = nn.Linear(hidden, out)
+
+    def folded(self) -> Callable[[Tensor], Tensor]:
+        """This encoder itself: its matrices are cast in every call."""
+        return self
 
     def mlp(self, task_emb: Tensor) -> Tensor:
         return _linear(self.linear2, F.silu(_linear(self.linear1, task_emb)))
