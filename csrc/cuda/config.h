@@ -33,9 +33,10 @@ T2L_ANYWHERE constexpr int64_t bytes_of(DType type) { return type == DType::f32 
 
 // ---- LoRA
 
-constexpr int kSortBins = 1024;             // histogram bins of the counting sort: adapters per pass
-constexpr int64_t kWarpOutputs = 64;        // outputs of a warp tile of expand
-constexpr int64_t kMaxOneTokenBlocks = 64;  // batches of single tokens up to this size are not sorted
+constexpr int kSortBins = 1024;                         // histogram bins of the counting sort: adapters per pass
+constexpr int kWarpOutputs = 64;                        // outputs of a warp tile of expand
+constexpr int64_t kMaxLoraFeatures = int64_t{1} << 30;  // in or out: 32-bit indices
+constexpr int64_t kMaxOneTokenBlocks = 64;              // batches of single tokens up to this size are not sorted
 
 struct LoraConfig {
   int m_tiles;                     // tokens of a chunk / 16
@@ -126,7 +127,8 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t width = round_up(rank, 8 * c.n_tiles);
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.decode = lora_is_decode(members, count, c);
-  c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(c.decode ? 0 : kSortBins * sizeof(int)) +
+  c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) +
+                   align16(c.decode ? 0 : kSortBins * sizeof(int)) +
                    align16(kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
   return c;
 }
@@ -166,7 +168,7 @@ inline LoraGradConfig choose_lora_grad_config(const LoraParams& p) {
 // ---- hypernetwork trunk
 
 constexpr int64_t kMaxPrefetchBlocks = 16;
-constexpr int64_t kTrunkColumns = 16;  // of a warp tile
+constexpr int64_t kTrunkColumns = 16;                // of a warp tile
 constexpr int64_t kMaxTrunkRows = int64_t{1} << 30;  // (task, module, layer): 32-bit indices
 
 struct TrunkConfig {

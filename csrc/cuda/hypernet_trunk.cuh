@@ -1,5 +1,5 @@
-// Hypernetwork trunk as one fused kernel: a block, or a cluster of blocks, takes a tile of (task, module, layer) rows through
-// the mixer and three MLPs.
+// Hypernetwork trunk as one fused kernel: a block, or a cluster of blocks, takes a tile of (task, module, layer) rows
+// through the mixer and three MLPs.
 //
 // Activations stay in shared memory: float32 for LayerNorm, SiLU and residuals, rounded to the weights' type as MMA
 // operands. Weights are loaded from L2 directly into MMA fragments.  A warp tile is 16 weight rows over all of K: there is
@@ -65,8 +65,8 @@ T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t strid
   cluster_barrier();
 }
 
-// Calls epilogue(row, column, dot(inputs[row], weight[column])) for the rows of the tile and this block's columns; inputs are
-// zero-padded (pad_rows).
+// Calls epilogue(row, column, dot(inputs[row], weight[column])) for the rows of the tile and this block's columns; inputs
+// are zero-padded (pad_rows).
 template <class T, class Epilogue>
 T2L_DEVICE void tile_linear(const TrunkTile<T>& tile, const T* inputs, int64_t stride, const void* weight, int columns,
                             int depth, Epilogue epilogue) {
@@ -150,8 +150,8 @@ T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const flo
   pad_rows(tile.input, tile.input_stride, tile.rows, m);
 }
 
-// Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)) for this block's columns.  Begins with a barrier: x may just
-// have been written.
+// Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)) for this block's columns.  Begins with a barrier: x may
+// just have been written.
 template <class T, class Epilogue>
 T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x, int m, int out, Epilogue epilogue) {
   block_barrier();

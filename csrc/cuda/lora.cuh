@@ -75,14 +75,25 @@ T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles) {
   return sizeof(T) == 4 || m_tiles * n_tiles > 2 ? 1 : 4 / (m_tiles * n_tiles);
 }
 
+// Types of x and y, and of A and B: compile-time constants for 16-bit operands, which share theirs.
+template <class T>
+T2L_DEVICE DType x_type_of(const LoraParams& p) {
+  return sizeof(T) == 4 ? p.x_type : Traits<T>::kType;
+}
+template <class T>
+T2L_DEVICE DType w_type_of(const LoraParams& p) {
+  return sizeof(T) == 4 ? p.w_type : Traits<T>::kType;
+}
+
 // Split-K partial sums of this warp, for ranks [first_rank, first_rank + 8 * NT) of every token.
 template <class T, int MT, int NT, bool kDecode>
 T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_rank, const int* tokens, int count,
                        float* partial) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const Rows<T> x(p.x, p.x_stride, p.x_type);
-  const Rows<T> a(static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * cuda::bytes_of(p.w_type), p.a_stride_rank,
-                  p.w_type);
+  const DType w_type = w_type_of<T>(p);
+  const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p));
+  const Rows<T> a(static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * cuda::bytes_of(w_type), p.a_stride_rank,
+                  w_type);
   const char* x_row[MT][2];  // null: padding
   const char* a_row[NT];
 #pragma unroll
@@ -106,11 +117,10 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], x_quad[u][mt][0], x_quad[u][mt][1], a_quad[u][nt], T());
   };
-  int64_t k =
-      int64_t{warp_index()} * kStep + t * Traits<T>::kPerQuad;  // feature of this lane in the next k-block of its warp
-  const int64_t lane_k = t * Traits<T>::kPerQuad;
+  const int lane_k = t * Traits<T>::kPerQuad, in = static_cast<int>(p.in);
+  int k = warp_index() * kStep + lane_k;  // feature of this lane in the next k-block of its warp
   if (kDecode || (x.aligned && a.aligned))
-    for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= p.in; k += kInFlight * kWarps * kStep) {
+    for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= in; k += kInFlight * kWarps * kStep) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
 #pragma unroll
@@ -126,10 +136,10 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
       for (int u = 0; u < kInFlight; ++u) multiply(u);
     }
   const auto last = [&](const Rows<T>& rows, const char* row) {
-    return kDecode ? rows.load_full(row, k) : rows.load_tail(row, k, p.in);
+    return kDecode ? rows.load_full(row, k) : rows.load_tail(row, k, in);
   };
 #pragma unroll 1
-  for (; k - lane_k < p.in; k += kWarps * kStep) {
+  for (; k - lane_k < in; k += kWarps * kStep) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? last(a, a_row[nt]) : zero_quad();
 #pragma unroll
@@ -178,8 +188,8 @@ T2L_DEVICE void load_weights(const LoraParams& p, const char* b, int rank, int j
   for (int i = 0; i < 8; ++i) {
     const bool inside = o + i < p.out;
     const int64_t at = (o + i) * p.b_stride_out + j * p.b_stride_rank;
-    first[i] = inside && j < rank ? load_float(b, at, p.w_type) : 0.0f;
-    second[i] = inside && j + 1 < rank ? load_float(b, at + p.b_stride_rank, p.w_type) : 0.0f;
+    first[i] = inside && j < rank ? load_float(b, at, w_type_of<T>(p)) : 0.0f;
+    second[i] = inside && j + 1 < rank ? load_float(b, at + p.b_stride_rank, w_type_of<T>(p)) : 0.0f;
   }
 }
 
@@ -212,20 +222,16 @@ T2L_DEVICE void store_outputs(char* y, DType type, const float (&v)[8]) {
   store_quad(y + 16, pack(v + 4, float()));
 }
 // Tail, or a row that is not aligned: element by element.
+template <class T>
 T2L_DEVICE void update_tail(const LoraParams& p, char* row, int64_t o, float (&v)[8]) {
+  const DType type = x_type_of<T>(p);
 #pragma unroll
   for (int i = 0; i < 8; ++i)
     if (o + i < p.out) {
-      if (p.accumulate) v[i] = load_float(row, o + i, p.x_type) + v[i];
-      store_float(row, o + i, p.x_type, v[i]);
+      if (p.accumulate) v[i] = load_float(row, o + i, type) + v[i];
+      store_float(row, o + i, type, v[i]);
     }
 }
-// Type of y given the compute type; a compile-time constant for 16-bit types.
-template <class T>
-T2L_DEVICE DType output_type(const LoraParams& p) {
-  return sizeof(T) == 4 ? p.x_type : Traits<T>::kType;
-}
-
 // 16-bit weights are exact in TF32.
 template <class T>
 T2L_DEVICE Split split_weight(float weight, T) {
@@ -238,14 +244,14 @@ T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 // coalesced 128-bit accesses.  The registers of an operand are ranks 2t and 2t + 1 of eight.
 template <class T, int MT, bool kDecode>
 T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* tokens, int count, const float* v,
-                       int64_t v_stride, int64_t first, int64_t last) {
+                       int v_stride, int first, int last) {
   constexpr bool kExact = sizeof(T) == 2;
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const DType type = output_type<T>(p);
+  const int g = lane_index() / 4, t = lane_index() % 4, out = static_cast<int>(p.out);
+  const DType type = x_type_of<T>(p);
   const int64_t size = cuda::bytes_of(type);
   const bool aligned = kDecode || is_aligned(p.y, p.y_stride * size), accumulate = kDecode || p.accumulate;
-  const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * cuda::bytes_of(p.w_type);
-  for (int64_t o = first + warp_index() * kWarpOutputs; o < last; o += kWarps * kWarpOutputs)
+  const char* b = static_cast<const char*>(p.b) + adapter * p.b_stride_adapter * cuda::bytes_of(w_type_of<T>(p));
+  for (int o = first + warp_index() * kWarpOutputs; o < last; o += kWarps * kWarpOutputs)
     for (int mt = 0; mt < MT && 16 * mt < count; ++mt) {
       char* row[2];  // of y; null: padding
       Outputs before[2][2];
@@ -255,8 +261,8 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
         row[half] = i < count ? static_cast<char*>(p.y) + tokens[i] * p.y_stride * size : nullptr;
 #pragma unroll
         for (int column = 0; column < 2; ++column) {  // loaded early, used after the MMAs
-          const int64_t at = o + 32 * column + 8 * t;
-          if (kExact && accumulate && row[half] && aligned && at + 8 <= p.out)
+          const int at = o + 32 * column + 8 * t;
+          if (kExact && accumulate && row[half] && aligned && at + 8 <= out)
             before[half][column] = load_outputs(row[half] + at * size, type);
         }
       }
@@ -278,11 +284,11 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
           if (!row[half]) continue;
-          const int64_t at = o + 32 * column + 8 * t;
+          const int at = o + 32 * column + 8 * t;
           float values[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) values[i] = sum[i][2 * half + column];
-          if (aligned && at + 8 <= p.out) {
+          if (aligned && at + 8 <= out) {
             if (accumulate) {
               if (!kExact)
                 before[half][column] = load_outputs(row[half] + at * size, type);  // no registers to load it early
@@ -290,7 +296,7 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
             }
             store_outputs(row[half] + at * size, type, values);
           } else if (!kDecode) {
-            update_tail(p, row[half], at, values);
+            update_tail<T>(p, row[half], at, values);
           }
         }
     }
@@ -298,24 +304,37 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
 
 // Outputs of tokens without an adapter.
 template <class T>
-T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, int64_t first, int64_t last) {
-  const DType type = output_type<T>(p);
+T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, int first, int last) {
+  const DType type = x_type_of<T>(p);
   for (int i = 0; i < count; ++i) {
     char* row = static_cast<char*>(p.y) + tokens[i] * p.y_stride * cuda::bytes_of(type);
-    for (int64_t o = first + thread_index(); o < last; o += kThreads) store_float(row, o, type, 0.0f);
+    for (int o = first + thread_index(); o < last; o += kThreads) store_float(row, o, type, 0.0f);
   }
 }
 
 // Prefetches the weights of an adapter that this block reads into L2.
-template <bool kDecode>
-T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int64_t first, int64_t last) {
+template <class T, bool kDecode>
+T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int first, int last) {
   constexpr int kLine = 128;
-  const int64_t size = cuda::bytes_of(p.w_type), a_bytes = p.in * size;
+  const int64_t size = cuda::bytes_of(w_type_of<T>(p)), a_bytes = p.in * size;
+  if constexpr (kDecode) {  // lines of rows of A, then of the slice of rows of B
+    const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * 2;
+    const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first) * 2;
+    for (int i = warp_index(); i < rank; i += kWarps) {
+      const char* a_row = a + i * p.a_stride_rank * 2;
+      const char* b_row = b + i * p.b_stride_rank * 2;
+#pragma unroll 1
+      for (int at = lane_index() * kLine; at < static_cast<int>(a_bytes); at += 32 * kLine) prefetch(a_row + at);
+#pragma unroll 1
+      for (int at = lane_index() * kLine; at < 2 * (last - first); at += 32 * kLine) prefetch(b_row + at);
+    }
+    return;
+  }
   const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
   for (int i = warp_index(); i < rank; i += kWarps)
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
   // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
-  const bool by_rank = kDecode || p.b_stride_out == 1;
+  const bool by_rank = p.b_stride_out == 1;
   const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
   const int64_t stride = (by_rank ? p.b_stride_rank : p.b_stride_out) * size;
   const int64_t rows = by_rank ? rank : last - first, row_bytes = (by_rank ? last - first : rank) * size;
@@ -340,8 +359,9 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int index = 0;
   while (slice >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
-  const int64_t first = int64_t{slice - c.first_slice[index]} * c.outputs, last = cuda::min(first + c.outputs, p.out);
-  if (launch.counts_bad_ids && block == 0) count_bad_ids(p, scratch);
+  const int first = static_cast<int>((slice - c.first_slice[index]) * c.outputs);
+  const int last = static_cast<int>(cuda::min(first + c.outputs, p.out));
+  if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids(p);
   Chunk chunk;
   if (kDecode || c.one_token_per_block) {
     const int end = p.seg_indptr[place + 1];
@@ -361,7 +381,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
     return;
   }
-  prefetch_weights<kDecode>(p, chunk.adapter, rank, first, last);
+  prefetch_weights<T, kDecode>(p, chunk.adapter, rank, first, last);
   for (int first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
     shrink<T, MT, NT, kDecode>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
     block_barrier();
@@ -377,7 +397,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   if (!kDecode && p.rank_vectors && first == 0)
     for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
       store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, v[i / rank * c.v_stride + i % rank]);
-  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, v, c.v_stride, first, last);
+  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, v, static_cast<int>(c.v_stride), first, last);
 }
 
 }  // namespace t2l::device

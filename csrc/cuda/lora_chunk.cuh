@@ -1,5 +1,5 @@
-// Chunks of tokens of batched LoRA.  For a few single tokens, one block per token reads its id in place.  Otherwise every block
-// runs the counting sort of tokens by adapter for its own chunk: no workspace and no extra launch.
+// Chunks of tokens of batched LoRA.  For a few single tokens, one block per token reads its id in place.  Otherwise every
+// block runs the counting sort of tokens by adapter for its own chunk: no workspace and no extra launch.
 #pragma once
 #include "config.h"
 #include "primitives.cuh"
@@ -46,12 +46,13 @@ T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
   return known ? adapter : -1;
 }
 
-// Adds the number of ids out of range to *bad_ids.  For one block of the launch.
-T2L_DEVICE void count_bad_ids(const LoraParams& p, int* scratch) {
-  int mine = 0, total;
-  for (int64_t s = thread_index(); s < p.segments; s += kThreads) mine += !is_id(p, p.seg_adapters[s]);
-  scan_block(mine, scratch, &total);
-  if (thread_index() == 0 && total) *p.bad_ids += total;  // a counter serves one stream
+// Adds the number of ids out of range to *bad_ids.  For one warp of the launch.
+T2L_DEVICE void count_bad_ids(const LoraParams& p) {
+  int count = 0;
+  for (int s = lane_index(); s < p.segments; s += 32) count += !is_id(p, p.seg_adapters[s]);
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) count += shuffle_xor(count, mask);
+  if (lane_index() == 0 && count) *p.bad_ids += count;  // a counter serves one stream
 }
 
 // Histogram of tokens over the bins [first, first + kSortBins); adapter i is bin i + 1.  Also validates segments.

@@ -1,8 +1,8 @@
-// Gradients of A and B in one launch, from the rank vectors that the LoRA kernel leaves: with v = scaling A x and u = scaling
-// B^T g of every token, grad_A = sum u x^T and grad_B = sum g v^T over the tokens of an adapter.
+// Gradients of A and B in one launch, from the rank vectors that the LoRA kernel leaves: with v = scaling A x and u =
+// scaling B^T g of every token, grad_A = sum u x^T and grad_B = sum g v^T over the tokens of an adapter.
 //
-// A block has 16 ranks of an adapter and 64 columns of A or B.  Its warps take the tokens in turns of 16; sums of a turn are
-// made on tensor cores, turns are added in the order of tokens and warps in theirs, so that results are the same every time.
+// A block has 16 ranks of an adapter and 64 columns of A or B.  Its warps take the tokens in turns of eight, one product
+// deep; turns are added in the order of tokens and warps in theirs, so that results are the same every time.
 #pragma once
 #include "lora.cuh"
 
@@ -19,8 +19,8 @@ struct LoraGradLaunch {
   cuda::LoraGradConfig config;
 };
 
-constexpr int kTurn = 16;                                         // tokens
-using GradAccumulators = float[kGradColumns / 8][4];              // of a warp
+constexpr int kTurn = 8;                              // tokens
+using GradAccumulators = float[kGradColumns / 8][4];  // of a warp
 
 // Eight columns of a row, as stored or, if they are not T, as float32.
 template <class T>
@@ -49,47 +49,41 @@ struct GradSum {
   Rows<T> right;
   int64_t columns;
 
-  // sum += over tokens [begin, end), 16 at most.  Column n of MMA tile i is column 8 n + i of the 64: a lane's columns are
-  // eight consecutive ones, which it loads at once.
+  // sum += over tokens [begin, end), kTurn at most.  Column n of MMA tile i is column 8 n + i of the 64: a lane's columns
+  // are eight consecutive ones, which it loads at once.
   T2L_DEVICE void add(int begin, int end, int64_t width, int first_rank, int rank, int64_t first_column,
                       GradAccumulators& sum) const {
     constexpr bool kExact = sizeof(T) == 2;
-    constexpr int kSteps = kTurn / 8;
     const int g = lane_index() / 4, t = lane_index() % 4;
-    float rank_vector[kSteps][4];
-    EightColumns<T> row[kSteps][2];
+    Split rank_vector[4];
+    EightColumns<T> row[2];
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step)
+    for (int half = 0; half < 2; ++half) {
+      const int token = begin + 4 * half + t;
+      const bool inside = token < end;
+      row[half].load(right, inside ? right.row(token) : nullptr, first_column + 8 * g, columns);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {  // all loads before the first product
-        const int token = begin + 8 * step + 4 * half + t;
-        const bool inside = token < end;
-#pragma unroll
-        for (int high = 0; high < 2; ++high) {
-          const int j = first_rank + g + 8 * high;
-          rank_vector[step][2 * half + high] = inside && j < rank ? load_one(left + token * width + j) : 0.0f;
-        }
-        row[step][half].load(right, inside ? right.row(token) : nullptr, first_column + 8 * g, columns);
-      }
-    GradAccumulators part = {};
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      float columns_of[2][8];
-      Split left_of[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) row[step][half].to_floats(columns_of[half]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) left_of[i] = split(rank_vector[step][i]);
-#pragma unroll
-      for (int i = 0; i < kGradColumns / 8; ++i) {
-        const Split right_of[2] = {split_weight(columns_of[0][i], T()), split_weight(columns_of[1][i], T())};
-        multiply_split<kExact>(part[i], left_of, right_of);
+      for (int high = 0; high < 2; ++high) {
+        const int j = first_rank + g + 8 * high;
+        rank_vector[2 * half + high] = split(inside && j < rank ? load_one(left + token * width + j) : 0.0f);
       }
     }
+    float values[2][8];
 #pragma unroll
-    for (int i = 0; i < kGradColumns / 8; ++i)
+    for (int half = 0; half < 2; ++half) row[half].to_floats(values[half]);
 #pragma unroll
-      for (int r = 0; r < 4; ++r) sum[i][r] += part[i][r];
+    for (int i = 0; i < kGradColumns / 8; ++i) {
+      const Split right_of[2] = {split_weight(values[0][i], T()), split_weight(values[1][i], T())};
+      // Tensor cores truncate, by some 2^-24 an addition: nothing beside results of 16 bits.
+      if constexpr (kExact) {
+        multiply_split<kExact>(sum[i], rank_vector, right_of);
+      } else {
+        float turn[4] = {};
+        multiply_split<kExact>(turn, rank_vector, right_of);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) sum[i][r] += turn[r];
+      }
+    }
   }
 };
 
@@ -106,8 +100,8 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   const int rank = p.ranks ? p.ranks[adapter] : static_cast<int>(p.rank);
   const bool of_b = tile >= c.tiles_a;
   const int64_t first_column = int64_t{of_b ? tile - c.tiles_a : tile} * kGradColumns;
-  const GradSum<T> of = of_b ? GradSum<T>{launch.v, Rows<T>(q.grad, q.grad_stride, p.x_type), p.out}
-                             : GradSum<T>{launch.grad_v, Rows<T>(p.x, p.x_stride, p.x_type), p.in};
+  const GradSum<T> of = of_b ? GradSum<T>{launch.v, Rows<T>(q.grad, q.grad_stride, x_type_of<T>(p)), p.out}
+                             : GradSum<T>{launch.grad_v, Rows<T>(p.x, p.x_stride, x_type_of<T>(p)), p.in};
   const int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
   GradAccumulators sum = {};
   int turns = 0;  // of earlier segments of the adapter
@@ -134,7 +128,7 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) total += partial[(w * kGradRanks + row) * kGradStride + at % 8 * 8 + at / 8];
     if (j < p.rank && column < of.columns)  // zero beyond the true rank, even if x is infinite
-      store_float(out, adapter * p.rank * of.columns + j * stride_rank + column * stride_column, p.w_type,
+      store_float(out, adapter * p.rank * of.columns + j * stride_rank + column * stride_column, w_type_of<T>(p),
                   j < rank ? total : 0.0f);
   }
 }

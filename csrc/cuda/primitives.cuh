@@ -1,8 +1,8 @@
 // Device primitives.  All intrinsics and inline PTX of the project are here; each has a second body for the emulator
 // (csrc/emu), which runs the same kernel source on a CPU.
 //
-// Conventions: grids and blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through load_*
-// and store_*, so that the emulator counts their bytes; ids, ranks and segments are read directly.
+// Conventions: grids and blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through
+// load_* and store_*, so that the emulator counts their bytes; ids, ranks and segments are read directly.
 #pragma once
 #include <cstdint>
 

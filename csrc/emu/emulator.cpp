@@ -1,5 +1,5 @@
-// Scheduler of the emulator.  Every OS thread that launches kernels has a Machine, which runs its clusters of blocks (most of
-// one block) one after the other.
+// Scheduler of the emulator.  Every OS thread that launches kernels has a Machine, which runs its clusters of blocks (most
+// of one block) one after the other.
 //
 // Bookkeeping that threads of a block share without a barrier (wait states, slots, counters) is only accessed in functions
 // without TSan instrumentation.  All else is ordered by tokens: the host releases one before a block and acquires another
@@ -124,7 +124,7 @@ class Machine : public Running {
   Schedule schedule_;
   Random random_{0};
   uint16_t order_[kMaxFibers];  // shuffled schedules: order of this pass
-  int place_ = 0;                // position in it
+  int place_ = 0;               // position in it
 
   Launch launch_{};
   int64_t first_x_ = 0;  // block of the cluster

@@ -1,10 +1,10 @@
 // Emulator of a CUDA device on the CPU, to test kernels without a GPU.
 //
-// Every thread of a block is a fiber; one OS thread runs one block at a time, or the blocks of one cluster.  A launch that would hang, fail or return
-// undefined results on a device fails with an error: barriers and warp exchanges that not all threads reach, shared memory
-// beyond the launch's size, misaligned accesses, a wrong stream.  Schedules change the order of threads and blocks, and when
-// asynchronous copies land.  Under ASan, allocations of shared memory have redzones; under TSan, only barriers order the
-// threads of a block, so that a missing one is a data race.
+// Every thread of a block is a fiber; one OS thread runs one block at a time, or the blocks of one cluster.  A launch that
+// would hang, fail or return undefined results on a device fails with an error: barriers and warp exchanges that not all
+// threads reach, shared memory beyond the launch's size, misaligned accesses, a wrong stream.  Schedules change the order of
+// threads and blocks, and when asynchronous copies land.  Under ASan, allocations of shared memory have redzones; under
+// TSan, only barriers order the threads of a block, so that a missing one is a data race.
 //
 // Compile with -fno-strict-aliasing, as nvcc does in effect: kernels read the same bytes as several types.
 #pragma once

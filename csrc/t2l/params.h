@@ -27,7 +27,7 @@ struct LoraParams {
   DType x_type;  // of x and y
   DType w_type;  // of a and b
   bool accumulate;
-  int32_t* bad_ids;     // CUDA only: [1], counts segments whose id is out of range, which are then adapter -1; null: an error
+  int32_t* bad_ids;  // CUDA only: [1], counts segments whose id is out of range, which are then adapter -1; null: an error
   float* rank_vectors;  // CUDA only: [tokens, rank], gets scaling[a] * A[a] x[t] of every token with an adapter, or null
 };
 

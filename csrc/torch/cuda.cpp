@@ -75,7 +75,8 @@ struct Cuda {
   static Tensor new_written(const Tensor& like, const std::vector<int64_t>& sizes) {
     Tensor fresh = torch::stable::new_empty(like, sizes);
 #ifdef T2L_EMULATOR
-    if (fresh.numel()) std::memset(fresh.mutable_data_ptr(), 0xff, static_cast<size_t>(fresh.numel() * fresh.element_size()));
+    if (fresh.numel())
+      std::memset(fresh.mutable_data_ptr(), 0xff, static_cast<size_t>(fresh.numel() * fresh.element_size()));
 #endif
     return fresh;
   }

@@ -395,9 +395,9 @@ std::string check_refused_launches() {
   for (const emu::Launch& shape :
        {emu::Launch{0, 1, 32, 0, stream}, emu::Launch{int64_t{1} << 31, 1, 32, 0, stream}, emu::Launch{1, 0, 32, 0, stream},
         emu::Launch{1, 1 << 16, 32, 0, stream}, emu::Launch{1, 1, 0, 0, stream}, emu::Launch{1, 1, 48, 0, stream},
-        emu::Launch{1, 1, 1056, 0, stream}, emu::Launch{1, 1, 32, 227 * 1024 + 1, stream},
-        emu::Launch{1, 1, 32, -1, stream}, emu::Launch{6, 1, 32, 0, stream, 4}, emu::Launch{16, 1, 32, 0, stream, 16},
-        emu::Launch{8, 1, 1024, 0, stream, 8}, emu::Launch{1, 1, 32, 0, stream, 0}}) {
+        emu::Launch{1, 1, 1056, 0, stream}, emu::Launch{1, 1, 32, 227 * 1024 + 1, stream}, emu::Launch{1, 1, 32, -1, stream},
+        emu::Launch{6, 1, 32, 0, stream, 4}, emu::Launch{16, 1, 32, 0, stream, 16}, emu::Launch{8, 1, 1024, 0, stream, 8},
+        emu::Launch{1, 1, 32, 0, stream, 0}}) {
     bool ran = false;
     const char* error = emu::launch(shape, [&] { ran = true; });
     EXPECT(error && std::strncmp(error, "launch ", 7) == 0 && !ran);

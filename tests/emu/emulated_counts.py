@@ -183,8 +183,8 @@ def backward_counts(case: LoraCase, slices: list[int]) -> Counts:
         rank_tiles = ceil(rank / 16)
         counts.add(
             read=rank_tiles * tokens * (case.in_features + case.out_features) * x + tiles * tokens * rank * 4,
-            # turns of 16 tokens, 16 ranks and 64 columns; the rank vectors are split in two, float32 rows too
-            flops=rank_tiles * tiles * ceil(tokens / 16) * 2 * 16 * 16 * 64 * (2 if exact else 3),
+            # turns of 8 tokens, 16 ranks and 64 columns; the rank vectors are split in two, float32 rows too
+            flops=rank_tiles * tiles * ceil(tokens / 8) * 2 * 16 * 8 * 64 * (2 if exact else 3),
         )
     counts.add(written=case.adapters * case.rank * (case.in_features + case.out_features) * w)
     return counts

@@ -304,7 +304,8 @@ const Case kCases[] = {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
          if (thread_index() < kThreads / 4)
-           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1, load_quad(x + block_index() * kThreads + 4 * thread_index()));
+           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1,
+                          load_quad(x + block_index() * kThreads + 4 * thread_index()));
          block_barrier();
          store_one(y + element(), row[thread_index()]);
        });
