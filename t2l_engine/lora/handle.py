@@ -256,8 +256,8 @@ class LoRAHandle:
         """Routing and scalings on ``device``, as on the others."""
         routings, scalings = list(self._routings.values()), list(self._scalings.values())
         if device not in self._scalings:
-            made = torch.ones(self._num_slots, device=device)
-            self._scalings[device] = made.copy_(scalings[0]) if scalings else made
+            made = scalings[0] if scalings else torch.ones(self._num_slots)
+            self._scalings[device] = made.to(device, copy=True)
         if device not in self._routings:
             self._routings[device] = routings[0].on(device)
         for routing in self._routings.values():

@@ -81,8 +81,8 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("rows, seq_len", [(4, 24), (3, 1)])
 def test_training_of_a_linear_never_waits(emulator, rows, seq_len, dropout):
-    """A step of SFT of an adapted linear, forward and backward: three launches of the engine's, and without dropout two
-    products and a copy of the ids by torch."""
+    """A step of SFT of an adapted linear, forward and backward: three launches of the engine's.  Without dropout torch adds
+    two products and a copy of the ids, and three for each module, whose layers' gradients it puts together."""
     model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 48, dtype=BF16)})])
     model.requires_grad_(False)
     A, B = torch.randn(2, 1, 8, 32, dtype=BF16), torch.randn(2, 1, 8, 48, dtype=BF16)
@@ -97,7 +97,7 @@ def test_training_of_a_linear_never_waits(emulator, rows, seq_len, dropout):
             layer(x).backward(grad)
     assert calls.reads == []
     assert emulator.t2l_emu_counter(b"launches") == 3
-    assert dropout or len(calls.launches) + 3 <= 6, calls.launches
+    assert dropout or len(calls.launches) == 6, calls.launches
     assert A.grad is not None and B.grad is not None and x.grad is not None
 
 
