@@ -120,7 +120,10 @@ def test_modules_of_a_device_that_come_later(spread, make_stack):
 
 def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
     lora = attach(spread(Model(), (3,)), stack)
-    with pytest.raises(ValueError, match="like: expected layers on one device, got cpu, cpu:1; use put"), lora.fill(0, stack):
+    with (
+        pytest.raises(ValueError, match="like: expected layers on one device, got cpu, cpu:1; use put"),
+        lora.fill(0, stack),
+    ):
         pass
 
 
@@ -151,7 +154,9 @@ def test_a_tensor_parallel_linear_is_refused_by_name(stack, tmp_path):
     init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = parallelize_module(Model(), init_device_mesh("cpu", (1,)), {"layers.1.q_proj": ColwiseParallel()})
-        with pytest.raises(ValueError, match=r"model: layers.1.q_proj is spread over devices .* \(its weight is a DTensor\)"):
+        with pytest.raises(
+            ValueError, match=r"model: layers.1.q_proj is spread over devices .* \(its weight is a DTensor\)"
+        ):
             attach(model, stack)
     finally:
         destroy_process_group()

@@ -11,7 +11,7 @@ DTYPES = ("bf16", "f16", "float")
 #: As ptxas -v and cuobjdump -sass say it of sm_90a, cut to a few lines.
 PTXAS = """\
 ptxas info    : 0 bytes gmem
-ptxas info    : Compiling entry function '_ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE' for 'sm_90a'
+ptxas info    : Compiling entry function '_ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE' for 'sm_90'
 ptxas info    : Function properties for _ZN3t2l6device11lora_kernelINS0_4bf16ELi1ELi1ELb0EEEvNS0_10LoraLaunchE
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 108 registers, used 1 barriers

@@ -36,9 +36,9 @@ class AdaptedLinear(torch.autograd.Function):
     """``linear(x, weight, bias)`` plus the LoRA updates of ``inner``, with gradients of ``x``, ``inner`` and every A and B.
 
     ``x``: contiguous.  ``inner``: ``x`` after dropout, None for ``x`` itself.  ``starts``: the first column of each member,
-    None for one that is the whole linear, which comes first; ``members``: A, B and ranks of each in turn.  Other arguments as
-    of ``lora_add_``.  The updates are added to the product in place, and in the backward their gradients of ``x`` to that of
-    the product.
+    None for one that is the whole linear, which comes first; ``members``: A, B and ranks of each in turn.  Other arguments
+    as of ``lora_add_``.  The updates are added to the product in place, and in the backward their gradients of ``x`` to that
+    of the product.
     """
 
     @staticmethod

@@ -220,7 +220,9 @@ class LoRALinear(nn.Module):
         inner = nn.functional.dropout(x, routing.dropout) if routing.dropout else None
         segments = members[0].scaling, batch.seg_indptr, batch.seg_adapters, batch.max_seg_len
         tensors = [t for m in members for t in (m.lora_A, m.lora_B, m.ranks)]
-        return AdaptedLinear.apply(x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in members], *tensors)
+        return AdaptedLinear.apply(
+            x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in members], *tensors
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)

@@ -215,8 +215,8 @@ def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int)
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
         if type(weight.data if isinstance(weight, nn.Parameter) else weight).__name__ == "DTensor":
             raise ValueError(
-                f"model: {target.path} is spread over devices by torch's tensor parallelism (its weight is a DTensor), which "
-                "adapters cannot follow; spread whole layers instead (device_map), or serve with vLLM (t2l serve)"
+                f"model: {target.path} is spread over devices by torch's tensor parallelism (its weight is a DTensor), "
+                "which adapters cannot follow; spread whole layers instead (device_map), or serve with vLLM (t2l serve)"
             )
 
 

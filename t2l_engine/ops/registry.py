@@ -412,10 +412,10 @@ def lora_add_(
 ) -> Tensor:
     """``y += lora_delta(x, ...)`` in place with one rounding, for serving; rows of adapter -1 are not written.
 
-    ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  ``bad_ids``: ``[1]`` int32,
-    to which the number of segments is added whose id is out of range; they use the base model.  None: such an id is an error,
-    on CUDA one that ends the process's use of the device.  Other arguments as in :func:`lora_delta`.  Not differentiable.
-    Returns ``y``.
+    ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  ``bad_ids``: ``[1]``
+    int32, to which the number of segments is added whose id is out of range; they use the base model.  None: such an id is
+    an error, on CUDA one that ends the process's use of the device.  Other arguments as in :func:`lora_delta`.  Not
+    differentiable.  Returns ``y``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.

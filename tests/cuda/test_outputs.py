@@ -56,7 +56,13 @@ def test_a_difference_is_noticed():
     assert {name.split(", ")[0] for name in few} >= ops
     other = {name: [t.clone() for t in tensors] for name, tensors in few.items()}
     assert kernel_outputs.differing(few, other) == {}
-    broken = ("lora_add_, mixed_rows", "lora_backward_, ragged", "lora_add_group_, qkv", "hypernet_trunk, L", "hypernet_heads, L")
+    broken = (
+        "lora_add_, mixed_rows",
+        "lora_backward_, ragged",
+        "lora_add_group_, qkv",
+        "hypernet_trunk, L",
+        "hypernet_heads, L",
+    )
     for name in broken:
         other[name][0][..., 1] += 1
     assert kernel_outputs.differing(few, other).keys() == set(broken)

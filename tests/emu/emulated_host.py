@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from t2l_engine import AdapterStack, attach, ops
