@@ -245,6 +245,29 @@ def test_generate_into_a_stack(load, variant, training):
     assert half.allclose(fresh.to(dtype=torch.bfloat16), rtol=0, atol=0)
 
 
+def test_constants_are_filled_once(load):
+    """Of a stack that is used again, and again once somebody wrote to it, or replaced a tensor."""
+    net, _, _ = load("L")
+    out = net.generate(task_embs())
+    versions = lambda: [t._version for t in (out.scaling, *out.ranks.values())]  # noqa: E731
+    net.generate(task_embs(), out=out)
+    filled = versions()
+    net.generate(task_embs(seed=2), out=out)
+    assert versions() == filled
+    out.ranks["q_proj"][1] = 0
+    net.generate(task_embs(), out=out)
+    assert bool((out.ranks["q_proj"] == net.config.rank).all()) and versions() != filled
+    out.scaling = torch.zeros_like(out.scaling)
+    net.generate(task_embs(), out=out)
+    assert bool((out.scaling == net.scaling).all())
+    with torch.inference_mode():  # whose tensors cannot tell
+        out = net.generate(task_embs())
+        net.generate(task_embs(), out=out)
+        out.scaling.zero_()
+        net.generate(task_embs(), out=out)
+    assert bool((out.scaling == net.scaling).all())
+
+
 def test_generate_into_what_does_not_fit(load):
     net, _, _ = load("L")
     stack = net.generate(task_embs())

@@ -194,7 +194,7 @@ inline int64_t operand_stride(int64_t features, DType type) {
 // do not fill all of them; and so that each has columns of its own in every linear.
 inline int64_t trunk_cluster(const TrunkParams& p, int64_t blocks, int64_t most, const DeviceLimits& limits) {
   int64_t cluster = 1;
-  if (p.m % kTrunkColumns) return cluster;  // columns are exchanged 16 bytes at a time
+  if (p.m % kTrunkColumns || (p.encoder.weight && p.t % kTrunkColumns)) return cluster;  // exchanged 16 bytes at a time
   while (2 * cluster <= min(most, p.m / kTrunkColumns) && 2 * cluster * blocks <= limits.num_sms - limits.num_sms / 8)
     cluster *= 2;
   return cluster;
@@ -213,6 +213,7 @@ inline TrunkConfig choose_trunk_config(const TrunkParams& p, int64_t max_cluster
     c.ranks_per_block = split ? 1 : p.ranks;
     const int64_t panels = 1 + (c.sides_per_block > 1) + (c.ranks_per_block > 1);
     c.shared_bytes = panels * align16(c.tile_rows * p.m * sizeof(float)) +
+                     (p.encoder.weight ? align16(c.tile_rows * p.t * sizeof(float)) : 0) +
                      align16(c.tile_rows * c.input_stride * bytes_of(p.w_type)) +
                      align16(c.tile_rows * c.hidden_stride * bytes_of(p.w_type));
     const int64_t blocks = c.tiles * (p.sides / c.sides_per_block) * (p.ranks / c.ranks_per_block);

@@ -50,15 +50,17 @@ T2L_DEVICE Columns own_columns(const TrunkTile<T>& tile, int columns) {
 
 // Gives the other blocks what this one wrote to its columns of a panel, and waits for theirs.
 template <class T, class Element>
-T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t stride, int columns) {
+T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t stride, int columns, int rows) {
   block_barrier();
   if (tile.cluster == 1) return;
   constexpr int kPerQuad = 16 / static_cast<int>(sizeof(Element));
   const Columns own = own_columns(tile, columns);
   const int quads = (own.end - own.begin) / kPerQuad;
-  for (int i = thread_index(); i < tile.rows * quads; i += kThreads) {
+#pragma unroll 1
+  for (int i = thread_index(); i < rows * quads; i += kThreads) {
     Element* at = panel + i / quads * stride + own.begin + i % quads * kPerQuad;
     const Quad q = *reinterpret_cast<const Quad*>(at);
+#pragma unroll 1
     for (int distance = 1; distance < tile.cluster; ++distance)
       store_to_block(at, (tile.block + distance) & (tile.cluster - 1), q);
   }
@@ -129,25 +131,65 @@ T2L_DEVICE void pad_rows(T* panel, int64_t stride, int rows, int features) {
     from_float(0.0f, panel + i / extra * stride + features + i % extra);
 }
 
+// Calls put(j, value) with LayerNorm of a row of m values, by one warp.
+template <class Put>
+T2L_DEVICE void normalise(const float* values, int m, const float* weight, const float* bias, Put put) {
+  float sum = 0.0f, squares = 0.0f;
+#pragma unroll 2
+  for (int j = lane_index(); j < m; j += 32) sum += values[j];
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
+  const float mean = fast_divide(sum, static_cast<float>(m));
+#pragma unroll 2
+  for (int j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) squares += shuffle_xor(squares, mask);
+  const float scale = rsqrt(fast_divide(squares, static_cast<float>(m)) + kLayerNormEps);
+#pragma unroll 2
+  for (int j = lane_index(); j < m; j += 32) put(j, (values[j] - mean) * scale * load_one(weight + j) + load_one(bias + j));
+}
+
 // tile.input = LayerNorm(x), one warp per row.
 template <class T>
 T2L_DEVICE void layer_norm(const float* x, int m, const float* weight, const float* bias, const TrunkTile<T>& tile) {
-  for (int row = warp_index(); row < tile.rows; row += kWarps) {
-    const float* values = x + row * m;
-    float sum = 0.0f, squares = 0.0f;
-    for (int j = lane_index(); j < m; j += 32) sum += values[j];
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) sum += shuffle_xor(sum, mask);
-    const float mean = fast_divide(sum, static_cast<float>(m));
-    for (int j = lane_index(); j < m; j += 32) squares += (values[j] - mean) * (values[j] - mean);
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) squares += shuffle_xor(squares, mask);
-    const float scale = rsqrt(fast_divide(squares, static_cast<float>(m)) + kLayerNormEps);
-    for (int j = lane_index(); j < m; j += 32)
-      from_float((values[j] - mean) * scale * load_one(weight + j) + load_one(bias + j),
-                 tile.input + row * tile.input_stride + j);
-  }
+  for (int row = warp_index(); row < tile.rows; row += kWarps)
+    normalise(x + row * m, m, weight, bias,
+              [&](int j, float value) { from_float(value, tile.input + row * tile.input_stride + j); });
   pad_rows(tile.input, tile.input_stride, tile.rows, m);
+}
+
+// Dot product of two rows of `size` numbers, by one warp: the same for all lanes.
+T2L_DEVICE float dot(const float* a, const float* b, int size) {
+  float sum[4] = {};
+  const bool aligned = size % 4 == 0 && reinterpret_cast<uintptr_t>(a) % 16 == 0 && reinterpret_cast<uintptr_t>(b) % 16 == 0;
+  if (aligned) {
+#pragma unroll 4
+    for (int k = 4 * lane_index(); k < size; k += 128) {
+      const Quad left = load_quad(a + k), right = load_quad(b + k);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] += bits_to_float(left.word[i]) * bits_to_float(right.word[i]);
+    }
+  } else {
+#pragma unroll 1
+    for (int k = lane_index(); k < size; k += 32) sum[0] += load_one(a + k) * load_one(b + k);
+  }
+  float total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) total += shuffle_xor(total, mask);
+  return total;
+}
+
+// z[i] = W e + b of the i-th task of the tile, before its LayerNorm; blocks of a cluster share the columns.
+template <class T>
+T2L_DEVICE void encode(const TrunkParams& p, const TrunkTile<T>& tile, int first_task, int tasks, float* z) {
+  const int t = static_cast<int>(p.t), e = static_cast<int>(p.encoder.e);
+  const Columns own = own_columns(tile, t);
+  for (int i = 0; i < tasks; ++i)
+    for (int column = own.begin + warp_index(); column < own.end; column += kWarps) {
+      const float value = dot(p.encoder.weight + int64_t{column} * e, p.z + int64_t{first_task + i} * e, e);
+      if (lane_index() == 0) z[i * t + column] = value + load_one(p.encoder.bias + column);
+    }
+  exchange(tile, z, t, t, tasks);
 }
 
 // Calls epilogue(row, column, silu(W2 silu(W1 LN(x) + b1) + b2)) for this block's columns.  Begins with a barrier: x may
@@ -161,19 +203,28 @@ T2L_DEVICE void mlp(const TrunkTile<T>& tile, const MlpParams& p, const float* x
     from_float(silu(value + load_one(p.b1 + column)), tile.hidden + row * tile.hidden_stride + column);
   });
   pad_rows(tile.hidden, tile.hidden_stride, tile.rows, 4 * m);
-  exchange(tile, tile.hidden, tile.hidden_stride, 4 * m);
+  exchange(tile, tile.hidden, tile.hidden_stride, 4 * m, tile.rows);
   tile_linear(tile, tile.hidden, tile.hidden_stride, p.w2, out, 4 * m,
               [&](int row, int column, float value) { epilogue(row, column, silu(value + load_one(p.b2 + column))); });
 }
 
 // x = mixer output.  The first linear is split: the task's projection is computed here, the rest is folded into mixer_table.
+// `z`: memory for the encoded tasks of the tile, where the encoder is the kernel's.
 template <class T>
-T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_row) {
+T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_row, float* z) {
   const int m = static_cast<int>(p.m), hidden = 4 * m, t = static_cast<int>(p.t);
   const int group = static_cast<int>(p.modules * p.layers);
-  for (int i = thread_index(); i < tile.rows * t; i += kThreads) {
-    const int row = i / t, task = (first_row + row) / group;
-    from_float(load_one(p.z + int64_t{task} * t + i % t), tile.input + row * tile.input_stride + i % t);
+  if (p.encoder.weight) {
+    const int first_task = first_row / group, last_task = (first_row + tile.rows - 1) / group;
+    encode(p, tile, first_task, last_task - first_task + 1, z);
+    for (int row = warp_index(); row < tile.rows; row += kWarps)
+      normalise(z + ((first_row + row) / group - first_task) * t, t, p.encoder.norm_weight, p.encoder.norm_bias,
+                [&](int j, float value) { from_float(value, tile.input + row * tile.input_stride + j); });
+  } else {
+    for (int i = thread_index(); i < tile.rows * t; i += kThreads) {
+      const int row = i / t, task = (first_row + row) / group;
+      from_float(load_one(p.z + int64_t{task} * t + i % t), tile.input + row * tile.input_stride + i % t);
+    }
   }
   pad_rows(tile.input, tile.input_stride, tile.rows, t);
   block_barrier();
@@ -182,11 +233,11 @@ T2L_DEVICE void mixer(const TrunkParams& p, const TrunkTile<T>& tile, int first_
     from_float(silu(value + constant), tile.hidden + row * tile.hidden_stride + column);
   });
   pad_rows(tile.hidden, tile.hidden_stride, tile.rows, hidden);
-  exchange(tile, tile.hidden, tile.hidden_stride, hidden);
+  exchange(tile, tile.hidden, tile.hidden_stride, hidden, tile.rows);
   tile_linear(tile, tile.hidden, tile.hidden_stride, p.mixer_w2, m, hidden, [&](int row, int column, float value) {
     tile.x[row * m + column] = silu(value + load_one(p.mixer_b2 + column));
   });
-  exchange(tile, tile.x, m, m);
+  exchange(tile, tile.x, m, m, tile.rows);
 }
 
 // Rotary embedding at position k, half-split, base 1e4.  In place if out == x.
@@ -242,6 +293,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   float* v = c.ranks_per_block > 1 ? shared.take<float>(c.tile_rows * m) : u;
   tile.input = shared.take<T>(c.tile_rows * c.input_stride);
   tile.hidden = shared.take<T>(c.tile_rows * c.hidden_stride);
+  float* z = p.encoder.weight ? shared.take<float>(c.tile_rows * p.t) : nullptr;
   tile.input_stride = c.input_stride;
   tile.hidden_stride = c.hidden_stride;
   tile.block = static_cast<int>(block_index() % c.cluster);
@@ -255,7 +307,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   tile.rows = static_cast<int>(cuda::min(c.tile_rows, p.tasks * modules * layers - first_row));
 
   if (tile.cluster > 1) cluster_barrier();  // all have begun
-  mixer(p, tile, first_row);
+  mixer(p, tile, first_row, z);
   int side = first_side, k = first_rank;
   TrunkStep step = TrunkStep::base;
   for (;;) {  // one inlined MLP for all steps: several would exceed the instruction cache
@@ -283,7 +335,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
       store_one(static_cast<T*>(p.latent) + at * p.h + column, rounded);
     });
     if (!latent)
-      exchange(tile, panel, m, m);
+      exchange(tile, panel, m, m, tile.rows);
     else if (tile.cluster > 1)
       cluster_barrier();  // no block may exit, or write to `hidden` again, before all have read theirs
     else

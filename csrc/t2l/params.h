@@ -54,9 +54,19 @@ struct MlpParams {
   const float* b2;           // [out]
 };
 
+// Task encoder: z = LN(W e + b), all float32.
+struct EncoderParams {
+  const float* weight;       // [t, e], or null: z is encoded
+  const float* bias;         // [t]
+  const float* norm_weight;  // [t]
+  const float* norm_bias;    // [t]
+  int64_t e;
+};
+
 // Hypernetwork trunk: latent[task, module, side, rank, layer, h].
 struct TrunkParams {
-  const float* z;            // [tasks, t]
+  const float* z;            // [tasks, t]; with an encoder [tasks, e]
+  EncoderParams encoder;     // CUDA only
   const void* mixer_task;    // [4m, t]
   const float* mixer_table;  // [modules, layers, 4m]
   const void* mixer_w2;      // [m, 4m]

@@ -27,6 +27,7 @@ constexpr ParallelFor parallel{run_parallel, nullptr};
 struct Cpu {
   static constexpr bool kCuda = false;
   static constexpr bool kReadsIds = true;
+  static constexpr bool kEncodes = false;
   static constexpr int64_t kMaxRank = std::numeric_limits<int64_t>::max();
   static constexpr int64_t kMaxTrunkWidth = std::numeric_limits<int64_t>::max();
 

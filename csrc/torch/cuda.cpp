@@ -62,6 +62,7 @@ struct Cuda {
   static constexpr bool kCuda = true;
 #endif
   static constexpr bool kReadsIds = false;
+  static constexpr bool kEncodes = true;
   static constexpr int64_t kMaxRank = cuda::kMaxRank;
   static constexpr int64_t kMaxTrunkWidth = cuda::kMaxTrunkWidth;
 

@@ -27,10 +27,21 @@ inline const void* matrix(const Op& op, const std::string& name, const Tensor& t
   return t.const_data_ptr();
 }
 
+inline EncoderParams prepare_encoder(const Op& op, const Tensor& task_emb, const std::vector<Tensor>& encoder,
+                                     ScalarType vec) {
+  if (encoder.size() != 4) fail(op, "encoder", "none or 4 tensors", std::to_string(encoder.size()));
+  check_shape(op, "z", task_emb, {kAny, kAny});
+  check_shape(op, "encoder[0]", encoder[0], {kAny, task_emb.size(1)});
+  const int64_t t = encoder[0].size(0), e = encoder[0].size(1);
+  return {vector(op, "encoder[0]", encoder[0], vec, {t, e}), vector(op, "encoder[1]", encoder[1], vec, {t}),
+          vector(op, "encoder[2]", encoder[2], vec, {t}), vector(op, "encoder[3]", encoder[3], vec, {t}), e};
+}
+
+// `task_emb`: encoded tasks, or with `encoder` what it encodes.
 template <class Backend>
-Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTensor& side_emb, const OptTensor& pos_emb,
-                      int64_t rotary_ranks) {
-  const Op op = op_of<Backend>("hypernet_trunk", z);
+Tensor hypernet_trunk(const Tensor& task_emb, std::vector<Tensor> weights, const OptTensor& side_emb,
+                      const OptTensor& pos_emb, int64_t rotary_ranks, std::vector<Tensor> encoder) {
+  const Op op = op_of<Backend>("hypernet_trunk", task_emb);
   if (weights.size() != kTrunkWeights)
     fail(op, "weights", std::to_string(kTrunkWeights) + " tensors", std::to_string(weights.size()));
   const ScalarType type = weights[0].scalar_type();
@@ -38,11 +49,16 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
   const ScalarType vec = vector_type(type);
   if (rotary_ranks < 0) fail(op, "rotary_ranks", ">= 0", std::to_string(rotary_ranks));
   if (rotary_ranks > 0 && pos_emb) fail(op, "pos_emb", "None with rotary_ranks", "a tensor");
+  TrunkParams p{};
+  if (!encoder.empty()) p.encoder = prepare_encoder(op, task_emb, encoder, vec);
+  const bool encodes = Backend::kEncodes && Backend::covers(type);
+  const Tensor z =
+      encoder.empty() || encodes ? task_emb : tensor_of(call_reference("t2l_engine::encode_task", task_emb, encoder)[0]);
+  if (!encodes) p.encoder = EncoderParams{};
   check_shape(op, "z", z, {kAny, kAny});
   check_shape(op, "weights[1]", weights[1], {kAny, kAny, kAny});
-  TrunkParams p{};
   p.tasks = z.size(0);
-  p.t = z.size(1);
+  p.t = p.encoder.weight ? encoder[0].size(0) : z.size(1);
   p.modules = weights[1].size(0);
   p.layers = weights[1].size(1);
   check_shape(op, "weights[2]", weights[2], {kAny, kAny});
@@ -50,7 +66,7 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
   check_shape(op, "weights[20]", weights[20], {kAny, kAny});
   p.h = weights[20].size(0);
   const int64_t m = p.m, hidden = 4 * m;
-  p.z = vector(op, "z", z, vec, {p.tasks, p.t});
+  p.z = vector(op, "z", z, vec, {p.tasks, p.encoder.weight ? p.encoder.e : p.t});
   p.mixer_task = matrix(op, "weights[0]", weights[0], type, hidden, p.t);
   p.mixer_table = vector(op, "weights[1]", weights[1], vec, {p.modules, p.layers, hidden});
   p.mixer_w2 = matrix(op, "weights[2]", weights[2], type, m, hidden);
@@ -78,7 +94,8 @@ Tensor hypernet_trunk(const Tensor& z, std::vector<Tensor> weights, const OptTen
   p.rotary = rotary_ranks > 0;
   if (p.rotary && m % 2) fail(op, "weights[2]", "an even trunk width with rotary_ranks", to_text(weights[2]));
   if (!Backend::covers(type) || std::max(p.m, p.t) > Backend::kMaxTrunkWidth)
-    return tensor_of(call_reference("t2l_engine::hypernet_trunk_reference", z, weights, side_emb, pos_emb, rotary_ranks)[0]);
+    return tensor_of(call_reference("t2l_engine::hypernet_trunk_reference", z, weights, side_emb, pos_emb, rotary_ranks,
+                                    p.encoder.weight ? encoder : std::vector<Tensor>())[0]);
   p.w_type = kernel_type(type);
   Tensor latent = torch::stable::new_empty(weights[0], {p.tasks, p.modules, p.sides, p.ranks, p.layers, p.h});
   p.latent = latent.mutable_data_ptr();

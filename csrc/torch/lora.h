@@ -2,6 +2,7 @@
 //   kCuda             tensors are on a CUDA device
 //   kReadsIds         segments, ids and ranks are readable on the host, so their values are checked
 //   covers, kMaxRank  dtypes and ranks with kernels; other calls go to the reference
+//   kEncodes          the trunk's kernel encodes tasks
 #pragma once
 #include <algorithm>
 #include <tuple>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,24 @@ class AdapterStack:
                 raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {error}")
             self.paths[name] = path
         self.partial = partial
+        self._constants: tuple[list[Tensor], list[int], float, int] | None = None  # of fill_constants, with versions
+
+    def fill_constants(self, scaling: float, rank: int) -> None:
+        """Give all adapters one scaling and one rank in every layer, in place.
+
+        Writes nothing if they are the stack's already by this method and no one has written to the tensors since (changes
+        through ``.data`` are not detected): a stack that is generated into again and again is filled once.
+        """
+        tensors = [self.scaling, *self.ranks.values()]
+        tracked = not any(tensor.is_inference() for tensor in tensors)  # inference tensors have no versions
+        if tracked and self._constants is not None:
+            held, versions, *values = self._constants
+            same = len(held) == len(tensors) and all(map(operator.is_, held, tensors))
+            if same and versions == [tensor._version for tensor in tensors] and values == [scaling, rank]:
+                return
+        for tensor, value in zip(tensors, (scaling, *[rank] * len(self.ranks)), strict=True):
+            tensor.fill_(value)
+        self._constants = (tensors, [tensor._version for tensor in tensors], scaling, rank) if tracked else None
 
     def __len__(self) -> int:
         return len(self.scaling)

@@ -208,7 +208,7 @@ class HyperNetwork(nn.Module):
 
     def forward(self, task_emb: Tensor) -> AdapterStack:
         """Adapters with gradients; arguments and result as in :meth:`generate`."""
-        return self._new_stack(task_emb, self.folded())
+        return self._new_stack(task_emb, self.folded() | {"encoder": []})  # gradients of the encoder are autograd's
 
     @torch.no_grad()
     def generate(self, task_emb: Tensor, out: AdapterStack | None = None) -> AdapterStack:
@@ -276,7 +276,7 @@ class HyperNetwork(nn.Module):
         side_emb = None if self.side_emb is None else self.side_emb()
         steps = [module.folded() for module in offsets]
         return {
-            "encode": self.task_encoder.folded(),
+            "encoder": self.task_encoder.folded(),
             "weights": weights,
             "side_emb": side_emb,
             "pos_emb": pos_emb,
@@ -294,21 +294,24 @@ class HyperNetwork(nn.Module):
     def _write_stack(self, task_emb: Tensor, folded: dict, out: AdapterStack) -> AdapterStack:
         self._check_task_emb(task_emb, folded)
         self._check_out(out, len(task_emb), task_emb.device)
+        c = self.config
         lora_A, lora_B = ([tensors[name] for name in self._paths] for tensors in (out.lora_A, out.lora_B))
         ops.hypernet_heads_out_(lora_A, lora_B, *self._head_inputs(task_emb, folded), **folded["offsets"])
-        out.scaling.fill_(self.scaling)
-        for ranks in out.ranks.values():
-            ranks.fill_(self.config.rank)
+        out.fill_constants(self.scaling, c.rank)
         return out
 
     def _head_inputs(self, task_emb: Tensor, folded: dict) -> tuple[Any, ...]:
         """Latents of the trunk, and the other leading arguments of the head ops."""
-        c, z = self.config, folded["encode"](task_emb)
+        c, encoder = self.config, folded["encoder"]
         rotary = c.rank if c.rotary else 0
         if c.variant.startswith("autoregressive"):
-            latent = reference.autoregressive_trunk(z, folded["weights"], folded["pos_emb"], rotary)
+            latent = reference.autoregressive_trunk(
+                self.task_encoder(task_emb), folded["weights"], folded["pos_emb"], rotary
+            )
         else:
-            latent = ops.hypernet_trunk(z, folded["weights"], folded["side_emb"], folded["pos_emb"], rotary)
+            z = task_emb.to(encoder[0].dtype) if encoder else self.task_encoder(task_emb)
+            rest = folded["weights"], folded["side_emb"], folded["pos_emb"]
+            latent = ops.hypernet_trunk(z.contiguous(), *rest, rotary, encoder)
         return latent, *folded["heads"], c.rank, c.in_features, c.out_features
 
     def _check_task_emb(self, task_emb: Tensor, folded: dict) -> None:

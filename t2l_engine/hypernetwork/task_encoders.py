@@ -6,8 +6,6 @@ a few small products per description.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,14 +27,14 @@ class TaskEncoder(nn.Module):
         self.linear = nn.Linear(config.embed_dim, config.task_width)
         self.norm = nn.LayerNorm(config.task_width, eps=reference.LAYER_NORM_EPS)
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
-        """This encoder with its matrix in the dtype of accumulation, cast once."""
+    def folded(self) -> list[Tensor]:
+        """The argument ``encoder`` of :func:`t2l_engine.ops.hypernet_trunk`."""
         acc = reference.accumulation_dtype(self.linear.weight)
-        weight, bias = self.linear.weight.to(acc), self.linear.bias.to(acc)
-        return lambda e: reference.layer_norm(F.linear(e.to(acc), weight, bias), self.norm.weight, self.norm.bias)
+        return [t.to(acc) for t in (self.linear.weight, self.linear.bias, self.norm.weight, self.norm.bias)]
 
     def forward(self, task_emb: Tensor) -> Tensor:
-        return self.folded()(task_emb)
+        encoder = self.folded()
+        return reference.encode_task(task_emb.to(encoder[0].dtype), encoder)
 
 
 class _MLPTaskEncoder(nn.Module):
@@ -47,9 +45,9 @@ class _MLPTaskEncoder(nn.Module):
         self.linear1 = nn.Linear(config.embed_dim, hidden)
         self.linear2 = nn.Linear(hidden, out)
 
-    def folded(self) -> Callable[[Tensor], Tensor]:
-        """This encoder itself: its matrices are cast in every call."""
-        return self
+    def folded(self) -> list[Tensor]:
+        """Nothing: the trunk takes what this encoder gives."""
+        return []
 
     def mlp(self, task_emb: Tensor) -> Tensor:
         return _linear(self.linear2, F.silu(_linear(self.linear1, task_emb)))

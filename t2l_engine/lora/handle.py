@@ -105,9 +105,11 @@ class LoRAHandle:
             if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
         before = self._state()
+        overrides: dict[torch.device, dict[tuple[str, int], dict[str, Tensor]]] = {}
         for device, routing in self._routings.items():
             routing.set(ids, len(stack), range(len(stack)), device)
-            routing.dropout, routing.overrides = dropout, {}
+            routing.dropout = dropout
+            routing.overrides = overrides[device] = {}
         for name, a in stack.lora_A.items():
             key, _ = matched[name]
             # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
@@ -116,7 +118,7 @@ class LoRAHandle:
                 device = self._slots[key].device(layer)
                 if device is not None:
                     tensors = {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
-                    self._routings[device].overrides[key, layer] = {k: t.to(device) for k, t in tensors.items()}
+                    overrides[device][key, layer] = {k: t.to(device) for k, t in tensors.items()}
         try:
             yield self
         finally:

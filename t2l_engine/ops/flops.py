@@ -66,13 +66,15 @@ def lora_backward_(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_ada
     return 2 * work * (3 * lora_A.shape[2] + 2 * lora_B.shape[1])
 
 
-def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, **_) -> int:
-    """``2*N*t*4m + N*K*n*m * (24*m + 16*m*S + 8*(m + h)*S*R)``, plus ``16*m*m * N*K*n*S*R`` with rotary positions."""
-    (tasks, t), (modules, layers, hidden), h = z.shape, weights[1].shape, weights[-1].shape[0]
+def hypernet_trunk(z, weights, side_emb, pos_emb, rotary_ranks, encoder=(), **_) -> int:
+    """``2*N*t*4m + N*K*n*m * (24*m + 16*m*S + 8*(m + h)*S*R)``, plus ``16*m*m * N*K*n*S*R`` with rotary positions, plus
+    ``2*N*e*t`` with an encoder."""
+    (tasks, width), (modules, layers, hidden), h, t = z.shape, weights[1].shape, weights[-1].shape[0], weights[0].shape[1]
     m, sides = hidden // 4, 1 if side_emb is None else side_emb.shape[1]
     ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
     row = 24 * m + 16 * m * sides + 8 * (m + h) * sides * ranks + (16 * m * sides * ranks if rotary_ranks else 0)
-    return 2 * tasks * t * hidden + tasks * modules * layers * m * row
+    encoding = 2 * tasks * width * t if len(encoder) else 0
+    return encoding + 2 * tasks * t * hidden + tasks * modules * layers * m * row
 
 
 def hypernet_heads(

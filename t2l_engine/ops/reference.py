@@ -90,10 +90,22 @@ def _trunk_base(z: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[
     return x + mlp(x, *mlp1), mlp2, mlp3
 
 
+def encode_task(task_emb: Tensor, encoder: Sequence[Tensor]) -> Tensor:
+    """The linear task encoder ``LN(W e + b)`` of ``[N, e]``, as the argument ``encoder`` of :func:`hypernet_trunk`."""
+    weight, bias, norm_weight, norm_bias = encoder
+    return layer_norm(F.linear(task_emb, weight, bias), norm_weight, norm_bias)
+
+
 def hypernet_trunk(
-    z: Tensor, weights: Sequence[Tensor], side_emb: Tensor | None, pos_emb: Tensor | None, rotary_ranks: int
+    z: Tensor,
+    weights: Sequence[Tensor],
+    side_emb: Tensor | None,
+    pos_emb: Tensor | None,
+    rotary_ranks: int,
+    encoder: Sequence[Tensor] = (),
 ) -> Tensor:
     """See :func:`t2l_engine.ops.hypernet_trunk`."""
+    z = encode_task(z, encoder) if len(encoder) else z
     x, mlp2, mlp3 = _trunk_base(z, weights)
     x = x[:, :, None] if side_emb is None else x[:, :, None] + side_emb[None, :, :, None, :]  # [N, K, S, n, m]
     x = x + mlp(x, *mlp2)

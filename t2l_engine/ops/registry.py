@@ -26,7 +26,7 @@ _HEADS = (
 )
 
 SCHEMAS = {
-    "hypernet_trunk": f"({_TRUNK}) -> Tensor",
+    "hypernet_trunk": f"({_TRUNK}, Tensor[] encoder) -> Tensor",
     "hypernet_trunk_backward": f"(Tensor grad, {_TRUNK}) -> Tensor[]",
     "hypernet_heads": f"({_HEADS}) -> Tensor[]",
     "hypernet_heads_out_": f"(Tensor(a!)[] lora_A, Tensor(b!)[] lora_B, {_HEADS}, float scale_B) -> ()",
@@ -58,6 +58,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+# What the native trunk calls where its kernel does not encode tasks.
+_library.define("encode_task(Tensor task_emb, Tensor[] encoder) -> Tensor")
+_library.impl("encode_task", reference.encode_task, "CompositeExplicitAutograd")
 for _name in NATIVE_OPS:
     _library.define(f"{_name}_reference{SCHEMAS[_name]}")
     _library.impl(f"{_name}_reference", getattr(reference, _name), "CompositeExplicitAutograd")
@@ -89,7 +92,7 @@ def _fake(name: str):
 
 
 @_fake("hypernet_trunk")
-def _(z, weights, side_emb, pos_emb, rotary_ranks):
+def _(z, weights, side_emb, pos_emb, rotary_ranks, encoder):
     num_modules, num_layers, _ = weights[1].shape
     sides = 1 if side_emb is None else side_emb.shape[1]
     ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
@@ -154,7 +157,9 @@ def _saved(ctx) -> list[Tensor | None]:
 
 
 def _trunk_setup(ctx, inputs, output):
-    z, weights, side_emb, pos_emb, rotary_ranks = inputs
+    z, weights, side_emb, pos_emb, rotary_ranks, encoder = inputs
+    if encoder:
+        reference.fail("hypernet_trunk", "encoder", "none where gradients are recorded", f"{len(encoder)} tensors")
     _save(ctx, (z, *weights, side_emb, pos_emb), rotary_ranks)
 
 
@@ -169,6 +174,7 @@ def _trunk_backward(ctx, grad):
         None if side_emb is None else next(grads),
         None if pos_emb is None else next(grads),
         None,
+        [],
     )
 
 
@@ -257,6 +263,7 @@ def hypernet_trunk(
     side_emb: Tensor | None = None,
     pos_emb: Tensor | None = None,
     rotary_ranks: int = 0,
+    encoder: Sequence[Tensor] = (),
 ) -> Tensor:
     """The hypernetwork up to its heads: mixer and three MLP blocks for all rows (paper section 3, appendix).
 
@@ -268,6 +275,8 @@ def hypernet_trunk(
         side_emb: ``[K, 2, m]`` float32, normalised embeddings of the sides A and B (shared heads: M, S), or None.
         pos_emb: ``[r, m]`` float32, added for each rank after mlp2 (S-learnable), or None.
         rotary_ranks: r for S-rotary (rank k is rotated to position k, then mlp2 is applied again), else 0.
+        encoder: the linear task encoder, for inference: W ``[t, e]``, b, LN weight and bias ``[t]``, float32.  ``z`` is then
+            the task embeddings ``[num_tasks, e]``, and ``LN(W z + b)`` a part of the op (on CUDA of its one launch).
 
     Returns:
         ``latent [num_tasks, K, sides, ranks, n, h]`` in the dtype of the matrices; differentiable.
@@ -281,7 +290,7 @@ def hypernet_trunk(
     """
     if len(weights) != len(reference.TRUNK_WEIGHTS):
         reference.fail("hypernet_trunk", "weights", f"{len(reference.TRUNK_WEIGHTS)} tensors", len(weights))
-    return torch.ops.t2l_engine.hypernet_trunk.default(z, list(weights), side_emb, pos_emb, rotary_ranks)
+    return torch.ops.t2l_engine.hypernet_trunk.default(z, list(weights), side_emb, pos_emb, rotary_ranks, list(encoder))
 
 
 def hypernet_heads(

@@ -11,6 +11,7 @@ from t2l_engine import AdapterStack, attach, ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import oracle
 from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, HYPER_CASES, LoraCase
+from t2l_engine.testing.models import HyperShape
 
 pytestmark = pytest.mark.emu
 
@@ -98,6 +99,20 @@ def test_training_of_a_linear_never_waits(emulator, rows, seq_len, dropout):
     assert emulator.t2l_emu_counter(b"launches") == 3
     assert dropout or len(calls.launches) == 6, calls.launches
     assert A.grad is not None and B.grad is not None and x.grad is not None
+
+
+@pytest.mark.parametrize("variant", ["L", "M"])
+def test_generation_is_two_launches(emulator, variant):
+    """Into a stack that was generated into before; nothing of torch's."""
+    net = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head_in_size=24, variant=variant).make(BF16)
+    task_emb = torch.randn(3, 24)
+    out = net.generate(task_emb)
+    net.generate(task_emb, out=out)
+    emulator.t2l_emu_reset_counters()
+    with Calls() as calls:
+        net.generate(task_emb, out=out)
+    assert emulator.t2l_emu_counter(b"launches") == 2
+    assert calls.launches == calls.reads == []
 
 
 def test_a_rank_beyond_shared_memory_is_the_references(emulator):

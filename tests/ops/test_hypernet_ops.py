@@ -25,6 +25,56 @@ def test_hypernet_trunk(case):
         assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
 
 
+ENCODED = [case for case in HYPER_CASES if case.position != "rotary" and not case.name.startswith("nine")]
+
+
+@kernel_case
+@pytest.mark.parametrize("embed_dim", [24, 37, 300])
+@pytest.mark.parametrize("case", ENCODED, **by_name)
+def test_hypernet_trunk_with_its_encoder(case, embed_dim, backend):
+    arguments, exact = case.make_trunk(seed=3), case.make_trunk(seed=3, dtype=F64)
+    g = torch.Generator().manual_seed(4)
+    t, dtype = case.task_width, arguments["z"].dtype
+    shapes = ((t, embed_dim), (t,), (t,), (t,), (case.tasks, embed_dim))
+    *encoder, task_emb = (torch.randn(shape, generator=g, dtype=dtype) for shape in shapes)
+    got = ops.hypernet_trunk(**arguments | {"z": task_emb}, encoder=encoder)
+    plain = reference.hypernet_trunk(**arguments | {"z": reference.encode_task(task_emb, encoder)})
+    wide = [t.double() for t in encoder]
+    oracle = reference.hypernet_trunk(**exact | {"z": task_emb.double()}, encoder=wide)
+    assert got.shape == oracle.shape and got.dtype == case.dtype
+    if case.tasks:
+        assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
+        alone = ops.hypernet_trunk(**arguments | {"z": task_emb[-1:]}, encoder=encoder)
+        if backend != "cpu" and case.dtype != F64:  # else torch encodes, which does not promise it
+            assert torch.equal(alone[0], got[-1])  # whatever tasks it shares a tile with
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda encoder: encoder[:3], "encoder: expected none or 4 tensors, got 3"),
+        (lambda encoder: [encoder[0][:, 1:], *encoder[1:]], r"encoder\[0\]: expected shape \[\*, 24\], got \[16, 23\]"),
+        (lambda encoder: [encoder[0], encoder[1][1:], *encoder[2:]], r"encoder\[1\]: expected shape \[16\], got \[15\]"),
+        (lambda encoder: [t.to(BF16) for t in encoder], r"encoder\[0\]: expected float32, got bfloat16"),
+        (lambda encoder: [t[:8] for t in encoder], r"weights\[0\]: expected shape \[128, 8\], got \[128, 16\]"),
+    ],
+)
+def test_encoder_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    arguments = HYPER_CASES[0].make_trunk() | {"z": torch.zeros(3, 24)}
+    encoder = [torch.zeros(16, 24), *torch.zeros(3, 16)]
+    ops.hypernet_trunk(**arguments, encoder=encoder)
+    with pytest.raises(RuntimeError, match=f"hypernet_trunk: {message}"):
+        ops.hypernet_trunk(**arguments, encoder=change(encoder))
+
+
+def test_an_encoder_is_for_inference():
+    arguments = HYPER_CASES[0].make_trunk() | {"z": torch.zeros(3, 24, requires_grad=True)}
+    encoder = [torch.zeros(16, 24), *torch.zeros(3, 16)]
+    with pytest.raises(RuntimeError, match="encoder: expected none where gradients are recorded, got 4 tensors"):
+        ops.hypernet_trunk(**arguments, encoder=encoder)
+
+
 def slot(shape: torch.Size, module: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An output of ``shape`` inside a frame of NaN, with its dimensions stored in an order that differs by ``module``."""
     order = ((0, 1, 2, 3), (0, 1, 3, 2), (1, 0, 2, 3), (3, 2, 1, 0))[module % 4]

@@ -129,7 +129,9 @@ OPCHECK_HYPER = [c for c in HYPER_CASES if c.name in ("L", "M_affine_out_wider",
 def test_opcheck_hypernet(case):
     trunk = list(case.make_trunk().values())
     trunk[0].requires_grad_()
-    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, tuple(trunk))
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, (*trunk, []))
+    task_emb, encoder = torch.randn(case.tasks, 24), [torch.randn(case.task_width, 24), *torch.randn(3, case.task_width)]
+    torch.library.opcheck(torch.ops.t2l_engine.hypernet_trunk.default, (task_emb, *trunk[1:], encoder))
     order = ("latent", "weight", "bias", "mul_A", "add_A", "mul_B", "add_B", "rank", "in_features", "out_features")
     heads = dataclasses.replace(case, modules=2).make_heads()
     heads["bias"] = heads["bias"] or []
