@@ -237,6 +237,7 @@ constexpr int kWideRows = 128;   // for many rows, 16-bit types only: accumulato
 
 struct HeadConfig {
   bool wide;
+  bool stationary;                // the weights of a tile stay in shared memory while all latents pass
   bool aligned;                   // rows of weights and latents are 16-byte aligned
   int latent_rows;                // per side
   int latent_tiles;               // of all sides
@@ -269,7 +270,8 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   HeadConfig c{};
   c.latent_rows = static_cast<int>(head_latent_rows(p));
   const auto shared = [](int64_t tile) {
-    return align16(kHeadStages * (kHeadTile + tile) * kTileRowBytes) + align16(tile * 16);
+    return align16(kHeadStages * kHeadTile * kTileRowBytes) + align16(kHeadStages * tile * kTileRowBytes) +
+           align16(tile * 16);
   };
   c.wide = c.latent_rows > 2 * kNarrowRows && p.w_type != DType::f32 && shared(kWideRows) <= limits.shared_bytes;
   const int64_t tile = c.wide ? kWideRows : kNarrowRows;
@@ -284,6 +286,11 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   }
   c.blocks = min(c.first_tile[count], (c.wide || p.w_type == DType::f32 ? 1 : 2) * limits.num_sms);
   c.shared_bytes = shared(tile);
+  // Loads are kHeadStages - 1 k-tiles ahead: with fewer in a tile they would overwrite what is still read.
+  const int64_t resident =
+      align16(c.k_tiles * kHeadTile * kTileRowBytes) + align16(kHeadStages * tile * kTileRowBytes) + align16(tile * 16);
+  c.stationary = c.wide && c.latent_tiles > 1 && c.k_tiles >= kHeadStages && resident <= limits.shared_bytes;
+  if (c.stationary) c.shared_bytes = resident;
   return c;
 }
 

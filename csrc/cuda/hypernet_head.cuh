@@ -3,7 +3,8 @@
 //
 // Persistent kernel: a block owns consecutive weight tiles (the M side) and streams them through a multistage cp.async
 // pipeline, which continues across tiles and modules and drains once, at the end.  Latent tiles (the N side) come with them,
-// from L2.  There is no split-K and K is reduced in order, so bits do not depend on tiling or batch.
+// from L2; where there are several and shared memory has room, the weights of a tile are loaded with the first and stay.
+// There is no split-K and K is reduced in order, so bits do not depend on tiling or batch.
 //
 // Weight rows are permuted when they are copied to shared memory, so that the accumulators of a lane are consecutive rows:
 // the epilogue stores whole 32-byte sectors from registers.
@@ -137,26 +138,28 @@ struct HeadSource {
   }
 };
 
-// Copies one k-tile to a stage: all weight rows of the tile, then all latent rows.
+// Copies one k-tile of all weight rows of the tile, unless `weights` is null, and of all latent rows.
 template <class T, int kLatentRows>
-T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int k_tile, char* stage) {
+T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int k_tile, char* weights, char* latents) {
   const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow,
             k = k_tile * kTileRowBytes + quad * 16;
-  char* weights = stage + stage_offset(kHeadTile, smem_row_of(row), quad);
-  char* latents = stage + kHeadTile * kTileRowBytes + stage_offset(kLatentRows, row, quad);
+  char* to_weights = weights + stage_offset(kHeadTile, smem_row_of(row), quad);
+  char* to_latents = latents + stage_offset(kLatentRows, row, quad);
   if (aligned) {
     const int left = from.row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
+    if (weights) {
 #pragma unroll
-    for (int i = 0; i < kHeadTile / kRowsPerPass; ++i) {  // smem_row_of() permutes within a pass
-      const bool in_range = i * kRowsPerPass < from.rows_left && valid > 0;
-      copy_async(weights + i * kRowsPerPass * kKBlockBytes,
-                 in_range ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes + k : from.weight,
-                 in_range ? valid : 0);
+      for (int i = 0; i < kHeadTile / kRowsPerPass; ++i) {  // smem_row_of() permutes within a pass
+        const bool in_range = i * kRowsPerPass < from.rows_left && valid > 0;
+        copy_async(to_weights + i * kRowsPerPass * kKBlockBytes,
+                   in_range ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes + k : from.weight,
+                   in_range ? valid : 0);
+      }
     }
 #pragma unroll
     for (int i = 0; i < kLatentRows / kRowsPerPass; ++i) {
       const bool in_range = from.latent[i] && valid > 0;
-      copy_async(latents + i * kRowsPerPass * kKBlockBytes, in_range ? from.latent[i] + k : from.weight,
+      copy_async(to_latents + i * kRowsPerPass * kKBlockBytes, in_range ? from.latent[i] + k : from.weight,
                  in_range ? valid : 0);
     }
     return;
@@ -167,12 +170,12 @@ T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned,
         source ? load_features(reinterpret_cast<const T*>(source), k / kSize, from.row_bytes / kSize, false) : zero_quad();
   };
 #pragma unroll 1
-  for (int i = 0; i < kHeadTile / kRowsPerPass; ++i)
-    copy_unaligned(weights + i * kRowsPerPass * kKBlockBytes,
+  for (int i = 0; weights && i < kHeadTile / kRowsPerPass; ++i)
+    copy_unaligned(to_weights + i * kRowsPerPass * kKBlockBytes,
                    i * kRowsPerPass < from.rows_left ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes : nullptr);
 #pragma unroll
   for (int i = 0; i < kLatentRows / kRowsPerPass; ++i)
-    copy_unaligned(latents + i * kRowsPerPass * kKBlockBytes, from.latent[i]);
+    copy_unaligned(to_latents + i * kRowsPerPass * kKBlockBytes, from.latent[i]);
 }
 
 // ---- consumer: MMA
@@ -181,24 +184,24 @@ template <int NT>
 using HeadAccumulators = float[kMTiles][NT][4];
 
 template <class T, int NT>
-T2L_DEVICE void multiply_stage(const char* stage, HeadAccumulators<NT>& accum) {
+T2L_DEVICE void multiply_stage(const char* weights, const char* latents, HeadAccumulators<NT>& accum) {
   constexpr int kLatentRows = 16 * NT;
   const int g = lane_index() / 4, t = lane_index() % 4;
   const int warp_m = warp_index() % kWarpsM, warp_n = warp_index() / kWarpsM;
 #pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32 operands are split in registers
   for (int k_block = 0; k_block < kTileRowBytes / kKBlockBytes; ++k_block) {
     const int quad = k_block * kQuadsPerKBlock + t;
-    const char* weights = stage + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, quad);
-    const char* latents = stage + kHeadTile * kTileRowBytes + stage_offset(kLatentRows, warp_n * 8 * NT + g, quad);
+    const char* left_rows = weights + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, quad);
+    const char* right_rows = latents + stage_offset(kLatentRows, warp_n * 8 * NT + g, quad);
     Quad left[kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        left[mt][half] = *reinterpret_cast<const Quad*>(weights + (16 * mt + 8 * half) * kKBlockBytes);
+        left[mt][half] = *reinterpret_cast<const Quad*>(left_rows + (16 * mt + 8 * half) * kKBlockBytes);
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) {
-      const Quad right = *reinterpret_cast<const Quad*>(latents + 8 * nt * kKBlockBytes);
+      const Quad right = *reinterpret_cast<const Quad*>(right_rows + 8 * nt * kKBlockBytes);
 #pragma unroll
       for (int mt = 0; mt < kMTiles; ++mt) multiply_quads(accum[mt][nt], left[mt][0], left[mt][1], right, T());
     }
@@ -320,10 +323,11 @@ template <class T, int NT>
 T2L_KERNEL(kThreads, NT > 4 || sizeof(T) == 4 ? 1 : 2)
 head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   const cuda::HeadConfig& c = launch.config;
-  constexpr int kLatentRows = 16 * NT;
-  constexpr int64_t kStage = (kHeadTile + kLatentRows) * kTileRowBytes;
+  constexpr int kLatentRows = 16 * NT, kWeightBytes = kHeadTile * kTileRowBytes, kLatentBytes = kLatentRows * kTileRowBytes;
+  const bool stationary = NT > 4 && c.stationary;
   SharedMemory shared;
-  char* stages = shared.take<char>(kHeadStages * kStage);
+  char* weights = shared.take<char>((stationary ? c.k_tiles : kHeadStages) * kWeightBytes);
+  char* latents = shared.take<char>(kHeadStages * kLatentBytes);
   LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile of the last epilogue
   const int64_t tiles = c.first_tile[launch.count];
   const int end = static_cast<int>((block_index() + 1) * tiles / c.blocks);
@@ -332,11 +336,18 @@ head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   skip_empty(launch, end, &load);
   HeadCursor mma = load;
   HeadSource<T, kLatentRows> source;
-  int write_stage = 0, read_stage = 0, rows_of_tile = -1;
+  int write_stage = 0, read_stage = 0, rows_of_tile = -1, weights_of_tile = -1;
+  bool with_weights = true;
   const auto load_next = [&] {
     if (load.tile < end) {
-      if (load.k_tile == 0) source.find(launch, load);
-      load_stage<T, kLatentRows>(source, c.aligned, load.k_tile, stages + write_stage * kStage);
+      if (load.k_tile == 0) {
+        source.find(launch, load);
+        with_weights = !stationary || load.tile != weights_of_tile;  // else they are there, from its first latents
+        weights_of_tile = load.tile;
+      }
+      char* to_weights = weights + (stationary ? load.k_tile : write_stage) * kWeightBytes;
+      load_stage<T, kLatentRows>(source, c.aligned, load.k_tile, with_weights ? to_weights : nullptr,
+                                 latents + write_stage * kLatentBytes);
       advance(launch, end, &load);
     }
     commit_copies();  // also an empty group: waits count groups
@@ -349,7 +360,8 @@ head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
     wait_for_copies<kHeadStages - 2>();
     block_barrier();  // read_stage is visible to all threads, and write_stage is no longer read
     load_next();
-    multiply_stage<T, NT>(stages + read_stage * kStage, accum);
+    multiply_stage<T, NT>(weights + (stationary ? mma.k_tile : read_stage) * kWeightBytes,
+                          latents + read_stage * kLatentBytes, accum);
     read_stage = read_stage + 1 == kHeadStages ? 0 : read_stage + 1;
     if (mma.k_tile + 1 == c.k_tiles) {
       if (mma.latent_tile != rows_of_tile) {  // the barrier above orders this after the last epilogue

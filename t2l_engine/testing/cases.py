@@ -333,6 +333,18 @@ HYPER_CASES = (
     HyperCase("odd_sizes_bf16", task_width=9, width=34, head_in=37, in_features=65, out_features=3, dtype=BF16),
     HyperCase("smollm2_L", task_width=64, width=128, head_in=112, layers=30, in_features=576, out_features=576, rank=8),
     HyperCase("wide_bf16", sides=2, position="learned", modules=1, width=128, head_in=100, dtype=BF16),
+    HyperCase("deep_heads_bf16", tasks=9, modules=2, layers=16, head_in=260, in_features=40, out_features=24, dtype=BF16),
+    HyperCase(
+        "deep_shared_heads_bf16",
+        sides=2,
+        tasks=9,
+        modules=1,
+        layers=16,
+        head_in=260,
+        in_features=40,
+        out_features=200,
+        dtype=BF16,
+    ),
     HyperCase("L_fp16", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),
 )

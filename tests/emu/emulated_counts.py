@@ -220,20 +220,24 @@ def heads_counts(case: HyperCase, heads: dict) -> Counts:
     w, counts = size(case.dtype), Counts()
     rows = case.tasks * case.ranks * case.layers
     tile = 128 if rows > 64 and case.dtype != F32 else 32
+    latent_tiles, k_tiles = case.sides * ceil(rows / tile), max(1, ceil(case.head_in * w / 128))
+    # The weights of a tile stay for all latents, in 16 KiB a k-tile, beside a ring of four stages of latents.
+    stationary = tile == 128 and latent_tiles > 1 and k_tiles >= 4 and (k_tiles + 4) * 16 + 2 <= 227
     per_latent = case.rank // case.ranks
     for module, widths in enumerate(case.features):
         stored = max(widths)
         weight_rows = per_latent * (stored if case.sides == 2 else sum(widths))
-        for side in range(case.sides):
-            for first in range(0, weight_rows, TILE):
-                inside = min(TILE, weight_rows - first)
+        for first in range(0, weight_rows, TILE):
+            inside, loaded = min(TILE, weight_rows - first), False
+            for side in range(case.sides):
                 if case.sides == 2 and first % stored >= widths[side] and first % stored + TILE <= stored:
                     continue  # rows that this side leaves out
                 for latent in range(0, rows, tile):
                     latents = min(tile, rows - latent)
                     steps = ceil(case.head_in * w / 128)
+                    kept, loaded = stationary and loaded, True
                     counts.add(
-                        read=(inside + latents) * case.head_in * w,
+                        read=((0 if kept else inside) + latents) * case.head_in * w,
                         flops=2 * TILE * tile * steps * (128 // w) * (3 if case.dtype == F32 else 1),
                     )
         for side, width in zip("AB", widths, strict=True):
@@ -247,7 +251,7 @@ def heads_counts(case: HyperCase, heads: dict) -> Counts:
 
 HEADS = ("L", "L_no_bias_affine", "M_affine_out_wider", "S_learnable", "odd_sizes", "many_tasks", "no_tasks", "L_bf16")
 HEADS += ("M_bf16_affine", "S_rotary_bf16", "odd_sizes_bf16", "smollm2_L", "L_fp16", "nine_modules")
-HEADS += ("nine_modules_out_wider",)
+HEADS += ("nine_modules_out_wider", "deep_heads_bf16", "deep_shared_heads_bf16")
 
 
 @pytest.mark.parametrize("num_sms", [NUM_SMS, 1])
