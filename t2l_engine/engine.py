@@ -164,7 +164,8 @@ class TextToLoRA:
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The model's layers must lie on the device
         of the hypernetwork; with others use :meth:`generate` and :meth:`LoRAHandle.put`.
 
-        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`; nothing changes then.
+        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`, and ValueError for a model on another device; nothing changes
+        then.
 
         >>> import t2l_engine as t2l
         >>> from t2l_engine.text import packaged
@@ -174,6 +175,11 @@ class TextToLoRA:
         >>> lora.set([3, 4, -1])
         """
         task_emb = self.encoder.encode(texts, examples=examples)
+        if lora.device != task_emb.device:
+            raise ValueError(
+                f"lora: expected a model on {task_emb.device}, where the hypernetwork is, got one on {lora.device}; "
+                "use generate() and put()"
+            )
         with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb))) as out:
             self.hypernetwork.generate(task_emb, out=out)
 

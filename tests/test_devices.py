@@ -103,19 +103,59 @@ def test_gradients(spread, stack):
     assert all(map(torch.equal, *made)) and all(bool(grad.any()) for grad in made[0])
 
 
-def test_modules_of_a_device_that_come_later(spread, make_stack):
-    """Slots on another device adopt the ids in use."""
+@pytest.mark.parametrize("inside", [False, True])
+def test_modules_of_a_device_that_come_later(spread, make_stack, inside):
+    """Slots on another device adopt the ids in use, and those that come back after a block."""
     first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
     x, made = torch.randn(2, 5, 16), []
     for elsewhere in ((), (2, 3)):
-        model = Model()
-        spread(model, ())
-        lora = attach(model, first[0], slots=2)
+        model = spread(Model(), ())
+        lora, results = attach(model, first[0], slots=2), []
         lora.set([0, -1])
         spread(model, elsewhere)
-        lora.put(0, second[0])
-        made.append(model(x))
-    assert torch.equal(*made) and not torch.equal(made[0][0], Model()(x)[0]) and torch.equal(made[0][1], Model()(x)[1])
+        if inside:
+            with lora.use([-1, 0]):
+                lora.put(0, second[0])
+                results.append(model(x))
+        else:
+            lora.put(0, second[0])
+        results.append(model(x))
+        with lora.differentiable(first[1], 0):
+            results.append(model(x))
+        made.append(results)
+    assert all(map(torch.equal, *made))
+    base = Model()(x)
+    assert not torch.equal(made[0][-2][0], base[0]) and torch.equal(made[0][-2][1], base[1])
+
+
+def test_slots_that_come_inside_differentiable(spread, make_stack):
+    """Their layers run the base model there: the stack lacks them."""
+    first, second = make_stack({"q_proj": (16, 24)}, num_layers=4), make_stack(SHAPES, num_layers=4, seed=1)
+    x, made = torch.randn(2, 5, 16), []
+    for elsewhere in ((), (2, 3)):
+        model = spread(Model(), ())
+        lora, results = attach(model, first[0], slots=2), []
+        spread(model, elsewhere)
+        with lora.differentiable(first, [2, -1]):
+            lora.put(1, second[0])
+            results.append(model(x))
+        with lora.use([1, 0]):
+            results.append(model(x))
+        made.append(results)
+    assert all(map(torch.equal, *made))
+
+
+def test_an_adapter_of_the_first_layers_alone(spread, make_stack):
+    """A partial stack, of which the second device has no layer."""
+    x, made = torch.randn(2, 5, 16), []
+    few = make_stack(SHAPES, num_layers=2, seed=2, partial=True)
+    for elsewhere in ((), (2, 3)):
+        model = spread(Model(), elsewhere)
+        lora = attach(model, make_stack(SHAPES, num_layers=4), slots=3)
+        lora.put(1, few[0])
+        with lora.use([1, 0]):
+            made.append(model(x))
+    assert torch.equal(*made)
 
 
 def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
@@ -127,23 +167,42 @@ def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
         pass
 
 
-def test_every_tensor_lies_where_its_layer_does():
-    """torch's fake devices compute nothing, and refuse operands of two devices.  Of the kinds that have several, "lazy" is
-    one that a torch for the CPU can copy between."""
+@pytest.fixture
+def fake():
+    """torch's fake devices compute nothing, and refuse operands of two devices.  Of the kinds that have several, "lazy" is one
+    that a torch for the CPU can copy between: (model, its four layers' devices, a stack on the first)."""
     with FakeTensorMode():
         cards = [torch.device("lazy", i) for i in (0, 0, 1, 1)]
-        model = Model(cards)
         A = {name: torch.empty(1, 4, 4, n_in, device=cards[0]) for name, (n_in, _) in SHAPES.items()}
         B = {name: torch.empty(1, 4, n_out, 4, device=cards[0]) for name, (_, n_out) in SHAPES.items()}
-        lora = attach(model, AdapterStack(A, B, torch.ones(1, device=cards[0])))
-        for layer, card in zip(model.layers, cards, strict=True):
-            for linear in layer.values():
-                (m,) = linear.members
-                assert {t.device for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)} == {card}
-        with lora.use(0):
-            assert model(torch.empty(1, 5, 16, device=cards[0])).device == cards[3]
-        with pytest.raises(FakeTensorDeviceMismatchError):  # the check itself
-            model.layers[3]["q_proj"](torch.empty(1, 5, 16, device=cards[0]))
+        yield Model(cards), cards, AdapterStack(A, B, torch.ones(1, device=cards[0]))
+
+
+def test_every_tensor_lies_where_its_layer_does(fake):
+    model, cards, stack = fake
+    lora = attach(model, stack)
+    for layer, card in zip(model.layers, cards, strict=True):
+        for linear in layer.values():
+            (m,) = linear.members
+            assert {t.device for t in (m.lora_A, m.lora_B, m.scaling, m.ranks)} == {card}
+    x = torch.empty(1, 5, 16, device=cards[0])
+    with lora.use(0):
+        assert model(x).device == cards[3]
+    with lora.differentiable(stack, 0), torch.no_grad():
+        assert model(x).device == cards[3]
+    with lora.use(0), pytest.raises(FakeTensorDeviceMismatchError):  # the check itself
+        model.layers[3]["q_proj"](x)
+
+
+def test_a_linear_that_moves_its_input(fake):
+    """As accelerate's hooks do where one linear alone lies elsewhere."""
+    model, cards, stack = fake
+    linear = model.layers[3]["q_proj"]
+    linear.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.device),))
+    lora = attach(model, stack)
+    x = torch.empty(1, 5, 16, device=cards[0])
+    with lora.use(0):
+        assert model.layers[3]["q_proj"](x).device == cards[3]
 
 
 def test_a_tensor_parallel_linear_is_refused_by_name(stack, tmp_path):
@@ -154,9 +213,7 @@ def test_a_tensor_parallel_linear_is_refused_by_name(stack, tmp_path):
     init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         model = parallelize_module(Model(), init_device_mesh("cpu", (1,)), {"layers.1.q_proj": ColwiseParallel()})
-        with pytest.raises(
-            ValueError, match=r"model: layers.1.q_proj is spread over devices .* \(its weight is a DTensor\)"
-        ):
+        with pytest.raises(ValueError, match=r"model: the weight of layers.1.q_proj is sharded over devices \(a DTensor"):
             attach(model, stack)
     finally:
         destroy_process_group()

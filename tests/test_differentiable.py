@@ -178,6 +178,27 @@ def test_adapted_linear_gradcheck(bias, dropped, starts):
     assert torch.autograd.gradcheck(apply, (x, inner, *tensors))
 
 
+def test_a_linear_under_two_paths(make_stack, uses):
+    """Both modules adapt all of it: the general way, which adds both."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(16, 24)})])
+            self.decoder = self.encoder
+
+    model = Twice().requires_grad_(False)
+    paths = {"encoder.q_proj": "encoder.{layer}.q_proj", "decoder.q_proj": "decoder.{layer}.q_proj"}
+    stack = make_stack(dict.fromkeys(paths, (16, 24)), num_layers=1, paths=paths)
+    x, lora = torch.randn(2, 5, 16), attach(model, stack)
+    with torch.no_grad(), lora.use(0):
+        expected = model.encoder[0]["q_proj"](x)
+    with lora.differentiable(stack[0], 0):
+        got = model.encoder[0]["q_proj"](x.requires_grad_())
+    got.sum().backward()
+    assert (got - expected).abs().max() <= ROW_ATOL and not uses and x.grad.any()
+
+
 def one(stack, change=lambda model: None):
     """A frozen model that ``change`` was applied to, its handle, and leaves of ``stack``."""
     model = Stack().requires_grad_(False)

@@ -1,5 +1,6 @@
 """Every variant, task encoder and last step against a float64 oracle that is itself held to the golden folders."""
 
+import copy
 import itertools
 
 import pytest
@@ -260,6 +261,10 @@ def test_constants_are_filled_once(load):
     out.scaling = torch.zeros_like(out.scaling)
     net.generate(task_embs(), out=out)
     assert bool((out.scaling == net.scaling).all())
+    out.scaling.mul_(0.5)
+    other = copy.deepcopy(out)  # whose versions begin anew
+    net.generate(task_embs(), out=other)
+    assert bool((other.scaling == net.scaling).all())
     with torch.inference_mode():  # whose tensors cannot tell
         out = net.generate(task_embs())
         net.generate(task_embs(), out=out)

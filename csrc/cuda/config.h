@@ -118,7 +118,7 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, const De
   const int64_t chunk = 16 * c.m_tiles;
   const int64_t used_adapters = min(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // adapters in use, at most
   c.chunks = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / chunk + used_adapters);
-  if (p.bad_ids) c.chunks = max(c.chunks, 1);  // a block that counts, even without adapters
+  if (p.bad_ids && p.segments) c.chunks = max(c.chunks, 1);  // a block that counts, even without adapters
   const int64_t blocks = lora_blocks_per_sm(element, c.m_tiles) * limits.num_sms;
   c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
   for (int64_t i = 0; i < count; ++i)

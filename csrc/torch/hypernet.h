@@ -30,7 +30,7 @@ inline const void* matrix(const Op& op, const std::string& name, const Tensor& t
 inline EncoderParams prepare_encoder(const Op& op, const Tensor& task_emb, const std::vector<Tensor>& encoder,
                                      ScalarType vec) {
   if (encoder.size() != 4) fail(op, "encoder", "none or 4 tensors", std::to_string(encoder.size()));
-  check_shape(op, "z", task_emb, {kAny, kAny});
+  vector(op, "z", task_emb, vec, {kAny, kAny});
   check_shape(op, "encoder[0]", encoder[0], {kAny, task_emb.size(1)});
   const int64_t t = encoder[0].size(0), e = encoder[0].size(1);
   return {vector(op, "encoder[0]", encoder[0], vec, {t, e}), vector(op, "encoder[1]", encoder[1], vec, {t}),

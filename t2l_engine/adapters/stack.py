@@ -56,6 +56,8 @@ class AdapterStack:
     'model.layers.0.self_attn.q_proj.lora_A.task.weight'
     """
 
+    _constants: tuple[list[Tensor], list[int], float, int] | None = None  # of fill_constants, with versions
+
     def __init__(
         self,
         lora_A: dict[str, Tensor],
@@ -114,16 +116,22 @@ class AdapterStack:
                 raise ValueError(f"paths: {short_repr(path)} of module {short_repr(name)}: {error}")
             self.paths[name] = path
         self.partial = partial
-        self._constants: tuple[list[Tensor], list[int], float, int] | None = None  # of fill_constants, with versions
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name != "_constants"
+        }  # copies have versions of their own
 
     def fill_constants(self, scaling: float, rank: int) -> None:
         """Give all adapters one scaling and one rank in every layer, in place.
 
-        Writes nothing if they are the stack's already by this method and no one has written to the tensors since (changes
-        through ``.data`` are not detected): a stack that is generated into again and again is filled once.
+        Writes nothing if they are the stack's already by this method and no one has written to the tensors since, as far as
+        torch knows (not through ``.data``, NumPy or DLPack): a stack that is generated into again and again is filled once.
         """
         tensors = [self.scaling, *self.ranks.values()]
-        tracked = not any(tensor.is_inference() for tensor in tensors)  # inference tensors have no versions
+        # Inference tensors have no versions; a captured write has not happened yet, and its replays are not seen.
+        capturing = self.scaling.is_cuda and torch.cuda.is_current_stream_capturing()
+        tracked = not capturing and not any(tensor.is_inference() for tensor in tensors)
         if tracked and self._constants is not None:
             held, versions, *values = self._constants
             same = len(held) == len(tensors) and all(map(operator.is_, held, tensors))

@@ -128,17 +128,25 @@ class LoRAHandle:
         return {device: routing.state() for device, routing in self._routings.items()}
 
     def _restore(self, states: dict[torch.device, tuple]) -> None:
+        first, *_ = self._routings.values()
         for device, routing in self._routings.items():
-            if self._merged is None and device in states:
-                routing.restore(states[device])
-            else:
+            if self._merged is not None:
                 routing.clear()
+            elif device in states:
+                routing.restore(states[device])
+            else:  # new since then
+                routing.follow(first, device)
 
     def _slots_changed(self) -> None:
         for routing in self._routings.values():
             routing.slots_changed()
 
     # --- slots -----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """That of the model's first weight."""
+        return next(iter(self._routings))
 
     @property
     def num_slots(self) -> int:
@@ -256,14 +264,15 @@ class LoRAHandle:
 
     def _reach(self, device: torch.device) -> None:
         """Routing and scalings on ``device``, as on the others."""
-        routings, scalings = list(self._routings.values()), list(self._scalings.values())
+        (first, *_), scalings = self._routings.values(), list(self._scalings.values())
         if device not in self._scalings:
             made = scalings[0] if scalings else torch.ones(self._num_slots)
             self._scalings[device] = made.to(device, copy=True)
         if device not in self._routings:
-            self._routings[device] = routings[0].on(device)
+            self._routings[device] = Routing()
+            self._routings[device].follow(first, device)
         for routing in self._routings.values():
-            routing.spread = len(self._scalings) > 1
+            routing.spread = len(self._routings) > 1
 
     def _wrap(self, key: str, layer: int, target: Target) -> None:
         slots = self._slots[key]

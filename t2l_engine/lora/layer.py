@@ -214,7 +214,8 @@ class LoRALinear(nn.Module):
         if routing.ids is None and routing.batch is None or not is_plain(self.base, x) or _forward_ad._current_level >= 0:
             return None
         members = self.members if routing.overrides is None else self._overriding(routing.overrides)
-        if not members or (len(members) > 1 and routing.dropout):
+        # With dropout every member has its own; that two are the whole linear is rare.
+        if not members or members[1:] and (routing.dropout or any(m.start is None for m in members[1:])):
             return None
         batch, x = routing.segments(x.shape[:-1], False), x.contiguous()
         inner = nn.functional.dropout(x, routing.dropout) if routing.dropout else None

@@ -213,10 +213,10 @@ def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int)
         weight = getattr(target.linear, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
-        if type(weight.data if isinstance(weight, nn.Parameter) else weight).__name__ == "DTensor":
+        if type(weight).__name__ == "DTensor":
             raise ValueError(
-                f"model: {target.path} is spread over devices by torch's tensor parallelism (its weight is a DTensor), "
-                "which adapters cannot follow; spread whole layers instead (device_map), or serve with vLLM (t2l serve)"
+                f"model: the weight of {target.path} is sharded over devices (a DTensor, as of torch's tensor parallelism or "
+                "fully_shard), which adapters cannot follow; spread whole layers (device_map) or use vLLM (t2l serve)"
             )
 
 

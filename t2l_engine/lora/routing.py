@@ -52,15 +52,15 @@ class Routing:
         if slots_version != self._slots_version:
             self._renew_version()
 
-    def on(self, device: torch.device) -> Routing:
-        """The same selection for layers on another device."""
-        other = Routing()
-        other.merged, other.uniform, other.adapter_version = self.merged, self.uniform, self.adapter_version
-        if self.batch is not None:
-            indptr, adapters = (t.to(device) for t in (self.batch.seg_indptr, self.batch.seg_adapters))
-            other.batch = AdapterBatch(indptr, adapters, self.batch.max_seg_len)
-        other._write(None if self.ids is None else self.ids.to(device))
-        return other
+    def follow(self, other: Routing, device: torch.device) -> None:
+        """The selection of ``other``, for layers on ``device``; of adapters that it has instead of the slots, none."""
+        self.merged, self.uniform, self.adapter_version = other.merged, other.uniform, other.adapter_version
+        self.overrides, self.dropout = None if other.overrides is None else {}, other.dropout
+        self.batch = other.batch
+        if other.batch is not None:
+            indptr, adapters = (t.to(device) for t in (other.batch.seg_indptr, other.batch.seg_adapters))
+            self.batch = AdapterBatch(indptr, adapters, other.batch.max_seg_len)
+        self._write(None if other.ids is None else other.ids.to(device))
 
     def clear(self) -> None:
         """Back to the base model."""

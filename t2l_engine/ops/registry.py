@@ -290,6 +290,8 @@ def hypernet_trunk(
     """
     if len(weights) != len(reference.TRUNK_WEIGHTS):
         reference.fail("hypernet_trunk", "weights", f"{len(reference.TRUNK_WEIGHTS)} tensors", len(weights))
+    if len(encoder) not in (0, 4):
+        reference.fail("hypernet_trunk", "encoder", "none or 4 tensors", len(encoder))
     return torch.ops.t2l_engine.hypernet_trunk.default(z, list(weights), side_emb, pos_emb, rotary_ranks, list(encoder))
 
 

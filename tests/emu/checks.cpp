@@ -376,12 +376,15 @@ std::string check_trunk_cut() {
             for (int64_t layers = 1; layers <= 4096; layers = layers * 3 / 2 + 1) {
               t2l::TrunkParams p{};
               p.tasks = 1, p.modules = 2, p.layers = layers, p.sides = sides, p.ranks = ranks;
-              p.t = 64, p.m = m, p.h = m, p.w_type = t2l::DType::bf16;
+              const float matrix = 0;  // of the encoder, whose columns are shared too
+              p.t = ranks == 8 ? 40 : 64, p.m = m, p.h = m, p.w_type = t2l::DType::bf16;
+              p.encoder.weight = sides == 2 ? &matrix : nullptr;
               const cuda::TrunkConfig c = cuda::choose_trunk_config(p, most, {sms, emu::kMaxSharedBytes});
               EXPECT(c.tile_rows > 0, static_cast<double>(m));
               const int64_t blocks = c.tiles * (sides / c.sides_per_block) * (ranks / c.ranks_per_block);
               EXPECT(c.cluster >= 1 && c.cluster <= most && (c.cluster & (c.cluster - 1)) == 0);
               EXPECT(c.cluster == 1 || (m % 16 == 0 && 16 * c.cluster <= m && 8 * c.cluster * blocks <= 7 * sms + 7));
+              EXPECT(c.cluster == 1 || !p.encoder.weight || p.t % 16 == 0);
               EXPECT(c.prefetch_blocks % c.cluster == 0 && c.prefetch_blocks <= cuda::kMaxPrefetchBlocks);
               EXPECT(c.prefetch_blocks == 0 || c.cluster * blocks + c.prefetch_blocks <= sms);
               clustered += c.cluster == 8;

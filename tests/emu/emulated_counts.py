@@ -356,6 +356,23 @@ def test_a_cluster_gives_the_bits_of_one_block(emulator, name):
     assert all(torch.equal(latent, made[0]) for latent in made)
 
 
+def test_the_encoder_reads_its_matrix_once_a_tile(emulator):
+    """Of t = 64, e = 300: once for every task of a tile, whose embedding each column needs; the blocks share the columns."""
+    case = next(case for case in HYPER_CASES if case.name == "smollm2_L")
+    arguments, t, e = case.make_trunk(), case.task_width, 300
+    encoder = [torch.randn(t, e), *torch.randn(3, t)]
+    ops.hypernet_trunk(**arguments | {"z": torch.randn(case.tasks, e)}, encoder=encoder)
+    cluster = emulator.t2l_emu_last_launch(b"cluster")
+    rows, group = case.tasks * case.modules * case.layers, case.modules * case.layers
+    tiles = [range(first, min(first + 16, rows)) for first in range(0, rows, 16)]
+    expected = trunk_counts(case, 16, False, cluster)
+    for tile in tiles:
+        tasks = len({row // group for row in tile})
+        expected.add(read=tasks * t * (2 * e + 1) * 4)  # products and bias
+        expected.add(read=len(tile) * (2 - 1) * t * 4, times=cluster)  # LayerNorm's two vectors, where z was read
+    assert counted(emulator) == expected
+
+
 def test_a_large_trunk_reads_its_weights_once_a_tile(emulator):
     """One description of Llama's or Gemma's hypernetwork: 64 rows are 4 clusters of 8 blocks, each with an eighth of the
     columns."""

@@ -52,7 +52,6 @@ def test_hypernet_trunk_with_its_encoder(case, embed_dim, backend):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda encoder: encoder[:3], "encoder: expected none or 4 tensors, got 3"),
         (lambda encoder: [encoder[0][:, 1:], *encoder[1:]], r"encoder\[0\]: expected shape \[\*, 24\], got \[16, 23\]"),
         (lambda encoder: [encoder[0], encoder[1][1:], *encoder[2:]], r"encoder\[1\]: expected shape \[16\], got \[15\]"),
         (lambda encoder: [t.to(BF16) for t in encoder], r"encoder\[0\]: expected float32, got bfloat16"),
@@ -66,6 +65,15 @@ def test_encoder_errors(change, message):
     ops.hypernet_trunk(**arguments, encoder=encoder)
     with pytest.raises(RuntimeError, match=f"hypernet_trunk: {message}"):
         ops.hypernet_trunk(**arguments, encoder=change(encoder))
+    for z, said in ((arguments["z"].to(BF16), "float32, got bfloat16"), (torch.zeros(24, 3).mT, "a contiguous tensor")):
+        with pytest.raises(RuntimeError, match=f"z: expected {said}"):
+            ops.hypernet_trunk(**arguments | {"z": z}, encoder=encoder)
+
+
+def test_length_of_the_encoder():
+    """Of the wrapper, whatever runs the op."""
+    with pytest.raises(RuntimeError, match="hypernet_trunk: encoder: expected none or 4 tensors, got 3"):
+        ops.hypernet_trunk(**HYPER_CASES[0].make_trunk(), encoder=[torch.zeros(16)] * 3)
 
 
 def test_an_encoder_is_for_inference():

@@ -288,6 +288,14 @@ def test_bad_ids_are_counted_and_are_the_base_model(segments, dtype):
     assert bad_ids.tolist() == [7]
 
 
+@pytest.mark.parametrize("segments, counted", [((), 0), (((0, 9), (3, 1)), 1), (((0, 9),), 1)])
+def test_bad_ids_without_tokens(segments, counted):
+    case = LoraCase("empty", segments, in_features=8, out_features=8)
+    bad_ids = torch.zeros(1, **INT32)
+    ops.lora_add_(**case.make(), bad_ids=bad_ids)
+    assert bad_ids.tolist() == [counted]
+
+
 @kernel_case
 @pytest.mark.parametrize("name", ["qkv", "nine_members", "bf16"])
 def test_bad_ids_of_a_group_are_counted_once(name):
