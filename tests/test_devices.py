@@ -169,8 +169,8 @@ def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
 
 @pytest.fixture
 def fake():
-    """torch's fake devices compute nothing, and refuse operands of two devices.  Of the kinds that have several, "lazy" is one
-    that a torch for the CPU can copy between: (model, its four layers' devices, a stack on the first)."""
+    """(Model, its four layers' devices, a stack on the first.)  torch's fake devices compute nothing, and refuse operands of
+    two devices.  Of the kinds that have several, "lazy" is one that a torch for the CPU can copy between."""
     with FakeTensorMode():
         cards = [torch.device("lazy", i) for i in (0, 0, 1, 1)]
         A = {name: torch.empty(1, 4, 4, n_in, device=cards[0]) for name, (n_in, _) in SHAPES.items()}

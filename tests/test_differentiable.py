@@ -188,7 +188,7 @@ def test_a_linear_under_two_paths(make_stack, uses):
             self.decoder = self.encoder
 
     model = Twice().requires_grad_(False)
-    paths = {"encoder.q_proj": "encoder.{layer}.q_proj", "decoder.q_proj": "decoder.{layer}.q_proj"}
+    paths = {path: path for path in ("encoder.{layer}.q_proj", "decoder.{layer}.q_proj")}
     stack = make_stack(dict.fromkeys(paths, (16, 24)), num_layers=1, paths=paths)
     x, lora = torch.randn(2, 5, 16), attach(model, stack)
     with torch.no_grad(), lora.use(0):

@@ -118,9 +118,9 @@ class AdapterStack:
         self.partial = partial
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "_constants"
-        }  # copies have versions of their own
+        state = vars(self).copy()
+        state.pop("_constants", None)  # a copy's tensors have other versions
+        return state
 
     def fill_constants(self, scaling: float, rank: int) -> None:
         """Give all adapters one scaling and one rank in every layer, in place.

@@ -215,8 +215,8 @@ def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int)
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
         if type(weight).__name__ == "DTensor":
             raise ValueError(
-                f"model: the weight of {target.path} is sharded over devices (a DTensor, as of torch's tensor parallelism or "
-                "fully_shard), which adapters cannot follow; spread whole layers (device_map) or use vLLM (t2l serve)"
+                f"model: the weight of {target.path} is sharded over devices (a DTensor, as of torch's tensor parallelism "
+                "or fully_shard), which adapters cannot follow; spread whole layers (device_map) or use vLLM (t2l serve)"
             )
 
 
