@@ -1,5 +1,5 @@
 // Hypernetwork trunk as one fused kernel: a block, or a cluster of blocks, takes a tile of (task, module, layer) rows
-// through the mixer and three MLPs.
+// through the mixer and three MLPs, and encodes their tasks first where the encoder is linear.
 //
 // Activations stay in shared memory: float32 for LayerNorm, SiLU and residuals, rounded to the weights' type as MMA
 // operands. Weights are loaded from L2 directly into MMA fragments.  A warp tile is 16 weight rows over all of K: there is
