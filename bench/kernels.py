@@ -173,12 +173,6 @@ def designed_blocks(kernel: str) -> int:
     return 2 if dtype != "float" and small[kind] else 1
 
 
-def is_decode(kernel: str) -> bool:
-    """Whether it is the LoRA kernel of decode steps, without code for anything else."""
-    kind, _, tiles = parts(kernel)
-    return kind == "lora" and tiles[-1] == 1
-
-
 def broken_rules(made: Table) -> list[str]:
     """A line for every rule that a kernel breaks."""
     return [
@@ -187,12 +181,13 @@ def broken_rules(made: Table) -> list[str]:
 
 
 def _faults(arch: str, kernel: str, usage: Usage) -> Iterator[str]:
-    kind, dtype, _ = parts(kernel)
+    kind, dtype, tiles = parts(kernel)
     if bool(usage["cluster_barriers"]) != (clusters := kind == "trunk" and arch != "sm_80"):
         yield f"{usage['cluster_barriers']} cluster barriers, expected {'some' if clusters else 'none'}"
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
-    if is_decode(kernel) and usage["instructions"] > DECODE_INSTRUCTIONS:
+    is_decode = kind == "lora" and tiles[-1] == 1
+    if is_decode and usage["instructions"] > DECODE_INSTRUCTIONS:
         yield f"{usage['instructions']} instructions, expected {DECODE_INSTRUCTIONS} at most (in a model its code is cold)"
     if usage["global_atomics"]:
         yield f"{usage['global_atomics']} atomic operations on global memory, expected none"

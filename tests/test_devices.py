@@ -9,7 +9,7 @@ from t2l_engine import AdapterBatch, AdapterStack, attach
 from t2l_engine.lora import slots
 from t2l_engine.lora.locate import device_of
 
-FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)  # different devices to a dictionary, one memory
+SECOND = torch.device("cpu", 1)  # to a dictionary another device than "cpu", but the same memory
 SHAPES = {"q_proj": (16, 24), "o_proj": (24, 16)}
 
 

@@ -88,12 +88,14 @@ inline int64_t lora_slice_outputs(const LoraParams* members, int64_t count, int6
   return size;
 }
 
+inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
 // One token a block, 16-bit operands and weights stored as generated adapters are, rows of whole k-blocks or runs of eight
 // outputs at 16-byte boundaries, y added to.
 inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraConfig& c) {
   bool all = c.one_token_per_block && bytes_of(lora_compute_type(members[0])) == 2;
   const auto aligned = [](const void* data, std::initializer_list<int64_t> strides) {
-    bool whole = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+    bool whole = is_aligned(data);
     for (const int64_t stride : strides) whole = whole && stride % 8 == 0;
     return whole;
   };
@@ -258,8 +260,7 @@ inline int64_t head_latent_rows(const HeadParams& p) { return p.tasks * p.ranks 
 
 inline bool head_is_aligned(const HeadParams& p) {
   const int64_t quad = 16 / bytes_of(p.w_type);
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  bool all = p.h % quad == 0 && aligned(p.weight) && aligned(p.latent);
+  bool all = p.h % quad == 0 && is_aligned(p.weight) && is_aligned(p.latent);
   for (const int64_t stride : p.latent_stride) all = all && stride % quad == 0;
   return all;
 }

@@ -317,28 +317,20 @@ template <class T, bool kDecode>
 T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int first, int last) {
   constexpr int kLine = 128;
   const int64_t size = cuda::bytes_of(w_type_of<T>(p)), a_bytes = p.in * size;
-  if constexpr (kDecode) {  // lines of rows of A, then of the slice of rows of B
-    const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * 2;
-    const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first) * 2;
-    for (int i = warp_index(); i < rank; i += kWarps) {
-      const char* a_row = a + i * p.a_stride_rank * 2;
-      const char* b_row = b + i * p.b_stride_rank * 2;
-#pragma unroll 1
-      for (int at = lane_index() * kLine; at < static_cast<int>(a_bytes); at += 32 * kLine) prefetch(a_row + at);
-#pragma unroll 1
-      for (int at = lane_index() * kLine; at < 2 * (last - first); at += 32 * kLine) prefetch(b_row + at);
-    }
-    return;
-  }
   const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
+#pragma unroll 1
   for (int i = warp_index(); i < rank; i += kWarps)
+#pragma unroll 1
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
   // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
-  const bool by_rank = p.b_stride_out == 1;
-  const char* b = static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * p.b_stride_out) * size;
+  const bool by_rank = kDecode || p.b_stride_out == 1;
+  const char* b =
+      static_cast<const char*>(p.b) + (adapter * p.b_stride_adapter + first * (by_rank ? 1 : p.b_stride_out)) * size;
   const int64_t stride = (by_rank ? p.b_stride_rank : p.b_stride_out) * size;
   const int64_t rows = by_rank ? rank : last - first, row_bytes = (by_rank ? last - first : rank) * size;
+#pragma unroll 1
   for (int64_t i = by_rank ? warp_index() : thread_index(); i < rows; i += by_rank ? kWarps : kThreads)
+#pragma unroll 1
     for (int64_t at = by_rank ? lane_index() * kLine : 0; at < row_bytes; at += by_rank ? 32 * kLine : kLine)
       prefetch(b + i * stride + at);
 }

@@ -349,10 +349,8 @@ std::string check_clusters() {
         float* names = shared.take<float>(4 * kCluster);
         const int64_t block = emu::block_index_y() * kColumns + block_index(), place = block % kCluster;
         cluster_barrier();
-        const float name[4] = {static_cast<float>(1 + block), 0, 0, 0};
-        Quad q = zero_quad();
-        q.word[0] = float_to_bits(name[0]);
-        if (thread_index() < kCluster) store_to_block(names + 4 * place, thread_index(), q);
+        const Quad name{{float_to_bits(static_cast<float>(1 + block)), 0, 0, 0}};
+        if (thread_index() < kCluster) store_to_block(names + 4 * place, thread_index(), name);
         cluster_barrier();
         if (thread_index() < kCluster) told[block * kCluster + thread_index()] = names[4 * thread_index()];
       });
