@@ -1,6 +1,7 @@
 """t2l_engine: generates LoRA adapters for a frozen language model from sentences, and serves them without PEFT."""
 
 from t2l_engine import ops
+from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterError, AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
@@ -10,6 +11,7 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.library import AdapterLibrary
 from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.lora.locate import shards
 from t2l_engine.ops.segments import AdapterBatch
 from t2l_engine.text.config import EncoderConfig, OneHotConfig, ReaderConfig
 from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
@@ -32,6 +34,7 @@ __all__ = [
     "OneHotConfig",
     "OneHotEncoder",
     "ReaderConfig",
+    "Shard",
     "TextEncoder",
     "TextReader",
     "TextToLoRA",
@@ -39,4 +42,5 @@ __all__ = [
     "attach",
     "bundled_checkpoints",
     "ops",
+    "shards",
 ]

@@ -203,17 +203,3 @@ def test_a_linear_that_moves_its_input(fake):
     x = torch.empty(1, 5, 16, device=cards[0])
     with lora.use(0):
         assert model.layers[3]["q_proj"](x).device == cards[3]
-
-
-def test_a_tensor_parallel_linear_is_refused_by_name(stack, tmp_path):
-    from torch.distributed import destroy_process_group, init_process_group
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = parallelize_module(Model(), init_device_mesh("cpu", (1,)), {"layers.1.q_proj": ColwiseParallel()})
-        with pytest.raises(ValueError, match=r"model: the weight of layers.1.q_proj is sharded over devices \(a DTensor"):
-            attach(model, stack)
-    finally:
-        destroy_process_group()

@@ -24,7 +24,7 @@ def test_import_costs_little_more_than_torch():
     own = {name for name in added if name.split(".")[0] == "t2l_engine"}
     stdlib = tuple(sys.stdlib_module_names) + ("_sysconfigdata_",)  # the last one's name goes on with that of the system
     others = {name for name in added - own if not name.split(".")[0].startswith(stdlib)}
-    assert len(own) < 48 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
+    assert len(own) < 50 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
     assert len(others) < 100, "torch's FLOP counter, which brings triton (some 70 modules) where it is installed"
 
 

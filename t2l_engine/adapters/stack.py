@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from t2l_engine.adapters import gguf_write, peft, peft_write
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
+from t2l_engine.adapters.shard import Shard
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
 
@@ -233,6 +234,25 @@ class AdapterStack:
             beyond = torch.arange(a.shape[2], device=a.device) >= self.ranks[name][..., None]  # [N, n, r]
             lora_A[name] = a.masked_fill(beyond[..., None], 0)
             lora_B[name] = self.lora_B[name].mT.masked_fill(beyond[..., None], 0).mT
+        return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
+
+    def shard(self, shards: Mapping[str, Shard]) -> AdapterStack:
+        """Views of the features that ``shards`` names by module, such as :func:`shards` gives; other modules are whole.
+
+        Raises ValueError for a module that the stack lacks, or features that it does not have.
+
+        >>> import torch
+        >>> import t2l_engine as t2l
+        >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
+        >>> stack.shard({"q_proj": t2l.Shard((0, 8), (3, 6))}).sizes["q_proj"]
+        (1, 8, 3)
+        """
+        lora_A, lora_B = dict(self.lora_A), dict(self.lora_B)
+        for name, shard in shards.items():
+            sizes = self.sizes.get(name)
+            shard.check(f"shards: {name}", sizes and sizes[1:])
+            lora_A[name] = lora_A[name][..., slice(*shard.in_features)]
+            lora_B[name] = lora_B[name][:, :, slice(*shard.out_features)]
         return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from t2l_engine import ops
 from t2l_engine.adapters.paths import module_names
+from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
@@ -227,6 +229,42 @@ class HyperNetwork(nn.Module):
         folded = self._packed.folded
         return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
+    @torch.no_grad()
+    def shard(self, shards: Mapping[str, Shard]) -> HyperNetwork:
+        """A hypernetwork for the features that ``shards`` names by module, such as :func:`shards` gives.
+
+        It generates what :meth:`AdapterStack.shard` takes of this one's adapters, without computing the rest, and has copies
+        of the rows of the heads that it needs; other parameters are shared.  For inference: gradients stop here.
+
+        Raises ValueError for a module that there is not, features that it does not have, and variants whose heads make A and
+        B with the same rows, all of which every process needs: :meth:`LoRAHandle.put` adapters that are whole.
+        """
+        c = self.config
+        if c.num_sides == 2:
+            raise ValueError(f"shards: expected a variant with heads of their own for A and B, got {c.variant}; use put()")
+        sizes = dict(zip(self._paths, zip(c.in_features, c.out_features, strict=True), strict=True))
+        for name, shard in shards.items():
+            shard.check(f"shards: {name}", sizes.get(name))
+        kept = {
+            name: shards.get(path, Shard((0, i), (0, o)))
+            for name, (path, (i, o)) in zip(c.modules, sizes.items(), strict=True)
+        }
+        n_in, n_out = zip(*(shard.sizes for shard in kept.values()), strict=True)
+        with torch.device("meta"):
+            net = HyperNetwork(dataclasses.replace(c, in_features=n_in, out_features=n_out))
+        state = self.state_dict()
+        for key, tensor in state.items():
+            part, name, *rest = key.split(".")
+            if part == "heads":
+                i, per_latent = c.modules.index(name), c.rank // c.num_ranks
+                state[key] = _rows(tensor, per_latent, (c.in_features[i], c.out_features[i]), kept[name])
+            elif part == "offsets":
+                of_A, of_B = (slice(*ends) for ends in kept[name])
+                state[key] = (tensor[..., of_A] if key.endswith("A") else tensor[:, of_B]).clone()
+                setattr(net.offsets[name], rest[-1], state[key])
+        net.load_state_dict(state, assign=True)
+        return net.eval()
+
     def meta_stack(self, count: int) -> AdapterStack:
         """A stack of the shapes and the dtype of :meth:`generate`'s for ``count`` descriptions, which takes no memory.
 
@@ -336,6 +374,13 @@ class HyperNetwork(nn.Module):
                     f"out: {name}: expected lora_A {wanted[0]} and lora_B {wanted[1]} on {device}, "
                     f"got {tuple(a.shape)} and {tuple(b.shape)} on {a.device}"
                 )
+
+
+def _rows(tensor: Tensor, per_latent: int, features: tuple[int, int], shard: Shard) -> Tensor:
+    """Copies of the rows of an unshared head's weight or bias that make the part ``shard`` of ``features`` (in, out)."""
+    A, B = tensor.split([per_latent * size for size in features])
+    parts = zip((A, B), features, shard, strict=True)
+    return torch.cat([t.unflatten(0, (-1, size))[:, slice(*kept)].flatten(0, 1) for t, size, kept in parts])
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
-from t2l_engine.lora.layer import LoRALinear, Member
+from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear
 from t2l_engine.lora.locate import (
     Packed,
     Target,
@@ -20,10 +20,12 @@ from t2l_engine.lora.locate import (
     device_of,
     features,
     find_all,
+    find_sharding,
     is_transposed,
     same_place,
 )
 from t2l_engine.lora.routing import Ids, Routing
+from t2l_engine.lora.sharding import local
 from t2l_engine.lora.slots import Slots
 
 CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
@@ -34,7 +36,8 @@ class LoRAHandle:
 
     Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; adapters are
     copied (:meth:`put`) or written (:meth:`fill`) into them.  Layers may lie on several devices (transformers'
-    ``device_map``); their slots lie beside them.  Not thread-safe: ids are state of the model, not of a call.
+    ``device_map``); their slots lie beside them.  Linears that tensor parallelism has divided among processes have slots for
+    each process' part; all processes make the same calls.  Not thread-safe: ids are state of the model, not of a call.
     With gradient checkpointing, call ``backward()`` while the same ids are set and before another training forward pass,
     else it raises RuntimeError; reentrant checkpointing needs train mode.  Code under ``torch.compile`` is not checked: call
     ``backward()`` before setting other ids.
@@ -104,6 +107,10 @@ class LoRAHandle:
         for name, (key, _) in matched.items():
             if key not in self._slots:
                 raise ValueError(f"stack: module {name} is not attached; attach a stack that has it first")
+            if self._slots[key].sharding:
+                raise ValueError(
+                    f"stack: {name} is divided among processes (tensor parallelism), where adapters are not trained"
+                )
         before = self._state()
         overrides: dict[torch.device, dict[tuple[str, int], dict[str, Tensor]]] = {}
         for device, routing in self._routings.items():
@@ -208,6 +215,12 @@ class LoRAHandle:
             )
         self._reserve(like)
         places = {name: self._slots[self._keys[path]] for name, path in like.paths.items()}
+        for name, (_, *sizes) in like.sizes.items():
+            if tuple(sizes) != places[name].features:
+                raise ValueError(
+                    f"like: {name}: expected the in/out features {places[name].features} of this process, got "
+                    f"{tuple(sizes)}; generate them with HyperNetwork.shard(shards(model, like)), or use put()"
+                )
         dtypes = {name: slots.dtype for name, slots in places.items()}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"like: expected modules whose slots have one dtype, got {short_repr(dtypes)}; use put()")
@@ -255,7 +268,8 @@ class LoRAHandle:
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
-                slots = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model))
+                sharding = find_sharding(model, name, targets)
+                slots = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
                 self._slots[key] = slots
                 for device in slots.parts:
                     self._reach(device)
@@ -281,7 +295,12 @@ class LoRAHandle:
         # Another member of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
-            wrapped = LoRALinear(target.linear, self._routings[device])
+            routing, sharding = self._routings[device], slots.sharding
+            wrapped = (
+                LoRALinear(target.linear, routing)
+                if sharding is None
+                else ShardedLoRALinear(target.linear, routing, sharding)
+            )
             setattr(target.parent, target.attribute, wrapped)
             self._wrapped.append((target, wrapped))
         start = None if target.columns is None else target.columns[0]
@@ -291,7 +310,7 @@ class LoRAHandle:
     def _match(self, stack: AdapterStack) -> dict[str, tuple[str, dict[int, Target]]]:
         """Module name of ``stack`` -> key of its slots (existing or not) and its linears by layer."""
         slots = {path: self._slots[key] for path, key in self._keys.items() if key in self._slots}
-        known = {path: (one.targets, one.features) for path, one in slots.items()}
+        known = {path: (one.targets, one.fitting) for path, one in slots.items()}
         found = find_all(self._check_attached(), stack, self._packed, known)
         matched: dict[str, tuple[str, dict[int, Target]]] = {}
         for name, targets in found.items():
@@ -326,8 +345,9 @@ class LoRAHandle:
         try:
             for _, wrapped in self._wrapped:
                 merged = _merged_weight(wrapped, index)
-                self._merged.append((wrapped, wrapped.weight.detach().clone()))
-                _overwrite(wrapped.weight, merged)
+                weight = local(wrapped.weight)
+                self._merged.append((wrapped, weight.detach().clone()))
+                _overwrite(weight, merged)
         except BaseException:  # such as out of memory
             self.unmerge()
             raise
@@ -360,7 +380,7 @@ class LoRAHandle:
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
         for wrapped, original in self._merged:
-            _overwrite(wrapped.weight, original)
+            _overwrite(local(wrapped.weight), original)
         self._merged = None
         for routing in self._routings.values():
             routing.merged = False
@@ -394,7 +414,7 @@ class LoRAHandle:
 
 def _merged_weight(wrapped: LoRALinear, index: int) -> Tensor:
     """The weight of ``wrapped`` plus adapter ``index``, in float32 or wider."""
-    weight = wrapped.weight
+    weight = local(wrapped.weight)
     exact = torch.promote_types(weight.dtype, torch.float32)
     merged = weight.to(exact, copy=True)
     rows = merged.T if is_transposed(wrapped.base) else merged

@@ -14,6 +14,7 @@ from t2l_engine.adapters.paths import LAYER
 from t2l_engine.lora.autograd import AdaptedLinear, is_plain
 from t2l_engine.lora.locate import features
 from t2l_engine.lora.routing import Routing
+from t2l_engine.lora.sharding import Sharding, is_distributed
 
 # The ops themselves, without the calls of their wrappers.
 _add = torch.ops.t2l_engine.lora_add_.default
@@ -248,6 +249,71 @@ class LoRALinear(nn.Module):
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError("this model has adapters attached; detach them before pickling it (state_dict() may be saved)")
+
+
+class ShardedLoRALinear(LoRALinear):
+    """A :class:`LoRALinear` whose ``base`` is divided among processes (tensor parallelism); for inference.
+
+    Where output features are divided, each process adds the update of its own.  Where input features are, each has a part of
+    ``A x``, ``[tokens, r]``: these are added up while ``base`` computes, in float32, after a rounding to the dtype of A.
+
+    Source: S-LoRA (arXiv 2311.03285) section 6, whose partition of A and B this is where the base's is Megatron-LM's.
+    """
+
+    def __init__(self, base: nn.Module, routing: Routing, sharding: Sharding):
+        super().__init__(base, routing)
+        self._sharding = sharding
+        self._identities: dict[str, tuple[Tensor, Tensor]] = {}  # by key: [slots, r, r], and scalings of 1
+
+    def add_member(self, member: Member) -> None:
+        """Adapt one more module."""
+        super().add_member(member)
+        slots, r, _ = member.lora_A.shape
+        eye = torch.eye(r, dtype=member.lora_A.dtype, device=member.lora_A.device)
+        self._identities[member.key] = eye.expand(slots, -1, -1), torch.ones_like(member.scaling)
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        """As :meth:`LoRALinear.forward`; RuntimeError while gradients are recorded and adapters are in use."""
+        x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
+        if routing.ids is None and routing.batch is None:
+            return self.base(*args, **kwargs)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{self.extra_repr()}: adapters of a linear that is divided among processes have no gradients; call the "
+                "model under torch.no_grad() or torch.inference_mode()"
+            )
+        n_in, n_out = self._sharding.shard.sizes
+        self._check("input", x, (*x.shape[:-1], n_in))
+        batch = routing.segments(x.shape[:-1])
+        segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
+        sums = [] if self._sharding.group is None else [self._sum(x, m, segments) for m in self.members]
+        y = self.base(*args, **kwargs)
+        self._check("output", y, (*x.shape[:-1], n_out))
+        y = y.contiguous()
+        if self._sharding.group is None:
+            inner = x.to(y.dtype).contiguous()
+            for m in self.members:
+                _add(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+        for m, (total, work) in zip(self.members, sums, strict=False):
+            work.wait()
+            _add(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
+        return y
+
+    def _sum(self, x: Tensor, m: Member, segments: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Any]:
+        """``A x`` ``[..., r]`` in float32 or wider, once the work that is returned with it is done."""
+        A, (eye, ones) = m.lora_A, self._identities[m.key]
+        part = ops.lora_delta(x.to(A.dtype).contiguous(), A, eye, ones, *segments, m.ranks)
+        total = part.to(torch.promote_types(A.dtype, torch.float32))
+        return total, torch.distributed.all_reduce(total, group=self._sharding.group, async_op=True)
+
+    def _check(self, what: str, value: object, shape: tuple[int, ...]) -> None:
+        if isinstance(value, Tensor) and not is_distributed(value) and tuple(value.shape) == shape:
+            return
+        got = f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise RuntimeError(
+            f"{self.extra_repr()}: expected an {what} {shape} of this process as a plain tensor, got {got}: sequence "
+            "parallelism and gathered outputs are not supported"
+        )
 
 
 def _own_names(layer: LoRALinear, keys) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.paths import LAYER, path_template
+from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
+from t2l_engine.lora.sharding import Sharding, check_not_fsdp, is_distributed, sharding
 
 #: Packed projection -> its modules in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -206,22 +208,56 @@ def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> 
 
 
 def check_features(name: str, targets: dict[int, Target], n_in: int, n_out: int) -> None:
-    """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device or
-    spread over devices."""
+    """ValueError unless all ``targets`` have these features, as far as they are known, and none is on the meta device."""
     for layer, target in targets.items():
         check_shape(name, layer, target, n_in, n_out)
         weight = getattr(target.linear, "weight", None)
         if isinstance(weight, Tensor) and weight.is_meta:
             raise ValueError(f"model: {target.path} is on the meta device; load its weights first")
-        if type(weight).__name__ == "DTensor":
+
+
+def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sharding | None:
+    """How the linears of module ``name`` are divided among processes, None if they are not.
+
+    Raises ValueError as :func:`.sharding.sharding`, if layers differ, and for weights that ``fully_shard`` has divided.
+    """
+    for target in targets.values():
+        if is_distributed(getattr(target.linear, "weight", None)):
+            check_not_fsdp(model, target.path)
+            break
+    found = {i: sharding(target.linear, target.path, target.columns is not None) for i, target in targets.items()}
+    (first, common), *others = found.items()
+    for layer, other in others:
+        if (other and other.shard) != (common and common.shard):
             raise ValueError(
-                f"model: the weight of {target.path} is sharded over devices (a DTensor, as of torch's tensor parallelism "
-                "or fully_shard), which adapters cannot follow; spread whole layers (device_map) or use vLLM (t2l serve)"
+                f"model: {name}: expected layers divided alike among processes, got others in {first} and {layer}"
             )
+    return common
 
 
-#: Path -> linears that were found before, and the (in, out) features of their slots.
-Known = Mapping[str, tuple[dict[int, Target], tuple[int, int]]]
+def shards(model: nn.Module, stack: AdapterStack, packed: Packed | None = None) -> dict[str, Shard]:
+    """Module name of ``stack`` -> what this process has of its linears, for modules that tensor parallelism has divided.
+
+    Empty for a model that one process has.  ``stack``: adapters of whole linears, or :meth:`HyperNetwork.meta_stack`;
+    ``packed`` as for :func:`attach`.  Raises ValueError as :func:`attach`.
+
+    Source: tensor parallelism as in Megatron-LM (arXiv 1909.08053).
+
+    >>> import torch
+    >>> import t2l_engine as t2l
+    >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+    >>> stack = t2l.AdapterStack({"q_proj": torch.ones(2, 1, 2, 8)}, {"q_proj": torch.ones(2, 1, 6, 2)}, torch.ones(2))
+    >>> t2l.shards(model, stack)
+    {}
+    """
+    check_stack("stack", stack)
+    found = find_all(model, stack, packed)
+    divided = {name: find_sharding(model, name, targets) for name, targets in found.items()}
+    return {name: one.shard for name, one in divided.items() if one is not None}
+
+
+#: Path -> linears that were found before, and the pairs of (in, out) features that fit their slots.
+Known = Mapping[str, tuple[dict[int, Target], Collection[tuple[int, int]]]]
 
 
 def find_all(
@@ -240,10 +276,13 @@ def find_all(
             if same_place(taken, targets):
                 raise ValueError(f"{name}: the model has it and {other} in the same place")
         check_layers(name, stack, targets)
-        if sizes != checked:
-            check_features(name, targets, *sizes)
+        if checked is None or sizes not in checked:
+            divided = find_sharding(model, name, targets)
+            if divided is None or sizes != divided.shard.sizes:
+                check_features(name, targets, *sizes)
             if checked is not None:  # of linears that do not state their features
-                raise ValueError(f"{name}: the adapter has in/out features {sizes}, its slots have {checked}")
+                wanted = " or ".join(map(str, sorted(checked)))
+                raise ValueError(f"{name}: the adapter has in/out features {sizes}, its slots have {wanted}")
         found[name] = targets
     return found
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine.lora.locate import Target, device_of, slot_dtype
+from t2l_engine.lora.sharding import Sharding
 
 
 class Part(NamedTuple):
@@ -25,8 +26,8 @@ class Part(NamedTuple):
 class Slots:
     """``count`` slots for adapters of rank ``rank`` at most, for the linears ``targets`` by layer; empty: rank 0.
 
-    ``features``: (in, out).  ``dtype``: of linears whose weights are quantised.  ``elsewhere``: the device of those without
-    weights.
+    ``features``: (in, out).  ``sharding``: how the linears are divided among processes; the slots are for this one's part.
+    ``dtype``: of linears whose weights are quantised.  ``elsewhere``: the device of those without weights.
     """
 
     def __init__(
@@ -37,8 +38,13 @@ class Slots:
         features: tuple[int, int],
         dtype: torch.dtype,
         elsewhere: torch.device,
+        sharding: Sharding | None,
     ):
-        self.targets, self.features = targets, features
+        self.targets, self.sharding = targets, sharding
+        #: (in, out) of A and B here.
+        self.features = sharding.shard.sizes if sharding else features
+        #: Those of adapters that fit: of this process' part, or whole ones.
+        self.fitting = {self.features, sharding.features} if sharding else {self.features}
         devices = {layer: device_of(target.linear, elsewhere) for layer, target in sorted(targets.items())}
         distinct = dict.fromkeys(devices.values())
         dtype = slot_dtype(next(iter(targets.values())).linear, dtype)
@@ -47,7 +53,7 @@ class Slots:
             # On one device also layers without a linear: those of a stack are then a slice.
             layers = [i for i in range(max(targets) + 1) if len(distinct) == 1 or devices.get(i) == device]
             like, n = {"device": device, "dtype": dtype}, len(layers)
-            A, B = (torch.zeros(count, n, rank, width, **like) for width in features)
+            A, B = (torch.zeros(count, n, rank, width, **like) for width in self.features)
             self.parts[device] = Part(layers, A, B, torch.zeros(n, count, device=device, dtype=torch.int32))
         self._places = {layer: (device, self.parts[device].layers.index(layer)) for layer, device in devices.items()}
 
@@ -73,6 +79,9 @@ class Slots:
 
     def write(self, slot: int, A: Tensor, B: Tensor, ranks: Tensor) -> None:
         """Copy ``A [n, r, in]``, ``B [n, out, r]`` and ``ranks [n]`` of the first n layers into an empty slot."""
+        if self.sharding and (A.shape[2], B.shape[1]) != self.features:
+            shard = self.sharding.shard
+            A, B = A[..., slice(*shard.in_features)], B[:, slice(*shard.out_features)]
         r = min(A.shape[1], self.rank)  # without the padding that exceeds the slots
         for part in self.parts.values():
             layers = [i for i in part.layers if i < len(A)]

@@ -1,0 +1,75 @@
+"""Linears whose weights torch's tensor parallelism has divided among processes, as transformers' ``tp_plan`` has it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from t2l_engine.adapters.shard import Shard
+
+
+class Sharding(NamedTuple):
+    """The shard of this process.
+
+    ``features``: (in, out) of the whole linear.  ``group``: the processes that add up their products, None where output
+    features are divided.
+    """
+
+    shard: Shard
+    features: tuple[int, int]
+    group: Any
+
+
+def is_distributed(weight: object) -> bool:
+    """Whether ``weight`` is a DTensor; torch.distributed is not imported for it."""
+    return type(weight).__name__ == "DTensor"
+
+
+def local(weight: Tensor) -> Tensor:
+    """What this process has of ``weight``, in the same memory; ``weight`` itself unless it is a DTensor."""
+    return weight.to_local() if is_distributed(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
+    """How ``linear`` at ``path`` is divided, None if its weight is a plain tensor; ``packed``: it is several modules.
+
+    Raises ValueError for a weight that is divided in another way than tensor parallelism divides a linear.
+    """
+    weight: Any = getattr(linear, "weight", None)
+    if getattr(linear, "_hf_quantized_needs_local_tp", False):
+        raise ValueError(f"model: {path} is quantised and divided among processes, which adapters cannot follow")
+    if not is_distributed(weight):
+        return None
+    from torch.distributed.tensor.placement_types import Shard as Divided  # not every torch has it
+
+    mesh, placements = weight.device_mesh, weight.placements
+    features: Any = tuple(getattr(linear, name, None) for name in ("in_features", "out_features"))
+    dim = placements[0].dim % 2 if len(placements) == 1 and type(placements[0]) is Divided else None
+    if dim is None or features != tuple(reversed(weight.shape)):
+        raise ValueError(
+            f"model: {path}: expected a linear whose rows or columns are divided among the processes of a mesh of "
+            f"one dimension, got a {type(linear).__name__} with a weight {tuple(weight.shape)} placed {placements}"
+        )
+    if packed:
+        raise ValueError(f"model: {path} is a packed projection divided among processes; its modules' parts are mixed")
+    # As torch.chunk: equal parts, and what is left for the last.
+    size, part = weight.shape[dim], -(-weight.shape[dim] // mesh.size())
+    start = min(mesh.get_local_rank() * part, size)
+    ranges = [(0, n) for n in weight.shape]
+    ranges[dim] = start, min(start + part, size)
+    n_out, n_in = ranges
+    if local(weight).shape[dim] != ranges[dim][1] - start or not part * (mesh.size() - 1) < size:
+        raise ValueError(f"model: {path}: expected equal parts for {mesh.size()} processes, of {size} features")
+    return Sharding(Shard(n_in, n_out), features, mesh.get_group() if dim else None)
+
+
+def check_not_fsdp(model: nn.Module, path: str) -> None:
+    """ValueError if ``fully_shard`` has divided ``model`` and its linear at ``path``: products then see whole weights."""
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError(f"model: the weight of {path} is divided by fully_shard; attach the adapters before that")
