@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Shard(NamedTuple):
     """Half-open ranges of the input and output features of a linear that this process has.
 
-    Where output features are divided, a process has rows of B ``[out, r]`` and all of A ``[r, in]``; where input features are,
-    columns of A and all of B.  What takes a Shard raises ValueError for ranges that the linear does not have.
+    Where output features are divided, a process has rows of B ``[out, r]`` and all of A ``[r, in]``; where input features
+    are, columns of A and all of B.  What takes a Shard raises ValueError for ranges that the linear does not have.
 
     Source: tensor parallelism as in Megatron-LM (arXiv 1909.08053).
 
