@@ -37,6 +37,17 @@ constexpr int kSortBins = 1024;                         // histogram bins of the
 constexpr int kWarpOutputs = 64;                        // outputs of a warp tile of expand
 constexpr int64_t kMaxLoraFeatures = int64_t{1} << 30;  // in or out: 32-bit indices
 constexpr int64_t kMaxOneTokenBlocks = 64;              // batches of single tokens up to this size are not sorted
+constexpr int kShrinkParts = 4;                         // of the features of x, at most
+
+// Features of a part: whole k-blocks of 64 bytes for every warp, four each, so that a part's loads can all be in flight.
+// They depend on the number of features alone: however many blocks share the parts, sums have the same bits.
+T2L_ANYWHERE constexpr int64_t lora_part_features(int64_t in, int64_t element) {
+  const int64_t step = 4 * kWarps * 64 / element;
+  return step * max(1, ceil_div(in, step * kShrinkParts));
+}
+T2L_ANYWHERE constexpr int lora_parts(int64_t in, int64_t element) {
+  return static_cast<int>(ceil_div(in, lora_part_features(in, element)));
+}
 
 struct LoraConfig {
   int m_tiles;                     // tokens of a chunk / 16
@@ -47,6 +58,8 @@ struct LoraConfig {
   int64_t outputs;                 // outputs of a slice
   int slices;                      // of all members; those of a chunk are neighbours in the grid, so that they share x in L2
   int first_slice[kMaxGroup + 1];  // of each member; last, the number of slices
+  int cluster;                     // neighbouring slices whose blocks share the rank vectors: each makes parts of all
+  int parts;                       // of the features, at most
   int64_t v_stride;                // row stride of the rank vectors in shared memory, in floats
   int64_t shared_bytes;
 };
@@ -108,35 +121,75 @@ inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraC
   return all;
 }
 
-inline LoraConfig lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits, bool large_chunks) {
+// Blocks of a cluster: as many as the slices can be divided by, where x has parts to share and is that of all members.
+inline int lora_cluster(const LoraParams* members, int64_t count, int64_t slices, int64_t most) {
+  const LoraParams& p = members[0];
+  if (lora_parts(p.in, bytes_of(lora_compute_type(p))) < 2) return 1;
+  for (int64_t i = 1; i < count; ++i) {
+    const LoraParams& other = members[i];
+    if (other.x != p.x || other.x_stride != p.x_stride || other.in != p.in || other.scaling != p.scaling) return 1;
+  }
+  int64_t cluster = max(1, min(most, slices));
+  while (slices % cluster) --cluster;
+  return static_cast<int>(cluster);
+}
+
+constexpr int lora_n_tiles(int64_t tiles) { return tiles <= 1 ? 1 : tiles == 2 ? 2 : kWideTiles; }
+
+// What follows from the tiles of 8 ranks that a block makes rank vectors of: those of one member or, in clusters, of all.
+inline void choose_rank_tiles(const LoraParams* members, int64_t count, LoraConfig& c) {
+  const int64_t element = bytes_of(lora_compute_type(members[0]));
+  int64_t widest = 1, all = 0;
+  c.parts = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    widest = max(widest, ceil_div(members[i].rank, 8));
+    all += ceil_div(members[i].rank, 8);
+    c.parts = static_cast<int>(max(c.parts, lora_parts(members[i].in, element)));
+  }
+  const int64_t tiles = c.cluster > 1 ? all : widest;
+  // Chunks are cut for the widest member's.  Where no kernel has so many tiles beside theirs, there are more passes.
+  if (c.m_tiles <= large_m_tiles(element, lora_n_tiles(tiles))) c.n_tiles = lora_n_tiles(tiles);
+  const int64_t width = 8 * round_up(tiles, c.n_tiles), chunk = 16 * c.m_tiles;
+  c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
+  c.shared_bytes =
+      align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(c.decode ? 0 : kSortBins * sizeof(int)) +
+      align16(c.parts * kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
+}
+
+// `max_cluster`: of the device.
+inline LoraConfig lora_config(const LoraParams* members, int64_t count, int64_t max_cluster, const DeviceLimits& limits,
+                              bool large_chunks) {
   const LoraParams& p = members[0];
   LoraConfig c{};
   int64_t rank = 1;
   for (int64_t i = 0; i < count; ++i) rank = max(rank, members[i].rank);
   const int64_t element = bytes_of(lora_compute_type(p));
   c.one_token_per_block = !large_chunks && p.max_seg_len <= 1 && p.segments == p.tokens && p.tokens <= kMaxOneTokenBlocks;
-  c.n_tiles = rank <= 8 ? 1 : rank <= 16 ? 2 : kWideTiles;
+  c.n_tiles = lora_n_tiles(ceil_div(rank, 8));
   c.m_tiles = large_chunks ? large_m_tiles(element, c.n_tiles) : 1;
   const int64_t chunk = 16 * c.m_tiles;
   const int64_t used_adapters = min(p.adapters + (p.accumulate ? 0 : 1), p.segments);  // adapters in use, at most
   c.chunks = c.one_token_per_block ? p.tokens : min(p.tokens, p.tokens / chunk + used_adapters);
   if (p.bad_ids && p.segments) c.chunks = max(c.chunks, 1);  // a block that counts, even without adapters
-  const int64_t blocks = lora_blocks_per_sm(element, c.m_tiles) * limits.num_sms;
-  c.outputs = lora_slice_outputs(members, count, c.chunks, blocks);
+  const int64_t blocks_per_sm = lora_blocks_per_sm(element, c.m_tiles);
+  c.outputs = lora_slice_outputs(members, count, c.chunks, blocks_per_sm * limits.num_sms);
   for (int64_t i = 0; i < count; ++i)
     c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(lora_slices(members[i], c.outputs));
   c.slices = c.first_slice[count];
-  const int64_t width = round_up(rank, 8 * c.n_tiles);
-  c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.decode = lora_is_decode(members, count, c);
-  c.shared_bytes = align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) +
-                   align16(c.decode ? 0 : kSortBins * sizeof(int)) +
-                   align16(kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
+  c.cluster = lora_cluster(members, count, c.slices, max_cluster);
+  choose_rank_tiles(members, count, c);
+  if (c.cluster > 1 && blocks_per_sm * c.shared_bytes > limits.shared_bytes) {  // fewer blocks would run at once
+    c.cluster = 1;
+    choose_rank_tiles(members, count, c);
+  }
   return c;
 }
 
-inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, const DeviceLimits& limits) {
-  const LoraConfig small = lora_config(members, count, limits, false), large = lora_config(members, count, limits, true);
+inline LoraConfig choose_lora_config(const LoraParams* members, int64_t count, int64_t max_cluster,
+                                     const DeviceLimits& limits) {
+  const LoraConfig small = lora_config(members, count, max_cluster, limits, false);
+  const LoraConfig large = lora_config(members, count, max_cluster, limits, true);
   // Large chunks read A and B least often.  They pay once they fill all SMs: with fewer chunks, outputs are split into
   // slices, and every slice reads x again.
   const int64_t element = bytes_of(lora_compute_type(members[0]));

@@ -109,11 +109,6 @@ T2L_DEVICE void store_float(void* p, int64_t index, DType type, float value) {
   store_one(static_cast<float*>(p) + index, value);
 }
 
-// 64-bit vector load or store.
-struct alignas(8) Pair {
-  uint32_t word[2];
-};
-
 T2L_DEVICE void unpack_two(uint32_t word, bf16, float* first, float* second) {
   *first = bits_to_float(word << 16);
   *second = bits_to_float(word & 0xffff0000u);

@@ -62,7 +62,7 @@ T2L_DEVICE void exchange(const TrunkTile<T>& tile, Element* panel, int64_t strid
     const Quad q = *reinterpret_cast<const Quad*>(at);
 #pragma unroll 1
     for (int distance = 1; distance < tile.cluster; ++distance)
-      store_to_block(at, (tile.block + distance) & (tile.cluster - 1), q);
+      OfBlock(at, sizeof(Quad), (tile.block + distance) & (tile.cluster - 1)).store(0, q);
   }
   cluster_barrier();
 }

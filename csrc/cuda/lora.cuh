@@ -2,10 +2,12 @@
 //
 // A block takes a chunk of tokens of one adapter and a slice of the outputs of one member.
 //
-// Shrink: v = A x is split-K over the eight warps of the block: warp w takes k-blocks w, w + 8, ... of 64 bytes, and the
-// partial sums are reduced in shared memory in the order of warps.  Every slice of a chunk recomputes v: A comes from L2,
-// and there is no synchronisation between blocks.  Expand: every warp computes 64 outputs at a time.  The order of every sum
-// depends on the number of features and the rank alone, so results are batch-invariant: prefill and decode agree bitwise.
+// Shrink: v = A x is split-K over parts of the features and, in a part, over the eight warps of the block: warp w takes
+// k-blocks w, w + 8, ... of 64 bytes, and the partial sums are reduced in shared memory, in the order of parts and warps.
+// The blocks of a cluster share the slices of a chunk: each makes its parts of the rank vectors of all their members, so
+// that x and A are read once, and stores them in every block.  Without clusters each slice makes all of v anew: A comes from
+// L2. Expand: every warp computes 64 outputs at a time.  The order of every sum depends on the number of features and the
+// rank alone, so results are batch-invariant: prefill and decode agree bitwise.
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
@@ -38,6 +40,7 @@ struct Rows {
       : data(static_cast<const char*>(first)), stride(stride_elements * cuda::bytes_of(element)), type(element) {
     aligned = is_aligned(first, stride);
   }
+  T2L_DEVICE Rows(DType element, bool are_aligned) : data(nullptr), stride(0), type(element), aligned(are_aligned) {}
   T2L_DEVICE const char* row(int64_t i) const { return data + i * stride; }
   // 16 bytes of T from feature k on; the row is aligned and has them all.
   T2L_DEVICE Quad load_full(const char* row, int64_t k) const {
@@ -85,17 +88,60 @@ T2L_DEVICE DType w_type_of(const LoraParams& p) {
   return sizeof(T) == 4 ? p.w_type : Traits<T>::kType;
 }
 
-// Split-K partial sums of this warp, for ranks [first_rank, first_rank + 8 * NT) of every token.
+// Eight ranks of a member, from the first on.
+struct RankTile {
+  int member, first;
+  int count;  // that the adapter has: less than eight in its last tile, zero beyond all
+};
+
+// The tiles of kMaxGroup members one after the other.  Lane i has the rank of the i-th, later ones 0.
+class RankTiles {
+ public:
+  T2L_DEVICE explicit RankTiles(int lane_rank) : rank_(lane_rank), end_(tiles_of(lane_rank)) {
+#pragma unroll
+    for (int distance = 1; distance < kMax; distance *= 2) {
+      const int below = shuffle_up(end_, distance);
+      if (lane_index() >= distance) end_ += below;
+    }
+  }
+  T2L_DEVICE int rank(int member) const { return shuffle(rank_, member); }
+  T2L_DEVICE int first_of(int member) const { return shuffle(end_ - tiles_of(rank_), member); }
+  T2L_DEVICE int total() const { return shuffle(end_, kMax - 1); }
+  T2L_DEVICE RankTile at(int tile) const {
+    const int member = count_lanes(lane_index() < kMax && end_ <= tile);  // kMax beyond the last tile
+    if (member == kMax) return RankTile{0, 0, 0};
+    const int first = 8 * (tile - first_of(member));
+    return RankTile{member, first, rank(member) - first};
+  }
+
+ private:
+  static constexpr int kMax = cuda::kMaxGroup;
+  T2L_DEVICE static int tiles_of(int rank) { return (rank + 7) / 8; }
+  int rank_, end_;
+};
+
+// The rows of A of NT tiles that this lane loads; null beyond the rank.
+template <class T, int NT>
+struct RowsOfA {
+  const char* row[NT];
+  bool aligned = true;
+  T2L_DEVICE void set(int nt, const LoraParams& p, int adapter, const RankTile& tile) {
+    const int64_t size = cuda::bytes_of(w_type_of<T>(p)), stride = p.a_stride_rank * size;
+    const char* first = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
+    const int g = lane_index() / 4;
+    row[nt] = g < tile.count ? first + (tile.first + g) * stride : nullptr;
+    aligned = aligned && is_aligned(first, stride);
+  }
+};
+
+// Partial sums of this warp over the features [begin, end) of every token, for the ranks of `of_a`.
 template <class T, int MT, int NT, bool kDecode>
-T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_rank, const int* tokens, int count,
-                       float* partial) {
+T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const int* tokens, int count,
+                       float (&sum)[MT][NT][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const DType w_type = w_type_of<T>(p);
-  const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p));
-  const Rows<T> a(static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * cuda::bytes_of(w_type), p.a_stride_rank,
-                  w_type);
+  const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p)), a(w_type_of<T>(p), of_a.aligned);
+  const auto& a_row = of_a.row;
   const char* x_row[MT][2];  // null: padding
-  const char* a_row[NT];
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
@@ -103,12 +149,6 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
       const int i = 16 * mt + 8 * half + g;
       x_row[mt][half] = i < count ? x.row(tokens[i]) : nullptr;
     }
-#pragma unroll
-  for (int nt = 0; nt < NT; ++nt) {
-    const int i = first_rank + 8 * nt + g;
-    a_row[nt] = i < rank ? a.row(i) : nullptr;
-  }
-  float sum[MT][NT][4] = {};
   constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT);
   Quad x_quad[kInFlight][MT][2], a_quad[kInFlight][NT];
   const auto multiply = [&](int u) {
@@ -118,9 +158,10 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
       for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], x_quad[u][mt][0], x_quad[u][mt][1], a_quad[u][nt], T());
   };
   const int lane_k = t * Traits<T>::kPerQuad, in = static_cast<int>(p.in);
-  int k = warp_index() * kStep + lane_k;  // feature of this lane in the next k-block of its warp
-  if (kDecode || (x.aligned && a.aligned))
-    for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= in; k += kInFlight * kWarps * kStep) {
+  int k = begin + warp_index() * kStep + lane_k;  // feature of this lane in the next k-block of its warp
+  // In decode steps a loop of single k-blocks would be the last one's twin.
+  if (kDecode ? kInFlight > 1 : x.aligned && a.aligned)
+    for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= end; k += kInFlight * kWarps * kStep) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
 #pragma unroll
@@ -139,7 +180,7 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
     return kDecode ? rows.load_full(row, k) : rows.load_tail(row, k, in);
   };
 #pragma unroll 1
-  for (; k - lane_k < in; k += kWarps * kStep) {
+  for (; k - lane_k < end; k += kWarps * kStep) {
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? last(a, a_row[nt]) : zero_quad();
 #pragma unroll
@@ -148,13 +189,25 @@ T2L_DEVICE void shrink(const LoraParams& p, int adapter, int rank, int first_ran
       for (int half = 0; half < 2; ++half) x_quad[0][mt][half] = x_row[mt][half] ? last(x, x_row[mt][half]) : zero_quad();
     multiply(0);
   }
-  float* mine = partial + warp_index() * (16 * MT) * (8 * NT);
+}
+
+// Stores the partial sums of this warp to those of its part, in all blocks of the cluster.
+template <int MT, int NT>
+T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int cluster) {
+  constexpr int kWarp = (16 * MT) * (8 * NT), kSize = sizeof(float);
+  const int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll 1
+  for (int block = 0; block < cluster; ++block) {
+    const OfBlock there(part + warp_index() * kWarp, kWarp * kSize, block);
 #pragma unroll
-  for (int mt = 0; mt < MT; ++mt)
+    for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt)
+      for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) mine[(16 * mt + g + 8 * (i / 2)) * (8 * NT) + 8 * nt + 2 * t + i % 2] = sum[mt][nt][i];
+        for (int half = 0; half < 2; ++half)
+          there.store(((16 * mt + g + 8 * half) * (8 * NT) + 8 * nt + 2 * t) * kSize,
+                      Pair{{float_to_bits(sum[mt][nt][2 * half]), float_to_bits(sum[mt][nt][2 * half + 1])}});
+  }
 }
 
 // ---- expand
@@ -312,14 +365,15 @@ T2L_DEVICE void write_zeros(const LoraParams& p, const int* tokens, int count, i
   }
 }
 
-// Prefetches the weights of an adapter that this block reads into L2.
+// Prefetches the weights of an adapter that this block reads into L2: its outputs of B, and every `blocks`-th row of A from
+// row `block` on, of those that blocks of a cluster share.
 template <class T, bool kDecode>
-T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int first, int last) {
+T2L_DEVICE void prefetch_weights(const LoraParams& p, int adapter, int rank, int first, int last, int block, int blocks) {
   constexpr int kLine = 128;
   const int64_t size = cuda::bytes_of(w_type_of<T>(p)), a_bytes = p.in * size;
   const char* a = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
 #pragma unroll 1
-  for (int i = warp_index(); i < rank; i += kWarps)
+  for (int i = block + warp_index() * blocks; i < rank; i += kWarps * blocks)
 #pragma unroll 1
     for (int64_t at = lane_index() * kLine; at < a_bytes; at += 32 * kLine) prefetch(a + i * p.a_stride_rank * size + at);
   // [rank, out] storage: a slice of every row; [out, rank] storage: whole rows, usually within one line.
@@ -344,7 +398,8 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* scratch = shared.take<int>(16);
   int* tokens = shared.take<int>(16 * MT);
   int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
-  float* partial = shared.take<float>(kWarps * (16 * MT) * (8 * NT));
+  constexpr int kPart = kWarps * (16 * MT) * (8 * NT);  // partial sums of a part
+  float* partial = shared.take<float>(c.parts * kPart);
   float* v = shared.take<float>(16 * MT * c.v_stride);
   const int block = static_cast<int>(block_index());
   const int place = block / c.slices, slice = block - place * c.slices;
@@ -365,31 +420,82 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens);
   }
   if (chunk.count == 0) return;
-  // Both loads before the first that waits for one.
-  const int rank = chunk.adapter < 0 ? 0 : p.ranks ? p.ranks[chunk.adapter] : static_cast<int>(p.rank);
-  const float scaling = chunk.adapter < 0 ? 0.0f : p.scaling[chunk.adapter];
-  require(rank >= 0 && rank <= p.rank, "ranks: a rank out of range");
+  // Members of the cluster's slices.  Ranks, one a lane, and the scaling are loaded before the first that waits for one.
+  const int block_in_cluster = index_in_cluster(c.cluster), last_slice = slice - block_in_cluster + c.cluster - 1;
+  int first_member = index, members = 1;
+  while (slice - block_in_cluster < c.first_slice[first_member]) --first_member;
+  while (last_slice >= c.first_slice[first_member + members]) ++members;
+  int lane_rank = 0;
+  if (chunk.adapter >= 0 && lane_index() < members) {
+    const LoraParams& member = launch.member[first_member + lane_index()];
+    lane_rank = member.ranks ? member.ranks[chunk.adapter] : static_cast<int>(member.rank);
+    require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
+  }
+  // In shared memory until it is needed, and so in no register.
+  if (thread_index() == 0) scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(p.scaling[chunk.adapter]));
+  const RankTiles tiles(lane_rank);
+  const int rank = tiles.rank(index - first_member), total = tiles.total();
+  if (total > 0 && c.cluster > 1) cluster_arrive();  // this block has begun
+  if (rank > 0) {
+    const bool clustered = c.cluster > 1;
+    prefetch_weights<T, kDecode>(p, chunk.adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
+                                 clustered ? c.first_slice[index + 1] - c.first_slice[index] : 1);
+  }
+  const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
+#pragma unroll 1
+  for (int first_tile = 0; first_tile < total; first_tile += NT) {
+    RowsOfA<T, NT> a;
+    int ranks = 0;  // of each tile, four bits
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) {
+      const RankTile tile = tiles.at(first_tile + nt);
+      a.set(nt, launch.member[first_member + tile.member], chunk.adapter, tile);
+      ranks |= (tile.count < 8 ? tile.count : 8) << 4 * nt;
+    }
+    if (thread_index() == 0) scratch[1] = ranks;
+    bool others_ready = c.cluster == 1;
+    int parts = 0, part = block_in_cluster;  // the next of this block
+#pragma unroll 1
+    for (int begin = 0; begin < in; begin += part_features, ++parts) {
+      if (parts != part) continue;
+      part += c.cluster;
+      float sum[MT][NT][4] = {};
+      const int end = static_cast<int>(cuda::min(begin + part_features, in));
+      shrink<T, MT, NT, kDecode>(p, a, begin, end, tokens, chunk.count, sum);
+      if (!others_ready) cluster_wait();
+      others_ready = true;
+      store_partial(partial + parts * kPart, sum, c.cluster);
+    }
+    if (!others_ready) cluster_wait();
+    if (c.cluster > 1)
+      cluster_barrier();
+    else
+      block_barrier();
+    const float scaling = bits_to_float(static_cast<uint32_t>(scratch[0]));
+#pragma unroll 1
+    for (int i = thread_index(); i < 16 * MT * 8 * NT; i += kThreads) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int each = 0; each < parts; ++each)
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += partial[each * kPart + w * (16 * MT) * (8 * NT) + i];
+      const int column = i % (8 * NT);
+      // Zero beyond the rank, even if x is infinite.
+      v[i / (8 * NT) * c.v_stride + 8 * first_tile + column] =
+          column % 8 < (scratch[1] >> column / 8 * 4 & 15) ? sum * scaling : 0.0f;
+    }
+    block_barrier();  // before partial is overwritten or v is read
+    if (c.cluster > 1 && first_tile + NT < total) cluster_arrive();
+  }
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
     return;
   }
-  prefetch_weights<T, kDecode>(p, chunk.adapter, rank, first, last);
-  for (int first_rank = 0; first_rank < rank; first_rank += 8 * NT) {
-    shrink<T, MT, NT, kDecode>(p, chunk.adapter, rank, first_rank, tokens, chunk.count, partial);
-    block_barrier();
-    for (int i = thread_index(); i < 16 * MT * 8 * NT; i += kThreads) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += partial[w * (16 * MT) * (8 * NT) + i];
-      const int j = first_rank + i % (8 * NT);  // zero beyond the rank, even if x is infinite
-      v[i / (8 * NT) * c.v_stride + j] = j < rank ? sum * scaling : 0.0f;
-    }
-    block_barrier();  // before partial is overwritten or v is read
-  }
+  const float* mine = v + 8 * tiles.first_of(index - first_member);
   if (!kDecode && p.rank_vectors && first == 0)
     for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
-      store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, v[i / rank * c.v_stride + i % rank]);
-  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, v, static_cast<int>(c.v_stride), first, last);
+      store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, mine[i / rank * c.v_stride + i % rank]);
+  expand<T, MT, kDecode>(p, chunk.adapter, rank, tokens, chunk.count, mine, static_cast<int>(c.v_stride), first, last);
 }
 
 }  // namespace t2l::device

@@ -34,6 +34,10 @@ struct alignas(16) Quad {
   uint32_t word[4];
 };
 T2L_DEVICE Quad zero_quad() { return Quad{{0, 0, 0, 0}}; }
+// 64-bit vector load or store.
+struct alignas(8) Pair {
+  uint32_t word[2];
+};
 
 // ---- thread indices
 
@@ -102,29 +106,104 @@ T2L_DEVICE void block_barrier() {
 // ---- clusters: blocks, neighbours along x, that run together and write to each other's shared memory (compute capability
 // 9.0; before, a launch has clusters of one block)
 
-// Barrier of all blocks of the cluster, with visibility of all their writes to shared memory.
-T2L_DEVICE void cluster_barrier() {
+// Of this block among the `size` blocks of its cluster.
+T2L_DEVICE int index_in_cluster([[maybe_unused]] int size) {
 #if defined(T2L_EMULATOR)
-  emu::cluster_barrier();
+  return static_cast<int>(emu::block_index_x() % size);
 #elif __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-// Stores 16 bytes where block `block` of the cluster has what this block has at `mine`, in shared memory.  That block must
-// have begun, and may not exit, which a cluster barrier before and one after ensure.
-T2L_DEVICE void store_to_block(void* mine, int block, Quad q) {
-#if defined(T2L_EMULATOR)
-  emu::store_to_block(mine, block, q);
-#elif __CUDA_ARCH__ >= 900
-  uint64_t there;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(mine), "r"(block));
-  *reinterpret_cast<uint4*>(there) = make_uint4(q.word[0], q.word[1], q.word[2], q.word[3]);
+  int index;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(index));
+  return index;
 #else
-  (void)mine, (void)block, (void)q;
-  __trap();
+  return 0;
 #endif
 }
+// The two halves of a barrier of all blocks of the cluster, with visibility of all writes to shared memory before the first
+// to all that is after the second.  Every thread makes both calls, in turn.
+T2L_DEVICE void cluster_arrive() {
+#if defined(T2L_EMULATOR)
+  emu::cluster_arrive();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+T2L_DEVICE void cluster_wait() {
+#if defined(T2L_EMULATOR)
+  emu::cluster_wait();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+T2L_DEVICE void cluster_barrier() {
+  cluster_arrive();
+  cluster_wait();
+}
+// The `bytes` bytes of shared memory of block `block` of the cluster that are this block's at `mine`; for stores.  That
+// block must have begun, and may not exit, which a cluster barrier before and one after ensure.
+class OfBlock {
+ public:
+  T2L_DEVICE OfBlock(void* mine, int64_t bytes, int block);
+  T2L_DEVICE void store(int offset, Pair two) const;
+  T2L_DEVICE void store(int offset, Quad q) const;
 
+ private:
+#ifdef T2L_EMULATOR
+  char* data_;
+#else
+  uint32_t data_;
+#endif
+};
+#if defined(T2L_EMULATOR)
+inline OfBlock::OfBlock(void* mine, int64_t bytes, int block)
+    : data_(static_cast<char*>(emu::map_to_block(mine, bytes, block))) {}
+inline void OfBlock::store(int offset, Pair two) const { emu::store_shared(data_ + offset, two); }
+inline void OfBlock::store(int offset, Quad q) const { emu::store_shared(data_ + offset, q); }
+#else
+T2L_DEVICE OfBlock::OfBlock(void* mine, int64_t, int block) : data_(static_cast<uint32_t>(__cvta_generic_to_shared(mine))) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(data_) : "r"(block));
+#else
+  (void)block;  // 0: there are no clusters
+#endif
+}
+#if __CUDA_ARCH__ >= 900
+#define T2L_STORE_SHARED "st.shared::cluster"
+#else
+#define T2L_STORE_SHARED "st.shared"
+#endif
+T2L_DEVICE void OfBlock::store(int offset, Pair two) const {
+  asm volatile(T2L_STORE_SHARED ".v2.b32 [%0], {%1, %2};" ::"r"(data_ + offset), "r"(two.word[0]), "r"(two.word[1])
+               : "memory");
+}
+T2L_DEVICE void OfBlock::store(int offset, Quad q) const {
+  asm volatile(T2L_STORE_SHARED ".v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(data_ + offset), "r"(q.word[0]), "r"(q.word[1]),
+               "r"(q.word[2]), "r"(q.word[3])
+               : "memory");
+}
+#undef T2L_STORE_SHARED
+#endif
+
+// The value of lane `lane`, the same of all.
+template <class T>
+T2L_DEVICE T shuffle(T value, int lane) {
+#ifdef T2L_EMULATOR
+  const emu::WarpExchange<T> all(value);
+  return all.of(lane);
+#else
+  return __shfl_sync(0xffffffffu, value, lane);
+#endif
+}
+// Number of lanes where it holds.
+T2L_DEVICE int count_lanes(bool holds) {
+#ifdef T2L_EMULATOR
+  const emu::WarpExchange<bool> all(holds);
+  int count = 0;
+  for (int lane = 0; lane < 32; ++lane) count += all.of(lane);
+  return count;
+#else
+  return __popc(__ballot_sync(0xffffffffu, holds));
+#endif
+}
 // The value of lane `lane ^ mask`.
 template <class T>
 T2L_DEVICE T shuffle_xor(T value, int mask) {

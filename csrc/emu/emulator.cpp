@@ -54,6 +54,8 @@ struct Thread {
   Fiber fiber;
   std::vector<Copy> copies;  // in flight
   int groups = 0;            // committed so far
+  bool arrived = false;      // at a cluster barrier, for which it has not waited yet
+  int arrived_at = 0;        // which of two
 };
 
 // Lane masks by state; a lane in none of them is running.
@@ -89,6 +91,7 @@ class Machine : public Running {
   T2L_EMU_NO_TSAN SharedArena& shared() { return block().shared; }
   T2L_EMU_NO_TSAN bool eager() const { return schedule_.eager; }
   void wait_at_barrier();
+  void arrive_at_cluster_barrier();
   void wait_at_cluster_barrier();
   char* map_to_block(char* mine, int64_t bytes, int index);
   Exchange exchange_slots(const Slot& mine, int bytes);
@@ -233,6 +236,7 @@ void Machine::recover() {
     acquire(&end_token_);
     thread->fiber.restart();
     thread->copies.clear();
+    thread->arrived = false;
   }
 }
 
@@ -253,6 +257,7 @@ T2L_EMU_NO_TSAN void Machine::exit_thread() {
   Thread& me = current();
   Warp& warp = warps_[fiber_ / kLanes];
   if (!me.copies.empty()) fail("exits with %lld copies in flight", static_cast<int64_t>(me.copies.size()));
+  if (me.arrived) fail("exits without having waited at a cluster barrier");
   if (warp.at_exchange) fail("exits while %lld lanes of its warp wait at an exchange", __builtin_popcount(warp.at_exchange));
   release(&end_token_);
   warp.exited |= bit_of(fiber_);
@@ -339,17 +344,24 @@ T2L_EMU_NO_TSAN void Machine::release_barrier() {
   block().barrier ^= 1;
 }
 
+T2L_EMU_NO_TSAN void Machine::arrive_at_cluster_barrier() {
+  Thread& me = current();
+  if (me.arrived) fail("arrives again at a cluster barrier, without having waited");
+  me.arrived = true;
+  me.arrived_at = cluster_barrier_;
+  release(&cluster_tokens_[me.arrived_at]);
+  if (++at_cluster_barrier_ + exited_ == fiber_count_) release_cluster_barrier();
+}
+
 T2L_EMU_NO_TSAN void Machine::wait_at_cluster_barrier() {
-  void* token = &cluster_tokens_[cluster_barrier_];
-  release(token);
-  if (at_cluster_barrier_ + 1 + exited_ == fiber_count_) {
-    release_cluster_barrier();
-  } else {
-    ++at_cluster_barrier_;
+  Thread& me = current();
+  if (!me.arrived) fail("waits at a cluster barrier, without having arrived");
+  me.arrived = false;
+  if (me.arrived_at == cluster_barrier_) {  // not all are there
     warps_[fiber_ / kLanes].at_cluster_barrier |= bit_of(fiber_);
     run_next();
   }
-  acquire(token);
+  acquire(&cluster_tokens_[me.arrived_at]);
 }
 
 T2L_EMU_NO_TSAN void Machine::release_cluster_barrier() {
@@ -454,7 +466,8 @@ T2L_EMU_NO_TSAN void* take_shared(SharedCursor* cursor, int64_t bytes) {
 }
 
 void block_barrier() { machine().wait_at_barrier(); }
-void cluster_barrier() { machine().wait_at_cluster_barrier(); }
+void cluster_arrive() { machine().arrive_at_cluster_barrier(); }
+void cluster_wait() { machine().wait_at_cluster_barrier(); }
 void* map_to_block(void* mine, int64_t bytes, int block) {
   return machine().map_to_block(static_cast<char*>(mine), bytes, block);
 }

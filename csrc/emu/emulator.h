@@ -133,7 +133,8 @@ struct SharedCursor {
 void* take_shared(SharedCursor* cursor, int64_t bytes);
 
 void block_barrier();
-void cluster_barrier();
+void cluster_arrive();
+void cluster_wait();
 // Where block `block` of the cluster has the `bytes` bytes of shared memory that are this block's at `mine`.  Fails if that
 // block has not allocated them yet, or has exited: what a cluster barrier is missing for.
 void* map_to_block(void* mine, int64_t bytes, int block);
@@ -172,11 +173,11 @@ inline void store(void* address, T value) {
   static_cast<AnyType<T>*>(address)->value = value;
 }
 
-// To shared memory of another block, aligned.
+// To shared memory, also of another block.
 template <class T>
-inline void store_to_block(void* mine, int block, T value) {
-  require_aligned<T>(mine, "store of %lld bytes at an address that is not a multiple of %lld");
-  static_cast<AnyType<T>*>(map_to_block(mine, sizeof(T), block))->value = value;
+inline void store_shared(void* address, T value) {
+  require_aligned<T>(address, "store of %lld bytes at an address that is not a multiple of %lld");
+  static_cast<AnyType<T>*>(address)->value = value;
 }
 
 void copy_async(void* shared, const void* global, int bytes, int valid);

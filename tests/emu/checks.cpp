@@ -1,28 +1,20 @@
-// What the emulator computes, counts and orders, against plain code: checks <name>.  Prints "ok", or what differs and exits
-// with 1.
+// What the emulator computes, counts and orders, against plain code.
+#include "checks.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "cuda/config.h"
 #include "cuda/primitives.cuh"
 
 namespace {
 
 using namespace t2l::device;
 namespace emu = t2l::emu;
-
-// A check returns "" or what differs.
-#define EXPECT(condition, ...) \
-  if (!(condition)) return #condition + describe(__VA_ARGS__)
-
-std::string describe() { return ""; }
-std::string describe(double value) { return ", at " + std::to_string(value); }
 
 template <class Body>
 const char* launch(int64_t blocks, int threads, Body body) {
@@ -146,35 +138,6 @@ std::string check_cut_sums() {
 }
 
 // ---- launch configuration
-
-// Over sizes of models and batches: blocks of LoRA fit the device at once where whole members do, and no finer cut would.
-std::string check_lora_cut() {
-  namespace cuda = t2l::cuda;
-  constexpr int64_t kStep = cuda::kWarps * cuda::kWarpOutputs;
-  const std::vector<std::vector<int64_t>> groups = {
-      {64}, {576}, {4096}, {14336}, {128256}, {4096, 1024}, {576, 192}, {4096, 1024, 1024}, {14336, 14336}, {3072, 0, 1}};
-  int64_t cases = 0;
-  for (const std::vector<int64_t>& outs : groups)
-    for (const int64_t slots : {108, 132, 216, 264})
-      for (int64_t chunks = 1; chunks <= 2 * slots; ++chunks) {
-        std::vector<t2l::LoraParams> members(outs.size());
-        for (size_t i = 0; i < outs.size(); ++i) members[i].out = outs[i];
-        const int64_t count = static_cast<int64_t>(outs.size());
-        const int64_t size = cuda::lora_slice_outputs(members.data(), count, chunks, slots);
-        const auto blocks = [&](int64_t outputs) {
-          int64_t slices = 0;
-          for (const int64_t out : outs) slices += cuda::ceil_div(out, outputs);
-          return slices * chunks;
-        };
-        const int64_t whole = cuda::round_up(*std::max_element(outs.begin(), outs.end()), kStep);
-        EXPECT(size >= kStep && size % kStep == 0 && size <= whole, static_cast<double>(size));
-        EXPECT(blocks(size) <= slots || size == whole, static_cast<double>(chunks));
-        EXPECT(size == kStep || blocks(size - kStep) > slots, static_cast<double>(chunks));
-        ++cases;
-      }
-  EXPECT(cases == 10 * 2 * (108 + 132 + 216 + 264));
-  return "";
-}
 
 // ---- conversions
 
@@ -350,7 +313,7 @@ std::string check_clusters() {
         const int64_t block = emu::block_index_y() * kColumns + block_index(), place = block % kCluster;
         cluster_barrier();
         const Quad name{{float_to_bits(static_cast<float>(1 + block)), 0, 0, 0}};
-        if (thread_index() < kCluster) store_to_block(names + 4 * place, thread_index(), name);
+        if (thread_index() < kCluster) OfBlock(names + 4 * place, sizeof(Quad), thread_index()).store(0, name);
         cluster_barrier();
         if (thread_index() < kCluster) told[block * kCluster + thread_index()] = names[4 * thread_index()];
       });
@@ -359,35 +322,6 @@ std::string check_clusters() {
     for (int other = 0; other < kCluster; ++other)
       EXPECT(told[block * kCluster + other] == static_cast<float>(1 + block / kCluster * kCluster + other), block);
   EXPECT(emu::last_launch().launch.cluster == kCluster);
-  return "";
-}
-
-// Clusters of the trunk: powers of two that leave room, whose blocks all have columns; whole ones to prefetch.
-std::string check_trunk_cut() {
-  namespace cuda = t2l::cuda;
-  int clustered = 0;
-  for (const int64_t m : {32, 34, 48, 64, 128, 512, 1024, 4096})
-    for (const int64_t sides : {1, 2})
-      for (const int64_t ranks : {1, 8})
-        for (const int sms : {1, 16, 108, 132})
-          for (const int64_t most : {1, 2, 8})
-            for (int64_t layers = 1; layers <= 4096; layers = layers * 3 / 2 + 1) {
-              t2l::TrunkParams p{};
-              p.tasks = 1, p.modules = 2, p.layers = layers, p.sides = sides, p.ranks = ranks;
-              const float matrix = 0;  // of the encoder, whose columns are shared too
-              p.t = ranks == 8 ? 40 : 64, p.m = m, p.h = m, p.w_type = t2l::DType::bf16;
-              p.encoder.weight = sides == 2 ? &matrix : nullptr;
-              const cuda::TrunkConfig c = cuda::choose_trunk_config(p, most, {sms, emu::kMaxSharedBytes});
-              EXPECT(c.tile_rows > 0, static_cast<double>(m));
-              const int64_t blocks = c.tiles * (sides / c.sides_per_block) * (ranks / c.ranks_per_block);
-              EXPECT(c.cluster >= 1 && c.cluster <= most && (c.cluster & (c.cluster - 1)) == 0);
-              EXPECT(c.cluster == 1 || (m % 16 == 0 && 16 * c.cluster <= m && 8 * c.cluster * blocks <= 7 * sms + 7));
-              EXPECT(c.cluster == 1 || !p.encoder.weight || p.t % 16 == 0);
-              EXPECT(c.prefetch_blocks % c.cluster == 0 && c.prefetch_blocks <= cuda::kMaxPrefetchBlocks);
-              EXPECT(c.prefetch_blocks == 0 || c.cluster * blocks + c.prefetch_blocks <= sms);
-              clustered += c.cluster == 8;
-            }
-  EXPECT(clustered > 100, clustered);
   return "";
 }
 
@@ -471,17 +405,11 @@ std::string check_schedules() {
   return "";
 }
 
-struct Check {
-  const char* name;
-  std::string (*run)();
-};
 const Check kChecks[] = {
     {"bf16_product", check_16bit_product<bf16>},
     {"f16_product", check_16bit_product<f16>},
     {"tf32_product", check_tf32_product},
     {"cut_sums", check_cut_sums},
-    {"lora_cut", check_lora_cut},
-    {"trunk_cut", check_trunk_cut},
     {"clusters", check_clusters},
     {"bf16_conversions", [] { return check_16bit_conversions<bf16>(8); }},
     {"f16_conversions", [] { return check_16bit_conversions<f16>(5); }},
@@ -497,13 +425,4 @@ const Check kChecks[] = {
 
 }  // namespace
 
-int main(int argc, char** argv) {
-  if (argc != 2) return 2;
-  for (const Check& check : kChecks)
-    if (std::strcmp(argv[1], check.name) == 0) {
-      const std::string difference = check.run();
-      std::printf("%s\n", difference.empty() ? "ok" : difference.c_str());
-      return difference.empty() ? 0 : 1;
-    }
-  return 2;
-}
+int main(int argc, char** argv) { return run_check(kChecks, argc, argv); }

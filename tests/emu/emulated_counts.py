@@ -60,31 +60,38 @@ def chunks_of(case: LoraCase, chunk: int, accumulate: bool) -> list[tuple[int, i
     ]
 
 
-def lora_counts(case: LoraCase, m_tiles: int, n_tiles: int, slices: list[int], accumulate: bool) -> Counts:
-    """``slices``: outputs of every slice, of ``16 * m_tiles`` tokens and ``8 * n_tiles`` ranks a pass."""
+Members = list[tuple[LoraCase, list[int]]]  # and outputs of each of its slices
+
+
+def lora_counts(members: Members, m_tiles: int, n_tiles: int, accumulate: bool, cluster: int = 1) -> Counts:
+    """Of chunks of ``16 * m_tiles`` tokens and ``8 * n_tiles`` ranks a pass; ``cluster``: slices that share rank vectors."""
+    case, counts = members[0][0], Counts()
     x, w = size(case.x_dtype), size(case.w_dtype)
     dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
-    counts = Counts()
-    one_token_per_block = m_tiles == 0
-    for adapter, tokens in chunks_of(case, 1 if one_token_per_block else 16 * m_tiles, accumulate):
-        rank = 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]
-        passes, rows = ceil(rank / (8 * n_tiles)), 16 * max(m_tiles, 1)
-        for outputs in slices:
-            result = tokens * outputs * x
-            if rank == 0:
-                counts.add(written=0 if accumulate else result)
-                continue
-            tiles = ceil(tokens / 16)
+    rank_of = lambda case, adapter: 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]  # noqa: E731
+    slices = [(case, outputs) for case, cut in members for outputs in cut]
+    for adapter, tokens in chunks_of(case, 16 * m_tiles if m_tiles else 1, accumulate):
+        tiles = ceil(tokens / 16)
+        for start in range(0, len(slices), cluster):
+            shared = slices[start : start + cluster]
+            ranks = {id(member): rank_of(member, adapter) for member, _ in shared}
+            passes, rows = ceil(sum(ceil(rank / 8) for rank in ranks.values()) / n_tiles), 16 * max(m_tiles, 1)
             counts.add(
                 read=passes * tokens * case.in_features * x  # x for every pass over the ranks
-                + rank * case.in_features * w  # A once
-                + tiles * rank * outputs * w  # B for every 16 tokens
-                + (result if accumulate else 0),
-                written=result,
-                flops=passes * products(rows, 8 * n_tiles, case.in_features, dtype)
-                # outputs by 64 a warp, ranks by 8; the rank vector is split in two, float32 weights too
-                + tiles * 2 * 16 * 64 * ceil(outputs / 64) * 8 * ceil(rank / 8) * (3 if dtype == F32 else 2),
+                + sum(ranks.values()) * case.in_features * w,  # A once
+                flops=passes * products(rows, 8 * n_tiles, case.in_features, dtype),
             )
+            for member, outputs in shared:
+                rank, result = ranks[id(member)], tokens * outputs * x
+                if rank == 0:
+                    counts.add(written=0 if accumulate else result)
+                    continue
+                counts.add(
+                    read=tiles * rank * outputs * w + (result if accumulate else 0),  # B for every 16 tokens
+                    written=result,
+                    # outputs by 64 a warp, ranks by 8; the rank vector is split in two, float32 weights too
+                    flops=tiles * 2 * 16 * 64 * ceil(outputs / 64) * 8 * ceil(rank / 8) * (3 if dtype == F32 else 2),
+                )
     return counts
 
 
@@ -117,10 +124,20 @@ def slices_of(out_features: int, slices: int) -> list[int]:
     return [min(whole, out_features - start) for start in range(0, out_features, whole)]
 
 
+def cluster_of_slices(case: LoraCase, slices: int, most: int) -> int:
+    """Blocks that share rank vectors: as many as divide the slices, if the features have parts to share."""
+    dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
+    if case.in_features * size(dtype) <= 4 * WARPS * 64:
+        return 1
+    return next(n for n in range(min(most, slices), 0, -1) if slices % n == 0)
+
+
+@pytest.mark.parametrize("most", [8, 1], ids=["clusters", "alone"])
 @pytest.mark.parametrize("accumulate", [True, False], ids=["add", "delta"])
 @pytest.mark.parametrize("name, num_sms, m_tiles, n_tiles", LORA_LAUNCHES)
-def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate):
+def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate, most):
     emulator.t2l_emu_set_num_sms(num_sms)
+    emulator.t2l_emu_set_max_cluster(most)
     case = next(case for case in LORA_CASES if case.name == name)
     arguments = case.make()
     if accumulate:
@@ -131,30 +148,53 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate):
     launched = launched_slices(emulator, case, m_tiles, accumulate)
     slices = slices_of(case.out_features, launched)
     assert len(slices) == launched
-    assert counted(emulator) == lora_counts(case, m_tiles, n_tiles, slices, accumulate)
+    cluster = cluster_of_slices(case, launched, most)
+    assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+    assert counted(emulator) == lora_counts([(case, slices)], m_tiles, n_tiles, accumulate, cluster)
 
 
-def test_lora_group(emulator):
-    """Each member as alone, in one launch."""
+@pytest.mark.parametrize("most", [8, 1], ids=["clusters", "alone"])
+def test_lora_group(emulator, most):
+    """One launch; in a cluster x is read once for all members."""
+    emulator.t2l_emu_set_max_cluster(most)
     group = next(case for case in GROUP_CASES if case.name == "serve_phi3_qkv_8x8")
     ops.lora_add_group_(**group.make())
-    expected = Counts()
-    per_member = launched_slices(emulator, group.lora, 0, True) // len(group.members)
+    assert emulator.t2l_emu_counter(b"launches") == 1
+    slices, members = launched_slices(emulator, group.lora, 0, True), []
     for _, out_features, rank in group.members:
         ranks = tuple(max(0, rank - i) for i in range(group.lora.adapters))
         member = dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks)
-        alone = lora_counts(member, 0, 1, slices_of(out_features, per_member), True)
-        expected.add(**dataclasses.asdict(alone))
-    assert counted(emulator) == expected
-    assert emulator.t2l_emu_counter(b"launches") == 1
+        members.append((member, slices_of(out_features, slices // len(group.members))))
+    cluster = cluster_of_slices(group.lora, slices, most)
+    assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+    assert counted(emulator) == lora_counts(members, 0, 2 if cluster > 1 else 1, True, cluster)
 
 
 def test_a_decode_step_reads_every_weight_once(emulator):
-    """64 adapters: A and B are read as often as there are slices of the outputs, which share A through L2."""
-    case = LoraCase("", tuple((1, i) for i in range(64)), 1024, 512, adapters=64, x_dtype=BF16, w_dtype=BF16)
+    """64 adapters, four slices of the outputs: A and x once a token, whose blocks share them."""
+    case = LoraCase("", tuple((1, i) for i in range(64)), 4096, 2048, adapters=64, x_dtype=BF16, w_dtype=BF16)
     ops.lora_add_(**case.make())
-    weights, activations = 64 * 8 * (1024 + 512) * 2, 64 * (1024 + 512) * 2
-    assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 512 * 2
+    assert emulator.t2l_emu_last_launch(b"cluster") == launched_slices(emulator, case, 0, True) == 4
+    weights, activations = 64 * 8 * (4096 + 2048) * 2, 64 * (4096 + 2048) * 2
+    assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 2048 * 2
+
+
+CLUSTERED = ("wide_features", "serve_64x1", "serve_512x8", "bf16_rank_64", "out_r_odd")
+
+
+@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("in_features", [2080, 4100, 5120])
+def test_clusters_of_lora_give_the_bits_of_one_block(emulator, name, in_features):
+    case = next(case for case in LORA_CASES if case.name == name)
+    case = dataclasses.replace(case, in_features=in_features, out_features=2100)
+    results = []
+    for most in (8, 3, 1):
+        emulator.t2l_emu_set_max_cluster(most)
+        arguments = case.make()
+        ops.lora_add_(**arguments)
+        results.append((arguments["y"], emulator.t2l_emu_last_launch(b"cluster")))
+    assert all(torch.equal(y, results[0][0]) for y, _ in results)
+    assert results[-1][1] == 1 < results[0][1]
 
 
 # --- gradients of batched LoRA ---------------------------------------------------------------------------------------
@@ -173,7 +213,7 @@ def backward_counts(case: LoraCase, slices: list[int]) -> Counts:
     n_tiles = 1 if case.rank <= 8 else 2 if case.rank <= 16 else 4
     counts = Counts()
     for member, cut in ((transposed, slices), (case, [0])):
-        counts.add(**dataclasses.asdict(lora_counts(member, 0 if one_token(case) else 1, n_tiles, cut, True)))
+        counts.add(**dataclasses.asdict(lora_counts([(member, cut)], 0 if one_token(case) else 1, n_tiles, True)))
     ranks = case.ranks or (case.rank,) * case.adapters
     exact = case.x_dtype == case.w_dtype != F32
     for tokens, adapter in case.segments:

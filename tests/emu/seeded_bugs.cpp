@@ -45,8 +45,8 @@ void copy_row(float* target, const float* row) {
 // Sends this block's part of x to the row of the other block.
 void send_row(float* row, const float* x) {
   if (thread_index() < kThreads / 4)
-    store_to_block(row + 4 * thread_index(), 1 - static_cast<int>(block_index()),
-                   load_quad(x + block_index() * kThreads + 4 * thread_index()));
+    OfBlock(row + 4 * thread_index(), sizeof(Quad), 1 - static_cast<int>(block_index()))
+        .store(0, load_quad(x + block_index() * kThreads + 4 * thread_index()));
 }
 
 // A case reads x[i] = i + 1 and writes y, both of kBlocks * kThreads floats.
@@ -289,6 +289,32 @@ const Case kCases[] = {
      },
      input},
 
+    {"sent_after_arriving",  // what others wait for is what came before
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         cluster_barrier();
+         if (!fixed) cluster_arrive();
+         send_row(row, x);
+         if (fixed) cluster_arrive();
+         cluster_wait();
+         store_one(y + element(), row[thread_index()]);
+         cluster_barrier();
+       });
+     },
+     of_other_block},
+
+    {"abandoned_cluster_barrier",
+     [](bool fixed, const float* x, float* y) {
+       return launch_cluster([=] {
+         store_one(y + element(), load_one(x + element()));
+         cluster_arrive();
+         if (fixed) cluster_wait();
+       });
+     },
+     input},
+
     {"divergent_cluster_barrier",  // half of each block's last warp is elsewhere
      [](bool fixed, const float* x, float* y) {
        return launch_cluster([=] {
@@ -304,8 +330,8 @@ const Case kCases[] = {
          SharedMemory shared;
          float* row = shared.take<float>(kThreads);
          if (thread_index() < kThreads / 4)
-           store_to_block(row + 4 * thread_index(), fixed ? 0 : 1,
-                          load_quad(x + block_index() * kThreads + 4 * thread_index()));
+           OfBlock(row + 4 * thread_index(), sizeof(Quad), fixed ? 0 : 1)
+               .store(0, load_quad(x + block_index() * kThreads + 4 * thread_index()));
          block_barrier();
          store_one(y + element(), row[thread_index()]);
        });

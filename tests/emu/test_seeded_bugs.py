@@ -22,6 +22,7 @@ SANITIZERS = {
     "thread": ("-g", "-fsanitize=thread"),
 }
 PROGRAMS = (("seeded_bugs", "plain"), ("seeded_bugs", "address"), ("seeded_bugs", "thread"), ("checks", "address"))
+PROGRAMS += (("cuts", "address"),)
 
 LATE = ("forward", "reverse", "seed=1", "seed=2")
 EAGER = tuple(f"{order}+eager" for order in LATE)
@@ -55,6 +56,8 @@ BUGS = [
     ("missing_cluster_barrier", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
     ("block_not_begun", "plain", ("forward", "reverse"), FAILS, r"block \d of the cluster, which has not allocated it yet"),
     ("block_exited", "plain", ("forward",), FAILS, r"memory of block 0 of the cluster, which has exited \(block 1, 0, thr"),
+    ("sent_after_arriving", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("abandoned_cluster_barrier", "plain", ALL, FAILS, r"exits without having waited at a cluster barrier"),
     ("divergent_cluster_barrier", "plain", ALL, FAILS, r"deadlock: 96 threads at a cluster barrier, 16 lanes of warp 1 at"),
     ("outside_the_cluster", "plain", ALL, FAILS, r"shared memory of block 1 of a cluster of 1"),
     ("wrong_stream", "plain", ("forward",), FAILS, r"launched on stream 0x1000, the current one is 0x"),
@@ -71,10 +74,11 @@ BUGS = [
     ("failed_requirement", "thread", ("seed=1",), FAILS, r"an id out of range"),
 ]
 
-CHECKS = (
-    "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies counters grid "
-    "refused_launches streams schedules cut_sums lora_cut clusters trunk_cut"
-).split()
+CHECKS = {
+    "checks": "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies "
+    "counters grid refused_launches streams schedules cut_sums clusters",
+    "cuts": "lora_cut lora_clusters trunk_cut",
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +157,9 @@ def test_correct_twins_pass(run, build, schedule):
     assert sorted(output.splitlines()) == sorted(3 * [f"{name}: ok" for name in bug_names()])
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_check(run, name):
-    assert run("checks", "address", name) == (0, "ok\n")
+@pytest.mark.parametrize("program, name", [(program, name) for program, names in CHECKS.items() for name in names.split()])
+def test_check(run, program, name):
+    assert run(program, "address", name) == (0, "ok\n")
 
 
 def test_a_schedule_it_does_not_know_fails_every_launch(run):

@@ -1,0 +1,118 @@
+// What launch configurations promise, over sizes of models, batches and devices.
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "checks.h"
+#include "cuda/config.h"
+#include "emu/emulator.h"
+
+namespace {
+
+namespace cuda = t2l::cuda;
+namespace emu = t2l::emu;
+
+// Over sizes of models and batches: blocks of LoRA fit the device at once where whole members do, and no finer cut would.
+std::string check_lora_cut() {
+  constexpr int64_t kStep = cuda::kWarps * cuda::kWarpOutputs;
+  const std::vector<std::vector<int64_t>> groups = {
+      {64}, {576}, {4096}, {14336}, {128256}, {4096, 1024}, {576, 192}, {4096, 1024, 1024}, {14336, 14336}, {3072, 0, 1}};
+  int64_t cases = 0;
+  for (const std::vector<int64_t>& outs : groups)
+    for (const int64_t slots : {108, 132, 216, 264})
+      for (int64_t chunks = 1; chunks <= 2 * slots; ++chunks) {
+        std::vector<t2l::LoraParams> members(outs.size());
+        for (size_t i = 0; i < outs.size(); ++i) members[i].out = outs[i];
+        const int64_t count = static_cast<int64_t>(outs.size());
+        const int64_t size = cuda::lora_slice_outputs(members.data(), count, chunks, slots);
+        const auto blocks = [&](int64_t outputs) {
+          int64_t slices = 0;
+          for (const int64_t out : outs) slices += cuda::ceil_div(out, outputs);
+          return slices * chunks;
+        };
+        const int64_t whole = cuda::round_up(*std::max_element(outs.begin(), outs.end()), kStep);
+        EXPECT(size >= kStep && size % kStep == 0 && size <= whole, static_cast<double>(size));
+        EXPECT(blocks(size) <= slots || size == whole, static_cast<double>(chunks));
+        EXPECT(size == kStep || blocks(size - kStep) > slots, static_cast<double>(chunks));
+        ++cases;
+      }
+  EXPECT(cases == 10 * 2 * (108 + 132 + 216 + 264));
+  return "";
+}
+
+// A cluster's slices divide those of a chunk; it is as large as they allow, needs parts of x to share, and leaves room for
+// the blocks that registers allow beside each other.
+std::string check_lora_clusters() {
+  const float scaling = 1;
+  int64_t clustered = 0;
+  for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
+    for (const int64_t in : {64, 576, 1024, 1040, 4096, 14336})
+      for (const std::vector<int64_t>& outs : {std::vector<int64_t>{576}, {4096}, {4096, 1024, 1024}, {14336, 14336}})
+        for (const int64_t rank : {1, 8, 12, 64, 1024})
+          for (const int64_t tokens : {1, 8, 64, 512, 8192})
+            for (const int64_t most : {1, 2, 3, 8}) {
+              std::vector<t2l::LoraParams> members(outs.size());
+              for (size_t i = 0; i < outs.size(); ++i) {
+                t2l::LoraParams& p = members[i];
+                p.x_type = p.w_type = type, p.in = in, p.out = outs[i], p.rank = rank, p.scaling = &scaling;
+                p.tokens = tokens, p.segments = tokens <= 64 ? tokens : 8, p.max_seg_len = tokens <= 64 ? 1 : tokens / 8;
+                p.adapters = 64, p.accumulate = true;
+              }
+              const cuda::DeviceLimits limits{132, emu::kMaxSharedBytes};
+              const auto choose = [&] {
+                return cuda::choose_lora_config(members.data(), static_cast<int64_t>(outs.size()), most, limits);
+              };
+              const cuda::LoraConfig c = choose();
+              const int64_t element = cuda::bytes_of(type);
+              EXPECT(c.cluster >= 1 && c.cluster <= most && c.slices % c.cluster == 0, c.cluster);
+              EXPECT(c.shared_bytes <= emu::kMaxSharedBytes, static_cast<double>(rank));
+              EXPECT(c.cluster == 1 || in * element > 4 * cuda::kWarps * 64, static_cast<double>(in));
+              const bool fits = cuda::lora_blocks_per_sm(element, c.m_tiles) * c.shared_bytes <= emu::kMaxSharedBytes;
+              EXPECT(c.cluster == 1 || fits, static_cast<double>(rank));
+              for (int n = c.cluster + 1; n <= most && rank <= 64 && in > 1040; ++n) EXPECT(c.slices % n != 0, n);
+              EXPECT(c.m_tiles <= cuda::large_m_tiles(element, c.n_tiles), c.n_tiles);  // there is such a kernel
+              members.back().x = &scaling;                                              // another x than the others'
+              EXPECT(outs.size() == 1 || choose().cluster == 1);
+              clustered += c.cluster > 1;
+            }
+  EXPECT(clustered > 500, static_cast<double>(clustered));
+  return "";
+}
+
+// Clusters of the trunk: powers of two that leave room, whose blocks all have columns; whole ones to prefetch.
+std::string check_trunk_cut() {
+  int clustered = 0;
+  for (const int64_t m : {32, 34, 48, 64, 128, 512, 1024, 4096})
+    for (const int64_t sides : {1, 2})
+      for (const int64_t ranks : {1, 8})
+        for (const int sms : {1, 16, 108, 132})
+          for (const int64_t most : {1, 2, 8})
+            for (int64_t layers = 1; layers <= 4096; layers = layers * 3 / 2 + 1) {
+              t2l::TrunkParams p{};
+              p.tasks = 1, p.modules = 2, p.layers = layers, p.sides = sides, p.ranks = ranks;
+              const float matrix = 0;  // of the encoder, whose columns are shared too
+              p.t = ranks == 8 ? 40 : 64, p.m = m, p.h = m, p.w_type = t2l::DType::bf16;
+              p.encoder.weight = sides == 2 ? &matrix : nullptr;
+              const cuda::TrunkConfig c = cuda::choose_trunk_config(p, most, {sms, emu::kMaxSharedBytes});
+              EXPECT(c.tile_rows > 0, static_cast<double>(m));
+              const int64_t blocks = c.tiles * (sides / c.sides_per_block) * (ranks / c.ranks_per_block);
+              EXPECT(c.cluster >= 1 && c.cluster <= most && (c.cluster & (c.cluster - 1)) == 0);
+              EXPECT(c.cluster == 1 || (m % 16 == 0 && 16 * c.cluster <= m && 8 * c.cluster * blocks <= 7 * sms + 7));
+              EXPECT(c.cluster == 1 || !p.encoder.weight || p.t % 16 == 0);
+              EXPECT(c.prefetch_blocks % c.cluster == 0 && c.prefetch_blocks <= cuda::kMaxPrefetchBlocks);
+              EXPECT(c.prefetch_blocks == 0 || c.cluster * blocks + c.prefetch_blocks <= sms);
+              clustered += c.cluster == 8;
+            }
+  EXPECT(clustered > 100, clustered);
+  return "";
+}
+
+const Check kChecks[] = {
+    {"lora_cut", check_lora_cut},
+    {"lora_clusters", check_lora_clusters},
+    {"trunk_cut", check_trunk_cut},
+};
+
+}  // namespace
+
+int main(int argc, char** argv) { return run_check(kChecks, argc, argv); }
