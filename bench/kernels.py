@@ -15,7 +15,7 @@ import subprocess
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,6 +116,8 @@ _PTXAS = re.compile(
 )
 _REMARK = re.compile(r"ptxas info|    \d+ bytes stack frame")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]*)")
+#: griddepcontrol.wait of the PTX ISA, and what peek() of csrc/cuda/primitives.cuh is.
+_WAIT, _PEEK = "ACQBULK", "LDG.E.STRONG.GPU"
 
 
 def demangled(text: str) -> str:
@@ -135,7 +137,8 @@ def usages(ptxas: str, sass: str) -> dict[str, Usage]:
         raise KernelError(f"ptxas told of {sorted(properties)}, cuobjdump of {sorted(code)}")
     found = {}
     for name, said in properties.items():
-        opcodes = Counter(_INSTRUCTION.findall(code[name]))
+        instructions = _INSTRUCTION.findall(code[name])
+        opcodes = Counter(instructions)
         families = Counter(opcode.split(".")[0] for opcode in opcodes.elements())
         found[demangled(name)] = {
             "registers": int(said["registers"]),
@@ -147,10 +150,19 @@ def usages(ptxas: str, sass: str) -> dict[str, Usage]:
             "global_atomics": sum(families[family] for family in ("ATOM", "ATOMG", "RED", "REDG")),
             "async_copies": families["LDGSTS"],
             "cluster_barriers": families["UCGABAR_ARV"],
+            "early_waits": families[_WAIT],
+            "early_releases": families["PREEXIT"],
+            "early_accesses": _accesses(instructions[: instructions.index(_WAIT)]) if _WAIT in instructions else 0,
             "instructions": families.total(),
             "products": {opcode: n for opcode, n in opcodes.items() if opcode.split(".")[0].endswith("MMA")},
         }
     return found
+
+
+def _accesses(instructions: Sequence[str]) -> int:
+    """Loads and stores of global memory but peek()'s: before the wait, earlier launches may still write there."""
+    kinds = ("LD.", "LDG.", "LDGSTS", "ST.", "STG.", "ATOM", "RED")
+    return sum(opcode.startswith(kinds) and opcode != _PEEK for opcode in instructions)
 
 
 def blocks(registers: int) -> int:
@@ -184,6 +196,11 @@ def _faults(arch: str, kernel: str, usage: Usage) -> Iterator[str]:
     kind, dtype, tiles = parts(kernel)
     if bool(usage["cluster_barriers"]) != (clusters := kind in ("trunk", "lora") and arch != "sm_80"):
         yield f"{usage['cluster_barriers']} cluster barriers, expected {'some' if clusters else 'none'}"
+    for key, kinds in (("early_waits", ("lora", "head")), ("early_releases", ("trunk",))):
+        if bool(usage[key]) != (wanted := kind in kinds and arch != "sm_80"):
+            yield f"{usage[key]} {key.replace('_', ' ')}, expected {'some' if wanted else 'none'}"
+    if usage["early_accesses"]:
+        yield f"{usage['early_accesses']} accesses of memory before it waits for earlier launches, expected none"
     if usage["spills"] or usage["stack"] or usage["local"]:
         yield f"{usage['spills']} bytes of spills, {usage['stack']} of stack, {usage['local']} LDL and STL; expected none"
     is_decode = kind == "lora" and tiles[-1] == 1

@@ -56,11 +56,13 @@ def test_usage_is_read_from_what_the_tools_say():
         "lora_kernel<bf16, 1, 1, 0>": {
             **{"registers": 108, "blocks": 2, "static_shared": 0, "stack": 0, "spills": 0, "local": 0},
             **{"global_atomics": 0, "async_copies": 0, "cluster_barriers": 0, "instructions": 6},
+            **{"early_waits": 0, "early_releases": 0, "early_accesses": 0},
             "products": {"HMMA.16816.F32.BF16": 1, "HMMA.1688.F32.TF32": 2},
         },
         "head_kernel<float, 2>": {
             **{"registers": 199, "blocks": 1, "static_shared": 1024, "stack": 72, "spills": 288, "local": 2},
             **{"global_atomics": 1, "async_copies": 1, "cluster_barriers": 0, "instructions": 4, "products": {}},
+            **{"early_waits": 0, "early_releases": 0, "early_accesses": 0},
         },
     }
 
@@ -101,10 +103,13 @@ def test_blocks_by_registers(registers, blocks):
         ("head_kernel<f16, 2>", {"registers": 130, "blocks": 1}, "130 registers"),
         ("lora_kernel<bf16, 1, 1, 0>", {"registers": 136, "blocks": 1}, "136 registers"),
         ("lora_grad_kernel<f16>", {"registers": 130, "blocks": 1}, "130 registers"),
-        ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1300}, "1300 instructions, expected 1250 at most"),
+        ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1600}, "1600 instructions, expected 1550 at most"),
         ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
         ("trunk_kernel<bf16>", {"cluster_barriers": 0}, "0 cluster barriers, expected some"),
         ("head_kernel<bf16, 2>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),
+        ("head_kernel<bf16, 2>", {"early_waits": 0}, "0 early waits, expected some"),
+        ("lora_kernel<f16, 2, 1, 0>", {"early_releases": 1}, "1 early releases, expected none"),
+        ("lora_kernel<bf16, 1, 1, 1>", {"early_accesses": 2}, "2 accesses of memory before it waits for earlier launches"),
     ],
 )
 def test_a_broken_rule_is_named(table, kernel, change, fault):

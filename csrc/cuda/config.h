@@ -287,8 +287,9 @@ constexpr int kTileRowBytes = 128;  // k-tile: bytes of a row per stage, two k-b
 constexpr int kHeadTile = 128;      // weight rows of a tile
 // 32-bit indices: limit of the rows of weights and latent of a launch, and of the bytes of a row.
 constexpr int64_t kMaxHeadRows = int64_t{1} << 30;
-constexpr int kNarrowRows = 32;  // latent rows of a tile
-constexpr int kWideRows = 128;   // for many rows, 16-bit types only: accumulators of split float32 would spill
+constexpr int64_t kHeadPrefetchBytes = 24 << 20;  // of all blocks, in half of an H100's L2
+constexpr int kNarrowRows = 32;                   // latent rows of a tile
+constexpr int kWideRows = 128;  // for many rows, 16-bit types only: accumulators of split float32 would spill
 
 struct HeadConfig {
   bool wide;
@@ -298,6 +299,7 @@ struct HeadConfig {
   int latent_tiles;               // of all sides
   int per_latent;                 // ranks per latent row
   int k_tiles;                    // pipeline stages per product
+  int prefetch_rows;              // of its first weight tile that a block prefetches while it waits for latents
   int rows[kMaxGroup];            // weight rows of each module
   int first_tile[kMaxGroup + 1];  // first weight tile of each module; last, the number of tiles
   int64_t blocks;
@@ -339,6 +341,8 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
     c.aligned = c.aligned && head_is_aligned(modules[i]);
   }
   c.blocks = min(c.first_tile[count], (c.wide || p.w_type == DType::f32 ? 1 : 2) * limits.num_sms);
+  const int64_t row_bytes = max(1, p.h * bytes_of(p.w_type));
+  c.prefetch_rows = static_cast<int>(min(kHeadTile, kHeadPrefetchBytes / max(1, c.blocks) / row_bytes));
   c.shared_bytes = shared(tile);
   // Loads are kHeadStages - 1 k-tiles ahead: with fewer in a tile they would overwrite what is still read.
   const int64_t resident =

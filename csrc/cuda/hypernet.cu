@@ -28,7 +28,7 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
                             : type == DType::f16 ? head_kernel_for<device::f16>(c)
                                                  : device::head_kernel<float, kNarrowRows / 16>;
-  return launch(kernel, c.blocks, c.shared_bytes, limits, stream, argument);
+  return launch(kernel, c.blocks, c.shared_bytes, limits, stream, argument, Start::early);
 }
 
 }  // namespace
@@ -48,7 +48,7 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
   const int64_t splits = params.sides / c.sides_per_block * (params.ranks / c.ranks_per_block);
   const int64_t blocks = c.tiles * splits * c.cluster + c.prefetch_blocks;
-  return launch(kernel, blocks, c.shared_bytes, limits, stream, argument, c.cluster);
+  return launch(kernel, blocks, c.shared_bytes, limits, stream, argument, Start::in_turn, c.cluster);
 }
 
 const char* hypernet_head(const HeadParams* modules, int64_t count, void* stream) {

@@ -319,6 +319,20 @@ T2L_DEVICE void head_epilogue(const HeadLaunch& launch, const HeadCursor& at, co
   }
 }
 
+// Prefetches the first rows of the weights of tile `at` into L2: what blocks that begin early do while they wait for
+// latents.
+T2L_DEVICE void prefetch_tile(const HeadLaunch& launch, const HeadCursor& at) {
+  constexpr int kLine = 128;
+  const cuda::HeadConfig& c = launch.config;
+  const HeadParams& p = launch.module[at.module];
+  const int first = (at.tile - c.first_tile[at.module]) * kHeadTile;
+  const int64_t row_bytes = p.h * cuda::bytes_of(p.w_type);
+  const int64_t bytes = cuda::min(c.prefetch_rows, c.rows[at.module] - first) * row_bytes;
+  const char* begin = static_cast<const char*>(p.weight) + first * row_bytes;
+#pragma unroll 1
+  for (int64_t i = thread_index() * kLine; i < bytes; i += kThreads * kLine) prefetch(begin + i);
+}
+
 template <class T, int NT>
 T2L_KERNEL(kThreads, NT > 4 || sizeof(T) == 4 ? 1 : 2)
 head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
@@ -334,6 +348,8 @@ head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
   HeadCursor load{static_cast<int>(block_index() * tiles / c.blocks), 0, 0, 0};
   find_module(launch, &load);
   skip_empty(launch, end, &load);
+  if (load.tile < end) prefetch_tile(launch, load);
+  wait_for_earlier_launches();
   HeadCursor mma = load;
   HeadSource<T, kLatentRows> source;
   int write_stage = 0, read_stage = 0, rows_of_tile = -1, weights_of_tile = -1;

@@ -280,6 +280,7 @@ T2L_KERNEL(kThreads, 1)
 trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const TrunkParams& p = launch.params;
   const cuda::TrunkConfig& c = launch.config;
+  let_next_launch_begin();  // the heads', which have weights to prefetch where SMs are idle
   const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block);
   const int64_t working = c.tiles * splits * c.cluster;
   if (block_index() >= working)

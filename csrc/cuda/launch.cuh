@@ -69,17 +69,21 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
 #endif
 }
 
+// Whether a launch may begin before the one before it in its stream has ended, where the device has such launches.
+enum class Start { in_turn, early };
+
 // Kernels take one argument: a struct of parameters and launch configuration.  `cluster`: neighbouring blocks that run
 // together.
 template <class Argument>
 const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_bytes, const DeviceLimits& limits, void* stream,
-                   const Argument& argument, int64_t cluster = 1) {
+                   const Argument& argument, Start start = Start::in_turn, int64_t cluster = 1) {
   static_assert(sizeof(Argument) <= 4096, "what a kernel may take, before CUDA 12.1 and compute capability 7.0");
   if (blocks > 0x7fffffff) return "too many blocks";
   if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
-  return emu::launch(emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster)},
-                     [&] { kernel(argument); });
+  return emu::launch(
+      emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster), start == Start::early},
+      [&] { kernel(argument); });
 #else
   if (shared_bytes >
       48 * 1024) {  // the maximum, not shared_bytes: the attribute is per kernel, and other threads may need more
@@ -91,11 +95,18 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_byte
   launch.blockDim = dim3(kThreads);
   launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   launch.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  launch.attrs = &attribute;
-  launch.numAttrs = cluster > 1 ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  launch.attrs = attributes;
+  if (cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
+  if (start == Start::early && max_cluster(kernel) > 1) {  // devices that have the one have the other
+    cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  }
   void* arguments[] = {const_cast<Argument*>(&argument)};
   const cudaError_t error = cudaLaunchKernelExC(&launch, reinterpret_cast<const void*>(kernel), arguments);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -39,7 +39,7 @@ const char* launch_group(const LoraParams* members, int64_t count, bool counts_b
   const Kernel kernel = type == DType::bf16  ? kernel_for<device::bf16>(c)
                         : type == DType::f16 ? kernel_for<device::f16>(c)
                                              : kernel_for<float>(c);
-  return launch(kernel, c.chunks * c.slices, c.shared_bytes, limits, stream, argument, c.cluster);
+  return launch(kernel, c.chunks * c.slices, c.shared_bytes, limits, stream, argument, Start::early, c.cluster);
 }
 
 }  // namespace

@@ -408,6 +408,16 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const LoraParams& p = launch.member[index];
   const int first = static_cast<int>((slice - c.first_slice[index]) * c.outputs);
   const int last = static_cast<int>(cuda::min(first + c.outputs, p.out));
+  const bool clustered = c.cluster > 1;
+  const auto prefetch_share = [&](int adapter, int rank) {
+    prefetch_weights<T, kDecode>(p, adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
+                                 clustered ? c.first_slice[index + 1] - c.first_slice[index] : 1);
+  };
+  if (kDecode) {  // beside the end of the product before it, whose y this adds to
+    const int guess = peek(p.seg_adapters + place);
+    if (guess >= 0 && guess < p.adapters) prefetch_share(guess, static_cast<int>(p.rank));
+  }
+  wait_for_earlier_launches();
   if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids(p);
   Chunk chunk;
   if (kDecode || c.one_token_per_block) {
@@ -431,16 +441,14 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     lane_rank = member.ranks ? member.ranks[chunk.adapter] : static_cast<int>(member.rank);
     require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
   }
-  // In shared memory until it is needed, and so in no register.
-  if (thread_index() == 0) scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(p.scaling[chunk.adapter]));
   const RankTiles tiles(lane_rank);
-  const int rank = tiles.rank(index - first_member), total = tiles.total();
-  if (total > 0 && c.cluster > 1) cluster_arrive();  // this block has begun
-  if (rank > 0) {
-    const bool clustered = c.cluster > 1;
-    prefetch_weights<T, kDecode>(p, chunk.adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
-                                 clustered ? c.first_slice[index + 1] - c.first_slice[index] : 1);
+  const int rank = tiles.rank(index - first_member), total = tiles.total(), before = tiles.first_of(index - first_member);
+  if (thread_index() == 0) {  // in shared memory until they are needed, and so in no register
+    scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(p.scaling[chunk.adapter]));
+    scratch[2] = 8 * before;
   }
+  if (total > 0 && clustered) cluster_arrive();  // this block has begun
+  if (!kDecode && rank > 0) prefetch_share(chunk.adapter, rank);
   const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
 #pragma unroll 1
   for (int first_tile = 0; first_tile < total; first_tile += NT) {
@@ -453,7 +461,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       ranks |= (tile.count < 8 ? tile.count : 8) << 4 * nt;
     }
     if (thread_index() == 0) scratch[1] = ranks;
-    bool others_ready = c.cluster == 1;
+    bool others_ready = !clustered;
     int parts = 0, part = block_in_cluster;  // the next of this block
 #pragma unroll 1
     for (int begin = 0; begin < in; begin += part_features, ++parts) {
@@ -467,7 +475,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       store_partial(partial + parts * kPart, sum, c.cluster);
     }
     if (!others_ready) cluster_wait();
-    if (c.cluster > 1)
+    if (clustered)
       cluster_barrier();
     else
       block_barrier();
@@ -485,13 +493,13 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
           column % 8 < (scratch[1] >> column / 8 * 4 & 15) ? sum * scaling : 0.0f;
     }
     block_barrier();  // before partial is overwritten or v is read
-    if (c.cluster > 1 && first_tile + NT < total) cluster_arrive();
+    if (clustered && first_tile + NT < total) cluster_arrive();
   }
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
     return;
   }
-  const float* mine = v + 8 * tiles.first_of(index - first_member);
+  const float* mine = v + scratch[2];
   if (!kDecode && p.rank_vectors && first == 0)
     for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
       store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, mine[i / rank * c.v_stride + i % rank]);

@@ -103,6 +103,35 @@ T2L_DEVICE void block_barrier() {
 #endif
 }
 
+// ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability 9.0)
+
+// Lets an early launch behind this one begin, once all blocks have called it or exited.
+T2L_DEVICE void let_next_launch_begin() {
+#if !defined(T2L_EMULATOR) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Waits until all launches before this one have ended, with visibility of their writes.  Every thread of an early launch
+// calls it, before it reads or writes memory: only peek() and prefetch() may come before.
+T2L_DEVICE void wait_for_earlier_launches() {
+#if defined(T2L_EMULATOR)
+  emu::wait_for_earlier_launches();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// An integer that an earlier launch may still write: a guess, for prefetch() alone.  It is read from L2, so that no cache of
+// this SM keeps it.
+T2L_DEVICE int peek(const int* p) {
+#ifdef T2L_EMULATOR
+  return emu::peek(p);
+#else
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(p));
+  return value;
+#endif
+}
+
 // ---- clusters: blocks, neighbours along x, that run together and write to each other's shared memory (compute capability
 // 9.0; before, a launch has clusters of one block)
 

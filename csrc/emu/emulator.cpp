@@ -54,6 +54,7 @@ struct Thread {
   Fiber fiber;
   std::vector<Copy> copies;  // in flight
   int groups = 0;            // committed so far
+  bool waited = true;        // for earlier launches
   bool arrived = false;      // at a cluster barrier, for which it has not waited yet
   int arrived_at = 0;        // which of two
 };
@@ -91,6 +92,8 @@ class Machine : public Running {
   T2L_EMU_NO_TSAN SharedArena& shared() { return block().shared; }
   T2L_EMU_NO_TSAN bool eager() const { return schedule_.eager; }
   void wait_at_barrier();
+  void wait_for_earlier_launches();
+  int peek(const int* p) const;
   void arrive_at_cluster_barrier();
   void wait_at_cluster_barrier();
   char* map_to_block(char* mine, int64_t bytes, int index);
@@ -208,6 +211,7 @@ const char* Machine::run_cluster(int64_t index) {
   first_x_ = index % clusters_x * launch_.cluster;
   block_y = static_cast<int>(index / clusters_x);
   at_cluster_barrier_ = exited_ = 0;
+  for (int i = 0; i < fiber_count_; ++i) threads_[i]->waited = !launch_.early;
   for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0};
   for (int b = 0; b < launch_.cluster; ++b) {
     blocks_[b]->at_barrier = blocks_[b]->exited = 0;
@@ -257,6 +261,7 @@ T2L_EMU_NO_TSAN void Machine::exit_thread() {
   Thread& me = current();
   Warp& warp = warps_[fiber_ / kLanes];
   if (!me.copies.empty()) fail("exits with %lld copies in flight", static_cast<int64_t>(me.copies.size()));
+  if (!me.waited) fail("exits without having waited for earlier launches");
   if (me.arrived) fail("exits without having waited at a cluster barrier");
   if (warp.at_exchange) fail("exits while %lld lanes of its warp wait at an exchange", __builtin_popcount(warp.at_exchange));
   release(&end_token_);
@@ -296,6 +301,7 @@ T2L_EMU_NO_TSAN void Machine::set_current(int fiber) {
   fiber_ = fiber;
   thread = fiber % launch_.threads;
   block_x = first_x_ + fiber / launch_.threads;
+  may_access = threads_[fiber]->waited;
 }
 
 // The next thread of the schedule, or -1 if none is ready.
@@ -342,6 +348,13 @@ T2L_EMU_NO_TSAN void Machine::release_barrier() {
   }
   block().at_barrier = 0;
   block().barrier ^= 1;
+}
+
+T2L_EMU_NO_TSAN void Machine::wait_for_earlier_launches() { may_access = current().waited = true; }
+
+T2L_EMU_NO_TSAN int Machine::peek(const int* p) const {
+  constexpr int kNone = 0x5a5a5a5a;
+  return may_access || (schedule_.seed == 0 && !schedule_.reverse) ? *p : kNone;
 }
 
 T2L_EMU_NO_TSAN void Machine::arrive_at_cluster_barrier() {
@@ -466,6 +479,8 @@ T2L_EMU_NO_TSAN void* take_shared(SharedCursor* cursor, int64_t bytes) {
 }
 
 void block_barrier() { machine().wait_at_barrier(); }
+void wait_for_earlier_launches() { machine().wait_for_earlier_launches(); }
+int peek(const int* p) { return machine().peek(p); }
 void cluster_arrive() { machine().arrive_at_cluster_barrier(); }
 void cluster_wait() { machine().wait_at_cluster_barrier(); }
 void* map_to_block(void* mine, int64_t bytes, int block) {

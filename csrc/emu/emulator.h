@@ -47,7 +47,8 @@ struct Launch {
   int threads;
   int64_t shared_bytes;
   void* stream;
-  int cluster = 1;  // blocks, neighbours along x, that run together
+  int cluster = 1;     // blocks, neighbours along x, that run together
+  bool early = false;  // may begin before the launch before it has ended
 };
 
 // Runs `body` for every thread of every block; checks what a driver checks, and that the stream is the current one.
@@ -111,6 +112,7 @@ LaunchRecord last_launch();
 // The running thread, its block, and the counters of the launch.
 struct Running {
   int thread = 0;
+  bool may_access = true;  // memory: of an early launch, once the thread has waited for earlier ones
   int block_y = 0;
   int64_t block_x = 0;
   Counters counters{};
@@ -132,6 +134,12 @@ struct SharedCursor {
 };
 void* take_shared(SharedCursor* cursor, int64_t bytes);
 
+// In an early launch, memory may be accessed after it.
+void wait_for_earlier_launches();
+// The value at `p` or, in an early launch that has not waited and under other schedules than "forward", what it may have
+// been: no id.
+int peek(const int* p);
+
 void block_barrier();
 void cluster_arrive();
 void cluster_wait();
@@ -150,8 +158,17 @@ inline void atomic_add(int* target, int value) {
   __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
 }
 
-T2L_EMU_NO_TSAN inline void count_read(int64_t bytes) { running->counters.read += bytes; }
-T2L_EMU_NO_TSAN inline void count_written(int64_t bytes) { running->counters.written += bytes; }
+T2L_EMU_NO_TSAN inline void require_access() {
+  if (!running->may_access) fail("accesses memory without having waited for earlier launches");
+}
+T2L_EMU_NO_TSAN inline void count_read(int64_t bytes) {
+  require_access();
+  running->counters.read += bytes;
+}
+T2L_EMU_NO_TSAN inline void count_written(int64_t bytes) {
+  require_access();
+  running->counters.written += bytes;
+}
 T2L_EMU_NO_TSAN inline void count_flops(int64_t flops) { running->counters.flops += flops; }
 
 // Typed access to memory of any type.

@@ -149,6 +149,7 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate, most):
     slices = slices_of(case.out_features, launched)
     assert len(slices) == launched
     cluster = cluster_of_slices(case, launched, most)
+    assert emulator.t2l_emu_last_launch(b"early")
     assert emulator.t2l_emu_last_launch(b"cluster") == cluster
     assert counted(emulator) == lora_counts([(case, slices)], m_tiles, n_tiles, accumulate, cluster)
 
@@ -381,6 +382,7 @@ def test_trunk(emulator, name, num_sms, most):
         prefetch_blocks = max(0, min(16, num_sms - cluster * blocks)) // cluster * cluster  # they only prefetch
         assert emulator.t2l_emu_last_launch(b"grid_x") == cluster * blocks + prefetch_blocks
         assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+        assert not emulator.t2l_emu_last_launch(b"early")  # it reads weights from the start
     assert counted(emulator) == trunk_counts(case, 16, spread, cluster)
 
 

@@ -34,6 +34,11 @@ const char* launch_cluster(Body body) {
   return launch(kRowBytes, body, kBlocks);
 }
 
+template <class Body>
+const char* launch_early(Body body) {
+  return emu::launch(emu::Launch{kBlocks, 1, kThreads, 0, emu::current_stream(), 1, true}, body);
+}
+
 int element() { return static_cast<int>(block_index()) * kThreads + thread_index(); }
 
 // A quarter of the threads copy 16 bytes each.
@@ -334,6 +339,39 @@ const Case kCases[] = {
                .store(0, load_quad(x + block_index() * kThreads + 4 * thread_index()));
          block_barrier();
          store_one(y + element(), row[thread_index()]);
+       });
+     },
+     input},
+
+    {"read_before_waiting",  // what an earlier launch may still write
+     [](bool fixed, const float* x, float* y) {
+       return launch_early([=] {
+         if (fixed) wait_for_earlier_launches();
+         const float value = load_one(x + element());
+         if (!fixed) wait_for_earlier_launches();
+         store_one(y + element(), value);
+       });
+     },
+     input},
+
+    {"never_waits",  // its launch could end before earlier ones, and later launches would not wait for those
+     [](bool fixed, const float* x, float* y) {
+       return launch_early([=] {
+         if (!fixed && thread_index() == 5) return;
+         wait_for_earlier_launches();
+         store_one(y + element(), load_one(x + element()));
+       });
+     },
+     input},
+
+    {"trusts_a_guess",  // under schedules that say what may have been there
+     [](bool fixed, const float* x, float* y) {
+       static int first;
+       first = kBlocks * kThreads - 1;
+       return launch_early([=] {
+         const int guess = peek(&first);
+         wait_for_earlier_launches();
+         store_one(y + element(), load_one(x + ((fixed ? first : guess) + 1 + element()) % (kBlocks * kThreads)));
        });
      },
      input},

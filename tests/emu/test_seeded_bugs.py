@@ -58,6 +58,10 @@ BUGS = [
     ("block_exited", "plain", ("forward",), FAILS, r"memory of block 0 of the cluster, which has exited \(block 1, 0, thr"),
     ("sent_after_arriving", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
     ("abandoned_cluster_barrier", "plain", ALL, FAILS, r"exits without having waited at a cluster barrier"),
+    ("read_before_waiting", "plain", ALL, FAILS, r"accesses memory without having waited for earlier launches"),
+    ("never_waits", "plain", ALL, FAILS, r"exits without having waited for earlier launches"),
+    ("trusts_a_guess", "plain", ("reverse", "seed=1", "seed=2+eager"), WRONG, r"wrong"),
+    ("trusts_a_guess", "plain", ("forward",), PASSES, r"^ok$"),  # nothing has changed there
     ("divergent_cluster_barrier", "plain", ALL, FAILS, r"deadlock: 96 threads at a cluster barrier, 16 lanes of warp 1 at"),
     ("outside_the_cluster", "plain", ALL, FAILS, r"shared memory of block 1 of a cluster of 1"),
     ("wrong_stream", "plain", ("forward",), FAILS, r"launched on stream 0x1000, the current one is 0x"),
