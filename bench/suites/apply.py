@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import baselines, cases, energy
+from bench import baselines, cases, energy, vllm_ops
 from bench.baselines import COPY, PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
@@ -102,6 +102,7 @@ def decode_cases(full: bool) -> list[Case]:
     chosen += [("7b", zipf(64), "zipf"), ("7b", half, "half base"), ("7b", rows(*(i % 16 for i in range(64))))]
     chosen += [("7b", rows(*range(n))) for n in (2, 4, 16, 32)]
     chosen += [("7b", n64, "", rank) for rank in (16, 32, 64)]
+    chosen += [("linear", segments, "", 16) for segments in (n64, rows(0), rows(*range(8)))]
     return [Case(LAYERS[layer], *of) for layer, *of in [*chosen, ("7b", n64, "", 8, torch.float32)]]
 
 
@@ -151,6 +152,9 @@ def _builders(context: Context, case: Case) -> tuple[dict[str, Callable[[Operand
         builders = {OURS: Operands.grouped, **{name: each(build) for name, build in CUDA_BUILDERS.items()}}
         if all(len(group.outs) == 1 for group in case.layer.groups):  # then a launch a linear is what ours is
             del builders[APART]
+        builders[vllm_ops.NAME] = lambda operands: vllm_ops.grouped(operands.groups)
+        if why := vllm_ops.absent(case.dtype):
+            skipped[vllm_ops.NAME] = why
     if any(adapter < 0 for _, adapter in case.segments):
         skipped["gather bmm"] = "has no row of the base model"
     elif (gathered := case.layer.weight_bytes(case.tokens, case.rank, case.dtype.itemsize)) > LARGEST_GATHER:
@@ -191,7 +195,7 @@ def _cpu_limits(context: Context, case: Case, group: str, cache: str, count: int
 def _cuda_limits(context: Context, case: Case, cache: str) -> dict[str, Any]:
     """What is warm comes from the cache: the rates of memory make no roofline of it."""
     least = context.roofline(case.flops, case.bytes, case.dtype_name) if cache == "cold" else None
-    usual = case.rank == 8 and case.dtype == torch.bfloat16
+    usual = case.rank in (8, 16) and case.dtype == torch.bfloat16
     single = case.tokens == 1 and len(case.layer.groups) == 1
     target = CUDA_SINGLE if single else CUDA_MANY if case.tokens == case.adapters == 64 else None
     return {"least": least, "target": target if usual else None}
