@@ -46,7 +46,7 @@ T2L_ANYWHERE constexpr int64_t lora_part_features(int64_t in, int64_t element) {
   return step * max(1, ceil_div(in, step * kShrinkParts));
 }
 T2L_ANYWHERE constexpr int lora_parts(int64_t in, int64_t element) {
-  return static_cast<int>(ceil_div(in, lora_part_features(in, element)));
+  return static_cast<int>(max(1, ceil_div(in, lora_part_features(in, element))));
 }
 
 struct LoraConfig {
@@ -59,7 +59,7 @@ struct LoraConfig {
   int slices;                      // of all members; those of a chunk are neighbours in the grid, so that they share x in L2
   int first_slice[kMaxGroup + 1];  // of each member; last, the number of slices
   int cluster;                     // neighbouring slices whose blocks share the rank vectors: each makes parts of all
-  int parts;                       // of the features, at most
+  int parts;                       // whose sums are kept apart: all of a cluster's, 1 of a block alone
   int64_t v_stride;                // row stride of the rank vectors in shared memory, in floats
   int64_t shared_bytes;
 };
@@ -121,32 +121,40 @@ inline bool lora_is_decode(const LoraParams* members, int64_t count, const LoraC
   return all;
 }
 
-// Blocks of a cluster: as many as the slices can be divided by, where x has parts to share and is that of all members.
-inline int lora_cluster(const LoraParams* members, int64_t count, int64_t slices, int64_t most) {
+// Blocks of a cluster, where x has parts to share and is that of all members.  Slices are filled up to whole clusters with
+// empty ones, whose blocks make parts and leave, if all still run at once.  Clusters of 8 use seven eighths of the places:
+// their blocks must lie in one group of SMs, of which some hold no whole number of them.
+inline int lora_cluster(const LoraParams* members, int64_t count, int64_t chunks, int64_t slices, int64_t most,
+                        int64_t slots) {
   const LoraParams& p = members[0];
-  if (lora_parts(p.in, bytes_of(lora_compute_type(p))) < 2) return 1;
+  if (slices < 2 || lora_parts(p.in, bytes_of(lora_compute_type(p))) < 2) return 1;
   for (int64_t i = 1; i < count; ++i) {
     const LoraParams& other = members[i];
     if (other.x != p.x || other.x_stride != p.x_stride || other.in != p.in || other.scaling != p.scaling) return 1;
   }
-  int64_t cluster = max(1, min(most, slices));
-  while (slices % cluster) --cluster;
-  return static_cast<int>(cluster);
+  for (const int cluster : {8, 4, 2}) {
+    const bool is_needed = cluster < 2 * slices;  // else half of its blocks would be enough
+    if (is_needed && cluster <= most && chunks * round_up(slices, cluster) <= (cluster == 8 ? slots - slots / 8 : slots))
+      return cluster;
+  }
+  return slices % 2 == 0 && most >= 2 ? 2 : 1;
 }
 
 constexpr int lora_n_tiles(int64_t tiles) { return tiles <= 1 ? 1 : tiles == 2 ? 2 : kWideTiles; }
 
-// What follows from the tiles of 8 ranks that a block makes rank vectors of: those of one member or, in clusters, of all.
+// What follows from the tiles of 8 ranks that a block makes rank vectors of: those of one member or, in clusters, of all
+// members that a cluster has slices of.
 inline void choose_rank_tiles(const LoraParams* members, int64_t count, LoraConfig& c) {
   const int64_t element = bytes_of(lora_compute_type(members[0]));
-  int64_t widest = 1, all = 0;
-  c.parts = 1;
-  for (int64_t i = 0; i < count; ++i) {
-    widest = max(widest, ceil_div(members[i].rank, 8));
-    all += ceil_div(members[i].rank, 8);
-    c.parts = static_cast<int>(max(c.parts, lora_parts(members[i].in, element)));
+  int64_t tiles = 1;
+  for (int64_t first = 0; first < count; ++first) {
+    const int last_slice = c.first_slice[first + 1] - 1;  // the cluster that begins with it, or before, has the most members
+    int64_t all = 0;
+    for (int64_t i = first; i < count && (i == first || c.first_slice[i] < round_up(last_slice + 1, c.cluster)); ++i)
+      all += ceil_div(members[i].rank, 8);
+    tiles = max(tiles, all);
   }
-  const int64_t tiles = c.cluster > 1 ? all : widest;
+  c.parts = c.cluster > 1 ? lora_parts(members[0].in, element) : 1;
   // Chunks are cut for the widest member's.  Where no kernel has so many tiles beside theirs, there are more passes.
   if (c.m_tiles <= large_m_tiles(element, lora_n_tiles(tiles))) c.n_tiles = lora_n_tiles(tiles);
   const int64_t width = 8 * round_up(tiles, c.n_tiles), chunk = 16 * c.m_tiles;
@@ -177,12 +185,14 @@ inline LoraConfig lora_config(const LoraParams* members, int64_t count, int64_t 
     c.first_slice[i + 1] = c.first_slice[i] + static_cast<int>(lora_slices(members[i], c.outputs));
   c.slices = c.first_slice[count];
   c.decode = lora_is_decode(members, count, c);
-  c.cluster = lora_cluster(members, count, c.slices, max_cluster);
+  const LoraConfig alone = c;
+  c.cluster = lora_cluster(members, count, c.chunks, c.slices, max_cluster, blocks_per_sm * limits.num_sms);
+  c.first_slice[count] = c.slices = static_cast<int>(round_up(c.slices, c.cluster));
   choose_rank_tiles(members, count, c);
-  if (c.cluster > 1 && blocks_per_sm * c.shared_bytes > limits.shared_bytes) {  // fewer blocks would run at once
-    c.cluster = 1;
-    choose_rank_tiles(members, count, c);
-  }
+  if (c.cluster == 1 || blocks_per_sm * c.shared_bytes <= limits.shared_bytes) return c;
+  c = alone;  // fewer blocks would run at once
+  c.cluster = 1;
+  choose_rank_tiles(members, count, c);
   return c;
 }
 

@@ -280,7 +280,6 @@ T2L_KERNEL(kThreads, 1)
 trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const TrunkParams& p = launch.params;
   const cuda::TrunkConfig& c = launch.config;
-  let_next_launch_begin();  // the heads', which have weights to prefetch where SMs are idle
   const int64_t splits = p.sides / c.sides_per_block * (p.ranks / c.ranks_per_block);
   const int64_t working = c.tiles * splits * c.cluster;
   if (block_index() >= working)
@@ -307,8 +306,12 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
   const int last_rank = first_rank + static_cast<int>(c.ranks_per_block);
   tile.rows = static_cast<int>(cuda::min(c.tile_rows, p.tasks * modules * layers - first_row));
 
-  if (tile.cluster > 1) cluster_barrier();  // all have begun
+  if (tile.cluster > 1) {  // all have begun
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
   mixer(p, tile, first_row, z);
+  let_next_launch_begin();  // the heads', which prefetch where SMs are idle, now that weights of the trunk are on their way
   int side = first_side, k = first_rank;
   TrunkStep step = TrunkStep::base;
   for (;;) {  // one inlined MLP for all steps: several would exceed the instruction cache

@@ -72,6 +72,21 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
 // Whether a launch may begin before the one before it in its stream has ended, where the device has such launches.
 enum class Start { in_turn, early };
 
+// Whether launches may be early: as of driver 12.3 they can be captured in a graph, too.
+template <class Argument>
+bool has_early_launches([[maybe_unused]] void (*kernel)(Argument)) {
+#ifdef T2L_EMULATOR
+  return true;
+#else
+  constexpr int kCaptured = 12030;
+  static const int driver = [] {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+  }();
+  return driver >= kCaptured && max_cluster(kernel) > 1;  // devices that have clusters have them
+#endif
+}
+
 // Kernels take one argument: a struct of parameters and launch configuration.  `cluster`: neighbouring blocks that run
 // together.
 template <class Argument>
@@ -81,9 +96,9 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_byte
   if (blocks > 0x7fffffff) return "too many blocks";
   if (shared_bytes > limits.shared_bytes) return "more shared memory than this device has";
 #ifdef T2L_EMULATOR
-  return emu::launch(
-      emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster), start == Start::early},
-      [&] { kernel(argument); });
+  return emu::launch(emu::Launch{blocks, 1, kThreads, shared_bytes, stream, static_cast<int>(cluster),
+                                 start == Start::early && has_early_launches(kernel)},
+                     [&] { kernel(argument); });
 #else
   if (shared_bytes >
       48 * 1024) {  // the maximum, not shared_bytes: the attribute is per kernel, and other threads may need more
@@ -102,7 +117,7 @@ const char* launch(void (*kernel)(Argument), int64_t blocks, int64_t shared_byte
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
   }
-  if (start == Start::early && max_cluster(kernel) > 1) {  // devices that have the one have the other
+  if (start == Start::early && has_early_launches(kernel)) {
     cudaLaunchAttribute& attribute = attributes[launch.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;

@@ -72,9 +72,11 @@ T2L_DEVICE Quad Rows<float>::load_tail(const char* row, int64_t k, int64_t size)
   return q;
 }
 
-// k-blocks of a warp whose loads are in flight together: as many as registers hold without spills.
+// k-blocks of a warp whose loads are in flight together: as many as registers hold without spills.  A decode step has one
+// row of x, so room for more of A.
 template <class T>
-T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles) {
+T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles, bool decode) {
+  if (decode) return n_tiles <= 2 ? 4 : 2;
   return sizeof(T) == 4 || m_tiles * n_tiles > 2 ? 1 : 4 / (m_tiles * n_tiles);
 }
 
@@ -141,26 +143,28 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
   const int g = lane_index() / 4, t = lane_index() % 4;
   const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p)), a(w_type_of<T>(p), of_a.aligned);
   const auto& a_row = of_a.row;
-  const char* x_row[MT][2];  // null: padding
+  constexpr int kHalves = kDecode ? 1 : 2;  // of 16 rows of x: a decode step has one row
+  const char* x_row[MT][kHalves];           // null: padding
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kHalves; ++half) {
       const int i = 16 * mt + 8 * half + g;
       x_row[mt][half] = i < count ? x.row(tokens[i]) : nullptr;
     }
-  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT);
-  Quad x_quad[kInFlight][MT][2], a_quad[kInFlight][NT];
+  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT, kDecode);
+  Quad x_quad[kInFlight][MT][kHalves], a_quad[kInFlight][NT];
   const auto multiply = [&](int u) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], x_quad[u][mt][0], x_quad[u][mt][1], a_quad[u][nt], T());
+      for (int nt = 0; nt < NT; ++nt)
+        multiply_quads(sum[mt][nt], x_quad[u][mt][0], kDecode ? zero_quad() : x_quad[u][mt][kHalves - 1], a_quad[u][nt],
+                       T());
   };
   const int lane_k = t * Traits<T>::kPerQuad, in = static_cast<int>(p.in);
   int k = begin + warp_index() * kStep + lane_k;  // feature of this lane in the next k-block of its warp
-  // In decode steps a loop of single k-blocks would be the last one's twin.
-  if (kDecode ? kInFlight > 1 : x.aligned && a.aligned)
+  if (kDecode || (x.aligned && a.aligned))
     for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= end; k += kInFlight * kWarps * kStep) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
@@ -170,7 +174,7 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
+          for (int half = 0; half < kHalves; ++half)
             x_quad[u][mt][half] = x_row[mt][half] ? x.load_full(x_row[mt][half], k + u * kWarps * kStep) : zero_quad();
       }
 #pragma unroll
@@ -186,14 +190,15 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) x_quad[0][mt][half] = x_row[mt][half] ? last(x, x_row[mt][half]) : zero_quad();
+      for (int half = 0; half < kHalves; ++half)
+        x_quad[0][mt][half] = x_row[mt][half] ? last(x, x_row[mt][half]) : zero_quad();
     multiply(0);
   }
 }
 
-// Stores the partial sums of this warp to those of its part, in all blocks of the cluster.
+// Stores the partial sums of this warp for `count` tokens to those of its part, in all blocks of the cluster.
 template <int MT, int NT>
-T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int cluster) {
+T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int count, int cluster) {
   constexpr int kWarp = (16 * MT) * (8 * NT), kSize = sizeof(float);
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
@@ -205,8 +210,31 @@ T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int cl
       for (int nt = 0; nt < NT; ++nt)
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-          there.store(((16 * mt + g + 8 * half) * (8 * NT) + 8 * nt + 2 * t) * kSize,
-                      Pair{{float_to_bits(sum[mt][nt][2 * half]), float_to_bits(sum[mt][nt][2 * half + 1])}});
+          if (16 * mt + 8 * half + g < count)
+            there.store(((16 * mt + g + 8 * half) * (8 * NT) + 8 * nt + 2 * t) * kSize,
+                        Pair{{float_to_bits(sum[mt][nt][2 * half]), float_to_bits(sum[mt][nt][2 * half + 1])}});
+  }
+}
+
+// Adds the partial sums of `parts` parts, in the order of parts and warps, to the rank vectors of `count` tokens, which
+// begin at zero with the `first` of them.  After the last they are scaled; beyond the ranks they are zero, even if x is
+// infinite.
+template <int MT, int NT>
+T2L_DEVICE void add_partial(const float* partial, int parts, int count, bool first, bool is_last, float* v, int v_stride,
+                            const int* scratch) {
+  constexpr int kWarp = (16 * MT) * (8 * NT);
+#pragma unroll 1
+  for (int i = thread_index(); i < count * (8 * NT); i += kThreads) {
+    const int column = i % (8 * NT);
+    float* at = v + i / (8 * NT) * v_stride + column;
+    float sum = first ? 0.0f : *at;
+#pragma unroll 1
+    for (int part = 0; part < parts; ++part)
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += partial[(part * kWarps + w) * kWarp + i];
+    if (is_last)
+      sum = column % 8 < (scratch[1] >> column / 8 * 4 & 15) ? sum * bits_to_float(static_cast<uint32_t>(scratch[0])) : 0.0f;
+    *at = sum;
   }
 }
 
@@ -413,15 +441,18 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     prefetch_weights<T, kDecode>(p, adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
                                  clustered ? c.first_slice[index + 1] - c.first_slice[index] : 1);
   };
-  if (kDecode) {  // beside the end of the product before it, whose y this adds to
+  if (kDecode && kEarlyLaunches) {  // beside the end of the product before it, whose y this adds to
     const int guess = peek(p.seg_adapters + place);
-    if (guess >= 0 && guess < p.adapters) prefetch_share(guess, static_cast<int>(p.rank));
+    if (guess >= 0 && guess < p.adapters) {
+      const int rank = p.ranks ? peek(p.ranks + guess) : static_cast<int>(p.rank);
+      if (rank > 0 && rank <= p.rank) prefetch_share(guess, rank);
+    }
   }
   wait_for_earlier_launches();
   if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids(p);
   Chunk chunk;
   if (kDecode || c.one_token_per_block) {
-    const int end = p.seg_indptr[place + 1];
+    const int end = read_index(p.seg_indptr + place + 1);
     chunk = Chunk{adapter_of(p, place), 1};
     if (thread_index() == 0) tokens[0] = place;
     require(end == place + 1, "seg_indptr: not one token a segment");
@@ -438,17 +469,17 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int lane_rank = 0;
   if (chunk.adapter >= 0 && lane_index() < members) {
     const LoraParams& member = launch.member[first_member + lane_index()];
-    lane_rank = member.ranks ? member.ranks[chunk.adapter] : static_cast<int>(member.rank);
+    lane_rank = member.ranks ? read_index(member.ranks + chunk.adapter) : static_cast<int>(member.rank);
     require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
   }
   const RankTiles tiles(lane_rank);
   const int rank = tiles.rank(index - first_member), total = tiles.total(), before = tiles.first_of(index - first_member);
   if (thread_index() == 0) {  // in shared memory until they are needed, and so in no register
-    scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(p.scaling[chunk.adapter]));
+    scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(read_index(p.scaling + chunk.adapter)));
     scratch[2] = 8 * before;
   }
-  if (total > 0 && clustered) cluster_arrive();  // this block has begun
-  if (!kDecode && rank > 0) prefetch_share(chunk.adapter, rank);
+  if (total > 0 && clustered) cluster_arrive_relaxed();  // this block has begun
+  if (!(kDecode && kEarlyLaunches) && rank > 0) prefetch_share(chunk.adapter, rank);
   const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
 #pragma unroll 1
   for (int first_tile = 0; first_tile < total; first_tile += NT) {
@@ -462,38 +493,31 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     }
     if (thread_index() == 0) scratch[1] = ranks;
     bool others_ready = !clustered;
-    int parts = 0, part = block_in_cluster;  // the next of this block
+    int own = block_in_cluster;  // the next part of this block
 #pragma unroll 1
-    for (int begin = 0; begin < in; begin += part_features, ++parts) {
-      if (parts != part) continue;
-      part += c.cluster;
-      float sum[MT][NT][4] = {};
-      const int end = static_cast<int>(cuda::min(begin + part_features, in));
-      shrink<T, MT, NT, kDecode>(p, a, begin, end, tokens, chunk.count, sum);
-      if (!others_ready) cluster_wait();
-      others_ready = true;
-      store_partial(partial + parts * kPart, sum, c.cluster);
+    for (int begin = 0, part = 0; begin < in || part == 0; begin += part_features, ++part) {
+      const bool is_last = begin + part_features >= in;
+      if (part == own) {
+        own += c.cluster;
+        float sum[MT][NT][4] = {};
+        shrink<T, MT, NT, kDecode>(p, a, begin, is_last ? in : begin + part_features, tokens, chunk.count, sum);
+        if (!others_ready) cluster_wait();
+        others_ready = true;
+        store_partial(partial + (clustered ? part * kPart : 0), sum, chunk.count, c.cluster);
+      }
+      // A block alone adds part by part to v, a cluster all of them at the end: the order is the same.
+      if (clustered) {
+        if (!is_last) continue;
+        if (!others_ready) cluster_wait();
+        cluster_barrier();
+      } else {
+        block_barrier();
+      }
+      add_partial<MT, NT>(partial, clustered ? part + 1 : 1, chunk.count, clustered || part == 0, is_last,
+                          v + 8 * first_tile, static_cast<int>(c.v_stride), scratch);
+      block_barrier();  // before partial is overwritten or v is read
     }
-    if (!others_ready) cluster_wait();
-    if (clustered)
-      cluster_barrier();
-    else
-      block_barrier();
-    const float scaling = bits_to_float(static_cast<uint32_t>(scratch[0]));
-#pragma unroll 1
-    for (int i = thread_index(); i < 16 * MT * 8 * NT; i += kThreads) {
-      float sum = 0.0f;
-#pragma unroll 1
-      for (int each = 0; each < parts; ++each)
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += partial[each * kPart + w * (16 * MT) * (8 * NT) + i];
-      const int column = i % (8 * NT);
-      // Zero beyond the rank, even if x is infinite.
-      v[i / (8 * NT) * c.v_stride + 8 * first_tile + column] =
-          column % 8 < (scratch[1] >> column / 8 * 4 & 15) ? sum * scaling : 0.0f;
-    }
-    block_barrier();  // before partial is overwritten or v is read
-    if (clustered && first_tile + NT < total) cluster_arrive();
+    if (clustered && first_tile + NT < total) cluster_arrive_relaxed();  // this block has read what others stored
   }
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);

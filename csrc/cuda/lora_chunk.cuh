@@ -34,13 +34,15 @@ T2L_DEVICE int scan_block(int value, int* scratch, int* total) {
 
 // Number of tokens of segment s if it uses `adapter`, else 0.
 T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
-  return s < p.segments && p.seg_adapters[s] == adapter ? p.seg_indptr[s + 1] - p.seg_indptr[s] : 0;
+  return s < p.segments && read_index(p.seg_adapters + s) == adapter
+             ? read_index(p.seg_indptr + s + 1) - read_index(p.seg_indptr + s)
+             : 0;
 }
 
 T2L_DEVICE bool is_id(const LoraParams& p, int adapter) { return adapter >= -1 && adapter < p.adapters; }
 // The adapter of segment s: an id out of range ends the launch or, with bad_ids, is -1.
 T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
-  const int adapter = p.seg_adapters[s];
+  const int adapter = read_index(p.seg_adapters + s);
   const bool known = is_id(p, adapter);
   if (p.bad_ids == nullptr) require(known, "seg_adapters: an id out of range");
   return known ? adapter : -1;
@@ -49,7 +51,7 @@ T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
 // Adds the number of ids out of range to *bad_ids.  For one warp of the launch.
 T2L_DEVICE void count_bad_ids(const LoraParams& p) {
   int count = 0;
-  for (int s = lane_index(); s < p.segments; s += 32) count += !is_id(p, p.seg_adapters[s]);
+  for (int s = lane_index(); s < p.segments; s += 32) count += !is_id(p, read_index(p.seg_adapters + s));
 #pragma unroll
   for (int mask = 16; mask; mask /= 2) count += shuffle_xor(count, mask);
   if (lane_index() == 0 && count) *p.bad_ids += count;  // a counter serves one stream
@@ -60,7 +62,7 @@ T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
   for (int i = thread_index(); i < kSortBins; i += kThreads) bins[i] = 0;
   block_barrier();
   for (int64_t s = thread_index(); s < p.segments; s += kThreads) {
-    const int adapter = adapter_of(p, s), begin = p.seg_indptr[s], end = p.seg_indptr[s + 1];
+    const int adapter = adapter_of(p, s), begin = read_index(p.seg_indptr + s), end = read_index(p.seg_indptr + s + 1);
     require(begin <= end && (s > 0 || begin == 0) && (s + 1 < p.segments ? end <= p.tokens : end == p.tokens),
             "seg_indptr: not rising from 0 to the number of tokens");
     require(end - begin <= p.max_seg_len, "seg_indptr: a segment of more than max_seg_len tokens");
@@ -113,7 +115,7 @@ T2L_DEVICE Chunk find_chunk(const LoraParams& p, int64_t index, int size, int* s
     const int length = tokens_of(p, s + thread_index(), adapter);
     const int place = seen + scan_block(length, scratch, &total);
     const int from = place > start ? place : start, until = place + length < start + count ? place + length : start + count;
-    for (int i = from; i < until; ++i) tokens[i - start] = p.seg_indptr[s + thread_index()] + (i - place);
+    for (int i = from; i < until; ++i) tokens[i - start] = read_index(p.seg_indptr + s + thread_index()) + (i - place);
     seen += total;
   }
   block_barrier();

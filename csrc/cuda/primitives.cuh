@@ -2,7 +2,7 @@
 // (csrc/emu), which runs the same kernel source on a CPU.
 //
 // Conventions: grids and blocks are one-dimensional; warp-wide calls are made by all 32 lanes.  Tensors are accessed through
-// load_* and store_*, so that the emulator counts their bytes; ids, ranks and segments are read directly.
+// load_* and store_*, so that the emulator counts their bytes; ids, ranks and segments through read_index.
 #pragma once
 #include <cstdint>
 
@@ -105,6 +105,14 @@ T2L_DEVICE void block_barrier() {
 
 // ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability 9.0)
 
+#if defined(T2L_EMULATOR)
+constexpr bool kEarlyLaunches = true;
+#elif defined(__CUDA_ARCH__)
+constexpr bool kEarlyLaunches = __CUDA_ARCH__ >= 900;
+#else
+constexpr bool kEarlyLaunches = false;  // host code
+#endif
+
 // Lets an early launch behind this one begin, once all blocks have called it or exited.
 T2L_DEVICE void let_next_launch_begin() {
 #if !defined(T2L_EMULATOR) && __CUDA_ARCH__ >= 900
@@ -154,6 +162,14 @@ T2L_DEVICE void cluster_arrive() {
   emu::cluster_arrive();
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
+#endif
+}
+// To say that this block has begun, or has read: without its own writes, which a fence would have to wait for.
+T2L_DEVICE void cluster_arrive_relaxed() {
+#if defined(T2L_EMULATOR)
+  emu::cluster_arrive();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 T2L_DEVICE void cluster_wait() {
@@ -283,6 +299,14 @@ T2L_DEVICE Quad load_quad(const void* p) {
   const uint4 v = __ldg(static_cast<const uint4*>(p));
   return Quad{{v.x, v.y, v.z, v.w}};
 #endif
+}
+// An id, a rank, a bound of a segment or a scaling, which are not counted as bytes.
+template <class T>
+T2L_DEVICE T read_index(const T* p) {
+#ifdef T2L_EMULATOR
+  emu::require_access();
+#endif
+  return *p;
 }
 template <class T>
 T2L_DEVICE T load_one(const T* p) {

@@ -40,42 +40,47 @@ std::string check_lora_cut() {
   return "";
 }
 
-// A cluster's slices divide those of a chunk; it is as large as they allow, needs parts of x to share, and leaves room for
-// the blocks that registers allow beside each other.
+// Clusters are of 2, 4 or 8 blocks, need parts of x to share, and with the slices that fill them up all run at once, as do
+// the blocks that registers allow beside each other.  Every rank that a launch may have fits every device.
 std::string check_lora_clusters() {
   const float scaling = 1;
-  int64_t clustered = 0;
-  for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
-    for (const int64_t in : {64, 576, 1024, 1040, 4096, 14336})
-      for (const std::vector<int64_t>& outs : {std::vector<int64_t>{576}, {4096}, {4096, 1024, 1024}, {14336, 14336}})
-        for (const int64_t rank : {1, 8, 12, 64, 1024})
-          for (const int64_t tokens : {1, 8, 64, 512, 8192})
-            for (const int64_t most : {1, 2, 3, 8}) {
-              std::vector<t2l::LoraParams> members(outs.size());
-              for (size_t i = 0; i < outs.size(); ++i) {
-                t2l::LoraParams& p = members[i];
-                p.x_type = p.w_type = type, p.in = in, p.out = outs[i], p.rank = rank, p.scaling = &scaling;
-                p.tokens = tokens, p.segments = tokens <= 64 ? tokens : 8, p.max_seg_len = tokens <= 64 ? 1 : tokens / 8;
-                p.adapters = 64, p.accumulate = true;
+  int64_t clustered = 0, filled = 0;
+  for (const int64_t kib : {99, 163, 227})
+    for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
+      for (const int64_t in : {64, 576, 1024, 1040, 4096, 18944})
+        for (const std::vector<int64_t>& outs :
+             {std::vector<int64_t>{576}, {4096}, {18944}, {4096, 1024, 1024}, {14336, 14336}})
+          for (const int64_t rank : {1, 8, 12, 64, 1024})
+            for (const int64_t tokens : {1, 7, 33, 64, 512, 8192})
+              for (const int64_t most : {1, 2, 3, 8}) {
+                std::vector<t2l::LoraParams> members(outs.size());
+                for (size_t i = 0; i < outs.size(); ++i) {
+                  t2l::LoraParams& p = members[i];
+                  p.x_type = p.w_type = type, p.in = in, p.out = outs[i], p.rank = rank, p.scaling = &scaling;
+                  p.tokens = tokens, p.segments = tokens <= 64 ? tokens : 8, p.max_seg_len = tokens <= 64 ? 1 : tokens / 8;
+                  p.adapters = 64, p.accumulate = true;
+                }
+                const int64_t count = static_cast<int64_t>(outs.size()), shared = kib * 1024;
+                const auto choose = [&] { return cuda::choose_lora_config(members.data(), count, most, {132, shared}); };
+                const cuda::LoraConfig c = choose();
+                const int64_t element = cuda::bytes_of(type), per_sm = cuda::lora_blocks_per_sm(element, c.m_tiles);
+                EXPECT(c.shared_bytes <= shared, static_cast<double>(rank));
+                EXPECT(c.m_tiles <= cuda::large_m_tiles(element, c.n_tiles), c.n_tiles);  // there is such a kernel
+                EXPECT(c.cluster == 1 || c.cluster == 2 || c.cluster == 4 || c.cluster == 8, c.cluster);
+                EXPECT(c.cluster <= most && c.slices % c.cluster == 0 && c.first_slice[count] == c.slices, c.cluster);
+                EXPECT(c.parts == (c.cluster == 1 ? 1 : cuda::lora_parts(in, element)), c.parts);
+                if (c.cluster == 1) continue;
+                EXPECT(in * element > 4 * cuda::kWarps * 64, static_cast<double>(in));
+                EXPECT(per_sm * c.shared_bytes <= shared, static_cast<double>(rank));
+                const int64_t last = outs.size() - 1, whole = cuda::ceil_div(outs[last], c.outputs);
+                const int64_t empty = c.slices - c.first_slice[last] - whole;
+                EXPECT(empty >= 0 && empty < c.cluster, static_cast<double>(empty));
+                EXPECT(empty == 0 || c.chunks * c.slices <= per_sm * 132, static_cast<double>(tokens));
+                members.back().x = &scaling;  // another x than the others'
+                EXPECT(outs.size() == 1 || choose().cluster == 1);
+                ++clustered, filled += empty > 0;
               }
-              const cuda::DeviceLimits limits{132, emu::kMaxSharedBytes};
-              const auto choose = [&] {
-                return cuda::choose_lora_config(members.data(), static_cast<int64_t>(outs.size()), most, limits);
-              };
-              const cuda::LoraConfig c = choose();
-              const int64_t element = cuda::bytes_of(type);
-              EXPECT(c.cluster >= 1 && c.cluster <= most && c.slices % c.cluster == 0, c.cluster);
-              EXPECT(c.shared_bytes <= emu::kMaxSharedBytes, static_cast<double>(rank));
-              EXPECT(c.cluster == 1 || in * element > 4 * cuda::kWarps * 64, static_cast<double>(in));
-              const bool fits = cuda::lora_blocks_per_sm(element, c.m_tiles) * c.shared_bytes <= emu::kMaxSharedBytes;
-              EXPECT(c.cluster == 1 || fits, static_cast<double>(rank));
-              for (int n = c.cluster + 1; n <= most && rank <= 64 && in > 1040; ++n) EXPECT(c.slices % n != 0, n);
-              EXPECT(c.m_tiles <= cuda::large_m_tiles(element, c.n_tiles), c.n_tiles);  // there is such a kernel
-              members.back().x = &scaling;                                              // another x than the others'
-              EXPECT(outs.size() == 1 || choose().cluster == 1);
-              clustered += c.cluster > 1;
-            }
-  EXPECT(clustered > 500, static_cast<double>(clustered));
+  EXPECT(clustered > 1000 && filled > 100, static_cast<double>(clustered));
   return "";
 }
 

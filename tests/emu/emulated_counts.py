@@ -10,7 +10,7 @@ import torch
 
 from t2l_engine import ops
 from t2l_engine.testing import oracle
-from t2l_engine.testing.cases import BF16, F16, F32, GROUP_CASES, HYPER_CASES, LORA_CASES, HyperCase, LoraCase
+from t2l_engine.testing.cases import BF16, F16, F32, GROUP_CASES, HYPER_CASES, LORA_CASES, GroupCase, HyperCase, LoraCase
 
 pytestmark = pytest.mark.emu
 
@@ -109,27 +109,36 @@ LORA_LAUNCHES = (
 )  # fmt: skip
 
 
-def launched_slices(emulator, case: LoraCase, m_tiles: int, accumulate: bool) -> int:
-    """Of the latest launch, which has them all for each of the most chunks there can be."""
+def chunks_at_most(case: LoraCase, m_tiles: int, accumulate: bool) -> int:
     used = min(case.adapters + (not accumulate), len(case.segments))
-    chunks = min(case.tokens, case.tokens // (16 * m_tiles) + used) if m_tiles else case.tokens
-    slices, rest = divmod(emulator.t2l_emu_last_launch(b"grid_x"), chunks)
-    assert rest == 0
-    return slices
+    return min(case.tokens, case.tokens // (16 * m_tiles) + used) if m_tiles else case.tokens
 
 
-def slices_of(out_features: int, slices: int) -> list[int]:
-    """Outputs of each slice of one linear: whole 512 but for the last."""
-    whole = ceil(ceil(out_features / slices) / 512) * 512
-    return [min(whole, out_features - start) for start in range(0, out_features, whole)]
+def cut(outs: list[int], chunks: int, slots: int) -> list[list[int]]:
+    """Outputs of each slice of each linear: whole 512, the finest with which all chunks' slices run at once."""
+    whole = ceil(max(outs) / 512) * 512
+    sizes = range(512, whole + 1, 512)
+    size = next((n for n in sizes if chunks * sum(ceil(out / n) for out in outs) <= slots), whole)
+    return [[min(size, out - start) for start in range(0, out, size)] for out in outs]
 
 
-def cluster_of_slices(case: LoraCase, slices: int, most: int) -> int:
-    """Blocks that share rank vectors: as many as divide the slices, if the features have parts to share."""
-    dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
-    if case.in_features * size(dtype) <= 4 * WARPS * 64:
+def dtype_of(case: LoraCase) -> torch.dtype:
+    return case.x_dtype if case.x_dtype == case.w_dtype else F32
+
+
+def slots_of(case: LoraCase, m_tiles: int, num_sms: int) -> int:
+    return (2 if size(dtype_of(case)) == 2 and m_tiles <= 1 else 1) * num_sms
+
+
+def cluster_of_slices(case: LoraCase, chunks: int, slices: int, slots: int, most: int) -> int:
+    """Blocks that share rank vectors, filled up with blocks without outputs, if the features have parts to share."""
+    if slices < 2 or case.in_features * size(dtype_of(case)) <= 4 * WARPS * 64:
         return 1
-    return next(n for n in range(min(most, slices), 0, -1) if slices % n == 0)
+    for n in (8, 4, 2):
+        room = slots - slots // 8 if n == 8 else slots
+        if n <= most and n < 2 * slices and chunks * ceil(slices / n) * n <= room:
+            return n
+    return 2 if slices % 2 == 0 and most >= 2 else 1
 
 
 @pytest.mark.parametrize("most", [8, 1], ids=["clusters", "alone"])
@@ -145,57 +154,82 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate, most):
     else:
         arguments.pop("y")
         ops.lora_delta(**arguments)
-    launched = launched_slices(emulator, case, m_tiles, accumulate)
-    slices = slices_of(case.out_features, launched)
-    assert len(slices) == launched
-    cluster = cluster_of_slices(case, launched, most)
-    assert emulator.t2l_emu_last_launch(b"early")
-    assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+    chunks, slots = chunks_at_most(case, m_tiles, accumulate), slots_of(case, m_tiles, num_sms)
+    (slices,) = cut([case.out_features], chunks, slots)
+    cluster = cluster_of_slices(case, chunks, len(slices), slots, most)
+    assert emulator.t2l_emu_last_launch(b"grid_x") == chunks * ceil(len(slices) / cluster) * cluster
+    assert emulator.t2l_emu_last_launch(b"cluster") == cluster and emulator.t2l_emu_last_launch(b"early")
     assert counted(emulator) == lora_counts([(case, slices)], m_tiles, n_tiles, accumulate, cluster)
 
 
 @pytest.mark.parametrize("most", [8, 1], ids=["clusters", "alone"])
-def test_lora_group(emulator, most):
-    """One launch; in a cluster x is read once for all members."""
+@pytest.mark.parametrize("num_sms", [132, 12, 8])
+def test_lora_group(emulator, num_sms, most):
+    """One launch; a cluster with slices of several members reads x once for them."""
     emulator.t2l_emu_set_max_cluster(most)
+    emulator.t2l_emu_set_num_sms(num_sms)
     group = next(case for case in GROUP_CASES if case.name == "serve_phi3_qkv_8x8")
     ops.lora_add_group_(**group.make())
     assert emulator.t2l_emu_counter(b"launches") == 1
-    slices, members = launched_slices(emulator, group.lora, 0, True), []
-    for _, out_features, rank in group.members:
+    chunks, slots, members = group.lora.tokens, slots_of(group.lora, 0, num_sms), []
+    slices = cut([out for _, out, _ in group.members], chunks, slots)
+    for (_, out_features, rank), own in zip(group.members, slices, strict=True):
         ranks = tuple(max(0, rank - i) for i in range(group.lora.adapters))
-        member = dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks)
-        members.append((member, slices_of(out_features, slices // len(group.members))))
-    cluster = cluster_of_slices(group.lora, slices, most)
+        members.append((dataclasses.replace(group.lora, out_features=out_features, rank=rank, ranks=ranks), own))
+    cluster = cluster_of_slices(group.lora, chunks, sum(map(len, slices)), slots, most)
     assert emulator.t2l_emu_last_launch(b"cluster") == cluster
-    assert counted(emulator) == lora_counts(members, 0, 2 if cluster > 1 else 1, True, cluster)
+    assert cluster == (1 if most == 1 else {132: 8, 12: 2, 8: 2}[num_sms])
+    together = len(slices[0]) % cluster != 0  # else the clusters lie within members
+    assert counted(emulator) == lora_counts(members, 0, 2 if together else 1, True, cluster)
 
 
 def test_a_decode_step_reads_every_weight_once(emulator):
     """64 adapters, four slices of the outputs: A and x once a token, whose blocks share them."""
     case = LoraCase("", tuple((1, i) for i in range(64)), 4096, 2048, adapters=64, x_dtype=BF16, w_dtype=BF16)
     ops.lora_add_(**case.make())
-    assert emulator.t2l_emu_last_launch(b"cluster") == launched_slices(emulator, case, 0, True) == 4
+    assert emulator.t2l_emu_last_launch(b"cluster") == 4 and emulator.t2l_emu_last_launch(b"grid_x") == 64 * 4
     weights, activations = 64 * 8 * (4096 + 2048) * 2, 64 * (4096 + 2048) * 2
     assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 2048 * 2
 
 
-CLUSTERED = ("wide_features", "serve_64x1", "serve_512x8", "bf16_rank_64", "out_r_odd")
+def same_bits(emulator, call) -> None:
+    """``call`` gives the same with clusters of at most 8, 3 and 1 blocks."""
+    results, found = [], set()
+    for most in (8, 3, 1):
+        emulator.t2l_emu_set_max_cluster(most)
+        results.append(call())
+        found.add(emulator.t2l_emu_last_launch(b"cluster"))
+    assert all(torch.equal(y, results[0]) for y in results) and {1, 2} <= found
 
 
-@pytest.mark.parametrize("name", CLUSTERED)
+@pytest.mark.parametrize("name", ["wide_features", "serve_64x1", "serve_512x8", "bf16_rank_64", "out_r_odd"])
 @pytest.mark.parametrize("in_features", [2080, 4100, 5120])
 def test_clusters_of_lora_give_the_bits_of_one_block(emulator, name, in_features):
     case = next(case for case in LORA_CASES if case.name == name)
     case = dataclasses.replace(case, in_features=in_features, out_features=2100)
-    results = []
-    for most in (8, 3, 1):
-        emulator.t2l_emu_set_max_cluster(most)
+
+    def call():
         arguments = case.make()
         ops.lora_add_(**arguments)
-        results.append((arguments["y"], emulator.t2l_emu_last_launch(b"cluster")))
-    assert all(torch.equal(y, results[0][0]) for y, _ in results)
-    assert results[-1][1] == 1 < results[0][1]
+        return arguments["y"]
+
+    same_bits(emulator, call)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("one_token", [True, False])
+def test_clusters_of_groups_give_the_bits_of_one_block(emulator, dtype, one_token):
+    """Members of several tiles and passes, of which one lacks some adapters, in one cluster."""
+    segments = tuple((1 if one_token else 3 + i, i % 4 - 1) for i in range(6))
+    lora = LoraCase("", segments, in_features=2080, adapters=3, x_dtype=dtype, w_dtype=dtype)
+    group = GroupCase("", lora, ((0, 520, 20), (520, 512, 2), (1032, 1100, 41)), 2132)
+
+    def call():
+        arguments = group.make()
+        ops.lora_add_group_(**arguments)
+        return arguments["y"]
+
+    same_bits(emulator, call)
 
 
 # --- gradients of batched LoRA ---------------------------------------------------------------------------------------
@@ -246,11 +280,10 @@ def test_lora_backward(emulator, name):
     emulator.t2l_emu_reset_counters()
     oracle.gradients(torch.ops.t2l_engine.lora_backward_, grad, arguments)
     assert emulator.t2l_emu_counter(b"launches") == 2
-    got = counted(emulator)
-    # Slices of the first launch: with these sizes as many as of a linear with as many outputs.
-    ops.lora_add_(**dataclasses.replace(case, out_features=case.in_features).make())
-    slices = slices_of(case.in_features, launched_slices(emulator, case, 0 if one_token(case) else 1, True))
-    assert got == backward_counts(case, slices)
+    m_tiles = 0 if one_token(case) else 1
+    chunks, slots = chunks_at_most(case, m_tiles, True), slots_of(case, m_tiles, NUM_SMS)
+    (slices,) = cut([case.in_features], chunks, slots - chunks)  # beside one without outputs
+    assert counted(emulator) == backward_counts(case, slices)
 
 
 # --- hypernetwork ----------------------------------------------------------------------------------------------------
