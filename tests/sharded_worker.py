@@ -1,5 +1,6 @@
 """Models divided between two processes: ``python sharded_worker.py FOLDER RANK WORLD`` writes what this process computes."""
 
+import datetime
 import sys
 from pathlib import Path
 
@@ -83,9 +84,11 @@ def inputs(kind):
 
 
 @torch.no_grad()
-def results(kind, made):
-    """What ``made``, divided or not, computes: name -> tensor."""
-    x, adapters, found = inputs(kind), stack(kind), {}
+def results(kind, made, dtype=None):
+    """What ``made``, divided or not, computes: name -> tensor.  ``dtype``: that of ``made``, None: of ``kind``."""
+    x, adapters, net, found = inputs(kind), stack(kind), hypernetwork(kind), {}
+    if dtype is not None:
+        x, adapters, net = x.to(dtype), adapters.to(dtype=dtype), net.set_dtype(dtype)
     run = lambda: getattr(made(x), "logits", None) if kind == "transformers" else made(x)  # noqa: E731
     found["base"] = run()
     lora = attach(made, adapters, slots=4)
@@ -96,7 +99,7 @@ def results(kind, made):
     lora.put(0, adapters[2])
     with lora.use([0, 0, 2, -1]):
         found["put"] = run()
-    net, emb = hypernetwork(kind), torch.randn(2, 24, generator=torch.Generator().manual_seed(4))
+    emb = torch.randn(2, 24, generator=torch.Generator().manual_seed(4))
     part = net.shard(shards(made, net.meta_stack(2)))
     found["parameters"] = torch.tensor(part.config.num_parameters)
     with lora.fill(1, part.meta_stack(2)) as out:
@@ -154,7 +157,9 @@ def errors(kind, made):
 
 def main(folder, rank, world):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world, timeout=datetime.timedelta(minutes=2)
+    )
     try:
         mesh = distributed.init_device_mesh("cpu", (world,))
         found = {kind: results(kind, model(kind, folder, mesh)) for kind in KINDS}

@@ -234,12 +234,15 @@ class HyperNetwork(nn.Module):
         """A hypernetwork for the features that ``shards`` names by module, such as :func:`shards` gives.
 
         It generates what :meth:`AdapterStack.shard` takes of this one's adapters, without computing the rest, and has copies
-        of the rows of the heads that it needs; other parameters are shared.  For inference: gradients stop here.
+        of the rows of the heads that it needs; other parameters are shared.  For inference: gradients stop here.  Without
+        shards, this hypernetwork.  What is saved of one for a part is a checkpoint for linears of those features.
 
         Raises ValueError for a module that there is not, features that it does not have, and variants whose heads make A and
         B with the same rows, all of which every process needs: :meth:`LoRAHandle.put` adapters that are whole.
         """
         c = self.config
+        if not shards:
+            return self
         if c.num_sides == 2:
             raise ValueError(f"shards: expected a variant with heads of their own for A and B, got {c.variant}; use put()")
         sizes = dict(zip(self._paths, zip(c.in_features, c.out_features, strict=True), strict=True))

@@ -25,7 +25,7 @@ from t2l_engine.lora.locate import (
     same_place,
 )
 from t2l_engine.lora.routing import Ids, Routing
-from t2l_engine.lora.sharding import local
+from t2l_engine.lora.sharding import is_fully_sharded, local
 from t2l_engine.lora.slots import Slots
 
 CONV1D_FORWARD = "transformers.pytorch_utils.Conv1D.forward"
@@ -295,12 +295,8 @@ class LoRAHandle:
         # Another member of a packed projection may have wrapped it already.
         wrapped = getattr(target.parent, target.attribute)
         if not isinstance(wrapped, LoRALinear):
-            routing, sharding = self._routings[device], slots.sharding
-            wrapped = (
-                LoRALinear(target.linear, routing)
-                if sharding is None
-                else ShardedLoRALinear(target.linear, routing, sharding)
-            )
+            base, routing, how = target.linear, self._routings[device], slots.sharding
+            wrapped = LoRALinear(base, routing) if how is None else ShardedLoRALinear(base, routing, how)
             setattr(target.parent, target.attribute, wrapped)
             self._wrapped.append((target, wrapped))
         start = None if target.columns is None else target.columns[0]
@@ -356,6 +352,8 @@ class LoRAHandle:
         parameters = [p for module in model.modules() for p in module._parameters.values() if p is not None]
         owners = Counter(_memory(p) for p in parameters)
         bases = Counter(id(wrapped.base) for _, wrapped in self._wrapped)
+        if is_fully_sharded(model):
+            raise ValueError("merge: fully_shard has divided weights of the model, which have no part to merge into")
         for target, wrapped in self._wrapped:
             base = wrapped.base
             weight = getattr(base, "weight", None)

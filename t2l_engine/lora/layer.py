@@ -252,10 +252,13 @@ class LoRALinear(nn.Module):
 
 
 class ShardedLoRALinear(LoRALinear):
-    """A :class:`LoRALinear` whose ``base`` is divided among processes (tensor parallelism); for inference.
+    """A :class:`LoRALinear` whose ``base`` is divided among processes (tensor parallelism); for inference, not
+    compiled.
 
     Where output features are divided, each process adds the update of its own.  Where input features are, each has a part of
-    ``A x``, ``[tokens, r]``: these are added up while ``base`` computes, in float32, after a rounding to the dtype of A.
+    ``A x``, ``[tokens, r]``, rounded to the dtype of A: these are added up in float32 while ``base`` computes, and the sum
+    is rounded to the dtype of its output.  ``base`` takes the features of this process, and gives those of this process or,
+    of divided input features, the sum over processes.
 
     Source: S-LoRA (arXiv 2311.03285) section 6, whose partition of A and B this is where the base's is Megatron-LM's.
     """
@@ -274,28 +277,38 @@ class ShardedLoRALinear(LoRALinear):
 
     def forward(self, *args, **kwargs) -> Tensor:
         """As :meth:`LoRALinear.forward`; RuntimeError while gradients are recorded and adapters are in use."""
-        x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
-        if routing.ids is None and routing.batch is None:
+        # In ``differentiable`` other modules have adapters: those of a stack without this one.
+        if (self._routing.ids is None and self._routing.batch is None) or self._routing.overrides is not None:
             return self.base(*args, **kwargs)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"{self.extra_repr()}: adapters of a linear that is divided among processes have no gradients; call the "
                 "model under torch.no_grad() or torch.inference_mode()"
             )
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{self.extra_repr()}: adapters of a linear that is divided among processes are not compiled")
+        return self._adapted(*args, **kwargs)
+
+    def _adapted(self, *args, **kwargs) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
         n_in, n_out = self._sharding.shard.sizes
-        self._check("input", x, (*x.shape[:-1], n_in))
-        batch = routing.segments(x.shape[:-1])
+        self._check("an input", x, (*x.shape[:-1], n_in))
+        batch = self._routing.segments(x.shape[:-1])
         segments = (batch.seg_indptr, batch.seg_adapters, batch.max_seg_len)
-        sums = [] if self._sharding.group is None else [self._sum(x, m, segments) for m in self.members]
-        y = self.base(*args, **kwargs)
-        self._check("output", y, (*x.shape[:-1], n_out))
-        y = y.contiguous()
         if self._sharding.group is None:
-            inner = x.to(y.dtype).contiguous()
+            y = self.base(*args, **kwargs)
+            self._check("an output", y, (*x.shape[:-1], n_out))
+            y, inner = y.contiguous(), x.to(y.dtype).contiguous()
             for m in self.members:
                 _add(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
-        for m, (total, work) in zip(self.members, sums, strict=False):
+            return y
+        sums = [self._sum(x, m, segments) for m in self.members]
+        y = self.base(*args, **kwargs)
+        for _, work in sums:
             work.wait()
+        self._check("an output", y, (*x.shape[:-1], n_out))
+        y = y.contiguous()
+        for m, (total, _) in zip(self.members, sums, strict=True):
             _add(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
         return y
 
@@ -311,8 +324,8 @@ class ShardedLoRALinear(LoRALinear):
             return
         got = f"{type(value).__name__} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise RuntimeError(
-            f"{self.extra_repr()}: expected an {what} {shape} of this process as a plain tensor, got {got}: sequence "
-            "parallelism and gathered outputs are not supported"
+            f"{self.extra_repr()}: expected {what} {shape} of this process as a plain tensor, got {got}: linears that "
+            "divide their input or gather their output themselves, and sequence parallelism, are not supported"
         )
 
 

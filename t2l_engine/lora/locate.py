@@ -15,7 +15,7 @@ from t2l_engine.adapters.shard import Shard
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
-from t2l_engine.lora.sharding import Sharding, check_not_fsdp, is_distributed, sharding
+from t2l_engine.lora.sharding import Sharding, is_distributed, is_fully_sharded, sharding
 
 #: Packed projection -> its modules in order of columns.
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -221,14 +221,13 @@ def find_sharding(model: nn.Module, name: str, targets: dict[int, Target]) -> Sh
 
     Raises ValueError as :func:`.sharding.sharding`, if layers differ, and for weights that ``fully_shard`` has divided.
     """
-    for target in targets.values():
-        if is_distributed(getattr(target.linear, "weight", None)):
-            check_not_fsdp(model, target.path)
-            break
+    divided = [target.path for target in targets.values() if is_distributed(getattr(target.linear, "weight", None))]
+    if divided and is_fully_sharded(model):
+        raise ValueError(f"model: the weight of {divided[0]} is divided by fully_shard; attach the adapters before that")
     found = {i: sharding(target.linear, target.path, target.columns is not None) for i, target in targets.items()}
     (first, common), *others = found.items()
     for layer, other in others:
-        if (other and other.shard) != (common and common.shard):
+        if (other and other.comparable) != (common and common.comparable):
             raise ValueError(
                 f"model: {name}: expected layers divided alike among processes, got others in {first} and {layer}"
             )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.shard import Shard
@@ -20,6 +20,11 @@ class Sharding(NamedTuple):
     shard: Shard
     features: tuple[int, int]
     group: Any
+
+    @property
+    def comparable(self) -> tuple:
+        """What is equal in all processes, or in none, for linears that are divided alike."""
+        return self.features, self.group is None, self.shard
 
 
 def is_distributed(weight: object) -> bool:
@@ -65,11 +70,7 @@ def sharding(linear: nn.Module, path: str, packed: bool) -> Sharding | None:
     return Sharding(Shard(n_in, n_out), features, mesh.get_group() if dim else None)
 
 
-def check_not_fsdp(model: nn.Module, path: str) -> None:
-    """ValueError if ``fully_shard`` has divided ``model`` and its linear at ``path``: products then see whole weights."""
-    if not torch.distributed.is_available():
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise ValueError(f"model: the weight of {path} is divided by fully_shard; attach the adapters before that")
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has divided weights of ``model``: products then see whole ones."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # who has called it has imported it
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
