@@ -366,8 +366,7 @@ const Case kCases[] = {
 
     {"trusts_a_guess",  // under schedules that say what may have been there
      [](bool fixed, const float* x, float* y) {
-       static int first;
-       first = kBlocks * kThreads - 1;
+       static const int first = kBlocks * kThreads - 1;
        return launch_early([=] {
          const int guess = peek(&first);
          wait_for_earlier_launches();
