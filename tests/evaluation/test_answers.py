@@ -365,11 +365,12 @@ def test_verified_is_what_decoding_gives(tiny_model, answerer):
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])
-def test_a_common_prefix_is_computed_once(tiny_model, answerer, family):
-    """The same answers as one by one, from fewer tokens."""
+def test_a_common_prefix_is_computed_once(tiny_model, answerer, stack_for, family):
+    """The same answers as one by one, from fewer tokens; of Llama with an adapter."""
     changes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128} if family == "GPT2" else {}
     tokenizer = char_tokenizer()
     model, seen = tiny_model(family, vocab_size=len(tokenizer), **changes), []
+    lora = attach(model, stack_for(model, ["q_proj"])) if family == "Llama" else None
     model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True)
     ends = set(range(len(tokenizer)))
     asked = []
@@ -379,6 +380,7 @@ def test_a_common_prefix_is_computed_once(tiny_model, answerer, family):
                 asked.append(Query(f"{task}{word}\n", accepted=(text, *"xyzXYZ")))
     maker = answerer(model=model, tokenizer=tokenizer, batch_size=64)
     maker.__dict__["_ends"] = ends
+    use = lambda keys: lora.use([1] * len(keys)) if lora else contextlib.nullcontext()  # noqa: E731
     logits = []
     for size, few in ((7, 10**9), (64, 4)):
         maker = answerer(model=model, tokenizer=tokenizer, batch_size=size)
@@ -389,7 +391,7 @@ def test_a_common_prefix_is_computed_once(tiny_model, answerer, family):
             for indices in maker._batches(asked, [maker.tokens(q.prompt) for q in asked]):
                 batch = [asked[i] for i in indices]
                 prompts = [maker.tokens(q.prompt) for q in batch]
-                rows = maker._logits(batch, prompts, [q.accepted for q in batch], lambda keys: contextlib.nullcontext())
+                rows = maker._logits(batch, prompts, [q.accepted for q in batch], use)
                 texts = [(q.prompt, text, n) for n, q in zip(indices, batch, strict=True) for text in q.accepted]
                 found |= dict(zip(texts, (row for row, _ in rows), strict=True))
             logits.append((found, sum(seen)))

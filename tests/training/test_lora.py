@@ -11,6 +11,7 @@ from training import runs
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import lora
+from t2l_engine.research.training import runs as training_runs
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.reconstruction import Library
 from t2l_engine.testing import numerics
@@ -221,3 +222,15 @@ def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, t
     with pytest.raises(ConfigError, match=message):
         lora.train(settings, tasks, out)
     assert runs.differing(before, runs.left(out)) == []
+
+
+def test_a_record_of_thousands_of_tasks(tmp_path):
+    """Longer than configurations may be."""
+    path = tmp_path / training_runs.WAVES / "000" / training_runs.RECORD
+    path.parent.mkdir(parents=True)
+    data = {
+        f"task-{i}": dict.fromkeys(("descriptions", "test", "train", "val"), [18, "9104560cd39e535b"]) for i in range(8000)
+    }
+    path.write_text(json.dumps({"settings": {"prompt_form": "raw"}, "adapters": ["multi-task"], "data": data}))
+    assert path.stat().st_size > 1 << 20
+    assert training_runs.settings_of(tmp_path) == {"prompt_form": "raw"}

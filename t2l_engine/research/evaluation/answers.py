@@ -269,7 +269,7 @@ class Answerer:
         known = inspect.signature(self._model.forward).parameters
         if "position_ids" in known:  # otherwise GPT-2 would count padding
             options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0) + common
-        with use(keys):
+        with use(keys[:1] if common else keys):  # one id is for every row, also for the prefix alone
             if common:
                 prefix = torch.tensor([rows[0][:common]], device=ids.device)
                 cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.files.text import read_json
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import resolve_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
@@ -231,7 +231,7 @@ def _finished(folder: Path, job: LoRA) -> bool:
     path = folder / RECORD
     if not path.is_file():
         return False
-    if read_json(path) != json.loads(json.dumps(_record(job))):
+    if read_texts(path, MAX_DESCRIPTIONS_BYTES) != json.loads(json.dumps(_record(job))):
         raise ConfigError(f"{path}: written by a run with other settings, tasks or examples; choose another output folder")
     return True
 
@@ -240,7 +240,7 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
     """Write the wave's descriptions, then the record that marks it as done; remove its state."""
     if job.settings.mode == "per-task":
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
-        known = read_json(path) if path.is_file() else {}
+        known = read_texts(path, MAX_DESCRIPTIONS_BYTES) if path.is_file() else {}
         _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
     _write(folder / RECORD, _record(job))
     (folder / loop.STATE).unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.files.text import read_json
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.research.tasks.folder import read_descriptions
 from t2l_engine.text.prompts import CHAT, check_prompt_form
 
@@ -18,7 +18,7 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     path = folder / WAVES / "000" / RECORD
     if not path.is_file():
         return None
-    record = read_json(path)
+    record = read_texts(path, MAX_DESCRIPTIONS_BYTES)
     settings = record.get("settings") if isinstance(record, dict) else None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected an object with settings")
