@@ -186,11 +186,11 @@ class Operands:
 
     def grouped(self) -> Call:
         """Ours as packed projections have it: a launch a group."""
-        return _in_turn([_launch_group(group) for group in self.groups])
+        return in_turn([_launch_group(group) for group in self.groups])
 
     def one_by_one(self, build: Callable[[Arguments], Call]) -> Call:
         """``build``'s call of every linear, one after the other."""
-        return _in_turn([build(member) for member in self.members])
+        return in_turn([build(member) for member in self.members])
 
     def exact(self) -> list[Tensor]:
         """What becomes of the ``y`` of every linear, in float64; these operands stay as they are."""
@@ -200,7 +200,8 @@ class Operands:
         return [wide["y"] for wide in results]
 
 
-def _in_turn(calls: list[Call]) -> Call:
+def in_turn(calls: list[Call]) -> Call:
+    """A call of all of them, one after the other."""
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 
 

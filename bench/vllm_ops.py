@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from bench.baselines import token_ids
-from bench.cases import Arguments
+from bench.cases import Arguments, in_turn
+from bench.timing import Call
 
 NAME = "vLLM Triton"
 
@@ -25,13 +26,12 @@ def absent(dtype: torch.dtype) -> str | None:
     return None if dtype.itemsize == 2 else "takes A and B of 16 bits"
 
 
-def grouped(groups: list[Arguments]) -> Callable[[], None]:
+def grouped(groups: list[Arguments]) -> Call:
     """A call of all groups of a case.  Metadata of the batch is made before, and the scaling folded into B, as vLLM does."""
-    calls = [_group(group) for group in groups]
-    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls] and None
+    return in_turn([_group(group) for group in groups])
 
 
-def _group(group: Arguments) -> Callable[[], None]:
+def _group(group: Arguments) -> Call:
     from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
     y, x, lora_A, slots = group["y"], group["x"], group["lora_A"], len(group["scaling"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Shard(NamedTuple):
     """Half-open ranges of the input and output features of a linear that this process has.
@@ -25,6 +27,10 @@ class Shard(NamedTuple):
     def sizes(self) -> tuple[int, int]:
         """Numbers of (input, output) features of this process."""
         return self.in_features[1] - self.in_features[0], self.out_features[1] - self.out_features[0]
+
+    def take(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of what this process has of A ``[..., r, in]`` and B ``[..., out, r]``."""
+        return A[..., slice(*self.in_features)], B[..., slice(*self.out_features), :]
 
     def check(self, argument: str, features: tuple[int, int] | None) -> None:
         """ValueError naming ``argument`` unless these are ranges of ``features`` (in, out); None: no such module."""

@@ -247,12 +247,10 @@ class AdapterStack:
         >>> stack.shard({"q_proj": t2l.Shard((0, 8), (3, 6))}).sizes["q_proj"]
         (1, 8, 3)
         """
-        lora_A, lora_B = dict(self.lora_A), dict(self.lora_B)
+        lora_A, lora_B, features = dict(self.lora_A), dict(self.lora_B), {name: of[1:] for name, of in self.sizes.items()}
         for name, shard in shards.items():
-            sizes = self.sizes.get(name)
-            shard.check(f"shards: {name}", sizes and sizes[1:])
-            lora_A[name] = lora_A[name][..., slice(*shard.in_features)]
-            lora_B[name] = lora_B[name][:, :, slice(*shard.out_features)]
+            shard.check(f"shards: {name}", features.get(name))
+            lora_A[name], lora_B[name] = shard.take(lora_A[name], lora_B[name])
         return AdapterStack(lora_A, lora_B, self.scaling, self.ranks, self.paths, partial=self.partial)
 
     def allclose(self, other: AdapterStack, rtol: float = 1e-5, atol: float = 1e-8) -> bool:

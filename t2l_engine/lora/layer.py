@@ -271,6 +271,8 @@ class ShardedLoRALinear(LoRALinear):
     def add_member(self, member: Member) -> None:
         """Adapt one more module."""
         super().add_member(member)
+        if self._sharding.group is None:
+            return  # nothing is added up
         slots, r, _ = member.lora_A.shape
         eye = torch.eye(r, dtype=member.lora_A.dtype, device=member.lora_A.device)
         self._identities[member.key] = eye.expand(slots, -1, -1), torch.ones_like(member.scaling)

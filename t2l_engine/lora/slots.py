@@ -80,8 +80,7 @@ class Slots:
     def write(self, slot: int, A: Tensor, B: Tensor, ranks: Tensor) -> None:
         """Copy ``A [n, r, in]``, ``B [n, out, r]`` and ``ranks [n]`` of the first n layers into an empty slot."""
         if self.sharding and (A.shape[2], B.shape[1]) != self.features:
-            shard = self.sharding.shard
-            A, B = A[..., slice(*shard.in_features)], B[:, slice(*shard.out_features)]
+            A, B = self.sharding.shard.take(A, B)
         r = min(A.shape[1], self.rank)  # without the padding that exceeds the slots
         for part in self.parts.values():
             layers = [i for i in part.layers if i < len(A)]
