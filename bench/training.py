@@ -10,6 +10,7 @@ from pathlib import Path
 from bench.harness import Record, record
 from bench.plans import Run
 from bench.suites.learn import logged
+from t2l_engine.cli.common import keep_freed_memory
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
 from t2l_engine.research.training import log, loop
@@ -21,6 +22,7 @@ def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     made = settings_of(run, output)
     if run.kind != "lora" and is_finished(output, made):
         return output  # or a reader would read all its texts once more
+    keep_freed_memory()
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)
 

@@ -13,7 +13,7 @@ from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
 from t2l_engine.hypernetwork import convert
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.tasks.manifest import summary
-from t2l_engine.research.training import sft
+from t2l_engine.research.training import context, sft
 from t2l_engine.testing import numerics
 from t2l_engine.text import base_model as base_model_loader
 
@@ -157,3 +157,31 @@ def test_settings_and_tasks_that_do_not_fit(base_model, tasks, tmp_path, changes
     assert not (tmp_path / "out").exists()
     if names:
         sft.train(runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
+
+
+def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch):
+    """The curve of a compiled run is that of another, and layers share what is compiled."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw))
+    torch._dynamo.reset()
+    curves = []
+    for name, of_run in (("eager", False), ("compiled", True)):
+        torch._dynamo.utils.counters.clear()
+        curves.append(runs.losses(sft.train(runs.sft(base_model, compile=of_run), tasks, tmp_path / name)))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+    # Norm and MLP, with an input that needs gradients, with one that does not, in validation, at other sizes; three modules
+    # of two layers, each compiled for itself, would have twice as many.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+@pytest.mark.parametrize("targets, compiled", [
+    (("q_proj", "v_proj"), ["input_layernorm", "mlp", "post_attention_layernorm"]),
+    (("q_proj", "down_proj"), ["input_layernorm", "post_attention_layernorm"]),
+])
+def test_what_is_compiled(tiny_model, monkeypatch, targets, compiled):
+    model, found = tiny_model("Llama"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: found.append(self))
+    context.compile_between(model, context.locate(model, targets).paths)
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = range(model.config.num_hidden_layers)
+    assert sorted(names[id(module)] for module in found) == [f"model.layers.{i}.{name}" for i in layers for name in compiled]

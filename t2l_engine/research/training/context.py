@@ -77,6 +77,22 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
     return Modules(tuple(names), tuple(paths), *map(tuple, zip(*sizes, strict=True)), num_layers)
 
 
+def compile_between(model: nn.Module, paths: Sequence[str]) -> None:
+    """Compile, in every layer of ``model``, the children that have no adapted linear: with attention's adapted, norms and MLP.
+
+    Not whole layers: their code would depend on each layer's adapters, and be compiled once for every layer.
+
+    Args:
+        paths: of the adapted linears, with ``{layer}`` in place of the layer's index.
+    """
+    for parent in {path.partition(f".{LAYER}")[0] for path in paths}:
+        within = {path.removeprefix(f"{parent}.{LAYER}.").split(".")[0] for path in paths}
+        for layer in model.get_submodule(parent).children():
+            for name, child in layer.named_children():
+                if name not in within:
+                    child.compile(dynamic=True)
+
+
 def _of_split(task: Task, split: str | None) -> Task:
     return dataclasses.replace(task, examples=tuple(e for e in task.examples if e.split == split))
 
@@ -151,6 +167,8 @@ class TrainingContext:
     def objective(self, stack: AdapterStack) -> Objective:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
         self.handle = attach(self.model, stack)
+        if self.settings.compile:
+            compile_between(self.model, self.modules.paths)
         return Objective(self.model, self.handle)
 
     def close(self) -> None:

@@ -116,6 +116,9 @@ class _Model(_LoRA):
     prompt_form: Literal[PROMPT_FORMS] = Field(
         "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
+    compile: bool = Field(
+        False, description="torch.compile of norms and MLPs without adapters; needs a C++ compiler, and up to a minute at first"
+    )
     samples_per_task: Positive = Field(1, description="examples of a task in a batch")
     max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")
     bucket_steps: Positive = Field(8, description="steps over which tasks are bucketed by length; 1: no bucketing")
