@@ -76,7 +76,8 @@ def test_runs_of_the_plan():
     assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
-    assert plan.RUNS[plan.T2L].initial == "t2l-constant"
+    chain = [plan.T2L, plan.EARLIER[0], "t2l-constant"]
+    assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
     with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for one of kind sft, got 'y'"):
         plans._run({"model": "m", "settings": {}, "runs": {"x": {"kind": "sft", "initial": "y"}}}, "x", "plan.yaml: x", ())
 
@@ -235,6 +236,18 @@ def test_small_runs_are_compared_by_loss():
     losses = [value for head, value in small.items() if head.startswith("loss")]
     assert losses == [16.0, 11.0, 1.0] and "loss, 25 % of 250 steps" in small
     assert set(tables_specs.SMALL) == {name for name in plan.RUNS if name.startswith("small")}
+
+
+def test_tokens_are_those_of_a_run_and_all_before():
+    runs_of = [{"run": "t2l-constant", "tokens": 2_000_000}, {"run": "t2l-first", "tokens": 500_000, "initial": "t2l-constant"},
+               {"run": "t2l", "tokens": 3_000_000, "initial": "t2l-first"}]  # fmt: skip
+    earlier = [{"run": "t2l-first", "part": part, "scores": {"t2l": 42.0}} for part in ("trained", "sibling")]
+    made = result()
+    made.others.update(training=runs_of, earlier=earlier)
+    first, last = TABLES["specs-tokens"].lines([made])
+    assert (first["million tokens"], last["million tokens"]) == (2.5, 5.5)
+    tiers = [f"{tables_specs.ARMS['t2l']}: {tables_specs.TIERS[part]}, %" for part in ("trained", "sibling")]
+    assert [[line[tier] for tier in tiers] for line in (first, last)] == [[42.0, 42.0], [60.0, 60.0]]
 
 
 def test_a_start_is_compared_with_pefts_lowest_loss():

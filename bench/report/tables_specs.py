@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
-from bench.specs.plan import DESCRIBED, PARTS, RIVAL
+from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, T2L
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
@@ -128,6 +128,25 @@ def _families(result: Result) -> Iterator[Line]:
             if own.tasks:
                 shown = [arm for arm in SHOWN if arm != RIVAL]
                 yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores(own, shown)}
+
+
+@table("specs-tokens", "T2L on the way: tokens trained on, and exact match", "specs")
+def _tokens(result: Result) -> Iterator[Line]:
+    """Tokens are those of a run and of all that it started from."""
+    trained = {run["run"]: run for run in result.records("training")}
+    for name in (*EARLIER, T2L):
+        chain = [name]
+        while before := trained[chain[-1]].get("initial"):
+            chain.append(before)
+        means = {of["part"]: of["scores"] for of in result.others.get("earlier", ()) if of["run"] == name}
+        for part in PARTS[:-1] if name == T2L else ():
+            scored = Part.of(result.others, part)
+            means[part] = {arm: mean(scored.column(arm)) for arm in EARLIER_ARMS if arm in scored.arms}
+        yield {
+            "run": name,
+            "million tokens": round(sum(trained[run]["tokens"] for run in chain) / 1e6, 2),
+            **{f"{ARMS[arm]}: {TIERS[part]}, %": score for part, of in means.items() for arm, score in of.items()},
+        }
 
 
 @table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")

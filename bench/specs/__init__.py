@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,11 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     for part in plan.PARTS:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
             yield from judging.part_records(part, runs.judged(part, work, arms=arms))
+    for name in plan.EARLIER:
+        for part in plan.PARTS[:-1] if name not in without else ():
+            tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()
+            means = {arm: round(statistics.fmean(task[arm] for task in tasks), 2) for arm in plan.EARLIER_ARMS}
+            yield record("earlier", run=name, part=part, scores=means)
     yield from costs.records(work)
     if not {plan.RIVAL, plan.LIBRARY} & set(without):
         yield from adapting.records(work, held_out)

@@ -15,6 +15,8 @@ DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "n
 PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT, OTHER)
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
+#: Runs on the way to T2L that are judged, too, and by which arms.
+EARLIER, EARLIER_ARMS = ("t2l-first",), ("t2l", "t2l-examples")
 #: Worked examples of the arms; those without a number show the first.
 SHOTS = (3, 6)
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")

@@ -103,7 +103,8 @@ T2L_DEVICE void block_barrier() {
 #endif
 }
 
-// ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability 9.0)
+// ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability
+// 9.0 and later)
 
 #if defined(T2L_EMULATOR)
 constexpr bool kEarlyLaunches = true;
@@ -141,7 +142,7 @@ T2L_DEVICE int peek(const int* p) {
 }
 
 // ---- clusters: blocks, neighbours along x, that run together and write to each other's shared memory (compute capability
-// 9.0; before, a launch has clusters of one block)
+// 9.0 and later; before, a launch has clusters of one block)
 
 // Of this block among the `size` blocks of its cluster.
 T2L_DEVICE int index_in_cluster([[maybe_unused]] int size) {

@@ -117,7 +117,7 @@ class _Model(_LoRA):
         "chat", description='chat: a user turn of the tokenizer\'s template; raw: plain text, "Input: ...", "Output:"'
     )
     compile: bool = Field(
-        False, description="torch.compile of norms and MLPs without adapters; needs a C++ compiler, and up to a minute at first"
+        False, description="torch.compile of norms and MLPs without adapters; needs a C++ compiler and up to a minute"
     )
     samples_per_task: Positive = Field(1, description="examples of a task in a batch")
     max_tokens: Positive = Field(192, description="longest prompt and answer; longer examples are left out and counted")
