@@ -177,8 +177,10 @@ def specs(
     from bench import specs as study
     from bench.specs import plan
     from bench.specs.runs import judged, tasks, train
+    from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
+    keep_freed_memory()
     held_out = tasks(work, skills)
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])

@@ -10,11 +10,13 @@ from pathlib import Path
 from bench.harness import Record, record
 from bench.plans import Run
 from bench.suites.learn import logged
-from t2l_engine.cli.common import keep_freed_memory
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.yaml import read_yaml
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.hypernetwork.folder import CONFIG_NAME
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
-from t2l_engine.research.training import log, loop
-from t2l_engine.research.training.settings import Settings, to_yaml
+from t2l_engine.research.training import loop
+from t2l_engine.research.training.settings import Settings, differences
 
 
 def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
@@ -22,7 +24,6 @@ def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     made = settings_of(run, output)
     if run.kind != "lora" and is_finished(output, made):
         return output  # or a reader would read all its texts once more
-    keep_freed_memory()
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)
 
@@ -35,10 +36,11 @@ def settings_of(run: Run, output: Path) -> Settings:
 
 
 def is_finished(folder: Path, made: Settings) -> bool:
-    """Whether a run of one wave in ``folder`` has the settings ``made`` and has done its last step."""
-    if not (folder / loop.SETTINGS).is_file() or (folder / loop.SETTINGS).read_text(encoding="utf-8") != to_yaml(made):
+    """Whether a hypernetwork in ``folder`` was trained with the settings ``made``, to the last step."""
+    if not (folder / loop.SETTINGS).is_file() or differences(made, read_yaml(folder / loop.SETTINGS)):
         return False
-    return any(row["step"] >= made.steps for row in log.read_log(folder))
+    # Not the log, which is written before the checkpoint.
+    return (folder / CONFIG_NAME).is_file() and checkpoint.describe(folder)["training"]["steps_done"] >= made.steps
 
 
 def trained(name: str, run: Run, folder: Path, tasks: int | None) -> Record:

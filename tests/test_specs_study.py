@@ -1,10 +1,14 @@
 """The study of unseen sentences: what is held out, what is trained, what is asked, and what its tables say."""
 
+import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
-from bench import judging, plans, training
+from bench import judging, plans, specs, training
+from bench.harness import BenchError
 from bench.plans import Run
 from bench.records import Result
 from bench.report import tables_specs
@@ -91,10 +95,50 @@ def test_a_run_starts_from_another(monkeypatch, tmp_path):
     assert found == [made]
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "settings.yaml").write_text(to_yaml(made))
+    (tmp_path / "second" / "config.json").touch()
     for last, calls in ((2, 2), (3, 2)):  # the finished run is read
-        (tmp_path / "second" / "log.jsonl").write_text("".join(f'{{"step": {i + 1}, "loss": 1.0}}\n' for i in range(last)))
+        monkeypatch.setattr(training.checkpoint, "describe", lambda _: {"training": {"steps_done": last}})  # noqa: B023
         training.train(run, tmp_path, tmp_path / "second", [])
         assert len(found) == calls
+
+
+def test_a_run_that_went_on_is_rounded_anew(monkeypatch, tmp_path):
+    def fail(_):
+        raise RuntimeError("rounded")
+
+    monkeypatch.setattr(runs.t2l.TextToLoRA, "from_pretrained", fail)
+    weights = tmp_path / "t2l" / runs.WEIGHTS_NAME
+    weights.parent.mkdir()
+    weights.write_bytes(b"first")
+    with pytest.raises(RuntimeError, match="rounded"):
+        runs.rounded("t2l", tmp_path)
+    made = tmp_path / f"t2l-{hashlib.sha256(b'first').hexdigest()[:12]}-bfloat16"
+    made.mkdir()
+    (made / runs.WEIGHTS_NAME).touch()
+    assert runs.rounded("t2l", tmp_path) == made
+    weights.write_bytes(b"second")
+    with pytest.raises(RuntimeError, match="rounded"):
+        runs.rounded("t2l", tmp_path)
+
+
+def test_a_library_is_there_with_all_its_adapters(tmp_path):
+    tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "train"),)) for i in range(3)]
+    training.write(runs.folder_of(tmp_path, plan.TRAINED), tasks)
+    run, folder = plan.RUNS[plan.LIBRARY], tmp_path / plan.LIBRARY
+    assert not runs._is_there(folder, run)
+    for wave, names, there in ((0, ["f-000", "f-001"], False), (1, ["f-002"], True)):
+        (folder / "waves" / f"{wave:03}").mkdir(parents=True)
+        record = {"settings": run.settings.model_dump(mode="json"), "adapters": names}
+        (folder / "waves" / f"{wave:03}" / "done.json").write_text(json.dumps(record))
+        assert runs._is_there(folder, run) == there
+    other = dataclasses.replace(run, settings=run.settings.model_copy(update={"steps": 51}))
+    assert not runs._is_there(folder, other)
+
+
+def test_without_t2l_nothing_is_judged(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "lacking", lambda work: [plan.T2L])
+    with pytest.raises(BenchError, match="--work: expected the finished run t2l in .*, found none"):
+        list(specs.records(tmp_path, []))
 
 
 def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
@@ -239,8 +283,11 @@ def test_small_runs_are_compared_by_loss():
 
 
 def test_tokens_are_those_of_a_run_and_all_before():
-    runs_of = [{"run": "t2l-constant", "tokens": 2_000_000}, {"run": "t2l-first", "tokens": 500_000, "initial": "t2l-constant"},
-               {"run": "t2l", "tokens": 3_000_000, "initial": "t2l-first"}]  # fmt: skip
+    runs_of = [
+        {"run": "t2l-constant", "tokens": 2_000_000},
+        {"run": "t2l-first", "tokens": 500_000, "initial": "t2l-constant"},
+        {"run": "t2l", "tokens": 3_000_000, "initial": "t2l-first"},
+    ]
     earlier = [{"run": "t2l-first", "part": part, "scores": {"t2l": 42.0}} for part in ("trained", "sibling")]
     made = result()
     made.others.update(training=runs_of, earlier=earlier)

@@ -130,14 +130,16 @@ def _families(result: Result) -> Iterator[Line]:
                 yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores(own, shown)}
 
 
-@table("specs-tokens", "T2L on the way: tokens trained on, and exact match", "specs")
+@table("specs-tokens", "T2L on the way: tokens trained on, and exact match", "specs", optional=True)
 def _tokens(result: Result) -> Iterator[Line]:
-    """Tokens are those of a run and of all that it started from."""
-    trained = {run["run"]: run for run in result.records("training")}
+    """Tokens are those of a run and of all that it started from; runs of which these are not on record are left out."""
+    trained = {run["run"]: run for run in result.others.get("training", ())}
     for name in (*EARLIER, T2L):
         chain = [name]
-        while before := trained[chain[-1]].get("initial"):
+        while before := trained.get(chain[-1], {}).get("initial"):
             chain.append(before)
+        if not trained.keys() >= set(chain):
+            continue
         means = {of["part"]: of["scores"] for of in result.others.get("earlier", ()) if of["run"] == name}
         for part in PARTS[:-1] if name == T2L else ():
             scored = Part.of(result.others, part)

@@ -20,11 +20,13 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     they are needed for is left out, and the first record names them.
     """
     from bench import judging, training  # here: tables read names of this package without them
-    from bench.harness import record
+    from bench.harness import BenchError, record
     from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
     without = runs.lacking(work)
+    if plan.T2L in without:
+        raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
     arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm, plan.T2L) not in without]
     weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import Task, read_descriptions
 from t2l_engine.research.tasks.specs import suite
-from t2l_engine.research.training import loop, lora
+from t2l_engine.research.training import lora
+from t2l_engine.research.training import runs as lora_runs
+from t2l_engine.research.training.runs import MULTI_TASK
+from t2l_engine.research.training.settings import LoRASettings, differences
 from t2l_engine.text.reader import TextReader
 
 
@@ -88,14 +92,18 @@ def lacking(work: Path) -> list[str]:
 
 
 def _is_there(folder: Path, run: Run) -> bool:
-    if run.kind == "lora":
-        return (folder / lora.ADAPTERS).is_dir() and not list((folder / lora.WAVES).glob(f"*/{loop.STATE}"))
+    if isinstance(run.settings, LoRASettings):
+        names = drawn(read_descriptions(folder_of(folder.parent, TRAINED)), run.other.get("tasks"), TRAINED)
+        wanted = {MULTI_TASK} if run.settings.mode == MULTI_TASK else set(names)
+        theirs = lora_runs.settings_of(folder)
+        return theirs is not None and not differences(run.settings, theirs) and wanted <= lora_runs.adapters_of(folder)
     return training.is_finished(folder, training.settings_of(run, folder))
 
 
 def rounded(name: str, work: Path) -> Path:
     """The checkpoint of run ``name`` with its matrices in bfloat16, as it is published and judged."""
-    folder = work / f"{name}-bfloat16"
+    weights = hashlib.sha256((work / name / WEIGHTS_NAME).read_bytes()).hexdigest()
+    folder = work / f"{name}-{weights[:12]}-bfloat16"  # the run may have gone on since the last call
     if not (folder / WEIGHTS_NAME).is_file():
         engine = t2l.TextToLoRA.from_pretrained(work / name)
         assert isinstance(engine.encoder, TextReader)

@@ -117,6 +117,7 @@ def evaluate(
     keep_freed_memory()
     from tqdm import tqdm
 
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.answers import Answerer, Store
     from t2l_engine.research.evaluation.arms import without_chat
@@ -158,7 +159,7 @@ def evaluate(
     found = [arm for arm in found if arm.name in chosen or not chosen]
     for name, reason in left_out.items() if not chosen else ():
         say(f"{name} left out: {reason}")
-    trained = _trained(folder)
+    trained = sorted(checkpoints.trained_tasks(checkpoints.describe(folder)))
     groups = _groups([task.name for task in loaded], trained, manifest)
     if precision and manifest:  # tiers end apart, so groups across them would be uneven samples
         groups = {group: members for group, members in groups.items() if group in TIERS} or groups
@@ -312,13 +313,6 @@ def _adapters(option: str, folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{option}: {folder}: expected folders of PEFT adapters, found none")
     return found
-
-
-def _trained(folder: Path) -> list[str]:
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
-
-    tasks = checkpoints.describe(folder).get("training", {}).get("tasks")
-    return list(tasks) if isinstance(tasks, (dict, list)) else []
 
 
 def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, list[str]]:

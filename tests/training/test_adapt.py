@@ -1,5 +1,6 @@
 """An adapter that is generated and then tuned: where it starts, when it stops, what is kept."""
 
+import dataclasses
 import json
 
 import pytest
@@ -82,6 +83,33 @@ def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
         adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes | {"seed": 3})
 
 
+def test_a_scaling_that_float32_rounds(engine, base_model, tmp_path):
+    """The paper's: 16 / sqrt(rank) has no exact float32 for rank 8, nor has 10 / sqrt(4 * 3)."""
+    config = dataclasses.replace(engine.hypernetwork.config, rank=3, scaling="rslora")
+    engine = t2l.TextToLoRA(engine.encoder, t2l.HyperNetwork(config))
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"steps": 5})
+    assert report.steps == 5
+    scaling = t2l.AdapterStack.from_peft(tmp_path / "out").scaling
+    assert scaling.item() == pytest.approx(8 / 3**0.5, rel=1e-6) and scaling.item() != 8 / 3**0.5
+
+
+def test_the_start_is_validated(engine, base_model, tmp_path):
+    with pytest.raises(ConfigError, match="patience: expected at least 1 to tune an adapter, .* got 0"):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"patience": 0})
+
+
+def test_a_changed_start_is_another_run(base_model, tasks, tmp_path):
+    first = lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    again = runs.lora(base_model, steps=1, validate_every=0, initial=str(first))
+    lora.train(again, tasks, tmp_path / "again")
+    lora.train(again, tasks, tmp_path / "again")  # done already
+    stack = t2l.AdapterStack.from_peft(first / "last")
+    stack.lora_B["q_proj"][0, 0, 0, 0] += 1
+    stack.save_pretrained(first / "last", adapter=0, base_model_name_or_path=str(base_model))
+    with pytest.raises(ConfigError, match=r"other settings or data \(initial\); choose another"):
+        lora.train(again, tasks, tmp_path / "again")
+
+
 def test_split():
     trained, held_out = adapt.split(EXAMPLES)
     assert sorted(trained + held_out) == sorted(EXAMPLES) and len(held_out) == 7
@@ -111,14 +139,15 @@ def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
     for change, match in (
         (
             {"rank": 2},
-            r"initial: .*first: q_proj: expected A and scaling \(2, 2, 64, 8.0\) of this run, got \(2, 4, 64, 4.0\)",
+            r"initial: .*first: q_proj: expected A, B and scaling \(\(2, 2, 64\), \(2, 64, 2\), 8.0\) of this run, "
+            r"got \(\(2, 4, 64\), \(2, 64, 4\), 4.0\)",
         ),
         (
             {"lora_alpha": 4.0},
-            r"initial: .*: q_proj: expected A and scaling \(2, 4, 64, 1.0\) of this run, got \(2, 4, 64, 4.0\)",
+            r"initial: .*: q_proj: expected A, B and scaling \(.*, 1.0\) of this run, got \(.*, 4.0\)",
         ),
         ({"target_modules": ["q_proj"]}, r"initial: .*: expected the modules \['q_proj'\], got .*v_proj.* too"),
-        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A and scaling .*, got None"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A, B and scaling .*, got None"),
     ):
         with pytest.raises(ConfigError, match=match):
             lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")

@@ -295,7 +295,7 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
     message = "other settings \\(learning_rate: 0.001 then, 0.01 now; steps: 8 then, 9 now\\); choose another output folder"
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, steps=9, learning_rate=0.01)
-    with pytest.raises(ConfigError, match=r"training_state.pt: .* other tasks or examples"):
+    with pytest.raises(ConfigError, match=r"training_state.pt: .* other data \(points\)"):
         train(tmp_path, points="b")
     assert runs.differing(before, runs.left(tmp_path)) == []
 
@@ -310,7 +310,8 @@ def test_changed_tasks_are_refused(base_model, tasks, tmp_path, change):
         (tasks / "descriptions.json").write_text(json.dumps(texts))
     else:
         change_examples(tasks, change, lambda row: row | {"output": ["green"]})
-    with pytest.raises(ConfigError, match="other tasks or examples"):
+    changed = {"descriptions": r"\['last'\]"}.get(change, r"\['first', 'last'\]")
+    with pytest.raises(ConfigError, match=rf"other data \(tasks: {changed}\)"):
         sft.train(settings, tasks, tmp_path / "out")
 
 
@@ -319,7 +320,7 @@ def test_changed_adapters_are_refused(tmp_path):
     reconstructed(None, None, tmp_path / "out")
     stack.lora_B["v_proj"][1, 0, 0, 0] += 1
     stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
-    with pytest.raises(ConfigError, match="other tasks or examples"):
+    with pytest.raises(ConfigError, match=r"other data \(adapters: \['task1'\]\)"):
         reconstructed(None, None, tmp_path / "out")
 
 

@@ -214,12 +214,12 @@ def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, t
     assert not list(out.rglob("*.pt"))  # a state is of a wave that runs
     lora.train(settings, tasks, out)
     assert runs.differing(before, runs.left(out)) == []
-    message = r"waves/.*/done.json: written by a run with other settings, tasks or examples; choose another output folder"
-    with pytest.raises(ConfigError, match=message):
+    message = r"waves/.*/done.json: written by a run with other settings or data \({}\); choose another output folder"
+    with pytest.raises(ConfigError, match=message.format("steps: 2 then, 3 now")):
         lora.train(runs.lora(base_model, steps=3, tasks_per_batch=1), tasks, out)
     about = json.loads((tasks / "descriptions.json").read_text())
     (tasks / "descriptions.json").write_text(json.dumps(about | {"last": ["Another."], "first": ["One more."]}))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message.format(r"data: \['first'\]")):
         lora.train(settings, tasks, out)
     assert runs.differing(before, runs.left(out)) == []
 

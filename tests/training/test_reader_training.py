@@ -237,6 +237,22 @@ def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
         torch.testing.assert_close(two.lora_B[name], one.lora_B[name], rtol=1e-4, atol=1e-5)
 
 
+def test_a_start_is_part_of_a_run(base_model, tasks, tmp_path):
+    """With other weights there the run is refused; the checkpoint names the tasks of the start as trained on, too."""
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    more = reading(base_model, steps=1, initial=str(first), seed=3)
+    second = sft.train(more, tasks, tmp_path / "second", names=["last"])
+    about = checkpoint.describe(second)
+    assert list(about["training"]["tasks"]) == ["last"] and about["training"]["tasks_before"] == ["first"]
+    assert checkpoint.trained_tasks(about) == {"first", "last"}
+    third = sft.train(reading(base_model, steps=1, initial=str(second)), tasks, tmp_path / "third", names=["last"])
+    assert checkpoint.trained_tasks(checkpoint.describe(third)) == {"first", "last"}
+    sft.train(reading(base_model, steps=1, seed=5), tasks, tmp_path / "other")
+    (first / "hypernet.safetensors").write_bytes((tmp_path / "other" / "hypernet.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"other data \(initial\); choose another"):
+        sft.train(more, tasks, tmp_path / "second", names=["last"])
+
+
 def test_a_start_in_bfloat16_goes_on_in_float32(base_model, tasks, tmp_path):
     """Small steps change what was published rounded, and are not lost in bfloat16."""
     first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")

@@ -220,7 +220,9 @@ class Answerer:
     def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
         """Log-likelihood (sum over tokens) of the options of all queries, in order."""
         likelihoods = []
-        for row, answer in self._logits(queries, prompts, [q.options for q in queries], use):
+        # A space first, but not after the line break of a chat template.
+        options = [[o if q.prompt[-1:].isspace() else f" {o}" for o in q.options] for q in queries]
+        for row, answer in self._logits(queries, prompts, options, use):
             chosen = torch.tensor(answer, device=row.device)[:, None]
             likelihoods.append(float(row[:-1].float().log_softmax(-1).gather(1, chosen).sum()))
         return likelihoods
@@ -233,7 +235,7 @@ class Answerer:
         for (i, text), (row, answer) in zip(texts, logits, strict=True):
             *chosen, last = row.argmax(dim=-1).tolist()
             if chosen == answer and last in self._ends:
-                found[i] = text
+                found[i] = text.strip()
         return found
 
     @functools.cached_property
@@ -254,9 +256,8 @@ class Answerer:
         """
         rows, answers, keys = [], [], []
         for query, prompt, of_query in zip(queries, prompts, texts, strict=True):
-            space = "" if query.prompt[-1:].isspace() else " "  # none after the line break of a chat template
             for text in of_query:
-                answers.append(self.tokens(space + text))
+                answers.append(self.tokens(text))
                 rows.append(prompt + answers[-1])
                 keys.append(query.adapter)
         common = 0

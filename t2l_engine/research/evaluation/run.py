@@ -16,7 +16,7 @@ from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.research.evaluation.arms import Arm, description_of, shots_of
 from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.text.prompts import prompt_of
+from t2l_engine.text.prompts import answer_of, prompt_of
 
 #: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
 TASKS_A_ROUND = 40
@@ -215,7 +215,9 @@ class Evaluation:
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
             not long,
-            item.example.outputs if self._settings.verify and item.example.metric == "exact_match" else (),
+            tuple(answer_of(template, output) for output in item.example.outputs)
+            if self._settings.verify and item.example.metric == "exact_match"
+            else (),
         )
 
     def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:

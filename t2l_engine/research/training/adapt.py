@@ -76,12 +76,18 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
 
 
 def settings_for(config: HyperNetworkConfig, base_model: str, prompt_form: str, start: Path, **changes: Any) -> LoRASettings:
-    """Settings that tune an adapter of a hypernetwork; ``changes`` override DEFAULTS."""
+    """Settings that tune an adapter of a hypernetwork; ``changes`` override DEFAULTS.
+
+    Raises ConfigError without validation from the start on, which decides what is kept.
+    """
     of_adapter = {
         "base_model": base_model, "target_modules": config.modules, "rank": config.rank, "lora_alpha": config.lora_alpha,
         "scaling": config.scaling, "prompt_form": prompt_form, "initial": str(start),
     }  # fmt: skip
-    return build(LoRASettings, DEFAULTS | of_adapter | changes)
+    settings = build(LoRASettings, DEFAULTS | of_adapter | changes)
+    if not settings.patience:
+        raise ConfigError("patience: expected at least 1 to tune an adapter, whose start is then validated too, got 0")
+    return settings
 
 
 def adapt(
@@ -120,7 +126,7 @@ def adapt(
     lora.train(settings, tasks, output / RUN)
     report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)
     tuned = output / RUN / ADAPTERS / NAME
-    names = [path.name for path in sorted(tuned.iterdir())]
+    names = [path.name for path in sorted(tuned.iterdir()) if path.is_file()]
     with replacing(output, *names, REPORT) as temporary:
         for name in names:
             shutil.copy2(tuned / name, temporary / name)

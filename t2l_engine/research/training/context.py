@@ -17,6 +17,7 @@ from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, pa
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.lora.handle import attach
+from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import features, find
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.manifest import summary
@@ -78,19 +79,18 @@ def locate(model: nn.Module, names: Sequence[str]) -> Modules:
 
 
 def compile_between(model: nn.Module, paths: Sequence[str]) -> None:
-    """Compile, in every layer of ``model``, the children that have no adapted linear: with attention's adapted, norms and MLP.
+    """Compile, in every layer of ``model``, the children without adapters: with attention's adapted, norms and MLP.
 
     Not whole layers: their code would depend on each layer's adapters, and be compiled once for every layer.
 
     Args:
+        model: with adapters attached.
         paths: of the adapted linears, with ``{layer}`` in place of the layer's index.
     """
     for parent in {path.partition(f".{LAYER}")[0] for path in paths}:
-        within = {path.removeprefix(f"{parent}.{LAYER}.").split(".")[0] for path in paths}
-        for layer in model.get_submodule(parent).children():
-            for name, child in layer.named_children():
-                if name not in within:
-                    child.compile(dynamic=True)
+        for child in (child for layer in model.get_submodule(parent).children() for child in layer.children()):
+            if not any(isinstance(module, LoRALinear) for module in child.modules()):
+                child.compile(dynamic=True)
 
 
 def _of_split(task: Task, split: str | None) -> Task:

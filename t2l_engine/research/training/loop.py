@@ -9,7 +9,8 @@ A run's folder holds
 - the job's checkpoint or adapters as of the last save, and under ``best/`` as of the best validation.
 
 A killed run resumes from the last saved state.  On one process of the same machine, with the same number of threads, the
-result equals that of an uninterrupted run bit for bit.
+result equals that of an uninterrupted run bit for bit.  With ``compile`` this is not promised: which code a step runs
+may depend on the sizes that the process has seen.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.weights import replacing
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.sampling import Shard, seeded
@@ -125,6 +126,19 @@ def learning_rate(settings: Settings, step: int) -> float:
     if settings.schedule == "constant":
         return settings.learning_rate
     return settings.learning_rate * max(0.0, (settings.steps - step) / max(1, settings.steps - settings.warmup_steps))
+
+
+def other_data(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """What differs between a run's :meth:`Job.data` and that of another, as text: kinds of data and their names."""
+    found = []
+    for kind in sorted(ours.keys() | theirs):
+        one, other = (json.loads(json.dumps(of.get(kind))) for of in (ours, theirs))
+        if isinstance(one, dict) and isinstance(other, dict):
+            names = [name for name in sorted(one.keys() | other) if one.get(name) != other.get(name)]
+            found += [f"{kind}: {short_repr(names)}"] if names else []
+        elif one != other:
+            found.append(kind)
+    return found
 
 
 def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Path:
@@ -295,15 +309,17 @@ class _State:
             return 0
         # Not mapped to the device: AdamW keeps its step counter on the host.
         content = torch.load(self._path, weights_only=True, map_location="cpu")
-        changed = differences(self._job.settings, content["settings"])
+        changed = differences(self._job.settings, json.loads(content["settings"]))
         if changed:
             raise ConfigError(
                 f"{self._path}: written by a run with other settings ({'; '.join(changed)}); choose another output folder"
             )
         if "optimizers" not in content:
             raise ConfigError(f"{self._path}: written by an older version; choose another output folder")
-        if content["data"] != json.dumps(self._job.data(), sort_keys=True):
-            raise ConfigError(f"{self._path}: written by a run with other tasks or examples; choose another output folder")
+        if other := other_data(self._job.data(), json.loads(content["data"])):
+            raise ConfigError(
+                f"{self._path}: written by a run with other data ({'; '.join(other)}); choose another output folder"
+            )
         self._job.model.load_state_dict(content["trained"])
         for optimizer, saved in zip(self._optimizers, content["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

@@ -8,6 +8,8 @@ dropout: losses, gradient clipping and optimiser act per adapter.
 from __future__ import annotations
 
 import copy
+import hashlib
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from t2l_engine.research.training.context import Modules, TrainingContext
 from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, trained_descriptions
-from t2l_engine.research.training.settings import LoRASettings
+from t2l_engine.research.training.settings import LoRASettings, differences
 
 
 class LoRABank(nn.Module):
@@ -50,8 +52,10 @@ class LoRABank(nn.Module):
             self.lora_B[name] = nn.Parameter(torch.zeros(count, modules.num_layers, n_out, rank))
 
     @torch.no_grad()
-    def start_from(self, folder: Path, names: Sequence[str]) -> None:
+    def start_from(self, folder: Path, names: Sequence[str]) -> str:
         """Copy the adapter in PEFT folder ``folder``, or for each of ``names`` that in the folder of its name.
+
+        Returns the SHA-256 of their weights.
 
         Raises FileNotFoundError for a missing one, ConfigError if rank, scaling, modules or layers are not the bank's.
         """
@@ -62,13 +66,20 @@ class LoRABank(nn.Module):
             given = {at: (stack.lora_A[module], stack.lora_B[module]) for module, at in stack.paths.items()}
             for module, at in self._paths.items():
                 A, B = given.pop(at, (None, None))
-                if A is None or A[0].shape != self.lora_A[module][i].shape or float(stack.scaling[0]) != self._scaling:
-                    got = None if A is None else (*A[0].shape, float(stack.scaling[0]))
-                    wanted = (*self.lora_A[module][i].shape, self._scaling)
-                    raise ConfigError(f"initial: {path}: {module}: expected A and scaling {wanted} of this run, got {got}")
+                got = None if A is None else (tuple(A[0].shape), tuple(B[0].shape), float(stack.scaling[0]))
+                wanted = (tuple(self.lora_A[module][i].shape), tuple(self.lora_B[module][i].shape), self._scaling)
+                # A stack's scaling is float32.
+                if got is None or got[:2] != wanted[:2] or not math.isclose(got[2], wanted[2], rel_tol=1e-6):
+                    raise ConfigError(
+                        f"initial: {path}: {module}: expected A, B and scaling {wanted} of this run, got {got}"
+                    )
                 self.lora_A[module][i], self.lora_B[module][i] = A[0].float(), B[0].float()
             if given:
                 raise ConfigError(f"initial: {path}: expected the modules {sorted(self._paths)}, got {sorted(given)} too")
+        weights = hashlib.sha256()
+        for tensor in itertools.chain(self.lora_A.values(), self.lora_B.values()):
+            weights.update(tensor.detach().numpy().tobytes())
+        return weights.hexdigest()
 
     def forward(self) -> AdapterStack:
         A, B = dict(self.lora_A.items()), dict(self.lora_B.items())
@@ -93,8 +104,7 @@ class LoRA(loop.Job):
         self._validated = [any(validated)] if self._shared else validated  # by adapter: whether validation selects it
         scaling = resolve_scaling(settings.scaling, settings.lora_alpha, settings.rank)
         self.model = LoRABank(context.modules, len(self.names), settings.rank, scaling, settings.seed)
-        if settings.initial:
-            self.model.start_from(Path(settings.initial), self.names)
+        self._initial = self.model.start_from(Path(settings.initial), self.names) if settings.initial else ""
         self.model.to(context.device)
         self._stream = Stream(
             len(self._tasks), settings.tasks_per_step if self._shared else len(self._tasks), settings.seed,
@@ -174,7 +184,7 @@ class LoRA(loop.Job):
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=self.settings.base_model)
 
     def data(self) -> dict[str, Any]:
-        return self._context.data(self._tasks)
+        return self._context.data(self._tasks) | ({"initial": self._initial} if self._initial else {})
 
 
 def waves(settings: LoRASettings, context: TrainingContext) -> list[list[int]]:
@@ -223,7 +233,8 @@ def train(
 
 
 def _record(job: LoRA) -> dict[str, Any]:
-    return {"settings": job.settings.model_dump(mode="json"), "adapters": job.names, "data": job.data()["tasks"]}
+    data = job.data()
+    return {"settings": job.settings.model_dump(mode="json"), "adapters": job.names, "data": data.pop("tasks"), **data}
 
 
 def _finished(folder: Path, job: LoRA) -> bool:
@@ -231,8 +242,13 @@ def _finished(folder: Path, job: LoRA) -> bool:
     path = folder / RECORD
     if not path.is_file():
         return False
-    if read_texts(path, MAX_DESCRIPTIONS_BYTES) != json.loads(json.dumps(_record(job))):
-        raise ConfigError(f"{path}: written by a run with other settings, tasks or examples; choose another output folder")
+    theirs, ours = read_texts(path, MAX_DESCRIPTIONS_BYTES), _record(job)
+    changed = differences(job.settings, theirs.pop("settings", {}))
+    ours.pop("settings")
+    if changed := changed + loop.other_data(ours, theirs):
+        raise ConfigError(
+            f"{path}: written by a run with other settings or data ({'; '.join(changed)}); choose another output folder"
+        )
     return True
 
 

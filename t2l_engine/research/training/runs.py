@@ -25,6 +25,15 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
     return settings
 
 
+def adapters_of(folder: Path) -> set[str]:
+    """Names of the adapters of the waves in run folder ``folder`` that are done."""
+    return {
+        name
+        for path in (folder / WAVES).glob(f"*/{RECORD}")
+        for name in read_texts(path, MAX_DESCRIPTIONS_BYTES)["adapters"]
+    }
+
+
 def prompt_form_of(adapters: Path) -> str:
     """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
     settings = settings_of(adapters.parent) or {}

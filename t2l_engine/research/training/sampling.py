@@ -229,6 +229,7 @@ def divide(groups: Sequence[G], per_batch: int, shard: Shard) -> list[Sequence[G
     batches = [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
     if min(map(len, batches)) < shard.world_size:
         raise ConfigError(
-            f"expected at least a task for each of {shard.world_size} processes in every batch, got {len(groups)}"
+            f"tasks_per_batch: expected at least a task for each of {shard.world_size} processes in every batch, "
+            f"got one of {min(map(len, batches))}"
         )
     return [shard.of(batch) for batch in batches]

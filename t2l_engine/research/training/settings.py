@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -357,9 +357,13 @@ def to_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
-def differences(ours: Settings, theirs: str) -> list[str]:
-    """The fields in which ``ours`` differs from settings in JSON, as text."""
-    mine, other = ours.model_dump(mode="json"), json.loads(theirs)
+def differences(ours: Settings, theirs: Mapping[str, Any]) -> list[str]:
+    """The fields in which ``ours`` differs from settings as they were written, as text.
+
+    A field that is not among those written is newer than they are: the run had its default.
+    """
+    defaults = {name: field.default for name, field in type(ours).model_fields.items() if not field.is_required()}
+    mine, other = ours.model_dump(mode="json"), json.loads(json.dumps(defaults)) | dict(theirs)
     return [
         f"{name}: {short_repr(other.get(name))} then, {short_repr(mine.get(name))} now"
         for name in sorted(mine.keys() | other.keys())

@@ -52,6 +52,7 @@ class SFT(loop.Job):
         else:
             self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
         self._initial = ""  # SHA-256 of the weights file that the run starts from
+        self._before: set[str] = set()  # tasks that it was trained on
         self._net, self._pooling = self._trained_before() if settings.initial else self._new()
         self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
         self.model.to(context.device)
@@ -111,6 +112,7 @@ class SFT(loop.Job):
                     f"got {short_repr(got)}"
                 )
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
+        self._before = checkpoint.trained_tasks(contents.blocks)
         reads = isinstance(self._conditions, ReadConditions)
         pooling = build_pooling(contents, self._conditions.reader_config) if reads else None
         # What is published may be rounded; steps would be lost in bfloat16.
@@ -146,11 +148,13 @@ class SFT(loop.Job):
             "initial": self._initial,  # no place on this machine
             **self._context.stated(),
         }
+        if before := sorted(self._before - set(self._context.data()["tasks"])):
+            training["tasks_before"] = before
         blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
         self._net.save_pretrained(folder, blocks, self._pooling)
 
     def data(self) -> dict[str, Any]:
-        return self._context.data()
+        return self._context.data() | ({"initial": self._initial} if self._initial else {})
 
 
 def _by_scaling(config: HyperNetworkConfig) -> dict[str, Any]:
