@@ -26,7 +26,7 @@ from t2l_engine.cli.desk import open_desk
 #: Bytes of the adapters that are the map's landmarks, at most; and their number.
 MAP_BYTES, LANDMARKS = 1 << 27, 44
 #: What the page shows first: sentences that nothing was trained on, of those that work.
-DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Which person is mentioned?")
+DESCRIPTIONS = ("File the sentence under computers, cooking or law.", "Extract the name of the person.")
 INPUT = "On Monday Clara talked about the recipe."
 
 

@@ -57,7 +57,7 @@ def picture(page) -> None:
     page.wait_for_function(DONE)
     page.evaluate("document.querySelector('#state').textContent = ''")
     page.locator("#look").click()
-    page.locator("#near [role=gridcell]", has_text="Which").locator("visible=true").first.wait_for()
+    page.locator("#near [role=gridcell]", has_text="Extract").locator("visible=true").first.wait_for()
     page.wait_for_timeout(1500)  # the plot is drawn later
     page.screenshot(path=PICTURE)
 

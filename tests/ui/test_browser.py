@@ -10,7 +10,7 @@ from t2l_engine.serving import side_by_side
 
 GGUF = pytest.importorskip("t2l_engine.serving.page", reason='pip install "t2l_engine[ui]"').GGUF
 
-WHO = "Which person is mentioned?"
+WHO = "Extract the name of the person."
 FILE = "File the sentence under computers, cooking or law."
 TEXT = "On Monday Clara talked about the recipe."
 RIGHT = {WHO: "Clara", FILE: "cooking"}
