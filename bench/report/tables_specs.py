@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
-from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, T2L
+from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, SUITE_PARTS, T2L
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
@@ -141,7 +141,7 @@ def _tokens(result: Result) -> Iterator[Line]:
         if not trained.keys() >= set(chain):
             continue
         means = {of["part"]: of["scores"] for of in result.others.get("earlier", ()) if of["run"] == name}
-        for part in PARTS[:-1] if name == T2L else ():
+        for part in SUITE_PARTS if name == T2L else ():
             scored = Part.of(result.others, part)
             means[part] = {arm: mean(scored.column(arm)) for arm in EARLIER_ARMS if arm in scored.arms}
         yield {

@@ -27,7 +27,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     without = runs.lacking(work)
     if plan.T2L in without:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
-    arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm, plan.T2L) not in without]
+    arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm) not in without]
     weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
@@ -36,7 +36,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
             yield from judging.part_records(part, runs.judged(part, work, arms=arms))
     for name in plan.EARLIER:
-        for part in plan.PARTS[:-1] if name not in without else ():
+        for part in plan.SUITE_PARTS if name not in without else ():
             tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()
             means = {arm: round(statistics.fmean(task[arm] for task in tasks), 2) for arm in plan.EARLIER_ARMS}
             yield record("earlier", run=name, part=part, scores=means)

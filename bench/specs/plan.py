@@ -12,7 +12,8 @@ from bench import plans
 PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
 #: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
 DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
-PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT, OTHER)
+SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
+PARTS = (*SUITE_PARTS, OTHER)
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Runs on the way to T2L that are judged, too, and by which arms.

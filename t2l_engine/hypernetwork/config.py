@@ -202,6 +202,11 @@ class HyperNetworkConfig:
         return encoder + embeddings + trunk + heads
 
 
+def same_scaling(a: float, b: float) -> bool:
+    """Whether two LoRA scalings are one number, of which a stack keeps the nearest float32."""
+    return math.isclose(a, b, rel_tol=1e-6)
+
+
 def resolve_scaling(scaling: str | float, lora_alpha: float, rank: int) -> float:
     """LoRA scaling as a number: "rslora" = alpha/sqrt(rank), "plain" = alpha/rank, or a positive number as it is."""
     if scaling == "rslora":

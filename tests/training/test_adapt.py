@@ -84,7 +84,7 @@ def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
 
 
 def test_a_scaling_that_float32_rounds(engine, base_model, tmp_path):
-    """The paper's: 16 / sqrt(rank) has no exact float32 for rank 8, nor has 10 / sqrt(4 * 3)."""
+    """As rsLoRA's 16 / sqrt(8) of the paper; here 8 / sqrt(3)."""
     config = dataclasses.replace(engine.hypernetwork.config, rank=3, scaling="rslora")
     engine = t2l.TextToLoRA(engine.encoder, t2l.HyperNetwork(config))
     report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"steps": 5})

@@ -88,9 +88,10 @@ def compile_between(model: nn.Module, paths: Sequence[str]) -> None:
         paths: of the adapted linears, with ``{layer}`` in place of the layer's index.
     """
     for parent in {path.partition(f".{LAYER}")[0] for path in paths}:
-        for child in (child for layer in model.get_submodule(parent).children() for child in layer.children()):
-            if not any(isinstance(module, LoRALinear) for module in child.modules()):
-                child.compile(dynamic=True)
+        for layer in model.get_submodule(parent).children():
+            for child in layer.children():
+                if not any(isinstance(module, LoRALinear) for module in child.modules()):
+                    child.compile(dynamic=True)
 
 
 def _of_split(task: Task, split: str | None) -> Task:
@@ -152,10 +153,14 @@ class TrainingContext:
         if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 
-    def data(self, tasks: Sequence[int] | None = None) -> dict[str, Any]:
-        """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all)."""
+    def data(self, tasks: Sequence[int] | None = None, initial: str = "") -> dict[str, Any]:
+        """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all).
+
+        ``initial``: digest of the weights that the run starts from, if it starts from any.
+        """
         chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
-        return {"tasks": {task.name: self._digests[task.name] for task in chosen}}
+        digests = {task.name: self._digests[task.name] for task in chosen}
+        return {"tasks": digests, "initial": initial} if initial else {"tasks": digests}
 
     def stated(self) -> dict[str, Any]:
         """:meth:`data` for a checkpoint: of many tasks the names and one digest of all, so that it stays small."""

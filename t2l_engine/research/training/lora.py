@@ -24,7 +24,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.weights import replacing
-from t2l_engine.hypernetwork.config import resolve_scaling
+from t2l_engine.hypernetwork.config import resolve_scaling, same_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.context import Modules, TrainingContext
@@ -68,8 +68,7 @@ class LoRABank(nn.Module):
                 A, B = given.pop(at, (None, None))
                 got = None if A is None else (tuple(A[0].shape), tuple(B[0].shape), float(stack.scaling[0]))
                 wanted = (tuple(self.lora_A[module][i].shape), tuple(self.lora_B[module][i].shape), self._scaling)
-                # A stack's scaling is float32.
-                if got is None or got[:2] != wanted[:2] or not math.isclose(got[2], wanted[2], rel_tol=1e-6):
+                if got is None or got[:2] != wanted[:2] or not same_scaling(got[2], wanted[2]):
                     raise ConfigError(
                         f"initial: {path}: {module}: expected A, B and scaling {wanted} of this run, got {got}"
                     )
@@ -184,7 +183,7 @@ class LoRA(loop.Job):
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=self.settings.base_model)
 
     def data(self) -> dict[str, Any]:
-        return self._context.data(self._tasks) | ({"initial": self._initial} if self._initial else {})
+        return self._context.data(self._tasks, self._initial)
 
 
 def waves(settings: LoRASettings, context: TrainingContext) -> list[list[int]]:
@@ -232,9 +231,10 @@ def train(
     return output
 
 
-def _record(job: LoRA) -> dict[str, Any]:
+def _recorded(job: LoRA) -> dict[str, Any]:
+    """What the record of a wave says beside its settings."""
     data = job.data()
-    return {"settings": job.settings.model_dump(mode="json"), "adapters": job.names, "data": data.pop("tasks"), **data}
+    return {"adapters": job.names, "data": data.pop("tasks"), **data}
 
 
 def _finished(folder: Path, job: LoRA) -> bool:
@@ -242,10 +242,9 @@ def _finished(folder: Path, job: LoRA) -> bool:
     path = folder / RECORD
     if not path.is_file():
         return False
-    theirs, ours = read_texts(path, MAX_DESCRIPTIONS_BYTES), _record(job)
+    theirs = read_texts(path, MAX_DESCRIPTIONS_BYTES)
     changed = differences(job.settings, theirs.pop("settings", {}))
-    ours.pop("settings")
-    if changed := changed + loop.other_data(ours, theirs):
+    if changed := changed + loop.other_data(_recorded(job), theirs):
         raise ConfigError(
             f"{path}: written by a run with other settings or data ({'; '.join(changed)}); choose another output folder"
         )
@@ -258,7 +257,7 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
         path = job.folder / ADAPTERS / DESCRIPTIONS_NAME
         known = read_texts(path, MAX_DESCRIPTIONS_BYTES) if path.is_file() else {}
         _write(path, known | {task.name: list(task.descriptions) for task in tasks if task.name in job.names})
-    _write(folder / RECORD, _record(job))
+    _write(folder / RECORD, {"settings": job.settings.model_dump(mode="json"), **_recorded(job)})
     (folder / loop.STATE).unlink()
 
 

@@ -29,7 +29,7 @@ from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
+from t2l_engine.hypernetwork.config import HyperNetworkConfig, same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
@@ -66,7 +66,7 @@ class Library:
         self.scaling = float(self.stack.scaling[0])
         self.rank = int(next(iter(self.stack.ranks.values()))[0, 0])
         for name, scaling in zip(self.names, self.stack.scaling.tolist(), strict=True):
-            if abs(scaling - self.scaling) > 1e-6 * self.scaling:
+            if not same_scaling(scaling, self.scaling):
                 raise ConfigError(
                     f"{folder / name}: expected scaling {self.scaling:g} as in {self.names[0]}, got {scaling:g}"
                 )

@@ -148,13 +148,13 @@ class SFT(loop.Job):
             "initial": self._initial,  # no place on this machine
             **self._context.stated(),
         }
-        if before := sorted(self._before - set(self._context.data()["tasks"])):
+        if before := sorted(self._before - {task.name for task in self._context.tasks}):
             training["tasks_before"] = before
         blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
         self._net.save_pretrained(folder, blocks, self._pooling)
 
     def data(self) -> dict[str, Any]:
-        return self._context.data() | ({"initial": self._initial} if self._initial else {})
+        return self._context.data(initial=self._initial)
 
 
 def _by_scaling(config: HyperNetworkConfig) -> dict[str, Any]:
