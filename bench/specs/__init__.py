@@ -27,14 +27,17 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     without = runs.lacking(work)
     if plan.T2L in without:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
-    arms = [arm for arm in plan.ARMS if plan.NEEDS.get(arm) not in without]
+    there = lambda arms: [arm for arm in arms if plan.NEEDS.get(arm) not in without]  # noqa: E731
     weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
     yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
     for part in plan.PARTS:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
-            yield from judging.part_records(part, runs.judged(part, work, arms=arms))
+            yield from judging.part_records(part, runs.judged(part, work, arms=there(plan.ARMS)))
+    if plan.LIBRARY not in without:
+        found = runs.judged(plan.STORED, work, arms=there(plan.STORED_ARMS))
+        yield from judging.part_records(plan.STORED, found)
     for name in plan.EARLIER:
         for part in plan.SUITE_PARTS if name not in without else ():
             tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()

@@ -14,6 +14,8 @@ PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
 DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
 SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 PARTS = (*SUITE_PARTS, OTHER)
+#: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
+STORED = "stored"
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Runs on the way to T2L that are judged, too, and by which arms.
@@ -26,8 +28,10 @@ ARMS = (
     *(DESCRIBED, RIVAL, "nearest"),
     *("base", "base-description", "icl", "icl-6"),
 )
+#: Arms of part STORED.
+STORED_ARMS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
 #: Arm -> the run that it needs beside T2L.
-NEEDS = {DESCRIBED: DESCRIBED, RIVAL: RIVAL, "nearest": LIBRARY}
+NEEDS = {DESCRIBED: DESCRIBED, RIVAL: RIVAL, "nearest": LIBRARY, "oracle": LIBRARY}
 
 
 def ordered(names: Iterable[str], key: str) -> list[str]:

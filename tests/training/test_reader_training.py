@@ -13,6 +13,7 @@ from t2l_engine.research.tasks.folder import load_tasks
 from t2l_engine.research.training import conditions, lora, reconstruction, sft
 from t2l_engine.research.training.context import TrainingContext
 from t2l_engine.research.training.sampling import Shard
+from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.reader import TextReader, condition_text
@@ -203,7 +204,7 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"encoder": "one-hot"}, "example_share: expected 0 with encoder 'one-hot', which reads no examples, got 0.5"),
+        ({"encoder": "one-hot"}, "reader_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
         ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
         ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
         ({"condition": "input"}, "condition: expected 'description' with encoder 'reader', got 'input'"),
@@ -212,6 +213,13 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
 def test_settings_that_do_not_fit(base_model, changes, match):
     with pytest.raises(ConfigError, match=match):
         reading(base_model, **changes)
+
+
+@pytest.mark.parametrize("field, value", [("example_share", 0.5), ("max_examples", 2), ("read_descriptions", 4)])
+def test_settings_of_a_reader_need_one(base_model, field, value):
+    default = SFTSettings.model_fields[field].default
+    with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):
+        runs.sft(base_model, **{field: value})
 
 
 def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
@@ -226,9 +234,9 @@ def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
 
 @pytest.mark.parametrize("encoder", ["reader", "minilm"])
 def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
-    changes = {} if encoder == "reader" else {"encoder": encoder, "example_share": 0.0}
-    first = sft.train(reading(base_model, steps=4, **changes), tasks, tmp_path / "first")
-    more = reading(base_model, steps=1, learning_rate=1e-9, initial=str(first), seed=3, **changes)
+    changes = SMALL if encoder == "reader" else {"encoder": encoder}
+    first = sft.train(runs.sft(base_model, **changes, steps=4), tasks, tmp_path / "first")
+    more = runs.sft(base_model, **changes, steps=1, learning_rate=1e-9, initial=str(first), seed=3)
     second = sft.train(more, tasks, tmp_path / "second")
     texts = [text for task in load_tasks(tasks, None) for text in task.descriptions]
     one, two = (t2l.TextToLoRA.from_pretrained(folder).generate(texts) for folder in (first, second))

@@ -187,7 +187,14 @@ class _HyperNetwork(BaseModel):
     def _reader(self):
         if self.encoder == READER:
             self._expect(f"with encoder {READER!r}", embedding_noise=0.0, mix_descriptions=False)
+        else:
+            self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("read")))
         return self
+
+    def _expect_defaults(self, *names: str) -> None:
+        """Of settings that the encoder has no use for."""
+        fields = type(self).model_fields
+        self._expect(f"with encoder {self.encoder!r}", **{name: fields[name].default for name in names})
 
     def _expect(self, when: str, **only: Any) -> None:
         for name, value in only.items():
@@ -215,10 +222,8 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
     def _examples(self):
         if self.encoder == READER:
             self._expect(f"with encoder {READER!r}", condition="description")
-        elif self.example_share:
-            raise ValueError(
-                f"example_share: expected 0 with encoder {self.encoder!r}, which reads no examples, got {self.example_share}"
-            )
+        else:
+            self._expect_defaults("example_share", "example_sets", "max_examples")
         return self
 
     @model_validator(mode="after")
