@@ -120,7 +120,7 @@ def evaluate(
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.answers import Answerer, Store
-    from t2l_engine.research.evaluation.arms import without_chat
+    from t2l_engine.research.evaluation.arms import digest, without_chat
     from t2l_engine.research.tasks.folder import load_tasks
     from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
@@ -172,7 +172,7 @@ def evaluate(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
         verify, precision,
     )  # fmt: skip
-    identity = f"{model_name} {dtype.value} {model.config.to_json_string()}"
+    identity = digest(model.parameters(), model_name, model.config.to_json_string())
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
     with tqdm(unit="answer") as bar:
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -287,7 +287,7 @@ class Generated(_Attached):
         state = [*engine.hypernetwork.state_dict().values()]
         if isinstance(engine.encoder, TextReader):
             state += engine.encoder.pooling.state_dict().values()
-        self.identity = _digest(state, repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
+        self.identity = digest(state, repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
 
     def _stack(self, keys: Sequence[str]) -> AdapterStack:
         for text in keys:  # one by one: rounding depends on the batch
@@ -301,7 +301,7 @@ class Stored(_Attached):
 
     def __init__(self, stack: AdapterStack, names: Sequence[str]):
         self._adapters, self._numbers = stack, {name: i for i, name in enumerate(names)}
-        self.identity = _digest(_tensors(stack), *names)
+        self.identity = digest(_tensors(stack), *names)
 
     def _stack(self, keys: Sequence[str]) -> AdapterStack:
         return self._adapters[[self._numbers[name] for name in keys]]
@@ -311,7 +311,7 @@ class Routed:
     """A library with Arrow routing of every token; ignores keys."""
 
     def __init__(self, stack: AdapterStack):
-        self._stack, self.identity = stack, _digest(_tensors(stack), "arrow")
+        self._stack, self.identity = stack, digest(_tensors(stack), "arrow")
 
     @contextlib.contextmanager
     def on(self, model: nn.Module) -> Iterator[Use]:
@@ -323,9 +323,10 @@ def _tensors(stack: AdapterStack) -> list[torch.Tensor]:
     return [*stack.lora_A.values(), *stack.lora_B.values(), stack.scaling]
 
 
-def _digest(tensors: Sequence[torch.Tensor], *parts: str) -> str:
+def digest(tensors: Iterable[torch.Tensor], *parts: str) -> str:
+    """SHA-256 of the values, dtypes and shapes of ``tensors``, and of ``parts``, in hex digits."""
     found = hashlib.sha256("\0".join(parts).encode())
     for tensor in tensors:
         found.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()
