@@ -29,7 +29,7 @@ from t2l_engine.adapters.stack import AdapterStack
 DTYPE = torch.bfloat16  # of A and B in the spool
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
 _UNUSED_SECONDS = 7 * 24 * 3600
-_TEMPORARY, _MEMORY = ".tmp-", ".memory"
+_TEMPORARY, _MEMORY, _LOCK = ".tmp-", ".memory", ".lock"
 
 
 class Unavailable(Exception):
@@ -40,7 +40,7 @@ class Spool:
     """Adapters by key; writing is atomic, between processes too.
 
     ``root`` is created, for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
-    into ``root``, OSError if it cannot be used.
+    into ``root``, or if it holds what no spool has written, which pruning would remove; OSError if it cannot be used.
     """
 
     def __init__(self, root: Path, budget: int):
@@ -49,8 +49,10 @@ class Spool:
         state = self.root.stat()
         if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
             raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
+        if any(self.root.iterdir()) and not (self.root / _LOCK).exists():
+            raise ValueError(f"spool: expected an empty folder or a spool, whose old adapters are removed, got {self.root}")
         self._numbers = itertools.count()
-        self._lock = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

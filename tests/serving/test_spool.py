@@ -31,6 +31,15 @@ def visible(spool):
     return sorted(path.name for path in spool.root.iterdir() if path.is_dir())
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    own = tmp_path / "adapters" / "mine"
+    own.mkdir(parents=True)
+    os.utime(own, (0, 0))
+    with pytest.raises(ValueError, match="spool: expected an empty folder or a spool, whose old adapters are removed, got "):
+        Spool(tmp_path / "adapters", 1 << 20)
+    assert own.is_dir() and list((tmp_path / "adapters").iterdir()) == [own]
+
+
 def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(spool):
     folder = spool.write_peft("k", stack(), "base/model")
     config = json.loads((folder / CONFIG_NAME).read_text())
