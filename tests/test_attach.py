@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from t2l_engine import LoRALinear, attach
+from t2l_engine.lora import handle as handles
 from t2l_engine.testing.numerics import LOGITS_ATOL
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -24,6 +25,10 @@ def stack(model, stack_for):
 @pytest.fixture
 def tokens():
     return torch.randint(3, 97, (3, 7), generator=torch.Generator().manual_seed(1))
+
+
+def broken(*_):
+    raise MemoryError
 
 
 @torch.no_grad()
@@ -48,6 +53,48 @@ def assert_untouched(model, before):
     assert list(after) == list(state)
     for key, tensor in state.items():
         assert after[key].dtype == tensor.dtype and torch.equal(after[key], tensor), key
+
+
+@pytest.mark.parametrize("fault", [MemoryError, KeyboardInterrupt])
+def test_what_fails_leaves_the_model_as_it_was(model, stack, tokens, monkeypatch, fault):
+    """Memory ends at the second module, or while the adapters are copied; the model can be attached to after that."""
+    before, made = snapshot(model), []
+
+    class Few(handles.Slots):
+        def __init__(self, *arguments):
+            made.append(self)
+            if len(made) == 2:
+                raise fault
+            super().__init__(*arguments)
+
+        def write(self, *arguments):
+            raise fault
+
+    monkeypatch.setattr(handles, "Slots", Few)
+    with pytest.raises(fault):
+        attach(model, stack)
+    assert_untouched(model, before)
+    handle = attach(model)  # without slots yet
+    made.clear()
+    with pytest.raises(fault):
+        handle.put(0, stack[0])
+    assert_untouched(model, before)
+    handle.detach()
+    made[:] = [None, None]  # enough memory for the slots
+    with pytest.raises(fault):
+        attach(model, stack)
+    assert_untouched(model, before)
+    monkeypatch.undo()
+    attach(model, stack).detach()
+
+
+def test_a_stack_that_has_no_memory_routes_nothing(model, stack, tokens, monkeypatch):
+    """``differentiable`` that fails before its block leaves the rows where they were."""
+    handle, base = attach(model, stack), logits(model, tokens)
+    monkeypatch.setattr(handle._slots["model.layers.{layer}.self_attn.v_proj"], "device", broken)
+    with pytest.raises(MemoryError), handle.differentiable(stack, 0):
+        raise AssertionError("entered")
+    assert torch.equal(logits(model, tokens), base)
 
 
 def test_attach_and_detach(model, stack, tokens):

@@ -111,12 +111,7 @@ class LoRAHandle:
                 raise ValueError(
                     f"stack: {name} is divided among processes (tensor parallelism), where adapters are not trained"
                 )
-        before = self._state()
-        overrides: dict[torch.device, dict[tuple[str, int], dict[str, Tensor]]] = {}
-        for device, routing in self._routings.items():
-            routing.set(ids, len(stack), range(len(stack)), device)
-            routing.dropout = dropout
-            routing.overrides = overrides[device] = {}
+        overrides: dict[torch.device, dict[tuple[str, int], dict[str, Tensor]]] = {d: {} for d in self._routings}
         for name, a in stack.lora_A.items():
             key, _ = matched[name]
             # unbind, not a slice per layer, whose backward would write a full-size gradient for every layer.
@@ -126,7 +121,12 @@ class LoRAHandle:
                 if device is not None:
                     tensors = {"lora_A": A, "lora_B": B, "scaling": stack.scaling, "ranks": ranks}
                     overrides[device][key, layer] = {k: t.to(device) for k, t in tensors.items()}
+        before = self._state()
         try:
+            for device, routing in self._routings.items():
+                routing.set(ids, len(stack), range(len(stack)), device)
+                routing.dropout = dropout
+                routing.overrides = overrides[device]
             yield self
         finally:
             self._restore(before)
@@ -255,7 +255,7 @@ class LoRAHandle:
 
     @torch.inference_mode(False)  # inference tensors could be written in inference mode only
     def _reserve(self, stack: AdapterStack) -> None:
-        """Wrap the linears and allocate the slots that ``stack`` needs, after all checks."""
+        """Allocate the slots that ``stack`` needs and wrap the linears, after all checks; nothing is wrapped if that fails."""
         model = self._check_attached()
         matched = self._match(stack)
         for name, (key, _) in matched.items():
@@ -263,16 +263,19 @@ class LoRAHandle:
             r_max = known.rank if known else self._max_rank or width
             if width > r_max and (rank := int(stack.ranks[name].max())) > r_max:
                 raise ValueError(f"{name}: rank {rank} exceeds the slots' rank {r_max}; attach with max_rank=...")
+        made: dict[str, Slots] = {}
         for name, (key, targets) in matched.items():
-            self._keys[stack.paths[name]] = key
             if key not in self._slots:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
                 sharding = find_sharding(model, name, targets)
-                slots = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
-                self._slots[key] = slots
-                for device in slots.parts:
+                made[key] = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
+                for device in made[key].parts:
                     self._reach(device)
+        self._slots |= made
+        for name, (key, targets) in matched.items():
+            self._keys[stack.paths[name]] = key
+            if key in made:
                 for layer, target in targets.items():
                     self._wrap(key, layer, target)
 
@@ -490,8 +493,12 @@ def attach(
         raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
     handle = LoRAHandle(model, slots, max_rank, packed)
     device_of(model)
-    if stack is not None:  # for the whole stack, so that an error leaves the model unchanged
-        handle._reserve(stack)
-    for i, adapter in enumerate(stack or ()):
-        handle.put(i, adapter)
+    try:
+        if stack is not None:  # at once for all adapters
+            handle._reserve(stack)
+        for i, adapter in enumerate(stack or ()):
+            handle.put(i, adapter)
+    except BaseException:  # such as out of memory, or an interrupt: the model stays as it was
+        handle.detach()
+        raise
     return handle
