@@ -115,11 +115,13 @@ class Routing:
     def segments(self, shape: Sequence[int], compiling: bool = False) -> AdapterBatch:
         """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them.
 
-        ``compiling``: for a graph, which makes them from the ids that it finds.
+        ``compiling``: for a graph, which makes them from the ids that it finds.  So does a CUDA graph that is captured now:
+        what is memoised is gone when it is replayed with other ids.
         """
         if self.batch is not None:
             return self.batch
-        if compiling:
+        ids = self.ids
+        if compiling or (ids is not None and ids.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._make_segments(shape)
         if self._segments is None or self._segments[0] != shape:
             with torch.inference_mode(False):  # as in _write

@@ -7,7 +7,7 @@ import pytest
 import torch
 from operands import ADAPTERS, apply, operands
 
-from t2l_engine import ops
+from t2l_engine import attach, ops
 from t2l_engine.testing.models import SHAPES, HyperShape
 
 #: Cycles that a stream is kept busy for: some 20 ms.
@@ -79,6 +79,23 @@ def test_a_graph_that_keeps_what_it_read_is_noticed(device):
     device.capture = lambda call: lambda: None
     wrong = differing(device, "group", torch.bfloat16)
     assert "other ids" in wrong and "the base model alone" not in wrong
+
+
+@pytest.mark.parametrize("first, then", [([3], [1]), ([0, 1], [2, 3]), ([0, 1, 2, 3] * 2, [3, -1] * 4)])
+def test_a_graph_of_a_model_reads_the_ids_of_its_handle(device, make_stack, first, then):
+    """Also where each id stands for several of the 8 rows, and right after a pass that was not captured."""
+    model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(32, 24)}) for _ in range(2)])
+    lora = attach(model.to(device.torch), make_stack({"q_proj": (32, 24)}, num_adapters=4).to(device.torch))
+    linear, x = model[1]["q_proj"], torch.randn(8, 32, device=device.torch)
+    y = torch.empty(8, 24, device=device.torch)
+    lora.set(first)
+    linear(x)
+    replay = device.capture(lambda: y.copy_(linear(x)))
+    for ids in (first, then):
+        lora.set(ids)
+        replay()
+        device.synchronize()
+        assert torch.equal(y, linear(x)), ids
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
