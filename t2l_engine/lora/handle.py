@@ -255,7 +255,7 @@ class LoRAHandle:
 
     @torch.inference_mode(False)  # inference tensors could be written in inference mode only
     def _reserve(self, stack: AdapterStack) -> None:
-        """Allocate the slots that ``stack`` needs and wrap the linears, after all checks; nothing is wrapped if that fails."""
+        """Allocate the slots that ``stack`` needs, after all checks, and wrap the linears once there is memory for all."""
         model = self._check_attached()
         matched = self._match(stack)
         for name, (key, _) in matched.items():
