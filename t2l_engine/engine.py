@@ -138,7 +138,7 @@ class TextToLoRA:
         warning.
         """
         if library is None:
-            return self.hypernetwork.generate(self.encoder.encode(texts, examples=examples))
+            return self.hypernetwork.generate(self._read(texts, examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
         return self.retrieve(texts, library, top_k, min_similarity)[0]
@@ -161,10 +161,10 @@ class TextToLoRA:
     def generate_into(self, lora: LoRAHandle, slot: int, texts: Sequence[str], examples: WorkedExamples = None) -> None:
         """The adapters of ``texts`` into the slots of ``lora`` from ``slot`` on: live without a copy.
 
-        A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The model's layers must lie on the device
+        A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must lie on the device
         of the hypernetwork; with others use :meth:`generate` and :meth:`LoRAHandle.put`.
 
-        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`, and ValueError for a model on another device; nothing changes
+        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`, and ValueError for layers on another device; nothing changes
         then.
 
         >>> import t2l_engine as t2l
@@ -174,14 +174,13 @@ class TextToLoRA:
         >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
         >>> lora.set([3, 4, -1])
         """
-        task_emb = self.encoder.encode(texts, examples=examples)
-        if lora.device != task_emb.device:
-            raise ValueError(
-                f"lora: expected a model on {task_emb.device}, where the hypernetwork is, got one on {lora.device}; "
-                "use generate() and put()"
-            )
-        with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb))) as out:
+        task_emb = self._read(texts, examples)
+        with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb)), device=self.hypernetwork.device) as out:
             self.hypernetwork.generate(task_emb, out=out)
+
+    def _read(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:
+        """``task_emb`` where the hypernetwork is; an encoder of the user's own may be elsewhere."""
+        return self.encoder.encode(texts, examples=examples).to(self.hypernetwork.device)
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
         """The prompt for ``text``, by the template that the checkpoint was trained with; tokenize it without special tokens.

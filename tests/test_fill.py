@@ -271,6 +271,14 @@ def test_generate_into(model, net, tokens):
     for slot, texts, error in ((1, ["no such task"], ValueError), (1, [], ValueError), (4, names[:2], IndexError)):
         with pytest.raises(error):
             engine.generate_into(handle, slot, texts)
+    with (
+        pytest.raises(ValueError, match="like: expected layers on meta, got cpu; use put"),
+        handle.fill(1, net.meta_stack(2), device=torch.device("meta")),
+    ):
+        raise AssertionError("entered")
+    net.to(torch.bfloat16)  # casts biases, too
+    with pytest.raises(ValueError, match="HyperNetwork: expected biases in torch.float32 beside matrices in torch.bfloat16"):
+        engine.generate_into(handle, 1, names[:2])
     assert same(contents(handle), kept) and torch.equal(logits(model, tokens), got)
 
 

@@ -157,6 +157,11 @@ class HyperNetwork(nn.Module):
         return cast(nn.Linear, next(iter(self.heads.values()))).weight.dtype
 
     @property
+    def device(self) -> torch.device:
+        """That of its parameters."""
+        return next(self.parameters()).device
+
+    @property
     def scaling(self) -> float:
         """The LoRA scaling of generated adapters."""
         return resolve_scaling(self.config.scaling, self.config.lora_alpha, self.config.rank)
@@ -272,7 +277,10 @@ class HyperNetwork(nn.Module):
         """A stack of the shapes and the dtype of :meth:`generate`'s for ``count`` descriptions, which takes no memory.
 
         A, B and scaling are on the meta device, ranks on the CPU: what :meth:`LoRAHandle.fill` wants to know.
+
+        Raises ValueError as :meth:`generate` if ``to()`` cast the biases too.
         """
+        self._check_biases()
         c, lora_A, lora_B, ranks = self.config, {}, {}, {}
         for name, n_in, n_out in zip(self._paths, c.in_features, c.out_features, strict=True):
             lora_A[name] = torch.empty(count, c.num_layers, c.rank, n_in, dtype=self.dtype, device="meta")
@@ -280,16 +288,20 @@ class HyperNetwork(nn.Module):
             ranks[name] = torch.full((count, c.num_layers), c.rank, dtype=torch.int32, device="cpu")
         return AdapterStack(lora_A, lora_B, torch.empty(count, device="meta"), ranks, self._paths)
 
+    def _check_biases(self) -> None:
+        weight, bias = self.mixer.linear1.weight, self.mixer.linear1.bias
+        if bias.dtype != (acc := reference.accumulation_dtype(weight)):
+            raise ValueError(
+                f"HyperNetwork: expected biases in {acc} beside matrices in {weight.dtype}, got {bias.dtype}; cast with "
+                "set_dtype(), not with to()"
+            )
+
     def folded(self) -> dict:
         """All tensors that do not depend on the task, as arguments of the trunk and head ops."""
+        self._check_biases()
         c, t = self.config, self.config.task_width
         weight1 = self.mixer.linear1.weight
         acc = reference.accumulation_dtype(weight1)
-        if self.mixer.linear1.bias.dtype != acc:
-            raise ValueError(
-                f"HyperNetwork: expected biases in {acc} beside matrices in {weight1.dtype}, got "
-                f"{self.mixer.linear1.bias.dtype}; cast with set_dtype(), not with to()"
-            )
         if self.depth_emb is None or self.module_emb is None:  # one-hot
             depth, module = (torch.eye(size, dtype=acc, device=weight1.device) for size in (c.depth_width, c.module_width))
         else:

@@ -184,16 +184,17 @@ class LoRAHandle:
         self._slots_changed()
 
     @contextlib.contextmanager
-    def fill(self, slot: int, like: AdapterStack) -> Iterator[AdapterStack]:
+    def fill(self, slot: int, like: AdapterStack, *, device: torch.device | None = None) -> Iterator[AdapterStack]:
         """The slots from ``slot`` on, as many as ``like`` has adapters, as a stack to be written in the block: no copy.
 
         ``like``: a stack of the same shapes, such as an earlier result or :meth:`HyperNetwork.meta_stack`; values of its A
-        and B are not read.  The stack in the block has its modules and layers, and views of the slots in their dtype.  Write
+        and B are not read.  ``device``: where the slots are expected.  The stack in the block has its modules and layers, and views of the slots in their dtype.  Write
         all of it, ranks ``[N, n]`` and scaling ``[N]`` too, as ``HyperNetwork.generate(task_emb, out=...)`` does.  Until the
         block ends the slots are empty, and if it raises they stay empty.  Modules that ``like`` lacks get rank 0 there.
 
         Raises IndexError for slots outside ``[0, num_slots)``, ValueError if ``like`` does not fit the model, or if the
-        slots of its modules have several dtypes or lie on several devices (use :meth:`put`); nothing changes then.
+        slots of its modules have several dtypes, or lie on several devices or another one (use :meth:`put`); nothing changes
+        then.
 
         >>> import torch
         >>> import t2l_engine as t2l
@@ -224,9 +225,10 @@ class LoRAHandle:
         dtypes = {name: slots.dtype for name, slots in places.items()}
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"like: expected modules whose slots have one dtype, got {short_repr(dtypes)}; use put()")
-        devices = {device for slots in places.values() for device in slots.parts}
-        if len(devices) > 1:
-            raise ValueError(f"like: expected layers on one device, got {', '.join(sorted(map(str, devices)))}; use put()")
+        devices = {part for slots in places.values() for part in slots.parts}
+        if len(devices) > 1 or device not in (None, *devices):
+            expected = "one device" if device is None else device
+            raise ValueError(f"like: expected layers on {expected}, got {', '.join(sorted(map(str, devices)))}; use put()")
         (device,) = devices
         self._empty(slot, count)
         rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
