@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +22,6 @@ from t2l_engine.cli.common import (
     load_engine,
     print_json,
 )
-
-if TYPE_CHECKING:
-    from t2l_engine.engine import TextToLoRA
 
 
 def adapt(
@@ -47,6 +45,7 @@ def adapt(
     """
     began = time.perf_counter()
     from t2l_engine.cli.train import need_packages
+    from t2l_engine.hypernetwork.checkpoint import describe, has_described_prompts
     from t2l_engine.text.examples import read_examples
 
     keep_freed_memory()
@@ -56,13 +55,15 @@ def adapt(
     from t2l_engine.research.training.settings import parse_overrides
 
     shown = read_examples(examples)
-    changes = parse_overrides(overrides or [])
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     model = base_model_of(folder, base_model)
+    prompt = "description" if has_described_prompts(describe(folder)) else "input"
+    changes = {"prompt": prompt} | parse_overrides(overrides or [])
     report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
-    dtype = (settings_of(output / tuning.RUN) or {})["dtype"]  # the run has just finished
-    before, after = _right([output / tuning.START, output], model, dtype, held_out, engine)
+    made = settings_of(output / tuning.RUN)
+    assert made is not None  # the run has just finished
+    before, after = _right([output / tuning.START, output], made, description, held_out)
     seconds = round(time.perf_counter() - began, 1)
     if as_json:
         print_json({**vars(report), "right_before": before, "right_after": after, "total_seconds": seconds})
@@ -75,10 +76,11 @@ def adapt(
     )
 
 
-def _right(
-    adapters: list[Path], base_model: str, dtype: str, examples: list[tuple[str, str]], engine: TextToLoRA
-) -> list[int]:
-    """How many of ``examples`` the base model in ``dtype`` answers exactly with each of ``adapters``, by greedy decoding."""
+def _right(adapters: list[Path], made: Mapping[str, Any], description: str, examples: list[tuple[str, str]]) -> list[int]:
+    """How many of ``examples`` each of ``adapters`` answers exactly, by greedy decoding: model and prompts as in the run.
+
+    ``made``: the settings of the run.
+    """
     import torch
 
     from t2l_engine.adapters.stack import AdapterStack
@@ -86,11 +88,14 @@ def _right(
     from t2l_engine.research.evaluation.arms import Stored
     from t2l_engine.research.evaluation.metrics import exact_match
     from t2l_engine.text import base_model as models
+    from t2l_engine.text.prompts import prompt_of
 
-    model, tokenizer = models.load(base_model, getattr(torch, dtype))
+    model, tokenizer = models.load(made["base_model"], getattr(torch, made["dtype"]))
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
     longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
-    queries = [Query(engine.prompt(tokenizer, text), max_new_tokens=longest) for text, _ in examples]
+    shown = description if made["prompt"] == "description" else ""
+    prompts = [prompt_of(made["prompt_form"], tokenizer, text, shown) for text, _ in examples]
+    queries = [Query(prompt, max_new_tokens=longest) for prompt in prompts]
     counts = []
     for adapter in adapters:
         answers = answerer.ask(queries, Stored(AdapterStack.from_peft(adapter), [""]))

@@ -10,6 +10,8 @@ from training.test_adapt import engine  # noqa: F401  # a fixture
 
 import t2l_engine as t2l
 from t2l_engine.files.text import to_json
+from t2l_engine.research.evaluation.answers import Answerer
+from t2l_engine.research.training.runs import settings_of
 
 save_model, base_model, one_thread = shared.save_model, shared.base_model, shared.one_thread
 
@@ -36,6 +38,29 @@ def test_adapt(run, checkpoint, tmp_path):
     report = json.loads(printed)
     assert code == 0 and report["examples"] == 23 and report["loss_after"] < report["loss_before"]
     assert 0 <= report["right_before"] <= 7 and 0 <= report["right_after"] <= 7
+
+
+@pytest.mark.parametrize("changed, described", [({}, False), ({"prompt": "description", "prompt_form": "raw"}, True)])
+def test_answers_are_counted_as_it_was_tuned(run, checkpoint, tmp_path, monkeypatch, changed, described):
+    asked = []
+    ask = Answerer.ask
+    monkeypatch.setattr(Answerer, "ask", lambda self, queries, *more: asked.extend(queries) or ask(self, queries, *more))
+    call = ["adapt", "Say the last word.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint)]
+    call += ["--set", "steps=1"]
+    more = [text for name, value in changed.items() for text in ("--set", f"{name}={value}")]
+    assert run(*call, "-o", str(tmp_path / "out"), *more)[0] == 0
+    assert len(asked) == 14 and all(("Say the last word." in query.prompt) == described for query in asked)
+    assert all(query.prompt.endswith("Output:") == described for query in asked)
+
+
+def test_a_checkpoint_that_reads_prompts_with_descriptions(run, checkpoint, tmp_path):
+    """Is tuned with them, as chat and the page show them."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["training"]["prompt"] = "description"
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    call = ["adapt", "Say it.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint), "--set", "steps=1"]
+    assert run(*call, "-o", str(tmp_path / "out"))[0] == 0
+    assert settings_of(tmp_path / "out" / "run")["prompt"] == "description"
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,19 @@ def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
         adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes | {"seed": 3})
 
 
+def test_a_folder_keeps_what_was_made_there(engine, base_model, tmp_path):
+    """Another description or other examples change nothing in it; the same call reads what is there."""
+    out, quick = tmp_path / "out", QUICK | {"steps": 2}
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for description, examples in (("Say the first word.", EXAMPLES), ("Say it.", EXAMPLES[1:])):
+        with pytest.raises(ConfigError, match=f"{out}: has an adapter of another description, other examples or another"):
+            adapt.adapt(engine, str(base_model), description, examples, out, **quick)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
+    assert vars(again) | {"seconds": 0} == vars(report) | {"seconds": 0}
+
+
 def test_a_scaling_that_float32_rounds(engine, base_model, tmp_path):
     """As rsLoRA's 16 / sqrt(8) of the paper; here 8 / sqrt(3)."""
     config = dataclasses.replace(engine.hypernetwork.config, rank=3, scaling="rslora")

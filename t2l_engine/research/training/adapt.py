@@ -7,16 +7,17 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
-from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.training import lora
 from t2l_engine.research.training.log import read_log
 from t2l_engine.research.training.runs import ADAPTERS, WAVES
@@ -75,7 +76,9 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     return order[count:], order[:count]
 
 
-def settings_for(config: HyperNetworkConfig, base_model: str, prompt_form: str, start: Path, **changes: Any) -> LoRASettings:
+def settings_for(
+    config: HyperNetworkConfig, base_model: str, prompt_form: str, start: Path, changes: Mapping[str, Any]
+) -> LoRASettings:
     """Settings that tune an adapter of a hypernetwork; ``changes`` override DEFAULTS.
 
     Raises ConfigError without validation from the start on, which decides what is kept.
@@ -84,7 +87,7 @@ def settings_for(config: HyperNetworkConfig, base_model: str, prompt_form: str, 
         "base_model": base_model, "target_modules": config.modules, "rank": config.rank, "lora_alpha": config.lora_alpha,
         "scaling": config.scaling, "prompt_form": prompt_form, "initial": str(start),
     }  # fmt: skip
-    settings = build(LoRASettings, DEFAULTS | of_adapter | changes)
+    settings = build(LoRASettings, DEFAULTS | of_adapter | dict(changes))
     if not settings.patience:
         raise ConfigError("patience: expected at least 1 to tune an adapter, whose start is then validated too, got 0")
     return settings
@@ -110,18 +113,24 @@ def adapt(
         output: also gets ``start/``, the adapter as generated, ``run/``, that of training, and the report, ``adapt.json``.
         changes: fields of :class:`LoRASettings`, instead of DEFAULTS.
 
-    Raises ConfigError for too few examples, and as :func:`t2l_engine.research.training.lora.train`.
+    Raises ConfigError for too few examples or an ``output`` of other ones, and as
+    :func:`t2l_engine.research.training.lora.train`.
     """
     output = Path(output)
     trained, held_out = split(examples)
     read = trained[: engine.encoder.max_examples]
     shots: WorkedExamples = [read] if read else None
     stack = engine.generate([description], shots)
-    stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=base_model)
     rows = [Example(x, (y,), name) for name, pairs in (("train", trained), ("val", held_out)) for x, y in pairs]
-    tasks = output / RUN / "tasks"
-    write_tasks(tasks, [Task(NAME, (description,), tuple(rows))], overwrite=True)
-    settings = settings_for(engine.hypernetwork.config, base_model, engine.prompt_form, output / START, **changes)
+    task, tasks = Task(NAME, (description,), tuple(rows)), output / RUN / "tasks"
+    if not (output / START).is_dir():
+        write_tasks(tasks, [task], overwrite=True)
+        stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=base_model)
+    elif load_tasks(tasks, None) != [task] or not AdapterStack.from_peft(output / START).allclose(stack):
+        raise ConfigError(
+            f"{output}: has an adapter of another description, other examples or another checkpoint; choose another folder"
+        )
+    settings = settings_for(engine.hypernetwork.config, base_model, engine.prompt_form, output / START, changes)
     began = time.perf_counter()
     lora.train(settings, tasks, output / RUN)
     report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)
