@@ -152,7 +152,10 @@ class SideBySide:
             except BaseException as error:  # raised where the answers are read
                 found.put(error)
 
-        done: Future[None] = self._thread.submit(work)
+        try:
+            done: Future[None] = self._thread.submit(work)
+        except RuntimeError:  # after shutdown
+            raise CancelledError from None
         done.add_done_callback(lambda of: found.put(CancelledError()) if of.cancelled() else None)  # by close()
         try:
             while (item := found.get()) is not None:

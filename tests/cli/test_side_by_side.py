@@ -210,7 +210,7 @@ def test_closed(desk):
     assert any(isinstance(module, LoRALinear) for module in one.model.modules())
     one.close()
     assert not any(isinstance(module, LoRALinear) for module in one.model.modules())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(CancelledError):
         last(one, [Row()])
 
 

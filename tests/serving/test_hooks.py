@@ -75,6 +75,16 @@ def test_a_manager_with_other_parameters_keeps_its_code(settings, warnings, monk
     assert len(warnings) == 1 and "register_module" in warnings[0]
 
 
+@pytest.mark.parametrize("owner, name", [
+    (PunicaWrapperCPU, "_shrink_decode"), (LoRAModelManager, "register_module"), (LoRAModel, "from_lora_tensors"),
+    (WorkerLoRAManager, "_load_adapter"),
+])  # fmt: skip
+def test_what_a_later_vllm_lacks_stops_no_server(owner, name, settings, warnings, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    hooks.install(settings(kernels=True, mode="memory"))
+    assert len(warnings) == 1 and name in warnings[0]
+
+
 def test_without_native_kernels_vllm_keeps_its_own(settings, warnings, monkeypatch):
     monkeypatch.setattr(ops, "has_kernel", lambda name, backend: False)
     assert not hooks.install(settings(kernels=True)).kernels

@@ -39,15 +39,23 @@ def install(settings: Settings) -> Settings:
 
     May be called more than once in a process.
     """
-    if settings.kernels and (reason := _use_kernels()) is not None:
+    if settings.kernels and (reason := _changed(_use_kernels)) is not None:
         logger.warning("T2L: vLLM's own LoRA kernels are used: %s", reason)
         settings = dataclasses.replace(settings, kernels=False)
-    if settings.mode == "memory" and (reason := _load_from_embeddings(settings)) is not None:
+    if settings.mode == "memory" and (reason := _changed(_load_from_embeddings, settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
-    if settings.enabled and (reason := _refuse_parts()) is not None:
+    if settings.enabled and (reason := _changed(_refuse_parts)) is not None:
         logger.warning("T2L: modules that --lora-target-modules leaves out will be ignored: %s", reason)
     return settings
+
+
+def _changed(change: Callable[..., str | None], *arguments: Any) -> str | None:
+    """None where ``change`` was made; else why not: what it says, or what this vLLM has no longer or elsewhere."""
+    try:
+        return change(*arguments)
+    except (ImportError, AttributeError) as error:
+        return f"this vLLM lacks what would be changed ({error})"
 
 
 def _parameters(function: Any) -> str:
@@ -63,23 +71,18 @@ def _use_kernels() -> str | None:
         return "the kernels are for CPUs"
     if not ops.has_kernel("lora_add_group_", "CPU"):
         return "t2l_engine was installed without native kernels"
-    try:
-        from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
-        from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-        from vllm.lora.model_manager import LoRAModelManager
-        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    except ImportError as error:
-        return f"this vLLM lacks a module ({error})"
-    found = {name: getattr(PunicaWrapperCPU, name, None) for name in OVERRIDDEN}
+    from vllm.lora.layers import LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA
+    from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
     for name, parameters in OVERRIDDEN.items():
-        if found[name] is None or _parameters(found[name]) != parameters:
+        if _parameters(getattr(PunicaWrapperCPU, name)) != parameters:
             return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
     if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:
         return f"LoRAModelManager.register_module of this vLLM has other parameters than ({_REGISTER_MODULE})"
-    try:
-        from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
-    except ImportError as error:
-        return f"this vLLM lacks what the wrapper calls ({error})"
+    from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
+
     followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
 
     def register_module(self: Any, module_name: str, module: Any) -> None:
