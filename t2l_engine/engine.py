@@ -133,11 +133,13 @@ class TextToLoRA:
         :meth:`AdapterLibrary.adapters`; :meth:`retrieve` also says which stored adapters were used.
 
         Raises ValueError for an empty list, an empty text, anything but strings, an unknown task name, examples for an
-        encoder that reads none or together with a library, or a library of other modules; RuntimeError if the language
-        model is the encoder and has adapters in use.  A description longer than the encoder's length is truncated with a
-        warning.
+        encoder that reads none or together with a library, ``top_k`` or ``min_similarity`` without one, or a library of
+        other modules; RuntimeError if the language model is the encoder and has adapters in use.  A description longer than
+        the encoder's length is truncated with a warning.
         """
         if library is None:
+            if top_k != 1 or min_similarity != -1.0:
+                raise ValueError("top_k, min_similarity: expected none without a library, of whose adapters they choose")
             return self.hypernetwork.generate(self._read(texts, examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")

@@ -125,6 +125,7 @@ class AdapterLibrary:
         folder = Path(folder)
         for name in self.descriptions:
             _check_name(name, "descriptions")
+        (folder / DESCRIPTIONS).unlink(missing_ok=True)  # what fails from here on leaves no library, not a mixed one
         for i, name in enumerate(self.descriptions):
             self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
         with replacing(folder, DESCRIPTIONS) as temporary:
@@ -168,7 +169,8 @@ class AdapterLibrary:
         """One adapter per text, and the stored ones that each is made of: none where ``generate`` has made it.
 
         A text whose nearest descriptions have a cosine of ``min_similarity`` or more gets :meth:`retrieve`.  All adapters
-        have the wider of both dtypes.  Raises as :meth:`retrieve`, ``generate`` and :meth:`AdapterStack.cat` do.
+        have the wider dtype of those found and those generated.  Raises as :meth:`retrieve`, ``generate`` and
+        :meth:`AdapterStack.cat` do.
         """
         matches = [row if row[0].similarity >= min_similarity else [] for row in self.nearest(texts, top_k)]
         known = [i for i, row in enumerate(matches) if row]

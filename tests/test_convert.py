@@ -440,6 +440,9 @@ def test_stored_arguments_of_another_kind(converted, tmp_path, name):
     edit_config(folder, reference={name: [1]})
     with pytest.raises(CheckpointError, match=rf"reference\.{name}: expected a mapping, got \[1\]"):
         convert(folder, tmp_path / "out")
+    if name == "args":  # also where they are only copied
+        with pytest.raises(CheckpointError, match=rf"reference\.{name}: expected a mapping, got \[1\]"):
+            convert(folder, tmp_path / "out", to="native")
 
 
 def test_sources_are_checked(golden, edit, native, tmp_path):

@@ -51,9 +51,10 @@ def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
     rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), None)
     if rank is None:
         raise ValueError(f"{folder}: rank {config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
+    modules = dict.fromkeys(path.rpartition(".")[2] for path in config.module_paths.values())
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
     return {
-        "flags": [str(flag) for flag in [*flags, "--lora-target-modules", *config.modules]],
+        "flags": [str(flag) for flag in [*flags, "--lora-target-modules", *modules]],
         "environment": {
             "T2L_VLLM_CHECKPOINT": source if source in bundled_checkpoints() else str(folder.resolve()),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

@@ -177,8 +177,8 @@ def check(
     from t2l_engine.research.tasks.folder import load_tasks
 
     if not manifest:
-        if tier is not None:
-            raise ValueError("--tier: expected --manifest beside it, which has the tiers")
+        if tier is not None or examples is not None:
+            raise ValueError("--tier, --examples: expected --manifest beside them, whose tasks they are about")
         tasks = load_tasks(folder, None)
         shared = {task.name: count for task in tasks if (count := shared_inputs(task.examples))}
         if shared:

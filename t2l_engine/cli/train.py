@@ -47,7 +47,7 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run;
 Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
 Names = Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")]
 Manifest = Annotated[str, typer.Option(help='Manifest, "skills" or a file, that the examples must match.')]
-Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on.")]
+Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on; default: train.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]
 
@@ -60,7 +60,7 @@ def sft(
     overrides: Overrides = None,
     names: Names = "",
     manifest: Manifest = "",
-    tier: Tier = "train",
+    tier: Tier = "",
     device: Device = "cpu",
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("SFTSettings")] = False,
@@ -81,7 +81,7 @@ def lora(
     overrides: Overrides = None,
     names: Names = "",
     manifest: Manifest = "",
-    tier: Tier = "train",
+    tier: Tier = "",
     device: Device = "cpu",
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("LoRASettings")] = False,
@@ -160,7 +160,10 @@ def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | No
     """Names of the tasks to train on (None: all); ConfigError if their examples differ from the manifest's."""
     wanted = split_names(names)
     if not manifest:
+        if tier:
+            raise ValueError("--tier: expected --manifest beside it, which has the tiers")
         return wanted or None
+    tier = tier or "train"
     from t2l_engine.files.errors import ConfigError
     from t2l_engine.research.tasks import manifest as manifests
     from t2l_engine.research.tasks.folder import read_descriptions

@@ -71,7 +71,7 @@ def trained_tasks(about: Mapping[str, Any]) -> set[str]:
     """Names of the tasks that a checkpoint, of which :func:`describe` says ``about``, and its start were trained on."""
     training = about.get("training") or {}
     found = [training.get("tasks"), training.get("tasks_before")]
-    return {name for names in found if isinstance(names, (dict, list)) for name in names}
+    return {name for names in found if isinstance(names, (dict, list)) for name in names if isinstance(name, str)}
 
 
 # --- native format -------------------------------------------------------------------------------------------------

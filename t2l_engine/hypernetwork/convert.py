@@ -72,9 +72,17 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     return to
 
 
+def _stored(contents: Contents, name: str) -> dict[str, Any]:
+    """What a checkpoint keeps of a Sakana file, empty if nothing; CheckpointError unless it is a mapping."""
+    value = contents.blocks.get("reference", {}).get(name, {})
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{contents.path.parent}: reference.{name}: expected a mapping, got {short_repr(value)}")
+    return value
+
+
 def _expect_json(contents: Contents) -> None:
     """CheckpointError for a YAML argument that JSON cannot express (dates, sets, keys that are not strings)."""
-    for name, value in contents.blocks.get("reference", {}).get("args", {}).items():
+    for name, value in _stored(contents, "args").items():
         try:
             same = repr(json.loads(json.dumps(value))) == repr(value)
         except (TypeError, ValueError):
@@ -105,11 +113,7 @@ def to_sakana(contents: Contents) -> tuple[dict[str, Tensor], dict[str, Any], di
             f"{contents.path}: the Sakana format cannot express this checkpoint: its encoder is a reader with a pooling"
         )
     state = _sakana_state(contents)
-    stored = contents.blocks.get("reference", {})
-    args, peft = (stored.get(name, {}) for name in ("args", "adapter_config"))
-    for name, value in (("args", args), ("adapter_config", peft)):
-        if not isinstance(value, dict):
-            raise CheckpointError(f"{contents.path.parent}: reference.{name}: expected a mapping, got {short_repr(value)}")
+    args, peft = (_stored(contents, name) for name in ("args", "adapter_config"))
     # The original files if they still describe the checkpoint, which may have been changed since.
     for args_now, peft_now in ((args, peft), _sakana_configs(contents, args, peft)):
         difference = _difference(contents, state, args_now, peft_now)

@@ -188,9 +188,10 @@ class LoRAHandle:
         """The slots from ``slot`` on, as many as ``like`` has adapters, as a stack to be written in the block: no copy.
 
         ``like``: a stack of the same shapes, such as an earlier result or :meth:`HyperNetwork.meta_stack`; values of its A
-        and B are not read.  ``device``: where the slots are expected.  The stack in the block has its modules and layers, and views of the slots in their dtype.  Write
-        all of it, ranks ``[N, n]`` and scaling ``[N]`` too, as ``HyperNetwork.generate(task_emb, out=...)`` does.  Until the
-        block ends the slots are empty, and if it raises they stay empty.  Modules that ``like`` lacks get rank 0 there.
+        and B are not read.  ``device``: where the slots are expected; None: anywhere.  The stack in the block has the
+        modules and layers of ``like``, and views of the slots in their dtype.  Write all of it, ranks ``[N, n]`` and
+        scaling ``[N]`` too, as ``HyperNetwork.generate(task_emb, out=...)`` does.  Until the block ends the slots are empty,
+        and if it raises they stay empty.  Modules that ``like`` lacks get rank 0 there.
 
         Raises IndexError for slots outside ``[0, num_slots)``, ValueError if ``like`` does not fit the model, or if the
         slots of its modules have several dtypes, or lie on several devices or another one (use :meth:`put`); nothing changes

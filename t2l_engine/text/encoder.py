@@ -189,7 +189,7 @@ class TextEncoder:
         return self.model.config.get_text_config().hidden_size
 
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
-        """The texts as they are tokenized; raises ValueError as :meth:`encode`, which also takes what this returns."""
+        """The texts as they are tokenized; raises ValueError as :meth:`encode`."""
         check_list(texts)
         refuse_examples(self.config.name, examples)
         prepared = []

@@ -167,6 +167,11 @@ def test_a_loss_that_is_no_number(train, base_model, tasks, tmp_path, monkeypatc
     assert (code, out, err.splitlines()[-1]) == (1, "", message)
 
 
+def test_a_tier_needs_a_manifest(train, base_model, tasks, tmp_path):
+    code, _, err = train("sft", runs.sft(base_model), "--tasks", tasks, "--tier", "train", "-o", tmp_path / "out")
+    assert code == 1 and "--tier: expected --manifest beside it" in err and not (tmp_path / "out").exists()
+
+
 def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
     """Trains on the tasks it has in that tier, with the examples it lists and no other."""
     from t2l_engine.research.tasks import manifest

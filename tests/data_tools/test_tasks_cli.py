@@ -92,7 +92,8 @@ def test_check_without_a_manifest(t2l_tasks, fails, folder, suite, tmp_path):
     assert t2l_tasks("check", folder)[:2] == (f"{folder}: 4 tasks, 80 examples\n", "")
     about = json.loads(t2l_tasks("check", folder, "--json")[0])
     assert about == {"manifest": None, "tasks": sorted(task.name for task in suite), "differences": []}
-    fails("--tier: expected --manifest beside it", "check", folder, "--tier", "train")
+    for option, value in (("--tier", "train"), ("--examples", "30")):
+        fails("--tier, --examples: expected --manifest beside them", "check", folder, option, value)
     (name, *_) = about["tasks"]
     first = (folder / f"{name}.jsonl").read_text().splitlines()[0]
     other = json.loads(first) | {"split": "another", "input": json.loads(first)["input"].upper() + " "}

@@ -253,6 +253,7 @@ def test_a_start_is_part_of_a_run(base_model, tasks, tmp_path):
     about = checkpoint.describe(second)
     assert list(about["training"]["tasks"]) == ["last"] and about["training"]["tasks_before"] == ["first"]
     assert checkpoint.trained_tasks(about) == {"first", "last"}
+    assert checkpoint.trained_tasks({"training": {"tasks": ["first", ["last"], 3], "tasks_before": 4}}) == {"first"}
     third = sft.train(reading(base_model, steps=1, initial=str(second)), tasks, tmp_path / "third", names=["last"])
     assert checkpoint.trained_tasks(checkpoint.describe(third)) == {"first", "last"}
     sft.train(reading(base_model, steps=1, seed=5), tasks, tmp_path / "other")
