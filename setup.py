@@ -52,17 +52,19 @@ class CMakeBuild(build_ext):
     def build_extensions(self):
         own = [hashlib.sha256(" ".join(OPTIONS).encode()).hexdigest()[:8]] if OPTIONS else []
         build = ROOT / "build" / "-".join(["cmake", sys.implementation.cache_tag, *own])
-        # CMake keeps compilers, and all it found out about them, for the life of a build folder.
-        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc())])
+        ninja = shutil.which("ninja")
+        # CMake keeps generator and compilers, and all it found out about them, for the life of a build folder.
+        made_by = json.dumps([identity(cxx()), nvcc() and identity(nvcc()), bool(ninja)])
         stamp = build / "made-by.json"
         if not stamp.is_file() or stamp.read_text() != made_by:
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
             stamp.write_text(made_by)
         # Ninja's path is said anew each time: pip's temporary build environments come and go.
-        ninja = shutil.which("ninja")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
         python = f"-DPython_EXECUTABLE={sys.executable}"
+        for old in build.glob("_core.*so"):  # which CMake leaves out where there is no pybind11 now
+            old.unlink()
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), python, *generator, *OPTIONS])
         subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
         for extension in list(self.extensions):

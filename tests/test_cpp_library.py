@@ -328,14 +328,15 @@ while [ $# -gt 1 ]; do [ "$1" = -B ] && mkdir -p "$2" && : > "$2/_C.so"; shift; 
 """
 
 
-def test_setup_clears_the_build_folder_of_another_compiler(stand_in, tmp_path):
+def test_setup_clears_the_build_folder_of_another_compiler_or_generator(stand_in, tmp_path):
     programs, source = tmp_path / "bin", tmp_path / "source"
     programs.mkdir()
     source.mkdir()
     (programs / "cmake").write_text(FAKE_CMAKE)
     (programs / "cmake").chmod(0o755)
     shutil.copy(ROOT / "setup.py", source)
-    env = os.environ | {"PATH": os.pathsep.join((str(programs), os.environ.get("PATH", ""))), "CXX": "c++"}
+    without_ninja = [place for place in os.environ.get("PATH", "").split(os.pathsep) if not Path(place, "ninja").exists()]
+    env = os.environ | {"PATH": os.pathsep.join((str(programs), *without_ninja)), "CXX": "c++"}
     marker = source / "build" / f"cmake-{sys.implementation.cache_tag}" / "marker"
 
     def built(nvcc):
@@ -352,6 +353,9 @@ def test_setup_clears_the_build_folder_of_another_compiler(stand_in, tmp_path):
     stand_in(RELEASE.format("12.5"))
     assert [built(nvcc), built(nvcc)] == [False, True]
     assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
+    for change in (lambda: shutil.copy(programs / "cmake", programs / "ninja"), (programs / "ninja").unlink):
+        change()  # another generator
+        assert [built(tmp_path / "none"), built(tmp_path / "none")] == [False, True]
     run(
         sys.executable,
         "setup.py",
