@@ -353,7 +353,10 @@ template <class F>
 inline void for_range(ParallelFor parallel, int64_t count, int64_t grain, F& body) {
   parallel.run(
       parallel.pool, count, grain,
-      [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &body);
+      [](int64_t begin, int64_t end, void* context) {
+        if (begin < end) (*static_cast<F*>(context))(begin, end);
+      },
+      &body);
 }
 
 }  // namespace T2L_ISA_NAMESPACE

@@ -32,13 +32,6 @@ T2L_DEVICE int scan_block(int value, int* scratch, int* total) {
   return before;
 }
 
-// Number of tokens of segment s if it uses `adapter`, else 0.
-T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
-  return s < p.segments && read_index(p.seg_adapters + s) == adapter
-             ? read_index(p.seg_indptr + s + 1) - read_index(p.seg_indptr + s)
-             : 0;
-}
-
 T2L_DEVICE bool is_id(const LoraParams& p, int adapter) { return adapter >= -1 && adapter < p.adapters; }
 // The adapter of segment s: an id out of range ends the launch or, with bad_ids, is -1.
 T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
@@ -46,6 +39,11 @@ T2L_DEVICE int adapter_of(const LoraParams& p, int64_t s) {
   const bool known = is_id(p, adapter);
   if (p.bad_ids == nullptr) require(known, "seg_adapters: an id out of range");
   return known ? adapter : -1;
+}
+
+// Number of tokens of segment s if it uses `adapter`, else 0.
+T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
+  return s < p.segments && adapter_of(p, s) == adapter ? read_index(p.seg_indptr + s + 1) - read_index(p.seg_indptr + s) : 0;
 }
 
 // Adds the number of ids out of range to *bad_ids.  For one warp of the launch.

@@ -1,8 +1,7 @@
 // Registration of the ops for CPU tensors.
 #include <limits>
 
-#include "hypernet.h"
-#include "lora.h"
+#include "ops.h"
 #include "t2l/kernels.h"
 
 namespace t2l::torch_ops {
@@ -49,13 +48,4 @@ struct Cpu {
 }  // namespace
 }  // namespace t2l::torch_ops
 
-STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
-  namespace ops = t2l::torch_ops;
-  m.impl("hypernet_trunk", TORCH_BOX(&ops::hypernet_trunk<ops::Cpu>));
-  m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cpu>));
-  m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cpu>));
-  m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cpu>));
-  m.impl("lora_backward_", TORCH_BOX(&ops::lora_backward<ops::Cpu>));
-  m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cpu>));
-  m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) { t2l::torch_ops::register_ops<t2l::torch_ops::Cpu>(m); }

@@ -8,8 +8,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #endif
 
-#include "hypernet.h"
-#include "lora.h"
+#include "ops.h"
 #include "t2l/cuda_kernels.h"
 
 namespace t2l::torch_ops {
@@ -109,12 +108,5 @@ STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(t2l_engine, CUDA, m) {
 #endif
-  namespace ops = t2l::torch_ops;
-  m.impl("hypernet_trunk", TORCH_BOX(&ops::hypernet_trunk<ops::Cuda>));
-  m.impl("hypernet_heads", TORCH_BOX(&ops::hypernet_heads<ops::Cuda>));
-  m.impl("hypernet_heads_out_", TORCH_BOX(&ops::hypernet_heads_out<ops::Cuda>));
-  m.impl("lora_delta", TORCH_BOX(&ops::lora_delta<ops::Cuda>));
-  m.impl("lora_backward_", TORCH_BOX(&ops::lora_backward<ops::Cuda>));
-  m.impl("lora_add_", TORCH_BOX(&ops::lora_add<ops::Cuda>));
-  m.impl("lora_add_group_", TORCH_BOX(&ops::lora_add_group<ops::Cuda>));
+  t2l::torch_ops::register_ops<t2l::torch_ops::Cuda>(m);
 }

@@ -183,6 +183,13 @@ void verify_backward(Case& c, int32_t isa, const t2l_parallel& parallel) {
   for (size_t i = 0; i < b_sums.size(); ++i) CHECK(close(grad_b.at(static_cast<int64_t>(i)), b_sums[i], s.w_type));
 }
 
+// As many ranges as there are threads in a static schedule, the last ones empty.
+void run_static(void*, int64_t count, int64_t, t2l_range_body body, void* context) {
+  constexpr int64_t kThreads = 7;
+  const int64_t each = (count + kThreads - 1) / kThreads;
+  for (int64_t i = 0; i < kThreads; ++i) body(std::min(i * each, count), std::min((i + 1) * each, count), context);
+}
+
 void test_values(const t2l_parallel& parallel) {
   const std::vector<Shape> shapes = {
       {33, 70, 5, 3, {1, 0, 17, 2, 40}, {2, 0, -1, 1, 0}, {5, 0, 3}, false, 0, 0},
@@ -209,6 +216,7 @@ void test_values(const t2l_parallel& parallel) {
             CHECK_OK(t2l_lora_add(&threaded, &parallel, &error));
             for (int64_t i = 0; i < one.tokens * one.y_stride; ++i) CHECK(one.y.same_bits(other.y, i));
             verify_backward(one, isa, parallel);
+            verify_backward(one, isa, {run_static, nullptr});
           }
 }
 

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from native import SMALL, by_name, kernel_case, needs_native
+from torch.torch_version import TorchVersion
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
@@ -380,3 +381,13 @@ def test_lora_errors(change, message):
     with pytest.raises(RuntimeError, match=message):
         ops.lora_add_(**(arguments | change))
     assert torch.equal(arguments["y"], kept)
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.13", reason="this torch does not say what failed in it")
+def test_torchs_own_reasons_are_told():
+    needs_native("the reference is torch itself")
+    rows = 2**20
+    x, A, B = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1).expand(1, 2**30, 1)
+    segments = torch.tensor([0, rows], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="memory.*API call failed"):
+        ops.lora_delta(x, A, B, torch.ones(1), *segments, rows)
