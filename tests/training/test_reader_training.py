@@ -126,6 +126,19 @@ def test_share_of_example_sets(made, share, low, high):
     assert reads.config()["max_examples"] == (2 if share else 0)
 
 
+def test_dropped_tokens(made):
+    """A share of each text, by the group's key alone, whatever its batch; validation reads all."""
+    plain, job = (made(example_share=0.0, token_dropout=share)._conditions for share in (0.0, 0.3))
+    groups = groups_of(made(example_share=0.0), 40)
+    states, seen = plain.augmented(groups)
+    same, kept = job.augmented(groups)
+    assert torch.equal(states, same) and torch.equal(job.clean(groups)[1], seen)
+    assert not (kept & ~seen).any() and 0.25 < 1 - kept.sum() / seen.sum() < 0.35
+    for i in (0, 7):
+        alone = job.augmented(groups[i : i + 1])[1][0]
+        assert torch.equal(alone, kept[i, : len(alone)])
+
+
 def test_states_are_the_readers(made, base_model, tasks):
     """Of each group, those that the checkpoint's encoder would read, whatever else is read."""
     job = made(held_out_descriptions=1)
@@ -215,7 +228,9 @@ def test_settings_that_do_not_fit(base_model, changes, match):
         reading(base_model, **changes)
 
 
-@pytest.mark.parametrize("field, value", [("example_share", 0.5), ("max_examples", 2), ("read_descriptions", 4)])
+@pytest.mark.parametrize("field, value", [
+    ("example_share", 0.5), ("max_examples", 2), ("read_descriptions", 4), ("token_dropout", 0.1),
+])  # fmt: skip
 def test_settings_of_a_reader_need_one(base_model, field, value):
     default = SFTSettings.model_fields[field].default
     with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):

@@ -162,8 +162,16 @@ class ReadConditions:
         return self._gathered([(g.task, self._numbers[g.task][g.description]) for g in groups])
 
     def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """As :meth:`clean`; a share of the groups, drawn from a seed by their keys, reads an example set instead."""
-        return self._gathered([(g.task, self._drawn(g)) for g in groups])
+        """As :meth:`clean`; a share of the groups, drawn from a seed by their keys, reads an example set instead.
+
+        ``token_dropout`` of each text's tokens, drawn likewise, are masked.
+        """
+        states, mask = self._gathered([(g.task, self._drawn(g)) for g in groups])
+        if isinstance(self._settings, SFTSettings) and (share := self._settings.token_dropout):
+            generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
+            kept = torch.stack([torch.rand(mask.shape[1], generator=of) >= share for of in generators])
+            mask = mask & kept.to(mask.device)
+        return states, mask
 
     def _drawn(self, group: Group) -> int:
         """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""

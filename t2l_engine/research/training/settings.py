@@ -217,13 +217,16 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
     )
     example_sets: Positive = Field(8, description="example sets of a task: a description, or none, with worked examples")
     max_examples: Positive = Field(6, description="most worked examples of a set")
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of a text's tokens that the reader's pooling does not see in training (encoder reader)"
+    )
 
     @model_validator(mode="after")
     def _examples(self):
         if self.encoder == READER:
             self._expect(f"with encoder {READER!r}", condition="description")
         else:
-            self._expect_defaults("example_share", "example_sets", "max_examples")
+            self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
         return self
 
     @model_validator(mode="after")
