@@ -323,8 +323,13 @@ def test_the_library_alone_is_without_cuda(stand_in, tmp_path):
     assert status != 0 and "T2L_EMULATOR=ON: expected T2L_TORCH=ON" in text and "got T2L_TORCH=OFF" in text, text
 
 
-FAKE_CMAKE = """#!/bin/sh
-while [ $# -gt 1 ]; do [ "$1" = -B ] && mkdir -p "$2" && : > "$2/_C.so"; shift; done
+FAKE_CMAKE = f"""#!{sys.executable}
+import sys
+from pathlib import Path
+if "-B" in sys.argv:
+    folder = Path(sys.argv[sys.argv.index("-B") + 1])
+    folder.mkdir(parents=True, exist_ok=True)
+    Path(folder, "_C.so").touch()
 """
 
 
