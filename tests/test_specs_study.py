@@ -162,6 +162,23 @@ def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
             assert beside == {"multi_task": tmp_path / plan.RIVAL, "also": also, "manifest": None}
 
 
+def test_oracles_are_asked_what_they_were_trained_on(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(runs, "rounded", lambda name, work: work / name)
+    monkeypatch.setattr(judging, "evaluate", lambda *given, **options: asked.append((given, options)))
+    tasks = [Task(f"f-{i:03}", ("Do it.",), (Example("a", ("b",), "test"),)) for i in range(3)]
+    training.write(runs.folder_of(tmp_path, plan.TRAINED), tasks)
+    monkeypatch.setitem(plan.RUNS[plan.LIBRARY].other, "tasks", 2)
+    for split, wordings in (plan.UNSEEN, ("train", "trained")):
+        runs.stored(tmp_path, split, wordings, plan.STORED_ARMS)
+    (_, name, names, _), options = asked[0]
+    assert name == "t2l-stored-test-held-out" and names == plan.drawn([task.name for task in tasks], 2, plan.TRAINED)
+    assert (options["oracle"], options["multi_task"]) == (tmp_path / plan.LIBRARY / "adapters", tmp_path / plan.RIVAL)
+    splits = [(options["split"], options["held_out_descriptions"]) for _, options in asked]
+    assert splits == [("test", suite.HELD_OUT), ("train", 0)]
+    assert options["tasks"] == runs.folder_of(tmp_path, plan.TRAINED)
+
+
 def test_tasks_of_other_origin_have_descriptions_that_no_study_trains_on(small, tmp_path, monkeypatch):
     wanted = [name for tier in plan.HELD_OUT for name in manifests.read("skills").names(tier)]
     found = []
@@ -313,6 +330,23 @@ def test_a_start_is_compared_with_pefts_lowest_loss():
     assert (generated["of PEFT's steps"], generated["right, less PEFT's start"]) == (0.6, 15.0)
     assert generated["lowest loss"] == pytest.approx(0.7) and generated["loss before"] == 2.0
     assert nearest["steps to PEFT's lowest loss"] == 12 and peft["of PEFT's steps"] is None
+
+
+def test_what_an_adapter_can_do():
+    """On the tasks of the library alone; an arm without answers is not shown."""
+    others = {
+        "scores": [
+            {"part": plan.STORED, "task": task, "groups": ["all"], "scores": {"oracle": 80.0, "t2l": right}}
+            for task, right in (("wrap-000", 40.0), ("add-001", 60.0))
+        ],
+        "stored": [{"split": "val", "wordings": "held out", "scores": {"t2l": 55.0, "oracle": 90.0}}],
+    }
+    made = Result(Path("specs.jsonl"), {}, (), others)
+    ours, oracle = TABLES["specs-stored"].lines([made])
+    assert (ours["arm"], ours["right, %"], ours["less the oracle"]) == (tables_specs.ARMS["t2l"], 50.0, -30.0)
+    assert (oracle["right, %"], oracle["less the oracle"]) == (80.0, None)
+    (lost,) = TABLES["specs-lost"].lines([made])
+    assert list(lost.values()) == ["new, in trained layouts", "held out", 55.0, 90.0]
 
 
 def test_tables_of_arms_and_families():

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
-from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, SUITE_PARTS, T2L
+from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, STORED, SUITE_PARTS, T2L
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
@@ -23,6 +23,7 @@ ARMS = {
     DESCRIBED: "T2L, description in the prompt, too",
     RIVAL: "multi-task LoRA, description in the prompt",
     "nearest": "stored adapter with the nearest descriptions",
+    "oracle": "oracle: an adapter trained on the task alone",
     "base": "base model, input only",
     "base-description": "base model, description in the prompt",
     "icl": "base model, description and 3 examples",
@@ -39,6 +40,8 @@ SMALL = {
     "small-warm": "start: reconstruction of 128 adapters",
 }
 PEFT = "peft"
+#: Split of the inputs -> what is new in it.
+INPUTS = {"train": "trained", "val": "new, in trained layouts", "test": "new, in new layouts"}
 #: Start of tuning -> what it is called.
 STARTS = {
     PEFT: "PEFT's: A at random, B zero",
@@ -128,6 +131,24 @@ def _families(result: Result) -> Iterator[Line]:
             if own.tasks:
                 shown = [arm for arm in SHOWN if arm != RIVAL]
                 yield {"tier": tier, "family": name, "tasks": len(own.tasks), **scores(own, shown)}
+
+
+@table("specs-stored", "Trained tasks with an adapter of their own beside T2L", "specs", optional=True)
+def _stored(result: Result) -> Iterator[Line]:
+    part = Part.of(result.others, STORED)
+    for arm in ARMS:
+        if right := part.column(arm):
+            gap = None if arm == "oracle" else part.gap(arm, "oracle")
+            yield {"arm": ARMS[arm], **bounds("right, %", interval(right)), **bounds("less the oracle", gap)}
+
+
+@table("specs-lost", "T2L and an adapter of the task's own by what is new: inputs and wordings", "specs", optional=True)
+def _lost(result: Result) -> Iterator[Line]:
+    """Tasks of the library; an oracle reads no wording."""
+    for of in result.others.get("stored", ()):
+        shown = {ARMS[arm]: of["scores"].get(arm) for arm in ("t2l", "oracle")}
+        means = {f"{arm}, %": mean for arm, mean in shown.items()}
+        yield {"inputs": INPUTS[of["split"]], "wordings": of["wordings"], **means}
 
 
 @table("specs-tokens", "T2L on the way: tokens trained on, and exact match", "specs", optional=True)

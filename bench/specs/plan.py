@@ -16,6 +16,9 @@ SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 PARTS = (*SUITE_PARTS, OTHER)
 #: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
 STORED = "stored"
+#: Where points are lost: splits of those tasks' inputs, and wordings; nothing was trained on the last of each.
+SPLITS, WORDINGS = ("train", "val", "test"), ("trained", "held out")
+UNSEEN = SPLITS[-1], WORDINGS[-1]
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Runs on the way to T2L that are judged, too, and by which arms.

@@ -27,6 +27,7 @@ from bench.specs.plan import (
     STORED,
     T2L,
     TRAINED,
+    WORDINGS,
     drawn,
 )
 from bench.study import plan as skills_plan
@@ -87,11 +88,6 @@ def train(name: str, work: Path) -> None:
     training.train(run, source, work / name, drawn(read_descriptions(source), run.other.get("tasks"), TRAINED))
 
 
-def stored(work: Path) -> list[str]:
-    """The tasks of the library."""
-    return drawn(read_descriptions(folder_of(work, TRAINED)), RUNS[LIBRARY].other["tasks"], TRAINED)
-
-
 def lacking(work: Path) -> list[str]:
     """The runs of the plan that have not been trained to their end below ``work``."""
     return [name for name, run in RUNS.items() if not _is_there(work / name, run)]
@@ -120,12 +116,8 @@ def rounded(name: str, work: Path) -> Path:
 
 def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
     """The result of the evaluation of one part; answers of an earlier call are read."""
-    of = TRAINED if part == STORED else part
-    source = folder_of(work, of)
-    if part == STORED:
-        names = stored(work)
-    else:
-        names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
+    source = folder_of(work, part)
+    names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
     return judging.evaluate(
         work / "judged",
         f"{name}-{part}",
@@ -135,7 +127,7 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
         checkpoint=rounded(name, work),
         held_out_descriptions=0 if part == OTHER else suite.HELD_OUT,  # those tasks have no others
         shots=",".join(map(str, SHOTS)),
-        max_items=PLAN["items"][of],
+        max_items=PLAN["items"][part],
         repeats=PLAN["repeats"],
         validation_items=1,  # of each task, for choosing the base model's prompt template
         verify=True,
@@ -143,5 +135,28 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
         **({"also": f"{DESCRIBED}={rounded(DESCRIBED, work)}"} if DESCRIBED in arms else {}),
         **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
         **({"library": work / LIBRARY / lora.ADAPTERS} if "nearest" in arms else {}),
+    )
+
+
+def stored(work: Path, split: str, wordings: str, arms: Sequence[str]) -> dict[str, Any]:
+    """The result of an evaluation on the tasks of the library, whose adapters are the oracles.
+
+    ``split``, ``wordings``: of plan.SPLITS and plan.WORDINGS; trained wordings: the first descriptions of a task.
+    """
+    source = folder_of(work, TRAINED)
+    return judging.evaluate(
+        work / "judged",
+        f"{T2L}-{STORED}-{split}-{wordings.replace(' ', '-')}",
+        drawn(read_descriptions(source), RUNS[LIBRARY].other["tasks"], TRAINED),
+        arms,
+        tasks=source,
+        checkpoint=rounded(T2L, work),
+        held_out_descriptions=suite.HELD_OUT if wordings == WORDINGS[-1] else 0,
+        split=split,
+        max_items=PLAN["items"][TRAINED],
+        repeats=PLAN["repeats"],
+        validation_items=1,
+        verify=True,
         **({"oracle": work / LIBRARY / lora.ADAPTERS} if "oracle" in arms else {}),
+        **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
     )
