@@ -18,7 +18,7 @@ from hostile.zip_files import plain_zip, wide_zip
 from t2l_engine import AdapterStack, HyperNetwork, attach
 
 
-@pytest.fixture(scope="module", params=[pytest.param(9, id="a ninth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(3, id="a third"), pytest.param(1, id="all", marks=pytest.mark.slow)])
 def share(request):
     """One case of so many is judged."""
     return request.param
