@@ -102,6 +102,26 @@ def test_what_is_not_near_is_generated(engine, library):
     assert [[match.name for match in row] for row in matches] == [[], ["last", "past"], []] and stack.allclose(mixed)
     with pytest.raises(ValueError, match="examples: expected none with a library"):
         engine.generate([NEAR], [[("a", "b")]], library=library)
+    for option in ({"top_k": 2}, {"min_similarity": 0.6}):
+        with pytest.raises(ValueError, match="top_k, min_similarity: expected none without a library"):
+            engine.generate([NEAR], **option)
+
+
+def test_what_was_not_saved_whole_does_not_open(engine, library, tmp_path, monkeypatch):
+    """Over an earlier library: its descriptions would be those of other adapters."""
+    library.save(tmp_path)
+    save, saved = t2l.AdapterStack.save_pretrained, []
+
+    def failing(self, *arguments):
+        if saved:
+            raise OSError("no space left")
+        saved.append(save(self, *arguments))
+
+    monkeypatch.setattr(t2l.AdapterStack, "save_pretrained", failing)
+    with pytest.raises(OSError, match="no space left"):
+        library.save(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        t2l.AdapterLibrary.open(tmp_path, engine.encoder)
 
 
 def test_folders(engine, library, tmp_path, monkeypatch):

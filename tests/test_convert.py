@@ -11,6 +11,7 @@ from oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
+from t2l_engine.cli import serve_flags
 from t2l_engine.hypernetwork.checkpoint import describe, format_of, read
 from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
@@ -251,13 +252,15 @@ def test_paths_survive(native, tmp_path):
 def test_modules_that_share_a_name(native, tmp_path):
     """Two c_proj of GPT-2: generated, written and read they have the same names."""
     paths = ["transformer.h.{layer}.attn.c_proj", "transformer.h.{layer}.mlp.c_proj"]
-    net = HyperNetwork.from_pretrained(native(modules=["attn_proj", "mlp_proj"], paths=paths))
+    folder = native(modules=["attn_proj", "mlp_proj"], paths=paths)
+    net = HyperNetwork.from_pretrained(folder)
     stack = net.generate(torch.randn(2, 10))
     assert stack.paths == {"attn.c_proj": paths[0], "mlp.c_proj": paths[1]}
     for i in (0, 1):
         stack.save_pretrained(tmp_path / str(i), adapter=i)
     again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1"])
     assert again.allclose(stack) and len(AdapterStack.cat([stack, again])) == 4
+    assert serve_flags.collect(str(folder), 2, 4)["flags"][-2:] == ["--lora-target-modules", "c_proj"]  # the linears' names
 
 
 def test_blocks_survive(native, tmp_path):

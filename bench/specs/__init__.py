@@ -37,10 +37,13 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
             yield from judging.part_records(part, runs.judged(part, work, arms=there(plan.ARMS)))
     if plan.LIBRARY not in without:
-        yield from judging.part_records(plan.STORED, runs.stored(work, *plan.UNSEEN, there(plan.STORED_ARMS)))
         for split, wordings in itertools.product(plan.SPLITS, plan.WORDINGS):
-            means = runs.stored(work, split, wordings, (plan.T2L, "oracle"))["summary"]["all"]["mean"]
-            yield record("stored", split=split, wordings=wordings, scores={a: round(m, 2) for a, m in means.items()})
+            two, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN
+            found = runs.stored(work, split, wordings, there(plan.STORED_ARMS) if unseen else two)
+            if unseen:
+                yield from judging.part_records(plan.STORED, found)
+            means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in two}
+            yield record("stored", split=split, wordings=wordings, scores=means)
     for name in plan.EARLIER:
         for part in plan.SUITE_PARTS if name not in without else ():
             tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()

@@ -118,8 +118,8 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
     """The result of the evaluation of one part; answers of an earlier call are read."""
     source = folder_of(work, part)
     names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
-    return judging.evaluate(
-        work / "judged",
+    return _evaluated(
+        work,
         f"{name}-{part}",
         names,
         arms,
@@ -128,13 +128,7 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
         held_out_descriptions=0 if part == OTHER else suite.HELD_OUT,  # those tasks have no others
         shots=",".join(map(str, SHOTS)),
         max_items=PLAN["items"][part],
-        repeats=PLAN["repeats"],
-        validation_items=1,  # of each task, for choosing the base model's prompt template
-        verify=True,
         **({"manifest": skills_plan.MANIFEST} if part == OTHER else {}),
-        **({"also": f"{DESCRIBED}={rounded(DESCRIBED, work)}"} if DESCRIBED in arms else {}),
-        **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
-        **({"library": work / LIBRARY / lora.ADAPTERS} if "nearest" in arms else {}),
     )
 
 
@@ -144,8 +138,8 @@ def stored(work: Path, split: str, wordings: str, arms: Sequence[str]) -> dict[s
     ``split``, ``wordings``: of plan.SPLITS and plan.WORDINGS; trained wordings: the first descriptions of a task.
     """
     source = folder_of(work, TRAINED)
-    return judging.evaluate(
-        work / "judged",
+    return _evaluated(
+        work,
         f"{T2L}-{STORED}-{split}-{wordings.replace(' ', '-')}",
         drawn(read_descriptions(source), RUNS[LIBRARY].other["tasks"], TRAINED),
         arms,
@@ -154,9 +148,16 @@ def stored(work: Path, split: str, wordings: str, arms: Sequence[str]) -> dict[s
         held_out_descriptions=suite.HELD_OUT if wordings == WORDINGS[-1] else 0,
         split=split,
         max_items=PLAN["items"][TRAINED],
-        repeats=PLAN["repeats"],
-        validation_items=1,
-        verify=True,
-        **({"oracle": work / LIBRARY / lora.ADAPTERS} if "oracle" in arms else {}),
-        **({"multi_task": work / RIVAL} if RIVAL in arms else {}),
     )
+
+
+def _evaluated(work: Path, name: str, names: Sequence[str], arms: Sequence[str], **options: Any) -> dict[str, Any]:
+    """What is the same in every evaluation, and the folders that its arms need."""
+    library = work / LIBRARY / lora.ADAPTERS
+    needed = {RIVAL: ("multi_task", work / RIVAL), "nearest": ("library", library), "oracle": ("oracle", library)}
+    options |= dict(needed[arm] for arm in arms if arm in needed)
+    if DESCRIBED in arms:
+        options["also"] = f"{DESCRIBED}={rounded(DESCRIBED, work)}"
+    # One validation item of each task, for choosing the base model's prompt template.
+    options |= {"repeats": PLAN["repeats"], "validation_items": 1, "verify": True}
+    return judging.evaluate(work / "judged", name, names, arms, **options)

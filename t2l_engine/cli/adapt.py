@@ -55,10 +55,11 @@ def adapt(
     from t2l_engine.research.training.settings import parse_overrides
 
     shown = read_examples(examples)
+    changes = parse_overrides(overrides or [])
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
     model = base_model_of(folder, base_model)
-    prompt = "description" if has_described_prompts(describe(folder)) else "input"
-    changes = {"prompt": prompt} | parse_overrides(overrides or [])
+    if has_described_prompts(describe(folder)):
+        changes = {"prompt": "description"} | changes
     report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
     made = settings_of(output / tuning.RUN)

@@ -495,7 +495,6 @@ def attach(
     if stack is not None and len(stack) > slots:
         raise ValueError(f"slots: expected room for the {len(stack)} adapters of the stack, got {slots}")
     handle = LoRAHandle(model, slots, max_rank, packed)
-    device_of(model)
     try:
         if stack is not None:  # at once for all adapters
             handle._reserve(stack)

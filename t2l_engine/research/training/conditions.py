@@ -72,7 +72,9 @@ class ReadConditions:
         folder: Path,
     ):
         self._settings, self._device = settings, device
-        self._example_share = settings.example_share if isinstance(settings, SFTSettings) else 0.0
+        self._example_share, self._token_dropout = 0.0, 0.0
+        if isinstance(settings, SFTSettings):
+            self._example_share, self._token_dropout = settings.example_share, settings.token_dropout
         self._train = [self._train_descriptions(task) for task in tasks]
         self._val = [self._val_descriptions(task) for task in tasks]
         self._sets = [self._example_sets(task, chosen) for task, chosen in zip(tasks, self._train, strict=True)]
@@ -167,9 +169,9 @@ class ReadConditions:
         ``token_dropout`` of each text's tokens, drawn likewise, are masked.
         """
         states, mask = self._gathered([(g.task, self._drawn(g)) for g in groups])
-        if isinstance(self._settings, SFTSettings) and (share := self._settings.token_dropout):
+        if self._token_dropout:
             generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
-            kept = torch.stack([torch.rand(mask.shape[1], generator=of) >= share for of in generators])
+            kept = torch.stack([torch.rand(mask.shape[1], generator=of) >= self._token_dropout for of in generators])
             mask = mask & kept.to(mask.device)
         return states, mask
 
