@@ -1,5 +1,6 @@
 """What several test files share.  Nothing here reaches the network."""
 
+import gc
 import json
 import os
 import shutil
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if any(item.get_closest_marker(name) for name in ("compat", "slow", "emu")):
                 item.add_marker(pytest.mark.timeout(0))
+
+
+def pytest_collection_finish(session):
+    """What has been imported and collected stays to the end: collections of garbage, one a training run, pass it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -30,13 +30,11 @@ def test_every_level_is_verified_and_timed_beside_torch(context, monkeypatch):
     monkeypatch.setattr(levels, "SETTLE_S", 0.0)
     some = [ISAS[0], ISAS[-1]]
     adapters, lora = levels.generations(False)[1], levels.loras(False)[1]
-    for group, work, ways in (
-        ("generate", adapters, {"eager", "reference", levels.BATCHED}),
-        ("lora", lora, {"reference", "mm loop", "gather bmm"}),
-    ):
-        (row,) = levels.measured(context, some, some[-1], group, [work])
+    found = levels.measured(context, some, some[-1], "group", [adapters, lora])
+    others = {"eager", "reference", levels.BATCHED}, {"reference", "mm loop", "gather bmm"}
+    for row, ways in zip(found, others, strict=True):
         assert row["times"].keys() == {OURS, *some, *ways} and not row["skipped"]
-        assert row["times"][OURS] == row["times"][some[-1]] and row["group"] == group
+        assert row["times"][OURS] == row["times"][some[-1]] and row["group"] == "group"
         assert all(time["median_us"] > 0 for time in row["times"].values())
         assert row["error"]["value"] <= row["error"]["bound"]
 

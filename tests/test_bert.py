@@ -80,12 +80,12 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_thousand_texts_of_all_lengths(make, calls, pooling):
-    encoder, given = make(pooling), texts(1024, 254)
+def test_many_texts_of_all_lengths(make, calls, pooling):
+    encoder, given = make(pooling), texts(1024 if pooling == "mean" else 256, 254)
     got = encoder.encode(given)
     assert not calls
     expected = by_transformers(encoder, given)
-    assert len(calls) == 1024 / 32
+    assert len(calls) == len(given) / 32
     errors = (got - expected).norm(dim=1) / expected.norm(dim=1)
     assert errors.max() <= EMBEDDING_FROBENIUS
 

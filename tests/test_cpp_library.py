@@ -333,6 +333,7 @@ if "-B" in sys.argv:
 """
 
 
+@pytest.mark.slow
 def test_setup_clears_the_build_folder_of_another_compiler_or_generator(stand_in, tmp_path):
     programs, source = tmp_path / "bin", tmp_path / "source"
     programs.mkdir()

@@ -125,11 +125,12 @@ def test_commands_are_known():
     lines = [shlex.split(line, comments=True) for line in blocks.splitlines() if re.match(r"(t2l|make) ", line)]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
     assert len(lines) > 40
+    root = typer.main.get_command(app)
     for name, *arguments in lines:
         if name == "make":
             assert [a for a in arguments if "=" not in a and a in targets], arguments
             continue
-        command = typer.main.get_command(app)
+        command = root
         while isinstance(command, click.Group):
             command = command.commands[arguments.pop(0)]
         arguments = [a for a in arguments if a != "..."]

@@ -1,5 +1,6 @@
 """Importing the package is cheap and pulls in nothing but torch; a library that does not load says why."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import t2l_engine
 from t2l_engine.ops import native
 
 
+@functools.cache
 def modules(statement):
     """Names of all modules that a process has after ``statement``."""
     code = f"import sys; {statement}; print(*sys.modules)"

@@ -38,22 +38,26 @@ def test_logits_equal_those_of_peft(smollm, engine, tmp_path):
     model, tokenizer = smollm
     exact_model = copy.deepcopy(model).double()
     stack = engine.generate(TEXTS)
-    batch = tokenizer(
-        [engine.prompt(tokenizer, x) for x in INPUTS], return_tensors="pt", padding=True, add_special_tokens=False
-    )
-    real = batch["attention_mask"].bool()
+    batches = [  # of each adapter, the inputs that it is for
+        tokenizer(
+            [engine.prompt(tokenizer, x) for x in INPUTS[i :: len(TEXTS)]],
+            return_tensors="pt", padding=True, add_special_tokens=False,
+        )
+        for i in range(len(TEXTS))
+    ]  # fmt: skip
 
     @torch.no_grad()
     def ours(to, i):
         lora = t2l.attach(to, stack)
         with lora.use(i):
-            logits = to(**batch).logits
+            logits = to(**batches[i]).logits
         lora.detach()
-        return logits[real], logits[:, -1]
+        return logits[batches[i]["attention_mask"].bool()], logits[:, -1]
 
     with torch.no_grad():
-        base = model(**batch).logits
-    for i in range(len(TEXTS)):
+        bases = [model(**batch).logits for batch in batches]
+    for i, (batch, base) in enumerate(zip(batches, bases, strict=True)):
+        real = batch["attention_mask"].bool()
         stack.save_pretrained(tmp_path / str(i), adapter=i)
         (got, got_last), (exact, _) = ours(model, i), ours(exact_model, i)
         wrapped = peft.PeftModel.from_pretrained(model, tmp_path / str(i))
@@ -64,22 +68,8 @@ def test_logits_equal_those_of_peft(smollm, engine, tmp_path):
         error, peft_error = (got - exact).abs().max(), (theirs[real] - exact).abs().max()
         assert error <= numerics.ERROR_RATIO * peft_error + numerics.LOGITS_ATOL
         assert (got - base[real]).abs().max() > 1  # the adapter does something
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, base)
-
-
-def test_sentences_change_what_the_model_does(smollm, engine):
-    """One mixed batch: the list adapter, the verb adapter and the base model side by side."""
-    model, tokenizer = smollm
-    prompts = [engine.prompt(tokenizer, x) for x in ("paintbrush, hammer, impala", "borrow", "borrow")]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
-    lora = t2l.attach(model, engine.generate(TEXTS))
-    with lora.use([0, 1, -1]):
-        out = model.generate(**batch, max_new_tokens=8, do_sample=False)
-    lora.detach()
-    texts = tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert texts[0].strip() == "impala" and texts[1].strip() == "borrowed"
-    assert texts[2].strip() != "borrowed"
+        with torch.no_grad():
+            assert torch.equal(model(**batch).logits, base)
 
 
 def test_bundled_checkpoint():
@@ -104,9 +94,15 @@ def run_program(tmp_path, monkeypatch):
 
 
 def test_readme_quick_start(run_program, tmp_path, capsys):
-    run_program("README.md", "quick start")
+    """One mixed batch: the list adapter, the verb adapter and the base model side by side."""
+    names = run_program("README.md", "quick start")
     out = capsys.readouterr().out
     assert "impala" in out and "borrowed" in out
+    texts = names["tokenizer"].batch_decode(
+        names["out"][:, names["batch"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert texts[0].strip() == "impala" and texts[1].strip() == "borrowed"
+    assert texts[2].strip() != "borrowed"
     assert (tmp_path / "out" / "adapter_config.json").is_file()
 
 
@@ -127,7 +123,7 @@ def test_output_written_over(run_program):
     assert all(again.lora_A[name].data_ptr() == a.data_ptr() for name, a in stack.lora_A.items())
 
 
-def test_peft_in_memory(run_program):
+def test_peft_in_memory(run_program, smollm):
     """The model ends with the second adapter."""
     pytest.importorskip("peft")
     names = run_program("docs/generate.md", "PEFT in memory")
@@ -135,7 +131,7 @@ def test_peft_in_memory(run_program):
     batch = names["tokenizer"](
         names["engine"].prompt(names["tokenizer"], "borrow"), return_tensors="pt", add_special_tokens=False
     )
-    plain, _ = packaged.load()
+    plain, _ = smollm
     lora = t2l.attach(plain, stack)
     with torch.no_grad():
         got = model(**batch).logits[:, -1]

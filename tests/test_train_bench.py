@@ -91,6 +91,7 @@ def test_peft_base_multiplies_zeros():
     assert not any(isinstance(layer, Linear) for layer in frozen.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, group",
     [
@@ -112,6 +113,7 @@ def test_tasks(name, group):
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_child_tells_its_memory():
     tokens = 256
     found = train.peak(TINY, Case("q,v", tokens, "float32"), HOOKS)

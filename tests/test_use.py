@@ -16,8 +16,9 @@ NAMES = ("q_proj", "v_proj", "down_proj")
 
 
 @pytest.fixture
-def model(tiny_model):
-    return tiny_model("Llama", head_dim=32)
+def model(tiny_model, request):
+    """Of two layers, or of as many as a test asks for."""
+    return tiny_model("Llama", head_dim=32, num_hidden_layers=getattr(request, "param", 2))
 
 
 @pytest.fixture
@@ -256,6 +257,7 @@ def test_threads(tiny_model, stack_for, tokens):
 # --- compilation and export ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("model", [1], indirect=True)
 def test_compiled_decode_step(model, handle, stack_for, tokens):
     """One decode step on a static cache: no recompilation over ids in any form, tokens or adapters."""
     from transformers import StaticCache
@@ -300,6 +302,7 @@ def _adapters(model, stack_for):
     return [stack_for(model, num_adapters=1, **kwargs) for kwargs in shapes]
 
 
+@pytest.mark.parametrize("model", [1], indirect=True)
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(model, handle, stack_for, tokens, strict):
     """An exported program reads ids and slots where they were at export: as long as their number of rows stays, it sees

@@ -406,7 +406,7 @@ def test_the_entry_point(arguments, status, message):
 
 def test_large_numbers_take_little_work(run):
     """Closed forms: nothing is done once a token or a user, and a few calls of functions for every task at a time."""
-    tasks = 1 << 16
+    tasks = 1 << 13
 
     def calls(*arguments):
         with cProfile.Profile() as work:
@@ -416,7 +416,7 @@ def test_large_numbers_take_little_work(run):
     calls()  # imports
     usual = calls()
     assert calls("--answer", 1 << 20) < 2 * usual
-    assert calls("--answer", 1 << 20, "--users", 1 << 16, "--tasks", tasks) < 2 * usual + 32 * tasks
+    assert calls("--answer", 1 << 20, "--users", tasks, "--tasks", tasks) < 2 * usual + 32 * tasks
 
 
 def test_a_closed_pipe_is_quiet():

@@ -249,7 +249,7 @@ def test_on_other_machines_nothing_runs(monkeypatch, lacking):
 
 def test_without_namespaces_nothing_runs(sandbox):
     refusing = 'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"'
-    statement = "from t2l_engine.research.evaluation.sandbox import run_tests; run_tests('', '')"
+    statement = f"import runpy; runpy.run_path({code.__file__!r})['run_tests']('', '')"
     command = ["unshare", "--user", "--map-root-user", "sh", "-c", refusing, "sh", sys.executable, "-c", statement]
     found = subprocess.run(command, capture_output=True, text=True)
     assert "RuntimeError: sandbox: programs are only run isolated, which failed: " in found.stderr

@@ -11,6 +11,7 @@ from native import KERNEL_CASES, is_native, needs_native
 
 from t2l_engine import ops
 from t2l_engine.ops import native
+from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 
 
 def test_native_kernels_run(backend):
@@ -29,19 +30,32 @@ def passed(output: str) -> int:
     return int(found[1]) if found else 0
 
 
-def test_instruction_sets(backend):
-    """The op cases under every other instruction set of this CPU; a name it lacks is an error."""
+ISAS = native.about()["instruction_sets"] if ops.NATIVE else {"available": [], "chosen": ""}
+#: Shapes of real models, which take most of the time: with the instruction set of the other tests; the slow ones, with all.
+LARGE = re.compile("serve_|smollm2")
+
+
+@pytest.mark.parametrize("shapes", ["small", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("isa", [isa for isa in ISAS["available"] if isa != ISAS["chosen"]])
+def test_instruction_sets(backend, isa, shapes):
+    """The op cases under every other instruction set of this CPU."""
     needs_native("instruction sets are the native library's")
     if backend != "cpu":
         pytest.skip("instruction sets are the CPU kernels'")
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
-    isas = native.about()["instruction_sets"]
-    for isa in set(isas["available"]) - {isas["chosen"]}:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
-        run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
-        assert run.returncode == 0, f"{isa}: {run.stdout[-2000:]}"
-        assert passed(run.stdout) >= KERNEL_CASES, f"{isa}: {run.stdout[-2000:]}"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
+    least = KERNEL_CASES
+    if shapes == "small":
+        large = [case.name for case in (*LORA_CASES, *GROUP_CASES, *HYPER_CASES) if LARGE.search(case.name)]
+        command += ["-k", " and ".join(f"not {name}" for name in large)]
+        least -= 3 * len(large)
+    run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
+    assert run.returncode == 0 and passed(run.stdout) >= least, run.stdout[-2000:]
+
+
+def test_an_instruction_set_that_this_cpu_lacks(backend):
+    needs_native("instruction sets are the native library's")
     probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
     run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
     assert (

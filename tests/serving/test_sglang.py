@@ -24,7 +24,7 @@ class Stub(ThreadingHTTPServer):
     def __init__(self, key=""):
         self.adapters, self.requests, self.key, self.broken = {}, [], key, ""
         super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     @property
     def url(self):

@@ -127,8 +127,15 @@ def _write(root, keys, barrier):
         spool.write_peft(key, stack())
 
 
-def test_two_processes_write_the_same_keys(tmp_path):
-    context = multiprocessing.get_context("spawn")
+@pytest.fixture(scope="module")
+def context():
+    """Processes that are forked from one which has imported torch."""
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["t2l_engine.serving.spool", "safetensors.torch"])
+    return made
+
+
+def test_two_processes_write_the_same_keys(context, tmp_path):
     barrier, keys = context.Barrier(2), [f"k{i}" for i in range(20)]
     both = [context.Process(target=_write, args=(tmp_path / "spool", order, barrier)) for order in (keys, keys[::-1])]
     [process.start() for process in both]
@@ -147,7 +154,7 @@ def _hold(root, opened, leave):
     spool.close()
 
 
-def test_only_who_starts_alone_prunes(tmp_path):
+def test_only_who_starts_alone_prunes(context, tmp_path):
     first = Spool(tmp_path / "spool", 1 << 20)
     for key in ("old", "found", "new"):
         first.write_peft(key, stack())
@@ -157,7 +164,6 @@ def test_only_who_starts_alone_prunes(tmp_path):
         os.utime(first.root / path, (time.time() - 8 * DAY,) * 2)
     first.find("found")
     first.close()
-    context = multiprocessing.get_context("spawn")
     # A running server: an exclusive lock cannot be had, and nothing goes.
     opened, leave = context.Event(), context.Event()
     os.utime(first.root / "old")

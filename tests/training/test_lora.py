@@ -158,11 +158,9 @@ def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_
     for name in ("both", "cat"):
         lines = (four_tasks / f"{name}.jsonl").read_text().splitlines()
         (four_tasks / f"{name}.jsonl").write_text("\n".join(line for line in lines if '"val"' not in line))
-    settings = runs.lora(base_model, tasks_per_batch=1, validate_every=2, learning_rate=0.02)
-    out = lora.train(settings, four_tasks, tmp_path / "out")
-    lora.train(
-        runs.lora(base_model, tasks_per_batch=1, validate_every=0, learning_rate=0.02), four_tasks, tmp_path / "plain"
-    )
+    of = {"tasks_per_batch": 1, "learning_rate": 0.02, "steps": 4}
+    out = lora.train(runs.lora(base_model, validate_every=2, **of), four_tasks, tmp_path / "out")
+    lora.train(runs.lora(base_model, validate_every=0, **of), four_tasks, tmp_path / "plain")
     for name in ("both", "cat"):
         got, wanted = (tensors(read(folder / lora.ADAPTERS, name)) for folder in (out, tmp_path / "plain"))
         assert all(torch.equal(got[key], wanted[key]) for key in wanted) and not (out / lora.LAST / name).exists()

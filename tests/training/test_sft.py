@@ -32,7 +32,7 @@ def same_adapters(a, b):
 def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
     settings = runs.sft(
         base_model, encoder="minilm", prompt=prompt, variant=variant, steps=40, tasks_per_batch=8, latent_size=32,
-        head_in_size=16, warmup_steps=4, validate_every=20,
+        head_in_size=16, warmup_steps=4, validate_every=20, save_every=20,
     )  # fmt: skip
     out = sft.train(settings, tasks, tmp_path / "out")
     found = runs.rows(out)

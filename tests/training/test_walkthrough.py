@@ -24,9 +24,9 @@ def test_walkthrough_runs(base_model, tmp_path, monkeypatch):
     for command in commands:
         more = []
         if command[0] == "train":
-            more = ["--set", "steps=2", "--set", "validate_every=1"]
+            more = ["--set", "steps=2", "--set", "validate_every=2"]
             if command[1] != "reconstruction":
-                more += ["--set", f"base_model={base_model}", "--set", "dtype=float32"]
+                more += ["--set", f"base_model={base_model}", "--set", "dtype=float32", "--set", "validation_samples=1"]
         if command[0] == "evaluate":
             more = ["--max-items", "1", "--max-new-tokens", "1"]
         run = CliRunner().invoke(app, command + more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,11 @@ def interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> 
     """
     if not len(values):
         raise ValueError("values: expected one a task, got none")
+    return _of_mean(tuple(map(float, values)), level, seed)
+
+
+@functools.lru_cache(maxsize=1 << 12)  # the pages of a report ask for the same ones again
+def _of_mean(values: tuple[float, ...], level: float, seed: int) -> Interval:
     array = np.asarray(values, dtype=np.float64)
     return _interval(float(array.mean()), array[_resampled(len(array), seed)].mean(axis=1), level)
 
