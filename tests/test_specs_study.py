@@ -28,9 +28,12 @@ SETTINGS = SFTSettings(base_model="smollm2-135m", target_modules=("q_proj",), st
 
 @pytest.fixture
 def small(monkeypatch):
-    """A suite of 200 specifications instead of thousands, 12 of them for development."""
-    monkeypatch.setitem(plan.PLAN, "specifications", 200)
-    monkeypatch.setitem(plan.PLAN, "development", 12)
+    """A suite of 200 specifications instead of thousands, 150 of them in the manifest, 12 for development."""
+    monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
+    monkeypatch.setattr(suite, "_MOST_NOVEL", 1)
+    small = {"specifications": 200, "development": 12, "siblings": 3, "novel_seeds": [1, 2]}
+    for name, value in small.items():
+        monkeypatch.setitem(plan.PLAN, name, value)
 
 
 def test_parts_are_apart(small, tmp_path):
@@ -38,18 +41,22 @@ def test_parts_are_apart(small, tmp_path):
     made = suite.suite(200)
     suites = [part for part in plan.PARTS if part != plan.OTHER]
     parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in suites}
-    names = {tier: {placed.spec.name for placed in made if placed.tier == tier} for tier in suite.TIERS}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
-    assert parts["development"] | parts["trained"] == names["train"]
-    assert (parts["sibling"], parts["novel"]) == (names["sibling"], names["novel"])
-    assert {placed.spec.name for placed in held_out} == names["sibling"] | names["novel"]
+    assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.tier == "train"}
+    for tier, first in zip(plan.HELD_OUT, plan.FIRST_SET, strict=True):
+        assert parts[tier] == {placed.spec.name for placed in held_out if placed.tier == tier}
+        tasks = load_tasks(runs.folder_of(tmp_path, first), "train")
+        assert {task.name for task in tasks} == {placed.spec.name for placed in made[:150] if placed.tier == tier}
 
 
-def test_a_longer_suite_holds_out_no_more(monkeypatch, tmp_path):
-    monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
-    monkeypatch.setitem(plan.PLAN, "specifications", 200)
-    found = {placed.spec.name for placed in runs.tasks(tmp_path)}
-    assert found == {placed.spec.name for placed in suite.suite(150) if placed.tier in plan.HELD_OUT}
+def test_the_second_set_is_new(small):
+    made = suite.suite(200)
+    found = runs.second_set(made)
+    siblings = [placed for placed in found if placed.tier == "sibling"]
+    assert len(siblings) == 3 and all(placed in made[150:] for placed in siblings)
+    novel = [placed.spec for placed in found if placed.tier == "novel"]
+    known = {(placed.spec.family.name, placed.spec.values) for placed in made}
+    assert novel and not {(spec.family.name, spec.values) for spec in novel} & known
 
 
 def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
@@ -80,7 +87,7 @@ def test_runs_of_the_plan():
     assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
-    chain = [plan.T2L, plan.EARLIER[0], "t2l-constant"]
+    chain = [plan.T2L, "t2l-dropout", *reversed(plan.EARLIER), "t2l-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
     with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for one of kind sft, got 'y'"):
         plans._run({"model": "m", "settings": {}, "runs": {"x": {"kind": "sft", "initial": "y"}}}, "x", "plan.yaml: x", ())

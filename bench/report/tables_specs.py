@@ -6,7 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
 from bench.report.tables import Line, bounds, each, mean, table
-from bench.specs.plan import DESCRIBED, EARLIER, EARLIER_ARMS, PARTS, RIVAL, STORED, SUITE_PARTS, T2L
+from bench.specs.plan import (
+    DESCRIBED,
+    EARLIER,
+    EARLIER_ARMS,
+    FIRST_SET,
+    HELD_OUT,
+    PARTS,
+    RIVAL,
+    STORED,
+    SUITE_PARTS,
+    T2L,
+)
 from bench.study.scores import Part
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
@@ -84,6 +95,19 @@ def _arms(result: Result) -> Iterator[Line]:
         if arm in parts["sibling"].arms:
             line["prompt tokens, unseen siblings"] = parts["sibling"].arms[arm]["groups"]["all"]["prompt_tokens"]
         if any(value is not None for value in list(line.values())[1:]):
+            yield line
+
+
+@table("specs-first", "The first set of held-out specifications, where *t2l-second* was judged", "specs", optional=True)
+def _first(result: Result) -> Iterator[Line]:
+    for arm, name in ARMS.items():
+        line: Line = {"arm": name}
+        for tier, part in zip(HELD_OUT, FIRST_SET, strict=True):
+            scored = Part.of(result.others, part)
+            if values := scored.column(arm):
+                gap = None if arm == "t2l" else scored.gap("t2l", arm)
+                line |= {f"{TIERS[tier]}, %": mean(values), **bounds(f"T2L less the arm, {TIERS[tier]}", gap)}
+        if len(line) > 1:
             yield line
 
 

@@ -17,6 +17,7 @@ from bench.specs.plan import (
     ARMS,
     DESCRIBED,
     DEVELOPMENT,
+    FIRST_SET,
     HELD_OUT,
     LIBRARY,
     OTHER,
@@ -50,21 +51,28 @@ def folder_of(work: Path, part: str) -> Path:
 
 
 def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
-    """Write the task folders of all parts and return the held-out specifications of the manifest.
+    """Write the task folders of all parts and return the held-out specifications.
 
     ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.
 
     Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
     """
     found = suite.suite(PLAN["specifications"])
-    held_out = [placed for placed in found[: suite.SPECIFICATIONS] if placed.tier in HELD_OUT]
+    held_out = second_set(found)
     trained = [placed.spec.name for placed in found if placed.tier == "train"]
-    places = {placed.spec.name: placed.tier for placed in held_out} | dict.fromkeys(trained, TRAINED)
-    places |= dict.fromkeys(drawn(trained, PLAN["development"], DEVELOPMENT), DEVELOPMENT)
-    made: dict[str, list[Task]] = {part: [] for part in (TRAINED, DEVELOPMENT, *HELD_OUT)}
-    for placed in found:
-        if part := places.get(placed.spec.name):
-            made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
+    development = set(drawn(trained, PLAN["development"], DEVELOPMENT))
+    made: dict[str, list[Task]] = {part: [] for part in (TRAINED, DEVELOPMENT, *HELD_OUT, *FIRST_SET)}
+    first = dict(zip(HELD_OUT, FIRST_SET, strict=True))
+    for i, placed in enumerate(found):
+        if placed.tier == "train":
+            part = DEVELOPMENT if placed.spec.name in development else TRAINED
+        elif i < suite.SPECIFICATIONS:
+            part = first[placed.tier]
+        else:
+            continue
+        made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
+    for placed in held_out:
+        made[placed.tier].append(suite.task(placed.spec, suite.EXAMPLES, 0))
     tiers = [("train" if part == TRAINED else part, task) for part, of in made.items() for task in of]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
@@ -74,6 +82,18 @@ def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
         made[OTHER] = [asked(task) for task in checked(skills, names)]
     for part, of in made.items():
         training.write(folder_of(work, part), of)
+    return held_out
+
+
+def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
+    """The held-out specifications by which T2L is judged; those of the manifest are the first set.
+
+    ``found``: the suite.  Of tier sibling, a sample of those after the manifest's; of tier novel, those of other seeds.
+    """
+    later = {placed.spec.name: placed for placed in found[suite.SPECIFICATIONS :] if placed.tier == "sibling"}
+    held_out = [later[name] for name in drawn(later, PLAN["siblings"], "second")]
+    for seed in PLAN["novel_seeds"]:
+        held_out += suite.more_novel([*found, *held_out], seed)
     return held_out
 
 

@@ -19,15 +19,16 @@ from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.tasks.specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
 from t2l_engine.research.tasks.specs.wordings import HELD_FRAMES
 
-PLACED = suite.suite()
-TASKS = {placed.spec.name: task(placed.spec, suite.EXAMPLES, 0) for placed in PLACED}
-TIERS = {tier: [p for p in PLACED if p.tier == tier] for tier in suite.TIERS}
+#: Once, and by the worker that runs these tests alone.
+all_placed = functools.cache(suite.suite)
+all_tasks = functools.cache(lambda: {placed.spec.name: task(placed.spec, suite.EXAMPLES, 0) for placed in all_placed()})
+by_tier = functools.cache(lambda: {tier: [p for p in all_placed() if p.tier == tier] for tier in suite.TIERS})
 #: Families with fewer than 200 inputs.
 SMALL = {"convert", "label_kind", "mention_template", "opposite", "times", "which_kind"}
 
 
 def outcome(placed):
-    return [(e.input, e.outputs[0]) for e in TASKS[placed.spec.name].examples]
+    return [(e.input, e.outputs[0]) for e in all_tasks()[placed.spec.name].examples]
 
 
 def said(value):
@@ -51,10 +52,10 @@ def test_answers(name):
 
 def test_every_answer_function_takes_every_input_of_its_kind():
     inputs = collections.defaultdict(list)
-    for placed in PLACED:
-        inputs[placed.spec.family.reads] += [e.input for e in TASKS[placed.spec.name].examples[:4]]
+    for placed in all_placed():
+        inputs[placed.spec.family.reads] += [e.input for e in all_tasks()[placed.spec.name].examples[:4]]
     draw = random.Random(0)
-    for placed in PLACED[::5]:
+    for placed in all_placed()[::5]:
         for text in draw.sample(inputs[placed.spec.family.reads], 20):
             answer = placed.spec.answer(text)
             assert isinstance(answer, str) and answer.strip(), (placed.spec.name, text)
@@ -63,17 +64,17 @@ def test_every_answer_function_takes_every_input_of_its_kind():
 def test_numbers_of_families_and_specifications():
     held_out = [family for family in FAMILIES.values() if family.held_out]
     assert len(held_out) >= 15 and len(FAMILIES) - len(held_out) >= 60
-    assert len(PLACED) == suite.SPECIFICATIONS >= 2000
-    assert len(TIERS["sibling"]) >= 100 and {p.spec.family.name for p in TIERS["novel"]} == {
+    assert len(all_placed()) == suite.SPECIFICATIONS >= 2000
+    assert len(by_tier()["sibling"]) >= 100 and {p.spec.family.name for p in by_tier()["novel"]} == {
         family.name for family in held_out
     }
-    assert {p.new for p in TIERS["sibling"]} == {"value", "combination"}
-    assert {p.spec.family.name for p in TIERS["sibling"]} <= {p.spec.family.name for p in TIERS["train"]}
+    assert {p.new for p in by_tier()["sibling"]} == {"value", "combination"}
+    assert {p.spec.family.name for p in by_tier()["sibling"]} <= {p.spec.family.name for p in by_tier()["train"]}
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_two_hundred_inputs(family):
-    spec = next(p.spec for p in PLACED if p.spec.family is family)
+    spec = next(p.spec for p in all_placed() if p.spec.family is family)
     count = suite.EXAMPLES if family.name in SMALL else 200
     examples = spec.examples(count, 0)
     assert len({normalise(e.input) for e in examples}) == count
@@ -89,7 +90,7 @@ def test_two_hundred_inputs(family):
 
 
 def test_inputs_and_answers_are_short_and_in_one_split():
-    for made in TASKS.values():
+    for made in all_tasks().values():
         splits = collections.Counter(e.split for e in made.examples)
         assert splits == {"train": 39, "val": 6, "test": 15} and shared_inputs(made.examples) == 0, made.name
         for example in made.examples:
@@ -103,22 +104,22 @@ def test_test_inputs_have_layouts_of_their_own():
         "number": r"^the number |^no\. ", "person": r"^(Dr|Prof\.) ", "file": "/.*/", "time": r"^at |\.m\.",
         "quantity": "^exactly|^a total",
     }  # fmt: skip
-    for placed in PLACED:
+    for placed in all_placed():
         if pattern := unseen.get(placed.spec.family.reads):
-            for example in TASKS[placed.spec.name].examples:
+            for example in all_tasks()[placed.spec.name].examples:
                 assert bool(re.search(pattern, example.input)) is (example.split == "test"), (placed.spec.name, example)
 
 
 def test_no_constant_solves_a_specification():
-    for placed in PLACED:
+    for placed in all_placed():
         answers = collections.Counter(answer for _, answer in outcome(placed))
         share = max(answers.values()) / sum(answers.values())
         assert (len(answers) == 1) if placed.spec.family.constant else (share <= 0.6), (placed.spec.name, share)
 
 
 def test_descriptions_are_distinct_state_every_parameter_and_come_in_several_forms():
-    for placed in PLACED:
-        texts, slots = TASKS[placed.spec.name].descriptions, "|".join(placed.spec.family.params)
+    for placed in all_placed():
+        texts, slots = all_tasks()[placed.spec.name].descriptions, "|".join(placed.spec.family.params)
         assert len(set(map(normalise, texts))) == len(texts) == suite.DESCRIPTIONS and len(texts) - HELD_OUT >= 12
         assert sum("?" in text for text in texts[:-HELD_OUT]) >= 2
         for text in texts:
@@ -140,10 +141,10 @@ def test_phrases_and_frames_that_are_held_out_are_not_trained():
         assert len(family.phrases("held")) >= 2 and not trained & set(map(normalise, family.phrases("held"))), family.name
     starts = tuple(re.split(r"[{|]", frame.lstrip("["))[0] for frame in HELD_FRAMES[1:])
     assert starts == ("Can", "Whatever ", "I would like you to ")
-    for placed in PLACED:
+    for placed in all_placed():
         assert not any(
             text.startswith(("Can you", "Could you", "Would you", *starts[2:]))
-            for text in TASKS[placed.spec.name].descriptions[:-HELD_OUT]
+            for text in all_tasks()[placed.spec.name].descriptions[:-HELD_OUT]
         )
 
 
@@ -151,15 +152,15 @@ def test_phrases_and_frames_that_are_held_out_are_not_trained():
 
 
 def test_no_held_out_description_is_trained():
-    tiers = [(placed.tier, TASKS[placed.spec.name]) for placed in PLACED]
+    tiers = [(placed.tier, all_tasks()[placed.spec.name]) for placed in all_placed()]
     assert leaks(tiers) == []
-    copied = Task("copied", (*TASKS[TIERS["train"][0].spec.name].descriptions[:1], *"abcd"), ())
+    copied = Task("copied", (*all_tasks()[by_tier()["train"][0].spec.name].descriptions[:1], *"abcd"), ())
     assert leaks([*tiers, ("novel", copied)]) == [f"copied: {copied.descriptions[0]}"]
 
 
 def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_under_another_name():
     kinds = collections.defaultdict(list)
-    for placed in PLACED:
+    for placed in all_placed():
         kinds[placed.spec.family.reads].append((placed, outcome(placed)[::2]))
     for group in kinds.values():
         for i, (one, pairs) in enumerate(group):
@@ -176,22 +177,40 @@ def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_
 
 
 def test_new_values_and_new_combinations():
-    trained = {(p.spec.family.name, i, value) for p in TIERS["train"] for i, value in enumerate(p.spec.values)}
-    for placed in TIERS["sibling"]:
+    trained = {(p.spec.family.name, i, value) for p in by_tier()["train"] for i, value in enumerate(p.spec.values)}
+    for placed in by_tier()["sibling"]:
         known = [(placed.spec.family.name, i, value) in trained for i, value in enumerate(placed.spec.values)]
         assert all(known) is (placed.new == "combination"), placed.spec.name
         assert len(known) > 1 or placed.new == "value"
 
 
 def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
-    assert suite.suite(200) == PLACED[:200] != suite.suite(200, seed=1)
+    assert suite.suite(200) == all_placed()[:200] != suite.suite(200, seed=1)
     for count in (20, True, "many"):
         with pytest.raises(ConfigError, match="specifications: expected a number of at least"):
             suite.suite(count)
 
 
+def test_more_specifications_of_families_that_are_held_out(monkeypatch):
+    found = all_placed()
+    monkeypatch.setattr(suite, "_MOST_NOVEL", 2)
+    more = suite.more_novel(found, 1)
+    assert len(more) > 10 and {placed.tier for placed in more} == {"novel"}
+    names = {placed.spec.name for placed in (*found, *more)}
+    assert len(names) == len(found) + len(more)  # numbers go on
+    for placed in more:
+        pairs = [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
+        for other in found:
+            if other.spec.family.reads == placed.spec.family.reads and (
+                other.tier == "train" or other.spec.family == placed.spec.family
+            ):
+                answers = all(other.spec.answer(text) == answer for text, answer in pairs)
+                assert not answers, (placed.spec.name, other.spec.name)
+    assert suite.more_novel([*found, *more], 1) == []
+
+
 def test_the_same_in_every_version_of_python():
-    rows = [[t.name, t.descriptions, [(e.input, e.outputs, e.split) for e in t.examples]] for t in TASKS.values()]
+    rows = [[t.name, t.descriptions, [(e.input, e.outputs, e.split) for e in t.examples]] for t in all_tasks().values()]
     assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "b0fcf38667fba3f2"
 
 
@@ -204,8 +223,8 @@ def test_the_packaged_manifest_is_this_suite():
     assert path.stat().st_size < 300_000 and values["seed"] == 0 and values["version"] == suite.VERSION
     wanted = {name: (tier, found) for tier, names in values["tiers"].items() for name, found in names.items()}
     new = {"value": ", new value", "combination": ", new combination", "": ""}
-    assert {name: tier for name, (tier, _) in wanted.items()} == {p.spec.name: p.tier + new[p.new] for p in PLACED}
-    assert all(wanted[p.spec.name][1] == digest(p.spec, 0) for p in PLACED[::4])  # of the others, the names suffice
+    assert {name: tier for name, (tier, _) in wanted.items()} == {p.spec.name: p.tier + new[p.new] for p in all_placed()}
+    assert all(wanted[p.spec.name][1] == digest(p.spec, 0) for p in all_placed()[::4])  # of the others, the names suffice
 
 
 @functools.cache
@@ -224,13 +243,13 @@ def test_commands(t2l_tasks, small, tmp_path):
     out = tmp_path / "out"
     options = ("synthetic", "--suite", "specs", "--specifications", 140)
     assert t2l_tasks(*options, "--examples", 20, "-o", out)[0] == f"{out}: 140 tasks, 2800 examples\n"
-    assert load_tasks(out, None) == sorted((task(p.spec, 20, 0) for p in PLACED[:140]), key=lambda t: t.name)
+    assert load_tasks(out, None) == sorted((task(p.spec, 20, 0) for p in all_placed()[:140]), key=lambda t: t.name)
     check = ("check", out, "--manifest", small, "--examples", 20)
     assert t2l_tasks(*check)[0] == f"{out}: 140 tasks as in manifest {small}\n"
     assert "differs" in str(t2l_tasks("check", out, "--manifest", small)[2])
     assert t2l_tasks(*options, "--tier", "novel", "--tier", "sibling", "-o", tmp_path / "held")[2] is None
     chosen = {t.name for t in load_tasks(tmp_path / "held", None)}
-    assert chosen == {p.spec.name for p in PLACED[:140] if p.tier != "train"}
+    assert chosen == {p.spec.name for p in all_placed()[:140] if p.tier != "train"}
     selected = t2l_tasks("select", out, "--manifest", small, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
     assert selected[2] is None and {t.name for t in load_tasks(tmp_path / "novel", None)} < chosen
     assert "expected none without" in str(t2l_tasks("synthetic", "--tier", "novel", "-o", tmp_path / "x")[2])
@@ -238,7 +257,7 @@ def test_commands(t2l_tasks, small, tmp_path):
 
 
 def test_check_finds_what_was_changed(small, tmp_path):
-    tasks = [task(p.spec, 20, 0) for p in PLACED[:140]]
+    tasks = [task(p.spec, 20, 0) for p in all_placed()[:140]]
     wanted = manifests.read(small, 20)
     write_tasks(
         tmp_path / "tasks", [Task(t.name, t.descriptions[::-1], t.examples[1:]) if t is tasks[0] else t for t in tasks]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -95,6 +96,25 @@ def stream(seed: int) -> Iterator[Placed]:
             else:
                 made[name].append(placed)
                 yield placed
+
+
+def more_novel(found: Sequence[Placed], seed: int) -> list[Placed]:
+    """Specifications of tier novel that :func:`stream` gives by another ``seed``, unlike those ``found`` by the first.
+
+    None of them gives the answers that a specification of its own family or of tier train among ``found`` gives to its probe
+    inputs.  Their numbers go on after ``found``'s.
+    """
+    last = collections.Counter(placed.spec.family.name for placed in found if placed.tier == "novel")
+    made = []
+    for placed in itertools.islice(stream(seed), len(FAMILIES) * _MOST_NOVEL):
+        spec = placed.spec
+        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)] if placed.tier == "novel" else []
+        alike = lambda other: other.tier == "train" or other.spec.family is spec.family  # noqa: B023, E731
+        of_kind = (other.spec for other in found if other.spec.family.reads == spec.family.reads and alike(other))
+        if probes and not any(_agrees(other, probes) for other in of_kind):
+            made.append(dataclasses.replace(placed, spec=dataclasses.replace(spec, number=last[spec.family.name])))
+            last[spec.family.name] += 1
+    return made
 
 
 def task(spec: Specification, examples: int, seed: int) -> Task:
