@@ -24,11 +24,6 @@ def share(request):
     return request.param
 
 
-def of_all(test):
-    """A claim about the whole corpus, of which a part could not fail."""
-    return pytest.mark.slow(pytest.mark.parametrize("share", [1], ids=["all"], indirect=True)(test))
-
-
 @pytest.fixture(scope="module")
 def results(share, tmp_path_factory):
     """What another process says of the cases."""
@@ -68,7 +63,6 @@ def test_nothing_is_executed(results):
     assert not [name for name, line in finished(results).items() if line["executed"]]
 
 
-@of_all
 def test_refusals_take_little_work(results):
     """Calls of functions, Python's own included, grow with the bytes of a folder at most.  What is done inside one of them
     is bounded by what it is given, but for regular expressions, whose steps test_adapter_folders.py bounds."""
@@ -78,7 +72,6 @@ def test_refusals_take_little_work(results):
     assert sorted(calls.values())[len(calls) * 9 // 10] < WORK[1] // 8  # most files are refused long before their end
 
 
-@of_all
 def test_refusals_take_little_memory(results):
     if any(line["peak"] is None for line in finished(results).values()):
         pytest.skip("this kernel does not reset the peak of a process's memory")
@@ -90,7 +83,8 @@ def test_refusals_take_little_memory(results):
     assert not over, listed(over)
 
 
-@of_all
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [1], ids=["all"], indirect=True)
 def test_files_are_many_and_distinct(results):
     assert len({line["digest"] for line in finished(results).values()}) >= 2400
     large = sum(line["bytes"] >= 48 << 20 for line in finished(results).values())

@@ -123,7 +123,7 @@ def test_output_written_over(run_program):
     assert all(again.lora_A[name].data_ptr() == a.data_ptr() for name, a in stack.lora_A.items())
 
 
-def test_peft_in_memory(run_program, smollm):
+def test_peft_in_memory(run_program, smollm, request):
     """The model ends with the second adapter."""
     pytest.importorskip("peft")
     names = run_program("docs/generate.md", "PEFT in memory")
@@ -133,13 +133,13 @@ def test_peft_in_memory(run_program, smollm):
     )
     plain, _ = smollm
     lora = t2l.attach(plain, stack)
+    request.addfinalizer(lora.detach)
     with torch.no_grad():
         got = model(**batch).logits[:, -1]
         with lora.use(1):
             assert (got - plain(**batch).logits[:, -1]).abs().max() <= numerics.LOGITS_ATOL
         with lora.use(0):
             assert (got - plain(**batch).logits[:, -1]).abs().max() > 1
-    lora.detach()
 
 
 def test_serving(run_program):

@@ -56,7 +56,9 @@ def test_the_second_set_is_new(small):
     assert len(siblings) == 3 and all(placed in made[150:] for placed in siblings)
     novel = [placed.spec for placed in found if placed.tier == "novel"]
     known = {(placed.spec.family.name, placed.spec.values) for placed in made}
-    assert novel and not {(spec.family.name, spec.values) for spec in novel} & known
+    new = {(spec.family.name, spec.values) for spec in novel}
+    assert new and not new & known and len(new) == len(novel)
+    assert len({placed.spec.name for placed in found}) == len(found)
 
 
 def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
@@ -260,7 +262,7 @@ SCORES = {"t2l": 60.0, "t2l-shuffled": 10.0, "t2l-examples": 70.0, "icl": 50.0, 
 
 def result(scores=SCORES):
     """A result with two tasks a part, all with the same scores."""
-    names = {part: ["wrap-000", "add-001"] for part in plan.PARTS}
+    names = {part: ["wrap-000", "add-001"] for part in (*plan.PARTS, *plan.FIRST_SET)}
     of = [
         {"part": part, "task": task, "groups": ["all"], "scores": dict(scores)}
         for part, tasks in names.items()
@@ -281,6 +283,18 @@ def test_claims_are_differences_of_arms():
     assert (line["measured"], line["met"]) == (60.0, False)
     without = {line["claim"] for line in TABLES["specs-claims"].lines([result({"t2l": 60.0, "icl": 50.0})])}
     assert without < set(lines)  # what was not measured is not shown
+
+
+def test_the_first_set_has_a_table_of_its_own():
+    made = result()
+    made.others["scores"] += [{"part": plan.FIRST_SET[0], "task": "wrap-001", "groups": ["all"], "scores": {"t2l": 0.0}}]
+    lines = {line["arm"]: line for line in TABLES["specs-first"].lines([made])}
+    ours, rival = (lines[tables_specs.ARMS[arm]] for arm in ("t2l", plan.RIVAL))
+    assert (ours["unseen siblings, %"], ours["unseen families, %"]) == (40.0, 60.0)
+    assert rival["T2L less the arm, unseen siblings"] == -2.0 and rival["unseen families, %"] == 62.0
+    assert "T2L less the arm, unseen siblings" not in ours or ours["T2L less the arm, unseen siblings"] is None
+    (arms,) = (line for line in TABLES["specs-arms"].lines([made]) if line["arm"] == tables_specs.ARMS["t2l"])
+    assert arms["unseen siblings, %"] == 60.0  # of the other set alone
 
 
 def test_costs_are_in_milliseconds():

@@ -98,7 +98,7 @@ def _arms(result: Result) -> Iterator[Line]:
             yield line
 
 
-@table("specs-first", "The first set of held-out specifications, where *t2l-second* was judged", "specs", optional=True)
+@table("specs-first", "The first set of held-out specifications, where T2L is the run t2l-second", "specs", optional=True)
 def _first(result: Result) -> Iterator[Line]:
     for arm, name in ARMS.items():
         line: Line = {"arm": name}

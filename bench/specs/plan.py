@@ -12,8 +12,8 @@ from bench import plans
 PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
 #: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
 DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
-#: The manifest's held-out specifications, tier by tier, which have had their three evaluations; judged was run SECOND.
-FIRST_SET, SECOND = ("sibling-first", "novel-first"), "t2l-second"
+#: The manifest's held-out specifications by tier, which have had their three evaluations; the run last judged there.
+FIRST_SET, OF_FIRST_SET = ("sibling-first", "novel-first"), "t2l-second"
 SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 PARTS = (*SUITE_PARTS, OTHER)
 #: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
@@ -24,7 +24,7 @@ UNSEEN = SPLITS[-1], WORDINGS[-1]
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Runs on the way to T2L that are judged, too, and by which arms.
-EARLIER, EARLIER_ARMS = ("t2l-first", SECOND), ("t2l", "t2l-examples")
+EARLIER, EARLIER_ARMS = ("t2l-first", OF_FIRST_SET), ("t2l", "t2l-examples")
 #: Worked examples of the arms; those without a number show the first.
 SHOTS = (3, 6)
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")

@@ -19,7 +19,7 @@ from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.tasks.specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
 from t2l_engine.research.tasks.specs.wordings import HELD_FRAMES
 
-#: Once, and by the worker that runs these tests alone.
+#: Made when first asked for, once a process.
 all_placed = functools.cache(suite.suite)
 all_tasks = functools.cache(lambda: {placed.spec.name: task(placed.spec, suite.EXAMPLES, 0) for placed in all_placed()})
 by_tier = functools.cache(lambda: {tier: [p for p in all_placed() if p.tier == tier] for tier in suite.TIERS})

@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from native import KERNEL_CASES, is_native, needs_native
+from native import is_native, kernel_cases, needs_native
 
 from t2l_engine import ops
 from t2l_engine.ops import native
-from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 
 
 def test_native_kernels_run(backend):
@@ -31,8 +30,8 @@ def passed(output: str) -> int:
 
 
 ISAS = native.about()["instruction_sets"] if ops.NATIVE else {"available": [], "chosen": ""}
-#: Shapes of real models, which take most of the time: with the instruction set of the other tests; the slow ones, with all.
-LARGE = re.compile("serve_|smollm2")
+#: In names of cases: shapes of real models.  The default tests run them with the chosen instruction set alone.
+LARGE = ("serve_", "smollm2")
 
 
 @pytest.mark.parametrize("shapes", ["small", pytest.param("all", marks=pytest.mark.slow)])
@@ -45,17 +44,16 @@ def test_instruction_sets(backend, isa, shapes):
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
-    least = KERNEL_CASES
-    if shapes == "small":
-        large = [case.name for case in (*LORA_CASES, *GROUP_CASES, *HYPER_CASES) if LARGE.search(case.name)]
-        command += ["-k", " and ".join(f"not {name}" for name in large)]
-        least -= 3 * len(large)
+    without = LARGE if shapes == "small" else ()
+    command += ["-k", " and ".join(f"not {word}" for word in without)] if without else []
     run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
-    assert run.returncode == 0 and passed(run.stdout) >= least, run.stdout[-2000:]
+    assert run.returncode == 0 and passed(run.stdout) >= kernel_cases(*without), run.stdout[-2000:]
 
 
 def test_an_instruction_set_that_this_cpu_lacks(backend):
     needs_native("instruction sets are the native library's")
+    if backend != "cpu":
+        pytest.skip("instruction sets are the CPU kernels'")
     probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
     run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
     assert (

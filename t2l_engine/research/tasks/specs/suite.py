@@ -40,7 +40,7 @@ SPECIFICATIONS, EXAMPLES = 2400, 60
 TIERS = ("train", "sibling", "novel")
 #: Descriptions of a task, of which the last HELD_OUT are held out.
 DESCRIPTIONS, HELD_OUT = len(FRAMES) + len(HELD_FRAMES), len(HELD_FRAMES)
-#: Most specifications of a family that is held out whole.
+#: Most specifications of a family that is held out whole, of one seed.
 _MOST_NOVEL = 6
 #: Draws of parameters without a new specification, after which a family has no more.
 _MAX_DRAWS = 60
@@ -99,19 +99,23 @@ def stream(seed: int) -> Iterator[Placed]:
 
 
 def more_novel(found: Sequence[Placed], seed: int) -> list[Placed]:
-    """Specifications of tier novel that :func:`stream` gives by another ``seed``, unlike those ``found`` by the first.
+    """Specifications of tier novel that :func:`stream` gives by another ``seed``, beside those ``found`` by the first.
 
-    None of them gives the answers that a specification of its own family or of tier train among ``found`` gives to its probe
+    None is like one of tier train or of its own family among ``found``: that one does not give all its answers to its probe
     inputs.  Their numbers go on after ``found``'s.
     """
     last = collections.Counter(placed.spec.family.name for placed in found if placed.tier == "novel")
     made = []
-    for placed in itertools.islice(stream(seed), len(FAMILIES) * _MOST_NOVEL):
+    turns = itertools.islice(stream(seed), len(FAMILIES) * _MOST_NOVEL)  # which have all that the stream has of tier novel
+    for placed in (placed for placed in turns if placed.tier == "novel"):
         spec = placed.spec
-        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)] if placed.tier == "novel" else []
-        alike = lambda other: other.tier == "train" or other.spec.family is spec.family  # noqa: B023, E731
-        of_kind = (other.spec for other in found if other.spec.family.reads == spec.family.reads and alike(other))
-        if probes and not any(_agrees(other, probes) for other in of_kind):
+        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)]
+        beside = (
+            other.spec
+            for other in found
+            if other.spec.family.reads == spec.family.reads and (other.tier == "train" or other.spec.family is spec.family)
+        )
+        if not any(_agrees(other, probes) for other in beside):
             made.append(dataclasses.replace(placed, spec=dataclasses.replace(spec, number=last[spec.family.name])))
             last[spec.family.name] += 1
     return made
