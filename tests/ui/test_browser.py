@@ -1,6 +1,8 @@
 """The page as a person uses it, in Chromium: sentences, answers, downloads, mistakes, two windows, a closed tab."""
 
 import re
+import time
+import types
 import zipfile
 
 import pytest
@@ -147,28 +149,34 @@ def test_two_windows_at_once(window):
 
 @pytest.fixture
 def endless(desk, monkeypatch):
-    """Answers are as long as they may be; the list grows by one for each pass through the model."""
-    calls, model = [], desk.side_by_side.model
+    """Answers are as long as they may be; ``passes``: through the model; each takes ``pause`` seconds more."""
+    found, model = types.SimpleNamespace(passes=0, pause=0.0), desk.side_by_side.model
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(side_by_side, "_NEXT_EXAMPLE", ())
-    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    yield calls
+
+    def count(*_):
+        found.passes += 1
+        time.sleep(found.pause)
+
+    handle = model.register_forward_pre_hook(count)
+    yield found
     handle.remove()
 
 
 def test_a_closed_tab_and_the_stop_button_end_an_answer(window, desk, endless):
     one = window()
     ask(one, [WHO], TEXT, tokens=60)
-    assert len(endless) == 60
+    assert endless.passes == 60
+    endless.pause = 0.25  # else a busy machine could end the answer before it hears that nobody waits
     for leave in (lambda one: one.close(), lambda one: one.locator("#stop").click()):
         one = window()
         fill(one, [WHO], TEXT, tokens=200)
-        endless.clear()
+        endless.passes = 0
         start(one)
         one.wait_for_function("document.querySelector('#answers td:last-child')?.textContent.length > 3")
         leave(one)
         desk.side_by_side.run(lambda: None)  # after the question at hand
-        assert 1 < len(endless) < 200
+        assert 1 < endless.passes < 200
 
 
 def test_the_page_goes_on_after_a_closed_tab(window):
