@@ -28,12 +28,12 @@ SIBLING, NOVEL = "unseen sentence of a trained family", "family that was not tra
 
 #: Description -> (its tier, (input, correct answer) of each row).  Nothing was trained on these sentences.
 TASKS = {
-    'Extract the sport and let a colon and "good luck" come after it.': (
+    'Extract the drink and let it take the place of the line in "A ___-free zone."': (
         SIBLING,
         [
-            ("Since Friday it has been all about tennis.", "tennis: good luck"),
-            ("Do you enjoy fencing?", "fencing: good luck"),
-            ("What do you know about rowing?", "rowing: good luck"),
+            ("Nobody mentioned brandy until Sunday.", "A brandy-free zone."),
+            ("What do you know about cider?", "A cider-free zone."),
+            ("Do you enjoy lemonade?", "A lemonade-free zone."),
         ],
     ),
     "File the sentence under computers, cooking or law.": (
@@ -63,12 +63,12 @@ INPUTS = (
     "name: Omar; city: Lima; age: 31",
 )
 #: An input for the first two descriptions.
-SAME_INPUT = "Since Monday the trial has been all about tennis."
+SAME_INPUT = "Did Felix mention the recipe for lemonade?"
 #: Few-shot examples of the first description, for the cost of in-context learning.
 SHOTS = [
-    ("Look, they show boxing on Sunday.", "boxing: good luck"),
-    ("Have you ever tried golf?", "golf: good luck"),
-    ("Nobody mentioned sailing until Monday.", "sailing: good luck"),
+    ("Look, they serve cocoa on Sunday.", "A cocoa-free zone."),
+    ("Have you ever tried mead?", "A mead-free zone."),
+    ("Somebody spilt coffee on Monday.", "A coffee-free zone."),
 ]
 
 console = Console(highlight=False, width=118)
