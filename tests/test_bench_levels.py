@@ -26,6 +26,7 @@ def context():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_every_level_is_verified_and_timed_beside_torch(context, monkeypatch):
     monkeypatch.setattr(levels, "SETTLE_S", 0.0)
     some = [ISAS[0], ISAS[-1]]

@@ -18,12 +18,6 @@ TEXTS = ["Return the last element of the comma separated list.", "Answer with th
 LENGTHS, STEPS = (59, 299), 4  # a question alone, and with three examples, in the paper's table of operations
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads(one_thread):
-    """All of them: these products are large."""
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def model():
     return packaged.load(torch.bfloat16)[0]
