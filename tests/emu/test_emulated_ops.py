@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_cases import LARGE, at_least
 
 from t2l_engine.testing import backends
-from t2l_engine.testing.cases import GROUP_CASES, HYPER_CASES, LORA_CASES
 
 pytestmark = pytest.mark.emu
 
@@ -23,7 +23,6 @@ TESTS = Path(__file__).parents[1]
 OPS = TESTS / "ops"
 HERE = [TESTS / "emu" / name for name in ("emulated_counts.py", "emulated_host.py")]
 RUNTIMES = {"address": "libasan.so", "thread": "libtsan.so"}
-LARGE = ("serve", "smollm2")  # in names of cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +34,9 @@ class Selection:
     least: int
 
 
-def values(*without: str) -> int:
-    """Tests of values, at least: three a case of LoRA, one a group, and three of the hypernetwork."""
-    count = lambda cases: sum(not any(word in case.name for word in without) for case in cases)  # noqa: E731
-    return 3 * count(LORA_CASES) + count(GROUP_CASES) + 3 * count(HYPER_CASES)
-
-
-KERNELS = Selection("kernel_case", (), values())
-SMALL = Selection("kernel_case", (*LARGE, "do_not_depend"), values(*LARGE))
-ALL = Selection("not slow and not cuda", (), values() + 100)  # registration, errors, counts and the host side too
+KERNELS = Selection("kernel_case", (), at_least())
+SMALL = Selection("kernel_case", (*LARGE, "do_not_depend"), at_least(*LARGE))
+ALL = Selection("not slow and not cuda", (), at_least() + 100)  # registration, errors, counts and the host side too
 
 
 @dataclasses.dataclass(frozen=True)
