@@ -10,9 +10,10 @@ import pytest
 from bench import judging, plans, specs, training
 from bench.harness import BenchError
 from bench.plans import Run
-from bench.records import Result
+from bench.records import Result, read
 from bench.report import tables_specs
 from bench.report.tables import TABLES
+from bench.source import ROOT
 from bench.specs import adapting, costs, plan, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
@@ -292,9 +293,16 @@ def test_the_first_set_has_a_table_of_its_own():
     ours, rival = (lines[tables_specs.ARMS[arm]] for arm in ("t2l", plan.RIVAL))
     assert (ours["unseen siblings, %"], ours["unseen families, %"]) == (40.0, 60.0)
     assert rival["T2L less the arm, unseen siblings"] == -2.0 and rival["unseen families, %"] == 62.0
-    assert "T2L less the arm, unseen siblings" not in ours or ours["T2L less the arm, unseen siblings"] is None
+    assert ours["T2L less the arm, unseen siblings"] is None
     (arms,) = (line for line in TABLES["specs-arms"].lines([made]) if line["arm"] == tables_specs.ARMS["t2l"])
     assert arms["unseen siblings, %"] == 60.0  # of the other set alone
+
+
+def test_the_first_set_is_asked_nothing_more():
+    asked = {
+        arm["arm"] for arm in read(ROOT / "bench" / "results" / "specs.jsonl").others["arm"] if arm["part"] in plan.FIRST_SET
+    }
+    assert asked == set(plan.FIRST_ARMS)
 
 
 def test_costs_are_in_milliseconds():

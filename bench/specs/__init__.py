@@ -45,7 +45,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
             means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in two}
             yield record("stored", split=split, wordings=wordings, scores=means)
     for part in plan.FIRST_SET if plan.OF_FIRST_SET not in without else ():
-        yield from judging.part_records(part, runs.judged(part, work, plan.OF_FIRST_SET, there(plan.ARMS)))
+        yield from judging.part_records(part, runs.judged(part, work, plan.OF_FIRST_SET, there(plan.FIRST_ARMS)))
     for name in plan.EARLIER:
         for part in plan.SUITE_PARTS if name not in without else ():
             tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()

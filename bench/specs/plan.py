@@ -33,6 +33,8 @@ ARMS = (
     *(DESCRIBED, RIVAL, "nearest"),
     *("base", "base-description", "icl", "icl-6"),
 )
+#: Arms that were asked on FIRST_SET; no other may be, since it has had its evaluations.
+FIRST_ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "base", "base-description", "icl")
 #: Arms of part STORED.
 STORED_ARMS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
 #: Arm -> the run that it needs beside T2L.
