@@ -28,12 +28,12 @@ SIBLING, NOVEL = "unseen sentence of a trained family", "family that was not tra
 
 #: Description -> (its tier, (input, correct answer) of each row).  Nothing was trained on these sentences.
 TASKS = {
-    'Extract the drink and let it take the place of the line in "A ___-free zone."': (
+    'Spot the vehicle and insert it where "Draw the ___ in blue." has its blank.': (
         SIBLING,
         [
-            ("Nobody mentioned brandy until Sunday.", "A brandy-free zone."),
-            ("What do you know about cider?", "A cider-free zone."),
-            ("Do you enjoy lemonade?", "A lemonade-free zone."),
+            ("Nobody mentioned the tractor until Sunday.", "Draw the tractor in blue."),
+            ("What do you know about the ambulance?", "Draw the ambulance in blue."),
+            ("Do you enjoy the tram?", "Draw the tram in blue."),
         ],
     ),
     "File the sentence under computers, cooking or law.": (
@@ -63,12 +63,12 @@ INPUTS = (
     "name: Omar; city: Lima; age: 31",
 )
 #: An input for the first two descriptions.
-SAME_INPUT = "Did Felix mention the recipe for lemonade?"
+SAME_INPUT = "The report says a lot about the recipe in the van."
 #: Few-shot examples of the first description, for the cost of in-context learning.
 SHOTS = [
-    ("Look, they serve cocoa on Sunday.", "A cocoa-free zone."),
-    ("Have you ever tried mead?", "A mead-free zone."),
-    ("Somebody spilt coffee on Monday.", "A coffee-free zone."),
+    ("Look, they wash the lorry on Sunday.", "Draw the lorry in blue."),
+    ("Have you ever seen a scooter?", "Draw the scooter in blue."),
+    ("Somebody sold the bus on Monday.", "Draw the bus in blue."),
 ]
 
 console = Console(highlight=False, width=118)
@@ -167,7 +167,7 @@ def show_two_descriptions(model, tokenizer, engine, lora) -> None:
 def show_mixed_batch(model, tokenizer, engine, lora) -> None:
     table = Table("row", "adapter", "input", "answer", "alone", title="3. One batch, each row with its own adapter or none")
     rows = [(i, pairs[0][0]) for i, (_, pairs) in enumerate(TASKS.values())]
-    rows = [*rows, (-1, rows[0][1]), (0, "Do you enjoy handball?"), (2, "the word banjo")]
+    rows = [*rows, (-1, rows[0][1]), (0, "Do you enjoy the ferry?"), (2, "the word banjo")]
     prompts = [engine.prompt(tokenizer, x) for _, x in rows]
     with lora.use([i for i, _ in rows]):
         together = answer(model, tokenizer, prompts)
