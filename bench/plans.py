@@ -20,8 +20,8 @@ KINDS = {"sft": SFTSettings, "lora": LoRASettings, "reconstruction": Reconstruct
 class Run:
     """One training run.
 
-    ``kind``: of ``t2l train``; ``initial``: name of the run that one of kind sft starts from; ``other``: its fields that are
-    no settings.
+    ``kind``: of ``t2l train``; ``initial``: name of the run that one of kind sft or lora starts from; ``other``: its fields
+    that are no settings.
     """
 
     kind: str
@@ -45,8 +45,8 @@ def _run(plan: Mapping[str, Any], name: str, where: str, other: Sequence[str]) -
     while like := fields.pop("like", None):
         fields = plan["settings"][like] | fields
     kind, initial = fields.pop("kind"), fields.pop("initial", "")
-    if initial and (kind != "sft" or initial not in plan["runs"]):
-        raise ConfigError(f"{where}: initial: expected a run of the plan, for one of kind sft, got {initial!r}")
+    if initial and (kind == "reconstruction" or initial not in plan["runs"]):
+        raise ConfigError(f"{where}: initial: expected a run of the plan, for sft or lora, got {initial!r}")
     beside = {field: fields.pop(field) for field in other if field in fields}
     if kind != "reconstruction":
         fields |= {"base_model": plan["model"], "target_modules": ("q_proj", "v_proj")}

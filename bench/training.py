@@ -16,6 +16,7 @@ from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
 from t2l_engine.research.training import loop
+from t2l_engine.research.training.runs import ADAPTERS
 from t2l_engine.research.training.settings import Settings, differences
 
 
@@ -32,7 +33,8 @@ def settings_of(run: Run, output: Path) -> Settings:
     """The settings of ``run`` in folder ``output``; what it starts from is beside that."""
     if not run.initial:
         return run.settings
-    return run.settings.model_copy(update={"initial": str(output.resolve().with_name(run.initial))})
+    start = output.resolve().with_name(run.initial)
+    return run.settings.model_copy(update={"initial": str(start / ADAPTERS if run.kind == "lora" else start)})
 
 
 def is_finished(folder: Path, made: Settings) -> bool:

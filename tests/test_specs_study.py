@@ -92,7 +92,7 @@ def test_runs_of_the_plan():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
     chain = [plan.T2L, "t2l-dropout", *reversed(plan.EARLIER), "t2l-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
-    with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for one of kind sft, got 'y'"):
+    with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for sft or lora, got 'y'"):
         plans._run({"model": "m", "settings": {}, "runs": {"x": {"kind": "sft", "initial": "y"}}}, "x", "plan.yaml: x", ())
 
 
@@ -110,6 +110,19 @@ def test_a_run_starts_from_another(monkeypatch, tmp_path):
         monkeypatch.setattr(training.checkpoint, "describe", lambda _: {"training": {"steps_done": last}})  # noqa: B023
         training.train(run, tmp_path, tmp_path / "second", [])
         assert len(found) == calls
+
+
+def test_a_lora_run_starts_from_the_adapter_of_another(tmp_path):
+    run = plan.RUNS[plan.RIVAL]
+    made = training.settings_of(run, tmp_path / plan.RIVAL)
+    assert made == run.settings.model_copy(update={"initial": str(tmp_path / "multi-task-constant" / "adapters")})
+    folder = tmp_path / plan.RIVAL / "waves" / "000"
+    folder.mkdir(parents=True)
+    training.write(runs.folder_of(tmp_path, plan.TRAINED), [Task("f", ("Do it.",), (Example("a", ("b",), "train"),))])
+    for initial, there in (("", False), (made.initial, True)):  # as they are written by the run
+        settings = made.model_dump(mode="json") | {"initial": initial}
+        (folder / "done.json").write_text(json.dumps({"settings": settings, "adapters": ["multi-task"]}))
+        assert runs._is_there(tmp_path / plan.RIVAL, run) == there
 
 
 def test_a_run_that_went_on_is_rounded_anew(monkeypatch, tmp_path):

@@ -114,12 +114,13 @@ def lacking(work: Path) -> list[str]:
 
 
 def _is_there(folder: Path, run: Run) -> bool:
-    if isinstance(run.settings, LoRASettings):
+    made = training.settings_of(run, folder)
+    if isinstance(made, LoRASettings):
         names = drawn(read_descriptions(folder_of(folder.parent, TRAINED)), run.other.get("tasks"), TRAINED)
-        wanted = {MULTI_TASK} if run.settings.mode == MULTI_TASK else set(names)
+        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else set(names)
         theirs = lora_runs.settings_of(folder)
-        return theirs is not None and not differences(run.settings, theirs) and wanted <= lora_runs.adapters_of(folder)
-    return training.is_finished(folder, training.settings_of(run, folder))
+        return theirs is not None and not differences(made, theirs) and wanted <= lora_runs.adapters_of(folder)
+    return training.is_finished(folder, made)
 
 
 def rounded(name: str, work: Path) -> Path:
