@@ -155,7 +155,7 @@ class Way:
 
     def step_bytes(self, setup: Setup, users: int, tasks: int) -> int:
         """Bytes that a decode step of ``users`` rows of ``tasks`` tasks reads: weights, keys and values, adapters."""
-        weights = pass_bytes(setup.decoder, [0] * users, itemsize=setup.itemsize)["weights"]
+        weights = pass_bytes(setup.decoder, [0], users, itemsize=setup.itemsize)["weights"]
         return weights - self.not_read + users * self.read_per_user + tasks * self.read_per_task
 
 
