@@ -2,22 +2,24 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from bench import judging, plans, specs, training
 from bench.harness import BenchError
 from bench.plans import Run
-from bench.records import Result, read
+from bench.records import Result
 from bench.report import tables_specs
 from bench.report.tables import TABLES
-from bench.source import ROOT
 from bench.specs import adapting, costs, plan, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions
@@ -44,10 +46,9 @@ def test_parts_are_apart(small, tmp_path):
     parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in suites}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
     assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.tier == "train"}
-    for tier, first in zip(plan.HELD_OUT, plan.FIRST_SET, strict=True):
-        assert parts[tier] == {placed.spec.name for placed in held_out if placed.tier == tier}
-        tasks = load_tasks(runs.folder_of(tmp_path, first), "train")
-        assert {task.name for task in tasks} == {placed.spec.name for placed in made[:150] if placed.tier == tier}
+    first = {placed.spec.name for placed in made[:150] if placed.tier != "train"}  # which has had its evaluations
+    for tier in plan.HELD_OUT:
+        assert parts[tier] == {placed.spec.name for placed in held_out if placed.tier == tier} and not parts[tier] & first
 
 
 def test_the_second_set_is_new(small):
@@ -253,20 +254,64 @@ def test_budgets_share_validation_and_test():
     assert len(few.examples) == 2 + adapting.ADAPTED["validation"] + adapting.ADAPTED["items"]
 
 
-def test_adapted_tasks_are_of_held_out_tiers(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(adapting.ADAPTED, "tasks_a_tier", 2)
-    held_out = runs.tasks(tmp_path)
-    tasks, tiers = adapting.chosen(held_out), {placed.spec.name: placed.tier for placed in held_out}
-    assert [tiers[task.name] for task in tasks] == ["sibling", "sibling", "novel", "novel"]
-    assert all(len(task.descriptions) == 1 and len(task.examples) == adapting.ADAPTED["inputs"] for task in tasks)
+def test_tuned_tasks_have_many_inputs_and_a_held_out_description(small):
+    specifications = [placed.spec for placed in runs.second_set(suite.suite(200)) if placed.tier == "novel"]
+    tasks = adapting.chosen(specifications, 2)
+    assert len(tasks) == 2 and {task.name for task in tasks} <= {spec.name for spec in specifications}
+    for task in tasks:
+        whole = suite.task(next(spec for spec in specifications if spec.name == task.name), adapting.ADAPTED["inputs"], 0)
+        assert task.examples == whole.examples and len(task.examples) == adapting.ADAPTED["inputs"]
+        assert task.descriptions == (whole.descriptions[-suite.HELD_OUT],)
+        shown = whole.examples[0]  # the last description gives it away
+        assert all(shown.input in text and shown.outputs[0] in text for text in whole.descriptions[-1:])
+        assert f'"{shown.input}"' not in task.descriptions[0]
 
 
 @pytest.mark.parametrize("start", adapting.STARTS)
 def test_starts_share_their_settings(start):
-    made = adapting._settings(start, Path("x"))
-    other = adapting._settings("peft", Path("x"))
-    changed = {"prompt": made.prompt}
-    assert made == other.model_copy(update=changed) and (made.prompt == "description") == (start == plan.RIVAL)
+    made, other = (adapting._settings(which, Path("/x"), 1e-3) for which in (start, "peft"))
+    assert made == other.model_copy(update={"prompt": made.prompt})
+    assert (made.prompt == "description") == (start == plan.RIVAL) and made.initial == "/x"
+    assert set(adapting.ADAPTED["learning_rates"]) == set(adapting.STARTS)
+    assert made.patience * made.validate_every > made.steps  # the start is validated, too, and no run ends early
+
+
+def test_starts_are_made_once(monkeypatch, tmp_path):
+    task = Task("f-000", ("Do it.",), (Example("a", ("b",), "train"),))
+    monkeypatch.setattr(adapting, "rounded", lambda name, work: work / name)
+    made = []
+    stack = SimpleNamespace(save_pretrained=lambda folder, **_: folder.mkdir(parents=True))
+    engine = SimpleNamespace(
+        encoder=SimpleNamespace(max_examples=6), generate=lambda texts, shown: made.append((texts, shown)) or stack
+    )
+    monkeypatch.setattr(adapting.t2l.TextToLoRA, "from_pretrained", lambda checkpoint: engine)
+    folders = [adapting._start("generated-examples", tmp_path, [task]) for _ in range(2)]
+    assert made == [(["Do it."], [[("a", "b")]])] and folders[0] == folders[1] and (folders[0] / "f-000").is_dir()
+    adapting._start("generated", tmp_path, [dataclasses.replace(task, descriptions=("Do that.",))])
+    assert made[1:] == [(["Do that."], None)]
+
+
+@pytest.mark.slow
+def test_tuning_from_several_starts(tmp_path, monkeypatch):
+    """With the real model, of specifications that the bundled checkpoint was not trained on: losses by step, and answers."""
+    few = {"tasks_a_tier": 1, "budgets": [8], "rates": [1e-3], "chosen_by": 1, "chosen_at": 8, "validation": 2, "items": 2}
+    shorter = {"steps": 2, "validate_every": 1, "patience": 3, "warmup_steps": 0, "validation_samples": 2}
+    for name, value in (few | {"settings": adapting.ADAPTED["settings"] | shorter}).items():
+        monkeypatch.setitem(adapting.ADAPTED, name, value)
+    monkeypatch.setitem(plan.PLAN, "specifications", 200)
+    monkeypatch.setitem(plan.PLAN, "development", 12)
+    monkeypatch.setattr(adapting, "STARTS", ("peft", "generated", "generated-examples"))
+    monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
+    made = suite.suite(200)
+    trained = [placed.spec for placed in made if placed.tier == "train"][:20]
+    training.write(runs.folder_of(tmp_path, plan.DEVELOPMENT), [suite.task(spec, suite.EXAMPLES, 0) for spec in trained])
+    found = list(adapting.records(tmp_path, made))
+    rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
+    assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
+    assert [(of["start"], of["tier"]) for of in adapted] == [*itertools.product(adapting.STARTS, plan.HELD_OUT)]
+    assert all([step for step, _ in of["losses"]] == [0, 1, 2] and 0 <= of["right"] <= 100 for of in adapted)
+    assert [("before" in of) for of in adapted] == [False, False, True, True, False, False]
+    assert list(adapting.records(tmp_path, made)) == found  # goes on where it stopped
 
 
 # --- what is shown of it --------------------------------------------------------------------------------------------------
@@ -276,7 +321,7 @@ SCORES = {"t2l": 60.0, "t2l-shuffled": 10.0, "t2l-examples": 70.0, "icl": 50.0, 
 
 def result(scores=SCORES):
     """A result with two tasks a part, all with the same scores."""
-    names = {part: ["wrap-000", "add-001"] for part in (*plan.PARTS, *plan.FIRST_SET)}
+    names = {part: ["wrap-000", "add-001"] for part in plan.PARTS}
     of = [
         {"part": part, "task": task, "groups": ["all"], "scores": dict(scores)}
         for part, tasks in names.items()
@@ -301,21 +346,12 @@ def test_claims_are_differences_of_arms():
 
 def test_the_first_set_has_a_table_of_its_own():
     made = result()
-    made.others["scores"] += [{"part": plan.FIRST_SET[0], "task": "wrap-001", "groups": ["all"], "scores": {"t2l": 0.0}}]
+    made.others["scores"] += [{"part": "sibling", "task": "wrap-001", "groups": ["all"], "scores": {"t2l": 0.0}}]
     lines = {line["arm"]: line for line in TABLES["specs-first"].lines([made])}
     ours, rival = (lines[tables_specs.ARMS[arm]] for arm in ("t2l", plan.RIVAL))
     assert (ours["unseen siblings, %"], ours["unseen families, %"]) == (40.0, 60.0)
     assert rival["T2L less the arm, unseen siblings"] == -2.0 and rival["unseen families, %"] == 62.0
     assert ours["T2L less the arm, unseen siblings"] is None
-    (arms,) = (line for line in TABLES["specs-arms"].lines([made]) if line["arm"] == tables_specs.ARMS["t2l"])
-    assert arms["unseen siblings, %"] == 60.0  # of the other set alone
-
-
-def test_the_first_set_is_asked_nothing_more():
-    asked = {
-        arm["arm"] for arm in read(ROOT / "bench" / "results" / "specs.jsonl").others["arm"] if arm["part"] in plan.FIRST_SET
-    }
-    assert asked == set(plan.FIRST_ARMS)
 
 
 def test_costs_are_in_milliseconds():
@@ -347,31 +383,31 @@ def test_tokens_are_those_of_a_run_and_all_before():
         {"run": "t2l-first", "tokens": 500_000, "initial": "t2l-constant"},
         {"run": "t2l", "tokens": 3_000_000, "initial": "t2l-first"},
     ]
-    earlier = [{"run": "t2l-first", "part": part, "scores": {"t2l": 42.0}} for part in ("trained", "sibling")]
-    made = result()
-    made.others.update(training=runs_of, earlier=earlier)
+    made = result(SCORES | {"t2l-first": 42.0})
+    made.others.update(training=runs_of)
     first, last = TABLES["specs-tokens"].lines([made])
     assert (first["million tokens"], last["million tokens"]) == (2.5, 5.5)
-    tiers = [f"{tables_specs.ARMS['t2l']}: {tables_specs.TIERS[part]}, %" for part in ("trained", "sibling")]
+    tiers = [f"{tables_specs.TIERS[part]}, %" for part in ("trained", "sibling")]
     assert [[line[tier] for tier in tiers] for line in (first, last)] == [[42.0, 42.0], [60.0, 60.0]]
 
 
-def test_a_start_is_compared_with_pefts_lowest_loss():
-    """It needs 4 and 8 of PEFT's 8 and 12 steps; one that never gets there counts with all."""
+def test_a_start_is_compared_with_pefts_loss():
+    """It needs 4 and 8 of PEFT's 8 and 12 steps to 1.1, near 1.0; one that never gets there counts with all."""
     of = lambda task, start, right, *losses: {  # noqa: E731
-        "task": task, "budget": 8, "start": start, "right": right,
+        "tier": "novel", "task": task, "budget": 8, "start": start, "right": right,
         "losses": [[4 * i, loss] for i, loss in enumerate(losses)],
     }  # fmt: skip
     adapted = [
         of("a", "peft", 50.0, 3.0, 2.0, 1.0, 1.5), of("b", "peft", 20.0, 3.0, 2.5, 2.0, 1.0),
-        of("a", "generated", 75.0, 2.0, 0.9, 1.0, 1.0), of("b", "generated", 25.0, 2.0, 1.1, 1.0, 0.5),
+        of("a", "generated", 75.0, 2.0, 0.9, 1.0, 1.0), of("b", "generated", 25.0, 2.0, 1.2, 1.1, 0.5),
         of("a", "nearest", 0.0, 3.0, 3.0, 3.0, 3.0), of("b", "nearest", 0.0, 3.0, 3.0, 3.0, 1.0),
     ]  # fmt: skip
     peft, generated, nearest = TABLES["specs-adapted"].lines([Result(Path("specs.jsonl"), {}, (), {"adapted": adapted})])
-    assert (peft["steps to PEFT's lowest loss"], generated["steps to PEFT's lowest loss"]) == (10, 6)
+    assert (peft["steps to PEFT's loss"], generated["steps to PEFT's loss"]) == (10, 6)
+    assert [of["tasks that reach it, %"] for of in (peft, generated, nearest)] == [100, 100, 50]
     assert (generated["of PEFT's steps"], generated["right, less PEFT's start"]) == (0.6, 15.0)
     assert generated["lowest loss"] == pytest.approx(0.7) and generated["loss before"] == 2.0
-    assert nearest["steps to PEFT's lowest loss"] == 12 and peft["of PEFT's steps"] is None
+    assert nearest["steps to PEFT's loss"] == 12 and peft["of PEFT's steps"] is None
 
 
 def test_what_an_adapter_can_do():

@@ -49,6 +49,7 @@ SOURCES = {
     "learn": "python -m bench learn --work WORK --library LIBRARY",
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
     "specs": "python -m bench specs --work WORK --skills SKILLS",
+    "specs-first": "git checkout e847784, then python -m bench specs --work WORK --skills SKILLS",
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }
@@ -133,9 +134,7 @@ class Report(View):
             lstrip_blocks=True,
             keep_trailing_newline=True,
         )
-        made.globals |= {
-            name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines", "measured")
-        }
+        made.globals |= {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines")}
         made.globals |= {"tables": self.tables, "results": self.results}
         made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
         return made

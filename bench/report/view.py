@@ -99,13 +99,15 @@ class View:
             raise ResultError(f"table {name!r} has no {column!r} in the line with {where}")
         return lines[0][column]
 
-    def row(self, source: str, name: str) -> Row:
-        """The row of this name (case, threads, cache) on the machine where it is farthest from its target, or slowest."""
+    def row(self, source: str, name: str, by: str = "target") -> Row:
+        """The row of this name (case, threads, cache) on the machine where it is worst.
+
+        ``by``: "target", farthest from its target, or slowest where it has none; "time", slowest; else a baseline, over
+        which its speedup is least.
+        """
         found = [row for result in self.of([source]) for row in result.rows if row.name == name]
         if not found:
             raise ResultError(f"bench/results/{source}: no row {name!r}")
-        return max(found, key=lambda row: row.verdict.over if row.verdict else row.us)
-
-    def measured(self, source: str, name: str) -> str:
-        """The machines that have this row, in words."""
-        return ", ".join(r.machine for r in self.of([source]) if name in {row.name for row in r.rows} and r.machine)
+        if by == "target":
+            return max(found, key=lambda row: row.verdict.over if row.verdict else row.us)
+        return max(found, key=lambda row: row.us if by == "time" else 1 / row.speedup(by))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,9 +32,14 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
+    earlier = [name for name in plan.EARLIER if name not in without]
     for part in plan.PARTS:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
-            yield from judging.part_records(part, runs.judged(part, work, arms=there(plan.ARMS)))
+            found = runs.judged(part, work, arms=there(plan.ARMS))
+            for name in earlier if part in plan.SUITE_PARTS else ():
+                for task, scores in runs.judged(part, work, name, [plan.T2L])["tasks"].items():
+                    found["tasks"][task][name] = scores[plan.T2L]
+            yield from judging.part_records(part, found)
     if plan.LIBRARY not in without:
         for split, wordings in itertools.product(plan.SPLITS, plan.WORDINGS):
             two, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN
@@ -44,13 +48,6 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
                 yield from judging.part_records(plan.STORED, found)
             means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in two}
             yield record("stored", split=split, wordings=wordings, scores=means)
-    for part in plan.FIRST_SET if plan.OF_FIRST_SET not in without else ():
-        yield from judging.part_records(part, runs.judged(part, work, plan.OF_FIRST_SET, there(plan.FIRST_ARMS)))
-    for name in plan.EARLIER:
-        for part in plan.SUITE_PARTS if name not in without else ():
-            tasks = runs.judged(part, work, name, plan.EARLIER_ARMS)["tasks"].values()
-            means = {arm: round(statistics.fmean(task[arm] for task in tasks), 2) for arm in plan.EARLIER_ARMS}
-            yield record("earlier", run=name, part=part, scores=means)
     yield from costs.records(work)
     if not {plan.RIVAL, plan.LIBRARY} & set(without):
         yield from adapting.records(work, held_out)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import hashlib
+import itertools
+import json
 import shutil
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import Record, record
-from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
+from bench.specs.plan import DEVELOPMENT, HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
 from bench.specs.runs import folder_of, rounded
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.library import DescriptionIndex
-from t2l_engine.research.tasks.folder import Task, load_tasks
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
+from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.training import lora, settings
 from t2l_engine.research.training.runs import descriptions_of
 from t2l_engine.research.training.settings import LoRASettings
@@ -31,24 +35,21 @@ ADAPTED: dict[str, Any] = PLAN["adapted"]
 STARTS = ("peft", "generated", "generated-examples", "nearest", RIVAL)
 
 
-def chosen(held_out: Sequence[suite.Placed]) -> list[Task]:
-    """Tasks of each held-out tier with ADAPTED["inputs"] examples and one description, which is a held-out one.
+def chosen(specifications: Iterable[Specification], count: int) -> list[Task]:
+    """``count`` tasks with ADAPTED["inputs"] examples and one description, the first of those held out.
 
     Specifications that have fewer inputs are passed over.
     """
-    made = []
-    for tier in HELD_OUT:
-        known = {placed.spec.name: placed.spec for placed in held_out if placed.tier == tier}
-        found: list[Task] = []
-        for name in ordered(known, "adapted"):
-            try:
-                task = suite.task(known[name], ADAPTED["inputs"], 0)
-            except ConfigError:  # too few inputs
-                continue
-            found.append(dataclasses.replace(task, descriptions=task.descriptions[-1:]))
-            if len(found) == ADAPTED["tasks_a_tier"]:
-                break
-        made += found
+    known = {spec.name: spec for spec in specifications}
+    made: list[Task] = []
+    for name in ordered(known, "adapted"):
+        try:
+            task = suite.task(known[name], ADAPTED["inputs"], 0)
+        except ConfigError:  # too few inputs
+            continue
+        made.append(dataclasses.replace(task, descriptions=task.descriptions[-suite.HELD_OUT :][:1]))
+        if len(made) == count:
+            break
     return made
 
 
@@ -60,54 +61,104 @@ def limited(task: Task, budget: int) -> Task:
 
 
 def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
-    """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best."""
-    tasks = chosen(held_out)
-    engine = functools.cache(lambda: t2l.TextToLoRA.from_pretrained(rounded(T2L, work)))
-    for budget in ADAPTED["budgets"]:
-        part = f"adapted-{budget}"
-        training.write(folder_of(work, part), [limited(task, budget) for task in tasks])
-        for start in STARTS:
-            output = work / part / start
-            made = _settings(start, _start(start, work, part, engine))
-            lora.train(made, folder_of(work, part), output)
-            rows = [row for wave in logged(output) for row in wave if "tasks" in row]
-            right = _right(work, part, start, output / lora.ADAPTERS)
-            for task in tasks:
-                losses = [[row["step"], round(row["tasks"][task.name], 4)] for row in rows if task.name in row["tasks"]]
-                yield record("adapted", task=task.name, budget=budget, start=start, right=right[task.name], losses=losses)
+    """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best.
+
+    And ``rates`` records, by which the plan's learning rates were chosen: mean of the lowest losses of development tasks.
+    """
+    tasks, budget = development(work), ADAPTED["chosen_at"]
+    for start in ("peft", "generated"):
+        lowest = {}
+        for rate in ADAPTED["rates"]:
+            losses = tuned(work, f"rates-{rate:g}", tasks, budget, start, rate)
+            lowest[f"{rate:g}"] = round(statistics.fmean(min(loss for _, loss in of) for of in losses.values()), 4)
+        yield record("rates", start=start, budget=budget, tasks=len(tasks), lowest=lowest)
+    of_tier = lambda tier: [placed.spec for placed in held_out if placed.tier == tier]  # noqa: E731
+    tiers = {tier: chosen(of_tier(tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
+    tasks = [task for of in tiers.values() for task in of]
+    for budget, start in itertools.product(ADAPTED["budgets"], STARTS):
+        losses = tuned(work, "adapted", tasks, budget, start, ADAPTED["learning_rates"][start])
+        right = _right(work, budget, start)
+        for tier, of in tiers.items():
+            for task in of:
+                yield record(
+                    "adapted",
+                    tier=tier,
+                    task=task.name,
+                    budget=budget,
+                    start=start,
+                    right=right[task.name]["oracle"],
+                    **({"before": right[task.name][T2L]} if T2L in right[task.name] else {}),
+                    losses=losses[task.name],
+                )
 
 
-def _settings(start: str, initial: Path | None) -> LoRASettings:
-    fields = ADAPTED["settings"] | {"base_model": PLAN["model"], "target_modules": ("q_proj", "v_proj")}
-    fields |= {"initial": str(initial or ""), "prompt": "description" if start == RIVAL else "input"}
+def development(work: Path) -> list[Task]:
+    """Tasks for choosing learning rates: of the development tasks, which nothing was trained on."""
+    names = read_descriptions(folder_of(work, DEVELOPMENT))
+    found = [placed.spec for placed in suite.suite(PLAN["specifications"]) if placed.spec.name in names]
+    return chosen(found, ADAPTED["chosen_by"])
+
+
+def tuned(
+    work: Path, name: str, tasks: Sequence[Task], budget: int, start: str, rate: float
+) -> dict[str, list[tuple[int, float]]]:
+    """Tune an adapter of each task on ``budget`` examples, below folder ``name``: validation losses by step, by task."""
+    source, output = work / name / str(budget) / "tasks", work / name / str(budget) / start
+    training.write(source, [limited(task, budget) for task in tasks])
+    lora.train(_settings(start, _start(start, work, tasks), rate), source, output)
+    rows = [row for wave in logged(output) for row in wave if "tasks" in row]
+    return {
+        task.name: [(row["step"], round(row["tasks"][task.name], 4)) for row in rows if task.name in row["tasks"]]
+        for task in tasks
+    }
+
+
+def _settings(start: str, initial: Path | None, rate: float) -> LoRASettings:
+    fields = ADAPTED["settings"] | {
+        "base_model": PLAN["model"],
+        "target_modules": ("q_proj", "v_proj"),
+        "learning_rate": rate,
+    }
+    fields |= {"initial": str(initial.resolve()) if initial else "", "prompt": "description" if start == RIVAL else "input"}
     return settings.build(LoRASettings, fields, source=f"plan.yaml: adapted: {start}")
 
 
-def _start(start: str, work: Path, part: str, engine: Any) -> Path | None:
-    """The adapter, or the folder of adapters by task, that tuning starts from."""
+def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
+    """The adapter, or the folder of adapters by task, that tuning starts from: the same for all budgets, made once."""
     if start == "peft":
         return None
     if start == RIVAL:
         return work / RIVAL / lora.ADAPTERS / lora.MULTI_TASK
-    folder, tasks = work / part / "starts" / start, load_tasks(folder_of(work, part), "train")
+    checkpoint, library = rounded(T2L, work), work / LIBRARY / lora.ADAPTERS
+    texts = [task.descriptions[0] for task in tasks]
+    shown = [[(e.input, e.outputs[0]) for e in limited(task, min(ADAPTED["budgets"])).examples] for task in tasks]
+    known = json.dumps([checkpoint.name, texts, shown])
+    folder = work / "starts" / f"{start}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    if (folder / tasks[-1].name).is_dir():  # generated again on another CPU, they would be others in the last bits
+        return folder
     if start == "nearest":
-        library = work / LIBRARY / lora.ADAPTERS
         index = DescriptionIndex(descriptions_of(library), TextEncoder.from_pretrained())
-        for task, near in zip(tasks, index.nearest([task.descriptions[0] for task in tasks]), strict=True):
+        for task, near in zip(tasks, index.nearest(texts), strict=True):
             shutil.copytree(library / near[0].name, folder / task.name, dirs_exist_ok=True)
         return folder
-    shown = [[(e.input, e.outputs[0]) for e in task.examples][: engine().encoder.max_examples] for task in tasks]
-    texts = [task.descriptions[0] for task in tasks]
-    stack = engine().generate(texts, shown if start == "generated-examples" else None)
+    engine = t2l.TextToLoRA.from_pretrained(checkpoint)
+    most = engine.encoder.max_examples
+    stack = engine.generate(texts, [of[:most] for of in shown] if start == "generated-examples" else None)
     for i, task in enumerate(tasks):
         stack.save_pretrained(folder / task.name, adapter=i, base_model_name_or_path=PLAN["model"])
     return folder
 
 
-def _right(work: Path, part: str, start: str, adapters: Path) -> dict[str, float]:
-    """Exact match on test items by task, in percent, of the adapters that validation kept."""
-    source = folder_of(work, part)
-    options = {"tasks": source, "checkpoint": rounded(T2L, work), "oracle": adapters, "repeats": 1, "verify": True}
+def _right(work: Path, budget: int, start: str) -> dict[str, dict[str, float]]:
+    """Exact match on test items by task, in percent, of the adapters that validation kept; once of T2L's before, too."""
+    source, output = work / "adapted" / str(budget) / "tasks", work / "adapted" / str(budget) / start
+    options = {
+        "tasks": source,
+        "checkpoint": rounded(T2L, work),
+        "oracle": output / lora.ADAPTERS,
+        "repeats": 1,
+        "verify": True,
+    }
     names = [task.name for task in load_tasks(source, "test")]
-    found = judging.evaluate(work / "judged", f"{part}-{start}", names, ("oracle",), **options)
-    return {name: of["oracle"] for name, of in found["tasks"].items()}
+    arms = ["oracle", T2L] if start == "generated" else ["oracle"]
+    return judging.evaluate(work / "judged", f"adapted-{budget}-{start}", names, arms, **options)["tasks"]

@@ -12,8 +12,6 @@ from bench import plans
 PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("tasks",))
 #: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
 DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
-#: The manifest's held-out specifications by tier, which have had their three evaluations; the run last judged there.
-FIRST_SET, OF_FIRST_SET = ("sibling-first", "novel-first"), "t2l-second"
 SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 PARTS = (*SUITE_PARTS, OTHER)
 #: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
@@ -23,8 +21,8 @@ SPLITS, WORDINGS = ("train", "val", "test"), ("trained", "held out")
 UNSEEN = SPLITS[-1], WORDINGS[-1]
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
-#: Runs on the way to T2L that are judged, too, and by which arms.
-EARLIER, EARLIER_ARMS = ("t2l-first", OF_FIRST_SET), ("t2l", "t2l-examples")
+#: Runs on the way to T2L that are judged, too, from the description; the one that has had as many tokens as RIVAL.
+EARLIER, EVEN = ("t2l-first", "t2l-second"), "t2l-first"
 #: Worked examples of the arms; those without a number show the first.
 SHOTS = (3, 6)
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")
@@ -33,8 +31,6 @@ ARMS = (
     *(DESCRIBED, RIVAL, "nearest"),
     *("base", "base-description", "icl", "icl-6"),
 )
-#: Arms that were asked on FIRST_SET; no other may be, since it has had its evaluations.
-FIRST_ARMS = (*OWN_ARMS, "t2l-junk", "t2l-constant", RIVAL, "base", "base-description", "icl")
 #: Arms of part STORED.
 STORED_ARMS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
 #: Arm -> the run that it needs beside T2L.

@@ -17,7 +17,6 @@ from bench.specs.plan import (
     ARMS,
     DESCRIBED,
     DEVELOPMENT,
-    FIRST_SET,
     HELD_OUT,
     LIBRARY,
     OTHER,
@@ -26,6 +25,7 @@ from bench.specs.plan import (
     RUNS,
     SHOTS,
     STORED,
+    SUITE_PARTS,
     T2L,
     TRAINED,
     WORDINGS,
@@ -61,18 +61,10 @@ def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
     held_out = second_set(found)
     trained = [placed.spec.name for placed in found if placed.tier == "train"]
     development = set(drawn(trained, PLAN["development"], DEVELOPMENT))
-    made: dict[str, list[Task]] = {part: [] for part in (TRAINED, DEVELOPMENT, *HELD_OUT, *FIRST_SET)}
-    first = dict(zip(HELD_OUT, FIRST_SET, strict=True))
-    for i, placed in enumerate(found):
-        if placed.tier == "train":
-            part = DEVELOPMENT if placed.spec.name in development else TRAINED
-        elif i < suite.SPECIFICATIONS:
-            part = first[placed.tier]
-        else:
-            continue
+    made: dict[str, list[Task]] = {part: [] for part in SUITE_PARTS}
+    for placed in [placed for placed in found if placed.tier == "train"] + held_out:
+        part = placed.tier if placed.tier != "train" else DEVELOPMENT if placed.spec.name in development else TRAINED
         made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
-    for placed in held_out:
-        made[placed.tier].append(suite.task(placed.spec, suite.EXAMPLES, 0))
     tiers = [("train" if part == TRAINED else part, task) for part, of in made.items() for task in of]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
@@ -86,7 +78,7 @@ def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
 
 
 def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
-    """The held-out specifications by which T2L is judged; those of the manifest are the first set.
+    """The held-out specifications by which T2L is judged; the first set are those of the manifest.
 
     ``found``: the suite.  Of tier sibling, a sample of those after the manifest's; of tier novel, those of other seeds.
     """
