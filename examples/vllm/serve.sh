@@ -11,9 +11,9 @@ flags=$(t2l serve-flags smollm2-135m 2> /dev/null)
 cat << EOF
 ==> when vLLM says "Application startup complete", try, from another terminal:
 
-curl -s http://127.0.0.1:$port/v1/chat/completions -H 'Content-Type: application/json' -d '{
+curl -s http://127.0.0.1:$port/v1/completions -H 'Content-Type: application/json' -d '{
   "model": "t2l:Return the last element of the comma separated list.",
-  "messages": [{"role": "user", "content": "paintbrush, hammer, impala"}], "max_tokens": 8, "temperature": 0}'
+  "prompt": "Input: paintbrush, hammer, impala\nOutput:", "max_tokens": 8, "temperature": 0}'
 
     "model": "smollm2" is the model without an adapter.  Ctrl-C ends the server.
 EOF

@@ -36,7 +36,12 @@ class DType(str, enum.Enum):
 Checkpoint = Annotated[str, typer.Option("--checkpoint", "-c", help="Bundled checkpoint name, or a checkpoint folder.")]
 Scaling = Annotated[str, typer.Option("--scaling", help="LoRA scaling: rslora, plain or a number; default: as trained.")]
 Encoder = Annotated[str, typer.Option("--encoder", help="Local folder of the text encoder; default: the checkpoint's.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code in the text encoder's folder.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that the text encoder's configuration names, also from elsewhere."
+    ),
+]
 BaseModel = Annotated[
     str, typer.Option("--base-model", help="Local transformers folder; default: the checkpoint's base model.")
 ]

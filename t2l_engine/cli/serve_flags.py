@@ -25,7 +25,9 @@ def serve_flags(
     ] = 256,
     as_json: Json = False,
 ) -> None:
-    """Print vLLM's flags for a checkpoint in one line: vllm serve MODEL $(t2l serve-flags CHECKPOINT).
+    """Print vLLM's flags for a checkpoint in one line.
+
+    python -m vllm.entrypoints.openai.api_server --model MODEL $(t2l serve-flags CHECKPOINT) starts a server with them.
 
     The variables to set and the endpoint that fits the checkpoint's prompts go to standard error; --json prints an object
     with flags, environment, endpoint and description_in_prompt.
