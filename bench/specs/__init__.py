@@ -29,7 +29,13 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
     there = lambda arms: [arm for arm in arms if plan.NEEDS.get(arm) not in without]  # noqa: E731
     weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
-    yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
+    yield record(
+        "plan",
+        checkpoint=weights,
+        held_out_evaluations=plan.PLAN["held_out_evaluations"],
+        adapted=adapting.ADAPTED,
+        lacking=without,
+    )
     for new in ("value", "combination"):
         yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
     earlier = [name for name in plan.EARLIER if name not in without]
