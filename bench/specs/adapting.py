@@ -131,7 +131,8 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
         return work / RIVAL / lora.ADAPTERS / lora.MULTI_TASK
     checkpoint, library = rounded(T2L, work), work / LIBRARY / lora.ADAPTERS
     texts = [task.descriptions[0] for task in tasks]
-    shown = [[(e.input, e.outputs[0]) for e in limited(task, min(ADAPTED["budgets"])).examples] for task in tasks]
+    train = [[e for e in task.examples if e.split == "train"][: min(ADAPTED["budgets"])] for task in tasks]
+    shown = [[(e.input, e.outputs[0]) for e in of] for of in train]
     known = json.dumps([checkpoint.name, texts, shown])
     folder = work / "starts" / f"{start}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if (folder / tasks[-1].name).is_dir():  # generated again on another CPU, they would be others in the last bits
