@@ -14,14 +14,16 @@ from t2l_engine.research.training.settings import LoRASettings, ReconstructionSe
 
 #: Kind of ``t2l train`` -> its settings; its module in research/training has the same name.
 KINDS = {"sft": SFTSettings, "lora": LoRASettings, "reconstruction": ReconstructionSettings}
+#: Kind -> the kinds of runs that it can start from.
+STARTS = {"sft": ("sft", "reconstruction"), "lora": ("lora",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One training run.
 
-    ``kind``: of ``t2l train``; ``initial``: name of the run that one of kind sft or lora starts from; ``other``: its fields
-    that are no settings.
+    ``kind``: of ``t2l train``; ``initial``: name of the run that it starts from, "": none; ``other``: its fields that are no
+    settings.
     """
 
     kind: str
@@ -40,13 +42,18 @@ def read(file: Path, other: Sequence[str]) -> tuple[dict[str, Any], dict[str, Ru
     return plan, {name: _run(plan, name, f"{file}: {name}", other) for name in plan["runs"]}
 
 
-def _run(plan: Mapping[str, Any], name: str, where: str, other: Sequence[str]) -> Run:
+def _fields(plan: Mapping[str, Any], name: str) -> dict[str, Any]:
     fields = dict(plan["runs"][name])
     while like := fields.pop("like", None):
         fields = plan["settings"][like] | fields
+    return fields
+
+
+def _run(plan: Mapping[str, Any], name: str, where: str, other: Sequence[str]) -> Run:
+    fields = _fields(plan, name)
     kind, initial = fields.pop("kind"), fields.pop("initial", "")
-    if initial and (kind == "reconstruction" or initial not in plan["runs"]):
-        raise ConfigError(f"{where}: initial: expected a run of the plan, for sft or lora, got {initial!r}")
+    if initial and (initial not in plan["runs"] or _fields(plan, initial)["kind"] not in STARTS.get(kind, ())):
+        raise ConfigError(f"{where}: initial: expected a run of the plan that {kind} can start from, got {initial!r}")
     beside = {field: fields.pop(field) for field in other if field in fields}
     if kind != "reconstruction":
         fields |= {"base_model": plan["model"], "target_modules": ("q_proj", "v_proj")}

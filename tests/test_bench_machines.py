@@ -137,13 +137,33 @@ def test_the_readme_shows_where_it_is_worst(root):
     assert here(root) in training and THERE not in training and training.endswith("met |")
 
 
-def test_what_is_met_says_on_which_machines(root):
+def test_each_figure_of_the_readme_is_of_the_machine_where_it_is_worst(root):
+    """Slower there, but with a larger speedup, and nearer to its target."""
+    path = root / pages.RESULTS / "generate.intel-amx.jsonl"
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in harness.rows_of(found):
+        for name in row["times"].keys() - {OURS}:
+            row["times"][name]["median_us"] *= 10
+        if row["roofline"]:
+            row["roofline"]["us"] *= 4
+    path.write_text("".join(json.dumps(one) + "\n" for one in found), encoding="utf-8")
+    report = Report(root)
+    machines = [report.row("generate", ONE, by).machine for by in ("time", "eager", "target")]
+    assert machines == [THERE, here(root), here(root)]
+    (line,) = (text for text in report.texts()[Path("README.md")].splitlines() if text.startswith("| Adapters for"))
+    for cell, machine, other in zip(line.split(" | ")[1:], machines, [here(root), THERE, THERE], strict=True):
+        assert machine in cell and other not in cell
+    with pytest.raises(ResultError, match="no row '.*' with 'no such way'"):
+        report.row("generate", ONE, "no such way")
+
+
+def test_what_is_met_is_met_on_every_machine(root):
     path = root / pages.RESULTS / "generate.intel-amx.jsonl"
     (first,) = (root / pages.RESULTS).glob("generate.amd*")
     run, (_, *records) = (p.read_text(encoding="utf-8").splitlines(keepends=True) for p in (path, first))
     path.write_text("".join([run[0], *records]), encoding="utf-8")  # as fast as here
     (line,) = (text for text in Report(root).texts()[Path("README.md")].splitlines() if text.startswith("| Adapters for"))
-    assert f"met on {here(root)}, {THERE} |" in line
+    assert line.endswith(" met |")
 
 
 def test_sentences_say_of_which_machine_they_are(root):
@@ -156,12 +176,14 @@ def test_sentences_say_of_which_machine_they_are(root):
 
 
 def test_one_machine_alone_needs_no_column(results_tree, root):
+    assert "of the machine on which they are worst" in Report(root).texts()[Path("README.md")]
     for path in (root / pages.RESULTS).glob("*.intel-amx.jsonl"):
         path.unlink()
     report = Report(root)
     texts = report.texts()
     assert report.problems == [] and "| machine |" not in texts[Path("docs/results/generating.md")]
-    assert "worst on" not in texts[Path("README.md")] and f"on {here(root)}" in texts[Path("README.md")]
+    several = "of the machine on which they are worst"
+    assert several not in texts[Path("README.md")] and f"on {here(root)}" in texts[Path("README.md")]
     written = texts[Path("docs/results/tables/generate.csv")].splitlines()
     assert {line["machine"] for line in csv.DictReader(written)} == {here(root)}
 

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +14,10 @@ import pytest
 from bench import judging, plans, specs, training
 from bench.harness import BenchError
 from bench.plans import Run
-from bench.records import Result
+from bench.records import Result, read
 from bench.report import tables_specs
 from bench.report.tables import TABLES
+from bench.source import ROOT
 from bench.specs import adapting, costs, plan, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
@@ -93,8 +96,34 @@ def test_runs_of_the_plan():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
     chain = [plan.T2L, "t2l-dropout", *reversed(plan.EARLIER), "t2l-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
-    with pytest.raises(ConfigError, match="plan.yaml: x: initial: expected a run of the plan, for sft or lora, got 'y'"):
-        plans._run({"model": "m", "settings": {}, "runs": {"x": {"kind": "sft", "initial": "y"}}}, "x", "plan.yaml: x", ())
+    chain = [plan.RIVAL, "multi-task-constant"]
+    assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""] and plan.RUNS[plan.DESCRIBED].initial == plan.EVEN
+
+
+@pytest.mark.parametrize("kind, start", [("sft", None), ("sft", "lora"), ("lora", "sft"), ("reconstruction", "sft")])
+def test_a_run_starts_from_one_that_it_can_start_from(kind, start):
+    made = {"x": {"kind": kind, "initial": "y"}} | ({"y": {"kind": start}} if start else {})
+    with pytest.raises(
+        ConfigError, match=f"plan.yaml: x: initial: expected a run of the plan that {kind} can start from, got 'y'"
+    ):
+        plans._run({"model": "m", "settings": {}, "runs": made}, "x", "plan.yaml: x", ())
+
+
+def test_evaluations_of_a_set_are_at_most_three():
+    counts = Counter(text.partition(":")[0] for text in plan.PLAN["held_out_evaluations"])
+    assert counts.keys() == {"set 1", "set 2"} and max(counts.values()) <= 3
+
+
+def test_committed_results_are_what_the_page_says_of_them():
+    """As many tokens means within a fortieth; learning rates are those with the lowest loss."""
+    made = read(ROOT / "bench" / "results" / "specs.jsonl")
+    tokens = {run["run"]: run["tokens"] for run in made.records("training")}
+    if "multi-task-constant" in tokens:
+        rival, even = tokens["multi-task-constant"] + tokens[plan.RIVAL], tokens["t2l-constant"] + tokens[plan.EVEN]
+        assert rival == pytest.approx(even, rel=1 / 40)
+    for of in made.others.get("rates", ()):
+        best = min(of["lowest"], key=of["lowest"].get)
+        assert float(best) == adapting.ADAPTED["learning_rates"][of["start"]]
 
 
 def test_a_run_starts_from_another(monkeypatch, tmp_path):
@@ -238,8 +267,8 @@ def test_what_a_task_costs(tmp_path, monkeypatch):
         tokens = one["tokens"]
         assert 0 < tokens["question"] < tokens["prompt"] and 0 < tokens["prefix"] < tokens["prompt"]
         assert all(value > 0 for name, value in one.items() if name.endswith("_us"))
-    read = [one["tokens"]["read"] for one in found]
-    assert read == sorted(set(read)) and len({one["tokens"]["question"] for one in found}) == 1
+    lengths = [one["tokens"]["read"] for one in found]
+    assert lengths == sorted(set(lengths)) and len({one["tokens"]["question"] for one in found}) == 1
 
 
 # --- adapting ------------------------------------------------------------------------------------------------------------
@@ -293,14 +322,14 @@ def test_starts_are_made_once(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_tuning_from_several_starts(tmp_path, monkeypatch):
-    """With the real model, of specifications that the bundled checkpoint was not trained on: losses by step, and answers."""
+    """With the real model: losses by step, and answers; a second call trains nothing."""
     few = {"tasks_a_tier": 1, "budgets": [8], "rates": [1e-3], "chosen_by": 1, "chosen_at": 8, "validation": 2, "items": 2}
     shorter = {"steps": 2, "validate_every": 1, "patience": 3, "warmup_steps": 0, "validation_samples": 2}
     for name, value in (few | {"settings": adapting.ADAPTED["settings"] | shorter}).items():
         monkeypatch.setitem(adapting.ADAPTED, name, value)
     monkeypatch.setitem(plan.PLAN, "specifications", 200)
     monkeypatch.setitem(plan.PLAN, "development", 12)
-    monkeypatch.setattr(adapting, "STARTS", ("peft", "generated", "generated-examples"))
+    monkeypatch.setattr(adapting, "STARTS", firsts := ("peft", "generated", "generated-examples"))
     monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
     made = suite.suite(200)
     trained = [placed.spec for placed in made if placed.tier == "train"][:20]
@@ -308,10 +337,19 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     found = list(adapting.records(tmp_path, made))
     rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
-    assert [(of["start"], of["tier"]) for of in adapted] == [*itertools.product(adapting.STARTS, plan.HELD_OUT)]
+    assert [(of["start"], of["tier"]) for of in adapted] == [*itertools.product(firsts, plan.HELD_OUT)]
     assert all([step for step, _ in of["losses"]] == [0, 1, 2] and 0 <= of["right"] <= 100 for of in adapted)
     assert [("before" in of) for of in adapted] == [False, False, True, True, False, False]
-    assert list(adapting.records(tmp_path, made)) == found  # goes on where it stopped
+    # What was tuned serves as library and as multi-task LoRA, of which the suite of this test has none.
+    tuned = tmp_path / "adapted" / "8" / "peft"
+    shutil.copytree(tuned, tmp_path / plan.LIBRARY)
+    one = min(path for path in (tuned / "adapters").iterdir() if path.is_dir())
+    shutil.copytree(one, tmp_path / plan.RIVAL / "adapters" / "multi-task")
+    monkeypatch.setattr(adapting, "STARTS", (*firsts, "nearest", plan.RIVAL))
+    more = list(adapting.records(tmp_path, made))
+    assert more[: len(found)] == found and [of["start"] for of in more[len(found) :: 2]] == ["nearest", plan.RIVAL]
+    monkeypatch.setattr(adapting.lora.loop, "run", lambda *_: pytest.fail("trained again"))
+    assert list(adapting.records(tmp_path, made)) == more
 
 
 # --- what is shown of it --------------------------------------------------------------------------------------------------
@@ -329,7 +367,8 @@ def result(scores=SCORES):
     ]
     arms = [{"part": part, "arm": arm, "groups": {"all": {"prompt_tokens": 9.0}}} for part in names for arm in scores]
     siblings = [{"new": "value", "tasks": ["wrap-000"]}, {"new": "combination", "tasks": ["add-001"]}]
-    return Result(Path("specs.jsonl"), {}, (), {"scores": of, "arm": arms, "siblings": siblings})
+    two = [{"part": part, "tasks": ["add-001"]} for part in plan.PARTS]
+    return Result(Path("specs.jsonl"), {}, (), {"scores": of, "arm": arms, "siblings": siblings, "two_answers": two})
 
 
 def test_claims_are_differences_of_arms():
@@ -352,6 +391,21 @@ def test_the_first_set_has_a_table_of_its_own():
     assert (ours["unseen siblings, %"], ours["unseen families, %"]) == (40.0, 60.0)
     assert rival["T2L less the arm, unseen siblings"] == -2.0 and rival["unseen families, %"] == 62.0
     assert ours["T2L less the arm, unseen siblings"] is None
+
+
+def test_tasks_with_two_answers_stand_apart():
+    made = result()
+    for of in made.others["scores"]:
+        if of["task"] == "add-001":
+            of["scores"] = {"t2l": 48.0, "t2l-shuffled": 0.0}
+    two, more = TABLES["specs-answers"].lines([made])[-2:]
+    assert [(of["different answers"], of["tasks"], of["T2L, from the description, %"]) for of in (two, more)] == [
+        ("two", 1, 48.0),
+        ("more", 1, 60.0),
+    ]
+    claims = {line["claim"]: line["measured"] for line in TABLES["specs-claims"].lines([made])}
+    claim = "unseen families, tasks with more than two answers: right less another task's description"
+    assert claims[claim] == 50.0 == more["right less another task's description"]
 
 
 def test_costs_are_in_milliseconds():

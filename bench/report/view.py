@@ -106,8 +106,10 @@ class View:
         which its speedup is least.
         """
         found = [row for result in self.of([source]) for row in result.rows if row.name == name]
+        if by not in ("target", "time"):
+            found = [row for row in found if row.speedup(by)]  # not every baseline runs on every machine
         if not found:
-            raise ResultError(f"bench/results/{source}: no row {name!r}")
+            raise ResultError(f"bench/results/{source}: no row {name!r}" + f" with {by!r}" * (by not in ("target", "time")))
         if by == "target":
             return max(found, key=lambda row: row.verdict.over if row.verdict else row.us)
         return max(found, key=lambda row: row.us if by == "time" else 1 / row.speedup(by))

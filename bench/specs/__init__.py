@@ -23,6 +23,7 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     from bench.harness import BenchError, record
     from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
+    from t2l_engine.research.tasks.folder import load_tasks
 
     without = runs.lacking(work)
     if plan.T2L in without:
@@ -46,6 +47,9 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
                 for task, scores in runs.judged(part, work, name, [plan.T2L])["tasks"].items():
                     found["tasks"][task][name] = scores[plan.T2L]
             yield from judging.part_records(part, found)
+            tasks = load_tasks(runs.folder_of(work, part), None, names=[*found["tasks"]])
+            two = [task.name for task in tasks if len({example.outputs[0] for example in task.examples}) == 2]
+            yield record("two_answers", part=part, tasks=two)
     if plan.LIBRARY not in without:
         for split, wordings in itertools.product(plan.SPLITS, plan.WORDINGS):
             two, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN

@@ -14,7 +14,7 @@ from typing import Any
 
 import t2l_engine as t2l
 from bench import judging, training
-from bench.harness import Record, record
+from bench.harness import BenchError, Record, record
 from bench.specs.plan import DEVELOPMENT, HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
 from bench.specs.runs import folder_of, rounded
 from bench.suites.learn import logged
@@ -49,8 +49,8 @@ def chosen(specifications: Iterable[Specification], count: int) -> list[Task]:
             continue
         made.append(dataclasses.replace(task, descriptions=task.descriptions[-suite.HELD_OUT :][:1]))
         if len(made) == count:
-            break
-    return made
+            return made
+    raise BenchError(f"specifications: expected {count} with {ADAPTED['inputs']} inputs, found {len(made)}")
 
 
 def limited(task: Task, budget: int) -> Task:
@@ -135,19 +135,20 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
     shown = [[(e.input, e.outputs[0]) for e in of] for of in train]
     known = json.dumps([checkpoint.name, texts, shown])
     folder = work / "starts" / f"{start}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    if (folder / tasks[-1].name).is_dir():  # generated again on another CPU, they would be others in the last bits
+    if folder.is_dir():  # generated again on another CPU, they would be others in the last bits
         return folder
+    partial = folder.with_suffix(".partial")
     if start == "nearest":
         index = DescriptionIndex(descriptions_of(library), TextEncoder.from_pretrained())
         for task, near in zip(tasks, index.nearest(texts), strict=True):
-            shutil.copytree(library / near[0].name, folder / task.name, dirs_exist_ok=True)
-        return folder
-    engine = t2l.TextToLoRA.from_pretrained(checkpoint)
-    most = engine.encoder.max_examples
-    stack = engine.generate(texts, [of[:most] for of in shown] if start == "generated-examples" else None)
-    for i, task in enumerate(tasks):
-        stack.save_pretrained(folder / task.name, adapter=i, base_model_name_or_path=PLAN["model"])
-    return folder
+            shutil.copytree(library / near[0].name, partial / task.name, dirs_exist_ok=True)
+    else:
+        engine = t2l.TextToLoRA.from_pretrained(checkpoint)
+        most = engine.encoder.max_examples
+        stack = engine.generate(texts, [of[:most] for of in shown] if start == "generated-examples" else None)
+        for i, task in enumerate(tasks):
+            stack.save_pretrained(partial / task.name, adapter=i, base_model_name_or_path=PLAN["model"])
+    return partial.rename(folder)
 
 
 def _right(work: Path, budget: int, start: str) -> dict[str, dict[str, float]]:
