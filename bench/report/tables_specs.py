@@ -155,10 +155,12 @@ def _new(result: Result) -> Iterator[Line]:
 
 @table("specs-answers", "Tasks with two different answers, where a guess is right half of the time, and the others", "specs")
 def _answers(result: Result) -> Iterator[Line]:
-    for part in SUITE_PARTS:
+    measured = {of["part"] for of in result.records("two_answers")}
+    for part in [part for part in (*SUITE_PARTS, STORED) if part in measured]:
         for answers, own in _by_answers(result, part).items():
-            line = {"tier": TIERS[part], "different answers": answers, "tasks": len(own.tasks)}
-            line |= scores(own, [arm for arm in SHOWN if arm in own.arms])
+            line = {"tier": TIERS.get(part, "trained tasks with a LoRA of their own")}
+            line |= {"different answers": answers, "tasks": len(own.tasks)}
+            line |= scores(own, [arm for arm in (*SHOWN, "oracle") if arm in own.arms])
             yield line | bounds("right less another task's description", own.gap("t2l", "t2l-shuffled"))
 
 

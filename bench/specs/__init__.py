@@ -23,7 +23,6 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
     from bench.harness import BenchError, record
     from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
-    from t2l_engine.research.tasks.folder import load_tasks
 
     without = runs.lacking(work)
     if plan.T2L in without:
@@ -47,16 +46,16 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
                 for task, scores in runs.judged(part, work, name, [plan.T2L])["tasks"].items():
                     found["tasks"][task][name] = scores[plan.T2L]
             yield from judging.part_records(part, found)
-            tasks = load_tasks(runs.folder_of(work, part), None, names=[*found["tasks"]])
-            two = [task.name for task in tasks if len({example.outputs[0] for example in task.examples}) == 2]
-            yield record("two_answers", part=part, tasks=two)
+            yield record("two_answers", part=part, tasks=runs.with_two_answers(work, part, [*found["tasks"]]))
     if plan.LIBRARY not in without:
         for split, wordings in itertools.product(plan.SPLITS, plan.WORDINGS):
-            two, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN
-            found = runs.stored(work, split, wordings, there(plan.STORED_ARMS) if unseen else two)
+            both, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN
+            found = runs.stored(work, split, wordings, there(plan.STORED_ARMS) if unseen else both)
             if unseen:
                 yield from judging.part_records(plan.STORED, found)
-            means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in two}
+                two = runs.with_two_answers(work, plan.TRAINED, [*found["tasks"]])
+                yield record("two_answers", part=plan.STORED, tasks=two)
+            means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in both}
             yield record("stored", split=split, wordings=wordings, scores=means)
     yield from costs.records(work)
     if not {plan.RIVAL, plan.LIBRARY} & set(without):

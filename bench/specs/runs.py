@@ -36,7 +36,7 @@ from bench.study.runs import asked, checked
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks.folder import Task, read_descriptions
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as lora_runs
@@ -87,6 +87,12 @@ def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
     for seed in PLAN["novel_seeds"]:
         held_out += suite.more_novel([*found, *held_out], seed)
     return held_out
+
+
+def with_two_answers(work: Path, part: str, names: Sequence[str]) -> list[str]:
+    """Those of the tasks ``names`` whose examples have two different answers, between which a guess is often right."""
+    tasks = load_tasks(folder_of(work, part), None, names=names)
+    return [task.name for task in tasks if len({example.outputs[0] for example in task.examples}) == 2]
 
 
 def train(name: str, work: Path) -> None:
