@@ -329,7 +329,7 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
         monkeypatch.setitem(adapting.ADAPTED, name, value)
     monkeypatch.setitem(plan.PLAN, "specifications", 200)
     monkeypatch.setitem(plan.PLAN, "development", 12)
-    monkeypatch.setattr(adapting, "STARTS", firsts := ("peft", "generated", "generated-examples"))
+    monkeypatch.setattr(adapting, "STARTS", ("generated",))
     monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
     made = suite.suite(200)
     trained = [placed.spec for placed in made if placed.tier == "train"][:20]
@@ -337,19 +337,19 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     found = list(adapting.records(tmp_path, made))
     rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
-    assert [(of["start"], of["tier"]) for of in adapted] == [*itertools.product(firsts, plan.HELD_OUT)]
-    assert all([step for step, _ in of["losses"]] == [0, 1, 2] and 0 <= of["right"] <= 100 for of in adapted)
-    assert [("before" in of) for of in adapted] == [False, False, True, True, False, False]
+    assert [of["tier"] for of in adapted] == [*plan.HELD_OUT]
+    assert all([step for step, _ in of["losses"]] == [0, 1, 2] for of in adapted)
+    assert all(0 <= of[when] <= 100 for of in adapted for when in ("before", "right"))
     # What was tuned serves as library and as multi-task LoRA, of which the suite of this test has none.
-    tuned = tmp_path / "adapted" / "8" / "peft"
+    tuned = tmp_path / "rates-0.001" / "8" / "peft"
     shutil.copytree(tuned, tmp_path / plan.LIBRARY)
     one = min(path for path in (tuned / "adapters").iterdir() if path.is_dir())
     shutil.copytree(one, tmp_path / plan.RIVAL / "adapters" / "multi-task")
-    monkeypatch.setattr(adapting, "STARTS", (*firsts, "nearest", plan.RIVAL))
+    monkeypatch.setattr(adapting, "STARTS", ("nearest", plan.RIVAL))
     more = list(adapting.records(tmp_path, made))
-    assert more[: len(found)] == found and [of["start"] for of in more[len(found) :: 2]] == ["nearest", plan.RIVAL]
+    assert [of["start"] for of in more[2::2]] == ["nearest", plan.RIVAL] and "before" not in more[2]
     monkeypatch.setattr(adapting.lora.loop, "run", lambda *_: pytest.fail("trained again"))
-    assert list(adapting.records(tmp_path, made)) == more
+    assert list(itertools.islice(adapting.records(tmp_path, made), 3)) == more[:3]
 
 
 # --- what is shown of it --------------------------------------------------------------------------------------------------
