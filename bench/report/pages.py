@@ -49,7 +49,7 @@ SOURCES = {
     "learn": "python -m bench learn --work WORK --library LIBRARY",
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
     "specs": "python -m bench specs --work WORK --skills SKILLS",
-    "specs-first": "it is kept from commit e847784, and not made again",
+    "specs-first": "git checkout -- bench/results/specs-first.jsonl",
     "lengths": "python -m bench lengths",
     "kernels": "python -m bench kernels --write",
 }

@@ -200,11 +200,11 @@ def _lost(result: Result) -> Iterator[Line]:
         yield {"inputs": INPUTS[of["split"]], "wordings": of["wordings"], **means}
 
 
-@table("specs-tokens", "T2L on the way: tokens trained on, and exact match", "specs", optional=True)
+@table("specs-tokens", "T2L on the way, and beside it: tokens trained on, and exact match", "specs", optional=True)
 def _tokens(result: Result) -> Iterator[Line]:
     """From the description.  Tokens are those of a run and of all that it started from; without runs that lack them."""
     trained = {run["run"]: run for run in result.others.get("training", ())}
-    for name in (*EARLIER, T2L):
+    for name in (*EARLIER, T2L, DESCRIBED, RIVAL):
         chain = [name]
         while before := trained.get(chain[-1], {}).get("initial"):
             chain.append(before)

@@ -105,11 +105,9 @@ class View:
         ``by``: "target", farthest from its target, or slowest where it has none; "time", slowest; else a baseline, over
         which its speedup is least.
         """
-        found = [row for result in self.of([source]) for row in result.rows if row.name == name]
-        if by not in ("target", "time"):
-            found = [row for row in found if row.speedup(by)]  # not every baseline runs on every machine
+        measures = {"target": lambda row: row.verdict.over if row.verdict else row.us, "time": lambda row: row.us}
+        named = [row for result in self.of([source]) for row in result.rows if row.name == name]
+        found = named if by in measures else [row for row in named if row.speedup(by)]  # baselines do not run everywhere
         if not found:
-            raise ResultError(f"bench/results/{source}: no row {name!r}" + f" with {by!r}" * (by not in ("target", "time")))
-        if by == "target":
-            return max(found, key=lambda row: row.verdict.over if row.verdict else row.us)
-        return max(found, key=lambda row: row.us if by == "time" else 1 / row.speedup(by))
+            raise ResultError(f"bench/results/{source}: no row {name!r}" + f" with {by!r}" * (by not in measures))
+        return max(found, key=measures.get(by, lambda row: 1 / row.speedup(by)))
