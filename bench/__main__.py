@@ -176,19 +176,20 @@ def specs(
     """T2L on thousands of specifications, and on sentences that nothing was trained on; many hours on two cores."""
     from bench import specs as study
     from bench.specs import plan
-    from bench.specs.runs import judged, tasks, train
+    from bench.specs.runs import judged, specifications, tasks, train
     from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
-    held_out = tasks(work, skills)
+    found = specifications()
+    tasks(work, found, skills)
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return
     for name in runs.split(",") if runs else [] if as_is else plan.RUNS:
         train(name, work)
     if not runs:
-        write(ctx, out, threads, study.records(work, held_out))
+        write(ctx, out, threads, study.records(work, found))
 
 
 @app.command()

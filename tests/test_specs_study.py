@@ -37,21 +37,26 @@ def small(monkeypatch):
     """A suite of 200 specifications instead of thousands, 150 of them in the manifest, 12 for development."""
     monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
     monkeypatch.setattr(suite, "_MOST_NOVEL", 1)
-    small = {"specifications": 200, "development": 12, "siblings": 3, "novel_seeds": [1, 2]}
+    small = {"specifications": 200, "development": 12, "siblings": 3, "novel_seeds": [1, 2], "more": 260}
     for name, value in small.items():
         monkeypatch.setitem(plan.PLAN, name, value)
 
 
 def test_parts_are_apart(small, tmp_path):
-    held_out = runs.tasks(tmp_path)
+    found = runs.specifications()
+    runs.tasks(tmp_path, found)
     made = suite.suite(200)
     suites = [part for part in plan.PARTS if part != plan.OTHER]
     parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in suites}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
     assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.tier == "train"}
+    more = set(read_descriptions(runs.folder_of(tmp_path, plan.MORE)))
+    assert more > parts["trained"] and not more & parts["development"]
+    assert more - parts["trained"] <= {placed.spec.name for placed in suite.suite(260)[200:] if placed.tier == "train"}
     first = {placed.spec.name for placed in made[:150] if placed.tier != "train"}  # which has had its evaluations
     for tier in plan.HELD_OUT:
-        assert parts[tier] == {placed.spec.name for placed in held_out if placed.tier == tier} and not parts[tier] & first
+        held_out, tuned = ({p.spec.name for p in of if p.tier == tier} for of in (found.held_out, found.tuned))
+        assert parts[tier] == held_out and tuned and not held_out & first and not tuned & (held_out | first)
 
 
 def test_the_second_set_is_new(small):
@@ -76,6 +81,21 @@ def test_runs_train_on_the_trained_part(monkeypatch, tmp_path):
     assert seen == [("trained", "few", plan.drawn([task.name for task in tasks], 4, "trained"))]
 
 
+def test_runs_train_on_more_and_on_those_with_two_answers(tmp_path):
+    answers = {"a": "xy", "b": "xyz", "c": "x", "d": "xy"}
+    tasks = {
+        name: Task(name, ("Do it.",), tuple(Example(f"{i}", (text,), "train") for i, text in enumerate(of)))
+        for name, of in answers.items()
+    }
+    training.write(runs.folder_of(tmp_path, plan.TRAINED), [tasks["a"], tasks["b"], tasks["c"]])
+    training.write(runs.folder_of(tmp_path, plan.MORE), [*tasks.values()])
+    more = runs.folder_of(tmp_path, plan.MORE)
+    assert runs.learnt(Run("sft", SETTINGS, "", {"more": True}), tmp_path) == (more, ["a", "b", "c", "d"])
+    assert runs.learnt(Run("sft", SETTINGS, "", {"more": True, "two_answers": True}), tmp_path) == (more, ["a", "d"])
+    trained = runs.folder_of(tmp_path, plan.TRAINED)
+    assert runs.learnt(Run("sft", SETTINGS, "", {"two_answers": True}), tmp_path) == (trained, ["a"])
+
+
 def test_a_reconstruction_is_of_the_library(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
@@ -94,7 +114,8 @@ def test_runs_of_the_plan():
     assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
-    chain = [plan.T2L, "t2l-dropout", *reversed(plan.EARLIER), "t2l-constant"]
+    chain = [plan.T2L, "t2l-more", "t2l-labels-more", "t2l-labels", "t2l-third", "t2l-dropout"]
+    chain += ["t2l-second", "t2l-first", "t2l-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
     chain = [plan.RIVAL, "multi-task-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""] and plan.RUNS[plan.DESCRIBED].initial == plan.EVEN
@@ -235,7 +256,7 @@ def test_tasks_of_other_origin_have_descriptions_that_no_study_trains_on(small, 
     found = []
     tasks = [Task(name, ("Own.",), (Example("a", ("b",), "test"),)) for name in wanted]
     monkeypatch.setattr(runs, "checked", lambda source, names: found.append((source, names)) or tasks)
-    runs.tasks(tmp_path, Path("skills"))
+    runs.tasks(tmp_path, runs.specifications(), Path("skills"))
     assert found == [(Path("skills"), wanted)]
     other = load_tasks(runs.folder_of(tmp_path, plan.OTHER), "test")
     assert {task.name: list(task.descriptions) for task in other} == {name: WORDINGS["held-out"][name] for name in wanted}
@@ -243,8 +264,8 @@ def test_tasks_of_other_origin_have_descriptions_that_no_study_trains_on(small, 
 
 @pytest.mark.slow
 def test_the_demo_says_what_its_sentences_are(tmp_path):
-    runs.tasks(tmp_path)
-    trained, development = (read_descriptions(runs.folder_of(tmp_path, part)) for part in ("trained", "development"))
+    runs.tasks(tmp_path, runs.specifications())
+    trained, development = (read_descriptions(runs.folder_of(tmp_path, part)) for part in (plan.MORE, plan.DEVELOPMENT))
     known = {normalise(text) for texts in trained.values() for text in texts}
     apart = {text for texts in development.values() for text in texts[-suite.HELD_OUT :]}
     tiers = {text: tier for text, (tier, _) in demo.TASKS.items()}
@@ -325,14 +346,11 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     shorter = {"steps": 2, "validate_every": 1, "patience": 3, "warmup_steps": 0, "validation_samples": 2}
     for name, value in (few | {"settings": adapting.ADAPTED["settings"] | shorter}).items():
         monkeypatch.setitem(adapting.ADAPTED, name, value)
-    monkeypatch.setitem(plan.PLAN, "specifications", 200)
-    monkeypatch.setitem(plan.PLAN, "development", 12)
     monkeypatch.setattr(adapting, "STARTS", ("generated",))
     monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
     made = suite.suite(200)
-    trained = [placed.spec for placed in made if placed.tier == "train"][:20]
-    training.write(runs.folder_of(tmp_path, plan.DEVELOPMENT), [suite.task(spec, suite.EXAMPLES, 0) for spec in trained])
-    found = list(adapting.records(tmp_path, made))
+    trained = [placed for placed in made if placed.tier == "train"][:20]
+    found = list(adapting.records(tmp_path, runs.Specifications([], trained, [], [], made)))
     rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
     assert [of["tier"] for of in adapted] == [*plan.HELD_OUT]

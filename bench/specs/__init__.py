@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bench.harness import Record
-    from t2l_engine.research.tasks.specs.suite import Placed
+    from bench.specs.runs import Specifications
 
 
-def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
+def records(work: Path, specifications: Specifications) -> Iterator[Record]:
     """Every record of the result file but the run line; evaluations and tuning runs that were made before are read.
 
-    ``held_out``: the held-out specifications, from :func:`.runs.tasks`.  Where runs of the plan have not been trained, what
+    ``specifications``: those of the plan, whose tasks are in ``work``.  Where runs of the plan have not been trained, what
     they are needed for is left out, and the first record names them.
     """
     from bench import judging, training  # here: tables read names of this package without them
@@ -37,7 +37,9 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
         lacking=without,
     )
     for new in ("value", "combination"):
-        yield record("siblings", new=new, tasks=[placed.spec.name for placed in held_out if placed.new == new])
+        yield record(
+            "siblings", new=new, tasks=[placed.spec.name for placed in specifications.held_out if placed.new == new]
+        )
     earlier = [name for name in plan.EARLIER if name not in without]
     for part in plan.PARTS:
         if runs.folder_of(work, part).is_dir():  # tasks of other origin are the user's to bring
@@ -46,20 +48,22 @@ def records(work: Path, held_out: Sequence[Placed]) -> Iterator[Record]:
                 for task, scores in runs.judged(part, work, name, [plan.T2L])["tasks"].items():
                     found["tasks"][task][name] = scores[plan.T2L]
             yield from judging.part_records(part, found)
-            yield record("two_answers", part=part, tasks=runs.with_two_answers(work, part, [*found["tasks"]]))
+            yield record(
+                "two_answers", part=part, tasks=runs.with_two_answers(runs.folder_of(work, part), [*found["tasks"]])
+            )
     if plan.LIBRARY not in without:
         for split, wordings in itertools.product(plan.SPLITS, plan.WORDINGS):
             both, unseen = (plan.T2L, "oracle"), (split, wordings) == plan.UNSEEN
             found = runs.stored(work, split, wordings, there(plan.STORED_ARMS) if unseen else both)
             if unseen:
                 yield from judging.part_records(plan.STORED, found)
-                two = runs.with_two_answers(work, plan.TRAINED, [*found["tasks"]])
+                two = runs.with_two_answers(runs.folder_of(work, plan.TRAINED), [*found["tasks"]])
                 yield record("two_answers", part=plan.STORED, tasks=two)
             means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in both}
             yield record("stored", split=split, wordings=wordings, scores=means)
     yield from costs.records(work)
     if not {plan.RIVAL, plan.LIBRARY} & set(without):
-        yield from adapting.records(work, held_out)
+        yield from adapting.records(work, specifications)
     for name, run in plan.RUNS.items():
         if name not in without:
-            yield training.trained(name, run, work / name, run.other.get("tasks"))
+            yield training.trained(name, run, work / name, len(runs.learnt(run, work)[1]) if run.other else None)

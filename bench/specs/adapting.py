@@ -15,12 +15,12 @@ from typing import Any
 import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import BenchError, Record, record
-from bench.specs.plan import DEVELOPMENT, HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
-from bench.specs.runs import folder_of, rounded
+from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
+from bench.specs.runs import Specifications, rounded
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.library import DescriptionIndex
-from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
+from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.training import lora, settings
@@ -60,20 +60,20 @@ def limited(task: Task, budget: int) -> Task:
     return dataclasses.replace(task, examples=tuple(e for examples in of_split.values() for e in examples))
 
 
-def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
+def records(work: Path, specifications: Specifications) -> Iterator[Record]:
     """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best.
 
     And ``rates`` records, by which the plan's learning rates were chosen: mean of the lowest losses of development tasks.
     """
-    tasks, budget = development(work), ADAPTED["chosen_at"]
+    of_tier = lambda placed, tier: [one.spec for one in placed if one.tier == tier]  # noqa: E731
+    tasks, budget = chosen(of_tier(specifications.development, "train"), ADAPTED["chosen_by"]), ADAPTED["chosen_at"]
     for start in ("peft", "generated"):
         lowest = {}
         for rate in ADAPTED["rates"]:
             losses = tuned(work, f"rates-{rate:g}", tasks, budget, start, rate)
             lowest[f"{rate:g}"] = round(statistics.fmean(min(loss for _, loss in of) for of in losses.values()), 4)
         yield record("rates", start=start, budget=budget, tasks=len(tasks), lowest=lowest)
-    of_tier = lambda tier: [placed.spec for placed in held_out if placed.tier == tier]  # noqa: E731
-    tiers = {tier: chosen(of_tier(tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
+    tiers = {tier: chosen(of_tier(specifications.tuned, tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
     tasks = [task for of in tiers.values() for task in of]
     for budget, start in itertools.product(ADAPTED["budgets"], STARTS):
         losses = tuned(work, "adapted", tasks, budget, start, ADAPTED["learning_rates"][start])
@@ -90,13 +90,6 @@ def records(work: Path, held_out: Sequence[suite.Placed]) -> Iterator[Record]:
                     **({"before": right[task.name][T2L]} if T2L in right[task.name] else {}),
                     losses=losses[task.name],
                 )
-
-
-def development(work: Path) -> list[Task]:
-    """Tasks for choosing learning rates: of the development tasks, which nothing was trained on."""
-    names = read_descriptions(folder_of(work, DEVELOPMENT))
-    found = [placed.spec for placed in suite.suite(PLAN["specifications"]) if placed.spec.name in names]
-    return chosen(found, ADAPTED["chosen_by"])
 
 
 def tuned(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +20,13 @@ from bench.specs.plan import (
     DEVELOPMENT,
     HELD_OUT,
     LIBRARY,
+    MORE,
     OTHER,
     PLAN,
     RIVAL,
     RUNS,
     SHOTS,
     STORED,
-    SUITE_PARTS,
     T2L,
     TRAINED,
     WORDINGS,
@@ -36,7 +37,7 @@ from bench.study.runs import asked, checked
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
+from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as lora_runs
@@ -46,26 +47,56 @@ from t2l_engine.text.reader import TextReader
 
 
 def folder_of(work: Path, part: str) -> Path:
-    """The tasks of a part; training reads those of "trained"."""
+    """The tasks of a part; training reads those of "trained" and "more"."""
     return work / "tasks" / part
 
 
-def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
-    """Write the task folders of all parts and return the held-out specifications.
+@dataclasses.dataclass(frozen=True)
+class Specifications:
+    """Those of the study by what they are for.
+
+    ``trained``, ``development``: of tier train; ``more``: of that tier, too, for the runs that have them.  ``held_out``: the
+    second set of tiers sibling and novel.  ``tuned``: others of these tiers, for tuning on a user's examples alone.
+    """
+
+    trained: Sequence[suite.Placed]
+    development: Sequence[suite.Placed]
+    more: Sequence[suite.Placed]
+    held_out: Sequence[suite.Placed]
+    tuned: Sequence[suite.Placed]
+
+
+def specifications() -> Specifications:
+    """Those of the plan, drawn from the suite."""
+    found = suite.suite(PLAN["more"])
+    first, later = found[: PLAN["specifications"]], found[PLAN["specifications"] :]
+    known = {placed.spec.name: placed for placed in first if placed.tier == "train"}
+    development = set(drawn(known, PLAN["development"], DEVELOPMENT))
+    held_out = second_set(first)
+    tuned = [placed for placed in later if placed.tier == "sibling"]
+    for seed in PLAN["adapted"]["novel_seeds"]:
+        tuned += suite.more_novel([*found, *held_out, *tuned], seed)
+    return Specifications(
+        trained=[placed for name, placed in known.items() if name not in development],
+        development=[known[name] for name in sorted(development)],
+        more=suite.more_trained(later, held_out, 0),
+        held_out=held_out,
+        tuned=tuned,
+    )
+
+
+def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None:
+    """Write the task folders of all parts.
 
     ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.
 
     Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
     """
-    found = suite.suite(PLAN["specifications"])
-    held_out = second_set(found)
-    trained = [placed.spec.name for placed in found if placed.tier == "train"]
-    development = set(drawn(trained, PLAN["development"], DEVELOPMENT))
-    made: dict[str, list[Task]] = {part: [] for part in SUITE_PARTS}
-    for placed in [placed for placed in found if placed.tier == "train"] + held_out:
-        part = placed.tier if placed.tier != "train" else DEVELOPMENT if placed.spec.name in development else TRAINED
-        made[part].append(suite.task(placed.spec, suite.EXAMPLES, 0))
-    tiers = [("train" if part == TRAINED else part, task) for part, of in made.items() for task in of]
+    parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
+    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: [*found.trained, *found.more]}
+    made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
+    tiers = [("train" if part == MORE else part, task) for part, of in made.items() if part != TRAINED for task in of]
+    tiers += [(placed.tier, suite.task(placed.spec, 1, 0)) for placed in found.tuned]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
     if skills is not None:
@@ -74,7 +105,6 @@ def tasks(work: Path, skills: Path | None = None) -> list[suite.Placed]:
         made[OTHER] = [asked(task) for task in checked(skills, names)]
     for part, of in made.items():
         training.write(folder_of(work, part), of)
-    return held_out
 
 
 def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
@@ -89,21 +119,30 @@ def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
     return held_out
 
 
-def with_two_answers(work: Path, part: str, names: Sequence[str]) -> list[str]:
+def with_two_answers(folder: Path, names: Sequence[str]) -> list[str]:
     """Those of the tasks ``names`` whose examples have two different answers, between which a guess is often right."""
-    tasks = load_tasks(folder_of(work, part), None, names=names)
+    tasks = load_tasks(folder, None, names=names)
     return [task.name for task in tasks if len({example.outputs[0] for example in task.examples}) == 2]
 
 
 def train(name: str, work: Path) -> None:
     """Train run ``name`` of the plan below ``work``, after the one that it starts from; a reconstruction, of the library."""
-    run, source = RUNS[name], folder_of(work, TRAINED)
+    run = RUNS[name]
     if run.initial:
         train(run.initial, work)
     if run.kind == "reconstruction":
         train(LIBRARY, work)
+    source, names = learnt(run, work)
+    training.train(run, source, work / name, names)
+
+
+def learnt(run: Run, work: Path) -> tuple[Path, list[str]]:
+    """The folder that ``run`` is trained on, and the names of its tasks or, for a reconstruction, adapters."""
+    source = folder_of(work, MORE if run.other.get("more") else TRAINED)
+    if run.kind == "reconstruction":
         source = work / LIBRARY / lora.ADAPTERS
-    training.train(run, source, work / name, drawn(read_descriptions(source), run.other.get("tasks"), TRAINED))
+    names = drawn(read_descriptions(source), run.other.get("tasks"), TRAINED)
+    return source, with_two_answers(source, names) if run.other.get("two_answers") else names
 
 
 def lacking(work: Path) -> list[str]:
@@ -114,8 +153,7 @@ def lacking(work: Path) -> list[str]:
 def _is_there(folder: Path, run: Run) -> bool:
     made = training.settings_of(run, folder)
     if isinstance(made, LoRASettings):
-        names = drawn(read_descriptions(folder_of(folder.parent, TRAINED)), run.other.get("tasks"), TRAINED)
-        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else set(names)
+        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else {*learnt(run, folder.parent)[1]}
         theirs = lora_runs.settings_of(folder)
         return theirs is not None and not differences(made, theirs) and wanted <= lora_runs.adapters_of(folder)
     return training.is_finished(folder, made)

@@ -1,6 +1,7 @@
 """The suite of specifications: answers, inputs, descriptions, tiers, and the packaged manifest."""
 
 import collections
+import dataclasses
 import functools
 import hashlib
 import json
@@ -207,6 +208,13 @@ def test_more_specifications_of_families_that_are_held_out(monkeypatch):
                 answers = all(other.spec.answer(text) == answer for text, answer in pairs)
                 assert not answers, (placed.spec.name, other.spec.name)
     assert suite.more_novel([*found, *more], 1) == []
+
+
+def test_more_is_trained_but_what_is_held_out():
+    trained = [placed for placed in all_placed() if placed.tier == "train"][:300]
+    assert suite.more_trained(all_placed(), [], 0)[:300] == trained
+    held = [dataclasses.replace(placed, tier="sibling", new="value") for placed in trained[::100]]  # as if drawn once more
+    assert suite.more_trained(trained, held, 1) == [placed for i, placed in enumerate(trained) if i % 100]
 
 
 def test_the_same_in_every_version_of_python():

@@ -108,17 +108,31 @@ def more_novel(found: Sequence[Placed], seed: int) -> list[Placed]:
     made = []
     turns = itertools.islice(stream(seed), len(FAMILIES) * _MOST_NOVEL)  # which have all that the stream has of tier novel
     for placed in (placed for placed in turns if placed.tier == "novel"):
-        spec = placed.spec
-        probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)]
-        beside = (
-            other.spec
-            for other in found
-            if other.spec.family.reads == spec.family.reads and (other.tier == "train" or other.spec.family is spec.family)
-        )
-        if not any(_agrees(other, probes) for other in beside):
-            made.append(dataclasses.replace(placed, spec=dataclasses.replace(spec, number=last[spec.family.name])))
-            last[spec.family.name] += 1
+        family = placed.spec.family
+        beside = [other for other in found if other.tier == "train" or other.spec.family is family]
+        if not _like(placed, beside, seed):
+            made.append(dataclasses.replace(placed, spec=dataclasses.replace(placed.spec, number=last[family.name])))
+            last[family.name] += 1
     return made
+
+
+def more_trained(found: Iterable[Placed], held_out: Iterable[Placed], seed: int) -> list[Placed]:
+    """Those of tier train among ``found`` that give other answers than each of ``held_out`` to its probe inputs.
+
+    ``held_out`` need not be of the same stream.  ``seed``: of the probe inputs.
+    """
+    trained = {placed.spec.name: placed for placed in found if placed.tier == "train"}
+    for held in held_out:
+        for other in _like(held, trained.values(), seed):
+            del trained[other.spec.name]
+    return list(trained.values())
+
+
+def _like(placed: Placed, others: Iterable[Placed], seed: int) -> list[Placed]:
+    """Those of ``others`` that give all of its answers to the probe inputs of ``placed``."""
+    spec = placed.spec
+    probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, seed)]
+    return [o for o in others if o.spec.family.reads == spec.family.reads and _agrees(o.spec, probes)]
 
 
 def task(spec: Specification, examples: int, seed: int) -> Task:
