@@ -143,7 +143,7 @@ template <class T, int kLatentRows>
 T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int k_tile, char* weights, char* latents) {
   const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow,
             k = k_tile * kTileRowBytes + quad * 16;
-  char* to_weights = weights + stage_offset(kHeadTile, smem_row_of(row), quad);
+  const auto to_weights = stage_offset(kHeadTile, smem_row_of(row), quad);
   char* to_latents = latents + stage_offset(kLatentRows, row, quad);
   if (aligned) {
     const int left = from.row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
@@ -151,7 +151,7 @@ T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned,
 #pragma unroll
       for (int i = 0; i < kHeadTile / kRowsPerPass; ++i) {  // smem_row_of() permutes within a pass
         const bool in_range = i * kRowsPerPass < from.rows_left && valid > 0;
-        copy_async(to_weights + i * kRowsPerPass * kKBlockBytes,
+        copy_async(weights + to_weights + i * kRowsPerPass * kKBlockBytes,
                    in_range ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes + k : from.weight,
                    in_range ? valid : 0);
       }
@@ -171,7 +171,7 @@ T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned,
   };
 #pragma unroll 1
   for (int i = 0; weights && i < kHeadTile / kRowsPerPass; ++i)
-    copy_unaligned(to_weights + i * kRowsPerPass * kKBlockBytes,
+    copy_unaligned(weights + to_weights + i * kRowsPerPass * kKBlockBytes,
                    i * kRowsPerPass < from.rows_left ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes : nullptr);
 #pragma unroll
   for (int i = 0; i < kLatentRows / kRowsPerPass; ++i)

@@ -62,8 +62,11 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
   if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
   if (const int found = known[device].load(std::memory_order_relaxed)) return found;
   cudaFuncAttributes of{};
-  const int found = cudaFuncGetAttributes(&of, kernel) == cudaSuccess && of.ptxVersion >= 90 ? 8 : 1;
-  cudaGetLastError();  // a failure is not the next caller's
+  if (cudaFuncGetAttributes(&of, kernel) != cudaSuccess) {
+    cudaGetLastError();  // not the next caller's, and what failed now may not fail then
+    return 1;
+  }
+  const int found = of.ptxVersion >= 90 ? 8 : 1;
   known[device].store(static_cast<signed char>(found), std::memory_order_relaxed);
   return found;
 #endif

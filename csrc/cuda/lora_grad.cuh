@@ -97,7 +97,7 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   float* partial = shared.take<float>(kWarps * kGradRanks * kGradStride);
   const int block = static_cast<int>(block_index()), of_adapter = block / c.tiles, tile = block % c.tiles;
   const int adapter = of_adapter / c.rank_tiles, first_rank = of_adapter % c.rank_tiles * kGradRanks;
-  const int rank = p.ranks ? p.ranks[adapter] : static_cast<int>(p.rank);
+  const int rank = p.ranks ? read_index(p.ranks + adapter) : static_cast<int>(p.rank);
   const bool of_b = tile >= c.tiles_a;
   const int64_t first_column = int64_t{of_b ? tile - c.tiles_a : tile} * kGradColumns;
   const GradSum<T> of = of_b ? GradSum<T>{launch.v, Rows<T>(q.grad, q.grad_stride, x_type_of<T>(p)), p.out}
@@ -106,8 +106,9 @@ lora_grad_kernel(T2L_ARGUMENT(LoraGradLaunch) launch) {
   GradAccumulators sum = {};
   int turns = 0;  // of earlier segments of the adapter
   for (int64_t s = 0; s < p.segments && first_rank < rank; ++s) {
-    if (p.seg_adapters[s] != adapter) continue;
-    const int begin = p.seg_indptr[s], end = p.seg_indptr[s + 1], count = (end - begin + kTurn - 1) / kTurn;
+    if (read_index(p.seg_adapters + s) != adapter) continue;
+    const int begin = read_index(p.seg_indptr + s), end = read_index(p.seg_indptr + s + 1),
+              count = (end - begin + kTurn - 1) / kTurn;
     require(begin >= 0 && begin <= end && end <= p.tokens, "seg_indptr: not rising from 0 to the number of tokens");
     for (int i = (warp - turns) & (kWarps - 1); i < count; i += kWarps)
       of.add(begin + i * kTurn, end, p.rank, first_rank, rank, first_column, sum);

@@ -137,8 +137,6 @@ std::string check_cut_sums() {
   return "";
 }
 
-// ---- launch configuration
-
 // ---- conversions
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();

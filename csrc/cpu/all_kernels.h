@@ -1,0 +1,13 @@
+// All kernels for the instruction set that T2L_ISA_LEVEL names: every kernels_<isa>.cpp compiles them once.
+// Standard headers first: the target pragma of simd.h must not cover them.
+#include <cmath>
+
+#include "hypernet_head.h"
+#include "hypernet_trunk.h"
+#include "lora_backward.h"
+#include "lora_impl.h"
+#include "probe_impl.h"
+
+#ifdef T2L_POP_TARGET
+T2L_POP_TARGET
+#endif
