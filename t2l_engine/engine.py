@@ -11,7 +11,7 @@ import torch
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
-from t2l_engine.hypernetwork.checkpoint import read
+from t2l_engine.hypernetwork.checkpoint import has_described_prompts, read
 from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
@@ -58,8 +58,16 @@ class TextToLoRA:
     (2, [2.0, 2.0])
     """
 
-    def __init__(self, encoder: TextEncoder | OneHotEncoder, hypernetwork: HyperNetwork, prompt_form: str = CHAT):
-        """``prompt_form``: "chat" or "raw", the prompt template of :meth:`prompt`.
+    def __init__(
+        self,
+        encoder: TextEncoder | OneHotEncoder,
+        hypernetwork: HyperNetwork,
+        prompt_form: str = CHAT,
+        *,
+        description_in_prompt: bool = False,
+    ):
+        """``prompt_form``: "chat" or "raw", the prompt template of :meth:`prompt`; ``description_in_prompt``: whether the
+        checkpoint was trained with the description in the prompts, too.
 
         Raises ValueError if the width of the encoder's embeddings is not the hypernetwork's ``embed_dim``.
         """
@@ -69,6 +77,7 @@ class TextToLoRA:
                 f"with, got {encoder.embed_dim} from {encoder.config.name!r}"
             )
         self.encoder, self.hypernetwork, self.prompt_form = encoder, hypernetwork, prompt_form
+        self.description_in_prompt = description_in_prompt
 
     @classmethod
     def from_pretrained(
@@ -113,7 +122,8 @@ class TextToLoRA:
                     f"{folder}: names no text encoder and needs embeddings of width {hypernetwork.config.embed_dim}, "
                     f"which the default, {MINILM.name!r} of width {encoder.embed_dim}, does not give; pass encoder=..."
                 )
-        return cls(encoder, hypernetwork, contents.prompt_form)
+        described = has_described_prompts(contents.blocks)
+        return cls(encoder, hypernetwork, contents.prompt_form, description_in_prompt=described)
 
     def generate(
         self,
@@ -185,9 +195,13 @@ class TextToLoRA:
         return self.encoder.encode(texts, examples=examples).to(self.hypernetwork.device)
 
     def prompt(self, tokenizer: Any, text: str, description: str = "") -> str:
-        """The prompt for ``text``, by the template that the checkpoint was trained with; tokenize it without special tokens.
+        """The prompt for ``text``, by the template that the checkpoint was trained with.
+
+        Its ids are those of :func:`t2l_engine.text.prompts.prompt_ids`.
 
         ``tokenizer``: the base model's; ``description``: put first, for a checkpoint that was trained with descriptions in
-        the prompt.
+        the prompt; ValueError if it was (:attr:`description_in_prompt`) and there is none.
         """
+        if self.description_in_prompt and not description:
+            raise ValueError("description: expected the task's, for the checkpoint was trained with it in prompts, got ''")
         return prompt_of(self.prompt_form, tokenizer, text, description)

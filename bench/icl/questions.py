@@ -32,7 +32,7 @@ from t2l_engine.research.evaluation.metrics import exact_match
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks
 from t2l_engine.testing.models import cache_argument
 from t2l_engine.text import packaged
-from t2l_engine.text.prompts import raw_prompt
+from t2l_engine.text.prompts import prompt_ids, raw_prompt
 
 SHOTS, MAX_NEW_TOKENS = 3, 16
 #: As the quality of the bundled checkpoint was measured.
@@ -128,7 +128,7 @@ class Serving:
         self.plain, self.adapted, self.merged = (Speaker(m, self.tokenizer) for m in (model, adapted, merged))
 
     def ids(self, prompt: str) -> list[int]:
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return prompt_ids(self.tokenizer, [prompt])[0]
 
     def put(self, description: str) -> None:
         """The adapter of a text in its slot."""

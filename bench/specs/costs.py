@@ -21,7 +21,7 @@ from bench.timing import elapsed_us
 from t2l_engine.research.evaluation.arms import shots_of
 from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
 from t2l_engine.text import packaged
-from t2l_engine.text.prompts import raw_prompt
+from t2l_engine.text.prompts import prompt_ids, raw_prompt
 from t2l_engine.text.reader import TextReader
 
 TASKS, ROUNDS = 20, 3
@@ -70,7 +70,7 @@ class _Served:
         self.plain, self.adapted = Speaker(model, self.tokenizer), Speaker(adapted, self.tokenizer)
 
     def ids(self, prompt: str) -> list[int]:
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return prompt_ids(self.tokenizer, [prompt])[0]
 
     def ways(self, task: Task, count: int) -> tuple[dict[str, int], dict[str, Callable[[], None]]]:
         """Tokens of what is read and asked of ``task`` with ``count`` worked examples, and what is timed, in this order."""

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from t2l_engine.adapters.paths import LAYER, layer_list, path_error, path_template
-from t2l_engine.files.errors import MAX_MODULES, ConfigError, positive_number, short_repr
+from t2l_engine.files.errors import MAX_LAYERS, MAX_MODULES, ConfigError, positive_number, short_repr
 from t2l_engine.files.patterns import Patterns
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import max_abs, read_safetensors
 
 WEIGHTS_NAME, CONFIG_NAME, PICKLE_NAME = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
-MAX_LAYERS = 4096
 #: Bounds on the stack's values: times those in the file (one layer of a 128-layer model, the others padding), and plus.
 MAX_PADDING, MAX_PADDED = 128, 1 << 30
 

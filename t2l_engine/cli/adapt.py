@@ -45,7 +45,6 @@ def adapt(
     """
     began = time.perf_counter()
     from t2l_engine.cli.train import need_packages
-    from t2l_engine.hypernetwork.checkpoint import describe, has_described_prompts
     from t2l_engine.text.examples import read_examples
 
     keep_freed_memory()
@@ -56,10 +55,8 @@ def adapt(
 
     shown = read_examples(examples)
     changes = parse_overrides(overrides or [])
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     model = base_model_of(folder, base_model)
-    if has_described_prompts(describe(folder)):
-        changes = {"prompt": "description"} | changes
     report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
     made = settings_of(output / tuning.RUN)
@@ -96,7 +93,10 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
     longest = max(len(answerer.tokens(answer)) for _, answer in examples) + 4
     shown = description if made["prompt"] == "description" else ""
     prompts = [prompt_of(made["prompt_form"], tokenizer, text, shown) for text, _ in examples]
-    queries = [Query(prompt, max_new_tokens=longest) for prompt in prompts]
+    queries = [
+        Query(prompt, max_new_tokens=longest, one_line="\n" not in answer.strip())
+        for prompt, (_, answer) in zip(prompts, examples, strict=True)
+    ]
     counts = []
     for adapter in adapters:
         answers = answerer.ask(queries, Stored(AdapterStack.from_peft(adapter), [""]))

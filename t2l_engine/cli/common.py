@@ -89,16 +89,29 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def load_engine(checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool) -> tuple[TextToLoRA, Path]:
-    """(engine, checkpoint folder) for the options of a command."""
+def load_engine(
+    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str = ""
+) -> tuple[TextToLoRA, Path]:
+    """(engine, checkpoint folder) for the options of a command.
+
+    A checkpoint may read texts with its base model: where that is no longer in the folder that it names, it is the one in
+    ``base_model``, if given.
+    """
     from transformers.utils import logging
 
     from t2l_engine.engine import TextToLoRA
+    from t2l_engine.hypernetwork.checkpoint import describe
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
+    from t2l_engine.text.packaged import LANGUAGE_MODEL
 
     logging.disable_progress_bar()  # keeps stderr for our own messages
     logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
+    if base_model and not encoder:
+        about = describe(folder)
+        name = (about.get("encoder") or {}).get("name")
+        moved = name and name == about.get("base_model") and not (name == LANGUAGE_MODEL or Path(name).is_dir())
+        encoder = base_model if moved else ""
     engine = TextToLoRA.from_pretrained(
         folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
     )

@@ -20,7 +20,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
     Files are read and checked completely.  Checkpoints: ``kind`` "checkpoint"; ``parameters`` counts ``heads``, ``trunk``
     (including all but the heads), ``offsets`` (buffers) and a reader's ``pooling``; ``gflop_per_adapter``: from
-    ``research.costs.hypernet_flops``.
+    ``research.costs.hypernet_flops``; ``prompt``: the template of its training, and whether its prompts had the description.
     Adapters: ``kind`` "adapter"; ``parameters`` counts true ranks; ``partial``: the base model may have more layers.
     ``file_bytes`` is the size of the weights file.
 
@@ -84,6 +84,7 @@ def _checkpoint(folder: Path) -> dict[str, Any]:
         "values_per_adapter": c.num_layers * c.rank * (sum(c.in_features) + sum(c.out_features)),
         "encoder": blocks.get("encoder") or _named_encoder(blocks),
         "base_model": blocks.get("base_model"),
+        "prompt": {"form": contents.prompt_form, "description": checkpoint.has_described_prompts(blocks)},
         "training": _training(training) if isinstance(training, dict) else None,
     }
 

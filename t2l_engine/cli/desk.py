@@ -31,7 +31,7 @@ class Desk:
         of = self.side_by_side
         stack = of.engine.generate([description])
         if path.suffix == GGUF:
-            prefix = prompt_prefix(of.engine, self.folder)(description)
+            prefix = prompt_prefix(of.engine)(description)
             save_gguf(stack, 0, path, of.model.config, None, description, prefix)
         else:
             stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
@@ -49,15 +49,13 @@ def open_desk(
     trust_remote_code: bool,
 ) -> Desk:
     """Load all that the options name; ValueError for answers that are longer than the model's context."""
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.serving.side_by_side import SideBySide
     from t2l_engine.text import base_model as models
 
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     name = base_model_of(folder, base_model)
     model, tokenizer = models.load(name, dtype.torch)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
-    described = checkpoints.has_described_prompts(checkpoints.describe(folder))
-    return Desk(SideBySide(engine, model, tokenizer, slots=slots, described=described), name, folder)
+    return Desk(SideBySide(engine, model, tokenizer, slots=slots), name, folder)

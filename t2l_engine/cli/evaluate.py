@@ -148,7 +148,7 @@ def evaluate(
     if journal is not None and journal.exists():
         say(f"resuming with the answers in {journal}; remove it to start anew")
     store = Store(resume or journal)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     counts = _counts(shots)
     found, left_out = _arms(loaded, pools, counts, (engine, folder), also or [], oracle or [], library, multi_task or [])
     chosen = split_names(arms)
@@ -253,12 +253,12 @@ def _arms(
     short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < n), None) for n in shots}
     few = {n: f"fewer than {n} examples of split 'train' of task {name}" for n, name in short.items() if name}
     possible = [n for n in shots if n not in few]
-    found = _generated(NAME, *checkpoint, tasks, pools, possible, left_out)
+    found = _generated(NAME, *checkpoint, tasks, pools, possible, few, left_out)
     for text in also:
         name, _, path = text.partition("=")
         if not name or not path:
             raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, possible, left_out)
+        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, possible, few, left_out)
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -286,18 +286,27 @@ def _arms(
 
 
 def _generated(
-    name: str, engine: Any, folder: Path, tasks: list, pools: dict, shots: list[int], left_out: dict[str, str]
+    name: str,
+    engine: Any,
+    folder: Path,
+    tasks: list,
+    pools: dict,
+    shots: list[int],
+    few: dict[int, str],
+    left_out: dict[str, str],
 ) -> list:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import arms as kinds
 
     about = checkpoints.describe(folder)
-    in_prompt = checkpoints.has_described_prompts(about)
     from_input = about.get("training", {}).get("condition") == "input"
-    made = kinds.generated_arms(name, engine, tasks, pools=pools, shots=shots, in_prompt=in_prompt, from_input=from_input)
+    made = kinds.generated_arms(
+        name, engine, tasks, pools=pools, shots=shots, in_prompt=engine.description_in_prompt, from_input=from_input
+    )
     if most := engine.encoder.max_examples:
         reason = f"the checkpoint reads at most {most} examples"
-        left_out.update({f"{name}-examples{kinds.counted(n)}": reason for n in shots if n > most})
+        reasons = few | {n: reason for n in shots if n > most}
+        left_out.update({f"{name}-examples{kinds.counted(n)}": why for n, why in reasons.items()})
     known = getattr(engine.encoder.config, "tasks", None)
     answered = [task for task in tasks if known is None or task.name in known]
     if not answered:

@@ -105,20 +105,18 @@ def _adapter_file(source: str, output: Path, dtype: Any, checkpoint: str, base_m
             f"{source}: expected a description, or a PEFT adapter folder with {CONFIG_NAME}, for the adapter in {output}"
         )
     else:
-        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, "", "", False)
-        stack, prefix, what = engine.generate([source]), prompt_prefix(engine, folder)(source), "description"
+        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, "", "", False, base_model)
+        stack, prefix, what = engine.generate([source]), prompt_prefix(engine)(source), "description"
         base = base_model_of(folder, base_model)
     save(stack, 0, output, config_of(base), dtype, source if what == "description" else "", prefix)
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 
 
-def prompt_prefix(engine: TextToLoRA, folder: Path) -> Callable[[str], str]:
+def prompt_prefix(engine: TextToLoRA) -> Callable[[str], str]:
     """Description -> what prompts begin with, of a checkpoint trained with descriptions in raw prompts; else empty."""
-    from t2l_engine.hypernetwork import checkpoint
     from t2l_engine.text.prompts import RAW, raw_prompt
 
-    in_prompt = checkpoint.has_described_prompts(checkpoint.describe(folder))
-    if not in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
+    if not engine.description_in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
         return lambda description: ""
     return lambda description: raw_prompt(description, "").removesuffix(raw_prompt("", ""))
 

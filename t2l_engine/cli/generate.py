@@ -97,10 +97,10 @@ def generate(
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
     shots = None if examples is None else read_examples(examples)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     _check(engine, lines)
     base = base_model or checkpoints.describe(folder).get("base_model")
-    prefix = export.prompt_prefix(engine, folder)
+    prefix = export.prompt_prefix(engine)
     base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = base and packaged.hub_name(base)
     index = output / INDEX_NAME

@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Import, generate, select and check
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: <name>.jsonl files and descriptions.json.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to write.")]
-Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds tasks.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, those of other names too.")]
 Manifest = Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file.")]
 
 

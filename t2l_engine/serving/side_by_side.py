@@ -15,7 +15,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from t2l_engine.lora.handle import attach
-from t2l_engine.text.prompts import RAW, prompt_of
+from t2l_engine.text.prompts import RAW, prompt_ids, prompt_of
 
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
@@ -87,11 +87,10 @@ class SideBySide:
         engine: makes the adapters.
         model, tokenizer: the base model, from :func:`t2l_engine.text.base_model.load`; it has no adapters attached.
         slots: adapters that are held, and the most descriptions of a question.
-        described: the checkpoint was trained with descriptions in the prompts; adapted rows are given them too.
     """
 
-    def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8, described: bool = False):
-        self.engine, self.model, self.tokenizer, self.slots, self._described = engine, model, tokenizer, slots, described
+    def __init__(self, engine: TextToLoRA, model: Any, tokenizer: Any, *, slots: int = 8):
+        self.engine, self.model, self.tokenizer, self.slots = engine, model, tokenizer, slots
         self._lora = attach(model, slots=slots)
         self._held: OrderedDict[str, int] = OrderedDict()  # description -> slot; the least recently used first
         self._stop, self._closed = threading.Event(), False  # _stop: of the question at hand, or of the last one
@@ -121,9 +120,10 @@ class SideBySide:
         self._lora.detach()
 
     def prompts(self, text: str, rows: Sequence[Row]) -> list[str]:
-        """The prompt of every row."""
+        """The prompt of every row: with the description where there is no adapter, or the checkpoint was trained so."""
         form = self.engine.prompt_form
-        shown = [row.description if self._described or not row.adapted else "" for row in rows]
+        described = self.engine.description_in_prompt
+        shown = [row.description if described or not row.adapted else "" for row in rows]
         return [prompt_of(form, self.tokenizer, text, description) for description in shown]
 
     def answers(
@@ -192,9 +192,8 @@ class SideBySide:
     def _batch(self, prompts: Sequence[str], max_new_tokens: int) -> Any:
         """The prompts as padded ids."""
         limit = getattr(self.model.config, "max_position_embeddings", None)
-        batch = self.tokenizer(
-            list(prompts), return_tensors="pt", padding=True, add_special_tokens=False, return_token_type_ids=False
-        )
+        ids = prompt_ids(self.tokenizer, prompts)
+        batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
         length = batch["input_ids"].shape[1]
         if limit is not None and max_new_tokens >= limit:
             raise ValueError(f"max_new_tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")

@@ -9,7 +9,7 @@ import torch
 
 from t2l_engine.files.errors import short_repr
 from t2l_engine.text import packaged
-from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter
+from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter, own_name
 
 
 def config_of(name: str) -> Any:
@@ -19,7 +19,7 @@ def config_of(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    folder = packaged.convert() if name in (LANGUAGE_MODEL, packaged.BASE_MODEL) else name
+    folder = packaged.convert() if own_name(name) == LANGUAGE_MODEL else name
     return AutoConfig.from_pretrained(_folder(str(folder)), trust_remote_code=False)
 
 
@@ -32,16 +32,19 @@ def _folder(name: str) -> str:
 
 
 def load(name: str, dtype: torch.dtype, attention: str | None = None):
-    """(model in eval mode, tokenizer with left padding) of "smollm2-135m" or of a local transformers folder.
+    """(model in eval mode, tokenizer with left padding) of "smollm2-135m", under that name or its own, or of a local folder.
 
     ``attention``: a transformers ``attn_implementation``, None = its default for the model (Gemma-2 has no "sdpa").  Python
-    code in the folder is never run.
+    code in the folder is never run.  Of its ``generation_config.json`` only the special tokens count: transformers would
+    apply a repetition penalty to greedy decoding, too.
 
     Raises:
         FileNotFoundError: ``name`` is neither.
         ValueError: the folder's weights are incomplete, it contains an adapter, or its model needs custom code.
     """
-    if name == LANGUAGE_MODEL:
+    from transformers import GenerationConfig
+
+    if own_name(name) == LANGUAGE_MODEL:
         model, tokenizer = packaged.load(dtype, attn_implementation=attention)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,4 +61,6 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    stated = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**stated)
     return model, tokenizer

@@ -27,6 +27,11 @@ def hub_name(name: str) -> str:
     return BASE_MODEL if name == LANGUAGE_MODEL else name
 
 
+def own_name(name: str) -> str:
+    """The name by which this package loads what :func:`hub_name` names."""
+    return LANGUAGE_MODEL if name == BASE_MODEL else name
+
+
 def cache_dir() -> Path:
     """``$T2L_CACHE``, or ``t2l_engine`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

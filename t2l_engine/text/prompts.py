@@ -10,6 +10,8 @@ from t2l_engine.files.errors import ConfigError
 #: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
 #: (:func:`raw_prompt`).
 PROMPT_FORMS = CHAT, RAW = "chat", "raw"
+#: What chat templates that print today's date (Llama 3) print instead, their own default: prompts are the same every day.
+_DATE = "26 Jul 2024"
 
 
 def check_prompt_form(prompt_form: Any, *where: object) -> str:
@@ -58,7 +60,7 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
     turns.append({"role": "user", "content": text})
     if description:
         turns[0] = {"role": "user", "content": f"{description}\n\n{turns[0]['content']}"}
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=_DATE)
 
 
 def worked_example(text: str, answer: str) -> str:
@@ -70,3 +72,15 @@ def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = (
     """Description (unless empty), worked examples (input, answer) and input as plain text, ending with "Output:"."""
     examples = "".join(f"{worked_example(x, y)}\n\n" for x, y in shots)
     return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\nOutput:"
+
+
+def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each of ``prompts``.
+
+    They begin with the token that ``tokenizer`` puts before a text (``bos_token`` of Llama, Gemma and Mistral; others have
+    none), which chat templates write themselves.
+    """
+    found = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    first = tokenizer("")["input_ids"][:1]
+    begins = first if first == [getattr(tokenizer, "bos_token_id", None)] else []
+    return [ids if ids[:1] == begins else begins + ids for ids in found]

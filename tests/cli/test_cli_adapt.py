@@ -53,6 +53,19 @@ def test_answers_are_counted_as_it_was_tuned(run, checkpoint, tmp_path, monkeypa
     assert all(query.prompt.endswith("Output:") == described for query in asked)
 
 
+def test_answers_of_several_lines(run, checkpoint, tmp_path, monkeypatch):
+    said = "one\ntwo"
+    monkeypatch.setattr(
+        Answerer, "_generate", lambda self, queries, *_: [said if not q.one_line else "one" for q in queries]
+    )
+    rows = [{"input": f"{i}", "output": [said if i % 2 else "one"]} for i in range(20)]
+    (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    call = ["adapt", "Say it.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint), "--set", "steps=1"]
+    code, printed, err = run(*call, "-o", str(tmp_path / "out"), "--json")
+    assert code == 0, err
+    assert json.loads(printed)["right_before"] == 5
+
+
 def test_a_checkpoint_that_reads_prompts_with_descriptions(run, checkpoint, tmp_path):
     """Is tuned with them, as chat and the page show them."""
     config = json.loads((checkpoint / "config.json").read_text())

@@ -53,8 +53,10 @@ def test_prompts(desk):
     rows = [Row(), Row(TASKS[0]), *adapted(TASKS[0])]
     plain, told = f"{TEXT} : ", f"{TASKS[0]}\n\n{TEXT} : "
     assert desk().prompts(TEXT, rows) == [plain, told, plain]
-    assert desk(described=True).prompts(TEXT, rows) == [plain, told, told]
     one = desk()
+    one.engine.description_in_prompt = True
+    assert one.prompts(TEXT, rows) == [plain, told, told]
+    one.engine.description_in_prompt = False
     assert last(one, rows).texts[1] == last(one, [rows[1]]).texts[0]  # shorter prompts are padded
 
 

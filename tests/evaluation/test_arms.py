@@ -11,6 +11,7 @@ from evaluation.conftest import DESCRIPTIONS, random_stack, task
 from training import runs
 
 import t2l_engine as t2l
+from t2l_engine.cli import evaluate as command
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation.arms import (
     CONSTANT,
@@ -33,6 +34,7 @@ from t2l_engine.research.evaluation.library import average
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
+from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text
 
@@ -300,6 +302,25 @@ def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks,
     assert {arm.templates for arm in made} == {("raw",)}
     settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
     assert multi_task_arm(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
+
+
+def test_why_no_examples_are_read(reading, checkpoint):
+    left_out = {}
+    command._generated("t2l", reading, checkpoint, TASKS, {}, [], {3: "there are too few"}, left_out)
+    assert left_out["t2l-examples"] == "there are too few"
+
+
+@pytest.mark.parametrize("form, prompt", [("raw", "input"), ("chat", "description")])
+def test_adapters_of_a_run_that_has_not_finished_say_how_they_are_asked(
+    base_model, tasks, tmp_path, monkeypatch, form, prompt
+):
+    settings = runs.lora(base_model, prompt_form=form, prompt=prompt, steps=9, validate_every=1, held_out_descriptions=1)
+    monkeypatch.setattr(lora.LoRA, "loss", runs.failing(lora.LoRA.loss, 3))
+    with pytest.raises(OSError, match="for the test"):
+        lora.train(settings, tasks, tmp_path / "run")
+    adapters = tmp_path / "run" / lora.ADAPTERS
+    assert not (tmp_path / "run" / lora_runs.WAVES / "000" / lora_runs.RECORD).exists()
+    assert (lora_runs.prompt_form_of(adapters), lora_runs.in_prompt_of(adapters)) == (form, prompt == "description")
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

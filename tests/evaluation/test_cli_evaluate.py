@@ -247,6 +247,13 @@ def test_one_task_has_no_shuffled_control(evaluate, by_input):
     assert list(result["details"]) == ["t2l", "t2l-junk", "t2l-constant", "inputs", *BASE]
 
 
+def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
+    """Reads the descriptions of a checkpoint that does so with its base model, too."""
+    moved = save_checkpoint(tmp_path / "moved", "models/tiny", prompt="input")
+    result, _, _ = evaluate("--base-model", base_model, "--arms", "t2l", "--repeats", 1, "--max-items", 1, checkpoint=moved)
+    assert list(result["details"]) == ["t2l"] and result["base_model"] == str(base_model)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

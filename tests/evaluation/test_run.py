@@ -285,6 +285,12 @@ def test_a_text_has_three_scores():
     assert all((q.max_new_tokens, q.one_line, q.options) == (7, True, ()) for q in queries)
 
 
+def test_an_answer_of_several_lines_is_not_cut():
+    examples = (Example("x", ("red\ncat",), "test"), Example("y", ("dog",), "test"))
+    found, queries = scored(examples, lambda query, adapters: "dog" if query.one_line else " red\ncat\n")
+    assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, True]
+
+
 def test_a_number_may_be_reasoned_to():
     examples = words("x", "y", answer="1,200", metric="number")
     found, queries = scored(examples, lambda query, adapters: "3 x 400\nso 1200." if "x" in query.prompt else "1200 or 7",

@@ -11,6 +11,7 @@ from training.conftest import WORDS
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import adapt, lora
+from t2l_engine.research.training.runs import settings_of
 from t2l_engine.text import base_model as base_model_loader
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling, TextReader
@@ -94,6 +95,24 @@ def test_a_folder_keeps_what_was_made_there(engine, base_model, tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
     assert vars(again) | {"seconds": 0} == vars(report) | {"seconds": 0}
+
+
+def test_prompts_are_those_of_the_checkpoint(engine, base_model, tmp_path):
+    """Of which one example in four is validated, however many there are."""
+    read = engine.encoder, engine.hypernetwork
+    for described in (False, True):
+        own, out = t2l.TextToLoRA(*read, "raw", description_in_prompt=described), tmp_path / str(described)
+        adapt.adapt(own, str(base_model), "Say it.", EXAMPLES, out, **QUICK | {"steps": 1})
+        made = settings_of(out / adapt.RUN)
+        assert (made["prompt"], made["prompt_form"]) == ("description" if described else "input", "raw")
+        assert made["validation_samples"] == 7
+
+
+def test_a_start_that_was_not_written_whole(engine, base_model, tmp_path):
+    out = tmp_path / "out"
+    (out / adapt.START).mkdir(parents=True)
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **QUICK | {"steps": 2})
+    assert report.steps == 2 and (out / adapt.START / "adapter_config.json").is_file()
 
 
 def test_a_scaling_that_float32_rounds(engine, base_model, tmp_path):

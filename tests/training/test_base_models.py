@@ -53,6 +53,21 @@ def test_other_families_are_loaded(save_model, family):
     assert not model.training and model.dtype == torch.bfloat16 and tokenizer.padding_side == "left"
 
 
+def test_greedy_decoding_is_greedy(save_model):
+    """Whatever penalties and sampling the folder asks for; its special tokens count."""
+    folder = save_model("Llama")
+    own = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [2, 5]}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    model, _ = base_models.load(str(folder), torch.float32)
+    made = model.generation_config
+    assert made.eos_token_id == [2, 5] and made.repetition_penalty in (None, 1.0) and not made.do_sample
+    ids = torch.tensor([[7, 8, 9, 7, 8, 9]])
+    endless = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 0}
+    said = model.generate(ids, attention_mask=torch.ones_like(ids), **endless)
+    for end in range(ids.shape[1], said.shape[1]):
+        assert said[0, end] == model(input_ids=said[:, :end]).logits[0, -1].argmax()
+
+
 def test_models_that_are_not_whole(base_model, tmp_path, monkeypatch):
     """Weights that are missing are not made up, and code in a folder is not run, nor asked about at the terminal."""
     folder = tmp_path / "model"
@@ -201,7 +216,8 @@ def test_examples_of_the_splits_are_needed(base_model, tasks):
 
     assert [len(load(validate_every=1).validation.kept(i)) for i in (0, 1)] == [5, 5]
     change(("train", "val", "test"), longer=" cat")
-    with pytest.raises(ConfigError, match="split 'val'"):  # 7 tokens, none left
+    left_out = pytest.warns(UserWarning, match="max_tokens: 10 of 10 validation examples have more than 6 tokens")
+    with pytest.raises(ConfigError, match="split 'val'"), left_out:  # 7 tokens, none left
         load(validate_every=1)
     load()
     change(("train", "test"))

@@ -220,12 +220,19 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
         ({"encoder": "one-hot"}, "reader_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
         ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
         ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
+        ({"reader_layers": [1, 0]}, "reader_layers: expected increasing numbers, got .1, 0."),
+        ({"reader_width": 9}, "reader_width: expected a multiple of the 2 reader_heads, got 9"),
         ({"condition": "input"}, "condition: expected 'description' with encoder 'reader', got 'input'"),
     ],
 )
 def test_settings_that_do_not_fit(base_model, changes, match):
     with pytest.raises(ConfigError, match=match):
         reading(base_model, **changes)
+
+
+def test_layers_that_the_base_model_does_not_have(base_model, tasks, tmp_path):
+    with pytest.raises(ConfigError, match="^reader_layers: expected at most the 2 layers of '.*', got .0, 3"):
+        sft.train(reading(base_model, reader_layers=[0, 3]), tasks, tmp_path / "out")
 
 
 @pytest.mark.parametrize("field, value", [

@@ -14,7 +14,7 @@ from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.reconstruction import DELTA_W_SCALING, DeltaL1, Library, Reconstruction, z_scores
 from t2l_engine.research.training.sampling import Shard
 from t2l_engine.testing import numerics
-from t2l_engine.text import base_model
+from t2l_engine.text import base_model, packaged
 
 CPU = torch.device("cpu")
 
@@ -49,15 +49,28 @@ def distance(target, generated, stack, statistics=None):
 
 def test_prompt_form_is_the_librarys(tmp_path):
     """What the run around the adapters says; the checkpoint hands it on to whoever asks the adapted model."""
-    for form in (None, "raw"):
-        folder = tmp_path / str(form) / lora_runs.ADAPTERS
+    for form, prompt in ((None, "input"), ("raw", "input"), ("raw", "description")):
+        folder = tmp_path / f"{form}-{prompt}" / lora_runs.ADAPTERS
         runs.library(folder)
         if form:
             wave = folder.parent / lora_runs.WAVES / "000"
             wave.mkdir(parents=True)
-            (wave / lora_runs.RECORD).write_text(json.dumps({"settings": {"prompt_form": form}}))
-        out = reconstruction.train(runs.reconstruction(steps=1, validate_every=0), folder, tmp_path / f"out-{form}")
-        assert t2l.TextToLoRA.from_pretrained(out).prompt_form == checkpoint.read(out).prompt_form == (form or "chat")
+            (wave / lora_runs.RECORD).write_text(json.dumps({"settings": {"prompt_form": form, "prompt": prompt}}))
+        out = reconstruction.train(runs.reconstruction(steps=1, validate_every=0), folder, folder.parent / "out")
+        engine = t2l.TextToLoRA.from_pretrained(out)
+        assert engine.prompt_form == checkpoint.read(out).prompt_form == (form or "chat")
+        assert engine.description_in_prompt == (prompt == "description")
+
+
+def test_a_library_that_names_the_packaged_model_as_others_find_it(tmp_path):
+    """As files of this package do; what reads the library loads it."""
+    stack = runs.library(tmp_path / "library")
+    for i in range(3):
+        stack.save_pretrained(tmp_path / "library" / f"task{i}", adapter=i, base_model_name_or_path=packaged.BASE_MODEL)
+    settings = runs.reconstruction(steps=1, validate_every=0)
+    out = reconstruction.train(settings, tmp_path / "library", tmp_path / "out")
+    assert checkpoint.describe(out)["base_model"] == packaged.LANGUAGE_MODEL
+    assert packaged.hub_name(packaged.LANGUAGE_MODEL) == packaged.BASE_MODEL and packaged.own_name("other") == "other"
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------

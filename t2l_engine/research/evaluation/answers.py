@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.text.prompts import prompt_ids
 
 #: Tokens that verified prompts have in common, and prompts of a batch, from which their common prefix is computed once.
 SHARED, FEWEST_SHARED = 16, 4
@@ -136,6 +137,7 @@ class Answerer:
         self._store, self._batch_size, self._clock = store, batch_size, clock
 
     def tokens(self, text: str) -> list[int]:
+        """Ids of an answer; those of prompts: :func:`prompt_ids`."""
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @torch.no_grad()
@@ -144,7 +146,7 @@ class Answerer:
     ) -> list[Answer]:
         """The answer to every query; ``adapters`` None: of the base model.  ``progress``: called with each batch's size."""
         results: list[Answer | None] = [None] * len(queries)
-        prompts = [self.tokens(q.prompt) for q in queries]
+        prompts = prompt_ids(self._tokenizer, [q.prompt for q in queries])
         with contextlib.ExitStack() as stack:
             use: Use | None = None  # entered only if an answer is missing
             for indices in self._batches(queries, prompts):

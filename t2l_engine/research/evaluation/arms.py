@@ -33,7 +33,6 @@ from t2l_engine.text.reader import TextReader, condition_text
 SHOTS = 3
 #: The constant control: a description without information about the task.
 CONSTANT = "Answer the question."
-CONTROLS = ("shuffled", "junk", "constant")
 
 
 @dataclasses.dataclass(frozen=True)

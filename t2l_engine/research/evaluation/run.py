@@ -16,7 +16,7 @@ from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.research.evaluation.arms import Arm, description_of, shots_of
 from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.text.prompts import answer_of, prompt_of
+from t2l_engine.text.prompts import answer_of, prompt_ids, prompt_of
 
 #: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
 TASKS_A_ROUND = 40
@@ -209,12 +209,13 @@ class Evaluation:
 
     def _query(self, arm: Arm, template: str, item: _Item) -> Query:
         long = item.example.metric in ("number", "pass")
+        lines = any("\n" in output.strip() for output in item.example.outputs)
         return Query(
             self._prompt(arm, template, item),
             self._adapter(arm, item),
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
-            not long,
+            not long and not lines,
             tuple(answer_of(template, output) for output in item.example.outputs)
             if self._settings.verify and item.example.metric == "exact_match"
             else (),
@@ -238,7 +239,7 @@ class Evaluation:
         items = ((arm, template, _Item(task, example, r)) for arm in self._arms for template in arm.templates
                  for r in range(self._repeats(arm)))  # fmt: skip
         texts = {self._prompt(*which) for which in items}
-        return max(len(self._answerer.tokens(text)) for text in texts) <= self._settings.max_prompt_tokens
+        return max(map(len, prompt_ids(self._tokenizer, [*texts]))) <= self._settings.max_prompt_tokens
 
     # --- answers ---------------------------------------------------------------------------------------------------
 

@@ -112,7 +112,8 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
 
     Args:
         folder: created if missing.
-        overwrite: allow a folder that holds tasks; files of other tasks in it are kept.
+        overwrite: allow a folder that holds tasks.  Other tasks are then no longer in ``descriptions.json``; their files
+            are kept.
 
     Raises FileExistsError for a folder that holds tasks, ConfigError naming content that ``load_tasks`` would reject;
     nothing is written then.

@@ -11,18 +11,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
-from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.training import lora
 from t2l_engine.research.training.log import read_log
 from t2l_engine.research.training.runs import ADAPTERS, WAVES
 from t2l_engine.research.training.settings import LoRASettings, build
 from t2l_engine.text.encoder import WorkedExamples
+from t2l_engine.text.packaged import hub_name
 
 #: Name of the task, of its adapter's folder, and of the report.
 NAME, START, RUN, REPORT = "adapted", "start", "run", "adapt.json"
@@ -38,7 +39,6 @@ DEFAULTS: dict[str, Any] = {
     "tasks_per_batch": 1,
     "samples_per_task": 8,
     "validate_every": 10,
-    "validation_samples": 64,
     "patience": 3,
     "save_every": 50,
 }
@@ -76,16 +76,16 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     return order[count:], order[:count]
 
 
-def settings_for(
-    config: HyperNetworkConfig, base_model: str, prompt_form: str, start: Path, changes: Mapping[str, Any]
-) -> LoRASettings:
-    """Settings that tune an adapter of a hypernetwork; ``changes`` override DEFAULTS.
+def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapping[str, Any]) -> LoRASettings:
+    """Settings that tune an adapter that ``engine`` generated; ``changes`` override DEFAULTS.
 
     Raises ConfigError without validation from the start on, which decides what is kept.
     """
+    config = engine.hypernetwork.config
     of_adapter = {
         "base_model": base_model, "target_modules": config.modules, "rank": config.rank, "lora_alpha": config.lora_alpha,
-        "scaling": config.scaling, "prompt_form": prompt_form, "initial": str(start),
+        "scaling": config.scaling, "prompt_form": engine.prompt_form,
+        "prompt": "description" if engine.description_in_prompt else "input", "initial": str(start),
     }  # fmt: skip
     settings = build(LoRASettings, DEFAULTS | of_adapter | dict(changes))
     if not settings.patience:
@@ -123,14 +123,14 @@ def adapt(
     stack = engine.generate([description], shots)
     rows = [Example(x, (y,), name) for name, pairs in (("train", trained), ("val", held_out)) for x, y in pairs]
     task, tasks = Task(NAME, (description,), tuple(rows)), output / RUN / "tasks"
-    if not (output / START).is_dir():
+    if not (output / START / CONFIG_NAME).is_file():  # written last, with the weights
         write_tasks(tasks, [task], overwrite=True)
-        stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=base_model)
+        stack.save_pretrained(output / START, adapter=0, base_model_name_or_path=hub_name(base_model))
     elif load_tasks(tasks, None) != [task] or not AdapterStack.from_peft(output / START).allclose(stack):
         raise ConfigError(
             f"{output}: has an adapter of another description, other examples or another checkpoint; choose another folder"
         )
-    settings = settings_for(engine.hypernetwork.config, base_model, engine.prompt_form, output / START, changes)
+    settings = settings_for(engine, base_model, output / START, {"validation_samples": len(held_out), **changes})
     began = time.perf_counter()
     lora.train(settings, tasks, output / RUN)
     report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)

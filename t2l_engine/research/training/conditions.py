@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.adapters.stack import AdapterStack
+from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
 from t2l_engine.hypernetwork.network import HyperNetwork
@@ -92,7 +93,10 @@ class ReadConditions:
         )  # fmt: skip
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
         with torch.random.fork_rng(devices=[]):
-            reader = TextReader.from_config(self.reader_config, device=device, cache_size=0)
+            try:
+                reader = TextReader.from_config(self.reader_config, device=device, cache_size=0)
+            except ConfigError as error:  # of a model with fewer layers
+                raise ConfigError(str(error).replace("encoder.layers", "reader_layers")) from error
         self._hidden_size = reader.model.config.get_text_config().hidden_size
         self._states, self._places = read_states(reader, texts, folder)
 

@@ -140,16 +140,17 @@ class TrainingContext:
         self.modules = locate(self.model, settings.target_modules)
         prompts = {"with_description": settings.prompt == "description", "template": settings.prompt_form}
         self.train = Examples(self.tasks, self.tokenizer, settings.max_tokens, **prompts)
-        if self.train.dropped:
-            total = sum(len(task.examples) for task in self.tasks)
-            warnings.warn(
-                f"max_tokens: {self.train.dropped} of {total} training examples have more than {settings.max_tokens} tokens "
-                "and are left out",
-                stacklevel=3,
-            )
         self.validation = Examples(
             validation, self.tokenizer, settings.max_tokens, **prompts, limit=settings.validation_samples, allow_empty=True
         )  # fmt: skip
+        for what, of in (("training", self.train), ("validation", self.validation)):
+            if of.dropped:
+                total = sum(len(task.examples) for task in of.tasks)
+                warnings.warn(
+                    f"max_tokens: {of.dropped} of {total} {what} examples have more than {settings.max_tokens} tokens "
+                    "and are left out",
+                    stacklevel=3,
+                )
         if settings.validate_every and not any(self.validation.kept(i) for i in range(len(loaded))):
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 

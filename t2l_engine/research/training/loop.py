@@ -39,10 +39,11 @@ from tqdm import tqdm
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.weights import replacing
 from t2l_engine.research.training.log import COUNTS, Log
+from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
 
-STATE, SETTINGS, BEST = "training_state.pt", "settings.yaml", "best"
+STATE, BEST = "training_state.pt", "best"
 
 
 class Job(ABC):

@@ -32,6 +32,7 @@ from t2l_engine.research.training.objective import Batch
 from t2l_engine.research.training.runs import ADAPTERS, LAST, MULTI_TASK, RECORD, WAVES
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, trained_descriptions
 from t2l_engine.research.training.settings import LoRASettings, differences
+from t2l_engine.text.packaged import hub_name
 
 
 class LoRABank(nn.Module):
@@ -180,7 +181,7 @@ class LoRA(loop.Job):
         for i, name in enumerate(self.names):
             if self._validated[i] or not best:
                 target = self.folder / (LAST if self._validated[i] and not best else ADAPTERS) / name
-                stack.save_pretrained(target, adapter=i, base_model_name_or_path=self.settings.base_model)
+                stack.save_pretrained(target, adapter=i, base_model_name_or_path=hub_name(self.settings.base_model))
 
     def data(self) -> dict[str, Any]:
         return self._context.data(self._tasks, self._initial)

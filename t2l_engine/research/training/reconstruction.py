@@ -36,9 +36,10 @@ from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descr
 from t2l_engine.research.training import loop
 from t2l_engine.research.training.conditions import STATES, ReadConditions, ReadingHyperNetwork, remove_states
 from t2l_engine.research.training.descriptions import TaskEmbeddings
-from t2l_engine.research.training.runs import prompt_form_of
+from t2l_engine.research.training.runs import in_prompt_of, prompt_form_of
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
 from t2l_engine.research.training.settings import READER, ReconstructionSettings
+from t2l_engine.text.packaged import own_name
 
 #: Factor of the "delta-w" loss, as in SakanaAI's code; brings weight differences to the order of 1.
 DELTA_W_SCALING = 10_000.0
@@ -82,13 +83,13 @@ class Library:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
         # Computed once: every save needs them, and a library may have gigabytes.
         self.base_model, self.digests = self._base_model(), self._digests()
-        self.prompt_form = prompt_form_of(folder)
+        self.prompt = {"prompt_form": prompt_form_of(folder), "prompt": "description" if in_prompt_of(folder) else "input"}
 
     def _base_model(self) -> str | None:
         """The base model in the adapters' configurations; None unless all state the same one."""
         stated = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
         name = stated.pop() if len(stated) == 1 else None
-        return name if isinstance(name, str) else None
+        return own_name(name) if isinstance(name, str) else None
 
     def _digests(self) -> dict[str, Any]:
         """Per adapter: the first 16 hex digits of the SHA-256 of its weights file and of its descriptions."""
@@ -274,7 +275,7 @@ class Reconstruction(loop.Job):
     def write(self, folder: Path, step: int, *, best: bool) -> None:
         training = {
             "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
-            "prompt_form": self._library.prompt_form, "tasks": self.data()["adapters"],
+            **self._library.prompt, "tasks": self.data()["adapters"],
         }  # fmt: skip
         blocks = {"encoder": self._conditions.config(), "base_model": self._library.base_model, "training": training}
         self._denormalised().save_pretrained(folder, blocks, self._pooling)

@@ -7,10 +7,13 @@ from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
+from t2l_engine.files.yaml import read_yaml
 from t2l_engine.research.tasks.folder import read_descriptions
 from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
+#: File of the settings in the folder of a run, or of a wave.
+SETTINGS = "settings.yaml"
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
@@ -34,10 +37,16 @@ def adapters_of(folder: Path) -> set[str]:
     }
 
 
+def _stated(adapters: Path) -> dict[str, Any]:
+    """The settings of the run that folder ``adapters`` belongs to, finished or not; empty if it belongs to none."""
+    unfinished = adapters.parent / WAVES / "000" / SETTINGS
+    found = settings_of(adapters.parent)
+    return found or (read_yaml(unfinished) if unfinished.is_file() else {})
+
+
 def prompt_form_of(adapters: Path) -> str:
     """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
-    settings = settings_of(adapters.parent) or {}
-    return check_prompt_form(settings.get("prompt_form", CHAT), adapters.parent)
+    return check_prompt_form(_stated(adapters).get("prompt_form", CHAT), adapters.parent)
 
 
 def descriptions_of(adapters: Path) -> dict[str, list[str]]:
@@ -45,10 +54,10 @@ def descriptions_of(adapters: Path) -> dict[str, list[str]]:
 
     Raises FileNotFoundError where the folder has none.
     """
-    held_out = (settings_of(adapters.parent) or {}).get("held_out_descriptions", 0)
+    held_out = _stated(adapters).get("held_out_descriptions", 0)
     return {name: texts[: len(texts) - held_out] for name, texts in read_descriptions(adapters).items()}
 
 
 def in_prompt_of(adapters: Path) -> bool:
     """Whether the adapters in folder ``adapters`` were trained with the description in the prompt."""
-    return (settings_of(adapters.parent) or {}).get("prompt") == "description"
+    return _stated(adapters).get("prompt") == "description"

@@ -186,6 +186,11 @@ class _HyperNetwork(BaseModel):
     @model_validator(mode="after")
     def _reader(self):
         if self.encoder == READER:
+            if list(self.reader_layers) != sorted(set(self.reader_layers)):
+                raise ValueError(f"reader_layers: expected increasing numbers, got {short_repr(list(self.reader_layers))}")
+            if self.reader_width % self.reader_heads:
+                heads = f"{self.reader_heads} reader_heads"
+                raise ValueError(f"reader_width: expected a multiple of the {heads}, got {self.reader_width}")
             self._expect(f"with encoder {READER!r}", embedding_noise=0.0, mix_descriptions=False)
         else:
             self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("read")))

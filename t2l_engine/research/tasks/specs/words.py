@@ -14,7 +14,7 @@ _DATA: dict[str, Any] = json.loads((Path(__file__).parent / "words.json").read_t
 KINDS: dict[str, list[str]] = {kind: entry["words"] for kind, entry in _DATA["kinds"].items()}
 #: Word -> its kind.
 KIND_OF: dict[str, str] = {word: kind for kind, words in KINDS.items() for word in words}
-KIND_NAMES, KIND_WORDS = list(KINDS), list(KIND_OF)
+KIND_NAMES = list(KINDS)
 #: Words of plain things, in lower case and countable: what can be listed, spelled or put into the plural.
 NOUNS: list[str] = [
     *_DATA["objects"],

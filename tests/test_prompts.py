@@ -1,0 +1,63 @@
+"""Prompts as text and as ids."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import t2l_engine as t2l
+from t2l_engine.text.prompts import chat_prompt, prompt_ids, raw_prompt
+
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
+
+WORDS = ["[UNK]", "<s>", "</s>", "Input", ":", "Output", "one", "two", "user"]
+
+
+def tokenizer(template=None, chat=None):
+    """Of words; ``template``: what it puts around a text, as those of Llama and BERT do."""
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template:
+        special = [(word, WORDS.index(word)) for word in ("<s>", "</s>")]
+        made.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=special)
+    found = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="[UNK]", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    found.chat_template = chat
+    return found
+
+
+@pytest.mark.parametrize("template, begins", [(None, []), ("<s> $A", [1]), ("<s> $A </s>", [1]), ("$A </s>", [])])
+def test_ids_begin_as_the_tokenizer_begins_a_text(template, begins):
+    """And end as the prompt does, which an answer continues."""
+    own = tokenizer(template)
+    prompts = [raw_prompt("", "one"), raw_prompt("", "one two")]
+    plain = [own(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
+    assert prompt_ids(own, prompts) == [begins + ids for ids in plain]
+
+
+def test_ids_of_a_chat_have_one_beginning():
+    own = tokenizer("<s> $A", "<s>{% for m in messages %}user : {{ m['content'] }}{% endfor %}")
+    (ids,) = prompt_ids(own, [chat_prompt(own, "one")])
+    assert own.convert_ids_to_tokens(ids) == ["<s>", "user", ":", "one"]
+
+
+def test_chat_prompts_are_the_same_every_day():
+    """Templates of Llama 3 print ``date_string`` or, without one, today's date."""
+    dated = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%H:%M:%S.%f') %}{% endif %}{{ date_string }}"
+    )
+    own = tokenizer(chat=dated + "{{ messages[0]['content'] }}")
+    assert chat_prompt(own, " one") == chat_prompt(own, " one") == "26 Jul 2024 one"
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_prompts_of_a_checkpoint(described):
+    network = SimpleNamespace(config=SimpleNamespace(embed_dim=2))
+    engine = t2l.TextToLoRA(SimpleNamespace(embed_dim=2), network, "raw", description_in_prompt=described)
+    assert engine.prompt(None, "one", "Do.") == "Do.\n\nInput: one\nOutput:"
+    if described:
+        with pytest.raises(ValueError, match="^description: expected the task's, for the checkpoint was trained with it in"):
+            engine.prompt(None, "one")
+    else:
+        assert engine.prompt(None, "one") == "Input: one\nOutput:"
