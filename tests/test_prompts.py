@@ -10,7 +10,7 @@ from t2l_engine.text.prompts import chat_prompt, prompt_ids, raw_prompt
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-WORDS = ["[UNK]", "<s>", "</s>", "Input", ":", "Output", "one", "two", "user"]
+WORDS = ["[UNK]", "<s>", "</s>", "Input", ":", "Output", "one", "two", "user", "a"]
 
 
 def tokenizer(template=None, chat=None):
@@ -33,7 +33,7 @@ def test_ids_begin_as_the_tokenizer_begins_a_text(template, begins):
     own = tokenizer(template)
     prompts = [raw_prompt("", "one"), raw_prompt("", "one two")]
     plain = [own(prompt, add_special_tokens=False)["input_ids"] for prompt in prompts]
-    assert prompt_ids(own, prompts) == [begins + ids for ids in plain]
+    assert prompt_ids(own, prompts) == [begins + ids for ids in plain] and prompt_ids(own, []) == []
 
 
 def test_ids_of_a_chat_have_one_beginning():

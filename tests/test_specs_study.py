@@ -350,7 +350,8 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
     made = suite.suite(200)
     trained = [placed for placed in made if placed.tier == "train"][:20]
-    found = list(adapting.records(tmp_path, runs.Specifications([], trained, [], [], made)))
+    specifications = runs.Specifications([], trained, [], [], made)
+    found = list(adapting.records(tmp_path, specifications))
     rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
     assert [of["tier"] for of in adapted] == [*plan.HELD_OUT]
@@ -362,10 +363,10 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     one = min(path for path in (tuned / "adapters").iterdir() if path.is_dir())
     shutil.copytree(one, tmp_path / plan.RIVAL / "adapters" / "multi-task")
     monkeypatch.setattr(adapting, "STARTS", ("nearest", plan.RIVAL))
-    more = list(adapting.records(tmp_path, made))
+    more = list(adapting.records(tmp_path, specifications))
     assert [of["start"] for of in more[2::2]] == ["nearest", plan.RIVAL] and "before" not in more[2]
     monkeypatch.setattr(adapting.lora.loop, "run", lambda *_: pytest.fail("trained again"))
-    assert list(itertools.islice(adapting.records(tmp_path, made), 3)) == more[:3]
+    assert list(itertools.islice(adapting.records(tmp_path, specifications), 3)) == more[:3]
 
 
 # --- what is shown of it --------------------------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ def adapt(
 ) -> None:
     """Generate an adapter from a description, tune it on examples and write it as a PEFT folder.
 
-    One example in four is held out.  It decides which step is kept and when to stop, and says what was gained: the loss and
-    the number of right answers with the adapter as generated, which is kept in start/, and as tuned.
+    One example in four is held out, at most 64.  They decide which step is kept and when to stop, and say what was gained:
+    the loss and the number of right answers with the adapter as generated, which is kept in start/, and as tuned.
     """
     began = time.perf_counter()
     from t2l_engine.cli.train import need_packages

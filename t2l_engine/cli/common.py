@@ -102,16 +102,17 @@ def load_engine(
     from t2l_engine.engine import TextToLoRA
     from t2l_engine.hypernetwork.checkpoint import describe
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
-    from t2l_engine.text.packaged import LANGUAGE_MODEL
+    from t2l_engine.text import packaged
 
     logging.disable_progress_bar()  # keeps stderr for our own messages
     logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
     if base_model and not encoder:
         about = describe(folder)
-        name = (about.get("encoder") or {}).get("name")
-        moved = name and name == about.get("base_model") and not (name == LANGUAGE_MODEL or Path(name).is_dir())
-        encoder = base_model if moved else ""
+        name, given = (about.get("encoder") or {}).get("name") or "", packaged.resolve(base_model)
+        is_base = name == (about.get("base_model") or "").rstrip("/")
+        if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given).is_dir():
+            encoder = given
     engine = TextToLoRA.from_pretrained(
         folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
     )

@@ -124,7 +124,7 @@ def evaluate(
     from t2l_engine.research.tasks.folder import load_tasks
     from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
-    from t2l_engine.text.prompts import has_chat
+    from t2l_engine.text.prompts import has_chat, prompt_ids
 
     for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # before the answers are computed
         if file is not None and not file.parent.is_dir():
@@ -150,7 +150,8 @@ def evaluate(
     store = Store(resume or journal)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     counts = _counts(shots)
-    found, left_out = _arms(loaded, pools, counts, (engine, folder), also or [], oracle or [], library, multi_task or [])
+    loaded_engines = [(NAME, engine, folder), *(_also(text, base_model) for text in also or [])]
+    found, left_out = _arms(loaded, pools, counts, loaded_engines, oracle or [], library, multi_task or [])
     chosen = split_names(arms)
     for name in chosen:
         if name not in {arm.name for arm in found}:
@@ -172,7 +173,8 @@ def evaluate(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
         verify, precision,
     )  # fmt: skip
-    identity = digest(model.parameters(), model_name, model.config.to_json_string())
+    begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
+    identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins)
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
     with tqdm(unit="answer") as bar:
 
@@ -232,12 +234,19 @@ def _last_descriptions(task: Any, count: int) -> Any:
     return dataclasses.replace(task, descriptions=task.descriptions[-count:])
 
 
+def _also(text: str, base_model: str) -> tuple:
+    """(name, engine, checkpoint folder) of ``--also``."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
+    return name, *load_engine(path, "", "", False, base_model)
+
+
 def _arms(
     tasks: list,
     pools: dict,
     shots: list[int],
-    checkpoint: tuple,
-    also: list[str],
+    engines: list[tuple],
     oracle: list[Path],
     library: Path | None,
     multi: list[Path],
@@ -253,12 +262,7 @@ def _arms(
     short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < n), None) for n in shots}
     few = {n: f"fewer than {n} examples of split 'train' of task {name}" for n, name in short.items() if name}
     possible = [n for n in shots if n not in few]
-    found = _generated(NAME, *checkpoint, tasks, pools, possible, few, left_out)
-    for text in also:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-        found += _generated(name, *load_engine(path, "", "", False), tasks, pools, possible, few, left_out)
+    found = [arm for engine in engines for arm in _generated(*engine, tasks, pools, possible, few, left_out)]
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}

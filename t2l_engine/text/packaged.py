@@ -92,7 +92,7 @@ def load(dtype: torch.dtype = torch.float32, **kwargs):
 
 def resolve(name: str) -> str:
     """The folder of a packaged encoder; other names, folders or hub names for transformers, are returned unchanged."""
-    if name == LANGUAGE_MODEL:
+    if own_name(name) == LANGUAGE_MODEL:
         return str(convert())
     if name in PACKAGED:
         package, folder = PACKAGED[name]

@@ -10,7 +10,7 @@ from t2l_engine.files.errors import ConfigError
 #: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
 #: (:func:`raw_prompt`).
 PROMPT_FORMS = CHAT, RAW = "chat", "raw"
-#: What chat templates that print today's date (Llama 3) print instead, their own default: prompts are the same every day.
+#: For chat templates that print today's date unless they are given one (Llama 3): prompts are the same every day.
 _DATE = "26 Jul 2024"
 
 
@@ -80,7 +80,9 @@ def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     They begin with the token that ``tokenizer`` puts before a text (``bos_token`` of Llama, Gemma and Mistral; others have
     none), which chat templates write themselves.
     """
+    if not prompts:  # of which tokenizers make an IndexError
+        return []
     found = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    first = tokenizer("")["input_ids"][:1]
+    first = tokenizer("a")["input_ids"][:1]
     begins = first if first == [getattr(tokenizer, "bos_token_id", None)] else []
     return [ids if ids[:1] == begins else begins + ids for ids in found]

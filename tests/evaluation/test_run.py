@@ -286,9 +286,11 @@ def test_a_text_has_three_scores():
 
 
 def test_an_answer_of_several_lines_is_not_cut():
-    examples = (Example("x", ("red\ncat",), "test"), Example("y", ("dog",), "test"))
+    """Its first line counts where an accepted answer has one."""
+    outputs = ("red\ncat",), ("dog",), ("red", "cat\ndog")
+    examples = tuple(Example(text, of, "test") for text, of in zip("xyz", outputs, strict=True))
     found, queries = scored(examples, lambda query, adapters: "dog" if query.one_line else " red\ncat\n")
-    assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, True]
+    assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, False, True]
 
 
 def test_a_number_may_be_reasoned_to():

@@ -65,8 +65,8 @@ def test_prompt_form_is_the_librarys(tmp_path):
 def test_a_library_that_names_the_packaged_model_as_others_find_it(tmp_path):
     """As files of this package do; what reads the library loads it."""
     stack = runs.library(tmp_path / "library")
-    for i in range(3):
-        stack.save_pretrained(tmp_path / "library" / f"task{i}", adapter=i, base_model_name_or_path=packaged.BASE_MODEL)
+    for i, name in enumerate((packaged.LANGUAGE_MODEL, packaged.BASE_MODEL, packaged.BASE_MODEL)):
+        stack.save_pretrained(tmp_path / "library" / f"task{i}", adapter=i, base_model_name_or_path=name)
     settings = runs.reconstruction(steps=1, validate_every=0)
     out = reconstruction.train(settings, tmp_path / "library", tmp_path / "out")
     assert checkpoint.describe(out)["base_model"] == packaged.LANGUAGE_MODEL

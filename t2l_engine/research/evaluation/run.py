@@ -209,16 +209,15 @@ class Evaluation:
 
     def _query(self, arm: Arm, template: str, item: _Item) -> Query:
         long = item.example.metric in ("number", "pass")
-        lines = any("\n" in output.strip() for output in item.example.outputs)
+        exact = item.example.metric == "exact_match"
+        lines = exact and any("\n" in output.strip() for output in item.example.outputs)
         return Query(
             self._prompt(arm, template, item),
             self._adapter(arm, item),
             item.example.options,
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
             not long and not lines,
-            tuple(answer_of(template, output) for output in item.example.outputs)
-            if self._settings.verify and item.example.metric == "exact_match"
-            else (),
+            tuple(answer_of(template, output) for output in item.example.outputs) if self._settings.verify and exact else (),
         )
 
     def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
@@ -300,7 +299,8 @@ class Evaluation:
         if example.metric == "pass":
             program = sandbox.extract(answer.text, example.input)
             return {"score": float(sandbox.run_tests(program, example.tests) == "passed")}
-        score = float(metrics.exact_match(answer.text, example.outputs))
+        first, *_ = answer.text.strip().split("\n")
+        score = float(metrics.exact_match(answer.text, example.outputs) or metrics.exact_match(first, example.outputs))
         if self._settings.verify:
             return {"score": score}
         return {

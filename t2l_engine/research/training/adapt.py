@@ -27,8 +27,8 @@ from t2l_engine.text.packaged import hub_name
 
 #: Name of the task, of its adapter's folder, and of the report.
 NAME, START, RUN, REPORT = "adapted", "start", "run", "adapt.json"
-#: One example in so many is held out.
-HELD_OUT = 4
+#: One example in so many is held out, but no more than so many.
+HELD_OUT, MOST_HELD_OUT = 4, 64
 #: Fewest examples: three to learn from, one held out.
 FEWEST = 4
 DEFAULTS: dict[str, Any] = {
@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "tasks_per_batch": 1,
     "samples_per_task": 8,
     "validate_every": 10,
+    "validation_samples": MOST_HELD_OUT,
     "patience": 3,
     "save_every": 50,
 }
@@ -64,7 +65,7 @@ class Report:
 
 
 def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(examples to train on, examples held out): one in HELD_OUT, by the SHA-256 of their inputs, whatever their order.
+    """(examples to train on, examples held out), by the SHA-256 of their inputs, whatever their order.
 
     Raises ConfigError for fewer than FEWEST different inputs.
     """
@@ -72,7 +73,7 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
     if len(by_input) < FEWEST:
         raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(by_input)}")
     order = sorted(by_input.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
-    count = max(1, len(order) // HELD_OUT)
+    count = min(max(1, len(order) // HELD_OUT), MOST_HELD_OUT)
     return order[count:], order[:count]
 
 
@@ -130,7 +131,7 @@ def adapt(
         raise ConfigError(
             f"{output}: has an adapter of another description, other examples or another checkpoint; choose another folder"
         )
-    settings = settings_for(engine, base_model, output / START, {"validation_samples": len(held_out), **changes})
+    settings = settings_for(engine, base_model, output / START, changes)
     began = time.perf_counter()
     lora.train(settings, tasks, output / RUN)
     report = _report(output / RUN / WAVES / "000", len(trained), len(held_out), len(read), time.perf_counter() - began)

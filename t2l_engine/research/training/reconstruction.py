@@ -87,9 +87,9 @@ class Library:
 
     def _base_model(self) -> str | None:
         """The base model in the adapters' configurations; None unless all state the same one."""
-        stated = {read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders}
-        name = stated.pop() if len(stated) == 1 else None
-        return own_name(name) if isinstance(name, str) else None
+        named = [read_json(folder / CONFIG_NAME).get("base_model_name_or_path") for folder in self._folders]
+        stated = {own_name(name) if isinstance(name, str) else None for name in named}
+        return stated.pop() if len(stated) == 1 else None
 
     def _digests(self) -> dict[str, Any]:
         """Per adapter: the first 16 hex digits of the SHA-256 of its weights file and of its descriptions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.research.tasks.folder import read_descriptions
@@ -41,7 +41,11 @@ def _stated(adapters: Path) -> dict[str, Any]:
     """The settings of the run that folder ``adapters`` belongs to, finished or not; empty if it belongs to none."""
     unfinished = adapters.parent / WAVES / "000" / SETTINGS
     found = settings_of(adapters.parent)
-    return found or (read_yaml(unfinished) if unfinished.is_file() else {})
+    if found is None and unfinished.is_file():
+        found = read_yaml(unfinished)
+        if not isinstance(found, dict):
+            raise ConfigError(f"{unfinished}: expected settings, got {short_repr(found)}")
+    return found or {}
 
 
 def prompt_form_of(adapters: Path) -> str:
