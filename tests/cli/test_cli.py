@@ -143,7 +143,7 @@ def test_show_bundled_checkpoint(run):
         "kind": "checkpoint", "form": "native", "variant": "L", "task_encoder": "linear", "num_layers": 30, "rank": 8,
         "lora_alpha": 16.0, "scaling": {"mode": "plain", "value": 2.0}, "latent_size": 128, "trunk_width": 128,
         "head_in_size": 112, "embed_dim": 384, "dtype": "bfloat16", "values_per_adapter": stack.num_parameters,
-        "base_model": "smollm2-135m", "prompt": {"form": "chat", "description": False},
+        "base_model": "smollm2-135m", "prompt": {"form": "raw", "description": False},
         "training": {"steps": 1600, "num_tasks": 37},
     }  # fmt: skip
     assert {key: about[key] for key in expected} == expected
