@@ -65,15 +65,16 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
 
     And ``rates`` records, by which the plan's learning rates were chosen: mean of the lowest losses of development tasks.
     """
-    of_tier = lambda placed, tier: [one.spec for one in placed if one.tier == tier]  # noqa: E731
-    tasks, budget = chosen(of_tier(specifications.development, "train"), ADAPTED["chosen_by"]), ADAPTED["chosen_at"]
+    tasks = chosen([placed.spec for placed in specifications.development], ADAPTED["chosen_by"])
+    budget = ADAPTED["chosen_at"]
     for start in ("peft", "generated"):
         lowest = {}
         for rate in ADAPTED["rates"]:
             losses = tuned(work, f"rates-{rate:g}", tasks, budget, start, rate)
             lowest[f"{rate:g}"] = round(statistics.fmean(min(loss for _, loss in of) for of in losses.values()), 4)
         yield record("rates", start=start, budget=budget, tasks=len(tasks), lowest=lowest)
-    tiers = {tier: chosen(of_tier(specifications.tuned, tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
+    of_tier = lambda tier: [placed.spec for placed in specifications.tuned if placed.tier == tier]  # noqa: E731
+    tiers = {tier: chosen(of_tier(tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
     tasks = [task for of in tiers.values() for task in of]
     for budget, start in itertools.product(ADAPTED["budgets"], STARTS):
         losses = tuned(work, "adapted", tasks, budget, start, ADAPTED["learning_rates"][start])

@@ -93,8 +93,9 @@ def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None
     Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
     """
     parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
-    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: [*found.trained, *found.more]}
+    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: found.more}
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
+    made[MORE] = made[TRAINED] + made[MORE]
     tiers = [("train" if part == MORE else part, task) for part, of in made.items() if part != TRAINED for task in of]
     tiers += [(placed.tier, suite.task(placed.spec, 1, 0)) for placed in found.tuned]
     if leaks := suite.leaks(tiers):

@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Desk:
-    """``base_model``: its name; ``folder``: the checkpoint's."""
+    """``base_model``: its name."""
 
     side_by_side: SideBySide
     base_model: str
-    folder: Path
 
     def save(self, description: str, path: Path) -> None:
         """Write the adapter of ``description`` to FILE.gguf, or as a PEFT folder; ValueError where it cannot be."""
@@ -58,4 +57,4 @@ def open_desk(
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
-    return Desk(SideBySide(engine, model, tokenizer, slots=slots), name, folder)
+    return Desk(SideBySide(engine, model, tokenizer, slots=slots), name)
