@@ -3,11 +3,11 @@
 # with vLLM and t2l_engine, examples/vllm/serve.sh [FLAGS OF VLLM].  PORT: 8000 if unset.
 set -euo pipefail
 port="${PORT:-8000}"
-export T2L_VLLM_CHECKPOINT=smollm2-135m T2L_VLLM_WARMUP=1 VLLM_PLUGINS=t2l,t2l_http
+export T2L_VLLM_CHECKPOINT=smollm2-135m T2L_VLLM_WARMUP="${T2L_VLLM_WARMUP:-1}" VLLM_PLUGINS=t2l,t2l_http
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1                  # what lets a request name a model that is not there yet
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"  # GiB
 model=$(python -c "from t2l_engine.text import packaged; print(packaged.convert())")
-flags=$(t2l serve-flags smollm2-135m 2> /dev/null)
+flags=$(t2l serve-flags smollm2-135m)
 cat << EOF
 ==> when vLLM says "Application startup complete", try, from another terminal:
 

@@ -55,8 +55,10 @@ def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
         raise ValueError(f"{folder}: rank {config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
     modules = dict.fromkeys(path.rpartition(".")[2] for path in config.module_paths.values())
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
+    # Decoding without the penalties of the model's generation_config.json, as in training and evaluation.
+    flags += ["--generation-config", "vllm", "--lora-target-modules", *modules]
     return {
-        "flags": [str(flag) for flag in [*flags, "--lora-target-modules", *modules]],
+        "flags": [str(flag) for flag in flags],
         "environment": {
             "T2L_VLLM_CHECKPOINT": source if source in bundled_checkpoints() else str(folder.resolve()),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

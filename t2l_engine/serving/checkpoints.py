@@ -27,11 +27,12 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving import names
 from t2l_engine.serving.spool import DTYPE, Spool, Unavailable
 from t2l_engine.text import packaged
-from t2l_engine.text.encoder import OneHotEncoder
+from t2l_engine.text.encoder import OneHotEncoder, check_list
 from t2l_engine.text.reader import TextReader
 
 #: Of what a text and a checkpoint become; another version of the package may round differently.
 VERSION_OF_ADAPTERS = "1"
+BATCH = 64  # texts in a pass of the encoder
 
 
 @contextlib.contextmanager
@@ -111,6 +112,23 @@ class Checkpoint:
         except ValueError as error:
             raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
         return text, names.key(self.hash, self.encoder, _version(), text)
+
+    def folders(self, texts: Sequence[str], spool: Spool, memory: bool = False) -> list[tuple[str, Path]]:
+        """(key, folder) of each of ``texts``; those that ``spool`` lacks are written, BATCH in a pass.
+
+        Raises ValueError for anything but a list of texts that the encoder takes, Unavailable where there is no room.
+        """
+        check_list(texts)
+        keys = [self.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
+        found = {key: path for key in keys if (path := spool.find(key, memory=memory)) is not None}
+        jobs = [(text, key) for key, text in dict(zip(keys, texts, strict=True)).items() if key not in found]
+        for start in range(0, len(jobs), BATCH):
+            batch = jobs[start : start + BATCH]
+            for (_, key), result in zip(batch, self.write(batch, spool, memory), strict=True):
+                if not isinstance(result, Path):
+                    raise result
+                found[key] = result
+        return [(key, found[key]) for key in keys]
 
     def write(self, jobs: Sequence[tuple[str, str]], spool: Spool, memory: bool) -> list[Path | Exception]:
         """Folders of descriptions, or what went wrong with each; ``jobs``: pairs (description, key).

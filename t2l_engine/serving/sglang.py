@@ -59,17 +59,10 @@ class SGLangClient:
         Raises ValueError for a text that the encoder refuses, Unavailable where the spool has no room, SGLangError.
         """
         with self._lock:
-            keys = [self._checkpoint.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
-            folders = {key: path for key in keys if (path := self._spool.find(key)) is not None}
-            jobs = [(text, key) for key, text in dict(zip(keys, texts, strict=True)).items() if key not in folders]
-            for (_, key), result in zip(jobs, self._checkpoint.write(jobs, self._spool, False), strict=True) if jobs else ():
-                if not isinstance(result, Path):
-                    raise result
-                folders[key] = result
-            found = [names.adapter_id(key) for key in keys]
-            for name, folder in dict(zip(found, map(folders.__getitem__, keys), strict=True)).items():
+            found = [(names.adapter_id(key), folder) for key, folder in self._checkpoint.folders(texts, self._spool)]
+            for name, folder in dict(found).items():
                 self._load(name, folder)
-            return found
+            return [name for name, _ in found]
 
     def unload(self, name: str) -> None:
         """Have the server forget the adapter ``name``; its folder stays.  Raises SGLangError."""

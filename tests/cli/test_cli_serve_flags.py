@@ -7,7 +7,10 @@ import pytest
 
 import t2l_engine as t2l
 
-FLAGS = "--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --lora-target-modules {modules}"
+FLAGS = (
+    "--enable-lora --max-lora-rank {rank} --max-loras {slots} --max-cpu-loras {cached} --generation-config vllm "
+    "--lora-target-modules {modules}"
+)
 
 
 def test_flags_are_one_line_and_the_rest_is_on_stderr(run):

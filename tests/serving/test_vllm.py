@@ -255,6 +255,10 @@ def hooks(monkeypatch):
 def test_register(registry, hooks, monkeypatch, tmp_path):
     t2l_vllm.register()
     assert hooks == [] and not registry.resolvers, "nothing without a variable"
+    monkeypatch.setenv("T2L_VLLM_CHECKPOINTS", "smollm2-135m")
+    with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINTS: expected one of T2L_VLLM_CHECKPOINT, "):
+        t2l_vllm.register()
+    monkeypatch.delenv("T2L_VLLM_CHECKPOINTS")
     monkeypatch.setenv("T2L_VLLM_KERNELS", "1")
     t2l_vllm.register()
     assert len(hooks) == 1 and hooks[0].kernels and not registry.resolvers, "kernels alone"
@@ -300,6 +304,15 @@ def client(serve):
         return TestClient(app, raise_server_exceptions=False), models, engine, generator
 
     return make
+
+
+def test_several_api_servers_are_refused(serve):
+    """Each would number its adapters from 1."""
+    serve()
+    endpoint, state = t2l_vllm.http(), types.SimpleNamespace(openai_serving_models=None)
+    asyncio.run(endpoint.init_state(None, state, Namespace(api_server_count=1)))
+    with pytest.raises(ValueError, match="--api-server-count: expected 1 with t2l_http in VLLM_PLUGINS, got 2"):
+        asyncio.run(endpoint.init_state(None, state, Namespace(api_server_count=2)))
 
 
 def post(http, body, **keywords):
@@ -396,7 +409,9 @@ def test_offline_requests(settings, bundled, model, monkeypatch):
     texts = [TEXT, "Name the antonym.", TEXT]
     first = offline.lora_requests(bundled.engine, texts, str(model()), settings=settings())
     again = offline.lora_requests(bundled.engine, texts[::-1], settings=settings())
-    assert [request.lora_int_id for request in first] == [1, 2, 1] == [request.lora_int_id for request in again]
+    own = offline._FIRST_ID  # above those that callers count for their own adapters
+    ids = [own, own + 1, own]
+    assert own > 1 << 16 and [request.lora_int_id for request in first] == ids == [request.lora_int_id for request in again]
     assert [request.lora_path for request in first] == [request.lora_path for request in again[::-1]]
     assert all(request.lora_name.startswith("t2l-") for request in first)
     key = Checkpoint.of(bundled.engine, "x").prepare("text", TEXT)[1]
@@ -406,6 +421,8 @@ def test_offline_requests(settings, bundled, model, monkeypatch):
 
 
 def test_offline_errors(settings, bundled, model, tmp_path):
+    with pytest.raises(ValueError, match="texts: expected a list of strings, got str; wrap one text in a list"):
+        offline.lora_requests(bundled.engine, TEXT, settings=settings())
     with pytest.raises(ValueError, match=r"texts\[1\]: expected a non-empty description"):
         offline.lora_requests(bundled.engine, [TEXT, " "], settings=settings())
     with pytest.raises(ValueError, match="base: the checkpoint is for a model of 30 layers, the served one has 4"):

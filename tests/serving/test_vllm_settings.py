@@ -1,5 +1,6 @@
 """The settings of serving: defaults, names of checkpoints, errors that name the variable."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -21,12 +22,19 @@ def test_nothing_is_on_by_default(monkeypatch, tmp_path):
     assert found.spool == tmp_path / "adapters"
 
 
-@pytest.mark.parametrize("free, shared", [((1 << 30) + 1, True), (1 << 30, False)])
-def test_the_spool_is_in_shared_memory_if_that_has_room(monkeypatch, tmp_path, free, shared):
+@pytest.mark.parametrize(
+    "free, before, shared", [((1 << 30) + 1, False, True), (1 << 30, False, False), (1 << 30, True, True)]
+)
+def test_the_spool_is_in_shared_memory_if_that_has_room_or_a_spool(monkeypatch, tmp_path, free, before, shared):
     monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, free))
-    found = read({}).spool
-    assert (found.parent == tmp_path and found.name.startswith("t2l-")) == shared
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(3 << 30, 0, free))
+    own = tmp_path / f"t2l-{os.getuid()}"
+    if before:
+        own.mkdir()
+    found = read({})
+    assert (found.spool == own) == shared
+    assert found.spool_bytes == ((3 << 29) if shared else (4 << 30)), "at most half of what other programs need too"
+    assert read({"T2L_VLLM_SPOOL_BYTES": "5"}).spool_bytes == 5
 
 
 def test_checkpoints_have_short_names_in_order(tmp_path):

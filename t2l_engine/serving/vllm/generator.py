@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from t2l_engine.serving import names
-from t2l_engine.serving.checkpoints import Checkpoint, quiet_encoder
+from t2l_engine.serving.checkpoints import BATCH, Checkpoint, quiet_encoder
 from t2l_engine.serving.spool import Spool, Unavailable
 from t2l_engine.serving.vllm.settings import MEMORY, Settings
 
-BATCH, MAX_WAITING = 64, 1024  # texts in a pass of the encoder, and texts that may wait for one
+MAX_WAITING = 1024  # texts that may wait for a pass of the encoder
 logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what is below
 
 

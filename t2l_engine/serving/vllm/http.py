@@ -51,7 +51,14 @@ class AdaptersEndpoint:
         app.include_router(router)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Take the server's models, to which adapters are added."""
+        """Take the server's models, to which adapters are added.
+
+        Raises ValueError with several API servers: each numbers its adapters from 1, and the engine takes adapters of one
+        number for the same.
+        """
+        servers = getattr(args, "api_server_count", None) or 1
+        if servers > 1:
+            raise ValueError(f"--api-server-count: expected 1 with t2l_http in VLLM_PLUGINS, got {servers}")
         self.models = state.openai_serving_models
 
     async def create(self, description: Any, checkpoint: str | None) -> dict[str, Any] | ErrorResponse:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import read_safetensors
-from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving.checkpoints import fingerprint, tensors
 from t2l_engine.serving.spool import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
@@ -54,7 +53,7 @@ def own_hypernetwork(sha256: str, settings: Settings, name: object = None) -> Hy
     for short, source in sorted(settings.checkpoints.items(), key=lambda item: item[0] != name):
         with _lock, torch.inference_mode(False):  # parameters outlive the call
             if (short, source) not in _loaded:
-                hypernetwork = HyperNetwork.from_pretrained(resolve_checkpoint(source))
+                hypernetwork = HyperNetwork.from_pretrained(source)
                 _loaded[short, source] = hypernetwork, fingerprint(hypernetwork)
             hypernetwork, found = _loaded[short, source]
         if found == sha256:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 from vllm.lora.request import LoRARequest
 
@@ -14,12 +13,13 @@ from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.spool import Spool
 from t2l_engine.serving.vllm.fit import misfit
-from t2l_engine.serving.vllm.generator import BATCH
 from t2l_engine.serving.vllm.memory import own_hypernetwork
 from t2l_engine.serving.vllm.settings import MEMORY, Settings
 
 _lock = threading.Lock()
-_ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process: vLLM takes adapters of one id for the same
+#: vLLM takes adapters of one lora_int_id for the same, and callers count their own from 1.
+_FIRST_ID = 1 << 20
+_ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process
 _open = functools.lru_cache(maxsize=None)(Spool)  # stays open: its lock keeps the folders of this process
 
 
@@ -28,7 +28,8 @@ def lora_requests(
 ) -> list[LoRARequest]:
     """A request per text for ``LLM.generate(prompts, sampling_params, lora_request=requests)``, one prompt each.
 
-    The same text gives the same request, whatever call it is in; adapters are in the spool of ``settings``.
+    The same text gives the same request, whatever call it is in; adapters are in the spool of ``settings``.  Every call
+    hashes the weights of ``engine`` once: ask for many texts at once.
 
     Args:
         base: the LLM's model, a folder or hub name; its sizes are compared with the checkpoint's.  None: not compared.
@@ -36,7 +37,7 @@ def lora_requests(
             must be that of ``engine``.
 
     Raises:
-        ValueError: no texts, a text that the encoder refuses, a model of other sizes, or another checkpoint.
+        ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, or another checkpoint.
         Unavailable: the spool has no room.
     """
     settings = Settings.from_environment() if settings is None else settings
@@ -47,19 +48,10 @@ def lora_requests(
     if memory:
         own_hypernetwork(checkpoint.hash, settings)
     spool = _open(settings.spool, settings.spool_bytes)
-    keys = [checkpoint.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
-    folders: dict[str, Path] = {key: path for key in keys if (path := spool.find(key, memory=memory)) is not None}
-    new = {key: text for key, text in zip(keys, texts, strict=True) if key not in folders}
-    jobs = [(text, key) for key, text in new.items()]
-    for start in range(0, len(jobs), BATCH):
-        batch = jobs[start : start + BATCH]
-        for (_, key), result in zip(batch, checkpoint.write(batch, spool, memory), strict=True):
-            if not isinstance(result, Path):
-                raise result
-            folders[key] = result
-    return [LoRARequest(name := names.adapter_id(key), _id(name), str(folders[key])) for key in keys]
+    found = checkpoint.folders(texts, spool, memory)
+    return [LoRARequest(name := names.adapter_id(key), _id(name), str(folder)) for key, folder in found]
 
 
 def _id(name: str) -> int:
     with _lock:
-        return _ids.setdefault(name, len(_ids) + 1)
+        return _ids.setdefault(name, _FIRST_ID + len(_ids))

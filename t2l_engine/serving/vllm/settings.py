@@ -64,6 +64,7 @@ class Settings:
             raise ValueError(f"{unknown[0]}: expected one of {', '.join(PREFIX + name for name in VARIABLES)}")
         values = {name: environ.get(PREFIX + name, "").strip() for name in VARIABLES}
         checkpoints = _checkpoints(values["CHECKPOINT"])
+        spool, room = (Path(values["SPOOL"]), _SPOOL_BYTES) if values["SPOOL"] else _default_spool()
         mode = values["MODE"] or DISK
         if mode not in MODES:
             raise ValueError(f"{PREFIX}MODE: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -71,8 +72,8 @@ class Settings:
             checkpoints=checkpoints,
             kernels=_switch("KERNELS", values, default=bool(checkpoints)),
             mode=mode,
-            spool=Path(values["SPOOL"]) if values["SPOOL"] else _default_spool(),
-            spool_bytes=_count("SPOOL_BYTES", values, _SPOOL_BYTES),
+            spool=spool,
+            spool_bytes=_count("SPOOL_BYTES", values, room),
             max_names=_count("MAX_NAMES", values, _MAX_NAMES),
             threads=_count("THREADS", values, 1),
             warmup=_switch("WARMUP", values, default=False),
@@ -111,10 +112,16 @@ def _count(name: str, values: Mapping[str, str], default: int) -> int:
     return int(text) if text else default
 
 
-def _default_spool() -> Path:
-    """In shared memory if it has room, else in the user's cache folder."""
-    if _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > _MIN_FREE:
-        return _SHARED_MEMORY / f"t2l-{os.getuid()}"
+def _default_spool() -> tuple[Path, int]:
+    """The spool and the most bytes in it.
+
+    In shared memory if it has room or a spool already, of which at most half is used: other programs need it too (vLLM's
+    processes, NCCL).  Else in the user's cache folder.
+    """
+    if _SHARED_MEMORY.is_dir():
+        own, usage = _SHARED_MEMORY / f"t2l-{os.getuid()}", shutil.disk_usage(_SHARED_MEMORY)
+        if usage.free > _MIN_FREE or own.is_dir():
+            return own, min(_SPOOL_BYTES, usage.total // 2)
     from t2l_engine.text.packaged import cache_dir
 
-    return cache_dir() / "adapters"
+    return cache_dir() / "adapters", _SPOOL_BYTES
