@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
+from t2l_engine.lora import routing
 from t2l_engine.testing.numerics import ROW_ATOL, relative_frobenius, u
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -307,6 +308,35 @@ def test_segments_are_made_once_a_step(model, handle, prompts, monkeypatch):
     handle.set([1] * 8)
     logits(model, shorter)
     assert len(made) == 3
+
+
+def test_a_graph_reads_no_stale_ids(model, handle, prompts, monkeypatch):
+    """A CUDA graph goes on reading the tensor that it was captured with, whatever ids are set when it is replayed."""
+    monkeypatch.setattr(routing, "_is_capturing", lambda ids: True)
+    with handle.use(list(range(8))):
+        logits(model, prompts)
+        monkeypatch.undo()
+        (of,) = handle._routings.values()
+        captured = of.ids
+        assert captured is not None and captured.tolist() == list(range(8))
+        with handle.use([5, 4]):
+            assert captured.tolist() == [-1] * 8, "ids of other rows: the base model"
+        assert captured.tolist() == list(range(8))
+        with handle.use(batch([0, 4], [0], 4)):
+            assert captured.tolist() == [-1] * 8
+    assert captured.tolist() == [-1] * 8
+    with handle.use(3):  # of one row
+        assert captured.tolist() == [3] * 8
+    handle.set([7] * 8)
+    assert captured.tolist() == [7] * 8 and captured is of.ids
+
+
+def test_segments_of_another_number_of_tokens(model, handle):
+    x = torch.randn(5, 64)
+    for bounds in ([0, 4], [0, 4, 6]):
+        message = f"ids: expected segments of all 5 tokens, got segments of {bounds[-1]}"
+        with handle.use(batch(bounds, [0] * (len(bounds) - 1), 4)), pytest.raises(ValueError, match=message):
+            model.model.layers[0].self_attn.q_proj(x)
 
 
 @pytest.mark.parametrize("grad", [False, True])

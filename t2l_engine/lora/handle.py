@@ -462,7 +462,7 @@ def attach(
         stack: adapters copied into slots 0 .. len(stack) - 1, or None for empty slots that ``put`` fills.
         slots: number of adapters that the handle can hold; default ``len(stack)``, or 8 without a stack.
         max_rank: largest rank that the slots can hold; default, per module, that of the first stack with the module.
-            Slots have the dtype of the layer's weight.
+            Slots have the dtype of the layer's weight, of a quantised layer that of the first stack.
         packed: linears whose outputs are several modules: ``{"qkv_proj": {"q_proj": 64, "k_proj": 32, "v_proj": 32}}``
             (numbers of columns, in order).  None: those of transformers' Phi-3 and Phi-4-multimodal, and ``gate_up_proj`` of
             GLM.

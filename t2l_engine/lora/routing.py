@@ -18,13 +18,16 @@ class Routing:
     """The current ids of one handle, shared by all its layers.
 
     There is one ids tensor per number of rows, which is written in place: compiled code, exported programs and CUDA graphs
-    read the new ids.
+    read the new ids.  A CUDA graph of another number of rows than the current ids', which nothing refuses to replay, reads
+    the one id for all rows or, where there is none, those of the base model.
     """
 
     def __init__(self) -> None:
         self.ids: Tensor | None = None  # [rows] int32, one of _tensors
         self._tensors: dict[int, Tensor] = {}  # number of rows -> ids
+        self._captured: set[int] = set()  # those that CUDA graphs read
         self.batch: AdapterBatch | None = None
+        self._tokens = 0  # of batch, known here without asking a device
         self.merged = False  # an adapter is merged into the weights
         self.spread = False  # the model's layers lie on several devices, each with a routing of its own
         self.uniform = False  # one id for any number of rows
@@ -43,11 +46,13 @@ class Routing:
     def state(self) -> tuple:
         """A snapshot for :meth:`restore`."""
         ids = None if self.ids is None else self.ids.clone()
-        return ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, self._slots_version
+        selected = ids, self.batch, self._tokens, self.uniform, self.overrides, self.dropout
+        return *selected, self.adapter_version, self._slots_version
 
     def restore(self, state: tuple) -> None:
         """Back to a snapshot of :meth:`state`."""
-        ids, self.batch, self.uniform, self.overrides, self.dropout, self.adapter_version, slots_version = state
+        ids, self.batch, self._tokens, self.uniform, self.overrides, self.dropout, *versions = state
+        self.adapter_version, slots_version = versions
         self._write(ids)
         if slots_version != self._slots_version:
             self._renew_version()
@@ -56,7 +61,7 @@ class Routing:
         """The selection of ``other``, for layers on ``device``; of adapters that it has instead of the slots, none."""
         self.merged, self.uniform, self.adapter_version = other.merged, other.uniform, other.adapter_version
         self.overrides, self.dropout = None if other.overrides is None else {}, other.dropout
-        self.batch = other.batch
+        self.batch, self._tokens = other.batch, other._tokens
         if other.batch is not None:
             indptr, adapters = (t.to(device) for t in (other.batch.seg_indptr, other.batch.seg_adapters))
             self.batch = AdapterBatch(indptr, adapters, other.batch.max_seg_len)
@@ -64,7 +69,7 @@ class Routing:
 
     def clear(self) -> None:
         """Back to the base model."""
-        self.restore((None, None, False, None, 0.0, None, self._slots_version))
+        self.restore((None, None, 0, False, None, 0.0, None, self._slots_version))
 
     def slots_changed(self) -> None:
         """To be called after writing a slot: the same ids mean other adapters, so earlier passes cannot be recomputed."""
@@ -78,11 +83,11 @@ class Routing:
     def set(self, ids: Ids, num_adapters: int, filled: Collection[int], device: torch.device) -> None:
         """Make ``ids`` current; ValueError or IndexError unless they are among the ``filled`` of ``num_adapters`` slots."""
         if isinstance(ids, AdapterBatch):
-            _check_segments(ids)
+            tokens = _check_segments(ids)
             _check_ids(ids.seg_adapters, num_adapters, filled)
             with torch.inference_mode(False):  # as in _write; copied, so that the caller may change its tensors
                 indptr, adapters = (t.to(device, copy=True) for t in (ids.seg_indptr, ids.seg_adapters))
-            self.batch = AdapterBatch(indptr, adapters, ids.max_seg_len)
+            self.batch, self._tokens = AdapterBatch(indptr, adapters, ids.max_seg_len), tokens
             self.uniform, self.adapter_version = False, object()
             self._write(None)
             return
@@ -110,6 +115,8 @@ class Routing:
                 else:
                     kept.copy_(ids)
                 self.ids = kept
+            for rows in self._captured - {0 if ids is None else len(ids)}:
+                self._tensors[rows].copy_(ids[:1]) if ids is not None and self.uniform else self._tensors[rows].fill_(-1)
         self._segments = None
 
     def segments(self, shape: Sequence[int], compiling: bool = False) -> AdapterBatch:
@@ -119,9 +126,14 @@ class Routing:
         what is memoised is gone when it is replayed with other ids.
         """
         if self.batch is not None:
+            if not compiling and math.prod(shape) != self._tokens:  # which on a GPU would end the process' use of it
+                raise ValueError(f"ids: expected segments of all {math.prod(shape)} tokens, got segments of {self._tokens}")
             return self.batch
         ids = self.ids
-        if compiling or (ids is not None and ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if compiling:
+            return self._make_segments(shape)
+        if ids is not None and _is_capturing(ids):
+            self._captured.add(len(ids))
             return self._make_segments(shape)
         if self._segments is None or self._segments[0] != shape:
             with torch.inference_mode(False):  # as in _write
@@ -148,7 +160,13 @@ class Routing:
         return AdapterBatch.from_rows(ids, seq_len)
 
 
-def _check_segments(batch: AdapterBatch) -> None:
+def _is_capturing(ids: Tensor) -> bool:
+    """Whether what is done with ``ids`` now becomes a part of a CUDA graph."""
+    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _check_segments(batch: AdapterBatch) -> int:
+    """The number of tokens of ``batch``; ValueError if it is none."""
     for name in ("seg_indptr", "seg_adapters"):
         value = getattr(batch, name)
         if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.dim() != 1:
@@ -156,10 +174,12 @@ def _check_segments(batch: AdapterBatch) -> None:
             raise ValueError(f"ids: {name}: expected a flat int32 tensor, got {got}")
     if not isinstance(batch.max_seg_len, int) or isinstance(batch.max_seg_len, bool):
         raise ValueError(f"ids: max_seg_len: expected an int, got {short_repr(batch.max_seg_len)}")
+    indptr = batch.seg_indptr.tolist()
     try:
-        check_segments(batch.seg_indptr.tolist(), len(batch.seg_adapters), batch.max_seg_len)
+        check_segments(indptr, len(batch.seg_adapters), batch.max_seg_len)
     except RuntimeError as error:
         raise ValueError(f"ids: {error}") from None
+    return indptr[-1]
 
 
 def _as_tensor(ids: object) -> Tensor | None:
