@@ -116,6 +116,12 @@ def synthetic(
     seed: Annotated[int, typer.Option(help="Random seed; the manifest of specs is that of seed 0.")] = 0,
     specifications: Annotated[int | None, typer.Option(help="Number of tasks of specs; default: the manifest's.")] = None,
     tier: Annotated[list[Tier] | None, typer.Option(help="Tier of specs to write; may be repeated; default: all.")] = None,
+    further_descriptions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="So many more descriptions of each task of specs, in other words, for training: tier train."
+        ),
+    ] = 0,
     force: Force = False,
 ) -> None:
     """Write generated tasks: twelve small ones on lists, letters and words, or the suite of specifications."""
@@ -124,14 +130,16 @@ def synthetic(
     from t2l_engine.research.tasks.specs import suite as specs
 
     if suite is Suite.words:
-        if specifications is not None or tier:
-            raise ValueError("--specifications and --tier: expected none without --suite specs")
+        if specifications is not None or tier or further_descriptions:
+            raise ValueError("--specifications, --tier and --further-descriptions: expected none without --suite specs")
         made = words.suite(words.MAX_EXAMPLES if examples is None else examples, seed)
     else:
         wanted = {t.value for t in tier or Tier}
+        if further_descriptions and wanted != {"train"}:
+            raise ValueError("--further-descriptions: expected --tier train alone, for others are not trained on")
         count = specs.EXAMPLES if examples is None else examples
         placed = specs.suite(specs.SPECIFICATIONS if specifications is None else specifications, seed)
-        made = [specs.task(p.spec, count, seed) for p in placed if p.tier in wanted]
+        made = [specs.task(p.spec, count, seed, further_descriptions) for p in placed if p.tier in wanted]
     write_tasks(output, made, overwrite=force)
     _wrote(output, made)
 

@@ -118,21 +118,43 @@ def test_no_constant_solves_a_specification():
         assert (len(answers) == 1) if placed.spec.family.constant else (share <= 0.6), (placed.spec.name, share)
 
 
+def check_states_every_parameter(spec, text):
+    stated, slots = text.casefold(), "|".join(spec.family.params)
+    for value in said(spec.values):
+        if isinstance(value, int):
+            forms = {str(value), words.number_word(value) if value < 1000 else str(value)}
+        else:
+            forms = {value, words.plural(value)}
+        assert any(form.casefold() in stated for form in forms), (spec.name, value, text)
+    plain = functools.reduce(lambda left, value: left.replace(str(value), "x"), said(spec.values), text)
+    assert not re.search(rf"\{{({slots})\b|  | [,.](?![.\w])|\[\w*\|", plain), text
+
+
 def test_descriptions_are_distinct_state_every_parameter_and_come_in_several_forms():
     for placed in all_placed():
-        texts, slots = all_tasks()[placed.spec.name].descriptions, "|".join(placed.spec.family.params)
+        texts = all_tasks()[placed.spec.name].descriptions
         assert len(set(map(normalise, texts))) == len(texts) == suite.DESCRIPTIONS and len(texts) - HELD_OUT >= 12
         assert sum("?" in text for text in texts[:-HELD_OUT]) >= 2
         for text in texts:
-            stated = text.casefold()
-            for value in said(placed.spec.values):
-                if isinstance(value, int):
-                    forms = {str(value), words.number_word(value) if value < 1000 else str(value)}
-                else:
-                    forms = {value, words.plural(value)}
-                assert any(form.casefold() in stated for form in forms), (placed.spec.name, value, text)
-            plain = functools.reduce(lambda left, value: left.replace(str(value), "x"), said(placed.spec.values), text)
-            assert not re.search(rf"\{{({slots})\b|  | [,.](?![.\w])|\[\w*\|", plain), text
+            check_states_every_parameter(placed.spec, text)
+
+
+def test_further_descriptions_are_distinct_and_use_nothing_that_is_held_out():
+    """One trained specification of each family, and the phrases themselves."""
+    held = {normalise(phrase) for family in FAMILIES.values() for phrase in family.phrases("held")}
+    trained = {placed.spec.family.name: placed.spec for placed in by_tier()["train"]}
+    assert trained.keys() == {name for name, family in FAMILIES.items() if not family.held_out}
+    for name, spec in trained.items():
+        phrases = [phrase for use in ("do", "noun", "ask") for phrase in FAMILIES[name].phrases(use, further=True)]
+        assert len(phrases) == len(set(map(normalise, phrases))) >= 20 and not held & set(map(normalise, phrases)), name
+        texts, plain = task(spec, 1, 0, 18).descriptions, task(spec, 1, 0).descriptions
+        assert (*texts[: -18 - HELD_OUT], *texts[-HELD_OUT:]) == plain and len(set(map(normalise, texts))) == 36
+        for text in texts[-18 - HELD_OUT : -HELD_OUT]:
+            check_states_every_parameter(spec, text)
+            assert not text.startswith(("Can you", "Could you", "Would you", "Whatever ", "I would like you to ")), text
+    novel = by_tier()["novel"][0].spec
+    with pytest.raises(ConfigError, match=f"{novel.name}: expected more phrases"):
+        task(novel, 1, 0, 1)
 
 
 def test_phrases_and_frames_that_are_held_out_are_not_trained():
@@ -261,6 +283,10 @@ def test_commands(t2l_tasks, small, tmp_path):
     selected = t2l_tasks("select", out, "--manifest", small, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
     assert selected[2] is None and {t.name for t in load_tasks(tmp_path / "novel", None)} < chosen
     assert "expected none without" in str(t2l_tasks("synthetic", "--tier", "novel", "-o", tmp_path / "x")[2])
+    further = (*options, "--examples", 5, "--further-descriptions", 3, "-o", tmp_path / "further")
+    assert "expected --tier train alone" in str(t2l_tasks(*further)[2])
+    assert t2l_tasks(*further, "--tier", "train")[2] is None
+    assert {len(t.descriptions) for t in load_tasks(tmp_path / "further", None)} == {suite.DESCRIPTIONS + 3}
     assert "expected none with manifest" in str(t2l_tasks("check", out, "--manifest", "skills", "--examples", 20)[2])
 
 

@@ -12,12 +12,12 @@ T = TypeVar("T")
 class Draw:
     """Random choices; uses only seeding with a string and ``random()`` of ``random.Random``, which are stable.
 
-    ``unseen``: whether inputs are to be laid out in the ways that are kept for testing, see :meth:`layout`.
+    ``unseen``, which may be changed: whether inputs are laid out in the ways that are kept for testing, see :meth:`layout`.
     """
 
-    def __init__(self, seed: str, *, unseen: bool = False):
+    def __init__(self, seed: str):
         self._random = random.Random(seed)
-        self.unseen = unseen
+        self.unseen = False
 
     def number(self, low: int, high: int) -> int:
         """A number from ``low`` to ``high``, both included."""
@@ -26,9 +26,9 @@ class Draw:
     def pick(self, values: Sequence[T]) -> T:
         return values[int(self._random.random() * len(values))]
 
-    def chance(self, share: float = 0.5) -> bool:
-        """True with probability ``share``."""
-        return self._random.random() < share
+    def chance(self) -> bool:
+        """True with probability one half."""
+        return self._random.random() < 0.5
 
     def shuffled(self, values: Sequence[T]) -> list[T]:
         return [value for _, value in sorted((self._random.random(), value) for value in values)]

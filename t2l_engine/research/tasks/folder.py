@@ -100,7 +100,8 @@ def read_descriptions(folder: str | Path, names: Sequence[str] | None = None) ->
     for name in names or ():
         if name not in descriptions:
             raise ConfigError(f"{path}: expected a task named {short_repr(name)}, found none of that name")
-    wanted = {name: texts for name, texts in sorted(descriptions.items()) if names is None or name in names}
+    asked = descriptions if names is None else set(names)
+    wanted = {name: texts for name, texts in sorted(descriptions.items()) if name in asked}
     for name, texts in wanted.items():
         check_name(name, str(path))
         _check_descriptions(texts, f"{path}: {name}")

@@ -8,6 +8,7 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import split
 from t2l_engine.research.tasks.folder import Example, Task
+from t2l_engine.research.tasks.specs.words import past, plural
 
 MIN_EXAMPLES, MAX_EXAMPLES = 20, 120
 
@@ -229,22 +230,6 @@ def _is_animal(draw: Draw) -> Iterator[tuple[str, str]]:
         yield other, "no"
 
 
-def _past(verb: str) -> str:
-    if verb.endswith("e"):
-        return verb + "d"
-    return verb[:-1] + "ied" if _consonant_y(verb) else verb + "ed"
-
-
-def _plural(noun: str) -> str:
-    if noun.endswith(("s", "x", "ch", "sh")):
-        return noun + "es"
-    return noun[:-1] + "ies" if _consonant_y(noun) else noun + "s"
-
-
-def _consonant_y(word: str) -> bool:
-    return word.endswith("y") and word[-2] not in "aeiou"
-
-
 _MAKERS: dict[str, Callable[[Draw], Iterator[tuple[str, str]]]] = {
     "syn_first_of_3": _position(0),
     "syn_last_of_3": _position(2),
@@ -253,8 +238,8 @@ _MAKERS: dict[str, Callable[[Draw], Iterator[tuple[str, str]]]] = {
     "syn_food_in_list": _kind(FOODS, COLOURS, OBJECTS),
     "syn_upper_case": _each(NOUNS, str.upper),
     "syn_first_letter": _each(NOUNS + COLOURS, lambda word: word[0]),
-    "syn_past_tense": _each(VERBS, _past),
-    "syn_plural": _each(NOUNS, _plural),
+    "syn_past_tense": _each(VERBS, past),
+    "syn_plural": _each(NOUNS, plural),
     "syn_longer_word": _longer,
     "syn_twice": _each(NOUNS, lambda word: f"{word} {word}"),
     "syn_is_animal": _is_animal,

@@ -31,6 +31,7 @@ GIVEN = {
     "file": "a file path",
     "quantity": "a quantity [with|and] its unit",
 }
+PHRASES, FURTHER = "phrases.txt", "further.txt"
 #: Turns of 20 examples: 13 train, 2 val, 5 test.  Examples of split "test" have the layouts that the others never have.
 _SPLITS = tuple("test" if i % 4 == 3 else "val" if i in {4, 14} else "train" for i in range(20))
 #: Draws without a new input after which a specification has no more inputs.
@@ -62,17 +63,20 @@ class Family:
     constant: bool = False
     held_out: str = ""
 
-    def phrases(self, use: str) -> tuple[str, ...]:
-        """The phrases that descriptions are made of, by use: do, noun, ask, held or given; see :mod:`.wordings`."""
-        return _phrases()[self.name].get(use, ())
+    def phrases(self, use: str, *, further: bool = False) -> tuple[str, ...]:
+        """The phrases that descriptions are made of, by use: do, noun, ask, held or given; see :mod:`.wordings`.
+
+        ``further``: those of further descriptions, for training alone.
+        """
+        return phrases_of(FURTHER if further else PHRASES).get(self.name, {}).get(use, ())
 
 
 @functools.cache
-def _phrases() -> dict[str, dict[str, tuple[str, ...]]]:
-    """``phrases.txt``: lines ``# family`` and, under each, ``use phrase``."""
+def phrases_of(file: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Phrases by family and use, of a file beside this one: lines ``# family`` and, under each, ``use phrase``."""
     found: dict[str, dict[str, tuple[str, ...]]] = {}
     family: dict[str, tuple[str, ...]] = {}
-    for line in (Path(__file__).parent / "phrases.txt").read_text(encoding="utf-8").splitlines():
+    for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines():
         use, _, phrase = line.partition(" ")
         if use == "#":
             family = found[phrase] = {}
@@ -103,21 +107,22 @@ class Specification:
         """The answer to an input."""
         return self.family.answer(self.params, text)
 
-    def stream(self, seed: int, avoid: Sequence[str] = ()) -> Iterator[Example]:
-        """Its examples, none twice and none with an input in ``avoid``, balanced; each split has no more than half of one
-        answer (and one or two examples), unless the family is a constant.
+    def stream(self, seed: int) -> Iterator[Example]:
+        """Its examples, none twice, balanced; each split has no more than half of one answer (and one or two examples),
+        unless the family is a constant.
 
         The first n examples do not depend on how many are read.  Ends where no new input is found.
         """
         draw = Draw(f"{seed}/{self.family.name}/{self.values!r}")
-        seen, turn = {normalise(text) for text in avoid}, 0
+        seen: set[str] = set()
         counts: dict[tuple[str, str], int] = {}
+        turn = 0
         while True:
             split = _SPLITS[turn % len(_SPLITS)]
             draw.unseen = split == "test"
             for _ in range(_MAX_DRAWS):
                 text = self.family.make(self.params, draw)
-                if normalise(text) in seen:
+                if (normalised := normalise(text)) in seen:
                     continue
                 answer = self.answer(text)
                 count, total = counts.get((split, answer), 0), counts.get((split, ""), 0)
@@ -125,16 +130,16 @@ class Specification:
                     break
             else:
                 return
-            seen.add(normalise(text))
+            seen.add(normalised)
             counts[split, answer], counts[split, ""] = count + 1, total + 1
             turn += 1
             yield Example(text, (answer,), split)
 
-    def examples(self, count: int, seed: int, avoid: Sequence[str] = ()) -> tuple[Example, ...]:
+    def examples(self, count: int, seed: int) -> tuple[Example, ...]:
         """``count`` examples of :meth:`stream`; ConfigError where there are fewer, or for a number below one."""
         if count < 1:
             raise ConfigError(f"examples: expected a number of at least 1, got {count}")
-        found = tuple(example for _, example in zip(range(count), self.stream(seed, avoid), strict=False))
+        found = tuple(example for _, example in zip(range(count), self.stream(seed), strict=False))
         if len(found) < count:
             raise ConfigError(f"examples: {self.name} has {len(found)} different inputs, expected {count}")
         return found

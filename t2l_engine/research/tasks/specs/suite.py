@@ -29,6 +29,7 @@ from t2l_engine.research.tasks.specs import (
 )
 from t2l_engine.research.tasks.specs.family import Family, Specification, draw_values
 from t2l_engine.research.tasks.specs.wordings import FRAMES, HELD_FRAMES, wordings
+from t2l_engine.research.tasks.specs.wordings import further as further_wordings
 
 #: Where the families are.
 MODULES = (lists, rewriting, letters, forms, numeric, dates, records, labels, texts, compositions, held_out)
@@ -135,14 +136,16 @@ def _like(placed: Placed, others: Iterable[Placed], seed: int) -> list[Placed]:
     return [o for o in others if o.spec.family.reads == spec.family.reads and _agrees(o.spec, probes)]
 
 
-def task(spec: Specification, examples: int, seed: int) -> Task:
-    """The task of a specification: DESCRIPTIONS descriptions, those held out last, and ``examples`` examples.
+def task(spec: Specification, examples: int, seed: int, further: int = 0) -> Task:
+    """The task of a specification: DESCRIPTIONS and ``further`` descriptions, those held out last; ``examples`` examples.
 
-    Raises ConfigError if it has fewer inputs.
+    Raises ConfigError if it has fewer inputs, or its family no phrases of further descriptions.
     """
-    quoted = next(spec.stream(seed))  # of split train
-    trained, held = wordings(spec, seed, (quoted.input, quoted.outputs[0]))
-    return Task(spec.name, (*trained, *held), spec.examples(examples, seed))
+    first = next(spec.stream(seed))  # of split train
+    quoted = first.input, first.outputs[0]
+    trained, held = wordings(spec, seed, quoted)
+    more = further_wordings(spec, seed, quoted, (*trained, *held), further)
+    return Task(spec.name, (*trained, *more, *held), spec.examples(examples, seed))
 
 
 def digest(spec: Specification, seed: int) -> str:
@@ -183,11 +186,14 @@ class _Known:
         probes = [(e.input, e.outputs[0]) for e in spec.examples(_PROBES, self.seed)]
         others = self._of_kind.setdefault(spec.family.reads, [])
         for other, other_probes in others:
-            own = _agrees(other.spec, probes)
-            train = placed.tier == "train", other.tier == "train"
-            if own and train == (False, True):
-                return False
-            if (own or train == (True, False)) and _agrees(spec, other_probes):
+            # One that is trained must not answer the probes of one that is held out; those of one kind must differ.
+            if placed.tier != "train" and other.tier == "train":
+                alike = _agrees(other.spec, probes)
+            elif placed.tier == "train" and other.tier != "train":
+                alike = _agrees(spec, other_probes)
+            else:
+                alike = _agrees(other.spec, probes) and _agrees(spec, other_probes)
+            if alike:
                 return False
         self._values.add((spec.family.name, spec.values))
         others.append((placed, probes))
@@ -195,7 +201,11 @@ class _Known:
 
 
 def _agrees(spec: Specification, probes: list[tuple[str, str]]) -> bool:
-    return all(spec.answer(text) == answer for text, answer in probes)
+    answer_of, params = spec.family.answer, spec.params  # asked some million times
+    for text, answer in probes:
+        if answer_of(params, text) != answer:
+            return False
+    return True
 
 
 def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Placed | None:

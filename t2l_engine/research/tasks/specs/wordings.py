@@ -7,16 +7,21 @@ alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (
 
 Frames name what they take: ``{do}``, ``{noun}``, ``{ask}``, ``{held}``, ``{given}``, ``{example}``; a capital letter begins
 a sentence.  Descriptions of training never use a ``held`` phrase or a frame of HELD_FRAMES.
+
+``further.txt`` has phrases and frames of further descriptions, which training may have besides: written later, without
+knowledge of what is held out.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.draw import Draw
-from t2l_engine.research.tasks.specs.family import GIVEN, Specification
+from t2l_engine.research.tasks.examples import normalise
+from t2l_engine.research.tasks.specs.family import FURTHER, GIVEN, Specification, phrases_of
 from t2l_engine.research.tasks.specs.words import number_word, plural, with_article
 
 FRAMES = (
@@ -103,6 +108,27 @@ def wordings(spec: Specification, seed: int, example: tuple[str, str]) -> tuple[
                 raise ConfigError(f"{spec.name}: expected more phrases: no further description with {frame!r}")
             made[sentence] = held
     return [text for text, held in made.items() if not held], [text for text, held in made.items() if held]
+
+
+def further(spec: Specification, seed: int, example: tuple[str, str], known: Iterable[str], count: int) -> list[str]:
+    """``count`` further descriptions of ``spec`` for training, different from each other and from those ``known``.
+
+    Raises ConfigError naming the specification if the phrases of its family do not give so many.
+    """
+    draw = Draw(f"{seed}/further/{spec.family.name}/{spec.values!r}")
+    phrases = {use: _Turns(draw, spec.family.phrases(use, further=True)) for use in ("do", "noun", "ask")}
+    frames = _Turns(draw, phrases_of(FURTHER)["frames"]["frame"])
+    made, taken = [], {normalise(text) for text in known}
+    for _ in range(count):
+        for _ in range(50 if spec.family.phrases("do", further=True) else 0):
+            sentence = _sentence(spec, frames.next(), phrases, example, draw)
+            if normalise(sentence) not in taken:
+                break
+        else:
+            raise ConfigError(f"{spec.name}: expected more phrases: no further description beside {len(taken)}")
+        taken.add(normalise(sentence))
+        made.append(sentence)
+    return made
 
 
 class _Turns:
