@@ -241,14 +241,19 @@ class Task(NamedTuple):
 
 
 class Log:
-    """The records of a run, appended to a file (None: kept here alone) as they come."""
+    """The records of a run, appended to a file (None: kept here alone) as they come.
+
+    ``resume``: after those that are in the file, without a last line whose end was not written any more.
+    """
 
     def __init__(self, path: Path | None, resume: bool = False):
         self.path, self.records = path, []
-        if path is not None and resume and path.exists():
-            self.records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        elif path is not None:
-            path.write_text("", encoding="utf-8")
+        if path is not None:
+            before = path.read_text(encoding="utf-8") if resume and path.exists() else ""
+            whole = before[: before.rfind("\n") + 1]
+            self.records = [json.loads(line) for line in whole.splitlines()]
+            path.touch()
+            os.truncate(path, len(whole.encode("utf-8")))
 
     def add(self, *made: Record) -> None:
         self.records += made

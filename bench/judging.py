@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Record, record
-from t2l_engine.files.text import read_json
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
 
 #: Of an arm's details, what is kept for every group of tasks.
 MEASURES = ("score", "containment", "rouge_l", "prompt_tokens")
@@ -30,7 +30,7 @@ def evaluate(out: Path, name: str, names: Sequence[str], arms: Sequence[str], **
         for value in values if isinstance(values, list) else [values]:
             command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return read_json(out / f"{name}.json")
+    return read_texts(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of ten thousand tasks
 
 
 def part_records(part: str, result: Mapping[str, Any]) -> Iterator[Record]:

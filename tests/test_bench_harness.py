@@ -93,6 +93,8 @@ def test_a_run_that_ends_early_goes_on(tmp_path):
     assert [one["record"] for one in lines(out)] == ["run", "ceiling", "entry", "task"], "what came is kept"
     with pytest.raises(BenchError, match="2 of 3 tasks left"):
         run("x", plan_of("a", "b", "c", seen=seen), cpu(), command="x", out=out, resume=True, budget=1e-9)
+    with out.open("a", encoding="utf-8") as file:
+        file.write('{"record": "ta')  # where a write was cut off
     run("x", plan_of("a", "b", "c", seen=seen), cpu(), command="x", out=out, resume=True)
     assert seen == ["a", "b", "b", "c"] and lines(out)[0]["tasks"] == ["a", "b", "c"]
     assert [one["of"] for one in lines(out) if one["record"] == "entry"] == ["a", "b", "c"]

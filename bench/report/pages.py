@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
+from bench.kernels import COMMAND as KERNELS
 from bench.records import CUDA, OF_A_CPU, Result, ResultError, load
 from bench.report import (  # noqa: F401
     cells,
@@ -50,8 +51,8 @@ SOURCES = {
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
     "specs": "python -m bench specs --work WORK --skills SKILLS",
     "specs-first": "git checkout -- bench/results/specs-first.jsonl",
-    "lengths": "python -m bench lengths",
-    "kernels": "python -m bench kernels --write",
+    "lengths": "python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES",
+    "kernels": KERNELS,
 }
 #: What else, where there is a run: one needs an environment of its own, one native kernels.
 OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}

@@ -147,6 +147,30 @@ def bounds(head: str, found: Interval | None) -> Line:
     return dict(zip((head, f"{head}, low", f"{head}, high"), values, strict=True))
 
 
+#: A claim, what was measured (None: nothing was), the least that it should be, whether its interval should be above zero.
+Claim = tuple[str, Interval | None, int | None, bool]
+
+
+def judged(claims: Iterable[Claim]) -> Iterator[Line]:
+    """``claims`` beside their targets, without what was not measured."""
+    for claim, found, least, above_zero in claims:
+        if found is not None:
+            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero)
+            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
+            yield {
+                "claim": claim,
+                "target": target or "reported",
+                **bounds("measured", found),
+                "met": met if target else None,
+            }
+
+
+def curves(result: Result) -> Iterator[Line]:
+    """Training losses over tokens."""
+    for run in result.records("training"):
+        yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
+
+
 # --- lines of rows ------------------------------------------------------------------------------------------------------
 
 SCALES = {"us": 1, "ms": 1e3, "s": 1e6}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.records import Result
-from bench.report.tables import Line, bounds, each, mean, table
+from bench.report.tables import Claim, Line, bounds, curves, each, judged, mean, table
 from bench.specs.plan import (
     DESCRIBED,
     EARLIER,
@@ -18,7 +18,7 @@ from bench.specs.plan import (
     T2L,
 )
 from bench.study.scores import Part
-from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
+from t2l_engine.research.evaluation.bootstrap import interval, ratio
 from t2l_engine.research.tasks.specs.suite import FAMILIES
 
 #: Arm -> what it is called; the order of the tables.
@@ -112,20 +112,13 @@ def _first(result: Result) -> Iterator[Line]:
 
 @table("specs-claims", "Claims of the study of unseen sentences beside their targets, 95 % intervals over tasks", "specs")
 def _judged(result: Result) -> Iterator[Line]:
-    """Without what was not measured.
-
-    Targets were fixed before the runs, but two claims came later, with the target of the one before: of families with more
+    """Targets were fixed before the runs.  Two claims came later, with the target of the one before: of families with more
     than two answers, and of as many tokens.
     """
-    for claim, found, least, above_zero in _claims(result):
-        if found is not None:
-            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero)
-            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
-            yield {"claim": claim, "target": target, **bounds("measured", found), "met": met}
+    return judged(_claims(result))
 
 
-def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
-    """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
+def _claims(result: Result) -> Iterator[Claim]:
     trained, _, sibling, novel, other = (Part.of(result.others, part) for part in PARTS)
     right = trained.column("t2l")
     yield "trained tasks: right, %", interval(right) if right else None, 85, False
@@ -314,10 +307,7 @@ table(
 )
 
 
-@table("specs-curves", "Training loss over tokens, specifications", "specs")
-def _curves(result: Result) -> Iterator[Line]:
-    for run in result.records("training"):
-        yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
+table("specs-curves", "Training loss over tokens, specifications", "specs")(curves)
 
 
 @table("specs-small", "Small runs that change one thing at a time: loss of a twentieth of the steps", "specs", optional=True)

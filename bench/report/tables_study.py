@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.records import Result
-from bench.report.tables import Line, Make, bounds, each, flat, mean, table
+from bench.report.tables import Claim, Line, Make, bounds, curves, each, flat, judged, mean, table
 from bench.study import plan
 from bench.study.scores import Part
-from t2l_engine.research.evaluation.bootstrap import Interval, interval
+from t2l_engine.research.evaluation.bootstrap import interval
 
 #: Arm -> what it is called; the order of the tables.
 ARMS = {
@@ -73,21 +73,11 @@ def _arms(result: Result) -> Iterator[Line]:
 
 @table("study-claims", "Claims of the study beside their targets, with 95 % intervals over tasks", "study")
 def _judged(result: Result) -> Iterator[Line]:
-    """Targets were fixed before the runs; without what was not measured."""
-    for claim, found, least, above_zero in _claims(result):
-        if found is not None:
-            target = ", ".join([f">= {least}"] * (least is not None) + ["interval > 0"] * above_zero) or "reported"
-            met = (least is None or found.mean >= least) and (not above_zero or found.low > 0)
-            yield {
-                "claim": claim,
-                "target": target,
-                **bounds("measured", found),
-                "met": None if target == "reported" else met,
-            }
+    """Targets were fixed before the runs."""
+    return judged(_claims(result))
 
 
-def _claims(result: Result) -> Iterator[tuple[str, Interval | None, int | None, bool]]:
-    """What is claimed, what was measured, the least that it should be, and whether its interval should be above zero."""
+def _claims(result: Result) -> Iterator[Claim]:
     seen, unseen, kept = (Part.of(result.others, name) for name in ("seen", "unseen", "reconstruction/16/train"))
     yield "reconstruction of 16 adapters: oracle gain kept, %", kept.share("t2l", "base"), 90, False
     for ours, seed in SEEDS.items():
@@ -193,12 +183,7 @@ def requests(result: Result) -> Iterator[Line]:
         yield flat(of) | {"arm": ARMS[arm], "over T2L": of["seconds"] / known["t2l"]["seconds"]}
 
 
-@table("study-curves", "Training loss over tokens", "study")
-def curves(result: Result) -> Iterator[Line]:
-    for run in result.records("training"):
-        yield from ({"run": run["run"], "million tokens": tokens, "loss": loss} for tokens, loss in run["curve"])
-
-
+table("study-curves", "Training loss over tokens", "study")(curves)
 table("study-runs", "What was trained", "study")(each("training", "curve", "validation"))
 table("study-scalings", "Siblings at other scalings than trained with", "study")(each("scaling"))
 table("study-benchmarks", "The paper's ten benchmarks", "study")(each("benchmark"))
