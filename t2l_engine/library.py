@@ -17,7 +17,7 @@ from t2l_engine.adapters.peft import CONFIG_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json, read_texts, to_json
-from t2l_engine.files.weights import content_checksum, read_safetensors, replacing, write_folder
+from t2l_engine.files.weights import content_checksum, read_safetensors, write_folder, write_text
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.reader import TextReader
 
@@ -128,9 +128,7 @@ class AdapterLibrary:
         (folder / DESCRIPTIONS).unlink(missing_ok=True)  # what fails from here on leaves no library, not a mixed one
         for i, name in enumerate(self.descriptions):
             self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
-        with replacing(folder, DESCRIPTIONS) as temporary:
-            text = json.dumps(self.descriptions, indent=1, ensure_ascii=False)
-            (temporary / DESCRIPTIONS).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / DESCRIPTIONS, json.dumps(self.descriptions, indent=1, ensure_ascii=False) + "\n")
         digest = {"sha256": _digest(self.descriptions, self.index.encoder)}
         write_folder(folder, EMBEDDINGS, {"means": self.index.means.contiguous()}, DIGESTS, digest)
 

@@ -339,7 +339,7 @@ def test_length_leaves_room_for_text(encoder):
 
 @pytest.mark.parametrize("name", ["some-owner/no-such-encoder", "no such name!"])
 def test_an_encoder_that_is_not_to_be_had(name):
-    with pytest.raises(OSError, match=f"encoder '{name}': cannot be loaded .*; pass encoder=... or .* a local folder"):
+    with pytest.raises(OSError, match=f"encoder '{name}': cannot be loaded .*; pass encoder=FOLDER .* a local folder"):
         TextEncoder.from_pretrained(EncoderConfig(name, "mean"))
 
 

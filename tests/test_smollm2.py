@@ -1,6 +1,7 @@
 """The real language model: SmolLM2-135M, dequantised from its GGUF file, against PEFT, and the programs of the documents."""
 
 import copy
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,6 +122,14 @@ def test_output_written_over(run_program):
     names = run_program("docs/generate.md", "preallocated output")
     stack, again = names["stack"], names["again"]
     assert all(again.lora_A[name].data_ptr() == a.data_ptr() for name, a in stack.lora_A.items())
+
+
+def test_a_folder_in_peft(run_program, tmp_path, capsys):
+    pytest.importorskip("peft")
+    run_program("docs/generate.md", "PEFT folder")
+    assert "impala" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == packaged.BASE_MODEL
 
 
 def test_peft_in_memory(run_program, smollm, request):

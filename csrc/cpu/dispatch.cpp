@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <string>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -197,7 +198,10 @@ const char* chosen_isa(Isa* isa) {
       *isa = static_cast<Isa>(i);
       return nullptr;
     }
-  return "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or neon_bf16";
+  constexpr const char* kExpected =
+      "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or neon_bf16, got ";
+  static const std::string unknown = kExpected + ("'" + std::string(wanted) + "'");
+  return unknown.c_str();
 }
 
 void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel) {

@@ -437,7 +437,7 @@ class AdapterStack:
         ``target_modules``, ``exclude_modules``).  If scalings differ between modules, the most common one is kept and the
         ratio multiplied into B of the others.
 
-        ``dtype``: of A and B, None = as stored.
+        ``dtype``: of A and B, None = the widest in the files.
 
         Raises:
             FileNotFoundError: a missing folder or file.

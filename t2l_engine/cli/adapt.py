@@ -20,6 +20,7 @@ from t2l_engine.cli.common import (
     base_model_of,
     keep_freed_memory,
     load_engine,
+    need_packages,
     print_json,
 )
 
@@ -44,7 +45,6 @@ def adapt(
     the loss and the number of right answers with the adapter as generated, which is kept in start/, and as tuned.
     """
     began = time.perf_counter()
-    from t2l_engine.cli.train import need_packages
     from t2l_engine.text.examples import read_examples
 
     keep_freed_memory()

@@ -64,6 +64,14 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 
+def need_packages() -> None:
+    """FileNotFoundError if packages for training and evaluation are missing, with the command to install them."""
+    try:
+        import t2l_engine.research.training  # noqa: F401
+    except ImportError as error:
+        raise FileNotFoundError(str(error)) from None
+
+
 def say(text: str) -> None:
     """Print a one-line message to standard error."""
     typer.echo("t2l: " + " ".join(text.split()), err=True)
@@ -90,7 +98,7 @@ def print_json(value: Any) -> None:
 
 
 def load_engine(
-    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str = ""
+    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str
 ) -> tuple[TextToLoRA, Path]:
     """(engine, checkpoint folder) for the options of a command.
 

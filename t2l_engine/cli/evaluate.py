@@ -25,6 +25,7 @@ from t2l_engine.cli.common import (
     console,
     keep_freed_memory,
     load_engine,
+    need_packages,
     say,
     split_names,
 )
@@ -115,6 +116,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint's adapters, its controls, the base model and further adapters on a task folder."""
     keep_freed_memory()
+    need_packages()
     from tqdm import tqdm
 
     from t2l_engine.hypernetwork import checkpoint as checkpoints
@@ -161,7 +163,7 @@ def evaluate(
     for name, reason in left_out.items() if not chosen else ():
         say(f"{name} left out: {reason}")
     trained = sorted(checkpoints.trained_tasks(checkpoints.describe(folder)))
-    groups = _groups([task.name for task in loaded], trained, manifest)
+    groups = _groups([task.name for task in loaded], set(trained), manifest)
     if precision and manifest:  # tiers end apart, so groups across them would be uneven samples
         groups = {group: members for group, members in groups.items() if group in TIERS} or groups
     model_name = base_model_of(folder, base_model)
@@ -328,7 +330,7 @@ def _adapters(option: str, folder: Path) -> list[Path]:
     return found
 
 
-def _groups(names: list[str], trained: list[str], manifest: str) -> dict[str, list[str]]:
+def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, list[str]]:
     """Non-empty groups of task names: all, trained and not trained, and the tiers of the manifest."""
     from t2l_engine.research.tasks import manifest as manifests
 

@@ -74,10 +74,9 @@ def export(
 
 def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
     from t2l_engine.hypernetwork.export import export as write
-    from t2l_engine.hypernetwork.folder import resolve_checkpoint
     from t2l_engine.hypernetwork.network import HyperNetwork
 
-    net = HyperNetwork.from_pretrained(resolve_checkpoint(source), dtype=dtype)
+    net = HyperNetwork.from_pretrained(source, dtype=dtype)
     write(net, output)
     return {"dtype": str(net.dtype).removeprefix("torch.")}
 

@@ -81,6 +81,7 @@ def generate(
     --examples, a checkpoint whose encoder reads examples generates from these, too.
     """
     from t2l_engine.cli import export
+    from t2l_engine.files.weights import write_text
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.library import AdapterLibrary
     from t2l_engine.text import packaged
@@ -147,7 +148,7 @@ def generate(
     if several:
         ending = "" if form is Format.peft else export.GGUF
         names = {f"{i}{ending}": text for i, text in enumerate(texts)}
-        index.write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(index, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
     if as_json:
         print_json(results)
 

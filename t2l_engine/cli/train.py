@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import console, keep_freed_memory, say, split_names
+from t2l_engine.cli.common import console, keep_freed_memory, need_packages, say, split_names
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -120,14 +120,6 @@ def plot(folder: Annotated[Path, typer.Argument(help="Folder of a run.")]) -> No
     from t2l_engine.research.training.log import plot as draw
 
     typer.echo(str(draw(folder)))
-
-
-def need_packages() -> None:
-    """FileNotFoundError if packages for training are missing, with the command to install them."""
-    try:
-        import t2l_engine.research.training  # noqa: F401
-    except ImportError as error:
-        raise FileNotFoundError(str(error)) from None
 
 
 def _start(kind_name: str, config: Path | None, overrides: list[str] | None, device: str, threads: int) -> tuple[Any, Any]:

@@ -59,6 +59,12 @@ def replacing(directory: Path, *names: str) -> Iterator[Path]:
             os.replace(Path(temporary) / name, directory / name)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8 to ``path``, whose folder is created; an existing file is replaced by a complete one only."""
+    with replacing(path.parent, path.name) as temporary:
+        (temporary / path.name).write_text(text, encoding="utf-8")
+
+
 def write_folder(
     directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Finds a checkpoint's folder and format, and reads the ``config.json`` of the native format; does not need torch."""
+"""Finds a checkpoint's folder and format, and reads the ``config.json`` of the native format."""
 
 from __future__ import annotations
 
@@ -57,16 +57,21 @@ def format_of(folder: Path) -> str:
         return "native"
     if (folder / SAKANA_NAMES[0]).is_file():
         return "reference"
-    raise FileNotFoundError(f"{folder}: holds neither {CONFIG_NAME} (native format) nor {SAKANA_NAMES[0]} (Sakana format)")
+    hint = "; a PEFT adapter is no checkpoint" if (folder / SAKANA_NAMES[2]).is_file() else ""
+    raise FileNotFoundError(
+        f"{folder}: holds neither {CONFIG_NAME} (native format) nor {SAKANA_NAMES[0]} (Sakana format){hint}"
+    )
 
 
 def native_blocks(folder: Path) -> dict[str, Any]:
     """The blocks of a native ``config.json``; ConfigError or CheckpointError names an unknown one or one of a wrong type."""
     path = folder / CONFIG_NAME
     blocks = read_json(path)
-    if not isinstance(blocks, dict) or blocks.get("format") != FORMAT:
-        got = short_repr(blocks.get("format")) if isinstance(blocks, dict) else type(blocks).__name__
-        raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {got}")
+    if not isinstance(blocks, dict):
+        raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {type(blocks).__name__}")
+    if blocks.get("format") != FORMAT:
+        hint = "; this is a language model, not a checkpoint for one" if "model_type" in blocks else ""
+        raise CheckpointError(f"{path}: format: expected {FORMAT!r}, got {short_repr(blocks.get('format'))}{hint}")
     unknown = set(blocks) - {"format", "hypernetwork", *BLOCKS}
     if unknown or "hypernetwork" not in blocks:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from t2l_engine.files.weights import check_dtype, max_abs
 from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import POOLING_PREFIX, Contents, expect_shape
-from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError
+from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_checkpoint
 from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
@@ -118,8 +118,8 @@ class HyperNetwork(nn.Module):
         """Load a native or Sakana-format folder; no base model is needed, and nothing in the folder is executed.
 
         Args:
-            folder: native (``config.json``, ``hypernet.safetensors``) or in Sakana format (``hypermod.pt``, ``args.yaml``,
-                ``adapter_config.json``).
+            folder: a bundled checkpoint's name, or a folder: native (``config.json``, ``hypernet.safetensors``) or in Sakana
+                format (``hypermod.pt``, ``args.yaml``, ``adapter_config.json``).
             scaling: "rslora" = alpha/sqrt(r), "plain" = alpha/r, or a number; None = as trained.
             dtype: of weights, of the inputs of matrix products and of generated A and B (accumulation and LayerNorm stay
                 float32); None = as stored.
@@ -130,7 +130,7 @@ class HyperNetwork(nn.Module):
             FileNotFoundError: the folder or one of its files does not exist.
             CheckpointError: a missing or extra key, a wrong shape, or a contradiction; the message names file and key.
         """
-        return load(read(Path(folder), module_order), scaling=scaling, dtype=dtype, device=device)
+        return load(read(resolve_checkpoint(folder), module_order), scaling=scaling, dtype=dtype, device=device)
 
     def save_pretrained(
         self, folder: str | Path, metadata: dict | None = None, pooling: AttentionPooling | None = None

@@ -45,5 +45,5 @@ def sakana_encoder_config(args: dict[str, Any], where: str) -> EncoderConfig | O
         return EncoderConfig(name, "last", SAKANA_MAX_LENGTH, template=SFR_TEMPLATE, dtype="bfloat16")
     raise UndefinedEncoder(
         f"{where}: emb_model: expected a 'gte' or 'SFR' model or none, whose pooling SakanaAI's code defines, "
-        f"got {short_repr(name)}; pass encoder=..."
+        f"got {short_repr(name)}; pass encoder=FOLDER (--encoder FOLDER)"
     )

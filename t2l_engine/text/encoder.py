@@ -133,7 +133,8 @@ class TextEncoder:
             config: an :class:`EncoderConfig`; "minilm" for the packaged default (all-MiniLM-L6-v2, 384 wide, offline); or
                 a local sentence-transformers folder, which states its pooling.
             dtype: of the encoder's weights, None = the configuration's; embeddings are always float32.
-            trust_remote_code: run Python code in the model's folder; off by default.
+            trust_remote_code: run the Python code that the model's configuration names (``auto_map``), which may come from
+                elsewhere; off by default.
             cache_size: number of texts whose embeddings are kept, 0 for none.
 
         Raises:

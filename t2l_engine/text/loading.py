@@ -28,7 +28,7 @@ def load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreT
         if not trust_remote_code and ("auto_map" in values or "auto_map" in get_tokenizer_config(source)):
             raise ValueError(
                 f"encoder {source!r}: brings Python code of its own (auto_map in its configuration), which runs only with "
-                "trust_remote_code=True; read the code first"
+                "trust_remote_code=True (--trust-remote-code); read the code first"
             )
         if values.get("is_encoder_decoder"):
             raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")
@@ -39,7 +39,8 @@ def load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreT
     except OSError as error:
         reason = str(error).partition("\n")[0][:300]
         raise OSError(
-            f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=... or a configuration of a local folder"
+            f"encoder {source!r}: cannot be loaded ({reason}); pass encoder=FOLDER (--encoder FOLDER) or a configuration of "
+            "a local folder"
         ) from error
     # We pool the last hidden state, so a missing pooler, which transformers initialises at random, does not matter.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))

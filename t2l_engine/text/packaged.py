@@ -73,8 +73,10 @@ def convert() -> Path:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        temporary.chmod(0o755)  # a cache may be shared: unlike other temporary folders, others may read this one
+        if not (folder / "config.json").is_file():  # another process may have been faster, and its folder be in use
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

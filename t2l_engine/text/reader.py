@@ -78,7 +78,8 @@ class TextReader(TextEncoder):
     """A frozen language model and an :class:`AttentionPooling` of its hidden states: reads descriptions and examples.
 
     Used as a :class:`TextEncoder`; every token of description and examples can change ``task_emb``, so that names, numbers
-    and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer.
+    and strings in a sentence are told apart.  Hidden states are normalised to RMS 1 per token and layer; ``task_emb`` is
+    layer-normalised per query, not L2-normalised.
 
     Source: paper section 3, with pooling by latent queries (Perceiver, arXiv 2103.03206) in place of one vector.
 

@@ -47,6 +47,10 @@ def test_generate_errors_leave_an_adapter_alone(run, expect_error, checkpoint, m
     expect_error("texts[0]: expected a non-empty description", "generate", "  ", "-o", one, "-c", checkpoint)
     expect_error("config.json", "generate", "x", "-o", checkpoint / "config.json", "-c", checkpoint)
     expect_error("no such folder; bundled checkpoints", "generate", "x", "-o", one, "-c", tmp_path / "none")
+    expect_error("; a PEFT adapter is no checkpoint", "generate", "x", "-o", tmp_path / "two", "-c", one)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    expect_error("; this is a language model, not a", "generate", "x", "-o", tmp_path / "two", "-c", tmp_path / "model")
     expect_error("expected rslora, plain or a number", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "big")
     expect_error("nowhere", "generate", "x", "-o", one, "-c", checkpoint, "--encoder", tmp_path / "nowhere")
     assert (one / "adapter_model.safetensors").read_bytes() == kept

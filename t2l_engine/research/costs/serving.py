@@ -276,13 +276,12 @@ def shots_to_win(
     *,
     questions: int = 1,
     limit: int = 1024,
-    measure: Measure = all_flops,
 ) -> int | None:
     """The fewest shots with which ``rival`` costs more than ``way`` over ``questions`` questions; None: over ``limit``."""
 
     def wins(shots: int) -> bool:
         both = ways(setup, dataclasses.replace(load, shots=shots))
-        return both[way].total(questions, measure) < both[rival].total(questions, measure)
+        return both[way].total(questions) < both[rival].total(questions)
 
     low, high = 0, limit  # the rival's cost grows with every shot, that of way does not change
     if not wins(high):

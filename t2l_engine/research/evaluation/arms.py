@@ -242,7 +242,7 @@ def multi_task_arm(folder: Path) -> Arm:
     settings = settings_of(folder)
     if settings is None:
         raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
-    if settings.get("mode") != "multi-task":
+    if settings.get("mode") != MULTI_TASK:
         raise ConfigError(f"{folder}: expected a run with mode multi-task, got {settings.get('mode')!r}")
     stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"

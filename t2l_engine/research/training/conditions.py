@@ -19,7 +19,7 @@ from tqdm import tqdm
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
@@ -228,7 +228,6 @@ def read_states(
                 for read, (_, (first, last)) in zip(reader.states([text for text, _ in batch]), batch, strict=True):
                     states[first:last] = read.cpu()
             index["tasks"] = min(chunk.stop, len(texts))
-            with replacing(folder, INDEX) as temporary:
-                (temporary / INDEX).write_text(json.dumps(index))
+            write_text(folder / INDEX, json.dumps(index))
             bar.update(index["tasks"] - bar.n)
     return states, places

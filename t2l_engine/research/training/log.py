@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import write_text
 
 NAME, PICTURE = "log.jsonl", "loss.png"
 COUNTS = ("examples", "tokens")  # of a step
@@ -42,8 +42,7 @@ class Log:
             return
         path = folder / NAME
         rows = [row for row in read_log(folder) if row["step"] <= step] if step and path.is_file() else []
-        with replacing(folder, NAME) as temporary:
-            (temporary / NAME).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: dict[str, Any]) -> None:

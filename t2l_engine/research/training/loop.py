@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import replacing, write_text
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
@@ -160,8 +160,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     main = accelerate.is_main_process
     accelerate.wait_for_everyone()  # all processes have read the state before one writes
     if main:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / SETTINGS).write_text(to_yaml(settings), encoding="utf-8")
+        write_text(output / SETTINGS, to_yaml(settings))
     with (
         Log(output, step, enabled=main) as log,
         tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.config import resolve_scaling, same_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
 from t2l_engine.research.training import loop
@@ -96,7 +96,7 @@ class LoRA(loop.Job):
     def __init__(self, settings: LoRASettings, context: TrainingContext, tasks: Sequence[int], folder: Path):
         super().__init__()
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
-        self._shared = settings.mode == "multi-task"  # one adapter for all tasks
+        self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
         self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
         held_out = settings.held_out_descriptions
         self._described = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
@@ -190,7 +190,7 @@ class LoRA(loop.Job):
 def waves(settings: LoRASettings, context: TrainingContext) -> list[list[int]]:
     """Indices of the tasks of each wave: waves of nearly equal size, of tasks of similar length to reduce padding."""
     count = len(context.tasks)
-    if settings.mode == "multi-task":
+    if settings.mode == MULTI_TASK:
         return [list(range(count))]
     order = sorted(range(count), key=lambda i: (context.train.mean_length(i), context.tasks[i].name))
     number = -(-count // settings.tasks_per_step)
@@ -263,5 +263,4 @@ def _finish(folder: Path, job: LoRA, tasks: Sequence[Task]) -> None:
 
 
 def _write(path: Path, values: Any) -> None:
-    with replacing(path.parent, path.name) as temporary:
-        (temporary / path.name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(values, indent=1) + "\n")
