@@ -73,7 +73,8 @@ def convert() -> Path:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)  # a cache may be shared: unlike other temporary folders, others may read this one
+        for path in (temporary, *temporary.iterdir()):  # for others too: safetensors and mkdtemp write for their owner alone
+            path.chmod(0o755 if path.is_dir() else 0o644)
         if not (folder / "config.json").is_file():  # another process may have been faster, and its folder be in use
             shutil.rmtree(folder, ignore_errors=True)
             temporary.rename(folder)
