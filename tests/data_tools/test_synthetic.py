@@ -55,7 +55,7 @@ def test_answers_of_lists():
 def test_answers_of_words():
     past, plural = dict(pairs("syn_past_tense")), dict(pairs("syn_plural"))
     assert [past.get(word) for word in ("cry", "play", "agree", "whisper")] == ["cried", "played", "agreed", "whispered"]
-    assert [plural.get(word) for word in ("key", "box")] == ["keys", "boxes"]
+    assert [synthetic.plural(word) for word in ("box", "peach", "key", "puppy")] == ["boxes", "peaches", "keys", "puppies"]
     assert all(y.endswith("s") for y in plural.values()) and all(y.endswith("ed") for y in past.values())
     assert all(y == x.upper() for x, y in pairs("syn_upper_case"))
     assert all(y == x[0] for x, y in pairs("syn_first_letter"))
