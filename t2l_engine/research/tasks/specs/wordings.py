@@ -119,8 +119,9 @@ def further(spec: Specification, seed: int, example: tuple[str, str], known: Ite
     phrases = {use: _Turns(draw, spec.family.phrases(use, further=True)) for use in ("do", "noun", "ask")}
     frames = _Turns(draw, phrases_of(FURTHER)["frames"]["frame"])
     made, taken = [], {normalise(text) for text in known}
+    tries = 50 if spec.family.phrases("do", further=True) else 0  # families that are held out whole have none
     for _ in range(count):
-        for _ in range(50 if spec.family.phrases("do", further=True) else 0):
+        for _ in range(tries):
             sentence = _sentence(spec, frames.next(), phrases, example, draw)
             if normalise(sentence) not in taken:
                 break
