@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.ceilings import resident_bytes
+from t2l_engine.text.prompts import raw_prompt
 
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "t2l,t2l_http", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 HEADERS = {"Content-Type": "application/json"}
@@ -57,12 +58,17 @@ class VllmServer:
             answer = connection.getresponse()
             return answer.status, answer.read().decode(errors="replace")
 
+    def complete(self, model: str, text: str, tokens: int = 8) -> tuple[int, str]:
+        """(Status, answer or the error's body) for ``text`` in a raw prompt, at temperature 0."""
+        body = {"model": model, "prompt": raw_prompt("", text), "max_tokens": tokens, "temperature": 0}
+        status, answer = self.request("POST", "/v1/completions", body)
+        return status, json.loads(answer)["choices"][0]["text"].strip() if status == 200 else answer
+
     def chat(self, model: str, content: str, tokens: int = 8, **fields: Any) -> tuple[int, Any]:
-        """(Status, answer's text or the error's body) of a chat at temperature 0."""
+        """(Status, body of the answer) of a chat at temperature 0."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": tokens, "temperature": 0}
         status, text = self.request("POST", "/v1/chat/completions", body | fields)
-        answer = json.loads(text)
-        return status, answer["choices"][0]["message"]["content"] if status == 200 and not fields else answer
+        return status, json.loads(text)
 
     def first_token(self, model: str, content: str) -> float:
         """Seconds from a request to the first piece of its answer, which vLLM sends with the first token."""
