@@ -200,7 +200,8 @@ const char* chosen_isa(Isa* isa) {
     }
   constexpr const char* kExpected =
       "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or neon_bf16, got ";
-  static const std::string unknown = kExpected + ("'" + std::string(wanted) + "'");
+  thread_local std::string unknown;
+  unknown = kExpected + ("'" + std::string(wanted) + "'");
   return unknown.c_str();
 }
 

@@ -127,6 +127,7 @@ t2l_status t2l_adapter_init(const t2l_hypernet* net, int64_t module, void* lora_
                             t2l_adapter* adapter, t2l_error* error) {
   return guarded("t2l_adapter_init", error, [&] {
     const Module& found = module_of(given("net", net), module);
+    t2l::lib::type_of("dtype", dtype);
     const int64_t rank = net->net.header().rank, layers = net->net.header().num_layers;
     const int64_t in = found.in_features, out = found.out_features;
     given("adapter", adapter) = {

@@ -33,11 +33,6 @@ void check_stride(const char* name, int64_t stride, int64_t count, int64_t least
     invalid(name, "strides that reach over at most 2^60 elements", std::to_string(stride));
 }
 
-DType type_of(const char* name, int32_t type) {
-  if (type != T2L_F32 && type != T2L_BF16) invalid(name, "T2L_F32 or T2L_BF16", std::to_string(type));
-  return type == T2L_BF16 ? DType::bf16 : DType::f32;
-}
-
 void check_segments(const t2l_lora& l) {
   const int32_t* bounds = l.seg_indptr;
   if (bounds[0] != 0) invalid("seg_indptr", "0 first", std::to_string(bounds[0]));
@@ -91,6 +86,11 @@ void check(const t2l_lora& l, DType x_type, DType w_type) {
 }
 
 }  // namespace
+
+DType type_of(const char* name, int32_t type) {
+  if (type != T2L_F32 && type != T2L_BF16) invalid(name, "T2L_F32 or T2L_BF16", std::to_string(type));
+  return type == T2L_BF16 ? DType::bf16 : DType::f32;
+}
 
 Isa isa_of(int32_t isa) {
   if (isa == T2L_ISA_BEST) return detected_isa();

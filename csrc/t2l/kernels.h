@@ -1,5 +1,5 @@
-// Entry points of the CPU kernels.  Plain C++: no torch, no Python, no global state.  They may throw std::bad_alloc, also
-// from a body that runs on a pool's thread.
+// Entry points of the CPU kernels.  Plain C++: no torch, no Python, no global state but this CPU's instruction sets, which
+// the first call finds.  They may throw std::bad_alloc, also from a body that runs on a pool's thread.
 #pragma once
 #include <cstdint>
 

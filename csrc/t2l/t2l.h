@@ -2,7 +2,7 @@
 //
 // Units: sizes and strides count elements, not bytes; strides may be of any layout that the text allows.  All arrays are the
 // caller's, before, during and after a call; the library keeps no pointer to them.  Nothing is printed, no environment
-// variable is read, there is no global state, and no C++ exception leaves a function.
+// variable is read, there is no global state but this CPU's instruction sets, and no C++ exception leaves a function.
 //
 // Errors: a function that can fail returns a t2l_status and, where `error` is not NULL, writes a message of the form
 // "function: argument: expected ..., got ..." (empty on success).  All arguments are checked before anything is written: on
@@ -62,8 +62,9 @@ typedef enum t2l_isa {
   T2L_ISA_AVX512_BF16_WIDE = 9  // avx512_bf16 with the hypernetwork's weights widened to float32
 } t2l_isa;
 
-// The fastest instruction set of this CPU; never T2L_ISA_BEST.  Asks the system once for the matrix tiles of AMX, which
-// Linux grants to a process as a whole, and where they are not to be had times dot products of bfloat16, 0.2 ms.
+// The fastest instruction set of this CPU; never T2L_ISA_BEST.  The first call of any function that takes or tells an
+// instruction set asks the system for the matrix tiles of AMX, which Linux grants to a process as a whole, and where they
+// are not to be had times dot products of bfloat16, 0.2 ms.
 T2L_API int32_t t2l_detected_isa(void);
 // 1: this CPU has it and this process may use it (always so for T2L_ISA_BEST); 0: not, or another value.
 T2L_API int32_t t2l_has_isa(int32_t isa);

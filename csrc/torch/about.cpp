@@ -5,7 +5,13 @@
 
 namespace {
 
-std::string quoted(const char* value) { return '"' + std::string(value) + '"'; }
+// A JSON string; what JSON would need an escape for is a question mark, as T2L_ISA may be anything.
+std::string quoted(const char* value) {
+  std::string text = value;
+  for (char& c : text)
+    if (c < ' ' || c > '~' || c == '"' || c == '\\') c = '?';
+  return '"' + text + '"';
+}
 
 std::string describe() {
   std::string isas;

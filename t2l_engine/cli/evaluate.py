@@ -164,8 +164,9 @@ def evaluate(
         say(f"{name} left out: {reason}")
     trained = sorted(checkpoints.trained_tasks(checkpoints.describe(folder)))
     groups = _groups([task.name for task in loaded], set(trained), manifest)
-    if precision and manifest:  # tiers end apart, so groups across them would be uneven samples
-        groups = {group: members for group, members in groups.items() if group in TIERS} or groups
+    if precision:  # groups end apart, so that one across others would be an uneven sample
+        apart = TIERS if manifest else ("trained", "not trained")
+        groups = {group: members for group, members in groups.items() if group in apart} or groups
     model_name = base_model_of(folder, base_model)
     model, tokenizer = models.load(model_name, dtype.torch)
     if not has_chat(tokenizer):

@@ -181,7 +181,7 @@ def check(
 
     from t2l_engine.files.errors import ConfigError
     from t2l_engine.research.tasks import manifest as manifests
-    from t2l_engine.research.tasks.examples import shared_inputs
+    from t2l_engine.research.tasks.examples import SHARES, shared_inputs
     from t2l_engine.research.tasks.folder import load_tasks
 
     if not manifest:
@@ -194,6 +194,8 @@ def check(
             raise ConfigError(
                 f"{folder}: {len(shared)} tasks have inputs in more than one split, first: {first}: {shared[first]} inputs"
             )
+        if others := {example.split for task in tasks for example in task.examples} - SHARES.keys():
+            say(f"nothing reads examples of other splits than {', '.join(SHARES)}: {', '.join(map(_plain, sorted(others)))}")
         if as_json:
             print_json({"manifest": None, "tasks": [task.name for task in tasks], "differences": []})
         else:

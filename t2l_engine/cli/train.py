@@ -162,6 +162,8 @@ def _chosen(tasks: Path, names: str, manifest: str, tier: str) -> list[str] | No
 
     listed = manifests.read(manifest)
     chosen = manifests.select(read_descriptions(tasks, wanted or None), listed, tier)
+    if others := sorted(set(wanted) - set(chosen)):
+        raise ConfigError(f"--names: expected tasks that {manifest} lists as {tier!r}, got {others[0]!r}")
     if not chosen:
         raise ConfigError(f"--tier: {tasks} has no task that {manifest} lists as {tier!r}")
     differences = [d for d in manifests.check(tasks, listed, tier) if d.task in chosen]

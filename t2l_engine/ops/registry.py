@@ -224,6 +224,12 @@ _lora_add = torch.ops.t2l_engine.lora_add_.default
 _lora_add_group = torch.ops.t2l_engine.lora_add_group_.default
 
 
+def _changed(*tensors: Tensor) -> None:
+    """Has autograd refuse a backward pass that saved earlier values of ``tensors``, as after torch's in-place ops."""
+    if not torch.compiler.is_compiling():  # which orders changes by the schema
+        torch.autograd.graph.increment_version(tensors)
+
+
 def _check_listed(op: str, count: int, **lists: Sequence) -> None:
     """RuntimeError unless every list has one entry for each of the ``count`` modules of ``latent``, and at least one."""
     for name, entries in lists.items():
@@ -371,6 +377,7 @@ def hypernet_heads_out_(
     torch.ops.t2l_engine.hypernet_heads_out_.default(
         list(lora_A), list(lora_B), latent, *tensors, rank, n_in, n_out, scale_B
     )
+    _changed(*lora_A, *lora_B)
 
 
 def lora_delta(
@@ -438,6 +445,7 @@ def lora_add_(
             [1., 1., 1., 1.]])
     """
     _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids)
+    _changed(y)
     return y
 
 
@@ -475,4 +483,5 @@ def lora_add_group_(
                 expected = "one entry a member, as many as lora_A and at least one"
                 reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
     _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
+    _changed(y)
     return y

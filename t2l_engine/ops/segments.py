@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclasses.dataclass(frozen=True)
 class AdapterBatch:
@@ -38,10 +40,14 @@ class AdapterBatch:
     def from_rows(ids: Sequence[int] | Tensor, seq_len: int) -> AdapterBatch:
         """One segment per row: row i has ``seq_len`` tokens that use adapter ``ids[i]`` (-1: base model).
 
-        Raises ValueError unless ``ids`` is a flat sequence of integers that fit int32 and ``seq_len`` is 0 or more.
+        Raises ValueError unless ``ids`` is a flat sequence of integers that fit int32, as the number of all tokens does, and
+        ``seq_len`` is 0 or more.
         """
-        adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
-        if adapters.dim() != 1 or adapters.is_floating_point() or adapters.dtype == torch.bool:
+        try:
+            adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
+        except (TypeError, ValueError, RuntimeError):  # of torch: no numbers, unequal lists, integers beyond int64
+            raise ValueError(f"ids: expected a flat sequence of integers that fit int32, got {ids!r}") from None
+        if adapters.dim() != 1 or adapters.dtype not in _INTEGERS:
             raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
         if (
             adapters.dtype == torch.int64
@@ -49,8 +55,10 @@ class AdapterBatch:
             and not -(2**31) <= int(adapters.min()) <= int(adapters.max()) < 2**31
         ):
             raise ValueError(f"ids: expected values that fit int32, got {ids!r}")
-        if seq_len < 0:
-            raise ValueError(f"seq_len: expected a number of tokens >= 0, got {seq_len}")
+        if not 0 <= seq_len * max(1, len(adapters)) < 2**31:
+            raise ValueError(
+                f"seq_len: expected 0 to {2**31 - 1} tokens in all rows, got {seq_len} in each of {len(adapters)}"
+            )
         adapters = adapters.to(torch.int32)
         indptr = torch.arange(len(adapters) + 1, dtype=torch.int32, device=adapters.device) * seq_len
         return AdapterBatch(indptr, adapters, seq_len)

@@ -40,7 +40,8 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
 
     Raises:
         FileNotFoundError: ``name`` is neither.
-        ValueError: the folder's weights are incomplete, it contains an adapter, or its model needs custom code.
+        ValueError: the folder's weights are incomplete, it contains an adapter, its model needs custom code, or its
+            tokenizer has no ``eos_token``.
     """
     from transformers import GenerationConfig
 
@@ -59,8 +60,14 @@ def load(name: str, dtype: torch.dtype, attention: str | None = None):
             raise ValueError(f"base_model {name!r}: its weights lack {short_repr(sorted(info['missing_keys']))}")
         model = model.eval()
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"base_model {name!r}: expected a tokenizer with an eos_token, at which answers end, got none")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     stated = {name: getattr(model.generation_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ends = stated["eos_token_id"]
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id not in ends:  # with which answers are trained to end
+        stated["eos_token_id"] = [*(end for end in ends if end is not None), tokenizer.eos_token_id]
     model.generation_config = GenerationConfig(**stated)
     return model, tokenizer

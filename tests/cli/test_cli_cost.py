@@ -257,6 +257,10 @@ def test_encoders_of_checkpoints(cost_of, native, folder):
         ({"format": "another"}, "'another'"),
         ({"base_model": 3}, "base_model: "),
         ({"encoder": {"name": "one-hot", "tasks": ["a"]}}, "one-hot"),
+        (
+            {"encoder": {"name": "smollm2-135m", "layers": [0, 2], "queries": 4, "width": 96}},
+            "got a reader, which is not counted",
+        ),
         ({"encoder": {"name": "org/text", "pooling": "cls"}}, "--encoder: 'org/text': "),
         ({"reference": {"args": {"emb_model": "org/text"}}}, "emb_model: "),
     ],

@@ -189,7 +189,7 @@ def test_a_tier_of_a_manifest(train, base_model, tasks, tmp_path):
         assert list(json.loads((tmp_path / tier / "config.json").read_text())["training"]["tasks"]) == [name]
     for arguments, message in (
         (("--tier", "sibling"), f"--tier: {tasks} has no task that {path} lists as 'sibling'"),
-        (("--names", "last"), f"--tier: {tasks} has no task that {path} lists as 'train'"),
+        (("--names", "first,last"), f"--names: expected tasks that {path} lists as 'train', got 'last'"),
         (("--tier", "none"), "tier: expected one of"),
     ):
         code, _, err = train("sft", settings, *command, *arguments, "-o", tmp_path / "out")

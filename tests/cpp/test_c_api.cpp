@@ -229,6 +229,8 @@ void test_generate_errors(const Net& net, const Floats& task_emb) {
   t2l_adapter adapter;
   CHECK_FAILS(T2L_INVALID_ARGUMENT, "module: expected an index",
               t2l_adapter_init(net.get(), 5, nullptr, nullptr, T2L_F32, &adapter, &error));
+  CHECK_FAILS(T2L_INVALID_ARGUMENT, "dtype: expected T2L_F32 or T2L_BF16, got 7",
+              t2l_adapter_init(net.get(), 0, nullptr, nullptr, 7, &adapter, &error));
 
   // Pools that break their promise.
   const t2l_parallel lazy{

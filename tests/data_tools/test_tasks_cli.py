@@ -63,12 +63,14 @@ def test_show(t2l_tasks, folder, suite):
 
 
 def test_show_has_a_column_for_every_split(t2l_tasks, suite, tmp_path):
-    odd = [dataclasses.replace(suite[0].examples[0], split=name) for name in ("extra", "\x1b[31m")]
+    odd = [dataclasses.replace(e, split=name) for e, name in zip(suite[0].examples, ("extra", "\x1b[31m"), strict=False)]
     write_tasks(tmp_path / "odd", [dataclasses.replace(suite[0], examples=tuple(odd))])
     splits = json.loads(t2l_tasks("show", tmp_path / "odd", "--json")[0])[0]["splits"]
     assert splits == {"train": 0, "val": 0, "test": 0, "extra": 1, "\x1b[31m": 1}
     table = t2l_tasks("show", tmp_path / "odd")[0]
     assert "extra" in table and "\x1b" not in table and r"\x1b[31m" in table
+    told = t2l_tasks("check", tmp_path / "odd")[1]
+    assert "nothing reads examples of other splits than train, val, test" in told and "extra" in told and "\x1b" not in told
 
 
 def test_select_and_check(t2l_tasks, fails, folder, suite, manifest, tmp_path):

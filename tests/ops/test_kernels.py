@@ -60,3 +60,12 @@ def test_an_instruction_set_that_this_cpu_lacks(backend):
         and "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or" in run.stderr
         and "got 'mmx'" in run.stderr
     )
+
+
+def test_a_wrong_instruction_set_is_told_whatever_it_is():
+    needs_native("instruction sets are the native library's")
+    probe = "from t2l_engine.ops import native; print(native.about()['instruction_sets']['error'])"
+    run = subprocess.run(
+        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": 'a"b\\\n\udcff'}, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "got 'a?b???'" in run.stdout, run.stderr

@@ -151,3 +151,19 @@ def test_opcheck_hypernet(case):
         tensor.requires_grad_(False)
     stored = [torch.empty(t.shape) for t in out]
     torch.library.opcheck(torch.ops.t2l_engine.hypernet_heads_out_.default, (stored[::2], stored[1::2], *arguments, 1.0))
+
+
+def test_changes_in_place_are_seen_by_autograd():
+    """A backward pass that needs what an op wrote over is refused, not wrong."""
+    arguments = SMALL.make()
+    y = arguments["y"].requires_grad_().sigmoid()  # whose gradient needs y
+    ops.lora_add_(**(arguments | {"y": y}))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    group = GROUP_CASES[0].make()
+    made = HyperCase("L", **TINY).make_heads()
+    lora_A, lora_B = ops.hypernet_heads(**made)
+    before = [tensor._version for tensor in (group["y"], *lora_A, *lora_B)]
+    ops.lora_add_group_(**group)
+    ops.hypernet_heads_out_(lora_A, lora_B, **made)
+    assert all(tensor._version > old for tensor, old in zip((group["y"], *lora_A, *lora_B), before, strict=True))

@@ -54,18 +54,27 @@ def test_other_families_are_loaded(save_model, family):
 
 
 def test_greedy_decoding_is_greedy(save_model):
-    """Whatever penalties and sampling the folder asks for; its special tokens count."""
+    """Whatever penalties and sampling the folder asks for; its special tokens count, and the tokenizer's end of answers."""
     folder = save_model("Llama")
-    own = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [2, 5]}
+    own = {"repetition_penalty": 1.3, "do_sample": True, "temperature": 0.7, "top_k": 20, "eos_token_id": [3, 5]}
     (folder / "generation_config.json").write_text(json.dumps(own))
-    model, _ = base_models.load(str(folder), torch.float32)
+    model, tokenizer = base_models.load(str(folder), torch.float32)
     made = model.generation_config
-    assert made.eos_token_id == [2, 5] and made.repetition_penalty in (None, 1.0) and not made.do_sample
+    assert tokenizer.eos_token_id == 2 and made.eos_token_id == [3, 5, 2]
+    assert made.repetition_penalty in (None, 1.0) and not made.do_sample
     ids = torch.tensor([[7, 8, 9, 7, 8, 9]])
     endless = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": 10**6, "pad_token_id": 0}
     said = model.generate(ids, attention_mask=torch.ones_like(ids), **endless)
     for end in range(ids.shape[1], said.shape[1]):
         assert said[0, end] == model(input_ids=said[:, :end]).logits[0, -1].argmax()
+
+
+def test_a_tokenizer_ends_answers(save_model):
+    folder = save_model("Llama")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": None}))
+    with pytest.raises(ValueError, match="expected a tokenizer with an eos_token"):
+        base_models.load(str(folder), torch.float32)
 
 
 def test_models_that_are_not_whole(base_model, tmp_path, monkeypatch):

@@ -155,7 +155,7 @@ def read(path_or_name: str | Path, examples: int | None = None) -> Manifest:
 
 
 def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> list[Difference]:
-    """The differences between a task folder and ``manifest`` (or its tasks of one ``tier``), sorted by task.
+    """The differences between a task folder and ``manifest``, sorted by task; with ``tier`` of its tasks of that tier alone.
 
     Raises ConfigError for an unknown tier, and the errors of ``load_tasks``.
     """
@@ -165,9 +165,9 @@ def check(folder: str | Path, manifest: Manifest, tier: str | None = None) -> li
     for name in sorted(tasks.keys() | wanted.keys()):
         if name not in tasks:
             differences.append(Difference(name, "missing", None, sum(map(len, wanted[name].splits.values()))))
-        elif name not in wanted:
+        elif name not in manifest.tasks:
             differences.append(Difference(name, "extra", None, len(tasks[name].examples)))
-        else:
+        elif name in wanted:
             differences += _compare(tasks[name], wanted[name])
     return differences
 
