@@ -107,6 +107,9 @@ class SFT(loop.Job):
         for what, got, expected in (("hypernetwork", *networks), ("encoder", *encoders)):
             got, expected = (json.loads(json.dumps(values)) for values in (got, expected))  # lists for tuples
             if got != expected:
+                if got and expected:
+                    other = {key for key in got.keys() | expected.keys() if got.get(key) != expected.get(key)}
+                    got, expected = ({key: of.get(key) for key in sorted(other)} for of in (got, expected))
                 raise ConfigError(
                     f"initial: expected a checkpoint with the {what} {short_repr(expected)} of this run, "
                     f"got {short_repr(got)}"
