@@ -323,6 +323,18 @@ def test_adapters_of_a_run_that_has_not_finished_say_how_they_are_asked(
     assert (lora_runs.prompt_form_of(adapters), lora_runs.in_prompt_of(adapters)) == (form, prompt == "description")
 
 
+def test_adapters_with_a_run_each_are_asked_as_these_were(tmp_path):
+    """As those of t2l adapt, side by side in a folder."""
+    for name, form in (("plural", "raw"), ("past", "raw"), ("other", "chat")):
+        path = tmp_path / name / lora_runs.RUN / lora_runs.WAVES / "000" / lora_runs.RECORD
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"settings": {"prompt_form": form, "prompt": "description"}}))
+        if name != "other":
+            assert (lora_runs.prompt_form_of(tmp_path), lora_runs.in_prompt_of(tmp_path)) == ("raw", True)
+    with pytest.raises(ConfigError, match="expected adapters of one prompt_form and prompt, got .*'other': .'chat'"):
+        lora_runs.prompt_form_of(tmp_path)
+
+
 # --- identities ------------------------------------------------------------------------------------------------------
 
 

@@ -144,6 +144,7 @@ def test_split():
     trained, held_out = adapt.split(EXAMPLES)
     assert sorted(trained + held_out) == sorted(EXAMPLES) and len(held_out) == 7
     assert adapt.split(EXAMPLES[::-1]) == (trained, held_out)
+    assert adapt.split([*EXAMPLES, (f" {EXAMPLES[0][0].upper()}", "another")]) == (trained, held_out)
     assert [len(part) for part in adapt.split(EXAMPLES[:4])] == [3, 1]
     with pytest.raises(ConfigError, match="examples: expected at least 4 different inputs, got 3"):
         adapt.split(EXAMPLES[:3] * 2)

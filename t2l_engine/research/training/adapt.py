@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import time
@@ -17,16 +16,17 @@ from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import replacing
+from t2l_engine.research.tasks.examples import input_digest, pool
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.training import lora
 from t2l_engine.research.training.log import read_log
-from t2l_engine.research.training.runs import ADAPTERS, WAVES
+from t2l_engine.research.training.runs import ADAPTERS, RUN, WAVES
 from t2l_engine.research.training.settings import LoRASettings, build
 from t2l_engine.text.encoder import WorkedExamples
 from t2l_engine.text.packaged import hub_name
 
-#: Name of the task, of its adapter's folder, and of the report.
-NAME, START, RUN, REPORT = "adapted", "start", "run", "adapt.json"
+#: Name of the task and of its adapter, folder of the adapter as generated, name of the report.
+NAME, START, REPORT = "adapted", "start", "adapt.json"
 #: One example in so many is held out, but no more than so many.
 HELD_OUT, MOST_HELD_OUT = 4, 64
 #: Fewest examples: three to learn from, one held out.
@@ -65,14 +65,16 @@ class Report:
 
 
 def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """(examples to train on, examples held out), by the SHA-256 of their inputs, whatever their order.
+    """(examples to train on, examples held out), by the SHA-256 of their inputs.
+
+    Of inputs that are alike but for case and white space the first counts.
 
     Raises ConfigError for fewer than FEWEST different inputs.
     """
-    by_input = dict(examples)
-    if len(by_input) < FEWEST:
-        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(by_input)}")
-    order = sorted(by_input.items(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest())
+    different = sorted(pool(Example(x, (y,), "train") for x, y in examples), key=input_digest)
+    if len(different) < FEWEST:
+        raise ConfigError(f"examples: expected at least {FEWEST} different inputs, got {len(different)}")
+    order = [(example.input, example.outputs[0]) for example in different]
     count = min(max(1, len(order) // HELD_OUT), MOST_HELD_OUT)
     return order[count:], order[:count]
 

@@ -12,6 +12,8 @@ from t2l_engine.research.tasks.folder import read_descriptions
 from t2l_engine.text.prompts import CHAT, check_prompt_form
 
 ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.json", "multi-task"
+#: Folder of the run in that of an adapter of ``t2l adapt``.
+RUN = "run"
 #: File of the settings in the folder of a run, or of a wave.
 SETTINGS = "settings.yaml"
 
@@ -38,13 +40,22 @@ def adapters_of(folder: Path) -> set[str]:
 
 
 def _stated(adapters: Path) -> dict[str, Any]:
-    """The settings of the run that folder ``adapters`` belongs to, finished or not; empty if it belongs to none."""
+    """The settings of the run that folder ``adapters`` belongs to, finished or not; else of the runs of its adapters.
+
+    Empty if there are none.  Raises ConfigError for adapters whose runs had different prompts.
+    """
     unfinished = adapters.parent / WAVES / "000" / SETTINGS
     found = settings_of(adapters.parent)
     if found is None and unfinished.is_file():
         found = read_yaml(unfinished)
         if not isinstance(found, dict):
             raise ConfigError(f"{unfinished}: expected settings, got {short_repr(found)}")
+    if found is None:
+        runs = {path.parent.name: made for path in sorted(adapters.glob(f"*/{RUN}")) if (made := settings_of(path))}
+        stated = {name: (made.get("prompt_form"), made.get("prompt")) for name, made in runs.items()}
+        if len(set(stated.values())) > 1:
+            raise ConfigError(f"{adapters}: expected adapters of one prompt_form and prompt, got {short_repr(stated)}")
+        found = next(iter(runs.values()), None)
     return found or {}
 
 
