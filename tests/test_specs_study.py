@@ -37,9 +37,11 @@ def small(monkeypatch):
     """A suite of 200 specifications instead of thousands, 150 of them in the manifest, 12 for development."""
     monkeypatch.setattr(suite, "SPECIFICATIONS", 150)
     monkeypatch.setattr(suite, "_MOST_NOVEL", 1)
-    small = {"specifications": 200, "development": 12, "siblings": 3, "novel_seeds": [1, 2], "more": 260}
+    small = {"specifications": 200, "development": 12, "more": 260, "further": 2}
+    small |= {"second": {"siblings": 3, "novel_seeds": [1, 2]}, "third": {"siblings": 4, "novel_seeds": [5, 6]}}
     for name, value in small.items():
         monkeypatch.setitem(plan.PLAN, name, value)
+    monkeypatch.setitem(plan.PLAN["adapted"], "siblings", 2)
 
 
 def test_parts_are_apart(small, tmp_path):
@@ -50,18 +52,23 @@ def test_parts_are_apart(small, tmp_path):
     parts = {part: {task.name for task in load_tasks(runs.folder_of(tmp_path, part), "train")} for part in suites}
     assert len(parts["development"]) == 12 and not parts["development"] & parts["trained"]
     assert parts["development"] | parts["trained"] == {placed.spec.name for placed in made if placed.tier == "train"}
-    more = set(read_descriptions(runs.folder_of(tmp_path, plan.MORE)))
-    assert more > parts["trained"] and not more & parts["development"]
-    assert more - parts["trained"] <= {placed.spec.name for placed in suite.suite(260)[200:] if placed.tier == "train"}
-    first = {placed.spec.name for placed in made[:150] if placed.tier != "train"}  # which has had its evaluations
+    more, further = (read_descriptions(runs.folder_of(tmp_path, part)) for part in (plan.MORE, plan.FURTHER))
+    assert more.keys() > parts["trained"] and not more.keys() & parts["development"] and further.keys() == more.keys()
+    later = suite.suite(260)[200:]
+    assert more.keys() - parts["trained"] <= {placed.spec.name for placed in later if placed.tier == "train"}
+    assert {name: (len(of) - 2, of[-suite.HELD_OUT :]) for name, of in further.items()} == {
+        name: (len(of), of[-suite.HELD_OUT :]) for name, of in more.items()
+    }
+    earlier = [placed for placed in made[:150] if placed.tier != "train"]  # which have had their evaluations
+    earlier = {placed.spec.name for placed in [*earlier, *runs.held_out_set("second", made[150:], made)]}
     for tier in plan.HELD_OUT:
         held_out, tuned = ({p.spec.name for p in of if p.tier == tier} for of in (found.held_out, found.tuned))
-        assert parts[tier] == held_out and tuned and not held_out & first and not tuned & (held_out | first)
+        assert parts[tier] == held_out and held_out and tuned and not held_out & earlier and not tuned & (held_out | earlier)
 
 
-def test_the_second_set_is_new(small):
+def test_a_later_set_is_new(small):
     made = suite.suite(200)
-    found = runs.second_set(made)
+    found = runs.held_out_set("second", made[150:], made)
     siblings = [placed for placed in found if placed.tier == "sibling"]
     assert len(siblings) == 3 and all(placed in made[150:] for placed in siblings)
     novel = [placed.spec for placed in found if placed.tier == "novel"]
@@ -92,6 +99,11 @@ def test_runs_train_on_more_and_on_those_with_two_answers(tmp_path):
     more = runs.folder_of(tmp_path, plan.MORE)
     assert runs.learnt(Run("sft", SETTINGS, "", {"more": True}), tmp_path) == (more, ["a", "b", "c", "d"])
     assert runs.learnt(Run("sft", SETTINGS, "", {"more": True, "two_answers": True}), tmp_path) == (more, ["a", "d"])
+    training.write(runs.folder_of(tmp_path, plan.FURTHER), [tasks["a"]])
+    assert runs.learnt(Run("sft", SETTINGS, "", {"further": True}), tmp_path) == (
+        runs.folder_of(tmp_path, plan.FURTHER),
+        ["a"],
+    )
     trained = runs.folder_of(tmp_path, plan.TRAINED)
     assert runs.learnt(Run("sft", SETTINGS, "", {"two_answers": True}), tmp_path) == (trained, ["a"])
 
@@ -114,7 +126,7 @@ def test_runs_of_the_plan():
     assert {plan.T2L, plan.RIVAL, plan.LIBRARY} <= plan.RUNS.keys()
     for name, run in plan.RUNS.items():
         assert run.settings.held_out_descriptions == suite.HELD_OUT, name
-    chain = [plan.T2L, "t2l-more", "t2l-labels-more", "t2l-labels", "t2l-third", "t2l-dropout"]
+    chain = [plan.T2L, "t2l-further", "t2l-fourth", "t2l-more", "t2l-labels-more", "t2l-labels", "t2l-third", "t2l-dropout"]
     chain += ["t2l-second", "t2l-first", "t2l-constant"]
     assert [plan.RUNS[name].initial for name in chain] == [*chain[1:], ""]
     chain = [plan.RIVAL, "multi-task-constant"]
@@ -132,7 +144,7 @@ def test_a_run_starts_from_one_that_it_can_start_from(kind, start):
 
 def test_evaluations_of_a_set_are_at_most_three():
     counts = Counter(text.partition(":")[0] for text in plan.PLAN["held_out_evaluations"])
-    assert counts.keys() == {"set 1", "set 2"} and max(counts.values()) <= 3
+    assert counts.keys() == {"set 1", "set 2", "set 3"} and max(counts.values()) <= 3
 
 
 def test_committed_results_are_what_the_page_says_of_them():
@@ -303,7 +315,7 @@ def test_budgets_share_validation_and_test():
 
 
 def test_tuned_tasks_have_many_inputs_and_a_held_out_description(small):
-    specifications = [placed.spec for placed in runs.second_set(suite.suite(200)) if placed.tier == "novel"]
+    specifications = [placed.spec for placed in runs.held_out_set("second", (), suite.suite(200)) if placed.tier == "novel"]
     tasks = adapting.chosen(specifications, 2)
     assert len(tasks) == 2 and {task.name for task in tasks} <= {spec.name for spec in specifications}
     for task in tasks:

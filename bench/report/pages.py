@@ -51,6 +51,7 @@ SOURCES = {
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
     "specs": "python -m bench specs --work WORK --skills SKILLS",
     "specs-first": "git checkout -- bench/results/specs-first.jsonl",
+    "specs-second": "git checkout -- bench/results/specs-second.jsonl",
     "lengths": "python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES",
     "kernels": KERNELS,
 }

@@ -98,7 +98,8 @@ def _arms(result: Result) -> Iterator[Line]:
 
 
 @table("specs-first", "The first set of held-out specifications, where T2L is the run t2l-second", "specs-first")
-def _first(result: Result) -> Iterator[Line]:
+@table("specs-second", "The second set of held-out specifications, where T2L is the run t2l-fourth", "specs-second")
+def _earlier_set(result: Result) -> Iterator[Line]:
     for arm, name in ARMS.items():
         line: Line = {"arm": name}
         for tier in HELD_OUT:

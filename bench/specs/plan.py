@@ -8,13 +8,13 @@ from pathlib import Path
 
 from bench import plans
 
-#: Of a run's tasks: ``more``, those of part MORE instead of TRAINED; ``tasks``, how many of them (default: all);
-#: ``two_answers``, only those with two different answers.
-PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("more", "tasks", "two_answers"))
+#: Of a run's tasks: ``more`` and ``further``, those of part MORE or FURTHER instead of TRAINED; ``tasks``, how many of them
+#: (default: all); ``two_answers``, only those with two different answers.
+PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("more", "further", "tasks", "two_answers"))
 #: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
 DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
-#: No part of the result: the trained tasks and more of tier train.
-MORE = "more"
+#: No part of the result: the trained tasks and more of tier train; the same with further descriptions.
+MORE, FURTHER = "more", "further"
 SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
 PARTS = (*SUITE_PARTS, OTHER)
 #: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
@@ -25,7 +25,7 @@ UNSEEN = SPLITS[-1], WORDINGS[-1]
 #: Runs: what is judged, and what it is judged beside.
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Runs on the way to T2L that are judged, too, from the description; the one that has had as many tokens as RIVAL.
-EARLIER, EVEN = ("t2l-first", "t2l-second", "t2l-third"), "t2l-first"
+EARLIER, EVEN = ("t2l-first", "t2l-second", "t2l-third", "t2l-fourth"), "t2l-first"
 #: Worked examples of the arms; those without a number show the first.
 SHOTS = (3, 6)
 OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bench.specs.plan import (
     ARMS,
     DESCRIBED,
     DEVELOPMENT,
+    FURTHER,
     HELD_OUT,
     LIBRARY,
     MORE,
@@ -31,6 +32,7 @@ from bench.specs.plan import (
     TRAINED,
     WORDINGS,
     drawn,
+    ordered,
 )
 from bench.study import plan as skills_plan
 from bench.study.runs import asked, checked
@@ -56,7 +58,7 @@ class Specifications:
     """Those of the study by what they are for.
 
     ``trained``, ``development``: of tier train; ``more``: of that tier, too, for the runs that have them.  ``held_out``: the
-    second set of tiers sibling and novel.  ``tuned``: others of these tiers, for tuning on a user's examples alone.
+    third set of tiers sibling and novel.  ``tuned``: others of these tiers, for tuning on a user's examples alone.
     """
 
     trained: Sequence[suite.Placed]
@@ -72,15 +74,16 @@ def specifications() -> Specifications:
     first, later = found[: PLAN["specifications"]], found[PLAN["specifications"] :]
     known = {placed.spec.name: placed for placed in first if placed.tier == "train"}
     development = set(drawn(known, PLAN["development"], DEVELOPMENT))
-    held_out = second_set(first)
-    tuned = [placed for placed in later if placed.tier == "sibling"]
+    second = held_out_set("second", first[suite.SPECIFICATIONS :], first)
+    siblings = {placed.spec.name: placed for placed in later if placed.tier == "sibling"}
+    tuned = [siblings.pop(name) for name in ordered(siblings, "adapted")[: PLAN["adapted"]["siblings"]]]
     for seed in PLAN["adapted"]["novel_seeds"]:
-        tuned += suite.more_novel([*found, *held_out, *tuned], seed)
+        tuned += suite.more_novel([*found, *second, *tuned], seed)
     return Specifications(
         trained=[placed for name, placed in known.items() if name not in development],
         development=[known[name] for name in sorted(development)],
-        more=suite.more_trained(later, held_out, 0),
-        held_out=held_out,
+        more=suite.more_trained(later, second, 0),
+        held_out=held_out_set("third", siblings.values(), [*found, *second, *tuned]),
         tuned=tuned,
     )
 
@@ -96,7 +99,9 @@ def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None
     parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: found.more}
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
     made[MORE] = made[TRAINED] + made[MORE]
-    tiers = [("train" if part == MORE else part, task) for part, of in made.items() if part != TRAINED for task in of]
+    made[FURTHER] = [suite.task(p.spec, suite.EXAMPLES, 0, PLAN["further"]) for p in (*found.trained, *found.more)]
+    of_train = (MORE, FURTHER)
+    tiers = [("train" if part in of_train else part, task) for part, of in made.items() if part != TRAINED for task in of]
     tiers += [(placed.tier, suite.task(placed.spec, 1, 0)) for placed in found.tuned]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
@@ -108,15 +113,12 @@ def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None
         training.write(folder_of(work, part), of)
 
 
-def second_set(found: Sequence[suite.Placed]) -> list[suite.Placed]:
-    """The held-out specifications by which T2L is judged; the first set are those of the manifest.
-
-    ``found``: the suite.  Of tier sibling, a sample of those after the manifest's; of tier novel, those of other seeds.
-    """
-    later = {placed.spec.name: placed for placed in found[suite.SPECIFICATIONS :] if placed.tier == "sibling"}
-    held_out = [later[name] for name in drawn(later, PLAN["siblings"], "second")]
-    for seed in PLAN["novel_seeds"]:
-        held_out += suite.more_novel([*found, *held_out], seed)
+def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Placed]) -> list[suite.Placed]:
+    """Set ``name`` of the plan: a sample of the siblings ``of``, and what its seeds draw of tier novel beside ``known``."""
+    wanted, by_name = PLAN[name], {placed.spec.name: placed for placed in of if placed.tier == "sibling"}
+    held_out = [by_name[sibling] for sibling in drawn(by_name, wanted["siblings"], name)]
+    for seed in wanted["novel_seeds"]:
+        held_out += suite.more_novel([*known, *held_out], seed)
     return held_out
 
 
@@ -139,7 +141,7 @@ def train(name: str, work: Path) -> None:
 
 def learnt(run: Run, work: Path) -> tuple[Path, list[str]]:
     """The folder that ``run`` is trained on, and the names of its tasks or, for a reconstruction, adapters."""
-    source = folder_of(work, MORE if run.other.get("more") else TRAINED)
+    source = folder_of(work, FURTHER if run.other.get("further") else MORE if run.other.get("more") else TRAINED)
     if run.kind == "reconstruction":
         source = work / LIBRARY / lora.ADAPTERS
     names = drawn(read_descriptions(source), run.other.get("tasks"), TRAINED)
