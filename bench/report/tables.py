@@ -143,7 +143,8 @@ def mean(scores: Sequence[float]) -> float | None:
 
 def bounds(head: str, found: Interval | None) -> Line:
     """A figure and its 95 % bootstrap interval over tasks, empty where it was not measured."""
-    values = [0.0 if abs(v) < 0.005 else v for v in (found.mean, found.low, found.high)] if found else [None] * 3  # scores: 0.01
+    values = (found.mean, found.low, found.high) if found else (None, None, None)
+    values = [0.0 if v is not None and abs(v) < 0.005 else v for v in values]  # scores are kept to hundredths
     return dict(zip((head, f"{head}, low", f"{head}, high"), values, strict=True))
 
 
