@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,11 @@ def test_dtype(folder):
     edit_state(folder, lambda state: {key: t.bfloat16() if "v_proj" in key else t for key, t in state.items()})
     assert AdapterStack.from_peft(folder).dtype == torch.float32  # the widest
     assert AdapterStack.from_peft(folder, dtype=torch.float16).dtype == torch.float16
+    other = folder.with_name("bfloat16")
+    shutil.copytree(folder, other)
+    edit_state(other, lambda state: {key: t.bfloat16() for key, t in state.items()})
+    both = AdapterStack.from_peft([other, folder])
+    assert both.dtype == torch.float32 and torch.equal(both.lora_A["q_proj"][0].bfloat16().float(), both.lora_A["q_proj"][0])
     for dtype in (torch.int8, torch.float8_e4m3fn, "bfloat16"):
         with pytest.raises(ValueError, match=f"dtype: expected .*torch.bfloat16.*, got {dtype!r}"):
             AdapterStack.from_peft(folder, dtype=dtype)

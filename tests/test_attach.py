@@ -7,6 +7,7 @@ import torch
 
 from t2l_engine import LoRALinear, attach
 from t2l_engine.lora import handle as handles
+from t2l_engine.lora.slots import Slots
 from t2l_engine.testing.numerics import LOGITS_ATOL
 
 NAMES = ("q_proj", "v_proj", "down_proj")
@@ -245,6 +246,15 @@ def test_put_errors_change_nothing(model, stack, stack_for, make_stack, tokens):
             handle.put(0, adapter)
     assert_untouched(model, before)
     assert torch.equal(logits(model, tokens, handle, [0, 1, 2]), kept)
+
+
+def test_put_that_fails_midway_leaves_an_empty_slot(model, stack, tokens, monkeypatch):
+    handle = attach(model, stack)
+    monkeypatch.setattr(Slots, "write", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        handle.put(1, stack[0])
+    with pytest.raises(IndexError, match="slots that hold an adapter, got .1"):
+        handle.set([0, 1, 2])
 
 
 def test_put_reaches_modules_no_adapter_had_before(model, stack, stack_for, tokens):

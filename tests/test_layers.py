@@ -331,6 +331,18 @@ def test_a_graph_reads_no_stale_ids(model, handle, prompts, monkeypatch):
     assert captured.tolist() == [7] * 8 and captured is of.ids
 
 
+def test_a_graph_keeps_the_segments_that_it_reads(model, handle, prompts, monkeypatch):
+    tokens = prompts["input_ids"].numel()
+    monkeypatch.setattr(routing, "_is_capturing", lambda ids: True)
+    with handle.use(batch([0, tokens], [3], tokens)):
+        logits(model, prompts)
+        (of,) = handle._routings.values()
+        captured = of.batch
+    monkeypatch.undo()
+    handle.set([5] * 8)
+    assert list(of._captured_batches.values()) == [captured] and captured.seg_adapters.tolist() == [3]
+
+
 def test_segments_of_another_number_of_tokens(model, handle):
     x = torch.randn(5, 64)
     for bounds in ([0, 4], [0, 4, 6]):

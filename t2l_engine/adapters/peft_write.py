@@ -25,6 +25,17 @@ _OTHER_WEIGHTS = (
 )  # fmt: skip
 
 
+def check_place(directory: Path) -> None:
+    """FileExistsError for a folder with a checkpoint or a model, NotADirectoryError for a file."""
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory}: expected a folder for an adapter, got a file")
+    for other in _OTHER_WEIGHTS:
+        if (directory / other).exists():
+            raise FileExistsError(
+                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
+            )
+
+
 def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool) -> dict[str, Any]:
     """The fields of adapter_config.json; ``adapter`` must have a rank that is not 0.
 
@@ -92,11 +103,7 @@ def write(
 
     Raises ValueError as they do, FileExistsError beside a checkpoint or a model.
     """
-    for other in _OTHER_WEIGHTS:
-        if (directory / other).exists():
-            raise FileExistsError(
-                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
-            )
+    check_place(directory)
     state = state_dict(adapter, dtype, None, PREFIX, fold)
     write_folder(directory, WEIGHTS_NAME, state, CONFIG_NAME, config(adapter, base_model_name_or_path, fold))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -452,11 +453,13 @@ class AdapterStack:
         if not directories:
             raise ValueError("directories: expected at least one folder, got none")
         folders = [peft.read(Path(directory), dtype) for directory in directories]
+        if dtype is None:
+            dtype = functools.reduce(torch.promote_types, (a.dtype for folder in folders for a in folder.lora_A.values()))
         names = module_names(path for folder in folders for path in folder.lora_A)
         stacks = [
             AdapterStack(
-                {names[path]: tensor for path, tensor in folder.lora_A.items()},
-                {names[path]: tensor for path, tensor in folder.lora_B.items()},
+                {names[path]: tensor.to(dtype) for path, tensor in folder.lora_A.items()},
+                {names[path]: tensor.to(dtype) for path, tensor in folder.lora_B.items()},
                 folder.scaling,
                 {names[path]: tensor for path, tensor in folder.ranks.items()},
                 {names[path]: path for path in folder.lora_A},

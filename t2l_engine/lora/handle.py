@@ -173,15 +173,12 @@ class LoRAHandle:
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
         self._reserve(adapter)
-        self._empty(slot, 1)
-        with torch.no_grad():
+        with self._writing(slot, 1), torch.no_grad():
             for name, path in adapter.paths.items():
                 tensors = adapter.lora_A[name], adapter.lora_B[name], adapter.ranks[name]
                 self._slots[self._keys[path]].write(slot, *(t[0] for t in tensors))
             for scaling in self._scalings.values():
                 scaling[slot] = adapter.scaling[0]
-        self._filled.add(slot)
-        self._slots_changed()
 
     @contextlib.contextmanager
     def fill(self, slot: int, like: AdapterStack, *, device: torch.device | None = None) -> Iterator[AdapterStack]:
@@ -231,17 +228,23 @@ class LoRAHandle:
             expected = "one device" if device is None else device
             raise ValueError(f"like: expected layers on {expected}, got {', '.join(sorted(map(str, devices)))}; use put()")
         (device,) = devices
-        self._empty(slot, count)
         rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
-        with torch.inference_mode(False), torch.no_grad():  # as in _reserve
-            for name, slots in places.items():
-                (part,), (n, r) = slots.parts.values(), like.lora_A[name].shape[1:3]
-                lora_A[name], lora_B[name] = part.A[rows, :n, :r], part.B[rows, :n, :r].mT
-                ranks[name] = part.ranks[:n, rows].T
-            scaling = self._scalings[device][rows]
-            out = AdapterStack(lora_A, lora_B, scaling, ranks, like.paths, partial=like.partial)
-        try:
+        with self._writing(slot, count):
+            with torch.inference_mode(False), torch.no_grad():  # as in _reserve
+                for name, slots in places.items():
+                    (part,), (n, r) = slots.parts.values(), like.lora_A[name].shape[1:3]
+                    lora_A[name], lora_B[name] = part.A[rows, :n, :r], part.B[rows, :n, :r].mT
+                    ranks[name] = part.ranks[:n, rows].T
+                scaling = self._scalings[device][rows]
+                out = AdapterStack(lora_A, lora_B, scaling, ranks, like.paths, partial=like.partial)
             yield out
+
+    @contextlib.contextmanager
+    def _writing(self, slot: int, count: int) -> Iterator[None]:
+        """``count`` slots are empty in the block, and after one that raises: half an adapter would be another one."""
+        self._empty(slot, count)
+        try:
+            yield
         except BaseException:
             self._empty(slot, count)
             raise

@@ -26,6 +26,7 @@ class Routing:
         self.ids: Tensor | None = None  # [rows] int32, one of _tensors
         self._tensors: dict[int, Tensor] = {}  # number of rows -> ids
         self._captured: set[int] = set()  # those that CUDA graphs read
+        self._captured_batches: dict[int, AdapterBatch] = {}  # by id(): what CUDA graphs read is kept
         self.batch: AdapterBatch | None = None
         self._tokens = 0  # of batch, known here without asking a device
         self.merged = False  # an adapter is merged into the weights
@@ -128,6 +129,8 @@ class Routing:
         if self.batch is not None:
             if not compiling and math.prod(shape) != self._tokens:  # which on a GPU would end the process' use of it
                 raise ValueError(f"ids: expected segments of all {math.prod(shape)} tokens, got segments of {self._tokens}")
+            if not compiling and _is_capturing(self.batch.seg_adapters):
+                self._captured_batches[id(self.batch)] = self.batch
             return self.batch
         ids = self.ids
         if compiling:
