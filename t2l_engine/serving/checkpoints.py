@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from t2l_engine.hypernetwork import checkpoint as checkpoints
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving import names
-from t2l_engine.serving.spool import DTYPE, Spool, Unavailable
+from t2l_engine.serving.spool import DTYPE, Spool
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 from t2l_engine.text.reader import TextReader
@@ -75,12 +76,20 @@ def _checksum(module: nn.Module) -> str:
     return content_checksum({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
 
 
+def _tokenizer(tokenizer: Any) -> str:
+    """What decides how a tokenizer splits a text; of one without a ``tokenizer.json`` its vocabulary alone."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    # Truncation and padding are those of the last call.
+    told = tokenizer.get_vocab() if fast is None else json.loads(fast.to_str()) | {"truncation": None, "padding": None}
+    return json.dumps(told, sort_keys=True)
+
+
 @dataclass
 class Checkpoint:
     """An engine and what its adapters are named after.
 
-    ``name``: short name; ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration and weights;
-    ``base``: name of the base model for adapter_config.json, None: not stated.
+    ``name``: short name; ``hash``: :func:`fingerprint`; ``encoder``: digest of the text encoder's configuration, weights and
+    tokenizer; ``base``: name of the base model for adapter_config.json, None: not stated.
     """
 
     name: str
@@ -99,7 +108,7 @@ class Checkpoint:
     def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
-        weights = "" if isinstance(encoder, OneHotEncoder) else _checksum(encoder.model)
+        weights = "" if isinstance(encoder, OneHotEncoder) else _checksum(encoder.model) + _tokenizer(encoder.tokenizer)
         if isinstance(encoder, TextReader):
             weights += _checksum(encoder.pooling)
         described = names.digest("encoder", json.dumps(to_json(encoder.config), sort_keys=True), weights)
@@ -139,7 +148,7 @@ class Checkpoint:
         for (_, key), task_emb in zip(jobs, self.engine.encoder.encode([text for text, _ in jobs]).cpu(), strict=True):
             try:
                 results.append(self._write(key, task_emb, spool, memory))
-            except (Unavailable, ValueError) as error:
+            except Exception as error:  # the others are written all the same
                 results.append(error)
         return results
 

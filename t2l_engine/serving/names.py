@@ -68,9 +68,12 @@ def key(checkpoint: str, encoder: str, version: str, prepared: str) -> str:
     return digest("adapter", checkpoint, encoder, version, prepared)[:32]
 
 
-def lora_name(model: str, checkpoint: str) -> str:
-    """``lora_name`` of vLLM for the requested name ``model`` and a checkpoint's digest; different for different ones."""
-    return RESOLVED + digest("name", model, checkpoint)[:16]
+def lora_name(model: str, key: str) -> str:
+    """``lora_name`` of vLLM for the requested name ``model`` and its adapter's key; different for different ones.
+
+    vLLM's prefix cache, and caches beside it, tell adapters by it.
+    """
+    return RESOLVED + digest("name", model, key)[:16]
 
 
 def adapter_id(key: str) -> str:

@@ -72,7 +72,8 @@ class SGLangClient:
         try:
             self._post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder), "pinned": False})
         except SGLangError as error:
-            if f"{name} already exists" not in str(error):  # the same weights: names are made of what they depend on
+            # The same weights: names are made of what they depend on.  Its registry says the first, its backend the second.
+            if not any(f"{name} {why}" in str(error) for why in ("already exists", "because it is already loaded")):
                 raise
 
     def _post(self, path: str, body: dict[str, Any]) -> None:

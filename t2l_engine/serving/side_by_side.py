@@ -221,11 +221,10 @@ class SideBySide:
         stack = self.engine.hypernetwork.generate(task_emb)
         times.append(time.perf_counter())
         for i, description in enumerate(new):
-            full = len(self._held) == self.slots
-            slot = next(iter(self._held.values())) if full else len(self._held)
-            self._lora.put(slot, stack[i])
-            if full:
+            if len(self._held) == self.slots:
                 self._held.popitem(last=False)
+            slot = min({*range(self.slots)} - {*self._held.values()})
+            self._lora.put(slot, stack[i])  # may fail, and then nothing is held there
             self._held[description] = slot
         times.append(time.perf_counter())
         return Made(len(new), *(end - start for start, end in zip(times, times[1:], strict=False)))

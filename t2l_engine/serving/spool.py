@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,7 +52,6 @@ class Spool:
             raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
         if any(self.root.iterdir()) and not (self.root / _LOCK).exists():
             raise ValueError(f"spool: expected an empty folder or a spool, whose old adapters are removed, got {self.root}")
-        self._numbers = itertools.count()
         self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,26 +108,30 @@ class Spool:
 
     def _write(self, key: str, memory: bool, fill: Callable[[Path], None]) -> Path:
         path = self._path(key, memory)
-        temporary = path.with_name(f"{path.name}{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
         try:
-            temporary.mkdir()
-            fill(temporary)
-            for file in temporary.iterdir():  # complete before its name is, after a power failure too
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            size = _size(temporary)
-            with self._count() as count:  # while locked, so that a refused adapter is never seen
-                if path.is_dir():  # another process was faster; its adapter is in use
-                    return path
-                if count[0] + size > self.budget:
-                    raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
-                temporary.rename(path)
-                count[0] += size
-        except OSError as error:
-            raise Unavailable(f"adapters: their folder cannot be written: {error.strerror}") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            temporary = Path(tempfile.mkdtemp(prefix=path.name + _TEMPORARY, dir=self.root))  # for its owner alone
+            try:
+                self._write_as(path, temporary, fill)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise Unavailable(f"adapters: their folder cannot be written: {why}") from error
         return path
+
+    def _write_as(self, path: Path, temporary: Path, fill: Callable[[Path], None]) -> None:
+        fill(temporary)
+        for file in temporary.iterdir():  # complete before its name is, after a power failure too
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        size = _size(temporary)
+        with self._count() as count:  # while locked, so that a refused adapter is never seen
+            if path.is_dir():  # another process was faster; its adapter is in use
+                return
+            if count[0] + size > self.budget:
+                raise Unavailable(f"adapters: the {self.budget} bytes for them are in use until a restart")
+            temporary.rename(path)
+            count[0] += size
 
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:

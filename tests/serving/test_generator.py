@@ -1,6 +1,7 @@
 """The generator: batches of what waits, one generation per text, errors by kind, and nothing of it on the event loop."""
 
 import asyncio
+import copy
 import dataclasses
 import logging
 import shutil
@@ -219,7 +220,7 @@ def test_a_long_text_is_cut_and_the_log_does_not_quote_it(settings, loaded, capl
     with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as warned:
         (found,) = gather(generator, ["secret " * 400])
     assert found.is_dir()
-    assert f"adapter {found.name[:16]}: description of 402 tokens cut to 256" in caplog.text
+    assert f"adapter {found.name[:16]}: description of 403 tokens cut to 256" in caplog.text
     assert "secret" not in caplog.text + "".join(str(warning.message) for warning in warned)
 
 
@@ -229,6 +230,23 @@ def test_threads_are_the_settings(settings, loaded, monkeypatch):
     monkeypatch.setattr(Checkpoint, "write", lambda *a: (seen.append(torch.get_num_threads()), write(*a))[1])
     gather(Generator(settings(threads=3)), TEXTS[:1])
     assert seen == [3]
+
+
+def test_keys_depend_on_the_tokenizer(bundled):
+    engine = copy.copy(bundled.engine)
+    engine.encoder = copy.copy(engine.encoder)
+    assert Checkpoint.of(engine, "other").encoder == bundled.encoder
+    engine.encoder.tokenizer = copy.deepcopy(engine.encoder.tokenizer)
+    engine.encoder.tokenizer.add_tokens(["unheard-of"])
+    assert Checkpoint.of(engine, "other").encoder != bundled.encoder
+
+
+def test_one_adapter_that_cannot_be_written(settings, loaded, monkeypatch):
+    write = Checkpoint._write
+    monkeypatch.setattr(Checkpoint, "_write", lambda self, key, *a: 1 / 0 if key == first else write(self, key, *a))
+    first = loaded.prepare("description", TEXTS[0])[1]
+    found = gather(Generator(settings()), TEXTS[:2])
+    assert "ZeroDivisionError" in str(found[0]) and found[1].is_dir()
 
 
 def test_keys_depend_on_encoder_checkpoint_and_text(bundled):

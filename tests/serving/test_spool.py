@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from t2l_engine import AdapterStack
@@ -66,6 +67,14 @@ def test_what_fails_leaves_nothing(spool, monkeypatch):
     with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
         spool.write_peft("k", stack())
     assert visible(spool) == [] and spool.used == 0
+
+    def full(self, *arguments, **keywords):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(AdapterStack, "save_pretrained", full)
+    with pytest.raises(Unavailable, match="cannot be written: I/O error: No space left on device"):
+        spool.write_peft("k", stack())
+    assert visible(spool) == [] and spool.used == 0
     monkeypatch.undo()
     with pytest.raises(ValueError, match="NaN"):
         spool.write_peft(
@@ -88,6 +97,23 @@ def test_a_folder_appears_whole(spool, monkeypatch):
     monkeypatch.setattr(AdapterStack, "save_pretrained", watched)
     folder = spool.write_peft("k", stack())
     assert seen == [None] and {WEIGHTS_NAME, CONFIG_NAME} == {path.name for path in folder.iterdir()}
+
+
+def test_writers_of_one_process_number_have_folders_of_their_own(tmp_path, monkeypatch):
+    """As in two containers: one is finished while the other writes the same key."""
+    first, second = (Spool(tmp_path / "spool", 1 << 20) for _ in range(2))
+    save, made = AdapterStack.save_pretrained, []
+
+    def nested(self, directory, *arguments, **keywords):
+        if not made:
+            made.append(directory)
+            made.append(second.write_peft("k", stack(1)))
+        return save(self, directory, *arguments, **keywords)
+
+    monkeypatch.setattr(AdapterStack, "save_pretrained", nested)
+    folder = first.write_peft("k", stack(0))
+    assert folder == made[1] and visible(first) == ["k"] and len(AdapterStack.from_peft(folder)) == 1
+    assert folder.stat().st_mode & 0o077 == 0
 
 
 def test_the_first_of_a_key_stays(spool):

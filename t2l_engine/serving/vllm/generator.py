@@ -36,10 +36,11 @@ def _giving_way() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Job:
-    """A description that is to become an adapter; ``key`` names its folder."""
+    """A description that is to become an adapter; ``prepared``: as it is tokenized; ``key`` names its folder."""
 
     checkpoint: Checkpoint
     text: str
+    prepared: str
     key: str
 
 
@@ -76,8 +77,7 @@ class Generator:
         """The job of a description, which ValueErrors call ``argument``; loads the checkpoint if it is the first one."""
         names.check_description(argument, description)
         loaded = await self.checkpoint(checkpoint)
-        text, key = loaded.prepare(argument, description)
-        return Job(loaded, description, key)
+        return Job(loaded, description, *loaded.prepare(argument, description))
 
     async def checkpoint(self, name: str | None) -> Checkpoint:
         """A checkpoint by its short name, None = the default; ValueError for an unknown one."""
@@ -167,7 +167,7 @@ class Generator:
     def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
         assert self._spool is not None  # opened before any checkpoint was loaded
         for job in jobs:
-            tokens, used = checkpoint.length(job.text)
+            tokens, used = checkpoint.length(job.prepared)
             if used < tokens:
                 logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
         self.passes += 1

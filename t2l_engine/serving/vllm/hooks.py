@@ -45,7 +45,7 @@ def install(settings: Settings) -> Settings:
     if settings.mode == "memory" and (reason := _changed(_load_from_embeddings, settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
-    if settings.enabled and (reason := _changed(_refuse_parts)) is not None:
+    if (reason := _changed(_refuse_parts)) is not None:
         logger.warning("T2L: modules that --lora-target-modules leaves out will be ignored: %s", reason)
     return settings
 

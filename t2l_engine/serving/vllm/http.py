@@ -80,6 +80,9 @@ class AdaptersEndpoint:
             # Of several requests for one adapter the first loads it, the others are told that it is there.
             if isinstance(failed, ErrorResponse) and adapter not in self.models.lora_requests:
                 return failed
+        if self.models.lora_requests[adapter].lora_path != str(folder):  # clients may load folders, under any name
+            with client_errors("description"):
+                raise RuntimeError(f"{adapter}: another folder was loaded under this name; unload it")
         base = self.models.base_model_paths[0].name
         return {"id": adapter, "object": "t2l.adapter", "checkpoint": job.checkpoint.name, "parent": base}
 

@@ -51,7 +51,7 @@ class T2LResolver(LoRAResolver):
                 return None
             job = await self.generator.job(request.checkpoint, request.description, "model")
             await self.check_fit(job.checkpoint, base_model_name)
-            name = names.lora_name(lora_name, job.checkpoint.hash)
+            name = names.lora_name(lora_name, job.key)
             self.generator.claim(name, names.digest(lora_name, job.key))
             folder = await self.generator.generate(job)
         return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(folder))
@@ -60,15 +60,13 @@ class T2LResolver(LoRAResolver):
         """ValueError unless the served ``model`` has the sizes that ``checkpoint`` is for; compared once."""
         asked = checkpoint.name, model
         if asked not in self._misfits:
-            self._misfits[asked] = await asyncio.to_thread(_misfit, checkpoint, model)
+            try:
+                self._misfits[asked] = await asyncio.to_thread(misfit, checkpoint.engine.hypernetwork.config, model)
+            except (OSError, ValueError) as error:  # asked again with the next sentence: a hub may have been out of reach
+                logger.warning(
+                    "checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error
+                )
+                return
         found = self._misfits[asked]
         if found is not None:
             raise ValueError(f"checkpoint {checkpoint.name!r}: {found}")
-
-
-def _misfit(checkpoint: Checkpoint, model: str) -> str | None:
-    try:
-        return misfit(checkpoint.engine.hypernetwork.config, model)
-    except (OSError, ValueError) as error:
-        logger.warning("checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error)
-        return None
