@@ -11,4 +11,6 @@ def main() -> None:
         if error.name != "t2l_engine._C":  # any other import error is a bug or a missing dependency
             raise
         sys.exit("t2l: " + " ".join(str(error).split()))
+    except KeyboardInterrupt:  # torch takes seconds
+        sys.exit(130)
     run()

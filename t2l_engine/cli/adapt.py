@@ -20,6 +20,7 @@ from t2l_engine.cli.common import (
     base_model_of,
     keep_freed_memory,
     load_engine,
+    named,
     need_packages,
     print_json,
 )
@@ -58,7 +59,8 @@ def adapt(
     changes = parse_overrides(overrides or [])
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     model = base_model_of(folder, base_model)
-    report = tuning.adapt(engine, model, description, shown, output, **changes)
+    with named({"texts[0]": "DESCRIPTION", "examples": "--examples"}):
+        report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
     made = settings_of(output / tuning.RUN)
     assert made is not None  # the run has just finished

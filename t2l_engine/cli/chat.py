@@ -20,6 +20,7 @@ from t2l_engine.cli.common import (
     Encoder,
     Scaling,
     TrustRemoteCode,
+    named,
     say,
     standard_input,
 )
@@ -154,8 +155,11 @@ class Chat:
         """``/task``: a description, one with a name, or a name alone."""
         if not text:
             raise ValueError("/task: expected a description after it, got none")
-        if text in self.tasks:
-            self.add(text, self.tasks[text])
+        if text == BASE:
+            raise ValueError(f"/task: expected a description or the name of a task, got {BASE}; /base asks the base model")
+        name = UNNAMED if text == TASK else text
+        if name in self.tasks:
+            self.add(name, self.tasks[name])
         elif named := _NAMED.fullmatch(text):
             self.add(*named.groups())
         else:
@@ -197,13 +201,17 @@ def chat(
     pipe: then there is no prompt, every answer is printed as one line, blank lines are skipped, and an invalid command ends
     the program with status 1.  Standard output has the answers only.
     """
-    interactive = standard_input().isatty()
+    source = standard_input()
+    if hasattr(source, "reconfigure"):
+        source.reconfigure(errors="surrogateescape")  # else what is not UTF-8 ends the iteration, unnamed
+    interactive = source.isatty()
     desk = open_desk(
         checkpoint, base_model, slots=SLOTS, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    session = Chat(desk.side_by_side, desk.save, task=task, interactive=interactive, options=options)
+    with named({"texts[0]": "--task"}):
+        session = Chat(desk.side_by_side, desk.save, task=task, interactive=interactive, options=options)
     if interactive:
         rank = desk.side_by_side.engine.hypernetwork.config.rank
         say(f"{desk.base_model}, adapters of rank {rank}; /help lists the commands")

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -97,6 +98,30 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
 
 
+@contextlib.contextmanager
+def named(options: Mapping[str, str]) -> Iterator[None]:
+    """ValueErrors that begin with a parameter's name (key) name what the user typed (value) instead."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for parameter, option in options.items():
+            if text.startswith(f"{parameter}:"):
+                raise ValueError(option + text.removeprefix(parameter)) from None
+        raise
+
+
+def _check_kernels() -> None:
+    """A warning where every op runs its plain-torch reference unasked; ValueError for an invalid ``T2L_ISA``."""
+    from t2l_engine.ops import native
+
+    about = native.about()
+    if about is not None and (error := (about["instruction_sets"] or {}).get("error")):
+        raise ValueError(error)
+    if about is None and not native.is_disabled():
+        say("warning: no native library was built: ops run their plain-torch reference, slower; see t2l info")
+
+
 def load_engine(
     checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str
 ) -> tuple[TextToLoRA, Path]:
@@ -112,6 +137,7 @@ def load_engine(
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
     from t2l_engine.text import packaged
 
+    _check_kernels()
     logging.disable_progress_bar()  # keeps stderr for our own messages
     logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
@@ -138,12 +164,18 @@ def parse_scaling(text: str) -> str | float | None:
 
 
 def base_model_of(folder: Path, given: str) -> str:
-    """``--base-model``, or the base model of the checkpoint in ``folder``; ValueError if there is neither."""
+    """``--base-model``, or the base model of the checkpoint in ``folder``.
+
+    Raises ValueError if there is neither, FileNotFoundError for one that only the checkpoint names and that is not here.
+    """
     from t2l_engine.hypernetwork import checkpoint
+    from t2l_engine.text import packaged
 
     name = given or checkpoint.describe(folder).get("base_model")
     if not name:
         raise ValueError("--base-model: the checkpoint does not name one; give it here")
+    if not given and packaged.own_name(name) != packaged.LANGUAGE_MODEL and not Path(name).is_dir():
+        raise FileNotFoundError(f"--base-model: expected a folder of {name!r}, which the checkpoint names, got none")
     return name
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import importlib.util
 import json
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from t2l_engine.cli.common import (
     console,
     keep_freed_memory,
     load_engine,
+    named,
     need_packages,
     say,
     split_names,
@@ -41,8 +41,12 @@ class Measure(str, enum.Enum):
     rouge_l = "rouge_l"
 
 
+#: Kinds of files that --plot writes.
+PLOTS = (".png", ".svg", ".pdf")
+
+
 def evaluate(
-    tasks: Annotated[Path, typer.Option(help="Task folder: <name>.jsonl files and descriptions.json.")],
+    tasks: Annotated[Path, typer.Option(help="Task folder: NAME.jsonl files and descriptions.json.")],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
     arms: Annotated[str, typer.Option(help="Comma-separated arms (compared methods); default: all that are possible.")] = "",
@@ -133,8 +137,8 @@ def evaluate(
             raise FileNotFoundError(f"{option}: {file.parent}: no such folder")
         if file is not None and file.is_dir():
             raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise FileNotFoundError("--plot: matplotlib is not installed; run: pip install matplotlib")
+    if plot is not None and plot.suffix not in PLOTS:
+        raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {plot}")
     if verify and measure is not Measure.score:
         raise ValueError(f"--measure: expected score with --verify, which generates no text, got {measure.value}")
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
@@ -158,7 +162,7 @@ def evaluate(
     for name in chosen:
         if name not in {arm.name for arm in found}:
             why = f": {left_out[name]}" if name in left_out else ""
-            raise ValueError(f"arms: expected some of {[arm.name for arm in found]}, got {name!r}{why}")
+            raise ValueError(f"--arms: expected some of {[arm.name for arm in found]}, got {name!r}{why}")
     found = [arm for arm in found if arm.name in chosen or not chosen]
     for name, reason in left_out.items() if not chosen else ():
         say(f"{name} left out: {reason}")
@@ -185,12 +189,13 @@ def evaluate(
             bar.set_postfix(arm=arm)
             bar.update(count)
 
-        evaluation = run.Evaluation(
-            answerer, tokenizer, loaded, found, settings,
-            pools=pools, validation=validation, groups=groups, progress=progress,
-        )  # fmt: skip
-        bar.reset(evaluation.answers)
-        result = evaluation.run()
+        with named({"arms": "--arms", "run_code": "--run-code", "max_prompt_tokens": "--max-prompt-tokens"}):
+            evaluation = run.Evaluation(
+                answerer, tokenizer, loaded, found, settings,
+                pools=pools, validation=validation, groups=groups, progress=progress,
+            )  # fmt: skip
+            bar.reset(evaluation.answers)
+            result = evaluation.run()
     groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
     summary = run.summary(result["tasks"], groups, found[0].name)
     if precision:

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import DEFAULT_CHECKPOINT, BaseModel, Json, base_model_of, load_engine, print_json
+from t2l_engine.cli.common import (
+    DEFAULT_CHECKPOINT,
+    BaseModel,
+    Encoder,
+    Json,
+    Scaling,
+    TrustRemoteCode,
+    base_model_of,
+    load_engine,
+    named,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from t2l_engine.adapters.stack import AdapterStack
@@ -46,6 +57,9 @@ def export(
         typer.Option("--checkpoint", "-c", help=f"Makes the adapter of a description; default: {DEFAULT_CHECKPOINT}."),
     ] = "",
     base_model: BaseModel = "",
+    scaling: Scaling = "",
+    encoder: Encoder = "",
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint as a single file for the C++ library, or one adapter as a GGUF file for llama.cpp.
@@ -54,13 +68,21 @@ def export(
     """
     import torch
 
+    from t2l_engine.hypernetwork.folder import bundled_checkpoints
+
+    if output.is_dir():
+        raise IsADirectoryError(f"--output: {output}: expected a file, got a folder")
+    of_description = {"--checkpoint": checkpoint, "--scaling": scaling, "--encoder": encoder}
+    of_description |= {"--trust-remote-code": trust_remote_code}
     chosen = None if dtype is None else getattr(torch, dtype.value)
     if output.suffix == GGUF:
-        about = _adapter_file(source, output, chosen, checkpoint, base_model)
+        about = _adapter_file(source, output, chosen, of_description, base_model)
     else:
-        for option, value in (("--checkpoint", checkpoint), ("--base-model", base_model)):
+        for option, value in {**of_description, "--base-model": base_model}.items():
             if value:
                 raise ValueError(f"{option}: expected none, since {output} is no {GGUF} file of an adapter, got {value!r}")
+        if source not in bundled_checkpoints() and any(map(str.isspace, source)) and not os.path.exists(source):
+            raise ValueError(f"--output: expected FILE{GGUF} for the adapter of a description, got {output}")
         if chosen is torch.float16:
             raise ValueError(f"--dtype: expected float32 or bfloat16 for a file that is no {GGUF} file, got float16")
         about = _checkpoint_file(source, output, chosen)
@@ -81,22 +103,28 @@ def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
     return {"dtype": str(net.dtype).removeprefix("torch.")}
 
 
-def _adapter_file(source: str, output: Path, dtype: Any, checkpoint: str, base_model: str) -> dict[str, Any]:
-    """Write the adapter of the PEFT folder or description ``source``; returns what is said of it."""
+def _adapter_file(
+    source: str, output: Path, dtype: Any, of_description: Mapping[str, Any], base_model: str
+) -> dict[str, Any]:
+    """Write the adapter of the PEFT folder or description ``source``; returns what is said of it.
+
+    ``of_description``: options that a description alone can have.
+    """
     from t2l_engine.adapters.peft import CONFIG_NAME
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.files.text import read_json
     from t2l_engine.hypernetwork.folder import bundled_checkpoints
     from t2l_engine.text.base_model import config_of
 
-    named = os.path.join(source, CONFIG_NAME)
-    if os.path.isfile(named):
+    about = os.path.join(source, CONFIG_NAME)
+    if os.path.isfile(about):
         stack, prefix, what = AdapterStack.from_peft(source), "", "adapter"
-        base = base_model or read_json(Path(named)).get("base_model_name_or_path")
+        base = base_model or read_json(Path(about)).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"--base-model: {source} does not name one; give it here")
-        if checkpoint:
-            raise ValueError(f"--checkpoint: expected none, since {source} is an adapter already, got {checkpoint!r}")
+        for option, value in of_description.items():
+            if value:
+                raise ValueError(f"{option}: expected none, since {source} is an adapter already, got {value!r}")
     elif (
         source in bundled_checkpoints() or os.path.exists(source) or (os.sep in source and not any(map(str.isspace, source)))
     ):
@@ -104,8 +132,11 @@ def _adapter_file(source: str, output: Path, dtype: Any, checkpoint: str, base_m
             f"{source}: expected a description, or a PEFT adapter folder with {CONFIG_NAME}, for the adapter in {output}"
         )
     else:
-        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, "", "", False, base_model)
-        stack, prefix, what = engine.generate([source]), prompt_prefix(engine)(source), "description"
+        checkpoint, *others = of_description.values()
+        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, *others, base_model)
+        with named({"texts[0]": "SOURCE"}):
+            stack = engine.generate([source])
+        prefix, what = prompt_prefix(engine)(source), "description"
         base = base_model_of(folder, base_model)
     save(stack, 0, output, config_of(base), dtype, source if what == "description" else "", prefix)
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}

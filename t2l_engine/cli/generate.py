@@ -12,7 +12,6 @@ import typer
 
 from t2l_engine.cli.common import (
     DEFAULT_CHECKPOINT,
-    BaseModel,
     Checkpoint,
     Encoder,
     Json,
@@ -20,6 +19,7 @@ from t2l_engine.cli.common import (
     TrustRemoteCode,
     base_model_of,
     load_engine,
+    named,
     print_json,
     standard_input,
 )
@@ -66,7 +66,13 @@ def generate(
             "--min-similarity", min=-1, max=1, help="With --library: generate where the nearest has a lower cosine."
         ),
     ] = -1.0,
-    base_model: BaseModel = "",
+    base_model: Annotated[
+        str,
+        typer.Option(
+            "--base-model",
+            help="Name or folder that the adapters state; default: the checkpoint's base model.  For GGUF a local folder.",
+        ),
+    ] = "",
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     scaling: Scaling = "",
     encoder: Encoder = "",
@@ -94,12 +100,14 @@ def generate(
         raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
     if library is not None and examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
     several = file is not None or len(descriptions) > 1
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
     shots = None if examples is None else read_examples(examples)
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
-    _check(engine, lines)
+    _check(engine, lines or {f"description {i}": text for i, text in enumerate(texts, start=1)}, shots)
     base = base_model or checkpoints.describe(folder).get("base_model")
     prefix = export.prompt_prefix(engine)
     base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
@@ -153,13 +161,11 @@ def generate(
         print_json(results)
 
 
-def _check(engine: TextToLoRA, texts: dict[str, str]) -> None:
-    """ValueError, naming the key in ``texts`` (file and line), for a text that the encoder rejects."""
+def _check(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str]] | None) -> None:
+    """ValueError, naming the key in ``texts``, such as file and line, for a text or examples that the encoder rejects."""
     for name, text in texts.items():
-        try:
-            engine.encoder.prepare([text])
-        except ValueError as error:
-            raise ValueError(str(error).replace("texts[0]", name, 1)) from None
+        with named({"texts[0]": name, "examples[0]": "--examples", "examples": "--examples"}):
+            engine.encoder.prepare([text], None if shots is None else [shots])
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -169,6 +175,8 @@ def _read(file: Path) -> dict[str, str]:
         text = standard_input().read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file: {file}: expected UTF-8 text: {error}") from None
+    except OSError as error:
+        raise OSError(f"--file: {file}: {error.strerror}") from None
     lines = enumerate(text.removeprefix("\ufeff").split("\n"), start=1)
     found = {f"{source}:{number}": line.strip() for number, line in lines if line.strip()}
     if not found:

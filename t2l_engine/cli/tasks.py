@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import Json, console, print_json, say, split_names
+from t2l_engine.cli.common import Json, console, named, print_json, say, split_names
 
 app = typer.Typer(no_args_is_help=True, help="Import, generate, select and check task folders.")
 
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: <name>.jsonl files and descriptions.json.")]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Task folder: NAME.jsonl files and descriptions.json.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Task folder to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace the tasks of a folder, those of other names too.")]
 Manifest = Annotated[str, typer.Option(help="Name of a packaged manifest, or a manifest file.")]
@@ -86,7 +86,7 @@ def import_sni(
 
 @app.command("import-benchmarks")
 def import_benchmarks(
-    source: Annotated[Path, typer.Argument(help="Folder of <benchmark>.jsonl files, one row of the data set per line.")],
+    source: Annotated[Path, typer.Argument(help="Folder of BENCHMARK.jsonl files, one row of the data set per line.")],
     output: Output,
     names: Annotated[str, typer.Option(help="Comma-separated benchmarks; default: all that SOURCE has.")] = "",
     max_examples: Annotated[int | None, typer.Option(min=1, help="Limit of examples per split; default: all.")] = None,
@@ -231,7 +231,8 @@ def decontaminate(
     from t2l_engine.research.tasks import decontaminate as overlap
     from t2l_engine.research.tasks.folder import load_tasks, write_tasks
 
-    kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
+    with named({"n": "--words"}):
+        kept, found = overlap.decontaminate(load_tasks(folder, None), load_tasks(benchmarks, None), words)
     for (task, benchmark), count in sorted(collections.Counter((o.task, o.benchmark) for o in found).items()):
         say(f"{task}: {count} examples share text with {benchmark}")
     if not kept:

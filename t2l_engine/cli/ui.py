@@ -55,13 +55,19 @@ def ui(
         from t2l_engine.serving.page import Page
     except ModuleNotFoundError as error:
         raise FileNotFoundError(f'{error.name} is not installed; run: pip install "t2l_engine[ui]"') from None
+    from t2l_engine.text.encoder import OneHotEncoder
 
     keep_freed_memory()
     desk = open_desk(
         checkpoint, base_model, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    desk.side_by_side.hold(DESCRIPTIONS[:adapters])  # what does not fit the base model is said now
+    if isinstance(desk.side_by_side.engine.encoder, OneHotEncoder):
+        raise ValueError(
+            f"--checkpoint: expected one that reads sentences, got {checkpoint}, which knows the names of its tasks"
+        )
+    first = DESCRIPTIONS[:adapters]
+    desk.side_by_side.hold(first)  # what does not fit the base model is said now
     config = desk.side_by_side.engine.hypernetwork.config
     size = 4 * config.num_layers * config.rank * (sum(config.in_features) + sum(config.out_features))
     page = Page(
@@ -73,7 +79,7 @@ def ui(
     )
     if not _is_loopback(host):
         say(f"warning: --host {host}: whoever reaches this address can use the page, which asks for no password")
-    blocks = page.blocks(DESCRIPTIONS, INPUT)
+    blocks = page.blocks(first, INPUT)
     blocks.launch(
         server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options()
     )  # OSError where the port is taken

@@ -36,10 +36,15 @@ def bundled_checkpoints() -> list[str]:
 
 
 def resolve_checkpoint(name_or_folder: str | Path) -> Path:
-    """The folder of a bundled checkpoint or of one on disk; FileNotFoundError lists the bundled names."""
+    """The folder of a bundled checkpoint or of one on disk.
+
+    Raises FileNotFoundError, which lists the bundled names, NotADirectoryError for a file.
+    """
     if str(name_or_folder) in bundled_checkpoints():
         return BUNDLED / str(name_or_folder)
     folder = Path(name_or_folder)
+    if folder.is_file():
+        raise NotADirectoryError(f"checkpoint {str(name_or_folder)!r}: expected a folder, got a file")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"checkpoint {str(name_or_folder)!r}: no such folder; bundled checkpoints: {bundled_checkpoints()}"

@@ -22,17 +22,22 @@ def library_path() -> Path:
     return Path(__file__).resolve().parents[1] / "_C.so"
 
 
+def is_disabled() -> bool:
+    """Whether ``T2L_DISABLE_NATIVE=1`` is set; ImportError for a value that it cannot have."""
+    value = os.environ.get(DISABLE_VARIABLE, "0")
+    if value not in ("", "0", "1"):
+        raise ImportError(f"{DISABLE_VARIABLE}: expected 0 or 1, got {value!r}", name="t2l_engine._C")
+    return value == "1"
+
+
 def load() -> bool:
     """Load the native library over the plain-torch ops; returns whether native kernels are registered.
 
     False if there is no library (the package is complete without, but slower) or ``T2L_DISABLE_NATIVE=1`` is set.  Raises
     ImportError for a library that exists but does not load, and for another value of the variable.
     """
-    value = os.environ.get(DISABLE_VARIABLE, "0")
-    if value not in ("", "0", "1"):
-        raise ImportError(f"{DISABLE_VARIABLE}: expected 0 or 1, got {value!r}")
     path = library_path()
-    if value == "1" or not path.exists():
+    if is_disabled() or not path.exists():
         return False
     try:
         torch.ops.load_library(str(path))

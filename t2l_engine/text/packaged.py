@@ -34,8 +34,9 @@ def own_name(name: str) -> str:
 
 def cache_dir() -> Path:
     """``$T2L_CACHE``, or ``t2l_engine`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE_VARIABLE) or Path(base) / "t2l_engine")
+    if of_its_own := os.environ.get(CACHE_VARIABLE):
+        return Path(of_its_own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t2l_engine"
 
 
 def gguf_path() -> Path:

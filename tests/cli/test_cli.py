@@ -13,6 +13,7 @@ import t2l_engine as t2l
 from t2l_engine import ops
 from t2l_engine.cli import generate as generate_command
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from t2l_engine.ops import native
 from t2l_engine.research import costs
 
 
@@ -44,8 +45,8 @@ def test_generate_errors_leave_an_adapter_alone(run, expect_error, checkpoint, m
     one = tmp_path / "one"
     assert run("generate", "Count.", "-o", one, "-c", checkpoint)[0] == 0
     kept = (one / "adapter_model.safetensors").read_bytes()
-    expect_error("texts[0]: expected a non-empty description", "generate", "  ", "-o", one, "-c", checkpoint)
-    expect_error("config.json", "generate", "x", "-o", checkpoint / "config.json", "-c", checkpoint)
+    expect_error("t2l: description 1: expected a non-empty description", "generate", "  ", "-o", one, "-c", checkpoint)
+    expect_error("config.json: expected a folder, got a file", "generate", "x", "-o", checkpoint / "config.json")
     expect_error("no such folder; bundled checkpoints", "generate", "x", "-o", one, "-c", tmp_path / "none")
     expect_error("; a PEFT adapter is no checkpoint", "generate", "x", "-o", tmp_path / "two", "-c", one)
     (tmp_path / "model").mkdir()
@@ -87,7 +88,7 @@ def test_a_bad_line_is_named_before_anything_is_written(expect_error, checkpoint
     output = ("-o", tmp_path / "out", "-c", checkpoint)
     text = "Count.\n\nSort.\ncaf\udce9\n"
     expect_error("standard input:4: expected Unicode text", "generate", "-f", "-", *output, stdin=text)
-    expect_error("texts[1]: expected Unicode text", "generate", "Count.", "caf\udce9", *output)
+    expect_error("description 2: expected Unicode text", "generate", "Count.", "caf\udce9", *output)
     assert not (tmp_path / "out").exists()
 
 
@@ -111,7 +112,8 @@ def test_generate_refuses_files_without_descriptions(run, expect_error, checkpoi
     output = ("-o", tmp_path / "out", "-c", checkpoint)
     expect_error("--file: -: expected one description a line, got none", "generate", "-f", "-", *output, stdin=" \n\n")
     expect_error("latin: expected UTF-8 text", "generate", "-f", tmp_path / "latin", *output)
-    expect_error("no.txt", "generate", "-f", tmp_path / "no.txt", *output)
+    for name in ("no.txt", ""):
+        expect_error(f"t2l: --file: {tmp_path / name}: ", "generate", "-f", tmp_path / name, *output)
     for arguments in ((), ("x", "--file", "-")):
         code, out, err = run("generate", *arguments, *output)
         assert code == 2 and out == "" and "not both" in err
@@ -268,7 +270,30 @@ def test_export(run, expect_error, checkpoint, golden, tmp_path):
     written = file.read_bytes()
     expect_error("variant: the C++ library computes L, M,", "export", golden / "L-autoreg-sft", "-o", file)
     expect_error("no such folder", "export", tmp_path / "none", "-o", file)
+    expect_error("checkpoint '" + str(file), "show", file)
+    expect_error("--output: expected FILE.gguf for the adapter of a", "export", "Count them.", "-o", file)
+    expect_error(f"t2l: --output: {tmp_path}: expected a file, got a folder", "export", checkpoint, "-o", tmp_path)
+    for option in (("--encoder", "x"), ("--scaling", "plain"), ("--trust-remote-code",), ("--base-model", "x")):
+        expect_error(f"t2l: {option[0]}: expected none, since", "export", checkpoint, "-o", file, *option)
     assert file.read_bytes() == written and list(file.parent.iterdir()) == [file]
+
+
+def test_a_base_model_that_only_the_checkpoint_names(expect_error, checkpoint, minilm, tmp_path):
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "nobody/model"}))
+    message = "--base-model: expected a folder of 'nobody/model', which the checkpoint names, got none"
+    expect_error(message, "generate", "x", "--format", "gguf", "-o", tmp_path / "out", "-c", checkpoint)
+
+
+def test_ops_without_kernels_are_told(run, expect_error, checkpoint, minilm, tmp_path, monkeypatch):
+    command = ("generate", "Count.", "-o", tmp_path / "out", "-c", checkpoint)
+    monkeypatch.setattr(native, "about", lambda: None)
+    monkeypatch.delenv(native.DISABLE_VARIABLE, raising=False)
+    assert run(*command)[2].startswith("t2l: warning: no native library was built")
+    monkeypatch.setenv(native.DISABLE_VARIABLE, "1")
+    assert run(*command)[2] == ""
+    monkeypatch.setattr(native, "about", lambda: {"instruction_sets": {"error": "T2L_ISA: expected generic, got 'x'"}})
+    expect_error("t2l: T2L_ISA: expected generic, got 'x'", *command)
 
 
 # --- the rest ------------------------------------------------------------------------------------------------------
@@ -313,7 +338,7 @@ def test_evaluation_names_the_arms_there_are(expect_error, checkpoint, minilm, t
     (tmp_path / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "test"}\n')
     command = ("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path)
     known = "['t2l', 't2l-junk', 't2l-constant', 'base', 'base-description']"
-    expect_error(f"arms: expected some of {known}, got 'nonsense'", *command, "--arms", "nonsense")
+    expect_error(f"--arms: expected some of {known}, got 'nonsense'", *command, "--arms", "nonsense")
     expect_error("--base-model: the checkpoint does not name one", *command, "--arms", "t2l")
 
 

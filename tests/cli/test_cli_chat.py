@@ -85,6 +85,11 @@ def test_several_tasks(chat):
     assert out.splitlines() == [right[OTHER], *together, right[OTHER], right[TASK]]
 
 
+def test_the_first_task_is_asked_for_by_what_it_is_called(chat):
+    first, _ = chat("one two\n")[1:]
+    assert chat(f"/task b: {OTHER}\n/task task\none two\n")[1] == first
+
+
 def test_a_person_sees_names_times_and_history(chat):
     code, out, err = chat(Terminal(f"/task b: {OTHER}\none two\n/both\n/tasks\n/history\n"))
     answers = [chat.answers(task, ["one two"])[0] for task in (OTHER, None, TASK, OTHER)]
@@ -125,7 +130,13 @@ def test_what_goes_wrong_ends_no_session(chat, tmp_path):
 @pytest.mark.parametrize("task", ["", " "])
 def test_an_empty_task(chat, task):
     code, out, err = chat("one\n", "--task", task)
-    assert code == 1 and out == "" and "text" in err
+    assert code == 1 and out == "" and err.startswith("t2l: --task: expected a non-empty description")
+
+
+def test_a_line_that_is_not_utf8_is_told_when_it_comes(chat):
+    stdin = io.TextIOWrapper(io.BytesIO(b"one two\ncaf\xe9\n"), encoding="utf-8")
+    code, out, err = chat(stdin)
+    assert code == 1 and out == chat("one two\n")[1] and "t2l: input: expected UTF-8 text, got 'caf\\udce9'" in err
 
 
 def test_an_answer_is_one_line(chat, monkeypatch):
@@ -168,6 +179,7 @@ def test_an_interrupted_script_is_not_done(chat, monkeypatch):
         ("/task  \n", "/task: expected a description after it"),
         ("/save\n", "/save: expected a folder or FILE.gguf after it"),
         ("/task base: Count.\n", "/task: expected another name than task and base, got base"),
+        ("/task base\n", "/task: expected a description or the name of a task, got base"),
         ("".join(f"/task t{i}: Count {i}.\n" for i in range(8)), "/task: expected at most 8 tasks, got one more"),
         ("word " * 130, "input: expected at most 122 tokens (the model has 128 positions"),
     ],

@@ -188,5 +188,5 @@ def test_decontaminate(t2l_tasks, fails, folder, suite, tmp_path):
     assert err == f"t2l: {suite[0].name}: 1 examples share text with bench\n"
     assert suite[0].examples[1:] in [task.examples for task in load_tasks(tmp_path / "clean", None)]
     fails("exists", *arguments)
-    fails("n: expected at least 5 words, got 0", *arguments, "--force", "--words", 0)
+    fails("--words: expected at least 5 words, got 0", *arguments, "--force", "--words", 0)
     fails("no example is left", *arguments[:1], tmp_path / "bench", *arguments[2:5], tmp_path / "none")

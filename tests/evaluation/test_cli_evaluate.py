@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from training import runs
 
 from t2l_engine.cli import app
-from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.evaluation.arms import CONSTANT
@@ -262,7 +261,7 @@ def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
     known = [*OURS, *BASE]
     for name in ("nonsense", "oracle"):
         told = refuse("--arms", f"t2l,{name}")
-        assert told.startswith("arms: ") and str(known) in told and repr(name) in told
+        assert told.startswith("--arms: ") and str(known) in told and repr(name) in told
     write_tasks(tmp_path / "tasks", all_tasks(("test",)))
     told = refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks")
     assert str(known[:-1]) in told and "'icl': " in told and "'train'" in told and "again" in told
@@ -375,7 +374,7 @@ def test_files_that_cannot_be_written(refuse, tmp_path, option):
     assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
 
 
-def test_options_that_cannot_be_met(refuse, tmp_path, monkeypatch):
+def test_options_that_cannot_be_met(refuse, tmp_path):
     """What each value may be, the tests of the library hold."""
     (tmp_path / "notes.txt").write_text("mine")
     assert refuse("--resume", tmp_path / "notes.txt").startswith(f"{tmp_path / 'notes.txt'}:1: ")
@@ -384,15 +383,14 @@ def test_options_that_cannot_be_met(refuse, tmp_path, monkeypatch):
     for option, value in (("--names", "none"), ("--split", "other"), ("--manifest", "nowhere"), ("--base-model", "nowhere")):
         assert repr(value) in refuse(option, value)
     assert refuse("--scaling", "big").startswith("--scaling: ")
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
-    assert refuse("--plot", tmp_path / "means.png").startswith("--plot: matplotlib ")
+    assert refuse("--plot", tmp_path / "means.pgn").startswith("--plot: expected a name that ends in .png, .svg, .pdf, got ")
 
 
 def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):
     example = Example("def f(x):\n", ("    return x",), "test", "pass", tests="assert f(1) == 1")
     write_tasks(tmp_path / "tasks", [Task("code", ("Write it.",), (example,))])
     code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks")
-    assert code == 1 and out == "" and "t2l: run_code: expected to be set, since some answers are code" in err
+    assert code == 1 and out == "" and "t2l: --run-code: expected to be set, since some answers are code" in err
 
 
 # --- the document ----------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     folder = Path(folder)
     path = folder / DESCRIPTIONS_NAME
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path}: exists; expected a folder without tasks")
+        raise FileExistsError(f"{path}: exists; expected a folder without tasks, or overwrite=True (--force)")
     names = [task.name for task in tasks]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"{folder}: expected at least one task and distinct names to write, got {short_repr(names)}")

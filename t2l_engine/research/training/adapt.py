@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.adapters.peft_write import check_place
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
@@ -116,10 +117,11 @@ def adapt(
         output: also gets ``start/``, the adapter as generated, ``run/``, that of training, and the report, ``adapt.json``.
         changes: fields of :class:`LoRASettings`, instead of DEFAULTS.
 
-    Raises ConfigError for too few examples or an ``output`` of other ones, and as
+    Raises ConfigError for too few examples or an ``output`` of other ones, FileExistsError for one with a model, and as
     :func:`t2l_engine.research.training.lora.train`.
     """
     output = Path(output)
+    check_place(output)
     trained, held_out = split(examples)
     read = trained[: engine.encoder.max_examples]
     shots: WorkedExamples = [read] if read else None
