@@ -1,9 +1,9 @@
 """The folder of generated adapters, which servers of one user share.
 
-A serving engine reads an adapter's folder again after it was evicted, so nothing is deleted while a server runs: servers
-hold a shared lock on ``.lock``, and whoever starts alone, and so gets the exclusive one, removes what was not used for a
-week, or longest if more than half of the budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each
-change.
+A serving engine reads an adapter's folder again after it was evicted, so nothing is deleted that a running server may have
+named: a server holds a lock on a file ``.server-*`` of its own, as old as it is, and a folder is as old as its last use.
+Whoever starts removes what no running server has used and what was not used for a week, or longest if more than half of the
+budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each look and each change.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -30,7 +31,8 @@ from t2l_engine.adapters.stack import AdapterStack
 DTYPE = torch.bfloat16  # of A and B in the spool
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
 _UNUSED_SECONDS = 7 * 24 * 3600
-_TEMPORARY, _MEMORY, _LOCK = ".tmp-", ".memory", ".lock"
+_MARGIN_SECONDS = 3600  # by which clocks of machines, or one that is set, may differ
+_TEMPORARY, _MEMORY, _USED, _SERVER = ".tmp-", ".memory", ".used", ".server-"
 
 
 class Unavailable(Exception):
@@ -50,30 +52,31 @@ class Spool:
         state = self.root.stat()
         if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
             raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
-        if any(self.root.iterdir()) and not (self.root / _LOCK).exists():
+        if any(self.root.iterdir()) and not (self.root / _USED).exists():
             raise ValueError(f"spool: expected an empty folder or a spool, whose old adapters are removed, got {self.root}")
-        self._lock = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass  # another server uses the folder
-        else:
-            self._prune()
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
+        with self._count() as count:
+            removed = self._prune(self._oldest_server())
+            count[0] = self._measure()
+            self._lock, self._own = tempfile.mkstemp(prefix=_SERVER, dir=self.root)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        for folder in removed:
+            shutil.rmtree(folder)
 
     def close(self) -> None:
-        """Release the lock; the folders stay."""
+        """No longer a server that uses the folder; the adapters stay."""
         if self._lock >= 0:
+            os.unlink(self._own)
             os.close(self._lock)
         self._lock = -1
 
     def find(self, key: str, *, memory: bool = False) -> Path | None:
         """The folder of an adapter, None if it is not there; what is found counts as used now."""
         path = self._path(key, memory)
-        try:
-            os.utime(path)
-        except FileNotFoundError:
-            return None
+        with self._count():  # or a server that starts could remove it between these two
+            try:
+                os.utime(path)
+            except FileNotFoundError:
+                return None
         return path
 
     def write_peft(self, key: str, stack: AdapterStack, base: str | None = None) -> Path:
@@ -136,7 +139,7 @@ class Spool:
     @contextlib.contextmanager
     def _count(self) -> Iterator[list[int]]:
         """The number of bytes used, as a list of one, locked; a changed number is stored."""
-        with os.fdopen(os.open(self.root / ".used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as file:
+        with os.fdopen(os.open(self.root / _USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
             count = [int(text) if text else self._measure()]
@@ -153,17 +156,34 @@ class Spool:
     def _measure(self) -> int:
         return sum(_size(folder) for folder in self._folders() if _TEMPORARY not in folder.name)
 
-    def _prune(self) -> None:
-        """Remove unfinished folders, those unused for a week, and the longest unused beyond half of the budget.
+    def _oldest_server(self) -> float:
+        """When the oldest running server started, infinity without any; files of those that have ended are removed."""
+        oldest = math.inf
+        for path in self.root.glob(f"{_SERVER}*"):
+            with contextlib.suppress(FileNotFoundError), path.open() as file:  # one that ends now removes its own
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    oldest = min(oldest, path.stat().st_mtime)
+                else:
+                    path.unlink()
+        return oldest
 
-        Nobody else may use the spool.
+    def _prune(self, started: float) -> list[Path]:
+        """Rename folders that are to be removed, and return them; of those in use since ``started`` none.
+
+        These are unfinished ones, those unused for a week, and the longest unused beyond half of the budget.
         """
+        found, removed = [], []
+        for folder in self._folders():
+            with contextlib.suppress(FileNotFoundError):  # an unfinished one that is finished or removed now
+                found.append((folder.stat().st_mtime, _size(folder), folder))
         room, oldest = self.budget // 2, time.time() - _UNUSED_SECONDS
-        for folder in sorted(self._folders(), key=lambda folder: folder.stat().st_mtime, reverse=True):
-            room -= _size(folder)
-            if room < 0 or _TEMPORARY in folder.name or folder.stat().st_mtime < oldest:
-                shutil.rmtree(folder)
-        (self.root / ".used").unlink(missing_ok=True)
+        for used, size, folder in sorted(found, reverse=True):
+            room -= size
+            if (room < 0 or _TEMPORARY in folder.name or used < oldest) and used < started - _MARGIN_SECONDS:
+                removed.append(folder.rename(f"{folder}{_TEMPORARY}{os.urandom(4).hex()}"))
+        return removed
 
 
 def _size(folder: Path) -> int:

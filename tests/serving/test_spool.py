@@ -180,35 +180,33 @@ def _hold(root, opened, leave):
     spool.close()
 
 
-def test_only_who_starts_alone_prunes(context, tmp_path):
+def test_what_a_running_server_may_use_stays(context, tmp_path):
+    """One that started two days ago, on its own; then nobody beside."""
     first = Spool(tmp_path / "spool", 1 << 20)
-    for key in ("old", "found", "new"):
-        first.write_peft(key, stack())
-    half = first.root / "x.tmp-1-0"
-    half.mkdir()
-    for path in ("old", "found"):
-        os.utime(first.root / path, (time.time() - 8 * DAY,) * 2)
-    first.find("found")
-    first.close()
-    # A running server: an exclusive lock cannot be had, and nothing goes.
+    size = 0
+    for days, key in ((0, "new"), (1, "used"), (2, "edge"), (3, "older")):
+        folder = first.write_peft(key, stack())
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        os.utime(folder, (time.time() - days * DAY,) * 2)
     opened, leave = context.Event(), context.Event()
-    os.utime(first.root / "old")
-    server = context.Process(target=_hold, args=(tmp_path / "spool", opened, leave))
+    server = context.Process(target=_hold, args=(tmp_path / "spool", opened, leave), daemon=True)
     server.start()
     assert opened.wait(60)
-    os.utime(first.root / "old", (time.time() - 8 * DAY,) * 2)
-    beside = Spool(tmp_path / "spool", 1 << 20)
-    assert visible(beside) == ["found", "new", "old"], "the first one, alone, removed the unfinished folder"
+    first.close()
+    (own,) = first.root.glob(".server-*")
+    os.utime(own, (time.time() - 2 * DAY,) * 2)
+    for days in (1, 3):
+        (first.root / f"{days}.tmp-x").mkdir()
+        os.utime(first.root / f"{days}.tmp-x", (time.time() - days * DAY,) * 2)
+    (first.root / ".server-ended").write_text("")
+    beside = Spool(tmp_path / "spool", 2 * size)
+    assert visible(beside) == ["1.tmp-x", "edge", "new", "used"] and beside.used == 3 * size
+    assert len(list(first.root.glob(".server-*"))) == 2, "of those that run"
     beside.close()
     leave.set()
     server.join()
-    alone = Spool(tmp_path / "spool", 1 << 20)
-    assert visible(alone) == ["found", "new"]
-    assert alone.used == 2 * first_size(alone)
-
-
-def first_size(spool):
-    return sum(path.stat().st_size for path in (spool.root / "new").iterdir())
+    alone = Spool(tmp_path / "spool", 2 * size)
+    assert visible(alone) == ["new"] and alone.used == size
 
 
 def test_a_folder_that_others_write_to_is_refused(tmp_path):

@@ -211,6 +211,16 @@ def test_sizes_that_are_not_known_are_not_compared(serve, model, caplog, changes
     assert "sizes of the served model are not known and not compared" in caplog.text
 
 
+def test_sizes_that_were_not_known_are_looked_up_again(serve, model):
+    path = model(num_hidden_layers=32) / "config.json"
+    path.rename(path.with_name("away"))
+    models, engine, generator = serve(path.parent)
+    assert isinstance(resolve(models, f"t2l:{TEXT}")[0], LoRARequest)
+    path.with_name("away").rename(path)
+    (error,) = resolve(models, f"t2l:{TEXT} 2")
+    assert isinstance(error, VLLMValidationError) and "the served one has 32" in str(error)
+
+
 def test_both_modes_are_one_adapter_to_vllm(serve, settings):
     """What vLLM reads from a folder is what it takes from tensors made in memory mode."""
     common = dict(lora_model_id=1, device="cpu", dtype=torch.bfloat16)
@@ -262,6 +272,9 @@ def test_register(registry, hooks, monkeypatch, tmp_path):
     monkeypatch.setenv("T2L_VLLM_KERNELS", "1")
     t2l_vllm.register()
     assert len(hooks) == 1 and hooks[0].kernels and not registry.resolvers, "kernels alone"
+    monkeypatch.setenv("T2L_VLLM_KERNELS", "0")
+    t2l_vllm.register()
+    assert len(hooks) == 2 and not hooks[1].kernels, "partial adapters are refused"
     monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "smollm2-135m")
     monkeypatch.setenv("T2L_VLLM_SPOOL", str(tmp_path / "spool"))
     t2l_vllm.register()
@@ -343,6 +356,14 @@ def test_concurrent_requests_create_one_adapter(client):
 
     created = asyncio.run(run())
     assert len({found["id"] for found in created}) == len(engine.loaded) == generator.generated == 1
+
+
+def test_a_folder_that_a_client_loaded_is_no_adapter_of_ours(client):
+    http, models, engine, generator = client()
+    created = post(http, {"description": TEXT}).json()["id"]
+    models.lora_requests[created].lora_path = "/somewhere/else"
+    again = post(http, {"description": TEXT})
+    assert again.status_code == 500 and "another folder was loaded under this name" in again.text
 
 
 def test_the_two_ways_have_different_names_for_one_adapter(client):
