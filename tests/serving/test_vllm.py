@@ -27,6 +27,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolverRegistry
+from vllm.model_executor.models.registry import _SUBPROCESS_COMMAND
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
 import t2l_engine as t2l
@@ -56,6 +57,10 @@ class Engine:
             raise self.error
         self.loaded.append(request)
         return True
+
+
+#: What vLLM runs as a module to look at a model's class.
+INSPECTION = _SUBPROCESS_COMMAND[-1]
 
 
 @pytest.fixture
@@ -287,8 +292,12 @@ def test_register(registry, hooks, monkeypatch, tmp_path):
         t2l_vllm.register()
 
 
-@pytest.mark.parametrize("parent, loads", [(None, 1), (object(), 0)])
-def test_only_the_main_process_warms_up(registry, settings, bundled, monkeypatch, parent, loads):
+@pytest.mark.parametrize("parent, runs, loads", [
+    (None, "vllm.entrypoints.openai.api_server", 1), (None, None, 1), (object(), None, 0), (None, INSPECTION, 0),
+])  # fmt: skip
+def test_only_the_main_process_warms_up(registry, settings, bundled, monkeypatch, parent, runs, loads):
+    spec = runs and types.SimpleNamespace(name=runs)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     calls = []
     monkeypatch.setattr(Checkpoint, "load", lambda name, source: (calls.append(name), bundled)[1])
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: parent)

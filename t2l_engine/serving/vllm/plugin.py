@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from typing import TYPE_CHECKING
 
 from vllm.lora.resolver import LoRAResolverRegistry
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from t2l_engine.serving.vllm.http import AdaptersEndpoint
 
 NAME = "t2l"  # of the resolver
+#: A process that vLLM starts to look at a model's class loads plugins, too, and has no parent that multiprocessing knows.
+_INSPECTION = "vllm.model_executor.models.registry"
 
 
 def register(settings: Settings) -> None:
@@ -23,7 +26,8 @@ def register(settings: Settings) -> None:
         return
     generator = Generator(settings)
     LoRAResolverRegistry.register_resolver(NAME, T2LResolver(generator))
-    if settings.warmup and multiprocessing.parent_process() is None:
+    runs = getattr(sys.modules["__main__"], "__spec__", None)  # as python -m
+    if settings.warmup and multiprocessing.parent_process() is None and getattr(runs, "name", None) != _INSPECTION:
         generator.warm_up()
 
 
