@@ -193,6 +193,18 @@ def specs(
 
 
 @app.command()
+def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
+    """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some 80 minutes on two cores."""
+    from bench.specs.adapting import records
+    from bench.specs.runs import specifications
+    from t2l_engine.cli.common import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    write(ctx, out, threads, records(work, specifications()))
+
+
+@app.command()
 def lengths(
     benchmarks: Annotated[Path, typer.Option(help="folder with a .jsonl file per benchmark")],
     descriptions: Annotated[Path, typer.Option(help="file with eval_ds_info")],

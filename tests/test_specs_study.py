@@ -2,12 +2,9 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -18,11 +15,10 @@ from bench.records import Result, read
 from bench.report import tables_specs
 from bench.report.tables import TABLES
 from bench.source import ROOT
-from bench.specs import adapting, costs, plan, runs
+from bench.specs import costs, plan, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, read_descriptions
@@ -152,9 +148,9 @@ def test_committed_results_are_what_the_page_says_of_them():
     made = read(ROOT / "bench" / "results" / "specs.jsonl")
     tokens = {line["run"]: line["million tokens"] for line in TABLES["specs-tokens"].lines([made])}
     assert tokens[plan.RIVAL] == pytest.approx(tokens[plan.EVEN], rel=1 / 40)
-    for of in made.others.get("rates", ()):
+    for of in made.records("rates"):
         best = min(of["lowest"], key=of["lowest"].get)
-        assert float(best) == adapting.ADAPTED["learning_rates"][of["start"]]
+        assert float(best) == plan.PLAN["adapted"]["learning_rates"][of["start"]]
 
 
 def test_a_run_starts_from_another(monkeypatch, tmp_path):
@@ -302,85 +298,6 @@ def test_what_a_task_costs(tmp_path, monkeypatch):
     assert lengths == sorted(set(lengths)) and len({one["tokens"]["question"] for one in found}) == 1
 
 
-# --- adapting ------------------------------------------------------------------------------------------------------------
-
-
-def test_budgets_share_validation_and_test():
-    splits = [("train", 9), ("val", 30), ("test", 30)]
-    examples = [Example(f"{split} {i}", ("x",), split) for split, count in splits for i in range(count)]
-    few, more = (adapting.limited(Task("a", ("Do it.",), tuple(examples)), budget) for budget in (2, 5))
-    assert [e for e in few.examples if e.split == "train"] == [e for e in more.examples if e.split == "train"][:2]
-    assert [e for e in few.examples if e.split != "train"] == [e for e in more.examples if e.split != "train"]
-    assert len(few.examples) == 2 + adapting.ADAPTED["validation"] + adapting.ADAPTED["items"]
-
-
-def test_tuned_tasks_have_many_inputs_and_a_held_out_description(small):
-    specifications = [placed.spec for placed in runs.held_out_set("second", (), suite.suite(200)) if placed.tier == "novel"]
-    tasks = adapting.chosen(specifications, 2)
-    assert len(tasks) == 2 and {task.name for task in tasks} <= {spec.name for spec in specifications}
-    for task in tasks:
-        whole = suite.task(next(spec for spec in specifications if spec.name == task.name), adapting.ADAPTED["inputs"], 0)
-        assert task.examples == whole.examples and len(task.examples) == adapting.ADAPTED["inputs"]
-        assert task.descriptions == (whole.descriptions[-suite.HELD_OUT],)
-        shown, last = whole.examples[0], whole.descriptions[-1]
-        assert shown.input in last and shown.outputs[0] in last  # which gives an example away
-        assert f'"{shown.input}"' not in task.descriptions[0]
-
-
-@pytest.mark.parametrize("start", adapting.STARTS)
-def test_starts_share_their_settings(start):
-    made, other = (adapting._settings(which, Path("/x"), 1e-3) for which in (start, "peft"))
-    assert made == other.model_copy(update={"prompt": made.prompt})
-    assert (made.prompt == "description") == (start == plan.RIVAL) and made.initial == "/x"
-    assert set(adapting.ADAPTED["learning_rates"]) == set(adapting.STARTS)
-    assert made.patience * made.validate_every > made.steps  # the start is validated, too, and no run ends early
-
-
-def test_starts_are_made_once(monkeypatch, tmp_path):
-    task = Task("f-000", ("Do it.",), (Example("a", ("b",), "train"),))
-    monkeypatch.setattr(adapting, "rounded", lambda name, work: work / name)
-    made = []
-    stack = SimpleNamespace(save_pretrained=lambda folder, **_: folder.mkdir(parents=True))
-    engine = SimpleNamespace(
-        encoder=SimpleNamespace(max_examples=6), generate=lambda texts, shown: made.append((texts, shown)) or stack
-    )
-    monkeypatch.setattr(adapting.t2l.TextToLoRA, "from_pretrained", lambda checkpoint: engine)
-    folders = [adapting._start("generated-examples", tmp_path, [task]) for _ in range(2)]
-    assert made == [(["Do it."], [[("a", "b")]])] and folders[0] == folders[1] and (folders[0] / "f-000").is_dir()
-    adapting._start("generated", tmp_path, [dataclasses.replace(task, descriptions=("Do that.",))])
-    assert made[1:] == [(["Do that."], None)]
-
-
-@pytest.mark.slow
-def test_tuning_from_several_starts(tmp_path, monkeypatch):
-    """With the real model: losses by step, and answers; a second call trains nothing."""
-    few = {"tasks_a_tier": 1, "budgets": [8], "rates": [1e-3], "chosen_by": 1, "chosen_at": 8, "validation": 2, "items": 2}
-    shorter = {"steps": 2, "validate_every": 1, "patience": 3, "warmup_steps": 0, "validation_samples": 2}
-    for name, value in (few | {"settings": adapting.ADAPTED["settings"] | shorter}).items():
-        monkeypatch.setitem(adapting.ADAPTED, name, value)
-    monkeypatch.setattr(adapting, "STARTS", ("generated",))
-    monkeypatch.setattr(adapting, "rounded", lambda name, work: resolve_checkpoint("smollm2-135m-specs"))
-    made = suite.suite(200)
-    trained = [placed for placed in made if placed.tier == "train"][:20]
-    specifications = runs.Specifications([], trained, [], [], made)
-    found = list(adapting.records(tmp_path, specifications))
-    rates, adapted = ([of for of in found if of["record"] == kind] for kind in ("rates", "adapted"))
-    assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
-    assert [of["tier"] for of in adapted] == [*plan.HELD_OUT]
-    assert all([step for step, _ in of["losses"]] == [0, 1, 2] for of in adapted)
-    assert all(0 <= of[when] <= 100 for of in adapted for when in ("before", "right"))
-    # What was tuned serves as library and as multi-task LoRA, of which the suite of this test has none.
-    tuned = tmp_path / "rates-0.001" / "8" / "peft"
-    shutil.copytree(tuned, tmp_path / plan.LIBRARY)
-    one = min(path for path in (tuned / "adapters").iterdir() if path.is_dir())
-    shutil.copytree(one, tmp_path / plan.RIVAL / "adapters" / "multi-task")
-    monkeypatch.setattr(adapting, "STARTS", ("nearest", plan.RIVAL))
-    more = list(adapting.records(tmp_path, specifications))
-    assert [of["start"] for of in more[2::2]] == ["nearest", plan.RIVAL] and "before" not in more[2]
-    monkeypatch.setattr(adapting.lora.loop, "run", lambda *_: pytest.fail("trained again"))
-    assert list(itertools.islice(adapting.records(tmp_path, specifications), 3)) == more[:3]
-
-
 # --- what is shown of it --------------------------------------------------------------------------------------------------
 
 SCORES = {"t2l": 60.0, "t2l-shuffled": 10.0, "t2l-examples": 70.0, "icl": 50.0, plan.RIVAL: 62.0}
@@ -472,25 +389,6 @@ def test_tokens_are_those_of_a_run_and_all_before():
     assert (first["million tokens"], last["million tokens"]) == (2.5, 5.5)
     tiers = [f"{tables_specs.TIERS[part]}, %" for part in ("trained", "sibling")]
     assert [[line[tier] for tier in tiers] for line in (first, last)] == [[42.0, 42.0], [60.0, 60.0]]
-
-
-def test_a_start_is_compared_with_pefts_loss():
-    """It needs 4 and 8 of PEFT's 8 and 12 steps to 1.1, near 1.0; one that never gets there counts with all."""
-    of = lambda task, start, right, *losses: {  # noqa: E731
-        "tier": "novel", "task": task, "budget": 8, "start": start, "right": right,
-        "losses": [[4 * i, loss] for i, loss in enumerate(losses)],
-    }  # fmt: skip
-    adapted = [
-        of("a", "peft", 50.0, 3.0, 2.0, 1.0, 1.5), of("b", "peft", 20.0, 3.0, 2.5, 2.0, 1.0),
-        of("a", "generated", 75.0, 2.0, 0.9, 1.0, 1.0), of("b", "generated", 25.0, 2.0, 1.2, 1.1, 0.5),
-        of("a", "nearest", 0.0, 3.0, 3.0, 3.0, 3.0), of("b", "nearest", 0.0, 3.0, 3.0, 3.0, 1.0),
-    ]  # fmt: skip
-    peft, generated, nearest = TABLES["specs-adapted"].lines([Result(Path("specs.jsonl"), {}, (), {"adapted": adapted})])
-    assert (peft["steps to PEFT's loss"], generated["steps to PEFT's loss"]) == (10, 6)
-    assert [of["tasks that reach it, %"] for of in (peft, generated, nearest)] == [100, 100, 50]
-    assert (generated["of PEFT's steps"], generated["right, less PEFT's start"]) == (0.6, 15.0)
-    assert generated["lowest loss"] == pytest.approx(0.7) and generated["loss before"] == 2.0
-    assert nearest["steps to PEFT's loss"] == 12 and peft["of PEFT's steps"] is None
 
 
 def test_what_an_adapter_can_do():

@@ -22,6 +22,7 @@ from bench.report import (  # noqa: F401
     figures,
     speed,
     tables,
+    tables_adapt,
     tables_icl,
     tables_serving,
     tables_specs,
@@ -50,6 +51,7 @@ SOURCES = {
     "learn": "python -m bench learn --work WORK --library LIBRARY",
     "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
     "specs": "python -m bench specs --work WORK --skills SKILLS",
+    "adapt": "python -m bench adapt --work WORK",
     "specs-first": "git checkout -- bench/results/specs-first.jsonl",
     "specs-second": "git checkout -- bench/results/specs-second.jsonl",
     "lengths": "python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES",
@@ -57,8 +59,8 @@ SOURCES = {
 }
 #: What else, where there is a run: one needs an environment of its own, one native kernels.
 OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}
-#: Results that say something of the bundled checkpoint.
-BUNDLED = ("icl", "study")
+#: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
+BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt")
 AGAIN = "run: python -m bench report"
 
 
@@ -97,7 +99,7 @@ class Report(View):
             self.problems.append(f"bench/results/{e}")
             return None
         other = name in BUNDLED and result.run.get("checkpoint") != bundled()
-        if other or (name == "specs" and result.records("plan")[0]["checkpoint"] != bundled(SPECS)):
+        if other or (name in OF_SPECS and result.records("plan")[0]["checkpoint"] != bundled(SPECS)):
             self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
         return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from bench.records import Result
 from bench.report.tables import Claim, Line, bounds, curves, each, judged, mean, table
@@ -18,7 +18,7 @@ from bench.specs.plan import (
     T2L,
 )
 from bench.study.scores import Part
-from t2l_engine.research.evaluation.bootstrap import interval, ratio
+from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.tasks.specs.suite import FAMILIES
 
 #: Arm -> what it is called; the order of the tables.
@@ -49,17 +49,8 @@ SMALL = {
     "small-slow": "learning rate 5e-4",
     "small-warm": "start: reconstruction of 128 adapters",
 }
-PEFT = "peft"
 #: Split of the inputs -> what is new in it.
 INPUTS = {"train": "trained", "val": "new, in trained layouts", "test": "new, in new layouts"}
-#: Start of tuning -> what it is called.
-STARTS = {
-    PEFT: "PEFT's: A at random, B zero",
-    "generated": "generated from the description",
-    "generated-examples": "generated from description and examples",
-    "nearest": "stored adapter with the nearest descriptions",
-    RIVAL: "multi-task LoRA, description in the prompt",
-}
 #: Part of the result -> what its tasks are to the checkpoint.
 TIERS = {
     "trained": "trained tasks",
@@ -250,62 +241,11 @@ def _costs(result: Result) -> Iterator[Line]:
             }
 
 
-@table("specs-adapted", "Tuning on a user's examples by where it starts, unseen specifications", "specs", optional=True)
-def _adapted(result: Result) -> Iterator[Line]:
-    """Losses are of validation examples.  A start that does not reach PEFT's loss counts with all steps."""
-    found: dict[tuple[str, int], dict[str, list[Line]]] = {}
-    for of in result.others.get("adapted", ()):
-        found.setdefault((of["tier"], of["budget"]), {}).setdefault(of["start"], []).append(of)
-    for (tier, budget), starts in found.items():
-        targets = [near(of["losses"]) for of in starts[PEFT]]
-        own = [first(of["losses"], target) for of, target in zip(starts[PEFT], targets, strict=True)]
-        for start, tasks in starts.items():
-            right = [of["right"] for of in tasks]
-            steps = [first(of["losses"], target) for of, target in zip(tasks, targets, strict=True)]
-            reached = [min(loss for _, loss in of["losses"]) <= target for of, target in zip(tasks, targets, strict=True)]
-            more = [a - of["right"] for a, of in zip(right, starts[PEFT], strict=True)]
-            yield {
-                "tier": TIERS[tier],
-                "examples": budget,
-                "start": STARTS[start],
-                "tasks": len(tasks),
-                "right before, %": mean([of["before"] for of in tasks]) if "before" in tasks[0] else None,
-                **bounds("right, %", interval(right)),
-                **bounds("right, less PEFT's start", None if start == PEFT else interval(more)),
-                "loss before": mean([of["losses"][0][1] for of in tasks]),
-                "lowest loss": mean([min(loss for _, loss in of["losses"]) for of in tasks]),
-                "steps to PEFT's loss": mean(steps),
-                "tasks that reach it, %": 100 * mean(reached),
-                **bounds("of PEFT's steps", None if start == PEFT or not any(own) else ratio(steps, own)),
-            }
-
-
-def near(losses: Sequence[tuple[int, float]]) -> float:
-    """A loss near the lowest: a twentieth of the way to that of the start.
-
-    The lowest itself would be the best of many noisy validations, which an equal start need not reach.
-    """
-    lowest = min(loss for _, loss in losses)
-    return lowest + 0.05 * max(0.0, losses[0][1] - lowest)
-
-
-def first(losses: Sequence[tuple[int, float]], target: float) -> int:
-    """The first step whose loss is at most ``target``, or the last step."""
-    return next((step for step, loss in losses if loss <= target), losses[-1][0])
-
-
-table(
-    "specs-rates",
-    "Learning rates of tuning: mean of the lowest validation losses of development tasks",
-    "specs",
-    optional=True,
-)(
-    lambda result: (
-        {"start": STARTS[of["start"]], "examples": of["budget"], "tasks": of["tasks"]}
-        | {f"lowest loss at {rate}": loss for rate, loss in of["lowest"].items()}
-        for of in result.others.get("rates", ())
-    )
-)
+@table("specs-rates", "Learning rates of tuning: mean of the lowest validation losses of development tasks", "specs")
+def _rates(result: Result) -> Iterator[Line]:
+    for of in result.records("rates"):
+        lowest = {f"lowest loss at {rate}": loss for rate, loss in of["lowest"].items()}
+        yield {"start": of["start"], "examples": of["budget"], "tasks": of["tasks"]} | lowest
 
 
 table("specs-curves", "Training loss over tokens, specifications", "specs")(curves)

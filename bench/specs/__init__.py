@@ -29,13 +29,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
     there = lambda arms: [arm for arm in arms if plan.NEEDS.get(arm) not in without]  # noqa: E731
     weights = hashlib.sha256((runs.rounded(plan.T2L, work) / WEIGHTS_NAME).read_bytes()).hexdigest()
-    yield record(
-        "plan",
-        checkpoint=weights,
-        held_out_evaluations=plan.PLAN["held_out_evaluations"],
-        adapted=adapting.ADAPTED,
-        lacking=without,
-    )
+    yield record("plan", checkpoint=weights, held_out_evaluations=plan.PLAN["held_out_evaluations"], lacking=without)
     for new in ("value", "combination"):
         yield record(
             "siblings", new=new, tasks=[placed.spec.name for placed in specifications.held_out if placed.new == new]
@@ -62,8 +56,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
             means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in both}
             yield record("stored", split=split, wordings=wordings, scores=means)
     yield from costs.records(work)
-    if not {plan.RIVAL, plan.LIBRARY} & set(without):
-        yield from adapting.records(work, specifications)
+    yield from adapting.rates(work, specifications)
     for name, run in plan.RUNS.items():
         if name not in without:
             yield training.trained(name, run, work / name, len(runs.learnt(run, work)[1]) if run.other else None)

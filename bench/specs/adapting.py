@@ -1,4 +1,7 @@
-"""Tuning on a user's examples: a generated start beside others, on specifications that nothing was trained on."""
+"""Tuning on a user's examples: a generated start beside others, on specifications that nothing was trained on.
+
+``python -m bench adapt``
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from typing import Any
 import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import BenchError, Record, record
-from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, T2L, ordered
-from bench.specs.runs import Specifications, rounded
+from bench.source import SPECS, bundled
+from bench.specs import runs
+from bench.specs.plan import HELD_OUT, LIBRARY, NEEDS, PLAN, RIVAL, T2L, ordered
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.library import DescriptionIndex
 from t2l_engine.research.tasks.folder import Task, load_tasks
 from t2l_engine.research.tasks.specs import suite
@@ -29,9 +34,9 @@ from t2l_engine.research.training.settings import LoRASettings
 from t2l_engine.text.encoder import TextEncoder
 
 ADAPTED: dict[str, Any] = PLAN["adapted"]
-#: Where tuning starts: PEFT's own, the adapter that the description generates, that of description and examples (as many of
-#: the budget's as the checkpoint reads), the stored one whose descriptions are nearest, and the multi-task LoRA, with the
-#: description in its prompts.
+#: Where tuning starts: PEFT's own, the adapter that the bundled checkpoint generates from the description, that of
+#: description and examples (as many of the budget's as it reads), the stored one whose descriptions are nearest, and the
+#: multi-task LoRA, with the description in its prompts.  The last two need runs of the study, and are left out without.
 STARTS = ("peft", "generated", "generated-examples", "nearest", RIVAL)
 
 
@@ -60,11 +65,8 @@ def limited(task: Task, budget: int) -> Task:
     return dataclasses.replace(task, examples=tuple(e for examples in of_split.values() for e in examples))
 
 
-def records(work: Path, specifications: Specifications) -> Iterator[Record]:
-    """``adapted`` records: of a task, budget and start the validation losses by step, and right answers, %, of the best.
-
-    And ``rates`` records, by which the plan's learning rates were chosen: mean of the lowest losses of development tasks.
-    """
+def rates(work: Path, specifications: runs.Specifications) -> Iterator[Record]:
+    """``rates`` records, by which the plan's learning rates were chosen: mean of the lowest losses of development tasks."""
     tasks = chosen([placed.spec for placed in specifications.development], ADAPTED["chosen_by"])
     budget = ADAPTED["chosen_at"]
     for start in ("peft", "generated"):
@@ -73,12 +75,24 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
             losses = tuned(work, f"rates-{rate:g}", tasks, budget, start, rate)
             lowest[f"{rate:g}"] = round(statistics.fmean(min(loss for _, loss in of) for of in losses.values()), 4)
         yield record("rates", start=start, budget=budget, tasks=len(tasks), lowest=lowest)
+
+
+def records(work: Path, specifications: runs.Specifications) -> Iterator[Record]:
+    """Every record of the result file but the run line; what was tuned below ``work`` before is read.
+
+    ``adapted`` records: of a task, budget, start and seed the validation losses by step, and right answers, %, of the best.
+    """
+    without = runs.lacking(work)
+    starts = [start for start in STARTS if NEEDS.get(start) not in without]
+    lacking = [start for start in STARTS if start not in starts]
+    yield record("plan", checkpoint=bundled(SPECS), adapted=ADAPTED, lacking=lacking)
     of_tier = lambda tier: [placed.spec for placed in specifications.tuned if placed.tier == tier]  # noqa: E731
     tiers = {tier: chosen(of_tier(tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
     tasks = [task for of in tiers.values() for task in of]
-    for budget, start in itertools.product(ADAPTED["budgets"], STARTS):
-        losses = tuned(work, "adapted", tasks, budget, start, ADAPTED["learning_rates"][start])
-        right = _right(work, budget, start)
+    for seed, budget, start in itertools.product(ADAPTED["seeds"], ADAPTED["budgets"], starts):
+        folder = f"adapted-{seed}"
+        losses = tuned(work, folder, tasks, budget, start, ADAPTED["learning_rates"][start], seed)
+        right = _right(work, folder, budget, start)
         for tier, of in tiers.items():
             for task in of:
                 yield record(
@@ -87,6 +101,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
                     task=task.name,
                     budget=budget,
                     start=start,
+                    seed=seed,
                     right=right[task.name]["oracle"],
                     **({"before": right[task.name][T2L]} if T2L in right[task.name] else {}),
                     losses=losses[task.name],
@@ -94,12 +109,12 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
 
 
 def tuned(
-    work: Path, name: str, tasks: Sequence[Task], budget: int, start: str, rate: float
+    work: Path, name: str, tasks: Sequence[Task], budget: int, start: str, rate: float, seed: int = 0
 ) -> dict[str, list[tuple[int, float]]]:
     """Tune an adapter of each task on ``budget`` examples, below folder ``name``: validation losses by step, by task."""
     source, output = work / name / str(budget) / "tasks", work / name / str(budget) / start
     training.write(source, [limited(task, budget) for task in tasks])
-    lora.train(_settings(start, _start(start, work, tasks), rate), source, output)
+    lora.train(_settings(start, _start(start, work, tasks), rate, seed), source, output)
     rows = [row for wave in logged(output) for row in wave if "tasks" in row]
     return {
         task.name: [(row["step"], round(row["tasks"][task.name], 4)) for row in rows if task.name in row["tasks"]]
@@ -107,11 +122,12 @@ def tuned(
     }
 
 
-def _settings(start: str, initial: Path | None, rate: float) -> LoRASettings:
+def _settings(start: str, initial: Path | None, rate: float, seed: int) -> LoRASettings:
     fields = ADAPTED["settings"] | {
         "base_model": PLAN["model"],
         "target_modules": ("q_proj", "v_proj"),
         "learning_rate": rate,
+        "seed": seed,
     }
     fields |= {"initial": str(initial.resolve()) if initial else "", "prompt": "description" if start == RIVAL else "input"}
     return settings.build(LoRASettings, fields, source=f"plan.yaml: adapted: {start}")
@@ -123,7 +139,7 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
         return None
     if start == RIVAL:
         return work / RIVAL / lora.ADAPTERS / lora.MULTI_TASK
-    checkpoint, library = rounded(T2L, work), work / LIBRARY / lora.ADAPTERS
+    checkpoint, library = resolve_checkpoint(SPECS), work / LIBRARY / lora.ADAPTERS
     texts = [task.descriptions[0] for task in tasks]
     train = [[e for e in task.examples if e.split == "train"][: min(ADAPTED["budgets"])] for task in tasks]
     shown = [[(e.input, e.outputs[0]) for e in of] for of in train]
@@ -145,16 +161,16 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
     return partial.rename(folder)
 
 
-def _right(work: Path, budget: int, start: str) -> dict[str, dict[str, float]]:
+def _right(work: Path, name: str, budget: int, start: str) -> dict[str, dict[str, float]]:
     """Exact match on test items by task, in percent, of the adapters that validation kept; once of T2L's before, too."""
-    source, output = work / "adapted" / str(budget) / "tasks", work / "adapted" / str(budget) / start
+    source, output = work / name / str(budget) / "tasks", work / name / str(budget) / start
     options = {
         "tasks": source,
-        "checkpoint": rounded(T2L, work),
+        "checkpoint": resolve_checkpoint(SPECS),
         "oracle": output / lora.ADAPTERS,
         "repeats": 1,
         "verify": True,
     }
     names = [task.name for task in load_tasks(source, "test")]
     arms = ["oracle", T2L] if start == "generated" else ["oracle"]
-    return judging.evaluate(work / "judged", f"adapted-{budget}-{start}", names, arms, **options)["tasks"]
+    return judging.evaluate(work / "judged", f"{name}-{budget}-{start}", names, arms, **options)["tasks"]

@@ -156,9 +156,11 @@ def lacking(work: Path) -> list[str]:
 def _is_there(folder: Path, run: Run) -> bool:
     made = training.settings_of(run, folder)
     if isinstance(made, LoRASettings):
-        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else {*learnt(run, folder.parent)[1]}
         theirs = lora_runs.settings_of(folder)
-        return theirs is not None and not differences(made, theirs) and wanted <= lora_runs.adapters_of(folder)
+        if theirs is None or differences(made, theirs):
+            return False
+        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else {*learnt(run, folder.parent)[1]}
+        return wanted <= lora_runs.adapters_of(folder)
     return training.is_finished(folder, made)
 
 

@@ -1,0 +1,105 @@
+"""The tables of tuning on a user's examples: starts beside PEFT's, claims beside their targets, learning rates."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+from bench.records import Result
+from bench.report.tables import Claim, Line, bounds, judged, mean, table
+from bench.report.tables_specs import ARMS, TIERS
+from bench.specs.plan import HELD_OUT, RIVAL
+from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
+
+PEFT, OURS = "peft", "generated-examples"
+#: Start of tuning -> what it is called.
+STARTS = {
+    PEFT: "PEFT's: A at random, B zero",
+    "generated": "generated from the description",
+    OURS: "generated from description and examples",
+    "nearest": ARMS["nearest"],
+    RIVAL: ARMS[RIVAL],
+}
+Losses = Sequence[tuple[int, float]]
+
+
+def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict[str, list[Line]]]:
+    """By budget and start a line for each task of ``tiers``, in one order: the mean of its seeds, each beside PEFT's."""
+    own = [of for of in result.records("adapted") if of["tier"] in tiers]
+    peft = {(of["budget"], of["task"], of["seed"]): of for of in own if of["start"] == PEFT}
+    found: dict[int, dict[str, dict[str, list[Line]]]] = {}
+    for of in own:
+        theirs = peft[of["budget"], of["task"], of["seed"]]
+        lowest, target = min(loss for _, loss in of["losses"]), near(theirs["losses"])
+        line = {
+            "right": of["right"],
+            "more": of["right"] - theirs["right"],
+            "loss before": of["losses"][0][1],
+            "lowest loss": lowest,
+            "steps": first(of["losses"], target),
+            "reached": 100.0 * (lowest <= target),
+        } | ({"before": of["before"]} if "before" in of else {})
+        found.setdefault(of["budget"], {}).setdefault(of["start"], {}).setdefault(of["task"], []).append(line)
+    return {
+        budget: {start: [_means(tasks[task]) for task in sorted(tasks)] for start, tasks in starts.items()}
+        for budget, starts in found.items()
+    }
+
+
+def _means(lines: Sequence[Line]) -> Line:
+    return {name: statistics.fmean(line[name] for line in lines) for name in lines[0]}
+
+
+def _column(tasks: Sequence[Line], name: str) -> list[float]:
+    return [of[name] for of in tasks]
+
+
+def near(losses: Losses) -> float:
+    """A loss near the lowest: a twentieth of the way to that of the start.
+
+    The lowest itself would be the best of many noisy validations, which an equal start need not reach.
+    """
+    lowest = min(loss for _, loss in losses)
+    return lowest + 0.05 * max(0.0, losses[0][1] - lowest)
+
+
+def first(losses: Losses, target: float) -> int:
+    """The first step whose loss is at most ``target``, or the last step."""
+    return next((step for step, loss in losses if loss <= target), losses[-1][0])
+
+
+@table("adapt", "Tuning on a user's examples by where it starts, unseen specifications", "adapt")
+def _starts(result: Result) -> Iterator[Line]:
+    """Means over tasks; losses are of validation examples.  A start that never reaches PEFT's loss counts with all steps."""
+    for tier, among in ({"both": HELD_OUT} | {TIERS[tier]: (tier,) for tier in HELD_OUT}).items():
+        for budget, starts in _by_start(result, among).items():
+            of_peft = _column(starts[PEFT], "steps")
+            for start, tasks in starts.items():
+                other = start != PEFT
+                yield {
+                    "tier": tier,
+                    "examples": budget,
+                    "start": STARTS[start],
+                    "tasks": len(tasks),
+                    "right before, %": mean(_column(tasks, "before")) if "before" in tasks[0] else None,
+                    **bounds("right, %", interval(_column(tasks, "right"))),
+                    **bounds("right, less PEFT's start", interval(_column(tasks, "more")) if other else None),
+                    **{name: mean(_column(tasks, name)) for name in ("loss before", "lowest loss")},
+                    "steps to PEFT's loss": mean(_column(tasks, "steps")),
+                    "tasks that reach it, %": mean(_column(tasks, "reached")),
+                    **bounds("of PEFT's steps", ratio(_column(tasks, "steps"), of_peft) if other and any(of_peft) else None),
+                }
+
+
+@table("adapt-claims", "Claims of tuning on a user's examples beside their targets, 95 % intervals over tasks", "adapt")
+def _judged(result: Result) -> Iterator[Line]:
+    """Of the start that ``t2l adapt`` has with this checkpoint: from description and examples."""
+    return judged(_claims(result))
+
+
+def _claims(result: Result) -> Iterator[Claim]:
+    for budget, starts in _by_start(result).items():
+        yield f"{budget} examples: right, generated start less PEFT's", interval(_column(starts[OURS], "more")), None, True
+        of = ratio(_column(starts[OURS], "steps"), _column(starts[PEFT], "steps"))
+        saved = Interval(100 - 100 * of.mean, 100 - 100 * of.high, 100 - 100 * of.low)
+        yield f"{budget} examples: steps saved on the way to PEFT's loss, %", saved, 50, False
