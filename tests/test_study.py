@@ -11,7 +11,7 @@ from bench.report import tables_study
 from bench.report.pages import TABLES
 from bench.source import ROOT
 from bench.study import judge, plan, runs
-from bench.study.scores import Part
+from bench.study.scores import Part, mean_over
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation.bootstrap import Interval
 from t2l_engine.research.tasks import manifest as manifests
@@ -141,6 +141,14 @@ GROUPS = {"all": ["a", "b"], "sibling": ["a"], "novel": ["b"]}
 
 def study(known):
     return result({"seen": (known, {"all": ["a", "b"], "train": ["a", "b"]}), "unseen": (known, GROUPS)})
+
+
+def test_intervals_over_families():
+    """Of two families, drawn twice: one alone gives 0, the other 90."""
+    values = {"a-1": 0.0, "a-2": 0.0, "b-1": 90.0}
+    over = mean_over(lambda task: task[0], values)
+    assert (over.mean, over.low, over.high) == (30, 0, 90)
+    assert mean_over(None, {}) is None and mean_over(None, values).mean == 30
 
 
 def test_share_and_gap_are_of_the_tasks_both_answered():

@@ -37,6 +37,8 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
             "loss before": of["losses"][0][1],
             "lowest loss": lowest,
             "steps": first(of["losses"], target),
+            "kept": first(of["losses"], lowest),
+            "last": 100.0 * (first(of["losses"], lowest) == of["losses"][-1][0]),
             "reached": 100.0 * (lowest <= target),
         } | ({"before": of["before"]} if "before" in of else {})
         found.setdefault(of["budget"], {}).setdefault(of["start"], {}).setdefault(of["task"], []).append(line)
@@ -85,6 +87,8 @@ def _starts(result: Result) -> Iterator[Line]:
                     **bounds("right, %", interval(_column(tasks, "right"))),
                     **bounds("right, less PEFT's start", interval(_column(tasks, "more")) if other else None),
                     **{name: mean(_column(tasks, name)) for name in ("loss before", "lowest loss")},
+                    "step kept": mean(_column(tasks, "kept")),
+                    "best at the last step, %": mean(_column(tasks, "last")),
                     "steps to PEFT's loss": mean(_column(tasks, "steps")),
                     "tasks that reach it, %": mean(_column(tasks, "reached")),
                     **bounds("of PEFT's steps", ratio(_column(tasks, "steps"), of_peft) if other and any(of_peft) else None),

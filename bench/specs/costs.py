@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -36,19 +37,20 @@ def records(work: Path) -> Iterator[Record]:
     """
     served, source = _Served(work), folder_of(work, HELD_OUT[0])
     tasks = load_tasks(source, None, names=drawn(read_descriptions(source), TASKS, "costs"))
-    for count in (0, *SHOTS):
-        us, tokens = defaultdict(list), defaultdict(list)
-        for turn in range(1 + ROUNDS):  # the first is not counted: first calls are slower
-            for task in tasks:
-                lengths, ways = served.ways(task, count)
-                for name, value in lengths.items():
-                    tokens[name].append(value)
-                for way, call in ways.items():
-                    took = elapsed_us(call)
-                    if turn:
-                        us[way].append(took)
-        medians = {way: round(statistics.median(values), 1) for way, values in us.items()}
-        means = {name: round(statistics.fmean(values), 1) for name, values in tokens.items()}
+    counts = (0, *SHOTS)
+    us, tokens = ({count: defaultdict(list) for count in counts} for _ in range(2))
+    for turn in range(1 + ROUNDS):  # the first is not counted: first calls are slower
+        for task, count in itertools.product(tasks, counts):
+            lengths, ways = served.ways(task, count)
+            for name, value in lengths.items():
+                tokens[count][name].append(value)
+            for way, call in ways.items():
+                took = elapsed_us(call)
+                if turn:
+                    us[count][way].append(took)
+    for count in counts:
+        medians = {way: round(statistics.median(values), 1) for way, values in us[count].items()}
+        means = {name: round(statistics.fmean(values), 1) for name, values in tokens[count].items()}
         yield record("cost", examples=count, tasks=len(tasks), tokens=means, **medians)
 
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from t2l_engine.research.evaluation import bootstrap
 from t2l_engine.research.evaluation.bootstrap import Interval
+
+
+def mean_over(unit: Callable[[str], str] | None, values: Mapping[str, float]) -> Interval | None:
+    """The mean of ``values`` by task, with an interval over units: what ``unit`` says of a task, None: tasks themselves."""
+    if not values:
+        return None
+    if unit is None:
+        return bootstrap.interval(list(values.values()))
+    units: dict[str, list[float]] = {}
+    for task, value in values.items():
+        units.setdefault(unit(task), []).append(value)
+    return bootstrap.ratio([sum(of) for of in units.values()], [len(of) for of in units.values()])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +46,13 @@ class Part:
         """Scores of ``arm`` on the tasks of ``group`` that it answered, in percent."""
         return [task["scores"][arm] for task in self.group(group) if arm in task["scores"]]
 
-    def gap(self, ours: str, theirs: str, group: str = "all") -> Interval | None:
-        """``ours`` less ``theirs`` on tasks of ``group`` that both answered, in points; None where there is none."""
-        scores = [task["scores"] for task in self.group(group)]
-        paired = [of[ours] - of[theirs] for of in scores if ours in of and theirs in of]
-        return bootstrap.interval(paired) if paired else None
+    def gap(self, ours: str, theirs: str, group: str = "all", unit: Callable[[str], str] | None = None) -> Interval | None:
+        """``ours`` less ``theirs`` on tasks of ``group`` that both answered, in points; None where there is none.
+
+        ``unit``: what is resampled by task, None: tasks.
+        """
+        both = [task for task in self.group(group) if ours in task["scores"] and theirs in task["scores"]]
+        return mean_over(unit, {task["task"]: task["scores"][ours] - task["scores"][theirs] for task in both})
 
     def share(self, arm: str, base: str) -> Interval | None:
         """Percent of the oracle's gain over ``base`` that ``arm`` has, of means over tasks; None where one is missing."""
