@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.adapters.peft_write import check_place
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_json, read_texts, to_json
+from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_json, read_texts, to_json
 from t2l_engine.files.weights import content_checksum, read_safetensors, write_folder, write_text
+from t2l_engine.ops.precision import without_autocast
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.reader import TextReader
 
 DESCRIPTIONS, EMBEDDINGS, DIGESTS = "descriptions.json", "embeddings.safetensors", "embeddings.json"
+MAX_NAME_BYTES = 255  # of a folder
 #: Of the softmax over cosines that weighs the adapters of a mixture.
 TEMPERATURE = 0.1
 
@@ -45,6 +48,8 @@ class DescriptionIndex:
     """
 
     def __init__(self, descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder, means: Tensor | None = None):
+        if strings := [name for name, texts in descriptions.items() if isinstance(texts, str)]:
+            raise ConfigError(f"descriptions: expected a list of them of every adapter, got one text of {strings[0]}")
         if without := [name for name, texts in descriptions.items() if not texts]:
             raise ConfigError(f"descriptions: expected some of every adapter, got none of {without[0]}")
         self.names, self.encoder = list(descriptions), encoder
@@ -60,7 +65,8 @@ class DescriptionIndex:
         """
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(self.names):
             raise ValueError(f"top_k: expected an int in [1, {len(self.names)}], got {short_repr(top_k)}")
-        cosines = nn.functional.normalize(self.encoder.encode(texts).cpu(), dim=-1) @ self._unit.mT
+        with without_autocast(self._unit.device):
+            cosines = nn.functional.normalize(self.encoder.encode(texts).cpu(), dim=-1) @ self._unit.mT
         values, indices = cosines.topk(top_k)
         weights = (values / TEMPERATURE).softmax(dim=-1)
         rows = zip(indices.tolist(), values.tolist(), weights.tolist(), strict=True)
@@ -120,11 +126,15 @@ class AdapterLibrary:
     def save(self, folder: str | Path, base_model_name_or_path: str | None = None) -> None:
         """Write the adapters as PEFT folders, their descriptions and the embeddings, so that :meth:`open` computes none.
 
-        Raises ValueError for names that are no names of folders.
+        Raises ValueError for names that are no names of folders and adapters that cannot be saved, FileExistsError for a
+        folder with a model; nothing changes then.
         """
         folder = Path(folder)
-        for name in self.descriptions:
+        for i, name in enumerate(self.descriptions):
             _check_name(name, "descriptions")
+            check_place(folder / name)
+            self.stack.peft_config(i, base_model_name_or_path)
+            self.stack.state_dict_peft(i)
         (folder / DESCRIPTIONS).unlink(missing_ok=True)  # what fails from here on leaves no library, not a mixed one
         for i, name in enumerate(self.descriptions):
             self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
@@ -191,7 +201,7 @@ def mixture(stack: AdapterStack, weights: Sequence[float]) -> AdapterStack:
     """
     if len(weights) != len(stack):
         raise ValueError(f"weights: expected one for each of {len(stack)} adapters, got {len(weights)}")
-    factors = stack.scaling * torch.tensor(weights, device=stack.scaling.device)
+    factors = stack.scaling * torch.tensor(weights, dtype=torch.float32, device=stack.scaling.device)
     clean, lora_A, lora_B, ranks = stack.zero_padded(), {}, {}, {}
     for name, of in stack.ranks.items():
         r = max(1, int(of.max()))
@@ -203,7 +213,9 @@ def mixture(stack: AdapterStack, weights: Sequence[float]) -> AdapterStack:
 
 
 def _check_name(name: str, where: str) -> None:
-    if not name or name in (".", "..") or "/" in name or "\0" in name or "\\" in name:
+    reserved = (".", "..", DESCRIPTIONS, EMBEDDINGS, DIGESTS)
+    wrong = not name or name in reserved or not is_unicode(name) or len(name.encode()) > MAX_NAME_BYTES
+    if wrong or "/" in name or "\0" in name or "\\" in name:
         raise ConfigError(f"{where}: expected names of folders, got {short_repr(name)}")
 
 
@@ -216,11 +228,15 @@ def _descriptions(path: Path) -> dict[str, list[str]]:
         raise ConfigError(f"{path}: expected an object of names and descriptions, got {short_repr(found)}")
     for name, texts in found.items():
         _check_name(name, str(path))
-        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        if not isinstance(texts, list) or not texts or not all(map(_is_description, texts)):
             raise ConfigError(f"{path}: {name}: expected a list of descriptions, got {short_repr(texts)}")
         if not (path.parent / name / CONFIG_NAME).is_file():
             raise FileNotFoundError(f"{path.parent / name / CONFIG_NAME}: not found, but {path.name} names {name}")
     return found
+
+
+def _is_description(text: object) -> bool:
+    return isinstance(text, str) and bool(text.strip()) and is_unicode(text)
 
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
@@ -243,4 +259,4 @@ def _stored(folder: Path, digest: str, shape: tuple[int, int]) -> Tensor | None:
     if means is None or means.shape != shape:
         got = None if means is None else tuple(means.shape)
         raise ConfigError(f"{folder / EMBEDDINGS}: means: expected shape {shape}, got {got}")
-    return means
+    return means.to(torch.float32, copy=True)  # not a view of the file

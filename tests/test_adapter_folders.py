@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterError, AdapterStack
+from t2l_engine.adapters import peft
 
 SHAPES = {"q_proj": (8, 12), "v_proj": (8, 4)}
 Q0, V1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -118,6 +119,18 @@ def test_scalings_that_differ_round_once(folder):
     expected = (before.lora_B["q_proj"][0, 0].float() * 1.325).bfloat16()
     assert torch.equal(after.lora_B["q_proj"][0, 0], expected)
     assert torch.equal(after.lora_B["q_proj"][0, 1], before.lora_B["q_proj"][0, 1])
+
+
+def test_one_rank_does_not_blow_up_the_others(folder, monkeypatch):
+    small = folder.with_name("small")
+    shutil.copytree(folder, small)
+    edit_state(small, lambda state: {key: (t[:1] if "lora_A" in key else t[:, :1]).clone() for key, t in state.items()})
+    edit_config(small, r=1, rank_pattern={})
+    with monkeypatch.context() as tight:
+        tight.setattr(peft, "MAX_PADDING", 2)
+        with pytest.raises(AdapterError, match="expected ranks and layers that fill at least 1/2 of one stack, got "):
+            AdapterStack.from_peft([folder, *[small] * 9])
+    assert len(AdapterStack.from_peft([folder, *[small] * 9])) == 10
 
 
 def test_dtype(folder):

@@ -172,6 +172,26 @@ def test_embeddings_of_another_encoder(engine, library, tmp_path):
     assert not again.index.means.equal(library.index.means)
 
 
+def test_what_cannot_be_saved_leaves_the_library_as_it_was(engine, library, tmp_path):
+    library.save(tmp_path)
+    empty = t2l.AdapterStack(
+        library.stack.lora_A, library.stack.lora_B, library.stack.scaling,
+        {name: of * torch.tensor([[1], [1], [0]], dtype=of.dtype) for name, of in library.stack.ranks.items()},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="adapter 2: expected one that adapts a module"):
+        t2l.AdapterLibrary(empty, TEXTS, engine.encoder).save(tmp_path)
+    (tmp_path / "past" / "model.safetensors").write_text("")
+    with pytest.raises(FileExistsError, match="holds model.safetensors"):
+        library.save(tmp_path)
+    again = t2l.AdapterLibrary.open(tmp_path, engine.encoder)
+    assert again.descriptions == TEXTS and torch.equal(again.index.means, library.index.means)
+
+
+def test_a_text_is_no_list_of_texts(engine, library):
+    with pytest.raises(ConfigError, match="expected a list of them of every adapter, got one text of past"):
+        t2l.AdapterLibrary(library.stack, TEXTS | {"past": "antonyms"}, engine.encoder)
+
+
 def broken(name, content):
     return lambda folder: (folder / name).write_text(content, encoding="utf-8")
 
@@ -185,6 +205,9 @@ def broken(name, content):
         (broken(DESCRIPTIONS, '{"../last": ["x"]}'), ConfigError, "expected names of folders"),
         (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, '{"last": [" "]}'), ConfigError, "last: expected a list of descriptions"),
+        (broken(DESCRIPTIONS, r'{"last": ["\ud800"]}'), ConfigError, "last: expected a list of descriptions"),
+        (broken(DESCRIPTIONS, '{"' + 256 * "a" + '": ["x"]}'), ConfigError, "expected names of folders"),
+        (broken(DESCRIPTIONS, '{"embeddings.json": ["x"]}'), ConfigError, "expected names of folders"),
         (broken(EMBEDDINGS, "no weights"), ConfigError, EMBEDDINGS),
         (lambda folder: save_file({"means": torch.zeros(3, 5)}, folder / EMBEDDINGS), ConfigError, r"shape \(3, 384\), got"),
         (broken(DIGESTS, "{"), ConfigError, DIGESTS),

@@ -144,6 +144,20 @@ def test_size_of_the_cache_is_checked(parts, cache_size):
         TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=cache_size)
 
 
+def test_autocast_changes_no_vector(encoder):
+    right = encoder.encode(["name the capital"])
+    encoder._cache.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = encoder.encode(["name the capital"])
+    assert torch.equal(inside, right) and torch.equal(encoder.encode(["name the capital"]), right)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+def test_batch_size_is_checked(encoder, batch_size):
+    with pytest.raises(ValueError, match="batch_size: expected an int of at least 1"):
+        encoder.encode(["name"], batch_size)
+
+
 def test_threads_share_an_encoder(parts, encoder):
     """Each drops what the others have just found."""
     shared = TextEncoder(*parts, EncoderConfig("tiny", "mean"), cache_size=2)

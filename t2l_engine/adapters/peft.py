@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -168,6 +169,23 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
             f"got {stored} values for {padded}"
         )
     return sizes
+
+
+def check_padding(adapters: Sequence[PeftAdapter], where: str) -> None:
+    """AdapterError where ranks and layers of one adapter would make a stack of all much larger than what they hold."""
+    held, widest = 0, {}
+    for adapter in adapters:
+        for path, a in adapter.lora_A.items():
+            (_, n, r, n_in), n_out = a.shape, adapter.lora_B[path].shape[2]
+            held += n * r * (n_in + n_out)
+            most = widest.get(path, (0, 0, 0))
+            widest[path] = max(most[0], n), max(most[1], r), n_in + n_out
+    padded = len(adapters) * sum(n * r * width for n, r, width in widest.values())
+    if padded > MAX_PADDING * held:
+        raise AdapterError(
+            f"{where}: expected ranks and layers that fill at least 1/{MAX_PADDING} of one stack, got {held} values for "
+            f"{padded}"
+        )
 
 
 def folded(B: Tensor, factor: float) -> Tensor:

@@ -220,13 +220,15 @@ class AdapterStack:
         Raises ValueError for a dtype that is not floating point.
         """
 
+        def on(tensor: Tensor) -> Tensor:
+            return tensor if device is None else tensor.to(device)
+
         def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device or tensor.device, dtype=dtype or tensor.dtype)
+            return on(tensor).to(dtype or tensor.dtype)
 
         cast = lambda tensors: {name: move(t) for name, t in tensors.items()}  # noqa: E731
-        ranks = {name: t.to(device or t.device) for name, t in self.ranks.items()}
-        scaling = self.scaling.to(device or self.scaling.device)
-        return AdapterStack(cast(self.lora_A), cast(self.lora_B), scaling, ranks, self.paths, partial=self.partial)
+        ranks = {name: on(t) for name, t in self.ranks.items()}
+        return AdapterStack(cast(self.lora_A), cast(self.lora_B), on(self.scaling), ranks, self.paths, partial=self.partial)
 
     def zero_padded(self) -> AdapterStack:
         """A copy whose entries beyond the ranks, which may be anything, are zero."""
@@ -453,6 +455,7 @@ class AdapterStack:
         if not directories:
             raise ValueError("directories: expected at least one folder, got none")
         folders = [peft.read(Path(directory), dtype) for directory in directories]
+        peft.check_padding(folders, short_repr([str(d) for d in directories]))
         if dtype is None:
             dtype = functools.reduce(torch.promote_types, (a.dtype for folder in folders for a in folder.lora_A.values()))
         names = module_names(path for folder in folders for path in folder.lora_A)

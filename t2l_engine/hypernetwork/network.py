@@ -27,6 +27,7 @@ from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_chec
 from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
+from t2l_engine.ops.precision import without_autocast
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling
 
@@ -49,18 +50,22 @@ class _Packed:
         return [value for dictionary in self._dictionaries for value in dictionary.values()]
 
     def current(self) -> bool:
-        """Whether no tensor or module was replaced, and no tensor written, since then."""
+        """Whether no tensor or module was replaced, and no tensor written, since then.
+
+        Of inference tensors, which do not say when they are written, nobody knows.
+        """
         values = self._values()
         # Compared by identity, not by id(), which a later parameter may reuse.
         return (
             len(values) == len(self._found)
+            and not any(isinstance(value, Tensor) and value.is_inference() for value in values)
             and all(map(operator.is_, values, self._found))
             and [_version(value) for value in values] == self._versions
         )
 
 
 def _version(value: object) -> int:
-    return 0 if not isinstance(value, Tensor) or value.is_inference() else value._version
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
 class HyperNetwork(nn.Module):
@@ -202,7 +207,9 @@ class HyperNetwork(nn.Module):
         c = self.config
         for (head, offsets), n_in in zip(self._heads_and_offsets(), c.in_features, strict=True):
             bound = 1.0 / math.sqrt(n_in)
-            draw = (torch.rand(c.rank, n_in, generator=generator) * 2 - 1) * bound
+            place = "cpu" if generator is None else generator.device
+            draw = (torch.rand(c.rank, n_in, generator=generator, dtype=torch.float32, device=place) * 2 - 1) * bound
+            draw = draw.to(head.weight.device, reference.accumulation_dtype(head.weight))
             with torch.no_grad():
                 head.weight.zero_()
                 if head.bias is not None:
@@ -229,10 +236,11 @@ class HyperNetwork(nn.Module):
             ValueError: ``task_emb`` is not a floating-point tensor ``[N, embed_dim]`` on this device, ``out`` does not fit,
                 or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
-        if self._packed is None or not self._packed.current():
-            self._packed = _Packed(self, self.folded())
-        folded = self._packed.folded
-        return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
+        with without_autocast(self.mixer.linear1.weight.device):
+            if self._packed is None or not self._packed.current():
+                self._packed = _Packed(self, self.folded())
+            folded = self._packed.folded
+            return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
     @torch.no_grad()
     def shard(self, shards: Mapping[str, Shard]) -> HyperNetwork:
@@ -286,7 +294,7 @@ class HyperNetwork(nn.Module):
             lora_A[name] = torch.empty(count, c.num_layers, c.rank, n_in, dtype=self.dtype, device="meta")
             lora_B[name] = torch.empty(count, c.num_layers, n_out, c.rank, dtype=self.dtype, device="meta")
             ranks[name] = torch.full((count, c.num_layers), c.rank, dtype=torch.int32, device="cpu")
-        return AdapterStack(lora_A, lora_B, torch.empty(count, device="meta"), ranks, self._paths)
+        return AdapterStack(lora_A, lora_B, torch.empty(count, dtype=torch.float32, device="meta"), ranks, self._paths)
 
     def _check_biases(self) -> None:
         weight, bias = self.mixer.linear1.weight, self.mixer.linear1.bias

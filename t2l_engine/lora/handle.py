@@ -24,6 +24,7 @@ from t2l_engine.lora.locate import (
     is_transposed,
     same_place,
 )
+from t2l_engine.lora.merging import merged_weight, overwrite
 from t2l_engine.lora.routing import Ids, Routing
 from t2l_engine.lora.sharding import is_fully_sharded, local
 from t2l_engine.lora.slots import Slots
@@ -289,7 +290,7 @@ class LoRAHandle:
         """Routing and scalings on ``device``, as on the others."""
         (first, *_), scalings = self._routings.values(), list(self._scalings.values())
         if device not in self._scalings:
-            made = scalings[0] if scalings else torch.ones(self._num_slots)
+            made = scalings[0] if scalings else torch.ones(self._num_slots, dtype=torch.float32)
             self._scalings[device] = made.to(device, copy=True)
         if device not in self._routings:
             self._routings[device] = Routing()
@@ -349,10 +350,10 @@ class LoRAHandle:
         self._merged = []
         try:
             for _, wrapped in self._wrapped:
-                merged = _merged_weight(wrapped, index)
+                merged = merged_weight(wrapped, index)
                 weight = local(wrapped.weight)
                 self._merged.append((wrapped, weight.detach().clone()))
-                _overwrite(weight, merged)
+                overwrite(weight, merged)
         except BaseException:  # such as out of memory
             self.unmerge()
             raise
@@ -387,7 +388,7 @@ class LoRAHandle:
         if self._merged is None:
             raise RuntimeError("unmerge: no adapter is merged")
         for wrapped, original in self._merged:
-            _overwrite(local(wrapped.weight), original)
+            overwrite(local(wrapped.weight), original)
         self._merged = None
         for routing in self._routings.values():
             routing.merged = False
@@ -417,25 +418,6 @@ class LoRAHandle:
         if self._merged is not None:
             raise RuntimeError(f"{call}: an adapter is merged into the weights; call unmerge() first")
         return self._check_attached()
-
-
-def _merged_weight(wrapped: LoRALinear, index: int) -> Tensor:
-    """The weight of ``wrapped`` plus adapter ``index``, in float32 or wider."""
-    weight = local(wrapped.weight)
-    exact = torch.promote_types(weight.dtype, torch.float32)
-    merged = weight.to(exact, copy=True)
-    rows = merged.T if is_transposed(wrapped.base) else merged
-    for m in wrapped.members:
-        r, start = int(m.ranks[index]), m.start or 0
-        delta = m.lora_B[index, :, :r].to(exact) @ m.lora_A[index, :r].to(exact)
-        rows[start : start + len(delta)] += delta * m.scaling[index]
-    return merged
-
-
-def _overwrite(weight: Tensor, values: Tensor) -> None:
-    # Weights created in inference mode can be written in that mode only.
-    with torch.inference_mode(weight.is_inference()), torch.no_grad():
-        weight.copy_(values)
 
 
 def _memory(weight: Tensor) -> int:

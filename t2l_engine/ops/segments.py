@@ -55,6 +55,8 @@ class AdapterBatch:
             and not -(2**31) <= int(adapters.min()) <= int(adapters.max()) < 2**31
         ):
             raise ValueError(f"ids: expected values that fit int32, got {ids!r}")
+        if not isinstance(seq_len, (int, torch.SymInt)) or isinstance(seq_len, bool):
+            raise ValueError(f"seq_len: expected an int, got {seq_len!r}")
         if not 0 <= seq_len * max(1, len(adapters)) < 2**31:
             raise ValueError(
                 f"seq_len: expected 0 to {2**31 - 1} tokens in all rows, got {seq_len} in each of {len(adapters)}"

@@ -92,9 +92,10 @@ class PackedBert:
     def _embed(self, tokens: Sequence[dict[str, list[int]]], lengths: Sequence[int]) -> Tensor:
         """Sum of word, token type and position embeddings, normalised: ``[total tokens, width]``."""
         e = self._model.embeddings
-        flat = {key: torch.tensor([i for inputs in tokens for i in inputs[key]]) for key in tokens[0]}
+        device = e.word_embeddings.weight.device
+        flat = {key: torch.tensor([i for inputs in tokens for i in inputs[key]], device=device) for key in tokens[0]}
         types = flat.get("token_type_ids", torch.zeros_like(flat["input_ids"]))
-        positions = torch.tensor([i for length in lengths for i in range(length)])
+        positions = torch.tensor([i for length in lengths for i in range(length)], device=device)
         x = F.embedding(flat["input_ids"], e.word_embeddings.weight) + F.embedding(types, e.token_type_embeddings.weight)
         return _norm(e.LayerNorm, x + F.embedding(positions, e.position_embeddings.weight))
 

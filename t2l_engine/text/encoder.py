@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
+from t2l_engine.ops.precision import without_autocast
 from t2l_engine.text.bert import PackedBert, is_plain
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.loading import load, positions
@@ -212,12 +213,15 @@ class TextEncoder:
             examples: of each text, worked examples (input, answer) or None; only a :class:`TextReader` reads them.
 
         Raises:
-            ValueError: an empty list, an empty text or anything but strings; examples for an encoder that reads none.
+            ValueError: an empty list, an empty text or anything but strings; examples for an encoder that reads none;
+                another ``batch_size`` than 1 or more.
             RuntimeError: adapters are in use on the model, which would change the embeddings.
         """
         prepared = self.prepare(texts, examples)
         if not prepared:
             raise ValueError("texts: expected at least one description, got none")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected an int of at least 1, got {short_repr(batch_size)}")
         found = self._cached(prepared)
         new: dict[str, int] = {}
         for i, text in enumerate(prepared):
@@ -225,12 +229,14 @@ class TextEncoder:
                 new.setdefault(text, i)
         tokens = self._tokenize(new, texts)
         order = sorted(tokens, key=lambda text: len(tokens[text]["input_ids"]))
+        device = next(self.model.parameters()).device
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for text, vector in zip(chosen, self._embed([tokens[text] for text in chosen]), strict=True):
-                found[text] = vector
+            with without_autocast(device):  # embeddings are kept, for callers without
+                vectors = self._embed([tokens[text] for text in chosen])
+            found |= zip(chosen, vectors, strict=True)
         self._keep(new, found)
-        return torch.stack([found[text] for text in prepared])
+        return torch.stack([found[text].to(device) for text in prepared])  # the model may have moved since
 
     def _cached(self, texts: Iterable[str]) -> dict[str, Tensor]:
         """The embeddings of those of ``texts`` that are in the cache; they become the most recently used ones."""
