@@ -145,6 +145,7 @@ def test_size_of_the_cache_is_checked(parts, cache_size):
 
 
 def test_autocast_changes_no_vector(encoder):
+    encoder = encoder()
     right = encoder.encode(["name the capital"])
     encoder._cache.clear()
     with torch.autocast("cpu", torch.bfloat16):
@@ -155,7 +156,7 @@ def test_autocast_changes_no_vector(encoder):
 @pytest.mark.parametrize("batch_size", [0, -1, 1.5])
 def test_batch_size_is_checked(encoder, batch_size):
     with pytest.raises(ValueError, match="batch_size: expected an int of at least 1"):
-        encoder.encode(["name"], batch_size)
+        encoder().encode(["name"], batch_size)
 
 
 def test_threads_share_an_encoder(parts, encoder):
