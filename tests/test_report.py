@@ -186,7 +186,7 @@ def test_a_table_is_printed(capsys):
     pages.show("model")
     shown = capsys.readouterr().out
     assert DECODE in shown and "57.5" in shown and "threads: 2" in shown
-    with pytest.raises(ResultError, match="expected one of backward, .*; got 'none'"):
+    with pytest.raises(ResultError, match="expected one of adapt, .*; got 'none'"):
         pages.show("none")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
-from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear
+from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, merged_weight, overwrite
 from t2l_engine.lora.locate import (
     Packed,
     Target,
@@ -24,7 +24,6 @@ from t2l_engine.lora.locate import (
     is_transposed,
     same_place,
 )
-from t2l_engine.lora.merging import merged_weight, overwrite
 from t2l_engine.lora.routing import Ids, Routing
 from t2l_engine.lora.sharding import is_fully_sharded, local
 from t2l_engine.lora.slots import Slots
