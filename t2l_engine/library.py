@@ -19,7 +19,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_json, read_texts, to_json
 from t2l_engine.files.weights import content_checksum, read_safetensors, write_folder, write_text
-from t2l_engine.ops.precision import without_autocast
+from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.reader import TextReader
 

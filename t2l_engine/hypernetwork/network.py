@@ -27,7 +27,7 @@ from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_chec
 from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
-from t2l_engine.ops.precision import without_autocast
+from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling
 

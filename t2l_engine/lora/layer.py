@@ -15,7 +15,7 @@ from t2l_engine.lora.autograd import AdaptedLinear, is_plain
 from t2l_engine.lora.locate import features, is_transposed
 from t2l_engine.lora.routing import Routing
 from t2l_engine.lora.sharding import Sharding, is_distributed, local
-from t2l_engine.ops.precision import without_autocast
+from t2l_engine.ops.reference import without_autocast
 
 # The ops themselves, without the calls of their wrappers.
 _add = torch.ops.t2l_engine.lora_add_.default

@@ -45,6 +45,12 @@ def fail(op: str, argument: str, expected: str, got: object) -> NoReturn:
     raise RuntimeError(f"t2l_engine::{op}: {argument}: expected {expected}, got {got}")
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Ops in the block have the dtypes of their operands on ``device``, also where the caller has autocast on."""
+    on = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any operand is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

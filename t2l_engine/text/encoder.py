@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.text import is_unicode
-from t2l_engine.ops.precision import without_autocast
+from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.bert import PackedBert, is_plain
 from t2l_engine.text.config import SAKANA_MAX_LENGTH, EncoderConfig, OneHotConfig
 from t2l_engine.text.loading import load, positions
