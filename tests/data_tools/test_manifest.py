@@ -10,9 +10,9 @@ import pytest
 
 from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
 from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks.examples import example_digest
+from t2l_engine.research.tasks.examples import example_digest, normalise
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
-from t2l_engine.research.tasks.manifest import Difference, apply, build, check, digest, read, select, summary
+from t2l_engine.research.tasks.manifest import Difference, apply, build, check, read, select, summary
 
 FACTS = {"skill": "letters", "tier": "train", "source": "made here", "licence": ["Apache-2.0"], "permissive": True}
 EMPTY = base64.b64encode(b"12345").decode()
@@ -131,7 +131,8 @@ def test_apply_gives_the_splits_of_the_manifest_whatever_the_order(suite, manife
     applied = apply([*other, Task("unknown", ("x",), suite[0].examples)], manifest)
     assert applied.missing == {} and [t.name for t in applied.tasks] == [t.name for t in suite]
     for task, expected in zip(applied.tasks, suite, strict=True):
-        assert [digest(task, s) for s in ("train", "val", "test")] == [digest(expected, s) for s in ("train", "val", "test")]
+        both = ({(normalise(e.input), e.outputs[0], e.split) for e in of.examples} for of in (task, expected))
+        assert len(set(map(frozenset, both))) == 1 and len(task.examples) == len(expected.examples)
         assert [e.outputs for e in task.examples] == [(*e.outputs, "another") for e in expected.examples]
     assert apply([suite[0]], manifest).tasks == [suite[0]]
 
@@ -144,21 +145,25 @@ def test_apply_counts_what_is_not_found(suite, manifest):
     assert [t.name for t in applied.tasks] == [suite[0].name]
 
 
-def test_digest_and_summary(suite):
-    task = suite[0]
-    backwards = dataclasses.replace(task, examples=task.examples[::-1], descriptions=task.descriptions[::-1])
-    assert re.fullmatch("[0-9a-f]{64}", digest(task, "train"))
-    assert summary([backwards]) == summary([task])
+def test_a_summary_is_of_all_that_training_may_see(suite):
+    task, edit = suite[0], dataclasses.replace
     counts = summary([task])[task.name]
-    assert counts == {
-        "descriptions": [8, counts["descriptions"][1]],
-        "train": [13, digest(task, "train")[:16]],
-        "val": [2, digest(task, "val")[:16]],
-        "test": [5, digest(task, "test")[:16]],
-    }
-    other = edited(task, lambda e: dataclasses.replace(e, outputs=("?",)) if e == task.examples[0] else e)
-    assert summary([other])[task.name]["train"] != counts["train"]
-    many = summary([dataclasses.replace(task, name=f"task{i:04}_" + "n" * 60) for i in range(500)])
+    assert {name: of[0] for name, of in counts.items()} == {"descriptions": 8, "train": 13, "val": 2, "test": 5}
+    assert all(re.fullmatch("[0-9a-f]{16}", of) for _, of in counts.values())
+    for part, other in {
+        "descriptions": edit(task, descriptions=task.descriptions[::-1]),  # the last ones may be held out
+        "train": edit(task, examples=task.examples[::-1]),
+    }.items():
+        assert summary([other])[task.name][part] != counts[part]
+    for change in (
+        lambda e: edit(e, outputs=("?",)), lambda e: edit(e, input=e.input.upper()),
+        lambda e: edit(e, outputs=(*e.outputs, "?")), lambda e: edit(e, metric="number"),
+    ):  # fmt: skip
+        first = next(e for e in task.examples if e.split == "train")
+        other = edited(task, lambda e, change=change, first=first: change(e) if e == first else e)
+        assert summary([other])[task.name] == counts | {"train": [13, summary([other])[task.name]["train"][1]]}
+        assert summary([other])[task.name]["train"] != counts["train"]
+    many = summary([edit(task, name=f"task{i:04}_" + "n" * 60) for i in range(500)])
     assert len(json.dumps(many, indent=2)) < MAX_CONFIG_BYTES // 2
 
 

@@ -209,29 +209,29 @@ def apply(tasks: Iterable[Task], manifest: Manifest) -> Applied:
     return Applied(applied, missing)
 
 
-def digest(task: Task, split: str) -> str:
-    """SHA-256 (hex) over the sorted digests of the task's examples of ``split``; independent of their order."""
-    return _hex(example_digest(e.input, e.outputs[0]) for e in task.examples if e.split == split)
-
-
 def summary(tasks: Iterable[Task]) -> dict[str, dict[str, list]]:
     """``{task: {"descriptions": [count, hex], split: [count, hex], ...}}``, 16 hex digits of SHA-256 each.
 
-    About 200 bytes per task, small enough for a checkpoint's configuration.
+    Of all that training may see, in its order: the last descriptions may be held out, and examples are drawn by their
+    places.  About 200 bytes per task, small enough for a checkpoint's configuration.
     """
     result = {}
     for task in tasks:
-        texts = _hex(hashlib.sha256(text.encode()).digest() for text in task.descriptions)
-        counts = collections.Counter(e.split for e in task.examples)
-        result[task.name] = {"descriptions": [len(task.descriptions), texts[:16]]} | {
-            name: [counts[name], digest(task, name)[:16]] for name in sorted(counts)
-        }
+        parts: dict[str, list] = {"descriptions": list(task.descriptions)}
+        for split in sorted({example.split for example in task.examples}):
+            own = (example for example in task.examples if example.split == split)
+            parts[split] = [(e.input, e.outputs, e.metric, e.options, e.tests) for e in own]
+        result[task.name] = {name: [len(of), _sha(of)] for name, of in parts.items()}
     return result
 
 
 def wording(descriptions: Iterable[str]) -> str:
     """16 hex digits of SHA-256 over ``descriptions``, in their order."""
-    return hashlib.sha256(json.dumps(list(descriptions)).encode()).hexdigest()[:16]
+    return _sha(list(descriptions))
+
+
+def _sha(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _made(values: dict[str, Any], examples: int | None, where: str) -> Manifest:
@@ -315,7 +315,3 @@ def _compare(task: Task, entry: Entry) -> list[Difference]:
     if entry.descriptions and wording(task.descriptions) != entry.descriptions:
         found.append(Difference(task.name, "reworded", None, len(task.descriptions)))
     return found
-
-
-def _hex(digests: Iterable[bytes]) -> str:
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
