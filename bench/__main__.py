@@ -194,7 +194,7 @@ def specs(
 
 @app.command()
 def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
-    """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some 80 minutes on two cores."""
+    """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some two hours on two cores."""
     from bench.specs.adapting import records
     from bench.specs.runs import specifications
     from t2l_engine.cli.common import keep_freed_memory

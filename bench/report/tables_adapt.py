@@ -1,4 +1,4 @@
-"""The tables of tuning on a user's examples: starts beside PEFT's, claims beside their targets, learning rates."""
+"""The tables of tuning on a user's examples: starts beside PEFT's, claims beside their targets."""
 
 from __future__ import annotations
 
@@ -31,14 +31,15 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
     for of in own:
         theirs = peft[of["budget"], of["task"], of["seed"]]
         lowest, target = min(loss for _, loss in of["losses"]), near(theirs["losses"])
+        kept = first(of["losses"], lowest)
         line = {
             "right": of["right"],
             "more": of["right"] - theirs["right"],
             "loss before": of["losses"][0][1],
             "lowest loss": lowest,
             "steps": first(of["losses"], target),
-            "kept": first(of["losses"], lowest),
-            "last": 100.0 * (first(of["losses"], lowest) == of["losses"][-1][0]),
+            "kept": kept,
+            "last": 100.0 * (kept == of["losses"][-1][0]),
             "reached": 100.0 * (lowest <= target),
         } | ({"before": of["before"]} if "before" in of else {})
         found.setdefault(of["budget"], {}).setdefault(of["start"], {}).setdefault(of["task"], []).append(line)

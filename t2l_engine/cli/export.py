@@ -78,9 +78,7 @@ def export(
     if output.suffix == GGUF:
         about = _adapter_file(source, output, chosen, of_description, base_model)
     else:
-        for option, value in {**of_description, "--base-model": base_model}.items():
-            if value:
-                raise ValueError(f"{option}: expected none, since {output} is no {GGUF} file of an adapter, got {value!r}")
+        _refuse({**of_description, "--base-model": base_model}, f"{output} is no {GGUF} file of an adapter")
         if source not in bundled_checkpoints() and any(map(str.isspace, source)) and not os.path.exists(source):
             raise ValueError(f"--output: expected FILE{GGUF} for the adapter of a description, got {output}")
         if chosen is torch.float16:
@@ -92,6 +90,13 @@ def export(
     else:
         of = next((f", {what} {about[what]!r}" for what in ("adapter", "description") if what in about), "")
         typer.echo(f"{output}: {about['bytes']:,} bytes, {about['dtype']}{of}")
+
+
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """ValueError, naming the option, if any has a value."""
+    for option, value in options.items():
+        if value:
+            raise ValueError(f"{option}: expected none, since {why}, got {value!r}")
 
 
 def _checkpoint_file(source: str, output: Path, dtype: Any) -> dict[str, Any]:
@@ -122,9 +127,7 @@ def _adapter_file(
         base = base_model or read_json(Path(about)).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"--base-model: {source} does not name one; give it here")
-        for option, value in of_description.items():
-            if value:
-                raise ValueError(f"{option}: expected none, since {source} is an adapter already, got {value!r}")
+        _refuse(of_description, f"{source} is an adapter already")
     elif (
         source in bundled_checkpoints() or os.path.exists(source) or (os.sep in source and not any(map(str.isspace, source)))
     ):
@@ -132,8 +135,10 @@ def _adapter_file(
             f"{source}: expected a description, or a PEFT adapter folder with {CONFIG_NAME}, for the adapter in {output}"
         )
     else:
-        checkpoint, *others = of_description.values()
-        engine, folder = load_engine(checkpoint or DEFAULT_CHECKPOINT, *others, base_model)
+        engine, folder = load_engine(
+            of_description["--checkpoint"] or DEFAULT_CHECKPOINT, of_description["--scaling"], of_description["--encoder"],
+            of_description["--trust-remote-code"], base_model,
+        )  # fmt: skip
         with named({"texts[0]": "SOURCE"}):
             stack = engine.generate([source])
         prefix, what = prompt_prefix(engine)(source), "description"

@@ -55,17 +55,21 @@ class _Packed:
         Of inference tensors, which do not say when they are written, nobody knows.
         """
         values = self._values()
+        versions = [_version(value) for value in values]
         # Compared by identity, not by id(), which a later parameter may reuse.
         return (
             len(values) == len(self._found)
-            and not any(isinstance(value, Tensor) and value.is_inference() for value in values)
             and all(map(operator.is_, values, self._found))
-            and [_version(value) for value in values] == self._versions
+            and None not in versions
+            and versions == self._versions
         )
 
 
-def _version(value: object) -> int:
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+def _version(value: object) -> int | None:
+    """How often a tensor was written, None where nobody knows; of anything else 0."""
+    if not isinstance(value, Tensor):
+        return 0
+    return None if value.is_inference() else value._version
 
 
 class HyperNetwork(nn.Module):

@@ -209,6 +209,20 @@ def test_what_a_running_server_may_use_stays(context, tmp_path):
     assert visible(alone) == ["new"] and alone.used == size
 
 
+def test_who_starts_alone_removes_what_is_unfinished_or_unused_for_a_week(tmp_path):
+    first = Spool(tmp_path / "spool", 1 << 20)
+    for key in ("old", "found", "new"):
+        first.write_peft(key, stack())
+    (first.root / "x.tmp-1-0").mkdir()
+    for path in ("old", "found"):
+        os.utime(first.root / path, (time.time() - 8 * DAY,) * 2)
+    first.find("found")
+    first.close()
+    alone = Spool(tmp_path / "spool", 1 << 20)
+    assert visible(alone) == ["found", "new"]
+    assert alone.used == sum(path.stat().st_size for key in ("found", "new") for path in (alone.root / key).iterdir())
+
+
 def test_a_folder_that_others_write_to_is_refused(tmp_path):
     (tmp_path / "spool").mkdir()
     (tmp_path / "spool").chmod(0o777)
