@@ -51,6 +51,11 @@ def test_chat_prompts_are_the_same_every_day():
     assert chat_prompt(own, " one") == chat_prompt(own, " one") == "26 Jul 2024 one"
 
 
+def test_chat_templates_that_ask_for_the_date_get_the_same():
+    own = tokenizer(chat="{% for m in messages %}{{ strftime_now('%Y-%m-%d') }} {{ m['content'] }}{% endfor %}")
+    assert chat_prompt(own, "one") == "26 Jul 2024 one"
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_the_prompts_of_a_checkpoint(described):
     network = SimpleNamespace(config=SimpleNamespace(embed_dim=2))

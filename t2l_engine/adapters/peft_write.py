@@ -16,13 +16,10 @@ from torch import Tensor
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list
 from t2l_engine.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftAdapter, folded
 from t2l_engine.files.errors import MAX_NUMBER, MIN_NUMBER, short_repr
-from t2l_engine.files.weights import check_dtype, is_finite, write_folder
+from t2l_engine.files.weights import MODEL_WEIGHTS, check_dtype, is_finite, write_folder
 
 #: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
-_OTHER_WEIGHTS = (
-    "hypermod.pt", "hypernet.safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)  # fmt: skip
+_OTHER_WEIGHTS = ("hypermod.pt", "hypernet.safetensors", *MODEL_WEIGHTS)
 
 
 def check_place(directory: Path) -> None:

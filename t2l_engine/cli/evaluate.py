@@ -157,7 +157,8 @@ def evaluate(
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     counts = _counts(shots)
     loaded_engines = [(NAME, engine, folder), *(_also(text, base_model) for text in also or [])]
-    found, left_out = _arms(loaded, pools, counts, loaded_engines, oracle or [], library, multi_task or [])
+    stored = oracle or [], library, multi_task or []
+    found, left_out = _arms(loaded, pools, counts, loaded_engines, *stored, held_out_descriptions, split)
     chosen = split_names(arms)
     for name in chosen:
         if name not in {arm.name for arm in found}:
@@ -258,6 +259,8 @@ def _arms(
     oracle: list[Path],
     library: Path | None,
     multi: list[Path],
+    held_out: int,
+    split: str,
 ) -> tuple[list, dict[str, str]]:
     """(possible arms, arm -> reason why it is left out)."""
     from t2l_engine.adapters.stack import AdapterStack
@@ -267,8 +270,9 @@ def _arms(
     from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
 
     left_out: dict[str, str] = {}
-    short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < n), None) for n in shots}
-    few = {n: f"fewer than {n} examples of split 'train' of task {name}" for n, name in short.items() if name}
+    needed = {n: n + (split == "train") for n in shots}  # the one that is asked is never shown
+    short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < needed[n]), None) for n in shots}
+    few = {n: f"fewer than {needed[n]} examples of split 'train' of task {name}" for n, name in short.items() if name}
     possible = [n for n in shots if n not in few]
     found = [arm for engine in engines for arm in _generated(*engine, tasks, pools, possible, few, left_out)]
     if oracle:
@@ -288,7 +292,8 @@ def _arms(
         prompt = (prompt_form_of(library), in_prompt_of(library))
         found += kinds.library_arms(average(stack), stack, *prompt)
         if (library / DESCRIPTIONS_NAME).is_file():
-            found.append(kinds.nearest_arm(stack, [path.name for path in stored], descriptions_of(library), *prompt))
+            described = descriptions_of(library, held_out)
+            found.append(kinds.nearest_arm(stack, [path.name for path in stored], described, *prompt))
         else:
             left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
     found += [kinds.multi_task_arm(folder) for folder in multi]

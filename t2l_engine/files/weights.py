@@ -27,6 +27,12 @@ from t2l_engine.files.text import read_start
 CHECKSUM = "t2l_engine.sha256"
 #: About 7,000 tensors.  Python objects need many times the bytes that describe them.
 MAX_HEADER_BYTES = 1 << 20
+#: How the name of a folder of files begins that are not complete.
+UNFINISHED = ".writing-"
+#: Files of models' weights, beside a config.json.
+MODEL_WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,6 +40,15 @@ def check_dtype(dtype: torch.dtype) -> None:
     """ValueError unless ``dtype`` is one of WEIGHT_DTYPES."""
     if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
+
+
+def check_no_model(directory: Path, what: str) -> None:
+    """FileExistsError for a folder with a model, whose config.json ``what`` would replace."""
+    for weights in MODEL_WEIGHTS:
+        if (directory / weights).exists():
+            raise FileExistsError(
+                f"{directory}: holds {weights}, whose config.json {what} would replace; choose another folder"
+            )
 
 
 def content_checksum(state: dict[str, Tensor]) -> str:
@@ -46,6 +61,12 @@ def content_checksum(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def remove_unfinished(directory: Path) -> None:
+    """Remove what a killed process left of :func:`replacing` in ``directory``, into which no other may be writing."""
+    for left in directory.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replacing(directory: Path, *names: str) -> Iterator[Path]:
     """A temporary folder inside ``directory``; on exit its files ``names`` replace those in ``directory``, in this order.
@@ -53,7 +74,7 @@ def replacing(directory: Path, *names: str) -> Iterator[Path]:
     ``directory`` is created.  After an exception nothing is replaced.  Readers see old or new files, never partial ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as temporary:
+    with tempfile.TemporaryDirectory(dir=directory, prefix=UNFINISHED) as temporary:
         yield Path(temporary)
         for name in names:
             os.replace(Path(temporary) / name, directory / name)

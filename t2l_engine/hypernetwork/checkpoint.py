@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.files.weights import read_safetensors, write_folder
+from t2l_engine.files.weights import check_no_model, read_safetensors, write_folder
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.contents import POOLING_PREFIX, UNUSED_PREFIX, Contents
@@ -118,7 +118,11 @@ def write_native(
     unused: dict[str, Tensor],
     pooling: dict[str, Tensor],
 ) -> None:
-    """Write a native folder, arguments as in :class:`Contents`; CheckpointError if ``blocks`` exceed what readers accept."""
+    """Write a native folder, arguments as in :class:`Contents`.
+
+    Raises CheckpointError if ``blocks`` exceed what readers accept, FileExistsError for the folder of a model.
+    """
+    check_no_model(folder, "a checkpoint's")
     blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
     for prefix, tensors in ((UNUSED_PREFIX, unused), (POOLING_PREFIX, pooling)):
         state = state | {prefix + key: tensor for key, tensor in tensors.items()}

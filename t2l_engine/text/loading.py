@@ -28,7 +28,7 @@ def load(source: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[PreT
         if not trust_remote_code and ("auto_map" in values or "auto_map" in get_tokenizer_config(source)):
             raise ValueError(
                 f"encoder {source!r}: brings Python code of its own (auto_map in its configuration), which runs only with "
-                "trust_remote_code=True (--trust-remote-code); read the code first"
+                "trust_remote_code=True (--trust-remote-code, which t2l train has not); read the code first"
             )
         if values.get("is_encoder_decoder"):
             raise ValueError(f"encoder {source!r}: expected an encoder or a decoder, got an encoder-decoder model")

@@ -10,8 +10,12 @@ from t2l_engine.files.errors import ConfigError
 #: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
 #: (:func:`raw_prompt`).
 PROMPT_FORMS = CHAT, RAW = "chat", "raw"
-#: For chat templates that print today's date unless they are given one (Llama 3): prompts are the same every day.
+#: Between worked examples of raw prompts: a base model that goes on after its answer writes the next one.
+NEXT_EXAMPLE = "\n\nInput:"
+#: For chat templates that print today's date: prompts are the same every day.  Llama 3's takes it as a variable; others call
+#: a function, which has to be defined in the template, as transformers passes none on.
 _DATE = "26 Jul 2024"
+_CALLED, _DATED = "strftime_now(", f"{{% macro strftime_now(format) %}}{_DATE}{{% endmacro %}}"
 
 
 def check_prompt_form(prompt_form: Any, *where: object) -> str:
@@ -60,7 +64,9 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
     turns.append({"role": "user", "content": text})
     if description:
         turns[0] = {"role": "user", "content": f"{description}\n\n{turns[0]['content']}"}
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=_DATE)
+    own = getattr(tokenizer, "chat_template", "")
+    dated = {"chat_template": _DATED + own} if isinstance(own, str) and _CALLED in own else {}
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=_DATE, **dated)
 
 
 def worked_example(text: str, answer: str) -> str:

@@ -15,7 +15,7 @@ from training.conftest import WORDS, word_tokenizer
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation import answers
-from t2l_engine.research.evaluation.answers import Answer, Answerer, Query, Store
+from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Query, Store
 from t2l_engine.research.evaluation.arms import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
 
@@ -294,10 +294,10 @@ def char_tokenizer():
 
 
 @torch.no_grad()
-def naive(model, tokenizer, prompt, option, space):
+def naive(model, tokenizer, prompt, option):
     """Log-likelihood of an option after a prompt, alone, out of all logits, in the model's dtype; and its tokens."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    answer = tokenizer(space + option, add_special_tokens=False)["input_ids"]
+    answer = tokenizer(option, add_special_tokens=False)["input_ids"]
     logits = model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
     return sum(float(logits[len(ids) + i - 1, token]) for i, token in enumerate(answer)), len(answer)
 
@@ -308,17 +308,15 @@ def test_the_likelihood_of_an_option(tiny_model, answerer, family):
     model, tokenizer = tiny_model(family, **changes), char_tokenizer()
     exact = copy.deepcopy(model).double()
     asked = [
-        Query("Where do fish live?\n", options=("in water", "in trees or so", "x")),  # as a chat template ends
-        Query("Input: red\nOutput:", options=("red", "R")),
+        Query("Where do fish live?\n", options=("in water", "in trees or so", "x")),
+        Query("Input: red\nOutput:", options=(" red", " R")),
         Query("A", options=("b", "a long one, longer than most are.")),
-        Query("so\t ", options=("b", "c")),
     ]
     found = answerer(model=model, tokenizer=tokenizer, batch_size=32).ask(asked, None)
     for query, answer in zip(asked, found, strict=True):
-        space = "" if query.prompt[-1] in "\n " else " "
         for option, value in zip(query.options, answer.likelihoods, strict=True):
-            expected, tokens = naive(exact, tokenizer, query.prompt, option, space)
-            other, _ = naive(exact, tokenizer, query.prompt, option, " " if space == "" else "")
+            expected, tokens = naive(exact, tokenizer, query.prompt, option)
+            other, _ = naive(exact, tokenizer, query.prompt, f" {option}")
             assert abs(value - expected) <= tokens * LOSS_ATOL < abs(other - expected)
 
 
@@ -335,8 +333,8 @@ def test_the_likelihood_of_an_option_with_an_adapter_a_row(answerer, loaded):
     for query, answer in zip(asked, found, strict=True):
         for option, value in zip(query.options, answer.likelihoods, strict=True):
             with handle.use([NAMES.index(query.adapter)]):
-                expected, tokens = naive(exact, tokenizer, query.prompt, option, " ")
-            base, _ = naive(exact, tokenizer, query.prompt, option, " ")
+                expected, tokens = naive(exact, tokenizer, query.prompt, option)
+            base, _ = naive(exact, tokenizer, query.prompt, option)
             assert abs(value - expected) <= tokens * LOSS_ATOL < abs(base - expected)
 
 
@@ -358,10 +356,10 @@ def test_verified_is_what_decoding_gives(tiny_model, answerer):
     wrong = [dataclasses.replace(query, accepted=(text[:2] + "?", "blue")) for query, text in pairs]
     maker.__dict__["_ends"] = set(range(len(tokenizer)))  # a line may end before any token
     assert [answer.text for answer in maker.ask(right, None)] == [text for _, text in pairs]
-    assert {answer.text for answer in maker.ask(wrong, None)} == {""}
+    assert {answer.text for answer in maker.ask(wrong, None)} == {NOT_ACCEPTED}
     maker = answerer(model=model, tokenizer=tokenizer, batch_size=32)
     maker.__dict__["_ends"] = set()  # or never does
-    assert {answer.text for answer in maker.ask(right, None)} == {""}
+    assert {answer.text for answer in maker.ask(right, None)} == {NOT_ACCEPTED}
 
 
 @pytest.mark.parametrize("family", ["Llama", "GPT2"])

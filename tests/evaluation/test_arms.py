@@ -234,6 +234,7 @@ def test_what_is_asked_is_no_worked_example():
         found = shots_of(TASKS[0], pool, 0, asked=example.input)
         assert len(found) == SHOTS and example.input not in dict(found)
         assert [s for s in found if s in first] == [s for s in first if s[0] != example.input]
+        assert shots_of(TASKS[0], pool, 0, asked=f" {example.input.upper()}") == found
     assert shots_of(TASKS[0], pool[:1], 0, asked="in 0") == []
 
 

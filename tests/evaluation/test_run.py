@@ -12,7 +12,7 @@ from training.conftest import word_tokenizer
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
-from t2l_engine.research.evaluation.answers import Answer, Answerer, Store
+from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Store
 from t2l_engine.research.evaluation.arms import Arm, Stored, base_arms, generated_arms, oracle_arm
 from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
@@ -313,6 +313,30 @@ def test_options_are_chosen_by_their_likelihood_a_byte(options, likelihoods, sco
     found, (query,) = scored([example], lambda query, adapters: likelihoods)
     assert query.options == options
     assert found == {"score": score, "unnormalised": unnormalised, "by_repeat": [score], "prompt_tokens": 3.0}
+
+
+@pytest.mark.parametrize("template, asked", [("chat", ("ab", "cd")), ("raw", (" ab", " cd"))])
+def test_options_continue_the_prompt_as_training_does(template, asked):
+    answerer = Scripted(lambda query, adapters: (-1.0, -2.0))
+    example = Example("x", ("ab",), "test", metric="options", options=("ab", "cd"))
+    evaluation(answerer, [task("first", example)], [Arm("only", templates=(template,))], Settings(repeats=1)).run()
+    assert [query.options for _, queries in answerer.asked for query in queries] == [asked]
+
+
+@pytest.mark.parametrize("template, score", [("raw", 100.0), ("chat", 0.0)])
+def test_an_answer_to_a_raw_prompt_ends_where_the_next_example_begins(template, score):
+    """A base model goes on with one; in chat a turn ends by a token."""
+    answerer = Scripted(lambda query, adapters: " so 18.\n\nInput: another\nOutput: 34")
+    example, arm = Example("x", ("18",), "test", metric="number"), Arm("only", templates=(template,))
+    result = evaluation(answerer, [task("first", example)], [arm], Settings(repeats=1)).run()
+    assert result["details"]["only"]["tasks"]["first"]["score"] == score
+
+
+def test_no_accepted_answer_is_not_the_empty_one():
+    example = Example("x", ("",), "test")
+    for text, score in ((NOT_ACCEPTED, 0.0), ("", 100.0)):
+        found, (query,) = scored([example], lambda query, adapters, text=text: text, Settings(verify=True))
+        assert found["score"] == score and query.accepted == ("",)
 
 
 def test_any_accepted_option_is_right():

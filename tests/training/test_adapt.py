@@ -128,6 +128,13 @@ def test_the_start_is_validated(engine, base_model, tmp_path):
         adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"patience": 0})
 
 
+@pytest.mark.parametrize("change", [{"mode": "multi-task"}, {"initial": "elsewhere"}, {"rank": 2}])
+def test_what_the_adapter_decides_is_no_setting(engine, base_model, tmp_path, change):
+    (name,) = change
+    with pytest.raises(ConfigError, match=f"{name}: expected no value, for the generated adapter decides it, got "):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | change)
+
+
 def test_a_changed_start_is_another_run(base_model, tasks, tmp_path):
     first = lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "first") / "adapters"
     again = runs.lora(base_model, steps=1, validate_every=0, initial=str(first))

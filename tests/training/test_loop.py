@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from training import runs
 
@@ -265,6 +266,33 @@ def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monk
     monkeypatch.undo()
     kind(base_model, tasks, tmp_path / "part")
     assert runs.differing(whole, runs.left(tmp_path / "part")) == []
+
+
+def test_what_a_kill_left_is_removed(base_model, tasks, tmp_path):
+    left = tmp_path / "waves" / "000" / ".writing-1" / "training_state.pt"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    settings = runs.lora(base_model, steps=1, validate_every=0)
+    lora.train(settings, tasks, tmp_path)
+    state = left.parents[1] / loop.STATE
+    assert not left.parent.exists() and not state.exists()
+    state.touch()  # killed after the wave's record was written
+    lora.train(settings, tasks, tmp_path)
+    assert not state.exists()
+
+
+@pytest.mark.parametrize("train", [sft.train, reconstruction.train])
+def test_the_folder_of_a_model_is_no_output(tmp_path, train):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(FileExistsError, match="holds model.safetensors, whose config.json a checkpoint's would replace"):
+        train(None, "elsewhere", tmp_path)
+
+
+def test_accelerates_own_precision_is_not_taken(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert loop.accelerator("cpu").mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_run_that_stopped_twice(tmp_path):

@@ -211,6 +211,41 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
                 assert (states[start:end].float() - reader.states([text])[0].float()).abs().max() <= 2**-5, text
 
 
+def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tasks, tmp_path):
+    """Reading them wrote over the states of the texts before, which are read again."""
+    config = reading(base_model)
+    fit = TrainingContext(config, tasks, CPU)
+    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    texts, other = [["a", "b c"]], [["red", "cat dog"]]
+    expected = conditions.read_states(reader, texts, tmp_path / "states")[0].clone()
+
+    class Fails:
+        """Of a chunk the first batch is written, then reading ends."""
+
+        config, pooling, lengths = reader.config, reader.pooling, staticmethod(reader.lengths)
+
+        @staticmethod
+        def states(batch):
+            yield from reader.states(batch)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conditions.read_states(Fails, other, tmp_path / "states")
+    assert torch.equal(conditions.read_states(reader, texts, tmp_path / "states")[0], expected)
+
+
+def test_the_initialisation_is_made_where_the_pooling_is(made):
+    """On the CPU, whatever device states are for."""
+    job = made(task_init="discriminant")
+    pooling = job._conditions.pooling()
+    linear = torch.nn.Linear(job._conditions.embed_dim, 16)
+    job._conditions._device = torch.device("meta")
+    job._conditions.initialise(pooling, linear)
+    assert linear.weight.isfinite().all()
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ class Query:
     """A prompt with the key of its adapter.
 
     Asks for a generated answer; for the log-likelihood of each of ``options``; or which of the texts ``accepted`` greedy
-    decoding gives, which takes one pass instead of one per token.
+    decoding gives, which takes one pass instead of one per token.  Both continue the prompt as they are.
 
     ``max_new_tokens``: of a generated answer; ``one_line``: cut it at its first line break.
     """
@@ -64,9 +64,13 @@ class Query:
     accepted: tuple[str, ...] = ()
 
 
+#: Text of an answer that is none of those accepted; equal to none, the empty one included.
+NOT_ACCEPTED = "\0"
+
+
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """``text``: of a generated answer, or the accepted one that decoding gives, empty for none; ``likelihoods``: of options.
+    """``text``: that was generated, or the accepted one that decoding gives, or NOT_ACCEPTED; ``likelihoods``: of options.
 
     ``prompt_tokens``: length of the prompt; ``seconds``: time of the batch divided by its number of answers.
     """
@@ -222,16 +226,14 @@ class Answerer:
     def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:
         """Log-likelihood (sum over tokens) of the options of all queries, in order."""
         likelihoods = []
-        # A space first, but not after the line break of a chat template.
-        options = [[o if q.prompt[-1:].isspace() else f" {o}" for o in q.options] for q in queries]
-        for row, answer in self._logits(queries, prompts, options, use):
+        for row, answer in self._logits(queries, prompts, [q.options for q in queries], use):
             chosen = torch.tensor(answer, device=row.device)[:, None]
             likelihoods.append(float(row[:-1].float().log_softmax(-1).gather(1, chosen).sum()))
         return likelihoods
 
     def _verified(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[str]:
-        """Of each query, the accepted text that greedy decoding gives before it ends the line; empty if it is none."""
-        found = [""] * len(queries)
+        """Of each query, the accepted text that greedy decoding gives before it ends the line, or NOT_ACCEPTED."""
+        found = [NOT_ACCEPTED] * len(queries)
         texts = [(i, text) for i, q in enumerate(queries) for text in q.accepted]
         logits = self._logits(queries, prompts, [q.accepted for q in queries], use)
         for (i, text), (row, answer) in zip(texts, logits, strict=True):

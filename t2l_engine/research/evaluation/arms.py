@@ -24,6 +24,7 @@ from t2l_engine.library import DescriptionIndex
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
 from t2l_engine.research.evaluation.library import TOP_K, Arrow
+from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
 from t2l_engine.text.encoder import TextEncoder
@@ -66,9 +67,13 @@ def description_of(task: Task, repeat: int) -> str:
 def shots_of(
     task: Task, pool: Sequence[Example], repeat: int, count: int = SHOTS, asked: str | None = None
 ) -> list[tuple[str, str]]:
-    """``count`` few-shot examples (input, answer) from ``pool``, drawn by task and repeat; never the input ``asked``."""
+    """``count`` few-shot examples (input, answer) from ``pool``, drawn by task and repeat.
+
+    Never the input ``asked``, nor one that differs from it in case and white space alone.
+    """
     order = random.Random(f"shots/{task.name}/{repeat}").sample(range(len(pool)), min(count + 1, len(pool)))
-    return [(pool[i].input, pool[i].outputs[0]) for i in order if pool[i].input != asked][:count]
+    known = None if asked is None else normalise(asked)
+    return [(pool[i].input, pool[i].outputs[0]) for i in order if normalise(pool[i].input) != known][:count]
 
 
 def junk(task: Task, repeat: int) -> str:

@@ -83,7 +83,8 @@ def split(examples: Sequence[tuple[str, str]]) -> tuple[list[tuple[str, str]], l
 def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapping[str, Any]) -> LoRASettings:
     """Settings that tune an adapter that ``engine`` generated; ``changes`` override DEFAULTS.
 
-    Raises ConfigError without validation from the start on, which decides what is kept.
+    Raises ConfigError for changes of what the adapter decides, or without validation from the start on, which decides what
+    is kept.
     """
     config = engine.hypernetwork.config
     of_adapter = {
@@ -91,6 +92,8 @@ def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapp
         "scaling": config.scaling, "prompt_form": engine.prompt_form,
         "prompt": "description" if engine.description_in_prompt else "input", "initial": str(start),
     }  # fmt: skip
+    if fixed := sorted(changes.keys() & {*of_adapter, "mode"}):
+        raise ConfigError(f"{fixed[0]}: expected no value, for the generated adapter decides it, got {changes[fixed[0]]!r}")
     settings = build(LoRASettings, DEFAULTS | of_adapter | dict(changes))
     if not settings.patience:
         raise ConfigError("patience: expected at least 1 to tune an adapter, whose start is then validated too, got 0")

@@ -21,6 +21,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
 from t2l_engine.files.weights import write_text
 from t2l_engine.hypernetwork.network import HyperNetwork
+from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
@@ -110,7 +111,7 @@ class ReadConditions:
         return to_json(self.reader_config)
 
     def pooling(self) -> AttentionPooling:
-        """A new pooling with random parameters."""
+        """A new pooling with random parameters, on the CPU."""
         return AttentionPooling(self.reader_config, self._hidden_size)
 
     @torch.no_grad()
@@ -123,8 +124,8 @@ class ReadConditions:
             return
         classes = []
         for task, indices in enumerate(self._train):
-            states, mask = self._gathered([(task, self._numbers[task][i]) for i in indices])
-            classes.append(pooling(states, mask).cpu())
+            states, mask = self._rows([(task, self._numbers[task][i]) for i in indices])
+            classes.append(pooling(states, mask))
         centre = torch.stack([rows.mean(dim=0) for rows in classes]).mean(dim=0)
         scale = torch.cat([rows - centre for rows in classes]).square().mean().sqrt()
         discriminant.initialise(linear, classes, self._settings.seed, float(scale))
@@ -141,7 +142,7 @@ class ReadConditions:
         return list(range(count - held_out, count)) if held_out and self._settings.validate_every else []
 
     def _example_sets(self, task: Task, descriptions: Sequence[int]) -> list[tuple[str, frozenset[str]]]:
-        """Text and inputs of each example set."""
+        """Text and normalised inputs of each example set."""
         s, sets = self._settings, []
         if not isinstance(s, SFTSettings) or not s.example_share:
             return sets
@@ -152,7 +153,7 @@ class ReadConditions:
             if draw.randrange(_WITHOUT_DESCRIPTION) == 0:
                 about = ""
             text = condition_text(about, [(e.input, e.outputs[0]) for e in chosen])
-            sets.append((text, frozenset(e.input for e in chosen)))
+            sets.append((text, frozenset(normalise(e.input) for e in chosen)))
         return sets
 
     def train_indices(self, task: int) -> Sequence[int]:
@@ -182,15 +183,18 @@ class ReadConditions:
     def _drawn(self, group: Group) -> int:
         """Number of the text that ``group`` reads: an example set never has an example that the group learns from."""
         draw, numbers = random.Random(seeded("condition", group.key)), self._numbers[group.task]
-        learnt = {sample.input for sample in group.samples}
+        learnt = {normalise(sample.input) for sample in group.samples}
         sets = [i for i, (_, inputs) in enumerate(self._sets[group.task]) if not inputs & learnt]
         if not sets or draw.random() >= self._example_share:
             return numbers[group.description]
         return len(numbers) + draw.choice(sets)
 
-    def _gathered(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    def _rows(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         places = [self._places[task][index] for task, index in chosen]
-        states, mask = pad_states([self._states[start:end] for start, end in places])
+        return pad_states([self._states[start:end] for start, end in places])
+
+    def _gathered(self, chosen: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        states, mask = self._rows(chosen)
         return states.to(self._device), mask.to(self._device)
 
 
@@ -217,6 +221,8 @@ def read_states(
     if (folder / STATES_FILE).is_file() and (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text())
         index = found if found.get("sha256") == digest else index
+    if not index["tasks"]:  # or after a crash the states of other texts, overwritten by now, would still be vouched for
+        (folder / INDEX).unlink(missing_ok=True)
     states = torch.from_file(str(folder / STATES_FILE), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
     with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
         while index["tasks"] < len(texts):

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.weights import replacing, write_text
+from t2l_engine.files.weights import remove_unfinished, replacing, write_text
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
@@ -109,7 +109,8 @@ def accelerator(device: str) -> Accelerator:
         raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerate = Accelerator(cpu=device == "cpu", kwargs_handlers=[options])
+    # Not what `accelerate config` says: the settings do, and one process is trained without Accelerate's autocast.
+    accelerate = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[options])
     if accelerate.device.type != device:  # Accelerate keeps its state per process
         raise ConfigError(f"--device: got {device!r}, but this process has trained on {accelerate.device.type!r} before")
     if accelerate.num_processes == 1 and "MASTER_ADDR" in os.environ and "ACCELERATE_USE_CPU" in os.environ:
@@ -160,6 +161,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
     main = accelerate.is_main_process
     accelerate.wait_for_everyone()  # all processes have read the state before one writes
     if main:
+        remove_unfinished(output)
         write_text(output / SETTINGS, to_yaml(settings))
     with (
         Log(output, step, enabled=main) as log,

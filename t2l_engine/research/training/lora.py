@@ -249,6 +249,7 @@ def _finished(folder: Path, job: LoRA) -> bool:
         raise ConfigError(
             f"{path}: written by a run with other settings or data ({'; '.join(changed)}); choose another output folder"
         )
+    (folder / loop.STATE).unlink(missing_ok=True)  # of a run that was killed between the record and this
     return True
 
 

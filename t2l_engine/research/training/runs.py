@@ -44,8 +44,9 @@ def _stated(adapters: Path) -> dict[str, Any]:
 
     Empty if there are none.  Raises ConfigError for adapters whose runs had different prompts.
     """
-    unfinished = adapters.parent / WAVES / "000" / SETTINGS
-    found = settings_of(adapters.parent)
+    run = adapters.absolute().parent  # that of "." is no "."
+    unfinished = run / WAVES / "000" / SETTINGS
+    found = settings_of(run)
     if found is None and unfinished.is_file():
         found = read_yaml(unfinished)
         if not isinstance(found, dict):
@@ -64,13 +65,15 @@ def prompt_form_of(adapters: Path) -> str:
     return check_prompt_form(_stated(adapters).get("prompt_form", CHAT), adapters.parent)
 
 
-def descriptions_of(adapters: Path) -> dict[str, list[str]]:
+def descriptions_of(adapters: Path, held_out: int = 0) -> dict[str, list[str]]:
     """The descriptions of the adapters in folder ``adapters`` by name, without those that their run held out.
+
+    ``held_out``: the least number of last ones that are left away; one at least stays.
 
     Raises FileNotFoundError where the folder has none.
     """
-    held_out = _stated(adapters).get("held_out_descriptions", 0)
-    return {name: texts[: len(texts) - held_out] for name, texts in read_descriptions(adapters).items()}
+    held_out = max(held_out, _stated(adapters).get("held_out_descriptions", 0))
+    return {name: texts[: max(1, len(texts) - held_out)] for name, texts in read_descriptions(adapters).items()}
 
 
 def in_prompt_of(adapters: Path) -> bool:
