@@ -81,8 +81,8 @@ const Kernels& kernels(Isa isa) { return kKernels[static_cast<int>(isa)]; }
 
 enum class Tiles { none, refused, granted };
 
-// Whether this process may use matrix tiles.  Systems save their registers for those alone that have asked, once and for all
-// threads; many sandboxes and older systems show the flags of the CPU, but refuse.
+// Asks whether this process may use matrix tiles.  Systems save their registers for those alone that have asked, once and
+// for all threads; many sandboxes and older systems show the flags of the CPU, but refuse.
 Tiles ask_for_tiles() {
 #if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kNeeded = 1u << 24 | 1u << 22;  // CPUID 7.0 EDX: AMX-TILE, AMX-BF16
@@ -142,16 +142,9 @@ struct Available {
     at(Isa::neon) = true;
     at(Isa::neon_bf16) = has_bf16();
 #endif
-    if (at(Isa::avx512_bf16)) tiles = ask_for_tiles();
-    at(Isa::amx) = tiles == Tiles::granted;
-#if defined(__x86_64__)
-    wide = at(Isa::avx512_bf16) && !at(Isa::amx) && slow_pairs();
-#endif
   }
   bool& at(Isa isa) { return has[static_cast<int>(isa)]; }
-  bool has[kNumIsas] = {};
-  Tiles tiles = Tiles::none;
-  bool wide = false;  // avx512_bf16_wide is faster than avx512_bf16
+  bool has[kNumIsas] = {};  // amx: of no account, see tiles()
 };
 
 const Available& available() {
@@ -159,30 +152,45 @@ const Available& available() {
   return once;
 }
 
+// A process that names another instruction set never asks: what is granted stays, and makes signal stacks need more room.
+Tiles tiles() {
+  static const Tiles once = has_isa(Isa::avx512_bf16) ? ask_for_tiles() : Tiles::none;
+  return once;
+}
+
+// Whether avx512_bf16_wide is faster than avx512_bf16, where that is the best.
+bool wide() {
+#if defined(__x86_64__)
+  static const bool once = has_isa(Isa::avx512_bf16) && !has_isa(Isa::amx) && slow_pairs();
+  return once;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 
-bool has_isa(Isa isa) { return available().has[static_cast<int>(isa)]; }
+bool has_isa(Isa isa) { return isa == Isa::amx ? tiles() == Tiles::granted : available().has[static_cast<int>(isa)]; }
 
 Isa detected_isa() {
   Isa best = Isa::generic;
   for (const Isa isa : {Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx, Isa::neon, Isa::neon_bf16})
     if (has_isa(isa)) best = isa;
-  return available().wide ? Isa::avx512_bf16_wide : best;
+  return wide() ? Isa::avx512_bf16_wide : best;
 }
 
 const char* detected_why() {
-  switch (available().tiles) {
+  switch (tiles()) {
     case Tiles::granted:
       return "matrix tiles for bfloat16 weights";
     case Tiles::refused:
-      return available().wide ? "this CPU has amx, but the system does not let this process use it, and its dot products of "
-                                "bfloat16 are slower than products of float32"
-                              : "this CPU has amx, but the system does not let this process use it";
+      return wide() ? "this CPU has amx, but the system does not let this process use it, and its dot products of "
+                      "bfloat16 are slower than products of float32"
+                    : "this CPU has amx, but the system does not let this process use it";
     default:
-      return available().wide ? "its dot products of bfloat16 are slower than products of float32"
-                              : "the newest of this CPU";
+      return wide() ? "its dot products of bfloat16 are slower than products of float32" : "the newest of this CPU";
   }
 }
 

@@ -36,8 +36,9 @@ T2L_ANYWHERE constexpr int64_t bytes_of(DType type) { return type == DType::f32 
 constexpr int kSortBins = 1024;                         // histogram bins of the counting sort: adapters per pass
 constexpr int kWarpOutputs = 64;                        // outputs of a warp tile of expand
 constexpr int64_t kMaxLoraFeatures = int64_t{1} << 30;  // in or out: 32-bit indices
-constexpr int64_t kMaxOneTokenBlocks = 64;              // batches of single tokens up to this size are not sorted
-constexpr int kShrinkParts = 4;                         // of the features of x, at most
+constexpr int64_t kMaxLoraTokens = kMaxLoraFeatures;
+constexpr int64_t kMaxOneTokenBlocks = 64;  // batches of single tokens up to this size are not sorted
+constexpr int kShrinkParts = 4;             // of the features of x, at most
 
 // Features of a part: whole k-blocks of 64 bytes for every warp, four each, so that a part's loads can all be in flight.
 // They depend on the number of features alone: however many blocks share the parts, sums have the same bits.

@@ -325,7 +325,7 @@ trunk_kernel(T2L_ARGUMENT(TrunkLaunch) launch) {
     if (step == TrunkStep::rotate) rotate(u, tile.rows, m, k, v);
     if (latent && !p.rotary)
       for (int i = thread_index(); i < tile.rows * m; i += kThreads)
-        v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + k * m + i % m) : 0.0f);
+        v[i] = u[i] + (p.pos_emb ? load_one(p.pos_emb + int64_t{k} * m + i % m) : 0.0f);
     const MlpParams& weights = p.mlp[latent ? 2 : step == TrunkStep::base ? 0 : 1];
     mlp(tile, weights, panel, m, latent ? static_cast<int>(p.h) : m, [&](int row, int column, float value) {
       if (!latent) {

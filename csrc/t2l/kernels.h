@@ -24,13 +24,14 @@ constexpr int kNumIsas = 9;
 
 // Its name.
 const char* isa_name(Isa isa);
-// Whether this CPU has it and, for amx, the system lets this process use it.
+// Whether this CPU has it and, for amx, the system lets this process use it, for which the first call asks.
 bool has_isa(Isa isa);
 // The fastest instruction set of this CPU, and why it is that one, in words.
 Isa detected_isa();
 const char* detected_why();
 // The instruction set in use: the detected one, or the one that the environment variable T2L_ISA names.  Returns null, or an
-// error message (and leaves `isa` as it is) if T2L_ISA is none of the names, or one of which has_isa is false.
+// error message (and leaves `isa` as it is) if T2L_ISA is none of the names, or one of which has_isa is false.  It is valid
+// until the thread's next call.
 const char* chosen_isa(Isa* isa);
 
 // Parallel for over the caller's thread pool: run(pool, count, grain, body, context) calls body(begin, end, context) for any
@@ -42,8 +43,8 @@ struct ParallelFor {
 };
 
 // `isa`: one of which has_isa is true.
-// `members`: linears that share x and segments, each with its own y, a, b and ranks.  Their y may be disjoint column slices
-// of one tensor.
+// `members`: linears that share x, segments, dtypes and `accumulate`, each with its own y, a, b and ranks.  Their y may be
+// disjoint column slices of one tensor.
 void lora(const LoraParams* members, int64_t count, Isa isa, ParallelFor parallel);
 void lora_backward(const LoraBackwardParams& params, Isa isa, ParallelFor parallel);
 void hypernet_trunk(const TrunkParams& params, Isa isa, ParallelFor parallel);

@@ -40,7 +40,7 @@ typedef enum t2l_status {
 // "ok", "invalid argument", ...; "unknown status" for other values.
 T2L_API const char* t2l_status_name(int32_t status);
 
-// Zero-terminated; longer messages are truncated.
+// Zero-terminated; longer messages lose their middle.
 typedef struct t2l_error {
   char message[512];
 } t2l_error;
@@ -62,9 +62,9 @@ typedef enum t2l_isa {
   T2L_ISA_AVX512_BF16_WIDE = 9  // avx512_bf16 with the hypernetwork's weights widened to float32
 } t2l_isa;
 
-// The fastest instruction set of this CPU; never T2L_ISA_BEST.  The first call of any function that takes or tells an
-// instruction set asks the system for the matrix tiles of AMX, which Linux grants to a process as a whole, and where they
-// are not to be had times dot products of bfloat16, 0.2 ms.
+// The fastest instruction set of this CPU; never T2L_ISA_BEST.  The first call of any function that takes or tells
+// T2L_ISA_BEST or T2L_ISA_AMX asks the system for the matrix tiles of AMX, which Linux grants to a process as a whole and
+// for good, and where they are not to be had times dot products of bfloat16, 0.2 ms.
 T2L_API int32_t t2l_detected_isa(void);
 // 1: this CPU has it and this process may use it (always so for T2L_ISA_BEST); 0: not, or another value.
 T2L_API int32_t t2l_has_isa(int32_t isa);
@@ -154,7 +154,8 @@ T2L_API t2l_status t2l_hypernet_generate(const t2l_hypernet* net, const float* t
 // y[t] += scaling[a] * B[a] (A[a] x[t]) for every token t, where a is the adapter of the segment of t.  Segment s holds
 // tokens [seg_indptr[s], seg_indptr[s + 1]) and uses adapter seg_adapters[s]; of adapter -1 (the base model) y keeps its
 // bits. Rows of x, of y and of A are contiguous; other strides are positive where their dimension has more than one entry,
-// and those of x and y reach over a row.  No array may reach over more than 2^60 elements.  Neither y and the inputs nor the
+// and those of x and y reach over a row.  No array may reach over more than 2^60 elements.  Sizes are below 2^31,
+// and rank is at most 65,536.  Neither y and the inputs nor the
 // rows of y may overlap.  Arrays may be NULL where they have no element; seg_indptr always has one.
 typedef struct t2l_lora {
   void* y;                      // [num_tokens, out_features], dtype x_dtype

@@ -1,5 +1,6 @@
 // Registration of the ops for CPU tensors.
 #include <limits>
+#include <string>
 
 #include "ops.h"
 #include "t2l/kernels.h"
@@ -10,10 +11,13 @@ namespace {
 // The instruction set in use, read once; an invalid T2L_ISA fails every call.
 Isa isa(const Op& op) {
   static const struct Choice {
+    Choice() {
+      if (const char* message = chosen_isa(&isa)) error = message;
+    }
     Isa isa = Isa::generic;
-    const char* error = chosen_isa(&isa);
+    std::string error;  // a copy: the message is the thread's
   } choice;
-  if (choice.error) fail(op, "environment", "a usable T2L_ISA", choice.error);
+  if (!choice.error.empty()) fail(op, "environment", "a usable T2L_ISA", choice.error.c_str());
   return choice.isa;
 }
 

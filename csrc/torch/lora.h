@@ -61,10 +61,9 @@ class GoodIds {
       ids_.assign(p.seg_adapters, p.seg_adapters + p.segments);
       *count_ += static_cast<int32_t>(std::count_if(ids_.begin(), ids_.end(), is_bad));
       std::replace_if(ids_.begin(), ids_.end(), is_bad, -1);
-    }
-    for (size_t i = 0; i < count; ++i) {
-      if (Backend::kReadsIds) members[i].seg_adapters = ids_.data();
-      members[i].bad_ids = count_;
+      for (size_t i = 0; i < count; ++i) members[i].seg_adapters = ids_.data();
+    } else {
+      for (size_t i = 0; i < count; ++i) members[i].bad_ids = count_;
     }
   }
 

@@ -65,7 +65,7 @@ def about() -> dict[str, Any] | None:
     """Build and CPU facts of the loaded library; None if none is loaded.
 
     ``build``: ``version``, ``build_type``, ``compiler`` and ``cuda`` (nvcc's version and the architectures of the CUDA
-    kernels, or "none").  ``instruction_sets``: ``available`` on this CPU, from the oldest; ``chosen``, None if ``T2L_ISA``
+    kernels, or "none").  ``instruction_sets``: ``available`` on this CPU; ``chosen``, None if ``T2L_ISA``
     is unusable; ``why`` that one; and ``error``, the reason where none is.
     """
     if str(library_path()) not in torch.ops.loaded_libraries:

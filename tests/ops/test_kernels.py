@@ -1,6 +1,7 @@
 """Which kernels run: those of the backend, under every instruction set of this CPU."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -60,6 +61,58 @@ def test_an_instruction_set_that_this_cpu_lacks(backend):
         and "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or" in run.stderr
         and "got 'mmx'" in run.stderr
     )
+
+
+def test_an_error_of_the_instruction_set_stays_the_same(backend):
+    needs_native("instruction sets are the native library's")
+    if backend != "cpu":
+        pytest.skip("instruction sets are the CPU kernels'")
+    probe = """
+from t2l_engine import ops
+from t2l_engine.ops import native
+from t2l_engine.testing.cases import LORA_CASES
+
+def error():
+    try:
+        ops.lora_add_(**LORA_CASES[4].make())
+    except RuntimeError as found:
+        return str(found)
+
+before = error()
+native.about()
+assert error() == before and "got 'mmx'" in before
+"""
+    run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or sys.platform != "linux", reason="tiles are x86's, and Linux grants them"
+)
+def test_another_instruction_set_does_not_ask_for_tiles(backend):
+    """What Linux grants, a process keeps; bit 18 of ARCH_GET_XCOMP_PERM says whether it was asked."""
+    needs_native("instruction sets are the native library's")
+    if backend != "cpu":
+        pytest.skip("instruction sets are the CPU kernels'")
+    probe = """
+import ctypes
+from t2l_engine import ops
+from t2l_engine.testing.cases import LORA_CASES
+
+def granted():
+    found = ctypes.c_ulong(0)
+    ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(found))
+    return found.value >> 18 & 1
+
+case = LORA_CASES[4].make()
+before = granted()
+ops.lora_add_(**case)
+assert granted() == before
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "generic"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_a_wrong_instruction_set_is_told_whatever_it_is(backend):

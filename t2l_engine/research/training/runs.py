@@ -68,7 +68,7 @@ def prompt_form_of(adapters: Path) -> str:
 def descriptions_of(adapters: Path, held_out: int = 0) -> dict[str, list[str]]:
     """The descriptions of the adapters in folder ``adapters`` by name, without those that their run held out.
 
-    ``held_out``: the least number of last ones that are left away; one at least stays.
+    ``held_out``: the least number of last ones that are left out; one at least stays.
 
     Raises FileNotFoundError where the folder has none.
     """
