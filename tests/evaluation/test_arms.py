@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import string
+from pathlib import Path
 
 import pytest
 import torch
@@ -322,6 +323,19 @@ def test_adapters_of_a_run_that_has_not_finished_say_how_they_are_asked(
     adapters = tmp_path / "run" / lora.ADAPTERS
     assert not (tmp_path / "run" / lora_runs.WAVES / "000" / lora_runs.RECORD).exists()
     assert (lora_runs.prompt_form_of(adapters), lora_runs.in_prompt_of(adapters)) == (form, prompt == "description")
+    monkeypatch.chdir(adapters)
+    assert lora_runs.prompt_form_of(Path(".")) == form
+
+
+def test_descriptions_without_those_held_out(tmp_path):
+    """Those of the run, and those that an evaluation asks with."""
+    record, adapters = tmp_path / lora_runs.WAVES / "000" / lora_runs.RECORD, tmp_path / lora.ADAPTERS
+    for folder in (record.parent, adapters):
+        folder.mkdir(parents=True)
+    (adapters / "descriptions.json").write_text(json.dumps({"few": ["1", "2"], "many": ["1", "2", "3", "4"]}))
+    record.write_text(json.dumps({"settings": {"held_out_descriptions": 1}}))
+    assert lora_runs.descriptions_of(adapters) == {"few": ["1"], "many": ["1", "2", "3"]}
+    assert lora_runs.descriptions_of(adapters, 3) == {"few": ["1"], "many": ["1"]}
 
 
 def test_adapters_with_a_run_each_are_asked_as_these_were(tmp_path):

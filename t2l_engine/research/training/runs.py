@@ -68,12 +68,13 @@ def prompt_form_of(adapters: Path) -> str:
 def descriptions_of(adapters: Path, held_out: int = 0) -> dict[str, list[str]]:
     """The descriptions of the adapters in folder ``adapters`` by name, without those that their run held out.
 
-    ``held_out``: the least number of last ones that are left out; one at least stays.
+    ``held_out``: so many last ones are left out anyway, but for the first.
 
     Raises FileNotFoundError where the folder has none.
     """
-    held_out = max(held_out, _stated(adapters).get("held_out_descriptions", 0))
-    return {name: texts[: max(1, len(texts) - held_out)] for name, texts in read_descriptions(adapters).items()}
+    own = _stated(adapters).get("held_out_descriptions", 0)
+    kept = lambda texts: texts[: len(texts) - own][: max(1, len(texts) - held_out)]  # noqa: E731
+    return {name: kept(texts) for name, texts in read_descriptions(adapters).items()}
 
 
 def in_prompt_of(adapters: Path) -> bool:
