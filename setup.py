@@ -14,11 +14,12 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OPTIONS = os.environ.get("T2L_CMAKE_ARGS", "").split()
+OPTIONS = shlex.split(os.environ.get("T2L_CMAKE_ARGS", ""))
 #: _C holds no Python symbol.  _core is of one CPython, and so is a wheel that has it.
 NAMES = ("_C",) if "-DT2L_CORE=OFF" in OPTIONS else ("_C", "_core")
 NO_COMPILER = """t2l_engine: no C++ compiler found: installing without native kernels.
-The plain-torch ops give the same results, slower. Install g++ and run pip install again for the kernels."""
+The plain-torch ops give the same results, slower. For the kernels install g++ and
+run pip install again, with --no-cache-dir --force-reinstall."""
 
 
 def cxx():

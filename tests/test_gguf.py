@@ -139,6 +139,18 @@ def test_values_that_float16_does_not_hold(stack, tmp_path):
         stack.save_gguf(tmp_path / "a.gguf", config=CONFIG, dtype=torch.float16)
 
 
+def test_values_too_small_for_float16(stack, tmp_path):
+    """Which would leave an adapter that does nothing; the other types hold them."""
+    stack.lora_B["q_proj"].fill_(1e-8)
+    with pytest.raises(
+        ValueError, match="blk.0.attn_q.weight.lora_b: holds values that are too small for torch.float16: the"
+    ):
+        stack.save_gguf(tmp_path / "a.gguf", config=CONFIG, dtype=torch.float16)
+    stack.save_gguf(tmp_path / "a.gguf", config=CONFIG, dtype=torch.bfloat16)
+    stack.lora_B["q_proj"].zero_()
+    stack.save_gguf(tmp_path / "a.gguf", config=CONFIG, dtype=torch.float16)
+
+
 def test_heads_are_interleaved_pair_by_pair():
     B = torch.arange(8.0)[:, None]  # two heads of four rows
     assert gguf_write.interleaved(B, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]

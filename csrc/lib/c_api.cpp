@@ -20,16 +20,21 @@ using t2l::lib::Error;
 using t2l::lib::invalid;
 using t2l::lib::Module;
 
-// A message that is too long loses its middle: paths stand at its start, and the reason at its end.
+// A message that is too long loses its middle, in whole characters: paths stand at its start, and the reason at its end.
 t2l_status report(t2l_error* error, t2l_status status, const char* function, const char* message) noexcept {
   constexpr size_t kHead = 150, kTail = 250;
   if (error == nullptr) return status;
   const size_t length = std::strlen(message);
-  if (length <= kHead + kTail)
+  if (length <= kHead + kTail) {
     std::snprintf(error->message, sizeof error->message, "%s: %s", function, message);
-  else
-    std::snprintf(error->message, sizeof error->message, "%s: %.*s ... %s", function, static_cast<int>(kHead), message,
-                  message + length - kTail);
+    return status;
+  }
+  const auto continues = [](char c) { return (c & 0xC0) == 0x80; };  // a character of UTF-8
+  size_t head = kHead;
+  while (head > 0 && continues(message[head])) --head;
+  const char* tail = message + length - kTail;
+  while (continues(*tail)) ++tail;
+  std::snprintf(error->message, sizeof error->message, "%s: %.*s ... %s", function, static_cast<int>(head), message, tail);
   return status;
 }
 

@@ -96,9 +96,9 @@ Isa isa_of(int32_t isa) {
   if (isa == T2L_ISA_BEST) return detected_isa();
   if (isa < T2L_ISA_BEST || isa > kNumIsas) invalid("isa", "a t2l_isa", std::to_string(isa));
   const Isa wanted = static_cast<Isa>(isa - T2L_ISA_GENERIC);
-  if (!has_isa(wanted))
-    throw Error(T2L_UNSUPPORTED, std::string("isa: expected one that this CPU has and this process may use, such as ") +
-                                     isa_name(detected_isa()) + ", got " + isa_name(wanted));
+  if (!has_isa(wanted))  // without the name of another: to tell the best asks for tiles
+    throw Error(T2L_UNSUPPORTED,
+                std::string("isa: expected one that this CPU has and this process may use, got ") + isa_name(wanted));
   return wanted;
 }
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -145,6 +146,13 @@ const Header* read_header(Reader& reader, const unsigned char* data, size_t size
   return &h;
 }
 
+// A plain name, which a caller may use as that of a file.
+bool is_plain(const char* name) {
+  const char* c = name;
+  while (std::isalnum(static_cast<unsigned char>(*c)) || *c == '_' || static_cast<unsigned char>(*c) >= 0x80) ++c;
+  return c != name && *c == '\0';
+}
+
 const Module* read_modules(Reader& reader, const Header& h) {
   const Module* modules = reader.records<Module>(static_cast<uint64_t>(h.num_modules));
   for (const Module* m = modules; m != modules + h.num_modules; ++m) {
@@ -153,6 +161,12 @@ const Module* read_modules(Reader& reader, const Header& h) {
       reader.bad("module " + std::to_string(m - modules) + ": a number is out of range");
     if (m->name[sizeof m->name - 1] != '\0' || m->path[sizeof m->path - 1] != '\0')
       reader.bad("module " + std::to_string(m - modules) + ": expected texts that end");
+    if (!is_plain(m->name))
+      reader.bad("module " + std::to_string(m - modules) + ": name: expected letters, digits and underscores");
+    for (const Module* other = modules; other != m; ++other)
+      if (std::strcmp(m->name, other->name) == 0 || std::strcmp(m->path, other->path) == 0)
+        reader.bad("module " + std::to_string(m - modules) + ": expected another name and path than those of module " +
+                   std::to_string(other - modules));
   }
   return modules;
 }

@@ -9,7 +9,8 @@
 // T2L_INVALID_ARGUMENT every output is as it was.  Only T2L_OUT_OF_MEMORY and T2L_INTERNAL can leave outputs part written.
 //
 // Threads: functions may be called at the same time from any threads, also on one handle, except t2l_hypernet_close, which
-// must be the handle's last call.  Outputs of simultaneous calls must not overlap.
+// must be the handle's last call.  Outputs of simultaneous calls must not overlap.  A thread must not be cancelled
+// (pthread_cancel) inside a call.
 #pragma once
 #include <stdint.h>
 
@@ -95,8 +96,10 @@ typedef struct t2l_open_options {
 // Opens a file that `t2l export` wrote (UTF-8 path).  Sizes are checked first, then every byte is read once for the
 // checksum, and once to refuse NaN and infinite values.  Weights stay mapped from the file and nothing is copied: it must
 // not change while it is opened or the handle is open.  Where it is cut short, the process ends with SIGBUS, as with any
-// mapped file: replace it by writing another file and renaming it, as `t2l export` does. On failure *out is NULL.  Errors:
-// T2L_IO, T2L_BAD_CHECKPOINT (names the file and the field), T2L_UNSUPPORTED, T2L_INVALID_ARGUMENT, T2L_OUT_OF_MEMORY.
+// mapped file: replace it by writing another file and renaming it, as `t2l export` does; on a network file system, where
+// the old one may vanish, by a file of another name.  Names of modules are letters, digits and underscores.  On failure *out
+// is NULL.  Errors: T2L_IO, T2L_BAD_CHECKPOINT (names the file and the field), T2L_UNSUPPORTED, T2L_INVALID_ARGUMENT,
+// T2L_OUT_OF_MEMORY.
 T2L_API t2l_status t2l_hypernet_open(const char* path, const t2l_open_options* options, t2l_hypernet** out,
                                      t2l_error* error);
 

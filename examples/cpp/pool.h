@@ -14,16 +14,14 @@ class Pool {
  public:
   // `threads`: with the one that calls.
   explicit Pool(int threads) {
-    for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { work(); });
-  }
-  ~Pool() {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
+    try {
+      for (int i = 1; i < threads; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {  // no more threads are to be had
+      join();
+      throw;
     }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
   }
+  ~Pool() { join(); }
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -35,6 +33,15 @@ class Pool {
   }
 
  private:
+  void join() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void run(int64_t count, int64_t grain, t2l_range_body body, void* context) {
     const std::lock_guard<std::mutex> turn(turn_);
     {

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2l_engine.adapters import peft_write
 from t2l_engine.adapters.peft import PeftAdapter
 from t2l_engine.files.errors import short_repr
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import max_abs, replacing
 
 #: ``model_type`` of a transformers configuration -> architecture of its GGUF file, and whether rows of q and k are permuted.
 ARCHITECTURES = {
@@ -84,7 +84,10 @@ def write(
                     raise ValueError(f"{short_repr(path)}: expected {count} heads of {size} rows, got {len(B)} rows")
                 B = interleaved(B, count)
             for side, values in (("a", A), ("b", B)):
-                _add(writer, f"{name}.weight.lora_{side}", values.to(dtype), gguf.GGMLQuantizationType[tensor])
+                full, most = f"{name}.weight.lora_{side}", max_abs(values)
+                if 0 < most < torch.finfo(dtype).smallest_normal:
+                    raise ValueError(f"{full}: holds values that are too small for {dtype}: the largest is {most:.3g}")
+                _add(writer, full, values.to(dtype), gguf.GGMLQuantizationType[tensor])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -160,5 +160,6 @@ def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, descr
     """Adapter ``i`` as a GGUF file."""
     try:
         stack.save_gguf(file, i, config=config, dtype=dtype, description=description, prompt_prefix=prefix)
-    except ImportError:
-        raise FileNotFoundError('gguf is not installed, or too old; run: pip install "gguf>=0.18"') from None
+    except ImportError as error:
+        message = f'gguf is not installed, or too old ({error}); run: pip install "gguf>=0.18"'
+        raise FileNotFoundError(message) from error

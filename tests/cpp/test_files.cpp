@@ -143,6 +143,14 @@ void test_messages(const Bytes& sound, size_t records) {
   check_refused("variant: expected text that ends", refusal(with(sound, offsetof(Header, variant) + 23, 'x')));
   for (const size_t at : {offsetof(Module, name), offsetof(Module, path)})
     check_refused("module 0: expected texts that end", refusal(with(sound, kModules + at + 263, 'x')));
+  for (const char c : {'/', '.', '\0'})
+    check_refused("module 1: name: expected letters, digits and underscores",
+                  refusal(with(sound, kModules + sizeof(Module) + offsetof(Module, name), c)));
+  for (const size_t at : {offsetof(Module, name), offsetof(Module, path)}) {
+    Bytes twice = sound;
+    std::memcpy(twice.data() + kModules + sizeof(Module) + at, twice.data() + kModules + at, sizeof Module::name);
+    check_refused("module 1: expected another name and path than those of module 0", refusal(twice));
+  }
   check_refused("unsupported: file: expected version 1 of the format, got 2; export it again",
                 refusal(with(sound, offsetof(Header, version), uint32_t{2})));
   check_refused("expected a file that t2l export wrote", refusal(with(sound, 0, 'x')));
