@@ -186,10 +186,26 @@ def specs(
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return
-    for name in runs.split(",") if runs else [] if as_is else plan.RUNS:
+    for name in runs.split(",") if runs else [] if as_is else [name for name in plan.RUNS if name not in plan.SMALL]:
         train(name, work)
     if not runs:
         write(ctx, out, threads, study.records(work, found))
+
+
+@app.command()
+def small(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
+    """Small runs of the study of specifications that change one thing at a time; an hour and a half on two cores."""
+    from bench import specs as study
+    from bench.specs import plan
+    from bench.specs.runs import specifications, train, write_trained
+    from t2l_engine.cli.common import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    write_trained(work, specifications())
+    for name in plan.SMALL:
+        train(name, work)
+    write(ctx, out, threads, study.trained(work, plan.SMALL))
 
 
 @app.command()

@@ -57,8 +57,12 @@ SOURCES = {
     "lengths": "python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES",
     "kernels": KERNELS,
 }
-#: What else, where there is a run: one needs an environment of its own, one native kernels.
-OPTIONAL = {"serving": "python -m bench serving", "levels": "python -m bench levels"}
+#: What else, where there is a run: one needs an environment of its own, one native kernels, one hours.
+OPTIONAL = {
+    "serving": "python -m bench serving",
+    "levels": "python -m bench levels",
+    "small": "python -m bench small --work WORK",
+}
 #: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
 BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt")
 AGAIN = "run: python -m bench report"

@@ -261,7 +261,7 @@ def _rates(result: Result) -> Iterator[Line]:
 table("specs-curves", "Training loss over tokens, specifications", "specs")(curves)
 
 
-@table("specs-small", "Small runs that change one thing at a time: loss of a twentieth of the steps", "specs", optional=True)
+@table("specs-small", "Small runs that change one thing at a time: loss of a twentieth of the steps", "small", optional=True)
 def _small(result: Result) -> Iterator[Line]:
     runs = {run["run"]: run for run in result.others.get("training", ())}
     for name, changed in SMALL.items():

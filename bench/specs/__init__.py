@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,12 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
     ``specifications``: those of the plan, whose tasks are in ``work``.  Where runs of the plan have not been trained, what
     they are needed for is left out, and the first record names them.
     """
-    from bench import judging, training  # here: tables read names of this package without them
+    from bench import judging  # here: tables read names of this package without them
     from bench.harness import BenchError, record
     from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
-    without = runs.lacking(work)
+    without = [name for name in runs.lacking(work) if name not in plan.SMALL]
     if plan.T2L in without:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
     there = lambda arms: [arm for arm in arms if plan.NEEDS.get(arm) not in without]  # noqa: E731
@@ -57,6 +57,14 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
             yield record("stored", split=split, wordings=wordings, scores=means)
     yield from costs.records(work)
     yield from adapting.rates(work, specifications)
-    for name, run in plan.RUNS.items():
-        if name not in without:
-            yield training.trained(name, run, work / name, len(runs.learnt(run, work)[1]) if run.other else None)
+    yield from trained(work, [name for name in plan.RUNS if name not in (*without, *plan.SMALL)])
+
+
+def trained(work: Path, names: Iterable[str]) -> Iterator[Record]:
+    """``training`` records of the finished runs ``names``."""
+    from bench import training
+    from bench.specs import plan, runs
+
+    for name in names:
+        run = plan.RUNS[name]
+        yield training.trained(name, run, work / name, len(runs.learnt(run, work)[1]) if run.other else None)

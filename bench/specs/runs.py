@@ -113,6 +113,11 @@ def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None
         training.write(folder_of(work, part), of)
 
 
+def write_trained(work: Path, found: Specifications) -> None:
+    """Write the task folder of part TRAINED alone."""
+    training.write(folder_of(work, TRAINED), [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in found.trained])
+
+
 def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Placed]) -> list[suite.Placed]:
     """Set ``name`` of the plan: a sample of the siblings ``of``, and what its seeds draw of tier novel beside ``known``."""
     wanted, by_name = PLAN[name], {placed.spec.name: placed for placed in of if placed.tier == "sibling"}
