@@ -92,7 +92,7 @@ def settings_for(engine: TextToLoRA, base_model: str, start: Path, changes: Mapp
         "scaling": config.scaling, "prompt_form": engine.prompt_form,
         "prompt": "description" if engine.description_in_prompt else "input", "initial": str(start),
     }  # fmt: skip
-    if fixed := sorted(changes.keys() & {*of_adapter, "mode"}):
+    if fixed := sorted(changes.keys() & ({*of_adapter, "mode"} - {"prompt", "prompt_form"})):
         raise ConfigError(f"{fixed[0]}: expected no value, for the generated adapter decides it, got {changes[fixed[0]]!r}")
     settings = build(LoRASettings, DEFAULTS | of_adapter | dict(changes))
     if not settings.patience:
