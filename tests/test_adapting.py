@@ -1,7 +1,6 @@
 """Tuning on a user's examples from several starts: tasks, settings, records, and what the tables say of them."""
 
 import dataclasses
-import itertools
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,11 +61,18 @@ def test_starts_are_made_once(monkeypatch, tmp_path):
     assert made[1:] == [(["Do that."], None)]
 
 
+def brief(run):
+    return dataclasses.replace(
+        run, settings=run.settings.model_copy(update={"steps": 1, "warmup_steps": 0, "validate_every": 0})
+    )
+
+
 @pytest.mark.slow
 def test_tuning_from_several_starts(tmp_path, monkeypatch):
     """With the real model: losses by step, and answers; a second call trains nothing."""
     few = {"tasks_a_tier": 1, "budgets": [8], "rates": [1e-3], "chosen_by": 1, "chosen_at": 8, "validation": 2, "items": 2}
-    few |= {"seeds": [0]}
+    few |= {"seeds": dict.fromkeys(adapting.STARTS, [0])}
+    monkeypatch.setitem(plan.RUNS, plan.LIBRARY, brief(plan.RUNS[plan.LIBRARY]))
     shorter = {"steps": 2, "validate_every": 1, "patience": 3, "warmup_steps": 0, "validation_samples": 2}
     for name, value in (few | {"settings": adapting.ADAPTED["settings"] | shorter}).items():
         monkeypatch.setitem(adapting.ADAPTED, name, value)
@@ -77,18 +83,21 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     rates = list(adapting.rates(tmp_path, specifications))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
     about, *found = adapting.records(tmp_path, specifications)
-    assert about["lacking"] == ["nearest", plan.RIVAL] and about["adapted"] is adapting.ADAPTED
-    assert [(of["tier"], of["start"]) for of in found] == [(tier, "generated") for tier in plan.HELD_OUT]
+    assert about["lacking"] == [plan.RIVAL] and about["adapted"] is adapting.ADAPTED
+    wanted = [(tier, start) for start in ("generated", "nearest") for tier in plan.HELD_OUT]
+    assert [(of["tier"], of["start"]) for of in found] == wanted
     assert all([step for step, _ in of["losses"]] == [0, 1, 2] for of in found)
-    assert all(0 <= of[when] <= 100 for of in found for when in ("before", "right"))
-    # What was tuned serves as library and as multi-task LoRA, of which the suite of this test has none.
+    assert all(0 <= of[when] <= 100 for of in found[:2] for when in ("before", "right")) and "before" not in found[2]
+    stored = {path.name for path in (tmp_path / "stored" / "adapters").iterdir() if path.is_dir()}
+    assert 1 <= len(stored) <= 2 and stored <= {placed.spec.name for placed in trained}
+    # One of what was tuned serves as multi-task LoRA, of which the suite of this test has none.
     tuned = tmp_path / "rates-0.001" / "8" / "peft"
-    shutil.copytree(tuned, tmp_path / plan.LIBRARY)
     one = min(path for path in (tuned / "adapters").iterdir() if path.is_dir())
     shutil.copytree(one, tmp_path / plan.RIVAL / "adapters" / "multi-task")
     monkeypatch.setattr(runs, "lacking", lambda work: [])
+    monkeypatch.setattr(adapting, "trained", lambda work, names: [])  # it was not
     _, *more = adapting.records(tmp_path, specifications)
-    assert more[:2] == found and [of["start"] for of in more[2::2]] == ["nearest", plan.RIVAL] and "before" not in more[2]
+    assert more[:4] == found and [of["start"] for of in more[4:]] == [plan.RIVAL, plan.RIVAL]
     monkeypatch.setattr(adapting.lora.loop, "run", lambda *_: pytest.fail("trained again"))
     assert [*adapting.records(tmp_path, specifications)][1:] == more
 
@@ -151,15 +160,28 @@ def test_a_task_is_the_mean_of_its_seeds():
         adapted("a", "generated-examples", 80.0, 3.0, 3.0, 1.0, 1.0),
     )  # fmt: skip
     peft, ours = [of for of in lines("adapt", PEFTS[0], *more) if of["tier"] == "both"]
+    assert (peft["seeds"], ours["seeds"]) == (2, 2)
     assert (peft["right, %"], ours["right, %"], ours["right, less PEFT's start"]) == (60, 70, 10)
     assert (peft["steps to PEFT's loss"], ours["steps to PEFT's loss"], ours["tasks"]) == (6, 4, 1)
+
+
+def test_a_start_with_fewer_seeds_is_beside_the_same_seeds_of_others():
+    more = (
+        adapted("a", "peft", 70.0, 3.0, 2.0, 1.0, seed=1),
+        adapted("a", "generated-examples", 90.0, 2.0, 1.0, 1.0), adapted("a", "generated-examples", 10.0, 2.0, 1.0, seed=1),
+        adapted("a", "nearest", 60.0, 3.0, 1.0),
+    )  # fmt: skip
+    peft, ours, nearest = [of for of in lines("adapt", PEFTS[0], *more) if of["tier"] == "both"]
+    assert (ours["right, less PEFT's start"], nearest["right, less PEFT's start"]) == (-10, 10)  # of PEFT's 50 and 70
+    assert (nearest["seeds"], nearest["of PEFT's steps"]) == (1, 0.5)  # 4 of seed 0's 8, whatever those of seed 1 are
+    assert nearest["right, generated start less this"] == 30
+    assert peft["right, generated start less this"] == -10 and ours["right, generated start less this"] is None
 
 
 def test_the_committed_result_is_of_this_plan():
     made = read(ROOT / "bench" / "results" / "adapt.jsonl")
     (about,) = made.records("plan")
     assert about["adapted"] == adapting.ADAPTED
-    starts = {start for start in adapting.STARTS if start not in about["lacking"]}
-    assert {(of["seed"], of["budget"], of["start"]) for of in made.records("adapted")} == {
-        *itertools.product(adapting.ADAPTED["seeds"], adapting.ADAPTED["budgets"], starts)
-    }
+    starts = [start for start in adapting.STARTS if start not in about["lacking"]]
+    found = [(of["seed"], of["budget"], of["start"]) for of in made.records("adapted")]
+    assert list(dict.fromkeys(found)) == adapting.planned(starts)

@@ -24,12 +24,18 @@ Losses = Sequence[tuple[int, float]]
 
 
 def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict[str, list[Line]]]:
-    """By budget and start a line for each task of ``tiers``, in one order: the mean of its seeds, each beside PEFT's."""
+    """By budget and start a line for each task of ``tiers``, in one order: the mean of its seeds.
+
+    Each is beside PEFT's start, and where it is there, OURS, with the same seed.
+    """
     own = [of for of in result.records("adapted") if of["tier"] in tiers]
-    peft = {(of["budget"], of["task"], of["seed"]): of for of in own if of["start"] == PEFT}
+    peft, ours = (
+        {(of["budget"], of["task"], of["seed"]): of for of in own if of["start"] == start} for start in (PEFT, OURS)
+    )
     found: dict[int, dict[str, dict[str, list[Line]]]] = {}
     for of in own:
-        theirs = peft[of["budget"], of["task"], of["seed"]]
+        key = of["budget"], of["task"], of["seed"]
+        theirs = peft[key]
         lowest, target = min(loss for _, loss in of["losses"]), near(theirs["losses"])
         kept = first(of["losses"], lowest)
         line = {
@@ -38,10 +44,13 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
             "loss before": of["losses"][0][1],
             "lowest loss": lowest,
             "steps": first(of["losses"], target),
+            "PEFT's steps": first(theirs["losses"], target),
             "kept": kept,
             "last": 100.0 * (kept == of["losses"][-1][0]),
             "reached": 100.0 * (lowest <= target),
-        } | ({"before": of["before"]} if "before" in of else {})
+        }
+        line |= {"before": of["before"]} if "before" in of else {}
+        line |= {"less": ours[key]["right"] - of["right"]} if key in ours else {}
         found.setdefault(of["budget"], {}).setdefault(of["start"], {}).setdefault(of["task"], []).append(line)
     return {
         budget: {start: [_means(tasks[task]) for task in sorted(tasks)] for start, tasks in starts.items()}
@@ -50,7 +59,7 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
 
 
 def _means(lines: Sequence[Line]) -> Line:
-    return {name: statistics.fmean(line[name] for line in lines) for name in lines[0]}
+    return {name: statistics.fmean(line[name] for line in lines) for name in lines[0]} | {"seeds": len(lines)}
 
 
 def _column(tasks: Sequence[Line], name: str) -> list[float]:
@@ -73,26 +82,31 @@ def first(losses: Losses, target: float) -> int:
 
 @table("adapt", "Tuning on a user's examples by where it starts, unseen specifications", "adapt")
 def _starts(result: Result) -> Iterator[Line]:
-    """Means over tasks; losses are of validation examples.  A start that never reaches PEFT's loss counts with all steps."""
+    """Means over tasks; losses are of validation examples.  A start that never reaches PEFT's loss counts with all steps.
+
+    Differences are to the other start with the same seeds, of which some starts have fewer.
+    """
     for tier, among in ({"both": HELD_OUT} | {TIERS[tier]: (tier,) for tier in HELD_OUT}).items():
         for budget, starts in _by_start(result, among).items():
-            of_peft = _column(starts[PEFT], "steps")
             for start, tasks in starts.items():
-                other = start != PEFT
+                steps, of_peft = _column(tasks, "steps"), _column(tasks, "PEFT's steps")
+                other, beside = start != PEFT, "less" in tasks[0] and start != OURS
                 yield {
                     "tier": tier,
                     "examples": budget,
                     "start": STARTS[start],
                     "tasks": len(tasks),
+                    "seeds": tasks[0]["seeds"],
                     "right before, %": mean(_column(tasks, "before")) if "before" in tasks[0] else None,
                     **bounds("right, %", interval(_column(tasks, "right"))),
                     **bounds("right, less PEFT's start", interval(_column(tasks, "more")) if other else None),
+                    **bounds("right, generated start less this", interval(_column(tasks, "less")) if beside else None),
                     **{name: mean(_column(tasks, name)) for name in ("loss before", "lowest loss")},
                     "step kept": mean(_column(tasks, "kept")),
                     "best at the last step, %": mean(_column(tasks, "last")),
-                    "steps to PEFT's loss": mean(_column(tasks, "steps")),
+                    "steps to PEFT's loss": mean(steps),
                     "tasks that reach it, %": mean(_column(tasks, "reached")),
-                    **bounds("of PEFT's steps", ratio(_column(tasks, "steps"), of_peft) if other and any(of_peft) else None),
+                    **bounds("of PEFT's steps", ratio(steps, of_peft) if other and any(of_peft) else None),
                 }
 
 
@@ -105,6 +119,6 @@ def _judged(result: Result) -> Iterator[Line]:
 def _claims(result: Result) -> Iterator[Claim]:
     for budget, starts in _by_start(result).items():
         yield f"{budget} examples: right, generated start less PEFT's", interval(_column(starts[OURS], "more")), None, True
-        of = ratio(_column(starts[OURS], "steps"), _column(starts[PEFT], "steps"))
+        of = ratio(_column(starts[OURS], "steps"), _column(starts[OURS], "PEFT's steps"))
         saved = Interval(100 - 100 * of.mean, 100 - 100 * of.high, 100 - 100 * of.low)
         yield f"{budget} examples: steps saved on the way to PEFT's loss, %", saved, 50, False

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 import statistics
@@ -19,24 +18,24 @@ import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import BenchError, Record, record
 from bench.source import SPECS, bundled
-from bench.specs import runs
-from bench.specs.plan import HELD_OUT, LIBRARY, NEEDS, PLAN, RIVAL, T2L, ordered
+from bench.specs import runs, trained
+from bench.specs.plan import HELD_OUT, LIBRARY, PLAN, RIVAL, RUNS, T2L, TRAINED, ordered
 from bench.suites.learn import logged
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.library import DescriptionIndex
-from t2l_engine.research.tasks.folder import Task, load_tasks
+from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.training import lora, settings
-from t2l_engine.research.training.runs import descriptions_of
 from t2l_engine.research.training.settings import LoRASettings
 from t2l_engine.text.encoder import TextEncoder
 
 ADAPTED: dict[str, Any] = PLAN["adapted"]
 #: Where tuning starts: PEFT's own, the adapter that the bundled checkpoint generates from the description, that of
-#: description and examples (as many of the budget's as it reads), the stored one whose descriptions are nearest, and the
-#: multi-task LoRA, with the description in its prompts.  The last two need runs of the study, and are left out without.
+#: description and examples (as many of the budget's as it reads), that of the trained specification whose descriptions are
+#: nearest, trained on it alone, and the multi-task LoRA, with the description in its prompts.  The last needs a run of the
+#: study, and is left out without.
 STARTS = ("peft", "generated", "generated-examples", "nearest", RIVAL)
 
 
@@ -80,16 +79,22 @@ def rates(work: Path, specifications: runs.Specifications) -> Iterator[Record]:
 def records(work: Path, specifications: runs.Specifications) -> Iterator[Record]:
     """Every record of the result file but the run line; what was tuned below ``work`` before is read.
 
-    ``adapted`` records: of a task, budget, start and seed the validation losses by step, and right answers, %, of the best.
+    ``adapted`` records: of a task, budget, start and seed the validation losses by step, and right answers, %, of the best;
+    ``training`` records: of the multi-task LoRA.
     """
     without = runs.lacking(work)
-    starts = [start for start in STARTS if NEEDS.get(start) not in without]
-    lacking = [start for start in STARTS if start not in starts]
-    yield record("plan", checkpoint=bundled(SPECS), adapted=ADAPTED, lacking=lacking)
+    lacking = [start for start in STARTS if start in without or not ADAPTED["seeds"][start]]
+    starts = [start for start in STARTS if start not in lacking]
+    stored = len(specifications.trained)
+    yield record("plan", checkpoint=bundled(SPECS), adapted=ADAPTED, stored=stored, lacking=lacking)
+    if RIVAL in starts:
+        yield from trained(work, (RUNS[RIVAL].initial, RIVAL))
+    if "nearest" in starts:
+        runs.write_trained(work, specifications)
     of_tier = lambda tier: [placed.spec for placed in specifications.tuned if placed.tier == tier]  # noqa: E731
     tiers = {tier: chosen(of_tier(tier), ADAPTED["tasks_a_tier"]) for tier in HELD_OUT}
     tasks = [task for of in tiers.values() for task in of]
-    for seed, budget, start in itertools.product(ADAPTED["seeds"], ADAPTED["budgets"], starts):
+    for seed, budget, start in planned(starts):
         folder = f"adapted-{seed}"
         losses = tuned(work, folder, tasks, budget, start, ADAPTED["learning_rates"][start], seed)
         right = _right(work, folder, budget, start)
@@ -106,6 +111,13 @@ def records(work: Path, specifications: runs.Specifications) -> Iterator[Record]
                     **({"before": right[task.name][T2L]} if T2L in right[task.name] else {}),
                     losses=losses[task.name],
                 )
+
+
+def planned(starts: Iterable[str]) -> list[tuple[int, int, str]]:
+    """Seed, budget and start of all that is tuned, seed by seed: some starts have fewer seeds."""
+    budgets, seeds = ADAPTED["budgets"], ADAPTED["seeds"]
+    made = [(seed, budget, start) for budget in budgets for start in starts for seed in seeds[start]]
+    return sorted(made, key=lambda of: of[0])
 
 
 def tuned(
@@ -139,7 +151,7 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
         return None
     if start == RIVAL:
         return work / RIVAL / lora.ADAPTERS / lora.MULTI_TASK
-    checkpoint, library = resolve_checkpoint(SPECS), work / LIBRARY / lora.ADAPTERS
+    checkpoint = resolve_checkpoint(SPECS)
     texts = [task.descriptions[0] for task in tasks]
     train = [[e for e in task.examples if e.split == "train"][: min(ADAPTED["budgets"])] for task in tasks]
     shown = [[(e.input, e.outputs[0]) for e in of] for of in train]
@@ -149,9 +161,8 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
         return folder
     partial = folder.with_suffix(".partial")
     if start == "nearest":
-        index = DescriptionIndex(descriptions_of(library), TextEncoder.from_pretrained())
-        for task, near in zip(tasks, index.nearest(texts), strict=True):
-            shutil.copytree(library / near[0].name, partial / task.name, dirs_exist_ok=True)
+        for task, stored in zip(tasks, _nearest(work, texts), strict=True):
+            shutil.copytree(stored, partial / task.name, dirs_exist_ok=True)
     else:
         engine = t2l.TextToLoRA.from_pretrained(checkpoint)
         most = engine.encoder.max_examples
@@ -159,6 +170,18 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
         for i, task in enumerate(tasks):
             stack.save_pretrained(partial / task.name, adapter=i, base_model_name_or_path=PLAN["model"])
     return partial.rename(folder)
+
+
+def _nearest(work: Path, texts: Sequence[str]) -> list[Path]:
+    """For each of ``texts`` the adapter of the trained specification with the nearest descriptions.
+
+    Only these are trained, with the settings of the study's library: one of all trained specifications would take a day.
+    """
+    source, library = runs.folder_of(work, TRAINED), work / "stored"
+    described = {name: of[: -suite.HELD_OUT] for name, of in read_descriptions(source).items()}
+    near = [found[0].name for found in DescriptionIndex(described, TextEncoder.from_pretrained()).nearest(texts)]
+    lora.train(RUNS[LIBRARY].settings, source, library, names=sorted(set(near)))
+    return [library / lora.ADAPTERS / name for name in near]
 
 
 def _right(work: Path, name: str, budget: int, start: str) -> dict[str, dict[str, float]]:
