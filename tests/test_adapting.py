@@ -79,7 +79,7 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(adapting, "STARTS", ("generated", "nearest", plan.RIVAL))
     made = suite.suite(200)
     trained = [placed for placed in made if placed.tier == "train"][:20]
-    specifications = runs.Specifications([], trained, [], [], made)
+    specifications = runs.Specifications(trained, trained, [], [], made)
     rates = list(adapting.rates(tmp_path, specifications))
     assert [(of["start"], list(of["lowest"])) for of in rates] == [("peft", ["0.001"]), ("generated", ["0.001"])]
     about, *found = adapting.records(tmp_path, specifications)
