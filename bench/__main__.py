@@ -186,7 +186,7 @@ def specs(
     if development:
         CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
         return
-    for name in runs.split(",") if runs else [] if as_is else [name for name in plan.RUNS if name not in plan.SMALL]:
+    for name in runs.split(",") if runs else [] if as_is else plan.STUDY:
         train(name, work)
     if not runs:
         write(ctx, out, threads, study.records(work, found))

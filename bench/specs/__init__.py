@@ -24,7 +24,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
     from bench.specs import adapting, costs, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
-    without = [name for name in runs.lacking(work) if name not in plan.SMALL]
+    without = [name for name in runs.lacking(work) if name in plan.STUDY]
     if plan.T2L in without:
         raise BenchError(f"--work: expected the finished run {plan.T2L} in {work}, found none with the plan's settings")
     there = lambda arms: [arm for arm in arms if plan.NEEDS.get(arm) not in without]  # noqa: E731
@@ -57,7 +57,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
             yield record("stored", split=split, wordings=wordings, scores=means)
     yield from costs.records(work)
     yield from adapting.rates(work, specifications)
-    yield from trained(work, [name for name in plan.RUNS if name not in (*without, *plan.SMALL)])
+    yield from trained(work, [name for name in plan.STUDY if name not in without])
 
 
 def trained(work: Path, names: Iterable[str]) -> Iterator[Record]:

@@ -156,17 +156,15 @@ bool is_plain(const char* name) {
 const Module* read_modules(Reader& reader, const Header& h) {
   const Module* modules = reader.records<Module>(static_cast<uint64_t>(h.num_modules));
   for (const Module* m = modules; m != modules + h.num_modules; ++m) {
+    const auto bad = [&](const std::string& what) { reader.bad("module " + std::to_string(m - modules) + ": " + what); };
     const auto out_of_range = [](int64_t n) { return n < 1 || n > kMaxSize; };
     if (out_of_range(m->in_features) || out_of_range(m->out_features) || m->offsets < 0 || m->offsets > 15)
-      reader.bad("module " + std::to_string(m - modules) + ": a number is out of range");
-    if (m->name[sizeof m->name - 1] != '\0' || m->path[sizeof m->path - 1] != '\0')
-      reader.bad("module " + std::to_string(m - modules) + ": expected texts that end");
-    if (!is_plain(m->name))
-      reader.bad("module " + std::to_string(m - modules) + ": name: expected letters, digits and underscores");
+      bad("a number is out of range");
+    if (m->name[sizeof m->name - 1] != '\0' || m->path[sizeof m->path - 1] != '\0') bad("expected texts that end");
+    if (!is_plain(m->name)) bad("name: expected letters, digits and underscores");
     for (const Module* other = modules; other != m; ++other)
       if (std::strcmp(m->name, other->name) == 0 || std::strcmp(m->path, other->path) == 0)
-        reader.bad("module " + std::to_string(m - modules) + ": expected another name and path than those of module " +
-                   std::to_string(other - modules));
+        bad("expected another name and path than those of module " + std::to_string(other - modules));
   }
   return modules;
 }

@@ -158,8 +158,8 @@ T2L_API t2l_status t2l_hypernet_generate(const t2l_hypernet* net, const float* t
 // tokens [seg_indptr[s], seg_indptr[s + 1]) and uses adapter seg_adapters[s]; of adapter -1 (the base model) y keeps its
 // bits. Rows of x, of y and of A are contiguous; other strides are positive where their dimension has more than one entry,
 // and those of x and y reach over a row.  No array may reach over more than 2^60 elements.  Sizes are below 2^31,
-// and rank is at most 65,536.  Neither y and the inputs nor the
-// rows of y may overlap.  Arrays may be NULL where they have no element; seg_indptr always has one.
+// and rank is at most 65,536.  Neither y and the inputs nor the rows of y may overlap.  Arrays may be NULL where they have
+// no element; seg_indptr always has one.
 typedef struct t2l_lora {
   void* y;                      // [num_tokens, out_features], dtype x_dtype
   const void* x;                // [num_tokens, in_features]

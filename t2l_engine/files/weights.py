@@ -42,12 +42,12 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype: expected a floating-point dtype, one of {WEIGHT_DTYPES}, got {dtype!r}")
 
 
-def check_no_model(directory: Path, what: str) -> None:
-    """FileExistsError for a folder with a model, whose config.json ``what`` would replace."""
+def check_no_model(directory: Path) -> None:
+    """FileExistsError for a folder with a model, whose config.json that of a checkpoint would replace."""
     for weights in MODEL_WEIGHTS:
         if (directory / weights).exists():
             raise FileExistsError(
-                f"{directory}: holds {weights}, whose config.json {what} would replace; choose another folder"
+                f"{directory}: holds {weights}, whose config.json a checkpoint's would replace; choose another folder"
             )
 
 

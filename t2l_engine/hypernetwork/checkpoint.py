@@ -122,7 +122,7 @@ def write_native(
 
     Raises CheckpointError if ``blocks`` exceed what readers accept, FileExistsError for the folder of a model.
     """
-    check_no_model(folder, "a checkpoint's")
+    check_no_model(folder)
     blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
     for prefix, tensors in ((UNUSED_PREFIX, unused), (POOLING_PREFIX, pooling)):
         state = state | {prefix + key: tensor for key, tensor in tensors.items()}

@@ -34,13 +34,22 @@ def passed(output: str) -> int:
 ISAS = native.about()["instruction_sets"] if ops.NATIVE else {"available": [], "chosen": ""}
 
 
+def needs_cpu_kernels(backend):
+    needs_native("instruction sets are the native library's")
+    if backend != "cpu":
+        pytest.skip("instruction sets are the CPU kernels'")
+
+
+def under(isa, probe):
+    """A Python process that runs ``probe`` with T2L_ISA."""
+    return subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("shapes", ["small", pytest.param("all", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("isa", [isa for isa in ISAS["available"] if isa != ISAS["chosen"]])
 def test_instruction_sets(backend, isa, shapes):
     """The op cases under every other instruction set of this CPU; of real models' shapes, in the slow tests."""
-    needs_native("instruction sets are the native library's")
-    if backend != "cpu":
-        pytest.skip("instruction sets are the CPU kernels'")
+    needs_cpu_kernels(backend)
     if os.environ.get("T2L_ISA"):
         pytest.skip("an instruction set was asked for")
     command = [sys.executable, "-m", "pytest", "-q", "-m", "kernel_case", str(Path(__file__).parent)]
@@ -51,11 +60,9 @@ def test_instruction_sets(backend, isa, shapes):
 
 
 def test_an_instruction_set_that_this_cpu_lacks(backend):
-    needs_native("instruction sets are the native library's")
-    if backend != "cpu":
-        pytest.skip("instruction sets are the CPU kernels'")
+    needs_cpu_kernels(backend)
     probe = "from t2l_engine import ops; from t2l_engine.testing.cases import LORA_CASES as c; ops.lora_add_(**c[4].make())"
-    run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
+    run = under("mmx", probe)
     assert (
         run.returncode != 0
         and "T2L_ISA: expected generic, avx2, avx512, avx512_bf16, avx512_bf16_wide, amx, amx_model, neon or" in run.stderr
@@ -64,9 +71,7 @@ def test_an_instruction_set_that_this_cpu_lacks(backend):
 
 
 def test_an_error_of_the_instruction_set_stays_the_same(backend):
-    needs_native("instruction sets are the native library's")
-    if backend != "cpu":
-        pytest.skip("instruction sets are the CPU kernels'")
+    needs_cpu_kernels(backend)
     probe = """
 from t2l_engine import ops
 from t2l_engine.ops import native
@@ -82,7 +87,7 @@ before = error()
 native.about()
 assert error() == before and "got 'mmx'" in before
 """
-    run = subprocess.run([sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "mmx"}, capture_output=True, text=True)
+    run = under("mmx", probe)
     assert run.returncode == 0, run.stderr
 
 
@@ -91,9 +96,7 @@ assert error() == before and "got 'mmx'" in before
 )
 def test_another_instruction_set_does_not_ask_for_tiles(backend):
     """What Linux grants, a process keeps; bit 18 of ARCH_GET_XCOMP_PERM says whether it was asked."""
-    needs_native("instruction sets are the native library's")
-    if backend != "cpu":
-        pytest.skip("instruction sets are the CPU kernels'")
+    needs_cpu_kernels(backend)
     probe = """
 import ctypes
 from t2l_engine import ops
@@ -109,18 +112,12 @@ before = granted()
 ops.lora_add_(**case)
 assert granted() == before
 """
-    run = subprocess.run(
-        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": "generic"}, capture_output=True, text=True
-    )
+    run = under("generic", probe)
     assert run.returncode == 0, run.stderr
 
 
 def test_a_wrong_instruction_set_is_told_whatever_it_is(backend):
-    needs_native("instruction sets are the native library's")
-    if backend != "cpu":
-        pytest.skip("instruction sets are the CPU kernels'")
+    needs_cpu_kernels(backend)
     probe = "from t2l_engine.ops import native; print(native.about()['instruction_sets']['error'])"
-    run = subprocess.run(
-        [sys.executable, "-c", probe], env=os.environ | {"T2L_ISA": 'a"b\\\n\udcff'}, capture_output=True, text=True
-    )
+    run = under('a"b\\\n\udcff', probe)
     assert run.returncode == 0 and "got 'a?b???'" in run.stdout, run.stderr

@@ -301,7 +301,7 @@ def train(
 
     Other arguments, files and errors as in :func:`t2l_engine.research.training.sft.train`.
     """
-    check_no_model(Path(output), "a checkpoint's")  # before everything is read
+    check_no_model(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
     library, states = Library(Path(adapters_folder), names), Path(output) / STATES / str(accelerator.process_index)
     loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)

@@ -198,7 +198,7 @@ def train(
         ConfigError: settings, tasks and model do not fit together, or ``output`` holds another run.
         FloatingPointError: the loss is NaN or infinite; the last saved state is kept.
     """
-    check_no_model(Path(output), "a checkpoint's")  # before everything is read
+    check_no_model(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     states = Path(output) / STATES / str(accelerator.process_index)
