@@ -54,13 +54,18 @@ class Spool:
             raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
         if any(self.root.iterdir()) and not (self.root / _USED).exists():
             raise ValueError(f"spool: expected an empty folder or a spool, whose old adapters are removed, got {self.root}")
-        with self._count() as count:
-            removed = self._prune(self._oldest_server())
-            count[0] = self._measure()
-            self._lock, self._own = tempfile.mkstemp(prefix=_SERVER, dir=self.root)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._lock, self._own = -1, ""
+        try:
+            with self._count() as count:
+                removed = self._prune(self._oldest_server())
+                count[0] = self._measure()
+                self._lock, self._own = tempfile.mkstemp(prefix=_SERVER, dir=self.root)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except OSError:
+            self.close()
+            raise
         for folder in removed:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another that starts now may be at it, too
 
     def close(self) -> None:
         """No longer a server that uses the folder; the adapters stay."""
@@ -70,13 +75,19 @@ class Spool:
         self._lock = -1
 
     def find(self, key: str, *, memory: bool = False) -> Path | None:
-        """The folder of an adapter, None if it is not there; what is found counts as used now."""
+        """The folder of an adapter, None if it is not there; what is found counts as used now.
+
+        Waits for others that look or change.  Raises Unavailable if the folder of all adapters cannot be used any more.
+        """
         path = self._path(key, memory)
-        with self._count():  # or a server that starts could remove it between these two
-            try:
-                os.utime(path)
-            except FileNotFoundError:
-                return None
+        try:
+            with self._count():  # or a server that starts could remove it between these two
+                try:
+                    os.utime(path)
+                except FileNotFoundError:
+                    return None
+        except OSError as error:
+            raise Unavailable(f"adapters: their folder cannot be read: {error.strerror}") from error
         return path
 
     def write_peft(self, key: str, stack: AdapterStack, base: str | None = None) -> Path:
@@ -142,7 +153,7 @@ class Spool:
         with os.fdopen(os.open(self.root / _USED, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
-            count = [int(text) if text else self._measure()]
+            count = [int(text) if text.isascii() and text.isdecimal() else self._measure()]
             yield count
             if text != str(count[0]):
                 file.seek(0)
@@ -160,9 +171,9 @@ class Spool:
         """When the oldest running server started, infinity without any; files of those that have ended are removed."""
         oldest = math.inf
         for path in self.root.glob(f"{_SERVER}*"):
-            with contextlib.suppress(FileNotFoundError), path.open() as file:  # one that ends now removes its own
+            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # one that ends now removes its own
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # on NFS only of a file that may be written
                 except BlockingIOError:
                     oldest = min(oldest, path.stat().st_mtime)
                 else:
@@ -182,9 +193,12 @@ class Spool:
         for used, size, folder in sorted(found, reverse=True):
             room -= size
             if (room < 0 or _TEMPORARY in folder.name or used < oldest) and used < started - _MARGIN_SECONDS:
-                removed.append(folder.rename(f"{folder}{_TEMPORARY}{os.urandom(4).hex()}"))
+                with contextlib.suppress(FileNotFoundError):  # removed by another that started
+                    removed.append(folder.rename(f"{folder}{_TEMPORARY}{os.urandom(4).hex()}"))
         return removed
 
 
 def _size(folder: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(folder))
+    """Bytes that the files of a folder take: small ones take whole pages, which shared memory has not to spare."""
+    stats = [entry.stat() for entry in os.scandir(folder)]
+    return sum(max(of.st_size, of.st_blocks * 512) for of in stats)

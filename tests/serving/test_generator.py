@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import dataclasses
+import fcntl
 import logging
 import shutil
 import threading
@@ -85,6 +86,29 @@ def test_the_event_loop_only_waits(settings, loaded, monkeypatch):
     generator = Generator(settings())
     assert asyncio.run(run()).is_dir()
     assert steps == [False] * 100 and len(threads) == 1 and main not in threads
+
+
+def test_the_event_loop_does_not_wait_for_the_spool(settings, loaded):
+    """Another process that starts has it locked for as long as it looks at every folder."""
+    generator = Generator(settings())
+    (folder,) = gather(generator, TEXTS[:1])
+
+    async def run():
+        with (folder.parent / ".used").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waiter = asyncio.ensure_future(generator.folder(None, TEXTS[0]))
+            for _ in range(100):
+                await asyncio.sleep(0.001)
+            assert not waiter.done()
+        return await waiter
+
+    assert asyncio.run(run()) == folder and (generator.generated, generator.passes) == (1, 1)
+
+
+def test_a_spool_that_cannot_be_opened_names_the_variable(settings, loaded, tmp_path):
+    (tmp_path / "file").write_text("")
+    (found,) = gather(Generator(settings(spool=tmp_path / "file")), TEXTS[:1])
+    assert type(found) is RuntimeError and str(found).startswith("T2L_VLLM_SPOOL: ") and str(tmp_path / "file") in str(found)
 
 
 def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, monkeypatch):

@@ -1,9 +1,13 @@
 """The spool: what its folders hold, that they appear whole, the budget and pruning, with several processes."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,82 @@ def spool(tmp_path):
 
 def visible(spool):
     return sorted(path.name for path in spool.root.iterdir() if path.is_dir())
+
+
+def taken(folder):
+    """Bytes of a folder's files, of small ones the whole pages."""
+    return sum(max(path.stat().st_size, path.stat().st_blocks * 512) for path in folder.iterdir())
+
+
+def test_small_files_count_as_what_they_take(spool):
+    folder = spool.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
+    assert spool.used == taken(folder) >= 3 * 512 > sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_locks_are_those_that_nfs_has(tmp_path, monkeypatch):
+    """Its client answers EBADF to an exclusive lock of a file that was opened for reading alone."""
+    flock = fcntl.flock
+
+    def nfs(file, operation):
+        if operation & fcntl.LOCK_EX and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", nfs)
+    first = Spool(tmp_path / "spool", 1 << 20)
+    second = Spool(tmp_path / "spool", 1 << 20)
+    assert second.find("k") is None and first.write_peft("k", stack()) == second.find("k")
+
+
+@pytest.mark.parametrize("text", ["", "12x", "\u0663", "-5"])
+def test_a_damaged_count_is_made_again(spool, text):
+    spool.write_peft("k", stack())
+    used = spool.used
+    (spool.root / ".used").write_text(text, encoding="utf-8")
+    assert spool.find("k") and spool.used == used and (spool.root / ".used").read_text() == str(used)
+
+
+def test_a_folder_that_is_gone_is_no_room(spool):
+    shutil.rmtree(spool.root)
+    with pytest.raises(Unavailable, match="adapters: their folder cannot be read: No such file or directory"):
+        spool.find("k")
+    with pytest.raises(Unavailable, match="adapters: their folder cannot be written: No such file or directory"):
+        spool.write_peft("k", stack())
+
+
+def test_what_another_one_removes_is_left_to_it(tmp_path, monkeypatch):
+    first = Spool(tmp_path / "spool", 1 << 20)
+    for key in ("a", "b"):
+        os.utime(first.write_peft(key, stack()), (time.time() - 8 * DAY,) * 2)
+    first.close()
+    rename = Path.rename
+
+    def raced(path, target):
+        if path.name == "a":
+            shutil.rmtree(path)
+        moved = rename(path, target)
+        shutil.rmtree(moved)
+        return moved
+
+    monkeypatch.setattr(Path, "rename", raced)
+    alone = Spool(tmp_path / "spool", 1 << 20)
+    assert visible(alone) == [] and alone.used == 0
+
+
+def test_a_start_that_fails_holds_nothing(tmp_path, monkeypatch):
+    Spool(tmp_path / "spool", 1 << 20).close()
+    flock, calls = fcntl.flock, []
+
+    def out_of_locks(file, operation):
+        calls.append(operation)
+        if len(calls) == 2:  # that of the server's own file
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", out_of_locks)
+    with pytest.raises(OSError, match="No locks available"):
+        Spool(tmp_path / "spool", 1 << 20)
+    assert [path.name for path in (tmp_path / "spool").iterdir()] == [".used"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
@@ -186,7 +266,7 @@ def test_what_a_running_server_may_use_stays(context, tmp_path):
     size = 0
     for days, key in ((0, "new"), (1, "used"), (2, "edge"), (3, "older")):
         folder = first.write_peft(key, stack())
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        size = taken(folder)
         os.utime(folder, (time.time() - days * DAY,) * 2)
     opened, leave = context.Event(), context.Event()
     server = context.Process(target=_hold, args=(tmp_path / "spool", opened, leave), daemon=True)
@@ -220,7 +300,7 @@ def test_who_starts_alone_removes_what_is_unfinished_or_unused_for_a_week(tmp_pa
     first.close()
     alone = Spool(tmp_path / "spool", 1 << 20)
     assert visible(alone) == ["found", "new"]
-    assert alone.used == sum(path.stat().st_size for key in ("found", "new") for path in (alone.root / key).iterdir())
+    assert alone.used == taken(alone.root / "found") + taken(alone.root / "new")
 
 
 def test_a_folder_that_others_write_to_is_refused(tmp_path):

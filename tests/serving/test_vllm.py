@@ -282,6 +282,10 @@ def test_register(registry, hooks, monkeypatch, tmp_path):
     assert len(hooks) == 2 and not hooks[1].kernels, "partial adapters are refused"
     monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "smollm2-135m")
     monkeypatch.setenv("T2L_VLLM_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
+    with pytest.raises(ValueError, match="VLLM_SKIP_MODEL_NAME_VALIDATION: expected it unset with T2L_VLLM_CHECKPOINT"):
+        t2l_vllm.register()
+    monkeypatch.delenv("VLLM_SKIP_MODEL_NAME_VALIDATION")
     t2l_vllm.register()
     resolver = registry.get_resolver("t2l")
     t2l_vllm.register()
@@ -387,11 +391,12 @@ def test_the_two_ways_have_different_names_for_one_adapter(client):
     "body, message, param",
     [
         ("{", "expected a JSON object", None),
-        ("[]", "expected a JSON object", None),
+        ("[]", "expected a JSON object, got list", None),
+        ({"checkpoint": "secret"}, "got one without", None),
         ("[" * 60000, "expected a JSON object", None),
         ({}, 'expected a JSON object with "description"', None),
-        ({"description": "secret", "other": 1}, 'expected a JSON object with "description"', None),
-        ({"description": "secret", "checkpoint": 3}, "checkpoint: expected a string", "checkpoint"),
+        ({"description": "secret", "other": 1}, "got one with 1 other fields", None),
+        ({"description": "secret", "checkpoint": 3}, "checkpoint: expected a string, got int", "checkpoint"),
         ({"description": "secret", "checkpoint": "x"}, "checkpoint: expected one of", "description"),
         ({"description": ["secret"]}, "description: expected a string, got list", "description"),
         ({"description": " "}, "description: expected a description", "description"),

@@ -75,7 +75,15 @@ def test_errors_name_the_variable(name, value, message):
         read({f"T2L_VLLM_{name}": value})
 
 
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, message in (("file", "expected a folder, got a file"), ("empty", "holds neither config.json")):
+        with pytest.raises(ValueError, match=f"^T2L_VLLM_CHECKPOINT: .*{message}"):
+            read({"T2L_VLLM_CHECKPOINT": str(tmp_path / name)})
+
+
 def test_a_folder_whose_name_cannot_be_asked_for_is_refused(tmp_path):
-    (tmp_path / "a:b").mkdir()
+    shutil.copytree(BUNDLED / "smollm2-135m", tmp_path / "a:b")
     with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINT: expected folders whose names are without ':'"):
         read({"T2L_VLLM_CHECKPOINT": str(tmp_path / "a:b")})

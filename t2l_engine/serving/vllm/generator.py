@@ -17,7 +17,7 @@ import torch
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import BATCH, Checkpoint, quiet_encoder
 from t2l_engine.serving.spool import Spool, Unavailable
-from t2l_engine.serving.vllm.settings import MEMORY, Settings
+from t2l_engine.serving.vllm.settings import MEMORY, PREFIX, Settings
 
 MAX_WAITING = 1024  # texts that may wait for a pass of the encoder
 logger = logging.getLogger("vllm.t2l_engine")  # vLLM configures "vllm" and what is below
@@ -100,15 +100,12 @@ class Generator:
         self._names[name] = owner
 
     async def generate(self, job: Job) -> Path:
-        """The folder of a job's adapter: from the spool, from a pass that makes it already, or from the next one.
+        """The folder of a job's adapter: from a pass that makes it already, or from the next one, which asks the spool first.
 
         A waiter that is cancelled does not cancel what others may wait for.
         """
         future = self._futures.get(job.key)
         if future is None:
-            found = self._spool.find(job.key, memory=self._memory) if self._spool else None
-            if found is not None:
-                return found
             if len(self._waiting) >= MAX_WAITING:
                 raise Unavailable(f"adapters: {MAX_WAITING} descriptions wait to be generated; try again later")
             future = self._futures[job.key] = asyncio.get_running_loop().create_future()
@@ -117,10 +114,6 @@ class Generator:
             if self._drain is None or self._drain.done():
                 self._drain = asyncio.ensure_future(self._run())
         return await asyncio.shield(future)
-
-    @property
-    def _memory(self) -> bool:
-        return self.settings.mode == MEMORY
 
     def _load(self, name: str) -> concurrent.futures.Future[Checkpoint]:
         with self._lock:  # warm_up() may run in another thread
@@ -132,7 +125,10 @@ class Generator:
     def _load_now(self, name: str) -> Checkpoint:
         quiet_encoder()
         if self._spool is None:
-            self._spool = Spool(self.settings.spool, self.settings.spool_bytes)
+            try:
+                self._spool = Spool(self.settings.spool, self.settings.spool_bytes)
+            except (OSError, ValueError) as error:
+                raise RuntimeError(f"{PREFIX}SPOOL: {error}") from error
         return Checkpoint.load(name, self.settings.checkpoints[name])
 
     async def _run(self) -> None:
@@ -166,14 +162,22 @@ class Generator:
 
     def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
         assert self._spool is not None  # opened before any checkpoint was loaded
-        for job in jobs:
+        memory = self.settings.mode == MEMORY
+        found: dict[str, Path | Exception] = {}
+        for job in jobs:  # here, since another process may have the spool locked for long
+            if (path := self._spool.find(job.key, memory=memory)) is not None:
+                found[job.key] = path
+        lacking = [job for job in jobs if job.key not in found]
+        for job in lacking:
             tokens, used = checkpoint.length(job.prepared)
             if used < tokens:
                 logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
-        self.passes += 1
-        results = checkpoint.write([(job.text, job.key) for job in jobs], self._spool, self._memory)
-        self.generated += sum(isinstance(result, Path) for result in results)
-        return results
+        if lacking:
+            self.passes += 1
+            results = checkpoint.write([(job.text, job.key) for job in lacking], self._spool, memory)
+            self.generated += sum(isinstance(result, Path) for result in results)
+            found |= {job.key: result for job, result in zip(lacking, results, strict=True)}
+        return [found[job.key] for job in jobs]
 
 
 def _log_failure(loaded: concurrent.futures.Future[Checkpoint]) -> None:

@@ -103,8 +103,17 @@ def _fields(body: bytes) -> dict[str, Any]:
         fields = json.loads(body)
     except (ValueError, RecursionError):
         raise VLLMValidationError("expected a JSON object, got a body that is not JSON") from None
-    if not isinstance(fields, dict) or "description" not in fields or not set(fields) <= set(_FIELDS):
-        raise VLLMValidationError('expected a JSON object with "description", and "checkpoint" if it is not the default')
-    if not isinstance(fields.get("checkpoint"), (str, type(None))):
-        raise VLLMValidationError("checkpoint: expected a string", parameter="checkpoint")
+    if not isinstance(fields, dict):
+        raise VLLMValidationError(f"expected a JSON object, got {type(fields).__name__}")
+    if "description" not in fields or not set(fields) <= set(_FIELDS):
+        others = len(set(fields) - set(_FIELDS))
+        raise VLLMValidationError(
+            'expected a JSON object with "description", and "checkpoint" if it is not the default, got one '
+            + (f"with {others} other fields" if others else 'without "description"')
+        )
+    checkpoint = fields.get("checkpoint")
+    if not isinstance(checkpoint, (str, type(None))):
+        raise VLLMValidationError(
+            f"checkpoint: expected a string, got {type(checkpoint).__name__}", parameter="checkpoint"
+        )
     return fields

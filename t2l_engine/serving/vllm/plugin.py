@@ -6,6 +6,7 @@ import multiprocessing
 import sys
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.lora.resolver import LoRAResolverRegistry
 
 from t2l_engine.serving.vllm.generator import Generator
@@ -21,9 +22,17 @@ _INSPECTION = "vllm.model_executor.models.registry"
 
 
 def register(settings: Settings) -> None:
-    """Register a resolver, unless there is one or no checkpoint is set; with ``warmup`` the main process starts loading."""
+    """Register a resolver, unless there is one or no checkpoint is set; with ``warmup`` the main process starts loading.
+
+    Raises ValueError where vLLM is told to answer models that it does not know by the base model.
+    """
     if not settings.enabled or NAME in LoRAResolverRegistry.get_supported_resolvers():
         return
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
+        raise ValueError(
+            "VLLM_SKIP_MODEL_NAME_VALIDATION: expected it unset with T2L_VLLM_CHECKPOINT, got 1: vLLM would answer sentences "
+            "without an adapter"
+        )
     generator = Generator(settings)
     LoRAResolverRegistry.register_resolver(NAME, T2LResolver(generator))
     runs = getattr(sys.modules["__main__"], "__spec__", None)  # as python -m

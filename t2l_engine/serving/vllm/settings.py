@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
+from t2l_engine.hypernetwork.folder import bundled_checkpoints, format_of, resolve_checkpoint
 
 PREFIX = "T2L_VLLM_"
 #: Names of the environment variables without PREFIX.
@@ -86,7 +86,8 @@ def _checkpoints(text: str) -> dict[str, str]:
     for source in filter(None, (part.strip() for part in text.split(","))):
         try:
             folder = resolve_checkpoint(source)
-        except FileNotFoundError as error:
+            format_of(folder)
+        except OSError as error:
             raise ValueError(f"{PREFIX}CHECKPOINT: {error}") from None
         name = source if source in bundled_checkpoints() else folder.resolve().name
         if not name or ":" in name or "/" in name:
