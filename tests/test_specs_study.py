@@ -371,10 +371,10 @@ def test_small_runs_are_compared_by_loss():
     }  # fmt: skip
     made = Result(Path("small.jsonl"), {}, (), {"training": [of("small-adamw", 2.0), of("small", 1.0), of("t2l", 0.5)]})
     small, adamw = TABLES["specs-small"].lines([made])
-    assert (small["changed"], adamw["changed"]) == (tables_specs.SMALL["small"], "AdamW")
+    assert (small["changed"], adamw["changed"]) == (tables_specs.CHANGED["small"], "AdamW")
     losses = [value for head, value in small.items() if head.startswith("loss")]
     assert losses == [16.0, 11.0, 1.0] and "loss, 25 % of 250 steps" in small
-    assert {*tables_specs.SMALL, "reconstruction"} == {*plan.SMALL} <= plan.RUNS.keys()
+    assert {*tables_specs.CHANGED, "reconstruction"} == {*plan.SMALL} <= plan.RUNS.keys()
 
 
 def test_tokens_are_those_of_a_run_and_all_before():

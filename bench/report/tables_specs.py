@@ -43,7 +43,7 @@ ARMS = {
 #: Arms of the tables that have no room for all.
 SHOWN = ("t2l", "t2l-shuffled", "t2l-examples", RIVAL, "icl")
 #: Small run -> the one thing that it changes.
-SMALL = {
+CHANGED = {
     "small": "nothing: Muon, learning rate 1e-3, from nothing",
     "small-adamw": "AdamW",
     "small-fast": "learning rate 2.5e-3",
@@ -264,7 +264,7 @@ table("specs-curves", "Training loss over tokens, specifications", "specs")(curv
 @table("specs-small", "Small runs that change one thing at a time: loss of a twentieth of the steps", "small", optional=True)
 def _small(result: Result) -> Iterator[Line]:
     runs = {run["run"]: run for run in result.others.get("training", ())}
-    for name, changed in SMALL.items():
+    for name, changed in CHANGED.items():
         if name in runs:
             curve = [loss for _, loss in runs[name]["curve"]]
             at = {

@@ -43,8 +43,8 @@ def adapt(
     """Generate an adapter from a description, tune it on examples and write it as a PEFT folder.
 
     One example in four is held out, at most 64.  They decide which step is kept and when to stop, and say what was gained:
-    the loss and the number of right answers with the adapter as generated, which is kept in start/, and as tuned: a little
-    too well, as the step is chosen by the same examples.
+    the loss and the number of right answers with the adapter as generated, which is kept in start/, and as tuned: an
+    optimistic estimate, as the step is chosen by the same examples.
     """
     began = time.perf_counter()
     from t2l_engine.text.examples import read_examples

@@ -46,7 +46,7 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
 Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
 Names = Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")]
-Manifest = Annotated[str, typer.Option(help='Manifest, "skills" or a file, that the examples must match.')]
+Manifest = Annotated[str, typer.Option(help='Packaged manifest ("skills", "specs") or a file of one, that the examples must match.')]
 Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on; default: train.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]
@@ -105,7 +105,7 @@ def reconstruction(
     threads: Threads = 0,
     fields: Annotated[bool, _fields_option("ReconstructionSettings")] = False,
 ) -> None:
-    """Train a hypernetwork to reproduce a library of adapters, without the base model."""
+    """Train a hypernetwork to reproduce a library of adapters, without the base model unless the encoder is a reader."""
     accelerator, settings = _start("ReconstructionSettings", config, overrides, device, threads)
     from t2l_engine.research.training import reconstruction as training
 
