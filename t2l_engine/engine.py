@@ -41,6 +41,8 @@ def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) 
         return MINILM
     if isinstance(config, OneHotConfig):
         raise ValueError(f"encoder: expected none, since {folder} knows tasks by their names (one-hot), got {str(given)!r}")
+    if config is not None and str(given) == config.name:
+        return config
     if not Path(given).is_dir():
         raise FileNotFoundError(f"encoder {str(given)!r}: no such folder")
     if config is None:
@@ -96,7 +98,7 @@ class TextToLoRA:
         Args:
             encoder: of the texts; None = the one the checkpoint was trained with (MiniLM if it names none).  A local
                 folder: the files of that encoder, with pooling, template, length and dtype of the checkpoint; if the
-                checkpoint does not state them, a sentence-transformers folder, which does.
+                checkpoint does not state them, a sentence-transformers folder, which does.  The encoder's own name: as None.
             trust_remote_code: run the Python code that the encoder's configuration names (``auto_map``), which may come from
                 elsewhere; off by default.
             scaling, dtype, device, module_order: as in :meth:`HyperNetwork.from_pretrained`.

@@ -20,7 +20,7 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_json, read_texts, to_json
 from t2l_engine.files.weights import content_checksum, read_safetensors, write_folder, write_text
 from t2l_engine.ops.reference import without_autocast
-from t2l_engine.text.encoder import TextEncoder
+from t2l_engine.text.encoder import MINILM, TextEncoder
 from t2l_engine.text.reader import TextReader
 
 DESCRIPTIONS, EMBEDDINGS, DIGESTS = "descriptions.json", "embeddings.safetensors", "embeddings.json"
@@ -115,10 +115,14 @@ class AdapterLibrary:
         Args:
             encoder: of sentences; None: all-MiniLM-L6-v2.
 
-        Raises FileNotFoundError for a missing file, ConfigError for an invalid one, AdapterError for an adapter.
+        Raises FileNotFoundError for a missing file, ConfigError for an invalid one, or without ``encoder`` for embeddings of
+        another one than MiniLM, AdapterError for an adapter.
         """
-        folder, encoder = Path(folder), encoder or TextEncoder.from_pretrained()
+        folder = Path(folder)
         descriptions = _descriptions(folder / DESCRIPTIONS)
+        if encoder is None:
+            _check_minilm(folder / DIGESTS)
+            encoder = TextEncoder.from_pretrained()
         digest = _digest(descriptions, encoder)
         means = _stored(folder, digest, (len(descriptions), encoder.embed_dim))
         return cls(AdapterStack.from_peft([folder / name for name in descriptions]), descriptions, encoder, means)
@@ -139,7 +143,8 @@ class AdapterLibrary:
         for i, name in enumerate(self.descriptions):
             self.stack.save_pretrained(folder / name, i, base_model_name_or_path)
         write_text(folder / DESCRIPTIONS, json.dumps(self.descriptions, indent=1, ensure_ascii=False) + "\n")
-        digest = {"sha256": _digest(self.descriptions, self.index.encoder)}
+        encoder = self.index.encoder
+        digest = {"sha256": _digest(self.descriptions, encoder), "encoder": encoder.config.name}
         write_folder(folder, EMBEDDINGS, {"means": self.index.means.contiguous()}, DIGESTS, digest)
 
     def __len__(self) -> int:
@@ -177,9 +182,13 @@ class AdapterLibrary:
         """One adapter per text, and the stored ones that each is made of: none where ``generate`` has made it.
 
         A text whose nearest descriptions have a cosine of ``min_similarity`` or more gets :meth:`retrieve`.  All adapters
-        have the wider dtype of those found and those generated.  Raises as :meth:`retrieve`, ``generate`` and
+        have the wider dtype of those found and those generated.
+
+        Raises ValueError for another ``min_similarity``, and as :meth:`retrieve`, ``generate`` and
         :meth:`AdapterStack.cat` do.
         """
+        if not -1 <= min_similarity <= 1:
+            raise ValueError(f"min_similarity: expected a cosine, -1 to 1, got {short_repr(min_similarity)}")
         matches = [row if row[0].similarity >= min_similarity else [] for row in self.nearest(texts, top_k)]
         known = [i for i, row in enumerate(matches) if row]
         new = [i for i, row in enumerate(matches) if not row]
@@ -249,11 +258,23 @@ def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> 
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
 
 
+def _check_minilm(path: Path) -> None:
+    """ConfigError if ``path`` states another encoder of the embeddings beside it."""
+    stated = read_json(path) if path.is_file() else None
+    name = stated.get("encoder", MINILM.name) if isinstance(stated, dict) else MINILM.name
+    if name != MINILM.name:
+        raise ConfigError(
+            f"{path}: expected embeddings of {MINILM.name!r}, got those of {short_repr(name)}; pass encoder=..., or remove "
+            "this file to embed the descriptions anew"
+        )
+
+
 def _stored(folder: Path, digest: str, shape: tuple[int, int]) -> Tensor | None:
     """The embeddings in ``folder``, if they are those of ``digest``."""
     if not (folder / EMBEDDINGS).is_file() or not (folder / DIGESTS).is_file():
         return None
-    if read_json(folder / DIGESTS) != {"sha256": digest}:
+    stated = read_json(folder / DIGESTS)
+    if not isinstance(stated, dict) or stated.get("sha256") != digest:
         return None
     means = read_safetensors(folder / EMBEDDINGS, ConfigError).get("means")
     if means is None or means.shape != shape:

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from t2l_engine import AdapterError, AdapterStack
@@ -131,6 +133,25 @@ def test_one_rank_does_not_blow_up_the_others(folder, monkeypatch):
         with pytest.raises(AdapterError, match="expected ranks and layers that fill at least 1/2 of one stack, got "):
             AdapterStack.from_peft([folder, *[small] * 9])
     assert len(AdapterStack.from_peft([folder, *[small] * 9])) == 10
+
+
+def test_what_is_empty_is_bounded(folder, monkeypatch):
+    edit_state(folder, lambda state: {key: tensor for key, tensor in state.items() if Q0 not in key})
+    monkeypatch.setattr(peft, "MAX_PADDED", 7)
+    with pytest.raises(AdapterError, match="that leave at most 7 values of the stack empty, got "):
+        AdapterStack.from_peft(folder)
+
+
+def test_a_full_disk_is_an_os_error(folder, monkeypatch):
+    def full(*arguments, **keywords):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    stack = AdapterStack.from_peft(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="cannot be written: I/O error: No space left on device"):
+        stack.save_pretrained(folder)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_dtype(folder):

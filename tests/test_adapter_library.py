@@ -1,6 +1,7 @@
 """Stored adapters found by descriptions: folders, nearness, mixtures, and generation where nothing is near."""
 
 import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.library import DESCRIPTIONS, DIGESTS, EMBEDDINGS, mixture
-from t2l_engine.testing.numerics import relative_frobenius, u
+from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = {
@@ -170,6 +171,21 @@ def test_embeddings_of_another_encoder(engine, library, tmp_path):
     other._cache = OrderedDict()
     again = t2l.AdapterLibrary.open(tmp_path, other)
     assert not again.index.means.equal(library.index.means)
+    assert json.loads((tmp_path / DIGESTS).read_text())["encoder"] == "minilm"
+    other.config = dataclasses.replace(other.config, name="another")
+    again.save(tmp_path)
+    with pytest.raises(
+        ConfigError, match=f"{DIGESTS}: expected embeddings of 'minilm', got those of 'another'; pass encoder="
+    ):
+        t2l.AdapterLibrary.open(tmp_path)
+    (tmp_path / DIGESTS).unlink()
+    assert relative_frobenius(t2l.AdapterLibrary.open(tmp_path).index.means, library.index.means) <= EMBEDDING_FROBENIUS
+
+
+@pytest.mark.parametrize("cosine", [60, -1.5, float("nan")])
+def test_a_cosine_is_one(engine, library, cosine):
+    with pytest.raises(ValueError, match="min_similarity: expected a cosine, -1 to 1, got "):
+        engine.generate([NEAR], library=library, min_similarity=cosine)
 
 
 def test_what_cannot_be_saved_leaves_the_library_as_it_was(engine, library, tmp_path):

@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from t2l_engine import CheckpointError, ConfigError, EncoderConfig, HyperNetwork
-from t2l_engine.hypernetwork.checkpoint import describe, encoder_config
+from t2l_engine.hypernetwork.checkpoint import describe, read
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, u
 from t2l_engine.text.config import encoder_config_from_json
 
@@ -316,11 +316,11 @@ def test_describe_a_reference_folder(golden, edit):
     folder = edit("L-sft", args={"emb_model": "some/gte-tiny"}, peft={"base_model_name_or_path": "some/base"})
     blocks = describe(folder)
     assert blocks["base_model"] == "some/base"
-    assert encoder_config_from_json(blocks["encoder"], "here") == encoder_config(folder)
-    assert encoder_config(folder) == EncoderConfig("some/gte-tiny", "cls", 8192)
+    assert encoder_config_from_json(blocks["encoder"], "here") == read(folder).encoder_config()
+    assert read(folder).encoder_config() == EncoderConfig("some/gte-tiny", "cls", 8192)
     assert "base_model" not in describe(edit("L-sft", args={"model_dir": None}))
     with pytest.raises(ConfigError, match=r"args\.yaml.*emb_model.*'tiny-encoder'"):
-        encoder_config(golden / "L-sft")
+        read(golden / "L-sft").encoder_config()
 
 
 def test_describe_needs_no_weights(edit):

@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 
 import pytest
@@ -288,3 +289,16 @@ def test_native_module_order_and_metadata(golden, native):
         HyperNetwork.from_pretrained(native, module_order=["v_proj", "q_proj"])
     with pytest.raises(ValueError, match="metadata.*surprise"):
         HyperNetwork.from_pretrained(golden / "L-sft").save_pretrained(native, {"surprise": 1})
+
+
+@pytest.mark.parametrize(
+    "blocks, value, message",
+    [({"training": None}, 1.0, "training: expected dict, got None"), ({}, math.nan, "holds NaN or infinite values")],
+)
+def test_what_readers_refuse_is_not_written(golden, tmp_path, blocks, value, message):
+    network = HyperNetwork.from_pretrained(golden / "L-sft")
+    with torch.no_grad():
+        next(network.parameters()).mul_(value)
+    with pytest.raises(CheckpointError, match=message):
+        network.save_pretrained(tmp_path / "out", blocks)
+    assert not (tmp_path / "out").exists()

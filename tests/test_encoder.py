@@ -3,6 +3,7 @@ import json
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -274,6 +275,8 @@ def test_model_is_put_into_eval_mode(parts):
 def test_an_encoder_by_name_states_its_pooling():
     with pytest.raises(ValueError, match="config: .*'some/model'"):
         TextEncoder.from_pretrained("some/model")
+    with pytest.raises(ValueError, match="config: expected .*'some/model'"):
+        TextEncoder.from_pretrained(Path("some/model"))
 
 
 def test_packaged_encoder_that_is_not_installed(monkeypatch):

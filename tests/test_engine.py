@@ -15,7 +15,7 @@ from t2l_engine import AdapterStack, ConfigError, EncoderConfig, HyperNetwork, H
 from t2l_engine.cli import app
 from t2l_engine.files.text import to_json
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.checkpoint import encoder_config
+from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.folder import format_of
 from t2l_engine.hypernetwork.sakana_encoder import SFR_TEMPLATE
@@ -165,14 +165,14 @@ def test_one_hot_takes_no_encoder_folder(native, base_folder):
 def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     """A name without rules stays refused, and no name stays no name."""
     convert(native(None, embed_dim=384), tmp_path / "unnamed")
-    assert format_of(tmp_path / "unnamed") == "reference" and encoder_config(tmp_path / "unnamed") is None
+    assert format_of(tmp_path / "unnamed") == "reference" and read(tmp_path / "unnamed").encoder_config() is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
     net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say
     convert(tmp_path / "once", tmp_path / "twice")
     for folder in (tmp_path / "once", tmp_path / "twice"):
         with pytest.raises(ConfigError, match="emb_model: expected a 'gte' or 'SFR' model or none.*got 'tiny-encoder'"):
-            encoder_config(folder)
+            read(folder).encoder_config()
 
 
 def test_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):

@@ -288,10 +288,26 @@ def test_checkpoint_errors_name_the_key(checkpoint, change, match):
         t2l.TextToLoRA.from_pretrained(checkpoint)
 
 
-def test_reader_without_its_pooling(checkpoint):
-    network().save_pretrained(checkpoint, {"encoder": json.loads((checkpoint / "config.json").read_text())["encoder"]})
+def test_reader_without_its_pooling(checkpoint, tmp_path):
+    path, blocks = checkpoint / "hypernet.safetensors", json.loads((checkpoint / "config.json").read_text())
+    before = path.read_bytes()
+    with pytest.raises(t2l.CheckpointError, match="expected a trained pooling, as the encoder has layers"):
+        network().save_pretrained(checkpoint, {"encoder": blocks["encoder"]})
+    assert path.read_bytes() == before
+    network().save_pretrained(tmp_path / "without")
+    path.write_bytes((tmp_path / "without" / path.name).read_bytes())
     with pytest.raises(t2l.CheckpointError, match="expected a trained pooling, as the encoder has layers"):
         t2l.TextToLoRA.from_pretrained(checkpoint)
+
+
+def test_the_ways_of_other_encoders(checkpoint):
+    for way in (TextReader.from_pretrained, TextReader.from_model):
+        with pytest.raises(TypeError, match=r"TextReader: expected from_config\(config, pooling\)"):
+            way(CONFIG)
+    with pytest.raises(ValueError, match="config: expected an EncoderConfig, got ReaderConfig"):
+        t2l.TextEncoder.from_pretrained(CONFIG)
+    named = t2l.TextToLoRA.from_pretrained(checkpoint, encoder=str(checkpoint.parent / "base"))
+    assert torch.equal(named.encoder.encode(["a"]), t2l.TextToLoRA.from_pretrained(checkpoint).encoder.encode(["a"]))
 
 
 def test_configuration_is_read_back():

@@ -168,7 +168,7 @@ def test_merge_and_inference_mode(tiny_model, stack_for, tokens, made, merged):
 def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
     ids = [2, -1, 0, 2]
 
-    def gradients(checkpointing, where="inside", outer=None, between=None):
+    def gradients(checkpointing, where="inside", outer=None, between=None, dropout=0.0):
         model = tiny_model("Llama").train().requires_grad_(False)
         stack = stack_for(model, NAMES)
         handle = attach(model, stack)
@@ -180,7 +180,7 @@ def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
         own = AdapterStack(*halves, stack.scaling)
         if outer is not None:
             handle.set(outer)
-        with handle.differentiable(own, ids):
+        with handle.differentiable(own, ids, dropout=dropout):
             loss = model(tokens, use_cache=False).logits.square().mean()
             if where == "inside":
                 if between is not None:
@@ -199,6 +199,12 @@ def test_gradient_checkpointing(tiny_model, stack_for, tokens, reentrant):
     def train(model, handle):
         with handle.use(1):
             model(tokens, use_cache=False)
+
+    if reentrant:  # its first pass records no gradients, and so would drop nothing where the recomputation does
+        with pytest.raises(RuntimeError, match="dropout: expected gradients to be recorded .* use_reentrant=False"):
+            gradients(True, dropout=0.5)
+    else:
+        gradients(True, dropout=0.5)
 
     def same(got):
         return all((a - b).abs().max() <= GRADIENT_RTOL * b.abs().max() for a, b in zip(got, expected, strict=True))

@@ -163,9 +163,14 @@ def _sizes(layers: dict[str, dict[int, dict[str, Tensor]]], weights_path: Path) 
         sizes[module] = (depths[layer_list(module)], max(ranks), n_in, n_out)
         stored += sum(ranks) * (n_in + n_out)
     padded = sum(n * r * (n_in + n_out) for n, r, n_in, n_out in sizes.values())
-    if padded > MAX_PADDING * stored or padded > stored + MAX_PADDED:
+    if padded > MAX_PADDING * stored:
         raise AdapterError(
             f"{weights_path}: expected layers and ranks that fill at least 1/{MAX_PADDING} of the stack, "
+            f"got {stored} values for {padded}"
+        )
+    if padded > stored + MAX_PADDED:
+        raise AdapterError(
+            f"{weights_path}: expected layers and ranks that leave at most {MAX_PADDED} values of the stack empty, "
             f"got {stored} values for {padded}"
         )
     return sizes

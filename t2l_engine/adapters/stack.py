@@ -217,8 +217,10 @@ class AdapterStack:
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> AdapterStack:
         """A stack on ``device`` with A and B in ``dtype`` (scaling stays float32); None: unchanged.
 
-        Raises ValueError for a dtype that is not floating point.
+        Raises ValueError for a dtype that is not floating point, or in place of the device.
         """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"device: expected a device or None, got {device}; pass dtype={device}")
 
         def on(tensor: Tensor) -> Tensor:
             return tensor if device is None else tensor.to(device)

@@ -112,7 +112,8 @@ class Chat:
             self.last = line[1:] if line.startswith("//") else line
             self.answer(self.last, {self.current or TASK: self.row(self.current)})
         elif command == "/task":
-            self.use(rest)
+            with named({"texts[0]": "/task"}):
+                self.use(rest)
         elif command in ("/base", "/both"):
             if self.last is None:
                 raise ValueError(f"{command}: expected an input before it, got none")

@@ -143,9 +143,9 @@ def load_engine(
     folder = resolve_checkpoint(checkpoint)
     if base_model and not encoder:
         about = describe(folder)
-        name, given = (about.get("encoder") or {}).get("name") or "", packaged.resolve(base_model)
+        name = (about.get("encoder") or {}).get("name") or ""
         is_base = name == (about.get("base_model") or "").rstrip("/")
-        if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given).is_dir():
+        if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given := packaged.resolve(base_model)).is_dir():
             encoder = given
     engine = TextToLoRA.from_pretrained(
         folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code

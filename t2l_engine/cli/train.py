@@ -46,7 +46,9 @@ Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
 Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]
 Names = Annotated[str, typer.Option(help="Comma-separated tasks to train on; default: all.")]
-Manifest = Annotated[str, typer.Option(help='Packaged manifest ("skills", "specs") or a file of one, that the examples must match.')]
+Manifest = Annotated[
+    str, typer.Option(help='Packaged manifest ("skills", "specs") or a file of one, that the examples must match.')
+]
 Tier = Annotated[str, typer.Option(help="Tier of the manifest to train on; default: train.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; for several processes use accelerate launch.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: torch's default.")]

@@ -91,8 +91,9 @@ def write_folder(
 ) -> None:
     """Write a safetensors and a JSON file into ``directory``; existing files are replaced by complete ones only.
 
-    Raises ConfigError if ``config`` is larger than readers accept.
+    Raises ConfigError if ``config`` is larger than readers accept, OSError if the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     text = json.dumps(config, indent=2) + "\n"  # ASCII
@@ -101,7 +102,10 @@ def write_folder(
     with replacing(directory, weights_name, config_name) as temporary:
         (temporary / config_name).write_text(text, encoding="utf-8")
         weights = temporary / weights_name
-        save_file(state, weights, metadata={"format": "pt", CHECKSUM: content_checksum(state)})
+        try:
+            save_file(state, weights, metadata={"format": "pt", CHECKSUM: content_checksum(state)})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{directory}: cannot be written: {error}") from error
         shutil.copymode(temporary / config_name, weights)  # safetensors creates files that only their owner may read
 
 

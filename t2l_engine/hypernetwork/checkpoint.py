@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import from_json, to_json
-from t2l_engine.files.weights import check_no_model, read_safetensors, write_folder
+from t2l_engine.files.weights import check_no_model, check_weights, read_safetensors, write_folder
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 from t2l_engine.hypernetwork.contents import POOLING_PREFIX, UNUSED_PREFIX, Contents
@@ -26,11 +26,12 @@ from t2l_engine.hypernetwork.folder import (
     FORMAT,
     WEIGHTS_NAME,
     CheckpointError,
+    check_blocks,
     format_of,
     native_blocks,
     stated_encoder,
 )
-from t2l_engine.text.config import AnyEncoderConfig, is_reader
+from t2l_engine.text.config import is_reader
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -43,16 +44,6 @@ def read(folder: Path, module_order: list[str] | None = None) -> Contents:
         raise
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
-
-
-def encoder_config(folder: Path) -> AnyEncoderConfig | None:
-    """The text encoder that a checkpoint was trained with, None if it does not state one.
-
-    Raises UndefinedEncoder, a ConfigError, if the checkpoint names an encoder in Sakana format whose pooling is not known.
-    """
-    if format_of(folder) == "native":
-        return stated_encoder(native_blocks(folder), folder / CONFIG_NAME)
-    return sakana.encoder_config(folder)
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -103,11 +94,15 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
     contents = Contents(
         config, state, unused, _optional(blocks), path, lambda: stated_encoder(blocks, config_path), pooling=pooling
     )
+    _check_pooling(path, blocks, pooling)
+    return contents
+
+
+def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, Tensor]) -> None:
     reads = is_reader(blocks.get("encoder"))
     if reads != bool(pooling):
         expected = "a trained pooling, as the encoder has layers" if reads else "no pooling, as the encoder has no layers"
         raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")
-    return contents
 
 
 def write_native(
@@ -120,13 +115,16 @@ def write_native(
 ) -> None:
     """Write a native folder, arguments as in :class:`Contents`.
 
-    Raises CheckpointError if ``blocks`` exceed what readers accept, FileExistsError for the folder of a model.
+    Raises CheckpointError for what readers refuse, FileExistsError for the folder of a model.
     """
     check_no_model(folder)
+    check_blocks(blocks, str(folder))
+    _check_pooling(folder, blocks, pooling)
     blocks = {"format": FORMAT, "hypernetwork": to_json(config), **blocks}
     for prefix, tensors in ((UNUSED_PREFIX, unused), (POOLING_PREFIX, pooling)):
         state = state | {prefix + key: tensor for key, tensor in tensors.items()}
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    check_weights(folder, state, CheckpointError)
     try:
         write_folder(folder, WEIGHTS_NAME, state, CONFIG_NAME, blocks)
     except ConfigError as error:

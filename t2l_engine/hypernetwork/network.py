@@ -147,8 +147,8 @@ class HyperNetwork(nn.Module):
         """Write the native format: ``config.json`` and ``hypernet.safetensors``.
 
         ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  ``pooling``: of the
-        encoder, if that is a :class:`TextReader`.  Raises ValueError for other blocks, CheckpointError if they are larger
-        than readers accept.
+        encoder, if that is a :class:`TextReader`.  Raises ValueError for other blocks, CheckpointError for what
+        :meth:`from_pretrained` refuses.
         """
         unknown = set(metadata or {}) - set(BLOCKS)
         if unknown:

@@ -112,13 +112,6 @@ def _own(args: dict[str, Any], args_path: Path) -> dict[str, Any]:
     return own
 
 
-def encoder_config(folder: Path) -> AnyEncoderConfig | None:
-    """See :func:`t2l_engine.hypernetwork.checkpoint.encoder_config`."""
-    _, args_path, peft_path = _paths(folder)
-    args, _ = _configs(args_path, peft_path)
-    return _stated_encoder(args, args_path)
-
-
 def _stated_encoder(args: dict[str, Any], args_path: Path) -> AnyEncoderConfig | None:
     own = _own(args, args_path)
     if own.get("encoder") is not None:

@@ -167,8 +167,7 @@ class LoRAHandle:
         changes then.
         """
         self._check_free("put")
-        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot < self._num_slots:
-            raise IndexError(f"slot: expected an int in [0, {self._num_slots}), got {short_repr(slot)}")
+        self._check_slots(slot, 1)
         check_stack("adapter", adapter)
         if len(adapter) != 1:
             raise ValueError(f"adapter: expected a stack of one adapter, got {len(adapter)}")
@@ -207,11 +206,7 @@ class LoRAHandle:
         self._check_free("fill")
         check_stack("like", like)
         count = len(like)
-        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self._num_slots - count:
-            raise IndexError(
-                f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
-                f"got {short_repr(slot)}"
-            )
+        self._check_slots(slot, count)
         self._reserve(like)
         places = {name: self._slots[self._keys[path]] for name, path in like.paths.items()}
         for name, (_, *sizes) in like.sizes.items():
@@ -238,6 +233,16 @@ class LoRAHandle:
                 scaling = self._scalings[device][rows]
                 out = AdapterStack(lora_A, lora_B, scaling, ranks, like.paths, partial=like.partial)
             yield out
+
+    def _check_slots(self, slot: int, count: int) -> None:
+        """IndexError unless there are ``count`` slots from ``slot`` on."""
+        if count > self._num_slots:
+            raise IndexError(f"slot: expected no more adapters than slots, got none for {count} of {self._num_slots} slots")
+        if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self._num_slots - count:
+            raise IndexError(
+                f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
+                f"got {short_repr(slot)}"
+            )
 
     @contextlib.contextmanager
     def _writing(self, slot: int, count: int) -> Iterator[None]:
@@ -434,7 +439,7 @@ def attach(
 ) -> LoRAHandle:
     """Put adapters on ``model`` without PEFT and without copying its weights; each batch row's is selected at run time.
 
-    Detach before resizing, copying or pickling the model.
+    Detach before moving the model to another device, resizing, copying or pickling it.
 
     Source: LoRA (arXiv 2106.09685).
 

@@ -169,6 +169,11 @@ class LoRALinear(nn.Module):
         compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if (grad or self.training) and not compiling:
             self._check_recomputation()
+            if routing.dropout and not grad:  # what reentrant checkpointing runs first: the recomputation would drop entries
+                raise RuntimeError(
+                    "dropout: expected gradients to be recorded while layers are in train mode, got none: with gradient "
+                    "checkpointing use use_reentrant=False, for validation eval()"
+                )
             if grad and (y := self._trained(x)) is not None:
                 return y
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine import ops
-from t2l_engine.hypernetwork.checkpoint import encoder_config
+from t2l_engine.hypernetwork.checkpoint import read
 from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.ops import native, reference
@@ -243,7 +243,7 @@ def check_encoder() -> Result | None:
 
 
 def _encoded() -> dict[str, Tensor]:
-    return {"task_emb": TextEncoder.from_pretrained(encoder_config(BUNDLED / CHECKPOINT)).encode([DESCRIPTION])}
+    return {"task_emb": TextEncoder.from_pretrained(read(BUNDLED / CHECKPOINT).encoder_config()).encode([DESCRIPTION])}
 
 
 def record() -> Path:

@@ -121,7 +121,7 @@ class TextEncoder:
     @classmethod
     def from_pretrained(
         cls,
-        config: EncoderConfig | str = MINILM,
+        config: EncoderConfig | str | Path = MINILM,
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
@@ -141,19 +141,22 @@ class TextEncoder:
         Raises:
             FileNotFoundError: the packaged encoder is not installed.
             OSError: the encoder is neither a local folder nor available from the hub.
-            ValueError: ``config`` is a name without a known pooling; the encoder has Python code, without
-                ``trust_remote_code``; its files lack weights, or contain an adapter, which transformers would apply.
+            ValueError: ``config`` is a name without a known pooling, or of another kind of encoder; the encoder has Python
+                code, without ``trust_remote_code``; its files lack weights, or, in a local folder, contain an adapter, which
+                transformers would apply.
         """
-        if isinstance(config, str):
-            if config == MINILM.name:
+        if isinstance(config, (str, Path)):
+            if str(config) == MINILM.name:
                 config = MINILM
             elif (Path(config) / "modules.json").is_file():
                 config = EncoderConfig.from_sentence_transformers(config)
             else:
                 raise ValueError(
                     "config: expected 'minilm', a local sentence-transformers folder or an EncoderConfig (it states the "
-                    f"pooling), got {short_repr(config)}"
+                    f"pooling), got {short_repr(str(config))}"
                 )
+        if not isinstance(config, EncoderConfig):
+            raise ValueError(f"config: expected an EncoderConfig, got {type(config).__name__}, which has a class of its own")
         if dtype is not None:
             config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
         model, tokenizer = load(resolve(config.name), getattr(torch, config.dtype), trust_remote_code)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,15 @@ class TextReader(TextEncoder):
         super().__init__(model, tokenizer, config, cache_size=cache_size)  # pyright: ignore[reportArgumentType]
         self.pooling, self.max_examples = pooling.eval(), config.max_examples
         self._lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+        """None: a reader has a trained pooling; TypeError says how to load one."""
+        raise TypeError(
+            "TextReader: expected from_config(config, pooling), or TextToLoRA.from_pretrained(checkpoint).encoder"
+        )
+
+    from_model = from_pretrained
 
     @classmethod
     def from_config(

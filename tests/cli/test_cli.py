@@ -15,6 +15,7 @@ from t2l_engine.cli import generate as generate_command
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.ops import native
 from t2l_engine.research import costs
+from t2l_engine.text import packaged
 
 
 @pytest.fixture
@@ -283,6 +284,19 @@ def test_a_base_model_that_only_the_checkpoint_names(expect_error, checkpoint, m
     (checkpoint / "config.json").write_text(json.dumps(config | {"base_model": "nobody/model"}))
     message = "--base-model: expected a folder of 'nobody/model', which the checkpoint names, got none"
     expect_error(message, "generate", "x", "--format", "gguf", "-o", tmp_path / "out", "-c", checkpoint)
+
+
+def test_the_name_of_a_base_model_converts_nothing(run, checkpoint, minilm, tmp_path, monkeypatch):
+    """It is what the PEFT folder states; only a checkpoint that reads with its base model needs the model."""
+
+    def not_installed(*arguments):
+        raise FileNotFoundError("SmolLM2-135M-Instruct is not installed")
+
+    monkeypatch.setattr(packaged, "convert", not_installed)
+    name = packaged.hub_name(packaged.LANGUAGE_MODEL)
+    code, _, err = run("generate", "Count.", "-o", tmp_path / "out", "-c", checkpoint, "--base-model", name)
+    assert (code, err) == (0, "")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == name
 
 
 def test_ops_without_kernels_are_told(run, expect_error, checkpoint, minilm, tmp_path, monkeypatch):

@@ -127,6 +127,19 @@ def test_what_goes_wrong_ends_no_session(chat, tmp_path):
     assert code == 0 and out.splitlines()[-1] == chat.answers(TASK, ["one two"])[0] and f"{tmp_path}/file" in err
 
 
+def test_a_description_that_the_encoder_refuses(chat, monkeypatch):
+    prepare = t2l.TextEncoder.prepare
+
+    def refuses(self, texts, examples=None):
+        if texts == ["unknown"]:
+            raise ValueError("texts[0]: expected a known one")
+        return prepare(self, texts, examples)
+
+    monkeypatch.setattr(t2l.TextEncoder, "prepare", refuses)
+    code, out, err = chat(Terminal("/task unknown\n"))
+    assert code == 0 and "/task: expected a known one" in err and "texts[0]" not in err
+
+
 @pytest.mark.parametrize("task", ["", " "])
 def test_an_empty_task(chat, task):
     code, out, err = chat("one\n", "--task", task)

@@ -100,7 +100,7 @@ class Generator:
         self._names[name] = owner
 
     async def generate(self, job: Job) -> Path:
-        """The folder of a job's adapter: from a pass that makes it already, or from the next one, which asks the spool first.
+        """The folder of a job's adapter: from a pass that makes it, or from the next one, which asks the spool first.
 
         A waiter that is cancelled does not cancel what others may wait for.
         """

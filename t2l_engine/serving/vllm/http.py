@@ -113,7 +113,5 @@ def _fields(body: bytes) -> dict[str, Any]:
         )
     checkpoint = fields.get("checkpoint")
     if not isinstance(checkpoint, (str, type(None))):
-        raise VLLMValidationError(
-            f"checkpoint: expected a string, got {type(checkpoint).__name__}", parameter="checkpoint"
-        )
+        raise VLLMValidationError(f"checkpoint: expected a string, got {type(checkpoint).__name__}", parameter="checkpoint")
     return fields

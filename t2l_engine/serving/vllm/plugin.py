@@ -30,8 +30,8 @@ def register(settings: Settings) -> None:
         return
     if envs.VLLM_SKIP_MODEL_NAME_VALIDATION:
         raise ValueError(
-            "VLLM_SKIP_MODEL_NAME_VALIDATION: expected it unset with T2L_VLLM_CHECKPOINT, got 1: vLLM would answer sentences "
-            "without an adapter"
+            "VLLM_SKIP_MODEL_NAME_VALIDATION: expected it unset with T2L_VLLM_CHECKPOINT, got 1: vLLM would answer "
+            "sentences without an adapter"
         )
     generator = Generator(settings)
     LoRAResolverRegistry.register_resolver(NAME, T2LResolver(generator))
