@@ -131,11 +131,13 @@ def test_a_start_is_compared_with_pefts_loss():
     )  # fmt: skip
     peft, generated, nearest = [of for of in lines("adapt", *PEFTS, *others) if of["tier"] == "unseen siblings"]
     assert [of["start"] for of in (peft, generated)] == [tables_adapt.STARTS[start] for start in ("peft", "generated")]
-    assert (peft["steps to PEFT's loss"], generated["steps to PEFT's loss"]) == (10, 6)
-    assert [of["tasks that reach it, %"] for of in (peft, generated, nearest)] == [100, 100, 50]
-    assert (generated["of PEFT's steps"], generated["right, less PEFT's start"]) == (0.6, 15.0)
+    assert (peft["steps, within 5 %"], generated["steps, within 5 %"], peft["loss, within 5 %"]) == (10, 6, 1.1)
+    assert (peft["steps, lowest"], generated["steps, lowest"], peft["loss, lowest"]) == (10, 8, 1.0)
+    assert [of["tasks that reach it, within 5 %, %"] for of in (peft, generated, nearest)] == [100, 100, 50]
+    assert (generated["of PEFT's steps, within 5 %"], generated["right, less PEFT's start"]) == (0.6, 15.0)
+    assert generated["of PEFT's steps, lowest"] == 0.8 and peft["PEFT's other seed, lowest"] is None
     assert generated["lowest loss"] == pytest.approx(0.7) and generated["loss before"] == 2.0
-    assert nearest["steps to PEFT's loss"] == 12 and peft["of PEFT's steps"] is None
+    assert nearest["steps, within 5 %"] == 12 and peft["of PEFT's steps, within 5 %"] is None
     both = [of for of in lines("adapt", *PEFTS, *others) if of["tier"] == "both"]
     assert [of["tasks"] for of in both] == [3, 3, 3] and both[1]["right, less PEFT's start"] == pytest.approx(13)
 
@@ -147,10 +149,12 @@ def test_claims_of_tuning():
         adapted("b", "generated-examples", 25.0, 2.0, 1.2, 1.1, 0.5),
         adapted("c", "generated-examples", 9.0, 3.0, 3.0, 3.0, 3.0),
     )
-    better, sooner = lines("adapt-claims", *PEFTS, *ours)
+    better, sooner, nearer, lowest = lines("adapt-claims", *PEFTS, *ours)
     assert better["claim"].startswith("8 examples: right") and better["measured"] == pytest.approx(5) and better["met"]
     assert sooner["measured"] == pytest.approx(100 - 100 * 24 / 20) and sooner["target"] == ">= 50" and not sooner["met"]
     assert sooner["measured, low"] <= sooner["measured"] <= sooner["measured, high"]
+    assert sooner["claim"].endswith("PEFT's lowest loss, within 5 %, %") and lowest["claim"].endswith("lowest loss, %")
+    assert nearer["measured"] == lowest["measured"] == pytest.approx(100 - 100 * 28 / 20)
 
 
 def test_a_task_is_the_mean_of_its_seeds():
@@ -162,7 +166,8 @@ def test_a_task_is_the_mean_of_its_seeds():
     peft, ours = [of for of in lines("adapt", PEFTS[0], *more) if of["tier"] == "both"]
     assert (peft["seeds"], ours["seeds"]) == (2, 2)
     assert (peft["right, %"], ours["right, %"], ours["right, less PEFT's start"]) == (60, 70, 10)
-    assert (peft["steps to PEFT's loss"], ours["steps to PEFT's loss"], ours["tasks"]) == (6, 4, 1)
+    assert (peft["steps, within 5 %"], ours["steps, within 5 %"], ours["tasks"]) == (6, 4, 1)
+    assert peft["PEFT's other seed, lowest"] == (4 + 8) / 2  # seed 1 comes to seed 0's 1.0 at step 4, seed 0 to seed 1's at 8
 
 
 def test_a_start_with_fewer_seeds_is_beside_the_same_seeds_of_others():
@@ -173,7 +178,7 @@ def test_a_start_with_fewer_seeds_is_beside_the_same_seeds_of_others():
     )  # fmt: skip
     peft, ours, nearest = [of for of in lines("adapt", PEFTS[0], *more) if of["tier"] == "both"]
     assert (ours["right, less PEFT's start"], nearest["right, less PEFT's start"]) == (-10, 10)  # of PEFT's 50 and 70
-    assert (nearest["seeds"], nearest["of PEFT's steps"]) == (1, 0.5)  # 4 of seed 0's 8, whatever those of seed 1 are
+    assert (nearest["seeds"], nearest["of PEFT's steps, lowest"]) == (1, 0.5)  # 4 of seed 0's 8, whatever those of seed 1 are
     assert nearest["right, generated start less this"] == 30
     assert peft["right, generated start less this"] == -10 and ours["right, generated start less this"] is None
 
