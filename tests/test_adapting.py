@@ -167,7 +167,9 @@ def test_a_task_is_the_mean_of_its_seeds():
     assert (peft["seeds"], ours["seeds"]) == (2, 2)
     assert (peft["right, %"], ours["right, %"], ours["right, less PEFT's start"]) == (60, 70, 10)
     assert (peft["steps, within 5 %"], ours["steps, within 5 %"], ours["tasks"]) == (6, 4, 1)
-    assert peft["PEFT's other seed, lowest"] == (4 + 8) / 2  # seed 1 comes to seed 0's 1.0 at step 4, seed 0 to seed 1's at 8
+    assert (
+        peft["PEFT's other seed, lowest"] == (4 + 8) / 2
+    )  # seed 1 comes to seed 0's 1.0 at step 4, seed 0 to seed 1's at 8
 
 
 def test_a_start_with_fewer_seeds_is_beside_the_same_seeds_of_others():
@@ -178,7 +180,10 @@ def test_a_start_with_fewer_seeds_is_beside_the_same_seeds_of_others():
     )  # fmt: skip
     peft, ours, nearest = [of for of in lines("adapt", PEFTS[0], *more) if of["tier"] == "both"]
     assert (ours["right, less PEFT's start"], nearest["right, less PEFT's start"]) == (-10, 10)  # of PEFT's 50 and 70
-    assert (nearest["seeds"], nearest["of PEFT's steps, lowest"]) == (1, 0.5)  # 4 of seed 0's 8, whatever those of seed 1 are
+    assert (nearest["seeds"], nearest["of PEFT's steps, lowest"]) == (
+        1,
+        0.5,
+    )  # 4 of seed 0's 8, whatever those of seed 1 are
     assert nearest["right, generated start less this"] == 30
     assert peft["right, generated start less this"] == -10 and ours["right, generated start less this"] is None
 

@@ -178,6 +178,31 @@ def test_adapted_linear_gradcheck(bias, dropped, starts):
     assert torch.autograd.gradcheck(apply, (x, inner, *tensors))
 
 
+def test_a_backward_inside_autocast(stack):
+    """The forward pass was outside."""
+    model = Stack().requires_grad_(False)
+    handle, (own, own_leaves) = attach(model, stack), leaves(stack)
+    x = torch.randn(len(IDS), 4, 16, requires_grad=True)
+
+    def gradients(autocast):
+        with handle.differentiable(own, IDS):
+            loss = model(x).square().sum()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return torch.autograd.grad(loss, [x, *own_leaves])
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+def test_second_derivatives_of_an_adapted_linear_are_an_error(stack):
+    model = Stack().requires_grad_(False)
+    handle, (own, _) = attach(model, stack), leaves(stack)
+    x = torch.randn(len(IDS), 4, 16, requires_grad=True)
+    with handle.differentiable(own, IDS):
+        (grad,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="expected first derivatives alone, got a derivative of its backward"):
+            grad.square().sum().backward()
+
+
 def test_a_linear_under_two_paths(make_stack, uses):
     """Both modules adapt all of it: the general way, which adds both."""
 

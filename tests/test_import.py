@@ -77,6 +77,14 @@ def test_an_older_torch_is_the_reason(monkeypatch, tmp_path):
     assert (caught.value.name, caught.value.path) == ("t2l_engine._C", str(tmp_path / "_C.so"))
 
 
+@pytest.mark.skipif(native.about() is None, reason="no native library is loaded")
+def test_a_library_may_be_a_link(monkeypatch, tmp_path):
+    (tmp_path / "_C.so").symlink_to(native.library_path())
+    expected = native.about()
+    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
+    assert native.about() == expected
+
+
 def test_nothing_is_said_of_a_library_that_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "library_path", lambda: tmp_path / "_C.so")
     assert native.about() is None

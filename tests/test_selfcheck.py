@@ -46,6 +46,13 @@ def test_an_op_that_is_wrong_is_named(monkeypatch):
     assert result.worst > 1 and any(text.startswith("mixed_rows: ") for text in result.failed)
 
 
+def test_an_op_that_gives_nan_is_named(monkeypatch):
+    right = ops.hypernet_trunk
+    monkeypatch.setattr(ops, "hypernet_trunk", lambda *a, **k: right(*a, **k).fill_(float("nan")))
+    result = selfcheck.check_op("hypernet_trunk", "here")
+    assert result.worst == float("inf") and len(result.failed) >= result.cases - 1  # one case has no elements
+
+
 def test_an_op_that_raises_is_named(monkeypatch):
     def fails(**arguments):
         raise RuntimeError("why\nmore")

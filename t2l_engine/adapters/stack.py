@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2l_engine.adapters import gguf_write, peft, peft_write
+from t2l_engine.adapters import peft, peft_write
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list, module_names, path_error
 from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.adapters.shard import Shard
@@ -421,6 +421,8 @@ class AdapterStack:
                 0 throughout, or values or a scaling that readers refuse.
             ImportError: ``gguf`` is not installed, or before 0.18.
         """
+        from t2l_engine.adapters import gguf_write
+
         gguf_write.write(self._peft(adapter, adapts=True), Path(file), config, dtype, description, prompt_prefix)
 
     def _peft(self, index: int, adapts: bool = False) -> peft.PeftAdapter:

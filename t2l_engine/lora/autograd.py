@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2l_engine.ops.gradients import first_order
+from t2l_engine.ops.reference import without_autocast
+
 _add = torch.ops.t2l_engine.lora_add_.default
 _add_group = torch.ops.t2l_engine.lora_add_group_.default
 _backward = torch.ops.t2l_engine.lora_backward_.default
@@ -72,13 +75,14 @@ class AdaptedLinear(torch.autograd.Function):
         ctx.dropped, ctx.max_seg_len, ctx.starts = inner is not None, max_seg_len, starts
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("AdaptedLinear")
     def backward(ctx: Any, grad: Tensor) -> tuple:
         inner, weight, *segments = ctx.saved_tensors
         segments, members = segments[:3], segments[3:]
         grad, grad_x, grads = grad.contiguous(), None, []
         if ctx.needs_input_grad[0]:
-            grad_x = (grad.view(-1, grad.shape[-1]) @ weight).view(inner.shape)
+            with without_autocast(grad.device):  # as the forward pass was, see is_plain
+                grad_x = (grad.view(-1, grad.shape[-1]) @ weight).view(inner.shape)
         grad_inner = torch.zeros_like(inner) if grad_x is None or ctx.dropped else grad_x
         for start, A, B, ranks in zip(ctx.starts, members[::3], members[1::3], members[2::3], strict=True):
             columns = grad if start is None else grad[..., start : start + B.shape[1]]

@@ -68,7 +68,7 @@ def about() -> dict[str, Any] | None:
     kernels, or "none").  ``instruction_sets``: ``available`` on this CPU; ``chosen``, None if ``T2L_ISA``
     is unusable; ``why`` that one; and ``error``, the reason where none is.
     """
-    if str(library_path()) not in torch.ops.loaded_libraries:
+    if os.path.realpath(library_path()) not in torch.ops.loaded_libraries:  # as torch names them
         return None
     t2l_about = ctypes.CDLL(str(library_path())).t2l_about
     t2l_about.restype = ctypes.c_char_p

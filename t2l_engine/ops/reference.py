@@ -51,6 +51,19 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
+def at_own_precision(function: Callable) -> Callable:
+    """``function`` with autocast off on the device of its first tensor: an op rounds as it says, wherever it is called."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        listed = (value if isinstance(value, (list, tuple)) else [value] for value in (*args, *kwargs.values()))
+        first = next(t for values in listed for t in values if isinstance(t, Tensor))
+        with without_autocast(first.device):
+            return function(*args, **kwargs)
+
+    return run
+
+
 def accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
     """float64 if any operand is float64, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
@@ -277,7 +290,7 @@ def hypernet_heads_backward(
 
     ``grads``: of the results of :func:`hypernet_heads`, in its order.  With G the gradients of a head's output rows, those
     of ``latent`` are G W, of ``weight`` G^T latent, of ``bias`` the sum of G.  Products accumulate in float32 or float64;
-    those of operands in a narrower dtype are made in it where one rounding follows.
+    of operands in a narrower dtype each is rounded to it, for ``latent`` one a side, which are then added up.
     """
     acc = accumulation_dtype(latent, *weight)
     num_tasks, _, sides, ranks, num_layers, h = latent.shape
@@ -368,15 +381,6 @@ def _segments(
             yield bounds[i], bounds[i + 1], adapter, widths[adapter]
 
 
-def _good_ids(seg_adapters: Tensor, num_adapters: int, bad_ids: Tensor | None) -> Tensor:
-    """With ``bad_ids``, to which their number is added, -1 for ids out of range."""
-    if bad_ids is None:
-        return seg_adapters
-    bad = (seg_adapters < -1) | (seg_adapters >= num_adapters)
-    bad_ids += bad.sum()
-    return seg_adapters.masked_fill(bad, -1)
-
-
 def lora_delta(
     x: Tensor,
     lora_A: Tensor,
@@ -410,12 +414,7 @@ def lora_add_(
     bad_ids: Tensor | None = None,
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_`."""
-    acc = accumulation_dtype(x, lora_A)
-    seg_adapters = _good_ids(seg_adapters, len(lora_A), bad_ids)
-    y, x = _tokens(y), _tokens(x)
-    for lo, hi, a, r in _segments(seg_indptr, seg_adapters, max_seg_len, ranks, lora_A, len(x)):
-        v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
-        y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
+    _add(x, [(y, lora_A, lora_B, ranks)], scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids)
 
 
 def lora_add_group_(
@@ -432,10 +431,34 @@ def lora_add_group_(
     bad_ids: Tensor | None = None,
 ) -> None:
     """See :func:`t2l_engine.ops.lora_add_group_`."""
-    seg_adapters = _good_ids(seg_adapters, len(lora_A[0]), bad_ids)
-    for A, B, r, start in zip(lora_A, lora_B, ranks, offsets, strict=True):
-        columns = y[..., start : start + B.shape[1]]
-        lora_add_(columns, x, A, B, scaling, seg_indptr, seg_adapters, max_seg_len, r)
+    columns = [y[..., start : start + B.shape[1]] for B, start in zip(lora_B, offsets, strict=True)]
+    members = list(zip(columns, lora_A, lora_B, ranks, strict=True))
+    _add(x, members, scaling, seg_indptr, seg_adapters, max_seg_len, bad_ids)
+
+
+def _add(
+    x: Tensor,
+    members: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+    scaling: Tensor,
+    seg_indptr: Tensor,
+    seg_adapters: Tensor,
+    max_seg_len: int,
+    bad_ids: Tensor | None,
+) -> None:
+    """``members``: y, A, B and ranks of each.  Nothing is written or counted before all are checked."""
+    x, bad = _tokens(x), None
+    if bad_ids is not None:
+        bad = (seg_adapters < -1) | (seg_adapters >= len(members[0][1]))
+        seg_adapters = seg_adapters.masked_fill(bad, -1)
+    segments = seg_indptr, seg_adapters, max_seg_len
+    used = [list(_segments(*segments, ranks, lora_A, len(x))) for _, lora_A, _, ranks in members]
+    if bad is not None:
+        bad_ids += bad.sum()
+    for (y, lora_A, lora_B, _), of in zip(members, used, strict=True):
+        acc, y = accumulation_dtype(x, lora_A), _tokens(y)
+        for lo, hi, a, r in of:
+            v = (x[lo:hi].to(acc) @ lora_A[a, :r].to(acc).mT) * scaling[a].to(acc)
+            y[lo:hi] = (y[lo:hi].to(acc) + v @ lora_B[a, :, :r].to(acc).mT).to(y.dtype)
 
 
 def stored_as(lora_B: Tensor, new: Callable[..., Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Schema, fake kernel, autograd and typed wrapper of every op.
+"""Schema, fake kernel and typed wrapper of every op.
 
 The function of the same name in :mod:`t2l_engine.ops.reference` is registered for all backends; the native library
 overrides it per backend.  :func:`has_kernel` says which one runs.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from t2l_engine.ops import flops, native, reference
+from t2l_engine.ops import flops, gradients, native, reference
 
 NAMESPACE = "t2l_engine"
 
@@ -57,16 +57,17 @@ NATIVE_OPS = (
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 # What the native trunk calls where its kernel does not encode tasks.
 _library.define("encode_task(Tensor task_emb, Tensor[] encoder) -> Tensor")
-_library.impl("encode_task", reference.encode_task, "CompositeExplicitAutograd")
 for _name in NATIVE_OPS:
     _library.define(f"{_name}_reference{SCHEMAS[_name]}")
-    _library.impl(f"{_name}_reference", getattr(reference, _name), "CompositeExplicitAutograd")
+for _name in (*SCHEMAS, "encode_task", *(f"{_name}_reference" for _name in NATIVE_OPS)):
+    _function = reference.at_own_precision(getattr(reference, _name.removesuffix("_reference")))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 NATIVE = native.load()
 flops.register()
+gradients.register()
 
 
 def has_kernel(name: str, backend: str) -> bool:
@@ -141,81 +142,6 @@ def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, rank
     return None
 
 
-# --- autograd ------------------------------------------------------------------------------------------------------
-
-
-def _save(ctx, tensors: Sequence[Tensor | None], *rest) -> None:
-    """Save tensors (or None) and plain values for the backward."""
-    ctx.present = [t is not None for t in tensors]
-    ctx.save_for_backward(*(t for t in tensors if t is not None))
-    ctx.rest = rest
-
-
-def _saved(ctx) -> list[Tensor | None]:
-    tensors = iter(ctx.saved_tensors)
-    return [next(tensors) if present else None for present in ctx.present]
-
-
-def _trunk_setup(ctx, inputs, output):
-    z, weights, side_emb, pos_emb, rotary_ranks, encoder = inputs
-    if encoder:
-        reference.fail("hypernet_trunk", "encoder", "none where gradients are recorded", f"{len(encoder)} tensors")
-    _save(ctx, (z, *weights, side_emb, pos_emb), rotary_ranks)
-
-
-def _trunk_backward(ctx, grad):
-    z, *weights, side_emb, pos_emb = _saved(ctx)
-    grads = iter(torch.ops.t2l_engine.hypernet_trunk_backward(grad, z, weights, side_emb, pos_emb, ctx.rest[0]))
-    grad_z = next(grads)
-    grad_weights = [next(grads) for _ in weights]
-    return (
-        grad_z,
-        grad_weights,
-        None if side_emb is None else next(grads),
-        None if pos_emb is None else next(grads),
-        None,
-        [],
-    )
-
-
-def _heads_setup(ctx, inputs, output):
-    latent, weight, bias, mul_A, add_A, mul_B, add_B, *sizes = inputs
-    # For autograd a list that contains None is one argument, a list of tensors one argument per tensor.
-    nothing = [None if None in tensors else [None] * len(tensors) for tensors in (mul_A, add_A, mul_B, add_B)]
-    _save(ctx, (latent, *weight, *mul_A, *mul_B, *bias), len(weight), nothing, *sizes)
-
-
-def _heads_backward(ctx, grads):
-    latent, *saved = _saved(ctx)
-    count, nothing, *sizes = ctx.rest
-    weight, mul_A, mul_B, bias = (saved[i : i + count] for i in range(0, 4 * count, count))
-    made = torch.ops.t2l_engine.hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes)
-    return made[0], made[1 : 1 + count], made[1 + count :], *nothing, None, None, None
-
-
-def _delta_setup(ctx, inputs, output):
-    x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks = inputs
-    # A copy: LoRAHandle writes the ids of the next forward pass into the same tensor.
-    _save(ctx, (x, lora_A, lora_B, scaling, seg_indptr, seg_adapters.clone(), ranks), max_seg_len, x.shape)
-
-
-def _delta_backward(ctx, grad):
-    *tensors, ranks = _saved(ctx)
-    max_seg_len, shape = ctx.rest
-    grad_x = grad.new_zeros(shape)
-    grads = torch.ops.t2l_engine.lora_backward_(grad_x, grad.contiguous(), *tensors, max_seg_len, ranks)
-    return grad_x, *grads, *(None,) * 5
-
-
-def _register(name: str, backward, setup) -> None:
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup)
-
-
-_register("hypernet_trunk", _trunk_backward, _trunk_setup)
-_register("hypernet_heads", _heads_backward, _heads_setup)
-_register("lora_delta", _delta_backward, _delta_setup)
-
-
 # --- wrappers ------------------------------------------------------------------------------------------------------
 
 # Looked up once: a decode step calls them for every linear.
@@ -228,6 +154,15 @@ def _changed(*tensors: Tensor) -> None:
     """Has autograd refuse a backward pass that saved earlier values of ``tensors``, as after torch's in-place ops."""
     if not torch.compiler.is_compiling():  # which orders changes by the schema
         torch.autograd.graph.increment_version(tensors)
+
+
+def _check_frozen(op: str, **arguments: Tensor | Sequence[Tensor]) -> None:
+    """RuntimeError where gradients of ``arguments`` are recorded: an in-place op has none, and they would be missing."""
+    if torch.is_grad_enabled():
+        for name, tensors in arguments.items():
+            if any(t.requires_grad for t in ([tensors] if isinstance(tensors, Tensor) else tensors)):
+                other = "hypernet_heads" if op == "hypernet_heads_out_" else "lora_delta"
+                reference.fail(op, name, f"no gradients to record (no_grad(), or {other})", "requires_grad=True")
 
 
 def _check_listed(op: str, count: int, **lists: Sequence) -> None:
@@ -363,7 +298,8 @@ def hypernet_heads_out_(
     """:func:`hypernet_heads` with preallocated outputs, such as the slots of a model; B is multiplied by ``scale_B``.
 
     ``lora_A[i] [num_tasks, n, r, in]`` and ``lora_B[i] [num_tasks, n, out, r]`` may have any strides that do not overlap,
-    and share one dtype: float32, bfloat16, float16 or float64.  Not differentiable.  Raises as :func:`hypernet_heads`.
+    and share one dtype: float32, bfloat16, float16 or float64.  Not differentiable: an error where gradients of an input are
+    recorded.  Raises as :func:`hypernet_heads`.
 
     >>> lora_A, lora_B = [torch.empty(3, 5, 4, 64)], [torch.empty(3, 5, 48, 4)]
     >>> latent, weight = torch.zeros(3, 1, 1, 1, 5, 40), [torch.zeros(4 * (64 + 48), 40)]
@@ -374,6 +310,7 @@ def hypernet_heads_out_(
     op, offsets = "hypernet_heads_out_", (mul_A, add_A, mul_B, add_B)
     *tensors, n_in, n_out = _head_lists(op, latent, weight, bias, offsets, in_features, out_features)
     _check_listed(op, len(weight), lora_A=lora_A, lora_B=lora_B)
+    _check_frozen(op, latent=latent, weight=weight, bias=bias or ())
     torch.ops.t2l_engine.hypernet_heads_out_.default(
         list(lora_A), list(lora_B), latent, *tensors, rank, n_in, n_out, scale_B
     )
@@ -433,7 +370,7 @@ def lora_add_(
     ``y``: ``[..., out]``, dtype of ``x``, last stride 1, may be a column slice of a wider tensor.  ``bad_ids``: ``[1]``
     int32, to which the number of segments is added whose id is out of range; they use the base model.  None: such an id is
     an error, on CUDA one that ends the process's use of the device.  Other arguments as in :func:`lora_delta`.  Not
-    differentiable.  Returns ``y``.
+    differentiable: an error where gradients of ``x``, A or B are recorded.  Returns ``y``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.
@@ -444,6 +381,7 @@ def lora_add_(
     tensor([[7., 7., 7., 7.],
             [1., 1., 1., 1.]])
     """
+    _check_frozen("lora_add_", x=x, lora_A=lora_A, lora_B=lora_B)
     _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids)
     _changed(y)
     return y
@@ -466,7 +404,8 @@ def lora_add_group_(
 
     Member i adds to columns ``offsets[i] : offsets[i] + out_i`` of ``y [..., columns]``, in ascending order without overlap.
     ``lora_A[i] [num_adapters, r_i, in]``, ``lora_B[i] [num_adapters, out_i, r_i]``, ``ranks[i] [num_adapters]`` int32.
-    ``bad_ids`` as in :func:`lora_add_`, other arguments as in :func:`lora_delta`.  Not differentiable.  Returns ``y``.
+    ``bad_ids`` as in :func:`lora_add_`, other arguments as in :func:`lora_delta`.  Not differentiable, as that.
+    Returns ``y``.
 
     Raises:
         RuntimeError: the message names the argument, what was expected and what was given.
@@ -482,6 +421,7 @@ def lora_add_group_(
             if len(entries) != len(lora_A) or not lora_A:
                 expected = "one entry a member, as many as lora_A and at least one"
                 reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
+    _check_frozen("lora_add_group_", x=x, lora_A=lora_A, lora_B=lora_B)
     _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
     _changed(y)
     return y

@@ -47,7 +47,8 @@ class AdapterBatch:
             adapters = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int32)
         except (TypeError, ValueError, RuntimeError):  # of torch: no numbers, unequal lists, integers beyond int64
             raise ValueError(f"ids: expected a flat sequence of integers that fit int32, got {ids!r}") from None
-        if adapters.dim() != 1 or adapters.dtype not in _INTEGERS:
+        booleans = not isinstance(ids, Tensor) and any(isinstance(i, bool) for i in ids)  # which torch takes beside integers
+        if adapters.dim() != 1 or adapters.dtype not in _INTEGERS or booleans:
             raise ValueError(f"ids: expected a flat sequence of integers, got {ids!r}")
         if (
             adapters.dtype == torch.int64
@@ -61,7 +62,7 @@ class AdapterBatch:
             raise ValueError(
                 f"seq_len: expected 0 to {2**31 - 1} tokens in all rows, got {seq_len} in each of {len(adapters)}"
             )
-        adapters = adapters.to(torch.int32)
+        adapters = adapters.to(torch.int32).contiguous()
         indptr = torch.arange(len(adapters) + 1, dtype=torch.int32, device=adapters.device) * seq_len
         return AdapterBatch(indptr, adapters, seq_len)
 

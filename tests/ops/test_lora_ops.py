@@ -308,6 +308,22 @@ def test_bad_ids_of_a_group_are_counted_once(name):
     assert torch.equal(got._base, ops.lora_add_group_(**right)._base) and bad_ids.tolist() == [1]
 
 
+@pytest.mark.parametrize("module", [ops, reference], ids=["op", "reference"])
+def test_what_is_wrong_changes_nothing(module, backend):
+    """Also where it is the last member's, and neither y nor the count of bad ids."""
+    if backend != "cpu" and module is ops:
+        pytest.skip("only the device sees the values")
+    single, group, bad_ids = SMALL.make(), GROUP_CASES[0].make(), torch.zeros(1, **INT32)
+    single["seg_indptr"][-1] += 1
+    group["ranks"][-1] = torch.full_like(group["ranks"][-1], 10_000)
+    for op, arguments in ((module.lora_add_, single), (module.lora_add_group_, group)):
+        arguments["seg_adapters"][0] = 2**31 - 1
+        before = arguments["y"].clone()
+        with pytest.raises(RuntimeError, match="seg_indptr: |ranks"):
+            op(**{"ranks": None} | arguments, bad_ids=bad_ids)
+        assert torch.equal(arguments["y"], before) and bad_ids.tolist() == [0]
+
+
 @pytest.mark.parametrize(
     "bad_ids, message",
     [(torch.zeros(2, **INT32), r"expected shape \[1\], got \[2\]"), (torch.zeros(1), "expected int32, got float32")],

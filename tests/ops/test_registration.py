@@ -62,6 +62,84 @@ def test_hypernet_gradcheck(case):
     assert torch.autograd.gradcheck(run_heads, tensors, fast_mode=True)
 
 
+def differentiable(dtype):
+    """By op a call, and the inputs that it is differentiable in."""
+    lora = SMALL.make()
+    lora.pop("y")
+    lora |= {name: lora[name].to(dtype).requires_grad_() for name in ("x", "lora_A", "lora_B")}
+    trunk, heads = (make(dtype=dtype) for make in (TINY_HYPERS[0].make_trunk, TINY_HYPERS[0].make_heads))
+    latent = heads["latent"].clone().requires_grad_()
+    z = trunk["z"].requires_grad_()
+    return {
+        "lora_delta": (lambda: ops.lora_delta(**lora), [lora[name] for name in ("x", "lora_A", "lora_B")]),
+        "hypernet_trunk": (lambda: ops.hypernet_trunk(**trunk), [z]),
+        "hypernet_heads": (
+            lambda: torch.cat([t.flatten() for t in ops.hypernet_heads(**heads | {"latent": latent})[0]]),
+            [latent],
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("op", ["lora_delta", "hypernet_trunk", "hypernet_heads"])
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
+def test_second_derivatives_are_an_error(op, dtype, loss):
+    """Not zero, and not a part; the first are those without a graph."""
+    call, inputs = differentiable(dtype)[op]
+    expected = torch.autograd.grad(loss(call()), inputs)
+    grads = torch.autograd.grad(loss(call()), inputs, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True))
+    with pytest.raises(RuntimeError, match=f"t2l_engine::{op}: expected first derivatives alone, got a derivative of its"):
+        sum(grad.square().sum() for grad in grads).backward()
+
+
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B"])
+def test_in_place_ops_do_not_lose_gradients(name):
+    arguments, group = SMALL.make(), GROUP_CASES[0].make()
+    for op, given in ((ops.lora_add_, arguments), (ops.lora_add_group_, group)):
+        before = given["y"].clone()
+        learnt = given[name] if isinstance(given[name], torch.Tensor) else given[name][-1]
+        learnt.requires_grad_()
+        with pytest.raises(RuntimeError, match=f"{op.__name__}: {name}: expected no gradients to record .*lora_delta"):
+            op(**given)
+        assert torch.equal(given["y"], before)
+        with torch.no_grad():
+            op(**given)
+
+
+@pytest.mark.parametrize("name", ["latent", "weight", "bias"])
+def test_preallocated_heads_do_not_lose_gradients(name):
+    case = TINY_HYPERS[0]
+    heads = case.make_heads()
+    sides = [[torch.zeros_like(t) for t in of] for of in ops.hypernet_heads(**heads)]
+    heads["latent"] = heads["latent"].clone()
+    (heads[name] if name == "latent" else heads[name][0]).requires_grad_()
+    with pytest.raises(RuntimeError, match=f"hypernet_heads_out_: {name}: expected no gradients to record .*hypernet_heads"):
+        ops.hypernet_heads_out_(*sides, **heads)
+    with torch.no_grad():
+        ops.hypernet_heads_out_(*sides, **heads)
+
+
+def test_autocast_changes_no_op():
+    """Neither a reference, nor a backward."""
+    half = SMALL.make()
+    half.pop("y")
+    half |= {name: half[name].half() for name in ("x", "lora_A", "lora_B")}
+    case = TINY_HYPERS[0]
+    task_emb, encoder = torch.randn(2, 7), [torch.randn(4, 7), torch.randn(4), torch.ones(4), torch.zeros(4)]
+
+    def calls():
+        yield ops.lora_delta(**half)
+        yield ops.hypernet_trunk(**case.make_trunk() | {"z": task_emb, "encoder": encoder})
+        for call, inputs in differentiable(torch.float32).values():
+            yield from torch.autograd.grad(call().square().sum(), inputs)
+
+    outside = list(calls())
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = list(calls())
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def saved_bytes(function) -> int:
     """The most that autograd kept for a backward at one time while ``function`` ran."""
     now = most = 0
