@@ -15,31 +15,40 @@ from t2l_engine.ops import native
 
 
 @functools.cache
-def modules(statement):
-    """Names of all modules that a process has after ``statement``."""
-    code = f"import sys; {statement}; print(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+def modules(*statements):
+    """Names of all modules that a process has after each of ``statements``."""
+    code = "; ".join(["import sys", *(f"{statement}; print(*sys.modules)" for statement in statements)])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in done.stdout.splitlines()]
 
 
 def test_import_costs_little_more_than_torch():
-    added = modules("import t2l_engine") - modules("import torch")
-    own = {name for name in added if name.split(".")[0] == "t2l_engine"}
-    stdlib = tuple(sys.stdlib_module_names) + ("_sysconfigdata_",)  # the last one's name goes on with that of the system
-    others = {name for name in added - own if not name.split(".")[0].startswith(stdlib)}
+    before, after = modules("import torch", "import t2l_engine")
+    own = {name for name in after - before if name.split(".")[0] == "t2l_engine"}
+    tops = {name: name.split(".")[0] for name in after - before - own}
+    # The name of the last one goes on with that of the system.
+    others = {n for n, top in tops.items() if top not in sys.stdlib_module_names and not top.startswith("_sysconfigdata_")}
     assert len(own) < 50 and {name.split(".")[0] for name in others} <= {"torch", "triton"}
     assert len(others) < 100, "torch's FLOP counter, which brings triton (some 70 modules) where it is installed"
 
 
 def test_core_does_not_import_what_it_may_not():
     rooms = {f"t2l_engine.{name}" for name in ("research", "testing", "cli", "_core")}
-    assert not modules("import t2l_engine") & {"transformers", "peft", "safetensors", "yaml", "typer", *rooms}
+    assert not modules("import torch", "import t2l_engine")[1] & {
+        "transformers",
+        "peft",
+        "safetensors",
+        "yaml",
+        "typer",
+        *rooms,
+    }
 
 
 def test_an_unused_plugin_of_vllm_imports_nothing(monkeypatch):
     for name in ("T2L_VLLM_CHECKPOINT", "T2L_VLLM_KERNELS"):
         monkeypatch.delenv(name, raising=False)
-    added = modules("import t2l_vllm; t2l_vllm.register()") - modules("import os")
-    assert added == {"t2l_vllm"}
+    before, after = modules("import os", "import t2l_vllm; t2l_vllm.register()")
+    assert after - before == {"t2l_vllm"}
 
 
 def test_a_broken_native_library_raises(tmp_path):

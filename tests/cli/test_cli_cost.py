@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import t2l_command
 import t2l_engine as t2l
 from t2l_engine.cli import cost_tables
 from t2l_engine.hypernetwork import checkpoint as checkpoints
@@ -396,16 +397,25 @@ def launch(*arguments, **options):
         ("cost --tflops 1", 2, "Usage: "),
     ],
 )
-def test_the_entry_point(arguments, status, message):
-    done = launch(*arguments.split())
-    assert done.returncode == status and message in done.stderr
-    assert status or not done.stderr
+def test_the_entry_point(arguments, status, message, monkeypatch, capsys):
+    """What a process prints and its status; one is started where an error ends it, and for the version."""
+    if arguments == "--version" or status == 1:
+        done = launch(*arguments.split())
+        returned, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["t2l", *arguments.split()])
+        with pytest.raises(SystemExit) as ended:
+            t2l_command.main()
+        returned, (out, err) = ended.value.code or 0, capsys.readouterr()
+    assert returned == status and message in err
+    assert status or not err
     if "--json" in arguments:
-        json.loads(done.stdout)
+        json.loads(out)
     elif "--help" in arguments:
-        assert all(f"--{name}" in done.stdout for name in ("model", "cache-dtype", "tflops", "json"))
+        assert all(f"--{name}" in out for name in ("model", "cache-dtype", "tflops", "json"))
     elif "--version" in arguments:
-        assert done.stdout == f"t2l_engine {t2l.__version__}\n"
+        assert out == f"t2l_engine {t2l.__version__}\n"
 
 
 def test_large_numbers_take_little_work(run):

@@ -1,5 +1,6 @@
 """The oldest promised transformers, what a serving engine pins, and the newest: models, use, PEFT, encoders, engine."""
 
+import importlib.metadata
 import re
 import subprocess
 
@@ -23,6 +24,9 @@ def test_transformers(release, tmp_path):
     command = [python, "-c", "import transformers; print(transformers.__version__)"]
     version = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
     assert version.startswith(release.strip("=*"))
+    if not release and version == importlib.metadata.version("transformers"):
+        print(f"transformers {version}: that of this environment, with which the default tests run")
+        return
     said = run_tests(python, *(ROOT / "tests" / name for name in TESTS))
     print(f"transformers {version}: {said.strip().splitlines()[-1]}")
     assert int(re.search(r"(\d+) passed", said)[1]) > 250

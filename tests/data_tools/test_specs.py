@@ -105,6 +105,7 @@ def test_test_inputs_have_layouts_of_their_own():
         "number": r"^the number |^no\. ", "person": r"^(Dr|Prof\.) ", "file": "/.*/", "time": r"^at |\.m\.",
         "quantity": "^exactly|^a total",
     }  # fmt: skip
+    assert unseen.keys() <= {placed.spec.family.reads for placed in all_placed()}
     for placed in all_placed():
         if pattern := unseen.get(placed.spec.family.reads):
             for example in all_tasks()[placed.spec.name].examples:

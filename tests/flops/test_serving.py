@@ -1,6 +1,7 @@
 """Break-even points against brute force, memory by hand, and what a workload may be."""
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -73,13 +74,18 @@ HYPERNET = hypernetwork_for(TINY, TINY_ENCODER, rank=2, latent_size=16, head_in_
 SETUP = Setup(TINY, TINY_ENCODER, HYPERNET)
 
 
+@functools.cache
+def ways_at(shots):
+    return ways(SETUP, dataclasses.replace(LOAD, shots=shots))
+
+
 @pytest.mark.parametrize("questions", [1, 3, 50])
 @pytest.mark.parametrize(("name", "rival"), itertools.product(("t2l-request", "t2l-task", "t2l-merged"), WAYS))
 def test_shots_to_win(name, rival, questions):
     """The first number of shots from which on it stays so."""
     wins = []
     for shots in range(41):
-        made = ways(SETUP, dataclasses.replace(LOAD, shots=shots))
+        made = ways_at(shots)
         wins.append(made[name].total(questions) < made[rival].total(questions))
     expected = None if not wins[-1] else max((i + 1 for i, won in enumerate(wins) if not won), default=0)
     assert shots_to_win(SETUP, LOAD, name, rival, questions=questions, limit=40) == expected

@@ -122,7 +122,8 @@ def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, monkeypatch)
         while not entered.is_set():
             await asyncio.sleep(0)
         late = asyncio.ensure_future(generator.folder(None, TEXTS[2]))
-        await asyncio.sleep(0.01)
+        while len(generator._futures) < 3:  # the one of late, too
+            await asyncio.sleep(0)
         for gone in (waiters[0], alone, late):
             gone.cancel()
         leave.set()
