@@ -221,6 +221,18 @@ def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, ou
 
 
 @app.command()
+def costs(ctx: typer.Context, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
+    """A task read by smollm2-135m-specs, or shown in every prompt: times of both; some five minutes."""
+    from bench.specs.costs import records
+    from bench.specs.runs import specifications
+    from t2l_engine.cli.common import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    write(ctx, out, threads, records(specifications()))
+
+
+@app.command()
 def lengths(
     benchmarks: Annotated[Path, typer.Option(help="folder with a .jsonl file per benchmark")],
     descriptions: Annotated[Path, typer.Option(help="file with eval_ds_info")],

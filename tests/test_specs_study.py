@@ -14,7 +14,7 @@ from bench.plans import Run
 from bench.records import Result, read
 from bench.report import tables_specs
 from bench.report.tables import TABLES
-from bench.source import ROOT
+from bench.source import ROOT, SPECS, bundled
 from bench.specs import costs, plan, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
@@ -282,13 +282,12 @@ def test_the_demo_says_what_its_sentences_are(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_task_costs(tmp_path, monkeypatch):
+def test_what_a_task_costs(monkeypatch):
     monkeypatch.setattr(costs, "TASKS", 2)
     monkeypatch.setattr(costs, "ROUNDS", 1)
-    monkeypatch.setattr(costs, "rounded", lambda name, work: "smollm2-135m-specs")
-    made = [placed.spec for placed in suite.suite(200) if placed.tier == "sibling"][:2]
-    training.write(runs.folder_of(tmp_path, "sibling"), [suite.task(spec, suite.EXAMPLES, 0) for spec in made])
-    found = list(costs.records(tmp_path))
+    empty = dict.fromkeys((field.name for field in dataclasses.fields(runs.Specifications)), ())
+    about, *found = costs.records(runs.Specifications(**empty | {"held_out": suite.suite(200)}))
+    assert about["checkpoint"] == bundled(SPECS)
     assert [(one["examples"], one["tasks"]) for one in found] == [(count, 2) for count in (0, *plan.SHOTS)]
     for one in found:
         tokens = one["tokens"]
@@ -358,7 +357,7 @@ def test_costs_are_in_milliseconds():
     tokens = {"read": 20.0, "question": 10.0, "prompt": 90.0, "prefix": 78.5}
     us = {"make_us": 30000.0, "adapted_us": 20000.0, "prompt_us": 50000.0, "fill_us": 45000.0, "warm_us": 21000.0}
     cost = {"examples": 3, "tokens": tokens, **us}
-    lines = TABLES["specs-costs"].lines([Result(Path("specs.jsonl"), {}, (), {"cost": [cost, cost | {"examples": 0}]})])
+    lines = TABLES["specs-costs"].lines([Result(Path("costs.jsonl"), {}, (), {"cost": [cost, cost | {"examples": 0}]})])
     rows = [[line[head] for head in list(line)[1:]] for line in lines]
     assert rows[:3] == [["T2L", 20.0, 30.0, 10.0, 20.0], ["in the prompt", 0, 0, 90.0, 50.0],
                         ["in the prompt, cached", 78.5, 45.0, 11.5, 21.0]]  # fmt: skip

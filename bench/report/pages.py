@@ -62,9 +62,10 @@ OPTIONAL = {
     "serving": "python -m bench serving",
     "levels": "python -m bench levels",
     "small": "python -m bench small --work WORK",
+    "costs": "python -m bench costs",
 }
 #: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
-BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt")
+BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt", "costs")
 AGAIN = "run: python -m bench report"
 
 

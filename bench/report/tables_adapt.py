@@ -17,7 +17,7 @@ STARTS = {
     PEFT: "PEFT's: A at random, B zero",
     "generated": "generated from the description",
     OURS: "generated from description and examples",
-    "nearest": ARMS["nearest"],
+    "nearest": "stored adapter with the nearest descriptions",
     RIVAL: ARMS[RIVAL],
 }
 Losses = Sequence[tuple[int, float]]

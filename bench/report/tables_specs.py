@@ -12,8 +12,10 @@ from bench.specs.plan import (
     EARLIER,
     EVEN,
     HELD_OUT,
+    LIBRARY,
     PARTS,
     RIVAL,
+    RUNS,
     STORED,
     SUITE_PARTS,
     T2L,
@@ -33,7 +35,7 @@ ARMS = {
     "t2l-constant": 'control: "Answer the question."',
     DESCRIBED: "T2L, description in the prompt, too",
     RIVAL: "multi-task LoRA, description in the prompt",
-    "nearest": "stored adapter with the nearest descriptions",
+    "nearest": f"nearest by its descriptions of {RUNS[LIBRARY].other['tasks']} stored adapters",
     "oracle": "oracle: an adapter trained on the task alone",
     "base": "base model, input only",
     "base-description": "base model, description in the prompt",
@@ -224,7 +226,7 @@ def _card(result: Result) -> Iterator[Line]:
             }
 
 
-@table("specs-costs", "A task once, and a question of it to its first token: unseen siblings", "specs", optional=True)
+@table("specs-costs", "A task once, and a question of it to its first token: unseen siblings", "costs", optional=True)
 def _costs(result: Result) -> Iterator[Line]:
     """Once: text read and adapter in its slot; or what all prompts of a task begin with in a cache."""
     for of in result.records("cost"):

@@ -21,7 +21,7 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
     """
     from bench import judging  # here: tables read names of this package without them
     from bench.harness import BenchError, record
-    from bench.specs import adapting, costs, plan, runs
+    from bench.specs import adapting, plan, runs
     from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
 
     without = [name for name in runs.lacking(work) if name in plan.STUDY]
@@ -55,7 +55,6 @@ def records(work: Path, specifications: Specifications) -> Iterator[Record]:
                 yield record("two_answers", part=plan.STORED, tasks=two)
             means = {arm: round(found["summary"]["all"]["mean"][arm], 2) for arm in both}
             yield record("stored", split=split, wordings=wordings, scores=means)
-    yield from costs.records(work)
     yield from adapting.rates(work, specifications)
     yield from trained(work, [name for name in plan.STUDY if name not in without])
 

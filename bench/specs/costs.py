@@ -1,4 +1,7 @@
-"""What a task costs once and a question of it each time: read by the hypernetwork, or shown in every prompt."""
+"""What a task costs once and a question of it each time: read by the hypernetwork, or shown in every prompt.
+
+``python -m bench costs``
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from transformers import DynamicCache
@@ -16,11 +18,13 @@ import t2l_engine as t2l
 from bench.harness import Record, record
 from bench.icl.questions import Speaker, task_prefix
 from bench.models import shared
-from bench.specs.plan import HELD_OUT, SHOTS, T2L, drawn
-from bench.specs.runs import folder_of, rounded
+from bench.source import SPECS, bundled
+from bench.specs.plan import HELD_OUT, SHOTS, drawn
+from bench.specs.runs import Specifications
 from bench.timing import elapsed_us
 from t2l_engine.research.evaluation.arms import shots_of
-from t2l_engine.research.tasks.folder import Task, load_tasks, read_descriptions
+from t2l_engine.research.tasks.folder import Task
+from t2l_engine.research.tasks.specs import suite
 from t2l_engine.text import packaged
 from t2l_engine.text.prompts import prompt_ids, raw_prompt
 from t2l_engine.text.reader import TextReader
@@ -28,15 +32,20 @@ from t2l_engine.text.reader import TextReader
 TASKS, ROUNDS = 20, 3
 
 
-def records(work: Path) -> Iterator[Record]:
-    """A ``cost`` record for each number of worked examples: medians over tasks and rounds, in which all ways take turns.
+def records(specifications: Specifications) -> Iterator[Record]:
+    """The bundled checkpoint, on unseen siblings of ``specifications``, beside the same model that reads them in its prompt.
+
+    A ``cost`` record for each number of worked examples: medians over tasks and rounds, in which all numbers and ways take
+    turns.
 
     Once a task: ``make_us``, text read, adapter generated and put in its slot; ``fill_us``, what the prompts of a task have
     in common put in a cache.  A question, to its first token: ``adapted_us``; with all of the prompt ``prompt_us``, and with
     what is not in that cache ``warm_us``.
     """
-    served, source = _Served(work), folder_of(work, HELD_OUT[0])
-    tasks = load_tasks(source, None, names=drawn(read_descriptions(source), TASKS, "costs"))
+    yield record("plan", checkpoint=bundled(SPECS), rounds=ROUNDS)
+    siblings = {placed.spec.name: placed.spec for placed in specifications.held_out if placed.tier == HELD_OUT[0]}
+    tasks = [suite.task(siblings[name], suite.EXAMPLES, 0) for name in drawn(siblings, TASKS, "costs")]
+    served = _Served()
     counts = (0, *SHOTS)
     us, tokens = ({count: defaultdict(list) for count in counts} for _ in range(2))
     for turn in range(1 + ROUNDS):  # the first is not counted: first calls are slower
@@ -55,10 +64,10 @@ def records(work: Path) -> Iterator[Record]:
 
 
 class _Served:
-    """The judged checkpoint, its base model, and the same weights with a slot for an adapter; in bfloat16."""
+    """The bundled checkpoint, its base model, and the same weights with a slot for an adapter; in bfloat16."""
 
-    def __init__(self, work: Path):
-        self.engine = t2l.TextToLoRA.from_pretrained(rounded(T2L, work))
+    def __init__(self) -> None:
+        self.engine = t2l.TextToLoRA.from_pretrained(SPECS)
         read = self.engine.encoder
         assert isinstance(read, TextReader)
         # For which every text is new.
