@@ -46,7 +46,7 @@ test: setup
 
 # With the real vLLM: our kernels under its layers, its HTTP server, its offline class.
 test-serving: $(SERVE)/.tested
-	$(SERVE)/bin/python -m pytest -q -m serving tests/serving
+	$(SERVE)/bin/python -m pytest -q -n 2 --dist loadfile -m serving tests/serving
 
 # With llama.cpp itself: our adapters in GGUF files, its logits beside transformers'.
 test-llama-cpp: setup
