@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from t2l_engine import AdapterStack, HyperNetwork
-from t2l_engine.hypernetwork.checkpoint import describe, encoder_config
+from t2l_engine.hypernetwork.checkpoint import describe, read
 from t2l_engine.research.costs import Decoder, Encoder
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.benchmarks import import_benchmarks
@@ -48,7 +48,7 @@ LOADERS: dict[str, Callable] = {
     "hypernetwork": HyperNetwork.from_pretrained,
     "adapters": lambda folder: AdapterStack.from_peft([folder]),
     "describe": describe,
-    "encoder": encoder_config,
+    "encoder": lambda folder: read(folder).encoder_config(),
     "tasks": lambda folder: load_tasks(folder, "train"),
     "decoder": Decoder.from_config,
     "text encoder": Encoder.from_config,
