@@ -32,7 +32,7 @@ def test_every_level_is_verified_and_timed_beside_torch(context, monkeypatch):
     some = [ISAS[0], ISAS[-1]]
     adapters, lora = levels.generations(False)[1], levels.loras(False)[1]
     found = levels.measured(context, some, some[-1], "group", [adapters, lora])
-    others = {"eager", "reference", levels.BATCHED}, {"reference", "mm loop", "gather bmm"}
+    others = {"eager", "reference", generate.BATCHED}, {"reference", "mm loop", "gather bmm"}
     for row, ways in zip(found, others, strict=True):
         assert row["times"].keys() == {OURS, *some, *ways} and not row["skipped"]
         assert row["times"][OURS] == row["times"][some[-1]] and row["group"] == "group"

@@ -53,6 +53,8 @@ CUDA_TINY = HyperShape("tiny", 2, 32, 32, 16, embed_dim=24, latent_size=16, head
 #: Descriptions up to which a graph holds what runs one at a time: more would be tens of thousands of launches.
 CAPTURED = 8
 OPS, HEADS = "ours, ops alone", "head weights"
+#: All rows of variant L at once, in torch's own products: what a careful author writes.
+BATCHED = "batched"
 #: On a card, of one description by model, and of several.
 CUDA_ONE = {"mistral-7b": Target(1.3, of=HEADS)}
 CUDA_OTHERS, CUDA_SEVERAL = Target(1.5, of=HEADS), Target(1.1, of="cuBLAS")
@@ -146,7 +148,7 @@ def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
 
 
 def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
-    """Rows of one hypernetwork at each number of descriptions, all in the same rounds, with a matrix product among them.
+    """Rows of one hypernetwork at each number of descriptions, its ways in the same rounds, with a matrix product among them.
 
     Of the targeted model also rows into preallocated output, beside the same call into a fresh one as every other candidate
     gets it.
@@ -163,27 +165,32 @@ def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence
     del exact
     again = {n: _preallocated(net, shape, n) for n in counts} if also else {}
     for threads in context.thread_counts if also else [context.threads]:
-        here = [n for n in counts if threads == context.threads or n == 1]
         gemm, gemm_flops = gemm_call(getattr(torch, dtype), context.ceilings.gemm_size)
-        functions = {(n, name): f for n in here for name, f in chosen[n][0].items()}
-        functions |= {(n, PREALLOCATED): again[n] for n in here if again}
-        timings = context.time({**functions, "gemm": gemm}, threads, factor=3)
-        gflops = gemm_flops / 1e3 / timings["gemm"].median_us
-        for n in here:
+        for n in [n for n in counts if threads == context.threads or n == 1]:
             calls, skipped, error = chosen[n]
+            # Each number apart: beside seconds of many descriptions one would have few rounds.
+            functions = calls | ({PREALLOCATED: again[n]} if again else {})
+            timings = context.time({**functions, "gemm": gemm}, threads, factor=2)
+            gflops = gemm_flops / 1e3 / timings["gemm"].median_us
             case, fields = described(shape, dtype, n)
             emit = functools.partial(row, context, group="generate", shape=fields, error=error, count=threads)
             gbps = context.ceilings.bandwidth_at(moved(net, n), threads)
             given = {"least": roofline(hypernet_flops(net.config, n).total, moved(net, n), gflops, gbps)}
             given["target"] = {1: Target(ONE[shape.variant][DTYPES.index(dtype)]), 64: MANY}.get(n) if targeted else None
             given["peak_gflops"] = context.ceilings.fma_at(dtype, threads)
-            yield emit(case, timings={name: timings[n, name] for name in calls}, skipped=skipped, **given)
+            yield emit(case, timings={name: timings[name] for name in calls}, skipped=skipped, **given)
             if again:
-                beside = {OURS: timings[n, PREALLOCATED], FRESH: timings[n, OURS]}
+                beside = {OURS: timings[PREALLOCATED], FRESH: timings[OURS]}
                 yield emit(f"{case}, {PREALLOCATED}", timings=beside, **given)
-            for suffix, name in ENDINGS.items() if targeted and n == 64 else ():
-                one, many = timings[1, name], {OURS: timings[n, name]}
-                yield emit(f"{case}{suffix}, beside one", timings=many, target=AS_ONE, unit_us=64 * one.median_us)
+            if targeted and n == 64:
+                own = {(k, OURS): chosen[k][0][OURS] for k in (1, n)} | {
+                    (k, PREALLOCATED): again[k] for k in (1, n) if again
+                }
+                beside = context.time(own, threads)
+                for suffix, name in ENDINGS.items():
+                    if (n, name) in own:
+                        many, unit = {OURS: beside[n, name]}, 64 * beside[1, name].median_us
+                        yield emit(f"{case}{suffix}, beside one", timings=many, target=AS_ONE, unit_us=unit)
 
 
 def _preallocated(net: HyperNetwork, shape: HyperShape, count: int) -> Callable[[], object]:
@@ -199,7 +206,8 @@ def candidates(
     net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool = False
 ) -> tuple[dict[str, Callable], dict[str, str], Error]:
     """Verified calls that generate ``count`` adapters; what is skipped and why; the error of ours."""
-    generators, skipped = built(net, CPU_WAYS, None), {}
+    ways = CPU_WAYS | ({BATCHED: baselines.careful} if shape.variant == "L" else {})
+    generators, skipped = built(net, ways, None), {}
     if compile_it and count in COMPILED_AT:
         with tolerant(COMPILED, skipped):  # whatever the compiler cannot do is a fact about it, and is reported
             generators[COMPILED] = baselines.compiled(net, shape.task_embeddings(count))

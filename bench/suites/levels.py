@@ -44,8 +44,6 @@ MODEL = "amx_model"
 SPREADS = {"64x1": even(64, 1), "8x8": rows(*range(8)), "64x64": rows(*range(64))}
 #: Seeds of the inputs that errors are measured on (apply.lora_errors draws these), and of those that are timed.
 CHECKED, TIMED = 1, 2
-#: All rows at once, in torch's own products: what a careful author writes.
-BATCHED = "batched"
 
 
 class Settled(Cpu):
@@ -118,7 +116,7 @@ class Generation(Work):
     def beside(self, results: Mapping[str, list[Tensor]]) -> Measured:
         net, modules = _net(self.shape, self.dtype), self.shape.config().modules
         ways = {name: way(net) for name, way in generate.CPU_WAYS.items() if name != OURS}
-        ways |= {BATCHED: baselines.careful(net)} if self.shape.variant == "L" else {}
+        ways |= {generate.BATCHED: baselines.careful(net)} if self.shape.variant == "L" else {}
 
         def there(made: list[Tensor]) -> generate.Generate:
             return lambda task_emb: dict(zip(modules, zip(made[::2], made[1::2], strict=True), strict=True))
