@@ -148,7 +148,7 @@ def described(shape: HyperShape, dtype: str, count: int) -> tuple[str, Record]:
 
 
 def generation(context: Context, shape: HyperShape, dtype: str, counts: Sequence[int]) -> Iterator[Record]:
-    """Rows of one hypernetwork at each number of descriptions, its ways in the same rounds, with a matrix product among them.
+    """Rows of one hypernetwork at each number of descriptions: its ways in the same rounds, a matrix product among them.
 
     Of the targeted model also rows into preallocated output, beside the same call into a fresh one as every other candidate
     gets it.
