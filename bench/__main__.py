@@ -193,19 +193,26 @@ def specs(
 
 
 @app.command()
-def small(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
+def small(
+    ctx: typer.Context,
+    work: Work,
+    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: take the runs that are there")] = False,
+    threads: Threads = DEFAULT_THREADS,
+    out: Out = None,
+) -> None:
     """Small runs of the study of specifications that change one thing at a time; an hour and a half on two cores."""
     from bench import specs as study
     from bench.specs import plan
-    from bench.specs.runs import specifications, train, write_trained
+    from bench.specs.runs import lacking, specifications, train, write_trained
     from t2l_engine.cli.common import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()
     write_trained(work, specifications())
-    for name in plan.SMALL:
+    for name in () if as_is else plan.SMALL:
         train(name, work)
-    write(ctx, out, threads, study.trained(work, plan.SMALL))
+    without = lacking(work)
+    write(ctx, out, threads, study.trained(work, [name for name in plan.SMALL if name not in without]))
 
 
 @app.command()
