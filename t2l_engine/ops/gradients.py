@@ -24,7 +24,8 @@ def first_order(op: str) -> Callable[[Callable], Callable]:
             return type(value)(map(marked, value))
         if not isinstance(value, Tensor):
             return value
-        return torch._C._functions.DelayedError(message, 1)(value.detach().requires_grad_())
+        delayed = torch._C._functions.DelayedError(message, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return delayed(value.detach().requires_grad_())
 
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)

@@ -446,13 +446,12 @@ def _add(
     bad_ids: Tensor | None,
 ) -> None:
     """``members``: y, A, B and ranks of each.  Nothing is written or counted before all are checked."""
-    x, bad = _tokens(x), None
+    x, bad = _tokens(x), (seg_adapters < -1) | (seg_adapters >= len(members[0][1]))
     if bad_ids is not None:
-        bad = (seg_adapters < -1) | (seg_adapters >= len(members[0][1]))
         seg_adapters = seg_adapters.masked_fill(bad, -1)
     segments = seg_indptr, seg_adapters, max_seg_len
     used = [list(_segments(*segments, ranks, lora_A, len(x))) for _, lora_A, _, ranks in members]
-    if bad is not None:
+    if bad_ids is not None:
         bad_ids += bad.sum()
     for (y, lora_A, lora_B, _), of in zip(members, used, strict=True):
         acc, y = accumulation_dtype(x, lora_A), _tokens(y)
