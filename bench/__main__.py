@@ -111,6 +111,14 @@ def shown(records: Sequence[Record]) -> Table:
     return made
 
 
+def settle(threads: int) -> None:
+    """What the studies of specifications run with: torch's threads, and memory that is kept as ``t2l train`` keeps it."""
+    from t2l_engine.cli.common import keep_freed_memory
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
 def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
     """A file of records that are no rows of times."""
     made = [harness.head(ctx.info_name, Context.of("full", threads), spelled(ctx)), *records]
@@ -177,10 +185,8 @@ def specs(
     from bench import specs as study
     from bench.specs import plan
     from bench.specs.runs import judged, specifications, tasks, train
-    from t2l_engine.cli.common import keep_freed_memory
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    settle(threads)
     found = specifications()
     tasks(work, found, skills)
     if development:
@@ -204,10 +210,8 @@ def small(
     from bench import specs as study
     from bench.specs import plan
     from bench.specs.runs import lacking, specifications, train, write_trained
-    from t2l_engine.cli.common import keep_freed_memory
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    settle(threads)
     write_trained(work, specifications())
     for name in () if as_is else plan.SMALL:
         train(name, work)
@@ -220,10 +224,8 @@ def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, ou
     """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some two hours on two cores."""
     from bench.specs.adapting import records
     from bench.specs.runs import specifications
-    from t2l_engine.cli.common import keep_freed_memory
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    settle(threads)
     write(ctx, out, threads, records(work, specifications()))
 
 
@@ -232,10 +234,8 @@ def costs(ctx: typer.Context, threads: Threads = DEFAULT_THREADS, out: Out = Non
     """A task read by smollm2-135m-specs, or shown in every prompt: times of both; some five minutes."""
     from bench.specs.costs import records
     from bench.specs.runs import specifications
-    from t2l_engine.cli.common import keep_freed_memory
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
+    settle(threads)
     write(ctx, out, threads, records(specifications()))
 
 

@@ -38,7 +38,7 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
     for of in own:
         key = of["budget"], of["task"], of["seed"]
         theirs = peft[key]
-        others = [by["losses"] for (*task, seed), by in peft.items() if (*task,) == key[:2] and seed != key[2]]
+        other = next((by for (*task, seed), by in peft.items() if (*task,) == key[:2] and seed != key[2]), None)
         lowest = min(loss for _, loss in of["losses"])
         kept = first(of["losses"], lowest)
         line = {
@@ -57,7 +57,7 @@ def _by_start(result: Result, tiers: Sequence[str] = HELD_OUT) -> dict[int, dict
                 f"PEFT's steps, {name}": first(theirs["losses"], target),
                 f"reached, {name}": 100.0 * (lowest <= target),
             }
-            line |= {f"other seed's steps, {name}": first(losses, target) for losses in others[:1]}
+            line |= {f"other seed's steps, {name}": first(other["losses"], target)} if other else {}
         line |= {"before": of["before"]} if "before" in of else {}
         line |= {"less": ours[key]["right"] - of["right"]} if key in ours else {}
         found.setdefault(of["budget"], {}).setdefault(of["start"], {}).setdefault(of["task"], []).append(line)

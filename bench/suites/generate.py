@@ -66,6 +66,11 @@ WAYS: dict[str, Way] = {"cuBLAS": baselines.careful, "reference": baselines.plai
 CPU_WAYS: dict[str, Way] = {OURS: baselines.of_stack, "reference": baselines.plain, "eager": baselines.Eager}
 
 
+def cpu_ways(shape: HyperShape) -> dict[str, Way]:
+    """Ways to do the same on a CPU."""
+    return CPU_WAYS | ({BATCHED: baselines.careful} if shape.variant == "L" else {})
+
+
 def plan(context: Context) -> list[Task]:
     # Fail fast: cheapest checks first.
     tasks = request.plan(context)
@@ -206,8 +211,7 @@ def candidates(
     net: HyperNetwork, exact: HyperNetwork, shape: HyperShape, count: int, compile_it: bool = False
 ) -> tuple[dict[str, Callable], dict[str, str], Error]:
     """Verified calls that generate ``count`` adapters; what is skipped and why; the error of ours."""
-    ways = CPU_WAYS | ({BATCHED: baselines.careful} if shape.variant == "L" else {})
-    generators, skipped = built(net, ways, None), {}
+    generators, skipped = built(net, cpu_ways(shape), None), {}
     if compile_it and count in COMPILED_AT:
         with tolerant(COMPILED, skipped):  # whatever the compiler cannot do is a fact about it, and is reported
             generators[COMPILED] = baselines.compiled(net, shape.task_embeddings(count))

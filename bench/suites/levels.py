@@ -115,8 +115,7 @@ class Generation(Work):
 
     def beside(self, results: Mapping[str, list[Tensor]]) -> Measured:
         net, modules = _net(self.shape, self.dtype), self.shape.config().modules
-        ways = {name: way(net) for name, way in generate.CPU_WAYS.items() if name != OURS}
-        ways |= {generate.BATCHED: baselines.careful(net)} if self.shape.variant == "L" else {}
+        ways = {name: way(net) for name, way in generate.cpu_ways(self.shape).items() if name != OURS}
 
         def there(made: list[Tensor]) -> generate.Generate:
             return lambda task_emb: dict(zip(modules, zip(made[::2], made[1::2], strict=True), strict=True))
