@@ -220,6 +220,26 @@ def small(
 
 
 @app.command()
+def robustness(
+    ctx: typer.Context,
+    work: Work,
+    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: judge the runs that are there")] = False,
+    threads: Threads = DEFAULT_THREADS,
+    out: Out = None,
+) -> None:
+    """Another seed of the study of specifications, and other ranks of its rival; some three hours on two cores."""
+    from bench.specs import plan
+    from bench.specs.robustness import records
+    from bench.specs.runs import specifications, tasks, train
+
+    settle(threads)
+    tasks(work, specifications())
+    for name in () if as_is else plan.ROBUSTNESS:
+        train(name, work)
+    write(ctx, out, threads, records(work))
+
+
+@app.command()
 def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
     """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some two hours on two cores."""
     from bench.specs.adapting import records

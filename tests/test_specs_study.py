@@ -15,7 +15,7 @@ from bench.records import Result, read
 from bench.report import tables_specs
 from bench.report.tables import TABLES
 from bench.source import ROOT, SPECS, bundled
-from bench.specs import costs, plan, runs
+from bench.specs import costs, plan, robustness, runs
 from bench.study.runs import WORDINGS
 from t2l_engine.cli import demo
 from t2l_engine.files.errors import ConfigError
@@ -242,6 +242,41 @@ def test_evaluations_use_held_out_descriptions(monkeypatch, tmp_path):
             assert beside == {"multi_task": tmp_path / plan.RIVAL, "also": also, "manifest": None}
 
 
+def test_a_rank_is_judged_without_a_checkpoint_of_its_own(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(judging, "evaluate", lambda *given, **options: asked.append((given, options)))
+    tasks = [Task("f-000", ("Do it.",), (Example("a", ("b",), "test"),))]
+    training.write(runs.folder_of(tmp_path, plan.DEVELOPMENT), tasks)
+    runs.judged(plan.DEVELOPMENT, tmp_path, "multi-task-2", [plan.RIVAL])
+    (((_, name, _, arms), options),) = asked
+    assert (name, arms) == ("multi-task-2-development", [plan.RIVAL])
+    assert (options["multi_task"], options["checkpoint"]) == (tmp_path / "multi-task-2", SPECS)
+
+
+@pytest.mark.parametrize("lacking", [[], [plan.AGAIN], ["multi-task-2", "t2l"]])
+def test_seeds_are_judged_on_all_tiers_and_ranks_on_development_tasks(monkeypatch, tmp_path, lacking):
+    asked = []
+
+    def judged(part, work, name, arms):
+        asked.append((name, part))
+        return {"tasks": {"f-000": {arm: len(name) + 0.125 for arm in arms}}}
+
+    monkeypatch.setattr(runs, "judged", judged)
+    monkeypatch.setattr(runs, "lacking", lambda work: lacking)
+    monkeypatch.setattr(robustness, "trained", lambda work, names: [{"record": "training", "run": name} for name in names])
+    about, *found = robustness.records(tmp_path)
+    assert about["lacking"] == [name for name in lacking if name in plan.ROBUSTNESS]
+    ranks = [(rank, plan.DEVELOPMENT) for rank in plan.RANKS if rank not in lacking]
+    again = [(plan.AGAIN, part) for part in plan.SUITE_PARTS if plan.AGAIN not in lacking]
+    assert sorted(asked) == sorted(ranks + again)
+    scores = {of["part"]: of["scores"] for of in found if of["record"] == "scores"}
+    assert [*scores] == ([plan.DEVELOPMENT] if plan.AGAIN in lacking else [*plan.SUITE_PARTS])
+    expected = dict.fromkeys((plan.AGAIN, f"{plan.AGAIN}-shuffled"), 15.12) if plan.AGAIN not in lacking else {}
+    assert all(of == expected for part, of in scores.items() if part != plan.DEVELOPMENT)
+    assert scores[plan.DEVELOPMENT] == {rank: round(len(rank) + 0.125, 2) for rank, _ in ranks} | expected
+    assert [of["run"] for of in found if of["record"] == "training"] == [n for n in plan.ROBUSTNESS if n not in lacking]
+
+
 def test_oracles_are_asked_what_they_were_trained_on(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(runs, "rounded", lambda name, work: work / name)
@@ -374,6 +409,36 @@ def test_small_runs_are_compared_by_loss():
     losses = [value for head, value in small.items() if head.startswith("loss")]
     assert losses == [16.0, 11.0, 1.0] and "loss, 25 % of 250 steps" in small
     assert {*tables_specs.CHANGED, "reconstruction"} == {*plan.SMALL} <= plan.RUNS.keys()
+
+
+def test_another_seed_is_compared_task_by_task():
+    specs = result(SCORES | {plan.EVEN: 40.0})
+    scores = {plan.AGAIN: 45.0, f"{plan.AGAIN}-shuffled": 5.0}
+    own = [{"part": "sibling", "task": "wrap-000", "groups": ["all"], "scores": scores}]
+    (line,) = TABLES["specs-seeds"].lines([specs, Result(Path("robustness.jsonl"), {}, (), {"scores": own})])
+    assert (line["tier"], line["tasks"], line["t2l-first, %"], line["t2l-first-again, %"]) == (
+        "unseen siblings",
+        1,
+        40.0,
+        45.0,
+    )
+    gaps = [f"{plan.AGAIN} less {plan.EVEN}", f"{plan.AGAIN} less another task's description"]
+    gaps += [f"{run} less multi-task LoRA" for run in (plan.EVEN, plan.AGAIN)]
+    assert [line[gap] for gap in gaps] == [5.0, 40.0, -22.0, -17.0]
+
+
+def test_ranks_are_compared_by_development_tasks():
+    rank = lambda run, rank: {  # noqa: E731
+        "run": run, "settings": {"rank": rank}, "steps": 250, "tokens": 400_000, "curve": [[0.2, 2.0], [0.4, 1.5]],
+    }  # fmt: skip
+    own = [
+        {"part": plan.DEVELOPMENT, "task": "wrap-000", "groups": ["all"], "scores": {"multi-task-2": 30, "multi-task-8": 40}}
+    ]
+    training = [rank("again-constant", 8), rank("multi-task-2", 2), rank("multi-task-8", 8)]
+    made = Result(Path("robustness.jsonl"), {}, (), {"scores": own, "training": training})
+    two, eight = TABLES["specs-ranks"].lines([made])
+    assert [two[head] for head in ("rank", "million tokens", "right, %", "less rank 8")] == [2, 0.4, 30.0, -10.0]
+    assert (eight["loss of the last twentieth"], eight["right, %"], eight["less rank 8"]) == (1.5, 40.0, 0.0)
 
 
 def test_tokens_are_those_of_a_run_and_all_before():

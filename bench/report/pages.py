@@ -62,6 +62,7 @@ OPTIONAL = {
     "serving": "python -m bench serving",
     "levels": "python -m bench levels",
     "small": "python -m bench small --work WORK",
+    "robustness": "python -m bench robustness --work WORK",
     "costs": "python -m bench costs",
 }
 #: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterable, Iterator
 from bench.records import Result
 from bench.report.tables import Claim, Line, bounds, curves, each, judged, mean, table
 from bench.specs.plan import (
+    AGAIN,
     DESCRIBED,
+    DEVELOPMENT,
     EARLIER,
     EVEN,
     HELD_OUT,
     LIBRARY,
     PARTS,
+    RANKS,
     RIVAL,
     RUNS,
     STORED,
@@ -213,6 +216,35 @@ def _tokens(result: Result) -> Iterator[Line]:
             "million tokens": round(sum(trained[run]["tokens"] for run in chain) / 1e6, 2),
             **{f"{TIERS[part]}, %": mean(scores) for part, scores in parts.items() if scores},
         }
+
+
+@table("specs-seeds", "T2L's first run with two seeds, beside the multi-task LoRA", "specs", "robustness", optional=True)
+def _seeds(specs: Result, robustness: Result | None = None) -> Iterator[Line]:
+    for part in SUITE_PARTS if robustness else ():
+        again = {of["task"]: of["scores"] for of in Part.of(robustness.others, part).tasks if AGAIN in of["scores"]}
+        known = [of for of in Part.of(specs.others, part).tasks if of["task"] in again]
+        if known:
+            scored = Part([{**of, "scores": of["scores"] | again[of["task"]]} for of in known], {})
+            yield {
+                "tier": TIERS[part],
+                "tasks": len(known),
+                **{f"{name}, %": mean(scored.column(name)) for name in (EVEN, AGAIN)},
+                **bounds(f"{AGAIN} less {EVEN}", scored.gap(AGAIN, EVEN)),
+                **bounds(f"{AGAIN} less another task's description", scored.gap(AGAIN, f"{AGAIN}-shuffled")),
+                **bounds(f"{EVEN} less multi-task LoRA", scored.gap(EVEN, RIVAL)),
+                **bounds(f"{AGAIN} less multi-task LoRA", scored.gap(AGAIN, RIVAL)),
+            }
+
+
+@table("specs-ranks", "The multi-task LoRA by its rank, development tasks", "robustness", optional=True)
+def _ranks(result: Result) -> Iterator[Line]:
+    scored = Part.of(result.others, DEVELOPMENT)
+    for run in result.records("training"):
+        if run["run"] in RANKS:
+            line = {"rank": run["settings"]["rank"], "steps": run["steps"], "million tokens": round(run["tokens"] / 1e6, 2)}
+            line |= {"loss of the last twentieth": run["curve"][-1][1]}
+            line |= bounds("right, %", interval(scored.column(run["run"])))
+            yield line | bounds("less rank 8", scored.gap(run["run"], "multi-task-8"))
 
 
 @table("specs-card", "What the bundled checkpoint of the study scores, for its model card", "specs")

@@ -26,8 +26,11 @@ UNSEEN = SPLITS[-1], WORDINGS[-1]
 T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
 #: Small runs that change one thing at a time, and what the last of them starts from: a result of their own.
 SMALL = ("small", "small-adamw", "small-fast", "small-slow", "reconstruction", "small-warm")
+#: T2L's first run with another seed, and the rival with other ranks: a result of their own.
+AGAIN, RANKS = "t2l-first-again", ("multi-task-2", "multi-task-8", "multi-task-32")
+ROBUSTNESS = (*RANKS, "again-constant", AGAIN)
 #: All others.
-STUDY = [name for name in RUNS if name not in SMALL]
+STUDY = [name for name in RUNS if name not in SMALL + ROBUSTNESS]
 #: Runs on the way to T2L that are judged, too, from the description; the one that has had as many tokens as RIVAL.
 EARLIER, EVEN = ("t2l-first", "t2l-second", "t2l-third", "t2l-fourth"), "t2l-first"
 #: Worked examples of the arms; those without a number show the first.

@@ -14,6 +14,7 @@ import t2l_engine as t2l
 from bench import judging, training
 from bench.harness import BenchError
 from bench.plans import Run
+from bench.source import SPECS
 from bench.specs.plan import (
     ARMS,
     DESCRIBED,
@@ -182,8 +183,12 @@ def rounded(name: str, work: Path) -> Path:
 
 
 def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
-    """The result of the evaluation of one part; answers of an earlier call are read."""
-    source = folder_of(work, part)
+    """The result of the evaluation of one part; answers of an earlier call are read.
+
+    ``name``: a run of T2L, or of the multi-task LoRA, which is arm RIVAL then.
+    """
+    source, multi_task = folder_of(work, part), RUNS[name].kind == "lora"
+    own = {"checkpoint": SPECS, "multi_task": work / name} if multi_task else {"checkpoint": rounded(name, work)}
     names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
     return _evaluated(
         work,
@@ -191,10 +196,10 @@ def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -
         names,
         arms,
         tasks=source,
-        checkpoint=rounded(name, work),
         held_out_descriptions=0 if part == OTHER else suite.HELD_OUT,  # those tasks have no others
         shots=",".join(map(str, SHOTS)),
         max_items=PLAN["items"][part],
+        **own,
         **({"manifest": skills_plan.MANIFEST} if part == OTHER else {}),
     )
 
@@ -222,7 +227,7 @@ def _evaluated(work: Path, name: str, names: Sequence[str], arms: Sequence[str],
     """What is the same in every evaluation, and the folders that its arms need."""
     library = work / LIBRARY / lora.ADAPTERS
     needed = {RIVAL: ("multi_task", work / RIVAL), "nearest": ("library", library), "oracle": ("oracle", library)}
-    options |= dict(needed[arm] for arm in arms if arm in needed)
+    options = dict(needed[arm] for arm in arms if arm in needed) | options
     if DESCRIBED in arms:
         options["also"] = f"{DESCRIBED}={rounded(DESCRIBED, work)}"
     # One validation item of each task, for choosing the base model's prompt template.
