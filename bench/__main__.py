@@ -250,6 +250,16 @@ def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, ou
 
 
 @app.command()
+def rates(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
+    """Learning rates of `t2l adapt` at its own settings; some half an hour on two cores."""
+    from bench.specs.rates import records
+    from bench.specs.runs import specifications
+
+    settle(threads)
+    write(ctx, out, threads, records(work, specifications()))
+
+
+@app.command()
 def costs(ctx: typer.Context, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
     """A task read by smollm2-135m-specs, or shown in every prompt: times of both; some five minutes."""
     from bench.specs.costs import records

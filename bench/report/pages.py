@@ -63,10 +63,11 @@ OPTIONAL = {
     "levels": "python -m bench levels",
     "small": "python -m bench small --work WORK",
     "robustness": "python -m bench robustness --work WORK",
+    "rates": "python -m bench rates --work WORK",
     "costs": "python -m bench costs",
 }
 #: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
-BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt", "costs")
+BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt", "costs", "rates")
 AGAIN = "run: python -m bench report"
 
 

@@ -153,3 +153,23 @@ def _claims(result: Result) -> Iterator[Claim]:
                 50,
                 False,
             )
+
+
+@table("adapt-rates", "Learning rates of `t2l adapt` at its own settings, development tasks", "rates", optional=True)
+def _rates(result: Result) -> Iterator[Line]:
+    """Means over tasks.  Losses, and the step that is kept: of what ``t2l adapt`` holds out; right: of test items."""
+    by_rate: dict[float, dict[str, Line]] = {}
+    for of in result.records("rate"):
+        by_rate.setdefault(of["rate"], {})[of["task"]] = of
+    lowest = by_rate[min(by_rate)]
+    for rate, tasks in by_rate.items():
+        column = lambda name, tasks=tasks: [tasks[task][name] for task in sorted(tasks)]  # noqa: E731
+        less = [tasks[task]["right"] - lowest[task]["right"] for task in sorted(tasks)]
+        yield {
+            "learning rate": rate,
+            "tasks": len(tasks),
+            "examples": max(of["examples"] + of["held_out"] for of in tasks.values()),
+            **bounds("right, %", interval(column("right"))),
+            **bounds("right, less the lowest rate", interval(less) if tasks is not lowest else None),
+            **{name.replace("_", " "): mean(column(name)) for name in ("loss_before", "loss_after", "steps", "best_step")},
+        }
