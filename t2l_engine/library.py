@@ -194,6 +194,8 @@ class AdapterLibrary:
         new = [i for i, row in enumerate(matches) if not row]
         parts = [self.mixed([matches[i] for i in known])] if known else []
         parts += [generate([texts[i] for i in new])] if new else []
+        if len(parts) == 1:
+            return parts[0], matches
         dtype = functools.reduce(torch.promote_types, [part.dtype for part in parts])
         order = [*known, *new]
         stack = AdapterStack.cat([part.to(parts[-1].scaling.device, dtype) for part in parts])
@@ -223,7 +225,7 @@ def mixture(stack: AdapterStack, weights: Sequence[float]) -> AdapterStack:
 
 def _check_name(name: str, where: str) -> None:
     reserved = (".", "..", DESCRIPTIONS, EMBEDDINGS, DIGESTS)
-    wrong = not name or name in reserved or not is_unicode(name) or len(name.encode()) > MAX_NAME_BYTES
+    wrong = not name or name in reserved or not name.isprintable() or len(name.encode()) > MAX_NAME_BYTES
     if wrong or "/" in name or "\0" in name or "\\" in name:
         raise ConfigError(f"{where}: expected names of folders, got {short_repr(name)}")
 

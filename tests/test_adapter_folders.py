@@ -177,6 +177,13 @@ def test_a_scaling_beyond_what_b_can_hold(folder):
     refused(folder, f"{V1}: values exceed the range of torch.float32", alpha_pattern={V1: 8})
 
 
+def test_bfloat16_ends_before_float32(folder):
+    edit_state(folder, lambda state: {key: t.fill_(3.4e38) if "lora_B" in key else t for key, t in state.items()})
+    AdapterStack.from_peft(folder)
+    with pytest.raises(AdapterError, match="values exceed the range of torch.bfloat16"):
+        AdapterStack.from_peft(folder, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("config", "partial", "kept"),
     [

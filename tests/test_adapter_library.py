@@ -219,6 +219,7 @@ def broken(name, content):
         (lambda folder: shutil.rmtree(folder / "past"), FileNotFoundError, "but descriptions.json names past"),
         (broken(DESCRIPTIONS, "[]"), ConfigError, "expected an object of names and descriptions"),
         (broken(DESCRIPTIONS, '{"../last": ["x"]}'), ConfigError, "expected names of folders"),
+        (broken(DESCRIPTIONS, r'{"x\u001b]0;y\u0007": ["x"]}'), ConfigError, r"expected names of folders, got 'x\\x1b"),
         (broken(DESCRIPTIONS, '{"last": []}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, '{"last": [" "]}'), ConfigError, "last: expected a list of descriptions"),
         (broken(DESCRIPTIONS, r'{"last": ["\ud800"]}'), ConfigError, "last: expected a list of descriptions"),

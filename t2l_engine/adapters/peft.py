@@ -202,7 +202,7 @@ def _check_range(
     pairs: dict[str, dict[str, Tensor]], factors: dict[str, float], kind: torch.dtype, weights_path: Path
 ) -> None:
     # Even for a float64 file the limit is float32: adapters are written and served in narrower dtypes.
-    narrowest = torch.float16 if kind == torch.float16 else torch.float32
+    narrowest = min(kind, torch.float32, key=lambda dtype: torch.finfo(dtype).max)
     for path, pair in pairs.items():
         for side, factor in (("A", 1.0), ("B", factors[path])):
             if not max_abs(pair[side]) * factor <= torch.finfo(narrowest).max:
@@ -244,6 +244,9 @@ def _check_config(config: Any, path: Path) -> bool:
     unknown = [field for field, value in config.items() if field not in _PLAIN and field not in _OTHER and value]
     if unknown:  # as PEFT does: a later version may add fields that do not matter here
         warnings.warn(f"{path}: unknown fields are ignored: {short_repr(unknown)}", stacklevel=4)
+    base = config.get("base_model_name_or_path")
+    if not isinstance(base, (str, type(None))):
+        raise AdapterError(f"{path}: base_model_name_or_path: expected a string or null, got {short_repr(base)}")
     _check_rank(path, "r", config.get("r"))
     _check_alpha(path, "lora_alpha", config.get("lora_alpha"))
 

@@ -116,7 +116,10 @@ def _modules(adapter: PeftAdapter) -> list[tuple[str, str, int, int]]:
 
 
 def _targets(adapter: PeftAdapter, full_paths: list[str]) -> dict[str, Any]:
-    """The configuration fields with which PEFT adapts exactly the modules of ``adapter``."""
+    """The configuration fields with which PEFT adapts the modules of ``adapter``.
+
+    It also wraps other modules of the model whose paths end alike, such as a vision tower's, and leaves B zero there.
+    """
     layers = {path: tuple(torch.nonzero(ranks[0]).flatten().tolist()) for path, ranks in adapter.ranks.items()}
     layers = {path: found for path, found in layers.items() if found}
     # The path below the layer, since two modules of a layer may share the last name (c_proj in GPT-2).

@@ -122,8 +122,9 @@ class Chat:
         elif command == "/save":
             if not rest:
                 raise ValueError("/save: expected a folder or FILE.gguf after it, got none")
-            self.save(self.tasks[self.current], Path(rest))
-            say(f"wrote {rest}")
+            path = Path(rest).expanduser()
+            self.save(self.tasks[self.current], path)
+            say(f"wrote {path}")
         elif command == "/tasks":
             for name, description in self.tasks.items():
                 say(f"{'*' if name == self.current else ' '} {name or TASK}: {description}")
@@ -170,7 +171,8 @@ class Chat:
 def _lines(interactive: bool) -> Iterator[str]:
     """Lines of standard input; with a prompt if ``interactive``."""
     if not interactive:
-        yield from standard_input()
+        for i, line in enumerate(standard_input()):
+            yield line.removeprefix("\ufeff") if i == 0 else line
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  gives input() line editing and history

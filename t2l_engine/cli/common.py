@@ -95,19 +95,23 @@ def console(stderr: bool = False) -> Console:
 
 def print_json(value: Any) -> None:
     """Print ``value`` as JSON to standard output."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))
+    from t2l_engine.files.text import is_unicode
+
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    # Lone surrogates, which JSON can escape, but UTF-8 cannot hold.
+    typer.echo(text if is_unicode(text) else json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager
 def named(options: Mapping[str, str]) -> Iterator[None]:
-    """ValueErrors that begin with a parameter's name (key) name what the user typed (value) instead."""
+    """Errors that begin with a parameter's name (key) name what the user typed (value) instead."""
     try:
         yield
-    except ValueError as error:
-        text = str(error)
+    except (ValueError, FileNotFoundError) as error:
+        text, kind = str(error), FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         for parameter, option in options.items():
             if text.startswith(f"{parameter}:"):
-                raise ValueError(option + text.removeprefix(parameter)) from None
+                raise kind(option + text.removeprefix(parameter)) from None
         raise
 
 
@@ -147,9 +151,10 @@ def load_engine(
         is_base = name == (about.get("base_model") or "").rstrip("/")
         if is_base and not Path(packaged.resolve(name)).is_dir() and Path(given := packaged.resolve(base_model)).is_dir():
             encoder = given
-    engine = TextToLoRA.from_pretrained(
-        folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
-    )
+    with named({"from_pretrained: scaling": "--scaling"}):
+        engine = TextToLoRA.from_pretrained(
+            folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
+        )
     return engine, folder
 
 

@@ -11,7 +11,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import read_json
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.folder import CONFIG_NAME, SAKANA_NAMES, WEIGHTS_NAME, format_of
-from t2l_engine.hypernetwork.network import load
+from t2l_engine.hypernetwork.network import check_encoder, load
 from t2l_engine.research.costs import hypernet_flops
 
 
@@ -46,6 +46,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
     contents = checkpoint.read(folder)
+    check_encoder(contents)
     pooling = sum(tensor.numel() for tensor in contents.pooling.values())
     net = load(contents)
     c, written = net.config, format_of(folder)
@@ -98,8 +99,11 @@ def _named_encoder(blocks: dict[str, Any]) -> dict[str, Any] | None:
 
 def _training(block: dict[str, Any]) -> dict[str, Any]:
     """Steps and number of tasks, as far as the (unchecked) block has them."""
-    tasks = block.get("tasks")
-    return {"steps": block.get("steps_done"), "num_tasks": len(tasks) if isinstance(tasks, (list, dict)) else None}
+    tasks, steps = block.get("tasks"), block.get("steps_done")
+    return {
+        "steps": steps if isinstance(steps, int) else None,
+        "num_tasks": len(tasks) if isinstance(tasks, (list, dict)) else None,
+    }
 
 
 def _adapter(folder: Path) -> dict[str, Any]:

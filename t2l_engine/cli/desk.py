@@ -29,7 +29,7 @@ class Desk:
     def _save(self, description: str, path: Path) -> None:
         of = self.side_by_side
         stack = of.engine.generate([description])
-        if path.suffix == GGUF:
+        if path.suffix.lower() == GGUF:
             prefix = prompt_prefix(of.engine)(description)
             save_gguf(stack, 0, path, of.model.config, None, description, prefix)
         else:

@@ -75,7 +75,7 @@ def export(
     of_description = {"--checkpoint": checkpoint, "--scaling": scaling, "--encoder": encoder}
     of_description |= {"--trust-remote-code": trust_remote_code}
     chosen = None if dtype is None else getattr(torch, dtype.value)
-    if output.suffix == GGUF:
+    if output.suffix.lower() == GGUF:
         about = _adapter_file(source, output, chosen, of_description, base_model)
     else:
         _refuse({**of_description, "--base-model": base_model}, f"{output} is no {GGUF} file of an adapter")
@@ -143,7 +143,9 @@ def _adapter_file(
             stack = engine.generate([source])
         prefix, what = prompt_prefix(engine)(source), "description"
         base = base_model_of(folder, base_model)
-    save(stack, 0, output, config_of(base), dtype, source if what == "description" else "", prefix)
+    with named({"base_model": "--base-model"}):
+        config = config_of(base)
+    save(stack, 0, output, config, dtype, source if what == "description" else "", prefix)
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 
 

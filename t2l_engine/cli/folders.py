@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,13 +82,17 @@ def _render(about: dict[str, Any]) -> None:
     screen.print(modules)
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, depth: int = 3) -> str:
+    """``value`` in words, to so many levels of lists and objects."""
     from t2l_engine.files.errors import short_repr
 
+    if isinstance(value, (dict, list)) and not depth:
+        return short_repr(value)
+    inner = functools.partial(_text, depth=depth - 1)
     if isinstance(value, dict):
-        return ", ".join(f"{_text(key)} {_text(item)}" for key, item in value.items())
+        return ", ".join(f"{inner(key)} {inner(item)}" for key, item in value.items())
     if isinstance(value, list):  # a one-hot encoder may have hundreds of tasks
-        return ", ".join([*map(_text, value[:16]), *([f"... {len(value)} in all"] if len(value) > 16 else [])])
+        return ", ".join([*map(inner, value[:16]), *([f"... {len(value)} in all"] if len(value) > 16 else [])])
     if value is None:
         return "not stated"
     if isinstance(value, bool):

@@ -27,7 +27,7 @@ from t2l_engine.cli.common import (
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
 
-BATCH_SIZE = 64  # bounds the adapters in memory
+BATCH_SIZE = 64  # bounds the adapters in memory; a mixture is as large as those that it is made of
 INDEX_NAME = "index.json"
 
 
@@ -100,6 +100,12 @@ def generate(
         raise typer.BadParameter("--top-k and --min-similarity: expected --library too")
     if library is not None and examples is not None:
         raise ValueError("--examples: expected none with --library, whose adapters are found by their descriptions")
+    if library is not None and min_similarity == -1:
+        for option, value in (("--scaling", scaling), ("--encoder", encoder)):
+            if value:
+                raise ValueError(
+                    f"{option}: expected none with --library, unless --min-similarity lets adapters be generated"
+                )
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
     several = file is not None or len(descriptions) > 1
@@ -123,10 +129,11 @@ def generate(
             raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
     if several and output.is_dir():
         index.unlink(missing_ok=True)  # invalid until all adapters are written
-    for start in range(0, len(texts), BATCH_SIZE):
-        batch = texts[start : start + BATCH_SIZE]
+    size = max(1, BATCH_SIZE // top_k)
+    for start in range(0, len(texts), size):
+        batch = texts[start : start + size]
         if known is None:
-            stack, matches = engine.hypernetwork.generate(task_emb[start : start + BATCH_SIZE]), []
+            stack, matches = engine.hypernetwork.generate(task_emb[start : start + size]), []
         else:
             stack, matches = engine.retrieve(batch, known, top_k, min_similarity)
         for i, text in enumerate(batch):

@@ -71,10 +71,24 @@ def remove_unfinished(directory: Path) -> None:
 def replacing(directory: Path, *names: str) -> Iterator[Path]:
     """A temporary folder inside ``directory``; on exit its files ``names`` replace those in ``directory``, in this order.
 
-    ``directory`` is created.  After an exception nothing is replaced.  Readers see old or new files, never partial ones.
+    ``directory`` is created.  After an exception of the caller nothing is replaced.  Readers see old or new files, never
+    partial ones; of several, for a moment, the first ones new and the others old.
+
+    Raises FileExistsError where one of ``names`` is a device, a pipe or a folder, NotADirectoryError for a ``directory``
+    that is a file.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=UNFINISHED) as temporary:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(f"{directory}: expected a folder, got a file") from None
+    for path in (directory / name for name in names):
+        if path.exists() and not path.is_file():
+            raise FileExistsError(f"{path}: expected a regular file, or none, to write there")
+    try:
+        made = tempfile.TemporaryDirectory(dir=directory, prefix=UNFINISHED)
+    except OSError as error:  # which names the temporary one
+        raise OSError(error.errno, error.strerror, str(directory)) from None
+    with made as temporary:
         yield Path(temporary)
         for name in names:
             os.replace(Path(temporary) / name, directory / name)

@@ -26,9 +26,11 @@ from t2l_engine.hypernetwork.checkpoint import read, write_native
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, format_of
-from t2l_engine.hypernetwork.network import build
+from t2l_engine.hypernetwork.network import build, check_encoder
 
 FORMATS = ("native", "reference")  # "reference" is the Sakana format
+#: Weights of PEFT adapters.
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def convert(source: Path, target: Path, to: str | None = None, module_order: list[str] | None = None) -> str:
@@ -40,7 +42,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
 
     Raises:
         FileNotFoundError: ``source`` or one of its files does not exist.
-        FileExistsError: ``target`` is a file, or contains a checkpoint in the other format.
+        FileExistsError: ``target`` is a file, or contains a checkpoint in the other format, an adapter or a model.
         CheckpointError: ``source`` is not a valid checkpoint, or the format cannot express it; the message says why.
 
     Source: the files of SakanaAI/text-to-lora.
@@ -62,8 +64,15 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     other = SAKANA_NAMES[0] if to == "native" else CONFIG_NAME
     if (target / other).exists():
         raise FileExistsError(f"{target}: holds {other}, of another format than {to}; choose another folder")
+    # Of an adapter only the configuration would be replaced, with which its weights mean something else.
+    for weights in ADAPTER_WEIGHTS if to == "reference" else ():
+        if (target / weights).exists():
+            raise FileExistsError(
+                f"{target}: holds {weights}, whose adapter_config.json would be replaced; choose another folder"
+            )
     contents = read(source, module_order)
     build(contents)  # checks every key and shape
+    check_encoder(contents)
     if to == "native":
         _expect_json(contents)
         write_native(target, contents.config, contents.blocks, contents.state, contents.unused, contents.pooling)

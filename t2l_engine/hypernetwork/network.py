@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -25,6 +26,7 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.contents import POOLING_PREFIX, Contents, expect_shape
 from t2l_engine.hypernetwork.folder import BLOCKS, CheckpointError, resolve_checkpoint
 from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
+from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
@@ -451,6 +453,16 @@ def build_pooling(contents: Contents, config: ReaderConfig) -> AttentionPooling:
         pooling = AttentionPooling(config, width // len(config.layers))
     _assign(pooling, state, path, lambda key: POOLING_PREFIX + key)
     return pooling.float()
+
+
+def check_encoder(contents: Contents) -> None:
+    """ConfigError, or CheckpointError as :func:`build`, for a text encoder that cannot be as ``contents`` state it.
+
+    An encoder whose pooling is not defined passes: users may give another.
+    """
+    with contextlib.suppress(UndefinedEncoder):
+        if isinstance(config := contents.encoder_config(), ReaderConfig):
+            build_pooling(contents, config)
 
 
 def _assign(module: nn.Module, state: dict[str, Tensor], path: Path, key_in_file: Callable[[str], str]) -> None:

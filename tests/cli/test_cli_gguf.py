@@ -36,7 +36,8 @@ def test_export_of_a_folder(run, expect_error, make_stack, base, tmp_path):
     for source in ("no/where", base, "smollm2-135m"):
         expect_error(f"{source}: expected a description, or a PEFT adapter folder", "export", source, "-o", file)
     expect_error("--checkpoint: expected none", "export", tmp_path / "a", "-o", file, "--checkpoint", "smollm2-135m")
-    expect_error("got 'nowhere'", "export", tmp_path / "a", "-o", file, "--base-model", "nowhere")
+    missing = ("export", tmp_path / "a", "-o", file, "--base-model", "nowhere")
+    expect_error("t2l: --base-model: expected 'smollm2-135m' or a local transformers folder", *missing)
     make_stack({"q_proj": (12, 20)}, num_layers=2).save_pretrained(tmp_path / "b")
     expect_error("--base-model: ", "export", tmp_path / "b", "-o", file)
 
