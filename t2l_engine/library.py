@@ -21,7 +21,6 @@ from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, is_unicode, read_json,
 from t2l_engine.files.weights import content_checksum, read_safetensors, write_folder, write_text
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.encoder import MINILM, TextEncoder
-from t2l_engine.text.reader import TextReader
 
 DESCRIPTIONS, EMBEDDINGS, DIGESTS = "descriptions.json", "embeddings.safetensors", "embeddings.json"
 MAX_NAME_BYTES = 255  # of a folder
@@ -252,10 +251,8 @@ def _is_description(text: object) -> bool:
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
     """Of all that embeddings depend on: the descriptions, and the encoder's configuration and weights."""
-    weights = dict(encoder.model.state_dict())
-    if isinstance(encoder, TextReader):
-        weights |= {f"pooling.{name}": tensor for name, tensor in encoder.pooling.state_dict().items()}
-    checksum = content_checksum({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.weights().items()}
+    checksum = content_checksum(weights)
     known: list[Any] = [to_json(encoder.config), checksum, *([name, list(of)] for name, of in descriptions.items())]
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine.text.prompts import chat_prompt, prompt_ids, raw_prompt
+from t2l_engine.text.prompts import answer_ids, answer_of, chat_prompt, prompt_ids, prompt_of, raw_prompt
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -40,6 +40,27 @@ def test_ids_of_a_chat_have_one_beginning():
     own = tokenizer("<s> $A", "<s>{% for m in messages %}user : {{ m['content'] }}{% endfor %}")
     (ids,) = prompt_ids(own, [chat_prompt(own, "one")])
     assert own.convert_ids_to_tokens(ids) == ["<s>", "user", ":", "one"]
+
+
+@pytest.mark.parametrize("form", ["raw", "chat"])
+@pytest.mark.parametrize("prepends", [True, False])
+def test_an_answer_is_read_as_it_stands_after_the_prompt(form, prepends):
+    """By tokenizers that put a space before every text, as those of Llama 2 and Mistral do, and by others."""
+    words = ["<unk>", "▁", "▁Paris", "▁Output", "Output", ":", "▁of", "Paris", "</s>", "▁Input", "Input", "\n"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -len(words[0])) for word in words], unk_id=0))
+    spaces = tokenizers.normalizers.Replace(" ", "▁")
+    first = tokenizers.normalizers.Prepend("▁")
+    made.normalizer = tokenizers.normalizers.Sequence([first, spaces]) if prepends else spaces
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    own.chat_template = "{{ messages[0]['content'] }}"
+    for answer, tokens in (("Paris", ["▁Paris"]), ("Paris of Paris", ["▁Paris", "▁of", "▁Paris"])):
+        if form == "chat" and not prepends:
+            tokens = ["Paris", *tokens[1:]]
+        ids = answer_ids(own, answer_of(form, answer))
+        assert own.convert_ids_to_tokens(ids) == tokens
+        if form == "raw":
+            prompt = prompt_of(form, own, "Paris")
+            assert prompt_ids(own, [prompt + answer_of(form, answer)]) == [prompt_ids(own, [prompt])[0] + ids]
 
 
 def test_chat_prompts_are_the_same_every_day():

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -184,18 +185,18 @@ def evaluate(
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
     identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins)
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
-    with tqdm(unit="answer") as bar:
 
-        def progress(arm: str, count: int) -> None:
-            bar.set_postfix(arm=arm)
-            bar.update(count)
+    def progress(arm: str, count: int) -> None:
+        bar.set_postfix(arm=arm)
+        bar.update(count)
 
-        with named({"arms": "--arms", "run_code": "--run-code", "max_prompt_tokens": "--max-prompt-tokens"}):
-            evaluation = run.Evaluation(
-                answerer, tokenizer, loaded, found, settings,
-                pools=pools, validation=validation, groups=groups, progress=progress,
-            )  # fmt: skip
-            bar.reset(evaluation.answers)
+    options = {"arms": "--arms", "precision": "--precision", "run_code": "--run-code"}
+    with named(options | {"max_prompt_tokens": "--max-prompt-tokens"}):
+        evaluation = run.Evaluation(
+            answerer, tokenizer, loaded, found, settings,
+            pools=pools, validation=validation, groups=groups, progress=progress,
+        )  # fmt: skip
+        with tqdm(total=evaluation.answers, unit="answer") as bar:
             result = evaluation.run()
     groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
     summary = run.summary(result["tasks"], groups, found[0].name)
@@ -274,7 +275,7 @@ def _arms(
     short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < needed[n]), None) for n in shots}
     few = {n: f"fewer than {needed[n]} examples of split 'train' of task {name}" for n, name in short.items() if name}
     possible = [n for n in shots if n not in few]
-    found = [arm for engine in engines for arm in _generated(*engine, tasks, pools, possible, few, left_out)]
+    found = [arm for engine in engines for arm in _generated(*engine, tasks, pools, possible, few, left_out, held_out)]
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -299,6 +300,10 @@ def _arms(
     found += [kinds.multi_task_arm(folder) for folder in multi]
     found += kinds.base_arms(possible)
     left_out |= {f"icl{kinds.counted(n)}": reason for n, reason in few.items()}
+    names = [arm.name for arm in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        expected = "--also, --multi-task: expected arms with names of their own"
+        raise ValueError(f"{expected}, got two called {twice[0]!r}")
     return found, left_out
 
 
@@ -311,12 +316,20 @@ def _generated(
     shots: list[int],
     few: dict[int, str],
     left_out: dict[str, str],
+    held_out: int,
 ) -> list:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import arms as kinds
 
     about = checkpoints.describe(folder)
-    from_input = about.get("training", {}).get("condition") == "input"
+    training = about.get("training", {})
+    from_input = training.get("condition") == "input"
+    if held_out > (kept := training.get("held_out_descriptions", held_out)):
+        warnings.warn(
+            f"--held-out-descriptions: {folder} held out {kept} descriptions of each task, so that some of the {held_out} "
+            "were trained on",
+            stacklevel=2,
+        )
     made = kinds.generated_arms(
         name, engine, tasks, pools=pools, shots=shots, in_prompt=engine.description_in_prompt, from_input=from_input
     )

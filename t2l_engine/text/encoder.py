@@ -193,6 +193,10 @@ class TextEncoder:
         """Width of ``task_emb``."""
         return self.model.config.get_text_config().hidden_size
 
+    def weights(self) -> dict[str, Tensor]:
+        """All tensors that embeddings depend on, by name."""
+        return dict(self.model.state_dict())
+
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """The texts as they are tokenized; raises ValueError as :meth:`encode`."""
         check_list(texts)
@@ -343,6 +347,10 @@ class OneHotEncoder:
     def embed_dim(self) -> int:
         """Width of ``task_emb``: the number of training tasks."""
         return len(self.config.tasks)
+
+    def weights(self) -> dict[str, Tensor]:
+        """None: embeddings depend on the configuration alone."""
+        return {}
 
     def prepare(self, texts: Sequence[str], examples: WorkedExamples = None) -> list[str]:
         """The names unchanged; ValueError for anything but names of training tasks, and for examples."""

@@ -12,6 +12,8 @@ from t2l_engine.files.errors import ConfigError
 PROMPT_FORMS = CHAT, RAW = "chat", "raw"
 #: Between worked examples of raw prompts: a base model that goes on after its answer writes the next one.
 NEXT_EXAMPLE = "\n\nInput:"
+#: How a raw prompt ends.
+_LAST = "Output:"
 #: For chat templates that print today's date: prompts are the same every day.  Llama 3's takes it as a variable; others call
 #: a function, which has to be defined in the template, as transformers passes none on.
 _DATE = "26 Jul 2024"
@@ -43,6 +45,19 @@ def answer_of(prompt_form: str, text: str) -> str:
     return f" {text}" if prompt_form == RAW else text
 
 
+def answer_ids(tokenizer, answer: str) -> list[int]:
+    """Token ids of ``answer``, of :func:`answer_of`, where it goes on after a prompt.
+
+    Those of raw prompts are read after their last word: alone, a text that begins with a space has one more before it with
+    the tokenizers of Llama 2 and Mistral, which put a space before every text.
+    """
+    if answer.startswith(" "):
+        before, whole = tokenizer([_LAST, _LAST + answer], add_special_tokens=False)["input_ids"]
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return tokenizer(answer, add_special_tokens=False)["input_ids"]
+
+
 def has_chat(tokenizer) -> bool:
     """Whether ``tokenizer`` has a chat template; tokenizers of base models often have none."""
     return getattr(tokenizer, "chat_template", "") is not None  # one without the attribute needs no template
@@ -71,13 +86,13 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
 
 def worked_example(text: str, answer: str) -> str:
     """An input with its answer, as raw prompts show it."""
-    return f"Input: {text}\nOutput: {answer}"
+    return f"Input: {text}\n{_LAST} {answer}"
 
 
 def raw_prompt(description: str, text: str, shots: Sequence[tuple[str, str]] = ()) -> str:
     """Description (unless empty), worked examples (input, answer) and input as plain text, ending with "Output:"."""
     examples = "".join(f"{worked_example(x, y)}\n\n" for x, y in shots)
-    return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\nOutput:"
+    return (f"{description}\n\n" if description else "") + f"{examples}Input: {text}\n{_LAST}"
 
 
 def prompt_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:

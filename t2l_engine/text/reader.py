@@ -149,6 +149,9 @@ class TextReader(TextEncoder):
             pooling = AttentionPooling(config, model.config.get_text_config().hidden_size)
         return cls(model, tokenizer, config, pooling.to(device), cache_size=cache_size)
 
+    def weights(self) -> dict[str, Tensor]:
+        return super().weights() | {f"pooling.{name}": tensor for name, tensor in self.pooling.state_dict().items()}
+
     @property
     def embed_dim(self) -> int:
         """Width of ``task_emb``."""

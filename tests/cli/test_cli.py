@@ -238,9 +238,7 @@ def test_show_checks_the_encoder(expect_error, checkpoint, tmp_path):
     reader = resolve_checkpoint("smollm2-135m-specs")
     shutil.copytree(reader, tmp_path / "reader")
     config = json.loads((reader / "config.json").read_text())
-    (tmp_path / "reader" / "config.json").write_text(
-        json.dumps(config | {"encoder": config["encoder"] | {"queries": 3}})
-    )
+    (tmp_path / "reader" / "config.json").write_text(json.dumps(config | {"encoder": config["encoder"] | {"queries": 3}}))
     expect_error("pooling.", "show", tmp_path / "reader")
     expect_error("pooling.", "convert", tmp_path / "reader", tmp_path / "new", "--to", "native")
 

@@ -53,14 +53,20 @@ def test_answers_are_counted_as_it_was_tuned(run, checkpoint, tmp_path, monkeypa
     assert all(query.prompt.endswith("Output:") == described for query in asked)
 
 
-def test_answers_of_several_lines(run, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("form", ["chat", "raw"])
+def test_answers_of_several_lines(run, checkpoint, tmp_path, monkeypatch, form):
     said = "one\ntwo"
     monkeypatch.setattr(
         Answerer, "_generate", lambda self, queries, *_: [said if not q.one_line else "one" for q in queries]
     )
+    if form == "raw":  # nothing tells a base model to stop
+        generate = Answerer._generate
+        monkeypatch.setattr(Answerer, "_generate", lambda self, queries, *_: [
+            text + "\n\nInput: 3" for text in generate(self, queries)])  # fmt: skip
     rows = [{"input": f"{i}", "output": [said if i % 2 else "one"]} for i in range(20)]
     (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, rows)))
     call = ["adapt", "Say it.", "--examples", str(tmp_path / "shots.jsonl"), "-c", str(checkpoint), "--set", "steps=1"]
+    call += ["--set", f"prompt_form={form}"]
     code, printed, err = run(*call, "-o", str(tmp_path / "out"), "--json")
     assert code == 0, err
     assert json.loads(printed)["right_before"] == 5

@@ -308,7 +308,7 @@ def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks,
 
 def test_why_no_examples_are_read(reading, checkpoint):
     left_out = {}
-    command._generated("t2l", reading, checkpoint, TASKS, {}, [], {3: "there are too few"}, left_out)
+    command._generated("t2l", reading, checkpoint, TASKS, {}, [], {3: "there are too few"}, left_out, 0)
     assert left_out["t2l-examples"] == "there are too few"
 
 

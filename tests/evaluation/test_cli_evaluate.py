@@ -155,6 +155,17 @@ def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
     assert without_seconds(held) == without_seconds(expected)
 
 
+def test_held_out_descriptions_that_were_trained_on_are_told(evaluate, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for held_out, told in ((0, True), (1, False)):
+        about = config | {"training": config["training"] | {"held_out_descriptions": held_out}}
+        (folder / "config.json").write_text(json.dumps(about))
+        options = ("--max-items", 1, "--repeats", 1, "--held-out-descriptions", 1)
+        _, _, err = evaluate("--arms", "t2l", *options, checkpoint=folder)
+        assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == told
+
+
 def test_a_second_run_says_the_same(evaluate):
     options = ("--arms", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
     first, second = evaluate(*options)[0], evaluate(*options)[0]
@@ -269,6 +280,12 @@ def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
     told = refuse("--arms", "t2l-shuffled", "--names", "last")
     assert str(known) in told and "'t2l-shuffled': " in told and "two tasks" in told
     assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
+
+
+def test_arms_of_one_name(refuse, checkpoint):
+    told = refuse("--also", f"base={checkpoint}")
+    assert told == "--also, --multi-task: expected arms with names of their own, got two called 'base'"
+    assert refuse("--arms", "base", "--precision", 5).startswith("--precision: expected at least two arms")
 
 
 @pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])

@@ -203,6 +203,11 @@ def test_no_more_is_asked_than_precision_needs():
     assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
 
 
+def test_one_arm_has_no_precision():
+    with pytest.raises(ValueError, match=r"precision: expected at least two arms, .* got \['base'\]"):
+        evaluation(Scripted(), many("task", 3, lambda i: "red"), [Arm("base")], Settings(precision=5))
+
+
 def test_an_arm_that_has_few_tasks_is_judged_by_those_it_has():
     """All that the oracle has an adapter for are asked, though the other arm is precise at once."""
     tasks = many("task", 300, lambda i: "red")

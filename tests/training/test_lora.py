@@ -153,6 +153,16 @@ def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
     assert saved["losses"] == {"first": 2.0, "last": 1.0} and not (tmp_path / "unused").exists()
 
 
+def test_an_adapter_without_patience_is_not_kept_later(context, tmp_path):
+    """What its own run would not have come to: another adapter of the wave went on."""
+    fit = context(patience=1, validate_every=10)
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    steps = [(1.0, 1.0), (1.1, 0.9), (0.9, 0.8), (0.8, 0.9)]  # first: over at 10; last: at 30
+    kept = [job.improved(dict(zip(("first", "last"), losses, strict=True)), 10 * i) for i, losses in enumerate(steps)]
+    assert kept == [True, True, True, False] and job.best["step"] == 20
+    assert job.best["losses"] == {"first": 1.0, "last": 0.8} and job.best["steps"] == {"first": 0, "last": 20}
+
+
 def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_tasks, tmp_path):
     """Also where nothing of its wave can be validated."""
     for name in ("both", "cat"):

@@ -62,7 +62,7 @@ WRONG = {
     "target_modules": {"q_proj": "", "[]": "at least 1 item", "[q_proj, q_proj]": "distinct"},
 }  # fmt: skip
 ONE_HOT = {"mix_descriptions": (True, False), "held_out_descriptions": (2, 0), "task_init": ("discriminant", "random"),
-           "embedding_noise": (0.5, 0.0)}  # fmt: skip
+           "embedding_noise": (0.5, 0.0), "prompt": ("description", "input")}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.text.prompts import prompt_ids
+from t2l_engine.text.prompts import answer_ids, prompt_ids
 
 #: Tokens that verified prompts have in common, and prompts of a batch, from which their common prefix is computed once.
 SHARED, FEWEST_SHARED = 16, 4
@@ -141,8 +141,8 @@ class Answerer:
         self._store, self._batch_size, self._clock = store, batch_size, clock
 
     def tokens(self, text: str) -> list[int]:
-        """Ids of an answer; those of prompts: :func:`prompt_ids`."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        """Ids of an answer, see :func:`answer_ids`; those of prompts: :func:`prompt_ids`."""
+        return answer_ids(self._tokenizer, text)
 
     @torch.no_grad()
     def ask(

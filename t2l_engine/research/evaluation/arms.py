@@ -29,7 +29,7 @@ from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
-from t2l_engine.text.reader import TextReader, condition_text
+from t2l_engine.text.reader import condition_text
 
 SHOTS = 3
 #: The constant control: a description without information about the task.
@@ -288,9 +288,7 @@ class Generated(_Attached):
 
     def __init__(self, engine: TextToLoRA):
         self._engine, self._embeddings = engine, {}
-        state = [*engine.hypernetwork.state_dict().values()]
-        if isinstance(engine.encoder, TextReader):
-            state += engine.encoder.pooling.state_dict().values()
+        state = [*engine.hypernetwork.state_dict().values(), *engine.encoder.weights().values()]
         self.identity = digest(state, repr(engine.encoder.config), repr(engine.hypernetwork.scaling))
 
     def _stack(self, keys: Sequence[str]) -> AdapterStack:

@@ -74,8 +74,8 @@ class Evaluation:
         groups: names of tasks by group, for ``settings.precision``; default: one group of all.
         progress: called with (arm, number of new answers).
 
-    Raises ValueError for arms with equal names, for few-shot arms and a task without a pool, and for tasks of code without
-    ``settings.run_code``.
+    Raises ValueError for arms with equal names, for ``settings.precision`` and a single arm, for few-shot arms and a task
+    without a pool, and for tasks of code without ``settings.run_code``.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class Evaluation:
         names = [arm.name for arm in arms]
         if not names or len(set(names)) != len(names):
             raise ValueError(f"arms: expected at least one and distinct names, got {names}")
+        if settings.precision and len(names) < 2:
+            raise ValueError(f"precision: expected at least two arms, whose differences it bounds, got {names}")
         self._answerer, self._tokenizer, self._settings, self._progress = answerer, tokenizer, settings, progress
         self._tasks, self._arms = list(tasks), list(arms)
         self._pools, self._validation = dict(pools or {}), dict(validation or {})

@@ -39,6 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "schedule": "constant",
     "tasks_per_batch": 1,
     "samples_per_task": 8,
+    "max_tokens": 1024,
     "validate_every": 10,
     "validation_samples": MOST_HELD_OUT,
     "patience": 3,
@@ -50,7 +51,8 @@ DEFAULTS: dict[str, Any] = {
 class Report:
     """What tuning did, on the held-out examples: mean loss of their answers before and after.
 
-    ``examples``, ``held_out``: numbers of examples that were trained on and held out; ``read``: of those that the adapter
+    ``examples``, ``held_out``: numbers of examples that were trained on and held out, but for those of more than
+    ``max_tokens`` tokens, which count here alone; ``read``: of those that the adapter
     was generated from; ``steps``: that were run, of which ``best_step`` was kept (0: the generated adapter); ``seconds``: of
     training.
     """

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -234,6 +235,8 @@ def read_states(
                 for read, (_, (first, last)) in zip(reader.states([text for text, _ in batch]), batch, strict=True):
                     states[first:last] = read.cpu()
             index["tasks"] = min(chunk.stop, len(texts))
+            with (folder / STATES_FILE).open("rb+") as file:  # before the index says that they are there
+                os.fsync(file.fileno())
             write_text(folder / INDEX, json.dumps(index))
             bar.update(index["tasks"] - bar.n)
     return states, places

@@ -158,9 +158,13 @@ class LoRA(loop.Job):
         if self._shared:
             better = [0] if super().improved(losses, step) else []
         else:
-            lowest = self.best.setdefault("losses", {})
-            better = [i for i, name in enumerate(self.names) if losses.get(name, math.nan) < lowest.get(name, math.inf)]
+            lowest, at = self.best.setdefault("losses", {}), self.best.setdefault("steps", {})
+            # An adapter whose patience is over has ended, though others of its wave go on.
+            last = self.settings.patience * self.settings.validate_every or math.inf
+            going = [i for i, name in enumerate(self.names) if step - at.get(name, step) <= last]
+            better = [i for i in going if losses.get(self.names[i], math.nan) < lowest.get(self.names[i], math.inf)]
             lowest.update({self.names[i]: losses[self.names[i]] for i in better})
+            at.update({self.names[i]: step for i in better})
             if better:
                 self.best["step"] = step
         saved = self.best.setdefault("adapters", {})

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.text.prompts import CHAT, answer_of, prompt_ids, prompt_of
+from t2l_engine.text.prompts import CHAT, answer_ids, answer_of, prompt_ids, prompt_of
 
 G = TypeVar("G")
 Descriptions = Callable[[int], Sequence[int]]  # task index -> indices of the descriptions to draw from
@@ -153,8 +153,7 @@ class Examples:
             text = self.tasks[task].descriptions[description] if self._with_description else ""
             prompt = prompt_of(self._template, self._tokenizer, chosen.input, text)
             (prompt,) = prompt_ids(self._tokenizer, [prompt])
-            answer = answer_of(self._template, chosen.outputs[0])
-            answer = self._tokenizer(answer, add_special_tokens=False)["input_ids"]
+            answer = answer_ids(self._tokenizer, answer_of(self._template, chosen.outputs[0]))
             answer = [*answer, self._tokenizer.eos_token_id]
             found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
         return found

@@ -232,6 +232,8 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
             self._expect(f"with encoder {READER!r}", condition="description")
         else:
             self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
+        if self.encoder == "one-hot":
+            self._expect("with encoder one-hot", prompt="input")
         return self
 
     @model_validator(mode="after")
