@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 OPTIONS = shlex.split(os.environ.get("T2L_CMAKE_ARGS", ""))
 #: _C holds no Python symbol.  _core is of one CPython, and so is a wheel that has it.
-NAMES = ("_C",) if "-DT2L_CORE=OFF" in OPTIONS else ("_C", "_core")
+NO_CORE = re.search(r"-D ?T2L_CORE(:\w+)?=(OFF|NO|FALSE|N|0)( |$)", " ".join(OPTIONS), re.IGNORECASE)
+NAMES = ("_C",) if NO_CORE else ("_C", "_core")
 NO_COMPILER = """t2l_engine: no C++ compiler found: installing without native kernels.
 The plain-torch ops give the same results, slower. For the kernels install g++ and
 run pip install again, with --no-cache-dir --force-reinstall."""

@@ -81,6 +81,16 @@ def aarch64(tmp_path_factory):
     return build(tmp_path_factory.mktemp("aarch64") / "build", toolchain, left_out="test_memory|test_files")
 
 
+@pytest.mark.slow
+def test_the_oldest_compiler_of_aarch64(tmp_path):
+    """Its header asks more of the target of functions with bfloat16 than those of later releases."""
+    compiler = "aarch64-linux-gnu-g++-12"
+    if not shutil.which(compiler):
+        pytest.skip(f"needs {compiler} (of Debian's g++-12-aarch64-linux-gnu)")
+    source = ROOT / "csrc" / "cpu" / "kernels_neon_bf16.cpp"
+    run(compiler, "-std=c++17", "-O2", f"-I{ROOT / 'csrc'}", "-c", source, "-o", tmp_path / "kernels.o")
+
+
 #: Instruction set of the example -> what qemu-aarch64 runs it as; None: this machine's best, without an emulator.
 PROCESSORS = {"native": None, "neon": "neoverse-n1", "neon_bf16": "max"}
 

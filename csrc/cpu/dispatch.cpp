@@ -113,14 +113,18 @@ bool slow_pairs() {
 #endif
 
 #if defined(__aarch64__)
+// With the half precision that its kernels are compiled for, too; no CPU with one and without the other is known.
 bool has_bf16() {
 #if defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+  constexpr unsigned long kHalf = 1ul << 10, kBf16 = 1ul << 14;  // HWCAP_ASIMDHP, HWCAP2_BF16: older headers lack them
+  return (getauxval(AT_HWCAP) & kHalf) != 0 && (getauxval(AT_HWCAP2) & kBf16) != 0;
 #elif defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+  for (const char* name : {"hw.optional.arm.FEAT_FP16", "hw.optional.arm.FEAT_BF16"}) {
+    int has = 0;
+    size_t size = sizeof has;
+    if (sysctlbyname(name, &has, &size, nullptr, 0) != 0 || has == 0) return false;
+  }
+  return true;
 #else
   return false;
 #endif

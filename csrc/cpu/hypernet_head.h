@@ -8,7 +8,8 @@ namespace T2L_ISA_NAMESPACE {
 
 constexpr int64_t kHeadCols = 96;  // weight rows of a tile: a multiple of kPanelCols and of kLanes
 // With many latent rows the operands change places: weights are packed, once for all rows, and results need no transpose.
-constexpr int64_t kManyRows = T2L_TILES ? 1024 : INT64_MAX;
+constexpr bool kHasMany = T2L_TILES != 0;
+constexpr int64_t kManyRows = 1024;
 constexpr int64_t kManyPanels = 8;         // of weights: stay in L2 while latent rows stream through
 constexpr int64_t kBytesAhead = 64 << 10;  // of weights, prefetched into L2
 // Results of a module that exceed this are stored past the caches.  Of use on CPUs with tiles from where they leave L2 on;
@@ -278,13 +279,15 @@ inline void for_head_tiles(const HeadParams& p, int64_t width, ParallelFor paral
 template <class WT, class OT>
 inline void head_typed(const HeadParams& p, ParallelFor parallel) {
   if (p.tasks == 0 || p.layers == 0) return;
-  if (p.tasks * p.layers >= kManyRows) {
-    LatentRows<WT> latents(p);
-    copy_latent(p, latents, parallel);
-    for_head_tiles<ManyScratch<WT>>(p, kManyPanels * kPanelRows, parallel, [&](auto& scratch, auto... tile) {
-      head_tile_many<WT, OT>(p, latents, tile..., scratch);
-    });
-    return;
+  if constexpr (kHasMany) {
+    if (p.tasks * p.layers >= kManyRows) {
+      LatentRows<WT> latents(p);
+      copy_latent(p, latents, parallel);
+      for_head_tiles<ManyScratch<WT>>(p, kManyPanels * kPanelRows, parallel, [&](auto& scratch, auto... tile) {
+        head_tile_many<WT, OT>(p, latents, tile..., scratch);
+      });
+      return;
+    }
   }
   LatentPanels<WT> panels(p);
   pack_latent(p, panels, parallel);

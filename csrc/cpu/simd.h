@@ -49,7 +49,7 @@
 #define T2L_ISA_NAMESPACE neon
 #elif T2L_ISA_LEVEL == T2L_NEON_BF16
 #define T2L_ISA_NAMESPACE neon_bf16
-#define T2L_TARGET "+bf16"
+#define T2L_TARGET "arch=armv8.2-a+bf16+fp16"  // what GCC 12's header asks for, and its code for constants
 #else
 #define T2L_ISA_NAMESPACE avx512_bf16
 #define T2L_TARGET "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma"

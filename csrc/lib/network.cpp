@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cctype>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -149,7 +148,7 @@ const Header* read_header(Reader& reader, const unsigned char* data, size_t size
 // A plain name, which a caller may use as that of a file.
 bool is_plain(const char* name) {
   const char* c = name;
-  while (std::isalnum(static_cast<unsigned char>(*c)) || *c == '_' || static_cast<unsigned char>(*c) >= 0x80) ++c;
+  while ((*c >= '0' && *c <= '9') || (*c >= 'A' && *c <= 'Z') || (*c >= 'a' && *c <= 'z') || *c == '_') ++c;
   return c != name && *c == '\0';
 }
 
@@ -161,7 +160,7 @@ const Module* read_modules(Reader& reader, const Header& h) {
     if (out_of_range(m->in_features) || out_of_range(m->out_features) || m->offsets < 0 || m->offsets > 15)
       bad("a number is out of range");
     if (m->name[sizeof m->name - 1] != '\0' || m->path[sizeof m->path - 1] != '\0') bad("expected texts that end");
-    if (!is_plain(m->name)) bad("name: expected letters, digits and underscores");
+    if (!is_plain(m->name)) bad("name: expected ASCII letters, digits and underscores");
     for (const Module* other = modules; other != m; ++other)
       if (std::strcmp(m->name, other->name) == 0 || std::strcmp(m->path, other->path) == 0)
         bad("expected another name and path than those of module " + std::to_string(other - modules));
@@ -252,6 +251,7 @@ MappedFile::MappedFile(const std::string& path) {
     }
   }
   if (file >= 0) ::close(file);
+  if (reason == ENOMEM) throw std::bad_alloc();
   // In the words of strerror, which for errors that the system knows are constants: safe in threads.
   if (reason != 0) throw Error(T2L_IO, path + ": " + std::generic_category().message(reason));
   if (!regular) throw Error(T2L_IO, path + ": expected a regular file, which t2l export writes");

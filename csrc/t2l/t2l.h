@@ -93,13 +93,13 @@ typedef struct t2l_open_options {
   int32_t skip_checksum;  // 0: the CRC-32 of the file is computed and compared with the one it states
 } t2l_open_options;
 
-// Opens a file that `t2l export` wrote (UTF-8 path).  Sizes are checked first, then every byte is read once for the
-// checksum, and once to refuse NaN and infinite values.  Weights stay mapped from the file and nothing is copied: it must
-// not change while it is opened or the handle is open.  Where it is cut short, the process ends with SIGBUS, as with any
-// mapped file: replace it by writing another file and renaming it, as `t2l export` does; on a network file system, where
-// the old one may vanish, by a file of another name.  Names of modules are letters, digits and underscores.  On failure *out
-// is NULL.  Errors: T2L_IO, T2L_BAD_CHECKPOINT (names the file and the field), T2L_UNSUPPORTED, T2L_INVALID_ARGUMENT,
-// T2L_OUT_OF_MEMORY.
+// Opens a file that `t2l export` wrote (UTF-8 path).  Magic, version and length are checked first, then every byte is read
+// once for the checksum, and once, with the sizes, to refuse NaN and infinite values.  Weights stay mapped from the file
+// and nothing is copied: it must not change while it is opened or the handle is open.  Where it is cut short, the process
+// ends with SIGBUS, as with any mapped file: replace it by writing another file and renaming it, as `t2l export` does; on a
+// network file system, where the old one may vanish, by a file of another name.  Names of modules are ASCII letters, digits
+// and underscores.  On failure *out is NULL.  Errors: T2L_IO, T2L_BAD_CHECKPOINT (names the file and the field),
+// T2L_UNSUPPORTED, T2L_INVALID_ARGUMENT, T2L_OUT_OF_MEMORY.
 T2L_API t2l_status t2l_hypernet_open(const char* path, const t2l_open_options* options, t2l_hypernet** out,
                                      t2l_error* error);
 

@@ -29,6 +29,12 @@ std::string describe() {
 
 }  // namespace
 
+// Why T2L_ISA is unusable, or null; asks the system for matrix tiles no sooner than an op does.
+extern "C" __attribute__((visibility("default"))) const char* t2l_isa_error() {
+  t2l::Isa isa = t2l::Isa::generic;
+  return t2l::chosen_isa(&isa);
+}
+
 // Instruction sets of this CPU; "chosen" is null and "error" set if T2L_ISA is invalid; "why" it is the chosen one.
 extern "C" __attribute__((visibility("default"))) const char* t2l_about() {
   static const std::string about = describe();

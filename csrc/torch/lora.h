@@ -225,7 +225,7 @@ template <class Backend>
 void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A, std::vector<Tensor> lora_B,
                     const Tensor& scaling, const Tensor& seg_indptr, const Tensor& seg_adapters, int64_t max_seg_len,
                     std::vector<Tensor> ranks, std::vector<int64_t> offsets, const OptTensor& bad_ids) {
-  const Op op = op_of<Backend>("lora_add_group_", y);
+  Op op = op_of<Backend>("lora_add_group_", y);
   GoodIds ids(op, bad_ids);
   const size_t count = lora_A.size();
   const auto listed = [&](const char* name, size_t got) {
@@ -243,18 +243,19 @@ void lora_add_group(const Tensor& y, const Tensor& x, std::vector<Tensor> lora_A
   int64_t end = 0;
   bool all_covered = true;
   for (size_t i = 0; i < count; ++i) {
+    op.member = static_cast<int64_t>(i);
     members.push_back(prepare_lora<Backend>(op, "y", y, x, lora_A[i], lora_B[i], scaling, seg_indptr, seg_adapters,
                                             max_seg_len, ranks[i], true, ids.expects_all()));
     check_type(op, "lora_A", lora_A[i], lora_A[0].scalar_type());
     if (offsets[i] < end || offsets[i] > columns - members[i].out)
       fail(op, "offsets", "rising columns of y " + to_text(y) + " that do not overlap",
-           "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out) + " at member " +
-               std::to_string(i));
+           "columns " + std::to_string(offsets[i]) + " to " + std::to_string(offsets[i] + members[i].out));
     end = offsets[i] + members[i].out;
     members[i].y = static_cast<char*>(y.mutable_data_ptr()) + offsets[i] * y.element_size();
     members[i].accumulate = true;
     all_covered = all_covered && covered<Backend>(x, lora_A[i]);
   }
+  op.member = -1;
   if (!all_covered) {
     call_reference("t2l_engine::lora_add_group__reference", y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters,
                    max_seg_len, ranks, offsets, bad_ids);

@@ -119,10 +119,10 @@ def _check_kernels() -> None:
     """A warning where every op runs its plain-torch reference unasked; ValueError for an invalid ``T2L_ISA``."""
     from t2l_engine.ops import native
 
-    about = native.about()
-    if about is not None and (error := (about["instruction_sets"] or {}).get("error")):
-        raise ValueError(error)
-    if about is None and not native.is_disabled():
+    if native.is_loaded():
+        if error := native.isa_error():
+            raise ValueError(error)
+    elif not native.is_disabled():
         say("warning: no native library was built: ops run their plain-torch reference, slower; see t2l info")
 
 

@@ -72,6 +72,8 @@ def export(net: HyperNetwork, path: str | Path) -> None:
 
     modules = b""
     for i, (name, module_path) in enumerate(c.module_paths.items()):
+        if not name.isascii():
+            raise CheckpointError(f"modules: the C++ library reads names in ASCII, got {name!r}")
         present = sum(1 << bit for bit, step in enumerate(OFFSETS) if folded["offsets"][step][i] is not None)
         modules += MODULE.pack(c.in_features[i], c.out_features[i], present, name.encode(), module_path.encode())
     parts, size = [modules], HEADER.size + len(modules)

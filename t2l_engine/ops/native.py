@@ -68,8 +68,25 @@ def about() -> dict[str, Any] | None:
     kernels, or "none").  ``instruction_sets``: ``available`` on this CPU; ``chosen``, None if ``T2L_ISA``
     is unusable; ``why`` that one; and ``error``, the reason where none is.
     """
-    if os.path.realpath(library_path()) not in torch.ops.loaded_libraries:  # as torch names them
-        return None
-    t2l_about = ctypes.CDLL(str(library_path())).t2l_about
-    t2l_about.restype = ctypes.c_char_p
-    return json.loads(t2l_about())
+    return json.loads(_said("t2l_about")) if is_loaded() else None
+
+
+def isa_error() -> str | None:
+    """Why ``T2L_ISA`` is unusable, None where it is not; of the loaded library.
+
+    Unlike :func:`about`, which names all instruction sets, this does not ask the system for AMX's tiles where another one is
+    chosen.
+    """
+    error = _said("t2l_isa_error")
+    return error and error.decode()
+
+
+def is_loaded() -> bool:
+    """Whether the native library is loaded."""
+    return os.path.realpath(library_path()) in torch.ops.loaded_libraries  # as torch names them
+
+
+def _said(function: str) -> bytes | None:
+    say = getattr(ctypes.CDLL(str(library_path())), function)
+    say.restype = ctypes.c_char_p
+    return say()

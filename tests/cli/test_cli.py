@@ -341,12 +341,13 @@ def test_the_name_of_a_base_model_converts_nothing(run, checkpoint, minilm, tmp_
 
 def test_ops_without_kernels_are_told(run, expect_error, checkpoint, minilm, tmp_path, monkeypatch):
     command = ("generate", "Count.", "-o", tmp_path / "out", "-c", checkpoint)
-    monkeypatch.setattr(native, "about", lambda: None)
+    monkeypatch.setattr(native, "is_loaded", lambda: False)
     monkeypatch.delenv(native.DISABLE_VARIABLE, raising=False)
     assert run(*command)[2].startswith("t2l: warning: no native library was built")
     monkeypatch.setenv(native.DISABLE_VARIABLE, "1")
     assert run(*command)[2] == ""
-    monkeypatch.setattr(native, "about", lambda: {"instruction_sets": {"error": "T2L_ISA: expected generic, got 'x'"}})
+    monkeypatch.setattr(native, "is_loaded", lambda: True)
+    monkeypatch.setattr(native, "isa_error", lambda: "T2L_ISA: expected generic, got 'x'")
     expect_error("t2l: T2L_ISA: expected generic, got 'x'", *command)
 
 

@@ -143,8 +143,8 @@ void test_messages(const Bytes& sound, size_t records) {
   check_refused("variant: expected text that ends", refusal(with(sound, offsetof(Header, variant) + 23, 'x')));
   for (const size_t at : {offsetof(Module, name), offsetof(Module, path)})
     check_refused("module 0: expected texts that end", refusal(with(sound, kModules + at + 263, 'x')));
-  for (const char c : {'/', '.', '\0'})
-    check_refused("module 1: name: expected letters, digits and underscores",
+  for (const char c : {'/', '.', '\0', '\xff'})
+    check_refused("module 1: name: expected ASCII letters, digits and underscores",
                   refusal(with(sound, kModules + sizeof(Module) + offsetof(Module, name), c)));
   for (const size_t at : {offsetof(Module, name), offsetof(Module, path)}) {
     Bytes twice = sound;
