@@ -107,14 +107,18 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
 def test_rates_of_adapt(tmp_path, monkeypatch):
     """With the real model, at the settings of ``t2l adapt`` but for the number of steps; a second call tunes nothing."""
     monkeypatch.setitem(adapt.DEFAULTS, "steps", 2)
-    for name, value in {"tasks": 1, "examples": 8, "rates": [1e-3, 4e-3]}.items():
+    for name, value in {
+        "tasks": 1,
+        "examples": 8,
+        "tried": {"low": {"learning_rate": 1e-3}, "high": {"learning_rate": 4e-3}},
+    }.items():
         monkeypatch.setitem(rates.RATES, name, value)
     monkeypatch.setitem(adapting.ADAPTED, "items", 2)
     development = [placed for placed in suite.suite(200) if placed.tier == "train"][:20]
     specifications = runs.Specifications([], development, [], [], [])
     about, *found = rates.records(tmp_path, specifications)
     assert (about["checkpoint"], about["rates"]) == (bundled(SPECS), rates.RATES)
-    assert [of["rate"] for of in found] == [1e-3, 4e-3] and len({of["task"] for of in found}) == 1
+    assert [of["settings"] for of in found] == ["low", "high"] and len({of["task"] for of in found}) == 1
     assert {(of["examples"], of["held_out"], of["steps"]) for of in found} == {(6, 2, 2)}
     assert all(of["right"] in (0, 50, 100) for of in found) and found[0]["loss_before"] == found[1]["loss_before"]
     monkeypatch.setattr(adapt.lora.loop, "run", lambda *_: pytest.fail("trained again"))
@@ -217,12 +221,14 @@ def test_the_committed_result_is_of_this_plan():
 
 
 def test_rates_are_compared_task_by_task():
-    of = lambda rate, task, right: {  # noqa: E731
-        "rate": rate, "task": task, "right": right, "examples": 30, "held_out": 10, "loss_before": 1.0, "loss_after": 0.5,
-        "steps": 60, "best_step": 30,
+    of = lambda settings, task, right: {  # noqa: E731
+        "settings": settings, "task": task, "right": right, "examples": 30, "held_out": 10, "loss_before": 1.0,
+        "loss_after": 0.5, "steps": 60, "best_step": 30,
     }  # fmt: skip
-    own = [of(4e-3, "a", 70.0), of(4e-3, "b", 50.0), of(1e-3, "b", 40.0), of(1e-3, "a", 60.0)]
-    high, low = TABLES["adapt-rates"].lines([Result(Path("rates.jsonl"), {}, (), {"rate": own})])
+    own = [of("high", "a", 70.0), of("high", "b", 50.0), of("low", "b", 40.0), of("low", "a", 60.0)]
+    about = {"rates": {"tried": {"low": {"learning_rate": 1e-3, "min_delta": 0}, "high": {"learning_rate": 4e-3}}}}
+    low, high = TABLES["adapt-rates"].lines([Result(Path("rates.jsonl"), {}, (), {"rate": own, "plan": [about]})])
     assert (high["learning rate"], high["tasks"], high["examples"], high["right, %"]) == (4e-3, 2, 40, 60.0)
-    assert high["right, less the lowest rate"] == 10.0 and low["right, less the lowest rate"] is None
+    assert high["right, less the first row"] == 10.0 and low["right, less the first row"] is None
     assert (low["right, %"], low["loss after"], low["best step"]) == (50.0, 0.5, 30)
+    assert (low["min_delta"], high["min_delta"]) == (0, adapt.DEFAULTS["min_delta"])

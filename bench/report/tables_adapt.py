@@ -10,6 +10,7 @@ from bench.report.tables import Claim, Line, bounds, judged, mean, table
 from bench.report.tables_specs import ARMS, TIERS
 from bench.specs.plan import HELD_OUT, RIVAL
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
+from t2l_engine.research.training.adapt import DEFAULTS
 
 PEFT, OURS = "peft", "generated-examples"
 #: Start of tuning -> what it is called.
@@ -158,18 +159,20 @@ def _claims(result: Result) -> Iterator[Claim]:
 @table("adapt-rates", "Learning rates of `t2l adapt` at its own settings, development tasks", "rates", optional=True)
 def _rates(result: Result) -> Iterator[Line]:
     """Means over tasks.  Losses, and the step that is kept: of what ``t2l adapt`` holds out; right: of test items."""
-    by_rate: dict[float, dict[str, Line]] = {}
+    tried = result.records("plan")[0]["rates"]["tried"]
+    by_name: dict[str, dict[str, Line]] = {name: {} for name in tried}
     for of in result.records("rate"):
-        by_rate.setdefault(of["rate"], {})[of["task"]] = of
-    lowest = by_rate[min(by_rate)]
-    for rate, tasks in by_rate.items():
-        column = lambda name, tasks=tasks: [tasks[task][name] for task in sorted(tasks)]  # noqa: E731
-        less = [tasks[task]["right"] - lowest[task]["right"] for task in sorted(tasks)]
+        by_name[of["settings"]][of["task"]] = of
+    first = by_name[next(iter(tried))]
+    for name, tasks in by_name.items():
+        column = lambda what, tasks=tasks: [tasks[task][what] for task in sorted(tasks)]  # noqa: E731
+        less = [tasks[task]["right"] - first[task]["right"] for task in sorted(tasks)]
         yield {
-            "learning rate": rate,
+            "learning rate": tried[name]["learning_rate"],
+            "min_delta": tried[name].get("min_delta", DEFAULTS["min_delta"]),
             "tasks": len(tasks),
             "examples": max(of["examples"] + of["held_out"] for of in tasks.values()),
             **bounds("right, %", interval(column("right"))),
-            **bounds("right, less the lowest rate", interval(less) if tasks is not lowest else None),
-            **{name.replace("_", " "): mean(column(name)) for name in ("loss_before", "loss_after", "steps", "best_step")},
+            **bounds("right, less the first row", interval(less) if tasks is not first else None),
+            **{what.replace("_", " "): mean(column(what)) for what in ("loss_before", "loss_after", "steps", "best_step")},
         }

@@ -324,7 +324,8 @@ def _generated(
     about = checkpoints.describe(folder)
     training = about.get("training", {})
     from_input = training.get("condition") == "input"
-    if held_out > (kept := training.get("held_out_descriptions", held_out)):
+    kept = training.get("held_out_descriptions")
+    if isinstance(kept, int) and held_out > kept:
         warnings.warn(
             f"--held-out-descriptions: {folder} held out {kept} descriptions of each task, so that some of the {held_out} "
             "were trained on",

@@ -60,6 +60,14 @@ def test_tunes_what_it_generates(engine, base_model, tmp_path):
     assert t2l.AdapterStack.from_peft(out).scaling.tolist() == start.scaling.tolist()
 
 
+def test_long_examples_are_learnt_too(engine, base_model, tmp_path, recwarn):
+    """Of several hundred tokens, where runs of ``t2l train`` leave out those of more than 192."""
+    long = [(" ".join(["one two"] * 150), answer) for _, answer in EXAMPLES]
+    long = [(f"{x} {i}", answer) for i, (x, answer) in enumerate(long)]
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", long, tmp_path / "out", **QUICK | {"steps": 1})
+    assert report.steps == 1 and not [w for w in recwarn if "max_tokens" in str(w.message)]
+
+
 def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp_path, monkeypatch):
     """Steps uphill leave the adapter as it was generated."""
     downhill = lora.LoRA.loss

@@ -153,6 +153,18 @@ def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
     assert saved["losses"] == {"first": 2.0, "last": 1.0} and not (tmp_path / "unused").exists()
 
 
+def test_an_improvement_is_larger_than_min_delta(context, tmp_path):
+    fit = context(min_delta=0.25)
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    steps = [(1.0, 1.0), (0.8, 0.7), (0.74, 0.5)]  # first: better at 0 and 2; last: at 0 and 1
+    for step, losses in enumerate(steps):
+        assert job.improved(dict(zip(("first", "last"), losses, strict=True)), step)
+    assert job.best["losses"] == {"first": 0.74, "last": 0.7} and job.best["steps"] == {"first": 2, "last": 1}
+    fit = context(min_delta=0.25, mode="multi-task")
+    shared = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    assert [shared.improved({"first": loss}, step) for step, loss in enumerate((1.0, 0.8, 0.7))] == [True, False, True]
+
+
 def test_an_adapter_without_patience_is_not_kept_later(context, tmp_path):
     """What its own run would not have come to: another adapter of the wave went on."""
     fit = context(patience=1, validate_every=10)

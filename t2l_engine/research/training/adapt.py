@@ -43,6 +43,7 @@ DEFAULTS: dict[str, Any] = {
     "validate_every": 10,
     "validation_samples": MOST_HELD_OUT,
     "patience": 3,
+    "min_delta": 1e-3,
     "save_every": 50,
 }
 
@@ -52,9 +53,8 @@ class Report:
     """What tuning did, on the held-out examples: mean loss of their answers before and after.
 
     ``examples``, ``held_out``: numbers of examples that were trained on and held out, but for those of more than
-    ``max_tokens`` tokens, which count here alone; ``read``: of those that the adapter
-    was generated from; ``steps``: that were run, of which ``best_step`` was kept (0: the generated adapter); ``seconds``: of
-    training.
+    ``max_tokens`` tokens, which count here alone; ``read``: of those that the adapter was generated from; ``steps``: that
+    were run, of which ``best_step`` was kept (0: the generated adapter); ``seconds``: of training.
     """
 
     examples: int

@@ -89,9 +89,9 @@ class Job(ABC):
         return nn.utils.clip_grad_norm_(self.model.parameters(), limit or math.inf)
 
     def improved(self, losses: dict[str, float], step: int) -> bool:
-        """Whether this validation has the lowest mean loss so far."""
+        """Whether this validation has the lowest mean loss so far, by at least ``min_delta``."""
         mean = math.fsum(losses.values()) / len(losses)
-        better = mean < self.best.get("val_loss", math.inf)
+        better = mean < self.best.get("val_loss", math.inf) - self.settings.min_delta
         if better:
             self.best = {"val_loss": mean, "step": step}
         return better

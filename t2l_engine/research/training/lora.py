@@ -162,7 +162,8 @@ class LoRA(loop.Job):
             # An adapter whose patience is over has ended, though others of its wave go on.
             last = self.settings.patience * self.settings.validate_every or math.inf
             going = [i for i, name in enumerate(self.names) if step - at.get(name, step) <= last]
-            better = [i for i in going if losses.get(self.names[i], math.nan) < lowest.get(self.names[i], math.inf)]
+            below = lambda name: lowest.get(name, math.inf) - self.settings.min_delta  # noqa: E731
+            better = [i for i in going if losses.get(self.names[i], math.nan) < below(self.names[i])]
             lowest.update({self.names[i]: losses[self.names[i]] for i in better})
             at.update({self.names[i]: step for i in better})
             if better:

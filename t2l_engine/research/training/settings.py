@@ -72,6 +72,10 @@ class Settings(BaseModel):
         0, description="validations without improvement that end the run; the start is then validated too; 0: all steps"
     )
 
+    min_delta: NotNegative = Field(
+        0.0, description="what a validation loss must be lower by than the lowest before to count as an improvement"
+    )
+
     @field_validator("*", mode="before")
     @classmethod
     def _no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
