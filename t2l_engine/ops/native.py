@@ -68,7 +68,7 @@ def about() -> dict[str, Any] | None:
     kernels, or "none").  ``instruction_sets``: ``available`` on this CPU; ``chosen``, None if ``T2L_ISA``
     is unusable; ``why`` that one; and ``error``, the reason where none is.
     """
-    return json.loads(_said("t2l_about")) if is_loaded() else None
+    return json.loads(_said("t2l_about") or "null") if is_loaded() else None
 
 
 def isa_error() -> str | None:
@@ -77,8 +77,7 @@ def isa_error() -> str | None:
     Unlike :func:`about`, which names all instruction sets, this does not ask the system for AMX's tiles where another one is
     chosen.
     """
-    error = _said("t2l_isa_error")
-    return error and error.decode()
+    return _said("t2l_isa_error")
 
 
 def is_loaded() -> bool:
@@ -86,7 +85,8 @@ def is_loaded() -> bool:
     return os.path.realpath(library_path()) in torch.ops.loaded_libraries  # as torch names them
 
 
-def _said(function: str) -> bytes | None:
+def _said(function: str) -> str | None:
     say = getattr(ctypes.CDLL(str(library_path())), function)
     say.restype = ctypes.c_char_p
-    return say()
+    text: bytes | None = say()
+    return None if text is None else text.decode()
