@@ -226,9 +226,10 @@ def test_rates_are_compared_task_by_task():
         "loss_after": 0.5, "steps": 60, "best_step": 30,
     }  # fmt: skip
     own = [of("high", "a", 70.0), of("high", "b", 50.0), of("low", "b", 40.0), of("low", "a", 60.0)]
-    about = {"rates": {"tried": {"low": {"learning_rate": 1e-3, "min_delta": 0}, "high": {"learning_rate": 4e-3}}}}
+    tried = {"low": {"learning_rate": 1e-3, "min_delta": 0}, "high": {"learning_rate": 4e-3, "min_delta": 2e-3}}
+    about = {"rates": {"tried": tried}}
     low, high = TABLES["adapt-rates"].lines([Result(Path("rates.jsonl"), {}, (), {"rate": own, "plan": [about]})])
     assert (high["learning rate"], high["tasks"], high["examples"], high["right, %"]) == (4e-3, 2, 40, 60.0)
     assert high["right, less the first row"] == 10.0 and low["right, less the first row"] is None
     assert (low["right, %"], low["loss after"], low["best step"]) == (50.0, 0.5, 30)
-    assert (low["min_delta"], high["min_delta"]) == (0, adapt.DEFAULTS["min_delta"])
+    assert (low["min_delta"], high["min_delta"]) == (0, 2e-3)

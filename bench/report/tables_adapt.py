@@ -10,7 +10,6 @@ from bench.report.tables import Claim, Line, bounds, judged, mean, table
 from bench.report.tables_specs import ARMS, TIERS
 from bench.specs.plan import HELD_OUT, RIVAL
 from t2l_engine.research.evaluation.bootstrap import Interval, interval, ratio
-from t2l_engine.research.training.adapt import DEFAULTS
 
 PEFT, OURS = "peft", "generated-examples"
 #: Start of tuning -> what it is called.
@@ -169,7 +168,7 @@ def _rates(result: Result) -> Iterator[Line]:
         less = [tasks[task]["right"] - first[task]["right"] for task in sorted(tasks)]
         yield {
             "learning rate": tried[name]["learning_rate"],
-            "min_delta": tried[name].get("min_delta", DEFAULTS["min_delta"]),
+            "min_delta": tried[name]["min_delta"],
             "tasks": len(tasks),
             "examples": max(of["examples"] + of["held_out"] for of in tasks.values()),
             **bounds("right, %", interval(column("right"))),
