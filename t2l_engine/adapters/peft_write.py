@@ -16,7 +16,7 @@ from torch import Tensor
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, layer_list
 from t2l_engine.adapters.peft import CONFIG_NAME, PREFIX, WEIGHTS_NAME, PeftAdapter, folded
 from t2l_engine.files.errors import MAX_NUMBER, MIN_NUMBER, short_repr
-from t2l_engine.files.weights import MODEL_WEIGHTS, check_dtype, is_finite, write_folder
+from t2l_engine.files.weights import MODEL_WEIGHTS, check_dtype, expect_none, is_finite, write_folder
 
 #: Files of checkpoints and models, whose loaders would read an adapter_config.json beside them.
 _OTHER_WEIGHTS = ("hypermod.pt", "hypernet.safetensors", *MODEL_WEIGHTS)
@@ -26,11 +26,7 @@ def check_place(directory: Path) -> None:
     """FileExistsError for a folder with a checkpoint or a model, NotADirectoryError for a file."""
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory}: expected a folder for an adapter, got a file")
-    for other in _OTHER_WEIGHTS:
-        if (directory / other).exists():
-            raise FileExistsError(
-                f"{directory}: holds {other}, which an adapter beside it would change; choose another folder"
-            )
+    expect_none(directory, _OTHER_WEIGHTS, "which an adapter beside it would change")
 
 
 def config(adapter: PeftAdapter, base_model_name_or_path: str | None, fold: bool) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
     from t2l_engine.research.evaluation.arms import Stored
     from t2l_engine.research.evaluation.metrics import exact_match
     from t2l_engine.text import base_model as models
-    from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, prompt_of
+    from t2l_engine.text.prompts import answer_in, prompt_of
 
     model, tokenizer = models.load(made["base_model"], getattr(torch, made["dtype"]))
     answerer = Answerer(model, tokenizer, identity="", store=Store(), batch_size=32, clock=time.perf_counter)
@@ -106,6 +106,6 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
     counts = []
     for adapter in adapters:
         answers = answerer.ask(queries, Stored(AdapterStack.from_peft(adapter), [""]))
-        texts = [a.text.split(NEXT_EXAMPLE)[0] if made["prompt_form"] == RAW else a.text for a in answers]
+        texts = [answer_in(made["prompt_form"], a.text) for a in answers]
         counts.append(sum(exact_match(text, (answer,)) for text, (_, answer) in zip(texts, examples, strict=True)))
     return counts

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,14 @@ def check_dtype(dtype: torch.dtype) -> None:
 
 def check_no_model(directory: Path) -> None:
     """FileExistsError for a folder with a model, whose config.json that of a checkpoint would replace."""
-    for weights in MODEL_WEIGHTS:
-        if (directory / weights).exists():
-            raise FileExistsError(
-                f"{directory}: holds {weights}, whose config.json a checkpoint's would replace; choose another folder"
-            )
+    expect_none(directory, MODEL_WEIGHTS, "whose config.json a checkpoint's would replace")
+
+
+def expect_none(directory: Path, names: Iterable[str], why: str) -> None:
+    """FileExistsError for a folder with one of the files ``names``; ``why`` not to write beside it, to follow its name."""
+    for name in names:
+        if (directory / name).exists():
+            raise FileExistsError(f"{directory}: holds {name}, {why}; choose another folder")
 
 
 def content_checksum(state: dict[str, Tensor]) -> str:

@@ -17,9 +17,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from t2l_engine.adapters.peft import WEIGHTS_NAME
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import expect_none, replacing
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
@@ -30,7 +31,7 @@ from t2l_engine.hypernetwork.network import build, check_encoder
 
 FORMATS = ("native", "reference")  # "reference" is the Sakana format
 #: Weights of PEFT adapters.
-ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
 
 
 def convert(source: Path, target: Path, to: str | None = None, module_order: list[str] | None = None) -> str:
@@ -61,15 +62,9 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target}: expected a folder, got a file")
     # A folder with files of both formats would be ambiguous.
-    other = SAKANA_NAMES[0] if to == "native" else CONFIG_NAME
-    if (target / other).exists():
-        raise FileExistsError(f"{target}: holds {other}, of another format than {to}; choose another folder")
-    # Of an adapter only the configuration would be replaced, with which its weights mean something else.
-    for weights in ADAPTER_WEIGHTS if to == "reference" else ():
-        if (target / weights).exists():
-            raise FileExistsError(
-                f"{target}: holds {weights}, whose adapter_config.json would be replaced; choose another folder"
-            )
+    expect_none(target, SAKANA_NAMES[:1] if to == "native" else (CONFIG_NAME,), f"of another format than {to}")
+    if to == "reference":  # of an adapter only the configuration would be replaced, with which its weights mean another one
+        expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
     contents = read(source, module_order)
     build(contents)  # checks every key and shape
     check_encoder(contents)

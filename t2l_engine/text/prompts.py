@@ -45,6 +45,11 @@ def answer_of(prompt_form: str, text: str) -> str:
     return f" {text}" if prompt_form == RAW else text
 
 
+def answer_in(prompt_form: str, text: str) -> str:
+    """The answer in generated ``text``: nothing tells a base model that reads a raw prompt to stop after it."""
+    return text.split(NEXT_EXAMPLE)[0] if prompt_form == RAW else text
+
+
 def answer_ids(tokenizer, answer: str) -> list[int]:
     """Token ids of ``answer``, of :func:`answer_of`, where it goes on after a prompt.
 

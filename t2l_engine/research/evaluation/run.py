@@ -16,7 +16,7 @@ from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.research.evaluation.arms import Arm, description_of, shots_of
 from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, answer_of, prompt_ids, prompt_of
+from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 
 #: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
 TASKS_A_ROUND = 40
@@ -266,8 +266,7 @@ class Evaluation:
     def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[_Scored]:
         queries = [self._query(arm, template, item) for item in items]
         answers = self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
-        if template == RAW:  # nothing tells a base model to stop
-            answers = [dataclasses.replace(answer, text=answer.text.split(NEXT_EXAMPLE)[0]) for answer in answers]
+        answers = [dataclasses.replace(answer, text=answer_in(template, answer.text)) for answer in answers]
         pairs = zip(items, answers, strict=True)
         return [_Scored(item, answer, self._scores(item.example, answer)) for item, answer in pairs]
 
