@@ -233,3 +233,11 @@ def test_rates_are_compared_task_by_task():
     assert high["right, less the first row"] == 10.0 and low["right, less the first row"] is None
     assert (low["right, %"], low["loss after"], low["best step"]) == (50.0, 0.5, 30)
     assert (low["min_delta"], high["min_delta"]) == (0, 2e-3)
+
+
+def test_adapt_has_the_settings_that_were_right_most_often():
+    made = read(ROOT / "bench" / "results" / "rates.jsonl")
+    tried = made.records("plan")[0]["rates"]["tried"]
+    right = [line["right, %"] for line in TABLES["adapt-rates"].lines([made])]
+    best = [*tried.values()][right.index(max(right))]
+    assert best.items() <= adapt.DEFAULTS.items() and best == [*tried.values()][1]  # the row that the page names
