@@ -79,7 +79,9 @@ def spelled(ctx: typer.Context) -> str:
     for option in ctx.command.params:
         value = ctx.params.get(option.name)
         if option.name not in ("out", "budget", "resume") and value != option.default:
-            words += [option.opts[0], option.name.upper() if isinstance(value, Path) else shlex.quote(str(value))]
+            words.append(option.opts[0])
+            if not option.is_flag:
+                words.append(option.name.upper() if isinstance(value, Path) else shlex.quote(str(value)))
     return " ".join(words)
 
 
@@ -121,8 +123,9 @@ def settle(threads: int) -> None:
 
 def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
     """A file of records that are no rows of times."""
-    made = [harness.head(ctx.info_name, Context.of("full", threads), spelled(ctx)), *records]
-    harness.Log(out or RESULTS / f"{ctx.info_name}.jsonl").add(*made)
+    context = Context.of("full", threads)
+    made = [harness.head(ctx.info_name, context, spelled(ctx)), *records]
+    harness.Log(out or RESULTS / f"{stem(ctx.info_name, harness.machine(context))}.jsonl").add(*made)
 
 
 @app.command()

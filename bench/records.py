@@ -40,7 +40,7 @@ BESIDE = (
 #: What the runs of a card add to the name of their suite.
 CUDA = "-cuda"
 #: Suites whose results are times of a CPU: a file for each class of them, so that a run on another class replaces none.
-OF_A_CPU = ("generate", "apply", "train", "icl", "serving", "levels")
+OF_A_CPU = ("generate", "apply", "train", "icl", "serving", "levels", "costs")
 #: Flag of a CPU -> what its class is named by: the first one that it has.
 CPU_FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
 #: Suites that count, whatever else is in the tree.

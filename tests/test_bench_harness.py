@@ -1,18 +1,37 @@
 """Runs of the benchmarks: their file, what goes on where, and the suites of a card, dry on this CPU."""
 
 import json
+import shlex
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 from bench import cases, energy, harness, models
-from bench.__main__ import app
+from bench.__main__ import app, spelled
 from bench.cases import LAYERS, Case, Layer, even, ragged, rows, zipf
 from bench.harness import OURS, BenchError, Context, Error, Target, Task, VerificationError, record, row, run, verify
 from bench.records import BASE, HOST
 from bench.suites import apply, decode, generate
 from bench.timing import Dry, Timing
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        ("robustness --work w --as-is --out o", "robustness --work WORK --as-is"),
+        ("generate --size full --only 'a b' --resume", "generate --only 'a b'"),
+    ],
+)
+def test_the_command_of_a_result_is_one_that_runs(words, text):
+    name, *arguments = shlex.split(words)
+    command = typer.main.get_command(app).commands[name]
+    assert spelled(command.make_context(name, arguments)) == f"python -m bench {text}"
+    assert command.make_context(name, shlex.split(text)[1:])
+
 
 # --- rows and files --------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ def root(results_tree, monkeypatch):
     monkeypatch.setattr(figures, "svg", figures.stamp)
     for path in (results_tree / pages.RESULTS).glob("*.intel-amx.jsonl"):
         path.unlink()
-    for suite in ("generate", "apply", "icl"):
+    for suite in ("generate", "apply", "icl", "costs"):
         (path,) = (results_tree / pages.RESULTS).glob(f"{suite}.*.jsonl")
         found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         found[0]["machine"] |= OTHER

@@ -92,6 +92,11 @@ def test_hand_edit_is_found(written, document):
     assert [problem.split(":")[0] for problem in Report(written).check()] == [document]
 
 
+def test_a_value_that_a_result_lacks_is_not_printed(written):
+    with pytest.raises(TypeError, match="None"):
+        Report(written).environment.from_string("On {{ results['specs'][0].machine }}").render()
+
+
 def test_markers_of_blocks(written):
     before = (written / "docs" / "results" / "index.md").read_text(encoding="utf-8")
     change(written, "generate", lambda found: found[0].update(date="2030-01-01"))

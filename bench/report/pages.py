@@ -141,6 +141,7 @@ class Report(View):
         made = jinja2.Environment(
             loader=jinja2.FileSystemLoader(TEMPLATES),
             undefined=jinja2.StrictUndefined,
+            finalize=_said,
             trim_blocks=True,
             lstrip_blocks=True,
             keep_trailing_newline=True,
@@ -220,6 +221,13 @@ class Report(View):
             for path in self.strangers():
                 (self.root / path).unlink()
         return list(dict.fromkeys(self.problems))
+
+
+def _said(value: object) -> object:
+    """What a template prints: a value that a result lacks is no word of a page."""
+    if value is None:
+        raise TypeError("a template prints a value that is None")
+    return value
 
 
 def show(name: str) -> None:
