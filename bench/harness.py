@@ -297,8 +297,10 @@ def run(
         raise BenchError(f"only: expected part of one of these names: {names}; got {only!r}")
     first = head(suite, context, command) | {"tasks": [task.name for task in tasks]}
     log = Log(out, resume)
+    known = set()
     if log.records:
         _continue(context, log, first)
+        known = set(context.ceilings.rates)
     else:
         log.add(first)
     if any(one.get("when") == "after" for one in log.records):
@@ -307,7 +309,6 @@ def run(
         sizes = [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, context.rotated]
         if survey:
             context.ceilings.survey(sizes, context.thread_counts)
-        known = set()
         for task in progress(log.left(tasks)):
             if end - time.monotonic() > task.needs:
                 made = _attempt(context, task)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.harness import Record, record
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
@@ -29,7 +32,8 @@ def evaluate(out: Path, name: str, names: Sequence[str], arms: Sequence[str], **
     for option, values in given.items():
         for value in values if isinstance(values, list) else [values]:
             command += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # those of the run that is recorded
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
     return read_texts(out / f"{name}.json", MAX_DESCRIPTIONS_BYTES)  # names of ten thousand tasks
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -165,10 +166,12 @@ def ours(model: nn.Module, stack: t2l.AdapterStack, ids: Sequence[int]) -> Forwa
 def decode(forward: Forward, tokens: Tensor) -> Callable[[], Tensor]:
     """A call of one decode step, always the same one: the last of ``tokens [rows, n]`` after the others; its logits."""
     cache, prompt, token = DynamicCache(), tokens[:, :-1], tokens[:, -1:]
-    forward(input_ids=prompt, cache=cache, use_cache=True, logits_to_keep=1)
+    model: Any = forward.func if isinstance(forward, functools.partial) else forward
+    given = cache_argument(model.get_base_model() if hasattr(model, "get_base_model") else model, cache)
+    forward(input_ids=prompt, use_cache=True, logits_to_keep=1, **given)
 
     def step() -> Tensor:
-        logits = forward(input_ids=token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = forward(input_ids=token, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
         cache.crop(-1)
         return logits
 

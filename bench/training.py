@@ -23,7 +23,7 @@ from t2l_engine.research.training.settings import Settings, differences
 def train(run: Run, source: Path, output: Path, names: Sequence[str]) -> Path:
     """Train ``run`` on the tasks or adapters ``names`` of ``source``; what it starts from is beside ``output``."""
     made = settings_of(run, output)
-    if run.kind != "lora" and is_finished(output, made):
+    if run.kind != "lora" and is_finished(output, made, names):
         return output  # or a reader would read all its texts once more
     method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
     return method.train(made, source, output, names=names)
@@ -37,12 +37,17 @@ def settings_of(run: Run, output: Path) -> Settings:
     return run.settings.model_copy(update={"initial": str(start / ADAPTERS if run.kind == "lora" else start)})
 
 
-def is_finished(folder: Path, made: Settings) -> bool:
-    """Whether a hypernetwork in ``folder`` was trained with the settings ``made``, to the last step."""
-    if not (folder / loop.SETTINGS).is_file() or differences(made, read_yaml(folder / loop.SETTINGS)):
+def is_made(folder: Path) -> bool:
+    """Whether a run has written a hypernetwork in ``folder``, of any settings: not the log, which comes before."""
+    return (folder / loop.SETTINGS).is_file() and (folder / CONFIG_NAME).is_file()
+
+
+def is_finished(folder: Path, made: Settings, names: Sequence[str]) -> bool:
+    """Whether a hypernetwork in ``folder`` was trained on the tasks ``names`` with the settings ``made``, to its end."""
+    if not is_made(folder) or differences(made, read_yaml(folder / loop.SETTINGS)):
         return False
-    # Not the log, which is written before the checkpoint.
-    return (folder / CONFIG_NAME).is_file() and checkpoint.describe(folder)["training"]["steps_done"] >= made.steps
+    done = checkpoint.describe(folder)["training"]
+    return done["steps_done"] >= made.steps and {*done["tasks"]} == {*names}
 
 
 def trained(name: str, run: Run, folder: Path, tasks: int | None) -> Record:

@@ -60,6 +60,9 @@ def test_starts_are_made_once(monkeypatch, tmp_path):
     assert made == [(["Do it."], [[("a", "b")]])] and folders[0] == folders[1] and (folders[0] / "f-000").is_dir()
     adapting._start("generated", tmp_path, [dataclasses.replace(task, descriptions=("Do that.",))])
     assert made[1:] == [(["Do that."], None)]
+    monkeypatch.setattr(adapting, "bundled", lambda _: "other weights")
+    adapting._start("generated-examples", tmp_path, [task])
+    assert len(made) == 3
 
 
 def brief(run):

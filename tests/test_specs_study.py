@@ -163,9 +163,10 @@ def test_a_run_starts_from_another(monkeypatch, tmp_path):
     (tmp_path / "second").mkdir()
     (tmp_path / "second" / "settings.yaml").write_text(to_yaml(made))
     (tmp_path / "second" / "config.json").touch()
-    for last, calls in ((2, 2), (3, 2)):  # the finished run is read
-        monkeypatch.setattr(training.checkpoint, "describe", lambda _: {"training": {"steps_done": last}})  # noqa: B023
-        training.train(run, tmp_path, tmp_path / "second", [])
+    for last, of, calls in ((2, ["a"], 2), (3, ["a", "b"], 3), (3, ["a"], 3)):  # the finished run of these tasks is read
+        done = {"training": {"steps_done": last, "tasks": of}}
+        monkeypatch.setattr(training.checkpoint, "describe", lambda _: done)  # noqa: B023
+        training.train(run, tmp_path, tmp_path / "second", ["a"])
         assert len(found) == calls
 
 

@@ -139,7 +139,7 @@ class Serving:
 def entries(context: Context, folder: Path | None) -> Iterator[Record]:
     """A record for every task with all its arms, each answer timed."""
     serving = Serving()
-    trained = checkpoint.describe(resolve_checkpoint("smollm2-135m"))["training"]["tasks"]
+    trained = checkpoint.trained_tasks(checkpoint.describe(resolve_checkpoint("smollm2-135m")))
     about = {"threads": context.threads, "dtype": str(DTYPE).removeprefix("torch.")}
     with torch.inference_mode():
         for task, shots in tasks(folder):

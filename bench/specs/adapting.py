@@ -155,7 +155,7 @@ def _start(start: str, work: Path, tasks: Sequence[Task]) -> Path | None:
     texts = [task.descriptions[0] for task in tasks]
     train = [[e for e in task.examples if e.split == "train"][: min(ADAPTED["budgets"])] for task in tasks]
     shown = [[(e.input, e.outputs[0]) for e in of] for of in train]
-    known = json.dumps([checkpoint.name, texts, shown])
+    known = json.dumps([bundled(SPECS), texts, shown])  # of these weights
     folder = work / "starts" / f"{start}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     if folder.is_dir():  # generated again on another CPU, they would be others in the last bits
         return folder

@@ -53,10 +53,11 @@ def records(specifications: Specifications) -> Iterator[Record]:
             lengths, ways = served.ways(task, count)
             for name, value in lengths.items():
                 tokens[count][name].append(value)
-            for way, call in ways.items():
-                took = elapsed_us(call)
-                if turn:
-                    us[count][way].append(took)
+            for i in range(len(ways)):  # each way comes first in turn
+                for name, call in ways[(turn + i) % len(ways)].items():
+                    took = elapsed_us(call)
+                    if turn:
+                        us[count][name].append(took)
     for count in counts:
         medians = {way: round(statistics.median(values), 1) for way, values in us[count].items()}
         means = {name: round(statistics.fmean(values), 1) for name, values in tokens[count].items()}
@@ -83,22 +84,32 @@ class _Served:
     def ids(self, prompt: str) -> list[int]:
         return prompt_ids(self.tokenizer, [prompt])[0]
 
-    def ways(self, task: Task, count: int) -> tuple[dict[str, int], dict[str, Callable[[], None]]]:
-        """Tokens of what is read and asked of ``task`` with ``count`` worked examples, and what is timed, in this order."""
+    def ways(self, task: Task, count: int) -> tuple[dict[str, int], list[dict[str, Callable[[], None]]]]:
+        """Tokens of what is read and asked of ``task`` with ``count`` worked examples; of every way what is timed, in order,
+        from text on."""
         text, asked = task.descriptions[-1], next(e.input for e in task.examples if e.split == "test")
         shots = shots_of(task, [e for e in task.examples if e.split == "train"], 0, count, asked)
-        question = self.ids(self.engine.prompt(self.tokenizer, asked))
-        prompt, cache = self.ids(raw_prompt(text, asked, shots)), DynamicCache()
+        asked_alone, whole, cache = self.engine.prompt(self.tokenizer, asked), raw_prompt(text, asked, shots), DynamicCache()
+        question, prompt = self.ids(asked_alone), self.ids(whole)
         prefix = task_prefix(self.ids, text, shots, [prompt])
         (read,) = self.encoder.lengths(self.encoder.prepare([text], [shots]))
         tokens = {"read": read, "question": len(question), "prompt": len(prompt), "prefix": prefix}
-        return tokens, {
-            "make_us": torch.inference_mode()(lambda: self.engine.generate_into(self.slot, 0, [text], [shots])),
-            "adapted_us": self._reading(self.adapted, question),
-            "prompt_us": self._reading(self.plain, prompt),
-            "fill_us": self._reading(self.plain, prompt[:prefix], cache),
-            "warm_us": self._reading(self.plain, prompt[prefix:], cache),
-        }
+        make = torch.inference_mode()(lambda: self.engine.generate_into(self.slot, 0, [text], [shots]))
+        return tokens, [
+            {"make_us": make, "adapted_us": self._reading(self.adapted, asked_alone)},
+            {"prompt_us": self._reading(self.plain, whole)},
+            {
+                "fill_us": self._reading(self.plain, whole, slice(prefix), cache),
+                "warm_us": self._reading(self.plain, whole, slice(prefix, None), cache),
+            },
+        ]
 
-    def _reading(self, speaker: Speaker, ids: list[int], cache: DynamicCache | None = None) -> Callable[[], None]:
-        return torch.inference_mode()(functools.partial(speaker.read, ids, DynamicCache() if cache is None else cache))
+    @torch.inference_mode()
+    def _read(self, speaker: Speaker, prompt: str, part: slice, cache: DynamicCache) -> None:
+        speaker.read(self.ids(prompt)[part], cache)
+
+    def _reading(
+        self, speaker: Speaker, prompt: str, part: slice = slice(None), cache: DynamicCache | None = None
+    ) -> Callable[[], None]:
+        """A call that reads this part of the tokens of ``prompt``."""
+        return functools.partial(self._read, speaker, prompt, part, DynamicCache() if cache is None else cache)

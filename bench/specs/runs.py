@@ -167,7 +167,7 @@ def _is_there(folder: Path, run: Run) -> bool:
             return False
         wanted = {MULTI_TASK} if made.mode == MULTI_TASK else {*learnt(run, folder.parent)[1]}
         return wanted <= lora_runs.adapters_of(folder)
-    return training.is_finished(folder, made)
+    return training.is_made(folder) and training.is_finished(folder, made, learnt(run, folder.parent)[1])
 
 
 def rounded(name: str, work: Path) -> Path:

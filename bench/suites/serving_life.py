@@ -162,6 +162,8 @@ def life(context: Context) -> Iterator[Record]:
             start = time.perf_counter()
             alone = [_signature(server, text) for text in texts]
             first = time.perf_counter() - start
+            if None in alone:
+                raise VerificationError(f"life: {alone.count(None)} of {count} first requests have another status than 200")
             memory = [server.memory()]
             rows, wrong, worst, statuses = [drawn.randrange(count) for _ in range(requests)], 0, 0.0, 0
             start = time.perf_counter()

@@ -78,6 +78,18 @@ def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp
     assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
 
 
+def test_the_report_is_of_the_adapter_that_is_kept(engine, base_model, tmp_path):
+    """Losses that are lower by less than ``min_delta`` change nothing."""
+    small = QUICK | {"steps": 6, "validate_every": 2, "patience": 2, "min_delta": 100.0}
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path / "out", **small)
+    lowest = min(
+        row["val_loss"] for row in adapt.read_log(tmp_path / "out" / adapt.RUN / adapt.WAVES / "000") if "val_loss" in row
+    )
+    assert lowest < report.loss_before
+    assert (report.best_step, report.loss_after) == (0, report.loss_before)
+    assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
+
+
 def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
     changes = QUICK | {"steps": 12, "save_every": 2}
     whole = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "whole", **changes)

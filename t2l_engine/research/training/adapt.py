@@ -156,7 +156,7 @@ def adapt(
 def _report(wave: Path, examples: int, held_out: int, read: int, seconds: float) -> Report:
     rows = read_log(wave)
     losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}
-    best = min(losses, key=lambda step: (losses[step], step))
+    best = max(row["step"] for row in rows if row.get("best"))  # what is kept: the lowest only if by min_delta
     return Report(
         examples, held_out, read, losses[0], losses[best], max(row["step"] for row in rows), best, round(seconds, 1)
     )
