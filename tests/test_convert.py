@@ -260,7 +260,10 @@ def test_modules_that_share_a_name(native, tmp_path):
         stack.save_pretrained(tmp_path / str(i), adapter=i)
     again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1"])
     assert again.allclose(stack) and len(AdapterStack.cat([stack, again])) == 4
-    assert serve_flags.collect(str(folder), 2, 4)["flags"][-2:] == ["--lora-target-modules", "c_proj"]  # the linears' names
+    assert serve_flags.collect([str(folder)], 2, 4)["flags"][-2:] == [
+        "--lora-target-modules",
+        "c_proj",
+    ]  # of linears
 
 
 def test_blocks_survive(native, tmp_path):

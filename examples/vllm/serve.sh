@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Serves SmolLM2-135M on this machine alone, where the model of a request may be a sentence: make serve, or, in an environment
 # with vLLM and t2l_engine, examples/vllm/serve.sh [FLAGS OF VLLM].  PORT: 8000 if unset.  T2L_VLLM_CHECKPOINT: smollm2-135m,
-# trained for 37 tasks, if unset; smollm2-135m-specs for sentences of your own.
+# trained for 37 tasks, if unset; smollm2-135m-specs for sentences of your own; several, for one base model, separated by commas.
 set -euo pipefail
 port="${PORT:-8000}"
 export T2L_VLLM_CHECKPOINT="${T2L_VLLM_CHECKPOINT:-smollm2-135m}" T2L_VLLM_WARMUP="${T2L_VLLM_WARMUP:-1}" VLLM_PLUGINS=t2l,t2l_http
 export VLLM_ALLOW_RUNTIME_LORA_UPDATING=1                  # what lets a request name a model that is not there yet
 export VLLM_CPU_KVCACHE_SPACE="${VLLM_CPU_KVCACHE_SPACE:-1}"  # GiB
 model=$(python -c "from t2l_engine.text import packaged; print(packaged.convert())")
-flags=$(t2l serve-flags "${T2L_VLLM_CHECKPOINT%%,*}")
+IFS=, read -ra checkpoints <<< "$T2L_VLLM_CHECKPOINT"
+flags=$(t2l serve-flags "${checkpoints[@]}")
 cat << EOF
 ==> when vLLM says "Application startup complete", try, from another terminal:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,9 @@ ENDPOINTS = {"chat": "/v1/chat/completions", "raw": "/v1/completions"}
 
 
 def serve_flags(
-    checkpoint: Annotated[str, typer.Argument(help="Bundled checkpoint name, or a checkpoint folder.")],
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CHECKPOINT...", help="Bundled checkpoint names, or folders; first the default.")
+    ],
     max_loras: Annotated[
         int,
         typer.Option("--max-loras", min=1, help="Adapters in a batch; a new one needs a free place."),
@@ -25,16 +28,16 @@ def serve_flags(
     ] = 256,
     as_json: Json = False,
 ) -> None:
-    """Print vLLM's flags for a checkpoint in one line.
+    """Print vLLM's flags for a checkpoint, or for several together, in one line.
 
     python -m vllm.entrypoints.openai.api_server --model MODEL $(t2l serve-flags CHECKPOINT) starts a server with them.
 
-    The variables to set and the endpoint that fits the checkpoint's prompts go to standard error; --json prints an object
-    with flags, environment, endpoint and description_in_prompt.
+    The variables to set and the endpoint that fits the first checkpoint's prompts go to standard error; --json prints an
+    object with flags, environment, endpoint and description_in_prompt.
     """
     if max_cpu_loras < max_loras:
         raise ValueError(f"--max-cpu-loras: expected at least --max-loras, {max_loras}, got {max_cpu_loras}")
-    about = collect(checkpoint, max_loras, max_cpu_loras)
+    about = collect(checkpoints, max_loras, max_cpu_loras)
     if as_json:
         print_json(about)
         return
@@ -43,26 +46,29 @@ def serve_flags(
     say(f"endpoint: {about['endpoint']}" + (", with the description in the prompt" * about["description_in_prompt"]))
 
 
-def collect(source: str, max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
+def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[str, Any]:
+    """Slots that hold adapters of all ``sources``; of the first, the default, the endpoint."""
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
 
-    folder = resolve_checkpoint(source)
-    contents = checkpoints.read(folder)
-    config = contents.config
-    rank = next((rank for rank in VLLM_RANKS if rank >= config.rank), None)
-    if rank is None:
-        raise ValueError(f"{folder}: rank {config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
-    modules = dict.fromkeys(path.rpartition(".")[2] for path in config.module_paths.values())
+    folders = [resolve_checkpoint(source) for source in sources]
+    found = [checkpoints.read(folder) for folder in folders]
+    for folder, of in zip(folders, found, strict=True):
+        if of.config.rank > VLLM_RANKS[-1]:
+            raise ValueError(f"{folder}: rank {of.config.rank}: vLLM takes adapters up to rank {VLLM_RANKS[-1]}")
+    most = max(of.config.rank for of in found)
+    rank = next(rank for rank in VLLM_RANKS if rank >= most)
+    modules = dict.fromkeys(path.rpartition(".")[2] for of in found for path in of.config.module_paths.values())
+    names = [s if s in bundled_checkpoints() else str(folder.resolve()) for s, folder in zip(sources, folders, strict=True)]
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
     # Decoding without the penalties of the model's generation_config.json, as in training and evaluation.
     flags += ["--generation-config", "vllm", "--lora-target-modules", *modules]
     return {
         "flags": [str(flag) for flag in flags],
         "environment": {
-            "T2L_VLLM_CHECKPOINT": source if source in bundled_checkpoints() else str(folder.resolve()),
+            "T2L_VLLM_CHECKPOINT": ",".join(names),
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         },
-        "endpoint": ENDPOINTS[contents.prompt_form],
-        "description_in_prompt": checkpoints.has_described_prompts(contents.blocks),
+        "endpoint": ENDPOINTS[found[0].prompt_form],
+        "description_in_prompt": checkpoints.has_described_prompts(found[0].blocks),
     }

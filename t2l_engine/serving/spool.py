@@ -1,7 +1,8 @@
 """The folder of generated adapters, which servers of one user share.
 
 A serving engine reads an adapter's folder again after it was evicted, so nothing is deleted that a running server may have
-named: a server holds a lock on a file ``.server-*`` of its own, as old as it is, and a folder is as old as its last use.
+named: a server holds a lock on a file ``.server-*`` of its own, as old as it is, and a folder is as old as its last use,
+which is when a server first asked for it (vLLM then knows the name, and asks no more).
 Whoever starts removes what no running server has used and what was not used for a week, or longest if more than half of the
 budget is in use.  ``.used`` holds the bytes of all adapters; it is locked for each look and each change.
 """
@@ -25,11 +26,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from t2l_engine.adapters.peft import CONFIG_NAME
+from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
 
 DTYPE = torch.bfloat16  # of A and B in the spool
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
+_PEFT_FILES, _MEMORY_FILES = (CONFIG_NAME, WEIGHTS_NAME), (CONFIG_NAME, NOTE_NAME, EMBEDDING_NAME)
 _UNUSED_SECONDS = 7 * 24 * 3600
 _MARGIN_SECONDS = 3600  # by which clocks of machines, or one that is set, may differ
 _TEMPORARY, _MEMORY, _USED, _SERVER = ".tmp-", ".memory", ".used", ".server-"
@@ -70,22 +72,26 @@ class Spool:
     def close(self) -> None:
         """No longer a server that uses the folder; the adapters stay."""
         if self._lock >= 0:
-            os.unlink(self._own)
+            with contextlib.suppress(FileNotFoundError):  # the folder may have been removed
+                os.unlink(self._own)
             os.close(self._lock)
         self._lock = -1
 
     def find(self, key: str, *, memory: bool = False) -> Path | None:
-        """The folder of an adapter, None if it is not there; what is found counts as used now.
+        """The folder of an adapter, None if it is not there; what is found counts as used now, what lacks a file is removed.
 
         Waits for others that look or change.  Raises Unavailable if the folder of all adapters cannot be used any more.
         """
         path = self._path(key, memory)
         try:
-            with self._count():  # or a server that starts could remove it between these two
-                try:
-                    os.utime(path)
-                except FileNotFoundError:
+            with self._count() as count:  # or a server that starts could remove it between these two
+                if not path.is_dir():
                     return None
+                if not all((path / name).is_file() for name in (_MEMORY_FILES if memory else _PEFT_FILES)):
+                    shutil.rmtree(path)  # what a cleaner of old files has left
+                    count[0] = self._measure()
+                    return None
+                os.utime(path)
         except OSError as error:
             raise Unavailable(f"adapters: their folder cannot be read: {error.strerror}") from error
         return path

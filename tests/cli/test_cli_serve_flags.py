@@ -29,6 +29,13 @@ def test_flags_of_a_folder(run, checkpoint, tmp_path):
     assert f"T2L_VLLM_CHECKPOINT={shlex.quote(str(folder))} " in err and "endpoint: /v1/chat/completions\n" in err
 
 
+def test_flags_of_several_hold_adapters_of_all(run, tmp_path):
+    save(tmp_path, 20)
+    status, out, err = run("serve-flags", "smollm2-135m", tmp_path)
+    assert (status, out) == (0, FLAGS.format(rank=32, slots=8, cached=256, modules="q_proj v_proj") + "\n")
+    assert f"T2L_VLLM_CHECKPOINT=smollm2-135m,{tmp_path} " in err and "endpoint: /v1/completions\n" in err
+
+
 def test_json_and_prompts_with_descriptions(run, checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     config["training"] = {"prompt": "description", "prompt_form": "raw"}

@@ -193,8 +193,10 @@ def test_a_full_spool_refuses_new_texts_alone(settings, loaded):
 
 def test_names_are_limited_and_belong_to_one_adapter(settings):
     generator = Generator(settings(max_names=2))
+    generator.check("refused", "owner of another")  # takes no name
     for name in ("a", "b", "a"):
         generator.claim(name, f"owner of {name}")
+    generator.check("a", "owner of a")
     with pytest.raises(Unavailable, match="2 have names"):
         generator.claim("c", "owner of c")
     with pytest.raises(ValueError, match="a: this name is another adapter's"):

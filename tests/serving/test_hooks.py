@@ -1,9 +1,11 @@
 """What is put into vLLM, and what is left alone where vLLM or the installation is another one."""
 
+import functools
 import logging
 import types
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
@@ -16,6 +18,7 @@ from vllm.platforms import current_platform
 
 from t2l_engine import ops
 from t2l_engine.serving.vllm import hooks
+from t2l_engine.serving.vllm.offline import lora_requests
 
 pytestmark = pytest.mark.serving
 STOCK = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -76,8 +79,8 @@ def test_a_manager_with_other_parameters_keeps_its_code(settings, warnings, monk
 
 
 @pytest.mark.parametrize("owner, name", [
-    (PunicaWrapperCPU, "_shrink_decode"), (LoRAModelManager, "register_module"), (LoRAModel, "from_lora_tensors"),
-    (WorkerLoRAManager, "_load_adapter"),
+    (PunicaWrapperCPU, "_shrink_decode"), (LoRAModelManager, "register_module"), (LoRAModelManager, "_get_punica_wrapper"),
+    (LoRAModel, "from_lora_tensors"), (WorkerLoRAManager, "_load_adapter"),
 ])  # fmt: skip
 def test_what_a_later_vllm_lacks_stops_no_server(owner, name, settings, warnings, monkeypatch):
     monkeypatch.delattr(owner, name)
@@ -124,3 +127,47 @@ def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refus
             WorkerLoRAManager._load_adapter(manager, request)
     else:
         assert WorkerLoRAManager._load_adapter(manager, request) is loaded
+
+
+@pytest.mark.parametrize("part, sizes, whole, refused", [
+    ("q", (8, 16), 1, False), ("q", (8, 12), 1, True), ("v", (8, 4), 1, False), ("v", (6, 4), 1, True),
+    ("o", (16, 6), 1, True), ("q", (8, 12), 2, False),  # divided: each process has its share
+])  # fmt: skip
+def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
+    part, sizes, whole, refused, settings, warnings, monkeypatch
+):
+    """By whomever it was made; vLLM packs q, k and v."""
+    weights = types.SimpleNamespace(lora_a=torch.zeros(2, sizes[0]), lora_b=torch.zeros(sizes[1], 2))
+    loaded = types.SimpleNamespace(loras={f"model.layers.0.self_attn.{part}_proj": weights, "lm_head": weights})
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
+    hooks.install(settings(kernels=False))
+    assert not warnings
+
+    def module(n_in, *outs):
+        a, b = (
+            tuple(torch.zeros(3, 1, *of) for of in shapes) for shapes in ([(4, n_in)] * len(outs), [(n, 4) for n in outs])
+        )
+        return types.SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, tp_size=whole)
+
+    head = types.SimpleNamespace(lora_a_stacked=torch.zeros(3, 1, 4, 9), lora_b_stacked=torch.zeros(3, 1, 64, 4))
+    modules = {"model.layers.0.self_attn.qkv_proj": module(8, 16, 4, 4), "model.layers.0.self_attn.o_proj": module(16, 8)}
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    adapters = types.SimpleNamespace(modules=modules | {"lm_head": head}, packed_modules_mapping=packed)
+    manager, request = types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("of-somebody-else", 1, "folder")
+    if refused:
+        with pytest.raises(ValueError, match=rf"of-somebody-else: .*{part}_proj: expected .* got {sizes[0]} -> {sizes[1]}"):
+            WorkerLoRAManager._load_adapter(manager, request)
+    else:
+        assert WorkerLoRAManager._load_adapter(manager, request) is loaded
+
+
+def test_mode_memory_needs_workers_that_generate(settings, monkeypatch):
+    """Else they would end at the first folder without weights."""
+    ask = functools.partial(lora_requests, None, ["Say it."], settings=settings(mode="memory"))
+    monkeypatch.delenv("T2L_VLLM_MODE", raising=False)
+    with pytest.raises(ValueError, match="T2L_VLLM_MODE=memory in the environment"):
+        ask()
+    monkeypatch.setenv("T2L_VLLM_MODE", "memory")
+    monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
+    with pytest.raises(ValueError, match="VLLM_PLUGINS: expected 't2l' among them"):
+        ask()

@@ -125,6 +125,22 @@ def test_rows_other_than_the_mapping(rows):
     assert bool(((got.double() - right).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_rows_of_the_head_other_than_samples(rows):
+    """Log-probabilities of a prompt: where all samples have one adapter it is theirs, else nothing says whose they are."""
+    made = adapted("logits", PunicaWrapperT2L)
+    x, two = inputs("logits", rows), inputs("logits", 2)
+    before = base_output(made, x)
+    right, bound = exact(made, x, [1] * rows, before)
+    made(two, [1, 1])  # sets the mapping
+    with torch.inference_mode():
+        got = made.layer._get_logits(x, made.base)
+    assert bool(((got.double() - right).abs() <= bound).all())
+    made(two, [1, 0])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=f"expected 2 rows, one a sample, got {rows}"):
+        made.layer._get_logits(x, made.base)
+
+
 def test_work_is_done_only_where_adapters_run(monkeypatch):
     """Calls of the op: none without adapters, none for a layer that they lack, and one for q, k and v together."""
     calls = []

@@ -45,7 +45,7 @@ def start(tmp_path_factory, other_model):
             "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}",
             "T2L_VLLM_SPOOL": str(spool),
         } | environment
-        chosen = serve_flags.collect("smollm2-135m", 2, 4)["flags"]
+        chosen = serve_flags.collect(["smollm2-135m"], 2, 4)["flags"]
         server = VllmServer(str(packaged.convert()), [*chosen, *flags], variables, log)
         started.append(server)
         server.spool = spool
@@ -200,7 +200,12 @@ def test_a_killed_server_answers_the_same_from_its_spool(start, server):
 
 
 def test_a_full_spool_and_too_many_names_are_503(start, tmp_path):
-    server = start(T2L_VLLM_SPOOL=str(tmp_path), T2L_VLLM_SPOOL_BYTES="3000000", T2L_VLLM_MAX_NAMES="3")
-    statuses = [server.complete(f"t2l:Name {i} things.", "hot", 1)[0] for i in range(6)]
-    assert statuses[:3] == [200] * 3 and statuses[3:] == [503] * 3
-    assert server.complete("t2l:Name 0 things.", "hot", 1)[0] == 200
+    """Two adapters have room; a third sentence that was made before has a name left, and a fourth has none."""
+    made = tmp_path / "spool"
+    before = start(T2L_VLLM_SPOOL=str(made))
+    assert before.complete("t2l:Name 7 things.", "hot", 1)[0] == 200
+    before.stop(signal.SIGTERM)
+    server = start(T2L_VLLM_SPOOL=str(made), T2L_VLLM_SPOOL_BYTES="3000000", T2L_VLLM_MAX_NAMES="3")
+    answers = [server.complete(f"t2l:Name {i} things.", "hot", 1) for i in (0, 1, 2, 3, 7, 4, 0)]
+    assert [status for status, _ in answers] == [200, 200, 503, 503, 200, 503, 200]
+    assert all("bytes" in answers[i][1] for i in (2, 3)) and "have names" in answers[5][1]

@@ -138,6 +138,25 @@ def test_a_folder_without_weights(spool):
     assert torch.equal(load_file(folder / "task_emb.safetensors")["task_emb"], torch.arange(3.0))
 
 
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_folder_that_lacks_a_file_is_made_again(spool, memory):
+    """As a cleaner of old files leaves it."""
+    write = lambda: spool.write_memory("k", torch.arange(3.0), {}, {}) if memory else spool.write_peft("k", stack())  # noqa: E731
+    folder = write()
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+        assert spool.find("k", memory=memory) is None and spool.used == 0 and not visible(spool)
+        assert write() == folder == spool.find("k", memory=memory) and spool.used == taken(folder)
+
+
+def test_a_spool_whose_folder_is_gone_is_closed(spool):
+    shutil.rmtree(spool.root)
+    held = spool._lock
+    spool.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
+
+
 def test_what_fails_leaves_nothing(spool, monkeypatch):
     def broken(self, directory, *arguments, **keywords):
         (directory / "half").write_text("half")

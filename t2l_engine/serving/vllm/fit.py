@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 from t2l_engine.hypernetwork.config import HyperNetworkConfig
 
 
 def misfit(config: HyperNetworkConfig, model: str) -> str | None:
     """What differs between the sizes of ``config`` and of the model ``model``, a folder or hub name; None if nothing does.
 
-    vLLM copies an adapter that is too small into its slot without an error, so this must be asked before.  Linears whose
-    sizes the model's configuration does not state are not compared.
+    vLLM copies an adapter that is too small into its slot without an error, so this must be asked before.  Linears that
+    transformers' model does not have are not compared.
 
-    Raises OSError or ValueError if the model has no configuration that transformers can read, or it states no such sizes.
+    Raises OSError or ValueError if transformers cannot read the model's configuration, or has no such model.
     """
     from transformers import AutoConfig
 
@@ -34,17 +37,13 @@ def misfit(config: HyperNetworkConfig, model: str) -> str | None:
 
 
 def _sizes(served: Any) -> dict[str, tuple[int, int]]:
-    """Module -> (in, out) features in a decoder layer of Llama's kind, for what the configuration states."""
-    hidden, heads = served.hidden_size, served.num_attention_heads
-    width = getattr(served, "head_dim", None) or hidden // heads
-    kv = getattr(served, "num_key_value_heads", None) or heads
-    sizes = {
-        "q_proj": (hidden, heads * width),
-        "k_proj": (hidden, kv * width),
-        "v_proj": (hidden, kv * width),
-        "o_proj": (heads * width, hidden),
-    }
-    inner = getattr(served, "intermediate_size", None)
-    if isinstance(inner, int):
-        sizes |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-    return sizes
+    """Linear -> (in, out) features, of those that are alike in all layers: from transformers' model, without its weights."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        model = AutoModel.from_config(served, trust_remote_code=False)
+    found: dict[str, set[tuple[int, int]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            found.setdefault(path.rpartition(".")[2], set()).add((module.in_features, module.out_features))
+    return {name: next(iter(sizes)) for name, sizes in found.items() if len(sizes) == 1}

@@ -90,6 +90,14 @@ class Generator:
     def claim(self, name: str, owner: str) -> None:
         """Give the adapter's name ``name`` to ``owner``, what it was made from, for ever; claiming again is free.
 
+        Raises as :meth:`check`.
+        """
+        self.check(name, owner)
+        self._names[name] = owner
+
+    def check(self, name: str, owner: str) -> None:
+        """Whether ``owner`` may have ``name``: asked before its adapter is made, which then may fail.
+
         Raises Unavailable beyond ``max_names``, which vLLM never forgets, and ValueError for a name of another owner: two
         adapters of one name would end the server's engine.
         """
@@ -97,7 +105,6 @@ class Generator:
             raise ValueError(f"{name}: this name is another adapter's; change the description")
         if name not in self._names and len(self._names) >= self.settings.max_names:
             raise Unavailable(f"adapters: {self.settings.max_names} have names; new ones must wait for a restart")
-        self._names[name] = owner
 
     async def generate(self, job: Job) -> Path:
         """The folder of a job's adapter: from a pass that makes it, or from the next one, which asks the spool first.

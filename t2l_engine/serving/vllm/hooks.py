@@ -45,8 +45,8 @@ def install(settings: Settings) -> Settings:
     if settings.mode == "memory" and (reason := _changed(_load_from_embeddings, settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
-    if (reason := _changed(_refuse_parts)) is not None:
-        logger.warning("T2L: modules that --lora-target-modules leaves out will be ignored: %s", reason)
+    if (reason := _changed(_refuse_misfits)) is not None:
+        logger.warning("T2L: sizes are not compared, modules that --lora-target-modules leaves out are ignored: %s", reason)
     return settings
 
 
@@ -81,6 +81,8 @@ def _use_kernels() -> str | None:
             return f"PunicaWrapperCPU.{name} of this vLLM has other parameters than ({parameters})"
     if _parameters(LoRAModelManager.register_module) != _REGISTER_MODULE:
         return f"LoRAModelManager.register_module of this vLLM has other parameters than ({_REGISTER_MODULE})"
+    if _parameters(LoRAModelManager._get_punica_wrapper) != "module_name":
+        return "LoRAModelManager._get_punica_wrapper of this vLLM has other parameters than (module_name)"
     from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 
     followed = (BaseLinearLayerWithLoRA, LogitsProcessorWithLoRA, VocabParallelEmbeddingWithLoRA)
@@ -125,10 +127,12 @@ def _load_from_embeddings(settings: Settings) -> str | None:
     return None
 
 
-def _refuse_parts() -> str | None:
-    """Have vLLM's workers refuse a generated adapter of which they would ignore modules; returns why not.
+def _refuse_misfits() -> str | None:
+    """Have vLLM's workers refuse adapters of other sizes, and generated ones of which they would ignore modules; returns why
+    not.
 
-    vLLM says so in its debug log alone, and serves the rest of the adapter.
+    vLLM says of what it ignores in its debug log alone, and serves the rest.  It fills a corner of a slot with a smaller
+    adapter, and finds a larger one when the slot already counts as its own.
     """
     from vllm.lora.worker_manager import WorkerLoRAManager
 
@@ -137,6 +141,13 @@ def _refuse_parts() -> str | None:
 
     def load_adapter(self: Any, lora_request: Any) -> Any:
         loaded = stock(self, lora_request)
+        for path, weights in loaded.loras.items():
+            sizes = _sizes(self._adapter_manager, path)
+            if sizes and weights is not None and (weights.lora_a.shape[1], weights.lora_b.shape[0]) != sizes:
+                raise ValueError(
+                    f"{lora_request.lora_name}: {path}: expected {sizes[0]} -> {sizes[1]} features as the served model has, "
+                    f"got {weights.lora_a.shape[1]} -> {weights.lora_b.shape[0]}"
+                )
         if lora_request.lora_name.startswith((names.CREATED, names.RESOLVED)):
             manager = self._adapter_manager
             wrapped = {_last(path) for path in manager.modules}
@@ -150,6 +161,20 @@ def _refuse_parts() -> str | None:
         return loaded
 
     stock = _once(WorkerLoRAManager, "_load_adapter", load_adapter)
+    return None
+
+
+def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
+    """(in, out) features of a linear that vLLM wraps; None for others, and for one that is divided among processes."""
+    prefix, _, name = path.rpartition(".")
+    parents = [(name, [name]), *manager.packed_modules_mapping.items()]
+    for parent, parts in parents:
+        module = manager.modules.get(f"{prefix}.{parent}") if name in parts else None
+        lora_a, lora_b = (getattr(module, side, None) for side in ("lora_a_stacked", "lora_b_stacked"))
+        # A tuple, a matrix a part: not so for embeddings, the head, and parts that share one A.
+        if isinstance(lora_a, tuple) and len(lora_a) == len(parts) and getattr(module, "tp_size", 1) == 1:
+            i = parts.index(name)
+            return lora_a[i].shape[-1], lora_b[i].shape[-2]
     return None
 
 

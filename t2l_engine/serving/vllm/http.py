@@ -72,8 +72,9 @@ class AdaptersEndpoint:
             job = await generator.job(checkpoint, description)
             await self.resolver.check_fit(job.checkpoint, self.models.model_config.model)
             adapter = names.adapter_id(job.key)
-            generator.claim(adapter, job.key)
+            generator.check(adapter, job.key)
             folder = await generator.generate(job)
+            generator.claim(adapter, job.key)
         if adapter not in self.models.lora_requests:
             request = LoadLoRAAdapterRequest(lora_name=adapter, lora_path=str(folder))
             failed = await self.models.load_lora_adapter(request)

@@ -6,16 +6,20 @@ import functools
 import threading
 from collections.abc import Sequence
 
+from vllm import envs
 from vllm.lora.request import LoRARequest
 
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.spool import Spool
+from t2l_engine.serving.vllm import hooks
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.memory import own_hypernetwork
-from t2l_engine.serving.vllm.settings import MEMORY, Settings
+from t2l_engine.serving.vllm.settings import MEMORY, PREFIX, Settings
 
+#: This package's plugin, of the group vllm.general_plugins.
+PLUGIN = "t2l"
 _lock = threading.Lock()
 #: vLLM takes adapters of one lora_int_id for the same, and callers count their own from 1.
 _FIRST_ID = 1 << 20
@@ -37,10 +41,14 @@ def lora_requests(
             must be that of ``engine``.
 
     Raises:
-        ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, or another checkpoint.
+        ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, another checkpoint, or mode
+            "memory" where the environment, which the workers read, says otherwise.
         Unavailable: the spool has no room.
     """
     settings = Settings.from_environment() if settings is None else settings
+    if settings.mode == MEMORY:
+        _expect_workers_that_generate()
+        settings = hooks.install(settings)  # which says whether this vLLM's workers can
     checkpoint = Checkpoint.of(engine, "offline")
     if base is not None and (found := misfit(engine.hypernetwork.config, base)) is not None:
         raise ValueError(f"base: {found}")
@@ -50,6 +58,16 @@ def lora_requests(
     spool = _open(settings.spool, settings.spool_bytes)
     found = checkpoint.folders(texts, spool, memory)
     return [LoRARequest(name := names.adapter_id(key), _id(name), str(folder)) for key, folder in found]
+
+
+def _expect_workers_that_generate() -> None:
+    """ValueError unless the environment has the workers make weights; they would end at a folder without any."""
+    if Settings.from_environment().mode != MEMORY:
+        raise ValueError(f"settings: mode {MEMORY!r} needs {PREFIX}MODE={MEMORY} in the environment, which the workers read")
+    if envs.VLLM_PLUGINS is not None and PLUGIN not in envs.VLLM_PLUGINS:
+        raise ValueError(
+            f"VLLM_PLUGINS: expected {PLUGIN} among them for mode {MEMORY!r}, got {','.join(envs.VLLM_PLUGINS)}"
+        )
 
 
 def _id(name: str) -> int:

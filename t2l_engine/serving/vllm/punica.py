@@ -195,6 +195,18 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
             return bounds, ids, longest
         return self._iota[: count + 1], self._token_ids[:count], 1
 
+    def _samples(self, count: int) -> tuple[Tensor, Tensor, int]:
+        ids = self._sampler_ids[: self.indices_len[1]]
+        if count == len(ids):
+            return self._iota[: count + 1], ids, 1
+        # Log-probabilities of the tokens of a prompt: rows of one request, vLLM does not say of which.
+        if len(ids) == 0 or not bool((ids == ids[0]).all()):
+            raise RuntimeError(
+                f"LoRA for the language model's head: expected {len(ids)} rows, one a sample, got {count}, and samples have "
+                "different adapters; ask for log-probabilities of a prompt alone, or adapt no lm_head"
+            )
+        return torch.tensor([0, count], dtype=torch.int32), ids[:1], count
+
     # --- the hot path ---
 
     def add_lora_linear(
@@ -244,7 +256,7 @@ class PunicaWrapperT2L(PunicaWrapperCPU):
         y, x = y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1])
         columns = min(y.shape[1], group.lora_B[0].shape[1])
         scaling = layer.scaling if scale == 1.0 else layer.scaling * scale
-        rows = self._iota[: len(x) + 1], self._sampler_ids[: len(x)], 1
+        rows = self._samples(len(x))
         B = group.lora_B[0][:, :columns]
         _add(y[:, :columns], x.to(y.dtype), group.lora_A[0], B, scaling, *rows, group.ranks[0])
 

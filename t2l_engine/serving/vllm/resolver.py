@@ -51,9 +51,10 @@ class T2LResolver(LoRAResolver):
                 return None
             job = await self.generator.job(request.checkpoint, request.description, "model")
             await self.check_fit(job.checkpoint, base_model_name)
-            name = names.lora_name(lora_name, job.key)
-            self.generator.claim(name, names.digest(lora_name, job.key))
+            name, owner = names.lora_name(lora_name, job.key), names.digest(lora_name, job.key)
+            self.generator.check(name, owner)
             folder = await self.generator.generate(job)
+            self.generator.claim(name, owner)
         return LoRARequest(lora_name=name, lora_int_id=1, lora_path=str(folder))
 
     async def check_fit(self, checkpoint: Checkpoint, model: str) -> None:
