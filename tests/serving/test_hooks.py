@@ -169,5 +169,5 @@ def test_mode_memory_needs_workers_that_generate(settings, monkeypatch):
         ask()
     monkeypatch.setenv("T2L_VLLM_MODE", "memory")
     monkeypatch.setenv("VLLM_PLUGINS", "lora_filesystem_resolver")
-    with pytest.raises(ValueError, match="VLLM_PLUGINS: expected 't2l' among them"):
+    with pytest.raises(ValueError, match="VLLM_PLUGINS: expected t2l among them"):
         ask()
