@@ -312,7 +312,7 @@ def test_segments_are_made_once_a_step(model, handle, prompts, monkeypatch):
 
 def test_a_graph_reads_no_stale_ids(model, handle, prompts, monkeypatch):
     """A CUDA graph goes on reading the tensor that it was captured with, whatever ids are set when it is replayed."""
-    monkeypatch.setattr(routing, "_is_capturing", lambda ids: True)
+    monkeypatch.setattr(routing, "is_capturing", lambda ids: True)
     with handle.use(list(range(8))):
         logits(model, prompts)
         monkeypatch.undo()
@@ -331,9 +331,23 @@ def test_a_graph_reads_no_stale_ids(model, handle, prompts, monkeypatch):
     assert captured.tolist() == [7] * 8 and captured is of.ids
 
 
+def test_a_graph_reads_the_segments_of_the_pass_before(model, handle, prompts, monkeypatch):
+    """Which it then does not make in every layer."""
+    handle.set(list(range(8)))
+    logits(model, prompts)
+    (of,) = handle._routings.values()
+    known = of._segments[1]
+    monkeypatch.setattr(routing, "is_capturing", lambda ids: True)
+    monkeypatch.setattr(of, "_make_segments", lambda shape: pytest.fail("made in the graph"))
+    logits(model, prompts)
+    monkeypatch.undo()
+    handle.set([7] * 8)
+    assert of._captured_batches == {id(known): known} and known.seg_adapters.tolist() == [7] * 8
+
+
 def test_a_graph_keeps_the_segments_that_it_reads(model, handle, prompts, monkeypatch):
     tokens = prompts["input_ids"].numel()
-    monkeypatch.setattr(routing, "_is_capturing", lambda ids: True)
+    monkeypatch.setattr(routing, "is_capturing", lambda ids: True)
     with handle.use(batch([0, tokens], [3], tokens)):
         logits(model, prompts)
         (of,) = handle._routings.values()

@@ -351,7 +351,8 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
     c.first_tile[i + 1] = c.first_tile[i] + static_cast<int>(ceil_div(c.rows[i], kHeadTile));
     c.aligned = c.aligned && head_is_aligned(modules[i]);
   }
-  c.blocks = min(c.first_tile[count], (c.wide || p.w_type == DType::f32 ? 1 : 2) * limits.num_sms);
+  const bool one_per_sm = c.wide || p.w_type == DType::f32 || 2 * shared(tile) > limits.shared_bytes;
+  c.blocks = min(c.first_tile[count], (one_per_sm ? 1 : 2) * limits.num_sms);
   const int64_t row_bytes = max(1, p.h * bytes_of(p.w_type));
   c.prefetch_rows = static_cast<int>(min(kHeadTile, kHeadPrefetchBytes / max(1, c.blocks) / row_bytes));
   c.shared_bytes = shared(tile);

@@ -303,7 +303,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
                           v + 8 * first_tile, static_cast<int>(c.v_stride), scratch);
       block_barrier();  // before partial is overwritten or v is read
     }
-    if (clustered && first_tile + NT < total) cluster_arrive_relaxed();  // this block has read what others stored
+    if (clustered && first_tile + NT < total) cluster_arrive();  // this block has read what others stored
   }
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);

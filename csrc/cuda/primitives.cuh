@@ -165,7 +165,7 @@ T2L_DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.aligned;" ::: "memory");
 #endif
 }
-// To say that this block has begun, or has read: without its own writes, which a fence would have to wait for.
+// To say that this block has begun, and nothing of what it has read or written.
 T2L_DEVICE void cluster_arrive_relaxed() {
 #if defined(T2L_EMULATOR)
   emu::cluster_arrive();

@@ -17,6 +17,7 @@ from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
+from t2l_engine.ops.graphs import is_capturing
 
 __all__ = ["AdapterError", "AdapterStack"]
 
@@ -132,8 +133,7 @@ class AdapterStack:
         """
         tensors = [self.scaling, *self.ranks.values()]
         # Inference tensors have no versions; a captured write has not happened yet, and its replays are not seen.
-        capturing = self.scaling.is_cuda and torch.cuda.is_current_stream_capturing()
-        tracked = not capturing and not any(tensor.is_inference() for tensor in tensors)
+        tracked = not is_capturing(self.scaling) and not any(tensor.is_inference() for tensor in tensors)
         if tracked and self._constants is not None:
             held, versions, *values = self._constants
             same = len(held) == len(tensors) and all(map(operator.is_, held, tensors))

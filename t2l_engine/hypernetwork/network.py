@@ -29,6 +29,7 @@ from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
+from t2l_engine.ops.graphs import is_capturing
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling
@@ -243,9 +244,10 @@ class HyperNetwork(nn.Module):
                 or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
         with without_autocast(self.mixer.linear1.weight.device):
-            if self._packed is None or not self._packed.current():
-                self._packed = _Packed(self, self.folded())
-            folded = self._packed.folded
+            known = self._packed is not None and self._packed.current()
+            folded = self._packed.folded if known else self.folded()
+            if not known and not is_capturing(self.mixer.linear1.weight):
+                self._packed = _Packed(self, folded)
             return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
     @torch.no_grad()

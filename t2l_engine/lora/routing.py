@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine.files.errors import short_repr
+from t2l_engine.ops.graphs import is_capturing
 from t2l_engine.ops.segments import AdapterBatch, check_segments
 
 Ids = int | Sequence[int] | Tensor | AdapterBatch
@@ -123,20 +124,25 @@ class Routing:
     def segments(self, shape: Sequence[int], compiling: bool = False) -> AdapterBatch:
         """Segments of tokens of shape ``[rows, ...]``; memoised, since all layers of a forward pass share them.
 
-        ``compiling``: for a graph, which makes them from the ids that it finds.  So does a CUDA graph that is captured now:
-        what is memoised is gone when it is replayed with other ids.
+        ``compiling``: for a graph, which makes them from the ids that it finds.  A CUDA graph that is captured now reads
+        those of the pass before, which are kept for it, or else makes them, in every layer.
         """
         if self.batch is not None:
             if not compiling and math.prod(shape) != self._tokens:  # which on a GPU would end the process' use of it
                 raise ValueError(f"ids: expected segments of all {math.prod(shape)} tokens, got segments of {self._tokens}")
-            if not compiling and _is_capturing(self.batch.seg_adapters):
+            if not compiling and is_capturing(self.batch.seg_adapters):
                 self._captured_batches[id(self.batch)] = self.batch
             return self.batch
         ids = self.ids
         if compiling:
             return self._make_segments(shape)
-        if ids is not None and _is_capturing(ids):
+        if ids is not None and is_capturing(ids):
             self._captured.add(len(ids))
+            if self._segments is not None and self._segments[0] == shape:
+                known = self._segments[1]
+                if known.seg_adapters.data_ptr() == ids.data_ptr():  # which is written in place
+                    self._captured_batches[id(known)] = known
+                    return known
             return self._make_segments(shape)
         if self._segments is None or self._segments[0] != shape:
             with torch.inference_mode(False):  # as in _write
@@ -161,11 +167,6 @@ class Routing:
                 f"got {count} ids"
             )
         return AdapterBatch.from_rows(ids, seq_len)
-
-
-def _is_capturing(ids: Tensor) -> bool:
-    """Whether what is done with ``ids`` now becomes a part of a CUDA graph."""
-    return ids.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_segments(batch: AdapterBatch) -> int:

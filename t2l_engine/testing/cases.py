@@ -46,6 +46,7 @@ class LoraCase:
     x_dtype: torch.dtype = F32
     w_dtype: torch.dtype = F32
     b_layout: str = "r_out"
+    pad: int = 3  # features beyond x, before y and beyond B in their buffers; 8: rows at 16-byte boundaries
 
     @property
     def tokens(self) -> int:
@@ -55,7 +56,7 @@ class LoraCase:
     def make(self, seed: int = 0) -> dict:
         """Arguments of ``ops.lora_add_`` by name."""
         g = torch.Generator().manual_seed(seed)
-        r, pad = self.rank, 3
+        r, pad = self.rank, self.pad
         x = torch.randn(self.tokens, self.in_features + pad, generator=g).to(self.x_dtype)[:, : self.in_features]
         y = torch.randn(self.tokens, self.out_features + 2 * pad, generator=g).to(self.x_dtype)
         y = y[:, pad : pad + self.out_features]
@@ -152,6 +153,14 @@ LORA_CASES = (
         "fp16_out_r_odd", _RAGGED, in_features=111, out_features=77, rank=12, x_dtype=F16, w_dtype=F16, b_layout="out_r"
     ),
     LoraCase("fp16_x_bf16_adapters", _MIXED, x_dtype=F16, w_dtype=BF16),
+    # As attached models have them: rows at 16-byte boundaries, which have a CUDA kernel of their own for decode steps.
+    LoraCase("aligned_rows", _MIXED, 1056, 1032, x_dtype=BF16, w_dtype=BF16, pad=8),
+    LoraCase("aligned_rows_fp16", _MIXED, 1056, 264, rank=20, x_dtype=F16, w_dtype=F16, pad=8),
+    LoraCase("aligned_rows_mixed_ranks", _MIXED, 1056, 264, 41, ranks=(41, 8, 0, 20), x_dtype=BF16, w_dtype=BF16, pad=8),
+    LoraCase("aligned", _RAGGED, 1056, 264, rank=20, x_dtype=BF16, w_dtype=BF16, pad=8),
+    LoraCase("aligned_fp32", _RAGGED, 1056, 264, pad=8),
+    LoraCase("aligned_bf16_x_fp32_adapters", _RAGGED, 1056, 264, x_dtype=BF16, pad=8),
+    LoraCase("serve_8x8_aligned", _rows(*range(8)), 4096, 4096, adapters=8, x_dtype=BF16, w_dtype=BF16, pad=8),
     LoraCase("fp64_by_reference", _RAGGED, x_dtype=F64, w_dtype=F64),
 )
 
@@ -171,7 +180,8 @@ class GroupCase:
         """Arguments of ``ops.lora_add_group_`` by name."""
         sizes = [dataclasses.replace(self.lora, out_features=out, rank=rank, ranks=None) for _, out, rank in self.members]
         made = [case.make(seed + i) for i, case in enumerate(sizes)]
-        y = torch.randn(self.lora.tokens, self.columns + 4, generator=torch.Generator().manual_seed(seed))
+        pad = self.lora.pad
+        y = torch.randn(self.lora.tokens, self.columns + 2 * pad, generator=torch.Generator().manual_seed(seed))
         shared = ("x", "scaling", "seg_indptr", "seg_adapters", "max_seg_len")
         ranks = [[max(0, rank - i) for i in range(self.lora.adapters)] for _, _, rank in self.members]
         for m, widths in zip(made, ranks, strict=True):
@@ -179,7 +189,7 @@ class GroupCase:
                 m["lora_A"][i, width:] = float("nan")
                 m["lora_B"][i, :, width:] = float("nan")
         return {
-            "y": y.to(self.lora.x_dtype)[:, 2 : self.columns + 2],
+            "y": y.to(self.lora.x_dtype)[:, pad : pad + self.columns],
             "lora_A": [m["lora_A"] for m in made],
             "lora_B": [m["lora_B"] for m in made],
             "ranks": [torch.tensor(widths, dtype=torch.int32) for widths in ranks],
@@ -199,6 +209,12 @@ GROUP_CASES = (
     GroupCase("bf16", LoraCase("", _RAGGED, x_dtype=BF16, w_dtype=BF16), _QKV, 83),
     GroupCase("bf16_x_fp32_adapters", LoraCase("", _MIXED, x_dtype=BF16), _QKV, 80),
     GroupCase("fp16", LoraCase("", _RAGGED, x_dtype=F16, w_dtype=F16), _QKV, 80),
+    GroupCase(
+        "aligned_rows",  # more ranks than one pass has, 48
+        LoraCase("", _MIXED, in_features=1056, x_dtype=BF16, w_dtype=BF16, pad=8),
+        ((0, 1056, 24), (1056, 264, 16), (1320, 264, 8)),
+        1584,
+    ),
     GroupCase("nine_members", LoraCase("", _RAGGED), tuple((20 * i, 9 + i, 1 + i) for i in range(9)), 180),
     GroupCase(
         "serve_phi3_qkv_8x8",
@@ -344,6 +360,12 @@ HYPER_CASES = (
         in_features=40,
         out_features=200,
         dtype=BF16,
+    ),
+    *(
+        HyperCase(
+            f"aligned_heads_{k}", tasks=9, modules=2, layers=16, head_in=k, in_features=40, out_features=24, dtype=BF16
+        )
+        for k in (256, 264)
     ),
     HyperCase("L_fp16", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),

@@ -112,10 +112,30 @@ std::string check_trunk_cut() {
   return "";
 }
 
+// Heads: blocks, which run to the end of the launch, all run at once, on each SM as many as its shared memory holds.
+std::string check_head_blocks() {
+  int doubled = 0;
+  for (const int64_t kib : {99, 163, 227})
+    for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
+      for (const int64_t tasks : {1, 2, 16})
+        for (const int64_t h : {0, 64, 512, 4096}) {
+          t2l::HeadParams p{};
+          p.w_type = type, p.tasks = tasks, p.layers = 32, p.sides = 2, p.ranks = 1, p.rank = 8, p.h = h;
+          p.in = p.out_features = 4096;
+          const cuda::HeadConfig c = cuda::choose_head_config(&p, 1, {132, static_cast<int>(kib * 1024)});
+          const int64_t per_sm = cuda::ceil_div(c.blocks, 132);
+          EXPECT(per_sm * c.shared_bytes <= kib * 1024, static_cast<double>(c.shared_bytes));
+          doubled += per_sm == 2;
+        }
+  EXPECT(doubled == 16, doubled);
+  return "";
+}
+
 const Check kChecks[] = {
     {"lora_cut", check_lora_cut},
     {"lora_clusters", check_lora_clusters},
     {"trunk_cut", check_trunk_cut},
+    {"head_blocks", check_head_blocks},
 };
 
 }  // namespace

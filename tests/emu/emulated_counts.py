@@ -105,7 +105,8 @@ LORA_LAUNCHES = (
     ("bf16_long", 1, 2, 1), ("bf16_mixed_ranks", 1, 2, 2), ("bf16_out_r_mixed_ranks", 132, 1, 1),
     ("bf16_x_fp32_adapters", 132, 1, 1), ("fp16", 132, 1, 1), ("fp16_rank_24", 132, 1, 4), ("fp16_rank_24", 1, 2, 4),
     ("serve_8x8_smollm2", 132, 0, 1), ("serve_64x64", 132, 0, 1), ("serve_64x1", 132, 1, 1), ("serve_512x8", 132, 1, 1),
-    ("serve_512x8", 1, 2, 1),
+    ("serve_512x8", 1, 2, 1), ("aligned", 132, 1, 4), ("aligned_fp32", 132, 1, 1),
+    ("aligned_rows", 132, 0, 1), ("aligned_rows_fp16", 132, 0, 4), ("aligned_rows_mixed_ranks", 132, 0, 4),
 )  # fmt: skip
 
 
@@ -185,11 +186,16 @@ def test_lora_group(emulator, num_sms, most):
 
 def test_a_decode_step_reads_every_weight_once(emulator):
     """64 adapters, four slices of the outputs: A and x once a token, whose blocks share them."""
-    case = LoraCase("", tuple((1, i) for i in range(64)), 4096, 2048, adapters=64, x_dtype=BF16, w_dtype=BF16)
-    ops.lora_add_(**case.make())
-    assert emulator.t2l_emu_last_launch(b"cluster") == 4 and emulator.t2l_emu_last_launch(b"grid_x") == 64 * 4
-    weights, activations = 64 * 8 * (4096 + 2048) * 2, 64 * (4096 + 2048) * 2
-    assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 2048 * 2
+    shared = []
+    for pad in (3, 8):
+        case = LoraCase("", tuple((1, i) for i in range(64)), 4096, 2048, adapters=64, x_dtype=BF16, w_dtype=BF16, pad=pad)
+        emulator.t2l_emu_reset_counters()
+        ops.lora_add_(**case.make())
+        assert emulator.t2l_emu_last_launch(b"cluster") == 4 and emulator.t2l_emu_last_launch(b"grid_x") == 64 * 4
+        weights, activations = 64 * 8 * (4096 + 2048) * 2, 64 * (4096 + 2048) * 2
+        assert counted(emulator).read == weights + activations and counted(emulator).written == 64 * 2048 * 2
+        shared.append(emulator.t2l_emu_last_launch(b"shared_bytes"))
+    assert shared[0] > shared[1], "with rows at 16-byte boundaries the kernel of decode steps, which sorts no tokens"
 
 
 def same_bits(emulator, call) -> None:

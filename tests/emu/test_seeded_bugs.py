@@ -81,7 +81,7 @@ BUGS = [
 CHECKS = {
     "checks": "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies "
     "counters grid refused_launches streams schedules cut_sums clusters",
-    "cuts": "lora_cut lora_clusters trunk_cut",
+    "cuts": "lora_cut lora_clusters trunk_cut head_blocks",
 }
 
 
