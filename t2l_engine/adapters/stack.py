@@ -17,7 +17,7 @@ from t2l_engine.adapters.peft import AdapterError
 from t2l_engine.adapters.shard import Shard
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import check_dtype
-from t2l_engine.ops.graphs import is_capturing
+from t2l_engine.ops.segments import is_capturing
 
 __all__ = ["AdapterError", "AdapterStack"]
 

@@ -29,8 +29,8 @@ from t2l_engine.hypernetwork.modules import MLP, NormedEmbedding, Offsets
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
-from t2l_engine.ops.graphs import is_capturing
 from t2l_engine.ops.reference import without_autocast
+from t2l_engine.ops.segments import is_capturing
 from t2l_engine.text.config import ReaderConfig
 from t2l_engine.text.reader import AttentionPooling
 

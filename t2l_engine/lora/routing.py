@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from t2l_engine.files.errors import short_repr
-from t2l_engine.ops.graphs import is_capturing
-from t2l_engine.ops.segments import AdapterBatch, check_segments
+from t2l_engine.ops.segments import AdapterBatch, check_segments, is_capturing
 
 Ids = int | Sequence[int] | Tensor | AdapterBatch
 

@@ -1,7 +1,7 @@
 """The ops: schema, plain-torch reference, fake kernel, autograd, FLOP formula and native kernel of each.
 
 May be imported: the ops, :func:`has_kernel`, :class:`AdapterBatch`; the modules ``reference``, ``gradients``,
-``native``, ``flops``, ``graphs`` and ``segments``.  Imports no other room.
+``native``, ``flops`` and ``segments``.  Imports no other room.
 
 >>> import torch
 >>> from t2l_engine import ops

@@ -1,4 +1,4 @@
-"""AdapterBatch: which adapter each token of a batch uses."""
+"""AdapterBatch: which adapter each token of a batch uses; and whether a CUDA graph is captured that will read it."""
 
 from __future__ import annotations
 
@@ -82,3 +82,11 @@ def check_segments(bounds: Sequence[int], count: int, max_seg_len: int) -> None:
         if not 0 <= hi - lo <= max_seg_len:
             expected = f"segments of 0 to max_seg_len = {max_seg_len} tokens"
             raise RuntimeError(f"seg_indptr: expected {expected}, got {hi - lo} at segment {i}")
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether what is done with ``tensor`` now becomes a part of a CUDA graph.
+
+    Replays alone compute it, so nothing of it may be kept for other calls.
+    """
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
