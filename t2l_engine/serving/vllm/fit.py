@@ -40,8 +40,11 @@ def _sizes(served: Any) -> dict[str, tuple[int, int]]:
     """Linear -> (in, out) features, of those that are alike in all layers: from transformers' model, without its weights."""
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        model = AutoModel.from_config(served, trust_remote_code=False)
+    try:
+        with torch.device("meta"):  # float32: another dtype would be every thread's default meanwhile
+            model = AutoModel.from_config(served, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # whatever a model's own code raises, such as what it would have to import
+        raise ValueError(f"{type(served).__name__}: {error}") from error
     found: dict[str, set[tuple[int, int]]] = {}
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear):
