@@ -236,7 +236,7 @@ def robustness(
     from bench.specs.runs import specifications, tasks, train
 
     settle(threads)
-    tasks(work, specifications())
+    tasks(work, specifications(), later=False)
     for name in () if as_is else plan.ROBUSTNESS:
         train(name, work)
     write(ctx, out, threads, records(work))

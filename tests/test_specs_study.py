@@ -295,6 +295,15 @@ def test_oracles_are_asked_what_they_were_trained_on(monkeypatch, tmp_path):
     assert options["tasks"] == runs.folder_of(tmp_path, plan.TRAINED)
 
 
+def test_what_later_runs_are_trained_on_is_left_out(small, tmp_path):
+    runs.tasks(tmp_path / "all", runs.specifications())
+    runs.tasks(tmp_path / "some", runs.specifications(), later=False)
+    some = {part: load_tasks(runs.folder_of(tmp_path / "some", part), None) for part in plan.SUITE_PARTS}
+    assert some == {part: load_tasks(runs.folder_of(tmp_path / "all", part), None) for part in plan.SUITE_PARTS}
+    made = {path.name for path in (tmp_path / "some" / "tasks").iterdir()}
+    assert made == set(plan.SUITE_PARTS)
+
+
 def test_tasks_of_other_origin_have_descriptions_that_no_study_trains_on(small, tmp_path, monkeypatch):
     wanted = [name for tier in plan.HELD_OUT for name in manifests.read("skills").names(tier)]
     found = []

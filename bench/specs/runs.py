@@ -89,20 +89,23 @@ def specifications() -> Specifications:
     )
 
 
-def tasks(work: Path, found: Specifications, skills: Path | None = None) -> None:
+def tasks(work: Path, found: Specifications, skills: Path | None = None, *, later: bool = True) -> None:
     """Write the task folders of all parts.
 
-    ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.
+    ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.  ``later``: also
+    the parts that only later runs of T2L are trained on.
 
     Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
     """
     parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
-    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: found.more}
+    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development} | ({MORE: found.more} if later else {})
     made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
-    made[MORE] = made[TRAINED] + made[MORE]
-    made[FURTHER] = [suite.task(p.spec, suite.EXAMPLES, 0, PLAN["further"]) for p in (*found.trained, *found.more)]
-    of_train = (MORE, FURTHER)
-    tiers = [("train" if part in of_train else part, task) for part, of in made.items() if part != TRAINED for task in of]
+    of_train = (MORE, FURTHER) if later else (TRAINED,)
+    if later:
+        made[MORE] = made[TRAINED] + made[MORE]
+        made[FURTHER] = [suite.task(p.spec, suite.EXAMPLES, 0, PLAN["further"]) for p in (*found.trained, *found.more)]
+    tiers = [("train", task) for part in of_train for task in made[part]]
+    tiers += [(part, task) for part in (DEVELOPMENT, *HELD_OUT) for task in made[part]]
     tiers += [(placed.tier, suite.task(placed.spec, 1, 0)) for placed in found.tuned]
     if leaks := suite.leaks(tiers):
         raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
