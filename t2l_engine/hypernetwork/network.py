@@ -244,10 +244,12 @@ class HyperNetwork(nn.Module):
                 or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
         with without_autocast(self.mixer.linear1.weight.device):
-            known = self._packed is not None and self._packed.current()
-            folded = self._packed.folded if known else self.folded()
-            if not known and not is_capturing(self.mixer.linear1.weight):
-                self._packed = _Packed(self, folded)
+            packed = self._packed
+            if packed is None or not packed.current():
+                packed = _Packed(self, self.folded())
+                if not is_capturing(self.mixer.linear1.weight):
+                    self._packed = packed
+            folded = packed.folded
             return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
 
     @torch.no_grad()
