@@ -455,13 +455,16 @@ def test_offline_requests(settings, bundled, model, monkeypatch):
     assert stored.dtype == torch.bfloat16 and len(stored) == 1
 
 
-def test_offline_errors(settings, bundled, model, tmp_path):
+def test_offline_errors(settings, bundled, model, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="texts: expected a list of strings, got str; wrap one text in a list"):
         offline.lora_requests(bundled.engine, TEXT, settings=settings())
     with pytest.raises(ValueError, match=r"texts\[1\]: expected a non-empty description"):
         offline.lora_requests(bundled.engine, [TEXT, " "], settings=settings())
     with pytest.raises(ValueError, match="base: the checkpoint is for a model of 30 layers, the served one has 4"):
         offline.lora_requests(bundled.engine, [TEXT], str(model(num_hidden_layers=4)), settings=settings())
+    monkeypatch.setenv("T2L_VLLM_MODE", "memory")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setattr(offline.hooks, "install", lambda settings: settings)  # other tests have vLLM as it is
     with pytest.raises(ValueError, match="checkpoint: expected that of the adapter"):
         offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory", checkpoints={}))
     (found,) = offline.lora_requests(bundled.engine, [TEXT], settings=settings(mode="memory"))
