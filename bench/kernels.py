@@ -27,9 +27,13 @@ from bench.source import ROOT
 FILE = ROOT / "bench" / "results" / "kernels.jsonl"
 COMMAND = "python -m bench kernels"
 SOURCES = ("csrc/cuda/lora.cu", "csrc/cuda/hypernet.cu")
-ARCHS = ("sm_80", "sm_90a")
-#: For devices to come PTX has to compile, and from it code for those that are there, as their drivers would; no more.
-PTX_ARCH, FROM_PTX = "compute_90", ("sm_100", "sm_120")
+#: With what code for each is made; for devices later than sm_90a from PTX, as their drivers make it.
+ARCHS = {
+    "sm_80": "-arch=sm_80",
+    "sm_90a": "-arch=sm_90a",
+    "sm_100": "-gencode=arch=compute_90,code=sm_100",
+    "sm_120": "-gencode=arch=compute_90,code=sm_120",
+}
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-Icsrc/cuda", "-Werror", "all-warnings")
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 
@@ -93,15 +97,13 @@ def run(tool: str, *arguments: str) -> str:
 def measured(jobs: int) -> Table:
     """Every kernel on every arch, from ``jobs`` compilers at a time."""
     version = re.search(r"release .*, V([\d.]+)", run("nvcc", "--version"))[1]
-    units = [(source, arch) for arch in (*ARCHS, *FROM_PTX) for source in SOURCES]
+    units = [(source, arch) for arch in ARCHS for source in SOURCES]
 
     def compiled(unit: tuple[str, str]) -> dict[str, Usage]:
-        """Empty for FROM_PTX."""
         source, arch = unit
         out = os.path.join(folder, f"{Path(source).stem}.{arch}")
-        target = f"-gencode=arch={PTX_ARCH},code={arch}" if arch in FROM_PTX else f"-arch={arch}"
-        said = run("nvcc", "-cubin", PTXAS_FLAGS, target, *FLAGS, source, "-o", out)
-        return {} if arch in FROM_PTX else usages(said, run("cuobjdump", "-sass", out))
+        said = run("nvcc", "-cubin", PTXAS_FLAGS, ARCHS[arch], *FLAGS, source, "-o", out)
+        return usages(said, run("cuobjdump", "-sass", out))
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(jobs) as pool:
         found = zip(units, pool.map(compiled, units), strict=True)

@@ -43,7 +43,7 @@ const char* hypernet_trunk(const TrunkParams& params, void* stream) {
   const Kernel kernel = params.w_type == DType::bf16  ? device::trunk_kernel<device::bf16>
                         : params.w_type == DType::f16 ? device::trunk_kernel<device::f16>
                                                       : device::trunk_kernel<float>;
-  const device::TrunkLaunch argument{params, choose_trunk_config(params, max_cluster(kernel), limits)};
+  const device::TrunkLaunch argument{params, choose_trunk_config(params, max_cluster(kernel, limits), limits)};
   const TrunkConfig& c = argument.config;
   if (c.tile_rows == 0) return "hypernet_trunk: a trunk too wide for the shared memory of this device";
   const int64_t splits = params.sides / c.sides_per_block * (params.ranks / c.ranks_per_block);

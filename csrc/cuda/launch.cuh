@@ -14,14 +14,15 @@
 
 namespace t2l::cuda {
 
-constexpr int kDevices = 64;  // whose properties are kept
+constexpr int kDevices = 64;        // whose properties are kept
+constexpr int kLargestCluster = 8;  // that needs no attribute of a kernel to be allowed
 
 // Limits of the current device; the driver is asked once for each.
 inline DeviceLimits device_limits() {
   DeviceLimits limits;
 #ifdef T2L_EMULATOR
   limits.num_sms = emu::num_sms();
-  limits.shared_bytes = emu::kMaxSharedBytes;
+  limits.shared_bytes = emu::shared_bytes();
 #else
   static std::atomic<uint64_t> known[kDevices] = {};  // SMs in the upper half, bytes in the lower; 0: not asked yet
   int device = 0, major = 0, minor = 0;
@@ -50,23 +51,54 @@ inline DeviceLimits device_limits() {
   return limits;
 }
 
-// Blocks of the largest cluster of a kernel, 1 without clusters: 8 is what every device that has them has, and the code in
-// use must be of such a device too.
-template <class Argument>
-int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument)) {
-#ifdef T2L_EMULATOR
-  return emu::max_cluster();
-#else
-  static std::atomic<signed char> known[kDevices] = {};  // by device; all kernels are compiled for the same ones
+#ifndef T2L_EMULATOR
+inline int current_device() {
   int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return 1;
-  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  return cudaGetDevice(&device) == cudaSuccess ? device : kDevices;
+}
+
+// Whether the code of a kernel that the current device runs is of compute capability 9.0 or later, which has clusters and
+// early launches.
+template <class Argument>
+bool is_for_clusters(void (*kernel)(Argument)) {
+  static std::atomic<signed char> known[kDevices] = {};  // by device: 1 yes, -1 no; all kernels are compiled for the same
+  const int device = current_device();
+  if (device >= kDevices) return false;
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found > 0;
   cudaFuncAttributes of{};
   if (cudaFuncGetAttributes(&of, kernel) != cudaSuccess) {
     cudaGetLastError();  // not the next caller's, and what failed now may not fail then
+    return false;
+  }
+  known[device].store(of.ptxVersion >= 90 ? 1 : -1, std::memory_order_relaxed);
+  return of.ptxVersion >= 90;
+}
+#endif
+
+// Blocks of the largest cluster of a kernel, 1, 2, 4 or 8: as many as the current device runs together where each has an SM
+// of its own.  A part of a card (MIG) may have smaller groups of SMs than the card.
+template <class Argument>
+int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument), [[maybe_unused]] const DeviceLimits& limits) {
+#ifdef T2L_EMULATOR
+  return emu::max_cluster();
+#else
+  static std::atomic<signed char> known[kDevices] = {};  // by device; 0: not asked yet
+  if (!is_for_clusters(kernel)) return 1;
+  const int device = current_device();
+  if (const int found = known[device].load(std::memory_order_relaxed)) return found;
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(kLargestCluster);
+  launch.blockDim = dim3(kThreads);
+  launch.dynamicSmemBytes = static_cast<size_t>(limits.shared_bytes);
+  int most = 0, found = 1;
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes);
+  if (error == cudaSuccess)
+    error = cudaOccupancyMaxPotentialClusterSize(&most, reinterpret_cast<const void*>(kernel), &launch);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // as above
     return 1;
   }
-  const int found = of.ptxVersion >= 90 ? 8 : 1;
+  while (2 * found <= min(most, kLargestCluster)) found *= 2;
   known[device].store(static_cast<signed char>(found), std::memory_order_relaxed);
   return found;
 #endif
@@ -86,7 +118,7 @@ bool has_early_launches([[maybe_unused]] void (*kernel)(Argument)) {
     int version = 0;
     return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
   }();
-  return driver >= kCaptured && max_cluster(kernel) > 1;  // devices that have clusters have them
+  return driver >= kCaptured && is_for_clusters(kernel);
 #endif
 }
 

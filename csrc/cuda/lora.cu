@@ -34,7 +34,7 @@ const char* launch_group(const LoraParams* members, int64_t count, bool counts_b
   }
   argument.counts_bad_ids = counts_bad_ids;
   const LoraConfig& c = argument.config =
-      choose_lora_config(members, count, max_cluster(device::lora_kernel<float, 1, 1, false>), limits);
+      choose_lora_config(members, count, max_cluster(device::lora_kernel<float, 1, 1, false>, limits), limits);
   if (c.chunks == 0 || c.slices == 0) return nullptr;
   const DType type = lora_compute_type(members[0]);
   const Kernel kernel = type == DType::bf16  ? kernel_for<device::bf16>(c)

@@ -13,6 +13,9 @@ T2L_EMU_EXPORT int t2l_emu_set_schedule(const char* text) { return emu::set_sche
 // SMs of a device, at least 1.
 T2L_EMU_EXPORT void t2l_emu_set_num_sms(int count) { emu::set_num_sms(count); }
 
+// Bytes of shared memory that a block may have, 227 KiB at most.
+T2L_EMU_EXPORT void t2l_emu_set_shared_bytes(int bytes) { emu::set_shared_bytes(bytes); }
+
 // Blocks of the largest cluster, at least 1.
 T2L_EMU_EXPORT void t2l_emu_set_max_cluster(int count) { emu::set_max_cluster(count); }
 

@@ -162,9 +162,9 @@ const char* Machine::check_launch(const Launch& launch) {
       launch.cluster * launch.threads > kMaxFibers || launch.grid_x % launch.cluster)
     return describe("launch of %lld blocks along x in clusters of %d, the device has clusters of %d",
                     static_cast<long long>(launch.grid_x), launch.cluster, max_cluster());
-  if (launch.shared_bytes < 0 || launch.shared_bytes > kMaxSharedBytes)
-    return describe("launch with %lld bytes of shared memory, a block has %lld", static_cast<long long>(launch.shared_bytes),
-                    static_cast<long long>(kMaxSharedBytes));
+  if (launch.shared_bytes < 0 || launch.shared_bytes > emu::shared_bytes())
+    return describe("launch with %lld bytes of shared memory, a block has %d", static_cast<long long>(launch.shared_bytes),
+                    emu::shared_bytes());
   if (launch.stream != current_stream())
     return describe("launched on stream %p, the current one is %p", launch.stream, current_stream());
   if (current_device() != memory_device())

@@ -73,7 +73,12 @@ void set_schedule(const Schedule& schedule);
 // "forward", "reverse" or "seed=7", each also with "+eager"; returns false, without effect, for any other text.
 bool set_schedule(const char* text);
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // per block, as on an H100
+// Of a block, what any device has.
+constexpr int kMaxSharedBytes = 227 * 1024;
+
+// What a block may have on this device: by default 227 KiB, as on an H100.  Not more than kMaxSharedBytes.
+int shared_bytes();
+void set_shared_bytes(int bytes);
 
 // SMs of a device: by default 132, as an H100.  Launch configurations depend on it.
 int num_sms();

@@ -31,14 +31,17 @@ thread_local std::vector<void*> streams;  // current stream of each device
 }  // namespace
 
 Settings::Settings() {
-  const auto read_count = [&](const char* name, int* count) {
+  const auto read_count = [&](const char* name, int* count, int most) {
     const char* text = std::getenv(name);
     if (text == nullptr) return;
     *count = std::atoi(text);
-    if (*count < 1) error = std::string(name) + " is not a number from 1 on: " + text;
+    if (*count < 1 || *count > most)
+      error = std::string(name) + " is not a number from 1 to " + std::to_string(most) + ": " + text;
   };
-  read_count("T2L_EMU_NUM_SMS", &num_sms);
-  read_count("T2L_EMU_MAX_CLUSTER", &max_cluster);
+  constexpr int kAny = 1 << 20;
+  read_count("T2L_EMU_NUM_SMS", &num_sms, kAny);
+  read_count("T2L_EMU_MAX_CLUSTER", &max_cluster, kAny);
+  read_count("T2L_EMU_SHARED_BYTES", &shared_bytes, kMaxSharedBytes);
   if (const char* text = std::getenv("T2L_EMU_SCHEDULE")) {
     const auto parsed = parse_schedule(text);
     if (parsed)
@@ -66,27 +69,27 @@ bool set_schedule(const char* text) {
   return schedule.has_value();
 }
 
-int num_sms() {
+namespace {
+
+int read_setting(int Settings::* which) {
   Settings& all = settings();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  return all.num_sms;
+  return all.*which;
 }
-void set_num_sms(int count) {
+void write_setting(int Settings::* which, int value) {
   Settings& all = settings();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.num_sms = count;
+  all.*which = value;
 }
 
-int max_cluster() {
-  Settings& all = settings();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  return all.max_cluster;
-}
-void set_max_cluster(int count) {
-  Settings& all = settings();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.max_cluster = count;
-}
+}  // namespace
+
+int num_sms() { return read_setting(&Settings::num_sms); }
+void set_num_sms(int count) { write_setting(&Settings::num_sms, count); }
+int max_cluster() { return read_setting(&Settings::max_cluster); }
+void set_max_cluster(int count) { write_setting(&Settings::max_cluster, count); }
+int shared_bytes() { return read_setting(&Settings::shared_bytes); }
+void set_shared_bytes(int bytes) { write_setting(&Settings::shared_bytes, bytes); }
 
 int memory_device() { return device_of_memory; }
 void set_memory_device(int index) { device_of_memory = index; }

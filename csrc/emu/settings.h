@@ -14,7 +14,7 @@ struct Settings {
   std::string error;  // of the environment variables; fails every launch
   std::mutex mutex;   // guards all that follows
   Schedule schedule;
-  int num_sms = 132, max_cluster = 8;
+  int num_sms = 132, max_cluster = 8, shared_bytes = kMaxSharedBytes;
   uint64_t launches = 0;  // since the schedule was set
   Counters counters{};
   LaunchRecord last{};

@@ -20,8 +20,9 @@ def emulator_library(request):
 
 @pytest.fixture
 def emulator(emulator_library):
-    """The emulator by its C functions; counters at zero, SMs and clusters of an H100."""
+    """The emulator by its C functions; counters at zero, SMs, clusters and shared memory of an H100."""
     emulator_library.t2l_emu_reset_counters()
     emulator_library.t2l_emu_set_num_sms(132)
     emulator_library.t2l_emu_set_max_cluster(8)
+    emulator_library.t2l_emu_set_shared_bytes(227 * 1024)
     return emulator_library

@@ -425,6 +425,35 @@ def test_trunk(emulator, name, num_sms, most):
     assert counted(emulator) == trunk_counts(case, 16, spread, cluster)
 
 
+@pytest.mark.parametrize("kib, tile_rows", [(227, 16), (99, 8), (40, 4)])
+def test_tiles_of_the_trunk_fit_the_shared_memory_of_a_block(emulator, kib, tile_rows):
+    case = HyperCase("", tasks=1, modules=2, layers=11, task_width=64, width=512, head_in=512, dtype=BF16)
+    expected = ops.hypernet_trunk(**case.make_trunk())
+    emulator.t2l_emu_set_max_cluster(1)
+    emulator.t2l_emu_set_shared_bytes(kib * 1024)
+    emulator.t2l_emu_reset_counters()
+    assert torch.equal(ops.hypernet_trunk(**case.make_trunk()), expected)
+    assert kib * 1024 // 2 < emulator.t2l_emu_last_launch(b"shared_bytes") <= kib * 1024
+    tiles = ceil(case.tasks * case.modules * case.layers / tile_rows)
+    assert counted(emulator) == trunk_counts(case, tile_rows, tiles * case.sides * case.ranks <= NUM_SMS, 1)
+
+
+@pytest.mark.parametrize("kib", [227, 196, 195, 99, 81, 40])
+def test_heads_fit_the_shared_memory_of_a_block(emulator, kib):
+    """Weights of a tile that stay, wide tiles of latents, narrow ones, or none: the same bits, or an error."""
+    case = next(case for case in HYPER_CASES if case.name == "deep_heads_bf16")
+    heads = case.make_heads()
+    expected = ops.hypernet_heads(**heads)
+    emulator.t2l_emu_set_shared_bytes(kib * 1024)
+    if kib < 80:
+        with pytest.raises(RuntimeError, match="more shared memory than this device has"):
+            ops.hypernet_heads(**heads)
+        return
+    for made, wanted in zip(ops.hypernet_heads(**heads), expected, strict=True):
+        assert all(map(torch.equal, made, wanted))
+    assert emulator.t2l_emu_last_launch(b"shared_bytes") <= kib * 1024
+
+
 @pytest.mark.parametrize("name", ["L", "M_bf16_affine", "S_learnable", "S_rotary", "L_fp16", "wide_bf16", "smollm2_L"])
 def test_a_cluster_gives_the_bits_of_one_block(emulator, name):
     case = next(case for case in HYPER_CASES if case.name == name)

@@ -41,8 +41,8 @@ ALL = Selection("not slow and not cuda", (), at_least() + 100)  # registration, 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A process of pytest: schedule, files, tests, sanitizer, and SMs: with few of them, blocks have long runs
-    of work, and LoRA takes its large chunks."""
+    """A process of pytest: schedule, files, tests, sanitizer, and a device: with few SMs, blocks have long runs of work,
+    and LoRA takes its large chunks; with little shared memory, tiles of the trunk and the ring of heads are smaller."""
 
     name: str
     tests: Selection
@@ -51,6 +51,7 @@ class Run:
     sanitize: str = ""
     num_sms: int = 132
     max_cluster: int = 8  # 1: a card without clusters
+    shared_kib: int = 227  # of a block
 
 
 RUNS = (
@@ -59,7 +60,7 @@ RUNS = (
     Run("reverse", KERNELS, "reverse"),
     Run("eager_copies", KERNELS, "forward+eager", num_sms=2),
     Run("shuffled", KERNELS, "seed=1"),
-    Run("no_clusters", SMALL, max_cluster=1),
+    Run("compute_8_6", SMALL, max_cluster=1, shared_kib=99),
     Run("shuffled_few", SMALL, "seed=2+eager", num_sms=1),
     Run("address", SMALL, sanitize="address"),
     Run("address_few", SMALL, "seed=3", sanitize="address", num_sms=1),
@@ -80,6 +81,7 @@ def preloaded(sanitize: str) -> dict[str, str]:
 def start(run: Run, library: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"T2L_DISABLE_NATIVE": "1", "T2L_EMU_SCHEDULE": run.schedule, "OMP_NUM_THREADS": "1"}
     environment |= {"T2L_EMU_NUM_SMS": str(run.num_sms), "T2L_EMU_MAX_CLUSTER": str(run.max_cluster)}
+    environment |= {"T2L_EMU_SHARED_BYTES": str(run.shared_kib * 1024)}
     environment |= preloaded(run.sanitize) if run.sanitize else {}
     # Sanitizers write to the file of standard error, which pytest would capture and show for failed tests alone.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-m", run.tests.marked]
