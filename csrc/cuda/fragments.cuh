@@ -8,7 +8,7 @@
 // accumulating, a bias that would exceed float32 bounds over a large K: multiply_quads of float32 accumulates one k-block on
 // tensor cores, and adds k-blocks with rounding.
 #pragma once
-#include "primitives.cuh"
+#include "arithmetic.cuh"
 #include "t2l/params.h"
 
 namespace t2l::device {

@@ -1,149 +1,15 @@
-// Scheduler of the emulator.  Every OS thread that launches kernels has a Machine, which runs its clusters of blocks (most
-// of one block) one after the other.
-//
-// Bookkeeping that threads of a block share without a barrier (wait states, slots, counters) is only accessed in functions
-// without TSan instrumentation.  All else is ordered by tokens: the host releases one before a block and acquires another
-// after it.
+// Scheduler of the emulator, and its functions.  Every OS thread that launches kernels has a Machine, which runs its
+// clusters of blocks (most of one block) one after the other.
 #include "emulator.h"
 
-#include <cstdarg>
-#include <cstdio>
-#include <memory>
 #include <mutex>
-#include <string>
-#include <vector>
 
-#include "fiber.h"
-#include "random.h"
+#include "machine.h"
 #include "settings.h"
-#include "shared_arena.h"
 
 namespace t2l::emu {
 
 __thread Running* running __attribute__((tls_model("initial-exec"))) = nullptr;
-
-namespace {
-
-constexpr int kMaxThreads = 1024;  // of a block
-constexpr int kMaxCluster = 16;
-constexpr int kMaxFibers = 4096;  // threads of all blocks of a cluster
-constexpr int kMaxWarps = kMaxFibers / kLanes;
-constexpr int kCopyBytes = 16;
-
-uint32_t bit_of(int fiber) { return 1u << fiber % kLanes; }
-
-struct Copy {
-  char* target;
-  const char* source;
-  int valid, group;
-};
-// Written as one object: TSan does not intercept a memset this small.
-struct alignas(kCopyBytes) CopyUnit {
-  uint64_t word[2];
-};
-static_assert(sizeof(CopyUnit) == kCopyBytes);
-void write_unit(char* target, const CopyUnit& unit) { reinterpret_cast<AnyType<CopyUnit>*>(target)->value = unit; }
-void land(const Copy& copy) {
-  CopyUnit unit{};
-  std::memcpy(&unit, copy.source, copy.valid);
-  write_unit(copy.target, unit);
-}
-
-struct Thread {
-  Thread(Fiber::Entry entry, int index) : fiber(entry, index) {}
-  Fiber fiber;
-  std::vector<Copy> copies;  // in flight
-  int groups = 0;            // committed so far
-  bool waited = true;        // for earlier launches
-  bool arrived = false;      // at a cluster barrier, for which it has not waited yet
-  int arrived_at = 0;        // which of two
-};
-
-// Lane masks by state; a lane in none of them is running.
-struct Warp {
-  uint32_t ready, at_barrier, at_cluster_barrier, at_exchange, exited;
-  int bytes;   // per lane, of the exchange in progress
-  int buffer;  // of that exchange
-};
-
-// Double-buffered: a lane may deposit for the next exchange before another has read the last one.
-struct ExchangeBuffer {
-  Slot slots[kLanes];
-  Operands operands;
-};
-
-// What the threads of a block share.
-struct Block {
-  SharedArena shared;
-  int at_barrier = 0, exited = 0;
-  // Two tokens: a thread may arrive at the next barrier before all have left this one.
-  char barrier_tokens[2] = {};
-  int barrier = 0;
-};
-
-class Machine : public Running {
- public:
-  // nullptr, or why a driver would refuse the launch.
-  const char* check_launch(const Launch& launch);
-  const char* run(const Launch& launch, const Schedule& schedule, uint64_t seed, void (*body)(void*), void* argument);
-
-  // Called by the running thread.
-  T2L_EMU_NO_TSAN Thread& current() { return *threads_[fiber_]; }
-  T2L_EMU_NO_TSAN SharedArena& shared() { return block().shared; }
-  T2L_EMU_NO_TSAN bool eager() const { return schedule_.eager; }
-  void wait_at_barrier();
-  void wait_for_earlier_launches();
-  int peek(const int* p) const;
-  void arrive_at_cluster_barrier();
-  void wait_at_cluster_barrier();
-  char* map_to_block(char* mine, int64_t bytes, int index);
-  Exchange exchange_slots(const Slot& mine, int bytes);
-  [[noreturn]] void abort_launch();
-
-  // Formats the error of the launch.
-  __attribute__((format(printf, 2, 3))) const char* describe(const char* format, ...);
-
- private:
-  static void thread_main(Context* from);
-  const char* run_cluster(int64_t index);
-  T2L_EMU_NO_TSAN Block& block() { return *blocks_[fiber_ / launch_.threads]; }
-  void set_current(int fiber);
-  void exit_thread();
-  void run_next();
-  int next_thread();
-  void release_barrier();
-  void release_cluster_barrier();
-  void describe_deadlock();
-  void recover();
-
-  Context host_;
-  std::vector<std::unique_ptr<Thread>> owned_;
-  Thread* threads_[kMaxFibers];  // the same as raw pointers: unique_ptr's accessors are instrumented
-  std::vector<std::unique_ptr<Block>> owned_blocks_;
-  Block* blocks_[kMaxCluster];
-  int fiber_ = 0;                         // the running one, counted over the blocks of the cluster
-  int fiber_count_ = 0, warp_count_ = 0;  // of the cluster
-  int at_cluster_barrier_ = 0, exited_ = 0;
-  Warp warps_[kMaxWarps];
-  ExchangeBuffer exchange_buffers_[kMaxWarps][2];
-
-  Schedule schedule_;
-  Random random_{0};
-  uint16_t order_[kMaxFibers];  // shuffled schedules: order of this pass
-  int place_ = 0;               // position in it
-
-  Launch launch_{};
-  int64_t first_x_ = 0;  // block of the cluster
-  void (*body_)(void*) = nullptr;
-  void* argument_ = nullptr;
-  bool failed_ = false;
-  char text_[512];
-
-  char begin_token_ = 0, end_token_ = 0, cluster_tokens_[2] = {};
-  int cluster_barrier_ = 0;
-};
-
-T2L_EMU_NO_TSAN Machine& machine() { return *static_cast<Machine*>(running); }
 
 const char* Machine::describe(const char* format, ...) {
   va_list values;
@@ -325,102 +191,6 @@ T2L_EMU_NO_TSAN int Machine::next_thread() {
   return -1;
 }
 
-T2L_EMU_NO_TSAN void Machine::wait_at_barrier() {
-  Block& mine = block();
-  void* token = &mine.barrier_tokens[mine.barrier];
-  release(token);
-  if (mine.at_barrier + 1 + mine.exited == launch_.threads) {
-    release_barrier();
-  } else {
-    ++mine.at_barrier;
-    warps_[fiber_ / kLanes].at_barrier |= bit_of(fiber_);
-    run_next();
-  }
-  acquire(token);
-}
-
-// Of the running thread's block.  Exited threads count as arrived, as on a device.
-T2L_EMU_NO_TSAN void Machine::release_barrier() {
-  const int warps = launch_.threads / kLanes, first = fiber_ / launch_.threads * warps;
-  for (int w = first; w < first + warps; ++w) {
-    warps_[w].ready |= warps_[w].at_barrier;
-    warps_[w].at_barrier = 0;
-  }
-  block().at_barrier = 0;
-  block().barrier ^= 1;
-}
-
-T2L_EMU_NO_TSAN void Machine::wait_for_earlier_launches() { may_access = current().waited = true; }
-
-T2L_EMU_NO_TSAN int Machine::peek(const int* p) const {
-  constexpr int kNone = 0x5a5a5a5a;
-  return may_access || (schedule_.seed == 0 && !schedule_.reverse) ? *p : kNone;
-}
-
-T2L_EMU_NO_TSAN void Machine::arrive_at_cluster_barrier() {
-  Thread& me = current();
-  if (me.arrived) fail("arrives again at a cluster barrier, without having waited");
-  me.arrived = true;
-  me.arrived_at = cluster_barrier_;
-  release(&cluster_tokens_[me.arrived_at]);
-  if (++at_cluster_barrier_ + exited_ == fiber_count_) release_cluster_barrier();
-}
-
-T2L_EMU_NO_TSAN void Machine::wait_at_cluster_barrier() {
-  Thread& me = current();
-  if (!me.arrived) fail("waits at a cluster barrier, without having arrived");
-  me.arrived = false;
-  if (me.arrived_at == cluster_barrier_) {  // not all are there
-    warps_[fiber_ / kLanes].at_cluster_barrier |= bit_of(fiber_);
-    run_next();
-  }
-  acquire(&cluster_tokens_[me.arrived_at]);
-}
-
-T2L_EMU_NO_TSAN void Machine::release_cluster_barrier() {
-  for (int w = 0; w < warp_count_; ++w) {
-    warps_[w].ready |= warps_[w].at_cluster_barrier;
-    warps_[w].at_cluster_barrier = 0;
-  }
-  at_cluster_barrier_ = 0;
-  cluster_barrier_ ^= 1;
-}
-
-T2L_EMU_NO_TSAN char* Machine::map_to_block(char* mine, int64_t bytes, int index) {
-  if (index < 0 || index >= launch_.cluster)
-    fail("shared memory of block %lld of a cluster of %lld", index, launch_.cluster);
-  const int allocation = shared().find(mine, bytes);
-  if (allocation < 0) fail("maps %lld bytes outside the allocations of shared memory", bytes);
-  Block& other = *blocks_[index];
-  char* there = other.shared.same_place(allocation, shared(), mine);
-  if (there == nullptr || other.exited == launch_.threads)
-    fail(there ? "shared memory of block %lld of the cluster, which has exited"
-               : "shared memory of block %lld of the cluster, which has not allocated it yet",
-         index);
-  return there;
-}
-
-T2L_EMU_NO_TSAN Exchange Machine::exchange_slots(const Slot& mine, int bytes) {
-  Warp& warp = warps_[fiber_ / kLanes];
-  const uint32_t me = bit_of(fiber_);
-  if (warp.exited) fail("warp exchange: %lld lanes of the warp have exited", __builtin_popcount(warp.exited));
-  if (warp.at_exchange && warp.bytes != bytes)
-    fail("divergent exchange: deposits %lld bytes where other lanes of the warp deposit %lld", bytes, warp.bytes);
-  ExchangeBuffer& buffer = exchange_buffers_[fiber_ / kLanes][warp.buffer];
-  buffer.slots[fiber_ % kLanes] = mine;
-  warp.bytes = bytes;
-  const bool last = (warp.at_exchange | me) == ~0u;
-  if (last) {
-    warp.ready |= warp.at_exchange;
-    warp.at_exchange = 0;
-    warp.buffer ^= 1;
-  } else {
-    warp.at_exchange |= me;
-    run_next();
-  }
-  return Exchange{buffer.slots, &buffer.operands, last};
-}
-
 T2L_EMU_NO_TSAN void Machine::describe_deadlock() {
   std::string waiting;
   const auto add = [&](int count, const std::string& what) {
@@ -434,8 +204,6 @@ T2L_EMU_NO_TSAN void Machine::describe_deadlock() {
     add(__builtin_popcount(warps_[w].at_exchange), " lanes of warp " + std::to_string(w) + " at an exchange");
   describe("deadlock: %s (block %lld, %d)", waiting.c_str(), static_cast<long long>(block_x), block_y);
 }
-
-}  // namespace
 
 // ---- emulator.h
 
@@ -486,6 +254,23 @@ void cluster_wait() { machine().wait_at_cluster_barrier(); }
 void* map_to_block(void* mine, int64_t bytes, int block) {
   return machine().map_to_block(static_cast<char*>(mine), bytes, block);
 }
+
+namespace {
+
+constexpr int kCopyBytes = 16;
+// Written as one object: TSan does not intercept a memset this small.
+struct alignas(kCopyBytes) CopyUnit {
+  uint64_t word[2];
+};
+static_assert(sizeof(CopyUnit) == kCopyBytes);
+void write_unit(char* target, const CopyUnit& unit) { reinterpret_cast<AnyType<CopyUnit>*>(target)->value = unit; }
+void land(const Copy& copy) {
+  CopyUnit unit{};
+  std::memcpy(&unit, copy.source, copy.valid);
+  write_unit(copy.target, unit);
+}
+
+}  // namespace
 
 void copy_async(void* target, const void* global, int bytes, int valid) {
   Machine& m = machine();

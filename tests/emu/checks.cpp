@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "cuda/primitives.cuh"
+#include "cuda/arithmetic.cuh"
 
 namespace {
 

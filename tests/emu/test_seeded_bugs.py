@@ -34,16 +34,16 @@ PASSES, FAILS, WRONG, RACE = 0, 1, 3, 66
 # name, build, schedules, exit code, text
 BUGS = [
     ("missing_barrier", "plain", ALL, WRONG, r"= -?nan"),
-    ("missing_barrier", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("missing_barrier", "thread", LATE, RACE, r"data race \S*seeded_blocks.cpp"),
     ("missing_barrier_after", "plain", ALL, WRONG, r"wrong"),
-    ("missing_barrier_after", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("missing_barrier_after", "thread", LATE, RACE, r"data race \S*seeded_blocks.cpp"),
     ("missing_wait", "plain", LATE, WRONG, r"= -?nan"),
     ("missing_wait", "plain", EAGER, PASSES, r"^ok$"),  # copies landed when they were issued: only late ones tell
     ("abandoned_copies", "plain", LATE, FAILS, r"exits with 1 copies in flight"),
     ("early_overwrite", "plain", ALL, WRONG, r"wrong"),
     ("early_overwrite", "thread", ("forward", "forward+eager"), RACE, r"data race"),
     ("shared_overrun", "plain", ALL, FAILS, r"block \(\d, 0\) wrote outside its allocation 1 of shared memory, at byte 256"),
-    ("shared_overrun", "address", ("forward",), FAILS, r"use-after-poison \S*seeded_bugs.cpp"),
+    ("shared_overrun", "address", ("forward",), FAILS, r"use-after-poison \S*seeded_blocks.cpp"),
     ("global_overrun", "address", ("forward",), FAILS, r"heap-buffer-overflow"),
     ("misaligned_load", "plain", ALL, FAILS, r"load of 16 bytes at an address that is not a multiple of 16"),
     ("misaligned_copy", "plain", ALL, FAILS, r"asynchronous copy of 16 bytes at an address that is not a multiple of 16"),
@@ -53,10 +53,10 @@ BUGS = [
     ("exited_lane", "plain", ("forward",), FAILS, r"warp exchange: 1 lanes of the warp have exited"),
     ("exited_lane", "plain", ("reverse",), FAILS, r"exits while 31 lanes of its warp wait at an exchange"),
     ("missing_cluster_barrier", "plain", ("forward", "reverse"), WRONG, r"= -?nan"),
-    ("missing_cluster_barrier", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("missing_cluster_barrier", "thread", LATE, RACE, r"data race \S*seeded_clusters.cpp"),
     ("block_not_begun", "plain", ("forward", "reverse"), FAILS, r"block \d of the cluster, which has not allocated it yet"),
     ("block_exited", "plain", ("forward",), FAILS, r"memory of block 0 of the cluster, which has exited \(block 1, 0, thr"),
-    ("sent_after_arriving", "thread", LATE, RACE, r"data race \S*seeded_bugs.cpp"),
+    ("sent_after_arriving", "thread", LATE, RACE, r"data race \S*seeded_clusters.cpp"),
     ("abandoned_cluster_barrier", "plain", ALL, FAILS, r"exits without having waited at a cluster barrier"),
     ("read_before_waiting", "plain", ALL, FAILS, r"accesses memory without having waited for earlier launches"),
     ("never_waits", "plain", ALL, FAILS, r"exits without having waited for earlier launches"),
@@ -107,7 +107,8 @@ def programs(tmp_path_factory):
         if reason := unusable(build, program):
             return reason
         emulator = ROOT / "csrc" / "emu"
-        sources = (SOURCES / f"{name}.cpp", *(emulator / f"{part}.cpp" for part in ("emulator", "products", "settings")))
+        own = sorted(SOURCES.glob("seeded_*.cpp")) if name == "seeded_bugs" else [SOURCES / f"{name}.cpp"]
+        sources = (*own, *(emulator / f"{part}.cpp" for part in ("emulator", "products", "settings", "waiting")))
         command = [compiler, *FLAGS, *SANITIZERS[build], "-I", ROOT / "csrc", *sources, "-o", program]
         built = subprocess.run(command, capture_output=True, text=True)
         assert built.returncode == 0, built.stderr[-4000:]
@@ -135,7 +136,11 @@ def run(programs):
 
 
 def bug_names():
-    return re.findall(r'^    \{"(\w+)",', (SOURCES / "seeded_bugs.cpp").read_text(), re.MULTILINE)
+    return [
+        name
+        for source in sorted(SOURCES.glob("seeded_*.cpp"))
+        for name in re.findall(r'^    \{"(\w+)",', source.read_text(), re.MULTILINE)
+    ]
 
 
 def test_every_seeded_bug_is_expected_somewhere():
