@@ -183,7 +183,7 @@ def parts(kernel: str) -> tuple[str, str, list[int]]:
 def designed_blocks(kernel: str) -> int:
     """Blocks of an SM that csrc/cuda/config.h cuts the work for."""
     kind, dtype, tiles = parts(kernel)
-    small = {"lora": tiles[:1] == [1], "lora_grad": True, "head": tiles == [2], "trunk": False}
+    small = {"lora": tiles[:1] == [1], "lora_grad": True, "head": tiles[:1] == [2], "trunk": False}
     return 2 if dtype != "float" and small[kind] else 1
 
 

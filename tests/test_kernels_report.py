@@ -16,8 +16,8 @@ ptxas info    : Function properties for _ZN3t2l6device11lora_kernelINS0_4bf16ELi
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 108 registers, used 1 barriers
 ptxas info    : Compile time = 225.007 ms
-ptxas info    : Compiling entry function '_ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE' for 'sm_90a'
-ptxas info    : Function properties for _ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE
+ptxas info    : Compiling entry function '_ZN3t2l6device11head_kernelIfLi2ELb0EEEvNS0_10HeadLaunchE' for 'sm_90a'
+ptxas info    : Function properties for _ZN3t2l6device11head_kernelIfLi2ELb0EEEvNS0_10HeadLaunchE
     72 bytes stack frame, 168 bytes spill stores, 120 bytes spill loads
 ptxas info    : Used 199 registers, used 1 barriers, 72 bytes cumulative stack size, 1024 bytes smem, 3232 bytes cmem[0]
 ptxas info    : Compile time = 306.804 ms
@@ -37,7 +37,7 @@ SASS = """
         /*a300*/               @P1 HMMA.1688.F32.TF32 R52, R28, R90, R52 ;                  /* 0x0000005a1c34723c */
 		..........
 
-		Function : _ZN3t2l6device11head_kernelIfLi2EEEvNS0_10HeadLaunchE
+		Function : _ZN3t2l6device11head_kernelIfLi2ELb0EEEvNS0_10HeadLaunchE
 	.headerflags	@"EF_CUDA_ACCELERATORS EF_CUDA_SM90 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM90)"
         /*1860*/                   LDGSTS.E.BYPASS.128.ZFILL [R35], [R16.64], P0 ;          /* 0x0000000010237fae */
         /*1870*/                   STL.64 [R1+0x8], R2 ;                                    /* 0x0000080201007387 */
@@ -59,7 +59,7 @@ def test_usage_is_read_from_what_the_tools_say():
             **{"early_waits": 0, "early_releases": 0, "early_accesses": 0},
             "products": {"HMMA.16816.F32.BF16": 1, "HMMA.1688.F32.TF32": 2},
         },
-        "head_kernel<float, 2>": {
+        "head_kernel<float, 2, 0>": {
             **{"registers": 199, "blocks": 1, "static_shared": 1024, "stack": 72, "spills": 288, "local": 2},
             **{"global_atomics": 1, "async_copies": 1, "cluster_barriers": 0, "instructions": 4, "products": {}},
             **{"early_waits": 0, "early_releases": 0, "early_accesses": 0},
@@ -77,7 +77,7 @@ def test_a_kernel_that_only_one_tool_names_is_an_error():
     [
         ("_ZN3t2l6device12trunk_kernelINS0_4bf16EEEvNS0_11TrunkLaunchE", "trunk_kernel<bf16>"),
         ("_ZN3t2l6device12trunk_kernelIfEEvNS0_11TrunkLaunchE", "trunk_kernel<float>"),
-        ("_ZN3t2l6device11head_kernelINS0_3f16ELi8EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8>"),
+        ("_ZN3t2l6device11head_kernelINS0_3f16ELi8ELb1EEEvNS0_10HeadLaunchE", "head_kernel<f16, 8, 1>"),
         ("_ZN3t2l6device11lora_kernelIfLi2ELi1ELb0EEEvNS0_10LoraLaunchE", "lora_kernel<float, 2, 1, 0>"),
     ],
 )
@@ -97,17 +97,17 @@ def test_blocks_by_registers(registers, blocks):
         ("trunk_kernel<float>", {"spills": 16, "stack": 8}, "16 bytes of spills"),
         ("trunk_kernel<f16>", {"local": 3}, "3 LDL and STL"),
         ("lora_kernel<f16, 1, 1, 0>", {"global_atomics": 2}, "2 atomic operations"),
-        ("head_kernel<bf16, 8>", {"async_copies": 0}, "no LDGSTS"),
+        ("head_kernel<bf16, 8, 0>", {"async_copies": 0}, "no LDGSTS"),
         ("trunk_kernel<bf16>", {"products": {}}, "HMMA.16816.F32.BF16"),
         ("lora_kernel<bf16, 1, 2, 0>", {"products": {"HMMA.16816.F32": 8, "HMMA.1688.F32.TF32": 16}}, "HMMA.16816.F32 and"),
-        ("head_kernel<f16, 2>", {"registers": 130, "blocks": 1}, "130 registers"),
+        ("head_kernel<f16, 2, 0>", {"registers": 130, "blocks": 1}, "130 registers"),
         ("lora_kernel<bf16, 1, 1, 0>", {"registers": 136, "blocks": 1}, "136 registers"),
         ("lora_grad_kernel<f16>", {"registers": 130, "blocks": 1}, "130 registers"),
         ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1700}, "1700 instructions, expected 1650 at most"),
         ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
         ("trunk_kernel<bf16>", {"cluster_barriers": 0}, "0 cluster barriers, expected some"),
-        ("head_kernel<bf16, 2>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),
-        ("head_kernel<bf16, 2>", {"early_waits": 0}, "0 early waits, expected some"),
+        ("head_kernel<bf16, 2, 0>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),
+        ("head_kernel<bf16, 2, 0>", {"early_waits": 0}, "0 early waits, expected some"),
         ("lora_kernel<f16, 2, 1, 0>", {"early_releases": 1}, "1 early releases, expected none"),
         ("lora_kernel<bf16, 1, 1, 1>", {"early_accesses": 2}, "2 accesses of memory before it waits for earlier launches"),
     ],
@@ -148,10 +148,10 @@ def test_longer_code_is_named(table):
 
 def test_a_vanished_and_a_new_kernel_are_named(table):
     made = copy.deepcopy(table)
-    made.kernels["sm_90a", "head_kernel<bf16, 4>"] = made.kernels.pop(("sm_90a", "head_kernel<bf16, 8>"))
+    made.kernels["sm_90a", "head_kernel<bf16, 4, 0>"] = made.kernels.pop(("sm_90a", "head_kernel<bf16, 8, 0>"))
     new, vanished = kernels.differences(made, table)
-    assert new.startswith("sm_90a head_kernel<bf16, 4>: not in the table")
-    assert vanished.startswith("sm_90a head_kernel<bf16, 8>: in the table")
+    assert new.startswith("sm_90a head_kernel<bf16, 4, 0>: not in the table")
+    assert vanished.startswith("sm_90a head_kernel<bf16, 8, 0>: in the table")
 
 
 def test_the_command(monkeypatch, tmp_path, table):
@@ -195,7 +195,7 @@ def test_the_committed_table_has_every_kernel_that_is_launched(table, arch):
     narrow, wide = constant("kNarrowRows") // 16, constant("kWideRows") // 16
     for dtype in DTYPES:
         assert tiles["trunk", dtype] == tiles["lora_grad", dtype] == [()]
-        assert sorted(tiles["head", dtype]) == [(narrow,)] + [(wide,)] * (dtype != "float")
+        assert sorted(tiles["head", dtype]) == [(narrow, 0)] + [(wide, 0), (wide, 1)] * (dtype != "float")
         lora = [(m, n) for m, n, decode in tiles["lora", dtype] if not decode]
         decode = sorted((m, n) for m, n, decode in tiles["lora", dtype] if decode)
         assert decode == ([] if dtype == "float" else [(1, 1), (1, 2), (1, constant("kWideTiles"))])
@@ -214,9 +214,15 @@ def constant(name):
 
 def test_the_design_is_that_of_the_sources():
     assert constant("kThreads") == kernels.THREADS
-    heads = [f"head_kernel<{dtype}, {constant('kNarrowRows') // 16}>" for dtype in DTYPES]
+    heads = [f"head_kernel<{dtype}, {constant('kNarrowRows') // 16}, 0>" for dtype in DTYPES]
     assert [kernels.designed_blocks(kernel) for kernel in heads] == [2, 2, 1]
     small = [f"lora_kernel<{dtype}, 1, {n}, {decode}>" for dtype in DTYPES[:2] for n in (1, 2, 4) for decode in (0, 1)]
     assert {kernels.designed_blocks(kernel) for kernel in small} == {2}
-    large = ["lora_kernel<bf16, 2, 1, 0>", "lora_kernel<float, 1, 1, 0>", "head_kernel<bf16, 8>", "trunk_kernel<bf16>"]
+    large = [
+        "lora_kernel<bf16, 2, 1, 0>",
+        "lora_kernel<float, 1, 1, 0>",
+        "head_kernel<bf16, 8, 0>",
+        "head_kernel<bf16, 8, 1>",
+    ]
+    large += ["trunk_kernel<bf16>"]
     assert {kernels.designed_blocks(kernel) for kernel in large} == {1}

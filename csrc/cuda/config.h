@@ -300,11 +300,12 @@ constexpr int kHeadTile = 128;      // weight rows of a tile
 constexpr int64_t kMaxHeadRows = int64_t{1} << 30;
 constexpr int64_t kHeadPrefetchBytes = 24 << 20;  // of all blocks, in half of an H100's L2
 constexpr int kNarrowRows = 32;                   // latent rows of a tile
-constexpr int kWideRows = 128;  // for many rows, 16-bit types only: accumulators of split float32 would spill
+constexpr int kWideRows = 128;             // for many rows, 16-bit types only: accumulators of split float32 would spill
+constexpr int kGroupRows = kWideRows / 2;  // where two groups of warps share stationary weights
 
 struct HeadConfig {
   bool wide;
-  bool stationary;                // the weights of a tile stay in shared memory while all latents pass
+  bool stationary;                // the weights of a tile stay in shared memory while all latents pass, two tiles at a time
   bool aligned;                   // rows of weights and latents are 16-byte aligned
   int latent_rows;                // per side
   int latent_tiles;               // of all sides
@@ -342,9 +343,12 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   };
   c.wide = c.latent_rows > 2 * kNarrowRows && p.w_type != DType::f32 && shared(kWideRows) <= limits.shared_bytes;
   const int64_t tile = c.wide ? kWideRows : kNarrowRows;
-  c.latent_tiles = static_cast<int>(p.sides * ceil_div(c.latent_rows, tile));
   c.per_latent = static_cast<int>(p.rank / p.ranks);
   c.k_tiles = static_cast<int>(max(1, ceil_div(p.h * bytes_of(p.w_type), kTileRowBytes)));  // h = 0: bias alone
+  const int64_t stationary = align16(c.k_tiles * kHeadTile * kTileRowBytes) +
+                             2 * (align16(kHeadStages * kGroupRows * kTileRowBytes) + align16(kGroupRows * 16));
+  c.stationary = c.wide && p.sides * c.latent_rows > kWideRows && stationary <= limits.shared_bytes;
+  c.latent_tiles = static_cast<int>(p.sides * ceil_div(c.latent_rows, c.stationary ? kGroupRows : tile));
   c.aligned = true;
   for (int64_t i = 0; i < count; ++i) {
     c.rows[i] = static_cast<int>(head_rows(modules[i]));
@@ -355,12 +359,7 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   c.blocks = min(c.first_tile[count], (one_per_sm ? 1 : 2) * limits.num_sms);
   const int64_t row_bytes = max(1, p.h * bytes_of(p.w_type));
   c.prefetch_rows = static_cast<int>(min(kHeadTile, kHeadPrefetchBytes / max(1, c.blocks) / row_bytes));
-  c.shared_bytes = shared(tile);
-  // Loads are kHeadStages - 1 k-tiles ahead: with fewer in a tile they would overwrite what is still read.
-  const int64_t resident =
-      align16(c.k_tiles * kHeadTile * kTileRowBytes) + align16(kHeadStages * tile * kTileRowBytes) + align16(tile * 16);
-  c.stationary = c.wide && c.latent_tiles > 1 && c.k_tiles >= kHeadStages && resident <= limits.shared_bytes;
-  if (c.stationary) c.shared_bytes = resident;
+  c.shared_bytes = c.stationary ? stationary : shared(tile);
   return c;
 }
 

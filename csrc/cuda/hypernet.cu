@@ -10,7 +10,9 @@ using HeadKernel = void (*)(device::HeadLaunch);
 
 template <class T>
 HeadKernel head_kernel_for(const HeadConfig& c) {
-  return c.wide ? device::head_kernel<T, kWideRows / 16> : device::head_kernel<T, kNarrowRows / 16>;
+  return c.stationary ? device::head_kernel<T, kWideRows / 16, true>
+         : c.wide     ? device::head_kernel<T, kWideRows / 16, false>
+                      : device::head_kernel<T, kNarrowRows / 16, false>;
 }
 
 const char* launch_heads(const HeadParams* modules, int64_t count, void* stream) {
@@ -27,7 +29,7 @@ const char* launch_heads(const HeadParams* modules, int64_t count, void* stream)
   const DType type = modules[0].w_type;
   const HeadKernel kernel = type == DType::bf16  ? head_kernel_for<device::bf16>(c)
                             : type == DType::f16 ? head_kernel_for<device::f16>(c)
-                                                 : device::head_kernel<float, kNarrowRows / 16>;
+                                                 : device::head_kernel<float, kNarrowRows / 16, false>;
   return launch(kernel, c.blocks, c.shared_bytes, limits, stream, argument, Start::early);
 }
 

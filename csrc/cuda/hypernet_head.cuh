@@ -3,8 +3,12 @@
 //
 // Persistent kernel: a block owns consecutive weight tiles (the M side) and streams them through a multistage cp.async
 // pipeline, which continues across tiles and modules and drains once, at the end.  Latent tiles (the N side) come with them,
-// from L2; where there are several and shared memory has room, the weights of a tile are loaded with the first and stay.
-// There is no split-K and K is reduced in order, so bits do not depend on tiling or batch.
+// from L2.  There is no split-K and K is reduced in order, so bits do not depend on tiling or batch.
+//
+// Stationary weights, where there are several latent tiles and shared memory has room: the weights of a tile stay while the
+// latents pass, in tiles of 64 rows of which two groups of four warps take every other one.  Each group has a pipeline of
+// its own and waits for the other only where weights change, so that the products of one run under the epilogue of the
+// other.
 //
 // Weight rows are permuted when they are copied to shared memory, so that the accumulators of a lane are consecutive rows:
 // the epilogue stores whole 32-byte sectors from registers.
@@ -26,7 +30,7 @@ struct HeadLaunch {
 };
 
 constexpr int kKBlockBytes = 64;  // of a row
-constexpr int kWarpsM = 4;        // warps along the weight rows (M); two along the latent rows (N)
+constexpr int kWarpsM = 4;        // warps along the weight rows (M); along the latent rows (N) two or, in a group, one
 constexpr int kMTiles = kHeadTile / (16 * kWarpsM);
 constexpr int kRowsPerLane = 2 * kMTiles;  // consecutive weight rows of a lane's accumulators
 
@@ -38,7 +42,25 @@ T2L_DEVICE int smem_row_of(int row) {
   return group * (16 * kMTiles) + i / 2 * 16 + i % 2 * 8 + g;
 }
 
-// Position in the loop nest of a block: weight tiles, latent tiles, k-tiles.
+// The threads that have a latent tile together: a group of two or, without stationary weights, the block.
+template <int NT, bool kStationary>
+struct HeadGroup {
+  static constexpr int kGroups = kStationary ? 2 : 1;
+  static constexpr int kGroupThreads = kThreads / kGroups;
+  static constexpr int kLatentRows = 16 * NT / kGroups;  // of a tile
+  static constexpr int kTurn = kGroups + 1;              // name of the barrier at which the second waits for the first
+
+  T2L_DEVICE static int index() { return thread_index() / kGroupThreads; }
+  T2L_DEVICE static int thread() { return thread_index() % kGroupThreads; }
+  T2L_DEVICE static void barrier() {
+    if (kStationary)
+      named_barrier<kGroupThreads>(1 + index());
+    else
+      block_barrier();
+  }
+};
+
+// Position in the loop nest of a group: weight tiles, latent tiles, k-tiles.
 struct HeadCursor {
   int tile;  // weight tile, counted over all modules
   int module, latent_tile, k_tile;
@@ -64,24 +86,26 @@ T2L_DEVICE void find_module(const HeadLaunch& launch, HeadCursor* at) {
   while (at->module + 1 < launch.count && at->tile >= launch.config.first_tile[at->module + 1]) ++at->module;
 }
 
-T2L_DEVICE void skip_empty(const HeadLaunch& launch, int end, HeadCursor* at) {
-  while (at->tile < end && !has_columns(launch, *at)) {
-    if (++at->latent_tile < launch.config.latent_tiles) continue;
-    at->latent_tile = 0;
-    ++at->tile;
-    find_module(launch, at);
-  }
+// To the next latent tile of the group that began with latent tile `first`.
+T2L_DEVICE void next_latents(const HeadLaunch& launch, int first, int groups, HeadCursor* at) {
+  at->latent_tile += groups;
+  if (at->latent_tile < launch.config.latent_tiles) return;
+  at->latent_tile = first;
+  ++at->tile;
+  find_module(launch, at);
 }
 
+template <class Group>
+T2L_DEVICE void skip_empty(const HeadLaunch& launch, int end, HeadCursor* at) {
+  while (at->tile < end && !has_columns(launch, *at)) next_latents(launch, Group::index(), Group::kGroups, at);
+}
+
+template <class Group>
 T2L_DEVICE void advance(const HeadLaunch& launch, int end, HeadCursor* at) {
   if (++at->k_tile < launch.config.k_tiles) return;
   at->k_tile = 0;
-  if (++at->latent_tile == launch.config.latent_tiles) {
-    at->latent_tile = 0;
-    ++at->tile;
-    find_module(launch, at);
-  }
-  skip_empty(launch, end, at);
+  next_latents(launch, Group::index(), Group::kGroups, at);
+  skip_empty<Group>(launch, end, at);
 }
 
 struct alignas(16) LatentRow {
@@ -101,8 +125,7 @@ T2L_DEVICE int first_latent(const HeadLaunch& launch, const HeadCursor& at, int 
 
 // ---- producer: global memory to a pipeline stage
 
-constexpr int kQuadsPerRow = kTileRowBytes / 16;       // per stage
-constexpr int kRowsPerPass = kThreads / kQuadsPerRow;  // rows copied by one cp.async of every thread
+constexpr int kQuadsPerRow = kTileRowBytes / 16;  // per stage
 constexpr int kQuadsPerKBlock = kKBlockBytes / 16;
 
 // Offset of a 16-byte quad in a stage, laid out [k-block, row, 64 bytes].  XOR swizzle of the second k-block: the 128 bytes
@@ -112,87 +135,97 @@ T2L_DEVICE int stage_offset(int rows, int row, int quad) {
   return (k_block * rows + (row ^ k_block)) * kKBlockBytes + quad % kQuadsPerKBlock * 16;
 }
 
-// Source addresses of a thread's copies, in passes of kRowsPerPass rows.  Computed once per tile, not per stage: the kernel
-// would otherwise be bound by instruction issue.
-template <class T, int kLatentRows>
-struct HeadSource {
-  static constexpr int kLatentPasses = kLatentRows / kRowsPerPass;
-  const char* weight;                 // row of the first pass
-  const char* latent[kLatentPasses];  // null: padding
+// Copies quad `quad` of k-tile `k_tile` of kPasses rows to `target` and every kStep rows of a stage on; zeros follow the end
+// of a row.  `row_of(i)`: row of pass i, null for zeros; `any`: an address that may be read.  Rows that are not aligned are
+// rare: their code is unrolled no more than kUnroll times.
+template <class T, int kPasses, int kStep, int kUnroll, class RowOf>
+T2L_DEVICE void load_rows(char* target, RowOf row_of, int row_bytes, int k_tile, int quad, bool aligned, const char* any) {
+  constexpr int kSize = static_cast<int>(sizeof(T)), kStepBytes = kStep * kKBlockBytes;
+  const int k = k_tile * kTileRowBytes + quad * 16;
+  if (aligned) {
+    const int left = row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
+#pragma unroll
+    for (int i = 0; i < kPasses; ++i) {
+      const char* row = row_of(i);
+      const bool in_range = row && valid > 0;
+      copy_async(target + i * kStepBytes, in_range ? row + k : any, in_range ? valid : 0);
+    }
+    return;
+  }
+#pragma unroll(kUnroll)
+  for (int i = 0; i < kPasses; ++i) {
+    const char* row = row_of(i);
+    *reinterpret_cast<Quad*>(target + i * kStepBytes) =
+        row ? load_features(reinterpret_cast<const T*>(row), k / kSize, row_bytes / kSize, false) : zero_quad();
+  }
+}
+
+// The weight rows of a tile, whose copies all threads of the block share, in passes of kRows rows.
+template <class T>
+struct WeightSource {
+  static constexpr int kRows = kThreads / kQuadsPerRow;
+  const char* first;  // row of this thread's first pass
   int rows_left, row_bytes;
 
   T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
     const HeadParams& p = launch.module[at.module];
-    const int row = thread_index() / kQuadsPerRow;
-    const int weight_row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + row;
+    const int row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + thread_index() / kQuadsPerRow;
     row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
-    rows_left = launch.config.rows[at.module] - weight_row;
-    weight = static_cast<const char*>(p.weight) + int64_t{weight_row} * row_bytes;
-#pragma unroll
-    for (int i = 0; i < kLatentPasses; ++i) {
-      const LatentRow r = latent_row(launch, at, first_latent(launch, at, kLatentRows) + row + i * kRowsPerPass);
-      const int64_t offset = r.task * p.latent_stride[0] + side_of(launch, at) * p.latent_stride[1] +
-                             r.rank * p.latent_stride[2] + r.layer * p.latent_stride[3];
-      latent[i] = r.valid ? static_cast<const char*>(p.latent) + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
-    }
+    rows_left = launch.config.rows[at.module] - row;
+    first = static_cast<const char*>(p.weight) + int64_t{row} * row_bytes;
+  }
+  T2L_DEVICE void load(bool aligned, int k_tile, char* stage) const {
+    const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow;
+    const auto row_of = [&](int i) { return i * kRows < rows_left ? first + int64_t{i} * kRows * row_bytes : nullptr; };
+    load_rows<T, kHeadTile / kRows, kRows, 1>(stage + stage_offset(kHeadTile, smem_row_of(row), quad),  // permutes in a pass
+                                              row_of, row_bytes, k_tile, quad, aligned, first);
   }
 };
 
-// Copies one k-tile of all weight rows of the tile, unless `weights` is null, and of all latent rows.
-template <class T, int kLatentRows>
-T2L_DEVICE void load_stage(const HeadSource<T, kLatentRows>& from, bool aligned, int k_tile, char* weights, char* latents) {
-  const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow,
-            k = k_tile * kTileRowBytes + quad * 16;
-  const auto to_weights = stage_offset(kHeadTile, smem_row_of(row), quad);
-  char* to_latents = latents + stage_offset(kLatentRows, row, quad);
-  if (aligned) {
-    const int left = from.row_bytes - k, valid = left < 0 ? 0 : left < 16 ? left : 16;
-    if (weights) {
+// The rows of a latent tile, whose copies the threads of a group share.  Addresses are computed once per tile, not per
+// stage: the kernel would otherwise be bound by instruction issue.
+template <class T, class Group>
+struct LatentSource {
+  static constexpr int kRows = Group::kGroupThreads / kQuadsPerRow, kPasses = Group::kLatentRows / kRows;
+  const char* row[kPasses];  // null: padding
+  const char* any;
+  int row_bytes;
+
+  T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
+    const HeadParams& p = launch.module[at.module];
+    const int first = first_latent(launch, at, Group::kLatentRows) + Group::thread() / kQuadsPerRow;
+    row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
+    any = static_cast<const char*>(p.latent);
 #pragma unroll
-      for (int i = 0; i < kHeadTile / kRowsPerPass; ++i) {  // smem_row_of() permutes within a pass
-        const bool in_range = i * kRowsPerPass < from.rows_left && valid > 0;
-        copy_async(weights + to_weights + i * kRowsPerPass * kKBlockBytes,
-                   in_range ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes + k : from.weight,
-                   in_range ? valid : 0);
-      }
+    for (int i = 0; i < kPasses; ++i) {
+      const LatentRow r = latent_row(launch, at, first + i * kRows);
+      const int64_t offset = r.task * p.latent_stride[0] + side_of(launch, at) * p.latent_stride[1] +
+                             r.rank * p.latent_stride[2] + r.layer * p.latent_stride[3];
+      row[i] = r.valid ? any + offset * static_cast<int64_t>(sizeof(T)) : nullptr;
     }
-#pragma unroll
-    for (int i = 0; i < kLatentRows / kRowsPerPass; ++i) {
-      const bool in_range = from.latent[i] && valid > 0;
-      copy_async(to_latents + i * kRowsPerPass * kKBlockBytes, in_range ? from.latent[i] + k : from.weight,
-                 in_range ? valid : 0);
-    }
-    return;
   }
-  constexpr int kSize = static_cast<int>(sizeof(T));
-  const auto copy_unaligned = [&](char* target, const char* source) {
-    *reinterpret_cast<Quad*>(target) =
-        source ? load_features(reinterpret_cast<const T*>(source), k / kSize, from.row_bytes / kSize, false) : zero_quad();
-  };
-#pragma unroll 1
-  for (int i = 0; weights && i < kHeadTile / kRowsPerPass; ++i)
-    copy_unaligned(weights + to_weights + i * kRowsPerPass * kKBlockBytes,
-                   i * kRowsPerPass < from.rows_left ? from.weight + int64_t{i} * kRowsPerPass * from.row_bytes : nullptr);
-#pragma unroll
-  for (int i = 0; i < kLatentRows / kRowsPerPass; ++i)
-    copy_unaligned(to_latents + i * kRowsPerPass * kKBlockBytes, from.latent[i]);
-}
+  T2L_DEVICE void load(bool aligned, int k_tile, char* stage) const {
+    const int quad = Group::thread() % kQuadsPerRow;
+    const auto row_of = [&](int i) { return row[i]; };
+    load_rows<T, kPasses, kRows, kPasses>(stage + stage_offset(Group::kLatentRows, Group::thread() / kQuadsPerRow, quad),
+                                          row_of, row_bytes, k_tile, quad, aligned, any);
+  }
+};
 
 // ---- consumer: MMA
 
 template <int NT>
 using HeadAccumulators = float[kMTiles][NT][4];
 
-template <class T, int NT>
+template <class T, class Group, int NT>
 T2L_DEVICE void multiply_stage(const char* weights, const char* latents, HeadAccumulators<NT>& accum) {
-  constexpr int kLatentRows = 16 * NT;
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp_m = warp_index() % kWarpsM, warp_n = warp_index() / kWarpsM;
+  const int g = lane_index() / 4, t = lane_index() % 4, warp = Group::thread() / 32;
+  const int warp_m = warp % kWarpsM, warp_n = warp / kWarpsM;
 #pragma unroll(sizeof(T) == 4 ? 1 : 2)  // float32 operands are split in registers
   for (int k_block = 0; k_block < kTileRowBytes / kKBlockBytes; ++k_block) {
     const int quad = k_block * kQuadsPerKBlock + t;
     const char* left_rows = weights + stage_offset(kHeadTile, warp_m * 16 * kMTiles + g, quad);
-    const char* right_rows = latents + stage_offset(kLatentRows, warp_n * 8 * NT + g, quad);
+    const char* right_rows = latents + stage_offset(Group::kLatentRows, warp_n * 8 * NT + g, quad);
     Quad left[kMTiles][2];
 #pragma unroll
     for (int mt = 0; mt < kMTiles; ++mt)
@@ -242,12 +275,12 @@ T2L_DEVICE void store_lane_rows(char* out, int64_t column_stride, DType type, co
 }
 
 // A lane has kRowsPerLane consecutive weight rows (columns of A or B) for each of its latent rows.
-template <int NT>
+template <class Group, int NT>
 T2L_DEVICE void head_epilogue(const HeadLaunch& launch, const HeadCursor& at, const LatentRow* rows,
                               const HeadAccumulators<NT>& accum) {
   const HeadParams& p = launch.module[at.module];
-  const int g = lane_index() / 4, t = lane_index() % 4;
-  const int warp_m = warp_index() % kWarpsM, warp_n = warp_index() / kWarpsM;
+  const int g = lane_index() / 4, t = lane_index() % 4, warp = Group::thread() / 32;
+  const int warp_m = warp % kWarpsM, warp_n = warp / kWarpsM;
   const int weight_rows = launch.config.rows[at.module], side = side_of(launch, at);
   const int first_row =
       (at.tile - launch.config.first_tile[at.module]) * kHeadTile + warp_m * 16 * kMTiles + g * kRowsPerLane;
@@ -333,68 +366,122 @@ T2L_DEVICE void prefetch_tile(const HeadLaunch& launch, const HeadCursor& at) {
   for (int64_t i = thread_index() * kLine; i < bytes; i += kThreads * kLine) prefetch(begin + i);
 }
 
-template <class T, int NT>
+// A group's latents in shared memory: a ring of k-tiles, and what rows they are.
+template <class T, class Group, int NT>
+struct HeadPipeline {
+  static constexpr int kStageBytes = Group::kLatentRows * kTileRowBytes;
+  char* latents;
+  LatentRow* rows;  // of the latent tile of the last epilogue
+  LatentSource<T, Group> source;
+  HeadCursor load, mma;
+  int write_stage = 0, read_stage = 0, rows_of_tile = -1;
+  HeadAccumulators<NT> accum = {};
+
+  T2L_DEVICE void take(SharedMemory* shared) {
+#pragma unroll
+    for (int i = 0; i < Group::kGroups; ++i) {
+      char* of_group = shared->take<char>(kHeadStages * kStageBytes);
+      LatentRow* rows_of_group = shared->take<LatentRow>(Group::kLatentRows);
+      if (i == Group::index()) latents = of_group, rows = rows_of_group;
+    }
+  }
+  // After the last k-tile of a latent tile: stores its outputs, and begins the next with zeros.
+  T2L_DEVICE void finish(const HeadLaunch& launch) {
+    if (mma.latent_tile != rows_of_tile) {  // the barrier before the products orders this after the last epilogue
+      rows_of_tile = mma.latent_tile;
+      for (int i = Group::thread(); i < Group::kLatentRows; i += Group::kGroupThreads)
+        rows[i] = latent_row(launch, mma, first_latent(launch, mma, Group::kLatentRows) + i);
+      Group::barrier();
+    }
+    head_epilogue<Group, NT>(launch, mma, rows, accum);
+#pragma unroll
+    for (int mt = 0; mt < kMTiles; ++mt)
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) accum[mt][nt][i] = 0.0f;
+  }
+};
+
+T2L_DEVICE int next_stage(int stage) { return stage + 1 == kHeadStages ? 0 : stage + 1; }
+
+template <class T, int NT, bool kStationary>
 T2L_KERNEL(kThreads, NT > 4 || sizeof(T) == 4 ? 1 : 2)
 head_kernel(T2L_ARGUMENT(HeadLaunch) launch) {
+  using Group = HeadGroup<NT, kStationary>;
+  using Pipeline = HeadPipeline<T, Group, NT>;
+  constexpr int kWeightBytes = kHeadTile * kTileRowBytes;  // of a k-tile
   const cuda::HeadConfig& c = launch.config;
-  constexpr int kLatentRows = 16 * NT, kWeightBytes = kHeadTile * kTileRowBytes, kLatentBytes = kLatentRows * kTileRowBytes;
-  const bool stationary = NT > 4 && c.stationary;
   SharedMemory shared;
-  char* weights = shared.take<char>((stationary ? c.k_tiles : kHeadStages) * kWeightBytes);
-  char* latents = shared.take<char>(kHeadStages * kLatentBytes);
-  LatentRow* rows = shared.take<LatentRow>(kLatentRows);  // of the latent tile of the last epilogue
+  char* weights = shared.take<char>((kStationary ? c.k_tiles : kHeadStages) * kWeightBytes);
+  Pipeline p;
+  p.take(&shared);
   const int64_t tiles = c.first_tile[launch.count];
   const int end = static_cast<int>((block_index() + 1) * tiles / c.blocks);
-  HeadCursor load{static_cast<int>(block_index() * tiles / c.blocks), 0, 0, 0};
-  find_module(launch, &load);
-  skip_empty(launch, end, &load);
-  if (load.tile < end) prefetch_tile(launch, load);
+  HeadCursor first{static_cast<int>(block_index() * tiles / c.blocks), 0, 0, 0};
+  find_module(launch, &first);
+  if (first.tile < end) prefetch_tile(launch, first);
   wait_for_earlier_launches();
-  HeadCursor mma = load;
-  HeadSource<T, kLatentRows> source;
-  int write_stage = 0, read_stage = 0, rows_of_tile = -1, weights_of_tile = -1;
-  bool with_weights = true;
+  p.load = first;
+  p.load.latent_tile = Group::index();
+  skip_empty<Group>(launch, end, &p.load);
+  p.mma = p.load;
+  WeightSource<T> weight_rows;
   const auto load_next = [&] {
-    if (load.tile < end) {
-      if (load.k_tile == 0) {
-        source.find(launch, load);
-        with_weights = !stationary || load.tile != weights_of_tile;  // else they are there, from its first latents
-        weights_of_tile = load.tile;
+    if (p.load.tile < end) {
+      if (p.load.k_tile == 0) {
+        p.source.find(launch, p.load);
+        if (!kStationary) weight_rows.find(launch, p.load);
       }
-      char* to_weights = weights + (stationary ? load.k_tile : write_stage) * kWeightBytes;
-      load_stage<T, kLatentRows>(source, c.aligned, load.k_tile, with_weights ? to_weights : nullptr,
-                                 latents + write_stage * kLatentBytes);
-      advance(launch, end, &load);
+      if (!kStationary) weight_rows.load(c.aligned, p.load.k_tile, weights + p.write_stage * kWeightBytes);
+      p.source.load(c.aligned, p.load.k_tile, p.latents + p.write_stage * Pipeline::kStageBytes);
+      advance<Group>(launch, end, &p.load);
     }
     commit_copies();  // also an empty group: waits count groups
-    write_stage = write_stage + 1 == kHeadStages ? 0 : write_stage + 1;
+    p.write_stage = next_stage(p.write_stage);
+  };
+  // All products of the group up to the end of weight tile `last`.
+  const auto multiply_until = [&](int last, auto&& after_each) {
+    while (p.mma.tile <= last) {
+      wait_for_copies<kHeadStages - 2>();
+      Group::barrier();  // read_stage is visible to all threads, and write_stage is no longer read
+      load_next();
+      multiply_stage<T, Group, NT>(weights + (kStationary ? p.mma.k_tile : p.read_stage) * kWeightBytes,
+                                   p.latents + p.read_stage * Pipeline::kStageBytes, p.accum);
+      p.read_stage = next_stage(p.read_stage);
+      after_each();
+      if (p.mma.k_tile + 1 == c.k_tiles) p.finish(launch);
+      advance<Group>(launch, end, &p.mma);
+    }
   };
 #pragma unroll 1
   for (int i = 0; i < kHeadStages - 1; ++i) load_next();
-  HeadAccumulators<NT> accum = {};
-  while (mma.tile < end) {
-    wait_for_copies<kHeadStages - 2>();
-    block_barrier();  // read_stage is visible to all threads, and write_stage is no longer read
-    load_next();
-    multiply_stage<T, NT>(weights + (stationary ? mma.k_tile : read_stage) * kWeightBytes,
-                          latents + read_stage * kLatentBytes, accum);
-    read_stage = read_stage + 1 == kHeadStages ? 0 : read_stage + 1;
-    if (mma.k_tile + 1 == c.k_tiles) {
-      if (mma.latent_tile != rows_of_tile) {  // the barrier above orders this after the last epilogue
-        rows_of_tile = mma.latent_tile;
-        for (int i = thread_index(); i < kLatentRows; i += kThreads)
-          rows[i] = latent_row(launch, mma, first_latent(launch, mma, kLatentRows) + i);
-        block_barrier();
-      }
-      head_epilogue<NT>(launch, mma, rows, accum);
-#pragma unroll
-      for (int mt = 0; mt < kMTiles; ++mt)
-#pragma unroll
-        for (int nt = 0; nt < NT; ++nt)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) accum[mt][nt][i] = 0.0f;
+  if constexpr (!kStationary) {
+    multiply_until(end - 1, [] {});
+  } else {
+    HeadCursor at = first;
+#pragma unroll 1
+    while (at.tile < end) {
+      block_barrier();  // the weights of the tile before are no longer read
+      weight_rows.find(launch, at);
+#pragma unroll 1
+      for (int i = 0; i < c.k_tiles; ++i) weight_rows.load(c.aligned, i, weights + i * kWeightBytes);
+      commit_copies();
+      wait_for_copies<0>();
+      block_barrier();
+      const int tile = at.tile++;
+      find_module(launch, &at);
+      if (at.tile < end) prefetch_tile(launch, at);
+      // The second group begins when the first has half of its first products, so that their epilogues take turns.  Both
+      // have products with every weight tile: each side has two latent tiles or more.
+      bool gives_turn = Group::index() == 0;
+      if (!gives_turn) named_barrier<kThreads>(Group::kTurn);
+      multiply_until(tile, [&] {
+        if (!gives_turn || 2 * (p.mma.k_tile + 1) < c.k_tiles) return;
+        named_arrive<kThreads>(Group::kTurn);
+        gives_turn = false;
+      });
     }
-    advance(launch, end, &mma);
   }
   wait_for_copies<0>();
 }

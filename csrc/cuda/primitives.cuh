@@ -101,6 +101,26 @@ T2L_DEVICE void block_barrier() {
 #endif
 }
 
+// Barrier `name`, 1 to 15, of `kThreads` threads of the block, whole warps, which all name it so: of those that wait, with
+// visibility of the writes before it of all that arrive.
+template <int kThreads>
+T2L_DEVICE void named_barrier(int name) {
+#ifdef T2L_EMULATOR
+  emu::named_barrier(name, kThreads);
+#else
+  asm volatile("barrier.sync.aligned %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
+#endif
+}
+// Arrives there without waiting.
+template <int kThreads>
+T2L_DEVICE void named_arrive(int name) {
+#ifdef T2L_EMULATOR
+  emu::named_arrive(name, kThreads);
+#else
+  asm volatile("barrier.arrive.aligned %0, %1;" ::"r"(name), "n"(kThreads) : "memory");
+#endif
+}
+
 // ---- early launches: their blocks may begin while the launch before them in the stream still runs (compute capability
 // 9.0 and later)
 

@@ -78,9 +78,10 @@ const char* Machine::run_cluster(int64_t index) {
   block_y = static_cast<int>(index / clusters_x);
   at_cluster_barrier_ = exited_ = 0;
   for (int i = 0; i < fiber_count_; ++i) threads_[i]->waited = !launch_.early;
-  for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0};
+  for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0, 0, 0};
   for (int b = 0; b < launch_.cluster; ++b) {
     blocks_[b]->at_barrier = blocks_[b]->exited = 0;
+    for (Barrier& barrier : blocks_[b]->named) barrier.arrived = 0;
     blocks_[b]->shared.reset(launch_.shared_bytes);
   }
   release(&begin_token_);
@@ -200,8 +201,11 @@ T2L_EMU_NO_TSAN void Machine::describe_deadlock() {
   for (int b = 0; b < launch_.cluster; ++b) at_barrier += blocks_[b]->at_barrier;
   add(at_barrier, " threads at a barrier");
   add(at_cluster_barrier_, " threads at a cluster barrier");
-  for (int w = 0; w < warp_count_; ++w)
-    add(__builtin_popcount(warps_[w].at_exchange), " lanes of warp " + std::to_string(w) + " at an exchange");
+  for (int w = 0; w < warp_count_; ++w) {
+    const std::string lanes = " lanes of warp " + std::to_string(w);
+    add(__builtin_popcount(warps_[w].at_named), lanes + " at barrier " + std::to_string(warps_[w].name));
+    add(__builtin_popcount(warps_[w].at_exchange), lanes + " at an exchange");
+  }
   describe("deadlock: %s (block %lld, %d)", waiting.c_str(), static_cast<long long>(block_x), block_y);
 }
 
@@ -247,6 +251,8 @@ T2L_EMU_NO_TSAN void* take_shared(SharedCursor* cursor, int64_t bytes) {
 }
 
 void block_barrier() { machine().wait_at_barrier(); }
+void named_barrier(int name, int threads) { machine().arrive_at_named_barrier(name, threads, true); }
+void named_arrive(int name, int threads) { machine().arrive_at_named_barrier(name, threads, false); }
 void wait_for_earlier_launches() { machine().wait_for_earlier_launches(); }
 int peek(const int* p) { return machine().peek(p); }
 void cluster_arrive() { machine().arrive_at_cluster_barrier(); }

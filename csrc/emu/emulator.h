@@ -146,6 +146,11 @@ void wait_for_earlier_launches();
 int peek(const int* p);
 
 void block_barrier();
+// The two ways to a barrier of `threads` threads of the block, with which they all name it: to arrive and wait until all
+// have, and to arrive and go on.
+constexpr int kNamedBarriers = 16;  // 0 is block_barrier's
+void named_barrier(int name, int threads);
+void named_arrive(int name, int threads);
 void cluster_arrive();
 void cluster_wait();
 // Where block `block` of the cluster has the `bytes` bytes of shared memory that are this block's at `mine`.  Fails if that

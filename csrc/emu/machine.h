@@ -41,7 +41,8 @@ struct Thread {
 
 // Lane masks by state; a lane in none of them is running.
 struct Warp {
-  uint32_t ready, at_barrier, at_cluster_barrier, at_exchange, exited;
+  uint32_t ready, at_barrier, at_named, at_cluster_barrier, at_exchange, exited;
+  int name;    // of the barrier of those in at_named
   int bytes;   // per lane, of the exchange in progress
   int buffer;  // of that exchange
 };
@@ -52,13 +53,20 @@ struct ExchangeBuffer {
   Operands operands;
 };
 
+// Two tokens: a thread may arrive at the next barrier before all have left this one.
+struct Barrier {
+  char tokens[2] = {};
+  int turn = 0;
+  int arrived = 0, expected = 0;  // threads of this turn: so far, in all
+};
+
 // What the threads of a block share.
 struct Block {
   SharedArena shared;
   int at_barrier = 0, exited = 0;
-  // Two tokens: a thread may arrive at the next barrier before all have left this one.
   char barrier_tokens[2] = {};
   int barrier = 0;
+  Barrier named[kNamedBarriers];
 };
 
 class Machine : public Running {
@@ -72,6 +80,7 @@ class Machine : public Running {
   T2L_EMU_NO_TSAN SharedArena& shared() { return block().shared; }
   T2L_EMU_NO_TSAN bool eager() const { return schedule_.eager; }
   void wait_at_barrier();
+  void arrive_at_named_barrier(int name, int threads, bool waits);
   void wait_for_earlier_launches();
   int peek(const int* p) const;
   void arrive_at_cluster_barrier();

@@ -28,6 +28,37 @@ T2L_EMU_NO_TSAN void Machine::release_barrier() {
   block().barrier ^= 1;
 }
 
+T2L_EMU_NO_TSAN void Machine::arrive_at_named_barrier(int name, int threads, bool waits) {
+  if (name < 1 || name >= kNamedBarriers)
+    fail("named barrier: there is no name %lld, they are 1 to %lld", name, kNamedBarriers - 1);
+  if (threads % kLanes || threads < kLanes || threads > launch_.threads)
+    fail("named barrier of %lld threads in a block of %lld", threads, launch_.threads);
+  Warp& warp = warps_[fiber_ / kLanes];
+  Barrier& barrier = block().named[name];
+  if (waits && warp.at_named && warp.name != name)
+    fail("waits at barrier %lld where lanes of its warp wait at barrier %lld", name, warp.name);
+  if (barrier.arrived && barrier.expected != threads)
+    fail("named barrier of %lld threads, which others call with %lld", threads, barrier.expected);
+  barrier.expected = threads;
+  void* token = &barrier.tokens[barrier.turn];
+  release(token);
+  if (++barrier.arrived == threads) {
+    const int warps = launch_.threads / kLanes, first = fiber_ / launch_.threads * warps;
+    for (int w = first; w < first + warps; ++w) {
+      if (warps_[w].name != name) continue;
+      warps_[w].ready |= warps_[w].at_named;
+      warps_[w].at_named = 0;
+    }
+    barrier.arrived = 0;
+    barrier.turn ^= 1;
+  } else if (waits) {
+    warp.at_named |= bit_of(fiber_);
+    warp.name = name;
+    run_next();
+  }
+  if (waits) acquire(token);
+}
+
 T2L_EMU_NO_TSAN void Machine::wait_for_earlier_launches() { may_access = current().waited = true; }
 
 T2L_EMU_NO_TSAN int Machine::peek(const int* p) const {

@@ -323,6 +323,32 @@ std::string check_clusters() {
   return "";
 }
 
+// Two groups of a block, with a barrier each: neither waits for the other, nor for one that has exited.
+std::string check_groups() {
+  constexpr int kThreads = 128, kGroup = 64, kTurns = 5;
+  std::vector<float> sums(kThreads);
+  const char* error = emu::launch(emu::Launch{1, 1, kThreads, 4 * kThreads, emu::current_stream()}, [&] {
+    SharedMemory shared;
+    float* row = shared.take<float>(kThreads);
+    const int group = thread_index() / kGroup, turns = group ? kTurns : 1;
+    float sum = 0;
+    for (int i = 0; i < turns; ++i) {
+      row[thread_index()] = static_cast<float>(i + 1);
+      named_barrier<kGroup>(1 + group);
+      sum += row[group * kGroup + (thread_index() + 1) % kGroup];
+      named_barrier<kGroup>(1 + group);
+    }
+    sums[thread_index()] = sum;
+  });
+  EXPECT(error == nullptr);
+  for (int i = 0; i < kThreads; ++i) EXPECT(sums[i] == (i < kGroup ? 1.0f : 15.0f), i);
+  for (const int name : {0, emu::kNamedBarriers}) {
+    const char* refused = emu::launch(emu::Launch{1, 1, 32, 0, emu::current_stream()}, [&] { named_barrier<32>(name); });
+    EXPECT(refused && std::strstr(refused, "there is no name"), name);
+  }
+  return "";
+}
+
 std::string check_refused_launches() {
   void* stream = emu::current_stream();
   for (const emu::Launch& shape :
@@ -409,6 +435,7 @@ const Check kChecks[] = {
     {"tf32_product", check_tf32_product},
     {"cut_sums", check_cut_sums},
     {"clusters", check_clusters},
+    {"groups", check_groups},
     {"bf16_conversions", [] { return check_16bit_conversions<bf16>(8); }},
     {"f16_conversions", [] { return check_16bit_conversions<f16>(5); }},
     {"tf32_conversions", check_tf32_conversions},

@@ -112,9 +112,10 @@ std::string check_trunk_cut() {
   return "";
 }
 
-// Heads: blocks, which run to the end of the launch, all run at once, on each SM as many as its shared memory holds.
+// Heads: blocks, which run to the end of the launch, all run at once, on each SM as many as its shared memory holds.  Where
+// weights stay in shared memory, both groups of warps have latents.
 std::string check_head_blocks() {
-  int doubled = 0;
+  int doubled = 0, stationary = 0;
   for (const int64_t kib : {99, 163, 227})
     for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
       for (const int64_t tasks : {1, 2, 16})
@@ -125,9 +126,12 @@ std::string check_head_blocks() {
           const cuda::HeadConfig c = cuda::choose_head_config(&p, 1, {132, static_cast<int>(kib * 1024)});
           const int64_t per_sm = cuda::ceil_div(c.blocks, 132);
           EXPECT(per_sm * c.shared_bytes <= kib * 1024, static_cast<double>(c.shared_bytes));
+          EXPECT(!c.stationary || c.latent_tiles / p.sides >= 2, c.latent_tiles);  // some for both groups
+          stationary += c.stationary;
           doubled += per_sm == 2;
         }
   EXPECT(doubled == 16, doubled);
+  EXPECT(stationary == 5, stationary);
   return "";
 }
 

@@ -299,10 +299,10 @@ def heads_counts(case: HyperCase, heads: dict) -> Counts:
     """The sum over modules of other sizes, with other steps."""
     w, counts = size(case.dtype), Counts()
     rows = case.tasks * case.ranks * case.layers
-    tile = 128 if rows > 64 and case.dtype != F32 else 32
-    latent_tiles, k_tiles = case.sides * ceil(rows / tile), max(1, ceil(case.head_in * w / 128))
-    # The weights of a tile stay for all latents, in 16 KiB a k-tile, beside a ring of four stages of latents.
-    stationary = tile == 128 and latent_tiles > 1 and k_tiles >= 4 and (k_tiles + 4) * 16 + 2 <= 227
+    tile, k_tiles = 128 if rows > 64 and case.dtype != F32 else 32, max(1, ceil(case.head_in * w / 128))
+    # The weights of a tile stay for all latents, in 16 KiB a k-tile, beside rings of four stages of two times 64 latents.
+    stationary = tile == 128 and case.sides * rows > tile and (k_tiles + 4) * 16 + 2 <= 227
+    tile = 64 if stationary else tile
     per_latent = case.rank // case.ranks
     for module, widths in enumerate(case.features):
         stored = max(widths)
@@ -324,8 +324,8 @@ def heads_counts(case: HyperCase, heads: dict) -> Counts:
             values = case.tasks * case.layers * case.rank * width
             steps = sum(heads[f"{step}_{side}"][module] is not None for step in ("mul", "add"))
             counts.add(read=values * 4 * steps, written=values * w)
-        if case.bias:  # of the rows that are kept, for every tile of latents: eight lanes need it
-            counts.add(read=8 * 4 * per_latent * sum(widths) * ceil(rows / tile))
+        if case.bias:  # of the rows that are kept, for every tile of latents: four lanes of each warp along it need it
+            counts.add(read=(1 if stationary else 2) * 4 * 4 * per_latent * sum(widths) * ceil(rows / tile))
     return counts
 
 

@@ -166,6 +166,35 @@ const Case kCases[] = {
      },
      warp_sum},
 
+    {"missing_turn",  // of the second warp, which reads what the first has written
+     [](bool fixed, const float* x, float* y) {
+       return launch(kRowBytes, [=] {
+         SharedMemory shared;
+         float* row = shared.take<float>(kThreads);
+         const int warp = warp_index(), first = lane_index();
+         if (warp == 0) {
+           row[first] = load_one(x + element());
+           if (fixed) named_arrive<kThreads>(3);
+         } else if (fixed) {
+           named_barrier<kThreads>(3);
+         }
+         store_one(y + element(), warp == 0 ? load_one(x + element()) : row[31 - first]);
+       });
+     },
+     [](int block, int thread) { return input(block, thread < 32 ? thread : 63 - thread); }},
+
+    {"barrier_of_others",  // one warp calls it with as many threads as it has, one with all
+     [](bool fixed, const float* x, float* y) {
+       return launch(0, [=] {
+         if (fixed || warp_index() == 1)
+           named_barrier<kThreads>(3);
+         else
+           named_barrier<kThreads / 2>(3);
+         store_one(y + element(), load_one(x + element()));
+       });
+     },
+     input},
+
     {"exited_lane",  // a whole warp may exit, and counts as arrived at barriers
      [](bool fixed, const float* x, float* y) {
        return launch(0, [=] {

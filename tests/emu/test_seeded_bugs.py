@@ -50,6 +50,16 @@ BUGS = [
     ("copy_to_global", "plain", ALL, FAILS, r"asynchronous copy to an address outside the allocations"),
     ("divergent_exchange", "plain", ALL, FAILS, r"divergent exchange: deposits (4|8) bytes where other lanes .* (4|8)"),
     ("divergent_barrier", "plain", ALL, FAILS, r"deadlock: 48 threads at a barrier, 16 lanes of warp 1 at an exchange"),
+    ("missing_turn", "plain", ("reverse", "reverse+eager"), WRONG, r"= -?nan"),
+    ("missing_turn", "plain", ("forward",), PASSES, r"^ok$"),  # the first warp ran first
+    ("missing_turn", "thread", LATE, RACE, r"data race \S*seeded_blocks.cpp"),
+    (
+        "barrier_of_others",
+        "plain",
+        ALL,
+        FAILS,
+        r"32 lanes of warp 1 at barrier 3|(32|64) threads, which others call with (32|64)",
+    ),
     ("exited_lane", "plain", ("forward",), FAILS, r"warp exchange: 1 lanes of the warp have exited"),
     ("exited_lane", "plain", ("reverse",), FAILS, r"exits while 31 lanes of its warp wait at an exchange"),
     ("missing_cluster_barrier", "plain", ("forward", "reverse"), WRONG, r"= -?nan"),
@@ -80,7 +90,7 @@ BUGS = [
 
 CHECKS = {
     "checks": "bf16_product f16_product tf32_product bf16_conversions f16_conversions tf32_conversions exchanges copies "
-    "counters grid refused_launches streams schedules cut_sums clusters",
+    "counters grid refused_launches streams schedules cut_sums clusters groups",
     "cuts": "lora_cut lora_clusters trunk_cut head_blocks",
 }
 
