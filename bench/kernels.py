@@ -7,6 +7,7 @@ core instructions than its dtype has, a head without asynchronous copies, too ma
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -34,6 +35,8 @@ ARCHS = {
     "sm_100": "-gencode=arch=compute_90,code=sm_100",
     "sm_120": "-gencode=arch=compute_90,code=sm_120",
 }
+#: Where ncu may be, which the toolkit's own folders lack in some installations.
+NSIGHT_COMPUTE = sorted(glob.glob("/opt/nvidia/nsight-compute/*"), reverse=True)
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-Icsrc/cuda", "-Werror", "all-warnings")
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 
@@ -74,7 +77,7 @@ def find(tool: str) -> str:
     home, beside = os.environ.get("CUDA_HOME", "/usr/local/cuda"), os.path.dirname(os.environ.get("CUDACXX", ""))
     packages = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
     places = [beside, os.path.join(home, "bin"), os.environ.get("PATH"), packages]
-    path = shutil.which(tool, path=os.pathsep.join(filter(None, places)))
+    path = shutil.which(tool, path=os.pathsep.join([*filter(None, places), *NSIGHT_COMPUTE]))
     if path is None:
         where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
         raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install '.[cuda-check]'")

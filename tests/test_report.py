@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from committed import copy_results
 
-from bench.records import Result, ResultError, load, memory_verdict
+from bench.records import Result, ResultError, load, memory_verdict, read
 from bench.report import cells, figures, pages, tables
 from bench.report.pages import Report
 from bench.source import ROOT, bundled
@@ -334,8 +334,13 @@ def test_runs_of_a_card_are_shown_by_the_same_tables(root):
         found.remove(_after(found))
 
     change(root, "apply-cuda", carded)
+    counters = {"record": "profile", "case": "apply", "kernel": "lora_kernel", "us": 1.0, "stalls": {"barrier": 2.5}}
+    counters |= dict.fromkeys(("dram_percent", "l2_percent", "l2_hits_percent", "tensor_percent", "issue_percent"), 50.0)
+    head = read(result_file(root, "apply-cuda")).run | {"suite": "profile", "tasks": []}
+    lines = [head, counters]
+    (root / pages.RESULTS / "profile-cuda.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report = Report(root)
     page = report.texts()[Path("docs/results/cuda.md")]
     assert report.problems == [] and "lora-cuda" in report.tables and "generate-cuda" not in report.tables
-    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |"))
+    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |", "barrier 2.5"))
     assert "No run on a card" not in page

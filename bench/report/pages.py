@@ -65,6 +65,7 @@ OPTIONAL = {
     "robustness": "python -m bench robustness --work WORK",
     "rates": "python -m bench rates --work WORK",
     "costs": "python -m bench costs",
+    "profile": "python -m bench profile --device cuda",
 }
 #: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
 BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt", "costs", "rates")
@@ -81,7 +82,7 @@ class Report(View):
         self.results = {name: self._load(name, command) for name, command in SOURCES.items()}
         self.results |= {name: found for name, command in OPTIONAL.items() if (found := self._load(name, command)) != []}
         carded = [path.stem for path in self._there if path.stem.endswith(CUDA)]
-        self.results |= {name: self._load(name, SOURCES[name.removesuffix(CUDA)]) for name in carded}
+        self.results |= {name: self._load(name, (SOURCES | OPTIONAL)[name.removesuffix(CUDA)]) for name in carded}
         self.problems += [f"{(RESULTS / path.name).as_posix()}: the name of no result" for path in self._there]
         made = [*map(self._of_results, TABLES.values()), *map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD])]
         self.tables = {t.name: t for t in made if t}

@@ -188,8 +188,18 @@ def _of_any(kind: str, *fields: str) -> Make:
 
 _POWER = _of_any("energy", "case", "unit", "count", "us_each", "mj_each", "watts", "sm_mhz", "memory_mhz")
 _CHECK = _of_any("cross_check", "case", "cache", "ours_us", "do_bench_cudagraph_us")
+
+
+def _profile(*results: Result) -> Iterator[Line]:
+    for result in results:
+        for entry in result.others.get("profile", []):
+            waits = ", ".join(f"{reason} {warps:g}" for reason, warps in entry["stalls"].items())
+            yield {"machine": result.machine} | flat(entry, "stalls") | {"warps that wait": waits}
+
+
 #: Tables that only runs of a card have.
 OF_A_CARD = (
     Table("energy", "Power, clocks and millijoules on a card", SUITES, _POWER),
     Table("cross-check", "Our times beside triton's do_bench_cudagraph", SUITES, _CHECK),
+    Table("profile", "Counters of each kernel, alone and with cold caches", ("profile",), _profile),
 )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import t2l_engine as t2l
-from bench import baselines, cases, energy, vllm_ops
+from bench import baselines, cases, energy, sglang_ops, vllm_ops
 from bench.baselines import COPY, PEFT_ABSENT, gather_bmm, gather_bmm_delta, mm_loop, mm_loop_delta
 from bench.cases import LAYERS, Arguments, Case, Layer, Operands, even, launch, ragged, rows, zipf
 from bench.harness import OURS, Context, Error, Record, Target, Task, roofline, row, verify, worst
@@ -155,6 +155,10 @@ def _builders(context: Context, case: Case) -> tuple[dict[str, Callable[[Operand
         builders[vllm_ops.NAME] = lambda operands: vllm_ops.grouped(operands.groups)
         if why := vllm_ops.absent(case.dtype):
             skipped[vllm_ops.NAME] = why
+        for name, most in sglang_ops.ways(case.tokens).items():
+            builders[name] = lambda operands, most=most: sglang_ops.grouped(operands.groups, most)
+            if why := sglang_ops.absent(case.dtype):
+                skipped[name] = why
     if any(adapter < 0 for _, adapter in case.segments):
         skipped["gather bmm"] = "has no row of the base model"
     elif (gathered := case.layer.weight_bytes(case.tokens, case.rank, case.dtype.itemsize)) > LARGEST_GATHER:

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.harness import Context
+from bench.suites import profile
+from bench.timing import Dry
 from t2l_engine import AdapterStack, attach, ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import oracle
@@ -142,6 +145,15 @@ def test_launches_on_the_device_of_the_memory(emulator):
             assert emulator.t2l_emu_current_device() == 0, "left another device current"
     finally:
         emulator.t2l_emu_set_memory_device(0)
+
+
+@pytest.mark.parametrize("case", profile.profiled(False), ids=lambda case: case.name)
+def test_profiled_cases_launch_what_they_say(emulator, case):
+    call = case.make(Context.of("tiny", 1, Dry("emulator")))
+    call()
+    emulator.t2l_emu_reset_counters()
+    call()
+    assert emulator.t2l_emu_counter(b"launches") == len(case.kernels)
 
 
 def test_threads_at_once(emulator):
