@@ -342,5 +342,6 @@ def test_runs_of_a_card_are_shown_by_the_same_tables(root):
     report = Report(root)
     page = report.texts()[Path("docs/results/cuda.md")]
     assert report.problems == [] and "lora-cuda" in report.tables and "generate-cuda" not in report.tables
-    assert all(text in page for text in ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |", "barrier 2.5"))
+    texts = ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |", "barrier 2.5")
+    assert all(text in page for text in texts)
     assert "No run on a card" not in page
