@@ -103,7 +103,7 @@ def test_blocks_by_registers(registers, blocks):
         ("head_kernel<f16, 2, 0>", {"registers": 130, "blocks": 1}, "130 registers"),
         ("lora_kernel<bf16, 1, 1, 0>", {"registers": 136, "blocks": 1}, "136 registers"),
         ("lora_grad_kernel<f16>", {"registers": 130, "blocks": 1}, "130 registers"),
-        ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1700}, "1700 instructions, expected 1650 at most"),
+        ("lora_kernel<bf16, 1, 1, 1>", {"instructions": 1700}, "1700 instructions, expected 1200 at most"),
         ("lora_grad_kernel<bf16>", {"products": {"HMMA.16816.F32.BF16": 8}}, "expected HMMA.1688.F32.TF32"),
         ("trunk_kernel<bf16>", {"cluster_barriers": 0}, "0 cluster barriers, expected some"),
         ("head_kernel<bf16, 2, 0>", {"cluster_barriers": 2}, "2 cluster barriers, expected none"),

@@ -161,7 +161,7 @@ inline void choose_rank_tiles(const LoraParams* members, int64_t count, LoraConf
   const int64_t width = 8 * round_up(tiles, c.n_tiles), chunk = 16 * c.m_tiles;
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
   c.shared_bytes =
-      align16(16 * sizeof(int)) + align16(chunk * sizeof(int)) + align16(c.decode ? 0 : kSortBins * sizeof(int)) +
+      align16(16 * sizeof(int)) + (c.decode ? 0 : align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int))) +
       align16(c.parts * kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
 }
 

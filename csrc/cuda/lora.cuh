@@ -110,7 +110,7 @@ T2L_DEVICE Split split_weight(float weight, float) { return split(weight); }
 // 32 * (n % 2) + 8 * (n / 2) + i of 64, so that every lane has twice eight consecutive outputs: loads and stores of y are
 // coalesced 128-bit accesses.  The registers of an operand are ranks 2t and 2t + 1 of eight.
 template <class T, int MT, bool kDecode>
-T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* tokens, int count, const float* v,
+T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const Tokens<kDecode>& tokens, int count, const float* v,
                        int v_stride, int first, int last) {
   constexpr bool kExact = sizeof(T) == 2;
   const int g = lane_index() / 4, t = lane_index() % 4, out = static_cast<int>(p.out);
@@ -139,7 +139,10 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const int* to
       for (int j = 2 * t; j - 2 * t < rank; j += 8) {
         float weights[2][8];
         load_weights<T, kDecode>(p, b, rank, j, o + 32 * (g % 2) + 8 * (g / 2), weights[0], weights[1]);
-        const Split left[4] = {split(low_row[j]), split(high_row[j]), split(low_row[j + 1]), split(high_row[j + 1])};
+        const auto high = [&](int at) {
+          return kDecode ? Split{0.0f, 0.0f} : split(high_row[at]);
+        };  // padding in decode steps
+        const Split left[4] = {split(low_row[j]), high(j), split(low_row[j + 1]), high(j + 1)};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const Split right[2] = {split_weight(weights[0][i], T()), split_weight(weights[1][i], T())};
@@ -210,7 +213,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const cuda::LoraConfig& c = launch.config;
   SharedMemory shared;
   int* scratch = shared.take<int>(16);
-  int* tokens = shared.take<int>(16 * MT);
+  Tokens<kDecode> tokens{kDecode ? nullptr : shared.take<int>(16 * MT), 0};
   int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
   constexpr int kPart = kWarps * (16 * MT) * (8 * NT);  // partial sums of a part
   float* partial = shared.take<float>(c.parts * kPart);
@@ -240,11 +243,15 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   if (kDecode || c.one_token_per_block) {
     const int end = read_index(p.seg_indptr + place + 1);
     chunk = Chunk{adapter_of(p, place), 1};
-    if (thread_index() == 0) tokens[0] = place;
     require(end == place + 1, "seg_indptr: not one token a segment");
-    block_barrier();
+    if (kDecode) {
+      tokens.one = place;
+    } else {
+      if (thread_index() == 0) tokens.many[0] = place;
+      block_barrier();
+    }
   } else {
-    chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens);
+    chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens.many);
   }
   if (chunk.count == 0) return;
   // Members of the cluster's slices.  Ranks, one a lane, and the scaling are loaded before the first that waits for one.
@@ -306,7 +313,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     if (clustered && first_tile + NT < total) cluster_arrive();  // this block has read what others stored
   }
   if (rank == 0) {
-    if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens, chunk.count, first, last);
+    if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens.many, chunk.count, first, last);
     return;
   }
   const float* mine = v + scratch[2];

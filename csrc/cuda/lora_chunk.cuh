@@ -49,9 +49,11 @@ T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
 // Adds the number of ids out of range to *bad_ids.  For one warp of the launch.
 T2L_DEVICE void count_bad_ids(const LoraParams& p) {
   int count = 0;
-  for (int s = lane_index(); s < p.segments; s += 32) count += !is_id(p, read_index(p.seg_adapters + s));
-#pragma unroll
-  for (int mask = 16; mask; mask /= 2) count += shuffle_xor(count, mask);
+#pragma unroll 1
+  for (int64_t first = 0; first < p.segments; first += 32) {
+    const int64_t s = first + lane_index();
+    count += count_lanes(s < p.segments && !is_id(p, read_index(p.seg_adapters + s)));
+  }
   if (lane_index() == 0 && count) *p.bad_ids += count;  // a counter serves one stream
 }
 
@@ -72,6 +74,14 @@ T2L_DEVICE void count_tokens(const LoraParams& p, int64_t first, int* bins) {
 
 struct Chunk {
   int adapter, count;
+};
+
+// The tokens of a chunk: in shared memory or, in a decode step, one.
+template <bool kDecode>
+struct Tokens {
+  int* many;
+  int one;
+  T2L_DEVICE int operator[](int i) const { return kDecode ? one : many[i]; }
 };
 
 // Chunk `index` of the batch and its tokens, or count 0 if there are fewer chunks.  Chunks are ordered by adapter, then

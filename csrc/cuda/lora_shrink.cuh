@@ -2,6 +2,7 @@
 #pragma once
 #include "config.h"
 #include "fragments.cuh"
+#include "lora_chunk.cuh"
 
 namespace t2l::device {
 
@@ -121,8 +122,8 @@ struct RowsOfA {
 
 // Partial sums of this warp over the features [begin, end) of every token, for the ranks of `of_a`.
 template <class T, int MT, int NT, bool kDecode>
-T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const int* tokens, int count,
-                       float (&sum)[MT][NT][4]) {
+T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const Tokens<kDecode>& tokens,
+                       int count, float (&sum)[MT][NT][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p)), a(w_type_of<T>(p), of_a.aligned);
   const auto& a_row = of_a.row;
