@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 from committed import copy_results
 
@@ -92,9 +93,14 @@ def test_hand_edit_is_found(written, document):
     assert [problem.split(":")[0] for problem in Report(written).check()] == [document]
 
 
-def test_a_value_that_a_result_lacks_is_not_printed(written):
+def test_a_value_that_a_result_lacks_is_not_printed(written, tmp_path_factory, monkeypatch):
+    templates = tmp_path_factory.mktemp("templates")
+    (templates / "results").mkdir()
+    (templates / "results" / "page.md.j2").write_text("On {{ results['specs'][0].machine }}")
+    environment = pages._environment().overlay(loader=jinja2.FileSystemLoader(templates))
+    monkeypatch.setattr(pages, "_environment", lambda: environment)
     with pytest.raises(TypeError, match="None"):
-        Report(written).environment.from_string("On {{ results['specs'][0].machine }}").render()
+        Report(written)._render("results/page.md.j2")
 
 
 def test_markers_of_blocks(written):

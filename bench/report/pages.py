@@ -137,21 +137,6 @@ class Report(View):
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
-    @functools.cached_property
-    def environment(self) -> jinja2.Environment:
-        made = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            undefined=jinja2.StrictUndefined,
-            finalize=_said,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-        )
-        made.globals |= {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines")}
-        made.globals |= {"tables": self.tables, "results": self.results}
-        made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
-        return made
-
     def texts(self) -> dict[Path, str]:
         """Every document with what it is made of, by its place under the root."""
         out = {}
@@ -175,8 +160,9 @@ class Report(View):
             return None
 
     def _render(self, template: str) -> str:
-        made = self.environment.get_template(template)
-        return f"<!-- Made from bench/report/templates/{template}: edit that. -->\n{made.render().strip()}\n"
+        names = {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines")}
+        made = _environment().get_template(template).render(names, tables=self.tables, results=self.results)
+        return f"<!-- Made from bench/report/templates/{template}: edit that. -->\n{made.strip()}\n"
 
     def _block(self, name: str, document: str, template: str) -> str:
         text = (self.root / document).read_text(encoding="utf-8")
@@ -222,6 +208,21 @@ class Report(View):
             for path in self.strangers():
                 (self.root / path).unlink()
         return list(dict.fromkeys(self.problems))
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Of all reports: it keeps what it has compiled."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        finalize=_said,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
+    return made
 
 
 def _said(value: object) -> object:
