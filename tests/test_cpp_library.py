@@ -1,5 +1,6 @@
 """The C++ library: built without torch and Python, installed, found by a project of its own, and equal to the package."""
 
+import json
 import os
 import re
 import shutil
@@ -207,6 +208,7 @@ def user(tmp_path):
     (tmp_path / "main.cpp").write_text('#include "t2l/t2l.h"\nint main() { return t2l_api_version() != T2L_API_VERSION; }\n')
     (tmp_path / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.24)\nproject(user LANGUAGES CXX)\n"
+        "set(CMAKE_EXPORT_COMPILE_COMMANDS ON)\nadd_compile_options(-ffast-math)\n"
         f'add_subdirectory("{ROOT}" t2l)\nadd_executable(user main.cpp)\n'
         "target_link_libraries(user PRIVATE t2l::t2l)\n"
     )
@@ -217,6 +219,13 @@ def test_subdirectory_leaves_the_parent_alone(user):
     cache = (user / "CMakeCache.txt").read_text()
     assert all(f"{option}:BOOL=OFF" in cache for option in ("T2L_TORCH", "T2L_CORE", "T2L_INSTALL", "T2L_TESTS"))
     assert "BUILD_SHARED_LIBS" not in cache and re.search(r"^CMAKE_BUILD_TYPE:\w+=$", cache, re.M)
+
+
+def test_fast_math_of_a_parent_does_not_reach_the_library(user):
+    commands = [entry["command"] for entry in json.loads((user / "compile_commands.json").read_text())]
+    of_library = [command.split() for command in commands if f"{ROOT}/csrc/" in command]
+    assert len(of_library) > 10
+    assert all("-ffast-math" in words[: words.index("-fno-fast-math")] for words in of_library)
 
 
 @pytest.mark.slow

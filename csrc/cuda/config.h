@@ -305,14 +305,14 @@ constexpr int kGroupRows = kWideRows / 2;  // where two groups of warps share st
 
 struct HeadConfig {
   bool wide;
-  bool stationary;                // the weights of a tile stay in shared memory while all latents pass, two tiles at a time
-  bool aligned;                   // rows of weights and latents are 16-byte aligned
-  int latent_rows;                // per side
-  int latent_tiles;               // of all sides
-  int per_latent;                 // ranks per latent row
-  int k_tiles;                    // pipeline stages per product
-  int prefetch_rows;              // of its first weight tile that a block prefetches while it waits for latents
-  int rows[kMaxGroup];            // weight rows of each module
+  bool stationary;      // the weights of a tile stay in shared memory while all latents pass, a tile of them a group
+  bool aligned;         // rows of weights and latents are 16-byte aligned
+  int latent_rows;      // per side
+  int latent_tiles;     // of all sides
+  int per_latent;       // ranks per latent row
+  int k_tiles;          // pipeline stages per product
+  int prefetch_rows;    // of a weight tile that a block prefetches: its first before it waits for latents, the next
+  int rows[kMaxGroup];  // weight rows of each module
   int first_tile[kMaxGroup + 1];  // first weight tile of each module; last, the number of tiles
   int64_t blocks;
   int64_t shared_bytes;
@@ -345,7 +345,7 @@ inline HeadConfig choose_head_config(const HeadParams* modules, int64_t count, c
   const int64_t tile = c.wide ? kWideRows : kNarrowRows;
   c.per_latent = static_cast<int>(p.rank / p.ranks);
   c.k_tiles = static_cast<int>(max(1, ceil_div(p.h * bytes_of(p.w_type), kTileRowBytes)));  // h = 0: bias alone
-  const int64_t stationary = align16(c.k_tiles * kHeadTile * kTileRowBytes) +
+  const int64_t stationary = align16(int64_t{c.k_tiles} * kHeadTile * kTileRowBytes) +
                              2 * (align16(kHeadStages * kGroupRows * kTileRowBytes) + align16(kGroupRows * 16));
   c.stationary = c.wide && p.sides * c.latent_rows > kWideRows && stationary <= limits.shared_bytes;
   c.latent_tiles = static_cast<int>(p.sides * ceil_div(c.latent_rows, c.stationary ? kGroupRows : tile));

@@ -165,6 +165,7 @@ template <class T>
 struct WeightSource {
   static constexpr int kRows = kThreads / kQuadsPerRow;
   const char* first;  // row of this thread's first pass
+  const char* any;
   int rows_left, row_bytes;
 
   T2L_DEVICE void find(const HeadLaunch& launch, const HeadCursor& at) {
@@ -172,13 +173,14 @@ struct WeightSource {
     const int row = (at.tile - launch.config.first_tile[at.module]) * kHeadTile + thread_index() / kQuadsPerRow;
     row_bytes = static_cast<int>(p.h * static_cast<int64_t>(sizeof(T)));
     rows_left = launch.config.rows[at.module] - row;
-    first = static_cast<const char*>(p.weight) + int64_t{row} * row_bytes;
+    any = static_cast<const char*>(p.weight);
+    first = any + int64_t{row} * row_bytes;
   }
   T2L_DEVICE void load(bool aligned, int k_tile, char* stage) const {
     const int row = thread_index() / kQuadsPerRow, quad = thread_index() % kQuadsPerRow;
     const auto row_of = [&](int i) { return i * kRows < rows_left ? first + int64_t{i} * kRows * row_bytes : nullptr; };
     load_rows<T, kHeadTile / kRows, kRows, 1>(stage + stage_offset(kHeadTile, smem_row_of(row), quad),  // permutes in a pass
-                                              row_of, row_bytes, k_tile, quad, aligned, first);
+                                              row_of, row_bytes, k_tile, quad, aligned, any);
   }
 };
 
@@ -352,8 +354,8 @@ T2L_DEVICE void head_epilogue(const HeadLaunch& launch, const HeadCursor& at, co
   }
 }
 
-// Prefetches the first rows of the weights of tile `at` into L2: what blocks that begin early do while they wait for
-// latents.
+// Prefetches the first rows of the weights of tile `at` into L2: what blocks that begin early do while they wait for latents
+// and, where weights are stationary, beside the products with those before.
 T2L_DEVICE void prefetch_tile(const HeadLaunch& launch, const HeadCursor& at) {
   constexpr int kLine = 128;
   const cuda::HeadConfig& c = launch.config;

@@ -52,18 +52,18 @@ inline DeviceLimits device_limits() {
 }
 
 #ifndef T2L_EMULATOR
-inline int current_device() {
+// The current device, or kDevices for one whose properties are not kept.
+inline int kept_device() {
   int device = 0;
-  return cudaGetDevice(&device) == cudaSuccess ? device : kDevices;
+  return cudaGetDevice(&device) == cudaSuccess && device < kDevices ? device : kDevices;
 }
 
-// Whether the code of a kernel that the current device runs is of compute capability 9.0 or later, which has clusters and
-// early launches.
+// Whether the code of a kernel that device `device` runs, the current one, is of compute capability 9.0 or later, which has
+// clusters and early launches.
 template <class Argument>
-bool is_for_clusters(void (*kernel)(Argument)) {
+bool is_for_clusters(void (*kernel)(Argument), int device) {
   static std::atomic<signed char> known[kDevices] = {};  // by device: 1 yes, -1 no; all kernels are compiled for the same
-  const int device = current_device();
-  if (device >= kDevices) return false;
+  if (device == kDevices) return false;
   if (const int found = known[device].load(std::memory_order_relaxed)) return found > 0;
   cudaFuncAttributes of{};
   if (cudaFuncGetAttributes(&of, kernel) != cudaSuccess) {
@@ -83,8 +83,8 @@ int64_t max_cluster([[maybe_unused]] void (*kernel)(Argument), [[maybe_unused]] 
   return emu::max_cluster();
 #else
   static std::atomic<signed char> known[kDevices] = {};  // by device; 0: not asked yet
-  if (!is_for_clusters(kernel)) return 1;
-  const int device = current_device();
+  const int device = kept_device();
+  if (!is_for_clusters(kernel, device)) return 1;
   if (const int found = known[device].load(std::memory_order_relaxed)) return found;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(kLargestCluster);
@@ -111,14 +111,14 @@ enum class Start { in_turn, early };
 template <class Argument>
 bool has_early_launches([[maybe_unused]] void (*kernel)(Argument)) {
 #ifdef T2L_EMULATOR
-  return true;
+  return emu::max_cluster() > 1;  // devices that have clusters have them
 #else
   constexpr int kCaptured = 12030;
   static const int driver = [] {
     int version = 0;
     return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
   }();
-  return driver >= kCaptured && is_for_clusters(kernel);
+  return driver >= kCaptured && is_for_clusters(kernel, kept_device());
 #endif
 }
 

@@ -139,9 +139,8 @@ T2L_DEVICE void expand(const LoraParams& p, int adapter, int rank, const Tokens<
       for (int j = 2 * t; j - 2 * t < rank; j += 8) {
         float weights[2][8];
         load_weights<T, kDecode>(p, b, rank, j, o + 32 * (g % 2) + 8 * (g / 2), weights[0], weights[1]);
-        const auto high = [&](int at) {
-          return kDecode ? Split{0.0f, 0.0f} : split(high_row[at]);
-        };  // padding in decode steps
+        // Rows from the eighth on are padding in decode steps.
+        const auto high = [&](int at) { return kDecode ? Split{0.0f, 0.0f} : split(high_row[at]); };
         const Split left[4] = {split(low_row[j]), high(j), split(low_row[j + 1]), high(j + 1)};
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -238,7 +237,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     }
   }
   wait_for_earlier_launches();
-  if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids(p);
+  if (launch.counts_bad_ids && block == 0 && warp_index() == 0) count_bad_ids<kDecode>(p);
   Chunk chunk;
   if (kDecode || c.one_token_per_block) {
     const int end = read_index(p.seg_indptr + place + 1);
@@ -254,7 +253,10 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     chunk = find_chunk(p, place, 16 * MT, scratch, bins, tokens.many);
   }
   if (chunk.count == 0) return;
-  // Members of the cluster's slices.  Ranks, one a lane, and the scaling are loaded before the first that waits for one.
+  // The scaling, and ranks of the members of the cluster's slices, one a lane: loaded before the first that waits for one.
+  int scaling = 0;
+  if (thread_index() == 0 && chunk.adapter >= 0)
+    scaling = static_cast<int>(float_to_bits(read_index(p.scaling + chunk.adapter)));
   const int block_in_cluster = index_in_cluster(c.cluster), last_slice = slice - block_in_cluster + c.cluster - 1;
   int first_member = index, members = 1;
   while (slice - block_in_cluster < c.first_slice[first_member]) --first_member;
@@ -268,7 +270,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   const RankTiles tiles(lane_rank);
   const int rank = tiles.rank(index - first_member), total = tiles.total(), before = tiles.first_of(index - first_member);
   if (thread_index() == 0) {  // in shared memory until they are needed, and so in no register
-    scratch[0] = chunk.adapter < 0 ? 0 : static_cast<int>(float_to_bits(read_index(p.scaling + chunk.adapter)));
+    scratch[0] = scaling;
     scratch[2] = 8 * before;
   }
   if (total > 0 && clustered) cluster_arrive_relaxed();  // this block has begun

@@ -47,12 +47,18 @@ T2L_DEVICE int tokens_of(const LoraParams& p, int64_t s, int adapter) {
 }
 
 // Adds the number of ids out of range to *bad_ids.  For one warp of the launch.
+template <bool kDecode>
 T2L_DEVICE void count_bad_ids(const LoraParams& p) {
+  const auto is_bad = [&](int64_t s) { return s < p.segments && !is_id(p, read_index(p.seg_adapters + s)); };
   int count = 0;
-#pragma unroll 1
-  for (int64_t first = 0; first < p.segments; first += 32) {
-    const int64_t s = first + lane_index();
-    count += count_lanes(s < p.segments && !is_id(p, read_index(p.seg_adapters + s)));
+  if (kDecode) {
+    static_assert(cuda::kMaxOneTokenBlocks == 64, "two segments a lane");
+    const bool first = is_bad(lane_index()), second = is_bad(lane_index() + 32);
+    count = count_lanes(first) + count_lanes(second);
+  } else {
+    for (int64_t s = lane_index(); s < p.segments; s += 32) count += is_bad(s);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) count += shuffle_xor(count, mask);
   }
   if (lane_index() == 0 && count) *p.bad_ids += count;  // a counter serves one stream
 }

@@ -2,6 +2,7 @@
 // clusters of blocks (most of one block) one after the other.
 #include "emulator.h"
 
+#include <algorithm>
 #include <mutex>
 
 #include "machine.h"
@@ -28,9 +29,10 @@ const char* Machine::check_launch(const Launch& launch) {
       launch.cluster * launch.threads > kMaxFibers || launch.grid_x % launch.cluster)
     return describe("launch of %lld blocks along x in clusters of %d, the device has clusters of %d",
                     static_cast<long long>(launch.grid_x), launch.cluster, max_cluster());
-  if (launch.shared_bytes < 0 || launch.shared_bytes > emu::shared_bytes())
+  const int most = std::min(emu::shared_bytes(), kMaxSharedBytes);
+  if (launch.shared_bytes < 0 || launch.shared_bytes > most)
     return describe("launch with %lld bytes of shared memory, a block has %d", static_cast<long long>(launch.shared_bytes),
-                    emu::shared_bytes());
+                    most);
   if (launch.stream != current_stream())
     return describe("launched on stream %p, the current one is %p", launch.stream, current_stream());
   if (current_device() != memory_device())
@@ -81,7 +83,7 @@ const char* Machine::run_cluster(int64_t index) {
   for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0, 0, 0};
   for (int b = 0; b < launch_.cluster; ++b) {
     blocks_[b]->at_barrier = blocks_[b]->exited = 0;
-    for (Barrier& barrier : blocks_[b]->named) barrier.arrived = 0;
+    for (Barrier& barrier : blocks_[b]->named) barrier = Barrier{};
     blocks_[b]->shared.reset(launch_.shared_bytes);
   }
   release(&begin_token_);
@@ -92,6 +94,11 @@ const char* Machine::run_cluster(int64_t index) {
     recover();
     return text_;
   }
+  for (int b = 0; b < launch_.cluster; ++b)
+    for (int name = 1; name < kNamedBarriers; ++name)
+      if (const Barrier& barrier = blocks_[b]->named[name]; barrier.arrived)
+        return describe("%d of %d threads have arrived at barrier %d at the end of block (%lld, %d)", barrier.arrived,
+                        barrier.expected, name, static_cast<long long>(first_x_ + b), block_y);
   for (int b = 0; b < launch_.cluster; ++b)
     if (const auto overrun = blocks_[b]->shared.find_overrun())
       return describe("a thread of block (%lld, %d) wrote outside its allocation %d of shared memory, at byte %lld",

@@ -57,7 +57,8 @@ struct ExchangeBuffer {
 struct Barrier {
   char tokens[2] = {};
   int turn = 0;
-  int arrived = 0, expected = 0;  // threads of this turn: so far, in all
+  int arrived = 0, expected = 0;              // threads of this turn: so far, in all
+  uint32_t lanes[kMaxThreads / kLanes] = {};  // of each warp of the block that have arrived
 };
 
 // What the threads of a block share.

@@ -42,9 +42,14 @@ T2L_EMU_NO_TSAN void Machine::arrive_at_named_barrier(int name, int threads, boo
   barrier.expected = threads;
   void* token = &barrier.tokens[barrier.turn];
   release(token);
+  const int warps = launch_.threads / kLanes, first = fiber_ / launch_.threads * warps;
+  barrier.lanes[fiber_ / kLanes - first] |= bit_of(fiber_);
   if (++barrier.arrived == threads) {
-    const int warps = launch_.threads / kLanes, first = fiber_ / launch_.threads * warps;
     for (int w = first; w < first + warps; ++w) {
+      uint32_t& lanes = barrier.lanes[w - first];
+      if (lanes != 0 && lanes != ~0u)
+        fail("named barrier: %lld lanes of warp %lld arrived, not all", __builtin_popcount(lanes), w);
+      lanes = 0;
       if (warps_[w].name != name) continue;
       warps_[w].ready |= warps_[w].at_named;
       warps_[w].at_named = 0;

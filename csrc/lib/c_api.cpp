@@ -7,6 +7,7 @@
 
 #include "error.h"
 #include "hypernet.h"
+#include "isa.h"
 #include "lora.h"
 
 struct t2l_hypernet {
@@ -15,10 +16,12 @@ struct t2l_hypernet {
 
 namespace {
 
-using t2l::Isa;
 using t2l::lib::Error;
 using t2l::lib::invalid;
+using t2l::lib::is_isa;
+using t2l::lib::kernel_isa;
 using t2l::lib::Module;
+using t2l::lib::public_isa;
 
 // A message that is too long loses its middle, in whole characters: paths stand at its start, and the reason at its end.
 t2l_status report(t2l_error* error, t2l_status status, const char* function, const char* message) noexcept {
@@ -63,8 +66,6 @@ T& given(const char* argument, T* pointer) {
   return *pointer;
 }
 
-int32_t public_isa(Isa isa) { return static_cast<int32_t>(isa) + T2L_ISA_GENERIC; }
-
 const Module& module_of(const t2l_hypernet& net, int64_t index) {
   const int64_t count = net.net.header().num_modules;
   if (index < 0 || index >= count)
@@ -84,14 +85,11 @@ const char* t2l_status_name(int32_t status) {
 
 int32_t t2l_detected_isa(void) { return public_isa(t2l::detected_isa()); }
 
-int32_t t2l_has_isa(int32_t isa) {
-  if (isa < T2L_ISA_BEST || isa > t2l::kNumIsas) return 0;
-  return isa == T2L_ISA_BEST || t2l::has_isa(static_cast<Isa>(isa - T2L_ISA_GENERIC));
-}
+int32_t t2l_has_isa(int32_t isa) { return is_isa(isa) && (isa == T2L_ISA_BEST || t2l::has_isa(kernel_isa(isa))); }
 
 const char* t2l_isa_name(int32_t isa) {
-  if (isa < T2L_ISA_BEST || isa > t2l::kNumIsas) return nullptr;
-  return t2l::isa_name(isa == T2L_ISA_BEST ? t2l::detected_isa() : static_cast<Isa>(isa - T2L_ISA_GENERIC));
+  if (!is_isa(isa)) return nullptr;
+  return t2l::isa_name(isa == T2L_ISA_BEST ? t2l::detected_isa() : kernel_isa(isa));
 }
 
 t2l_status t2l_hypernet_open(const char* path, const t2l_open_options* options, t2l_hypernet** out, t2l_error* error) {

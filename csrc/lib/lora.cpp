@@ -2,6 +2,7 @@
 
 #include <string>
 
+#include "isa.h"
 #include "parallel.h"
 
 namespace t2l::lib {
@@ -94,8 +95,8 @@ DType type_of(const char* name, int32_t type) {
 
 Isa isa_of(int32_t isa) {
   if (isa == T2L_ISA_BEST) return detected_isa();
-  if (isa < T2L_ISA_BEST || isa > kNumIsas) invalid("isa", "a t2l_isa", std::to_string(isa));
-  const Isa wanted = static_cast<Isa>(isa - T2L_ISA_GENERIC);
+  if (!is_isa(isa)) invalid("isa", "a t2l_isa", std::to_string(isa));
+  const Isa wanted = kernel_isa(isa);
   if (!has_isa(wanted))  // without the name of another: to tell the best asks for tiles
     throw Error(T2L_UNSUPPORTED,
                 std::string("isa: expected one that this CPU has and this process may use, got ") + isa_name(wanted));

@@ -18,6 +18,7 @@
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "t2l uses weights in the byte order of the file, little-endian"
 #endif
+static_assert(sizeof(size_t) >= sizeof(int64_t), "sizes of buffers are computed in 64 bits");
 
 namespace t2l::lib {
 namespace {

@@ -75,8 +75,9 @@ T2L_API const char* t2l_isa_name(int32_t isa);
 
 // The caller's threads.  run(pool, count, grain, body, context) must call body(begin, end, context) for ranges that cover
 // [0, count) once, on whichever threads it likes, and return when all of them are done; ranges shorter than `grain` are not
-// worth a thread.  The library never calls it inside itself, but two simultaneous calls of the library do so at the same
-// time.  NULL in place of a t2l_parallel: the calling thread does everything.
+// worth a thread.  It may throw, but only where no body runs or will run any more: bodies use the stack of the call.  The
+// library never calls it inside itself, but two simultaneous calls of the library do so at the same time.  NULL in place of
+// a t2l_parallel: the calling thread does everything.
 typedef void (*t2l_range_body)(int64_t begin, int64_t end, void* context);
 typedef struct t2l_parallel {
   void (*run)(void* pool, int64_t count, int64_t grain, t2l_range_body body, void* context);
@@ -135,9 +136,9 @@ typedef struct t2l_adapter {
   void* lora_A;
   void* lora_B;
   int64_t A_stride[4];
-  int64_t B_stride[4];
-  int32_t dtype;  // t2l_dtype of A and B
-  float scale_B;  // B is multiplied with it: 1, or the scaling to fold that into B; finite and not 0
+  int64_t B_stride[4];  // task, layer, rank, out: in another order than that of t2l_lora
+  int32_t dtype;        // t2l_dtype of A and B
+  float scale_B;        // B is multiplied with it: 1, or the scaling to fold that into B; finite and not 0
 } t2l_adapter;
 
 // Fills `adapter` for module `module`: A contiguous as [tasks, layers, rank, in], B as [tasks, layers, rank, out],
@@ -147,7 +148,8 @@ T2L_API t2l_status t2l_adapter_init(const t2l_hypernet* net, int64_t module, voi
 
 // Adapters of `task_emb` [num_tasks, embed_dim], contiguous float32, as the checkpoint's text encoder gives them.
 // `outputs`: one record a module, num_outputs = num_modules of them, which must not overlap one another.  num_tasks may
-// be 0.  Adapters are unscaled but for scale_B, summed in float32 and rounded once to their dtype.
+// be 0.  Adapters are unscaled but for scale_B, summed in float32 and rounded once to their dtype.  NaN or infinite values
+// in the embedding of a task are not refused: they spoil the adapters of that task, and no other.
 T2L_API t2l_status t2l_hypernet_generate(const t2l_hypernet* net, const float* task_emb, int64_t num_tasks,
                                          const t2l_adapter* outputs, int64_t num_outputs, const t2l_parallel* parallel,
                                          t2l_error* error);
@@ -172,7 +174,7 @@ typedef struct t2l_lora {
   int64_t num_tokens, in_features, out_features, num_adapters, rank, num_segments;
   int64_t x_stride, y_stride;
   int64_t A_stride[2];  // adapter, rank
-  int64_t B_stride[3];  // adapter, out, rank
+  int64_t B_stride[3];  // adapter, out, rank: in another order than that of t2l_adapter
   int32_t x_dtype;      // t2l_dtype of x and y
   int32_t w_dtype;      // t2l_dtype of A and B
   int32_t isa;          // t2l_isa

@@ -49,6 +49,11 @@ void write_floats(std::ofstream& file, const float* values, int64_t count) {
   if (!file) throw std::runtime_error("output: cannot be written");
 }
 
+void finish(std::ofstream& file) {
+  file.close();  // writes what is still in its buffer: a full disk shows here at the latest
+  if (!file) throw std::runtime_error("output: cannot be written");
+}
+
 // Stands for what a model computes.
 void fill(std::vector<float>& values, uint64_t& state) {
   for (float& value : values) {
@@ -133,6 +138,7 @@ void run(const std::string& network, const std::string& input, const std::string
       const std::vector<float>& values = is_B ? slots.lora_B : slots.lora_A;
       const int64_t all = static_cast<int64_t>(values.size()), one = all / num_slots;
       write_floats(file, values.data() + one, all - one);
+      finish(file);
     }
 
   std::vector<int32_t> ranks(static_cast<size_t>(num_slots), static_cast<int32_t>(info.rank));
@@ -153,6 +159,7 @@ void run(const std::string& network, const std::string& input, const std::string
         write_floats(ys, y.data(), kRows * slots.out);
       }
   }
+  for (std::ofstream* file : {&xs, &bases, &ys}) finish(*file);
   std::printf("variant %s, %s: %lld tasks, %lld layers, %lld modules, rank %lld; %lld steps of %lld rows\n", info.variant,
               t2l_isa_name(info.isa), static_cast<long long>(num_slots - 1), static_cast<long long>(info.num_layers),
               static_cast<long long>(info.num_modules), static_cast<long long>(info.rank), static_cast<long long>(kSteps),

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -27,7 +28,8 @@ class Pool {
 
   t2l_parallel parallel() { return {run, this}; }
 
-  // Calls body on ranges of at least `grain` items that cover [0, count); returns when all of them are done.
+  // Calls body on ranges of at least `grain` items that cover [0, count); returns when all of them are done, or throws what
+  // one of them has thrown.
   static void run(void* pool, int64_t count, int64_t grain, t2l_range_body body, void* context) {
     static_cast<Pool*>(pool)->run(count, grain, body, context);
   }
@@ -43,6 +45,8 @@ class Pool {
   }
 
   void run(int64_t count, int64_t grain, t2l_range_body body, void* context) {
+    if (count <= 0) return;
+    if (threads_.empty() || count <= grain) return body(0, count, context);  // nobody is worth waking
     const std::lock_guard<std::mutex> turn(turn_);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -53,17 +57,26 @@ class Pool {
       context_ = context;
       next_ = 0;
       busy_ = threads_.size();
+      failure_ = nullptr;
       ++job_;
     }
     wake_.notify_all();
     take();
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return busy_ == 0; });
+    if (failure_) std::rethrow_exception(failure_);
   }
 
+  // An exception waits until no thread uses the caller's memory any more.
   void take() {
-    for (int64_t begin = next_.fetch_add(step_); begin < count_; begin = next_.fetch_add(step_))
-      body_(begin, std::min(begin + step_, count_), context_);
+    try {
+      for (int64_t begin = next_.fetch_add(step_); begin < count_; begin = next_.fetch_add(step_))
+        body_(begin, std::min(begin + step_, count_), context_);
+    } catch (...) {
+      next_ = count_;  // what is left is not begun
+      const std::lock_guard<std::mutex> lock(mutex_);
+      failure_ = std::current_exception();
+    }
   }
 
   void work() {
@@ -86,6 +99,7 @@ class Pool {
   int64_t count_ = 0, step_ = 1;
   t2l_range_body body_ = nullptr;
   void* context_ = nullptr;
+  std::exception_ptr failure_;
   std::atomic<int64_t> next_{0};
   size_t busy_ = 0;
   uint64_t job_ = 0;

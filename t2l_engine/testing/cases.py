@@ -365,7 +365,7 @@ HYPER_CASES = (
         HyperCase(
             f"aligned_heads_{k}", tasks=9, modules=2, layers=16, head_in=k, in_features=40, out_features=24, dtype=BF16
         )
-        for k in (256, 264)
+        for k in (128, 136, 256, 264)
     ),
     HyperCase("L_fp16", dtype=F16),
     HyperCase("S_learnable_fp64_by_reference", sides=2, position="learned", dtype=F64),

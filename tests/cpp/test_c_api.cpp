@@ -245,6 +245,13 @@ void test_generate_errors(const Net& net, const Floats& task_emb) {
       [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(0, count - 1, context); }, nullptr};
   CHECK_FAILS(T2L_INTERNAL, "parallel: expected run to cover",
               t2l_hypernet_generate(net.get(), emb, 1, records, 2, &lazy, &error));
+  const t2l_parallel twice{[](void*, int64_t count, int64_t, t2l_range_body body, void* context) {
+                             if (count % 2) return body(0, count, context);
+                             for (int i = 0; i < 2; ++i) body(0, count / 2, context);
+                           },
+                           nullptr};
+  CHECK_FAILS(T2L_INTERNAL, "parallel: expected run to cover",
+              t2l_hypernet_generate(net.get(), emb, 1, records, 2, &twice, &error));
   const t2l_parallel wild{
       [](void*, int64_t count, int64_t, t2l_range_body body, void* context) { body(-1, count + 9, context); }, nullptr};
   CHECK_FAILS(T2L_INTERNAL, "got ranges of 0 in all", t2l_hypernet_generate(net.get(), emb, 1, records, 2, &wild, &error));

@@ -119,7 +119,7 @@ std::string check_head_blocks() {
   for (const int64_t kib : {99, 163, 227})
     for (const t2l::DType type : {t2l::DType::bf16, t2l::DType::f32})
       for (const int64_t tasks : {1, 2, 16})
-        for (const int64_t h : {0, 64, 512, 4096}) {
+        for (const int64_t h : {0, 64, 512, 4096, 16 << 20}) {
           t2l::HeadParams p{};
           p.w_type = type, p.tasks = tasks, p.layers = 32, p.sides = 2, p.ranks = 1, p.rank = 8, p.h = h;
           p.in = p.out_features = 4096;
@@ -130,7 +130,7 @@ std::string check_head_blocks() {
           stationary += c.stationary;
           doubled += per_sm == 2;
         }
-  EXPECT(doubled == 16, doubled);
+  EXPECT(doubled == 20, doubled);
   EXPECT(stationary == 5, stationary);
   return "";
 }

@@ -159,7 +159,8 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate, most):
     (slices,) = cut([case.out_features], chunks, slots)
     cluster = cluster_of_slices(case, chunks, len(slices), slots, most)
     assert emulator.t2l_emu_last_launch(b"grid_x") == chunks * ceil(len(slices) / cluster) * cluster
-    assert emulator.t2l_emu_last_launch(b"cluster") == cluster and emulator.t2l_emu_last_launch(b"early")
+    assert emulator.t2l_emu_last_launch(b"cluster") == cluster
+    assert emulator.t2l_emu_last_launch(b"early") == (most > 1)  # devices that have clusters have such launches
     assert counted(emulator) == lora_counts([(case, slices)], m_tiles, n_tiles, accumulate, cluster)
 
 

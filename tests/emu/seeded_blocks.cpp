@@ -195,6 +195,28 @@ const Case kCases[] = {
      },
      input},
 
+    {"part_of_a_warp",  // a device counts whole warps
+     [](bool fixed, const float* x, float* y) {
+       return launch(0, [=] {
+         if (fixed)
+           named_barrier<kThreads>(3);
+         else if (lane_index() < 16)
+           named_barrier<32>(3);
+         store_one(y + element(), load_one(x + element()));
+       });
+     },
+     input},
+
+    {"arrives_once_more",  // the next kernel's barrier would count it
+     [](bool fixed, const float* x, float* y) {
+       return launch(0, [=] {
+         named_barrier<kThreads>(3);
+         if (!fixed && warp_index() == 1) named_arrive<kThreads>(3);
+         store_one(y + element(), load_one(x + element()));
+       });
+     },
+     input},
+
     {"exited_lane",  // a whole warp may exit, and counts as arrived at barriers
      [](bool fixed, const float* x, float* y) {
        return launch(0, [=] {

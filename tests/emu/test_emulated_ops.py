@@ -42,7 +42,7 @@ ALL = Selection("not slow and not cuda", (), at_least() + 100)  # registration, 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A process of pytest: schedule, files, tests, sanitizer, and a device: with few SMs, blocks have long runs of work,
-    and LoRA takes its large chunks; with little shared memory, tiles of the trunk and the ring of heads are smaller."""
+    and LoRA takes its large chunks; with little shared memory, tiles of the trunk and of latents are smaller."""
 
     name: str
     tests: Selection
@@ -50,7 +50,7 @@ class Run:
     files: tuple = (OPS,)
     sanitize: str = ""
     num_sms: int = 132
-    max_cluster: int = 8  # 1: a card without clusters
+    max_cluster: int = 8  # 1: a card without clusters and early launches
     shared_kib: int = 227  # of a block
 
 

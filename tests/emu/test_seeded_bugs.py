@@ -60,6 +60,8 @@ BUGS = [
         FAILS,
         r"32 lanes of warp 1 at barrier 3|(32|64) threads, which others call with (32|64)",
     ),
+    ("part_of_a_warp", "plain", ALL, FAILS, r"16 lanes of warp \d arrived, not all|deadlock: 16 lanes of warp"),
+    ("arrives_once_more", "plain", ALL, FAILS, r"32 of 64 threads have arrived at barrier 3 at the end of block \(\d, 0\)"),
     ("exited_lane", "plain", ("forward",), FAILS, r"warp exchange: 1 lanes of the warp have exited"),
     ("exited_lane", "plain", ("reverse",), FAILS, r"exits while 31 lanes of its warp wait at an exchange"),
     ("missing_cluster_barrier", "plain", ("forward", "reverse"), WRONG, r"= -?nan"),
