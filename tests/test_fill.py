@@ -227,6 +227,20 @@ def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
         pass
 
 
+def test_a_refused_fill_reserves_nothing(model, net, stack_for):
+    """What was refused decides neither rank nor memory of the slots."""
+    handle = attach(model, slots=3)
+    with (
+        pytest.raises(ValueError, match="expected layers on meta, got cpu"),
+        handle.fill(0, net.meta_stack(1), device="meta"),
+    ):
+        pytest.fail("the block was entered")
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    handle.put(0, stack_for(model, ("q_proj",), num_adapters=1, rank=16))  # more than that of the first
+    with handle.fill(1, stack_for(model, ("q_proj",), num_adapters=1, rank=16), device="cpu"):
+        pass
+
+
 def test_slots_of_two_dtypes(model, net):
     """One stack cannot hold both; put can fill them."""
     for layer in model.model.layers:

@@ -401,9 +401,14 @@ def test_loading_while_merged_is_refused(model, handle, tokens):
     for assign in (False, True):
         with pytest.raises(RuntimeError, match=r"call unmerge\(\) before loading"):
             model.load_state_dict(state, assign=assign)
+    zeros = {key: torch.zeros_like(tensor) for key, tensor in state.items()}
+    with pytest.raises(RuntimeError, match=r"call unmerge\(\) before loading"):
+        model.load_state_dict(zeros)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())  # not even the first ones
     with pytest.raises(RuntimeError, match=r"merged into the weight; call unmerge\(\)"):
         model.model.layers[0].self_attn.q_proj.weight = torch.nn.Parameter(torch.zeros(64, 64))
     handle.unmerge()
+    model.load_state_dict(model.state_dict())
     assert torch.equal(logits(model, tokens), base)
     layer = model.model.layers[0].self_attn.q_proj
     layer.bias = torch.nn.Parameter(torch.ones(layer.out_features))

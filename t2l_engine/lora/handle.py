@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.files.weights import WEIGHT_DTYPES
-from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, merged_weight, overwrite
+from t2l_engine.lora.layer import LoRALinear, Member, ShardedLoRALinear, merged_weight, overwrite, refuse_weights
 from t2l_engine.lora.locate import (
     Packed,
     Target,
@@ -68,6 +69,7 @@ class LoRAHandle:
         self._scalings: dict[torch.device, Tensor] = {}  # [slots], by device
         self._filled: set[int] = set()
         self._merged: list[tuple[LoRALinear, Tensor]] | None = None  # layer, its original weight
+        self._guard: Any = None  # of them, from loading a state_dict
 
     # --- routing ---------------------------------------------------------------------------------------------------
 
@@ -207,8 +209,8 @@ class LoRAHandle:
         check_stack("like", like)
         count = len(like)
         self._check_slots(slot, count)
-        self._reserve(like)
-        places = {name: self._slots[self._keys[path]] for name, path in like.paths.items()}
+        matched, made = self._sized(like)
+        places = {name: made[key] if key in made else self._slots[key] for name, (key, _) in matched.items()}
         for name, (_, *sizes) in like.sizes.items():
             if tuple(sizes) != places[name].features:
                 raise ValueError(
@@ -219,13 +221,15 @@ class LoRAHandle:
         if len(set(dtypes.values())) > 1:
             raise ValueError(f"like: expected modules whose slots have one dtype, got {short_repr(dtypes)}; use put()")
         devices = {part for slots in places.values() for part in slots.parts}
+        device = device if device is None else torch.empty(0, device=device).device  # with its index
         if len(devices) > 1 or device not in (None, *devices):
             expected = "one device" if device is None else device
             raise ValueError(f"like: expected layers on {expected}, got {', '.join(sorted(map(str, devices)))}; use put()")
+        self._hold(like, matched, made)
         (device,) = devices
         rows, lora_A, lora_B, ranks = slice(slot, slot + count), {}, {}, {}
         with self._writing(slot, count):
-            with torch.inference_mode(False), torch.no_grad():  # as in _reserve
+            with torch.inference_mode(False), torch.no_grad():  # as in _sized
                 for name, slots in places.items():
                     (part,), (n, r) = slots.parts.values(), like.lora_A[name].shape[1:3]
                     lora_A[name], lora_B[name] = part.A[rows, :n, :r], part.B[rows, :n, :r].mT
@@ -264,9 +268,13 @@ class LoRAHandle:
         self._filled.difference_update(range(slot, slot + count))
         self._slots_changed()
 
-    @torch.inference_mode(False)  # inference tensors could be written in inference mode only
     def _reserve(self, stack: AdapterStack) -> None:
         """Allocate the slots that ``stack`` needs, after all checks, and wrap the linears once there is memory for all."""
+        self._hold(stack, *self._sized(stack))
+
+    @torch.inference_mode(False)  # inference tensors could be written in inference mode only
+    def _sized(self, stack: AdapterStack) -> tuple[dict[str, tuple[str, dict[int, Target]]], dict[str, Slots]]:
+        """What :meth:`_match` gives, and the slots that ``stack`` needs beyond those there are; nothing changes."""
         model = self._check_attached()
         matched = self._match(stack)
         for name, (key, _) in matched.items():
@@ -280,9 +288,15 @@ class LoRAHandle:
                 a, b = stack.lora_A[name], stack.lora_B[name]
                 rank, sizes = self._max_rank or a.shape[2], (a.shape[3], b.shape[2])
                 sharding = find_sharding(model, name, targets)
-                made[key] = Slots(targets, self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
-                for device in made[key].parts:
-                    self._reach(device)
+                made[key] = Slots(targets, a.shape[1], self._num_slots, rank, sizes, a.dtype, device_of(model), sharding)
+        return matched, made
+
+    @torch.inference_mode(False)
+    def _hold(self, stack: AdapterStack, matched: dict[str, tuple[str, dict[int, Target]]], made: dict[str, Slots]) -> None:
+        """Keep the slots that were made for ``stack``, and wrap their linears."""
+        for slots in made.values():
+            for device in slots.parts:
+                self._reach(device)
         self._slots |= made
         for name, (key, targets) in matched.items():
             self._keys[stack.paths[name]] = key
@@ -351,7 +365,7 @@ class LoRAHandle:
         for routing in self._routings.values():
             routing.clear()
             routing.merged = True
-        self._merged = []
+        self._merged, self._guard = [], model.register_load_state_dict_pre_hook(refuse_weights)
         try:
             for _, wrapped in self._wrapped:
                 merged = merged_weight(wrapped, index)
@@ -377,7 +391,8 @@ class LoRAHandle:
             shape = (n_in, n_out) if is_transposed(base) else (n_out, n_in)
             if (
                 not plain
-                or not isinstance(weight, nn.Parameter)
+                or weight is None
+                or type(local(weight)) not in (Tensor, nn.Parameter)  # a subclass may compute in its own way
                 or weight.dtype not in WEIGHT_DTYPES
                 or weight.shape != shape
             ):
@@ -393,6 +408,7 @@ class LoRAHandle:
             raise RuntimeError("unmerge: no adapter is merged")
         for wrapped, original in self._merged:
             overwrite(local(wrapped.weight), original)
+        self._guard.remove()
         self._merged = None
         for routing in self._routings.values():
             routing.merged = False

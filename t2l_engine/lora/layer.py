@@ -244,7 +244,7 @@ class LoRALinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # torch calls this before it loads "base"; rename the keys under our prefix to those of "base".
         if self._routing.merged:
-            raise RuntimeError("an adapter is merged into the weights; call unmerge() before loading others")
+            refuse_weights()
         self._prefix = prefix
         for key in [k for k in state_dict if k.startswith(prefix)]:
             state_dict[f"{prefix}base.{key.removeprefix(prefix)}"] = state_dict.pop(key)
@@ -335,6 +335,11 @@ class ShardedLoRALinear(LoRALinear):
             f"{self.extra_repr()}: expected {what} {shape} of this process as a plain tensor, got {got}: linears that "
             "divide their input or gather their output themselves, and sequence parallelism, are not supported"
         )
+
+
+def refuse_weights(*_: object) -> None:
+    """In place of loading weights where an adapter is merged; as a hook of the model, before any is loaded."""
+    raise RuntimeError("an adapter is merged into the weights; call unmerge() before loading others")
 
 
 def _own_names(layer: LoRALinear, keys) -> None:

@@ -198,11 +198,12 @@ def check_layers(name: str, stack: AdapterStack, targets: dict[int, Target]) -> 
     """ValueError unless the layers of module ``name`` of ``stack`` are those of ``targets``."""
     path, num_layers = stack.paths[name], stack.lora_A[name].shape[1]
     depth = max(targets) + 1
-    if LAYER in path and (num_layers > depth or (num_layers < depth and not stack.partial)):
-        raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
-    if len(targets) == depth:
+    if LAYER not in path or num_layers == depth == len(targets):
         return
+    # Modules that the last layers of a model lack are filled up to its depth, with rank 0.
     needed = set(stack.ranks[name].amax(dim=0).nonzero().flatten().tolist())
+    if max(needed, default=0) >= depth or (num_layers < depth and not stack.partial):
+        raise ValueError(f"{name}: the adapter has {num_layers} layers, the model has {depth}")
     if needed - targets.keys():
         raise ValueError(f"{name}: the adapter adapts layers {sorted(needed - targets.keys())}, where the model has none")
 

@@ -26,13 +26,15 @@ class Part(NamedTuple):
 class Slots:
     """``count`` slots for adapters of rank ``rank`` at most, for the linears ``targets`` by layer; empty: rank 0.
 
-    ``features``: (in, out).  ``sharding``: how the linears are divided among processes; the slots are for this one's part.
-    ``dtype``: of linears whose weights are quantised.  ``elsewhere``: the device of those without weights.
+    ``num_layers``: of the adapters, which may go beyond the last linear with rank 0.  ``features``: (in, out).
+    ``sharding``: how the linears are divided among processes; the slots are for this one's part.  ``dtype``: of linears
+    whose weights are quantised.  ``elsewhere``: the device of those without weights.
     """
 
     def __init__(
         self,
         targets: dict[int, Target],
+        num_layers: int,
         count: int,
         rank: int,
         features: tuple[int, int],
@@ -51,7 +53,8 @@ class Slots:
         self.parts: dict[torch.device, Part] = {}
         for device in distinct:
             # On one device also layers without a linear: those of a stack are then a slice.
-            layers = [i for i in range(max(targets) + 1) if len(distinct) == 1 or devices.get(i) == device]
+            all_layers = range(max(num_layers, max(targets) + 1))
+            layers = [i for i in all_layers if len(distinct) == 1 or devices.get(i) == device]
             like, n = {"device": device, "dtype": dtype}, len(layers)
             A, B = (torch.zeros(count, n, rank, width, **like) for width in self.features)
             self.parts[device] = Part(layers, A, B, torch.zeros(n, count, device=device, dtype=torch.int32))

@@ -66,8 +66,21 @@ class _Modules:
     def __init__(self, model: nn.Module):
         self._all = [(module, dict(module._modules)) for module in model.modules()]
         modules = [module for module, _ in self._all]
-        self.adaptable: list[Any] = [m for m in modules if hasattr(type(m), "adapted")]  # LoRALinear, of a room above
+        self._ours: list[Any] = [m for m in modules if hasattr(type(m), "adapted")]  # LoRALinear, of a room above
+        self._of_peft: list[Any] = [
+            m for m in modules if hasattr(type(m), "active_adapters") and hasattr(m, "merged_adapters")
+        ]
         self.bert = PackedBert(model, modules) if is_plain(modules) else None
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are in use: ours, or PEFT's, which a model that was given to it has too."""
+        of_peft = (m.merged_adapters or (m.active_adapters and not m.disable_adapters) for m in self._of_peft)
+        return any(module.adapted for module in self._ours) or any(of_peft)
+
+    @property
+    def training(self) -> bool:
+        return any(module.training for module, _ in self._all)
 
     def are_of(self, model: nn.Module) -> bool:
         return self._all[0][0] is model and all(module._modules == children for module, children in self._all)
@@ -76,12 +89,12 @@ class _Modules:
 class TextEncoder:
     """A frozen transformers encoder with pooling: texts to ``task_emb``, L2-normalised, times sqrt(embed_dim).
 
-    Embeddings of the ``cache_size`` most recently used texts are kept: by default of 4096, 6 MB at 384 floats each.  They
-    do not depend on padding, which is masked, or on the batch: texts are batched by length and padded on the right,
-    whatever the tokenizer's padding side.  Plain BERT models in float32 on a CPU, such as MiniLM, run without padding and
-    without transformers' forward, unless a module is replaced, hooked or in training mode; changed weights take effect on
-    texts that are not kept.  Several threads may call :meth:`encode`; a text that is new to two of them at once is embedded
-    by both.
+    Embeddings of the ``cache_size`` most recently used texts are kept: by default of 4096, 6 MB at 384 floats each; none of
+    a model in training mode.  They do not depend on padding, which is masked, or on the batch: texts are batched by length
+    and padded on the right, whatever the tokenizer's padding side.  Plain BERT models in float32 on a CPU, such as MiniLM,
+    run without padding and without transformers' forward, unless a module is replaced, hooked or in training mode; changed
+    weights take effect on texts that are not kept.  Several threads may call :meth:`encode`; a text that is new to two of
+    them at once is embedded by both.
 
     Source: paper section 3; pooling and normalisation of SakanaAI's embedding code.
 
@@ -242,7 +255,8 @@ class TextEncoder:
             with without_autocast(device):  # embeddings are kept, for callers without
                 vectors = self._embed([tokens[text] for text in chosen])
             found |= zip(chosen, vectors, strict=True)
-        self._keep(new, found)
+        if not self._modules.training:  # with dropout they are no two times the same
+            self._keep(new, found)
         return torch.stack([found[text].to(device) for text in prepared])  # the model may have moved since
 
     def _cached(self, texts: Iterable[str]) -> dict[str, Tensor]:
@@ -298,17 +312,18 @@ class TextEncoder:
         modules = self._modules
         if not modules.are_of(self.model):
             modules = self._modules = _Modules(self.model)
-        if any(module.adapted for module in modules.adaptable):
+        if modules.adapted:
             raise RuntimeError(
                 f"encoder {self.config.name!r}: adapters are in use on this model, which would change the embeddings; "
-                "embed outside of use(...), or detach() first"
+                "embed outside of use(...), or detach() first (PEFT's: disable or unload them)"
             )
         return modules
 
     def _hidden_states(self, tokens: list[dict[str, list[int]]]) -> Tensor:
         """Last hidden states ``[total tokens, width]`` by the model's forward, of the texts one after another."""
         batch, mask = self._padded(tokens)
-        return self.model(**batch, attention_mask=mask.long()).last_hidden_state[mask]
+        hidden = self.model(**batch, attention_mask=mask.long()).last_hidden_state
+        return hidden[mask.to(hidden.device)]  # the last layer of a model on several devices
 
     def _padded(self, tokens: list[dict[str, list[int]]]) -> tuple[dict[str, Tensor], Tensor]:
         """The model's inputs for texts padded on the right, and the mask ``[N, L]`` of their tokens."""

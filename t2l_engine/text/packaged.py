@@ -6,6 +6,7 @@ load in two seconds.  These bfloat16 weights are the base model of the bundled c
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -76,12 +77,26 @@ def convert() -> Path:
         tokenizer.save_pretrained(temporary)
         for path in (temporary, *temporary.iterdir()):  # for others too: safetensors and mkdtemp write for their owner alone
             path.chmod(0o755 if path.is_dir() else 0o644)
-        if not (folder / "config.json").is_file():  # another process may have been faster, and its folder be in use
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+        _move(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _move(made: Path, folder: Path) -> None:
+    """``made`` to ``folder``, unless another process was faster, whose folder may be in use."""
+    for _ in range(2):
+        try:
+            made.rename(folder)  # also over an empty one
+            return
+        except OSError:
+            if (folder / "config.json").is_file():
+                return
+            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".broken-"))
+            with contextlib.suppress(OSError):  # another process may have moved it
+                folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+    raise FileExistsError(f"{folder}: expected a converted model or nothing, found a folder without config.json")
 
 
 def load(dtype: torch.dtype = torch.float32, **kwargs):

@@ -200,7 +200,8 @@ class TextReader(TextEncoder):
         batch, mask = self._padded(tokens)
         with self._lock, _Recorded(self.model, self.config.layers) as recorded, contextlib.suppress(_LastLayer):
             self.model(**batch, attention_mask=mask.long(), use_cache=False)
-        read = torch.stack([recorded.outputs[i][mask].float() for i in self.config.layers], dim=1)
+        states = [recorded.output(i) for i in self.config.layers]  # on several devices, where the model is
+        read = torch.stack([state[mask.to(state.device)].float().to(mask.device) for state in states], dim=1)
         read = read * (read.square().mean(dim=-1, keepdim=True) + EPS).rsqrt()
         return list(read.flatten(1).to(torch.bfloat16).split(mask.sum(dim=1).tolist()))
 
@@ -217,10 +218,13 @@ class _Recorded:
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[int]):
         depth = model.config.get_text_config().num_hidden_layers
-        stack = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+        # Not of a vision model beside the text model, which may have as many.
+        text = getattr(model, "get_decoder", lambda: None)() or model
+        stack = next((m for m in text.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
+        self._wanted = f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}"
         if stack is None:
-            raise ConfigError(f"encoder: expected a decoder with a list of its {depth} layers, got {type(model).__name__}")
-        self.outputs: dict[int, Tensor] = {}
+            raise ConfigError(self._wanted)
+        self._outputs: dict[int, Tensor] = {}
         self._thread, self._last = threading.get_ident(), layers[-1]
         self._modules = {i: stack[i - 1] if i else model.get_input_embeddings() for i in layers}
 
@@ -234,10 +238,16 @@ class _Recorded:
         for hook in self._hooks:
             hook.remove()
 
+    def output(self, index: int) -> Tensor:
+        """Of layer ``index``; ConfigError where the forward pass did not run it."""
+        if index not in self._outputs:
+            raise ConfigError(self._wanted)
+        return self._outputs[index]
+
     def _record(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:  # another thread may run the model meanwhile
             return
-        self.outputs[index] = output[0] if isinstance(output, tuple) else output
+        self._outputs[index] = output[0] if isinstance(output, tuple) else output
         if index == self._last:
             raise _LastLayer
 
