@@ -41,7 +41,7 @@ ui: $(VENV)/.ui
 	@$(BIN)/t2l ui
 
 test: setup
-	@echo "==> tests: some five minutes on two cores"
+	@echo "==> tests: some minutes on two cores"
 	$(BIN)/python -m pytest -q -n 2
 
 # With the real vLLM: our kernels under its layers, its HTTP server, its offline class.

@@ -39,6 +39,7 @@ RESULTS, PAGES, DRAWN = Path("bench", "results"), Path("docs", "results"), Path(
 #: A block of a document between markers of this name, made from the template of that name.
 BLOCKS = {
     "speed": "README.md",
+    "limits": "README.md",
     "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md",
     "specs-card": "t2l_engine/checkpoints/smollm2-135m-specs/README.md",
 }
@@ -143,7 +144,8 @@ class Report(View):
         for template in TEMPLATES.glob("results/*.md.j2"):
             out[PAGES / template.stem] = self._try(f"results/{template.name}", self._render)
         for name, document in BLOCKS.items():
-            out[Path(document)] = self._try(f"{name}.md.j2", functools.partial(self._block, name, document))
+            text = out.get(Path(document)) or (self.root / document).read_text(encoding="utf-8")
+            out[Path(document)] = self._try(f"{name}.md.j2", functools.partial(self._block, name, document, text))
         for name in self.tables:
             out[PAGES / "tables" / f"{name}.csv"] = self._try(name, lambda name: tables.to_csv(self._lines(name)))
         return {path: text for path, text in out.items() if text is not None}
@@ -164,8 +166,7 @@ class Report(View):
         made = _environment().get_template(template).render(names, tables=self.tables, results=self.results)
         return f"<!-- Made from bench/report/templates/{template}: edit that. -->\n{made.strip()}\n"
 
-    def _block(self, name: str, document: str, template: str) -> str:
-        text = (self.root / document).read_text(encoding="utf-8")
+    def _block(self, name: str, document: str, text: str, template: str) -> str:
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.find(begin) > text.find(end):
             raise ResultError(f"{document}: markers of block {name!r} are missing, doubled or out of order")
