@@ -5,7 +5,16 @@ from types import SimpleNamespace
 import pytest
 
 import t2l_engine as t2l
-from t2l_engine.text.prompts import answer_ids, answer_of, chat_prompt, prompt_ids, prompt_of, raw_prompt
+from t2l_engine.text.prompts import (
+    answer_ids,
+    answer_in,
+    answer_of,
+    chat_prompt,
+    continuation,
+    prompt_ids,
+    prompt_of,
+    raw_prompt,
+)
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -61,6 +70,27 @@ def test_an_answer_is_read_as_it_stands_after_the_prompt(form, prepends):
         if form == "raw":
             prompt = prompt_of(form, own, "Paris")
             assert prompt_ids(own, [prompt + answer_of(form, answer)]) == [prompt_ids(own, [prompt])[0] + ids]
+
+
+@pytest.mark.parametrize("prepends", [True, False])
+@pytest.mark.parametrize("answer", ["Paris of Paris", " of Paris", "Paris\n  of", "", "\nParis"])
+def test_a_generated_answer_is_read_as_it_was_meant(prepends, answer):
+    """Indentation is part of a program: neither the space after "Output:" is, nor may another one go."""
+    words = ["<unk>", "▁", "▁Paris", "▁Output", "Output", ":", "▁of", "Paris", "of", "</s>", "\n"]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram([(word, -len(words[0])) for word in words], unk_id=0))
+    spaces = tokenizers.normalizers.Replace(" ", "▁")
+    whole = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.Fuse()]
+    if prepends:
+        spaces = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), spaces])
+        whole.append(tokenizers.decoders.Strip(" ", 1, 0))
+    made.normalizer, made.decoder = spaces, tokenizers.decoders.Sequence(whole)
+    own = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+    prompt = raw_prompt("", "Paris")
+    ids = [*answer_ids(own, answer_of("raw", answer)), own.eos_token_id]
+    assert answer_in("raw", continuation(own, prompt, ids)) == answer
+    if prepends:  # alone the first space goes, and with it one level of a program's lines
+        assert own.decode(ids, skip_special_tokens=True) != answer_of("raw", answer) or not answer
+    assert continuation(own, "Paris", ids) == own.decode(ids, skip_special_tokens=True)
 
 
 def test_chat_prompts_are_the_same_every_day():

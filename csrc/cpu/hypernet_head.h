@@ -259,21 +259,31 @@ inline void for_head_tiles(const HeadParams& p, int64_t width, ParallelFor paral
   const int64_t per_latent = p.rank / p.ranks;
   const int64_t size[2] = {p.in, p.out_features};
   const int64_t wider = p.in > p.out_features ? p.in : p.out_features;
-  const int64_t tiles[2] = {((shared ? wider : p.in) + width - 1) / width,
-                            ((shared ? wider : p.out_features) + width - 1) / width};
+  const int64_t tiles[2] = {(p.in + width - 1) / width, (p.out_features + width - 1) / width};
+  const int64_t all = tiles[0] + tiles[1], both = min(tiles[0], tiles[1]);
+  const int wider_side = tiles[1] > tiles[0];
   auto body = [&](int64_t begin, int64_t end) {
     S scratch(p.h);
     for (int64_t item = begin; item < end; ++item) {
-      const int side = shared ? item % 2 : item >= per_latent * tiles[0];
-      const int64_t local = shared ? item / 2 : item - (side ? per_latent * tiles[0] : 0);
-      const int64_t p_rank = local / tiles[side], column = local % tiles[side] * width;
-      if (column >= size[side]) continue;
+      int side;
+      int64_t p_rank, column;
+      if (shared) {
+        const int64_t i = item % all;
+        p_rank = item / all;
+        side = i < 2 * both ? i % 2 : wider_side;
+        column = (i < 2 * both ? i / 2 : i - both) * width;
+      } else {
+        side = item >= per_latent * tiles[0];
+        const int64_t local = item - (side ? per_latent * tiles[0] : 0);
+        p_rank = local / tiles[side];
+        column = local % tiles[side] * width;
+      }
       const int64_t row = (side && !shared ? per_latent * p.in : 0) + p_rank * (shared ? wider : size[side]) + column;
       tile(scratch, side, row, p_rank, column, min(width, size[side] - column));
     }
     end_streams();
   };
-  for_range(parallel, per_latent * (tiles[0] + tiles[1]), 1, body);
+  for_range(parallel, per_latent * all, 1, body);
 }
 
 template <class WT, class OT>

@@ -153,11 +153,18 @@ inline void backward_typed(const LoraBackwardParams& q, ParallelFor parallel) {
   const int64_t macs = p.tokens * p.rank * (2 * p.in + p.out) / order.blocks + 1;
   for_range(parallel, order.blocks, kGrainMacs / macs + 1, blocks);
   const int64_t items = (p.in + kGradCols - 1) / kGradCols + (p.out + kGradCols - 1) / kGradCols;
+  // A range is of tokens times items: item i of a run begins after those of the runs before it, and i times the run's
+  // tokens. It is done where it begins, so that threads have alike many tokens, however long the runs are.
   auto columns = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) backward_columns<T, WT>(q, order, i / items, i % items, vectors);
+    for (int64_t run = 0; run < order.runs; ++run) {
+      const int64_t begin = order.run_begin(run), count = order.run_end.data[run] - begin;
+      const auto item_from = [&](int64_t place) { return (place - begin * items + count - 1) / count; };
+      const int64_t from = item_from(first), until = min(items, item_from(last));
+      for (int64_t i = from < 0 ? 0 : from; i < until; ++i) backward_columns<T, WT>(q, order, run, i, vectors);
+    }
   };
-  const int64_t column_macs = p.tokens * p.rank * kGradCols / order.runs + 1;
-  for_range(parallel, order.runs * items, kGrainMacs / column_macs + 1, columns);
+  const int64_t all = order.run_end.data[order.runs - 1] * items;
+  for_range(parallel, all, kGrainMacs / (p.rank * kGradCols + 1) + 1, columns);
 }
 
 void lora_backward(const LoraBackwardParams& q, ParallelFor parallel) {

@@ -1,6 +1,7 @@
 // Pre-faults freshly allocated outputs.
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "t2l/kernels.h"
@@ -9,7 +10,8 @@ namespace t2l {
 
 void touch_output(void* data, int64_t bytes, ParallelFor parallel) {
 #if defined(__linux__)
-  constexpr uintptr_t kPage = 4096, kLargePage = uintptr_t{2} << 20;
+  static const uintptr_t kPage = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));  // 64 KiB on some AArch64 systems
+  constexpr uintptr_t kLargePage = uintptr_t{2} << 20;
   constexpr int64_t kChunk = 256 << 10;
   constexpr int kPopulate = 23;  // MADV_POPULATE_WRITE, of Linux 5.14: no fault for each page
   const uintptr_t start = reinterpret_cast<uintptr_t>(data), stop = start + static_cast<uintptr_t>(bytes);

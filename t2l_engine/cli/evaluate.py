@@ -7,6 +7,7 @@ import enum
 import json
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -175,6 +176,8 @@ def evaluate(
         groups = {group: members for group, members in groups.items() if group in apart} or groups
     model_name = base_model_of(folder, base_model)
     model, tokenizer = models.load(model_name, dtype.torch)
+    for what, other in _other_bases(loaded_engines, [*stored[0], *filter(None, [stored[1]]), *stored[2]]):
+        say(f"{what} is of {other}, and is evaluated on {model_name}")
     if not has_chat(tokenizer):
         found = without_chat(found)
         say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
@@ -353,6 +356,23 @@ def _adapters(option: str, folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{option}: {folder}: expected folders of PEFT adapters, found none")
     return found
+
+
+def _other_bases(engines: list[tuple], stored: list[Path]) -> Iterator[tuple[str, str]]:
+    """(folder, its base model) of the checkpoints and of ``stored`` adapters that state another one than the first."""
+    from t2l_engine.adapters.peft import CONFIG_NAME
+    from t2l_engine.files.text import read_json
+    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.text.packaged import own_name
+
+    stated = [(str(folder), checkpoints.describe(folder).get("base_model")) for _, _, folder in engines]
+    for folder in stored:
+        config = next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + CONFIG_NAME))), None)
+        stated.append((str(folder), config and read_json(config).get("base_model_name_or_path")))
+    (_, first), *others = stated
+    for folder, other in others:
+        if first and other and own_name(other) != own_name(first):
+            yield folder, other
 
 
 def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, list[str]]:

@@ -46,8 +46,24 @@ def answer_of(prompt_form: str, text: str) -> str:
 
 
 def answer_in(prompt_form: str, text: str) -> str:
-    """The answer in generated ``text``: nothing tells a base model that reads a raw prompt to stop after it."""
-    return text.split(NEXT_EXAMPLE)[0] if prompt_form == RAW else text
+    """The answer in generated ``text``, which :func:`answer_of` undoes: without the space that raw prompts are followed by.
+
+    Nothing tells a base model that reads a raw prompt to stop after its answer.
+    """
+    return text.split(NEXT_EXAMPLE)[0].removeprefix(" ") if prompt_form == RAW else text
+
+
+def continuation(tokenizer, prompt: str, ids: Sequence[int]) -> str:
+    """The text of generated ``ids``, without special tokens; of raw prompts exactly as it goes on, a first space included.
+
+    Alone, the tokenizers of Llama 2 and Mistral drop the space of a first token, others keep it: of a program that is one
+    level of indentation.
+    """
+    if not prompt.endswith(_LAST):
+        return tokenizer.decode(ids, skip_special_tokens=True)
+    before = tokenizer(_LAST, add_special_tokens=False)["input_ids"]
+    own, whole = (tokenizer.decode(all_ids, skip_special_tokens=True) for all_ids in (before, [*before, *ids]))
+    return whole.removeprefix(own)
 
 
 def answer_ids(tokenizer, answer: str) -> list[int]:

@@ -155,7 +155,7 @@ def test_short_prompts_come_first_and_answers_in_the_order_asked(answerer, batch
 
 
 def test_an_answer_ends_at_its_first_line_break_where_it_is_one_line(answerer, loaded, monkeypatch):
-    monkeypatch.setattr(type(loaded[1]), "batch_decode", lambda self, out, **kwargs: ["\n red\nblue\n" for _ in out])
+    monkeypatch.setattr(type(loaded[1]), "decode", lambda self, ids, **kwargs: "\n red\nblue\n")
     texts = [answerer().ask([Query("red", one_line=one)], None)[0].text for one in (True, False)]
     assert texts == ["red", "\n red\nblue\n"]
 

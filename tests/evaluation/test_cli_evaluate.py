@@ -316,6 +316,16 @@ def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_ada
     assert {of["form"] for of in result["forms"].values()} == {"raw"}
 
 
+def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
+    _, _, quiet = evaluate("--oracle", adapters, "--arms", "oracle")
+    others = tmp_path / "others"
+    shutil.copytree(adapters, others)
+    for path in others.glob("*/adapter_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    _, _, err = evaluate("--oracle", others, "--arms", "oracle")
+    assert f"{others} is of elsewhere, and is evaluated on " in err and " is evaluated on " not in quiet
+
+
 def test_oracles_of_prompts_with_the_description_are_asked_so(evaluate, raw_adapters):
     without, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
     done = raw_adapters.parent / "waves" / "000" / "done.json"

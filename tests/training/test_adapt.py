@@ -148,7 +148,7 @@ def test_the_start_is_validated(engine, base_model, tmp_path):
         adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"patience": 0})
 
 
-@pytest.mark.parametrize("change", [{"mode": "multi-task"}, {"initial": "elsewhere"}, {"rank": 2}])
+@pytest.mark.parametrize("change", [{"mode": "multi-task"}, {"initial": "elsewhere"}, {"rank": 2}, {"base_model": "x"}])
 def test_what_the_adapter_decides_is_no_setting(engine, base_model, tmp_path, change):
     (name,) = change
     with pytest.raises(ConfigError, match=f"{name}: expected no value, for the generated adapter decides it, got "):

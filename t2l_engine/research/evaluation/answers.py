@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.text.prompts import answer_ids, prompt_ids
+from t2l_engine.text.prompts import answer_ids, continuation, prompt_ids
 
 #: Tokens that verified prompts have in common, and prompts of a batch, from which their common prefix is computed once.
 SHARED, FEWEST_SHARED = 16, 4
@@ -220,7 +220,8 @@ class Answerer:
                 do_sample=False,
                 pad_token_id=self._tokenizer.pad_token_id,
             )
-        texts = self._tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        rows = out[:, batch["input_ids"].shape[1] :].tolist()
+        texts = [continuation(self._tokenizer, q.prompt, ids) for q, ids in zip(queries, rows, strict=True)]
         return [text.strip().split("\n")[0] if q.one_line else text for q, text in zip(queries, texts, strict=True)]
 
     def _likelihoods(self, queries: Sequence[Query], prompts: list[list[int]], use: Use) -> list[float]:

@@ -108,6 +108,7 @@ def adapt(
     description: str,
     examples: Sequence[tuple[str, str]],
     output: str | Path,
+    /,
     **changes: Any,
 ) -> Report:
     """Write the PEFT folder ``output``: the adapter that ``engine`` generates, tuned on ``examples``.

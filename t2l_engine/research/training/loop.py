@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -310,7 +311,10 @@ class _State:
         if not self._path.is_file():
             return 0
         # Not mapped to the device: AdamW keeps its step counter on the host.
-        content = torch.load(self._path, weights_only=True, map_location="cpu")
+        try:
+            content = torch.load(self._path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{self._path}: cannot be read, perhaps cut short: {short_repr(str(error))}") from None
         changed = differences(self._job.settings, json.loads(content["settings"]))
         if changed:
             raise ConfigError(

@@ -20,6 +20,9 @@ from t2l_engine.text.prompts import CHAT, answer_ids, answer_of, prompt_ids, pro
 G = TypeVar("G")
 Descriptions = Callable[[int], Sequence[int]]  # task index -> indices of the descriptions to draw from
 
+#: Samples with the description in the prompt that are kept: some 100 MB at 200 tokens.
+DESCRIBED_KEPT = 1 << 14
+
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
@@ -156,6 +159,8 @@ class Examples:
             answer = answer_ids(self._tokenizer, answer_of(self._template, chosen.outputs[0]))
             answer = [*answer, self._tokenizer.eos_token_id]
             found = self._cache[key] = Sample(tuple(prompt + answer), len(answer), chosen.input)
+            if self._with_description and len(self._cache) > DESCRIBED_KEPT:  # every description is another prompt
+                del self._cache[next(iter(self._cache))]
         return found
 
     def group(self, task: int, visit: int, count: int, seed: int, descriptions: Descriptions) -> Group:
