@@ -36,7 +36,7 @@ ARCHS = {
     "sm_120": "-gencode=arch=compute_90,code=sm_120",
 }
 #: Where ncu may be, which the toolkit's own folders lack in some installations.
-NSIGHT_COMPUTE = sorted(glob.glob("/opt/nvidia/nsight-compute/*"), reverse=True)
+NSIGHT_COMPUTE = "/opt/nvidia/nsight-compute/*"
 FLAGS = ("-O3", "-std=c++17", "-fmad=false", "-Icsrc", "-Icsrc/cuda", "-Werror", "all-warnings")
 PTXAS_FLAGS = "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage"
 
@@ -76,8 +76,9 @@ def find(tool: str) -> str:
     """Path of a program of the CUDA toolkit."""
     home, beside = os.environ.get("CUDA_HOME", "/usr/local/cuda"), os.path.dirname(os.environ.get("CUDACXX", ""))
     packages = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cu13", "bin")
+    newest = sorted(glob.glob(NSIGHT_COMPUTE), reverse=True)
     places = [beside, os.path.join(home, "bin"), os.environ.get("PATH"), packages]
-    path = shutil.which(tool, path=os.pathsep.join([*filter(None, places), *NSIGHT_COMPUTE]))
+    path = shutil.which(tool, path=os.pathsep.join(filter(None, [*places, *newest])))
     if path is None:
         where = "neither beside CUDACXX nor in CUDA_HOME/bin, PATH or the packages of this Python"
         raise KernelError(f"{tool}: {where}; install the CUDA toolkit 13, or pip install '.[cuda-check]'")

@@ -91,7 +91,7 @@ sys.exit(subprocess.run({shell!r}, shell=True, env=os.environ | {{"report": repo
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
-        monkeypatch.setattr(kernels, "NSIGHT_COMPUTE", [])
+        monkeypatch.setattr(kernels, "NSIGHT_COMPUTE", "")
         return tmp_path / "asked"
 
     return make

@@ -82,8 +82,8 @@ const char* Machine::run_cluster(int64_t index) {
   for (int i = 0; i < fiber_count_; ++i) threads_[i]->waited = !launch_.early;
   for (int w = 0; w < warp_count_; ++w) warps_[w] = Warp{~0u, 0, 0, 0, 0, 0, 0, 0, 0};
   for (int b = 0; b < launch_.cluster; ++b) {
-    blocks_[b]->at_barrier = blocks_[b]->exited = 0;
-    for (Barrier& barrier : blocks_[b]->named) barrier = Barrier{};
+    blocks_[b]->exited = 0;
+    for (Barrier& barrier : blocks_[b]->barriers) barrier = Barrier{};
     blocks_[b]->shared.reset(launch_.shared_bytes);
   }
   release(&begin_token_);
@@ -96,7 +96,7 @@ const char* Machine::run_cluster(int64_t index) {
   }
   for (int b = 0; b < launch_.cluster; ++b)
     for (int name = 1; name < kNamedBarriers; ++name)
-      if (const Barrier& barrier = blocks_[b]->named[name]; barrier.arrived)
+      if (const Barrier& barrier = blocks_[b]->barriers[name]; barrier.arrived)
         return describe("%d of %d threads have arrived at barrier %d at the end of block (%lld, %d)", barrier.arrived,
                         barrier.expected, name, static_cast<long long>(first_x_ + b), block_y);
   for (int b = 0; b < launch_.cluster; ++b)
@@ -144,7 +144,7 @@ T2L_EMU_NO_TSAN void Machine::exit_thread() {
   if (++exited_ == fiber_count_) {
     switch_to(&me.fiber.context, &host_);
   } else {
-    if (block().at_barrier + block().exited == launch_.threads) release_barrier();
+    if (block().barriers[0].arrived + block().exited == launch_.threads) release_barrier();
     if (at_cluster_barrier_ + exited_ == fiber_count_) release_cluster_barrier();
     run_next();
   }
@@ -205,7 +205,7 @@ T2L_EMU_NO_TSAN void Machine::describe_deadlock() {
     if (count) waiting += (waiting.empty() ? "" : ", ") + std::to_string(count) + what;
   };
   int at_barrier = 0;
-  for (int b = 0; b < launch_.cluster; ++b) at_barrier += blocks_[b]->at_barrier;
+  for (int b = 0; b < launch_.cluster; ++b) at_barrier += blocks_[b]->barriers[0].arrived;
   add(at_barrier, " threads at a barrier");
   add(at_cluster_barrier_, " threads at a cluster barrier");
   for (int w = 0; w < warp_count_; ++w) {

@@ -59,15 +59,18 @@ struct Barrier {
   int turn = 0;
   int arrived = 0, expected = 0;              // threads of this turn: so far, in all
   uint32_t lanes[kMaxThreads / kLanes] = {};  // of each warp of the block that have arrived
+
+  T2L_EMU_NO_TSAN void next_turn() {
+    arrived = 0;
+    turn ^= 1;
+  }
 };
 
 // What the threads of a block share.
 struct Block {
   SharedArena shared;
-  int at_barrier = 0, exited = 0;
-  char barrier_tokens[2] = {};
-  int barrier = 0;
-  Barrier named[kNamedBarriers];
+  int exited = 0;
+  Barrier barriers[kNamedBarriers];  // by name; the first is block_barrier's
 };
 
 class Machine : public Running {

@@ -5,12 +5,12 @@ namespace t2l::emu {
 
 T2L_EMU_NO_TSAN void Machine::wait_at_barrier() {
   Block& mine = block();
-  void* token = &mine.barrier_tokens[mine.barrier];
+  Barrier& barrier = mine.barriers[0];
+  void* token = &barrier.tokens[barrier.turn];
   release(token);
-  if (mine.at_barrier + 1 + mine.exited == launch_.threads) {
+  if (++barrier.arrived + mine.exited == launch_.threads) {
     release_barrier();
   } else {
-    ++mine.at_barrier;
     warps_[fiber_ / kLanes].at_barrier |= bit_of(fiber_);
     run_next();
   }
@@ -24,8 +24,7 @@ T2L_EMU_NO_TSAN void Machine::release_barrier() {
     warps_[w].ready |= warps_[w].at_barrier;
     warps_[w].at_barrier = 0;
   }
-  block().at_barrier = 0;
-  block().barrier ^= 1;
+  block().barriers[0].next_turn();
 }
 
 T2L_EMU_NO_TSAN void Machine::arrive_at_named_barrier(int name, int threads, bool waits) {
@@ -34,7 +33,7 @@ T2L_EMU_NO_TSAN void Machine::arrive_at_named_barrier(int name, int threads, boo
   if (threads % kLanes || threads < kLanes || threads > launch_.threads)
     fail("named barrier of %lld threads in a block of %lld", threads, launch_.threads);
   Warp& warp = warps_[fiber_ / kLanes];
-  Barrier& barrier = block().named[name];
+  Barrier& barrier = block().barriers[name];
   if (waits && warp.at_named && warp.name != name)
     fail("waits at barrier %lld where lanes of its warp wait at barrier %lld", name, warp.name);
   if (barrier.arrived && barrier.expected != threads)
@@ -54,8 +53,7 @@ T2L_EMU_NO_TSAN void Machine::arrive_at_named_barrier(int name, int threads, boo
       warps_[w].ready |= warps_[w].at_named;
       warps_[w].at_named = 0;
     }
-    barrier.arrived = 0;
-    barrier.turn ^= 1;
+    barrier.next_turn();
   } else if (waits) {
     warp.at_named |= bit_of(fiber_);
     warp.name = name;

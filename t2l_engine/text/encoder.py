@@ -255,7 +255,7 @@ class TextEncoder:
             with without_autocast(device):  # embeddings are kept, for callers without
                 vectors = self._embed([tokens[text] for text in chosen])
             found |= zip(chosen, vectors, strict=True)
-        if not self._modules.training:  # with dropout they are no two times the same
+        if new and not self._modules.training:  # with dropout they are no two times the same
             self._keep(new, found)
         return torch.stack([found[text].to(device) for text in prepared])  # the model may have moved since
 
