@@ -107,6 +107,12 @@ def test_chat_templates_that_ask_for_the_date_get_the_same():
     assert chat_prompt(own, "one") == "26 Jul 2024 one"
 
 
+def test_chat_templates_that_can_think_answer_at_once():
+    """Those of Qwen3 and SmolLM3 think unless told not to."""
+    thinks = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    assert chat_prompt(tokenizer(chat="{{ messages[0]['content'] }}" + thinks), "one") == "one"
+
+
 @pytest.mark.parametrize("described", [False, True])
 def test_the_prompts_of_a_checkpoint(described):
     network = SimpleNamespace(config=SimpleNamespace(embed_dim=2))

@@ -127,7 +127,7 @@ def _check_kernels() -> None:
 
 
 def load_engine(
-    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str
+    checkpoint: str, scaling: str, encoder: str, trust_remote_code: bool, base_model: str, device: str = "cpu"
 ) -> tuple[TextToLoRA, Path]:
     """(engine, checkpoint folder) for the options of a command.
 
@@ -153,7 +153,7 @@ def load_engine(
             encoder = given
     with named({"from_pretrained: scaling": "--scaling"}):
         engine = TextToLoRA.from_pretrained(
-            folder, encoder=encoder or None, scaling=parse_scaling(scaling), trust_remote_code=trust_remote_code
+            folder, encoder=encoder or None, scaling=parse_scaling(scaling), device=device, trust_remote_code=trust_remote_code
         )
     return engine, folder
 

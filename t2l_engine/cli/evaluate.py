@@ -92,6 +92,7 @@ def evaluate(
     base_model: BaseModel = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
     dtype: BaseDType = DType.float32,
+    device: Annotated[str, typer.Option(help="cpu or cuda: of the base model and of what generates.")] = "cpu",
     scaling: Scaling = "",
     encoder: Encoder = "",
     trust_remote_code: TrustRemoteCode = False,
@@ -141,6 +142,7 @@ def evaluate(
             raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
     if plot is not None and plot.suffix not in PLOTS:
         raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {plot}")
+    models.check_device(device)
     if verify and measure is not Measure.score:
         raise ValueError(f"--measure: expected score with --verify, which generates no text, got {measure.value}")
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
@@ -156,9 +158,9 @@ def evaluate(
     if journal is not None and journal.exists():
         say(f"resuming with the answers in {journal}; remove it to start anew")
     store = Store(resume or journal)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
+    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model, device)
     counts = _counts(shots)
-    loaded_engines = [(NAME, engine, folder), *(_also(text, base_model) for text in also or [])]
+    loaded_engines = [(NAME, engine, folder), *(_also(text, base_model, device) for text in also or [])]
     stored = oracle or [], library, multi_task or []
     found, left_out = _arms(loaded, pools, counts, loaded_engines, *stored, held_out_descriptions, split)
     chosen = split_names(arms)
@@ -176,6 +178,7 @@ def evaluate(
         groups = {group: members for group, members in groups.items() if group in apart} or groups
     model_name = base_model_of(folder, base_model)
     model, tokenizer = models.load(model_name, dtype.torch)
+    model.to(device)
     for what, other in _other_bases(loaded_engines, [*stored[0], *filter(None, [stored[1]]), *stored[2]]):
         say(f"{what} is of {other}, and is evaluated on {model_name}")
     if not has_chat(tokenizer):
@@ -186,7 +189,8 @@ def evaluate(
         verify, precision,
     )  # fmt: skip
     begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
-    identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins)
+    rounds = [device] if device != "cpu" else []  # as no CPU does
+    identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins, *rounds)
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
 
     def progress(arm: str, count: int) -> None:
@@ -212,6 +216,7 @@ def evaluate(
         "checkpoint": str(checkpoint),
         "base_model": model_name,
         "dtype": dtype.value,
+        "device": device,
         "split": split,
         "scaling": engine.hypernetwork.scaling,
         "settings": dataclasses.asdict(settings)
@@ -247,12 +252,12 @@ def _last_descriptions(task: Any, count: int) -> Any:
     return dataclasses.replace(task, descriptions=task.descriptions[-count:])
 
 
-def _also(text: str, base_model: str) -> tuple:
+def _also(text: str, base_model: str, device: str) -> tuple:
     """(name, engine, checkpoint folder) of ``--also``."""
     name, _, path = text.partition("=")
     if not name or not path:
         raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-    return name, *load_engine(path, "", "", False, base_model)
+    return name, *load_engine(path, "", "", False, base_model, device)
 
 
 def _arms(

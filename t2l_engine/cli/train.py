@@ -41,7 +41,7 @@ def _fields_option(kind_name: str) -> Any:
     return typer.Option("--fields", help="List the fields of the settings and exit.", callback=callback, is_eager=True)
 
 
-Config = Annotated[Path | None, typer.Option(help="YAML file of settings.")]
+Config = Annotated[Path | None, typer.Option(help='YAML file of settings, or packaged ones ("mini-sft").')]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="name=value, overrides the file; may be repeated.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the run; an interrupted run in it is resumed.")]
 Tasks = Annotated[Path, typer.Option(help='Task folder with splits "train" and "val".')]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from t2l_engine.files.errors import short_repr
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.text import packaged
 from t2l_engine.text.packaged import LANGUAGE_MODEL, no_adapter, own_name
 
@@ -29,6 +29,15 @@ def _folder(name: str) -> str:
             f"base_model: expected {LANGUAGE_MODEL!r} or a local transformers folder with config.json, got {name!r}"
         )
     return name
+
+
+def check_device(device: str) -> str:
+    """``device`` of a command; ConfigError unless it is "cpu", or "cuda" where torch finds a CUDA device."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
+    return device
 
 
 def load(name: str, dtype: torch.dtype, attention: str | None = None):

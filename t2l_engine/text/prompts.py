@@ -88,7 +88,8 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
     """``text`` as a user turn in the tokenizer's chat template, with the generation prompt.
 
     ``description``: put before the first user turn's text; ``shots``: worked examples (input, answer), each a user and an
-    assistant turn before ``text``.
+    assistant turn before ``text``.  Where the template knows ``enable_thinking`` (Qwen3, SmolLM3), it is false: answers come
+    at once.
 
     Raises ConfigError for a tokenizer without a chat template.
     """
@@ -102,7 +103,9 @@ def chat_prompt(tokenizer, text: str, description: str = "", shots: Sequence[tup
         turns[0] = {"role": "user", "content": f"{description}\n\n{turns[0]['content']}"}
     own = getattr(tokenizer, "chat_template", "")
     dated = {"chat_template": _DATED + own} if isinstance(own, str) and _CALLED in own else {}
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, date_string=_DATE, **dated)
+    return tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=True, date_string=_DATE, enable_thinking=False, **dated
+    )
 
 
 def worked_example(text: str, answer: str) -> str:

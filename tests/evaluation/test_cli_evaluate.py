@@ -75,6 +75,7 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "checkpoint": str(checkpoint),
         "base_model": str(base_model),
         "dtype": "float32",
+        "device": "cpu",
         "split": "test",
         "scaling": 4.0,
         "settings": {
@@ -410,6 +411,7 @@ def test_options_that_cannot_be_met(refuse, tmp_path):
     for option, value in (("--names", "none"), ("--split", "other"), ("--manifest", "nowhere"), ("--base-model", "nowhere")):
         assert repr(value) in refuse(option, value)
     assert refuse("--scaling", "big").startswith("--scaling: ")
+    assert refuse("--device", "tpu") == "--device: expected 'cpu' or 'cuda', got 'tpu'"
     assert refuse("--plot", tmp_path / "means.pgn").startswith("--plot: expected a name that ends in .png, .svg, .pdf, got ")
 
 

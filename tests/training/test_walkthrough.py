@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -17,7 +16,6 @@ KINDS = {"lora": kinds.LoRASettings, "reconstruction": kinds.ReconstructionSetti
 
 def test_walkthrough_runs(base_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(DOCS / "train", "docs/train")
     (block,) = re.findall(r"<!-- walkthrough -->\n```\n(.*?)```", TEXT, re.S)
     commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert [c[:2] for c in commands[1:4]] == [["train", kind] for kind in KINDS]
@@ -34,8 +32,10 @@ def test_walkthrough_runs(base_model, tmp_path, monkeypatch):
 
 
 def test_fields_are_real():
-    for name, model in {**KINDS, "reader": kinds.SFTSettings}.items():
-        kinds.read(model, DOCS / "train" / f"{name}.yaml")
+    packaged = {f"mini-{name}": kind for name, kind in KINDS.items()} | {"reader": kinds.SFTSettings}
+    assert packaged.keys() == {path.stem for path in kinds.PACKAGED.iterdir()}
+    for name, kind in packaged.items():
+        kinds.read(kind, Path(name))
     known = set().union(*(model.model_fields for model in KINDS.values()))
     named = set(re.findall(r"`([a-z]+(?:_[a-z0-9]+)+)`", TEXT))
     assert named - known <= {"lora_delta", "task_emb"}

@@ -43,6 +43,7 @@ from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
 from t2l_engine.research.training.settings import ADAMW, MUON, Settings, differences, to_yaml
+from t2l_engine.text.base_model import check_device
 
 STATE, BEST = "training_state.pt", "best"
 
@@ -104,10 +105,7 @@ def accelerator(device: str) -> Accelerator:
     Raises ConfigError for any other device, for "cuda" without a CUDA device, and when ``accelerate launch`` set up the
     environment of several processes but started only one.
     """
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
+    check_device(device)
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
     # Not what `accelerate config` says: the settings do, and one process is trained without Accelerate's autocast.
@@ -151,7 +149,8 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
 
     Raises:
         ConfigError: ``output`` holds a run with other settings or data, or a batch has fewer tasks than processes.
-        FloatingPointError: the loss or its gradient is NaN or infinite; names the step and the last good state.
+        FloatingPointError: the loss, its gradient or a validation loss is NaN or infinite; names the step and the last good
+            state.
     """
     settings, shard = job.settings, Shard(accelerate.process_index, accelerate.num_processes)
     job.model.to(accelerate.device)
@@ -171,7 +170,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         torch.random.fork_rng(),  # leaves the caller's generator as it is
     ):
         if step == 0 and settings.patience:
-            _validate(job, step, shard, accelerate, log, output)
+            _validate(job, step, shard, accelerate, log, output, state)
         while not _ended(job, step):
             began = time.perf_counter()
             row = _step(job, model, optimizers, step, shard, accelerate, state)
@@ -180,7 +179,7 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
             if settings.validate_every and (step % settings.validate_every == 0 or step == settings.steps):
-                _validate(job, step, shard, accelerate, log, output)
+                _validate(job, step, shard, accelerate, log, output, state)
             last = _ended(job, step)
             if step % settings.save_every == 0 or last or interrupted:
                 log.flush()
@@ -267,13 +266,15 @@ def _step(
     return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counted}
 
 
-def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path) -> None:
+def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path, state: _State) -> None:
     with torch.no_grad():
         summands = job.validate(shard)
     if not summands:
         return
     sums = torch.tensor(list(summands.values()), dtype=torch.float64, device=accelerate.device)
     losses = dict(zip(summands, accelerate.reduce(sums, "sum").tolist(), strict=True))
+    if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        raise FloatingPointError(f"validation loss of {short_repr(broken)} is not finite after step {step}; {state.describe()}")
     better = job.improved(losses, step)
     log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
     if better and accelerate.is_main_process:

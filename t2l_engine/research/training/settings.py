@@ -44,6 +44,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+#: Settings by name, for ``--config``: ``mini-*`` take minutes on a CPU.
+PACKAGED = Path(__file__).parent / "presets"
 #: The ``encoder`` that is the frozen language model itself: its last hidden state, or a trained pooling of hidden states.
 BASE_MODEL, READER = "base-model", "reader"
 #: The optimisers.
@@ -288,14 +290,16 @@ S = TypeVar("S", bound=Settings)
 
 
 def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
-    """Settings from a YAML file and ``name=value`` overrides (values in YAML).
+    """Settings from a YAML file, or packaged ones by name (``"mini-sft"``), and ``name=value`` overrides (values in YAML).
 
-    Raises FileNotFoundError, or ConfigError naming file, field, expected and given value.
+    Raises FileNotFoundError listing the packaged ones, ConfigError naming file, field, expected and given value.
     """
     values: Any = {}
     if path is not None:
+        packaged = {file.stem: file for file in PACKAGED.glob("*.yaml")}
+        path = packaged.get(str(path), path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
+            raise FileNotFoundError(f"{path}: no such file; packaged settings: {sorted(packaged)}")
         values = read_yaml(path)
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a mapping of fields, got {short_repr(values)}")
