@@ -18,6 +18,7 @@ from t2l_engine.cli.common import (
     Scaling,
     TrustRemoteCode,
     base_model_of,
+    expect_descriptions,
     keep_freed_memory,
     load_engine,
     named,
@@ -51,7 +52,6 @@ def adapt(
 
     keep_freed_memory()
     need_packages()
-    from t2l_engine.hypernetwork.checkpoint import describe
     from t2l_engine.research.training import adapt as tuning
     from t2l_engine.research.training.runs import settings_of
     from t2l_engine.research.training.settings import parse_overrides
@@ -59,10 +59,9 @@ def adapt(
     shown = read_examples(examples)
     changes = parse_overrides(overrides or [])
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
-    if describe(folder).get("training", {}).get("condition") == "input":
-        raise ValueError(f"checkpoint: expected one that reads descriptions, got {folder}, which was trained to read inputs")
+    expect_descriptions(folder)
     model = base_model_of(folder, base_model)
-    with named({"texts[0]": "DESCRIPTION", "examples": "--examples"}):
+    with named({"texts[0]": "DESCRIPTION", "examples": "--examples", "settings": "--set"}):
         report = tuning.adapt(engine, model, description, shown, output, **changes)
     _, held_out = tuning.split(shown)
     made = settings_of(output / tuning.RUN)

@@ -93,13 +93,17 @@ def console(stderr: bool = False) -> Console:
     return Console(markup=False, highlight=False, emoji=False, width=width, stderr=stderr)
 
 
-def print_json(value: Any) -> None:
-    """Print ``value`` as JSON to standard output."""
+def json_text(value: Any) -> str:
+    """``value`` as JSON that UTF-8 can hold: lone surrogates, of file names, are escaped."""
     from t2l_engine.files.text import is_unicode
 
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    # Lone surrogates, which JSON can escape, but UTF-8 cannot hold.
-    typer.echo(text if is_unicode(text) else json.dumps(value, indent=1))
+    return text if is_unicode(text) else json.dumps(value, indent=1)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as JSON to standard output."""
+    typer.echo(json_text(value))
 
 
 @contextlib.contextmanager
@@ -115,7 +119,7 @@ def named(options: Mapping[str, str]) -> Iterator[None]:
         raise
 
 
-def _check_kernels() -> None:
+def check_kernels() -> None:
     """A warning where every op runs its plain-torch reference unasked; ValueError for an invalid ``T2L_ISA``."""
     from t2l_engine.ops import native
 
@@ -141,7 +145,7 @@ def load_engine(
     from t2l_engine.hypernetwork.folder import resolve_checkpoint
     from t2l_engine.text import packaged
 
-    _check_kernels()
+    check_kernels()
     logging.disable_progress_bar()  # keeps stderr for our own messages
     logging.set_verbosity_error()
     folder = resolve_checkpoint(checkpoint)
@@ -153,9 +157,23 @@ def load_engine(
             encoder = given
     with named({"from_pretrained: scaling": "--scaling"}):
         engine = TextToLoRA.from_pretrained(
-            folder, encoder=encoder or None, scaling=parse_scaling(scaling), device=device, trust_remote_code=trust_remote_code
+            folder,
+            encoder=encoder or None,
+            scaling=parse_scaling(scaling),
+            device=device,
+            trust_remote_code=trust_remote_code,
         )
     return engine, folder
+
+
+def expect_descriptions(folder: Path) -> None:
+    """ValueError unless the checkpoint in ``folder`` generates adapters from descriptions."""
+    from t2l_engine.hypernetwork.checkpoint import describe
+
+    if describe(folder).get("training", {}).get("condition") == "input":
+        raise ValueError(
+            f"--checkpoint: expected one that reads descriptions, got {folder}, which was trained to read inputs"
+        )
 
 
 def parse_scaling(text: str) -> str | float | None:
@@ -182,6 +200,15 @@ def base_model_of(folder: Path, given: str) -> str:
     if not given and packaged.own_name(name) != packaged.LANGUAGE_MODEL and not Path(name).is_dir():
         raise FileNotFoundError(f"--base-model: expected a folder of {name!r}, which the checkpoint names, got none")
     return name
+
+
+def stored_base(folder: Path) -> str | None:
+    """The base model that the first of the PEFT adapters in ``folder`` states, or those in folders of it."""
+    from t2l_engine.adapters.peft import CONFIG_NAME
+    from t2l_engine.files.text import read_json
+
+    config = next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + CONFIG_NAME))), None)
+    return config and read_json(config).get("base_model_name_or_path")
 
 
 def split_names(text: str) -> list[str]:

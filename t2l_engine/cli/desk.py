@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2l_engine.cli.common import DType, base_model_of, load_engine
+from t2l_engine.cli.common import DType, base_model_of, expect_descriptions, load_engine, named
 from t2l_engine.cli.export import GGUF, prompt_prefix
 from t2l_engine.cli.export import save as save_gguf
 from t2l_engine.text import packaged
@@ -52,8 +52,10 @@ def open_desk(
     from t2l_engine.text import base_model as models
 
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
+    expect_descriptions(folder)
     name = base_model_of(folder, base_model)
-    model, tokenizer = models.load(name, dtype.torch)
+    with named({"base_model": "--base-model"}):
+        model, tokenizer = models.load(name, dtype.torch)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max_new_tokens >= limit:
         raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +22,14 @@ from t2l_engine.cli.common import (
     TrustRemoteCode,
     base_model_of,
     console,
+    json_text,
     keep_freed_memory,
     load_engine,
     named,
     need_packages,
     say,
     split_names,
+    stored_base,
 )
 
 NAME = "t2l"
@@ -126,6 +126,7 @@ def evaluate(
     need_packages()
     from tqdm import tqdm
 
+    from t2l_engine.files.weights import write_text
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.answers import Answerer, Store
@@ -133,6 +134,7 @@ def evaluate(
     from t2l_engine.research.tasks.folder import load_tasks
     from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
+    from t2l_engine.text import packaged
     from t2l_engine.text.prompts import has_chat, prompt_ids
 
     for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # before the answers are computed
@@ -177,10 +179,14 @@ def evaluate(
         apart = TIERS if manifest else ("trained", "not trained")
         groups = {group: members for group, members in groups.items() if group in apart} or groups
     model_name = base_model_of(folder, base_model)
-    model, tokenizer = models.load(model_name, dtype.torch)
+    with named({"base_model": "--base-model"}):
+        model, tokenizer = models.load(model_name, dtype.torch)
     model.to(device)
-    for what, other in _other_bases(loaded_engines, [*stored[0], *filter(None, [stored[1]]), *stored[2]]):
-        say(f"{what} is of {other}, and is evaluated on {model_name}")
+    bases = {folder: checkpoints.describe(folder).get("base_model") for _, _, folder in loaded_engines}
+    bases |= {path: stored_base(path) for path in [*stored[0], *filter(None, [stored[1]]), *stored[2]]}
+    for path, other in bases.items():
+        if other and bases[folder] and packaged.own_name(other) != packaged.own_name(bases[folder]):
+            say(f"{path} is of {other}, and is evaluated on {model_name}")
     if not has_chat(tokenizer):
         found = without_chat(found)
         say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
@@ -226,9 +232,9 @@ def evaluate(
         "summary": summary,
         **result,
     }
+    if json_file is not None:  # before what a closed pipe would end
+        write_text(json_file, json_text(result) + "\n")
     console().print(_table(result, measure.value))
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
         from t2l_engine.research.evaluation.plots import means
 
@@ -361,23 +367,6 @@ def _adapters(option: str, folder: Path) -> list[Path]:
     if not found:
         raise FileNotFoundError(f"{option}: {folder}: expected folders of PEFT adapters, found none")
     return found
-
-
-def _other_bases(engines: list[tuple], stored: list[Path]) -> Iterator[tuple[str, str]]:
-    """(folder, its base model) of the checkpoints and of ``stored`` adapters that state another one than the first."""
-    from t2l_engine.adapters.peft import CONFIG_NAME
-    from t2l_engine.files.text import read_json
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
-    from t2l_engine.text.packaged import own_name
-
-    stated = [(str(folder), checkpoints.describe(folder).get("base_model")) for _, _, folder in engines]
-    for folder in stored:
-        config = next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + CONFIG_NAME))), None)
-        stated.append((str(folder), config and read_json(config).get("base_model_name_or_path")))
-    (_, first), *others = stated
-    for folder, other in others:
-        if first and other and own_name(other) != own_name(first):
-            yield folder, other
 
 
 def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, list[str]]:

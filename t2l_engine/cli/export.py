@@ -161,7 +161,8 @@ def prompt_prefix(engine: TextToLoRA) -> Callable[[str], str]:
 def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, description: str, prefix: str) -> None:
     """Adapter ``i`` as a GGUF file."""
     try:
-        stack.save_gguf(file, i, config=config, dtype=dtype, description=description, prompt_prefix=prefix)
+        with named({"config": "--base-model"}):
+            stack.save_gguf(file, i, config=config, dtype=dtype, description=description, prompt_prefix=prefix)
     except ImportError as error:
         message = f'gguf is not installed, or too old ({error}); run: pip install "gguf>=0.18"'
         raise FileNotFoundError(message) from error

@@ -21,7 +21,9 @@ from t2l_engine.cli.common import (
     load_engine,
     named,
     print_json,
+    say,
     standard_input,
+    stored_base,
 )
 
 if TYPE_CHECKING:
@@ -108,7 +110,15 @@ def generate(
                 )
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"--output: {output}: expected a folder, got a file")
-    several = file is not None or len(descriptions) > 1
+    if output.suffix.lower() == export.GGUF and not output.exists():
+        raise ValueError(
+            f"--output: expected a folder, got {output}; t2l export DESCRIPTION -o FILE{export.GGUF} writes a file"
+        )
+    several, index = file is not None or len(descriptions) > 1, output / INDEX_NAME
+    if several and index.exists() and not _is_index(index):
+        raise FileExistsError(
+            f"--output: {index}: expected an index of adapters, or none, got another file; choose another folder"
+        )
     lines = {} if file is None else _read(file)
     texts = list(lines.values()) or descriptions
     shots = None if examples is None else read_examples(examples)
@@ -116,9 +126,12 @@ def generate(
     _check(engine, lines or {f"description {i}": text for i, text in enumerate(texts, start=1)}, shots)
     base = base_model or checkpoints.describe(folder).get("base_model")
     prefix = export.prompt_prefix(engine)
-    base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
+    with named({"base_model": "--base-model"}):
+        base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = base and packaged.hub_name(base)
-    index = output / INDEX_NAME
+    theirs = None if library is None else stored_base(library)
+    if base and theirs and packaged.own_name(theirs) != packaged.own_name(base):
+        say(f"warning: the adapters in {library} are of {theirs}, and are written as of {base}; --base-model names another")
     results = []
     shown = None if shots is None else [shots] * len(texts)
     if library is None:
@@ -127,7 +140,7 @@ def generate(
         known, task_emb = AdapterLibrary.open(library), None
         if top_k > len(known):
             raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
-    if several and output.is_dir():
+    if several:
         index.unlink(missing_ok=True)  # invalid until all adapters are written
     size = max(1, BATCH_SIZE // top_k)
     for start in range(0, len(texts), size):
@@ -173,6 +186,17 @@ def _check(engine: TextToLoRA, texts: dict[str, str], shots: list[tuple[str, str
     for name, text in texts.items():
         with named({"texts[0]": name, "examples[0]": "--examples", "examples": "--examples"}):
             engine.encoder.prepare([text], None if shots is None else [shots])
+
+
+def _is_index(file: Path) -> bool:
+    """Whether ``file`` is what this command writes, which may be replaced."""
+    from t2l_engine.cli.export import GGUF
+
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and all(name.removesuffix(GGUF).isdecimal() for name in found)
 
 
 def _read(file: Path) -> dict[str, str]:

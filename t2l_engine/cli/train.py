@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from t2l_engine.cli.common import console, keep_freed_memory, need_packages, say, split_names
+from t2l_engine.cli.common import check_kernels, console, keep_freed_memory, need_packages, say, split_names
 
 app = typer.Typer(no_args_is_help=True, help="Train hypernetworks and adapters; interrupted runs are resumed.")
 
@@ -132,6 +132,7 @@ def _start(kind_name: str, config: Path | None, overrides: list[str] | None, dev
 
     keep_freed_memory()
     need_packages()
+    check_kernels()
     from t2l_engine.research.training import loop
     from t2l_engine.research.training import settings as kinds
 

@@ -6,6 +6,7 @@ import ipaddress
 import itertools
 import os
 import signal
+import socket
 from typing import Annotated
 
 import typer
@@ -58,6 +59,10 @@ def ui(
     from t2l_engine.text.encoder import OneHotEncoder
 
     keep_freed_memory()
+    try:  # Gradio looks for the port at 127.0.0.1 only, and after the models are loaded
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"--host, --port: {host}:{port}: {error.strerror}") from None
     desk = open_desk(
         checkpoint, base_model, slots=adapters, max_new_tokens=max_new_tokens, dtype=dtype, scaling=scaling, encoder=encoder,
         trust_remote_code=trust_remote_code,
@@ -80,9 +85,7 @@ def ui(
     if not _is_loopback(host):
         say(f"warning: --host {host}: whoever reaches this address can use the page, which asks for no password")
     blocks = page.blocks(first, INPUT)
-    blocks.launch(
-        server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options()
-    )  # OSError where the port is taken
+    blocks.launch(server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, **page.launch_options())
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # of service managers and containers: ends it as Ctrl-C does
     say(f"the page is at http://{host}:{port}; Ctrl-C ends it")
     try:

@@ -100,7 +100,10 @@ def _expect_json(contents: Contents) -> None:
 def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> None:
     with replacing(folder, *SAKANA_NAMES) as temporary:
         weights, args_path, peft_path = (temporary / n for n in SAKANA_NAMES)
-        torch.save(state, weights)
+        try:
+            torch.save(state, weights)
+        except RuntimeError as error:  # such as a full disk
+            raise OSError(f"{folder}: cannot be written: {error}") from error
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
         peft_path.write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path, reader in ((args_path, read_yaml), (peft_path, read_json)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
 
     Raises FileNotFoundError, which lists the bundled names, NotADirectoryError for a file.
     """
-    if str(name_or_folder) in bundled_checkpoints():
-        return BUNDLED / str(name_or_folder)
+    if (name := str(name_or_folder)) in bundled_checkpoints():
+        if any((Path(name) / file).is_file() for file in (WEIGHTS_NAME, SAKANA_NAMES[0])):
+            warnings.warn(f"checkpoint {name!r}: is the bundled one, not that in ./{name}", stacklevel=2)
+        return BUNDLED / name
     folder = Path(name_or_folder)
     if folder.is_file():
         raise NotADirectoryError(f"checkpoint {str(name_or_folder)!r}: expected a folder, got a file")

@@ -88,7 +88,7 @@ def test_a_checkpoint_that_reads_prompts_with_descriptions(run, checkpoint, tmp_
         (["--examples", "two.jsonl"], "t2l: --examples: expected at least 4 different inputs, got 2\n"),
         (["--examples", "none.jsonl"], "none.jsonl: not found\n"),
         (["--set", "steps"], "t2l: --set: expected name=value, got 'steps'\n"),
-        (["--set", "steps=0"], "t2l: settings: steps: Input should be greater than 0, got 0\n"),
+        (["--set", "steps=0"], "t2l: --set: steps: Input should be greater than 0, got 0\n"),
     ],
 )
 def test_errors_are_a_line(run, checkpoint, tmp_path, monkeypatch, changes, expected):

@@ -115,6 +115,8 @@ def test_a_last_line_that_was_cut_is_dropped_wherever_it_was_cut(tmp_path):
 @pytest.mark.parametrize("content, line", [
     *((text, 1) for text in (b"my notes", b"my notes\n", b'{"results": [1, 2]}', b'{"key": "a"}\n', b"\xff\n")),
     *((text, 1) for text in (b'{"key": "a", "answers": [{"text": "x"}]}\n', b"[" * 100_000 + b"\n")),
+    *((text, 1) for text in (b'{"key": "v"}', b'{"key": "a", "text": "b"}', b'{"key": "a", "answers": 3')),
+    (b'{"key": "a", "text": "b"}\n{"key": "b", "te', 1),
     (b'{"key": "a", "answers": []}\n[]\n', 2),
     (b'{"key": "a", "answers": []}\n\n', 2),
     (b'{"key": "a", "answers": []}\n{"key": "b", "ans\n{"key": "c", "answers": []}\n', 2),  # cut, but not the last

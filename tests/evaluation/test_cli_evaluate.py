@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from training import runs
 
 from t2l_engine.cli import app
+from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.evaluation.arms import CONSTANT
@@ -165,6 +166,15 @@ def test_held_out_descriptions_that_were_trained_on_are_told(evaluate, checkpoin
         options = ("--max-items", 1, "--repeats", 1, "--held-out-descriptions", 1)
         _, _, err = evaluate("--arms", "t2l", *options, checkpoint=folder)
         assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == told
+
+
+def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
+    """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
+    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
+    options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", tmp_path / "result.json")
+    with pytest.raises(pytest.fail.Exception):
+        run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
+    assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
 
 
 def test_a_second_run_says_the_same(evaluate):

@@ -45,6 +45,13 @@ def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
 
 
+def test_an_adapter_of_another_hand_is_kept(engine, base_model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds adapter_config.json, but no start/ of a run to go on with; choose"):
+        adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path, **QUICK)
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
 def test_tunes_what_it_generates(engine, base_model, tmp_path):
     out = tmp_path / "out"
     report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, out, **QUICK)

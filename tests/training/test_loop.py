@@ -288,6 +288,22 @@ def test_the_folder_of_a_model_is_no_output(tmp_path, train):
         train(None, "elsewhere", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["hypernet.safetensors", "hypermod.pt"])
+@pytest.mark.parametrize("train", [sft.train, reconstruction.train])
+def test_a_checkpoint_that_no_run_wrote_is_no_output(tmp_path, train, name):
+    (tmp_path / name).touch()
+    with pytest.raises(FileExistsError, match=f"holds {name}, but no training_state.pt of a run to go on with; choose"):
+        train(None, "elsewhere", tmp_path)
+
+
+@pytest.mark.parametrize("name, changes", [("add", {}), (lora.MULTI_TASK, {"mode": "multi-task"})])
+def test_an_adapter_that_no_run_wrote_is_kept(base_model, tasks, tmp_path, name, changes):
+    name = name if changes else sorted(path.stem for path in tasks.glob("*.jsonl"))[-1]
+    (tmp_path / "adapters" / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=f"adapters: holds {name}, but no run to go on with; choose another folder"):
+        lora.train(runs.lora(base_model, steps=1, **changes), tasks, tmp_path)
+
+
 def test_accelerates_own_precision_is_not_taken(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     AcceleratorState._reset_state(reset_partial_state=True)

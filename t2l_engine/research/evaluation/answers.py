@@ -87,17 +87,12 @@ class Store:
     Drops an incomplete last line.  Raises ConfigError for a file of another format.
     """
 
-    _START = b'{"key": "'  # of every line
-
     def __init__(self, path: Path | None = None):
         self._path, self._batches = path, {}
         if path is not None and path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            last = lines[-1] if lines else b""
-            if not last.endswith(b"\n") and last[: len(self._START)] == self._START[: len(last)]:
-                lines = lines[:-1]
-                with path.open("r+b") as file:
-                    file.truncate(sum(map(len, lines)))
+            cut = bool(lines) and self._is_cut(lines[-1])
+            lines = lines[: len(lines) - cut]
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
@@ -106,6 +101,17 @@ class Store:
                     ]
                 except (ValueError, KeyError, TypeError, RecursionError):
                     raise ConfigError(f"{path}:{number}: expected a batch of answers that an evaluation wrote") from None
+            if cut:
+                with path.open("r+b") as file:
+                    file.truncate(sum(map(len, lines)))
+
+    @staticmethod
+    def _is_cut(line: bytes) -> bool:
+        """Whether ``line`` is the beginning of what :meth:`put` writes."""
+        start, then = b'{"key": "', b', "answers": ['
+        _, quote, rest = line[len(start) :].partition(b'"')
+        ours = line[: len(start)] == start[: len(line)] and (not quote or rest[: len(then)] == then[: len(rest)])
+        return ours and not line.endswith(b"\n")
 
     def get(self, key: str) -> list[Answer] | None:
         return self._batches.get(key)

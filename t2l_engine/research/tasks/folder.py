@@ -113,11 +113,11 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
 
     Args:
         folder: created if missing.
-        overwrite: allow a folder that holds tasks.  Other tasks are then no longer in ``descriptions.json``; their files
-            are kept.
+        overwrite: allow a folder that holds tasks, or files named as those that are written.  Other tasks are then no longer
+            in ``descriptions.json``; their files are kept.
 
-    Raises FileExistsError for a folder that holds tasks, ConfigError naming content that ``load_tasks`` would reject;
-    nothing is written then.
+    Raises FileExistsError for such a folder otherwise, ConfigError naming content that ``load_tasks`` would reject; nothing
+    is written then.
     """
     folder = Path(folder)
     path = folder / DESCRIPTIONS_NAME
@@ -129,6 +129,8 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
+    if not overwrite and (taken := next((folder / name for name in contents if (folder / name).exists()), None)):
+        raise FileExistsError(f"{taken}: exists; expected no file of a task's name, or overwrite=True (--force)")
     content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
     for size, limit, unit in (
         (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),

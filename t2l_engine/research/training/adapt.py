@@ -16,7 +16,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import replacing
+from t2l_engine.files.weights import expect_none, replacing
 from t2l_engine.research.tasks.examples import input_digest, pool
 from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
 from t2l_engine.research.training import lora
@@ -123,11 +123,14 @@ def adapt(
         output: also gets ``start/``, the adapter as generated, ``run/``, that of training, and the report, ``adapt.json``.
         changes: fields of :class:`LoRASettings`, instead of DEFAULTS.
 
-    Raises ConfigError for too few examples or an ``output`` of other ones, FileExistsError for one with a model, and as
+    Raises ConfigError for too few examples or an ``output`` of other ones, FileExistsError for one with a model, or with an
+    adapter that no such call has written, and as
     :func:`t2l_engine.research.training.lora.train`.
     """
     output = Path(output)
     check_place(output)
+    if not (output / START).is_dir():
+        expect_none(output, [CONFIG_NAME], f"but no {START}/ of a run to go on with")
     trained, held_out = split(examples)
     read = trained[: engine.encoder.max_examples]
     shots: WorkedExamples = [read] if read else None

@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.weights import remove_unfinished, replacing, write_text
+from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, write_text
+from t2l_engine.hypernetwork.folder import SAKANA_NAMES, WEIGHTS_NAME
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.runs import SETTINGS
 from t2l_engine.research.training.sampling import Shard, seeded
@@ -97,6 +98,13 @@ class Job(ABC):
         if better:
             self.best = {"val_loss": mean, "step": step}
         return better
+
+
+def check_output(output: Path) -> None:
+    """FileExistsError for a folder with a model, or with a checkpoint but no state of the run that would be resumed."""
+    check_no_model(output)
+    if not (output / STATE).is_file():
+        expect_none(output, (WEIGHTS_NAME, SAKANA_NAMES[0]), f"but no {STATE} of a run to go on with")
 
 
 def accelerator(device: str) -> Accelerator:
@@ -274,7 +282,9 @@ def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: L
     sums = torch.tensor(list(summands.values()), dtype=torch.float64, device=accelerate.device)
     losses = dict(zip(summands, accelerate.reduce(sums, "sum").tolist(), strict=True))
     if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
-        raise FloatingPointError(f"validation loss of {short_repr(broken)} is not finite after step {step}; {state.describe()}")
+        raise FloatingPointError(
+            f"validation loss of {short_repr(broken)} is not finite after step {step}; {state.describe()}"
+        )
     better = job.improved(losses, step)
     log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
     if better and accelerate.is_main_process:
@@ -304,7 +314,10 @@ class _State:
             "best": self._job.best,
         }
         with replacing(self._path.parent, self._path.name) as temporary:
-            torch.save(content, temporary / self._path.name)
+            try:
+                torch.save(content, temporary / self._path.name)
+            except RuntimeError as error:  # such as a full disk
+                raise OSError(f"{self._path}: cannot be written: {error}") from error
         self._step, self.saved = step, True
 
     def load(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
-from t2l_engine.files.weights import write_text
+from t2l_engine.files.weights import expect_none, write_text
 from t2l_engine.hypernetwork.config import resolve_scaling, same_scaling
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task
 from t2l_engine.research.training import loop
@@ -224,6 +224,9 @@ def train(
     accelerator, output = accelerator or loop.accelerator("cpu"), Path(output)
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, context)
+    if not (output / WAVES).is_dir():
+        names = [MULTI_TASK] if settings.mode == MULTI_TASK else [context.tasks[i].name for tasks in plan for i in tasks]
+        expect_none(output / ADAPTERS, names, "but no run to go on with")
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"
         try:

@@ -29,7 +29,6 @@ from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json
-from t2l_engine.files.weights import check_no_model
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, same_scaling
 from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
@@ -301,7 +300,7 @@ def train(
 
     Other arguments, files and errors as in :func:`t2l_engine.research.training.sft.train`.
     """
-    check_no_model(Path(output))  # before everything is read
+    loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
     library, states = Library(Path(adapters_folder), names), Path(output) / STATES / str(accelerator.process_index)
     loop.run(Reconstruction(settings, library, accelerator.device, states), Path(output), accelerator)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import to_json
-from t2l_engine.files.weights import check_no_model
 from t2l_engine.hypernetwork import checkpoint
 from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
@@ -196,9 +195,10 @@ def train(
 
     Raises:
         ConfigError: settings, tasks and model do not fit together, or ``output`` holds another run.
+        FileExistsError: ``output`` holds a model, or a checkpoint (lora: an adapter) that no run there has written.
         FloatingPointError: the loss is NaN or infinite; the last saved state is kept.
     """
-    check_no_model(Path(output))  # before everything is read
+    loop.check_output(Path(output))  # before everything is read
     accelerator = accelerator or loop.accelerator("cpu")
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     states = Path(output) / STATES / str(accelerator.process_index)
