@@ -97,7 +97,7 @@ def test_the_command():
     [
         (("-c", "nothing"), "t2l: checkpoint"),
         (("--host", "::1"), "t2l: --host: expected a name or an IPv4 address, got '::1'"),
-        (("--base-model", "nowhere"), "t2l: base_model: expected 'smollm2-135m' or a local transformers folder"),
+        (("--base-model", "nowhere"), "t2l: --base-model: expected 'smollm2-135m' or a local transformers folder"),
         (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
     ],
 )
