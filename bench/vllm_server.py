@@ -19,7 +19,6 @@ from bench.ceilings import resident_bytes
 from t2l_engine.text.prompts import raw_prompt
 
 VARIABLES = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "t2l,t2l_http", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-HEADERS = {"Content-Type": "application/json"}
 
 
 class VllmServer:
@@ -31,7 +30,7 @@ class VllmServer:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.log = log
+        self.log, self.headers = log, {"Content-Type": "application/json"}
         command = [
             sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1",
             "--port", str(self.port), "--served-model-name", self.name, "--max-model-len", "512", *flags,
@@ -54,7 +53,7 @@ class VllmServer:
     def request(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
         """(Status, text) of an answer; ``body``: an object to be sent as JSON, or bytes."""
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)) as connection:
-            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), HEADERS)
+            connection.request(method, path, body if isinstance(body, bytes) else json.dumps(body), self.headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode(errors="replace")
 
@@ -75,7 +74,7 @@ class VllmServer:
         body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0}
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)) as connection:
             start = time.perf_counter()
-            connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), HEADERS)
+            connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}), self.headers)
             answer = connection.getresponse()
             for line in answer:
                 if line.startswith(b"data: {"):

@@ -39,11 +39,11 @@ BATCH = 64  # texts in a pass of the encoder
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch._C.set_num_threads(1)  # a worker of vLLM replaces torch.set_num_threads by a warning
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch._C.set_num_threads(threads)
 
 
 @torch.inference_mode(False)

@@ -2,7 +2,7 @@
 
 PLAN: ``prompts``, lists of token ids; ``calls``, for each call an adapter a prompt, an index in ``texts`` or null; ``llm``,
 arguments of LLM; ``tokens``; ``logprobs`` of the first new token, 0: none; ``model``: the folder, by default SmolLM2;
-``folders``: of PEFT adapters, instead of ``texts``.
+``folders``: of PEFT adapters, before those of ``texts``; ``refused``: of PEFT adapters that are to be refused before.
 """
 
 import json
@@ -21,16 +21,17 @@ def main(plan):
     options = {"dtype": "bfloat16", "enforce_eager": True, "max_model_len": 128, "enable_prefix_caching": False, "seed": 0}
     llm = LLM(model, **options | plan.get("llm", {}))
     used = any(adapter is not None for call in plan["calls"] for adapter in call)
-    requests = []
-    if "folders" in plan:
-        requests = [LoRARequest(f"adapter-{i}", i + 1, folder) for i, folder in enumerate(plan["folders"])]
-    elif used:
+    requests, made = [], {"tokens": [], "logprobs": [], "wrapper": None, "refused": []}
+    for i, folder in enumerate(plan.get("folders", ())):
+        requests.append(LoRARequest(f"adapter-{i}", i + 1, folder))
+    if used and "texts" in plan:
         engine = t2l.TextToLoRA.from_pretrained(plan.get("checkpoint", "smollm2-135m"))
-        requests = lora_requests(engine, plan["texts"], model)
+        requests += lora_requests(engine, plan["texts"], model)
+    for i, folder in enumerate(plan.get("refused", ())):
+        made["refused"].append(_refusal(llm, LoRARequest(f"refused-{i}", 1000 + i, folder)))
     logprobs = plan.get("logprobs") or None
     sampling = SamplingParams(temperature=0, max_tokens=plan["tokens"], ignore_eos=True, logprobs=logprobs)
     prompts = [{"prompt_token_ids": tokens} for tokens in plan["prompts"]]
-    made = {"tokens": [], "logprobs": [], "wrapper": None}
     for call in plan["calls"]:
         chosen = [None if adapter is None else requests[adapter] for adapter in call]
         outputs = llm.generate(prompts, sampling, lora_request=chosen if used else None, use_tqdm=False)
@@ -41,6 +42,15 @@ def main(plan):
     if plan.get("llm", {}).get("enable_lora"):
         made["wrapper"] = llm.collective_rpc(_wrapper)[0]
     print(json.dumps(made))
+
+
+def _refusal(llm, request):
+    """What is said of an adapter; empty where it is taken."""
+    try:
+        llm.llm_engine.add_lora(request)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _wrapper(worker):

@@ -1,5 +1,6 @@
 """What is put into vLLM, and what is left alone where vLLM or the installation is another one."""
 
+import asyncio
 import functools
 import logging
 import types
@@ -9,12 +10,17 @@ import torch
 
 pytest.importorskip("vllm")
 
+import prometheus_client
+from vllm.entrypoints.serve.middleware import authenticate
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import WorkerLoRAManager
 from vllm.platforms import current_platform
+from vllm.v1.executor.abstract import Executor
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.worker.gpu_worker import Worker
 
 from t2l_engine import ops
 from t2l_engine.serving.vllm import hooks
@@ -30,6 +36,9 @@ def restored(monkeypatch):
     monkeypatch.setattr(LoRAModelManager, "register_module", LoRAModelManager.register_module)
     monkeypatch.setattr(LoRAModel, "from_local_checkpoint", LoRAModel.__dict__["from_local_checkpoint"])
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", WorkerLoRAManager._load_adapter)
+    for owner, method in ((Executor, "add_lora"), (Worker, "add_lora"), (PrometheusStatLogger, "record")):
+        monkeypatch.setattr(owner, method, getattr(owner, method))
+    monkeypatch.setattr(authenticate, "GUARDED_PREFIX", authenticate.GUARDED_PREFIX)
     name = type(current_platform)
     monkeypatch.setattr(name, "get_punica_wrapper", name.__dict__["get_punica_wrapper"])
 
@@ -80,7 +89,8 @@ def test_a_manager_with_other_parameters_keeps_its_code(settings, warnings, monk
 
 @pytest.mark.parametrize("owner, name", [
     (PunicaWrapperCPU, "_shrink_decode"), (LoRAModelManager, "register_module"), (LoRAModelManager, "_get_punica_wrapper"),
-    (LoRAModel, "from_lora_tensors"), (WorkerLoRAManager, "_load_adapter"),
+    (LoRAModel, "from_lora_tensors"), (WorkerLoRAManager, "_load_adapter"), (Executor, "add_lora"),
+    (authenticate, "GUARDED_PREFIX"),
 ])  # fmt: skip
 def test_what_a_later_vllm_lacks_stops_no_server(owner, name, settings, warnings, monkeypatch):
     monkeypatch.delattr(owner, name)
@@ -131,7 +141,9 @@ def test_an_adapter_that_would_be_served_in_part_is_refused(wrapped, name, refus
 
 @pytest.mark.parametrize("part, sizes, whole, refused", [
     ("q", (8, 16), 1, False), ("q", (8, 12), 1, True), ("v", (8, 4), 1, False), ("v", (6, 4), 1, True),
-    ("o", (16, 6), 1, True), ("q", (8, 12), 2, False),  # divided: each process has its share
+    ("o", (16, 6), 1, True),
+    ("q", (8, 16), 2, False), ("q", (8, 12), 2, True), ("v", (8, 4), 2, False), ("v", (8, 8), 2, True),  # divided in two
+    ("o", (16, 8), 2, False), ("o", (8, 8), 2, True),
 ])  # fmt: skip
 def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
     part, sizes, whole, refused, settings, warnings, monkeypatch
@@ -143,14 +155,17 @@ def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
     hooks.install(settings(kernels=False))
     assert not warnings
 
-    def module(n_in, *outs):
-        a, b = (
-            tuple(torch.zeros(3, 1, *of) for of in shapes) for shapes in ([(4, n_in)] * len(outs), [(n, 4) for n in outs])
-        )
-        return types.SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, tp_size=whole)
+    def module(n_in, *outs, **base):
+        shares = [(4, n_in)] * len(outs), [(n // whole, 4) for n in outs]
+        a, b = (tuple(torch.zeros(3, 1, *of) for of in shapes) for shapes in shares)
+        base = types.SimpleNamespace(input_size=n_in, output_size=sum(outs), **base)
+        return types.SimpleNamespace(lora_a_stacked=a, lora_b_stacked=b, tp_size=whole, base_layer=base)
 
     head = types.SimpleNamespace(lora_a_stacked=torch.zeros(3, 1, 4, 9), lora_b_stacked=torch.zeros(3, 1, 64, 4))
-    modules = {"model.layers.0.self_attn.qkv_proj": module(8, 16, 4, 4), "model.layers.0.self_attn.o_proj": module(16, 8)}
+    heads = {"total_num_heads": 4, "total_num_kv_heads": 1, "head_size": 4}  # with two processes each has a copy of k and v
+    modules = {
+        "model.layers.0.self_attn.qkv_proj": module(8, 16, 4, 4, **heads), "model.layers.0.self_attn.o_proj": module(16, 8),
+    }  # fmt: skip
     packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     adapters = types.SimpleNamespace(modules=modules | {"lm_head": head}, packed_modules_mapping=packed)
     manager, request = types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("of-somebody-else", 1, "folder")
@@ -159,6 +174,66 @@ def test_an_adapter_of_other_sizes_is_refused_before_it_has_a_slot(
             WorkerLoRAManager._load_adapter(manager, request)
     else:
         assert WorkerLoRAManager._load_adapter(manager, request) is loaded
+
+
+@pytest.mark.parametrize("wrapped", ["language_model.model.layers.0.self_attn", "model.layers.1.self_attn", "self_attn"])
+def test_linears_of_the_same_name_elsewhere_are_others(wrapped, settings, monkeypatch):
+    """Of a text model within a multimodal one, of another layer: vLLM would serve the base model."""
+    loaded = types.SimpleNamespace(loras={"model.layers.0.self_attn.q_proj": None})
+    monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", lambda self, lora_request: loaded)
+    hooks.install(settings(kernels=False))
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    adapters = types.SimpleNamespace(modules={f"{wrapped}.qkv_proj": None}, packed_modules_mapping=packed)
+    with pytest.raises(ValueError, match=r"such as model.layers.0.self_attn.q_proj, which this server does not"):
+        WorkerLoRAManager._load_adapter(types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("t2l-0", 1, "folder"))
+
+
+def test_every_worker_answers_what_it_refuses(settings, monkeypatch):
+    def refuse(self, lora_request):
+        raise KeyError(lora_request)
+
+    monkeypatch.setattr(Worker, "add_lora", refuse)
+    hooks.install(settings(kernels=False))
+    workers, asked = [types.SimpleNamespace()] * 2, []
+
+    def collective_rpc(name, args):
+        asked.append((name, args))
+        return [Worker.add_lora(worker, *args) for worker in workers]
+
+    with pytest.raises(ValueError, match="^'the adapter'$"):
+        Executor.add_lora(types.SimpleNamespace(collective_rpc=collective_rpc), "the adapter")
+    assert asked == [("add_lora", ("the adapter",))]
+    for answers in ([True, True], [True, False]):
+        assert Executor.add_lora(types.SimpleNamespace(collective_rpc=lambda *_, **__: answers), "one") == all(answers)  # noqa: B023
+
+
+def test_metrics_have_the_adapters_of_now(settings, monkeypatch):
+    info = prometheus_client.Gauge("lora", "", ["running"], registry=None)
+    stock = lambda self, scheduler_stats, iteration_stats: info.labels(running=scheduler_stats).set(1)  # noqa: E731
+    monkeypatch.setattr(PrometheusStatLogger, "record", stock)
+    hooks.install(settings(kernels=False))
+    for i in range(100):
+        PrometheusStatLogger.record(types.SimpleNamespace(gauge_lora_info=info), str(i), None)
+    assert [sample.labels for sample in info.collect()[0].samples] == [{"running": "99"}]
+    PrometheusStatLogger.record(types.SimpleNamespace(gauge_lora_info=None), "none", None)  # a server without LoRA
+
+
+@pytest.mark.parametrize("path, answered", [("/tokenize", False), ("/adapters/t2l-0", False), ("/health", True)])
+def test_the_key_of_the_server_covers_what_makes_adapters(settings, path, answered):
+    hooks.install(settings(kernels=False))
+    hooks.install(settings(kernels=False))
+    assert authenticate.GUARDED_PREFIX.count("/tokenize") == 1
+    sent = []
+
+    async def app(scope, receive, send):
+        sent.append("answered")
+
+    async def send(message):
+        sent.append(message.get("status"))
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": []}
+    asyncio.run(authenticate.AuthenticationMiddleware(app, ["key"])(scope, None, send))
+    assert sent[0] == ("answered" if answered else 401)
 
 
 def test_mode_memory_needs_workers_that_generate(settings, monkeypatch):

@@ -45,6 +45,17 @@ def test_both_modes_give_the_same_bits(settings, loaded, worker):
             assert all(torch.equal(made[key], stored[key].to(dtype)) and made[key].dtype == dtype for key in stored)
 
 
+def test_one_thread_where_vllm_lets_nobody_change_them(bundled, monkeypatch):
+    """Its workers on CPUs replace the function; rounding depends on the number of threads."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("replaced"))
+    before, seen = torch.get_num_threads(), []
+    hypernetwork = bundled.engine.hypernetwork
+    generate = hypernetwork.generate
+    monkeypatch.setattr(hypernetwork, "generate", lambda emb: seen.append(torch.get_num_threads()) or generate(emb))
+    checkpoints.adapter(hypernetwork, torch.zeros(384))
+    assert seen == [1] and torch.get_num_threads() == before
+
+
 def test_each_call_gives_new_tensors(settings, loaded, worker):
     """vLLM multiplies B in place, each time it loads an adapter."""
     (folder,) = folders(settings(mode="memory"), TEXTS[:1])

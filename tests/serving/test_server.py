@@ -105,6 +105,7 @@ def test_what_clients_and_metrics_see(server):
     assert all(len(card["id"]) < 40 for card in models["data"])
     _, metrics = server.request("GET", "/metrics")
     assert "vllm:num_requests_running" in metrics and "last element" not in metrics
+    assert metrics.count("vllm:lora_requests_info{") == 1  # of now, not of every set of adapters that was in use
 
 
 def test_endpoint_gives_a_name_without_the_text(server):
@@ -194,7 +195,11 @@ def test_a_killed_server_answers_the_same_from_its_spool(start, server):
     before = [server.complete(text, "borrow") for text in texts]
     made = folders(server)
     server.stop(signal.SIGKILL)
-    again = start()
+    again = start("--api-key", "secret")
+    for path in ("/v1/completions", "/v1/t2l/adapters", "/tokenize", "/invocations", "/adapters"):  # all make adapters
+        assert again.request("POST", path, {"model": "t2l:hot", "prompt": "hot"})[0] == 401, path
+    again.headers["Authorization"] = "Bearer secret"
+    assert again.request("POST", "/tokenize", {"model": LAST, "prompt": "hot"})[0] == 200
     assert [again.complete(text, "borrow") for text in texts] == before
     assert folders(again) == made
 

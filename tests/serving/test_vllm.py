@@ -1,10 +1,12 @@
 """The resolver, the endpoint and offline requests beside vLLM's own OpenAIServingModels and error handlers."""
 
 import asyncio
+import functools
 import json
 import logging
 import shutil
 import sys
+import time
 import types
 from argparse import Namespace
 from pathlib import Path
@@ -36,6 +38,7 @@ from t2l_engine.serving import names
 from t2l_engine.serving import vllm as serving
 from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.vllm import memory, offline, plugin
+from t2l_engine.serving.vllm.resolver import ASK_AGAIN
 
 pytestmark = pytest.mark.serving
 TEXT = "Return the last element of the list."
@@ -216,12 +219,14 @@ def test_sizes_that_are_not_known_are_not_compared(serve, model, caplog, changes
     assert "sizes of the served model are not known and not compared" in caplog.text
 
 
-def test_sizes_that_were_not_known_are_looked_up_again(serve, model):
+def test_sizes_that_were_not_known_are_looked_up_again(serve, model, monkeypatch):
     path = model(num_hidden_layers=32) / "config.json"
     path.rename(path.with_name("away"))
     models, engine, generator = serve(path.parent)
     assert isinstance(resolve(models, f"t2l:{TEXT}")[0], LoRARequest)
     path.with_name("away").rename(path)
+    assert isinstance(resolve(models, f"t2l:{TEXT} 1")[0], LoRARequest)  # not for each sentence that comes meanwhile
+    monkeypatch.setattr("time.monotonic", functools.partial(float, time.monotonic() + ASK_AGAIN))
     (error,) = resolve(models, f"t2l:{TEXT} 2")
     assert isinstance(error, VLLMValidationError) and "the served one has 32" in str(error)
 

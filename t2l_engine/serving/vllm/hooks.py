@@ -47,6 +47,12 @@ def install(settings: Settings) -> Settings:
         settings = dataclasses.replace(settings, mode="disk")
     if (reason := _changed(_refuse_misfits)) is not None:
         logger.warning("T2L: sizes are not compared, modules that --lora-target-modules leaves out are ignored: %s", reason)
+    if (reason := _changed(_answer_refusals)) is not None:
+        logger.warning("T2L: with tensor parallelism an adapter that is refused may make a later one fail: %s", reason)
+    if settings.enabled:
+        for change in (_forget_adapters_of_metrics, _guard_all_routes):
+            if (reason := _changed(change)) is not None:
+                logger.warning("T2L: %s", reason)
     return settings
 
 
@@ -148,15 +154,14 @@ def _refuse_misfits() -> str | None:
                     f"{lora_request.lora_name}: {path}: expected {sizes[0]} -> {sizes[1]} features as the served model has, "
                     f"got {weights.lora_a.shape[1]} -> {weights.lora_b.shape[0]}"
                 )
-        if lora_request.lora_name.startswith((names.CREATED, names.RESOLVED)):
-            manager = self._adapter_manager
-            wrapped = {_last(path) for path in manager.modules}
-            wrapped |= {part for name in wrapped for part in manager.packed_modules_mapping.get(name, ())}
-            ignored = sorted({_last(path) for path in loaded.loras} - wrapped)
+        if lora_request.lora_name.startswith((names.CREATED, names.RESOLVED)) and _stages() == 1:
+            ignored = [path for path in loaded.loras if not _wrapping(self._adapter_manager, path)]
             if ignored:
+                kinds = sorted({path.rpartition(".")[2] for path in ignored})
                 raise ValueError(
-                    f"{lora_request.lora_name}: adapts {ignored}, which this server does not; start it with the flags that "
-                    "t2l serve-flags prints (--lora-target-modules)"
+                    f"{lora_request.lora_name}: adapts {kinds}, such as {ignored[0]}, which this server does not; start it "
+                    "with the model that the checkpoint is for and the flags that t2l serve-flags prints "
+                    "(--lora-target-modules)"
                 )
         return loaded
 
@@ -164,22 +169,111 @@ def _refuse_misfits() -> str | None:
     return None
 
 
-def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
-    """(in, out) features of a linear that vLLM wraps; None for others, and for one that is divided among processes."""
-    prefix, _, name = path.rpartition(".")
-    parents = [(name, [name]), *manager.packed_modules_mapping.items()]
-    for parent, parts in parents:
-        module = manager.modules.get(f"{prefix}.{parent}") if name in parts else None
-        lora_a, lora_b = (getattr(module, side, None) for side in ("lora_a_stacked", "lora_b_stacked"))
-        # A tuple, a matrix a part: not so for embeddings, the head, and parts that share one A.
-        if isinstance(lora_a, tuple) and len(lora_a) == len(parts) and getattr(module, "tp_size", 1) == 1:
-            i = parts.index(name)
-            return lora_a[i].shape[-1], lora_b[i].shape[-2]
+def _answer_refusals() -> str | None:
+    """Have a worker that refuses an adapter answer with the reason instead of an error; returns why not.
+
+    With several workers vLLM raises at the first answer that is an error and leaves those of the others in their queues,
+    where the next call takes them for its own.
+    """
+    from vllm.v1.executor.abstract import Executor
+    from vllm.v1.worker.gpu_worker import Worker
+
+    for owner in (Executor, Worker):
+        if _parameters(owner.add_lora) != "lora_request":
+            return f"{owner.__name__}.add_lora of this vLLM has other parameters than (lora_request)"
+
+    def add_lora(self: Any, lora_request: Any) -> Any:
+        try:
+            return stock(self, lora_request)
+        except Exception as error:  # whatever it is, the other workers have met it too
+            return f"{error}" or type(error).__name__
+
+    def add_lora_everywhere(self: Any, lora_request: Any) -> bool:
+        answers = self.collective_rpc("add_lora", args=(lora_request,))
+        if refused := next((answer for answer in answers if isinstance(answer, str)), None):
+            raise ValueError(refused)
+        return all(answers)
+
+    stock = _once(Worker, "add_lora", add_lora)
+    _once(Executor, "add_lora", add_lora_everywhere)
     return None
 
 
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
+def _forget_adapters_of_metrics() -> str | None:
+    """Have vLLM's metric of adapters in use show those of now; returns why not.
+
+    Its labels are the names of all that run and wait.  vLLM keeps every set there ever was, for ever: with a name a sentence
+    memory and /metrics would grow with the requests.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    if "scheduler_stats" not in inspect.signature(PrometheusStatLogger.record).parameters:
+        return "vllm:lora_requests_info keeps every set of adapters: PrometheusStatLogger.record has other parameters"
+
+    def record(self: Any, scheduler_stats: Any, *arguments: Any, **named: Any) -> None:
+        if (gauge := getattr(self, "gauge_lora_info", None)) is not None:
+            gauge.clear()
+        stock(self, scheduler_stats, *arguments, **named)
+
+    stock = _once(PrometheusStatLogger, "record", record)
+    return None
+
+
+#: Routes outside /v1 that take the name of a model, for which an adapter is made.
+NAMING_MODELS = (
+    "/tokenize", "/detokenize", "/invocations", "/adapters", "/pooling", "/classify", "/score", "/rerank",
+    "/generative_scoring",
+)  # fmt: skip
+
+
+def _guard_all_routes() -> str | None:
+    """Have --api-key cover NAMING_MODELS too; returns why not."""
+    from vllm.entrypoints.serve.middleware import authenticate
+
+    if not isinstance(authenticate.GUARDED_PREFIX, tuple):
+        return (
+            f"--api-key covers what this vLLM says alone: GUARDED_PREFIX is a {type(authenticate.GUARDED_PREFIX).__name__}"
+        )
+    authenticate.GUARDED_PREFIX = (*dict.fromkeys(authenticate.GUARDED_PREFIX + NAMING_MODELS),)
+    return None
+
+
+def _wrapping(manager: Any, path: str) -> tuple[Any, list[str]] | None:
+    """What vLLM wraps of the linear ``path``: its module, or that of several linears, and their names; None: nothing."""
+    prefix, dot, name = path.rpartition(".")
+    for parent, parts in [(name, [name]), *manager.packed_modules_mapping.items()]:
+        if name in parts and (found := f"{prefix}{dot}{parent}") in manager.modules:
+            return manager.modules[found], parts
+    return None
+
+
+def _sizes(manager: Any, path: str) -> tuple[int, int] | None:
+    """(in, out) features of a linear that vLLM wraps, all of them where it is divided among processes; None for others."""
+    module, parts = _wrapping(manager, path) or (None, [])
+    lora_a, lora_b = (getattr(module, side, None) for side in ("lora_a_stacked", "lora_b_stacked"))
+    # A tuple, a matrix a part: not so for embeddings, the head, and parts that share one A.
+    if not isinstance(lora_a, tuple) or not isinstance(lora_b, tuple) or len(lora_a) != len(parts):
+        return None
+    i = parts.index(path.rpartition(".")[2])
+    if getattr(module, "tp_size", 1) == 1:
+        return lora_a[i].shape[-1], lora_b[i].shape[-2]
+    base = module.base_layer
+    if (kv_heads := getattr(base, "total_num_kv_heads", None)) is not None:  # which vLLM copies where there are few
+        size = base.head_size
+        outputs = [base.total_num_heads * size, kv_heads * size, kv_heads * getattr(base, "v_head_size", size)]
+    else:
+        outputs = getattr(base, "output_sizes", [base.output_size])
+    return (base.input_size, outputs[i]) if len(outputs) == len(parts) else None
+
+
+def _stages() -> int:
+    """Number of processes that layers are divided among: each wraps its own."""
+    from vllm.distributed import get_pp_group
+
+    try:
+        return get_pp_group().world_size
+    except AssertionError:  # none has been made
+        return 1
 
 
 def _once(owner: type, name: str, replacement: Any) -> Callable[..., Any]:

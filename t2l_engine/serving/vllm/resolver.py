@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Iterator
 from http import HTTPStatus
 
@@ -16,6 +17,9 @@ from t2l_engine.serving.checkpoints import Checkpoint
 from t2l_engine.serving.spool import Unavailable
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.generator import Generator, logger
+
+#: Seconds until the sizes of a model that could not be read are asked for again.
+ASK_AGAIN = 60.0
 
 
 @contextlib.contextmanager
@@ -38,6 +42,8 @@ class T2LResolver(LoRAResolver):
     def __init__(self, generator: Generator):
         self.generator = generator
         self._misfits: dict[tuple[str, str], str | None] = {}
+        self._ask_again: dict[tuple[str, str], float] = {}
+        self._comparing = asyncio.Lock()
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """The request of the adapter that ``lora_name`` describes; vLLM sets its id.
@@ -60,14 +66,15 @@ class T2LResolver(LoRAResolver):
     async def check_fit(self, checkpoint: Checkpoint, model: str) -> None:
         """ValueError unless the served ``model`` has the sizes that ``checkpoint`` is for; compared once."""
         asked = checkpoint.name, model
-        if asked not in self._misfits:
-            try:
-                self._misfits[asked] = await asyncio.to_thread(misfit, checkpoint.engine.hypernetwork.config, model)
-            except (OSError, ValueError) as error:  # asked again with the next sentence: a hub may have been out of reach
-                logger.warning(
-                    "checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error
-                )
-                return
-        found = self._misfits[asked]
+        async with self._comparing if asked not in self._misfits else contextlib.nullcontext():  # others wait for the first
+            if asked not in self._misfits and time.monotonic() >= self._ask_again.get(asked, 0):
+                try:
+                    self._misfits[asked] = await asyncio.to_thread(misfit, checkpoint.engine.hypernetwork.config, model)
+                except (OSError, ValueError) as error:  # a hub may be out of reach for a while
+                    self._ask_again[asked] = time.monotonic() + ASK_AGAIN
+                    logger.warning(
+                        "checkpoint %r: sizes of the served model are not known and not compared: %s", checkpoint.name, error
+                    )
+        found = self._misfits.get(asked)
         if found is not None:
             raise ValueError(f"checkpoint {checkpoint.name!r}: {found}")
