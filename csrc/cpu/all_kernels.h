@@ -1,4 +1,5 @@
-// All kernels for the instruction set that T2L_ISA_LEVEL names: every kernels_<isa>.cpp compiles them once.
+// All kernels for the instruction set that T2L_ISA_LEVEL, T2L_TILES and T2L_WIDE_PANELS name together (simd.h): every
+// kernels_<isa>.cpp compiles them once.
 // Standard headers first: the target pragma of simd.h must not cover them.
 #include <cmath>
 

@@ -63,6 +63,9 @@ struct EncoderParams {
   int64_t e;
 };
 
+// Of the trunk and the heads: `ranks` counts latent rows of a side, 1 or one a rank (R in docs/ops.md); in LoraParams it is
+// an array, the rank of each adapter.
+
 // Hypernetwork trunk: latent[task, module, side, rank, layer, h].
 struct TrunkParams {
   const float* z;            // [tasks, t]; with an encoder [tasks, e]

@@ -1,4 +1,5 @@
-// Roofline probes: peak memory bandwidth and FLOP/s of one thread, for benchmarks.
+// Roofline probes: peak memory bandwidth and FLOP/s of one thread, for benchmarks; dispatch.cpp chooses by one of them
+// between two instruction sets.
 #pragma once
 #include <cstdint>
 
