@@ -216,17 +216,18 @@ void wait_for_copies(int pending);
 constexpr int kLanes = 32;
 
 struct alignas(16) Slot {
-  uint32_t word[8];
+  uint32_t word[12];
 };
-// Of an MMA.
+// Of an MMA: the fragments of all lanes.
 struct Operands {
   float a[16][16];  // [row][k]
   alignas(32) float b[16][8];
+  alignas(32) float d[16][8];
 };
 struct Exchange {
   const Slot* slots;   // of all lanes
-  Operands* operands;  // that the last lane gathers from them
-  bool last;           // to arrive: it continues first, so it may fill the operands
+  Operands* operands;  // that the last lane gathers from them, with their product
+  bool last;           // to arrive: it continues first, so it may multiply
 };
 // Both stay valid until the lane's next exchange.  Different sizes within a warp are an error: divergent calls.
 Exchange exchange_slots(const Slot& mine, int bytes);
@@ -309,19 +310,18 @@ inline void cos_sin(float x, float* c, float* s) {
   *s = std::sin(x);
 }
 
-// ---- tensor cores: one exchange per MMA, in which the last lane to arrive gathers the operands
+// ---- tensor cores: one exchange per MMA, in which the last lane to arrive multiplies for all
 
-// Operands of m16n8k16 from the fragments of all lanes.
+// A and B of m16n8k16 from the fragments of all lanes.
 template <class Convert>
-T2L_EMU_NO_TSAN inline Operands gather_16bit(const Slot* slots, Convert convert) {
-  constexpr int kWords = sizeof(Slot) / sizeof(uint32_t);
+T2L_EMU_NO_TSAN inline void gather_16bit(const Slot* slots, Convert convert, Operands& out) {
+  constexpr int kWords = 6;
   float low[kLanes][kWords], high[kLanes][kWords];
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < kWords; ++i) {
       low[lane][i] = convert(slots[lane].word[i] & 0xffffu);
       high[lane][i] = convert(slots[lane].word[i] >> 16);
     }
-  Operands out;
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int r = 0; r < 4; ++r) {
@@ -334,28 +334,33 @@ T2L_EMU_NO_TSAN inline Operands gather_16bit(const Slot* slots, Convert convert)
       out.b[2 * t + r * 8 + 1][g] = high[lane][4 + r];
     }
   }
-  return out;
 }
-Operands gather_tf32(const Slot* slots);
 
-T2L_EMU_NO_TSAN inline Slot fragments(const void* a, const void* b) {
+// What a lane deposits: 24 bytes of A and B, 16 of D.
+constexpr int kFragmentBytes = 40;
+T2L_EMU_NO_TSAN inline Slot fragments(const void* a, const void* b, const float (&d)[4]) {
   Slot slot{};
   __builtin_memcpy(&slot.word[0], a, 16);
   __builtin_memcpy(&slot.word[4], b, 8);
+  __builtin_memcpy(&slot.word[6], d, 16);
   return slot;
 }
-// d += this lane's fragment of the product over `depth`, summed as tensor cores do: every addend, d among them, is aligned
-// to the largest exponent and cut one bit below a float's last, the sum is exact, and cut to a float.  Devices that keep
-// more bits, or sum fewer addends at a time, are no worse. Source: Fasi et al. 2021, Numerical behavior of NVIDIA tensor
-// cores.
-void accumulate(float (&d)[4], const Operands& operands, int depth);
+// D of the slots plus A B over `depth`, 8 or 16, summed as tensor cores do: every addend, D's among them, is aligned to the
+// largest exponent and cut one bit below a float's last, the sum is exact, and cut to a float.  Devices that keep more bits,
+// or sum fewer addends at a time, are no worse. Source: Fasi et al. 2021, Numerical behavior of NVIDIA tensor cores.
+void multiply(const Slot* slots, int depth, Operands& operands);
+// This lane's fragment of the result.
+void take_product(const Operands& operands, int depth, float (&d)[4]);
 
 // `convert`: 16 bits to float.
 template <class Convert>
 T2L_EMU_NO_TSAN inline void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Convert convert) {
-  const Exchange exchange = exchange_slots(fragments(a, b), 24);
-  if (exchange.last) *exchange.operands = gather_16bit(exchange.slots, convert);
-  accumulate(d, *exchange.operands, 16);
+  const Exchange exchange = exchange_slots(fragments(a, b, d), kFragmentBytes);
+  if (exchange.last) {
+    gather_16bit(exchange.slots, convert, *exchange.operands);
+    multiply(exchange.slots, 16, *exchange.operands);
+  }
+  take_product(*exchange.operands, 16, d);
 }
 void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]);
 

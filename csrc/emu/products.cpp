@@ -1,19 +1,21 @@
-// Tensor-core MMAs of the emulator.
+// Tensor-core MMAs of the emulator.  Most of the time of its tests is spent here: a row of results at a time, in loops over
+// its eight columns that compilers turn into vectors, and no calls of the C library.
 #include <cmath>
 
 #include "emulator.h"
 
 namespace t2l::emu {
+namespace {
 
-T2L_EMU_NO_TSAN Operands gather_tf32(const Slot* slots) {
+constexpr int kColumns = 8;
+
+T2L_EMU_NO_TSAN inline void gather_tf32(const Slot* slots, Operands& out) {
   const auto number = [](uint32_t word) { return bit_cast<float>(word & ~0x1fffu); };
-  Operands out{};
   for (int lane = 0; lane < kLanes; ++lane) {
     const int g = lane / 4, t = lane % 4;
     for (int r = 0; r < 4; ++r) out.a[g + r % 2 * 8][t + r / 2 * 4] = number(slots[lane].word[r]);
     for (int r = 0; r < 2; ++r) out.b[t + r * 4][g] = number(slots[lane].word[4 + r]);
   }
-  return out;
 }
 
 // Rounds toward zero; overflow gives infinity.
@@ -23,52 +25,67 @@ T2L_EMU_NO_TSAN inline float truncate_to_float(double value) {
   return bit_cast<float>(bit_cast<uint32_t>(nearest) - (beyond ? 1 : 0));
 }
 
-T2L_EMU_NO_TSAN inline double power_of_two(int exponent) {
-  return bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52);
-}
-
-// The sum of addends whose largest magnitude is `largest` and whose plain sum is `plain`, as accumulate() says.  Most of the
-// time of the emulator's tests is spent here, so there are no calls of the C library.
-template <int kCount>
-T2L_EMU_NO_TSAN inline float sum_aligned(const double (&addends)[kCount][4], int r, double largest, double plain) {
-  constexpr int kKeptBits = 24;  // of the largest addend behind its first
-  if (largest == 0 || !std::isfinite(plain)) return static_cast<float>(plain);
-  // Of floats and of products of two, no exponent is near the ends of double's range.
-  const int exponent = static_cast<int>(bit_cast<uint64_t>(largest) >> 52) - 1023 - kKeptBits;
-  const double per_unit = power_of_two(-exponent);
-  int32_t units = 0;                                                                         // at most 17 times 2^25
-  for (int i = 0; i < kCount; ++i) units += static_cast<int32_t>(addends[i][r] * per_unit);  // cut toward zero
-  return truncate_to_float(units * power_of_two(exponent));
-}
-
+// d += a b of one row; see multiply().
 template <int kDepth>
-T2L_EMU_NO_TSAN inline void accumulate_depth(float (&d)[4], const Operands& operands) {
-  const int lane = thread_index() % kLanes, g = lane / 4, t = lane % 4;
-  double addends[kDepth + 1][4], largest[4] = {}, plain[4] = {};
+T2L_EMU_NO_TSAN inline void multiply_row(const float* a, const float (*b)[kColumns], float* d) {
+  constexpr uint64_t kKeptBits = 24, kBias = 1023;  // kept: of the largest addend behind its first
+  double addends[kDepth + 1][kColumns], largest[kColumns], plain[kColumns], unit[kColumns], per_unit[kColumns];
+  for (int c = 0; c < kColumns; ++c) {
+    addends[kDepth][c] = plain[c] = d[c];
+    largest[c] = std::fabs(plain[c]);
+  }
   for (int k = 0; k < kDepth; ++k)
-    for (int r = 0; r < 4; ++r) {
-      const float a = operands.a[g + r / 2 * 8][k], b = operands.b[k][2 * t + r % 2];
-      addends[k][r] = static_cast<double>(a) * static_cast<double>(b);
+    for (int c = 0; c < kColumns; ++c) {
+      const double addend = static_cast<double>(a[k]) * static_cast<double>(b[k][c]), size = std::fabs(addend);
+      addends[k][c] = addend;
+      largest[c] = size > largest[c] ? size : largest[c];
+      plain[c] += addend;
     }
-  for (int r = 0; r < 4; ++r) addends[kDepth][r] = d[r];
-  for (int i = 0; i <= kDepth; ++i)
-    for (int r = 0; r < 4; ++r) {
-      const double size = std::fabs(addends[i][r]);
-      largest[r] = size > largest[r] ? size : largest[r];
-      plain[r] += addends[i][r];
+  bool special = false;
+  for (int c = 0; c < kColumns; ++c) {
+    special |= largest[c] == 0 || !std::isfinite(plain[c]);
+    // Powers of two.  Of floats and of products of two, no exponent is near the ends of double's range.
+    const uint64_t exponent = bit_cast<uint64_t>(largest[c]) >> 52;
+    unit[c] = bit_cast<double>((exponent - kKeptBits) << 52);
+    per_unit[c] = bit_cast<double>((2 * kBias + kKeptBits - exponent) << 52);
+  }
+  if (special)  // zeros, and what is no number
+    for (int c = 0; c < kColumns; ++c) {
+      if (largest[c] != 0 && std::isfinite(plain[c])) continue;
+      for (int k = 0; k <= kDepth; ++k) addends[k][c] = 0;
     }
-  for (int r = 0; r < 4; ++r) d[r] = sum_aligned(addends, r, largest[r], plain[r]);
-  count_flops(int64_t{2} * 4 * kDepth);
+  int32_t units[kColumns] = {};  // 17 of at most 2^25 each, cut toward zero
+  for (int k = 0; k <= kDepth; ++k)
+    for (int c = 0; c < kColumns; ++c) units[c] += static_cast<int32_t>(addends[k][c] * per_unit[c]);
+  for (int c = 0; c < kColumns; ++c) d[c] = truncate_to_float(units[c] * unit[c]);
+  for (int c = 0; special && c < kColumns; ++c)
+    if (largest[c] == 0 || !std::isfinite(plain[c])) d[c] = static_cast<float>(plain[c]);
 }
 
-T2L_EMU_NO_TSAN void accumulate(float (&d)[4], const Operands& operands, int depth) {
-  depth == 8 ? accumulate_depth<8>(d, operands) : accumulate_depth<16>(d, operands);
+}  // namespace
+
+T2L_EMU_NO_TSAN void multiply(const Slot* slots, int depth, Operands& operands) {
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int r = 0; r < 4; ++r)
+      operands.d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] = bit_cast<float>(slots[lane].word[6 + r]);
+  for (int row = 0; row < 16; ++row)
+    depth == 8 ? multiply_row<8>(operands.a[row], operands.b, operands.d[row])
+               : multiply_row<16>(operands.a[row], operands.b, operands.d[row]);
+}
+
+T2L_EMU_NO_TSAN void take_product(const Operands& operands, int depth, float (&d)[4]) {
+  const int lane = thread_index() % kLanes;
+  for (int r = 0; r < 4; ++r) d[r] = operands.d[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2];
+  count_flops(int64_t{2} * 4 * depth);
 }
 
 T2L_EMU_NO_TSAN void mma_16x8x8(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
-  const Exchange exchange = exchange_slots(fragments(a, b), 24);
-  if (exchange.last) *exchange.operands = gather_tf32(exchange.slots);
-  accumulate(d, *exchange.operands, 8);
+  const Exchange exchange = exchange_slots(fragments(a, b, d), kFragmentBytes);
+  if (exchange.last) {
+    gather_tf32(exchange.slots, *exchange.operands);
+    multiply(exchange.slots, 8, *exchange.operands);
+  }
+  take_product(*exchange.operands, 8, d);
 }
 
 }  // namespace t2l::emu
