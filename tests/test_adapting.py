@@ -72,6 +72,7 @@ def brief(run):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_tuning_from_several_starts(tmp_path, monkeypatch):
     """With the real model: losses by step, and answers; a second call trains nothing."""
     few = {"tasks_a_tier": 1, "budgets": [8], "rates": [1e-3], "chosen_by": 1, "chosen_at": 8, "validation": 2, "items": 2}
@@ -107,6 +108,7 @@ def test_tuning_from_several_starts(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_rates_of_adapt(tmp_path, monkeypatch):
     """With the real model, at the settings of ``t2l adapt`` but for the number of steps; a second call tunes nothing."""
     monkeypatch.setitem(adapt.DEFAULTS, "steps", 2)

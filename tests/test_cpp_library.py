@@ -83,6 +83,7 @@ def aarch64(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_the_oldest_compiler_of_aarch64(tmp_path):
     """Its header asks more of the target of functions with bfloat16 than those of later releases."""
     compiler = "aarch64-linux-gnu-g++-12"
@@ -96,7 +97,7 @@ def test_the_oldest_compiler_of_aarch64(tmp_path):
 PROCESSORS = {"native": None, "neon": "neoverse-n1", "neon_bf16": "max"}
 
 
-@pytest.fixture(params=PROCESSORS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.release] if of else []) for name, of in PROCESSORS.items()])
 def example(request, tmp_path):
     """Exports a network and runs the example on it; what that wrote, by file name, flat."""
     processor = PROCESSORS[request.param]
@@ -440,6 +441,7 @@ int main() {
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_cuda_library(stand_in, tmp_path):
     """Found by a C++ project without a CUDA compiler of its own; runs without a driver, and says what it lacks."""
     if not tool("nvcc"):

@@ -17,8 +17,10 @@ from hostile.zip_files import plain_zip, wide_zip
 
 from t2l_engine import AdapterStack, HyperNetwork, attach
 
+WHOLE = pytest.param(1, id="all", marks=[pytest.mark.slow, pytest.mark.release])
 
-@pytest.fixture(scope="module", params=[pytest.param(9, id="a ninth"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+
+@pytest.fixture(scope="module", params=[pytest.param(9, id="a ninth"), WHOLE])
 def share(request):
     """One case of so many is judged."""
     return request.param
@@ -84,6 +86,7 @@ def test_refusals_take_little_memory(results):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("share", [1], ids=["all"], indirect=True)
 def test_files_are_many_and_distinct(results):
     assert len({line["digest"] for line in finished(results).values()}) >= 2400

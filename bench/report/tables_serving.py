@@ -74,7 +74,8 @@ def _life(result: Result) -> Iterator[Line]:
         yield {
             "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"],
             "in memory": entry["cached"],
-            "clients": entry["clients"], "tokens": entry.get("tokens", 1), "s": entry["seconds"], "not the nearest": entry["not_the_nearest"],
+            "clients": entry["clients"], "tokens": entry.get("tokens", 1), "s": entry["seconds"],
+            "not the nearest": entry["not_the_nearest"],
             "worst distance": entry["worst_distance"], "distance of others": entry["distance_of_others"][1],
             "same after a restart": f"{entry['restarted_same']} of {entry['restarted']}",
             "API MiB, first tenth": first_api, "API MiB, last": last_api,
