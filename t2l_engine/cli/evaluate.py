@@ -233,7 +233,11 @@ def evaluate(
         **result,
     }
     if json_file is not None:  # before what a closed pipe would end
-        write_text(json_file, json_text(result) + "\n")
+        text = json_text(result) + "\n"
+        if json_file.exists() and not json_file.is_file():  # a device or a pipe
+            json_file.write_text(text, encoding="utf-8")
+        else:
+            write_text(json_file, text)
     console().print(_table(result, measure.value))
     if plot is not None:
         from t2l_engine.research.evaluation.plots import means

@@ -14,7 +14,7 @@ import t2l_engine
 pytestmark = pytest.mark.compat
 
 OLDEST = f"{floor('torch')}.0"
-RELEASES = (OLDEST, "2.12.0", "2.13.0")
+RELEASES = (OLDEST, "2.12.0", "2.13.0", "2.14.1", "2.15.0")
 #: What C++ libraries of the machine define, by the version that a symbol carries.
 RUNTIME = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[\d.]+$")
 BINDINGS = ("cpu.cpp", "cuda.cpp")

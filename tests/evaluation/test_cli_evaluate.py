@@ -1,8 +1,10 @@
 """``t2l evaluate`` as a user types it, on a tiny model, and what ``docs/evaluation.md`` says of it."""
 
 import json
+import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -175,6 +177,16 @@ def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path
     with pytest.raises(pytest.fail.Exception):
         run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
     assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
+
+
+def test_the_result_can_go_into_a_pipe(run, checkpoint, tasks, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", pipe)
+        assert run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)[0] == 0
+        assert json.loads(read.result())["summary"].keys() >= {"all"} and pipe.is_fifo()
 
 
 def test_a_second_run_says_the_same(evaluate):
