@@ -31,8 +31,9 @@ T2L_EMU_NO_TSAN inline void multiply_row(const float* a, const float (*b)[kColum
   constexpr uint64_t kKeptBits = 24, kBias = 1023;  // kept: of the largest addend behind its first
   double addends[kDepth + 1][kColumns], largest[kColumns], plain[kColumns], unit[kColumns], per_unit[kColumns];
   for (int c = 0; c < kColumns; ++c) {
-    addends[kDepth][c] = plain[c] = d[c];
-    largest[c] = std::fabs(plain[c]);
+    addends[kDepth][c] = d[c];
+    largest[c] = std::fabs(addends[kDepth][c]);
+    plain[c] = 0.0 + addends[kDepth][c];  // of zeros alone: +0
   }
   for (int k = 0; k < kDepth; ++k)
     for (int c = 0; c < kColumns; ++c) {

@@ -208,7 +208,8 @@ def stored_base(folder: Path) -> str | None:
     from t2l_engine.files.text import read_json
 
     config = next((path for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(depth + CONFIG_NAME))), None)
-    return config and read_json(config).get("base_model_name_or_path")
+    stated = config and read_json(config)
+    return stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
 
 
 def split_names(text: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import time
 import warnings
 from pathlib import Path
@@ -145,6 +146,8 @@ def evaluate(
     if plot is not None and plot.suffix not in PLOTS:
         raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {plot}")
     models.check_device(device)
+    if not math.isfinite(precision):
+        raise ValueError(f"--precision: expected a finite number, got {precision}")
     if verify and measure is not Measure.score:
         raise ValueError(f"--measure: expected score with --verify, which generates no text, got {measure.value}")
     loaded = load_tasks(tasks, split, names=split_names(names) or None)
@@ -237,7 +240,7 @@ def evaluate(
         if json_file.exists() and not json_file.is_file():  # a device or a pipe
             json_file.write_text(text, encoding="utf-8")
         else:
-            write_text(json_file, text)
+            write_text(json_file.resolve(), text)  # a link stays one
     console().print(_table(result, measure.value))
     if plot is not None:
         from t2l_engine.research.evaluation.plots import means

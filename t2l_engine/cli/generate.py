@@ -129,15 +129,16 @@ def generate(
     with named({"base_model": "--base-model"}):
         base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = base and packaged.hub_name(base)
-    theirs = None if library is None else stored_base(library)
-    if base and theirs and packaged.own_name(theirs) != packaged.own_name(base):
-        say(f"warning: the adapters in {library} are of {theirs}, and are written as of {base}; --base-model names another")
     results = []
     shown = None if shots is None else [shots] * len(texts)
     if library is None:
         known, task_emb = None, engine.encoder.encode(texts, examples=shown)
     else:
         known, task_emb = AdapterLibrary.open(library), None
+        theirs = stored_base(library)
+        if base and theirs and packaged.own_name(theirs) != packaged.own_name(base):
+            said = f"the adapters in {library} are of {theirs}, and are written as of {base}"
+            say(f"warning: {said}; --base-model names another")
         if top_k > len(known):
             raise ValueError(f"--top-k: expected at most the {len(known)} adapters of the library, got {top_k}")
     if several:

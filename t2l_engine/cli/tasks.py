@@ -96,7 +96,7 @@ def import_benchmarks(
     from t2l_engine.research.tasks import benchmarks
     from t2l_engine.research.tasks.folder import write_tasks
 
-    if output.exists() and output.samefile(source):
+    if source.exists() and output.exists() and output.samefile(source):
         raise ValueError(f"--output: expected another folder than SOURCE, whose files it would replace, got {output}")
     imported = benchmarks.import_benchmarks(source, split_names(names) or None, max_examples)
     for name, reasons in imported.left_out.items():

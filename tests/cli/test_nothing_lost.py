@@ -116,3 +116,13 @@ def test_an_instruction_set_that_there_is_not(expect_error, tmp_path, monkeypatc
 def test_names_that_no_text_can_hold():
     assert json.loads(json_text({"checkpoint": "a\udcff", "name": "ä"})) == {"checkpoint": "a\udcff", "name": "ä"}
     assert "ä" in json_text({"name": "ä"}) and "\\u" in json_text({"checkpoint": "a\udcff"})
+
+
+def test_what_a_killed_command_left_is_no_obstacle(run, tmp_path):
+    """Of a folder of tasks descriptions.json comes last."""
+    command = ("tasks", "synthetic", "-o", tmp_path / "out")
+    assert run(*command)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "descriptions.json").unlink()
+    assert run(*command)[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before

@@ -36,8 +36,9 @@ def restored(monkeypatch):
     monkeypatch.setattr(LoRAModelManager, "register_module", LoRAModelManager.register_module)
     monkeypatch.setattr(LoRAModel, "from_local_checkpoint", LoRAModel.__dict__["from_local_checkpoint"])
     monkeypatch.setattr(WorkerLoRAManager, "_load_adapter", WorkerLoRAManager._load_adapter)
-    for owner, method in ((Executor, "add_lora"), (Worker, "add_lora"), (PrometheusStatLogger, "record")):
+    for owner, method in ((Executor, "add_lora"), (PrometheusStatLogger, "record")):
         monkeypatch.setattr(owner, method, getattr(owner, method))
+    monkeypatch.setattr(Worker, "t2l_try_lora", None, raising=False)
     monkeypatch.setattr(authenticate, "GUARDED_PREFIX", authenticate.GUARDED_PREFIX)
     name = type(current_platform)
     monkeypatch.setattr(name, "get_punica_wrapper", name.__dict__["get_punica_wrapper"])
@@ -188,34 +189,44 @@ def test_linears_of_the_same_name_elsewhere_are_others(wrapped, settings, monkey
         WorkerLoRAManager._load_adapter(types.SimpleNamespace(_adapter_manager=adapters), LoRARequest("t2l-0", 1, "folder"))
 
 
-def test_every_worker_answers_what_it_refuses(settings, monkeypatch):
-    def refuse(self, lora_request):
-        raise KeyError(lora_request)
+@pytest.mark.parametrize("error, said", [(ValueError("too large"), "^too large$"), (KeyError("q"), "^KeyError: 'q'$")])
+def test_every_worker_answers_what_it_refuses(settings, error, said):
+    def refuse(lora_request):
+        raise error
 
-    monkeypatch.setattr(Worker, "add_lora", refuse)
     hooks.install(settings(kernels=False))
-    workers, asked = [types.SimpleNamespace()] * 2, []
+    workers, asked = [types.SimpleNamespace(add_lora=refuse)] * 2, []
+    request = LoRARequest("t2l-0", 1, "folder")
 
     def collective_rpc(name, args):
         asked.append((name, args))
-        return [Worker.add_lora(worker, *args) for worker in workers]
+        return [getattr(Worker, name)(worker, *args) for worker in workers]
 
-    with pytest.raises(ValueError, match="^'the adapter'$"):
-        Executor.add_lora(types.SimpleNamespace(collective_rpc=collective_rpc), "the adapter")
-    assert asked == [("add_lora", ("the adapter",))]
+    with pytest.raises(ValueError, match=said):
+        Executor.add_lora(types.SimpleNamespace(collective_rpc=collective_rpc), request)
+    assert asked == [("t2l_try_lora", (request,))]
     for answers in ([True, True], [True, False]):
-        assert Executor.add_lora(types.SimpleNamespace(collective_rpc=lambda *_, **__: answers), "one") == all(answers)  # noqa: B023
+        workers = [types.SimpleNamespace(add_lora=lambda _, answer=answer: answer) for answer in answers]
+        assert Executor.add_lora(types.SimpleNamespace(collective_rpc=collective_rpc), request) == all(answers)
 
 
-def test_metrics_have_the_adapters_of_now(settings, monkeypatch):
+@pytest.mark.parametrize("engines, files, kept", [([0], False, 1), ([0, 1], False, 100), ([0], True, 100)])
+def test_metrics_have_the_adapters_of_now(settings, monkeypatch, engines, files, kept):
+    """Where they can be told from those of other engines and processes."""
     info = prometheus_client.Gauge("lora", "", ["running"], registry=None)
-    stock = lambda self, scheduler_stats, iteration_stats: info.labels(running=scheduler_stats).set(1)  # noqa: E731
-    monkeypatch.setattr(PrometheusStatLogger, "record", stock)
+    stock = lambda self, stats, *_: self.gauge_lora_info and stats and self.gauge_lora_info.labels(running=stats).set(1)  # noqa: E731
+    monkeypatch.setattr(PrometheusStatLogger, "record", lambda self, scheduler_stats, _=None: stock(self, scheduler_stats))
+    if files:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "folder")
     hooks.install(settings(kernels=False))
+    server = types.SimpleNamespace(gauge_lora_info=info, engine_indexes=engines)
     for i in range(100):
-        PrometheusStatLogger.record(types.SimpleNamespace(gauge_lora_info=info), str(i), None)
-    assert [sample.labels for sample in info.collect()[0].samples] == [{"running": "99"}]
-    PrometheusStatLogger.record(types.SimpleNamespace(gauge_lora_info=None), "none", None)  # a server without LoRA
+        PrometheusStatLogger.record(server, str(i), None)
+    PrometheusStatLogger.record(server, None, None)  # what has no statistics changes nothing
+    names = [sample.labels["running"] for sample in info.collect()[0].samples]
+    assert names[-1] == "99" and len(names) == kept
+    for other in (None, types.SimpleNamespace(labels=lambda **_: info.labels(running="x"))):  # no LoRA; Ray's
+        PrometheusStatLogger.record(types.SimpleNamespace(gauge_lora_info=other, engine_indexes=[0]), "y", None)
 
 
 @pytest.mark.parametrize("path, answered", [("/tokenize", False), ("/adapters/t2l-0", False), ("/health", True)])

@@ -129,8 +129,10 @@ def write_tasks(folder: str | Path, tasks: Sequence[Task], *, overwrite: bool = 
     contents = {f"{task.name}.jsonl": _lines(folder, task) for task in tasks}
     descriptions = {task.name: list(task.descriptions) for task in sorted(tasks, key=lambda task: task.name)}
     contents[DESCRIPTIONS_NAME] = (json.dumps(descriptions, indent=1, ensure_ascii=False) + "\n").encode()
-    if not overwrite and (taken := next((folder / name for name in contents if (folder / name).exists()), None)):
-        raise FileExistsError(f"{taken}: exists; expected no file of a task's name, or overwrite=True (--force)")
+    for file in () if overwrite else map(folder.joinpath, contents):
+        # One with the same content is of a call that was killed.
+        if file.exists() and not (file.is_file() and file.read_bytes() == contents[file.name]):
+            raise FileExistsError(f"{file}: exists; expected no file of a task's name, or overwrite=True (--force)")
     content, count = contents[DESCRIPTIONS_NAME], sum(map(len, descriptions.values()))
     for size, limit, unit in (
         (len(content), MAX_DESCRIPTIONS_BYTES, "bytes"),

@@ -297,7 +297,7 @@ def read(kind: type[S], path: Path | None, overrides: Sequence[str] = ()) -> S:
     values: Any = {}
     if path is not None:
         packaged = {file.stem: file for file in PACKAGED.glob("*.yaml")}
-        path = packaged.get(str(path), path)
+        path = path if path.is_file() else packaged.get(str(path), path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; packaged settings: {sorted(packaged)}")
         values = read_yaml(path)

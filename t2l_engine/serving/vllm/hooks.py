@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,7 +171,7 @@ def _refuse_misfits() -> str | None:
 
 
 def _answer_refusals() -> str | None:
-    """Have a worker that refuses an adapter answer with the reason instead of an error; returns why not.
+    """Have executors ask workers for the reason of a refusal instead of an error; returns why not.
 
     With several workers vLLM raises at the first answer that is an error and leaves those of the others in their queues,
     where the next call takes them for its own.
@@ -182,20 +183,22 @@ def _answer_refusals() -> str | None:
         if _parameters(owner.add_lora) != "lora_request":
             return f"{owner.__name__}.add_lora of this vLLM has other parameters than (lora_request)"
 
-    def add_lora(self: Any, lora_request: Any) -> Any:
+    def try_lora(self: Any, lora_request: Any) -> bool | str:
         try:
-            return stock(self, lora_request)
+            return self.add_lora(lora_request)
         except Exception as error:  # whatever it is, the other workers have met it too
-            return f"{error}" or type(error).__name__
+            logger.error("T2L: adapter %s is not loaded", lora_request.lora_name, exc_info=error)
+            return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
-    def add_lora_everywhere(self: Any, lora_request: Any) -> bool:
-        answers = self.collective_rpc("add_lora", args=(lora_request,))
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        answers = self.collective_rpc(try_lora.__name__, args=(lora_request,))
         if refused := next((answer for answer in answers if isinstance(answer, str)), None):
             raise ValueError(refused)
         return all(answers)
 
-    stock = _once(Worker, "add_lora", add_lora)
-    _once(Executor, "add_lora", add_lora_everywhere)
+    try_lora.__name__ = "t2l_try_lora"
+    setattr(Worker, try_lora.__name__, try_lora)
+    _once(Executor, "add_lora", add_lora)
     return None
 
 
@@ -203,15 +206,19 @@ def _forget_adapters_of_metrics() -> str | None:
     """Have vLLM's metric of adapters in use show those of now; returns why not.
 
     Its labels are the names of all that run and wait.  vLLM keeps every set there ever was, for ever: with a name a sentence
-    memory and /metrics would grow with the requests.
+    memory and /metrics would grow with the requests.  Left as it is where several engines share the metric, Ray keeps it, or
+    it lies in files that several processes write, from which nothing can be removed.
     """
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     if "scheduler_stats" not in inspect.signature(PrometheusStatLogger.record).parameters:
         return "vllm:lora_requests_info keeps every set of adapters: PrometheusStatLogger.record has other parameters"
 
+    in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+
     def record(self: Any, scheduler_stats: Any, *arguments: Any, **named: Any) -> None:
-        if (gauge := getattr(self, "gauge_lora_info", None)) is not None:
+        gauge = getattr(self, "gauge_lora_info", None)
+        if scheduler_stats is not None and hasattr(gauge, "clear") and len(self.engine_indexes) == 1 and not in_files:
             gauge.clear()
         stock(self, scheduler_stats, *arguments, **named)
 
