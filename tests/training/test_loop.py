@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 from torch import nn
 from training import runs
 
@@ -357,6 +359,20 @@ def test_changed_tasks_are_refused(base_model, tasks, tmp_path, change):
     changed = {"descriptions": r"\['last'\]"}.get(change, r"\['first', 'last'\]")
     with pytest.raises(ConfigError, match=rf"other data \(tasks: {changed}\)"):
         sft.train(settings, tasks, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["sft", "lora"])
+def test_other_weights_of_the_base_model_are_refused(base_model, tasks, tmp_path, kind):
+    """In the folder of the same name."""
+    model = shutil.copytree(base_model, tmp_path / "model")
+    train, settings = {"sft": sft, "lora": lora}[kind].train, getattr(runs, kind)(model, steps=1)
+    train(settings, tasks, tmp_path / "out")
+    train(settings, tasks, tmp_path / "out")  # nothing to do
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"other (settings or )?data \(base_model_sha256\)"):
+        train(settings, tasks, tmp_path / "out")
 
 
 def test_changed_adapters_are_refused(tmp_path):

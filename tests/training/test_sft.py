@@ -85,6 +85,7 @@ def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
     training = about["training"]
     assert training.pop("method") == "sft" and training.pop("steps_done") == 3
     assert training.pop("tasks") == json.loads(json.dumps(summary(load_tasks(tasks, None))))
+    assert len(training.pop("base_model_sha256")) == 64
     assert training == settings.model_dump(mode="json")
     assert about["hypernetwork"]["rank"] == 4 and about["hypernetwork"]["scaling"] == "plain"
     only = sft.train(settings, tasks, tmp_path / "only", names=["last"])

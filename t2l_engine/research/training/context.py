@@ -16,6 +16,7 @@ from torch import nn
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, path_template
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import ConfigError, short_repr
+from t2l_engine.files.weights import content_checksum
 from t2l_engine.lora.handle import attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import features, find
@@ -135,6 +136,8 @@ class TrainingContext:
         self.model, self.tokenizer = base_model.load(
             settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
         )
+        weights = {name: tensor.detach().contiguous() for name, tensor in self.model.named_parameters()}
+        self._base = content_checksum(weights)  # of the same name there may be others the next time
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
@@ -155,20 +158,21 @@ class TrainingContext:
             raise ConfigError(f"max_tokens: no example of split 'val' fits into {settings.max_tokens} tokens")
 
     def data(self, tasks: Sequence[int] | None = None, initial: str = "") -> dict[str, Any]:
-        """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all).
+        """Digests of descriptions and examples, of every split, of ``tasks`` (indices; None: all), and of the base model.
 
         ``initial``: digest of the weights that the run starts from, if it starts from any.
         """
         chosen = self.tasks if tasks is None else [self.tasks[i] for i in tasks]
-        digests = {task.name: self._digests[task.name] for task in chosen}
-        return {"tasks": digests, "initial": initial} if initial else {"tasks": digests}
+        data: dict[str, Any] = {"tasks": {task.name: self._digests[task.name] for task in chosen}}
+        return data | {"base_model_sha256": self._base} | ({"initial": initial} if initial else {})
 
     def stated(self) -> dict[str, Any]:
         """:meth:`data` for a checkpoint: of many tasks the names and one digest of all, so that it stays small."""
         data = self.data()
         if len(self.tasks) <= MANY_TASKS:
             return data
-        return {"tasks": list(data["tasks"]), "tasks_sha256": hashlib.sha256(json.dumps(data).encode()).hexdigest()}
+        digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()
+        return {"tasks": list(data["tasks"]), "tasks_sha256": digest, "base_model_sha256": self._base}
 
     def objective(self, stack: AdapterStack) -> Objective:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
