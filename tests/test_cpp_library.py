@@ -230,6 +230,7 @@ def test_fast_math_of_a_parent_does_not_reach_the_library(user):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_subdirectory_builds_and_runs(user):
     run(tool("cmake"), "--build", user, "-j", os.cpu_count() or 1)
     run(user / "user")
@@ -252,6 +253,7 @@ def test_sanitizers(tmp_path, sanitizer):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_shared_library(tmp_path):
     """It shows exactly the functions of its two headers, and its soname is the version of the C API."""
     folder = build(tmp_path / "build", "-DBUILD_SHARED_LIBS=ON")
