@@ -73,11 +73,16 @@ def command(*arguments):
     return [sys.executable, "-m", "t2l_engine", "ui", *map(str, arguments)]
 
 
-def test_the_command():
-    """It says where the page is, which answers, and ends when it is told to; a port in use is an error."""
+@pytest.fixture
+def port():
+    """One that is free, as the default need not be."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def test_the_command(port):
+    """It says where the page is, which answers, and ends when it is told to; a port in use is an error."""
     process = subprocess.Popen(command("--port", port), stderr=subprocess.PIPE, text=True)
     try:
         said = next(line for line in process.stderr if "the page is at" in line)
@@ -101,6 +106,6 @@ def test_the_command():
         (("--max-new-tokens", 9000), "t2l: --max-new-tokens: expected fewer than the model's 8192 positions, got 9000"),
     ],
 )
-def test_what_cannot_be_opened(arguments, said):
-    run = subprocess.run(command(*arguments), capture_output=True, text=True)
+def test_what_cannot_be_opened(arguments, said, port):
+    run = subprocess.run(command("--port", port, *arguments), capture_output=True, text=True)
     assert run.returncode == 1 and run.stderr.startswith(said) and run.stderr.count("\n") == 1, run.stderr
