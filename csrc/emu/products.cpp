@@ -42,25 +42,23 @@ T2L_EMU_NO_TSAN inline void multiply_row(const float* a, const float (*b)[kColum
       largest[c] = size > largest[c] ? size : largest[c];
       plain[c] += addend;
     }
-  bool special = false;
+  // A sum of zeros, or one that is no number, is the plain one.
+  bool is_plain[kColumns], some_plain = false;
   for (int c = 0; c < kColumns; ++c) {
-    special |= largest[c] == 0 || !std::isfinite(plain[c]);
+    is_plain[c] = largest[c] == 0 || !std::isfinite(plain[c]);
+    some_plain |= is_plain[c];
     // Powers of two.  Of floats and of products of two, no exponent is near the ends of double's range.
     const uint64_t exponent = bit_cast<uint64_t>(largest[c]) >> 52;
     unit[c] = bit_cast<double>((exponent - kKeptBits) << 52);
     per_unit[c] = bit_cast<double>((2 * kBias + kKeptBits - exponent) << 52);
   }
-  if (special)  // zeros, and what is no number
-    for (int c = 0; c < kColumns; ++c) {
-      if (largest[c] != 0 && std::isfinite(plain[c])) continue;
-      for (int k = 0; k <= kDepth; ++k) addends[k][c] = 0;
-    }
+  for (int c = 0; some_plain && c < kColumns; ++c)
+    for (int k = 0; is_plain[c] && k <= kDepth; ++k) addends[k][c] = 0;
   int32_t units[kColumns] = {};  // 17 of at most 2^25 each, cut toward zero
   for (int k = 0; k <= kDepth; ++k)
     for (int c = 0; c < kColumns; ++c) units[c] += static_cast<int32_t>(addends[k][c] * per_unit[c]);
-  for (int c = 0; c < kColumns; ++c) d[c] = truncate_to_float(units[c] * unit[c]);
-  for (int c = 0; special && c < kColumns; ++c)
-    if (largest[c] == 0 || !std::isfinite(plain[c])) d[c] = static_cast<float>(plain[c]);
+  for (int c = 0; c < kColumns; ++c)
+    d[c] = is_plain[c] ? static_cast<float>(plain[c]) : truncate_to_float(units[c] * unit[c]);
 }
 
 }  // namespace
