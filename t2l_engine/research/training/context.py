@@ -171,8 +171,9 @@ class TrainingContext:
         data = self.data()
         if len(self.tasks) <= MANY_TASKS:
             return data
-        digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()
-        return {"tasks": list(data["tasks"]), "tasks_sha256": digest, "base_model_sha256": self._base}
+        tasks = {"tasks": data["tasks"]}
+        digest = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
+        return data | {"tasks": list(data["tasks"]), "tasks_sha256": digest}
 
     def objective(self, stack: AdapterStack) -> Objective:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
