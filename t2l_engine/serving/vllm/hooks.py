@@ -46,14 +46,18 @@ def install(settings: Settings) -> Settings:
     if settings.mode == "memory" and (reason := _changed(_load_from_embeddings, settings)) is not None:
         logger.warning("T2L: adapters are written as whole PEFT folders (mode disk): %s", reason)
         settings = dataclasses.replace(settings, mode="disk")
-    if (reason := _changed(_refuse_misfits)) is not None:
-        logger.warning("T2L: sizes are not compared, modules that --lora-target-modules leaves out are ignored: %s", reason)
-    if (reason := _changed(_answer_refusals)) is not None:
-        logger.warning("T2L: with tensor parallelism an adapter that is refused may make a later one fail: %s", reason)
+    changes = [
+        (_refuse_misfits, "sizes are not compared, modules that --lora-target-modules leaves out are ignored"),
+        (_answer_refusals, "with tensor parallelism an adapter that is refused may make a later one fail"),
+    ]
     if settings.enabled:
-        for change in (_forget_adapters_of_metrics, _guard_all_routes):
-            if (reason := _changed(change)) is not None:
-                logger.warning("T2L: %s", reason)
+        changes += [
+            (_forget_adapters_of_metrics, "vllm:lora_requests_info keeps every set of adapters"),
+            (_guard_all_routes, "--api-key does not cover all routes that make adapters"),
+        ]
+    for change, without in changes:
+        if (reason := _changed(change)) is not None:
+            logger.warning("T2L: %s: %s", without, reason)
     return settings
 
 
@@ -212,7 +216,7 @@ def _forget_adapters_of_metrics() -> str | None:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     if "scheduler_stats" not in inspect.signature(PrometheusStatLogger.record).parameters:
-        return "vllm:lora_requests_info keeps every set of adapters: PrometheusStatLogger.record has other parameters"
+        return "PrometheusStatLogger.record of this vLLM has other parameters"
 
     in_files = "PROMETHEUS_MULTIPROC_DIR" in os.environ
 
@@ -238,9 +242,7 @@ def _guard_all_routes() -> str | None:
     from vllm.entrypoints.serve.middleware import authenticate
 
     if not isinstance(authenticate.GUARDED_PREFIX, tuple):
-        return (
-            f"--api-key covers what this vLLM says alone: GUARDED_PREFIX is a {type(authenticate.GUARDED_PREFIX).__name__}"
-        )
+        return f"GUARDED_PREFIX of this vLLM is a {type(authenticate.GUARDED_PREFIX).__name__}"
     authenticate.GUARDED_PREFIX = (*dict.fromkeys(authenticate.GUARDED_PREFIX + NAMING_MODELS),)
     return None
 

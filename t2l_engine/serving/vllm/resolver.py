@@ -66,7 +66,7 @@ class T2LResolver(LoRAResolver):
     async def check_fit(self, checkpoint: Checkpoint, model: str) -> None:
         """ValueError unless the served ``model`` has the sizes that ``checkpoint`` is for; compared once."""
         asked = checkpoint.name, model
-        async with self._comparing if asked not in self._misfits else contextlib.nullcontext():  # others wait for the first
+        async with self._comparing:  # others wait for the first, which alone gives way
             if asked not in self._misfits and time.monotonic() >= self._ask_again.get(asked, 0):
                 try:
                     self._misfits[asked] = await asyncio.to_thread(misfit, checkpoint.engine.hypernetwork.config, model)
