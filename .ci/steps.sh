@@ -1,11 +1,8 @@
 # What the scripts here share; sourced at the root of the tree.
 unset PYTHONDONTWRITEBYTECODE  # hundreds of processes would compile the same sources
-# need PACKAGE PROGRAM...: installs Debian's package where a program is missing.
+# need PACKAGE PROGRAM: installs Debian's package where the program is missing.
 need() {
-  local package=$1 program
-  for program in "${@:2}"; do
-    command -v "$program" > /dev/null || { apt-get update -qq && apt-get install -y -qq "$package" && return; }
-  done
+  command -v "$2" > /dev/null || { apt-get update -qq && apt-get install -y -qq "$1"; }
 }
 # Says how long each step took.
 step() {
