@@ -212,6 +212,13 @@ def stored_base(folder: Path) -> str | None:
     return stated.get("base_model_name_or_path") if isinstance(stated, dict) else None
 
 
+def differ(base: str | None, other: str | None) -> bool:
+    """Whether both name a base model, and not the same."""
+    from t2l_engine.text.packaged import own_name
+
+    return bool(base and other) and own_name(base) != own_name(other)
+
+
 def split_names(text: str) -> list[str]:
     """The names of a comma-separated option."""
     return [name.strip() for name in text.split(",") if name.strip()]

@@ -23,6 +23,7 @@ from t2l_engine.cli.common import (
     TrustRemoteCode,
     base_model_of,
     console,
+    differ,
     json_text,
     keep_freed_memory,
     load_engine,
@@ -135,7 +136,6 @@ def evaluate(
     from t2l_engine.research.tasks.folder import load_tasks
     from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
-    from t2l_engine.text import packaged
     from t2l_engine.text.prompts import has_chat, prompt_ids
 
     for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # before the answers are computed
@@ -188,7 +188,7 @@ def evaluate(
     bases = {folder: checkpoints.describe(folder).get("base_model") for _, _, folder in loaded_engines}
     bases |= {path: stored_base(path) for path in [*stored[0], *filter(None, [stored[1]]), *stored[2]]}
     for path, other in bases.items():
-        if other and bases[folder] and packaged.own_name(other) != packaged.own_name(bases[folder]):
+        if differ(bases[folder], other):
             say(f"{path} is of {other}, and is evaluated on {model_name}")
     if not has_chat(tokenizer):
         found = without_chat(found)

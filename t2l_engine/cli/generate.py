@@ -18,6 +18,7 @@ from t2l_engine.cli.common import (
     Scaling,
     TrustRemoteCode,
     base_model_of,
+    differ,
     load_engine,
     named,
     print_json,
@@ -136,7 +137,7 @@ def generate(
     else:
         known, task_emb = AdapterLibrary.open(library), None
         theirs = stored_base(library)
-        if base and theirs and packaged.own_name(theirs) != packaged.own_name(base):
+        if differ(base, theirs):
             said = f"the adapters in {library} are of {theirs}, and are written as of {base}"
             say(f"warning: {said}; --base-model names another")
         if top_k > len(known):

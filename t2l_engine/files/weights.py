@@ -103,6 +103,14 @@ def write_text(path: Path, text: str) -> None:
         (temporary / path.name).write_text(text, encoding="utf-8")
 
 
+def save_torch(content: Any, path: Path, target: Path) -> None:
+    """``torch.save`` to ``path``; its RuntimeError, such as of a full disk, is an OSError that names ``target``."""
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:
+        raise OSError(f"{target}: cannot be written: {error}") from error
+
+
 def write_folder(
     directory: Path, weights_name: str, state: dict[str, Tensor], config_name: str, config: dict[str, Any]
 ) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from t2l_engine.adapters.peft import WEIGHTS_NAME
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import read_json, to_json
-from t2l_engine.files.weights import expect_none, replacing
+from t2l_engine.files.weights import expect_none, replacing, save_torch
 from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import sakana
 from t2l_engine.hypernetwork.checkpoint import read, write_native
@@ -100,10 +100,7 @@ def _expect_json(contents: Contents) -> None:
 def _write_sakana(folder: Path, state: dict[str, Tensor], args: dict[str, Any], peft: dict[str, Any]) -> None:
     with replacing(folder, *SAKANA_NAMES) as temporary:
         weights, args_path, peft_path = (temporary / n for n in SAKANA_NAMES)
-        try:
-            torch.save(state, weights)
-        except RuntimeError as error:  # such as a full disk
-            raise OSError(f"{folder}: cannot be written: {error}") from error
+        save_torch(state, weights, folder)
         args_path.write_text(yaml.safe_dump(args, sort_keys=True), encoding="utf-8")
         peft_path.write_text(json.dumps(peft, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for path, reader in ((args_path, read_yaml), (peft_path, read_json)):

@@ -31,13 +31,12 @@ def _folder(name: str) -> str:
     return name
 
 
-def check_device(device: str) -> str:
-    """``device`` of a command; ConfigError unless it is "cpu", or "cuda" where torch finds a CUDA device."""
+def check_device(device: str) -> None:
+    """ConfigError unless a command's ``device`` is "cpu", or "cuda" where torch finds a CUDA device."""
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device: expected 'cpu' or 'cuda', got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device: got 'cuda', but torch finds no CUDA device")
-    return device
 
 
 def load(name: str, dtype: torch.dtype, attention: str | None = None):

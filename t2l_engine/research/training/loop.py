@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, write_text
+from t2l_engine.files.weights import check_no_model, expect_none, remove_unfinished, replacing, save_torch, write_text
 from t2l_engine.hypernetwork.folder import SAKANA_NAMES, WEIGHTS_NAME
 from t2l_engine.research.training.log import COUNTS, Log
 from t2l_engine.research.training.runs import SETTINGS
@@ -314,10 +314,7 @@ class _State:
             "best": self._job.best,
         }
         with replacing(self._path.parent, self._path.name) as temporary:
-            try:
-                torch.save(content, temporary / self._path.name)
-            except RuntimeError as error:  # such as a full disk
-                raise OSError(f"{self._path}: cannot be written: {error}") from error
+            save_torch(content, temporary / self._path.name, self._path)
         self._step, self.saved = step, True
 
     def load(self) -> int:

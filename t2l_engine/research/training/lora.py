@@ -87,6 +87,11 @@ class LoRABank(nn.Module):
         return AdapterStack(A, B, torch.full((len(first),), self._scaling, device=first.device), paths=self._paths)
 
 
+def _names(settings: LoRASettings, context: TrainingContext, tasks: Sequence[int]) -> list[str]:
+    """Of the adapters of ``tasks``."""
+    return [MULTI_TASK] if settings.mode == MULTI_TASK else [context.tasks[i].name for i in tasks]
+
+
 class LoRA(loop.Job):
     """Training of the adapters of ``tasks`` (indices into ``context.tasks``), or of one for all.
 
@@ -97,7 +102,7 @@ class LoRA(loop.Job):
         super().__init__()
         self.settings, self._context, self._tasks, self.folder = settings, context, list(tasks), folder
         self._shared = settings.mode == MULTI_TASK  # one adapter for all tasks
-        self.names = [MULTI_TASK] if self._shared else [context.tasks[i].name for i in self._tasks]
+        self.names = _names(settings, context, self._tasks)
         held_out = settings.held_out_descriptions
         self._described = [trained_descriptions(t.name, len(t.descriptions), held_out) for t in context.tasks]
         validated = [bool(context.validation.kept(i)) for i in self._tasks]
@@ -225,7 +230,7 @@ def train(
     context = TrainingContext(settings, Path(tasks_folder), accelerator.device, names)
     plan = waves(settings, context)
     if not (output / WAVES).is_dir():
-        names = [MULTI_TASK] if settings.mode == MULTI_TASK else [context.tasks[i].name for tasks in plan for i in tasks]
+        names = (name for tasks in plan for name in _names(settings, context, tasks))
         expect_none(output / ADAPTERS, names, "but no run to go on with")
     for number, tasks in enumerate(plan):
         folder = output / WAVES / f"{number:03}"
