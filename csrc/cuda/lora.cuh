@@ -222,8 +222,8 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int index = 0;
   while (slice >= c.first_slice[index + 1]) ++index;
   const LoraParams& p = launch.member[index];
-  const int first = static_cast<int>((slice - c.first_slice[index]) * c.outputs);
-  const int last = static_cast<int>(cuda::min(first + c.outputs, p.out));
+  const int outputs = static_cast<int>(c.outputs), out = static_cast<int>(p.out);
+  const int first = (slice - c.first_slice[index]) * outputs, last = first + outputs < out ? first + outputs : out;
   const bool clustered = c.cluster > 1;
   const auto prefetch_share = [&](int adapter, int rank) {
     prefetch_weights<T, kDecode>(p, adapter, rank, first, last, clustered ? slice - c.first_slice[index] : 0,
@@ -254,9 +254,8 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   }
   if (chunk.count == 0) return;
   // The scaling, and ranks of the members of the cluster's slices, one a lane: loaded before the first that waits for one.
-  int scaling = 0;
-  if (thread_index() == 0 && chunk.adapter >= 0)
-    scaling = static_cast<int>(float_to_bits(read_index(p.scaling + chunk.adapter)));
+  float scaling = 0.0f;
+  if (thread_index() == 0 && chunk.adapter >= 0) scaling = read_index(p.scaling + chunk.adapter);
   const int block_in_cluster = index_in_cluster(c.cluster), last_slice = slice - block_in_cluster + c.cluster - 1;
   int first_member = index, members = 1;
   while (slice - block_in_cluster < c.first_slice[first_member]) --first_member;
@@ -267,58 +266,62 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     lane_rank = member.ranks ? read_index(member.ranks + chunk.adapter) : static_cast<int>(member.rank);
     require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
   }
-  const RankTiles tiles(lane_rank);
-  const int rank = tiles.rank(index - first_member), total = tiles.total(), before = tiles.first_of(index - first_member);
-  if (thread_index() == 0) {  // in shared memory until they are needed, and so in no register
-    scratch[0] = scaling;
-    scratch[2] = 8 * before;
-  }
-  if (total > 0 && clustered) cluster_arrive_relaxed();  // this block has begun
-  if (!(kDecode && kEarlyLaunches) && rank > 0) prefetch_share(chunk.adapter, rank);
-  const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
+  const uint32_t in = static_cast<uint32_t>(p.in);
+  const uint32_t part_features = static_cast<uint32_t>(cuda::lora_part_features(p.in, sizeof(T)));
+  Kept& kept = *reinterpret_cast<Kept*>(scratch);
+  if (thread_index() == 0) kept.scaling = scaling;
+  int total, first_tile = 0;
 #pragma unroll 1
-  for (int first_tile = 0; first_tile < total; first_tile += NT) {
-    RowsOfA<T, NT> a;
-    int ranks = 0;  // of each tile, four bits
-#pragma unroll
-    for (int nt = 0; nt < NT; ++nt) {
-      const RankTile tile = tiles.at(first_tile + nt);
-      a.set(nt, launch.member[first_member + tile.member], chunk.adapter, tile);
-      ranks |= (tile.count < 8 ? tile.count : 8) << 4 * nt;
+  do {
+    const RankTiles tiles = find_ranks(lane_rank, members, index - first_member, 8 * first_tile + lane_index() % (8 * NT));
+    total = tiles.total;
+    if (total == 0) break;
+    if (clustered) {
+      if (first_tile == 0)
+        cluster_arrive_relaxed();  // this block has begun
+      else
+        cluster_arrive();  // it has read what others stored
     }
-    if (thread_index() == 0) scratch[1] = ranks;
-    bool others_ready = !clustered;
-    int own = block_in_cluster;  // the next part of this block
+    if (!(kDecode && kEarlyLaunches) && first_tile == 0 && tiles.rank > 0) prefetch_share(chunk.adapter, tiles.rank);
+    const RowsOfA<T, NT> a(launch.member + first_member, chunk.adapter, tiles);
+    if (thread_index() == 0) {
+      kept.ranks = a.ranks;
+      kept.first = 8 * tiles.first;
+      kept.rank = tiles.rank;
+    }
+    int part = block_in_cluster;
+    uint32_t begin;  // its first feature; beyond the last part, below 2^32
 #pragma unroll 1
-    for (int begin = 0, part = 0; begin < in || part == 0; begin += part_features, ++part) {
-      const bool is_last = begin + part_features >= in;
-      if (part == own) {
-        own += c.cluster;
-        float sum[MT][NT][4] = {};
-        shrink<T, MT, NT, kDecode>(p, a, begin, is_last ? in : begin + part_features, tokens, chunk.count, sum);
-        if (!others_ready) cluster_wait();
-        others_ready = true;
-        store_partial(partial + (clustered ? part * kPart : 0), sum, chunk.count, c.cluster);
-      }
+    do {
+      begin = part * part_features;
+      const bool has_part = begin < in || part == 0;  // there may be fewer than blocks
+      float sum[MT][NT][4] = {};
+      if (has_part)
+        shrink(p, a, static_cast<int>(begin), static_cast<int>(cuda::min(begin + part_features, in)), tokens, chunk.count,
+               sum);
+      if (clustered && part == block_in_cluster) cluster_wait();  // the others have begun, or read what was stored before
+      if (has_part) store_partial<MT, NT, kDecode>(partial + (clustered ? part * kPart : 0), sum, chunk.count, c.cluster);
+      part += c.cluster;
+      begin = part * part_features;
       // A block alone adds part by part to v, a cluster all of them at the end: the order is the same.
       if (clustered) {
-        if (!is_last) continue;
-        if (!others_ready) cluster_wait();
+        if (begin < in) continue;
         cluster_barrier();
       } else {
         block_barrier();
       }
-      add_partial<MT, NT>(partial, clustered ? part + 1 : 1, chunk.count, clustered || part == 0, is_last,
-                          v + 8 * first_tile, static_cast<int>(c.v_stride), scratch);
+      add_partial<MT, NT>(partial, clustered ? c.parts : 1, chunk.count, clustered || part == 1, begin >= in,
+                          v + 8 * first_tile, static_cast<int>(c.v_stride), kept);
       block_barrier();  // before partial is overwritten or v is read
-    }
-    if (clustered && first_tile + NT < total) cluster_arrive();  // this block has read what others stored
-  }
+    } while (begin < in);
+    first_tile += NT;
+  } while (first_tile < total);
+  const int rank = total == 0 ? 0 : kept.rank;
   if (rank == 0) {
     if (!kDecode && !p.accumulate) write_zeros<T>(p, tokens.many, chunk.count, first, last);
     return;
   }
-  const float* mine = v + scratch[2];
+  const float* mine = v + kept.first;
   if (!kDecode && p.rank_vectors && first == 0)
     for (int i = thread_index(); i < chunk.count * rank; i += kThreads)
       store_one(p.rank_vectors + tokens[i / rank] * p.rank + i % rank, mine[i / rank * c.v_stride + i % rank]);

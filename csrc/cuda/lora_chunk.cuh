@@ -54,7 +54,7 @@ T2L_DEVICE void count_bad_ids(const LoraParams& p) {
   if (kDecode) {
     static_assert(cuda::kMaxOneTokenBlocks == 64, "two segments a lane");
     const bool first = is_bad(lane_index()), second = is_bad(lane_index() + 32);
-    count = count_lanes(first) + count_lanes(second);
+    count = count_bits(lanes_where(first)) + count_bits(lanes_where(second));
   } else {
     for (int64_t s = lane_index(); s < p.segments; s += 32) count += is_bad(s);
 #pragma unroll

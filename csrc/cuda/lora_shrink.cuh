@@ -56,11 +56,9 @@ T2L_DEVICE Quad Rows<float>::load_tail(const char* row, int64_t k, int64_t size)
   return q;
 }
 
-// k-blocks of a warp whose loads are in flight together: as many as registers hold without spills.  A decode step has one
-// row of x, so room for more of A.
+// k-blocks of a warp whose loads are in flight together: as many as registers hold without spills.
 template <class T>
-T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles, bool decode) {
-  if (decode) return n_tiles <= 2 ? 4 : 2;
+T2L_ANYWHERE constexpr int k_blocks_in_flight(int m_tiles, int n_tiles) {
   return sizeof(T) == 4 || m_tiles * n_tiles > 2 ? 1 : 4 / (m_tiles * n_tiles);
 }
 
@@ -74,81 +72,83 @@ T2L_DEVICE DType w_type_of(const LoraParams& p) {
   return sizeof(T) == 4 ? p.w_type : Traits<T>::kType;
 }
 
-// Eight ranks of a member, from the first on.
-struct RankTile {
-  int member, first;
-  int count;  // that the adapter has: less than eight in its last tile, zero beyond all
+// The ranks of a cluster's members follow each other, each member's from a new tile of eight on.
+struct RankTiles {
+  int total;        // tiles of all
+  int rank, first;  // of one member: its rank, its first tile
+  int member, row;  // of a place, counted over all tiles: whose row of A is there, and which; member -1: none
 };
-
-// The tiles of kMaxGroup members one after the other.  Lane i has the rank of the i-th, later ones 0.
-class RankTiles {
- public:
-  T2L_DEVICE explicit RankTiles(int lane_rank) : rank_(lane_rank), end_(tiles_of(lane_rank)) {
-#pragma unroll
-    for (int distance = 1; distance < kMax; distance *= 2) {
-      const int below = shuffle_up(end_, distance);
-      if (lane_index() >= distance) end_ += below;
-    }
+// For member `own` and place `place`; lane i has the rank of the i-th of `members`.
+T2L_DEVICE RankTiles find_ranks(int lane_rank, int members, int own, int place) {
+  RankTiles found{0, 0, 0, -1, 0};
+#pragma unroll 1
+  for (int i = 0; i < members; ++i) {
+    const int rank = shuffle(lane_rank, i), row = place - 8 * found.total;
+    if (i == own) found.rank = rank, found.first = found.total;
+    if (row >= 0 && row < rank) found.member = i, found.row = row;
+    found.total += (rank + 7) / 8;
   }
-  T2L_DEVICE int rank(int member) const { return shuffle(rank_, member); }
-  T2L_DEVICE int first_of(int member) const { return shuffle(end_ - tiles_of(rank_), member); }
-  T2L_DEVICE int total() const { return shuffle(end_, kMax - 1); }
-  T2L_DEVICE RankTile at(int tile) const {
-    const int member = count_lanes(lane_index() < kMax && end_ <= tile);  // kMax beyond the last tile
-    if (member == kMax) return RankTile{0, 0, 0};
-    const int first = 8 * (tile - first_of(member));
-    return RankTile{member, first, rank(member) - first};
-  }
+  return found;
+}
 
- private:
-  static constexpr int kMax = cuda::kMaxGroup;
-  T2L_DEVICE static int tiles_of(int rank) { return (rank + 7) / 8; }
-  int rank_, end_;
+// What a block needs later: in shared memory until then, and so in no register.
+struct Kept {
+  float scaling;
+  uint32_t ranks;   // of the tiles: bit i of their i-th row, if there is one
+  int first, rank;  // of this block's member: where its rank vectors begin, and its rank
 };
 
 // The rows of A of NT tiles that this lane loads; null beyond the rank.
 template <class T, int NT>
 struct RowsOfA {
   const char* row[NT];
-  bool aligned = true;
-  T2L_DEVICE void set(int nt, const LoraParams& p, int adapter, const RankTile& tile) {
-    const int64_t size = cuda::bytes_of(w_type_of<T>(p)), stride = p.a_stride_rank * size;
-    const char* first = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
-    const int g = lane_index() / 4;
-    row[nt] = g < tile.count ? first + (tile.first + g) * stride : nullptr;
-    aligned = aligned && is_aligned(first, stride);
+  uint32_t ranks;  // bit i of the i-th row of the tiles, if there is one
+  bool aligned;    // all of them
+
+  // `at`: in lane i, of row i of the tiles.  Each lane finds one address, and takes those that it loads from others.
+  T2L_DEVICE RowsOfA(const LoraParams* members, int adapter, const RankTiles& at) {
+    uintptr_t mine = 0;
+    bool is_odd = false;
+    if (at.member >= 0) {
+      const LoraParams& p = members[at.member];
+      const int64_t size = cuda::bytes_of(w_type_of<T>(p)), stride = p.a_stride_rank * size;
+      const char* first = static_cast<const char*>(p.a) + adapter * p.a_stride_adapter * size;
+      mine = reinterpret_cast<uintptr_t>(first + at.row * stride);
+      is_odd = !is_aligned(first, stride);
+    }
+    ranks = lanes_where(mine != 0);
+    aligned = lanes_where(is_odd) == 0;
+#pragma unroll
+    for (int nt = 0; nt < NT; ++nt) row[nt] = reinterpret_cast<const char*>(shuffle(mine, 8 * nt + lane_index() / 4));
   }
 };
 
 // Partial sums of this warp over the features [begin, end) of every token, for the ranks of `of_a`.
-template <class T, int MT, int NT, bool kDecode>
-T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const Tokens<kDecode>& tokens,
+template <class T, int MT, int NT>
+T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const Tokens<false>& tokens,
                        int count, float (&sum)[MT][NT][4]) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   const Rows<T> x(p.x, p.x_stride, x_type_of<T>(p)), a(w_type_of<T>(p), of_a.aligned);
   const auto& a_row = of_a.row;
-  constexpr int kHalves = kDecode ? 1 : 2;  // of 16 rows of x: a decode step has one row
-  const char* x_row[MT][kHalves];           // null: padding
+  const char* x_row[MT][2];  // null: padding
 #pragma unroll
   for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
+    for (int half = 0; half < 2; ++half) {
       const int i = 16 * mt + 8 * half + g;
       x_row[mt][half] = i < count ? x.row(tokens[i]) : nullptr;
     }
-  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT, kDecode);
-  Quad x_quad[kInFlight][MT][kHalves], a_quad[kInFlight][NT];
+  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = k_blocks_in_flight<T>(MT, NT);
+  Quad x_quad[kInFlight][MT][2], a_quad[kInFlight][NT];
   const auto multiply = [&](int u) {
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int nt = 0; nt < NT; ++nt)
-        multiply_quads(sum[mt][nt], x_quad[u][mt][0], kDecode ? zero_quad() : x_quad[u][mt][kHalves - 1], a_quad[u][nt],
-                       T());
+      for (int nt = 0; nt < NT; ++nt) multiply_quads(sum[mt][nt], x_quad[u][mt][0], x_quad[u][mt][1], a_quad[u][nt], T());
   };
   const int lane_k = t * Traits<T>::kPerQuad, in = static_cast<int>(p.in);
   int k = begin + warp_index() * kStep + lane_k;  // feature of this lane in the next k-block of its warp
-  if (kDecode || (x.aligned && a.aligned))
+  if (x.aligned && a.aligned)
     for (; k - lane_k + ((kInFlight - 1) * kWarps + 1) * kStep <= end; k += kInFlight * kWarps * kStep) {
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
@@ -158,45 +158,79 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
 #pragma unroll
         for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-          for (int half = 0; half < kHalves; ++half)
+          for (int half = 0; half < 2; ++half)
             x_quad[u][mt][half] = x_row[mt][half] ? x.load_full(x_row[mt][half], k + u * kWarps * kStep) : zero_quad();
       }
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) multiply(u);
     }
-  const auto last = [&](const Rows<T>& rows, const char* row) {
-    return kDecode ? rows.load_full(row, k) : rows.load_tail(row, k, in);
-  };
 #pragma unroll 1
   for (; k - lane_k < end; k += kWarps * kStep) {
 #pragma unroll
-    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? last(a, a_row[nt]) : zero_quad();
+    for (int nt = 0; nt < NT; ++nt) a_quad[0][nt] = a_row[nt] ? a.load_tail(a_row[nt], k, in) : zero_quad();
 #pragma unroll
     for (int mt = 0; mt < MT; ++mt)
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half)
-        x_quad[0][mt][half] = x_row[mt][half] ? last(x, x_row[mt][half]) : zero_quad();
+      for (int half = 0; half < 2; ++half)
+        x_quad[0][mt][half] = x_row[mt][half] ? x.load_tail(x_row[mt][half], k, in) : zero_quad();
     multiply(0);
   }
 }
 
+// The same for the token of a decode step, of whole k-blocks at 16-byte boundaries.  Ranks are the 16-row side of the
+// products, two tiles at a time, and the token is the first of 8 columns: half as many products as with the sides changed,
+// of the same bits.  sum[0][i] has tiles 2 i, in the first of its registers, and 2 i + 1, in the third.
+template <class T, int MT, int NT>
+T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const Tokens<true>& tokens, int,
+                       float (&sum)[MT][NT][4]) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const char* x_row = g == 0 ? static_cast<const char*>(p.x) + tokens.one * p.x_stride * 2 : nullptr;  // null: padding
+  constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = NT <= 2 ? 4 : 2;  // one row of x leaves room for more of A
+  Quad x_quad[kInFlight], a_quad[kInFlight][NT];
+#pragma unroll 1
+  for (int k_block = begin + warp_index() * kStep; k_block < end; k_block += kInFlight * kWarps * kStep) {
+    const int64_t first = int64_t{2} * (k_block + t * Traits<T>::kPerQuad);  // byte of a row
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u) {
+      const bool inside = k_block + u * kWarps * kStep < end;
+      const auto load = [&](const char* row) {
+        return row && inside ? load_quad(row + first + 2 * u * kWarps * kStep) : zero_quad();
+      };
+#pragma unroll
+      for (int nt = 0; nt < NT; ++nt) a_quad[u][nt] = load(of_a.row[nt]);
+      x_quad[u] = load(x_row);
+    }
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u)
+#pragma unroll
+      for (int nt = 0; nt < NT; nt += 2)
+        multiply_quads(sum[0][nt / 2], a_quad[u][nt], nt + 1 < NT ? a_quad[u][nt + 1] : zero_quad(), x_quad[u], T());
+  }
+}
+
 // Stores the partial sums of this warp for `count` tokens to those of its part, in all blocks of the cluster.
-template <int MT, int NT>
+template <int MT, int NT, bool kDecode>
 T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int count, int cluster) {
   constexpr int kWarp = (16 * MT) * (8 * NT), kSize = sizeof(float);
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
   for (int block = 0; block < cluster; ++block) {
     const OfBlock there(part + warp_index() * kWarp, kWarp * kSize, block);
-#pragma unroll
-    for (int mt = 0; mt < MT; ++mt)
+    if constexpr (kDecode) {
 #pragma unroll
       for (int nt = 0; nt < NT; ++nt)
+        if (t == 0) there.store((8 * nt + g) * kSize, float_to_bits(sum[0][nt / 2][nt % 2 * 2]));
+    } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          if (16 * mt + 8 * half + g < count)
-            there.store(((16 * mt + g + 8 * half) * (8 * NT) + 8 * nt + 2 * t) * kSize,
-                        Pair{{float_to_bits(sum[mt][nt][2 * half]), float_to_bits(sum[mt][nt][2 * half + 1])}});
+      for (int mt = 0; mt < MT; ++mt)
+#pragma unroll
+        for (int nt = 0; nt < NT; ++nt)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            if (16 * mt + 8 * half + g < count)
+              there.store(((16 * mt + g + 8 * half) * (8 * NT) + 8 * nt + 2 * t) * kSize,
+                          Pair{{float_to_bits(sum[mt][nt][2 * half]), float_to_bits(sum[mt][nt][2 * half + 1])}});
+    }
   }
 }
 
@@ -205,7 +239,7 @@ T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int co
 // infinite.
 template <int MT, int NT>
 T2L_DEVICE void add_partial(const float* partial, int parts, int count, bool first, bool is_last, float* v, int v_stride,
-                            const int* scratch) {
+                            const Kept& kept) {
   constexpr int kWarp = (16 * MT) * (8 * NT);
 #pragma unroll 1
   for (int i = thread_index(); i < count * (8 * NT); i += kThreads) {
@@ -216,8 +250,7 @@ T2L_DEVICE void add_partial(const float* partial, int parts, int count, bool fir
     for (int part = 0; part < parts; ++part)
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) sum += partial[(part * kWarps + w) * kWarp + i];
-    if (is_last)
-      sum = column % 8 < (scratch[1] >> column / 8 * 4 & 15) ? sum * bits_to_float(static_cast<uint32_t>(scratch[0])) : 0.0f;
+    if (is_last) sum = kept.ranks >> column & 1 ? sum * kept.scaling : 0.0f;
     *at = sum;
   }
 }

@@ -207,6 +207,7 @@ T2L_DEVICE void cluster_barrier() {
 class OfBlock {
  public:
   T2L_DEVICE OfBlock(void* mine, int64_t bytes, int block);
+  T2L_DEVICE void store(int offset, uint32_t word) const;
   T2L_DEVICE void store(int offset, Pair two) const;
   T2L_DEVICE void store(int offset, Quad q) const;
 
@@ -220,6 +221,7 @@ class OfBlock {
 #if defined(T2L_EMULATOR)
 inline OfBlock::OfBlock(void* mine, int64_t bytes, int block)
     : data_(static_cast<char*>(emu::map_to_block(mine, bytes, block))) {}
+inline void OfBlock::store(int offset, uint32_t word) const { emu::store_shared(data_ + offset, word); }
 inline void OfBlock::store(int offset, Pair two) const { emu::store_shared(data_ + offset, two); }
 inline void OfBlock::store(int offset, Quad q) const { emu::store_shared(data_ + offset, q); }
 #else
@@ -235,6 +237,9 @@ T2L_DEVICE OfBlock::OfBlock(void* mine, int64_t, int block) : data_(static_cast<
 #else
 #define T2L_STORE_SHARED "st.shared"
 #endif
+T2L_DEVICE void OfBlock::store(int offset, uint32_t word) const {
+  asm volatile(T2L_STORE_SHARED ".b32 [%0], %1;" ::"r"(data_ + offset), "r"(word) : "memory");
+}
 T2L_DEVICE void OfBlock::store(int offset, Pair two) const {
   asm volatile(T2L_STORE_SHARED ".v2.b32 [%0], {%1, %2};" ::"r"(data_ + offset), "r"(two.word[0]), "r"(two.word[1])
                : "memory");
@@ -257,15 +262,22 @@ T2L_DEVICE T shuffle(T value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 #endif
 }
-// Number of lanes where it holds.
-T2L_DEVICE int count_lanes(bool holds) {
+// The lanes where it holds: bit i of lane i.
+T2L_DEVICE uint32_t lanes_where(bool holds) {
 #ifdef T2L_EMULATOR
   const emu::WarpExchange<bool> all(holds);
-  int count = 0;
-  for (int lane = 0; lane < 32; ++lane) count += all.of(lane);
-  return count;
+  uint32_t lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) lanes |= static_cast<uint32_t>(all.of(lane)) << lane;
+  return lanes;
 #else
-  return __popc(__ballot_sync(0xffffffffu, holds));
+  return __ballot_sync(0xffffffffu, holds);
+#endif
+}
+T2L_DEVICE int count_bits(uint32_t bits) {
+#ifdef T2L_EMULATOR
+  return __builtin_popcount(bits);
+#else
+  return __popc(bits);
 #endif
 }
 // The value of lane `lane ^ mask`.

@@ -44,6 +44,15 @@ def products(rows: int, columns: int, depth: int, dtype: torch.dtype) -> int:
     return 2 * rows * columns * ceil(depth / features) * features * (3 if dtype == F32 else 1)
 
 
+def decode_products(n_tiles: int, depth: int) -> int:
+    """Of the kernel of decode steps: 16 ranks and 8 columns, and k-blocks in rounds of those that a warp has in flight."""
+    features, in_flight = 32, 4 if n_tiles <= 2 else 2
+    part = 4 * WARPS * features * ceil(depth / (16 * WARPS * features))
+    blocks = [min(part, depth - begin) // features for begin in range(0, depth, part)]  # of each part
+    rounds = sum(ceil((n - warp) / (WARPS * in_flight)) for n in blocks for warp in range(min(WARPS, n)))
+    return products(16, 8 * ceil(n_tiles / 2), rounds * in_flight * features, BF16)
+
+
 # --- batched LoRA ----------------------------------------------------------------------------------------------------
 
 
@@ -60,6 +69,12 @@ def chunks_of(case: LoraCase, chunk: int, accumulate: bool) -> list[tuple[int, i
     ]
 
 
+def is_decode(case: LoraCase, accumulate: bool) -> bool:
+    """Whether the kernel of decode steps takes it: rows of 16 bits at 16-byte boundaries."""
+    aligned = case.pad % 8 == 0 and case.in_features % 32 == 0 and case.out_features % 8 == 0 and case.b_layout == "r_out"
+    return accumulate and aligned and case.w_dtype == case.x_dtype != F32 and one_token(case)
+
+
 Members = list[tuple[LoraCase, list[int]]]  # and outputs of each of its slices
 
 
@@ -70,16 +85,18 @@ def lora_counts(members: Members, m_tiles: int, n_tiles: int, accumulate: bool, 
     dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
     rank_of = lambda case, adapter: 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]  # noqa: E731
     slices = [(case, outputs) for case, cut in members for outputs in cut]
+    decode = all(is_decode(member, accumulate) for member, _ in members)
     for adapter, tokens in chunks_of(case, 16 * m_tiles if m_tiles else 1, accumulate):
         tiles = ceil(tokens / 16)
         for start in range(0, len(slices), cluster):
             shared = slices[start : start + cluster]
             ranks = {id(member): rank_of(member, adapter) for member, _ in shared}
             passes, rows = ceil(sum(ceil(rank / 8) for rank in ranks.values()) / n_tiles), 16 * max(m_tiles, 1)
+            depth = case.in_features
             counts.add(
                 read=passes * tokens * case.in_features * x  # x for every pass over the ranks
                 + sum(ranks.values()) * case.in_features * w,  # A once
-                flops=passes * products(rows, 8 * n_tiles, case.in_features, dtype),
+                flops=passes * (decode_products(n_tiles, depth) if decode else products(rows, 8 * n_tiles, depth, dtype)),
             )
             for member, outputs in shared:
                 rank, result = ranks[id(member)], tokens * outputs * x
