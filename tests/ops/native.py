@@ -19,3 +19,13 @@ def is_native(op: str = "lora_add_") -> bool:
 def needs_native(why: str) -> None:
     if not is_native():
         pytest.skip(why)
+
+
+def with_threads(count, call):
+    """What ``call`` returns with ``count`` threads of torch, which the CPU kernels run on; more than cores will do."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count)
+        return call()
+    finally:
+        torch.set_num_threads(before)

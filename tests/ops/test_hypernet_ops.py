@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from native import by_name, kernel_case, needs_native
+from native import by_name, kernel_case, needs_native, with_threads
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
@@ -138,6 +138,29 @@ def test_hypernet_rows_do_not_depend_on_the_batch(dtype):
         rest = {k: v[one] for k, v in heads.items() if isinstance(v, list)}
         alone = ops.hypernet_heads(**(heads | rest | {"latent": heads["latent"][:, one]}))
         assert torch.equal(alone[0][0], lists[0][i]) and torch.equal(alone[1][0], lists[1][i])
+
+
+COVERED = [case for case in HYPER_CASES if case.dtype in (torch.float32, BF16)]
+MANY = HyperCase("many_rows", tasks=64, layers=16, modules=2, dtype=BF16)  # matrix tiles take operands in the other order
+
+
+@kernel_case
+@pytest.mark.parametrize("case", [*COVERED, MANY], **by_name)
+def test_hypernet_bits_do_not_depend_on_threads(case, backend):
+    needs_native("torch's own products do not promise it")
+    if backend != "cpu":
+        pytest.skip("other backends have no threads of torch")
+    trunk, heads = case.make_trunk(), case.make_heads()
+
+    def results():
+        made = ops.hypernet_heads(**heads)
+        slots = [[slot(t.shape, i)[0] for i, t in enumerate(side)] for side in made]
+        ops.hypernet_heads_out_(*slots, **heads, scale_B=2.0)
+        return [ops.hypernet_trunk(**trunk), *(t for side in (*made, *slots) for t in side)]
+
+    expected = with_threads(3, results)
+    for count in (1, 2):
+        assert all(map(torch.equal, with_threads(count, results), expected))
 
 
 def test_hypernet_errors():
