@@ -177,6 +177,49 @@ def test_hypernet_errors():
         ops.hypernet_heads(**(heads | {"latent": heads["latent"].to(BF16)}))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rotary_ranks": -1}, "rotary_ranks: expected >= 0, got -1"),
+        ({"rotary_ranks": 4, "pos_emb": torch.zeros(4, 32)}, "pos_emb: expected None with rotary_ranks, got a tensor"),
+        (
+            {"rotary_ranks": 4, "weights": HyperCase("odd", width=33).make_trunk()["weights"]},
+            r"weights\[2\]: expected an even trunk width with rotary_ranks, got \[33, 132\]",
+        ),
+        ({"side_emb": torch.zeros(2, 2, 32)}, r"side_emb: expected shape \[3, \*, 32\], got \[2, 2, 32\]"),
+        ({"side_emb": torch.zeros(3, 2, 32, dtype=BF16)}, "side_emb: expected float32, got bfloat16"),
+        ({"pos_emb": torch.zeros(4, 31)}, r"pos_emb: expected shape \[\*, 32\], got \[4, 31\]"),
+        ({"pos_emb": torch.zeros(32, 4).mT}, "pos_emb: expected a contiguous tensor, got strides of another layout"),
+    ],
+)
+def test_trunk_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_trunk: {message}"):
+        ops.hypernet_trunk(**HYPER_CASES[0].make_trunk() | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rank": 0}, "rank, in_features, out_features: expected positive sizes, got 0, 64, 48"),
+        ({"in_features": [64, 0, 80]}, "rank, in_features, out_features: expected positive sizes, got 4, 0, 72"),
+        ({"out_features": [48, 72, -1]}, "rank, in_features, out_features: expected positive sizes, got 4, 80, -1"),
+        ({"latent": torch.zeros(3, 3, 0, 1, 5, 40)}, r"latent: expected 1 or 2 sides \(dimension 2\), got \[3, 3, 0, 1,"),
+        ({"latent": torch.zeros(3, 3, 3, 1, 5, 40)}, r"latent: expected 1 or 2 sides \(dimension 2\), got \[3, 3, 3, 1,"),
+        ({"latent": torch.zeros(3, 3, 1, 2, 5, 40)}, r"latent: expected 1 or rank = 4 ranks .*, got \[3, 3, 1, 2, 5"),
+    ],
+)
+def test_heads_errors(change, message):
+    needs_native("the native kernels check their arguments")
+    heads = HYPER_CASES[0].make_heads()
+    slots = [[slot(t.shape, 0)[0] for t in side] for side in ops.hypernet_heads(**heads)]
+    with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads: {message}"):
+        ops.hypernet_heads(**heads | change)
+    with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads_out_: {message}"):
+        ops.hypernet_heads_out_(*slots, **heads | change)
+    assert all(t.isnan().all() for side in slots for t in side)
+
+
 def test_hypernet_lists():
     """Of the wrappers, whatever runs the op."""
     trunk, heads = HYPER_CASES[0].make_trunk(), HYPER_CASES[0].make_heads()
@@ -228,6 +271,17 @@ def test_outputs_of_the_heads(op, side, change, message):
     slots[side] = list(map(change, slots[side]))
     with pytest.raises(RuntimeError, match=f"t2l_engine::hypernet_heads_out_: {message}"):
         op(*slots, **heads, scale_B=1.0)
+    assert not any(t.any() for tensors in slots for t in tensors)
+
+
+@pytest.mark.parametrize("side, module", [(0, 1), (1, 0)])
+def test_outputs_of_two_dtypes(side, module):
+    needs_native("the reference rounds to each")
+    heads = HYPER_CASES[0].make_heads()
+    slots = [[torch.zeros(t.shape) for t in tensors] for tensors in ops.hypernet_heads(**heads)]
+    slots[side][module] = slots[side][module].to(BF16)
+    with pytest.raises(RuntimeError, match=rf"_out_: lora_{'AB'[side]}\[{module}\]: expected float32, got bfloat16"):
+        ops.hypernet_heads_out_(*slots, **heads)
     assert not any(t.any() for tensors in slots for t in tensors)
 
 

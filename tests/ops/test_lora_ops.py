@@ -374,6 +374,16 @@ def test_tokens_without_segments():
             op(**{k: v for k, v in arguments.items() if k != "y" or op is ops.lora_add_})
 
 
+def test_a_negative_max_seg_len():
+    """Without segments, which would be longer than that."""
+    needs_native("the native kernels check their arguments")
+    arguments, group = (next(c for c in cases if c.name == "no_tokens").make() for cases in (LORA_CASES, GROUP_CASES))
+    without_y = {k: v for k, v in arguments.items() if k != "y"}
+    for op, given in ((ops.lora_add_, arguments), (ops.lora_delta, without_y), (ops.lora_add_group_, group)):
+        with pytest.raises(RuntimeError, match=f"t2l_engine::{op.__name__}: max_seg_len: expected >= 0, got -1"):
+            op(**given | {"max_seg_len": -1})
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
