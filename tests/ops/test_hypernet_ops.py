@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from kernel_cases import EMBED_DIMS, ENCODED
 from native import by_name, kernel_case, needs_native, with_threads
 
 from t2l_engine import ops
@@ -25,11 +26,8 @@ def test_hypernet_trunk(case):
         assert numerics.relative_frobenius(got, oracle) <= numerics.trunk_bound(oracle, plain, case.dtype)
 
 
-ENCODED = [case for case in HYPER_CASES if case.position != "rotary" and not case.name.startswith("nine")]
-
-
 @kernel_case
-@pytest.mark.parametrize("embed_dim", [24, 37, 300])
+@pytest.mark.parametrize("embed_dim", EMBED_DIMS)
 @pytest.mark.parametrize("case", ENCODED, **by_name)
 def test_hypernet_trunk_with_its_encoder(case, embed_dim, backend):
     arguments, exact = case.make_trunk(seed=3), case.make_trunk(seed=3, dtype=F64)

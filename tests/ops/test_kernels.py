@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from kernel_cases import LARGE, at_least
-from native import is_native, needs_native
+from native import is_native, kernel_case, needs_native
 
 from t2l_engine import ops
 from t2l_engine.ops import native
@@ -57,6 +57,15 @@ def test_instruction_sets(backend, isa, shapes):
     command += ["-k", " and ".join(f"not {word}" for word in without)] if without else []
     run = subprocess.run(command, env=os.environ | {"T2L_ISA": isa}, capture_output=True, text=True)
     assert run.returncode == 0 and passed(run.stdout) >= at_least(*without), run.stdout[-2000:]
+
+
+@kernel_case
+def test_the_instruction_set_that_was_asked_for(backend):
+    """In the processes of the test above too."""
+    needs_cpu_kernels(backend)
+    if not os.environ.get("T2L_ISA"):
+        pytest.skip("no instruction set was asked for")
+    assert ISAS["chosen"] == os.environ["T2L_ISA"]
 
 
 def test_an_instruction_set_that_this_cpu_lacks(backend):
