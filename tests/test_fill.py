@@ -156,13 +156,14 @@ def test_in_inference_mode(model, net, tokens):
 
 def test_slots_are_empty_until_the_block_ends(model, net, tokens):
     handle = attach(model, net.generate(task_emb(2)), slots=3)
+    base = logits(model, tokens)
     with handle.fill(0, net.meta_stack(2)) as out:
         for ids in (0, [1, -1]):
             with pytest.raises(IndexError, match="slots that hold an adapter"):
                 handle.set(ids)
         net.generate(task_emb(2), out=out)
     handle.set([0, 1] * 3)
-    assert not torch.equal(logits(model, tokens), logits(model.eval(), tokens.flip(0)))
+    assert not torch.equal(logits(model, tokens), base)
 
 
 class Stopped(Exception):
