@@ -312,6 +312,28 @@ def test_merge_refusals(model, stack, tokens):
     assert_untouched(model, before)
 
 
+def test_a_merge_that_fails_midway_is_undone(model, stack, tokens, monkeypatch):
+    handle, merged_weight, calls = attach(model, stack), handles.merged_weight, []
+    before, applied = snapshot(model), logits(model, tokens, handle, 0)
+
+    def second_fails(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise MemoryError
+        return merged_weight(*arguments)
+
+    monkeypatch.setattr(handles, "merged_weight", second_fails)
+    with pytest.raises(MemoryError):
+        handle.merge(0)
+    assert len(calls) == 2
+    assert_untouched(model, before)
+    model.load_state_dict(model.state_dict())  # refused where an adapter is merged
+    handle.merge(0)
+    assert (logits(model, tokens) - applied).abs().max() <= LOGITS_ATOL
+    handle.unmerge()
+    assert_untouched(model, before)
+
+
 def test_merge_inside_use_is_not_applied_twice(model, stack, tokens):
     handle = attach(model, stack)
     applied = logits(model, tokens, handle, 0)
