@@ -22,8 +22,10 @@ try:
     import hypothesis
 except ImportError:  # on a machine for the GPU suite alone
     pass
-else:  # how long an example takes decides nothing
-    hypothesis.settings.register_profile("t2l", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+else:  # the same examples in every run; how long one takes decides nothing
+    hypothesis.settings.register_profile(
+        "t2l", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
     hypothesis.settings.load_profile("t2l")
 
 

@@ -14,7 +14,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import settings
 from t2l_engine.research.training.settings import LoRASettings, ReconstructionSettings, Settings, SFTSettings
 
-EXAMPLES = examples(max_examples=50, deadline=None, derandomize=True, database=None)
+EXAMPLES = examples(max_examples=50)
 KINDS = [SFTSettings, LoRASettings, ReconstructionSettings]
 NEEDED = {"base_model": "x", "target_modules": ["q_proj", "v_proj"]}
 
