@@ -207,8 +207,9 @@ def test_files(run, tmp_path):
         assert run("import os\n" + refuses(statement, "OSError"), "") == "passed", statement
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
     own = "import os, tempfile\nassert os.getcwd() == tempfile.gettempdir() == '/tmp' and os.listdir() == []\n"
-    assert run(own + "open('left', 'w').write('x' * 1_000_000)", "assert os.listdir() == ['left']") == "passed"
-    assert not os.path.exists("/tmp/left")
+    left = os.urandom(8).hex()  # a name that nothing outside has
+    assert run(f"{own}open('{left}', 'w').write('x' * 1_000_000)", f"assert os.listdir() == ['{left}']") == "passed"
+    assert not os.path.exists(f"/tmp/{left}")
     assert run("open('x', 'wb').write(bytes(100 << 20))", "") == "failed"
     assert run("for i in range(100): open(f'x{i}', 'wb').write(bytes(1 << 20))", "") == "failed"
     assert run("kept = [open('/dev/null') for _ in range(100)]", "") == "failed"

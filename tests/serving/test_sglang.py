@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -151,8 +152,10 @@ def test_a_server_that_fails(server, bundled, spool, said):
 
 
 def test_no_server(bundled, spool):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
     with pytest.raises(SGLangError, match="no answer"):
-        SGLangClient("http://127.0.0.1:9", bundled.engine, spool).ensure(TEXTS[:1])
+        SGLangClient(f"http://127.0.0.1:{port}", bundled.engine, spool).ensure(TEXTS[:1])
     with pytest.raises(ValueError, match="url: expected http"):
         SGLangClient("127.0.0.1:9", bundled.engine, spool)
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 
 from t2l_engine import AdapterStack
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from t2l_engine.serving.spool import Spool, Unavailable
+from t2l_engine.serving.spool import Spool, Unavailable, _size
 
 DAY = 24 * 3600
 
@@ -41,9 +42,13 @@ def taken(folder):
     return sum(max(path.stat().st_size, path.stat().st_blocks * 512) for path in folder.iterdir())
 
 
-def test_small_files_count_as_what_they_take(spool):
+def test_small_files_count_as_what_they_take(spool, monkeypatch):
     folder = spool.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
-    assert spool.used == taken(folder) >= 3 * 512 > sum(path.stat().st_size for path in folder.iterdir())
+    assert spool.used == taken(folder) >= sum(path.stat().st_size for path in folder.iterdir())
+    files = [SimpleNamespace(st_size=size, st_blocks=8) for size in (3, 4096, 5000)]  # a page each; the last compressed
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", lambda _: [SimpleNamespace(stat=lambda file=file: file) for file in files])
+        assert _size(folder) == 2 * 4096 + 5000
 
 
 def test_locks_are_those_that_nfs_has(tmp_path, monkeypatch):
