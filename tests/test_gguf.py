@@ -165,5 +165,5 @@ def test_the_program_of_llama_cpp_md(stack, tmp_path, monkeypatch):
 
 def test_without_the_package(stack, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
-    with pytest.raises(ImportError):
+    with pytest.raises(ImportError, match="gguf"):
         stack.save_gguf(tmp_path / "a.gguf", config=CONFIG)

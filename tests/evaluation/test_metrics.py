@@ -126,7 +126,7 @@ def test_interval_of_equal_values(value, count):
 def test_interval_errors():
     with pytest.raises(ValueError, match="^values: expected one a task, got none"):
         interval([])
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"Quantiles must be in the range \[0, 1\]"):
         interval([1.0, 2.0], level=1.5)
 
 

@@ -216,7 +216,7 @@ def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
     ):
         with pytest.raises(ConfigError, match=match):
             lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: not found; expected a PEFT folder"):
         lora.train(runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
 
 
