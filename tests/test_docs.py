@@ -25,18 +25,20 @@ PAGES = {
 }
 #: Who runs the Python programs of a page.
 RUN_BY = {
-    "AGENTS.md": "test_smollm2.py",
-    "README.md": "test_smollm2.py",
-    "docs/generate.md": "test_smollm2.py",
-    "docs/icl.md": "test_icl.py",
-    "docs/llama-cpp.md": "test_gguf.py",
-    "docs/ops.md": "test_docs.py",
-    "docs/quickstart.md": "test_smollm2.py",
-    "docs/serve.md": "test_smollm2.py",
-    "docs/sglang.md": "serving/test_sglang.py",
-    "docs/tasks.md": "data_tools/test_tasks_doc.py",
-    "docs/vllm.md": "serving/test_offline.py",
+    "AGENTS.md": ["test_smollm2.py"],
+    "README.md": ["test_smollm2.py"],
+    "docs/generate.md": ["test_smollm2.py", "test_engine.py", "test_adapter_library.py"],
+    "docs/icl.md": ["test_icl.py"],
+    "docs/llama-cpp.md": ["test_gguf.py"],
+    "docs/ops.md": ["test_docs.py"],
+    "docs/quickstart.md": ["test_smollm2.py"],
+    "docs/serve.md": ["test_smollm2.py"],
+    "docs/sglang.md": ["serving/test_sglang.py"],
+    "docs/tasks.md": ["data_tools/test_tasks_doc.py"],
+    "docs/vllm.md": ["serving/test_offline.py"],
 }
+#: In the one program that no test runs: it writes a file of the package.
+NOT_RUN = '(manifest.PACKAGED / "specs.json").write_text('
 NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert, export.export)}
 
 
@@ -105,11 +107,17 @@ def test_pages_are_short(page):
 
 
 def test_programs_are_run():
-    """A Python program of a page has a test that runs it, and the test names the page."""
-    programs = {page for page, text in PAGES.items() if "```python" in text}
-    assert programs == RUN_BY.keys()
-    for page, test in RUN_BY.items():
-        assert Path(page).name in (ROOT / "tests" / test).read_text(encoding="utf-8"), f"{test} does not run {page}"
+    """A Python program of a page has a test that runs it: the test names the page and, if it has one, the mark."""
+    found = {page: re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
+    assert {page for page, programs in found.items() if programs} == RUN_BY.keys()
+    for page, tests in RUN_BY.items():
+        sources = [(ROOT / "tests" / test).read_text(encoding="utf-8") for test in tests]
+        for test, source in zip(tests, sources, strict=True):
+            assert Path(page).name in source, f"{test} does not run {page}"
+        marks = [mark for mark, code in found[page] if NOT_RUN not in code]
+        for mark in marks if any(marks) else ():
+            named = f'"{mark}"', f"<!-- {mark} -->"
+            assert mark and any(name in source for name in named for source in sources), f"{page}: nobody runs {mark!r}"
 
 
 @pytest.mark.parametrize("number, code", enumerate(re.findall(r"```python\n(.*?)```", PAGES["docs/ops.md"], re.S)))

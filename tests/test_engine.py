@@ -178,7 +178,8 @@ def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
 def test_own_checkpoint(edit, sentence_transformer, tmp_path, monkeypatch):
     """The commands of docs/generate.md run as printed, on small stand-ins for what the first lines download."""
     text = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
-    shell, code = re.search(r"<!-- own checkpoint -->\n```\n(.*?)```\n\n```python\n(.*?)```", text, re.S).groups()
+    (shell,) = re.findall(r"<!-- own checkpoint -->\n```\n(.*?)```", text, re.S)
+    (code,) = re.findall(r"<!-- own checkpoint in Python -->\n```python\n(.*?)```", text, re.S)
     monkeypatch.chdir(tmp_path)
     Path("trained_t2l").mkdir()
     edit("L-sft", args={"emb_model": "Alibaba-NLP/gte-large-en-v1.5"}).rename("trained_t2l/t2l_demo")

@@ -118,6 +118,12 @@ def test_first_program(run_program, capsys):
     assert "impala" in capsys.readouterr().out and len(names["stack"]) == 1
 
 
+def test_worked_examples(run_program):
+    """The last call: a description alone, examples alone."""
+    stack = run_program("docs/generate.md", "worked examples")["stack"]
+    assert len(stack) == 2 and not stack[0].allclose(stack[1])
+
+
 def test_output_written_over(run_program):
     names = run_program("docs/generate.md", "preallocated output")
     stack, again = names["stack"], names["again"]
