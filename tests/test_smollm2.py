@@ -80,13 +80,19 @@ def test_bundled_checkpoint():
 
 
 @pytest.fixture
-def run_program(tmp_path, monkeypatch):
-    """Run the program of that name in a document as it is printed, in an empty folder; its names."""
+def run_program(tmp_path, monkeypatch, smollm):
+    """Run the program of that name in a document as it is printed, in an empty folder; its names.
+
+    The README's alone loads the language model, which takes seconds; others get a copy.
+    """
+    model, tokenizer = smollm
 
     def run(document, name):
         text = (ROOT / document).read_text(encoding="utf-8")
         code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```", text, re.S).group(1)
         monkeypatch.chdir(tmp_path)
+        if document != "README.md":
+            monkeypatch.setattr(packaged, "load", lambda: (copy.deepcopy(model), tokenizer))
         names = {}
         exec(compile(code, f"{document} {name}", "exec"), names)
         return names
