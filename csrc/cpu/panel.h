@@ -166,26 +166,53 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
   }
 }
 
-// Micro-kernel: c[j, i] = dot(panel row i, w[j]), j < C, feature-major.  `ahead`: the next C rows of weights, prefetched; or
-// null.  It may point past the end: a prefetch does not fault.
-template <int C, class P>
-inline void panel_tile(const typename P::Element* x, const typename P::Weight* w, int64_t depth,
-                       const typename P::Weight* ahead, float* c) {
-  constexpr int64_t kLine = kCacheLine / sizeof(typename P::Weight);
+// Features that are widened at a time, where the micro-kernel does not read weights in place: of the rows of a tile, 12 KiB
+// that stay in L1.
+constexpr int64_t kWidened = 256;
+
+// Weights [k, k + n) of C rows as the micro-kernel reads them: in place, or widened into `wide`.  *stride: of rows.
+template <int C>
+inline const float* rows_to_read(const float* w, int64_t, float*, int64_t*) {
+  return w;
+}
+template <int C>
+inline const bf16* rows_to_read(const bf16* w, int64_t, bf16*, int64_t*) {
+  return w;
+}
+template <int C>
+inline const float* rows_to_read(const bf16* w, int64_t n, float* wide, int64_t* stride) {
+  for (int j = 0; j < C; ++j)
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const int left = static_cast<int>(min(kLanes, n - i));
+      store_as(wide + j * kWidened + i, load_up_to(w + j * *stride + i, left), left);
+    }
+  *stride = kWidened;
+  return wide;
+}
+
+// Micro-kernel: c[j, i] = dot(panel row i, w[j]), j < C, feature-major.  The C rows of weights after these are prefetched,
+// also past the end: a prefetch does not fault.
+template <int C, class P, class WT>
+inline void panel_tile(const typename P::Element* x, const WT* w, int64_t depth, typename P::Weight* wide, float* c) {
+  constexpr int64_t kLine = kCacheLine / sizeof(WT);
   Vec acc[C][kPanelVecs];
   for (int j = 0; j < C; ++j)
     for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = zero();
-  const int64_t whole = depth / P::kPack * P::kPack;
-  for (int64_t line = 0; line < whole; line += kLine) {
-    if (ahead)
-      for (int j = 0; j < C; ++j) __builtin_prefetch(ahead + j * depth + line, 0, 2);
-    const int64_t end = min(whole, line + kLine);
-    for (int64_t k = line; k < end; k += P::kPack) {
-      typename P::Operand xv[kPanelVecs];
-      for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
-      for (int j = 0; j < C; ++j) {
-        const auto wv = P::broadcast_weight(w + j * depth + k);
-        for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
+  const int64_t whole = depth / P::kPack * P::kPack, block = std::is_same_v<WT, typename P::Weight> ? whole : kWidened;
+  for (int64_t begin = 0; begin < whole; begin += block) {
+    const int64_t end = min(whole, begin + block);
+    int64_t stride = depth;
+    const typename P::Weight* rows = rows_to_read<C>(w + begin, end - begin, wide, &stride);
+    for (int64_t line = begin; line < end; line += kLine) {
+      for (int j = 0; j < C; ++j) __builtin_prefetch(w + (C + j) * depth + line, 0, 2);
+      const int64_t line_end = min(end, line + kLine);
+      for (int64_t k = line; k < line_end; k += P::kPack) {
+        typename P::Operand xv[kPanelVecs];
+        for (int v = 0; v < kPanelVecs; ++v) xv[v] = P::load_rows(x + k / P::kPack * kPanelRows + v * kLanes);
+        for (int j = 0; j < C; ++j) {
+          const auto wv = P::broadcast_weight(rows + j * stride + k - begin);
+          for (int v = 0; v < kPanelVecs; ++v) acc[j][v] = P::step(xv[v], wv, acc[j][v]);
+        }
       }
     }
   }
@@ -205,19 +232,8 @@ struct MatmulScope {
   void expect(const void*) {}
 };
 
-// Weights as the micro-kernel reads them: in place, or `count` of them widened into `wide`.
-inline const float* widen_weights(const float* w, int64_t, float*, float) { return w; }
-inline const float* widen_weights(const bf16* w, int64_t count, float* wide, float) {
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const int n = static_cast<int>(min(kLanes, count - i));
-    store_as(wide + i, load_up_to(w + i, n), n);
-  }
-  return wide;
-}
-inline const bf16* widen_weights(const bf16* w, int64_t, float*, bf16) { return w; }
-
 // Floats of scratch of a product over `depth` features: widened weights, or a tile's rows of bfloat16.
-inline int64_t scratch_size(int64_t depth) { return (kPanelCols > 8 ? kPanelCols : 8) * depth; }
+inline int64_t scratch_size(int64_t depth) { return T2L_TILES ? 8 * depth : kPanelCols * kWidened; }
 
 // Which operand of a product the next products use again: the panel, while weights come from memory, or the weights.
 enum class Keep { panel, weights };
@@ -227,22 +243,21 @@ template <Keep, class WT>
 inline void matmul_panel(MatmulScope<WT>&, const typename PanelOf<WT>::Element* x, const WT* w, int64_t cols, int64_t depth,
                          float* wide, float* c) {
   using P = PanelOf<WT>;
-  using Weight = typename P::Weight;
+  auto* scratch = reinterpret_cast<typename P::Weight*>(wide);
   constexpr int kTwoThirds = kPanelCols * 2 / 3, kThird = kPanelCols / 3;
   for (int64_t j = 0; j < cols;) {
     const int64_t left = cols - j;
     const int n = left >= kPanelCols ? kPanelCols : left >= kTwoThirds ? kTwoThirds : left >= kThird ? kThird : 1;
-    const Weight* tile = widen_weights(w + j * depth, n * depth, wide, Weight());
-    const Weight* ahead = static_cast<const void*>(tile) == w + j * depth ? tile + n * depth : nullptr;
+    const WT* tile = w + j * depth;
     float* out = c + j * kPanelRows;
     if (n == kPanelCols)
-      panel_tile<kPanelCols, P>(x, tile, depth, ahead, out);
+      panel_tile<kPanelCols, P>(x, tile, depth, scratch, out);
     else if (n == kTwoThirds)
-      panel_tile<kTwoThirds, P>(x, tile, depth, ahead, out);
+      panel_tile<kTwoThirds, P>(x, tile, depth, scratch, out);
     else if (n == kThird)
-      panel_tile<kThird, P>(x, tile, depth, ahead, out);
+      panel_tile<kThird, P>(x, tile, depth, scratch, out);
     else
-      panel_tile<1, P>(x, tile, depth, ahead, out);
+      panel_tile<1, P>(x, tile, depth, scratch, out);
     j += n;
   }
 }
