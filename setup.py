@@ -69,7 +69,8 @@ class CMakeBuild(build_ext):
         for old in build.glob("_core.*so"):  # which CMake leaves out where there is no pybind11 now
             old.unlink()
         subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), python, *generator, *OPTIONS])
-        subprocess.check_call(["cmake", "--build", str(build), "-j", os.environ.get("MAX_JOBS", str(os.cpu_count()))])
+        jobs = os.environ.get("MAX_JOBS", str(len(os.sched_getaffinity(0))))
+        subprocess.check_call(["cmake", "--build", str(build), "-j", jobs])
         for extension in list(self.extensions):
             name = extension.name.rsplit(".", 1)[-1]
             built = next(build.glob(f"{name}.*so"), None)

@@ -70,16 +70,22 @@ void HyperNet::check_output(const t2l_adapter& output, int64_t index, int64_t nu
 // LN(W e + b) [num_tasks, t], with sums in double.
 std::vector<float> HyperNet::encode(const float* task_emb, int64_t num_tasks) const {
   constexpr double kEps = 1e-5;
+  constexpr int64_t kSums = 4;  // at a time: one alone would wait for each of its additions
   const int64_t e = header().embed_dim, t = header().task_width;
   std::vector<float> z(static_cast<size_t>(elements({num_tasks, t})));
   for (int64_t i = 0; i < num_tasks; ++i) {
     float* row = z.data() + i * t;
     double mean = 0, variance = 0;
-    for (int64_t j = 0; j < t; ++j) {
-      double sum = 0;
-      for (int64_t k = 0; k < e; ++k) sum += static_cast<double>(task_emb[i * e + k]) * net_.encoder_weight[j * e + k];
-      row[j] = static_cast<float>(sum + net_.encoder_bias[j]);
-      mean += row[j];
+    for (int64_t first = 0; first < t; first += kSums) {
+      double sums[kSums] = {};
+      const float* weights[kSums];
+      for (int64_t c = 0; c < kSums; ++c) weights[c] = &net_.encoder_weight[std::min(first + c, t - 1) * e];
+      for (int64_t k = 0; k < e; ++k)
+        for (int64_t c = 0; c < kSums; ++c) sums[c] += static_cast<double>(task_emb[i * e + k]) * weights[c][k];
+      for (int64_t j = first; j < std::min(first + kSums, t); ++j) {
+        row[j] = static_cast<float>(sums[j - first] + net_.encoder_bias[j]);
+        mean += row[j];
+      }
     }
     mean /= static_cast<double>(t);
     for (int64_t j = 0; j < t; ++j) variance += (row[j] - mean) * (row[j] - mean);
