@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "t2l/params.h"
@@ -148,11 +149,20 @@ inline void check_contiguous(const Op& op, std::string_view name, const Tensor& 
   if (!t.is_contiguous()) fail(op, name, "a contiguous tensor", "strides of another layout");
 }
 
-// For outputs: rejects expanded tensors, whose elements share memory.
+// For outputs: no element shares a place with another, for none of the strides is within what smaller ones span.
 inline void check_strides(const Op& op, std::string_view name, const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> order;  // (stride, dimension)
   for (int64_t i = 0; i < t.dim(); ++i)
-    if (t.size(i) > 1 && t.stride(i) == 0)
-      fail(op, name, "strides that do not overlap", "stride 0 at dimension " + std::to_string(i));
+    if (t.size(i) > 1) order.emplace_back(t.stride(i), i);
+  std::sort(order.begin(), order.end());
+  int64_t reach = 1;  // elements
+  for (const auto& [stride, i] : order) {
+    if (stride < reach)
+      fail(op, name, "strides that do not overlap",
+           "stride " + std::to_string(stride) + " at dimension " + std::to_string(i) + ", where smaller ones span " +
+               std::to_string(reach));
+    reach += stride * (t.size(i) - 1);
+  }
 }
 
 inline void check_floating(const Op& op, std::string_view name, ScalarType type) {

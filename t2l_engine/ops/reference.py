@@ -321,9 +321,12 @@ def _check_output(name: str, t: Tensor) -> None:
     if t.dtype not in FLOATING:
         got = str(t.dtype).removeprefix("torch.")
         fail("hypernet_heads_out_", name, "float32, bfloat16, float16 or float64", got)
-    for d, (size, stride) in enumerate(zip(t.shape, t.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            fail("hypernet_heads_out_", name, "strides that do not overlap", f"stride 0 at dimension {d}")
+    reach = 1  # elements that smaller strides span
+    for stride, d in sorted((stride, d) for d, stride in enumerate(t.stride()) if t.shape[d] > 1):
+        if stride < reach:
+            got = f"stride {stride} at dimension {d}, where smaller ones span {reach}"
+            fail("hypernet_heads_out_", name, "strides that do not overlap", got)
+        reach += stride * (t.shape[d] - 1)
 
 
 def hypernet_heads_out_(

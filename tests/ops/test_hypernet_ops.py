@@ -260,8 +260,13 @@ def test_absent_lists_of_the_heads():
             r"lora_A\[0\]: expected strides that do not overlap, got stride 0 at dimension 1",
         ),
         (1, lambda t: t[..., :1].expand_as(t), r"lora_B\[0\]: expected strides .* got stride 0 at dimension 3"),
+        (
+            0,
+            lambda t: t.as_strided(t.shape, (1, *t.stride()[1:])),
+            r"lora_A\[0\]: expected strides that do not overlap, got stride 1 at dimension 3, where smaller ones span \d",
+        ),
     ],
-    ids=["int32", "A_expanded", "B_expanded"],
+    ids=["int32", "A_expanded", "B_expanded", "A_folded"],
 )
 def test_outputs_of_the_heads(op, side, change, message):
     heads = HYPER_CASES[0].make_heads()
