@@ -48,7 +48,8 @@ TRAINED_FROBENIUS = 1e-4
 RECONSTRUCTED_FROBENIUS = 0.15
 
 UNIT_ROUNDOFF = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-#: vdpbf16ps and BFDOT flush denormal inputs and sums to zero: the absolute error of one sum of products.
+#: vdpbf16ps and BFDOT flush denormal inputs and sums to zero: the absolute error of one sum of products, if the depth times
+#: the largest other operand is at most 2^26.
 FLUSH = 2.0**-100
 
 
