@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from t2l_engine import AdapterBatch, AdapterStack, LoRALinear, attach
 from t2l_engine.testing.numerics import ROW_ATOL
@@ -192,9 +193,20 @@ class Transposed(nn.Module):
         return x @ self.weight / 10
 
 
-@pytest.mark.parametrize("make", [Scaled, Float8, Transposed])
+def parametrized(n_in, n_out):
+    """Its weight is computed anew whenever it is read."""
+    return parametrizations.weight_norm(nn.Linear(n_in, n_out))
+
+
+def pruned(n_in, n_out):
+    """Its weight is computed anew before every forward pass."""
+    return prune.l1_unstructured(nn.Linear(n_in, n_out), "weight", amount=0.5)
+
+
+@pytest.mark.parametrize("make", [Scaled, Float8, Transposed, parametrized, pruned])
 def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
     blocks, stack = Blocks(make), make_stack({"q_proj": (16, 16)})
+    kind = type(blocks.layers[0]["q_proj"]).__name__
     handle = attach(blocks, stack)
     adapters = [0, 2, -1, 1, 1, -1]
     with torch.no_grad():
@@ -202,7 +214,7 @@ def test_kinds_of_linear_are_used_and_not_merged(make_stack, x, make):
         with handle.use(adapters):
             assert (blocks(x) - expected).abs().max() <= ROW_ATOL
         before = blocks(x)
-        with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {make.__name__} without a plain weight"):
+        with pytest.raises(ValueError, match=f"merge: layers.0.q_proj is a {kind} without a plain weight"):
             handle.merge(0)
         assert torch.equal(blocks(x), before)
 

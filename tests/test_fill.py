@@ -214,7 +214,7 @@ def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
 
     for slot in (-1, 2, 3, True, 1.0, None, "0"):
         refused(IndexError, r"slot: expected an int in \[0, 1\], for 2 of 3 slots, got ", slot, net.meta_stack(2))
-    refused(IndexError, "for 4 of 3 slots", 0, net.meta_stack(4))
+    refused(IndexError, "slot: expected at most 3 adapters, as many as there are slots, got 4", 0, net.meta_stack(4))
     refused(ValueError, "like: expected an AdapterStack, got HyperNetwork", 0, net)
     refused(ValueError, "rank 9 exceeds the slots' rank 8", 0, stack_for(model, ("q_proj",), num_adapters=1, rank=9))
     refused(ValueError, "q_proj: .* 64/64, the model has 64/128", 0, make_stack({"q_proj": (64, 64)}, num_adapters=1))

@@ -241,7 +241,7 @@ class LoRAHandle:
     def _check_slots(self, slot: int, count: int) -> None:
         """IndexError unless there are ``count`` slots from ``slot`` on."""
         if count > self._num_slots:
-            raise IndexError(f"slot: expected no more adapters than slots, got none for {count} of {self._num_slots} slots")
+            raise IndexError(f"slot: expected at most {self._num_slots} adapters, as many as there are slots, got {count}")
         if not isinstance(slot, int) or isinstance(slot, bool) or not 0 <= slot <= self._num_slots - count:
             raise IndexError(
                 f"slot: expected an int in [0, {self._num_slots - count}], for {count} of {self._num_slots} slots, "
@@ -384,7 +384,8 @@ class LoRAHandle:
             raise ValueError("merge: fully_shard has divided weights of the model, which have no part to merge into")
         for target, wrapped in self._wrapped:
             base = wrapped.base
-            weight = getattr(base, "weight", None)
+            own = base._parameters | base._buffers  # a weight that hooks or parametrizations compute is in neither
+            weight = own.get("weight")
             forward = type(base).forward  # a subclass with its own may use the weight differently
             plain = forward is nn.Linear.forward or f"{forward.__module__}.{forward.__qualname__}" == CONV1D_FORWARD
             n_in, n_out = features(base) or (None, None)
