@@ -30,7 +30,7 @@ class Desk:
         of = self.side_by_side
         stack = of.engine.generate([description])
         if path.suffix.lower() == GGUF:
-            prefix = prompt_prefix(of.engine)(description)
+            prefix = prompt_prefix(of.engine, description)
             save_gguf(stack, 0, path, of.model.config, None, description, prefix)
         else:
             stack.save_pretrained(path, base_model_name_or_path=packaged.hub_name(self.base_model))
@@ -56,7 +56,7 @@ def open_desk(
     name = base_model_of(folder, base_model)
     with named({"base_model": "--base-model"}):
         model, tokenizer = models.load(name, dtype.torch)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit is not None and max_new_tokens >= limit:
-        raise ValueError(f"--max-new-tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
-    return Desk(SideBySide(engine, model, tokenizer, slots=slots), name)
+    side_by_side = SideBySide(engine, model, tokenizer, slots=slots)
+    with named({"max_new_tokens": "--max-new-tokens"}):
+        side_by_side.check_length(max_new_tokens)
+    return Desk(side_by_side, name)

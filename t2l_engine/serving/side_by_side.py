@@ -15,15 +15,14 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from t2l_engine.lora.handle import attach
-from t2l_engine.text.prompts import RAW, prompt_ids, prompt_of
+from t2l_engine.text.loading import positions
+from t2l_engine.text.prompts import NEXT_EXAMPLE, RAW, answer_in, continuation, prompt_ids, prompt_of
 
 if TYPE_CHECKING:
     from t2l_engine.engine import TextToLoRA
 
 T = TypeVar("T")
 BASE = -1  # the id of rows without an adapter
-#: Where a raw prompt's next worked example would begin: an answer ends there.
-_NEXT_EXAMPLE = ("\n\n", "\nInput:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,10 +178,11 @@ class SideBySide:
     ) -> None:
         if not rows:
             raise ValueError("rows: expected at least one, got none")
-        batch = self._batch(self.prompts(text, rows), max_new_tokens)
+        prompts = self.prompts(text, rows)
+        batch = self._batch(prompts, max_new_tokens)
         made = self._hold([row.description for row in rows if row.adapted])
         ids = [self._held[row.description] if row.adapted else BASE for row in rows]
-        watch = _Watch(self, batch["input_ids"].shape, made, start, emit, stop)
+        watch = _Watch(self, prompts, batch["input_ids"].shape[1], made, start, emit, stop)
         with self._lora.use(ids):
             self.model.generate(
                 **batch, **sampling, max_new_tokens=max_new_tokens, pad_token_id=self.tokenizer.pad_token_id,
@@ -191,18 +191,23 @@ class SideBySide:
 
     def _batch(self, prompts: Sequence[str], max_new_tokens: int) -> Any:
         """The prompts as padded ids."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = self.check_length(max_new_tokens)
         ids = prompt_ids(self.tokenizer, prompts)
         batch = self.tokenizer.pad({"input_ids": ids}, padding=True, return_tensors="pt")
         length = batch["input_ids"].shape[1]
-        if limit is not None and max_new_tokens >= limit:
-            raise ValueError(f"max_new_tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
         if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
                 f"input: expected at most {limit - max_new_tokens} tokens (the model has {limit} positions, "
                 f"{max_new_tokens} of them for the answer), got {length}"
             )
         return batch.to(self.model.device)
+
+    def check_length(self, max_new_tokens: int) -> int | None:
+        """Number of positions of the model, None: no limit; ValueError unless answers of ``max_new_tokens`` leave room."""
+        limit = positions(self.model)
+        if limit is not None and max_new_tokens >= limit:
+            raise ValueError(f"max_new_tokens: expected fewer than the model's {limit} positions, got {max_new_tokens}")
+        return limit
 
     def _hold(self, descriptions: Sequence[str]) -> Made:
         """Put the adapters of ``descriptions`` that are not held into slots."""
@@ -233,42 +238,39 @@ class SideBySide:
 class _Watch(StoppingCriteria):
     """Reports the answers after every token, and ends rows whose answer is complete, or all of them once ``stop`` is set.
 
-    ``shape``: rows and length of the padded prompts; ``start``: when the question came.
+    ``length``: of the padded prompts, in tokens; ``start``: when the question came.
     """
 
     def __init__(
         self,
         of: SideBySide,
-        shape: Sequence[int],
+        prompts: Sequence[str],
+        length: int,
         made: Made,
         start: float,
         emit: Callable[[Answers], None],
         stop: threading.Event,
     ):
-        rows, self._prompt = shape
+        rows, self._prompts, self._length = len(prompts), prompts, length
         ends = of.model.generation_config.eos_token_id
         self._ends = set(ends if isinstance(ends, list) else [ends])
-        self._tokenizer, self._raw = of.tokenizer, of.engine.prompt_form == RAW
+        self._tokenizer, self._form = of.tokenizer, of.engine.prompt_form
         self._made, self._start, self._emit, self._stop = made, start, emit, stop
         self._texts, self._done, self._tokens, self._first = [""] * rows, [False] * rows, 0, 0.0
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         passed = time.perf_counter() - self._start
         self._first = self._first or passed
-        for i, ids in enumerate(input_ids[:, self._prompt :].tolist()):
+        for i, ids in enumerate(input_ids[:, self._length :].tolist()):
             if not self._done[i]:
                 self._tokens += 1
-                self._texts[i], ended = self._text(ids)
+                self._texts[i], ended = self._text(self._prompts[i], ids)
                 self._done[i] = ended or ids[-1] in self._ends
         self._emit(Answers(tuple(self._texts), self._made, self._tokens, self._first, passed - self._first))
         return torch.tensor([done or self._stop.is_set() for done in self._done], device=input_ids.device)
 
-    def _text(self, ids: list[int]) -> tuple[str, bool]:
+    def _text(self, prompt: str, ids: list[int]) -> tuple[str, bool]:
         """Answer of a row, and whether it is complete."""
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
-        if self._raw:
-            text = text.lstrip()  # the space after "Output:"
-            ends = [at for mark in _NEXT_EXAMPLE if (at := text.find(mark)) >= 0]
-            if ends:
-                return text[: min(ends)], True
-        return text.removesuffix("\ufffd"), False  # a character of which not all bytes are there
+        text = continuation(self._tokenizer, prompt, ids)
+        answer, ended = answer_in(self._form, text), self._form == RAW and NEXT_EXAMPLE in text
+        return answer.removesuffix("\ufffd"), ended  # a character of which not all bytes are there

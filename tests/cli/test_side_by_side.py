@@ -10,6 +10,7 @@ import pytest
 
 import t2l_engine as t2l
 from t2l_engine.lora.layer import LoRALinear
+from t2l_engine.serving import side_by_side
 from t2l_engine.serving.side_by_side import Answers, Made, Row, SideBySide
 
 TASKS = ["Count the words.", "Name the capital.", "Write it in capital letters.", "Reverse it."]
@@ -127,10 +128,19 @@ def test_an_answer_ends(desk, monkeypatch):
     desk.model.generation_config.eos_token_id = None
     desk.engine = copy.copy(desk.engine)
     desk.engine.prompt_form = "raw"
-    words = [" yes", " yes\n", " yes\n\n", " yes\n\nInput", " yes\n\nInput:", " yes\n\nInput: no"]
-    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: words[len(ids) - 1])
+    words = ["", "   if x:", "   if x:\n\n", "   if x:\n\ny", "   if x:\n\ny\n\nInput:", "   if x:\n\ny\n\nInput: no"]
+    monkeypatch.setattr(side_by_side, "continuation", lambda tokenizer, prompt, ids: words[len(ids) - 1])
     ended = last(desk, [Row()])
-    assert ended.texts == ("yes",) and ended.tokens == 3
+    assert ended.texts == ("  if x:\n\ny",) and ended.tokens == 5, "as evaluation reads answers: blank lines, indentation"
+
+
+def test_a_first_space_belongs_to_the_prompt_in_plain_text(desk, monkeypatch):
+    desk = desk()
+    desk.engine = copy.copy(desk.engine)
+    desk.engine.prompt_form = "raw"
+    monkeypatch.setattr(desk.tokenizer, "decode", lambda ids, **options: "Output:" + " a" * (len(ids) > 6))
+    before = len(desk.tokenizer("Output:", add_special_tokens=False)["input_ids"])
+    assert before <= 6 and last(desk, [Row()], max_new_tokens=7).texts == ("a",)
 
 
 def test_a_character_in_several_tokens(desk, monkeypatch):

@@ -152,7 +152,7 @@ def endless(desk, monkeypatch):
     """Answers are as long as they may be; ``passes``: through the model; each takes ``pause`` seconds more."""
     found, model = types.SimpleNamespace(passes=0, pause=0.0), desk.side_by_side.model
     monkeypatch.setattr(model.generation_config, "eos_token_id", None)
-    monkeypatch.setattr(side_by_side, "_NEXT_EXAMPLE", ())
+    monkeypatch.setattr(side_by_side, "NEXT_EXAMPLE", "\0")
 
     def count(*_):
         found.passes += 1
