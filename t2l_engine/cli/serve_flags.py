@@ -50,6 +50,7 @@ def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[
     """Slots that hold adapters of all ``sources``; of the first, the default, the endpoint."""
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.hypernetwork.folder import bundled_checkpoints, resolve_checkpoint
+    from t2l_engine.serving.vllm.settings import Settings
 
     folders = [resolve_checkpoint(source) for source in sources]
     found = [checkpoints.read(folder) for folder in folders]
@@ -63,12 +64,13 @@ def collect(sources: Sequence[str], max_loras: int, max_cpu_loras: int) -> dict[
     flags = ["--enable-lora", "--max-lora-rank", rank, "--max-loras", max_loras, "--max-cpu-loras", max_cpu_loras]
     # Decoding without the penalties of the model's generation_config.json, as in training and evaluation.
     flags += ["--generation-config", "vllm", "--lora-target-modules", *modules]
+    environment = {"T2L_VLLM_CHECKPOINT": ",".join(names), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    known = Settings.from_environment(environment).checkpoints  # as the server will read it
+    if list(known.values()) != names:
+        raise ValueError(f"CHECKPOINT: expected folders without ',' and spaces at the ends of their paths, got {names}")
     return {
         "flags": [str(flag) for flag in flags],
-        "environment": {
-            "T2L_VLLM_CHECKPOINT": ",".join(names),
-            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        },
+        "environment": environment,
         "endpoint": ENDPOINTS[found[0].prompt_form],
         "description_in_prompt": checkpoints.has_described_prompts(found[0].blocks),
     }

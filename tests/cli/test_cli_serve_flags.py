@@ -65,6 +65,17 @@ def test_errors(run, tmp_path):
     assert run("serve-flags", "nowhere")[0] == 1
 
 
+def test_what_the_server_would_refuse_is_refused(run, tmp_path):
+    """Folders are told apart by their names, and the variable's value is divided at commas."""
+    for place in ("a/best", "b/best", "one,two"):
+        (tmp_path / place).mkdir(parents=True)
+        save(tmp_path / place, 4)
+    status, out, err = run("serve-flags", tmp_path / "a/best", tmp_path / "b/best")
+    assert (status, out) == (1, "") and "T2L_VLLM_CHECKPOINT: expected folders of different names, got" in err
+    status, out, err = run("serve-flags", tmp_path / "one,two")
+    assert (status, out) == (1, "") and "T2L_VLLM_CHECKPOINT: " in err and str(tmp_path / "one") in err
+
+
 def save(folder, rank):
     config = t2l.HyperNetworkConfig(
         variant="L", modules=("q_proj",), in_features=(4,), out_features=(4,), num_layers=1, rank=rank, embed_dim=8,
