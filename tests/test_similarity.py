@@ -17,6 +17,12 @@ def dense(stack):
     return stack.scaling.double()[:, None] * torch.cat(changes, dim=1)
 
 
+def test_inner_products_of_float64_are_exact(stack):
+    exact = stack.to(dtype=torch.float64)
+    changes = dense(exact)
+    torch.testing.assert_close(inner_products(exact, exact), changes @ changes.T, rtol=1e-12, atol=1e-12)
+
+
 def test_inner_products(stack):
     changes = dense(stack)
     torch.testing.assert_close(inner_products(stack, stack[1:3]), changes @ changes[1:3].T, rtol=1e-5, atol=1e-5)

@@ -18,9 +18,10 @@ from bench.harness import Record, record
 from bench.models import shared
 from bench.study import plan
 from bench.study.runs import WORDINGS, folder_of
-from bench.suites.learn import answerer, distance, inner
+from bench.suites.learn import answerer, distance
 from bench.timing import elapsed_us
 from t2l_engine import ops
+from t2l_engine.adapters.similarity import inner_products
 from t2l_engine.hypernetwork.task_encoders import TaskEncoder
 from t2l_engine.research.evaluation.answers import Query
 from t2l_engine.research.evaluation.arms import Generated, shots_of
@@ -49,7 +50,7 @@ def maps(work: Path) -> Iterator[Record]:
     net = engine.hypernetwork
     folded, stack = net.folded(), net.generate(emb)
     latent = ops.hypernet_trunk(net.task_encoder(emb), folded["weights"], folded["side_emb"], folded["pos_emb"], 0)
-    cosines = {"texts": _cosines(emb @ emb.T), "adapters": _cosines(inner(stack, stack))}
+    cosines = {"texts": _cosines(emb @ emb.T), "adapters": _cosines(inner_products(stack, stack))}
     places = {"task_emb": _tsne(emb), "trunk": _tsne(latent.flatten(1))}
     for i, task in enumerate(tasks):
         known = manifest.tasks[task.name]

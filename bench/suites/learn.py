@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import t2l_engine as t2l
 from bench.harness import Record, record
+from t2l_engine.adapters.similarity import inner_products
 from t2l_engine.research.evaluation.answers import Answerer, Store
 from t2l_engine.research.evaluation.arms import Arm, Stored
 from t2l_engine.research.evaluation.run import Evaluation
@@ -74,20 +75,11 @@ def judged(tasks: Sequence[Task], stacks: Mapping[str, t2l.AdapterStack]) -> Ite
         yield arm, scores
 
 
-def inner(ours: t2l.AdapterStack, theirs: t2l.AdapterStack) -> Tensor:
-    """Frobenius products of every two ``B A``, all layers and modules as one vector; ``[N, M]`` float64."""
-    found = torch.zeros(len(ours), len(theirs), dtype=torch.float64)
-    for name in ours.lora_A:
-        for layer in range(ours.lora_A[name].shape[1]):
-            (a, b), (c, d) = ((s.lora_A[name][:, layer].double(), s.lora_B[name][:, layer].double()) for s in (ours, theirs))
-            # <B A, D C> without the products
-            found += (torch.einsum("iro,jso->ijrs", a, c) * torch.einsum("ior,jos->ijrs", b, d)).sum(dim=(2, 3))
-    return found
-
-
 def distance(ours: t2l.AdapterStack, theirs: t2l.AdapterStack) -> float:
     """Relative Frobenius error of all ``B A``, the mean over adapters."""
-    own, both, exact = (inner(*pair).diagonal() for pair in ((ours, ours), (ours, theirs), (theirs, theirs)))
+    ours, theirs = ours.to(dtype=torch.float64), theirs.to(dtype=torch.float64)
+    pairs = (ours, ours), (ours, theirs), (theirs, theirs)
+    own, both, exact = (inner_products(*pair).diagonal() for pair in pairs)
     return float(((own - 2 * both + exact).clamp_min(0) / exact).sqrt().mean())
 
 

@@ -7,13 +7,14 @@ from torch import Tensor
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
+from t2l_engine.ops.reference import accumulation_dtype
 
 
 def inner_products(a: AdapterStack, b: AdapterStack) -> Tensor:
     """``[len(a), len(b)]`` float64: sums over all entries of the weight changes ``s B A`` of one times those of the other.
 
     The changes are never formed: ``<B A, B' A'>`` is the sum of ``B^T B' * A A'^T``, two matrices of rank times rank, which
-    are computed in float32.
+    are computed in float32, or in float64 where a stack has that dtype.
 
     Raises ValueError if the stacks differ in modules, layers or features.
     """
@@ -30,7 +31,8 @@ def inner_products(a: AdapterStack, b: AdapterStack) -> Tensor:
 
 def _grams(a: Tensor, b: Tensor) -> Tensor:
     """``[n, N, r, M, s]`` of ``[N, n, r, features]`` and ``[M, n, s, features]``: all inner products of rows of a layer."""
-    left, right = (x.float().transpose(0, 1).flatten(1, 2) for x in (a, b))
+    dtype = accumulation_dtype(a, b)
+    left, right = (x.to(dtype).transpose(0, 1).flatten(1, 2) for x in (a, b))
     return (left @ right.mT).view(a.shape[1], a.shape[0], a.shape[2], b.shape[0], b.shape[2])
 
 
