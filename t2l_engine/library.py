@@ -251,8 +251,7 @@ def _is_description(text: object) -> bool:
 
 def _digest(descriptions: Mapping[str, Sequence[str]], encoder: TextEncoder) -> str:
     """Of all that embeddings depend on: the descriptions, and the encoder's configuration and weights."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.weights().items()}
-    checksum = content_checksum(weights)
+    checksum = content_checksum(encoder.weights())
     known: list[Any] = [to_json(encoder.config), checksum, *([name, list(of)] for name, of in descriptions.items())]
     return hashlib.sha256(json.dumps(known, ensure_ascii=False).encode()).hexdigest()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -141,7 +141,7 @@ def _adapter_file(
         )  # fmt: skip
         with named({"texts[0]": "SOURCE"}):
             stack = engine.generate([source])
-        prefix, what = prompt_prefix(engine)(source), "description"
+        prefix, what = prompt_prefix(engine, source), "description"
         base = base_model_of(folder, base_model)
     with named({"base_model": "--base-model"}):
         config = config_of(base)
@@ -149,13 +149,13 @@ def _adapter_file(
     return {"dtype": "float32" if dtype is None else str(dtype).removeprefix("torch."), "base_model": base, what: source}
 
 
-def prompt_prefix(engine: TextToLoRA) -> Callable[[str], str]:
-    """Description -> what prompts begin with, of a checkpoint trained with descriptions in raw prompts; else empty."""
+def prompt_prefix(engine: TextToLoRA, description: str) -> str:
+    """What prompts begin with, of a checkpoint trained with descriptions in raw prompts; else empty."""
     from t2l_engine.text.prompts import RAW, raw_prompt
 
     if not engine.description_in_prompt or engine.prompt_form != RAW:  # in a chat it stands inside a turn
-        return lambda description: ""
-    return lambda description: raw_prompt(description, "").removesuffix(raw_prompt("", ""))
+        return ""
+    return raw_prompt(description, "").removesuffix(raw_prompt("", ""))
 
 
 def save(stack: AdapterStack, i: int, file: Path, config: Any, dtype: Any, description: str, prefix: str) -> None:

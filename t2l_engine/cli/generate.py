@@ -126,7 +126,6 @@ def generate(
     engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model)
     _check(engine, lines or {f"description {i}": text for i, text in enumerate(texts, start=1)}, shots)
     base = base_model or checkpoints.describe(folder).get("base_model")
-    prefix = export.prompt_prefix(engine)
     with named({"base_model": "--base-model"}):
         base_config = config_of(base_model_of(folder, base_model)) if form is Format.gguf else None
     base = base and packaged.hub_name(base)
@@ -154,7 +153,7 @@ def generate(
         for i, text in enumerate(batch):
             if form is Format.gguf:
                 target = output / (f"{start + i}.gguf" if several else "adapter.gguf")
-                export.save(stack, i, target, base_config, None, text, prefix(text))
+                export.save(stack, i, target, base_config, None, text, export.prompt_prefix(engine, text))
             else:
                 target = output / str(start + i) if several else output
                 stack.save_pretrained(target, adapter=i, base_model_name_or_path=base)

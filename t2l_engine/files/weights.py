@@ -55,12 +55,12 @@ def expect_none(directory: Path, names: Iterable[str], why: str) -> None:
 
 
 def content_checksum(state: dict[str, Tensor]) -> str:
-    """SHA-256 (hex) of names, dtypes, shapes and bytes of contiguous CPU tensors, in order of name."""
+    """SHA-256 (hex) of names, dtypes, shapes and bytes of tensors, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name]
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
@@ -29,7 +29,6 @@ from t2l_engine.serving import names
 from t2l_engine.serving.spool import DTYPE, Spool
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder, check_list
-from t2l_engine.text.reader import TextReader
 
 #: Of what a text and a checkpoint become; another version of the package may round differently.
 VERSION_OF_ADAPTERS = "1"
@@ -69,11 +68,7 @@ def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
 def fingerprint(hypernetwork: HyperNetwork) -> str:
     """SHA-256 (hex) of a hypernetwork's configuration and tensors."""
     config = json.dumps(to_json(hypernetwork.config), sort_keys=True)
-    return names.digest("hypernetwork", config, _checksum(hypernetwork))
-
-
-def _checksum(module: nn.Module) -> str:
-    return content_checksum({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+    return names.digest("hypernetwork", config, content_checksum(hypernetwork.state_dict()))
 
 
 def _tokenizer(tokenizer: Any) -> str:
@@ -108,10 +103,9 @@ class Checkpoint:
     def of(cls, engine: TextToLoRA, name: str, base: str | None = None) -> Checkpoint:
         """The checkpoint of a loaded engine."""
         encoder = engine.encoder
-        weights = "" if isinstance(encoder, OneHotEncoder) else _checksum(encoder.model) + _tokenizer(encoder.tokenizer)
-        if isinstance(encoder, TextReader):
-            weights += _checksum(encoder.pooling)
-        described = names.digest("encoder", json.dumps(to_json(encoder.config), sort_keys=True), weights)
+        tokenizer = "" if isinstance(encoder, OneHotEncoder) else _tokenizer(encoder.tokenizer)
+        config, weights = json.dumps(to_json(encoder.config), sort_keys=True), content_checksum(encoder.weights())
+        described = names.digest("encoder", config, weights + tokenizer)
         return cls(name, engine, fingerprint(engine.hypernetwork), described, base)
 
     def prepare(self, argument: str, description: str) -> tuple[str, str]:

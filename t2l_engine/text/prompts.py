@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, short_repr
 
 #: Prompt templates, the values of ``prompt_form``: the tokenizer's chat template (:func:`chat_prompt`), or plain text
 #: (:func:`raw_prompt`).
@@ -24,7 +24,7 @@ def check_prompt_form(prompt_form: Any, *where: object) -> str:
     """``prompt_form``; ConfigError, prefixed by ``where``, unless it is one of :data:`PROMPT_FORMS`."""
     if prompt_form not in PROMPT_FORMS:
         field = ": ".join(map(str, (*where, "prompt_form")))
-        raise ConfigError(f"{field}: expected one of {', '.join(PROMPT_FORMS)}, got {prompt_form!r}")
+        raise ConfigError(f"{field}: expected one of {', '.join(PROMPT_FORMS)}, got {short_repr(prompt_form)}")
     return prompt_form
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
-from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.library import DescriptionIndex
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
@@ -248,7 +248,7 @@ def multi_task_arm(folder: Path) -> Arm:
     if settings is None:
         raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
     if settings.get("mode") != MULTI_TASK:
-        raise ConfigError(f"{folder}: expected a run with mode multi-task, got {settings.get('mode')!r}")
+        raise ConfigError(f"{folder}: expected a run with mode multi-task, got {short_repr(settings.get('mode'))}")
     stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"

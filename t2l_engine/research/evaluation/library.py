@@ -14,7 +14,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.files.errors import short_repr
 from t2l_engine.lora.handle import attach
 from t2l_engine.lora.locate import Packed, Target, check_stack, device_of, find_all, slot_dtype
-from t2l_engine.ops.reference import accumulation_dtype
+from t2l_engine.ops.reference import accumulation_dtype, without_autocast
 
 #: Experts per token in the paper.
 TOP_K = 4
@@ -225,7 +225,7 @@ class _Routed:
         x = args[0] if args else next(iter(kwargs.values()))  # the first argument, as in LoRALinear
         if not isinstance(y, Tensor):
             raise RuntimeError(f"{self._path}: expected a layer that returns a tensor, got {type(y).__name__}")
-        with torch.autocast(x.device.type, enabled=False):  # autocast would round the logits
+        with without_autocast(x.device):  # autocast would round the logits
             flat = x.reshape(-1, x.shape[-1])
             weights = routing_weights(flat, self._directions, self._top_k) * self._scaling  # [T, N]
             inner = F.linear(flat.to(self._A.dtype), self._A).unflatten(-1, (len(self._scaling), -1))  # [T, N, r]

@@ -136,8 +136,8 @@ class TrainingContext:
         self.model, self.tokenizer = base_model.load(
             settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
         )
-        weights = {name: tensor.detach().contiguous() for name, tensor in self.model.named_parameters()}
-        self._base = content_checksum(weights)  # of the same name there may be others the next time
+        # Of the same name there may be others the next time.
+        self._base = content_checksum(dict(self.model.named_parameters()))
         self.model.requires_grad_(False).to(device)
         self.device = device
         self.modules = locate(self.model, settings.target_modules)
