@@ -69,7 +69,10 @@ class ResultError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """A figure beside its target.  ``value`` and ``limit`` share a unit; ``over`` is value / limit: met up to 1."""
+    """A figure beside its target.  ``value`` and ``limit`` share a unit; ``over`` is value / limit: met up to 1.
+
+    ``iqr``: interquartile range of what ``value`` is the median of; 0 where it is none.
+    """
 
     group: str
     name: str
@@ -79,6 +82,7 @@ class Verdict:
     ratio: float
     of: str
     target: str
+    iqr: float = 0.0
 
     @property
     def over(self) -> float:
@@ -87,6 +91,11 @@ class Verdict:
     @property
     def met(self) -> bool:
         return self.over <= 1
+
+    @property
+    def near(self) -> bool:
+        """Whether the value is nearer to its limit than its interquartile range, so that noise may have decided."""
+        return abs(self.value - self.limit) < self.iqr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +175,8 @@ class Row:
         unit = known.get(of, self.unit_us)
         if unit is None:
             raise ResultError(f"{self.name}: a target of {of!r}, which the file does not hold")
-        text = f"{ratio:g} x {of}" + (f" + {plus:g} us" if plus else "")
-        return Verdict(self.group, self.name, self.us, ratio * unit + plus, "us", self.us / unit, of, text)
+        text = " + ".join([f"{ratio:g} x {of}"] * bool(ratio) + [f"{plus:g} us"] * bool(plus))
+        return Verdict(self.group, self.name, self.us, ratio * unit + plus, "us", self.us / unit, of, text, self.iqr_us)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -206,6 +206,8 @@ def test_cells():
     assert [cells.duration(us) for us in (3.62, 1500, 2.5e6)] == ["3.62 us", "1.50 ms", "2.50 s"]
     shown = ["yes", "**no**", "2.00 x", "**0.500 x**"]
     assert [cells.cell(v) for v in (True, False, cells.Times(2), cells.Times(0.5))] == shown
+    marked = {"yes, within noise": "yes, within noise", "no": "**no**", "no, within noise": "**no**, within noise"}
+    assert [cells.cell(cells.Met(text)) for text in marked] == list(marked.values())
     texts = ["yes", "", "1.235", "123457", "x", "5 -"]
     assert [cells.plain(v) for v in (True, None, 1.23456, 123456.7, "x", [5, None])] == texts
     made = cells.grid(["a", "b", "c"], [["1 x", 2, True], ["3", None, False]])  # numbers are set to the right
@@ -242,6 +244,25 @@ def test_misses_are_the_unmet_targets(root):
     assert lines[0]["group"] == "memory" and lines[0]["over by %"] == pytest.approx(100 * (5000 / 521.9 / 1.2 - 1))
     assert [line["over by %"] for line in lines] == sorted((line["over by %"] for line in lines), reverse=True)
     assert report.value("totals", "missed", {"suite": "all"}) == len(missed)
+
+
+def test_groups_name_the_case_farthest_from_its_target(root):
+    report = Report(root)
+    lines, worst = report.lines("groups"), report.lines("misses")[0]
+    every = report.lines("totals", {"suite": "all"})[0]
+    assert sum(line["targets"] for line in lines) == every["targets"]
+    assert sum(line["targets"] - line["met"] for line in lines) == every["missed"]
+    assert {line["group"]: line["case"] for line in lines}[worst["group"]] == worst["case"]
+
+
+def test_a_target_within_noise_is_marked(root):
+    def near(found):
+        one = row(found, DECODE, 2, None)["times"]
+        one["ours"] |= {"median_us": 1.06 * one["base"]["median_us"], "iqr_us": 0.02 * one["base"]["median_us"]}
+
+    change(root, "apply", near)
+    assert Report(root).value("model", "verdict", {"case": DECODE}) == "no, within noise"
+    assert Report(root).lines("misses", {"case": f"{DECODE}, 2 threads"})[0]["within noise"]
 
 
 def test_a_loss_reaches_the_readme(root):

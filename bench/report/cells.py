@@ -16,6 +16,10 @@ class Times(float):
     """A speedup; Markdown shows it bold where the baseline is faster."""
 
 
+class Met(str):
+    """Whether a target is met, "yes" or "no", and what more is to be said of it; Markdown shows a miss bold."""
+
+
 def number(x: float | None, digits: int = 3) -> str:
     """``digits`` significant digits, without exponent, with commas between thousands."""
     if x is None:
@@ -41,6 +45,8 @@ def cell(value: Any) -> str:
     """A value for a reader."""
     if isinstance(value, bool):
         return "yes" if value else "**no**"
+    if isinstance(value, Met):
+        return f"**no**{value[2:]}" if value.startswith("no") else str(value)
     if isinstance(value, Times):
         return times(value) if value >= 1 else f"**{times(value)}**"
     if isinstance(value, float):

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table as RichTable
 
 from bench.records import BASE, OURS, Result, ResultError, Row, Verdict
-from bench.report.cells import Times, cell, plain
+from bench.report.cells import Met, Times, cell, plain
 from t2l_engine.research.evaluation.bootstrap import Interval
 
 Line = dict[str, Any]
@@ -183,13 +183,19 @@ def start(row: Row) -> Line:
 
 
 def time(row: Row, unit: str) -> Line:
-    """Our median and interquartile range."""
-    return {unit: row.us / SCALES[unit], f"IQR {unit}": row.iqr_us / SCALES[unit]}
+    """Our median, the interquartile range, and of how many samples they are."""
+    spread = {f"IQR {unit}": row.iqr_us / SCALES[unit], "rounds": row.times[OURS]["rounds"]}
+    return {unit: row.us / SCALES[unit], **spread}
+
+
+def said(verdict: Verdict | None) -> Met | None:
+    """Whether a target is met, and whether that is within noise: nearer to it than the interquartile range."""
+    return None if verdict is None else Met(("yes" if verdict.met else "no") + ", within noise" * verdict.near)
 
 
 def target(verdict: Verdict | None) -> Line:
     fields = {"ratio": "ratio", "of": "of", "target": "target", "allows us": "limit", "met": "met"}
-    return {head: getattr(verdict, field, None) for head, field in fields.items()}
+    return {head: getattr(verdict, field, None) for head, field in fields.items()} | {"verdict": said(verdict)}
 
 
 def end(row: Row) -> Line:
@@ -209,7 +215,7 @@ def beside_roofline(row: Row, unit: str, **more: Any) -> Line:
     ours, least = row.times[OURS], row.roofline or {}
     spread = {key.replace("_", " "): ours[key] for key in ("p5_us", "p95_us", "graph") if key in ours}
     roofline = {f"roofline {unit}": least["us"] / SCALES[unit] if least else None, "set by": least.get("by")}
-    timed = {**start(row), **time(row, unit), **more, "rounds": ours["rounds"], **spread}
+    timed = {**start(row), **time(row, unit), **more, **spread}
     return timed | roofline | {"x roofline": row.over_roofline, **target(row.verdict), **over(row), **end(row)}
 
 

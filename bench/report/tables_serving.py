@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bench.records import BASE, Result
-from bench.report.tables import Line, table
+from bench.report.tables import Line, said, table
 from bench.serving_arms import ARMS
 
 
@@ -20,6 +20,7 @@ def _serving(result: Result) -> Iterator[Line]:
             timed, of = row.times[name], known[row.case, name]
             rates = {"tokens/s": tokens / timed["median_us"] * 1e6, "x base": base / timed["median_us"]}
             spread = {"ms": timed["median_us"] / 1e3, "IQR ms": timed["iqr_us"] / 1e3, "calls": timed["rounds"]}
+            spread |= {"IQR %": 100 * timed["iqr_us"] / timed["median_us"]}
             step = {"ms a step": of["step_us"] / 1e3}
             plain, alike = of["plain_rows"], of["plain_rows_alike"]
             rows = {"base rows as without LoRA": f"{alike} of {plain}"} if plain and name != BASE else {}
@@ -43,7 +44,8 @@ def _targets(result: Result) -> Iterator[Line]:
     for row in result.rows:
         for verdict in row.verdicts:
             faster = {"x tokens/s": 1 / verdict.ratio, "at least": verdict.over / verdict.ratio}
-            yield {"case": row.case, "wrapped": row.shape["modules"], "beside": verdict.of, **faster, "met": verdict.met}
+            about = {"case": row.case, "wrapped": row.shape["modules"], "beside": verdict.of}
+            yield about | faster | {"met": verdict.met, "verdict": said(verdict)}
 
 
 MODELS = {"base": "the base model", "known": "a known sentence", "new": "a new sentence"}
@@ -71,6 +73,8 @@ def _life(result: Result) -> Iterator[Line]:
     for entry in result.records("life"):
         memory = [(one["API server"], sum(one.values()) - one["API server"]) for one in entry["rss_mib"]]
         (first_api, first_engine), (last_api, last_engine) = memory[1], memory[-1]
+        half, tenths = len(memory) // 2, len(memory) - 1  # as many MiB a thousand requests from the half on
+        grown = 1000 * (last_engine - memory[half][1]) * tenths / (tenths - half) / entry["requests"]
         yield {
             "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"],
             "in memory": entry["cached"],
@@ -80,4 +84,5 @@ def _life(result: Result) -> Iterator[Line]:
             "same after a restart": f"{entry['restarted_same']} of {entry['restarted']}",
             "API MiB, first tenth": first_api, "API MiB, last": last_api,
             "engine MiB, first tenth": first_engine, "engine MiB, last": last_engine,
+            "engine MiB a 1,000 requests, second half": grown,
         }  # fmt: skip
