@@ -187,10 +187,10 @@ def _ceilings(*results: Result) -> Iterator[Line]:
                 yield {"suite": result.run["suite"], "machine": result.machine} | what | rates | drift | peak
 
 
-#: What has changed in what is timed since a run: by its suite and commit.  A run that replaces it needs no entry.
 _ENCODER, _LAYER = "the text encoder runs by a forward pass of our own", "an adapted linear calls less Python"
 _GRADIENTS, _SAMPLES = "a faster kernel for gradients of A and B", "fast ways get more samples than slow ones"
 _HEADS = "heads are rounded before they are transposed, fresh memory is faulted in by whole ranges"
+#: What has changed in what is timed since a run: by its suite and commit.  A run that replaces it needs no entry.
 SINCE = {
     ("generate", "e6ccb19"): f"{_ENCODER}; {_HEADS}; {_SAMPLES}",
     ("generate", "2186fd9"): _SAMPLES,

@@ -73,7 +73,7 @@ def _life(result: Result) -> Iterator[Line]:
     for entry in result.records("life"):
         memory = [(one["API server"], sum(one.values()) - one["API server"]) for one in entry["rss_mib"]]
         (first_api, first_engine), (last_api, last_engine) = memory[1], memory[-1]
-        half, tenths = len(memory) // 2, len(memory) - 1  # as many MiB a thousand requests from the half on
+        tenths, half = len(memory) - 1, len(memory) // 2
         grown = 1000 * (last_engine - memory[half][1]) * tenths / (tenths - half) / entry["requests"]
         yield {
             "requests": entry["requests"], "sentences": entry["texts"], "slots": entry["slots"],
