@@ -189,11 +189,15 @@ def _ceilings(*results: Result) -> Iterator[Line]:
 
 _ENCODER, _LAYER = "the text encoder runs by a forward pass of our own", "an adapted linear calls less Python"
 _GRADIENTS, _SAMPLES = "a faster kernel for gradients of A and B", "fast ways get more samples than slow ones"
+_WIDENED = "bfloat16 weights are widened in blocks, the next ones prefetched (avx2, avx512, avx512_bf16_wide)"
 _HEADS = "heads are rounded before they are transposed, fresh memory is faulted in by whole ranges"
 #: What has changed in what is timed since a run: by its suite and commit.  A run that replaces it needs no entry.
 SINCE = {
     ("generate", "e6ccb19"): f"{_ENCODER}; {_HEADS}; {_SAMPLES}",
     ("generate", "2186fd9"): _SAMPLES,
+    ("generate", "08f053e"): _WIDENED,
+    ("levels", "db9bc2f"): _WIDENED,
+    ("levels", "08f053e"): _WIDENED,
     ("apply", "f6bb1c3"): f"{_LAYER}; {_GRADIENTS}; {_SAMPLES}",
     ("apply", "2186fd9"): f"{_GRADIENTS}; {_SAMPLES}",
     ("train", "5066742"): f"a frozen linear and its adapters are one node of autograd; {_GRADIENTS}; {_SAMPLES}",
