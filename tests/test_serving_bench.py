@@ -13,7 +13,7 @@ from bench.records import BASE, OURS_ALL
 from bench.report import pages
 from bench.report.pages import Report
 from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, MERGED, NONE, STOCK, STOCK_QV, Case
-from bench.suites import serving
+from bench.suites import serving, serving_life
 from bench.suites.serving import Measured
 from bench.timing import Timing
 
@@ -153,3 +153,24 @@ def test_a_run_is_shown_and_judged(root, context):
     assert met == {(EIGHT, BASE): True, (EIGHT, STOCK_QV): True, (EIGHT, STOCK): True, (NONE, BASE): False}
     assert {line["group"] for line in report.lines("misses")} >= {"serving"}
     assert {line["baseline"] for line in report.lines("losses") if line["group"] == "serving"} == set()
+
+
+def test_the_server_of_a_long_life_has_the_flags_of_its_checkpoint(monkeypatch, tmp_path):
+    started = []
+
+    class Server:
+        def __init__(self, model, flags, environment, log):
+            started.append((model, " ".join(flags), environment["T2L_VLLM_CHECKPOINT"]))
+
+        def wait(self):
+            return self
+
+        def stop(self):
+            started.append("stopped")
+
+    monkeypatch.setattr(serving_life, "VllmServer", Server)
+    monkeypatch.setattr(serving_life.packaged, "convert", lambda: "model")
+    with serving_life.served(8, 16, tmp_path):
+        ((model, flags, checkpoint),) = started
+    assert (model, checkpoint, started[1:]) == ("model", "smollm2-135m", ["stopped"])
+    assert "--max-loras 8 --max-cpu-loras 16 " in flags and "--lora-target-modules q_proj v_proj" in flags

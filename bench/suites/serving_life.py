@@ -61,7 +61,7 @@ def tasks(context: Context) -> list[Task]:
 
 @contextlib.contextmanager
 def served(slots: int, cached: int, spool: Path) -> Iterator[VllmServer]:
-    flags = collect(CHECKPOINT, slots, cached)["flags"]
+    flags = collect([CHECKPOINT], slots, cached)["flags"]
     environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_SPOOL": str(spool / "adapters"), "T2L_VLLM_WARMUP": "1"}
     server = VllmServer(str(packaged.convert()), flags, environment, spool / "server.log")
     try:
