@@ -202,7 +202,6 @@ SINCE = {
     ("apply", "2186fd9"): f"{_GRADIENTS}; {_SAMPLES}",
     ("train", "5066742"): f"a frozen linear and its adapters are one node of autograd; {_GRADIENTS}; {_SAMPLES}",
     ("icl", "fa97c57"): f"{_ENCODER}; {_LAYER}",
-    ("serving", "b31f019"): f"{_LAYER}; the instruction set amx",
 }
 
 

@@ -143,7 +143,7 @@ def test_reading_an_adapter_keeps_nothing(settings, loaded):
     def read(times):
         for _ in range(times):
             with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found = {name: file.get_tensor(name) for name in file.keys()}
         return found
 
     tensors = read(5)
