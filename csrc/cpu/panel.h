@@ -167,10 +167,11 @@ inline void pack_panel(const F& row, int64_t depth, typename PanelOf<WT>::Elemen
 }
 
 // Features that are widened at a time, where the micro-kernel does not read weights in place: of the rows of a tile, 12 KiB
-// that stay in L1.
+// at most, which stay in L1.
 constexpr int64_t kWidened = 256;
 
-// Weights [k, k + n) of C rows as the micro-kernel reads them: in place, or widened into `wide`.  *stride: of rows.
+// n features of C rows of weights as the micro-kernel reads them: in place, or widened into `wide`.  *stride: of the rows of
+// w; then, of those that are returned.
 template <int C>
 inline const float* rows_to_read(const float* w, int64_t, float*, int64_t*) {
   return w;

@@ -33,10 +33,11 @@ T2L_ANYWHERE constexpr int64_t bytes_of(DType type) { return type == DType::f32 
 
 // ---- LoRA
 
-constexpr int kSortBins = 1024;                         // histogram bins of the counting sort: adapters per pass
-constexpr int kWarpOutputs = 64;                        // outputs of a warp tile of expand
-constexpr int64_t kMaxLoraFeatures = int64_t{1} << 30;  // in or out: 32-bit indices
-constexpr int64_t kMaxLoraTokens = kMaxLoraFeatures;
+constexpr int kSortBins = 1024;   // histogram bins of the counting sort: adapters per pass
+constexpr int kWarpOutputs = 64;  // outputs of a warp tile of expand
+// 32-bit indices: those of parts and slices beyond the last are five times as large.
+constexpr int64_t kMaxLoraFeatures = int64_t{1} << 28;  // in or out
+constexpr int64_t kMaxLoraTokens = int64_t{1} << 30;
 constexpr int64_t kMaxOneTokenBlocks = 64;  // batches of single tokens up to this size are not sorted
 constexpr int kShrinkParts = 4;             // of the features of x, at most
 
@@ -160,9 +161,10 @@ inline void choose_rank_tiles(const LoraParams* members, int64_t count, LoraConf
   if (c.m_tiles <= large_m_tiles(element, lora_n_tiles(tiles))) c.n_tiles = lora_n_tiles(tiles);
   const int64_t width = 8 * round_up(tiles, c.n_tiles), chunk = 16 * c.m_tiles;
   c.v_stride = width / 8 % 2 ? width : width + 8;  // rows are 8 or 24 banks apart: no bank conflicts
-  c.shared_bytes =
-      align16(16 * sizeof(int)) + (c.decode ? 0 : align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int))) +
-      align16(c.parts * kWarps * chunk * 8 * c.n_tiles * sizeof(float)) + align16(chunk * c.v_stride * sizeof(float));
+  c.shared_bytes = align16(16 * sizeof(int)) +
+                   (c.decode ? 0 : align16(chunk * sizeof(int)) + align16(kSortBins * sizeof(int))) +
+                   align16(c.parts * kWarps * (c.decode ? 1 : chunk) * 8 * c.n_tiles * sizeof(float)) +
+                   align16(chunk * c.v_stride * sizeof(float));
 }
 
 // `max_cluster`: of the device.

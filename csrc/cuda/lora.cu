@@ -28,7 +28,7 @@ const char* launch_group(const LoraParams* members, int64_t count, bool counts_b
   device::LoraLaunch argument{};
   for (int64_t i = 0; i < count; ++i) {
     if (members[i].rank > kMaxRank) return "lora: a rank above 1024";
-    if (max(members[i].in, members[i].out) > kMaxLoraFeatures) return "lora: more than 2^30 features";
+    if (max(members[i].in, members[i].out) > kMaxLoraFeatures) return "lora: more than 2^28 features";
     if (members[i].tokens > kMaxLoraTokens) return "lora: more than 2^30 tokens";
     argument.member[i] = members[i];
   }

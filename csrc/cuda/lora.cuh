@@ -214,7 +214,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
   int* scratch = shared.take<int>(16);
   Tokens<kDecode> tokens{kDecode ? nullptr : shared.take<int>(16 * MT), 0};
   int* bins = kDecode ? nullptr : shared.take<int>(kSortBins);
-  constexpr int kPart = kWarps * (16 * MT) * (8 * NT);  // partial sums of a part
+  constexpr int kRows = kDecode ? 1 : 16 * MT, kPart = kWarps * kRows * (8 * NT);  // partial sums of a part
   float* partial = shared.take<float>(c.parts * kPart);
   float* v = shared.take<float>(16 * MT * c.v_stride);
   const int block = static_cast<int>(block_index());
@@ -266,8 +266,7 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
     lane_rank = member.ranks ? read_index(member.ranks + chunk.adapter) : static_cast<int>(member.rank);
     require(lane_rank >= 0 && lane_rank <= member.rank, "ranks: a rank out of range");
   }
-  const uint32_t in = static_cast<uint32_t>(p.in);
-  const uint32_t part_features = static_cast<uint32_t>(cuda::lora_part_features(p.in, sizeof(T)));
+  const int in = static_cast<int>(p.in), part_features = static_cast<int>(cuda::lora_part_features(p.in, sizeof(T)));
   Kept& kept = *reinterpret_cast<Kept*>(scratch);
   if (thread_index() == 0) kept.scaling = scaling;
   int total, first_tile = 0;
@@ -289,16 +288,13 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       kept.first = 8 * tiles.first;
       kept.rank = tiles.rank;
     }
-    int part = block_in_cluster;
-    uint32_t begin;  // its first feature; beyond the last part, below 2^32
+    int part = block_in_cluster, begin;  // its first feature
 #pragma unroll 1
     do {
       begin = part * part_features;
       const bool has_part = begin < in || part == 0;  // there may be fewer than blocks
       float sum[MT][NT][4] = {};
-      if (has_part)
-        shrink(p, a, static_cast<int>(begin), static_cast<int>(cuda::min(begin + part_features, in)), tokens, chunk.count,
-               sum);
+      if (has_part) shrink(p, a, begin, cuda::min(begin + part_features, in), tokens, chunk.count, sum);
       if (clustered && part == block_in_cluster) cluster_wait();  // the others have begun, or read what was stored before
       if (has_part) store_partial<MT, NT, kDecode>(partial + (clustered ? part * kPart : 0), sum, chunk.count, c.cluster);
       part += c.cluster;
@@ -310,8 +306,8 @@ lora_kernel(T2L_ARGUMENT(LoraLaunch) launch) {
       } else {
         block_barrier();
       }
-      add_partial<MT, NT>(partial, clustered ? c.parts : 1, chunk.count, clustered || part == 1, begin >= in,
-                          v + 8 * first_tile, static_cast<int>(c.v_stride), kept);
+      add_partial<kRows, NT>(partial, clustered ? c.parts : 1, chunk.count, clustered || part == 1, begin >= in,
+                             v + 8 * first_tile, static_cast<int>(c.v_stride), kept);
       block_barrier();  // before partial is overwritten or v is read
     } while (begin < in);
     first_tile += NT;

@@ -101,6 +101,7 @@ struct Kept {
 // The rows of A of NT tiles that this lane loads; null beyond the rank.
 template <class T, int NT>
 struct RowsOfA {
+  static_assert(32 % (8 * NT) == 0, "a row a lane, and a bit of `ranks`");
   const char* row[NT];
   uint32_t ranks;  // bit i of the i-th row of the tiles, if there is one
   bool aligned;    // all of them
@@ -116,7 +117,7 @@ struct RowsOfA {
       mine = reinterpret_cast<uintptr_t>(first + at.row * stride);
       is_odd = !is_aligned(first, stride);
     }
-    ranks = lanes_where(mine != 0);
+    ranks = lanes_where(at.member >= 0);
     aligned = lanes_where(is_odd) == 0;
 #pragma unroll
     for (int nt = 0; nt < NT; ++nt) row[nt] = reinterpret_cast<const char*>(shuffle(mine, 8 * nt + lane_index() / 4));
@@ -178,11 +179,13 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
 }
 
 // The same for the token of a decode step, of whole k-blocks at 16-byte boundaries.  Ranks are the 16-row side of the
-// products, two tiles at a time, and the token is the first of 8 columns: half as many products as with the sides changed,
-// of the same bits.  sum[0][i] has tiles 2 i, in the first of its registers, and 2 i + 1, in the third.
+// products, two tiles at a time, and the token is the first of 8 columns: from two tiles on half as many products as with
+// the token in the rows, of the same bits.  sum[0][i] has tiles 2 i, in the first of its registers, and 2 i + 1, in the
+// third.
 template <class T, int MT, int NT>
 T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begin, int end, const Tokens<true>& tokens, int,
                        float (&sum)[MT][NT][4]) {
+  static_assert(MT == 1, "one token");
   const int g = lane_index() / 4, t = lane_index() % 4;
   const char* x_row = g == 0 ? static_cast<const char*>(p.x) + tokens.one * p.x_stride * 2 : nullptr;  // null: padding
   constexpr int kStep = Traits<T>::kPerKBlock, kInFlight = NT <= 2 ? 4 : 2;  // one row of x leaves room for more of A
@@ -211,7 +214,7 @@ T2L_DEVICE void shrink(const LoraParams& p, const RowsOfA<T, NT>& of_a, int begi
 // Stores the partial sums of this warp for `count` tokens to those of its part, in all blocks of the cluster.
 template <int MT, int NT, bool kDecode>
 T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int count, int cluster) {
-  constexpr int kWarp = (16 * MT) * (8 * NT), kSize = sizeof(float);
+  constexpr int kWarp = (kDecode ? 1 : 16 * MT) * (8 * NT), kSize = sizeof(float);
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
   for (int block = 0; block < cluster; ++block) {
@@ -237,10 +240,10 @@ T2L_DEVICE void store_partial(float* part, const float (&sum)[MT][NT][4], int co
 // Adds the partial sums of `parts` parts, in the order of parts and warps, to the rank vectors of `count` tokens, which
 // begin at zero with the `first` of them.  After the last they are scaled; beyond the ranks they are zero, even if x is
 // infinite.
-template <int MT, int NT>
+template <int kRows, int NT>
 T2L_DEVICE void add_partial(const float* partial, int parts, int count, bool first, bool is_last, float* v, int v_stride,
                             const Kept& kept) {
-  constexpr int kWarp = (16 * MT) * (8 * NT);
+  constexpr int kWarp = kRows * (8 * NT);
 #pragma unroll 1
   for (int i = thread_index(); i < count * (8 * NT); i += kThreads) {
     const int column = i % (8 * NT);

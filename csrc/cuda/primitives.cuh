@@ -252,7 +252,7 @@ T2L_DEVICE void OfBlock::store(int offset, Quad q) const {
 #undef T2L_STORE_SHARED
 #endif
 
-// The value of lane `lane`, the same of all.
+// The value of lane `lane`, which may be another in every lane.
 template <class T>
 T2L_DEVICE T shuffle(T value, int lane) {
 #ifdef T2L_EMULATOR

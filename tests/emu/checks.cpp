@@ -208,18 +208,23 @@ std::string check_tf32_conversions() {
 
 std::string check_exchanges() {
   for (int amount = 1; amount < 32; ++amount) {
-    int across[32], up[32];
+    int across[32], up[32], turned[32];
+    uint32_t where[32];
     double wide[32];
     const char* error = launch(1, 32, [&] {
       const int lane = lane_index();
       across[lane] = shuffle_xor(100 + lane, amount);
       up[lane] = shuffle_up(100 + lane, amount);
+      turned[lane] = shuffle(100 + lane, (lane + amount) % 32);
+      where[lane] = lanes_where(lane % 3 == amount % 3);
       wide[lane] = shuffle_xor(lane + 0.5, amount);
     });
     EXPECT(error == nullptr);
     for (int lane = 0; lane < 32; ++lane) {
       EXPECT(across[lane] == 100 + (lane ^ amount), lane);
       EXPECT(up[lane] == 100 + (lane < amount ? lane : lane - amount), lane);
+      EXPECT(turned[lane] == 100 + (lane + amount) % 32, lane);
+      EXPECT((where[lane] >> lane & 1) == (lane % 3 == amount % 3) && where[lane] == where[0], lane);
       EXPECT(wide[lane] == (lane ^ amount) + 0.5, lane);
     }
   }

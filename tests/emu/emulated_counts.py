@@ -78,14 +78,16 @@ def is_decode(case: LoraCase, accumulate: bool) -> bool:
 Members = list[tuple[LoraCase, list[int]]]  # and outputs of each of its slices
 
 
-def lora_counts(members: Members, m_tiles: int, n_tiles: int, accumulate: bool, cluster: int = 1) -> Counts:
-    """Of chunks of ``16 * m_tiles`` tokens and ``8 * n_tiles`` ranks a pass; ``cluster``: slices that share rank vectors."""
+def lora_counts(
+    members: Members, m_tiles: int, n_tiles: int, accumulate: bool, cluster: int = 1, decode: bool = False
+) -> Counts:
+    """Of chunks of ``16 * m_tiles`` tokens and ``8 * n_tiles`` ranks a pass; ``cluster``: slices that share rank vectors;
+    ``decode``: of the kernel of decode steps."""
     case, counts = members[0][0], Counts()
     x, w = size(case.x_dtype), size(case.w_dtype)
     dtype = case.x_dtype if case.x_dtype == case.w_dtype else F32
     rank_of = lambda case, adapter: 0 if adapter < 0 else case.rank if case.ranks is None else case.ranks[adapter]  # noqa: E731
     slices = [(case, outputs) for case, cut in members for outputs in cut]
-    decode = all(is_decode(member, accumulate) for member, _ in members)
     for adapter, tokens in chunks_of(case, 16 * m_tiles if m_tiles else 1, accumulate):
         tiles = ceil(tokens / 16)
         for start in range(0, len(slices), cluster):
@@ -178,7 +180,9 @@ def test_lora(emulator, name, num_sms, m_tiles, n_tiles, accumulate, most):
     assert emulator.t2l_emu_last_launch(b"grid_x") == chunks * ceil(len(slices) / cluster) * cluster
     assert emulator.t2l_emu_last_launch(b"cluster") == cluster
     assert emulator.t2l_emu_last_launch(b"early") == (most > 1)  # devices that have clusters have such launches
-    assert counted(emulator) == lora_counts([(case, slices)], m_tiles, n_tiles, accumulate, cluster)
+    assert counted(emulator) == lora_counts(
+        [(case, slices)], m_tiles, n_tiles, accumulate, cluster, is_decode(case, accumulate)
+    )
 
 
 @pytest.mark.parametrize("most", [8, 1], ids=["clusters", "alone"])
@@ -199,7 +203,7 @@ def test_lora_group(emulator, num_sms, most):
     assert emulator.t2l_emu_last_launch(b"cluster") == cluster
     assert cluster == (1 if most == 1 else {132: 8, 12: 2, 8: 2}[num_sms])
     together = len(slices[0]) % cluster != 0  # else the clusters lie within members
-    assert counted(emulator) == lora_counts(members, 0, 2 if together else 1, True, cluster)
+    assert counted(emulator) == lora_counts(members, 0, 2 if together else 1, True, cluster, is_decode(group.lora, True))
 
 
 def test_a_decode_step_reads_every_weight_once(emulator):
