@@ -153,9 +153,10 @@ def tiny_model():
 @pytest.fixture
 def left_tokenizer():
     """A decoder's tokenizer: pads on the left and knows no padding token."""
-    from tiny import WORDS
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    from tests.tiny import WORDS
 
     backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -165,6 +166,6 @@ def left_tokenizer():
 @pytest.fixture
 def results_tree(tmp_path):
     """A tree with committed results, one machine's of each suite, and the documents that hold blocks; no page is written."""
-    from committed import copy_results  # with what draws figures: for these tests alone
+    from tests.bench.committed import copy_results  # with what draws figures: for these tests alone
 
     return copy_results(tmp_path)

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from training import conftest as shared
-from training.conftest import WORDS
-from training.test_adapt import engine  # noqa: F401  # a fixture
 
 import t2l_engine as t2l
 from t2l_engine.files.text import to_json
 from t2l_engine.research.evaluation.answers import Answerer
 from t2l_engine.research.training.runs import settings_of
+from tests.research.training import conftest as shared
+from tests.research.training.conftest import WORDS
+from tests.research.training.test_adapt import engine  # noqa: F401  # a fixture
 
 save_model, base_model, one_thread = shared.save_model, shared.base_model, shared.one_thread
 

@@ -283,7 +283,7 @@ def test_checkpoints_that_are_none(refused, native, folder, golden, tmp_path):
 
 
 def test_models_that_are_refused(refused, folder, tmp_path):
-    """What a configuration may not say, tests/flops holds."""
+    """What a configuration may not say, tests/research/costs holds."""
     refused(1, ["--model: 'org/model'", *costs.known_setups()], "--model", "org/model")
     without = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
     refused(1, "config.json: vocab_size: ", "--model", folder(without))

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from training import conftest as shared
-from training import runs
 
 import t2l_engine as t2l
 from t2l_engine.research.training import loop, lora
 from t2l_engine.research.training import settings as kinds
+from tests.research.training import conftest as shared
+from tests.research.training import runs
 
 save_model, base_model, tasks = shared.save_model, shared.base_model, shared.tasks
 one_thread = shared.one_thread
@@ -124,7 +124,7 @@ WHOLE = "base_model: x\ntarget_modules: [q_proj]\n"
     (WHOLE + "steps: 0", (), "settings.yaml: steps: "), (WHOLE, ("--set", "steps=-3"), "--set: steps: "),
 ])  # fmt: skip
 def test_settings_that_are_wrong(train, tmp_path, text, arguments, message):
-    """Said in one line, before anything is loaded or written; tests/training/test_settings.py has all that may be wrong."""
+    """Said in one line, before anything is loaded or written; test_settings.py has all that may be wrong."""
     code, out, err = train("sft", text, "--tasks", tmp_path, "-o", tmp_path / "out", *arguments)
     assert (code, out) == (1, "") and err.startswith("t2l: ") and err.count("\n") == 1, err
     assert message in err and not (tmp_path / "out").exists()

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from environments import ROOT, floor, torch_headers
 
 import t2l_engine
+from tests.compat.environments import ROOT, floor, torch_headers
 
 
 def pytest_ignore_collect(config):

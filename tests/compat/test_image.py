@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from environments import ROOT, pip_failed
+
+from tests.compat.environments import ROOT, pip_failed
 
 pytestmark = pytest.mark.compat
 

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from environments import ROOT, VERSION, environment, pip_install, torch_environment
+
+from tests.compat.environments import ROOT, VERSION, environment, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 

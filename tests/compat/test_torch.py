@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from environments import ROOT, floor, run_tests, torch_headers
 
 import t2l_engine
+from tests.compat.environments import ROOT, floor, run_tests, torch_headers
 
 pytestmark = pytest.mark.compat
 

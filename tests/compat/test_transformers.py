@@ -5,7 +5,8 @@ import re
 import subprocess
 
 import pytest
-from environments import ROOT, floor, overlay, run_tests
+
+from tests.compat.environments import ROOT, floor, overlay, run_tests
 
 pytestmark = pytest.mark.compat
 

@@ -10,7 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from environments import ROOT, VERSION, environment, floor, pip_install, torch_environment
+
+from tests.compat.environments import ROOT, VERSION, environment, floor, pip_install, torch_environment
 
 pytestmark = pytest.mark.compat
 

@@ -5,10 +5,10 @@ Every comparison is of bits: a replay, and a call on another stream, run the sam
 
 import pytest
 import torch
-from operands import ADAPTERS, apply, operands
 
 from t2l_engine import attach, ops
 from t2l_engine.testing.models import SHAPES, HyperShape
+from tests.cuda.operands import ADAPTERS, apply, operands
 
 #: Cycles that a stream is kept busy for: some 20 ms.
 BUSY = 40_000_000

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import kernel_outputs
 import pytest
 import torch
 
@@ -12,6 +11,7 @@ from bench.kernels import KernelError, find
 from t2l_engine.ops import native
 from t2l_engine.testing import backends
 from t2l_engine.testing.cases import HYPER_CASES
+from tests.cuda import kernel_outputs
 
 OUTPUTS = (sys.executable, kernel_outputs.__file__)
 OF_THIS_TREE = {"PYTHONPATH": str(backends.ROOT)}

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from kernel_cases import LARGE, at_least
 
 from t2l_engine.testing import backends
+from tests.ops.kernel_cases import LARGE, at_least
 
 pytestmark = pytest.mark.emu
 

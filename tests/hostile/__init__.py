@@ -210,7 +210,7 @@ def _link(source: Path, target: Path) -> None:
 def corpus(directory: str | Path, seed: int = 0, keep: bool = False) -> Iterator[Case]:
     """Cases in ``directory``, the same ones for the same ``seed``; each folder is removed when the next is asked for, unless
     ``keep``."""
-    from hostile import config_files, safetensors_files, settings_files, task_files, text_files, torch_files
+    from tests.hostile import config_files, safetensors_files, settings_files, task_files, text_files, torch_files
 
     shop = Workshop(Path(directory), seed)
     for part in (torch_files, safetensors_files, text_files, config_files, task_files, settings_files):

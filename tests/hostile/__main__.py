@@ -13,9 +13,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hostile import HANG_SECONDS, MARKER, Case, corpus, judge
+from tests.hostile import HANG_SECONDS, MARKER, Case, corpus, judge
 
 
 def status(field: str) -> int:

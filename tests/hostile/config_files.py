@@ -8,7 +8,7 @@ from functools import partial
 
 import yaml
 
-from hostile import MODELS, Case, Workshop
+from tests.hostile import MODELS, Case, Workshop
 
 
 def cases(shop: Workshop) -> Iterator[Case]:

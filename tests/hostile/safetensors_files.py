@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from safetensors.torch import load, save
 
-from hostile import Case, Workshop
+from tests.hostile import Case, Workshop
 
 MIB = 1 << 20
 FILES = {"native": "hypernet.safetensors", "adapter": "adapter_model.safetensors"}

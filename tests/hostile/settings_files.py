@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from hostile import Case, Workshop
-from hostile.config_files import HUGE, KEYS, NESTED, TEXT, field_cases
+from tests.hostile import Case, Workshop
+from tests.hostile.config_files import HUGE, KEYS, NESTED, TEXT, field_cases
 
 MANY = [[1]] * 2000  # fewer than YAML may have
 NAN, INF = float("nan"), float("inf")

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from functools import partial
 
-from hostile import Case, Workshop
-from hostile.config_files import FLAGS, HUGE, KEYS, LIST, NESTED, TEXT, field_cases
 from t2l_engine.files.text import MAX_VALUES
 from t2l_engine.research.tasks.folder import MAX_DESCRIPTIONS_BYTES
 from t2l_engine.research.tasks.manifest import MAX_MANIFEST_BYTES
 from t2l_engine.research.tasks.sni import MAX_FILE_BYTES
 from t2l_engine.research.tasks.specs import fixed
 from t2l_engine.research.tasks.specs.suite import FAMILIES
+from tests.hostile import Case, Workshop
+from tests.hostile.config_files import FLAGS, HUGE, KEYS, LIST, NESTED, TEXT, field_cases
 
 MIB = 1 << 20
 #: Names that are none of a task.

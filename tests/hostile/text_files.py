@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from hostile import MARKER, Case, Workshop
-from hostile.payloads import CODE, COMMAND
+from tests.hostile import MARKER, Case, Workshop
+from tests.hostile.payloads import CODE, COMMAND
 
 MIB = 1 << 20
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from hostile import Case, Workshop, zip_files
-from hostile.archive import Persistent, Stored, dumps, pack, parts, save
-from hostile.payloads import CALLS, RAW, legacy, tar
+from tests.hostile import Case, Workshop, zip_files
+from tests.hostile.archive import Persistent, Stored, dumps, pack, parts, save
+from tests.hostile.payloads import CALLS, RAW, legacy, tar
 
 PT = "hypermod.pt"
 KEY = "mixer.4.bias"  # the tensor that most cases replace: [32]

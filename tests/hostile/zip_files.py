@@ -9,9 +9,9 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 
-from hostile import Case
-from hostile.archive import PREFIX, dumps, entry, pack, parts
-from hostile.payloads import RAW
+from tests.hostile import Case
+from tests.hostile.archive import PREFIX, dumps, entry, pack, parts
+from tests.hostile.payloads import RAW
 
 MIB = 1 << 20
 _LOCAL, _CENTRAL, _END = "<IHHHHHIIIHH", "<IHHHHHHIIIHHHHHII", "<IHHHHIIH"

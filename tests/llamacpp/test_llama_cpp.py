@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from llamacpp.running import LlamaCpp, write_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import t2l_engine as t2l
 from t2l_engine.adapters import gguf_write
 from t2l_engine.cli import demo
 from t2l_engine.text import packaged
+from tests.llamacpp.running import LlamaCpp, write_base
 
 pytestmark = pytest.mark.llama_cpp
 

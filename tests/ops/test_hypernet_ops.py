@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from kernel_cases import EMBED_DIMS, ENCODED
-from native import by_name, kernel_case, needs_native, with_threads
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics
 from t2l_engine.testing import oracle as oracles
 from t2l_engine.testing.cases import BF16, F64, HYPER_CASES, HyperCase
+from tests.ops.kernel_cases import EMBED_DIMS, ENCODED
+from tests.ops.native import by_name, kernel_case, needs_native, with_threads
 
 hyper_cases = pytest.mark.parametrize("case", HYPER_CASES, **by_name)
 

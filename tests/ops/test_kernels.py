@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_cases import LARGE, at_least
-from native import is_native, kernel_case, needs_native
 
 from t2l_engine import ops
 from t2l_engine.ops import native
+from tests.ops.kernel_cases import LARGE, at_least
+from tests.ops.native import is_native, kernel_case, needs_native
 
 
 def test_native_kernels_run(backend):

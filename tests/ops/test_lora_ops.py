@@ -4,13 +4,13 @@ import functools
 
 import pytest
 import torch
-from native import SMALL, by_name, kernel_case, needs_native, with_threads
 from torch.torch_version import TorchVersion
 
 from t2l_engine import ops
 from t2l_engine.ops import reference
 from t2l_engine.testing import numerics, oracle
 from t2l_engine.testing.cases import BF16, F64, GROUP_CASES, LORA_CASES, GroupCase, LoraCase
+from tests.ops.native import SMALL, by_name, kernel_case, needs_native, with_threads
 
 group_cases = pytest.mark.parametrize("case", GROUP_CASES, **by_name)
 lora_cases = pytest.mark.parametrize("case", LORA_CASES, **by_name)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import vllm_process
 
 import t2l_engine as t2l
 from t2l_engine.testing import numerics
 from t2l_engine.text import packaged
+from tests.serving import vllm_process
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
 TEXTS = [

@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-from vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
 from t2l_engine.serving.vllm.punica import PunicaWrapperT2L
 from t2l_engine.testing import numerics
+from tests.serving.vllm_layers import DTYPE, LINEAR, SIZES, VOCABULARY, adapted, random_adapter, single_process
 
 pytestmark = pytest.mark.serving
 

@@ -5,12 +5,12 @@ import itertools
 
 import pytest
 import torch
-import vllm_process
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import t2l_engine as t2l
 from t2l_engine.adapters.paths import DEFAULT_PATHS
 from t2l_engine.testing import numerics
+from tests.serving import vllm_process
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(0)]
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,466 @@
+"""Checkpoints between the two forms: nothing is lost on the way there or back."""
+
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
+from t2l_engine.cli import serve_flags
+from t2l_engine.hypernetwork.checkpoint import describe, format_of, read
+from t2l_engine.hypernetwork.convert import convert
+from t2l_engine.hypernetwork.folder import resolve_checkpoint
+from tests.hypernetwork.oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
+
+CASES = (
+    "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",
+    "L-softmax-sft", "L-discrete-sft",
+)  # fmt: skip
+SIZES = {
+    "modules": ("q_proj", "v_proj"), "in_features": (12, 12), "out_features": (20, 6), "num_layers": 2, "rank": 2,
+    "embed_dim": 10, "latent_size": 16, "head_in_size": 14, "lora_alpha": 8.0,
+}  # fmt: skip
+ENCODER = {"name": "minilm", "pooling": "mean", "max_length": 256, "full_stop": True, "template": None, "dtype": "float32"}
+
+
+def reference_files(folder):
+    state = torch.load(folder / "hypermod.pt", weights_only=True)
+    peft = json.loads((folder / "adapter_config.json").read_text())
+    return state, yaml.safe_load((folder / "args.yaml").read_text()), peft
+
+
+def assert_bitwise(first, second):
+    """Two dicts of tensors: the same keys in the same order, dtypes, shapes and bits."""
+    assert list(first) == list(second)
+    for key, tensor in first.items():
+        assert tensor.dtype == second[key].dtype and tensor.shape == second[key].shape, key
+        assert torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (tensor, second[key]))), key
+
+
+def assert_same_reference(first, second):
+    (state, *configs), (other_state, *others) = (reference_files(folder) for folder in (first, second))
+    assert_bitwise(state, other_state)
+    assert configs == others
+
+
+def assert_same_native(first, second):
+    assert_bitwise(*(load_file(folder / "hypernet.safetensors") for folder in (first, second)))
+    blocks, others = (json.loads((folder / "config.json").read_text()) for folder in (first, second))
+    assert blocks == others
+
+
+def assert_generates_alike(first, second):
+    nets = [HyperNetwork.from_pretrained(folder) for folder in (first, second)]
+    task_emb = torch.randn(3, nets[0].config.embed_dim, generator=torch.Generator().manual_seed(0))
+    stacks = [net.generate(task_emb) for net in nets]
+    assert torch.equal(stacks[0].scaling, stacks[1].scaling)
+    for side in ("lora_A", "lora_B"):
+        assert_bitwise(*(getattr(stack, side) for stack in stacks))
+
+
+def there_and_back(folder, tmp_path):
+    """``folder`` converted to the other form, and that converted back."""
+    first, second = tmp_path / "there", tmp_path / "back"
+    other = {"native": "reference", "reference": "native"}[format_of(folder)]
+    assert convert(folder, first) == other == format_of(first)
+    assert convert(first, second) == format_of(folder) == format_of(second)
+    return first, second
+
+
+def edit_config(folder, network=None, **blocks):
+    """Change fields of the hypernetwork, and whole blocks, in the config.json of a native folder."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["hypernetwork"] |= network or {}
+    path.write_text(json.dumps(config | blocks))
+
+
+@pytest.fixture
+def native(tmp_path):
+    """Factory of native folders with a random hypernetwork; ``prepare`` may change it."""
+
+    def make(prepare=None, metadata=None, dtype=torch.float32, **changes):
+        torch.manual_seed(0)
+        net = HyperNetwork(HyperNetworkConfig(**{"variant": "M", **SIZES, **changes}))
+        if prepare is not None:
+            prepare(net)
+        net.set_dtype(dtype).save_pretrained(tmp_path / "native", metadata)
+        return tmp_path / "native"
+
+    return make
+
+
+@pytest.fixture
+def converted(golden, tmp_path):
+    """Factory: a golden case in the native form."""
+
+    def make(case):
+        convert(golden / case, tmp_path / case)
+        return tmp_path / case
+
+    return make
+
+
+# --- from the reference's form and back ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_there_and_back(golden, tmp_path, case):
+    first, second = there_and_back(golden / case, tmp_path)
+    assert_same_reference(golden / case, second)
+    assert_generates_alike(golden / case, first)
+    config, again = (HyperNetwork.from_pretrained(folder).config for folder in (golden / case, first))
+    assert config == again
+    # Blank dictionaries are most of a reference file; the native form leaves them out.
+    assert (first / "hypernet.safetensors").stat().st_size < (golden / case / "hypermod.pt").stat().st_size
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("variant", FLAGS)
+def test_dictionaries_that_do_not_apply_are_kept(tmp_path, variant, training):
+    folder = write(tmp_path / "reference", *checkpoint(variant, "linear", training))
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_reference(folder, second)
+    assert_generates_alike(folder, first)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_encoders(tmp_path, encoder):
+    folder = write(tmp_path / "reference", *checkpoint("S-learnable", encoder, latent=22))
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_reference(folder, second)
+    assert_generates_alike(folder, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes_of_a_reference_file_are_kept(tmp_path, dtype):
+    state, args, peft = checkpoint("M", "softmax")
+    state = {key: (torch.zeros_like(value) if key.startswith("std") else value).to(dtype) for key, value in state.items()}
+    folder = write(tmp_path / "reference", state, args, peft)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_reference(folder, second)
+    assert_generates_alike(folder, first)
+    assert HyperNetwork.from_pretrained(folder).generate(torch.ones(1, 14)).lora_A["q_proj"].dtype == dtype
+
+
+def test_negative_zeros_are_kept(edit, tmp_path):
+    folder = edit("L-sft", lambda state: {k: -v if k.startswith(("AB_", "mean_")) else v for k, v in state.items()})
+    assert_same_reference(folder, there_and_back(folder, tmp_path)[1])
+
+
+def test_optional_arguments_may_be_absent(tmp_path):
+    for training in ("sft", "recon-delta"):
+        state, args, peft = checkpoint("L", "linear", training)
+        absent = ("factorized", "delta_w_scaling", "mt_lora_path", "hypernet_latent_size", "head_in_size")
+        args = {key: value for key, value in args.items() if key not in absent}
+        folder = write(tmp_path / training, state, args, peft)
+        (tmp_path / f"{training}-out").mkdir()
+        first, second = there_and_back(folder, tmp_path / f"{training}-out")
+        assert_same_reference(folder, second)
+        assert_generates_alike(folder, first)
+
+
+def test_module_order_is_the_order_of_the_tensors(tmp_path):
+    shapes = {"v_proj": (10, 8), "q_proj": (10, 10), "k_proj": (10, 8)}
+    folder = write(tmp_path / "reference", *checkpoint("M", modules=shapes))
+    first, second = there_and_back(folder, tmp_path)
+    assert json.loads((first / "config.json").read_text())["hypernetwork"]["modules"] == list(shapes)
+    assert_same_reference(folder, second)
+    assert_generates_alike(folder, first)
+
+
+def test_module_order_override(golden, tmp_path):
+    order = ["v_proj", "q_proj"]
+    convert(golden / "M-sft", tmp_path / "native", module_order=order)
+    convert(golden / "M-sft", tmp_path / "reference", to="reference", module_order=order)
+    expected = HyperNetwork.from_pretrained(golden / "M-sft", module_order=order).generate(torch.ones(1, 48))
+    with pytest.warns(UserWarning, match="target_modules"):
+        HyperNetwork.from_pretrained(tmp_path / "reference")
+    for name in ("native", "reference"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net = HyperNetwork.from_pretrained(tmp_path / name)
+        assert net.config.modules == ("v_proj", "q_proj")
+        assert torch.equal(net.generate(torch.ones(1, 48)).lora_A["q_proj"], expected.lora_A["q_proj"])
+    with pytest.raises(CheckpointError, match="module_order"):
+        convert(tmp_path / "native", tmp_path / "x", module_order=["q_proj", "v_proj"])
+    with pytest.raises(CheckpointError, match="module_order"):
+        convert(golden / "M-sft", tmp_path / "x", module_order=["q_proj"])
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("to", ["native", "reference"])
+def test_the_same_form_is_a_copy(golden, converted, tmp_path, to):
+    source = golden / "M-recon-z" if to == "reference" else converted("M-recon-z")
+    assert convert(source, tmp_path / "copy", to=to) == to
+    (assert_same_reference if to == "reference" else assert_same_native)(source, tmp_path / "copy")
+
+
+# --- from the native form and back ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_native_there_and_back(converted, tmp_path, case):
+    folder = converted(case)
+    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", FLAGS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_native_there_and_back(native, tmp_path, variant, encoder, dtype):
+    changes = {"latent_size": 129, "num_layers": 4} if encoder == "discrete" else {}
+    folder = native(variant=variant, task_encoder=encoder, dtype=dtype, **changes)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert_generates_alike(folder, first)
+
+
+@pytest.mark.parametrize("scaling", ["rslora", "plain", 0.75, 1 / 3])
+def test_scaling(native, tmp_path, scaling):
+    folder = native(scaling=scaling, lora_alpha=7.0, rank=3)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert_generates_alike(folder, first)
+    _, _, peft = reference_files(first)  # what PEFT and the reference read
+    value = peft["lora_alpha"] / peft["r"] ** (0.5 if peft["use_rslora"] else 1)
+    assert value == pytest.approx(HyperNetwork.from_pretrained(folder).scaling, rel=1e-12)
+
+
+def test_paths_survive(native, tmp_path):
+    """Modules of a model unlike Llama: the reference's files name them without saying where they are."""
+    paths = {"fc1": "model.decoder.layers.{layer}.fc1", "v_proj": "model.decoder.layers.{layer}.self_attn.v_proj"}
+    folder = native(modules=list(paths), paths=list(paths.values()))
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    swapped = HyperNetwork.from_pretrained(first, module_order=["v_proj", "fc1"])
+    for net in (swapped, HyperNetwork.from_pretrained(first)):
+        assert net.config.module_paths == paths
+        assert net.generate(torch.randn(1, 10)).paths == paths
+    args = yaml.safe_load((first / "args.yaml").read_text())
+    for other in ({"fc1": paths["fc1"]}, list(paths.values()), paths | {"v_proj": "{layer}"}):
+        args["t2l_engine"]["paths"] = other
+        (first / "args.yaml").write_text(yaml.safe_dump(args))
+        with pytest.raises(CheckpointError, match="paths"):
+            HyperNetwork.from_pretrained(first)
+
+
+def test_modules_that_share_a_name(native, tmp_path):
+    """Two c_proj of GPT-2: generated, written and read they have the same names."""
+    paths = ["transformer.h.{layer}.attn.c_proj", "transformer.h.{layer}.mlp.c_proj"]
+    folder = native(modules=["attn_proj", "mlp_proj"], paths=paths)
+    net = HyperNetwork.from_pretrained(folder)
+    stack = net.generate(torch.randn(2, 10))
+    assert stack.paths == {"attn.c_proj": paths[0], "mlp.c_proj": paths[1]}
+    for i in (0, 1):
+        stack.save_pretrained(tmp_path / str(i), adapter=i)
+    again = AdapterStack.from_peft([tmp_path / "0", tmp_path / "1"])
+    assert again.allclose(stack) and len(AdapterStack.cat([stack, again])) == 4
+    assert serve_flags.collect([str(folder)], 2, 4)["flags"][-2:] == [
+        "--lora-target-modules",
+        "c_proj",
+    ]  # of linears
+
+
+def test_blocks_survive(native, tmp_path):
+    metadata = {
+        "encoder": ENCODER,
+        "base_model": "some/model",
+        "training": {
+            "steps": 3,
+            "rate": 1e-5,
+            "tasks": ["a: b", "<<", "2024-01-01", "1e5", "ü\n"],
+            "none": None,
+            "on": True,
+        },
+    }
+    folder = native(metadata=metadata)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert describe(first) == describe(second) == metadata
+    _, args, peft = reference_files(first)
+    assert (args["emb_model"], args["model_dir"], peft["base_model_name_or_path"]) == ("minilm", "some/model", "some/model")
+
+
+def test_blocks_that_are_not_set(native, tmp_path):
+    folder = native(metadata={"encoder": None, "base_model": None})
+    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
+
+
+def test_bias_hyperinit(native, tmp_path):
+    for variant in FLAGS:
+        (tmp_path / variant).mkdir()
+        folder = native(lambda net: net.bias_hyperinit(), variant=variant)
+        first, second = there_and_back(folder, tmp_path / variant)
+        assert_same_native(folder, second)
+        assert_generates_alike(folder, first)
+        state, _, _ = reference_files(first)
+        assert state["AB_offset.A.q_proj"].any() == (variant != "L") and not state["AB_offset.B.q_proj"].any()
+        shutil.rmtree(folder)
+
+
+def test_multi_task_lora_beneath_heads_without_bias(native, tmp_path):
+    def offsets(net):
+        net.offsets["v_proj"].add_B = torch.randn(2, 6, 2)
+
+    folder = native(offsets, head_bias=False)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert reference_files(first)[1]["mt_lora_path"]
+    assert_generates_alike(folder, first)
+
+
+def test_bundled_checkpoint(tmp_path):
+    bundled = resolve_checkpoint("smollm2-135m")
+    first, second = there_and_back(bundled, tmp_path)
+    assert_bitwise(*(load_file(folder / "hypernet.safetensors") for folder in (bundled, second)))
+    ours, again = read(bundled), read(second)
+    assert ours.config == again.config and ours.blocks == again.blocks == describe(first)
+    assert_generates_alike(bundled, first)
+
+
+# --- a converted folder that was changed ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_changed_scaling_reaches_the_reference(converted, golden, tmp_path, case):
+    folder = converted(case)
+    edit_config(folder, {"scaling": 0.75})
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert_generates_alike(folder, first)
+    state, args, peft = reference_files(first)
+    assert_bitwise(reference_files(golden / case)[0], state)
+    assert (peft["lora_alpha"], peft["use_rslora"]) == (0.75 * 4, False)
+    assert args["exp_setup"] == "hyper_lora" and peft["lora_dropout"] == 0.0  # what was not changed stays, or is set anew
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base_model": "other/base"}, {"encoder": ENCODER}, {"training": {"steps": 3}}], ids=lambda c: next(iter(c))
+)
+def test_changed_blocks_reach_the_reference(converted, tmp_path, changes):
+    folder = converted("L-sft")
+    edit_config(folder, **changes)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    name, value = next(iter(changes.items()))
+    assert describe(first)[name] == value
+
+
+def test_stored_arguments_may_say_nothing_useful(converted, tmp_path):
+    folder = converted("L-sft")
+    useless = [{}, {"args": {"t2l_engine": 3}}, {"adapter_config": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}]
+    for i, reference in enumerate(useless):
+        edit_config(folder, reference=reference)
+        (tmp_path / str(i)).mkdir()
+        first, second = there_and_back(folder, tmp_path / str(i))
+        assert_same_native(folder, second)
+        assert_generates_alike(folder, first)
+
+
+# --- what cannot be converted --------------------------------------------------------------------------------------
+
+
+def cannot_express(folder, tmp_path):
+    """The message with which a sound native folder is not converted; nothing is written."""
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match="the Sakana format cannot express this checkpoint") as error:
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(error.value)
+
+
+def set_all(net, *names):
+    for i, module in enumerate(net.config.modules):
+        sizes = {"A": (2, 2, net.config.in_features[i]), "B": (2, net.config.out_features[i], 2)}
+        for name in names:
+            for side, shape in sizes.items():
+                setattr(net.offsets[module], f"{name}_{side}", torch.rand(shape))
+
+
+def test_z_scores_with_a_head_bias(native, tmp_path):
+    folder = native(lambda net: set_all(net, "std", "mean"), head_bias=True)
+    assert "heads.q_proj.bias" in cannot_express(folder, tmp_path)
+    folder = native(lambda net: set_all(net, "std", "mean", "add"), head_bias=False)
+    assert_same_native(folder, there_and_back(folder, tmp_path)[1])
+
+
+def test_z_scores_of_some_modules(native, tmp_path):
+    def some(net):
+        set_all(net, "std", "mean")
+        net.offsets["v_proj"].std_B = None
+
+    assert "offsets.v_proj.std_B" in cannot_express(native(some, head_bias=False), tmp_path)
+
+
+@pytest.mark.parametrize("names", [("add",), ("mean",), ("std", "mean")])
+def test_a_scale_of_outputs_with_offsets(native, tmp_path, names):
+    bias = "std" not in names
+    folder = native(lambda net: set_all(net, *names), head_bias=bias, output_scale=0.01)
+    message = cannot_express(folder, tmp_path)
+    assert "output_scale 0.01" in message if "std" in names else f"offsets.q_proj.{names[0]}_A" in message
+
+
+def test_a_scale_of_outputs_needs_a_head_bias(native, tmp_path):
+    assert "heads.q_proj.bias" in cannot_express(native(head_bias=False, output_scale=0.01), tmp_path)
+    folder = native(head_bias=True, output_scale=0.3)
+    first, second = there_and_back(folder, tmp_path)
+    assert_same_native(folder, second)
+    assert_generates_alike(folder, first)
+
+
+@pytest.mark.parametrize(
+    "value", ["2024-01-01", "!!binary aGk=", "{1: 2}", "!!set {a, b}", "[[{a: 2024-01-01}]]"], ids=lambda v: v[:6]
+)
+def test_arguments_that_json_cannot_hold(edit, tmp_path, value):
+    folder = edit("L-sft")
+    with (folder / "args.yaml").open("a") as file:
+        file.write(f"run_id: {value}\n")
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"args\.yaml: 'run_id': expected a JSON value"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_no_reader_would_accept(native, edit, tmp_path):
+    """Sound in one form, too long or of too many values in the other."""
+    folder = native()
+    edit_config(folder, training={"losses": [1] * 20_001})
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"out/args\.yaml: not plain YAML: more than 20000 values"):
+        convert(folder, tmp_path / "out")
+    folder = edit("L-sft", args={"losses": ["x" * 516] * 2_000})
+    HyperNetwork.from_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"out/config\.json: expected at most 1048576 bytes to write, got"):
+        convert(folder, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["args", "adapter_config"])
+def test_stored_arguments_of_another_kind(converted, tmp_path, name):
+    folder = converted("L-sft")
+    edit_config(folder, reference={name: [1]})
+    with pytest.raises(CheckpointError, match=rf"reference\.{name}: expected a mapping, got \[1\]"):
+        convert(folder, tmp_path / "out")
+    if name == "args":  # also where they are only copied
+        with pytest.raises(CheckpointError, match=rf"reference\.{name}: expected a mapping, got \[1\]"):
+            convert(folder, tmp_path / "out", to="native")
+
+
+def test_sources_are_checked(golden, edit, native, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        convert(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match="to: expected one of"):
+        convert(golden / "L-sft", tmp_path / "out", to="gguf")
+    with pytest.raises(CheckpointError, match=r"hypermod\.pt: mixer\.4\.bias"):
+        convert(edit("L-sft", lambda state: state | {"mixer.4.bias": torch.zeros(3)}), tmp_path / "out")
+    folder = native()
+    state = load_file(folder / "hypernet.safetensors")
+    save_file(state | {"surprise": torch.zeros(1)}, folder / "hypernet.safetensors")
+    with pytest.raises(CheckpointError, match=r"hypernet\.safetensors.*surprise"):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,356 @@
+"""Every variant, task encoder and last step against a float64 oracle that is itself held to the golden folders."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.func import functional_call
+
+from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
+from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, trunk_bound
+from tests.hypernetwork.oracle import ENCODERS, FLAGS, MODULES, TRAININGS, adapters, cast, checkpoint, write
+
+VARIANTS = tuple(FLAGS)
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Factory: (hypernetwork, state, args) of ``oracle.checkpoint(...)`` with changed arguments."""
+
+    def make(*settings, args=None, dtype=None, **sizes):
+        state, arguments, peft = checkpoint(*settings, **sizes)
+        arguments |= args or {}
+        folder = write(tmp_path / str(len(list(tmp_path.iterdir()))), state, arguments, peft)
+        return HyperNetwork.from_pretrained(folder, dtype=dtype), state, arguments
+
+    return make
+
+
+def task_embs(count=3, embed=14, seed=1):
+    return torch.randn(count, embed, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_adapters(net, state, args, task_emb):
+    encoded, expected = adapters(state, args, task_emb)
+    assert relative_frobenius(net.task_encoder(task_emb).detach(), encoded) <= PARITY_FROBENIUS
+    stack = net.generate(task_emb)
+    assert tuple(stack.lora_A) == tuple(stack.lora_B) == tuple(expected) == net.config.modules
+    for name, pair in expected.items():
+        for side, got, want in zip("AB", (stack.lora_A[name], stack.lora_B[name]), pair, strict=True):
+            assert got.shape == want.shape and relative_frobenius(got, want) <= PARITY_FROBENIUS, (name, side)
+
+
+# --- adapters ------------------------------------------------------------------------------------------------------
+
+
+def test_oracle_agrees_with_the_reference(golden):
+    folders = sorted(golden.iterdir())
+    assert len(folders) == 11
+    for folder in folders:
+        expected = load_file(folder / "expected.safetensors")
+        state = torch.load(folder / "hypermod.pt", weights_only=True)
+        encoded, found = adapters(state, yaml.safe_load((folder / "args.yaml").read_text()), expected["task_emb"])
+        assert relative_frobenius(encoded, expected["encoded_task_emb"]) <= PARITY_FROBENIUS, folder.name
+        for (name, pair), task, layer, (side, lora) in itertools.product(found.items(), range(3), range(3), enumerate("AB")):
+            key = f"adapter{task}.base_model.model.model.layers.{layer}.self_attn.{name}.lora_{lora}.weight"
+            assert relative_frobenius(expected[key], pair[side][task, layer]) <= PARITY_FROBENIUS, (folder.name, key)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_and_encoders(load, variant, encoder):
+    net, state, args = load(variant, encoder)
+    assert (net.config.variant, net.config.task_encoder, net.config.rank) == (variant, encoder, 3)
+    assert_adapters(net, state, args, task_embs())
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_last_steps(load, variant, training):
+    net, state, args = load(variant, "linear", training)
+    assert_adapters(net, state, args, task_embs())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rank_one_and_one_module(load, variant):
+    net, state, args = load(variant, rank=1, layers=1, modules={"o_proj": (9, 7)})
+    assert net.config.variant == variant
+    assert_adapters(net, state, args, task_embs(1))
+
+
+@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "autoregressive-learnable"])
+def test_discrete_encoder_with_odd_width(load, variant):
+    net, state, args = load(variant, "discrete", layers=4)
+    assert net.config.width == 64 + 4 + 3
+    assert_adapters(net, state, args, task_embs())
+
+
+def test_discrete_encoder_with_odd_width_cannot_rotate(load):
+    with pytest.raises(CheckpointError, match=r"hypermod\.pt.*expected an even trunk width for S-rotary, got width 71"):
+        load("S-rotary", "discrete", layers=4)
+
+
+@pytest.mark.parametrize("latent", [21, 22, 23])  # t = 10 or 11, d = 5: narrower than the latent size, and odd
+def test_latent_sizes_no_multiple_of_four(load, latent):
+    net, state, args = load("M", latent=latent)
+    assert net.config.latent_size == latent and net.config.width == latent // 2 + 10
+    assert_adapters(net, state, args, task_embs())
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_unit_vectors_as_task_embeddings(load, encoder):
+    net, state, args = load("L", encoder, embed=6)
+    assert_adapters(net, state, args, torch.eye(6))
+
+
+@pytest.mark.parametrize("delta_w_scaling", [None, 10000, 3, 0.25])
+def test_scale_of_weight_differences(load, delta_w_scaling):
+    changes = {} if delta_w_scaling is None else {"delta_w_scaling": delta_w_scaling}
+    net, state, args = load("M", "linear", "recon-delta", args=changes)
+    assert_adapters(net, state, args, task_embs())
+
+
+@pytest.mark.parametrize(
+    ("training", "unused"),
+    [
+        ("sft", ("mean_recon_target", "std_recon_target")),
+        ("sft-offset", ("mean_recon_target", "std_recon_target")),
+        ("recon-z", ()),
+        ("recon-raw", ("mean_recon_target", "std_recon_target")),
+        ("recon-delta", ("AB_offset", "mean_recon_target", "std_recon_target")),
+    ],
+)
+def test_dictionaries_that_do_not_apply_are_ignored(tmp_path, training, unused):
+    state, args, peft = checkpoint("M", "linear", training)
+    changed = {key: value * 2 if key.startswith(unused) else value for key, value in state.items()} if unused else state
+    first, second = (
+        HyperNetwork.from_pretrained(write(tmp_path / name, values, args, peft)).generate(task_embs())
+        for name, values in (("a", state), ("b", changed))
+    )
+    for name in MODULES:
+        assert torch.equal(first.lora_A[name], second.lora_A[name])
+        assert torch.equal(first.lora_B[name], second.lora_B[name])
+    for dictionary in {"AB_offset", "mean_recon_target", "std_recon_target"} - set(unused):
+        changed = {key: value * 2 if key.startswith(dictionary) else value for key, value in state.items()}
+        third = HyperNetwork.from_pretrained(write(tmp_path / dictionary, changed, args, peft)).generate(task_embs())
+        assert not torch.equal(first.lora_A["q_proj"], third.lora_A["q_proj"])
+
+
+# --- rank 1: tensors of two variants have the same shapes ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("variant", "other"), [("L", "autoregressive-rotary"), ("M", "S-rotary")])
+def test_flags_settle_rank_one(tmp_path, variant, other):
+    state, args, peft = checkpoint(variant, rank=1)
+    for name in (variant, other):
+        flags = dict(zip(("shared_AB_head", "autoreg_gen", "learnable_pos_emb"), FLAGS[name], strict=True))
+        net = HyperNetwork.from_pretrained(write(tmp_path / name, state, args | flags, peft))
+        assert net.config.variant == name
+        assert_adapters(net, state, args | flags, task_embs())
+
+
+@pytest.mark.parametrize("variant", ["autoregressive-learnable", "S-learnable"])
+@pytest.mark.parametrize(
+    "flags", [{"autoreg_gen": False}, {"learnable_pos_emb": False}, {"autoreg_gen": False, "learnable_pos_emb": False}]
+)
+def test_learned_positions_settle_rank_one(load, variant, flags):
+    assert load(variant, rank=1)[0].config.variant == variant
+    with pytest.raises(CheckpointError, match=rf"args\.yaml: {next(iter(flags))}: False contradicts the tensors"):
+        load(variant, rank=1, args=flags)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_contradictions(load, variant, rank):
+    shared, autoregressive, learnable = FLAGS[variant]
+    wrong = [("shared_AB_head", not shared)]
+    if rank > 1 or learnable:
+        wrong.append(("autoreg_gen", not autoregressive))
+    if autoregressive:
+        wrong.append(("learnable_pos_emb", not learnable))
+    for name, value in wrong:
+        with pytest.raises(CheckpointError, match=rf"args\.yaml: {name}: {value} contradicts the tensors"):
+            load(variant, rank=rank, args={name: value})
+
+
+def test_learned_positions_beside_heads_of_all_ranks(tmp_path):
+    state, args, peft = checkpoint("L")
+    state |= {key: value for key, value in checkpoint("S-learnable")[0].items() if key.startswith("pos_emb.")}
+    with pytest.raises(CheckpointError, match=r"unexpected keys .*pos_emb\.0\.weight"):
+        HyperNetwork.from_pretrained(write(tmp_path / "x", state, args, peft))
+
+
+def test_rows_of_no_variant(tmp_path):
+    state, args, peft = checkpoint("autoregressive-rotary")
+    state["heads.up_proj.weight"] = state["heads.up_proj.weight"][1:]
+    with pytest.raises(CheckpointError, match=r"heads\.up_proj\.weight.*expected 195 or 65 rows .*, got 64"):
+        HyperNetwork.from_pretrained(write(tmp_path / "x", state, args, peft))
+
+
+# --- low precision -------------------------------------------------------------------------------------------------
+
+
+def assert_within_bound(net, state, args, dtype):
+    """Against the same rounded weights in float64, and the error of rounding where the engine says that it rounds."""
+    state = cast(state, dtype)
+    (encoded, exact), (_, rounded) = (adapters(state, args, task_embs(), inputs) for inputs in (torch.float64, dtype))
+    # The task encoder rounds its weights alone, so that descriptions close to each other stay apart.
+    assert relative_frobenius(net.task_encoder(task_embs()).detach(), encoded) <= PARITY_FROBENIUS
+    stack = net.generate(task_embs())
+    for name in exact:
+        for i, got in enumerate((stack.lora_A[name], stack.lora_B[name])):
+            assert got.dtype == dtype
+            assert relative_frobenius(got, exact[name][i]) <= trunk_bound(exact[name][i], rounded[name][i], dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_bfloat16(load, variant, encoder):
+    net, state, args = load(variant, encoder, dtype=torch.bfloat16)
+    assert_within_bound(net, state, args, torch.bfloat16)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+def test_bfloat16_last_steps(load, training):
+    net, state, args = load("autoregressive-rotary", "linear", training, dtype=torch.bfloat16)
+    assert_within_bound(net, state, args, torch.bfloat16)
+
+
+def test_float64_is_the_oracle(load):
+    for variant, encoder in itertools.product(VARIANTS, ENCODERS):
+        net, state, args = load(variant, encoder, dtype=torch.float64)
+        _, expected = adapters(state, args, task_embs())
+        stack = net.generate(task_embs())
+        for name in expected:
+            assert relative_frobenius(stack.lora_A[name], expected[name][0]) < 1e-12
+            assert relative_frobenius(stack.lora_B[name], expected[name][1]) < 1e-12
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generate_into_a_stack(load, variant, training):
+    net, _, _ = load(variant, "linear", training)
+    fresh, out = net.generate(task_embs()), net.generate(task_embs(seed=2))
+    out.scaling.zero_()
+    out.ranks["q_proj"][1] = 0
+    kept = [t.data_ptr() for side in (out.lora_A, out.lora_B) for t in side.values()]
+    assert net.generate(task_embs(), out=out) is out
+    assert kept == [t.data_ptr() for side in (out.lora_A, out.lora_B) for t in side.values()]
+    assert out.allclose(fresh, rtol=0, atol=0)
+    assert all(map(torch.equal, out.ranks.values(), fresh.ranks.values()))
+    half = net.generate(task_embs(seed=2)).to(dtype=torch.bfloat16)  # keeps its dtype: one rounding more
+    assert net.generate(task_embs(), out=half).dtype == torch.bfloat16
+    assert half.allclose(fresh.to(dtype=torch.bfloat16), rtol=0, atol=0)
+
+
+def test_constants_are_filled_once(load):
+    """Of a stack that is used again, and again once somebody wrote to it, or replaced a tensor."""
+    net, _, _ = load("L")
+    out = net.generate(task_embs())
+    versions = lambda: [t._version for t in (out.scaling, *out.ranks.values())]  # noqa: E731
+    net.generate(task_embs(), out=out)
+    filled = versions()
+    net.generate(task_embs(seed=2), out=out)
+    assert versions() == filled
+    out.ranks["q_proj"][1] = 0
+    net.generate(task_embs(), out=out)
+    assert bool((out.ranks["q_proj"] == net.config.rank).all()) and versions() != filled
+    out.scaling = torch.zeros_like(out.scaling)
+    net.generate(task_embs(), out=out)
+    assert bool((out.scaling == net.scaling).all())
+    out.scaling.mul_(0.5)
+    other = copy.deepcopy(out)  # whose versions begin anew
+    net.generate(task_embs(), out=other)
+    assert bool((other.scaling == net.scaling).all())
+    with torch.inference_mode():  # whose tensors cannot tell
+        out = net.generate(task_embs())
+        net.generate(task_embs(), out=out)
+        out.scaling.zero_()
+        net.generate(task_embs(), out=out)
+    assert bool((out.scaling == net.scaling).all())
+
+
+def test_generate_into_what_does_not_fit(load):
+    net, _, _ = load("L")
+    stack = net.generate(task_embs())
+    for out, message in (
+        (stack[:2], r"out: \w+: expected lora_A \(3, .* got \(2, "),
+        (3, "out: expected a stack for the modules .* got int"),
+        (
+            AdapterStack({"o_proj": torch.ones(3, 1, 1, 2)}, {"o_proj": torch.ones(3, 1, 2, 1)}, torch.ones(3)),
+            "out: expected a",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            net.generate(task_embs(), out=out)
+
+
+# --- folding -------------------------------------------------------------------------------------------------------
+
+
+def test_a_replaced_parameter_is_seen(load):
+    """Also where it was replaced several times, until one has the address of the first, as may happen."""
+    net, _, _ = load("L")
+    table = net.depth_emb  # only folded: no result keeps it alive
+    for _ in range(20):
+        table.weight = torch.nn.Parameter(torch.randn_like(table.weight))
+        net.generate(task_embs())
+        first = id(table.weight)
+        for _ in range(20):
+            table.weight = torch.nn.Parameter(torch.randn_like(table.weight))
+            if id(table.weight) == first:
+                break
+        got, expected = net.generate(task_embs()), net.forward(task_embs())  # which folds every time
+        assert torch.equal(got.lora_A["q_proj"], expected.lora_A["q_proj"])
+
+
+# --- counts --------------------------------------------------------------------------------------------------------
+
+
+def config(variant, encoder, **changes):
+    sizes = {
+        "modules": tuple(MODULES), "in_features": (24, 24, 41), "out_features": (41, 24, 19), "num_layers": 3, "rank": 4,
+        "embed_dim": 14, "latent_size": 128 if encoder == "discrete" else 20, "head_in_size": 18, "lora_alpha": 8.0,
+    }  # fmt: skip
+    return HyperNetworkConfig(variant=variant, task_encoder=encoder, **sizes | changes)
+
+
+@pytest.mark.parametrize("head_bias", [True, False])
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_number_of_parameters(variant, encoder, head_bias):
+    c = config(variant, encoder, head_bias=head_bias)
+    with torch.device("meta"):
+        assert c.num_parameters == sum(tensor.numel() for tensor in HyperNetwork(c).state_dict().values())
+
+
+# --- gradients -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variant", "encoder"),
+    [("autoregressive-learnable", "linear"), ("autoregressive-rotary", "linear"), ("L", "softmax"), ("S-rotary", "softmax")],
+)
+def test_gradients(load, variant, encoder):
+    """Of every parameter, against finite differences in float64."""
+    sizes = {"modules": {"q_proj": (5, 4), "v_proj": (3, 6)}, "layers": 2, "rank": 2, "embed": 5, "latent": 8, "head_in": 6}
+    net, _, _ = load(variant, encoder, dtype=torch.float64, **sizes)
+    names = [name for name, _ in net.named_parameters()]
+    task_emb = task_embs(2, 5).double().requires_grad_()
+
+    def run(task_emb, *parameters):
+        stack = functional_call(net, dict(zip(names, parameters, strict=True)), (task_emb,))
+        return (*stack.lora_A.values(), *stack.lora_B.values())
+
+    assert torch.autograd.gradcheck(run, (task_emb, *net.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize("encoder", ["vq", "discrete"])
+def test_no_gradient_passes_a_choice(load, encoder):
+    net, _, _ = load("L", encoder)
+    stack = net.forward(task_embs())
+    sum(tensor.sum() for tensor in (*stack.lora_A.values(), *stack.lora_B.values())).backward()
+    assert net.task_encoder.linear1.weight.grad is None and net.mixer.linear1.weight.grad is not None

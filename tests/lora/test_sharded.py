@@ -1,0 +1,315 @@
+"""Tensor parallelism: a model divided between two processes computes with adapters what a whole one does."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from t2l_engine import AdapterStack, HyperNetwork, Shard, attach, shards
+from t2l_engine.testing import numerics
+from tests.lora import sharded_worker as worker
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made = tmp_path_factory.mktemp("sharded")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=worker.HIDDEN, intermediate_size=worker.INNER, num_hidden_layers=worker.LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(made / "model")
+    return made
+
+
+@pytest.fixture(scope="module")
+def divided(folder):
+    """What each of two processes computed."""
+    started = []
+    for rank in range(2):
+        command = [sys.executable, Path(worker.__file__), folder, rank, 2]
+        own = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # as torchrun's
+        log = (folder / f"{rank}.log").open("w")
+        started.append(subprocess.Popen(list(map(str, command)), env=own, stderr=log))
+    try:
+        while None in (codes := [process.poll() for process in started]) and not any(codes):
+            time.sleep(0.1)
+    finally:
+        for process in started:
+            process.kill()  # one that waits for another, which has failed
+    assert codes == [0, 0], [(folder / f"{rank}.log").read_text()[-3000:] for rank in range(2)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.fixture(scope="module", params=worker.KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def whole(folder, kind):
+    """What one process computes."""
+    return worker.results(kind, worker.model(kind, folder))
+
+
+def close(kind, got, expected, exact):
+    """Whether outputs of a model are equal to rounding; ``exact``: those of float64, in a narrower dtype than float32."""
+    if kind.endswith("bfloat16"):
+        return float((got.double() - exact).norm()) <= numerics.logits_bound(exact, expected)
+    return float((got - expected).abs().max()) <= numerics.LOGITS_ATOL
+
+
+@pytest.fixture(scope="module")
+def exact(folder, kind):
+    """What the model computes in float64, from the same weights, adapters and hypernetwork."""
+    if not kind.endswith("bfloat16"):
+        return None
+    return worker.results(kind, worker.model(kind, folder).double(), torch.float64)
+
+
+def test_the_whole_models_results(divided, whole, kind, exact):
+    """With a mixed batch, one adapter, new ids, a replaced adapter, generated ones, one merged; tokens are the same."""
+    for own in divided:
+        found = own[kind]
+        assert found.keys() == whole.keys()
+        for name, expected in whole.items():
+            if name == "tokens":
+                assert torch.equal(found[name], expected)
+            elif name != "parameters":
+                assert close(kind, found[name], expected, exact and exact[name]), name
+        changed = [
+            name for name in found if name not in ("base", "attached", "unmerged", "detached", "tokens", "parameters")
+        ]
+        assert not any(torch.equal(found[name], found["base"]) for name in changed)
+    assert all(torch.equal(divided[0][kind][name], divided[1][kind][name]) for name in whole if name != "parameters")
+
+
+def test_the_divided_models_bits(divided, kind):
+    """Attached, in rows of the base model, after unmerge and detach it is what it was."""
+    found = divided[0][kind]
+    for name in ("attached", "unmerged", "detached"):
+        assert torch.equal(found[name], found["base"])
+    assert torch.equal(found["mixed"][1], found["base"][1])
+    assert torch.equal(found["put"][3], found["base"][3])
+    assert torch.equal(found["filled"][3], found["base"][3])
+
+
+def test_each_process_generates_its_part(divided, kind):
+    """Half of the heads' rows that depend on divided features; slots get the bits of adapters that were generated whole."""
+    net, found = worker.hypernetwork(kind), [own[kind] for own in divided]
+    assert all(torch.equal(own["filled"], own["generated whole"]) for own in found)
+    c = net.config
+    sides = [n_out if name not in ("o_proj", "down_proj") else n_in
+             for name, n_in, n_out in zip(c.modules, c.in_features, c.out_features, strict=True)]  # fmt: skip
+    saved = sum(sides) // 2 * c.rank * (c.head_in_size + 1)
+    assert [int(own["parameters"]) for own in found] == [c.num_parameters - saved] * 2
+
+
+def test_what_is_refused(divided):
+    found, half = divided[0]["errors"], worker.INNER // 2
+    assert (
+        "RuntimeError: model.layers.0.mlp.down_proj: adapters of a linear that is divided among processes have no gr"
+        in found["gradients"]
+    )
+    assert (
+        f"ValueError: like: up_proj: expected the in/out features ({worker.HIDDEN}, {half}) of this process, "
+        in found["whole"]
+    )
+    assert "ValueError: stack: up_proj is divided among processes (tensor parallelism), where" in found["differentiable"]
+    assert (
+        f"expected an input (1, 2, {half}) of this process as a plain tensor, got Tensor (1, 2, {worker.INNER})"
+        in found["input"]
+    )
+    assert "as a plain tensor, got DTensor" in found["distributed"]
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """Of one process."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed.device_mesh import init_device_mesh
+
+    init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    destroy_process_group()
+
+
+def test_fully_sharded_weights_are_refused(mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(worker.Plain(), mesh=mesh)
+    with pytest.raises(ValueError, match="model: the weight of layers.0.up_proj is divided by fully_shard; attach the"):
+        attach(model, worker.stack("torch"))
+
+
+def test_adapters_may_be_attached_before(mesh):
+    """They are then used, but not merged."""
+    from torch.distributed.fsdp import fully_shard
+
+    model, x = worker.Plain(), worker.inputs("torch")
+    lora = attach(model, worker.stack("torch"))
+    with torch.no_grad(), lora.use([0, -1, 2, 1]):
+        expected = model(x)
+        assert torch.equal(fully_shard(model, mesh=mesh)(x), expected)
+    with pytest.raises(ValueError, match="merge: fully_shard has divided weights of the model"):
+        lora.merge(0)
+
+
+def test_training_of_other_modules(mesh):
+    """In ``differentiable`` a divided linear that the stack lacks is the base's."""
+    from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
+
+    stack = worker.stack("torch")
+    ups = AdapterStack({"up_proj": stack.lora_A["up_proj"]}, {"up_proj": stack.lora_B["up_proj"]}, stack.scaling)
+    plain = worker.Plain()
+    expected_lora = attach(plain, ups)
+    x = worker.inputs("torch")
+    plans = {f"layers.{i}.down_proj": RowwiseParallel() for i in range(worker.LAYERS)}
+    model = parallelize_module(worker.Plain(), mesh, plans)
+    lora = attach(model, stack)
+    with expected_lora.differentiable(ups, 2), lora.differentiable(ups, 2):
+        assert torch.allclose(model(x), plain(x), atol=numerics.LOGITS_ATOL)
+
+
+def test_an_output_that_is_not_plain(mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    plans = {f"layers.{i}.up_proj": ColwiseParallel(use_local_output=False) for i in range(worker.LAYERS)}
+    model = parallelize_module(worker.Plain(), mesh, plans)
+    lora = attach(model, worker.stack("torch"))
+    with (
+        torch.no_grad(),
+        lora.use(0),
+        pytest.raises(RuntimeError, match="expected an output .* as a plain tensor, got DTensor"),
+    ):
+        model.layers[0]["up_proj"](worker.inputs("torch"))
+
+
+def test_an_adapter_that_is_compiled(mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = parallelize_module(
+        nn.ModuleList([nn.ModuleDict({"up_proj": nn.Linear(8, 4)})]), mesh, {"0.up_proj": ColwiseParallel()}
+    )
+    lora = attach(
+        model, AdapterStack({"up_proj": torch.ones(1, 1, 2, 8)}, {"up_proj": torch.ones(1, 1, 4, 2)}, torch.ones(1))
+    )
+    compiled = torch.compile(model[0]["up_proj"], backend="eager", fullgraph=True)
+    with torch.no_grad(), lora.use(0), pytest.raises(Exception, match="divided among processes are not compiled"):
+        compiled(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("variant", ["L", "autoregressive-learnable", "autoregressive-rotary"])
+def test_a_part_of_a_hypernetwork(variant, offsets):
+    """Bit for bit the features of the whole one's adapters; also without head biases, and where offsets are added."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(worker.hypernetwork("torch").config, variant=variant, head_bias=offsets)
+    net, ends = HyperNetwork(config).eval(), {"up_proj": Shard((0, 32), (12, 30)), "down_proj": Shard((40, 48), (0, 32))}
+    if offsets:
+        net.offsets["up_proj"].add_A, net.offsets["up_proj"].std_B = torch.randn(2, 4, 32), torch.rand(2, 48, 4)
+        net.offsets["down_proj"].mean_A, net.offsets["down_proj"].add_B = torch.randn(2, 4, 48), torch.randn(2, 32, 4)
+    emb = torch.randn(3, 24)
+    got, expected = net.shard(ends).generate(emb), net.generate(emb).shard(ends)
+    assert got.sizes == expected.sizes and got.allclose(expected, rtol=numerics.PARITY_FROBENIUS)
+    assert net.shard({}) is net
+
+
+def test_heads_that_are_shared():
+    net = HyperNetwork(dataclasses.replace(worker.hypernetwork("torch").config, variant="M"))
+    with pytest.raises(ValueError, match="shards: expected a variant with heads of their own for A and B, got M; use put"):
+        net.shard({"up_proj": Shard((0, 32), (0, 24))})
+
+
+def test_layers_that_are_divided_differently(mesh):
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = parallelize_module(worker.Plain(), mesh, {"layers.1.up_proj": ColwiseParallel()})
+    with pytest.raises(
+        ValueError, match="model: up_proj: expected layers divided alike among processes, got others in 0 and 1"
+    ):
+        attach(model, worker.stack("torch"))
+
+
+def test_linears_that_are_divided_in_other_ways(mesh):
+    """A weight that all processes have as a whole, a packed projection, a quantised linear."""
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model, stack = worker.Plain(), worker.stack("torch")
+    linear = model.layers[0]["up_proj"]
+    linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh))
+    with pytest.raises(
+        ValueError, match="layers.0.up_proj: expected a linear whose rows or columns are divided among the proc"
+    ):
+        attach(model, stack)
+    model = nn.ModuleList([nn.ModuleDict({"gate_up_proj": nn.Linear(worker.HIDDEN, 2 * worker.INNER)})])
+    model = parallelize_module(model, mesh, {"0.gate_up_proj": ColwiseParallel()})
+    ups = AdapterStack(
+        {"up_proj": stack.lora_A["up_proj"][:, :1]}, {"up_proj": stack.lora_B["up_proj"][:, :1]}, stack.scaling
+    )
+    with pytest.raises(ValueError, match="model: 0.gate_up_proj is a packed projection divided among processes"):
+        attach(model, ups, packed={"gate_up_proj": {"gate_proj": worker.INNER, "up_proj": worker.INNER}})
+    model = worker.Plain()
+    model.layers[1]["up_proj"]._hf_quantized_needs_local_tp = True
+    with pytest.raises(ValueError, match="model: layers.1.up_proj is quantised and divided among processes"):
+        attach(model, stack)
+
+
+def test_models_that_are_not_divided():
+    model = worker.Plain()
+    assert shards(model, worker.stack("torch")) == {}
+    with pytest.raises(ValueError, match="stack: expected an AdapterStack, got dict"):
+        shards(model, {})
+
+
+@pytest.mark.parametrize(
+    ("out", "world", "expected"), [(25, 2, [(0, 13), (13, 25)]), (24, 3, [(0, 8), (8, 16), (16, 24)]), (9, 4, None)], ids=str
+)
+def test_parts(out, world, expected):
+    """Equal ones and what is left, as torch's chunk; a process without any is refused."""
+    from torch.distributed.tensor.placement_types import Shard as Placement
+
+    from t2l_engine.lora.sharding import sharding
+
+    weight = torch.empty(out, 8)
+    found = []
+    for rank in range(world):
+        parts = [*weight.chunk(world), *[weight[:0]] * world][:world]
+
+        class DTensor:
+            shape, placements = weight.shape, (Placement(0),)
+            device_mesh = type("Mesh", (), {"size": lambda self: world, "get_local_rank": lambda self, r=rank: r})()
+            to_local = lambda self, part=parts[rank]: part  # noqa: E731
+
+        linear = nn.Linear(8, out)
+        del linear.weight
+        linear.weight = DTensor()
+        if expected is None:
+            with pytest.raises(ValueError, match=f"layers.0.up_proj: expected equal parts for {world} processes, of {out}"):
+                sharding(linear, "layers.0.up_proj", False)
+        else:
+            found.append(sharding(linear, "layers.0.up_proj", False).shard)
+    assert expected is None or found == [Shard((0, 8), ends) for ends in expected]
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ({"q_proj": Shard((0, 8), (0, 4))}, "shards: q_proj: expected one of the modules"),
+        ({"up_proj": Shard((0, 32), (24, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
+        ({"up_proj": Shard((0, 33), (0, 24))}, r"shards: up_proj: expected ranges of the in/out features \(32, 48\), got"),
+    ],
+)
+def test_shards_that_do_not_fit(shard, message):
+    for owner in (worker.stack("torch"), worker.hypernetwork("torch")):
+        with pytest.raises(ValueError, match=message):
+            owner.shard(shard)

@@ -1,0 +1,132 @@
+"""Ways to serve a task, run from the first token of the prompt to the last of the answer, against torch's counter: exact."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel, DynamicCache
+
+from t2l_engine import HyperNetwork, attach
+from t2l_engine.research.costs import Decoder, Encoder, Setup, Workload, ways
+from t2l_engine.research.costs.known import hypernetwork_for
+from t2l_engine.testing.counter import counted
+from t2l_engine.testing.models import cache_argument
+from tests.research.costs import tiny_decoders
+from tests.research.costs.tiny_decoders import prompt
+
+LOAD = Workload(question=6, answer=5, shots=2, shot=4, description=11, instruction=3, system=2)
+
+
+class Server:
+    """A language model that answers greedily, and what makes adapters for it."""
+
+    def __init__(self, family: str):
+        self.model = tiny_decoders.model(family)
+        encoder = BertConfig(
+            vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4
+        )  # fmt: skip
+        self.encoder = BertModel(encoder, add_pooling_layer=False).eval()
+        decoder, encoder = Decoder.from_config(self.model.config), Encoder.from_config(self.encoder.config)
+        hypernet = hypernetwork_for(decoder, encoder, rank=2, latent_size=16, head_in_size=12)
+        self.setup = Setup(decoder, encoder, hypernet)
+        self.net = HyperNetwork(hypernet)
+        self.make()  # folds what does not depend on the task
+
+    def make(self):
+        vectors = self.encoder(input_ids=prompt(LOAD.description)).last_hidden_state[:, 0]
+        return self.net.generate(vectors)
+
+    def answer(self, before: int, cache: DynamicCache | None = None) -> None:
+        """All of an answer, to a question after ``before`` tokens, some of them in ``cache``."""
+        ids = prompt(before + LOAD.question)
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), **cache_argument(self.model, cache), do_sample=False,
+            min_new_tokens=LOAD.answer, max_new_tokens=LOAD.answer,
+        )  # fmt: skip
+        assert out.shape[1] == ids.shape[1] + LOAD.answer
+
+    @torch.no_grad()
+    def cached(self, tokens: int) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        self.model(input_ids=prompt(tokens), **cache_argument(self.model, cache))
+        return cache
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2"])  # without windows, and with one shorter than a prompt
+def server(request):
+    return Server(request.param)
+
+
+@pytest.fixture(scope="module")
+def made(server):
+    return ways(server.setup, LOAD)
+
+
+BEFORE = LOAD.system + LOAD.prefix
+
+
+def test_examples_in_every_prompt(server, made):
+    got = counted(lambda: server.answer(BEFORE))
+    assert got == made["icl"].first.flops() == made["icl"].later.flops()
+
+
+def test_examples_cached(server, made):
+    """From the first question on (the system text then is in the cache already), or before it."""
+    for name, cached in (("icl-cold", LOAD.system), ("icl-warm", BEFORE)):
+        cache = server.cached(cached)
+        assert counted(lambda cache=cache: server.answer(BEFORE, cache)) == made[name].first.flops()
+        cache = server.cached(BEFORE)
+        assert counted(lambda cache=cache: server.answer(BEFORE, cache)) == made[name].later.flops()
+
+
+def test_an_adapter_a_task(server, made):
+    """Describe, generate and use at the first question; use alone at the next, the system text read under the adapter."""
+    handles = []
+
+    def first():
+        handles.append(attach(server.model, server.make()))
+        with handles[0].use(0):
+            server.answer(LOAD.system)
+
+    assert counted(first) == made["t2l-task"].first.flops() == made["t2l-request"].later.flops()
+    with handles[0].use(0):
+        cache = server.cached(LOAD.system)
+        assert counted(lambda: server.answer(LOAD.system, cache)) == made["t2l-task"].later.flops()
+    handles[0].detach()
+
+
+def test_an_adapter_merged(server, made):
+    handles = []
+
+    def first():
+        handles.append(attach(server.model, server.make()))
+        handles[0].merge(0)
+        server.answer(LOAD.system)
+
+    assert counted(first) == made["t2l-merged"].first.flops()
+    cache = server.cached(LOAD.system)
+    assert counted(lambda: server.answer(LOAD.system, cache)) == made["t2l-merged"].later.flops()
+    handles[0].unmerge()
+    handles[0].detach()
+
+
+def test_answers_of_one_token(server):
+    """The prompt gives the first token, so there is nothing left."""
+    made = ways(server.setup, dataclasses.replace(LOAD, answer=1))
+    for way in made.values():
+        assert way.first.flops() == way.first.flops(first_token=True)
+    for name, way in ways(server.setup, LOAD).items():
+        assert way.first.flops(first_token=True) == made[name].first.flops()
+
+
+def test_the_language_model_as_encoder(server):
+    """Describing costs a pass up to the last hidden state."""
+    decoder = server.setup.decoder
+    setup = dataclasses.replace(server.setup, encoder=decoder, encoder_itemsize=0)
+    describe, *_ = ways(setup, LOAD)["t2l-task"].first.phases
+    got = counted(lambda: server.model.model(input_ids=prompt(LOAD.description)))
+    assert (describe.name, describe.flops.total) == ("describe", got)
+    parts = decoder.parameters
+    read = decoder.num_parameters - parts["embeddings"] - parts["logits"]
+    assert describe.bytes.total == 2 * read
+    assert setup.generator_bytes == 2 * setup.hypernet.num_parameters  # no second copy

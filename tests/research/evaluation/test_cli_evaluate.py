@@ -1,0 +1,465 @@
+"""``t2l evaluate`` as a user types it, on a tiny model, and what ``docs/evaluation.md`` says of it."""
+
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import typer
+from safetensors.torch import load_file, save_file
+
+from t2l_engine.cli import app
+from t2l_engine.cli import evaluate as command
+from t2l_engine.research.evaluation import run as evaluation
+from t2l_engine.research.evaluation.answers import Answerer
+from t2l_engine.research.evaluation.arms import CONSTANT
+from t2l_engine.research.tasks import manifest
+from t2l_engine.research.tasks.folder import Example, Task, write_tasks
+from t2l_engine.research.training import lora
+from tests.research.evaluation.conftest import DESCRIPTIONS, all_tasks, save_checkpoint
+from tests.research.training import runs
+
+OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
+BASE = ["base", "base-description", "icl"]
+DOCUMENT = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def evaluate(run, checkpoint, tasks, tmp_path):
+    """Run ``t2l evaluate`` on the shared tasks with short answers; (the result, stdout, stderr)."""
+
+    def call(*options, checkpoint=checkpoint, tasks=tasks):
+        file = tmp_path / "result.json"
+        code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--json", file,
+                             "--max-new-tokens", 2, *options)  # fmt: skip
+        assert code == 0, err
+        return json.loads(file.read_text(encoding="utf-8")), out, err
+
+    return call
+
+
+@pytest.fixture
+def refuse(run, checkpoint, tasks, monkeypatch):
+    """Run a command that fails before anything is asked, with one line on stderr; gives the line."""
+    monkeypatch.setattr(Answerer, "ask", lambda *arguments: pytest.fail("a model was asked"))
+
+    def call(*options, tasks=tasks, checkpoint=checkpoint):
+        code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
+        assert code == 1 and out == "" and err.startswith("t2l: ") and err.count("\n") == 1, err
+        return err[len("t2l: ") : -1]
+
+    return call
+
+
+def without_seconds(result):
+    for of in result["details"].values():
+        of.pop("seconds_per_answer")
+    return json.dumps(result)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_path):
+    write_tasks(tmp_path / "tasks", all_tasks(("test",)))
+    file = tmp_path / "result.json"
+    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks", "--json", file)
+    assert code == 0, err
+    assert "t2l: icl left out: fewer than 3 examples of split 'train' of task again\n" in err
+    result = json.loads(file.read_text(encoding="utf-8"))
+    arms = [*OURS, *BASE[:2]]
+    assert list(result["details"]) == arms
+    assert {name: list(scores) for name, scores in result["tasks"].items()} == dict.fromkeys(sorted(DESCRIPTIONS), arms)
+    assert {key: value for key, value in result.items() if key not in ("tasks", "summary", "details")} == {
+        "checkpoint": str(checkpoint),
+        "base_model": str(base_model),
+        "dtype": "float32",
+        "device": "cpu",
+        "split": "test",
+        "scaling": 4.0,
+        "settings": {
+            "repeats": 3, "max_new_tokens": 16, "max_long_tokens": 256, "max_prompt_tokens": 1024, "validation_items": 8,
+            "verify": False, "precision": 0, "run_code": False, "batch_size": 32, "held_out_descriptions": 0,
+        },
+        "trained_tasks": ["first", "last"],
+        "groups": {"all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"]},
+        "items": dict.fromkeys(DESCRIPTIONS, 3),
+        "left_out": {},
+        "not_asked": [],
+        "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in arms},
+    }  # fmt: skip
+    for group, of in result["summary"].items():
+        assert of["tasks"] == len(result["groups"][group])
+        assert list(of["mean"]) == arms and list(of["difference"]) == arms[1:]
+    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l minus this arm" in out
+    for name in (*arms, *DESCRIPTIONS):
+        assert name in out
+
+
+def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, base_model, tasks):
+    """Another checkpoint of each kind, oracles, a library, one adapter for all tasks."""
+    described = save_checkpoint(shared / "described", base_model, seed=1, prompt="description")
+    settings = runs.lora(base_model, mode="multi-task", steps=1, validate_every=0)
+    run = lora.train(settings, tasks, shared / "cli-multi-task")
+    result, out, err = evaluate(
+        "--also", f"other={described}", "--also", f"names={one_hot}", "--also", f"inputs={by_input}", "--oracle", adapters,
+        "--library", adapters, "--multi-task", run, "--repeats", 2, "--dtype", "bfloat16",
+    )  # fmt: skip
+    named = [*OURS, "other", "other-shuffled", "other-junk", "other-constant", "names", "names-shuffled", "inputs", "oracle",
+             "average", "arrow", "nearest", "multi-task", *BASE]  # fmt: skip
+    assert list(result["details"]) == named and result["dtype"] == "bfloat16" and "left out" not in err
+    lacking = {"names", "names-shuffled", "oracle"}
+    assert list(result["tasks"]["again"]) == [name for name in named if name not in lacking]
+    assert list(result["tasks"]["first"]) == named
+    every = result["summary"]["all"]
+    assert set(every["mean"]) == set(named)
+    assert {a: of["tasks"] for a, of in every["difference"].items()} == {
+        name: 2 if name in lacking else 3 for name in named[1:]
+    }
+    repeats = {name: len(of["tasks"]["first"]["by_repeat"]) for name, of in result["details"].items()}
+    once = {"t2l-constant", "names", "inputs", "oracle", "average", "arrow", "multi-task", "base"}
+    assert repeats == {name: 1 if name in once else 2 for name in named}
+    tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
+    assert tokens["t2l"] == tokens["inputs"] == tokens["multi-task"] == 4 < tokens["other"] == tokens["other-constant"]
+    assert result["forms"]["base"]["validation"].keys() == {"raw", "chat"}  # there is a split val
+    assert result["forms"]["other"] == {"form": "chat", "validation": None}
+
+
+def test_numbers_of_worked_examples(evaluate):
+    result, out, _ = evaluate("--arms", "icl-2,icl", "--shots", "2,3", "--repeats", 1)
+    tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
+    assert tokens["icl-2"] < tokens["icl"]
+
+
+def test_precision_is_said(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluation, "TASKS_A_ROUND", 1)
+    result, _, err = evaluate("--arms", "base,base-description", "--repeats", 1, "--precision", 100)
+    (left_out,) = result["not_asked"]  # the second of the trained ones: a task of each group is enough
+    assert left_out in ("first", "last") and left_out not in result["tasks"]
+    assert result["groups"]["not trained"] == ["again"] and len(result["groups"]["trained"]) == 1
+    assert result["summary"].keys() == {"trained", "not trained"}  # a mean over both would be of an uneven sample
+    assert "asked 2 of 3 tasks, for intervals of at most +-100 points" in err and "are all asked" not in err
+
+
+def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
+    """What a run with held_out_descriptions in training has not read: the same answers as of a folder with these alone."""
+    few = [replace(t, descriptions=t.descriptions[-1:]) for t in all_tasks()]
+    write_tasks(tmp_path / "few", few)
+    options = ("--arms", "base-description", "--repeats", 2)
+    held, _, _ = evaluate(*options, "--held-out-descriptions", 1)
+    expected, _, _ = evaluate(*options, tasks=tmp_path / "few")
+    whole, _, _ = evaluate(*options)
+    assert held["settings"].pop("held_out_descriptions") == 1 and expected["settings"].pop("held_out_descriptions") == 0
+    tokens = [r["details"]["base-description"]["tasks"]["first"]["prompt_tokens"] for r in (held, expected, whole)]
+    assert tokens[0] == tokens[1] != tokens[2]
+    assert without_seconds(held) == without_seconds(expected)
+
+
+def test_held_out_descriptions_that_were_trained_on_are_told(evaluate, checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    for held_out, told in ((0, True), (1, False)):
+        about = config | {"training": config["training"] | {"held_out_descriptions": held_out}}
+        (folder / "config.json").write_text(json.dumps(about))
+        options = ("--max-items", 1, "--repeats", 1, "--held-out-descriptions", 1)
+        _, _, err = evaluate("--arms", "t2l", *options, checkpoint=folder)
+        assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == told
+
+
+def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
+    """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
+    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
+    options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", tmp_path / "result.json")
+    with pytest.raises(pytest.fail.Exception):
+        run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
+    assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
+
+
+def test_the_result_can_go_into_a_pipe(run, checkpoint, tasks, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", pipe)
+        assert run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)[0] == 0
+        assert json.loads(read.result())["summary"].keys() >= {"all"} and pipe.is_fifo()
+
+
+def test_a_second_run_says_the_same(evaluate):
+    options = ("--arms", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
+    first, second = evaluate(*options)[0], evaluate(*options)[0]
+    assert list(first["details"]) == ["t2l", "t2l-junk", "icl"] and first["items"] == {"first": 2, "last": 2}
+    assert without_seconds(first) == without_seconds(second)
+
+
+def test_answers_that_are_kept_are_used(evaluate, tmp_path, monkeypatch):
+    kept = tmp_path / "answers.jsonl"
+    options = ("--arms", "t2l,t2l-shuffled,base", "--repeats", 1, "--batch-size", 4, "--resume", kept)
+    first, _, _ = evaluate(*options)
+    content = kept.read_bytes()
+    assert content.count(b"\n") == 3 + 3 + 2 * 2 + 3  # of base both forms, on two validation examples of three tasks
+    asked = []
+    generate = Answerer._generate
+    monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
+    assert evaluate(*options)[0] == first and not asked and kept.read_bytes() == content  # the seconds too
+    kept.write_bytes(content[:-20])
+    again, _, _ = evaluate(*options)
+    assert len(asked) == 1 and kept.read_bytes().count(b"\n") == content.count(b"\n")
+    assert without_seconds(again) == without_seconds(first)
+    asked.clear()
+    other, _, _ = evaluate(*options, "--scaling", 1)
+    assert other["scaling"] == 1.0 and len(asked) == 6  # not the base model's again
+
+
+def test_answers_are_those_of_the_weights(evaluate, base_model, tmp_path):
+    """Not of the folder that they lay in."""
+    folder, kept = tmp_path / "model", tmp_path / "answers.jsonl"
+    shutil.copytree(base_model, folder)
+    options = ("--arms", "base", "--repeats", 1, "--resume", kept, "--base-model", folder)
+    evaluate(*options)
+    before = kept.read_bytes()
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    evaluate(*options)
+    after = kept.read_bytes()
+    assert after.startswith(before) and after.count(b"\n") == 2 * before.count(b"\n")
+
+
+def test_the_split_that_is_asked(evaluate):
+    """Validation examples choose no form of what is asked on them; worked examples are never the one that is asked."""
+    result, _, _ = evaluate("--split", "val", "--arms", "base,icl", "--repeats", 1)
+    assert result["items"] == dict.fromkeys(DESCRIPTIONS, 2)
+    assert result["settings"]["validation_items"] == 0
+    assert all(of == {"form": "raw", "validation": None} for of in result["forms"].values())
+    assert evaluate("--split", "train", "--arms", "icl", "--repeats", 1)[0]["items"] == dict.fromkeys(DESCRIPTIONS, 4)
+
+
+def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
+    facts = {name: {"skill": "words", "tier": tier, "source": "tests", "licence": ["MIT"], "permissive": True}
+             for name, tier in (("first", "train"), ("last", "novel"))}  # fmt: skip
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(manifest.build([t for t in all_tasks() if t.name in facts], facts, "For the tests.")))
+    result, out, _ = evaluate("--manifest", path, "--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    assert result["groups"] == {
+        "all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"], "train": ["first"],
+        "novel": ["last"],
+    }  # fmt: skip
+    assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
+    options = ("--manifest", path, "--arms", "base,base-description", "--repeats", 1, "--precision", 5)
+    result, _, err = evaluate(*options)  # tiers end apart, so there are no means across them
+    assert result["groups"] == {"train": ["first"], "novel": ["last"]} and result["not_asked"] == ["again"]
+    assert "asked 2 of 3 tasks" in err
+
+
+def test_arms_with_more_examples_than_there_are(refuse):
+    told = refuse("--shots", "3,9", "--arms", "icl-9")
+    assert "got 'icl-9': fewer than 9 examples of split 'train' of task" in told
+
+
+def test_the_plot(evaluate, tmp_path):
+    evaluate("--plot", tmp_path / "means.png", "--repeats", 1, "--max-items", 1)
+    assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "result.json").is_file()
+
+
+@pytest.mark.parametrize("measure, title", [("containment", "containment, %"), ("rouge_l", "ROUGE-L, %")])
+def test_other_measures_in_the_table(evaluate, measure, title):
+    _, out, _ = evaluate("--arms", "t2l", "--repeats", 1, "--max-items", 1, "--measure", measure)
+    assert title in out and "mean" not in out
+
+
+def test_one_task_has_no_shuffled_control(evaluate, by_input):
+    result, _, err = evaluate("--names", "first", "--repeats", 1, "--max-items", 1, "--also", f"inputs={by_input}")
+    assert [line for line in err.splitlines() if line.startswith("t2l: ")] == [
+        "t2l: t2l-shuffled left out: it needs at least two tasks",
+    ]
+    assert list(result["details"]) == ["t2l", "t2l-junk", "t2l-constant", "inputs", *BASE]
+
+
+def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
+    """Reads the descriptions of a checkpoint that does so with its base model, too."""
+    moved = save_checkpoint(tmp_path / "moved", "models/tiny", prompt="input")
+    result, _, _ = evaluate("--base-model", base_model, "--arms", "t2l", "--repeats", 1, "--max-items", 1, checkpoint=moved)
+    assert list(result["details"]) == ["t2l"] and result["base_model"] == str(base_model)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
+    """The message lists those there are, and says why another one is left out."""
+    known = [*OURS, *BASE]
+    for name in ("nonsense", "oracle"):
+        told = refuse("--arms", f"t2l,{name}")
+        assert told.startswith("--arms: ") and str(known) in told and repr(name) in told
+    write_tasks(tmp_path / "tasks", all_tasks(("test",)))
+    told = refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks")
+    assert str(known[:-1]) in told and "'icl': " in told and "'train'" in told and "again" in told
+    known.remove("t2l-shuffled")
+    told = refuse("--arms", "t2l-shuffled", "--names", "last")
+    assert str(known) in told and "'t2l-shuffled': " in told and "two tasks" in told
+    assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
+
+
+def test_arms_of_one_name(refuse, checkpoint):
+    told = refuse("--also", f"base={checkpoint}")
+    assert told == "--also, --multi-task: expected arms with names of their own, got two called 'base'"
+    assert refuse("--arms", "base", "--precision", 5).startswith("--precision: expected at least two arms")
+
+
+@pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])
+def test_another_checkpoint_needs_a_name(refuse, text):
+    told = refuse("--also", text)
+    assert told.startswith("--also: ") and told.endswith(repr(text))
+
+
+@pytest.mark.parametrize("text", ["", "0", "3,3", "03,3", "three", "-1"])
+def test_numbers_of_worked_examples_are_different_and_positive(refuse, text):
+    told = refuse("--shots", text)
+    assert told.startswith("--shots: ") and told.endswith(repr(text))
+
+
+@pytest.fixture
+def raw_adapters(adapters, tmp_path):
+    """``adapters`` in the folder of a run with raw prompts."""
+    raw = tmp_path / "run" / "adapters"
+    shutil.copytree(adapters, raw)
+    wave = raw.parent / "waves" / "000"
+    wave.mkdir(parents=True)
+    (wave / "done.json").write_text(json.dumps({"settings": {"prompt_form": "raw"}}))
+    return raw
+
+
+def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_adapters):
+    result, _, _ = evaluate("--oracle", raw_adapters, "--library", raw_adapters, "--arms", "oracle,average,arrow")
+    assert {of["form"] for of in result["forms"].values()} == {"raw"}
+
+
+def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
+    _, _, quiet = evaluate("--oracle", adapters, "--arms", "oracle")
+    others = tmp_path / "others"
+    shutil.copytree(adapters, others)
+    for path in others.glob("*/adapter_config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
+    _, _, err = evaluate("--oracle", others, "--arms", "oracle")
+    assert f"{others} is of elsewhere, and is evaluated on " in err and " is evaluated on " not in quiet
+
+
+def test_oracles_of_prompts_with_the_description_are_asked_so(evaluate, raw_adapters):
+    without, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    done = raw_adapters.parent / "waves" / "000" / "done.json"
+    done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
+    result, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    of, before = (found["details"]["oracle"]["tasks"] for found in (result, without))
+    assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
+    assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
+
+
+def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
+    """Plain text is the only form then; a checkpoint of the template is told what it lacks."""
+    plain = tmp_path / "plain"
+    shutil.copytree(base_model, plain, ignore=shutil.ignore_patterns("chat_template*"))
+    file, found = tmp_path / "result.json", {}
+    for form in ("raw", "chat"):
+        made = save_checkpoint(tmp_path / form, plain, prompt_form=form)
+        found[form] = run("evaluate", "--checkpoint", made, "--tasks", tasks, "--json", file, "--max-new-tokens", 1)
+    code, _, err = found["raw"]
+    assert code == 0 and "t2l: the tokenizer has no chat template" in err
+    forms = json.loads(file.read_text(encoding="utf-8"))["forms"]
+    assert set(forms) == {*OURS, *BASE} and all(of == {"form": "raw", "validation": None} for of in forms.values())
+    code, _, err = found["chat"]
+    assert code == 1 and "t2l: prompt_form: expected 'raw'" in err
+
+
+def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
+    (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
+    told = refuse("--oracle", adapters, "--oracle", raw_adapters)
+    assert told.startswith("--oracle: ") and f"{adapters} chat, {raw_adapters} raw" in told
+
+
+def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
+    """Without --resume: its answers are kept until the result is written."""
+    options = ("--arms", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4)
+    asked, generate = [], Answerer._generate
+
+    def stopped(*arguments):
+        if len(asked) == 2:
+            raise RuntimeError("power cut")
+        asked.append(1)
+        return generate(*arguments)
+
+    unbroken, _, _ = evaluate(*options)
+    monkeypatch.setattr(Answerer, "_generate", stopped)
+    with pytest.raises(RuntimeError, match="power cut"):
+        evaluate(*options)
+    (kept,) = tmp_path.glob("result.json.unfinished.jsonl")
+    assert kept.read_bytes().count(b"\n") == 2
+    monkeypatch.setattr(Answerer, "_generate", lambda *arguments: asked.append(1) or generate(*arguments))
+    result, _, err = evaluate(*options)
+    assert f"answers in {kept}" in err and without_seconds(result) == without_seconds(unbroken)
+    assert len(asked) == 2 + 4 and not kept.exists(), "two batches were not asked again"
+    assert "unfinished" not in evaluate(*options)[2]
+
+
+def test_folders_of_adapters(refuse, adapters, tmp_path):
+    for option in ("--oracle", "--library"):
+        assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
+    assert str(adapters) in refuse("--oracle", adapters, "--names", "again")
+    assert str(adapters) in refuse("--multi-task", adapters)
+    assert str(tmp_path / "none") in refuse("--also", f"x={tmp_path / 'none'}")
+
+
+def test_all_descriptions_cannot_be_held_out(refuse):
+    told = refuse("--held-out-descriptions", 2)
+    assert told == "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot", "--resume"])
+def test_files_that_cannot_be_written(refuse, tmp_path, option):
+    assert refuse(option, tmp_path / "none" / "file.png").startswith(f"{option}: {tmp_path / 'none'}: ")
+    assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
+
+
+def test_options_that_cannot_be_met(refuse, tmp_path):
+    """What each value may be, the tests of the library hold."""
+    (tmp_path / "notes.txt").write_text("mine")
+    assert refuse("--resume", tmp_path / "notes.txt").startswith(f"{tmp_path / 'notes.txt'}:1: ")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "descriptions.json" in refuse(tasks=tmp_path)
+    for option, value in (("--names", "none"), ("--split", "other"), ("--manifest", "nowhere"), ("--base-model", "nowhere")):
+        assert repr(value) in refuse(option, value)
+    assert refuse("--scaling", "big").startswith("--scaling: ")
+    assert refuse("--device", "tpu") == "--device: expected 'cpu' or 'cuda', got 'tpu'"
+    assert refuse("--plot", tmp_path / "means.pgn").startswith("--plot: expected a name that ends in .png, .svg, .pdf, got ")
+
+
+def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):
+    example = Example("def f(x):\n", ("    return x",), "test", "pass", tests="assert f(1) == 1")
+    write_tasks(tmp_path / "tasks", [Task("code", ("Write it.",), (example,))])
+    code, out, err = run("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path / "tasks")
+    assert code == 1 and out == "" and "t2l: --run-code: expected to be set, since some answers are code" in err
+
+
+# --- the document ----------------------------------------------------------------------------------------------------
+
+
+def test_the_document_names_what_there_is():
+    parameters = typer.main.get_command(app).commands["evaluate"].params
+    options = {option for p in parameters for option in p.opts if option.startswith("--")} - {"--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", DOCUMENT))
+    assert named <= options
+    assert options - named <= {"--trust-remote-code", "--encoder", "--base-model"}  # those of every command
+    assert CONSTANT in DOCUMENT
+    for arm in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
+        assert f"`{arm.removeprefix('t2l')}`" in DOCUMENT, arm
+
+
+def test_the_document_names_the_fields(evaluate):
+    result, _, _ = evaluate("--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    of = result["details"]["t2l"]
+    for field in (*result, *result["forms"]["base"], *of, *of["tasks"]["first"], *result["summary"]["all"]):
+        assert f"`{field}`" in DOCUMENT, field

@@ -1,0 +1,503 @@
+"""An evaluation with answers from a script: what is asked, which form is chosen, what is left out, how answers score."""
+
+import dataclasses
+import json
+import statistics
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.evaluation import sandbox
+from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Store
+from t2l_engine.research.evaluation.arms import Arm, Stored, base_arms, generated_arms, oracle_arm
+from t2l_engine.research.evaluation.bootstrap import interval
+from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
+from t2l_engine.research.tasks.folder import Example
+from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
+from tests.research.training.conftest import word_tokenizer
+
+
+class Scripted:
+    """Answers are ``reply(query, adapters)``: a text, or numbers where options are asked; tokens are words."""
+
+    def __init__(self, reply=lambda query, adapters: "red"):
+        self._reply, self.asked = reply, []
+
+    def tokens(self, text):
+        return text.split()
+
+    def ask(self, queries, adapters, progress):
+        self.asked.append((adapters, list(queries)))
+        progress(len(queries))
+        answers = []
+        for number, query in enumerate(queries):
+            found = self._reply(query, adapters)
+            text, likelihoods = ("", tuple(found)) if query.options else (found, ())
+            answers.append(Answer(text, likelihoods, len(self.tokens(query.prompt)), float(number)))
+        return answers
+
+    @property
+    def prompts(self):
+        return [query.prompt for _, queries in self.asked for query in queries]
+
+
+def words(*inputs, split="test", answer="red", **changes):
+    return tuple(Example(text, (answer,), split, **changes) for text in inputs)
+
+
+def evaluation(answerer, tasks, arms=None, settings=None, **more):
+    settings = settings or Settings(repeats=2)
+    return Evaluation(answerer, word_tokenizer(), tasks, [Arm("only")] if arms is None else arms, settings, **more)
+
+
+def pools(*examples):
+    return {name: examples for name in DESCRIPTIONS}
+
+
+SHOWN = words("w1", "w2", "w3", "w4", split="train", answer="shown")
+BASE, DESCRIBED, ICL = base_arms()
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_every_arm_is_shown():
+    tasks = [task("first", *words("x y", "y x")), task("last", *words("z"), descriptions=["Only."])]
+    answerer = Scripted()
+    told = []
+    e = evaluation(answerer, tasks, [BASE, DESCRIBED, ICL, Arm("adapted")], pools=pools(*SHOWN),
+                   progress=lambda arm, count: told.append((arm, count)))  # fmt: skip
+    result = e.run()
+    base, described, icl, adapted = ([q.prompt for q in queries] for _, queries in answerer.asked)
+    assert base == [f"Input: {text}\nOutput:" for text in ("x y", "y x", "z")]
+    first, second = DESCRIPTIONS["first"]
+    assert described == [
+        f"{text}\n\nInput: {x}\nOutput:"
+        for text, x in ((first, "x y"), (first, "y x"), ("Only.", "z"), (second, "x y"), (second, "y x"), ("Only.", "z"))
+    ]
+    assert len(icl) == 6
+    for prompt, plain in zip(icl, described, strict=True):
+        start, end = plain.split("Input:")
+        assert prompt.startswith(start) and prompt.endswith(end) and prompt.count("Output: shown\n\n") == 3
+    assert icl[0] != icl[3] and icl[2] != icl[5]  # other worked examples; "Only." is the description of both repeats
+    # two repeats ask the same, where an arm says that they differ
+    assert adapted == 2 * [f"<user> {text} <bot> " for text in ("x y", "y x", "z")]
+    assert told == [("base", 3), ("base-description", 6), ("icl", 6), ("adapted", 6)]
+    assert e.answers == sum(count for _, count in told)
+    assert result["items"] == {"first": 2, "last": 1} and result["left_out"] == {}
+    of_last = result["details"]["icl"]["tasks"]["last"]
+    assert of_last["prompt_tokens"] == statistics.fmean(len(icl[i].split()) for i in (2, 5))
+
+
+def test_the_chat_form_has_worked_examples_as_turns():
+    answerer = Scripted()
+    arm = dataclasses.replace(ICL, templates=("chat",))
+    evaluation(answerer, [task("first", *words("x"))], [arm], Settings(repeats=1), pools=pools(*SHOWN)).run()
+    (prompt,) = answerer.prompts
+    start, *turns = prompt.split("<user> ")[1:]
+    assert start.startswith("Say the first word.\n\nw") and prompt.count("shown") == 3 and prompt.endswith("<user> x <bot> ")
+    assert len(turns) == 6
+
+
+# --- forms -----------------------------------------------------------------------------------------------------------
+
+
+def by_form(right, split_of):
+    """Right where the form of the prompt is ``right`` of the split of its input."""
+
+    def reply(query, adapters):
+        form = "raw" if "Input:" in query.prompt else "chat"
+        text = next(name for name in split_of if name in query.prompt)
+        return "red" if form == right[split_of[text]] else "blue"
+
+    return reply
+
+
+@pytest.mark.parametrize("better, worse", [("raw", "chat"), ("chat", "raw")])
+def test_the_form_is_chosen_on_validation_examples_alone(better, worse):
+    """Also where the other one is better on those that count."""
+    tasks = [task("first", *words("t1", "t2"))]
+    answerer = Scripted(by_form({"val": better, "test": worse}, {"t1": "test", "t2": "test", "v1": "val", "v2": "val"}))
+    e = evaluation(answerer, tasks, [BASE, Arm("adapted")], validation={"first": words("v1", "v2", split="val")})
+    result = e.run()
+    assert result["forms"] == {
+        "base": {"form": better, "validation": {better: 100.0, worse: 0.0}}, "adapted": {"form": "chat", "validation": None},
+    }  # fmt: skip
+    assert result["tasks"]["first"]["base"] == 0.0
+    asked = [[q.prompt for q in queries] for _, queries in answerer.asked]
+    assert [len(prompts) for prompts in asked] == [2, 2, 2, 4]  # the forms of base on v1 and v2; then t1 and t2
+    assert all("v1" in p or "v2" in p for p in asked[0] + asked[1]) and not any("v" in p for p in asked[2] + asked[3])
+    assert e.answers == 10
+
+
+def test_each_arm_has_the_form_that_suits_it():
+    def reply(query, adapters):
+        return "red" if ("Say the" in query.prompt) == ("Input:" in query.prompt) else "blue"
+
+    e = evaluation(Scripted(reply), [task("first", *words("t1"))], [BASE, DESCRIBED],
+                   validation={"first": words("v1", split="val")})  # fmt: skip
+    assert {arm: of["form"] for arm, of in e.run()["forms"].items()} == {"base": "chat", "base-description": "raw"}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_only_so_many_validation_examples_a_task(count):
+    """Tasks count alike, whatever their number of examples; a tie is the first form's."""
+    tasks = [task("first", *words("t1")), task("last", *words("t2")), task("again", *words("t3"))]
+    answerer = Scripted(lambda query, adapters: "blue" if "v2" in query.prompt else "red")
+    settings = Settings(repeats=1, validation_items=count)
+    validation = {"first": words("v1", "v2", "v3", split="val"), "last": words("v1", split="val")}
+    result = evaluation(answerer, tasks, [BASE], settings, validation=validation).run()
+    mean = {1: 100.0, 2: 75.0}[count]
+    assert result["forms"]["base"] == {"form": "raw", "validation": {"raw": mean, "chat": mean}}
+    assert not any("v3" in prompt for prompt in answerer.prompts)
+
+
+@pytest.mark.parametrize("validation", [None, {}, {"first": ()}, {"other": words("v1")}])
+def test_without_validation_the_first_form_is_taken_and_the_result_says_so(validation):
+    answerer = Scripted()
+    e = evaluation(answerer, [task("first", *words("t1"))], [BASE], validation=validation)
+    assert e.run()["forms"] == {"base": {"form": "raw", "validation": None}}
+    assert len(answerer.asked) == 1 and e.answers == 1
+
+
+def test_code_chooses_no_form(monkeypatch):
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: None)
+    monkeypatch.setattr(sandbox, "run_tests", lambda program, tests: "failed")
+    held = words("v1", split="val", metric="pass", tests="assert f") + words("v2", split="val")
+    e = evaluation(Scripted(), [task("first", *words("t1", metric="pass", tests="assert f"))], [BASE],
+                   Settings(run_code=True), validation={"first": held})  # fmt: skip
+    assert e.run()["forms"]["base"]["validation"] == {"raw": 100.0, "chat": 100.0} and e.answers == 3
+
+
+# --- what is left out ------------------------------------------------------------------------------------------------
+
+
+def many(kind, count, answer):
+    return [task(f"{kind}-{i}", *words("x", answer=answer(i)), descriptions=["Only."]) for i in range(count)]
+
+
+def test_no_more_is_asked_than_precision_needs():
+    """ "sure" differs from the other arm alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
+    tasks = [*many("sure", 200, lambda i: "red"), *many("split", 200, lambda i: ("red", "blue")[i % 2]),
+             *many("few", 8, lambda i: ("red", "blue")[i % 2])]  # fmt: skip
+    groups = {kind: [t.name for t in tasks if t.name.startswith(kind)] for kind in ("sure", "split", "few")}
+    arms = [Arm("red", Stored(random_stack(1), ["a"]), lambda *_: "a"), Arm("base")]
+
+    def ask(precision, tasks=tasks):
+        answerer = Scripted(lambda query, adapters: "red" if adapters else "none")
+        of = Settings(repeats=1, precision=precision)
+        return evaluation(answerer, tasks, arms, of, groups=groups).run(), answerer
+
+    (everything, _), (result, answerer), (again, _) = ask(0), ask(10), ask(10, tasks[::-1])
+    asked = {kind: sum(name in result["tasks"] for name in names) for kind, names in groups.items()}
+    assert asked["few"] == 8 and asked["sure"] < asked["split"] < 200
+    assert len(answerer.prompts) == 2 * len(result["tasks"])
+    assert result["tasks"].items() <= everything["tasks"].items() and everything["not_asked"] == []
+    assert [*result["tasks"], *result["not_asked"]] != list(result["items"]) == list(result["tasks"])
+    assert {*result["tasks"], *result["not_asked"]} == {t.name for t in tasks}
+    assert again["tasks"] == result["tasks"]  # the order is drawn by name
+    of = summary(result["tasks"], {"split": [n for n in groups["split"] if n in result["tasks"]]}, "red")["split"]
+    found = of["difference"]["base"]
+    assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
+
+
+def test_one_arm_has_no_precision():
+    with pytest.raises(ValueError, match=r"precision: expected at least two arms, .* got \['base'\]"):
+        evaluation(Scripted(), many("task", 3, lambda i: "red"), [Arm("base")], Settings(precision=5))
+
+
+def test_an_arm_that_has_few_tasks_is_judged_by_those_it_has():
+    """All that the oracle has an adapter for are asked, though the other arm is precise at once."""
+    tasks = many("task", 300, lambda i: "red")
+    rare = {t.name for t in tasks[::30]}
+    oracle = Arm("oracle", Stored(random_stack(1), ["a"]), lambda task, *_: "a" if task.name in rare else None)
+    result = evaluation(Scripted(), tasks, [Arm("red"), Arm("base"), oracle], Settings(repeats=1, precision=5)).run()
+    assert rare <= set(result["tasks"])
+    without = evaluation(Scripted(), tasks, [Arm("red"), Arm("base")], Settings(repeats=1, precision=5)).run()
+    assert len(without["tasks"]) == 40
+
+
+@pytest.mark.parametrize("longest, kept", [
+    (26, ["a", "b b b", "c c c c c c"]),  # icl: 6 words of the longer description, 12 of worked examples, 2 + 6
+    (25, ["a", "b b b"]),
+    (22, ["a"]),
+])  # fmt: skip
+def test_long_items_are_left_out_of_every_arm_alike(longest, kept):
+    """Of the base model's too, whose prompt is short."""
+    tasks = [task("first", *words("a", "b b b", "c c c c c c"), descriptions=["Say it.", "Say it, said in more words."])]
+    answerer = Scripted()
+    settings = Settings(repeats=2, max_prompt_tokens=longest)
+    result = evaluation(answerer, tasks, [BASE, ICL, Arm("adapted")], settings, pools=pools(*SHOWN)).run()
+    assert result["items"] == {"first": len(kept)}
+    assert result["left_out"] == ({} if len(kept) == 3 else {"first": 3 - len(kept)})
+    lengths = [len(p.split()) for p in answerer.prompts]
+    assert len(lengths) == len(kept) * (1 + 2 + 2) and max(lengths) <= longest
+    for _, queries in answerer.asked:
+        assert {q.prompt.split("Input: ")[-1].split("\nOutput:")[0] if "Input" in q.prompt else q.prompt[7:-7]
+                for q in queries} == set(kept)  # fmt: skip
+
+
+def test_no_item_left_names_the_task():
+    settings = Settings(max_prompt_tokens=4)
+    tasks = [task("first", *words("a")), task("last", *words("b b b b"))]
+    with pytest.raises(ConfigError, match="^max_prompt_tokens: no item of task last has prompts of at most 4 tokens in"):
+        evaluation(Scripted(), tasks, [BASE], settings).run()
+
+
+def test_long_validation_examples_are_not_asked():
+    answerer = Scripted()
+    held = words("v " * 50, "v1", "v2", split="val")
+    settings = Settings(max_prompt_tokens=20, validation_items=2)
+    evaluation(answerer, [task("first", *words("a"))], [BASE], settings, validation={"first": held}).run()
+    assert max(len(p.split()) for p in answerer.prompts) < 20
+    assert sum("v1" in p for p in answerer.prompts) == sum("v2" in p for p in answerer.prompts) == 2
+
+
+def test_tasks_without_an_adapter_are_not_asked_and_absent():
+    stack = random_stack(2)
+    arm = oracle_arm(stack, ["last", "first"])
+    answerer = Scripted()
+    tasks = [task(name, *words("x")) for name in DESCRIPTIONS]
+    result = evaluation(answerer, tasks, [Arm("other", repeats=False), arm]).run()
+    assert result["tasks"] == {"again": {"other": 100.0}} | {n: {"other": 100.0, "oracle": 100.0} for n in ("first", "last")}
+    assert result["details"]["oracle"]["tasks"].keys() == {"first", "last"}
+    assert [(a, [q.adapter for q in queries]) for a, queries in answerer.asked] == [
+        (None, ["", "", ""]), (arm.adapters, ["first", "last"]),
+    ]  # fmt: skip
+    nobody = dataclasses.replace(arm, key=lambda task, example, repeat: None)
+    result = evaluation(Scripted(), tasks, [nobody]).run()
+    assert result["details"] == {"oracle": {"tasks": {}, "seconds_per_answer": None}} and result["tasks"]["first"] == {}
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def scored(examples, reply, settings=None):
+    """What is said of one task, and the queries."""
+    answerer = Scripted(reply)
+    arm = Arm("only", repeats=False)
+    result = evaluation(answerer, [task("first", *examples)], [arm], settings or Settings(max_new_tokens=7)).run()
+    return result["details"]["only"]["tasks"]["first"], answerer.asked[0][1]
+
+
+def test_a_text_has_three_scores():
+    examples = (Example("x", ("the red cat", "cat"), "test"), Example("y", ("dog",), "test"))
+    found, queries = scored(examples, lambda query, adapters: " cat " if "x" in query.prompt else "A dog!")
+    assert found == {"score": 50.0, "containment": 100.0, "rouge_l": pytest.approx(100 * (1 + 2 / 3) / 2),
+                     "by_repeat": [50.0], "prompt_tokens": 3.0}  # fmt: skip
+    assert all((q.max_new_tokens, q.one_line, q.options) == (7, True, ()) for q in queries)
+
+
+def test_an_answer_of_several_lines_is_not_cut():
+    """Its first line counts where an accepted answer has one."""
+    outputs = ("red\ncat",), ("dog",), ("red", "cat\ndog")
+    examples = tuple(Example(text, of, "test") for text, of in zip("xyz", outputs, strict=True))
+    found, queries = scored(examples, lambda query, adapters: "dog" if query.one_line else " red\ncat\n")
+    assert found["score"] == 100.0 and sorted(q.one_line for q in queries) == [False, False, True]
+
+
+def test_a_number_may_be_reasoned_to():
+    examples = words("x", "y", answer="1,200", metric="number")
+    found, queries = scored(examples, lambda query, adapters: "3 x 400\nso 1200." if "x" in query.prompt else "1200 or 7",
+                            Settings(max_long_tokens=99))  # fmt: skip
+    assert found == {"score": 50.0, "by_repeat": [50.0], "prompt_tokens": 3.0}
+    assert all((q.max_new_tokens, q.one_line) == (99, False) for q in queries)
+
+
+@pytest.mark.parametrize("options, likelihoods, score, unnormalised", [
+    (("cat", "elephants"), (-4.0, -9.0), 100.0, 0.0),  # -1.33 and -1.0 a byte
+    (("cat", "elephants"), (-1.0, -9.0), 0.0, 0.0),
+    (("ab", "éé"), (-5.0, -8.0), 100.0, 0.0),  # two bytes a letter
+    (("ab", "cd"), (-5.0, -4.0), 100.0, 100.0),
+    (("ab", "cd"), (-4.0, -4.0), 0.0, 0.0),  # a tie: the first
+])  # fmt: skip
+def test_options_are_chosen_by_their_likelihood_a_byte(options, likelihoods, score, unnormalised):
+    example = Example("x", (options[1],), "test", metric="options", options=options)
+    found, (query,) = scored([example], lambda query, adapters: likelihoods)
+    assert query.options == options
+    assert found == {"score": score, "unnormalised": unnormalised, "by_repeat": [score], "prompt_tokens": 3.0}
+
+
+@pytest.mark.parametrize("template, asked", [("chat", ("ab", "cd")), ("raw", (" ab", " cd"))])
+def test_options_continue_the_prompt_as_training_does(template, asked):
+    answerer = Scripted(lambda query, adapters: (-1.0, -2.0))
+    example = Example("x", ("ab",), "test", metric="options", options=("ab", "cd"))
+    evaluation(answerer, [task("first", example)], [Arm("only", templates=(template,))], Settings(repeats=1)).run()
+    assert [query.options for _, queries in answerer.asked for query in queries] == [asked]
+
+
+@pytest.mark.parametrize("template, score", [("raw", 100.0), ("chat", 0.0)])
+def test_an_answer_to_a_raw_prompt_ends_where_the_next_example_begins(template, score):
+    """A base model goes on with one; in chat a turn ends by a token."""
+    answerer = Scripted(lambda query, adapters: " so 18.\n\nInput: another\nOutput: 34")
+    example, arm = Example("x", ("18",), "test", metric="number"), Arm("only", templates=(template,))
+    result = evaluation(answerer, [task("first", example)], [arm], Settings(repeats=1)).run()
+    assert result["details"]["only"]["tasks"]["first"]["score"] == score
+
+
+def test_no_accepted_answer_is_not_the_empty_one():
+    example = Example("x", ("",), "test")
+    for text, score in ((NOT_ACCEPTED, 0.0), ("", 100.0)):
+        found, (query,) = scored([example], lambda query, adapters, text=text: text, Settings(verify=True))
+        assert found["score"] == score and query.accepted == ("",)
+
+
+def test_any_accepted_option_is_right():
+    example = Example("x", ("a", "c"), "test", metric="options", options=("a", "b", "c"))
+    for best in range(3):
+        found, _ = scored([example], lambda query, adapters, best=best: [-1.0 if i == best else -2.0 for i in range(3)])
+        assert found["score"] == (0.0 if best == 1 else 100.0)
+
+
+def test_code_is_run_where_that_is_wanted(monkeypatch):
+    ran = []
+
+    def run_tests(program, tests):
+        ran.append((program, tests))
+        return "passed" if "x + 1" in program else "timeout" if "while" in program else "failed"
+
+    monkeypatch.setattr(sandbox, "check_sandbox", lambda: ran.append("checked"))
+    monkeypatch.setattr(sandbox, "run_tests", run_tests)
+    heads = [f"def {name}(x):\n" for name in "abc"]
+    examples = [Example(head, ("    return x + 1",), "test", metric="pass", tests=f"assert {head[4]}(1) == 2")
+                for head in heads]  # fmt: skip
+    replies = dict(zip("abc", ("    return x + 1", "```python\ndef b(x):\n    while True: pass\n```", "    y"), strict=True))
+    found, queries = scored(examples, lambda query, adapters: replies[query.prompt.split("def ")[1][0]],
+                            Settings(run_code=True, max_long_tokens=50))  # fmt: skip
+    assert found["score"] == pytest.approx(100 / 3) and all((q.max_new_tokens, q.one_line) == (50, False) for q in queries)
+    assert ran == [
+        "checked",
+        (heads[0] + "    return x + 1", "assert a(1) == 2"),
+        ("def b(x):\n    while True: pass\n", "assert b(1) == 2"),
+        (heads[2] + "    y", "assert c(1) == 2"),
+    ]
+
+
+def test_code_is_refused_otherwise(monkeypatch):
+    tasks = [task("first", *words("x")), task("last", *words("y", metric="pass", tests="assert x"))]
+    monkeypatch.setattr(sandbox, "run_tests", lambda *arguments: pytest.fail("it ran"))
+    with pytest.raises(ValueError, match="^run_code: expected to be set, since some answers are code that has to be run"):
+        evaluation(Scripted(), tasks)
+
+    def fail():
+        raise RuntimeError("sandbox: expected Linux, got plan9")
+
+    monkeypatch.setattr(sandbox, "check_sandbox", fail)
+    with pytest.raises(ValueError, match="^run_code: sandbox: expected Linux, got plan9"):
+        evaluation(Scripted(), tasks, settings=Settings(run_code=True))
+    evaluation(Scripted(), tasks[:1], settings=Settings(run_code=True)).run()
+
+
+def test_examples_of_one_task_may_be_judged_in_several_ways():
+    """Each measure is a mean over the examples that have it."""
+    examples = (
+        *words("x y", answer="7", metric="number"), *words("z"),
+        Example("w", ("b",), "test", metric="options", options=("a", "b")),
+    )  # fmt: skip
+    found, _ = scored(examples, lambda query, adapters: (-1.0, -2.0) if query.options else "red")
+    assert found == {"score": pytest.approx(100 / 3), "containment": 100.0, "rouge_l": 100.0, "unnormalised": 0.0,
+                     "by_repeat": [pytest.approx(100 / 3)], "prompt_tokens": pytest.approx(10 / 3)}  # fmt: skip
+
+
+def test_repeats_and_seconds():
+    asked = []
+
+    def reply(query, adapters):
+        asked.append(query)
+        return "red" if len(asked) in (1, 2, 3, 5) else "blue"
+
+    tasks = [task("first", *words("x", "y"))]
+    arm = Arm("only", description=True)
+    result = evaluation(Scripted(reply), tasks, [arm], Settings(repeats=3)).run()
+    of = result["details"]["only"]
+    assert of["tasks"]["first"]["by_repeat"] == [100.0, 50.0, 50.0]
+    assert result["tasks"]["first"]["only"] == of["tasks"]["first"]["score"] == pytest.approx(200 / 3)
+    assert of["seconds_per_answer"] == statistics.fmean(range(6))
+
+
+def test_arms_have_names_of_their_own_and_worked_examples():
+    tasks = [task("first", *words("x")), task("last", *words("y"))]
+    for arms in ([], [Arm("a"), Arm("b"), Arm("a")]):
+        with pytest.raises(ValueError, match="^arms: expected at least one and distinct names, got"):
+            evaluation(Scripted(), tasks, arms)
+    for missing in (None, {"first": SHOWN}, {"first": SHOWN, "last": ()}):
+        with pytest.raises(ValueError, match="^arms: icl needs worked examples of task (first|last), found none"):
+            evaluation(Scripted(), tasks, [ICL], pools=missing)
+
+
+# --- summaries -------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_on_the_tasks_that_both_answered():
+    scores = {
+        "a": {"t2l": 50.0, "base": 40.0, "oracle": 90.0},
+        "b": {"t2l": 70.0, "base": 20.0},
+        "c": {"t2l": 10.0, "base": 30.0, "oracle": 60.0},
+        "d": {"base": 100.0, "oracle": 100.0},
+    }
+    found = summary(scores, {"all": list("abcd"), "few": ["b"], "without": ["d"]}, "t2l")
+    assert list(found) == ["all", "few", "without"]
+    every = found["all"]
+    assert every["tasks"] == 4 and list(every["mean"]) == ["t2l", "base", "oracle"]
+    assert every["mean"] == pytest.approx({"t2l": 130 / 3, "base": 47.5, "oracle": 250 / 3})
+    assert every["difference"] == {
+        "base": {"tasks": 3, **dataclasses.asdict(interval([10.0, 50.0, -20.0]))},
+        "oracle": {"tasks": 2, **dataclasses.asdict(interval([-40.0, -50.0]))},
+    }
+    assert found["few"] == {
+        "tasks": 1, "mean": {"t2l": 70.0, "base": 20.0},
+        "difference": {"base": {"tasks": 1, "mean": 50.0, "low": 50.0, "high": 50.0}},
+    }  # fmt: skip
+    assert found["without"]["difference"] == {}
+    assert summary(scores, {"all": list("abcd")}, "base")["all"]["difference"]["t2l"]["mean"] == pytest.approx(-40 / 3)
+
+
+# --- with a model ----------------------------------------------------------------------------------------------------
+
+
+def test_a_result_comes_again(loaded, engine, tmp_path):
+    """From the file of answers to the second, else to all but the seconds."""
+    tasks = [task(name, *words("red cat", "blue cow dog"), descriptions=DESCRIPTIONS[name]) for name in DESCRIPTIONS]
+    ticks = iter(range(10_000))
+
+    def result(path=None):
+        clock = lambda: next(ticks) ** 1.5  # noqa: E731
+        answerer = Answerer(*loaded, identity="x", store=Store(path), batch_size=4, clock=clock)
+        arms = [*generated_arms("t2l", engine, tasks), Arm("oracle", Stored(random_stack(1), [""])), *base_arms()]
+        return Evaluation(
+            answerer, loaded[1], tasks, arms, Settings(max_new_tokens=3), pools=pools(*words("red", "cat", "dog")),
+            validation=pools(*words("blue", split="val")),
+        ).run()  # fmt: skip
+
+    first, second = result(tmp_path / "kept"), result()
+    assert json.dumps(first) == json.dumps(result(tmp_path / "kept")) != json.dumps(second)
+    for of in (first, second):
+        for arm in of["details"].values():
+            assert arm.pop("seconds_per_answer") > 0
+    assert json.dumps(first) == json.dumps(second)
+    assert list(first["details"]) == ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "oracle",
+                                      "base", "base-description", "icl"]  # fmt: skip
+
+
+def test_adapters_answer_with_the_adapter_of_their_task(loaded, tmp_path):
+    """The scores of an oracle are those of answers that were generated with its adapter alone."""
+    model, tokenizer = loaded
+    stack = random_stack(2)
+    expected = {}
+    with torch.no_grad():
+        for i, name in enumerate(("first", "last")):
+            handle = t2l.attach(model, stack)
+            batch = tokenizer(["<user> red cat <bot> "], add_special_tokens=False, return_tensors="pt")
+            with handle.use([i]):
+                out = model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            handle.detach()
+            expected[name] = tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert expected["first"] != expected["last"]
+    tasks = [task(name, *words("red cat", answer=expected[name])) for name in expected]
+    answerer = Answerer(model, tokenizer, identity="x", store=Store(), batch_size=4, clock=lambda: 0.0)
+    right, swapped = oracle_arm(stack, ["first", "last"]), oracle_arm(stack, ["last", "first"])
+    arms = [right, dataclasses.replace(swapped, name="swapped")]
+    result = Evaluation(answerer, tokenizer, tasks, arms, Settings(max_new_tokens=3)).run()
+    assert result["tasks"] == {name: {"oracle": 100.0, "swapped": 0.0} for name in expected}

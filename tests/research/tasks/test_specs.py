@@ -1,0 +1,330 @@
+"""The suite of specifications: answers, inputs, descriptions, tiers, and the packaged manifest."""
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import random
+import re
+
+import pytest
+
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.tasks import manifest as manifests
+from t2l_engine.research.tasks.examples import normalise, shared_inputs
+from t2l_engine.research.tasks.folder import Task, load_tasks, write_tasks
+from t2l_engine.research.tasks.specs import fixed, suite, words
+from t2l_engine.research.tasks.specs.family import Specification
+from t2l_engine.research.tasks.specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
+from t2l_engine.research.tasks.specs.wordings import HELD_FRAMES
+from tests.research.tasks.spec_cases import CASES
+
+#: Made when first asked for, once a process.
+all_placed = functools.cache(suite.suite)
+all_tasks = functools.cache(lambda: {placed.spec.name: task(placed.spec, suite.EXAMPLES, 0) for placed in all_placed()})
+by_tier = functools.cache(lambda: {tier: [p for p in all_placed() if p.tier == tier] for tier in suite.TIERS})
+#: Families with fewer than 200 inputs.
+SMALL = {"convert", "label_kind", "mention_template", "opposite", "times", "which_kind"}
+
+
+def outcome(placed):
+    return [(e.input, e.outputs[0]) for e in all_tasks()[placed.spec.name].examples]
+
+
+def said(value):
+    """The strings that a description has to contain for a parameter's value."""
+    return [text for part in value for text in said(part)] if isinstance(value, tuple) else [value]
+
+
+# --- families ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_has_cases_written_by_hand():
+    assert CASES.keys() == FAMILIES.keys() and all(len(pairs) >= 2 for _, pairs in CASES.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers(name):
+    values, pairs = CASES[name]
+    spec = Specification(FAMILIES[name], values)
+    assert {text: spec.answer(text) for text in pairs} == pairs
+
+
+def test_every_answer_function_takes_every_input_of_its_kind():
+    inputs = collections.defaultdict(list)
+    for placed in all_placed():
+        inputs[placed.spec.family.reads] += [e.input for e in all_tasks()[placed.spec.name].examples[:4]]
+    draw = random.Random(0)
+    for placed in all_placed()[::5]:
+        for text in draw.sample(inputs[placed.spec.family.reads], 20):
+            answer = placed.spec.answer(text)
+            assert isinstance(answer, str) and answer.strip(), (placed.spec.name, text)
+
+
+def test_numbers_of_families_and_specifications():
+    held_out = [family for family in FAMILIES.values() if family.held_out]
+    assert len(held_out) >= 15 and len(FAMILIES) - len(held_out) >= 60
+    assert len(all_placed()) == suite.SPECIFICATIONS >= 2000
+    assert len(by_tier()["sibling"]) >= 100 and {p.spec.family.name for p in by_tier()["novel"]} == {
+        family.name for family in held_out
+    }
+    assert {p.new for p in by_tier()["sibling"]} == {"value", "combination"}
+    assert {p.spec.family.name for p in by_tier()["sibling"]} <= {p.spec.family.name for p in by_tier()["train"]}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_two_hundred_inputs(family):
+    spec = next(p.spec for p in all_placed() if p.spec.family is family)
+    count = suite.EXAMPLES if family.name in SMALL else 200
+    examples = spec.examples(count, 0)
+    assert len({normalise(e.input) for e in examples}) == count
+    assert examples[:30] == spec.examples(30, 0), "the first examples depend on how many are read"
+    if family.name in SMALL:
+        with pytest.raises(ConfigError, match=rf"examples: {spec.name} has \d+ different inputs, expected 2000"):
+            spec.examples(2000, 0)
+    with pytest.raises(ConfigError, match="examples: expected a number of at least 1, got 0"):
+        spec.examples(0, 0)
+
+
+# --- tasks -------------------------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_answers_are_short_and_in_one_split():
+    for made in all_tasks().values():
+        splits = collections.Counter(e.split for e in made.examples)
+        assert splits == {"train": 39, "val": 6, "test": 15} and shared_inputs(made.examples) == 0, made.name
+        for example in made.examples:
+            assert len(example.input.split()) <= 25 and len(example.outputs[0].split()) <= 20, example
+            assert example.input.strip() == example.input and example.outputs[0].strip(), example
+
+
+def test_test_inputs_have_layouts_of_their_own():
+    unseen = {
+        "list": r" / |\n", "numbers": r" / |\n", "record": r" \| |\n", "word": '^"|^the word ',
+        "number": r"^the number |^no\. ", "person": r"^(Dr|Prof\.) ", "file": "/.*/", "time": r"^at |\.m\.",
+        "quantity": "^exactly|^a total",
+    }  # fmt: skip
+    assert unseen.keys() <= {placed.spec.family.reads for placed in all_placed()}
+    for placed in all_placed():
+        if pattern := unseen.get(placed.spec.family.reads):
+            for example in all_tasks()[placed.spec.name].examples:
+                assert bool(re.search(pattern, example.input)) is (example.split == "test"), (placed.spec.name, example)
+
+
+def test_no_constant_solves_a_specification():
+    for placed in all_placed():
+        answers = collections.Counter(answer for _, answer in outcome(placed))
+        share = max(answers.values()) / sum(answers.values())
+        assert (len(answers) == 1) if placed.spec.family.constant else (share <= 0.6), (placed.spec.name, share)
+
+
+def check_states_every_parameter(spec, text):
+    stated, slots = text.casefold(), "|".join(spec.family.params)
+    for value in said(spec.values):
+        if isinstance(value, int):
+            forms = {str(value), words.number_word(value) if value < 1000 else str(value)}
+        else:
+            forms = {value, words.plural(value)}
+        assert any(form.casefold() in stated for form in forms), (spec.name, value, text)
+    plain = functools.reduce(lambda left, value: left.replace(str(value), "x"), said(spec.values), text)
+    assert not re.search(rf"\{{({slots})\b|  | [,.](?![.\w])|\[\w*\|", plain), text
+
+
+def test_descriptions_are_distinct_state_every_parameter_and_come_in_several_forms():
+    for placed in all_placed():
+        texts = all_tasks()[placed.spec.name].descriptions
+        assert len(set(map(normalise, texts))) == len(texts) == suite.DESCRIPTIONS and len(texts) - HELD_OUT >= 12
+        assert sum("?" in text for text in texts[:-HELD_OUT]) >= 2
+        for text in texts:
+            check_states_every_parameter(placed.spec, text)
+
+
+def alternatives(phrase):
+    """``phrase`` with each choice of its ``[a|b]``."""
+    found = re.search(r"\[([^\[\]]*\|[^\[\]]*)\]", phrase)
+    if found is None:
+        return [phrase]
+    made = (phrase[: found.start()] + choice + phrase[found.end() :] for choice in found[1].split("|"))
+    return [text for one in made for text in alternatives(one)]
+
+
+def test_further_descriptions_are_distinct_and_use_nothing_that_is_held_out():
+    """One trained specification of each family, and the phrases themselves, with each of their alternatives."""
+    held = set()
+    for family in FAMILIES.values():
+        for use in ("do", "noun", "ask", "held") if family.held_out else ("held",):
+            held |= {normalise(text) for phrase in family.phrases(use) for text in alternatives(phrase)}
+    trained = {placed.spec.family.name: placed.spec for placed in by_tier()["train"]}
+    assert trained.keys() == {name for name, family in FAMILIES.items() if not family.held_out}
+    for name, spec in trained.items():
+        phrases = [phrase for use in ("do", "noun", "ask") for phrase in FAMILIES[name].phrases(use, further=True)]
+        assert len(phrases) == len(set(map(normalise, phrases))) >= 20, name
+        assert not held & {normalise(text) for phrase in phrases for text in alternatives(phrase)}, name
+        texts, plain = task(spec, 1, 0, 18).descriptions, task(spec, 1, 0).descriptions
+        assert (*texts[: -18 - HELD_OUT], *texts[-HELD_OUT:]) == plain and len(set(map(normalise, texts))) == 36
+        for text in texts[-18 - HELD_OUT : -HELD_OUT]:
+            check_states_every_parameter(spec, text)
+            assert not text.startswith(("Can you", "Could you", "Would you", "Whatever ", "I would like you to ")), text
+    novel = by_tier()["novel"][0].spec
+    with pytest.raises(ConfigError, match=f"{novel.name}: expected more phrases"):
+        task(novel, 1, 0, 1)
+
+
+def test_phrases_and_frames_that_are_held_out_are_not_trained():
+    for family in FAMILIES.values():
+        trained = {normalise(p) for use in ("do", "noun", "ask") for p in family.phrases(use)}
+        assert len(family.phrases("do")) >= 3 and len(family.phrases("noun")) >= 2 and len(family.phrases("ask")) >= 2
+        assert len(family.phrases("held")) >= 2 and not trained & set(map(normalise, family.phrases("held"))), family.name
+    starts = tuple(re.split(r"[{|]", frame.lstrip("["))[0] for frame in HELD_FRAMES[1:])
+    assert starts == ("Can", "Whatever ", "I would like you to ")
+    for placed in all_placed():
+        assert not any(
+            text.startswith(("Can you", "Could you", "Would you", *starts[2:]))
+            for text in all_tasks()[placed.spec.name].descriptions[:-HELD_OUT]
+        )
+
+
+# --- tiers -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_held_out_description_is_trained():
+    tiers = [(placed.tier, all_tasks()[placed.spec.name]) for placed in all_placed()]
+    assert leaks(tiers) == []
+    copied = Task("copied", (*all_tasks()[by_tier()["train"][0].spec.name].descriptions[:1], *"abcd"), ())
+    assert leaks([*tiers, ("novel", copied)]) == [f"copied: {copied.descriptions[0]}"]
+
+
+def test_no_two_specifications_do_the_same_and_none_that_is_held_out_is_trained_under_another_name():
+    kinds = collections.defaultdict(list)
+    for placed in all_placed():
+        kinds[placed.spec.family.reads].append((placed, outcome(placed)[::2]))
+    for group in kinds.values():
+        for i, (one, pairs) in enumerate(group):
+            for j, (other, other_pairs) in enumerate(group[:i]):
+                if one.tier == other.tier == "train" and (i + j) % 25:
+                    continue  # of the pairs of trained ones, a part
+                own = all(other.spec.answer(x) == y for x, y in pairs)
+                its = all(one.spec.answer(x) == y for x, y in other_pairs)
+                trained = one.tier == "train", other.tier == "train"
+                names = one.spec.name, other.spec.name
+                assert (
+                    not (own and its) and not (own and trained == (False, True)) and not (its and trained == (True, False))
+                ), names
+
+
+def test_new_values_and_new_combinations():
+    trained = {(p.spec.family.name, i, value) for p in by_tier()["train"] for i, value in enumerate(p.spec.values)}
+    for placed in by_tier()["sibling"]:
+        known = [(placed.spec.family.name, i, value) in trained for i, value in enumerate(placed.spec.values)]
+        assert all(known) is (placed.new == "combination"), placed.spec.name
+        assert len(known) > 1 or placed.new == "value"
+
+
+def test_a_larger_suite_begins_with_the_smaller_and_other_seeds_make_others():
+    assert suite.suite(200) == all_placed()[:200] != suite.suite(200, seed=1)
+    for count in (20, True, "many"):
+        with pytest.raises(ConfigError, match="specifications: expected a number of at least"):
+            suite.suite(count)
+
+
+def test_more_specifications_of_families_that_are_held_out(monkeypatch):
+    found = all_placed()
+    monkeypatch.setattr(suite, "_MOST_NOVEL", 2)
+    more = suite.more_novel(found, 1)
+    assert len(more) > 10 and {placed.tier for placed in more} == {"novel"}
+    names = {placed.spec.name for placed in (*found, *more)}
+    assert len(names) == len(found) + len(more)  # numbers go on
+    for placed in more:
+        pairs = [(e.input, e.outputs[0]) for e in placed.spec.examples(32, 1)]
+        for other in found:
+            if other.spec.family.reads == placed.spec.family.reads and (
+                other.tier == "train" or other.spec.family == placed.spec.family
+            ):
+                answers = all(other.spec.answer(text) == answer for text, answer in pairs)
+                assert not answers, (placed.spec.name, other.spec.name)
+    assert suite.more_novel([*found, *more], 1) == []
+
+
+def test_more_is_trained_but_what_is_held_out():
+    trained = [placed for placed in all_placed() if placed.tier == "train"][:300]
+    assert suite.more_trained(all_placed(), [], 0)[:300] == trained
+    held = [dataclasses.replace(placed, tier="sibling", new="value") for placed in trained[::100]]  # as if drawn once more
+    assert suite.more_trained(trained, held, 1) == [placed for i, placed in enumerate(trained) if i % 100]
+
+
+def test_the_same_in_every_version_of_python():
+    rows = [[t.name, t.descriptions, [(e.input, e.outputs, e.split) for e in t.examples]] for t in all_tasks().values()]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "b0fcf38667fba3f2"
+
+
+# --- the manifest ------------------------------------------------------------------------------------------------------
+
+
+def test_the_packaged_manifest_is_this_suite():
+    path = manifests.PACKAGED / "specs.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    assert path.stat().st_size < 300_000 and values["seed"] == 0 and values["version"] == suite.VERSION
+    wanted = {name: (tier, found) for tier, names in values["tiers"].items() for name, found in names.items()}
+    new = {"value": ", new value", "combination": ", new combination", "": ""}
+    assert {name: tier for name, (tier, _) in wanted.items()} == {p.spec.name: p.tier + new[p.new] for p in all_placed()}
+    assert all(wanted[p.spec.name][1] == digest(p.spec, 0) for p in all_placed()[::4])  # of the others, the names suffice
+
+
+@functools.cache
+def small_values():
+    return fixed.build(140)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A manifest file of 140 specifications."""
+    (tmp_path / "small.json").write_text(json.dumps(small_values()))
+    return tmp_path / "small.json"
+
+
+def test_commands(t2l_tasks, small, tmp_path):
+    out = tmp_path / "out"
+    options = ("synthetic", "--suite", "specs", "--specifications", 140)
+    assert t2l_tasks(*options, "--examples", 20, "-o", out)[0] == f"{out}: 140 tasks, 2800 examples\n"
+    assert load_tasks(out, None) == sorted((task(p.spec, 20, 0) for p in all_placed()[:140]), key=lambda t: t.name)
+    check = ("check", out, "--manifest", small, "--examples", 20)
+    assert t2l_tasks(*check)[0] == f"{out}: 140 tasks as in manifest {small}\n"
+    assert "differs" in str(t2l_tasks("check", out, "--manifest", small)[2])
+    assert t2l_tasks(*options, "--tier", "novel", "--tier", "sibling", "-o", tmp_path / "held")[2] is None
+    chosen = {t.name for t in load_tasks(tmp_path / "held", None)}
+    assert chosen == {p.spec.name for p in all_placed()[:140] if p.tier != "train"}
+    selected = t2l_tasks("select", out, "--manifest", small, "--tier", "novel", "--permissive", "-o", tmp_path / "novel")
+    assert selected[2] is None and {t.name for t in load_tasks(tmp_path / "novel", None)} < chosen
+    assert "expected none without" in str(t2l_tasks("synthetic", "--tier", "novel", "-o", tmp_path / "x")[2])
+    further = (*options, "--examples", 5, "--further-descriptions", 3, "-o", tmp_path / "further")
+    assert "expected --tier train alone" in str(t2l_tasks(*further)[2])
+    assert t2l_tasks(*further, "--tier", "train")[2] is None
+    assert {len(t.descriptions) for t in load_tasks(tmp_path / "further", None)} == {suite.DESCRIPTIONS + 3}
+    assert "expected none with manifest" in str(t2l_tasks("check", out, "--manifest", "skills", "--examples", 20)[2])
+
+
+def test_check_finds_what_was_changed(small, tmp_path):
+    tasks = [task(p.spec, 20, 0) for p in all_placed()[:140]]
+    wanted = manifests.read(small, 20)
+    write_tasks(
+        tmp_path / "tasks", [Task(t.name, t.descriptions[::-1], t.examples[1:]) if t is tasks[0] else t for t in tasks]
+    )
+    assert sorted(map(str, manifests.check(tmp_path / "tasks", wanted))) == [
+        f"{tasks[0].name}: 1 examples of split 'train' missing",
+        f"{tasks[0].name}: {suite.DESCRIPTIONS} descriptions reworded",
+    ]
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"version": 0}, "expected format, about, version"), ({"seed": None}, "expected a number as seed"),
+    ({"tiers": []}, "objects as tiers"), ({"tiers": {"train": []}}, "objects as tiers"), ({"about": ""}, "about"),
+    ({"surprise": 1}, "expected format, about, version"), ({"seed": 1}, "this package makes"),
+    ({"tiers": {}}, "each in one tier"),
+    ({"tiers": {"train": {"a": ""}, "novel": {"a": ""}}}, "each in one tier"),
+    ({"tiers": {"train": dict.fromkeys(map(str, range(10**5)), "")}}, "this package makes"),
+], ids=lambda value: str(value)[:40])  # fmt: skip
+def test_a_manifest_that_this_package_does_not_make(small, change, message):
+    small.write_text(json.dumps(json.loads(small.read_text()) | change))
+    with pytest.raises(ConfigError, match=message):
+        manifests.read(small)

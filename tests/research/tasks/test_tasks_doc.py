@@ -1,0 +1,87 @@
+"""``docs/tasks.md``: its commands and its example run, its tables are those of the packaged manifest."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+from t2l_engine.research.tasks.folder import Example, load_tasks
+from t2l_engine.research.tasks.manifest import TIERS, read
+from t2l_engine.research.tasks.specs import held_out, suite
+
+TEXT = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+def country(definition, instances):
+    rows = [{"input": name, "output": [answer]} for name, answer in instances.items()]
+    return {"Definition": [definition], "Instance License": ["MIT"], "Instances": rows}
+
+
+def test_commands_and_example_run(sni, t2l_tasks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("natural-instructions").mkdir()
+    sni(
+        task1146_country_capital=country("Name the capital.", {"Ruritania": "Strelsau", "Elbonia": "Bahz"}),
+        task1426_country_independence_year=country("Name the year.", {"India": "1947", "Ruritania": "1890"}),
+    ).rename("natural-instructions/tasks")
+    Path("more.json").write_text(json.dumps({"1146": ["Which city governs it?"]}))
+    source = Path("function_vectors/dataset_files/abstractive")
+    source.mkdir(parents=True)
+    (source / "word_length.json").write_text(json.dumps([{"input": "igloo", "output": "5"}]))
+    Path("downloads").mkdir()
+    choices = {"label": ["A", "B"], "text": ["This", "That"]}
+    row = {"question": "Which of these is a benchmark?", "choices": choices, "answerKey": "A"}
+    Path("downloads/arc_easy.jsonl").write_text(json.dumps(row))
+    boolq = {"passage": "It is.", "question": "is it", "answer": True}
+    Path("downloads/boolq.jsonl").write_text(json.dumps(boolq))
+
+    (example,) = re.findall(r"<!-- apply -->\n```python\n(.*?)```", TEXT, re.S)
+    exec(compile(example, "docs/tasks.md", "exec"), {})
+    assert load_tasks("other", None)[0].examples == (Example("igloo", ("5",), "test"),)
+
+    commands = re.findall(r"^t2l tasks ([^#\n]*)", TEXT, re.M)
+    assert len(commands) == 16
+    for arguments in map(shlex.split, commands):
+        if "specs" in arguments:  # thousands of tasks; test_specs.py runs the same commands for fewer
+            continue
+        _, _, error = t2l_tasks(*arguments)
+        compared = arguments[0] == "check" and "--manifest" in arguments
+        expected = "differs from manifest" if compared else None  # two tasks are not all of them
+        assert error is None if expected is None else expected in str(error), arguments
+    assert load_tasks("clean", None)[0].examples == (Example("India", ("1947",), "test"),)
+
+
+def test_table_of_families():
+    (table,) = re.findall(r"<!-- families: begin -->\n(.*?)\n<!-- families: end -->", TEXT, re.S)
+    assert table.splitlines() == families_table()
+
+
+def families_table():
+    """The table of the suite's families, in Markdown: trained ones by module, held-out ones from near to far."""
+    rows = [
+        (module.__doc__.splitlines()[0].rstrip("."), module.FAMILIES) for module in suite.MODULES if module is not held_out
+    ]
+    rows = [
+        (about.removeprefix("Families ").removeprefix("that ").removeprefix("on ").removeprefix("of "), f)
+        for about, f in rows
+    ]
+    rows += [(f"held out, {name}", families) for name, families in held_out.DISTANCES.items()]
+    lines = ["| | families |", "|---|---|"]
+    return lines + [f"| {about} | {', '.join(f'`{family.name}`' for family in families)} |" for about, families in rows]
+
+
+def test_tables_are_those_of_the_manifest():
+    tasks = read("skills").tasks.values()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in TEXT.splitlines() if line.startswith("| ")]
+
+    def count(**wanted):
+        found = sum(all(getattr(entry, name) == value for name, value in wanted.items()) for entry in tasks)
+        return str(found) if found else "–"
+
+    for tier in TIERS:
+        assert [tier, count(tier=tier), count(tier=tier, permissive=True)] in [row[:3] for row in rows]
+    skills = sorted({entry.skill for entry in tasks})
+    expected = [[skill, *(count(skill=skill, tier=tier) for tier in TIERS)] for skill in skills]
+    assert rows[-len(skills) :] == expected
+    total = sum(len(prefixes) for entry in tasks for prefixes in entry.splits.values())
+    assert f"has {len(tasks)} tasks ({total:,} examples)" in TEXT

@@ -1,0 +1,72 @@
+"""What training computes once more, in plain torch: no op, layer, loss or batching of the package."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+from tests.hypernetwork import oracle
+
+#: Names of a hypernetwork's parts in the reference; what is missing here has a place in :func:`named` of its own.
+PARTS = {
+    "task_encoder.linear": "task_encoder.mlp.0", "task_encoder.norm": "task_encoder.mlp.1",
+    "depth_emb": "layer_depth_encoder.0", "depth_emb.norm": "layer_depth_encoder.1",
+    "module_emb": "layer_type_encoder.0", "module_emb.norm": "layer_type_encoder.1",
+    "mixer.linear1": "mixer.1", "mixer.linear2": "mixer.4",
+    "mlp1.norm": "mlp1.mlp.0", "mlp1.linear1": "mlp1.mlp.1", "mlp1.linear2": "mlp1.mlp.4",
+    "mlp2.norm": "mlp2.mlp.0", "mlp2.linear1": "mlp2.mlp.1", "mlp2.linear2": "mlp2.mlp.4",
+    "mlp3.norm": "mlp3.0", "mlp3.linear1": "mlp3.1", "mlp3.linear2": "mlp3.4",
+    "side_emb.norm": "out_emb_norm", "pos_emb": "pos_emb.0", "pos_emb.norm": "pos_emb.1",
+}  # fmt: skip
+
+
+def adapters(net, task_emb):
+    """({parameter of ``net``: its float64 leaf}, {module: (A, B)}): the adapters of ``task_emb``, made from the leaves."""
+    c, leaves, state = net.config, {}, {}
+    for name, parameter in net.named_parameters():
+        leaf = leaves[name] = parameter.detach().double().requires_grad_()
+        part, _, kind = name.rpartition(".")
+        if name == "side_emb.weight":
+            state |= {f"out_emb.{m}.{side}": leaf[i, j] for i, m in enumerate(c.modules) for j, side in enumerate("AB")}
+        else:
+            state[f"{PARTS.get(part, part)}.{kind}"] = leaf  # heads are called alike
+    for i, name in enumerate(c.modules):
+        for side, shape in (("A", (c.rank, c.in_features[i])), ("B", (c.out_features[i], c.rank))):
+            offset = getattr(net.offsets[name], f"add_{side}")
+            state[f"AB_offset.{side}.{name}"] = torch.zeros(c.num_layers, *shape) if offset is None else offset
+    flags = dict(zip(("shared_AB_head", "autoreg_gen", "learnable_pos_emb"), oracle.FLAGS[c.variant], strict=True))
+    return leaves, oracle.adapters(state, flags | {"training_task": "sft"}, task_emb)[1]
+
+
+@contextlib.contextmanager
+def applied(model, modules, paths, scaling, ids):
+    """Row i of every batch that passes through ``model`` has ``s (x A^T) B^T`` of adapter ``ids[i]`` added.
+
+    ``modules``: name -> (A ``[N, n, r, in]``, B ``[N, n, out, r]``); ``paths``: name -> path with ``{layer}``.
+    """
+
+    def hook(A, B):
+        def add(linear, args, out):
+            delta = args[0] @ A[ids].mT.to(out) @ B[ids].mT.to(out)
+            return out + (scaling[ids, None, None] * delta).to(out)
+
+        return add
+
+    handles = []
+    try:
+        for name, (A, B) in modules.items():
+            for layer in range(A.shape[1]):
+                linear = model.get_submodule(paths[name].replace("{layer}", str(layer)))
+                handles.append(linear.register_forward_hook(hook(A[:, layer], B[:, layer])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def answer_losses(model, sample, smoothing=0.0):
+    """Cross-entropy of every answer token of ``sample``, alone and unpadded, from the model's own logits."""
+    tokens = torch.tensor(sample.tokens)
+    logs = nn.functional.log_softmax(model(tokens[None]).logits[0].double(), dim=-1)[-sample.answer_len - 1 : -1]
+    chosen = logs.gather(1, tokens[-sample.answer_len :, None])[:, 0]
+    return -(1 - smoothing) * chosen - smoothing * logs.mean(dim=1)

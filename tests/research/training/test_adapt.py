@@ -1,0 +1,238 @@
+"""An adapter that is generated and then tuned: where it starts, when it stops, what is kept."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import adapt, lora
+from t2l_engine.research.training.runs import settings_of
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.reader import AttentionPooling, TextReader
+from tests.research.training import runs
+from tests.research.training.conftest import WORDS
+
+EXAMPLES = [(f"{a} {b}", b) for a in WORDS for b in WORDS if a != b]
+QUICK = {"dtype": "float32", "learning_rate": 5e-3, "validate_every": 5, "steps": 60}
+
+
+@pytest.fixture
+def engine(base_model):
+    """Generates adapters of rank 4 that change what the tiny model says; reads two examples."""
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    config = ReaderConfig(str(base_model), layers=(0, 1), queries=2, width=8, heads=2, max_examples=2)
+    torch.manual_seed(0)
+    reader = TextReader(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
+    network = t2l.HyperNetwork(
+        t2l.HyperNetworkConfig(
+            variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=2, rank=4,
+            embed_dim=16, latent_size=16, head_in_size=8, lora_alpha=8.0,
+        )
+    )  # fmt: skip
+    return t2l.TextToLoRA(reader, network)
+
+
+def tensors(folder):
+    stack = t2l.AdapterStack.from_peft(folder)
+    return [*stack.lora_A.values(), *stack.lora_B.values()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(tensors(a), tensors(b), strict=True))
+
+
+def test_an_adapter_of_another_hand_is_kept(engine, base_model, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds adapter_config.json, but no start/ of a run to go on with; choose"):
+        adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path, **QUICK)
+    assert (tmp_path / "adapter_config.json").read_text() == "mine"
+
+
+def test_tunes_what_it_generates(engine, base_model, tmp_path):
+    out = tmp_path / "out"
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, out, **QUICK)
+    assert (report.examples, report.held_out, report.read) == (23, 7, 2)
+    assert report.loss_after < 0.7 * report.loss_before and report.best_step > 0
+    assert json.loads((out / adapt.REPORT).read_text()) == vars(report)
+    trained, _ = adapt.split(EXAMPLES)
+    stack = engine.generate(["Say the last word."], [trained[:2]])
+    start = t2l.AdapterStack.from_peft(out / adapt.START)
+    for name, A in stack.lora_A.items():
+        assert torch.equal(start.lora_A[name], A) and torch.equal(start.lora_B[name], stack.lora_B[name])
+    assert not same(out, out / adapt.START) and same(out, out / adapt.RUN / lora.ADAPTERS / adapt.NAME)
+    assert t2l.AdapterStack.from_peft(out).scaling.tolist() == start.scaling.tolist()
+
+
+def test_long_examples_are_learnt_too(engine, base_model, tmp_path, recwarn):
+    """Of several hundred tokens, where runs of ``t2l train`` leave out those of more than 192."""
+    long = [(" ".join(["one two"] * 150), answer) for _, answer in EXAMPLES]
+    long = [(f"{x} {i}", answer) for i, (x, answer) in enumerate(long)]
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", long, tmp_path / "out", **QUICK | {"steps": 1})
+    assert report.steps == 1 and not [w for w in recwarn if "max_tokens" in str(w.message)]
+
+
+def test_stops_where_nothing_improves_and_keeps_the_best(engine, base_model, tmp_path, monkeypatch):
+    """Steps uphill leave the adapter as it was generated."""
+    downhill = lora.LoRA.loss
+    monkeypatch.setattr(lora.LoRA, "loss", lambda *arguments: -downhill(*arguments))
+    harm = QUICK | {"patience": 2, "validate_every": 3}
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path / "out", **harm)
+    assert (report.best_step, report.steps, report.loss_after) == (0, 6, report.loss_before)
+    assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
+
+
+def test_the_report_is_of_the_adapter_that_is_kept(engine, base_model, tmp_path):
+    """Losses that are lower by less than ``min_delta`` change nothing."""
+    small = QUICK | {"steps": 6, "validate_every": 2, "patience": 2, "min_delta": 100.0}
+    report = adapt.adapt(engine, str(base_model), "Say the last word.", EXAMPLES, tmp_path / "out", **small)
+    lowest = min(
+        row["val_loss"] for row in adapt.read_log(tmp_path / "out" / adapt.RUN / adapt.WAVES / "000") if "val_loss" in row
+    )
+    assert lowest < report.loss_before
+    assert (report.best_step, report.loss_after) == (0, report.loss_before)
+    assert same(tmp_path / "out", tmp_path / "out" / adapt.START)
+
+
+def test_the_same_call_goes_on(engine, base_model, tmp_path, monkeypatch):
+    changes = QUICK | {"steps": 12, "save_every": 2}
+    whole = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.LoRA, "loss", runs.failing(lora.LoRA.loss, 7))
+        with pytest.raises(OSError, match="for the test"):
+            adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
+    assert not (tmp_path / "again" / "adapter_config.json").exists()
+    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes)
+    assert vars(again) | {"seconds": 0} == vars(whole) | {"seconds": 0} and same(tmp_path / "whole", tmp_path / "again")
+    with pytest.raises(ConfigError, match="other settings"):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "again", **changes | {"seed": 3})
+
+
+def test_a_folder_keeps_what_was_made_there(engine, base_model, tmp_path):
+    """Another description or other examples change nothing in it; the same call reads what is there."""
+    out, quick = tmp_path / "out", QUICK | {"steps": 2}
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for description, examples in (("Say the first word.", EXAMPLES), ("Say it.", EXAMPLES[1:])):
+        with pytest.raises(ConfigError, match=f"{out}: has an adapter of another description, other examples or another"):
+            adapt.adapt(engine, str(base_model), description, examples, out, **quick)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    again = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **quick)
+    assert vars(again) | {"seconds": 0} == vars(report) | {"seconds": 0}
+
+
+def test_prompts_are_those_of_the_checkpoint(engine, base_model, tmp_path):
+    read = engine.encoder, engine.hypernetwork
+    for described in (False, True):
+        own, out = t2l.TextToLoRA(*read, "raw", description_in_prompt=described), tmp_path / str(described)
+        adapt.adapt(own, str(base_model), "Say it.", EXAMPLES, out, **QUICK | {"steps": 1})
+        made = settings_of(out / adapt.RUN)
+        assert (made["prompt"], made["prompt_form"]) == ("description" if described else "input", "raw")
+
+
+def test_a_start_that_was_not_written_whole(engine, base_model, tmp_path):
+    out = tmp_path / "out"
+    (out / adapt.START).mkdir(parents=True)
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, out, **QUICK | {"steps": 2})
+    assert report.steps == 2 and (out / adapt.START / "adapter_config.json").is_file()
+
+
+def test_a_scaling_that_float32_rounds(engine, base_model, tmp_path):
+    """As rsLoRA's 16 / sqrt(8) of the paper; here 8 / sqrt(3)."""
+    config = dataclasses.replace(engine.hypernetwork.config, rank=3, scaling="rslora")
+    engine = t2l.TextToLoRA(engine.encoder, t2l.HyperNetwork(config))
+    report = adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"steps": 5})
+    assert report.steps == 5
+    scaling = t2l.AdapterStack.from_peft(tmp_path / "out").scaling
+    assert scaling.item() == pytest.approx(8 / 3**0.5, rel=1e-6) and scaling.item() != 8 / 3**0.5
+
+
+def test_the_start_is_validated(engine, base_model, tmp_path):
+    with pytest.raises(ConfigError, match="patience: expected at least 1 to tune an adapter, .* got 0"):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | {"patience": 0})
+
+
+@pytest.mark.parametrize("change", [{"mode": "multi-task"}, {"initial": "elsewhere"}, {"rank": 2}, {"base_model": "x"}])
+def test_what_the_adapter_decides_is_no_setting(engine, base_model, tmp_path, change):
+    (name,) = change
+    with pytest.raises(ConfigError, match=f"{name}: expected no value, for the generated adapter decides it, got "):
+        adapt.adapt(engine, str(base_model), "Say it.", EXAMPLES, tmp_path / "out", **QUICK | change)
+
+
+def test_a_changed_start_is_another_run(base_model, tasks, tmp_path):
+    first = lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    again = runs.lora(base_model, steps=1, validate_every=0, initial=str(first))
+    lora.train(again, tasks, tmp_path / "again")
+    lora.train(again, tasks, tmp_path / "again")  # done already
+    stack = t2l.AdapterStack.from_peft(first / "last")
+    stack.lora_B["q_proj"][0, 0, 0, 0] += 1
+    stack.save_pretrained(first / "last", adapter=0, base_model_name_or_path=str(base_model))
+    with pytest.raises(ConfigError, match=r"other settings or data \(initial\); choose another"):
+        lora.train(again, tasks, tmp_path / "again")
+
+
+def test_split():
+    trained, held_out = adapt.split(EXAMPLES)
+    assert sorted(trained + held_out) == sorted(EXAMPLES) and len(held_out) == 7
+    assert adapt.split(EXAMPLES[::-1]) == (trained, held_out)
+    assert adapt.split([*EXAMPLES, (f" {EXAMPLES[0][0].upper()}", "another")]) == (trained, held_out)
+    assert [len(part) for part in adapt.split(EXAMPLES[:4])] == [3, 1]
+    with pytest.raises(ConfigError, match="examples: expected at least 4 different inputs, got 3"):
+        adapt.split(EXAMPLES[:3] * 2)
+
+
+# --- starts of t2l train lora ----------------------------------------------------------------------------------------
+
+
+def test_adapters_start_from_folders(base_model, tasks, tmp_path):
+    """One folder for all tasks, or one of each name; a step of no length leaves them as they are."""
+    first = lora.train(runs.lora(base_model, steps=4, validate_every=0), tasks, tmp_path / "first")
+    still = {"steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "validate_every": 0}
+    own = lora.train(runs.lora(base_model, initial=str(first / "adapters"), **still), tasks, tmp_path / "own")
+    one = lora.train(runs.lora(base_model, initial=str(first / "adapters" / "last"), **still), tasks, tmp_path / "one")
+    for name in ("first", "last"):
+        for folder, start in ((own, name), (one, "last")):
+            for a, b in zip(tensors(folder / "adapters" / name), tensors(first / "adapters" / start), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_starts_that_do_not_fit(base_model, tasks, tmp_path):
+    first = lora.train(runs.lora(base_model, steps=1, validate_every=0), tasks, tmp_path / "first") / "adapters"
+    for change, match in (
+        (
+            {"rank": 2},
+            r"initial: .*first: q_proj: expected A, B and scaling \(\(2, 2, 64\), \(2, 64, 2\), 8.0\) of this run, "
+            r"got \(\(2, 4, 64\), \(2, 64, 4\), 4.0\)",
+        ),
+        (
+            {"lora_alpha": 4.0},
+            r"initial: .*: q_proj: expected A, B and scaling \(.*, 1.0\) of this run, got \(.*, 4.0\)",
+        ),
+        ({"target_modules": ["q_proj"]}, r"initial: .*: expected the modules \['q_proj'\], got .*v_proj.* too"),
+        ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"initial: .*: k_proj: expected A, B and scaling .*, got None"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            lora.train(runs.lora(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: not found; expected a PEFT folder"):
+        lora.train(runs.lora(base_model, initial=str(tmp_path)), tasks, tmp_path / "second")
+
+
+def test_held_out_descriptions_are_in_no_prompt(base_model, tasks, tmp_path):
+    changes = {"prompt": "description", "mode": "multi-task", "steps": 3, "held_out_descriptions": 1}
+    out = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "out")
+    about = json.loads((tasks / "descriptions.json").read_text())
+    (tasks / "descriptions.json").write_text(json.dumps({k: [v[0], "Other words."] for k, v in about.items()}))
+    other = lora.train(runs.lora(base_model, **changes), tasks, tmp_path / "other")
+    assert runs.losses(out / "waves" / "000") == runs.losses(other / "waves" / "000")
+    with pytest.raises(
+        ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
+    ):
+        lora.train(runs.lora(base_model, **changes | {"held_out_descriptions": 2}), tasks, tmp_path / "none")
+
+
+def test_patience_needs_validation(base_model):
+    with pytest.raises(ConfigError, match="patience: expected 0 with validate_every 0, got 2"):
+        runs.lora(base_model, patience=2, validate_every=0)

@@ -1,0 +1,226 @@
+"""What adapters are generated from besides descriptions by a text encoder: each example's input, the base model's states."""
+
+import dataclasses
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+import yaml
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork import convert
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.training import sft
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.sampling import Shard
+from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.testing.numerics import EMBEDDING_FROBENIUS, LOSS_ATOL, relative_frobenius
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text import packaged
+from t2l_engine.text.encoder import EncoderConfig, normalise_description
+from tests.research.training import plain, runs
+
+CPU = torch.device("cpu")
+
+
+def by_input(base_model, **changes):
+    return runs.sft(base_model, **{"condition": "input", "encoder": "minilm", "tasks_per_batch": 4} | changes)
+
+
+@pytest.fixture
+def long_and_short(tasks):
+    """The tasks with inputs of two to seven words, so that what is embedded together would be padded."""
+    for path in tasks.glob("*.jsonl"):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, row in enumerate(found):
+            row["input"] += " cow" * (i % 6)
+        path.write_text("\n".join(map(json.dumps, found)))
+    return tasks
+
+
+@pytest.fixture
+def made(base_model, tasks):
+    """Factory: a job whose adapters are not zero, as they are before the first step."""
+    fits = []
+
+    def make(**changes):
+        settings = runs.sft(base_model, **{"encoder": "minilm", "tasks_per_batch": 4} | changes)
+        fits.append(TrainingContext(settings, tasks, CPU))
+        job = sft.SFT(settings, fits[-1])
+        generator = torch.Generator().manual_seed(0)
+        for parameter in job.model.parameters():
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        return job
+
+    yield make
+    for fit in fits:
+        fit.close()
+
+
+# --- each example's input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder, prompt", [("minilm", "input"), ("base-model", "description")])
+def test_trains_and_validates_with_an_adapter_a_sample(base_model, tasks, tmp_path, encoder, prompt):
+    """What the checkpoint generates from an input is what its validation loss is of."""
+    settings = by_input(base_model, encoder=encoder, prompt=prompt, steps=16, validate_every=16)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    assert json.loads((out / "config.json").read_text())["training"]["condition"] == "input"
+
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    model, _ = base_model_loader.load(str(base_model), torch.float32)
+    fit = TrainingContext(settings, tasks, CPU)
+    expected = {}
+    for number, task in enumerate(load_tasks(tasks, "val")):
+        losses = []
+        for turn, i in enumerate(fit.validation.kept(number)):
+            stack = engine.generate([task.examples[i].input])
+            modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
+            with torch.no_grad(), plain.applied(model, modules, stack.paths, stack.scaling, torch.tensor([0])):
+                losses.append(plain.answer_losses(model, fit.validation.sample(number, i, turn % 2)).mean())
+        expected[task.name] = torch.stack(losses).mean()
+    (found,) = (row["tasks"] for row in runs.rows(out) if "tasks" in row)
+    assert found.keys() == expected.keys()
+    for name, loss in expected.items():
+        assert abs(found[name] - loss) <= LOSS_ATOL, name
+
+
+@pytest.mark.parametrize("condition", ["input", "description"])
+def test_an_adapter_depends_on_its_own_input_alone(made, condition):
+    job = made(condition=condition)
+    (batch,) = job.batches(0, Shard())
+    other = batch.groups[2]
+    other = dataclasses.replace(other, samples=(dataclasses.replace(other.samples[0], input="cow cow"),))
+    changed = dataclasses.replace(batch, groups=[*batch.groups[:2], other, *batch.groups[3:]])
+    with torch.no_grad():
+        before, after = (job._objective.losses(b, job.model(job._conditions.augmented(b.groups))) for b in (batch, changed))
+        stack = job.model(job._conditions.augmented(batch.groups))
+    assert (before != after).tolist() == [False, False, condition == "input", False]
+    if condition == "input":
+        assert len({tuple(B.tolist()) for B in stack.lora_B["q_proj"].flatten(1)}) == len({g.samples for g in batch.groups})
+
+
+def test_no_description_is_read(base_model, tasks, tmp_path):
+    sft.train(by_input(base_model, steps=3), tasks, tmp_path / "out")
+    (tasks / "descriptions.json").write_text('{"first": ["Other."], "last": ["Texts."]}')
+    sft.train(by_input(base_model, steps=3), tasks, tmp_path / "other")
+    assert runs.losses(tmp_path / "out") == runs.losses(tmp_path / "other")
+
+
+def test_an_input_is_embedded_by_itself(long_and_short, made):
+    """The same bits whatever is embedded with it or before it, as a run that goes on in the middle needs."""
+    job, again = made(condition="input"), made(condition="input")
+    groups = [group for step in range(4) for batch in job.batches(step, Shard()) for group in batch.groups]
+    assert len({len(g.samples[0].input.split()) for g in groups}) > 2
+    together = job._conditions.clean(groups)
+    alone = torch.cat([again._conditions.clean([group]) for group in reversed(groups)]).flip(0)
+    assert torch.equal(together, alone) and torch.equal(job._conditions.augmented(groups), together)
+    assert (together.square().mean(dim=1).sqrt() - 1).abs().max() <= EMBEDDING_FROBENIUS
+
+
+def test_a_run_that_failed_goes_on_bit_for_bit(base_model, long_and_short, tmp_path, monkeypatch):
+    settings = by_input(base_model, **runs.NOISE | {"mix_descriptions": False, "bucket_steps": 1, "validate_every": 2})
+    sft.train(settings, long_and_short, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
+        with pytest.raises(OSError, match="for the test"):
+            sft.train(settings, long_and_short, tmp_path / "failed")
+    sft.train(settings, long_and_short, tmp_path / "failed")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
+
+
+def test_another_condition_is_another_run(base_model, tasks, tmp_path):
+    sft.train(by_input(base_model, steps=2), tasks, tmp_path / "out")
+    with pytest.raises(ConfigError, match="condition: 'input' then, 'description' now"):
+        sft.train(by_input(base_model, steps=2, condition="description"), tasks, tmp_path / "out")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_an_input_without_text(base_model, tasks, tmp_path, split):
+    row = {"input": " ", "output": ["red"], "split": split}
+    path = tasks / "last.jsonl"
+    path.write_text("\n".join([json.dumps(row), path.read_text()]))
+    with pytest.raises(ConfigError, match="^condition: expected inputs with text .* got an empty one in task last"):
+        sft.train(by_input(base_model), tasks, tmp_path / "out")
+    sft.train(by_input(base_model, steps=1, condition="description"), tasks, tmp_path / "out")
+
+
+# --- the base model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
+    """Embeddings are the last token's state after the final norm, of RMS 1, in training and of the checkpoint."""
+    changes = {"encoder": "base-model", "dtype": dtype, "variant": "M"}
+    out = sft.train(runs.sft(f"{base_model}/", steps=12, validate_every=0, **changes), tasks, tmp_path / "out")
+    curve = runs.losses(out)
+    assert sum(curve[-3:]) < sum(curve[:3])
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    assert engine.encoder.config == EncoderConfig(str(base_model), "last", 8192, dtype=dtype)
+    job = made(**changes)
+    texts = load_tasks(tasks, None)[0].descriptions
+    groups = [g for step in range(8) for batch in job.batches(step, Shard()) for g in batch.groups if g.task == 0]
+    assert {g.description for g in groups} == set(range(len(texts)))
+    assert torch.equal(engine.encoder.encode(texts)[[g.description for g in groups]], job._conditions.augmented(groups))
+
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    for text, found in zip(texts, engine.encoder.encode(texts), strict=True):
+        ids = tokenizer([normalise_description(text)], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            last = model(input_ids=ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        assert abs(found.square().mean().sqrt() - 1) <= EMBEDDING_FROBENIUS
+        if dtype == "float32":
+            assert relative_frobenius(found, last / last.square().mean().sqrt()) <= EMBEDDING_FROBENIUS
+    convert.convert(out, tmp_path / "reference", to="reference")
+    assert yaml.safe_load((tmp_path / "reference" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
+    again = t2l.TextToLoRA.from_pretrained(tmp_path / "reference")
+    assert torch.equal(again.generate(texts).lora_B["q_proj"], engine.generate(texts).lora_B["q_proj"])
+
+
+def test_the_packaged_model_as_encoder(base_model, tasks, tmp_path, monkeypatch):
+    """By its name, wherever its files are (here those of a small one)."""
+    monkeypatch.setattr(packaged, "convert", lambda: base_model)
+    out = sft.train(runs.sft("smollm2-135m", encoder="base-model", steps=2), tasks, tmp_path / "out")
+    about = json.loads((out / "config.json").read_text())
+    assert about["encoder"]["name"] == about["base_model"] == "smollm2-135m" and about["encoder"]["pooling"] == "last"
+    found = t2l.TextToLoRA.from_pretrained(out).encoder.encode(["Say red"])
+    expected = t2l.TextEncoder.from_pretrained(EncoderConfig(str(base_model), "last", 8192)).encode(["Say red"])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec(packaged.PACKAGE) is None, reason="make setup installs the model package")
+def test_smollm2_as_encoder(tasks, tmp_path):
+    settings = runs.sft("smollm2-135m", encoder="base-model", dtype="bfloat16", steps=1, validate_every=0)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    fit = TrainingContext(settings, tasks, CPU)
+    job = sft.SFT(settings, fit)
+    groups = [group for batch in job.batches(0, Shard()) for group in batch.groups]
+    texts = [fit.tasks[g.task].descriptions for g in groups]
+    encoder = t2l.TextToLoRA.from_pretrained(out).encoder
+    for group, of_task, found in zip(groups, texts, job._conditions.augmented(groups), strict=True):
+        assert torch.equal(encoder.encode(of_task)[group.description], found)
+    fit.close()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field, value", {
+    "samples_per_task": 2, "held_out_descriptions": 1, "task_init": "discriminant", "mix_descriptions": True,
+    "encoder": "one-hot", "condition": "task",
+}.items())  # fmt: skip
+def test_settings_that_do_not_fit(field, value):
+    with pytest.raises(ConfigError, match=f"^settings: {field}: expected .*, got .*{value}|^settings: {field}: .*{value!r}"):
+        by_input("x", **{field: value})
+    assert by_input("x", prompt="description", embedding_noise=0.1).condition == "input"
+    assert SFTSettings(base_model="x", target_modules=("q_proj",)).condition == "description"
+
+
+def test_reconstruction_has_no_base_model():
+    with pytest.raises(ConfigError, match="^settings: encoder: expected no base model, .*, got 'base-model'"):
+        runs.reconstruction(encoder="base-model")

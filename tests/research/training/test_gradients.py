@@ -1,0 +1,140 @@
+"""Gradients of a step of SFT, hypernetwork and model together, against float64 autograd through the formulae."""
+
+import copy
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine.research.training import context
+from t2l_engine.research.training.lora import LoRABank
+from t2l_engine.research.training.objective import Objective, collate, generated_l2, token_weights
+from t2l_engine.research.training.sampling import Group, Sample
+from t2l_engine.testing.numerics import (
+    GRADIENT_RTOL,
+    MODEL_GRADIENT_FROBENIUS,
+    model_gradient_bound,
+    relative_frobenius,
+)
+from tests.research.training import plain
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+TARGETS = {"qv": ("q_proj", "v_proj"), "attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP, "down": ("down_proj",)}
+L2, SMOOTHING = 0.5, 0.1
+
+
+def groups():
+    """Three tasks of one to two samples of unequal lengths."""
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(length, answer):
+        return Sample(tuple(torch.randint(3, 97, (length,), generator=generator).tolist()), answer)
+
+    sizes = [[(7, 2)], [(9, 1), (5, 3)], [(4, 1)]]
+    return [Group(i, 0, tuple(sample(*s) for s in size), f"key{i}") for i, size in enumerate(sizes)]
+
+
+def network(model, targets, variant):
+    """A hypernetwork for ``model`` in the midst of training: offsets as SFT has them, heads that are no longer zero."""
+    modules = context.locate(model, targets)
+    config = t2l.HyperNetworkConfig(
+        variant=variant, modules=modules.names, in_features=modules.in_features, out_features=modules.out_features,
+        num_layers=modules.num_layers, rank=3, embed_dim=6, latent_size=16, head_in_size=10, lora_alpha=6.0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    net = t2l.HyperNetwork(config).bias_hyperinit(torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for head in net.heads.values():
+            head.weight.normal_(0, 0.3)
+            head.bias.add_(torch.randn_like(head.bias), alpha=0.1)
+    return net
+
+
+def plain_loss(model, step, made, paths, scaling, ids):
+    """Loss of a step, sample by sample; ``ids``: the adapter of each group."""
+    rows = [(i, sample) for i, group in zip(ids, step, strict=True) for sample in group.samples]
+    total = sum(L2 * side.square().mean() for sides in made.values() for side in sides)
+    for i, sample in rows:
+        with plain.applied(model, made, paths, torch.tensor([scaling] * (max(ids) + 1)), [i]):
+            total = total + plain.answer_losses(model, sample, SMOOTHING).mean() / len(rows)
+    return total
+
+
+def own_loss(model, handle, step, stack, ids):
+    batch = collate(step, 0, token_weights("sample", step, False), len(step), lambda number, group: ids[number])
+    losses = Objective(model, handle).losses(batch, stack, label_smoothing=SMOOTHING)
+    return losses.sum() + L2 * generated_l2(stack)
+
+
+def check(named, expected):
+    """Both the largest error and the error as a whole are within the bar."""
+    for name, parameter in named:
+        exact = expected[name].grad
+        assert exact.abs().max() > 0, name
+        assert relative_frobenius(parameter.grad, exact) <= MODEL_GRADIENT_FROBENIUS, name
+        assert (parameter.grad - exact).abs().max() <= GRADIENT_RTOL * exact.abs().max(), name
+
+
+def tiny_llama(make):
+    """Grouped queries; ``in`` is wider than ``out`` in k_proj, v_proj, o_proj and down_proj, narrower in the others."""
+    return make("Llama", hidden_size=40, intermediate_size=56, head_dim=16).requires_grad_(False)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("variant", ["L", "M", "S-learnable", "S-rotary"])
+def test_gradients_of_a_step(tiny_model, variant, targets):
+    model, step = tiny_llama(tiny_model), groups()
+    net = network(model, TARGETS[targets], variant)
+    task_emb = torch.randn(len(step), 6, generator=torch.Generator().manual_seed(3))
+    exact = copy.deepcopy(model).double()
+
+    stack = net(task_emb)
+    handle = t2l.attach(model, net.generate(task_emb))
+    own_loss(model, handle, step, stack, [0, 1, 2]).backward()
+
+    leaves, made = plain.adapters(net, task_emb)
+    plain_loss(exact, step, made, stack.paths, net.scaling, [0, 1, 2]).backward()
+    check(net.named_parameters(), leaves)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 2], [0, 0, 0]], ids=["per-task", "multi-task"])
+def test_gradients_of_a_bank(tiny_model, ids):
+    """Adapters without a hypernetwork, one a group and one for all; B is no longer zero."""
+    model, step = tiny_llama(tiny_model), groups()
+    bank = LoRABank(context.locate(model, TARGETS["all"]), max(ids) + 1, 3, 2.0, seed=1)
+    with torch.no_grad():
+        for B in bank.lora_B.values():
+            B.normal_(0, 0.1, generator=torch.Generator().manual_seed(4))
+    exact = copy.deepcopy(model).double()
+
+    stack = bank()
+    with torch.no_grad():
+        handle = t2l.attach(model, bank()[0])
+    own_loss(model, handle, step, stack, ids).backward()
+
+    leaves = {name: parameter.detach().double().requires_grad_() for name, parameter in bank.named_parameters()}
+    made = {name: (leaves[f"lora_A.{name}"], leaves[f"lora_B.{name}"]) for name in stack.paths}
+    plain_loss(exact, step, made, stack.paths, 2.0, ids).backward()
+    check(bank.named_parameters(), leaves)
+
+
+def test_gradients_through_a_bfloat16_model(tiny_model):
+    """What is trained stays float32; rounding of the frozen model is no larger than with plain products."""
+    model, step = tiny_llama(tiny_model).bfloat16(), groups()
+    net = network(model, TARGETS["all"], "L")
+    task_emb = torch.randn(len(step), 6, generator=torch.Generator().manual_seed(3))
+    plain_model, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+
+    stack = net(task_emb)
+    handle = t2l.attach(model, net.generate(task_emb))
+    own_loss(model, handle, step, stack, [0, 1, 2]).backward()
+    found = []
+    for reference in (exact, plain_model):
+        leaves, made = plain.adapters(net, task_emb)
+        plain_loss(reference, step, made, stack.paths, net.scaling, [0, 1, 2]).backward()
+        found.append(leaves)
+    for name, parameter in net.named_parameters():
+        expected, other = (leaves[name].grad for leaves in found)
+        assert parameter.grad.dtype == torch.float32
+        bound = model_gradient_bound(expected, other, torch.bfloat16)
+        assert relative_frobenius(parameter.grad, expected) <= bound, name

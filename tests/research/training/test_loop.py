@@ -1,0 +1,501 @@
+"""The loop: exact resume from anything that can end a run, schedule, clipping, accumulation, validation, bad losses."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import loop, lora, reconstruction, sft
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.log import NAME, read_log
+from t2l_engine.research.training.sampling import Shard, seeded
+from t2l_engine.research.training.settings import Settings
+from t2l_engine.testing import numerics
+from tests.research.training import runs
+
+
+class Toy(loop.Job):
+    """A linear layer that learns a sum; ``at[step]()`` is called in that step, ``val_losses[step]`` is its validation."""
+
+    def __init__(self, val_losses=(), points="a", at=(), worse=lambda loss, step: loss, **changes):
+        super().__init__()
+        self.settings = Settings(**{"steps": 8, "save_every": 3, "validate_every": 0, "warmup_steps": 2} | changes)
+        torch.manual_seed(self.settings.seed)
+        self.model = nn.Linear(4, 1)
+        self.worse, self.written = worse, []
+        self._val_losses, self._points, self._at = dict(val_losses), points, dict(at)
+
+    def batches(self, step, shard):
+        if step in self._at:
+            self._at[step]()
+        self._step = step
+        return [step * self.settings.accumulation + i for i in range(self.settings.accumulation)]
+
+    def loss(self, model, batch):
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seeded(self._points, batch)))
+        dropped = nn.functional.dropout(x, 0.1)
+        error = (model(dropped) - x.sum(dim=1, keepdim=True)).square().mean()
+        return self.worse(error, self._step) / self.settings.accumulation
+
+    def validate(self, shard):
+        return {"toy": self._val_losses[self._step + 1]} if self._val_losses else {}
+
+    def write(self, folder, step, *, best):
+        folder.mkdir(exist_ok=True)
+        (folder / "toy.json").write_text(json.dumps([step, self.model.bias.tolist()]))
+        self.written.append((folder.name, step))
+
+    def data(self):
+        return {"points": self._points}
+
+
+def train(folder, **kwargs):
+    """A run of a toy; the job."""
+    job = Toy(**kwargs)
+    assert loop.run(job, folder, loop.accelerator("cpu")) == folder
+    return job
+
+
+def fail():
+    raise RuntimeError("for the test")
+
+
+def change_examples(tasks, split, change):
+    """Rewrite the examples of ``split``: ``change`` of a row, None to drop it."""
+    for path in tasks.glob("*.jsonl"):
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [change(row) if row["split"] == split else row for row in found]
+        path.write_text("\n".join(json.dumps(row) for row in found if row is not None))
+
+
+# --- schedule, clipping, accumulation --------------------------------------------------------------------------------
+
+
+def test_learning_rates():
+    linear = Settings(steps=10, warmup_steps=4, learning_rate=8.0)
+    rates = [loop.learning_rate(linear, step) for step in range(10)]
+    assert rates == pytest.approx(
+        [2, 4, 6, 8, 8, 8 * 5 / 6, 8 * 4 / 6, 8 * 3 / 6, 8 * 2 / 6, 8 / 6], rel=8 * numerics.u(torch.float64)
+    )
+    constant = Settings(steps=10, warmup_steps=2, learning_rate=8.0, schedule="constant")
+    assert [loop.learning_rate(constant, step) for step in range(4)] == [4, 8, 8, 8]
+    assert loop.learning_rate(Settings(steps=3, warmup_steps=0, learning_rate=8.0), 0) == 8
+    assert loop.learning_rate(Settings(steps=3, warmup_steps=6, learning_rate=6.0), 2) == 3  # a warm-up that does not end
+
+
+def test_the_log_says_what_a_step_did(tmp_path):
+    job = train(tmp_path, learning_rate=0.5)
+    assert [row["learning_rate"] for row in runs.rows(tmp_path)] == [loop.learning_rate(job.settings, s) for s in range(8)]
+    assert [row["step"] for row in read_log(tmp_path)] == list(range(1, 9))
+    assert all(row["seconds"] >= 0 and row["grad_norm"] > 0 for row in read_log(tmp_path))
+    assert "tokens" not in read_log(tmp_path)[0]  # a toy has none
+
+
+def test_clipping():
+    job = Toy()
+    for limit in (0.0, 1e-3, 1e6):
+        job.model.zero_grad()
+        job.worse(job.model(torch.ones(1, 4)).square().sum(), 0).backward()
+        before = [p.grad.clone() for p in job.model.parameters()]
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in before))
+        assert float(job.clip(limit)) == pytest.approx(norm, rel=numerics.GRADIENT_RTOL)
+        factor = limit / norm if 0 < limit < norm else 1.0
+        for p, g in zip(job.model.parameters(), before, strict=True):
+            if factor == 1.0:
+                assert torch.equal(p.grad, g), limit
+            assert (p.grad - factor * g).norm() <= numerics.GRADIENT_RTOL * factor * g.norm()
+
+
+def test_no_clipping_is_a_limit_that_is_never_reached(tmp_path):
+    off, far, near = (train(tmp_path / str(limit), grad_clip=limit) for limit in (0.0, 1e6, 1e-3))
+    assert runs.losses(tmp_path / "0.0") == runs.losses(tmp_path / "1000000.0") != runs.losses(tmp_path / "0.001")
+    assert torch.equal(off.model.weight, far.model.weight) and not torch.equal(off.model.weight, near.model.weight)
+
+
+def test_muon_is_for_the_weights_of_linears(base_model):
+    """Their update is the gradient with equal singular values and the RMS 0.2 of AdamW's; all else has AdamW's."""
+    torch.manual_seed(0)
+    job = Toy()
+    job.settings = runs.sft(base_model, optimizer="muon", learning_rate=0.01, weight_decay=0.0)
+    job.model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 4), nn.LayerNorm(4), nn.Linear(4, 9))
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    for parameter in job.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for optimizer in loop._optimizers(job):
+        optimizer.step()
+    for name, parameter in job.model.named_parameters():
+        update = (before[name] - parameter.detach()) / 0.01
+        if name in ("1.weight", "3.weight"):
+            left, _, right = torch.linalg.svd(parameter.grad, full_matrices=False)
+            aligned = left.T @ update @ right.T / (0.2 * max(update.shape) ** 0.5)
+            assert aligned.diagonal().min() > 0.6 and aligned.diagonal().max() < 1.3, name  # five Newton-Schulz steps
+            assert (aligned - aligned.diagonal().diag()).abs().max() < 0.1, name
+        else:
+            torch.testing.assert_close(update, parameter.grad.sign(), rtol=1e-3, atol=1e-3)  # AdamW's first step
+
+
+@pytest.mark.parametrize("changes", [{}, {"weighting": "token", "samples_per_task": 2}, {"generated_l2": 0.1}])
+def test_accumulated_batches_are_one_batch(base_model, tasks, tmp_path, changes):
+    """Of as many groups, whichever way their tokens count; noise is that of a group, whatever batch it is in."""
+    same = {"steps": 6, "neftune_alpha": 5.0, "label_smoothing": 0.1, "validate_every": 3} | changes
+    for name, cut in (("one", (8, 1)), ("four", (2, 4))):
+        cut = {"tasks_per_batch": cut[0], "accumulation": cut[1]}
+        sft.train(runs.sft(base_model, **same, **cut), tasks, tmp_path / name)
+    assert runs.losses(tmp_path / "four") == pytest.approx(runs.losses(tmp_path / "one"), rel=numerics.TRAINING_RTOL)
+    one, four = (torch.load(tmp_path / name / loop.STATE, weights_only=True)["trained"] for name in ("one", "four"))
+    for key, value in one.items():
+        assert numerics.relative_frobenius(four[key], value) <= numerics.TRAINED_FROBENIUS, key
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_goes_on_bit_for_bit(base_model, tasks, tmp_path):
+    """SIGKILL in another process, between the two batches of a step; every noise on."""
+    noisy = runs.NOISE | {"encoder": "minilm", "samples_per_task": 2, "variant": "M"}
+    settings = runs.sft(base_model, **noisy)
+    step = random.Random(20).randrange(settings.save_every + 1, settings.steps)
+    sft.train(settings, tasks, tmp_path / "whole")
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "settings.yaml").write_text((tmp_path / "whole" / "settings.yaml").read_text())
+    program = f"""
+import os, signal
+from t2l_engine.cli import main
+from t2l_engine.research.training import sft
+
+loss, calls = sft.SFT.loss, []
+
+def killed(*args):
+    calls.append(args)
+    if len(calls) == {2 * step + 2}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss(*args)
+
+sft.SFT.loss = killed
+main()
+"""
+    command = ["train", "sft", "--tasks", tasks, "-o", tmp_path / "killed", "--threads", "1"]
+    command += ["--config", tmp_path / "killed" / "settings.yaml"]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    reached = torch.load(tmp_path / "killed" / loop.STATE, weights_only=True)["step"]
+    assert 0 < reached <= step
+    with (tmp_path / "killed" / NAME).open("a") as log:  # what the system had not written in full
+        log.write('{"step": 7, "lo')
+    sft.train(settings, tasks, tmp_path / "killed")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "killed")) == []
+
+
+def lora_waves(base_model, tasks, folder):
+    """Two waves."""
+    small = {"steps": 3, "save_every": 2, "validate_every": 2, "tasks_per_batch": 1, "lora_dropout": 0.1}
+    return lora.train(runs.lora(base_model, **small), tasks, folder)
+
+
+def reconstructed(base_model, tasks, folder):
+    adapters = folder.parent / "library"
+    return reconstruction.train(runs.reconstruction(steps=5, save_every=2, validate_every=3), adapters, folder)
+
+
+def sft_noisy(base_model, tasks, folder):
+    return sft.train(runs.sft(base_model, **runs.NOISE | {"encoder": "minilm", "steps": 5}), tasks, folder)
+
+
+def counting(function, counts, name):
+    def run(*args, **kwargs):
+        counts[name] += 1
+        return function(*args, **kwargs)
+
+    return run
+
+
+#: Of the places where a run can fail, those tried; every one with 1, in five times the time.
+EVERY = {"replaced": 7, "saved": 2, "stepped": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [lora_waves, reconstructed])
+def test_a_run_that_failed_anywhere_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch, kind):
+    """At files that are put in their place, at states that are written, in steps."""
+    runs.library(tmp_path / "library")
+    places = {"replaced": (os, "replace"), "saved": (torch, "save"), "stepped": (loop, "_step")}
+    counts = dict.fromkeys(places, 0)
+    with monkeypatch.context() as patch:
+        for name, (owner, attribute) in places.items():
+            patch.setattr(owner, attribute, counting(getattr(owner, attribute), counts, name))
+        whole = runs.left(kind(base_model, tasks, tmp_path / "whole"))
+    assert min(counts.values()) >= 3
+    for name, (owner, attribute) in places.items():
+        for number in range(0, counts[name], EVERY[name]):
+            out = tmp_path / f"{name}-{number}"
+            with monkeypatch.context() as patch:
+                function = runs.failing(getattr(owner, attribute), number)
+                patch.setattr(owner, attribute, function)
+                with pytest.raises(OSError, match="for the test"):
+                    kind(base_model, tasks, out)
+            kind(base_model, tasks, out)
+            assert runs.differing(whole, runs.left(out)) == [], out.name
+
+
+@pytest.mark.parametrize("kind", [lora_waves, reconstructed, sft_noisy])
+def test_a_state_half_written_is_not_the_state(base_model, tasks, tmp_path, monkeypatch, kind):
+    runs.library(tmp_path / "library")
+    whole = runs.left(kind(base_model, tasks, tmp_path / "whole"))
+    save, saved = torch.save, []
+
+    def half(content, path):
+        saved.append(path)
+        if len(saved) < 2:
+            return save(content, path)
+        path.write_bytes(b"half a state")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        kind(base_model, tasks, tmp_path / "part")
+    monkeypatch.undo()
+    kind(base_model, tasks, tmp_path / "part")
+    assert runs.differing(whole, runs.left(tmp_path / "part")) == []
+
+
+def test_what_a_kill_left_is_removed(base_model, tasks, tmp_path):
+    left = tmp_path / "waves" / "000" / ".writing-1" / "training_state.pt"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    settings = runs.lora(base_model, steps=1, validate_every=0)
+    lora.train(settings, tasks, tmp_path)
+    state = left.parents[1] / loop.STATE
+    assert not left.parent.exists() and not state.exists()
+    state.touch()  # killed after the wave's record was written
+    lora.train(settings, tasks, tmp_path)
+    assert not state.exists()
+
+
+def test_accelerates_own_precision_is_not_taken(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert loop.accelerator("cpu").mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_that_stopped_twice(tmp_path):
+    """And rows that came after the state are in the log once."""
+    train(tmp_path / "whole")
+    for step in (5, 7):
+        with pytest.raises(RuntimeError, match="for the test"):
+            train(tmp_path / "part", at={step: fail})
+        assert [row["step"] for row in read_log(tmp_path / "part")] == list(range(1, step + 1))
+    with (tmp_path / "part" / NAME).open("a") as log:
+        log.write('{"step": 8, "loss": 3.')
+    assert len(read_log(tmp_path / "part")) == 7
+    train(tmp_path / "part")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+
+
+def test_a_finished_run_does_nothing_and_says_the_same(tmp_path):
+    train(tmp_path)
+    before, log = runs.left(tmp_path), (tmp_path / NAME).read_text()
+    job = train(tmp_path, at=dict.fromkeys(range(8), fail))
+    assert runs.differing(before, runs.left(tmp_path)) == [] and (tmp_path / NAME).read_text() == log
+    assert set(job.written) <= {(tmp_path.name, 8)}
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path):
+    train(tmp_path)
+    before = runs.left(tmp_path)
+    message = "other settings \\(learning_rate: 0.001 then, 0.01 now; steps: 8 then, 9 now\\); choose another output folder"
+    with pytest.raises(ConfigError, match=message):
+        train(tmp_path, steps=9, learning_rate=0.01)
+    with pytest.raises(ConfigError, match=r"training_state.pt: .* other data \(points\)"):
+        train(tmp_path, points="b")
+    assert runs.differing(before, runs.left(tmp_path)) == []
+
+
+@pytest.mark.parametrize("change", ["train", "val", "descriptions"])
+def test_changed_tasks_are_refused(base_model, tasks, tmp_path, change):
+    settings = runs.sft(base_model, steps=1)
+    sft.train(settings, tasks, tmp_path / "out")
+    if change == "descriptions":
+        texts = json.loads((tasks / "descriptions.json").read_text())
+        texts["last"][1] += " now"
+        (tasks / "descriptions.json").write_text(json.dumps(texts))
+    else:
+        change_examples(tasks, change, lambda row: row | {"output": ["green"]})
+    changed = {"descriptions": r"\['last'\]"}.get(change, r"\['first', 'last'\]")
+    with pytest.raises(ConfigError, match=rf"other data \(tasks: {changed}\)"):
+        sft.train(settings, tasks, tmp_path / "out")
+
+
+def test_changed_adapters_are_refused(tmp_path):
+    stack = runs.library(tmp_path / "library")
+    reconstructed(None, None, tmp_path / "out")
+    stack.lora_B["v_proj"][1, 0, 0, 0] += 1
+    stack.save_pretrained(tmp_path / "library" / "task1", adapter=1, base_model_name_or_path="base")
+    with pytest.raises(ConfigError, match=r"other data \(adapters: \['task1'\]\)"):
+        reconstructed(None, None, tmp_path / "out")
+
+
+# --- losses that are no numbers --------------------------------------------------------------------------------------
+
+
+def bad_loss(value):
+    return lambda loss, step: loss * value if step == 5 else loss
+
+
+def bad_gradient(loss, step):
+    """The loss is a number; 0 * inf is its gradient."""
+    return loss + (loss * 0).sqrt() if step == 5 else loss
+
+
+@pytest.mark.parametrize("case", ["nan", "inf", "gradient"])
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path, case):
+    whole = tmp_path / "whole"
+    train(whole)
+    worse = bad_gradient if case == "gradient" else bad_loss(float(case))
+    what = "the gradient's norm is nan" if case == "gradient" else f"loss is {case}"
+    job = Toy(worse=worse)
+    with pytest.raises(FloatingPointError, match=f"{what} at step 6; last good state: .*training_state.pt, step 3"):
+        loop.run(job, tmp_path / "part", loop.accelerator("cpu"))
+    assert all(p.isfinite().all() for p in job.model.parameters())
+    state = torch.load(tmp_path / "part" / loop.STATE, weights_only=True)
+    assert state["step"] == 3 and all(t.isfinite().all() for t in state["trained"].values())
+    train(tmp_path / "part")
+    assert runs.differing(runs.left(whole), runs.left(tmp_path / "part")) == []
+
+
+def test_a_bad_step_changes_no_parameter(tmp_path):
+    """And where no state was saved, that is said."""
+    seen = []
+    for worse in (bad_loss(math.nan), bad_gradient):
+        job = Toy(worse=worse, save_every=100)
+
+        def note(job=job):
+            seen.append([p.detach().clone() for p in job.model.parameters()])
+
+        job._at[5] = note
+        with pytest.raises(FloatingPointError, match="step 6; no state was saved before"):
+            loop.run(job, tmp_path / str(len(seen)), loop.accelerator("cpu"))
+        for before, p in zip(seen[-1], job.model.parameters(), strict=True):
+            assert torch.equal(before, p)
+
+
+def test_a_validation_that_is_no_number_ends_the_run(tmp_path):
+    """It would never be the best, and with patience end the run as if nothing had happened."""
+    with pytest.raises(FloatingPointError, match=r"validation loss of \['toy'\] is not finite after step 4; .*step 3$"):
+        train(tmp_path, val_losses={2: 1.0, 4: math.nan}, validate_every=2)
+
+
+# --- interrupts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_interrupt_saves(tmp_path, number):
+    train(tmp_path / "whole")
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt, match=r"saved at step 5 in .*part; the same command goes on from there"):
+        train(tmp_path / "part", at={4: lambda: signal.raise_signal(number)})
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert torch.load(tmp_path / "part" / loop.STATE, weights_only=True)["step"] == 5  # no multiple of save_every
+    assert json.loads((tmp_path / "part" / "toy.json").read_text())[0] == 5
+    train(tmp_path / "part")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "part")) == []
+
+
+def test_the_second_interrupt_acts_at_once(tmp_path):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train(tmp_path, at={4: twice})
+    assert "saved" not in str(stop.value)
+    assert torch.load(tmp_path / loop.STATE, weights_only=True)["step"] == 3
+
+
+def test_an_interrupt_between_waves_is_not_lost(base_model, tasks, tmp_path, monkeypatch):
+    """In the last step of a wave: the next one does not begin."""
+    step, calls = loop._step, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(loop, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lora_waves(base_model, tasks, tmp_path)
+    assert len(calls) == 3
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_validation_is_kept(tmp_path):
+    val_losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 9: 1.5}
+    job = train(tmp_path, val_losses=val_losses, validate_every=2, steps=9)
+    found = [(row["step"], row["val_loss"], row["best"]) for row in runs.rows(tmp_path) if "val_loss" in row]
+    assert found == [(2, 3.0, True), (4, 1.0, True), (6, 2.0, False), (8, 1.0, False), (9, 1.5, False)]
+    assert [written for written in job.written if written[0] == loop.BEST] == [("best", 2), ("best", 4)]
+    assert json.loads((tmp_path / loop.BEST / "toy.json").read_text())[0] == 4
+    assert json.loads((tmp_path / "toy.json").read_text())[0] == 9
+
+
+def test_the_best_validation_is_known_after_a_stop(tmp_path):
+    val_losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5}
+    with pytest.raises(RuntimeError):
+        train(tmp_path, val_losses=val_losses, validate_every=2, at={7: fail})
+    job = train(tmp_path, val_losses=val_losses, validate_every=2)
+    assert not [written for written in job.written if written[0] == loop.BEST]
+    assert [row["best"] for row in runs.rows(tmp_path) if "val_loss" in row] == [True, True, False, False]
+
+
+def test_best_holds_the_checkpoint_of_the_best_validation(base_model, tasks, tmp_path):
+    """Both checkpoints, loaded, have the validation losses that the log gives them."""
+    change_examples(tasks, "val", lambda row: row | {"output": ["Input Output"]})  # what training makes ever less likely
+    # Steps so large that the last digits of a CPU do not decide which of the two is best.
+    settings = runs.sft(base_model, steps=12, learning_rate=0.1, schedule="constant", validate_every=6)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    logged = {row["step"]: row["val_loss"] for row in runs.rows(out) if "val_loss" in row}
+    best = min(logged, key=logged.get)
+    assert best != settings.steps  # else the test says little
+    fit = TrainingContext(settings, tasks, torch.device("cpu"))
+    job = sft.SFT(settings, fit)
+    for folder, step in ((out, settings.steps), (out / loop.BEST, best)):
+        assert json.loads((folder / "config.json").read_text())["training"]["steps_done"] == step
+        job.model.load_state_dict(t2l.HyperNetwork.from_pretrained(folder).state_dict())
+        with torch.no_grad():
+            found = job.validate(Shard())
+        assert math.fsum(found.values()) / len(found) == logged[step]
+    fit.close()
+
+
+@pytest.mark.parametrize("kind", [runs.sft, runs.lora])
+def test_without_a_validation_split(base_model, tasks, tmp_path, kind):
+    change_examples(tasks, "val", lambda row: None)
+    train = {runs.sft: sft.train, runs.lora: lora.train}[kind]
+    with pytest.raises(
+        ConfigError, match=r"validate_every: expected 0, since no task of .*tasks has examples of split 'val'"
+    ):
+        train(kind(base_model), tasks, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    train(kind(base_model, validate_every=0, steps=2), tasks, tmp_path / "out")
+    assert not (tmp_path / "out" / loop.BEST).exists() and not (tmp_path / "out" / lora.LAST).exists()
+
+
+def test_devices():
+    with pytest.raises(ConfigError, match="--device: expected 'cpu' or 'cuda', got 'tpu'"):
+        loop.accelerator("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device: got 'cuda', but torch finds no CUDA device"):
+            loop.accelerator("cuda")

@@ -1,0 +1,256 @@
+"""Adapters without a hypernetwork: one start, independent of their neighbours, as PEFT reads them."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import lora
+from t2l_engine.research.training import runs as training_runs
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.reconstruction import Library
+from t2l_engine.testing import numerics
+from t2l_engine.text import base_model as base_model_loader
+from tests.research.training import runs
+
+CPU = torch.device("cpu")
+FIRST = "000"
+
+
+@pytest.fixture
+def four_tasks(tasks):
+    """The folder of tasks with two more, of other lengths: both words, always the same one."""
+    about = json.loads((tasks / "descriptions.json").read_text())
+    for name, answer in (("both", None), ("cat", "cat")):
+        found = [json.loads(line) for line in (tasks / "first.jsonl").read_text().splitlines()]
+        found = [row | {"output": [answer or row["input"]]} for row in found]
+        (tasks / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+        about[name] = [f"Say {name} now."]
+    (tasks / "descriptions.json").write_text(json.dumps(about))
+    return tasks
+
+
+@pytest.fixture
+def context(base_model, tasks):
+    """Makes what a job needs; detached at the end."""
+    made = []
+
+    def make(folder=tasks, **changes):
+        made.append(TrainingContext(runs.lora(base_model, **changes), folder, CPU))
+        return made[-1]
+
+    yield make
+    for fit in made:
+        fit.close()
+
+
+def read(folder, *names):
+    """Adapters of a run as one stack."""
+    return t2l.AdapterStack.from_peft([folder / name for name in names])
+
+
+def tensors(stack):
+    return {f"{side} {name}": t for side in ("lora_A", "lora_B") for name, t in getattr(stack, side).items()}
+
+
+def test_every_adapter_starts_alike(context, tmp_path):
+    """Whatever trains beside it; test_initialisation.py has what the start is."""
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [1, 0], tmp_path)
+    stack = job.model()
+    assert job.names == ["last", "first"] and stack.scaling.tolist() == [4.0, 4.0]  # alpha 16 over rank 4
+    fit.close()
+    again = lora.LoRA(fit.settings, fit, [0], tmp_path).model()
+    assert all(torch.equal(again.lora_A[name][0], A[1]) for name, A in stack.lora_A.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"prompt": "description", "weighting": "token", "samples_per_task": 2}])
+def test_an_adapter_does_not_depend_on_its_neighbours(base_model, four_tasks, tmp_path, changes):
+    """Nor on how waves and batches are cut; clipped, noisy, and with answers of other lengths beside it."""
+    same = {"neftune_alpha": 5.0, "label_smoothing": 0.1, "grad_clip": 0.5} | changes
+    cuts = {
+        "together": ({"tasks_per_batch": 4}, None),
+        "accumulated": ({"tasks_per_batch": 2, "accumulation": 2}, None),
+        "waves": ({"tasks_per_batch": 3}, None),
+        "alone": ({"tasks_per_batch": 4}, ["last"]),
+    }
+    for name, (cut, names) in cuts.items():
+        lora.train(runs.lora(base_model, **same, **cut), four_tasks, tmp_path / name, names=names)
+    assert len(list((tmp_path / "waves" / lora.WAVES).iterdir())) == 2
+    tasks = ["both", "cat", "first", "last"]
+    for part in (lora.ADAPTERS, lora.LAST):
+        expected = tensors(read(tmp_path / "together" / part, *tasks))
+        for name, (_, names) in cuts.items():
+            got = tensors(read(tmp_path / name / part, *(names or tasks)))
+            for key, value in got.items():
+                wanted = expected[key][-1:] if names else expected[key]
+                assert numerics.relative_frobenius(value, wanted) <= numerics.TRAINED_FROBENIUS, (name, part, key)
+    losses = [runs.losses(tmp_path / name / lora.WAVES / "000") for name in ("together", "accumulated")]
+    assert losses[1] == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
+    waves = [runs.losses(wave) for wave in (tmp_path / "waves" / lora.WAVES).iterdir()]  # of two tasks each
+    means = [(first + second) / 2 for first, second in zip(*waves, strict=True)]
+    assert means == pytest.approx(losses[0], rel=numerics.TRAINING_RTOL)
+
+
+def test_waves_are_alike_in_length_and_number(context, four_tasks):
+    fit = context(four_tasks, tasks_per_batch=3)
+    lengths = [fit.train.mean_length(i) for i in range(4)]
+    found = lora.waves(fit.settings, fit)
+    assert [len(wave) for wave in found] == [2, 2] and sorted(i for wave in found for i in wave) == [0, 1, 2, 3]
+    assert max(lengths[i] for i in found[0]) <= min(lengths[i] for i in found[1])
+    assert fit.tasks[found[1][1]].name == "both"  # whose answers are two words
+    shared = context(four_tasks, tasks_per_batch=3, mode="multi-task")
+    assert lora.waves(shared.settings, shared) == [[0, 1, 2, 3]]
+
+
+def test_each_adapter_is_clipped_alone(context, tmp_path):
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for size, parameter in enumerate(job.model.parameters(), 1):
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad[0] *= 0.001 * size
+    before = [p.grad.clone() for p in job.model.parameters()]
+    expected, norms = [], []
+    for adapter in (0, 1):
+        alone = [nn.Parameter(g[adapter]) for g in before]
+        for p in alone:
+            p.grad = p.detach().clone()
+        norms.append(float(nn.utils.clip_grad_norm_(alone, 1.0)))
+        expected.append([p.grad for p in alone])
+    assert norms[0] < 1 < norms[1]
+    assert float(job.clip(0.0)) == pytest.approx(max(norms), rel=numerics.GRADIENT_RTOL)
+    assert all(torch.equal(p.grad, g) for p, g in zip(job.model.parameters(), before, strict=True))
+    assert float(job.clip(1.0)) == pytest.approx(max(norms), rel=numerics.GRADIENT_RTOL)
+    for i, p in enumerate(job.model.parameters()):
+        assert torch.equal(p.grad[0], before[i][0])
+        for adapter in (0, 1):
+            bound = numerics.gradient_bound(expected[adapter][i], torch.float32)
+            assert (p.grad[adapter] - expected[adapter][i]).abs().max() <= bound
+
+
+def test_each_adapter_is_kept_at_its_own_best(context, tmp_path):
+    fit = context()
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    steps = [{"first": 3.0, "last": 1.0}, {"first": 2.0, "last": 2.0}, {"first": float("nan"), "last": 1.0}]
+    for step, losses in enumerate(steps, 1):
+        with torch.no_grad():
+            for parameter in job.model.parameters():
+                parameter.fill_(step)
+        better = job.improved(losses, step)
+        assert better == (step < 3)
+        if better:
+            job.write(tmp_path / "unused", step, best=True)
+        job.write(tmp_path / "unused", step, best=False)
+    for part, values in ((lora.ADAPTERS, (2, 1)), (lora.LAST, (3, 3))):
+        for name, value in zip(("first", "last"), values, strict=True):
+            assert all((t == value).all() for t in tensors(read(tmp_path / part, name)).values()), (part, name)
+    saved = copy.deepcopy(job.best)
+    assert saved["losses"] == {"first": 2.0, "last": 1.0} and not (tmp_path / "unused").exists()
+
+
+def test_an_improvement_is_larger_than_min_delta(context, tmp_path):
+    fit = context(min_delta=0.25)
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    steps = [(1.0, 1.0), (0.8, 0.7), (0.74, 0.5)]  # first: better at 0 and 2; last: at 0 and 1
+    for step, losses in enumerate(steps):
+        assert job.improved(dict(zip(("first", "last"), losses, strict=True)), step)
+    assert job.best["losses"] == {"first": 0.74, "last": 0.7} and job.best["steps"] == {"first": 2, "last": 1}
+    fit = context(min_delta=0.25, mode="multi-task")
+    shared = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    assert [shared.improved({"first": loss}, step) for step, loss in enumerate((1.0, 0.8, 0.7))] == [True, False, True]
+
+
+def test_an_adapter_without_patience_is_not_kept_later(context, tmp_path):
+    """What its own run would not have come to: another adapter of the wave went on."""
+    fit = context(patience=1, validate_every=10)
+    job = lora.LoRA(fit.settings, fit, [0, 1], tmp_path)
+    steps = [(1.0, 1.0), (1.1, 0.9), (0.9, 0.8), (0.8, 0.9)]  # first: over at 10; last: at 30
+    kept = [job.improved(dict(zip(("first", "last"), losses, strict=True)), 10 * i) for i, losses in enumerate(steps)]
+    assert kept == [True, True, True, False] and job.best["step"] == 20
+    assert job.best["losses"] == {"first": 1.0, "last": 0.8} and job.best["steps"] == {"first": 0, "last": 20}
+
+
+def test_a_task_without_validation_is_kept_as_of_the_last_step(base_model, four_tasks, tmp_path):
+    """Also where nothing of its wave can be validated."""
+    for name in ("both", "cat"):
+        lines = (four_tasks / f"{name}.jsonl").read_text().splitlines()
+        (four_tasks / f"{name}.jsonl").write_text("\n".join(line for line in lines if '"val"' not in line))
+    of = {"tasks_per_batch": 1, "learning_rate": 0.02, "steps": 4}
+    out = lora.train(runs.lora(base_model, validate_every=2, **of), four_tasks, tmp_path / "out")
+    lora.train(runs.lora(base_model, validate_every=0, **of), four_tasks, tmp_path / "plain")
+    for name in ("both", "cat"):
+        got, wanted = (tensors(read(folder / lora.ADAPTERS, name)) for folder in (out, tmp_path / "plain"))
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted) and not (out / lora.LAST / name).exists()
+    assert Library(out / lora.ADAPTERS).names == ["both", "cat", "first", "last"]
+
+
+def test_adapters_are_what_peft_and_reconstruction_read(base_model, tasks, tmp_path):
+    peft = pytest.importorskip("peft")
+    out = lora.train(runs.lora(base_model, scaling="rslora", steps=30), tasks, tmp_path / "out")
+    curve = runs.losses(out / lora.WAVES / "000")
+    assert sum(curve[-4:]) < 0.8 * sum(curve[:4])
+    adapters = out / lora.ADAPTERS
+    assert json.loads((adapters / "descriptions.json").read_text()) == json.loads((tasks / "descriptions.json").read_text())
+    read_back = Library(adapters)
+    assert (read_back.rank, read_back.scaling, read_back.base_model) == (4, 8.0, str(base_model))
+    ids = torch.tensor([[3, 9, 10, 4]])
+    model, _ = base_model_loader.load(str(base_model), torch.float32)
+    with torch.no_grad():
+        plain = model(ids).logits
+        handle = t2l.attach(model, read(adapters, "first", "last"))
+        ours = []
+        for index in (0, 1):
+            with handle.use(index):
+                ours.append(model(ids).logits)
+        handle.detach()
+        for name, logits in zip(("first", "last"), ours, strict=True):
+            theirs = peft.PeftModel.from_pretrained(model, adapters / name)
+            assert (logits - theirs(ids).logits).abs().max() <= numerics.LOGITS_ATOL
+            model = theirs.unload()
+    assert min((logits - plain).abs().max() for logits in ours) > 100 * numerics.LOGITS_ATOL
+
+
+@pytest.mark.parametrize("prompt", ["input", "description"])
+def test_one_adapter_for_all_tasks(base_model, tasks, tmp_path, prompt):
+    settings = runs.lora(base_model, mode="multi-task", prompt=prompt, steps=16, tasks_per_batch=4)
+    out = lora.train(settings, tasks, tmp_path / "out")
+    assert [path.name for path in (out / lora.ADAPTERS).iterdir()] == [lora.MULTI_TASK]
+    assert (out / lora.LAST / lora.MULTI_TASK).is_dir()
+    found = [row for row in runs.rows(out / lora.WAVES / "000") if "loss" in row]
+    assert sum(row["loss"] for row in found[-4:]) < 0.9 * sum(row["loss"] for row in found[:4])
+    # "<user> red blue <bot> red </s>" with or without a text of three to six words
+    assert all(row["tokens"] == 4 * 6 if prompt == "input" else row["tokens"] >= 4 * 9 for row in found)
+
+
+def test_a_finished_run_does_nothing_and_another_is_refused(base_model, tasks, tmp_path):
+    settings = runs.lora(base_model, steps=2, tasks_per_batch=1)
+    out = lora.train(settings, tasks, tmp_path / "out")
+    before = runs.left(out)
+    assert not list(out.rglob("*.pt"))  # a state is of a wave that runs
+    lora.train(settings, tasks, out)
+    assert runs.differing(before, runs.left(out)) == []
+    message = r"waves/.*/done.json: written by a run with other settings or data \({}\); choose another output folder"
+    with pytest.raises(ConfigError, match=message.format("steps: 2 then, 3 now")):
+        lora.train(runs.lora(base_model, steps=3, tasks_per_batch=1), tasks, out)
+    about = json.loads((tasks / "descriptions.json").read_text())
+    (tasks / "descriptions.json").write_text(json.dumps(about | {"last": ["Another."], "first": ["One more."]}))
+    with pytest.raises(ConfigError, match=message.format(r"data: \['first'\]")):
+        lora.train(settings, tasks, out)
+    assert runs.differing(before, runs.left(out)) == []
+
+
+def test_a_record_of_thousands_of_tasks(tmp_path):
+    """Longer than configurations may be."""
+    path = tmp_path / training_runs.WAVES / "000" / training_runs.RECORD
+    path.parent.mkdir(parents=True)
+    data = {
+        f"task-{i}": dict.fromkeys(("descriptions", "test", "train", "val"), [18, "9104560cd39e535b"]) for i in range(8000)
+    }
+    path.write_text(json.dumps({"settings": {"prompt_form": "raw"}, "adapters": ["multi-task"], "data": data}))
+    assert path.stat().st_size > 1 << 20
+    assert training_runs.settings_of(tmp_path) == {"prompt_form": "raw"}

@@ -1,0 +1,390 @@
+"""The loss of answers through a model with adapters by row, against the model's own logits, row by row."""
+
+import contextlib
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.research.training import context, sft
+from t2l_engine.research.training.objective import IGNORED, Objective, collate, generated_l2, token_weights
+from t2l_engine.research.training.sampling import Group, Sample, Shard, divide
+from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.testing.numerics import GRADIENT_RTOL, LOSS_ATOL, STANDARD_ERRORS
+from tests.research.training import plain
+
+#: Family -> (what its tiny configuration needs, linears to adapt).
+FAMILIES = {
+    "Llama": ({}, ("q_proj", "v_proj", "down_proj")),
+    "GPT2": ({}, ("c_attn", "c_fc")),  # learned positions, Conv1D
+    "OPT": ({"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}, ("fc1", "v_proj")),
+    "Gemma2": ({"final_logit_softcapping": 2.0}, ("q_proj", "gate_proj")),
+    "Cohere": ({"logit_scale": 0.25}, ("k_proj", "up_proj")),
+    "Bloom": ({}, ("dense_h_to_4h",)),  # no position_ids: its positions are in the mask
+    "Granite": ({"logits_scaling": 4.0, "embedding_multiplier": 3.0}, ("o_proj", "v_proj")),
+}
+#: Tokens and answer tokens of the samples of each group; tasks 0, 1, 0, 2.
+SIZES = [[(7, 2), (12, 1)], [(3, 1)], [(9, 4), (5, 1)], [(4, 2), (6, 2)]]
+
+
+def groups(sizes=SIZES, tasks=(0, 1, 0, 2)):
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(length, answer):
+        return Sample(tuple(torch.randint(3, 97, (length,), generator=generator).tolist()), answer)
+
+    return [
+        Group(task, 0, tuple(sample(*size) for size in group), f"key{i}")
+        for i, (task, group) in enumerate(zip(tasks, sizes, strict=False))
+    ]
+
+
+@pytest.fixture
+def made(tiny_model, make_stack):
+    """Factory: (model, attached handle, a stack of four adapters) of a family."""
+
+    def make(family="Llama"):
+        changes, names = FAMILIES[family]
+        model = tiny_model(family, **changes).requires_grad_(False)
+        modules = context.locate(model, names)
+        shapes = dict(zip(names, zip(modules.in_features, modules.out_features, strict=True), strict=True))
+        paths = dict(zip(names, modules.paths, strict=True))
+        stack = make_stack(shapes, num_adapters=4, num_layers=modules.num_layers, rank=3, paths=paths)
+        return model, t2l.attach(model, stack[0]), stack
+
+    return make
+
+
+@contextlib.contextmanager
+def detached(model, handle, stack):
+    """The model alone, and its adapters in plain hooks: ``adapted(i)``."""
+    handle.detach()
+    modules = {name: (stack.lora_A[name], stack.lora_B[name]) for name in stack.paths}
+    with torch.no_grad():
+        yield lambda i: plain.applied(model, modules, stack.paths, stack.scaling, [i])
+
+
+def expected_tokens(model, handle, stack, step, smoothing=0.0):
+    """Of every sample of ``step``, in order: (its task, cross-entropy of every answer token)."""
+    found = []
+    with detached(model, handle, stack) as adapted:
+        for i, group in enumerate(step):
+            for sample in group.samples:
+                with adapted(i):
+                    found.append((group.task, plain.answer_losses(model, sample, smoothing)))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_rows(made, family, smoothing):
+    """Every row of a padded batch as alone and unpadded, with all its logits made by the model itself."""
+    model, handle, stack = made(family)
+    step = groups()
+    batch = collate(step, 0, lambda sample, group: 1 / sample.answer_len, len(step))
+    with torch.no_grad():
+        ours = Objective(model, handle).losses(batch, stack, label_smoothing=smoothing)
+    with torch.enable_grad():
+        training = Objective(model, handle).losses(batch, stack, label_smoothing=smoothing)
+    theirs = torch.stack([tokens.mean() for _, tokens in expected_tokens(model, handle, stack, step, smoothing)])
+    assert ours.dtype == torch.float32 and theirs.min() > 0.5  # rows of random models, far from being right
+    assert (ours - theirs).abs().max() <= LOSS_ATOL and (training - theirs).abs().max() <= LOSS_ATOL
+
+
+def test_weighting(made):
+    """Means over samples, over tokens, and each task's own mean."""
+    model, handle, stack = made()
+    step = groups()
+    objective, found = Objective(model, handle), {}
+    with torch.no_grad():
+        for kind in ("sample", "token"):
+            for per_task in (False, True):
+                batch = collate(step, 0, token_weights(kind, step, per_task), len(step))
+                rows = objective.losses(batch, stack)
+                totals = defaultdict(float)
+                for task, loss in zip(batch.tasks, rows.tolist(), strict=True):
+                    totals[task] += loss
+                found[kind, per_task] = dict(totals) if per_task else float(rows.sum())
+    tokens = expected_tokens(model, handle, stack, step)
+    by_task = defaultdict(list)
+    for task, losses in tokens:
+        by_task[task].append(losses)
+    samples = torch.stack([losses.mean() for _, losses in tokens])
+    assert abs(found["sample", False] - samples.mean()) <= LOSS_ATOL
+    assert abs(found["token", False] - torch.cat([losses for _, losses in tokens]).mean()) <= LOSS_ATOL
+    assert found["sample", True].keys() == found["token", True].keys() == {0, 1, 2}
+    for task, losses in by_task.items():
+        assert abs(found["sample", True][task] - torch.stack([t.mean() for t in losses]).mean()) <= LOSS_ATOL
+        assert abs(found["token", True][task] - torch.cat(losses).mean()) <= LOSS_ATOL
+
+
+@pytest.mark.parametrize("kind", ["sample", "token"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_batches_add_up(made, kind, processes):
+    """Losses and regularisers of a step's batches, over processes, are those of the whole step."""
+    model, handle, stack = made()
+    step = groups()
+    objective, weight = Objective(model, handle), token_weights(kind, step, False)
+    with torch.no_grad():
+        whole = objective.losses(collate(step, 0, weight, len(step)), stack).sum() + generated_l2(stack)
+        total = torch.zeros(())
+        for shard in (Shard(i, processes) for i in range(processes)):
+            for part in divide(step, 2, shard):
+                batch = collate(part, 0, weight, len(step))
+                own = stack[[step.index(group) for group in part]]
+                total += objective.losses(batch, own).sum() + batch.fraction * generated_l2(own)
+    assert abs(total - whole) <= LOSS_ATOL
+
+
+def test_generated_l2():
+    A = {"q_proj": torch.tensor([[[[1.0, 2.0]]], [[[3.0, 0.0]]]]), "v_proj": torch.full((2, 1, 1, 2), 2.0)}
+    B = {"q_proj": torch.tensor([[[[1.0], [1.0]]], [[[0.0], [2.0]]]]), "v_proj": torch.zeros(2, 1, 3, 1)}
+    stack = t2l.AdapterStack(A, B, torch.tensor([7.0, 9.0]))
+    assert generated_l2(stack) == (1 + 4 + 9 + 0) / 4 + (1 + 1 + 0 + 4) / 4 + 4 + 0
+
+
+def test_collate():
+    step = [
+        Group(4, 0, (Sample((5, 6, 7, 8), 2), Sample((9, 10), 1)), "a"),
+        Group(2, 1, (Sample((11, 12, 13), 1),), "b"),
+    ]
+    batch = collate(step, 0, lambda sample, group: sample.answer_len + group.task, 5)
+    assert batch.ids.tolist() == [[5, 6, 7, 8], [0, 0, 9, 10], [0, 11, 12, 13]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]
+    assert batch.labels.tolist() == [[7, 8], [IGNORED, 10], [IGNORED, 13]]
+    assert batch.weights.tolist() == [6, 5, 3] and batch.adapters == [0, 0, 1] and batch.tasks == [4, 4, 2]
+    assert (batch.fraction, batch.tokens) == (2 / 5, 12)
+    assert collate(step, 0, lambda s, g: 1, 5, lambda number, group: group.task).adapters == [4, 4, 2]
+
+
+# --- models whose logits are made otherwise -----------------------------------------------------------------------
+
+
+def test_logits_that_are_not_understood(tiny_model, make_stack):
+    """A factor that no known field names is found before training starts."""
+    model = tiny_model("Llama")
+    handle = t2l.attach(model, make_stack({"q_proj": (64, 64)}))
+
+    class Scaled(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits * 0.75
+            return out
+
+    class Wider(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = nn.functional.pad(out.logits, (0, 3))
+            return out
+
+    Objective(model, handle)
+    for kind in (Scaled, Wider):
+        model.__class__ = kind
+        with pytest.raises(ConfigError, match=f"base_model: {kind.__name__} makes logits in a way that training does not"):
+            Objective(model, handle)
+    model.__class__ = Scaled.__mro__[1]
+    model.config.logit_scale = 0.5  # a field that this model does not read
+    with pytest.raises(ConfigError, match="makes logits in a way"):
+        Objective(model, handle)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("Bart", {"decoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4}, "behind padding"),  # positions
+        ("ModernBertDecoder", {}, "makes logits in a way"),  # its get_decoder() gives the head
+        ("Roberta", {"is_decoder": True}, "makes logits in a way"),  # a layer between decoder and head
+    ],
+)
+def test_models_that_are_not_understood(tiny_model, family, changes, message):
+    with pytest.raises(ConfigError, match=f"^base_model: {family}.* {message}"):
+        Objective(tiny_model(family, **changes), None)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "Granite", "Bloom"])
+def test_bfloat16_logits_are_understood(tiny_model, make_stack, family):
+    model = tiny_model(family, dtype=torch.bfloat16, **FAMILIES.get(family, ({},))[0])
+    Objective(model, None)
+
+
+# --- noise -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def first_layer():
+    """Factory: what enters the first layer of a Llama, of every forward pass from now on."""
+
+    def make(model):
+        seen = []
+
+        def note(layer, args, kwargs):
+            seen.append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+        model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
+        return seen
+
+    return make
+
+
+def test_neftune(made, first_layer):
+    """Uniform within alpha/sqrt(L D) on a row's own L tokens, none on padding, a function of the group alone."""
+    model, handle, stack = made()
+    model.get_input_embeddings().weight.zero_()  # what is seen is the noise
+    objective, seen = Objective(model, handle), first_layer(model)
+    step = groups([[(40, 2), (90, 1)], [(61, 1)], [(90, 4)], [(4, 2)]], (0, 0, 1, 2))
+
+    def noise(part, alpha=5.0):
+        batch = collate(part, 0, token_weights("sample", step, False), len(step))
+        objective.losses(batch, stack, neftune_alpha=alpha)
+        return seen.pop()
+
+    rows = noise(step)
+    lengths, scaled = [len(s.tokens) for g in step for s in g.samples], []
+    for row, length in zip(rows, lengths, strict=True):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert not row[: 90 - length].any() and row[90 - length :].abs().max() <= bound
+        scaled.append(row[90 - length :].flatten() / bound)
+    values = torch.cat(scaled)
+    assert values.max() > 0.99 and values.min() < -0.99
+    assert abs(values.mean()) <= STANDARD_ERRORS * (1 / 3 / len(values)) ** 0.5  # of a uniform draw in [-1, 1]
+    assert abs(values.square().mean() - 1 / 3) <= STANDARD_ERRORS * (4 / 45 / len(values)) ** 0.5
+    assert not torch.equal(rows[1], rows[3])  # of one length
+
+    assert torch.equal(noise(step), rows)  # again
+    alone = noise(step[1:2])
+    assert torch.equal(alone[0], rows[2, -61:])  # in another batch
+    assert torch.equal(noise(step[2:] + step[:1])[2:], rows[:2])
+    assert not noise(step, 0.0).any()
+    assert torch.equal(noise(step, 2.5), rows / 2)
+
+
+def test_a_loss_leaves_nothing_behind(tiny_model, stack_for):
+    """Not after an error either; and detached the model is what it was, bit for bit and module for module."""
+    model, ids = tiny_model("Llama"), torch.tensor([[3, 4, 5]])
+    modules = {name: id(module) for name, module in model.named_modules()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        base = model(ids).logits
+    stack = stack_for(model, ("q_proj", "down_proj"), num_adapters=4)
+    handle = t2l.attach(model, stack[0])
+    objective, batch = Objective(model, handle), collate(groups(), 0, lambda s, g: 1.0, 4)
+    objective.losses(batch, stack, neftune_alpha=5.0, lora_dropout=0.5).sum().backward()
+    batch.ids[0, 0] = 10**6  # no such token
+    with pytest.raises(IndexError):
+        objective.losses(batch, stack, neftune_alpha=5.0, lora_dropout=0.5)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base)  # attached, but no ids are set
+        handle.detach()
+        assert torch.equal(model(ids).logits, base)
+    assert not model.training and {name: id(module) for name, module in model.named_modules()} == modules
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+# --- dropout ------------------------------------------------------------------------------------------------------------
+
+
+def test_dropout_of_a_step(made):
+    """A function of torch's generator; none of it at 0 or without gradients."""
+    model, handle, stack = made()
+    objective, batch = Objective(model, handle), collate(groups(), 0, lambda s, g: 1.0, 4)
+    for side in (stack.lora_A, stack.lora_B):
+        for tensor in side.values():
+            tensor.requires_grad_()
+
+    def losses(dropout, seed=0):
+        torch.manual_seed(seed)
+        return objective.losses(batch, stack, lora_dropout=dropout).detach()
+
+    plain_losses = objective.losses(batch, stack).detach()
+    assert torch.equal(losses(0.0), plain_losses)
+    assert torch.equal(losses(0.5), losses(0.5))
+    assert not torch.equal(losses(0.5), losses(0.5, seed=1)) and not torch.equal(losses(0.5), plain_losses)
+    assert torch.equal(losses(0.0), plain_losses)  # nothing is left of it
+    with torch.no_grad():
+        assert torch.equal(losses(0.5), losses(0.0))
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.75])  # whose factors are exact
+def test_dropout_of_a_layer(dropout):
+    """Entries of the input of A are zero or 1/(1 - p) times as large, on the way back too; the base's input is whole."""
+    width, count = 8, 4000
+    model = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(width, width, bias=False)})]).requires_grad_(False)
+    model[0]["q_proj"].weight.zero_()
+    eye = torch.eye(width)[None, None]
+    A, B = eye.clone().requires_grad_(), eye.clone().requires_grad_()  # the layer hands through what A gets
+    stack = t2l.AdapterStack({"q_proj": A}, {"q_proj": B}, torch.ones(1))
+    with torch.no_grad():
+        handle = t2l.attach(model, stack)
+    x = torch.arange(1.0, width + 1).expand(count, 1, width).contiguous()
+    torch.manual_seed(0)
+    with handle.differentiable(stack, [0] * count, dropout=dropout):
+        got = model[0]["q_proj"](x)
+    kept = got != 0
+    assert torch.equal(got[kept], (x / (1 - dropout))[kept])
+    error = (dropout * (1 - dropout) / x.numel()) ** 0.5
+    assert abs(float(kept.float().mean()) - (1 - dropout)) <= STANDARD_ERRORS * error
+    spread = x[0, 0] * (dropout / (1 - dropout) / count) ** 0.5
+    assert ((got.mean(dim=0)[0] - x[0, 0]).abs() <= STANDARD_ERRORS * spread).all()
+    got.sum().backward()
+    masked = got.detach().double().sum(dim=(0, 1))
+    for side in (A, B):
+        assert (side.grad[0, 0] - masked).abs().max() <= GRADIENT_RTOL * masked.max()
+
+
+def test_dropout_belongs_to_its_block(make_stack):
+    """Slots that are used within the block have none, with gradients too; what was current returns."""
+    model = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(16, 24)})])
+    stack = make_stack({"q_proj": (16, 24)}, num_layers=1)
+    handle, x = t2l.attach(model, stack), torch.randn(3, 5, 16, requires_grad=True)
+    linear = model[0]["q_proj"]
+    with handle.use([0, 1, 2]):
+        whole = linear(x)
+    with handle.differentiable(stack, [0, 1, 2], dropout=0.5):
+        assert not torch.equal(linear(x), whole)
+        with handle.use([0, 1, 2]):
+            assert torch.equal(linear(x), whole)
+        with handle.differentiable(stack, [0, 1, 2]):
+            assert torch.equal(linear(x), whole)
+        assert not torch.equal(linear(x), whole)
+    handle.set([0, 1, 2])
+    assert torch.equal(linear(x), whole)
+
+
+# --- validation ---------------------------------------------------------------------------------------------------------
+
+
+def test_validation(base_model, tasks):
+    """The mean over a task's samples of the mean over their tokens, whatever the settings of training."""
+    found = []
+    noisy = {"label_smoothing": 0.2, "neftune_alpha": 5.0, "lora_dropout": 0.5, "weighting": "token"}
+    for changes in ({}, noisy):
+        settings = SFTSettings(
+            base_model=str(base_model), target_modules=("q_proj", "v_proj"), encoder="one-hot", dtype="float32", rank=2,
+            latent_size=8, head_in_size=4, tasks_per_batch=2, samples_per_task=2, validation_samples=5, **changes,
+        )  # fmt: skip
+        fit = context.TrainingContext(settings, tasks, torch.device("cpu"))
+        job = sft.SFT(settings, fit)
+        with torch.no_grad():
+            for head in job.model.heads.values():  # adapters that do something
+                head.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(0))
+            found.append(job.validate(Shard()))
+        batch = job.batches(0, Shard())[0]
+        found.append(job.loss(job.model, batch).item())
+        parts = [job.validate(Shard(index, 2)) for index in range(2)]
+    assert found[0] == found[2] and found[1] != found[3]
+    for name, loss in found[0].items():
+        assert abs(sum(part[name] for part in parts) - loss) <= LOSS_ATOL
+
+    stack = job.model.generate(torch.eye(2))
+    fit.close()
+    with detached(fit.model, t2l.attach(fit.model, stack), stack) as adapted:
+        for i, (name, loss) in enumerate(found[0].items()):
+            assert fit.tasks[i].name == name
+            with adapted(i):
+                samples = [fit.validation.sample(i, j, 0) for j in range(5)]
+                expected = torch.stack([plain.answer_losses(fit.model, sample).mean() for sample in samples]).mean()
+            assert abs(loss - expected) <= LOSS_ATOL

@@ -1,0 +1,421 @@
+"""Training a reader's pooling with its hypernetwork, on descriptions and example sets, and starting from a checkpoint."""
+
+import json
+
+import pytest
+import torch
+
+import t2l_engine as t2l
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.hypernetwork import checkpoint
+from t2l_engine.research.tasks.folder import load_tasks
+from t2l_engine.research.training import conditions, lora, reconstruction, sft
+from t2l_engine.research.training.context import TrainingContext
+from t2l_engine.research.training.sampling import Shard
+from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.testing.numerics import LOSS_ATOL
+from t2l_engine.text import base_model as base_model_loader
+from t2l_engine.text.reader import TextReader, condition_text
+from tests.research.training import plain, runs
+
+CPU = torch.device("cpu")
+SMALL = {"encoder": "reader", "reader_layers": [0, 1], "reader_queries": 2, "reader_width": 8, "reader_heads": 2}
+
+
+def reading(base_model, **changes):
+    examples = {"example_share": 0.5, "example_sets": 3, "max_examples": 2, "tasks_per_batch": 4}
+    return runs.sft(base_model, **SMALL | examples | changes)
+
+
+@pytest.fixture
+def made(base_model, tasks, tmp_path):
+    """Factory: a job on the two tasks."""
+    fits = []
+
+    def make(**changes):
+        settings = reading(base_model, **changes)
+        fits.append(TrainingContext(settings, tasks, CPU))
+        return sft.SFT(settings, fits[-1], tmp_path / f"states{len(fits)}")
+
+    yield make
+    for fit in fits:
+        fit.close()
+
+
+def groups_of(job, steps):
+    return [group for step in range(steps) for batch in job.batches(step, Shard()) for group in batch.groups]
+
+
+def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
+    """The loss falls, and validation is of what the checkpoint generates from the held-out descriptions."""
+    settings = reading(base_model, steps=24, validate_every=24, held_out_descriptions=1)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    curve = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    assert sum(curve[-4:]) < 0.9 * sum(curve[:4])
+    assert all(row["examples"] == 4 for row in runs.rows(out) if "loss" in row)
+
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 2
+    model, _ = base_model_loader.load(str(base_model), torch.float32)
+    fit = TrainingContext(settings, tasks, CPU)
+    stack = engine.generate([task.descriptions[-1] for task in fit.tasks])
+    (found,) = (row["tasks"] for row in runs.rows(out) if "tasks" in row)
+    for number, task in enumerate(fit.tasks):
+        modules = {name: (A, stack.lora_B[name]) for name, A in stack.lora_A.items()}
+        losses = []
+        for i in fit.validation.kept(number):
+            with torch.no_grad(), plain.applied(model, modules, stack.paths, stack.scaling, torch.tensor([number])):
+                losses.append(plain.answer_losses(model, fit.validation.sample(number, i, 0)).mean())
+        assert abs(found[task.name] - torch.stack(losses).mean()) <= LOSS_ATOL, task.name
+    both = engine.generate(["Say the first word."] * 2, [None, [("red cat", "red")]])
+    assert not torch.equal(both.lora_B["q_proj"][0], both.lora_B["q_proj"][1])
+    assert not (out / conditions.STATES / "0").exists()
+
+
+def test_pooling_and_hypernetwork_are_trained(made):
+    job = made()
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    optimizer = torch.optim.AdamW(job.model.parameters(), lr=1e-2)
+    for step in range(3):  # heads start at zero, so nothing before them has a gradient in the first step
+        for batch in job.batches(step, Shard()):
+            job.loss(job.model, batch).backward()
+        optimizer.step()
+    unchanged = [name for name, value in job.model.state_dict().items() if torch.equal(value, before[name])]
+    assert unchanged == []
+
+
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+
+def test_example_sets(made, tasks):
+    """Of training examples and training descriptions, one to max_examples; the same in every run."""
+    job = made(example_sets=64, held_out_descriptions=1)
+    examples = {
+        t.name: {condition_text("", [(e.input, e.outputs[0])]): e for e in t.examples} for t in load_tasks(tasks, "train")
+    }
+    counts, described = set(), 0
+    for task, sets in zip(job._context.tasks, job._conditions._sets, strict=True):
+        assert len(sets) == 64
+        for text, inputs in sets:
+            head, *shots = text.split("Input: ")
+            shots = [f"Input: {shot}".strip() for shot in shots]
+            assert head.strip() in (task.descriptions[0], "") and all(shot in examples[task.name] for shot in shots)
+            assert {examples[task.name][shot].input for shot in shots} == inputs and len(inputs) == len(shots)
+            counts.add(len(shots))
+            described += bool(head.strip())
+    assert counts == {1, 2} and 100 < described < 128
+    assert made(example_sets=64, held_out_descriptions=1)._conditions._sets == job._conditions._sets
+
+
+def test_a_group_never_learns_from_an_example_that_it_reads(made):
+    job = made(example_share=1.0, samples_per_task=2)
+    reads, read = job._conditions, []
+    for group in groups_of(job, 40):
+        number = reads._drawn(group) - len(reads._numbers[group.task])
+        if number >= 0:
+            assert not reads._sets[group.task][number][1] & {s.input for s in group.samples}
+            read.append(number)
+    assert set(read) == {0, 1, 2} and len(read) > 120  # all sets; few groups have an example of each
+
+
+@pytest.mark.parametrize("share, low, high", [(0.0, 0, 0), (0.5, 50, 110)])
+def test_share_of_example_sets(made, share, low, high):
+    reads = (job := made(example_share=share))._conditions
+    found = sum(reads._drawn(g) >= len(reads._numbers[g.task]) for g in groups_of(job, 40))
+    assert low <= found <= high
+    assert reads.config()["max_examples"] == (2 if share else 0)
+
+
+def test_dropped_tokens(made):
+    """A share of each text, by the group's key alone, whatever its batch; validation reads all."""
+    plain, job = (made(example_share=0.0, token_dropout=share)._conditions for share in (0.0, 0.3))
+    groups = groups_of(made(example_share=0.0), 40)
+    states, seen = plain.augmented(groups)
+    same, kept = job.augmented(groups)
+    assert torch.equal(states, same) and torch.equal(job.clean(groups)[1], seen)
+    assert not (kept & ~seen).any() and 0.25 < 1 - kept.sum() / seen.sum() < 0.35
+    for i in (0, 7):
+        alone = job.augmented(groups[i : i + 1])[1][0]
+        assert torch.equal(alone, kept[i, : len(alone)])
+
+
+def test_states_are_the_readers(made, base_model, tasks):
+    """Of each group, those that the checkpoint's encoder would read, whatever else is read."""
+    job = made(held_out_descriptions=1)
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    reads = job._conditions
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    for group in groups_of(job, 5):
+        states, mask = reads.augmented([group])
+        number = reads._drawn(group) - len(reads._numbers[group.task])
+        task = job._context.tasks[group.task]
+        text = reads._sets[group.task][number][0] if number >= 0 else condition_text(task.descriptions[group.description])
+        assert group.description == 0
+        (expected,) = reader.states([text])
+        assert mask.all() and (states[0].float() - expected.float()).abs().max() <= 2**-5
+
+
+def test_some_descriptions_are_read(made):
+    job = made(read_descriptions=1, validate_every=0)
+    chosen = [list(job._conditions.train_indices(i)) for i in range(2)]
+    assert all(len(indices) == 1 for indices in chosen) and {g.description for g in groups_of(job, 9)} <= {0, 1}
+    for group in groups_of(job, 9):
+        assert [group.description] == chosen[group.task]
+
+
+# --- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monkeypatch):
+    noise = runs.NOISE | {"mix_descriptions": False, "embedding_noise": 0.0, "bucket_steps": 1, "validate_every": 2}
+    settings = reading(base_model, optimizer="muon", **noise)
+    sft.train(settings, tasks, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
+        with pytest.raises(OSError, match="for the test"):
+            sft.train(settings, tasks, tmp_path / "failed")
+    monkeypatch.setattr(TextReader, "states", runs.failing(TextReader.states, 0))  # all is read already
+    sft.train(settings, tasks, tmp_path / "failed")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
+
+
+def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(conditions, "CHUNK", 1)
+    monkeypatch.setattr(conditions, "BATCH", 4)
+    settings = reading(base_model, steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(TextReader, "states", runs.failing(TextReader.states, 2))
+        with pytest.raises(OSError, match="for the test"):
+            sft.train(settings, tasks, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / conditions.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
+    calls = []
+    plain_states = TextReader.states
+    monkeypatch.setattr(TextReader, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
+    sft.train(settings, tasks, tmp_path / "out")
+    assert len(calls) == 2  # two descriptions and three example sets of the second task
+    sft.train(settings, tasks, tmp_path / "whole")
+    assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "out")) == []
+
+
+def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
+    texts = [["a", "b c"], ["red cat", "blue"]]
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    config = reading(base_model)
+    fit = TrainingContext(config, tasks, CPU)
+    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
+        states, places = conditions.read_states(reader, changed, tmp_path / "states")
+        for of_task, rows in zip(changed, places, strict=True):
+            for text, (start, end) in zip(of_task, rows, strict=True):
+                assert (states[start:end].float() - reader.states([text])[0].float()).abs().max() <= 2**-5, text
+
+
+def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tasks, tmp_path):
+    """Reading them wrote over the states of the texts before, which are read again."""
+    config = reading(base_model)
+    fit = TrainingContext(config, tasks, CPU)
+    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
+    model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
+    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    texts, other = [["a", "b c"]], [["red", "cat dog"]]
+    expected = conditions.read_states(reader, texts, tmp_path / "states")[0].clone()
+
+    class Fails:
+        """Of a chunk the first batch is written, then reading ends."""
+
+        config, pooling, lengths = reader.config, reader.pooling, staticmethod(reader.lengths)
+
+        @staticmethod
+        def states(batch):
+            yield from reader.states(batch)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        conditions.read_states(Fails, other, tmp_path / "states")
+    assert torch.equal(conditions.read_states(reader, texts, tmp_path / "states")[0], expected)
+
+
+def test_the_initialisation_is_made_where_the_pooling_is(made):
+    """On the CPU, whatever device states are for."""
+    job = made(task_init="discriminant")
+    pooling = job._conditions.pooling()
+    linear = torch.nn.Linear(job._conditions.embed_dim, 16)
+    job._conditions._device = torch.device("meta")
+    job._conditions.initialise(pooling, linear)
+    assert linear.weight.isfinite().all()
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"encoder": "one-hot"}, "reader_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
+        ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
+        ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
+        ({"reader_layers": [1, 0]}, "reader_layers: expected increasing numbers, got .1, 0."),
+        ({"reader_width": 9}, "reader_width: expected a multiple of the 2 reader_heads, got 9"),
+        ({"condition": "input"}, "condition: expected 'description' with encoder 'reader', got 'input'"),
+    ],
+)
+def test_settings_that_do_not_fit(base_model, changes, match):
+    with pytest.raises(ConfigError, match=match):
+        reading(base_model, **changes)
+
+
+def test_layers_that_the_base_model_does_not_have(base_model, tasks, tmp_path):
+    with pytest.raises(ConfigError, match="^reader_layers: expected at most the 2 layers of '.*', got .0, 3"):
+        sft.train(reading(base_model, reader_layers=[0, 3]), tasks, tmp_path / "out")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("example_share", 0.5), ("max_examples", 2), ("read_descriptions", 4), ("token_dropout", 0.1),
+])  # fmt: skip
+def test_settings_of_a_reader_need_one(base_model, field, value):
+    default = SFTSettings.model_fields[field].default
+    with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):
+        runs.sft(base_model, **{field: value})
+
+
+def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
+    with pytest.raises(
+        ConfigError, match="held_out_descriptions: expected fewer than the 2 descriptions of task first, got 2"
+    ):
+        sft.train(reading(base_model, held_out_descriptions=2), tasks, tmp_path / "out")
+
+
+# --- a checkpoint as the start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoder", ["reader", "minilm"])
+def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
+    changes = SMALL if encoder == "reader" else {"encoder": encoder}
+    first = sft.train(runs.sft(base_model, **changes, steps=4), tasks, tmp_path / "first")
+    more = runs.sft(base_model, **changes, steps=1, learning_rate=1e-9, initial=str(first), seed=3)
+    second = sft.train(more, tasks, tmp_path / "second")
+    texts = [text for task in load_tasks(tasks, None) for text in task.descriptions]
+    one, two = (t2l.TextToLoRA.from_pretrained(folder).generate(texts) for folder in (first, second))
+    for name, A in one.lora_A.items():
+        torch.testing.assert_close(two.lora_A[name], A, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(two.lora_B[name], one.lora_B[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_start_is_part_of_a_run(base_model, tasks, tmp_path):
+    """With other weights there the run is refused; the checkpoint names the tasks of the start as trained on, too."""
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    more = reading(base_model, steps=1, initial=str(first), seed=3)
+    second = sft.train(more, tasks, tmp_path / "second", names=["last"])
+    about = checkpoint.describe(second)
+    assert list(about["training"]["tasks"]) == ["last"] and about["training"]["tasks_before"] == ["first"]
+    assert checkpoint.trained_tasks(about) == {"first", "last"}
+    assert checkpoint.trained_tasks({"training": {"tasks": ["first", ["last"], 3], "tasks_before": 4}}) == {"first"}
+    third = sft.train(reading(base_model, steps=1, initial=str(second)), tasks, tmp_path / "third", names=["last"])
+    assert checkpoint.trained_tasks(checkpoint.describe(third)) == {"first", "last"}
+    sft.train(reading(base_model, steps=1, seed=5), tasks, tmp_path / "other")
+    (first / "hypernet.safetensors").write_bytes((tmp_path / "other" / "hypernet.safetensors").read_bytes())
+    with pytest.raises(ConfigError, match=r"other data \(initial\); choose another"):
+        sft.train(more, tasks, tmp_path / "second", names=["last"])
+
+
+def test_a_start_in_bfloat16_goes_on_in_float32(base_model, tasks, tmp_path):
+    """Small steps change what was published rounded, and are not lost in bfloat16."""
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    engine = t2l.TextToLoRA.from_pretrained(first)
+    rounded = engine.hypernetwork.set_dtype(torch.bfloat16)
+    rounded.save_pretrained(tmp_path / "rounded", checkpoint.describe(first), engine.encoder.pooling.bfloat16())
+    more = reading(base_model, steps=2, learning_rate=1e-6, initial=str(tmp_path / "rounded"))
+    second = t2l.HyperNetwork.from_pretrained(sft.train(more, tasks, tmp_path / "second"))
+    start = dict(rounded.named_parameters())
+    for name, weights in second.named_parameters():
+        assert weights.dtype == torch.float32 and not torch.equal(weights, start[name].float()), name
+
+
+def test_a_scaling_is_the_same_by_another_name(base_model, tasks, tmp_path):
+    """16 / sqrt(4), as rank 4 has it by rslora, is 32 / 4."""
+    first = sft.train(reading(base_model, steps=1, scaling="rslora", lora_alpha=16.0), tasks, tmp_path / "first")
+    sft.train(reading(base_model, steps=1, lora_alpha=32.0, initial=str(first)), tasks, tmp_path / "second")
+    with pytest.raises(ConfigError, match="initial: expected a checkpoint with the hypernetwork"):
+        sft.train(reading(base_model, steps=1, lora_alpha=16.0, initial=str(first)), tasks, tmp_path / "third")
+
+
+def test_a_start_of_other_shape_is_refused(base_model, tasks, tmp_path):
+    first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
+    changes = ({"head_in_size": 4}, "hypernetwork", "head_in_size"), ({"reader_heads": 4}, "encoder", "heads")
+    for change, what, field in changes:  # what is alike is not told
+        told = rf"initial: expected a checkpoint with the {what} {{'{field}': 4}} of this run, got {{'{field}': \d+}}$"
+        with pytest.raises(ConfigError, match=told):
+            sft.train(reading(base_model, initial=str(first), **change), tasks, tmp_path / "second")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        sft.train(reading(base_model, initial="none"), tasks, tmp_path / "third")
+
+
+def test_many_tasks_are_stated_by_name(base_model, tasks, tmp_path, monkeypatch):
+    from t2l_engine.research.training import context
+
+    monkeypatch.setattr(context, "MANY_TASKS", 1)
+    out = sft.train(reading(base_model, steps=1), tasks, tmp_path / "out")
+    training = json.loads((out / "config.json").read_text())["training"]
+    assert training["tasks"] == ["first", "last"] and len(training["tasks_sha256"]) == 64
+
+
+# --- reconstruction --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def library(base_model, tasks, tmp_path):
+    return lora.train(runs.lora(base_model, steps=2, validate_every=0), tasks, tmp_path / "oracles") / lora.ADAPTERS
+
+
+def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_path):
+    """The checkpoint generates about the library from descriptions; an SFT run that reads examples too goes on from it."""
+    size = {"latent_size": 64, "head_in_size": 64}
+    settings = runs.reconstruction(
+        **SMALL, **size, target="raw", steps=300, learning_rate=1e-2, save_every=300, validate_every=0
+    )
+    out = reconstruction.train(settings, library, tmp_path / "reconstruction")
+    losses = [row["loss"] for row in runs.rows(out) if "loss" in row]
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert not (out / conditions.STATES).exists()
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 0
+    known = load_tasks(tasks, "train")
+    stack, stored = engine.generate([task.descriptions[0] for task in known]), reconstruction.Library(library).stack
+    for name, B in stored.lora_B.items():
+        apart = (B[0] - B[1]).abs().mean()
+        assert (stack.lora_B[name] - B).abs().mean() < 0.5 * apart
+
+    more = reading(base_model, steps=1, learning_rate=1e-9, initial=str(out), dtype="bfloat16", **size)
+    again = t2l.TextToLoRA.from_pretrained(sft.train(more, tasks, tmp_path / "more"))
+    assert again.encoder.max_examples == 2
+    for name, B in again.generate([task.descriptions[0] for task in known]).lora_B.items():
+        torch.testing.assert_close(B, stack.lora_B[name], rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_reads_with_the_adapters_base_model(library):
+    for folder in library.glob("*/"):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": folder.name}))
+    with pytest.raises(ConfigError, match="encoder: 'reader' reads with the adapters' base model: expected one base_model_"):
+        reconstruction.Reconstruction(runs.reconstruction(**SMALL), reconstruction.Library(library), CPU)
+
+
+# --- initialisation --------------------------------------------------------------------------------------------------
+
+
+def test_texts_differ_from_the_start(made):
+    """Queries pool at random, and LDA finds what is not common to all texts: tasks are apart before the first step."""
+    shares = []
+    for kind in ("random", "discriminant"):
+        job = made(task_init=kind, example_share=0.0, latent_size=32)
+        reads = job._conditions
+        with torch.no_grad():
+            rows = [
+                torch.cat([job.model.pooling(*reads._gathered([(t, reads._numbers[t][i])])) for i in reads.train_indices(t)])
+                for t in range(2)
+            ]
+            z = torch.stack([job._net.task_encoder.linear(of_task) for of_task in rows])  # [tasks, descriptions, t]
+        apart = (z.mean(dim=1) - z.mean(dim=(0, 1))).square().mean()
+        shares.append(float(apart / z.square().mean()))
+    assert shares[0] < 0.5 < shares[1], shares

@@ -1,0 +1,191 @@
+"""SFT end to end on a tiny model: it learns, and its checkpoint is one like any other."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import t2l_engine as t2l
+from t2l_engine.cli import app
+from t2l_engine.files.errors import MAX_CONFIG_BYTES, ConfigError
+from t2l_engine.hypernetwork import convert
+from t2l_engine.research.tasks.folder import Example, Task, load_tasks, write_tasks
+from t2l_engine.research.tasks.manifest import summary
+from t2l_engine.research.training import context, sft
+from t2l_engine.testing import numerics
+from t2l_engine.text import base_model as base_model_loader
+from tests.research.training import runs
+
+BOTH = ("first", "last")
+
+
+def same_adapters(a, b):
+    for side in ("lora_A", "lora_B"):
+        ours, theirs = getattr(a, side), getattr(b, side)
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+            return False
+    return torch.equal(a.scaling, b.scaling)
+
+
+@pytest.mark.parametrize("prompt, variant", [("input", "L"), ("description", "M")])
+def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
+    settings = runs.sft(
+        base_model, encoder="minilm", prompt=prompt, variant=variant, steps=40, tasks_per_batch=8, latent_size=32,
+        head_in_size=16, warmup_steps=4, validate_every=20, save_every=20,
+    )  # fmt: skip
+    out = sft.train(settings, tasks, tmp_path / "out")
+    found = runs.rows(out)
+    curve = [row["loss"] for row in found if "loss" in row]
+    assert len(curve) == 40 and sum(curve[-8:]) < 0.8 * sum(curve[:8])
+    val = [row["val_loss"] for row in found if "val_loss" in row]
+    assert len(val) == 2 and val[1] < val[0]
+    # "<user> red blue <bot> red </s>", with a text of four to six words or without
+    assert all(row["tokens"] == 8 * 6 if prompt == "input" else row["tokens"] >= 8 * 10 for row in found if "loss" in row)
+
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    texts = [task.descriptions[0] for task in load_tasks(tasks, None)]
+    first = engine.generate(texts)
+    assert not torch.equal(first.lora_B["q_proj"][0], first.lora_B["q_proj"][1]) and first.scaling.tolist() == [4.0, 4.0]
+    convert.convert(out, tmp_path / "reference", to="reference")
+    convert.convert(tmp_path / "reference", tmp_path / "back", to="native")
+    for folder in ("reference", "back"):
+        assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+
+    result = evaluated(out, tasks, tmp_path / "result.json")
+    assert set(result["tasks"]) == set(BOTH) == set(result["trained_tasks"]) and result["items"] == {"first": 5, "last": 5}
+    assert list(result["details"]) == [
+        "t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "base", "base-description", "icl",
+    ]  # fmt: skip
+    tokens = {arm: of["tasks"]["last"]["prompt_tokens"] for arm, of in result["details"].items()}
+    assert tokens["t2l-junk"] == tokens["t2l"] and (tokens["t2l"] == 4 if prompt == "input" else tokens["t2l"] >= 8)
+
+
+def test_a_checkpoint_of_inputs_is_evaluated_by_inputs(base_model, tasks, tmp_path):
+    settings = runs.sft(base_model, encoder="base-model", condition="input", steps=2, validate_every=0)
+    result = evaluated(sft.train(settings, tasks, tmp_path / "out"), tasks, tmp_path / "result.json", "--arms", "t2l,base")
+    assert list(result["details"]) == ["t2l", "base"]
+    assert len(result["details"]["t2l"]["tasks"]["first"]["by_repeat"]) == 1  # no description that a repeat could draw
+
+
+def evaluated(checkpoint, tasks, file, *options):
+    """What ``t2l evaluate`` says of ``checkpoint``."""
+    command = ["evaluate", "--checkpoint", checkpoint, "--tasks", tasks, "--json", file, "--max-new-tokens", 2, *options]
+    run = CliRunner().invoke(app, list(map(str, command)))
+    assert run.exit_code == 0, (run.output, run.exception)
+    return json.loads(file.read_text())
+
+
+def test_what_the_checkpoint_says_of_its_training(base_model, tasks, tmp_path):
+    settings = runs.sft(base_model, encoder="minilm", steps=3, save_every=2, generated_l2=0.5)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    about = json.loads((out / "config.json").read_text())
+    assert about["encoder"]["name"] == "minilm" and about["base_model"] == str(base_model)
+    training = about["training"]
+    assert training.pop("method") == "sft" and training.pop("steps_done") == 3
+    assert training.pop("tasks") == json.loads(json.dumps(summary(load_tasks(tasks, None))))
+    assert len(training.pop("base_model_sha256")) == 64
+    assert training == settings.model_dump(mode="json")
+    assert about["hypernetwork"]["rank"] == 4 and about["hypernetwork"]["scaling"] == "plain"
+    only = sft.train(settings, tasks, tmp_path / "only", names=["last"])
+    assert list(json.loads((only / "config.json").read_text())["training"]["tasks"]) == ["last"]
+
+
+def test_tasks_without_text(base_model, tasks, tmp_path):
+    out = sft.train(runs.sft(base_model), tasks, tmp_path / "out")  # encoder one-hot
+    (tasks / "descriptions.json").write_text('{"first": ["Other."], "last": ["Texts."]}')
+    other = sft.train(runs.sft(base_model), tasks, tmp_path / "other")
+    assert runs.losses(other) == runs.losses(out)
+    engine = t2l.TextToLoRA.from_pretrained(out)
+    stack = engine.generate(list(BOTH))
+    assert not torch.equal(stack.lora_B["v_proj"][0], stack.lora_B["v_proj"][1])
+    convert.convert(out, tmp_path / "reference", to="reference")
+    assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / "reference").generate(list(BOTH)), stack)
+    with pytest.raises(ValueError, match="knows only the names of its 2 training tasks"):
+        engine.generate(["Say the first word."])
+
+
+def test_five_hundred_tasks_fit_into_a_checkpoint(base_model, tmp_path):
+    """Long names, in a one-hot encoder too: its readers take a megabyte."""
+    splits = ("train", "val", "test", "extra")
+    names = [f"task{i:03}_{'of_a_long_name' * 8}" for i in range(500)]
+    tasks = [Task(n, (f"Do {n}.",), tuple(Example("red", ("blue",), split) for split in splits)) for n in names]
+    write_tasks(tmp_path / "tasks", tasks)
+    out = sft.train(runs.sft(base_model, steps=1, validate_every=0), tmp_path / "tasks", tmp_path / "out")
+    assert 300_000 < (out / "config.json").stat().st_size < MAX_CONFIG_BYTES
+    assert len(t2l.TextToLoRA.from_pretrained(out).generate(names[:2])) == 2
+
+
+def test_a_model_unlike_llama(save_model, tasks, tmp_path):
+    """Modules are where the model has them, PEFT finds them there, and bfloat16 trains."""
+    peft = pytest.importorskip("peft")
+    folder = save_model("OPT", ffn_dim=96, word_embed_proj_dim=64)
+    settings = runs.sft(folder, target_modules=["fc1", "v_proj"], dtype="bfloat16", steps=12, validate_every=0)
+    out = sft.train(settings, tasks, tmp_path / "out")
+    curve = runs.losses(out)
+    assert sum(curve[-3:]) < sum(curve[:3])
+    stack = t2l.TextToLoRA.from_pretrained(out).generate(["first"])
+    assert stack.paths == {
+        "fc1": "model.decoder.layers.{layer}.fc1", "v_proj": "model.decoder.layers.{layer}.self_attn.v_proj",
+    }  # fmt: skip
+    stack.save_pretrained(tmp_path / "adapter")
+    model, _ = base_model_loader.load(str(folder), torch.float32)
+    ids = torch.tensor([[3, 9, 10]])
+    with torch.no_grad():
+        with t2l.attach(model, stack).use(0) as handle:
+            ours = model(ids).logits
+        handle.detach()
+        base = model(ids).logits
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()(ids).logits
+    assert (ours - theirs).abs().max() <= numerics.LOGITS_ATOL < (ours - base).abs().max()
+
+
+@pytest.mark.parametrize("changes, names, error, message", [
+    ({"target_modules": ["w_proj"]}, None, ConfigError, "target_modules: w_proj: "),
+    ({"base_model": "nowhere"}, None, FileNotFoundError, "base_model"),
+    ({"encoder": "nowhere"}, None, ConfigError, "encoder: .*'one-hot'.*'nowhere'"),
+    ({"max_tokens": 5}, None, ConfigError, "max_tokens: .*task first"),
+    ({"encoder": "minilm", "held_out_descriptions": 2}, None, ConfigError, "held_out_descriptions: "),
+    ({}, ["first", "none"], ConfigError, "'none'"),
+    ({}, ["first", "last"], ConfigError, "'train' of task last"),
+])  # fmt: skip
+def test_settings_and_tasks_that_do_not_fit(base_model, tasks, tmp_path, changes, names, error, message):
+    lines = (tasks / "last.jsonl").read_text().splitlines()
+    (tasks / "last.jsonl").write_text("\n".join(line for line in lines if names is None or '"train"' not in line))
+    with pytest.raises(error, match=message):
+        sft.train(runs.sft(**{"base_model": base_model} | changes), tasks, tmp_path / "out", names=names)
+    assert not (tmp_path / "out").exists()
+    if names:
+        sft.train(runs.sft(base_model, steps=1), tasks, tmp_path / "out", names=["first"])
+
+
+def test_norms_and_mlps_may_be_compiled(base_model, tasks, tmp_path, monkeypatch):
+    """The curve of a compiled run is that of another, and layers share what is compiled."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw))
+    torch._dynamo.reset()
+    curves = []
+    for name, of_run in (("eager", False), ("compiled", True)):
+        torch._dynamo.utils.counters.clear()
+        curves.append(runs.losses(sft.train(runs.sft(base_model, compile=of_run), tasks, tmp_path / name)))
+    assert curves[1] == pytest.approx(curves[0], rel=numerics.TRAINING_RTOL)
+    # Norm and MLP, with an input that needs gradients, with one that does not, in validation, at other sizes; three modules
+    # of two layers, each compiled for itself, would have twice as many.
+    assert 2 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+
+
+@pytest.mark.parametrize("targets, compiled", [
+    (("q_proj", "v_proj"), ["input_layernorm", "mlp", "post_attention_layernorm"]),
+    (("q_proj", "down_proj"), ["input_layernorm", "post_attention_layernorm"]),
+    (("down_proj",), ["input_layernorm", "post_attention_layernorm", "self_attn"]),
+])  # fmt: skip
+def test_what_is_compiled(tiny_model, stack_for, monkeypatch, targets, compiled):
+    model, found = tiny_model("Llama"), []
+    paths = context.locate(model, targets).paths
+    t2l.attach(model, stack_for(model, targets))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: found.append(self))
+    context.compile_between(model, paths)
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = range(model.config.num_hidden_layers)
+    assert sorted(names[id(module)] for module in found) == [f"model.layers.{i}.{name}" for i in layers for name in compiled]
