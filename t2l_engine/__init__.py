@@ -13,9 +13,9 @@ from t2l_engine.lora.handle import LoRAHandle, attach
 from t2l_engine.lora.layer import LoRALinear
 from t2l_engine.lora.locate import shards
 from t2l_engine.ops.segments import AdapterBatch
-from t2l_engine.text.config import EncoderConfig, OneHotConfig, ReaderConfig
+from t2l_engine.text.config import EncoderConfig, LLMEncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import OneHotEncoder, TextEncoder
-from t2l_engine.text.reader import TextReader
+from t2l_engine.text.llm_encoder import LLMEncoder
 
 __version__ = "0.1.0"
 
@@ -33,10 +33,10 @@ __all__ = [
     "LoRALinear",
     "OneHotConfig",
     "OneHotEncoder",
-    "ReaderConfig",
+    "LLMEncoderConfig",
     "Shard",
     "TextEncoder",
-    "TextReader",
+    "LLMEncoder",
     "TextToLoRA",
     "__version__",
     "attach",

@@ -18,10 +18,10 @@ from t2l_engine.hypernetwork.network import HyperNetwork, build_pooling, load
 from t2l_engine.hypernetwork.sakana_encoder import UndefinedEncoder
 from t2l_engine.library import AdapterLibrary, Match
 from t2l_engine.lora.handle import LoRAHandle
-from t2l_engine.text.config import AnyEncoderConfig, OneHotConfig, ReaderConfig
+from t2l_engine.text.config import AnyEncoderConfig, LLMEncoderConfig, OneHotConfig
 from t2l_engine.text.encoder import MINILM, OneHotEncoder, TextEncoder, WorkedExamples
+from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import CHAT, prompt_of
-from t2l_engine.text.reader import TextReader
 
 
 def _encoder_config(contents: Contents, folder: Path, given: str | Path | None) -> AnyEncoderConfig | str | None:
@@ -115,9 +115,9 @@ class TextToLoRA:
             config = _encoder_config(contents, folder, encoder)
             if isinstance(config, OneHotConfig):
                 encoder = OneHotEncoder(config, device=device)
-            elif isinstance(config, ReaderConfig):
+            elif isinstance(config, LLMEncoderConfig):
                 pooling = build_pooling(contents, config)
-                encoder = TextReader.from_config(config, pooling, device=device, trust_remote_code=trust_remote_code)
+                encoder = LLMEncoder.from_config(config, pooling, device=device, trust_remote_code=trust_remote_code)
             else:
                 encoder = TextEncoder.from_pretrained(config or MINILM, device=device, trust_remote_code=trust_remote_code)
             if config is None and encoder.embed_dim != hypernetwork.config.embed_dim:
@@ -140,7 +140,7 @@ class TextToLoRA:
         """One adapter per description (per task name, for a checkpoint with one-hot embeddings), all in one pass.
 
         ``examples``: of each text, worked examples (input, answer) or None, for a checkpoint whose encoder is a
-        :class:`TextReader`; a text with examples may be empty.
+        :class:`LLMEncoder`; a text with examples may be empty.
 
         ``library``: stored adapters of the same modules, ``top_k``, ``min_similarity``: see
         :meth:`AdapterLibrary.adapters`; :meth:`retrieve` also says which stored adapters were used.

@@ -26,8 +26,8 @@ from t2l_engine.research.evaluation.arms import shots_of
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.text import packaged
+from t2l_engine.text.llm_encoder import LLMEncoder
 from t2l_engine.text.prompts import prompt_ids, raw_prompt
-from t2l_engine.text.reader import TextReader
 
 TASKS, ROUNDS = 20, 3
 
@@ -70,9 +70,9 @@ class _Served:
     def __init__(self) -> None:
         self.engine = t2l.TextToLoRA.from_pretrained(SPECS)
         read = self.engine.encoder
-        assert isinstance(read, TextReader)
+        assert isinstance(read, LLMEncoder)
         # For which every text is new.
-        self.encoder = TextReader(read.model, read.tokenizer, read.config, read.pooling, cache_size=0)
+        self.encoder = LLMEncoder(read.model, read.tokenizer, read.config, read.pooling, cache_size=0)
         self.engine.encoder = self.encoder
         model, self.tokenizer = packaged.load(torch.bfloat16)
         adapted = shared(model)

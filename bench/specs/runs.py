@@ -46,7 +46,7 @@ from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as lora_runs
 from t2l_engine.research.training.runs import MULTI_TASK
 from t2l_engine.research.training.settings import LoRASettings, differences
-from t2l_engine.text.reader import TextReader
+from t2l_engine.text.llm_encoder import LLMEncoder
 
 
 def folder_of(work: Path, part: str) -> Path:
@@ -179,7 +179,7 @@ def rounded(name: str, work: Path) -> Path:
     folder = work / f"{name}-{weights[:12]}-bfloat16"  # the run may have gone on since the last call
     if not (folder / WEIGHTS_NAME).is_file():
         engine = t2l.TextToLoRA.from_pretrained(work / name)
-        assert isinstance(engine.encoder, TextReader)
+        assert isinstance(engine.encoder, LLMEncoder)
         network, pooling = engine.hypernetwork.set_dtype(torch.bfloat16), engine.encoder.pooling.bfloat16()
         network.save_pretrained(folder, checkpoint.describe(work / name), pooling)
     return folder

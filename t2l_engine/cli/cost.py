@@ -20,7 +20,7 @@ from t2l_engine.research import costs
 from t2l_engine.research.costs import decoder as decoders
 from t2l_engine.research.costs import encoder as encoders
 from t2l_engine.research.costs import known
-from t2l_engine.text.config import OneHotConfig, ReaderConfig
+from t2l_engine.text.config import LLMEncoderConfig, OneHotConfig
 
 DEFAULT_MODEL, DEFAULT_ENCODER, LANGUAGE_MODEL = "mistral-7b", "gte-large", "model"
 ADAPTER, ENCODER = 2, 2  # bytes per value
@@ -253,7 +253,7 @@ def _encoder_of(path: Path, blocks: dict[str, Any]) -> str:
         return "minilm"
     if isinstance(config, OneHotConfig):
         raise ConfigError(f"{path}: encoder: it knows tasks by their names (one-hot), no description is read")
-    if isinstance(config, ReaderConfig):
+    if isinstance(config, LLMEncoderConfig):
         raise ConfigError(f"{path}: encoder: expected one vector a text, got a reader, which is not counted")
     if config.pooling == "last" and config.name == (blocks.get("base_model") or "").rstrip("/"):
         return LANGUAGE_MODEL

@@ -194,7 +194,7 @@ def show_costs(model, tokenizer, engine) -> None:
     stack = engine.hypernetwork.generate(task_emb)
 
     def encode() -> None:  # with an empty cache of embeddings
-        t2l.TextReader(encoder.model, encoder.tokenizer, encoder.config, encoder.pooling).encode([description])
+        t2l.LLMEncoder(encoder.model, encoder.tokenizer, encoder.config, encoder.pooling).encode([description])
 
     def attach_and_detach() -> None:
         t2l.attach(model, stack).detach()

@@ -31,7 +31,7 @@ from t2l_engine.hypernetwork.folder import (
     native_blocks,
     stated_encoder,
 )
-from t2l_engine.text.config import is_reader
+from t2l_engine.text.config import is_llm_encoder
 
 
 def read(folder: Path, module_order: list[str] | None = None) -> Contents:
@@ -99,7 +99,7 @@ def _read_native(folder: Path, module_order: list[str] | None) -> Contents:
 
 
 def _check_pooling(path: Path, blocks: Mapping[str, Any], pooling: Mapping[str, Tensor]) -> None:
-    reads = is_reader(blocks.get("encoder"))
+    reads = is_llm_encoder(blocks.get("encoder"))
     if reads != bool(pooling):
         expected = "a trained pooling, as the encoder has layers" if reads else "no pooling, as the encoder has no layers"
         raise CheckpointError(f"{path}: expected {expected}, got keys {short_repr(sorted(pooling))}")

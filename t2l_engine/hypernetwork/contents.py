@@ -26,7 +26,7 @@ class Contents:
     ``blocks``: the optional blocks of ``config.json``; ``path``: of the weights file; ``encoder_config()``: of the text
     encoder that the checkpoint was trained with, None if it does not state one, UndefinedEncoder, a ConfigError, for one in
     Sakana format whose pooling is not known; ``key_in_file``: native key -> the file's key, for errors.  ``pooling``:
-    tensors of the encoder's trained pooling (:class:`t2l_engine.text.reader.AttentionPooling`), empty for an encoder
+    tensors of the encoder's trained pooling (:class:`t2l_engine.text.llm_encoder.AttentionPooling`), empty for an encoder
     without one.
     """
 

@@ -31,8 +31,8 @@ from t2l_engine.hypernetwork.task_encoders import TASK_ENCODERS
 from t2l_engine.ops import reference
 from t2l_engine.ops.reference import without_autocast
 from t2l_engine.ops.segments import is_capturing
-from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.reader import AttentionPooling
+from t2l_engine.text.config import LLMEncoderConfig
+from t2l_engine.text.llm_encoder import AttentionPooling
 
 MAX_PARAMETERS = 1 << 40  # more than any file has, and few enough for torch's tensor sizes
 
@@ -150,7 +150,7 @@ class HyperNetwork(nn.Module):
         """Write the native format: ``config.json`` and ``hypernet.safetensors``.
 
         ``metadata``: optional JSON blocks of ``config.json`` ("encoder", "base_model", "training").  ``pooling``: of the
-        encoder, if that is a :class:`TextReader`.  Raises ValueError for other blocks, CheckpointError for what
+        encoder, if that is an :class:`LLMEncoder`.  Raises ValueError for other blocks, CheckpointError for what
         :meth:`from_pretrained` refuses.
         """
         unknown = set(metadata or {}) - set(BLOCKS)
@@ -442,7 +442,7 @@ def build(contents: Contents) -> HyperNetwork:
     return net
 
 
-def build_pooling(contents: Contents, config: ReaderConfig) -> AttentionPooling:
+def build_pooling(contents: Contents, config: LLMEncoderConfig) -> AttentionPooling:
     """A reader's pooling with exactly the tensors ``contents.pooling``; raises CheckpointError as :func:`build`."""
     state, path = contents.pooling, contents.path
     project = state.get("project.weight")
@@ -465,7 +465,7 @@ def check_encoder(contents: Contents) -> None:
     An encoder whose pooling is not defined passes: users may give another.
     """
     with contextlib.suppress(UndefinedEncoder):
-        if isinstance(config := contents.encoder_config(), ReaderConfig):
+        if isinstance(config := contents.encoder_config(), LLMEncoderConfig):
             build_pooling(contents, config)
 
 

@@ -15,8 +15,8 @@ from t2l_engine.files.text import from_json, read_json
 
 SAKANA_MAX_LENGTH = 8192  # tokens; SakanaAI's code truncates descriptions there
 ENCODER_POOLINGS, ENCODER_DTYPES = ("cls", "mean", "last"), ("float32", "bfloat16", "float16")
-#: Most layers of a ReaderConfig, and the most of every other of its sizes.
-MAX_READ_LAYERS, MAX_READER_SIZE = 16, 1 << 16
+#: Most layers of an LLMEncoderConfig, and the most of every other of its sizes.
+MAX_READ_LAYERS, MAX_LLM_ENCODER_SIZE = 16, 1 << 16
 
 #: sentence-transformers' pooling -> ours.
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
@@ -102,7 +102,7 @@ class OneHotConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ReaderConfig:
+class LLMEncoderConfig:
     """A pooling of hidden states that is trained with the hypernetwork.
 
     ``name``: of the language model: ``"smollm2-135m"`` (packaged), a local folder, or a hub name.
@@ -119,7 +119,7 @@ class ReaderConfig:
         ConfigError: a field has a wrong type or value; the message names it.
 
     >>> import t2l_engine as t2l
-    >>> t2l.ReaderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
+    >>> t2l.LLMEncoderConfig("smollm2-135m", layers=(0, 10, 20), queries=8, width=192).embed_dim
     1536
     """
 
@@ -140,7 +140,7 @@ class ReaderConfig:
         if (
             not isinstance(layers, (list, tuple))
             or not 0 < len(layers) <= MAX_READ_LAYERS
-            or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_READER_SIZE for i in layers)
+            or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MAX_LLM_ENCODER_SIZE for i in layers)
             or sorted(set(layers)) != list(layers)
         ):
             raise ConfigError(
@@ -149,8 +149,8 @@ class ReaderConfig:
         object.__setattr__(self, "layers", tuple(layers))
         for name in ("queries", "width", "heads", "blocks", "max_length"):
             positive_int(f"encoder.{name}", getattr(self, name))
-            if getattr(self, name) > MAX_READER_SIZE:
-                raise ConfigError(f"encoder.{name}: expected at most {MAX_READER_SIZE}, got {getattr(self, name)}")
+            if getattr(self, name) > MAX_LLM_ENCODER_SIZE:
+                raise ConfigError(f"encoder.{name}: expected at most {MAX_LLM_ENCODER_SIZE}, got {getattr(self, name)}")
         if not isinstance(self.max_examples, int) or isinstance(self.max_examples, bool) or self.max_examples < 0:
             raise ConfigError(f"encoder.max_examples: expected 0 or more, got {short_repr(self.max_examples)}")
         if self.width % self.heads:
@@ -164,22 +164,22 @@ class ReaderConfig:
         return self.queries * self.width
 
 
-AnyEncoderConfig = EncoderConfig | ReaderConfig | OneHotConfig
+AnyEncoderConfig = EncoderConfig | LLMEncoderConfig | OneHotConfig
 
 
 def encoder_config_from_json(block: Any, where: str) -> AnyEncoderConfig:
     """The configuration in the "encoder" block of a checkpoint.
 
-    A OneHotConfig if its name is "one-hot", a ReaderConfig if it has layers, else an EncoderConfig.
+    A OneHotConfig if its name is "one-hot", an LLMEncoderConfig if it has layers, else an EncoderConfig.
 
     ``where`` names the source in errors.  Raises ConfigError for a block that is none of them.
     """
     one_hot = isinstance(block, dict) and block.get("name") == OneHotConfig.name
-    return from_json(OneHotConfig if one_hot else ReaderConfig if is_reader(block) else EncoderConfig, block, where)
+    return from_json(OneHotConfig if one_hot else LLMEncoderConfig if is_llm_encoder(block) else EncoderConfig, block, where)
 
 
-def is_reader(block: Any) -> bool:
-    """Whether the "encoder" block of a checkpoint states a ReaderConfig."""
+def is_llm_encoder(block: Any) -> bool:
+    """Whether the "encoder" block of a checkpoint states an LLMEncoderConfig."""
     return isinstance(block, dict) and "layers" in block
 
 

@@ -230,7 +230,7 @@ class TextEncoder:
         A text of more than ``max_length`` tokens is truncated at its end (special tokens stay), with a warning.
 
         Args:
-            examples: of each text, worked examples (input, answer) or None; only a :class:`TextReader` reads them.
+            examples: of each text, worked examples (input, answer) or None; only an :class:`LLMEncoder` reads them.
 
         Raises:
             ValueError: an empty list, an empty text or anything but strings; examples for an encoder that reads none;

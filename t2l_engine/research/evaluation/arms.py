@@ -28,8 +28,8 @@ from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
 from t2l_engine.text.encoder import TextEncoder
+from t2l_engine.text.llm_encoder import condition_text
 from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
-from t2l_engine.text.reader import condition_text
 
 SHOTS = 3
 #: The constant control: a description without information about the task.

@@ -27,8 +27,8 @@ from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import ReconstructionSettings, SFTSettings
-from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text, pad_states
+from t2l_engine.text.config import LLMEncoderConfig
+from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text, pad_states
 
 #: Folder in that of a run, until the run is complete, and what is in it for each process.
 STATES, STATES_FILE, INDEX = "states", "states.bin", "index.json"
@@ -87,7 +87,7 @@ class ReadConditions:
             [condition_text(task.descriptions[i]) for i in numbers] + [text for text, _ in sets]
             for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
         ]
-        self.reader_config = ReaderConfig(
+        self.encoder_config = LLMEncoderConfig(
             base_model.rstrip("/"), settings.reader_layers, settings.reader_queries, settings.reader_width,
             settings.reader_heads, settings.reader_blocks,
             dtype=settings.dtype if isinstance(settings, SFTSettings) else "bfloat16",
@@ -96,7 +96,7 @@ class ReadConditions:
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
         with torch.random.fork_rng(devices=[]):
             try:
-                reader = TextReader.from_config(self.reader_config, device=device, cache_size=0)
+                reader = LLMEncoder.from_config(self.encoder_config, device=device, cache_size=0)
             except ConfigError as error:  # of a model with fewer layers
                 raise ConfigError(str(error).replace("encoder.layers", "reader_layers")) from error
         self._hidden_size = reader.model.config.get_text_config().hidden_size
@@ -105,15 +105,15 @@ class ReadConditions:
     @property
     def embed_dim(self) -> int:
         """Width of the pooled ``task_emb``."""
-        return self.reader_config.embed_dim
+        return self.encoder_config.embed_dim
 
     def config(self) -> dict[str, Any]:
         """The reader's configuration, for the checkpoint."""
-        return to_json(self.reader_config)
+        return to_json(self.encoder_config)
 
     def pooling(self) -> AttentionPooling:
         """A new pooling with random parameters, on the CPU."""
-        return AttentionPooling(self.reader_config, self._hidden_size)
+        return AttentionPooling(self.encoder_config, self._hidden_size)
 
     @torch.no_grad()
     def initialise(self, pooling: AttentionPooling, linear: nn.Linear) -> None:
@@ -207,7 +207,7 @@ def remove_states(folder: Path) -> None:
 
 
 def read_states(
-    reader: TextReader, texts: Sequence[Sequence[str]], folder: Path
+    reader: LLMEncoder, texts: Sequence[Sequence[str]], folder: Path
 ) -> tuple[Tensor, list[list[tuple[int, int]]]]:
     """States ``[tokens, width]`` of the texts of each task, mapped from a file in ``folder``, and the rows of each text."""
     places, end = [], 0

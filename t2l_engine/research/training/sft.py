@@ -31,7 +31,7 @@ from t2l_engine.research.training.descriptions import TaskEmbeddings
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
 from t2l_engine.research.training.settings import READER, SFTSettings
-from t2l_engine.text.reader import AttentionPooling
+from t2l_engine.text.llm_encoder import AttentionPooling
 
 
 class SFT(loop.Job):
@@ -117,7 +117,7 @@ class SFT(loop.Job):
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
         reads = isinstance(self._conditions, ReadConditions)
-        pooling = build_pooling(contents, self._conditions.reader_config) if reads else None
+        pooling = build_pooling(contents, self._conditions.encoder_config) if reads else None
         # What is published may be rounded; steps would be lost in bfloat16.
         net = build(contents).set_dtype(torch.float32)
         return net.requires_grad_(), pooling and pooling.requires_grad_()

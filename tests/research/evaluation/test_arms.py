@@ -34,8 +34,8 @@ from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as lora_runs
-from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.reader import AttentionPooling, TextReader, condition_text
+from t2l_engine.text.config import LLMEncoderConfig
+from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
 from tests.research.training import runs
 
@@ -48,10 +48,10 @@ ASKED = [task(name, RED) for name in DESCRIPTIONS]
 def reading(loaded):
     """An engine whose encoder reads three examples."""
     model, tokenizer = loaded
-    config = ReaderConfig("tiny", layers=(0, 1), queries=4, width=16, max_examples=3)
+    config = LLMEncoderConfig("tiny", layers=(0, 1), queries=4, width=16, max_examples=3)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        reader = TextReader(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
+        reader = LLMEncoder(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
         network = t2l.HyperNetwork(
             t2l.HyperNetworkConfig(
                 variant="L", modules=("q_proj",), in_features=(64,), out_features=(64,), num_layers=2, rank=2, embed_dim=64,

@@ -11,8 +11,8 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.training import adapt, lora
 from t2l_engine.research.training.runs import settings_of
 from t2l_engine.text import base_model as base_model_loader
-from t2l_engine.text.config import ReaderConfig
-from t2l_engine.text.reader import AttentionPooling, TextReader
+from t2l_engine.text.config import LLMEncoderConfig
+from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder
 from tests.research.training import runs
 from tests.research.training.conftest import WORDS
 
@@ -24,9 +24,9 @@ QUICK = {"dtype": "float32", "learning_rate": 5e-3, "validate_every": 5, "steps"
 def engine(base_model):
     """Generates adapters of rank 4 that change what the tiny model says; reads two examples."""
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    config = ReaderConfig(str(base_model), layers=(0, 1), queries=2, width=8, heads=2, max_examples=2)
+    config = LLMEncoderConfig(str(base_model), layers=(0, 1), queries=2, width=8, heads=2, max_examples=2)
     torch.manual_seed(0)
-    reader = TextReader(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
+    reader = LLMEncoder(model.get_decoder(), tokenizer, config, AttentionPooling(config, 64))
     network = t2l.HyperNetwork(
         t2l.HyperNetworkConfig(
             variant="L", modules=("q_proj", "v_proj"), in_features=(64, 64), out_features=(64, 32), num_layers=2, rank=4,

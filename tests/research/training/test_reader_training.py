@@ -15,7 +15,7 @@ from t2l_engine.research.training.sampling import Shard
 from t2l_engine.research.training.settings import SFTSettings
 from t2l_engine.testing.numerics import LOSS_ATOL
 from t2l_engine.text import base_model as base_model_loader
-from t2l_engine.text.reader import TextReader, condition_text
+from t2l_engine.text.llm_encoder import LLMEncoder, condition_text
 from tests.research.training import plain, runs
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_trains_and_the_checkpoint_reads_examples(base_model, tasks, tmp_path):
     assert all(row["examples"] == 4 for row in runs.rows(out) if "loss" in row)
 
     engine = t2l.TextToLoRA.from_pretrained(out)
-    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 2
+    assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 2
     model, _ = base_model_loader.load(str(base_model), torch.float32)
     fit = TrainingContext(settings, tasks, CPU)
     stack = engine.generate([task.descriptions[-1] for task in fit.tasks])
@@ -144,7 +144,7 @@ def test_states_are_the_readers(made, base_model, tasks):
     job = made(held_out_descriptions=1)
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     reads = job._conditions
-    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     for group in groups_of(job, 5):
         states, mask = reads.augmented([group])
         number = reads._drawn(group) - len(reads._numbers[group.task])
@@ -174,7 +174,7 @@ def test_a_run_that_failed_goes_on_bit_for_bit(base_model, tasks, tmp_path, monk
         patch.setattr(sft.SFT, "loss", runs.failing(sft.SFT.loss, 2 * 5 + 1))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "failed")
-    monkeypatch.setattr(TextReader, "states", runs.failing(TextReader.states, 0))  # all is read already
+    monkeypatch.setattr(LLMEncoder, "states", runs.failing(LLMEncoder.states, 0))  # all is read already
     sft.train(settings, tasks, tmp_path / "failed")
     assert runs.differing(runs.left(tmp_path / "whole"), runs.left(tmp_path / "failed")) == []
 
@@ -184,13 +184,13 @@ def test_reading_goes_on_where_it_stopped(base_model, tasks, tmp_path, monkeypat
     monkeypatch.setattr(conditions, "BATCH", 4)
     settings = reading(base_model, steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(TextReader, "states", runs.failing(TextReader.states, 2))
+        patch.setattr(LLMEncoder, "states", runs.failing(LLMEncoder.states, 2))
         with pytest.raises(OSError, match="for the test"):
             sft.train(settings, tasks, tmp_path / "out")
     assert json.loads((tmp_path / "out" / conditions.STATES / "0" / conditions.INDEX).read_text())["tasks"] == 1
     calls = []
-    plain_states = TextReader.states
-    monkeypatch.setattr(TextReader, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
+    plain_states = LLMEncoder.states
+    monkeypatch.setattr(LLMEncoder, "states", lambda self, texts: calls.append(texts) or plain_states(self, texts))
     sft.train(settings, tasks, tmp_path / "out")
     assert len(calls) == 2  # two descriptions and three example sets of the second task
     sft.train(settings, tasks, tmp_path / "whole")
@@ -203,7 +203,7 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
     config = reading(base_model)
     fit = TrainingContext(config, tasks, CPU)
     reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
-    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
         states, places = conditions.read_states(reader, changed, tmp_path / "states")
         for of_task, rows in zip(changed, places, strict=True):
@@ -217,7 +217,7 @@ def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tas
     fit = TrainingContext(config, tasks, CPU)
     reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    reader = TextReader(model.get_decoder(), tokenizer, reads.reader_config, reads.pooling())
+    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     texts, other = [["a", "b c"]], [["red", "cat dog"]]
     expected = conditions.read_states(reader, texts, tmp_path / "states")[0].clone()
 
@@ -379,7 +379,7 @@ def test_reconstruction_reads_and_is_a_start(base_model, tasks, library, tmp_pat
     assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
     assert not (out / conditions.STATES).exists()
     engine = t2l.TextToLoRA.from_pretrained(out)
-    assert isinstance(engine.encoder, TextReader) and engine.encoder.config.max_examples == 0
+    assert isinstance(engine.encoder, LLMEncoder) and engine.encoder.config.max_examples == 0
     known = load_tasks(tasks, "train")
     stack, stored = engine.generate([task.descriptions[0] for task in known]), reconstruction.Library(library).stack
     for name, B in stored.lora_B.items():

@@ -1,4 +1,4 @@
-"""TextReader: hidden states of a language model over a description and worked examples, pooled by trained attention."""
+"""LLMEncoder: hidden states of a language model over a description and worked examples, pooled by trained attention."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import t2l_engine as t2l
 from t2l_engine import ConfigError, attach
 from t2l_engine.hypernetwork import convert
-from t2l_engine.text.config import ReaderConfig, encoder_config_from_json
+from t2l_engine.text.config import LLMEncoderConfig, encoder_config_from_json
 from t2l_engine.text.examples import read_examples
-from t2l_engine.text.reader import EPS, AttentionPooling, TextReader, condition_text, pad_states
+from t2l_engine.text.llm_encoder import EPS, AttentionPooling, LLMEncoder, condition_text, pad_states
 
-CONFIG = ReaderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
+CONFIG = LLMEncoderConfig("tiny", layers=(0, 1), queries=3, width=8, heads=2, blocks=2, max_length=128, max_examples=2)
 TEXTS = ["Name the capital of a country", "the drugs", "a", "name a drug of the country."]
 SHOTS = [("capital", "3"), ("drug", "name")]
 HIDDEN = 64
@@ -35,7 +35,7 @@ def reader(tiny_model, left_tokenizer):
     model = tiny_model("Llama")
 
     def make(config=CONFIG, **kwargs):
-        return TextReader(model.get_decoder(), left_tokenizer, config, pooling_of(config), **kwargs)
+        return LLMEncoder(model.get_decoder(), left_tokenizer, config, pooling_of(config), **kwargs)
 
     return make
 
@@ -48,7 +48,7 @@ def reader(tiny_model, left_tokenizer):
 def test_states_are_those_of_the_layers(tiny_model, left_tokenizer, family):
     """Of RMS 1 per token and layer, from the model's own hidden states, without running further layers."""
     model = tiny_model(family)
-    made = TextReader(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
+    made = LLMEncoder(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
     for text, states in zip(TEXTS, made.states(TEXTS), strict=True):
         ids = left_tokenizer([text], return_tensors="pt")["input_ids"]
         hidden = model(input_ids=ids, output_hidden_states=True).hidden_states
@@ -144,7 +144,7 @@ def test_long_text_is_truncated_with_a_warning(reader):
 
 def test_refuses_adapters_in_use(tiny_model, left_tokenizer, stack_for):
     model = tiny_model("Llama")
-    made = TextReader(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
+    made = LLMEncoder(model.get_decoder(), left_tokenizer, CONFIG, pooling_of())
     lora = attach(model, stack_for(model, ["q_proj", "v_proj"]))
     with lora.use(1), pytest.raises(RuntimeError, match="adapters are in use on this model"):
         made.encode(["the drugs"])
@@ -215,9 +215,9 @@ def test_model_must_fit(tiny_model, left_tokenizer):
     decoder = tiny_model("Llama").get_decoder()
     deep = dataclasses.replace(CONFIG, layers=(0, 7))
     with pytest.raises(ConfigError, match=r"encoder.layers: expected at most the 2 layers of 'tiny', got \(0, 7\)"):
-        TextReader(decoder, left_tokenizer, deep, pooling_of(deep))
+        LLMEncoder(decoder, left_tokenizer, deep, pooling_of(deep))
     with pytest.raises(ConfigError, match="expected a pooling of hidden states of width 20 as it was trained with, got 128"):
-        TextReader(decoder, left_tokenizer, CONFIG, pooling_of(hidden=10))
+        LLMEncoder(decoder, left_tokenizer, CONFIG, pooling_of(hidden=10))
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def checkpoint(tiny_model, left_tokenizer, tmp_path):
 
 def test_engine_generates_from_examples(checkpoint, tiny_model, tmp_path):
     engine = t2l.TextToLoRA.from_pretrained(checkpoint)
-    assert isinstance(engine.encoder, TextReader)
+    assert isinstance(engine.encoder, LLMEncoder)
     stack = engine.generate(["the drugs", "the drugs"], [None, SHOTS])
     expected = network().generate(engine.encoder.encode(["the drugs", "the drugs"], examples=[None, SHOTS]))
     for name, A in expected.lora_A.items():
@@ -304,10 +304,10 @@ def test_reader_without_its_pooling(checkpoint, tmp_path):
 
 
 def test_the_ways_of_other_encoders(checkpoint):
-    for way in (TextReader.from_pretrained, TextReader.from_model):
-        with pytest.raises(TypeError, match=r"TextReader: expected from_config\(config, pooling\)"):
+    for way in (LLMEncoder.from_pretrained, LLMEncoder.from_model):
+        with pytest.raises(TypeError, match=r"LLMEncoder: expected from_config\(config, pooling\)"):
             way(CONFIG)
-    with pytest.raises(ValueError, match="config: expected an EncoderConfig, got ReaderConfig"):
+    with pytest.raises(ValueError, match="config: expected an EncoderConfig, got LLMEncoderConfig"):
         t2l.TextEncoder.from_pretrained(CONFIG)
     named = t2l.TextToLoRA.from_pretrained(checkpoint, encoder=str(checkpoint.parent / "base"))
     assert torch.equal(named.encoder.encode(["a"]), t2l.TextToLoRA.from_pretrained(checkpoint).encoder.encode(["a"]))

@@ -1,4 +1,4 @@
-"""TextReader: descriptions and worked examples to task embeddings, by a trained pooling of a language model's states."""
+"""LLMEncoder: descriptions and worked examples to task embeddings, by a trained pooling of a language model's states."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention, silu
 
 from t2l_engine.files.errors import ConfigError, short_repr
-from t2l_engine.text.config import ReaderConfig
+from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.encoder import CACHE_SIZE, TextEncoder, WorkedExamples, check_list, check_text
 from t2l_engine.text.loading import load
 from t2l_engine.text.packaged import resolve
@@ -48,12 +48,12 @@ class _Block(nn.Module):
 class AttentionPooling(nn.Module):
     """Learned queries that attend to the tokens of a text: ``task_emb`` from normalised hidden states.
 
-    The trained part of a :class:`TextReader` (attention pooling with a fixed number of latent queries, as in Perceiver,
+    The trained part of an :class:`LLMEncoder` (attention pooling with a fixed number of latent queries, as in Perceiver,
     arXiv 2103.03206).  It has its own parameters in a checkpoint, and no kernel: its cost is that of a few rows of the
     language model.
     """
 
-    def __init__(self, config: ReaderConfig, hidden_size: int):
+    def __init__(self, config: LLMEncoderConfig, hidden_size: int):
         super().__init__()
         self.project = nn.Linear(len(config.layers) * hidden_size, config.width)
         # Small beside what attention adds, so that texts differ from the start; the norm before attention undoes the scale.
@@ -62,7 +62,7 @@ class AttentionPooling(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, states: Tensor, mask: Tensor) -> Tensor:
-        """``task_emb [N, queries * width]`` of ``states [N, L, layers * hidden]``, as :meth:`TextReader.states` gives them.
+        """``task_emb [N, queries * width]`` of ``states [N, L, layers * hidden]``, as :meth:`LLMEncoder.states` gives them.
 
         ``mask [N, L]``: bool, the tokens of each text.
         """
@@ -74,7 +74,7 @@ class AttentionPooling(nn.Module):
         return self.norm(queries).flatten(1)
 
 
-class TextReader(TextEncoder):
+class LLMEncoder(TextEncoder):
     """A frozen language model and an :class:`AttentionPooling` of its hidden states: reads descriptions and examples.
 
     Used as a :class:`TextEncoder`; every token of description and examples can change ``task_emb``, so that names, numbers
@@ -84,20 +84,20 @@ class TextReader(TextEncoder):
     Source: paper section 3, with pooling by latent queries (Perceiver, arXiv 2103.03206) in place of one vector.
 
     >>> import t2l_engine as t2l
-    >>> from t2l_engine.text.reader import AttentionPooling
-    >>> config = t2l.ReaderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
-    >>> reader = t2l.TextReader.from_config(config, AttentionPooling(config, 576))
+    >>> from t2l_engine.text.llm_encoder import AttentionPooling
+    >>> config = t2l.LLMEncoderConfig("smollm2-135m", layers=(0, 20), queries=4, width=64, max_examples=6)
+    >>> reader = t2l.LLMEncoder.from_config(config, AttentionPooling(config, 576))
     >>> reader.encode(["Give the antonym."], examples=[[("hot", "cold"), ("up", "down")]]).shape
     torch.Size([1, 256])
     """
 
-    config: ReaderConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    config: LLMEncoderConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: Any,
-        config: ReaderConfig,
+        config: LLMEncoderConfig,
         pooling: AttentionPooling,
         *,
         cache_size: int = CACHE_SIZE,
@@ -124,7 +124,7 @@ class TextReader(TextEncoder):
     def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
         """None: a reader has a trained pooling; TypeError says how to load one."""
         raise TypeError(
-            "TextReader: expected from_config(config, pooling), or TextToLoRA.from_pretrained(checkpoint).encoder"
+            "LLMEncoder: expected from_config(config, pooling), or TextToLoRA.from_pretrained(checkpoint).encoder"
         )
 
     from_model = from_pretrained
@@ -132,13 +132,13 @@ class TextReader(TextEncoder):
     @classmethod
     def from_config(
         cls,
-        config: ReaderConfig,
+        config: LLMEncoderConfig,
         pooling: AttentionPooling | None = None,
         *,
         device: str | torch.device = "cpu",
         trust_remote_code: bool = False,
         cache_size: int = CACHE_SIZE,
-    ) -> TextReader:
+    ) -> LLMEncoder:
         """Load the language model that ``config`` names; raises as :meth:`TextEncoder.from_pretrained`.
 
         ``pooling``: None: a new one with random parameters.
