@@ -179,8 +179,8 @@ class TextToLoRA:
         A and B are those of :meth:`generate`, rounded once to the slots' dtype.  The adapted layers must lie on the device
         of the hypernetwork; with others use :meth:`generate` and :meth:`LoRAHandle.put`.
 
-        Raises as :meth:`generate` and :meth:`LoRAHandle.fill`, and ValueError for layers on another device; nothing changes
-        then.
+        Raises as :meth:`generate` and :meth:`LoRAHandle.borrow_slots`, and ValueError for layers on another device; nothing
+        changes then.
 
         >>> import t2l_engine as t2l
         >>> from t2l_engine.text import packaged
@@ -190,7 +190,7 @@ class TextToLoRA:
         >>> lora.set([3, 4, -1])
         """
         task_emb = self._read(texts, examples)
-        with lora.fill(slot, self.hypernetwork.meta_stack(len(task_emb)), device=self.hypernetwork.device) as out:
+        with lora.borrow_slots(slot, self.hypernetwork.meta_stack(len(task_emb)), device=self.hypernetwork.device) as out:
             self.hypernetwork.generate(task_emb, out=out)
 
     def _read(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:

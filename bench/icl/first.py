@@ -97,7 +97,7 @@ class Served:
 
     def generate_into(self, task_emb: Tensor) -> None:
         """The adapter into the slot that is in use."""
-        with self.handle.fill(0, self.stack) as slot:
+        with self.handle.borrow_slots(0, self.stack) as slot:
             self.net.generate(task_emb, out=slot)
 
     def in_context(self, shots: int) -> dict[str, Callable[[], Tensor]]:
@@ -158,7 +158,7 @@ def errors(served: Served, calls: Mapping[str, Callable[[], Tensor]]) -> dict[st
     adapters = cuda_errors(served.net, served.describe(), {}, {})[OURS]
     layers = layer_error(served.adapted, served.question)
     got = {name: calls[name]() for name in (ICL, WARM, KEPT, MERGED)}
-    with served.handle.fill(0, served.stack) as slot:
+    with served.handle.borrow_slots(0, served.stack) as slot:
         for tensor in (*slot.lora_A.values(), *slot.lora_B.values()):
             tensor.fill_(float("nan"))  # a request writes all of it
     got[OURS] = calls[OURS]()

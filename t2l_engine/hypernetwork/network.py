@@ -237,7 +237,7 @@ class HyperNetwork(nn.Module):
 
         ``out``: preallocated output, a stack of N for the same modules, such as an earlier result, that is overwritten and
         returned; its A and B keep their dtype and strides.  It avoids the page faults of newly allocated memory, which for
-        many adapters can take as long as the products.  :meth:`LoRAHandle.fill` gives one that is slots of a model.
+        many adapters can take as long as the products.  :meth:`LoRAHandle.borrow_slots` gives one that is slots of a model.
 
         Raises:
             ValueError: ``task_emb`` is not a floating-point tensor ``[N, embed_dim]`` on this device, ``out`` does not fit,
@@ -294,7 +294,7 @@ class HyperNetwork(nn.Module):
     def meta_stack(self, count: int) -> AdapterStack:
         """A stack of the shapes and the dtype of :meth:`generate`'s for ``count`` descriptions, which takes no memory.
 
-        A, B and scaling are on the meta device, ranks on the CPU: what :meth:`LoRAHandle.fill` wants to know.
+        A, B and scaling are on the meta device, ranks on the CPU: what :meth:`LoRAHandle.borrow_slots` wants to know.
 
         Raises ValueError as :meth:`generate` if ``to()`` cast the biases too.
         """

@@ -36,7 +36,7 @@ class LoRAHandle:
     """The adapter slots of a model, and which slot each batch row uses; returned by :func:`attach`.
 
     Until :meth:`use` or :meth:`set` selects adapters, the model is the base model.  The handle owns its slots; adapters are
-    copied (:meth:`put`) or written (:meth:`fill`) into them.  Layers may lie on several devices (transformers'
+    copied (:meth:`put`) or written (:meth:`borrow_slots`) into them.  Layers may lie on several devices (transformers'
     ``device_map``); their slots lie beside them.  Linears that tensor parallelism has divided among processes have slots for
     each process' part; all processes make the same calls.  Not thread-safe: ids are state of the model, not of a call.
     With gradient checkpointing, call ``backward()`` while the same ids are set and before another training forward pass,
@@ -182,7 +182,7 @@ class LoRAHandle:
                 scaling[slot] = adapter.scaling[0]
 
     @contextlib.contextmanager
-    def fill(self, slot: int, like: AdapterStack, *, device: torch.device | None = None) -> Iterator[AdapterStack]:
+    def borrow_slots(self, slot: int, like: AdapterStack, *, device: torch.device | None = None) -> Iterator[AdapterStack]:
         """The slots from ``slot`` on, as many as ``like`` has adapters, as a stack to be written in the block: no copy.
 
         ``like``: a stack of the same shapes, such as an earlier result or :meth:`HyperNetwork.meta_stack`; values of its A
@@ -200,12 +200,12 @@ class LoRAHandle:
         >>> model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
         >>> stack = t2l.AdapterStack({"q_proj": torch.ones(1, 1, 2, 8)}, {"q_proj": torch.ones(1, 1, 6, 2)}, torch.ones(1))
         >>> lora = t2l.attach(model, stack, slots=3)
-        >>> with lora.fill(1, stack) as out:
+        >>> with lora.borrow_slots(1, stack) as out:
         ...     for written in (out.lora_A["q_proj"], out.lora_B["q_proj"], out.ranks["q_proj"], out.scaling):
         ...         _ = written.fill_(2)
         >>> lora.set([0, 1])
         """
-        self._check_free("fill")
+        self._check_free("borrow_slots")
         check_stack("like", like)
         count = len(like)
         self._check_slots(slot, count)

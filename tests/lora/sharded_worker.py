@@ -102,7 +102,7 @@ def results(kind, made, dtype=None):
     emb = torch.randn(2, 24, generator=torch.Generator().manual_seed(4))
     part = net.shard(shards(made, net.meta_stack(2)))
     found["parameters"] = torch.tensor(part.config.num_parameters)
-    with lora.fill(1, part.meta_stack(2)) as out:
+    with lora.borrow_slots(1, part.meta_stack(2)) as out:
         part.generate(emb, out=out)
     with lora.use([1, 2, 1, -1]):
         found["filled"] = run()
@@ -134,7 +134,7 @@ def errors(kind, made):
             linear(x)
 
     def fill():
-        with lora.fill(0, net.meta_stack(1)):
+        with lora.borrow_slots(0, net.meta_stack(1)):
             pass
 
     def differentiable():

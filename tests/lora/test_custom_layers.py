@@ -254,7 +254,7 @@ def test_a_module_of_the_first_layers_alone(make_stack, tmp_path, x):
     with torch.no_grad(), handle.use(1):
         expected = gate(x) + stack.scaling[1] * (x @ A.mT) @ B.mT
         assert (blocks.layers[0]["gate_proj"](x) - expected).abs().max() <= ROW_ATOL
-    with handle.fill(3, stack[1:2]) as out:
+    with handle.borrow_slots(3, stack[1:2]) as out:
         assert out.sizes == stack.sizes
         for written, of in ((out.lora_A, stack.lora_A), (out.lora_B, stack.lora_B), (out.ranks, stack.ranks)):
             for name, tensor in written.items():

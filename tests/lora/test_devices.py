@@ -162,7 +162,7 @@ def test_one_stack_cannot_be_slots_of_two_devices(spread, stack):
     lora = attach(spread(Model(), (3,)), stack)
     with (
         pytest.raises(ValueError, match="like: expected layers on one device, got cpu, cpu:1; use put"),
-        lora.fill(0, stack),
+        lora.borrow_slots(0, stack),
     ):
         pass
 

@@ -56,13 +56,13 @@ def logits(model, tokens):
 def test_the_bits_of_put(tiny_model, net, tokens, model_dtype, max_rank):
     """Also where the slots are wider, where they are rounded, and where other adapters lay in them."""
     handles = []
-    for fill in (True, False):
+    for in_place in (True, False):
         model = tiny_model("Llama", dtype=model_dtype, head_dim=32)
         handle = attach(model, slots=SLOTS, max_rank=max_rank)
         for slot, count, seed in ((1, 3, 0), (4, 1, 1), (2, 2, 2)):
             emb = task_emb(count, seed)
-            if fill:
-                with handle.fill(slot, net.meta_stack(count)) as out:
+            if in_place:
+                with handle.borrow_slots(slot, net.meta_stack(count)) as out:
                     assert net.generate(emb, out=out) is out
             else:
                 for i, adapter in enumerate(net.generate(emb)):
@@ -81,7 +81,7 @@ def test_wider_slots_are_rounded_once(model, net):
     """A bfloat16 hypernetwork in a float32 model: nothing is rounded to bfloat16 on the way, as put would."""
     net.set_dtype(torch.bfloat16)
     handle, emb = attach(model, slots=1), task_emb(1)
-    with handle.fill(0, net.meta_stack(1)) as out:
+    with handle.borrow_slots(0, net.meta_stack(1)) as out:
         assert out.dtype == torch.float32
         net.generate(emb, out=out)
     rounded = net.generate(emb)
@@ -91,7 +91,7 @@ def test_wider_slots_are_rounded_once(model, net):
 
 def test_like_is_an_earlier_result_too(model, net, tokens):
     handle, stack = attach(model, slots=SLOTS), net.generate(task_emb(2))
-    with handle.fill(0, stack) as out:
+    with handle.borrow_slots(0, stack) as out:
         net.generate(task_emb(2), out=out)
     for i, adapter in enumerate(stack):
         handle.put(2 + i, adapter)
@@ -104,11 +104,11 @@ def test_like_is_an_earlier_result_too(model, net, tokens):
 def test_columns_of_a_packed_projection(tiny_model, tokens):
     """Phi-3 computes q, k and v in one linear; k has no adapter."""
     net, found = dataclasses.replace(SHAPE, query=64, value=32).make(), []
-    for fill in (True, False):
+    for in_place in (True, False):
         model = tiny_model("Phi3")
         handle = attach(model, slots=2)
-        if fill:
-            with handle.fill(1, net.meta_stack(1)) as out:
+        if in_place:
+            with handle.borrow_slots(1, net.meta_stack(1)) as out:
                 net.generate(task_emb(1), out=out)
         else:
             handle.put(1, net.generate(task_emb(1))[0])
@@ -120,7 +120,7 @@ def test_columns_of_a_packed_projection(tiny_model, tokens):
 def test_modules_that_are_not_written_have_rank_0(model, net, stack_for, tokens):
     """What another adapter had in the slot is gone."""
     handle = attach(model, stack_for(model, ("up_proj", "q_proj"), rank=9), slots=SLOTS)
-    with handle.fill(1, net.meta_stack(1)) as out:
+    with handle.borrow_slots(1, net.meta_stack(1)) as out:
         net.generate(task_emb(1), out=out)
     handle.put(4, net.generate(task_emb(1))[0])
     assert isinstance(model.model.layers[1].self_attn.v_proj, LoRALinear)  # which no adapter had before
@@ -134,7 +134,7 @@ def test_other_slots_stay(model, net, stack_for, tokens):
     handle = attach(model, stack_for(model, ("q_proj", "v_proj"), num_adapters=SLOTS, rank=8))
     handle.set([0, 3, 4, -1, 0, 3])
     before = logits(model, tokens)
-    with handle.fill(1, net.meta_stack(2)) as out:
+    with handle.borrow_slots(1, net.meta_stack(2)) as out:
         net.generate(task_emb(2), out=out)
     assert torch.equal(logits(model, tokens), before)
     handle.set([1, 2, 4, -1, 1, 2])
@@ -144,7 +144,7 @@ def test_other_slots_stay(model, net, stack_for, tokens):
 def test_in_inference_mode(model, net, tokens):
     handle = attach(model, slots=2)
     for mode, slot in ((True, 0), (False, 0), (True, 1)):
-        with torch.inference_mode(mode), handle.fill(slot, net.meta_stack(1)) as out:
+        with torch.inference_mode(mode), handle.borrow_slots(slot, net.meta_stack(1)) as out:
             net.generate(task_emb(1), out=out)
     handle.set([0, 1] * 3)
     got = logits(model, tokens[:1].expand(6, -1))
@@ -157,7 +157,7 @@ def test_in_inference_mode(model, net, tokens):
 def test_slots_are_empty_until_the_block_ends(model, net, tokens):
     handle = attach(model, net.generate(task_emb(2)), slots=3)
     base = logits(model, tokens)
-    with handle.fill(0, net.meta_stack(2)) as out:
+    with handle.borrow_slots(0, net.meta_stack(2)) as out:
         for ids in (0, [1, -1]):
             with pytest.raises(IndexError, match="slots that hold an adapter"):
                 handle.set(ids)
@@ -175,7 +175,7 @@ def test_slots_are_empty_after_an_error(model, net, tokens):
     base = logits(model, tokens)
     handle.set([0] * 3 + [1] * 3)
     other = logits(model, tokens)[3:]
-    with pytest.raises(Stopped), handle.fill(0, net.meta_stack(1)) as out:
+    with pytest.raises(Stopped), handle.borrow_slots(0, net.meta_stack(1)) as out:
         net.generate(task_emb(1, seed=5), out=out)
         raise Stopped
     got = logits(model, tokens)
@@ -194,7 +194,7 @@ def test_recomputation_notices(model, net, tokens):
     model.enable_input_require_grads()
     with handle.use([0, 1, -1] * 2):
         loss = model(tokens, use_cache=False).logits.sum()
-        with handle.fill(0, net.meta_stack(1)) as out:
+        with handle.borrow_slots(0, net.meta_stack(1)) as out:
             net.generate(task_emb(1), out=out)
         with pytest.raises(RuntimeError, match="recomputes the forward pass"):
             loss.backward()
@@ -209,7 +209,7 @@ def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
     kept, before = contents(handle), logits(model, tokens)
 
     def refused(error, match, slot, like):
-        with pytest.raises(error, match=match), handle.fill(slot, like):
+        with pytest.raises(error, match=match), handle.borrow_slots(slot, like):
             pytest.fail("the block was entered")
 
     for slot in (-1, 2, 3, True, 1.0, None, "0"):
@@ -221,24 +221,24 @@ def test_errors_change_nothing(model, net, stack_for, make_stack, tokens):
     refused(ValueError, "3 layers", 0, make_stack({"k_proj": (64, 64)}, num_adapters=1, num_layers=3))
     assert same(contents(handle), kept) and torch.equal(logits(model, tokens), before)
     handle.merge(0)
-    with pytest.raises(RuntimeError, match="fill: an adapter is merged"), handle.fill(0, net.meta_stack(1)):
+    with pytest.raises(RuntimeError, match="borrow_slots: an adapter is merged"), handle.borrow_slots(0, net.meta_stack(1)):
         pass
     handle.detach()
-    with pytest.raises(RuntimeError, match="this handle is detached"), handle.fill(0, net.meta_stack(1)):
+    with pytest.raises(RuntimeError, match="this handle is detached"), handle.borrow_slots(0, net.meta_stack(1)):
         pass
 
 
-def test_a_refused_fill_reserves_nothing(model, net, stack_for):
+def test_a_refused_loan_reserves_nothing(model, net, stack_for):
     """What was refused decides neither rank nor memory of the slots."""
     handle = attach(model, slots=3)
     with (
         pytest.raises(ValueError, match="expected layers on meta, got cpu"),
-        handle.fill(0, net.meta_stack(1), device="meta"),
+        handle.borrow_slots(0, net.meta_stack(1), device="meta"),
     ):
         pytest.fail("the block was entered")
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     handle.put(0, stack_for(model, ("q_proj",), num_adapters=1, rank=16))  # more than that of the first
-    with handle.fill(1, stack_for(model, ("q_proj",), num_adapters=1, rank=16), device="cpu"):
+    with handle.borrow_slots(1, stack_for(model, ("q_proj",), num_adapters=1, rank=16), device="cpu"):
         pass
 
 
@@ -247,7 +247,10 @@ def test_slots_of_two_dtypes(model, net):
     for layer in model.model.layers:
         layer.self_attn.v_proj.to(torch.bfloat16)
     handle = attach(model, slots=1)
-    with pytest.raises(ValueError, match="like: .* one dtype, got .*bfloat16.*use put"), handle.fill(0, net.meta_stack(1)):
+    with (
+        pytest.raises(ValueError, match="like: .* one dtype, got .*bfloat16.*use put"),
+        handle.borrow_slots(0, net.meta_stack(1)),
+    ):
         pass
     handle.put(0, net.generate(task_emb(1)))
 
@@ -262,7 +265,7 @@ def test_features_that_a_linear_does_not_state():
     model = torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": Bare()})])
     of = lambda n: AdapterStack({"q_proj": torch.ones(1, 1, 2, n)}, {"q_proj": torch.ones(1, 1, n, 2)}, torch.ones(1))  # noqa: E731
     handle = attach(model, of(8))
-    for call in (lambda: handle.put(0, of(9)), lambda: handle.fill(0, of(9)).__enter__()):
+    for call in (lambda: handle.put(0, of(9)), lambda: handle.borrow_slots(0, of(9)).__enter__()):
         with pytest.raises(ValueError, match=r"q_proj: the adapter has in/out features \(9, 9\), its slots have \(8, 8\)"):
             call()
     handle.set(0)
@@ -288,7 +291,7 @@ def test_generate_into(model, net, tokens):
             engine.generate_into(handle, slot, texts)
     with (
         pytest.raises(ValueError, match="like: expected layers on meta, got cpu; use put"),
-        handle.fill(1, net.meta_stack(2), device=torch.device("meta")),
+        handle.borrow_slots(1, net.meta_stack(2), device=torch.device("meta")),
     ):
         raise AssertionError("entered")
     net.to(torch.bfloat16)  # casts biases, too
