@@ -60,10 +60,10 @@ def tasks(context: Context) -> list[Task]:
 
 
 @contextlib.contextmanager
-def served(slots: int, cached: int, spool: Path) -> Iterator[VllmServer]:
+def served(slots: int, cached: int, store: Path) -> Iterator[VllmServer]:
     flags = collect([CHECKPOINT], slots, cached)["flags"]
-    environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_SPOOL": str(spool / "adapters"), "T2L_VLLM_WARMUP": "1"}
-    server = VllmServer(str(packaged.convert()), flags, environment, spool / "server.log")
+    environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_STORE": str(store / "adapters"), "T2L_VLLM_WARMUP": "1"}
+    server = VllmServer(str(packaged.convert()), flags, environment, store / "server.log")
     try:
         yield server.wait()
     finally:
@@ -106,7 +106,7 @@ def arriving(context: Context) -> Iterator[Record]:
     count = 64 if context.full else 8
     texts = sentences(count + 1)
     with _scratch() as scratch:
-        environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_SPOOL": str(scratch / "adapters")}
+        environment = {"T2L_VLLM_CHECKPOINT": CHECKPOINT, "T2L_VLLM_STORE": str(scratch / "adapters")}
         generator = Generator(Settings.from_environment(environment))
         asked = {"one": [texts[0]] * count, "different": texts[1:]}
         for name, made in asyncio.run(_arriving(generator, asked)).items():
@@ -150,7 +150,7 @@ async def _lag(work: Any) -> Record:
 
 
 def life(context: Context) -> Iterator[Record]:
-    """Many requests over many sentences with few slots and a small cache, then the same from a warm spool after a kill.
+    """Many requests over many sentences with few slots and a small cache, then the same from a warm store after a kill.
 
     The adapter of an answer is known by the log-probabilities of its first token, which are compared with those that the
     sentence had when it came alone, before; and with those of all other sentences, which tells how much that says.

@@ -26,7 +26,7 @@ from t2l_engine.hypernetwork import checkpoint as checkpoints
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving import names
-from t2l_engine.serving.spool import DTYPE, Spool
+from t2l_engine.serving.store import DTYPE, AdapterStore
 from t2l_engine.text import packaged
 from t2l_engine.text.encoder import OneHotEncoder, check_list
 
@@ -58,7 +58,7 @@ def adapter(hypernetwork: HyperNetwork, task_emb: Tensor) -> AdapterStack:
 
 @torch.inference_mode(False)
 def tensors(hypernetwork: HyperNetwork, task_emb: Tensor) -> dict[str, Tensor]:
-    """What the spool's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B.
+    """What the store's PEFT folder for ``task_emb [embed_dim]`` holds: new bfloat16 tensors, the scaling in B.
 
     They may be changed in place, also where the caller is in inference mode.
     """
@@ -116,24 +116,24 @@ class Checkpoint:
             raise ValueError(str(error).replace("texts[0]", argument, 1)) from None
         return text, names.key(self.hash, self.encoder, _version(), text)
 
-    def folders(self, texts: Sequence[str], spool: Spool, memory: bool = False) -> list[tuple[str, Path]]:
-        """(key, folder) of each of ``texts``; those that ``spool`` lacks are written, BATCH in a pass.
+    def folders(self, texts: Sequence[str], store: AdapterStore, memory: bool = False) -> list[tuple[str, Path]]:
+        """(key, folder) of each of ``texts``; those that ``store`` lacks are written, BATCH in a pass.
 
         Raises ValueError for anything but a list of texts that the encoder takes, Unavailable where there is no room.
         """
         check_list(texts)
         keys = [self.prepare(f"texts[{i}]", text)[1] for i, text in enumerate(texts)]
-        found = {key: path for key in keys if (path := spool.find(key, memory=memory)) is not None}
+        found = {key: path for key in keys if (path := store.find(key, memory=memory)) is not None}
         jobs = [(text, key) for key, text in dict(zip(keys, texts, strict=True)).items() if key not in found]
         for start in range(0, len(jobs), BATCH):
             batch = jobs[start : start + BATCH]
-            for (_, key), result in zip(batch, self.write(batch, spool, memory), strict=True):
+            for (_, key), result in zip(batch, self.write(batch, store, memory), strict=True):
                 if not isinstance(result, Path):
                     raise result
                 found[key] = result
         return [(key, found[key]) for key in keys]
 
-    def write(self, jobs: Sequence[tuple[str, str]], spool: Spool, memory: bool) -> list[Path | Exception]:
+    def write(self, jobs: Sequence[tuple[str, str]], store: AdapterStore, memory: bool) -> list[Path | Exception]:
         """Folders of descriptions, or what went wrong with each; ``jobs``: pairs (description, key).
 
         ``memory``: without weights.  A description longer than the encoder's length is cut.
@@ -141,19 +141,19 @@ class Checkpoint:
         results: list[Path | Exception] = []
         for (_, key), task_emb in zip(jobs, self.engine.encoder.encode([text for text, _ in jobs]).cpu(), strict=True):
             try:
-                results.append(self._write(key, task_emb, spool, memory))
+                results.append(self._write(key, task_emb, store, memory))
             except Exception as error:  # the others are written all the same
                 results.append(error)
         return results
 
-    def _write(self, key: str, task_emb: Tensor, spool: Spool, memory: bool) -> Path:
+    def _write(self, key: str, task_emb: Tensor, store: AdapterStore, memory: bool) -> Path:
         device = next(self.engine.hypernetwork.parameters()).device
         stack = adapter(self.engine.hypernetwork, task_emb.to(device))
         if not memory:
-            return spool.write_peft(key, stack, self.base)
+            return store.write_peft(key, stack, self.base)
         stack.state_dict_peft(0, dtype=DTYPE, fold=True)  # raises here, not in a worker, for values that readers refuse
         note = {"checkpoint": self.name, "sha256": self.hash, "key": key}
-        return spool.write_memory(key, task_emb, stack.peft_config(0, self.base, fold=True), note)
+        return store.write_memory(key, task_emb, stack.peft_config(0, self.base, fold=True), note)
 
     def length(self, text: str) -> tuple[int, int]:
         """(tokens of a prepared text, tokens that are used of it); (0, 0) for an encoder without tokens."""

@@ -19,7 +19,7 @@ from t2l_engine.adapters.stack import AdapterStack
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.spool import Spool
+from t2l_engine.serving.store import AdapterStore
 
 
 class SGLangError(RuntimeError):
@@ -29,25 +29,32 @@ class SGLangError(RuntimeError):
 class SGLangClient:
     """Has a server of SGLang load the adapters of sentences.
 
-    The server reads folders of ``spool``, so it must see them under the same path.  An adapter's name is made of all that
+    The server reads folders of ``store``, so it must see them under the same path.  An adapter's name is made of all that
     its weights depend on, so the server's prefix cache stays right.  Beyond --max-loaded-loras SGLang drops those least
     recently used, and reads them again when asked.  Weights never go over HTTP, where SGLang would unpickle them.
 
     Args:
         url: of the server, ``"http://127.0.0.1:30000"``.
         engine: makes the adapters.
-        spool: where they are written.
+        store: where they are written.
         base: the base model's name for adapter_config.json; None: not stated.
         key: the server's --api-key or --admin-api-key; empty: it has none.
         timeout: seconds for a request.
     """
 
     def __init__(
-        self, url: str, engine: TextToLoRA, spool: Spool, *, base: str | None = None, key: str = "", timeout: float = 60.0
+        self,
+        url: str,
+        engine: TextToLoRA,
+        store: AdapterStore,
+        *,
+        base: str | None = None,
+        key: str = "",
+        timeout: float = 60.0,
     ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url: expected http:// or https://, got {url!r}")
-        self._url, self._key, self._timeout, self._spool = url.rstrip("/"), key, timeout, spool
+        self._url, self._key, self._timeout, self._store = url.rstrip("/"), key, timeout, store
         self._checkpoint = Checkpoint.of(engine, "sglang", base)
         self._lock = threading.Lock()  # an engine answers one call at a time
 
@@ -56,10 +63,10 @@ class SGLangClient:
 
         A name is the ``lora_path`` of /generate and, after the base model's and a colon, ``model`` of the OpenAI endpoints.
 
-        Raises ValueError for a text that the encoder refuses, Unavailable where the spool has no room, SGLangError.
+        Raises ValueError for a text that the encoder refuses, Unavailable where the store has no room, SGLangError.
         """
         with self._lock:
-            found = [(names.adapter_id(key), folder) for key, folder in self._checkpoint.folders(texts, self._spool)]
+            found = [(names.adapter_id(key), folder) for key, folder in self._checkpoint.folders(texts, self._store)]
             for name, folder in dict(found).items():
                 self._load(name, folder)
             return [name for name, _ in found]

@@ -1,4 +1,4 @@
-"""What the tests of serving share: settings of a spool of their own, and the bundled checkpoint, loaded once."""
+"""What the tests of serving share: settings of a store of their own, and the bundled checkpoint, loaded once."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ def settings(tmp_path):
     """Settings of the bundled checkpoint, by default in disk mode; keywords replace fields."""
 
     def make(**changes):
-        environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_SPOOL": str(tmp_path / "spool")}
+        environment = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(tmp_path / "store")}
         return dataclasses.replace(Settings.from_environment(environment), **changes)
 
     return make

@@ -15,7 +15,7 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.hypernetwork.folder import BUNDLED
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.spool import Unavailable
+from t2l_engine.serving.store import Unavailable
 from t2l_engine.serving.vllm import generator as module
 from t2l_engine.serving.vllm.generator import Generator
 
@@ -34,7 +34,7 @@ def test_the_same_text_is_generated_once(settings, loaded):
     # White space at the ends and a missing full stop are the encoder's to normalise.
     found = gather(generator, [TEXTS[0], f" {TEXTS[0]}", TEXTS[0][:-1]] * 21 + [TEXTS[0]])
     assert (generator.generated, generator.passes) == (1, 1) and len(found) == 64 and len(set(found)) == 1
-    assert gather(generator, [TEXTS[0]]) == found[:1] and generator.generated == 1, "from the spool"
+    assert gather(generator, [TEXTS[0]]) == found[:1] and generator.generated == 1, "from the store"
     other = Generator(settings())
     assert gather(other, [TEXTS[0]]) == found[:1] and other.generated == 0, "and by another server"
 
@@ -88,7 +88,7 @@ def test_the_event_loop_only_waits(settings, loaded, monkeypatch):
     assert steps == [False] * 100 and len(threads) == 1 and main not in threads
 
 
-def test_the_event_loop_does_not_wait_for_the_spool(settings, loaded):
+def test_the_event_loop_does_not_wait_for_the_store(settings, loaded):
     """Another process that starts has it locked for as long as it looks at every folder."""
     generator = Generator(settings())
     (folder,) = gather(generator, TEXTS[:1])
@@ -105,10 +105,10 @@ def test_the_event_loop_does_not_wait_for_the_spool(settings, loaded):
     assert asyncio.run(run()) == folder and (generator.generated, generator.passes) == (1, 1)
 
 
-def test_a_spool_that_cannot_be_opened_names_the_variable(settings, loaded, tmp_path):
+def test_a_store_that_cannot_be_opened_names_the_variable(settings, loaded, tmp_path):
     (tmp_path / "file").write_text("")
-    (found,) = gather(Generator(settings(spool=tmp_path / "file")), TEXTS[:1])
-    assert type(found) is RuntimeError and str(found).startswith("T2L_VLLM_SPOOL: ") and str(tmp_path / "file") in str(found)
+    (found,) = gather(Generator(settings(store=tmp_path / "file")), TEXTS[:1])
+    assert type(found) is RuntimeError and str(found).startswith("T2L_VLLM_STORE: ") and str(tmp_path / "file") in str(found)
 
 
 def test_a_waiter_that_leaves_takes_nothing_along(settings, loaded, monkeypatch):
@@ -184,8 +184,8 @@ def test_a_full_queue_refuses(settings, loaded, monkeypatch):
     assert generator.generated == 6 and found[-1] == found[1], "who waits for what waits already is not refused"
 
 
-def test_a_full_spool_refuses_new_texts_alone(settings, loaded):
-    generator = Generator(settings(spool_bytes=1_000_000))  # one adapter is 0.92 MB
+def test_a_full_store_refuses_new_texts_alone(settings, loaded):
+    generator = Generator(settings(store_bytes=1_000_000))  # one adapter is 0.92 MB
     first, second = gather(generator, TEXTS[:2])
     assert first.is_dir() and isinstance(second, Unavailable) and generator.generated == 1
     assert gather(generator, [TEXTS[0]]) == [first]

@@ -29,11 +29,11 @@ TOKENS = 12
 
 @pytest.fixture(scope="module")
 def run_llm(tmp_path_factory):
-    """Factory: what run_llm.py prints for a plan; ``environment`` replaces variables, ``folder`` is the spool."""
-    spool = tmp_path_factory.mktemp("spool")
+    """Factory: what run_llm.py prints for a plan; ``environment`` replaces variables, ``folder`` is the store."""
+    store = tmp_path_factory.mktemp("store")
 
-    def run(plan, environment=None, folder=spool):
-        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_SPOOL": str(folder)} | (environment or {})
+    def run(plan, environment=None, folder=store):
+        variables = {"T2L_VLLM_CHECKPOINT": "smollm2-135m", "T2L_VLLM_STORE": str(folder)} | (environment or {})
         return vllm_process.llm({"texts": TEXTS, "tokens": TOKENS} | plan, variables)
 
     return run
@@ -108,7 +108,7 @@ def test_target_modules_change_nothing_but_the_work(run_llm, prompts, mixed):
 
 
 def test_memory_mode_gives_the_same_bits(run_llm, prompts, mixed, tmp_path):
-    """Workers make the weights from 4 KB folders; nothing else is in the spool."""
+    """Workers make the weights from 4 KB folders; nothing else is in the store."""
     plan = {"prompts": prompts, "calls": [MIXED, [2, 3, None, None, 2], MIXED], "llm": FLAGS, "logprobs": 20}
     made = run_llm(plan, {"T2L_VLLM_MODE": "memory"}, tmp_path)
     assert made["tokens"] == mixed["tokens"][:3] and made["logprobs"] == mixed["logprobs"][:3]
@@ -129,7 +129,7 @@ def test_program_of_the_page_runs(tmp_path):
     page = Path(__file__).parents[2] / "docs" / "vllm.md"
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     (tmp_path / "program.py").write_text(program)
-    variables = vllm_process.VARIABLES | {"T2L_VLLM_KERNELS": "1", "T2L_VLLM_SPOOL": str(tmp_path / "spool")}
+    variables = vllm_process.VARIABLES | {"T2L_VLLM_KERNELS": "1", "T2L_VLLM_STORE": str(tmp_path / "store")}
     done = subprocess.run(
         [sys.executable, tmp_path / "program.py"], env=os.environ | variables,
         capture_output=True, text=True,

@@ -37,18 +37,18 @@ def other_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, other_model):
     """Factory of servers, which are ended with the module; ``environment`` replaces variables."""
-    spool, started = tmp_path_factory.mktemp("spool"), []
+    store, started = tmp_path_factory.mktemp("store"), []
     log = tmp_path_factory.mktemp("log") / "server.log"
 
     def make(*flags, **environment):
         variables = {
             "T2L_VLLM_CHECKPOINT": f"smollm2-135m,{other_model}",
-            "T2L_VLLM_SPOOL": str(spool),
+            "T2L_VLLM_STORE": str(store),
         } | environment
         chosen = serve_flags.collect(["smollm2-135m"], 2, 4)["flags"]
         server = VllmServer(str(packaged.convert()), [*chosen, *flags], variables, log)
         started.append(server)
-        server.spool = spool
+        server.store = store
         return server.wait()
 
     yield make
@@ -62,7 +62,7 @@ def server(start):
 
 
 def folders(server):
-    return {folder.name for folder in server.spool.iterdir() if folder.is_dir()}
+    return {folder.name for folder in server.store.iterdir() if folder.is_dir()}
 
 
 def test_a_sentence_is_a_model(server):
@@ -190,7 +190,7 @@ def test_bad_input_is_refused_and_the_server_lives(server):
     assert server.complete(LAST, LIST)[0] == 200
 
 
-def test_a_killed_server_answers_the_same_from_its_spool(start, server):
+def test_a_killed_server_answers_the_same_from_its_store(start, server):
     texts = [LAST, "t2l:Answer with the simple past of the given verb.", "t2l:Return the first letter of the word."]
     before = [server.complete(text, "borrow") for text in texts]
     made = folders(server)
@@ -204,13 +204,13 @@ def test_a_killed_server_answers_the_same_from_its_spool(start, server):
     assert folders(again) == made
 
 
-def test_a_full_spool_and_too_many_names_are_503(start, tmp_path):
+def test_a_full_store_and_too_many_names_are_503(start, tmp_path):
     """Two adapters have room; a third sentence that was made before has a name left, and a fourth has none."""
-    made = tmp_path / "spool"
-    before = start(T2L_VLLM_SPOOL=str(made))
+    made = tmp_path / "store"
+    before = start(T2L_VLLM_STORE=str(made))
     assert before.complete("t2l:Name 7 things.", "hot", 1)[0] == 200
     before.stop(signal.SIGTERM)
-    server = start(T2L_VLLM_SPOOL=str(made), T2L_VLLM_SPOOL_BYTES="3000000", T2L_VLLM_MAX_NAMES="3")
+    server = start(T2L_VLLM_STORE=str(made), T2L_VLLM_STORE_BYTES="3000000", T2L_VLLM_MAX_NAMES="3")
     answers = [server.complete(f"t2l:Name {i} things.", "hot", 1) for i in (0, 1, 2, 3, 7, 4, 0)]
     assert [status for status, _ in answers] == [200, 200, 503, 503, 200, 503, 200]
     assert all("bytes" in answers[i][1] for i in (2, 3)) and "have names" in answers[5][1]

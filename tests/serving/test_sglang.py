@@ -13,7 +13,7 @@ import torch
 from t2l_engine import AdapterStack
 from t2l_engine.adapters.peft import PREFIX
 from t2l_engine.serving.sglang import SGLangClient, SGLangError, load
-from t2l_engine.serving.spool import Spool
+from t2l_engine.serving.store import AdapterStore
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["Return the last element of the list.", "Write the word in capital letters."]
@@ -83,13 +83,13 @@ def server():
 
 
 @pytest.fixture
-def spool(tmp_path):
-    return Spool(tmp_path / "spool", 1 << 26)
+def store(tmp_path):
+    return AdapterStore(tmp_path / "store", 1 << 26)
 
 
-def test_sentences_become_names(server, bundled, spool):
+def test_sentences_become_names(server, bundled, store):
     server = server()
-    client = SGLangClient(server.url + "/", bundled.engine, spool, base="base")
+    client = SGLangClient(server.url + "/", bundled.engine, store, base="base")
     first, second, again = client.ensure([*TEXTS, TEXTS[0]])
     assert first == again != second and first.startswith("t2l-") and set(server.adapters) == {first, second}
     right = bundled.engine.generate([TEXTS[0]])
@@ -106,7 +106,7 @@ def test_the_page(server, tmp_path):
     """The program of docs/sglang.md."""
     server = server()
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sglang.md").read_text(encoding="utf-8"), re.S)
-    found = {"URL": server.url, "FOLDER": str(tmp_path / "spool")}
+    found = {"URL": server.url, "FOLDER": str(tmp_path / "store")}
     exec(compile(code, "docs/sglang.md", "exec"), found)
     assert list(server.adapters) == [found["name"]]
 
@@ -114,17 +114,17 @@ def test_the_page(server, tmp_path):
 @pytest.mark.parametrize(
     "said", ["LoRA with name {} already exists.", "Failed to load LoRA adapter {} because it is already loaded"]
 )
-def test_another_client_has_it_loaded(server, bundled, spool, said):
+def test_another_client_has_it_loaded(server, bundled, store, said):
     """The registry says the first; newer servers ask their backend before, which says the second."""
     server = server()
     server.known = said
-    right = SGLangClient(server.url, bundled.engine, spool).ensure(TEXTS)
-    assert SGLangClient(server.url, bundled.engine, spool).ensure(TEXTS) == right and len(server.requests) == 4
+    right = SGLangClient(server.url, bundled.engine, store).ensure(TEXTS)
+    assert SGLangClient(server.url, bundled.engine, store).ensure(TEXTS) == right and len(server.requests) == 4
 
 
-def test_unload(server, bundled, spool):
+def test_unload(server, bundled, store):
     server = server()
-    client = SGLangClient(server.url, bundled.engine, spool)
+    client = SGLangClient(server.url, bundled.engine, store)
     (name,) = client.ensure(TEXTS[:1])
     client.unload(name)
     assert not server.adapters
@@ -133,17 +133,17 @@ def test_unload(server, bundled, spool):
         client.unload("t2l-0")
 
 
-def test_a_key(server, bundled, spool):
+def test_a_key(server, bundled, store):
     server = server(key="secret")
     with pytest.raises(SGLangError, match="Unauthorized"):
-        SGLangClient(server.url, bundled.engine, spool).ensure(TEXTS[:1])
-    assert SGLangClient(server.url, bundled.engine, spool, key="secret").ensure(TEXTS[:1]) == list(server.adapters)
+        SGLangClient(server.url, bundled.engine, store).ensure(TEXTS[:1])
+    assert SGLangClient(server.url, bundled.engine, store, key="secret").ensure(TEXTS[:1]) == list(server.adapters)
 
 
 @pytest.mark.parametrize("said", ["", "<html>Bad gateway</html>", "[1]", '{"success": false}'])
-def test_a_server_that_fails(server, bundled, spool, said):
+def test_a_server_that_fails(server, bundled, store, said):
     server = server()
-    client = SGLangClient(server.url, bundled.engine, spool)
+    client = SGLangClient(server.url, bundled.engine, store)
     server.broken = said or " "
     with pytest.raises(SGLangError, match=server.url + "/load_lora_adapter: "):
         client.ensure(TEXTS[:1])
@@ -151,19 +151,19 @@ def test_a_server_that_fails(server, bundled, spool, said):
     assert client.ensure(TEXTS[:1]) == list(server.adapters)  # what failed was not taken for loaded
 
 
-def test_no_server(bundled, spool):
+def test_no_server(bundled, store):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with pytest.raises(SGLangError, match="no answer"):
-        SGLangClient(f"http://127.0.0.1:{port}", bundled.engine, spool).ensure(TEXTS[:1])
+        SGLangClient(f"http://127.0.0.1:{port}", bundled.engine, store).ensure(TEXTS[:1])
     with pytest.raises(ValueError, match="url: expected http"):
-        SGLangClient("127.0.0.1:9", bundled.engine, spool)
+        SGLangClient("127.0.0.1:9", bundled.engine, store)
 
 
-def test_a_text_is_refused(server, bundled, spool):
+def test_a_text_is_refused(server, bundled, store):
     server = server()
     with pytest.raises(ValueError, match=r"texts\[1\]"):
-        SGLangClient(server.url, bundled.engine, spool).ensure([TEXTS[0], " "])
+        SGLangClient(server.url, bundled.engine, store).ensure([TEXTS[0], " "])
     assert not server.requests
 
 

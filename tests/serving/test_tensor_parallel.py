@@ -88,7 +88,7 @@ def test_two_ranks(sharded, model, adapters, checkpoint, misfit, tmp_path):
     }  # fmt: skip
     environment = {
         "T2L_VLLM_KERNELS": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "T2L_VLLM_CHECKPOINT": str(made_by),
-        "T2L_VLLM_MODE": "memory", "T2L_VLLM_SPOOL": str(tmp_path),
+        "T2L_VLLM_MODE": "memory", "T2L_VLLM_STORE": str(tmp_path),
     }  # fmt: skip
     made = vllm_process.llm(plan, environment)
     assert made["wrapper"] == "PunicaWrapperT2L"

@@ -164,7 +164,7 @@ def test_no_room_is_503(serve):
     (first,), (second,) = resolve(models, f"t2l:{TEXT}"), resolve(models, "t2l:Another one.")
     assert isinstance(first, LoRARequest) and isinstance(second, GracefulHTTPError) and second.http_status == 503
     assert generator.generated == 1
-    assert isinstance(resolve(serve(spool_bytes=1)[0], "t2l:A third one.")[0], GracefulHTTPError)
+    assert isinstance(resolve(serve(store_bytes=1)[0], "t2l:A third one.")[0], GracefulHTTPError)
 
 
 def test_faults_are_500(serve, monkeypatch):
@@ -267,7 +267,7 @@ def hooks(monkeypatch):
     replaced = types.SimpleNamespace(install=lambda settings: (calls.append(settings), settings)[1])
     monkeypatch.setitem(sys.modules, "t2l_engine.serving.vllm.hooks", replaced)
     monkeypatch.setattr(serving, "hooks", replaced, raising=False)
-    for name in ("CHECKPOINT", "KERNELS", "SPOOL"):
+    for name in ("CHECKPOINT", "KERNELS", "STORE"):
         monkeypatch.delenv(f"T2L_VLLM_{name}", raising=False)
     return calls
 
@@ -286,7 +286,7 @@ def test_register(registry, hooks, monkeypatch, tmp_path):
     t2l_vllm.register()
     assert len(hooks) == 2 and not hooks[1].kernels, "partial adapters are refused"
     monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "smollm2-135m")
-    monkeypatch.setenv("T2L_VLLM_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setenv("T2L_VLLM_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("VLLM_SKIP_MODEL_NAME_VALIDATION", "1")
     with pytest.raises(ValueError, match="VLLM_SKIP_MODEL_NAME_VALIDATION: expected it unset with T2L_VLLM_CHECKPOINT"):
         t2l_vllm.register()
@@ -295,7 +295,7 @@ def test_register(registry, hooks, monkeypatch, tmp_path):
     resolver = registry.get_resolver("t2l")
     t2l_vllm.register()
     assert registry.get_resolver("t2l") is resolver and len(registry.resolvers) == 1
-    assert not (tmp_path / "spool").exists(), "nothing is loaded or opened before it is needed"
+    assert not (tmp_path / "store").exists(), "nothing is loaded or opened before it is needed"
     monkeypatch.setenv("T2L_VLLM_CHECKPOINT", "nowhere")
     with pytest.raises(ValueError, match="T2L_VLLM_CHECKPOINT"):
         t2l_vllm.register()
@@ -455,7 +455,7 @@ def test_offline_requests(settings, bundled, model, monkeypatch):
     assert [request.lora_path for request in first] == [request.lora_path for request in again[::-1]]
     assert all(request.lora_name.startswith("t2l-") for request in first)
     key = Checkpoint.of(bundled.engine, "x").prepare("text", TEXT)[1]
-    assert first[0].lora_name == names.adapter_id(key) and first[0].lora_path == str(settings().spool.resolve() / key)
+    assert first[0].lora_name == names.adapter_id(key) and first[0].lora_path == str(settings().store.resolve() / key)
     stored = t2l.AdapterStack.from_peft(first[1].lora_path)
     assert stored.dtype == torch.bfloat16 and len(stored) == 1
 

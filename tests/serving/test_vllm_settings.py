@@ -18,23 +18,23 @@ def test_nothing_is_on_by_default(monkeypatch, tmp_path):
     monkeypatch.setenv("T2L_CACHE", str(tmp_path))
     found = read({"T2L_VLLM_CHECKPOINT": " ", "PATH": "/bin"})
     assert not found.enabled and not found.kernels and not found.warmup and found.checkpoints == {}
-    assert (found.mode, found.threads, found.spool_bytes, found.max_names) == ("disk", 1, 4 << 30, 100_000)
-    assert found.spool == tmp_path / "adapters"
+    assert (found.mode, found.threads, found.store_bytes, found.max_names) == ("disk", 1, 4 << 30, 100_000)
+    assert found.store == tmp_path / "adapters"
 
 
 @pytest.mark.parametrize(
     "free, before, shared", [((1 << 30) + 1, False, True), (1 << 30, False, False), (1 << 30, True, True)]
 )
-def test_the_spool_is_in_shared_memory_if_that_has_room_or_a_spool(monkeypatch, tmp_path, free, before, shared):
+def test_the_store_is_in_shared_memory_if_that_has_room_or_a_store(monkeypatch, tmp_path, free, before, shared):
     monkeypatch.setattr(module, "_SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(3 << 30, 0, free))
     own = tmp_path / f"t2l-{os.getuid()}"
     if before:
         own.mkdir()
     found = read({})
-    assert (found.spool == own) == shared
-    assert found.spool_bytes == ((3 << 29) if shared else (4 << 30)), "at most half of what other programs need too"
-    assert read({"T2L_VLLM_SPOOL_BYTES": "5"}).spool_bytes == 5
+    assert (found.store == own) == shared
+    assert found.store_bytes == ((3 << 29) if shared else (4 << 30)), "at most half of what other programs need too"
+    assert read({"T2L_VLLM_STORE_BYTES": "5"}).store_bytes == 5
 
 
 def test_checkpoints_have_short_names_in_order(tmp_path):
@@ -48,7 +48,7 @@ def test_checkpoints_have_short_names_in_order(tmp_path):
 
 
 def test_values_are_read():
-    names = ("KERNELS", "MODE", "SPOOL", "SPOOL_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
+    names = ("KERNELS", "MODE", "STORE", "STORE_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
     values = dict(zip(names, ("0", "memory", "/some/where", "5", "6", "2", "1"), strict=True))
     found = read({"T2L_VLLM_CHECKPOINT": "smollm2-135m"} | {f"T2L_VLLM_{name}": text for name, text in values.items()})
     expected = ({"smollm2-135m": "smollm2-135m"}, False, "memory", Path("/some/where"), 5, 6, 2, True)
@@ -65,7 +65,7 @@ def test_values_are_read():
         ("WARMUP", "2", "expected 0 or 1"),
         ("MODE", "ram", "expected one of disk, memory, got 'ram'"),
         ("THREADS", "0", "expected a positive whole number, got '0'"),
-        ("SPOOL_BYTES", "4GiB", "expected a positive whole number"),
+        ("STORE_BYTES", "4GiB", "expected a positive whole number"),
         ("MAX_NAMES", "-1", "expected a positive whole number"),
         ("CHECKPOINTS", "smollm2-135m", "expected one of T2L_VLLM_CHECKPOINT, "),
     ],

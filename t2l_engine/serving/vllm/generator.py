@@ -16,7 +16,7 @@ import torch
 
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import BATCH, Checkpoint, quiet_encoder
-from t2l_engine.serving.spool import Spool, Unavailable
+from t2l_engine.serving.store import AdapterStore, Unavailable
 from t2l_engine.serving.vllm.settings import MEMORY, PREFIX, Settings
 
 MAX_WAITING = 1024  # texts that may wait for a pass of the encoder
@@ -48,7 +48,7 @@ class Generator:
     """Folders of adapters; generation runs in one thread of its own, all texts that wait together in one pass.
 
     Methods belong to one event loop; only loading and passes leave it.  ``passes`` and ``generated`` count passes of an
-    encoder and adapters.  Errors by kind: ValueError, the request is wrong; :class:`.spool.Unavailable`, there is no room;
+    encoder and adapters.  Errors by kind: ValueError, the request is wrong; :class:`.store.Unavailable`, there is no room;
     RuntimeError, the server is at fault.  No message contains a description unless the encoder's does.
     """
 
@@ -59,7 +59,7 @@ class Generator:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "t2l", torch.set_num_threads, (settings.threads,))
         self._lock = threading.Lock()
         self._loaded: dict[str, concurrent.futures.Future[Checkpoint]] = {}
-        self._spool: Spool | None = None
+        self._store: AdapterStore | None = None
         self._waiting: list[Job] = []
         self._futures: dict[str, asyncio.Future[Path]] = {}
         self._drain: asyncio.Task[None] | None = None
@@ -107,7 +107,7 @@ class Generator:
             raise Unavailable(f"adapters: {self.settings.max_names} have names; new ones must wait for a restart")
 
     async def generate(self, job: Job) -> Path:
-        """The folder of a job's adapter: from a pass that makes it, or from the next one, which asks the spool first.
+        """The folder of a job's adapter: from a pass that makes it, or from the next one, which asks the store first.
 
         A waiter that is cancelled does not cancel what others may wait for.
         """
@@ -131,11 +131,11 @@ class Generator:
 
     def _load_now(self, name: str) -> Checkpoint:
         quiet_encoder()
-        if self._spool is None:
+        if self._store is None:
             try:
-                self._spool = Spool(self.settings.spool, self.settings.spool_bytes)
+                self._store = AdapterStore(self.settings.store, self.settings.store_bytes)
             except (OSError, ValueError) as error:
-                raise RuntimeError(f"{PREFIX}SPOOL: {error}") from error
+                raise RuntimeError(f"{PREFIX}STORE: {error}") from error
         return Checkpoint.load(name, self.settings.checkpoints[name])
 
     async def _run(self) -> None:
@@ -168,11 +168,11 @@ class Generator:
         return [_fault(found[job.key]) for job in jobs]
 
     def _pass(self, checkpoint: Checkpoint, jobs: list[Job]) -> list[Path | Exception]:
-        assert self._spool is not None  # opened before any checkpoint was loaded
+        assert self._store is not None  # opened before any checkpoint was loaded
         memory = self.settings.mode == MEMORY
         found: dict[str, Path | Exception] = {}
-        for job in jobs:  # here, since another process may have the spool locked for long
-            if (path := self._spool.find(job.key, memory=memory)) is not None:
+        for job in jobs:  # here, since another process may have the store locked for long
+            if (path := self._store.find(job.key, memory=memory)) is not None:
                 found[job.key] = path
         lacking = [job for job in jobs if job.key not in found]
         for job in lacking:
@@ -181,7 +181,7 @@ class Generator:
                 logger.warning("adapter %s: description of %d tokens cut to %d", job.key[:16], tokens, used)
         if lacking:
             self.passes += 1
-            results = checkpoint.write([(job.text, job.key) for job in lacking], self._spool, memory)
+            results = checkpoint.write([(job.text, job.key) for job in lacking], self._store, memory)
             self.generated += sum(isinstance(result, Path) for result in results)
             found |= {job.key: result for job, result in zip(lacking, results, strict=True)}
         return [found[job.key] for job in jobs]

@@ -12,7 +12,7 @@ from t2l_engine.files.text import read_json
 from t2l_engine.files.weights import read_safetensors
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.serving.checkpoints import fingerprint, tensors
-from t2l_engine.serving.spool import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
+from t2l_engine.serving.store import EMBEDDING, EMBEDDING_NAME, NOTE_NAME
 from t2l_engine.serving.vllm.settings import Settings
 
 _lock = threading.Lock()
@@ -21,7 +21,7 @@ _loaded: dict[tuple[str, str], tuple[HyperNetwork, str]] = {}
 
 
 def is_memory(folder: Path) -> bool:
-    """Whether a spool's folder holds an embedding instead of weights."""
+    """Whether a store's folder holds an embedding instead of weights."""
     return (folder / NOTE_NAME).is_file()
 
 

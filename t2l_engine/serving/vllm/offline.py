@@ -12,7 +12,7 @@ from vllm.lora.request import LoRARequest
 from t2l_engine.engine import TextToLoRA
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.spool import Spool
+from t2l_engine.serving.store import AdapterStore
 from t2l_engine.serving.vllm import hooks
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.memory import own_hypernetwork
@@ -24,7 +24,7 @@ _lock = threading.Lock()
 #: vLLM takes adapters of one lora_int_id for the same, and callers count their own from 1.
 _FIRST_ID = 1 << 20
 _ids: dict[str, int] = {}  # lora_name -> lora_int_id, for the whole process
-_open = functools.lru_cache(maxsize=None)(Spool)  # stays open: its lock keeps the folders of this process
+_open = functools.lru_cache(maxsize=None)(AdapterStore)  # stays open: its lock keeps the folders of this process
 
 
 def lora_requests(
@@ -32,7 +32,7 @@ def lora_requests(
 ) -> list[LoRARequest]:
     """A request per text for ``LLM.generate(prompts, sampling_params, lora_request=requests)``, one prompt each.
 
-    The same text gives the same request, whatever call it is in; adapters are in the spool of ``settings``.  Every call
+    The same text gives the same request, whatever call it is in; adapters are in the store of ``settings``.  Every call
     hashes the weights of ``engine`` once: ask for many texts at once.
 
     Args:
@@ -43,7 +43,7 @@ def lora_requests(
     Raises:
         ValueError: no list of texts, a text that the encoder refuses, a model of other sizes, another checkpoint, or mode
             "memory" where the environment, which the workers read, says otherwise.
-        Unavailable: the spool has no room.
+        Unavailable: the store has no room.
     """
     settings = Settings.from_environment() if settings is None else settings
     if settings.mode == MEMORY:
@@ -55,8 +55,8 @@ def lora_requests(
     memory = settings.mode == MEMORY
     if memory:
         own_hypernetwork(checkpoint.hash, settings)
-    spool = _open(settings.spool, settings.spool_bytes)
-    found = checkpoint.folders(texts, spool, memory)
+    store = _open(settings.store, settings.store_bytes)
+    found = checkpoint.folders(texts, store, memory)
     return [LoRARequest(name := names.adapter_id(key), _id(name), str(folder)) for key, folder in found]
 
 

@@ -14,7 +14,7 @@ from vllm.lora.resolver import LoRAResolver
 
 from t2l_engine.serving import names
 from t2l_engine.serving.checkpoints import Checkpoint
-from t2l_engine.serving.spool import Unavailable
+from t2l_engine.serving.store import Unavailable
 from t2l_engine.serving.vllm.fit import misfit
 from t2l_engine.serving.vllm.generator import Generator, logger
 

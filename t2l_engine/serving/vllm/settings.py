@@ -12,12 +12,12 @@ from t2l_engine.hypernetwork.folder import bundled_checkpoints, format_of, resol
 
 PREFIX = "T2L_VLLM_"
 #: Names of the environment variables without PREFIX.
-VARIABLES = ("CHECKPOINT", "KERNELS", "MODE", "SPOOL", "SPOOL_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
+VARIABLES = ("CHECKPOINT", "KERNELS", "MODE", "STORE", "STORE_BYTES", "MAX_NAMES", "THREADS", "WARMUP")
 DISK, MEMORY = MODES = ("disk", "memory")
 
 _SHARED_MEMORY = Path("/dev/shm")
-_MIN_FREE = 1 << 30  # bytes that must be free in shared memory for the spool to be there by default
-_SPOOL_BYTES, _MAX_NAMES = 4 << 30, 100_000
+_MIN_FREE = 1 << 30  # bytes that must be free in shared memory for the store to be there by default
+_STORE_BYTES, _MAX_NAMES = 4 << 30, 100_000
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Settings:
 
     ``checkpoints``: short name -> what ``TextToLoRA.from_pretrained`` takes, first the default; empty: the resolver is
     off.  ``kernels``: replace vLLM's LoRA operators.  ``mode``: "disk", PEFT folders, or "memory", folders without
-    weights, which each worker generates.  ``spool``: folder of the adapters; ``spool_bytes``: most bytes in it.
+    weights, which each worker generates.  ``store``: folder of the adapters; ``store_bytes``: most bytes in it.
     ``max_names``: most adapters a server may name.  ``threads``: torch's, for generation.  ``warmup``: load the default
     checkpoint at the start.
     """
@@ -34,8 +34,8 @@ class Settings:
     checkpoints: dict[str, str]
     kernels: bool
     mode: str
-    spool: Path
-    spool_bytes: int
+    store: Path
+    store_bytes: int
     max_names: int
     threads: int
     warmup: bool
@@ -64,7 +64,7 @@ class Settings:
             raise ValueError(f"{unknown[0]}: expected one of {', '.join(PREFIX + name for name in VARIABLES)}")
         values = {name: environ.get(PREFIX + name, "").strip() for name in VARIABLES}
         checkpoints = _checkpoints(values["CHECKPOINT"])
-        spool, room = (Path(values["SPOOL"]), _SPOOL_BYTES) if values["SPOOL"] else _default_spool()
+        store, room = (Path(values["STORE"]), _STORE_BYTES) if values["STORE"] else _default_store()
         mode = values["MODE"] or DISK
         if mode not in MODES:
             raise ValueError(f"{PREFIX}MODE: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -72,8 +72,8 @@ class Settings:
             checkpoints=checkpoints,
             kernels=_switch("KERNELS", values, default=bool(checkpoints)),
             mode=mode,
-            spool=spool,
-            spool_bytes=_count("SPOOL_BYTES", values, room),
+            store=store,
+            store_bytes=_count("STORE_BYTES", values, room),
             max_names=_count("MAX_NAMES", values, _MAX_NAMES),
             threads=_count("THREADS", values, 1),
             warmup=_switch("WARMUP", values, default=False),
@@ -113,16 +113,16 @@ def _count(name: str, values: Mapping[str, str], default: int) -> int:
     return int(text) if text else default
 
 
-def _default_spool() -> tuple[Path, int]:
-    """The spool and the most bytes in it.
+def _default_store() -> tuple[Path, int]:
+    """The store and the most bytes in it.
 
-    In shared memory if it has room or a spool already, of which at most half is used: other programs need it too (vLLM's
+    In shared memory if it has room or a store already, of which at most half is used: other programs need it too (vLLM's
     processes, NCCL).  Else in the user's cache folder.
     """
     if _SHARED_MEMORY.is_dir():
         own, usage = _SHARED_MEMORY / f"t2l-{os.getuid()}", shutil.disk_usage(_SHARED_MEMORY)
         if usage.free > _MIN_FREE or own.is_dir():
-            return own, min(_SPOOL_BYTES, usage.total // 2)
+            return own, min(_STORE_BYTES, usage.total // 2)
     from t2l_engine.text.packaged import cache_dir
 
-    return cache_dir() / "adapters", _SPOOL_BYTES
+    return cache_dir() / "adapters", _STORE_BYTES

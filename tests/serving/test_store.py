@@ -1,4 +1,4 @@
-"""The spool: what its folders hold, that they appear whole, the budget and pruning, with several processes."""
+"""The store: what its folders hold, that they appear whole, the budget and pruning, with several processes."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from t2l_engine import AdapterStack
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
-from t2l_engine.serving.spool import Spool, Unavailable, _size
+from t2l_engine.serving.store import AdapterStore, Unavailable, _size
 
 DAY = 24 * 3600
 
@@ -29,12 +29,12 @@ def stack(seed=0):
 
 
 @pytest.fixture
-def spool(tmp_path):
-    return Spool(tmp_path / "spool", 1 << 20)
+def store(tmp_path):
+    return AdapterStore(tmp_path / "store", 1 << 20)
 
 
-def visible(spool):
-    return sorted(path.name for path in spool.root.iterdir() if path.is_dir())
+def visible(store):
+    return sorted(path.name for path in store.root.iterdir() if path.is_dir())
 
 
 def taken(folder):
@@ -42,9 +42,9 @@ def taken(folder):
     return sum(max(path.stat().st_size, path.stat().st_blocks * 512) for path in folder.iterdir())
 
 
-def test_small_files_count_as_what_they_take(spool, monkeypatch):
-    folder = spool.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
-    assert spool.used == taken(folder) >= sum(path.stat().st_size for path in folder.iterdir())
+def test_small_files_count_as_what_they_take(store, monkeypatch):
+    folder = store.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
+    assert store.used == taken(folder) >= sum(path.stat().st_size for path in folder.iterdir())
     files = [SimpleNamespace(st_size=size, st_blocks=8) for size in (3, 4096, 5000)]  # a page each; the last compressed
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", lambda _: [SimpleNamespace(stat=lambda file=file: file) for file in files])
@@ -61,29 +61,29 @@ def test_locks_are_those_that_nfs_has(tmp_path, monkeypatch):
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", nfs)
-    first = Spool(tmp_path / "spool", 1 << 20)
-    second = Spool(tmp_path / "spool", 1 << 20)
+    first = AdapterStore(tmp_path / "store", 1 << 20)
+    second = AdapterStore(tmp_path / "store", 1 << 20)
     assert second.find("k") is None and first.write_peft("k", stack()) == second.find("k")
 
 
 @pytest.mark.parametrize("text", ["", "12x", "\u0663", "-5"])
-def test_a_damaged_count_is_made_again(spool, text):
-    spool.write_peft("k", stack())
-    used = spool.used
-    (spool.root / ".used").write_text(text, encoding="utf-8")
-    assert spool.find("k") and spool.used == used and (spool.root / ".used").read_text() == str(used)
+def test_a_damaged_count_is_made_again(store, text):
+    store.write_peft("k", stack())
+    used = store.used
+    (store.root / ".used").write_text(text, encoding="utf-8")
+    assert store.find("k") and store.used == used and (store.root / ".used").read_text() == str(used)
 
 
-def test_a_folder_that_is_gone_is_no_room(spool):
-    shutil.rmtree(spool.root)
+def test_a_folder_that_is_gone_is_no_room(store):
+    shutil.rmtree(store.root)
     with pytest.raises(Unavailable, match="adapters: their folder cannot be read: No such file or directory"):
-        spool.find("k")
+        store.find("k")
     with pytest.raises(Unavailable, match="adapters: their folder cannot be written: No such file or directory"):
-        spool.write_peft("k", stack())
+        store.write_peft("k", stack())
 
 
 def test_what_another_one_removes_is_left_to_it(tmp_path, monkeypatch):
-    first = Spool(tmp_path / "spool", 1 << 20)
+    first = AdapterStore(tmp_path / "store", 1 << 20)
     for key in ("a", "b"):
         os.utime(first.write_peft(key, stack()), (time.time() - 8 * DAY,) * 2)
     first.close()
@@ -97,12 +97,12 @@ def test_what_another_one_removes_is_left_to_it(tmp_path, monkeypatch):
         return moved
 
     monkeypatch.setattr(Path, "rename", raced)
-    alone = Spool(tmp_path / "spool", 1 << 20)
+    alone = AdapterStore(tmp_path / "store", 1 << 20)
     assert visible(alone) == [] and alone.used == 0
 
 
 def test_a_start_that_fails_holds_nothing(tmp_path, monkeypatch):
-    Spool(tmp_path / "spool", 1 << 20).close()
+    AdapterStore(tmp_path / "store", 1 << 20).close()
     flock, calls = fcntl.flock, []
 
     def out_of_locks(file, operation):
@@ -113,99 +113,99 @@ def test_a_start_that_fails_holds_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", out_of_locks)
     with pytest.raises(OSError, match="No locks available"):
-        Spool(tmp_path / "spool", 1 << 20)
-    assert [path.name for path in (tmp_path / "spool").iterdir()] == [".used"]
+        AdapterStore(tmp_path / "store", 1 << 20)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".used"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     own = tmp_path / "adapters" / "mine"
     own.mkdir(parents=True)
     os.utime(own, (0, 0))
-    with pytest.raises(ValueError, match="spool: expected an empty folder or a spool, whose old adapters are removed, got "):
-        Spool(tmp_path / "adapters", 1 << 20)
+    with pytest.raises(ValueError, match="store: expected an empty folder or a store, whose old adapters are removed, got "):
+        AdapterStore(tmp_path / "adapters", 1 << 20)
     assert own.is_dir() and list((tmp_path / "adapters").iterdir()) == [own]
 
 
-def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(spool):
-    folder = spool.write_peft("k", stack(), "base/model")
+def test_a_folder_is_a_peft_adapter_whose_scaling_is_in_b(store):
+    folder = store.write_peft("k", stack(), "base/model")
     config = json.loads((folder / CONFIG_NAME).read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 4, "base/model")
     stored = load_file(folder / WEIGHTS_NAME)
     expected = stack().state_dict_peft(0, dtype=torch.bfloat16, fold=True)
     assert stored.keys() == expected.keys() and all(torch.equal(stored[key], expected[key]) for key in stored)
-    assert spool.find("k") == folder and spool.find("other") is None and spool.find("k", memory=True) is None
+    assert store.find("k") == folder and store.find("other") is None and store.find("k", memory=True) is None
 
 
-def test_a_folder_without_weights(spool):
-    folder = spool.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
-    assert spool.find("k", memory=True) == folder and spool.find("k") is None
+def test_a_folder_without_weights(store):
+    folder = store.write_memory("k", torch.arange(3.0), {"r": 4}, {"sha256": "abc"})
+    assert store.find("k", memory=True) == folder and store.find("k") is None
     assert sorted(path.name for path in folder.iterdir()) == [CONFIG_NAME, "t2l.json", "task_emb.safetensors"]
     assert torch.equal(load_file(folder / "task_emb.safetensors")["task_emb"], torch.arange(3.0))
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_folder_that_lacks_a_file_is_made_again(spool, memory):
+def test_a_folder_that_lacks_a_file_is_made_again(store, memory):
     """As a cleaner of old files leaves it."""
-    write = lambda: spool.write_memory("k", torch.arange(3.0), {}, {}) if memory else spool.write_peft("k", stack())  # noqa: E731
+    write = lambda: store.write_memory("k", torch.arange(3.0), {}, {}) if memory else store.write_peft("k", stack())  # noqa: E731
     folder = write()
     for path in sorted(folder.iterdir()):
         path.unlink()
-        assert spool.find("k", memory=memory) is None and spool.used == 0 and not visible(spool)
-        assert write() == folder == spool.find("k", memory=memory) and spool.used == taken(folder)
+        assert store.find("k", memory=memory) is None and store.used == 0 and not visible(store)
+        assert write() == folder == store.find("k", memory=memory) and store.used == taken(folder)
 
 
-def test_a_spool_whose_folder_is_gone_is_closed(spool):
-    shutil.rmtree(spool.root)
-    held = spool._lock
-    spool.close()
+def test_a_store_whose_folder_is_gone_is_closed(store):
+    shutil.rmtree(store.root)
+    held = store._lock
+    store.close()
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(held)
 
 
-def test_what_fails_leaves_nothing(spool, monkeypatch):
+def test_what_fails_leaves_nothing(store, monkeypatch):
     def broken(self, directory, *arguments, **keywords):
         (directory / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(AdapterStack, "save_pretrained", broken)
     with pytest.raises(Unavailable, match="cannot be written: No space left on device"):
-        spool.write_peft("k", stack())
-    assert visible(spool) == [] and spool.used == 0
+        store.write_peft("k", stack())
+    assert visible(store) == [] and store.used == 0
 
     def full(self, *arguments, **keywords):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(AdapterStack, "save_pretrained", full)
     with pytest.raises(Unavailable, match="cannot be written: I/O error: No space left on device"):
-        spool.write_peft("k", stack())
-    assert visible(spool) == [] and spool.used == 0
+        store.write_peft("k", stack())
+    assert visible(store) == [] and store.used == 0
     monkeypatch.undo()
     with pytest.raises(ValueError, match="NaN"):
-        spool.write_peft(
+        store.write_peft(
             "k",
             AdapterStack(
                 {"q_proj": torch.full((1, 2, 4, 16), torch.nan)}, {"q_proj": torch.ones(1, 2, 8, 4)}, torch.ones(1)
             ),
         )
-    assert visible(spool) == [] and spool.used == 0
+    assert visible(store) == [] and store.used == 0
 
 
-def test_a_folder_appears_whole(spool, monkeypatch):
+def test_a_folder_appears_whole(store, monkeypatch):
     save = AdapterStack.save_pretrained
     seen = []
 
     def watched(self, *arguments, **keywords):
         save(self, *arguments, **keywords)
-        seen.append(spool.find("k"))
+        seen.append(store.find("k"))
 
     monkeypatch.setattr(AdapterStack, "save_pretrained", watched)
-    folder = spool.write_peft("k", stack())
+    folder = store.write_peft("k", stack())
     assert seen == [None] and {WEIGHTS_NAME, CONFIG_NAME} == {path.name for path in folder.iterdir()}
 
 
 def test_writers_of_one_process_number_have_folders_of_their_own(tmp_path, monkeypatch):
     """As in two containers: one is finished while the other writes the same key."""
-    first, second = (Spool(tmp_path / "spool", 1 << 20) for _ in range(2))
+    first, second = (AdapterStore(tmp_path / "store", 1 << 20) for _ in range(2))
     save, made = AdapterStack.save_pretrained, []
 
     def nested(self, directory, *arguments, **keywords):
@@ -220,80 +220,80 @@ def test_writers_of_one_process_number_have_folders_of_their_own(tmp_path, monke
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_the_first_of_a_key_stays(spool):
-    folder = spool.write_peft("k", stack(0))
-    before, used = (folder / WEIGHTS_NAME).read_bytes(), spool.used
-    assert spool.write_peft("k", stack(1)) == folder
-    assert (folder / WEIGHTS_NAME).read_bytes() == before and spool.used == used and visible(spool) == ["k"]
+def test_the_first_of_a_key_stays(store):
+    folder = store.write_peft("k", stack(0))
+    before, used = (folder / WEIGHTS_NAME).read_bytes(), store.used
+    assert store.write_peft("k", stack(1)) == folder
+    assert (folder / WEIGHTS_NAME).read_bytes() == before and store.used == used and visible(store) == ["k"]
 
 
 def test_the_budget_is_of_all_adapters(tmp_path):
-    size = Spool(tmp_path / "measure", 1 << 20)
+    size = AdapterStore(tmp_path / "measure", 1 << 20)
     size.write_peft("k", stack())
-    spool, second = (Spool(tmp_path / "spool", 2 * size.used) for _ in range(2))
-    spool.write_peft("a", stack())
+    store, second = (AdapterStore(tmp_path / "store", 2 * size.used) for _ in range(2))
+    store.write_peft("a", stack())
     second.write_peft("b", stack())
-    with pytest.raises(Unavailable, match=f"the {spool.budget} bytes for them are in use"):
-        spool.write_peft("c", stack())
-    assert visible(spool) == ["a", "b"] and spool.find("b"), "what is there can be used"
+    with pytest.raises(Unavailable, match=f"the {store.budget} bytes for them are in use"):
+        store.write_peft("c", stack())
+    assert visible(store) == ["a", "b"] and store.find("b"), "what is there can be used"
 
 
 def test_a_restart_keeps_the_last_used_half_of_the_budget(tmp_path):
-    first = Spool(tmp_path / "spool", 1 << 20)
+    first = AdapterStore(tmp_path / "store", 1 << 20)
     for i, key in enumerate("abcd"):
         os.utime(first.write_peft(key, stack()), (time.time() - DAY + i,) * 2)
     first.find("a")
     budget = first.used
     first.close()
-    again = Spool(tmp_path / "spool", budget)
+    again = AdapterStore(tmp_path / "store", budget)
     assert visible(again) == ["a", "d"] and again.used == budget // 2
     again.write_peft("e", stack())
 
 
 def _write(root, keys, barrier):
-    spool = Spool(root, 1 << 20)
+    store = AdapterStore(root, 1 << 20)
     barrier.wait()
     for key in keys:
-        spool.write_peft(key, stack())
+        store.write_peft(key, stack())
 
 
 @pytest.fixture(scope="module")
 def context():
     """Processes that are forked from one which has imported torch."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["t2l_engine.serving.spool", "safetensors.torch"])
+    made.set_forkserver_preload(["t2l_engine.serving.store", "safetensors.torch"])
     return made
 
 
 def test_two_processes_write_the_same_keys(context, tmp_path):
     barrier, keys = context.Barrier(2), [f"k{i}" for i in range(20)]
-    both = [context.Process(target=_write, args=(tmp_path / "spool", order, barrier)) for order in (keys, keys[::-1])]
+    both = [context.Process(target=_write, args=(tmp_path / "store", order, barrier)) for order in (keys, keys[::-1])]
     [process.start() for process in both]
     [process.join() for process in both]
     assert [process.exitcode for process in both] == [0, 0]
-    spool = Spool(tmp_path / "spool", 1 << 20)
-    assert visible(spool) == sorted(keys)
+    store = AdapterStore(tmp_path / "store", 1 << 20)
+    assert visible(store) == sorted(keys)
     for key in keys:
-        assert len(AdapterStack.from_peft(spool.root / key)) == 1, "whole"
+        assert len(AdapterStack.from_peft(store.root / key)) == 1, "whole"
 
 
 def _hold(root, opened, leave):
-    spool = Spool(root, 1 << 20)
+    store = AdapterStore(root, 1 << 20)
     opened.set()
     leave.wait()
-    spool.close()
+    store.close()
 
 
 def test_what_a_running_server_may_use_stays(context, tmp_path):
     """One that started two days ago, on its own; then nobody beside."""
-    first = Spool(tmp_path / "spool", 1 << 20)
+    first = AdapterStore(tmp_path / "store", 1 << 20)
     size = 0
     for days, key in ((0, "new"), (1, "used"), (2, "edge"), (3, "older")):
         folder = first.write_peft(key, stack())
         size = taken(folder)
         os.utime(folder, (time.time() - days * DAY,) * 2)
     opened, leave = context.Event(), context.Event()
-    server = context.Process(target=_hold, args=(tmp_path / "spool", opened, leave), daemon=True)
+    server = context.Process(target=_hold, args=(tmp_path / "store", opened, leave), daemon=True)
     server.start()
     assert opened.wait(60)
     first.close()
@@ -303,18 +303,18 @@ def test_what_a_running_server_may_use_stays(context, tmp_path):
         (first.root / f"{days}.tmp-x").mkdir()
         os.utime(first.root / f"{days}.tmp-x", (time.time() - days * DAY,) * 2)
     (first.root / ".server-ended").write_text("")
-    beside = Spool(tmp_path / "spool", 2 * size)
+    beside = AdapterStore(tmp_path / "store", 2 * size)
     assert visible(beside) == ["1.tmp-x", "edge", "new", "used"] and beside.used == 3 * size
     assert len(list(first.root.glob(".server-*"))) == 2, "of those that run"
     beside.close()
     leave.set()
     server.join()
-    alone = Spool(tmp_path / "spool", 2 * size)
+    alone = AdapterStore(tmp_path / "store", 2 * size)
     assert visible(alone) == ["new"] and alone.used == size
 
 
 def test_who_starts_alone_removes_what_is_unfinished_or_unused_for_a_week(tmp_path):
-    first = Spool(tmp_path / "spool", 1 << 20)
+    first = AdapterStore(tmp_path / "store", 1 << 20)
     for key in ("old", "found", "new"):
         first.write_peft(key, stack())
     (first.root / "x.tmp-1-0").mkdir()
@@ -322,15 +322,15 @@ def test_who_starts_alone_removes_what_is_unfinished_or_unused_for_a_week(tmp_pa
         os.utime(first.root / path, (time.time() - 8 * DAY,) * 2)
     first.find("found")
     first.close()
-    alone = Spool(tmp_path / "spool", 1 << 20)
+    alone = AdapterStore(tmp_path / "store", 1 << 20)
     assert visible(alone) == ["found", "new"]
     assert alone.used == taken(alone.root / "found") + taken(alone.root / "new")
 
 
 def test_a_folder_that_others_write_to_is_refused(tmp_path):
-    (tmp_path / "spool").mkdir()
-    (tmp_path / "spool").chmod(0o777)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store").chmod(0o777)
     with pytest.raises(ValueError, match="expected a folder that only its owner writes to"):
-        Spool(tmp_path / "spool", 1)
-    Spool(tmp_path / "own", 1)
+        AdapterStore(tmp_path / "store", 1)
+    AdapterStore(tmp_path / "own", 1)
     assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700

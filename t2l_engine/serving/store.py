@@ -29,7 +29,7 @@ from torch import Tensor
 from t2l_engine.adapters.peft import CONFIG_NAME, WEIGHTS_NAME
 from t2l_engine.adapters.stack import AdapterStack
 
-DTYPE = torch.bfloat16  # of A and B in the spool
+DTYPE = torch.bfloat16  # of A and B in the store
 NOTE_NAME, EMBEDDING_NAME, EMBEDDING = "t2l.json", "task_emb.safetensors", "task_emb"
 _PEFT_FILES, _MEMORY_FILES = (CONFIG_NAME, WEIGHTS_NAME), (CONFIG_NAME, NOTE_NAME, EMBEDDING_NAME)
 _UNUSED_SECONDS = 7 * 24 * 3600
@@ -41,11 +41,11 @@ class Unavailable(Exception):
     """Refused for now, for want of room; the message says of what."""
 
 
-class Spool:
+class AdapterStore:
     """Adapters by key; writing is atomic, between processes too.
 
     ``root`` is created, for its owner alone.  ``budget``: most bytes of all adapters.  Raises ValueError if others may write
-    into ``root``, or if it holds what no spool has written, which pruning would remove; OSError if it cannot be used.
+    into ``root``, or if it holds what no store has written, which pruning would remove; OSError if it cannot be used.
     """
 
     def __init__(self, root: Path, budget: int):
@@ -53,9 +53,9 @@ class Spool:
         self.root, self.budget = root.resolve(), budget
         state = self.root.stat()
         if state.st_uid not in (0, os.getuid()) or state.st_mode & 0o022:
-            raise ValueError(f"spool: expected a folder that only its owner writes to, got {self.root}")
+            raise ValueError(f"store: expected a folder that only its owner writes to, got {self.root}")
         if any(self.root.iterdir()) and not (self.root / _USED).exists():
-            raise ValueError(f"spool: expected an empty folder or a spool, whose old adapters are removed, got {self.root}")
+            raise ValueError(f"store: expected an empty folder or a store, whose old adapters are removed, got {self.root}")
         self._lock, self._own = -1, ""
         try:
             with self._count() as count:
