@@ -27,7 +27,7 @@ def evaluate(out: Path, name: str, names: Sequence[str], arms: Sequence[str], **
     """
     out.mkdir(parents=True, exist_ok=True)
     given = {"json": out / f"{name}.json", "resume": out / f"{options.pop('answers', name)}.answers.jsonl"}
-    given |= {"dtype": "bfloat16", "batch_size": 32, **options, "names": ",".join(names), "arms": ",".join(arms)}
+    given |= {"dtype": "bfloat16", "batch_size": 32, **options, "names": ",".join(names), "methods": ",".join(arms)}
     command = [sys.executable, "-m", "t2l_engine", "evaluate"]
     for option, values in given.items():
         for value in values if isinstance(values, list) else [values]:

@@ -22,7 +22,7 @@ from bench.source import SPECS, bundled
 from bench.specs.plan import HELD_OUT, SHOTS, drawn
 from bench.specs.runs import Specifications
 from bench.timing import elapsed_us
-from t2l_engine.research.evaluation.arms import shots_of
+from t2l_engine.research.evaluation.methods import shots_of
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.tasks.specs import suite
 from t2l_engine.text import packaged

@@ -24,7 +24,7 @@ from t2l_engine import ops
 from t2l_engine.adapters.similarity import inner_products
 from t2l_engine.hypernetwork.task_encoders import TaskEncoder
 from t2l_engine.research.evaluation.answers import Query
-from t2l_engine.research.evaluation.arms import Generated, shots_of
+from t2l_engine.research.evaluation.methods import Generated, shots_of
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
 from t2l_engine.research.training import lora

@@ -19,7 +19,7 @@ import t2l_engine as t2l
 from bench.harness import Record, record
 from t2l_engine.adapters.similarity import inner_products
 from t2l_engine.research.evaluation.answers import Answerer, Store
-from t2l_engine.research.evaluation.arms import Arm, Stored
+from t2l_engine.research.evaluation.methods import Method, Stored
 from t2l_engine.research.evaluation.run import Evaluation
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, write_tasks
@@ -59,8 +59,8 @@ def judged(tasks: Sequence[Task], stacks: Mapping[str, t2l.AdapterStack]) -> Ite
     names = [task.name for task in tasks]
     model, tokenizer = base_model.load(MODEL, DTYPE, attention="eager")
     model.requires_grad_(False)
-    arms = [Arm(BASE, repeats=False)]
-    arms += [Arm(arm, Stored(stack, names), lambda task, *_: task.name, repeats=False) for arm, stack in stacks.items()]
+    arms = [Method(BASE, repeats=False)]
+    arms += [Method(arm, Stored(stack, names), lambda task, *_: task.name, repeats=False) for arm, stack in stacks.items()]
     matches = Evaluation(answerer(model, tokenizer, 64), tokenizer, tasks, arms).run()["tasks"]
     groups = Examples(tasks, tokenizer, LORA.max_tokens, with_description=False).all_groups(16, lambda task: range(1))
     weight = token_weights("sample", groups, per_task=True)

@@ -88,7 +88,7 @@ def _right(adapters: list[Path], made: Mapping[str, Any], description: str, exam
 
     from t2l_engine.adapters.stack import AdapterStack
     from t2l_engine.research.evaluation.answers import Answerer, Query, Store
-    from t2l_engine.research.evaluation.arms import Stored
+    from t2l_engine.research.evaluation.methods import Stored
     from t2l_engine.research.evaluation.metrics import exact_match
     from t2l_engine.text import base_model as models
     from t2l_engine.text.prompts import answer_in, prompt_of

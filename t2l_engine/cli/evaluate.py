@@ -1,4 +1,4 @@
-"""``t2l evaluate``: compares methods (arms) on a task folder."""
+"""``t2l evaluate``: compares methods on a task folder."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def evaluate(
     tasks: Annotated[Path, typer.Option(help="Task folder: NAME.jsonl files and descriptions.json.")],
     checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    arms: Annotated[str, typer.Option(help="Comma-separated arms (compared methods); default: all that are possible.")] = "",
+    methods: Annotated[str, typer.Option(help="Comma-separated compared methods; default: all that are possible.")] = "",
     also: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint with its controls; may be repeated.")
     ] = None,
     oracle: Annotated[
-        list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: arm oracle; may be repeated.")
+        list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: method oracle; may be repeated.")
     ] = None,
     library: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of PEFT adapters: arms average, arrow (routing over all of them) and nearest (by description)."
+            help="Folder of PEFT adapters: methods average, arrow (routing over all of them) and nearest (by description)."
         ),
     ] = None,
     multi_task: Annotated[
@@ -79,17 +79,17 @@ def evaluate(
     shots: Annotated[
         str,
         typer.Option(
-            help="Comma-separated numbers of worked examples: arms icl and t2l-examples (3), icl-6 and t2l-examples-6, ..."
+            help="Comma-separated numbers of worked examples: adds icl and t2l-examples (3), icl-6 and t2l-examples-6, ..."
         ),
     ] = "3",
     repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
     max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of code, or with reasoning.")] = 256,
     max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="An item with a longer prompt in any arm is left out of all.")
+        int, typer.Option(min=1, help="An item with a longer prompt in any method is left out of all.")
     ] = 1024,
     validation_items: Annotated[
-        int, typer.Option(min=1, help="Examples of split val per task for choosing an arm's prompt template.")
+        int, typer.Option(min=1, help="Examples of split val per task for choosing a method's prompt template.")
     ] = 8,
     base_model: BaseModel = "",
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
@@ -132,7 +132,7 @@ def evaluate(
     from t2l_engine.hypernetwork import checkpoint as checkpoints
     from t2l_engine.research.evaluation import run
     from t2l_engine.research.evaluation.answers import Answerer, Store
-    from t2l_engine.research.evaluation.arms import digest, without_chat
+    from t2l_engine.research.evaluation.methods import digest, without_chat
     from t2l_engine.research.tasks.folder import load_tasks
     from t2l_engine.research.tasks.manifest import TIERS
     from t2l_engine.text import base_model as models
@@ -167,13 +167,13 @@ def evaluate(
     counts = _counts(shots)
     loaded_engines = [(NAME, engine, folder), *(_also(text, base_model, device) for text in also or [])]
     stored = oracle or [], library, multi_task or []
-    found, left_out = _arms(loaded, pools, counts, loaded_engines, *stored, held_out_descriptions, split)
-    chosen = split_names(arms)
+    found, left_out = _methods(loaded, pools, counts, loaded_engines, *stored, held_out_descriptions, split)
+    chosen = split_names(methods)
     for name in chosen:
-        if name not in {arm.name for arm in found}:
+        if name not in {method.name for method in found}:
             why = f": {left_out[name]}" if name in left_out else ""
-            raise ValueError(f"--arms: expected some of {[arm.name for arm in found]}, got {name!r}{why}")
-    found = [arm for arm in found if arm.name in chosen or not chosen]
+            raise ValueError(f"--methods: expected some of {[method.name for method in found]}, got {name!r}{why}")
+    found = [method for method in found if method.name in chosen or not chosen]
     for name, reason in left_out.items() if not chosen else ():
         say(f"{name} left out: {reason}")
     trained = sorted(checkpoints.trained_tasks(checkpoints.describe(folder)))
@@ -192,7 +192,7 @@ def evaluate(
             say(f"{path} is of {other}, and is evaluated on {model_name}")
     if not has_chat(tokenizer):
         found = without_chat(found)
-        say("the tokenizer has no chat template: arms without adapter use the template 'raw'")
+        say("the tokenizer has no chat template: methods without adapter use the template 'raw'")
     settings = run.Settings(
         repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
         verify, precision,
@@ -202,11 +202,11 @@ def evaluate(
     identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins, *rounds)
     answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
 
-    def progress(arm: str, count: int) -> None:
-        bar.set_postfix(arm=arm)
+    def progress(method: str, count: int) -> None:
+        bar.set_postfix(method=method)
         bar.update(count)
 
-    options = {"arms": "--arms", "precision": "--precision", "run_code": "--run-code"}
+    options = {"methods": "--methods", "precision": "--precision", "run_code": "--run-code"}
     with named(options | {"max_prompt_tokens": "--max-prompt-tokens"}):
         evaluation = run.Evaluation(
             answerer, tokenizer, loaded, found, settings,
@@ -273,7 +273,7 @@ def _also(text: str, base_model: str, device: str) -> tuple:
     return name, *load_engine(path, "", "", False, base_model, device)
 
 
-def _arms(
+def _methods(
     tasks: list,
     pools: dict,
     shots: list[int],
@@ -284,9 +284,9 @@ def _arms(
     held_out: int,
     split: str,
 ) -> tuple[list, dict[str, str]]:
-    """(possible arms, arm -> reason why it is left out)."""
+    """(possible methods, method -> reason why it is left out)."""
     from t2l_engine.adapters.stack import AdapterStack
-    from t2l_engine.research.evaluation import arms as kinds
+    from t2l_engine.research.evaluation import methods as kinds
     from t2l_engine.research.evaluation.library import average
     from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME
     from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
@@ -296,7 +296,7 @@ def _arms(
     short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < needed[n]), None) for n in shots}
     few = {n: f"fewer than {needed[n]} examples of split 'train' of task {name}" for n, name in short.items() if name}
     possible = [n for n in shots if n not in few]
-    found = [arm for engine in engines for arm in _generated(*engine, tasks, pools, possible, few, left_out, held_out)]
+    found = [method for engine in engines for method in _generated(*engine, tasks, pools, possible, few, left_out, held_out)]
     if oracle:
         wanted = {task.name for task in tasks}
         paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
@@ -307,23 +307,23 @@ def _arms(
             stated = ", ".join(f"{path} {form}{' with description' * has}" for path, (form, has) in prompts.items())
             raise ValueError(f"--oracle: expected adapters trained with one prompt_form and prompt, got {stated}")
         stack = AdapterStack.from_peft(list(paths.values()))
-        found.append(kinds.oracle_arm(stack, list(paths), *next(iter(prompts.values()))))
+        found.append(kinds.per_task_method(stack, list(paths), *next(iter(prompts.values()))))
     if library is not None:
         stored = _adapters("--library", library)
         stack = AdapterStack.from_peft(stored)
         prompt = (prompt_form_of(library), in_prompt_of(library))
-        found += kinds.library_arms(average(stack), stack, *prompt)
+        found += kinds.library_methods(average(stack), stack, *prompt)
         if (library / DESCRIPTIONS_NAME).is_file():
             described = descriptions_of(library, held_out)
-            found.append(kinds.nearest_arm(stack, [path.name for path in stored], described, *prompt))
+            found.append(kinds.nearest_method(stack, [path.name for path in stored], described, *prompt))
         else:
             left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
-    found += [kinds.multi_task_arm(folder) for folder in multi]
-    found += kinds.base_arms(possible)
+    found += [kinds.multi_task_method(folder) for folder in multi]
+    found += kinds.base_methods(possible)
     left_out |= {f"icl{kinds.counted(n)}": reason for n, reason in few.items()}
-    names = [arm.name for arm in found]
+    names = [method.name for method in found]
     if twice := [name for name in names if names.count(name) > 1]:
-        expected = "--also, --multi-task: expected arms with names of their own"
+        expected = "--also, --multi-task: expected methods with names of their own"
         raise ValueError(f"{expected}, got two called {twice[0]!r}")
     return found, left_out
 
@@ -340,7 +340,7 @@ def _generated(
     held_out: int,
 ) -> list:
     from t2l_engine.hypernetwork import checkpoint as checkpoints
-    from t2l_engine.research.evaluation import arms as kinds
+    from t2l_engine.research.evaluation import methods as kinds
 
     about = checkpoints.describe(folder)
     training = about.get("training", {})
@@ -352,7 +352,7 @@ def _generated(
             "were trained on",
             stacklevel=2,
         )
-    made = kinds.generated_arms(
+    made = kinds.generated_methods(
         name, engine, tasks, pools=pools, shots=shots, in_prompt=engine.description_in_prompt, from_input=from_input
     )
     if most := engine.encoder.max_examples:
@@ -363,9 +363,9 @@ def _generated(
     answered = [task for task in tasks if known is None or task.name in known]
     if not answered:
         raise ValueError(f"{folder}: knows tasks by their names (one-hot), and none of those asked")
-    shuffled = [arm.name for arm in made if arm.name.endswith("-shuffled")] if len(answered) < 2 else []
+    shuffled = [method.name for method in made if method.name.endswith("-shuffled")] if len(answered) < 2 else []
     left_out.update(dict.fromkeys(shuffled, "it needs at least two tasks"))
-    return [arm for arm in made if arm.name not in shuffled]
+    return [method for method in made if method.name not in shuffled]
 
 
 def _adapters(option: str, folder: Path) -> list[Path]:
@@ -395,21 +395,23 @@ def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, lis
 def _table(result: dict[str, Any], measure: str) -> Any:
     from rich.table import Table
 
-    arms = list(result["details"])
+    methods = list(result["details"])
     shown = {"score": "score, %", "containment": "containment, %", "rouge_l": "ROUGE-L, %"}[measure]
-    table = Table("task", *arms, title=f"{shown}, split {result['split']}, scaling {result['scaling']:g}")
+    table = Table("task", *methods, title=f"{shown}, split {result['split']}, scaling {result['scaling']:g}")
     for column in table.columns[1:]:
         column.justify = "right"
 
     def cells(values: dict[str, float | None]) -> list[str]:
-        return ["" if values.get(arm) is None else f"{values[arm]:.1f}" for arm in arms]
+        return ["" if values.get(method) is None else f"{values[method]:.1f}" for method in methods]
 
     for name in result["tasks"]:
-        table.add_row(name, *cells({arm: result["details"][arm]["tasks"].get(name, {}).get(measure) for arm in arms}))
+        table.add_row(
+            name, *cells({method: result["details"][method]["tasks"].get(name, {}).get(measure) for method in methods})
+        )
     if measure == "score":
         for group, of in result["summary"].items():
             table.add_section()
             table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
             spans = {a: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for a, d in of["difference"].items()}
-            table.add_row(f"{arms[0]} minus this arm", *(spans.get(arm, "") for arm in arms))
+            table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
     return table

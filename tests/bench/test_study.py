@@ -77,7 +77,7 @@ def test_an_evaluation_is_a_command(tmp_path, monkeypatch):
     monkeypatch.setattr(judging.subprocess, "run", command)
     judge.evaluate(tmp_path, "varied/train", ["a", "b"], ["t2l"], also=["x=1", "y=2"], run_code=True, answers="kept")
     text = " ".join(given)
-    assert "--also x=1 --also y=2" in text and "--run-code --names a,b --arms t2l" in text
+    assert "--also x=1 --also y=2" in text and "--run-code --names a,b --methods t2l" in text
     assert f"--resume {tmp_path}/judged/kept.answers.jsonl" in text and f"--tasks {tmp_path}/tasks/evaluation" in text
     assert f"--checkpoint {tmp_path}/t2l" in text
 

@@ -388,13 +388,13 @@ def test_errors_of_training_and_evaluation(expect_error, tmp_path):
     expect_error("descriptions.json: not found", "evaluate", "--tasks", tmp_path, "--json", tmp_path / "result.json")
 
 
-def test_evaluation_names_the_arms_there_are(expect_error, checkpoint, minilm, tmp_path):
+def test_evaluation_names_the_methods_there_are(expect_error, checkpoint, minilm, tmp_path):
     (tmp_path / "descriptions.json").write_text('{"copy": ["Repeat the input."]}')
     (tmp_path / "copy.jsonl").write_text('{"input": "a", "output": ["a"], "split": "test"}\n')
     command = ("evaluate", "--checkpoint", checkpoint, "--tasks", tmp_path)
     known = "['t2l', 't2l-junk', 't2l-constant', 'base', 'base-description']"
-    expect_error(f"--arms: expected some of {known}, got 'nonsense'", *command, "--arms", "nonsense")
-    expect_error("--base-model: the checkpoint does not name one", *command, "--arms", "t2l")
+    expect_error(f"--methods: expected some of {known}, got 'nonsense'", *command, "--methods", "nonsense")
+    expect_error("--base-model: the checkpoint does not name one", *command, "--methods", "t2l")
 
 
 def test_statuses(run, monkeypatch):

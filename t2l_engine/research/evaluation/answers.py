@@ -32,7 +32,7 @@ Use = Callable[[Sequence[str]], AbstractContextManager[Any]]  # keys -> context 
 
 
 class Adapters(Protocol):
-    """The adapters of an arm, by key."""
+    """The adapters of a method, by key."""
 
     #: Digest of the adapters: equal identities give equal adapters for equal keys.
     identity: str

@@ -21,7 +21,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> Interval:
-    """The mean of ``values``, one per task; of differences of two arms on the same tasks for a paired interval.
+    """The mean of ``values``, one per task; of differences of two methods on the same tasks for a paired interval.
 
     Raises ValueError for no values.
     """

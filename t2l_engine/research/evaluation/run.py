@@ -1,4 +1,4 @@
-"""An evaluation: all arms answer the same items; answers are scored and compared."""
+"""An evaluation: all methods answer the same items; answers are scored and compared."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import metrics, sandbox
 from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
-from t2l_engine.research.evaluation.arms import Arm, description_of, shots_of
 from t2l_engine.research.evaluation.bootstrap import interval
+from t2l_engine.research.evaluation.methods import Method, description_of, shots_of
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 
@@ -24,17 +24,17 @@ TASKS_A_ROUND = 40
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Settings shared by all arms.
+    """Settings shared by all methods.
 
     Attributes:
         repeats: number of draws of description, few-shot examples and controls.
         max_new_tokens: of an answer; ``max_long_tokens``: of an answer with reasoning to a number, or of code.
-        max_prompt_tokens: an item with a longer prompt in any arm is left out of all arms.
-        validation_items: per task, for selecting an arm's prompt template.
+        max_prompt_tokens: an item with a longer prompt in any method is left out of all methods.
+        validation_items: per task, for selecting a method's prompt template.
         verify: of exact-match items, only check in one pass whether greedy decoding gives an accepted answer.
         run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
         precision: percentage points; above 0, tasks are asked in a drawn order, and no more of a group once the 95 %
-            intervals of its differences to the first arm reach at most so far below and above their means.
+            intervals of its differences to the first method reach at most so far below and above their means.
     """
 
     repeats: int = 3
@@ -63,19 +63,19 @@ class _Scored(NamedTuple):
 
 
 class Evaluation:
-    """Runs arms on tasks.
+    """Runs methods on tasks.
 
     Args:
         tasks: with the examples to answer.
-        arms: with distinct names.
+        methods: with distinct names.
         pools: per task, the examples from which few-shot examples are drawn.
-        validation: per task, the examples on which an arm's prompt template is selected; without any, an arm uses its first
-            template, and the result's "validation" is null.
+        validation: per task, the examples on which a method's prompt template is selected; without any, a method uses its
+            first template, and the result's "validation" is null.
         groups: names of tasks by group, for ``settings.precision``; default: one group of all.
-        progress: called with (arm, number of new answers).
+        progress: called with (method, number of new answers).
 
-    Raises ValueError for arms with equal names, for ``settings.precision`` and a single arm, for few-shot arms and a task
-    without a pool, and for tasks of code without ``settings.run_code``.
+    Raises ValueError for methods with equal names, for ``settings.precision`` and a single method, for few-shot methods and
+    a task without a pool, and for tasks of code without ``settings.run_code``.
     """
 
     def __init__(
@@ -83,27 +83,27 @@ class Evaluation:
         answerer: Answerer,
         tokenizer: Any,
         tasks: Sequence[Task],
-        arms: Sequence[Arm],
+        methods: Sequence[Method],
         settings: Settings = Settings(),
         *,
         pools: Mapping[str, Sequence[Example]] | None = None,
         validation: Mapping[str, Sequence[Example]] | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
-        progress: Callable[[str, int], None] = lambda arm, count: None,
+        progress: Callable[[str, int], None] = lambda method, count: None,
     ):
-        names = [arm.name for arm in arms]
+        names = [method.name for method in methods]
         if not names or len(set(names)) != len(names):
-            raise ValueError(f"arms: expected at least one and distinct names, got {names}")
+            raise ValueError(f"methods: expected at least one and distinct names, got {names}")
         if settings.precision and len(names) < 2:
-            raise ValueError(f"precision: expected at least two arms, whose differences it bounds, got {names}")
+            raise ValueError(f"precision: expected at least two methods, whose differences it bounds, got {names}")
         self._answerer, self._tokenizer, self._settings, self._progress = answerer, tokenizer, settings, progress
-        self._tasks, self._arms = list(tasks), list(arms)
+        self._tasks, self._methods = list(tasks), list(methods)
         self._pools, self._validation = dict(pools or {}), dict(validation or {})
         self._groups = dict(groups or {"all": [task.name for task in tasks]})
-        for arm in arms:
-            for task in tasks if arm.shots else ():
+        for method in methods:
+            for task in tasks if method.shots else ():
                 if not self._pools.get(task.name):
-                    raise ValueError(f"arms: {arm.name} needs worked examples of task {task.name}, found none")
+                    raise ValueError(f"methods: {method.name} needs worked examples of task {task.name}, found none")
         if any(e.metric == "pass" for task in tasks for e in task.examples):
             if not settings.run_code:
                 raise ValueError("run_code: expected to be set, since some answers are code that has to be run to be judged")
@@ -119,31 +119,31 @@ class Evaluation:
         items = sum(len(task.examples) for task in self._tasks)
         validated = sum(map(len, self._validated.values()))
         count = 0
-        for arm in self._arms:
-            count += items * self._repeats(arm) + (validated * len(arm.templates) if len(arm.templates) > 1 else 0)
+        for method in self._methods:
+            count += items * self._repeats(method) + (validated * len(method.templates) if len(method.templates) > 1 else 0)
         return count
 
     def run(self) -> dict[str, Any]:
-        """The result: ``tasks``: score in percent by task and arm; other keys are described in docs/evaluation.md.
+        """The result: ``tasks``: score in percent by task and method; other keys are described in docs/evaluation.md.
 
         Raises ConfigError if no item of a task is left.
         """
         kept, left_out = self._fitting()
-        templates = {arm.name: self._choose(arm) for arm in self._arms}
-        given: dict[str, list[_Scored]] = {arm.name: [] for arm in self._arms}
+        templates = {method.name: self._choose(method) for method in self._methods}
+        given: dict[str, list[_Scored]] = {method.name: [] for method in self._methods}
         scores: dict[str, dict[str, float]] = {}
         details: dict[str, dict[str, Any]] = {}
         while tasks := self._next(scores):
-            for arm in self._arms:
-                items = [_Item(t, e, r) for r in range(self._repeats(arm)) for t in tasks for e in kept[t.name]]
-                items = [item for item in items if self._adapter(arm, item) is not None]
-                given[arm.name] += self._ask(arm, templates[arm.name]["form"], items)
+            for method in self._methods:
+                items = [_Item(t, e, r) for r in range(self._repeats(method)) for t in tasks for e in kept[t.name]]
+                items = [item for item in items if self._adapter(method, item) is not None]
+                given[method.name] += self._ask(method, templates[method.name]["form"], items)
             asked = {*scores, *(task.name for task in tasks)}
             scores = {task.name: {} for task in self._tasks if task.name in asked}
-            for arm in self._arms:
-                details[arm.name] = self._details(given[arm.name])
-                for name, of in details[arm.name]["tasks"].items():
-                    scores[name][arm.name] = of["score"]
+            for method in self._methods:
+                details[method.name] = self._details(given[method.name])
+                for name, of in details[method.name]["tasks"].items():
+                    scores[name][method.name] = of["score"]
         return {
             "tasks": scores,
             "items": {name: len(kept[name]) for name in scores},
@@ -165,16 +165,16 @@ class Evaluation:
     def _precise(self, names: Sequence[str], scores: Mapping[str, Mapping[str, float]]) -> bool:
         """Whether the intervals of a group are as narrow as ``precision`` wants them.
 
-        Each is judged by a round of tasks that both arms answer, or by all that they can.
+        Each is judged by a round of tasks that both methods answer, or by all that they can.
         """
         asked = [name for name in names if name in scores]
         if not asked:
             return False
-        first, *others = self._arms
+        first, *others = self._methods
         (of,) = summary(scores, {"": asked}, first.name).values()
-        for arm in others:
-            can = sum(name in self._answered[first.name] and name in self._answered[arm.name] for name in names)
-            found = of["difference"].get(arm.name)
+        for method in others:
+            can = sum(name in self._answered[first.name] and name in self._answered[method.name] for name in names)
+            found = of["difference"].get(method.name)
             if can and (
                 found is None or found["tasks"] < min(TASKS_A_ROUND, can) or reach(found) > self._settings.precision
             ):
@@ -183,39 +183,39 @@ class Evaluation:
 
     @functools.cached_property
     def _answered(self) -> dict[str, set[str]]:
-        """Of each arm, the tasks that it has adapters for.
+        """Of each method, the tasks that it has adapters for.
 
         Not before ``precision`` asks: finding the key of an adapter may load an encoder.
         """
         return {
-            arm.name: {
-                t.name for t in self._tasks if any(self._adapter(arm, _Item(t, e, 0)) is not None for e in t.examples[:1])
+            method.name: {
+                t.name for t in self._tasks if any(self._adapter(method, _Item(t, e, 0)) is not None for e in t.examples[:1])
             }
-            for arm in self._arms
+            for method in self._methods
         }
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
-    def _repeats(self, arm: Arm) -> int:
-        return self._settings.repeats if arm.repeats else 1
+    def _repeats(self, method: Method) -> int:
+        return self._settings.repeats if method.repeats else 1
 
-    def _prompt(self, arm: Arm, template: str, item: _Item) -> str:
-        description = description_of(item.task, item.repeat) if arm.description else ""
+    def _prompt(self, method: Method, template: str, item: _Item) -> str:
+        description = description_of(item.task, item.repeat) if method.description else ""
         shots = []
-        if arm.shots:
-            shots = shots_of(item.task, self._pools[item.task.name], item.repeat, arm.shots, item.example.input)
+        if method.shots:
+            shots = shots_of(item.task, self._pools[item.task.name], item.repeat, method.shots, item.example.input)
         return prompt_of(template, self._tokenizer, item.example.input, description, shots)
 
-    def _adapter(self, arm: Arm, item: _Item) -> str | None:
-        return arm.key(item.task, item.example, item.repeat)
+    def _adapter(self, method: Method, item: _Item) -> str | None:
+        return method.key(item.task, item.example, item.repeat)
 
-    def _query(self, arm: Arm, template: str, item: _Item) -> Query:
+    def _query(self, method: Method, template: str, item: _Item) -> Query:
         long = item.example.metric in ("number", "pass")
         exact = item.example.metric == "exact_match"
         lines = exact and any("\n" in output.strip() for output in item.example.outputs)
         return Query(
-            self._prompt(arm, template, item),
-            self._adapter(arm, item),
+            self._prompt(method, template, item),
+            self._adapter(method, item),
             tuple(answer_of(template, option) for option in item.example.options),
             self._settings.max_long_tokens if long else self._settings.max_new_tokens,
             not long and not lines,
@@ -223,7 +223,7 @@ class Evaluation:
         )
 
     def _fitting(self) -> tuple[dict[str, tuple[Example, ...]], dict[str, int]]:
-        """Per task, the examples whose prompts fit in every arm, template and repeat, and the number of the others."""
+        """Per task, the examples whose prompts fit in every method, template and repeat, and the number of the others."""
         kept, left_out = {}, {}
         for task in self._tasks:
             kept[task.name] = tuple(e for e in task.examples if self._fits(task, e))
@@ -232,40 +232,40 @@ class Evaluation:
             if not kept[task.name]:
                 raise ConfigError(
                     f"max_prompt_tokens: no item of task {task.name} has prompts of at most "
-                    f"{self._settings.max_prompt_tokens} tokens in every arm"
+                    f"{self._settings.max_prompt_tokens} tokens in every method"
                 )
         return kept, left_out
 
     def _fits(self, task: Task, example: Example) -> bool:
-        items = ((arm, template, _Item(task, example, r)) for arm in self._arms for template in arm.templates
-                 for r in range(self._repeats(arm)))  # fmt: skip
+        items = ((method, template, _Item(task, example, r)) for method in self._methods for template in method.templates
+                 for r in range(self._repeats(method)))  # fmt: skip
         texts = {self._prompt(*which) for which in items}
         return max(map(len, prompt_ids(self._tokenizer, [*texts]))) <= self._settings.max_prompt_tokens
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
     def _validation_items(self, task: Task) -> list[Example]:
-        if all(len(arm.templates) == 1 for arm in self._arms):
+        if all(len(method.templates) == 1 for method in self._methods):
             return []
         found = self._validation.get(task.name, ())
         fitting = (e for e in found if e.metric != "pass" and self._fits(task, e))  # no code is run for selecting a template
         return list(itertools.islice(fitting, self._settings.validation_items))
 
-    def _choose(self, arm: Arm) -> dict[str, Any]:
+    def _choose(self, method: Method) -> dict[str, Any]:
         """The prompt template with the best score on validation items, and the scores in percent."""
         items = [_Item(task, e, 0) for task in self._tasks for e in self._validated[task.name]]
-        items = [item for item in items if self._adapter(arm, item) is not None]
-        if len(arm.templates) == 1 or not items:
-            return {"form": arm.templates[0], "validation": None}
+        items = [item for item in items if self._adapter(method, item) is not None]
+        if len(method.templates) == 1 or not items:
+            return {"form": method.templates[0], "validation": None}
         means = {}
-        for template in arm.templates:
-            by_task = self._details(self._ask(arm, template, items))["tasks"]
+        for template in method.templates:
+            by_task = self._details(self._ask(method, template, items))["tasks"]
             means[template] = statistics.fmean(task["score"] for task in by_task.values())
-        return {"form": max(arm.templates, key=lambda template: means[template]), "validation": means}
+        return {"form": max(method.templates, key=lambda template: means[template]), "validation": means}
 
-    def _ask(self, arm: Arm, template: str, items: Sequence[_Item]) -> list[_Scored]:
-        queries = [self._query(arm, template, item) for item in items]
-        answers = self._answerer.ask(queries, arm.adapters, lambda count: self._progress(arm.name, count))
+    def _ask(self, method: Method, template: str, items: Sequence[_Item]) -> list[_Scored]:
+        queries = [self._query(method, template, item) for item in items]
+        answers = self._answerer.ask(queries, method.adapters, lambda count: self._progress(method.name, count))
         answers = [dataclasses.replace(answer, text=answer_in(template, answer.text)) for answer in answers]
         pairs = zip(items, answers, strict=True)
         return [_Scored(item, answer, self._scores(item.example, answer)) for item, answer in pairs]
@@ -319,25 +319,25 @@ def reach(difference: Mapping[str, float]) -> float:
 
 
 def summary(scores: Mapping[str, Mapping[str, float]], groups: Mapping[str, Sequence[str]], baseline: str) -> dict[str, Any]:
-    """Means over the tasks of each group, and the difference of the arm ``baseline`` to every other arm.
+    """Means over the tasks of each group, and the difference of the method ``baseline`` to every other method.
 
     Args:
-        scores: percent by task and arm, from :meth:`Evaluation.run`; an arm may lack tasks.
+        scores: percent by task and method, from :meth:`Evaluation.run`; a method may lack tasks.
         groups: names of tasks by group.
 
-    Returns ``{group: {"tasks": count, "mean": {arm: percent}, "difference": {arm: {"tasks", "mean", "low", "high"}}}}``.
-    Differences are ``baseline`` minus the arm, in percentage points, over the tasks that both answered, with a 95 %
-    bootstrap interval over tasks.
+    Returns ``{group: {"tasks": count, "mean": {method: percent}, "difference": {method: interval}}}``, an interval being
+    ``{"tasks", "mean", "low", "high"}``.  Differences are ``baseline`` minus the method, in percentage points, over the
+    tasks that both answered, with a 95 % bootstrap interval over tasks.
     """
     result = {}
     for group, names in groups.items():
         rows = [scores[name] for name in names]
-        arms = list(dict.fromkeys(arm for row in rows for arm in row))
-        means = {arm: statistics.fmean(row[arm] for row in rows if arm in row) for arm in arms}
+        methods = list(dict.fromkeys(method for row in rows for method in row))
+        means = {method: statistics.fmean(row[method] for row in rows if method in row) for method in methods}
         differences = {}
-        for arm in arms:
-            paired = [row[baseline] - row[arm] for row in rows if arm in row and baseline in row]
-            if arm != baseline and paired:
-                differences[arm] = {"tasks": len(paired), **dataclasses.asdict(interval(paired))}
+        for method in methods:
+            paired = [row[baseline] - row[method] for row in rows if method in row and baseline in row]
+            if method != baseline and paired:
+                differences[method] = {"tasks": len(paired), **dataclasses.asdict(interval(paired))}
         result[group] = {"tasks": len(names), "mean": means, "difference": differences}
     return result

@@ -14,7 +14,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation import answers
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Query, Store
-from t2l_engine.research.evaluation.arms import Generated, Routed, Stored
+from t2l_engine.research.evaluation.methods import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
 from tests.research.evaluation.conftest import random_stack
 from tests.research.training.conftest import WORDS, word_tokenizer

@@ -16,7 +16,7 @@ from t2l_engine.cli import app
 from t2l_engine.cli import evaluate as command
 from t2l_engine.research.evaluation import run as evaluation
 from t2l_engine.research.evaluation.answers import Answerer
-from t2l_engine.research.evaluation.arms import CONSTANT
+from t2l_engine.research.evaluation.methods import CONSTANT
 from t2l_engine.research.tasks import manifest
 from t2l_engine.research.tasks.folder import Example, Task, write_tasks
 from t2l_engine.research.training import lora
@@ -71,9 +71,9 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
     assert code == 0, err
     assert "t2l: icl left out: fewer than 3 examples of split 'train' of task again\n" in err
     result = json.loads(file.read_text(encoding="utf-8"))
-    arms = [*OURS, *BASE[:2]]
-    assert list(result["details"]) == arms
-    assert {name: list(scores) for name, scores in result["tasks"].items()} == dict.fromkeys(sorted(DESCRIPTIONS), arms)
+    methods = [*OURS, *BASE[:2]]
+    assert list(result["details"]) == methods
+    assert {name: list(scores) for name, scores in result["tasks"].items()} == dict.fromkeys(sorted(DESCRIPTIONS), methods)
     assert {key: value for key, value in result.items() if key not in ("tasks", "summary", "details")} == {
         "checkpoint": str(checkpoint),
         "base_model": str(base_model),
@@ -90,13 +90,13 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         "items": dict.fromkeys(DESCRIPTIONS, 3),
         "left_out": {},
         "not_asked": [],
-        "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in arms},
+        "forms": {a: {"form": "raw" if a in BASE else "chat", "validation": None} for a in methods},
     }  # fmt: skip
     for group, of in result["summary"].items():
         assert of["tasks"] == len(result["groups"][group])
-        assert list(of["mean"]) == arms and list(of["difference"]) == arms[1:]
-    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l minus this arm" in out
-    for name in (*arms, *DESCRIPTIONS):
+        assert list(of["mean"]) == methods and list(of["difference"]) == methods[1:]
+    assert "score, %, split test, scaling 4" in out and "mean: not trained (1)" in out and "t2l minus this method" in out
+    for name in (*methods, *DESCRIPTIONS):
         assert name in out
 
 
@@ -130,14 +130,14 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
 
 
 def test_numbers_of_worked_examples(evaluate):
-    result, out, _ = evaluate("--arms", "icl-2,icl", "--shots", "2,3", "--repeats", 1)
+    result, out, _ = evaluate("--methods", "icl-2,icl", "--shots", "2,3", "--repeats", 1)
     tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
     assert tokens["icl-2"] < tokens["icl"]
 
 
 def test_precision_is_said(evaluate, monkeypatch):
     monkeypatch.setattr(evaluation, "TASKS_A_ROUND", 1)
-    result, _, err = evaluate("--arms", "base,base-description", "--repeats", 1, "--precision", 100)
+    result, _, err = evaluate("--methods", "base,base-description", "--repeats", 1, "--precision", 100)
     (left_out,) = result["not_asked"]  # the second of the trained ones: a task of each group is enough
     assert left_out in ("first", "last") and left_out not in result["tasks"]
     assert result["groups"]["not trained"] == ["again"] and len(result["groups"]["trained"]) == 1
@@ -149,7 +149,7 @@ def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
     """What a run with held_out_descriptions in training has not read: the same answers as of a folder with these alone."""
     few = [replace(t, descriptions=t.descriptions[-1:]) for t in all_tasks()]
     write_tasks(tmp_path / "few", few)
-    options = ("--arms", "base-description", "--repeats", 2)
+    options = ("--methods", "base-description", "--repeats", 2)
     held, _, _ = evaluate(*options, "--held-out-descriptions", 1)
     expected, _, _ = evaluate(*options, tasks=tmp_path / "few")
     whole, _, _ = evaluate(*options)
@@ -166,14 +166,25 @@ def test_held_out_descriptions_that_were_trained_on_are_told(evaluate, checkpoin
         about = config | {"training": config["training"] | {"held_out_descriptions": held_out}}
         (folder / "config.json").write_text(json.dumps(about))
         options = ("--max-items", 1, "--repeats", 1, "--held-out-descriptions", 1)
-        _, _, err = evaluate("--arms", "t2l", *options, checkpoint=folder)
+        _, _, err = evaluate("--methods", "t2l", *options, checkpoint=folder)
         assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == told
 
 
 def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
     """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
     monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
-    options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", tmp_path / "result.json")
+    options = (
+        "--methods",
+        "base",
+        "--repeats",
+        1,
+        "--max-items",
+        1,
+        "--max-new-tokens",
+        1,
+        "--json",
+        tmp_path / "result.json",
+    )
     with pytest.raises(pytest.fail.Exception):
         run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
     assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
@@ -184,13 +195,13 @@ def test_the_result_can_go_into_a_pipe(run, checkpoint, tasks, tmp_path):
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as pool:
         read = pool.submit(pipe.read_text)
-        options = ("--arms", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", pipe)
+        options = ("--methods", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", pipe)
         assert run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)[0] == 0
         assert json.loads(read.result())["summary"].keys() >= {"all"} and pipe.is_fifo()
 
 
 def test_a_second_run_says_the_same(evaluate):
-    options = ("--arms", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
+    options = ("--methods", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
     first, second = evaluate(*options)[0], evaluate(*options)[0]
     assert list(first["details"]) == ["t2l", "t2l-junk", "icl"] and first["items"] == {"first": 2, "last": 2}
     assert without_seconds(first) == without_seconds(second)
@@ -198,7 +209,7 @@ def test_a_second_run_says_the_same(evaluate):
 
 def test_answers_that_are_kept_are_used(evaluate, tmp_path, monkeypatch):
     kept = tmp_path / "answers.jsonl"
-    options = ("--arms", "t2l,t2l-shuffled,base", "--repeats", 1, "--batch-size", 4, "--resume", kept)
+    options = ("--methods", "t2l,t2l-shuffled,base", "--repeats", 1, "--batch-size", 4, "--resume", kept)
     first, _, _ = evaluate(*options)
     content = kept.read_bytes()
     assert content.count(b"\n") == 3 + 3 + 2 * 2 + 3  # of base both forms, on two validation examples of three tasks
@@ -219,7 +230,7 @@ def test_answers_are_those_of_the_weights(evaluate, base_model, tmp_path):
     """Not of the folder that they lay in."""
     folder, kept = tmp_path / "model", tmp_path / "answers.jsonl"
     shutil.copytree(base_model, folder)
-    options = ("--arms", "base", "--repeats", 1, "--resume", kept, "--base-model", folder)
+    options = ("--methods", "base", "--repeats", 1, "--resume", kept, "--base-model", folder)
     evaluate(*options)
     before = kept.read_bytes()
     weights = load_file(folder / "model.safetensors")
@@ -232,11 +243,11 @@ def test_answers_are_those_of_the_weights(evaluate, base_model, tmp_path):
 
 def test_the_split_that_is_asked(evaluate):
     """Validation examples choose no form of what is asked on them; worked examples are never the one that is asked."""
-    result, _, _ = evaluate("--split", "val", "--arms", "base,icl", "--repeats", 1)
+    result, _, _ = evaluate("--split", "val", "--methods", "base,icl", "--repeats", 1)
     assert result["items"] == dict.fromkeys(DESCRIPTIONS, 2)
     assert result["settings"]["validation_items"] == 0
     assert all(of == {"form": "raw", "validation": None} for of in result["forms"].values())
-    assert evaluate("--split", "train", "--arms", "icl", "--repeats", 1)[0]["items"] == dict.fromkeys(DESCRIPTIONS, 4)
+    assert evaluate("--split", "train", "--methods", "icl", "--repeats", 1)[0]["items"] == dict.fromkeys(DESCRIPTIONS, 4)
 
 
 def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
@@ -244,20 +255,20 @@ def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
              for name, tier in (("first", "train"), ("last", "novel"))}  # fmt: skip
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps(manifest.build([t for t in all_tasks() if t.name in facts], facts, "For the tests.")))
-    result, out, _ = evaluate("--manifest", path, "--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    result, out, _ = evaluate("--manifest", path, "--methods", "t2l,base", "--repeats", 1, "--max-items", 1)
     assert result["groups"] == {
         "all": ["again", "first", "last"], "trained": ["first", "last"], "not trained": ["again"], "train": ["first"],
         "novel": ["last"],
     }  # fmt: skip
     assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
-    options = ("--manifest", path, "--arms", "base,base-description", "--repeats", 1, "--precision", 5)
+    options = ("--manifest", path, "--methods", "base,base-description", "--repeats", 1, "--precision", 5)
     result, _, err = evaluate(*options)  # tiers end apart, so there are no means across them
     assert result["groups"] == {"train": ["first"], "novel": ["last"]} and result["not_asked"] == ["again"]
     assert "asked 2 of 3 tasks" in err
 
 
-def test_arms_with_more_examples_than_there_are(refuse):
-    told = refuse("--shots", "3,9", "--arms", "icl-9")
+def test_methods_with_more_examples_than_there_are(refuse):
+    told = refuse("--shots", "3,9", "--methods", "icl-9")
     assert "got 'icl-9': fewer than 9 examples of split 'train' of task" in told
 
 
@@ -268,7 +279,7 @@ def test_the_plot(evaluate, tmp_path):
 
 @pytest.mark.parametrize("measure, title", [("containment", "containment, %"), ("rouge_l", "ROUGE-L, %")])
 def test_other_measures_in_the_table(evaluate, measure, title):
-    _, out, _ = evaluate("--arms", "t2l", "--repeats", 1, "--max-items", 1, "--measure", measure)
+    _, out, _ = evaluate("--methods", "t2l", "--repeats", 1, "--max-items", 1, "--measure", measure)
     assert title in out and "mean" not in out
 
 
@@ -283,32 +294,34 @@ def test_one_task_has_no_shuffled_control(evaluate, by_input):
 def test_a_base_model_that_has_moved(evaluate, base_model, tmp_path):
     """Reads the descriptions of a checkpoint that does so with its base model, too."""
     moved = save_checkpoint(tmp_path / "moved", "models/tiny", prompt="input")
-    result, _, _ = evaluate("--base-model", base_model, "--arms", "t2l", "--repeats", 1, "--max-items", 1, checkpoint=moved)
+    result, _, _ = evaluate(
+        "--base-model", base_model, "--methods", "t2l", "--repeats", 1, "--max-items", 1, checkpoint=moved
+    )
     assert list(result["details"]) == ["t2l"] and result["base_model"] == str(base_model)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def test_arms_that_there_are_not(refuse, one_hot, tmp_path):
+def test_methods_that_there_are_not(refuse, one_hot, tmp_path):
     """The message lists those there are, and says why another one is left out."""
     known = [*OURS, *BASE]
     for name in ("nonsense", "oracle"):
-        told = refuse("--arms", f"t2l,{name}")
-        assert told.startswith("--arms: ") and str(known) in told and repr(name) in told
+        told = refuse("--methods", f"t2l,{name}")
+        assert told.startswith("--methods: ") and str(known) in told and repr(name) in told
     write_tasks(tmp_path / "tasks", all_tasks(("test",)))
-    told = refuse("--arms", "t2l,icl", tasks=tmp_path / "tasks")
+    told = refuse("--methods", "t2l,icl", tasks=tmp_path / "tasks")
     assert str(known[:-1]) in told and "'icl': " in told and "'train'" in told and "again" in told
     known.remove("t2l-shuffled")
-    told = refuse("--arms", "t2l-shuffled", "--names", "last")
+    told = refuse("--methods", "t2l-shuffled", "--names", "last")
     assert str(known) in told and "'t2l-shuffled': " in told and "two tasks" in told
     assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
 
 
-def test_arms_of_one_name(refuse, checkpoint):
+def test_methods_of_one_name(refuse, checkpoint):
     told = refuse("--also", f"base={checkpoint}")
-    assert told == "--also, --multi-task: expected arms with names of their own, got two called 'base'"
-    assert refuse("--arms", "base", "--precision", 5).startswith("--precision: expected at least two arms")
+    assert told == "--also, --multi-task: expected methods with names of their own, got two called 'base'"
+    assert refuse("--methods", "base", "--precision", 5).startswith("--precision: expected at least two methods")
 
 
 @pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])
@@ -335,25 +348,25 @@ def raw_adapters(adapters, tmp_path):
 
 
 def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_adapters):
-    result, _, _ = evaluate("--oracle", raw_adapters, "--library", raw_adapters, "--arms", "oracle,average,arrow")
+    result, _, _ = evaluate("--oracle", raw_adapters, "--library", raw_adapters, "--methods", "oracle,average,arrow")
     assert {of["form"] for of in result["forms"].values()} == {"raw"}
 
 
 def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
-    _, _, quiet = evaluate("--oracle", adapters, "--arms", "oracle")
+    _, _, quiet = evaluate("--oracle", adapters, "--methods", "oracle")
     others = tmp_path / "others"
     shutil.copytree(adapters, others)
     for path in others.glob("*/adapter_config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
-    _, _, err = evaluate("--oracle", others, "--arms", "oracle")
+    _, _, err = evaluate("--oracle", others, "--methods", "oracle")
     assert f"{others} is of elsewhere, and is evaluated on " in err and " is evaluated on " not in quiet
 
 
 def test_oracles_of_prompts_with_the_description_are_asked_so(evaluate, raw_adapters):
-    without, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    without, _, _ = evaluate("--oracle", raw_adapters, "--methods", "oracle")
     done = raw_adapters.parent / "waves" / "000" / "done.json"
     done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
-    result, _, _ = evaluate("--oracle", raw_adapters, "--arms", "oracle")
+    result, _, _ = evaluate("--oracle", raw_adapters, "--methods", "oracle")
     of, before = (found["details"]["oracle"]["tasks"] for found in (result, without))
     assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
     assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
@@ -383,7 +396,7 @@ def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
 
 def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, monkeypatch):
     """Without --resume: its answers are kept until the result is written."""
-    options = ("--arms", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4)
+    options = ("--methods", "t2l,t2l-junk", "--repeats", 1, "--batch-size", 4)
     asked, generate = [], Answerer._generate
 
     def stopped(*arguments):
@@ -454,12 +467,12 @@ def test_the_document_names_what_there_is():
     assert named <= options
     assert options - named <= {"--trust-remote-code", "--encoder", "--base-model"}  # those of every command
     assert CONSTANT in DOCUMENT
-    for arm in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
-        assert f"`{arm.removeprefix('t2l')}`" in DOCUMENT, arm
+    for method in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
+        assert f"`{method.removeprefix('t2l')}`" in DOCUMENT, method
 
 
 def test_the_document_names_the_fields(evaluate):
-    result, _, _ = evaluate("--arms", "t2l,base", "--repeats", 1, "--max-items", 1)
+    result, _, _ = evaluate("--methods", "t2l,base", "--repeats", 1, "--max-items", 1)
     of = result["details"]["t2l"]
     for field in (*result, *result["forms"]["base"], *of, *of["tasks"]["first"], *result["summary"]["all"]):
         assert f"`{field}`" in DOCUMENT, field

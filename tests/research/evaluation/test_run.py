@@ -11,8 +11,8 @@ import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
 from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Store
-from t2l_engine.research.evaluation.arms import Arm, Stored, base_arms, generated_arms, oracle_arm
 from t2l_engine.research.evaluation.bootstrap import interval
+from t2l_engine.research.evaluation.methods import Method, Stored, base_methods, generated_methods, per_task_method
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
 from t2l_engine.research.tasks.folder import Example
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -47,9 +47,9 @@ def words(*inputs, split="test", answer="red", **changes):
     return tuple(Example(text, (answer,), split, **changes) for text in inputs)
 
 
-def evaluation(answerer, tasks, arms=None, settings=None, **more):
+def evaluation(answerer, tasks, methods=None, settings=None, **more):
     settings = settings or Settings(repeats=2)
-    return Evaluation(answerer, word_tokenizer(), tasks, [Arm("only")] if arms is None else arms, settings, **more)
+    return Evaluation(answerer, word_tokenizer(), tasks, [Method("only")] if methods is None else methods, settings, **more)
 
 
 def pools(*examples):
@@ -57,18 +57,18 @@ def pools(*examples):
 
 
 SHOWN = words("w1", "w2", "w3", "w4", split="train", answer="shown")
-BASE, DESCRIBED, ICL = base_arms()
+BASE, DESCRIBED, ICL = base_methods()
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_every_arm_is_shown():
+def test_what_every_method_is_shown():
     tasks = [task("first", *words("x y", "y x")), task("last", *words("z"), descriptions=["Only."])]
     answerer = Scripted()
     told = []
-    e = evaluation(answerer, tasks, [BASE, DESCRIBED, ICL, Arm("adapted")], pools=pools(*SHOWN),
-                   progress=lambda arm, count: told.append((arm, count)))  # fmt: skip
+    e = evaluation(answerer, tasks, [BASE, DESCRIBED, ICL, Method("adapted")], pools=pools(*SHOWN),
+                   progress=lambda method, count: told.append((method, count)))  # fmt: skip
     result = e.run()
     base, described, icl, adapted = ([q.prompt for q in queries] for _, queries in answerer.asked)
     assert base == [f"Input: {text}\nOutput:" for text in ("x y", "y x", "z")]
@@ -82,7 +82,7 @@ def test_what_every_arm_is_shown():
         start, end = plain.split("Input:")
         assert prompt.startswith(start) and prompt.endswith(end) and prompt.count("Output: shown\n\n") == 3
     assert icl[0] != icl[3] and icl[2] != icl[5]  # other worked examples; "Only." is the description of both repeats
-    # two repeats ask the same, where an arm says that they differ
+    # two repeats ask the same, where a method says that they differ
     assert adapted == 2 * [f"<user> {text} <bot> " for text in ("x y", "y x", "z")]
     assert told == [("base", 3), ("base-description", 6), ("icl", 6), ("adapted", 6)]
     assert e.answers == sum(count for _, count in told)
@@ -93,8 +93,8 @@ def test_what_every_arm_is_shown():
 
 def test_the_chat_form_has_worked_examples_as_turns():
     answerer = Scripted()
-    arm = dataclasses.replace(ICL, templates=("chat",))
-    evaluation(answerer, [task("first", *words("x"))], [arm], Settings(repeats=1), pools=pools(*SHOWN)).run()
+    method = dataclasses.replace(ICL, templates=("chat",))
+    evaluation(answerer, [task("first", *words("x"))], [method], Settings(repeats=1), pools=pools(*SHOWN)).run()
     (prompt,) = answerer.prompts
     start, *turns = prompt.split("<user> ")[1:]
     assert start.startswith("Say the first word.\n\nw") and prompt.count("shown") == 3 and prompt.endswith("<user> x <bot> ")
@@ -120,7 +120,7 @@ def test_the_form_is_chosen_on_validation_examples_alone(better, worse):
     """Also where the other one is better on those that count."""
     tasks = [task("first", *words("t1", "t2"))]
     answerer = Scripted(by_form({"val": better, "test": worse}, {"t1": "test", "t2": "test", "v1": "val", "v2": "val"}))
-    e = evaluation(answerer, tasks, [BASE, Arm("adapted")], validation={"first": words("v1", "v2", split="val")})
+    e = evaluation(answerer, tasks, [BASE, Method("adapted")], validation={"first": words("v1", "v2", split="val")})
     result = e.run()
     assert result["forms"] == {
         "base": {"form": better, "validation": {better: 100.0, worse: 0.0}}, "adapted": {"form": "chat", "validation": None},
@@ -132,13 +132,13 @@ def test_the_form_is_chosen_on_validation_examples_alone(better, worse):
     assert e.answers == 10
 
 
-def test_each_arm_has_the_form_that_suits_it():
+def test_each_method_has_the_form_that_suits_it():
     def reply(query, adapters):
         return "red" if ("Say the" in query.prompt) == ("Input:" in query.prompt) else "blue"
 
     e = evaluation(Scripted(reply), [task("first", *words("t1"))], [BASE, DESCRIBED],
                    validation={"first": words("v1", split="val")})  # fmt: skip
-    assert {arm: of["form"] for arm, of in e.run()["forms"].items()} == {"base": "chat", "base-description": "raw"}
+    assert {method: of["form"] for method, of in e.run()["forms"].items()} == {"base": "chat", "base-description": "raw"}
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -179,16 +179,16 @@ def many(kind, count, answer):
 
 
 def test_no_more_is_asked_than_precision_needs():
-    """ "sure" differs from the other arm alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
+    """ "sure" differs from the other method alike everywhere, "split" by halves; "few" has fewer tasks than a round."""
     tasks = [*many("sure", 200, lambda i: "red"), *many("split", 200, lambda i: ("red", "blue")[i % 2]),
              *many("few", 8, lambda i: ("red", "blue")[i % 2])]  # fmt: skip
     groups = {kind: [t.name for t in tasks if t.name.startswith(kind)] for kind in ("sure", "split", "few")}
-    arms = [Arm("red", Stored(random_stack(1), ["a"]), lambda *_: "a"), Arm("base")]
+    methods = [Method("red", Stored(random_stack(1), ["a"]), lambda *_: "a"), Method("base")]
 
     def ask(precision, tasks=tasks):
         answerer = Scripted(lambda query, adapters: "red" if adapters else "none")
         of = Settings(repeats=1, precision=precision)
-        return evaluation(answerer, tasks, arms, of, groups=groups).run(), answerer
+        return evaluation(answerer, tasks, methods, of, groups=groups).run(), answerer
 
     (everything, _), (result, answerer), (again, _) = ask(0), ask(10), ask(10, tasks[::-1])
     asked = {kind: sum(name in result["tasks"] for name in names) for kind, names in groups.items()}
@@ -203,19 +203,19 @@ def test_no_more_is_asked_than_precision_needs():
     assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
 
 
-def test_one_arm_has_no_precision():
-    with pytest.raises(ValueError, match=r"precision: expected at least two arms, .* got \['base'\]"):
-        evaluation(Scripted(), many("task", 3, lambda i: "red"), [Arm("base")], Settings(precision=5))
+def test_one_method_has_no_precision():
+    with pytest.raises(ValueError, match=r"precision: expected at least two methods, .* got \['base'\]"):
+        evaluation(Scripted(), many("task", 3, lambda i: "red"), [Method("base")], Settings(precision=5))
 
 
-def test_an_arm_that_has_few_tasks_is_judged_by_those_it_has():
-    """All that the oracle has an adapter for are asked, though the other arm is precise at once."""
+def test_an_method_that_has_few_tasks_is_judged_by_those_it_has():
+    """All that the oracle has an adapter for are asked, though the other method is precise at once."""
     tasks = many("task", 300, lambda i: "red")
     rare = {t.name for t in tasks[::30]}
-    oracle = Arm("oracle", Stored(random_stack(1), ["a"]), lambda task, *_: "a" if task.name in rare else None)
-    result = evaluation(Scripted(), tasks, [Arm("red"), Arm("base"), oracle], Settings(repeats=1, precision=5)).run()
+    oracle = Method("oracle", Stored(random_stack(1), ["a"]), lambda task, *_: "a" if task.name in rare else None)
+    result = evaluation(Scripted(), tasks, [Method("red"), Method("base"), oracle], Settings(repeats=1, precision=5)).run()
     assert rare <= set(result["tasks"])
-    without = evaluation(Scripted(), tasks, [Arm("red"), Arm("base")], Settings(repeats=1, precision=5)).run()
+    without = evaluation(Scripted(), tasks, [Method("red"), Method("base")], Settings(repeats=1, precision=5)).run()
     assert len(without["tasks"]) == 40
 
 
@@ -224,12 +224,12 @@ def test_an_arm_that_has_few_tasks_is_judged_by_those_it_has():
     (25, ["a", "b b b"]),
     (22, ["a"]),
 ])  # fmt: skip
-def test_long_items_are_left_out_of_every_arm_alike(longest, kept):
+def test_long_items_are_left_out_of_every_method_alike(longest, kept):
     """Of the base model's too, whose prompt is short."""
     tasks = [task("first", *words("a", "b b b", "c c c c c c"), descriptions=["Say it.", "Say it, said in more words."])]
     answerer = Scripted()
     settings = Settings(repeats=2, max_prompt_tokens=longest)
-    result = evaluation(answerer, tasks, [BASE, ICL, Arm("adapted")], settings, pools=pools(*SHOWN)).run()
+    result = evaluation(answerer, tasks, [BASE, ICL, Method("adapted")], settings, pools=pools(*SHOWN)).run()
     assert result["items"] == {"first": len(kept)}
     assert result["left_out"] == ({} if len(kept) == 3 else {"first": 3 - len(kept)})
     lengths = [len(p.split()) for p in answerer.prompts]
@@ -257,16 +257,16 @@ def test_long_validation_examples_are_not_asked():
 
 def test_tasks_without_an_adapter_are_not_asked_and_absent():
     stack = random_stack(2)
-    arm = oracle_arm(stack, ["last", "first"])
+    method = per_task_method(stack, ["last", "first"])
     answerer = Scripted()
     tasks = [task(name, *words("x")) for name in DESCRIPTIONS]
-    result = evaluation(answerer, tasks, [Arm("other", repeats=False), arm]).run()
+    result = evaluation(answerer, tasks, [Method("other", repeats=False), method]).run()
     assert result["tasks"] == {"again": {"other": 100.0}} | {n: {"other": 100.0, "oracle": 100.0} for n in ("first", "last")}
     assert result["details"]["oracle"]["tasks"].keys() == {"first", "last"}
     assert [(a, [q.adapter for q in queries]) for a, queries in answerer.asked] == [
-        (None, ["", "", ""]), (arm.adapters, ["first", "last"]),
+        (None, ["", "", ""]), (method.adapters, ["first", "last"]),
     ]  # fmt: skip
-    nobody = dataclasses.replace(arm, key=lambda task, example, repeat: None)
+    nobody = dataclasses.replace(method, key=lambda task, example, repeat: None)
     result = evaluation(Scripted(), tasks, [nobody]).run()
     assert result["details"] == {"oracle": {"tasks": {}, "seconds_per_answer": None}} and result["tasks"]["first"] == {}
 
@@ -277,8 +277,8 @@ def test_tasks_without_an_adapter_are_not_asked_and_absent():
 def scored(examples, reply, settings=None):
     """What is said of one task, and the queries."""
     answerer = Scripted(reply)
-    arm = Arm("only", repeats=False)
-    result = evaluation(answerer, [task("first", *examples)], [arm], settings or Settings(max_new_tokens=7)).run()
+    method = Method("only", repeats=False)
+    result = evaluation(answerer, [task("first", *examples)], [method], settings or Settings(max_new_tokens=7)).run()
     return result["details"]["only"]["tasks"]["first"], answerer.asked[0][1]
 
 
@@ -324,7 +324,7 @@ def test_options_are_chosen_by_their_likelihood_a_byte(options, likelihoods, sco
 def test_options_continue_the_prompt_as_training_does(template, asked):
     answerer = Scripted(lambda query, adapters: (-1.0, -2.0))
     example = Example("x", ("ab",), "test", metric="options", options=("ab", "cd"))
-    evaluation(answerer, [task("first", example)], [Arm("only", templates=(template,))], Settings(repeats=1)).run()
+    evaluation(answerer, [task("first", example)], [Method("only", templates=(template,))], Settings(repeats=1)).run()
     assert [query.options for _, queries in answerer.asked for query in queries] == [asked]
 
 
@@ -332,8 +332,8 @@ def test_options_continue_the_prompt_as_training_does(template, asked):
 def test_an_answer_to_a_raw_prompt_ends_where_the_next_example_begins(template, score):
     """A base model goes on with one; in chat a turn ends by a token."""
     answerer = Scripted(lambda query, adapters: " so 18.\n\nInput: another\nOutput: 34")
-    example, arm = Example("x", ("18",), "test", metric="number"), Arm("only", templates=(template,))
-    result = evaluation(answerer, [task("first", example)], [arm], Settings(repeats=1)).run()
+    example, method = Example("x", ("18",), "test", metric="number"), Method("only", templates=(template,))
+    result = evaluation(answerer, [task("first", example)], [method], Settings(repeats=1)).run()
     assert result["details"]["only"]["tasks"]["first"]["score"] == score
 
 
@@ -409,21 +409,21 @@ def test_repeats_and_seconds():
         return "red" if len(asked) in (1, 2, 3, 5) else "blue"
 
     tasks = [task("first", *words("x", "y"))]
-    arm = Arm("only", description=True)
-    result = evaluation(Scripted(reply), tasks, [arm], Settings(repeats=3)).run()
+    method = Method("only", description=True)
+    result = evaluation(Scripted(reply), tasks, [method], Settings(repeats=3)).run()
     of = result["details"]["only"]
     assert of["tasks"]["first"]["by_repeat"] == [100.0, 50.0, 50.0]
     assert result["tasks"]["first"]["only"] == of["tasks"]["first"]["score"] == pytest.approx(200 / 3)
     assert of["seconds_per_answer"] == statistics.fmean(range(6))
 
 
-def test_arms_have_names_of_their_own_and_worked_examples():
+def test_methods_have_names_of_their_own_and_worked_examples():
     tasks = [task("first", *words("x")), task("last", *words("y"))]
-    for arms in ([], [Arm("a"), Arm("b"), Arm("a")]):
-        with pytest.raises(ValueError, match="^arms: expected at least one and distinct names, got"):
-            evaluation(Scripted(), tasks, arms)
+    for methods in ([], [Method("a"), Method("b"), Method("a")]):
+        with pytest.raises(ValueError, match="^methods: expected at least one and distinct names, got"):
+            evaluation(Scripted(), tasks, methods)
     for missing in (None, {"first": SHOWN}, {"first": SHOWN, "last": ()}):
-        with pytest.raises(ValueError, match="^arms: icl needs worked examples of task (first|last), found none"):
+        with pytest.raises(ValueError, match="^methods: icl needs worked examples of task (first|last), found none"):
             evaluation(Scripted(), tasks, [ICL], pools=missing)
 
 
@@ -465,17 +465,21 @@ def test_a_result_comes_again(loaded, engine, tmp_path):
     def result(path=None):
         clock = lambda: next(ticks) ** 1.5  # noqa: E731
         answerer = Answerer(*loaded, identity="x", store=Store(path), batch_size=4, clock=clock)
-        arms = [*generated_arms("t2l", engine, tasks), Arm("oracle", Stored(random_stack(1), [""])), *base_arms()]
+        methods = [
+            *generated_methods("t2l", engine, tasks),
+            Method("oracle", Stored(random_stack(1), [""])),
+            *base_methods(),
+        ]
         return Evaluation(
-            answerer, loaded[1], tasks, arms, Settings(max_new_tokens=3), pools=pools(*words("red", "cat", "dog")),
+            answerer, loaded[1], tasks, methods, Settings(max_new_tokens=3), pools=pools(*words("red", "cat", "dog")),
             validation=pools(*words("blue", split="val")),
         ).run()  # fmt: skip
 
     first, second = result(tmp_path / "kept"), result()
     assert json.dumps(first) == json.dumps(result(tmp_path / "kept")) != json.dumps(second)
     for of in (first, second):
-        for arm in of["details"].values():
-            assert arm.pop("seconds_per_answer") > 0
+        for method in of["details"].values():
+            assert method.pop("seconds_per_answer") > 0
     assert json.dumps(first) == json.dumps(second)
     assert list(first["details"]) == ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "oracle",
                                       "base", "base-description", "icl"]  # fmt: skip
@@ -497,7 +501,7 @@ def test_adapters_answer_with_the_adapter_of_their_task(loaded, tmp_path):
     assert expected["first"] != expected["last"]
     tasks = [task(name, *words("red cat", answer=expected[name])) for name in expected]
     answerer = Answerer(model, tokenizer, identity="x", store=Store(), batch_size=4, clock=lambda: 0.0)
-    right, swapped = oracle_arm(stack, ["first", "last"]), oracle_arm(stack, ["last", "first"])
-    arms = [right, dataclasses.replace(swapped, name="swapped")]
-    result = Evaluation(answerer, tokenizer, tasks, arms, Settings(max_new_tokens=3)).run()
+    right, swapped = per_task_method(stack, ["first", "last"]), per_task_method(stack, ["last", "first"])
+    methods = [right, dataclasses.replace(swapped, name="swapped")]
+    result = Evaluation(answerer, tokenizer, tasks, methods, Settings(max_new_tokens=3)).run()
     assert result["tasks"] == {name: {"oracle": 100.0, "swapped": 0.0} for name in expected}

@@ -58,13 +58,15 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
     assert list(result["details"]) == [
         "t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "base", "base-description", "icl",
     ]  # fmt: skip
-    tokens = {arm: of["tasks"]["last"]["prompt_tokens"] for arm, of in result["details"].items()}
+    tokens = {method: of["tasks"]["last"]["prompt_tokens"] for method, of in result["details"].items()}
     assert tokens["t2l-junk"] == tokens["t2l"] and (tokens["t2l"] == 4 if prompt == "input" else tokens["t2l"] >= 8)
 
 
 def test_a_checkpoint_of_inputs_is_evaluated_by_inputs(base_model, tasks, tmp_path):
     settings = runs.sft(base_model, encoder="base-model", condition="input", steps=2, validate_every=0)
-    result = evaluated(sft.train(settings, tasks, tmp_path / "out"), tasks, tmp_path / "result.json", "--arms", "t2l,base")
+    result = evaluated(
+        sft.train(settings, tasks, tmp_path / "out"), tasks, tmp_path / "result.json", "--methods", "t2l,base"
+    )
     assert list(result["details"]) == ["t2l", "base"]
     assert len(result["details"]["t2l"]["tasks"]["first"]["by_repeat"]) == 1  # no description that a repeat could draw
 

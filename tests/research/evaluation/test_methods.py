@@ -1,4 +1,4 @@
-"""Arms: what they show the model and whose adapter they use, and what a repeat draws again."""
+"""Methods: what they show the model and whose adapter they use, and what a repeat draws again."""
 
 import json
 import re
@@ -12,24 +12,24 @@ import torch
 import t2l_engine as t2l
 from t2l_engine.cli import evaluate as command
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.evaluation.arms import (
+from t2l_engine.research.evaluation.library import average
+from t2l_engine.research.evaluation.methods import (
     CONSTANT,
     SHOTS,
     Generated,
     Routed,
     Stored,
-    base_arms,
+    base_methods,
     description_of,
-    generated_arms,
+    generated_methods,
     junk,
-    library_arms,
-    multi_task_arm,
-    nearest_arm,
-    oracle_arm,
+    library_methods,
+    multi_task_method,
+    nearest_method,
     partners,
+    per_task_method,
     shots_of,
 )
-from t2l_engine.research.evaluation.library import average
 from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
@@ -61,39 +61,39 @@ def reading(loaded):
     return t2l.TextToLoRA(reader, network)
 
 
-def shown(arms):
-    return {a.name: (a.templates, a.description, a.shots, a.repeats) for a in arms}
+def shown(methods):
+    return {a.name: (a.templates, a.description, a.shots, a.repeats) for a in methods}
 
 
-def keys(arm, tasks, repeat=0, example=RED):
-    return [arm.key(t, example, repeat) for t in tasks]
+def keys(method, tasks, repeat=0, example=RED):
+    return [method.key(t, example, repeat) for t in tasks]
 
 
-# --- arms ------------------------------------------------------------------------------------------------------------
+# --- methods ------------------------------------------------------------------------------------------------------------
 
 
-def test_base_arms():
-    arms = base_arms()
+def test_base_methods():
+    methods = base_methods()
     both = ("raw", "chat")
-    assert shown(arms) == {
+    assert shown(methods) == {
         "base": (both, False, 0, False), "base-description": (both, True, 0, True), "icl": (both, True, SHOTS, True),
     }  # fmt: skip
-    assert all(arm.adapters is None and keys(arm, ASKED) == [""] * 3 for arm in arms)
-    assert {arm.name: arm.shots for arm in base_arms((6, 3))[2:]} == {"icl-6": 6, "icl": 3}
+    assert all(method.adapters is None and keys(method, ASKED) == [""] * 3 for method in methods)
+    assert {method.name: method.shots for method in base_methods((6, 3))[2:]} == {"icl-6": 6, "icl": 3}
 
 
 @pytest.mark.parametrize("in_prompt", [False, True])
-def test_arms_of_a_checkpoint(engine, in_prompt):
+def test_methods_of_a_checkpoint(engine, in_prompt):
     """With the description in the prompt there are repeats even where the adapter is the same."""
-    arms = generated_arms("mine", engine, TASKS, in_prompt=in_prompt)
-    assert shown(arms) == {
+    methods = generated_methods("mine", engine, TASKS, in_prompt=in_prompt)
+    assert shown(methods) == {
         "mine": (("chat",), in_prompt, 0, True),
         "mine-shuffled": (("chat",), in_prompt, 0, True),
         "mine-junk": (("chat",), in_prompt, 0, True),
         "mine-constant": (("chat",), in_prompt, 0, in_prompt),
     }
-    assert len({arm.adapters.identity for arm in arms}) == 1
-    matched, shuffled, nonsense, constant = arms
+    assert len({method.adapters.identity for method in methods}) == 1
+    matched, shuffled, nonsense, constant = methods
     for repeat in range(4):
         texts = keys(matched, TASKS, repeat)
         assert texts == [description_of(t, repeat) for t in TASKS] == [t.descriptions[repeat % (1 + i % 2)] for i, t in
@@ -108,11 +108,16 @@ def test_arms_of_a_checkpoint(engine, in_prompt):
 
 
 def test_a_checkpoint_that_reads_examples(engine, reading):
-    """Its arms are generated from what few-shot prompts show, and from another task's."""
+    """Its methods are generated from what few-shot prompts show, and from another task's."""
     pools = {t.name: [Example(f"{t.name} {i}", (str(i),), "train") for i in range(5)] for t in TASKS}
-    arms = generated_arms("mine", reading, TASKS, pools=pools)
-    assert [arm.name for arm in arms[:2] + arms[-2:]] == ["mine", "mine-shuffled", "mine-examples", "mine-examples-shuffled"]
-    own, other = arms[-2:]
+    methods = generated_methods("mine", reading, TASKS, pools=pools)
+    assert [method.name for method in methods[:2] + methods[-2:]] == [
+        "mine",
+        "mine-shuffled",
+        "mine-examples",
+        "mine-examples-shuffled",
+    ]
+    own, other = methods[-2:]
     for repeat in range(3):
         texts = keys(own, TASKS, repeat)
         shots = [shots_of(t, pools[t.name], repeat, SHOTS, RED.input) for t in TASKS]
@@ -121,38 +126,38 @@ def test_a_checkpoint_that_reads_examples(engine, reading):
         assert keys(other, TASKS, repeat) == [by_name[drawn[t.name]] for t in TASKS]
     (text,) = reading.encoder.prepare([description_of(TASKS[0], 0)], [shots_of(TASKS[0], pools["task0"], 0)])
     assert keys(own, TASKS[:1]) == [text]
-    fewer = generated_arms("mine", reading, TASKS, pools=pools, shots=(2, reading.encoder.max_examples + 1))[4:]
-    assert [arm.name for arm in fewer] == ["mine-examples-2", "mine-examples-2-shuffled"]
+    fewer = generated_methods("mine", reading, TASKS, pools=pools, shots=(2, reading.encoder.max_examples + 1))[4:]
+    assert [method.name for method in fewer] == ["mine-examples-2", "mine-examples-2-shuffled"]
     text = condition_text(description_of(TASKS[0], 0), shots_of(TASKS[0], pools["task0"], 0, 2, RED.input))
     assert keys(fewer[0], TASKS[:1]) == [text]
-    without = [arm.name for arm in generated_arms("mine", reading, TASKS)]
-    assert without == [arm.name for arm in generated_arms("mine", engine, TASKS, pools=pools)] and len(without) == 4
+    without = [method.name for method in generated_methods("mine", reading, TASKS)]
+    assert without == [method.name for method in generated_methods("mine", engine, TASKS, pools=pools)] and len(without) == 4
 
 
 def test_a_checkpoint_of_names_answers_those_it_knows(one_hot):
     known = t2l.TextToLoRA.from_pretrained(one_hot)
-    arms = generated_arms("names", known, ASKED)
-    assert shown(arms) == {"names": (("chat",), False, 0, False), "names-shuffled": (("chat",), False, 0, True)}
-    assert keys(arms[0], ASKED, 1) == [None, "first", "last"]
-    assert keys(arms[1], ASKED, 1) == [None, "last", "first"]
-    (alone, shuffled) = generated_arms("names", known, ASKED[:2])
+    methods = generated_methods("names", known, ASKED)
+    assert shown(methods) == {"names": (("chat",), False, 0, False), "names-shuffled": (("chat",), False, 0, True)}
+    assert keys(methods[0], ASKED, 1) == [None, "first", "last"]
+    assert keys(methods[1], ASKED, 1) == [None, "last", "first"]
+    (alone, shuffled) = generated_methods("names", known, ASKED[:2])
     assert keys(alone, ASKED[:2]) == [None, "first"]
-    with pytest.raises(ValueError, match="^arms: the shuffled control needs at least two tasks, got 1"):
+    with pytest.raises(ValueError, match="^methods: the shuffled control needs at least two tasks, got 1"):
         keys(shuffled, ASKED[:2])
 
 
 def test_a_checkpoint_of_inputs_is_asked_by_the_input(by_input):
-    (arm,) = generated_arms("inputs", t2l.TextToLoRA.from_pretrained(by_input), ASKED, from_input=True)
-    assert (arm.name, arm.repeats, arm.description) == ("inputs", False, False)
-    assert [keys(arm, ASKED, 0, Example(text, ("red",), "test")) for text in ("red cat", "dog")] == [
+    (method,) = generated_methods("inputs", t2l.TextToLoRA.from_pretrained(by_input), ASKED, from_input=True)
+    assert (method.name, method.repeats, method.description) == ("inputs", False, False)
+    assert [keys(method, ASKED, 0, Example(text, ("red",), "test")) for text in ("red cat", "dog")] == [
         ["red cat"] * 3, ["dog"] * 3,
     ]  # fmt: skip
 
 
 def test_an_oracle_has_the_adapter_of_the_task_or_none():
-    arm = oracle_arm(random_stack(2), ["last", "first"])
-    assert (arm.name, arm.repeats, arm.templates, arm.description) == ("oracle", False, ("chat",), False)
-    assert keys(arm, ASKED, 2) == [None, "first", "last"]
+    method = per_task_method(random_stack(2), ["last", "first"])
+    assert (method.name, method.repeats, method.templates, method.description) == ("oracle", False, ("chat",), False)
+    assert keys(method, ASKED, 2) == [None, "first", "last"]
 
 
 def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
@@ -165,22 +170,22 @@ def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
             return torch.tensor([places[text] for text in texts])
 
     texts = {"a": ["up", "up too"], "b": ["right"], "c": ["unread"]}
-    arm = nearest_arm(random_stack(2), ["a", "b"], texts, "raw", encoder=Encoder())
-    assert (arm.name, arm.repeats, arm.templates, arm.description) == ("nearest", True, ("raw",), False)
-    assert keys(arm, ASKED, 1) == ["b", "a", "a"]
+    method = nearest_method(random_stack(2), ["a", "b"], texts, "raw", encoder=Encoder())
+    assert (method.name, method.repeats, method.templates, method.description) == ("nearest", True, ("raw",), False)
+    assert keys(method, ASKED, 1) == ["b", "a", "a"]
     with pytest.raises(ConfigError, match="descriptions: expected some of every adapter, got none of d"):
-        nearest_arm(random_stack(2), ["a", "d"], texts)
+        nearest_method(random_stack(2), ["a", "d"], texts)
 
 
-def test_library_arms(loaded):
+def test_library_methods(loaded):
     """A library may be smaller than what Arrow routes a token to."""
     stack = random_stack(3)
-    arms = library_arms(average(stack), stack)
-    assert shown(arms) == {name: (("chat",), False, 0, False) for name in ("average", "arrow")}
-    assert all(keys(arm, ASKED) == [""] * 3 for arm in arms)
+    methods = library_methods(average(stack), stack)
+    assert shown(methods) == {name: (("chat",), False, 0, False) for name in ("average", "arrow")}
+    assert all(keys(method, ASKED) == [""] * 3 for method in methods)
     ids, outputs = torch.tensor([[3, 9, 10, 4]]), []
-    for arm in arms:
-        with torch.no_grad(), arm.adapters.on(loaded[0]) as use, use([""]):
+    for method in methods:
+        with torch.no_grad(), method.adapters.on(loaded[0]) as use, use([""]):
             outputs.append(loaded[0](ids).logits)
     with torch.no_grad():
         base = loaded[0](ids).logits
@@ -253,16 +258,16 @@ def trained(shared, base_model, tasks):
 
 
 @pytest.mark.parametrize("prompt, name", [("input", "multi-task"), ("description", "multi-task-description")])
-def test_what_training_wrote_is_an_arm(trained, loaded, prompt, name):
+def test_what_training_wrote_is_an_method(trained, loaded, prompt, name):
     folder = trained["multi-task", prompt]
-    arm = multi_task_arm(folder)
+    method = multi_task_method(folder)
     in_prompt = prompt == "description"
-    assert (arm.name, arm.templates, arm.description, arm.repeats) == (name, ("chat",), in_prompt, in_prompt)
-    assert keys(arm, ASKED, 2) == [""] * 3
+    assert (method.name, method.templates, method.description, method.repeats) == (name, ("chat",), in_prompt, in_prompt)
+    assert keys(method, ASKED, 2) == [""] * 3
     stack = t2l.AdapterStack.from_peft(folder / "adapters" / "multi-task")
     ids = torch.tensor([[3, 9, 10, 4]])
     with torch.no_grad():
-        with arm.adapters.on(loaded[0]) as use, use([""]):
+        with method.adapters.on(loaded[0]) as use, use([""]):
             found = loaded[0](ids).logits
         with t2l.attach(loaded[0], stack).use(0) as handle:
             expected = loaded[0](ids).logits
@@ -270,12 +275,12 @@ def test_what_training_wrote_is_an_arm(trained, loaded, prompt, name):
         assert torch.equal(found, expected) and not torch.equal(found, loaded[0](ids).logits)
 
 
-def test_runs_that_are_no_such_arm(trained, tmp_path):
+def test_runs_that_are_no_such_method(trained, tmp_path):
     path = tmp_path / "waves" / "000" / "done.json"
     with pytest.raises(FileNotFoundError, match="expected the folder of a finished run of t2l train lora, found none"):
-        multi_task_arm(tmp_path)
+        multi_task_method(tmp_path)
     with pytest.raises(ConfigError, match="expected a run with mode multi-task, got 'per-task'"):
-        multi_task_arm(trained["per-task", "input"])
+        multi_task_method(trained["per-task", "input"])
     path.parent.mkdir(parents=True)
     for content, expected in (
         ("[]", "done.json: expected an object with settings"),
@@ -285,25 +290,25 @@ def test_runs_that_are_no_such_arm(trained, tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=expected):
-            multi_task_arm(tmp_path)
+            multi_task_method(tmp_path)
     path.write_text(json.dumps({"settings": {"mode": "multi-task"}}))
     with pytest.raises(FileNotFoundError, match="multi-task"):  # the adapter
-        multi_task_arm(tmp_path)
+        multi_task_method(tmp_path)
     shutil.copytree(trained["multi-task", "input"] / "adapters", tmp_path / "adapters")
-    assert multi_task_arm(tmp_path).name == "multi-task"
+    assert multi_task_method(tmp_path).name == "multi-task"
     path.write_text(json.dumps({"settings": {"mode": "multi-task", "prompt_form": "loud"}}))
     with pytest.raises(ConfigError, match="prompt_form: expected one of chat, raw, got 'loud'"):
-        multi_task_arm(tmp_path)
+        multi_task_method(tmp_path)
 
 
-def test_arms_are_asked_in_the_form_of_their_training(engine, base_model, tasks, tmp_path):
+def test_methods_are_asked_in_the_form_of_their_training(engine, base_model, tasks, tmp_path):
     engine = t2l.TextToLoRA(engine.encoder, engine.hypernetwork, "raw")
     stack = random_stack(2)
-    made = [*generated_arms("mine", engine, TASKS), oracle_arm(stack, ["task0", "task1"], "raw"),
-            *library_arms(average(stack), stack, "raw")]  # fmt: skip
-    assert {arm.templates for arm in made} == {("raw",)}
+    made = [*generated_methods("mine", engine, TASKS), per_task_method(stack, ["task0", "task1"], "raw"),
+            *library_methods(average(stack), stack, "raw")]  # fmt: skip
+    assert {method.templates for method in made} == {("raw",)}
     settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
-    assert multi_task_arm(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
+    assert multi_task_method(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
 
 
 def test_why_no_examples_are_read(reading, checkpoint):

@@ -1,6 +1,6 @@
-"""The arms of an evaluation.  An arm is one compared method: a prompt with or without an adapter.
+"""The methods of an evaluation.  A method is one compared method: a prompt with or without an adapter.
 
-A *repeat* draws anew what an arm may depend on: the description (number ``repeat`` modulo their count), the few-shot
+A *repeat* draws anew what a method may depend on: the description (number ``repeat`` modulo their count), the few-shot
 examples, the other task of the shuffled control, the junk text.
 """
 
@@ -37,7 +37,7 @@ CONSTANT = "Answer the question."
 
 
 @dataclasses.dataclass(frozen=True)
-class Arm:
+class Method:
     """One compared method.
 
     Attributes:
@@ -86,39 +86,39 @@ def junk(task: Task, repeat: int) -> str:
 def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
     """Task -> another task: a derangement drawn by repeat; ValueError for fewer than two tasks."""
     if len(names) < 2:
-        raise ValueError(f"arms: the shuffled control needs at least two tasks, got {len(names)}")
+        raise ValueError(f"methods: the shuffled control needs at least two tasks, got {len(names)}")
     order = list(names)
     random.Random(f"shuffled/{repeat}").shuffle(order)
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-# --- arms ----------------------------------------------------------------------------------------------------------
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def base_arms(shots: Sequence[int] = (SHOTS,)) -> list[Arm]:
+def base_methods(shots: Sequence[int] = (SHOTS,)) -> list[Method]:
     """The base model: with the input alone, with the description, and with description and few-shot examples.
 
-    ``shots``: numbers of few-shot examples, an arm each.
+    ``shots``: numbers of few-shot examples, a method each.
     """
     both = (RAW, CHAT)
     return [
-        Arm("base", templates=both, repeats=False),
-        Arm("base-description", description=True, templates=both),
-        *(Arm("icl" + counted(n), description=True, shots=n, templates=both) for n in shots),
+        Method("base", templates=both, repeats=False),
+        Method("base-description", description=True, templates=both),
+        *(Method("icl" + counted(n), description=True, shots=n, templates=both) for n in shots),
     ]
 
 
 def counted(shots: int) -> str:
-    """End of the name of an arm with so many examples."""
+    """End of the name of a method with so many examples."""
     return "" if shots == SHOTS else f"-{shots}"
 
 
-def without_chat(arms: Sequence[Arm]) -> list[Arm]:
-    """``arms`` for a tokenizer without chat template: those that may choose a template get "raw"."""
-    return [dataclasses.replace(arm, templates=(RAW,)) if RAW in arm.templates else arm for arm in arms]
+def without_chat(methods: Sequence[Method]) -> list[Method]:
+    """``methods`` for a tokenizer without chat template: those that may choose a template get "raw"."""
+    return [dataclasses.replace(method, templates=(RAW,)) if RAW in method.templates else method for method in methods]
 
 
-def generated_arms(
+def generated_methods(
     name: str,
     engine: TextToLoRA,
     tasks: Sequence[Task],
@@ -127,15 +127,15 @@ def generated_arms(
     shots: Sequence[int] = (SHOTS,),
     in_prompt: bool = False,
     from_input: bool = False,
-) -> list[Arm]:
+) -> list[Method]:
     """A checkpoint's adapters, generated from the task's description, and its controls.
 
     Args:
         tasks: all tasks of the evaluation; the shuffled control draws among them.
         pools: per task, the examples from which worked examples are drawn.  With them, a checkpoint that reads examples has
-            the arms "-examples", generated from the description and those examples that few-shot prompts show, and
+            the methods "-examples", generated from the description and those examples that few-shot prompts show, and
             "-examples-shuffled", from those of another task.
-        shots: numbers of those examples; a checkpoint has the arms of no more than it reads.
+        shots: numbers of those examples; a checkpoint has the methods of no more than it reads.
         in_prompt: whether the checkpoint was trained with the description in the prompt; every prompt then has the correct
             description, also those of controls.
         from_input: whether it was trained to generate adapters from inputs; there are no controls then.
@@ -143,11 +143,11 @@ def generated_arms(
     With a one-hot encoder, adapters are generated from names of known tasks, and shuffled is the only control.
     """
     adapters = Generated(engine)
-    arm = lambda suffix, key, repeats=True: Arm(  # noqa: E731
+    method = lambda suffix, key, repeats=True: Method(  # noqa: E731
         name + suffix, adapters, key, description=in_prompt, templates=(engine.prompt_form,), repeats=repeats or in_prompt
     )
     if from_input:
-        return [arm("", lambda task, example, repeat: example.input, False)]
+        return [method("", lambda task, example, repeat: example.input, False)]
     known = getattr(engine.encoder.config, "tasks", None)
     if known is not None:
         tasks = [task for task in tasks if task.name in known]
@@ -168,10 +168,10 @@ def generated_arms(
             return None
         return text(by_name[partner(task, repeat)], repeat)
 
-    arms = [arm("", matched, known is None), arm("-shuffled", shuffled)]
+    methods = [method("", matched, known is None), method("-shuffled", shuffled)]
     if known is None:
-        arms.append(arm("-junk", lambda task, example, repeat: junk(task, repeat)))
-        arms.append(arm("-constant", lambda task, example, repeat: CONSTANT, False))
+        methods.append(method("-junk", lambda task, example, repeat: junk(task, repeat)))
+        methods.append(method("-constant", lambda task, example, repeat: CONSTANT, False))
 
     def reading(count: int, other: bool) -> Callable[[Task, Example, int], str]:
         def key(task: Task, example: Example, repeat: int) -> str:
@@ -184,17 +184,17 @@ def generated_arms(
     for count in shots if pools else ():
         if count <= engine.encoder.max_examples:
             ending = f"-examples{counted(count)}"
-            arms += [arm(ending, reading(count, False)), arm(f"{ending}-shuffled", reading(count, True))]
-    return arms
+            methods += [method(ending, reading(count, False)), method(f"{ending}-shuffled", reading(count, True))]
+    return methods
 
 
-def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT, in_prompt: bool = False) -> Arm:
+def per_task_method(stack: AdapterStack, names: Sequence[str], template: str = CHAT, in_prompt: bool = False) -> Method:
     """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``.
 
     ``in_prompt``: whether it was trained with the description in the prompt.
     """
     known = set(names)
-    return Arm(
+    return Method(
         "oracle",
         Stored(stack, names),
         lambda task, example, repeat: task.name if task.name in known else None,
@@ -204,23 +204,25 @@ def oracle_arm(stack: AdapterStack, names: Sequence[str], template: str = CHAT, 
     )
 
 
-def library_arms(average: AdapterStack, stack: AdapterStack, template: str = CHAT, in_prompt: bool = False) -> list[Arm]:
+def library_methods(
+    average: AdapterStack, stack: AdapterStack, template: str = CHAT, in_prompt: bool = False
+) -> list[Method]:
     """The average of a library, trained with prompt template ``template``, and Arrow routing over it.
 
     ``in_prompt``: whether it was trained with the description in the prompt.
     """
     prompt = {"description": in_prompt, "templates": (template,), "repeats": in_prompt}
-    return [Arm("average", Stored(average, [""]), **prompt), Arm("arrow", Routed(stack), **prompt)]
+    return [Method("average", Stored(average, [""]), **prompt), Method("arrow", Routed(stack), **prompt)]
 
 
-def nearest_arm(
+def nearest_method(
     stack: AdapterStack,
     names: Sequence[str],
     descriptions: Mapping[str, Sequence[str]],
     template: str = CHAT,
     in_prompt: bool = False,
     encoder: TextEncoder | None = None,
-) -> Arm:
+) -> Method:
     """The adapter of a library whose descriptions are nearest to the task's: retrieval instead of generation.
 
     Args:
@@ -235,10 +237,10 @@ def nearest_arm(
     known = {name: descriptions[name] for name in names}
     index = functools.cache(lambda: DescriptionIndex(known, encoder or TextEncoder.from_pretrained()))
     key = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0][0].name  # noqa: E731
-    return Arm("nearest", Stored(stack, names), key, description=in_prompt, templates=(template,))
+    return Method("nearest", Stored(stack, names), key, description=in_prompt, templates=(template,))
 
 
-def multi_task_arm(folder: Path) -> Arm:
+def multi_task_method(folder: Path) -> Method:
     """One adapter for all tasks: the run of ``t2l train lora`` with mode multi-task in ``folder``.
 
     "multi-task-description" if the run's prompts had the description, else "multi-task".  Raises FileNotFoundError if no run
@@ -253,7 +255,7 @@ def multi_task_arm(folder: Path) -> Arm:
     in_prompt = settings.get("prompt") == "description"
     name = "multi-task-description" if in_prompt else "multi-task"
     template = check_prompt_form(settings.get("prompt_form", CHAT), folder)
-    return Arm(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
+    return Method(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
