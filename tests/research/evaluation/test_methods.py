@@ -258,7 +258,7 @@ def trained(shared, base_model, tasks):
 
 
 @pytest.mark.parametrize("prompt, name", [("input", "multi-task"), ("description", "multi-task-description")])
-def test_what_training_wrote_is_an_method(trained, loaded, prompt, name):
+def test_what_training_wrote_is_a_method(trained, loaded, prompt, name):
     folder = trained["multi-task", prompt]
     method = multi_task_method(folder)
     in_prompt = prompt == "description"

@@ -208,7 +208,7 @@ def test_one_method_has_no_precision():
         evaluation(Scripted(), many("task", 3, lambda i: "red"), [Method("base")], Settings(precision=5))
 
 
-def test_an_method_that_has_few_tasks_is_judged_by_those_it_has():
+def test_a_method_that_has_few_tasks_is_judged_by_those_it_has():
     """All that the oracle has an adapter for are asked, though the other method is precise at once."""
     tasks = many("task", 300, lambda i: "red")
     rare = {t.name for t in tasks[::30]}
