@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 from t2l_engine.ops.gradients import first_order
 from t2l_engine.ops.reference import without_autocast
-
-_add = torch.ops.t2l_engine.lora_add_.default
-_add_group = torch.ops.t2l_engine.lora_add_group_.default
-_backward = torch.ops.t2l_engine.lora_backward_.default
+from t2l_engine.ops.registry import lora_add_group_op, lora_add_op, lora_backward_op
 
 
 def is_plain(base: Any, x: Tensor) -> bool:
@@ -61,9 +58,9 @@ class AdaptedLinear(torch.autograd.Function):
         segments = scaling, seg_indptr, seg_adapters, max_seg_len
         lora_A, lora_B, ranks = (list(members[i::3]) for i in range(3))
         if starts[0] is None:
-            _add(y, inner, lora_A.pop(0), lora_B.pop(0), *segments, ranks.pop(0))
+            lora_add_op(y, inner, lora_A.pop(0), lora_B.pop(0), *segments, ranks.pop(0))
         if lora_A:
-            _add_group(y, inner, lora_A, lora_B, *segments, ranks, [start for start in starts if start is not None])
+            lora_add_group_op(y, inner, lora_A, lora_B, *segments, ranks, [start for start in starts if start is not None])
         return y
 
     @staticmethod
@@ -86,5 +83,5 @@ class AdaptedLinear(torch.autograd.Function):
         grad_inner = torch.zeros_like(inner) if grad_x is None or ctx.dropped else grad_x
         for start, A, B, ranks in zip(ctx.starts, members[::3], members[1::3], members[2::3], strict=True):
             columns = grad if start is None else grad[..., start : start + B.shape[1]]
-            grads += [*_backward(grad_inner, columns, inner, A, B, *segments, ctx.max_seg_len, ranks), None]
+            grads += [*lora_backward_op(grad_inner, columns, inner, A, B, *segments, ctx.max_seg_len, ranks), None]
         return grad_x, grad_inner if ctx.dropped else None, *(None,) * 7, *grads

@@ -9,17 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad as _forward_ad
 
-from t2l_engine import ops
 from t2l_engine.adapters.paths import LAYER
 from t2l_engine.lora.autograd import AdaptedLinear, is_plain
 from t2l_engine.lora.locate import features, is_transposed
 from t2l_engine.lora.routing import Routing
 from t2l_engine.lora.sharding import Sharding, is_distributed, local
 from t2l_engine.ops.reference import without_autocast
+from t2l_engine.ops.registry import lora_add_group_op, lora_add_op, lora_delta_op
 
-# The ops themselves, without the calls of their wrappers.
-_add = torch.ops.t2l_engine.lora_add_.default
-_add_group = torch.ops.t2l_engine.lora_add_group_.default
 # Not public in torch; if it is missing, recomputation is not checked.
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
@@ -41,27 +38,20 @@ class Member(NamedTuple):
     ranks: Tensor
 
 
-class _Serving(NamedTuple):
-    """Arguments of the in-place ops: one ``lora_add_`` for each whole linear, one ``lora_add_group_`` for column slices."""
+class _InPlaceOperands(NamedTuple):
+    """Operands of the in-place ops: of a ``lora_add_`` for each whole linear, of one ``lora_add_group_`` for all slices."""
 
     whole: list[tuple[Tensor, Tensor, Tensor, Tensor]]
     group: tuple[list[Tensor], list[Tensor], Tensor, list[Tensor], list[int]] | None
 
     @staticmethod
-    def of(members: list[Member]) -> _Serving:
-        group = [m for m in members if m.start is not None]
-        return _Serving(
-            [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in members if m.start is None],
-            (
-                [m.lora_A for m in group],
-                [m.lora_B for m in group],
-                group[0].scaling,
-                [m.ranks for m in group],
-                [m.start for m in group if m.start is not None],
-            )
-            if group
-            else None,
-        )
+    def of(members: list[Member]) -> _InPlaceOperands:
+        whole = [(m.lora_A, m.lora_B, m.scaling, m.ranks) for m in members if m.start is None]
+        sliced = [m for m in members if m.start is not None]
+        if not sliced:
+            return _InPlaceOperands(whole, None)
+        _, _, starts, A, B, scalings, ranks = map(list, zip(*sliced, strict=True))
+        return _InPlaceOperands(whole, (A, B, scalings[0], ranks, starts))
 
 
 class LoRALinear(nn.Module):
@@ -89,7 +79,7 @@ class LoRALinear(nn.Module):
         self.base = base
         self._routing = routing
         self.members: list[Member] = []
-        self._serving = _Serving([], None)
+        self._operands = _InPlaceOperands([], None)  # of members
         self._adapter_version: object | None = None  # in the last forward pass that a backward pass may recompute
         self._prefix = ""
         self.register_load_state_dict_post_hook(_own_names)
@@ -144,9 +134,13 @@ class LoRALinear(nn.Module):
         """Adapt one more module; members are sorted by column."""
         self.members.append(member)
         self.members.sort(key=lambda m: -1 if m.start is None else m.start)
-        self._serving = _Serving.of(self.members)
+        self._operands = _InPlaceOperands.of(self.members)
 
-    def _overriding(self, overrides: dict[tuple[str, int], dict[str, Tensor]]) -> list[Member]:
+    def _used_members(self) -> list[Member]:
+        """The members whose adapters are in use: of the slots, or of the stack that is differentiated."""
+        overrides = self._routing.overrides
+        if overrides is None:
+            return self.members
         return [m._replace(**overrides[m.key, m.layer]) for m in self.members if (m.key, m.layer) in overrides]
 
     def _check_recomputation(self) -> None:
@@ -163,23 +157,27 @@ class LoRALinear(nn.Module):
             )
 
     def forward(self, *args, **kwargs) -> Tensor:
-        """Takes the arguments of ``base``; the first, of any name, is ``x [..., in]``."""
+        """Takes the arguments of ``base``; the first, of any name, is ``x [..., in]``.
+
+        The output of ``base``, to which the ops ``lora_add_`` or ``lora_add_group_`` add the adapters in place.  Where
+        gradients are recorded, base and adapters are one autograd node if possible, else the sum of the two outputs.
+        """
         x, routing = args[0] if args else next(iter(kwargs.values())), self._routing
         # A decode step runs this for every linear, with cold caches: it makes few calls.
         compiling, grad = torch.compiler.is_compiling(), torch.is_grad_enabled()
         if (grad or self.training) and not compiling:
             self._check_recomputation()
-            if routing.dropout and not grad:  # what reentrant checkpointing runs first: the recomputation would drop entries
+            if routing.dropout and not grad:  # the first pass of reentrant checkpointing: only the recomputation would drop
                 raise RuntimeError(
                     "dropout: expected gradients to be recorded while layers are in train mode, got none: with gradient "
                     "checkpointing use use_reentrant=False, for validation eval()"
                 )
-            if grad and (y := self._trained(x)) is not None:
+            if grad and (y := self._as_one_node(x)) is not None:
                 return y
         y = self._modules["base"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]  # faster than self.base
         if routing.ids is None and routing.batch is None:
             return y
-        members = self.members if routing.overrides is None else self._overriding(routing.overrides)
+        members = self.members if routing.overrides is None else self._used_members()
         if not members:
             return y
         if _forward_ad._current_level >= 0:  # torch.func.jvp would silently omit the adapter's derivative
@@ -198,29 +196,22 @@ class LoRALinear(nn.Module):
         if grad and (
             y.requires_grad or x.requires_grad or any(m.lora_A.requires_grad or m.lora_B.requires_grad for m in members)
         ):
-            for m in members:
-                dropped = nn.functional.dropout(inner, routing.dropout) if routing.dropout else inner
-                delta = ops.lora_delta(dropped, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
-                delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
-                if m.start is not None:
-                    delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))
-                y = y + delta.to(y.dtype)
-            return y
+            return self._sum_of_outputs(y, inner, members, segments)
         y = y.clone() if y is x else y.contiguous()  # an identity layer returns its input
-        whole, group = self._serving if routing.overrides is None else _Serving.of(members)
+        whole, group = self._operands if routing.overrides is None else _InPlaceOperands.of(members)
         for A, B, scaling, ranks in whole:
-            _add(y, inner, A, B, scaling, *segments, ranks)
+            lora_add_op(y, inner, A, B, scaling, *segments, ranks)
         if group is not None:
             A, B, scaling, ranks, starts = group
-            _add_group(y, inner, A, B, scaling, *segments, ranks, starts)
+            lora_add_group_op(y, inner, A, B, scaling, *segments, ranks, starts)
         return y
 
-    def _trained(self, x: Tensor) -> Tensor | None:
-        """With gradients, the usual case at once: a plain linear; with dropout, one member.  None: the general way."""
+    def _as_one_node(self, x: Tensor) -> Tensor | None:
+        """The output for training through a plain frozen linear, with one node of autograd; None where that cannot be."""
         routing = self._routing
         if routing.ids is None and routing.batch is None or not is_plain(self.base, x) or _forward_ad._current_level >= 0:
             return None
-        members = self.members if routing.overrides is None else self._overriding(routing.overrides)
+        members = self._used_members()
         # With dropout every member has its own; that two are the whole linear is rare.
         if not members or members[1:] and (routing.dropout or any(m.start is None for m in members[1:])):
             return None
@@ -231,6 +222,17 @@ class LoRALinear(nn.Module):
         return AdaptedLinear.apply(
             x, inner, self.base.weight, self.base.bias, *segments, [m.start for m in members], *tensors
         )
+
+    def _sum_of_outputs(self, y: Tensor, x: Tensor, members: list[Member], segments: tuple[Tensor, Tensor, int]) -> Tensor:
+        """``y`` plus the outputs of all ``members``, for any base layer under autograd."""
+        for m in members:
+            dropped = nn.functional.dropout(x, self._routing.dropout) if self._routing.dropout else x
+            delta = lora_delta_op(dropped, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+            delta = delta.view(*y.shape[:-1], m.lora_B.shape[1])
+            if m.start is not None:
+                delta = nn.functional.pad(delta, (m.start, y.shape[-1] - m.start - delta.shape[-1]))
+            y = y + delta.to(y.dtype)
+        return y
 
     def extra_repr(self) -> str:
         return ", ".join(m.key.replace(LAYER, str(m.layer)) for m in self.members)
@@ -308,7 +310,7 @@ class ShardedLoRALinear(LoRALinear):
             self._check("an output", y, (*x.shape[:-1], n_out))
             y, inner = y.contiguous(), x.to(y.dtype).contiguous()
             for m in self.members:
-                _add(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
+                lora_add_op(y, inner, m.lora_A, m.lora_B, m.scaling, *segments, m.ranks)
             return y
         sums = [self._sum(x, m, segments) for m in self.members]
         y = self.base(*args, **kwargs)
@@ -317,13 +319,13 @@ class ShardedLoRALinear(LoRALinear):
         self._check("an output", y, (*x.shape[:-1], n_out))
         y = y.contiguous()
         for m, (total, _) in zip(self.members, sums, strict=True):
-            _add(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
+            lora_add_op(y, total.to(y.dtype), self._identities[m.key][0], m.lora_B, m.scaling, *segments, m.ranks)
         return y
 
     def _sum(self, x: Tensor, m: Member, segments: tuple[Tensor, Tensor, int]) -> tuple[Tensor, Any]:
         """``A x`` ``[..., r]`` in float32 or wider, once the work that is returned with it is done."""
         A, (eye, ones) = m.lora_A, self._identities[m.key]
-        part = ops.lora_delta(x.to(A.dtype).contiguous(), A, eye, ones, *segments, m.ranks)
+        part = lora_delta_op(x.to(A.dtype).contiguous(), A, eye, ones, *segments, m.ranks)
         total = part.to(torch.promote_types(A.dtype, torch.float32))
         return total, torch.distributed.all_reduce(total, group=self._sharding.group, async_op=True)
 

@@ -1,4 +1,4 @@
-"""FLOP formulas of the ops, registered with torch, so that ``torch.utils.flop_counter.FlopCounterMode`` counts them.
+"""FLOP formulas of the ops by name, with which ``torch.utils.flop_counter.FlopCounterMode`` counts them.
 
 Useful work is counted, as in ``docs/ops.md`` under FLOPs, a multiply-add as two operations: LoRA segments at the true rank
 of their adapter, tokens of adapter -1 as zero.  A native kernel and the reference count the same.
@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 
 def _known(tensor: Tensor) -> bool:
@@ -98,22 +96,3 @@ def hypernet_trunk_backward(grad, *args, **kwargs) -> int:
 def hypernet_heads_backward(grads, latent, weight, bias, mul_A, mul_B, *sizes, **_) -> int:
     """Twice the forward op: each product has two in the backward, and none is recomputed."""
     return 2 * hypernet_heads(latent, weight, bias, mul_A, None, mul_B, None, *sizes)
-
-
-FORMULAS: tuple[Callable[..., int], ...] = (
-    hypernet_trunk,
-    hypernet_trunk_backward,
-    hypernet_heads,
-    hypernet_heads_out_,
-    hypernet_heads_backward,
-    lora_delta,
-    lora_add_,
-    lora_backward_,
-    lora_add_group_,
-)
-
-
-def register() -> None:
-    """Register every formula with torch; the ops of the same names must be defined."""
-    for formula in FORMULAS:
-        register_flop_formula(getattr(torch.ops.t2l_engine, formula.__name__), get_raw=True)(formula)

@@ -1,7 +1,8 @@
-"""Schema, fake kernel and typed wrapper of every op.
+"""Schema and typed wrapper of every op; registers all parts of an op with torch.
 
-The function of the same name in :mod:`t2l_engine.ops.reference` is registered for all backends; the native library
-overrides it per backend.  :func:`has_kernel` says which one runs.
+An op has a function of its name in :mod:`.reference` (plain torch, for all backends), :mod:`.flops` and, if it has results,
+:mod:`.fake`; a differentiable one has a backward in :mod:`.gradients`.  The native library overrides the reference per
+backend; :func:`has_kernel` says which one runs.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from t2l_engine.ops import flops, gradients, native, reference
+from t2l_engine.ops import fake, flops, gradients, native, reference
 
 NAMESPACE = "t2l_engine"
 
@@ -43,31 +45,39 @@ SCHEMAS = {
     ),
 }
 
+#: Ops that run their reference on every backend.
+REFERENCE_OPS = ("hypernet_trunk_backward", "hypernet_heads_backward")
 #: Ops with native kernels, which call ``<op>_reference`` for dtypes that they do not support.
-NATIVE_OPS = (
-    "hypernet_trunk",
-    "hypernet_heads",
-    "hypernet_heads_out_",
-    "lora_delta",
-    "lora_backward_",
-    "lora_add_",
-    "lora_add_group_",
-)
+NATIVE_OPS = tuple(name for name in SCHEMAS if name not in REFERENCE_OPS)
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _define(name: str, schema: str, **options) -> None:
+    """Define an op, or one's ``<op>_reference``, which runs the function of the op's name in ``reference``."""
+    _library.define(name + schema, **options)
+    function = reference.at_own_precision(getattr(reference, name.removesuffix("_reference")))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+
+
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-# What the native trunk calls where its kernel does not encode tasks.
-_library.define("encode_task(Tensor task_emb, Tensor[] encoder) -> Tensor")
-for _name in NATIVE_OPS:
-    _library.define(f"{_name}_reference{SCHEMAS[_name]}")
-for _name in (*SCHEMAS, "encode_task", *(f"{_name}_reference" for _name in NATIVE_OPS)):
-    _function = reference.at_own_precision(getattr(reference, _name.removesuffix("_reference")))
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    _define(_name, _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", getattr(fake, _name, fake.no_result))
+    if _name in NATIVE_OPS:
+        _define(f"{_name}_reference", _schema)
+# Called by the native trunk where its kernel does not encode tasks.
+_define("encode_task", "(Tensor task_emb, Tensor[] encoder) -> Tensor")
 
 NATIVE = native.load()
-flops.register()
+for _name in SCHEMAS:
+    register_flop_formula(getattr(torch.ops.t2l_engine, _name), get_raw=True)(getattr(flops, _name))
 gradients.register()
+
+# The ops without the checks of the wrappers below, looked up once: LoRALinear calls them for every linear of a decode step.
+lora_delta_op = torch.ops.t2l_engine.lora_delta.default
+lora_add_op = torch.ops.t2l_engine.lora_add_.default
+lora_add_group_op = torch.ops.t2l_engine.lora_add_group_.default
+lora_backward_op = torch.ops.t2l_engine.lora_backward_.default
 
 
 def has_kernel(name: str, backend: str) -> bool:
@@ -85,69 +95,7 @@ def has_kernel(name: str, backend: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", backend)
 
 
-# --- fake kernels: shapes, dtypes and strides of the results -------------------------------------------------------
-
-
-def _fake(name: str):
-    return torch.library.register_fake(f"{NAMESPACE}::{name}")
-
-
-@_fake("hypernet_trunk")
-def _(z, weights, side_emb, pos_emb, rotary_ranks, encoder):
-    num_modules, num_layers, _ = weights[1].shape
-    sides = 1 if side_emb is None else side_emb.shape[1]
-    ranks = rotary_ranks or (1 if pos_emb is None else pos_emb.shape[0])
-    return weights[0].new_empty(z.shape[0], num_modules, sides, ranks, num_layers, weights[-1].shape[0])
-
-
-@_fake("hypernet_trunk_backward")
-def _(grad, z, weights, side_emb, pos_emb, rotary_ranks):
-    return [t.new_empty(t.shape) for t in (z, *weights, side_emb, pos_emb) if t is not None]
-
-
-@_fake("hypernet_heads")
-def _(latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features):
-    shape = (latent.shape[0], latent.shape[4], rank)
-    sizes = zip(weight, in_features, out_features, strict=True)
-    return [t for w, n_in, n_out in sizes for t in (w.new_empty(*shape, n_in), w.new_empty(*shape, n_out).mT)]
-
-
-@_fake("hypernet_heads_out_")
-def _(lora_A, lora_B, latent, weight, bias, mul_A, add_A, mul_B, add_B, rank, in_features, out_features, scale_B):
-    return None
-
-
-@_fake("hypernet_heads_backward")
-def _(grads, latent, weight, bias, mul_A, mul_B, rank, in_features, out_features):
-    return [t.new_empty(t.shape) for t in (latent, *weight, *bias)]
-
-
-@_fake("lora_delta")
-def _(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
-    return x.new_empty(*x.shape[:-1], lora_B.shape[1])
-
-
-@_fake("lora_add_")
-def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids=None):
-    return None
-
-
-@_fake("lora_backward_")
-def _(grad_x, grad, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks):
-    return lora_A.new_empty(lora_A.shape), reference.stored_as(lora_B, lora_B.new_empty)
-
-
-@_fake("lora_add_group_")
-def _(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids=None):
-    return None
-
-
 # --- wrappers ------------------------------------------------------------------------------------------------------
-
-# Looked up once: a decode step calls them for every linear.
-_lora_delta = torch.ops.t2l_engine.lora_delta.default
-_lora_add = torch.ops.t2l_engine.lora_add_.default
-_lora_add_group = torch.ops.t2l_engine.lora_add_group_.default
 
 
 def _changed(*tensors: Tensor) -> None:
@@ -350,7 +298,7 @@ def lora_delta(
     >>> lora_delta(torch.ones(1, 3), A, B, one, *segments, max_seg_len=1)
     tensor([[6., 6., 6., 6.]])
     """
-    return _lora_delta(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
+    return lora_delta_op(x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks)
 
 
 def lora_add_(
@@ -382,7 +330,7 @@ def lora_add_(
             [1., 1., 1., 1.]])
     """
     _check_frozen("lora_add_", x=x, lora_A=lora_A, lora_B=lora_B)
-    _lora_add(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids)
+    lora_add_op(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, bad_ids)
     _changed(y)
     return y
 
@@ -422,6 +370,6 @@ def lora_add_group_(
                 expected = "one entry a member, as many as lora_A and at least one"
                 reference.fail("lora_add_group_", name, expected, f"{len(entries)} for {len(lora_A)} entries of lora_A")
     _check_frozen("lora_add_group_", x=x, lora_A=lora_A, lora_B=lora_B)
-    _lora_add_group(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
+    lora_add_group_op(y, x, lora_A, lora_B, scaling, seg_indptr, seg_adapters, max_seg_len, ranks, offsets, bad_ids)
     _changed(y)
     return y

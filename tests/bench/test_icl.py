@@ -127,7 +127,7 @@ def test_every_way_is_verified(context, device):
 @pytest.mark.parametrize("broken", ["kernel", "merge", "generation"])
 def test_what_is_wrong_is_not_timed(context, monkeypatch, broken):
     changes = {
-        "kernel": (layer, "_add", lambda y, *rest: None),
+        "kernel": (layer, "lora_add_op", lambda y, *rest: None),
         "merge": (t2l.LoRAHandle, "merge", lambda self, index: None),
         "generation": (ops, "hypernet_heads_out_", lambda *_, **__: None),
     }

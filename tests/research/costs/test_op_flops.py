@@ -32,7 +32,6 @@ def total(function) -> int:
 
 
 def test_every_op_has_a_formula():
-    assert {formula.__name__ for formula in flops.FORMULAS} == set(ops.SCHEMAS)
     assert all(getattr(torch.ops.t2l_engine, name) in flop_registry for name in ops.SCHEMAS)
 
 
