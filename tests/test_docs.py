@@ -23,53 +23,21 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
     p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 }
-#: Who runs the Python programs of a page.
-RUN_BY = {
-    "AGENTS.md": ["test_smollm2.py"],
-    "README.md": ["test_smollm2.py"],
-    "docs/generate.md": ["test_smollm2.py", "test_engine.py", "test_adapter_library.py"],
-    "docs/icl.md": ["test_icl.py"],
-    "docs/llama-cpp.md": ["test_gguf.py"],
-    "docs/ops.md": ["test_docs.py"],
-    "docs/quickstart.md": ["test_smollm2.py"],
-    "docs/serve.md": ["test_smollm2.py"],
-    "docs/sglang.md": ["serving/test_sglang.py"],
-    "docs/tasks.md": ["data_tools/test_tasks_doc.py"],
-    "docs/vllm.md": ["serving/test_offline.py"],
-}
-#: In the one program that no test runs: it writes a file of the package.
-NOT_RUN = '(manifest.PACKAGED / "specs.json").write_text('
 NAMED = {getattr(o, "__name__", str(o)): o for o in (*OBJECTS, *OPS, convert.convert, export.export)}
-
-
-#: The paper, other papers, the implementations whose formats and rules are followed; ops state what they compute.
-SOURCES = ("paper", "arXiv", "SakanaAI", "PEFT", "sentence-transformers", "lora_delta", "hypernet_heads", "x @ A")
-
-
-def text_of(documented) -> str:
-    """Its docstring and, of a class, those of its public methods."""
-    parts = [documented]
-    if inspect.isclass(documented):
-        parts += [v for k, v in vars(documented).items() if not k.startswith("_") or k == "__init__"]
-    return "\n".join(inspect.getdoc(getattr(p, "__func__", p)) or "" for p in parts)
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_documented(name):
+    """A docstring with an example; every public method has a docstring, and errors are stated somewhere."""
     documented = NAMED[name]
-    text = text_of(documented)
     assert ">>>" in inspect.getdoc(documented), "no example"
-    quiet = inspect.ismodule(documented) or (inspect.isclass(documented) and issubclass(documented, Exception))
-    if not quiet and documented is not t2l_engine.bundled_checkpoints:  # which takes nothing and cannot fail
-        assert "Raises" in text or "raises" in text, "says nothing about errors"
-        assert re.search(r"\[[\w+., ]*\]|``[\w ]+``|list of strings", text), "says nothing about shapes or kinds"
-        assert any(source in text for source in SOURCES) or documented is ops.has_kernel, "names no source"
-    if inspect.isclass(documented):
-        for key, member in vars(documented).items():
-            member = getattr(member, "__func__", member)
-            if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
-                known = inspect.getdoc(member) or key in ("weight", "bias", "in_features", "out_features", "forward")
-                assert known, f"{name}.{key} has no docstring"
+    if not inspect.isclass(documented):
+        return
+    for key, member in vars(documented).items():
+        member = getattr(member, "__func__", member)
+        if not key.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+            known = inspect.getdoc(member) or key in ("weight", "bias", "in_features", "out_features", "forward")
+            assert known, f"{name}.{key} has no docstring"
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -102,22 +70,22 @@ def test_what_is_supported_names_what_holds_it():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_pages_are_short(page):
-    """The README is one screen's logic; no page is a scroll."""
-    assert len(PAGES[page].splitlines()) <= (180 if page == "README.md" else 500)
+    """The README is a screen and a half, the changelog a screen, a page of results one table and what it means."""
+    lines = PAGES[page].splitlines()
+    limits = {"README.md": 110, "CHANGELOG.md": 60}
+    assert len(lines) <= limits.get(page, 100 if page.startswith("docs/results/") else 500)
+    if page == "README.md":
+        assert max(map(len, lines)) <= 120 and len(PAGES[page].split()) <= 900
 
 
 def test_programs_are_run():
-    """A Python program of a page has a test that runs it: the test names the page and, if it has one, the mark."""
-    found = {page: re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
-    assert {page for page, programs in found.items() if programs} == RUN_BY.keys()
-    for page, tests in RUN_BY.items():
-        sources = [(ROOT / "tests" / test).read_text(encoding="utf-8") for test in tests]
-        for test, source in zip(tests, sources, strict=True):
-            assert Path(page).name in source, f"{test} does not run {page}"
-        marks = [mark for mark, code in found[page] if NOT_RUN not in code]
-        for mark in marks if any(marks) else ():
-            named = f'"{mark}"', f"<!-- {mark} -->"
-            assert mark and any(name in source for name in named for source in sources), f"{page}: nobody runs {mark!r}"
+    """For each Python program of a page there is a test that names the page and the program's mark, if it has one."""
+    sources = [path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py") if path != Path(__file__)]
+    for page, text in PAGES.items():
+        for mark in re.findall(r"(?:<!-- ([\w ]+) -->\n)?```python\n", text) if page != "docs/ops.md" else ():
+            named = (f'"{mark}"', f"<!-- {mark} -->") if mark else ("```python",)
+            runs = [s for s in sources if Path(page).name in s and any(name in s for name in named)]
+            assert runs, f"{page}: no test runs {mark!r}"
 
 
 @pytest.mark.parametrize("number, code", enumerate(re.findall(r"```python\n(.*?)```", PAGES["docs/ops.md"], re.S)))
@@ -157,7 +125,7 @@ def test_the_version_has_one_place():
     version = t2l_engine.__version__
     cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(encoding="utf-8"), re.M)[1]
     wheels = re.findall(r"t2l_engine-(\d[\w.]*)-py3", "".join(PAGES.values()))
-    assert {cited, *wheels} == {version} and len(wheels) >= 2
+    assert {cited, *wheels} == {version}
     changes = re.search(r"^## (\S+) - ", PAGES["CHANGELOG.md"], re.M)[1]
     assert changes == version
 
@@ -167,7 +135,7 @@ def test_release_notes():
     script = ROOT / "docs" / "release_notes.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     title, _, body = run.stdout.partition("\n\n")
-    assert title.startswith(f"# t2l_engine {t2l_engine.__version__} (") and body.startswith("### ")
+    assert title.startswith(f"# t2l_engine {t2l_engine.__version__} (") and "\n### " in body
     assert body.strip() in PAGES["CHANGELOG.md"] and "\n## " not in body
     run = subprocess.run([sys.executable, script, "9.9.9"], capture_output=True, text=True)
     assert run.returncode == 1 and "expected a part ## 9.9.9 - DATE" in run.stderr
