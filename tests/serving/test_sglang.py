@@ -1,181 +1,84 @@
-"""Adapters in SGLang, against a stub of its documented interface: names, folders, refusals; tensors in process."""
+"""examples/sglang/load_adapters.py against a stub of SGLang's documented interface: names, folders, refusals."""
 
 import json
-import re
-import socket
+import runpy
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 
-from t2l_engine import AdapterStack
-from t2l_engine.adapters.peft import PREFIX
-from t2l_engine.serving.sglang import SGLangClient, SGLangError, load
-from t2l_engine.serving.store import AdapterStore
+from t2l_engine import AdapterStack, TextToLoRA
 
-ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "sglang" / "load_adapters.py"
 TEXTS = ["Return the last element of the list.", "Write the word in capital letters."]
 
 
-class Stub(ThreadingHTTPServer):
-    """POST /load_lora_adapter and /unload_lora_adapter as SGLang answers them: 200, or 400 with the reason."""
-
-    def __init__(self, key=""):
-        self.adapters, self.requests, self.key, self.broken = {}, [], key, ""
-        self.known = "LoRA with name {} already exists."
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def answer(self, path, body):
-        name = body["lora_name"]
-        if path == "/unload_lora_adapter":
-            if self.adapters.pop(name, None) is None:
-                return f"LoRA with name {name} does not exist. Loaded LoRAs: {self.adapters.keys()}"
-        elif path == "/load_lora_adapter":
-            assert set(body) == {"lora_name", "lora_path", "pinned"}
-            if name in self.adapters:
-                return self.known.format(name)
-            self.adapters[name] = AdapterStack.from_peft(body["lora_path"])
-        return ""
-
-
 class Handler(BaseHTTPRequestHandler):
+    """POST /load_lora_adapter as SGLang answers it: 200, or 400 with the reason; ``server.broken``: a proxy's page."""
+
     def log_message(self, *_):
         pass
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, body["lora_name"]))
-        if self.server.broken:
-            status, said = 500, self.server.broken
-        elif self.server.key and self.headers["Authorization"] != f"Bearer {self.server.key}":
-            status, said = 401, json.dumps({"error": "Unauthorized"})
+        assert self.path == "/load_lora_adapter" and set(body) == {"lora_name", "lora_path", "pinned"}
+        name, error = body["lora_name"], ""
+        if self.headers["Authorization"] != "Bearer secret":
+            error = "Unauthorized"
+        elif name in self.server.adapters:
+            error = self.server.known.format(name)
         else:
-            error = self.server.answer(self.path, body)
-            loaded = {name: "path" for name in self.server.adapters}
-            status, said = (
-                400 if error else 200,
-                json.dumps({"success": not error, "error_message": error, "loaded_adapters": loaded}),
-            )
-        self.send_response(status)
+            self.server.adapters[name] = AdapterStack.from_peft(body["lora_path"])
+        self.send_response(400 if error else 200)
         self.end_headers()
-        self.wfile.write(said.encode())
+        answer = json.dumps({"success": not error, "error_message": error})
+        self.wfile.write((self.server.broken or answer).encode())
 
 
 @pytest.fixture
 def server():
-    made = []
-
-    def start(**options):
-        made.append(Stub(**options))
-        return made[-1]
-
-    yield start
-    for one in made:
-        one.shutdown()
-        one.server_close()
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    made.adapters, made.broken, made.known = {}, "", ""
+    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
 
 
 @pytest.fixture
-def store(tmp_path):
-    return AdapterStore(tmp_path / "store", 1 << 26)
+def load(server, bundled, monkeypatch, capsys, tmp_path):
+    """Runs the script; the names that it prints."""
+    monkeypatch.setattr(TextToLoRA, "from_pretrained", lambda source: bundled.engine)
+    main = runpy.run_path(str(SCRIPT))["main"]
 
+    def run(*texts, key="secret"):
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        main([*texts, "--url", url, "--store", str(tmp_path / "store"), "--key", key])
+        return capsys.readouterr().out.split()
 
-def test_sentences_become_names(server, bundled, store):
-    server = server()
-    client = SGLangClient(server.url + "/", bundled.engine, store, base="base")
-    first, second, again = client.ensure([*TEXTS, TEXTS[0]])
-    assert first == again != second and first.startswith("t2l-") and set(server.adapters) == {first, second}
-    right = bundled.engine.generate([TEXTS[0]])
-    loaded = server.adapters[first]
-    for name in right.lora_B:  # the scaling is in B, in bfloat16
-        torch.testing.assert_close(loaded.lora_B[name].float(), 2 * right.lora_B[name].float(), rtol=2**-7, atol=1e-6)
-    assert loaded.scaling.tolist() == [1.0]
-    assert len(server.requests) == 2 and client.ensure(TEXTS) == [first, second]
-    server.adapters.clear()  # a restart
-    assert client.ensure(TEXTS) == [first, second] and set(server.adapters) == {first, second}
-
-
-def test_the_page(server, tmp_path):
-    """The program of docs/sglang.md."""
-    server = server()
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "sglang.md").read_text(encoding="utf-8"), re.S)
-    found = {"URL": server.url, "FOLDER": str(tmp_path / "store")}
-    exec(compile(code, "docs/sglang.md", "exec"), found)
-    assert list(server.adapters) == [found["name"]]
+    return run
 
 
 @pytest.mark.parametrize(
-    "said", ["LoRA with name {} already exists.", "Failed to load LoRA adapter {} because it is already loaded"]
+    "known", ["LoRA with name {} already exists.", "Failed to load LoRA adapter {} because it is already loaded"]
 )
-def test_another_client_has_it_loaded(server, bundled, store, said):
-    """The registry says the first; newer servers ask their backend before, which says the second."""
-    server = server()
-    server.known = said
-    right = SGLangClient(server.url, bundled.engine, store).ensure(TEXTS)
-    assert SGLangClient(server.url, bundled.engine, store).ensure(TEXTS) == right and len(server.requests) == 4
+def test_sentences_become_names(load, server, bundled, known):
+    """The same ones again, whether the server has them loaded or was restarted."""
+    server.known = known
+    names = load(*TEXTS)
+    assert set(names) == set(server.adapters) and len(set(names)) == 2 and names[0].startswith("t2l-")
+    right = bundled.engine.generate(TEXTS[:1])
+    assert server.adapters[names[0]].lora_B["q_proj"].equal(2 * right.lora_B["q_proj"]), "the scaling is in B"
+    assert load(*TEXTS) == names
+    server.adapters.clear()
+    assert load(*TEXTS) == names == list(server.adapters)
 
 
-def test_unload(server, bundled, store):
-    server = server()
-    client = SGLangClient(server.url, bundled.engine, store)
-    (name,) = client.ensure(TEXTS[:1])
-    client.unload(name)
-    assert not server.adapters
-    assert client.ensure(TEXTS[:1]) == [name] and set(server.adapters) == {name}
-    with pytest.raises(SGLangError, match="/unload_lora_adapter: LoRA with name t2l-0 does not exist"):
-        client.unload("t2l-0")
-
-
-def test_a_key(server, bundled, store):
-    server = server(key="secret")
-    with pytest.raises(SGLangError, match="Unauthorized"):
-        SGLangClient(server.url, bundled.engine, store).ensure(TEXTS[:1])
-    assert SGLangClient(server.url, bundled.engine, store, key="secret").ensure(TEXTS[:1]) == list(server.adapters)
-
-
-@pytest.mark.parametrize("said", ["", "<html>Bad gateway</html>", "[1]", '{"success": false}'])
-def test_a_server_that_fails(server, bundled, store, said):
-    server = server()
-    client = SGLangClient(server.url, bundled.engine, store)
-    server.broken = said or " "
-    with pytest.raises(SGLangError, match=server.url + "/load_lora_adapter: "):
-        client.ensure(TEXTS[:1])
-    server.broken = ""
-    assert client.ensure(TEXTS[:1]) == list(server.adapters)  # what failed was not taken for loaded
-
-
-def test_no_server(bundled, store):
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with pytest.raises(SGLangError, match="no answer"):
-        SGLangClient(f"http://127.0.0.1:{port}", bundled.engine, store).ensure(TEXTS[:1])
-    with pytest.raises(ValueError, match="url: expected http"):
-        SGLangClient("127.0.0.1:9", bundled.engine, store)
-
-
-def test_a_text_is_refused(server, bundled, store):
-    server = server()
-    with pytest.raises(ValueError, match=r"texts\[1\]"):
-        SGLangClient(server.url, bundled.engine, store).ensure([TEXTS[0], " "])
-    assert not server.requests
-
-
-def test_tensors_in_process(bundled):
-    class Engine:
-        def load_lora_adapter_from_tensors(self, lora_name, tensors, config_dict, load_format=None):
-            self.name, self.tensors, self.config = lora_name, tensors, config_dict
-
-    engine, stack = Engine(), bundled.engine.generate(TEXTS)
-    load(engine, stack, 1, "capitals")
-    key = f"{PREFIX}model.layers.3.self_attn.q_proj.lora_B.weight"
-    assert engine.name == "capitals" and engine.config["r"] == engine.config["lora_alpha"] == 8
-    assert sorted(engine.config["target_modules"]) == ["q_proj", "v_proj"]
-    torch.testing.assert_close(engine.tensors[key], 2 * stack.lora_B["q_proj"][1, 3].float())
-    assert len(engine.tensors) == 2 * 2 * 30
+@pytest.mark.parametrize("broken", ["<html>Bad gateway</html>", "[1]", '{"success": false}'])
+def test_what_is_not_loaded_is_an_error(load, server, broken):
+    with pytest.raises(RuntimeError, match="is not loaded: .*Unauthorized"):
+        load(*TEXTS, key="")
+    server.broken = broken
+    with pytest.raises(RuntimeError, match="is not loaded: "):
+        load(*TEXTS)
