@@ -165,7 +165,7 @@ def test_one_hot_takes_no_encoder_folder(native, base_folder):
 def test_conversion_keeps_what_is_said_of_the_encoder(native, golden, tmp_path):
     """A name without rules stays refused, and no name stays no name."""
     convert(native(None, embed_dim=384), tmp_path / "unnamed")
-    assert format_of(tmp_path / "unnamed") == "reference" and read(tmp_path / "unnamed").encoder_config() is None
+    assert format_of(tmp_path / "unnamed") == "sakana" and read(tmp_path / "unnamed").encoder_config() is None
     convert(golden / "L-sft", tmp_path / "once")
     net = HyperNetwork.from_pretrained(tmp_path / "once", scaling=3.0)
     net.save_pretrained(tmp_path / "once", metadata=checkpoint.describe(tmp_path / "once"))  # what the reference cannot say

@@ -241,7 +241,7 @@ def _encoder(name: str) -> costs.Encoder | costs.Decoder:
 def _native(name: str) -> tuple[Path, dict[str, Any]]:
     """Path and blocks of the ``config.json`` of a checkpoint in native format."""
     folder = resolve_checkpoint(name)
-    if format_of(folder) == "reference":
+    if format_of(folder) == "sakana":
         raise ConfigError(f"{folder}: a checkpoint in Sakana format; convert it to the native one with 't2l convert'")
     return folder / CONFIG_NAME, native_blocks(folder)
 

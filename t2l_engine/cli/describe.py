@@ -32,14 +32,14 @@ def describe(folder: str | Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     native = (CONFIG_NAME, WEIGHTS_NAME)
-    reference = SAKANA_NAMES[:1]  # the other files may be two folders above
-    for names in (native, reference):
+    sakana = SAKANA_NAMES[:1]  # the other files may be two folders above
+    for names in (native, sakana):
         if all((folder / name).is_file() for name in names):
             return _checkpoint(folder)
     if (folder / peft.CONFIG_NAME).is_file():
         return _adapter(folder)
     raise ConfigError(
-        f"{folder}: expected a checkpoint ({' and '.join(native)}, or {reference[0]}) or a PEFT adapter "
+        f"{folder}: expected a checkpoint ({' and '.join(native)}, or {sakana[0]}) or a PEFT adapter "
         f"({peft.CONFIG_NAME} and {peft.WEIGHTS_NAME}), found none of them"
     )
 

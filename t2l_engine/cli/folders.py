@@ -13,10 +13,10 @@ from t2l_engine.cli.common import Json, console, named, print_json, split_names
 
 
 class Format(str, enum.Enum):
-    """Checkpoint formats; "reference" is the Sakana format."""
+    """Checkpoint formats."""
 
     native = "native"
-    reference = "reference"
+    sakana = "sakana"
 
 
 def convert(
@@ -24,7 +24,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     to: Annotated[
         Format | None,
-        typer.Option(help="native: hypernet.safetensors; reference: hypermod.pt (Sakana format); default: the other."),
+        typer.Option(help="native: hypernet.safetensors; sakana: hypermod.pt; default: the other."),
     ] = None,
     module_order: Annotated[
         str,

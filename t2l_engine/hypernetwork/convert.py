@@ -29,7 +29,7 @@ from t2l_engine.hypernetwork.contents import Contents
 from t2l_engine.hypernetwork.folder import BLOCKS, CONFIG_NAME, SAKANA_NAMES, CheckpointError, format_of
 from t2l_engine.hypernetwork.network import build, check_encoder
 
-FORMATS = ("native", "reference")  # "reference" is the Sakana format
+FORMATS = ("native", "sakana")
 #: Weights of PEFT adapters.
 ADAPTER_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
 
@@ -37,7 +37,7 @@ ADAPTER_WEIGHTS = (WEIGHTS_NAME, "adapter_model.bin")
 def convert(source: Path, target: Path, to: str | None = None, module_order: list[str] | None = None) -> str:
     """Write the checkpoint folder ``source`` to ``target`` in another format.
 
-    ``to``: "native", "reference" (Sakana format) or None, the other one than that of ``source``.  ``module_order``: as in
+    ``to``: "native", "sakana" or None, the other one than that of ``source``.  ``module_order``: as in
     :meth:`HyperNetwork.from_pretrained`.  Returns the format written.  Files in ``target`` are replaced by complete ones
     only.
 
@@ -53,7 +53,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     written = convert(resolve_checkpoint("smollm2-135m"), folder)
     ...     print(written, sorted(path.name for path in Path(folder).iterdir()))
-    reference ['adapter_config.json', 'args.yaml', 'hypermod.pt']
+    sakana ['adapter_config.json', 'args.yaml', 'hypermod.pt']
     """
     source, target = Path(source), Path(target)
     if to is not None and to not in FORMATS:
@@ -63,7 +63,7 @@ def convert(source: Path, target: Path, to: str | None = None, module_order: lis
         raise FileExistsError(f"{target}: expected a folder, got a file")
     # A folder with files of both formats would be ambiguous.
     expect_none(target, SAKANA_NAMES[:1] if to == "native" else (CONFIG_NAME,), f"of another format than {to}")
-    if to == "reference":  # of an adapter only the configuration would be replaced, with which its weights mean another one
+    if to == "sakana":  # of an adapter only the configuration would be replaced, with which its weights mean another one
         expect_none(target, ADAPTER_WEIGHTS, "whose adapter_config.json would be replaced")
     contents = read(source, module_order)
     build(contents)  # checks every key and shape

@@ -56,7 +56,7 @@ def resolve_checkpoint(name_or_folder: str | Path) -> Path:
 
 
 def format_of(folder: Path) -> str:
-    """Format of a checkpoint folder: "native", or "reference" for the Sakana format; FileNotFoundError if it is neither."""
+    """Format of a checkpoint folder: "native" or "sakana"; FileNotFoundError if it is neither."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such checkpoint folder")
     weights, config = (folder / WEIGHTS_NAME).is_file(), (folder / CONFIG_NAME).is_file()
@@ -64,7 +64,7 @@ def format_of(folder: Path) -> str:
     if config and (weights or not (folder / SAKANA_NAMES[0]).is_file()):
         return "native"
     if (folder / SAKANA_NAMES[0]).is_file():
-        return "reference"
+        return "sakana"
     hint = "; a PEFT adapter is no checkpoint" if (folder / SAKANA_NAMES[2]).is_file() else ""
     raise FileNotFoundError(
         f"{folder}: holds neither {CONFIG_NAME} (native format) nor {SAKANA_NAMES[0]} (Sakana format){hint}"

@@ -169,7 +169,7 @@ def test_show_bundled_checkpoint(run):
 def test_show_reference_checkpoint(run, golden):
     code, out, _ = run("show", golden / "M-recon-z", "--json")
     about = json.loads(out)
-    assert code == 0 and (about["form"], about["variant"], about["scaling"]["mode"]) == ("reference", "M", "rslora")
+    assert code == 0 and (about["form"], about["variant"], about["scaling"]["mode"]) == ("sakana", "M", "rslora")
     assert about["parameters"]["offsets"] > 0 and about["training"] is None
     assert about["file_bytes"] == (golden / "M-recon-z" / "hypermod.pt").stat().st_size
 
@@ -266,7 +266,7 @@ def test_convert_there_and_back(run, golden, tmp_path):
     expected = t2l.HyperNetwork.from_pretrained(golden / "L-sft").generate(emb)
     for source, target, form in (
         (golden / "L-sft", tmp_path / "native", "native"),
-        (tmp_path / "native", tmp_path / "back", "reference"),
+        (tmp_path / "native", tmp_path / "back", "sakana"),
     ):
         code, out, err = run("convert", source, target)
         assert (code, out, err) == (0, f"{target}: {'native' if form == 'native' else 'Sakana'} format\n", "")
@@ -287,11 +287,11 @@ def test_convert_refuses_targets(run, expect_error, checkpoint, golden, make_sta
     expect_error("not empty; --force", "convert", golden / "L-sft", target)
     assert run("convert", golden / "L-sft", target, "--force")[0] == 0
     assert (target / "notes.txt").read_text() == "mine" and (target / "config.json").is_file()
-    expect_error("holds config.json, of another form", "convert", checkpoint, target, "--to", "reference", "--force")
+    expect_error("holds config.json, of another form", "convert", checkpoint, target, "--to", "sakana", "--force")
     expect_error("another folder than the source", "convert", checkpoint, checkpoint, "--force")
     expect_error("expected a folder, got a file", "convert", checkpoint, target / "notes.txt", "--force")
     make_stack({"q_proj": (6, 10)}, num_adapters=1).save_pretrained(tmp_path / "adapter")
-    in_place = ("convert", checkpoint, tmp_path / "adapter", "--to", "reference", "--force")
+    in_place = ("convert", checkpoint, tmp_path / "adapter", "--to", "sakana", "--force")
     expect_error("holds adapter_model.safetensors, whose adapter_config.json would be replaced", *in_place)
     expect_error("holds neither config.json", "convert", tmp_path / "adapter", tmp_path / "new")
     assert run("convert", checkpoint, tmp_path / "new", "--to", "gguf")[0] == 2

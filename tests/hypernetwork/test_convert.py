@@ -14,7 +14,7 @@ from t2l_engine.cli import serve_flags
 from t2l_engine.hypernetwork.checkpoint import describe, format_of, read
 from t2l_engine.hypernetwork.convert import convert
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
-from tests.hypernetwork.oracle import ENCODERS, FLAGS, TRAININGS, checkpoint, write
+from tests.hypernetwork.plain_network import ENCODERS, FLAGS, TRAININGS, checkpoint, write
 
 CASES = (
     "L-sft", "M-sft", "S-pos-sft", "S-rot-sft", "L-autoreg-sft", "L-offset-sft", "M-recon-z", "L-recon-delta", "L-vq-sft",
@@ -41,7 +41,7 @@ def assert_bitwise(first, second):
         assert torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (tensor, second[key]))), key
 
 
-def assert_same_reference(first, second):
+def assert_same_sakana(first, second):
     (state, *configs), (other_state, *others) = (reference_files(folder) for folder in (first, second))
     assert_bitwise(state, other_state)
     assert configs == others
@@ -65,7 +65,7 @@ def assert_generates_alike(first, second):
 def there_and_back(folder, tmp_path):
     """``folder`` converted to the other form, and that converted back."""
     first, second = tmp_path / "there", tmp_path / "back"
-    other = {"native": "reference", "reference": "native"}[format_of(folder)]
+    other = {"native": "sakana", "sakana": "native"}[format_of(folder)]
     assert convert(folder, first) == other == format_of(first)
     assert convert(first, second) == format_of(folder) == format_of(second)
     return first, second
@@ -111,7 +111,7 @@ def converted(golden, tmp_path):
 @pytest.mark.parametrize("case", CASES)
 def test_golden_there_and_back(golden, tmp_path, case):
     first, second = there_and_back(golden / case, tmp_path)
-    assert_same_reference(golden / case, second)
+    assert_same_sakana(golden / case, second)
     assert_generates_alike(golden / case, first)
     config, again = (HyperNetwork.from_pretrained(folder).config for folder in (golden / case, first))
     assert config == again
@@ -122,17 +122,17 @@ def test_golden_there_and_back(golden, tmp_path, case):
 @pytest.mark.parametrize("training", TRAININGS)
 @pytest.mark.parametrize("variant", FLAGS)
 def test_dictionaries_that_do_not_apply_are_kept(tmp_path, variant, training):
-    folder = write(tmp_path / "reference", *checkpoint(variant, "linear", training))
+    folder = write(tmp_path / "sakana", *checkpoint(variant, "linear", training))
     first, second = there_and_back(folder, tmp_path)
-    assert_same_reference(folder, second)
+    assert_same_sakana(folder, second)
     assert_generates_alike(folder, first)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_encoders(tmp_path, encoder):
-    folder = write(tmp_path / "reference", *checkpoint("S-learnable", encoder, latent=22))
+    folder = write(tmp_path / "sakana", *checkpoint("S-learnable", encoder, latent=22))
     first, second = there_and_back(folder, tmp_path)
-    assert_same_reference(folder, second)
+    assert_same_sakana(folder, second)
     assert_generates_alike(folder, first)
 
 
@@ -140,16 +140,16 @@ def test_encoders(tmp_path, encoder):
 def test_dtypes_of_a_reference_file_are_kept(tmp_path, dtype):
     state, args, peft = checkpoint("M", "softmax")
     state = {key: (torch.zeros_like(value) if key.startswith("std") else value).to(dtype) for key, value in state.items()}
-    folder = write(tmp_path / "reference", state, args, peft)
+    folder = write(tmp_path / "sakana", state, args, peft)
     first, second = there_and_back(folder, tmp_path)
-    assert_same_reference(folder, second)
+    assert_same_sakana(folder, second)
     assert_generates_alike(folder, first)
     assert HyperNetwork.from_pretrained(folder).generate(torch.ones(1, 14)).lora_A["q_proj"].dtype == dtype
 
 
 def test_negative_zeros_are_kept(edit, tmp_path):
     folder = edit("L-sft", lambda state: {k: -v if k.startswith(("AB_", "mean_")) else v for k, v in state.items()})
-    assert_same_reference(folder, there_and_back(folder, tmp_path)[1])
+    assert_same_sakana(folder, there_and_back(folder, tmp_path)[1])
 
 
 def test_optional_arguments_may_be_absent(tmp_path):
@@ -160,27 +160,27 @@ def test_optional_arguments_may_be_absent(tmp_path):
         folder = write(tmp_path / training, state, args, peft)
         (tmp_path / f"{training}-out").mkdir()
         first, second = there_and_back(folder, tmp_path / f"{training}-out")
-        assert_same_reference(folder, second)
+        assert_same_sakana(folder, second)
         assert_generates_alike(folder, first)
 
 
 def test_module_order_is_the_order_of_the_tensors(tmp_path):
     shapes = {"v_proj": (10, 8), "q_proj": (10, 10), "k_proj": (10, 8)}
-    folder = write(tmp_path / "reference", *checkpoint("M", modules=shapes))
+    folder = write(tmp_path / "sakana", *checkpoint("M", modules=shapes))
     first, second = there_and_back(folder, tmp_path)
     assert json.loads((first / "config.json").read_text())["hypernetwork"]["modules"] == list(shapes)
-    assert_same_reference(folder, second)
+    assert_same_sakana(folder, second)
     assert_generates_alike(folder, first)
 
 
 def test_module_order_override(golden, tmp_path):
     order = ["v_proj", "q_proj"]
     convert(golden / "M-sft", tmp_path / "native", module_order=order)
-    convert(golden / "M-sft", tmp_path / "reference", to="reference", module_order=order)
+    convert(golden / "M-sft", tmp_path / "sakana", to="sakana", module_order=order)
     expected = HyperNetwork.from_pretrained(golden / "M-sft", module_order=order).generate(torch.ones(1, 48))
     with pytest.warns(UserWarning, match="target_modules"):
-        HyperNetwork.from_pretrained(tmp_path / "reference")
-    for name in ("native", "reference"):
+        HyperNetwork.from_pretrained(tmp_path / "sakana")
+    for name in ("native", "sakana"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             net = HyperNetwork.from_pretrained(tmp_path / name)
@@ -193,11 +193,11 @@ def test_module_order_override(golden, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("to", ["native", "reference"])
+@pytest.mark.parametrize("to", ["native", "sakana"])
 def test_the_same_form_is_a_copy(golden, converted, tmp_path, to):
-    source = golden / "M-recon-z" if to == "reference" else converted("M-recon-z")
+    source = golden / "M-recon-z" if to == "sakana" else converted("M-recon-z")
     assert convert(source, tmp_path / "copy", to=to) == to
-    (assert_same_reference if to == "reference" else assert_same_native)(source, tmp_path / "copy")
+    (assert_same_sakana if to == "sakana" else assert_same_native)(source, tmp_path / "copy")
 
 
 # --- from the native form and back ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from t2l_engine import AdapterStack, CheckpointError, HyperNetwork, HyperNetworkConfig
 from t2l_engine.testing.numerics import PARITY_FROBENIUS, relative_frobenius, trunk_bound
-from tests.hypernetwork.oracle import ENCODERS, FLAGS, MODULES, TRAININGS, adapters, cast, checkpoint, write
+from tests.hypernetwork.plain_network import ENCODERS, FLAGS, MODULES, TRAININGS, adapters, cast, checkpoint, write
 
 VARIANTS = tuple(FLAGS)
 

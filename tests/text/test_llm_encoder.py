@@ -265,7 +265,7 @@ def test_conversion_keeps_or_refuses_a_reader(checkpoint, tmp_path):
     copied, given = (load_file(folder / "hypernet.safetensors") for folder in (tmp_path / "copy", checkpoint))
     assert copied.keys() == given.keys() and all(torch.equal(copied[key], given[key]) for key in given)
     with pytest.raises(t2l.CheckpointError, match="the Sakana format cannot express this checkpoint: .*reader"):
-        convert.convert(checkpoint, tmp_path / "sakana", to="reference")
+        convert.convert(checkpoint, tmp_path / "sakana", to="sakana")
 
 
 def _edit(folder, change):

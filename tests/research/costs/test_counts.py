@@ -29,7 +29,7 @@ from t2l_engine.research.costs.counts import pairs
 from t2l_engine.research.costs.known import hypernetwork_for
 from t2l_engine.research.costs.terms import byte, flop, total
 from t2l_engine.testing.counter import COUNT_RTOL, counted
-from tests.hypernetwork.oracle import MODULES
+from tests.hypernetwork.plain_network import MODULES
 from tests.research.costs import tiny_decoders
 
 tokens, windows = st.integers(0, 40), st.one_of(st.none(), st.integers(1, 30))

@@ -175,9 +175,9 @@ def test_the_base_model_as_encoder(base_model, tasks, tmp_path, made, dtype):
         assert abs(found.square().mean().sqrt() - 1) <= EMBEDDING_FROBENIUS
         if dtype == "float32":
             assert relative_frobenius(found, last / last.square().mean().sqrt()) <= EMBEDDING_FROBENIUS
-    convert.convert(out, tmp_path / "reference", to="reference")
-    assert yaml.safe_load((tmp_path / "reference" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
-    again = t2l.TextToLoRA.from_pretrained(tmp_path / "reference")
+    convert.convert(out, tmp_path / "sakana", to="sakana")
+    assert yaml.safe_load((tmp_path / "sakana" / "args.yaml").read_text())["emb_model"] == ""  # the base model, to it
+    again = t2l.TextToLoRA.from_pretrained(tmp_path / "sakana")
     assert torch.equal(again.generate(texts).lora_B["q_proj"], engine.generate(texts).lora_B["q_proj"])
 
 

@@ -175,10 +175,10 @@ def test_learns_a_library_and_converts(tmp_path, target, variant, steps):
             for got, wanted in pairs:
                 assert numerics.relative_frobenius(got, wanted) <= numerics.RECONSTRUCTED_FROBENIUS, name
 
-    convert.convert(out, tmp_path / "reference", to="reference")
-    convert.convert(tmp_path / "reference", tmp_path / "back", to="native")
+    convert.convert(out, tmp_path / "sakana", to="sakana")
+    convert.convert(tmp_path / "sakana", tmp_path / "back", to="native")
     emb = torch.randn(2, 3)
-    nets = [t2l.HyperNetwork.from_pretrained(folder) for folder in (out, tmp_path / "reference", tmp_path / "back")]
+    nets = [t2l.HyperNetwork.from_pretrained(folder) for folder in (out, tmp_path / "sakana", tmp_path / "back")]
     stacks = [net.generate(emb) for net in nets]
     for other in stacks[1:]:
         for name in stack.lora_A:

@@ -47,9 +47,9 @@ def test_learns_and_is_evaluated(base_model, tasks, tmp_path, prompt, variant):
     texts = [task.descriptions[0] for task in load_tasks(tasks, None)]
     first = engine.generate(texts)
     assert not torch.equal(first.lora_B["q_proj"][0], first.lora_B["q_proj"][1]) and first.scaling.tolist() == [4.0, 4.0]
-    convert.convert(out, tmp_path / "reference", to="reference")
-    convert.convert(tmp_path / "reference", tmp_path / "back", to="native")
-    for folder in ("reference", "back"):
+    convert.convert(out, tmp_path / "sakana", to="sakana")
+    convert.convert(tmp_path / "sakana", tmp_path / "back", to="native")
+    for folder in ("sakana", "back"):
         assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / folder).generate(texts), first), folder
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((out / "config.json").read_text())
 
@@ -102,8 +102,8 @@ def test_tasks_without_text(base_model, tasks, tmp_path):
     engine = t2l.TextToLoRA.from_pretrained(out)
     stack = engine.generate(list(BOTH))
     assert not torch.equal(stack.lora_B["v_proj"][0], stack.lora_B["v_proj"][1])
-    convert.convert(out, tmp_path / "reference", to="reference")
-    assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / "reference").generate(list(BOTH)), stack)
+    convert.convert(out, tmp_path / "sakana", to="sakana")
+    assert same_adapters(t2l.TextToLoRA.from_pretrained(tmp_path / "sakana").generate(list(BOTH)), stack)
     with pytest.raises(ValueError, match="knows only the names of its 2 training tasks"):
         engine.generate(["Say the first word."])
 
