@@ -153,7 +153,7 @@ class TextToLoRA:
         if library is None:
             if top_k != 1 or min_similarity != -1.0:
                 raise ValueError("top_k, min_similarity: expected none without a library, of whose adapters they choose")
-            return self.hypernetwork.generate(self._read(texts, examples))
+            return self.hypernetwork.generate(self._embed(texts, examples))
         if examples is not None:
             raise ValueError("examples: expected none with a library, whose adapters are found by their descriptions")
         return self.retrieve(texts, library, top_k, min_similarity)[0]
@@ -189,11 +189,11 @@ class TextToLoRA:
         >>> engine.generate_into(lora, 3, ["Return the last element of the list.", "Give the antonym of the word."])
         >>> lora.set([3, 4, -1])
         """
-        task_emb = self._read(texts, examples)
+        task_emb = self._embed(texts, examples)
         with lora.borrow_slots(slot, self.hypernetwork.meta_stack(len(task_emb)), device=self.hypernetwork.device) as out:
             self.hypernetwork.generate(task_emb, out=out)
 
-    def _read(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:
+    def _embed(self, texts: Sequence[str], examples: WorkedExamples) -> torch.Tensor:
         """``task_emb`` where the hypernetwork is; an encoder of the user's own may be elsewhere."""
         return self.encoder.encode(texts, examples=examples).to(self.hypernetwork.device)
 

@@ -37,14 +37,14 @@ from t2l_engine.text.llm_encoder import AttentionPooling
 MAX_PARAMETERS = 1 << 40  # more than any file has, and few enough for torch's tensor sizes
 
 
-class _Packed:
+class _Folded:
     """The folded tensors of a network, and whether they still are those of its parameters and buffers.
 
     The dictionaries of its modules are kept: a walk through the modules takes longer than a small hypernetwork does.
     """
 
-    def __init__(self, net: nn.Module, folded: dict):
-        self.folded = folded
+    def __init__(self, net: nn.Module, tensors: dict):
+        self.tensors = tensors
         self._dictionaries = [d for m in net.modules() for d in (m._parameters, m._buffers, m._modules)]
         self._found = self._values()
         self._versions = [_version(value) for value in self._found]
@@ -115,7 +115,7 @@ class HyperNetwork(nn.Module):
         self.offsets = nn.ModuleDict({name: Offsets() for name in c.modules})
         # Modules of generated adapters are named as in adapters read from files: after the end of the path.
         self._paths = {name: path for path, name in module_names(c.module_paths.values()).items()}
-        self._packed: _Packed | None = None
+        self._folded: _Folded | None = None
 
     @classmethod
     def from_pretrained(
@@ -160,7 +160,7 @@ class HyperNetwork(nn.Module):
         write_native(Path(folder), self.config, metadata or {}, self.state_dict(), unused={}, pooling=trained)
 
     def _apply(self, fn, recurse=True):
-        self._packed = None  # .to(), .cuda() and the like replace the storage that folded tensors share
+        self._folded = None  # .to(), .cuda() and the like replace the storage that folded tensors share
         return super()._apply(fn, recurse)
 
     @property
@@ -201,7 +201,7 @@ class HyperNetwork(nn.Module):
                 raise ValueError(f"dtype: {name} holds values beyond the range of {kind}")
         for _, tensor, kind in casts:
             tensor.data = tensor.data.to(kind)
-        self._packed = None
+        self._folded = None
         return self
 
     def bias_hyperinit(self, generator: torch.Generator | None = None) -> HyperNetwork:
@@ -244,13 +244,13 @@ class HyperNetwork(nn.Module):
                 or ``to()`` cast the biases too (cast with :meth:`set_dtype`).
         """
         with without_autocast(self.mixer.linear1.weight.device):
-            packed = self._packed
-            if packed is None or not packed.current():
-                packed = _Packed(self, self.folded())
+            folded = self._folded
+            if folded is None or not folded.current():
+                folded = _Folded(self, self.folded())
                 if not is_capturing(self.mixer.linear1.weight):
-                    self._packed = packed
-            folded = packed.folded
-            return self._new_stack(task_emb, folded) if out is None else self._write_stack(task_emb, folded, out)
+                    self._folded = folded
+            tensors = folded.tensors
+            return self._new_stack(task_emb, tensors) if out is None else self._write_stack(task_emb, tensors, out)
 
     @torch.no_grad()
     def shard(self, shards: Mapping[str, Shard]) -> HyperNetwork:
