@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import nn
 
-from tests.hypernetwork import oracle
+from tests.hypernetwork import plain_network
 
 #: Names of a hypernetwork's parts in the reference; what is missing here has a place in :func:`named` of its own.
 PARTS = {
@@ -34,8 +34,8 @@ def adapters(net, task_emb):
         for side, shape in (("A", (c.rank, c.in_features[i])), ("B", (c.out_features[i], c.rank))):
             offset = getattr(net.offsets[name], f"add_{side}")
             state[f"AB_offset.{side}.{name}"] = torch.zeros(c.num_layers, *shape) if offset is None else offset
-    flags = dict(zip(("shared_AB_head", "autoreg_gen", "learnable_pos_emb"), oracle.FLAGS[c.variant], strict=True))
-    return leaves, oracle.adapters(state, flags | {"training_task": "sft"}, task_emb)[1]
+    flags = dict(zip(("shared_AB_head", "autoreg_gen", "learnable_pos_emb"), plain_network.FLAGS[c.variant], strict=True))
+    return leaves, plain_network.adapters(state, flags | {"training_task": "sft"}, task_emb)[1]
 
 
 @contextlib.contextmanager
