@@ -64,7 +64,7 @@ def test_its_name_promises_what_it_holds(wheel):
     assert [name for name in names if name.endswith(".so")] == ["t2l_engine/_C.so"]
     data = {"checkpoints/smollm2-135m/check.json", "research/costs/known.json"}
     data |= {f"research/tasks/{name}" for name in ("manifests/skills.json", "manifests/specs.json", "specs/words.json")}
-    data |= {"research/tasks/specs/phrases.txt", "research/training/presets/mini-sft.yaml"}
+    data |= {"research/tasks/specs/families.txt", "research/training/presets/mini-sft.yaml"}
     assert {f"t2l_engine/{name}" for name in data} <= set(names)
 
 

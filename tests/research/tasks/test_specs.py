@@ -14,7 +14,7 @@ from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks import manifest as manifests
 from t2l_engine.research.tasks.examples import normalise, shared_inputs
 from t2l_engine.research.tasks.folder import Task, load_tasks, write_tasks
-from t2l_engine.research.tasks.specs import fixed, suite, words
+from t2l_engine.research.tasks.specs import english, fixed, suite
 from t2l_engine.research.tasks.specs.family import Specification
 from t2l_engine.research.tasks.specs.suite import FAMILIES, HELD_OUT, digest, leaks, task
 from t2l_engine.research.tasks.specs.wordings import HELD_FRAMES
@@ -123,9 +123,9 @@ def check_states_every_parameter(spec, text):
     stated, slots = text.casefold(), "|".join(spec.family.params)
     for value in said(spec.values):
         if isinstance(value, int):
-            forms = {str(value), words.number_word(value) if value < 1000 else str(value)}
+            forms = {str(value), english.number_word(value) if value < 1000 else str(value)}
         else:
-            forms = {value, words.plural(value)}
+            forms = {value, english.plural(value)}
         assert any(form.casefold() in stated for form in forms), (spec.name, value, text)
     plain = functools.reduce(lambda left, value: left.replace(str(value), "x"), said(spec.values), text)
     assert not re.search(rf"\{{({slots})\b|  | [,.](?![.\w])|\[\w*\|", plain), text

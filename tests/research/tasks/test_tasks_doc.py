@@ -7,7 +7,6 @@ from pathlib import Path
 
 from t2l_engine.research.tasks.folder import Example, load_tasks
 from t2l_engine.research.tasks.manifest import TIERS, read
-from t2l_engine.research.tasks.specs import held_out, suite
 
 TEXT = (Path(__file__).parents[3] / "docs" / "tasks.md").read_text(encoding="utf-8")
 
@@ -49,25 +48,6 @@ def test_commands_and_example_run(sni, t2l_tasks, tmp_path, monkeypatch):
         expected = "differs from manifest" if compared else None  # two tasks are not all of them
         assert error is None if expected is None else expected in str(error), arguments
     assert load_tasks("clean", None)[0].examples == (Example("India", ("1947",), "test"),)
-
-
-def test_table_of_families():
-    (table,) = re.findall(r"<!-- families: begin -->\n(.*?)\n<!-- families: end -->", TEXT, re.S)
-    assert table.splitlines() == families_table()
-
-
-def families_table():
-    """The table of the suite's families, in Markdown: trained ones by module, held-out ones from near to far."""
-    rows = [
-        (module.__doc__.splitlines()[0].rstrip("."), module.FAMILIES) for module in suite.MODULES if module is not held_out
-    ]
-    rows = [
-        (about.removeprefix("Families ").removeprefix("that ").removeprefix("on ").removeprefix("of "), f)
-        for about, f in rows
-    ]
-    rows += [(f"held out, {name}", families) for name, families in held_out.DISTANCES.items()]
-    lines = ["| | families |", "|---|---|"]
-    return lines + [f"| {about} | {', '.join(f'`{family.name}`' for family in families)} |" for about, families in rows]
 
 
 def test_tables_are_those_of_the_manifest():

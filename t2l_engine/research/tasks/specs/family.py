@@ -1,41 +1,58 @@
 """Families of specifications, and the specifications drawn from them.
 
-To add a family, copy one in its module and its phrases in ``phrases.txt``, and change both.
+A family is a section of ``families.txt`` and a :class:`Rule` of the module for what it reads (``lists``, ``words``,
+``records``, ``texts``).  To add one, copy both and change them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example
+from t2l_engine.research.tasks.specs.english import (
+    KIND_NAMES,
+    KINDS,
+    MAPS,
+    NAMES,
+    NOUNS,
+    POOLS,
+    REPLIES,
+    STRINGS,
+    TOPICS,
+    UNITS,
+)
+from t2l_engine.research.tasks.specs.inputs import FIELDS
 
-#: What a family reads -> how a description may call it.
-GIVEN = {
-    "list": "a list[| of words| of items]",
-    "word": "a[| single] word",
-    "text": "a [sentence|short text|short message]",
-    "number": "a number",
-    "numbers": "a list of numbers",
-    "date": "a date",
-    "time": "a time of day",
-    "record": "a record[| with named fields]",
-    "person": "a person's name",
-    "file": "a file path",
-    "quantity": "a quantity [with|and] its unit",
-}
-PHRASES, FURTHER = "phrases.txt", "further.txt"
+#: Families with their phrases, and phrases of further descriptions.
+FAMILIES, FURTHER = "families.txt", "further.txt"
 #: Turns of 20 examples: 13 train, 2 val, 5 test.  Examples of split "test" have the layouts that the others never have.
 _SPLITS = tuple("test" if i % 4 == 3 else "val" if i in {4, 14} else "train" for i in range(20))
 #: Draws without a new input after which a specification has no more inputs.
 _MAX_DRAWS = 500
+
+
+class Rule(NamedTuple):
+    """What a family does.
+
+    Attributes:
+        make: an input for given parameters.
+        answer: the answer for given parameters to an input; a pure function that gives a text that is not empty, for every
+            input of the kind that the family reads, also for those of other families: so specifications can be compared.
+        valid: whether parameters go together.
+    """
+
+    make: Callable[[Any, Draw], str]
+    answer: Callable[[Any, str], str]
+    valid: Callable[[Any], bool] = lambda p: True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,45 +61,102 @@ class Family:
 
     Args:
         name: of letters and underscores.
-        reads: the kind of its inputs, a key of GIVEN.  ``answer`` gives a text for every input of that kind, also for those
-            of other families, so that specifications can be compared by what they do.
-        params: parameter -> the values that it can have: strings, numbers, or tuples of them.
-        make: an input for given parameters.
-        answer: the answer for given parameters to an input; a pure function that gives a text that is not empty.
-        valid: whether parameters go together.
-        constant: whether one answer may be given to most inputs.
+        reads: the kind of its inputs, such as "list" or "date".
+        params: parameter -> the values that it can have: strings, numbers, or tuples of strings.
         held_out: why this is another skill than those of the training families; the family is then held out whole.
     """
 
     name: str
     reads: str
-    params: Mapping[str, Sequence[Any]]
-    make: Callable[[Any, Draw], str]
-    answer: Callable[[Any, str], str]
-    valid: Callable[[Any], bool] = lambda p: True
-    constant: bool = False
+    params: Mapping[str, tuple[Any, ...]]
+    rule: Rule
     held_out: str = ""
+
+    @property
+    def constant(self) -> bool:
+        """Whether one answer may be given to most inputs."""
+        return self.name == "constant"
 
     def phrases(self, use: str, *, further: bool = False) -> tuple[str, ...]:
         """The phrases that descriptions are made of, by use: do, noun, ask, held or given; see :mod:`.wordings`.
 
         ``further``: those of further descriptions, for training alone.
         """
-        return phrases_of(FURTHER if further else PHRASES).get(self.name, {}).get(use, ())
+        return sections(FURTHER if further else FAMILIES).get(self.name, {}).get(use, ())
+
+    def draw(self, draw: Draw) -> tuple[Any, ...] | None:
+        """Values for the parameters; None where they do not go together."""
+        values = tuple(draw.pick(pool) for pool in self.params.values())
+        return values if self.rule.valid(self.named(values)) else None
+
+    def named(self, values: tuple[Any, ...]) -> types.SimpleNamespace:
+        """``values`` by the names of the parameters."""
+        return types.SimpleNamespace(**dict(zip(self.params, values, strict=True)))
+
+
+def read_families(rules: Mapping[str, Rule]) -> dict[str, Family]:
+    """The families of ``families.txt`` with their ``rules``, in the order of the file."""
+    pools = _pools()
+    families = {}
+    for name, lines in sections(FAMILIES).items():
+        if name != "frames":
+            params: dict[str, tuple[Any, ...]] = {}
+            for parameter, _, values in (line.partition(" ") for line in lines["param"]):
+                params[parameter] = (*params.get(parameter, ()), *_values(values, pools))
+            families[name] = Family(name, *lines["reads"], params, rules[name], *lines.get("unseen", ()))
+    return families
 
 
 @functools.cache
-def phrases_of(file: str) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Phrases by family and use, of a file beside this one: lines ``# family`` and, under each, ``use phrase``."""
+def sections(file: str) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The sections of a file beside this one by name: lines ``# name`` and, under each, ``key value``; key -> values."""
     found: dict[str, dict[str, tuple[str, ...]]] = {}
-    family: dict[str, tuple[str, ...]] = {}
+    section: dict[str, tuple[str, ...]] = {}
     for line in (Path(__file__).parent / file).read_text(encoding="utf-8").splitlines():
-        use, _, phrase = line.partition(" ")
-        if use == "#":
-            family = found[phrase] = {}
-        elif phrase and use != "##":
-            family[use] = (*family.get(use, ()), phrase.strip())
+        key, _, value = line.partition(" ")
+        if key == "#":
+            section = found[value] = {}
+        elif value and key != "##":
+            section[key] = (*section.get(key, ()), value.strip())
     return found
+
+
+def _values(text: str, pools: Mapping[str, tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The values in a ``param`` line: a JSON list, the name of a pool, or ``name[:count]`` for its first values."""
+    if text.startswith("["):
+        return tuple(tuple(value) if isinstance(value, list) else value for value in json.loads(text))
+    name, _, count = text.rstrip("]").partition("[:")
+    return pools[name][: int(count)] if count else pools[name]
+
+
+def _pools() -> dict[str, tuple[Any, ...]]:
+    """The pools of values that ``families.txt`` names."""
+    ends = ("com", "org", "net", "co.uk", "io", "edu")
+    pairs = Draw("label pairs")
+    return {
+        **POOLS,
+        **{name: tuple(meanings) for name, meanings in MAPS.items()},
+        "kinds": tuple(KIND_NAMES),
+        "kind_triples": _triples(KIND_NAMES, 400),
+        "topic_triples": _triples(list(TOPICS), 300),
+        "label_pairs": (*POOLS["common_labels"], *(tuple(pairs.sample(NOUNS, 2)) for _ in range(60))),
+        "containers": tuple(KINDS["container"]),
+        "fields": tuple(FIELDS),
+        "conversions": tuple(UNITS),
+        "nouns": tuple(NOUNS),
+        "names": tuple(NAMES),
+        "strings": tuple(STRINGS),
+        "replies": tuple(REPLIES),
+        "domains": tuple(f"{word}.{ends[i % len(ends)]}" for i, word in enumerate(STRINGS[:60])),
+    }
+
+
+def _triples(names: list[str], count: int) -> tuple[tuple[str, ...], ...]:
+    """``count`` different choices of three of ``names``, each in alphabetical order."""
+    draw, found = Draw("triples"), {}
+    while len(found) < count:
+        found[tuple(sorted(draw.sample(names, 3)))] = None
+    return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,11 +175,11 @@ class Specification:
     @functools.cached_property
     def params(self) -> types.SimpleNamespace:
         """The values by the names of the parameters."""
-        return types.SimpleNamespace(**dict(zip(self.family.params, self.values, strict=True)))
+        return self.family.named(self.values)
 
     def answer(self, text: str) -> str:
         """The answer to an input."""
-        return self.family.answer(self.params, text)
+        return self.family.rule.answer(self.params, text)
 
     def stream(self, seed: int) -> Iterator[Example]:
         """Its examples, none twice, balanced; each split has no more than half of one answer (and one or two examples),
@@ -121,7 +195,7 @@ class Specification:
             split = _SPLITS[turn % len(_SPLITS)]
             draw.unseen = split == "test"
             for _ in range(_MAX_DRAWS):
-                text = self.family.make(self.params, draw)
+                text = self.family.rule.make(self.params, draw)
                 if (normalised := normalise(text)) in seen:
                     continue
                 answer = self.answer(text)
@@ -143,9 +217,3 @@ class Specification:
         if len(found) < count:
             raise ConfigError(f"examples: {self.name} has {len(found)} different inputs, expected {count}")
         return found
-
-
-def draw_values(family: Family, draw: Draw) -> tuple[Any, ...] | None:
-    """Values for the family's parameters; None where they do not go together."""
-    values = tuple(draw.pick(pool) for pool in family.params.values())
-    return values if family.valid(types.SimpleNamespace(**dict(zip(family.params, values, strict=True)))) else None

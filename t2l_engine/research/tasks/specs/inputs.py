@@ -10,22 +10,21 @@ import re
 from collections.abc import Sequence
 
 from t2l_engine.research.tasks.draw import Draw
-from t2l_engine.research.tasks.specs.words import (
+from t2l_engine.research.tasks.specs.english import (
     DAYS,
     KIND_NAMES,
     KINDS,
     MONTHS,
     NAMES,
     NOUNS,
+    POOLS,
+    SENTENCES,
     STRINGS,
     SURNAMES,
-    sentences,
     with_article,
 )
 
 NONE = "none"
-#: Where an item can stand -> its index.
-PLACES = {"first": 0, "second": 1, "third": 2, "fourth": 3, "last": -1, "second to last": -2}
 _SEPARATORS = ((", ", "; ", " | "), (" / ", "\n"))
 
 
@@ -55,6 +54,11 @@ def mixed(draw: Draw, kind: str, inside: int, outside: int) -> list[str]:
         if word not in words and word not in KINDS[kind]:
             words.append(word)
     return draw.sample(words, len(words))
+
+
+def of_kinds(draw: Draw, kind: str, inside: int, outside: int) -> str:
+    """A list of ``inside`` different words of ``kind`` and ``outside`` of other kinds."""
+    return listing(draw, mixed(draw, kind, inside, outside))
 
 
 def nouns(draw: Draw, low: int, high: int) -> str:
@@ -173,14 +177,14 @@ FIELDS = {
     "team": lambda draw: draw.pick(STRINGS),
     "floor": lambda draw: str(draw.number(1, 9)),
 }
-FIELD_NAMES = list(FIELDS)
+_FIELD_NAMES = tuple(FIELDS)
 
 
 def one_record(draw: Draw, *wanted: str, others: int = 2, values: dict[str, str] | None = None) -> str:
     """A record of the fields ``wanted`` and ``others`` more, in random order; ``values`` fixes some."""
     names = list(wanted)
     while len(names) < len(wanted) + others:
-        names += [name for name in [draw.pick(FIELD_NAMES)] if name not in names]
+        names += [name for name in [draw.pick(_FIELD_NAMES)] if name not in names]
     made = {name: (values or {}).get(name) or FIELDS[name](draw) for name in draw.sample(names, len(names))}
     return write_record(made, *draw.layout(((": ", ", "), (" = ", "; ")), ((": ", " | "), (": ", "\n"))))
 
@@ -208,31 +212,11 @@ def person(text: str) -> tuple[str, str]:
     return names[0], names[-1]
 
 
-EXTENSIONS = (
-    "txt",
-    "pdf",
-    "csv",
-    "png",
-    "jpg",
-    "doc",
-    "mp3",
-    "zip",
-    "html",
-    "json",
-    "xml",
-    "gif",
-    "wav",
-    "md",
-    "log",
-    "bak",
-)
-
-
 def one_file(draw: Draw) -> str:
     """A path of a file in a folder."""
     stem, folder, further = draw.pick(NOUNS), draw.pick(STRINGS), draw.pick(STRINGS)
     stem += draw.pick(("", f"_{draw.number(1, 99)}"))
-    return f"{draw.layout((folder,), (f'{folder}/{further}',))}/{stem}.{draw.pick(EXTENSIONS)}"
+    return f"{draw.layout((folder,), (f'{folder}/{further}',))}/{stem}.{draw.pick(POOLS['extensions'])}"
 
 
 def file(text: str) -> tuple[str, str, str]:
@@ -245,16 +229,15 @@ def file(text: str) -> tuple[str, str, str]:
 # --- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def fill(draw: Draw, frames: dict[str, list[str]], word: str) -> str:
-    """A sentence with ``word`` of ``{"seen": [...], "unseen": [...]}``."""
-    frame = draw.layout(frames["seen"], frames["unseen"])
-    text = frame.format(w=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS))
-    return text[0].upper() + text[1:]
+def fill(draw: Draw, frames: tuple[Sequence[str], Sequence[str]], word: str) -> str:
+    """A sentence with ``word``, in one of ``frames`` (seen, unseen)."""
+    frame = draw.layout(*frames)
+    return capital(frame.format(w=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS)))
 
 
 def mention(draw: Draw, kind: str) -> str:
     """A sentence that mentions one thing of ``kind``, and none of another kind."""
-    return fill(draw, sentences(kind), draw.pick(KINDS[kind]))
+    return fill(draw, SENTENCES[kind], draw.pick(KINDS[kind]))
 
 
 def sentence(draw: Draw) -> str:
@@ -273,6 +256,16 @@ def mentioned(text: str, words: Sequence[str]) -> str:
 
 
 # --- answers -----------------------------------------------------------------------------------------------------------
+
+
+def capital(text: str) -> str:
+    """``text`` with a capital first letter."""
+    return text[0].upper() + text[1:]
+
+
+def first_or_last(values: Sequence[str], side: str, count: int) -> Sequence[str]:
+    """The first ``count`` of ``values`` or, where ``side`` is "last", the last ones."""
+    return values[:count] if side == "first" else values[-count:]
 
 
 def filled(pattern: str, parts: dict[str, str]) -> str:

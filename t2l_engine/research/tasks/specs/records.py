@@ -1,129 +1,85 @@
-"""Families on records, persons' names and file paths."""
+"""Rules of the families that read records, persons' names, file paths, dates and times of day."""
 
-from t2l_engine.research.tasks.specs.family import Family
+import datetime
+
+from t2l_engine.research.tasks.specs.english import MAPS, MONTHS
+from t2l_engine.research.tasks.specs.family import Rule
 from t2l_engine.research.tasks.specs.inputs import (
-    EXTENSIONS,
-    FIELD_NAMES,
+    NONE,
+    date,
     file,
     filled,
+    one_date,
     one_file,
     one_person,
     one_record,
+    one_time,
     person,
     record,
+    time,
     write_record,
 )
-from t2l_engine.research.tasks.specs.words import NOUNS, POOLS, STRINGS
 
-DOMAINS = tuple(
-    f"{word}.{end}" for word, end in zip(STRINGS[:60], ("com", "org", "net", "co.uk", "io", "edu") * 10, strict=True)
-)
-LOGINS = ("first.last", "f.last", "first", "last", "flast", "first_last")
-FOLDERS = {"file name without its extension": 1, "extension": 2, "folder": 0}
-
-FAMILIES = (
-    Family(
-        "get_field",
-        "record",
-        {"field": FIELD_NAMES},
-        make=lambda p, draw: one_record(draw, p.field, others=draw.number(2, 3)),
-        answer=lambda p, text: record(text).get(p.field) or "none",
+RULES = {
+    # Records.
+    "get_field": Rule(
+        lambda p, draw: one_record(draw, p.field, others=draw.number(2, 3)), lambda p, text: _value(record(text), p.field)
     ),
-    Family(
-        "two_fields",
-        "record",
-        {"first": FIELD_NAMES, "second": FIELD_NAMES, "between": POOLS["field_joiners"]},
-        make=lambda p, draw: one_record(draw, p.first, p.second, others=1),
-        answer=lambda p, text: p.between.join(record(text).get(f) or "none" for f in (p.first, p.second)),
+    "two_fields": Rule(
+        lambda p, draw: one_record(draw, p.first, p.second, others=1),
+        lambda p, text: p.between.join(_value(record(text), field) for field in (p.first, p.second)),
         valid=lambda p: p.first != p.second,
     ),
-    Family(
-        "record_template",
-        "record",
-        {"template": POOLS["record_templates"]},
-        make=lambda p, draw: one_record(draw, *_slots(p.template), others=1),
-        answer=lambda p, text: _fill(p.template, record(text)),
+    "record_template": Rule(
+        lambda p, draw: one_record(draw, *_slots(p.template), others=1), lambda p, text: _fill(p.template, record(text))
     ),
-    Family(
-        "drop_field",
-        "record",
-        {"field": FIELD_NAMES},
-        make=lambda p, draw: one_record(draw, p.field, others=2),
-        answer=lambda p, text: write_record({k: v for k, v in record(text).items() if k != p.field}),
+    "field_wrap": Rule(
+        lambda p, draw: one_record(draw, p.field, others=2),
+        lambda p, text: p.marks[0] + _value(record(text), p.field) + p.marks[1],
     ),
-    Family(
-        "record_layout",
-        "record",
-        {"signs": POOLS["record_layouts"]},
-        make=lambda p, draw: one_record(draw, others=3),
-        answer=lambda p, text: write_record(record(text), *p.signs),
+    "field_names": Rule(lambda p, draw: one_record(draw, others=3), lambda p, text: p.sep.join(record(text)) or NONE),
+    "drop_field": Rule(
+        lambda p, draw: one_record(draw, p.field, others=2),
+        lambda p, text: write_record({k: v for k, v in record(text).items() if k != p.field}),
     ),
-    Family(
-        "rename_field",
-        "record",
-        {"field": FIELD_NAMES, "new": STRINGS},
-        make=lambda p, draw: one_record(draw, p.field, others=2),
-        answer=lambda p, text: write_record({p.new if k == p.field else k: v for k, v in record(text).items()}),
+    "record_layout": Rule(lambda p, draw: one_record(draw, others=3), lambda p, text: write_record(record(text), *p.signs)),
+    "rename_field": Rule(
+        lambda p, draw: one_record(draw, p.field, others=2),
+        lambda p, text: write_record({p.new if k == p.field else k: v for k, v in record(text).items()}),
     ),
-    Family(
-        "label_age",
-        "record",
-        {"limit": (12, 16, 18, 21, 30, 40, 50, 60, 65), "labels": POOLS["age_labels"]},
-        make=lambda p, draw: one_record(draw, "age", others=2, values={"age": str(draw.number(p.limit - 10, p.limit + 9))}),
-        answer=lambda p, text: p.labels[int("0" + record(text).get("age", "")) >= p.limit],
+    "label_age": Rule(
+        lambda p, draw: one_record(draw, "age", others=2, values={"age": str(draw.number(p.limit - 10, p.limit + 9))}),
+        lambda p, text: p.labels[int("0" + record(text).get("age", "")) >= p.limit],
     ),
-    Family(
-        "has_field",
-        "record",
-        {"field": FIELD_NAMES, "labels": POOLS["presence_labels"]},
-        make=lambda p, draw: one_record(
-            draw, *([p.field] if draw.chance() else [f for f in ("name", "city") if f != p.field][:1]), others=2
-        ),
-        answer=lambda p, text: p.labels[p.field not in record(text)],
+    "has_field": Rule(
+        lambda p, draw: one_record(draw, p.field if draw.chance() else ("city" if p.field == "name" else "name"), others=2),
+        lambda p, text: p.labels[p.field not in record(text)],
     ),
-    Family(
-        "name_pattern",
-        "person",
-        {"pattern": POOLS["name_patterns"]},
-        make=lambda p, draw: one_person(draw),
-        answer=lambda p, text: _write_name(person(text), p.pattern),
+    # Persons and files.
+    "name_pattern": Rule(lambda p, draw: one_person(draw), lambda p, text: _write_name(person(text), p.pattern)),
+    "greet": Rule(lambda p, draw: one_person(draw), lambda p, text: p.text.replace("_", person(text)[p.which == "surname"])),
+    "email": Rule(lambda p, draw: one_person(draw), lambda p, text: f"{_write_name(person(text), p.pattern)}@{p.domain}"),
+    "set_extension": Rule(lambda p, draw: one_file(draw), lambda p, text: f"{file(text)[1]}.{p.extension}"),
+    "file_part": Rule(lambda p, draw: one_file(draw), lambda p, text: f"{p.new}: {file(text)[MAPS['file_parts'][p.part]]}"),
+    "move_file": Rule(lambda p, draw: one_file(draw), lambda p, text: f"{p.folder}/{file(text)[1]}.{file(text)[2]}"),
+    # Dates and times.
+    "date_pattern": Rule(lambda p, draw: one_date(draw), lambda p, text: _write_date(date(text), p.pattern)),
+    "date_part": Rule(
+        lambda p, draw: one_date(draw), lambda p, text: p.lead + _write_date(date(text), MAPS["date_parts"][p.part])
     ),
-    Family(
-        "greet",
-        "person",
-        {"text": POOLS["greetings"], "which": ("first name", "surname")},
-        make=lambda p, draw: one_person(draw),
-        answer=lambda p, text: p.text.replace("_", person(text)[p.which == "surname"]),
+    "date_age": Rule(
+        lambda p, draw: one_date(draw, p.year - 12, p.year + 11), lambda p, text: p.labels[date(text)[0] >= p.year]
     ),
-    Family(
-        "email",
-        "person",
-        {"domain": DOMAINS, "pattern": LOGINS},
-        make=lambda p, draw: one_person(draw),
-        answer=lambda p, text: f"{_write_name(person(text), p.pattern)}@{p.domain}",
-    ),
-    Family(
-        "set_extension",
-        "file",
-        {"extension": (*EXTENSIONS, "tex", "svg", "yaml", "ini", "bin", "tar", "cfg", "old", "tmp", "epub", "dat", "sql")},
-        make=lambda p, draw: one_file(draw),
-        answer=lambda p, text: f"{file(text)[1]}.{p.extension}",
-    ),
-    Family(
-        "file_part",
-        "file",
-        {"part": tuple(FOLDERS), "new": STRINGS},
-        make=lambda p, draw: one_file(draw),
-        answer=lambda p, text: f"{p.new}: {file(text)[FOLDERS[p.part]]}",
-    ),
-    Family(
-        "move_file",
-        "file",
-        {"folder": (*STRINGS, *NOUNS[:60])},
-        make=lambda p, draw: one_file(draw),
-        answer=lambda p, text: f"{p.folder}/{file(text)[1]}.{file(text)[2]}",
-    ),
-)
+    "later_date": Rule(lambda p, draw: one_date(draw), lambda p, text: _other_day(date(text), p.by, p.what)),
+    "quarter": Rule(lambda p, draw: one_date(draw), lambda p, text: f"{p.name}{(date(text)[1] + 2) // 3}"),
+    "time_pattern": Rule(lambda p, draw: one_time(draw), lambda p, text: _write_time(*time(text), p.pattern)),
+    "time_half": Rule(lambda p, draw: one_time(draw), lambda p, text: p.labels[time(text)[0] >= 12]),
+    "later_time": Rule(lambda p, draw: one_time(draw), lambda p, text: _other_time(*time(text), p.by, p.what)),
+}
+
+
+def _value(fields, name):
+    return fields.get(name) or NONE
 
 
 def _slots(template):
@@ -132,7 +88,7 @@ def _slots(template):
 
 def _fill(template, fields):
     for name in _slots(template):
-        template = template.replace(f"<{name}>", fields.get(name) or "none")
+        template = template.replace(f"<{name}>", _value(fields, name))
     return template
 
 
@@ -142,3 +98,31 @@ def _write_name(names, pattern):
     parts = {"First": first, "FIRST": first.upper(), "first": first.lower(), "F": first[0], "f": first[0].lower(),
              "Last": last, "LAST": last.upper(), "last": last.lower(), "L": last[0], "l": last[0].lower()}  # fmt: skip
     return filled(pattern, parts)
+
+
+def _write_date(day, pattern):
+    """A date (year, month, day) by a pattern of YYYY, YY, Month, Mon, MM, M, DD and D."""
+    y, m, d = day
+    month = MONTHS[m - 1]
+    parts = {"YYYY": f"{y:04}", "YY": f"{y % 100:02}", "Month": month, "Mon": month[:3], "MM": f"{m:02}", "M": str(m),
+             "DD": f"{d:02}", "D": str(d)}  # fmt: skip
+    return filled(pattern, parts)
+
+
+def _write_time(hour, minute, pattern):
+    """A time of day by a pattern of HH (24 hours), H (12 hours), MM, a.m., am and AM."""
+    letter = "p" if hour > 11 else "a"
+    parts = {"HH": f"{hour:02}", "H": str((hour + 11) % 12 + 1), "MM": f"{minute:02}",
+             "a.m.": f"{letter}.m.", "am": f"{letter}m", "AM": f"{letter}m".upper()}  # fmt: skip
+    return filled(pattern, parts)
+
+
+def _other_day(day, by, what):
+    days = MAPS["days_apart"][by]
+    shifted = datetime.date(*day) + datetime.timedelta(days if what == "later" else -days)
+    return f"{shifted.day} {MONTHS[shifted.month - 1]} {shifted.year}"
+
+
+def _other_time(hour, minute, by, what):
+    hours = MAPS["hours"][by]
+    return f"{(hour + (hours if what == 'later' else -hours)) % 24:02}:{minute:02}"

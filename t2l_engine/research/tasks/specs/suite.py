@@ -14,26 +14,12 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
-from t2l_engine.research.tasks.specs import (
-    compositions,
-    dates,
-    forms,
-    held_out,
-    labels,
-    letters,
-    lists,
-    numeric,
-    records,
-    rewriting,
-    texts,
-)
-from t2l_engine.research.tasks.specs.family import Family, Specification, draw_values
+from t2l_engine.research.tasks.specs import lists, records, texts, words
+from t2l_engine.research.tasks.specs.family import Family, Specification, read_families
 from t2l_engine.research.tasks.specs.wordings import FRAMES, HELD_FRAMES, wordings
 from t2l_engine.research.tasks.specs.wordings import further as further_wordings
 
-#: Where the families are.
-MODULES = (lists, rewriting, letters, forms, numeric, dates, records, labels, texts, compositions, held_out)
-FAMILIES: dict[str, Family] = {family.name: family for module in MODULES for family in module.FAMILIES}
+FAMILIES: dict[str, Family] = read_families(lists.RULES | words.RULES | records.RULES | texts.RULES)
 #: Version of families, phrases, words and rules: another one makes another suite.
 VERSION = 1
 SPECIFICATIONS, EXAMPLES = 2400, 60
@@ -201,7 +187,7 @@ class _Known:
 
 
 def _agrees(spec: Specification, probes: list[tuple[str, str]]) -> bool:
-    answer_of, params = spec.family.answer, spec.params  # asked some million times
+    answer_of, params = spec.family.rule.answer, spec.params  # asked some million times
     for text, answer in probes:
         if answer_of(params, text) != answer:
             return False
@@ -226,7 +212,7 @@ def _next(family: Family, draw: Draw, before: list[Placed], known: _Known) -> Pl
 
 
 def _draws(family: Family, draw: Draw) -> Iterator[tuple[Any, ...]]:
-    drawn = (draw_values(family, draw) for _ in range(_MAX_DRAWS))
+    drawn = (family.draw(draw) for _ in range(_MAX_DRAWS))
     return (values for values in drawn if values is not None)
 
 

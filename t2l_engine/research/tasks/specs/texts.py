@@ -1,185 +1,124 @@
-"""Families on sentences: extraction, edits, wrappers, and answers that are always the same."""
+"""Rules of the families that read sentences and other short texts."""
 
 import re
 
-from t2l_engine.research.tasks.specs.family import Family
-from t2l_engine.research.tasks.specs.inputs import PLACES, at, mention, mentioned, sentence, tokens
-from t2l_engine.research.tasks.specs.words import (
+from t2l_engine.research.tasks.specs.english import (
     ADJECTIVE_WORDS,
+    BAD,
     DAYS,
-    KIND_NAMES,
+    FRAMES,
+    GOOD,
     KINDS,
     MONTHS,
     NAMES,
     NOUNS,
     POOLS,
-    REPLIES,
+    REVIEWED,
     STRINGS,
+    TOPICS,
     VERBS,
     third_person,
+    with_article,
 )
+from t2l_engine.research.tasks.specs.family import Rule
+from t2l_engine.research.tasks.specs.inputs import NONE, at, capital, fill, mention, mentioned, sentence, tokens
+from t2l_engine.research.tasks.specs.lists import PLACES
 
-FINDS = ("first name", "day of the week", "plain number", "email address", "price", "time")
+_NAME = rf"\b({'|'.join(NAMES)})\b"
+_PATTERNS = {
+    "first name": _NAME,
+    "day of the week": rf"\b({'|'.join(DAYS)})\b",
+    "plain number": r"(?<![\w.$:])(\d+)(?![\w.:]*\d|:)",
+    "email address": r"([\w.]+@[\w.]*\w)",
+    "price": r"(\$\d+(?:\.\d\d)?)",
+    "time": r"(\d+:\d\d)",
+}
 
-FAMILIES = (
-    Family(
-        "extract_kind",
-        "text",
-        {"kind": KIND_NAMES},
-        make=lambda p, draw: mention(draw, p.kind),
-        answer=lambda p, text: mentioned(text, KINDS[p.kind]),
+RULES = {
+    # Finding something in a text.
+    "extract_kind": Rule(lambda p, draw: mention(draw, p.kind), lambda p, text: mentioned(text, KINDS[p.kind])),
+    "mention_template": Rule(
+        lambda p, draw: mention(draw, p.kind),
+        lambda p, text: p.template.replace("___", mentioned(text, KINDS[p.kind])),
     ),
-    Family(
-        "extract",
-        "text",
-        {"what": FINDS, "lead": POOLS["finding_leads"]},
-        make=lambda p, draw: _message(draw),
-        answer=lambda p, text: p.lead + _find(text, p.what),
+    "echo_reply": Rule(
+        lambda p, draw: mention(draw, p.kind), lambda p, text: f"{mentioned(text, KINDS[p.kind])}: {p.reply}"
     ),
-    Family(
-        "word_place",
-        "text",
-        {"place": tuple(PLACES)},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: at(tokens(text), PLACES[p.place]),
+    "extract": Rule(lambda p, draw: _message(draw), lambda p, text: p.lead + _find(text, p.what)),
+    "redact": Rule(lambda p, draw: _message(draw), lambda p, text: text.replace(_find(text, p.what), p.tag)),
+    "word_place": Rule(lambda p, draw: sentence(draw), lambda p, text: at(tokens(text), PLACES[p.place])),
+    "first_words": Rule(lambda p, draw: sentence(draw), lambda p, text: " ".join(tokens(text)[: p.n]) + p.mark),
+    # Editing and wrapping a text.
+    "wrap": Rule(lambda p, draw: sentence(draw), lambda p, text: f"{p.marks[0]}{text}{p.marks[1]}"),
+    "lead": Rule(lambda p, draw: sentence(draw), lambda p, text: f"{p.text} {text}"),
+    "ending": Rule(lambda p, draw: sentence(draw), lambda p, text: text.rstrip(".?!") + p.mark),
+    "append": Rule(lambda p, draw: sentence(draw), lambda p, text: f"{text} {capital(p.text)}."),
+    "constant": Rule(lambda p, draw: sentence(draw), lambda p, text: p.reply),
+    "replace_name": Rule(
+        lambda p, draw: _about(draw, "note", draw.pick(NAMES)), lambda p, text: capital(re.sub(_NAME, p.new, text))
     ),
-    Family(
-        "wrap",
-        "text",
-        {"marks": POOLS["wraps"]},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: f"{p.marks[0]}{text}{p.marks[1]}",
+    "space": Rule(lambda p, draw: _phrase(draw), lambda p, text: _cased(p.sep.join(tokens(text)), p.case)),
+    "hashtag": Rule(lambda p, draw: _phrase(draw), lambda p, text: p.sign + "".join(map(capital, tokens(text)))),
+    "about_someone": Rule(lambda p, draw: _habit(draw), lambda p, text: _third(text, p.name)),
+    "negate": Rule(lambda p, draw: _habit(draw), lambda p, text: re.sub(r"^I ", f"I {p.how} ", text)),
+    "ask_back": Rule(lambda p, draw: _habit(draw), lambda p, text: re.sub(r"^I (.*)\.$", rf"Do {p.who} \1?", text)),
+    # Labels of texts.
+    "label_mention": Rule(
+        lambda p, draw: mention(draw, p.kind) if draw.chance() else sentence(draw),
+        lambda p, text: p.labels[mentioned(text, KINDS[p.kind]) == NONE],
     ),
-    Family(
-        "lead",
-        "text",
-        {"text": POOLS["leads"]},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: f"{p.text} {text}",
+    "label_review": Rule(lambda p, draw: _review(draw), lambda p, text: p.labels[mentioned(text, BAD) != NONE]),
+    "label_question": Rule(
+        lambda p, draw: fill(draw, FRAMES["question" if draw.chance() else "statement"], draw.pick(NOUNS)),
+        lambda p, text: p.labels[not text.endswith("?")],
     ),
-    Family(
-        "ending",
-        "text",
-        {"mark": POOLS["endings"]},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: text.rstrip(".?!") + p.mark,
+    "topic": Rule(
+        lambda p, draw: fill(draw, FRAMES["topic"], draw.pick(TOPICS[draw.pick(p.topics)])),
+        lambda p, text: next((t for t in p.topics if mentioned(text, TOPICS[t]) != NONE), p.topics[-1]),
     ),
-    Family(
-        "append",
-        "text",
-        {"text": REPLIES},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: f"{text} {p.text[0].upper()}{p.text[1:]}.",
+    "if_name": Rule(
+        lambda p, draw: _about(draw, "note_or_more", p.name if draw.chance() else draw.pick(NAMES)),
+        lambda p, text: p.labels[p.name not in tokens(text)],
     ),
-    Family(
-        "replace_name",
-        "text",
-        {"new": (*NAMES, "someone", "my boss", "the neighbour", "nobody", "a stranger", "the king")},
-        make=lambda p, draw: _about(draw, draw.pick(NAMES)),
-        answer=lambda p, text: _renamed(text, p.new),
-    ),
-    Family(
-        "space",
-        "text",
-        {"sep": POOLS["word_joiners"], "case": ("small letters", "capital letters", "unchanged letters")},
-        make=lambda p, draw: phrase(draw),
-        answer=lambda p, text: _cased(p.sep.join(tokens(text)), p.case),
-    ),
-    Family(
-        "redact",
-        "text",
-        {"what": FINDS, "tag": POOLS["tags"]},
-        make=lambda p, draw: _message(draw),
-        answer=lambda p, text: text.replace(_find(text, p.what), p.tag),
-    ),
-    Family(
-        "first_words",
-        "text",
-        {"n": (2, 3, 4), "mark": POOLS["cut_marks"]},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: " ".join(tokens(text)[: p.n]) + p.mark,
-    ),
-    Family(
-        "about_someone",
-        "text",
-        {"name": (*NAMES, "my brother", "the teacher", "our dog", "the new girl", "everybody", "she", "he")},
-        make=lambda p, draw: my_habit(draw),
-        answer=lambda p, text: _third(text, p.name),
-    ),
-    Family(
-        "constant",
-        "text",
-        {"reply": (*REPLIES, *STRINGS)},
-        make=lambda p, draw: sentence(draw),
-        answer=lambda p, text: p.reply,
-        constant=True,
-    ),
-    Family(
-        "echo_reply",
-        "text",
-        {"reply": REPLIES, "kind": KIND_NAMES},
-        make=lambda p, draw: mention(draw, p.kind),
-        answer=lambda p, text: f"{mentioned(text, KINDS[p.kind])}: {p.reply}",
-    ),
-)
+}
 
 
 def _message(draw):
     """A note with a first name, a day, a number of things, an email address, a price and a time, or some of them."""
-    name, day, n = draw.pick(NAMES), draw.pick(DAYS), draw.number(11, 99)
+    name, day, count = draw.pick(NAMES), draw.pick(DAYS), draw.number(11, 99)
     mail = f"{draw.pick(STRINGS)}@{draw.pick(STRINGS)}.com"
     price, time = f"${draw.number(2, 9)}.{draw.number(10, 99)}", f"{draw.number(10, 23)}:{draw.number(10, 59)}"
-    return draw.layout(
-        (
-            "On {d} {n} sends {p} to {k} people by {i}, see {m}.",
-            "{n}: {k} boxes on {d} at {i} for {p}, see {m}",
-            "Write to {m} by {i} on {d}, {n} pays {p} for {k} more.",
-            "{p} for all {k}, says {n} ({m}), on {d} at {i}",
-        ),
-        ("{d}, {i}: {n} ({m}) wants {k} at {p} each", "At {i} {n} asked {m} for {k}, {p} in all, before {d}."),
-    ).format(n=name, d=day, k=n, m=mail, p=price, i=time)
+    return draw.layout(*FRAMES["message"]).format(d=day, k=count, n=name, m=mail, p=price, i=time)
 
 
 def _find(text, what):
-    pattern = {
-        "first name": rf"\b({'|'.join(NAMES)})\b",
-        "day of the week": rf"\b({'|'.join(DAYS)})\b",
-        "plain number": r"(?<![\w.$:])(\d+)(?![\w.:]*\d|:)",
-        "email address": r"([\w.]+@[\w.]*\w)",
-        "price": r"(\$\d+(?:\.\d\d)?)",
-        "time": r"(\d+:\d\d)",
-    }[what]
-    found = re.search(pattern, text)
-    return found[1] if found else "none"
+    found = re.search(_PATTERNS[what], text)
+    return found[1] if found else NONE
 
 
-def _renamed(text, new):
-    """``text`` with ``new`` for the names in it."""
-    found = re.sub(rf"\b({'|'.join(NAMES)})\b", new, text)
-    return found[0].upper() + found[1:]
+def _about(draw, frames, name):
+    return draw.layout(*FRAMES[frames]).format(name, draw.pick(NOUNS))
 
 
-def _about(draw, name):
-    frames = ("{} likes the {}.", "The {1} belongs to {0}.", "{} sold the {}.", "We asked {} about the {}.")
-    return draw.layout(frames, ("Did {} take the {}?", "The {1} was a present from {0}.")).format(name, draw.pick(NOUNS))
+def _review(draw):
+    word, thing = draw.pick(draw.pick((GOOD, BAD))), draw.pick(REVIEWED)
+    frame = draw.layout(*FRAMES["review"])
+    return frame.format(w=thing, adj=word, a=with_article(word), name=draw.pick(NAMES), day=draw.pick(DAYS))
 
 
-def phrase(draw):
-    words = [draw.pick(ADJECTIVE_WORDS), draw.pick(NOUNS)]
-    return draw.layout(("{} {}", "The {} {}", "{} {} for sale"), ("My {} {}", "One {} {} in {}")).format(
-        *words, draw.pick(MONTHS)
-    )
+def _phrase(draw):
+    words = draw.pick(ADJECTIVE_WORDS), draw.pick(NOUNS)
+    return draw.layout(*FRAMES["phrase"]).format(*words, draw.pick(MONTHS))
 
 
 def _cased(text, case):
     return {"small letters": text.lower(), "capital letters": text.upper()}.get(case, text)
 
 
-def my_habit(draw):
+def _habit(draw):
+    """A sentence of what I do with a thing."""
     thing = draw.pick(NOUNS)
-    return draw.layout(
-        ("I {v} the {n}.", "I {v} the {n} every day."), ("I often {v} the {n}.", "I {v} the {n} on {d}.")
-    ).format(v=draw.pick(POOLS["transitive_verbs"]), n=thing, d=draw.pick(DAYS))
+    return draw.layout(*FRAMES["habit"]).format(v=draw.pick(POOLS["transitive_verbs"]), n=thing, d=draw.pick(DAYS))
 
 
 def _third(text, name):
@@ -188,7 +127,7 @@ def _third(text, name):
     if words[0] != "I":
         return text
     index = next((i for i, w in enumerate(words[1:], 1) if w in VERBS), None)
-    words[0] = name[0].upper() + name[1:]
+    words[0] = capital(name)
     if index is not None:
         words[index] = third_person(words[index])
     return " ".join(words)

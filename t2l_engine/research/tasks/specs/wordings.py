@@ -1,6 +1,6 @@
 """Descriptions of a specification: sentences made of its family's phrases, frames around them, and its parameters.
 
-``phrases.txt`` has the phrases of every family: ``do`` imperatives, ``noun`` what the answer is, ``ask`` questions,
+``families.txt`` has the phrases of every family: ``do`` imperatives, ``noun`` what the answer is, ``ask`` questions,
 ``held`` imperatives that are held out, and ``given`` what the input is called, if not as in GIVEN.  A phrase may have
 alternatives, ``[write|give] the word``, and parameters: ``{n}``, ``{text.q}`` (in quotation marks), ``{kind.plural}``,
 ``{kind.a}`` (with its article), ``{n.word}`` (three) and ``{pair[0]}``.
@@ -21,37 +21,24 @@ from typing import Any
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.tasks.draw import Draw
 from t2l_engine.research.tasks.examples import normalise
-from t2l_engine.research.tasks.specs.family import FURTHER, GIVEN, Specification, phrases_of
-from t2l_engine.research.tasks.specs.words import number_word, plural, with_article
+from t2l_engine.research.tasks.specs.english import number_word, plural, with_article
+from t2l_engine.research.tasks.specs.family import FAMILIES, FURTHER, Specification, sections
 
-FRAMES = (
-    "{Do}.",
-    "{Do}.",
-    "{Do}.",
-    "Please {do}.",
-    "Given {given}, {do}.",
-    "[You get|You are given|The input is] {given}. {Do}.",
-    "{Do}. [Answer with nothing else.|Write only the answer.|No explanation.|Do not add anything.]",
-    "{Do}. {example}",
-    "{Noun}.",
-    "[Write|Give|Return|Output|Reply with] {noun}.",
-    "{Ask}",
-    "{Ask} {example}",
-    "Your task is to {do}.",
-    "You [will see|will be shown|are going to read] {given}. {Do}. In other words, [write|reply with] {noun}.",
-)
-HELD_FRAMES = (
-    "{Held}.",
-    "[Can|Could|Would] you {held}?",
-    "Whatever {given_the} is, {held}.",
-    "I would like you to {held}. {example}",
-)
-EXAMPLES = (
-    'For example, "{x}" gives "{y}".',
-    'Example: "{x}" -> "{y}".',
-    'For instance, "{x}" becomes "{y}".',
-    '(The answer to "{x}" is "{y}".)',
-)
+FRAMES, HELD_FRAMES, EXAMPLES = (sections(FAMILIES)["frames"][key] for key in ("frame", "held_frame", "example"))
+#: What a family reads -> how a description may call it.
+GIVEN = {
+    "list": "a list[| of words| of items]",
+    "word": "a[| single] word",
+    "text": "a [sentence|short text|short message]",
+    "number": "a number",
+    "numbers": "a list of numbers",
+    "date": "a date",
+    "time": "a time of day",
+    "record": "a record[| with named fields]",
+    "person": "a person's name",
+    "file": "a file path",
+    "quantity": "a quantity [with|and] its unit",
+}
 _CHOICE = re.compile(r"\[([^\[\]]*\|[^\[\]]*)\]")
 
 
@@ -117,7 +104,7 @@ def further(spec: Specification, seed: int, example: tuple[str, str], known: Ite
     """
     draw = Draw(f"{seed}/further/{spec.family.name}/{spec.values!r}")
     phrases = {use: _Turns(draw, spec.family.phrases(use, further=True)) for use in ("do", "noun", "ask")}
-    frames = _Turns(draw, phrases_of(FURTHER)["frames"]["frame"])
+    frames = _Turns(draw, sections(FURTHER)["frames"]["frame"])
     made, taken = [], {normalise(text) for text in known}
     tries = 50 if spec.family.phrases("do", further=True) else 0  # families that are held out whole have none
     for _ in range(count):

@@ -1,166 +1,174 @@
-"""The word lists of the suite (``words.json``, written for this project) and English forms of words and numbers."""
+"""Rules of the families that read a word, a number or a quantity."""
 
-from __future__ import annotations
-
-import functools
-import json
 import re
-from pathlib import Path
-from typing import Any
 
-_DATA: dict[str, Any] = json.loads((Path(__file__).parent / "words.json").read_text(encoding="utf-8"))
+from t2l_engine.research.tasks.specs.english import (
+    ADJECTIVE_WORDS,
+    KIND_NAMES,
+    KIND_OF,
+    KINDS,
+    MAPS,
+    OPPOSITES,
+    UNITS,
+    VERB_WORDS,
+    comparative,
+    ing,
+    nouns_like,
+    nouns_of,
+    number_word,
+    ordinal,
+    past,
+    plural,
+    superlative,
+    third_person,
+    with_article,
+)
+from t2l_engine.research.tasks.specs.family import Rule
+from t2l_engine.research.tasks.specs.inputs import NONE, at, capital, first_or_last, number, one_number, one_word, word
+from t2l_engine.research.tasks.specs.lists import PLACES, beside
 
-#: Kind of thing -> its words.  No word is in two kinds, and no kind is part of another.
-KINDS: dict[str, list[str]] = {kind: entry["words"] for kind, entry in _DATA["kinds"].items()}
-#: Word -> its kind.
-KIND_OF: dict[str, str] = {word: kind for kind, words in KINDS.items() for word in words}
-KIND_NAMES = list(KINDS)
-#: Words of plain things, in lower case and countable: what can be listed, spelled or put into the plural.
-NOUNS: list[str] = [
-    *_DATA["objects"],
-    *(
-        word
-        for entry in _DATA["kinds"].values()
-        if entry["group"] in ("creature", "thing", "person")
-        for word in entry["words"]
+_BOTH_WAYS = OPPOSITES | {b: a for a, b in OPPOSITES.items()}
+_OF_OPPOSITES = list(_BOTH_WAYS)
+
+RULES = {
+    # The letters of a word.
+    "letter_at": Rule(lambda p, draw: one_word(draw, nouns_of(4)), lambda p, text: at(word(text), PLACES[p.place])),
+    "prefix": Rule(lambda p, draw: one_word(draw), lambda p, text: p.text + word(text)),
+    "suffix": Rule(lambda p, draw: one_word(draw), lambda p, text: word(text) + p.text),
+    "replace_letter": Rule(
+        lambda p, draw: one_word(draw, nouns_like(p.old)),
+        lambda p, text: word(text).replace(p.old, p.new),
+        valid=lambda p: p.old != p.new,
     ),
-]
-NAMES, SURNAMES, DAYS, MONTHS = (_DATA[key] for key in ("names", "surnames", "days", "months"))
-TOPICS: dict[str, list[str]] = _DATA["topics"]
-#: What it is for -> sentences with slots: ``{"seen": [...], "unseen": [...]}``.
-FRAMES: dict[str, dict[str, list[str]]] = _DATA["frames"]
-#: Adjective -> [comparative, superlative]; verb -> [third person, past, -ing form].
-ADJECTIVES: dict[str, list[str]] = _DATA["adjectives"]
-OPPOSITES: dict[str, str] = _DATA["opposites"]
-VERBS: dict[str, list[str]] = _DATA["verbs"]
-VERB_WORDS, ADJECTIVE_WORDS = list(VERBS), list(ADJECTIVES)
-GOOD, BAD, REVIEWED = _DATA["good_words"], _DATA["bad_words"], _DATA["reviewed"]
-#: Words and short phrases that a specification may ask to write.
-STRINGS: list[str] = _DATA["strings"]
-REPLIES: list[str] = _DATA["replies"]
-#: Further values of parameters, by name: strings, and tuples of two.
-POOLS: dict[str, tuple[Any, ...]] = {
-    name: tuple(tuple(value) if isinstance(value, list) else value for value in values)
-    for name, values in _DATA["pools"].items()
+    "remove_letter": Rule(
+        lambda p, draw: one_word(draw, nouns_like(p.letter)), lambda p, text: word(text).replace(p.letter, "") or NONE
+    ),
+    "mask_vowels": Rule(lambda p, draw: one_word(draw), lambda p, text: re.sub("[aeiou]", p.mark, word(text).lower())),
+    "word_case": Rule(lambda p, draw: one_word(draw), lambda p, text: _capitals(word(text).lower(), p.style)),
+    "spell": Rule(lambda p, draw: one_word(draw, nouns_of(1, 7)), lambda p, text: p.sep.join(word(text)[:20])),
+    "cut": Rule(lambda p, draw: one_word(draw, nouns_of(p.n + 1)), lambda p, text: first_or_last(word(text), p.side, p.n)),
+    "drop_letters": Rule(
+        lambda p, draw: one_word(draw, nouns_of(5)), lambda p, text: _cut_at(word(text), p.what)[1] or NONE
+    ),
+    "letter_marks": Rule(lambda p, draw: one_word(draw, nouns_of(5)), lambda p, text: _mark(word(text), p.what, p.marks)),
+    "double_letter": Rule(lambda p, draw: one_word(draw, nouns_of(4)), lambda p, text: _double(word(text), PLACES[p.place])),
+    "reverse_word": Rule(lambda p, draw: one_word(draw, nouns_of(1, 6)), lambda p, text: word(text)[::-1] + p.end),
+    "move_letter": Rule(lambda p, draw: one_word(draw), lambda p, text: word(text)[1:] + word(text)[0] + p.end),
+    # The word beside others, and in a form.
+    "repeat_word": Rule(lambda p, draw: one_word(draw), lambda p, text: p.sep.join([word(text)] * p.n)),
+    "add_word": Rule(lambda p, draw: one_word(draw), lambda p, text: " ".join(beside(word(text), p.new, p.where))),
+    "template": Rule(lambda p, draw: one_word(draw), lambda p, text: p.template.replace("___", word(text))),
+    "article": Rule(
+        lambda p, draw: one_word(draw), lambda p, text: capital(p.template.replace("___", with_article(word(text))))
+    ),
+    "amount": Rule(lambda p, draw: one_word(draw), lambda p, text: f"{p.amount} {plural(word(text))}"),
+    "habit": Rule(
+        lambda p, draw: one_word(draw, VERB_WORDS), lambda p, text: f"{p.who} {third_person(word(text))} {p.when}"
+    ),
+    "past": Rule(lambda p, draw: one_word(draw, VERB_WORDS), lambda p, text: f"{p.who} {past(word(text))} {p.when}"),
+    "verb_form": Rule(
+        lambda p, draw: one_word(draw, VERB_WORDS),
+        lambda p, text: f"{p.start} {ing(word(text)) if p.start.endswith(('is', 'are', 'were', 'am')) else word(text)}",
+    ),
+    "compare": Rule(
+        lambda p, draw: one_word(draw, ADJECTIVE_WORDS), lambda p, text: f"{p.start} {comparative(word(text))} {p.end}"
+    ),
+    "superlative": Rule(
+        lambda p, draw: one_word(draw, ADJECTIVE_WORDS),
+        lambda p, text: f"the {superlative(word(text))} {p.thing} of all",
+    ),
+    "opposite": Rule(
+        lambda p, draw: one_word(draw, _OF_OPPOSITES),
+        lambda p, text: f"{p.template.replace('___', word(text))} {_BOTH_WAYS.get(word(text), NONE)}",
+    ),
+    "word_length": Rule(lambda p, draw: one_word(draw), lambda p, text: f"{len(word(text))} {plural(p.unit)}"),
+    # Labels of words.
+    "label_kind": Rule(
+        lambda p, draw: one_word(draw, KINDS[p.kind] if draw.chance() else KINDS[draw.pick(KIND_NAMES)]),
+        lambda p, text: p.labels[KIND_OF.get(word(text)) != p.kind],
+    ),
+    "which_kind": Rule(
+        lambda p, draw: one_word(draw, KINDS[draw.pick(p.kinds)]),
+        lambda p, text: next((kind for kind in p.kinds if KIND_OF.get(word(text)) == kind), p.kinds[-1]),
+    ),
+    "label_letter": Rule(
+        lambda p, draw: one_word(draw, nouns_like(p.letter, draw.chance())),
+        lambda p, text: p.labels[p.letter not in word(text).lower()],
+    ),
+    "label_vowel": Rule(
+        lambda p, draw: one_word(draw, nouns_like("^[aeiou]", draw.chance())),
+        lambda p, text: p.labels[word(text)[0].lower() not in "aeiou"],
+    ),
+    "label_length": Rule(
+        lambda p, draw: one_word(draw, nouns_of(p.limit + 1) if draw.chance() else nouns_of(1, p.limit)),
+        lambda p, text: p.labels[len(word(text)) <= p.limit],
+    ),
+    # Numbers and quantities.
+    "add": Rule(
+        lambda p, draw: one_number(draw, 100, 899),
+        lambda p, text: str(number(text) + (p.n if p.what == "plus" else -p.n)),
+    ),
+    "times": Rule(lambda p, draw: one_number(draw, 2, 99), lambda p, text: str(number(text) * p.n)),
+    "sequence": Rule(
+        lambda p, draw: one_number(draw, 10, 800),
+        lambda p, text: ", ".join(str(number(text) + p.step * i) for i in range(1, p.count + 1)),
+    ),
+    "round": Rule(
+        lambda p, draw: one_number(draw, 1001, 9999),
+        lambda p, text: str((number(text) + p.to // 2) // p.to * p.to),
+    ),
+    "unit": Rule(lambda p, draw: one_number(draw, 2, 999), lambda p, text: f"{number(text)}{p.unit}"),
+    "sign": Rule(lambda p, draw: one_number(draw, 2, 999), lambda p, text: f"{p.sign}{number(text)}"),
+    "pad": Rule(lambda p, draw: one_number(draw, 1, 999), lambda p, text: str(number(text)).rjust(p.width, p.fill)),
+    "thousands": Rule(
+        lambda p, draw: one_number(draw, 1000, 9_999_999),
+        lambda p, text: f"{number(text):,}".replace(",", MAPS["thousands_marks"][p.mark]),
+    ),
+    "ordinal": Rule(lambda p, draw: one_number(draw, 1, 400), lambda p, text: f"the {ordinal(number(text))} {p.thing}"),
+    "number_words": Rule(
+        lambda p, draw: one_number(draw, 2, 999),
+        lambda p, text: f"{number_word(number(text) % 1000)} {plural(p.unit)}",
+    ),
+    "convert": Rule(
+        lambda p, draw: draw.layout(("{} {}", "{} {} in all"), ("exactly {} {}", "a total of {} {}")).format(
+            draw.number(2, 99), p.units[0]
+        ),
+        lambda p, text: f"{number(text) * UNITS[p.units]} {p.units[1]}",
+    ),
+    "label_limit": Rule(
+        lambda p, draw: one_number(draw, 0, p.limit - 1) if draw.chance() else one_number(draw, p.limit, 2 * p.limit),
+        lambda p, text: p.labels[number(text) >= p.limit],
+    ),
+    "label_parity": Rule(lambda p, draw: one_number(draw, 0, 999), lambda p, text: p.labels[number(text) % 2]),
 }
 
-_ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen""".split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+def _capitals(text, style):
+    """``text``, in small letters, with the letters of ``style`` in capitals."""
+    if style == "only the vowels":
+        return re.sub("[aeiou]", lambda vowel: vowel[0].upper(), text)
+    start, end = {
+        "all letters": (0, None),
+        "only the first letter": (0, 1),
+        "only the second letter": (1, 2),
+        "only the last letter": (max(len(text) - 1, 0), None),
+        "all letters but the first": (1, None),
+    }[style]
+    return text[:start] + text[start:end].upper() + ("" if end is None else text[end:])
 
 
-def sentences(kind: str) -> dict[str, list[str]]:
-    """As FRAMES, for ``kind``: sentences with a slot for a word, ``{w}`` or (with its article) ``{a}``."""
-    return _DATA["sentences"][_DATA["kinds"][kind]["group"]]
+def _cut_at(text, what):
+    """(the letters that ``what`` names, the others)."""
+    count = MAPS["letter_parts"][what]
+    return (text[:count], text[count:]) if count > 0 else (text[count:], text[:count])
 
 
-@functools.cache
-def nouns_of(low: int, high: int = 99) -> list[str]:
-    """The nouns of ``low`` to ``high`` letters."""
-    return [word for word in NOUNS if low <= len(word) <= high]
+def _mark(text, what, marks):
+    part, rest = _cut_at(text, what)
+    part = marks[0] + part + marks[1]
+    return part + rest if MAPS["letter_parts"][what] > 0 else rest + part
 
 
-@functools.cache
-def nouns_like(pattern: str, inside: bool = True) -> list[str]:
-    """The nouns in which the regular expression ``pattern`` is found, or those in which it is not."""
-    return [word for word in NOUNS if bool(re.search(pattern, word)) is inside]
-
-
-def with_article(word: str) -> str:
-    """``word`` after its indefinite article.
-
-    >>> with_article("owl"), with_article("unicycle"), with_article("hour")
-    ('an owl', 'a unicycle', 'an hour')
-    """
-    low = word.lower()
-    like_you = low.startswith(("uni", "use", "uku", "ewe", "one", "eu")) and not low.startswith("unin")
-    vowel = (low[:1] in tuple("aeiou") and not like_you) or low.startswith(("hour", "honest", "heir"))
-    return f"{'an' if vowel else 'a'} {word}"
-
-
-@functools.cache
-def plural(noun: str) -> str:
-    """The plural of a noun, or of the last word of a phrase; for kinds of things, of their name.
-
-    >>> plural("fox"), plural("wolf"), plural("piece of furniture"), plural("toy")
-    ('foxes', 'wolves', 'pieces of furniture', 'toys')
-    """
-    if noun in _DATA["kinds"]:
-        return _DATA["kinds"][noun]["plural"]
-    if noun.lower() in _DATA["plurals"]:
-        return _DATA["plurals"][noun.lower()]
-    if noun.endswith(("s", "x", "ch", "sh", "z")):
-        return noun + "es"
-    return noun[:-1] + "ies" if _consonant_y(noun) else noun + "s"
-
-
-def third_person(verb: str) -> str:
-    """``verb`` after "she"; by rule where it is not in the word list."""
-    if verb in VERBS:
-        return VERBS[verb][0]
-    if verb.endswith(("s", "x", "ch", "sh", "z", "o")):
-        return verb + "es"
-    return verb[:-1] + "ies" if _consonant_y(verb) else verb + "s"
-
-
-def past(verb: str) -> str:
-    """The simple past of ``verb``; by rule where it is not in the word list."""
-    if verb in VERBS:
-        return VERBS[verb][1]
-    if verb.endswith("e"):
-        return verb + "d"
-    return verb[:-1] + "ied" if _consonant_y(verb) else verb + "ed"
-
-
-def ing(verb: str) -> str:
-    """The -ing form of ``verb``; by rule where it is not in the word list."""
-    if verb in VERBS:
-        return VERBS[verb][2]
-    return (verb[:-1] if verb.endswith("e") and not verb.endswith("ee") else verb) + "ing"
-
-
-def comparative(adjective: str) -> str:
-    """``adjective`` with -er or "more"."""
-    return ADJECTIVES[adjective][0] if adjective in ADJECTIVES else f"more {adjective}"
-
-
-def superlative(adjective: str) -> str:
-    """``adjective`` with -est or "most"."""
-    return ADJECTIVES[adjective][1] if adjective in ADJECTIVES else f"most {adjective}"
-
-
-def number_word(number: int) -> str:
-    """``number`` from 0 to 999 in words.
-
-    >>> number_word(40), number_word(58), number_word(207)
-    ('forty', 'fifty-eight', 'two hundred and seven')
-    """
-    if number < 20:
-        return _ONES[number]
-    if number < 100:
-        return _TENS[number // 10 - 2] + (f"-{_ONES[number % 10]}" if number % 10 else "")
-    rest = f" and {number_word(number % 100)}" if number % 100 else ""
-    return f"{_ONES[number // 100]} hundred{rest}"
-
-
-def ordinal(number: int) -> str:
-    """``number`` with its ordinal ending.
-
-    >>> [ordinal(n) for n in (1, 2, 3, 11, 12, 13, 21, 112)]
-    ['1st', '2nd', '3rd', '11th', '12th', '13th', '21st', '112th']
-    """
-    teen = 10 < number % 100 < 14
-    return f"{number}{'th' if teen else {1: 'st', 2: 'nd', 3: 'rd'}.get(number % 10, 'th')}"
-
-
-def listed(words: list[str], conjunction: str = "and") -> str:
-    """``words`` as an English list: commas, and ``conjunction`` before the last.
-
-    >>> listed(["salt", "oil", "tea"], "or")
-    'salt, oil or tea'
-    """
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
-
-
-def _consonant_y(word: str) -> bool:
-    return len(word) > 1 and word.endswith("y") and word[-2] not in "aeiou"
+def _double(text, index):
+    letter = at(text, index)
+    return text if letter == NONE else text[: index % len(text)] + letter + text[index % len(text) :]
