@@ -6,9 +6,9 @@ import dataclasses
 import enum
 import math
 import time
-import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -33,8 +33,21 @@ from t2l_engine.cli.common import (
     split_names,
     stored_base,
 )
+from t2l_engine.cli.options import takes
+from t2l_engine.research.evaluation.settings import Settings
+
+if TYPE_CHECKING:
+    from t2l_engine.research.evaluation import candidates
+    from t2l_engine.research.evaluation.methods import Method
+    from t2l_engine.research.tasks.folder import Task
 
 NAME = "t2l"
+#: Kinds of files that --plot writes.
+PLOTS = (".png", ".svg", ".pdf")
+#: Parameters that errors of the evaluation begin with.
+NAMED = {name: f"--{name.replace('_', '-')}" for name in (
+    "methods", "oracle", "library", "precision", "run_code", "max_prompt_tokens", "base_model", "held_out_descriptions",
+)} | {"also": "--also, --multi-task"}  # fmt: skip
 
 
 class Measure(str, enum.Enum):
@@ -45,339 +58,235 @@ class Measure(str, enum.Enum):
     rouge_l = "rouge_l"
 
 
-#: Kinds of files that --plot writes.
-PLOTS = (".png", ".svg", ".pdf")
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What is compared, on which examples, and what is written."""
 
-
-def evaluate(
-    tasks: Annotated[Path, typer.Option(help="Task folder: NAME.jsonl files and descriptions.json.")],
-    checkpoint: Checkpoint = DEFAULT_CHECKPOINT,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated compared methods; default: all that are possible.")] = "",
+    tasks: Annotated[Path, typer.Option(help="Task folder: NAME.jsonl files and descriptions.json.")]
+    checkpoint: Checkpoint = DEFAULT_CHECKPOINT
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here as JSON.")] = None
+    methods: Annotated[str, typer.Option(help="Comma-separated methods to compare; default: all that are possible.")] = ""
     also: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint with its controls; may be repeated.")
-    ] = None,
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Another checkpoint, with its baselines; may be repeated.")
+    ] = None
     oracle: Annotated[
-        list[Path] | None, typer.Option(help="Folder of PEFT adapters named as tasks: method oracle; may be repeated.")
-    ] = None,
+        list[Path] | None, typer.Option(help="Folder of per-task LoRAs, named as tasks: method oracle; may be repeated.")
+    ] = None
     library: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of PEFT adapters: methods average, arrow (routing over all of them) and nearest (by description)."
-        ),
-    ] = None,
+        typer.Option(help="Folder of PEFT adapters: methods average, arrow (routing) and nearest (retrieval)."),
+    ] = None
     multi_task: Annotated[
         list[Path] | None, typer.Option(help="Run folder of t2l train lora with mode=multi-task; may be repeated.")
-    ] = None,
-    manifest: Annotated[str, typer.Option(help="Name or file of a manifest; adds means by tier.")] = "",
-    names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = "",
-    split: Annotated[str, typer.Option(help="Split of the evaluated examples.")] = "test",
-    max_items: Annotated[int, typer.Option(min=0, help="Limit of examples per task; 0: all.")] = 0,
+    ] = None
+    manifest: Annotated[str, typer.Option(help="Name or file of a manifest; adds means over its splits of tasks.")] = ""
+    names: Annotated[str, typer.Option(help="Comma-separated tasks; default: all of the folder.")] = ""
+    split: Annotated[str, typer.Option(help="Split of the evaluated examples.")] = "test"
+    max_items: Annotated[int, typer.Option(min=0, help="Most examples per task; 0: all.")] = 0
     held_out_descriptions: Annotated[
-        int, typer.Option(min=0, help="Only so many last descriptions of each task, which training holds out; 0: all.")
-    ] = 0,
+        int, typer.Option(min=0, help="Use only the last N descriptions, which training held out; 0: all.")
+    ] = 0
     shots: Annotated[
         str,
-        typer.Option(
-            help="Comma-separated numbers of worked examples: adds icl and t2l-examples (3), icl-6 and t2l-examples-6, ..."
-        ),
-    ] = "3",
-    repeats: Annotated[int, typer.Option(min=1, help="Draws of description, few-shot examples and controls.")] = 3,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 16,
-    max_long_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of code, or with reasoning.")] = 256,
-    max_prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="An item with a longer prompt in any method is left out of all.")
-    ] = 1024,
-    validation_items: Annotated[
-        int, typer.Option(min=1, help="Examples of split val per task for choosing a method's prompt template.")
-    ] = 8,
-    base_model: BaseModel = "",
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32,
-    dtype: BaseDType = DType.float32,
-    device: Annotated[str, typer.Option(help="cpu or cuda: of the base model and of what generates.")] = "cpu",
-    scaling: Scaling = "",
-    encoder: Encoder = "",
-    trust_remote_code: TrustRemoteCode = False,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Check in one pass whether greedy decoding gives an accepted answer; scores only."),
-    ] = False,
-    precision: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Percentage points: ask tasks in a drawn order, and no more of a tier once the intervals of all "
-            "differences reach at most so far; 0: ask all.",
-        ),
-    ] = 0,
-    run_code: Annotated[
-        bool, typer.Option("--run-code", help="Run model-written Python in a sandbox (HumanEval, MBPP).")
-    ] = False,
+        typer.Option(help="Comma-separated numbers of worked examples: 3 adds icl and t2l-examples, 6 adds icl-6, ..."),
+    ] = "3"
+    base_model: BaseModel = ""
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 32
+    dtype: BaseDType = DType.float32
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the base model and the hypernetwork.")] = "cpu"
+    scaling: Scaling = ""
+    encoder: Encoder = ""
+    trust_remote_code: TrustRemoteCode = False
     resume: Annotated[
         Path | None,
         typer.Option(
-            help="File of answers, added to as they come and kept: a run that was stopped goes on.  Default: one beside "
-            "--json, until the result is written."
+            help="File of answers, appended to while the command runs, and kept.  Default: a file beside --json, "
+            "removed when the result is written."
         ),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None,
-    measure: Annotated[Measure, typer.Option(help="What the table shows; all are in the JSON.")] = Measure.score,
-) -> None:
-    """Evaluate a checkpoint's adapters, its controls, the base model and further adapters on a task folder."""
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw means and intervals here (.png, .svg or .pdf).")] = None
+    measure: Annotated[Measure, typer.Option(help="Measure of the printed table; the JSON has all.")] = Measure.score
+
+    def check(self, settings: Settings) -> None:
+        """Errors that need no file of the task folder: before answers are computed."""
+        for option, file in (("--json", self.json_file), ("--plot", self.plot), ("--resume", self.resume)):
+            if file is not None and not file.parent.is_dir():
+                raise FileNotFoundError(f"{option}: {file.parent}: no such folder")
+            if file is not None and file.is_dir():
+                raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
+        if self.plot is not None and self.plot.suffix not in PLOTS:
+            raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {self.plot}")
+        if not math.isfinite(settings.precision):
+            raise ValueError(f"--precision: expected a finite number, got {settings.precision}")
+        if settings.verify and self.measure is not Measure.score:
+            raise ValueError(f"--measure: expected score with --verify, which generates no text, got {self.measure.value}")
+
+    @property
+    def journal(self) -> Path | None:
+        """The file of answers beside the result, removed at the end, unlike that of --resume."""
+        if self.json_file is None or self.resume is not None:
+            return None
+        return self.json_file.with_name(f"{self.json_file.name}.unfinished.jsonl")
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of worked examples."""
+        texts = split_names(self.shots)
+        counts = [int(text) for text in texts if text.isdecimal()]
+        if not counts or 0 in counts or len(set(counts)) < len(texts):
+            raise ValueError(f"--shots: expected different numbers from 1, comma-separated, got {self.shots!r}")
+        return counts
+
+
+@takes(Options, Settings)
+def evaluate(options: Options, settings: Settings) -> None:
+    """Evaluate a checkpoint's adapters, their baselines, the base model and further adapters on a task folder."""
     keep_freed_memory()
     need_packages()
     from tqdm import tqdm
 
-    from t2l_engine.files.weights import write_text
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
+    from t2l_engine.hypernetwork.checkpoint import describe, trained_tasks
     from t2l_engine.research.evaluation import run
-    from t2l_engine.research.evaluation.answers import Answerer, Store
-    from t2l_engine.research.evaluation.methods import digest, without_chat
-    from t2l_engine.research.tasks.folder import load_tasks
-    from t2l_engine.research.tasks.manifest import TIERS
-    from t2l_engine.text import base_model as models
-    from t2l_engine.text.prompts import has_chat, prompt_ids
+    from t2l_engine.research.evaluation.methods import without_chat
+    from t2l_engine.text.base_model import check_device
+    from t2l_engine.text.prompts import has_chat
 
-    for option, file in (("--json", json_file), ("--plot", plot), ("--resume", resume)):  # before the answers are computed
-        if file is not None and not file.parent.is_dir():
-            raise FileNotFoundError(f"{option}: {file.parent}: no such folder")
-        if file is not None and file.is_dir():
-            raise IsADirectoryError(f"{option}: {file}: expected a file, got a folder")
-    if plot is not None and plot.suffix not in PLOTS:
-        raise ValueError(f"--plot: expected a name that ends in {', '.join(PLOTS)}, got {plot}")
-    models.check_device(device)
-    if not math.isfinite(precision):
-        raise ValueError(f"--precision: expected a finite number, got {precision}")
-    if verify and measure is not Measure.score:
-        raise ValueError(f"--measure: expected score with --verify, which generates no text, got {measure.value}")
-    loaded = load_tasks(tasks, split, names=split_names(names) or None)
-    if held_out_descriptions:
-        loaded = [_last_descriptions(task, held_out_descriptions) for task in loaded]
-    if max_items:
-        loaded = [dataclasses.replace(t, examples=t.examples[:max_items]) for t in loaded]
-    everything = load_tasks(tasks, None, names=[t.name for t in loaded])
-    pools, validation = ({t.name: [e for e in t.examples if e.split == s] for t in everything} for s in ("train", "val"))
-    journal = None
-    if json_file is not None and resume is None:
-        journal = json_file.with_name(f"{json_file.name}.unfinished.jsonl")  # removed at the end, unlike that of --resume
-    if journal is not None and journal.exists():
-        say(f"resuming with the answers in {journal}; remove it to start anew")
-    store = Store(resume or journal)
-    engine, folder = load_engine(checkpoint, scaling, encoder, trust_remote_code, base_model, device)
-    counts = _counts(shots)
-    loaded_engines = [(NAME, engine, folder), *(_also(text, base_model, device) for text in also or [])]
-    stored = oracle or [], library, multi_task or []
-    found, left_out = _methods(loaded, pools, counts, loaded_engines, *stored, held_out_descriptions, split)
-    chosen = split_names(methods)
-    for name in chosen:
-        if name not in {method.name for method in found}:
-            why = f": {left_out[name]}" if name in left_out else ""
-            raise ValueError(f"--methods: expected some of {[method.name for method in found]}, got {name!r}{why}")
-    found = [method for method in found if method.name in chosen or not chosen]
-    for name, reason in left_out.items() if not chosen else ():
-        say(f"{name} left out: {reason}")
-    trained = sorted(checkpoints.trained_tasks(checkpoints.describe(folder)))
-    groups = _groups([task.name for task in loaded], set(trained), manifest)
-    if precision:  # groups end apart, so that one across others would be an uneven sample
-        apart = TIERS if manifest else ("trained", "not trained")
-        groups = {group: members for group, members in groups.items() if group in apart} or groups
-    model_name = base_model_of(folder, base_model)
-    with named({"base_model": "--base-model"}):
-        model, tokenizer = models.load(model_name, dtype.torch)
-    model.to(device)
-    bases = {folder: checkpoints.describe(folder).get("base_model") for _, _, folder in loaded_engines}
-    bases |= {path: stored_base(path) for path in [*stored[0], *filter(None, [stored[1]]), *stored[2]]}
-    for path, other in bases.items():
-        if differ(bases[folder], other):
-            say(f"{path} is of {other}, and is evaluated on {model_name}")
+    options.check(settings)
+    check_device(options.device)
+    with named(NAMED):
+        tasks, by_split = _load_tasks(options)
+        store = _store(options)
+        checkpoints = _checkpoints(options)
+        methods = _methods(options, tasks, by_split["train"], checkpoints)
+        trained = sorted(trained_tasks(describe(checkpoints[0].folder)))
+        groups = _groups([task.name for task in tasks], set(trained), options.manifest, apart=bool(settings.precision))
+        model_name = base_model_of(checkpoints[0].folder, options.base_model)
+        answerer, tokenizer = _answerer(options, model_name, store)
+    _say_other_bases(options, checkpoints, model_name)
     if not has_chat(tokenizer):
-        found = without_chat(found)
+        methods = without_chat(methods)
         say("the tokenizer has no chat template: methods without adapter use the template 'raw'")
-    settings = run.Settings(
-        repeats, max_new_tokens, max_long_tokens, max_prompt_tokens, validation_items if split != "val" else 0, run_code,
-        verify, precision,
-    )  # fmt: skip
-    begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
-    rounds = [device] if device != "cpu" else []  # as no CPU does
-    identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins, *rounds)
-    answerer = Answerer(model, tokenizer, identity=identity, store=store, batch_size=batch_size, clock=time.perf_counter)
+    if options.split == "val":  # or templates would be chosen on the evaluated examples
+        settings = dataclasses.replace(settings, validation_items=0)
 
     def progress(method: str, count: int) -> None:
         bar.set_postfix(method=method)
         bar.update(count)
 
-    options = {"methods": "--methods", "precision": "--precision", "run_code": "--run-code"}
-    with named(options | {"max_prompt_tokens": "--max-prompt-tokens"}):
+    with named(NAMED):
         evaluation = run.Evaluation(
-            answerer, tokenizer, loaded, found, settings,
-            pools=pools, validation=validation, groups=groups, progress=progress,
+            answerer, tokenizer, tasks, methods, settings,
+            pools=by_split["train"], validation=by_split["val"], groups=groups, progress=progress,
         )  # fmt: skip
         with tqdm(total=evaluation.answers, unit="answer") as bar:
             result = evaluation.run()
     groups = {group: [name for name in members if name in result["tasks"]] for group, members in groups.items()}
-    summary = run.summary(result["tasks"], groups, found[0].name)
-    if precision:
-        say(f"asked {len(result['tasks'])} of {len(loaded)} tasks, for intervals of at most +-{precision:g} points")
-        for group, of in summary.items():
-            if (widest := max(map(run.reach, of["difference"].values()), default=0)) > precision:
-                say(f"{group}: its {of['tasks']} tasks are all asked, and intervals reach {widest:.1f} points")
-    result = {
-        "checkpoint": str(checkpoint),
-        "base_model": model_name,
-        "dtype": dtype.value,
-        "device": device,
-        "split": split,
-        "scaling": engine.hypernetwork.scaling,
-        "settings": dataclasses.asdict(settings)
-        | {"batch_size": batch_size, "held_out_descriptions": held_out_descriptions},
-        "trained_tasks": trained,
-        "groups": groups,
-        "summary": summary,
-        **result,
-    }
-    if json_file is not None:  # before what a closed pipe would end
-        text = json_text(result) + "\n"
-        if json_file.exists() and not json_file.is_file():  # a device or a pipe
-            json_file.write_text(text, encoding="utf-8")
-        else:
-            write_text(json_file.resolve(), text)  # a link stays one
-    console().print(_table(result, measure.value))
-    if plot is not None:
-        from t2l_engine.research.evaluation.plots import means
-
-        means(result, plot)
-    if journal is not None:
-        journal.unlink(missing_ok=True)
+    own = {"batch_size": options.batch_size, "held_out_descriptions": options.held_out_descriptions}
+    _write(options, {
+        "checkpoint": str(options.checkpoint), "base_model": model_name, "dtype": options.dtype.value,
+        "device": options.device, "split": options.split, "scaling": checkpoints[0].engine.hypernetwork.scaling,
+        "settings": dataclasses.asdict(settings) | own, "trained_tasks": trained, "groups": groups,
+        "summary": run.summary(result["tasks"], groups, methods[0].name), **result,
+    })  # fmt: skip
 
 
-def _counts(shots: str) -> list[int]:
-    texts = split_names(shots)
-    counts = [int(text) for text in texts if text.isdecimal()]
-    if not counts or 0 in counts or len(set(counts)) < len(texts):
-        raise ValueError(f"--shots: expected different numbers from 1, comma-separated, got {shots!r}")
-    return counts
+def _store(options: Options) -> Any:
+    """The answers of an earlier run."""
+    from t2l_engine.research.evaluation.answers import Store
+
+    if options.journal is not None and options.journal.exists():
+        say(f"resuming with the answers in {options.journal}; remove it to start anew")
+    return Store(options.resume or options.journal)
 
 
-def _last_descriptions(task: Any, count: int) -> Any:
-    if len(task.descriptions) <= count:
-        expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
-        raise ValueError(f"--held-out-descriptions: expected {expected}, got {count}")
-    return dataclasses.replace(task, descriptions=task.descriptions[-count:])
+def _answerer(options: Options, model_name: str, store: Any) -> tuple[Any, Any]:
+    """(what asks the base model, its tokenizer)."""
+    from t2l_engine.research.evaluation.answers import Answerer
+    from t2l_engine.research.evaluation.methods import digest
+    from t2l_engine.text import base_model
+    from t2l_engine.text.prompts import prompt_ids
+
+    model, tokenizer = base_model.load(model_name, options.dtype.torch)
+    model.to(options.device)
+    begins = [str(i) for i in prompt_ids(tokenizer, [""])[0]]
+    rounds = [options.device] if options.device != "cpu" else []  # another device rounds differently
+    identity = digest(model.parameters(), model_name, model.config.to_json_string(), *begins, *rounds)
+    size, clock = options.batch_size, time.perf_counter
+    return Answerer(model, tokenizer, identity=identity, store=store, batch_size=size, clock=clock), tokenizer
 
 
-def _also(text: str, base_model: str, device: str) -> tuple:
-    """(name, engine, checkpoint folder) of ``--also``."""
-    name, _, path = text.partition("=")
-    if not name or not path:
-        raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
-    return name, *load_engine(path, "", "", False, base_model, device)
+def _load_tasks(options: Options) -> tuple[list[Task], dict[str, dict[str, list]]]:
+    """(tasks with the examples to answer, split -> task -> all examples of it)."""
+    from t2l_engine.research.tasks.folder import load_tasks
+
+    tasks = load_tasks(options.tasks, options.split, names=split_names(options.names) or None)
+    if count := options.held_out_descriptions:
+        for task in tasks:
+            if len(task.descriptions) <= count:
+                expected = f"fewer than the {len(task.descriptions)} descriptions of task {task.name}"
+                raise ValueError(f"held_out_descriptions: expected {expected}, got {count}")
+        tasks = [dataclasses.replace(task, descriptions=task.descriptions[-count:]) for task in tasks]
+    if options.max_items:
+        tasks = [dataclasses.replace(task, examples=task.examples[: options.max_items]) for task in tasks]
+    every = load_tasks(options.tasks, None, names=[task.name for task in tasks])
+    return tasks, {s: {t.name: [e for e in t.examples if e.split == s] for t in every} for s in ("train", "val")}
 
 
-def _methods(
-    tasks: list,
-    pools: dict,
-    shots: list[int],
-    engines: list[tuple],
-    oracle: list[Path],
-    library: Path | None,
-    multi: list[Path],
-    held_out: int,
-    split: str,
-) -> tuple[list, dict[str, str]]:
-    """(possible methods, method -> reason why it is left out)."""
-    from t2l_engine.adapters.stack import AdapterStack
-    from t2l_engine.research.evaluation import methods as kinds
-    from t2l_engine.research.evaluation.library import average
-    from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME
-    from t2l_engine.research.training.runs import descriptions_of, in_prompt_of, prompt_form_of
+def _checkpoints(options: Options) -> list[candidates.Checkpoint]:
+    """The checkpoints of --checkpoint and --also, in that order."""
+    from t2l_engine.research.evaluation.candidates import Checkpoint as Loaded
 
-    left_out: dict[str, str] = {}
-    needed = {n: n + (split == "train") for n in shots}  # the one that is asked is never shown
-    short = {n: next((task.name for task in tasks if len(pools.get(task.name, ())) < needed[n]), None) for n in shots}
-    few = {n: f"fewer than {needed[n]} examples of split 'train' of task {name}" for n, name in short.items() if name}
-    possible = [n for n in shots if n not in few]
-    found = [method for engine in engines for method in _generated(*engine, tasks, pools, possible, few, left_out, held_out)]
-    if oracle:
-        wanted = {task.name for task in tasks}
-        paths = {p.name: p for folder in oracle for p in _adapters("--oracle", folder) if p.name in wanted}
-        if not paths:
-            raise ValueError(f"--oracle: none of the adapters in {', '.join(map(str, oracle))} is named as a task")
-        prompts = {path.parent: (prompt_form_of(path.parent), in_prompt_of(path.parent)) for path in paths.values()}
-        if len(set(prompts.values())) > 1:
-            stated = ", ".join(f"{path} {form}{' with description' * has}" for path, (form, has) in prompts.items())
-            raise ValueError(f"--oracle: expected adapters trained with one prompt_form and prompt, got {stated}")
-        stack = AdapterStack.from_peft(list(paths.values()))
-        found.append(kinds.per_task_method(stack, list(paths), *next(iter(prompts.values()))))
-    if library is not None:
-        stored = _adapters("--library", library)
-        stack = AdapterStack.from_peft(stored)
-        prompt = (prompt_form_of(library), in_prompt_of(library))
-        found += kinds.library_methods(average(stack), stack, *prompt)
-        if (library / DESCRIPTIONS_NAME).is_file():
-            described = descriptions_of(library, held_out)
-            found.append(kinds.nearest_method(stack, [path.name for path in stored], described, *prompt))
-        else:
-            left_out["nearest"] = f"no {DESCRIPTIONS_NAME} in {library}"
-    found += [kinds.multi_task_method(folder) for folder in multi]
-    found += kinds.base_methods(possible)
-    left_out |= {f"icl{kinds.counted(n)}": reason for n, reason in few.items()}
-    names = [method.name for method in found]
-    if twice := [name for name in names if names.count(name) > 1]:
-        expected = "--also, --multi-task: expected methods with names of their own"
-        raise ValueError(f"{expected}, got two called {twice[0]!r}")
-    return found, left_out
-
-
-def _generated(
-    name: str,
-    engine: Any,
-    folder: Path,
-    tasks: list,
-    pools: dict,
-    shots: list[int],
-    few: dict[int, str],
-    left_out: dict[str, str],
-    held_out: int,
-) -> list:
-    from t2l_engine.hypernetwork import checkpoint as checkpoints
-    from t2l_engine.research.evaluation import methods as kinds
-
-    about = checkpoints.describe(folder)
-    training = about.get("training", {})
-    from_input = training.get("condition") == "input"
-    kept = training.get("held_out_descriptions")
-    if isinstance(kept, int) and held_out > kept:
-        warnings.warn(
-            f"--held-out-descriptions: {folder} held out {kept} descriptions of each task, so that some of the {held_out} "
-            "were trained on",
-            stacklevel=2,
-        )
-    made = kinds.generated_methods(
-        name, engine, tasks, pools=pools, shots=shots, in_prompt=engine.description_in_prompt, from_input=from_input
-    )
-    if most := engine.encoder.max_examples:
-        reason = f"the checkpoint reads at most {most} examples"
-        reasons = few | {n: reason for n in shots if n > most}
-        left_out.update({f"{name}-examples{kinds.counted(n)}": why for n, why in reasons.items()})
-    known = getattr(engine.encoder.config, "tasks", None)
-    answered = [task for task in tasks if known is None or task.name in known]
-    if not answered:
-        raise ValueError(f"{folder}: knows tasks by their names (one-hot), and none of those asked")
-    shuffled = [method.name for method in made if method.name.endswith("-shuffled")] if len(answered) < 2 else []
-    left_out.update(dict.fromkeys(shuffled, "it needs at least two tasks"))
-    return [method for method in made if method.name not in shuffled]
-
-
-def _adapters(option: str, folder: Path) -> list[Path]:
-    """The PEFT folders in ``folder``, sorted by name."""
-    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-    if not found:
-        raise FileNotFoundError(f"{option}: {folder}: expected folders of PEFT adapters, found none")
+    o = options
+    first = load_engine(o.checkpoint, o.scaling, o.encoder, o.trust_remote_code, o.base_model, o.device)
+    found = [Loaded(NAME, *first)]
+    for text in options.also or []:
+        name, _, path = text.partition("=")
+        if not name or not path:
+            raise ValueError(f"--also: expected NAME=DIR, got {text!r}")
+        found.append(Loaded(name, *load_engine(path, "", "", False, options.base_model, options.device)))
     return found
 
 
-def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, list[str]]:
-    """Non-empty groups of task names: all, trained and not trained, and the tiers of the manifest."""
+def _methods(options: Options, tasks: Sequence[Task], pools: dict, checkpoints: Sequence[Any]) -> list[Method]:
+    """The methods to compare; says which possible ones are left out, and why."""
+    from t2l_engine.research.evaluation.candidates import Candidates
+
+    made = Candidates(
+        tasks, pools, options.counts, pool_asked=options.split == "train", held_out=options.held_out_descriptions
+    )
+    for checkpoint in checkpoints:
+        made.add_checkpoint(checkpoint)
+    if options.oracle:
+        made.add_per_task(options.oracle)
+    if options.library is not None:
+        made.add_library(options.library)
+    for folder in options.multi_task or []:
+        made.add_multi_task(folder)
+    made.add_base()
+    names = split_names(options.methods)
+    chosen = made.chosen(names)
+    for name, reason in made.left_out.items() if not names else ():
+        say(f"{name} left out: {reason}")
+    return chosen
+
+
+def _say_other_bases(options: Options, checkpoints: Sequence[Any], model_name: str) -> None:
+    """Say which checkpoints and adapters were trained for another base model."""
+    from t2l_engine.hypernetwork.checkpoint import describe
+
+    bases = {checkpoint.folder: describe(checkpoint.folder).get("base_model") for checkpoint in checkpoints}
+    own = bases[checkpoints[0].folder]
+    folders = [*(options.oracle or []), *filter(None, [options.library]), *(options.multi_task or [])]
+    for path, other in (bases | {folder: stored_base(folder) for folder in folders}).items():
+        if differ(own, other):
+            say(f"{path} is of {other}, and is evaluated on {model_name}")
+
+
+def _groups(names: list[str], trained: set[str], manifest: str, *, apart: bool) -> dict[str, list[str]]:
+    """Non-empty groups of task names: all, trained and not trained, and the manifest's splits of tasks.
+
+    ``apart``: only groups that share no task, each of which ends by itself: a mean across them would be of an uneven sample.
+    """
     from t2l_engine.research.tasks import manifest as manifests
 
     groups = {"all": names}
@@ -386,10 +295,38 @@ def _groups(names: list[str], trained: set[str], manifest: str) -> dict[str, lis
         groups["not trained"] = [n for n in names if n not in trained]
     if manifest:
         read = manifests.read(manifest)
-        for tier in manifests.TIERS:
-            members = set(read.names(tier))
-            groups[tier] = [n for n in names if n in members]
-    return {group: members for group, members in groups.items() if members}
+        for part in manifests.TIERS:
+            members = set(read.names(part))
+            groups[part] = [n for n in names if n in members]
+    groups = {group: members for group, members in groups.items() if members}
+    disjoint = manifests.TIERS if manifest else ("trained", "not trained")
+    return {group: members for group, members in groups.items() if not apart or group in disjoint} or groups
+
+
+def _write(options: Options, result: dict[str, Any]) -> None:
+    """Write and print the result; remove the file of answers."""
+    from t2l_engine.files.weights import write_text
+    from t2l_engine.research.evaluation.run import reach
+
+    if precision := result["settings"]["precision"]:
+        asked, left = len(result["tasks"]), len(result["not_asked"])
+        say(f"asked {asked} of {asked + left} tasks, for intervals of at most +-{precision:g} points")
+        for group, of in result["summary"].items():
+            if (widest := max(map(reach, of["difference"].values()), default=0)) > precision:
+                say(f"{group}: its {of['tasks']} tasks are all asked, and intervals reach {widest:.1f} points")
+    if options.json_file is not None:  # before the table, whose pipe may be closed
+        text = json_text(result) + "\n"
+        if options.json_file.exists() and not options.json_file.is_file():  # a device or a pipe
+            options.json_file.write_text(text, encoding="utf-8")
+        else:
+            write_text(options.json_file.resolve(), text)  # a link stays one
+    console().print(_table(result, options.measure.value))
+    if options.plot is not None:
+        from t2l_engine.research.evaluation.plots import means
+
+        means(result, options.plot)
+    if options.journal is not None:
+        options.journal.unlink(missing_ok=True)
 
 
 def _table(result: dict[str, Any], measure: str) -> Any:
@@ -405,13 +342,11 @@ def _table(result: dict[str, Any], measure: str) -> Any:
         return ["" if values.get(method) is None else f"{values[method]:.1f}" for method in methods]
 
     for name in result["tasks"]:
-        table.add_row(
-            name, *cells({method: result["details"][method]["tasks"].get(name, {}).get(measure) for method in methods})
-        )
+        table.add_row(name, *cells({m: result["details"][m]["tasks"].get(name, {}).get(measure) for m in methods}))
     if measure == "score":
         for group, of in result["summary"].items():
             table.add_section()
             table.add_row(f"mean: {group} ({of['tasks']})", *cells(of["mean"]), style="bold")
-            spans = {a: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for a, d in of["difference"].items()}
+            spans = {m: f"{d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}]" for m, d in of["difference"].items()}
             table.add_row(f"{methods[0]} minus this method", *(spans.get(method, "") for method in methods))
     return table

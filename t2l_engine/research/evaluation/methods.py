@@ -1,7 +1,7 @@
-"""The methods of an evaluation.  A method is one compared method: a prompt with or without an adapter.
+"""The methods that an evaluation compares: a prompt with or without an adapter.
 
 A *repeat* draws anew what a method may depend on: the description (number ``repeat`` modulo their count), the few-shot
-examples, the other task of the shuffled control, the junk text.
+examples, the other task of the shuffled-description baseline, the junk text.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.library import DescriptionIndex
 from t2l_engine.lora.handle import attach
 from t2l_engine.research.evaluation.answers import Adapters, Use
-from t2l_engine.research.evaluation.library import TOP_K, Arrow
+from t2l_engine.research.evaluation.library import TOP_K, Arrow, average
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Example, Task
-from t2l_engine.research.training.runs import ADAPTERS, MULTI_TASK, settings_of
+from t2l_engine.research.training.runs import ADAPTERS, INPUT_ALONE, MULTI_TASK, Prompt, prompt_of_run, settings_of
 from t2l_engine.text.encoder import TextEncoder
 from t2l_engine.text.llm_encoder import condition_text
-from t2l_engine.text.prompts import CHAT, RAW, check_prompt_form
+from t2l_engine.text.prompts import CHAT, RAW
 
 SHOTS = 3
-#: The constant control: a description without information about the task.
+#: The constant baseline: a description without information about the task.
 CONSTANT = "Answer the question."
+
+Key = Callable[[Task, Example, int], "str | None"]  # (task, example, repeat) -> key of the adapter, None if it has none
+ANY: Key = lambda task, example, repeat: ""  # noqa: E731
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Method:
     Attributes:
         name: in results.
         adapters: None: the base model.
-        key: (task, example, repeat) -> key of the adapter in ``adapters``; None if it has none for the task.
+        key: of the adapter in ``adapters``; None if it has none for the task.
         description: whether the prompt has the task description.
         shots: number of few-shot examples in the prompt.
         templates: candidate prompt templates; validation selects one.  Adapters have the one they were trained with.
@@ -52,7 +55,7 @@ class Method:
 
     name: str
     adapters: Adapters | None = None
-    key: Callable[[Task, Example, int], str | None] = lambda task, example, repeat: ""
+    key: Key = ANY
     description: bool = False
     shots: int = 0
     templates: tuple[str, ...] = (CHAT,)
@@ -86,13 +89,13 @@ def junk(task: Task, repeat: int) -> str:
 def partners(names: Sequence[str], repeat: int) -> dict[str, str]:
     """Task -> another task: a derangement drawn by repeat; ValueError for fewer than two tasks."""
     if len(names) < 2:
-        raise ValueError(f"methods: the shuffled control needs at least two tasks, got {len(names)}")
+        raise ValueError(f"methods: the shuffled-description baseline needs at least two tasks, got {len(names)}")
     order = list(names)
     random.Random(f"shuffled/{repeat}").shuffle(order)
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-# --- methods ----------------------------------------------------------------------------------------------------------
+# --- methods -------------------------------------------------------------------------------------------------------
 
 
 def base_methods(shots: Sequence[int] = (SHOTS,)) -> list[Method]:
@@ -109,7 +112,7 @@ def base_methods(shots: Sequence[int] = (SHOTS,)) -> list[Method]:
 
 
 def counted(shots: int) -> str:
-    """End of the name of a method with so many examples."""
+    """The end of the name of a method with ``shots`` examples."""
     return "" if shots == SHOTS else f"-{shots}"
 
 
@@ -128,99 +131,78 @@ def generated_methods(
     in_prompt: bool = False,
     from_input: bool = False,
 ) -> list[Method]:
-    """A checkpoint's adapters, generated from the task's description, and its controls.
+    """A checkpoint's adapters, generated from the task's description, and their baselines.
 
     Args:
-        tasks: all tasks of the evaluation; the shuffled control draws among them.
+        tasks: all tasks of the evaluation; the shuffled-description baseline draws among them.
         pools: per task, the examples from which worked examples are drawn.  With them, a checkpoint that reads examples has
-            the methods "-examples", generated from the description and those examples that few-shot prompts show, and
+            the methods "-examples", generated from the description and the examples that few-shot prompts show, and
             "-examples-shuffled", from those of another task.
-        shots: numbers of those examples; a checkpoint has the methods of no more than it reads.
+        shots: numbers of those examples; numbers above what the checkpoint reads have no method.
         in_prompt: whether the checkpoint was trained with the description in the prompt; every prompt then has the correct
-            description, also those of controls.
-        from_input: whether it was trained to generate adapters from inputs; there are no controls then.
+            description, also those of baselines.
+        from_input: whether it was trained to generate adapters from inputs; there are no baselines then.
 
-    With a one-hot encoder, adapters are generated from names of known tasks, and shuffled is the only control.
+    With a one-hot encoder, adapters are generated from names of known tasks, and "-shuffled" is the only baseline.
     """
-    adapters = Generated(engine)
-    method = lambda suffix, key, repeats=True: Method(  # noqa: E731
-        name + suffix, adapters, key, description=in_prompt, templates=(engine.prompt_form,), repeats=repeats or in_prompt
-    )
-    if from_input:
-        return [method("", lambda task, example, repeat: example.input, False)]
-    known = getattr(engine.encoder.config, "tasks", None)
-    if known is not None:
-        tasks = [task for task in tasks if task.name in known]
-    text = (lambda task, repeat: task.name) if known is not None else description_of
-    by_name = {task.name: task for task in tasks}
-    drawn: dict[int, dict[str, str]] = {}
+    adapters, known = Generated(engine), getattr(engine.encoder.config, "tasks", None)
+    by_name = {task.name: task for task in tasks if known is None or task.name in known}
+    partners_of = functools.cache(lambda repeat: partners(list(by_name), repeat))
 
-    def partner(task: Task, repeat: int) -> str:
-        if repeat not in drawn:
-            drawn[repeat] = partners(list(by_name), repeat)
-        return drawn[repeat][task.name]
+    def method(suffix: str, key: Key, repeats: bool = True) -> Method:
+        return _asked(name + suffix, adapters, Prompt(engine.prompt_form, in_prompt), key, repeats or in_prompt)
 
-    def matched(task: Task, example: Example, repeat: int) -> str | None:
-        return text(task, repeat) if task.name in by_name else None
+    def generated_from(other: bool = False, count: int = 0) -> Key:
+        """The text of the task, or of its partner (``other``), with ``count`` worked examples."""
 
-    def shuffled(task: Task, example: Example, repeat: int) -> str | None:
-        if task.name not in by_name:
-            return None
-        return text(by_name[partner(task, repeat)], repeat)
-
-    methods = [method("", matched, known is None), method("-shuffled", shuffled)]
-    if known is None:
-        methods.append(method("-junk", lambda task, example, repeat: junk(task, repeat)))
-        methods.append(method("-constant", lambda task, example, repeat: CONSTANT, False))
-
-    def reading(count: int, other: bool) -> Callable[[Task, Example, int], str]:
-        def key(task: Task, example: Example, repeat: int) -> str:
-            of = by_name[partner(task, repeat)] if other else task
-            shown = shots_of(of, pools[of.name], repeat, count, example.input)
-            return condition_text(description_of(of, repeat), shown)
+        def key(task: Task, example: Example, repeat: int) -> str | None:
+            if task.name not in by_name:
+                return None
+            of = by_name[partners_of(repeat)[task.name]] if other else task
+            text = description_of(of, repeat) if known is None else of.name
+            if not count:
+                return text
+            return condition_text(text, shots_of(of, pools[of.name], repeat, count, example.input))
 
         return key
 
+    if from_input:
+        return [method("", lambda task, example, repeat: example.input, repeats=False)]
+    methods = [method("", generated_from(), known is None), method("-shuffled", generated_from(other=True))]
+    if known is None:
+        methods.append(method("-junk", lambda task, example, repeat: junk(task, repeat)))
+        methods.append(method("-constant", lambda task, example, repeat: CONSTANT, repeats=False))
     for count in shots if pools else ():
         if count <= engine.encoder.max_examples:
             ending = f"-examples{counted(count)}"
-            methods += [method(ending, reading(count, False)), method(f"{ending}-shuffled", reading(count, True))]
+            methods.append(method(ending, generated_from(count=count)))
+            methods.append(method(f"{ending}-shuffled", generated_from(other=True, count=count)))
     return methods
 
 
-def per_task_method(stack: AdapterStack, names: Sequence[str], template: str = CHAT, in_prompt: bool = False) -> Method:
-    """Every task's own adapter (``names``: tasks, in the order of ``stack``), trained with prompt template ``template``.
+def _asked(name: str, adapters: Adapters, prompt: Prompt, key: Key = ANY, repeats: bool | None = None) -> Method:
+    """The method of adapters that were trained with ``prompt``; ``repeats``: None: where the prompt has a description."""
+    repeats = prompt.described if repeats is None else repeats
+    return Method(name, adapters, key, description=prompt.described, templates=(prompt.form,), repeats=repeats)
 
-    ``in_prompt``: whether it was trained with the description in the prompt.
-    """
+
+def per_task_method(stack: AdapterStack, names: Sequence[str], prompt: Prompt = INPUT_ALONE) -> Method:
+    """A LoRA per task, trained on the task itself: method "oracle"; ``names``: tasks, in the order of ``stack``."""
     known = set(names)
-    return Method(
-        "oracle",
-        Stored(stack, names),
-        lambda task, example, repeat: task.name if task.name in known else None,
-        description=in_prompt,
-        templates=(template,),
-        repeats=in_prompt,
-    )
+    own = lambda task, example, repeat: task.name if task.name in known else None  # noqa: E731
+    return _asked("oracle", Stored(stack, names), prompt, own)
 
 
-def library_methods(
-    average: AdapterStack, stack: AdapterStack, template: str = CHAT, in_prompt: bool = False
-) -> list[Method]:
-    """The average of a library, trained with prompt template ``template``, and Arrow routing over it.
-
-    ``in_prompt``: whether it was trained with the description in the prompt.
-    """
-    prompt = {"description": in_prompt, "templates": (template,), "repeats": in_prompt}
-    return [Method("average", Stored(average, [""]), **prompt), Method("arrow", Routed(stack), **prompt)]
+def library_methods(stack: AdapterStack, prompt: Prompt = INPUT_ALONE) -> list[Method]:
+    """The average of a library of adapters, and Arrow routing over it."""
+    return [_asked("average", Stored(average(stack), [""]), prompt), _asked("arrow", Routed(stack), prompt)]
 
 
 def nearest_method(
     stack: AdapterStack,
     names: Sequence[str],
     descriptions: Mapping[str, Sequence[str]],
-    template: str = CHAT,
-    in_prompt: bool = False,
+    prompt: Prompt = INPUT_ALONE,
     encoder: TextEncoder | None = None,
 ) -> Method:
     """The adapter of a library whose descriptions are nearest to the task's: retrieval instead of generation.
@@ -237,7 +219,7 @@ def nearest_method(
     known = {name: descriptions[name] for name in names}
     index = functools.cache(lambda: DescriptionIndex(known, encoder or TextEncoder.from_pretrained()))
     key = lambda task, example, repeat: index().nearest([description_of(task, repeat)])[0][0].name  # noqa: E731
-    return Method("nearest", Stored(stack, names), key, description=in_prompt, templates=(template,))
+    return _asked("nearest", Stored(stack, names), prompt, key, repeats=True)
 
 
 def multi_task_method(folder: Path) -> Method:
@@ -251,11 +233,8 @@ def multi_task_method(folder: Path) -> Method:
         raise FileNotFoundError(f"{folder}: expected the folder of a finished run of t2l train lora, found none")
     if settings.get("mode") != MULTI_TASK:
         raise ConfigError(f"{folder}: expected a run with mode multi-task, got {short_repr(settings.get('mode'))}")
-    stack = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK)
-    in_prompt = settings.get("prompt") == "description"
-    name = "multi-task-description" if in_prompt else "multi-task"
-    template = check_prompt_form(settings.get("prompt_form", CHAT), folder)
-    return Method(name, Stored(stack, [""]), description=in_prompt, templates=(template,), repeats=in_prompt)
+    stack, prompt = AdapterStack.from_peft(folder / ADAPTERS / MULTI_TASK), prompt_of_run(folder / ADAPTERS)
+    return _asked(MULTI_TASK + "-description" * prompt.described, Stored(stack, [""]), prompt)
 
 
 # --- adapters ------------------------------------------------------------------------------------------------------
@@ -286,7 +265,7 @@ class _Attached:
 
 
 class Generated(_Attached):
-    """Adapters generated by a checkpoint; keys are descriptions, for a reader with their examples."""
+    """Adapters generated by a checkpoint; keys are descriptions, for an LLM encoder with their examples."""
 
     def __init__(self, engine: TextToLoRA):
         self._engine, self._embeddings = engine, {}

@@ -15,36 +15,12 @@ from t2l_engine.research.evaluation import metrics, sandbox
 from t2l_engine.research.evaluation.answers import Answer, Answerer, Query
 from t2l_engine.research.evaluation.bootstrap import interval
 from t2l_engine.research.evaluation.methods import Method, description_of, shots_of
+from t2l_engine.research.evaluation.settings import DEFAULTS, Settings
 from t2l_engine.research.tasks.folder import Example, Task
 from t2l_engine.text.prompts import answer_in, answer_of, prompt_ids, prompt_of
 
 #: Tasks that are asked between two looks at the intervals, and the least that an interval is judged by.
 TASKS_A_ROUND = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Settings shared by all methods.
-
-    Attributes:
-        repeats: number of draws of description, few-shot examples and controls.
-        max_new_tokens: of an answer; ``max_long_tokens``: of an answer with reasoning to a number, or of code.
-        max_prompt_tokens: an item with a longer prompt in any method is left out of all methods.
-        validation_items: per task, for selecting a method's prompt template.
-        verify: of exact-match items, only check in one pass whether greedy decoding gives an accepted answer.
-        run_code: allow running answers that are code (:mod:`t2l_engine.research.evaluation.sandbox`).
-        precision: percentage points; above 0, tasks are asked in a drawn order, and no more of a group once the 95 %
-            intervals of its differences to the first method reach at most so far below and above their means.
-    """
-
-    repeats: int = 3
-    max_new_tokens: int = 16
-    max_long_tokens: int = 256
-    max_prompt_tokens: int = 1024
-    validation_items: int = 8
-    run_code: bool = False
-    verify: bool = False
-    precision: float = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +60,7 @@ class Evaluation:
         tokenizer: Any,
         tasks: Sequence[Task],
         methods: Sequence[Method],
-        settings: Settings = Settings(),
+        settings: Settings = DEFAULTS,
         *,
         pools: Mapping[str, Sequence[Example]] | None = None,
         validation: Mapping[str, Sequence[Example]] | None = None,

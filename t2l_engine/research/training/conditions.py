@@ -1,4 +1,4 @@
-"""What a hypernetwork with a reader is trained on: hidden states of descriptions and of descriptions with examples."""
+"""Training with an LLM encoder: hidden states of descriptions and of worked examples, which its pooling attends to."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.examples import normalise
 from t2l_engine.research.tasks.folder import Task
 from t2l_engine.research.training import discriminant
+from t2l_engine.research.training.descriptions import Conditions
 from t2l_engine.research.training.sampling import Group, seeded, trained_descriptions
 from t2l_engine.research.training.settings import ReconstructionSettings, SFTSettings
 from t2l_engine.text.config import LLMEncoderConfig
@@ -38,7 +39,7 @@ _WITHOUT_DESCRIPTION = 8
 CHUNK, BATCH = 16, 48
 
 
-class ReadingHyperNetwork(nn.Module):
+class PooledHyperNetwork(nn.Module):
     """Pooling and hypernetwork, which are trained together: hidden states to adapters."""
 
     def __init__(self, pooling: AttentionPooling, hypernetwork: HyperNetwork):
@@ -50,20 +51,20 @@ class ReadingHyperNetwork(nn.Module):
         return self.hypernetwork(self.pooling(*condition))
 
 
-class ReadConditions:
+class HiddenStates(Conditions):
     """Hidden states of what adapters are generated from: of each task, its descriptions and some *example sets*.
 
     An example set is one of the task's training descriptions, or none, with 1 to ``max_examples`` of its training examples.
-    All are read once, at the start, into a file; a resumed run goes on with it.  The batches that are read together are
-    those of the tasks' order, so states do not depend on the order of training.
+    All are read once, at the start, into a file, which a resumed run reads.  Batches are formed in the tasks' order, so
+    states do not depend on the order of training.
 
     Args:
         settings: of the run; a reconstruction has no example sets.
         tasks: with their descriptions, and with the examples that sets are drawn from.
-        base_model: that is read.
+        base_model: whose hidden states are read.
         folder: of the file; :func:`remove_states` removes it.
 
-    Raises ConfigError if all descriptions of a task are held out, or if reader and language model do not fit together.
+    Raises ConfigError if all descriptions of a task are held out, or if encoder and language model do not fit together.
     """
 
     def __init__(
@@ -88,40 +89,28 @@ class ReadConditions:
             for task, numbers, sets in zip(tasks, self._numbers, self._sets, strict=True)
         ]
         self.encoder_config = LLMEncoderConfig(
-            base_model.rstrip("/"), settings.reader_layers, settings.reader_queries, settings.reader_width,
-            settings.reader_heads, settings.reader_blocks,
+            base_model.rstrip("/"), settings.llm_layers, settings.llm_queries, settings.llm_width,
+            settings.llm_heads, settings.llm_blocks,
             dtype=settings.dtype if isinstance(settings, SFTSettings) else "bfloat16",
             max_examples=settings.max_examples if self._example_share else 0,
         )  # fmt: skip
         # A second copy of the base model: that of the run may use another attention than one loaded from the checkpoint.
         with torch.random.fork_rng(devices=[]):
             try:
-                reader = LLMEncoder.from_config(self.encoder_config, device=device, cache_size=0)
+                encoder = LLMEncoder.from_config(self.encoder_config, device=device, cache_size=0)
             except ConfigError as error:  # of a model with fewer layers
-                raise ConfigError(str(error).replace("encoder.layers", "reader_layers")) from error
-        self._hidden_size = reader.model.config.get_text_config().hidden_size
-        self._states, self._places = read_states(reader, texts, folder)
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the pooled ``task_emb``."""
-        return self.encoder_config.embed_dim
-
-    def config(self) -> dict[str, Any]:
-        """The reader's configuration, for the checkpoint."""
-        return to_json(self.encoder_config)
+                raise ConfigError(str(error).replace("encoder.layers", "llm_layers")) from error
+        self._hidden_size = encoder.model.config.get_text_config().hidden_size
+        self.embed_dim = self.encoder_config.embed_dim
+        self._states, self._places = read_states(encoder, texts, folder)
 
     def pooling(self) -> AttentionPooling:
-        """A new pooling with random parameters, on the CPU."""
         return AttentionPooling(self.encoder_config, self._hidden_size)
 
     @torch.no_grad()
-    def initialise(self, pooling: AttentionPooling, linear: nn.Linear) -> None:
-        """With ``task_init`` "discriminant", initialise the task encoder's ``linear`` by the training descriptions.
-
-        By LDA of what ``pooling`` makes of them: untrained queries pool at random, so most of that is common to all texts.
-        """
-        if self._settings.task_init == "random":
+    def initialise(self, linear: nn.Linear, pooling: AttentionPooling | None) -> None:
+        """By LDA of what ``pooling`` makes of the descriptions: with untrained queries most of that is common to all."""
+        if self._settings.task_init == "random" or pooling is None:
             return
         classes = []
         for task, indices in enumerate(self._train):
@@ -134,9 +123,9 @@ class ReadConditions:
     def _train_descriptions(self, task: Task) -> list[int]:
         s = self._settings
         found = trained_descriptions(task.name, len(task.descriptions), s.held_out_descriptions)
-        if not 0 < s.read_descriptions < len(found):
+        if not 0 < s.llm_descriptions < len(found):
             return list(found)
-        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(found, s.read_descriptions))
+        return sorted(random.Random(seeded(s.seed, "read", task.name)).sample(found, s.llm_descriptions))
 
     def _val_descriptions(self, task: Task) -> list[int]:
         held_out, count = self._settings.held_out_descriptions, len(task.descriptions)
@@ -158,11 +147,9 @@ class ReadConditions:
         return sets
 
     def train_indices(self, task: int) -> Sequence[int]:
-        """Indices of the descriptions used in training."""
         return self._train[task]
 
     def val_indices(self, task: int) -> Sequence[int]:
-        """Indices of the descriptions used in validation: the held-out ones, or those of training if none is held out."""
         return self._val[task] or self._train[task]
 
     def clean(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
@@ -170,10 +157,7 @@ class ReadConditions:
         return self._gathered([(g.task, self._numbers[g.task][g.description]) for g in groups])
 
     def augmented(self, groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
-        """As :meth:`clean`; a share of the groups, drawn from a seed by their keys, reads an example set instead.
-
-        ``token_dropout`` of each text's tokens, drawn likewise, are masked.
-        """
+        """As :meth:`clean`; ``example_share`` of groups read an example set, ``token_dropout`` of tokens are masked."""
         states, mask = self._gathered([(g.task, self._drawn(g)) for g in groups])
         if self._token_dropout:
             generators = [torch.Generator().manual_seed(seeded("token dropout", g.key)) for g in groups]
@@ -202,27 +186,27 @@ class ReadConditions:
 def remove_states(folder: Path) -> None:
     """Remove the file of hidden states in ``folder`` and, with the last process's, the folder around it."""
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # there is none, or another process has not finished
+    with contextlib.suppress(OSError):  # no such folder, or another process has not finished
         folder.parent.rmdir()
 
 
 def read_states(
-    reader: LLMEncoder, texts: Sequence[Sequence[str]], folder: Path
+    encoder: LLMEncoder, texts: Sequence[Sequence[str]], folder: Path
 ) -> tuple[Tensor, list[list[tuple[int, int]]]]:
     """States ``[tokens, width]`` of the texts of each task, mapped from a file in ``folder``, and the rows of each text."""
     places, end = [], 0
     for of_task in texts:
-        ends = list(itertools.accumulate(reader.lengths(of_task), initial=end))
+        ends = list(itertools.accumulate(encoder.lengths(of_task), initial=end))
         places.append(list(itertools.pairwise(ends)))
         end = ends[-1]
-    width = reader.pooling.project.in_features
+    width = encoder.pooling.project.in_features
     folder.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256(json.dumps([to_json(reader.config), CHUNK, BATCH, texts]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([to_json(encoder.config), CHUNK, BATCH, texts]).encode()).hexdigest()
     index: dict[str, Any] = {"sha256": digest, "tasks": 0}
     if (folder / STATES_FILE).is_file() and (folder / INDEX).is_file():
         found = json.loads((folder / INDEX).read_text())
         index = found if found.get("sha256") == digest else index
-    if not index["tasks"]:  # or after a crash the states of other texts, overwritten by now, would still be vouched for
+    if not index["tasks"]:  # an old index must not describe states that are overwritten from here on
         (folder / INDEX).unlink(missing_ok=True)
     states = torch.from_file(str(folder / STATES_FILE), shared=True, size=end * width, dtype=torch.bfloat16).view(end, width)
     with tqdm(total=len(texts), initial=index["tasks"], desc="reading", unit="task") as bar:
@@ -232,10 +216,10 @@ def read_states(
             pending.sort(key=lambda pair: pair[1][1] - pair[1][0])
             for start in range(0, len(pending), BATCH):
                 batch = pending[start : start + BATCH]
-                for read, (_, (first, last)) in zip(reader.states([text for text, _ in batch]), batch, strict=True):
+                for read, (_, (first, last)) in zip(encoder.states([text for text, _ in batch]), batch, strict=True):
                     states[first:last] = read.cpu()
             index["tasks"] = min(chunk.stop, len(texts))
-            with (folder / STATES_FILE).open("rb+") as file:  # before the index says that they are there
+            with (folder / STATES_FILE).open("rb+") as file:  # before the index names them
                 os.fsync(file.fileno())
             write_text(folder / INDEX, json.dumps(index))
             bar.update(index["tasks"] - bar.n)

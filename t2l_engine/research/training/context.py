@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from t2l_engine.adapters.paths import DEFAULT_PATHS, LAYER, nondefault_paths, path_template
 from t2l_engine.adapters.stack import AdapterStack
@@ -118,7 +118,7 @@ class TrainingContext:
         device: torch.device,
         names: Sequence[str] | None = None,
     ):
-        self.settings = settings
+        self.settings, self._handle = settings, None
         loaded = load_tasks(tasks_folder, None, names=names)
         self._digests = summary(loaded)
         self.tasks = [_of_split(task, "train") for task in loaded]
@@ -136,7 +136,7 @@ class TrainingContext:
         self.model, self.tokenizer = base_model.load(
             settings.base_model, getattr(torch, settings.dtype), attention="eager" if eager else None
         )
-        # Of the same name there may be others the next time.
+        # A folder of the same name may hold other weights when the run is resumed.
         self._base = content_checksum(dict(self.model.named_parameters()))
         self.model.requires_grad_(False).to(device)
         self.device = device
@@ -175,18 +175,25 @@ class TrainingContext:
         digest = hashlib.sha256(json.dumps(tasks).encode()).hexdigest()
         return data | {"tasks": list(data["tasks"]), "tasks_sha256": digest}
 
-    def objective(self, stack: AdapterStack) -> Objective:
+    def attach(self, stack: AdapterStack) -> None:
         """Attach to the model; ``stack``: one adapter, whose shapes the slots get."""
-        self.handle = attach(self.model, stack)
+        self._handle = attach(self.model, stack)
         if self.settings.compile:
             compile_between(self.model, self.modules.paths)
-        return Objective(self.model, self.handle)
+        self._objective = Objective(self.model, self._handle)
+
+    def losses(self, batch: Batch, stack: AdapterStack) -> Tensor:
+        """The training loss of each row, with the settings' smoothing, noise and dropout; after :meth:`attach`."""
+        s = self.settings
+        return self._objective.losses(
+            batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
+        )
 
     def close(self) -> None:
         """Detach from the model."""
-        if hasattr(self, "handle"):
-            self.handle.detach()
-            del self.handle
+        if self._handle is not None:
+            self._handle.detach()
+            self._handle = None
 
     def collate(
         self, groups: Sequence[Group], of_step: Sequence[Group], adapter: Adapter | None = None, *, per_task: bool = False
@@ -197,7 +204,6 @@ class TrainingContext:
 
     def validate(
         self,
-        objective: Objective,
         shard: Shard,
         descriptions: Descriptions,
         stack: Callable[[Sequence[Group]], AdapterStack],
@@ -230,7 +236,7 @@ class TrainingContext:
             batch = collate(
                 mine, self.tokenizer.pad_token_id, lambda s, g: 1 / (s.answer_len * counts[g.task]), len(mine), adapter
             )
-            losses = objective.losses(batch, stack(mine)).tolist()
+            losses = self._objective.losses(batch, stack(mine)).tolist()
             for task, loss in zip(batch.tasks, losses, strict=True):
                 sums[task] += loss
         return {self.tasks[task].name: loss for task, loss in sums.items()}

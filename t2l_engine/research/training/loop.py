@@ -16,7 +16,7 @@ may depend on the sizes that the process has seen.
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import json
 import math
 import os
@@ -116,7 +116,7 @@ def accelerator(device: str) -> Accelerator:
     check_device(device)
     # Buffers (offsets) are constants; every parameter has a gradient in every step.
     options = DistributedDataParallelKwargs(broadcast_buffers=False)
-    # Not what `accelerate config` says: the settings do, and one process is trained without Accelerate's autocast.
+    # The settings state the precision, not `accelerate config`.
     accelerate = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[options])
     if accelerate.device.type != device:  # Accelerate keeps its state per process
         raise ConfigError(f"--device: got {device!r}, but this process has trained on {accelerate.device.type!r} before")
@@ -138,7 +138,7 @@ def learning_rate(settings: Settings, step: int) -> float:
 
 
 def other_data(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """What differs between a run's :meth:`Job.data` and that of another, as text: kinds of data and their names."""
+    """The kinds and names of data in which two runs' :meth:`Job.data` differ, as text."""
     found = []
     for kind in sorted(ours.keys() | theirs):
         one, other = (json.loads(json.dumps(of.get(kind))) for of in (ours, theirs))
@@ -160,49 +160,73 @@ def run(job: Job, output: Path, accelerate: Accelerator, title: str = "") -> Pat
         FloatingPointError: the loss, its gradient or a validation loss is NaN or infinite; names the step and the last good
             state.
     """
-    settings, shard = job.settings, Shard(accelerate.process_index, accelerate.num_processes)
     job.model.to(accelerate.device)
-    optimizers = _optimizers(job)
-    state = _State(job, optimizers, output)
-    step = state.load()
-    model = _distributed(job.model, accelerate) if shard.world_size > 1 else job.model
-    main = accelerate.is_main_process
+    going = _Run(job, output, accelerate)
+    step, main = going.state.load(), accelerate.is_main_process
     accelerate.wait_for_everyone()  # all processes have read the state before one writes
     if main:
         remove_unfinished(output)
-        write_text(output / SETTINGS, to_yaml(settings))
+        write_text(output / SETTINGS, to_yaml(job.settings))
     with (
         Log(output, step, enabled=main) as log,
-        tqdm(total=settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
-        _interrupts(single=shard.world_size == 1) as interrupted,
+        tqdm(total=job.settings.steps, initial=step, unit="step", desc=title or None, disable=not main) as bar,
+        _interrupts(single=going.shard.world_size == 1) as interrupted,
         torch.random.fork_rng(),  # leaves the caller's generator as it is
     ):
-        if step == 0 and settings.patience:
-            _validate(job, step, shard, accelerate, log, output, state)
+        if step == 0 and job.settings.patience:
+            _validate(going, step, log)
         while not _ended(job, step):
             began = time.perf_counter()
-            row = _step(job, model, optimizers, step, shard, accelerate, state)
+            row = _step(going, step)
             step += 1
             log.write({"step": step, **row, "seconds": round(time.perf_counter() - began, 4)})
             bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             bar.update()
-            if settings.validate_every and (step % settings.validate_every == 0 or step == settings.steps):
-                _validate(job, step, shard, accelerate, log, output, state)
-            last = _ended(job, step)
-            if step % settings.save_every == 0 or last or interrupted:
+            every = job.settings.validate_every
+            if every and (step % every == 0 or step == job.settings.steps):
+                _validate(going, step, log)
+            if step % job.settings.save_every == 0 or _ended(job, step) or interrupted:
                 log.flush()
                 if main:
-                    state.save(step)
+                    going.state.save(step)
                     job.write(output, step, best=False)
             if interrupted:
                 message = f"saved at step {step} in {output}; the same command goes on from there"
                 tqdm.write(message, file=sys.stderr)
                 raise KeyboardInterrupt(message)
-        if main and not state.saved:
+        if main and not going.state.saved:
             job.write(output, step, best=False)  # an earlier run was killed after saving its state and before this
     accelerate.wait_for_everyone()
     accelerate.free_memory()  # it keeps references to wrapped modules; this process may start another run
     return output
+
+
+class _Run:
+    """A run in progress: the job, its optimisers and state, and this process's part of it."""
+
+    def __init__(self, job: Job, output: Path, accelerate: Accelerator):
+        self.job, self.output, self.accelerate = job, output, accelerate
+        self.shard = Shard(accelerate.process_index, accelerate.num_processes)
+        self.optimizers = _optimizers(job)
+        self.state = _State(job, self.optimizers, output)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The trained module, with several processes in DistributedDataParallel."""
+        if self.shard.world_size == 1:
+            return self.job.model
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
+            return self.accelerate.prepare(self.job.model)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums of ``values`` over processes."""
+        summed = self.accelerate.reduce(torch.tensor(values, dtype=torch.float64, device=self.accelerate.device), "sum")
+        return summed.tolist()
+
+    def check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{what} is {value} at step {step}; {self.state.describe()}")
 
 
 def _optimizers(job: Job) -> list[torch.optim.Optimizer]:
@@ -227,68 +251,49 @@ def _ended(job: Job, step: int) -> bool:
     return stale or step >= s.steps
 
 
-def _distributed(module: nn.Module, accelerate: Accelerator) -> nn.Module:
-    """``module`` in DistributedDataParallel."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch's new name for what Accelerate passes
-        return accelerate.prepare(module)
-
-
-def _step(
-    job: Job,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: int,
-    shard: Shard,
-    accelerate: Accelerator,
-    state: _State,
-) -> dict[str, Any]:
+def _step(run: _Run, step: int) -> dict[str, Any]:
     """One optimiser step; returns its row of the log."""
-    settings = job.settings
+    job, settings, accelerate = run.job, run.job.settings, run.accelerate
     rate = learning_rate(settings, step)
-    for group in itertools.chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
-        group["lr"] = rate
-    torch.manual_seed(seeded(settings.seed, "step", step, shard.rank))  # dropout
-    for optimizer in optimizers:
+    torch.manual_seed(seeded(settings.seed, "step", step, run.shard.rank))  # dropout
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
-    batches = job.batches(step, shard)
+    batches = job.batches(step, run.shard)
     total = torch.zeros((), dtype=torch.float64, device=accelerate.device)
     for number, batch in enumerate(batches):
         # Gradients are reduced once a step, with the last micro-batch.
-        reduce = number == len(batches) - 1 or shard.world_size == 1
-        with contextlib.nullcontext() if reduce else accelerate.no_sync(model):
-            loss = job.loss(model, batch)
-            (loss * shard.world_size).backward()  # DDP averages over processes; the loss is a sum
+        reduce = number == len(batches) - 1 or run.shard.world_size == 1
+        with contextlib.nullcontext() if reduce else accelerate.no_sync(run.model):
+            loss = job.loss(run.model, batch)
+            (loss * run.shard.world_size).backward()  # DDP averages over processes; the loss is a sum
         total += loss.detach().double()
-    loss = job.reported(float(accelerate.reduce(total, "sum")))
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"loss is {loss} at step {step + 1}; {state.describe()}")
+    counts = [sum(getattr(batch, name, 0) for batch in batches) for name in COUNTS]
+    loss, *counts = run.sum([float(total), *counts])
+    loss = job.reported(loss)
+    run.check_finite("loss", loss, step + 1)
     norm = float(job.clip(settings.grad_clip))
-    if not math.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {norm} at step {step + 1}; {state.describe()}")
-    for optimizer in optimizers:
+    run.check_finite("the gradient's norm", norm, step + 1)
+    for optimizer in run.optimizers:
         optimizer.step()
-    counts = [sum(getattr(b, name, 0) for b in batches) for name in COUNTS]
-    counts = accelerate.reduce(torch.tensor(counts, device=accelerate.device), "sum").tolist()
-    counted = {name: count for name, count in zip(COUNTS, counts, strict=True) if count}
+    counted = {name: int(count) for name, count in zip(COUNTS, counts, strict=True) if count}
     return {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counted}
 
 
-def _validate(job: Job, step: int, shard: Shard, accelerate: Accelerator, log: Log, output: Path, state: _State) -> None:
+def _validate(run: _Run, step: int, log: Log) -> None:
+    job = run.job
     with torch.no_grad():
-        summands = job.validate(shard)
+        summands = job.validate(run.shard)
     if not summands:
         return
-    sums = torch.tensor(list(summands.values()), dtype=torch.float64, device=accelerate.device)
-    losses = dict(zip(summands, accelerate.reduce(sums, "sum").tolist(), strict=True))
-    if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
-        raise FloatingPointError(
-            f"validation loss of {short_repr(broken)} is not finite after step {step}; {state.describe()}"
-        )
+    losses = dict(zip(summands, run.sum(list(summands.values())), strict=True))
+    for task, loss in losses.items():
+        run.check_finite(f"validation loss of task {task}", loss, step)
     better = job.improved(losses, step)
     log.write({"step": step, "val_loss": math.fsum(losses.values()) / len(losses), "best": better, "tasks": losses})
-    if better and accelerate.is_main_process:
-        job.write(output / BEST, step, best=True)
+    if better and run.accelerate.is_main_process:
+        job.write(run.output / BEST, step, best=True)
 
 
 class _State:

@@ -116,8 +116,7 @@ class LoRA(loop.Job):
             self._group, lambda g: g.longest, settings.bucket_steps if self._shared else 1,
         )  # fmt: skip
         with torch.no_grad():
-            first = self.model()[0]
-        self._objective = context.objective(first)
+            context.attach(self.model()[0])
 
     def _group(self, task: int, visit: int) -> Group:
         s = self.settings
@@ -135,10 +134,7 @@ class LoRA(loop.Job):
         return [self._context.collate(part, groups, self._adapter, per_task=not self._shared) for part in parts]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        s = self.settings
-        return self._objective.losses(
-            batch, model(), label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
-        ).sum()
+        return self._context.losses(batch, model()).sum()
 
     def reported(self, loss: float) -> float:
         return loss / len(self.names)  # the mean over adapters
@@ -155,9 +151,7 @@ class LoRA(loop.Job):
 
     def validate(self, shard: Shard) -> dict[str, float]:
         stack = self.model()
-        return self._context.validate(
-            self._objective, shard, self._descriptions, lambda groups: stack, self._adapter, self._tasks
-        )
+        return self._context.validate(shard, self._descriptions, lambda groups: stack, self._adapter, self._tasks)
 
     def improved(self, losses: dict[str, float], step: int) -> bool:
         if self._shared:

@@ -1,6 +1,6 @@
 """Reconstruction: a hypernetwork learns to reproduce a library of adapters from their descriptions (paper section 3.1).
 
-No base model is loaded, but for a reader.  The loss of a task is the L1 distance to its adapter, the mean over modules of
+Only encoder "llm" loads the base model.  The loss of a task is the L1 distance to its adapter, the mean over modules of
 
 - "z-score": ``(mean|A - A'| + mean|B - B'|) / 2`` between z-scores, by the mean and unbiased standard deviation of each
   entry over the tasks; the checkpoint's offsets invert the normalisation;
@@ -34,11 +34,11 @@ from t2l_engine.hypernetwork.modules import STD_EPS
 from t2l_engine.hypernetwork.network import HyperNetwork
 from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, read_descriptions
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import STATES, ReadConditions, ReadingHyperNetwork, remove_states
-from t2l_engine.research.training.descriptions import TaskEmbeddings
-from t2l_engine.research.training.runs import in_prompt_of, prompt_form_of
+from t2l_engine.research.training.conditions import STATES, remove_states
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob, conditions_of
+from t2l_engine.research.training.runs import prompt_of_run
 from t2l_engine.research.training.sampling import Group, Shard, Stream, divide, seeded
-from t2l_engine.research.training.settings import READER, ReconstructionSettings
+from t2l_engine.research.training.settings import LLM, ReconstructionSettings
 from t2l_engine.text.packaged import own_name
 
 #: Factor of the "delta-w" loss, as in SakanaAI's code; brings weight differences to the order of 1.
@@ -83,7 +83,8 @@ class Library:
             raise ConfigError(f"{folder}: expected modules of the same number of layers, got {short_repr(depths)}")
         # Computed once: every save needs them, and a library may have gigabytes.
         self.base_model, self.digests = self._base_model(), self._digests()
-        self.prompt = {"prompt_form": prompt_form_of(folder), "prompt": "description" if in_prompt_of(folder) else "input"}
+        form, described = prompt_of_run(folder)
+        self.prompt = {"prompt_form": form, "prompt": "description" if described else "input"}
 
     def _base_model(self) -> str | None:
         """The base model in the adapters' configurations; None unless all state the same one."""
@@ -151,18 +152,25 @@ def spread(stack: AdapterStack) -> float:
     return 2.0 ** round(math.log2(square) / 2) if square > 0 else 1.0
 
 
-class Reconstruction(loop.Job):
+class Reconstruction(HyperNetworkJob):
     """Reconstruction of a library of adapters; see :func:`train`."""
+
+    settings: ReconstructionSettings
 
     def __init__(
         self, settings: ReconstructionSettings, library: Library, device: torch.device, folder: Path = Path(STATES)
     ):
-        """``folder``: for the file of hidden states that a reader pools."""
-        super().__init__()
+        """``folder``: for the file of hidden states of encoder "llm"."""
         if settings.target == "z-score" and len(library.names) < 2:
             raise ConfigError("target: z-score needs at least two adapters, since one has no standard deviation; got one")
-        self.settings, self._library = settings, library
-        self._conditions = self._read(device, folder)
+        if settings.encoder == LLM and library.base_model is None:
+            raise ConfigError(
+                f"encoder: {LLM!r} needs the adapters' base model: expected one base_model_name_or_path in all of "
+                f"{short_repr(library.names)}, got none or several"
+            )
+        tasks = [Task(name, tuple(texts), ()) for name, texts in library.descriptions.items()]
+        super().__init__(settings, conditions_of(settings, tasks, library.base_model, device, folder))
+        self._library = library
         self._statistics: dict[str, dict[str, Tensor]] = {}  # module -> offsets that invert the z-scores
         self._unit = spread(library.stack) if settings.target == "raw" else 1.0
         self._targets: dict[str, tuple[Tensor, Tensor]] = {}
@@ -173,32 +181,12 @@ class Reconstruction(loop.Job):
                     sides[side], mean, std = z_scores(values)
                     self._statistics.setdefault(module, {}).update({f"mean_{side}": mean, f"std_{side}": std})
             self._targets[module] = sides["A"].to(device), sides["B"].to(device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
-            self._net, self._pooling = HyperNetwork(self._config()), None
-            if isinstance(self._conditions, ReadConditions):
-                self._pooling = self._conditions.pooling()
-                self._conditions.initialise(self._pooling, self._net.task_encoder.linear)
-            else:
-                self._conditions.initialise(self._net.task_encoder.linear)
-        self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
+        net, pooling = self._new(self._config(), hyperinit=False)
         if settings.target == "raw":
-            for module, offsets in self._net.offsets.items():
+            for module, offsets in net.offsets.items():
                 offsets.add_A, offsets.add_B = (side.mean(dim=0) for side in self._targets[module])
-        self.model.to(device)
+        self._train(net, pooling, device)
         self._stream = Stream(len(library.names), settings.tasks_per_step, settings.seed, self._group)
-
-    def _read(self, device: torch.device, folder: Path) -> TaskEmbeddings | ReadConditions:
-        library, settings = self._library, self.settings
-        if settings.encoder != READER:
-            return TaskEmbeddings(settings, list(library.descriptions.items()), device)
-        if library.base_model is None:
-            raise ConfigError(
-                f"encoder: {READER!r} reads with the adapters' base model: expected one base_model_name_or_path in all of "
-                f"{short_repr(library.names)}, got none or several"
-            )
-        tasks = [Task(name, tuple(texts), ()) for name, texts in library.descriptions.items()]
-        return ReadConditions(settings, tasks, library.base_model, device, folder)
 
     def _config(self) -> HyperNetworkConfig:
         s, stack = self.settings, self._library.stack
@@ -273,12 +261,8 @@ class Reconstruction(loop.Job):
         return net
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
-        training = {
-            "method": "reconstruction", "steps_done": step, **self.settings.model_dump(mode="json"),
-            **self._library.prompt, "tasks": self.data()["adapters"],
-        }  # fmt: skip
-        blocks = {"encoder": self._conditions.config(), "base_model": self._library.base_model, "training": training}
-        self._denormalised().save_pretrained(folder, blocks, self._pooling)
+        stated = {"method": "reconstruction", **self._library.prompt, "tasks": self._library.digests}
+        self._write(self._denormalised(), folder, step, self._library.base_model, **stated)
 
     def data(self) -> dict[str, Any]:
         return {"adapters": self._library.digests}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t2l_engine.files.errors import ConfigError, short_repr
 from t2l_engine.files.text import MAX_DESCRIPTIONS_BYTES, read_texts
@@ -16,6 +16,16 @@ ADAPTERS, LAST, WAVES, RECORD, MULTI_TASK = "adapters", "last", "waves", "done.j
 RUN = "run"
 #: File of the settings in the folder of a run, or of a wave.
 SETTINGS = "settings.yaml"
+
+
+class Prompt(NamedTuple):
+    """How adapters were trained to be asked: by which template, and whether the prompt has the task description."""
+
+    form: str = CHAT
+    described: bool = False
+
+
+INPUT_ALONE = Prompt()
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
@@ -44,7 +54,7 @@ def _stated(adapters: Path) -> dict[str, Any]:
 
     Empty if there are none.  Raises ConfigError for adapters whose runs had different prompts.
     """
-    run = adapters.absolute().parent  # that of "." is no "."
+    run = adapters.absolute().parent  # Path(".").parent would be "."
     unfinished = run / WAVES / "000" / SETTINGS
     found = settings_of(run)
     if found is None and unfinished.is_file():
@@ -60,23 +70,19 @@ def _stated(adapters: Path) -> dict[str, Any]:
     return found or {}
 
 
-def prompt_form_of(adapters: Path) -> str:
-    """The prompt template of the adapters in folder ``adapters``, as stated by the run that it belongs to; default: chat."""
-    return check_prompt_form(_stated(adapters).get("prompt_form", CHAT), adapters.parent)
+def prompt_of_run(adapters: Path) -> Prompt:
+    """How to ask the adapters in folder ``adapters``, as stated by their run; INPUT_ALONE if nothing states it."""
+    stated = _stated(adapters)
+    return Prompt(check_prompt_form(stated.get("prompt_form", CHAT), adapters.parent), stated.get("prompt") == "description")
 
 
 def descriptions_of(adapters: Path, held_out: int = 0) -> dict[str, list[str]]:
     """The descriptions of the adapters in folder ``adapters`` by name, without those that their run held out.
 
-    ``held_out``: so many last ones are left out anyway, but for the first.
+    ``held_out``: at least this many last ones are left out, but never the first.
 
-    Raises FileNotFoundError where the folder has none.
+    Raises FileNotFoundError if the folder has none.
     """
     own = _stated(adapters).get("held_out_descriptions", 0)
-    kept = lambda texts: texts[: len(texts) - own][: max(1, len(texts) - held_out)]  # noqa: E731
-    return {name: kept(texts) for name, texts in read_descriptions(adapters).items()}
-
-
-def in_prompt_of(adapters: Path) -> bool:
-    """Whether the adapters in folder ``adapters`` were trained with the description in the prompt."""
-    return _stated(adapters).get("prompt") == "description"
+    known = read_descriptions(adapters)
+    return {name: texts[: len(texts) - own][: max(1, len(texts) - held_out)] for name, texts in known.items()}

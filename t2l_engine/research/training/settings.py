@@ -46,10 +46,18 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 #: Settings by name, for ``--config``: ``mini-*`` take minutes on a CPU.
 PACKAGED = Path(__file__).parent / "presets"
-#: The ``encoder`` that is the frozen language model itself: its last hidden state, or a trained pooling of hidden states.
-BASE_MODEL, READER = "base-model", "reader"
-#: The optimisers.
+#: The ``encoder`` that is the frozen language model itself: its last hidden state, or attention pooling of hidden states.
+BASE_MODEL, LLM = "base-model", "llm"
 ADAMW, MUON = "adamw", "muon"
+#: Former names of fields, as files of settings and runs hold them.
+RENAMED = {f"reader_{name}": f"llm_{name}" for name in ("layers", "queries", "width", "heads", "blocks")}
+RENAMED["read_descriptions"] = "llm_descriptions"
+
+
+def _current(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` by today's names, whatever version wrote them."""
+    found = {RENAMED.get(name, name): value for name, value in values.items()}
+    return found | {"encoder": LLM} if found.get("encoder") == "reader" else found
 
 
 class Settings(BaseModel):
@@ -62,20 +70,20 @@ class Settings(BaseModel):
     warmup_steps: Count = Field(50, description="steps of linear rise from zero")
     schedule: Literal["linear", "constant"] = Field("linear", description="after the warm-up: linear decay to zero, or none")
     weight_decay: NotNegative = Field(0.01, description="decoupled, on every trained parameter")
-    grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: not clipped")
-    tasks_per_batch: Positive = Field(8, description="tasks of one batch through the model")
+    grad_clip: NotNegative = Field(1.0, description="largest L2 norm of a step's gradient; 0: no clipping")
+    tasks_per_batch: Positive = Field(8, description="tasks in a batch through the model")
     accumulation: Positive = Field(1, description="batches whose gradients are summed to one step")
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = Field(
-        0, description="of initial parameters, samples, descriptions and noise"
+        0, description="seed of initial parameters, samples, descriptions and noise"
     )
     save_every: Positive = Field(100, description="steps between saved states")
     validate_every: Count = Field(100, description="steps between validations; 0: none")
     patience: Count = Field(
-        0, description="validations without improvement that end the run; the start is then validated too; 0: all steps"
+        0, description="stop after so many validations without improvement, counted from the start; 0: never"
     )
 
     min_delta: NotNegative = Field(
-        0.0, description="what a validation loss must be lower by than the lowest before to count as an improvement"
+        0.0, description="least decrease of the lowest validation loss that counts as an improvement"
     )
 
     @field_validator("*", mode="before")
@@ -151,8 +159,8 @@ class _HyperNetwork(BaseModel):
     head_in_size: Positive = Field(256, description="width of the heads' input")
     encoder: Text = Field(
         "minilm",
-        description='"minilm", a sentence-transformers folder, "base-model" (sft): the last token\'s hidden state in it, '
-        '"reader": a trained pooling of its hidden states, or "one-hot": tasks without text',
+        description='"minilm", a sentence-transformers folder, "base-model" (sft): its last token\'s hidden state, '
+        '"llm": attention pooling of the base model\'s hidden states, or "one-hot": tasks by name',
     )
     task_init: Literal["random", "discriminant"] = Field(
         "random",
@@ -166,50 +174,43 @@ class _HyperNetwork(BaseModel):
         ADAMW, description="adamw; muon: Muon for the weights of linears (orthogonalised updates), AdamW for the rest"
     )
     mix_descriptions: bool = Field(False, description="random convex mixes of two descriptions of a task")
-    reader_layers: tuple[Count, ...] = Field(
-        (0, 10, 20), min_length=1, description="hidden states that the reader pools: 0 token embeddings, i output of layer i"
+    llm_layers: tuple[Count, ...] = Field(
+        (0, 10, 20),
+        min_length=1,
+        description="hidden states that encoder llm pools: 0 token embeddings, i output of layer i",
     )
-    reader_queries: Positive = Field(8, description="pooled vectors of the reader")
-    reader_width: Positive = Field(192, description="of each of them")
-    reader_heads: Positive = Field(4, description="of the reader's attention")
-    reader_blocks: Positive = Field(1, description="attention blocks of the reader")
-    read_descriptions: Count = Field(
-        0, description="of a task's training descriptions, so many, drawn by the seed, are read (encoder reader); 0: all"
+    llm_queries: Positive = Field(8, description="vectors that its attention pooling gives")
+    llm_width: Positive = Field(192, description="width of each of them")
+    llm_heads: Positive = Field(4, description="attention heads of the pooling")
+    llm_blocks: Positive = Field(1, description="attention blocks of the pooling")
+    llm_descriptions: Count = Field(
+        0, description="training descriptions of a task that encoder llm reads, drawn by the seed; 0: all"
     )
 
     @model_validator(mode="after")
-    def _one_hot(self):
+    def _encoder(self):
         if self.encoder == "one-hot":
-            self._expect(
-                "with encoder one-hot",
-                task_init="random",
-                held_out_descriptions=0,
-                embedding_noise=0.0,
-                mix_descriptions=False,
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _reader(self):
-        if self.encoder == READER:
-            if list(self.reader_layers) != sorted(set(self.reader_layers)):
-                raise ValueError(f"reader_layers: expected increasing numbers, got {short_repr(list(self.reader_layers))}")
-            if self.reader_width % self.reader_heads:
-                heads = f"{self.reader_heads} reader_heads"
-                raise ValueError(f"reader_width: expected a multiple of the {heads}, got {self.reader_width}")
-            self._expect(f"with encoder {READER!r}", embedding_noise=0.0, mix_descriptions=False)
-        else:
-            self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("read")))
+            self._expect(task_init="random", held_out_descriptions=0, embedding_noise=0.0, mix_descriptions=False)
+        if self.encoder != LLM:
+            self._expect_defaults(*(name for name in type(self).model_fields if name.startswith("llm_")))
+            return self
+        self._expect(embedding_noise=0.0, mix_descriptions=False)
+        if list(self.llm_layers) != sorted(set(self.llm_layers)):
+            raise ValueError(f"llm_layers: expected increasing numbers, got {short_repr(list(self.llm_layers))}")
+        if self.llm_width % self.llm_heads:
+            raise ValueError(f"llm_width: expected a multiple of the {self.llm_heads} llm_heads, got {self.llm_width}")
         return self
 
     def _expect_defaults(self, *names: str) -> None:
         """Of settings that the encoder has no use for."""
         fields = type(self).model_fields
-        self._expect(f"with encoder {self.encoder!r}", **{name: fields[name].default for name in names})
+        self._expect(**{name: fields[name].default for name in names})
 
-    def _expect(self, when: str, **only: Any) -> None:
+    def _expect(self, when: str = "", **only: Any) -> None:
+        """ValueError unless the settings have the values ``only``; ``when``: what asks for them, default: the encoder."""
         for name, value in only.items():
             if getattr(self, name) != value:
+                when = when or f"with encoder {self.encoder!r}"
                 raise ValueError(f"{name}: expected {value!r} {when}, got {getattr(self, name)!r}")
 
 
@@ -222,43 +223,38 @@ class SFTSettings(_Model, _HyperNetwork, Settings):
         "(Hyperdecoders, arXiv 2203.08304)",
     )
     generated_l2: NotNegative = Field(0.0, description="weight of sum over modules of mean(A^2) + mean(B^2)")
-    initial: Text = Field("", description="checkpoint folder whose parameters the run starts from; empty: random ones")
+    initial: Text = Field("", description="checkpoint folder to start from; empty: random parameters")
     example_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="share of the groups whose adapter is generated from an example set (encoder reader)"
+        0.0, description="share of the groups whose adapter is generated from an example set (encoder llm)"
     )
-    example_sets: Positive = Field(8, description="example sets of a task: a description, or none, with worked examples")
-    max_examples: Positive = Field(6, description="most worked examples of a set")
+    example_sets: Positive = Field(
+        8, description="example sets per task, each of worked examples with or without a description"
+    )
+    max_examples: Positive = Field(6, description="most worked examples in an example set")
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of a text's tokens that the reader's pooling does not see in training (encoder reader)"
+        0.0, description="share of a text's tokens that the pooling does not see in training (encoder llm)"
     )
-
-    @model_validator(mode="after")
-    def _examples(self):
-        if self.encoder == READER:
-            self._expect(f"with encoder {READER!r}", condition="description")
-        else:
-            self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
-        if self.encoder == "one-hot":
-            self._expect("with encoder one-hot", prompt="input")
-        return self
 
     @model_validator(mode="after")
     def _condition(self):
+        if self.encoder == LLM:
+            self._expect(condition="description")
+        else:
+            self._expect_defaults("example_share", "example_sets", "max_examples", "token_dropout")
+        if self.encoder == "one-hot":
+            self._expect(prompt="input")
         if self.condition == "input":
             if self.encoder == "one-hot":
                 raise ValueError("encoder: expected one that reads text with condition input, got 'one-hot'")
             self._expect(
-                "with condition input",
-                samples_per_task=1,
-                held_out_descriptions=0,
-                mix_descriptions=False,
-                task_init="random",
-            )
+                "with condition 'input'",
+                samples_per_task=1, held_out_descriptions=0, mix_descriptions=False, task_init="random",
+            )  # fmt: skip
         return self
 
 
 class LoRASettings(_Model, Settings):
-    """``t2l train lora``: adapters without a hypernetwork, one per task ("oracles") or one for all."""
+    """``t2l train lora``: adapters without a hypernetwork, one per task or one for all."""
 
     mode: Literal["per-task", "multi-task"] = Field(
         "per-task",
@@ -266,13 +262,13 @@ class LoRASettings(_Model, Settings):
     )
     initial: Text = Field(
         "",
-        description="PEFT folder whose adapter training starts from, or a folder of some named as the tasks; empty: none",
+        description="PEFT folder to start from, or a folder of PEFT folders named as the tasks; empty: none",
     )
-    held_out_descriptions: Count = Field(0, description="last descriptions of a task, which prompts never have")
+    held_out_descriptions: Count = Field(0, description="last descriptions of a task, left out of prompts")
 
 
 class ReconstructionSettings(_HyperNetwork, Settings):
-    """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters; no base model but a reader's."""
+    """``t2l train reconstruction``: a hypernetwork that reproduces a library of adapters."""
 
     target: Literal["z-score", "raw", "delta-w"] = Field(
         "z-score", description="what the L1 loss compares: z-scores of A and B, A and B themselves, or B @ A"
@@ -324,13 +320,14 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None = None, source: str = "settings") -> S:
     """``kind`` from plain values; ConfigError lists the faults, each with its field's origin (default: ``source``)."""
+    origins = {RENAMED.get(name, name): origin for name, origin in (origins or {}).items()}
     try:
-        return kind(**values)
+        return kind(**_current(values))
     except ValidationError as error:
         faults, last = [], ""
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0]) if fault["loc"] else ""
-            origin, message = (origins or {}).get(name, source), fault["msg"].removeprefix("Value error, ")
+            origin, message = origins.get(name, source), fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
                 faults.append(f"{origin}: unknown field {short_repr(name)}")
                 last = f"; expected some of {sorted(kind.model_fields)}"
@@ -352,13 +349,9 @@ def build(kind: type[S], values: dict[str, Any], origins: dict[str, str] | None 
 
 def rows(settings: Settings) -> list[tuple[str, str, str, str]]:
     """(field, value, "default" if it was not set, description) of every field."""
+    chosen = settings.model_fields_set
     return [
-        (
-            name,
-            _plain(getattr(settings, name)),
-            "" if name in settings.model_fields_set else "default",
-            field.description or "",
-        )
+        (name, _plain(getattr(settings, name)), "" if name in chosen else "default", field.description or "")
         for name, field in type(settings).model_fields.items()
     ]
 
@@ -386,7 +379,7 @@ def differences(ours: Settings, theirs: Mapping[str, Any]) -> list[str]:
     A field that is not among those written is newer than they are: the run had its default.
     """
     defaults = {name: field.default for name, field in type(ours).model_fields.items() if not field.is_required()}
-    mine, other = ours.model_dump(mode="json"), json.loads(json.dumps(defaults)) | dict(theirs)
+    mine, other = ours.model_dump(mode="json"), json.loads(json.dumps(defaults)) | _current(theirs)
     return [
         f"{name}: {short_repr(other.get(name))} then, {short_repr(mine.get(name))} now"
         for name in sorted(mine.keys() | other.keys())

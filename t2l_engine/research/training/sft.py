@@ -25,48 +25,43 @@ from t2l_engine.hypernetwork.config import HyperNetworkConfig, resolve_scaling
 from t2l_engine.hypernetwork.folder import resolve_checkpoint
 from t2l_engine.hypernetwork.network import HyperNetwork, build, build_pooling
 from t2l_engine.research.training import loop
-from t2l_engine.research.training.conditions import STATES, ReadConditions, ReadingHyperNetwork, remove_states
+from t2l_engine.research.training.conditions import STATES, remove_states
 from t2l_engine.research.training.context import TrainingContext
-from t2l_engine.research.training.descriptions import TaskEmbeddings
+from t2l_engine.research.training.hypernetwork import HyperNetworkJob, conditions_of
 from t2l_engine.research.training.objective import Batch, generated_l2
 from t2l_engine.research.training.sampling import Examples, Group, Shard, Stream, divide
-from t2l_engine.research.training.settings import READER, SFTSettings
+from t2l_engine.research.training.settings import SFTSettings
+from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling
 
 
-class SFT(loop.Job):
+class SFT(HyperNetworkJob):
     """Supervised fine-tuning of a hypernetwork; see :func:`train`."""
 
+    settings: SFTSettings
+
     def __init__(self, settings: SFTSettings, context: TrainingContext, folder: Path = Path(STATES)):
-        """``folder``: for the file of hidden states that a reader pools."""
-        super().__init__()
-        self.settings, self._context = settings, context
-        self._by_input = settings.condition == "input"
+        """``folder``: for the file of hidden states of encoder "llm"."""
+        self._context, self._by_input = context, settings.condition == "input"
         if self._by_input:
             _check_inputs(context.train)
             _check_inputs(context.validation)
-        texts = [(task.name, task.descriptions) for task in context.tasks]
-        self._conditions: TaskEmbeddings | ReadConditions
-        if settings.encoder == READER:
-            self._conditions = ReadConditions(settings, context.tasks, settings.base_model, context.device, folder)
-        else:
-            self._conditions = TaskEmbeddings(settings, texts, context.device, by_input=self._by_input)
+        super().__init__(
+            settings,
+            conditions_of(
+                settings, context.tasks, settings.base_model, context.device, folder, by_input=self._by_input
+            ),
+        )  # fmt: skip
         self._initial = ""  # SHA-256 of the weights file that the run starts from
         self._before: set[str] = set()  # tasks that it was trained on
-        self._net, self._pooling = self._trained_before() if settings.initial else self._new()
-        self.model: nn.Module = self._net if self._pooling is None else ReadingHyperNetwork(self._pooling, self._net)
-        self.model.to(context.device)
+        net, pooling = self._trained_before() if settings.initial else self._new(self._config(), hyperinit=True)
+        self._train(net, pooling, context.device)
         self._stream = Stream(
-            len(context.tasks),
-            settings.tasks_per_step,
-            settings.seed,
-            self._group,
-            lambda g: g.longest,
+            len(context.tasks), settings.tasks_per_step, settings.seed, self._group, lambda g: g.longest,
             settings.bucket_steps,
-        )
+        )  # fmt: skip
         with torch.no_grad():
-            first = self._net(torch.zeros(1, self._net.config.embed_dim, device=context.device))
-        self._objective = context.objective(first)
+            context.attach(net(torch.zeros(1, net.config.embed_dim, device=context.device)))
 
     def _config(self) -> HyperNetworkConfig:
         s, modules = self.settings, self._context.modules
@@ -84,19 +79,6 @@ class SFT(loop.Job):
             scaling=s.scaling,
             paths=modules.own_paths,
         )
-
-    def _new(self) -> tuple[HyperNetwork, AttentionPooling | None]:
-        """Hypernetwork, and pooling of a reader, with initial parameters by the seed."""
-        seed, conditions = self.settings.seed, self._conditions
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # for all layers but the heads
-            net = HyperNetwork(self._config()).bias_hyperinit(torch.Generator().manual_seed(seed))
-            if isinstance(conditions, ReadConditions):
-                pooling = conditions.pooling()
-                conditions.initialise(pooling, net.task_encoder.linear)
-                return net, pooling
-        conditions.initialise(net.task_encoder.linear)
-        return net, None
 
     def _trained_before(self) -> tuple[HyperNetwork, AttentionPooling | None]:
         """Those of the checkpoint ``initial``; ConfigError if its configuration is not that of this run."""
@@ -116,9 +98,9 @@ class SFT(loop.Job):
                 )
         self._initial = hashlib.sha256(contents.path.read_bytes()).hexdigest()
         self._before = checkpoint.trained_tasks(contents.blocks)
-        reads = isinstance(self._conditions, ReadConditions)
-        pooling = build_pooling(contents, self._conditions.encoder_config) if reads else None
-        # What is published may be rounded; steps would be lost in bfloat16.
+        config = self._conditions.encoder_config
+        pooling = build_pooling(contents, config) if isinstance(config, LLMEncoderConfig) else None
+        # A published checkpoint may be in bfloat16, in which small updates would be lost.
         net = build(contents).set_dtype(torch.float32)
         return net.requires_grad_(), pooling and pooling.requires_grad_()
 
@@ -131,30 +113,21 @@ class SFT(loop.Job):
         return [self._context.collate(g, groups) for g in divide(groups, self.settings.tasks_per_batch, shard)]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        s, stack = self.settings, model(self._conditions.augmented(batch.groups))
-        losses = self._objective.losses(
-            batch, stack, label_smoothing=s.label_smoothing, neftune_alpha=s.neftune_alpha, lora_dropout=s.lora_dropout
-        )
-        return losses.sum() + s.generated_l2 * batch.fraction * generated_l2(stack) if s.generated_l2 else losses.sum()
+        weight, stack = self.settings.generated_l2, model(self._conditions.augmented(batch.groups))
+        losses = self._context.losses(batch, stack).sum()
+        return losses + weight * batch.fraction * generated_l2(stack) if weight else losses
 
     def validate(self, shard: Shard) -> dict[str, float]:
         def stack(groups: Sequence[Group]) -> AdapterStack:
             return self.model(self._conditions.clean(groups))
 
-        return self._context.validate(self._objective, shard, self._conditions.val_indices, stack, one_sample=self._by_input)
+        return self._context.validate(shard, self._conditions.val_indices, stack, one_sample=self._by_input)
 
     def write(self, folder: Path, step: int, *, best: bool) -> None:
-        training = {
-            "method": "sft",
-            "steps_done": step,
-            **self.settings.model_dump(mode="json"),
-            "initial": self._initial,  # no place on this machine
-            **self._context.stated(),
-        }
+        stated = {"method": "sft", "initial": self._initial, **self._context.stated()}  # no path of this machine
         if before := sorted(self._before - {task.name for task in self._context.tasks}):
-            training["tasks_before"] = before
-        blocks = {"encoder": self._conditions.config(), "base_model": self.settings.base_model, "training": training}
-        self._net.save_pretrained(folder, blocks, self._pooling)
+            stated["tasks_before"] = before
+        self._write(self._net, folder, step, self.settings.base_model, **stated)
 
     def data(self) -> dict[str, Any]:
         return self._context.data(initial=self._initial)

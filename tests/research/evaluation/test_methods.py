@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import t2l_engine as t2l
-from t2l_engine.cli import evaluate as command
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.evaluation.library import average
+from t2l_engine.research.evaluation.candidates import Candidates, Checkpoint
 from t2l_engine.research.evaluation.methods import (
     CONSTANT,
     SHOTS,
@@ -34,6 +33,7 @@ from t2l_engine.research.tasks import synthetic
 from t2l_engine.research.tasks.folder import Example
 from t2l_engine.research.training import lora
 from t2l_engine.research.training import runs as lora_runs
+from t2l_engine.research.training.runs import Prompt
 from t2l_engine.text.config import LLMEncoderConfig
 from t2l_engine.text.llm_encoder import AttentionPooling, LLMEncoder, condition_text
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -142,7 +142,7 @@ def test_a_checkpoint_of_names_answers_those_it_knows(one_hot):
     assert keys(methods[1], ASKED, 1) == [None, "last", "first"]
     (alone, shuffled) = generated_methods("names", known, ASKED[:2])
     assert keys(alone, ASKED[:2]) == [None, "first"]
-    with pytest.raises(ValueError, match="^methods: the shuffled control needs at least two tasks, got 1"):
+    with pytest.raises(ValueError, match="^methods: the shuffled-description baseline needs at least two tasks, got 1"):
         keys(shuffled, ASKED[:2])
 
 
@@ -170,7 +170,7 @@ def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
             return torch.tensor([places[text] for text in texts])
 
     texts = {"a": ["up", "up too"], "b": ["right"], "c": ["unread"]}
-    method = nearest_method(random_stack(2), ["a", "b"], texts, "raw", encoder=Encoder())
+    method = nearest_method(random_stack(2), ["a", "b"], texts, Prompt("raw"), encoder=Encoder())
     assert (method.name, method.repeats, method.templates, method.description) == ("nearest", True, ("raw",), False)
     assert keys(method, ASKED, 1) == ["b", "a", "a"]
     with pytest.raises(ConfigError, match="descriptions: expected some of every adapter, got none of d"):
@@ -180,7 +180,7 @@ def test_the_nearest_adapter_has_the_nearest_descriptions(monkeypatch):
 def test_library_methods(loaded):
     """A library may be smaller than what Arrow routes a token to."""
     stack = random_stack(3)
-    methods = library_methods(average(stack), stack)
+    methods = library_methods(stack)
     assert shown(methods) == {name: (("chat",), False, 0, False) for name in ("average", "arrow")}
     assert all(keys(method, ASKED) == [""] * 3 for method in methods)
     ids, outputs = torch.tensor([[3, 9, 10, 4]]), []
@@ -304,17 +304,17 @@ def test_runs_that_are_no_such_method(trained, tmp_path):
 def test_methods_are_asked_in_the_form_of_their_training(engine, base_model, tasks, tmp_path):
     engine = t2l.TextToLoRA(engine.encoder, engine.hypernetwork, "raw")
     stack = random_stack(2)
-    made = [*generated_methods("mine", engine, TASKS), per_task_method(stack, ["task0", "task1"], "raw"),
-            *library_methods(average(stack), stack, "raw")]  # fmt: skip
+    made = [*generated_methods("mine", engine, TASKS), per_task_method(stack, ["task0", "task1"], Prompt("raw")),
+            *library_methods(stack, Prompt("raw"))]  # fmt: skip
     assert {method.templates for method in made} == {("raw",)}
     settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
     assert multi_task_method(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
 
 
 def test_why_no_examples_are_read(reading, checkpoint):
-    left_out = {}
-    command._generated("t2l", reading, checkpoint, TASKS, {}, [], {3: "there are too few"}, left_out, 0)
-    assert left_out["t2l-examples"] == "there are too few"
+    made = Candidates(TASKS, {}, [3])
+    made.add_checkpoint(Checkpoint("t2l", reading, checkpoint))
+    assert made.left_out["t2l-examples"] == "fewer than 3 examples of split 'train' of task task0"
 
 
 @pytest.mark.parametrize("form, prompt", [("raw", "input"), ("chat", "description")])
@@ -327,9 +327,9 @@ def test_adapters_of_a_run_that_has_not_finished_say_how_they_are_asked(
         lora.train(settings, tasks, tmp_path / "run")
     adapters = tmp_path / "run" / lora.ADAPTERS
     assert not (tmp_path / "run" / lora_runs.WAVES / "000" / lora_runs.RECORD).exists()
-    assert (lora_runs.prompt_form_of(adapters), lora_runs.in_prompt_of(adapters)) == (form, prompt == "description")
+    assert lora_runs.prompt_of_run(adapters) == (form, prompt == "description")
     monkeypatch.chdir(adapters)
-    assert lora_runs.prompt_form_of(Path(".")) == form
+    assert lora_runs.prompt_of_run(Path(".")).form == form
 
 
 def test_descriptions_without_those_held_out(tmp_path):
@@ -350,9 +350,9 @@ def test_adapters_with_a_run_each_are_asked_as_these_were(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"settings": {"prompt_form": form, "prompt": "description"}}))
         if name != "other":
-            assert (lora_runs.prompt_form_of(tmp_path), lora_runs.in_prompt_of(tmp_path)) == ("raw", True)
+            assert lora_runs.prompt_of_run(tmp_path) == ("raw", True)
     with pytest.raises(ConfigError, match="expected adapters of one prompt_form and prompt, got .*'other': .'chat'"):
-        lora_runs.prompt_form_of(tmp_path)
+        lora_runs.prompt_of_run(tmp_path)
 
 
 # --- identities ------------------------------------------------------------------------------------------------------

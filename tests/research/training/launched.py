@@ -31,10 +31,10 @@ sys.addaudithook(note)
 step = loop._step
 for stop, command in json.loads((folder / "commands.json").read_text()):
 
-    def stopped(job, model, optimizer, number, *rest, stop=stop):
+    def stopped(run, number, stop=stop):
         if number == stop:
             raise ZeroDivisionError("for the test")
-        return step(job, model, optimizer, number, *rest)
+        return step(run, number)
 
     loop._step = stopped
     sys.argv = ["t2l", *command]

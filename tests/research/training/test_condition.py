@@ -97,7 +97,7 @@ def test_an_adapter_depends_on_its_own_input_alone(made, condition):
     other = dataclasses.replace(other, samples=(dataclasses.replace(other.samples[0], input="cow cow"),))
     changed = dataclasses.replace(batch, groups=[*batch.groups[:2], other, *batch.groups[3:]])
     with torch.no_grad():
-        before, after = (job._objective.losses(b, job.model(job._conditions.augmented(b.groups))) for b in (batch, changed))
+        before, after = (job._context.losses(b, job.model(job._conditions.augmented(b.groups))) for b in (batch, changed))
         stack = job.model(job._conditions.augmented(batch.groups))
     assert (before != after).tolist() == [False, False, condition == "input", False]
     if condition == "input":

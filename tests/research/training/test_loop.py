@@ -391,7 +391,7 @@ def test_a_bad_step_changes_no_parameter(tmp_path):
 
 def test_a_validation_that_is_no_number_ends_the_run(tmp_path):
     """It would never be the best, and with patience end the run as if nothing had happened."""
-    with pytest.raises(FloatingPointError, match=r"validation loss of \['toy'\] is not finite after step 4; .*step 3$"):
+    with pytest.raises(FloatingPointError, match=r"validation loss of task toy is nan at step 4; .*step 3$"):
         train(tmp_path, val_losses={2: 1.0, 4: math.nan}, validate_every=2)
 
 

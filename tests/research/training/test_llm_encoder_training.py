@@ -1,4 +1,4 @@
-"""Training a reader's pooling with its hypernetwork, on descriptions and example sets, and starting from a checkpoint."""
+"""Training the attention pooling of an LLM encoder with its hypernetwork; starting from a checkpoint."""
 
 import json
 
@@ -19,7 +19,7 @@ from t2l_engine.text.llm_encoder import LLMEncoder, condition_text
 from tests.research.training import plain, runs
 
 CPU = torch.device("cpu")
-SMALL = {"encoder": "reader", "reader_layers": [0, 1], "reader_queries": 2, "reader_width": 8, "reader_heads": 2}
+SMALL = {"encoder": "llm", "llm_layers": [0, 1], "llm_queries": 2, "llm_width": 8, "llm_heads": 2}
 
 
 def reading(base_model, **changes):
@@ -139,24 +139,24 @@ def test_dropped_tokens(made):
         assert torch.equal(alone, kept[i, : len(alone)])
 
 
-def test_states_are_the_readers(made, base_model, tasks):
+def test_states_are_those_of_the_checkpoints_encoder(made, base_model, tasks):
     """Of each group, those that the checkpoint's encoder would read, whatever else is read."""
     job = made(held_out_descriptions=1)
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     reads = job._conditions
-    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
+    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     for group in groups_of(job, 5):
         states, mask = reads.augmented([group])
         number = reads._drawn(group) - len(reads._numbers[group.task])
         task = job._context.tasks[group.task]
         text = reads._sets[group.task][number][0] if number >= 0 else condition_text(task.descriptions[group.description])
         assert group.description == 0
-        (expected,) = reader.states([text])
+        (expected,) = encoder.states([text])
         assert mask.all() and (states[0].float() - expected.float()).abs().max() <= 2**-5
 
 
 def test_some_descriptions_are_read(made):
-    job = made(read_descriptions=1, validate_every=0)
+    job = made(llm_descriptions=1, validate_every=0)
     chosen = [list(job._conditions.train_indices(i)) for i in range(2)]
     assert all(len(indices) == 1 for indices in chosen) and {g.description for g in groups_of(job, 9)} <= {0, 1}
     for group in groups_of(job, 9):
@@ -202,38 +202,38 @@ def test_other_texts_are_read_anew(base_model, tasks, tmp_path):
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
     config = reading(base_model)
     fit = TrainingContext(config, tasks, CPU)
-    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
-    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
+    reads = conditions.HiddenStates(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
+    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     for changed in (texts, [["a", "b d"], ["red cat", "dog"]]):
-        states, places = conditions.read_states(reader, changed, tmp_path / "states")
+        states, places = conditions.read_states(encoder, changed, tmp_path / "states")
         for of_task, rows in zip(changed, places, strict=True):
             for text, (start, end) in zip(of_task, rows, strict=True):
-                assert (states[start:end].float() - reader.states([text])[0].float()).abs().max() <= 2**-5, text
+                assert (states[start:end].float() - encoder.states([text])[0].float()).abs().max() <= 2**-5, text
 
 
 def test_states_of_other_texts_that_were_half_read_are_not_taken(base_model, tasks, tmp_path):
     """Reading them wrote over the states of the texts before, which are read again."""
     config = reading(base_model)
     fit = TrainingContext(config, tasks, CPU)
-    reads = conditions.ReadConditions(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
+    reads = conditions.HiddenStates(config, fit.tasks, str(base_model), CPU, tmp_path / "all")
     model, tokenizer = base_model_loader.load(str(base_model), torch.float32)
-    reader = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
+    encoder = LLMEncoder(model.get_decoder(), tokenizer, reads.encoder_config, reads.pooling())
     texts, other = [["a", "b c"]], [["red", "cat dog"]]
-    expected = conditions.read_states(reader, texts, tmp_path / "states")[0].clone()
+    expected = conditions.read_states(encoder, texts, tmp_path / "states")[0].clone()
 
     class Fails:
         """Of a chunk the first batch is written, then reading ends."""
 
-        config, pooling, lengths = reader.config, reader.pooling, staticmethod(reader.lengths)
+        config, pooling, lengths = encoder.config, encoder.pooling, staticmethod(encoder.lengths)
 
         @staticmethod
         def states(batch):
-            yield from reader.states(batch)
+            yield from encoder.states(batch)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         conditions.read_states(Fails, other, tmp_path / "states")
-    assert torch.equal(conditions.read_states(reader, texts, tmp_path / "states")[0], expected)
+    assert torch.equal(conditions.read_states(encoder, texts, tmp_path / "states")[0], expected)
 
 
 def test_the_initialisation_is_made_where_the_pooling_is(made):
@@ -242,7 +242,7 @@ def test_the_initialisation_is_made_where_the_pooling_is(made):
     pooling = job._conditions.pooling()
     linear = torch.nn.Linear(job._conditions.embed_dim, 16)
     job._conditions._device = torch.device("meta")
-    job._conditions.initialise(pooling, linear)
+    job._conditions.initialise(linear, pooling)
     assert linear.weight.isfinite().all()
 
 
@@ -252,12 +252,12 @@ def test_the_initialisation_is_made_where_the_pooling_is(made):
 @pytest.mark.parametrize(
     "changes, match",
     [
-        ({"encoder": "one-hot"}, "reader_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
-        ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'reader', got 0.1"),
-        ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'reader', got True"),
-        ({"reader_layers": [1, 0]}, "reader_layers: expected increasing numbers, got .1, 0."),
-        ({"reader_width": 9}, "reader_width: expected a multiple of the 2 reader_heads, got 9"),
-        ({"condition": "input"}, "condition: expected 'description' with encoder 'reader', got 'input'"),
+        ({"encoder": "one-hot"}, "llm_layers: expected .0, 10, 20. with encoder 'one-hot', got .0, 1."),
+        ({"embedding_noise": 0.1}, "embedding_noise: expected 0.0 with encoder 'llm', got 0.1"),
+        ({"mix_descriptions": True}, "mix_descriptions: expected False with encoder 'llm', got True"),
+        ({"llm_layers": [1, 0]}, "llm_layers: expected increasing numbers, got .1, 0."),
+        ({"llm_width": 9}, "llm_width: expected a multiple of the 2 llm_heads, got 9"),
+        ({"condition": "input"}, "condition: expected 'description' with encoder 'llm', got 'input'"),
     ],
 )
 def test_settings_that_do_not_fit(base_model, changes, match):
@@ -266,14 +266,14 @@ def test_settings_that_do_not_fit(base_model, changes, match):
 
 
 def test_layers_that_the_base_model_does_not_have(base_model, tasks, tmp_path):
-    with pytest.raises(ConfigError, match="^reader_layers: expected at most the 2 layers of '.*', got .0, 3"):
-        sft.train(reading(base_model, reader_layers=[0, 3]), tasks, tmp_path / "out")
+    with pytest.raises(ConfigError, match="^llm_layers: expected at most the 2 layers of '.*', got .0, 3"):
+        sft.train(reading(base_model, llm_layers=[0, 3]), tasks, tmp_path / "out")
 
 
 @pytest.mark.parametrize("field, value", [
-    ("example_share", 0.5), ("max_examples", 2), ("read_descriptions", 4), ("token_dropout", 0.1),
+    ("example_share", 0.5), ("max_examples", 2), ("llm_descriptions", 4), ("token_dropout", 0.1),
 ])  # fmt: skip
-def test_settings_of_a_reader_need_one(base_model, field, value):
+def test_settings_of_an_llm_encoder_need_one(base_model, field, value):
     default = SFTSettings.model_fields[field].default
     with pytest.raises(ConfigError, match=f"{field}: expected {default} with encoder 'one-hot', got {value}"):
         runs.sft(base_model, **{field: value})
@@ -289,9 +289,9 @@ def test_held_out_descriptions_leave_some(base_model, tasks, tmp_path):
 # --- a checkpoint as the start ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoder", ["reader", "minilm"])
+@pytest.mark.parametrize("encoder", ["llm", "minilm"])
 def test_starts_from_a_checkpoint(base_model, tasks, tmp_path, encoder):
-    changes = SMALL if encoder == "reader" else {"encoder": encoder}
+    changes = SMALL if encoder == "llm" else {"encoder": encoder}
     first = sft.train(runs.sft(base_model, **changes, steps=4), tasks, tmp_path / "first")
     more = runs.sft(base_model, **changes, steps=1, learning_rate=1e-9, initial=str(first), seed=3)
     second = sft.train(more, tasks, tmp_path / "second")
@@ -342,7 +342,7 @@ def test_a_scaling_is_the_same_by_another_name(base_model, tasks, tmp_path):
 
 def test_a_start_of_other_shape_is_refused(base_model, tasks, tmp_path):
     first = sft.train(reading(base_model, steps=1), tasks, tmp_path / "first")
-    changes = ({"head_in_size": 4}, "hypernetwork", "head_in_size"), ({"reader_heads": 4}, "encoder", "heads")
+    changes = ({"head_in_size": 4}, "hypernetwork", "head_in_size"), ({"llm_heads": 4}, "encoder", "heads")
     for change, what, field in changes:  # what is alike is not told
         told = rf"initial: expected a checkpoint with the {what} {{'{field}': 4}} of this run, got {{'{field}': \d+}}$"
         with pytest.raises(ConfigError, match=told):
@@ -397,7 +397,7 @@ def test_reconstruction_reads_with_the_adapters_base_model(library):
     for folder in library.glob("*/"):
         config = json.loads((folder / "adapter_config.json").read_text())
         (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": folder.name}))
-    with pytest.raises(ConfigError, match="encoder: 'reader' reads with the adapters' base model: expected one base_model_"):
+    with pytest.raises(ConfigError, match="encoder: 'llm' needs the adapters' base model: expected one base_model_"):
         reconstruction.Reconstruction(runs.reconstruction(**SMALL), reconstruction.Library(library), CPU)
 
 
