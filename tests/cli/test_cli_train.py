@@ -94,10 +94,10 @@ def test_an_interrupted_command_goes_on(train, base_model, tasks, tmp_path, monk
     settings, step = runs.sft(base_model), loop._step
     assert train("sft", settings, "--tasks", tasks, "-o", tmp_path / "whole")[0] == 0
 
-    def interrupted(job, model, optimizer, number, *rest):
+    def interrupted(run, number):
         if number == 4:
             loop.signal.raise_signal(loop.signal.SIGINT)
-        return step(job, model, optimizer, number, *rest)
+        return step(run, number)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_step", interrupted)

@@ -27,7 +27,7 @@ from t2l_engine.research.training.sampling import Descriptions, Examples, Group,
 from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 from t2l_engine.text import base_model
 
-#: Tasks whose digests a checkpoint states one by one; readers accept a configuration of 1 MiB.
+#: Tasks whose digests a checkpoint states one by one; a configuration may have 1 MiB.
 MANY_TASKS = 1000
 
 

@@ -17,7 +17,7 @@ from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answere
 from t2l_engine.research.evaluation.methods import Generated, Routed, Stored
 from t2l_engine.testing.numerics import LOSS_ATOL
 from tests.research.evaluation.conftest import random_stack
-from tests.research.training.conftest import WORDS, word_tokenizer
+from tests.research.training.conftest import WORDS
 
 NAMES = ("first", "last", "other")
 TEXTS = ("Say", "Repeat the word that comes first", "Say the last word.", "Say the last word. Repeat the word at the end")
@@ -160,16 +160,6 @@ def test_an_answer_ends_at_its_first_line_break_where_it_is_one_line(answerer, l
     monkeypatch.setattr(type(loaded[1]), "decode", lambda self, ids, **kwargs: "\n red\nblue\n")
     texts = [answerer().ask([Query("red", one_line=one)], None)[0].text for one in (True, False)]
     assert texts == ["red", "\n red\nblue\n"]
-
-
-def test_a_batch_that_comes_again_is_asked_once(answerer, batches):
-    asked = [Query(f"<user> {word} <bot>") for word in (*WORDS[:4], *WORDS[:4])]
-    answers = answerer().ask(asked, None)
-    assert len(batches) == 1 and answers[:4] == answers[4:]
-
-
-def test_no_query_and_no_model_call(answerer, batches):
-    assert answerer().ask([], None) == [] and batches == []
 
 
 def test_what_is_kept_is_not_asked_again(answerer, batches, engine, tmp_path):
@@ -415,7 +405,3 @@ def test_keys_are_texts_of_any_kind(answerer, tmp_path):
     answerer(store).ask([Query("red", "\ud800", ("red", "naïve"))], None)
     (line,) = (tmp_path / "kept").read_bytes().decode("ascii").splitlines()
     assert len(json.loads(line)["answers"]) == 1
-
-
-def test_the_tokenizer_of_these_tests_pads_on_the_left(loaded):
-    assert loaded[1].padding_side == "left" and word_tokenizer().padding_side == "right"

@@ -25,6 +25,7 @@ from tests.research.training import runs
 
 OURS = ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant"]
 BASE = ["base", "base-description", "icl"]
+QUICK = ("--repeats", 1, "--max-items", 1, "--max-new-tokens", 1)
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
@@ -100,17 +101,17 @@ def test_the_contract_with_a_test_split_alone(run, checkpoint, base_model, tmp_p
         assert name in out
 
 
-def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, base_model, tasks):
-    """Another checkpoint of each kind, oracles, a library, one adapter for all tasks."""
+def test_all_methods(evaluate, one_hot, by_input, adapters, shared, base_model, tasks):
+    """Another checkpoint of each kind, per-task LoRAs, a library, one adapter for all tasks."""
     described = save_checkpoint(shared / "described", base_model, seed=1, prompt="description")
     settings = runs.lora(base_model, mode="multi-task", steps=1, validate_every=0)
     run = lora.train(settings, tasks, shared / "cli-multi-task")
     result, out, err = evaluate(
         "--also", f"other={described}", "--also", f"names={one_hot}", "--also", f"inputs={by_input}", "--oracle", adapters,
-        "--library", adapters, "--multi-task", run, "--repeats", 2, "--dtype", "bfloat16",
+        "--library", adapters, "--multi-task", run, "--repeats", 2, "--dtype", "bfloat16", "--shots", "2,3",
     )  # fmt: skip
     named = [*OURS, "other", "other-shuffled", "other-junk", "other-constant", "names", "names-shuffled", "inputs", "oracle",
-             "average", "arrow", "nearest", "multi-task", *BASE]  # fmt: skip
+             "average", "arrow", "nearest", "multi-task", *BASE[:2], "icl-2", "icl"]  # fmt: skip
     assert list(result["details"]) == named and result["dtype"] == "bfloat16" and "left out" not in err
     lacking = {"names", "names-shuffled", "oracle"}
     assert list(result["tasks"]["again"]) == [name for name in named if name not in lacking]
@@ -129,10 +130,33 @@ def test_all_that_can_be_named(evaluate, one_hot, by_input, adapters, shared, ba
     assert result["forms"]["other"] == {"form": "chat", "validation": None}
 
 
-def test_numbers_of_worked_examples(evaluate):
-    result, out, _ = evaluate("--methods", "icl-2,icl", "--shots", "2,3", "--repeats", 1)
-    tokens = {name: of["tasks"]["first"]["prompt_tokens"] for name, of in result["details"].items()}
-    assert tokens["icl-2"] < tokens["icl"]
+def test_the_result_goes_into_a_pipe_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
+    """The table's pipe may be closed: ``t2l evaluate ... | head``."""
+    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        with pytest.raises(pytest.fail.Exception):
+            run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *QUICK, "--methods", "base", "--json", pipe)
+        assert json.loads(read.result())["summary"]["all"]["mean"].keys() == {"base"} and pipe.is_fifo()
+
+
+def test_held_out_descriptions_are_the_last(evaluate, checkpoint, tmp_path):
+    """The same answers as of a folder with these alone; a checkpoint that was trained on them is named."""
+    write_tasks(tmp_path / "few", [replace(t, descriptions=t.descriptions[-1:]) for t in all_tasks()])
+    options = (*QUICK, "--methods", "base-description")
+    held, _, _ = evaluate(*options, "--held-out-descriptions", 1)
+    expected, _, _ = evaluate(*options, tasks=tmp_path / "few")
+    assert held["settings"].pop("held_out_descriptions") == 1 and expected["settings"].pop("held_out_descriptions") == 0
+    assert without_seconds(held) == without_seconds(expected)
+    config = json.loads((checkpoint / "config.json").read_text())
+    for kept, warned in ((0, True), (1, False)):
+        folder = shutil.copytree(checkpoint, tmp_path / f"kept-{kept}")
+        about = config | {"training": config["training"] | {"held_out_descriptions": kept}}
+        (folder / "config.json").write_text(json.dumps(about))
+        _, _, err = evaluate(*QUICK, "--methods", "t2l", "--held-out-descriptions", 1, checkpoint=folder)
+        assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == warned
 
 
 def test_precision_is_said(evaluate, monkeypatch):
@@ -143,68 +167,6 @@ def test_precision_is_said(evaluate, monkeypatch):
     assert result["groups"]["not trained"] == ["again"] and len(result["groups"]["trained"]) == 1
     assert result["summary"].keys() == {"trained", "not trained"}  # a mean over both would be of an uneven sample
     assert "asked 2 of 3 tasks, for intervals of at most +-100 points" in err and "are all asked" not in err
-
-
-def test_held_out_descriptions_are_the_last(evaluate, tmp_path):
-    """What a run with held_out_descriptions in training has not read: the same answers as of a folder with these alone."""
-    few = [replace(t, descriptions=t.descriptions[-1:]) for t in all_tasks()]
-    write_tasks(tmp_path / "few", few)
-    options = ("--methods", "base-description", "--repeats", 2)
-    held, _, _ = evaluate(*options, "--held-out-descriptions", 1)
-    expected, _, _ = evaluate(*options, tasks=tmp_path / "few")
-    whole, _, _ = evaluate(*options)
-    assert held["settings"].pop("held_out_descriptions") == 1 and expected["settings"].pop("held_out_descriptions") == 0
-    tokens = [r["details"]["base-description"]["tasks"]["first"]["prompt_tokens"] for r in (held, expected, whole)]
-    assert tokens[0] == tokens[1] != tokens[2]
-    assert without_seconds(held) == without_seconds(expected)
-
-
-def test_held_out_descriptions_that_were_trained_on_are_told(evaluate, checkpoint, tmp_path):
-    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
-    config = json.loads((checkpoint / "config.json").read_text())
-    for held_out, told in ((0, True), (1, False)):
-        about = config | {"training": config["training"] | {"held_out_descriptions": held_out}}
-        (folder / "config.json").write_text(json.dumps(about))
-        options = ("--max-items", 1, "--repeats", 1, "--held-out-descriptions", 1)
-        _, _, err = evaluate("--methods", "t2l", *options, checkpoint=folder)
-        assert (f"{folder} held out 0 descriptions of each task, so that some of the 1 were" in err) == told
-
-
-def test_the_result_is_written_before_the_table(run, checkpoint, tasks, tmp_path, monkeypatch):
-    """A pipe that is closed ends the command: ``t2l evaluate ... | head``."""
-    monkeypatch.setattr(command, "console", lambda: pytest.fail("closed", pytrace=False))
-    options = (
-        "--methods",
-        "base",
-        "--repeats",
-        1,
-        "--max-items",
-        1,
-        "--max-new-tokens",
-        1,
-        "--json",
-        tmp_path / "result.json",
-    )
-    with pytest.raises(pytest.fail.Exception):
-        run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)
-    assert json.loads((tmp_path / "result.json").read_text())["summary"]["all"]["mean"].keys() == {"base"}
-
-
-def test_the_result_can_go_into_a_pipe(run, checkpoint, tasks, tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    with ThreadPoolExecutor(1) as pool:
-        read = pool.submit(pipe.read_text)
-        options = ("--methods", "base", "--repeats", 1, "--max-items", 1, "--max-new-tokens", 1, "--json", pipe)
-        assert run("evaluate", "--checkpoint", checkpoint, "--tasks", tasks, *options)[0] == 0
-        assert json.loads(read.result())["summary"].keys() >= {"all"} and pipe.is_fifo()
-
-
-def test_a_second_run_says_the_same(evaluate):
-    options = ("--methods", "icl,t2l,t2l-junk", "--names", "first,last", "--max-items", 2, "--repeats", 2)
-    first, second = evaluate(*options)[0], evaluate(*options)[0]
-    assert list(first["details"]) == ["t2l", "t2l-junk", "icl"] and first["items"] == {"first": 2, "last": 2}
-    assert without_seconds(first) == without_seconds(second)
 
 
 def test_answers_that_are_kept_are_used(evaluate, tmp_path, monkeypatch):
@@ -250,7 +212,7 @@ def test_the_split_that_is_asked(evaluate):
     assert evaluate("--split", "train", "--methods", "icl", "--repeats", 1)[0]["items"] == dict.fromkeys(DESCRIPTIONS, 4)
 
 
-def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
+def test_a_manifest_adds_its_splits(evaluate, tmp_path):
     facts = {name: {"skill": "words", "tier": tier, "source": "tests", "licence": ["MIT"], "permissive": True}
              for name, tier in (("first", "train"), ("last", "novel"))}  # fmt: skip
     path = tmp_path / "manifest.json"
@@ -262,28 +224,19 @@ def test_a_manifest_adds_its_tiers(evaluate, tmp_path):
     }  # fmt: skip
     assert result["summary"].keys() == result["groups"].keys() and "mean: novel (1)" in out
     options = ("--manifest", path, "--methods", "base,base-description", "--repeats", 1, "--precision", 5)
-    result, _, err = evaluate(*options)  # tiers end apart, so there are no means across them
+    result, _, err = evaluate(*options)  # splits end apart, so there are no means across them
     assert result["groups"] == {"train": ["first"], "novel": ["last"]} and result["not_asked"] == ["again"]
     assert "asked 2 of 3 tasks" in err
 
 
-def test_methods_with_more_examples_than_there_are(refuse):
-    told = refuse("--shots", "3,9", "--methods", "icl-9")
-    assert "got 'icl-9': fewer than 9 examples of split 'train' of task" in told
-
-
-def test_the_plot(evaluate, tmp_path):
-    evaluate("--plot", tmp_path / "means.png", "--repeats", 1, "--max-items", 1)
+@pytest.mark.parametrize("measure, title", [("containment", "containment, %"), ("rouge_l", "ROUGE-L, %")])
+def test_other_measures_and_the_plot(evaluate, tmp_path, measure, title):
+    _, out, _ = evaluate("--methods", "t2l,base", *QUICK, "--measure", measure, "--plot", tmp_path / "means.png")
+    assert title in out and "mean" not in out
     assert (tmp_path / "means.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "result.json").is_file()
 
 
-@pytest.mark.parametrize("measure, title", [("containment", "containment, %"), ("rouge_l", "ROUGE-L, %")])
-def test_other_measures_in_the_table(evaluate, measure, title):
-    _, out, _ = evaluate("--methods", "t2l", "--repeats", 1, "--max-items", 1, "--measure", measure)
-    assert title in out and "mean" not in out
-
-
-def test_one_task_has_no_shuffled_control(evaluate, by_input):
+def test_one_task_has_no_shuffled_baseline(evaluate, by_input):
     result, _, err = evaluate("--names", "first", "--repeats", 1, "--max-items", 1, "--also", f"inputs={by_input}")
     assert [line for line in err.splitlines() if line.startswith("t2l: ")] == [
         "t2l: t2l-shuffled left out: it needs at least two tasks",
@@ -318,24 +271,6 @@ def test_methods_that_there_are_not(refuse, one_hot, tmp_path):
     assert refuse("--names", "again", checkpoint=one_hot).startswith(f"{one_hot}: ")
 
 
-def test_methods_of_one_name(refuse, checkpoint):
-    told = refuse("--also", f"base={checkpoint}")
-    assert told == "--also, --multi-task: expected methods with names of their own, got two called 'base'"
-    assert refuse("--methods", "base", "--precision", 5).startswith("--precision: expected at least two methods")
-
-
-@pytest.mark.parametrize("text", ["", "other", "=dir", "other=", "dir/checkpoint"])
-def test_another_checkpoint_needs_a_name(refuse, text):
-    told = refuse("--also", text)
-    assert told.startswith("--also: ") and told.endswith(repr(text))
-
-
-@pytest.mark.parametrize("text", ["", "0", "3,3", "03,3", "three", "-1"])
-def test_numbers_of_worked_examples_are_different_and_positive(refuse, text):
-    told = refuse("--shots", text)
-    assert told.startswith("--shots: ") and told.endswith(repr(text))
-
-
 @pytest.fixture
 def raw_adapters(adapters, tmp_path):
     """``adapters`` in the folder of a run with raw prompts."""
@@ -347,9 +282,17 @@ def raw_adapters(adapters, tmp_path):
     return raw
 
 
-def test_adapters_are_asked_as_the_run_around_them_was_trained(evaluate, raw_adapters):
-    result, _, _ = evaluate("--oracle", raw_adapters, "--library", raw_adapters, "--methods", "oracle,average,arrow")
-    assert {of["form"] for of in result["forms"].values()} == {"raw"}
+def test_adapters_are_asked_as_their_run_was_trained(evaluate, raw_adapters):
+    """In the template of the run around them, with the description where its prompts had it."""
+    options = ("--oracle", raw_adapters, "--library", raw_adapters, "--max-items", 1, "--methods")
+    without, _, _ = evaluate(*options, "oracle,average,arrow")
+    assert {of["form"] for of in without["forms"].values()} == {"raw"}
+    done = raw_adapters.parent / "waves" / "000" / "done.json"
+    done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
+    described, _, _ = evaluate(*options, "oracle")
+    of, before = (found["details"]["oracle"]["tasks"] for found in (described, without))
+    assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
+    assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
 
 
 def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
@@ -360,16 +303,6 @@ def test_adapters_of_another_base_model_are_told(evaluate, adapters, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "elsewhere"}))
     _, _, err = evaluate("--oracle", others, "--methods", "oracle")
     assert f"{others} is of elsewhere, and is evaluated on " in err and " is evaluated on " not in quiet
-
-
-def test_oracles_of_prompts_with_the_description_are_asked_so(evaluate, raw_adapters):
-    without, _, _ = evaluate("--oracle", raw_adapters, "--methods", "oracle")
-    done = raw_adapters.parent / "waves" / "000" / "done.json"
-    done.write_text(json.dumps({"settings": {"prompt_form": "raw", "prompt": "description"}}))
-    result, _, _ = evaluate("--oracle", raw_adapters, "--methods", "oracle")
-    of, before = (found["details"]["oracle"]["tasks"] for found in (result, without))
-    assert all(of[task]["prompt_tokens"] > before[task]["prompt_tokens"] for task in before)
-    assert {len(task["by_repeat"]) for task in of.values()} == {3}  # descriptions differ
 
 
 def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
@@ -388,7 +321,7 @@ def test_a_tokenizer_without_chat_template(run, base_model, tasks, tmp_path):
     assert code == 1 and "t2l: prompt_form: expected 'raw'" in err
 
 
-def test_oracles_of_two_prompt_forms(refuse, adapters, raw_adapters):
+def test_per_task_loras_of_two_prompt_forms(refuse, adapters, raw_adapters):
     (raw_adapters / "first").rename(raw_adapters / "elsewhere")  # or they would all take the place of the others
     told = refuse("--oracle", adapters, "--oracle", raw_adapters)
     assert told.startswith("--oracle: ") and f"{adapters} chat, {raw_adapters} raw" in told
@@ -418,36 +351,32 @@ def test_a_run_that_was_stopped_goes_on_beside_its_result(evaluate, tmp_path, mo
     assert "unfinished" not in evaluate(*options)[2]
 
 
-def test_folders_of_adapters(refuse, adapters, tmp_path):
-    for option in ("--oracle", "--library"):
-        assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
-    assert str(adapters) in refuse("--oracle", adapters, "--names", "again")
-    assert str(adapters) in refuse("--multi-task", adapters)
-    assert str(tmp_path / "none") in refuse("--also", f"x={tmp_path / 'none'}")
-
-
-def test_all_descriptions_cannot_be_held_out(refuse):
-    told = refuse("--held-out-descriptions", 2)
-    assert told == "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"
-
-
-@pytest.mark.parametrize("option", ["--json", "--plot", "--resume"])
-def test_files_that_cannot_be_written(refuse, tmp_path, option):
-    assert refuse(option, tmp_path / "none" / "file.png").startswith(f"{option}: {tmp_path / 'none'}: ")
-    assert refuse(option, tmp_path).startswith(f"{option}: {tmp_path}: ")
-
-
-def test_options_that_cannot_be_met(refuse, tmp_path):
-    """What each value may be, the tests of the library hold."""
+@pytest.mark.parametrize("options, message", [
+    *((("--also", text), "--also: expected NAME=DIR, got " + repr(text)) for text in ("", "other", "=dir", "other=")),
+    *((("--shots", text), "--shots: expected different numbers from 1, comma-separated, got " + repr(text))
+      for text in ("", "0", "3,3", "03,3", "three", "-1")),
+    (("--shots", "3,9", "--methods", "icl-9"), "got 'icl-9': fewer than 9 examples of split 'train' of task"),
+    (("--also", "base={checkpoint}"), "--also, --multi-task: expected methods with names of their own, got two called 'ba"),
+    (("--methods", "base", "--precision", 5), "--precision: expected at least two methods"),
+    (("--held-out-descriptions", 2), "--held-out-descriptions: expected fewer than the 2 descriptions of task again, got 2"),
+    (("--oracle", "{folder}"), "--oracle: {folder}: "), (("--library", "{folder}"), "--library: {folder}: "),
+    (("--oracle", "{adapters}", "--names", "again"), "--oracle: none of the adapters in {adapters} is named as a task"),
+    (("--multi-task", "{adapters}"), "{adapters}: expected the folder of a finished run"),
+    (("--also", "x={folder}/none"), "{folder}/none"), (("--names", "none"), "'none'"), (("--split", "other"), "'other'"),
+    (("--manifest", "nowhere"), "'nowhere'"), (("--base-model", "nowhere"), "'nowhere'"),
+    (("--scaling", "big"), "--scaling: "),
+    (("--device", "tpu"), "--device: expected 'cpu' or 'cuda', got 'tpu'"),
+    (("--plot", "{folder}/means.pgn"), "--plot: expected a name that ends in .png, .svg, .pdf, got "),
+    (("--resume", "{folder}/notes.txt"), "{folder}/notes.txt:1: "), (("--tasks", "{folder}"), "descriptions.json"),
+    *(((option, "{folder}/none/file.png"), f"{option}: {{folder}}/none: ") for option in ("--json", "--plot", "--resume")),
+    *(((option, "{folder}"), f"{option}: {{folder}}: ") for option in ("--json", "--plot", "--resume")),
+])  # fmt: skip
+def test_options_that_cannot_be_met(refuse, checkpoint, adapters, tmp_path, options, message):
+    """One line that names the option, before anything is asked."""
     (tmp_path / "notes.txt").write_text("mine")
-    assert refuse("--resume", tmp_path / "notes.txt").startswith(f"{tmp_path / 'notes.txt'}:1: ")
+    folders = {"folder": tmp_path, "checkpoint": checkpoint, "adapters": adapters}
+    assert message.format(**folders) in refuse(*(str(option).format(**folders) for option in options))
     assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert "descriptions.json" in refuse(tasks=tmp_path)
-    for option, value in (("--names", "none"), ("--split", "other"), ("--manifest", "nowhere"), ("--base-model", "nowhere")):
-        assert repr(value) in refuse(option, value)
-    assert refuse("--scaling", "big").startswith("--scaling: ")
-    assert refuse("--device", "tpu") == "--device: expected 'cpu' or 'cuda', got 'tpu'"
-    assert refuse("--plot", tmp_path / "means.pgn").startswith("--plot: expected a name that ends in .png, .svg, .pdf, got ")
 
 
 def test_code_is_run_on_request_alone(run, checkpoint, tmp_path):
@@ -469,10 +398,3 @@ def test_the_document_names_what_there_is():
     assert CONSTANT in DOCUMENT
     for method in (*OURS[1:], *BASE, "oracle", "average", "arrow", "multi-task", "multi-task-description"):
         assert f"`{method.removeprefix('t2l')}`" in DOCUMENT, method
-
-
-def test_the_document_names_the_fields(evaluate):
-    result, _, _ = evaluate("--methods", "t2l,base", "--repeats", 1, "--max-items", 1)
-    of = result["details"]["t2l"]
-    for field in (*result, *result["forms"]["base"], *of, *of["tasks"]["first"], *result["summary"]["all"]):
-        assert f"`{field}`" in DOCUMENT, field

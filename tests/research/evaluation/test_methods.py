@@ -11,7 +11,6 @@ import torch
 
 import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
-from t2l_engine.research.evaluation.candidates import Candidates, Checkpoint
 from t2l_engine.research.evaluation.methods import (
     CONSTANT,
     SHOTS,
@@ -144,14 +143,6 @@ def test_a_checkpoint_of_names_answers_those_it_knows(one_hot):
     assert keys(alone, ASKED[:2]) == [None, "first"]
     with pytest.raises(ValueError, match="^methods: the shuffled-description baseline needs at least two tasks, got 1"):
         keys(shuffled, ASKED[:2])
-
-
-def test_a_checkpoint_of_inputs_is_asked_by_the_input(by_input):
-    (method,) = generated_methods("inputs", t2l.TextToLoRA.from_pretrained(by_input), ASKED, from_input=True)
-    assert (method.name, method.repeats, method.description) == ("inputs", False, False)
-    assert [keys(method, ASKED, 0, Example(text, ("red",), "test")) for text in ("red cat", "dog")] == [
-        ["red cat"] * 3, ["dog"] * 3,
-    ]  # fmt: skip
 
 
 def test_an_oracle_has_the_adapter_of_the_task_or_none():
@@ -309,12 +300,6 @@ def test_methods_are_asked_in_the_form_of_their_training(engine, base_model, tas
     assert {method.templates for method in made} == {("raw",)}
     settings = runs.lora(base_model, mode="multi-task", prompt_form="raw", steps=1, validate_every=0)
     assert multi_task_method(lora.train(settings, tasks, tmp_path / "run")).templates == ("raw",)
-
-
-def test_why_no_examples_are_read(reading, checkpoint):
-    made = Candidates(TASKS, {}, [3])
-    made.add_checkpoint(Checkpoint("t2l", reading, checkpoint))
-    assert made.left_out["t2l-examples"] == "fewer than 3 examples of split 'train' of task task0"
 
 
 @pytest.mark.parametrize("form, prompt", [("raw", "input"), ("chat", "description")])

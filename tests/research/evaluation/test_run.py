@@ -1,18 +1,15 @@
 """An evaluation with answers from a script: what is asked, which form is chosen, what is left out, how answers score."""
 
 import dataclasses
-import json
 import statistics
 
 import pytest
-import torch
 
-import t2l_engine as t2l
 from t2l_engine.files.errors import ConfigError
 from t2l_engine.research.evaluation import sandbox
-from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer, Answerer, Store
+from t2l_engine.research.evaluation.answers import NOT_ACCEPTED, Answer
 from t2l_engine.research.evaluation.bootstrap import interval
-from t2l_engine.research.evaluation.methods import Method, Stored, base_methods, generated_methods, per_task_method
+from t2l_engine.research.evaluation.methods import Method, Stored, base_methods, per_task_method
 from t2l_engine.research.evaluation.run import Evaluation, Settings, summary
 from t2l_engine.research.tasks.folder import Example
 from tests.research.evaluation.conftest import DESCRIPTIONS, random_stack, task
@@ -91,16 +88,6 @@ def test_what_every_method_is_shown():
     assert of_last["prompt_tokens"] == statistics.fmean(len(icl[i].split()) for i in (2, 5))
 
 
-def test_the_chat_form_has_worked_examples_as_turns():
-    answerer = Scripted()
-    method = dataclasses.replace(ICL, templates=("chat",))
-    evaluation(answerer, [task("first", *words("x"))], [method], Settings(repeats=1), pools=pools(*SHOWN)).run()
-    (prompt,) = answerer.prompts
-    start, *turns = prompt.split("<user> ")[1:]
-    assert start.startswith("Say the first word.\n\nw") and prompt.count("shown") == 3 and prompt.endswith("<user> x <bot> ")
-    assert len(turns) == 6
-
-
 # --- forms -----------------------------------------------------------------------------------------------------------
 
 
@@ -130,15 +117,6 @@ def test_the_form_is_chosen_on_validation_examples_alone(better, worse):
     assert [len(prompts) for prompts in asked] == [2, 2, 2, 4]  # the forms of base on v1 and v2; then t1 and t2
     assert all("v1" in p or "v2" in p for p in asked[0] + asked[1]) and not any("v" in p for p in asked[2] + asked[3])
     assert e.answers == 10
-
-
-def test_each_method_has_the_form_that_suits_it():
-    def reply(query, adapters):
-        return "red" if ("Say the" in query.prompt) == ("Input:" in query.prompt) else "blue"
-
-    e = evaluation(Scripted(reply), [task("first", *words("t1"))], [BASE, DESCRIBED],
-                   validation={"first": words("v1", split="val")})  # fmt: skip
-    assert {method: of["form"] for method, of in e.run()["forms"].items()} == {"base": "chat", "base-description": "raw"}
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -203,11 +181,6 @@ def test_no_more_is_asked_than_precision_needs():
     assert max(found["high"] - found["mean"], found["mean"] - found["low"]) <= 10
 
 
-def test_one_method_has_no_precision():
-    with pytest.raises(ValueError, match=r"precision: expected at least two methods, .* got \['base'\]"):
-        evaluation(Scripted(), many("task", 3, lambda i: "red"), [Method("base")], Settings(precision=5))
-
-
 def test_a_method_that_has_few_tasks_is_judged_by_those_it_has():
     """All that the oracle has an adapter for are asked, though the other method is precise at once."""
     tasks = many("task", 300, lambda i: "red")
@@ -237,22 +210,6 @@ def test_long_items_are_left_out_of_every_method_alike(longest, kept):
     for _, queries in answerer.asked:
         assert {q.prompt.split("Input: ")[-1].split("\nOutput:")[0] if "Input" in q.prompt else q.prompt[7:-7]
                 for q in queries} == set(kept)  # fmt: skip
-
-
-def test_no_item_left_names_the_task():
-    settings = Settings(max_prompt_tokens=4)
-    tasks = [task("first", *words("a")), task("last", *words("b b b b"))]
-    with pytest.raises(ConfigError, match="^max_prompt_tokens: no item of task last has prompts of at most 4 tokens in"):
-        evaluation(Scripted(), tasks, [BASE], settings).run()
-
-
-def test_long_validation_examples_are_not_asked():
-    answerer = Scripted()
-    held = words("v " * 50, "v1", "v2", split="val")
-    settings = Settings(max_prompt_tokens=20, validation_items=2)
-    evaluation(answerer, [task("first", *words("a"))], [BASE], settings, validation={"first": held}).run()
-    assert max(len(p.split()) for p in answerer.prompts) < 20
-    assert sum("v1" in p for p in answerer.prompts) == sum("v2" in p for p in answerer.prompts) == 2
 
 
 def test_tasks_without_an_adapter_are_not_asked_and_absent():
@@ -344,13 +301,6 @@ def test_no_accepted_answer_is_not_the_empty_one():
         assert found["score"] == score and query.accepted == ("",)
 
 
-def test_any_accepted_option_is_right():
-    example = Example("x", ("a", "c"), "test", metric="options", options=("a", "b", "c"))
-    for best in range(3):
-        found, _ = scored([example], lambda query, adapters, best=best: [-1.0 if i == best else -2.0 for i in range(3)])
-        assert found["score"] == (0.0 if best == 1 else 100.0)
-
-
 def test_code_is_run_where_that_is_wanted(monkeypatch):
     ran = []
 
@@ -417,8 +367,12 @@ def test_repeats_and_seconds():
     assert of["seconds_per_answer"] == statistics.fmean(range(6))
 
 
-def test_methods_have_names_of_their_own_and_worked_examples():
-    tasks = [task("first", *words("x")), task("last", *words("y"))]
+def test_methods_and_settings_that_do_not_fit():
+    tasks = [task("first", *words("x")), task("last", *words("y y y y"))]
+    with pytest.raises(ConfigError, match="^max_prompt_tokens: no item of task last has prompts of at most 4 tokens in"):
+        evaluation(Scripted(), tasks, [BASE], Settings(max_prompt_tokens=4)).run()
+    with pytest.raises(ValueError, match=r"precision: expected at least two methods, .* got \['base'\]"):
+        evaluation(Scripted(), tasks, [Method("base")], Settings(precision=5))
     for methods in ([], [Method("a"), Method("b"), Method("a")]):
         with pytest.raises(ValueError, match="^methods: expected at least one and distinct names, got"):
             evaluation(Scripted(), tasks, methods)
@@ -452,56 +406,3 @@ def test_differences_are_paired_on_the_tasks_that_both_answered():
     }  # fmt: skip
     assert found["without"]["difference"] == {}
     assert summary(scores, {"all": list("abcd")}, "base")["all"]["difference"]["t2l"]["mean"] == pytest.approx(-40 / 3)
-
-
-# --- with a model ----------------------------------------------------------------------------------------------------
-
-
-def test_a_result_comes_again(loaded, engine, tmp_path):
-    """From the file of answers to the second, else to all but the seconds."""
-    tasks = [task(name, *words("red cat", "blue cow dog"), descriptions=DESCRIPTIONS[name]) for name in DESCRIPTIONS]
-    ticks = iter(range(10_000))
-
-    def result(path=None):
-        clock = lambda: next(ticks) ** 1.5  # noqa: E731
-        answerer = Answerer(*loaded, identity="x", store=Store(path), batch_size=4, clock=clock)
-        methods = [
-            *generated_methods("t2l", engine, tasks),
-            Method("oracle", Stored(random_stack(1), [""])),
-            *base_methods(),
-        ]
-        return Evaluation(
-            answerer, loaded[1], tasks, methods, Settings(max_new_tokens=3), pools=pools(*words("red", "cat", "dog")),
-            validation=pools(*words("blue", split="val")),
-        ).run()  # fmt: skip
-
-    first, second = result(tmp_path / "kept"), result()
-    assert json.dumps(first) == json.dumps(result(tmp_path / "kept")) != json.dumps(second)
-    for of in (first, second):
-        for method in of["details"].values():
-            assert method.pop("seconds_per_answer") > 0
-    assert json.dumps(first) == json.dumps(second)
-    assert list(first["details"]) == ["t2l", "t2l-shuffled", "t2l-junk", "t2l-constant", "oracle",
-                                      "base", "base-description", "icl"]  # fmt: skip
-
-
-def test_adapters_answer_with_the_adapter_of_their_task(loaded, tmp_path):
-    """The scores of an oracle are those of answers that were generated with its adapter alone."""
-    model, tokenizer = loaded
-    stack = random_stack(2)
-    expected = {}
-    with torch.no_grad():
-        for i, name in enumerate(("first", "last")):
-            handle = t2l.attach(model, stack)
-            batch = tokenizer(["<user> red cat <bot> "], add_special_tokens=False, return_tensors="pt")
-            with handle.use([i]):
-                out = model.generate(**batch, max_new_tokens=3, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-            handle.detach()
-            expected[name] = tokenizer.decode(out[0, batch["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    assert expected["first"] != expected["last"]
-    tasks = [task(name, *words("red cat", answer=expected[name])) for name in expected]
-    answerer = Answerer(model, tokenizer, identity="x", store=Store(), batch_size=4, clock=lambda: 0.0)
-    right, swapped = per_task_method(stack, ["first", "last"]), per_task_method(stack, ["last", "first"])
-    methods = [right, dataclasses.replace(swapped, name="swapped")]
-    result = Evaluation(answerer, tokenizer, tasks, methods, Settings(max_new_tokens=3)).run()
-    assert result["tasks"] == {name: {"oracle": 100.0, "swapped": 0.0} for name in expected}

@@ -45,6 +45,8 @@ def test_a_file_with_overrides(write):
     assert (found.steps, found.rank, found.target_modules, found.seed) == (50, 4, ("k_proj",), 1)
     assert found.base_model == "x" and found.warmup_steps == SFTSettings.model_fields["warmup_steps"].default
     assert settings.read(ReconstructionSettings, None) == ReconstructionSettings()
+    former = settings.read(ReconstructionSettings, None, ["encoder=reader", "reader_width=8"])
+    assert (former.encoder, former.llm_width) == ("llm", 8)
     assert settings.read(ReconstructionSettings, None, ["learning_rate=2.5e-5"]).learning_rate == 2.5e-5
     assert settings.read(SFTSettings, None, ["base_model=x", "target_modules=[q_proj]"]).base_model == "x"
 
@@ -81,7 +83,7 @@ def test_faults_of_a_file(write, field, value, expected):
 def test_tasks_without_text_have_no_such_field(write, field):
     value, only = ONE_HOT[field]
     path = write(f"encoder: one-hot\n{field}: {json.dumps(value)}")
-    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {field}: ')}.*{only}.* one-hot, got .*{value}"):
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'{path}: {field}: ')}.*{only}.* 'one-hot', got .*{value}"):
         settings.read(SFTSettings, path)
 
 
@@ -138,7 +140,7 @@ def test_files_that_are_no_mapping(tmp_path, text):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml: no such file; packaged settings: \['mini-lora', "):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml: no such file; packaged settings: \['llm', 'mini-lora', "):
         settings.read(SFTSettings, tmp_path / "nowhere.yaml")
     with pytest.raises(
         ConfigError, match="^settings: missing field 'base_model': .*; settings: missing field 'target_modules'"
@@ -203,6 +205,15 @@ def test_differences_name_both_sides():
     older = json.loads(ours.model_dump_json())
     del older["bucket_steps"]
     assert settings.differences(ours, older | {"gone": 1}) == ["gone: 1 then, None now"]  # its run had the default
+    assert settings.differences(
+        SFTSettings(**NEEDED, steps=7, encoder="llm", llm_layers=(1, 2)),
+        older
+        | {
+            "encoder": "reader",
+            "reader_layers": [1, 2],
+            "read_descriptions": 3,
+        },
+    ) == ["llm_descriptions: 3 then, 0 now"]  # former names
     other = SFTSettings(**NEEDED, steps=7, bucket_steps=4)
     assert settings.differences(other, older) == ["bucket_steps: 8 then, 4 now"]
 
