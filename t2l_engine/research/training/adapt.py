@@ -113,8 +113,8 @@ def adapt(
 ) -> Report:
     """Write the PEFT folder ``output``: the adapter that ``engine`` generates, tuned on ``examples``.
 
-    A part of the examples is held out: it decides which step is kept, and when to stop.  An LLM encoder also generates from as
-    many of the other examples as it was trained with.  The same call resumes a run that was interrupted.
+    The held-out examples decide which step is kept and when to stop.  An LLM encoder also generates from as many of the
+    other examples as it was trained with.  The same call resumes an interrupted run.
 
     Args:
         base_model: "smollm2-135m" or a local transformers folder.
