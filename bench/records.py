@@ -1,8 +1,8 @@
-"""Result files, ``bench/results``, read and judged: what tables, pages and figures are made from.
+"""Result files in ``bench/results``: reading and checking them.
 
-``SUITE.CLASS.jsonl`` is of a class of CPUs, ``SUITE-cuda.jsonl`` of a card, ``SUITE.jsonl`` of what no CPU's speed decides.
-The first line is the run; every other line is one record, a row of times or something of another kind.  Times are in
-microseconds.  Ratios, speedups and whether a target is met are computed here and stored nowhere.
+``SUITE.CLASS.jsonl`` was measured on one class of CPUs, ``SUITE-cuda.jsonl`` on a GPU; ``SUITE.jsonl`` depends on no CPU's
+speed.  The first line is the run; every other line is one record: a row of times, or another kind.  Times are in microseconds.
+Ratios and speedups are computed here and stored nowhere.
 """
 
 from __future__ import annotations
@@ -20,44 +20,38 @@ OURS = "ours"
 BASE = "base"
 #: In the case of a row that generates over earlier adapters, and what the same call into new memory is beside it.
 PREALLOCATED, FRESH = "preallocated output", "fresh output"
-#: What runs of a card time beside ours: ours called otherwise, bounds, and a part of a request.
+#: On a GPU: ours called from the host, without a CUDA graph.
 HOST = "ours, from the host"
-#: In vLLM or beside it: without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.
+#: Of the suite serving: vLLM without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.
 COMPILED, OURS_ALL, ATTACHED = "base, compiled", "ours, every layer", "ours, transformers"
-BESIDE = (
-    BASE,
-    FRESH,
-    HOST,
-    COMPILED,
-    OURS_ALL,
-    ATTACHED,
-    "ours, a launch a linear",
-    "ours, ops alone",
-    "copy",
-    "head weights",
-    "text encoder",
-)
-#: What the runs of a card add to the name of their suite.
+#: What else is timed beside ours and is no other way of doing the same work: other calls of ours, bounds, parts of a request,
+#: other instruction sets, and one adapter for the whole batch where ours has one a row.
+BESIDE = {
+    *(BASE, FRESH, HOST, COMPILED, OURS_ALL, ATTACHED, "ours, a launch a linear", "ours, ops alone"),
+    *("copy", "head weights", "text encoder", "merged", "PEFT single"),
+    *("generic", "avx2", "avx512", "avx512_bf16", "avx512_bf16_wide", "amx"),
+}
+#: Suffix of the suite in the name of a file that was measured on a GPU.
 CUDA = "-cuda"
-#: Suites whose results are times of a CPU: a file for each class of them, so that a run on another class replaces none.
+#: Suites that time a CPU: one file for each class of CPUs, so that a run on one class never replaces that of another.
 OF_A_CPU = ("generate", "apply", "train", "icl", "serving", "levels", "costs")
-#: Flag of a CPU -> what its class is named by: the first one that it has.
+#: CPU flag -> name of the class: the first flag that a CPU has names its class.
 CPU_FLAGS = {"amx_bf16": "amx", "avx512_bf16": "avx512_bf16", "avx512f": "avx512", "avx2": "avx2"}
-#: Suites that count, whatever else is in the tree.
+#: Suites that count instead of timing: uncommitted changes elsewhere do not matter.
 COUNTED = ("lengths", "kernels")
 VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}
-#: Arms of a training step of which one holds less memory than the other.
+#: Of training steps: forward hooks, as in the code of the paper.
 HOOKS = "hooks"
 
 
 def cpu_class(machine: dict[str, Any]) -> str:
-    """Vendor and widest instruction set, ``intel-amx``, of what a run says about its machine."""
+    """Vendor and widest instruction set of the machine of a run, such as ``intel-amx``."""
     vendor = VENDORS.get(machine["vendor"], machine["vendor"].lower())
     return f"{vendor}-{next((CPU_FLAGS[flag] for flag in CPU_FLAGS if flag in machine['flags']), 'generic')}"
 
 
 def stem(suite: str, machine: dict[str, Any]) -> str:
-    """The name of the result file of a whole run of ``suite`` there, without its ending."""
+    """Name of the result file of a whole run of ``suite`` on ``machine``, without the suffix."""
     if "gpu" in machine:
         return suite + CUDA
     return f"{suite}.{cpu_class(machine)}" if suite in OF_A_CPU else suite
@@ -68,39 +62,8 @@ class ResultError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
-    """A figure beside its target.  ``value`` and ``limit`` share a unit; ``over`` is value / limit: met up to 1.
-
-    ``iqr``: interquartile range of what ``value`` is the median of; 0 where it is none.
-    """
-
-    group: str
-    name: str
-    value: float
-    limit: float
-    unit: str
-    ratio: float
-    of: str
-    target: str
-    iqr: float = 0.0
-
-    @property
-    def over(self) -> float:
-        return self.value / self.limit
-
-    @property
-    def met(self) -> bool:
-        return self.over <= 1
-
-    @property
-    def near(self) -> bool:
-        """Whether the value is nearer to its limit than its interquartile range, so that noise may have decided."""
-        return abs(self.value - self.limit) < self.iqr
-
-
-@dataclasses.dataclass(frozen=True)
 class Row:
-    """One measurement; the fields are those of the file, and the ``machine`` that the whole file is of."""
+    """One measurement: the fields of the file, and the ``machine`` of the whole file."""
 
     case: str
     group: str
@@ -127,7 +90,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The case with what else tells rows apart."""
+        """The case, its threads and its cache: unique in a file."""
         threads = None if self.threads is None else f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return ", ".join(filter(None, (self.case, threads, self.cache)))
 
@@ -139,15 +102,10 @@ class Row:
     def over_roofline(self) -> float | None:
         return self.us / self.roofline["us"] if self.roofline else None
 
-    @property
-    def over_peak(self) -> float | None:
-        """Over the time of as many multiply-adds on registers."""
-        return self.us * self.peak_gflops * 1e3 / self.roofline["flops"] if self.peak_gflops and self.roofline else None
-
     def speedup(self, baseline: str) -> float | None:
         """Time of the baseline over ours; None where it did not run.
 
-        A baseline that no graph holds, called from the host, is compared with ours called so.
+        On a GPU a baseline without a CUDA graph is compared with ours called from the host.
         """
         ours, other = self.times[OURS], self.times.get(baseline)
         if other and ours.get("graph") and other.get("graph") is False:
@@ -155,28 +113,23 @@ class Row:
         return other["median_us"] / ours["median_us"] if ours and other else None
 
     def rivals(self) -> dict[str, float]:
-        """Speedup over each other way of doing the same that ran."""
+        """Speedup over each other way of doing the same work."""
         return {name: s for name in self.baselines if name not in BESIDE and (s := self.speedup(name)) is not None}
 
     @property
-    def verdict(self) -> Verdict | None:
-        """The row beside its target, or None where it has none; ResultError where the target is of nothing measured."""
-        return None if self.target is None else self._judged(self.target)
+    def best(self) -> str | None:
+        """The fastest other way of doing the same work; None where there is none."""
+        rivals = self.rivals()
+        return min(rivals, key=rivals.__getitem__) if rivals else None
 
     @property
-    def verdicts(self) -> list[Verdict]:
-        """The row beside its target and the further ones."""
-        return [self._judged(target) for target in (self.target, *self.also) if target is not None]
-
-    def _judged(self, target: dict[str, Any]) -> Verdict:
-        of, ratio, plus = target["of"], target["ratio"], target.get("plus_us") or 0
-        known = {name: timing["median_us"] for name, timing in self.times.items()}
-        known |= {"roofline": self.roofline["us"]} if self.roofline else {}
-        unit = known.get(of, self.unit_us)
-        if unit is None:
-            raise ResultError(f"{self.name}: a target of {of!r}, which the file does not hold")
-        text = " + ".join([f"{ratio:g} x {of}"] * bool(ratio) + [f"{plus:g} us"] * bool(plus))
-        return Verdict(self.group, self.name, self.us, ratio * unit + plus, "us", self.us / unit, of, text, self.iqr_us)
+    def target_text(self) -> str | None:
+        """The target as it was set before the run, such as ``1.5 x roofline + 3 us``; None where there is none."""
+        if self.target is None:
+            return None
+        ratio, plus = self.target["ratio"], self.target.get("plus_us") or 0
+        parts = [f"{ratio:g} x {self.target['of']}"] * bool(ratio) + [f"{plus:g} us"] * bool(plus)
+        return " + ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +143,7 @@ class Result:
 
     @property
     def machine(self) -> str | None:
-        """What pages call the machine whose speed decides; None where none does."""
+        """Name of the machine on pages; None where a result depends on no machine's speed."""
         about, level = self.run.get("machine") or {}, self.path.stem.partition(".")[2].partition("-")[2]
         cpu = re.sub(r"\((R|TM)\)| CPU| Processor| \d+-Core| @.*", "", about.get("cpu", ""))
         return about.get("gpu") or (f"{cpu} ({level})" if level else None)
@@ -203,43 +156,12 @@ class Result:
 
     @property
     def unfinished(self) -> list[str]:
-        """Tasks that the run began with and did not end: of a card, where the time ran out or one failed."""
+        """Tasks of the run that did not end, because the time ran out or one failed."""
         return [name for name in self.run.get("tasks", []) if name not in {t["name"] for t in self.others.get("task", [])}]
-
-    @property
-    def peaks_hold(self) -> bool:
-        """Whether multiply-adds on registers were nowhere slower than products: else they are no peak, and not shown."""
-        rates: dict[str, dict] = {"gemm": {}, "fma": {}}
-        for c in self.records("ceiling"):
-            if c["when"] == "before" and c["kind"] in rates:
-                rates[c["kind"]][c["dtype"], c["threads"]] = c["gflops"]
-        return all(rate >= rates["gemm"].get(key, 0) for key, rate in rates["fma"].items())
-
-    def verdicts(self) -> list[Verdict]:
-        """Everything that has a target: rows, memory of generating, memory of training steps."""
-        memory = [e for kind in ("memory", "train_memory") for e in self.others.get(kind, [])]
-        of_rows = [v for row in self.rows for v in row.verdicts]
-        return [*of_rows, *(v for v in map(memory_verdict, memory) if v)]
-
-
-def memory_verdict(entry: dict[str, Any]) -> Verdict | None:
-    """Of a record of kind memory or train_memory; None where it has no target.
-
-    Generating: the peak over what must be held.  A training step: our peak over that of hooks, of which a target of 1.25
-    allows 1 / 1.25.
-    """
-    if not entry.get("target"):
-        return None
-    bound = entry["target"]["ratio"]
-    if entry["record"] == "memory":
-        ratio, of = entry["peak_mib"] / (entry["weights_mib"] + entry["adapters_mib"]), "weights + adapters"
-        return Verdict("memory", entry["what"], ratio, bound, "", ratio, of, f"{bound:g} x {of}")
-    ratio = entry["ways"][OURS]["peak_mib"] / entry["ways"][HOOKS]["peak_mib"]
-    return Verdict("train memory", entry["case"], ratio, 1 / bound, "", ratio, HOOKS, f"{HOOKS} at least {bound:g} x ours")
 
 
 def read(path: Path) -> Result:
-    """The file at ``path`` as it is; ResultError where a line is broken."""
+    """The file at ``path``, unchecked; ResultError where a line is broken."""
     lines = path.read_text(encoding="utf-8").splitlines()
     rows, others, run = [], {}, None
     fields = {f.name for f in dataclasses.fields(Row)}
@@ -261,7 +183,7 @@ def read(path: Path) -> Result:
 
 
 def load(path: Path) -> Result:
-    """The result file at ``path``; ResultError where it cannot be believed or holds less than a whole run."""
+    """The result file at ``path``; ResultError unless it is a whole run of a commit whose results were correct."""
     result = read(path)
     try:
         for fault in _faults(result):
@@ -300,9 +222,8 @@ def _faults(result: Result) -> Iterator[str]:
     for row in result.rows:
         if row.error and not row.error["value"] <= row.error["bound"]:
             yield f"{row.name}: error {row.error['value']:g} is beyond its bound {row.error['bound']:g}"
-    result.verdicts()
 
 
 def ceiling_key(entry: dict[str, Any]) -> tuple:
-    """What tells one ceiling from another, but not when it was measured."""
+    """Identity of a ceiling, whenever it was measured."""
     return entry["kind"], entry.get("dtype"), entry.get("bytes"), entry["threads"]

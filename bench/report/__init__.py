@@ -1,1 +1,1 @@
-"""Tables, pages and figures from ``bench/results``: ``python -m bench report [--check]``, ``python -m bench table NAME``."""
+"""Pages, figures and tables from ``bench/results``: ``python -m bench report [--check]``, ``python -m bench table [NAME]``."""

@@ -1,36 +1,34 @@
-"""The figures of docs/figures, one a page, each drawn from the lines of one table.  matplotlib is imported only to draw.
+"""The figures of docs/figures, at most one a page: horizontal bars, of one machine.  matplotlib is imported only to draw.
 
-The same lines give the same bytes: no dates, no random ids, matplotlib's own defaults whatever the user's are.  Every file
-carries the stamp of its table and of this code, so that an old figure is found without drawing it.
+Equal data give equal bytes.  Every file carries a stamp of its data and of this code, so that an old figure is found without
+drawing it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
-import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.icl.names import MEAN, PAPER
-from bench.records import ATTACHED, BASE, HOOKS, OURS, OURS_ALL
-from bench.report.cells import duration, number
-from bench.report.tables import Line, to_csv
-from bench.report.tables_study import ARMS, GROUPS
-from bench.serving_arms import EIGHT, MANY, PEFT, STOCK, STOCK_QV
+from bench.records import BASE, OURS
+from bench.report.cells import number
+from bench.report.data import Data
+from bench.serving_arms import EIGHT, MANY
 from t2l_engine.research.costs import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
+#: The class of CPUs that figures of times are of.
+MACHINE = "intel-amx"
 #: Okabe and Ito's colours, and greys.
-SKY, ORANGE, GREEN, PINK, YELLOW, BLUE, VERMILION = "#56B4E9 #E69F00 #009E73 #CC79A7 #F0E442 #0072B2 #D55E00".split()
+SKY, ORANGE, GREEN, PINK, YELLOW = "#56B4E9 #E69F00 #009E73 #CC79A7 #F0E442".split()
 INK, GREY, PALE = "#1a1a1a", "#8a8a8a", "#d9d9d9"
-#: Ways to apply adapters.
-WAYS = {BASE: PALE, OURS: SKY, "merged": GREY, "PEFT mixed": ORANGE, "PEFT single": YELLOW}
-WAYS |= {HOOKS: ORANGE, "hooks, PEFT base": YELLOW, "plain bmm": GREEN}
 STYLE = {
     "svg.hashsalt": "t2l_engine",
     "svg.fonttype": "path",  # the same picture whatever fonts the reader has
@@ -44,180 +42,122 @@ STYLE = {
 }
 
 
-def _bars(axes: Axes, names: Sequence[str], scale: bool = False) -> None:
-    """Horizontal bars from the top down; without a scale where every bar says its value."""
-    axes.set_yticks(range(len(names)), names)
-    axes.tick_params(axis="y", length=0)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    if not scale:
-        axes.set_xticks([])
-        axes.spines.bottom.set_visible(False)
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One set of axes: a bar for each label, or a group or a stack of bars.
+
+    ``series``: name -> a value for each label, in the unit of ``axis``.  ``target``: where a dashed line stands.
+    """
+
+    title: str
+    axis: str
+    labels: Sequence[str]
+    series: Mapping[str, Sequence[float]]
+    stacked: bool = False
+    target: float | None = None
 
 
-def latency_split(figure: Figure, lines: Sequence[Line]) -> None:
-    """The parts of a request as shares of its time, which stands at the end of the bar."""
-    parts = [head for head in lines[0] if head.endswith(" ms") and head != "sum ms"]
-    figure.set_size_inches(8, 1.2 + 0.36 * len(lines))
-    axes = figure.subplots()
-    for y, line in enumerate(lines):
-        left = 0.0
-        for part, colour in zip(parts, (SKY, ORANGE, GREEN, PINK, YELLOW), strict=True):
-            share = 100 * (line[part] or 0) / line["sum ms"]
-            axes.barh(y, share, left=left, color=colour, edgecolor="white", height=0.7)
-            if share >= 7:
-                axes.text(left + share / 2, y, f"{share:.0f} %", ha="center", va="center", fontsize=7.5)
-            left += share
-        axes.text(101, y, duration(1e3 * line["sum ms"]), va="center")
-    about = [head for head in itertools.takewhile(lambda head: head not in parts, lines[0]) if head != "machine"]
-    names = [", ".join(_words(head, line[head]) for head in about if line[head]) for line in lines]
-    _bars(axes, _on_machines(names, lines), scale=True)
-    axes.set(xlim=(0, 112), xlabel="share of the time, %", xticks=range(0, 101, 20))
-    axes.spines.bottom.set_bounds(0, 100)
-    figure.legend(axes.containers[: len(parts)], [p.removesuffix(" ms") for p in parts], loc="outside upper center", ncols=5)
+def decode(data: Data) -> list[Panel]:
+    """Steps of a whole model with an adapter a row, over the same steps without adapters."""
+    panels = []
+    for modules, target in (("q,v", 1.05), ("all linears", 1.15)):
+        rows = data.rows("apply", MACHINE, group="model", modules=modules, rows=8)
+        ways = (OURS, "PEFT mixed", "merged")
+        series = {way: [row.times[way]["median_us"] / row.times[BASE]["median_us"] for row in rows] for way in ways}
+        labels = [f"{row.shape['phase']}, {row.shape['dtype']}" for row in rows]
+        panels.append(Panel(f"adapters on {modules}", "times the step without adapters", labels, series, target=target))
+    return panels
 
 
-def _words(head: str, value: object) -> str:
-    """The value alone where it explains itself."""
-    return f"{value} {head if value != 1 else head.removesuffix('s')}" if isinstance(value, int) else str(value)
+def serving(data: Data) -> list[Panel]:
+    """Tokens per second of every way to serve a batch."""
+    panels = []
+    for case in (EIGHT, MANY):
+        row = data.row("serving", MACHINE, case=case)
+        tokens = row.shape["requests"] * row.shape["new"]
+        values = [tokens / of["median_us"] * 1e6 for of in row.times.values()]
+        panels.append(Panel(case, "tokens per second", list(row.times), {"": values}))
+    return panels
 
 
-def _on_machines(names: Sequence[str], lines: Sequence[Line]) -> list[str]:
-    """With the machine below each name, where the lines are of several."""
-    several = len({line.get("machine") for line in lines}) > 1
-    return [f"{name}\n{line['machine']}" if several else name for name, line in zip(names, lines, strict=True)]
-
-
-def _by_way(figure: Figure, lines: Sequence[Line], panels: Sequence[tuple[str, Sequence[str], str]]) -> None:
-    """Panels of a label, the ways, and what the heading of a way ends in, each with a group of bars for each line."""
-    figure.set_size_inches(9, 1 + 0.6 * len(lines))
-    places = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (label, ways, heading) in zip(places, panels, strict=True):
-        for i, way in enumerate(ways):
-            head = heading if way == OURS and heading in lines[0] else f"{way} {heading}"
-            values = [line.get(head) or 0 for line in lines]
-            at = [y + 0.84 * ((i + 0.5) / len(ways) - 0.5) for y in range(len(lines))]
-            bars = axes.barh(at, values, height=0.8 / len(ways), color=WAYS[way], label=way)
-            axes.bar_label(bars, [number(value) if value else "not run" for value in values], padding=2, fontsize=6.5)
-        _bars(axes, _on_machines([line["case"] for line in lines], lines))
-        axes.set_xlabel(label)
-        axes.margins(x=0.12)
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
-
-
-def decode(figure: Figure, lines: Sequence[Line]) -> None:
-    """A step of the whole model with ours and with every other way, over the same without adapters."""
-    _by_way(figure, lines, [("times the step without adapters", (OURS, "PEFT mixed", "PEFT single", "merged"), "x base")])
-
-
-def training(figure: Figure, lines: Sequence[Line]) -> None:
-    """A step by each way to apply an adapter a sample: its time over that of the frozen model, and MiB at the peak."""
-    ways = (OURS, HOOKS, "hooks, PEFT base", "plain bmm")
-    panels = [("times the step without adapters", ways, "x base"), ("MiB at the peak", (BASE, *ways), "peak MiB")]
-    _by_way(figure, lines, panels)
-
-
-#: Ways to serve; others are grey.
-SERVED = {BASE: PALE, OURS: SKY, OURS_ALL: BLUE, ATTACHED: GREEN, STOCK_QV: ORANGE, STOCK: VERMILION, PEFT: YELLOW}
-
-
-def serving(figure: Figure, lines: Sequence[Line]) -> None:
-    """Tokens per second of every way to serve, for 8 requests and for 64."""
-    machines = list(dict.fromkeys(line["machine"] for line in lines))
-    figure.set_size_inches(9.5, 3.2 * len(machines))
-    places = figure.subplots(len(machines), 2, squeeze=False).flat
-    for axes, (machine, case) in zip(places, itertools.product(machines, (EIGHT, MANY)), strict=True):
-        arms = [line for line in lines if (line["machine"], line["case"]) == (machine, case) and line["tokens/s"]]
-        values = [line["tokens/s"] for line in arms]
-        colours = [SERVED.get(line["arm"], GREY) for line in arms]
-        axes.bar_label(axes.barh(range(len(arms)), values, height=0.75, color=colours), map(number, values), padding=2)
-        _bars(axes, [line["arm"] for line in arms])
-        axes.set(title=f"{case}\n{machine}" if len(machines) > 1 else case, xlabel="tokens per second")
-        axes.margins(x=0.14)
-
-
-#: Phases of a request: the heading of their operations, colour, and what they are called.
+#: Phases of a request, as records name them -> what they are called.
 PHASES = {
-    "phases describe flops": (ORANGE, "text encoder"),
-    "phases generate flops": (VERMILION, "hypernetwork"),
-    "phases merge flops": (PINK, "merge into the weights"),
-    "phases prompt flops": (SKY, "read the prompt"),
-    "phases answer flops": (PALE, "rest of the answer"),
+    "describe": "text encoder",
+    "generate": "hypernetwork",
+    "merge": "merge into the weights",
+    "prompt": "read the prompt",
+    "answer": "rest of the answer",
 }
 
 
-def request(figure: Figure, lines: Sequence[Line]) -> None:
-    """The operations of a task's first question by each way, stacked by phase; a panel for each of two lengths."""
-    figure.set_size_inches(9.2, 4.2)
-    for axes, lengths in zip(figure.subplots(2, 1), (PAPER, MEAN), strict=True):
-        ways = [line for line in lines if (line["model"], line["workload"]) == ("Mistral-7B", lengths)]
-        (ours,) = (line for line in ways if line["way"] == LABELS["t2l-task"])
-        left = [0.0] * len(ways)
-        for head, (colour, text) in PHASES.items():
-            widths = [(line[head] or 0) / 1e12 for line in ways]
-            axes.barh(range(len(ways)), widths, left=left, height=0.72, color=colour, edgecolor="white", label=text)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
-        for y, line in enumerate(ways):
-            text = f" {number(left[y])} TFLOP ({number(line['first'] / ours['first'])} x T2L per task)"
-            axes.text(left[y], y, text, va="center", fontsize=7.5)
-        _bars(axes, [line["way"] for line in ways])
-        name = "lengths implied by the paper" if lengths == PAPER else lengths
-        shown = "question {question}, {shots} examples of {shot}, answer {answer}".format_map(ours)
-        axes.set_title(f"{name}, tokens: {shown}")
-        axes.set_xlim(0, 1.25 * max(left))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(PHASES), fontsize=7.5)
-    figure.suptitle("First question of a task, Mistral-7B, operations by phase", fontsize=9.5)
+def prompt_or_adapter(data: Data) -> list[Panel]:
+    """Operations of a task's first question on Mistral-7B by each way, by phase."""
+    panels = []
+    for workload, title in ((PAPER, "lengths of the paper"), (MEAN, "mean of ten benchmarks")):
+        (of,) = data.records("icl", "costs", model="mistral-7b", workload=workload)
+        ways = list(of["ways"].values())
+        phases = {text: [way["phases"].get(phase, {}).get("flops", 0) / 1e12 for way in ways] for phase, text in PHASES.items()}
+        panels.append(Panel(title, "TFLOP", [LABELS[way] for way in of["ways"]], phases, stacked=True))
+    return panels
 
 
-def arms(figure: Figure, lines: Sequence[Line]) -> None:
-    """Mean of every arm on seen tasks, siblings and other skills, with intervals over tasks."""
-    figure.set_size_inches(10.5, 0.9 + 0.27 * len(lines))
-    arm_of = {name: arm for arm, name in ARMS.items()}
-    for axes, title in zip(figure.subplots(1, len(GROUPS), sharey=True), GROUPS, strict=True):
-        for y, line in enumerate(lines):
-            mean, low, high = (line[f"{title}, %{end}"] for end in ("", ", low", ", high"))
-            if mean is not None:
-                axes.barh(y, mean, color=_colour(arm_of[line["arm"]]), height=0.7)
-                axes.plot([low, high], [y, y], color=INK, linewidth=1)
-        _bars(axes, [line["arm"] for line in lines], scale=True)
-        axes.set(xlim=(0, 100), title=title, xlabel="exact match, %")
-
-
-def _colour(arm: str) -> str:
-    if arm.endswith(("-shuffled", "-junk", "-constant")):
-        return SKY
-    kinds = {"t2l": BLUE, "multi-task": VERMILION, "base": GREY, "icl": GREY, "oracle": GREEN}
-    return next((colour for prefix, colour in kinds.items() if arm.startswith(prefix)), ORANGE)
-
-
-#: What draws a figure, and the table that it draws.
-FIGURES: dict[str, tuple[Callable[[Figure, Sequence[Line]], None], str]] = {
-    "latency-split": (latency_split, "split"),
-    "decode": (decode, "model"),
-    "training": (training, "train"),
-    "serving": (serving, "serving"),
-    "icl-request": (request, "icl-ways"),
-    "study-arms": (arms, "study-arms"),
+#: Figure -> its panels.
+FIGURES: dict[str, Callable[[Data], list[Panel]]] = {
+    "decode": decode,
+    "serving": serving,
+    "prompt-or-adapter": prompt_or_adapter,
 }
 
 
-def stamp(name: str, lines: Sequence[Line]) -> str:
-    """What a figure is made from: SHA-256 of its table as CSV, and of the code that draws."""
-    made = {f"{FIGURES[name][1]}.csv": to_csv(lines).encode(), Path(__file__).name: Path(__file__).read_bytes()}
-    return ", ".join(f"{of} sha256:{hashlib.sha256(data).hexdigest()}" for of, data in made.items())
+def stamp(name: str, data: Data) -> str:
+    """What a figure is made from: SHA-256 of its panels, and of the code that draws."""
+    panels = json.dumps([dataclasses.asdict(panel) for panel in FIGURES[name](data)]).encode()
+    made = {"data": panels, "code": Path(__file__).read_bytes()}
+    return ", ".join(f"{of} sha256:{hashlib.sha256(text).hexdigest()}" for of, text in made.items())
 
 
-def svg(name: str, lines: Sequence[Line]) -> str:
+def svg(name: str, data: Data) -> str:
     """The figure, with its stamp in the metadata."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    panels = FIGURES[name](data)
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
-        figure = Figure(layout="constrained")
-        FIGURES[name][0](figure, lines)
+        bars = max(len(panel.labels) * (1 if panel.stacked else len(panel.series)) for panel in panels)
+        figure = Figure(figsize=(9, 1.4 + 0.26 * bars), layout="constrained")
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            _draw(axes, panel)
+        if len(panels[0].series) > 1:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
         out = io.StringIO()
-        metadata = {"Date": None, "Creator": "bench report", "Description": stamp(name, lines)}
-        figure.savefig(out, format="svg", metadata=metadata)
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "bench report", "Description": stamp(name, data)})
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
+    """Bars from the top down, each group or stack with its value at the end."""
+    colours = (SKY, ORANGE, GREEN, PINK, YELLOW)
+    count, places = len(panel.series), range(len(panel.labels))
+    ends = [0.0] * len(panel.labels)
+    for i, (name, values) in enumerate(panel.series.items()):
+        if panel.stacked:
+            axes.barh(places, values, left=ends, height=0.7, color=colours[i], edgecolor="white", label=name)
+            ends = [a + b for a, b in zip(ends, values, strict=True)]
+            continue
+        at = [y + 0.84 * ((i + 0.5) / count - 0.5) for y in places]
+        colour = colours[i] if count > 1 else [SKY if label.startswith(OURS) else GREY for label in panel.labels]
+        bars = axes.barh(at, values, height=0.8 / count, color=colour, label=name)
+        axes.bar_label(bars, [number(value) for value in values], padding=2, fontsize=7)
+    if panel.stacked:
+        for y, end in zip(places, ends, strict=True):
+            axes.text(end, y, f" {number(end)}", va="center", fontsize=7)
+    if panel.target:
+        axes.axvline(panel.target, color=INK, linewidth=0.8, linestyle="--")
+    axes.set_yticks(places, panel.labels)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(panel.labels) - 0.4, -0.6)
+    axes.set(title=panel.title, xlabel=panel.axis)
+    axes.margins(x=0.14)

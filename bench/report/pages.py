@@ -1,12 +1,11 @@
-"""Writes and checks docs/results, the figures of docs/figures, and the blocks of other documents.
+"""Writes and checks docs/results, docs/figures, and blocks between markers in other documents.
 
-A page is a template of bench/report/templates; its numbers come from tables.  ``check`` names what was edited by hand, what
-is missing, and what is older than its data or the code that draws it.
+A page is a template of bench/report/templates/results; its numbers come from bench/results.  ``check`` names files that were
+edited by hand, are missing, or are older than their data.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -15,155 +14,62 @@ from pathlib import Path
 import jinja2
 from rich.console import Console
 
-from bench.kernels import COMMAND as KERNELS
-from bench.records import CUDA, OF_A_CPU, Result, ResultError, load
-from bench.report import (  # noqa: F401
-    cells,
-    figures,
-    speed,
-    tables,
-    tables_adapt,
-    tables_icl,
-    tables_serving,
-    tables_specs,
-    tables_study,
-    tables_train,
-)
-from bench.report.figures import FIGURES
-from bench.report.tables import TABLES, Line, Table
-from bench.report.view import Unavailable, View
-from bench.source import ROOT, SPECS, bundled
+from bench.records import ResultError
+from bench.report import cells, figures, icl, quality, tables  # noqa: F401
+from bench.report.data import Data
+from bench.source import ROOT
 
 TEMPLATES = Path(__file__).parent / "templates"
-RESULTS, PAGES, DRAWN = Path("bench", "results"), Path("docs", "results"), Path("docs", "figures")
-#: A block of a document between markers of this name, made from the template of that name.
+PAGES, DRAWN = Path("docs", "results"), Path("docs", "figures")
+#: Template of a block -> the document that holds it between markers of the same name.
 BLOCKS = {
     "speed": "README.md",
-    "limits": "README.md",
+    "quality": "README.md",
     "study-card": "t2l_engine/checkpoints/smollm2-135m/README.md",
     "specs-card": "t2l_engine/checkpoints/smollm2-135m-specs/README.md",
 }
-#: What makes a result file.
-SOURCES = {
-    "generate": "python -m bench generate",
-    "apply": "python -m bench apply",
-    "train": "python -m bench train",
-    "icl": "python -m bench icl --tasks TASKS",
-    "learn": "python -m bench learn --work WORK --library LIBRARY",
-    "study": "python -m bench study --tasks TASKS --benchmarks BENCHMARKS --work WORK",
-    "specs": "python -m bench specs --work WORK --skills SKILLS",
-    "adapt": "python -m bench adapt --work WORK",
-    "specs-first": "git checkout -- bench/results/specs-first.jsonl",
-    "specs-second": "git checkout -- bench/results/specs-second.jsonl",
-    "lengths": "python -m bench lengths --benchmarks DIR --descriptions FILE --examples EXAMPLES",
-    "kernels": KERNELS,
-}
-#: What else, where there is a run: one needs an environment of its own, one native kernels, one hours.
-OPTIONAL = {
-    "serving": "python -m bench serving",
-    "levels": "python -m bench levels",
-    "small": "python -m bench small --work WORK",
-    "robustness": "python -m bench robustness --work WORK",
-    "rates": "python -m bench rates --work WORK",
-    "costs": "python -m bench costs",
-    "profile": "python -m bench profile --device cuda",
-}
-#: Results that say something of a bundled checkpoint: of smollm2-135m, of smollm2-135m-specs.
-BUNDLED, OF_SPECS = ("icl", "study"), ("specs", "adapt", "costs", "rates")
 AGAIN = "run: python -m bench report"
 
 
-class Report(View):
-    """The pages and figures under ``root``; what is wrong is collected in ``problems``, a line each."""
+class Report:
+    """The pages, figures and blocks under ``root``; ``problems`` collects what is wrong, a line each."""
 
     def __init__(self, root: Path = ROOT):
         self.root = root
-        self.problems: list[str] = []
-        self._there = sorted((root / RESULTS).glob("*.jsonl"))
-        self.results = {name: self._load(name, command) for name, command in SOURCES.items()}
-        self.results |= {name: found for name, command in OPTIONAL.items() if (found := self._load(name, command)) != []}
-        carded = [path.stem for path in self._there if path.stem.endswith(CUDA)]
-        self.results |= {name: self._load(name, (SOURCES | OPTIONAL)[name.removesuffix(CUDA)]) for name in carded}
-        self.problems += [f"{(RESULTS / path.name).as_posix()}: the name of no result" for path in self._there]
-        made = [*map(self._of_results, TABLES.values()), *map(self._of_a_card, [*TABLES.values(), *speed.OF_A_CARD])]
-        self.tables = {t.name: t for t in made if t}
-        self.figures = {name: of for name, (_, of) in FIGURES.items() if of in self.tables}
-        self._lines = functools.cache(self._of_all)
-
-    def _load(self, name: str, command: str) -> list[Result] | None:
-        """The results of ``name``, one for each machine; None where one is refused, or missing and needed."""
-        pattern = f"{name}.*.jsonl" if name in OF_A_CPU else f"{name}.jsonl"
-        paths = [path for path in self._there if path.match(pattern)]
-        self._there = [path for path in self._there if path not in paths]
-        if not paths and name not in OPTIONAL:
-            self.problems.append(f"{(RESULTS / pattern).as_posix()}: missing; run: {command}")
-            return None
-        found = [self._read(path, name, command) for path in paths]
-        return None if None in found else found
-
-    def _read(self, path: Path, name: str, command: str) -> Result | None:
-        try:
-            result = load(path)
-        except ResultError as e:
-            self.problems.append(f"bench/results/{e}")
-            return None
-        other = name in BUNDLED and result.run.get("checkpoint") != bundled()
-        if other or (name in OF_SPECS and result.records("plan")[0]["checkpoint"] != bundled(SPECS)):
-            self.problems.append(f"{(RESULTS / path.name).as_posix()}: not of the bundled checkpoint; run: {command}")
-        return result
-
-    def _of_results(self, table: Table) -> Table | None:
-        """The same table without results of OPTIONAL that are not there; None where it shows nothing else, or is
-        optional and empty.
-        """
-        sources = tuple(source for source in table.sources if source in self.results or source not in OPTIONAL)
-        made = dataclasses.replace(table, sources=sources)
-        empty = table.optional and all(self.results.get(source) for source in sources) and not self._shows(made)
-        return made if sources and not empty else None
-
-    def _of_a_card(self, table: Table) -> Table | None:
-        """The same table from runs of a card, or None where none of them holds what it shows."""
-        sources = tuple(name for source in table.sources if self.results.get(name := source + CUDA))
-        made = dataclasses.replace(table, name=table.name + CUDA, sources=sources)
-        return made if sources and self._shows(made) else None
-
-    def _shows(self, table: Table) -> bool:
-        try:
-            return bool(table.lines(self.of(table.sources)))
-        except ResultError:
-            return False
-
-    def _of_all(self, name: str) -> list[Line]:
-        return self.tables[name].lines(self.of(self.tables[name].sources))
-
-    # --- what is written ----------------------------------------------------------------------------------------------
+        self.data = Data(root)
+        self.problems = list(self.data.problems)
 
     def texts(self) -> dict[Path, str]:
-        """Every document with what it is made of, by its place under the root."""
-        out = {}
+        """Every generated document by its place under the root."""
+        found: dict[Path, str] = {}
         for template in TEMPLATES.glob("results/*.md.j2"):
-            out[PAGES / template.stem] = self._try(f"results/{template.name}", self._render)
+            self._try(found, PAGES / template.stem, f"results/{template.name}", self._render)
         for name, document in BLOCKS.items():
-            text = out.get(Path(document)) or (self.root / document).read_text(encoding="utf-8")
-            out[Path(document)] = self._try(f"{name}.md.j2", functools.partial(self._block, name, document, text))
-        for name in self.tables:
-            out[PAGES / "tables" / f"{name}.csv"] = self._try(name, lambda name: tables.to_csv(self._lines(name)))
-        return {path: text for path, text in out.items() if text is not None}
+            place = Path(document)
+            text = found.get(place) or (self.root / place).read_text(encoding="utf-8")
+            self._try(found, place, f"{name}.md.j2", functools.partial(self._block, name, document, text))
+        return found
 
-    def _try(self, name: str, make: Callable[[str], str]) -> str | None:
-        """``make`` of ``name``, or None: for a reason that is among the problems."""
+    def drawings(self, make: Callable[[str, Data], str]) -> dict[Path, str]:
+        """``make`` of every figure by its place under the root: its stamp, or the figure."""
+        found: dict[Path, str] = {}
+        for name in figures.FIGURES:
+            self._try(found, DRAWN / f"{name}.svg", name, lambda name: make(name, self.data))
+        return found
+
+    def _try(self, found: dict[Path, str], place: Path, name: str, make: Callable[[str], str]) -> None:
+        """Puts ``make`` of ``name`` at ``place``; an error becomes a problem."""
         try:
-            return make(name)
-        except Unavailable:
-            return None
-        except (ResultError, jinja2.TemplateError, TypeError, ValueError) as e:
-            kind = "" if isinstance(e, ResultError) else f"{type(e).__name__}: "
-            self.problems.append(f"{name}: {kind}{e}")
-            return None
+            found[place] = make(name)
+        except (ResultError, jinja2.TemplateError, KeyError, TypeError, ValueError) as error:
+            kind = "" if isinstance(error, ResultError) else f"{type(error).__name__}: "
+            self.problems.append(f"{name}: {kind}{error}")
 
     def _render(self, template: str) -> str:
-        names = {name: getattr(self, name) for name in ("grid", "lines", "value", "row", "of", "machines")}
-        made = _environment().get_template(template).render(names, tables=self.tables, results=self.results)
+        data = self.data
+        names = {name: getattr(data, name) for name in ("results", "rows", "row", "records", "run", "found")}
+        derived = functools.cache(lambda name: tables.lines(data, name))
+        made = _environment().get_template(template).render(names, derived=derived, data=data, quality=quality)
         return f"<!-- Made from bench/report/templates/{template}: edit that. -->\n{made.strip()}\n"
 
     def _block(self, name: str, document: str, text: str, template: str) -> str:
@@ -173,73 +79,70 @@ class Report(View):
         before, _, rest = text.partition(begin)
         return before + begin + self._render(template) + end + rest.partition(end)[2]
 
-    def _drawing(self, make: Callable[[str, list[Line]], str]) -> Callable[[str], str]:
-        """``make`` of a figure's name and lines, as a function of its name."""
-        return lambda name: make(name, self._lines(self.figures[name]))
-
     def strangers(self) -> list[Path]:
-        """Files in folders of generated files that nothing makes."""
-        known = {PAGES / "tables" / f"{name}.csv" for name in self.tables} | {DRAWN / f"{name}.svg" for name in self.figures}
+        """Files in the folders of generated files that nothing makes."""
+        known = {DRAWN / f"{name}.svg" for name in figures.FIGURES}
         known |= {PAGES / template.stem for template in TEMPLATES.glob("results/*.md.j2")}
-        there = [path for folder in (PAGES, PAGES / "tables", DRAWN) for path in (self.root / folder).glob("*.*")]
+        there = [path for folder in (PAGES, DRAWN) for path in (self.root / folder).rglob("*.*")]
         return sorted({path.relative_to(self.root) for path in there} - known)
 
     def check(self) -> list[str]:
         """What is wrong, a line each."""
-        stamps = {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.stamp)) for name in self.figures}
-        for path, made in (self.texts() | stamps).items():
+        texts, stamps = self.texts(), self.drawings(figures.stamp)
+        for path, made in (texts | stamps).items():
             there = (self.root / path).read_text(encoding="utf-8") if (self.root / path).exists() else None
             if there is None:
                 self.problems.append(f"{path.as_posix()}: missing; {AGAIN}")
-            elif path not in stamps and there != made:
+            elif made != there if path in texts else made not in there:
                 self.problems.append(f"{path.as_posix()}: differs from what bench/results gives; {AGAIN}")
-            elif path in stamps and made and made not in there:
-                self.problems.append(f"{path.as_posix()}: older than its data or drawing; {AGAIN}")
         self.problems += [f"{path.as_posix()}: nothing makes this file; {AGAIN}" for path in self.strangers()]
-        return list(dict.fromkeys(self.problems))
+        return self.problems
 
     def write(self) -> list[str]:
         """Writes everything, or nothing where something is wrong."""
-        out = self.texts()
-        out |= {DRAWN / f"{name}.svg": self._try(name, self._drawing(figures.svg)) for name in self.figures}
+        made = self.texts() | self.drawings(figures.svg)
         if not self.problems:
-            for path, text in out.items():
+            for path, text in made.items():
                 (self.root / path).parent.mkdir(parents=True, exist_ok=True)
                 (self.root / path).write_text(text, encoding="utf-8")
             for path in self.strangers():
                 (self.root / path).unlink()
-        return list(dict.fromkeys(self.problems))
+        return self.problems
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    """Of all reports: it keeps what it has compiled."""
+    """Shared by all reports: it keeps compiled templates."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,
-        finalize=_said,
+        finalize=_printed,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    made.filters |= {name: getattr(cells, name) for name in ("number", "duration", "times")}
+    filters = ("number", "duration", "times", "points")
+    made.filters |= {name: getattr(cells, name) for name in filters}
+    functions = ("grid", "row_grid", "line_grid", "column", "label")
+    made.globals |= {name: getattr(cells, name) for name in functions}
     return made
 
 
-def _said(value: object) -> object:
-    """What a template prints: a value that a result lacks is no word of a page."""
+def _printed(value: object) -> object:
+    """Refuses to print None: a value that a result lacks is no word of a page."""
     if value is None:
         raise TypeError("a template prints a value that is None")
     return value
 
 
-def show(name: str) -> None:
-    """Prints a table, in full width where not to a terminal; ResultError where there is none, or not what it is made of."""
-    report = Report()
-    if name not in report.tables:
-        raise ResultError(f"table: expected one of {', '.join(sorted(report.tables))}; got {name!r}")
-    try:
-        lines = report.lines(name)
-    except Unavailable:
-        raise ResultError("\n".join(report.problems)) from None
-    Console(width=None if sys.stdout.isatty() else 500).print(tables.to_terminal(report.tables[name].about, lines))
+def show(name: str | None) -> None:
+    """Prints a table, in full width where not to a terminal, or the names of all; ResultError where there is none such."""
+    data = Data()
+    if data.problems:
+        raise ResultError("\n".join(data.problems))
+    console = Console(width=None if sys.stdout.isatty() else 500)
+    if name is None:
+        console.print("\n".join(tables.names(data)))
+    else:
+        about = tables.DERIVED[name][0] if name in tables.DERIVED else name
+        console.print(tables.to_terminal(about, tables.lines(data, name)))

@@ -1,0 +1,84 @@
+"""The committed results, as pages, figures and tables ask for them; what is missing is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bench.records import OF_A_CPU, Result, ResultError, Row, load
+from bench.source import ROOT, SPECS, bundled
+
+FOLDER = Path("bench", "results")
+#: Results of a bundled checkpoint.
+OF_CHECKPOINT = {"icl": "smollm2-135m", "study": "smollm2-135m", "specs": SPECS, "adapt": SPECS, "costs": SPECS}
+
+
+class Data:
+    """Every result file under ``root``, checked; ``problems``: why files were refused, a line each."""
+
+    def __init__(self, root: Path = ROOT):
+        self.problems: list[str] = []
+        self.found: dict[str, Result] = {}
+        for path in sorted((root / FOLDER).glob("*.jsonl")):
+            try:
+                self.found[path.stem] = self._checked(path)
+            except ResultError as error:
+                self.problems.append(f"{FOLDER.as_posix()}/{error}")
+
+    @staticmethod
+    def _checked(path: Path) -> Result:
+        """ResultError where the file is of another checkpoint than the bundled one, or of an unknown machine."""
+        result, (suite, _, machine) = load(path), path.stem.partition(".")
+        if bool(machine) != (suite in OF_A_CPU):
+            raise ResultError(f"{path.name}: expected a class of CPUs in the name exactly where a suite times a CPU")
+        if (name := OF_CHECKPOINT.get(suite)) is not None:
+            about = result.records("plan")[0] if "plan" in result.others else result.run
+            if about.get("checkpoint") != bundled(name):
+                raise ResultError(f"{path.name}: not of the bundled checkpoint {name}")
+        return result
+
+    def results(self, suite: str, machine: str | None = None) -> list[Result]:
+        """The results of a suite, one a machine; ``machine``: the class of CPUs of the only one wanted, such as intel-amx.
+
+        A suite measured on a GPU has ``-cuda`` at the end of its name.
+        """
+        found = [of for stem, of in self.found.items() if stem.partition(".")[0] == suite]
+        found = [of for of in found if machine in (None, of.path.stem.partition(".")[2])]
+        if not found:
+            file = f"{suite}.{machine or '*'}.jsonl" if suite in OF_A_CPU else f"{suite}.jsonl"
+            raise ResultError(f"{FOLDER.as_posix()}/{file}: missing")
+        return found
+
+    def run(self, suite: str, machine: str | None = None) -> dict[str, Any]:
+        """What a run says of itself: command, commit, date, machine."""
+        return self.results(suite, machine)[0].run
+
+    def rows(self, suite: str, machine: str | None = None, **where: Any) -> list[Row]:
+        """The rows whose fields, or entries of their shape, have the values of ``where``; a list allows several."""
+        found = [row for result in self.results(suite, machine) for row in result.rows]
+        for name, wanted in where.items():
+            values = wanted if isinstance(wanted, list) else [wanted]
+            of = (lambda row, name=name: getattr(row, name)) if name in Row.__dataclass_fields__ else _of_shape(name)
+            found = [row for row in found if of(row) in values]
+        if not found:
+            raise ResultError(f"{FOLDER.as_posix()}/{suite}: no row with {where}")
+        return found
+
+    def row(self, suite: str, machine: str | None = None, **where: Any) -> Row:
+        """The one row that ``where`` leaves."""
+        found = self.rows(suite, machine, **where)
+        if len(found) > 1:
+            raise ResultError(f"{FOLDER.as_posix()}/{suite}: expected one row with {where}, got {len(found)}")
+        return found[0]
+
+    def records(self, suite: str, kind: str, machine: str | None = None, **where: Any) -> list[dict[str, Any]]:
+        """The records of a kind whose fields have the values of ``where``."""
+        found = [entry for result in self.results(suite, machine) for entry in result.records(kind)]
+        found = [entry for entry in found if all(entry.get(name) == value for name, value in where.items())]
+        if not found:
+            raise ResultError(f"{FOLDER.as_posix()}/{suite}: no record {kind!r} with {where}")
+        return found
+
+
+def _of_shape(name: str) -> Any:
+    return lambda row: row.shape.get(name)
