@@ -123,14 +123,6 @@ def shown(records: Sequence[Record]) -> Table:
     return made
 
 
-def settle(threads: int) -> None:
-    """What the studies of specifications run with: torch's threads, and memory that is kept as ``t2l train`` keeps it."""
-    from t2l_engine.cli.common import keep_freed_memory
-
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-
-
 def write(ctx: typer.Context, out: Path | None, threads: int, records: Iterable[Record]) -> None:
     """A file of records that are no rows of times."""
     context = Context.of("full", threads)
@@ -152,147 +144,27 @@ def learn(
 
 
 @app.command()
-def study(
-    ctx: typer.Context,
-    tasks: Annotated[Path, typer.Option(help="task folder that holds the tasks of the manifest skills")],
-    work: Work,
-    benchmarks: Annotated[Path | None, typer.Option(help="task folder of t2l tasks import-benchmarks")] = None,
-    runs: Annotated[
-        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/study/plan.yaml")
-    ] = "",
-    threads: Threads = DEFAULT_THREADS,
-    out: Out = None,
-) -> None:
-    """T2L beside its rivals and its controls on SmolLM2: trains, evaluates, analyses (some ten hours on two cores)."""
-    from bench.study import judge, plan, records
-    from bench.study import runs as training
-
-    torch.set_num_threads(threads)
-    training.tasks(tasks, work, benchmarks)
-    for name in runs.split(",") if runs else plan.RUNS:
-        training.train(name, work)
-        if name == "t2l" and not runs:  # before hours are spent on tasks that oracles do not learn here
-            list(judge.headroom(work))
-    if not runs:
-        write(ctx, out, threads, records(work))
-
-
-@app.command()
 def specs(
     ctx: typer.Context,
     work: Work,
-    skills: Annotated[
-        Path | None, typer.Option(help="task folder that holds the tasks of the manifest skills: tasks of other origin")
-    ] = None,
     runs: Annotated[
-        str, typer.Option(help="comma-separated: train these alone, judge nothing; see bench/specs/plan.yaml")
+        str, typer.Option(help="comma-separated: train these runs of bench/specs/plan.yaml, judge nothing")
     ] = "",
-    development: Annotated[
-        str, typer.Option(metavar="RUN", help="judge this run on the development tasks alone; no result file")
-    ] = "",
-    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: judge the runs that are there")] = False,
     threads: Threads = DEFAULT_THREADS,
     out: Out = None,
 ) -> None:
-    """T2L on thousands of specifications, and on sentences that nothing was trained on; many hours on two cores."""
-    from bench import specs as study
-    from bench.specs import plan
-    from bench.specs.runs import judged, specifications, tasks, train
+    """The training study of smollm2-135m-specs: trains the runs of the plan, and judges them; many hours on two cores."""
+    from bench.specs import judge, plan
+    from bench.specs import runs as training
+    from t2l_engine.cli.common import keep_freed_memory
 
-    settle(threads)
-    found = specifications()
-    tasks(work, found, skills)
-    if development:
-        CONSOLE.print_json(data=judged(plan.DEVELOPMENT, work, development, plan.OWN_ARMS)["summary"]["all"])
-        return
-    for name in runs.split(",") if runs else [] if as_is else plan.STUDY:
-        train(name, work)
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    training.tasks(work, training.specifications())
+    for name in runs.split(",") if runs else plan.RUNS:
+        training.train(name, work)
     if not runs:
-        write(ctx, out, threads, study.records(work, found))
-
-
-@app.command()
-def small(
-    ctx: typer.Context,
-    work: Work,
-    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: take the runs that are there")] = False,
-    threads: Threads = DEFAULT_THREADS,
-    out: Out = None,
-) -> None:
-    """Small runs of the study of specifications that change one thing at a time; an hour and a half on two cores."""
-    from bench import specs as study
-    from bench.specs import plan
-    from bench.specs.runs import lacking, specifications, train, write_trained
-
-    settle(threads)
-    write_trained(work, specifications())
-    for name in () if as_is else plan.SMALL:
-        train(name, work)
-    without = lacking(work)
-    write(ctx, out, threads, study.trained(work, [name for name in plan.SMALL if name not in without]))
-
-
-@app.command()
-def robustness(
-    ctx: typer.Context,
-    work: Work,
-    as_is: Annotated[bool, typer.Option("--as-is", help="train nothing: judge the runs that are there")] = False,
-    threads: Threads = DEFAULT_THREADS,
-    out: Out = None,
-) -> None:
-    """Another seed of the study of specifications, and other ranks of its rival; some three hours on two cores."""
-    from bench.specs import plan
-    from bench.specs.robustness import records
-    from bench.specs.runs import specifications, tasks, train
-
-    settle(threads)
-    tasks(work, specifications(), later=False)
-    for name in () if as_is else plan.ROBUSTNESS:
-        train(name, work)
-    write(ctx, out, threads, records(work))
-
-
-@app.command()
-def adapt(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
-    """Tuning on a user's examples from adapters of smollm2-135m-specs and other starts; some two hours on two cores."""
-    from bench.specs.adapting import records
-    from bench.specs.runs import specifications
-
-    settle(threads)
-    write(ctx, out, threads, records(work, specifications()))
-
-
-@app.command()
-def rates(ctx: typer.Context, work: Work, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
-    """Learning rates of `t2l adapt` at its own settings; some half an hour on two cores."""
-    from bench.specs.rates import records
-    from bench.specs.runs import specifications
-
-    settle(threads)
-    write(ctx, out, threads, records(work, specifications()))
-
-
-@app.command()
-def costs(ctx: typer.Context, threads: Threads = DEFAULT_THREADS, out: Out = None) -> None:
-    """A task read by smollm2-135m-specs, or shown in every prompt: times of both; some five minutes."""
-    from bench.specs.costs import records
-    from bench.specs.runs import specifications
-
-    settle(threads)
-    write(ctx, out, threads, records(specifications()))
-
-
-@app.command()
-def lengths(
-    benchmarks: Annotated[Path, typer.Option(help="folder with a .jsonl file per benchmark")],
-    descriptions: Annotated[Path, typer.Option(help="file with eval_ds_info")],
-    examples: Annotated[Path, typer.Option(help="JSON file: name of a benchmark -> its worked examples")],
-    tokenizer: Annotated[list[str], typer.Option(help="NAME=PLACE; repeat it")],
-) -> None:
-    """Token counts of T2L's benchmarks; see bench/lengths.py."""
-    from bench.lengths import command
-
-    typer.echo(command(benchmarks, descriptions, examples, tokenizer))
+        write(ctx, out, threads, judge.records(work))
 
 
 @app.command()
@@ -332,16 +204,16 @@ def compare(
 
 
 @app.command()
-def table(name: Annotated[str, typer.Argument(help="one of docs/results/tables")]) -> None:
-    """Print a table of the committed results."""
+def table(name: Annotated[str | None, typer.Argument(help="default: print the names of all")] = None) -> None:
+    """Print a long table of the committed results, such as apply.lora."""
     from bench.report.pages import show
 
     show(name)
 
 
 @app.command()
-def report(check: Annotated[bool, typer.Option("--check", help="say what is stale, write nothing")] = False) -> None:
-    """Pages, tables and figures from bench/results."""
+def report(check: Annotated[bool, typer.Option("--check", help="compare, write nothing")] = False) -> None:
+    """Write the pages, figures and README blocks from bench/results."""
     from bench.report.pages import Report
 
     problems = Report().check() if check else Report().write()

@@ -1,8 +1,8 @@
 """Result files in ``bench/results``: reading and checking them.
 
 ``SUITE.CLASS.jsonl`` was measured on one class of CPUs, ``SUITE-cuda.jsonl`` on a GPU; ``SUITE.jsonl`` depends on no CPU's
-speed.  The first line is the run; every other line is one record: a row of times, or another kind.  Times are in microseconds.
-Ratios and speedups are computed here and stored nowhere.
+speed.  The first line is the run; every other line is one record: a row of times, or another kind.  Times are in
+microseconds.  Ratios and speedups are computed here and stored nowhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PREALLOCATED, FRESH = "preallocated output", "fresh output"
 HOST = "ours, from the host"
 #: Of the suite serving: vLLM without LoRA but compiled, ours where vLLM wraps every layer, and ours in transformers.
 COMPILED, OURS_ALL, ATTACHED = "base, compiled", "ours, every layer", "ours, transformers"
-#: What else is timed beside ours and is no other way of doing the same work: other calls of ours, bounds, parts of a request,
-#: other instruction sets, and one adapter for the whole batch where ours has one a row.
+#: Timed beside ours without being another way of doing the same work: other calls of ours, bounds, parts of a request, other
+#: instruction sets, and one adapter for the whole batch where ours has one a row.
 BESIDE = {
     *(BASE, FRESH, HOST, COMPILED, OURS_ALL, ATTACHED, "ours, a launch a linear", "ours, ops alone"),
     *("copy", "head weights", "text encoder", "merged", "PEFT single"),

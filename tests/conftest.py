@@ -161,11 +161,3 @@ def left_tokenizer():
     backend = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?", padding_side="left")
-
-
-@pytest.fixture
-def results_tree(tmp_path):
-    """A tree with committed results, one machine's of each suite, and the documents that hold blocks; no page is written."""
-    from tests.bench.committed import copy_results  # with what draws figures: for these tests alone
-
-    return copy_results(tmp_path)

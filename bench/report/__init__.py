@@ -1,1 +1,1 @@
-"""Pages, figures and tables from ``bench/results``: ``python -m bench report [--check]``, ``python -m bench table [NAME]``."""
+"""Pages, figures and tables from ``bench/results``: ``python -m bench report`` and ``python -m bench table``."""

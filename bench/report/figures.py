@@ -96,7 +96,9 @@ def prompt_or_adapter(data: Data) -> list[Panel]:
     for workload, title in ((PAPER, "lengths of the paper"), (MEAN, "mean of ten benchmarks")):
         (of,) = data.records("icl", "costs", model="mistral-7b", workload=workload)
         ways = list(of["ways"].values())
-        phases = {text: [way["phases"].get(phase, {}).get("flops", 0) / 1e12 for way in ways] for phase, text in PHASES.items()}
+        phases = {
+            text: [way["phases"].get(phase, {}).get("flops", 0) / 1e12 for way in ways] for phase, text in PHASES.items()
+        }
         panels.append(Panel(title, "TFLOP", [LABELS[way] for way in of["ways"]], phases, stacked=True))
     return panels
 
@@ -133,7 +135,9 @@ def svg(name: str, data: Data) -> str:
             handles, labels = axes.get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
         out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": "bench report", "Description": stamp(name, data)})
+        figure.savefig(
+            out, format="svg", metadata={"Date": None, "Creator": "bench report", "Description": stamp(name, data)}
+        )
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Examples in the prompt (in-context learning, ICL) beside adapters (T2L): the table of the page, and what it says in words."""
+"""Examples in the prompt (in-context learning, ICL) beside adapters (T2L): the table of the page."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def summary(data: Data) -> list[Line]:
         later = tuple(of["ways"][way]["later_token"] for way in ("icl-warm", "t2l-task"))
         lines.append(_line(f"{MODELS[model]}, counted, TFLOP", _tokens(of["lengths"]), first, later))
     for row in data.rows("icl", group="icl"):
-        first, later = (
-            tuple(row.times[name]["median_us"] / 1e3 for name in pair) for pair in ((ICL, OURS), (WARM, KEPT))
-        )
+        first, later = (tuple(row.times[name]["median_us"] / 1e3 for name in pair) for pair in ((ICL, OURS), (WARM, KEPT)))
         lines.append(_line(f"{row.shape['model']} {row.shape['dtype']}, ms", _tokens(row.shape), first, later))
     for name, group in tasks(data).items():
         of = measured(group)

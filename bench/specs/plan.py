@@ -1,50 +1,70 @@
-"""What the study of unseen sentences trains and judges, as ``plan.yaml`` says it."""
+"""What the study trains and judges: ``plan.yaml``, as runs with their settings."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from bench import plans
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.yaml import read_yaml
+from t2l_engine.research.training import settings
+from t2l_engine.research.training.settings import LoRASettings, SFTSettings
 
-#: Of a run's tasks: ``more`` and ``further``, those of part MORE or FURTHER instead of TRAINED; ``tasks``, how many of them
-#: (default: all); ``two_answers``, only those with two different answers.
-PLAN, RUNS = plans.read(Path(__file__).with_name("plan.yaml"), ("more", "further", "tasks", "two_answers"))
-#: Parts of the result.  Two are tiers of the suite, held out from all decisions; the last is tasks of other origin.
-DEVELOPMENT, TRAINED, HELD_OUT, OTHER = "development", "trained", ("sibling", "novel"), "other"
-#: No part of the result: the trained tasks and more of tier train; the same with further descriptions.
+#: Kind of ``t2l train`` -> its settings.
+KINDS = {"sft": SFTSettings, "lora": LoRASettings}
+#: Fields of a run that are no settings: read the tasks of part MORE or FURTHER instead of TRAINED; how many tasks (default:
+#: all); only tasks with two different answers.
+OTHER = ("more", "further", "tasks", "two_answers")
+#: Parts of the result: a sample of the trained tasks, tasks kept for choosing settings, in-family and out-of-family tasks.
+TRAINED, DEVELOPMENT, HELD_OUT = "trained", "development", ("sibling", "novel")
+PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
+#: Trained on, too: more tasks; the same with further descriptions.
 MORE, FURTHER = "more", "further"
-SUITE_PARTS = (TRAINED, DEVELOPMENT, *HELD_OUT)
-PARTS = (*SUITE_PARTS, OTHER)
-#: The trained tasks that the library has an adapter for, each trained on its task alone: what an adapter can do at all.
+#: Part of the result: trained tasks that have a per-task LoRA.
 STORED = "stored"
-#: Where points are lost: splits of those tasks' inputs, and wordings; nothing was trained on the last of each.
-SPLITS, WORDINGS = ("train", "val", "test"), ("trained", "held out")
-UNSEEN = SPLITS[-1], WORDINGS[-1]
-#: Runs: what is judged, and what it is judged beside.
-T2L, DESCRIBED, RIVAL, LIBRARY = "t2l", "t2l-described", "multi-task-description", "library"
-#: Small runs that change one thing at a time, and what the last of them starts from: a result of their own.
-SMALL = ("small", "small-adamw", "small-fast", "small-slow", "reconstruction", "small-warm")
-#: T2L's first run with another seed, and the rival with other ranks: a result of their own.
-AGAIN, RANKS = "t2l-first-again", ("multi-task-2", "multi-task-8", "multi-task-32")
-ROBUSTNESS = (*RANKS, "again-constant", AGAIN)
-#: All others.
-STUDY = [name for name in RUNS if name not in SMALL + ROBUSTNESS]
-#: Runs on the way to T2L that are judged, too, from the description; the one that has had as many tokens as RIVAL.
-EARLIER, EVEN = ("t2l-first", "t2l-second", "t2l-third", "t2l-fourth"), "t2l-first"
-#: Worked examples of the arms; those without a number show the first.
+#: Runs: the checkpoint, what it had learnt after as many tokens as the multi-task LoRA, that LoRA, and per-task LoRAs.
+T2L, EVEN, RIVAL, LIBRARY = "t2l", "t2l-first", "multi-task-description", "library"
+#: Numbers of worked examples; methods without a number show the first.
 SHOTS = (3, 6)
-OWN_ARMS = ("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-shuffled")
-ARMS = (
-    *(*OWN_ARMS, "t2l-examples-6", "t2l-junk", "t2l-constant"),
-    *(DESCRIBED, RIVAL, "nearest"),
-    *("base", "base-description", "icl", "icl-6"),
+METHODS = (
+    *("t2l", "t2l-shuffled", "t2l-examples", "t2l-examples-6", RIVAL, "nearest"),
+    *("base-description", "icl", "icl-6"),
 )
-#: Arms of part STORED.
-STORED_ARMS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
-#: Arm -> the run that it needs beside T2L.
-NEEDS = {DESCRIBED: DESCRIBED, RIVAL: RIVAL, "nearest": LIBRARY, "oracle": LIBRARY}
+STORED_METHODS = ("oracle", "t2l", "t2l-examples", RIVAL, "icl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    ``kind``: of ``t2l train``; ``initial``: name of the run that it starts from, "": none; ``other``: its fields of OTHER.
+    """
+
+    kind: str
+    settings: SFTSettings | LoRASettings
+    initial: str
+    other: Mapping[str, Any]
+
+
+def _run(plan: Mapping[str, Any], name: str, where: str) -> Run:
+    """``like`` names the shared settings that a run changes; base model and target modules are the same for all."""
+    fields = dict(plan["runs"][name])
+    while like := fields.pop("like", None):
+        fields = plan["settings"][like] | fields
+    kind, initial = fields.pop("kind"), fields.pop("initial", "")
+    if initial and initial not in plan["runs"]:
+        raise ConfigError(f"{where}: initial: expected a run of the plan, got {initial!r}")
+    other = {field: fields.pop(field) for field in OTHER if field in fields}
+    fields |= {"base_model": plan["model"], "target_modules": ("q_proj", "v_proj")}
+    return Run(kind, settings.build(KINDS[kind], fields, source=where), initial, other)
+
+
+FILE = Path(__file__).with_name("plan.yaml")
+PLAN: dict[str, Any] = read_yaml(FILE)
+RUNS = {name: _run(PLAN, name, f"{FILE}: {name}") for name in PLAN["runs"]}
 
 
 def ordered(names: Iterable[str], key: str) -> list[str]:

@@ -1,76 +1,58 @@
-"""Task folders, training runs and evaluations of the study of unseen sentences."""
+"""Task folders and training runs of the study; interrupted runs go on, finished ones are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Sequence
+import importlib
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import t2l_engine as t2l
-from bench import judging, training
-from bench.harness import BenchError
-from bench.plans import Run
-from bench.source import SPECS
+from bench.harness import BenchError, Record, record
 from bench.specs.plan import (
-    ARMS,
-    DESCRIBED,
     DEVELOPMENT,
     FURTHER,
     HELD_OUT,
-    LIBRARY,
     MORE,
-    OTHER,
     PLAN,
-    RIVAL,
     RUNS,
-    SHOTS,
-    STORED,
-    T2L,
     TRAINED,
-    WORDINGS,
+    Run,
     drawn,
     ordered,
 )
-from bench.study import plan as skills_plan
-from bench.study.runs import asked, checked
+from bench.suites.learn import logged
+from t2l_engine.files.errors import ConfigError
+from t2l_engine.files.yaml import read_yaml
 from t2l_engine.hypernetwork import checkpoint
-from t2l_engine.hypernetwork.folder import WEIGHTS_NAME
-from t2l_engine.research.tasks import manifest as manifests
-from t2l_engine.research.tasks.folder import load_tasks, read_descriptions
+from t2l_engine.hypernetwork.folder import CONFIG_NAME, WEIGHTS_NAME
+from t2l_engine.research.tasks.folder import DESCRIPTIONS_NAME, Task, load_tasks, read_descriptions, write_tasks
 from t2l_engine.research.tasks.specs import suite
-from t2l_engine.research.training import lora
+from t2l_engine.research.training import loop
 from t2l_engine.research.training import runs as lora_runs
-from t2l_engine.research.training.runs import MULTI_TASK
-from t2l_engine.research.training.settings import LoRASettings, differences
+from t2l_engine.research.training.settings import LoRASettings, Settings, differences
 from t2l_engine.text.llm_encoder import LLMEncoder
-
-
-def folder_of(work: Path, part: str) -> Path:
-    """The tasks of a part; training reads those of "trained" and "more"."""
-    return work / "tasks" / part
 
 
 @dataclasses.dataclass(frozen=True)
 class Specifications:
-    """Those of the study by what they are for.
-
-    ``trained``, ``development``: of tier train; ``more``: of that tier, too, for the runs that have them.  ``held_out``: the
-    third set of tiers sibling and novel.  ``tuned``: others of these tiers, for tuning on a user's examples alone.
-    """
+    """Those of the study by what they are for; ``more``: trained on, too, by the runs that have them."""
 
     trained: Sequence[suite.Placed]
     development: Sequence[suite.Placed]
     more: Sequence[suite.Placed]
     held_out: Sequence[suite.Placed]
-    tuned: Sequence[suite.Placed]
 
 
 def specifications() -> Specifications:
-    """Those of the plan, drawn from the suite."""
+    """Those of the plan, drawn from the suite.
+
+    The held-out ones are the third set.  What earlier sets and the study of tuning used is left out.
+    """
     found = suite.suite(PLAN["more"])
     first, later = found[: PLAN["specifications"]], found[PLAN["specifications"] :]
     known = {placed.spec.name: placed for placed in first if placed.tier == "train"}
@@ -85,45 +67,11 @@ def specifications() -> Specifications:
         development=[known[name] for name in sorted(development)],
         more=suite.more_trained(later, second, 0),
         held_out=held_out_set("third", siblings.values(), [*found, *second, *tuned]),
-        tuned=tuned,
     )
 
 
-def tasks(work: Path, found: Specifications, skills: Path | None = None, *, later: bool = True) -> None:
-    """Write the task folders of all parts.
-
-    ``skills``: a folder with the tasks of the manifest of that name, for the part of tasks of other origin.  ``later``: also
-    the parts that only later runs of T2L are trained on.
-
-    Raises BenchError if a description that is held out is trained on, ConfigError if tasks are not the manifest's.
-    """
-    parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
-    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development} | ({MORE: found.more} if later else {})
-    made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
-    of_train = (MORE, FURTHER) if later else (TRAINED,)
-    if later:
-        made[MORE] = made[TRAINED] + made[MORE]
-        made[FURTHER] = [suite.task(p.spec, suite.EXAMPLES, 0, PLAN["further"]) for p in (*found.trained, *found.more)]
-    tiers = [("train", task) for part in of_train for task in made[part]]
-    tiers += [(part, task) for part in (DEVELOPMENT, *HELD_OUT) for task in made[part]]
-    tiers += [(placed.tier, suite.task(placed.spec, 1, 0)) for placed in found.tuned]
-    if leaks := suite.leaks(tiers):
-        raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
-    if skills is not None:
-        manifest = manifests.read(skills_plan.MANIFEST)
-        names = [name for tier in HELD_OUT for name in manifest.names(tier)]
-        made[OTHER] = [asked(task) for task in checked(skills, names)]
-    for part, of in made.items():
-        training.write(folder_of(work, part), of)
-
-
-def write_trained(work: Path, found: Specifications) -> None:
-    """Write the task folder of part TRAINED alone."""
-    training.write(folder_of(work, TRAINED), [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in found.trained])
-
-
 def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Placed]) -> list[suite.Placed]:
-    """Set ``name`` of the plan: a sample of the siblings ``of``, and what its seeds draw of tier novel beside ``known``."""
+    """Set ``name`` of the plan: a sample of the in-family ones among ``of``, and new out-of-family ones beside ``known``."""
     wanted, by_name = PLAN[name], {placed.spec.name: placed for placed in of if placed.tier == "sibling"}
     held_out = [by_name[sibling] for sibling in drawn(by_name, wanted["siblings"], name)]
     for seed in wanted["novel_seeds"]:
@@ -131,46 +79,82 @@ def held_out_set(name: str, of: Iterable[suite.Placed], known: Sequence[suite.Pl
     return held_out
 
 
+def folder_of(work: Path, part: str) -> Path:
+    return work / "tasks" / part
+
+
+def tasks(work: Path, found: Specifications) -> None:
+    """Write the task folders of all parts.
+
+    Raises BenchError if a held-out description is trained on, ConfigError if ``work`` holds other tasks already.
+    """
+    parts = {part: [placed for placed in found.held_out if placed.tier == part] for part in HELD_OUT}
+    parts |= {TRAINED: found.trained, DEVELOPMENT: found.development, MORE: [*found.trained, *found.more]}
+    made = {part: [suite.task(placed.spec, suite.EXAMPLES, 0) for placed in of] for part, of in parts.items()}
+    made[FURTHER] = [suite.task(placed.spec, suite.EXAMPLES, 0, PLAN["further"]) for placed in parts[MORE]]
+    tiers = [("train", task) for part in (MORE, FURTHER) for task in made[part]]
+    tiers += [(part, task) for part in (DEVELOPMENT, *HELD_OUT) for task in made[part]]
+    if leaks := suite.leaks(tiers):
+        raise BenchError(f"tasks: expected no held-out description among those trained on, got {leaks[0]}")
+    for part, of in made.items():
+        write(folder_of(work, part), of)
+
+
+def write(folder: Path, tasks: Sequence[Task]) -> None:
+    """Write the task folder, or ConfigError where it holds other tasks."""
+    if not (folder / DESCRIPTIONS_NAME).is_file():
+        write_tasks(folder, tasks)
+    elif load_tasks(folder, None) != sorted(tasks, key=lambda task: task.name):
+        raise ConfigError(f"{folder}: expected the tasks of the study, got others; --work: choose a new folder")
+
+
 def with_two_answers(folder: Path, names: Sequence[str]) -> list[str]:
-    """Those of the tasks ``names`` whose examples have two different answers, between which a guess is often right."""
+    """Those of the tasks ``names`` whose examples have two different answers, so that a guess is often right."""
     tasks = load_tasks(folder, None, names=names)
     return [task.name for task in tasks if len({example.outputs[0] for example in task.examples}) == 2]
 
 
-def train(name: str, work: Path) -> None:
-    """Train run ``name`` of the plan below ``work``, after the one that it starts from; a reconstruction, of the library."""
-    run = RUNS[name]
-    if run.initial:
-        train(run.initial, work)
-    if run.kind == "reconstruction":
-        train(LIBRARY, work)
-    source, names = learnt(run, work)
-    training.train(run, source, work / name, names)
-
-
 def learnt(run: Run, work: Path) -> tuple[Path, list[str]]:
-    """The folder that ``run`` is trained on, and the names of its tasks or, for a reconstruction, adapters."""
+    """The task folder that ``run`` is trained on, and the names of its tasks there."""
     source = folder_of(work, FURTHER if run.other.get("further") else MORE if run.other.get("more") else TRAINED)
-    if run.kind == "reconstruction":
-        source = work / LIBRARY / lora.ADAPTERS
     names = drawn(read_descriptions(source), run.other.get("tasks"), TRAINED)
     return source, with_two_answers(source, names) if run.other.get("two_answers") else names
 
 
-def lacking(work: Path) -> list[str]:
-    """The runs of the plan that have not been trained to their end below ``work``."""
-    return [name for name, run in RUNS.items() if not _is_there(work / name, run)]
+def settings_of(run: Run, output: Path) -> Settings:
+    """The settings of ``run`` in folder ``output``; the run that it starts from lies beside that."""
+    if not run.initial:
+        return run.settings
+    start = output.resolve().with_name(run.initial)
+    return run.settings.model_copy(update={"initial": str(start / lora_runs.ADAPTERS if run.kind == "lora" else start)})
 
 
-def _is_there(folder: Path, run: Run) -> bool:
-    made = training.settings_of(run, folder)
+def train(name: str, work: Path) -> None:
+    """Train run ``name`` of the plan below ``work``, after the run that it starts from; a finished one is kept."""
+    run, folder = RUNS[name], work / name
+    if run.initial:
+        train(run.initial, work)
+    if not finished(name, work):
+        method = importlib.import_module(f"t2l_engine.research.training.{run.kind}")
+        source, names = learnt(run, work)
+        method.train(settings_of(run, folder), source, folder, names=names)
+
+
+def finished(name: str, work: Path) -> bool:
+    """Whether run ``name`` was trained below ``work`` to its end, with the settings and tasks of the plan."""
+    run, folder = RUNS[name], work / name
+    made = settings_of(run, folder)
     if isinstance(made, LoRASettings):
         theirs = lora_runs.settings_of(folder)
         if theirs is None or differences(made, theirs):
             return False
-        wanted = {MULTI_TASK} if made.mode == MULTI_TASK else {*learnt(run, folder.parent)[1]}
+        wanted = {lora_runs.MULTI_TASK} if made.mode == lora_runs.MULTI_TASK else {*learnt(run, work)[1]}
         return wanted <= lora_runs.adapters_of(folder)
-    return training.is_made(folder) and training.is_finished(folder, made, learnt(run, folder.parent)[1])
+    if not (folder / loop.SETTINGS).is_file() or not (folder / CONFIG_NAME).is_file():
+        return False
+    done = checkpoint.describe(folder)["training"]
+    same = not differences(made, read_yaml(folder / loop.SETTINGS)) and {*done["tasks"]} == {*learnt(run, work)[1]}
+    return same and done["steps_done"] >= made.steps
 
 
 def rounded(name: str, work: Path) -> Path:
@@ -185,54 +169,27 @@ def rounded(name: str, work: Path) -> Path:
     return folder
 
 
-def judged(part: str, work: Path, name: str = T2L, arms: Sequence[str] = ARMS) -> dict[str, Any]:
-    """The result of the evaluation of one part; answers of an earlier call are read.
+def trained(work: Path) -> Iterator[Record]:
+    """``training`` records: settings, tokens and seconds of every run, and its curve.
 
-    ``name``: a run of T2L, or of the multi-task LoRA, which is arm RIVAL then.
+    Curve: million tokens so far and mean loss of a twentieth of the steps; a run in waves of tasks has none.
     """
-    source, multi_task = folder_of(work, part), RUNS[name].kind == "lora"
-    own = {"checkpoint": SPECS, "multi_task": work / name} if multi_task else {"checkpoint": rounded(name, work)}
-    names = drawn(read_descriptions(source), PLAN["trained_tasks"] if part == TRAINED else None, "judged")
-    return _evaluated(
-        work,
-        f"{name}-{part}",
-        names,
-        arms,
-        tasks=source,
-        held_out_descriptions=0 if part == OTHER else suite.HELD_OUT,  # those tasks have no others
-        shots=",".join(map(str, SHOTS)),
-        max_items=PLAN["items"][part],
-        **own,
-        **({"manifest": skills_plan.MANIFEST} if part == OTHER else {}),
-    )
-
-
-def stored(work: Path, split: str, wordings: str, arms: Sequence[str]) -> dict[str, Any]:
-    """The result of an evaluation on the tasks of the library, whose adapters are the oracles.
-
-    ``split``, ``wordings``: of plan.SPLITS and plan.WORDINGS; trained wordings: the first descriptions of a task.
-    """
-    source = folder_of(work, TRAINED)
-    return _evaluated(
-        work,
-        f"{T2L}-{STORED}-{split}-{wordings.replace(' ', '-')}",
-        drawn(read_descriptions(source), RUNS[LIBRARY].other["tasks"], TRAINED),
-        arms,
-        tasks=source,
-        checkpoint=rounded(T2L, work),
-        held_out_descriptions=suite.HELD_OUT if wordings == WORDINGS[-1] else 0,
-        split=split,
-        max_items=PLAN["items"][TRAINED],
-    )
-
-
-def _evaluated(work: Path, name: str, names: Sequence[str], arms: Sequence[str], **options: Any) -> dict[str, Any]:
-    """What is the same in every evaluation, and the folders that its arms need."""
-    library = work / LIBRARY / lora.ADAPTERS
-    needed = {RIVAL: ("multi_task", work / RIVAL), "nearest": ("library", library), "oracle": ("oracle", library)}
-    options = dict(needed[arm] for arm in arms if arm in needed) | options
-    if DESCRIBED in arms:
-        options["also"] = f"{DESCRIBED}={rounded(DESCRIBED, work)}"
-    # One validation item of each task, for choosing the base model's prompt template.
-    options |= {"repeats": PLAN["repeats"], "validation_items": 1, "verify": True}
-    return judging.evaluate(work / "judged", name, names, arms, **options)
+    for name, run in RUNS.items():
+        waves = logged(work / name)
+        steps = [row for wave in waves for row in wave if "loss" in row]
+        bounds = [round(i * len(steps) / 20) for i in range(21)] if len(waves) == 1 else []
+        curve, tokens = [], 0
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            tokens += sum(row["tokens"] for row in steps[start:end])
+            curve.append([round(tokens / 1e6, 3), round(statistics.fmean(row["loss"] for row in steps[start:end]), 4)])
+        yield record(
+            "training",
+            run=name,
+            settings=run.settings.model_dump(mode="json"),
+            **({"initial": run.initial} if run.initial else {}),
+            tasks=len(learnt(run, work)[1]) if run.other else None,
+            steps=len(steps),
+            tokens=sum(row["tokens"] for row in steps),
+            seconds=round(sum(row["seconds"] for row in steps)),
+            curve=curve,
+        )

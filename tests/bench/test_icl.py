@@ -15,9 +15,7 @@ from bench import icl
 from bench.harness import OURS, BenchError, Context, VerificationError
 from bench.icl import costs, first, names, questions
 from bench.models import MODULES, Step, decoder, shared
-from bench.records import Result, ResultError, read
-from bench.report import figures, tables_icl
-from bench.report.pages import TABLES
+from bench.records import read
 from bench.source import ROOT
 from bench.timing import Dry, Timing
 from t2l_engine import ops
@@ -239,77 +237,3 @@ def test_tasks_without_a_folder_are_the_demos():
         (question,) = task.examples
         assert task.descriptions == (task.name,)
         assert [*shots, (question.input, *question.outputs)] == rows
-
-
-# --- tables ----------------------------------------------------------------------------------------------------------
-
-ICL = [name for name in TABLES if name.startswith("icl-")]
-
-
-@pytest.fixture
-def result():
-    """The committed costs, and real tasks with made-up times."""
-    stored = read(RESULTS[0])
-    tasks = [
-        _task("copy_last", False, (40.0, 90.0)),
-        _task("lower_case", True, (70.0, 60.0)),
-        _task("choose", True, (50.0, 80.0), icl_ms=40.0),
-        _task("gsm8k", False, (30.0, 4.0), icl_ms=250.0),
-    ]
-    return Result(stored.path, stored.run, stored.rows, stored.others | {"questions": tasks})
-
-
-def _task(name, trained, right, icl_ms=60.0):
-    """``right``: accuracy of ICL and of T2L."""
-    accuracy = {"icl": right[0], "icl-warm": right[0], "t2l-task": right[1], "t2l-merged": right[1], "description": 2.0}
-    ms = {"icl": icl_ms, "icl-warm": 45.0, "t2l-task": 44.0, "t2l-merged": 42.0, "description": 50.0}
-    arms = {
-        arm: {"accuracy": accuracy[arm], "tokens": 2.0, "all_us": 50e3 * ms[arm]}
-        | {f"{key}_us": {"median": scale * ms[arm]} for key, scale in (("first_token", 500), ("answer", 1000))}
-        for arm in ms
-    }
-    about = {"task": name, "trained": trained, "reworded": {"Do so.": 20.0}, "questions": 50, "arms": arms}
-    times = {"dtype": "bfloat16", "generate_us": 10e3, "merge_us": 4e3, "fill_us": 30e3, "tokens": {"icl": 100, "t2l": 40.0}}
-    return about | times | {"same_answers": {"icl-warm": 49, "t2l-merged": 48}}
-
-
-def test_costs_say_when_an_adapter_costs_less(result):
-    lines = {(line["model"], line["workload"]): line for line in TABLES["icl-costs"].lines([result])}
-    line = lines["Mistral-7B", "paper"]
-    assert line["to the first token, ICL / T2L"] == pytest.approx(4.90, abs=0.01)
-    assert line["questions won t2l-task icl-warm"] == [5, None] and line["questions won t2l-request icl-warm"] is None
-    bare = lines["Mistral-7B", "humaneval"]
-    assert bare["to the first token, ICL / T2L"] < 1 and bare["questions won t2l-task icl-cold"] is None
-
-
-def test_phases_add_up_and_no_cell_of_the_paper_is_within_its_rounding(result):
-    for line in TABLES["icl-ways"].lines([result]):
-        assert line["first"] == sum(line[head] or 0 for head in figures.PHASES)
-    assert [line["within its rounding"] for line in TABLES["icl-paper"].lines([result])] == [False] * 5
-
-
-def test_real_tasks_show_accuracy_beside_time(result):
-    lines = {line["task"]: line for line in TABLES["icl-questions"].lines([result])}
-    trained = lines["mean of 2 trained tasks"]
-    assert (trained["icl accuracy"], trained["t2l-task accuracy"]) == (60.0, 70.0)
-    assert lines["gsm8k"]["group"] == tables_icl.BENCHMARK and lines["mean of 1 tasks never trained on"]["questions"] == 50
-    # ICL 60 ms, cold 30 once and 45, warm 45; T2L 10 once and 44
-    copy = lines["copy_last"]
-    ratios = [copy[f"all questions, {rival} / T2L"] for rival in tables_icl.RIVALS]
-    assert ratios == pytest.approx([3000 / 2210, 2280 / 2210, 2250 / 2210])
-    assert copy["first token of the first question, ICL / T2L"] == pytest.approx(30 / 32)
-    assert [copy[f"questions won {rival}"] for rival in tables_icl.RIVALS] == [(1, None), (1, None), (11, None)]
-    assert lines["choose"]["questions won icl"] is None  # slower at any number of questions
-    (glance,) = (
-        line for line in TABLES["icl-summary"].lines([result]) if line["what"].startswith("SmolLM2-135M, 2 trained")
-    )
-    assert (glance["accuracy, ICL, %"], glance["accuracy, T2L, %"]) == (60.0, 70.0)
-
-
-@pytest.mark.parametrize("name", ICL)
-def test_every_table_has_lines_and_a_missing_kind_is_named(name, result):
-    (source,) = TABLES[name].sources
-    result = result if source == "icl" else read(ROOT / "bench" / "results" / f"{source}.jsonl")
-    assert TABLES[name].lines([result])
-    with pytest.raises(ResultError, match=r"jsonl: no record of kind '\w+'"):
-        TABLES[name].lines([Result(result.path, result.run, (), {})])

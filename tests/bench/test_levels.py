@@ -1,14 +1,10 @@
-"""Instruction sets beside each other: each in its own process, verified, and what the table says of the chosen one."""
-
-from pathlib import Path
+"""Instruction sets beside each other: each in its own process, verified."""
 
 import pytest
 import torch
 
 from bench import harness
 from bench.harness import OURS, BenchError, Context, VerificationError
-from bench.records import Result, Row
-from bench.report.pages import TABLES
 from bench.suites import generate, levels
 from bench.timing import Dry
 from t2l_engine import ops
@@ -80,25 +76,3 @@ def test_full_size_is_what_was_asked_for():
     shapes = {(w.shape.name, w.shape.variant, w.dtype, w.count) for w in levels.generations(True)}
     assert len(shapes) == 12 and {name for name, *_ in shapes} == {generate.TARGETED}
     assert {(w.case.tokens, w.case.adapters) for w in levels.loras(True)} == {(64, 1), (8, 8), (64, 64)}
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def a_row(**us):
-    times = {name: {"median_us": float(of), "iqr_us": 2.0, "rounds": 3} for name, of in us.items()}
-    return Row("case", "lora", {"tokens": 8}, 2, None, {OURS: times["new"], **times}, {}, None, None, None)
-
-
-@pytest.mark.parametrize(
-    "old, new, fastest, holds",
-    [(20, 10, "new", True), (10, 11, "old, within noise", True), (10, 15, "old, by 50 %", False)],
-)
-def test_the_table_says_whether_the_chosen_level_is_the_fastest(old, new, fastest, holds):
-    known = {"record": "levels", "available": ["old", "new"], "chosen": "new"}
-    row = a_row(old=old, new=new, eager=30, batched=24)
-    result = Result(Path("levels.amd-avx2.jsonl"), {"machine": {"cpu": "A CPU"}}, (row,), {"levels": [known]})
-    (line,) = TABLES["levels"].lines([result])
-    assert (line["fastest"], line["chosen holds"], line["machine"]) == (fastest, holds, "A (avx2)")
-    assert (line["torch"], line["torch us"], line["torch / chosen"]) == ("batched", 24, pytest.approx(24 / new))
-    assert (line["old us"], line["new us"], line["new IQR us"]) == (old, new, 2.0)

@@ -1,7 +1,5 @@
-"""Pages, tables and figures from result files: nothing is edited by hand, nothing is old, no loss is left out."""
+"""Pages, tables and figures from result files: nothing is edited by hand, nothing is old, results are checked."""
 
-import csv
-import dataclasses
 import json
 import re
 import shutil
@@ -9,26 +7,27 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from typer.testing import CliRunner
 
-from bench.records import Result, ResultError, load, memory_verdict, read
-from bench.report import cells, figures, pages, tables
+from bench import harness
+from bench.__main__ import app
+from bench.records import OF_A_CPU, OURS, ResultError, cpu_class, load, read, stem
+from bench.report import cells, data, figures, pages, quality, tables
 from bench.report.pages import Report
 from bench.source import ROOT, bundled
-from tests.bench.committed import copy_results
+from t2l_engine.research.evaluation.bootstrap import Interval
 
-LORA, DECODE = "serve_64x64, 1 thread, warm", "decode 8 rows, q,v, float32"
-MANY = "mistral-7b M bfloat16, 64 descriptions"
-
-
-@pytest.fixture
-def root(results_tree):
-    return results_tree
+LORA = "serve_64x64, 1 thread, warm"
 
 
 @pytest.fixture(scope="module")
 def once_written(tmp_path_factory):
-    """A tree as ``root``'s, written, with figures that cost no drawing."""
-    root = copy_results(tmp_path_factory.mktemp("written") / "tree")
+    """A tree with the committed results and what is made of them; figures are stamps, which cost no drawing."""
+    root = tmp_path_factory.mktemp("written") / "tree"
+    shutil.copytree(ROOT / data.FOLDER, root / data.FOLDER)
+    for document in pages.BLOCKS.values():
+        (root / document).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / document, root / document)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "svg", figures.stamp)
         assert Report(root).write() == []
@@ -42,24 +41,16 @@ def written(once_written, tmp_path, monkeypatch):
     return shutil.copytree(once_written, tmp_path / "written")
 
 
-def edit(path, old, new):
-    text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-
-def result_file(root, name):
-    """The one of this suite."""
-    (path,) = (path for path in (root / pages.RESULTS).iterdir() if path.name.partition(".")[0] == name)
-    return path
-
-
 def change(root, name, how):
-    """Apply ``how`` to the list of a file's records, in place."""
-    path = result_file(root, name)
+    """Apply ``how`` to the list of a file's records, in place; returns its path."""
+    path = root / data.FOLDER / name
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     how(found)
     path.write_text("".join(json.dumps(record) + "\n" for record in found), encoding="utf-8")
+    return path
+
+
+APPLY = "apply.intel-amx.jsonl"
 
 
 def row(found, case="serve_64x64", threads=1, cache="warm"):
@@ -67,25 +58,24 @@ def row(found, case="serve_64x64", threads=1, cache="warm"):
     return next(r for r in found if (r.get("case"), r.get("threads"), r.get("cache")) == (case, threads, cache))
 
 
-def problems(root, text):
-    return [problem for problem in Report(root).check() if text in problem]
-
-
 # --- what is written is what the results give ------------------------------------------------------------------------
-
-
-def test_written_is_checked(written):
-    assert Report(written).check() == []
 
 
 def test_committed_pages_are_what_the_results_give():
     assert Report().check() == []
 
 
-@pytest.mark.parametrize(
-    "document", ["README.md", "docs/results/index.md", "docs/results/applying.md", "docs/results/tables/lora.csv"]
-)
-def test_hand_edit_is_found(written, document):
+def test_pages_are_few_and_short(once_written):
+    texts = {path: path.read_text(encoding="utf-8") for path in (once_written / pages.PAGES).glob("*.md")}
+    assert len(texts) <= 8 and all(text.count("\n") <= 100 for text in texts.values())
+    assert all(text.count("](../figures/") <= 1 for text in texts.values())
+    assert {name for name in figures.FIGURES for text in texts.values() if f"figures/{name}.svg" in text} == {
+        *figures.FIGURES
+    }
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results/index.md"])
+def test_hand_edits_are_found(written, document):
     text = (written / document).read_text(encoding="utf-8")
     begin = text.index("<!-- speed: begin") if document == "README.md" else 0
     figure = re.compile(r"\d\.\d\d").search(text, begin)
@@ -93,222 +83,146 @@ def test_hand_edit_is_found(written, document):
     assert [problem.split(":")[0] for problem in Report(written).check()] == [document]
 
 
-def test_a_value_that_a_result_lacks_is_not_printed(written, tmp_path_factory, monkeypatch):
-    templates = tmp_path_factory.mktemp("templates")
-    (templates / "results").mkdir()
-    (templates / "results" / "page.md.j2").write_text("On {{ results['specs'][0].machine }}")
-    environment = pages._environment().overlay(loader=jinja2.FileSystemLoader(templates))
+def test_a_result_changes_what_shows_it(written):
+    change(
+        written,
+        APPLY,
+        lambda found: row(found, "decode 8 rows, q,v, bfloat16", 2, None)["times"][OURS].update(median_us=1e5),
+    )
+    (written / pages.DRAWN / "serving.svg").unlink()
+    (written / pages.PAGES / "old.md").touch()
+    assert {problem.split(":")[0] for problem in Report(written).check()} == {
+        *("README.md", "docs/results/index.md", "docs/results/applying.md", "docs/figures/decode.svg"),
+        *("docs/figures/serving.svg", "docs/results/old.md"),
+    }
+    assert Report(written).write() == [] and Report(written).check() == []
+    assert "| 100 ms |" in (written / "README.md").read_text(encoding="utf-8")
+
+
+def test_nothing_is_written_where_something_is_wrong(written):
+    before = (written / "docs" / "results" / "index.md").read_text(encoding="utf-8")
+    readme = written / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8").replace("<!-- speed: begin -->", "", 1), encoding="utf-8")
+    change(written, APPLY, lambda found: found[0].update(date="2030-01-01"))
+    (written / data.FOLDER / "learn.jsonl").unlink()
+    problems = Report(written).write()
+    assert any("README.md: markers of block 'speed' are missing" in problem for problem in problems)
+    assert "results/training.md.j2: bench/results/learn.jsonl: missing" in problems
+    assert (written / "docs" / "results" / "index.md").read_text(encoding="utf-8") == before
+
+
+def test_templates_print_no_none(monkeypatch, tmp_path):
+    (tmp_path / "page.md.j2").write_text("On {{ results('specs')[0].machine }}")
+    environment = pages._environment().overlay(loader=jinja2.FileSystemLoader(tmp_path))
     monkeypatch.setattr(pages, "_environment", lambda: environment)
     with pytest.raises(TypeError, match="None"):
-        Report(written)._render("results/page.md.j2")
+        Report()._render("page.md.j2")
 
 
-def test_markers_of_blocks(written):
-    before = (written / "docs" / "results" / "index.md").read_text(encoding="utf-8")
-    change(written, "generate", lambda found: found[0].update(date="2030-01-01"))
-    edit(written / "README.md", "<!-- speed: begin -->", "<!-- speed: begin -->\n<!-- speed: begin -->")
-    (problem,) = Report(written).write()
-    assert "README.md" in problem and "'speed'" in problem
-    assert (written / "docs" / "results" / "index.md").read_text(encoding="utf-8") == before  # nothing is written
+def test_figures_are_deterministic():
+    found = data.Data()
+    first, second = (figures.svg("serving", found) for _ in range(2))
+    assert first == second and figures.stamp("serving", found) in first
 
 
-def test_what_nothing_makes_is_found_and_removed(written):
-    strange = [written / pages.DRAWN / "old.svg", written / pages.PAGES / "tables" / "old.csv"]
-    for path in strange:
-        path.touch()
-    assert len(problems(written, "nothing makes this file")) == 2
-    assert Report(written).write() == [] and not any(path.exists() for path in strange)
-
-
-def test_missing_result_is_named_once(written):
-    result_file(written, "apply").unlink()
-    assert Report(written).check() == ["bench/results/apply.*.jsonl: missing; run: python -m bench apply"]
-
-
-def test_a_file_of_no_known_name_is_found(written):
-    shutil.copy(result_file(written, "apply"), written / pages.RESULTS / "apply.jsonl")  # of which machine?
-    assert Report(written).check() == ["bench/results/apply.jsonl: the name of no result"]
-
-
-@pytest.mark.parametrize("name", pages.BUNDLED)
-def test_results_of_another_checkpoint_are_found(written, name):
-    path = result_file(written, name)
-    edit(path, bundled(), "0" * 64)
-    assert problems(written, f"bench/results/{path.name}: not of the bundled checkpoint")
-
-
-def test_stale_figures_are_found(written):
-    change(written, "apply", lambda found: row(found, DECODE, 2, None)["times"]["base"].update(median_us=1.0))
-    (written / pages.DRAWN / "training.svg").unlink()
-    old = "docs/figures/decode.svg: older than its data or drawing; run: python -m bench report"
-    assert problems(written, "docs/figures") == [old, "docs/figures/training.svg: missing; run: python -m bench report"]
-
-
-def test_figures_follow_their_code(written, monkeypatch):
-    monkeypatch.setattr(figures, "__file__", __file__)
-    assert len(problems(written, "older than its data or drawing")) == len(Report(written).figures)
-
-
-@pytest.mark.parametrize("name", sorted(figures.FIGURES))
-def test_figures_are_deterministic_and_on_a_page(name):
-    lines = Report().lines(figures.FIGURES[name][1])
-    first, second = (figures.svg(name, lines) for _ in range(2))
-    assert first == second and figures.stamp(name, lines) in first
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / pages.PAGES).glob("*.md")]
-    assert sum(f"(../figures/{name}.svg)" in text for text in texts) == 1
-    assert all(text.count("](../figures/") <= 1 for text in texts)
-
-
-def test_every_table_is_a_csv_that_a_page_links(written):
-    texts = "".join(path.read_text(encoding="utf-8") for path in (written / pages.PAGES).glob("*.md"))
-    for name in Report(written).tables:
-        path = written / pages.PAGES / "tables" / f"{name}.csv"
-        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-        assert len(lines) > 1 and len({len(line) for line in lines}) == 1
-        assert f"(tables/{name}.csv)" in texts, name
-
-
-# --- what pages may ask ----------------------------------------------------------------------------------------------
+# --- what pages and tables may ask ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "ask, says",
     [
-        (lambda r: r.grid("none", ["us"]), "'none'"),
-        (lambda r: r.grid("lora", ["no such"]), "'no such'"),
-        (lambda r: r.grid("lora", ["us"], {"tokens": 3}), "'tokens': 3"),
-        (lambda r: r.grid("lora", ["us"]), "at most 8 columns and 15 lines"),
-        (lambda r: r.grid("lora", {f"us {i}": "us" for i in range(9)}, first=1), "at most 8 columns and 15 lines"),
-        (lambda r: r.value("lora", "us", {"tokens": 64}), "expected one"),
-        (lambda r: r.value("generate", "over eager", {"case": f"{MANY}, beside one"}), "eager"),
+        (lambda d: d.rows("none"), "bench/results/none.jsonl: missing"),
+        (lambda d: d.rows("apply", "arm"), "bench/results/apply.arm.jsonl: missing"),
+        (lambda d: d.rows("apply", tokens=3), "no row with {'tokens': 3}"),
+        (lambda d: d.row("apply", "intel-amx", tokens=64), "expected one row with {'tokens': 64}"),
+        (lambda d: d.records("kernels", "none"), "no record of kind 'none'"),
+        (lambda d: d.records("kernels", "kernel", arch="x"), "no record 'kernel' with {'arch': 'x'}"),
+        (lambda d: cells.row_grid(d.rows("apply", "intel-amx"), ["case"]), "at most 8 columns and 12 lines"),
+        (lambda d: tables.lines(d, "none"), "got 'none'"),
     ],
 )
-def test_what_is_not_there_is_refused_by_name(root, ask, says):
+def test_what_is_not_there_is_refused_by_name(ask, says):
     with pytest.raises(ResultError, match=re.escape(says)):
-        ask(Report(root))
+        ask(data.Data())
 
 
-def test_a_page_without_its_row_is_a_problem(written):
-    change(written, "apply", lambda found: found.remove(row(found)))
-    assert {"results/applying.md.j2", "speed.md.j2"} <= {problem.split(":")[0] for problem in Report(written).write()}
-
-
-def test_a_table_is_printed(capsys):
-    pages.show("model")
-    shown = capsys.readouterr().out
-    assert DECODE in shown and "57.5" in shown and "threads: 2" in shown
-    with pytest.raises(ResultError, match="expected one of adapt, .*; got 'none'"):
-        pages.show("none")
+def test_every_table_is_printed():
+    found = data.Data()
+    for name in tables.names(found):
+        assert tables.to_terminal(name, tables.lines(found, name)).row_count
+    lines = tables.lines(found, "apply.lora")
+    assert {line["machine"] for line in lines} >= {"Intel Xeon (amx)", "AMD EPYC (avx512_bf16)"}
+    shown = CliRunner().invoke(app, ["table", "apply.model"], catch_exceptions=False).output
+    assert "decode 8 rows, q,v, float32" in shown and "1.05 x base" in shown and "threads: 2" in shown
+    assert "quality" in CliRunner().invoke(app, ["table"], catch_exceptions=False).output.split()
 
 
 def test_cells():
     assert [cells.number(x) for x in (1234.5, 12.345, 0.012345, 0, None)] == ["1,234", "12.3", "0.0123", "0", cells.GAP]
     assert [cells.duration(us) for us in (3.62, 1500, 2.5e6)] == ["3.62 us", "1.50 ms", "2.50 s"]
-    shown = ["yes", "**no**", "2.00 x", "**0.500 x**"]
-    assert [cells.cell(v) for v in (True, False, cells.Times(2), cells.Times(0.5))] == shown
-    marked = {"yes, within noise": "yes, within noise", "no": "**no**", "no, within noise": "**no**, within noise"}
-    assert [cells.cell(cells.Met(text)) for text in marked] == list(marked.values())
-    texts = ["yes", "", "1.235", "123457", "x", "5 -"]
-    assert [cells.plain(v) for v in (True, None, 1.23456, 123456.7, "x", [5, None])] == texts
-    made = cells.grid(["a", "b", "c"], [["1 x", 2, True], ["3", None, False]])  # numbers are set to the right
-    assert made == "| a | b | c |\n|---|---:|---|\n| 1 x | 2 | yes |\n| 3 | – | **no** |"
+    assert cells.points(Interval(2.04, -0.01, 4.0)) == "+2.0 [+0.0, +4.0]"
+    made = cells.grid(["a", "b", "c"], [["x", 2, True], ["y", None, "<"]])  # numbers are set to the right
+    assert made == "| a | b | c |\n|---|---:|---|\n| x | 2 | yes |\n| y | – | &lt; |"
 
 
-def test_lines_of_records():
-    entry = {"record": "k", "model": "m", "shots": [0, 1], "ratio": {"icl": [3.0, 4.0]}, "cosines": [1, 2, 3]}
-    result = Result(Path("x.jsonl"), {}, (), {"k": [entry]})
-    assert tables.each("k", "cosines")(result) == [{"model": "m", "shots": [0, 1], "ratio icl": [3.0, 4.0]}]
-    lines = [{"model": "m", "shots": 0, "ratio icl": 3.0}, {"model": "m", "shots": 1, "ratio icl": 4.0}]
-    assert list(tables.series("k", "cosines")(result)) == lines
-
-
-def test_lines_that_differ_have_the_headings_of_all():
-    made = tables.Table("t", "", (), lambda: [{"a": 1, "c": 2}, {"a": 3, "b": 4, "c": 5}, {"d": 6}])
-    heads, none = ["d", "a", "b", "c"], None
-    expected = [[none, 1, none, 2], [none, 3, 4, 5], [6, none, none, none]]
-    assert made.lines([]) == [dict(zip(heads, values, strict=True)) for values in expected]
-    with pytest.raises(ResultError, match="nothing for table 't'"):
-        tables.Table("t", "", (), lambda: []).lines([])
-
-
-# --- targets, misses and losses --------------------------------------------------------------------------------------
-
-
-def test_misses_are_the_unmet_targets(root):
-    change(root, "generate", lambda found: [r.update(peak_mib=5000.0) for r in found if r["record"] == "memory"])
-    report = Report(root)
-    judged = [v for results in report.results.values() for result in results for v in result.verdicts()]
-    missed = [v for v in judged if v.value > v.limit]
-    lines = report.lines("misses")
-    assert sorted((line["group"], line["case"]) for line in lines) == sorted((v.group, v.name) for v in missed)
-    assert lines[0]["group"] == "memory" and lines[0]["over by %"] == pytest.approx(100 * (5000 / 521.9 / 1.2 - 1))
-    assert [line["over by %"] for line in lines] == sorted((line["over by %"] for line in lines), reverse=True)
-    assert report.value("totals", "missed", {"suite": "all"}) == len(missed)
-
-
-def test_groups_name_the_case_farthest_from_its_target(root):
-    report = Report(root)
-    lines, worst = report.lines("groups"), report.lines("misses")[0]
-    every = report.lines("totals", {"suite": "all"})[0]
-    assert sum(line["targets"] for line in lines) == every["targets"]
-    assert sum(line["targets"] - line["met"] for line in lines) == every["missed"]
-    assert {line["group"]: line["case"] for line in lines}[worst["group"]] == worst["case"]
-
-
-def test_a_target_within_noise_is_marked(root):
-    def near(found):
-        one = row(found, DECODE, 2, None)["times"]
-        one["ours"] |= {"median_us": 1.06 * one["base"]["median_us"], "iqr_us": 0.02 * one["base"]["median_us"]}
-
-    change(root, "apply", near)
-    assert Report(root).value("model", "verdict", {"case": DECODE}) == "no, within noise"
-    assert Report(root).lines("misses", {"case": f"{DECODE}, 2 threads"})[0]["within noise"]
-
-
-def test_a_loss_reaches_the_readme(root):
-    before = Report(root).lines("totals", {"suite": "all"})[0]
-    ours = Report(root).row("apply", LORA).us
-    change(root, "apply", lambda found: row(found)["times"]["mm loop"].update(median_us=ours / 2))
-    report = Report(root)
-    assert report.lines("losses")[0]["baseline"] == "mm loop" and report.lines("losses")[0]["ours / baseline"] == 2
-    assert report.lines("beaten", {"baseline": "mm loop"})[0]["case"] == LORA
-    assert report.lines("totals", {"suite": "all"})[0]["lost"] == before["lost"] + 1
-    assert f"faster in {before['lost'] + 1} of {before['comparisons']}" in report.texts()[Path("README.md")]
-
-
-def test_the_model_without_adapters_is_nobodys_competitor():
-    names = {name for result in Report().of(["generate", "apply"]) for r in result.rows for name in r.rivals()}
-    assert "PEFT mixed" in names and not {"base", "fresh output"} & names
-
-
-def test_skipped_baselines_say_why(root):
-    why = "holds one adapter; the batch has several"
-    assert Report(root).value("linear", "skipped", {"case": "linear_64x64"}) == f"merged: {why}; PEFT single: {why}"
-
-
-def test_targets_of_what_a_row_holds(root):
-    report, many = Report(root), "mistral-7b L bfloat16, 64 descriptions, beside one, 2 threads"
-    one, lora = report.row("generate", "mistral-7b L bfloat16, 1 description, 2 threads"), report.row("apply", LORA)
-    assert one.verdict.limit == pytest.approx(one.target["ratio"] * one.roofline["us"])
-    assert report.row("generate", many).verdict.limit == pytest.approx(64 * one.us)
-    assert lora.verdict.limit == pytest.approx(1.5 * lora.roofline["us"] + 3)
-
-
-def test_memory_of_training_steps_is_judged_by_the_hooks():
-    entry = {"record": "train_memory", "case": "c", "ways": {"ours": {"peak_mib": 80.0}, "hooks": {"peak_mib": 100.0}}}
-    assert memory_verdict(entry) is None
-    assert memory_verdict(entry | {"target": {"ratio": 1.25}}).met
-    assert not memory_verdict(entry | {"target": {"ratio": 1.26}}).met
+def test_the_best_baseline_does_the_same_work():
+    found = data.Data()
+    step = found.row("apply", "intel-amx", case="decode 8 rows, all linears, bfloat16")
+    assert {"base", "merged", "PEFT single"} <= step.times.keys() and step.best == "PEFT mixed"
+    assert step.target_text == "1.15 x base"
+    assert (
+        found.row("apply", "intel-amx", case="serve_64x64", threads=1, cache="warm").target_text == "1.5 x roofline + 3 us"
+    )
 
 
 def test_calls_from_the_host_are_compared_with_ours_called_so():
     us = {"ours": (True, 10.0), "ours, from the host": (False, 30.0), "graphed": (True, 20.0), "called": (False, 45.0)}
     times = {name: {"graph": graph, "median_us": median, "iqr_us": 0.0} for name, (graph, median) in us.items()}
-    measured = dataclasses.replace(Report().row("apply", LORA), times=times)
+    measured = data.Data().rows("apply")[0]
+    object.__setattr__(measured, "times", times)
     assert measured.rivals() == {"graphed": 2.0, "called": 1.5}
 
 
-# --- what is not believed --------------------------------------------------------------------------------------------
+# --- quality ---------------------------------------------------------------------------------------------------------------
+
+
+def test_differences_are_of_tasks_that_both_methods_answered():
+    found = {"a-1": {"x": 80.0, "y": 20.0}, "a-2": {"x": 60.0, "y": 20.0}, "b-1": {"x": 0.0}}
+    assert quality.mean(found, "x") == pytest.approx(140 / 3) and quality.mean(found, "none") is None
+    assert quality.gap(found, "x", "y").mean == 50 and quality.gap(found, "x", "none") is None
+    over = quality.gap_over_families(
+        {"a-1": {"x": 0.0, "y": 0.0}, "a-2": {"x": 0.0, "y": 0.0}, "b-1": {"x": 9.0, "y": 0.0}}, "x", "y"
+    )
+    assert (over.mean, over.low, over.high) == (3, 0, 9)  # of one family alone 0 or 9
+
+
+def test_tokens_are_those_of_a_run_and_of_all_before():
+    found = data.Data()
+    trained = {of["run"]: of["tokens"] for of in found.records("specs", "training")}
+    assert quality.tokens(found, "t2l-first") == (trained["t2l-constant"] + trained["t2l-first"]) / 1e6
+    rival, even = (quality.tokens(found, run) for run in ("multi-task-description", "t2l-first"))
+    assert rival == pytest.approx(even, rel=1 / 40)  # "at equal training tokens"
+
+
+def test_a_start_of_tuning_is_compared_with_the_same_seeds_of_another():
+    def run(start, right, losses, seed=0):
+        of = {"budget": 8, "start": start, "task": "a", "seed": seed, "right": right}
+        return of | {"losses": [[4 * i, loss] for i, loss in enumerate(losses)]}
+
+    class Fake:
+        def records(self, *_):
+            rest = [run(name, 90.0, [1.0, 0.5]) for name in ("generated", "multi-task-description")]
+            pefts = [run("peft", 50.0, [3.0, 2.0, 1.0]), run("peft", 70.0, [3.0, 1.0], seed=1)]
+            return [*pefts, run("generated-examples", 60.0, [2.0, 0.9]), *rest]
+
+    lines = {line["start"]: line for line in quality.tuning(Fake())}
+    peft, ours = lines["PEFT's start"], lines["generated from description and examples"]
+    assert (peft["right"], peft["steps"], ours["right"], ours["steps"]) == (60, (8 + 4) / 2, 60, 4)
+    assert ours["beside PEFT's start"].mean == 10
+    assert quality.steps_to([(0, 3.0), (4, 2.0)], 1.0) == 4  # a loss that is never reached counts with all steps
+
+
+# --- results are not just believed -------------------------------------------------------------------------------------
 
 
 def _after(found):
@@ -322,53 +236,100 @@ def _after(found):
         (lambda r: row(r)["error"].update(value=float("nan")), "error nan is beyond its bound"),
         (lambda r: r.append(row(r)), f"{LORA}: two rows"),
         (lambda r: r[0].update(size="tiny"), "got suite 'apply' of size 'tiny'"),
-        (lambda r: r[0].update(suite="train"), "got suite 'train'"),
         (lambda r: r[0].update(device="cuda"), "on 'cuda'"),
         (lambda r: r[0].update(dirty=True), "uncommitted changes"),
         (lambda r: r[0].update(command="python -m bench apply --only 8x8"), "expected a whole suite"),
         (lambda r: r[0].update(tasks=["lora", "model"]), "without: lora, model"),
-        (lambda r: row(r).update(target={"ratio": 1.0, "of": "base"}), "a target of 'base', which the file does not hold"),
+        (lambda r: r[0]["machine"].update(flags=["avx2"]), "expected a run on intel-amx, got one on intel-avx2"),
         (lambda r: row(r).pop("times"), "TypeError: Row.__init__() missing 1 required positional argument: 'times'"),
         (lambda r: r.remove(_after(r)), "was not measured again"),
         (lambda r: r.pop(0), "KeyError: 'suite'"),
     ],
-    ids="error nan doubled tiny suite device dirty part unended target broken ceiling headless".split(),
+    ids="error nan doubled tiny device dirty part unended machine broken ceiling headless".split(),
 )
-def test_results_are_not_just_believed(root, how, says):
-    change(root, "apply", how)
-    path = result_file(root, "apply")
+def test_broken_results_are_refused(once_written, tmp_path, how, says):
+    shutil.copytree(once_written / data.FOLDER, tmp_path / data.FOLDER)
+    path = change(tmp_path, APPLY, how)
     with pytest.raises(ResultError, match=f"{path.name}: .*{re.escape(says)}"):
         load(path)
-    assert any(problem.startswith(f"bench/results/{path.name}") and says in problem for problem in Report(root).problems)
+    assert [problem for problem in data.Data(tmp_path).problems if says in problem]
 
 
-# --- a card ----------------------------------------------------------------------------------------------------------
+def test_results_of_another_checkpoint_or_of_no_machine_are_refused(once_written, tmp_path):
+    folder = tmp_path / data.FOLDER
+    shutil.copytree(once_written / data.FOLDER, folder)
+    (folder / APPLY).rename(folder / "apply.jsonl")
+    path = change(tmp_path, "study.jsonl", lambda found: found[0].update(checkpoint="0" * 64))
+    assert bundled() not in path.read_text(encoding="utf-8")
+    assert [problem.split(":")[0] for problem in data.Data(tmp_path).problems] == [
+        "bench/results/apply.jsonl",
+        "bench/results/study.jsonl",
+    ]
 
 
-def test_no_number_of_a_card_without_a_run(written):
-    assert "No run on a card is on record" in (written / "docs" / "results" / "cuda.md").read_text(encoding="utf-8")
-    assert not [name for name in Report(written).tables if "-cuda" in name]
+# --- machines ----------------------------------------------------------------------------------------------------------
 
 
-def test_runs_of_a_card_are_shown_by_the_same_tables(root):
-    shutil.copy(result_file(root, "apply"), root / pages.RESULTS / "apply-cuda.jsonl")
+@pytest.mark.parametrize(
+    "vendor, flags, name",
+    [
+        ("GenuineIntel", ["amx_bf16", "avx512_bf16", "avx512f", "avx2"], "intel-amx"),
+        ("AuthenticAMD", ["avx2"], "amd-avx2"),
+        ("Other", [], "other-generic"),
+    ],
+)
+def test_a_class_of_cpus_is_vendor_and_widest_instruction_set(vendor, flags, name):
+    machine = {"vendor": vendor, "flags": flags}
+    assert cpu_class(machine) == name
+    assert (stem("generate", machine), stem("specs", machine)) == (f"generate.{name}", "specs")
+    assert stem("generate", machine | {"gpu": "A card"}) == "generate-cuda"
 
-    def carded(found):
+
+def test_a_run_says_which_cpu_it_is(monkeypatch):
+    text = "vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\nflags\t\t: fpu avx2 avx512f\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: f"{text}\nprocessor\t: 1\nmodel name\t: another\n")
+    found = harness._cpu()
+    assert found == {**dict(cpu="AMD EPYC", vendor="AuthenticAMD", family="26", model="2"), "flags": ["avx512f", "avx2"]}
+    monkeypatch.undo()
+    monkeypatch.setattr(harness, "Path", lambda *_: Path("/no such file"))
+    assert cpu_class(harness._cpu()).endswith("-generic")
+
+
+def test_a_whole_run_never_replaces_that_of_another_machine(tmp_path, monkeypatch):
+    seen = []
+    machine = {"cpu": "Other(R) Chip(TM) 64-Core Processor @ 2.10GHz", "vendor": "GenuineIntel", "flags": ["amx_bf16"]}
+    monkeypatch.setattr("bench.__main__.RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "machine", lambda context: machine)
+    monkeypatch.setattr(harness, "run", lambda *_, out, **__: seen.append(out) or [{"command": "", "record": "run"}])
+    for options in ([], ["--size", "tiny"]):
+        assert CliRunner().invoke(app, ["generate", *options], catch_exceptions=False).exit_code == 0
+    assert seen == [tmp_path / "generate.intel-amx.jsonl", None]
+    head = {"record": "run", "suite": "generate", "machine": machine}
+    (tmp_path / "generate.intel-amx.jsonl").write_text(json.dumps(head) + "\n")
+    assert read(tmp_path / "generate.intel-amx.jsonl").machine == "Other Chip (amx)"
+
+
+def test_files_of_suites_that_time_a_cpu_are_named_by_its_class():
+    for path in (ROOT / data.FOLDER).glob("*.jsonl"):
+        name, _, of = path.stem.partition(".")
+        assert bool(of) == (name in OF_A_CPU), path.name
+
+
+# --- a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def test_runs_on_a_gpu_are_shown(written):
+    page = written / "docs" / "results" / "cuda.md"
+    assert "No GPU has run these kernels" in page.read_text(encoding="utf-8")
+    shutil.copy(written / data.FOLDER / APPLY, written / data.FOLDER / "apply-cuda.jsonl")
+
+    def on_a_card(found):
         found[0] |= {"device": "cuda", "tasks": ["lora", "model"], "machine": found[0]["machine"] | {"gpu": "A card"}}
         found.append({"record": "task", "name": "lora", "seconds": 1.0})
         found.append({"record": "failed", "case": "decode", "error": "out of memory"})
-        found.append({"record": "energy", "case": "idle", "unit": None, "count": 0, "watts": 71.5})
         found.remove(_after(found))
 
-    change(root, "apply-cuda", carded)
-    counters = {"record": "profile", "case": "apply", "kernel": "lora_kernel", "us": 1.0, "stalls": {"barrier": 2.5}}
-    counters |= dict.fromkeys(("dram_percent", "l2_percent", "l2_hits_percent", "tensor_percent", "issue_percent"), 50.0)
-    head = read(result_file(root, "apply-cuda")).run | {"suite": "profile", "tasks": []}
-    lines = [head, counters]
-    (root / pages.RESULTS / "profile-cuda.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    report = Report(root)
-    page = report.texts()[Path("docs/results/cuda.md")]
-    assert report.problems == [] and "lora-cuda" in report.tables and "generate-cuda" not in report.tables
-    texts = ("A card", "Not measured: model", "decode: out of memory", "| 71.5 |", "barrier 2.5")
-    assert all(text in page for text in texts)
-    assert "No run on a card" not in page
+    change(written, "apply-cuda.jsonl", on_a_card)
+    assert Report(written).write() == []
+    text = page.read_text(encoding="utf-8")
+    assert "No GPU" not in text and all(t in text for t in ("A card", "Not measured: model", "decode: out of memory"))

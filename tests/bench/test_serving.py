@@ -1,21 +1,16 @@
-"""The suite of serving without vLLM: what is compared, what is refused, and the page of a run; servers are made up."""
+"""The suite of serving without vLLM: what is compared, what is refused; servers are made up."""
 
 import importlib.util
-import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from bench import harness
-from bench.harness import OURS, BenchError, Context, Error, VerificationError, record
+from bench.harness import OURS, BenchError, Context, Error, VerificationError
 from bench.records import BASE, OURS_ALL
-from bench.report import pages
-from bench.report.pages import Report
-from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MANY, MERGED, NONE, STOCK, STOCK_QV, Case
+from bench.serving_arms import ARMS, EIGHT, FULL, HALF, MERGED, NONE, STOCK, STOCK_QV, Case
 from bench.suites import serving, serving_life
 from bench.suites.serving import Measured
-from bench.timing import Timing
 
 CASES = {case.name: case for some in FULL.cases.values() for case in some}
 #: Seconds a token of a row, by arm.
@@ -107,52 +102,6 @@ def test_an_arm_that_fails_is_left_out_unless_it_is_ours():
     assert serving._verified(None, [one], {STOCK: Broken(STOCK)}, oracle=None) == {STOCK: "BenchError: vLLM: out of memory"}
     with pytest.raises(BenchError, match="ours: out of memory"):
         serving._verified(None, [one], {OURS: Broken(OURS)}, oracle=None)
-
-
-# --- pages -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def root(results_tree):
-    for path in (results_tree / pages.RESULTS).glob("serving.*"):
-        path.unlink()
-    return results_tree
-
-
-def test_no_number_without_a_run(root):
-    report = Report(root)
-    page = report.texts()[Path("docs/results/serving.md")]
-    assert report.problems == [] and "No run is on record" in page and "serving" not in {*report.tables, *report.figures}
-
-
-def test_a_run_is_shown_and_judged(root, context):
-    head = Report(root).of(["apply"])[0].run | {"suite": "serving", "tasks": [], "command": "python -m bench serving"}
-    made = [head, record("ceiling", when="before", kind="gemm", dtype="float32", threads=1, gflops=1.0)]
-    made += [made[1] | {"when": "after"}]
-    for case in CASES.values():
-        made += measured(case, wrong=[STOCK])[0].records(context, {}, Inputs)
-    times = {"base": 100.0, "known": 110.0, "new": 150.0}
-    made += [record("first_token", of=name, time=Timing.of([1e3 * ms] * 3).to_json()) for name, ms in times.items()]
-    lag = {"median": 0.1, "p99": 1.5, "max": 2.5, "ticks": 9}
-    made += [record("arriving", texts="one", clients=64, passes=1, adapters=1, seconds=0.1, loop_ms=lag)]
-    memory = [{"API server": 900.0 + i, "VLLM::EngineCore": 2000.0} for i in range(3)]
-    numbers = {"requests": 100, "texts": 9, "slots": 2, "cached": 4, "clients": 8, "seconds": 7.0, "seconds_new": 1.0}
-    answers = {"not_the_nearest": 0, "worst_distance": 0.1, "restarted": 9, "restarted_same": 9}
-    made += [record("life", **numbers, **answers, distance_of_others=[0.3, 0.9, 2.0], rss_mib=memory)]
-    path = root / pages.RESULTS / "serving.amd-avx512_bf16.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in made), encoding="utf-8")
-    report = Report(root)
-    page = report.texts()[Path("docs/results/serving.md")]
-    assert report.problems == [] and {"serving", "serving-targets"} <= report.tables.keys() and "serving" in report.figures
-    assert report.value("serving", "tokens/s", {"case": MANY, "arm": OURS}) == pytest.approx(1 / SECONDS[OURS])
-    assert report.value("serving", "x base", {"case": EIGHT, "arm": STOCK}) == pytest.approx(SECONDS[BASE] / SECONDS[STOCK])
-    assert report.value("serving-first-token", "ms beyond a known one", {"model": "a new sentence"}) == pytest.approx(40)
-    assert "100 requests over 9 sentences" in page and "9 of 9 answers were the same" in page
-    assert "vLLM: 0 of 32 rows" in page and "vLLM, target modules: 32 of 32 rows" in page
-    met = {(line["case"], line["beside"]): line["met"] for line in report.lines("serving-targets", {"case": [EIGHT, NONE]})}
-    assert met == {(EIGHT, BASE): True, (EIGHT, STOCK_QV): True, (EIGHT, STOCK): True, (NONE, BASE): False}
-    assert {line["group"] for line in report.lines("misses")} >= {"serving"}
-    assert {line["baseline"] for line in report.lines("losses") if line["group"] == "serving"} == set()
 
 
 def test_the_server_of_a_long_life_has_the_flags_of_its_checkpoint(monkeypatch, tmp_path):
