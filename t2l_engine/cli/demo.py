@@ -134,7 +134,7 @@ def show_tasks(model, tokenizer, engine, lora) -> None:
     console.print(
         f"Right, to the letter: base model {score['base']} of {total} (it reads the description in its prompt), "
         f"adapted {score['adapted']} of {total} (it reads the input alone). The first three sentences are among those that "
-        "work best; docs/results/unseen.md has the means over hundreds of sentences.\n"
+        "work best; docs/results/quality.md has the means over hundreds of sentences.\n"
     )
 
 
