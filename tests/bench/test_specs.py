@@ -50,10 +50,10 @@ def test_parts_are_apart(small, tmp_path):
         assert parts[split]
 
 
-def test_held_out_descriptions_are_not_trained_on(small, tmp_path, monkeypatch):
+def test_held_out_descriptions_are_not_trained_on(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "leaks", lambda tiers: ["a leak"])
     with pytest.raises(BenchError, match="expected no held-out description among those trained on, got a leak"):
-        runs.tasks(tmp_path, runs.specifications())
+        runs.tasks(tmp_path, runs.Specifications([], [], [], []))
 
 
 def test_tasks_of_another_study_are_refused(tmp_path):
@@ -105,14 +105,15 @@ def test_a_run_starts_from_another_and_a_finished_one_is_kept(monkeypatch, tmp_p
         assert runs.finished("t2l-constant", tmp_path) == done
 
 
-def test_lora_runs_are_finished_with_all_their_adapters(tmp_path):
+def test_lora_runs_are_finished_with_all_their_adapters(tmp_path, monkeypatch):
     write_tasks(runs.folder_of(tmp_path, plan.TRAINED), [task(f"f-{i:03}") for i in range(3)])
     folder, settings = tmp_path / plan.LIBRARY / "waves", plan.RUNS[plan.LIBRARY].settings.model_dump(mode="json")
     for wave, names, done in ((0, ["f-000", "f-001"], False), (1, ["f-002"], True)):
         (folder / f"{wave:03}").mkdir(parents=True)
         (folder / f"{wave:03}" / "done.json").write_text(json.dumps({"settings": settings, "adapters": names}))
         assert runs.finished(plan.LIBRARY, tmp_path) == done
-    (folder / "001" / "done.json").write_text(json.dumps({"settings": settings | {"steps": 51}, "adapters": names}))
+    other = plan.RUNS[plan.LIBRARY].settings.model_copy(update={"steps": 51})
+    monkeypatch.setitem(plan.RUNS, plan.LIBRARY, dataclasses.replace(plan.RUNS[plan.LIBRARY], settings=other))
     assert not runs.finished(plan.LIBRARY, tmp_path)
 
 
