@@ -105,7 +105,7 @@ def test_readme_quick_start(run_program, capsys):
     """One mixed batch: the list adapter, the verb adapter and the base model side by side."""
     names = run_program("README.md", "quick start")
     assert "impala" in capsys.readouterr().out
-    printed = re.search(r"```\n(\[.*\])\n```", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    printed = re.search(r"^# (\[.*\])$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)[1]
     texts = names["tokenizer"].batch_decode(
         names["out"][:, names["batch"]["input_ids"].shape[1] :], skip_special_tokens=True
     )
